@@ -1,0 +1,264 @@
+"""The slide model: tile encoder → slide encoder → head, and how it is kept on disk.
+
+The tile encoder is a vision transformer over the pixels of a tile, of which it reads the tissue tokens alone. The
+slide encoder is one over the tiles' embeddings at their grid positions, of which it reads the tissue tiles alone; its
+head gives the slide's logits. (A hierarchy as in HIPT; masking at every level, after Grisi et al., arXiv 2404.18152.)
+
+Dimension key: B tiles, h·w tokens of a tile, T kept tiles, H·W grid cells of a slide, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.vit import VisionTransformer, keep_per_token
+from maskattn.packing import Packing
+from maskattn.shapes import Bool, Float, UInt8
+
+__all__ = ["SlideModel", "SlideModelConfig"]
+
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class SlideModelConfig:
+    """What a slide model needs to know of itself.
+
+    Attributes:
+        name: how outputs name the model.
+        classes: names of the K logits.
+        tile_px: side of a tile as the tile encoder sees it.
+        spacing_um: µm per pixel of such a tile.
+        tile_encoder: arguments of its :class:`VisionTransformer` (num_classes must stay 0).
+        slide_encoder: likewise; patch_size 1, in_chans the tile encoder's width, num_classes K are filled in.
+        masked: background takes no part; False makes the plain twin, which attends to the glass.
+        min_token_fraction: a token is kept if more than this share of its area is tissue.
+        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1].
+        demonstration: the classes mean nothing outside the package's own synthetic slides.
+        note: a sentence for the outputs.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    tile_px: int
+    spacing_um: float
+    tile_encoder: dict[str, Any]
+    slide_encoder: dict[str, Any]
+    masked: bool = True
+    min_token_fraction: float = 0.0
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    demonstration: bool = False
+    note: str = ""
+
+    @property
+    def token_px(self) -> int:
+        """Side of a token of the tile encoder, in px of the tile."""
+        return int(self.tile_encoder.get("patch_size", 16))
+
+    @classmethod
+    def from_json(cls, text: str) -> SlideModelConfig:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, or a key is missing or unknown.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a slide model's configuration must be JSON: {error}") from error
+        known = {field.name for field in fields(cls)}
+        required = {"name", "classes", "tile_px", "spacing_um", "tile_encoder", "slide_encoder"}
+        unknown, missing = sorted(set(values) - known), sorted(required - set(values))
+        if unknown or missing:
+            raise ValueError(
+                f"a slide model's configuration has unknown keys {unknown} and lacks {missing}; it must have "
+                f"{sorted(required)} and may have {sorted(known - required)}"
+            )
+        for name in ("classes", "pixel_mean", "pixel_std"):
+            if name in values:
+                values[name] = tuple(values[name])
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The configuration as indented JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+class SlideModel(nn.Module):
+    """Tile encoder → slide encoder → head.
+
+    Args:
+        config: see :class:`SlideModelConfig`.
+        impl: implementation of the attention in both encoders; None takes the best.
+
+    Raises:
+        ValueError: the configuration contradicts itself.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: SlideModelConfig, impl: str | None = None) -> None:
+        super().__init__()
+        if config.tile_encoder.get("num_classes", 0):
+            raise ValueError("the tile encoder must give features, got num_classes in its arguments; leave it out")
+        if config.tile_px % config.token_px:
+            raise ValueError(
+                f"tile_px must be a multiple of the tile encoder's patch_size, got tile_px={config.tile_px}, "
+                f"patch_size={config.token_px}"
+            )
+        self.config = config
+        self.tile_encoder = VisionTransformer(**{"img_size": config.tile_px, **config.tile_encoder, "impl": impl})
+        derived = {
+            "patch_size": 1,
+            "in_chans": self.tile_encoder.patch_embed.proj.out_channels,
+            "num_classes": len(config.classes),
+        }
+        self.slide_encoder = VisionTransformer(**{**config.slide_encoder, **derived, "impl": impl})
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.pixel_mean.device
+
+    def tile_tokens(
+        self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None
+    ) -> PackedTokens:
+        """Tiles of pixels to the packed tokens with which the tile encoder starts; only kept pixels are converted.
+
+        Args:
+            tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
+            keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
+        """
+        if tiles_BIXY.dtype != torch.uint8:
+            raise TypeError(
+                f"tiles must be uint8 RGB pixels, got dtype {tiles_BIXY.dtype}; the model itself scales them"
+            )
+        embedding = self.tile_encoder.patch_embed
+        grid_HW = embedding.grid_of(tiles_BIXY)
+        packing = Packing.from_keep(keep_per_token(keep_BHW, tiles_BIXY.shape[0], grid_HW, tiles_BIXY.device))
+        patches = embedding.cut(tiles_BIXY, packing).to(self.pixel_mean.dtype).unflatten(1, (3, -1))  # [T, 3, p·p]
+        patches = (patches / 255 - self.pixel_mean[:, None]) / self.pixel_std[:, None]
+        return self.tile_encoder.embed_patches(patches.flatten(1), packing, grid_HW)
+
+    def encode_tiles(
+        self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None
+    ) -> Float[Tensor, "B C"]:
+        """Embed tiles. Arguments as in :meth:`tile_tokens`."""
+        encoder = self.tile_encoder
+        return encoder.predict(encoder.before_last_block(self.tile_tokens(tiles_BIXY, keep_BHW)))
+
+    def slide_tokens(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> PackedTokens:
+        """Embeddings of the kept tiles to the packed tokens with which the slide encoder starts.
+
+        Args:
+            embeddings_TC: (T, C), a row for each kept cell, row-major.
+            keep_HW: (H, W) bool over the slide's grid cells.
+
+        Raises:
+            ValueError: there are not as many embeddings as kept cells.
+        """
+        packing = Packing.from_keep(keep_HW.to(embeddings_TC.device).flatten()[None])
+        if packing.total != embeddings_TC.shape[0]:
+            raise ValueError(
+                f"there must be one embedding for each kept cell, got {embeddings_TC.shape[0]} embeddings and "
+                f"{packing.total} kept cells"
+            )
+        return self.slide_encoder.embed_patches(embeddings_TC, packing, (keep_HW.shape[0], keep_HW.shape[1]))
+
+    def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, K]:
+        """The slide's logits (K,). Arguments as in :meth:`slide_tokens`."""
+        encoder = self.slide_encoder
+        return encoder.predict(encoder.before_last_block(self.slide_tokens(embeddings_TC, keep_HW)))[0]
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``NAME.safetensors`` and, beside it, ``NAME.json``; neither is left half-written.
+
+        Args:
+            path: must end in .safetensors.
+            dtype: of the stored weights; None stores them as they are.
+        """
+        from safetensors.torch import save
+
+        path = _weights_path(path)
+        state = {name: x.to(dtype or x.dtype).contiguous() for name, x in self.state_dict().items()}
+        _replace(path, save(state))
+        _replace(path.with_suffix(".json"), self.config.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | Path, impl: str | None = None, device: torch.device | str = "cpu") -> SlideModel:
+        """Read what :meth:`save` wrote, ready for inference.
+
+        Raises:
+            FileNotFoundError: the weights or the configuration beside them are not there.
+            ValueError: the weights do not fit the configuration; the keys are named.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = _weights_path(path)
+        for part in (path, path.with_suffix(".json")):
+            if not part.is_file():
+                raise FileNotFoundError(
+                    f"a slide model is NAME.safetensors with NAME.json beside it; there is no {part}"
+                )
+        model = cls(SlideModelConfig.from_json(path.with_suffix(".json").read_text()), impl)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        _check_state(path, state, model.state_dict())
+        model.load_state_dict(state)
+        return model.to(device).eval()
+
+    def identity(self) -> str:
+        """SHA-256 over the configuration and the weights: two models of one identity predict alike."""
+        digest = hashlib.sha256(self.config.to_json().encode())
+        for name, x in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _weights_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != _SUFFIX:
+        raise ValueError(f"a slide model's weights end in {_SUFFIX}, got {path}")
+    return path
+
+
+def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not fit its configuration: missing keys {missing}, unexpected keys {unexpected}; "
+            "the .safetensors and the .json must come from the same model"
+        )
+    wrong = [
+        f"{name} {tuple(x.shape)} instead of {tuple(expected[name].shape)}"
+        for name, x in state.items()
+        if x.shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit its configuration: {'; '.join(wrong)}")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""What every test process needs before it imports anything else."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+# torchvision's wheel is built for CUDA torch; on a CPU torch its compiled operators are missing and it fails to
+# import, and timm with it. Their names are all that timm needs, so that no test runs them.
+_TORCHVISION_OPERATORS = (
+    "nms",
+    "qnms",
+    "roi_align",
+    "_roi_align_backward",
+    "ps_roi_align",
+    "_ps_roi_align_backward",
+    "roi_pool",
+    "_roi_pool_backward",
+    "ps_roi_pool",
+    "_ps_roi_pool_backward",
+    "deform_conv2d",
+    "_deform_conv2d_backward",
+)
+_stubs = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def _stub_torchvision_operators() -> None:
+    if importlib.util.find_spec("torchvision") is None or torch.cuda.is_available():
+        return
+    for name in _TORCHVISION_OPERATORS:
+        _stubs.define(f"{name}(Tensor x) -> Tensor")
+
+
+_stub_torchvision_operators()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_slides() -> Path:
+    """The folder of real and broken slides that may lie beside the project."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "slides"
+    if not folder.is_dir():
+        pytest.skip("the real and broken slides do not lie beside this checkout")
+    return folder
