@@ -1,0 +1,299 @@
+"""Reading slides: regions in level-0 coordinates at any size, from the level that needs the least shrinking.
+
+OpenSlide does the decoding. After an OpenSlide error its handle is dead, so the reader reopens the file for the next
+read; it also reopens in another process, where a shared file position would garble what is read.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cv2
+import numpy as np
+import openslide
+
+from maskattn.shapes import UInt8
+from maskattn.slide.spacing import SlideError, SlideSpacing, parse_number, resolve_spacing
+
+__all__ = ["SlideError", "SlideInfo", "SlideReader"]
+
+# Decoded tiles kept for the neighbours that share them: a row of 256 px tiles across 60,000 px.
+_CACHE_BYTES = 64 << 20
+# Pixels of a level decoded at once; larger regions are read in blocks, so that memory does not grow with the slide.
+_BLOCK_PX = 16 << 20
+# A level that falls short of the asked resolution by this little is taken rather than one several times as fine.
+_LEVEL_TOLERANCE = 1.01
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What is known of a slide once its spacing is settled.
+
+    Attributes:
+        path: the file.
+        width_px: width of level 0.
+        height_px: height of level 0.
+        level_dimensions: (width, height) of each level in its own pixels.
+        level_downsamples: level-0 pixels per pixel of each level.
+        spacing_um: µm per level-0 pixel.
+        spacing_source: where the spacing came from: "override", "manifest" or "metadata".
+        vendor: OpenSlide's name of the format, e.g. "aperio".
+        objective_power: magnification of the objective, where the file gives it.
+        properties: everything the file says of itself.
+    """
+
+    path: Path
+    width_px: int
+    height_px: int
+    level_dimensions: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[float, ...]
+    spacing_um: float
+    spacing_source: str
+    vendor: str | None
+    objective_power: float | None
+    properties: dict[str, str] = field(repr=False)
+
+
+class SlideReader:
+    """Reads regions of one slide; a context manager, and safe to pickle into worker processes.
+
+    Args:
+        path: the slide file.
+        spacing_um: µm per level-0 pixel, in place of what the file says.
+        spacing_source: who gave ``spacing_um``: "override" or "manifest".
+
+    Raises:
+        SlideError: the file is missing, is not a slide, or OpenSlide cannot open it.
+
+    Example:
+        >>> with SlideReader("slide.svs") as reader:  # doctest: +SKIP
+        ...     tile = reader.read_region(0, 0, (512, 512), (256, 256))
+    """
+
+    def __init__(self, path: str | os.PathLike[str], spacing_um: float | None = None, spacing_source: str = "override"):
+        self.path = Path(path)
+        self._spacing_um = spacing_um
+        self._spacing_source = spacing_source
+        self._slide: openslide.OpenSlide | None = None
+        self._pid = -1
+        slide = self._open()
+        self._dimensions: tuple[int, int] = slide.dimensions
+        self._level_dimensions: tuple[tuple[int, int], ...] = slide.level_dimensions
+        self._downsamples: tuple[float, ...] = slide.level_downsamples
+        self._properties = dict(slide.properties)
+        self._associated_images = tuple(sorted(slide.associated_images))
+
+    @property
+    def info(self) -> SlideInfo:
+        """The slide's geometry and spacing.
+
+        Raises:
+            SlideError: no plausible spacing was given or found.
+        """
+        spacing = self._spacing()
+        power = self._properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
+        return SlideInfo(
+            path=self.path,
+            width_px=self._dimensions[0],
+            height_px=self._dimensions[1],
+            level_dimensions=self._level_dimensions,
+            level_downsamples=self._downsamples,
+            spacing_um=spacing.spacing_um,
+            spacing_source=spacing.source,
+            vendor=self._properties.get(openslide.PROPERTY_NAME_VENDOR),
+            objective_power=parse_number(power),
+            properties=dict(self._properties),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the file says of itself, in the order to show it; works without a spacing."""
+        width, height = self._dimensions
+        try:
+            spacing = self._spacing()
+            spacing_text = f"{spacing.spacing_um:g} µm per level-0 pixel (from {spacing.source})"
+            extent = f"{width * spacing.spacing_um / 1000:.2f} × {height * spacing.spacing_um / 1000:.2f} mm"
+        except SlideError as error:
+            spacing_text, extent = f"unknown: {error}", "unknown"
+        return {
+            "path": str(self.path),
+            "bytes": self.path.stat().st_size,
+            "vendor": self._properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"),
+            "size": f"{width} × {height} px",
+            "extent": extent,
+            "spacing": spacing_text,
+            "objective": self._properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER, "unknown"),
+            "levels": [
+                f"{w} × {h} px, downsample {downsample:g}"
+                for (w, h), downsample in zip(self._level_dimensions, self._downsamples, strict=True)
+            ],
+            "associated images": list(self._associated_images),
+            "properties": dict(sorted(self._properties.items())),
+        }
+
+    def read_region(
+        self, x_lv0: int, y_lv0: int, size_lv0: tuple[int, int], out_px: tuple[int, int]
+    ) -> UInt8[np.ndarray, "H W 3"]:
+        """Read a rectangle of the slide, resampled by area to the asked size.
+
+        What lies outside the slide, or has no scanned pixels, is white. Memory is bounded whatever the size asked.
+
+        Args:
+            x_lv0: left edge in level-0 pixels; may be negative.
+            y_lv0: top edge in level-0 pixels; may be negative.
+            size_lv0: (width, height) in level-0 pixels.
+            out_px: (width, height) of the result.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
+
+        Raises:
+            ValueError: a size is not above 0.
+            SlideError: the region cannot be decoded; the next read reopens the file.
+        """
+        if min(*size_lv0, *out_px) < 1:
+            raise ValueError(
+                f"read_region needs sizes above 0, got size_lv0={size_lv0}, out_px={out_px}; "
+                "give both as (width, height)"
+            )
+        scale_x, scale_y = size_lv0[0] / out_px[0], size_lv0[1] / out_px[1]
+        level = self._level_for(min(scale_x, scale_y))
+        downsample = self._downsamples[level]
+        rgb = np.full((out_px[1], out_px[0], 3), 255, np.uint8)
+        for left, top, right, bottom in _blocks(out_px, scale_x / downsample, scale_y / downsample):
+            x = x_lv0 + left * scale_x
+            y = y_lv0 + top * scale_y
+            size = ((right - left) * scale_x, (bottom - top) * scale_y)
+            if x >= self._dimensions[0] or y >= self._dimensions[1] or x + size[0] <= 0 or y + size[1] <= 0:
+                continue
+            rgb[top:bottom, left:right] = self._read_block(level, x, y, size, (right - left, bottom - top))
+        return rgb
+
+    def thumbnail(self, max_px: int) -> UInt8[np.ndarray, "H W 3"]:
+        """The whole slide, (H, W, 3) uint8 RGB, its longer side ``max_px`` or, if that is less, as long as level 0."""
+        width, height = self._dimensions
+        shrink = max(width, height) / min(max_px, max(width, height))
+        size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
+        return self.read_region(0, 0, (width, height), size)
+
+    def close(self) -> None:
+        """Close the file; a later read opens it again."""
+        if self._slide is not None and self._pid == os.getpid():
+            self._slide.close()
+        self._slide = None
+
+    def __enter__(self) -> SlideReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slide": None, "_pid": -1}
+
+    def _open(self) -> openslide.OpenSlide:
+        if self._slide is not None and self._pid == os.getpid():
+            return self._slide
+        if not self.path.is_file():
+            what = "a folder" if self.path.is_dir() else "no file"
+            raise SlideError(f"a slide must be a file, got path='{self.path}', which is {what}; check the path")
+        try:
+            slide = openslide.OpenSlide(self.path)
+            slide.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            raise SlideError(
+                f"a slide must be in a format that OpenSlide reads, got path='{self.path}', which it does not know; "
+                "check that the file is complete, or convert it to a tiled pyramidal TIFF"
+            ) from error
+        except (openslide.OpenSlideError, OSError) as error:
+            raise SlideError(
+                f"a slide must open in OpenSlide, got path='{self.path}', which fails with '{error}'; "
+                "check that the file is complete and readable, or convert it to a tiled pyramidal TIFF"
+            ) from error
+        self._slide, self._pid = slide, os.getpid()
+        return slide
+
+    def _spacing(self) -> SlideSpacing:
+        return resolve_spacing(self.path, self._properties, self._spacing_um, self._spacing_source)
+
+    def _level_for(self, downsample: float) -> int:
+        fit = [level for level, d in enumerate(self._downsamples) if d <= downsample * _LEVEL_TOLERANCE]
+        return max(fit, key=lambda level: self._downsamples[level], default=0)
+
+    def _read_block(
+        self, level: int, x_lv0: float, y_lv0: float, size_lv0: tuple[float, float], out_px: tuple[int, int]
+    ) -> np.ndarray:
+        """Decode the whole level pixels around the block, then resample exactly the block out of them."""
+        downsample = self._downsamples[level]
+        first = (_floor(x_lv0 / downsample), _floor(y_lv0 / downsample))
+        location = (round(first[0] * downsample), round(first[1] * downsample))
+        offset = (x_lv0 - location[0]) / downsample, (y_lv0 - location[1]) / downsample
+        extent = size_lv0[0] / downsample, size_lv0[1] / downsample
+        read_px = (-_floor(-(offset[0] + extent[0])), -_floor(-(offset[1] + extent[1])))
+        try:
+            rgba = np.asarray(self._open().read_region(location, level, read_px))
+        except openslide.OpenSlideError as error:
+            self.close()
+            raise SlideError(
+                f"a region must decode, got x={location[0]}, y={location[1]} at level {level} of '{self.path}', which "
+                f"fails with '{error}'; the file is damaged there: copy it again, or rescan the slide"
+            ) from error
+        return _resample(_on_white(rgba), offset, extent, out_px)
+
+
+def _floor(position: float) -> int:
+    """Floor that takes a position within rounding of a whole pixel as that pixel."""
+    nearest = round(position)
+    return nearest if abs(position - nearest) < 1e-6 else int(np.floor(position))
+
+
+def _blocks(out_px: tuple[int, int], scale_x: float, scale_y: float) -> list[tuple[int, int, int, int]]:
+    """Cut an output of ``out_px`` into (left, top, right, bottom) whose sources hold at most _BLOCK_PX pixels."""
+    side = _BLOCK_PX**0.5
+    if out_px[0] * scale_x * out_px[1] * scale_y <= _BLOCK_PX:
+        return [(0, 0, *out_px)]
+    step_x, step_y = max(1, int(side / scale_x)), max(1, int(side / scale_y))
+    return [
+        (left, top, min(left + step_x, out_px[0]), min(top + step_y, out_px[1]))
+        for top in range(0, out_px[1], step_y)
+        for left in range(0, out_px[0], step_x)
+    ]
+
+
+def _on_white(rgba: np.ndarray) -> np.ndarray:
+    """Lay (H, W, 4) RGBA on white: (H, W, 3) RGB."""
+    rgb = cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
+    alpha = rgba[..., 3]
+    if alpha.min() == 255:
+        return rgb
+    weight = alpha[..., None].astype(np.uint16)
+    blended: np.ndarray = ((rgb * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+    return blended
+
+
+def _resample(
+    rgb: np.ndarray, offset: tuple[float, float], extent: tuple[float, float], out_px: tuple[int, int]
+) -> np.ndarray:
+    """Resample by area the rectangle at ``offset`` of ``extent`` (x, y; pixels of ``rgb``) to ``out_px``."""
+    whole = (max(1, round(extent[0])), max(1, round(extent[1])))
+    if any(abs(o) > 1e-3 for o in offset) or any(abs(e - w) > 1e-3 for e, w in zip(extent, whole, strict=True)):
+        # Shift by less than a pixel onto whole pixels first: area resampling starts at a pixel's edge.
+        scale = extent[0] / whole[0], extent[1] / whole[1]
+        shift = [
+            [scale[0], 0.0, offset[0] + 0.5 * scale[0] - 0.5],
+            [0.0, scale[1], offset[1] + 0.5 * scale[1] - 0.5],
+        ]
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        rgb = cv2.warpAffine(rgb, np.array(shift), whole, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    if whole == out_px:
+        return rgb[: whole[1], : whole[0]]
+    shrinks = whole[0] >= out_px[0] and whole[1] >= out_px[1]
+    resized: np.ndarray = cv2.resize(
+        rgb[: whole[1], : whole[0]], out_px, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    )
+    return resized
