@@ -3,7 +3,7 @@
 Module and parameter names are timm's, so that state-dict keys are too.
 
 Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class token, registers), T packed tokens
-(prefix tokens among them), K numbers of a flattened patch, C channels, D head width.
+(prefix tokens among them), R tokens that are read, K numbers of a flattened patch, C channels, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -42,14 +42,9 @@ class PackedTokens:
         """The same tokens with other features."""
         return PackedTokens(rows_TC, self.packing, self.grid_HW, self.num_prefix)
 
-    def first_rows(self) -> Tensor:
-        """(B,) int64, the row of each sequence's first prefix token."""
-        return self.packing.cu_seqlens[:-1].long()
-
-    def prefix(self) -> Float[Tensor, "B P C"]:
-        """The prefix tokens of each sequence."""
-        offsets = torch.arange(self.num_prefix, device=self.rows_TC.device)
-        return self.rows_TC[self.first_rows()[:, None] + offsets]
+    def first(self) -> Float[Tensor, "B 1 C"]:
+        """The first token of each sequence: the class token, where there is one."""
+        return self.rows_TC[self.packing.cu_seqlens[:-1].long()][:, None]
 
 
 class Attention(nn.Module):
@@ -76,9 +71,16 @@ class Attention(nn.Module):
         )
         return k, v
 
-    def queries(self, rows_BPC: Tensor) -> Tensor:
-        """(B, P, C) → q (B, P, H, D), unscaled."""
-        return self._project(rows_BPC, slice(self.qkv.in_features)).unflatten(-1, (self.num_heads, -1))
+    def queries(self, rows_BRC: Tensor) -> Tensor:
+        """(B, R, C) → q (B, R, H, D), unscaled."""
+        return self._project(rows_BRC, slice(self.qkv.in_features)).unflatten(-1, (self.num_heads, -1))
+
+    def key_and_value_biases(self) -> tuple[Tensor, Tensor] | None:
+        """The biases of k and v, (H, D) each, or None."""
+        if self.qkv.bias is None:
+            return None
+        _, bias_k, bias_v = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))
+        return bias_k, bias_v
 
     def _project(self, x: Tensor, outputs: slice) -> Tensor:
         return F.linear(x, self.qkv.weight[outputs], None if self.qkv.bias is None else self.qkv.bias[outputs])
@@ -131,31 +133,28 @@ class Block(nn.Module):
 
     def forward(self, tokens: PackedTokens) -> PackedTokens:
         """(T, C) → (T, C)."""
-        x = tokens.rows_TC
-        x = x + self.ls1(self.attn(self.norm1(x), tokens.packing))
-        return tokens.with_rows(self.feed_forward(x))
+        return self.mix(tokens, self.norm1(tokens.rows_TC))
+
+    def mix(self, tokens: PackedTokens, normed_TC: Float[Tensor, "T C"]) -> PackedTokens:
+        """The block from the input of its attention on; explanations differentiate with respect to ``normed_TC``."""
+        attended = tokens.rows_TC + self.ls1(self.attn(normed_TC, tokens.packing))
+        return tokens.with_rows(self.feed_forward(attended))
+
+    def read(self, tokens: PackedTokens) -> Float[Tensor, "B 1 C"]:
+        """The block's output at the class token alone: one attention row, and no MLP for any other token."""
+        normed = tokens.with_rows(self.norm1(tokens.rows_TC))
+        k, v = self.attn.keys_and_values(normed.rows_TC)
+        lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
+        out = readout(self.attn.queries(normed.first()), k, v, *lengths, impl=self.attn.impl)
+        return self.finish(tokens.first(), cast(Tensor, out))
+
+    def finish(self, tokens_BRC: Float[Tensor, "B R C"], out_BRHD: Float[Tensor, "B R H D"]) -> Float[Tensor, "B R C"]:
+        """From the attention's output per head to the block's output, for the tokens that were read."""
+        return self.feed_forward(tokens_BRC + self.ls1(self.attn.proj(out_BRHD.flatten(-2))))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The block's second half, token by token."""
         return x + self.ls2(self.mlp(self.norm2(x)))
-
-    def read(self, tokens: PackedTokens) -> Float[Tensor, "B P C"]:
-        """The block's output at the prefix tokens alone: one attention row each, and no MLP for the others."""
-        normed = tokens.with_rows(self.norm1(tokens.rows_TC))
-        k, v = self.attn.keys_and_values(normed.rows_TC)
-        out = readout(
-            self.attn.queries(normed.prefix()),
-            k,
-            v,
-            tokens.packing.cu_seqlens,
-            tokens.packing.max_seqlen,
-            impl=self.attn.impl,
-        )
-        return self.finish(tokens.prefix(), cast(Tensor, out))
-
-    def finish(self, prefix_BPC: Tensor, out_BPHD: Tensor) -> Float[Tensor, "B P C"]:
-        """From the attention's output per head to the block's output, at the prefix tokens."""
-        return self.feed_forward(prefix_BPC + self.ls1(self.attn.proj(out_BPHD.flatten(-2))))
 
 
 class PatchEmbedding(nn.Module):

@@ -6,15 +6,16 @@ comes out equals a dense ViT with a softmax over the kept keys, and a plain ViT 
 dropped after the position embedding (Grisi et al., arXiv 2404.18152).
 
 Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class token, registers), T packed tokens
-(prefix tokens among them), R tokens that the prediction reads, C channels, D head width.
+(prefix tokens among them), K classes, C channels.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from maskattn.attention.api import MAX_READOUT_QUERIES
 from maskattn.nn.blocks import Block, PackedTokens, PatchEmbedding
 from maskattn.nn.positions import CONVENTIONS, resample_position_embedding
 from maskattn.packing import Packing, pack, unpack
@@ -164,26 +165,28 @@ class VisionTransformer(nn.Module):
             tokens = block(tokens)
         return tokens
 
+    @property
+    def last_block(self) -> Block:
+        """The block whose attention explanations read."""
+        return cast(Block, self.blocks[-1])
+
     def predict(self, tokens: PackedTokens) -> Float[Tensor, "B K"]:
-        """Last block, norm, pooling and head; for class-token models, one attention row of the last block."""
-        last: Block = self.blocks[-1]  # type: ignore[assignment] # a ModuleList does not know what it holds
-        if self.reads_prefix_only:
-            return self.predict_from_prefix(last.read(tokens))
-        tokens = last(tokens)
-        rows_TC = self.norm(tokens.rows_TC)
-        packing = tokens.packing
-        sums = unpack(rows_TC, packing)[:, tokens.num_prefix :].sum(dim=1)
-        counts = (packing.cu_seqlens.diff() - tokens.num_prefix).clamp(min=1)  # an empty image pools to 0
+        """Last block, norm, pooling and head; a class-token model computes one attention row of the last block."""
+        if self.global_pool == "token":
+            return self.predict_from_class_token(self.last_block.read(tokens))
+        return self.pool(self.last_block(tokens))
+
+    def pool(self, tokens: PackedTokens) -> Float[Tensor, "B K"]:
+        """Norm, pooling and head, from the last block's output at every token."""
+        if self.global_pool == "token":
+            return self.predict_from_class_token(tokens.first())
+        sums = unpack(self.norm(tokens.rows_TC), tokens.packing)[:, tokens.num_prefix :].sum(dim=1)
+        counts = (tokens.packing.cu_seqlens.diff() - tokens.num_prefix).clamp(min=1)  # an empty image pools to 0
         return self.head(self.fc_norm(sums / counts[:, None]))
 
-    def predict_from_prefix(self, prefix_BPC: Float[Tensor, "B P C"]) -> Float[Tensor, "B K"]:
-        """Norm, class token and head, from the last block's output at the prefix tokens."""
-        return self.head(self.fc_norm(self.norm(prefix_BPC[:, 0])))
-
-    @property
-    def reads_prefix_only(self) -> bool:
-        """Whether the prediction reads prefix tokens alone, so that the last block needs no other row."""
-        return self.global_pool == "token" and self.num_prefix_tokens <= MAX_READOUT_QUERIES
+    def predict_from_class_token(self, token_B1C: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B K"]:
+        """Norm and head, from the last block's output at the class token."""
+        return self.head(self.fc_norm(self.norm(token_B1C[:, 0])))
 
     def _positions(self, grid_HW: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Prefix tokens with their positions (1, P, C), and the grid's positions (1, N, C)."""

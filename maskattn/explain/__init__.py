@@ -1,0 +1,7 @@
+"""Explanations: attention maps, class-discriminative attention maps, and their hierarchical form for slides."""
+
+from maskattn.explain.attention_maps import AttentionMap
+from maskattn.explain.cdam import CDAM
+from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap, TokenMaps
+
+__all__ = ["AttentionMap", "CDAM", "HierarchicalCDAM", "RelevanceMap", "TokenMaps"]

@@ -1,0 +1,91 @@
+"""The attention map: the class token's row of the last block's attention.
+
+Source: as drawn by DINO (Caron et al., arXiv 2104.14294), restricted to the kept tokens (arXiv 2404.18152).
+
+Dimension key: B images, T packed tokens, H·W grid tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from maskattn.attention.api import readout
+from maskattn.explain.cdam import as_maps
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.vit import VisionTransformer
+from maskattn.shapes import Bool, Float
+
+__all__ = ["AttentionMap", "attend_from_class_token"]
+
+
+class AttentionMap:
+    """How the class token's attention in the last block is spread over the grid.
+
+    Background tokens have exactly 0. A map sums to 1 less what the class token and the registers keep to themselves.
+
+    Args:
+        model: a :class:`maskattn.nn.VisionTransformer` with a class token, in eval mode.
+
+    Raises:
+        ValueError: the model has no class token.
+    """
+
+    def __init__(self, model: VisionTransformer) -> None:
+        if model.cls_token is None:
+            raise ValueError(
+                "an attention map is the class token's row, and this model has none (class_token=False); use CDAM"
+            )
+        self.model = model
+
+    @torch.no_grad()
+    def attribute(
+        self,
+        inputs: Float[Tensor, "B I X Y"],
+        keep: Bool[Tensor, ...] | None = None,
+        heads: Sequence[int] | str | None = None,
+    ) -> Float[Tensor, ...]:
+        """The attention row as a map.
+
+        Args:
+            inputs: (B, in_chans, H·p, W·p) images.
+            keep: (B, H·W) or (B, H, W) bool over grid tokens, True = the token takes part; None keeps all.
+            heads: None for the mean over heads, "all", or a list of head indices.
+
+        Returns:
+            (B, H, W), or (B, heads, H, W) where heads are named.
+
+        Raises:
+            TypeError, ValueError: inputs, keep or heads do not fit the model.
+        """
+        count = self.model.last_block.attn.num_heads
+        if isinstance(heads, str) and heads != "all" or any(not 0 <= h < count for h in _indices(heads)):
+            raise ValueError(f"heads must be None, 'all' or indices in 0 … {count - 1}, got heads={heads!r}")
+        tokens = self.model.before_last_block(self.model.embed(inputs, keep))
+        maps = as_maps(attend_from_class_token(self.model, tokens), tokens)
+        if heads is None:
+            return maps.mean(dim=1)
+        return maps if heads == "all" else maps[:, _indices(heads)]
+
+
+@torch.no_grad()
+def attend_from_class_token(model: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, "H T"]:
+    """The class token's attention in the last block, per head and packed token.
+
+    Args:
+        model: with a class token.
+        tokens: what ``model.before_last_block`` gave.
+    """
+    block = model.last_block
+    normed = tokens.with_rows(block.norm1(tokens.rows_TC))
+    k, v = block.attn.keys_and_values(normed.rows_TC)
+    lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
+    rows = readout(block.attn.queries(normed.first()), k, v, *lengths, return_rows=True, impl=block.attn.impl)
+    return cast(tuple[Tensor, Tensor], rows)[1][0]
+
+
+def _indices(heads: Sequence[int] | str | None) -> list[int]:
+    return [] if heads is None or isinstance(heads, str) else list(heads)

@@ -1,0 +1,114 @@
+"""Hierarchical CDAM: relevance of tiles for a slide's classes, and of tokens inside any tile.
+
+With slide logit f_c and tile embeddings z_t, pass 1 gives the tiles' relevance at the slide encoder, and the gradient
+γ_tc = ∂f_c/∂z_t. Pass 2 explains, in any tile, the score z_t·γ_tc with γ held fixed: the exact chain rule, so that the
+tokens' relevance is that of the whole graph, without holding a graph over the slide. Linear in tiles, tile by tile.
+
+Dimension key: K classes, T kept tiles, B tiles of a batch, h·w tokens of a tile, H·W cells of the slide, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskattn.explain.attention_maps import attend_from_class_token
+from maskattn.explain.cdam import as_maps
+from maskattn.explain.token_scores import score_tokens
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.slide_model import SlideModel
+from maskattn.nn.vit import VisionTransformer
+from maskattn.shapes import Bool, Float, UInt8
+
+__all__ = ["HierarchicalCDAM", "RelevanceMap", "TokenMaps"]
+
+
+@dataclass(frozen=True)
+class RelevanceMap:
+    """What pass 1 says of the kept tiles of a slide, row-major.
+
+    Attributes:
+        logits_K: (K,), the slide's logits.
+        relevance_KT: (K, T), signed scores of the tiles.
+        attention_T: (T,), the slide encoder's class-token row, mean over heads; 0 where there is no class token.
+        gradient_KTC: (K, T, C), ∂ logit / ∂ embedding, which pass 2 takes.
+    """
+
+    logits_K: Float[Tensor, K]
+    relevance_KT: Float[Tensor, "K T"]
+    attention_T: Float[Tensor, T]
+    gradient_KTC: Float[Tensor, "K T C"]
+
+
+@dataclass(frozen=True)
+class TokenMaps:
+    """What pass 2 says of the tokens of B tiles; 0 at background.
+
+    Attributes:
+        relevance_KBHW: (K, B, h, w), signed scores for the slide's classes.
+        attention_BHW: (B, h, w), the tile encoder's class-token row, mean over heads; 0 without a class token.
+    """
+
+    relevance_KBHW: Float[Tensor, "K B h w"]
+    attention_BHW: Float[Tensor, "B h w"]
+
+
+class HierarchicalCDAM:
+    """Explanations of a slide model, for all its classes at once.
+
+    Args:
+        model: in eval mode.
+    """
+
+    def __init__(self, model: SlideModel) -> None:
+        self.model = model
+
+    @torch.inference_mode(False)
+    def tiles(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> RelevanceMap:
+        """Pass 1: the relevance of each tile.
+
+        Args:
+            embeddings_TC: (T, C) from ``model.encode_tiles``, a row for each kept cell, row-major.
+            keep_HW: (H, W) bool over the slide's cells.
+        """
+        encoder = self.model.slide_encoder
+        z = embeddings_TC.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            tokens = encoder.before_last_block(self.model.slide_tokens(z, keep_HW))
+            logits_K = encoder.predict(tokens)[0]
+        K = len(logits_K)
+        gradient_KTC = torch.stack([torch.autograd.grad(logits_K[c], z, retain_graph=c + 1 < K)[0] for c in range(K)])
+        tokens = tokens.with_rows(tokens.rows_TC.detach())
+        relevance_KT = score_tokens(encoder, tokens, "all")[0][:, tokens.num_prefix :]
+        attention_T = _mean_attention(encoder, tokens)[tokens.num_prefix :]
+        return RelevanceMap(logits_K.detach(), relevance_KT, attention_T, gradient_KTC)
+
+    @torch.inference_mode(False)
+    def tokens(
+        self,
+        tiles_BIXY: UInt8[Tensor, "B 3 X Y"],
+        keep_BHW: Bool[Tensor, "B h w"] | None,
+        gradient_KBC: Float[Tensor, "K B C"],
+    ) -> TokenMaps:
+        """Pass 2: the relevance of each token of some tiles.
+
+        Args:
+            tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
+            keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
+            gradient_KBC: these tiles' part of :attr:`RelevanceMap.gradient_KTC`.
+        """
+        encoder = self.model.tile_encoder
+        gradient_KBC = gradient_KBC.detach().clone()
+        with torch.no_grad():
+            tokens = encoder.before_last_block(self.model.tile_tokens(tiles_BIXY, keep_BHW))
+        relevance_KT, _ = score_tokens(encoder, tokens, lambda z_BC: torch.einsum("bc,kbc->bk", z_BC, gradient_KBC))
+        attention_BHW = as_maps(_mean_attention(encoder, tokens)[None], tokens)[:, 0]
+        return TokenMaps(as_maps(relevance_KT, tokens).transpose(0, 1), attention_BHW)
+
+
+def _mean_attention(encoder: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, T]:
+    if encoder.cls_token is None:
+        return tokens.rows_TC.new_zeros(len(tokens.rows_TC))
+    return attend_from_class_token(encoder, tokens).mean(dim=0)

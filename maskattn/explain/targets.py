@@ -1,0 +1,72 @@
+"""What an explanation is of: from a caller's ``target`` to the scores that are differentiated.
+
+Dimension key: B images, K outputs of the model, M maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from maskattn.shapes import Float
+
+__all__ = ["Target", "gives_one_map", "select_scores"]
+
+Target: TypeAlias = "int | Tensor | Sequence[int] | str | Callable[[Tensor], Tensor]"
+
+
+def select_scores(output_BK: Float[Tensor, "B K"], target: Target) -> Float[Tensor, "B M"]:
+    """The scores to explain, one column a map.
+
+    Args:
+        output_BK: the model's output: raw logits, or features where it has no head.
+        target: a class index; a (B,) tensor with one for each image; a list of indices (M maps); "all" (K maps); or a
+            function of the output that returns (B,) or (B, M).
+
+    Raises:
+        TypeError, ValueError: the target is none of these, or out of range.
+    """
+    B, K = output_BK.shape
+    if callable(target):
+        scores = target(output_BK)
+        if scores.ndim not in (1, 2) or scores.shape[0] != B:
+            raise ValueError(
+                f"a target function must return (B,) or (B, M) scores with B={B}, got shape {tuple(scores.shape)}"
+            )
+        return scores[:, None] if scores.ndim == 1 else scores
+    if isinstance(target, str):
+        if target != "all":
+            raise ValueError(f"a target in words must be 'all', got target={target!r}; name a class by its index")
+        return output_BK
+    if isinstance(target, Tensor):
+        if target.shape != (B,) or target.dtype.is_floating_point or target.dtype == torch.bool:
+            raise ValueError(
+                f"a target tensor must hold one class index for each image, (B,) = ({B},) integers, got shape "
+                f"{tuple(target.shape)} of {target.dtype}; pass a list for several maps of every image"
+            )
+        _check_range([int(target.min()), int(target.max())], K)
+        return output_BK.gather(1, target.to(output_BK.device).long()[:, None])
+    classes = [target] if isinstance(target, int) else list(target)
+    if not classes or not all(isinstance(c, int) for c in classes):
+        raise TypeError(
+            "target must be a class index, a (B,) tensor, a list of indices, 'all' or a function of the output, "
+            f"got {target!r}"
+        )
+    _check_range(classes, K)
+    return output_BK[:, classes]
+
+
+def gives_one_map(target: Target, scores_BM: Tensor) -> bool:
+    """Whether the result is (B, H, W) without an axis for several maps."""
+    if callable(target):
+        return scores_BM.shape[1] == 1
+    return isinstance(target, (int, Tensor))
+
+
+def _check_range(classes: Sequence[int], K: int) -> None:
+    wrong = [c for c in classes if not 0 <= c < K]
+    if wrong:
+        raise ValueError(f"target must lie in 0 … {K - 1}, the model's outputs, got {wrong[0]}")
