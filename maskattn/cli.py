@@ -1,0 +1,31 @@
+"""The command line's door: ``maskattn demo | infer | tissue | info | doctor``.
+
+The commands themselves are in :mod:`maskattn.commands`; this module only needs the standard library, so that it can say
+what to install where the extra ``slide`` is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; exits with 0 = ok, 1 = some slide failed, 2 = wrong usage or unwritable output."""
+    try:
+        from maskattn.commands import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in {"typer", "rich", "click"}:
+            raise
+        print(
+            f"maskattn: the command line needs the package {error.name}, which is not installed; "
+            "pip install 'maskattn[slide]'",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+    app(prog_name="maskattn")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What a run shows while it runs: a bar over slides and one over the current slide's tiles, on stderr.
+
+Where stderr is no terminal there are no bars, only the line per slide.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.prediction import SlideOutcome, SlidePrediction
+
+__all__ = ["ProgressBars", "scores_of"]
+
+
+class ProgressBars:
+    """Progress of :func:`maskattn.slide.run.run_slides`; a context manager.
+
+    Args:
+        slides: how many slides there are.
+    """
+
+    def __init__(self, slides: int) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._slides = self._progress.add_task("slides", total=slides)
+        self._tiles = self._progress.add_task("tiles", total=None)
+
+    def __enter__(self) -> ProgressBars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def slide_started(self, job: SlideJob) -> None:
+        """Begin a slide's bar of tiles."""
+        self._progress.reset(self._tiles, total=None, description=f"tiles of {job.slide_id}")
+
+    def tiles_done(self, done: int, total: int) -> None:
+        """Move the bar of tiles."""
+        self._progress.update(self._tiles, completed=done, total=total)
+
+    def slide_ended(self, outcome: SlideOutcome) -> None:
+        """Print the slide's line and move the bar of slides."""
+        if outcome.prediction is None:
+            line = f"failed   {outcome.slide_id}: {outcome.reason}"
+        else:
+            done = f"{outcome.status:<8} {outcome.slide_id}: {outcome.prediction.prediction}"
+            line = f"{done} ({scores_of(outcome.prediction)}), {outcome.seconds:.1f} s"
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._progress.advance(self._slides)
+
+
+def scores_of(prediction: SlidePrediction) -> str:
+    """The scores in one line, highest first."""
+    ordered = sorted(prediction.scores.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {score:.3f}" for name, score in ordered)

@@ -1,0 +1,210 @@
+"""Overlay: maps of tokens or tiles over the slide's thumbnail, as PNG.
+
+A map is painted tile by tile at the thumbnail's resolution, so that memory does not grow with the slide. A thumbnail
+pixel belongs to the token that holds its centre; where no token is kept the thumbnail stays as it is, bit for bit.
+
+Dimension key: M maps, (Y, X) thumbnail pixels, B tiles of a batch, (h, w) tokens of a tile.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from maskattn.shapes import Bool, Float, Int, UInt8
+from maskattn.slide.tables import replacing
+from maskattn.slide.tissue import TissueMask
+
+__all__ = ["MapCanvas", "blend", "colour_limit", "write_heatmap", "write_mask_overlay"]
+
+_OPACITY = 0.55
+_QUANTILE = 0.001
+_LUMINANCE = (0.299, 0.587, 0.114)
+_DPI = 100
+_BAR_PX = 110
+_LINE_PX = 17
+_MIN_BODY_PX = (420, 240)
+_COLOUR_MAPS = {"diverging": "RdBu_r", "sequential": "viridis"}
+_TISSUE_COLOUR = (0, 150, 60)
+
+Kind = Literal["diverging", "sequential"]
+
+
+class MapCanvas:
+    """Maps at the thumbnail's resolution, painted tile by tile; NaN where no kept token lies.
+
+    Args:
+        maps: M, how many maps are painted together.
+        thumbnail_px: (height, width) of the thumbnail.
+        slide_px: (height, width) of the slide at level 0.
+        tile_lv0: side of a tile in level-0 pixels.
+    """
+
+    def __init__(self, maps: int, thumbnail_px: tuple[int, int], slide_px: tuple[int, int], tile_lv0: int) -> None:
+        self.values_MYX: Float[np.ndarray, "M Y X"] = np.full((maps, *thumbnail_px), np.nan, dtype=np.float32)
+        self._lv0_per_px = (slide_px[0] / thumbnail_px[0], slide_px[1] / thumbnail_px[1])
+        self._tile_lv0 = tile_lv0
+
+    def paint(
+        self,
+        coords_B2: Int[np.ndarray, "B 2"],
+        values_MBhw: Float[np.ndarray, "M B h w"],
+        keep_Bhw: Bool[np.ndarray, "B h w"],
+    ) -> None:
+        """Paint the kept tokens of some tiles.
+
+        Args:
+            coords_B2: (B, 2) level-0 x, y of the tiles' top left corners.
+            values_MBhw: (M, B, h, w) a value per token, or (M, B, 1, 1) one per tile.
+            keep_Bhw: (B, h, w) bool, which tokens are kept.
+        """
+        values_MBhw = np.broadcast_to(values_MBhw, (len(values_MBhw), *keep_Bhw.shape))
+        for tile, (x_lv0, y_lv0) in enumerate(coords_B2):
+            rows, row_of_pixel = self._pixels(0, int(y_lv0), keep_Bhw.shape[1])
+            columns, column_of_pixel = self._pixels(1, int(x_lv0), keep_Bhw.shape[2])
+            token = np.ix_(row_of_pixel, column_of_pixel)
+            painted = keep_Bhw[tile][token]
+            view = self.values_MYX[:, rows, columns]
+            for target, source in zip(view, values_MBhw[:, tile], strict=True):
+                np.copyto(target, source[token], where=painted)
+
+    def _pixels(self, axis: int, start_lv0: int, tokens: int) -> tuple[slice, np.ndarray]:
+        """The thumbnail pixels whose centres lie in a tile along one axis, and the token each centre lies in."""
+        step = self._lv0_per_px[axis]
+        limit = self.values_MYX.shape[1 + axis]
+        first, last = (
+            min(max(int(np.ceil(edge / step - 0.5)), 0), limit) for edge in (start_lv0, start_lv0 + self._tile_lv0)
+        )
+        centres_lv0 = (np.arange(first, last) + 0.5) * step - start_lv0
+        token = np.floor(centres_lv0 * tokens / self._tile_lv0).astype(np.intp)
+        return slice(first, last), token.clip(0, tokens - 1)
+
+
+def colour_limit(values_YX: Float[np.ndarray, "Y X"], kind: Kind) -> tuple[float, float]:
+    """The values at the ends of the colour map: the 0.1 and 99.9 % quantiles, made symmetric for a diverging map.
+
+    The clipping is for the picture only; the tables keep the raw scores.
+    """
+    known = values_YX[np.isfinite(values_YX)]
+    if not known.size:
+        return (-1.0, 1.0) if kind == "diverging" else (0.0, 1.0)
+    low, high = (float(value) for value in np.quantile(known, (_QUANTILE, 1 - _QUANTILE)))
+    if kind == "diverging":
+        reach = max(abs(low), abs(high)) or 1.0
+        return -reach, reach
+    return 0.0, high if high > 0 else 1.0
+
+
+def blend(
+    thumbnail_YX3: UInt8[np.ndarray, "Y X 3"], values_YX: Float[np.ndarray, "Y X"], kind: Kind
+) -> UInt8[np.ndarray, "Y X 3"]:
+    """The thumbnail with a map laid over it; pixels where the map is NaN are the thumbnail's own."""
+    import matplotlib
+
+    low, high = colour_limit(values_YX, kind)
+    known = np.isfinite(values_YX)
+    colours = matplotlib.colormaps[_COLOUR_MAPS[kind]](np.clip((values_YX[known] - low) / (high - low), 0, 1))[:, :3]
+    # Grey below the map, so that every hue is the map's and none the stain's.
+    grey = thumbnail_YX3[known] @ np.array(_LUMINANCE)
+    image = thumbnail_YX3.copy()
+    image[known] = np.rint((1 - _OPACITY) * grey[:, None] + _OPACITY * 255 * colours).astype(np.uint8)
+    return image
+
+
+def write_heatmap(
+    path: Path,
+    thumbnail_YX3: UInt8[np.ndarray, "Y X 3"],
+    values_YX: Float[np.ndarray, "Y X"],
+    title: str,
+    label: str,
+    kind: Kind,
+) -> None:
+    """Write a map over the thumbnail, with a title above it and a colour bar at its right.
+
+    The thumbnail's pixels are not resampled: they lie below the title, from the left edge on.
+
+    Args:
+        path: the PNG.
+        thumbnail_YX3: (Y, X, 3) RGB.
+        values_YX: (Y, X) the map; NaN = background, left untouched.
+        title: the picture's title.
+        label: what the colour bar measures.
+        kind: "diverging" fixes zero in the middle (CDAM), "sequential" starts at zero (attention).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    height, width = thumbnail_YX3.shape[:2]
+    body = max(width, _MIN_BODY_PX[0]), max(height, _MIN_BODY_PX[1])
+    lines = textwrap.wrap(title, max(40, body[0] // 8)) or [""]
+    head = 12 + _LINE_PX * len(lines)
+    image = _frame("\n".join(lines), head, body, colour_limit(values_YX, kind), label, _COLOUR_MAPS[kind])
+    image[head : head + height, :width] = blend(thumbnail_YX3, values_YX, kind)
+    _write_png(path, image)
+
+
+def write_mask_overlay(
+    path: Path, thumbnail_YX3: UInt8[np.ndarray, "Y X 3"], tissue: TissueMask, width_lv0: int
+) -> None:
+    """Write the tissue's outline and tint over the thumbnail; glass stays as it is.
+
+    Args:
+        path: the PNG.
+        thumbnail_YX3: (Y, X, 3) RGB.
+        tissue: the mask.
+        width_lv0: the slide's width at level 0 in pixels, of which the thumbnail shows all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import cv2
+
+    step = width_lv0 / thumbnail_YX3.shape[1]
+    rows, columns = (
+        np.minimum(((np.arange(size) + 0.5) * step / px_lv0).astype(np.intp), limit - 1)
+        for size, px_lv0, limit in zip(
+            thumbnail_YX3.shape[:2], (tissue.px_lv0[1], tissue.px_lv0[0]), tissue.mask_HW.shape, strict=True
+        )
+    )
+    mask = tissue.mask_HW[np.ix_(rows, columns)]
+    image = thumbnail_YX3.copy()
+    image[mask] = np.rint(0.75 * thumbnail_YX3[mask] + 0.25 * np.array(_TISSUE_COLOUR)).astype(np.uint8)
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(image, contours, -1, _TISSUE_COLOUR, 1)
+    _write_png(path, image)
+
+
+def _frame(
+    title: str, head: int, body: tuple[int, int], limits: tuple[float, float], label: str, colour_map: str
+) -> np.ndarray:
+    """Title and colour bar around an empty body, at exact pixel sizes; no pyplot, hence no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    width, height = body[0] + _BAR_PX, head + body[1]
+    figure = Figure(figsize=((width + 0.5) / _DPI, (height + 0.5) / _DPI), dpi=_DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    figure.text(6 / width, 1 - 6 / height, title, fontsize=9, va="top", ha="left", parse_math=False)
+    bar_height = min(body[1] - 20, 400)
+    axes = figure.add_axes(
+        (((body[0] + 12) / width), 1 - (head + 10 + bar_height) / height, 16 / width, bar_height / height)
+    )
+    bar: Any = figure.colorbar(ScalarMappable(Normalize(*limits), colour_map), cax=axes)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.formatter.set_powerlimits((-2, 3))
+    bar.ax.yaxis.get_offset_text().set_fontsize(7)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:height, :width, :3].copy()
+
+
+def _write_png(path: Path, image: UInt8[np.ndarray, "Y X 3"]) -> None:
+    from PIL import Image
+
+    with replacing(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")

@@ -1,0 +1,147 @@
+"""What a slide's run hands on: the prediction with where it came from, and the outcome that the summary records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from maskattn.slide.tables import replacing
+
+__all__ = ["ModelIdentity", "SlideCounts", "SlideFile", "SlideOutcome", "SlidePrediction", "read_prediction"]
+
+
+@dataclass(frozen=True)
+class SlideFile:
+    """The slide as it was read: level-0 size, and where the spacing came from (override, manifest or metadata)."""
+
+    path: str
+    bytes: int
+    vendor: str | None
+    width_px: int
+    height_px: int
+    spacing_um: float
+    spacing_source: str
+    objective_power: float | None
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model spoke.
+
+    Attributes:
+        name: the model's.
+        sha256: the first 16 hex digits of the SHA-256 over its configuration and weights.
+        classes: names of its scores.
+        demonstration: its classes mean nothing outside the package's own synthetic slides.
+        note: a sentence of its maker's.
+    """
+
+    name: str
+    sha256: str
+    classes: tuple[str, ...]
+    demonstration: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class SlideCounts:
+    """How much of the slide was looked at. ``skipped_tokens`` are the background tokens of the whole grid."""
+
+    cells: int
+    kept_tiles: int
+    kept_tokens: int
+    skipped_tokens: int
+    unreadable_tiles: int
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    """The prediction of one slide, as ``prediction.json`` keeps it.
+
+    Attributes:
+        slide_id: the slide's id.
+        prediction: the class with the highest score.
+        scores: class → softmax score; they sum to 1.
+        logits: class → raw score.
+        model: which model.
+        slide: the slide as it was read.
+        tissue: method, fraction and notes of the tissue mask.
+        settings: what the run was asked for.
+        counts: cells, tiles and tokens.
+        timings_s: stage → seconds.
+        versions: package → version.
+    """
+
+    slide_id: str
+    prediction: str
+    scores: dict[str, float]
+    logits: dict[str, float]
+    model: ModelIdentity
+    slide: SlideFile
+    tissue: dict[str, Any]
+    settings: dict[str, Any]
+    counts: SlideCounts
+    timings_s: dict[str, float]
+    versions: dict[str, str]
+
+    def write(self, path: Path) -> None:
+        """Write ``prediction.json``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_prediction(path: Path) -> SlidePrediction:
+    """Read a ``prediction.json`` back.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a complete prediction of this package.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model = ModelIdentity(**{**fields.pop("model"), "classes": tuple(fields["scores"])})
+        slide = SlideFile(**fields.pop("slide"))
+        counts = SlideCounts(**fields.pop("counts"))
+        return SlidePrediction(model=model, slide=slide, counts=counts, **fields)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"a prediction.json must be complete, got {path}: {error}; run the slide again with --overwrite"
+        ) from error
+
+
+@dataclass(frozen=True)
+class SlideOutcome:
+    """What became of a job.
+
+    Attributes:
+        slide_id: the job's id.
+        status: "ok", "skipped" (finished by an earlier run; ``prediction`` is read from it) or "failed".
+        reason: why it failed or was skipped; empty when ok.
+        seconds: wall time of this run.
+        prediction: None when it failed.
+    """
+
+    slide_id: str
+    status: Literal["ok", "skipped", "failed"]
+    reason: str
+    seconds: float
+    prediction: SlidePrediction | None = None
+
+    def row(self) -> dict[str, str]:
+        """The outcome as a row of ``summary.csv``."""
+        row = {
+            "slide_id": self.slide_id,
+            "status": self.status,
+            "reason": self.reason,
+            "seconds": f"{self.seconds:.2f}",
+        }
+        if self.prediction is not None:
+            row |= {"prediction": self.prediction.prediction, "model": self.prediction.model.name}
+            row |= {f"score_{name}": f"{score:.6f}" for name, score in self.prediction.scores.items()}
+        return row

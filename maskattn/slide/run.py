@@ -1,0 +1,142 @@
+"""Run: many slides, one after another. One that fails leaves the others unharmed, and ``summary.csv`` names it.
+
+The summary is written anew after every slide. Rows of slides that this run does not name stay as they were, so that
+several runs may fill one output folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from maskattn.nn.slide_model import SlideModel
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.output_folder import OutputError, clear_leftovers, find_finished, prepare_output
+from maskattn.slide.pipeline import RunSettings, identify_model, predict_slide
+from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
+from maskattn.slide.reader import SlideError
+from maskattn.slide.tables import read_summary, write_summary
+
+__all__ = ["RunProgress", "run_slides"]
+
+_logger = logging.getLogger(__name__)
+
+
+class RunProgress(Protocol):
+    """What a run tells while it runs."""
+
+    def slide_started(self, job: SlideJob) -> None:
+        """A slide's turn has come."""
+
+    def tiles_done(self, done: int, total: int) -> None:
+        """So many of the current slide's tiles are through."""
+
+    def slide_ended(self, outcome: SlideOutcome) -> None:
+        """A slide is finished, skipped or failed, and the summary says so."""
+
+
+def run_slides(
+    jobs: Sequence[SlideJob], model: SlideModel, settings: RunSettings, progress: RunProgress | None = None
+) -> list[SlideOutcome]:
+    """Predict slides, skip those an earlier run finished, and keep ``settings.out_dir/summary.csv``.
+
+    Args:
+        jobs: the slides; their ids differ.
+        model: the slide model, on the device to use.
+        settings: how to run them.
+        progress: told of every step.
+
+    Returns:
+        The outcome of each job, in order. A failed slide is an outcome, not an exception.
+
+    Raises:
+        OutputError: the output folder, or its summary, cannot be written.
+    """
+    prepare_output(settings.out_dir)
+    summary = settings.out_dir / "summary.csv"
+    try:
+        rows = read_summary(summary)
+    except (ValueError, OSError) as error:
+        raise OutputError(str(error)) from error
+    identity = identify_model(model)
+    outcomes = []
+    for job in jobs:
+        if progress is not None:
+            progress.slide_started(job)
+        outcome = _run_one(job, model, identity, settings, progress)
+        rows[job.slide_id] = outcome.row()
+        _write_summary(summary, rows)
+        outcomes.append(outcome)
+        if progress is not None:
+            progress.slide_ended(outcome)
+    return outcomes
+
+
+def _run_one(
+    job: SlideJob, model: SlideModel, identity: ModelIdentity, settings: RunSettings, progress: RunProgress | None
+) -> SlideOutcome:
+    start = time.perf_counter()
+    on_tiles = None if progress is None else progress.tiles_done
+    try:
+        if job.problem is not None:
+            raise SlideError(job.problem)
+        clear_leftovers(settings.out_dir, job.slide_id)
+        finished = find_finished(settings.out_dir, job.slide_id)
+        if finished is not None and not settings.overwrite:
+            _check_same_request(finished, job, model, identity, settings)
+            seconds = time.perf_counter() - start
+            return SlideOutcome(job.slide_id, "skipped", "finished by an earlier run", seconds, finished)
+        prediction = predict_slide(job, model, settings, on_tiles, identity)
+        return SlideOutcome(job.slide_id, "ok", "", time.perf_counter() - start, prediction)
+    except Exception as error:  # whatever befalls one slide, the others go on
+        _logger.debug("slide %s failed", job.slide_id, exc_info=True)
+        return SlideOutcome(job.slide_id, "failed", _reason(error, settings.out_dir), time.perf_counter() - start)
+
+
+def _check_same_request(
+    finished: SlidePrediction, job: SlideJob, model: SlideModel, identity: ModelIdentity, settings: RunSettings
+) -> None:
+    """Refuse to pass off the outputs of another request as this one's."""
+    spacing_um = settings.spacing_um or job.spacing_um or finished.slide.spacing_um
+    asked_and_found = {
+        "model": (f"{identity.name} {identity.sha256}", f"{finished.model.name} {finished.model.sha256}"),
+        "slide file": (job.path.name, Path(finished.slide.path).name),
+        "slide size in bytes": (job.path.stat().st_size, finished.slide.bytes),
+        "spacing_um": (spacing_um, finished.slide.spacing_um),
+        "mask": (job.mask_path and job.mask_path.name, finished.settings["mask"]),
+        "masked": (settings.masked and model.config.masked, finished.settings["masked"]),
+        "tokens": (settings.tokens or finished.settings["tokens"], finished.settings["tokens"]),
+    }
+    place = settings.out_dir / job.slide_id
+    for name, (asked, found) in asked_and_found.items():
+        if asked != found:
+            raise SlideError(
+                f"a finished slide must have been run as asked, got {name}: {found} in {place} and "
+                f"asked for {asked}; run it again with --overwrite or choose another --out"
+            )
+
+
+def _write_summary(path: Path, rows: dict[str, dict[str, str]]) -> None:
+    try:
+        write_summary(path, rows.values())
+    except OSError as error:
+        raise OutputError(
+            f"the summary must be writable, got {path}: {error.strerror or error}; free space and run it again, "
+            "finished slides are skipped"
+        ) from error
+
+
+def _reason(error: Exception, out_dir: Path) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SlideError):
+        return text
+    # HDF5 reports a full disk in the words of its message alone.
+    if isinstance(error, OSError) and (error.errno == errno.ENOSPC or os.strerror(errno.ENOSPC) in text):
+        return f"outputs need room on their disk, got none left in {out_dir}; free space and run it again"
+    return f"{type(error).__name__}: {text}"[:500]
