@@ -1,0 +1,157 @@
+"""CDAM against finite differences in float64, against autograd, and its interface."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskattn.explain import CDAM
+from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
+from maskattn.nn import VisionTransformer
+
+VARIANTS = [
+    {},
+    {"reg_tokens": 3, "init_values": 0.3},
+    {"qkv_bias": False},
+    {"fc_norm": True},
+    {"global_pool": "avg"},
+    {"global_pool": "avg", "class_token": False, "init_values": 0.5},
+]
+
+
+def random_vit(**arguments: object) -> VisionTransformer:
+    small = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 4}
+    model = VisionTransformer(**{**small, **arguments}).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def sample(B: int = 2) -> tuple[Tensor, Tensor]:
+    keep = torch.rand(B, 4, 4) > 0.4
+    keep[:, 0, 0] = True
+    return torch.randn(B, 3, 64, 64, dtype=torch.float64), keep
+
+
+@torch.no_grad()
+def by_finite_differences(model: VisionTransformer, x: Tensor, keep: Tensor, target: int) -> Tensor:
+    """S_i = d f_c / dε at ε = 0, token i of the last block's attention input being scaled by 1 + ε."""
+    tokens = model.before_last_block(model.embed(x, keep))
+    normed, step = model.last_block.norm1(tokens.rows_TC), 1e-5
+    scores = torch.zeros(x.shape[0], *tokens.grid_HW, dtype=x.dtype)
+    for row, index in enumerate(tokens.packing.indices.tolist()):
+        b, place = divmod(index, tokens.packing.num_tokens)
+        if place < tokens.num_prefix:
+            continue
+        logits = []
+        for sign in (1, -1):
+            scaled = normed.clone()
+            scaled[row] *= 1 + sign * step
+            logits.append(model.pool(model.last_block.mix(tokens, scaled))[b, target])
+        place -= tokens.num_prefix
+        scores[b, place // tokens.grid_HW[1], place % tokens.grid_HW[1]] = (logits[0] - logits[1]) / (2 * step)
+    return scores
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("target", [0, 3])
+def test_map_equals_finite_differences(variant, target):
+    model, (x, keep) = random_vit(**variant), sample()
+    expected = by_finite_differences(model, x, keep, target)
+    torch.testing.assert_close(CDAM(model).attribute(x, target, keep), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.get("global_pool") != "avg"])
+def test_closed_form_equals_autograd(variant):
+    model, (x, keep) = random_vit(**variant), sample()
+    tokens = model.before_last_block(model.embed(x, keep))
+    closed, logits = score_tokens_in_closed_form(model, tokens, "all")
+    graph, same_logits = score_tokens_by_autograd(model, tokens, "all")
+    is_grid = tokens.packing.indices % tokens.packing.num_tokens >= tokens.num_prefix
+    torch.testing.assert_close(closed[:, is_grid], graph[:, is_grid])
+    torch.testing.assert_close(logits, same_logits)
+
+
+@pytest.mark.parametrize("variant", [{}, {"global_pool": "avg"}])
+def test_targets_agree_with_each_other(variant):
+    model, (x, keep) = random_vit(**variant), sample(3)
+    cdam = CDAM(model)
+    maps = cdam.attribute(x, "all", keep)
+    assert maps.shape == (3, 4, 4, 4)
+    torch.testing.assert_close(cdam.attribute(x, 2, keep), maps[:, 2])
+    torch.testing.assert_close(cdam.attribute(x, [3, 1], keep), maps[:, [3, 1]])
+    each = cdam.attribute(x, torch.tensor([1, 0, 3]), keep)
+    torch.testing.assert_close(each, torch.stack([maps[0, 1], maps[1, 0], maps[2, 3]]))
+    contrast = cdam.attribute(x, lambda logits: logits[:, 0] - 2 * logits[:, 1], keep)
+    torch.testing.assert_close(contrast, maps[:, 0] - 2 * maps[:, 1])
+    several = cdam.attribute(x, lambda logits: logits[:, :2], keep)
+    torch.testing.assert_close(several, maps[:, :2])
+
+
+def test_similarity_to_a_concept_can_be_explained_without_a_head():
+    model, (x, keep) = random_vit(num_classes=0), sample()
+    concept = torch.randn(24, dtype=torch.float64)
+    maps = CDAM(model).attribute(x, lambda z: z @ concept, keep)
+    assert maps.shape == (2, 4, 4)
+    assert maps.abs().sum() > 0
+
+
+def test_a_target_that_ignores_the_output_gives_zero():
+    model, (x, keep) = random_vit(), sample()
+    assert (CDAM(model).attribute(x, lambda z: torch.ones(len(z)), keep) == 0).all()
+
+
+def test_background_is_zero_and_never_read():
+    model, (x, keep) = random_vit(), sample()
+    background = ~keep.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].expand_as(x)
+    maps = CDAM(model).attribute(x, "all", keep)
+    poisoned = CDAM(model).attribute(x.masked_fill(background, float("nan")), "all", keep)
+    assert torch.equal(maps, poisoned)
+    assert (maps.movedim(1, 3)[~keep] == 0).all()
+
+
+def test_maps_of_images_do_not_depend_on_their_batch():
+    model, (x, keep) = random_vit(), sample(3)
+    together = CDAM(model).attribute(x, 1, keep)
+    alone = torch.cat([CDAM(model).attribute(x[b : b + 1], 1, keep[b : b + 1]) for b in range(3)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_nothing_is_left_on_the_model_or_its_inputs():
+    model, (x, keep) = random_vit(), sample()
+    x.requires_grad_()
+    for target in (0, "all"):
+        assert not CDAM(model).attribute(x, target, keep).requires_grad
+    assert x.grad is None
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not m._forward_hooks and not m._backward_hooks for m in model.modules())
+
+
+def test_an_image_without_tissue_has_a_map_of_zeros():
+    for variant in ({}, {"global_pool": "avg"}):
+        model, (x, keep) = random_vit(**variant), sample()
+        assert (CDAM(model).attribute(x, 0, torch.zeros_like(keep)) == 0).all()
+
+
+def test_images_that_are_not_square_have_maps_of_their_shape():
+    x = torch.randn(1, 3, 32, 80, dtype=torch.float64)
+    assert CDAM(random_vit()).attribute(x, 0).shape == (1, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (4, ValueError, "0 … 3"),
+        ([0, -1], ValueError, "0 … 3"),
+        ("every", ValueError, "'all'"),
+        (torch.tensor([1, 2, 3]), ValueError, "one class index for each image"),
+        (torch.tensor([0.5, 1.0]), ValueError, "integers"),
+        ([], TypeError, "target must be"),
+        (lambda z: z.sum(), ValueError, "must return"),
+    ],
+)
+def test_wrong_targets_are_named(target, error, message):
+    model, (x, keep) = random_vit(), sample()
+    with pytest.raises(error, match=message):
+        CDAM(model).attribute(x, target, keep)

@@ -1,0 +1,104 @@
+"""Hierarchical CDAM against the gradient of the whole graph, on a slide small enough to hold it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskattn.explain import HierarchicalCDAM
+from maskattn.nn import SlideModel, SlideModelConfig
+
+
+def random_model(**slide_encoder: object) -> SlideModel:
+    config = SlideModelConfig(
+        name="small",
+        classes=("a", "b", "c"),
+        tile_px=64,
+        spacing_um=1.0,
+        tile_encoder={"embed_dim": 24, "depth": 2, "num_heads": 3},
+        slide_encoder={"img_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, **slide_encoder},
+    )
+    model = SlideModel(config).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def small_slide() -> tuple[Tensor, Tensor, Tensor]:
+    keep_HW = torch.tensor([[True, False, True], [True, True, False]])
+    keep_Thw = torch.rand(4, 4, 4) > 0.4
+    keep_Thw[:, 0, 0] = True
+    return torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), keep_Thw, keep_HW
+
+
+def by_whole_graph(
+    model: SlideModel, tiles: Tensor, keep_Thw: Tensor, keep_HW: Tensor, target: int
+) -> tuple[Tensor, Tensor]:
+    """Σ_j T_ij ∂f/∂T_ij at the tile encoder's last attention input, and the same at the slide encoder's."""
+    tile_encoder, slide_encoder = model.tile_encoder, model.slide_encoder
+    tokens = tile_encoder.before_last_block(model.tile_tokens(tiles, keep_Thw))
+    normed = tile_encoder.last_block.norm1(tokens.rows_TC).detach().requires_grad_()
+    embeddings = tile_encoder.pool(tile_encoder.last_block.mix(tokens, normed))
+    slide_tokens = slide_encoder.before_last_block(model.slide_tokens(embeddings, keep_HW))
+    slide_normed = slide_encoder.last_block.norm1(slide_tokens.rows_TC)
+    logits = slide_encoder.pool(slide_encoder.last_block.mix(slide_tokens, slide_normed))
+    of_token, _ = torch.autograd.grad(logits[0, target], [normed, slide_normed], retain_graph=True)
+    # The tiles' own relevance holds the last block's residual input fixed, as CDAM does.
+    fixed = slide_tokens.with_rows(slide_tokens.rows_TC.detach())
+    leaf = slide_normed.detach().requires_grad_()
+    logits = slide_encoder.pool(slide_encoder.last_block.mix(fixed, leaf))
+    of_tile = torch.autograd.grad(logits[0, target], leaf)[0]
+    is_grid = tokens.packing.indices % 17 > 0
+    return (normed * of_token).sum(1)[is_grid], (leaf * of_tile).sum(1)[slide_tokens.num_prefix :]
+
+
+@pytest.mark.parametrize("slide_encoder", [{}, {"global_pool": "avg"}, {"reg_tokens": 2}])
+@pytest.mark.parametrize("target", [0, 2])
+def test_tiles_and_tokens_agree_with_the_gradient_of_the_whole_graph(slide_encoder, target):
+    model, (tiles, keep_Thw, keep_HW) = random_model(**slide_encoder), small_slide()
+    cdam = HierarchicalCDAM(model)
+    relevance = cdam.tiles(model.encode_tiles(tiles, keep_Thw), keep_HW)
+    maps = cdam.tokens(tiles, keep_Thw, relevance.gradient_KTC)
+    of_tokens, of_tiles = by_whole_graph(model, tiles, keep_Thw, keep_HW, target)
+    torch.testing.assert_close(relevance.relevance_KT[target], of_tiles)
+    torch.testing.assert_close(maps.relevance_KBHW[target][keep_Thw], of_tokens)
+
+
+def test_logits_are_the_models_and_maps_are_zero_on_glass():
+    model, (tiles, keep_Thw, keep_HW) = random_model(), small_slide()
+    embeddings = model.encode_tiles(tiles, keep_Thw)
+    relevance = HierarchicalCDAM(model).tiles(embeddings, keep_HW)
+    torch.testing.assert_close(relevance.logits_K, model(embeddings, keep_HW).detach())
+    maps = HierarchicalCDAM(model).tokens(tiles, keep_Thw, relevance.gradient_KTC)
+    assert (maps.relevance_KBHW[:, ~keep_Thw] == 0).all()
+    assert (maps.attention_BHW[~keep_Thw] == 0).all()
+    assert relevance.attention_T.shape == (4,)
+    assert 0 < relevance.attention_T.sum() < 1
+
+
+def test_tiles_may_be_explained_in_batches_of_any_size():
+    model, (tiles, keep_Thw, keep_HW) = random_model(), small_slide()
+    cdam = HierarchicalCDAM(model)
+    gradient = cdam.tiles(model.encode_tiles(tiles, keep_Thw), keep_HW).gradient_KTC
+    whole = cdam.tokens(tiles, keep_Thw, gradient).relevance_KBHW
+    parts = [
+        cdam.tokens(tiles[t : t + 1], keep_Thw[t : t + 1], gradient[:, t : t + 1]).relevance_KBHW for t in range(4)
+    ]
+    torch.testing.assert_close(whole, torch.cat(parts, dim=1))
+
+
+def test_embeddings_made_in_inference_mode_can_be_explained():
+    model, (tiles, keep_Thw, keep_HW) = random_model(), small_slide()
+    with torch.inference_mode():
+        relevance = HierarchicalCDAM(model).tiles(model.encode_tiles(tiles, keep_Thw), keep_HW)
+        maps = HierarchicalCDAM(model).tokens(tiles, keep_Thw, relevance.gradient_KTC)
+    assert maps.relevance_KBHW.isfinite().all()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_slide_encoder_without_class_token_has_no_attention_row():
+    model, (tiles, keep_Thw, keep_HW) = random_model(global_pool="avg", class_token=False), small_slide()
+    relevance = HierarchicalCDAM(model).tiles(model.encode_tiles(tiles, keep_Thw), keep_HW)
+    assert (relevance.attention_T == 0).all()
+    assert relevance.relevance_KT.abs().sum() > 0
