@@ -1,0 +1,88 @@
+"""Where the rows of each sequence lie, in the one form that the kernels read.
+
+Dimension key: B sequences, N tokens, T packed tokens, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskattn.shapes import Bool, Int
+
+__all__ = [
+    "Rows",
+    "bias_strides_bht",
+    "kept_rows",
+    "lse_strides_bh",
+    "packed_rows",
+    "strides_bht",
+    "whole_rows",
+    "with_unit_last_stride",
+]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one side (queries or keys): sequence b has the positions starts[b] to ends[b].
+
+    Attributes:
+        starts, ends: (B,) int32.
+        index: (B·N,) int32, the row of each position within its sequence, or None where the position is the row.
+        longest: no sequence is longer than this; known without asking the device.
+    """
+
+    starts: Int[Tensor, B]
+    ends: Int[Tensor, B]
+    index: Int[Tensor, BN] | None
+    longest: int
+
+
+def packed_rows(cu_seqlens: Int[Tensor, B_plus_1], max_seqlen: int) -> Rows:
+    """Rows of packed sequences, end to end."""
+    return Rows(cu_seqlens[:-1], cu_seqlens[1:], None, max_seqlen)
+
+
+def kept_rows(keep_BN: Bool[Tensor, "B N"]) -> Rows:
+    """Rows of the kept tokens of a dense batch, found without waiting for the device."""
+    batch, tokens = keep_BN.shape
+    starts = torch.arange(batch, dtype=torch.int32, device=keep_BN.device) * tokens
+    # Stable: the kept tokens come first and in their order.
+    index_BN = torch.argsort(~keep_BN, dim=1, stable=True).to(torch.int32)
+    return Rows(starts, starts + keep_BN.sum(dim=1, dtype=torch.int32), index_BN.reshape(-1), tokens)
+
+
+def whole_rows(batch: int, tokens: int, device: torch.device) -> Rows:
+    """Every row of a dense batch."""
+    starts = torch.zeros(batch, dtype=torch.int32, device=device)
+    return Rows(starts, starts + tokens, None, tokens)
+
+
+def strides_bht(x: Tensor) -> tuple[int, int, int]:
+    """Strides of sequence, head and token: of a packed (T, H, D) tensor, or of a dense (B, H, N, D) one."""
+    if x.ndim == 3:
+        return 0, x.stride(1), x.stride(0)
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def bias_strides_bht(key_bias: Tensor | None, packed: bool) -> tuple[int, int, int]:
+    """Strides of sequence, head and token of a key bias, (Tk,), (Tk, H), (B, N) or (B, H, N); 0 where it is shared."""
+    if key_bias is None:
+        return 0, 0, 0
+    if packed:
+        return 0, key_bias.stride(1) if key_bias.ndim == 2 else 0, key_bias.stride(0)
+    if key_bias.ndim == 2:
+        return key_bias.stride(0), 0, key_bias.stride(1)
+    return key_bias.stride(0), key_bias.stride(1), key_bias.stride(2)
+
+
+def lse_strides_bh(lse: Tensor) -> tuple[int, int]:
+    """Strides of sequence and head of a contiguous (H, Tq) or (B, H, Nq) tensor."""
+    return (0, lse.stride(0)) if lse.ndim == 2 else (lse.stride(0), lse.stride(1))
+
+
+def with_unit_last_stride(x: Tensor) -> Tensor:
+    """``x`` itself, or a copy where the elements of a row are not next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
