@@ -169,7 +169,7 @@ def _fractions(tissue: TissueMask, top_lv0: int, token_lv0: float, shape: tuple[
     except ModuleNotFoundError as error:
         raise ImportError(
             "the token grid needs the C++ extension maskattn._native, which was not built; install a C++17 compiler "
-            "(Debian: `apt install g++`) and run `pip install --force-reinstall --no-deps` on maskattn again"
+            "(Debian: `apt install g++`) and run `pip install --force-reinstall --no-deps .` in maskattn's source"
         ) from error
     return token_coverage(tissue.mask_HW, *tissue.px_lv0, 0.0, float(top_lv0), token_lv0, token_lv0, *shape)
 

@@ -16,7 +16,7 @@ from maskattn.slide.spacing import SlideError
 
 __all__ = ["read_mask_plane"]
 
-_MAX_PX = 1 << 29
+_MAX_PX = 1 << 28
 # A level of a pyramid at this spacing has several pixels in the smallest tokens that are used (8 µm).
 _FINE_ENOUGH_UM = 4.0
 

@@ -6,6 +6,7 @@ read; it also reopens in another process, where a shared file position would gar
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,8 @@ from maskattn.slide.spacing import SlideError, SlideSpacing, parse_number, resol
 
 __all__ = ["SlideError", "SlideInfo", "SlideReader"]
 
-# Decoded tiles kept for the neighbours that share them: a row of 256 px tiles across 60,000 px.
-_CACHE_BYTES = 64 << 20
+# Decoded tiles kept for the neighbours that share them: two or three rows of 256 px tiles across 50,000 px.
+_CACHE_BYTES = 128 << 20
 # Pixels of a level decoded at once; larger regions are read in blocks, so that memory does not grow with the slide.
 _BLOCK_PX = 16 << 20
 # A level that falls short of the asked resolution by this little is taken rather than one several times as fine.
@@ -162,6 +163,10 @@ class SlideReader:
         scale_x, scale_y = size_lv0[0] / out_px[0], size_lv0[1] / out_px[1]
         level = self._level_for(min(scale_x, scale_y))
         downsample = self._downsamples[level]
+        finer = [math.ceil(scale / downsample / _BLOCK_PX**0.5) for scale in (scale_x, scale_y)]
+        if max(finer) > 1:  # a single pixel of the result would take more than a block
+            fine = self.read_region(x_lv0, y_lv0, size_lv0, (out_px[0] * finer[0], out_px[1] * finer[1]))
+            return cv2.resize(fine, out_px, interpolation=cv2.INTER_AREA)
         rgb = np.full((out_px[1], out_px[0], 3), 255, np.uint8)
         for left, top, right, bottom in _blocks(out_px, scale_x / downsample, scale_y / downsample):
             x = x_lv0 + left * scale_x
@@ -174,6 +179,8 @@ class SlideReader:
 
     def thumbnail(self, max_px: int) -> UInt8[np.ndarray, "H W 3"]:
         """The whole slide, (H, W, 3) uint8 RGB, its longer side ``max_px`` or, if that is less, as long as level 0."""
+        if max_px < 1:
+            raise ValueError(f"a thumbnail needs at least one pixel, got max_px={max_px}; 1024 serves well")
         width, height = self._dimensions
         shrink = max(width, height) / min(max_px, max(width, height))
         size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
@@ -231,7 +238,7 @@ class SlideReader:
         """Decode the whole level pixels around the block, then resample exactly the block out of them."""
         downsample = self._downsamples[level]
         first = (_floor(x_lv0 / downsample), _floor(y_lv0 / downsample))
-        location = (round(first[0] * downsample), round(first[1] * downsample))
+        location = (_floor(first[0] * downsample), _floor(first[1] * downsample))
         offset = (x_lv0 - location[0]) / downsample, (y_lv0 - location[1]) / downsample
         extent = size_lv0[0] / downsample, size_lv0[1] / downsample
         read_px = (-_floor(-(offset[0] + extent[0])), -_floor(-(offset[1] + extent[1])))
@@ -249,14 +256,14 @@ class SlideReader:
 def _floor(position: float) -> int:
     """Floor that takes a position within rounding of a whole pixel as that pixel."""
     nearest = round(position)
-    return nearest if abs(position - nearest) < 1e-6 else int(np.floor(position))
+    return nearest if abs(position - nearest) < 1e-6 else math.floor(position)
 
 
 def _blocks(out_px: tuple[int, int], scale_x: float, scale_y: float) -> list[tuple[int, int, int, int]]:
     """Cut an output of ``out_px`` into (left, top, right, bottom) whose sources hold at most _BLOCK_PX pixels."""
-    side = _BLOCK_PX**0.5
     if out_px[0] * scale_x * out_px[1] * scale_y <= _BLOCK_PX:
         return [(0, 0, *out_px)]
+    side = _BLOCK_PX**0.5
     step_x, step_y = max(1, int(side / scale_x)), max(1, int(side / scale_y))
     return [
         (left, top, min(left + step_x, out_px[0]), min(top + step_y, out_px[1]))

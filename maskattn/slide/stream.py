@@ -58,7 +58,8 @@ def stream_tiles(
 ) -> Iterator[TileBatch]:
     """Decode the kept tiles of a slide, batch by batch, in the grid's order.
 
-    A tile that cannot be decoded comes white, with ``readable_B`` False, and the stream goes on.
+    A tile that cannot be decoded comes white, with ``readable_B`` False, and the stream goes on. As with every use of
+    Python's worker processes, a script that asks for them guards its entry with ``if __name__ == "__main__"``.
 
     Args:
         reader: the slide; its workers open it again for themselves.
@@ -81,7 +82,7 @@ def stream_tiles(
             f"stream_tiles needs rows of the grid's {grid.kept_tiles} kept tiles, got {order.min()} to {order.max()}; "
             "count them as grid.coords_lv0 does"
         )
-    workers = min(workers, len(os.sched_getaffinity(0)), -(-order.size // batch_size))
+    workers = min(workers, _cores(), -(-order.size // batch_size))
     loader: DataLoader[TileBatch] = DataLoader(
         _Tiles(reader, grid, order),
         batch_size=batch_size,
@@ -122,6 +123,11 @@ class _Tiles(Dataset[TileBatch]):
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _cores() -> int:
+    """Cores that this process may use; DataLoader warns of more workers than that."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _one_thread(_worker: int) -> None:

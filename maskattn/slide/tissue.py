@@ -21,7 +21,7 @@ from maskattn.slide.spacing import SlideError
 
 __all__ = ["TissueMask", "find_tissue", "load_mask"]
 
-_MAX_MASK_PX = 64 << 20
+_MAX_MASK_PX = 32 << 20
 _MEDIAN_PX = 3
 _CLOSING_UM = 40.0
 
