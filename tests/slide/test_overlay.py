@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskattn.slide.overlay import MapCanvas, blend, colour_limit, write_heatmap, write_mask_overlay
+from maskattn.slide.tissue import TissueMask
+
+
+def read_png(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.fixture
+def thumbnail() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, size=(300, 500, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    values = np.full((300, 500), np.nan, dtype=np.float32)
+    values[100:200, 50:300] = np.random.default_rng(1).normal(size=(100, 250))
+    return values
+
+
+def test_canvas_gives_each_pixel_the_token_at_its_centre() -> None:
+    rng = np.random.default_rng(0)
+    slide_px, thumbnail_px, tile_lv0, tokens = (1000, 900), (333, 300), 257, 4
+    coords = np.array([(x, y) for y in range(0, 1000, tile_lv0) for x in range(0, 900, tile_lv0)])
+    values = rng.normal(size=(2, len(coords), tokens, tokens)).astype(np.float32)
+    keep = rng.random((len(coords), tokens, tokens)) < 0.5
+    canvas = MapCanvas(2, thumbnail_px, slide_px, tile_lv0)
+    canvas.paint(coords[:7], values[:, :7], keep[:7])
+    canvas.paint(coords[7:], values[:, 7:], keep[7:])
+    for row, column in rng.integers(0, 300, size=(200, 2)):
+        y, x = (row + 0.5) * slide_px[0] / thumbnail_px[0], (column + 0.5) * slide_px[1] / thumbnail_px[1]
+        (tile,) = np.flatnonzero((coords == (x // tile_lv0 * tile_lv0, y // tile_lv0 * tile_lv0)).all(axis=1))
+        token = int(y % tile_lv0 * tokens / tile_lv0), int(x % tile_lv0 * tokens / tile_lv0)
+        place = (tile, *token)
+        expected = values[(slice(None), *place)] if keep[place] else [np.nan, np.nan]
+        np.testing.assert_array_equal(canvas.values_MYX[:, row, column], expected)
+
+
+def test_tile_values_are_painted_on_kept_tokens_only() -> None:
+    canvas = MapCanvas(1, (64, 64), (64, 64), 64)
+    keep = np.zeros((1, 2, 2), dtype=bool)
+    keep[0, 0, 1] = True
+    canvas.paint(np.array([[0, 0]]), np.full((1, 1, 1, 1), 3.0), keep)
+    assert np.isfinite(canvas.values_MYX).sum() == 32 * 32
+    assert (canvas.values_MYX[0, :32, 32:] == 3.0).all()
+
+
+def test_tile_beyond_the_edge_is_cut() -> None:
+    canvas = MapCanvas(1, (50, 70), (50, 70), 64)
+    canvas.paint(np.array([[64, 0]]), np.ones((1, 1, 1, 1)), np.ones((1, 4, 4), dtype=bool))
+    assert np.isfinite(canvas.values_MYX[0]).nonzero()[1].min() == 64
+
+
+@pytest.mark.parametrize("kind", ["diverging", "sequential"])
+def test_background_is_untouched_bit_for_bit(thumbnail: np.ndarray, values: np.ndarray, kind: str) -> None:
+    image = blend(thumbnail, values, kind)  # type: ignore[arg-type]
+    changed = (image != thumbnail).any(axis=2)
+    assert not changed[np.isnan(values)].any()
+    assert changed[np.isfinite(values)].mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", ["diverging", "sequential"])
+def test_png_holds_the_thumbnail_unresampled_below_the_title(
+    tmp_path: Path, thumbnail: np.ndarray, values: np.ndarray, kind: str
+) -> None:
+    title = "a $title$ of {class} 'high', " * 6
+    write_heatmap(tmp_path / "map.png", thumbnail, values, title, "relevance", kind)  # type: ignore[arg-type]
+    png = read_png(tmp_path / "map.png")
+    body = png[-300:, :500]
+    np.testing.assert_array_equal(body, blend(thumbnail, values, kind))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(body[np.isnan(values)], thumbnail[np.isnan(values)])
+    assert png.shape[1] > 500
+    assert (png[-300:, 500:] < 128).any(), "the colour bar's ticks"
+    assert (png[:-300] < 128).any(), "the title"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["map.png"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (4, 2000)])
+def test_tiny_and_narrow_slides_have_a_map(tmp_path: Path, shape: tuple[int, int]) -> None:
+    write_heatmap(tmp_path / "map.png", np.zeros((*shape, 3), np.uint8), np.zeros(shape), "t", "l", "diverging")
+    assert read_png(tmp_path / "map.png").shape[1] >= shape[1]
+
+
+def test_zero_lies_in_the_middle_of_a_diverging_map() -> None:
+    grey = np.full((1, 3, 3), 128, dtype=np.uint8)
+    negative, zero, positive = blend(grey, np.array([[-1.0, 0.0, 4.0]]), "diverging")[0].astype(int)
+    assert colour_limit(np.array([[-1.0, 0.0, 4.0]]), "diverging") == pytest.approx((-4.0, 4.0), rel=0.01)
+    assert np.ptp(zero) <= 2, "zero is neutral"
+    assert negative[2] > negative[0], "against is blue"
+    assert positive[0] > positive[2], "for is red"
+
+
+def test_outliers_do_not_stretch_the_colours() -> None:
+    values = np.random.default_rng(0).uniform(-1, 1, size=(100, 100))
+    values[0, 0] = 1e6
+    assert colour_limit(values, "diverging") == pytest.approx((-1, 1), rel=0.01)
+
+
+@pytest.mark.parametrize("values", [np.full((2, 2), np.nan), np.zeros((2, 2))])
+def test_empty_and_constant_maps_have_limits(values: np.ndarray) -> None:
+    assert colour_limit(values, "diverging") == (-1.0, 1.0)
+    assert colour_limit(values, "sequential") == (0.0, 1.0)
+
+
+def test_mask_overlay_leaves_glass_untouched(tmp_path: Path, thumbnail: np.ndarray) -> None:
+    mask = np.zeros((30, 50), dtype=bool)
+    mask[10:20, 5:30] = True
+    write_mask_overlay(tmp_path / "m.png", thumbnail, TissueMask(mask, 8.0, (40.0, 40.0), "file", 0.17), 2000)
+    image = read_png(tmp_path / "m.png")
+    tissue = np.repeat(np.repeat(mask, 10, axis=0), 10, axis=1)
+    np.testing.assert_array_equal(image[~tissue], thumbnail[~tissue])
+    assert (image[tissue] != thumbnail[tissue]).any(axis=1).mean() > 0.9
