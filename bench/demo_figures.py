@@ -1,0 +1,223 @@
+"""The bundled demonstration model's figures on fresh synthetic slides: ``python bench/demo_figures.py``.
+
+On slides whose seeds training never uses, for the bundled model and its unmasked twin (same script, same seed,
+``--unmasked``): accuracy; average precision (AP) with which the class map, and attention alone, find the lesion's
+tokens; share of attention on background. The twin is trained first where ``--twin`` names no file: 15 to 30 minutes.
+
+Definitions. A token is lesion if at least half of its area is. The class map is hierarchical CDAM for the slide's
+true class. Attention of a token is the slide encoder's attention to its tile times the tile encoder's attention to it.
+Background is every token that the tissue finder leaves out. AP is taken over the tissue's tokens, the same for both
+models, and over all tokens of the slide (a masked token scores 0), each averaged over slides that have a lesion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import sklearn
+import torch
+from sklearn.metrics import average_precision_score
+
+import maskattn
+from maskattn.demo.samples import SlideSample, sample_slide
+from maskattn.demo.synthetic import CLASSES
+from maskattn.demo.train import BUNDLED_WEIGHTS, FIRST_TRAINING_SEED, TrainingPlan, train
+from maskattn.explain.hierarchical import HierarchicalCDAM
+from maskattn.nn.slide_model import SlideModel
+
+RESULTS = Path(__file__).parent / "results"
+LESION_SHARE = 0.5
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class SlideFigures:
+    """What one model makes of one slide; AP is None where there is no lesion to find."""
+
+    correct: bool
+    map_ap_tissue: float | None
+    map_ap_slide: float | None
+    attention_ap_tissue: float | None
+    attention_ap_slide: float | None
+    attention_on_background: float
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """A slide's logits, and its class map and attention over all tokens, (H, W, h, w), 0 at what was masked."""
+
+    logits_K: np.ndarray
+    relevance: np.ndarray
+    attention: np.ndarray
+
+
+def explain(model: SlideModel, sample: SlideSample) -> TokenScores:
+    keep_HW = torch.from_numpy(sample.grid.keep_HW)
+    tiles = torch.from_numpy(sample.tiles_TCHW).split(BATCH)
+    tokens = torch.from_numpy(sample.grid.token_keep_THW).split(BATCH)
+    with torch.no_grad():
+        embeddings = torch.cat([model.encode_tiles(*part) for part in zip(tiles, tokens, strict=True)])
+    explainer = HierarchicalCDAM(model)
+    whole = explainer.tiles(embeddings, keep_HW)
+    gradients = whole.gradient_KTC.split(BATCH, dim=1)
+    maps = [explainer.tokens(*part) for part in zip(tiles, tokens, gradients, strict=True)]
+    attention_THW = torch.cat([part.attention_BHW for part in maps]) * whole.attention_T[:, None, None]
+    relevance_THW = torch.cat([part.relevance_KBHW[sample.label] for part in maps])
+    return TokenScores(
+        whole.logits_K.numpy(), spread(sample, relevance_THW.numpy()), spread(sample, attention_THW.numpy())
+    )
+
+
+def spread(sample: SlideSample, values_THW: np.ndarray) -> np.ndarray:
+    """Values of the kept tiles' tokens (T, h, w) on the slide's whole grid (H, W, h, w); 0 elsewhere."""
+    grid = np.zeros((*sample.grid.keep_HW.shape, *values_THW.shape[1:]), values_THW.dtype)
+    grid[sample.grid.keep_HW] = values_THW
+    return grid
+
+
+def judge(scores: TokenScores, label: int, tissue: np.ndarray, lesion: np.ndarray) -> SlideFigures:
+    def precision(values: np.ndarray, where: np.ndarray) -> float | None:
+        return float(average_precision_score(lesion[where], values[where])) if lesion.any() else None
+
+    everywhere = np.ones_like(tissue)
+    return SlideFigures(
+        correct=int(scores.logits_K.argmax()) == label,
+        map_ap_tissue=precision(scores.relevance, tissue),
+        map_ap_slide=precision(scores.relevance, everywhere),
+        attention_ap_tissue=precision(scores.attention, tissue),
+        attention_ap_slide=precision(scores.attention, everywhere),
+        attention_on_background=float(scores.attention[~tissue].sum() / scores.attention.sum()),
+    )
+
+
+def summarise(values: list[float]) -> dict[str, float]:
+    """Mean and its standard error."""
+    return {"mean": float(np.mean(values)), "se": float(np.std(values, ddof=1) / len(values) ** 0.5), "n": len(values)}
+
+
+def measure(models: dict[str, SlideModel], slides: int, say: Callable[[str], None]) -> dict[str, dict]:
+    """Figures of each model over ``slides`` fresh slides, classes in turn."""
+    figures: dict[str, list[SlideFigures]] = {name: [] for name in models}
+    context: dict[str, list[float]] = {"lesion / tissue tokens": [], "lesion / all tokens": [], "background / all": []}
+    for seed in range(slides):
+        label = seed % len(CLASSES)
+        samples = {masked: sample_slide(seed, masked=masked, label=label) for masked in (True, False)}
+        tissue = spread(samples[True], samples[True].grid.token_keep_THW)
+        lesion = spread(samples[False], samples[False].lesion_THW >= LESION_SHARE)
+        if lesion.any():
+            context["lesion / tissue tokens"].append(float(lesion[tissue].mean()))
+            context["lesion / all tokens"].append(float(lesion.mean()))
+        context["background / all"].append(float((~tissue).mean()))
+        for name, model in models.items():
+            scores = explain(model, samples[model.config.masked])
+            figures[name].append(judge(scores, label, tissue, lesion))
+        if seed % 10 == 9:
+            say(f"{seed + 1} of {slides} slides")
+    result = {name: {field: summarise(values_of(rows, field)) for field in FIELDS} for name, rows in figures.items()}
+    return {**result, "context": {name: summarise(values) for name, values in context.items()}}
+
+
+FIELDS = {
+    "correct": "accuracy",
+    "map_ap_tissue": "class map finds the lesion, AP over tissue tokens",
+    "attention_ap_tissue": "attention alone, AP over tissue tokens",
+    "map_ap_slide": "class map finds the lesion, AP over all tokens",
+    "attention_ap_slide": "attention alone, AP over all tokens",
+    "attention_on_background": "share of attention on background",
+}
+
+
+def values_of(rows: list[SlideFigures], field: str) -> list[float]:
+    return [float(value) for value in (getattr(row, field) for row in rows) if value is not None]
+
+
+def load_twin(path: Path, say: Callable[[str], None]) -> SlideModel:
+    """The unmasked twin from ``path``; trained and written there if the file is not there yet."""
+    if not path.exists():
+        say(f"training the unmasked twin, to be kept as {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        twin, _ = train(TrainingPlan(masked=False), say)
+        twin.save(path, dtype=torch.float16)
+    return SlideModel.load(path)
+
+
+def table(results: dict) -> str:
+    """The results as a Markdown page."""
+
+    def cell(entry: dict[str, float]) -> str:
+        return f"{entry['mean']:.3f} ± {entry['se']:.3f}" if entry["mean"] else "0 (exactly)"
+
+    lines = [
+        "# Figures of the demonstration model",
+        "",
+        f"`{results['command']}`, {results['date']}, {results['cpu']}, {results['threads']} threads, "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + f". {results['slides']} fresh slides, classes in turn; mean ± standard error over slides.",
+        "",
+        "| | masked (bundled) | unmasked twin |",
+        "|---|---|---|",
+    ]
+    masked, twin = results["figures"]["masked"], results["figures"]["unmasked twin"]
+    lines += [f"| {name} | {cell(masked[field])} | {cell(twin[field])} |" for field, name in FIELDS.items()]
+    lines += ["", "| context | |", "|---|---|"]
+    lines += [f"| {name} | {cell(entry)} |" for name, entry in results["figures"]["context"].items()]
+    definitions = (__doc__ or "").partition("Definitions. ")[2].strip().replace("\n", " ")
+    return "\n".join([*lines, "", definitions, ""])
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=BUNDLED_WEIGHTS)
+    parser.add_argument("--twin", type=Path, default=Path("build/demo_twin.safetensors"))
+    parser.add_argument("--slides", type=int, default=90)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for demo_figures.json and demo_figures.md")
+    options = parser.parse_args()
+    if not 2 * len(CLASSES) <= options.slides < FIRST_TRAINING_SEED:
+        parser.error(f"--slides must lie between {2 * len(CLASSES)} and {FIRST_TRAINING_SEED - 1}")
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    models = {"masked": SlideModel.load(options.model), "unmasked twin": load_twin(options.twin, say)}
+    results = {
+        "command": "python bench/demo_figures.py" + (f" --slides {options.slides}" if options.slides != 90 else ""),
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "maskattn": maskattn.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "opencv": cv2.__version__,
+            "scikit-learn": sklearn.__version__,
+        },
+        "models": {name: model.identity() for name, model in models.items()},
+        "slides": options.slides,
+        "figures": measure(models, options.slides, say),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "demo_figures.json").write_text(json.dumps(results, indent=2) + "\n")
+    (options.out / "demo_figures.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
