@@ -109,6 +109,7 @@ def _check_same_request(
         "slide size in bytes": (job.path.stat().st_size, finished.slide.bytes),
         "spacing_um": (spacing_um, finished.slide.spacing_um),
         "mask": (job.mask_path and job.mask_path.name, finished.settings["mask"]),
+        "mask_values": (settings.mask_values and list(settings.mask_values), finished.settings["mask_values"]),
         "masked": (settings.masked and model.config.masked, finished.settings["masked"]),
         "tokens": (settings.tokens or finished.settings["tokens"], finished.settings["tokens"]),
     }

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from small_slides import SHAPE, small_model, tissue_image, write_slide
 
 from maskattn.explain.hierarchical import HierarchicalCDAM
 from maskattn.nn.slide_model import SlideModel
-from maskattn.slide import pipeline
+from maskattn.slide import outputs
 from maskattn.slide.grid import make_grid
 from maskattn.slide.manifest import SlideJob, collect_jobs
 from maskattn.slide.output_folder import OutputError
@@ -27,6 +28,7 @@ from maskattn.slide.pipeline import RunSettings, predict_slide
 from maskattn.slide.prediction import SlideOutcome, read_prediction
 from maskattn.slide.reader import SlideError, SlideReader
 from maskattn.slide.run import run_slides
+from maskattn.slide.slide_run import Stages
 from maskattn.slide.stream import stream_tiles
 from maskattn.slide.tables import read_features, read_summary
 from maskattn.slide.tissue import find_tissue
@@ -34,6 +36,15 @@ from maskattn.slide.tissue import find_tissue
 OUTPUTS = {
     *("attention.png", "features.h5", "heatmap_benign.png", "heatmap_low_high.png", "prediction.json", "relevance.h5")
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small work is quickest on one thread, all the more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +168,19 @@ def test_glass_is_untouched_in_every_heat_map(finished: Path, model: SlideModel,
     changed = (body != tissue_image()).any(axis=2)
     assert not changed[~kept].any()
     assert changed[kept].mean() > 0.9
+
+
+def test_stage_within_a_stage_is_not_counted_twice() -> None:
+    stages = Stages(torch.device("cpu"))
+    start = time.perf_counter()
+    with stages("outer"):
+        time.sleep(0.02)
+        with stages("inner"):
+            time.sleep(0.05)
+        time.sleep(0.02)
+    assert stages.seconds["inner"] >= 0.05
+    assert stages.seconds["outer"] >= 0.04
+    assert sum(stages.seconds.values()) <= time.perf_counter() - start
 
 
 def test_without_tokens_the_map_is_of_tiles(model: SlideModel, slide: Path, settings: RunSettings) -> None:
@@ -393,14 +417,14 @@ run_slides(jobs, SlideModel.load(model), RunSettings(out, batch_size=8), stop)
 def test_full_disk_fails_the_slide_and_leaves_room_for_the_rest(
     model: SlideModel, slide: Path, settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = pipeline.write_features
+    write = outputs.write_features
 
     def full(path: Path, *arguments: object) -> None:
         if ".a.partial" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "write_features", full)
+    monkeypatch.setattr(outputs, "write_features", full)
     outcomes = run_slides([SlideJob("a", slide), SlideJob("b", slide)], model, settings)
     assert statuses(outcomes) == {"a": "failed", "b": "ok"}
     assert "free space" in outcomes[0].reason

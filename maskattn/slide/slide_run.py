@@ -1,0 +1,166 @@
+"""One slide's run: what its stages share, and the batches of tiles that they pull through the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskattn.nn.slide_model import SlideModel
+from maskattn.shapes import Bool, Float, Int, UInt8
+from maskattn.slide.grid import TokenGrid
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.reader import SlideInfo, SlideReader
+from maskattn.slide.stream import stream_tiles
+
+__all__ = ["EncodedTiles", "ReadTiles", "RunSettings", "SlideRun", "Stages"]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How slides are run.
+
+    Attributes:
+        out_dir: each slide's outputs go to ``out_dir/<slide_id>/``.
+        batch_size: tiles encoded at a time; bounds the memory.
+        workers: processes that decode tiles; 0 = decode in this one.
+        tokens: also make relevance maps at the resolution of tokens, in a second pass over the slide.
+        masked: False attends to glass too, for comparison.
+        overwrite: run finished slides again.
+        spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
+        mask_values: the labels of a user's mask that mean tissue; None = any but 0.
+    """
+
+    out_dir: Path
+    batch_size: int = 32
+    workers: int = 0
+    tokens: bool = False
+    masked: bool = True
+    overwrite: bool = False
+    spacing_um: float | None = None
+    mask_values: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTiles:
+    """Embeddings of the tiles that could be read.
+
+    Attributes:
+        embeddings_TC: (T, C), in the grid's order.
+        rows_T: (T,) their rows among the grid's kept tiles.
+        keep_HW: (H, W) bool over the grid's cells: the kept tiles less those that could not be read.
+    """
+
+    embeddings_TC: Float[Tensor, "T C"]
+    rows_T: Int[np.ndarray, " T"]
+    keep_HW: Bool[Tensor, "H W"]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadTiles:
+    """A batch of tiles on the model's device, with the rows and masks that go with it on both sides."""
+
+    tiles_BCHW: UInt8[Tensor, "B 3 Y X"]
+    keep_BHW: Bool[Tensor, "B h w"]
+    rows_B: Int[np.ndarray, " B"]
+    readable_B: Bool[np.ndarray, " B"]
+
+
+class Stages:
+    """Seconds per stage; on a GPU each stage waits for its own work to end. A stage within another stops its clock.
+
+    Args:
+        device: the model's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time what is done within, and add it to the stage's seconds."""
+        self._charge()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._charge()
+            self._running.pop()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            name = self._running[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+class SlideRun:
+    """What the stages of one slide's run share.
+
+    Args:
+        job: the slide.
+        model: the slide model, on its device.
+        settings: how to run it.
+        reader: of the slide.
+        stages: the clock.
+        on_tiles: called with (tiles done, tiles to do) after every batch.
+
+    Raises:
+        SlideError: the slide has no plausible spacing.
+    """
+
+    def __init__(
+        self,
+        job: SlideJob,
+        model: SlideModel,
+        settings: RunSettings,
+        reader: SlideReader,
+        stages: Stages,
+        on_tiles: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.job, self.model, self.settings, self.reader, self.stages = job, model, settings, reader, stages
+        self.info: SlideInfo = reader.info
+        self._on_tiles = on_tiles
+        self._tiles_done = 0
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
+    def read(self, grid: TokenGrid, rows_T: Int[np.ndarray, " T"] | None = None) -> Iterator[ReadTiles]:
+        """The grid's kept tiles, or some rows of them, batch by batch; waiting for them counts as "read"."""
+        settings = self.settings
+        batches = stream_tiles(
+            self.reader,
+            grid,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            rows=rows_T,
+            pin_memory=self.device.type == "cuda",
+        )
+        passes = 2 if settings.tokens else 1
+        while True:
+            with self.stages("read"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            rows_B = batch.rows_B.numpy()
+            keep_BHW = torch.from_numpy(np.ascontiguousarray(grid.token_keep_THW[rows_B]))
+            tiles_BCHW = batch.tiles_BCHW.to(self.device, non_blocking=True)
+            yield ReadTiles(tiles_BCHW, keep_BHW.to(self.device), rows_B, batch.readable_B.numpy())
+            self._tiles_done += len(rows_B)
+            if self._on_tiles is not None:
+                self._on_tiles(self._tiles_done, passes * grid.kept_tiles)
