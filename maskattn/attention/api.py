@@ -23,13 +23,13 @@ def packed_attention(
     q: Float[Tensor, "Tq H D"],
     k: Float[Tensor, "Tk H D"],
     v: Float[Tensor, "Tk H D"],
-    cu_seqlens_q: Int[Tensor, B_plus_1],
-    cu_seqlens_k: Int[Tensor, B_plus_1],
+    cu_seqlens_q: Int[Tensor, "B_plus_1"],
+    cu_seqlens_k: Int[Tensor, "B_plus_1"],
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
     scale: float | None = None,
-    key_bias: Float[Tensor, ...] | None = None,
+    key_bias: Float[Tensor, "..."] | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "Tq H D"] | tuple[Float[Tensor, "Tq H D"], Float[Tensor, "H Tq"]]:
@@ -94,7 +94,7 @@ def masked_attention(
     keep: Bool[Tensor, "B N"],
     *,
     scale: float | None = None,
-    key_bias: Float[Tensor, ...] | None = None,
+    key_bias: Float[Tensor, "..."] | None = None,
     skip_queries: bool = True,
     return_lse: bool = False,
     impl: str | None = None,
@@ -150,15 +150,15 @@ def readout(
     q: Float[Tensor, "B R H D"],
     k: Float[Tensor, "T H D"],
     v: Float[Tensor, "T H D"],
-    cu_seqlens: Int[Tensor, B_plus_1],
+    cu_seqlens: Int[Tensor, "B_plus_1"],
     max_seqlen: int,
     *,
     scale: float | None = None,
-    key_bias: Float[Tensor, ...] | None = None,
+    key_bias: Float[Tensor, "..."] | None = None,
     return_rows: bool = False,
     return_lse: bool = False,
     impl: str | None = None,
-) -> Float[Tensor, "B R H D"] | tuple[Float[Tensor, ...], ...]:
+) -> Float[Tensor, "B R H D"] | tuple[Float[Tensor, "..."], ...]:
     """Attention of a few queries of each sequence (class token, registers) over its packed keys.
 
     Args:
@@ -245,9 +245,9 @@ def _choose(impl: str | None, q: Tensor, key_bias: Tensor | None) -> str:
 def _missing_in_triton(q: Tensor, key_bias: Tensor | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
-    from maskattn.kernels.configs import unsupported
+    from maskattn.kernels.configs import supports
 
-    return unsupported(q, key_bias)
+    return supports(q, key_bias)
 
 
 def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -20,7 +20,7 @@ from maskattn.packing import Packing
 
 __all__ = ["masked_backward", "masked_forward", "packed_backward", "packed_forward", "unsupported"]
 
-_LSE_BLOCK = 512  # queries scored at once where the log-sum-exp is asked for
+_SCORES_AT_ONCE = 1 << 20  # bounds the memory of the log-sum-exp: 4 MiB of float32
 
 
 def unsupported(q: Tensor, key_bias: Tensor | None) -> str | None:
@@ -217,8 +217,9 @@ def _score_blocks(
         if rows_k.start == rows_k.stop:
             continue
         keys = k[rows_k].to(_lse_dtype(k))
-        for start in range(starts_q[b], starts_q[b + 1], _LSE_BLOCK):
-            rows = slice(start, min(start + _LSE_BLOCK, starts_q[b + 1]))
+        block = max(1, _SCORES_AT_ONCE // (k.shape[1] * len(keys)))
+        for start in range(starts_q[b], starts_q[b + 1], block):
+            rows = slice(start, min(start + block, starts_q[b + 1]))
             scores = scale * torch.einsum("qhd,khd->hqk", q[rows].to(keys.dtype), keys)
             if key_bias is not None:
                 bias = key_bias[rows_k]

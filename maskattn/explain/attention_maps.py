@@ -45,9 +45,9 @@ class AttentionMap:
     def attribute(
         self,
         inputs: Float[Tensor, "B I X Y"],
-        keep: Bool[Tensor, ...] | None = None,
+        keep: Bool[Tensor, "..."] | None = None,
         heads: Sequence[int] | str | None = None,
-    ) -> Float[Tensor, ...]:
+    ) -> Float[Tensor, "..."]:
         """The attention row as a map.
 
         Args:
@@ -62,7 +62,7 @@ class AttentionMap:
             TypeError, ValueError: inputs, keep or heads do not fit the model.
         """
         count = self.model.last_block.attn.num_heads
-        if isinstance(heads, str) and heads != "all" or any(not 0 <= h < count for h in _indices(heads)):
+        if (isinstance(heads, str) and heads != "all") or any(not 0 <= h < count for h in _indices(heads)):
             raise ValueError(f"heads must be None, 'all' or indices in 0 … {count - 1}, got heads={heads!r}")
         tokens = self.model.before_last_block(self.model.embed(inputs, keep))
         maps = as_maps(attend_from_class_token(self.model, tokens), tokens)

@@ -41,8 +41,8 @@ class CDAM:
         self.model = model
 
     def attribute(
-        self, inputs: Float[Tensor, "B I X Y"], target: Target, keep: Bool[Tensor, ...] | None = None
-    ) -> Float[Tensor, ...]:
+        self, inputs: Float[Tensor, "B I X Y"], target: Target, keep: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "..."]:
         """Explain a prediction.
 
         Args:

@@ -36,9 +36,9 @@ class RelevanceMap:
         gradient_KTC: (K, T, C), ∂ logit / ∂ embedding, which pass 2 takes.
     """
 
-    logits_K: Float[Tensor, K]
+    logits_K: Float[Tensor, "K"]
     relevance_KT: Float[Tensor, "K T"]
-    attention_T: Float[Tensor, T]
+    attention_T: Float[Tensor, "T"]
     gradient_KTC: Float[Tensor, "K T C"]
 
 
@@ -108,7 +108,7 @@ class HierarchicalCDAM:
         return TokenMaps(as_maps(relevance_KT, tokens).transpose(0, 1), attention_BHW)
 
 
-def _mean_attention(encoder: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, T]:
+def _mean_attention(encoder: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, "T"]:
     if encoder.cls_token is None:
         return tokens.rows_TC.new_zeros(len(tokens.rows_TC))
     return attend_from_class_token(encoder, tokens).mean(dim=0)

@@ -178,7 +178,7 @@ class SlideModel(nn.Module):
             )
         return self.slide_encoder.embed_patches(embeddings_TC, packing, (keep_HW.shape[0], keep_HW.shape[1]))
 
-    def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, K]:
+    def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "K"]:
         """The slide's logits (K,). Arguments as in :meth:`slide_tokens`."""
         encoder = self.slide_encoder
         return encoder.predict(encoder.before_last_block(self.slide_tokens(embeddings_TC, keep_HW)))[0]

@@ -105,7 +105,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._initialise()
 
-    def forward(self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, ...] | None = None) -> Float[Tensor, "B K"]:
+    def forward(self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "B K"]:
         """Predict.
 
         Args:
@@ -121,7 +121,7 @@ class VisionTransformer(nn.Module):
         return self.predict(self.before_last_block(self.embed(x, keep)))
 
     def forward_features(
-        self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, ...] | None = None
+        self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "B M C"]:
         """All tokens after the last norm, (B, P + N, C); rows of background tokens are 0. Arguments as in forward."""
         tokens = self.embed(x, keep)
@@ -129,7 +129,7 @@ class VisionTransformer(nn.Module):
             tokens = block(tokens)
         return unpack(self.norm(tokens.rows_TC), tokens.packing)
 
-    def embed(self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, ...] | None = None) -> PackedTokens:
+    def embed(self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None) -> PackedTokens:
         """Images to packed tokens with positions. Arguments as in forward."""
         grid_HW = self.patch_embed.grid_of(x)
         packing = Packing.from_keep(keep_per_token(keep, x.shape[0], grid_HW, x.device))

@@ -1,0 +1,107 @@
+"""The house's own rules: imports point down, the core stands alone, annotations of shapes are true."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PACKAGE = Path(__file__).resolve().parents[1] / "maskattn"
+FLOORS = [
+    {"packing", "shapes", "kernels", "_native"},
+    {"attention"},
+    {"nn"},
+    {"explain"},
+    {"slide"},
+    {"cli", "commands", "doctor", "progress", "demo", "__main__"},
+]
+OPTIONAL = "triton openslide timm transformers captum cv2 tifffile h5py PIL matplotlib typer rich safetensors jaxtyping"
+
+
+def floor_of(room: str) -> int:
+    return next(level for level, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively; write the full name"
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        known = {room for rooms in FLOORS for room in rooms}
+        rooms |= {name.split(".")[1] for name in names if name.startswith("maskattn.") and name.split(".")[1] in known}
+    return rooms
+
+
+def test_every_module_has_a_floor_and_imports_only_downwards():
+    arrows = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for other in imported_rooms(path) - {room}:
+            arrows += 1
+            assert floor_of(other) <= floor_of(room), f"{path.relative_to(PACKAGE)} imports {other}, a floor above"
+            upper = floor_of(room)
+            assert upper in (0, 5) or floor_of(other) < upper, f"{path.relative_to(PACKAGE)} imports beside itself"
+    assert arrows > 20
+
+
+def test_the_core_works_where_nothing_optional_is_installed():
+    program = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL.split()!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import torch, maskattn, maskattn.nn, maskattn.explain
+vit = maskattn.nn.VisionTransformer(img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=2)
+keep = torch.tensor([[True, False, False, True]])
+vit(torch.randn(1, 3, 32, 32), keep).sum().backward()
+print(tuple(maskattn.explain.CDAM(vit).attribute(torch.randn(1, 3, 32, 32), "all", keep).shape))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(1, 2, 2, 2)"
+
+
+def test_files_stay_small_enough_to_read():
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_annotated_shapes_are_checked_and_true():
+    jaxtyping, beartype = pytest.importorskip("jaxtyping"), pytest.importorskip("beartype")
+    import maskattn
+    from maskattn.nn import VisionTransformer
+    from maskattn.nn.positions import resample_position_embedding
+
+    def checked(function):
+        return jaxtyping.jaxtyped(typechecker=beartype.beartype)(function)
+
+    keep = torch.tensor([[True, False, True], [True, True, True]])
+    packing = checked(maskattn.Packing.from_keep.__func__)(maskattn.Packing, keep)
+    x = checked(maskattn.pack)(torch.randn(2, 3, 2, 16), packing)
+    lengths = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
+    out, lse = checked(maskattn.packed_attention)(x, x, x, *lengths, return_lse=True)
+    assert (out.shape, lse.shape) == ((5, 2, 16), (2, 5))
+    checked(maskattn.unpack)(out, packing)
+    dense = torch.randn(2, 2, 3, 16)
+    checked(maskattn.masked_attention)(dense, dense, dense, keep)
+    checked(maskattn.readout)(torch.randn(2, 1, 2, 16), x, x, packing.cu_seqlens, 3, return_rows=True)
+    checked(resample_position_embedding)(torch.randn(1, 4, 8), (2, 2), (3, 3), "timm")
+    vit = VisionTransformer(img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=2)
+    checked(VisionTransformer.forward)(vit, torch.randn(1, 3, 32, 32), torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        checked(maskattn.unpack)(out, packing.indices)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        checked(resample_position_embedding)(torch.randn(4, 8), (2, 2), (3, 3), "timm")
