@@ -4,117 +4,97 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import assert_within_budget
+from oracles import (
+    Inputs,
+    assert_meets_specification,
+    cu_seqlens,
+    keep_mask,
+    masked_inputs,
+    packed_inputs,
+    run_reference,
+    specify_masked,
+    specify_packed,
+)
 from torch import Tensor
 
 from maskattn import Packing, masked_attention, packed_attention, readout
 from maskattn.attention import reference
 
-LENGTHS = [[1], [15, 63], [64, 65], [111, 0, 3], [0, 0], [40, 40, 40], [7, 1, 0, 130]]
+LENGTHS = [[1], [15, 63], [64, 65], [111, 0, 3], [0, 5, 0], [40, 40, 40], [7, 1, 0, 130]]
 TORCH_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BIASES = [None, "shared", "per_head"]
 
 
-def starts(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+def attend_packed(lengths_q: list[int], lengths_k: list[int], impl: str = "torch"):
+    """The public operation, as oracles.run_reference calls an implementation."""
+    where = cu_seqlens(lengths_q), cu_seqlens(lengths_k), max(lengths_q), max(lengths_k)
+
+    def attend(q, k, v, key_bias, scale):
+        return packed_attention(q, k, v, *where, key_bias=key_bias, scale=scale, return_lse=True, impl=impl)
+
+    return attend
 
 
-def packed_inputs(lengths_q: list[int], lengths_k: list[int], per_head: bool | None, H: int = 2, D: int = 16):
-    q, k, v = torch.randn(sum(lengths_q), H, D), torch.randn(sum(lengths_k), H, D), torch.randn(sum(lengths_k), H, D)
-    bias = None if per_head is None else torch.randn((sum(lengths_k), H) if per_head else (sum(lengths_k),))
-    return [q, k, v, bias], (starts(lengths_q), starts(lengths_k), max(lengths_q), max(lengths_k))
-
-
-def outputs_and_gradients(attend, inputs: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
-    """out, lse and the gradient of each input, for random cotangents of out and lse."""
-    leaves = [None if x is None else x.to(dtype).detach().requires_grad_() for x in inputs]
-    out, lse = attend(*leaves)
-    generator = torch.Generator().manual_seed(1)
-    grad_out = torch.randn(out.shape, generator=generator).to(out.dtype)
-    grad_lse = torch.randn(lse.shape, generator=generator).to(lse.dtype)
-    finite = lse.masked_fill(lse.isinf(), 0)
-    grads = torch.autograd.grad(
-        (out * grad_out).sum() + (finite * grad_lse).sum(), [x for x in leaves if x is not None]
-    )
-    return [out.detach(), lse.detach(), *grads]
-
-
-def check_against_the_specification(attend, specify, inputs: list[Tensor | None], dtype: torch.dtype) -> None:
-    rounded = [None if x is None else x.to(dtype) for x in inputs]
-    ours = outputs_and_gradients(attend, rounded, dtype)
-    exact = outputs_and_gradients(specify, rounded, torch.float64)
-    same = outputs_and_gradients(specify, rounded, dtype)
-    for got, truth, rough in zip(ours, exact, same, strict=True):
-        assert_within_budget(got, truth, rough)
+def check_packed(inputs: Inputs, lengths_q: list[int], lengths_k: list[int]) -> None:
+    results = run_reference(attend_packed(lengths_q, lengths_k), inputs, inputs.q.dtype)
+    inputs = inputs.to(inputs.q.dtype)  # the bias too, as the results above had it
+    assert_meets_specification(results, inputs, specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k)))
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
-@pytest.mark.parametrize("per_head", [None, False, True])
+@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_torch_packed_attention_meets_the_specification(lengths, per_head, dtype):
-    inputs, where = packed_inputs(lengths, lengths, per_head)
-    check_against_the_specification(
-        lambda q, k, v, b: packed_attention(q, k, v, *where, key_bias=b, return_lse=True, impl="torch"),
-        lambda q, k, v, b: reference.packed_attention(q, k, v, *where[:2], key_bias=b),
-        inputs,
-        dtype,
-    )
+def test_torch_packed_attention_meets_the_specification(lengths, bias, dtype):
+    check_packed(packed_inputs(lengths, bias=bias, dtype=dtype, head_width=16), lengths, lengths)
 
 
-@pytest.mark.parametrize("per_head", [None, True])
-def test_torch_packed_attention_takes_keys_of_other_lengths_than_queries(per_head):
-    inputs, where = packed_inputs([5, 0, 9, 600], [7, 3, 0, 2], per_head)
-    check_against_the_specification(
-        lambda q, k, v, b: packed_attention(q, k, v, *where, key_bias=b, scale=0.3, return_lse=True, impl="torch"),
-        lambda q, k, v, b: reference.packed_attention(q, k, v, *where[:2], key_bias=b, scale=0.3),
-        inputs,
-        torch.float32,
-    )
+@pytest.mark.parametrize("bias", [None, "per_head"])
+def test_torch_packed_attention_takes_keys_of_other_lengths_than_queries(bias):
+    lengths_q, lengths_k = [5, 0, 9, 600], [7, 3, 0, 2]
+    check_packed(packed_inputs(lengths_q, lengths_k, bias=bias, scale=0.3), lengths_q, lengths_k)
 
 
 @pytest.mark.parametrize("skip_queries", [True, False])
-@pytest.mark.parametrize("bias", [None, (3, 65), (3, 2, 65)])
-@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
-def test_torch_masked_attention_meets_the_specification(kept, bias, skip_queries):
-    keep = torch.rand(3, 65) < kept
-    inputs = [*(torch.randn(3, 2, 65, 16) for _ in range(3)), None if bias is None else torch.randn(bias)]
-    options = {"skip_queries": skip_queries}
-    check_against_the_specification(
-        lambda q, k, v, b: masked_attention(q, k, v, keep, key_bias=b, return_lse=True, impl="torch", **options),
-        lambda q, k, v, b: reference.masked_attention(q, k, v, keep, key_bias=b, **options),
-        inputs,
-        torch.float32,
-    )
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("kind", ["random", "blob", "all", "none", "one"])
+def test_torch_masked_attention_meets_the_specification(kind, bias, skip_queries):
+    inputs, keep = masked_inputs(3, 65, bias=bias, head_width=16), keep_mask(kind, 3, 65)
+
+    def attend(q, k, v, key_bias, scale):
+        return masked_attention(
+            q, k, v, keep, key_bias=key_bias, scale=scale, skip_queries=skip_queries, return_lse=True, impl="torch"
+        )
+
+    assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_masked(keep, skip_queries))
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-@pytest.mark.parametrize("per_head", [None, False, True])
-def test_readout_gives_output_rows_and_lse(impl, per_head):
-    lengths = [4, 0, 70]
-    inputs, _ = packed_inputs(lengths, lengths, per_head)
+@pytest.mark.parametrize("bias", BIASES)
+def test_readout_gives_output_rows_and_lse(impl, bias):
+    starts = cu_seqlens([4, 0, 70])
+    x = packed_inputs([4, 0, 70], bias=bias, head_width=16)
     q = torch.randn(3, 5, 2, 16)
-    result = readout(
-        q, *inputs[1:3], starts(lengths), 70, key_bias=inputs[3], return_rows=True, return_lse=True, impl=impl
-    )
-    operands = [x if x is None else x.double() for x in (q, *inputs[1:])]
-    out, lse, rows = reference.readout(*operands[:3], starts(lengths), key_bias=operands[3])
+    result = readout(q, x.k, x.v, starts, 70, key_bias=x.key_bias, return_rows=True, return_lse=True, impl=impl)
+    exact = x.to(torch.float64)
+    out, lse, rows = reference.readout(q.double(), exact.k, exact.v, starts, key_bias=exact.key_bias)
     for got, expected in zip(result, (out, rows, lse), strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-    alone = readout(q, *inputs[1:3], starts(lengths), 70, key_bias=inputs[3], impl=impl)
+    alone = readout(q, x.k, x.v, starts, 70, key_bias=x.key_bias, impl=impl)
     torch.testing.assert_close(alone, result[0])
 
 
 def test_readout_rows_are_differentiable():
     q, k, v = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 2, 2, 4), (5, 2, 4), (5, 2, 4)))
-    cu_seqlens = starts([2, 3])
+    starts = cu_seqlens([2, 3])
     assert torch.autograd.gradcheck(
-        lambda q, k, v: readout(q, k, v, cu_seqlens, 3, return_rows=True, return_lse=True, impl="torch"), (q, k, v)
+        lambda q, k, v: readout(q, k, v, starts, 3, return_rows=True, return_lse=True, impl="torch"), (q, k, v)
     )
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_a_query_without_keys_gives_zero_and_minus_infinity_and_no_gradient(impl):
-    inputs, where = packed_inputs([3, 4], [0, 2], False)
-    leaves = [x.requires_grad_() for x in inputs]
+    inputs, where = packed_inputs([3, 4], [0, 2], bias="shared"), (cu_seqlens([3, 4]), cu_seqlens([0, 2]), 4, 2)
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.key_bias)]
     out, lse = packed_attention(*leaves[:3], *where, key_bias=leaves[3], return_lse=True, impl=impl)
     assert (out[:3] == 0).all()
     assert (lse[:, :3] == float("-inf")).all()
@@ -158,7 +138,7 @@ def test_strides_do_not_matter(strided):
         "sliced": lambda: torch.randn(30, 2, 40)[..., 3:19],
     }[strided]
     q, k, v = make(), make(), make()
-    where = (starts([10, 20]), starts([10, 20]), 20, 20)
+    where = (cu_seqlens([10, 20]), cu_seqlens([10, 20]), 20, 20)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     plain = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
     ours, theirs = packed_attention(*leaves, *where, impl="torch"), packed_attention(*plain, *where, impl="torch")
@@ -168,29 +148,25 @@ def test_strides_do_not_matter(strided):
 
 
 def test_same_inputs_give_the_same_bits_forward_and_backward():
-    inputs, where = packed_inputs([300, 5, 200], [300, 5, 200], True)
-
-    def attend(q, k, v, bias):
-        return packed_attention(q, k, v, *where, key_bias=bias, return_lse=True, impl="torch")
-
-    first = outputs_and_gradients(attend, inputs, torch.float32)
+    inputs, attend = packed_inputs([300, 5, 200], bias="per_head"), attend_packed([300, 5, 200], [300, 5, 200])
+    first = run_reference(attend, inputs, torch.float32)
     for _ in range(3):
-        again = outputs_and_gradients(attend, inputs, torch.float32)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        again = run_reference(attend, inputs, torch.float32)
+        assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_lse_asked_for_or_not_the_output_is_the_same():
-    inputs, where = packed_inputs([30, 5], [30, 5], None)
-    with_lse, _ = packed_attention(*inputs[:3], *where, return_lse=True)
-    assert torch.equal(with_lse, packed_attention(*inputs[:3], *where))
+    x, where = packed_inputs([30, 5]), (cu_seqlens([30, 5]), cu_seqlens([30, 5]), 30, 30)
+    with_lse, _ = packed_attention(x.q, x.k, x.v, *where, return_lse=True)
+    assert torch.equal(with_lse, packed_attention(x.q, x.k, x.v, *where))
 
 
 def test_gradient_of_the_lse_alone_is_the_softmax():
-    (q, k, v, _), where = packed_inputs([6], [4], None)
+    x, where = packed_inputs([6], [4]), (cu_seqlens([6]), cu_seqlens([4]), 6, 4)
     bias = torch.zeros(4, 2, requires_grad=True)
-    _, lse = packed_attention(q, k, v, *where, key_bias=bias, return_lse=True, impl="torch")
+    _, lse = packed_attention(x.q, x.k, x.v, *where, key_bias=bias, scale=0.5, return_lse=True, impl="torch")
     grad = torch.autograd.grad(lse.sum(), bias)[0]
-    softmax = torch.einsum("qhd,khd->qkh", q, k).div(4).softmax(dim=1)
+    softmax = torch.einsum("qhd,khd->qkh", x.q, x.k).mul(0.5).softmax(dim=1)
     torch.testing.assert_close(grad, softmax.sum(0))
 
 
