@@ -1,6 +1,7 @@
-"""Models that stay packed: the vision transformer and the slide model."""
+"""Layers and models that stay packed: multi-head attention, the vision transformer and the slide model."""
 
+from maskattn.nn.multihead import MultiheadAttention
 from maskattn.nn.slide_model import SlideModel, SlideModelConfig
 from maskattn.nn.vit import VisionTransformer
 
-__all__ = ["SlideModel", "SlideModelConfig", "VisionTransformer"]
+__all__ = ["MultiheadAttention", "SlideModel", "SlideModelConfig", "VisionTransformer"]
