@@ -1,0 +1,45 @@
+# make demo    a fresh synthetic slide through the bundled model: prediction and heat maps
+# make test    the whole suite; the Triton kernels in the interpreter, in a process of their own
+# make check   format, lint, types
+# make bench   pytest-benchmark suites; the slower figures have scripts of their own under bench/
+# Everything is installed into .venv from constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test check bench clean
+
+demo: .venv/slide.installed
+	$(BIN)/maskattn demo --out demo_out
+
+test: .venv/dev.installed
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+
+check: .venv/dev.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/dev.installed
+	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/slide.installed: $(SOURCES) | .venv/bin/pip
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[slide]'
+	touch $@
+
+# timm asks for torchvision, whose own dependencies would replace the pinned torch.
+.venv/dev.installed: .venv/slide.installed
+	$(INSTALL) --editable '.[slide,test,bench,dev]'
+	$(INSTALL) --no-deps torchvision timm
+	$(INSTALL) pyyaml huggingface_hub
+	touch $@
+
+clean:
+	rm -rf .venv build demo_out *.egg-info maskattn/_native*.so
