@@ -1,0 +1,31 @@
+"""A ViT-S/16 with and without its background, and the price of a map: ``pytest bench/test_vit.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_attention import record
+
+from maskattn.explain import CDAM
+from maskattn.nn import VisionTransformer
+
+
+@pytest.fixture(scope="module")
+def vit_small() -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(embed_dim=384, depth=12, num_heads=6, num_classes=10).eval()
+
+
+@pytest.mark.parametrize("kept", [0.06, 0.3, 1.0])
+def test_predict_eight_tiles(benchmark, vit_small, kept):
+    x, keep = torch.randn(8, 3, 224, 224), torch.rand(8, 14, 14) < kept
+    with torch.inference_mode():
+        benchmark.pedantic(vit_small, (x, keep), rounds=7, warmup_rounds=2)
+    record(benchmark, "ViT-S/16, 8 tiles of 224 px, forward")
+
+
+@pytest.mark.parametrize("target", [0, "all"])
+def test_explain_eight_tiles(benchmark, vit_small, target):
+    x, keep = torch.randn(8, 3, 224, 224), torch.rand(8, 14, 14) < 0.3
+    benchmark.pedantic(CDAM(vit_small).attribute, (x, target, keep), rounds=7, warmup_rounds=2)
+    record(benchmark, "ViT-S/16, 8 tiles of 224 px, f = 0.3, CDAM of one class and of ten")
