@@ -30,9 +30,9 @@ from maskattn.kernels.rows import (
     kept_rows,
     lse_strides_bh,
     packed_rows,
+    readable,
     strides_bht,
     whole_rows,
-    with_unit_last_stride,
 )
 
 __all__ = ["masked_backward", "packed_backward"]
@@ -137,7 +137,7 @@ def _launch_backward(
     dbias: Tensor | None,
 ) -> None:
     """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N)."""
-    q, k, v, out, grad_out = (with_unit_last_stride(x) for x in (q, k, v, out, grad_out))
+    q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
     lse = lse.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
@@ -163,8 +163,8 @@ def _launch_backward(
     tiles = triton.cdiv(q_rows.longest, config.block_m)
     if tiles * heads * batch > 0:
         query_gradient_kernel[(tiles * heads * batch,)](
-            q, k, v, key_bias, out, lse, grad_out, grad_lse, dq, delta, lse_log2, *sides, scale, scale_log2, heads, tiles,
-            *strides_q, *strides_k, *strides_v, *strides_bias, *strides_out, *strides_grad, *strides_bht(dq),
+            q, k, v, key_bias, out, lse, grad_out, grad_lse, dq, delta, lse_log2, *sides, scale, scale_log2, heads,
+            tiles, *strides_q, *strides_k, *strides_v, *strides_bias, *strides_out, *strides_grad, *strides_bht(dq),
             *strides_lse, **flags, HAS_DLSE=grad_lse is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Forward attention: out_i = Σ_j p_ij v_j with p_ij = exp(scale·q_i·k_j + bias_j − lse_i), lse_i the log of the row's sum.
+"""Forward attention: out_i = Σ_j p_ij v_j, p_ij = exp(scale·q_i·k_j + bias_j − lse_i), lse_i the log of the row's sum.
 
 One program per tile of queries, head and sequence; the keys pass by in tiles (FlashAttention-2, arXiv 2307.08691,
 algorithm 1). ``maskattn.attention.reference`` is the specification.
@@ -22,9 +22,9 @@ from maskattn.kernels.rows import (
     kept_rows,
     lse_strides_bh,
     packed_rows,
+    readable,
     strides_bht,
     whole_rows,
-    with_unit_last_stride,
 )
 from maskattn.kernels.tiles import (
     LN_2,
@@ -204,7 +204,7 @@ def _launch_forward(
     if scale < 0:
         # The kernel takes the maximum before it scales.
         q, scale = -q, -scale
-    q, k, v = with_unit_last_stride(q), with_unit_last_stride(k), with_unit_last_stride(v)
+    q, k, v = readable(q), readable(k), readable(v)
     head_width, heads = q.shape[-1], q.shape[1]
     config = choose("forward", q.device, head_width, q.dtype)
     tiles = triton.cdiv(q_rows.longest, config.block_m)

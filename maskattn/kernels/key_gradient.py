@@ -57,16 +57,17 @@ def add_queries_to_key_gradient(
         rows = tile_rows(q_index_ptr, q_start, first, inside, BLOCK_M, INDEX_Q, PARTIAL)
         # [M, D]
         q = load_rows(q_base_ptr, first, rows, stride_qt, inside, HEAD_WIDTH, BLOCK_D, INDEX_Q, PARTIAL)
-        dout = load_rows(dout_base_ptr, first, rows, stride_gt, inside, HEAD_WIDTH, BLOCK_D, INDEX_Q, PARTIAL)
         # [M]; rows past the end have lse +inf, hence p = 0, and need no other mask.
         lse_log2 = load_row_values(lse_log2_base_ptr, first, rows, 1, inside, float("inf"), INDEX_Q, PARTIAL)
-        delta = load_row_values(delta_base_ptr, first, rows, 1, inside, 0.0, INDEX_Q, PARTIAL)
         # [N, M]
         scores = dot(k, tl.trans(q)) * scale_log2
         if HAS_BIAS:
             scores += bias_log2[:, None]
         p = tl.exp2(scores - lse_log2[None, :])
+        # [M, D]; read this late so that the products do not hold their operands at once.
+        dout = load_rows(dout_base_ptr, first, rows, stride_gt, inside, HEAD_WIDTH, BLOCK_D, INDEX_Q, PARTIAL)
         dv = dot_add(p.to(dout.dtype), dout, dv)
+        delta = load_row_values(delta_base_ptr, first, rows, 1, inside, 0.0, INDEX_Q, PARTIAL)
         ds = p * (dot(v, tl.trans(dout)) - delta[None, :])
         if HAS_BIAS:
             dbias += tl.sum(ds, 1)
@@ -160,12 +161,13 @@ def key_gradient_kernel(
     dbias = tl.zeros([BLOCK_N], tl.float32)
     q_full = q_length // BLOCK_M * BLOCK_M
     dk, dv, dbias = add_queries_to_key_gradient(
-        dk, dv, dbias, k, v, bias_log2, q_base_ptr, dout_base_ptr, lse_log2_base_ptr, delta_base_ptr, q_index_ptr, q_start,
-        0, q_full, scale_log2, stride_qt, stride_gt, HEAD_WIDTH, BLOCK_D, BLOCK_M, HAS_BIAS, INDEX_Q, False,
+        dk, dv, dbias, k, v, bias_log2, q_base_ptr, dout_base_ptr, lse_log2_base_ptr, delta_base_ptr, q_index_ptr,
+        q_start, 0, q_full, scale_log2, stride_qt, stride_gt, HEAD_WIDTH, BLOCK_D, BLOCK_M, HAS_BIAS, INDEX_Q, False,
     )  # fmt: skip
     dk, dv, dbias = add_queries_to_key_gradient(
-        dk, dv, dbias, k, v, bias_log2, q_base_ptr, dout_base_ptr, lse_log2_base_ptr, delta_base_ptr, q_index_ptr, q_start,
-        q_full, q_length, scale_log2, stride_qt, stride_gt, HEAD_WIDTH, BLOCK_D, BLOCK_M, HAS_BIAS, INDEX_Q, True,
+        dk, dv, dbias, k, v, bias_log2, q_base_ptr, dout_base_ptr, lse_log2_base_ptr, delta_base_ptr, q_index_ptr,
+        q_start, q_full, q_length, scale_log2, stride_qt, stride_gt, HEAD_WIDTH, BLOCK_D, BLOCK_M, HAS_BIAS, INDEX_Q,
+        True,
     )  # fmt: skip
     dk_base_ptr = sequence_base(dk_ptr, sequence, head, k_start, stride_dkb, stride_dkh, stride_dkt, INDEX_K)
     store_rows(dk_base_ptr, first, rows, stride_dkt, inside, dk * scale, HEAD_WIDTH, BLOCK_D, INDEX_K)

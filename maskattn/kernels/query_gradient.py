@@ -57,7 +57,9 @@ def add_keys_to_query_gradient(
         rows = tile_rows(k_index_ptr, k_start, first, inside, BLOCK_N, INDEX_K, PARTIAL)
         # [N, D]
         k = load_rows(k_base_ptr, first, rows, stride_kt, inside, HEAD_WIDTH, BLOCK_D, INDEX_K, PARTIAL)
-        v = load_rows(v_base_ptr, first, rows, stride_vt, inside, HEAD_WIDTH, BLOCK_D, INDEX_K, PARTIAL)
+        if k.dtype == tl.float32:
+            # Else the compiler reads q, then waits for k, holding more of q in registers than there are; so for v.
+            tl.debug_barrier()
         # [M, N]
         scores = dot(q, tl.trans(k)) * scale_log2
         if HAS_BIAS:
@@ -67,6 +69,10 @@ def add_keys_to_query_gradient(
         if PARTIAL:
             # 2^(0 − lse) may be inf, and inf · 0 is NaN.
             p = tl.where(inside[None, :], p, 0.0)
+        # [N, D]; read this late so that the two products do not hold their operands at once.
+        v = load_rows(v_base_ptr, first, rows, stride_vt, inside, HEAD_WIDTH, BLOCK_D, INDEX_K, PARTIAL)
+        if v.dtype == tl.float32:
+            tl.debug_barrier()
         ds = p * (dot(dout, tl.trans(v)) - delta[:, None])
         dq = dot_add(ds.to(k.dtype), k, dq)
     return dq

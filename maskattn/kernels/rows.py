@@ -18,10 +18,13 @@ __all__ = [
     "kept_rows",
     "lse_strides_bh",
     "packed_rows",
+    "readable",
     "strides_bht",
     "whole_rows",
-    "with_unit_last_stride",
 ]
+
+# Rows of the largest tile of any configuration.
+MAX_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,13 @@ class Rows:
         longest: no sequence is longer than this; known without asking the device.
     """
 
-    starts: Int[Tensor, B]
-    ends: Int[Tensor, B]
-    index: Int[Tensor, BN] | None
+    starts: Int[Tensor, "B"]
+    ends: Int[Tensor, "B"]
+    index: Int[Tensor, "BN"] | None
     longest: int
 
 
-def packed_rows(cu_seqlens: Int[Tensor, B_plus_1], max_seqlen: int) -> Rows:
+def packed_rows(cu_seqlens: Int[Tensor, "B_plus_1"], max_seqlen: int) -> Rows:
     """Rows of packed sequences, end to end."""
     return Rows(cu_seqlens[:-1], cu_seqlens[1:], None, max_seqlen)
 
@@ -83,6 +86,7 @@ def lse_strides_bh(lse: Tensor) -> tuple[int, int]:
     return (0, lse.stride(0)) if lse.ndim == 2 else (lse.stride(0), lse.stride(1))
 
 
-def with_unit_last_stride(x: Tensor) -> Tensor:
-    """``x`` itself, or a copy where the elements of a row are not next to each other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def readable(x: Tensor) -> Tensor:
+    """``x`` itself, or a copy where its rows are not contiguous or so far apart that a tile's offsets pass 32 bits."""
+    near = strides_bht(x)[2] * MAX_BLOCK < 2**31
+    return x if x.stride(-1) == 1 and near else x.contiguous()

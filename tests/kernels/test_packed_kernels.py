@@ -1,0 +1,188 @@
+"""packed_forward and packed_backward against the specification."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from launch import run_packed
+from oracles import LENGTHS, Inputs, assert_meets_specification, cu_seqlens, packed_inputs, specify_packed
+from torch import Tensor
+
+from maskattn.kernels import backward, configs, forward
+from maskattn.kernels.configs import Config
+
+
+def check(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], device: str) -> None:
+    specify = specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k))
+    assert_meets_specification(run_packed(inputs, lengths_q, lengths_k, device), inputs, specify)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_one_sequence_of_each_length(length, device):
+    heads = 1 if length > 200 else 2
+    check(packed_inputs([length], heads=heads, head_width=16, bias="shared"), [length], [length], device)
+
+
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k"),
+    [
+        ([15, 1, 111, 64], [15, 1, 111, 64]),
+        ([64, 63, 1], [65, 15, 111]),
+        ([5, 0, 33, 0], [0, 7, 64, 0]),
+        ([0, 0], [3, 70]),
+        ([3, 70], [0, 0]),
+        ([0], [0]),
+    ],
+    ids=["unequal", "cross", "some_empty", "no_queries", "no_keys", "empty"],
+)
+@pytest.mark.parametrize("bias", [None, "shared", "per_head"])
+def test_sequences_of_unequal_lengths(lengths_q, lengths_k, bias, device):
+    check(packed_inputs(lengths_q, lengths_k, bias=bias), lengths_q, lengths_k, device)
+
+
+def test_no_sequences(device):
+    results = run_packed(packed_inputs([], bias="shared"), [], [], device)
+    assert {name: tuple(x.shape) for name, x in results.items()} == {
+        **dict.fromkeys(("out", "dq", "dk", "dv"), (0, 2, 32)),
+        "lse": (2, 0),
+        "dkey_bias": (0,),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_width", [16, 24, 48, 64, 80, 128])
+def test_head_widths_and_dtypes(head_width, dtype, device):
+    lengths = [65, 3]
+    check(packed_inputs(lengths, head_width=head_width, dtype=dtype, bias="per_head"), lengths, lengths, device)
+
+
+def test_the_widest_head(device):
+    check(packed_inputs([33], heads=1, head_width=256, dtype=torch.float16), [33], [33], device)
+
+
+@pytest.mark.parametrize("bias", [None, "shared"])
+def test_without_a_gradient_of_lse(bias, device):
+    lengths = [40, 70]
+    check(packed_inputs(lengths, bias=bias, grad_lse=False), lengths, lengths, device)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
+def test_any_scale(scale, device):
+    lengths = [70]
+    check(packed_inputs(lengths, bias="shared", scale=scale), lengths, lengths, device)
+    check(packed_inputs(lengths, scale=scale), lengths, lengths, device)
+
+
+def test_a_bias_of_another_dtype_gets_its_gradient_in_it(device):
+    inputs = packed_inputs([40, 3], dtype=torch.float16, bias="shared")
+    inputs = replace(inputs, key_bias=inputs.key_bias.half())
+    check(inputs, [40, 3], [40, 3], device)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, one of three tensors interleaved as a qkv projection leaves them."""
+    return torch.stack([x, x + 1, x - 1], dim=1)[:, 0]
+
+
+def with_far_apart_elements(x: Tensor) -> Tensor:
+    """The same values, head width outermost."""
+    return x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """The same values, (H, T, D) in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("relayout", [strided, with_far_apart_elements, heads_first])
+def test_any_strides(relayout, device):
+    lengths = [70, 9]
+    inputs = packed_inputs(lengths, bias="per_head")
+    inputs = replace(inputs, q=relayout(inputs.q), k=relayout(inputs.k), v=relayout(inputs.v))
+    inputs = replace(inputs, grad_out=relayout(inputs.grad_out), key_bias=inputs.key_bias.T.contiguous().T)
+    check(inputs, lengths, lengths, device)
+
+
+def test_expanded_inputs(device):
+    lengths = [70, 9]
+    inputs = packed_inputs(lengths, bias="shared")
+    inputs = replace(
+        inputs,
+        k=inputs.k[:, :1].expand_as(inputs.k),
+        v=inputs.v[:1].expand_as(inputs.v),
+        grad_out=torch.tensor(0.5).expand_as(inputs.grad_out),
+        grad_lse=torch.tensor(-2.0).expand_as(inputs.grad_lse),
+        key_bias=torch.tensor(0.3).expand_as(inputs.key_bias),
+    )
+    check(inputs, lengths, lengths, device)
+
+
+def test_rows_without_keys_are_zero_and_their_lse_minus_infinity(device):
+    inputs = packed_inputs([70, 3], [0, 5], bias="shared")
+    results = run_packed(inputs, [70, 3], [0, 5], device)
+    assert results["out"][:70].eq(0).all()
+    assert results["lse"][:, :70].eq(float("-inf")).all()
+    assert results["dq"][:70].eq(0).all()
+    assert all(result.isnan().sum() == 0 for result in results.values())
+
+
+def test_a_gradient_of_nan_to_a_row_without_keys_goes_nowhere(device):
+    inputs = packed_inputs([70, 3], [0, 5], bias="shared")
+    inputs.grad_out[:70], inputs.grad_lse[:, :70] = float("nan"), float("nan")
+    results = run_packed(inputs, [70, 3], [0, 5], device)
+    assert all(result.isnan().sum() == 0 for result in results.values())
+
+
+def test_keys_biased_to_minus_infinity_are_as_if_absent(device):
+    lengths = [70, 40]
+    inputs = packed_inputs(lengths, bias="shared")
+    # A whole first tile, some later keys, and every key of the second sequence.
+    absent = torch.zeros(110, dtype=torch.bool)
+    absent[:50], absent[55:60], absent[70:] = True, True, True
+    inputs = replace(inputs, key_bias=inputs.key_bias.masked_fill(absent, float("-inf")))
+    present = replace(inputs, k=inputs.k[~absent], v=inputs.v[~absent], key_bias=inputs.key_bias[~absent])
+    results = run_packed(inputs, lengths, lengths, device)
+    shorter = [int((~absent[:70]).sum()), 0]
+    results |= {name: results[name][~absent] for name in ("dk", "dv", "dkey_bias")}
+    assert_meets_specification(results, present, specify_packed(cu_seqlens(lengths), cu_seqlens(shorter)))
+
+
+def test_large_scores_neither_overflow_nor_vanish(device):
+    lengths = [70]
+    check(packed_inputs(lengths, scale=40.0), lengths, lengths, device)
+
+
+def test_the_same_result_every_time(device):
+    inputs = packed_inputs([111, 30], dtype=torch.float16, bias="shared")
+    first = run_packed(inputs, [111, 30], [111, 30], device)
+    second = run_packed(inputs, [111, 30], [111, 30], device)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("config", [Config(16, 16, 4, 1), Config(16, 64, 4, 1), Config(128, 32, 4, 1)])
+def test_any_tile_size(config, device, monkeypatch):
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "choose", lambda *_: config)
+    lengths_q, lengths_k = [33, 64], [129, 17]
+    check(packed_inputs(lengths_q, lengths_k, heads=1, head_width=16, bias="shared"), lengths_q, lengths_k, device)
+
+
+def test_max_seqlen_may_be_larger_than_any_sequence(device):
+    inputs = packed_inputs([20, 5]).to(device)
+    starts = cu_seqlens([20, 5]).to(device)
+    tight, loose = (
+        forward.packed_forward(inputs.q, inputs.k, inputs.v, starts, starts, n, n, None, 0.1) for n in (20, 500)
+    )
+    assert all(map(torch.equal, tight, loose))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [None, "shared", "per_head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_width", configs.HEAD_WIDTHS)
+def test_every_head_width_on_a_gpu(head_width, dtype, bias, device):
+    lengths_q, lengths_k = [300, 0, 1000, 65], [1, 64, 777, 300]
+    inputs = packed_inputs(lengths_q, lengths_k, heads=3, head_width=head_width, dtype=dtype, bias=bias)
+    check(inputs, lengths_q, lengths_k, device)
