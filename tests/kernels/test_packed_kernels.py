@@ -19,17 +19,24 @@ def check(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], device: st
     assert_meets_specification(run_packed(inputs, lengths_q, lengths_k, device), inputs, specify)
 
 
+def force(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every pass use one configuration."""
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "choose", lambda *_: config)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
-def test_one_sequence_of_each_length(length, device):
-    heads = 1 if length > 200 else 2
-    check(packed_inputs([length], heads=heads, head_width=16, bias="shared"), [length], [length], device)
+def test_one_sequence_of_each_length(length, device, monkeypatch):
+    if configs.triton.knobs.runtime.interpret and length > 200:
+        force(Config(128, 128, 4, 1), monkeypatch)
+    check(packed_inputs([length], heads=1, head_width=16, bias="shared"), [length], [length], device)
 
 
 @pytest.mark.parametrize(
     ("lengths_q", "lengths_k"),
     [
-        ([15, 1, 111, 64], [15, 1, 111, 64]),
-        ([64, 63, 1], [65, 15, 111]),
+        ([15, 1, 65], [15, 1, 65]),
+        ([64, 33, 1], [65, 15, 71]),
         ([5, 0, 33, 0], [0, 7, 64, 0]),
         ([0, 0], [3, 70]),
         ([3, 70], [0, 0]),
@@ -51,11 +58,27 @@ def test_no_sequences(device):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_width", [16, 24, 48, 64, 80, 128])
+@pytest.mark.parametrize(
+    ("head_width", "dtype"),
+    [
+        (16, torch.float16),
+        (24, torch.float32),
+        (32, torch.bfloat16),
+        (48, torch.float16),
+        (48, torch.bfloat16),
+        (64, torch.float32),
+        (64, torch.float16),
+        (80, torch.float32),
+        (80, torch.bfloat16),
+        (128, torch.float32),
+        (128, torch.float16),
+    ],
+    ids=str,
+)
 def test_head_widths_and_dtypes(head_width, dtype, device):
     lengths = [65, 3]
-    check(packed_inputs(lengths, head_width=head_width, dtype=dtype, bias="per_head"), lengths, lengths, device)
+    inputs = packed_inputs(lengths, heads=1, head_width=head_width, dtype=dtype, bias="per_head")
+    check(inputs, lengths, lengths, device)
 
 
 def test_the_widest_head(device):
@@ -155,17 +178,15 @@ def test_large_scores_neither_overflow_nor_vanish(device):
 
 
 def test_the_same_result_every_time(device):
-    inputs = packed_inputs([111, 30], dtype=torch.float16, bias="shared")
-    first = run_packed(inputs, [111, 30], [111, 30], device)
-    second = run_packed(inputs, [111, 30], [111, 30], device)
+    inputs = packed_inputs([70, 30], dtype=torch.float16, bias="shared")
+    first, second = (run_packed(inputs, [70, 30], [70, 30], device) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("config", [Config(16, 16, 4, 1), Config(16, 64, 4, 1), Config(128, 32, 4, 1)])
 def test_any_tile_size(config, device, monkeypatch):
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "choose", lambda *_: config)
-    lengths_q, lengths_k = [33, 64], [129, 17]
+    force(config, monkeypatch)
+    lengths_q, lengths_k = [33, 16], [66, 17]
     check(packed_inputs(lengths_q, lengths_k, heads=1, head_width=16, bias="shared"), lengths_q, lengths_k, device)
 
 
@@ -179,10 +200,10 @@ def test_max_seqlen_may_be_larger_than_any_sequence(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bias", [None, "shared", "per_head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_width", configs.HEAD_WIDTHS)
-def test_every_head_width_on_a_gpu(head_width, dtype, bias, device):
+def test_every_head_width_on_a_gpu(head_width, dtype, device):
     lengths_q, lengths_k = [300, 0, 1000, 65], [1, 64, 777, 300]
-    inputs = packed_inputs(lengths_q, lengths_k, heads=3, head_width=head_width, dtype=dtype, bias=bias)
-    check(inputs, lengths_q, lengths_k, device)
+    for bias in (None, "per_head"):
+        inputs = packed_inputs(lengths_q, lengths_k, heads=3, head_width=head_width, dtype=dtype, bias=bias)
+        check(inputs, lengths_q, lengths_k, device)

@@ -1,0 +1,105 @@
+"""Which calls are supported, which configuration they get, and that offsets pass 32 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from maskattn.kernels import configs
+from maskattn.kernels.rows import MAX_BLOCK, kept_rows, readable
+from maskattn.kernels.tiles import sequence_base, tile_offsets
+
+
+@pytest.mark.parametrize("dtype", configs.DTYPES)
+@pytest.mark.parametrize("pass_", ["forward", "query_gradient", "key_gradient"])
+@pytest.mark.parametrize("target", ["sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"])
+def test_every_supported_head_width_has_a_configuration(target, pass_, dtype):
+    for head_width in configs.HEAD_WIDTHS:
+        config = configs.look_up(pass_, target, head_width, dtype)
+        assert max(config.block_m, config.block_n) <= MAX_BLOCK
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 0), "sm80"), ((8, 6), "sm86"), ((8, 9), "sm86"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((12, 0), "sm86")],
+)
+def test_a_gpu_without_a_row_of_its_own_gets_the_smallest_tiles(capability, target):
+    assert configs._target_of_capability(*capability) == target
+
+
+def test_supported_calls(device):
+    for head_width in (16, 24, 256):
+        for dtype in configs.DTYPES:
+            assert configs.supports(torch.zeros(3, 2, head_width, dtype=dtype, device=device), None) is None
+    assert configs.supports(torch.zeros(3, 2, 64, device=device), torch.zeros(3, device=device)) is None
+
+
+@pytest.mark.parametrize(
+    ("q", "key_bias", "reason"),
+    [
+        (torch.zeros(3, 2, 64, dtype=torch.float64), None, "float32, float16 or bfloat16"),
+        (torch.zeros(3, 2, 8), None, "head width"),
+        (torch.zeros(3, 2, 20), None, "head width"),
+        (torch.zeros(3, 2, 264), None, "head width"),
+        (torch.zeros(3, 2, 64), torch.zeros(3, dtype=torch.int32), "floating key_bias"),
+    ],
+)
+def test_an_unsupported_call_is_told_why(q, key_bias, reason):
+    assert reason in configs.supports(q, key_bias)
+
+
+def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
+    assert "GPU" in configs.supports(torch.zeros(3, 2, 64), None)
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((9, 0), None)])
+def test_old_gpus_are_refused(capability, reason, monkeypatch):
+    monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = torch.zeros(3, 2, 64, device="meta")
+    monkeypatch.setattr(type(q), "device", torch.device("cuda", 0), raising=False)
+    answer = configs.supports(q, None)
+    assert answer is None if reason is None else reason in answer
+
+
+@triton.jit
+def offsets_kernel(offsets_ptr, sequence, head, start, first, stride_b, stride_h, stride_t, INDEXED: tl.constexpr):
+    zero = tl.full([], 0, tl.int64)
+    base = sequence_base(zero, tl.load(sequence), tl.load(head), tl.load(start), stride_b, stride_h, stride_t, INDEXED)
+    rows = tl.arange(0, 4)
+    if INDEXED:
+        rows += tl.load(first)
+    shift, offsets = tile_offsets(tl.load(first), rows, stride_t, INDEXED)
+    tl.store(offsets_ptr + tl.arange(0, 4), base + shift + offsets)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("place", [(70000, 0, 0, 0), (0, 70000, 0, 0), (0, 0, 70000, 0), (0, 0, 0, 70000)])
+def test_offsets_pass_32_bits(place, indexed, device):
+    if indexed and place[2]:
+        pytest.skip("an index has no start to add")
+    stride = 40000
+    offsets = torch.zeros(4, dtype=torch.int64, device=device)
+    scalars = [torch.tensor(x, dtype=torch.int32, device=device) for x in place]
+    offsets_kernel[(1,)](offsets, *scalars, stride, stride, stride, INDEXED=indexed)
+    assert offsets.tolist() == [(70000 + i) * stride for i in range(4)]
+
+
+def test_rows_too_far_apart_for_32_bit_offsets_in_a_tile_are_copied(device):
+    far = torch.zeros(2**24 + 16, device=device).as_strided((2, 1, 16), (2**24, 16, 1))
+    near = torch.zeros(2**20 + 16, device=device).as_strided((2, 1, 16), (2**20, 16, 1))
+    assert readable(far).is_contiguous()
+    assert readable(near) is near
+
+
+def test_kept_rows_come_first_and_in_order(device):
+    keep = torch.tensor([[False, True, False, True], [False, False, False, False]], device=device)
+    rows = kept_rows(keep)
+    assert rows.starts.tolist() == [0, 4]
+    assert rows.ends.tolist() == [2, 4]
+    assert rows.index[:2].tolist() == [1, 3]
+    assert rows.longest == 4
