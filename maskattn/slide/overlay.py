@@ -207,4 +207,4 @@ def _write_png(path: Path, image: UInt8[np.ndarray, "Y X 3"]) -> None:
     from PIL import Image
 
     with replacing(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG")
+        Image.fromarray(image).save(temporary, format="PNG", compress_level=3)

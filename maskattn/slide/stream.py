@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,8 +131,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed run must not wait forever: torch watches the fork server, which the worker keeps alive."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _worker_settings() -> dict[str, Any]:
@@ -142,5 +152,5 @@ def _worker_settings() -> dict[str, Any]:
     return {
         "multiprocessing_context": context,
         "prefetch_factor": _PREFETCHED_BATCHES,
-        "worker_init_fn": _one_thread,
+        "worker_init_fn": _start_worker,
     }

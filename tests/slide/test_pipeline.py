@@ -397,13 +397,14 @@ from test_pipeline import RunSettings, SlideJob, SlideModel, Stop, run_slides
 slide, model, out = map(Path, sys.argv[1:])
 jobs = [SlideJob(name, slide) for name in "abc"]
 stop = Stop("b", lambda: os.kill(os.getpid(), signal.SIGKILL))
-run_slides(jobs, SlideModel.load(model), RunSettings(out, batch_size=8), stop)
+run_slides(jobs, SlideModel.load(model), RunSettings(out, batch_size=8, workers=1), stop)
 """
     killed = subprocess.run(
         [sys.executable, "-c", script, str(slide), str(tmp_path / "model.safetensors"), str(settings.out_dir)],
         check=False,
         capture_output=True,
         text=True,
+        timeout=120,  # its decoding worker holds the pipes open until it ends too
     )
     assert killed.returncode == -9, killed.stderr
     assert names(settings.out_dir) == {"a", ".b.partial", "summary.csv"}
