@@ -147,7 +147,7 @@ def _launch_backward(
     strides_q, strides_k, strides_v, strides_out = strides_bht(q), strides_bht(k), strides_bht(v), strides_bht(out)
     strides_grad, strides_lse = strides_bht(grad_out), lse_strides_bh(lse)
     strides_bias = bias_strides_bht(key_bias, packed=q.ndim == 3)
-    strides_dbias = (0, 0, 0)
+    strides_dbias: tuple[int, ...] = (0, 0, 0)
     if dbias is not None:
         strides_dbias = (0, *dbias.stride()) if dbias.ndim == 2 else dbias.stride()
     scale_log2 = scale * math.log2(math.e)
@@ -162,19 +162,21 @@ def _launch_backward(
     config = choose("query_gradient", q.device, head_width, q.dtype)
     tiles = triton.cdiv(q_rows.longest, config.block_m)
     if tiles * heads * batch > 0:
-        query_gradient_kernel[(tiles * heads * batch,)](
-            q, k, v, key_bias, out, lse, grad_out, grad_lse, dq, delta, lse_log2, *sides, scale, scale_log2, heads,
-            tiles, *strides_q, *strides_k, *strides_v, *strides_bias, *strides_out, *strides_grad, *strides_bht(dq),
-            *strides_lse, **flags, HAS_DLSE=grad_lse is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            query_gradient_kernel[(tiles * heads * batch,)](
+                q, k, v, key_bias, out, lse, grad_out, grad_lse, dq, delta, lse_log2, *sides, scale, scale_log2, heads,
+                tiles, *strides_q, *strides_k, *strides_v, *strides_bias, *strides_out, *strides_grad, *strides_bht(dq),
+                *strides_lse, **flags, HAS_DLSE=grad_lse is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
 
     config = choose("key_gradient", q.device, head_width, q.dtype)
     tiles = triton.cdiv(k_rows.longest, config.block_n)
     if tiles * heads * batch > 0:
-        key_gradient_kernel[(tiles * heads * batch,)](
-            q, k, v, key_bias, lse_log2, grad_out, delta, dk, dv, dbias, *sides, scale, scale_log2, heads, tiles,
-            *strides_q, *strides_k, *strides_v, *strides_bias, *strides_grad, *strides_bht(dk), *strides_bht(dv),
-            *strides_dbias, *strides_lse, **flags, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            key_gradient_kernel[(tiles * heads * batch,)](
+                q, k, v, key_bias, lse_log2, grad_out, delta, dk, dv, dbias, *sides, scale, scale_log2, heads, tiles,
+                *strides_q, *strides_k, *strides_v, *strides_bias, *strides_grad, *strides_bht(dk), *strides_bht(dv),
+                *strides_dbias, *strides_lse, **flags, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip

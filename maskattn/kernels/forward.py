@@ -211,11 +211,13 @@ def _launch_forward(
     programs = tiles * heads * q_rows.starts.shape[0]
     if programs == 0:
         return
-    forward_kernel[(programs,)](
-        q, k, v, key_bias, out, lse, q_rows.starts, q_rows.ends, q_rows.index, k_rows.starts, k_rows.ends, k_rows.index,
-        scale * math.log2(math.e), heads, tiles, *strides_bht(q), *strides_bht(k), *strides_bht(v),
-        *bias_strides_bht(key_bias, packed=q.ndim == 3), *strides_bht(out), *lse_strides_bh(lse),
-        HEAD_WIDTH=head_width, BLOCK_D=padded_width(head_width), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        HAS_BIAS=key_bias is not None, INDEX_Q=q_rows.index is not None, INDEX_K=k_rows.index is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        forward_kernel[(programs,)](
+            q, k, v, key_bias, out, lse, q_rows.starts, q_rows.ends, q_rows.index,
+            k_rows.starts, k_rows.ends, k_rows.index, scale * math.log2(math.e), heads, tiles,
+            *strides_bht(q), *strides_bht(k), *strides_bht(v),
+            *bias_strides_bht(key_bias, packed=q.ndim == 3), *strides_bht(out), *lse_strides_bh(lse),
+            HEAD_WIDTH=head_width, BLOCK_D=padded_width(head_width), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            HAS_BIAS=key_bias is not None, INDEX_Q=q_rows.index is not None, INDEX_K=k_rows.index is not None,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip

@@ -172,9 +172,10 @@ def test_keys_biased_to_minus_infinity_are_as_if_absent(device):
     assert_meets_specification(results, present, specify_packed(cu_seqlens(lengths), cu_seqlens(shorter)))
 
 
-def test_large_scores_neither_overflow_nor_vanish(device):
+@pytest.mark.parametrize("scale", [40.0, -40.0])
+def test_large_scores_neither_overflow_nor_vanish(scale, device):
     lengths = [70]
-    check(packed_inputs(lengths, scale=40.0), lengths, lengths, device)
+    check(packed_inputs(lengths, scale=scale), lengths, lengths, device)
 
 
 def test_the_same_result_every_time(device):
