@@ -33,7 +33,7 @@ import torch
 TILE_PX = 256
 DOWNSAMPLES = (1, 4, 16)
 RESULTS = Path(__file__).parent / "results"
-STAGES = ("open", "tissue", "grid", "read", "encode", "slide", "relevance", "tokens", "write")
+STAGES = ("open", "tissue", "grid", "read", "encode", "slide", "tokens", "write")
 
 
 def main() -> None:

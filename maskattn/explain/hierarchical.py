@@ -33,13 +33,13 @@ class RelevanceMap:
         logits_K: (K,), the slide's logits.
         relevance_KT: (K, T), signed scores of the tiles.
         attention_T: (T,), the slide encoder's class-token row, mean over heads; 0 where there is no class token.
-        gradient_KTC: (K, T, C), ∂ logit / ∂ embedding, which pass 2 takes.
+        gradient_KTC: (K, T, C), ∂ logit / ∂ embedding, which pass 2 takes; None where it was not asked for.
     """
 
     logits_K: Float[Tensor, "K"]
     relevance_KT: Float[Tensor, "K T"]
     attention_T: Float[Tensor, "T"]
-    gradient_KTC: Float[Tensor, "K T C"]
+    gradient_KTC: Float[Tensor, "K T C"] | None
 
 
 @dataclass(frozen=True)
@@ -66,24 +66,25 @@ class HierarchicalCDAM:
         self.model = model
 
     @torch.inference_mode(False)
-    def tiles(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> RelevanceMap:
-        """Pass 1: the relevance of each tile.
+    def tiles(
+        self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], *, gradient: bool = True
+    ) -> RelevanceMap:
+        """Pass 1: the slide's logits and the relevance of each tile.
 
         Args:
             embeddings_TC: (T, C) from ``model.encode_tiles``, a row for each kept cell, row-major.
             keep_HW: (H, W) bool over the slide's cells.
+            gradient: also take the gradient that pass 2 needs: a backward through the slide encoder for each class.
         """
         encoder = self.model.slide_encoder
-        z = embeddings_TC.detach().clone().requires_grad_()
-        with torch.enable_grad():
+        z = embeddings_TC.detach().clone().requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
             tokens = encoder.before_last_block(self.model.slide_tokens(z, keep_HW))
-            logits_K = encoder.predict(tokens)[0]
-        K = len(logits_K)
-        gradient_KTC = torch.stack([torch.autograd.grad(logits_K[c], z, retain_graph=c + 1 < K)[0] for c in range(K)])
+            gradient_KTC = _gradients(encoder.predict(tokens)[0], z) if gradient else None
         tokens = tokens.with_rows(tokens.rows_TC.detach())
-        relevance_KT = score_tokens(encoder, tokens, "all")[0][:, tokens.num_prefix :]
-        attention_T = _mean_attention(encoder, tokens)[tokens.num_prefix :]
-        return RelevanceMap(logits_K.detach(), relevance_KT, attention_T, gradient_KTC)
+        relevance_KT, logits_1K = score_tokens(encoder, tokens, "all")
+        P = tokens.num_prefix
+        return RelevanceMap(logits_1K[0], relevance_KT[:, P:], _mean_attention(encoder, tokens)[P:], gradient_KTC)
 
     @torch.inference_mode(False)
     def tokens(
@@ -106,6 +107,11 @@ class HierarchicalCDAM:
         relevance_KT, _ = score_tokens(encoder, tokens, lambda z_BC: torch.einsum("bc,kbc->bk", z_BC, gradient_KBC))
         attention_BHW = as_maps(_mean_attention(encoder, tokens)[None], tokens)[:, 0]
         return TokenMaps(as_maps(relevance_KT, tokens).transpose(0, 1), attention_BHW)
+
+
+def _gradients(logits_K: Tensor, z_TC: Tensor) -> Float[Tensor, "K T C"]:
+    K = len(logits_K)
+    return torch.stack([torch.autograd.grad(logits_K[c], z_TC, retain_graph=c + 1 < K)[0] for c in range(K)])
 
 
 def _mean_attention(encoder: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, "T"]:

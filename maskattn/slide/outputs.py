@@ -77,6 +77,7 @@ def _token_maps(
 ) -> Iterator[TokenRows]:
     """Token-level maps batch by batch, painted on the canvas on their way to the file."""
     explain = HierarchicalCDAM(run.model)
+    assert relevance.gradient_KTC is not None, "the pipeline takes the gradient wherever tokens are asked for"
     attention_T = _numpy(relevance.attention_T)
     for batch in run.read(grid, encoded.rows_T):
         places_B = np.searchsorted(encoded.rows_T, batch.rows_B)

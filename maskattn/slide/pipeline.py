@@ -1,6 +1,6 @@
 """Pipeline: a slide in; a prediction, features, relevance and heat maps out.
 
-reader → tissue → grid → stream of tiles → tile encoder on packed tokens → slide encoder → scores → relevance of tiles
+reader → tissue → grid → stream of tiles → tile encoder on packed tokens → slide encoder: scores, relevance of tiles
 → (where asked) a second stream for the relevance of tokens → outputs. Memory is bounded by the batch size and the
 thumbnail, apart from the O(tiles) embeddings and masks; token maps go to the file batch by batch.
 """
@@ -85,13 +85,12 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
     with stages("grid"):
         grid = _lay_grid(run, tissue)
     encoded = _encode(run, grid)
-    keep_HW = encoded.keep_HW.to(run.device)
-    with stages("slide"), torch.inference_mode():
-        logits_K = model(encoded.embeddings_TC, keep_HW).float().cpu()
+    with stages("slide"):
+        explain = HierarchicalCDAM(model)
+        relevance = explain.tiles(encoded.embeddings_TC, encoded.keep_HW.to(run.device), gradient=run.settings.tokens)
+    logits_K = relevance.logits_K.float().cpu()
     if not bool(logits_K.isfinite().all()):
         raise SlideError(f"a model's scores must be finite, got {logits_K.tolist()}; check the model's weights")
-    with stages("relevance"):
-        relevance = HierarchicalCDAM(model).tiles(encoded.embeddings_TC, keep_HW)
     scores = dict(zip(model.config.classes, logits_K.softmax(dim=0).tolist(), strict=True))
     write_outputs(folder, run, grid, encoded, relevance, scores)
     return _prediction(run, identity, tissue, grid, encoded, logits_K, scores)

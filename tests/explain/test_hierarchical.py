@@ -77,6 +77,17 @@ def test_logits_are_the_models_and_maps_are_zero_on_glass():
     assert 0 < relevance.attention_T.sum() < 1
 
 
+def test_the_gradient_may_be_left_out_and_changes_nothing_else():
+    model, (tiles, keep_Thw, keep_HW) = random_model(), small_slide()
+    embeddings = model.encode_tiles(tiles, keep_Thw)
+    whole = HierarchicalCDAM(model).tiles(embeddings, keep_HW)
+    cheap = HierarchicalCDAM(model).tiles(embeddings, keep_HW, gradient=False)
+    assert cheap.gradient_KTC is None
+    for name in ("logits_K", "relevance_KT", "attention_T"):
+        torch.testing.assert_close(getattr(cheap, name), getattr(whole, name))
+        assert not getattr(cheap, name).requires_grad
+
+
 def test_tiles_may_be_explained_in_batches_of_any_size():
     model, (tiles, keep_Thw, keep_HW) = random_model(), small_slide()
     cdam = HierarchicalCDAM(model)
