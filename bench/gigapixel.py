@@ -156,7 +156,8 @@ def table(machine: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
         f"CMU-1-Small-Region.svs; model {masked['model']['name']} ({masked['model']['sha256']}), tiles of "
         f"{masked['settings']['tile_px']} px at {masked['settings']['spacing_um']:g} µm, device "
         f"{masked['settings']['device']}; {machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['threads']} torch threads, torch {machine['torch']}. `python bench/gigapixel.py CMU-1-Small-Region.svs`",
+        f"{machine['threads']} torch threads, torch {machine['torch']}. "
+        "`python bench/gigapixel.py CMU-1-Small-Region.svs`",
         "",
         f"Kept {counts['kept_tokens']:,} of {tokens:,} tokens (f = {counts['kept_tokens'] / tokens:.3f}) in "
         f"{counts['kept_tiles']:,} of {counts['cells']:,} tiles; skipped {counts['skipped_tokens']:,} tokens.",
