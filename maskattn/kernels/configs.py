@@ -116,14 +116,14 @@ TABLE: dict[tuple[Target, Precision], Table] = {
         "forward": {
             16: Config(32, 32, 4, 1),
             32: Config(64, 32, 4, 1),
-            64: Config(32, 32, 4, 1),
+            64: Config(64, 32, 8, 1),
             128: Config(32, 16, 8, 1),
-            256: Config(32, 32, 4, 1),
+            256: Config(32, 16, 8, 1),
         },
         "query_gradient": {
             16: Config(64, 32, 8, 1),
             32: Config(32, 32, 4, 1),
-            64: Config(32, 32, 4, 1),
+            64: Config(64, 32, 8, 1),
             128: Config(16, 32, 8, 1),
             256: Config(32, 16, 8, 1),
         },
@@ -148,7 +148,7 @@ TABLE: dict[tuple[Target, Precision], Table] = {
             32: Config(128, 64, 8, 3),
             64: Config(128, 64, 8, 3),
             128: Config(128, 64, 8, 3),
-            256: Config(64, 32, 8, 2),
+            256: Config(128, 32, 8, 2),
         },
         "key_gradient": {
             16: Config(64, 128, 8, 3),
@@ -185,7 +185,7 @@ TABLE: dict[tuple[Target, Precision], Table] = {
         "forward": {
             16: Config(128, 64, 8, 3),
             32: Config(128, 64, 8, 3),
-            64: Config(128, 64, 8, 3),
+            64: Config(128, 32, 4, 3),
             128: Config(128, 64, 8, 3),
             256: Config(128, 32, 8, 2),
         },
@@ -270,7 +270,7 @@ TABLE: dict[tuple[Target, Precision], Table] = {
             32: Config(32, 64, 4, 1),
             64: Config(32, 64, 4, 1),
             128: Config(16, 32, 4, 1),
-            256: Config(32, 32, 4, 1),
+            256: Config(16, 16, 2, 1),
         },
     },
 }

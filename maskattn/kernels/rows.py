@@ -52,8 +52,8 @@ def kept_rows(keep_BN: Bool[Tensor, "B N"]) -> Rows:
     """Rows of the kept tokens of a dense batch, found without waiting for the device."""
     batch, tokens = keep_BN.shape
     starts = torch.arange(batch, dtype=torch.int32, device=keep_BN.device) * tokens
-    # Stable: the kept tokens come first and in their order.
-    index_BN = torch.argsort(~keep_BN, dim=1, stable=True).to(torch.int32)
+    # Stable: the kept tokens come first and in their order. Not every torch sorts bools on a GPU.
+    index_BN = torch.argsort((~keep_BN).to(torch.uint8), dim=1, stable=True).to(torch.int32)
     return Rows(starts, starts + keep_BN.sum(dim=1, dtype=torch.int32), index_BN.reshape(-1), tokens)
 
 

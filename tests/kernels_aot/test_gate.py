@@ -106,5 +106,14 @@ def test_no_row_of_the_committed_table_spills_or_is_too_large():
         assert float(row["per_score"]) > 0, key
 
 
+def test_every_row_of_the_committed_table_uses_the_tensor_cores_of_its_target():
+    # Tiles of 64 keys, which wgmma needs, do not fit into the registers there.
+    without_wgmma = ("key_gradient", "sm90", "256")
+    for key, row in committed().items():
+        if row["dtype"] != "fp32":
+            expected = "mma.sync" if key[:3] == without_wgmma else TENSOR_INSTRUCTIONS[row["target"]]
+            assert (row["tensor_instruction"], float(row["tensor"]) > 0) == (expected, True), key
+
+
 def test_every_target_of_the_configurations_is_compiled_for():
     assert {target for target, _ in TABLE} == set(aot_report.GPU_TARGETS)
