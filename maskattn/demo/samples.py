@@ -65,14 +65,14 @@ class SlideSample:
     Attributes:
         grid: the tiles and tokens that take part.
         tiles_TCHW: (T, 3, 128, 128) uint8, the kept tiles in row-major order.
-        kinds_TK: (T, 4) share of each of :data:`KINDS` in each tile's kept tokens; rows sum to 1.
+        kinds_TKHW: (T, 4, h, w) share of each of :data:`KINDS` in each token; they sum to 1.
         lesion_THW: (T, h, w) share of each token that is lesion.
         label: the slide's class.
     """
 
     grid: TokenGrid
     tiles_TCHW: UInt8[np.ndarray, "T 3 P P"]
-    kinds_TK: Float[np.ndarray, "T 4"]
+    kinds_TKHW: Float[np.ndarray, "T 4 h w"]
     lesion_THW: Float[np.ndarray, "T h w"]
     label: int
 
@@ -90,9 +90,7 @@ def sample_slide(seed: int, *, masked: bool = True, label: int | None = None) ->
     shares = np.zeros((len(lesion), len(KINDS), *lesion.shape[1:]), np.float32)
     shares[:, 0], shares[:, 1] = 1 - flesh, flesh - lesion
     shares[:, 1 + slide.label] += lesion
-    weight = grid.token_keep_THW[:, None]
-    kinds = (shares * weight).sum((2, 3)) / np.maximum(weight.sum((2, 3)), 1)
-    return SlideSample(grid, cut_tiles(reader, grid), kinds, lesion, slide.label)
+    return SlideSample(grid, cut_tiles(reader, grid), shares, lesion, slide.label)
 
 
 def cut_tiles(reader: ArrayReader, grid: TokenGrid) -> UInt8[np.ndarray, "T 3 P P"]:

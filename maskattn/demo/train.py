@@ -1,8 +1,12 @@
 """How the bundled model was trained: ``python -m maskattn.demo.train``.
 
-Stage 1 trains the tile encoder to tell what a tile is made of (glass, benign, low, high: shares of its kept tokens).
-Stage 2 draws other slides, encodes them once, and trains the slide encoder on slide labels alone. Every slide is
-drawn on the fly from its seed; seeds below :data:`FIRST_TRAINING_SEED` are never trained on.
+Stage 1 trains the tile encoder to tell what a tile is made of: a temporary linear head gives the shares of glass,
+benign, low and high in the tokens that take part, while random tokens are left out. Stage 2 draws other slides,
+encodes them once, and trains the slide encoder on slide labels alone, on slides thinned out and mixed with one another.
+Leaving out and mixing make the answer a matter of degree: a model that is sure after one lesion tile would have a flat
+gradient at all others, and its class map would show noise.
+
+Every slide is drawn from its seed; seeds below :data:`FIRST_TRAINING_SEED` are never trained on.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -51,12 +56,12 @@ class TrainingPlan:
 
     masked: bool = True
     seed: int = 0
-    tile_slides: int = 200
+    tile_slides: int = 180
     tiles_per_slide: int = 64
     tile_steps: int = 1000
     tile_batch: int = 64
-    label_slides: int = 400
-    label_steps: int = 500
+    label_slides: int = 300
+    label_steps: int = 600
     label_batch: int = 32
 
     @property
@@ -75,7 +80,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class TileSet:
-    """Tiles of many slides for stage 1: (M, 3, P, P) uint8, (M, h, w) bool, (M, 4) shares of each kind."""
+    """Tiles of many slides for stage 1: (M, 3, P, P) uint8, (M, h, w) bool, (M, 4, h, w) shares of each kind."""
 
     tiles: Tensor
     keep: Tensor
@@ -124,6 +129,9 @@ def train(plan: TrainingPlan, say: Callable[[str], None] = print) -> tuple[Slide
     torch.manual_seed(plan.seed)
     rng = np.random.default_rng(plan.seed)
     model = SlideModel(model_config(plan.masked))
+    for encoder in (model.tile_encoder, model.slide_encoder):
+        # a class token of unit size keeps the last norm near linear, so that relevance grows with evidence
+        nn.init.normal_(cast(Tensor, encoder.cls_token))
     losses = Losses()
     started = time.perf_counter()
 
@@ -131,7 +139,8 @@ def train(plan: TrainingPlan, say: Callable[[str], None] = print) -> tuple[Slide
         say(f"[{time.perf_counter() - started:6.0f} s] {text}")
 
     with one_thread():
-        train_tiles(model, plan, rng, losses.tiles, report)
+        head = train_tiles(model, plan, rng, losses.tiles, report)
+        read_kinds(model, head)
         train_labels(model, plan, rng, losses.labels, report)
     return model.eval(), losses
 
@@ -149,20 +158,38 @@ def one_thread() -> Iterator[None]:
 
 def train_tiles(
     model: SlideModel, plan: TrainingPlan, rng: np.random.Generator, losses: list[float], report: Callable[[str], None]
-) -> None:
-    """Stage 1: the tile encoder under a temporary head learns what tiles are made of."""
+) -> nn.Linear:
+    """Stage 1: the tile encoder under a temporary head learns what tiles are made of; returns the head."""
     tiles = draw_tiles(plan, rng)
     report(f"stage 1: {len(tiles.tiles)} tiles of {plan.tile_slides} slides drawn")
     head = nn.Linear(EMBED_DIM, len(KINDS))
     encoder = nn.ModuleDict({"encoder": model.tile_encoder, "head": head}).train()
-    for step, loss_rate in enumerate(optimise(encoder, plan.tile_steps, rate=1e-3)):
+    for step, take in enumerate(optimise(encoder, plan.tile_steps, rate=1e-3)):
         picked = torch.from_numpy(rng.integers(len(tiles.tiles), size=plan.tile_batch))
-        pixels, keep = turn(rng, tiles.tiles[picked], tiles.keep[picked])
-        loss = F.cross_entropy(head(model.encode_tiles(pixels, keep)), tiles.kinds[picked])
-        loss_rate(loss)
+        pixels, keep, kinds = turn(rng, tiles.tiles[picked], tiles.keep[picked], tiles.kinds[picked])
+        keep = leave_out_tokens(rng, keep)
+        weight = keep[:, None].float()
+        shares = (kinds * weight).sum((2, 3)) / weight.sum((2, 3))
+        loss = (head(model.encode_tiles(pixels, keep)) - shares).square().sum(1).mean()
+        take(loss)
         losses.append(loss.item())
         if step % 100 == 99:
-            report(f"stage 1, step {step + 1}: loss {np.mean(losses[-100:]):.3f}")
+            report(f"stage 1, step {step + 1}: loss {np.mean(losses[-100:]):.4f}")
+    return head
+
+
+def read_kinds(model: SlideModel, head: nn.Linear) -> None:
+    """Let the slide encoder read embeddings through the head's kinds alone, by a projection that stays as it is.
+
+    Directions in which no embedding of the training slides varies would keep their random weights, and every token's
+    relevance would carry their noise. Shares sum to 1, so the mean over kinds is such a direction too.
+    """
+    projection = model.slide_encoder.patch_embed.proj
+    spread = torch.linalg.qr(torch.randn(EMBED_DIM, len(KINDS)))[0] * EMBED_DIM**0.5 / 2
+    with torch.no_grad():
+        projection.weight.copy_((spread @ (head.weight - head.weight.mean(0)))[:, :, None, None])
+        cast(Tensor, projection.bias).copy_(torch.randn(EMBED_DIM) + spread @ (head.bias - head.bias.mean()))
+    projection.weight.requires_grad_(False)
 
 
 def train_labels(
@@ -172,15 +199,17 @@ def train_labels(
     slides = encode_slides(model.eval(), plan)
     report(f"stage 2: {plan.label_slides} slides drawn and encoded")
     encoder = model.slide_encoder.train()
-    for step, loss_rate in enumerate(optimise(encoder, plan.label_steps, rate=5e-4)):
+    for step, take in enumerate(optimise(encoder, plan.label_steps, rate=5e-4)):
         picked = torch.from_numpy(rng.integers(len(slides.labels), size=plan.label_batch))
         embeddings, keep = turn(rng, slides.embeddings[picked], slides.keep[picked])
         embeddings, keep = shift(rng, embeddings, keep)
-        loss = F.cross_entropy(encoder(embeddings, keep), slides.labels[picked])
-        loss_rate(loss)
+        embeddings, keep, labels = mix(rng, embeddings, keep, F.one_hot(slides.labels[picked], len(CLASSES)).float())
+        keep &= random_like(rng, keep) > 0.9 * random_like(rng, keep[:, :1, :1])
+        loss = F.cross_entropy(encoder(embeddings, keep), labels)
+        take(loss)
         losses.append(loss.item())
         if step % 100 == 99:
-            report(f"stage 2, step {step + 1}: loss {np.mean(losses[-100:]):.3f}")
+            report(f"stage 2, step {step + 1}: loss {np.mean(losses[-100:]):.4f}")
 
 
 def optimise(module: nn.Module, steps: int, rate: float) -> Iterator[Callable[[Tensor], None]]:
@@ -207,13 +236,13 @@ def draw_tiles(plan: TrainingPlan, rng: np.random.Generator) -> TileSet:
     tiles, keeps, kinds = [], [], []
     for index in range(plan.tile_slides):
         sample = sample_slide(plan.first_slide_seed + index, masked=plan.masked)
-        diseased = sample.kinds_TK[:, 2:].sum(1) > 0
+        diseased = sample.lesion_THW.any((1, 2))
         weight = np.where(diseased, 0.5 / max(diseased.sum(), 1), 0.5 / max((~diseased).sum(), 1))
         count = min(plan.tiles_per_slide, len(weight))
         chosen = rng.choice(len(weight), count, replace=False, p=weight / weight.sum())
         tiles.append(sample.tiles_TCHW[chosen])
         keeps.append(sample.grid.token_keep_THW[chosen])
-        kinds.append(sample.kinds_TK[chosen])
+        kinds.append(sample.kinds_TKHW[chosen])
     return TileSet(*(torch.from_numpy(np.concatenate(part)) for part in (tiles, keeps, kinds)))
 
 
@@ -233,19 +262,48 @@ def encode_slides(model: SlideModel, plan: TrainingPlan) -> EncodedSlides:
     return EncodedSlides(embeddings, keep, labels)
 
 
-def turn(rng: np.random.Generator, grid: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn and mirror a batch of square grids (B, C, H, W) with their masks (B, h, w), all by the same symmetry."""
-    quarter = int(rng.integers(4))
-    grid, keep = torch.rot90(grid, quarter, (-2, -1)), torch.rot90(keep, quarter, (-2, -1))
-    if rng.random() < 0.5:
-        grid, keep = grid.flip(-1), keep.flip(-1)
-    return grid.contiguous(), keep.contiguous()
+def turn(rng: np.random.Generator, *grids: Tensor) -> list[Tensor]:
+    """Turn and mirror batches of square grids (B, ..., H, W), all by the same symmetry."""
+    quarter, mirrored = int(rng.integers(4)), rng.random() < 0.5
+    turned = [torch.rot90(grid, quarter, (-2, -1)) for grid in grids]
+    return [(grid.flip(-1) if mirrored else grid).contiguous() for grid in turned]
 
 
 def shift(rng: np.random.Generator, grid: Tensor, keep: Tensor, furthest: int = 3) -> tuple[Tensor, Tensor]:
     """Roll a batch of tile grids by a few tiles, so that the slide encoder does not learn places by heart."""
     by = tuple(int(step) for step in rng.integers(-furthest, furthest + 1, 2))
     return torch.roll(grid, by, (-2, -1)), torch.roll(keep, by, (-2, -1))
+
+
+def leave_out_tokens(rng: np.random.Generator, keep: Tensor) -> Tensor:
+    """Leave out up to nine tenths of each tile's tokens (B, h, w), singly or in patches; never all of them."""
+    singly = random_like(rng, keep)
+    patches = F.interpolate(random_like(rng, keep[:, None, :3, :3]), keep.shape[1:], mode="bilinear")[:, 0]
+    level = torch.where(random_like(rng, keep[:, :1, :1]) < 0.5, singly, patches)
+    fewer = keep & (level > 0.9 * random_like(rng, keep[:, :1, :1]))
+    return torch.where(fewer.any(2).any(1)[:, None, None], fewer, keep)
+
+
+def mix(rng: np.random.Generator, grid: Tensor, keep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In half of a batch's slides replace a random share of cells by another slide's; labels (B, K) follow the share.
+
+    CutMix (Yun et al., arXiv 1905.04899) on grids of tile embeddings, cell by cell.
+    """
+    other = torch.from_numpy(rng.permutation(len(grid)))
+    share = random_like(rng, keep[:, :1, :1]) * (random_like(rng, keep[:, :1, :1]) < 0.5)
+    swapped = random_like(rng, keep) < share
+    own, foreign = (keep & ~swapped).sum((1, 2)), (keep[other] & swapped).sum((1, 2))
+    weight = (own / (own + foreign).clamp(min=1))[:, None]
+    return (
+        torch.where(swapped[:, None], grid[other], grid),
+        torch.where(swapped, keep[other], keep),
+        weight * labels + (1 - weight) * labels[other],
+    )
+
+
+def random_like(rng: np.random.Generator, grid: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) of a tensor's shape."""
+    return torch.from_numpy(rng.random(grid.shape, dtype=np.float32))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -43,10 +43,9 @@ def test_training_sees_the_tiles_that_inference_sees(tmp_path: Path, sample: sam
 
 
 def test_kinds_are_shares_and_name_the_lesion(sample: samples.SlideSample) -> None:
-    assert sample.kinds_TK.sum(1) == pytest.approx(1.0, abs=1e-4)
-    high = sample.kinds_TK[:, samples.KINDS.index("high")]
-    assert np.array_equal(high > 0, (sample.lesion_THW * sample.grid.token_keep_THW).sum((1, 2)) > 0)
-    assert not sample.kinds_TK[:, samples.KINDS.index("low")].any()
+    assert sample.kinds_TKHW.sum(1) == pytest.approx(1.0, abs=1e-4)
+    assert np.array_equal(sample.kinds_TKHW[:, samples.KINDS.index("high")], sample.lesion_THW)
+    assert not sample.kinds_TKHW[:, samples.KINDS.index("low")].any()
 
 
 def test_an_unmasked_sample_keeps_every_token() -> None:
