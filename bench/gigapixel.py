@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=40_000, help="about how many pixels wide and high")
     parser.add_argument("--keep", type=Path, help="folder for the slide and the outputs; by default they are removed")
     parser.add_argument("--tokens", action="store_true", help="with token maps")
-    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--workers", type=int, help="by default maskattn's own choice")
     parser.add_argument("--model", type=Path, help="by default the bundled demonstration")
     parser.add_argument("--name", default="gigapixel", help="stem of the results")
     arguments = parser.parse_args()
@@ -54,7 +54,7 @@ def main() -> None:
             start = time.perf_counter()
             compose(arguments.region, slide, arguments.side)
             print(f"{slide.name}: {slide.stat().st_size / 1e6:.0f} MB composed in {time.perf_counter() - start:.0f} s")
-        options = ["--workers", str(arguments.workers)]
+        options = [] if arguments.workers is None else ["--workers", str(arguments.workers)]
         options += ["--tokens"] if arguments.tokens else []
         options += ["--model", str(arguments.model)] if arguments.model else []
         runs = {

@@ -67,7 +67,10 @@ def infer(
     tokens: Annotated[bool, typer.Option("--tokens", help="Relevance of tokens too; reads each slide twice.")] = False,
     no_mask: Annotated[bool, typer.Option("--no-mask", help="Attend to glass too, for comparison.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Tiles at a time; bounds the memory.", min=1)] = 32,
-    workers: Annotated[int, typer.Option("--workers", help="Processes that decode tiles.", min=0)] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Processes that decode tiles; by default some for large slides.", min=0),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     impl: Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run finished slides again.")] = False,

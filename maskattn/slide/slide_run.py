@@ -29,7 +29,7 @@ class RunSettings:
     Attributes:
         out_dir: each slide's outputs go to ``out_dir/<slide_id>/``.
         batch_size: tiles encoded at a time; bounds the memory.
-        workers: processes that decode tiles; 0 = decode in this one.
+        workers: processes that decode tiles; 0 = decode in this one; None = some, where a slide is large enough.
         tokens: also make relevance maps at the resolution of tokens, in a second pass over the slide.
         masked: False attends to glass too, for comparison.
         overwrite: run finished slides again.
@@ -39,7 +39,7 @@ class RunSettings:
 
     out_dir: Path
     batch_size: int = 32
-    workers: int = 0
+    workers: int | None = 0
     tokens: bool = False
     masked: bool = True
     overwrite: bool = False

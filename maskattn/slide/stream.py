@@ -27,6 +27,8 @@ from maskattn.slide.spacing import SlideError
 __all__ = ["TileBatch", "stream_tiles"]
 
 _PREFETCHED_BATCHES = 2
+_TILES_WORTH_A_WORKER = 2000  # a worker takes seconds to start, about as long as decoding these
+_MOST_WORKERS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ def stream_tiles(
     grid: TokenGrid,
     *,
     batch_size: int,
-    workers: int = 0,
+    workers: int | None = 0,
     rows: Sequence[int] | np.ndarray | None = None,
     pin_memory: bool = False,
 ) -> Iterator[TileBatch]:
@@ -66,14 +68,15 @@ def stream_tiles(
         reader: the slide; its workers open it again for themselves.
         grid: which tiles.
         batch_size: tiles of a batch; the last may have fewer.
-        workers: decoding processes; 0 decodes in this one. At most one per core is started.
+        workers: decoding processes; 0 decodes in this one, None starts some where there are tiles and cores enough
+            for them to pay off. At most one per core is started.
         rows: which of the grid's kept tiles, by row, and in which order; by default all of them.
         pin_memory: whether to hand batches over in page-locked memory; without a GPU this is passed over.
 
     Raises:
         ValueError: ``batch_size``, ``workers`` or ``rows`` is out of range.
     """
-    if batch_size < 1 or workers < 0:
+    if batch_size < 1 or (workers is not None and workers < 0):
         raise ValueError(
             f"stream_tiles needs batch_size >= 1 and workers >= 0, got batch_size={batch_size}, workers={workers}"
         )
@@ -83,6 +86,8 @@ def stream_tiles(
             f"stream_tiles needs rows of the grid's {grid.kept_tiles} kept tiles, got {order.min()} to {order.max()}; "
             "count them as grid.coords_lv0 does"
         )
+    if workers is None:
+        workers = min(_MOST_WORKERS, _cores() // 2) if order.size >= _TILES_WORTH_A_WORKER else 0
     workers = min(workers, _cores(), -(-order.size // batch_size))
     loader: DataLoader[TileBatch] = DataLoader(
         _Tiles(reader, grid, order),

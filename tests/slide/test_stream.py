@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,3 +178,13 @@ def test_real_slides_that_are_tiny_or_do_not_decode(shared_slides: Path) -> None
         assert batch.readable_B.tolist() == [readable]
         assert (batch.tiles_BCHW[..., 16:] == 255).all()
         assert (batch.tiles_BCHW[..., :16, :16] == 255).all().item() is not readable
+
+
+def test_workers_are_started_by_themselves_only_where_a_slide_is_large(monkeypatch):
+    monkeypatch.setattr(stream_module, "_cores", lambda: 8)
+    started = []
+    monkeypatch.setattr(stream_module, "DataLoader", lambda *_, num_workers, **__: started.append(num_workers) or [])
+    for tiles in (10, 1999, 2000, 50_000):
+        grid = SimpleNamespace(kept_tiles=tiles, coords_lv0=np.zeros((tiles, 2), int), tile_lv0=4, tile_px=4)
+        stream_tiles(None, grid, batch_size=32, workers=None)
+    assert started == [0, 0, 4, 4]
