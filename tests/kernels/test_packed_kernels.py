@@ -178,6 +178,15 @@ def test_large_scores_neither_overflow_nor_vanish(scale, device):
     check(packed_inputs(lengths, scale=scale), lengths, lengths, device)
 
 
+# What is computed past the end overflows, and is thrown away.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_scores_far_below_zero_do_not_let_the_end_of_a_sequence_in(device):
+    # A key past the end would have score 0: against an lse of −200 its weight is infinite.
+    inputs = packed_inputs([5, 40], bias="shared")
+    inputs = replace(inputs, key_bias=inputs.key_bias - 200)
+    check(inputs, [5, 40], [5, 40], device)
+
+
 def test_the_same_result_every_time(device):
     inputs = packed_inputs([70, 30], dtype=torch.float16, bias="shared")
     first, second = (run_packed(inputs, [70, 30], [70, 30], device) for _ in range(2))
