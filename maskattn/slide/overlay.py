@@ -28,6 +28,7 @@ _BAR_PX = 110
 _LINE_PX = 17
 _MIN_BODY_PX = (420, 240)
 _COLOUR_MAPS = {"diverging": "RdBu_r", "sequential": "viridis"}
+_TICKS = (0.05, 0.25, 0.5, 1.0)  # of the colour bar, as shares of its end
 _TISSUE_COLOUR = (0, 150, 60)
 
 Kind = Literal["diverging", "sequential"]
@@ -106,12 +107,22 @@ def blend(
 
     low, high = colour_limit(values_YX, kind)
     known = np.isfinite(values_YX)
-    colours = matplotlib.colormaps[_COLOUR_MAPS[kind]](np.clip((values_YX[known] - low) / (high - low), 0, 1))[:, :3]
+    places = _colour_scale(low, high)(np.clip(values_YX[known], low, high))
+    colours = matplotlib.colormaps[_COLOUR_MAPS[kind]](places)[:, :3]
     # Grey below the map, so that every hue is the map's and none the stain's.
     grey = thumbnail_YX3[known] @ np.array(_LUMINANCE)
     image = thumbnail_YX3.copy()
     image[known] = np.rint((1 - _OPACITY) * grey[:, None] + _OPACITY * 255 * colours).astype(np.uint8)
     return image
+
+
+def _colour_scale(low: float, high: float) -> Any:
+    """Values to places on the colour map by signed square root: a few tokens hold most of the relevance, and a linear
+    scale would leave all others pale. Zero stays in the middle of a symmetric scale.
+    """
+    from matplotlib.colors import FuncNorm
+
+    return FuncNorm((lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x)), low, high)
 
 
 def write_heatmap(
@@ -183,7 +194,6 @@ def _frame(
     """Title and colour bar around an empty body, at exact pixel sizes; no pyplot, hence no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     width, height = body[0] + _BAR_PX, head + body[1]
@@ -194,8 +204,10 @@ def _frame(
     axes = figure.add_axes(
         (((body[0] + 12) / width), 1 - (head + 10 + bar_height) / height, 16 / width, bar_height / height)
     )
-    bar: Any = figure.colorbar(ScalarMappable(Normalize(*limits), colour_map), cax=axes)
-    bar.set_label(label, fontsize=8)
+    shares = [*_TICKS, 0.0, *(-share for share in _TICKS if limits[0] < 0)]
+    ticks = sorted(share * limits[1] for share in shares)
+    bar: Any = figure.colorbar(ScalarMappable(_colour_scale(*limits), colour_map), cax=axes, ticks=ticks)
+    bar.set_label(f"{label}; square-root scale", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.formatter.set_powerlimits((-2, 3))
     bar.ax.yaxis.get_offset_text().set_fontsize(7)
