@@ -1,8 +1,9 @@
 """The bundled demonstration model's figures on fresh synthetic slides: ``python bench/demo_figures.py``.
 
-On slides whose seeds training never uses, for the bundled model and its unmasked twin (same script, same seed,
-``--unmasked``): accuracy; average precision (AP) with which the class map, and attention alone, find the lesion's
-tokens; share of attention on background. The twin is trained first where ``--twin`` names no file: 15 to 30 minutes.
+On slides that neither training nor the choice of its recipe has seen, for the bundled model and its unmasked twin (same
+script, same seed, ``--unmasked``): accuracy; average precision (AP) with which the class map, and attention alone, find
+the lesion's tokens; share of attention on background. Where ``--twin`` names no file the twin is trained first and kept
+there, which takes about ten minutes.
 
 Definitions. A token is lesion if at least half of its area is. The class map is hierarchical CDAM for the slide's
 true class. Attention of a token is the slide encoder's attention to its tile times the tile encoder's attention to it.
@@ -35,6 +36,8 @@ from maskattn.nn.slide_model import SlideModel
 
 RESULTS = Path(__file__).parent / "results"
 LESION_SHARE = 0.5
+# the recipe of training was chosen by looking at slides below this seed
+FIRST_SEED = 1000
 BATCH = 64
 
 
@@ -107,8 +110,8 @@ def measure(models: dict[str, SlideModel], slides: int, say: Callable[[str], Non
     """Figures of each model over ``slides`` fresh slides, classes in turn."""
     figures: dict[str, list[SlideFigures]] = {name: [] for name in models}
     context: dict[str, list[float]] = {"lesion / tissue tokens": [], "lesion / all tokens": [], "background / all": []}
-    for seed in range(slides):
-        label = seed % len(CLASSES)
+    for index in range(slides):
+        seed, label = FIRST_SEED + index, index % len(CLASSES)
         samples = {masked: sample_slide(seed, masked=masked, label=label) for masked in (True, False)}
         tissue = spread(samples[True], samples[True].grid.token_keep_THW)
         lesion = spread(samples[False], samples[False].lesion_THW >= LESION_SHARE)
@@ -119,8 +122,8 @@ def measure(models: dict[str, SlideModel], slides: int, say: Callable[[str], Non
         for name, model in models.items():
             scores = explain(model, samples[model.config.masked])
             figures[name].append(judge(scores, label, tissue, lesion))
-        if seed % 10 == 9:
-            say(f"{seed + 1} of {slides} slides")
+        if index % 10 == 9:
+            say(f"{index + 1} of {slides} slides")
     result = {name: {field: summarise(values_of(rows, field)) for field in FIELDS} for name, rows in figures.items()}
     return {**result, "context": {name: summarise(values) for name, values in context.items()}}
 
@@ -189,8 +192,8 @@ def main() -> None:
     parser.add_argument("--slides", type=int, default=90)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for demo_figures.json and demo_figures.md")
     options = parser.parse_args()
-    if not 2 * len(CLASSES) <= options.slides < FIRST_TRAINING_SEED:
-        parser.error(f"--slides must lie between {2 * len(CLASSES)} and {FIRST_TRAINING_SEED - 1}")
+    if not 2 * len(CLASSES) <= options.slides <= FIRST_TRAINING_SEED - FIRST_SEED:
+        parser.error(f"--slides must lie between {2 * len(CLASSES)} and {FIRST_TRAINING_SEED - FIRST_SEED}")
 
     def say(text: str) -> None:
         print(text, flush=True)

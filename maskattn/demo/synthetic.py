@@ -183,7 +183,7 @@ def paint_benign(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray, le
     height, width = tissue.shape
     room = cv2.distanceTransform(np.where(lesion > 0, 0, tissue)[::4, ::4].astype(np.uint8), cv2.DIST_L2, 3) * 4
     bare = smooth_noise(rng, height, width, 300) < -0.7
-    for centre in hexagonal_points(rng, height, width, 118, 0.16):
+    for centre in hexagonal_points(rng, height, width, 118, 0.2):
         radius = min(rng.uniform(*BENIGN_GLAND.radius), float(at(room, centre[None] / 4)[0]) - 8)
         if radius >= BENIGN_GLAND.radius[0] and not at(bare, centre[None])[0]:
             paint_gland(rng, canvas, centre, radius, BENIGN_GLAND)
@@ -191,7 +191,7 @@ def paint_benign(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray, le
 
 def paint_low(rng: np.random.Generator, canvas: Canvas, lesion: ByteArray) -> None:
     """Small crowded glands that touch and fuse, over the lesion."""
-    for centre in hexagonal_points(rng, lesion.shape[0], lesion.shape[1], 43, 0.16):
+    for centre in hexagonal_points(rng, lesion.shape[0], lesion.shape[1], 43, 0.2):
         if at(lesion, centre[None])[0]:
             paint_gland(rng, canvas, centre, rng.uniform(*LOW_GLAND.radius), LOW_GLAND)
 

@@ -136,13 +136,19 @@ def fibres(rng: np.random.Generator, height: int, width: int) -> tuple[FloatArra
 
 
 def hexagonal_points(rng: np.random.Generator, height: int, width: int, spacing: float, jitter: float) -> FloatArray:
-    """(M, 2) places about ``spacing`` apart that cover the area, each moved by up to ``jitter`` · spacing."""
-    rows, cols = int(height / (spacing * 0.866)) + 1, int(width / spacing) + 1
-    row, col = np.mgrid[:rows, :cols].reshape(2, -1).astype(np.float32)
-    points = np.stack([(col + 0.5 * (row % 2)) * spacing, row * spacing * 0.866], 1)
-    points += np.asarray(rng.uniform(-jitter * spacing, jitter * spacing, points.shape), np.float32)
-    inside = (points[:, 0] >= 0) & (points[:, 0] < width) & (points[:, 1] >= 0) & (points[:, 1] < height)
-    return points[inside]
+    """(M, 2) places about ``spacing`` apart that cover the area, each moved by up to ``jitter`` · spacing.
+
+    The lattice lies at a random angle: one that kept step with the token grid would tell tokens apart by their place.
+    """
+    reach = np.hypot(height, width) / 2 + 2 * spacing
+    side = np.arange(-reach, reach, spacing)
+    x, y = np.meshgrid(side, side * 0.866)
+    x[::2] += spacing / 2
+    points = np.stack([x, y], -1).reshape(-1, 2) + rng.uniform(0, spacing, 2)
+    points = points @ rotation(rng.uniform(0, np.pi)) + (width / 2, height / 2)
+    points += rng.uniform(-jitter * spacing, jitter * spacing, points.shape)
+    inside = (points >= 0).all(1) & (points < (width, height)).all(1)
+    return points[inside].astype(np.float32)
 
 
 def paint_nuclei(
