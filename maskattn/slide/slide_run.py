@@ -17,7 +17,7 @@ from maskattn.shapes import Bool, Float, Int, UInt8
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.reader import SlideInfo, SlideReader
-from maskattn.slide.stream import stream_tiles
+from maskattn.slide.stream import TileBatch, count_workers, stream_tiles
 
 __all__ = ["EncodedTiles", "ReadTiles", "RunSettings", "SlideRun", "Stages"]
 
@@ -143,15 +143,21 @@ class SlideRun:
     def read(self, grid: TokenGrid, rows_T: Int[np.ndarray, " T"] | None = None) -> Iterator[ReadTiles]:
         """The grid's kept tiles, or some rows of them, batch by batch; waiting for them counts as "read"."""
         settings = self.settings
+        tiles = grid.kept_tiles if rows_T is None else len(rows_T)
+        workers = count_workers(settings.workers, tiles, settings.batch_size)
         batches = stream_tiles(
             self.reader,
             grid,
             batch_size=settings.batch_size,
-            workers=settings.workers,
+            workers=workers,
             rows=rows_T,
             pin_memory=self.device.type == "cuda",
         )
-        passes = 2 if settings.tokens else 1
+        with _cores_left_to(workers, self.device):
+            yield from self._move(batches, grid)
+
+    def _move(self, batches: Iterator[TileBatch], grid: TokenGrid) -> Iterator[ReadTiles]:
+        passes = 2 if self.settings.tokens else 1
         while True:
             with self.stages("read"):
                 batch = next(batches, None)
@@ -164,3 +170,15 @@ class SlideRun:
             self._tiles_done += len(rows_B)
             if self._on_tiles is not None:
                 self._on_tiles(self._tiles_done, passes * grid.kept_tiles)
+
+
+@contextmanager
+def _cores_left_to(workers: int, device: torch.device) -> Iterator[None]:
+    """Leave a core to each decoding worker while a model runs on the CPU: threads that wait for one spin for long."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and workers:
+        torch.set_num_threads(max(1, threads - workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -24,7 +24,7 @@ from maskattn.slide.grid import TokenGrid
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.spacing import SlideError
 
-__all__ = ["TileBatch", "stream_tiles"]
+__all__ = ["TileBatch", "count_workers", "stream_tiles"]
 
 _PREFETCHED_BATCHES = 2
 _TILES_WORTH_A_WORKER = 2000  # a worker takes seconds to start, about as long as decoding these
@@ -86,9 +86,7 @@ def stream_tiles(
             f"stream_tiles needs rows of the grid's {grid.kept_tiles} kept tiles, got {order.min()} to {order.max()}; "
             "count them as grid.coords_lv0 does"
         )
-    if workers is None:
-        workers = min(_MOST_WORKERS, _cores() // 2) if order.size >= _TILES_WORTH_A_WORKER else 0
-    workers = min(workers, _cores(), -(-order.size // batch_size))
+    workers = count_workers(workers, order.size, batch_size)
     loader: DataLoader[TileBatch] = DataLoader(
         _Tiles(reader, grid, order),
         batch_size=batch_size,
@@ -98,6 +96,13 @@ def stream_tiles(
         **(_worker_settings() if workers else {}),
     )
     return iter(loader)
+
+
+def count_workers(workers: int | None, tiles: int, batch_size: int) -> int:
+    """How many decoding processes :func:`stream_tiles` starts for so many tiles; None lets it choose."""
+    if workers is None:
+        workers = min(_MOST_WORKERS, _cores() // 2) if tiles >= _TILES_WORTH_A_WORKER else 0
+    return min(workers, _cores(), -(-tiles // batch_size))
 
 
 class _Tiles(Dataset[TileBatch]):
