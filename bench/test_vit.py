@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attention import record
+from test_attention import measure
 
 from maskattn.explain import CDAM
 from maskattn.nn import VisionTransformer
@@ -20,12 +20,11 @@ def vit_small() -> VisionTransformer:
 def test_predict_eight_tiles(benchmark, vit_small, kept):
     x, keep = torch.randn(8, 3, 224, 224), torch.rand(8, 14, 14) < kept
     with torch.inference_mode():
-        benchmark.pedantic(vit_small, (x, keep), rounds=7, warmup_rounds=2)
-    record(benchmark, "ViT-S/16, 8 tiles of 224 px, forward")
+        measure(benchmark, "ViT-S/16, 8 tiles of 224 px, forward", vit_small, (x, keep))
 
 
 @pytest.mark.parametrize("target", [0, "all"])
 def test_explain_eight_tiles(benchmark, vit_small, target):
     x, keep = torch.randn(8, 3, 224, 224), torch.rand(8, 14, 14) < 0.3
-    benchmark.pedantic(CDAM(vit_small).attribute, (x, target, keep), rounds=7, warmup_rounds=2)
-    record(benchmark, "ViT-S/16, 8 tiles of 224 px, f = 0.3, CDAM of one class and of ten")
+    group = "ViT-S/16, 8 tiles of 224 px, f = 0.3, CDAM of one class and of ten"
+    measure(benchmark, group, CDAM(vit_small).attribute, (x, target, keep))
