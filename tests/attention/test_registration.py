@@ -97,7 +97,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 @pytest.mark.parametrize(("option", "tokens"), [("plain", 16_384), ("bias", 16_384), ("lse", 8_192)])
-def test_peak_memory_of_forward_and_backward_grows_linearly(option, tokens, record_property):
+def test_peak_memory_of_forward_and_backward_grows_linearly(option, tokens):
     """One N×N matrix of float32 for 2 heads would be 2,048 MiB at 16,384 tokens and 512 MiB at 8,192."""
 
     def peak_mib(tokens: int) -> float:
@@ -105,6 +105,6 @@ def test_peak_memory_of_forward_and_backward_grows_linearly(option, tokens, reco
         return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
 
     half, whole = peak_mib(tokens // 2), peak_mib(tokens)
-    record_property("peak_mib", f"{option}: {half:.0f} at {tokens // 2}, {whole:.0f} at {tokens} tokens")
+    print(f"{option}: {half:.0f} MiB at {tokens // 2} tokens, {whole:.0f} MiB at {tokens}")
     assert whole < 3 * half + 32
     assert whole < tokens**2 * 2 * 4 / 2**20 / 3
