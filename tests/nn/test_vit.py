@@ -77,11 +77,14 @@ def test_equals_a_plain_vit_without_the_background_tokens_forward_and_gradient(v
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_keeping_everything_is_the_plain_vit(variant):
+def test_keeping_everything_is_the_plain_vit_forward_and_gradient(variant):
     model, x = random_vit(**variant), images()
     everything = torch.ones(3, 4, 4, dtype=torch.bool)
-    torch.testing.assert_close(model(x, everything), dense_masked_logits(model, x, everything))
-    assert torch.equal(model(x, everything), model(x))
+    packed, plain = model(x, everything), dense_masked_logits(model, x, everything)
+    torch.testing.assert_close(packed, plain)
+    assert torch.equal(packed, model(x))
+    for ours, theirs in zip(gradients(packed, model), gradients(plain, model), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_float32_agrees_to_float_rounding():
