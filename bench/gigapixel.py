@@ -116,6 +116,7 @@ def infer(slide: Path, out: Path, options: list[str]) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
     prediction = json.loads((out / slide.stem / "prediction.json").read_text())
+    prediction["slide"]["path"] = slide.name  # where it lay on this machine is nobody's business
     return {"wall_s": seconds, "peak_bytes": peak, "prediction": prediction}
 
 
