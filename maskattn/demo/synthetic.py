@@ -144,7 +144,7 @@ def draw_lesions(rng: np.random.Generator, tissue: ByteArray) -> ByteArray:
     for _ in range(rng.integers(1, 4)):
         rows, cols = np.nonzero(depth > min(110.0, 0.8 * depth.max()))
         pick = rng.integers(len(rows))
-        outline = blob(rng, rng.uniform(100, 0.13 * size), elongation=rng.uniform(1.0, 1.8), roughness=0.2)
+        outline = blob(rng, rng.uniform(100, max(100, 0.13 * size)), elongation=rng.uniform(1.0, 1.8), roughness=0.2)
         grown = lesion.copy()
         fill(grown, outline + 8 * np.array([cols[pick], rows[pick]]), 255)
         grown &= cv2.erode(tissue, np.ones((9, 9), np.uint8))

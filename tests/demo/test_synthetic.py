@@ -78,3 +78,8 @@ def test_a_written_slide_reads_back_with_its_spacing(tmp_path: Path, slides: lis
 def test_wrong_arguments_are_named(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_slide(0, **arguments)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_smallest_slide_can_hold_a_lesion(seed: int) -> None:
+    assert make_slide(seed, label=2, size_px=768).lesion_HW.any()
