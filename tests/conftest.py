@@ -24,11 +24,24 @@ _TORCHVISION_OPERATORS = (
     "deform_conv2d",
     "_deform_conv2d_backward",
 )
+
+
+def _missing(*modules: str) -> bool:
+    return any(importlib.util.find_spec(module) is None for module in modules)
+
+
+# On a machine with a GPU and little else (no slide libraries, no hypothesis) the rest of the suite still runs.
+collect_ignore_glob = []
+if _missing("openslide", "cv2", "tifffile", "h5py", "PIL", "matplotlib", "typer", "rich", "safetensors"):
+    collect_ignore_glob += ["slide/*", "demo/*", "test_cli.py", "nn/test_slide_model.py"]
+if _missing("hypothesis"):
+    collect_ignore_glob += ["native/*", "slide/*", "test_packing.py"]
+
 _stubs = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def _stub_torchvision_operators() -> None:
-    if importlib.util.find_spec("torchvision") is None or torch.cuda.is_available():
+    if _missing("torchvision") or torch.cuda.is_available():
         return
     for name in _TORCHVISION_OPERATORS:
         _stubs.define(f"{name}(Tensor x) -> Tensor")
