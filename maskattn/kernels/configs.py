@@ -318,12 +318,18 @@ def supports(q: Tensor, key_bias: Tensor | None) -> str | None:
         return f"needs a head width of 16 to 256 in steps of 8, got D={q.shape[-1]}"
     if key_bias is not None and not key_bias.is_floating_point():
         return f"needs a floating key_bias, got key_bias.dtype={key_bias.dtype}"
+    return _missing_on(q.device)
+
+
+@torch.compiler.assume_constant_result
+def _missing_on(device: torch.device) -> str | None:
+    """What the device lacks; a fact of the machine, which torch.compile need not trace."""
     if triton.knobs.runtime.interpret:
         return None
-    if q.device.type != "cuda":
-        return f"needs a CUDA or ROCm GPU (or Triton's interpreter), got q.device={q.device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(q.device)
+    if device.type != "cuda":
+        return f"needs a CUDA or ROCm GPU (or Triton's interpreter), got q.device={device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
         return f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
     return None
 
