@@ -14,10 +14,10 @@ if triton.knobs.runtime.interpret:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-import aot_report  # noqa: E402
-from aot_report import Case, Row  # noqa: E402
+import aot_report  # noqa: E402 (bench/ must be on the path first)
+from aot_report import Case, Row  # noqa: E402 (bench/ must be on the path first)
 
-from maskattn.kernels.configs import TABLE, look_up  # noqa: E402
+from maskattn.kernels.configs import TABLE, look_up  # noqa: E402 (bench/ must be on the path first)
 
 # One compilation each; bench/aot_report.py has all.
 CASES = [

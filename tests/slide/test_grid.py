@@ -207,7 +207,7 @@ def test_the_grid_of_a_drawn_slide_lies_on_its_tissue(tmp_path: Path) -> None:
     assert kept[~slide.tissue_HW].mean() < 0.1
     assert isinstance(grid, TokenGrid)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        grid.tile_px = 3  # type: ignore[misc]
+        grid.tile_px = 3
 
 
 def drawn_on(shape: tuple[int, ...], grid: TokenGrid) -> np.ndarray:

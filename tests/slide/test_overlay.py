@@ -62,7 +62,7 @@ def test_tile_beyond_the_edge_is_cut() -> None:
 
 @pytest.mark.parametrize("kind", ["diverging", "sequential"])
 def test_background_is_untouched_bit_for_bit(thumbnail: np.ndarray, values: np.ndarray, kind: str) -> None:
-    image = blend(thumbnail, values, kind)  # type: ignore[arg-type]
+    image = blend(thumbnail, values, kind)
     changed = (image != thumbnail).any(axis=2)
     assert not changed[np.isnan(values)].any()
     assert changed[np.isfinite(values)].mean() > 0.99
@@ -73,10 +73,10 @@ def test_png_holds_the_thumbnail_unresampled_below_the_title(
     tmp_path: Path, thumbnail: np.ndarray, values: np.ndarray, kind: str
 ) -> None:
     title = "a $title$ of {class} 'high', " * 6
-    write_heatmap(tmp_path / "map.png", thumbnail, values, title, "relevance", kind)  # type: ignore[arg-type]
+    write_heatmap(tmp_path / "map.png", thumbnail, values, title, "relevance", kind)
     png = read_png(tmp_path / "map.png")
     body = png[-300:, :500]
-    np.testing.assert_array_equal(body, blend(thumbnail, values, kind))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(body, blend(thumbnail, values, kind))
     np.testing.assert_array_equal(body[np.isnan(values)], thumbnail[np.isnan(values)])
     assert png.shape[1] > 500
     assert (png[-300:, 500:] < 128).any(), "the colour bar's ticks"

@@ -84,7 +84,7 @@ class Stop:
     def tiles_done(self, done: int, total: int) -> None:
         assert 0 < done <= total
         if self.current == self.slide_id:
-            self.action()  # type: ignore[operator]
+            self.action()
 
     def slide_ended(self, outcome: SlideOutcome) -> None:
         if self.out is not None:
@@ -423,7 +423,7 @@ def test_full_disk_fails_the_slide_and_leaves_room_for_the_rest(
     def full(path: Path, *arguments: object) -> None:
         if ".a.partial" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        write(path, *arguments)  # type: ignore[arg-type]
+        write(path, *arguments)
 
     monkeypatch.setattr(outputs, "write_features", full)
     outcomes = run_slides([SlideJob("a", slide), SlideJob("b", slide)], model, settings)

@@ -122,9 +122,9 @@ def test_decoding_stays_a_bounded_way_ahead(reader: SlideReader, grid: TokenGrid
     seen: list[int] = []
 
     class Counting(SlideReader):
-        def read_region(self, x_lv0: int, *args: object) -> np.ndarray:  # type: ignore[override]
+        def read_region(self, x_lv0: int, *args: object) -> np.ndarray:
             seen.append(x_lv0)
-            return super().read_region(x_lv0, *args)  # type: ignore[arg-type]
+            return super().read_region(x_lv0, *args)
 
     stream = stream_tiles(Counting(reader.path), grid, batch_size=8)
     assert seen == []
@@ -141,7 +141,7 @@ def test_no_more_workers_than_cores_or_batches(
     def recording(*args: object, num_workers: int, **kwargs: object) -> object:
         asked.append(num_workers)
         kwargs = {key: kwargs[key] for key in ("batch_size", "collate_fn")}
-        return loader(*args, num_workers=0, **kwargs)  # type: ignore[arg-type]
+        return loader(*args, num_workers=0, **kwargs)
 
     monkeypatch.setattr(stream_module, "DataLoader", recording)
     stream_tiles(reader, grid, batch_size=1, workers=1000)
@@ -167,7 +167,7 @@ def test_wrong_arguments_are_refused_at_the_call(
     reader: SlideReader, grid: TokenGrid, arguments: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        stream_tiles(reader, grid, **arguments)  # type: ignore[arg-type]
+        stream_tiles(reader, grid, **arguments)
 
 
 def test_real_slides_that_are_tiny_or_do_not_decode(shared_slides: Path) -> None:

@@ -128,7 +128,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     tiles = np.zeros((1, 3), dtype=np.float32)
     (tmp_path / "r.h5").write_text("old")
     with pytest.raises(RuntimeError, match="half-way"):
-        write_relevance(tmp_path / "r.h5", ("a",), tiles, tiles[0], COORDS, GEOMETRY, "s", ((2, 2), batches()))  # type: ignore[arg-type]
+        write_relevance(tmp_path / "r.h5", ("a",), tiles, tiles[0], COORDS, GEOMETRY, "s", ((2, 2), batches()))
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.h5"]
     assert (tmp_path / "r.h5").read_text() == "old"
 
