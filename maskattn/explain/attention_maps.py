@@ -8,12 +8,10 @@ Dimension key: B images, T packed tokens, H·W grid tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from maskattn.attention.api import readout
 from maskattn.explain.cdam import as_maps
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
@@ -79,12 +77,7 @@ def attend_from_class_token(model: VisionTransformer, tokens: PackedTokens) -> F
         model: with a class token.
         tokens: what ``model.before_last_block`` gave.
     """
-    block = model.last_block
-    normed = tokens.with_rows(block.norm1(tokens.rows_TC))
-    k, v = block.attn.keys_and_values(normed.rows_TC)
-    lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
-    rows = readout(block.attn.queries(normed.first()), k, v, *lengths, return_rows=True, impl=block.attn.impl)
-    return cast(tuple[Tensor, Tensor], rows)[1][0]
+    return model.last_block.read_rows(tokens).weights_HT
 
 
 def _indices(heads: Sequence[int] | str | None) -> list[int]:

@@ -18,12 +18,9 @@ Dimension key: B images, T packed tokens, M targets, H heads, D head width, C ch
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from maskattn.attention.api import readout
 from maskattn.explain.targets import Target, select_scores
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
@@ -53,21 +50,18 @@ def score_tokens_in_closed_form(
     model: VisionTransformer, tokens: PackedTokens, target: Target
 ) -> tuple[Tensor, Tensor]:
     """The closed form above. Arguments and results as in :func:`score_tokens`."""
-    block, attention = model.last_block, model.last_block.attn
+    block = model.last_block
     with torch.no_grad():
-        normed = tokens.with_rows(block.norm1(tokens.rows_TC))
-        k, v = attention.keys_and_values(normed.rows_TC)  # [T, H, D]
-        q = attention.queries(normed.first())  # [B, 1, H, D]
-        lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
-        out, rows_1HT = cast(tuple[Tensor, Tensor], readout(q, k, v, *lengths, return_rows=True, impl=attention.impl))
-    out = out.detach().requires_grad_()
+        read = block.read_rows(tokens)
+    q, k, v = read.q_B1HD, read.k_THD, read.v_THD
+    out = read.out_B1HD.detach().requires_grad_()
     with torch.enable_grad():
         scores_BM = select_scores(model.predict_from_class_token(block.finish(tokens.first().detach(), out)), target)
     gradients = [g[:, 0] for g in _gradients(scores_BM, out)]  # M of [B, H, D]
 
     with torch.no_grad():
         zero = k.new_zeros(k.shape[1:])
-        bias_k, bias_v = attention.key_and_value_biases() or (zero, zero)
+        bias_k, bias_v = block.attn.key_and_value_biases() or (zero, zero)
         sequence = tokens.packing.sequence_of_token
         scale = k.shape[-1] ** -0.5
         score_change_TH = scale * ((k - bias_k) * q[:, 0][sequence]).sum(dim=-1)
@@ -76,7 +70,7 @@ def score_tokens_in_closed_form(
             from_value = ((v - bias_v) * g[sequence]).sum(dim=-1)  # [T, H]
             offset = (g * (bias_v - out[:, 0])).sum(dim=-1)[sequence]
             from_score = (from_value + offset) * score_change_TH
-            relevance.append((rows_1HT[0].T * (from_value + from_score)).sum(dim=1))
+            relevance.append((read.weights_HT.T * (from_value + from_score)).sum(dim=1))
     return torch.stack(relevance), scores_BM.detach()
 
 

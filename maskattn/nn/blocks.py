@@ -19,7 +19,7 @@ from maskattn.attention.api import packed_attention, readout
 from maskattn.packing import Packing
 from maskattn.shapes import Float
 
-__all__ = ["Attention", "Block", "LayerScale", "Mlp", "PackedTokens", "PatchEmbedding"]
+__all__ = ["Attention", "Block", "ClassTokenAttention", "LayerScale", "Mlp", "PackedTokens", "PatchEmbedding"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,24 @@ class PackedTokens:
     def first(self) -> Float[Tensor, "B 1 C"]:
         """The first token of each sequence: the class token, where there is one."""
         return self.rows_TC[self.packing.cu_seqlens[:-1].long()][:, None]
+
+
+@dataclass(frozen=True)
+class ClassTokenAttention:
+    """One block's attention as the class tokens see it.
+
+    Attributes:
+        q_B1HD: (B, 1, H, D), their queries, unscaled.
+        k_THD, v_THD: (T, H, D), keys and values of all tokens.
+        out_B1HD: (B, 1, H, D), what they read.
+        weights_HT: (H, T), the softmax weight of each token in its sequence's row.
+    """
+
+    q_B1HD: Float[Tensor, "B 1 H D"]
+    k_THD: Float[Tensor, "T H D"]
+    v_THD: Float[Tensor, "T H D"]
+    out_B1HD: Float[Tensor, "B 1 H D"]
+    weights_HT: Float[Tensor, "H T"]
 
 
 class Attention(nn.Module):
@@ -142,11 +160,21 @@ class Block(nn.Module):
 
     def read(self, tokens: PackedTokens) -> Float[Tensor, "B 1 C"]:
         """The block's output at the class token alone: one attention row, and no MLP for any other token."""
-        normed = tokens.with_rows(self.norm1(tokens.rows_TC))
-        k, v = self.attn.keys_and_values(normed.rows_TC)
+        q, k, v = self.class_token_operands(tokens)
         lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
-        out = readout(self.attn.queries(normed.first()), k, v, *lengths, impl=self.attn.impl)
-        return self.finish(tokens.first(), cast(Tensor, out))
+        return self.finish(tokens.first(), cast(Tensor, readout(q, k, v, *lengths, impl=self.attn.impl)))
+
+    def read_rows(self, tokens: PackedTokens) -> ClassTokenAttention:
+        """The class token's attention with all that explanations need of it."""
+        q, k, v = self.class_token_operands(tokens)
+        lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
+        out, rows_1HT = cast(tuple[Tensor, Tensor], readout(q, k, v, *lengths, return_rows=True, impl=self.attn.impl))
+        return ClassTokenAttention(q, k, v, out, rows_1HT[0])
+
+    def class_token_operands(self, tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, 1, H, D) of the class tokens, unscaled, and k, v (T, H, D) of all tokens."""
+        normed = tokens.with_rows(self.norm1(tokens.rows_TC))
+        return self.attn.queries(normed.first()), *self.attn.keys_and_values(normed.rows_TC)
 
     def finish(self, tokens_BRC: Float[Tensor, "B R C"], out_BRHD: Float[Tensor, "B R H D"]) -> Float[Tensor, "B R C"]:
         """From the attention's output per head to the block's output, for the tokens that were read."""
