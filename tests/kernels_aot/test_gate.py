@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,16 +15,17 @@ if triton.knobs.runtime.interpret:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-import aot_report  # noqa: E402 (bench/ must be on the path first)
-from aot_report import Case, Row  # noqa: E402 (bench/ must be on the path first)
+from aot import report  # noqa: E402 (bench/ must be on the path first)
+from aot.bounds import SHARED_LIMITS, TENSOR_MEMORY_COLUMNS  # noqa: E402 (bench/ must be on the path first)
+from aot.cases import DTYPES, GPU_TARGETS, KERNELS, Case, all_cases  # noqa: E402 (bench/ must be on the path first)
 
 from maskattn.kernels.configs import TABLE, look_up  # noqa: E402 (bench/ must be on the path first)
 
-# One compilation each; bench/aot_report.py has all.
+# One compilation each; bench/aot/cases.py has all.
 CASES = [
-    *(Case(pass_, target, 64, "bf16") for target in aot_report.GPU_TARGETS for pass_ in aot_report.KERNELS),
-    *(Case(pass_, "sm90", 80, "bf16", bias=True, gather=True) for pass_ in aot_report.KERNELS),
-    *(Case(pass_, "sm90", 64, "fp32") for pass_ in aot_report.KERNELS),
+    *(Case(pass_, target, 64, "bf16") for target in GPU_TARGETS for pass_ in KERNELS),
+    *(Case(pass_, "sm90", 80, "bf16", bias=True, gather=True) for pass_ in KERNELS),
+    *(Case(pass_, "sm90", 64, "fp32") for pass_ in KERNELS),
     Case("forward", "sm100", 128, "bf16"),
     Case("forward", "gfx942", 128, "fp32"),
     Case("forward", "sm90", 256, "bf16", bias=True, gather=True),
@@ -43,56 +45,56 @@ def name(case: Case) -> str:
 
 
 @functools.cache
-def measured(case: Case) -> Row:
-    return aot_report.measure(case)
+def measured(case: Case) -> dict[str, Any]:
+    return report.measure(case).columns()
 
 
 @functools.cache
 def committed() -> dict[tuple[str, ...], dict[str, str]]:
-    path = aot_report.table_path()
+    path = report.table_path()
     if not path.exists():
         pytest.skip(f"no table for triton {triton.__version__}; python bench/aot_report.py writes one")
-    return aot_report.read_table(path)
+    return report.read_table(path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_nothing_is_spilled_and_everything_fits(case):
     row = measured(case)
-    assert row.spilled_bytes == 0
-    assert 0 < row.registers <= (512 if case.target == "gfx942" else 255)
-    assert row.shared_bytes <= aot_report.SHARED_LIMITS[case.target]
-    assert row.tensor_memory <= aot_report.TENSOR_MEMORY_COLUMNS
+    assert row["spilled_bytes"] == 0
+    assert 0 < row["registers"] <= (512 if case.target == "gfx942" else 255)
+    assert row["shared_bytes"] <= SHARED_LIMITS[case.target]
+    assert row["tensor_memory"] <= TENSOR_MEMORY_COLUMNS
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dtype != "fp32"], ids=name)
 def test_the_tensor_cores_of_the_target_are_used(case):
     row = measured(case)
-    assert row.tensor_instruction == TENSOR_INSTRUCTIONS[case.target]
+    assert row["tensor_instruction"] == TENSOR_INSTRUCTIONS[case.target]
     # In the main loop, not just somewhere.
-    assert row.tensor > 0
+    assert row["tensor"] > 0
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "fp32"], ids=name)
 def test_float32_is_multiplied_in_float32(case):
     row = measured(case)
-    assert row.tensor_instruction == ("mfma" if case.target == "gfx942" else "none")
+    assert row["tensor_instruction"] == ("mfma" if case.target == "gfx942" else "none")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_no_worse_than_the_committed_table(case):
     row, before = measured(case), committed()[case.key]
     for column in ("spilled_bytes", "shared_bytes", "tensor_memory", "per_score"):
-        assert getattr(row, column) <= float(before[column]), f"{column}; was {before[column]}"
-    assert row.tensor_instruction == before["tensor_instruction"]
+        assert row[column] <= float(before[column]), f"{column}; was {before[column]}"
+    assert row["tensor_instruction"] == before["tensor_instruction"]
     # A few registers more or less decide nothing until they spill or cost a resident program.
-    assert row.registers <= float(before["registers"]) + 8, f"registers; were {before['registers']}"
+    assert row["registers"] <= float(before["registers"]) + 8, f"registers; were {before['registers']}"
 
 
 def test_the_committed_table_covers_every_configuration_as_it_is():
     table = committed()
-    assert set(table) == {case.key for case in aot_report.all_cases()}
-    for case in aot_report.all_cases():
-        config = look_up(case.pass_, case.target, case.head_width, aot_report.DTYPES[case.dtype])
+    assert set(table) == {case.key for case in all_cases()}
+    for case in all_cases():
+        config = look_up(case.pass_, case.target, case.head_width, DTYPES[case.dtype])
         row = table[case.key]
         shipped = (config.block_m, config.block_n, config.num_warps, config.num_stages)
         assert shipped == tuple(int(row[x]) for x in ("block_m", "block_n", "num_warps", "num_stages")), name(case)
@@ -101,8 +103,8 @@ def test_the_committed_table_covers_every_configuration_as_it_is():
 def test_no_row_of_the_committed_table_spills_or_is_too_large():
     for key, row in committed().items():
         assert int(row["spilled_bytes"]) == 0, key
-        assert int(row["shared_bytes"]) <= aot_report.SHARED_LIMITS[row["target"]], key
-        assert int(row["tensor_memory"]) <= aot_report.TENSOR_MEMORY_COLUMNS, key
+        assert int(row["shared_bytes"]) <= SHARED_LIMITS[row["target"]], key
+        assert int(row["tensor_memory"]) <= TENSOR_MEMORY_COLUMNS, key
         assert float(row["per_score"]) > 0, key
 
 
@@ -116,4 +118,4 @@ def test_every_row_of_the_committed_table_uses_the_tensor_cores_of_its_target():
 
 
 def test_every_target_of_the_configurations_is_compiled_for():
-    assert {target for target, _ in TABLE} == set(aot_report.GPU_TARGETS)
+    assert {target for target, _ in TABLE} == set(GPU_TARGETS)

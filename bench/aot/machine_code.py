@@ -1,0 +1,141 @@
+"""Read compiled kernels: registers, spills, shared memory, and the instructions of the main loop by class."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+# First match wins; what matches nothing (barriers, branches, waits) is "control".
+NVIDIA_CLASSES = (
+    ("tensor", r"HGMMA|HMMA|UTC\w*MMA"),
+    ("mufu", r"MUFU"),
+    ("convert", r"F2F|F2FP|HADD2|I2F|F2I"),
+    ("fp32", r"F(ADD|MUL|FMA|MNMX|SEL|SETP|CHK)"),
+    ("load", r"LD[GSLTC]|LDSM|ST[GSLT]|STTM|UTMA|UBLKCP|ATOM|RED|CCTL"),
+    ("shuffle", r"SHFL|MOVM"),
+    ("control", r"BRA|BAR|BSSY|BSYNC|WARP|DEPBAR|SYNCS|NOP|EXIT|CALL|RET|FENCE|ELECT|UTCBAR|ACQ|MEMBAR"),
+    ("integer", r"I[A-Z]|LEA|LOP|SHF|PRMT|MOV|SEL|VI|U[A-Z]|R2|S2|CS2|P2R|PLOP|SGXT|BREV|FLO|POPC"),
+)  # fmt: skip
+AMD_CLASSES = (
+    ("tensor", r"v_mfma"),
+    ("mufu", r"v_(exp|log|rcp|rsq|sqrt)"),
+    ("convert", r"v_(cvt|perm)"),
+    ("fp32", r"v_(pk_)?(add|sub|subrev|mul|fma|fmac|max|max3|cmp_\w+|maximum3)_f"),
+    ("load", r"(global|buffer|ds|flat|scratch)_"),
+    ("control", r"s_(waitcnt|barrier|cbranch|branch|nop|setprio|endpgm)"),
+    ("integer", r"[vs]_"),
+)
+CLASSES = ("tensor", "mufu", "fp32", "convert", "integer", "load", "shuffle", "control")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What a compiled kernel needs, and the instructions that one warp issues for one tile in its main loop."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_memory: int
+    tensor_instruction: str
+    lanes: int
+    loop: tuple[str, ...]
+
+    def instructions_per_score(self, scores: int, num_warps: int) -> dict[str, float]:
+        """By class and together ("per_score"), for each lane and each of the tile's ``scores``."""
+        scores_per_lane = scores / (num_warps * self.lanes)
+        classes = AMD_CLASSES if self.lanes == 64 else NVIDIA_CLASSES
+        counts = Counter(_classify(instruction, classes) for instruction in self.loop)
+        per_class = {name: round(counts[name] / scores_per_lane, 3) for name in CLASSES}
+        return {"per_score": round(len(self.loop) / scores_per_lane, 2), **per_class}
+
+
+def read(compiled: Any, lanes: int) -> MachineCode:
+    """The machine code of a compiled kernel; warps of 64 lanes are AMD's."""
+    registers, spilled, loop, tensor_instruction = _read_amd(compiled) if lanes == 64 else _read_nvidia(compiled)
+    return MachineCode(
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        tensor_instruction=tensor_instruction,
+        lanes=lanes,
+        loop=tuple(loop),
+    )
+
+
+def _classify(opcode: str, classes: Iterable[tuple[str, str]]) -> str:
+    return next((name for name, pattern in classes if re.match(pattern, opcode)), "control")
+
+
+def _nvidia_tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _read_nvidia(compiled: Any) -> tuple[int, int, list[str], str]:
+    """Registers, spilled bytes, opcodes of the main loop and the tensor-core instruction of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [_nvidia_tool("cuobjdump"), "--dump-resource-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run([_nvidia_tool("nvdisasm"), path], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump's resource usage has no REG, STACK and LOCAL: {usage!r}")
+    registers, stack, local = map(int, match.groups())
+    ptx = compiled.asm["ptx"]
+    tensor_instruction = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "none")
+    instructions = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
+    loop = _main_loop(code, re.compile(r"^\s*\.(L_x_\d+):"), instructions, re.compile(r"\.(L_x_\d+)"), "BRA")
+    return registers, stack + local, loop, tensor_instruction
+
+
+def _read_amd(compiled: Any) -> tuple[int, int, list[str], str]:
+    """The same of AMD's assembly, whose metadata has the counts."""
+    code = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", code)
+        if match is None:
+            raise RuntimeError(f"the assembly's metadata has no .{name}")
+        return int(match.group(1))
+
+    spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
+    instructions = re.compile(r"^\s+([a-z]\w+)(.*)")
+    loop = _main_loop(code, re.compile(r"^\.(LBB\d+_\d+):"), instructions, re.compile(r"\.(LBB\d+_\d+)"), r"s_c?branch")
+    return number("vgpr_count"), spilled, loop, "mfma" if "v_mfma" in code else "none"
+
+
+def _main_loop(
+    code: str, label: re.Pattern[str], instruction: re.Pattern[str], target: re.Pattern[str], branch: str
+) -> list[str]:
+    """Opcodes of the loop with the most products; of several (a full and a masked tail tile), the shortest."""
+    opcodes: list[str] = []
+    places: dict[str, int] = {}
+    loops: list[list[str]] = []
+    for line in code.splitlines():
+        if match := label.match(line):
+            places[match.group(1)] = len(opcodes)
+        elif match := instruction.search(line):
+            opcodes.append(match.group(1))
+            back = target.search(match.group(2))
+            if back and re.match(branch, match.group(1)) and back.group(1) in places:
+                body = opcodes[places[back.group(1)] :]
+                # A slow path behind the end of the kernel jumps back too; it is no loop.
+                if not any(re.match(r"EXIT|RET|s_endpgm", opcode) for opcode in body):
+                    loops.append(body)
+
+    def products(loop: list[str]) -> int:
+        return sum(1 for opcode in loop if re.match(r"HGMMA|HMMA|UTC\w*MMA|FFMA|v_mfma|v_(pk_)?fmac?_f32", opcode))
+
+    most = max(map(products, loops), default=0)
+    return min((loop for loop in loops if 2 * products(loop) > most), key=len, default=[])
