@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maskattn.attention import reference
+from maskattn.options import Gradients, Options
 
 LENGTHS = (1, 15, 63, 64, 65, 111, 1000)
 KEEP_KINDS = ("random", "blob", "all", "none", "one")
@@ -95,11 +96,57 @@ class Inputs:
     grad_out: Tensor
     grad_lse: Tensor | None
     scale: float
+    slopes: Tensor | None = None
+    coords_q: Tensor | None = None
+    coords_k: Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
 
     def to(self, target: torch.dtype | str) -> Inputs:
-        """The same values on another device or, all of them, in another dtype."""
-        tensors = {name: x.to(target) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **tensors)
+        """The same values on another device or in another dtype; places are float32 at least, seeds are ints."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        if isinstance(target, torch.dtype):
+            tensors = {name: x for name, x in tensors.items() if x.is_floating_point()}
+            at_least = torch.promote_types(target, torch.float32)
+            return replace(self, **{n: x.to(at_least if "coords" in n else target) for n, x in tensors.items()})
+        return replace(self, **{name: x.to(target) for name, x in tensors.items()})
+
+    @property
+    def options(self) -> Options:
+        """What an implementation is given besides q, k and v."""
+        return Options(**{field: getattr(self, field) for field in Options.__dataclass_fields__})
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Detached copies of what has a gradient, by name."""
+        present = {name: getattr(self, name) for name in DIFFERENTIABLE}
+        return {name: x.detach().requires_grad_() for name, x in present.items() if x is not None}
+
+
+DIFFERENTIABLE = ("q", "k", "v", "key_bias", "slopes")
+
+# attend(q, k, v, options) → out, lse
+Attend = Callable[[Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor]]
+
+
+def with_alibi(inputs: Inputs, seed: int = 0, unplaced: float = 0.1) -> Inputs:
+    """The same inputs with slopes and places on a grid, a share ``unplaced`` of the tokens without a place."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def places(x: Tensor) -> Tensor:
+        shape = x.shape[:1] if x.ndim == 3 else (x.shape[0], x.shape[2])
+        grid = torch.randint(0, 40, (*shape, 2), generator=generator).float()
+        return grid.masked_fill(torch.rand(*shape, 1, generator=generator) < unplaced, float("nan"))
+
+    heads = inputs.q.shape[1]
+    coords_k = places(inputs.k)
+    coords_q = coords_k if inputs.q.shape == inputs.k.shape else places(inputs.q)
+    slopes = 0.2 * torch.rand(heads, generator=generator)
+    return replace(inputs, slopes=slopes, coords_q=coords_q, coords_k=coords_k)
+
+
+def with_dropout(inputs: Inputs, dropout_p: float = 0.3, seed: int = 1234567890123456789) -> Inputs:
+    """The same inputs with some of the weights dropped."""
+    return replace(inputs, dropout_p=dropout_p, dropout_seed=torch.tensor([seed]))
 
 
 def make_inputs(
@@ -184,22 +231,37 @@ def masked_inputs(
 Results = dict[str, Tensor]
 
 
-def run_reference(attend: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, dtype: torch.dtype) -> Results:
+def run_reference(attend: Attend, inputs: Inputs, dtype: torch.dtype) -> Results:
     """out, lse and every gradient of a reference operation, run in ``dtype``.
 
     Args:
-        attend: called as attend(q, k, v, key_bias=..., scale=...) → out, lse.
+        attend: called as attend(q, k, v, options) → out, lse.
         inputs: any dtype; rounded to ``dtype`` first.
     """
     inputs = inputs.to(dtype)
-    leaves = {name: getattr(inputs, name) for name in ("q", "k", "v", "key_bias")}
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None}
-    out, lse = attend(leaves["q"], leaves["k"], leaves["v"], key_bias=leaves.get("key_bias"), scale=inputs.scale)
+    leaves = inputs.leaves()
+    out, lse = _attend(attend, inputs, leaves)
     # lse is −inf and constant where a row has no key.
     outputs = [(out, inputs.grad_out), (lse.masked_fill(lse.isinf(), 0), inputs.grad_lse)]
     grads = _pull_back(outputs, leaves)
     results = {"out": out.detach(), "lse": lse.detach()}
     return results | {f"d{name}": grad for name, grad in grads.items()}
+
+
+def _attend(attend: Attend, inputs: Inputs, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    options = replace(inputs.options, key_bias=leaves.get("key_bias"), slopes=leaves.get("slopes"))
+    return attend(leaves["q"], leaves["k"], leaves["v"], options)
+
+
+def named(inputs: Inputs, out: Tensor, lse: Tensor, grads: Gradients) -> Results:
+    """What an implementation returned, named as :func:`run_reference` names it."""
+    results = {"out": out, "lse": lse}
+    for name in inputs.leaves():
+        grad = getattr(grads, name)
+        assert grad is not None, f"no gradient of {name}"
+        assert grad.dtype == getattr(inputs, name).dtype, f"d{name} is {grad.dtype}"
+        results[f"d{name}"] = grad
+    return results
 
 
 def _pull_back(
@@ -220,18 +282,17 @@ def _pull_back(
     return zeros | {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
 
 
-def rounded_between_passes(attend: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> Results:
+def rounded_between_passes(attend: Attend, inputs: Inputs) -> Results:
     """The parts of the gradients that carry the rounding of what forward left for backward, in float64.
 
     A fused backward reads out and lse back, each rounded once, where autograd still has the probabilities. With
-    delta_i = Σ_d dO_id out_id, dS = p·(dP − delta): the rounding of delta enters dq, dk and dbias as a gradient of lse
+    delta_i = Σ_d dO_id out_id, dS = p·(dP − delta): the rounding of delta enters dq, dk, dbias and dslopes as a gradient of lse
     does. That of lse enters p = exp(score − lse), hence every gradient as a factor of the row's incoming gradients.
     """
     dtype = inputs.q.dtype
     inputs = inputs.to(torch.float64)
-    leaves = {name: getattr(inputs, name) for name in ("q", "k", "v", "key_bias")}
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None}
-    out, lse = attend(leaves["q"], leaves["k"], leaves["v"], key_bias=leaves.get("key_bias"), scale=inputs.scale)
+    leaves = inputs.leaves()
+    out, lse = _attend(attend, inputs, leaves)
     finite = lse.masked_fill(lse.isinf(), 0)
 
     def of_rows(x: Tensor) -> Tensor:
@@ -248,25 +309,17 @@ def rounded_between_passes(attend: Callable[..., tuple[Tensor, Tensor]], inputs:
     return {f"d{name}": of_delta[name].abs() + relative * of_lse[name].abs() for name in leaves}
 
 
-def specify_packed(starts_q: Tensor, starts_k: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The reference ``packed_attention`` of these sequences, as attend(q, k, v, key_bias=..., scale=...)."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-        return reference.packed_attention(q, k, v, starts_q, starts_k, key_bias=key_bias, scale=scale)
-
-    return attend
+def specify_packed(starts_q: Tensor, starts_k: Tensor) -> Attend:
+    """The reference ``packed_attention`` of these sequences."""
+    return lambda q, k, v, options: reference.packed_attention(q, k, v, starts_q, starts_k, options)
 
 
-def specify_masked(keep: Tensor, skip_queries: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The reference ``masked_attention`` of this mask, as attend(q, k, v, key_bias=..., scale=...)."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-        return reference.masked_attention(q, k, v, keep, skip_queries=skip_queries, key_bias=key_bias, scale=scale)
-
-    return attend
+def specify_masked(keep: Tensor, skip_queries: bool) -> Attend:
+    """The reference ``masked_attention`` of this mask."""
+    return lambda q, k, v, options: reference.masked_attention(q, k, v, keep, skip_queries, options)
 
 
-def assert_meets_specification(results: Results, inputs: Inputs, specify: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def assert_meets_specification(results: Results, inputs: Inputs, specify: Attend) -> None:
     """Every output and gradient of an implementation is within its budget.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parents[1] / "maskattn"
 FLOORS = [
-    {"packing", "shapes", "kernels", "_native"},
+    {"packing", "shapes", "options", "kernels", "_native"},
     {"attention"},
     {"nn"},
     {"explain"},
