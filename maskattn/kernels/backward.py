@@ -29,11 +29,12 @@ from maskattn.kernels.rows import (
     bias_strides_bht,
     kept_rows,
     lse_strides_bh,
-    packed_rows,
+    packed_sides,
     readable,
     strides_bht,
     whole_rows,
 )
+from maskattn.options import Gradients, Options, Sequences
 
 __all__ = ["masked_backward", "packed_backward"]
 
@@ -46,26 +47,23 @@ def packed_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    sequences: Sequences,
+    options: Options,
+) -> Gradients:
     """Gradients of :func:`maskattn.kernels.forward.packed_forward`.
 
     Args:
         grad_out: (Tq, H, D), any strides.
         grad_lse: (H, Tq) or None for zeros.
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_bias, scale: what forward was given.
+        q, k, v, sequences, options: what forward was given.
         out, lse: what forward returned.
 
     Returns:
-        dq, dk, dv like q, k, v (contiguous), and dbias like key_bias (None without one).
+        Contiguous gradients.
     """
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    q_rows, k_rows = packed_rows(cu_seqlens_q, max_seqlen_q), packed_rows(cu_seqlens_k, max_seqlen_k)
+    q_rows, k_rows = packed_sides(sequences)
+    key_bias = options.key_bias
     # [H, Tk] when the heads share the bias, else [Tk, H].
     shared = key_bias is not None and key_bias.ndim == 1
     dbias = None
@@ -73,8 +71,8 @@ def packed_backward(
         shape = (k.shape[1], k.shape[0]) if shared else key_bias.shape
         dbias = torch.empty(shape, dtype=torch.float32, device=k.device)
     dbias_HT = dbias.T if dbias is not None and not shared else dbias
-    _launch_backward(grad_out, grad_lse, q, k, v, out, lse, q_rows, k_rows, key_bias, scale, dq, dk, dv, dbias_HT)
-    return dq, dk, dv, _sum_over_heads(dbias, key_bias, head_dim=0 if shared else None)
+    _launch_backward(grad_out, grad_lse, q, k, v, out, lse, q_rows, k_rows, options, dq, dk, dv, dbias_HT)
+    return Gradients(dq, dk, dv, _sum_over_heads(dbias, key_bias, head_dim=0 if shared else None))
 
 
 def masked_backward(
@@ -86,30 +84,30 @@ def masked_backward(
     out: Tensor,
     lse: Tensor,
     keep: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
     skip_queries: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    options: Options,
+) -> Gradients:
     """Gradients of :func:`maskattn.kernels.forward.masked_forward`; those of background tokens are 0.
 
     Args:
         grad_out: (B, H, Nq, D), any strides.
         grad_lse: (B, H, Nq) or None for zeros.
-        q, k, v, keep, key_bias, scale, skip_queries: what forward was given.
+        q, k, v, keep, skip_queries, options: what forward was given.
         out, lse: what forward returned.
 
     Returns:
-        dq, dk, dv like q, k, v (contiguous), and dbias like key_bias (None without one).
+        Contiguous gradients.
     """
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     k_rows = kept_rows(keep)
     q_rows = k_rows if skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
+    key_bias = options.key_bias
     dbias_BHN = None
     if key_bias is not None:
         dbias_BHN = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
-    _launch_backward(grad_out, grad_lse, q, k, v, out, lse, q_rows, k_rows, key_bias, scale, dq, dk, dv, dbias_BHN)
+    _launch_backward(grad_out, grad_lse, q, k, v, out, lse, q_rows, k_rows, options, dq, dk, dv, dbias_BHN)
     shared = key_bias is not None and key_bias.ndim == 2
-    return dq, dk, dv, _sum_over_heads(dbias_BHN, key_bias, head_dim=1 if shared else None)
+    return Gradients(dq, dk, dv, _sum_over_heads(dbias_BHN, key_bias, head_dim=1 if shared else None))
 
 
 def _sum_over_heads(dbias: Tensor | None, key_bias: Tensor | None, head_dim: int | None) -> Tensor | None:
@@ -129,14 +127,14 @@ def _launch_backward(
     lse: Tensor,
     q_rows: Rows,
     k_rows: Rows,
-    key_bias: Tensor | None,
-    scale: float,
+    options: Options,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     dbias: Tensor | None,
 ) -> None:
     """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N)."""
+    scale, key_bias = options.scale, options.key_bias
     q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
     lse = lse.contiguous()
     if grad_lse is not None:

@@ -17,6 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
+from maskattn.options import Options
+
 __all__ = ["HEAD_WIDTHS", "TABLE", "Config", "Pass", "Target", "choose", "look_up", "padded_width", "supports"]
 
 HEAD_WIDTHS = range(16, 257, 8)
@@ -305,17 +307,18 @@ def choose(pass_: Pass, device: torch.device, head_width: int, dtype: torch.dtyp
     return look_up(pass_, _target(device), head_width, dtype)
 
 
-def supports(q: Tensor, key_bias: Tensor | None) -> str | None:
+def supports(q: Tensor, options: Options) -> str | None:
     """Why the kernels cannot run a call, as the end of a sentence that names them; None if they can.
 
     Args:
         q: (..., D), the queries.
-        key_bias: of any floating dtype, or None.
+        options: what it is called with.
     """
     if q.dtype not in DTYPES:
         return f"needs float32, float16 or bfloat16, got q.dtype={q.dtype}"
     if q.shape[-1] not in HEAD_WIDTHS:
         return f"needs a head width of 16 to 256 in steps of 8, got D={q.shape[-1]}"
+    key_bias = options.key_bias
     if key_bias is not None and not key_bias.is_floating_point():
         return f"needs a floating key_bias, got key_bias.dtype={key_bias.dtype}"
     return _missing_on(q.device)

@@ -21,7 +21,7 @@ from maskattn.kernels.rows import (
     bias_strides_bht,
     kept_rows,
     lse_strides_bh,
-    packed_rows,
+    packed_sides,
     readable,
     strides_bht,
     whole_rows,
@@ -37,6 +37,7 @@ from maskattn.kernels.tiles import (
     store_rows,
     tile_rows,
 )
+from maskattn.options import Options, Sequences
 
 __all__ = ["forward_kernel", "masked_forward", "packed_forward"]
 
@@ -125,48 +126,26 @@ def forward_kernel(
     store_row_values(lse_base_ptr, first, rows, 1, inside, maximum * LN_2 + tl.log(divisor), INDEX_Q)
 
 
-def packed_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def packed_forward(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options) -> tuple[Tensor, Tensor]:
     """Attention of packed sequences.
 
     Args:
         q: (Tq, H, D), any strides.
         k, v: (Tk, H, D).
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, 0 first and Tq or Tk last.
-        max_seqlen_q, max_seqlen_k: no sequence is longer.
-        key_bias: (Tk,) or (Tk, H), or None.
-        scale: multiplies q·k.
+        sequences: where they lie.
+        options: of packed tensors.
 
     Returns:
         out (Tq, H, D) in q's dtype and lse (H, Tq) float32.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    _launch_forward(
-        q,
-        k,
-        v,
-        key_bias,
-        out,
-        lse,
-        packed_rows(cu_seqlens_q, max_seqlen_q),
-        packed_rows(cu_seqlens_k, max_seqlen_k),
-        scale,
-    )
+    _launch_forward(q, k, v, options, out, lse, *packed_sides(sequences))
     return out, lse
 
 
 def masked_forward(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, key_bias: Tensor | None, scale: float, skip_queries: bool
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Attention over the kept tokens of dense tensors, read where they lie.
 
@@ -174,9 +153,8 @@ def masked_forward(
         q: (B, H, Nq, D), any strides.
         k, v: (B, H, N, D).
         keep: (B, N) bool, True = the token takes part.
-        key_bias: (B, N) or (B, H, N), or None.
-        scale: multiplies q·k.
         skip_queries: background queries give out 0 and lse −inf (then Nq = N); otherwise every query attends.
+        options: of dense tensors.
 
     Returns:
         out (B, H, Nq, D) in q's dtype and lse (B, H, Nq) float32.
@@ -185,7 +163,7 @@ def masked_forward(
     q_rows = k_rows if skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
-    _launch_forward(q, k, v, key_bias, out, lse, q_rows, k_rows, scale)
+    _launch_forward(q, k, v, options, out, lse, q_rows, k_rows)
     return out, lse
 
 
@@ -193,14 +171,14 @@ def _launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_bias: Tensor | None,
+    options: Options,
     out: Tensor,
     lse: Tensor,
     q_rows: Rows,
     k_rows: Rows,
-    scale: float,
 ) -> None:
     """Fill ``out`` and ``lse``."""
+    scale, key_bias = options.scale, options.key_bias
     if scale < 0:
         # The kernel takes the maximum before it scales.
         q, scale = -q, -scale

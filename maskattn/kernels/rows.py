@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maskattn.options import Sequences
 from maskattn.shapes import Bool, Int
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "kept_rows",
     "lse_strides_bh",
     "packed_rows",
+    "packed_sides",
     "readable",
     "strides_bht",
     "whole_rows",
@@ -46,6 +48,14 @@ class Rows:
 def packed_rows(cu_seqlens: Int[Tensor, "B_plus_1"], max_seqlen: int) -> Rows:
     """Rows of packed sequences, end to end."""
     return Rows(cu_seqlens[:-1], cu_seqlens[1:], None, max_seqlen)
+
+
+def packed_sides(sequences: Sequences) -> tuple[Rows, Rows]:
+    """Rows of the packed queries and keys."""
+    return (
+        packed_rows(sequences.cu_seqlens_q, sequences.max_seqlen_q),
+        packed_rows(sequences.cu_seqlens_k, sequences.max_seqlen_k),
+    )
 
 
 def kept_rows(keep_BN: Bool[Tensor, "B N"]) -> Rows:

@@ -10,6 +10,7 @@ import triton.language as tl
 from maskattn.kernels import configs
 from maskattn.kernels.rows import MAX_BLOCK, kept_rows, readable
 from maskattn.kernels.tiles import sequence_base, tile_offsets
+from maskattn.options import Options
 
 
 @pytest.mark.parametrize("dtype", configs.DTYPES)
@@ -32,8 +33,8 @@ def test_a_gpu_without_a_row_of_its_own_gets_the_smallest_tiles(capability, targ
 def test_supported_calls(device):
     for head_width in (16, 24, 256):
         for dtype in configs.DTYPES:
-            assert configs.supports(torch.zeros(3, 2, head_width, dtype=dtype, device=device), None) is None
-    assert configs.supports(torch.zeros(3, 2, 64, device=device), torch.zeros(3, device=device)) is None
+            assert configs.supports(torch.zeros(3, 2, head_width, dtype=dtype, device=device), Options(1.0)) is None
+    assert configs.supports(torch.zeros(3, 2, 64, device=device), Options(1.0, torch.zeros(3, device=device))) is None
 
 
 @pytest.mark.parametrize(
@@ -47,12 +48,12 @@ def test_supported_calls(device):
     ],
 )
 def test_an_unsupported_call_is_told_why(q, key_bias, reason):
-    assert reason in configs.supports(q, key_bias)
+    assert reason in configs.supports(q, Options(1.0, key_bias))
 
 
 def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
     monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
-    assert "GPU" in configs.supports(torch.zeros(3, 2, 64), None)
+    assert "GPU" in configs.supports(torch.zeros(3, 2, 64), Options(1.0))
 
 
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((9, 0), None)])
@@ -62,7 +63,7 @@ def test_old_gpus_are_refused(capability, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q = torch.zeros(3, 2, 64, device="meta")
     monkeypatch.setattr(type(q), "device", torch.device("cuda", 0), raising=False)
-    answer = configs.supports(q, None)
+    answer = configs.supports(q, Options(1.0))
     assert answer is None if reason is None else reason in answer
 
 

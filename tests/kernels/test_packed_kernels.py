@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskattn.kernels import backward, configs, forward
 from maskattn.kernels.configs import Config
+from maskattn.options import Options, Sequences
 
 
 def check(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], device: str) -> None:
@@ -207,7 +208,8 @@ def test_max_seqlen_may_be_larger_than_any_sequence(device):
     inputs = packed_inputs([20, 5]).to(device)
     starts = cu_seqlens([20, 5]).to(device)
     tight, loose = (
-        forward.packed_forward(inputs.q, inputs.k, inputs.v, starts, starts, n, n, None, 0.1) for n in (20, 500)
+        forward.packed_forward(inputs.q, inputs.k, inputs.v, Sequences(starts, starts, n, n), Options(0.1))
+        for n in (20, 500)
     )
     assert all(map(torch.equal, tight, loose))
 
