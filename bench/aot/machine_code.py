@@ -71,8 +71,8 @@ def read(compiled: Any, lanes: int) -> MachineCode:
     )
 
 
-def _classify(opcode: str, classes: Iterable[tuple[str, str]]) -> str:
-    return next((name for name, pattern in classes if re.match(pattern, opcode)), "control")
+def _classify(instruction: str, classes: Iterable[tuple[str, str]]) -> str:
+    return next((name for name, pattern in classes if re.match(pattern, instruction)), "control")
 
 
 def _nvidia_tool(name: str) -> str:
@@ -80,7 +80,7 @@ def _nvidia_tool(name: str) -> str:
 
 
 def _read_nvidia(compiled: Any) -> tuple[int, int, list[str], str]:
-    """Registers, spilled bytes, opcodes of the main loop and the tensor-core instruction of a cubin."""
+    """Registers, spilled bytes, instructions of the main loop and the tensor-core instruction of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -118,24 +118,24 @@ def _read_amd(compiled: Any) -> tuple[int, int, list[str], str]:
 def _main_loop(
     code: str, label: re.Pattern[str], instruction: re.Pattern[str], target: re.Pattern[str], branch: str
 ) -> list[str]:
-    """Opcodes of the loop with the most products; of several (a full and a masked tail tile), the shortest."""
-    opcodes: list[str] = []
+    """Instructions of the loop with the most products; of several (a full and a masked tail tile), the shortest."""
+    instructions: list[str] = []
     places: dict[str, int] = {}
     loops: list[list[str]] = []
     for line in code.splitlines():
         if match := label.match(line):
-            places[match.group(1)] = len(opcodes)
+            places[match.group(1)] = len(instructions)
         elif match := instruction.search(line):
-            opcodes.append(match.group(1))
+            instructions.append(match.group(1) + match.group(2))
             back = target.search(match.group(2))
             if back and re.match(branch, match.group(1)) and back.group(1) in places:
-                body = opcodes[places[back.group(1)] :]
+                body = instructions[places[back.group(1)] :]
                 # A slow path behind the end of the kernel jumps back too; it is no loop.
-                if not any(re.match(r"EXIT|RET|s_endpgm", opcode) for opcode in body):
+                if not any(re.match(r"EXIT|RET|s_endpgm", each) for each in body):
                     loops.append(body)
 
     def products(loop: list[str]) -> int:
-        return sum(1 for opcode in loop if re.match(r"HGMMA|HMMA|UTC\w*MMA|FFMA|v_mfma|v_(pk_)?fmac?_f32", opcode))
+        return sum(1 for each in loop if re.match(r"HGMMA|HMMA|UTC\w*MMA|FFMA|v_mfma|v_(pk_)?fmac?_f32", each))
 
     most = max(map(products, loops), default=0)
     return min((loop for loop in loops if 2 * products(loop) > most), key=len, default=[])

@@ -11,12 +11,21 @@ from pathlib import Path
 
 import triton
 
+from aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, bound_of
 from aot.cases import DTYPES, GPU_TARGETS, Case, all_cases, compile_case
 from aot.machine_code import CLASSES, MachineCode, read
-from maskattn.kernels.configs import Config, look_up
+from maskattn.kernels.configs import Config, look_up, padded_width
 
 # What of the machine code goes to the table as it is.
 RESOURCES = ("registers", "spilled_bytes", "shared_bytes", "tensor_memory", "tensor_instruction")
+
+BOUNDS = (
+    *(f"{pipe.name}_cycles" for pipe in fields(Cycles)),
+    "slowest",
+    "overlapped_tflops",
+    "series_tflops",
+    "resident_programs",
+)
 
 
 @dataclass(frozen=True)
@@ -27,13 +36,24 @@ class Row:
     config: Config
     code: MachineCode
 
+    @property
+    def bound(self) -> Bound | None:
+        """What the chip's pipes allow; None for AMD, whose pipes are not counted, and for passes without tiles."""
+        case = self.case
+        if case.target not in CHIPS or case.pass_ not in PRODUCTS:
+            return None
+        tile_width = padded_width(case.head_width)
+        return bound_of(self.code, self.config, case.pass_, case.target, case.head_width, tile_width)
+
     def columns(self) -> dict[str, object]:
-        """The row as the table has it; instruction counts are per score and lane."""
+        """The row as the table has it; instruction counts are per score and lane, cycles per tile and SM."""
+        bound = self.bound
         return {
             **asdict(self.case),
             **asdict(self.config),
             **{name: getattr(self.code, name) for name in RESOURCES},
             **self.code.instructions_per_score(self.config.block_m * self.config.block_n, self.config.num_warps),
+            **(dict.fromkeys(BOUNDS) if bound is None else bound.columns()),
         }
 
 
@@ -64,6 +84,15 @@ def write_table(rows: list[Row], path: Path) -> None:
 
 def write_summary(rows: list[Row], path: Path) -> None:
     """The rows that matter most, for reading."""
+    plain = [row for row in rows if _is_plain(row.case)]
+    path.write_text("\n".join([*_instruction_table(plain), "", *_bound_table(plain), "", *_backward_table(plain), ""]))
+
+
+def _is_plain(case: Case) -> bool:
+    return case == Case(case.pass_, case.target, case.head_width, "bf16") and case.head_width in (32, 64, 80, 128)
+
+
+def _instruction_table(rows: list[Row]) -> list[str]:
     lines = [
         f"# What the kernels compile to: triton {triton.__version__}, no GPU involved",
         "",
@@ -74,16 +103,68 @@ def write_summary(rows: list[Row], path: Path) -> None:
         "|---|---|" + "---:|" * 6 + "---|" + "---:|" * 9,
     ]
     for row in rows:
-        case, config, code = row.case, row.config, row.code
-        if case == Case(case.pass_, case.target, case.head_width, "bf16") and case.head_width in (32, 64, 80, 128):
-            columns = row.columns()
-            counts = " | ".join(f"{columns[name]:.2f}" for name in ("per_score", *CLASSES))
+        config, code, columns = row.config, row.code, row.columns()
+        counts = " | ".join(f"{columns[name]:.2f}" for name in ("per_score", *CLASSES))
+        lines.append(
+            f"| {row.case.pass_} | {row.case.target} | {row.case.head_width} | {config.block_m}×{config.block_n} "
+            f"| {config.num_warps} | {config.num_stages} | {code.registers} | {code.shared_bytes / 1024:.0f} "
+            f"| {code.tensor_instruction} | {counts} |"
+        )
+    return lines
+
+
+def _bound_table(rows: list[Row]) -> list[str]:
+    chips = "; ".join(
+        f"{target} as {chip.name}, {chip.sms} SMs at {chip.clock_ghz} GHz, {chip.dense_tflops:.0f} dense"
+        for target, chip in CHIPS.items()
+    )
+    lines = [
+        "## What the pipes allow",
+        "",
+        "Clocks of one SM for one tile on each pipe; the TFLOP/s of the pass's own products if all pipes overlap (the "
+        "slowest alone) and if the products and the slowest of the rest take turns; programs that an SM holds. Shared "
+        "memory serves two columns: operands that wgmma reads there itself, and loads, stores and shuffles. "
+        f"Ceilings from counted instructions, not measurements. Assumed: {chips}; rates per clock as in "
+        "`bench/aot/bounds.py`.",
+        "",
+        "| pass | target | D | tensor | operands | MUFU | FP32 | integer | load, store | issue | slowest | overlapped | in turn "
+        "| resident |",
+        "|---|---|" + "---:|" * 8 + "---|" + "---:|" * 3,
+    ]
+    for row in rows:
+        if bound := row.bound:
+            cycles = " | ".join(f"{value:.0f}" for value in asdict(bound.cycles).values())
             lines.append(
-                f"| {case.pass_} | {case.target} | {case.head_width} | {config.block_m}×{config.block_n} "
-                f"| {config.num_warps} | {config.num_stages} | {code.registers} | {code.shared_bytes / 1024:.0f} "
-                f"| {code.tensor_instruction} | {counts} |"
+                f"| {row.case.pass_} | {row.case.target} | {row.case.head_width} | {cycles} | {bound.slowest} "
+                f"| {bound.overlapped_tflops:.0f} | {bound.series_tflops:.0f} | {bound.resident_programs} |"
             )
-    path.write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def _backward_table(rows: list[Row]) -> list[str]:
+    """Both passes of the backward together, at the 2.5 times forward that everybody quotes."""
+    lines = [
+        "## The backward as benchmarks count it",
+        "",
+        "The passes do seven products where five are counted (10·N²·H·D); TFLOP/s that the two together allow.",
+        "",
+        "| target | D | overlapped | in turn |",
+        "|---|---:|---:|---:|",
+    ]
+    passes = {(row.case.target, row.case.head_width, row.case.pass_): row for row in rows}
+    for target, chip in CHIPS.items():
+        for width in sorted({row.case.head_width for row in rows}):
+            pair = [passes.get((target, width, pass_)) for pass_ in ("query_gradient", "key_gradient")]
+            overlapped = series = 0.0
+            for row in pair:
+                if row is not None and row.bound is not None:
+                    scores = row.config.block_m * row.config.block_n
+                    overlapped += row.bound.cycles.overlapped / scores
+                    series += row.bound.cycles.series / scores
+            if None not in pair:
+                figures = " | ".join(f"{chip.tflops(10 * width / each):.0f}" for each in (overlapped, series))
+                lines.append(f"| {target} | {width} | {figures} |")
+    return lines
 
 
 def main(description: str | None = None) -> None:
