@@ -101,7 +101,7 @@ def _run_native() -> str:
 
 
 def _impls() -> tuple[str, ...]:
-    from maskattn.attention.ops import IMPLS
+    from maskattn.attention.implementations import IMPLS
 
     return IMPLS
 

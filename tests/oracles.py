@@ -286,8 +286,9 @@ def rounded_between_passes(attend: Attend, inputs: Inputs) -> Results:
     """The parts of the gradients that carry the rounding of what forward left for backward, in float64.
 
     A fused backward reads out and lse back, each rounded once, where autograd still has the probabilities. With
-    delta_i = Σ_d dO_id out_id, dS = p·(dP − delta): the rounding of delta enters dq, dk, dbias and dslopes as a gradient of lse
-    does. That of lse enters p = exp(score − lse), hence every gradient as a factor of the row's incoming gradients.
+    delta_i = Σ_d dO_id out_id, dS = p·(dP − delta): the rounding of delta enters dq, dk, dbias and dslopes as a
+    gradient of lse does. That of lse enters p = exp(score − lse), hence every gradient as a factor of the row's
+    incoming gradients.
     """
     dtype = inputs.q.dtype
     inputs = inputs.to(torch.float64)

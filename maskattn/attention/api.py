@@ -1,22 +1,31 @@
 """The public attention operations: check the arguments, choose the implementation, run the op.
 
 Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head
-width.
+width, K classes.
 """
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from maskattn.attention import ops
+from maskattn.attention import ops, readout_ops
+from maskattn.attention.checks import (
+    check_bias,
+    check_coords,
+    check_cu_seqlens,
+    check_dense,
+    check_dropout,
+    check_keep,
+    check_packed,
+    check_readout,
+)
+from maskattn.attention.dropout import new_seed
+from maskattn.attention.implementations import choose
+from maskattn.options import Options
 from maskattn.shapes import Bool, Float, Int
 
-__all__ = ["masked_attention", "packed_attention", "readout"]
-
-MAX_READOUT_QUERIES = 16
+__all__ = ["masked_attention", "packed_attention", "readout", "token_relevance"]
 
 
 def packed_attention(
@@ -30,12 +39,16 @@ def packed_attention(
     *,
     scale: float | None = None,
     key_bias: Float[Tensor, "..."] | None = None,
+    coords: Float[Tensor, "T 2"] | tuple[Float[Tensor, "Tq 2"], Float[Tensor, "Tk 2"]] | None = None,
+    slopes: Float[Tensor, "H"] | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "Tq H D"] | tuple[Float[Tensor, "Tq H D"], Float[Tensor, "H Tq"]]:
     """Attention within each of B packed sequences; query and key sequences may differ in length, and be empty.
 
-    A query whose sequence has no key gives 0, lse −inf and gradient 0.
+    A query whose sequence has no key gives 0, lse −inf and gradient 0. Under ``torch.autocast`` q, k and v are cast to
+    its dtype, as torch casts those of ``scaled_dot_product_attention``.
 
     Args:
         q: (Tq, H, D) float.
@@ -43,9 +56,14 @@ def packed_attention(
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, the first row of each sequence, ending with Tq or Tk.
         max_seqlen_q, max_seqlen_k: no sequence is longer.
         scale: factor of the scores, 1/√D if None.
-        key_bias: (Tk,) or (Tk, H), finite, added to the scores of its key; differentiable.
+        key_bias: (Tk,) or (Tk, H), added to the scores of its key; differentiable. A key with −inf takes no part.
+        coords: (T, 2), the place of each token, or a pair (Tq, 2), (Tk, 2) where queries and keys differ:
+            two-dimensional ALiBi, −slope·distance added to the scores. A token without a place (class token, register)
+            is a row of NaN and at distance 0 from all. Not differentiable.
+        slopes: (H,), per unit of ``coords``; given with them; differentiable.
+        dropout_p: share of the attention weights dropped, in [0, 1); drawn from torch's generator of the device.
         return_lse: also return the log-sum-exp of the scores, (H, Tq), differentiable.
-        impl: "triton", "torch" or "reference"; None takes the best one that supports the call.
+        impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
     Returns:
         out (Tq, H, D), or (out, lse).
@@ -61,29 +79,22 @@ def packed_attention(
         >>> packed_attention(x, x, x, *lengths).shape
         torch.Size([3, 2, 16])
     """
-    _check_packed(q, k, v)
-    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
-    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+    q, k, v = _autocast(q, k, v)
+    check_packed(q, k, v)
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must describe as many sequences, got "
             f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}; give a sequence without keys length 0"
         )
-    _check_bias(key_bias, q, ((k.shape[0],), (k.shape[0], k.shape[1])), "(Tk,) or (Tk, H)")
-    impl = _choose(impl, q, key_bias)
-    out, lse = ops.packed_attention(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        key_bias,
-        q.shape[-1] ** -0.5 if scale is None else scale,
-        return_lse,
-        impl,
-    )
+    Tk, H, _ = k.shape
+    check_bias(key_bias, q, ((Tk,), (Tk, H)), "(Tk,) or (Tk, H)")
+    places = check_coords(coords, slopes, q, H, (q.shape[0],), (Tk,))
+    options = _options(q, scale, key_bias, slopes, places, dropout_p)
+    sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    impl = choose(impl, q, options)
+    out, lse = ops.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
 
 
@@ -95,24 +106,32 @@ def masked_attention(
     *,
     scale: float | None = None,
     key_bias: Float[Tensor, "..."] | None = None,
+    coords: Float[Tensor, "..."] | tuple[Float[Tensor, "..."], Float[Tensor, "..."]] | None = None,
+    slopes: Float[Tensor, "H"] | None = None,
+    dropout_p: float = 0.0,
     skip_queries: bool = True,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "B H Nq D"] | tuple[Float[Tensor, "B H Nq D"], Float[Tensor, "B H Nq"]]:
     """Attention over the kept keys of dense tensors, laid out as for torch's ``scaled_dot_product_attention``.
 
-    Background rows of k and v (and of q, if ``skip_queries``) are never read; their outputs and gradients are 0.
+    Background rows of k and v (and of q, if ``skip_queries``) are never read; their outputs and gradients are 0. Under
+    ``torch.autocast`` q, k and v are cast to its dtype.
 
     Args:
         q: (B, H, Nq, D) float; Nq = N if ``skip_queries``.
         k, v: (B, H, N, D), of q's dtype and device.
         keep: (B, N) bool, True = the token takes part.
         scale: factor of the scores, 1/√D if None.
-        key_bias: (B, N) or (B, H, N), finite, added to the scores of its key; differentiable.
+        key_bias: (B, N) or (B, H, N), added to the scores of its key; differentiable. A key with −inf takes no part.
+        coords: (N, 2) or (B, N, 2), the place of each token, or a pair (of queries, of keys); see
+            :func:`packed_attention`.
+        slopes: (H,), per unit of ``coords``; given with them; differentiable.
+        dropout_p: share of the attention weights dropped, in [0, 1).
         skip_queries: background queries give 0 and lse −inf. False: every query attends to the kept keys, as
             ``nn.MultiheadAttention`` has it with ``key_padding_mask``.
         return_lse: also return the log-sum-exp of the scores, (B, H, Nq), differentiable.
-        impl: "triton", "torch" or "reference"; None takes the best one that supports the call.
+        impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
     Returns:
         out (B, H, Nq, D), or (out, lse).
@@ -120,29 +139,15 @@ def masked_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``impl`` lacks a feature of the call.
     """
-    if q.ndim != 4 or k.shape != v.shape or (k.shape[:2], k.shape[3:]) != (q.shape[:2], q.shape[3:]):
-        raise ValueError(
-            "masked_attention needs q (B, H, Nq, D) and k, v (B, H, N, D), "
-            f"got q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}"
-        )
-    _check_alike(q, k, v)
+    q, k, v = _autocast(q, k, v)
+    check_dense(q, k, v)
+    check_keep(q, k, keep, skip_queries)
     B, H, N = k.shape[:3]
-    if keep.dtype != torch.bool:
-        raise TypeError(f"keep must be bool (True = the token takes part), got keep.dtype={keep.dtype}")
-    if keep.shape != (B, N):
-        raise ValueError(f"keep must have shape (B, N) = ({B}, {N}), got keep.shape={tuple(keep.shape)}")
-    if keep.device != q.device:
-        raise ValueError(f"keep must lie on q's device {q.device}, got {keep.device}; move it with keep.to(q.device)")
-    if skip_queries and q.shape[2] != N:
-        raise ValueError(
-            f"skip_queries=True reads keep for the queries too, so Nq must equal N={N}, got q.shape={tuple(q.shape)}; "
-            "pass skip_queries=False for cross-attention"
-        )
-    _check_bias(key_bias, q, ((B, N), (B, H, N)), "(B, N) or (B, H, N)")
-    impl = _choose(impl, q, key_bias)
-    out, lse = ops.masked_attention(
-        q, k, v, keep, key_bias, q.shape[-1] ** -0.5 if scale is None else scale, skip_queries, return_lse, impl
-    )
+    check_bias(key_bias, q, ((B, N), (B, H, N)), "(B, N) or (B, H, N)")
+    places = check_coords(coords, slopes, q, H, (B, q.shape[2]), (B, N))
+    options = _options(q, scale, key_bias, slopes, places, dropout_p)
+    impl = choose(impl, q, options)
+    out, lse = ops.masked_attention(q, k, v, keep, skip_queries, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
 
 
@@ -155,6 +160,9 @@ def readout(
     *,
     scale: float | None = None,
     key_bias: Float[Tensor, "..."] | None = None,
+    coords: tuple[Float[Tensor, "B R 2"], Float[Tensor, "T 2"]] | None = None,
+    slopes: Float[Tensor, "H"] | None = None,
+    dropout_p: float = 0.0,
     return_rows: bool = False,
     return_lse: bool = False,
     impl: str | None = None,
@@ -167,10 +175,14 @@ def readout(
         cu_seqlens: (B + 1,) int32, the first row of each key sequence, ending with T.
         max_seqlen: no sequence is longer.
         scale: factor of the scores, 1/√D if None.
-        key_bias: (T,) or (T, H), finite, added to the scores of its key; differentiable.
-        return_rows: also return the attention rows (R, H, T): the softmax weight of token t in row r of its sequence.
-        return_lse: also return the log-sum-exp of the scores, (B, R, H).
-        impl: "triton", "torch" or "reference"; None takes the best one that supports the call.
+        key_bias: (T,) or (T, H), added to the scores of its key; differentiable. A key with −inf takes no part.
+        coords: the places of the queries (B, R, 2) and of the keys (T, 2), a pair; see :func:`packed_attention`.
+        slopes: (H,), per unit of ``coords``; given with them; differentiable.
+        dropout_p: share of the attention weights dropped, in [0, 1).
+        return_rows: also return the attention rows (R, H, T): the softmax weight of token t in row r of its sequence,
+            before dropout; differentiable.
+        return_lse: also return the log-sum-exp of the scores, (B, R, H), differentiable.
+        impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
     Returns:
         out (B, R, H, D); with rows and lse behind it, in this order, where asked.
@@ -178,111 +190,105 @@ def readout(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``impl`` lacks a feature of the call.
     """
-    if q.ndim != 4 or not 1 <= q.shape[1] <= MAX_READOUT_QUERIES:
-        raise ValueError(
-            f"readout needs q (B, R, H, D) with 1 ≤ R ≤ {MAX_READOUT_QUERIES}, got q.shape={tuple(q.shape)}; "
-            "use packed_attention for more queries"
-        )
-    B, R, H, D = q.shape
-    _check_cu_seqlens("cu_seqlens", cu_seqlens, q)
-    if cu_seqlens.shape[0] != B + 1:
-        raise ValueError(
-            f"cu_seqlens must have B + 1 = {B + 1} entries, got cu_seqlens.shape={tuple(cu_seqlens.shape)}"
-        )
-    starts = torch.arange(0, (B + 1) * R, R, dtype=torch.int32, device=q.device)
-    scale = D**-0.5 if scale is None else scale
-    need_lse = return_lse or return_rows
-    _check_packed(q.reshape(B * R, H, D), k, v)
-    _check_bias(key_bias, q, ((k.shape[0],), (k.shape[0], H)), "(T,) or (T, H)")
-    out, lse = ops.packed_attention(
-        q.reshape(B * R, H, D),
-        k,
-        v,
-        starts,
-        cu_seqlens,
-        R,
-        max_seqlen,
-        key_bias,
-        scale,
-        need_lse,
-        _choose(impl, q, key_bias),
+    q, k, v = _autocast(q, k, v)
+    check_readout(q, k, v, cu_seqlens)
+    B, R, H, _ = q.shape
+    check_bias(key_bias, q, ((k.shape[0],), (k.shape[0], H)), "(T,) or (T, H)")
+    places = check_coords(coords, slopes, q, H, (B, R), (k.shape[0],))
+    options = _options(q, scale, key_bias, slopes, places, dropout_p)
+    impl = choose(impl, q, options)
+    out, lse, rows = readout_ops.readout(
+        q, k, v, cu_seqlens, max_seqlen, *ops.flat_options(options), return_lse, return_rows, impl
     )
-    out = out.view(B, R, H, D)
-    if not need_lse:
+    if not (return_rows or return_lse):
         return out
-    lse = lse.view(H, B, R).permute(1, 2, 0)
-    extras = (_attention_rows(q, k, lse, cu_seqlens, key_bias, scale),) if return_rows else ()
-    return (out, *extras, *((lse,) if return_lse else ()))
+    return (out, *((rows,) if return_rows else ()), *((lse,) if return_lse else ()))
 
 
-def _attention_rows(
-    q_BRHD: Tensor, k_THD: Tensor, lse_BRH: Tensor, cu_seqlens: Tensor, key_bias: Tensor | None, scale: float
-) -> Tensor:
-    """(R, H, T) softmax weights, one readout query at a time, so that nothing larger than k is held."""
-    tokens = torch.arange(k_THD.shape[0], device=k_THD.device, dtype=cu_seqlens.dtype)
-    sequence = torch.bucketize(tokens, cu_seqlens[1:], right=True)
-    dtype = lse_BRH.dtype
-    rows = []
-    for r in range(q_BRHD.shape[1]):
-        scores_TH = scale * (q_BRHD[:, r][sequence].to(dtype) * k_THD.to(dtype)).sum(dim=-1)
-        if key_bias is not None:
-            scores_TH = scores_TH + (key_bias[:, None] if key_bias.ndim == 1 else key_bias).to(dtype)
-        rows.append((scores_TH - lse_BRH[:, r][sequence]).exp().T)
-    return torch.stack(rows)
+def token_relevance(
+    q: Float[Tensor, "B R H D"],
+    k: Float[Tensor, "T H D"],
+    v: Float[Tensor, "T H D"],
+    out: Float[Tensor, "B R H D"],
+    lse: Float[Tensor, "B R H"],
+    grad_out: Float[Tensor, "K B R H D"],
+    cu_seqlens: Int[Tensor, "B_plus_1"],
+    max_seqlen: int,
+    *,
+    key_origin: Float[Tensor, "..."] | None = None,
+    value_origin: Float[Tensor, "..."] | None = None,
+    scale: float | None = None,
+    key_bias: Float[Tensor, "..."] | None = None,
+    coords: tuple[Float[Tensor, "B R 2"], Float[Tensor, "T 2"]] | None = None,
+    slopes: Float[Tensor, "H"] | None = None,
+    impl: str | None = None,
+) -> Float[Tensor, "K T"]:
+    """The relevance of every token for every class, where the classes' scores read a :func:`readout` alone.
 
+    It is the derivative of score c as token t is scaled, S_ct = Σ_j x_tj ∂f_c/∂x_tj for the x whose keys and values
+    these are, in closed form: one pass over k and v for all classes, no graph. Not differentiable.
 
-def _choose(impl: str | None, q: Tensor, key_bias: Tensor | None) -> str:
-    if impl is None:
-        return "triton" if q.is_cuda and _missing_in_triton(q, key_bias) is None else "torch"
-    if impl not in ops.IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(ops.IMPLS)} or None, got impl={impl!r}")
-    lacks = _missing_in_triton(q, key_bias) if impl == "triton" else None
-    if lacks is not None:
-        raise ValueError(f"impl='triton' {lacks}; pass impl=None to let the package choose, or impl='torch'")
-    return impl
+    Args:
+        q, k, v, cu_seqlens, max_seqlen, scale, key_bias, coords, slopes: what the readout was given.
+        out, lse: what it returned, (B, R, H, D) and (B, R, H).
+        grad_out: (K, B, R, H, D), the gradient of each class's score with respect to ``out``.
+        key_origin, value_origin: (H, D) or (T, H, D), what keys and values are where x is 0: the biases of affine maps.
+            In general k minus the derivative of k along x. None for 0.
+        impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
+    Returns:
+        S (K, T), float32 (float64 for float64).
 
-def _missing_in_triton(q: Tensor, key_bias: Tensor | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton, which is not installed"
-    from maskattn.kernels.configs import supports
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or ``impl`` lacks a feature of the call.
 
-    return supports(q, key_bias)
-
-
-def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim != 3 or k.shape != v.shape or k.shape[1:] != q.shape[1:]:
+    Source: arXiv 2312.02364 for S; the closed form is this package's.
+    """
+    check_readout(q, k, v, cu_seqlens)
+    B, R, H, D = q.shape
+    T = k.shape[0]
+    for name, x, shape in (("out", out, (B, R, H, D)), ("lse", lse, (B, R, H))):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} must be what readout returned, {shape}, got {name}.shape={tuple(x.shape)}")
+    if grad_out.ndim != 5 or tuple(grad_out.shape[1:]) != (B, R, H, D):
         raise ValueError(
-            "packed attention needs q (Tq, H, D) and k, v (Tk, H, D), "
-            f"got q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}"
+            f"grad_out must have shape (K, B, R, H, D) = (K, {B}, {R}, {H}, {D}), got {tuple(grad_out.shape)}; "
+            "give a single class an axis of its own, grad_out[None]"
         )
-    _check_alike(q, k, v)
+    for name, origin in (("key_origin", key_origin), ("value_origin", value_origin)):
+        if origin is not None and tuple(origin.shape) not in ((H, D), (T, H, D)):
+            raise ValueError(
+                f"{name} must have shape (H, D) or (T, H, D), here ({H}, {D}) or ({T}, {H}, {D}), "
+                f"got {name}.shape={tuple(origin.shape)}"
+            )
+    check_bias(key_bias, q, ((T,), (T, H)), "(T,) or (T, H)")
+    places = check_coords(coords, slopes, q, H, (B, R), (T,))
+    options = _options(q, scale, key_bias, slopes, places, 0.0)
+    tensors = q, k, v, out, lse, grad_out.to(q.dtype), key_origin, value_origin, cu_seqlens
+    impl = choose(impl, q, options)
+    detached = (None if x is None else x.detach() for x in tensors)
+    return readout_ops.token_relevance(*detached, max_seqlen, *ops.flat_options(options), impl)
 
 
-def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"attention needs floating-point tensors, got q.dtype={q.dtype}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must share a device, got {q.device}, {k.device} and {v.device}")
+def _options(
+    q: Tensor,
+    scale: float | None,
+    key_bias: Tensor | None,
+    slopes: Tensor | None,
+    places: tuple[Tensor | None, Tensor | None],
+    dropout_p: float,
+) -> Options:
+    check_dropout(dropout_p)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seed = new_seed(q.device) if dropout_p > 0 else None
+    return Options(scale, key_bias, slopes, *places, dropout_p, seed)
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}; use Packing.cu_seqlens, or .to(torch.int32)")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{name} must have shape (B + 1,), got {name}.shape={tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"{name} must lie on q's device {q.device}, got {cu_seqlens.device}")
-
-
-def _check_bias(key_bias: Tensor | None, q: Tensor, shapes: tuple[tuple[int, ...], ...], names: str) -> None:
-    if key_bias is None:
-        return
-    if not key_bias.dtype.is_floating_point:
-        raise TypeError(f"key_bias must be floating point, got key_bias.dtype={key_bias.dtype}")
-    if tuple(key_bias.shape) not in shapes:
-        raise ValueError(f"key_bias must have shape {names}, here {shapes}, got key_bias.shape={tuple(key_bias.shape)}")
-    if key_bias.device != q.device:
-        raise ValueError(f"key_bias must lie on q's device {q.device}, got {key_bias.device}")
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as ``torch.autocast`` casts what goes into torch's attention; float64 stays."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(x.to(dtype) if x.dtype in narrow else x for x in tensors)

@@ -1,8 +1,8 @@
 """Which attention weights are dropped: a function of their place alone, so that every pass and tile size agrees.
 
 The random word of query i and key j (positions within their sequence; of a dense tensor, among the tokens that take
-part), head h and sequence b is word j mod 4 of Philox-4×32-10 with the counter (i, j div 4, h, b) and the 64-bit seed as
-its key. The weight is dropped where the word is below p·2³².
+part), head h and sequence b is word j mod 4 of Philox-4×32-10 with the counter (i, j div 4, h, b) and the 64-bit seed
+as its key. The weight is dropped where the word is below p·2³².
 
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 """

@@ -1,8 +1,7 @@
-"""The operations as torch sees them: ``torch.library`` schemas, fake kernels and autograd.
+"""Packed and masked attention as torch sees them: ``torch.library`` schemas, fake kernels and autograd.
 
-Each public operation is one op with the implementation's name as an argument; a launcher below it does the work. The
-backward is an op of its own, so that ``torch.compile`` keeps both opaque and whole. Second derivatives are refused:
-the backward ops have no autograd formula.
+Each public operation is one op with the implementation's name as an argument. The backward is an op of its own, so that
+``torch.compile`` keeps both opaque and whole; its own derivative is refused by name.
 
 Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, H heads, D head width.
 """
@@ -10,288 +9,212 @@ Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskattn.attention import reference, torch_sdpa
+from maskattn.attention.implementations import implementation
+from maskattn.options import Gradients, Options, Sequences
 
-__all__ = ["IMPLS", "masked_attention", "packed_attention"]
+__all__ = [
+    "fake_gradients",
+    "flat_gradients",
+    "flat_options",
+    "masked_attention",
+    "packed_attention",
+    "refuse_second_derivatives",
+    "without_autocast",
+]
 
-IMPLS = ("triton", "torch", "reference")
+SEQUENCES = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+OPTIONS = (
+    "float scale, Tensor? key_bias, Tensor? slopes, Tensor? coords_q, Tensor? coords_k, float dropout_p, "
+    "Tensor? dropout_seed"
+)
+GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
-@torch.library.custom_op("maskattn::packed_attention", mutates_args=())
-def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_bias: Tensor | None,
-    scale: float,
-    need_lse: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def flat_options(options: Options) -> tuple[Any, ...]:
+    """The arguments that ``OPTIONS`` names."""
+    return (
+        options.scale,
+        options.key_bias,
+        options.slopes,
+        options.coords_q,
+        options.coords_k,
+        options.dropout_p,
+        options.dropout_seed,
+    )
+
+
+@torch.library.custom_op(
+    "maskattn::packed_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {SEQUENCES}, {OPTIONS}, bool need_lse, str impl) -> (Tensor, Tensor)",
+)
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """q (Tq, H, D), k, v (Tk, H, D) → out (Tq, H, D), lse (H, Tq)."""
-    if impl == "triton":
-        from maskattn.kernels.forward import packed_forward
-
-        return packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_bias, scale)
-    if impl == "torch":
-        return torch_sdpa.packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, scale, need_lse)
-    out, lse = reference.packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias=key_bias, scale=scale)
+    sequences, options, (need_lse, impl) = Sequences(*rest[:4]), Options(*rest[4:11]), rest[11:]
+    with without_autocast(q):
+        out, lse = implementation(impl).packed_forward(q, k, v, sequences, options, need_lse)
     return out.contiguous(), lse.contiguous()
 
 
 @packed_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_bias: Tensor | None,
-    scale: float,
-    need_lse: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    lse = _fake_lse(q, (q.shape[1], q.shape[0]), impl, need_lse)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_lse, impl = rest[11:]
+    return q.new_empty(q.shape), fake_lse(q, (q.shape[1], q.shape[0]), need_lse, impl)
 
 
-@torch.library.custom_op("maskattn::packed_attention_backward", mutates_args=())
-def packed_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_bias: Tensor | None,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the key bias (of no elements where there is none)."""
-    if impl == "triton":
-        from maskattn.kernels.backward import packed_backward
-
-        grads: tuple[Tensor | None, ...] = packed_backward(
-            grad_out,
-            grad_lse,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            key_bias,
-            scale,
-        )
-    elif impl == "torch":
-        grads = torch_sdpa.packed_backward(grad_out, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, scale)
-    else:
-
-        def attend(q_: Tensor, k_: Tensor, v_: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            return reference.packed_attention(q_, k_, v_, cu_seqlens_q, cu_seqlens_k, key_bias=bias, scale=scale)
-
-        grads = _pull_back(attend, (q, k, v, key_bias), grad_out, grad_lse)
-    return _without_none(grads)
+@torch.library.custom_op(
+    "maskattn::packed_attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{SEQUENCES}, {OPTIONS}, str impl) -> {GRADIENTS}"
+    ),
+)
+def packed_attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, of the key bias and of the slopes (of no elements where there are none)."""
+    tensors, sequences, options, impl = rest[:6], Sequences(*rest[6:10]), Options(*rest[10:17]), rest[17]
+    with without_autocast(grad_out):
+        return flat_gradients(implementation(impl).packed_backward(grad_out, *tensors, sequences, options))
 
 
 @packed_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    key_bias: Tensor | None,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_gradients(q, k, v, key_bias)
+def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return fake_gradients(q, k, v, Options(*rest[6:13]))
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, key_bias, scale, need_lse, impl = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, key_bias)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, bias, slopes, coords_q, coords_k, p, seed = inputs[:14]
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed)
     ctx.set_materialize_grads(False)
-    ctx.options = max_q, max_k, scale, need_lse, impl
+    ctx.constants = max_q, max_k, scale, p, *inputs[14:]
 
 
 def _differentiate_packed(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias = ctx.saved_tensors
-    max_q, max_k, scale, need_lse, impl = ctx.options
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
+    max_q, max_k, scale, p, need_lse, impl = ctx.constants
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grad_lse = grad_lse if need_lse else None
-    dq, dk, dv, dbias = packed_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, key_bias, scale, impl
+    sequences = cu_seqlens_q, cu_seqlens_k, max_q, max_k
+    options = scale, bias, slopes, coords_q, coords_k, p, seed
+    dq, dk, dv, dbias, dslopes = packed_attention_backward(
+        grad_out, grad_lse if need_lse else None, q, k, v, out, lse, *sequences, *options, impl
     )
-    return dq, dk, dv, None, None, None, None, None if key_bias is None else dbias, None, None, None
+    dbias, dslopes = None if bias is None else dbias, None if slopes is None else dslopes
+    return dq, dk, dv, None, None, None, None, None, dbias, dslopes, None, None, None, None, None, None
 
 
 packed_attention.register_autograd(_differentiate_packed, setup_context=_save_packed)
 
 
-@torch.library.custom_op("maskattn::masked_attention", mutates_args=())
+@torch.library.custom_op(
+    "maskattn::masked_attention",
+    mutates_args=(),
+    schema=(
+        f"(Tensor q, Tensor k, Tensor v, Tensor keep, bool skip_queries, {OPTIONS}, bool need_lse, str impl)"
+        " -> (Tensor, Tensor)"
+    ),
+)
 def masked_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    skip_queries: bool,
-    need_lse: bool,
-    impl: str,
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """q (B, H, Nq, D), k, v (B, H, N, D), keep (B, N) → out (B, H, Nq, D), lse (B, H, Nq)."""
-    if impl == "triton":
-        from maskattn.kernels.forward import masked_forward
-
-        return masked_forward(q, k, v, keep, key_bias, scale, skip_queries)
-    if impl == "torch":
-        return torch_sdpa.masked_forward(q, k, v, keep, key_bias, scale, skip_queries, need_lse)
-    out, lse = reference.masked_attention(q, k, v, keep, key_bias=key_bias, scale=scale, skip_queries=skip_queries)
+    options, (need_lse, impl) = Options(*rest[:7]), rest[7:]
+    with without_autocast(q):
+        out, lse = implementation(impl).masked_forward(q, k, v, keep, skip_queries, options, need_lse)
     return out.contiguous(), lse.contiguous()
 
 
 @masked_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    skip_queries: bool,
-    need_lse: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    lse = _fake_lse(q, tuple(q.shape[:3]), impl, need_lse)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_lse, impl = rest[7:]
+    return q.new_empty(q.shape), fake_lse(q, tuple(q.shape[:3]), need_lse, impl)
 
 
-@torch.library.custom_op("maskattn::masked_attention_backward", mutates_args=())
-def masked_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    keep: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    skip_queries: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the key bias (of no elements where there is none); 0 at background positions."""
-    if impl == "triton":
-        from maskattn.kernels.backward import masked_backward
-
-        grads: tuple[Tensor | None, ...] = masked_backward(
-            grad_out, grad_lse, q, k, v, out, lse, keep, key_bias, scale, skip_queries
-        )
-    elif impl == "torch":
-        grads = torch_sdpa.masked_backward(grad_out, grad_lse, q, k, v, keep, key_bias, scale, skip_queries)
-    else:
-
-        def attend(q_: Tensor, k_: Tensor, v_: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            return reference.masked_attention(q_, k_, v_, keep, key_bias=bias, scale=scale, skip_queries=skip_queries)
-
-        grads = _pull_back(attend, (q, k, v, key_bias), grad_out, grad_lse)
-    return _without_none(grads)
+@torch.library.custom_op(
+    "maskattn::masked_attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor keep, "
+        f"bool skip_queries, {OPTIONS}, str impl) -> {GRADIENTS}"
+    ),
+)
+def masked_attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, of the key bias and of the slopes; 0 at background positions."""
+    tensors, keep, skip_queries, options, impl = rest[:6], rest[6], rest[7], Options(*rest[8:15]), rest[15]
+    with without_autocast(grad_out):
+        return flat_gradients(implementation(impl).masked_backward(grad_out, *tensors, keep, skip_queries, options))
 
 
 @masked_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    keep: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-    skip_queries: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _fake_gradients(q, k, v, key_bias)
+def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return fake_gradients(q, k, v, Options(*rest[4:11]))
 
 
 def _save_masked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, keep, key_bias, scale, skip_queries, need_lse, impl = inputs
-    ctx.save_for_backward(q, k, v, *output, keep, key_bias)
+    q, k, v, keep, skip_queries, scale, bias, slopes, coords_q, coords_k, p, seed, need_lse, impl = inputs
+    ctx.save_for_backward(q, k, v, *output, keep, bias, slopes, coords_q, coords_k, seed)
     ctx.set_materialize_grads(False)
-    ctx.options = scale, skip_queries, need_lse, impl
+    ctx.constants = skip_queries, scale, p, need_lse, impl
 
 
 def _differentiate_masked(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, keep, key_bias = ctx.saved_tensors
-    scale, skip_queries, need_lse, impl = ctx.options
+    q, k, v, out, lse, keep, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
+    skip_queries, scale, p, need_lse, impl = ctx.constants
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grad_lse = grad_lse if need_lse else None
-    dq, dk, dv, dbias = masked_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, keep, key_bias, scale, skip_queries, impl
+    options = scale, bias, slopes, coords_q, coords_k, p, seed
+    dq, dk, dv, dbias, dslopes = masked_attention_backward(
+        grad_out, grad_lse if need_lse else None, q, k, v, out, lse, keep, skip_queries, *options, impl
     )
-    return dq, dk, dv, None, None if key_bias is None else dbias, None, None, None, None
+    dbias, dslopes = None if bias is None else dbias, None if slopes is None else dslopes
+    return dq, dk, dv, None, None, None, dbias, dslopes, None, None, None, None, None, None
 
 
 masked_attention.register_autograd(_differentiate_masked, setup_context=_save_masked)
 
 
-def _pull_back(
-    attend: Callable[..., tuple[Tensor, Tensor]],
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Differentiate the specification; torch.func, because an op's body runs below autograd."""
-    present = tuple(x for x in inputs if x is not None)
-    (_, lse), pull_back = torch.func.vjp(attend, *present)[:2]
-    grads = pull_back((grad_out, torch.zeros_like(lse) if grad_lse is None else grad_lse.to(lse.dtype)))
-    return (*grads, *([None] * (4 - len(grads))))
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside an op dtypes are what the caller chose; autocast would turn float32 sums into halves."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _without_none(grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An op returns tensors only, so an absent gradient is one of no elements."""
-    device = next(g.device for g in grads if g is not None)
-    dq, dk, dv, dbias = (torch.empty(0, device=device) if g is None else g.contiguous() for g in grads)
-    return dq, dk, dv, dbias
+def flat_gradients(grads: Gradients) -> tuple[Tensor, ...]:
+    """An op returns contiguous tensors only, so an absent gradient is one of no elements."""
+    given = grads.q, grads.k, grads.v, grads.key_bias, grads.slopes
+    return tuple(grads.q.new_empty(0) if x is None else x.contiguous() for x in given)
 
 
-def _fake_gradients(*inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _without_none(
-        tuple(None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-    )
+def fake_gradients(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, ...]:
+    """Shapes and dtypes of :func:`flat_gradients`."""
+    given = q, k, v, options.key_bias, options.slopes
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
 
 
-def _fake_lse(q: Tensor, shape: tuple[int, ...], impl: str, need_lse: bool) -> Tensor:
+def fake_lse(q: Tensor, shape: tuple[Any, ...], need_lse: bool, impl: str) -> Tensor:
     """float32 or wider, but the specification's own dtype; impl "torch" pays extra for it and leaves it out unasked."""
     dtype = q.dtype if impl == "reference" else torch.promote_types(q.dtype, torch.float32)
-    shape = shape if need_lse or impl != "torch" else (*shape[:-1], 0)
-    return q.new_empty(shape, dtype=dtype)
+    return q.new_empty(shape if need_lse or impl != "torch" else (*shape[:-1], 0), dtype=dtype)
+
+
+def refuse_second_derivatives(backward: Callable[..., Any], operation: str) -> None:
+    """Give a backward op a derivative that says what to do instead."""
+
+    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is needed to refuse."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError(
+            f"{operation} has no second derivative (a backward with create_graph=True was differentiated); "
+            "use the functions of maskattn.attention.reference, which autograd differentiates any number of times"
+        )
+
+    backward.register_autograd(refuse, setup_context=save_nothing)  # type: ignore[attr-defined]
+
+
+refuse_second_derivatives(packed_attention_backward, "packed_attention")
+refuse_second_derivatives(masked_attention_backward, "masked_attention")

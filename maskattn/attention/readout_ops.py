@@ -1,0 +1,140 @@
+"""Readout and token relevance as torch sees them; see ``ops.py``.
+
+Dimension key: B sequences, T packed tokens, R readout queries, H heads, D head width, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskattn.attention.implementations import implementation
+from maskattn.attention.ops import (
+    GRADIENTS,
+    OPTIONS,
+    fake_gradients,
+    fake_lse,
+    flat_gradients,
+    refuse_second_derivatives,
+    without_autocast,
+)
+from maskattn.options import Options
+
+__all__ = ["readout", "token_relevance"]
+
+
+@torch.library.custom_op(
+    "maskattn::readout",
+    mutates_args=(),
+    schema=(
+        f"(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, {OPTIONS}, bool need_lse, "
+        "bool need_rows, str impl) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def readout(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, R, H, D), k, v (T, H, D) → out (B, R, H, D), lse (B, R, H), rows (R, H, T)."""
+    options, (need_lse, need_rows, impl) = Options(*rest[:7]), rest[7:]
+    with without_autocast(q):
+        out, lse, rows = implementation(impl).readout_forward(
+            q, k, v, cu_seqlens, max_seqlen, options, need_lse, need_rows
+        )
+    return out.contiguous(), lse.contiguous(), rows.contiguous()
+
+
+@readout.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_lse, need_rows, impl = rest[7:]
+    lse = fake_lse(q, tuple(q.shape[:3]), need_lse or need_rows, impl)
+    rows = lse.new_empty((q.shape[1], q.shape[2], k.shape[0] if need_rows else 0))
+    return q.new_empty(q.shape), lse, rows
+
+
+@torch.library.custom_op(
+    "maskattn::readout_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_out, Tensor? grad_lse, Tensor? grad_rows, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"Tensor cu_seqlens, SymInt max_seqlen, {OPTIONS}, str impl) -> {GRADIENTS}"
+    ),
+)
+def readout_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, of the key bias and of the slopes (of no elements where there are none)."""
+    tensors, options, impl = rest[:9], Options(*rest[9:16]), rest[16]
+    with without_autocast(grad_out):
+        return flat_gradients(implementation(impl).readout_backward(grad_out, *tensors, options))
+
+
+@readout_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_rows: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return fake_gradients(q, k, v, Options(*rest[4:11]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, max_seqlen, scale, bias, slopes, coords_q, coords_k, p, seed, *asked = inputs
+    ctx.save_for_backward(q, k, v, *output[:2], cu_seqlens, bias, slopes, coords_q, coords_k, seed)
+    ctx.set_materialize_grads(False)
+    ctx.constants = max_seqlen, scale, p, *asked
+
+
+def _differentiate(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_rows: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
+    max_seqlen, scale, p, need_lse, need_rows, impl = ctx.constants
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    options = scale, bias, slopes, coords_q, coords_k, p, seed
+    dq, dk, dv, dbias, dslopes = readout_backward(
+        grad_out,
+        grad_lse if need_lse else None,
+        grad_rows if need_rows else None,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens,
+        max_seqlen,
+        *options,
+        impl,
+    )
+    dbias, dslopes = None if bias is None else dbias, None if slopes is None else dslopes
+    return dq, dk, dv, None, None, None, dbias, dslopes, None, None, None, None, None, None, None
+
+
+readout.register_autograd(_differentiate, setup_context=_save)
+refuse_second_derivatives(readout_backward, "readout")
+
+
+@torch.library.custom_op(
+    "maskattn::token_relevance",
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad_out, Tensor? key_origin, "
+        f"Tensor? value_origin, Tensor cu_seqlens, SymInt max_seqlen, {OPTIONS}, str impl) -> Tensor"
+    ),
+)
+def token_relevance(q: Tensor, *rest: Any) -> Tensor:
+    """S (K, T), float32 or wider; see ``reference.token_relevance``. Not differentiable."""
+    tensors, options, impl = rest[:9], Options(*rest[9:16]), rest[16]
+    with without_autocast(q):
+        return implementation(impl).token_relevance(q, *tensors, options).contiguous()
+
+
+@token_relevance.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, *rest: Any) -> Tensor:
+    dtype = q.dtype if rest[-1] == "reference" else torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((grad_out.shape[0], k.shape[0]), dtype=dtype)

@@ -1,0 +1,152 @@
+"""Packed attention in eager torch, a bounded number of queries at a time: every option, and the log-sum-exp.
+
+Where torch's own ``scaled_dot_product_attention`` lacks an option, impl "torch" comes here. Arithmetic is float32
+(float64 for float64); nothing of size N×N is held. Formulas: ``reference.py`` forward, with dropout factors m, dO and
+dlse:
+
+    dP_ij = m_ij dO_i·v_j      dS_ij = p_ij (dP_ij − Σ_j p_ij dP_ij + dlse_i)      dslope = −Σ_ij dS_ij ‖x_i − x_j‖
+
+    dq_i = s Σ_j dS_ij k_j     dk_j = s Σ_i dS_ij q_i     dv_j = Σ_i m_ij p_ij dO_i     dbias_j = Σ_i dS_ij
+
+Dimension key: Tq and Tk packed query and key tokens, H heads, D head width; Q queries and K keys of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskattn.attention.dropout import dropout_factors
+from maskattn.attention.reference import distances
+from maskattn.options import Gradients, Options, Sequences
+
+__all__ = ["attend_in_blocks", "differentiate_in_blocks", "wide_dtype"]
+
+_SCORES_AT_ONCE = 1 << 20  # 4 MiB of float32
+
+
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out (Tq, H, D) and lse (H, Tq); fills ``rows`` (R, H, Tk), the weights before dropout of R queries a sequence."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=wide_dtype(q))
+    for block in _blocks(q, k, sequences, options):
+        values = v[block.keys].to(lse.dtype)
+        out[block.queries] = torch.einsum("hqk,khd->qhd", block.dropped(block.p_HQK), values).to(q.dtype)
+        lse[:, block.queries] = block.lse_HQ
+        if rows is not None:
+            rows[block.within(rows.shape[0]), :, block.keys] = block.p_HQK.transpose(0, 1)
+    return out, lse
+
+
+def differentiate_in_blocks(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    options: Options,
+    grad_rows: Tensor | None = None,
+) -> Gradients:
+    """Gradients of :func:`attend_in_blocks`, P recomputed block by block."""
+    wide = wide_dtype(q)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    bias, slopes = options.key_bias, options.slopes
+    dbias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
+    dslopes = None if slopes is None else torch.zeros(slopes.shape, dtype=wide, device=slopes.device)
+    for block in _blocks(q, k, sequences, options):
+        rows_q, rows_k = block.queries, block.keys
+        dout = grad_out[rows_q].to(wide)
+        dp = block.dropped(torch.einsum("qhd,khd->hqk", dout, v[rows_k].to(wide)))
+        if grad_rows is not None:
+            dp = dp + grad_rows[block.within(grad_rows.shape[0]), :, rows_k].transpose(0, 1).to(wide)
+        delta = (block.p_HQK * dp).sum(dim=-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - grad_lse[:, rows_q, None].to(wide).masked_fill(block.lse_HQ[..., None].isinf(), 0)
+        ds = block.p_HQK * (dp - delta)
+        dq[rows_q] = options.scale * torch.einsum("hqk,khd->qhd", ds, k[rows_k].to(wide))
+        dk[rows_k] += options.scale * torch.einsum("hqk,qhd->khd", ds, q[rows_q].to(wide))
+        dv[rows_k] += torch.einsum("hqk,qhd->khd", block.dropped(block.p_HQK), dout)
+        if dbias is not None:
+            by_key = ds.sum(dim=1).T  # [K, H]
+            dbias[rows_k] += by_key if dbias.ndim == 2 else by_key.sum(dim=1)
+        if dslopes is not None and block.distance_QK is not None:
+            dslopes -= torch.einsum("hqk,qk->h", ds, block.distance_QK)
+    return Gradients(
+        dq.to(q.dtype),
+        dk.to(k.dtype),
+        dv.to(v.dtype),
+        None if bias is None or dbias is None else dbias.to(bias.dtype),
+        None if slopes is None or dslopes is None else dslopes.to(slopes.dtype),
+    )
+
+
+def wide_dtype(q: Tensor) -> torch.dtype:
+    """float32, or float64 for float64: what sums are formed in."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some queries of a sequence against all its keys."""
+
+    queries: slice
+    keys: slice
+    p_HQK: Tensor
+    lse_HQ: Tensor
+    distance_QK: Tensor | None
+    factors_HQK: Tensor | None
+
+    def within(self, count: int) -> slice:
+        """The queries' places within their sequence, where every sequence has ``count`` of them."""
+        first = self.queries.start % count
+        return slice(first, first + self.queries.stop - self.queries.start)
+
+    def dropped(self, x_HQK: Tensor) -> Tensor:
+        """The weights' factors multiplied in, both ways."""
+        return x_HQK if self.factors_HQK is None else x_HQK * self.factors_HQK
+
+
+def _blocks(q: Tensor, k: Tensor, sequences: Sequences, options: Options) -> Iterator[_Block]:
+    starts_q, starts_k = sequences.cu_seqlens_q.tolist(), sequences.cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        rows_k = slice(starts_k[b], starts_k[b + 1])
+        if rows_k.start == rows_k.stop:
+            continue
+        keys = k[rows_k].to(wide_dtype(k))
+        step = max(1, _SCORES_AT_ONCE // (k.shape[1] * len(keys)))
+        for start in range(starts_q[b], starts_q[b + 1], step):
+            rows_q = slice(start, min(start + step, starts_q[b + 1]))
+            scores, distance = _score(q[rows_q].to(keys.dtype), keys, rows_q, rows_k, options)
+            lse = scores.logsumexp(dim=-1)
+            # A row whose every key has a bias of −inf has no weights.
+            p = (scores - lse[..., None].masked_fill(lse[..., None].isinf(), 0)).exp()
+            factors = None
+            if options.dropout_seed is not None:
+                factors = _factors(options, p, start - starts_q[b], b)
+            yield _Block(rows_q, rows_k, p, lse, distance, factors)
+
+
+def _score(q: Tensor, k: Tensor, rows_q: slice, rows_k: slice, options: Options) -> tuple[Tensor, Tensor | None]:
+    """Scores (H, Q, K), and distances (Q, K) where there are slopes."""
+    scores = options.scale * torch.einsum("qhd,khd->hqk", q, k)
+    if options.key_bias is not None:
+        bias = options.key_bias[rows_k].to(scores.dtype)
+        scores += (bias[None] if bias.ndim == 1 else bias.T)[:, None, :]
+    if options.slopes is None or options.coords_q is None or options.coords_k is None:
+        return scores, None
+    distance = distances(options.coords_q[rows_q], options.coords_k[rows_k]).to(scores.dtype)
+    return scores - options.slopes[:, None, None].to(scores.dtype) * distance, distance
+
+
+def _factors(options: Options, p_HQK: Tensor, first_query: int, sequence: int) -> Tensor:
+    assert options.dropout_seed is not None
+    heads, queries, keys = (torch.arange(n, device=p_HQK.device) for n in p_HQK.shape)
+    place = (queries + first_query)[None, :, None], keys[None, None, :], heads[:, None, None]
+    batch = torch.tensor(sequence, device=p_HQK.device)
+    return dropout_factors(options.dropout_seed, options.dropout_p, *place, batch).to(p_HQK.dtype)

@@ -1,0 +1,128 @@
+"""ALiBi, dropout, bias and the log-sum-exp in every combination, on impl "torch"; and what a readout adds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import (
+    Inputs,
+    assert_meets_specification,
+    assert_within_budget,
+    cu_seqlens,
+    keep_mask,
+    masked_inputs,
+    packed_inputs,
+    run_reference,
+    specify_masked,
+    specify_packed,
+    with_alibi,
+    with_dropout,
+)
+
+from maskattn import packed_attention, readout, token_relevance
+from maskattn.attention import reference
+from maskattn.attention.ops import flat_options
+from maskattn.options import Options
+
+COMBINATIONS = [(bias, alibi, dropout) for bias in (None, "per_head") for alibi in (0, 1) for dropout in (0, 1)]
+
+
+def combined(inputs: Inputs, alibi: int, dropout: int) -> Inputs:
+    inputs = with_alibi(inputs) if alibi else inputs
+    return with_dropout(inputs) if dropout else inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bias", "alibi", "dropout"), COMBINATIONS)
+def test_packed_attention_with_every_combination_of_options(bias, alibi, dropout, dtype):
+    lengths_q, lengths_k = [5, 0, 70, 3], [9, 4, 33, 0]
+    inputs = combined(packed_inputs(lengths_q, lengths_k, bias=bias, dtype=dtype), alibi, dropout)
+    starts = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
+
+    def attend(q, k, v, options):
+        return torch.ops.maskattn.packed_attention(q, k, v, *starts, 70, 33, *flat_options(options), True, "torch")
+
+    results = run_reference(attend, inputs, dtype)
+    assert_meets_specification(results, inputs.to(dtype), specify_packed(*starts))
+
+
+@pytest.mark.parametrize("skip_queries", [True, False])
+@pytest.mark.parametrize(("bias", "alibi", "dropout"), COMBINATIONS)
+def test_masked_attention_with_every_combination_of_options(bias, alibi, dropout, skip_queries):
+    inputs, keep = combined(masked_inputs(3, 40, bias=bias), alibi, dropout), keep_mask("random", 3, 40)
+
+    def attend(q, k, v, options):
+        return torch.ops.maskattn.masked_attention(q, k, v, keep, skip_queries, *flat_options(options), True, "torch")
+
+    assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_masked(keep, skip_queries))
+
+
+def test_many_blocks_of_queries_are_as_one(monkeypatch):
+    lengths = [300, 7]
+    inputs, starts = with_dropout(with_alibi(packed_inputs(lengths, bias="shared"))), cu_seqlens(lengths)
+
+    def attend(q, k, v, options):
+        return torch.ops.maskattn.packed_attention(
+            q, k, v, starts, starts, 300, 300, *flat_options(options), True, "torch"
+        )
+
+    monkeypatch.setattr("maskattn.attention.torch_blocks._SCORES_AT_ONCE", 5_000)
+    assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_packed(starts, starts))
+
+
+def test_dropout_is_drawn_anew_and_by_torchs_seed():
+    x = torch.randn(30, 2, 16)
+    call = x, x, x, cu_seqlens([30]), cu_seqlens([30]), 30, 30
+    torch.manual_seed(0)
+    first, second = packed_attention(*call, dropout_p=0.5), packed_attention(*call, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(first, packed_attention(*call, dropout_p=0.5))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize(("bias", "alibi", "dropout"), COMBINATIONS)
+def test_readout_with_every_combination_of_options(bias, alibi, dropout, queries):
+    starts, x = cu_seqlens([4, 0, 70]), packed_inputs([4, 0, 70], bias=bias, head_width=16)
+    q = torch.randn(3, queries, 2, 16)
+    x = combined(x, alibi, dropout)
+    places_q = torch.rand(3, queries, 2) * 30 if alibi else None
+    grads = torch.randn(3, queries, 2, 16), torch.randn(3, queries, 2), torch.randn(queries, 2, 74)
+
+    def differentiate(attend, dtype: torch.dtype) -> list[torch.Tensor]:
+        own = replace(x, q=q).to(dtype)
+        leaves = own.leaves()
+        options = replace(own.options, coords_q=places_q, key_bias=leaves.get("key_bias"), slopes=leaves.get("slopes"))
+        outputs = attend(leaves["q"], leaves["k"], leaves["v"], starts, options)
+        loss = sum((o.masked_fill(o.isinf(), 0) * g).sum() for o, g in zip(outputs, grads, strict=True))
+        return [*outputs, *torch.autograd.grad(loss, list(leaves.values()))]
+
+    def ours(q, k, v, starts, options):
+        return torch.ops.maskattn.readout(q, k, v, starts, 70, *flat_options(options), True, True, "torch")
+
+    exact, same = (differentiate(reference.readout, dtype) for dtype in (torch.float64, torch.float32))
+    for number, (got, *expected) in enumerate(zip(differentiate(ours, torch.float32), exact, same, strict=True)):
+        assert_within_budget(got, *expected, f"output or gradient {number}")
+
+
+@pytest.mark.parametrize("classes", [1, 7])
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_relevance_meets_the_specification(classes, each, dtype, monkeypatch):
+    monkeypatch.setattr("maskattn.attention.torch_operations._PRODUCTS_AT_ONCE", 500)
+    starts, x = cu_seqlens([4, 0, 70]), with_alibi(packed_inputs([4, 0, 70], bias="shared", head_width=16, dtype=dtype))
+    q, g = torch.randn(3, 2, 2, 16).to(dtype), torch.randn(classes, 3, 2, 2, 16).to(dtype)
+    origins = torch.randn(2, *((74,) if each else ()), 2, 16).to(dtype)
+    places_q = torch.rand(3, 2, 2) * 30
+
+    def specified(to: torch.dtype) -> torch.Tensor:
+        own = x.to(to)
+        options = Options(0.25, own.key_bias, own.slopes, places_q, own.coords_k)
+        return reference.token_relevance(*(t.to(to) for t in (q, own.k, own.v, g, *origins)), starts, options)
+
+    given = {"key_bias": x.key_bias, "coords": (places_q, x.coords_k), "slopes": x.slopes, "impl": "torch"}
+    out, lse = readout(q, x.k, x.v, starts, 70, return_lse=True, **given)
+    got = token_relevance(q, x.k, x.v, out, lse, g, starts, 70, key_origin=origins[0], value_origin=origins[1], **given)
+    assert_within_budget(got, specified(torch.float64), specified(dtype))
