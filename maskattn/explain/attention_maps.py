@@ -77,7 +77,7 @@ def attend_from_class_token(model: VisionTransformer, tokens: PackedTokens) -> F
         model: with a class token.
         tokens: what ``model.before_last_block`` gave.
     """
-    return model.last_block.read_rows(tokens).weights_HT
+    return model.last_block.read_weights(tokens)
 
 
 def _indices(heads: Sequence[int] | str | None) -> list[int]:

@@ -2,13 +2,9 @@
 
 Two ways to the same number:
 
-- closed form, for models that read the class token alone. With q its query (scaled), k and v the keys and values,
-  a its attention row, o its output per head and g = ∂f/∂o, a backward through one token's projection, MLP and head:
-
-      S_i = Σ_h a_hi · [ (v_hi − b_v)·g_h + ((v_hi − o_h)·g_h) · ((k_hi − b_k)·q_h) ]
-
-  (k − b_k and v − b_v are the derivatives of k and v along T, since both are affine in T.) All targets in one pass
-  over k and v; no graph behind it.
+- closed form, for models that read the class token alone: a backward through one token's projection, MLP and head
+  for each target, then ``token_relevance`` for all of them in one pass over keys and values. k − b_k and v − b_v are
+  the derivatives of k and v along T, since both are affine in T.
 - autograd through the last block, for mean-pooled models, whose prediction reads every token.
 
 Source: Brocki, Binda, Chung, arXiv 2312.02364, for S; the closed form is this package's.
@@ -21,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskattn.attention.api import token_relevance
 from maskattn.explain.targets import Target, select_scores
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
@@ -52,26 +49,26 @@ def score_tokens_in_closed_form(
     """The closed form above. Arguments and results as in :func:`score_tokens`."""
     block = model.last_block
     with torch.no_grad():
-        read = block.read_rows(tokens)
-    q, k, v = read.q_B1HD, read.k_THD, read.v_THD
+        read = block.read_attention(tokens)
     out = read.out_B1HD.detach().requires_grad_()
     with torch.enable_grad():
         scores_BM = select_scores(model.predict_from_class_token(block.finish(tokens.first().detach(), out)), target)
-    gradients = [g[:, 0] for g in _gradients(scores_BM, out)]  # M of [B, H, D]
-
-    with torch.no_grad():
-        zero = k.new_zeros(k.shape[1:])
-        bias_k, bias_v = block.attn.key_and_value_biases() or (zero, zero)
-        sequence = tokens.packing.sequence_of_token
-        scale = k.shape[-1] ** -0.5
-        score_change_TH = scale * ((k - bias_k) * q[:, 0][sequence]).sum(dim=-1)
-        relevance = []
-        for g in gradients:
-            from_value = ((v - bias_v) * g[sequence]).sum(dim=-1)  # [T, H]
-            offset = (g * (bias_v - out[:, 0])).sum(dim=-1)[sequence]
-            from_score = (from_value + offset) * score_change_TH
-            relevance.append((read.weights_HT.T * (from_value + from_score)).sum(dim=1))
-    return torch.stack(relevance), scores_BM.detach()
+    gradients = torch.stack(_gradients(scores_BM, out))  # [M, B, 1, H, D]
+    key_origin, value_origin = block.attn.key_and_value_biases() or (None, None)
+    relevance = token_relevance(
+        read.q_B1HD,
+        read.k_THD,
+        read.v_THD,
+        out,
+        read.lse_B1H,
+        gradients,
+        tokens.packing.cu_seqlens,
+        tokens.packing.max_seqlen,
+        key_origin=key_origin,
+        value_origin=value_origin,
+        impl=block.attn.impl,
+    )
+    return relevance, scores_BM.detach()
 
 
 def score_tokens_by_autograd(model: VisionTransformer, tokens: PackedTokens, target: Target) -> tuple[Tensor, Tensor]:

@@ -55,14 +55,14 @@ class ClassTokenAttention:
         q_B1HD: (B, 1, H, D), their queries, unscaled.
         k_THD, v_THD: (T, H, D), keys and values of all tokens.
         out_B1HD: (B, 1, H, D), what they read.
-        weights_HT: (H, T), the softmax weight of each token in its sequence's row.
+        lse_B1H: (B, 1, H), the log-sum-exp of their scores.
     """
 
     q_B1HD: Float[Tensor, "B 1 H D"]
     k_THD: Float[Tensor, "T H D"]
     v_THD: Float[Tensor, "T H D"]
     out_B1HD: Float[Tensor, "B 1 H D"]
-    weights_HT: Float[Tensor, "H T"]
+    lse_B1H: Float[Tensor, "B 1 H"]
 
 
 class Attention(nn.Module):
@@ -164,12 +164,19 @@ class Block(nn.Module):
         lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
         return self.finish(tokens.first(), cast(Tensor, readout(q, k, v, *lengths, impl=self.attn.impl)))
 
-    def read_rows(self, tokens: PackedTokens) -> ClassTokenAttention:
-        """The class token's attention with all that explanations need of it."""
+    def read_attention(self, tokens: PackedTokens) -> ClassTokenAttention:
+        """The class token's attention with all that its derivatives need."""
         q, k, v = self.class_token_operands(tokens)
         lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
-        out, rows_1HT = cast(tuple[Tensor, Tensor], readout(q, k, v, *lengths, return_rows=True, impl=self.attn.impl))
-        return ClassTokenAttention(q, k, v, out, rows_1HT[0])
+        out, lse = cast(tuple[Tensor, Tensor], readout(q, k, v, *lengths, return_lse=True, impl=self.attn.impl))
+        return ClassTokenAttention(q, k, v, out, lse)
+
+    def read_weights(self, tokens: PackedTokens) -> Float[Tensor, "H T"]:
+        """The softmax weight of each token in its sequence's class-token row."""
+        q, k, v = self.class_token_operands(tokens)
+        lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
+        _, rows_1HT = cast(tuple[Tensor, Tensor], readout(q, k, v, *lengths, return_rows=True, impl=self.attn.impl))
+        return rows_1HT[0]
 
     def class_token_operands(self, tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, 1, H, D) of the class tokens, unscaled, and k, v (T, H, D) of all tokens."""
