@@ -1,43 +1,240 @@
-"""What a user would pick instead, by name: each takes dense (B, H, N, D) tensors and a (B, N) mask of kept tokens.
+"""What a user would pick instead, by name, beside ours; each raises :class:`UnsupportedError` for what it cannot do.
 
-Dimension key: B sequences, N tokens, H heads, D head width.
+A contender turns a problem into a function of some tensors and those tensors, with all the work that a model does once
+(packing, block masks, compilation) already done unless its name says otherwise.
+
+Dimension key: B sequences, N tokens, T kept tokens, H heads, D head width.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
+from points import Problem
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from maskattn import Packing, masked_attention, packed_attention
+from maskattn import masked_attention, packed_attention
 
-__all__ = ["CONTENDERS", "prepare"]
+__all__ = ["IMPLS", "PEERS", "UnsupportedError", "attention_of", "contenders", "flex_mask", "is_packed", "ours"]
 
-CONTENDERS = ("packed", "masked", "sdpa bool mask", "sdpa unmasked")
+Attention = tuple[Callable[..., Tensor], list[Tensor]]
+
+# Of ours, on each device.
+IMPLS = {"cpu": ("cpu", "torch"), "cuda": ("triton",)}
+
+# N×N scores of all heads that may be held at once.
+DENSE_BYTES = {"cpu": 2 * 2**30, "cuda": 32 * 2**30}
 
 
-def prepare(
-    contender: str, q: Tensor, k: Tensor, v: Tensor, keep: Tensor
-) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """A function of tensors and those tensors, all work that a model does once already done.
+class UnsupportedError(Exception):
+    """A contender cannot do a case; the message says why."""
 
-    "packed" is ours inside a model that packed its tokens before the first block; "masked" packs in the call.
+
+def _ours_packed(problem: Problem, impl: str) -> Attention:
+    """Inside a model that packed its tokens before the first block."""
+    spans = problem.spans
+    return lambda q, k, v: packed_attention(q, k, v, *spans, impl=impl), problem.rows
+
+
+def _ours_masked(problem: Problem, impl: str) -> Attention:
+    """On dense tensors and a mask, as a single layer is called."""
+    keep = problem.keep
+    return lambda q, k, v: masked_attention(q, k, v, keep, impl=impl), problem.dense
+
+
+def _sdpa_bool_mask(problem: Problem, backend: SDPBackend) -> Attention:
+    if backend == SDPBackend.MATH:
+        needs_scores(problem)
+    if backend == SDPBackend.FLASH_ATTENTION:
+        _only(problem, "cpu", "on CUDA the flash backend takes no mask")
+    else:
+        _backend_exists(problem, backend)
+    mask = problem.keep[:, None, None, :]
+    return _with_backend(backend, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask)), problem.dense
+
+
+def _sdpa_unmasked(problem: Problem) -> Attention:
+    """All tokens, background included: what ignoring the mask costs."""
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v), problem.dense
+
+
+def _sdpa_per_sequence(problem: Problem, backend: SDPBackend) -> Attention:
+    """On packed tokens: one batched call where the sequences are of one length, else one call each."""
+    _backend_exists(problem, backend)
+    lengths, batch = problem.lengths, problem.point.batch
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if len(set(lengths)) == 1:
+            q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+        pieces = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([_one_sequence(*piece) for piece in pieces])
+
+    return _with_backend(backend, attend), problem.rows
+
+
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
+def _varlen_attn(problem: Problem) -> Attention:
+    _needs("torch.nn.attention.varlen")
+    _only(problem, "cuda", "runs on CUDA alone")
+    from torch.nn.attention.varlen import varlen_attn
+
+    spans = problem.spans
+    return lambda q, k, v: varlen_attn(q, k, v, *spans), problem.rows
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    import torch._functorch.config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # The backward alone is timed again and again on one graph, whose buffers must then stay.
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.cache_size_limit = 1000
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_mask(problem: Problem) -> Callable[[], object]:
+    """Makes FlexAttention's block mask of kept keys and kept queries."""
+    _only(problem, "cuda", "on a CPU its compiler takes a minute for each size and has no backward")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    keep, tokens, batch = problem.keep, problem.point.tokens, problem.point.batch
+
+    def both_kept(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return keep[b, query] & keep[b, key]
+
+    return lambda: create_block_mask(both_kept, batch, None, tokens, tokens, device=problem.device, _compile=True)
+
+
+def _flex(problem: Problem, mask_in_call: bool) -> Attention:
+    make_mask, attend = flex_mask(problem), _compiled_flex_attention()
+    if mask_in_call:
+        return lambda q, k, v: attend(q, k, v, block_mask=make_mask()), problem.dense
+    mask = make_mask()
+    return lambda q, k, v: attend(q, k, v, block_mask=mask), problem.dense
+
+
+def _nested(problem: Problem) -> Attention:
+    """torch's jagged layout; wrapping the rows is a view, and part of the call."""
+    packing, shortest = problem.packing, min(problem.lengths)
+    offsets = packing.cu_seqlens.long()
+
+    def jagged(x: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=shortest, max_seqlen=packing.max_seqlen)
+        return nested.transpose(1, 2)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v)).transpose(1, 2).values()
+
+    return attend, problem.rows
+
+
+def _flash_attn(problem: Problem, package: str) -> Attention:
+    _needs(package)
+    attend = importlib.import_module(package).flash_attn_varlen_func
+    spans = problem.spans
+
+    def first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(q, k, v, *spans)
+        return out[0] if isinstance(out, tuple) else out
+
+    return first, problem.rows
+
+
+def _xformers(problem: Problem) -> Attention:
+    _needs("xformers.ops")
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha import BlockDiagonalMask
+
+    bias = BlockDiagonalMask.from_seqlens(problem.lengths)
+    return lambda q, k, v: memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0], problem.rows
+
+
+PEERS: dict[str, Callable[[Problem], Attention]] = {
+    "sdpa per sequence, flash": partial(_sdpa_per_sequence, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa per sequence, cudnn": partial(_sdpa_per_sequence, backend=SDPBackend.CUDNN_ATTENTION),
+    "sdpa bool mask, efficient": partial(_sdpa_bool_mask, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa bool mask, cudnn": partial(_sdpa_bool_mask, backend=SDPBackend.CUDNN_ATTENTION),
+    "sdpa bool mask, flash": partial(_sdpa_bool_mask, backend=SDPBackend.FLASH_ATTENTION),
+    "sdpa bool mask, math": partial(_sdpa_bool_mask, backend=SDPBackend.MATH),
+    "sdpa unmasked": _sdpa_unmasked,
+    "varlen_attn": _varlen_attn,
+    "nested, jagged": _nested,
+    "flash-attn 3": partial(_flash_attn, package="flash_attn_interface"),
+    "flash-attn 2": partial(_flash_attn, package="flash_attn"),
+    "xformers": _xformers,
+    "flex, block mask": partial(_flex, mask_in_call=False),
+    "flex, block mask made in the call": partial(_flex, mask_in_call=True),
+}
+
+
+def ours(kind: str, impls: tuple[str, ...]) -> list[str]:
+    """Names of ours, one for each impl: "maskattn packed, triton"."""
+    return [f"maskattn {kind}, {impl}" for impl in impls]
+
+
+def contenders(impls: tuple[str, ...]) -> list[str]:
+    """Ours and every peer."""
+    return [*ours("packed", impls), *ours("masked", impls), *PEERS]
+
+
+def attention_of(contender: str, problem: Problem) -> Attention:
+    """A function of q, k, v and those tensors, (T, H, D) for packed contenders and else (B, H, N, D).
+
+    Raises:
+        UnsupportedError: the contender cannot do it here.
     """
-    if contender == "packed":
-        packing = Packing.from_keep(keep)
-        rows = [x.transpose(1, 2).flatten(0, 1)[packing.indices].clone() for x in (q, k, v)]
-        lengths = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
-        return lambda q, k, v: packed_attention(q, k, v, *lengths), rows
-    if contender == "masked":
-        return lambda q, k, v: masked_attention(q, k, v, keep), [q, k, v]
-    mask = keep[:, None, None, :] if contender == "sdpa bool mask" else None
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), [q, k, v]
+    if contender.startswith("maskattn"):
+        kind, impl = contender.removeprefix("maskattn ").split(", ")
+        return {"packed": _ours_packed, "masked": _ours_masked}[kind](problem, impl)
+    return PEERS[contender](problem)
 
 
-def random_inputs(tokens: int, kept: float, heads: int = 6, width: int = 64, batch: int = 1) -> tuple[Tensor, ...]:
-    """Seeded q, k, v (B, H, N, D) and keep (B, N) with about the share ``kept`` of tokens."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(batch, heads, tokens, width, generator=generator) for _ in range(3))
-    return q, k, v, torch.rand(batch, tokens, generator=generator) < kept
+def is_packed(inputs: list[Tensor]) -> bool:
+    """Whether a contender's tensors are rows of kept tokens."""
+    return inputs[0].ndim == 3
+
+
+def needs_scores(problem: Problem, copies: int = 2) -> None:
+    """Refuse what holds N×N scores of all heads, if they are too many."""
+    p = problem.point
+    size = copies * p.batch * p.heads * p.tokens**2 * problem.dtype.itemsize
+    if size > DENSE_BYTES[problem.device]:
+        raise UnsupportedError(f"holds N×N scores: {size / 2**30:.0f} GiB")
+
+
+def _with_backend(backend: SDPBackend, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return attend(q, k, v)
+
+    return run
+
+
+def _backend_exists(problem: Problem, backend: SDPBackend) -> None:
+    if problem.device == "cpu" and backend not in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        raise UnsupportedError("no such backend on a CPU")
+
+
+def _only(problem: Problem, device: str, reason: str) -> None:
+    if problem.device != device:
+        raise UnsupportedError(reason)
+
+
+def _needs(module: str) -> None:
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise UnsupportedError(f"{module.split('.')[0]} is not installed" if "torch" not in module else "newer torch")

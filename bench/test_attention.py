@@ -1,46 +1,69 @@
-"""Attention, forward and training step, against what a user would pick instead: ``pytest bench/test_attention.py``.
-
-Rows of one group are measured in one run and are for comparison with each other; ``extra_info`` carries p20, p50, p80.
-"""
+"""Attention, forward, backward and both, against what a user would pick instead: ``pytest bench/test_attention.py``."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from peers import CONTENDERS, prepare, random_inputs
+from peers import IMPLS, attention_of, contenders
+from points import Case, Problem, grid_of
+
+# Counted in forwards; the backward does five products where the forward does two.
+WORK = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 
 
-def measure(benchmark, group: str, function: Callable[..., object], arguments: Sequence[object] = ()) -> None:
-    """Seven rounds after two of warm-up, in one group of rows to compare; p20, p50 and p80 go to ``extra_info``."""
-    benchmark.group = group
-    benchmark.pedantic(function, arguments, rounds=7, warmup_rounds=2)
-    p20, p50, p80 = np.percentile(benchmark.stats.stats.data, [20, 50, 80])
-    benchmark.extra_info.update(
-        p20_s=p20, p50_s=p50, p80_s=p80, torch=torch.__version__, machine=platform.processor() or platform.machine()
-    )
+def impls_of(config: pytest.Config) -> tuple[str, ...]:
+    """Which of ours are measured."""
+    given = config.getoption("--bench-impls")
+    return tuple(given.split(",")) if given else IMPLS[config.getoption("--bench-device")]
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("kept", [0.06, 0.3, 1.0])
-@pytest.mark.parametrize("tokens", [1024, 4096])
-def test_forward(benchmark, tokens, kept, contender):
-    attend, inputs = prepare(contender, *random_inputs(tokens, kept))
-    with torch.inference_mode():
-        measure(benchmark, f"forward, {tokens} tokens, f = {kept}", attend, inputs)
+def cases(grid: str, device: str) -> list[Case]:
+    """Forward and backward of a point before the next point; both together last, as their sum says it nearly."""
+    points = grid_of(grid, device)
+    alone = [
+        Case("attention", direction, point, rank + part)
+        for rank, point in enumerate(points)
+        for direction, part in (("forward", 0.0), ("backward", 0.4))
+    ]
+    return alone + [Case("attention", "both", point, len(points) + rank) for rank, point in enumerate(points)]
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("kept", [0.3, 1.0])
-@pytest.mark.parametrize("tokens", [1024, 4096])
-def test_forward_and_backward(benchmark, tokens, kept, contender):
-    attend, inputs = prepare(contender, *random_inputs(tokens, kept))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    all_cases = cases(config.getoption("--bench-grid"), config.getoption("--bench-device"))
+    pairs = [(case, contender) for case in all_cases for contender in contenders(impls_of(config))]
+    metafunc.parametrize(("case", "contender"), pairs, ids=[f"{case}; {contender}" for case, contender in pairs])
+
+
+def test_attention(measure, case: Case, contender: str, problem: Problem):
+    def prepare() -> Callable[[], object]:
+        attend, inputs = attention_of(contender, problem)
+        return step_of(case.direction, attend, inputs)
+
+    measure(prepare, flop=WORK[case.direction] * problem.forward_flop)
+
+
+def step_of(direction: str, attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], object]:
+    """What is timed: the call, the gradients of all its inputs from a graph that stays, or both."""
+    if direction == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return attend(*inputs)
+
+        return forward
     leaves = [x.detach().requires_grad_() for x in inputs]
+    out = attend(*leaves)
+    out = out[0] if isinstance(out, tuple) else out
+    grad_out = torch.randn_like(out)
+    if direction == "backward":
+        return lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    del out
 
-    def step() -> object:
-        return torch.autograd.grad(attend(*leaves).sum(), leaves)
+    def both() -> object:
+        result = attend(*leaves)
+        return torch.autograd.grad(result[0] if isinstance(result, tuple) else result, leaves, grad_out)
 
-    measure(benchmark, f"forward and backward, {tokens} tokens, f = {kept}", step)
+    return both

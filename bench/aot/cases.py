@@ -11,7 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from maskattn.kernels.configs import Config, Pass, Target, padded_width
+from maskattn.kernels.arguments import ABSENT, Dropout, Places, RowValues, Span, Tokens, Width
+from maskattn.kernels.configs import Config, Pass, Target, split_width
 from maskattn.kernels.forward import forward_kernel
 from maskattn.kernels.key_gradient import key_gradient_kernel
 from maskattn.kernels.query_gradient import query_gradient_kernel
@@ -30,6 +31,9 @@ KERNELS: dict[Pass, Any] = {
     "key_gradient": key_gradient_kernel,
 }
 
+TOKENS = ("q_tokens", "k_tokens", "v_tokens", "out_tokens", "dout_tokens", "dq_tokens", "dk_tokens", "dv_tokens")
+ROW_VALUES = ("lse_values", "dlse_values", "delta_values", "lse_log2_values")
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -43,6 +47,8 @@ class Case:
     dtype: str
     bias: bool = False
     gather: bool = False
+    alibi: bool = False
+    dropout: bool = False
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -62,44 +68,71 @@ def all_cases() -> Iterator[Case]:
                         yield Case(pass_, target, width, dtype, bias=True, gather=True)
             yield Case(pass_, target, 64, "bf16", bias=True)
             yield Case(pass_, target, 64, "bf16", gather=True)
+            for width in (64, 128):
+                yield Case(pass_, target, width, "bf16", alibi=True)
+                yield Case(pass_, target, width, "bf16", dropout=True)
+                yield Case(pass_, target, width, "bf16", bias=True, gather=True, alibi=True, dropout=True)
+            yield Case(pass_, target, 64, "fp32", bias=True, gather=True, alibi=True, dropout=True)
 
 
 def compile_case(case: Case, config: Config) -> Any:
     """Compile one case as a packed call (or, gathering, a masked one) of contiguous tensors would be."""
-    kernel = KERNELS[case.pass_]
-    element = "*" + case.dtype
-    constants: dict[str, Any] = {
-        "HEAD_WIDTH": case.head_width,
-        "BLOCK_D": padded_width(case.head_width),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "HAS_BIAS": case.bias,
-        "HAS_DLSE": True,
-        "INDEX_Q": case.gather,
-        "INDEX_K": case.gather,
-        "stride_bt": 1,
-        "stride_dbt": 1,
-    }
-    if not case.bias:
-        constants |= dict.fromkeys(("bias_ptr", "dbias_ptr"))
-    if not case.gather:
-        constants |= dict.fromkeys(("q_index_ptr", "k_index_ptr"))
-    signature, attributes, used = {}, {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], used[name] = "constexpr", constants[name]
-            continue
-        if name.endswith(("starts_ptr", "ends_ptr", "index_ptr")):
-            signature[name] = "*i32"
-        elif name in ("lse_ptr", "lse_log2_ptr", "dlse_ptr", "delta_ptr", "bias_ptr", "dbias_ptr"):
-            signature[name] = "*fp32"
-        elif name.endswith("_ptr"):
-            signature[name] = element
-        else:
-            signature[name] = "fp32" if name.startswith("scale") else "i32"
-        # cu_seqlens[1:] is not aligned; lengths and counts are any number.
-        if not name.endswith("ends_ptr") and name not in ("scale", "scale_log2", "heads", "tiles", "stride_lh"):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, used, attributes)
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    arguments = _arguments(case, config)
+    for position, name in enumerate(KERNELS[case.pass_].arg_names):
+        argument = arguments[name]
+        leaves = argument if isinstance(argument, tuple) else (argument,)
+        types = []
+        for index, leaf in enumerate(leaves):
+            path = (position, index) if isinstance(argument, tuple) else (position,)
+            types.append(leaf.type if isinstance(leaf, Varying) else "constexpr")
+            if not isinstance(leaf, Varying):
+                constants[path] = leaf
+            elif leaf.aligned:
+                attributes[path] = [["tt.divisibility", 16]]
+        signature[name] = type(argument)(*types) if isinstance(argument, tuple) else types[0]
+    source = ASTSource(KERNELS[case.pass_], signature, constants, attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=GPU_TARGETS[case.target], options=options)
+
+
+@dataclass(frozen=True)
+class Varying:
+    """A leaf of a kernel's arguments that is not known when it is compiled; ``aligned``: a multiple of 16."""
+
+    type: str
+    aligned: bool = True
+
+
+STRIDE = Varying("i32")
+COUNT = Varying("i32", aligned=False)
+SCALE = Varying("fp32", aligned=False)
+
+
+def _arguments(case: Case, config: Config) -> dict[str, Any]:
+    """Every argument of every kernel as the launchers give it, by name; packed tensors have no stride of sequences."""
+    single, index = Varying("*fp32"), Varying("*i32") if case.gather else None
+    stride_b = STRIDE if case.gather else 0
+    element = Tokens(Varying("*" + case.dtype), stride_b, STRIDE, STRIDE)
+    bias = Tokens(single, stride_b, 0, 1) if case.bias else ABSENT
+    dbias = Tokens(single, stride_b, STRIDE, 1) if case.bias else ABSENT
+    places = Places(single, stride_b, 2, 1) if case.alibi else Places(None, 0, 0, 0)
+    # cu_seqlens[1:] is not aligned.
+    span = Span(Varying("*i32"), Varying("*i32", aligned=False), index)
+    return {
+        **dict.fromkeys(TOKENS, element),
+        **dict.fromkeys(ROW_VALUES, RowValues(single, stride_b, Varying("i32", aligned=False))),
+        **dict.fromkeys(("q_places", "k_places"), places),
+        **dict.fromkeys(("slopes_ptr", "dslopes_ptr"), single if case.alibi else None),
+        **dict.fromkeys(("q_span", "k_span"), span),
+        **dict.fromkeys(("heads", "tiles"), COUNT),
+        **dict.fromkeys(("scale", "scale_log2"), SCALE),
+        "bias_tokens": bias,
+        "dbias_tokens": dbias,
+        "dropout": Dropout(Varying("*i64"), COUNT, SCALE) if case.dropout else Dropout(None, COUNT, SCALE),
+        "WIDTH": Width(case.head_width, *split_width(case.head_width, config)),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }

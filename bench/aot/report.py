@@ -127,8 +127,8 @@ def _bound_table(rows: list[Row]) -> list[str]:
         f"Ceilings from counted instructions, not measurements. Assumed: {chips}; rates per clock as in "
         "`bench/aot/bounds.py`.",
         "",
-        "| pass | target | D | tensor | operands | MUFU | FP32 | integer | load, store | issue | slowest | overlapped | in turn "
-        "| resident |",
+        "| pass | target | D | tensor | operands | MUFU | FP32 | integer | load, store | issue "
+        "| slowest | overlapped | in turn | resident |",
         "|---|---|" + "---:|" * 8 + "---|" + "---:|" * 3,
     ]
     for row in rows:

@@ -1,0 +1,152 @@
+"""How the benches are run: on which device, which grid of sizes, how long, and where the rows go.
+
+pytest bench                                                       on this CPU, some minutes
+pytest bench --bench-device cuda --bench-grid full --bench-csv rows.csv --bench-seconds 540
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clock import DeviceClock
+from peers import UnsupportedError
+from points import Case, Problem, problem_of
+from record import Recorder, is_ours, table
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("attention benches")
+    group.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu")
+    group.addoption("--bench-grid", choices=("smoke", "quick", "full"), default="quick")
+    group.addoption("--bench-impls", default="", help="of ours, comma-separated; default: all of the device's")
+    group.addoption("--bench-csv", type=Path, default=None, help="where to write the rows, as they are measured")
+    group.addoption("--bench-seconds", type=float, default=float("inf"), help="start no row after so long")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Peers warn of prototypes; the project's rule that warnings are errors is for its own tests.
+    config.addinivalue_line("filterwarnings", "ignore")
+    device = config.getoption("--bench-device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(
+            "--bench-device cuda needs a GPU that torch can use; torch.cuda.is_available() is False"
+        )
+    config.recorder = Recorder(config.getoption("--bench-csv"), device)
+    config.deadline = time.monotonic() + config.getoption("--bench-seconds")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Most important first; contenders of a case stay side by side, so that they share its tensors and its weather."""
+
+    def rank(item: pytest.Item) -> float:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        return case.rank if isinstance(case, Case) else float("inf")
+
+    items.sort(key=rank)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.recorder.rows:
+        terminalreporter.section("ours and the best peer at each point, one run")
+        terminalreporter.write_line(table(config.recorder.rows))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--bench-device")
+
+
+@pytest.fixture(scope="session")
+def clock(device: str) -> Callable[[], float]:
+    """Wall time on a CPU, where a call returns when it is done; events on a GPU, where it does not."""
+    return DeviceClock() if device == "cuda" else time.perf_counter
+
+
+@pytest.fixture
+def problem(case: Case, device: str) -> Problem:
+    return problem_of(case.point, device)
+
+
+Measure = Callable[..., None]
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, case: Case, contender: str, device: str, clock) -> Iterator[Measure]:
+    """measure(prepare, flop=, bytes_moved=): time what ``prepare()`` returns, and record the row.
+
+    A peer that cannot do the case is skipped with its reason; one of ours that fails, fails.
+    """
+    config = request.config
+    if time.monotonic() > config.deadline:
+        config.recorder.add(case, contender, "left out", "time was up")
+        pytest.skip("left out: time was up")
+    request.node.add_marker(pytest.mark.benchmark(timer=clock))
+    benchmark = request.getfixturevalue("benchmark")
+
+    def run(prepare: Callable[[], Callable[[], object]], flop: float = 0.0, bytes_moved: float = 0.0) -> None:
+        try:
+            call = prepare()
+            call()
+            seconds = _once(call, clock)
+            peak_mib = _peak_mib(call) if device == "cuda" else None
+        except Exception as error:
+            _give_up(config, case, contender, error)
+        benchmark.group = str(case)
+        rounds = _rounds(seconds, device)
+        benchmark.pedantic(call, rounds=rounds, iterations=1)
+        if benchmark.stats is None:
+            # --benchmark-disable
+            config.recorder.add(case, contender, "ran")
+            return
+        p20, p50, p80 = np.percentile(benchmark.stats.stats.data, [20, 50, 80])
+        figures = {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "rounds": rounds}
+        figures["tflops"] = flop / p50 / 1e12 if flop else None
+        figures["gbytes_per_s"] = bytes_moved / p50 / 1e9 if bytes_moved else None
+        row = config.recorder.add(case, contender, "ok", **figures, peak_mib=peak_mib)
+        benchmark.extra_info.update(vars(row))
+
+    yield run
+    if isinstance(clock, DeviceClock):
+        clock.reset()
+
+
+def _give_up(config: pytest.Config, case: Case, contender: str, error: Exception) -> None:
+    """Skip a peer with its reason; ours fails, and an error that sticks to the GPU ends the run."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        reason = "out of memory"
+    if is_ours(contender) and not isinstance(error, UnsupportedError):
+        config.recorder.add(case, contender, "failed", reason)
+        if "CUDA error" in str(error):
+            pytest.exit(f"{case}, {contender}: {reason}; the GPU's context is lost", returncode=1)
+        raise error
+    config.recorder.add(case, contender, "skipped", reason)
+    pytest.skip(reason)
+
+
+def _once(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    call()
+    return clock() - start
+
+
+def _peak_mib(call: Callable[[], object]) -> float:
+    """What a call takes at its most, beyond what lies there already."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _rounds(seconds: float, device: str) -> int:
+    """As many as fit into about a third of a second on a GPU, one and a half on a CPU; 5 at least."""
+    budget = 0.3 if device == "cuda" else 1.5
+    return int(min(max(budget / max(seconds, 1e-6), 5), 100 if device == "cuda" else 30))

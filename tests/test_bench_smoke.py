@@ -1,0 +1,97 @@
+"""The benches run: every family on one small point, and every peer computes what ours does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import assert_within_budget
+
+from maskattn.attention import reference
+from maskattn.options import Options
+
+pytest.importorskip("pytest_benchmark")
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import peers  # noqa: E402 (bench/ must be on the path first)
+from points import Case, Point, Problem, grid_of  # noqa: E402 (likewise)
+from record import Recorder, read_rows, table  # noqa: E402 (likewise)
+
+FAMILIES = {"attention", "options", "readout", "token_relevance", "packing", "ViT-S/16"}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return Problem(grid_of("smoke", "cpu")[0], "cpu")
+
+
+@pytest.mark.parametrize("timed", [False, True], ids=["untimed", "timed, one family"])
+def test_every_family_runs_and_is_recorded(tmp_path, timed):
+    rows = tmp_path / "rows.csv"
+    what = [str(BENCH / "test_packing.py")] if timed else [str(BENCH), "--benchmark-disable"]
+    options = ["--bench-grid", "smoke", "--bench-impls", "torch", "--bench-csv", str(rows)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *what, *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCH.parent)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    recorded = read_rows(rows)
+    ran = [row for row in recorded if row.status == ("ok" if timed else "ran")]
+    assert {row.family for row in ran if row.contender.startswith("maskattn")} == ({"packing"} if timed else FAMILIES)
+    assert all(row.reason for row in recorded if row.status == "skipped")
+    assert all(row.torch == torch.__version__ and row.device for row in recorded)
+    for row in ran if timed else []:
+        assert 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+        assert row.gbytes_per_s > 0
+
+
+def test_nothing_is_started_after_the_time_is_up(tmp_path):
+    rows = tmp_path / "rows.csv"
+    options = ["--bench-grid", "smoke", "--bench-impls", "torch", "--bench-csv", str(rows), "--bench-seconds", "0"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCH / "test_packing.py"), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCH.parent)
+    assert {row.status for row in read_rows(rows)} == {"left out"}
+    assert "left out: 6" in result.stdout
+
+
+# torch's own jagged attention warns so from within.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("contender", ["maskattn packed, torch", "maskattn masked, torch", *peers.PEERS])
+def test_every_contender_computes_the_same_attention(contender, problem):
+    try:
+        attend, inputs = peers.attention_of(contender, problem)
+    except peers.UnsupportedError as reason:
+        pytest.skip(str(reason))
+    out = attend(*inputs)
+    if contender == "sdpa unmasked":
+        everything = Problem(Point(3, 80, 1.0, 2, 32, "fp32"), "cpu")
+        attend, inputs = peers.attention_of(contender, everything)
+        problem, out = everything, attend(*inputs)
+    rows = out if peers.is_packed(inputs) else problem.kept_rows(out)
+
+    def specified(dtype):
+        q, k, v = (x.to(dtype) for x in problem.rows)
+        starts = problem.packing.cu_seqlens
+        return reference.packed_attention(q, k, v, starts, starts, Options(scale=q.shape[-1] ** -0.5))[0]
+
+    assert_within_budget(rows, specified(torch.float64), specified(torch.float32), contender)
+
+
+def test_the_table_compares_ours_with_the_best_peer_that_computes_the_same():
+    recorder = Recorder(None, "cpu")
+    case = Case("attention", "forward", Point(1, 64, 0.5, 2, 32, "fp32"), 0)
+    for contender, p50_ms in (("maskattn packed, torch", 2.0), ("varlen_attn", 3.0), ("sdpa unmasked", 1.0)):
+        recorder.add(case, contender, "ok", p50_ms=p50_ms, tflops=0.5)
+    recorder.add(case, "xformers", "skipped", "is not installed")
+    text = table(recorder.rows)
+    assert "maskattn packed, torch | 2 | 0.5 | varlen_attn | 3 | 1.50×" in text
+    assert "1 × xformers: is not installed" in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("grid", ["quick", "full"])
+def test_grids_name_no_point_twice(grid, device):
+    points = grid_of(grid, device)
+    assert len(points) == len(set(points))
