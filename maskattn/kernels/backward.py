@@ -1,13 +1,15 @@
 """Backward attention, with P recomputed from the row sums that forward left (FlashAttention-2, algorithm 2).
 
-With dO and dlse the gradients of the outputs, and s the scale:
+With dO and dlse the gradients of the outputs, s the scale, m the dropout factors and x the places:
 
-    delta_i = Σ_d dO_id out_id − dlse_i       dS_ij = p_ij (dO_i·v_j − delta_i)
+    delta_i = Σ_d dO_id out_id − dlse_i       dS_ij = p_ij (m_ij dO_i·v_j − delta_i)
 
-    dq_i = s Σ_j dS_ij k_j      dk_j = s Σ_i dS_ij q_i      dv_j = Σ_i p_ij dO_i      dbias_j = Σ_i dS_ij
+    dq_i = s Σ_j dS_ij k_j    dk_j = s Σ_i dS_ij q_i    dv_j = Σ_i m_ij p_ij dO_i    dbias_j = Σ_i dS_ij
 
-Two passes without atomics, so that the result is the same every time: one program per tile of queries for dq (it also
-leaves delta and lse in log2 units), then one per tile of keys for dk, dv and dbias.
+    dslope = −Σ_ij dS_ij ‖x_i − x_j‖
+
+Two passes without atomics, so that the result is the same every time: one program per tile of queries for dq and parts
+of dslope (it also leaves delta and lse in log2 units), then one per tile of keys for dk, dv and dbias.
 
 Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H heads, D head width; M queries and N keys
 of a tile.
@@ -16,24 +18,29 @@ of a tile.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from maskattn.kernels.configs import choose, padded_width
+from maskattn.kernels.arguments import (
+    ABSENT,
+    Tokens,
+    bias_argument,
+    dropout_argument,
+    places_argument,
+    row_values_argument,
+    slopes_argument,
+    span_argument,
+    tokens_argument,
+    width_argument,
+)
+from maskattn.kernels.configs import Config, choose
 from maskattn.kernels.key_gradient import key_gradient_kernel
 from maskattn.kernels.query_gradient import query_gradient_kernel
-from maskattn.kernels.rows import (
-    Rows,
-    bias_strides_bht,
-    kept_rows,
-    lse_strides_bh,
-    packed_sides,
-    readable,
-    strides_bht,
-    whole_rows,
-)
+from maskattn.kernels.rows import Rows, kept_rows, packed_sides, readable, whole_rows
 from maskattn.options import Gradients, Options, Sequences
 
 __all__ = ["masked_backward", "packed_backward"]
@@ -61,18 +68,20 @@ def packed_backward(
     Returns:
         Contiguous gradients.
     """
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    q_rows, k_rows = packed_sides(sequences)
-    key_bias = options.key_bias
-    # [H, Tk] when the heads share the bias, else [Tk, H].
-    shared = key_bias is not None and key_bias.ndim == 1
-    dbias = None
-    if key_bias is not None:
-        shape = (k.shape[1], k.shape[0]) if shared else key_bias.shape
+    grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
+    dbias_HT = None
+    if options.key_bias is not None:
+        # Contiguous as (Tk, H) where that is the bias's own shape.
+        per_head = options.key_bias.ndim == 2
+        shape = k.shape[:2] if per_head else (k.shape[1], k.shape[0])
         dbias = torch.empty(shape, dtype=torch.float32, device=k.device)
-    dbias_HT = dbias.T if dbias is not None and not shared else dbias
-    _launch_backward(grad_out, grad_lse, q, k, v, out, lse, q_rows, k_rows, options, dq, dk, dv, dbias_HT)
-    return Gradients(dq, dk, dv, _sum_over_heads(dbias, key_bias, head_dim=0 if shared else None))
+        dbias_HT = dbias.T if per_head else dbias
+    dslopes = _launch_backward(
+        grad_out, grad_lse, q, k, v, out, lse, *packed_sides(sequences), options, grads, dbias_HT
+    )
+    if dbias_HT is not None:
+        dbias_HT = dbias_HT.T if per_head else dbias_HT.sum(0)
+    return _completed(grads, options, dbias_HT, dslopes)
 
 
 def masked_backward(
@@ -98,23 +107,25 @@ def masked_backward(
     Returns:
         Contiguous gradients.
     """
-    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    grads = Gradients(*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
     k_rows = kept_rows(keep)
     q_rows = k_rows if skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
-    key_bias = options.key_bias
     dbias_BHN = None
-    if key_bias is not None:
+    if options.key_bias is not None:
         dbias_BHN = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
-    _launch_backward(grad_out, grad_lse, q, k, v, out, lse, q_rows, k_rows, options, dq, dk, dv, dbias_BHN)
-    shared = key_bias is not None and key_bias.ndim == 2
-    return Gradients(dq, dk, dv, _sum_over_heads(dbias_BHN, key_bias, head_dim=1 if shared else None))
+    dslopes = _launch_backward(grad_out, grad_lse, q, k, v, out, lse, q_rows, k_rows, options, grads, dbias_BHN)
+    if dbias_BHN is not None and options.key_bias is not None and options.key_bias.ndim == 2:
+        dbias_BHN = dbias_BHN.sum(1)
+    return _completed(grads, options, dbias_BHN, dslopes)
 
 
-def _sum_over_heads(dbias: Tensor | None, key_bias: Tensor | None, head_dim: int | None) -> Tensor | None:
-    """The gradient of a bias in its dtype; the heads that share it are summed in float32."""
-    if dbias is None or key_bias is None:
-        return None
-    return (dbias if head_dim is None else dbias.sum(head_dim)).to(key_bias.dtype)
+def _completed(grads: Gradients, options: Options, dbias: Tensor | None, dslopes: Tensor | None) -> Gradients:
+    """With the gradients of the options, summed in float32, in their dtypes."""
+    if dbias is not None and options.key_bias is not None:
+        grads = replace(grads, key_bias=dbias.to(options.key_bias.dtype))
+    if dslopes is not None and options.slopes is not None:
+        grads = replace(grads, slopes=dslopes.to(options.slopes.dtype))
+    return grads
 
 
 def _launch_backward(
@@ -128,44 +139,38 @@ def _launch_backward(
     q_rows: Rows,
     k_rows: Rows,
     options: Options,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    grads: Gradients,
     dbias: Tensor | None,
-) -> None:
-    """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N)."""
-    scale, key_bias = options.scale, options.key_bias
+) -> Tensor | None:
+    """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N); returns dslopes."""
     q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
     lse = lse.contiguous()
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
     delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
-    sides = (q_rows.starts, q_rows.ends, q_rows.index, k_rows.starts, k_rows.ends, k_rows.index)
     head_width, heads, batch = q.shape[-1], q.shape[1], q_rows.starts.shape[0]
-    strides_q, strides_k, strides_v, strides_out = strides_bht(q), strides_bht(k), strides_bht(v), strides_bht(out)
-    strides_grad, strides_lse = strides_bht(grad_out), lse_strides_bh(lse)
-    strides_bias = bias_strides_bht(key_bias, packed=q.ndim == 3)
-    strides_dbias: tuple[int, ...] = (0, 0, 0)
-    if dbias is not None:
-        strides_dbias = (0, *dbias.stride()) if dbias.ndim == 2 else dbias.stride()
-    scale_log2 = scale * math.log2(math.e)
-    flags = {
-        "HEAD_WIDTH": head_width,
-        "BLOCK_D": padded_width(head_width),
-        "HAS_BIAS": key_bias is not None,
-        "INDEX_Q": q_rows.index is not None,
-        "INDEX_K": k_rows.index is not None,
-    }
+    inputs = (*(tokens_argument(x) for x in (q, k, v)), bias_argument(options.key_bias, packed=q.ndim == 3))
+    score_terms = (
+        slopes_argument(options),
+        places_argument(options.coords_q),
+        places_argument(options.coords_k),
+        dropout_argument(options),
+        span_argument(q_rows),
+        span_argument(k_rows),
+        options.scale,
+        options.scale * math.log2(math.e),
+    )
+    left = row_values_argument(delta), row_values_argument(lse_log2)
 
     config = choose("query_gradient", q.device, head_width, q.dtype)
     tiles = triton.cdiv(q_rows.longest, config.block_m)
+    parts_of_dslopes = None
+    if options.slopes is not None:
+        parts_of_dslopes = torch.zeros(batch, heads, tiles, dtype=torch.float32, device=q.device)
     if tiles * heads * batch > 0:
         with torch.cuda.device_of(q):
             query_gradient_kernel[(tiles * heads * batch,)](
-                q, k, v, key_bias, out, lse, grad_out, grad_lse, dq, delta, lse_log2, *sides, scale, scale_log2, heads,
-                tiles, *strides_q, *strides_k, *strides_v, *strides_bias, *strides_out, *strides_grad, *strides_bht(dq),
-                *strides_lse, **flags, HAS_DLSE=grad_lse is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                *inputs, tokens_argument(out), row_values_argument(lse), tokens_argument(grad_out),
+                row_values_argument(None if grad_lse is None else grad_lse.contiguous()), tokens_argument(grads.q),
+                parts_of_dslopes, *left, *score_terms, heads, tiles, **_constants(head_width, config),
             )  # fmt: skip
 
     config = choose("key_gradient", q.device, head_width, q.dtype)
@@ -173,8 +178,25 @@ def _launch_backward(
     if tiles * heads * batch > 0:
         with torch.cuda.device_of(q):
             key_gradient_kernel[(tiles * heads * batch,)](
-                q, k, v, key_bias, lse_log2, grad_out, delta, dk, dv, dbias, *sides, scale, scale_log2, heads, tiles,
-                *strides_q, *strides_k, *strides_v, *strides_bias, *strides_grad, *strides_bht(dk), *strides_bht(dv),
-                *strides_dbias, *strides_lse, **flags, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                *inputs, left[1], tokens_argument(grad_out), left[0], tokens_argument(grads.k),
+                tokens_argument(grads.v), _dbias_argument(dbias), *score_terms, heads, tiles,
+                **_constants(head_width, config),
             )  # fmt: skip
+    return None if parts_of_dslopes is None else parts_of_dslopes.sum((0, 2))
+
+
+def _dbias_argument(dbias: Tensor | None) -> Tokens:
+    """Of a (H, Tk) or (B, H, N) tensor."""
+    if dbias is None:
+        return ABSENT
+    return Tokens(dbias, *((0, *dbias.stride()) if dbias.ndim == 2 else dbias.stride()))
+
+
+def _constants(head_width: int, config: Config) -> dict[str, Any]:
+    return {
+        "WIDTH": width_argument(head_width, config),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

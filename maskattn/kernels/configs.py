@@ -19,7 +19,18 @@ from torch import Tensor
 
 from maskattn.options import Options
 
-__all__ = ["HEAD_WIDTHS", "TABLE", "Config", "Pass", "Target", "choose", "look_up", "padded_width", "supports"]
+__all__ = [
+    "HEAD_WIDTHS",
+    "TABLE",
+    "Config",
+    "Pass",
+    "Target",
+    "choose",
+    "look_up",
+    "padded_width",
+    "split_width",
+    "supports",
+]
 
 HEAD_WIDTHS = range(16, 257, 8)
 
@@ -31,12 +42,16 @@ Target = Literal["sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"]
 
 @dataclass(frozen=True)
 class Config:
-    """Queries and keys of a tile, warps of a program, stages of the software pipeline."""
+    """Queries and keys of a tile, warps of a program, stages of the software pipeline.
+
+    ``split``: a head width between two powers of two is taken in two parts instead of being padded to the next.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    split: bool = False
 
 
 Precision = Literal["half", "single"]
@@ -290,6 +305,14 @@ def padded_width(head_width: int) -> int:
     return triton.next_power_of_2(head_width)
 
 
+def split_width(head_width: int, config: Config) -> tuple[int, int]:
+    """Columns of the two parts of a tile, powers of two; the second is 0 where the configuration has only one."""
+    if not config.split or head_width in (16, 32, 64, 128, 256):
+        return padded_width(head_width), 0
+    first = padded_width(head_width) // 2
+    return first, max(16, triton.next_power_of_2(head_width - first))
+
+
 def look_up(pass_: Pass, target: Target, head_width: int, dtype: torch.dtype) -> Config:
     """The configuration of a pass on a target.
 
@@ -304,7 +327,7 @@ def look_up(pass_: Pass, target: Target, head_width: int, dtype: torch.dtype) ->
 
 def choose(pass_: Pass, device: torch.device, head_width: int, dtype: torch.dtype) -> Config:
     """The configuration of a pass on a device."""
-    return look_up(pass_, _target(device), head_width, dtype)
+    return look_up(pass_, target_of(device), head_width, dtype)
 
 
 def supports(q: Tensor, options: Options) -> str | None:
@@ -337,7 +360,8 @@ def _missing_on(device: torch.device) -> str | None:
     return None
 
 
-def _target(device: torch.device) -> Target:
+def target_of(device: torch.device) -> Target:
+    """The row of the table for a device."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if torch.version.hip is not None:

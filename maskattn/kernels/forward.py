@@ -1,4 +1,4 @@
-"""Forward attention: out_i = Σ_j p_ij v_j, p_ij = exp(scale·q_i·k_j + bias_j − lse_i), lse_i the log of the row's sum.
+"""Forward attention: out_i = Σ_j m_ij p_ij v_j, p_ij = exp(score_ij − lse_i), lse_i the log of the row's sum.
 
 One program per tile of queries, head and sequence; the keys pass by in tiles (FlashAttention-2, arXiv 2307.08691,
 algorithm 1). ``maskattn.attention.reference`` is the specification.
@@ -15,27 +15,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.configs import choose, padded_width
-from maskattn.kernels.rows import (
-    Rows,
-    bias_strides_bht,
-    kept_rows,
-    lse_strides_bh,
-    packed_sides,
-    readable,
-    strides_bht,
-    whole_rows,
+from maskattn.kernels.arguments import (
+    Keys,
+    bias_argument,
+    dropout_argument,
+    places_argument,
+    row_values_argument,
+    slopes_argument,
+    span_argument,
+    tokens_argument,
+    width_argument,
+)
+from maskattn.kernels.configs import choose
+from maskattn.kernels.parts import (
+    add_weighted_rows,
+    dot_rows,
+    load_parts,
+    scale_parts,
+    store_parts,
+    zeros_parts,
+)
+from maskattn.kernels.rows import Rows, kept_rows, packed_sides, readable, whole_rows
+from maskattn.kernels.scores import (
+    distances,
+    dropout_factors,
+    load_noise,
+    load_places,
+    softmax_update,
 )
 from maskattn.kernels.tiles import (
     LN_2,
-    attend_keys,
-    load_rows,
+    LOG2_E,
+    load_row_values,
+    places_base,
     program_place,
-    sequence_base,
+    row_values_base,
     sequence_span,
     store_row_values,
-    store_rows,
     tile_rows,
+    tokens_base,
 )
 from maskattn.options import Options, Sequences
 
@@ -43,86 +61,127 @@ __all__ = ["forward_kernel", "masked_forward", "packed_forward"]
 
 
 @triton.jit
+def attend_keys(
+    out,
+    maximum,
+    total,
+    q,
+    first_query,
+    places,
+    slope_log2,
+    noise,
+    keys,
+    k_begin,
+    k_end,
+    scale_log2,
+    WIDTH,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """Attend to the keys ``k_begin`` to ``k_end`` of a sequence; ``PARTIAL`` when they do not fill their tiles."""
+    INDEXED: tl.constexpr = keys.index_ptr is not None
+    for first in tl.range(k_begin, k_end, BLOCK_N):
+        inside = first + tl.arange(0, BLOCK_N) < k_end
+        rows = tile_rows(keys.index_ptr, keys.start, first, inside, BLOCK_N, INDEXED, PARTIAL)
+        # [N, D]
+        k = load_parts(keys.k, first, rows, keys.stride_kt, inside, WIDTH, INDEXED, PARTIAL)
+        bias_log2, penalty_log2 = 0.0, 0.0
+        if keys.bias_ptr is not None:
+            bias = load_row_values(keys.bias_ptr, first, rows, keys.stride_bt, inside, 0.0, INDEXED, PARTIAL)
+            bias_log2 = bias * LOG2_E
+        # [M, N]
+        qk = dot_rows(q, k, WIDTH)
+        if keys.places_ptr is not None:
+            k_places = load_places(
+                keys.places_ptr, first, rows, keys.stride_ct, keys.stride_cc, inside, INDEXED, PARTIAL
+            )
+            penalty_log2 = distances(places, k_places) * slope_log2
+        p, factor, maximum, total = softmax_update(
+            qk, maximum, total, scale_log2, bias_log2, inside, keys.bias_ptr is not None, PARTIAL, penalty_log2,
+            keys.places_ptr is not None,
+        )  # fmt: skip
+        if noise is not None:
+            p *= dropout_factors(noise, first_query, first, BLOCK_M, BLOCK_N, False)
+        # [N, D]
+        v = load_parts(keys.v, first, rows, keys.stride_vt, inside, WIDTH, INDEXED, PARTIAL)
+        out = add_weighted_rows(p, v, scale_parts(out, factor[:, None], WIDTH), WIDTH)
+    return out, maximum, total
+
+
+@triton.jit(do_not_specialize=["dropout", "heads", "tiles"])
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    bias_ptr,
-    out_ptr,
-    lse_ptr,
-    q_starts_ptr,
-    q_ends_ptr,
-    q_index_ptr,
-    k_starts_ptr,
-    k_ends_ptr,
-    k_index_ptr,
+    q_tokens,
+    k_tokens,
+    v_tokens,
+    bias_tokens,
+    out_tokens,
+    lse_values,
+    slopes_ptr,
+    q_places,
+    k_places,
+    dropout,
+    q_span,
+    k_span,
     scale_log2,
     heads,
     tiles,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    stride_bb,
-    stride_bh,
-    stride_bt,
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    stride_lb,
-    stride_lh,
-    HEAD_WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    WIDTH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    INDEX_Q: tl.constexpr,
-    INDEX_K: tl.constexpr,
 ):
     """Attention of one tile of queries over all keys of its sequence."""
+    INDEX_Q: tl.constexpr = q_span.index_ptr is not None
+    INDEX_K: tl.constexpr = k_span.index_ptr is not None
     tile, head, sequence = program_place(tiles, heads)
-    q_start, q_length = sequence_span(q_starts_ptr, q_ends_ptr, sequence)
+    q_start, q_length = sequence_span(q_span.starts_ptr, q_span.ends_ptr, sequence)
     first = tile * BLOCK_M
     if first >= q_length:
         return
-    k_start, k_length = sequence_span(k_starts_ptr, k_ends_ptr, sequence)
-
-    k_base_ptr = sequence_base(k_ptr, sequence, head, k_start, stride_kb, stride_kh, stride_kt, INDEX_K)
-    v_base_ptr = sequence_base(v_ptr, sequence, head, k_start, stride_vb, stride_vh, stride_vt, INDEX_K)
-    bias_base_ptr = bias_ptr
-    if HAS_BIAS:
-        bias_base_ptr = sequence_base(bias_ptr, sequence, head, k_start, stride_bb, stride_bh, stride_bt, INDEX_K)
+    k_start, k_length = sequence_span(k_span.starts_ptr, k_span.ends_ptr, sequence)
+    k_base_ptr = tokens_base(k_tokens, sequence, head, k_start, INDEX_K)
+    v_base_ptr = tokens_base(v_tokens, sequence, head, k_start, INDEX_K)
+    bias_base_ptr = None
+    if bias_tokens.ptr is not None:
+        bias_base_ptr = tokens_base(bias_tokens, sequence, head, k_start, INDEX_K)
 
     # [M]
     inside = first + tl.arange(0, BLOCK_M) < q_length
-    rows = tile_rows(q_index_ptr, q_start, first, inside, BLOCK_M, INDEX_Q, True)
+    rows = tile_rows(q_span.index_ptr, q_start, first, inside, BLOCK_M, INDEX_Q, True)
+    places, k_places_ptr, slope_log2, noise = None, None, 0.0, None
+    if slopes_ptr is not None:
+        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        q_places_ptr = places_base(q_places, sequence, q_start, INDEX_Q)
+        k_places_ptr = places_base(k_places, sequence, k_start, INDEX_K)
+        places = load_places(q_places_ptr, first, rows, q_places.stride_t, q_places.stride_c, inside, INDEX_Q, True)
+    if dropout.seed_ptr is not None:
+        noise = load_noise(dropout, head, sequence)
     # [M, D]
-    q_base_ptr = sequence_base(q_ptr, sequence, head, q_start, stride_qb, stride_qh, stride_qt, INDEX_Q)
-    q = load_rows(q_base_ptr, first, rows, stride_qt, inside, HEAD_WIDTH, BLOCK_D, INDEX_Q, True)
+    q_base_ptr = tokens_base(q_tokens, sequence, head, q_start, INDEX_Q)
+    q = load_parts(q_base_ptr, first, rows, q_tokens.stride_t, inside, WIDTH, INDEX_Q, True)
 
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    keys = Keys(
+        k_base_ptr, v_base_ptr, bias_base_ptr, k_places_ptr, k_span.index_ptr, k_start, k_tokens.stride_t,
+        v_tokens.stride_t, bias_tokens.stride_t, k_places.stride_t, k_places.stride_c,
+    )  # fmt: skip
+    out = zeros_parts(WIDTH, BLOCK_M)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     k_full = k_length // BLOCK_N * BLOCK_N
     out, maximum, total = attend_keys(
-        out, maximum, total, q, k_base_ptr, v_base_ptr, bias_base_ptr, k_index_ptr, k_start, 0, k_full, scale_log2,
-        stride_kt, stride_vt, stride_bt, HEAD_WIDTH, BLOCK_D, BLOCK_N, HAS_BIAS, INDEX_K, False,
+        out, maximum, total, q, first, places, slope_log2, noise, keys, 0, k_full, scale_log2, WIDTH, BLOCK_M,
+        BLOCK_N, False,
     )  # fmt: skip
     out, maximum, total = attend_keys(
-        out, maximum, total, q, k_base_ptr, v_base_ptr, bias_base_ptr, k_index_ptr, k_start, k_full, k_length,
-        scale_log2, stride_kt, stride_vt, stride_bt, HEAD_WIDTH, BLOCK_D, BLOCK_N, HAS_BIAS, INDEX_K, True,
+        out, maximum, total, q, first, places, slope_log2, noise, keys, k_full, k_length, scale_log2, WIDTH, BLOCK_M,
+        BLOCK_N, True,
     )  # fmt: skip
 
     # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
     divisor = tl.where(total == 0.0, 1.0, total)
-    out_base_ptr = sequence_base(out_ptr, sequence, head, q_start, stride_ob, stride_oh, stride_ot, INDEX_Q)
-    store_rows(out_base_ptr, first, rows, stride_ot, inside, out / divisor[:, None], HEAD_WIDTH, BLOCK_D, INDEX_Q)
-    lse_base_ptr = sequence_base(lse_ptr, sequence, head, q_start, stride_lb, stride_lh, 1, INDEX_Q)
+    out_base_ptr = tokens_base(out_tokens, sequence, head, q_start, INDEX_Q)
+    store_parts(out_base_ptr, first, rows, out_tokens.stride_t, inside, out, (1 / divisor)[:, None], WIDTH, INDEX_Q)
+    lse_base_ptr = row_values_base(lse_values, sequence, head, q_start, INDEX_Q)
     store_row_values(lse_base_ptr, first, rows, 1, inside, maximum * LN_2 + tl.log(divisor), INDEX_Q)
 
 
@@ -178,7 +237,7 @@ def _launch_forward(
     k_rows: Rows,
 ) -> None:
     """Fill ``out`` and ``lse``."""
-    scale, key_bias = options.scale, options.key_bias
+    scale = options.scale
     if scale < 0:
         # The kernel takes the maximum before it scales.
         q, scale = -q, -scale
@@ -191,11 +250,10 @@ def _launch_forward(
         return
     with torch.cuda.device_of(q):
         forward_kernel[(programs,)](
-            q, k, v, key_bias, out, lse, q_rows.starts, q_rows.ends, q_rows.index,
-            k_rows.starts, k_rows.ends, k_rows.index, scale * math.log2(math.e), heads, tiles,
-            *strides_bht(q), *strides_bht(k), *strides_bht(v),
-            *bias_strides_bht(key_bias, packed=q.ndim == 3), *strides_bht(out), *lse_strides_bh(lse),
-            HEAD_WIDTH=head_width, BLOCK_D=padded_width(head_width), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            HAS_BIAS=key_bias is not None, INDEX_Q=q_rows.index is not None, INDEX_K=k_rows.index is not None,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            tokens_argument(q), tokens_argument(k), tokens_argument(v),
+            bias_argument(options.key_bias, packed=q.ndim == 3), tokens_argument(out), row_values_argument(lse),
+            slopes_argument(options), places_argument(options.coords_q), places_argument(options.coords_k),
+            dropout_argument(options), span_argument(q_rows), span_argument(k_rows), scale * math.log2(math.e), heads,
+            tiles, WIDTH=width_argument(head_width, config), BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -1,9 +1,4 @@
-"""Pieces that the attention kernels share: tiles of rows, the dot product, the online softmax and the key loop.
-
-Scores are kept in units of log2, with log2(e) folded into the scale and the key bias, because exp2 is what the
-hardware has. For a query row with running maximum m, sum l and accumulator a, a tile of scores s updates
-
-    m' = max(m, max s)      p = 2^(s − m')      l' = l·2^(m − m') + Σ p      a' = a·2^(m − m') + p·V
+"""Pieces that the attention kernels share: where a program is at work, tiles of rows, and the dot product.
 
 A *side* is the queries or the keys. Sequence b of a side has the positions start to end. Without an index a position is
 the row itself (packed and dense tensors); with one (``INDEXED``) it is looked up, so that the kept tokens of a dense
@@ -61,6 +56,24 @@ def sequence_base(ptr, sequence, head, start, stride_b, stride_h, stride_t, INDE
     if not INDEXED:
         base += start.to(tl.int64) * stride_t
     return base
+
+
+@triton.jit
+def tokens_base(tokens, sequence, head, start, INDEXED: tl.constexpr):
+    """Pointer to the first row of a sequence and head of :class:`~maskattn.kernels.arguments.Tokens`."""
+    return sequence_base(tokens.ptr, sequence, head, start, tokens.stride_b, tokens.stride_h, tokens.stride_t, INDEXED)
+
+
+@triton.jit
+def row_values_base(values, sequence, head, start, INDEXED: tl.constexpr):
+    """Pointer to the first number of a sequence and head of :class:`~maskattn.kernels.arguments.RowValues`."""
+    return sequence_base(values.ptr, sequence, head, start, values.stride_b, values.stride_h, 1, INDEXED)
+
+
+@triton.jit
+def places_base(places, sequence, start, INDEXED: tl.constexpr):
+    """Pointer to the first place of a sequence of :class:`~maskattn.kernels.arguments.Places`."""
+    return sequence_base(places.ptr, sequence, sequence, start, places.stride_b, 0, places.stride_t, INDEXED)
 
 
 @triton.jit
@@ -158,70 +171,3 @@ def store_rows(
     if HEAD_WIDTH < BLOCK_D:
         mask = mask & (tl.arange(0, BLOCK_D)[None, :] < HEAD_WIDTH)
     tl.store(pointers, values.to(base_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def softmax_update(qk, maximum, total, scale_log2, bias_log2, inside, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr):
-    """One step of the online softmax: p [M, N], the factor of what went before [M], the new maximum and sum [M]."""
-    if HAS_BIAS or PARTIAL:
-        scores = qk * scale_log2
-        if HAS_BIAS:
-            scores += bias_log2[None, :]
-        if PARTIAL:
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-        maximum_new = tl.maximum(maximum, tl.max(scores, 1))
-        peak = maximum_new
-        if HAS_BIAS:
-            # A bias of −inf may leave a row without a score so far: −inf − (−inf) would be NaN.
-            peak = tl.where(maximum_new == float("-inf"), 0.0, maximum_new)
-        p = tl.exp2(scores - peak[:, None])
-    else:
-        # The scale is positive, so it commutes with the maximum, and scaling and subtracting are one FMA.
-        maximum_new = tl.maximum(maximum, tl.max(qk, 1) * scale_log2)
-        peak = maximum_new
-        p = tl.exp2(qk * scale_log2 - peak[:, None])
-    factor = tl.exp2(maximum - peak)
-    return p, factor, maximum_new, total * factor + tl.sum(p, 1)
-
-
-@triton.jit
-def attend_keys(
-    out,
-    maximum,
-    total,
-    q,
-    k_base_ptr,
-    v_base_ptr,
-    bias_base_ptr,
-    k_index_ptr,
-    k_start,
-    k_begin,
-    k_end,
-    scale_log2,
-    stride_kt,
-    stride_vt,
-    stride_bt,
-    HEAD_WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    INDEX_K: tl.constexpr,
-    PARTIAL: tl.constexpr,
-):
-    """Attend to the keys ``k_begin`` to ``k_end`` of a sequence; ``PARTIAL`` when they do not fill their tiles."""
-    for first in tl.range(k_begin, k_end, BLOCK_N):
-        inside = first + tl.arange(0, BLOCK_N) < k_end
-        rows = tile_rows(k_index_ptr, k_start, first, inside, BLOCK_N, INDEX_K, PARTIAL)
-        # [N, D]
-        k = load_rows(k_base_ptr, first, rows, stride_kt, inside, HEAD_WIDTH, BLOCK_D, INDEX_K, PARTIAL)
-        bias_log2 = 0.0
-        if HAS_BIAS:
-            bias = load_row_values(bias_base_ptr, first, rows, stride_bt, inside, 0.0, INDEX_K, PARTIAL)
-            bias_log2 = bias * LOG2_E
-        # [M, N]
-        qk = dot(q, tl.trans(k))
-        p, factor, maximum, total = softmax_update(qk, maximum, total, scale_log2, bias_log2, inside, HAS_BIAS, PARTIAL)
-        # [N, D]
-        v = load_rows(v_base_ptr, first, rows, stride_vt, inside, HEAD_WIDTH, BLOCK_D, INDEX_K, PARTIAL)
-        out = dot_add(p.to(v.dtype), v, out * factor[:, None])
-    return out, maximum, total

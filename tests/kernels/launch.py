@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import collections.abc
 
+import pytest
 import torch
 from oracles import Inputs, Results, cu_seqlens, named
 from torch import Tensor
 
+from maskattn.kernels import backward, forward
 from maskattn.kernels.backward import masked_backward, packed_backward
+from maskattn.kernels.configs import Config
 from maskattn.kernels.forward import masked_forward, packed_forward
 from maskattn.options import Sequences
 
@@ -42,6 +45,12 @@ def packed_sequences(
         max(lengths_q, default=0),
         max(lengths_k, default=0),
     )
+
+
+def force(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every pass use one configuration."""
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "choose", lambda *_: config)
 
 
 def _checked(x: Inputs, results: Results) -> Results:

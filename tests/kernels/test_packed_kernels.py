@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launch import run_packed
+from launch import force, run_packed
 from oracles import LENGTHS, Inputs, assert_meets_specification, cu_seqlens, packed_inputs, specify_packed
 from torch import Tensor
 
-from maskattn.kernels import backward, configs, forward
+from maskattn.kernels import configs, forward
 from maskattn.kernels.configs import Config
 from maskattn.options import Options, Sequences
 
@@ -18,12 +18,6 @@ from maskattn.options import Options, Sequences
 def check(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], device: str) -> None:
     specify = specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k))
     assert_meets_specification(run_packed(inputs, lengths_q, lengths_k, device), inputs, specify)
-
-
-def force(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every pass use one configuration."""
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "choose", lambda *_: config)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

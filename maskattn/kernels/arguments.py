@@ -1,0 +1,181 @@
+"""What the launchers hand to the kernels: tensors with their strides, bundled so that each is one argument.
+
+A pointer of None is absent, which the kernels know when they are compiled.
+
+Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+
+from maskattn.kernels.configs import Config, split_width
+from maskattn.kernels.rows import MAX_BLOCK, Rows, bias_strides_bht, lse_strides_bh, strides_bht
+from maskattn.options import Options
+
+__all__ = [
+    "ABSENT",
+    "Dropout",
+    "Keys",
+    "Noise",
+    "Places",
+    "Queries",
+    "RowValues",
+    "Span",
+    "Tokens",
+    "Width",
+    "bias_argument",
+    "dropout_argument",
+    "places_argument",
+    "row_values_argument",
+    "slopes_argument",
+    "span_argument",
+    "tokens_argument",
+    "width_argument",
+]
+
+
+class Tokens(NamedTuple):
+    """A tensor by sequence, head and token; what lies along the head width is contiguous."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_t: Any
+
+
+class RowValues(NamedTuple):
+    """A contiguous tensor with one number for each sequence, head and query."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+
+
+class Places(NamedTuple):
+    """Two coordinates of each token."""
+
+    ptr: Any
+    stride_b: Any
+    stride_t: Any
+    stride_c: Any
+
+
+class Span(NamedTuple):
+    """The device's part of :class:`~maskattn.kernels.rows.Rows`."""
+
+    starts_ptr: Any
+    ends_ptr: Any
+    index_ptr: Any
+
+
+class Dropout(NamedTuple):
+    """The seed, the words below which a weight is dropped (the bits of an unsigned number), and 1/(1 − dropout_p)."""
+
+    seed_ptr: Any
+    threshold: Any
+    factor: Any
+
+
+class Noise(NamedTuple):
+    """What the random words of one program have in common."""
+
+    low: Any
+    high: Any
+    threshold: Any
+    factor: Any
+    head: Any
+    sequence: Any
+
+
+class Width(NamedTuple):
+    """Columns of a tile: HEAD count; they lie in a part of FIRST and, unless SECOND is 0, one of SECOND columns."""
+
+    HEAD: Any
+    FIRST: Any
+    SECOND: Any
+
+
+class Keys(NamedTuple):
+    """The keys of one sequence and head, as a pass over them reads them."""
+
+    k: Any
+    v: Any
+    bias_ptr: Any
+    places_ptr: Any
+    index_ptr: Any
+    start: Any
+    stride_kt: Any
+    stride_vt: Any
+    stride_bt: Any
+    stride_ct: Any
+    stride_cc: Any
+
+
+class Queries(NamedTuple):
+    """The queries of one sequence and head, as a pass over them reads them."""
+
+    q: Any
+    dout: Any
+    lse_log2_ptr: Any
+    delta_ptr: Any
+    places_ptr: Any
+    index_ptr: Any
+    start: Any
+    stride_qt: Any
+    stride_gt: Any
+    stride_ct: Any
+    stride_cc: Any
+
+
+ABSENT = Tokens(None, 0, 0, 0)
+
+
+def tokens_argument(x: Tensor) -> Tokens:
+    """Of a packed (T, H, D) or a dense (B, H, N, D) tensor."""
+    return Tokens(x, *strides_bht(x))
+
+
+def row_values_argument(x: Tensor | None) -> RowValues:
+    """Of a contiguous (H, Tq) or (B, H, Nq) tensor."""
+    return RowValues(None, 0, 0) if x is None else RowValues(x, *lse_strides_bh(x))
+
+
+def bias_argument(key_bias: Tensor | None, packed: bool) -> Tokens:
+    """Of a key bias: (Tk,) or (Tk, H) of packed tensors, (B, N) or (B, H, N) of dense ones."""
+    return Tokens(key_bias, *bias_strides_bht(key_bias, packed))
+
+
+def places_argument(coords: Tensor | None) -> Places:
+    """Of (T, 2) or (B, N, 2) coordinates."""
+    if coords is None:
+        return Places(None, 0, 0, 0)
+    if coords.stride(-2) * MAX_BLOCK >= 2**31:
+        coords = coords.contiguous()
+    return Places(coords, *((0, *coords.stride()) if coords.ndim == 2 else coords.stride()))
+
+
+def slopes_argument(options: Options) -> Tensor | None:
+    """(H,) contiguous, or None."""
+    return None if options.slopes is None else options.slopes.contiguous()
+
+
+def span_argument(rows: Rows) -> Span:
+    """Of one side's rows."""
+    return Span(rows.starts, rows.ends, rows.index)
+
+
+def dropout_argument(options: Options) -> Dropout:
+    """Of the options; its seed is None where nothing is dropped."""
+    threshold = min(round(options.dropout_p * 2**32), 2**32 - 1)
+    # The same bits whatever the share, so that no share has a kernel of its own.
+    signed = threshold - 2**32 if threshold >= 2**31 else threshold
+    return Dropout(options.dropout_seed, signed, 1 / (1 - options.dropout_p))
+
+
+def width_argument(head_width: int, config: Config) -> Width:
+    """Constants of the kernel, each head width having code of its own."""
+    return Width(*(tl.constexpr(x) for x in (head_width, *split_width(head_width, config))))
