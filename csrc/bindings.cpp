@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 
+#include "bindings.hpp"
 #include "coverage.hpp"
 
 namespace py = pybind11;
@@ -92,6 +93,7 @@ py::array_t<float> token_coverage(const py::object& mask, double px_lv0_x, doubl
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "C++ parts of maskattn.";
+    maskattn::bind_attention(module);
     module.def("token_coverage", &token_coverage, py::arg("mask"), py::arg("px_lv0_x"), py::arg("px_lv0_y"),
                py::arg("origin_x_lv0"), py::arg("origin_y_lv0"), py::arg("token_w_lv0"), py::arg("token_h_lv0"),
                py::arg("rows"), py::arg("cols"), py::arg("threads") = 0,

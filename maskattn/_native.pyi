@@ -3,6 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+Rows = NDArray[np.float32] | NDArray[np.uint16]
+Floats = NDArray[np.float32]
+
 def token_coverage(
     mask: NDArray[np.bool_] | NDArray[np.uint8],
     px_lv0_x: float,
@@ -33,3 +36,143 @@ def token_coverage(
         TypeError: the mask is not a bool or uint8 numpy array, or a number is of the wrong type.
         ValueError: the mask is not a C-contiguous plane, or a size, position or count is out of range.
     """
+
+def instruction_sets() -> list[str]:
+    """Names of the instruction sets usable here, best first: any of avx512_bf16, avx512, avx2, and portable."""
+
+def attention_forward(
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    cu_seqlens_q: NDArray[np.int32],
+    cu_seqlens_k: NDArray[np.int32],
+    out: Rows,
+    lse: Floats,
+    scale: float,
+    *,
+    key_bias: Floats | None = None,
+    coords_q: Floats | None = None,
+    coords_k: Floats | None = None,
+    slopes: Floats | None = None,
+    threads: int = 0,
+    instruction_set: str = "",
+) -> None:
+    """Attention of packed sequences; the specification is ``maskattn.attention.reference``.
+
+    score_ij = scale · q_i·k_j + key_bias_j − slope ‖x_i − x_j‖, the distance 0 where either place is NaN. A query
+    without keys, or whose keys are all biased by −inf, gives out 0 and lse −inf. Sums are taken in float32. The result
+    does not depend on the number of threads; the GIL is released.
+
+    Args:
+        q: (Tq, H, D) float32, or bfloat16 as uint16; D is 16 to 256 in steps of 8. Any strides but along D, where it is
+            contiguous; so also k, v and out.
+        k, v: (Tk, H, D) of q's dtype.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,), from 0 to Tq and Tk; sequence b has rows cu_seqlens[b] to [b + 1].
+        out: (Tq, H, D) of q's dtype, written. Must not share memory with an input, nor with lse.
+        lse: (H, Tq), written.
+        scale: any finite number.
+        key_bias: (Tk,) or (Tk, H).
+        coords_q, coords_k: (Tq, 2) and (Tk, 2), where tokens are, in any unit.
+        slopes: (H,), what a unit of distance takes from the score; with coords, or not at all.
+        threads: how many threads; 0 for one per core.
+        instruction_set: one of instruction_sets(); "" for the best.
+
+    Raises:
+        TypeError: an argument is not an array, or of the wrong dtype.
+        ValueError: a shape, stride or number breaks the rules above, or an output is read-only or overlaps itself.
+        MemoryError: no memory for the packed keys and values.
+    """
+
+def masked_attention_forward(
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    keep: NDArray[np.bool_],
+    out: Rows,
+    lse: Floats,
+    scale: float,
+    *,
+    skip_queries: bool = True,
+    key_bias: Floats | None = None,
+    coords_q: Floats | None = None,
+    coords_k: Floats | None = None,
+    slopes: Floats | None = None,
+    threads: int = 0,
+    instruction_set: str = "",
+) -> None:
+    """Attention of dense tensors over their kept keys; background rows of k, v and their bias are never read.
+
+    Args:
+        q: (B, H, Nq, D); with ``skip_queries`` background rows are not read, and give out 0 and lse −inf.
+        k, v: (B, H, N, D).
+        keep: (B, N), True = the token takes part.
+        out: (B, H, Nq, D), written.
+        lse: (B, H, Nq), written.
+        skip_queries: only kept tokens ask, which needs Nq = N.
+        key_bias: (B, N) or (B, H, N).
+        coords_q, coords_k: (B, Nq, 2) and (B, N, 2).
+        scale, slopes, threads, instruction_set: as of attention_forward, whose errors are raised too.
+    """
+
+def attention_backward(
+    grad_out: Rows,
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    out: Rows,
+    lse: Floats,
+    cu_seqlens_q: NDArray[np.int32],
+    cu_seqlens_k: NDArray[np.int32],
+    dq: Rows,
+    dk: Rows,
+    dv: Rows,
+    scale: float,
+    *,
+    grad_lse: Floats | None = None,
+    key_bias: Floats | None = None,
+    dbias: Floats | None = None,
+    coords_q: Floats | None = None,
+    coords_k: Floats | None = None,
+    slopes: Floats | None = None,
+    dslopes: Floats | None = None,
+    threads: int = 0,
+    instruction_set: str = "",
+) -> None:
+    """Gradients of attention_forward, 0 for a query without keys whatever its grad_out.
+
+    Args:
+        grad_out: (Tq, H, D) of q's dtype.
+        grad_lse: (H, Tq); None for zeros.
+        q, k, v, cu_seqlens_q, cu_seqlens_k, scale, key_bias, coords_q, coords_k, slopes: what forward was given.
+        out, lse: what forward wrote.
+        dq, dk, dv: like q, k and v, written.
+        dbias: like key_bias, written; None where it is not wanted.
+        dslopes: (H,), written; None where it is not wanted.
+        threads, instruction_set: as of attention_forward, whose errors are raised too.
+    """
+
+def masked_attention_backward(
+    grad_out: Rows,
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    out: Rows,
+    lse: Floats,
+    keep: NDArray[np.bool_],
+    dq: Rows,
+    dk: Rows,
+    dv: Rows,
+    scale: float,
+    *,
+    skip_queries: bool = True,
+    grad_lse: Floats | None = None,
+    key_bias: Floats | None = None,
+    dbias: Floats | None = None,
+    coords_q: Floats | None = None,
+    coords_k: Floats | None = None,
+    slopes: Floats | None = None,
+    dslopes: Floats | None = None,
+    threads: int = 0,
+    instruction_set: str = "",
+) -> None:
+    """Gradients of masked_attention_forward, 0 for background rows; arguments as there and in attention_backward."""

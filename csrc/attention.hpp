@@ -1,0 +1,106 @@
+// Scaled dot-product attention of many sequences: the problem as plain data, shared by the bindings, the driver that
+// splits it into items of work, and the kernels of each instruction set.
+//
+//   score_ij = s q_i.k_j + b_j - slope ||x_i - x_j||     p_ij = exp(score_ij - lse_i)     out_i = sum_j p_ij v_j
+//
+// With dO and dlse the gradients of the outputs, delta_i = sum_d dO_id out_id - dlse_i and
+// dS_ij = p_ij (dO_i.v_j - delta_i):
+//
+//   dq_i = s sum_j dS_ij k_j     dk_j = s sum_i dS_ij q_i     dv_j = sum_i p_ij dO_i     dbias_j = sum_i dS_ij
+//   dslope = -sum_ij dS_ij ||x_i - x_j||
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace maskattn {
+
+// A tensor of rows: row i of a head of a sequence lies at data + sequence * its stride + head * its + i * its, all in
+// elements. Packed tensors have stride 0 over the sequences.
+template <class Value>
+struct Strided {
+    Value* data;
+    std::ptrdiff_t sequence;
+    std::ptrdiff_t head;
+    std::ptrdiff_t row;
+};
+
+// The rows that take part: index[0 .. count), or start + 0 .. count without an index.
+struct Rows {
+    std::int64_t start;
+    std::int64_t count;
+    const std::int32_t* index;
+};
+
+// Functions in this header are static: an inline one shared by the units could be kept from the newest processor's.
+static inline std::int64_t row_at(const Rows& rows, std::int64_t i) {
+    return rows.index ? rows.index[i] : rows.start + i;
+}
+
+// One head of one sequence.
+struct Pair {
+    std::int32_t sequence;
+    std::int32_t head;
+    Rows queries;
+    Rows keys;
+};
+
+struct Attention {
+    bool bfloat16;  // of q, k, v, out and their gradients; all else is float32
+    int head_width;
+    float scale;
+    Strided<const void> q, k, v;
+    Strided<void> out;  // forward writes out and lse, backward reads them
+    Strided<float> lse;
+    Strided<const float> key_bias;            // without data: none
+    Strided<const float> coords_q, coords_k;  // two floats a row; without data: none
+    Strided<const float> slopes;              // by head
+};
+
+struct Gradients {
+    Strided<const void> grad_out;
+    Strided<const float> grad_lse;  // without data: zeros
+    Strided<void> dq, dk, dv;
+    Strided<float> dbias;  // without data: not wanted
+};
+
+// A sequence's keys are taken in blocks as wide as four AVX-512 vectors: the block's K and V (32 KiB in float32 at head
+// width 64) stay in L1 while the rows of a query tile pass over them, six at a time.
+constexpr int block_keys = 64;
+constexpr int tile_rows = 6;
+// Queries of an item of work: their output (24 KiB at head width 64) stays in L2 while all keys pass by, and each block
+// of keys, which comes from L2 or L3, is used 16 times.
+constexpr int tile_queries = 96;
+// Keys of an item of the backward pass: K in two layouts, V, dK and dV of them stay in L2.
+static constexpr int chunk_keys(int head_width) { return head_width <= 64 ? 256 : head_width <= 128 ? 128 : 64; }
+
+static inline std::int64_t parts(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
+
+// Entry points of one instruction set for one dtype. Sizes are in 32-bit words, multiples of 16; every buffer is
+// aligned to 64 bytes.
+struct ForwardKernels {
+    std::size_t (*block_words)(int head_width);
+    std::size_t (*scratch_words)(int head_width);
+    // Packs blocks [first, last) of the pair's keys to `blocks`, which holds all of its blocks.
+    void (*pack_keys)(const Attention&, const Pair&, std::int64_t first, std::int64_t last, std::uint32_t* blocks);
+    void (*attend)(const Attention&, const Pair&, std::int64_t tile, const std::uint32_t* blocks,
+                   std::uint32_t* scratch);
+};
+
+struct BackwardKernels {
+    std::size_t (*tile_words)(int head_width);
+    std::size_t (*scratch_words)(int head_width);
+    // Packs what the chunks need of a tile of queries to `tiles`, which holds all of the pair's tiles.
+    void (*pack_queries)(const Attention&, const Gradients&, const Pair&, std::int64_t tile, std::uint32_t* tiles);
+    // Chunk c writes dk, dv and dbias of its keys and adds to dq of each tile once chunk c - 1 has: progress[c] is how
+    // many tiles it is done with. The last chunk writes dq. dslope is the chunk's share.
+    void (*take_chunk)(const Attention&, const Gradients&, const Pair&, std::int64_t chunk, std::uint32_t* tiles,
+                       std::int64_t* progress, double* dslope, std::uint32_t* scratch);
+};
+
+struct AttentionKernels {
+    ForwardKernels forward_float32, forward_bfloat16;
+    BackwardKernels backward_float32, backward_bfloat16;
+};
+
+}  // namespace maskattn

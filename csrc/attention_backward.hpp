@@ -1,0 +1,365 @@
+// Backward attention of a chunk of keys, P recomputed from lse: dk and dv of the chunk stay in L2 while all queries of
+// the sequence pass by; dq of each tile of queries is added to by the chunks in their order, so that the sums are the
+// same whoever computes them.
+//
+// Dimension key: M queries of a register tile, Q of an item, N keys of a block, D head width.
+#pragma once
+
+#include <sched.h>
+
+#include "attention_forward.hpp"
+
+namespace maskattn {
+namespace {
+
+// A packed tile of queries, in words. q and dO are left operands of the scores [Q][D / depth] and right operands of dk
+// and dv by steps [Q / depth][D padded], which for single precision is the same; then dq [Q][D padded] and delta, lse,
+// x and y, Q each.
+template <class Arithmetic>
+struct TileLayout {
+    int left_stride, steps_stride, left_words, steps_words;
+
+    explicit TileLayout(int head_width)
+        : left_stride(padded(head_width / Arithmetic::depth)),
+          steps_stride(padded(head_width)),
+          left_words(tile_queries * left_stride),
+          steps_words(Arithmetic::depth == 1 ? 0 : tile_queries / Arithmetic::depth * steps_stride) {}
+
+    std::size_t words() const {
+        return static_cast<std::size_t>(2 * (left_words + steps_words) + tile_queries * (steps_stride + 4));
+    }
+};
+
+template <class Arithmetic>
+struct QueryTile {
+    const std::uint32_t *q_left, *q_steps, *grad_left, *grad_steps;
+    float *dq_QD, *delta_Q, *lse_Q, *x_Q, *y_Q;
+
+    QueryTile(const TileLayout<Arithmetic>& layout, std::uint32_t* words) {
+        q_left = words;
+        q_steps = Arithmetic::depth == 1 ? q_left : q_left + layout.left_words;
+        grad_left = q_left + layout.left_words + layout.steps_words;
+        grad_steps = Arithmetic::depth == 1 ? grad_left : grad_left + layout.left_words;
+        dq_QD = reinterpret_cast<float*>(words + 2 * (layout.left_words + layout.steps_words));
+        delta_Q = dq_QD + tile_queries * layout.steps_stride;
+        lse_Q = delta_Q + tile_queries;
+        x_Q = lse_Q + tile_queries;
+        y_Q = x_Q + tile_queries;
+    }
+};
+
+template <class Element>
+float dot(const Element* a, const Element* b, int head_width) {
+    Floats total{};
+    for (int d = 0; d < head_width; d += lanes)
+        total += load_floats(a + d, head_width - d) * load_floats(b + d, head_width - d);
+    return sum(total);
+}
+
+template <class Arithmetic, class Element>
+void pack_rows_both_ways(const Element* const* rows, int count, int head_width, const std::uint32_t* left,
+                         const std::uint32_t* steps) {
+    pack_rows<Arithmetic>(rows, count, head_width, const_cast<std::uint32_t*>(left),
+                          padded(head_width / Arithmetic::depth));
+    if (Arithmetic::depth > 1) pack_steps<Arithmetic>(rows, count, head_width, const_cast<std::uint32_t*>(steps));
+}
+
+template <class Element>
+void write_zeros(const Strided<void>& x, const Pair& pair, std::int64_t row, int head_width) {
+    __builtin_memset(row_of<Element>(x, pair, row), 0, static_cast<std::size_t>(head_width) * sizeof(Element));
+}
+
+template <class Arithmetic, class Element>
+void pack_queries(const Attention& a, const Gradients& g, const Pair& pair, std::int64_t tile, std::uint32_t* tiles) {
+    const TileLayout<Arithmetic> layout(a.head_width);
+    const QueryTile<Arithmetic> to(layout, tiles + static_cast<std::size_t>(tile) * layout.words());
+    const std::int64_t first = tile * tile_queries;
+    const int count = at_most(tile_queries, pair.queries.count - first);
+    const int rows = static_cast<int>(parts(count, tile_rows)) * tile_rows;
+    const Element *q_rows[tile_queries], *grad_rows[tile_queries];
+    for (int q = 0; q < rows; ++q) {
+        const std::int64_t row = q < count ? row_at(pair.queries, first + q) : 0;
+        const float lse = q < count ? *row_of(a.lse, pair, row) : -infinity;
+        // A row without keys, and what fills the tile: p = 0, and nothing of what came back to it is looked at.
+        const bool alive = lse != -infinity;
+        q_rows[q] = alive ? row_of<Element>(a.q, pair, row) : nullptr;
+        grad_rows[q] = alive ? row_of<Element>(g.grad_out, pair, row) : nullptr;
+        const float grad_lse = alive && g.grad_lse.data ? *row_of(g.grad_lse, pair, row) : 0.0f;
+        const Element* out = alive ? row_of<Element>(a.out, pair, row) : nullptr;
+        to.delta_Q[q] = alive ? dot<Element>(grad_rows[q], out, a.head_width) - grad_lse : 0.0f;
+        to.lse_Q[q] = alive ? lse : infinity;
+        const float* place = alive && a.slopes.data ? row_of(a.coords_q, pair, row) : nullptr;
+        to.x_Q[q] = place ? place[0] : 0.0f;
+        to.y_Q[q] = place ? place[1] : 0.0f;
+        if (q < count && pair.keys.count == 0) write_zeros<Element>(g.dq, pair, row, a.head_width);
+    }
+    if (pair.keys.count == 0) return;
+    pack_rows_both_ways<Arithmetic>(q_rows, rows, a.head_width, to.q_left, to.q_steps);
+    pack_rows_both_ways<Arithmetic>(grad_rows, rows, a.head_width, to.grad_left, to.grad_steps);
+}
+
+// Scratch of a chunk, in words: by block K and V by columns [D / depth][N], K by steps [N / depth][D padded], 3 N terms
+// and N of dbias, dk and dv [N][D padded]; then p and dS of a query tile as left operands of dv and dk, dS as that of dq.
+template <class Arithmetic>
+struct ChunkLayout {
+    int columns_words, steps_words, sums_words;
+
+    explicit ChunkLayout(int head_width)
+        : columns_words(head_width / Arithmetic::depth * block_keys),
+          steps_words(block_keys / Arithmetic::depth * padded(head_width)),
+          sums_words(block_keys * padded(head_width)) {}
+
+    static constexpr int score_words = tile_queries / Arithmetic::depth * block_keys;
+
+    int block_words() const { return 2 * columns_words + steps_words + 4 * block_keys + 2 * sums_words; }
+};
+
+struct KeyBlock {
+    std::uint32_t *k_columns, *v_columns, *k_steps;
+    float *terms_N, *dbias_N, *dk_ND, *dv_ND;
+
+    template <class Arithmetic>
+    KeyBlock(const ChunkLayout<Arithmetic>& layout, std::uint32_t* scratch, int block) {
+        k_columns = scratch + block * layout.block_words();
+        v_columns = k_columns + layout.columns_words;
+        k_steps = v_columns + layout.columns_words;
+        terms_N = reinterpret_cast<float*>(k_steps + layout.steps_words);
+        dbias_N = terms_N + 3 * block_keys;
+        dk_ND = dbias_N + block_keys;
+        dv_ND = dk_ND + layout.sums_words;
+    }
+};
+
+template <class Arithmetic>
+std::size_t backward_scratch_words(int head_width) {
+    const ChunkLayout<Arithmetic> layout(head_width);
+    const int left_words = Arithmetic::depth == 1 ? 0 : layout.score_words;
+    return static_cast<std::size_t>(chunk_keys(head_width) / block_keys * layout.block_words() +
+                                    2 * layout.score_words + left_words);
+}
+
+// p and dS of a query tile and a block of keys, as operands of the three products that follow.
+struct Probabilities {
+    std::uint32_t *p, *ds;    // word [t][n]: query t, or queries 2t and 2t + 1, and key n
+    std::uint32_t* ds_left;  // word [q][t]: query q and key t, or keys 2t and 2t + 1
+};
+
+template <class Arithmetic>
+MASKATTN_INLINE void store_scores(const Probabilities& to, int q, int n, const Floats (&p)[2], const Floats (&ds)[2]) {
+    if constexpr (Arithmetic::depth == 1) {
+        for (int i = 0; i < 2; ++i) {
+            store(to.p + (q + i) * block_keys + n, p[i]);
+            store(to.ds + (q + i) * block_keys + n, ds[i]);
+        }
+    } else {
+        const Halves low = to_bfloat16(ds[0]), high = to_bfloat16(ds[1]);
+        store(reinterpret_cast<Bfloat16*>(to.ds_left + q * block_keys / 2) + n, low);
+        store(reinterpret_cast<Bfloat16*>(to.ds_left + (q + 1) * block_keys / 2) + n, high);
+        const auto pair_up = [](Halves even, Halves odd) __attribute__((always_inline)) {
+            return __builtin_convertvector(even, Words) | (__builtin_convertvector(odd, Words) << 16);
+        };
+        store(to.ds + q / 2 * block_keys + n, pair_up(low, high));
+        store(to.p + q / 2 * block_keys + n, pair_up(to_bfloat16(p[0]), to_bfloat16(p[1])));
+    }
+}
+
+// p and dS of rows [q, q + M) from their products with K (q.k) and V (dO.v). Adds to dbias_N and, where tokens have
+// places, to dS ||x_i - x_j||.
+template <class Arithmetic, bool biased, bool placed>
+__attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& tile, int q, const float* product_MN,
+                                                const float* grad_p_MN, const KeyTerms& keys, ScoreUnits units,
+                                                const Probabilities& to, float* dbias_N, Floats& ds_by_distance) {
+    static_assert(tile_rows % 2 == 0, "rows are taken in pairs");
+    Floats weighted{};
+    for (int n = 0; n < block_keys; n += lanes) {
+        Floats dbias = load<Floats>(dbias_N + n);
+#pragma GCC unroll 8
+        for (int m = 0; m < tile_rows; m += 2) {
+            Floats p[2], ds[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+                const int row = q + m + i;
+                const float x = placed ? tile.x_Q[row] : 0.0f, y = placed ? tile.y_Q[row] : 0.0f;
+                const int at = (m + i) * block_keys + n;
+                const Floats s = score<biased, placed>(product_MN + at - n, keys, n, units, x, y);
+                p[i] = exponential(s - tile.lse_Q[row]);
+                ds[i] = p[i] * (load<Floats>(grad_p_MN + at) - tile.delta_Q[row]);
+                dbias += ds[i];
+                if constexpr (placed) weighted += ds[i] * distances(x, y, keys.x_N + n, keys.y_N + n);
+            }
+            store_scores<Arithmetic>(to, q + m, n, p, ds);
+        }
+        store(dbias_N + n, dbias);
+    }
+    if constexpr (placed) ds_by_distance += weighted;
+}
+
+// C [N][D] += A^T B over the rows of a query tile, A being p or dS.
+template <class Arithmetic>
+void add_transposed(const std::uint32_t* scores, const std::uint32_t* steps, int rows, float* sums_ND, int stride) {
+    constexpr int whole = block_keys / tile_rows * tile_rows;
+    const int count = rows / Arithmetic::depth;
+    for (int n = 0; n < whole; n += tile_rows)
+        multiply<Arithmetic, tile_rows, Start::add>({scores + n, 1, block_keys}, steps, stride, count,
+                                                    sums_ND + n * stride, stride, stride / lanes);
+    multiply<Arithmetic, block_keys - whole, Start::add>({scores + whole, 1, block_keys}, steps, stride, count,
+                                                         sums_ND + whole * stride, stride, stride / lanes);
+}
+
+// The chunk before this one comes first in every order of the items, so somebody is at work on it.
+inline void wait_until_past(const std::int64_t* progress, std::int64_t tile) {
+    for (int spins = 0; __atomic_load_n(progress, __ATOMIC_ACQUIRE) <= tile; ++spins)
+        if (spins > 1000) sched_yield();
+}
+
+template <class Arithmetic, class Element>
+class Chunk {
+  public:
+    Chunk(const Attention& a, const Gradients& g, const Pair& pair, std::int64_t chunk, std::uint32_t* scratch)
+        : a_(a), g_(g), pair_(pair), layout_(a.head_width), tile_layout_(a.head_width), scratch_(scratch),
+          stride_(padded(a.head_width)), first_(chunk * (chunk_keys(a.head_width) / block_keys)),
+          units_(units_of(a, pair)) {
+        const std::int64_t left = parts(pair.keys.count, block_keys) - first_;
+        blocks_ = at_most(chunk_keys(a.head_width) / block_keys, left);
+        scores_.p = scratch + chunk_keys(a.head_width) / block_keys * layout_.block_words();
+        scores_.ds = scores_.p + layout_.score_words;
+        scores_.ds_left = Arithmetic::depth == 1 ? scores_.ds : scores_.ds + layout_.score_words;
+    }
+
+    void pack() {
+        const Element* rows[block_keys];
+        for (int b = 0; b < blocks_; ++b) {
+            const KeyBlock to(layout_, scratch_, b);
+            rows_of_block(a_.k, pair_, first_ + b, rows);
+            pack_columns<Arithmetic>(rows, a_.head_width, to.k_columns);
+            pack_steps<Arithmetic>(rows, block_keys, a_.head_width, to.k_steps);
+            rows_of_block(a_.v, pair_, first_ + b, rows);
+            pack_columns<Arithmetic>(rows, a_.head_width, to.v_columns);
+            pack_key_terms(a_, pair_, first_ + b, to.terms_N);
+            const auto sums = static_cast<std::size_t>(block_keys + 2 * layout_.sums_words);
+            __builtin_memset(to.dbias_N, 0, sums * sizeof *to.dbias_N);
+        }
+    }
+
+    // Adds a tile of queries to dk, dv and dbias of block b; its p and dS are left for dq.
+    void take(const QueryTile<Arithmetic>& tile, int rows, int b) {
+        const KeyBlock block(layout_, scratch_, b);
+        const KeyTerms keys = terms_of_block(a_, pair_, first_ + b, block.terms_N);
+        const int steps = a_.head_width / Arithmetic::depth;
+        alignas(64) float product_MN[tile_rows * block_keys], grad_p_MN[tile_rows * block_keys];
+        alignas(64) float dbias_N[block_keys] = {};
+        Floats by_distance{};
+        for (int q = 0; q < rows; q += tile_rows) {
+            const int at = q * tile_layout_.left_stride;
+            multiply<Arithmetic, tile_rows, Start::zero>({tile.q_left + at, tile_layout_.left_stride, 1},
+                                                         block.k_columns, block_keys, steps, product_MN, block_keys,
+                                                         block_vectors);
+            multiply<Arithmetic, tile_rows, Start::zero>({tile.grad_left + at, tile_layout_.left_stride, 1},
+                                                         block.v_columns, block_keys, steps, grad_p_MN, block_keys,
+                                                         block_vectors);
+            const auto probabilities = a_.slopes.data ? keys.biased ? &probabilities_of<Arithmetic, true, true>
+                                                                    : &probabilities_of<Arithmetic, false, true>
+                                       : keys.biased  ? &probabilities_of<Arithmetic, true, false>
+                                                      : &probabilities_of<Arithmetic, false, false>;
+            probabilities(tile, q, product_MN, grad_p_MN, keys, units_, scores_, dbias_N, by_distance);
+        }
+        for (int n = 0; n < block_keys; n += lanes)
+            store(block.dbias_N + n, load<Floats>(block.dbias_N + n) + load<Floats>(dbias_N + n));
+        ds_by_distance_ += static_cast<double>(sum(by_distance));
+        add_transposed<Arithmetic>(scores_.p, tile.grad_steps, rows, block.dv_ND, stride_);
+        add_transposed<Arithmetic>(scores_.ds, tile.q_steps, rows, block.dk_ND, stride_);
+    }
+
+    void add_to_dq(const QueryTile<Arithmetic>& tile, int rows, int b) {
+        const KeyBlock block(layout_, scratch_, b);
+        constexpr int steps = block_keys / Arithmetic::depth;
+        for (int q = 0; q < rows; q += tile_rows) {
+            const Left ds{scores_.ds_left + q * steps, steps, 1};
+            float* dq = tile.dq_QD + q * stride_;
+            if (first_ + b == 0)
+                multiply<Arithmetic, tile_rows, Start::zero>(ds, block.k_steps, stride_, steps, dq, stride_,
+                                                             stride_ / lanes);
+            else
+                multiply<Arithmetic, tile_rows, Start::add>(ds, block.k_steps, stride_, steps, dq, stride_,
+                                                            stride_ / lanes);
+        }
+    }
+
+    bool is_last() const { return first_ + blocks_ == parts(pair_.keys.count, block_keys); }
+
+    void write_dq(const QueryTile<Arithmetic>& tile, std::int64_t first, int count) {
+        for (int q = 0; q < count; ++q)
+            write_row(tile.dq_QD + q * stride_, a_.scale, a_.head_width,
+                      row_of<Element>(g_.dq, pair_, row_at(pair_.queries, first + q)));
+    }
+
+    void write_key_gradients() {
+        for (int b = 0; b < blocks_; ++b) {
+            const KeyBlock block(layout_, scratch_, b);
+            const std::int64_t first = (first_ + b) * block_keys;
+            const int count = at_most(block_keys, pair_.keys.count - first);
+            for (int n = 0; n < count; ++n) {
+                const std::int64_t row = row_at(pair_.keys, first + n);
+                write_row(block.dk_ND + n * stride_, a_.scale, a_.head_width, row_of<Element>(g_.dk, pair_, row));
+                write_row(block.dv_ND + n * stride_, 1.0f, a_.head_width, row_of<Element>(g_.dv, pair_, row));
+                if (g_.dbias.data) *row_of(g_.dbias, pair_, row) = block.dbias_N[n];
+            }
+        }
+    }
+
+    int blocks() const { return blocks_; }
+    double ds_by_distance() const { return ds_by_distance_; }
+
+  private:
+    const Attention& a_;
+    const Gradients& g_;
+    const Pair& pair_;
+    const ChunkLayout<Arithmetic> layout_;
+    const TileLayout<Arithmetic> tile_layout_;
+    std::uint32_t* scratch_;
+    int stride_;
+    std::int64_t first_;  // block of the sequence
+    int blocks_;
+    ScoreUnits units_;
+    Probabilities scores_;
+    double ds_by_distance_ = 0.0;
+};
+
+template <class Arithmetic, class Element>
+void take_chunk(const Attention& a, const Gradients& g, const Pair& pair, std::int64_t index, std::uint32_t* tiles,
+                std::int64_t* progress, double* dslope, std::uint32_t* scratch) {
+    Chunk<Arithmetic, Element> chunk(a, g, pair, index, scratch);
+    chunk.pack();
+    const TileLayout<Arithmetic> layout(a.head_width);
+    const std::int64_t tile_count = parts(pair.queries.count, tile_queries);
+    for (std::int64_t t = 0; t < tile_count; ++t) {
+        const QueryTile<Arithmetic> tile(layout, tiles + static_cast<std::size_t>(t) * layout.words());
+        const int count = at_most(tile_queries, pair.queries.count - t * tile_queries);
+        const int rows = static_cast<int>(parts(count, tile_rows)) * tile_rows;
+        for (int b = 0; b < chunk.blocks(); ++b) {
+            chunk.take(tile, rows, b);
+            if (b == 0 && index > 0) wait_until_past(progress + index - 1, t);
+            chunk.add_to_dq(tile, rows, b);
+        }
+        if (chunk.is_last()) chunk.write_dq(tile, t * tile_queries, count);
+        __atomic_store_n(progress + index, t + 1, __ATOMIC_RELEASE);
+    }
+    chunk.write_key_gradients();
+    *dslope = -chunk.ds_by_distance();
+}
+
+template <class Arithmetic>
+std::size_t tile_words(int head_width) {
+    return TileLayout<Arithmetic>(head_width).words();
+}
+
+template <class Arithmetic, class Element>
+constexpr BackwardKernels backward_kernels = {
+    &tile_words<Arithmetic>,
+    &backward_scratch_words<Arithmetic>,
+    &pack_queries<Arithmetic, Element>,
+    &take_chunk<Arithmetic, Element>,
+};
+
+}  // namespace
+}  // namespace maskattn

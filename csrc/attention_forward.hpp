@@ -1,0 +1,251 @@
+// Forward attention of a tile of queries, softmax and both products in one pass over the keys.
+//
+// Dimension key: M queries of a register tile (tile_rows), Q of an item (tile_queries), N keys of a block (block_keys),
+// D head width.
+#pragma once
+
+#include "attention_rows.hpp"
+
+namespace maskattn {
+namespace {
+
+constexpr int block_vectors = block_keys / lanes;
+
+// A packed block of keys, in words: K by steps [D / depth][N], V by steps [N / depth][D padded], then N each of the key
+// bias, x and y.
+template <class Arithmetic>
+struct BlockLayout {
+    int k_words, v_words;
+
+    explicit BlockLayout(int head_width)
+        : k_words(head_width / Arithmetic::depth * block_keys),
+          v_words(block_keys / Arithmetic::depth * padded(head_width)) {}
+
+    std::size_t words() const { return static_cast<std::size_t>(k_words + v_words + 3 * block_keys); }
+};
+
+// What is added to the scores of a block of keys.
+struct KeyTerms {
+    const float* bias_N;  // -inf past the end of the sequence
+    const float* x_N;
+    const float* y_N;
+    bool biased;  // some bias is not 0
+};
+
+MASKATTN_INLINE KeyTerms terms_of_block(const Attention& a, const Pair& pair, std::int64_t block, const float* bias_N) {
+    const bool whole = (block + 1) * block_keys <= pair.keys.count;
+    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, a.key_bias.data || !whole};
+}
+
+// Bias and places of the block's keys; -inf past the end so that those take no part.
+inline void pack_key_terms(const Attention& a, const Pair& pair, std::int64_t block, float* bias_N) {
+    const std::int64_t first = block * block_keys;
+    const int count = at_most(block_keys, pair.keys.count - first);
+    for (int n = 0; n < block_keys; ++n) {
+        float bias = n < count ? 0.0f : -infinity, x = 0.0f, y = 0.0f;
+        if (n < count && a.key_bias.data) bias = *row_of(a.key_bias, pair, row_at(pair.keys, first + n));
+        if (n < count && a.slopes.data) {
+            const float* place = row_of(a.coords_k, pair, row_at(pair.keys, first + n));
+            x = place[0];
+            y = place[1];
+        }
+        bias_N[n] = bias;
+        bias_N[block_keys + n] = x;
+        bias_N[2 * block_keys + n] = y;
+    }
+}
+
+template <class Element>
+void rows_of_block(const Strided<const void>& x, const Pair& pair, std::int64_t block, const Element** rows) {
+    const std::int64_t first = block * block_keys;
+    const int count = at_most(block_keys, pair.keys.count - first);
+    for (int n = 0; n < block_keys; ++n)
+        rows[n] = n < count ? row_of<Element>(x, pair, row_at(pair.keys, first + n)) : nullptr;
+}
+
+template <class Arithmetic, class Element>
+void pack_keys(const Attention& a, const Pair& pair, std::int64_t first, std::int64_t last, std::uint32_t* blocks) {
+    const BlockLayout<Arithmetic> layout(a.head_width);
+    const Element* rows[block_keys];
+    for (std::int64_t block = first; block < last; ++block) {
+        std::uint32_t* to = blocks + static_cast<std::size_t>(block) * layout.words();
+        rows_of_block(a.k, pair, block, rows);
+        pack_columns<Arithmetic>(rows, a.head_width, to);
+        rows_of_block(a.v, pair, block, rows);
+        pack_steps<Arithmetic>(rows, block_keys, a.head_width, to + layout.k_words);
+        pack_key_terms(a, pair, block, reinterpret_cast<float*>(to + layout.k_words + layout.v_words));
+    }
+}
+
+// What products and distances count in the head's scores.
+struct ScoreUnits {
+    float product;
+    float distance;
+};
+
+MASKATTN_INLINE ScoreUnits units_of(const Attention& a, const Pair& pair) {
+    return {a.scale, a.slopes.data ? *row_of(a.slopes, pair, 0) : 0.0f};
+}
+
+// One row's scores of a block from its products with the keys.
+template <bool biased, bool placed>
+MASKATTN_INLINE Floats score(const float* product, const KeyTerms& keys, int n, ScoreUnits units, float x, float y) {
+    Floats s = load<Floats>(product + n) * units.product;
+    if constexpr (biased) s += load<Floats>(keys.bias_N + n);
+    if constexpr (placed) s -= distances(x, y, keys.x_N + n, keys.y_N + n) * units.distance;
+    return s;
+}
+
+// p of a row of the block as left operand of the product with V.
+template <class Arithmetic>
+MASKATTN_INLINE void store_left(std::uint32_t* row, int n, Floats p) {
+    if constexpr (Arithmetic::depth == 1)
+        store(row + n, p);
+    else
+        store(reinterpret_cast<Bfloat16*>(row) + n, to_bfloat16(p));
+}
+
+// The online softmax: the running state of the rows of a query tile.
+struct SoftmaxState {
+    float* largest_Q;  // of the scores so far
+    float* sum_Q;      // [Q][lanes], of e^(score - largest)
+    const float *x_Q, *y_Q;
+};
+
+// Takes in the products of rows [q, q + M) with a block: leaves p, and in factor_M what the sums so far must be scaled
+// by.
+template <class Arithmetic, bool biased, bool placed>
+__attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, const float* product_MN,
+                                            const KeyTerms& keys, ScoreUnits units, std::uint32_t* p_MN,
+                                            float* factor_M) {
+    constexpr int factors = padded(tile_rows);
+    alignas(64) float before_M[factors] = {}, after_M[factors] = {};
+    Floats total_M[tile_rows];
+    for (int m = 0; m < tile_rows; ++m) {
+        const float x = placed ? state.x_Q[q + m] : 0.0f, y = placed ? state.y_Q[q + m] : 0.0f;
+        Floats s[block_vectors], most;
+#pragma GCC unroll 16
+        for (int v = 0; v < block_vectors; ++v) {
+            s[v] = score<biased, placed>(product_MN + m * block_keys, keys, v * lanes, units, x, y);
+            most = v == 0 ? s[0] : maximum(most, s[v]);
+        }
+        const float before = state.largest_Q[q + m], found = largest(most);
+        const float now = found > before ? found : before;
+        // A row without a key so far has no largest score to be relative to.
+        const float base = now == -infinity ? 0.0f : now;
+        Floats total{};
+#pragma GCC unroll 16
+        for (int v = 0; v < block_vectors; ++v) {
+            const Floats p = exponential(s[v] - base);
+            store_left<Arithmetic>(p_MN + m * (block_keys / Arithmetic::depth), v * lanes, p);
+            total += p;
+        }
+        total_M[m] = total;
+        before_M[m] = before;
+        after_M[m] = base;
+        state.largest_Q[q + m] = now;
+    }
+    for (int m = 0; m < factors; m += lanes)
+        store(factor_M + m, exponential(load<Floats>(before_M + m) - load<Floats>(after_M + m)));
+    for (int m = 0; m < tile_rows; ++m) {
+        float* sums = state.sum_Q + (q + m) * lanes;
+        store(sums, load<Floats>(sums) * factor_M[m] + total_M[m]);
+    }
+}
+
+template <class Arithmetic, bool placed>
+MASKATTN_INLINE void softmax_step(const SoftmaxState& state, int q, const float* product_MN, const KeyTerms& keys,
+                                  ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
+    if (keys.biased)
+        softmax_step<Arithmetic, true, placed>(state, q, product_MN, keys, units, p_MN, factor_M);
+    else
+        softmax_step<Arithmetic, false, placed>(state, q, product_MN, keys, units, p_MN, factor_M);
+}
+
+// Scratch of a query tile, in words: q [Q][D / depth], out [Q][D padded], then largest, x and y [Q] and sum [Q][lanes].
+template <class Arithmetic>
+std::size_t forward_scratch_words(int head_width) {
+    return static_cast<std::size_t>(tile_queries) *
+           static_cast<std::size_t>(padded(head_width / Arithmetic::depth) + padded(head_width) + 3 + lanes);
+}
+
+template <class Element>
+void write_output(const Attention& a, const Pair& pair, std::int64_t row, float largest_score, Floats sums,
+                  const float* out_D) {
+    const float total = sum(sums);
+    const double lse = static_cast<double>(largest_score) + __builtin_log(static_cast<double>(total));
+    *row_of(a.lse, pair, row) = total == 0.0f ? -infinity : static_cast<float>(lse);
+    write_row(out_D, total == 0.0f ? 0.0f : 1.0f / total, a.head_width, row_of<Element>(a.out, pair, row));
+}
+
+template <class Arithmetic, class Element>
+void attend(const Attention& a, const Pair& pair, std::int64_t tile, const std::uint32_t* blocks,
+            std::uint32_t* scratch) {
+    const BlockLayout<Arithmetic> layout(a.head_width);
+    const int steps = a.head_width / Arithmetic::depth, q_stride = padded(steps), out_stride = padded(a.head_width);
+    const std::int64_t first = tile * tile_queries;
+    const int count = at_most(tile_queries, pair.queries.count - first);
+    const int rows = static_cast<int>(parts(count, tile_rows)) * tile_rows;
+
+    std::uint32_t* q_QD = scratch;
+    float* out_QD = reinterpret_cast<float*>(q_QD + tile_queries * q_stride);
+    float* largest_Q = out_QD + tile_queries * out_stride;
+    float *x_Q = largest_Q + tile_queries, *y_Q = x_Q + tile_queries, *sum_Q = y_Q + tile_queries;
+
+    const Element* q_rows[tile_queries];
+    for (int q = 0; q < rows; ++q) {
+        const bool real = q < count;
+        const std::int64_t row = real ? row_at(pair.queries, first + q) : 0;
+        q_rows[q] = real ? row_of<Element>(a.q, pair, row) : nullptr;
+        const float* place = real && a.slopes.data ? row_of(a.coords_q, pair, row) : nullptr;
+        x_Q[q] = place ? place[0] : 0.0f;
+        y_Q[q] = place ? place[1] : 0.0f;
+        largest_Q[q] = -infinity;
+        store(sum_Q + q * lanes, Floats{});
+    }
+    pack_rows<Arithmetic>(q_rows, rows, a.head_width, q_QD, q_stride);
+    __builtin_memset(out_QD, 0, static_cast<std::size_t>(rows * out_stride) * sizeof *out_QD);
+
+    const SoftmaxState state{largest_Q, sum_Q, x_Q, y_Q};
+    const ScoreUnits units = units_of(a, pair);
+    constexpr int p_stride = block_keys / Arithmetic::depth;
+    alignas(64) float product_MN[tile_rows * block_keys];
+    alignas(64) std::uint32_t p_MN[tile_rows * p_stride];
+    alignas(64) float factor_M[padded(tile_rows)];
+    const std::int64_t block_count = parts(pair.keys.count, block_keys);
+    for (std::int64_t block = 0; block < block_count; ++block) {
+        const std::uint32_t* k = blocks + static_cast<std::size_t>(block) * layout.words();
+        const std::uint32_t* v = k + layout.k_words;
+        const KeyTerms keys = terms_of_block(a, pair, block, reinterpret_cast<const float*>(v + layout.v_words));
+        for (int q = 0; q < rows; q += tile_rows) {
+            multiply<Arithmetic, tile_rows, Start::zero>({q_QD + q * q_stride, q_stride, 1}, k, block_keys, steps,
+                                                         product_MN, block_keys, block_vectors);
+            if (a.slopes.data)
+                softmax_step<Arithmetic, true>(state, q, product_MN, keys, units, p_MN, factor_M);
+            else
+                softmax_step<Arithmetic, false>(state, q, product_MN, keys, units, p_MN, factor_M);
+            multiply<Arithmetic, tile_rows, Start::scaled>({p_MN, p_stride, 1}, v, out_stride, p_stride,
+                                                           out_QD + q * out_stride, out_stride, out_stride / lanes,
+                                                           factor_M);
+        }
+    }
+    for (int q = 0; q < count; ++q)
+        write_output<Element>(a, pair, row_at(pair.queries, first + q), largest_Q[q],
+                              load<Floats>(sum_Q + q * lanes), out_QD + q * out_stride);
+}
+
+template <class Arithmetic>
+std::size_t block_words(int head_width) {
+    return BlockLayout<Arithmetic>(head_width).words();
+}
+
+template <class Arithmetic, class Element>
+constexpr ForwardKernels forward_kernels = {
+    &block_words<Arithmetic>,
+    &forward_scratch_words<Arithmetic>,
+    &pack_keys<Arithmetic, Element>,
+    &attend<Arithmetic, Element>,
+};
+
+}  // namespace
+}  // namespace maskattn

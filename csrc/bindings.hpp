@@ -1,0 +1,10 @@
+// Each operation's bindings add themselves to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace maskattn {
+
+void bind_attention(pybind11::module_& module);
+
+}  // namespace maskattn

@@ -1,0 +1,26 @@
+// The kernels as compiled for the including unit. A new operation adds its header and its line here.
+#pragma once
+
+#include "attention_backward.hpp"
+#include "kernels.hpp"
+
+namespace maskattn {
+namespace {
+
+#if defined(__AVX512BF16__)
+using Bfloat16Products = Bfloat16Pairs;
+#else
+using Bfloat16Products = SinglePrecision;
+#endif
+
+constexpr Kernels kernels_of_this_unit = {
+    {
+        forward_kernels<SinglePrecision, float>,
+        forward_kernels<Bfloat16Products, Bfloat16>,
+        backward_kernels<SinglePrecision, float>,
+        backward_kernels<Bfloat16Products, Bfloat16>,
+    },
+};
+
+}  // namespace
+}  // namespace maskattn
