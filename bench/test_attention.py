@@ -12,6 +12,8 @@ from points import Case, Problem, grid_of
 # Counted in forwards; the backward does five products where the forward does two.
 WORK = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 
+FLEX_POINTS = 3
+
 
 def impls_of(config: pytest.Config) -> tuple[str, ...]:
     """Which of ours are measured."""
@@ -33,8 +35,14 @@ def cases(grid: str, device: str) -> list[Case]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     all_cases = cases(config.getoption("--bench-grid"), config.getoption("--bench-device"))
-    pairs = [(case, contender) for case in all_cases for contender in contenders(impls_of(config))]
+    grid, names = config.getoption("--bench-grid"), contenders(impls_of(config))
+    pairs = [(case, name) for case in all_cases for name in names if is_worth_its_time(name, case.rank, grid)]
     metafunc.parametrize(("case", "contender"), pairs, ids=[f"{case}; {contender}" for case, contender in pairs])
+
+
+def is_worth_its_time(contender: str, rank: float, grid: str) -> bool:
+    """FlexAttention compiles anew for each size, half a minute of it: in the quick grid the first points get it."""
+    return not contender.startswith("flex") or grid != "quick" or rank < FLEX_POINTS
 
 
 def test_attention(measure, case: Case, contender: str, problem: Problem):

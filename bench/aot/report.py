@@ -14,7 +14,7 @@ import triton
 from aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, bound_of
 from aot.cases import DTYPES, GPU_TARGETS, Case, all_cases, compile_case
 from aot.machine_code import CLASSES, MachineCode, read
-from maskattn.kernels.configs import Config, look_up, padded_width
+from maskattn.kernels.configs import Config, look_up, split_width
 
 # What of the machine code goes to the table as it is.
 RESOURCES = ("registers", "spilled_bytes", "shared_bytes", "tensor_memory", "tensor_instruction")
@@ -42,7 +42,7 @@ class Row:
         case = self.case
         if case.target not in CHIPS or case.pass_ not in PRODUCTS:
             return None
-        tile_width = padded_width(case.head_width)
+        tile_width = sum(split_width(case.head_width, self.config))
         return bound_of(self.code, self.config, case.pass_, case.target, case.head_width, tile_width)
 
     def columns(self) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,7 @@ def test_the_committed_table_covers_every_configuration_as_it_is():
     for case in all_cases():
         config = look_up(case.pass_, case.target, case.head_width, DTYPES[case.dtype])
         row = table[case.key]
-        shipped = (config.block_m, config.block_n, config.num_warps, config.num_stages)
-        assert shipped == tuple(int(row[x]) for x in ("block_m", "block_n", "num_warps", "num_stages")), name(case)
+        assert {key: str(value) for key, value in asdict(config).items()}.items() <= row.items(), name(case)
 
 
 def test_no_row_of_the_committed_table_spills_or_is_too_large():
