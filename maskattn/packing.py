@@ -1,21 +1,25 @@
 """Packing: from a ``keep`` mask to the rows of the tokens that take part, and back.
 
 A batch of B sequences of N tokens is *packed* by laying the kept tokens of all sequences end to end as T rows. The
-spelling of ``cu_seqlens`` and ``max_seqlen`` is the flash-attention family's.
+spelling of ``cu_seqlens`` and ``max_seqlen`` is the flash-attention family's. Packing and unpacking are one launch each
+on a GPU, registered as ``maskattn::gather_rows`` and ``maskattn::scatter_rows``, each the gradient of the other.
 
 Dimension key: B sequences, N tokens of each, T packed tokens, C whatever follows (channels, or heads and width).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskattn.shapes import Bool, Int, Shaped
 
-__all__ = ["Packing", "pack", "unpack"]
+__all__ = ["Packing", "gather_rows", "pack", "scatter_rows", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Packing:
         max_seqlen: the longest sequence, in tokens.
         batch_size: B.
         num_tokens: N, tokens of each sequence before packing.
+        row_of_token: (B·N,) int32, the inverse of ``indices``: which of the T rows each token is, −1 if it is not kept.
+            Made from ``indices`` where it is not given, without waiting for the device.
     """
 
     indices: Int[Tensor, "T"]
@@ -35,13 +41,21 @@ class Packing:
     max_seqlen: int
     batch_size: int
     num_tokens: int
+    row_of_token: Int[Tensor, "BN"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.row_of_token is None:
+            rows = torch.arange(self.indices.shape[0], dtype=torch.int32, device=self.indices.device)
+            none = torch.full((self.batch_size * self.num_tokens,), -1, dtype=torch.int32, device=rows.device)
+            object.__setattr__(self, "row_of_token", none.index_copy(0, self.indices, rows))
 
     @classmethod
     def from_keep(cls, keep_BN: Bool[Tensor, "B N"]) -> Packing:
         """Read a mask of kept tokens.
 
-        On a CUDA mask this waits for the device twice (the number of kept tokens, the longest sequence); a mask born
-        on the CPU can be packed there and moved with :meth:`to` without a wait.
+        A CUDA mask costs one wait for the device: the number of kept tokens, which is the size of ``indices``, and the
+        longest sequence, which launches need. Nothing else here or in :func:`pack` and :func:`unpack` waits. A mask
+        born on the CPU can be packed there and moved with :meth:`to` without a wait.
 
         Args:
             keep_BN: (B, N) bool, True = the token takes part.
@@ -53,12 +67,20 @@ class Packing:
         _check_keep(keep_BN)
         lengths = keep_BN.sum(dim=1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        kept = keep_BN.reshape(-1)
+        row = kept.cumsum(0, dtype=torch.int32) - 1
+        counts = lengths.tolist()
+        total = sum(counts)
+        # Like kept.nonzero(), which would wait for the device again; background goes to one place behind the end.
+        tokens = torch.arange(kept.shape[0], device=kept.device)
+        indices = tokens.new_empty(total + 1).scatter_(0, row.where(kept, total).long(), tokens)[:total]
         return cls(
-            indices=keep_BN.reshape(-1).nonzero(as_tuple=True)[0],
+            indices=indices,
             cu_seqlens=cu_seqlens,
-            max_seqlen=int(lengths.max()) if lengths.numel() else 0,
+            max_seqlen=max(counts, default=0),
             batch_size=keep_BN.shape[0],
             num_tokens=keep_BN.shape[1],
+            row_of_token=row.where(kept, -1),
         )
 
     @property
@@ -73,12 +95,14 @@ class Packing:
 
     def to(self, device: torch.device | str) -> Packing:
         """The same packing with its tensors on another device."""
+        row_of_token = self.row_of_token
         return Packing(
             self.indices.to(device, non_blocking=True),
             self.cu_seqlens.to(device, non_blocking=True),
             self.max_seqlen,
             self.batch_size,
             self.num_tokens,
+            None if row_of_token is None else row_of_token.to(device, non_blocking=True),
         )
 
 
@@ -95,7 +119,7 @@ def pack(x: Shaped[Tensor, "B N *rest"], packing: Packing) -> Shaped[Tensor, "T 
             f"pack needs x of shape (B, N, ...) = ({packing.batch_size}, {packing.num_tokens}, ...) as the packing "
             f"was made for, got x.shape={tuple(x.shape)}; build the Packing from this batch's own keep mask"
         )
-    return x.flatten(0, 1).index_select(0, packing.indices)
+    return gather_rows(x.flatten(0, 1), packing.indices, packing.row_of_token)
 
 
 def unpack(rows: Shaped[Tensor, "T *rest"], packing: Packing) -> Shaped[Tensor, "B N *rest"]:
@@ -109,8 +133,62 @@ def unpack(rows: Shaped[Tensor, "T *rest"], packing: Packing) -> Shaped[Tensor, 
             f"unpack needs one row for each of the T={packing.total} kept tokens, got rows.shape={tuple(rows.shape)}; "
             "use the Packing that packed them"
         )
-    dense = rows.new_zeros((packing.batch_size * packing.num_tokens, *rows.shape[1:]))
-    return dense.index_copy(0, packing.indices, rows).unflatten(0, (packing.batch_size, packing.num_tokens))
+    dense = scatter_rows(rows, packing.indices, packing.row_of_token)
+    return dense.unflatten(0, (packing.batch_size, packing.num_tokens))
+
+
+@torch.library.custom_op("maskattn::gather_rows", mutates_args=())
+def gather_rows(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
+    """(rows, ...) → (T, ...): the rows at ``indices`` (T,), whose inverse is ``row_of_token`` (rows,)."""
+    if _has_kernels(x.device):
+        from maskattn.kernels import gather
+
+        return gather.gather_rows(x, indices)
+    return x.index_select(0, indices)
+
+
+@torch.library.custom_op("maskattn::scatter_rows", mutates_args=())
+def scatter_rows(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
+    """(T, ...) → (rows, ...): the rows put to ``indices`` (T,), whose inverse is ``row_of_token``; zeros elsewhere."""
+    if _has_kernels(rows.device):
+        from maskattn.kernels import gather
+
+        return gather.scatter_rows(rows, row_of_token)
+    return rows.new_zeros((row_of_token.shape[0], *rows.shape[1:])).index_copy_(0, indices, rows)
+
+
+@gather_rows.register_fake
+def _(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
+    return x.new_empty((indices.shape[0], *x.shape[1:]))
+
+
+@scatter_rows.register_fake
+def _(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
+    return rows.new_empty((row_of_token.shape[0], *rows.shape[1:]))
+
+
+def _save_places(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+gather_rows.register_autograd(
+    lambda ctx, grad: (scatter_rows(grad, *ctx.saved_tensors), None, None), setup_context=_save_places
+)
+scatter_rows.register_autograd(
+    lambda ctx, grad: (gather_rows(grad, *ctx.saved_tensors), None, None), setup_context=_save_places
+)
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the kernels run there: on a GPU, or on the CPU where someone has imported Triton to interpret them."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return False
+    elif "triton" not in sys.modules:
+        return False
+    from maskattn.kernels.gather import runs_on
+
+    return runs_on(device)
 
 
 def _check_keep(keep_BN: Tensor) -> None:

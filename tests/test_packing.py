@@ -74,3 +74,42 @@ def test_wrong_masks_and_tensors_are_named():
         pack(torch.ones(2, 4, 1), packing)
     with pytest.raises(ValueError, match=r"T=6 kept tokens, got rows\.shape=\(5, 1\)"):
         unpack(torch.ones(5, 1), packing)
+
+
+def test_each_token_knows_its_row():
+    keep = torch.tensor([[True, False, True], [False, False, True]])
+    packing = Packing.from_keep(keep)
+    assert packing.row_of_token.tolist() == [0, -1, 1, -1, -1, 2]
+    assert packing.row_of_token.dtype == torch.int32
+    # A packing made by hand finds out.
+    by_hand = Packing(packing.indices, packing.cu_seqlens, 2, 2, 3)
+    assert torch.equal(by_hand.row_of_token, packing.row_of_token)
+    assert by_hand.row_of_token.dtype == torch.int32
+
+
+def test_the_ops_pass_opcheck():
+    packing = Packing.from_keep(torch.rand(2, 5) > 0.4)
+    places = packing.indices, packing.row_of_token
+    x, rows = torch.randn(10, 3, 2, requires_grad=True), torch.randn(packing.total, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.maskattn.gather_rows.default, (x, *places))
+    torch.library.opcheck(torch.ops.maskattn.scatter_rows.default, (rows, *places))
+
+
+def test_compiles_whole_with_a_packing_as_input():
+    def there_and_back(x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        within = Packing(packing.indices, packing.cu_seqlens, packing.max_seqlen, 2, 5)
+        return unpack(pack(x, packing).sin(), within)
+
+    torch._dynamo.reset()
+    packing, x = Packing.from_keep(torch.rand(2, 5) > 0.4), torch.randn(2, 5, 3, requires_grad=True)
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")(x, packing)
+    eager = there_and_back(x, packing)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (compiled, eager)))
+
+
+def test_dtypes_that_are_not_floating_pack_too():
+    packing = Packing.from_keep(torch.tensor([[True, False, True]]))
+    for x in (torch.tensor([[True, True, False]]), torch.tensor([[3, 4, 5]]), torch.tensor([[1j, 2j, 3j]])):
+        assert torch.equal(pack(x, packing), x[0, [0, 2]])
+        assert torch.equal(unpack(pack(x, packing), packing), x * torch.tensor([1, 0, 1]).to(x.dtype))
