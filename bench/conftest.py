@@ -147,6 +147,6 @@ def _peak_mib(call: Callable[[], object]) -> float:
 
 
 def _rounds(seconds: float, device: str) -> int:
-    """As many as fit into about a third of a second on a GPU, one and a half on a CPU; 5 at least."""
-    budget = 0.3 if device == "cuda" else 1.5
-    return int(min(max(budget / max(seconds, 1e-6), 5), 100 if device == "cuda" else 30))
+    """As many as fit into a third of a second on a GPU and a whole one on a CPU, but some; fewer of the slowest."""
+    budget, most = (0.3, 100) if device == "cuda" else (1.0, 30)
+    return int(min(max(budget / max(seconds, 1e-6), 5 if seconds < 1 else 3), most))

@@ -105,15 +105,15 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 def flex_mask(problem: Problem) -> Callable[[], object]:
     """Makes FlexAttention's block mask of kept keys and kept queries."""
-    _only(problem, "cuda", "on a CPU its compiler takes a minute for each size and has no backward")
     from torch.nn.attention.flex_attention import create_block_mask
 
-    keep, tokens, batch = problem.keep, problem.point.tokens, problem.point.batch
+    keep, tokens, batch, device = problem.keep, problem.point.tokens, problem.point.batch, problem.device
 
     def both_kept(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return keep[b, query] & keep[b, key]
 
-    return lambda: create_block_mask(both_kept, batch, None, tokens, tokens, device=problem.device, _compile=True)
+    # Compiled, it does not hold an N×N mask on the way.
+    return lambda: create_block_mask(both_kept, batch, None, tokens, tokens, device=device, _compile=device == "cuda")
 
 
 def _flex(problem: Problem, mask_in_call: bool) -> Attention:

@@ -18,9 +18,12 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import peers  # noqa: E402 (bench/ must be on the path first)
+from clock import DeviceClock  # noqa: E402 (likewise)
 from points import Case, Point, Problem, grid_of  # noqa: E402 (likewise)
 from record import Recorder, read_rows, table  # noqa: E402 (likewise)
 
+# FlexAttention would compile for half a minute.
+QUICK_PEERS = [name for name in peers.PEERS if not name.startswith("flex")]
 FAMILIES = {"attention", "options", "readout", "token_relevance", "packing", "ViT-S/16"}
 
 
@@ -58,7 +61,7 @@ def test_nothing_is_started_after_the_time_is_up(tmp_path):
 
 # torch's own jagged attention warns so from within.
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
-@pytest.mark.parametrize("contender", ["maskattn packed, torch", "maskattn masked, torch", *peers.PEERS])
+@pytest.mark.parametrize("contender", ["maskattn packed, torch", "maskattn masked, torch", *QUICK_PEERS])
 def test_every_contender_computes_the_same_attention(contender, problem):
     try:
         attend, inputs = peers.attention_of(contender, problem)
@@ -88,6 +91,35 @@ def test_the_table_compares_ours_with_the_best_peer_that_computes_the_same():
     text = table(recorder.rows)
     assert "maskattn packed, torch | 2 | 0.5 | varlen_attn | 3 | 1.50×" in text
     assert "1 × xformers: is not installed" in text
+
+
+def test_the_device_clock_gives_the_seconds_between_two_events_of_one_round(monkeypatch):
+    class Event:
+        now_ms = 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.now_ms += 5
+            self.at_ms = Event.now_ms
+
+        def elapsed_time(self, later):
+            return later.at_ms - self.at_ms
+
+    cache = torch.ones(4)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: cache)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = DeviceClock()
+    for _ in range(2):
+        cache.fill_(1)
+        assert clock() == 0
+        assert not cache.any()
+        assert clock() == 0.005
+    clock()
+    clock.reset()
+    assert clock() == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
