@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from record import Row, is_ours, read_rows
 
 # Okabe and Ito's colours, which the colour-blind tell apart; with markers, so that nothing hangs on colour alone.
@@ -64,7 +64,10 @@ def speed_against_length(rows: list[Row], folder: Path) -> list[Path]:
         groups[row.width, row.kept, row.dtype].append(row)
     paths = []
     for (width, kept, dtype), group in groups.items():
-        if len({row.tokens for row in group}) < 3:
+        # Of several batches of one length, the largest.
+        batches = {row.tokens: max(other.batch for other in group if other.tokens == row.tokens) for row in group}
+        group = [row for row in group if row.batch == batches[row.tokens]]
+        if len(batches) < 3:
             continue
         figure, panels = _panels([row.direction for row in group])
         for axes, direction in panels:
@@ -72,8 +75,10 @@ def speed_against_length(rows: list[Row], folder: Path) -> list[Path]:
             for name, points in best_by_series(here, "tokens").items():
                 lengths = sorted(points)
                 _line(axes, lengths, [points[n].tflops for n in lengths], name)
-            axes.set(title=DIRECTIONS[direction], xlabel="tokens of a sequence", xscale="log", yscale="log")
-            _ticks(axes, sorted({row.tokens for row in here}), lambda n: f"{n:,.0f}")
+            axes.set(
+                title=DIRECTIONS[direction], xlabel="tokens of a sequence, × sequences", xscale="log", yscale="log"
+            )
+            _ticks(axes, {n: f"{_short(n)}\n×{batches[n]}" for n in {row.tokens for row in here}})
         panels[0][0].set_ylabel("TFLOP/s over kept tokens")
         title = f"Attention of masked sequences: head width {width}, {kept:.0%} of the tokens kept, {dtype}"
         paths.append(_save(figure, title, group[0], folder / f"speed_d{width}_f{kept:g}_{dtype}.png"))
@@ -81,7 +86,7 @@ def speed_against_length(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def time_against_share(rows: list[Row], folder: Path) -> list[Path]:
-    """How much faster than the best bool mask, against the kept share; the limit is 1/f²."""
+    """How much faster than the best bool mask, against the kept share; 1/f² of the scores is what there is to save."""
     groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.batch, row.tokens, row.width, row.dtype].append(row)
@@ -96,13 +101,15 @@ def time_against_share(rows: list[Row], folder: Path) -> list[Path]:
             shares = sorted(masked)
             if not shares:
                 continue
-            axes.plot(shares, [share**-2 for share in shares], "k--", linewidth=1.2, label="limit: 1/f²")
+            axes.plot(
+                shares, [share**-2 for share in shares], "k--", linewidth=1.2, label="1/f²: as fast for each score"
+            )
             axes.axhline(1, color="#56B4E9", linewidth=1.2, label="sdpa bool mask")
             for name, points in series.items():
                 both = [share for share in shares if share in points]
                 _line(axes, both, [masked[share].p50_ms / points[share].p50_ms for share in both], name)
             axes.set(title=DIRECTIONS[direction], xlabel="kept share f of the tokens", xscale="log", yscale="log")
-            _ticks(axes, shares, lambda share: f"{share:g}")
+            _ticks(axes, {share: f"{share:g}" for share in shares})
             axes.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}×"))
         panels[0][0].set_ylabel("times faster than sdpa with a bool mask")
         title = f"What masking saves: {batch} × {tokens:,} tokens, head width {width}, {dtype}"
@@ -161,9 +168,15 @@ def _line(axes: Axes, x: list[float], y: list[float], name: str) -> None:
     )
 
 
-def _ticks(axes: Axes, values: list[float], text) -> None:
-    axes.set_xticks(values, [text(value) for value in values])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+def _short(tokens: int) -> str:
+    return f"{tokens / 1024:g}k" if tokens >= 1024 else str(tokens)
+
+
+def _ticks(axes: Axes, labels: dict[float, str]) -> None:
+    axes.set_xticks(list(labels), list(labels.values()))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -93,6 +93,30 @@ def test_the_table_compares_ours_with_the_best_peer_that_computes_the_same():
     assert "1 × xformers: is not installed" in text
 
 
+def test_plots_are_drawn_of_every_length_and_share_that_was_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    from plots import best_by_series, plot
+
+    recorder = Recorder(None, "cpu")
+    for tokens in (256, 1024, 4096):
+        for kept in (0.06, 0.3, 1.0):
+            point = Point(1, tokens, kept, 2, 64, "fp32")
+            for speed, contender in ((1.0, "maskattn packed, torch"), (0.5, "sdpa bool mask, flash"), (0.1, "nested")):
+                case = Case("attention", "forward", point, 0)
+                recorder.add(case, contender, "ok", p50_ms=tokens / speed, tflops=speed)
+    for variant, p50_ms in (("plain", 1.0), ("dropout", 1.5)):
+        case = Case("options", "both", Point(1, 256, 0.3, 2, 64, "fp32"), 0, variant)
+        recorder.add(case, "maskattn packed, torch", "ok", p50_ms=p50_ms)
+    recorder.add(Case("attention", "forward", Point(1, 8192, 0.3, 2, 64, "fp32"), 0), "xformers", "skipped", "absent")
+    paths = plot(recorder.rows, tmp_path)
+    speeds = {f"speed_d64_f{kept}_fp32.png" for kept in ("0.06", "0.3", "1")}
+    shares = {f"share_1x{tokens}_d64_fp32.png" for tokens in (256, 1024, 4096)}
+    assert {path.name for path in paths} == speeds | shares | {"options_1x256_d64_fp32.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    lines = best_by_series([row for row in recorder.rows if row.status == "ok" and row.kept == 0.3], "tokens")
+    assert list(lines["sdpa bool mask"]) == [256, 1024, 4096]
+
+
 def test_the_device_clock_gives_the_seconds_between_two_events_of_one_round(monkeypatch):
     class Event:
         now_ms = 0
