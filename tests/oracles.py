@@ -243,7 +243,7 @@ def run_reference(attend: Attend, inputs: Inputs, dtype: torch.dtype) -> Results
     out, lse = _attend(attend, inputs, leaves)
     # lse is −inf and constant where a row has no key.
     outputs = [(out, inputs.grad_out), (lse.masked_fill(lse.isinf(), 0), inputs.grad_lse)]
-    grads = _pull_back(outputs, leaves)
+    grads = gradients_of_leaves(outputs, leaves)
     results = {"out": out.detach(), "lse": lse.detach()}
     return results | {f"d{name}": grad for name, grad in grads.items()}
 
@@ -264,7 +264,7 @@ def named(inputs: Inputs, out: Tensor, lse: Tensor, grads: Gradients) -> Results
     return results
 
 
-def _pull_back(
+def gradients_of_leaves(
     outputs: Sequence[tuple[Tensor, Tensor | None]], leaves: dict[str, Tensor], retain_graph: bool = False
 ) -> dict[str, Tensor]:
     """Gradients of the leaves for these gradients of the outputs; 0 where nothing depends on a leaf."""
@@ -303,8 +303,8 @@ def rounded_between_passes(attend: Attend, inputs: Inputs) -> Results:
     delta = of_rows((out * inputs.grad_out).abs().sum(-1)).detach()
     size = finite.detach().abs()
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse * size
-    of_delta = _pull_back([(finite, delta)], leaves, retain_graph=True)
-    of_lse = _pull_back([(out, inputs.grad_out * of_rows(size)[..., None]), (finite, grad_lse)], leaves)
+    of_delta = gradients_of_leaves([(finite, delta)], leaves, retain_graph=True)
+    of_lse = gradients_of_leaves([(out, inputs.grad_out * of_rows(size)[..., None]), (finite, grad_lse)], leaves)
     # lse is float32 whatever the inputs are.
     relative = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
     return {f"d{name}": of_delta[name].abs() + relative * of_lse[name].abs() for name in leaves}
