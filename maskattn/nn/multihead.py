@@ -2,20 +2,24 @@
 
 The only place where PyTorch's polarity (``key_padding_mask``, True = ignore) is turned into the package's ``keep``.
 
-Dimension key: B sequences, L queries and S keys of each, Tq and Tk packed queries and keys, E channels, H heads, D head
-width.
+Dimension key: B sequences, L queries and S keys of each, R ≤ 16 queries of a readout, Tq and Tk packed queries and
+keys, E channels, H heads (h is 1 or H, b is 1 or B), D head width.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskattn.attention.api import packed_attention
-from maskattn.packing import Packing, pack, unpack
+from maskattn.attention.api import packed_attention, readout
+from maskattn.nn.nested import nested_like, nested_rows
+from maskattn.nn.operands import Operands, every_token, is_full, rows_of, scatter_rows
+from maskattn.nn.padded_attention import attend_causally, attend_under_mask, attend_with_weights
+from maskattn.packing import Packing
 
 __all__ = ["MultiheadAttention"]
 
@@ -23,21 +27,35 @@ __all__ = ["MultiheadAttention"]
 class MultiheadAttention(nn.MultiheadAttention):
     """torch's layer, with its arguments, parameters, initialisation and state-dict keys, over the kept keys alone.
 
-    Masked keys are packed away before the projections: they cost nothing and are never read. It differs from torch's
-    layer in one result: a query whose keys are all masked gives 0 before the output projection, where torch may give
-    NaN.
+    Masked keys are packed away before the projections: they cost nothing and are never read. A mask of keys alone goes
+    through the fused kernels; ``attn_mask`` and ``is_causal`` go through torch's ``scaled_dot_product_attention`` over
+    the kept keys; weights are computed in blocks of queries. Nested tensors are taken for self-attention.
 
-    Not yet taken, and refused by name: ``attn_mask``, ``is_causal``, ``add_bias_kv``, ``add_zero_attn``, and dropout in
-    training.
+    It differs from torch's layer in this:
+
+    - A query without any key to attend to gives 0 before the output projection, and weights of 0, where torch gives
+      NaN or, in evaluation, values that depend on its path.
+    - A key whose float ``key_padding_mask`` is −inf, or the lowest finite value of the mask's dtype, is not read at
+      all: NaN in it reaches neither an output nor a gradient.
+    - A float mask need not have the dtype of the query.
+    - Arguments that do not fit raise ValueError or TypeError, where torch has AssertionError or RuntimeError too.
+    - ``torch.jit.script`` cannot compile it; ``torch.compile`` can.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
             torch.nn.MultiheadAttention has them.
         skip_queries: for self-attention, masked positions are not queries either; their output is 0.
-        impl: implementation of the attention; None takes the best.
+        impl: implementation of the attention; None takes the best. Only "torch" (or None) has ``attn_mask``,
+            ``is_causal`` and ``need_weights=True``.
 
     Raises:
-        ValueError: an argument that the layer does not take.
+        ValueError, AssertionError: the sizes do not fit, as torch has it.
+
+    Example:
+        >>> layer = MultiheadAttention(32, 4, batch_first=True)
+        >>> x, ignore = torch.randn(2, 9, 32), torch.rand(2, 9) > 0.3
+        >>> layer(x, x, x, key_padding_mask=ignore, need_weights=False)[0].shape
+        torch.Size([2, 9, 32])
     """
 
     def __init__(
@@ -57,16 +75,27 @@ class MultiheadAttention(nn.MultiheadAttention):
         skip_queries: bool = False,
         impl: str | None = None,
     ) -> None:
-        if add_bias_kv or add_zero_attn:
-            raise ValueError(
-                "add_bias_kv and add_zero_attn are not taken by maskattn.nn.MultiheadAttention, got "
-                f"add_bias_kv={add_bias_kv}, add_zero_attn={add_zero_attn}; use torch.nn.MultiheadAttention for them"
-            )
         super().__init__(
-            embed_dim, num_heads, dropout, bias, False, False, kdim, vdim, batch_first, device=device, dtype=dtype
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device=device,
+            dtype=dtype,
         )
+        self._set_masking(skip_queries, impl)
+
+    def _set_masking(self, skip_queries: bool, impl: str | None) -> None:
+        """Set what this layer has beyond torch's, and keep torch's encoder layer from going round its forward."""
         self.skip_queries = skip_queries
         self.impl = impl
+        if _announce_forward not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_announce_forward)
 
     def forward(
         self,
@@ -84,107 +113,268 @@ class MultiheadAttention(nn.MultiheadAttention):
         Args:
             query: (L, B, E), or (B, L, E) if ``batch_first``, or (L, E).
             key, value: likewise with S and kdim or vdim.
-            key_padding_mask: (B, S), or (S,); bool, True = ignore the key; or float, added to its scores.
-            need_weights: also return the attention weights, the one thing here of size L·S; ask for False otherwise.
+            key_padding_mask: (B, S), or (S,); bool, True = ignore the key; or float, added to its scores,
+                differentiable.
+            need_weights: also return the attention weights, the one thing here of size L·S; ask for False otherwise,
+                or use :meth:`readout` for the rows of a few queries.
             average_attn_weights: their mean over heads, (B, L, S), instead of (B, H, L, S).
-            attn_mask, is_causal: refused.
+            attn_mask: (L, S), or (B·H, L, S); bool, True = this query ignores this key; or float, added to the scores,
+                differentiable.
+            is_causal: a hint that ``attn_mask`` is the causal mask, which must be given too.
 
         Returns:
-            The output, shaped as ``query``, and the weights or None.
+            The output, shaped as ``query``, and the weights or None. In training the weights are those after dropout.
+            Each appended key (``add_bias_kv``, ``add_zero_attn``) is one more column of the weights.
 
         Raises:
-            TypeError, ValueError: an argument that the layer does not take, or shapes that do not fit.
+            TypeError, ValueError: shapes or dtypes that do not fit, or ``impl`` lacks what is asked for.
+            RuntimeError: ``is_causal`` without ``attn_mask``, as torch has it.
         """
-        if attn_mask is not None or is_causal:
+        if query.is_nested:
+            masks = key_padding_mask, attn_mask
+            return self._attend_nested(query, key, value, need_weights or any(x is not None for x in masks)), None
+        _check_masks_agree(key_padding_mask, attn_mask, is_causal)
+        self._check_impl(need_weights, attn_mask)
+        operands, batched = self._operands(query, key, value, key_padding_mask, self.skip_queries)
+        # The hint replaces the mask exactly where torch lets it.
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask_bhLS = None if attn_mask is None or causal else self._read_mask(attn_mask, operands, batched)
+        operands = self._with_appended_keys(operands)
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            out, weights = attend_with_weights(operands, mask_bhLS, dropout_p, average_attn_weights)
+        elif causal:
+            out = attend_causally(operands, dropout_p)
+        elif mask_bhLS is not None:
+            out = attend_under_mask(operands, mask_bhLS, dropout_p)
+        else:
+            out = self._attend(operands, dropout_p)
+        result = self._as_caller_has_it(scatter_rows(self.out_proj(out.flatten(1)), operands.queries), batched)
+        return result, weights if weights is None or batched else weights[0]
+
+    def readout(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        average_attn_weights: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of at most 16 queries with their weights: the class token's row without the other N·N.
+
+        ``layer.readout(x[:, :1], x, x, mask)`` is ``layer(x, x, x, mask)`` at the first token (``batch_first``), one
+        pass over keys and values. All queries take part, whatever ``skip_queries`` says.
+
+        Args:
+            query: (R, B, E), or (B, R, E) if ``batch_first``, or (R, E); 1 ≤ R ≤ 16.
+            key, value, key_padding_mask, average_attn_weights: as :meth:`forward` has them.
+
+        Returns:
+            The output, shaped as ``query``, and the weights before dropout, (B, R, S), or (B, H, R, S) without
+            ``average_attn_weights``; without B where the inputs have none. Both differentiable.
+
+        Raises:
+            TypeError, ValueError: shapes or dtypes that do not fit.
+        """
+        operands, batched = self._operands(query, key, value, key_padding_mask, False)
+        operands = self._with_appended_keys(operands)
+        q_BRHD = scatter_rows(operands.q, operands.queries)
+        keys, bias = operands.keys, operands.key_bias
+        out, rows_RHT = cast(
+            tuple[Tensor, Tensor],
+            readout(
+                q_BRHD,
+                operands.k,
+                operands.v,
+                keys.cu_seqlens,
+                keys.max_seqlen,
+                key_bias=bias,
+                dropout_p=self.dropout if self.training else 0.0,
+                return_rows=True,
+                impl=self.impl,
+            ),
+        )
+        weights = scatter_rows(rows_RHT.permute(2, 1, 0), keys).permute(0, 2, 3, 1)  # [B, H, R, S]
+        weights = weights.mean(dim=1) if average_attn_weights else weights
+        return self._as_caller_has_it(self.out_proj(out.flatten(2)), batched), weights if batched else weights[0]
+
+    def _attend(self, operands: Operands, dropout_p: float) -> Tensor:
+        """The fused operation: (Tq, H, D)."""
+        everything_dropped = dropout_p == 1
+        out = cast(
+            Tensor,
+            packed_attention(
+                operands.q,
+                operands.k,
+                operands.v,
+                *operands.spans,
+                key_bias=operands.key_bias,
+                dropout_p=0.0 if everything_dropped else dropout_p,
+                impl=self.impl,
+            ),
+        )
+        return 0 * out if everything_dropped else out
+
+    def _attend_nested(self, query: Tensor, key: Tensor, value: Tensor, more: bool) -> Tensor:
+        if more or key is not query or value is not query:
             raise ValueError(
-                "attn_mask and is_causal are not taken by maskattn.nn.MultiheadAttention, which masks keys alone; "
-                "pass key_padding_mask, or use torch.nn.MultiheadAttention"
+                "a nested query is taken for self-attention without masks and weights alone, got other keys or values, "
+                "a mask, or need_weights=True; pass need_weights=False, or pad it with query.to_padded_tensor(0)"
             )
-        if self.training and self.dropout > 0:
-            raise ValueError(
-                f"dropout of attention weights is not taken in training, got dropout={self.dropout}; use dropout=0"
-            )
+        rows, packing = nested_rows(query)
+        operands = Operands(*self._project(rows, rows, rows), packing, packing, None)
+        out = self._attend(self._with_appended_keys(operands), self.dropout if self.training else 0.0)
+        return nested_like(self.out_proj(out.flatten(1)), query, packing)
+
+    def _operands(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, skip_queries: bool
+    ) -> tuple[Operands, bool]:
+        """Projected rows of the tokens that take part, and whether the caller has batches."""
         batched = query.ndim == 3
-        query, key, value = (self._batch_first(x, batched) for x in (query, key, value))
-        keep_BS, bias_BS = _read_padding_mask(key_padding_mask, key, batched)
-        if self.skip_queries and query.shape[1] != key.shape[1]:
+        self._check_inputs(query, key, value)
+        is_self, key_is_value = query is key, key is value
+        query, key = self._batch_first(query, batched), self._batch_first(key, batched)
+        value = key if key_is_value else self._batch_first(value, batched)
+        if skip_queries and query.shape[1] != key.shape[1]:
             raise ValueError(
                 "skip_queries=True reads key_padding_mask for the queries too, so both must have one length, got "
                 f"{query.shape[1]} queries and {key.shape[1]} keys; use skip_queries=False for cross-attention"
             )
-        keys = Packing.from_keep(keep_BS)
-        queries = keys if self.skip_queries else Packing.from_keep(keep_BS.new_ones(query.shape[:2]))
-        q, k, v = self._project(pack(query, queries), pack(key, keys), pack(value, keys))
-        key_bias = None if bias_BS is None else pack(bias_BS, keys)
-        attended = packed_attention(
-            q,
-            k,
-            v,
-            queries.cu_seqlens,
-            keys.cu_seqlens,
-            queries.max_seqlen,
-            keys.max_seqlen,
-            key_bias=key_bias,
-            return_lse=need_weights,
-            impl=self.impl,
+        keys, key_bias = _read_padding_mask(key_padding_mask, key, batched)
+        same_rows = skip_queries or (is_self and is_full(keys))
+        queries = keys if same_rows else every_token(query.shape[0], query.shape[1], query.device)
+        rows_k = rows_of(key, keys)
+        rows_v = rows_k if key_is_value else rows_of(value, keys)
+        rows_q = rows_k if is_self and same_rows else rows_of(query, queries)
+        return Operands(*self._project(rows_q, rows_k, rows_v), queries, keys, key_bias), batched
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed rows (T, E) → q (Tq, H, D), k and v (Tk, H, D); one product for what is projected together."""
+        weight, bias, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        if weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif key is not value:
+            weights = weight.chunk(3)
+        elif query is key:
+            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+            return q, k, v
+        else:
+            q = F.linear(query, weight[:E], biases[0]).unflatten(-1, (self.num_heads, -1))
+            both = F.linear(key, weight[E:], None if bias is None else bias[E:])
+            k, v = both.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+            return q, k, v
+        q, k, v = (
+            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1))
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
-        out, lse = cast(tuple[Tensor, Tensor], attended) if need_weights else (cast(Tensor, attended), None)
-        result = unpack(self.out_proj(out.flatten(1)), queries)
-        result = result if self.batch_first or not batched else result.transpose(0, 1)
-        weights = None if lse is None else _attention_weights(q, k, lse, key_bias, queries, keys)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
-        return (result, weights) if batched else (result[0], None if weights is None else weights[0])
+        return q, k, v
+
+    def _with_appended_keys(self, operands: Operands) -> Operands:
+        """The key that ``add_bias_kv`` learns and the zeros of ``add_zero_attn``, at the end of every sequence."""
+        shape = (1, self.num_heads, self.head_dim)
+        if self.bias_k is not None and self.bias_v is not None:
+            operands = operands.with_keys_appended(self.bias_k.view(shape), self.bias_v.view(shape))
+        if self.add_zero_attn:
+            zero = operands.k.new_zeros(shape)
+            operands = operands.with_keys_appended(zero, zero)
+        return operands
+
+    def _read_mask(self, mask: Tensor, operands: Operands, batched: bool) -> Tensor:
+        """torch's ``attn_mask`` to (b, h, L, S), −inf where a query ignores a key; 0 for appended keys."""
+        B, H = operands.keys.batch_size, self.num_heads
+        plain = (operands.queries.num_tokens, operands.keys.num_tokens)
+        if tuple(mask.shape) not in (plain, (B * H, *plain)):
+            raise ValueError(
+                f"attn_mask must have shape (L, S) = {plain} or ({'B·H' if batched else 'H'}, L, S) = "
+                f"{(B * H, *plain)}, got attn_mask.shape={tuple(mask.shape)}; a mask of keys alone is key_padding_mask"
+            )
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=operands.q.dtype).masked_fill(mask, float("-inf"))
+        mask = mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (B, H))
+        appended = (self.bias_k is not None) + self.add_zero_attn
+        return F.pad(mask, (0, appended)) if appended else mask
+
+    def _check_impl(self, need_weights: bool, attn_mask: Tensor | None) -> None:
+        if self.impl in (None, "torch") or not (need_weights or attn_mask is not None):
+            return
+        lacks = "need_weights=True" if need_weights else "attn_mask"
+        raise ValueError(
+            f"impl={self.impl!r} has no {lacks}, which only impl='torch' has; pass need_weights=False (readout() has "
+            "the rows of a few queries), mask keys by key_padding_mask, or make the layer with impl=None"
+        )
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
+            raise ValueError(
+                "query, key and value must all be batched (3 dimensions) or all unbatched (2), got shapes "
+                f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; add the batch with x[None]"
+            )
+        batch = None if query.ndim == 2 else 0 if self.batch_first else 1
+        wanted = (query.shape[-1], self.embed_dim), (key.shape[-1], self.kdim), (value.shape[-1], self.vdim)
+        one_batch = batch is None or query.shape[batch] == key.shape[batch]
+        if any(got != width for got, width in wanted) or key.shape[:-1] != value.shape[:-1] or not one_batch:
+            raise ValueError(
+                f"query, key and value must have {self.embed_dim}, {self.kdim} and {self.vdim} channels, one batch, "
+                f"and as many keys as values, got shapes {tuple(query.shape)}, {tuple(key.shape)} and "
+                f"{tuple(value.shape)} with batch_first={self.batch_first}"
+            )
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
         """(B, L, E) from whatever the caller has."""
-        if x.ndim != (3 if batched else 2):
-            raise ValueError(
-                "query, key and value must all be batched (3 dimensions) or all unbatched (2), "
-                f"got one of shape {tuple(x.shape)}"
-            )
         if not batched:
             return x[None]
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed rows (T, E) → q (Tq, H, D), k and v (Tk, H, D)."""
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1))
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    def _as_caller_has_it(self, x_BLE: Tensor, batched: bool) -> Tensor:
+        """The layout of :meth:`_batch_first` undone; contiguous, as callers who use ``view`` expect."""
+        if not batched:
+            return x_BLE[0]
+        return x_BLE if self.batch_first else x_BLE.transpose(0, 1).contiguous()
+
+
+def _announce_forward(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A hook that does nothing: ``nn.TransformerEncoderLayer`` reads a hooked layer's output, not its weights."""
+
+
+def _check_masks_agree(key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """What torch's layer raises and warns of, before shapes are known."""
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+            raise TypeError(
+                f"{name} must be bool (True = ignore) or float (added to the scores), got {name}.dtype={mask.dtype}; "
+                f"convert it with {name}.bool()"
+            )
+    if is_causal and attn_mask is None:
+        raise RuntimeError(
+            "is_causal is a hint about attn_mask, got is_causal=True without attn_mask; pass the mask too, "
+            "e.g. nn.Transformer.generate_square_subsequent_mask(L). Need attn_mask if specifying the is_causal hint."
         )
-        return q, k, v
+    if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
+        warnings.warn(
+            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
+            stacklevel=6,  # past the check, forward and the three frames of Module.__call__
+        )
 
 
-def _read_padding_mask(mask: Tensor | None, key: Tensor, batched: bool) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's mask, True or −inf = ignore, to ``keep`` (B, S) and the finite part of a float mask, if any."""
-    shape = tuple(key.shape[:2])
+def _read_padding_mask(mask: Tensor | None, key: Tensor, batched: bool) -> tuple[Packing, Tensor | None]:
+    """PyTorch's mask, True or −inf = ignore, to the kept keys and the bias (Tk,) of a float mask, if any."""
+    B, S = key.shape[:2]
     if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=key.device), None
+        return every_token(B, S, key.device), None
+    wanted = (B, S) if batched else (S,)
+    if tuple(mask.shape) != wanted:
+        raise ValueError(
+            f"key_padding_mask must have shape {'(B, S)' if batched else '(S,)'} = {wanted}, got "
+            f"key_padding_mask.shape={tuple(mask.shape)}; it is (B, S) whatever batch_first is"
+        )
     mask_BS = mask if batched else mask[None]
-    if tuple(mask_BS.shape) != shape:
-        raise ValueError(f"key_padding_mask must have shape {shape if batched else shape[1:]}, got {tuple(mask.shape)}")
     if mask.dtype == torch.bool:
-        return ~mask_BS, None
-    if not mask.dtype.is_floating_point:
-        raise TypeError(f"key_padding_mask must be bool (True = ignore) or float, got {mask.dtype}")
-    return mask_BS != float("-inf"), mask_BS
-
-
-def _attention_weights(
-    q: Tensor, k: Tensor, lse: Tensor, key_bias: Tensor | None, queries: Packing, keys: Packing
-) -> Tensor:
-    """(B, H, L, S), the softmax weights; 0 at masked keys and in the rows of masked queries."""
-    q_BLHD, k_BSHD, lse_BLH = unpack(q, queries), unpack(k, keys), unpack(lse.T, queries)
-    scores = q.shape[-1] ** -0.5 * torch.einsum("blhd,bshd->bhls", q_BLHD, k_BSHD)
-    if key_bias is not None:
-        scores = scores + unpack(key_bias, keys)[:, None, None, :].to(scores.dtype)
-    keep_query, keep_key = (unpack(torch.ones_like(p.indices, dtype=torch.bool), p) for p in (queries, keys))
-    takes_part = keep_query[:, None, :, None] & keep_key[:, None, None, :]
-    log_weights = scores - lse_BLH.permute(0, 2, 1)[..., None].to(scores.dtype)
-    return log_weights.masked_fill(~takes_part, float("-inf")).exp()
+        return Packing.from_keep(~mask_BS), None
+    # NaN is kept: it is the caller's to find.
+    keys = Packing.from_keep(~(mask_BS <= torch.finfo(mask.dtype).min))
+    bias = rows_of(mask_BS, keys)
+    # nn.TransformerEncoder turns bool masks into floats of 0 and −inf.
+    return keys, bias if mask.requires_grad or bool(bias.any()) else None

@@ -1,0 +1,99 @@
+"""Packed queries, keys and values on their way into an attention operation, and where their rows lie.
+
+Dimension key: B sequences, L queries and S keys of each, M rows of the longest sequence, Tq and Tk packed queries and
+keys, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from maskattn.packing import Packing, pack, unpack
+from maskattn.shapes import Float
+
+__all__ = ["Operands", "every_token", "is_full", "left_aligned", "rows_of", "scatter_rows"]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What an attention operation reads.
+
+    Attributes:
+        q: (Tq, H, D).
+        k, v: (Tk, H, D).
+        queries, keys: where their rows lie in (B, L) and (B, S).
+        key_bias: (Tk,), added to the scores of its key, or None.
+    """
+
+    q: Float[Tensor, "Tq H D"]
+    k: Float[Tensor, "Tk H D"]
+    v: Float[Tensor, "Tk H D"]
+    queries: Packing
+    keys: Packing
+    key_bias: Float[Tensor, "Tk"] | None
+
+    @property
+    def spans(self) -> tuple[Tensor, Tensor, int, int]:
+        """cu_seqlens and max_seqlen of queries and keys, as ``packed_attention`` takes them."""
+        return self.queries.cu_seqlens, self.keys.cu_seqlens, self.queries.max_seqlen, self.keys.max_seqlen
+
+    def with_keys_appended(self, more_k: Float[Tensor, "n H D"], more_v: Float[Tensor, "n H D"]) -> Operands:
+        """The same with n more keys at the end of every sequence, without bias."""
+        count, keys, device = more_k.shape[0], self.keys, self.k.device
+        B, S = keys.batch_size, keys.num_tokens + count
+        ends = torch.arange(B, device=device)[:, None] * S + torch.arange(keys.num_tokens, S, device=device)
+        indices, order = torch.cat([keys.indices + count * keys.sequence_of_token, ends.flatten()]).sort()
+        shift = count * torch.arange(B + 1, dtype=torch.int32, device=device)
+        bias = self.key_bias
+
+        def append(rows: Tensor, more: Tensor) -> Tensor:
+            return torch.cat([rows, more.to(rows.dtype).repeat(B, *([1] * (rows.ndim - 1)))])[order]
+
+        return replace(
+            self,
+            k=append(self.k, more_k),
+            v=append(self.v, more_v),
+            keys=Packing(indices, keys.cu_seqlens + shift, keys.max_seqlen + count, B, S),
+            key_bias=None if bias is None else append(bias, bias.new_zeros(count)),
+        )
+
+
+def every_token(batch_size: int, num_tokens: int, device: torch.device) -> Packing:
+    """The packing in which every token takes part; no wait for the device."""
+    return Packing(
+        torch.arange(batch_size * num_tokens, device=device),
+        torch.arange(batch_size + 1, dtype=torch.int32, device=device) * num_tokens,
+        num_tokens,
+        batch_size,
+        num_tokens,
+    )
+
+
+def is_full(packing: Packing) -> bool:
+    """Whether every token takes part."""
+    return packing.total == packing.batch_size * packing.num_tokens
+
+
+def rows_of(x: Tensor, packing: Packing) -> Tensor:
+    """(B, N, ...) → (T, ...), without a copy where every token takes part."""
+    return x.flatten(0, 1) if is_full(packing) else pack(x, packing)
+
+
+def scatter_rows(rows: Tensor, packing: Packing) -> Tensor:
+    """(T, ...) → (B, N, ...), 0 elsewhere; without a copy where every token takes part."""
+    if is_full(packing):
+        return rows.unflatten(0, (packing.batch_size, packing.num_tokens))
+    return unpack(rows, packing)
+
+
+def left_aligned(packing: Packing) -> Packing:
+    """The same rows, each sequence moved to the front of (B, M); M is 1 where there is no row at all."""
+    if is_full(packing) and packing.num_tokens:
+        return packing
+    sequence = packing.sequence_of_token
+    place = torch.arange(packing.total, device=sequence.device) - packing.cu_seqlens[sequence]
+    M = max(packing.max_seqlen, 1)
+    return Packing(sequence * M + place, packing.cu_seqlens, packing.max_seqlen, packing.batch_size, M)

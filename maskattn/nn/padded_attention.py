@@ -1,0 +1,175 @@
+"""Attention with a dense mask, or with its weights: what the fused operations do not hand out.
+
+The kept keys of each sequence are moved to its front and padded to the longest, M; whatever is masked by key is never
+read. Then it is torch's own ``scaled_dot_product_attention``, or, for the weights, blocks of queries:
+
+    P = softmax(s·QKᵀ + added)      out = dropout(P) V      the weights are dropout(P), as torch's layer has them
+
+Dimension key: B sequences, L queries and S keys of each, Lm and M of the longest sequence after packing, Tq packed
+queries, H heads (h is 1 or H, b is 1 or B), D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from maskattn.nn.operands import Operands, is_full, left_aligned, rows_of, scatter_rows
+from maskattn.packing import Packing
+from maskattn.shapes import Float
+
+__all__ = ["attend_causally", "attend_under_mask", "attend_with_weights"]
+
+_SCORES_AT_ONCE = 1 << 22  # 16 MiB of float32
+
+
+def attend_causally(operands: Operands, dropout_p: float) -> Float[Tensor, "Tq H D"]:
+    """Query i attends to keys 0 … i, as torch's ``is_causal`` has it; every token takes part."""
+    padded = _Padded.of(operands, None)
+    out = F.scaled_dot_product_attention(padded.q, padded.k, padded.v, dropout_p=dropout_p, is_causal=True)
+    return padded.packed_queries(out)
+
+
+def attend_under_mask(operands: Operands, mask: Float[Tensor, "b h L S"], dropout_p: float) -> Float[Tensor, "Tq H D"]:
+    """Attention with ``mask`` added to the scores; a query without a key gives 0."""
+    padded = _Padded.of(operands, mask)
+    out = F.scaled_dot_product_attention(padded.q, padded.k, padded.v, padded.added, dropout_p)
+    return padded.packed_queries(out if padded.without_key is None else out.masked_fill(padded.without_key, 0))
+
+
+def attend_with_weights(
+    operands: Operands, mask: Float[Tensor, "b h L S"] | None, dropout_p: float, average: bool
+) -> tuple[Float[Tensor, "Tq H D"], Float[Tensor, "..."]]:
+    """The output and the attention weights, a bounded number of queries at a time.
+
+    Beside the weights nothing of size L·S is held: a backward computes each block again. Weights are 0 at masked keys,
+    and in the rows of queries without a key or not among ``operands.queries``.
+
+    Args:
+        operands: queries, keys and values.
+        mask: added to the scores, or None.
+        dropout_p: share of the weights dropped.
+        average: the mean over heads, (B, L, S), instead of (B, H, L, S).
+
+    Returns:
+        The output (Tq, H, D) and the weights.
+    """
+    padded = _Padded.of(operands, mask)
+    B, H, Lm, _ = padded.q.shape
+    step = max(1, _SCORES_AT_ONCE // max(1, B * H * padded.k.shape[2]))
+    blocks = [slice(start, min(start + step, Lm)) for start in range(0, max(Lm, 1), step)]
+
+    def attend(rows: slice) -> tuple[Tensor, Tensor]:
+        return _attend_block(padded, rows, dropout_p, average)
+
+    if len(blocks) == 1:
+        out, weights = attend(blocks[0])
+    elif torch.is_grad_enabled():
+        pieces = [checkpoint(attend, rows, use_reentrant=False) for rows in blocks]
+        out, weights = (torch.cat(piece, dim=1) for piece in zip(*pieces, strict=True))
+    else:
+        out, weights = _filled(attend, blocks, Lm)
+    weights = scatter_rows(rows_of(weights, padded.aligned_queries), operands.queries)
+    out = rows_of(out, padded.aligned_queries)
+    return out, weights if average else weights.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """Operands as one batch.
+
+    Attributes:
+        q, k, v: (B, H, Lm, D) and (B, H, M, D), 0 after a sequence's end.
+        added: (b, h, Lm or 1, M), added to the scores, −inf after a sequence's end; finite in rows without a key.
+        without_key: (b, h, Lm or 1, 1), the rows in which no key takes part; None with ``added``.
+        aligned_queries, aligned_keys: where packed rows lie in (B, Lm) and (B, M).
+        key_BM: the key of each column, 0 after a sequence's end; None where it is the column itself.
+        num_keys: S.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    added: Tensor | None
+    without_key: Tensor | None
+    aligned_queries: Packing
+    key_BM: Tensor | None
+    num_keys: int
+
+    @classmethod
+    def of(cls, operands: Operands, mask: Tensor | None) -> _Padded:
+        queries, keys = left_aligned(operands.queries), left_aligned(operands.keys)
+        q, k, v = (
+            scatter_rows(x, packing).transpose(1, 2)
+            for x, packing in ((operands.q, queries), (operands.k, keys), (operands.v, keys))
+        )
+        query_BL, key_BM = (
+            None if aligned is packing else scatter_rows(packing.indices % max(packing.num_tokens, 1), aligned)
+            for packing, aligned in ((operands.queries, queries), (operands.keys, keys))
+        )
+        added = None if mask is None else _gathered(mask.to(q.dtype), query_BL, key_BM)
+        if operands.key_bias is not None:
+            bias_BM = scatter_rows(operands.key_bias, keys).to(q.dtype)[:, None, None, :]
+            added = bias_BM if added is None else added + bias_BM
+        if not is_full(keys):
+            absent_BM = ~scatter_rows(torch.ones_like(keys.indices, dtype=torch.bool), keys)[:, None, None, :]
+            added = absent_BM.new_zeros(absent_BM.shape, dtype=q.dtype) if added is None else added
+            added = added.masked_fill(absent_BM, float("-inf"))
+        without_key = None
+        if added is not None:
+            without_key = added.detach().isneginf().all(dim=-1, keepdim=True)
+            added = added.masked_fill(without_key, 0)
+        return cls(q, k, v, added, without_key, queries, key_BM, operands.keys.num_tokens)
+
+    def packed_queries(self, out_BHLD: Tensor) -> Tensor:
+        """(B, H, Lm, D) → (Tq, H, D)."""
+        return rows_of(out_BHLD.transpose(1, 2), self.aligned_queries)
+
+
+def _gathered(mask: Tensor, query_BL: Tensor | None, key_BM: Tensor | None) -> Tensor:
+    """The rows and columns of a (b, h, L, S) mask that take part: (B, h, Lm, M), or the mask itself."""
+    for index, dim in ((query_BL, 2), (key_BM, 3)):
+        if index is not None:
+            shape = [index.shape[0], *mask.shape[1:]]
+            mask = mask.expand(shape)
+            shape[dim] = index.shape[1]
+            mask = mask.gather(dim, (index[:, None, :, None] if dim == 2 else index[:, None, None, :]).expand(shape))
+    return mask
+
+
+def _attend_block(padded: _Padded, rows: slice, dropout_p: float, average: bool) -> tuple[Tensor, Tensor]:
+    """Some queries' output (B, Q, H, D) and weights (B, Q, S) or (B, Q, H, S)."""
+    scores = (padded.q[:, :, rows] * padded.q.shape[-1] ** -0.5) @ padded.k.transpose(-2, -1)
+    without_key = None
+    if padded.added is not None and padded.without_key is not None:
+        added, without_key = (x if x.shape[2] == 1 else x[:, :, rows] for x in (padded.added, padded.without_key))
+        scores = scores + added
+    weights = scores.softmax(dim=-1)
+    if without_key is not None:
+        weights = weights.masked_fill(without_key, 0)
+    weights = F.dropout(weights, dropout_p)
+    out = (weights @ padded.v.to(weights.dtype)).to(padded.v.dtype)
+    weights = weights.mean(dim=1) if average else weights.transpose(1, 2)
+    if padded.key_BM is not None:
+        index = padded.key_BM[:, None] if average else padded.key_BM[:, None, None]
+        columns = weights.new_zeros((*weights.shape[:-1], padded.num_keys))
+        # Added, because the columns after a sequence's end are 0 and share an index with a key.
+        weights = columns.scatter_add(-1, index.expand(weights.shape), weights)
+    return out.transpose(1, 2), weights
+
+
+def _filled(attend: Callable[[slice], tuple[Tensor, Tensor]], blocks: list[slice], count: int) -> list[Tensor]:
+    """The blocks' results side by side along ``count`` queries, each written to its place as it comes."""
+    whole: list[Tensor] = []
+    for rows in blocks:
+        pieces = attend(rows)
+        if not whole:
+            whole = [x.new_empty((x.shape[0], count, *x.shape[2:])) for x in pieces]
+        for x, piece in zip(whole, pieces, strict=True):
+            x[:, rows] = piece
+    return whole
