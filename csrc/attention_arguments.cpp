@@ -83,6 +83,8 @@ void check_places(const Arguments& arguments, Call& call, const Options& options
     call.attention.slopes = {static_cast<const float*>(slopes.data), 0, slopes.strides[0], 0};
 }
 
+}  // namespace
+
 std::vector<std::int32_t> checked_starts(const Arguments& arguments, const char* name, const py::object& value,
                                          std::ptrdiff_t rows, const char* of) {
     const Array array = arguments.array(name, value, std::vector<Dtype>{Dtype::int32}, 1);
@@ -104,6 +106,19 @@ std::vector<std::int32_t> checked_starts(const Arguments& arguments, const char*
                          place(starts.size() - 1), "sum the lengths of all sequences");
     return starts;
 }
+
+const Kernels& checked_kernels(const Arguments& arguments, int threads, const std::string& instruction_set) {
+    if (threads < 0)
+        arguments.refuse("threads >= 0", "threads=" + std::to_string(threads), "0 asks for one per core");
+    const Kernels* kernels = kernels_of(instruction_set);
+    if (kernels != nullptr) return *kernels;
+    std::string usable;
+    for (const std::string& name : instruction_sets()) usable += (usable.empty() ? "" : ", ") + name;
+    arguments.refuse("an instruction set of this machine", "instruction_set='" + instruction_set + "'",
+                     "choose among " + usable + ", or '' for the best");
+}
+
+namespace {
 
 void check_sizes(const Arguments& arguments, const Sizes& n) {
     if (n.head_width < 16 || n.head_width > 256 || n.head_width % 8 != 0)
@@ -142,16 +157,8 @@ Call checked_inputs(const Arguments& arguments, Layout layout, const py::object&
     a.v = {v_checked.data, v_checked.sequence, v_checked.head, v_checked.row};
     check_key_bias(arguments, call, options.key_bias);
     check_places(arguments, call, options);
-    if (options.threads < 0)
-        arguments.refuse("threads >= 0", "threads=" + std::to_string(options.threads), "0 asks for one per core");
-    const Kernels* kernels = kernels_of(options.instruction_set);
-    if (kernels == nullptr) {
-        std::string usable;
-        for (const std::string& name : instruction_sets()) usable += (usable.empty() ? "" : ", ") + name;
-        arguments.refuse("an instruction set of this machine", "instruction_set='" + options.instruction_set + "'",
-                         "choose among " + usable + ", or '' for the best");
-    }
-    call.execution = {&kernels->attention, thread_count(options.threads)};
+    const Kernels& kernels = checked_kernels(arguments, options.threads, options.instruction_set);
+    call.execution = {&kernels.attention, thread_count(options.threads)};
     return call;
 }
 

@@ -33,6 +33,13 @@ struct Call {
     bool heads_share_bias;
 };
 
+// cu_seqlens as it must be: from 0, never decreasing, to the `rows` of the argument called `of`.
+std::vector<std::int32_t> checked_starts(const Arguments& arguments, const char* name, const py::object& value,
+                                         std::ptrdiff_t rows, const char* of);
+
+// Those of an instruction set of this machine, the best for "".
+const Kernels& checked_kernels(const Arguments& arguments, int threads, const std::string& instruction_set);
+
 // Everything but out, lse and the sequences. Throws TypeError and ValueError.
 Call checked_inputs(const Arguments& arguments, Layout layout, const py::object& q, const py::object& k,
                     const py::object& v, const Options& options);

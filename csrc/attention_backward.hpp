@@ -152,14 +152,11 @@ MASKATTN_INLINE void store_scores(const Probabilities& to, int q, int n, const F
             store(to.ds + (q + i) * block_keys + n, ds[i]);
         }
     } else {
-        const Halves low = to_bfloat16(ds[0]), high = to_bfloat16(ds[1]);
-        store(reinterpret_cast<Bfloat16*>(to.ds_left + q * block_keys / 2) + n, low);
-        store(reinterpret_cast<Bfloat16*>(to.ds_left + (q + 1) * block_keys / 2) + n, high);
-        const auto pair_up = [](Halves even, Halves odd) __attribute__((always_inline)) {
-            return __builtin_convertvector(even, Words) | (__builtin_convertvector(odd, Words) << 16);
-        };
-        store(to.ds + q / 2 * block_keys + n, pair_up(low, high));
-        store(to.p + q / 2 * block_keys + n, pair_up(to_bfloat16(p[0]), to_bfloat16(p[1])));
+        const Words rounded = Arithmetic::round(ds[0], ds[1]);
+        __builtin_memcpy(to.ds_left + (q * block_keys + n) / 2, &rounded, sizeof rounded / 2);
+        __builtin_memcpy(to.ds_left + ((q + 1) * block_keys + n) / 2, &rounded[lanes / 2], sizeof rounded / 2);
+        store(to.ds + q / 2 * block_keys + n, Arithmetic::pair_up(rounded));
+        store(to.p + q / 2 * block_keys + n, Arithmetic::pair_up(Arithmetic::round(p[0], p[1])));
     }
 }
 

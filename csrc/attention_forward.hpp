@@ -96,13 +96,27 @@ MASKATTN_INLINE Floats score(const float* product, const KeyTerms& keys, int n, 
     return s;
 }
 
-// p of a row of the block as left operand of the product with V.
+// e^(score - base) of a row's block as left operand of the product with V; returns their sum by lanes.
 template <class Arithmetic>
-MASKATTN_INLINE void store_left(std::uint32_t* row, int n, Floats p) {
-    if constexpr (Arithmetic::depth == 1)
-        store(row + n, p);
-    else
-        store(reinterpret_cast<Bfloat16*>(row) + n, to_bfloat16(p));
+MASKATTN_INLINE Floats store_probabilities(const float* score_N, float base, std::uint32_t* p_N) {
+    Floats total{};
+    if constexpr (Arithmetic::depth == 1) {
+#pragma GCC unroll 16
+        for (int n = 0; n < block_keys; n += lanes) {
+            const Floats p = exponential(load<Floats>(score_N + n) - base);
+            store(p_N + n, p);
+            total += p;
+        }
+    } else {
+#pragma GCC unroll 2
+        for (int n = 0; n < block_keys; n += 2 * lanes) {
+            const Floats first = exponential(load<Floats>(score_N + n) - base);
+            const Floats second = exponential(load<Floats>(score_N + n + lanes) - base);
+            store(p_N + n / 2, Arithmetic::round(first, second));
+            total += first + second;
+        }
+    }
+    return total;
 }
 
 // The online softmax: the running state of the rows of a query tile.
@@ -112,49 +126,43 @@ struct SoftmaxState {
     const float *x_Q, *y_Q;
 };
 
-// Takes in the products of rows [q, q + M) with a block: leaves p, and in factor_M what the sums so far must be scaled
-// by.
+// Takes in the products of rows [q, q + M) with a block, which become scores: leaves p, and in factor_M what the sums so
+// far must be scaled by. All largest scores come before the first exponential, so that neither waits for the other.
 template <class Arithmetic, bool biased, bool placed>
-__attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, const float* product_MN,
-                                            const KeyTerms& keys, ScoreUnits units, std::uint32_t* p_MN,
-                                            float* factor_M) {
+__attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, float* product_MN, const KeyTerms& keys,
+                                            ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
     constexpr int factors = padded(tile_rows);
-    alignas(64) float before_M[factors] = {}, after_M[factors] = {};
-    Floats total_M[tile_rows];
+    alignas(64) float before_M[factors] = {}, base_M[factors] = {};
+#pragma GCC unroll 8
     for (int m = 0; m < tile_rows; ++m) {
         const float x = placed ? state.x_Q[q + m] : 0.0f, y = placed ? state.y_Q[q + m] : 0.0f;
-        Floats s[block_vectors], most;
+        float* row = product_MN + m * block_keys;
+        Floats most = broadcast(-infinity);
 #pragma GCC unroll 16
-        for (int v = 0; v < block_vectors; ++v) {
-            s[v] = score<biased, placed>(product_MN + m * block_keys, keys, v * lanes, units, x, y);
-            most = v == 0 ? s[0] : maximum(most, s[v]);
+        for (int n = 0; n < block_keys; n += lanes) {
+            const Floats s = score<biased, placed>(row, keys, n, units, x, y);
+            store(row + n, s);
+            most = maximum(s, most);
         }
         const float before = state.largest_Q[q + m], found = largest(most);
         const float now = found > before ? found : before;
-        // A row without a key so far has no largest score to be relative to.
-        const float base = now == -infinity ? 0.0f : now;
-        Floats total{};
-#pragma GCC unroll 16
-        for (int v = 0; v < block_vectors; ++v) {
-            const Floats p = exponential(s[v] - base);
-            store_left<Arithmetic>(p_MN + m * (block_keys / Arithmetic::depth), v * lanes, p);
-            total += p;
-        }
-        total_M[m] = total;
         before_M[m] = before;
-        after_M[m] = base;
+        // A row without a key so far has no largest score to be relative to.
+        base_M[m] = now == -infinity ? 0.0f : now;
         state.largest_Q[q + m] = now;
     }
     for (int m = 0; m < factors; m += lanes)
-        store(factor_M + m, exponential(load<Floats>(before_M + m) - load<Floats>(after_M + m)));
+        store(factor_M + m, exponential(load<Floats>(before_M + m) - load<Floats>(base_M + m)));
     for (int m = 0; m < tile_rows; ++m) {
         float* sums = state.sum_Q + (q + m) * lanes;
-        store(sums, load<Floats>(sums) * factor_M[m] + total_M[m]);
+        const Floats total = store_probabilities<Arithmetic>(product_MN + m * block_keys, base_M[m],
+                                                             p_MN + m * (block_keys / Arithmetic::depth));
+        store(sums, load<Floats>(sums) * factor_M[m] + total);
     }
 }
 
 template <class Arithmetic, bool placed>
-MASKATTN_INLINE void softmax_step(const SoftmaxState& state, int q, const float* product_MN, const KeyTerms& keys,
+MASKATTN_INLINE void softmax_step(const SoftmaxState& state, int q, float* product_MN, const KeyTerms& keys,
                                   ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
     if (keys.biased)
         softmax_step<Arithmetic, true, placed>(state, q, product_MN, keys, units, p_MN, factor_M);

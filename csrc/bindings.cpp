@@ -94,6 +94,7 @@ py::array_t<float> token_coverage(const py::object& mask, double px_lv0_x, doubl
 PYBIND11_MODULE(_native, module) {
     module.doc() = "C++ parts of maskattn.";
     maskattn::bind_attention(module);
+    maskattn::bind_readout(module);
     module.def("token_coverage", &token_coverage, py::arg("mask"), py::arg("px_lv0_x"), py::arg("px_lv0_y"),
                py::arg("origin_x_lv0"), py::arg("origin_y_lv0"), py::arg("token_w_lv0"), py::arg("token_h_lv0"),
                py::arg("rows"), py::arg("cols"), py::arg("threads") = 0,

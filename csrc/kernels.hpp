@@ -3,11 +3,15 @@
 #pragma once
 
 #include "attention.hpp"
+#include "readout.hpp"
+#include "relevance.hpp"
 
 namespace maskattn {
 
 struct Kernels {
     AttentionKernels attention;
+    ReadoutKernelsByDtype readout;
+    RelevanceKernelsByDtype relevance;
 };
 
 extern const Kernels kernels_portable;

@@ -3,6 +3,8 @@
 
 #include "attention_backward.hpp"
 #include "kernels.hpp"
+#include "readout_backward.hpp"
+#include "relevance_kernel.hpp"
 
 namespace maskattn {
 namespace {
@@ -20,6 +22,8 @@ constexpr Kernels kernels_of_this_unit = {
         backward_kernels<SinglePrecision, float>,
         backward_kernels<Bfloat16Products, Bfloat16>,
     },
+    {readout_kernels<float>, readout_kernels<Bfloat16>},
+    {relevance_kernels<float>, relevance_kernels<Bfloat16>},
 };
 
 }  // namespace

@@ -26,6 +26,18 @@ struct Bfloat16Pairs {
     static MASKATTN_INLINE Floats multiply_add(Words left, Words right, Floats sum) {
         return Floats(_mm512_dpbf16_ps(__m512(sum), (__m512bh)left, (__m512bh)right));
     }
+
+    // Two vectors rounded to bfloat16, one after the other.
+    static MASKATTN_INLINE Words round(Floats first, Floats second) {
+        return (Words)_mm512_cvtne2ps_pbh(__m512(second), __m512(first));
+    }
+
+    // Of what `round` gives, the words that pair element i of both vectors.
+    static MASKATTN_INLINE Words pair_up(Words rounded) {
+        const Words places = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                              0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
+        return (Words)_mm512_permutexvar_epi16((__m512i)places, (__m512i)rounded);
+    }
 };
 #endif
 
@@ -36,7 +48,7 @@ struct Left {
     std::ptrdiff_t step;
 };
 
-enum class Start { zero, add, scaled };  // what C holds first: 0, its own values, these times factor[row]
+enum class Start { zero, add, scaled };  // what the sums are added to: 0, C, C times factor[row]
 
 template <class Arithmetic, int rows, int vectors, Start start>
 __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, float* c,
@@ -45,11 +57,7 @@ __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-            total[r][v] = Floats{};
-            if (start != Start::zero) total[r][v] = load<Floats>(c + r * c_row + v * lanes);
-            if (start == Start::scaled) total[r][v] *= factor[r];
-        }
+        for (int v = 0; v < vectors; ++v) total[r][v] = Floats{};
     const std::uint32_t* left = a.data;
     for (int t = 0; t < steps; ++t) {
         Words right[vectors];
@@ -65,10 +73,16 @@ __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std
         left += a.step;
         b += b_step;
     }
+    // C is read last: the loop hides how long it takes to come from L2.
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) store(c + r * c_row + v * lanes, total[r][v]);
+        for (int v = 0; v < vectors; ++v) {
+            float* to = c + r * c_row + v * lanes;
+            if (start == Start::add) total[r][v] += load<Floats>(to);
+            if (start == Start::scaled) total[r][v] += load<Floats>(to) * factor[r];
+            store(to, total[r][v]);
+        }
 }
 
 // The same for any number of column vectors, split evenly over register tiles.

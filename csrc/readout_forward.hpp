@@ -1,0 +1,149 @@
+// Forward readout: softmax and both products in one pass over a run of keys, tile by tile and head by head.
+//
+// Dimension key: H heads, R queries of a sequence, N keys of a tile, D head width (padded to whole vectors).
+#pragma once
+
+#include "readout_tiles.hpp"
+
+namespace maskattn {
+namespace {
+
+// What a run of keys contributes: the largest score and the sum of e^(score - largest) [H R], then e^(score - largest)
+// times v [H R][D].
+struct ReadoutPartial {
+    float *largest, *sum, *out;
+
+    ReadoutPartial(const Readout& a, float* partial)
+        : largest(partial), sum(partial + a.heads * a.queries), out(partial + whole_lines(state_words(a))) {}
+
+    static std::size_t state_words(const Readout& a) {
+        return 2 * static_cast<std::size_t>(a.heads) * static_cast<std::size_t>(a.queries);
+    }
+};
+
+inline std::size_t query_words(const Readout& a) {
+    return static_cast<std::size_t>(a.heads) * static_cast<std::size_t>(a.queries) *
+           static_cast<std::size_t>(padded(a.head_width));
+}
+
+inline std::size_t readout_partial_words(const Readout& a) {
+    return whole_lines(whole_lines(ReadoutPartial::state_words(a)) + query_words(a));
+}
+
+inline std::size_t tile_words_of(const Readout& a) {
+    return static_cast<std::size_t>(tile_keys * padded(a.head_width));
+}
+
+// Queries and two tiles, and what backward needs besides: the gradients of the output and two rows by head and query.
+inline std::size_t readout_scratch_words(const Readout& a) {
+    return 2 * whole_lines(query_words(a)) + 2 * tile_words_of(a) + whole_lines(ReadoutPartial::state_words(a));
+}
+
+// The head's p of a tile and what its sums so far must be scaled by. The scores replace the products.
+inline void take_softmax_step(const Readout& a, int head, const TileTerms& terms, float* products_RN, float* largest_R,
+                              float* sum_R, std::uint32_t* p_RN, float* factor_R) {
+    for (int r = 0; r < a.queries; ++r) {
+        float* row_N = products_RN + r * tile_keys;
+        Floats most = broadcast(-infinity);
+        for (int n = 0; n < terms.count; n += lanes) {
+            const Floats s = terms.score(a, head, r, n, load<Floats>(row_N + n));
+            store(row_N + n, s);
+            most = maximum(most, s);
+        }
+        const float before = largest_R[r], found = largest(most);
+        const float now = found > before ? found : before;
+        // A row without a key so far has no largest score to be relative to.
+        const float base = now == -infinity ? 0.0f : now;
+        Floats total{};
+        for (int n = 0; n < terms.count; n += lanes) {
+            const Floats p = exponential(load<Floats>(row_N + n) - base);
+            store(p_RN + r * tile_keys + n, p);
+            total += p;
+        }
+        factor_R[r] = exponential(broadcast(before - base))[0];
+        sum_R[r] = sum_R[r] * factor_R[r] + sum(total);
+        largest_R[r] = now;
+    }
+}
+
+template <class Element>
+void attend_to_run(const Readout& a, const KeyRun& run, float* partial, std::uint32_t* scratch) {
+    const int width = padded(a.head_width), R = a.queries;
+    const ReadoutPartial state(a, partial);
+    for (int i = 0; i < a.heads * R; ++i) {
+        state.largest[i] = -infinity;
+        state.sum[i] = 0.0f;
+    }
+    __builtin_memset(state.out, 0, query_words(a) * sizeof *state.out);
+    auto* queries_HRD = reinterpret_cast<float*>(scratch);
+    float* buffer_ND = queries_HRD + whole_lines(query_words(a));
+    convert_queries<Element>(a, a.q, run.sequence, a.scale, queries_HRD);
+
+    const Prefetch next_k(a.k, a), next_v(a.v, a);
+    alignas(64) float products_RN[most_queries * tile_keys], factor_R[most_queries];
+    alignas(64) std::uint32_t p_RN[most_queries * tile_keys];
+    for (std::int64_t done = 0; done < run.count; done += tile_keys) {
+        TileTerms terms(a, run, done);
+        const std::int64_t first = run.first + done;
+        for (int h = 0; h < a.heads; ++h) {
+            next_k.ask(first + tile_keys, keys_of_next_tile(run, done), h, a.heads);
+            next_v.ask(first + tile_keys, keys_of_next_tile(run, done), h, a.heads);
+            terms.take_bias(a, h, first);
+            const FloatRows k = float_rows<Element>(a.k, h, first, terms.count, a.head_width, buffer_ND);
+            multiply_with_keys(queries_HRD + h * R * width, R, width, k, terms.count, products_RN);
+            take_softmax_step(a, h, terms, products_RN, state.largest + h * R, state.sum + h * R, p_RN, factor_R);
+            if (a.rows.data)
+                for (int r = 0; r < R; ++r)
+                    __builtin_memcpy(place_of(a.rows, 0, h, r) + first, products_RN + r * tile_keys,
+                                     static_cast<std::size_t>(terms.count) * sizeof(float));
+            const FloatRows v = float_rows<Element>(a.v, h, first, terms.count, a.head_width, buffer_ND);
+            add_weighted_keys<Start::scaled>(p_RN, R, v, terms.count, state.out + h * R * width, width, factor_R);
+        }
+    }
+}
+
+template <class Element>
+void write_readout(const Readout& a, std::int32_t sequence, const float* partials, std::int64_t count) {
+    const int width = padded(a.head_width);
+    const std::size_t words = readout_partial_words(a);
+    const auto part = [&](std::int64_t c) __attribute__((always_inline)) {
+        return ReadoutPartial(a, const_cast<float*>(partials) + static_cast<std::size_t>(c) * words);
+    };
+    for (int h = 0; h < a.heads; ++h)
+        for (int r = 0; r < a.queries; ++r) {
+            const int i = h * a.queries + r;
+            float most = -infinity;
+            for (std::int64_t c = 0; c < count; ++c) most = part(c).largest[i] > most ? part(c).largest[i] : most;
+            const float base = most == -infinity ? 0.0f : most;
+            alignas(64) float out_D[256] = {};
+            float total = 0.0f;
+            for (std::int64_t c = 0; c < count; ++c) {
+                const float weight = exponential(broadcast(part(c).largest[i] - base))[0];
+                total += weight * part(c).sum[i];
+                for (int d = 0; d < width; d += lanes)
+                    store(out_D + d, load<Floats>(out_D + d) + load<Floats>(part(c).out + i * width + d) * weight);
+            }
+            const double lse = static_cast<double>(most) + __builtin_log(static_cast<double>(total));
+            *place_of(a.lse, sequence, h, r) = total == 0.0f ? -infinity : static_cast<float>(lse);
+            write_row(out_D, total == 0.0f ? 0.0f : 1.0f / total, a.head_width,
+                      place_of<Element>(a.out, sequence, h, r));
+        }
+}
+
+inline void turn_scores_into_rows(const Readout& a, const KeyRun& run) {
+    for (int h = 0; h < a.heads; ++h)
+        for (int r = 0; r < a.queries; ++r) {
+            float* row = place_of(a.rows, 0, h, r) + run.first;
+            const float lse = *place_of(a.lse, run.sequence, h, r);
+            const float base = lse == -infinity ? infinity : lse;
+            std::int64_t n = 0;
+            for (; n + lanes <= run.count; n += lanes) store(row + n, exponential(load<Floats>(row + n) - base));
+            if (n == run.count) continue;
+            const auto rest = static_cast<std::size_t>(run.count - n) * sizeof(float);
+            const Floats last = exponential(load_first<Floats>(row + n, static_cast<int>(run.count - n)) - base);
+            __builtin_memcpy(row + n, &last, rest);
+        }
+}
+
+}  // namespace
+}  // namespace maskattn
