@@ -127,12 +127,15 @@ def _arguments(case: Case, config: Config) -> dict[str, Any]:
         **dict.fromkeys(("q_places", "k_places"), places),
         **dict.fromkeys(("slopes_ptr", "dslopes_ptr"), single if case.alibi else None),
         **dict.fromkeys(("q_span", "k_span"), span),
-        **dict.fromkeys(("heads", "tiles"), COUNT),
+        **dict.fromkeys(("heads", "tiles", "turns"), COUNT),
         **dict.fromkeys(("scale", "scale_log2"), SCALE),
+        # Sequences of unequal lengths.
+        "turns_ptr": Varying("*i32"),
         "bias_tokens": bias,
         "dbias_tokens": dbias,
         "dropout": Dropout(Varying("*i64"), COUNT, SCALE) if case.dropout else Dropout(None, COUNT, SCALE),
         "WIDTH": Width(case.head_width, *split_width(case.head_width, config)),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "DESCRIBED": config.descriptors and not case.gather,
     }

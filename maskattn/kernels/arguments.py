@@ -28,13 +28,13 @@ __all__ = [
     "Tokens",
     "Width",
     "bias_argument",
+    "constant_arguments",
     "dropout_argument",
     "places_argument",
     "row_values_argument",
     "slopes_argument",
     "span_argument",
     "tokens_argument",
-    "width_argument",
 ]
 
 
@@ -176,6 +176,14 @@ def dropout_argument(options: Options) -> Dropout:
     return Dropout(options.dropout_seed, signed, 1 / (1 - options.dropout_p))
 
 
-def width_argument(head_width: int, config: Config) -> Width:
-    """Constants of the kernel, each head width having code of its own."""
-    return Width(*(tl.constexpr(x) for x in (head_width, *split_width(head_width, config))))
+def constant_arguments(head_width: int, config: Config, described: bool) -> dict[str, Any]:
+    """What a kernel is compiled for, by name, and how it is launched."""
+    return {
+        # Each head width has code of its own.
+        "WIDTH": Width(*(tl.constexpr(x) for x in (head_width, *split_width(head_width, config)))),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "DESCRIBED": described,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

@@ -19,28 +19,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from maskattn.kernels.arguments import (
     ABSENT,
     Tokens,
     bias_argument,
+    constant_arguments,
     dropout_argument,
     places_argument,
     row_values_argument,
     slopes_argument,
     span_argument,
     tokens_argument,
-    width_argument,
 )
-from maskattn.kernels.configs import Config, choose
+from maskattn.kernels.configs import choose
+from maskattn.kernels.descriptors import describable, launch
 from maskattn.kernels.key_gradient import key_gradient_kernel
 from maskattn.kernels.query_gradient import query_gradient_kernel
 from maskattn.kernels.rows import Rows, kept_rows, packed_sides, readable, whole_rows
+from maskattn.kernels.schedule import plan_work
 from maskattn.options import Gradients, Options, Sequences
 
 __all__ = ["masked_backward", "packed_backward"]
@@ -77,7 +77,7 @@ def packed_backward(
         dbias = torch.empty(shape, dtype=torch.float32, device=k.device)
         dbias_HT = dbias.T if per_head else dbias
     dslopes = _launch_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *packed_sides(sequences), options, grads, dbias_HT
+        grad_out, grad_lse, q, k, v, out, lse, *packed_sides(sequences, q, k), options, grads, dbias_HT
     )
     if dbias_HT is not None:
         dbias_HT = dbias_HT.T if per_head else dbias_HT.sum(0)
@@ -146,7 +146,7 @@ def _launch_backward(
     q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
     lse = lse.contiguous()
     delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
-    head_width, heads, batch = q.shape[-1], q.shape[1], q_rows.starts.shape[0]
+    head_width, heads = q.shape[-1], q.shape[1]
     inputs = (*(tokens_argument(x) for x in (q, k, v)), bias_argument(options.key_bias, packed=q.ndim == 3))
     score_terms = (
         slopes_argument(options),
@@ -161,28 +161,27 @@ def _launch_backward(
     left = row_values_argument(delta), row_values_argument(lse_log2)
 
     config = choose("query_gradient", q.device, head_width, q.dtype)
-    tiles = triton.cdiv(q_rows.longest, config.block_m)
+    work = plan_work(q_rows, k_rows, config.block_m)
     parts_of_dslopes = None
     if options.slopes is not None:
-        parts_of_dslopes = torch.zeros(batch, heads, tiles, dtype=torch.float32, device=q.device)
-    if tiles * heads * batch > 0:
-        with torch.cuda.device_of(q):
-            query_gradient_kernel[(tiles * heads * batch,)](
-                *inputs, tokens_argument(out), row_values_argument(lse), tokens_argument(grad_out),
-                row_values_argument(None if grad_lse is None else grad_lse.contiguous()), tokens_argument(grads.q),
-                parts_of_dslopes, *left, *score_terms, heads, tiles, **_constants(head_width, config),
-            )  # fmt: skip
+        parts_of_dslopes = torch.zeros(heads, work.turns, dtype=torch.float32, device=q.device)
+    described = config.descriptors and describable(k, k_rows) and describable(v, k_rows)
+    launch(
+        query_gradient_kernel, work.turns * heads, described, q, *inputs, tokens_argument(out),
+        row_values_argument(lse), tokens_argument(grad_out),
+        row_values_argument(None if grad_lse is None else grad_lse.contiguous()), tokens_argument(grads.q),
+        parts_of_dslopes, *left, *score_terms, heads, *work, **constant_arguments(head_width, config, described),
+    )  # fmt: skip
 
     config = choose("key_gradient", q.device, head_width, q.dtype)
-    tiles = triton.cdiv(k_rows.longest, config.block_n)
-    if tiles * heads * batch > 0:
-        with torch.cuda.device_of(q):
-            key_gradient_kernel[(tiles * heads * batch,)](
-                *inputs, left[1], tokens_argument(grad_out), left[0], tokens_argument(grads.k),
-                tokens_argument(grads.v), _dbias_argument(dbias), *score_terms, heads, tiles,
-                **_constants(head_width, config),
-            )  # fmt: skip
-    return None if parts_of_dslopes is None else parts_of_dslopes.sum((0, 2))
+    work = plan_work(k_rows, q_rows, config.block_n)
+    described = config.descriptors and describable(q, q_rows) and describable(grad_out, q_rows)
+    launch(
+        key_gradient_kernel, work.turns * heads, described, q, *inputs, left[1], tokens_argument(grad_out), left[0],
+        tokens_argument(grads.k), tokens_argument(grads.v), _dbias_argument(dbias), *score_terms, heads, *work,
+        **constant_arguments(head_width, config, described),
+    )  # fmt: skip
+    return None if parts_of_dslopes is None else parts_of_dslopes.sum(1)
 
 
 def _dbias_argument(dbias: Tensor | None) -> Tokens:
@@ -190,13 +189,3 @@ def _dbias_argument(dbias: Tensor | None) -> Tokens:
     if dbias is None:
         return ABSENT
     return Tokens(dbias, *((0, *dbias.stride()) if dbias.ndim == 2 else dbias.stride()))
-
-
-def _constants(head_width: int, config: Config) -> dict[str, Any]:
-    return {
-        "WIDTH": width_argument(head_width, config),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }

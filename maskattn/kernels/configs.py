@@ -45,6 +45,7 @@ class Config:
     """Queries and keys of a tile, warps of a program, stages of the software pipeline.
 
     ``split``: a head width between two powers of two is taken in two parts instead of being padded to the next.
+    ``descriptors``: the copy engine reads the tiles that pass by, where the tensors allow it.
     """
 
     block_m: int
@@ -52,6 +53,7 @@ class Config:
     num_warps: int
     num_stages: int
     split: bool = False
+    descriptors: bool = False
 
 
 Precision = Literal["half", "single"]
@@ -306,11 +308,11 @@ def padded_width(head_width: int) -> int:
 
 
 def split_width(head_width: int, config: Config) -> tuple[int, int]:
-    """Columns of the two parts of a tile, powers of two; the second is 0 where the configuration has only one."""
-    if not config.split or head_width in (16, 32, 64, 128, 256):
-        return padded_width(head_width), 0
-    first = padded_width(head_width) // 2
-    return first, max(16, triton.next_power_of_2(head_width - first))
+    """Columns of the two parts of a tile, powers of two; the second is 0 where one part is no wider than two."""
+    padded = padded_width(head_width)
+    first = padded // 2
+    second = max(16, padded_width(head_width - first)) if head_width > 32 else first
+    return (first, second) if config.split and first + second < padded else (padded, 0)
 
 
 def look_up(pass_: Pass, target: Target, head_width: int, dtype: torch.dtype) -> Config:

@@ -18,17 +18,19 @@ from torch import Tensor
 from maskattn.kernels.arguments import (
     Keys,
     bias_argument,
+    constant_arguments,
     dropout_argument,
     places_argument,
     row_values_argument,
     slopes_argument,
     span_argument,
     tokens_argument,
-    width_argument,
 )
 from maskattn.kernels.configs import choose
+from maskattn.kernels.descriptors import describable, launch
 from maskattn.kernels.parts import (
     add_weighted_rows,
+    describe_parts,
     dot_rows,
     load_parts,
     scale_parts,
@@ -36,6 +38,7 @@ from maskattn.kernels.parts import (
     zeros_parts,
 )
 from maskattn.kernels.rows import Rows, kept_rows, packed_sides, readable, whole_rows
+from maskattn.kernels.schedule import find_work, plan_work
 from maskattn.kernels.scores import (
     distances,
     dropout_factors,
@@ -48,7 +51,6 @@ from maskattn.kernels.tiles import (
     LOG2_E,
     load_row_values,
     places_base,
-    program_place,
     row_values_base,
     sequence_span,
     store_row_values,
@@ -78,6 +80,7 @@ def attend_keys(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTIAL: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """Attend to the keys ``k_begin`` to ``k_end`` of a sequence; ``PARTIAL`` when they do not fill their tiles."""
     INDEXED: tl.constexpr = keys.index_ptr is not None
@@ -85,7 +88,7 @@ def attend_keys(
         inside = first + tl.arange(0, BLOCK_N) < k_end
         rows = tile_rows(keys.index_ptr, keys.start, first, inside, BLOCK_N, INDEXED, PARTIAL)
         # [N, D]
-        k = load_parts(keys.k, first, rows, keys.stride_kt, inside, WIDTH, INDEXED, PARTIAL)
+        k = load_parts(keys.k, first, rows, keys.stride_kt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
         bias_log2, penalty_log2 = 0.0, 0.0
         if keys.bias_ptr is not None:
             bias = load_row_values(keys.bias_ptr, first, rows, keys.stride_bt, inside, 0.0, INDEXED, PARTIAL)
@@ -104,12 +107,12 @@ def attend_keys(
         if noise is not None:
             p *= dropout_factors(noise, first_query, first, BLOCK_M, BLOCK_N, False)
         # [N, D]
-        v = load_parts(keys.v, first, rows, keys.stride_vt, inside, WIDTH, INDEXED, PARTIAL)
+        v = load_parts(keys.v, first, rows, keys.stride_vt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
         out = add_weighted_rows(p, v, scale_parts(out, factor[:, None], WIDTH), WIDTH)
     return out, maximum, total
 
 
-@triton.jit(do_not_specialize=["dropout", "heads", "tiles"])
+@triton.jit(do_not_specialize=["dropout", "heads", "tiles", "turns"])
 def forward_kernel(
     q_tokens,
     k_tokens,
@@ -125,16 +128,18 @@ def forward_kernel(
     k_span,
     scale_log2,
     heads,
+    turns_ptr,
     tiles,
+    turns,
     WIDTH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """Attention of one tile of queries over all keys of its sequence."""
     INDEX_Q: tl.constexpr = q_span.index_ptr is not None
     INDEX_K: tl.constexpr = k_span.index_ptr is not None
-    tile, head, sequence = program_place(tiles, heads)
-    q_start, q_length = sequence_span(q_span.starts_ptr, q_span.ends_ptr, sequence)
+    tile, head, sequence, q_start, q_length, _ = find_work(turns_ptr, q_span, tiles, heads, BLOCK_M)
     first = tile * BLOCK_M
     if first >= q_length:
         return
@@ -160,8 +165,12 @@ def forward_kernel(
     q_base_ptr = tokens_base(q_tokens, sequence, head, q_start, INDEX_Q)
     q = load_parts(q_base_ptr, first, rows, q_tokens.stride_t, inside, WIDTH, INDEX_Q, True)
 
+    k_source, v_source = k_base_ptr, v_base_ptr
+    if DESCRIBED:
+        k_source = describe_parts(k_base_ptr, k_length, k_tokens.stride_t, WIDTH, BLOCK_N)
+        v_source = describe_parts(v_base_ptr, k_length, v_tokens.stride_t, WIDTH, BLOCK_N)
     keys = Keys(
-        k_base_ptr, v_base_ptr, bias_base_ptr, k_places_ptr, k_span.index_ptr, k_start, k_tokens.stride_t,
+        k_source, v_source, bias_base_ptr, k_places_ptr, k_span.index_ptr, k_start, k_tokens.stride_t,
         v_tokens.stride_t, bias_tokens.stride_t, k_places.stride_t, k_places.stride_c,
     )  # fmt: skip
     out = zeros_parts(WIDTH, BLOCK_M)
@@ -170,11 +179,11 @@ def forward_kernel(
     k_full = k_length // BLOCK_N * BLOCK_N
     out, maximum, total = attend_keys(
         out, maximum, total, q, first, places, slope_log2, noise, keys, 0, k_full, scale_log2, WIDTH, BLOCK_M,
-        BLOCK_N, False,
+        BLOCK_N, False, DESCRIBED,
     )  # fmt: skip
     out, maximum, total = attend_keys(
         out, maximum, total, q, first, places, slope_log2, noise, keys, k_full, k_length, scale_log2, WIDTH, BLOCK_M,
-        BLOCK_N, True,
+        BLOCK_N, True, DESCRIBED,
     )  # fmt: skip
 
     # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
@@ -199,7 +208,7 @@ def packed_forward(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, option
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    _launch_forward(q, k, v, options, out, lse, *packed_sides(sequences))
+    _launch_forward(q, k, v, options, out, lse, *packed_sides(sequences, q, k))
     return out, lse
 
 
@@ -244,16 +253,13 @@ def _launch_forward(
     q, k, v = readable(q), readable(k), readable(v)
     head_width, heads = q.shape[-1], q.shape[1]
     config = choose("forward", q.device, head_width, q.dtype)
-    tiles = triton.cdiv(q_rows.longest, config.block_m)
-    programs = tiles * heads * q_rows.starts.shape[0]
-    if programs == 0:
-        return
-    with torch.cuda.device_of(q):
-        forward_kernel[(programs,)](
-            tokens_argument(q), tokens_argument(k), tokens_argument(v),
-            bias_argument(options.key_bias, packed=q.ndim == 3), tokens_argument(out), row_values_argument(lse),
-            slopes_argument(options), places_argument(options.coords_q), places_argument(options.coords_k),
-            dropout_argument(options), span_argument(q_rows), span_argument(k_rows), scale * math.log2(math.e), heads,
-            tiles, WIDTH=width_argument(head_width, config), BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    work = plan_work(q_rows, k_rows, config.block_m)
+    described = config.descriptors and describable(k, k_rows) and describable(v, k_rows)
+    launch(
+        forward_kernel, work.turns * heads, described, q,
+        tokens_argument(q), tokens_argument(k), tokens_argument(v),
+        bias_argument(options.key_bias, packed=q.ndim == 3), tokens_argument(out), row_values_argument(lse),
+        slopes_argument(options), places_argument(options.coords_q), places_argument(options.coords_k),
+        dropout_argument(options), span_argument(q_rows), span_argument(k_rows), scale * math.log2(math.e), heads,
+        *work, **constant_arguments(head_width, config, described),
+    )  # fmt: skip

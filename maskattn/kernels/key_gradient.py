@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from maskattn.kernels.arguments import Queries
-from maskattn.kernels.parts import add_weighted_rows, dot_rows, load_parts, store_parts, zeros_parts
+from maskattn.kernels.parts import add_weighted_rows, describe_parts, dot_rows, load_parts, store_parts, zeros_parts
+from maskattn.kernels.schedule import find_work
 from maskattn.kernels.scores import distances, dropout_factors, load_noise, load_places
 from maskattn.kernels.tiles import (
     LOG2_E,
     load_row_values,
     places_base,
-    program_place,
     row_values_base,
     sequence_span,
     store_row_values,
@@ -47,6 +47,7 @@ def add_queries_to_key_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTIAL: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """dk + dSᵀ·Q, dv + (m P)ᵀ·dO, dbias + Σ dSᵀ over the queries ``q_begin`` to ``q_end``."""
     INDEXED: tl.constexpr = queries.index_ptr is not None
@@ -54,7 +55,7 @@ def add_queries_to_key_gradient(
         inside = first + tl.arange(0, BLOCK_M) < q_end
         rows = tile_rows(queries.index_ptr, queries.start, first, inside, BLOCK_M, INDEXED, PARTIAL)
         # [M, D]
-        q = load_parts(queries.q, first, rows, queries.stride_qt, inside, WIDTH, INDEXED, PARTIAL)
+        q = load_parts(queries.q, first, rows, queries.stride_qt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
         # [M]; rows past the end have lse +inf, hence p = 0, and need no other mask.
         lse_log2 = load_row_values(queries.lse_log2_ptr, first, rows, 1, inside, float("inf"), INDEXED, PARTIAL)
         # [N, M]
@@ -68,22 +69,24 @@ def add_queries_to_key_gradient(
             scores += bias_log2[:, None]
         p = tl.exp2(scores - lse_log2[None, :])
         # [M, D]; read this late so that the products do not hold their operands at once.
-        dout = load_parts(queries.dout, first, rows, queries.stride_gt, inside, WIDTH, INDEXED, PARTIAL)
-        delta = load_row_values(queries.delta_ptr, first, rows, 1, inside, 0.0, INDEXED, PARTIAL)
+        dout = load_parts(queries.dout, first, rows, queries.stride_gt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
+        weights = p
         if noise is not None:
             factors = dropout_factors(noise, first, first_key, BLOCK_M, BLOCK_N, True)
-            dv = add_weighted_rows(p * factors, dout, dv, WIDTH)
-            ds = p * (dot_rows(v, dout, WIDTH) * factors - delta[None, :])
-        else:
-            dv = add_weighted_rows(p, dout, dv, WIDTH)
-            ds = p * (dot_rows(v, dout, WIDTH) - delta[None, :])
+            weights = p * factors
+        dv = add_weighted_rows(weights, dout, dv, WIDTH)
+        delta = load_row_values(queries.delta_ptr, first, rows, 1, inside, 0.0, INDEXED, PARTIAL)
+        dp = dot_rows(v, dout, WIDTH)
+        if noise is not None:
+            dp *= factors
+        ds = p * (dp - delta[None, :])
         if bias_log2 is not None:
             dbias += tl.sum(ds, 1)
         dk = add_weighted_rows(ds, q, dk, WIDTH)
     return dk, dv, dbias
 
 
-@triton.jit(do_not_specialize=["dropout", "heads", "tiles"])
+@triton.jit(do_not_specialize=["dropout", "heads", "tiles", "turns"])
 def key_gradient_kernel(
     q_tokens,
     k_tokens,
@@ -104,16 +107,18 @@ def key_gradient_kernel(
     scale,
     scale_log2,
     heads,
+    turns_ptr,
     tiles,
+    turns,
     WIDTH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """dk, dv and dbias of one tile of keys."""
     INDEX_Q: tl.constexpr = q_span.index_ptr is not None
     INDEX_K: tl.constexpr = k_span.index_ptr is not None
-    tile, head, sequence = program_place(tiles, heads)
-    k_start, k_length = sequence_span(k_span.starts_ptr, k_span.ends_ptr, sequence)
+    tile, head, sequence, k_start, k_length, _ = find_work(turns_ptr, k_span, tiles, heads, BLOCK_N)
     first = tile * BLOCK_N
     if first >= k_length:
         return
@@ -145,8 +150,12 @@ def key_gradient_kernel(
     dout_base_ptr = tokens_base(dout_tokens, sequence, head, q_start, INDEX_Q)
     lse_log2_base_ptr = row_values_base(lse_log2_values, sequence, head, q_start, INDEX_Q)
     delta_base_ptr = row_values_base(delta_values, sequence, head, q_start, INDEX_Q)
+    q_source, dout_source = q_base_ptr, dout_base_ptr
+    if DESCRIBED:
+        q_source = describe_parts(q_base_ptr, q_length, q_tokens.stride_t, WIDTH, BLOCK_M)
+        dout_source = describe_parts(dout_base_ptr, q_length, dout_tokens.stride_t, WIDTH, BLOCK_M)
     queries = Queries(
-        q_base_ptr, dout_base_ptr, lse_log2_base_ptr, delta_base_ptr, q_places_ptr, q_span.index_ptr, q_start,
+        q_source, dout_source, lse_log2_base_ptr, delta_base_ptr, q_places_ptr, q_span.index_ptr, q_start,
         q_tokens.stride_t, dout_tokens.stride_t, q_places.stride_t, q_places.stride_c,
     )  # fmt: skip
     dk, dv = zeros_parts(WIDTH, BLOCK_N), zeros_parts(WIDTH, BLOCK_N)
@@ -154,11 +163,11 @@ def key_gradient_kernel(
     q_full = q_length // BLOCK_M * BLOCK_M
     dk, dv, dbias = add_queries_to_key_gradient(
         dk, dv, dbias, k, v, bias_log2, first, places, slope_log2, noise, queries, 0, q_full, scale_log2, WIDTH,
-        BLOCK_M, BLOCK_N, False,
+        BLOCK_M, BLOCK_N, False, DESCRIBED,
     )  # fmt: skip
     dk, dv, dbias = add_queries_to_key_gradient(
         dk, dv, dbias, k, v, bias_log2, first, places, slope_log2, noise, queries, q_full, q_length, scale_log2,
-        WIDTH, BLOCK_M, BLOCK_N, True,
+        WIDTH, BLOCK_M, BLOCK_N, True, DESCRIBED,
     )  # fmt: skip
     dk_base_ptr = tokens_base(dk_tokens, sequence, head, k_start, INDEX_K)
     store_parts(dk_base_ptr, first, rows, dk_tokens.stride_t, inside, dk, scale, WIDTH, INDEX_K)

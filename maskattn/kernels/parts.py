@@ -18,14 +18,15 @@ def describe_parts(base_ptr, length, stride_t, WIDTH, BLOCK: tl.constexpr):
     # A descriptor may not be empty.
     bound = tl.maximum(length, 1)
     first = tl.make_tensor_descriptor(base_ptr, [bound, WIDTH.HEAD], [stride_t, 1], [BLOCK, WIDTH.FIRST])
-    if WIDTH.SECOND:
-        second = tl.make_tensor_descriptor(
-            base_ptr + WIDTH.FIRST, [bound, WIDTH.HEAD - WIDTH.FIRST], [stride_t, 1], [BLOCK, WIDTH.SECOND]
-        )
-        source = (first, second)
-    else:
-        source = (first,)
-    return source
+    return (first, describe_second(base_ptr, bound, stride_t, WIDTH, BLOCK)) if WIDTH.SECOND else (first,)
+
+
+@triton.jit
+def describe_second(base_ptr, bound, stride_t, WIDTH, BLOCK: tl.constexpr):
+    """The descriptor of the second part."""
+    return tl.make_tensor_descriptor(
+        base_ptr + WIDTH.FIRST, [bound, WIDTH.HEAD - WIDTH.FIRST], [stride_t, 1], [BLOCK, WIDTH.SECOND]
+    )
 
 
 @triton.jit
@@ -41,31 +42,37 @@ def load_parts(
     DESCRIBED: tl.constexpr = False,
 ):
     """Rows of a tile; rows past the end and padded columns are 0 and never read."""
+    one = load_part(source, 0, first, rows, stride_t, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
+    return (
+        (one, load_part(source, 1, first, rows, stride_t, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED))
+        if WIDTH.SECOND
+        else (one,)
+    )
+
+
+@triton.jit
+def load_part(
+    source,
+    PART: tl.constexpr,
+    first,
+    rows,
+    stride_t,
+    inside,
+    WIDTH,
+    INDEXED: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """One part of a tile."""
     if DESCRIBED:
-        one = source[0].load([first, 0])
-    elif WIDTH.SECOND:
-        one = load_rows(source, first, rows, stride_t, inside, WIDTH.FIRST, WIDTH.FIRST, INDEXED, PARTIAL)
+        tile = source[PART].load([first, 0])
+    elif PART == 1:
+        rest: tl.constexpr = WIDTH.HEAD - WIDTH.FIRST
+        tile = load_rows(source + WIDTH.FIRST, first, rows, stride_t, inside, rest, WIDTH.SECOND, INDEXED, PARTIAL)
     else:
-        one = load_rows(source, first, rows, stride_t, inside, WIDTH.HEAD, WIDTH.FIRST, INDEXED, PARTIAL)
-    if WIDTH.SECOND:
-        if DESCRIBED:
-            two = source[1].load([first, 0])
-        else:
-            two = load_rows(
-                source + WIDTH.FIRST,
-                first,
-                rows,
-                stride_t,
-                inside,
-                WIDTH.HEAD - WIDTH.FIRST,
-                WIDTH.SECOND,
-                INDEXED,
-                PARTIAL,
-            )
-        parts = (one, two)
-    else:
-        parts = (one,)
-    return parts
+        columns: tl.constexpr = WIDTH.FIRST if WIDTH.SECOND else WIDTH.HEAD
+        tile = load_rows(source, first, rows, stride_t, inside, columns, WIDTH.FIRST, INDEXED, PARTIAL)
+    return tile
 
 
 @triton.jit
@@ -84,11 +91,8 @@ def store_parts(base_ptr, first, rows, stride_t, inside, parts, factor, WIDTH, I
 @triton.jit
 def zeros_parts(WIDTH, BLOCK: tl.constexpr):
     """A tile of zeros, float32."""
-    if WIDTH.SECOND:
-        parts = (tl.zeros([BLOCK, WIDTH.FIRST], tl.float32), tl.zeros([BLOCK, WIDTH.SECOND], tl.float32))
-    else:
-        parts = (tl.zeros([BLOCK, WIDTH.FIRST], tl.float32),)
-    return parts
+    first = tl.zeros([BLOCK, WIDTH.FIRST], tl.float32)
+    return (first, tl.zeros([BLOCK, WIDTH.SECOND], tl.float32)) if WIDTH.SECOND else (first,)
 
 
 @triton.jit
@@ -110,11 +114,8 @@ def dot_rows(a, b, WIDTH):
 def add_weighted_rows(weights, rows, total, WIDTH):
     """total + weights @ rows, the weights rounded to the dtype of the rows."""
     rounded = weights.to(rows[0].dtype)
-    if WIDTH.SECOND:
-        sums = (dot_add(rounded, rows[0], total[0]), dot_add(rounded, rows[1], total[1]))
-    else:
-        sums = (dot_add(rounded, rows[0], total[0]),)
-    return sums
+    first = dot_add(rounded, rows[0], total[0])
+    return (first, dot_add(rounded, rows[1], total[1])) if WIDTH.SECOND else (first,)
 
 
 @triton.jit

@@ -12,18 +12,19 @@ import triton.language as tl
 from maskattn.kernels.arguments import Keys
 from maskattn.kernels.parts import (
     add_weighted_rows,
+    describe_parts,
     dot_rows,
     load_parts,
     store_parts,
     sum_of_products,
     zeros_parts,
 )
+from maskattn.kernels.schedule import find_work
 from maskattn.kernels.scores import distances, dropout_factors, load_noise, load_places
 from maskattn.kernels.tiles import (
     LOG2_E,
     load_row_values,
     places_base,
-    program_place,
     row_values_base,
     sequence_span,
     store_row_values,
@@ -54,6 +55,7 @@ def add_keys_to_query_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTIAL: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """dq + dS·K and, for each query, dslope − Σ dS·‖x_i − x_j‖, over the keys ``k_begin`` to ``k_end``."""
     INDEXED: tl.constexpr = keys.index_ptr is not None
@@ -61,7 +63,7 @@ def add_keys_to_query_gradient(
         inside = first + tl.arange(0, BLOCK_N) < k_end
         rows = tile_rows(keys.index_ptr, keys.start, first, inside, BLOCK_N, INDEXED, PARTIAL)
         # [N, D]
-        k = load_parts(keys.k, first, rows, keys.stride_kt, inside, WIDTH, INDEXED, PARTIAL)
+        k = load_parts(keys.k, first, rows, keys.stride_kt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
         if k[0].dtype == tl.float32:
             # Else the compiler reads q, then waits for k, holding more of q in registers than there are; so for v.
             tl.debug_barrier()
@@ -81,7 +83,7 @@ def add_keys_to_query_gradient(
             # 2^(0 − lse) may be inf, and inf · 0 is NaN.
             p = tl.where(inside[None, :], p, 0.0)
         # [N, D]; read this late so that the two products do not hold their operands at once.
-        v = load_parts(keys.v, first, rows, keys.stride_vt, inside, WIDTH, INDEXED, PARTIAL)
+        v = load_parts(keys.v, first, rows, keys.stride_vt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
         if v[0].dtype == tl.float32:
             tl.debug_barrier()
         dp = dot_rows(dout, v, WIDTH)
@@ -94,7 +96,7 @@ def add_keys_to_query_gradient(
     return dq, dslope
 
 
-@triton.jit(do_not_specialize=["dropout", "heads", "tiles"])
+@triton.jit(do_not_specialize=["dropout", "heads", "tiles", "turns"])
 def query_gradient_kernel(
     q_tokens,
     k_tokens,
@@ -117,16 +119,18 @@ def query_gradient_kernel(
     scale,
     scale_log2,
     heads,
+    turns_ptr,
     tiles,
+    turns,
     WIDTH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """dq, delta, the row sums in log2 units and a part of dslopes, of one tile of queries."""
     INDEX_Q: tl.constexpr = q_span.index_ptr is not None
     INDEX_K: tl.constexpr = k_span.index_ptr is not None
-    tile, head, sequence = program_place(tiles, heads)
-    q_start, q_length = sequence_span(q_span.starts_ptr, q_span.ends_ptr, sequence)
+    tile, head, sequence, q_start, q_length, turn = find_work(turns_ptr, q_span, tiles, heads, BLOCK_M)
     first = tile * BLOCK_M
     if first >= q_length:
         return
@@ -173,21 +177,25 @@ def query_gradient_kernel(
         dslope = tl.zeros([BLOCK_M], tl.float32)
     if dropout.seed_ptr is not None:
         noise = load_noise(dropout, head, sequence)
+    k_source, v_source = k_base_ptr, v_base_ptr
+    if DESCRIBED:
+        k_source = describe_parts(k_base_ptr, k_length, k_tokens.stride_t, WIDTH, BLOCK_N)
+        v_source = describe_parts(v_base_ptr, k_length, v_tokens.stride_t, WIDTH, BLOCK_N)
     keys = Keys(
-        k_base_ptr, v_base_ptr, bias_base_ptr, k_places_ptr, k_span.index_ptr, k_start, k_tokens.stride_t,
+        k_source, v_source, bias_base_ptr, k_places_ptr, k_span.index_ptr, k_start, k_tokens.stride_t,
         v_tokens.stride_t, bias_tokens.stride_t, k_places.stride_t, k_places.stride_c,
     )  # fmt: skip
     dq = zeros_parts(WIDTH, BLOCK_M)
     k_full = k_length // BLOCK_N * BLOCK_N
     dq, dslope = add_keys_to_query_gradient(
         dq, dslope, q, dout, lse_log2, delta, first, places, slope_log2, noise, keys, 0, k_full, scale_log2, WIDTH,
-        BLOCK_M, BLOCK_N, False,
+        BLOCK_M, BLOCK_N, False, DESCRIBED,
     )  # fmt: skip
     dq, dslope = add_keys_to_query_gradient(
         dq, dslope, q, dout, lse_log2, delta, first, places, slope_log2, noise, keys, k_full, k_length, scale_log2,
-        WIDTH, BLOCK_M, BLOCK_N, True,
+        WIDTH, BLOCK_M, BLOCK_N, True, DESCRIBED,
     )  # fmt: skip
     dq_base_ptr = tokens_base(dq_tokens, sequence, head, q_start, INDEX_Q)
     store_parts(dq_base_ptr, first, rows, dq_tokens.stride_t, inside, dq, scale, WIDTH, INDEX_Q)
     if slopes_ptr is not None:
-        tl.store(dslopes_ptr + tl.program_id(0), tl.sum(dslope, 0))
+        tl.store(dslopes_ptr + head * turns + turn, tl.sum(dslope, 0))

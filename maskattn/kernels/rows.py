@@ -37,24 +37,32 @@ class Rows:
         starts, ends: (B,) int32.
         index: (B·N,) int32, the row of each position within its sequence, or None where the position is the row.
         longest: no sequence is longer than this; known without asking the device.
+        total: positions of all sequences, or None where the host does not know.
     """
 
     starts: Int[Tensor, "B"]
     ends: Int[Tensor, "B"]
     index: Int[Tensor, "BN"] | None
     longest: int
+    total: int | None = None
+
+    @property
+    def all_equal(self) -> bool:
+        """Whether the host knows all sequences to be as long as the longest."""
+        return self.total == self.longest * self.starts.shape[0]
 
 
-def packed_rows(cu_seqlens: Int[Tensor, "B_plus_1"], max_seqlen: int) -> Rows:
+def packed_rows(cu_seqlens: Int[Tensor, "B_plus_1"], max_seqlen: int, total: int | None = None) -> Rows:
     """Rows of packed sequences, end to end."""
-    return Rows(cu_seqlens[:-1], cu_seqlens[1:], None, max_seqlen)
+    longest = max_seqlen if total is None else min(max_seqlen, total)
+    return Rows(cu_seqlens[:-1], cu_seqlens[1:], None, longest, total)
 
 
-def packed_sides(sequences: Sequences) -> tuple[Rows, Rows]:
-    """Rows of the packed queries and keys."""
+def packed_sides(sequences: Sequences, q: Tensor, k: Tensor) -> tuple[Rows, Rows]:
+    """Rows of the packed queries (Tq, H, D) and keys (Tk, H, D)."""
     return (
-        packed_rows(sequences.cu_seqlens_q, sequences.max_seqlen_q),
-        packed_rows(sequences.cu_seqlens_k, sequences.max_seqlen_k),
+        packed_rows(sequences.cu_seqlens_q, sequences.max_seqlen_q, q.shape[0]),
+        packed_rows(sequences.cu_seqlens_k, sequences.max_seqlen_k, k.shape[0]),
     )
 
 
@@ -70,7 +78,7 @@ def kept_rows(keep_BN: Bool[Tensor, "B N"]) -> Rows:
 def whole_rows(batch: int, tokens: int, device: torch.device) -> Rows:
     """Every row of a dense batch."""
     starts = torch.zeros(batch, dtype=torch.int32, device=device)
-    return Rows(starts, starts + tokens, None, tokens)
+    return Rows(starts, starts + tokens, None, tokens, batch * tokens)
 
 
 def strides_bht(x: Tensor) -> tuple[int, int, int]:

@@ -1,0 +1,54 @@
+"""When tiles may be read by the copy engine (TMA), and launches with memory for a kernel's descriptors."""
+
+from __future__ import annotations
+
+import contextvars
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from maskattn.kernels.rows import Rows, strides_bht
+
+__all__ = ["describable", "launch"]
+
+# Bytes; every row and every sequence's first row must start at a multiple.
+ALIGNMENT = 16
+
+
+def describable(x: Tensor, rows: Rows) -> bool:
+    """Whether a descriptor can cover the rows of each sequence: consecutive and aligned.
+
+    Args:
+        x: (T, H, D) or (B, H, N, D) with contiguous D.
+        rows: of the sequences.
+    """
+    if rows.index is not None or strides_bht(x)[2] < x.shape[-1]:
+        return False
+    return x.data_ptr() % ALIGNMENT == 0 and all(
+        stride * x.element_size() % ALIGNMENT == 0 for stride in strides_bht(x)
+    )
+
+
+def launch(kernel: Any, programs: int, described: bool, q: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Launch ``programs`` programs of a kernel on q's device; none is no launch.
+
+    Args:
+        described: whether it needs memory for descriptors.
+        arguments, constants: of the kernel.
+    """
+    if programs == 0:
+        return
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=q.device)
+
+    def run() -> None:
+        if described:
+            triton.set_allocator(allocate)
+        with torch.cuda.device_of(q):
+            kernel[(programs,)](*arguments, **constants)
+
+    # In a context of its own, so that the allocator that a user has set stays theirs.
+    contextvars.copy_context().run(run)
