@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-grid", choices=("smoke", "quick", "full"), default="quick")
     group.addoption("--bench-impls", default="", help="of ours, comma-separated; default: all of the device's")
     group.addoption("--bench-csv", type=Path, default=None, help="where to write the rows, as they are measured")
+    group.addoption("--bench-commit", default="", help="what is measured, where the checkout has no git history")
     group.addoption("--bench-seconds", type=float, default=float("inf"), help="start no row after so long")
 
 
@@ -36,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--bench-device cuda needs a GPU that torch can use; torch.cuda.is_available() is False"
         )
-    config.recorder = Recorder(config.getoption("--bench-csv"), device)
+    config.recorder = Recorder(config.getoption("--bench-csv"), device, config.getoption("--bench-commit"))
     config.deadline = time.monotonic() + config.getoption("--bench-seconds")
 
 

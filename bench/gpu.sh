@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and without a network:
 #
-#     bench/gpu.sh OUT_FOLDER [quick|full] [--seconds N] [--only STEP[,STEP...]] [--device cpu]
+#     bench/gpu.sh OUT_FOLDER [quick|full] [--seconds N] [--only STEP[,STEP...]] [--commit ID] [--device cpu]
 #
 # Steps: build, versions, tests, sanitizer, bench. A step that fails is reported and the others go on; the exit status is
 # 1 if a test, the sanitizer or one of our bench rows failed. --seconds (540) is for the benches alone: the most
-# important rows come first, and what was left out is said. --device cpu is a dry run of the plumbing on small sizes.
+# important rows come first, and what was left out is said. --commit names what is measured where git is not at hand.
+# --device cpu is a dry run of the plumbing on small sizes.
 # Written to OUT_FOLDER: a log of each step, rows.csv (row by row, so a run cut short keeps them), bench.json, table.txt.
 set -uo pipefail
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
@@ -18,12 +19,13 @@ usage() {
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift
-grid=quick seconds=540 device=cuda only=build,versions,tests,sanitizer,bench
+grid=quick seconds=540 device=cuda commit="" only=build,versions,tests,sanitizer,bench
 while [[ $# -gt 0 ]]; do
     case $1 in
     quick | full) grid=$1 ;;
     --seconds) seconds=${2:?} && shift ;;
     --only) only=${2:?} && shift ;;
+    --commit) commit=${2:?} && shift ;;
     --device) device=${2:?} && shift ;;
     *) usage ;;
     esac
@@ -82,7 +84,7 @@ if torch.cuda.is_available():
     print(torch.cuda.get_device_properties(0))
 PY
     local status=$?
-    git rev-parse HEAD 2>/dev/null || echo "no git history here"
+    echo "commit ${commit:-$(git rev-parse HEAD 2>/dev/null || echo unknown: no git history here)}"
     command -v nvidia-smi >/dev/null && nvidia-smi
     return $status
 }
@@ -128,7 +130,7 @@ bench() {
     # A peer that hangs is not waited for; rows.csv has what came before.
     timeout --signal=INT --kill-after=30 "$((seconds + 90))" "$PYTHON" -m pytest bench --bench-device "$device" --bench-grid "$size" --bench-seconds "$seconds" \
         --bench-csv "$out/rows.csv" --benchmark-json "$out/bench.json" --benchmark-columns=median,iqr,rounds \
-        -p no:cacheprovider ${impls[@]+"${impls[@]}"}
+        --bench-commit "$commit" -p no:cacheprovider ${impls[@]+"${impls[@]}"}
 }
 
 wanted build && step build no build

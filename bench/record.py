@@ -62,10 +62,10 @@ def is_ours(contender: str) -> bool:
 class Recorder:
     """Collects rows and appends each to a CSV at once, so that a run that is cut short keeps what it measured."""
 
-    def __init__(self, path: Path | None, device: str):
+    def __init__(self, path: Path | None, device: str, commit: str = ""):
         self.rows: list[Row] = []
         self._path = path
-        self._versions = versions(device)
+        self._versions = versions(device) | ({"commit": commit} if commit else {})
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w", newline="") as file:
