@@ -1,0 +1,244 @@
+"""Attention of R ≤ 16 queries of each sequence over its keys, and the attention rows.
+
+Bound by memory, so K and V are read once. One program per head, sequence and *split*, a share of the sequence's keys,
+so that few sequences fill the chip too; each leaves the output and lse of its share, and a second kernel combines these
+in a fixed order:
+
+    lse = log Σ_s exp(lse_s)      out = Σ_s exp(lse_s − lse) out_s
+
+The attention rows need the final lse. The first kernel writes the raw scores to where the rows shall be and the second
+turns them into weights in place: 12 bytes for each of R rows (less what the cache still holds), where computing the
+scores again would read K again, 2·D bytes in half precision. With one split and no rows the first kernel's results are
+final and the second is not launched.
+
+Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width, S splits; N keys of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from maskattn.kernels.readout_call import prepare
+from maskattn.kernels.readout_tiles import (
+    key_distances,
+    load_readout,
+    load_readout_places,
+    products,
+    readout_place,
+    readout_scores,
+    split_span,
+    weighted_sum,
+)
+from maskattn.kernels.scores import dropout_factors, load_noise
+from maskattn.kernels.tiles import LN_2, LOG2_E, load_rows, sequence_base, sequence_span
+from maskattn.options import Options
+
+__all__ = ["combine_kernel", "readout_forward", "readout_kernel"]
+
+# Tokens of an attention row that one program of the second kernel normalises, and splits that it sums at a time.
+BLOCK_TOKENS = 1024
+BLOCK_SPLITS = 16
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """A maximum to be subtracted from scores: with no score so far, −inf − (−inf) would be NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def readout_kernel(
+    q,
+    k,
+    v,
+    bias,
+    slopes_ptr,
+    places_q,
+    places_k,
+    span,
+    dropout,
+    scale_log2,
+    batch,
+    heads,
+    queries,
+    tokens,
+    out_ptr,
+    lse_ptr,
+    scores_ptr,
+    splits,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """out and lse of one split, (S, B, R, H, D) and (S, B, R, H), and its raw scores in log2 units, (R, H, T)."""
+    head, split, sequence = readout_place(heads, splits)
+    start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
+    begin, end = split_span(length, split, splits, BLOCK_N)
+    k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
+    v_base_ptr = sequence_base(v.ptr, sequence, head, start, 0, v.stride_h, v.stride_t, False)
+    bias_base_ptr = bias.ptr
+    if bias.ptr is not None:
+        bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
+    # [R, D]
+    q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
+    if slopes_ptr is not None:
+        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
+    if dropout.seed_ptr is not None:
+        noise = load_noise(dropout, head, sequence)
+
+    rows_R, rows_N = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    out = tl.zeros([SLOTS * BLOCK_R, BLOCK_D], tl.float32)
+    maximum = tl.full([SLOTS, BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([SLOTS, BLOCK_R], tl.float32)
+    for first in tl.range(begin, end, BLOCK_N):
+        inside = first + rows_N < end
+        # Both before the first use of either: what is in flight hides the latency.
+        k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
+        v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
+        # [N, R]
+        qk = products(k_tile, q_tile, BLOCK_R)
+        scores = readout_scores(qk, scale_log2, bias, bias_base_ptr, first, inside, BLOCK_N)
+        if slopes_ptr is not None:
+            scores -= slope_log2 * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
+        if scores_ptr is not None:
+            row_ptr = scores_ptr + (rows_R * heads + head).to(tl.int64) * tokens
+            pointers = row_ptr[None, :] + (start.to(tl.int64) + first + rows_N)[:, None]
+            tl.store(pointers, scores, mask=inside[:, None] & (rows_R < queries)[None, :])
+        scores = tl.reshape(scores, [BLOCK_N // SLOTS, SLOTS, BLOCK_R])
+        maximum_new = tl.maximum(maximum, tl.max(scores, 0))
+        peak = finite_or_zero(maximum_new)
+        p = tl.exp2(scores - peak[None, :, :])
+        factor = tl.exp2(maximum - peak)
+        total = total * factor + tl.sum(p, 0)
+        maximum = maximum_new
+        p = tl.reshape(p, [BLOCK_N, BLOCK_R])
+        if dropout.seed_ptr is not None:
+            p *= dropout_factors(noise, 0, first, BLOCK_R, BLOCK_N, True)
+        factor_of_sums = factor if BLOCK_R == 1 else tl.trans(factor)
+        out = out * factor_of_sums + weighted_sum(p, v_tile, BLOCK_R, SLOTS)
+
+    # [R]
+    peak = finite_or_zero(tl.max(maximum, 0))
+    factor = tl.exp2(maximum - peak[None, :])
+    total = tl.sum(total * factor, 0)
+    maximum = tl.max(maximum, 0)
+    if BLOCK_R == 1:
+        out = tl.sum(out * factor, 0, keep_dims=True)
+    # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
+    divisor = tl.where(total == 0.0, 1.0, total)
+    places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
+    tl.store(lse_ptr + places, maximum * LN_2 + tl.log(divisor), mask=rows_R < queries)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows_R < queries)[:, None] & (columns < HEAD_WIDTH)[None, :]
+    out = (out / divisor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places[:, None] * HEAD_WIDTH + columns[None, :], out, mask=mask)
+
+
+@triton.jit
+def combine_kernel(
+    split_out_ptr,
+    split_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    weights_ptr,
+    starts_ptr,
+    batch,
+    heads,
+    queries,
+    splits,
+    tokens,
+    tiles,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    COMBINE: tl.constexpr,
+):
+    """out and lse of one row of one head and sequence from its splits, and its attention weights from raw scores."""
+    program = tl.program_id(0)
+    tile, place = program % tiles, (program // tiles).to(tl.int64)
+    count = (batch * queries).to(tl.int64) * heads
+    # [S]
+    shares = tl.arange(0, BLOCK_S)
+    maximum = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        share_ptr = split_lse_ptr + (first + shares) * count + place
+        maximum = tl.maximum(maximum, tl.load(share_ptr, mask=first + shares < splits, other=float("-inf")))
+    maximum = tl.max(maximum, 0)
+    peak = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.zeros([BLOCK_S], tl.float32)
+    out = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    columns = tl.arange(0, BLOCK_D)
+    for first in range(0, splits, BLOCK_S):
+        there = first + shares < splits
+        share_lse = tl.load(split_lse_ptr + (first + shares) * count + place, mask=there, other=float("-inf"))
+        weight = tl.exp(share_lse - peak)
+        total += weight
+        if COMBINE:
+            share_ptr = split_out_ptr + ((first + shares) * count + place) * HEAD_WIDTH
+            mask = (there & (tile == 0))[:, None] & (columns < HEAD_WIDTH)[None, :]
+            out += weight[:, None] * tl.load(share_ptr[:, None] + columns[None, :], mask=mask, other=0.0)
+    total = tl.sum(total, 0)
+    divisor = tl.where(total == 0.0, 1.0, total)
+    lse = maximum + tl.log(divisor)
+    if COMBINE:
+        tl.store(lse_ptr + place, lse, mask=tile == 0)
+        out = (tl.sum(out, 0) / divisor).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + place * HEAD_WIDTH + columns, out, mask=(columns < HEAD_WIDTH) & (tile == 0))
+    if weights_ptr is not None:
+        head, query, sequence = place % heads, place // heads % queries, place // heads // queries
+        start, length = sequence_span(starts_ptr, starts_ptr + 1, sequence)
+        token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        row_ptr = weights_ptr + (query * heads + head) * tokens + start
+        scores = tl.load(row_ptr + token, mask=token < length, other=float("-inf"))
+        lse_log2 = tl.where(lse == float("-inf"), 0.0, lse) * LOG2_E
+        tl.store(row_ptr + token, tl.exp2(scores - lse_log2), mask=token < length)
+
+
+def readout_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: Options, need_rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of a few queries of each sequence over its packed keys.
+
+    Args:
+        q: (B, R, H, D), R ≤ 16, any strides.
+        k, v: (T, H, D), any strides.
+        cu_seqlens: (B + 1,) int32, 0 first and T last.
+        max_seqlen: no sequence is longer.
+        options: of packed tensors; coords_q is (B, R, 2).
+        need_rows: also compute the attention rows.
+
+    Returns:
+        out (B, R, H, D) in q's dtype, lse (B, R, H) float32, and rows (R, H, T) float32, the softmax weights before
+        dropout, or (R, H, 0).
+    """
+    B, R, H, D = q.shape
+    out = torch.empty((B, R, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, R, H), dtype=torch.float32, device=q.device)
+    rows = torch.empty((R, H, k.shape[0] if need_rows else 0), dtype=torch.float32, device=q.device)
+    if B * H == 0:
+        return out, lse, rows
+    call = prepare("readout", q, k, v, cu_seqlens, max_seqlen, options)
+    split_out, split_lse = out, lse
+    if call.splits > 1:
+        split_out = torch.empty((call.splits, B, R, H, D), dtype=torch.float32, device=q.device)
+        split_lse = torch.empty((call.splits, B, R, H), dtype=torch.float32, device=q.device)
+    weights = rows if need_rows else None
+    with torch.cuda.device_of(q):
+        readout_kernel[call.grid](
+            *call.arguments, split_out, split_lse, weights, call.splits, **call.widths, **call.launch_options
+        )
+        if call.splits > 1 or need_rows:
+            tiles = max(1, triton.cdiv(max_seqlen, BLOCK_TOKENS)) if need_rows else 1
+            combine_kernel[(tiles * B * R * H,)](
+                split_out, split_lse, out, lse, weights, cu_seqlens, B, H, R, call.splits, k.shape[0], tiles,
+                HEAD_WIDTH=D, BLOCK_D=call.widths["BLOCK_D"], BLOCK_S=BLOCK_SPLITS, BLOCK_T=BLOCK_TOKENS,
+                COMBINE=call.splits > 1, num_warps=4,
+            )  # fmt: skip
+    return out, lse, rows

@@ -1,0 +1,303 @@
+"""Backward of the readout, with the weights p recomputed from the lse that forward left.
+
+With dO, dlse and dw the gradients of out, lse and the attention rows, m the dropout factors and s the scale:
+
+    delta_r = Σ_d dO_rd out_rd + Σ_j p_rj dw_rj − dlse_r      dS_rj = p_rj (m_rj dO_r·v_j + dw_rj − delta_r)
+
+    dq_r = s Σ_j dS_rj k_j    dk_j = s Σ_r dS_rj q_r    dv_j = Σ_r m_rj p_rj dO_r    dbias_j = Σ_r dS_rj
+    dslope = −Σ_rj dS_rj ‖x_r − x_j‖
+
+A key sees all R rows in one program, so that dk, dv and dbias are written once; dq and dslope are sums over a
+sequence's splits, which leave their parts to be added in a fixed order. K and V are read once and dk and dv written
+once. Where the rows have a gradient, Σ_j p_rj dw_rj must be known first and costs a pass over K: correcting dk for it
+afterwards would read and write dk again.
+
+Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width, S splits; N keys of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from maskattn.kernels.arguments import ABSENT, Tokens
+from maskattn.kernels.readout_call import ReadoutCall, prepare, readout_argument
+from maskattn.kernels.readout_tiles import (
+    key_distances,
+    load_lse_log2,
+    load_readout,
+    load_readout_places,
+    load_row_gradient,
+    products,
+    readout_place,
+    readout_scores,
+    split_span,
+    spread,
+    weighted_sum,
+)
+from maskattn.kernels.scores import dropout_factors, load_noise
+from maskattn.kernels.tiles import LOG2_E, load_rows, sequence_base, sequence_span, store_row_values, store_rows
+from maskattn.options import Gradients, Options
+
+__all__ = ["readout_backward", "readout_gradient_kernel", "row_gradient_kernel"]
+
+
+@triton.jit
+def row_gradient_kernel(
+    q,
+    k,
+    v,
+    bias,
+    slopes_ptr,
+    places_q,
+    places_k,
+    span,
+    dropout,
+    scale_log2,
+    batch,
+    heads,
+    queries,
+    tokens,
+    lse_ptr,
+    drows,
+    sums_ptr,
+    splits,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Σ_j p_rj dw_rj of one split, (S, B, R, H)."""
+    head, split, sequence = readout_place(heads, splits)
+    start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
+    begin, end = split_span(length, split, splits, BLOCK_N)
+    k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
+    bias_base_ptr = bias.ptr
+    if bias.ptr is not None:
+        bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
+    q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
+    lse_log2 = load_lse_log2(lse_ptr, sequence * queries * heads + head, heads, queries, BLOCK_R)
+    if slopes_ptr is not None:
+        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
+
+    rows_R, rows_N = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    sums = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for first in tl.range(begin, end, BLOCK_N):
+        inside = first + rows_N < end
+        k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
+        qk = products(k_tile, q_tile, BLOCK_R)
+        scores = readout_scores(qk, scale_log2, bias, bias_base_ptr, first, inside, BLOCK_N)
+        if slopes_ptr is not None:
+            scores -= slope_log2 * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
+        p = tl.exp2(scores - lse_log2[None, :])
+        dw = load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R, BLOCK_N)
+        sums += tl.where(p > 0, p * dw, 0.0)
+    places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
+    tl.store(sums_ptr + places, tl.sum(sums, 0), mask=rows_R < queries)
+
+
+@triton.jit
+def readout_gradient_kernel(
+    q,
+    k,
+    v,
+    bias,
+    slopes_ptr,
+    places_q,
+    places_k,
+    span,
+    dropout,
+    scale_log2,
+    batch,
+    heads,
+    queries,
+    tokens,
+    out,
+    dout,
+    lse_ptr,
+    shift_ptr,
+    drows,
+    dq_ptr,
+    dk,
+    dv,
+    dbias,
+    dslopes_ptr,
+    scale,
+    splits,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """dk, dv and dbias of one split's keys, and its part of dq (S, B, R, H, D) and dslope (S, B, H).
+
+    ``shift_ptr`` (B, R, H) is Σ_j p_rj dw_rj − dlse_r, what delta has besides dO·out; None for 0.
+    """
+    head, split, sequence = readout_place(heads, splits)
+    start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
+    begin, end = split_span(length, split, splits, BLOCK_N)
+    k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
+    v_base_ptr = sequence_base(v.ptr, sequence, head, start, 0, v.stride_h, v.stride_t, False)
+    dk_base_ptr = sequence_base(dk.ptr, sequence, head, start, 0, dk.stride_h, dk.stride_t, False)
+    dv_base_ptr = sequence_base(dv.ptr, sequence, head, start, 0, dv.stride_h, dv.stride_t, False)
+    bias_base_ptr = bias.ptr
+    if bias.ptr is not None:
+        bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
+        dbias_base_ptr = sequence_base(dbias.ptr, sequence, head, start, 0, dbias.stride_h, dbias.stride_t, False)
+    rows_R, rows_N = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    place = sequence * queries * heads + head
+    q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
+    dout_tile = load_readout(dout, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
+    out_tile = load_readout(out, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
+    lse_log2 = load_lse_log2(lse_ptr, place, heads, queries, BLOCK_R)
+    # What comes back to a row without keys may be NaN, and counts for nothing.
+    dout_tile = tl.where(lse_log2[:, None] == float("inf"), 0.0, dout_tile).to(k.ptr.dtype.element_ty)
+    delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    if shift_ptr is not None:
+        delta += tl.load(shift_ptr + place + rows_R * heads, mask=rows_R < queries, other=0.0)
+    if slopes_ptr is not None:
+        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
+    if dropout.seed_ptr is not None:
+        noise = load_noise(dropout, head, sequence)
+
+    dq = tl.zeros([SLOTS * BLOCK_R, BLOCK_D], tl.float32)
+    dslope = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for first in tl.range(begin, end, BLOCK_N):
+        inside = first + rows_N < end
+        k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
+        v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
+        # [N, R]
+        qk = products(k_tile, q_tile, BLOCK_R)
+        scores = readout_scores(qk, scale_log2, bias, bias_base_ptr, first, inside, BLOCK_N)
+        if slopes_ptr is not None:
+            distance = key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
+            scores -= slope_log2 * distance
+        p = tl.exp2(scores - lse_log2[None, :])
+        ds = products(v_tile, dout_tile, BLOCK_R)
+        weights = p
+        if dropout.seed_ptr is not None:
+            kept = dropout_factors(noise, 0, first, BLOCK_R, BLOCK_N, True)
+            weights, ds = p * kept, ds * kept
+        dv_tile = spread(weights, dout_tile, BLOCK_R)
+        store_rows(dv_base_ptr, first, rows_N, dv.stride_t, inside, dv_tile, HEAD_WIDTH, BLOCK_D, False)
+        if drows.ptr is not None:
+            ds += load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R, BLOCK_N)
+        # Where p is 0 the rest may be NaN.
+        ds = tl.where(p > 0, p * (ds - delta[None, :]), 0.0)
+        if bias.ptr is not None:
+            store_row_values(dbias_base_ptr, first, rows_N, dbias.stride_t, inside, tl.sum(ds, 1), False)
+        if slopes_ptr is not None:
+            dslope += ds * distance
+        dk_tile = spread(ds, q_tile, BLOCK_R) * scale
+        store_rows(dk_base_ptr, first, rows_N, dk.stride_t, inside, dk_tile, HEAD_WIDTH, BLOCK_D, False)
+        dq += weighted_sum(ds, k_tile, BLOCK_R, SLOTS)
+
+    if BLOCK_R == 1:
+        dq = tl.sum(dq, 0, keep_dims=True)
+    if slopes_ptr is not None:
+        place = (split * batch + sequence) * heads + head
+        tl.store(dslopes_ptr + place, -tl.sum(tl.sum(dslope, 0), 0))
+    places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows_R < queries)[:, None] & (columns < HEAD_WIDTH)[None, :]
+    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + places[:, None] * HEAD_WIDTH + columns[None, :], dq, mask=mask)
+
+
+def readout_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_rows: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    options: Options,
+) -> Gradients:
+    """Gradients of :func:`maskattn.kernels.readout.readout_forward`.
+
+    Args:
+        grad_out: (B, R, H, D), any strides.
+        grad_lse: (B, R, H) or None for zeros.
+        grad_rows: (R, H, T) or None for zeros.
+        q, k, v, cu_seqlens, max_seqlen, options: what forward was given.
+        out, lse: what forward returned.
+
+    Returns:
+        Gradients like their inputs, contiguous.
+    """
+    B, R, H, D = q.shape
+    bias, slopes = options.key_bias, options.slopes
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    # Heads that share a bias leave their parts as (H, T).
+    dbias = None
+    if bias is not None:
+        shape = (H, k.shape[0]) if bias.ndim == 1 else tuple(bias.shape)
+        dbias = torch.empty(shape, dtype=torch.float32, device=q.device)
+    if B * H == 0:
+        return Gradients(
+            torch.empty_like(q), dk, dv, None if bias is None else torch.zeros_like(bias), _zeros_like(slopes)
+        )
+    call = prepare("readout_gradient", q, k, v, cu_seqlens, max_seqlen, options)
+    dtype = q.dtype if call.splits == 1 else torch.float32
+    dq_parts = torch.empty((call.splits, B, R, H, D), dtype=dtype, device=q.device)
+    dslopes_parts = None if slopes is None else torch.empty((call.splits, B, H), device=q.device)
+    lse = lse.contiguous()
+    shift = _shift_of_delta(call, grad_lse, grad_rows, lse)
+    with torch.cuda.device_of(q):
+        readout_gradient_kernel[call.grid](
+            *call.arguments, readout_argument(out), readout_argument(grad_out), lse, shift,
+            _rows_argument(grad_rows), dq_parts, _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias),
+            dslopes_parts, options.scale, call.splits, **call.widths, **call.launch_options,
+        )  # fmt: skip
+    return Gradients(
+        q=dq_parts[0] if call.splits == 1 else dq_parts.sum(0).to(q.dtype),
+        k=dk,
+        v=dv,
+        key_bias=None if bias is None or dbias is None else (dbias.sum(0) if bias.ndim == 1 else dbias).to(bias.dtype),
+        slopes=None if slopes is None or dslopes_parts is None else dslopes_parts.sum((0, 1)).to(slopes.dtype),
+    )
+
+
+def _shift_of_delta(call: ReadoutCall, grad_lse: Tensor | None, grad_rows: Tensor | None, lse: Tensor) -> Tensor | None:
+    """Σ_j p_rj dw_rj − dlse_r, (B, R, H) float32 contiguous, or None for 0."""
+    shift = None if grad_lse is None else grad_lse.to(torch.float32).neg().contiguous()
+    if grad_rows is None:
+        return shift
+    sums = torch.empty((call.splits, *lse.shape), dtype=torch.float32, device=lse.device)
+    with torch.cuda.device_of(lse):
+        row_gradient_kernel[call.grid](
+            *call.arguments, lse, _rows_argument(grad_rows), sums, call.splits, **call.widths, **call.launch_options
+        )
+    total = sums[0] if call.splits == 1 else sums.sum(0)
+    return total if shift is None else total + shift
+
+
+def _rows_argument(grad_rows: Tensor | None) -> Tokens:
+    """Of the (R, H, T) gradient of the rows: R takes the place of the sequences."""
+    return ABSENT if grad_rows is None else Tokens(grad_rows, *grad_rows.stride())
+
+
+def _by_token(x: Tensor) -> Tokens:
+    """Of a (T, H, D) tensor."""
+    return Tokens(x, 0, x.stride(1), x.stride(0))
+
+
+def _dbias_argument(dbias: Tensor | None, bias: Tensor | None) -> Tokens:
+    """Of the parts of a bias' gradient: (H, T) where the heads share it, else (T, H)."""
+    if dbias is None or bias is None:
+        return ABSENT
+    return Tokens(dbias, 0, *(dbias.stride() if bias.ndim == 1 else dbias.stride()[::-1]))
+
+
+def _zeros_like(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.zeros_like(x)

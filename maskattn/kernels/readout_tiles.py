@@ -1,0 +1,114 @@
+"""Pieces that the readout's kernels share: splits of the keys, and products of a tile of keys with a few rows.
+
+A readout has R ≤ 16 rows a sequence and is bound by reading K and V once. A tile of scores is laid out keys first,
+[N, R], because bias, places and rows of the result belong to keys. One row alone (R = 1) is multiplied element by
+element, without shared memory or barriers in the loop: key n of a tile belongs to *slot* n mod SLOTS, which has sums of
+its own, and there are as many slots as a program's threads hold rows side by side, so that a slot stays in its threads
+until the slots are added up behind the loop. More rows are padded to the 16 of a tensor core.
+
+Dimension key: N keys of a tile, R rows (padded to 1 or 16), D head width (padded to a power of two).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from maskattn.kernels.scores import distances, load_places
+from maskattn.kernels.tiles import LOG2_E, dot, load_row_values, load_rows, sequence_base
+
+
+@triton.jit
+def readout_place(heads, splits):
+    """Head, split and sequence of this program; neighbours share keys' tokens, whose heads lie side by side."""
+    program = tl.program_id(0)
+    return program % heads, program // heads % splits, program // heads // splits
+
+
+@triton.jit
+def split_span(length, split, splits, BLOCK_N: tl.constexpr):
+    """First key and end of a split's share of a sequence: whole tiles, so that dropout's groups of four stay whole."""
+    tiles = tl.cdiv(tl.cdiv(length, BLOCK_N), splits)
+    begin = tl.minimum(split * tiles * BLOCK_N, length)
+    return begin, tl.minimum(begin + tiles * BLOCK_N, length)
+
+
+@triton.jit
+def load_readout(x, sequence, head, queries, HEAD_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The rows of one sequence and head, [R, D]; padded rows and columns are 0."""
+    base_ptr = x.ptr + sequence.to(tl.int64) * x.stride_b + head * x.stride_h
+    rows = tl.arange(0, BLOCK_R)
+    return load_rows(base_ptr, 0, rows, x.stride_t, rows < queries, HEAD_WIDTH, BLOCK_D, False, True)
+
+
+@triton.jit
+def load_readout_places(places_q, places_k, sequence, first_query, start, queries, BLOCK_R: tl.constexpr):
+    """Places of a sequence's queries from ``first_query`` on, and the pointer to those of its first key."""
+    rows = tl.arange(0, BLOCK_R)
+    base_ptr = places_q.ptr + sequence.to(tl.int64) * places_q.stride_b
+    there = first_query + rows < queries
+    places = load_places(base_ptr, first_query, rows, places_q.stride_t, places_q.stride_c, there, False, True)
+    return places, places_k.ptr + start.to(tl.int64) * places_k.stride_t
+
+
+@triton.jit
+def key_distances(places_k, base_ptr, queries_at, first, inside, BLOCK_N: tl.constexpr):
+    """Distances of a tile of keys from the queries, [N, R]."""
+    rows = tl.arange(0, BLOCK_N)
+    keys_at = load_places(base_ptr, first, rows, places_k.stride_t, places_k.stride_c, inside, False, True)
+    return distances(keys_at, queries_at)
+
+
+@triton.jit
+def load_lse_log2(lse_ptr, place, heads, queries, BLOCK_R: tl.constexpr):
+    """lse of a sequence and head's rows in log2 units, [R]; +∞, hence weights 0, for rows without keys and padding."""
+    rows = tl.arange(0, BLOCK_R)
+    lse = tl.load(lse_ptr + place + rows * heads, mask=rows < queries, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+
+@triton.jit
+def load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Gradients of the weights of a tile, [N, R], of (R, H, T); 0 past the end."""
+    rows, keys = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    row_ptr = sequence_base(drows.ptr, rows, head, start + first, drows.stride_b, drows.stride_h, drows.stride_t, False)
+    mask = inside[:, None] & (rows < queries)[None, :]
+    pointers = row_ptr[None, :] + keys.to(tl.int64)[:, None] * drows.stride_t
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def products(keys, rows, BLOCK_R: tl.constexpr):
+    """keys [N, D] times rows [R, D]: [N, R] in float32."""
+    if BLOCK_R == 1:
+        result = tl.sum(keys.to(tl.float32) * rows.to(tl.float32), 1, keep_dims=True)
+    else:
+        result = dot(keys, tl.trans(rows))
+    return result
+
+
+@triton.jit
+def weighted_sum(weights, keys, BLOCK_R: tl.constexpr, SLOTS: tl.constexpr):
+    """weightsᵀ times keys, [N, R] and [N, D], in float32: [R, D], or for one row the sums of each slot, [SLOTS, D]."""
+    if BLOCK_R == 1:
+        weighted = weights * keys.to(tl.float32)
+        result = tl.sum(tl.reshape(weighted, [keys.shape[0] // SLOTS, SLOTS, keys.shape[1]]), 0)
+    else:
+        result = dot(tl.trans(weights.to(keys.dtype)), keys)
+    return result
+
+
+@triton.jit
+def spread(weights, rows, BLOCK_R: tl.constexpr):
+    """weights [N, R] times rows [R, D]: [N, D] in float32."""
+    return weights * rows.to(tl.float32) if BLOCK_R == 1 else dot(weights.to(rows.dtype), rows)
+
+
+@triton.jit
+def readout_scores(qk, scale_log2, bias, bias_base_ptr, first, inside, BLOCK_N: tl.constexpr):
+    """scale·qk + bias in units of log2, [N, R]; −inf past the end."""
+    scores = qk * scale_log2
+    if bias.ptr is not None:
+        rows = tl.arange(0, BLOCK_N)
+        scores += load_row_values(bias_base_ptr, first, rows, bias.stride_t, inside, 0.0, False, True)[:, None] * LOG2_E
+    return tl.where(inside[:, None], scores, float("-inf"))

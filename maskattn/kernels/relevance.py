@@ -1,0 +1,218 @@
+"""The derivative of every class's score along every token, where the score reads a readout alone.
+
+With key and value of token t moving as k − k0 and v − v0, o the readout, g_c = ∂f_c/∂o and s the scale:
+
+    S_ct = Σ_h Σ_r p_rht · [ (v − v0)·g_crh + ((v − o_rh)·g_crh) · s (k − k0)·q_rh ]
+
+One program per tile of tokens and tile of classes. It loops over the heads, so that their sum is kept in registers and
+written once: 4·K bytes a token, where parts by head would write and read 8·H·K. K and V come from memory once: tiles of
+classes are neighbours in the grid and find them in the cache, and so are the g, few as they are. From some 400 classes
+on (width 64, half precision) the products take longer than the memory.
+
+Source: the closed form of Brocki, Binda, Chung, arXiv 2312.02364, equation for S.
+
+Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width, K classes; N tokens and C classes
+of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from maskattn.kernels.arguments import Tokens
+from maskattn.kernels.readout_call import prepare, readout_argument
+from maskattn.kernels.readout_configs import class_tile
+from maskattn.kernels.readout_tiles import (
+    key_distances,
+    load_lse_log2,
+    load_readout_places,
+    products,
+)
+from maskattn.kernels.rows import readable
+from maskattn.kernels.tiles import LOG2_E, load_row_values, load_rows, sequence_base, sequence_span
+from maskattn.options import Options
+
+__all__ = ["relevance_kernel", "token_relevance"]
+
+
+@triton.jit
+def load_row(base_ptr, HEAD_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One row, [1, D]; padded columns are 0."""
+    columns = tl.arange(0, BLOCK_D)
+    return tl.load(base_ptr + columns, mask=columns < HEAD_WIDTH, other=0.0)[None, :]
+
+
+@triton.jit
+def relevance_kernel(
+    q,
+    k,
+    v,
+    bias,
+    slopes_ptr,
+    places_q,
+    places_k,
+    span,
+    dropout,
+    scale_log2,
+    batch,
+    heads,
+    queries,
+    tokens,
+    out,
+    lse_ptr,
+    grad,
+    stride_gc,
+    key_origin,
+    value_origin,
+    relevance_ptr,
+    scale,
+    classes,
+    class_tiles,
+    tiles,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEY_ORIGIN_BY_TOKEN: tl.constexpr,
+    VALUE_ORIGIN_BY_TOKEN: tl.constexpr,
+):
+    """S of one tile of tokens and one of classes, (K, T)."""
+    program = tl.program_id(0)
+    first_class = program % class_tiles * BLOCK_C
+    tile, sequence = program // class_tiles % tiles, program // class_tiles // tiles
+    start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
+    first = tile * BLOCK_N
+    if first >= length:
+        return
+    rows_N, rows_C = tl.arange(0, BLOCK_N), first_class + tl.arange(0, BLOCK_C)
+    inside, known = first + rows_N < length, rows_C < classes
+    relevance = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for each in tl.range(heads):
+        head = tl.cast(each, tl.int32)
+        k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
+        k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
+        v_base_ptr = sequence_base(v.ptr, sequence, head, start, 0, v.stride_h, v.stride_t, False)
+        v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
+        # [N, D] of each token, or [1, D] of the head.
+        if KEY_ORIGIN_BY_TOKEN:
+            k0_ptr = sequence_base(
+                key_origin.ptr, sequence, head, start, 0, key_origin.stride_h, key_origin.stride_t, False
+            )
+            k0_tile = load_rows(k0_ptr, first, rows_N, key_origin.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
+        elif key_origin.ptr is not None:
+            k0_tile = load_row(key_origin.ptr + head * key_origin.stride_h, HEAD_WIDTH, BLOCK_D)
+        if VALUE_ORIGIN_BY_TOKEN:
+            v0_ptr = sequence_base(
+                value_origin.ptr, sequence, head, start, 0, value_origin.stride_h, value_origin.stride_t, False
+            )
+            v0_tile = load_rows(v0_ptr, first, rows_N, value_origin.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
+        elif value_origin.ptr is not None:
+            v0_tile = load_row(value_origin.ptr + head * value_origin.stride_h, HEAD_WIDTH, BLOCK_D)
+        if bias.ptr is not None:
+            bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
+            bias_N = load_row_values(bias_base_ptr, first, rows_N, bias.stride_t, inside, 0.0, False, True)
+        for r in tl.range(QUERIES):
+            q_row = load_row(
+                q.ptr + sequence.to(tl.int64) * q.stride_b + r * q.stride_t + head * q.stride_h, HEAD_WIDTH, BLOCK_D
+            )
+            # [N, 1]
+            qk = products(k_tile, q_row, 1)
+            scores = qk * scale_log2
+            if bias.ptr is not None:
+                scores += bias_N[:, None] * LOG2_E
+            if slopes_ptr is not None:
+                slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+                query_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, r, start, r + 1, 1)
+                scores -= slope_log2 * key_distances(places_k, places_base_ptr, query_at, first, inside, BLOCK_N)
+            lse_log2 = load_lse_log2(lse_ptr, (sequence * queries + r) * heads + head, heads, queries, 1)
+            p = tl.exp2(scores - lse_log2[None, :])
+            if key_origin.ptr is not None:
+                qk -= products(k0_tile, q_row, 1)
+            change = scale * qk
+
+            # [C, D]
+            grad_base_ptr = grad.ptr + sequence.to(tl.int64) * grad.stride_b + r * grad.stride_t + head * grad.stride_h
+            grad_base_ptr += first_class.to(tl.int64) * stride_gc
+            g = load_rows(grad_base_ptr, 0, tl.arange(0, BLOCK_C), stride_gc, known, HEAD_WIDTH, BLOCK_D, False, True)
+            # [N, C]
+            along_value = products(v_tile, g, BLOCK_C)
+            out_row = load_row(
+                out.ptr + sequence.to(tl.int64) * out.stride_b + r * out.stride_t + head * out.stride_h,
+                HEAD_WIDTH,
+                BLOCK_D,
+            )
+            # [1, C]
+            along_out = tl.sum(g.to(tl.float32) * out_row.to(tl.float32), 1)[None, :]
+            contribution = along_value * (1 + change) - along_out * change
+            if VALUE_ORIGIN_BY_TOKEN:
+                contribution -= products(v0_tile, g, BLOCK_C)
+            elif value_origin.ptr is not None:
+                contribution -= tl.sum(g.to(tl.float32) * v0_tile.to(tl.float32), 1)[None, :]
+            relevance += p * contribution
+
+    result_ptr = relevance_ptr + rows_C.to(tl.int64)[None, :] * tokens + (start + first + rows_N)[:, None]
+    tl.store(result_ptr, relevance, mask=inside[:, None] & known[None, :])
+
+
+def token_relevance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    key_origin: Tensor | None,
+    value_origin: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    options: Options,
+) -> Tensor:
+    """The derivative of K scores of a readout along every token.
+
+    Args:
+        q: (B, R, H, D), any strides.
+        k, v: (T, H, D), any strides.
+        out, lse: (B, R, H, D) and (B, R, H), the readout.
+        grad_out: (K, B, R, H, D), each score's gradient of ``out``.
+        key_origin, value_origin: (H, D) or (T, H, D), or None for 0.
+        cu_seqlens: (B + 1,) int32, 0 first and T last.
+        max_seqlen: no sequence is longer.
+        options: of packed tensors, without dropout; coords_q is (B, R, 2).
+
+    Returns:
+        S (K, T) float32.
+    """
+    classes, (B, R, _, D), T = grad_out.shape[0], q.shape, k.shape[0]
+    relevance = torch.empty((classes, T), dtype=torch.float32, device=q.device)
+    if classes * B * T == 0:
+        return relevance
+    call = prepare("relevance", q, k, v, cu_seqlens, max_seqlen, options)
+    grad = grad_out.to(q.dtype)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    block_c = class_tile(classes, D, q.dtype)
+    class_tiles, tiles = triton.cdiv(classes, block_c), triton.cdiv(max_seqlen, call.widths["BLOCK_N"])
+    widths = {name: call.widths[name] for name in ("HEAD_WIDTH", "BLOCK_D", "BLOCK_N")}
+    with torch.cuda.device_of(q):
+        relevance_kernel[(class_tiles * tiles * B,)](
+            *call.arguments, readout_argument(out), lse.contiguous(), readout_argument(grad[0]), grad.stride(0),
+            _origin_argument(key_origin, q.dtype), _origin_argument(value_origin, q.dtype), relevance, options.scale,
+            classes, class_tiles, tiles, **widths, BLOCK_C=block_c, QUERIES=R,
+            KEY_ORIGIN_BY_TOKEN=key_origin is not None and key_origin.ndim == 3,
+            VALUE_ORIGIN_BY_TOKEN=value_origin is not None and value_origin.ndim == 3, **call.launch_options,
+        )  # fmt: skip
+    return relevance
+
+
+def _origin_argument(origin: Tensor | None, dtype: torch.dtype) -> Tokens:
+    """Of an (H, D) or (T, H, D) tensor, in the dtype of what it is the origin of."""
+    if origin is None:
+        return Tokens(None, 0, 0, 0)
+    if origin.ndim == 3:
+        origin = readable(origin.to(dtype))
+        return Tokens(origin, 0, origin.stride(1), origin.stride(0))
+    origin = origin.to(dtype).contiguous()
+    return Tokens(origin, 0, origin.stride(0), 0)
