@@ -110,7 +110,7 @@ def test_the_causal_hint_means_what_torch_means(arguments, keys, need_weights, t
 
 
 def test_an_empty_batch_gives_an_empty_output():
-    theirs, ours = pair()
+    _, ours = pair()
     x = torch.randn(0, S, E, dtype=torch.float64)
     for need_weights in (False, True):
         for masks in ({}, {"key_padding_mask": padding(0)}, {"attn_mask": torch.zeros(S, S, dtype=torch.bool)}):
@@ -121,8 +121,8 @@ def test_an_empty_batch_gives_an_empty_output():
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_the_output_is_contiguous(batch_first):
-    theirs, ours = pair(batch_first=batch_first)
-    x = inputs_of(theirs)[1]
+    _, ours = pair(batch_first=batch_first)
+    x = inputs_of(ours)[1]
     assert ours(x, x, x, need_weights=False)[0].is_contiguous()
 
 
