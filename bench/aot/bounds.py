@@ -4,7 +4,7 @@ One turn of the main loop is one tile of BLOCK_M × BLOCK_N scores of one progra
 a tile are the results that its instructions ask for over the results per clock that it gives. If everything overlaps
 (resident programs, or stages within one), the slowest pipe is the bound; if a program's products and its other work
 take turns and nothing fills the gaps, the products and the slowest of the rest add up. Latencies, memory, tails and
-launches are not in it: the numbers are ceilings, not forecasts.
+launches are not in it, nor what TMA and tcgen05 move through shared memory: the numbers are ceilings, not forecasts.
 """
 
 from __future__ import annotations

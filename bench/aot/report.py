@@ -69,9 +69,23 @@ def table_path() -> Path:
 
 
 def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """Rows of a table by their case."""
+    """Rows of a table by their case; an option that the table is too old to know was off."""
     with path.open(newline="") as file:
-        return {tuple(row[field.name] for field in fields(Case)): row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    return {tuple(row.get(field.name, str(field.default)) for field in fields(Case)): row for row in rows}
+
+
+def regressions(columns: dict[str, object], before: dict[str, str]) -> list[str]:
+    """In what a row is worse than the table's row of its case."""
+    # A few registers more or less decide nothing until they spill or cost a resident program.
+    slack = {"spilled_bytes": 0, "shared_bytes": 0, "tensor_memory": 0, "per_score": 0, "registers": 8}
+    worse = [name for name, more in slack.items() if columns[name] > float(before[name]) + more]
+    if columns["slowest"] is not None:
+        better_higher = ("overlapped_tflops", "series_tflops", "resident_programs")
+        worse += [name for name in better_higher if columns[name] < float(before[name])]
+    if columns["tensor_instruction"] != before["tensor_instruction"]:
+        worse.append("tensor_instruction")
+    return [f"{name} {columns[name]}, was {before[name]}" for name in worse]
 
 
 def write_table(rows: list[Row], path: Path) -> None:
@@ -174,8 +188,12 @@ def main(description: str | None = None) -> None:
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(measure, all_cases()))
+    before = read_table(table_path()) if table_path().exists() else {}
     write_table(rows, table_path())
     write_summary(rows, table_path().with_suffix(".md"))
+    for row in rows:
+        if worse := regressions(row.columns(), before[row.case.key]) if row.case.key in before else []:
+            print(f"worse than in the table before: {' '.join(row.case.key)}: {'; '.join(worse)}")
     spilled = [row for row in rows if row.code.spilled_bytes]
     print(f"{len(rows)} kernels compiled, {len(spilled)} spill; table in {table_path()}")
     sys.exit(bool(spilled))

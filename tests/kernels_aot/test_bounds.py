@@ -121,3 +121,24 @@ def test_compiled_kernels_do_the_products_of_one_tile_per_turn_of_their_loop(tar
     assert row.bound.cycles.tensor * CHIPS[target].tensor_flop == flop
     assert row.bound.overlapped_tflops <= CHIPS[target].dense_tflops * (1 + 1e-9)
     assert row.bound.series_tflops < row.bound.overlapped_tflops
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "worse"),
+    [
+        ("per_score", "8.00", True),
+        ("per_score", "9.50", False),
+        ("registers", "120", True),
+        ("registers", "122", False),
+        ("series_tflops", "500.0", True),
+        ("resident_programs", "1", False),
+        ("spilled_bytes", "-1", True),
+        ("tensor_instruction", "mma.sync", True),
+    ],
+)
+def test_what_is_worse_than_the_table_is_named(column, value, worse):
+    now = {"spilled_bytes": 0, "shared_bytes": 0, "tensor_memory": 0, "per_score": 9.0, "registers": 130}
+    now |= {"slowest": "mufu", "overlapped_tflops": 900.0, "series_tflops": 480.0, "resident_programs": 2}
+    now["tensor_instruction"] = "wgmma"
+    before = {name: str(known) for name, known in now.items()} | {column: value}
+    assert [each.split()[0] for each in report.regressions(now, before)] == [column] * worse
