@@ -120,7 +120,7 @@ def masked(variant: str, problem: Problem, impl: str) -> Attention:
 
 
 def peer(contender: str, variant: str, problem: Problem) -> Attention:
-    """The same with torch's ``scaled_dot_product_attention``."""
+    """The same with torch's ``scaled_dot_product_attention``, whose mask is given no gradient."""
     if contender.startswith("sdpa per sequence"):
         return _dropout_per_sequence(contender.rsplit(" ", 1)[1], problem)
     keep_B11N = problem.keep[:, None, None, :]
