@@ -103,11 +103,15 @@ Array Arguments::array(const char* name, const py::object& value, const std::vec
 
 Array Arguments::array(const char* name, const py::object& value, Dtype dtype, const Shape& shape,
                        const char* shape_name, std::size_t contiguous) const {
-    Array result = array(name, value, std::vector<Dtype>{dtype}, shape.size(), contiguous);
-    if (result.shape != shape)
-        refuse(std::string(name) + " of shape " + shape_name + " = " + text_of(shape),
-               std::string(name) + ".shape=" + text_of(result.shape), "make it agree with the other arguments");
-    return result;
+    Shape found;
+    if (py::isinstance<py::array>(value)) {
+        const auto view = py::reinterpret_borrow<py::array>(value);
+        found.assign(view.shape(), view.shape() + view.ndim());
+        if (found != shape)
+            refuse(std::string(name) + " of shape " + shape_name + " = " + text_of(shape),
+                   std::string(name) + ".shape=" + text_of(found), "make it agree with the other arguments");
+    }
+    return array(name, value, std::vector<Dtype>{dtype}, shape.size(), contiguous);
 }
 
 Array Arguments::output(const char* name, const py::object& value, Dtype dtype, const Shape& shape,
