@@ -29,6 +29,11 @@ def select_scores(output_BK: Float[Tensor, "B K"], target: Target) -> Float[Tens
     Raises:
         TypeError, ValueError: the target is none of these, or out of range.
     """
+    if output_BK.ndim != 2:
+        raise ValueError(
+            f"an explanation needs scores of each image, (B, K), and the model gives {tuple(output_BK.shape)}; convert "
+            "or build it with another global_pool than ''"
+        )
     B, K = output_BK.shape
     if callable(target):
         scores = target(output_BK)

@@ -3,8 +3,8 @@
 Two ways to the same number:
 
 - closed form, for models that read the class token alone: a backward through one token's projection, MLP and head
-  for each target, then ``token_relevance`` for all of them in one pass over keys and values. k − b_k and v − b_v are
-  the derivatives of k and v along T, since both are affine in T.
+  for each target, then ``token_relevance`` for all of them in one pass over keys and values. It takes the derivatives
+  of k and v along T: k − b_k and v − b_v where both are affine in T, through the k norm and the rotation where not.
 - autograd through the last block, for mean-pooled models, whose prediction reads every token.
 
 Source: Brocki, Binda, Chung, arXiv 2312.02364, for S; the closed form is this package's.
@@ -51,10 +51,10 @@ def score_tokens_in_closed_form(
     with torch.no_grad():
         read = block.read_attention(tokens)
     out = read.out_B1HD.detach().requires_grad_()
+    fixed = tokens.with_rows(tokens.rows_TC.detach())
     with torch.enable_grad():
-        scores_BM = select_scores(model.predict_from_class_token(block.finish(tokens.first().detach(), out)), target)
+        scores_BM = select_scores(model.predict_from_class_token(block.finish(fixed, out)), target)
     gradients = torch.stack(_gradients(scores_BM, out))  # [M, B, 1, H, D]
-    key_origin, value_origin = block.attn.key_and_value_biases() or (None, None)
     relevance = token_relevance(
         read.q_B1HD,
         read.k_THD,
@@ -64,8 +64,8 @@ def score_tokens_in_closed_form(
         gradients,
         tokens.packing.cu_seqlens,
         tokens.packing.max_seqlen,
-        key_origin=key_origin,
-        value_origin=value_origin,
+        key_origin=read.key_origin,
+        value_origin=read.value_origin,
         impl=block.attn.impl,
     )
     return relevance, scores_BM.detach()

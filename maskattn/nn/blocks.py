@@ -8,43 +8,32 @@ Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskattn.attention.api import packed_attention, readout
+from maskattn.attention.api import readout
+from maskattn.nn.mlps import ACTIVATIONS, MLPS, Mlp
+from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.self_attention import Attention, AttentionOptions
 from maskattn.packing import Packing
 from maskattn.shapes import Float
 
-__all__ = ["Attention", "Block", "ClassTokenAttention", "LayerScale", "Mlp", "PackedTokens", "PatchEmbedding"]
-
-
-@dataclass(frozen=True)
-class PackedTokens:
-    """Tokens on their way through the model.
-
-    Attributes:
-        rows_TC: (T, C), prefix and kept grid tokens, sequence after sequence.
-        packing: where they lie in (B, P + N).
-        grid_HW: rows and columns of the token grid.
-        num_prefix: P.
-    """
-
-    rows_TC: Float[Tensor, "T C"]
-    packing: Packing
-    grid_HW: tuple[int, int]
-    num_prefix: int
-
-    def with_rows(self, rows_TC: Float[Tensor, "T C2"]) -> PackedTokens:
-        """The same tokens with other features."""
-        return PackedTokens(rows_TC, self.packing, self.grid_HW, self.num_prefix)
-
-    def first(self) -> Float[Tensor, "B 1 C"]:
-        """The first token of each sequence: the class token, where there is one."""
-        return self.rows_TC[self.packing.cu_seqlens[:-1].long()][:, None]
+__all__ = [
+    "Attention",
+    "AttentionOptions",
+    "AttentionPool",
+    "Block",
+    "BlockOptions",
+    "ClassTokenAttention",
+    "DropPath",
+    "LayerScale",
+    "PackedTokens",
+    "PatchEmbedding",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +45,8 @@ class ClassTokenAttention:
         k_THD, v_THD: (T, H, D), keys and values of all tokens.
         out_B1HD: (B, 1, H, D), what they read.
         lse_B1H: (B, 1, H), the log-sum-exp of their scores.
+        key_origin, value_origin: k and v less their derivatives as their token is scaled, (H, D) or (T, H, D); None
+            for 0.
     """
 
     q_B1HD: Float[Tensor, "B 1 H D"]
@@ -63,58 +54,29 @@ class ClassTokenAttention:
     v_THD: Float[Tensor, "T H D"]
     out_B1HD: Float[Tensor, "B 1 H D"]
     lse_B1H: Float[Tensor, "B 1 H"]
+    key_origin: Float[Tensor, "..."] | None
+    value_origin: Float[Tensor, "..."] | None
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with timm's parameters ``qkv`` and ``proj``, over packed tokens."""
+@dataclass(frozen=True)
+class BlockOptions:
+    """What a block may have besides its width and heads; named as timm names it.
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, impl: str | None) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.impl = impl
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+    Attributes:
+        attention: of its attention.
+        mlp_ratio: hidden features of the MLP per channel.
+        mlp_layer: a key of :data:`maskattn.nn.mlps.MLPS`.
+        act_layer: a key of :data:`maskattn.nn.mlps.ACTIVATIONS`.
+        scale_mlp_norm: the MLP's hidden features are normalised.
+        init_values: start of LayerScale; None: no LayerScale.
+    """
 
-    def forward(self, rows_TC: Tensor, packing: Packing) -> Tensor:
-        """(T, C) → (T, C), each sequence within itself."""
-        q, k, v = self.qkv(rows_TC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D]
-        lengths = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
-        out = cast(Tensor, packed_attention(q, k, v, *lengths, impl=self.impl))
-        return self.proj(out.flatten(1))
-
-    def keys_and_values(self, rows_TC: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, C) → k and v alone, (T, H, D) each."""
-        k, v = (
-            self._project(rows_TC, slice(self.qkv.in_features, None)).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        )
-        return k, v
-
-    def queries(self, rows_BRC: Tensor) -> Tensor:
-        """(B, R, C) → q (B, R, H, D), unscaled."""
-        return self._project(rows_BRC, slice(self.qkv.in_features)).unflatten(-1, (self.num_heads, -1))
-
-    def key_and_value_biases(self) -> tuple[Tensor, Tensor] | None:
-        """The biases of k and v, (H, D) each, or None."""
-        if self.qkv.bias is None:
-            return None
-        _, bias_k, bias_v = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))
-        return bias_k, bias_v
-
-    def _project(self, x: Tensor, outputs: slice) -> Tensor:
-        return F.linear(x, self.qkv.weight[outputs], None if self.qkv.bias is None else self.qkv.bias[outputs])
-
-
-class Mlp(nn.Module):
-    """``fc2(gelu(fc1(x)))``."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) → (..., C)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
+    mlp_ratio: float = 4.0
+    mlp_layer: str = "mlp"
+    act_layer: str = "gelu"
+    scale_mlp_norm: bool = False
+    init_values: float | None = None
 
 
 class LayerScale(nn.Module):
@@ -129,25 +91,56 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block over packed tokens."""
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a residual branch is left out for a whole image, as timm has it.
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        init_values: float | None,
-        impl: str | None,
-    ) -> None:
+    Args:
+        share: of images whose branch is left out; the others' is divided by 1 − share.
+    """
+
+    def __init__(self, share: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, qkv_bias, impl)
-        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.share = share
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """Packed rows (T, C), or one block of rows for each image (B, R, C)."""
+        if not self.training or self.share == 0:
+            return x
+        stays = 1 - self.share
+        factor_B = x.new_empty(packing.batch_size).bernoulli_(stays).div_(stays)
+        if x.ndim == 2:
+            return x * factor_B.index_select(0, packing.sequence_of_token)[:, None]
+        return x * factor_B[:, None, None]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block over packed tokens.
+
+    Args:
+        dim, num_heads: C and H.
+        options: see :class:`BlockOptions`.
+        drop_path: share of images for which a residual branch is left out in training.
+    """
+
+    def __init__(self, dim: int, num_heads: int, options: BlockOptions, drop_path: float = 0.0) -> None:
+        super().__init__()
+        attention, init = options.attention, options.init_values
+        eps, drop = attention.norm_eps, attention.proj_drop_rate
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, attention)
+        self.ls1 = nn.Identity() if init is None else LayerScale(dim, init)
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLPS[options.mlp_layer](
+            dim,
+            int(dim * options.mlp_ratio),
+            options.act_layer,
+            attention.proj_bias,
+            eps if options.scale_mlp_norm else None,
+            drop,
+        )
+        self.ls2 = nn.Identity() if init is None else LayerScale(dim, init)
+        self.drop_path2 = DropPath(drop_path)
 
     def forward(self, tokens: PackedTokens) -> PackedTokens:
         """(T, C) → (T, C)."""
@@ -155,54 +148,105 @@ class Block(nn.Module):
 
     def mix(self, tokens: PackedTokens, normed_TC: Float[Tensor, "T C"]) -> PackedTokens:
         """The block from the input of its attention on; explanations differentiate with respect to ``normed_TC``."""
-        attended = tokens.rows_TC + self.ls1(self.attn(normed_TC, tokens.packing))
-        return tokens.with_rows(self.feed_forward(attended))
+        update = self.ls1(self.attn(tokens.with_rows(normed_TC)))
+        attended = tokens.rows_TC + self.drop_path1(update, tokens.packing)
+        return tokens.with_rows(self.feed_forward(attended, tokens.packing))
 
     def read(self, tokens: PackedTokens) -> Float[Tensor, "B 1 C"]:
         """The block's output at the class token alone: one attention row, and no MLP for any other token."""
-        q, k, v = self.class_token_operands(tokens)
-        lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
-        return self.finish(tokens.first(), cast(Tensor, readout(q, k, v, *lengths, impl=self.attn.impl)))
+        operands = self._class_token_operands(self._normed(tokens))
+        out = self._read(*operands, tokens.packing, dropout_p=self.attn.dropout_p)
+        return self.finish(tokens, cast(Tensor, out))
 
     def read_attention(self, tokens: PackedTokens) -> ClassTokenAttention:
         """The class token's attention with all that its derivatives need."""
-        q, k, v = self.class_token_operands(tokens)
-        lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
-        out, lse = cast(tuple[Tensor, Tensor], readout(q, k, v, *lengths, return_lse=True, impl=self.attn.impl))
-        return ClassTokenAttention(q, k, v, out, lse)
+        normed = self._normed(tokens)
+        q, k, v = self._class_token_operands(normed)
+        out, lse = self._read(q, k, v, tokens.packing, return_lse=True)
+        origins = self.attn.key_and_value_origins(normed)
+        return ClassTokenAttention(q, k, v, out, lse, *origins)
 
     def read_weights(self, tokens: PackedTokens) -> Float[Tensor, "H T"]:
         """The softmax weight of each token in its sequence's class-token row."""
-        q, k, v = self.class_token_operands(tokens)
-        lengths = tokens.packing.cu_seqlens, tokens.packing.max_seqlen
-        _, rows_1HT = cast(tuple[Tensor, Tensor], readout(q, k, v, *lengths, return_rows=True, impl=self.attn.impl))
+        operands = self._class_token_operands(self._normed(tokens))
+        _, rows_1HT = self._read(*operands, tokens.packing, return_rows=True)
         return rows_1HT[0]
 
-    def class_token_operands(self, tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
+    def _normed(self, tokens: PackedTokens) -> PackedTokens:
+        return tokens.with_rows(self.norm1(tokens.rows_TC))
+
+    def _class_token_operands(self, normed: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, 1, H, D) of the class tokens, unscaled, and k, v (T, H, D) of all tokens."""
-        normed = tokens.with_rows(self.norm1(tokens.rows_TC))
-        return self.attn.queries(normed.first()), *self.attn.keys_and_values(normed.rows_TC)
+        return self.attn.class_token_queries(normed.first()), *self.attn.keys_and_values(normed)
 
-    def finish(self, tokens_BRC: Float[Tensor, "B R C"], out_BRHD: Float[Tensor, "B R H D"]) -> Float[Tensor, "B R C"]:
-        """From the attention's output per head to the block's output, for the tokens that were read."""
-        return self.feed_forward(tokens_BRC + self.ls1(self.attn.proj(out_BRHD.flatten(-2))))
+    def finish(self, tokens: PackedTokens, out_B1HD: Float[Tensor, "B 1 H D"]) -> Float[Tensor, "B 1 C"]:
+        """From the class tokens' attention output per head to the block's output there.
 
-    def feed_forward(self, x: Tensor) -> Tensor:
+        Args:
+            tokens: the block's input.
+            out_B1HD: what the class tokens read.
+        """
+        update = self.ls1(self.attn.project(out_B1HD))
+        return self.feed_forward(tokens.first() + self.drop_path1(update, tokens.packing), tokens.packing)
+
+    def feed_forward(self, x: Tensor, packing: Packing) -> Tensor:
         """The block's second half, token by token."""
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), packing)
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, **options: Any) -> Any:
+        # A class token has no place: ALiBi adds nothing to its row.
+        return readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=self.attn.impl, **options)
+
+
+class AttentionPool(nn.Module):
+    """A learnt query reads the grid tokens, then an MLP: timm's ``AttentionPoolLatent`` with one latent.
+
+    Args:
+        dim, num_heads: C and H.
+        options: of the blocks, whose MLP ratio, activation and ε it shares.
+    """
+
+    def __init__(self, dim: int, num_heads: int, options: BlockOptions) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.impl = options.attention.impl
+        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=options.attention.norm_eps)
+        self.mlp = Mlp(dim, int(dim * options.mlp_ratio), options.act_layer)
+
+    def forward(self, rows_TC: Float[Tensor, "T C"], packing: Packing) -> Float[Tensor, "B C"]:
+        """Packed grid tokens (T, C) → (B, C)."""
+        q = self.q(self.latent).unflatten(-1, (self.num_heads, -1)).expand(packing.batch_size, -1, -1, -1)
+        k, v = self.kv(rows_TC).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        out = cast(Tensor, readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=self.impl))
+        x = self.proj(out.flatten(-2))
+        return (x + self.mlp(self.norm(x)))[:, 0]
 
 
 class PatchEmbedding(nn.Module):
-    """A linear layer on each patch, kept as timm's convolution ``proj`` so that its weights load."""
+    """A linear layer on each patch, kept as timm's convolution ``proj`` so that its weights load.
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    Args:
+        patch_size: side of a patch, in px.
+        in_chans: channels of the images.
+        dim: C.
+        bias: whether the layer has one.
+        act: an activation behind it, as encoders of embeddings have; None: no.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, bias: bool = True, act: str | None = None) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.act = act
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, bias=bias)
 
     def forward(self, patches_TK: Float[Tensor, "T K"]) -> Float[Tensor, "T C"]:
         """Flattened patches (T, in_chans·p·p) → (T, C)."""
-        return F.linear(patches_TK, self.proj.weight.flatten(1), self.proj.bias)
+        rows = F.linear(patches_TK, self.proj.weight.flatten(1), self.proj.bias)
+        return rows if self.act is None else ACTIVATIONS[self.act](rows)
 
     def cut(self, images_BIHW: Tensor, packing: Packing) -> Float[Tensor, "T K"]:
         """(B, in_chans, H·p, W·p) images to their kept patches (T, in_chans·p·p); background pixels are not read."""

@@ -1,26 +1,31 @@
-"""Position embeddings learnt on one grid, read on another.
+"""Where a token is: learnt embeddings read on another grid, sines, rotations and the slopes of ALiBi.
 
-Two conventions exist for weights in the wild, and they differ by more than rounding, so the caller names one:
+Three conventions exist for learnt embeddings in the wild, and they differ by more than rounding, so the caller names
+one:
 
-- ``"timm"``: bicubic with antialiasing to the exact target size (timm's ``resample_abs_pos_embed``);
+- ``"timm"``: bicubic with antialiasing to the exact target size (timm's ``resample_abs_pos_embed``, and DINOv2 with
+  registers in transformers);
 - ``"dino"``: bicubic without antialiasing, by a scale factor nudged by 0.1 token so that the size comes out right
-  (DINO, DINOv2's first release and HIPT). The nudge shifts the sampling points, so it is part of the convention.
+  (DINO, DINOv2's first release and HIPT). The nudge shifts the sampling points, so it is part of the convention;
+- ``"transformers"``: bicubic without antialiasing to the exact target size (ViT, DINOv2 and I-JEPA in transformers).
 
-Dimension key: P prefix tokens, N tokens of the learnt grid, C channels, H and W of the target grid.
+Dimension key: P prefix tokens, N tokens of the learnt grid, T packed tokens, C channels, H and W of the target grid
+(in ``rotate``: H heads), D head width.
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskattn.shapes import Float
+from maskattn.shapes import Float, Int
 
-__all__ = ["CONVENTIONS", "resample_position_embedding"]
+__all__ = ["CONVENTIONS", "alibi_slopes", "resample_position_embedding", "rotary_angles", "rotate", "sine_positions"]
 
-CONVENTIONS = ("timm", "dino")
+CONVENTIONS = ("timm", "dino", "transformers")
 
 
 def resample_position_embedding(
@@ -28,24 +33,80 @@ def resample_position_embedding(
 ) -> Float[Tensor, "1 M C"]:
     """Bicubic interpolation of a grid of position embeddings, (1, N, C) → (1, H·W, C).
 
-    A grid of its own size is returned as it is, in both conventions.
+    A grid of its own size is returned as it is, in all conventions.
 
     Args:
         grid_1NC: the embeddings of the grid tokens, without those of prefix tokens.
         learnt_HW: rows and columns of the learnt grid.
         target_HW: rows and columns wanted.
-        convention: "timm" or "dino".
+        convention: "timm", "dino" or "transformers".
     """
     if learnt_HW == target_HW:
         return grid_1NC
     image = grid_1NC.float().unflatten(1, learnt_HW).permute(0, 3, 1, 2)  # [1, C, h, w]
-    if convention == "timm":
-        image = F.interpolate(image, size=target_HW, mode="bicubic", antialias=True)
-    else:
+    if convention == "dino":
         factors = [(target + 0.1) / learnt for target, learnt in zip(target_HW, learnt_HW, strict=True)]
         if [math.floor(f * n) for f, n in zip(factors, learnt_HW, strict=True)] != list(target_HW):
             raise ValueError(
                 f"the DINO convention cannot reach a {target_HW} grid from {learnt_HW}; pass pos_embed_resample='timm'"
             )
         image = F.interpolate(image, scale_factor=factors, mode="bicubic")
+    else:
+        image = F.interpolate(image, size=target_HW, mode="bicubic", antialias=convention == "timm")
     return image.permute(0, 2, 3, 1).flatten(1, 2).to(grid_1NC.dtype)
+
+
+def sine_positions(
+    row_T: Int[Tensor, "T"], column_T: Int[Tensor, "T"], grid_HW: tuple[int, int], dim: int
+) -> Float[Tensor, "T C"]:
+    """Absolute 2-D sine embeddings (T, C): half the channels for the row, half for the column, sines before cosines.
+
+    Angular frequencies are 10000^(−i/(C/4)). MAE's formula; rows come first, as Prov-GigaPath's slide encoder has them.
+    """
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device=row_T.device) / (dim / 4))
+
+    def table(length: int) -> Tensor:
+        # In float64: an angle of 1000 cells is off by 6e-5 in float32.
+        angles = torch.arange(length, dtype=torch.float64, device=row_T.device)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1).to(torch.get_default_dtype())
+
+    return torch.cat([table(grid_HW[0])[row_T], table(grid_HW[1])[column_T]], dim=1)
+
+
+def rotary_angles(
+    row_T: Int[Tensor, "T"], column_T: Int[Tensor, "T"], grid_HW: tuple[int, int], width: int, theta: float
+) -> Float[Tensor, "T E"]:
+    """Angles (T, D/2) of DINOv3's rotary positions: D/4 for the row, D/4 for the column.
+
+    A place is the centre of its token, −1 … 1 over each side of the grid; angle i is 2π·place·theta^(−i/(D/4)).
+    """
+    frequencies = 1 / theta ** torch.arange(0, 1, 4 / width, dtype=torch.float32, device=row_T.device)
+
+    def table(length: int) -> Tensor:
+        centres = torch.arange(0.5, length, dtype=torch.float32, device=row_T.device) / length
+        return (2 * math.pi * (2 * centres - 1))[:, None] * frequencies
+
+    return torch.cat([table(grid_HW[0])[row_T], table(grid_HW[1])[column_T]], dim=1)
+
+
+def rotate(x_THD: Float[Tensor, "T H D"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "T H D"]:
+    """Rotate channel i with channel i + D/2 by the token's i-th angle.
+
+    Args:
+        x_THD: queries or keys.
+        rotation: cosines and sines, (T, D/2) each.
+    """
+    cos, sin = (part[:, None] for part in rotation)  # [T, 1, D/2]
+    first, second = x_THD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THD.dtype)
+
+
+def alibi_slopes(num_heads: int) -> Float[Tensor, "H"]:
+    """ALiBi's slope of each head (Press et al., arXiv 2108.12409): 2^(−8h/H), h = 1 … H, where H is a power of two.
+
+    Other counts take the powers of two below, then every other slope of the next power.
+    """
+    below = 2 ** int(math.log2(num_heads))
+    exponents = [8 * (h + 1) / below for h in range(below)]
+    exponents += [8 * (h + 1) / (2 * below) for h in range(0, 2 * (num_heads - below), 2)]
+    return 2.0 ** -torch.tensor(exponents)

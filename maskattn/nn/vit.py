@@ -15,13 +15,19 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from maskattn.nn.blocks import Block, PackedTokens, PatchEmbedding
-from maskattn.nn.positions import CONVENTIONS, resample_position_embedding
+from maskattn.nn.blocks import AttentionOptions, AttentionPool, Block, BlockOptions, PackedTokens, PatchEmbedding
+from maskattn.nn.mlps import ACTIVATIONS, MLPS
+from maskattn.nn.packed_tokens import insert_prefix, rows_and_columns
+from maskattn.nn.positions import CONVENTIONS, resample_position_embedding, rotary_angles, sine_positions
 from maskattn.packing import Packing, pack, unpack
 from maskattn.shapes import Bool, Float
 
 __all__ = ["VisionTransformer"]
+
+POOLS = ("token", "avg", "map", "token_avg", "")
+POSITIONS = ("learn", "none", "sine", "rotary", "alibi")
 
 
 class VisionTransformer(nn.Module):
@@ -34,15 +40,27 @@ class VisionTransformer(nn.Module):
         patch_size: side of a token, in px.
         in_chans: channels of the images.
         num_classes: outputs of the head; 0: no head, pooled features come out.
-        global_pool: "token" (class token) or "avg" (mean of the kept grid tokens).
-        embed_dim, depth, num_heads, mlp_ratio, qkv_bias: as ever.
+        global_pool: "token" (class token), "avg" (mean of the kept grid tokens), "map" (attention pooling of the kept
+            grid tokens), "token_avg" (class token and mean, side by side) or "" (every token, (B, P + N, ...)).
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, proj_bias: as ever.
+        scale_attn_norm, scale_mlp_norm: a norm before the attention's projection, before the MLP's second layer.
         init_values: start of LayerScale; None: no LayerScale.
-        class_token: whether there is one; needed for global_pool="token".
+        class_token: whether there is one; needed for global_pool="token" and "token_avg".
         no_embed_class: the position embedding has entries for grid tokens only.
         reg_tokens: number of register tokens.
+        pre_norm: normalise before the blocks; the patch embedding then has no bias.
+        final_norm: whether there is a norm behind the blocks.
         fc_norm: normalise after pooling instead of before it; None: where global_pool is "avg", as timm does.
-        pos_embed: "learn" or "none".
-        pos_embed_resample: convention for other grids: "timm" or "dino" (see :mod:`maskattn.nn.positions`).
+        pos_embed: "learn", "none", "sine" (absolute 2-D sines), "rotary" (DINOv3's) or "alibi" (2-D ALiBi).
+        pos_embed_resample: convention for other grids: "timm", "dino" or "transformers" (:mod:`maskattn.nn.positions`).
+        rope_theta: base of the rotary frequencies.
+        dynamic_img_size: take images of any size; False: of img_size alone.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout before the head, behind the
+            positions, behind projections, of attention weights; stochastic depth, growing to this share.
+        act_layer: "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu".
+        mlp_layer: "mlp", "swiglu_packed" (timm's SwiGLUPacked; mlp_ratio counts both halves) or "swiglu".
+        norm_eps: ε of every norm.
+        embed_act: an activation behind the patch embedding, as encoders of embeddings have; None: no.
         impl: implementation of the attention; None takes the best.
 
     Raises:
@@ -61,23 +79,49 @@ class VisionTransformer(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
         init_values: float | None = None,
         class_token: bool = True,
+        pos_embed: str = "learn",
         no_embed_class: bool = False,
         reg_tokens: int = 0,
+        pre_norm: bool = False,
+        final_norm: bool = True,
         fc_norm: bool | None = None,
-        pos_embed: str = "learn",
         pos_embed_resample: str = "timm",
+        rope_theta: float = 100.0,
+        dynamic_img_size: bool = True,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        act_layer: str = "gelu",
+        mlp_layer: str = "mlp",
+        norm_eps: float = 1e-6,
+        embed_act: str | None = None,
         impl: str | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("global_pool", global_pool, ("token", "avg"))
-        _check_choice("pos_embed", pos_embed, ("learn", "none"))
+        _check_choice("global_pool", global_pool, POOLS)
+        _check_choice("pos_embed", pos_embed, POSITIONS)
         _check_choice("pos_embed_resample", pos_embed_resample, CONVENTIONS)
-        if global_pool == "token" and not class_token:
-            raise ValueError("global_pool='token' reads the class token, got class_token=False; use global_pool='avg'")
+        _check_choice("act_layer", act_layer, tuple(ACTIVATIONS))
+        _check_choice("mlp_layer", mlp_layer, tuple(MLPS))
+        if global_pool in ("token", "token_avg") and not class_token:
+            raise ValueError(
+                f"global_pool={global_pool!r} reads the class token, got class_token=False; use global_pool='avg'"
+            )
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got embed_dim={embed_dim}, num_heads={num_heads}")
+        if pos_embed in ("sine", "rotary") and (embed_dim if pos_embed == "sine" else embed_dim // num_heads) % 4:
+            raise ValueError(
+                f"pos_embed={pos_embed!r} needs a width that is a multiple of 4 (embed_dim for sines, the head's for "
+                f"rotations), got embed_dim={embed_dim}, num_heads={num_heads}"
+            )
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if depth < 1 or height % patch_size or width % patch_size or min(height, width) < patch_size:
             raise ValueError(
@@ -86,23 +130,44 @@ class VisionTransformer(nn.Module):
             )
         self.global_pool = global_pool
         self.num_classes = num_classes
+        self.embed_dim = embed_dim
         self.no_embed_class = no_embed_class
+        self.position_kind = pos_embed
         self.pos_embed_resample = pos_embed_resample
+        self.rope_theta = rope_theta
+        self.dynamic_img_size = dynamic_img_size
         self.grid_HW = (height // patch_size, width // patch_size)
         self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.grad_checkpointing = False
+        attention = AttentionOptions(
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            qk_norm=qk_norm,
+            scale_attn_norm=scale_attn_norm,
+            norm_eps=norm_eps,
+            attn_drop_rate=attn_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            alibi=pos_embed == "alibi",
+            impl=impl,
+        )
+        options = BlockOptions(attention, mlp_ratio, mlp_layer, act_layer, scale_mlp_norm, init_values)
 
-        self.patch_embed = PatchEmbedding(patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbedding(patch_size, in_chans, embed_dim, bias=not pre_norm, act=embed_act)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         positions = self.grid_HW[0] * self.grid_HW[1] + (0 if no_embed_class else self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim)) if pos_embed == "learn" else None
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, init_values, impl) for _ in range(depth)
-        )
-        norm_after_pool = global_pool == "avg" if fc_norm is None else fc_norm
-        self.norm = nn.Identity() if norm_after_pool else nn.LayerNorm(embed_dim, eps=1e-6)
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if norm_after_pool else nn.Identity()
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
+        drop_paths = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, options, share) for share in drop_paths)
+        after_pool = global_pool == "avg" if fc_norm is None else fc_norm
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm and not after_pool else nn.Identity()
+        self.attn_pool = AttentionPool(embed_dim, num_heads, options) if global_pool == "map" else None
+        pooled = embed_dim * (2 if global_pool == "token_avg" else 1)
+        self.fc_norm = nn.LayerNorm(pooled, eps=norm_eps) if final_norm and after_pool else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(pooled, num_classes) if num_classes else nn.Identity()
         self._initialise()
 
     def forward(self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "B K"]:
@@ -124,14 +189,17 @@ class VisionTransformer(nn.Module):
         self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "B M C"]:
         """All tokens after the last norm, (B, P + N, C); rows of background tokens are 0. Arguments as in forward."""
-        tokens = self.embed(x, keep)
-        for block in self.blocks:
-            tokens = block(tokens)
+        tokens = self._run(self.last_block, self.before_last_block(self.embed(x, keep)))
         return unpack(self.norm(tokens.rows_TC), tokens.packing)
 
     def embed(self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None) -> PackedTokens:
         """Images to packed tokens with positions. Arguments as in forward."""
         grid_HW = self.patch_embed.grid_of(x)
+        if not self.dynamic_img_size and grid_HW != self.grid_HW:
+            raise ValueError(
+                f"this model has dynamic_img_size=False and takes grids of {self.grid_HW} tokens, got {grid_HW}; "
+                "resize the images or build it with dynamic_img_size=True"
+            )
         packing = Packing.from_keep(keep_per_token(keep, x.shape[0], grid_HW, x.device))
         return self.embed_patches(self.patch_embed.cut(x, packing), packing, grid_HW)
 
@@ -150,19 +218,29 @@ class VisionTransformer(nn.Module):
         if positions_1NC is not None:
             # Expanded and packed, not indexed: an indexing's backward adds with atomics, this one does not.
             rows_TC = rows_TC + pack(positions_1NC.expand(packing.batch_size, -1, -1), packing).to(rows_TC.dtype)
+        elif self.position_kind == "sine":
+            sines_TC = sine_positions(*rows_and_columns(packing, grid_HW), grid_HW, self.embed_dim)
+            rows_TC = rows_TC + sines_TC.to(rows_TC.dtype)
+        coords_T2, rotation = self._places(packing, grid_HW, rows_TC.dtype)
         P = self.num_prefix_tokens
-        if P == 0:
-            return PackedTokens(rows_TC, packing, grid_HW, 0)
-        prefix = prefix_1PC.to(rows_TC.dtype).expand(packing.batch_size, P, -1).flatten(0, 1)
-        packing, rows_of_prefix, rows_of_grid = _with_prefix(packing, P)
-        rows = rows_TC.new_empty((packing.total, rows_TC.shape[1]))
-        rows = rows.index_copy(0, rows_of_grid, rows_TC).index_copy(0, rows_of_prefix, prefix)
-        return PackedTokens(rows, packing, grid_HW, P)
+        if P:
+            prefix = prefix_1PC.to(rows_TC.dtype).expand(packing.batch_size, P, -1).flatten(0, 1)
+            packing, rows_of_prefix, rows_of_grid = insert_prefix(packing, P)
+            rows = rows_TC.new_empty((packing.total, rows_TC.shape[1]))
+            rows_TC = rows.index_copy(0, rows_of_grid, rows_TC).index_copy(0, rows_of_prefix, prefix)
+            if coords_T2 is not None:
+                coords_T2 = coords_T2.new_full((packing.total, 2), torch.nan).index_copy(0, rows_of_grid, coords_T2)
+            if rotation is not None:
+                shape = (packing.total, rotation[0].shape[1])
+                cos, sin = rotation[0].new_ones(shape), rotation[1].new_zeros(shape)
+                rotation = cos.index_copy(0, rows_of_grid, rotation[0]), sin.index_copy(0, rows_of_grid, rotation[1])
+        rows_TC = self.norm_pre(self.pos_drop(rows_TC))
+        return PackedTokens(rows_TC, packing, grid_HW, P, coords_T2, rotation)
 
     def before_last_block(self, tokens: PackedTokens) -> PackedTokens:
         """Through all blocks but the last: the backbone that explanations run once."""
         for block in self.blocks[:-1]:
-            tokens = block(tokens)
+            tokens = self._run(cast(Block, block), tokens)
         return tokens
 
     @property
@@ -174,19 +252,63 @@ class VisionTransformer(nn.Module):
         """Last block, norm, pooling and head; a class-token model computes one attention row of the last block."""
         if self.global_pool == "token":
             return self.predict_from_class_token(self.last_block.read(tokens))
-        return self.pool(self.last_block(tokens))
+        return self.pool(self._run(self.last_block, tokens))
 
     def pool(self, tokens: PackedTokens) -> Float[Tensor, "B K"]:
         """Norm, pooling and head, from the last block's output at every token."""
         if self.global_pool == "token":
             return self.predict_from_class_token(tokens.first())
-        sums = unpack(self.norm(tokens.rows_TC), tokens.packing)[:, tokens.num_prefix :].sum(dim=1)
-        counts = (tokens.packing.cu_seqlens.diff() - tokens.num_prefix).clamp(min=1)  # an empty image pools to 0
-        return self.head(self.fc_norm(sums / counts[:, None]))
+        tokens = tokens.with_rows(self.norm(tokens.rows_TC))
+        if self.global_pool == "":
+            return unpack(self.classify(tokens.rows_TC), tokens.packing)
+        if self.attn_pool is not None:
+            return self.classify(self.attn_pool(*tokens.grid_rows()))
+        mean_BC = _mean_of_grid(tokens)
+        if self.global_pool == "token_avg":
+            mean_BC = torch.cat([tokens.first()[:, 0], mean_BC], dim=1)
+        return self.classify(mean_BC)
 
     def predict_from_class_token(self, token_B1C: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B K"]:
         """Norm and head, from the last block's output at the class token."""
-        return self.head(self.fc_norm(self.norm(token_B1C[:, 0])))
+        return self.classify(self.norm(token_B1C[:, 0]))
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """What is behind the pooling: a norm where it stands there, and the head."""
+        return self.head(self.head_drop(self.fc_norm(pooled)))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are run again in the backward pass instead of keeping what they computed."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that no weight should decay, as timm's optimizer factories ask."""
+        return {"pos_embed", "cls_token", "reg_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Which parameters lie in which layer, as timm's layer-wise decay asks."""
+        return {
+            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def _run(self, block: Block, tokens: PackedTokens) -> PackedTokens:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return cast(PackedTokens, checkpoint(block, tokens, use_reentrant=False))
+        return block(tokens)
+
+    def _places(
+        self, packing: Packing, grid_HW: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """ALiBi's coordinates (T, 2) and rotary positions' cosines and sines (T, D/2) of grid tokens, or None."""
+        row_T, column_T = rows_and_columns(packing, grid_HW)
+        if self.position_kind == "alibi":
+            return torch.stack([row_T, column_T], dim=1).float(), None
+        if self.position_kind == "rotary":
+            width = self.embed_dim // self.last_block.attn.num_heads
+            angles = rotary_angles(row_T, column_T, grid_HW, width, self.rope_theta)
+            angles = angles.to(torch.promote_types(dtype, torch.float32))
+            return None, (angles.cos(), angles.sin())
+        return None, None
 
     def _positions(self, grid_HW: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Prefix tokens with their positions (1, P, C), and the grid's positions (1, N, C)."""
@@ -239,22 +361,10 @@ def keep_per_token(
     return keep.to(device).reshape(flat)
 
 
-def _with_prefix(packing: Packing, P: int) -> tuple[Packing, Tensor, Tensor]:
-    """The packing of (B, P + N) that keeps each sequence's P first tokens; its rows of prefix and of grid tokens.
-
-    Without a wait for the device.
-    """
-    B, N, device = packing.batch_size, packing.num_tokens, packing.indices.device
-    sequence = packing.sequence_of_token
-    starts = packing.cu_seqlens + P * torch.arange(B + 1, device=device, dtype=torch.int32)
-    rows_of_prefix = (starts[:-1, None] + torch.arange(P, device=device)).flatten()
-    rows_of_grid = torch.arange(packing.total, device=device) + P * (sequence + 1)
-    indices = packing.indices.new_empty(packing.total + B * P)
-    indices[rows_of_grid] = packing.indices + P * (sequence + 1)
-    indices[rows_of_prefix] = (
-        torch.arange(B, device=device)[:, None] * (P + N) + torch.arange(P, device=device)
-    ).flatten()
-    return Packing(indices, starts, packing.max_seqlen + P, B, P + N), rows_of_prefix, rows_of_grid
+def _mean_of_grid(tokens: PackedTokens) -> Float[Tensor, "B C"]:
+    sums = unpack(tokens.rows_TC, tokens.packing)[:, tokens.num_prefix :].sum(dim=1)
+    counts = (tokens.packing.cu_seqlens.diff() - tokens.num_prefix).clamp(min=1)  # an empty image pools to 0
+    return sums / counts[:, None]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from dense_vit import dense_masked_logits, logits_without_background
 from torch import Tensor
 
 from maskattn.nn import VisionTransformer
-from maskattn.nn.positions import resample_position_embedding
+from maskattn.nn.positions import alibi_slopes, resample_position_embedding
 
 SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
 VARIANTS = [
@@ -207,11 +209,17 @@ def test_norms_use_epsilon_1e_6():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"global_pool": "map"}, "global_pool must be one of"),
+        ({"global_pool": "max"}, "global_pool must be one of"),
         ({"global_pool": "token", "class_token": False}, "reads the class token"),
+        ({"global_pool": "token_avg", "class_token": False}, "reads the class token"),
+        ({"act_layer": "tanh"}, "act_layer must be one of"),
+        ({"mlp_layer": "conv"}, "mlp_layer must be one of"),
+        ({"mlp_layer": "swiglu_packed", "mlp_ratio": 2.03}, "got 97; choose mlp_ratio"),
+        ({"pos_embed": "sine", "embed_dim": 30}, "multiple of 4"),
+        ({"pos_embed": "rotary", "embed_dim": 54}, "multiple of 4"),
         ({"embed_dim": 50}, "num_heads must divide embed_dim"),
         ({"img_size": 60}, "img_size a multiple of patch_size"),
-        ({"pos_embed": "sine"}, "pos_embed must be one of"),
+        ({"pos_embed": "fourier"}, "pos_embed must be one of"),
         ({"pos_embed_resample": "bilinear"}, "pos_embed_resample must be one of"),
     ],
 )
@@ -241,3 +249,99 @@ def test_training_is_deterministic():
 
     for first, second in zip(step(), step(), strict=True):
         assert torch.equal(first, second)
+
+
+MORE_VARIANTS = [
+    {"qk_norm": True},
+    {"scale_attn_norm": True, "scale_mlp_norm": True, "norm_eps": 1e-5},
+    {"pre_norm": True, "act_layer": "quick_gelu"},
+    {"mlp_layer": "swiglu", "act_layer": "silu", "reg_tokens": 2},
+    {"mlp_layer": "swiglu_packed", "act_layer": "silu"},
+    {"global_pool": "map", "class_token": False},
+    {"global_pool": "token_avg"},
+    {"pos_embed": "sine"},
+    {"pos_embed": "rotary", "reg_tokens": 2},
+    {"pos_embed": "rotary", "qk_norm": True},
+    {"pos_embed": "alibi", "reg_tokens": 1},
+    {"pos_embed": "alibi", "global_pool": "avg", "class_token": False},
+    {"proj_bias": False, "final_norm": False},
+]
+
+
+@pytest.mark.parametrize("variant", MORE_VARIANTS)
+def test_an_image_says_the_same_alone_and_in_a_batch_and_its_background_says_nothing(variant):
+    model, x, keep = random_vit(**variant), images(), random_keep(3, 4, 4)
+    background = ~keep.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].expand_as(x)
+    together = model(x.masked_fill(background, float("nan")), keep)
+    alone = torch.cat([model(x[b : b + 1], keep[b : b + 1]) for b in range(3)])
+    torch.testing.assert_close(together, alone)
+    assert all(g.isfinite().all() for g in gradients(together, model))
+
+
+@pytest.mark.parametrize("variant", MORE_VARIANTS)
+def test_an_image_without_tissue_gives_a_finite_constant_in_every_variant(variant):
+    model, keep = random_vit(**variant), torch.zeros(2, 4, 4, dtype=torch.bool)
+    logits = model(images(2), keep)
+    torch.testing.assert_close(logits[0], logits[1])
+    assert all(g.isfinite().all() for g in gradients(logits, model))
+
+
+def dense_bias_and_angles(model: VisionTransformer) -> tuple[Tensor, Tensor]:
+    """ALiBi's N×N biases and DINOv3's angles of a 4 × 4 grid behind the prefix, written out."""
+    row, column = torch.arange(16) // 4, torch.arange(16) % 4
+    places = torch.stack([row, column], dim=1).double()
+    P, heads = model.num_prefix_tokens, model.last_block.attn.num_heads
+    slopes = torch.tensor([2 ** (-8 / 2), 2 ** (-8.0), 2 ** (-8 / 4)], dtype=torch.float64)  # of 2 heads, then of 4
+    bias = torch.zeros(heads, P + 16, P + 16, dtype=torch.float64)
+    bias[:, P:, P:] = -slopes[:, None, None] * torch.cdist(places, places)
+    frequencies = 100 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    centres = 2 * math.pi * (2 * (places + 0.5) / 4 - 1)
+    angles = (centres[:, :, None] * frequencies).flatten(1)
+    return bias, torch.cat([torch.zeros(P, 8, dtype=torch.float64), angles])
+
+
+@pytest.mark.parametrize("position", ["alibi", "rotary"])
+def test_attention_with_places_is_the_dense_formula(position):
+    model = random_vit(pos_embed=position, reg_tokens=2)
+    tokens = model.embed(images(1), torch.ones(1, 4, 4, dtype=torch.bool))
+    attn = model.blocks[0].attn
+    q, k, v = attn.qkv(tokens.rows_TC).unflatten(1, (3, 3, 16)).permute(1, 2, 0, 3)
+    bias, angles = dense_bias_and_angles(model)
+    if position == "rotary":
+        q, k = (
+            torch.view_as_real(torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones_like(angles), angles))
+            .transpose(-1, -2)
+            .flatten(-2)
+            for x in (q, k)
+        )
+    scores = q @ k.transpose(-1, -2) / 4 + (bias if position == "alibi" else 0)
+    expected = attn.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+    torch.testing.assert_close(attn(tokens).float(), expected.float())  # slopes and angles are float32
+
+
+def test_sine_positions_are_absolute_and_rows_come_first():
+    model = random_vit(pos_embed="sine").eval()
+    x, keep = images(1), torch.zeros(1, 4, 4, dtype=torch.bool)
+    keep[0, 2, 3] = True
+    with torch.no_grad():
+        model.patch_embed.proj.weight.zero_()
+        model.patch_embed.proj.bias.zero_()
+    token = model.embed(x, keep).rows_TC[1]
+    frequencies = 10000 ** (-torch.arange(12, dtype=torch.float64) / 12)
+    expected = torch.cat(
+        [(2 * frequencies).sin(), (2 * frequencies).cos(), (3 * frequencies).sin(), (3 * frequencies).cos()]
+    )
+    torch.testing.assert_close(token.float(), expected.float())
+
+
+def test_alibi_slopes_of_counts_that_are_no_power_of_two():
+    torch.testing.assert_close(alibi_slopes(8), 2.0 ** -torch.arange(1.0, 9.0))
+    below, between = 2.0 ** -torch.arange(1.0, 9.0), 2.0 ** -torch.tensor([0.5, 1.5, 2.5, 3.5])
+    torch.testing.assert_close(alibi_slopes(12), torch.cat([below, between]))
+
+
+def test_a_model_of_one_image_size_refuses_others():
+    model = random_vit(dynamic_img_size=False)
+    assert model(images(1)).shape == (1, 5)
+    with pytest.raises(ValueError, match="dynamic_img_size=False"):
+        model(images(1, 48, 96))

@@ -1,0 +1,75 @@
+"""What every conversion does once the other library's model has been read: build ours and take the weights over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.blocks import Block
+from maskattn.nn.vit import VisionTransformer
+
+__all__ = ["UnsupportedModelError", "build", "refuse"]
+
+
+class UnsupportedModelError(ValueError):
+    """The model has a part that the packed vision transformer has not."""
+
+
+def refuse(model: object, parts: list[str]) -> None:
+    """Refuse a model by what it has and we have not.
+
+    Raises:
+        UnsupportedModelError: ``parts`` is not empty; it names them.
+    """
+    if parts:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be turned into a maskattn VisionTransformer: {'; '.join(parts)}"
+        )
+
+
+def build(
+    source: nn.Module,
+    arguments: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    trains: Mapping[str, bool] | None = None,
+    drop_paths: Sequence[float] = (),
+    impl: str | None = None,
+) -> VisionTransformer:
+    """Our model with these arguments and weights, copied, on the device and in the dtype and mode of ``source``.
+
+    Args:
+        source: the model converted.
+        arguments: of :class:`VisionTransformer`.
+        state: its state dict; every key of ours and no other.
+        trains: whether a parameter takes a gradient, by name; those not named do.
+        drop_paths: stochastic depth of each block; none where empty.
+        impl: implementation of the attention.
+
+    Raises:
+        UnsupportedModelError: keys or shapes do not fit; they are named.
+    """
+    # Nothing is initialised that is overwritten at once.
+    with torch.device("meta"):
+        model = VisionTransformer(**arguments, impl=impl)
+    expected = model.state_dict()
+    wrong = [f"it has no {name}" for name in sorted(expected.keys() - state.keys())]
+    wrong += [f"{name} has no place" for name in sorted(state.keys() - expected.keys())]
+    wrong += [
+        f"{name} is {tuple(x.shape)} instead of {tuple(expected[name].shape)}"
+        for name, x in state.items()
+        if name in expected and x.shape != expected[name].shape
+    ]
+    refuse(source, wrong)
+    first = next(iter(state.values()))
+    model = model.to(first.dtype).to_empty(device=first.device)
+    model.load_state_dict(dict(state))
+    for block, share in zip(model.blocks, drop_paths, strict=bool(drop_paths)):
+        for drop_path in (cast(Block, block).drop_path1, cast(Block, block).drop_path2):
+            drop_path.share = share
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_((trains or {}).get(name, True))
+    return model.train(source.training)

@@ -1,0 +1,187 @@
+"""From timm's vision transformers to ours: the same weights, names and outputs, and background that costs nothing.
+
+A model is read part by part. What we do not have is refused by name, never left out: a model that converts gives timm's
+outputs to float rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.vit import VisionTransformer
+
+__all__ = ["from_timm"]
+
+_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu", "SiLU": "silu"}
+
+
+def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | None = None) -> VisionTransformer:
+    """Turn a timm ``VisionTransformer`` into ours.
+
+    Weights are copied; device, dtype, train or eval mode and frozen parameters are kept. ``dynamic_img_size`` becomes
+    True: other image sizes resample the position embedding, as timm does with that option.
+
+    Args:
+        model: a ``timm.models.VisionTransformer``: class token or not, registers, LayerScale, SwiGLU, q/k norms,
+            pre-norm, any of the pools below, with and without a head.
+        global_pool: another pool than the model's: "token", "avg", "map", "token_avg" or ""; for backbones without a
+            head, as Virchow2, whose users join class token and mean ("token_avg").
+        impl: implementation of the attention; None takes the best.
+
+    Raises:
+        UnsupportedModelError: a ValueError that names every part that ours has not (rotary or relative positions,
+            distillation tokens, other blocks, norms or pools).
+        TypeError: it is not a model at all.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", num_classes=2)
+        >>> from_timm(vit)(torch.randn(1, 3, 224, 224), keep=torch.ones(1, 14, 14, dtype=torch.bool)).shape
+        torch.Size([1, 2])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"from_timm takes a timm model, got {type(model).__name__}; for a name use maskattn.nn.load_vit"
+        )
+    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+    if type(model) is not TimmVisionTransformer:
+        refuse(
+            model,
+            [
+                "only timm.models.VisionTransformer itself is known, without rotary or relative positions or "
+                "distillation tokens (DINOv3 converts from transformers)"
+            ],
+        )
+    refuse(model, _unknown_parts(model))
+    arguments = _arguments(model)
+    if global_pool is not None:
+        if not isinstance(model.head, nn.Identity):
+            refuse(model, [f"it has a head, trained on global_pool={model.global_pool!r}, got {global_pool!r}"])
+        # A norm before the pooling stays there, as one behind it does.
+        arguments = {**arguments, "global_pool": global_pool}
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    shares = [getattr(block.drop_path1, "drop_prob", 0.0) for block in cast(Any, model).blocks]
+    return build(model, arguments, model.state_dict(), trains=trains, drop_paths=shares, impl=impl)
+
+
+def _arguments(model: Any) -> dict[str, Any]:
+    block, patch = model.blocks[0], model.patch_embed
+    hidden = block.mlp.fc1_g if hasattr(block.mlp, "fc1_g") else block.mlp.fc1
+    class_token, registers = model.cls_token is not None, model.reg_token
+    return {
+        "img_size": tuple(patch.img_size),
+        "patch_size": patch.patch_size[0],
+        "in_chans": patch.proj.in_channels,
+        "num_classes": 0 if isinstance(model.head, nn.Identity) else model.head.out_features,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
+        "mlp_ratio": (hidden.out_features + 0.5) / model.embed_dim,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+        "proj_bias": block.attn.proj.bias is not None,
+        "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
+        "class_token": class_token,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": model.no_embed_class,
+        "reg_tokens": 0 if registers is None else registers.shape[1],
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        "act_layer": _activation(block.mlp),
+        "mlp_layer": _mlp_layer(block.mlp),
+        "norm_eps": next(m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)),
+    }
+
+
+def _unknown_parts(model: Any) -> list[str]:
+    """What this model has and ours has not, in words."""
+    from timm.layers import AttentionPoolLatent, LayerNorm, PatchEmbed
+
+    unknown = []
+    if type(model.patch_embed) is not PatchEmbed:
+        return [f"patch embedding {type(model.patch_embed).__name__}"]
+    patch = model.patch_embed
+    if patch.patch_size[0] != patch.patch_size[1]:
+        unknown.append(f"patch_size={tuple(patch.patch_size)}, not square")
+    if patch.dynamic_img_pad:
+        unknown.append("dynamic_img_pad=True: pad the images yourself")
+    if not isinstance(patch.norm, nn.Identity):
+        unknown.append("a norm in the patch embedding (embed_norm_layer)")
+    if (patch.proj.bias is None) != (not isinstance(model.norm_pre, nn.Identity)):
+        unknown.append("a patch embedding whose bias does not go with pre_norm")
+    if not isinstance(model.patch_drop, nn.Identity):
+        unknown.append("patch_drop_rate: drop tokens with maskattn.nn.drop_random_tokens instead")
+    if model.global_pool not in ("token", "avg", "map", ""):
+        unknown.append(f"global_pool={model.global_pool!r}")
+    if model.pool_include_prefix:
+        unknown.append("pool_include_prefix=True")
+    if model.attn_pool is not None and not (
+        type(model.attn_pool) is AttentionPoolLatent
+        and model.attn_pool.latent_len == 1
+        and model.attn_pool.pos_embed is None
+        and isinstance(model.attn_pool.q_norm, nn.Identity)
+    ):
+        unknown.append(f"attention pool {type(model.attn_pool).__name__}")
+    if type(model.head) not in (nn.Linear, nn.Identity):
+        unknown.append(f"head {type(model.head).__name__}")
+    norms = {type(m) for m in model.modules() if "norm" in type(m).__name__.lower()}
+    unknown += [f"norm layer {kind.__name__}" for kind in norms - {nn.LayerNorm, LayerNorm}]
+    epsilons = {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}
+    if len(epsilons) > 1:
+        unknown.append(f"norms with different eps: {sorted(epsilons)}")
+    if (
+        len({(b.attn.num_heads, _activation(b.mlp), b.attn.attn_drop.p) for b in model.blocks if hasattr(b, "attn")})
+        > 1
+    ):
+        unknown.append("blocks that differ in heads, activation or dropout")
+    for block in model.blocks:
+        unknown += [part for part in _unknown_in_block(block, model.embed_dim) if part not in unknown]
+    return unknown
+
+
+def _unknown_in_block(block: Any, dim: int) -> list[str]:
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block
+
+    if type(block) is not Block:
+        return [f"block {type(block).__name__}"]
+    if type(block.attn) is not Attention:
+        return [f"attention {type(block.attn).__name__}"]
+    unknown = []
+    if block.attn.attn_dim != dim or block.attn.proj.out_features != dim:
+        unknown.append(f"attention of width {block.attn.attn_dim} in tokens of width {dim}")
+    if getattr(block.attn, "gate", None) is not None:
+        unknown.append("gated attention")
+    if _mlp_layer(block.mlp) is None:
+        unknown.append(f"MLP {type(block.mlp).__name__}")
+    if _activation(block.mlp) is None:
+        unknown.append(f"activation {type(block.mlp.act).__name__}")
+    return unknown
+
+
+def _activation(mlp: Any) -> str | None:
+    name = _ACTIVATIONS.get(type(mlp.act).__name__)
+    return "gelu_tanh" if name == "gelu" and getattr(mlp.act, "approximate", "none") == "tanh" else name
+
+
+def _mlp_layer(mlp: Any) -> str | None:
+    from timm.layers import GluMlp, Mlp, SwiGLU
+
+    if type(mlp) is Mlp:
+        return "mlp"
+    if type(mlp) is GluMlp and not mlp.gate_last:
+        return "swiglu_packed"
+    return "swiglu" if type(mlp) is SwiGLU else None

@@ -1,0 +1,299 @@
+"""Hugging Face transformers: an attention implementation for its models, and its encoders turned into ours.
+
+The attention implementation masks keys in any bidirectional encoder and leaves the rest of the model as it is. A
+converted model is packed from the patches on, so that background skips MLPs and norms too.
+
+Dimension key: B sequences, N tokens of each, H heads, D head width, C channels.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.attention.api import masked_attention, packed_attention
+from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.vit import VisionTransformer
+
+__all__ = ["attend", "from_transformers", "register_attention"]
+
+_FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa")
+_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"} | {
+    name: name for name in ("quick_gelu", "relu", "silu")
+}
+
+_LAYER = re.compile(r"^(?:encoder\.layer|model\.layer|layers|layer)\.(\d+)\.(.+)$")
+# Names of transformers 5 and 4, and ours; q, k and v are joined afterwards.
+_IN_LAYER = [
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        (r"^(?:layernorm_before|norm1)\.", "norm1."),
+        (r"^(?:layernorm_after|norm2)\.", "norm2."),
+        (r"^attention\.(?:attention\.query|q_proj)\.", "attn.q."),
+        (r"^attention\.(?:attention\.key|k_proj)\.", "attn.k."),
+        (r"^attention\.(?:attention\.value|v_proj)\.", "attn.v."),
+        (r"^attention\.(?:output\.dense|o_proj)\.", "attn.proj."),
+        (r"^layer_scale([12])\.lambda1$", r"ls\1.gamma"),
+        (r"^(?:intermediate\.dense|mlp\.fc1)\.", "mlp.fc1."),
+        (r"^(?:output\.dense|mlp\.fc2|mlp\.down_proj|mlp\.weights_out)\.", "mlp.fc2."),
+        (r"^mlp\.gate_proj\.", "mlp.fc1_g."),
+        (r"^mlp\.weights_in\.", "mlp.fc1."),
+    )
+]
+_OUTSIDE = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.register_tokens": "reg_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.bias": "patch_embed.proj.bias",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+}
+# Used in pre-training or behind the features alone.
+_LEFT_OUT = re.compile(r"^(?:embeddings\.mask_token|pooler\.|rope_embeddings\.)")
+
+
+def from_transformers(model: nn.Module, *, impl: str | None = None) -> VisionTransformer:
+    """Turn a transformers encoder into ours, with the same outputs in eval mode.
+
+    Without a classifier its output is the class token after the last norm, ``last_hidden_state[:, 0]``, or for I-JEPA,
+    which has none, the mean of all tokens; ``forward_features`` gives ``last_hidden_state``. With one it is the logits.
+    ViT's pooler (a dense layer and tanh behind the class token) is left out. Weights are copied; device, dtype and mode
+    are kept. DINOv3's random shifts of positions in training are not done.
+
+    Args:
+        model: ViT, DINOv2, DINOv2 with registers, DINOv3-ViT or I-JEPA, with or without its ``ForImageClassification``
+            head.
+        impl: implementation of the attention; None takes the best.
+
+    Raises:
+        UnsupportedModelError: a ValueError that names every part that ours has not.
+        TypeError: it is not a model at all.
+
+    Example:
+        >>> from transformers import Dinov2Config, Dinov2Model
+        >>> dino = Dinov2Model(Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2)).eval()
+        >>> from_transformers(dino)(torch.randn(1, 3, 224, 224), keep=torch.ones(1, 16, 16, dtype=torch.bool)).shape
+        torch.Size([1, 64])
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or config is None:
+        raise TypeError(
+            f"from_transformers takes a transformers model, got {type(model).__name__}; for a name use load_vit"
+        )
+    refuse(model, _unknown_parts(model))
+    backbone, head = _backbone_and_head(model)
+    state = _rename(backbone.state_dict())
+    if head is not None:
+        state |= {f"head.{name}": x for name, x in head.state_dict().items()}
+    arguments = _arguments(config, state, head)
+    if config.model_type == "dinov2_with_registers":
+        # Registers come behind the positions: the class token takes its own along.
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    depth = arguments["depth"]
+    drop_paths = [float(getattr(config, "drop_path_rate", 0.0))] * depth
+    return build(model, arguments, state, drop_paths=drop_paths, impl=impl)
+
+
+def _backbone_and_head(model: Any) -> tuple[Any, nn.Linear | None]:
+    if hasattr(model, "embeddings"):
+        return model, None
+    head = model.classifier
+    return getattr(model, model.base_model_prefix), None if isinstance(head, nn.Identity) else head
+
+
+def _unknown_parts(model: Any) -> list[str]:
+    config = model.config
+    if config.model_type not in _FAMILIES:
+        return [f"model type {config.model_type!r} is none of {', '.join(_FAMILIES)}"]
+    if not hasattr(model, "embeddings") and not hasattr(model, "classifier"):
+        return ["only the encoder and its ForImageClassification are known"]
+    if type(model).__name__.endswith("Backbone"):
+        return ["a Backbone gives feature maps; convert the Model instead"]
+    unknown = []
+    if not isinstance(config.patch_size, int) and len(set(config.patch_size)) > 1:
+        unknown.append(f"patch_size={tuple(config.patch_size)}, not square")
+    if config.hidden_act not in _ACTIVATIONS:
+        unknown.append(f"activation {config.hidden_act!r}")
+    if model.training and getattr(config, "hidden_dropout_prob", 0.0) > 0:
+        unknown.append(
+            f"hidden_dropout_prob={config.hidden_dropout_prob} in training: convert it in eval mode, which has none"
+        )
+    return unknown
+
+
+def _rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Their state dict under our names, q, k and v joined; what is unknown keeps its name, and is refused."""
+    up = "mlp.fc1_x." if any("mlp.gate_proj." in name for name in theirs) else "mlp.fc1."
+    ours: dict[str, Tensor] = {}
+    for name, x in theirs.items():
+        if _LEFT_OUT.match(name):
+            continue
+        in_layer = _LAYER.match(name)
+        if in_layer is None:
+            ours[_OUTSIDE.get(name, name)] = x
+            continue
+        inner = in_layer[2].replace("mlp.up_proj.", up)
+        for pattern, replacement in _IN_LAYER:
+            inner = pattern.sub(replacement, inner)
+        ours[f"blocks.{in_layer[1]}.{inner}"] = x
+    return _join_projections(ours)
+
+
+def _join_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """q, k and v in one layer; a bias that one of them lacks is 0 there."""
+    for name in [name for name in state if name.endswith("attn.q.weight")]:
+        layer = name.removesuffix("q.weight")
+        weights = [state.pop(f"{layer}{part}.weight") for part in "qkv"]
+        biases = [state.pop(f"{layer}{part}.bias", None) for part in "qkv"]
+        state[f"{layer}qkv.weight"] = torch.cat(weights)
+        if any(bias is not None for bias in biases):
+            state[f"{layer}qkv.bias"] = torch.cat(
+                [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
+            )
+    return state
+
+
+def _arguments(config: Any, state: dict[str, Tensor], head: nn.Linear | None) -> dict[str, Any]:
+    size, patch = config.image_size, config.patch_size
+    mlp = "blocks.0.mlp."
+    gate = state.get(f"{mlp}fc1_g.weight")
+    hidden, fc2 = state[f"{mlp}fc1.weight"] if gate is None else gate, state[f"{mlp}fc2.weight"]
+    packed = gate is None and fc2.shape[1] * 2 == len(hidden)
+    kind = config.model_type
+    pool = {"ijepa": "avg"}.get(kind, "token")
+    if head is not None and kind.startswith("dinov2"):
+        pool = "token_avg"
+    class_token = "cls_token" in state
+    # An unlearnt register of transformers is a tensor without rows.
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    if not registers:
+        state.pop("reg_token", None)
+    rotary = kind == "dinov3_vit"
+    gated_act = "silu" if kind.startswith("dinov2") else _ACTIVATIONS[config.hidden_act]
+    return {
+        "img_size": size if isinstance(size, int) else tuple(size),
+        "patch_size": patch if isinstance(patch, int) else patch[0],
+        "in_chans": config.num_channels,
+        "num_classes": 0 if head is None else head.out_features,
+        "global_pool": pool,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
+        "mlp_ratio": (len(hidden) + 0.5) / config.hidden_size,
+        "mlp_layer": "swiglu_packed" if packed else "mlp" if gate is None else "swiglu",
+        "act_layer": gated_act if packed or gate is not None else _ACTIVATIONS[config.hidden_act],
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "class_token": class_token,
+        "reg_tokens": registers,
+        "no_embed_class": kind in ("dinov2_with_registers", "ijepa"),
+        "fc_norm": False,
+        "pos_embed": "rotary" if rotary else "learn",
+        "rope_theta": config.rope_theta if rotary else 100.0,
+        "pos_embed_resample": "timm" if kind == "dinov2_with_registers" else "transformers",
+        "attn_drop_rate": getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0)),
+        "norm_eps": config.layer_norm_eps,
+    }
+
+
+def register_attention(name: str = "maskattn") -> str:
+    """Make ``attn_implementation="maskattn"`` known to transformers, for bidirectional encoders.
+
+    A 2-D ``attention_mask`` (B, N) leaves masked keys out instead of adding −inf to their scores; without one every
+    token attends to every token, through our kernels. Registering again changes nothing.
+
+    Args:
+        name: under which it is registered.
+
+    Returns:
+        The name.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> config = ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+        >>> config._attn_implementation = register_attention()
+        >>> ViTModel(config)(torch.randn(1, 3, 224, 224)).last_hidden_state.shape
+        torch.Size([1, 197, 64])
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, _keep_2d_mask)
+    return name
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it.
+
+    Args:
+        module: the attention layer.
+        query, key, value: (B, H, N, D).
+        attention_mask: (B, N), true or 1 where a key takes part; None for all keys.
+        dropout: share of the weights dropped.
+        scaling: factor of the scores.
+        is_causal: refused if true.
+        options: refused where they change the result (position_bias, softcap, sliding_window, s_aux).
+
+    Returns:
+        (B, N, H, D), and None for the weights.
+
+    Raises:
+        ValueError: what the layer asks for is not taken; it is named.
+    """
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    wanted = [name for name in ("position_bias", "softcap", "sliding_window", "s_aux") if options.get(name) is not None]
+    wanted += ["causal attention"] if causal else []
+    wanted += ["grouped queries"] if key.shape[1] != query.shape[1] else []
+    wanted += ["output_attentions"] if options.get("output_attentions") else []
+    if wanted:
+        raise ValueError(
+            f"attn_implementation='maskattn' does not take {', '.join(wanted)}, asked for by {type(module).__name__}; "
+            "use 'sdpa' or 'eager' for this model"
+        )
+    if attention_mask is None:
+        B, N = query.shape[0], query.shape[2]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        starts_q, starts_k = (
+            torch.arange(0, B * n + 1, n, device=query.device, dtype=torch.int32) for n in (N, key.shape[2])
+        )
+        out = packed_attention(q, k, v, starts_q, starts_k, N, key.shape[2], scale=scaling, dropout_p=dropout)
+        return cast(Tensor, out).unflatten(0, (B, N)), None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            "attn_implementation='maskattn' masks keys alone and takes an attention_mask of shape (B, N), got "
+            f"{tuple(attention_mask.shape)}; use 'sdpa' for masks that differ between queries"
+        )
+    keep = attention_mask.bool()
+    dense = masked_attention(query, key, value, keep, scale=scaling, dropout_p=dropout, skip_queries=False)
+    return cast(Tensor, dense).transpose(1, 2), None
+
+
+def _keep_2d_mask(*_: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """Hand the caller's (B, N) mask to :func:`attend` as it is."""
+    from transformers.masking_utils import bidirectional_mask_function
+
+    if mask_function not in (None, bidirectional_mask_function):
+        raise ValueError(
+            "attn_implementation='maskattn' is for bidirectional encoders, and this model masks its scores by "
+            f"{getattr(mask_function, '__name__', mask_function)}; use 'sdpa' or 'eager' for it"
+        )
+    return attention_mask

@@ -1,0 +1,143 @@
+"""Multi-head self-attention over packed tokens, with timm's parameters.
+
+A key is affine in its token, then normalised where the model has a q/k norm, then rotated where it has rotary
+positions. Explanations need the derivative of the key as its token is scaled, which goes through all three.
+
+Dimension key: B images, T packed tokens, R tokens that are read, C channels, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskattn.attention.api import packed_attention
+from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.positions import alibi_slopes, rotate
+
+__all__ = ["Attention", "AttentionOptions"]
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What a self-attention layer may have besides its width and heads; named as timm names it.
+
+    Attributes:
+        qkv_bias, proj_bias: whether the projections have biases.
+        qk_norm: queries and keys are normalised, head by head.
+        scale_attn_norm: the output is normalised before the projection.
+        norm_eps: ε of these norms.
+        attn_drop_rate, proj_drop_rate: shares of weights, and of output features, dropped in training.
+        alibi: 2-D ALiBi, with the slopes of its paper.
+        impl: implementation; None takes the best.
+    """
+
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    qk_norm: bool = False
+    scale_attn_norm: bool = False
+    norm_eps: float = 1e-6
+    attn_drop_rate: float = 0.0
+    proj_drop_rate: float = 0.0
+    alibi: bool = False
+    impl: str | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with timm's parameters ``qkv`` and ``proj``, over packed tokens."""
+
+    slopes: Tensor | None
+
+    def __init__(self, dim: int, num_heads: int, options: AttentionOptions) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.impl = options.impl
+        self.attn_drop_rate = options.attn_drop_rate
+        width, eps = dim // num_heads, options.norm_eps
+        self.qkv = nn.Linear(dim, 3 * dim, bias=options.qkv_bias)
+        self.q_norm = nn.LayerNorm(width, eps=eps) if options.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width, eps=eps) if options.qk_norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=eps) if options.scale_attn_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=options.proj_bias)
+        self.proj_drop = nn.Dropout(options.proj_drop_rate)
+        self.register_buffer("slopes", alibi_slopes(num_heads) if options.alibi else None, persistent=False)
+
+    @property
+    def dropout_p(self) -> float:
+        """The share of attention weights dropped now: 0 in eval mode."""
+        return self.attn_drop_rate if self.training else 0.0
+
+    def forward(self, tokens: PackedTokens) -> Tensor:
+        """Normalised tokens (T, C) → (T, C), each sequence within itself."""
+        q, k, v = self.qkv(tokens.rows_TC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D]
+        if tokens.rotation is not None:
+            q, k = rotate(self.q_norm(q), tokens.rotation), rotate(self.k_norm(k), tokens.rotation)
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+        packing = tokens.packing
+        out = packed_attention(
+            q,
+            k,
+            v,
+            *(packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen),
+            coords=None if self.slopes is None else tokens.coords_T2,
+            slopes=self.slopes,
+            dropout_p=self.dropout_p,
+            impl=self.impl,
+        )
+        return self.project(cast(Tensor, out))
+
+    def project(self, out: Tensor) -> Tensor:
+        """What was read per head (..., H, D) → (..., C)."""
+        return self.proj_drop(self.proj(self.norm(out.flatten(-2))))
+
+    def class_token_queries(self, normed_BRC: Tensor) -> Tensor:
+        """(B, R, C) → q (B, R, H, D), unscaled, of tokens without a place: no rotation, no ALiBi."""
+        return self.q_norm(self._project(normed_BRC, slice(self.qkv.in_features)).unflatten(-1, (self.num_heads, -1)))
+
+    def keys_and_values(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+        """Normalised tokens (T, C) → k and v alone, (T, H, D) each."""
+        k, v = self._keys_and_values_before_norm(tokens)
+        return self._finish_keys(k, tokens), v
+
+    def key_and_value_origins(self, tokens: PackedTokens) -> tuple[Tensor | None, Tensor | None]:
+        """k and v less their derivatives as their token is scaled: what ``token_relevance`` takes as origins.
+
+        (H, D) each where they are affine in the token, else (T, H, D) for k; None without biases.
+        """
+        bias_k = bias_v = None
+        if self.qkv.bias is not None:
+            _, bias_k, bias_v = self.qkv.bias.unflatten(0, (3, self.num_heads, -1)).unbind(0)
+        if isinstance(self.k_norm, nn.Identity) and (tokens.rotation is None or bias_k is None):
+            return bias_k, bias_v
+        k, _ = self._keys_and_values_before_norm(tokens)
+        along = k if bias_k is None else k - bias_k
+        if isinstance(self.k_norm, nn.LayerNorm):
+            along = _along_layer_norm(self.k_norm, k, along)
+        derivative = along if tokens.rotation is None else rotate(along, tokens.rotation)
+        return self._finish_keys(k, tokens) - derivative, bias_v
+
+    def _finish_keys(self, k_THD: Tensor, tokens: PackedTokens) -> Tensor:
+        k = self.k_norm(k_THD)
+        return k if tokens.rotation is None else rotate(k, tokens.rotation)
+
+    def _keys_and_values_before_norm(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+        kv = self._project(tokens.rows_TC, slice(self.qkv.in_features, None))
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        return k, v
+
+    def _project(self, x: Tensor, outputs: slice) -> Tensor:
+        return F.linear(x, self.qkv.weight[outputs], None if self.qkv.bias is None else self.qkv.bias[outputs])
+
+
+def _along_layer_norm(norm: nn.LayerNorm, x: Tensor, direction: Tensor) -> Tensor:
+    """The derivative of ``norm`` at ``x`` along ``direction``: w/σ · (d − mean d − x̂ · mean(x̂ d))."""
+    # Not torch.func.jvp, which compiles its decompositions with the deprecated torch.jit.script.
+    centred = x - x.mean(-1, keepdim=True)
+    inverse_std = (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    x_hat = centred * inverse_std
+    direction = direction - direction.mean(-1, keepdim=True)
+    return norm.weight * inverse_std * (direction - x_hat * (x_hat * direction).mean(-1, keepdim=True))

@@ -1,0 +1,228 @@
+"""Converted models against the originals: all tokens, kept tokens alone, gradients, and explanations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+from families import FAMILIES, TRANSFORMERS, Family, Size, _timm
+
+from maskattn.explain import CDAM, AttentionMap
+from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
+from maskattn.nn import VisionTransformer, from_timm, from_transformers
+
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+def random_pair(family: Family, size: Size | None = None) -> tuple[nn.Module, VisionTransformer]:
+    """The original and the converted model, with weights of a size at which every part matters."""
+    theirs = family.original(size or Size()).double().eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.2)
+    return theirs, family.convert(theirs)
+
+
+def sample(B: int = 2) -> tuple[Tensor, Tensor]:
+    keep = torch.rand(B, 4, 4) > 0.5
+    keep[:, 0, 0] = True
+    return torch.randn(B, 3, 64, 64, dtype=torch.float64), keep
+
+
+def pull_back(output: Tensor, x: Tensor) -> Tensor:
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return torch.autograd.grad((output * weights).sum(), x)[0]
+
+
+def kept_outputs(family: Family, theirs: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+    return torch.cat([family.kept_output(theirs, x[b : b + 1], keep[b].flatten()) for b in range(len(x))])
+
+
+@families
+def test_all_tokens_kept_gives_the_originals_output_and_gradient(family):
+    theirs, ours = random_pair(family)
+    x = sample()[0].requires_grad_()
+    expected, got = family.output(theirs, x), ours(x)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(pull_back(got, x), pull_back(expected, x))
+
+
+@families
+def test_masked_is_the_original_run_on_the_kept_tokens_alone(family):
+    theirs, ours = random_pair(family)
+    x, keep = sample()
+    x.requires_grad_()
+    expected, got = kept_outputs(family, theirs, x, keep), ours(x, keep)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(pull_back(got, x), pull_back(expected, x))
+
+
+@families
+def test_float32_agrees_to_float_rounding(family):
+    theirs, ours = random_pair(family)
+    x, keep = sample()
+    exact = kept_outputs(family, theirs, x, keep)
+    single = ours.float()(x.float(), keep)
+    original = kept_outputs(family, theirs.float(), x.float(), keep)
+    assert (single - exact).abs().max() <= 4 * (original - exact).abs().max() + 1e-6 * exact.abs().max()
+
+
+@families
+def test_cdam_is_the_derivative_of_the_prediction(family):
+    _, ours = random_pair(family)
+    x, keep = sample()
+    tokens = ours.before_last_block(ours.embed(x, keep))
+    by_autograd, _ = score_tokens_by_autograd(ours, tokens, [0, 3])
+    if ours.global_pool == "token":
+        in_closed_form, _ = score_tokens_in_closed_form(ours, tokens, [0, 3])
+        is_grid = tokens.packing.indices % tokens.packing.num_tokens >= tokens.num_prefix
+        torch.testing.assert_close(in_closed_form[:, is_grid], by_autograd[:, is_grid])
+    maps = CDAM(ours).attribute(x, [0, 3], keep)
+    assert maps.shape == (2, 2, 4, 4)
+    assert (maps.movedim(1, 3)[~keep] == 0).all()
+    step = 1e-6
+    normed = ours.last_block.norm1(tokens.rows_TC)
+    row = int((tokens.packing.indices == tokens.num_prefix).nonzero()[0])  # the first grid token of the first image
+    ends = []
+    for sign in (1, -1):
+        scaled = normed.clone()
+        scaled[row] *= 1 + sign * step
+        ends.append(ours.pool(ours.last_block.mix(tokens, scaled))[0, 3])
+    torch.testing.assert_close(maps[0, 1, 0, 0], (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+@families
+def test_attention_maps_leave_no_weight_on_background(family):
+    _, ours = random_pair(family)
+    x, keep = sample()
+    if ours.cls_token is None:
+        with pytest.raises(ValueError, match="class_token=False"):
+            AttentionMap(ours)
+        return
+    maps = AttentionMap(ours).attribute(x, keep)
+    assert (maps[~keep] == 0).all()
+    assert (maps[keep] > 0).all()
+
+
+@families
+def test_background_pixels_are_never_read(family):
+    _, ours = random_pair(family)
+    x, keep = sample()
+    background = ~keep.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].expand_as(x)
+    assert torch.equal(ours(x.masked_fill(background, float("nan")), keep), ours(x, keep))
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if "dynamic" in str(f.original)] + TRANSFORMERS, ids=lambda f: f.name
+)
+@pytest.mark.parametrize("shape", [(96, 96), (48, 80)])
+def test_other_image_sizes_resample_positions_as_the_original_does(family, shape):
+    theirs, ours = random_pair(family)
+    x = torch.randn(1, 3, *shape, dtype=torch.float64)
+    if getattr(getattr(theirs, "config", None), "model_type", "") in ("vit", "ijepa"):
+        expected = theirs(x, interpolate_pos_encoding=True)
+        expected = expected.logits if hasattr(expected, "logits") else expected.last_hidden_state
+        if expected.ndim == 3:
+            expected = expected.mean(dim=1) if ours.cls_token is None else expected[:, 0]
+    else:
+        expected = family.output(theirs, x)
+    torch.testing.assert_close(ours(x).float(), expected.float())  # positions are resampled in float32
+
+
+def test_training_drops_the_same_paths_as_timm():
+    theirs = _timm(Size(), drop_path_rate=0.6, init_values=0.5).double().train()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.2)
+    ours, x = from_timm(theirs), sample(8)[0]
+    assert ours.training
+    torch.manual_seed(5)
+    expected = theirs(x)
+    torch.manual_seed(5)
+    got = ours(x)
+    torch.testing.assert_close(got, expected)
+    assert not torch.allclose(got, ours.eval()(x))
+
+
+def test_mode_frozen_parameters_and_dtype_are_taken_over_and_weights_are_copied():
+    theirs = _timm(Size()).bfloat16().eval()
+    theirs.cls_token.requires_grad_(False)
+    ours = from_timm(theirs)
+    assert not ours.training
+    assert ours.cls_token.dtype == torch.bfloat16
+    assert not ours.cls_token.requires_grad
+    assert ours.pos_embed.requires_grad
+    with torch.no_grad():
+        ours.head.weight.zero_()
+    assert (theirs.head.weight != 0).any()
+
+
+def test_a_model_that_gives_all_tokens_gives_them_at_their_places():
+    theirs = _timm(Size(), global_pool="", num_classes=0, reg_tokens=2).double().eval()
+    ours, (x, keep) = from_timm(theirs), sample()
+    torch.testing.assert_close(ours(x), theirs(x))
+    features = ours(x, keep)
+    assert features.shape == (2, 3 + 16, 48)
+    assert (features[:, 3:][~keep.flatten(1)] == 0).all()
+    with pytest.raises(ValueError, match="another global_pool"):
+        CDAM(ours).attribute(x, 0, keep)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "part"),
+    [
+        ("eva02_tiny_patch14_224", {}, "rotary or relative positions"),
+        ("vit_small_patch16_dinov3", {}, "DINOv3 converts from transformers"),
+        ("deit_tiny_distilled_patch16_224", {}, "distillation tokens"),
+        ("beit_base_patch16_224", {"depth": 1}, "only timm.models.VisionTransformer"),
+        ("vit_tiny_patch16_224", {"global_pool": "max"}, "global_pool='max'"),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ("vit_tiny_patch16_224", {"dynamic_img_pad": True}, "dynamic_img_pad"),
+        ("vit_tiny_patch16_224", {"patch_size": (16, 8)}, "not square"),
+        ("vit_tiny_patch16_224", {"act_layer": "mish"}, "activation Mish"),
+        ("vit_tiny_patch16_224", {"norm_layer": "rmsnorm"}, "norm layer RmsNorm"),
+        ("vit_tiny_patch16_224", {"attn_layer": "diff"}, "attention DiffAttention"),
+        ("vit_tiny_patch16_224", {"pool_include_prefix": True}, "pool_include_prefix"),
+        ("resnet18", {}, "only timm.models.VisionTransformer"),
+    ],
+)
+def test_what_timm_has_and_ours_has_not_is_refused_by_name(name, arguments, part):
+    import timm
+
+    with pytest.raises(ValueError, match=part):
+        from_timm(timm.create_model(name, **arguments))
+
+
+def test_other_blocks_and_pools_of_trained_heads_are_refused():
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    with pytest.raises(ValueError, match="block ParallelScalingBlock"):
+        from_timm(_timm(Size(), block_fn=ParallelScalingBlock))
+    with pytest.raises(ValueError, match="it has a head"):
+        from_timm(_timm(Size()), global_pool="avg")
+    with pytest.raises(ValueError, match=r"it has no attn_pool\.latent"):
+        from_timm(_timm(Size(), num_classes=0), global_pool="map")
+    with pytest.raises(TypeError, match="for a name use"):
+        from_timm("vit_tiny_patch16_224")
+
+
+def test_what_transformers_has_and_ours_has_not_is_refused_by_name():
+    import transformers
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    with pytest.raises(ValueError, match="model type 'beit' is none of"):
+        from_transformers(transformers.BeitModel(transformers.BeitConfig(**small)))
+    with pytest.raises(ValueError, match="activation 'gelu_10'"):
+        from_transformers(transformers.ViTModel(transformers.ViTConfig(**small, hidden_act="gelu_10")))
+    with pytest.raises(ValueError, match="only the encoder"):
+        from_transformers(transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**small)))
+    small.pop("intermediate_size")
+    with pytest.raises(ValueError, match="a Backbone gives feature maps"):
+        from_transformers(transformers.Dinov2Backbone(transformers.Dinov2Config(**small)))
+    dropout = transformers.ViTConfig(**small, intermediate_size=64, hidden_dropout_prob=0.1)
+    with pytest.raises(ValueError, match=r"hidden_dropout_prob=0\.1 in training"):
+        from_transformers(transformers.ViTModel(dropout).train())
+    with pytest.raises(TypeError, match="for a name use"):
+        from_transformers("owkin/phikon")
