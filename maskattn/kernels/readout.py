@@ -1,15 +1,15 @@
 """Attention of R ≤ 16 queries of each sequence over its keys, and the attention rows.
 
 Bound by memory, so K and V are read once. One program per head, sequence and *split*, a share of the sequence's keys,
-so that few sequences fill the chip too; each leaves the output and lse of its share, and a second kernel combines these
-in a fixed order:
+so that few sequences fill the chip too. Of its share it leaves the maximum m_s of the scores, the sum l_s of their
+weights 2^(score − m_s) and the weighted sum a_s of the values; a second kernel adds the splits up in a fixed order:
 
-    lse = log Σ_s exp(lse_s)      out = Σ_s exp(lse_s − lse) out_s
+    m = max_s m_s      l = Σ_s l_s 2^(m_s − m)      out = Σ_s a_s 2^(m_s − m) / l      lse = log l + m
 
-The attention rows need the final lse. The first kernel writes the raw scores to where the rows shall be and the second
-turns them into weights in place: 12 bytes for each of R rows (less what the cache still holds), where computing the
-scores again would read K again, 2·D bytes in half precision. With one split and no rows the first kernel's results are
-final and the second is not launched.
+The attention rows need m and l. The first kernel writes the raw scores to where the rows shall be and the second turns
+them into weights in place: 12 bytes for each of R rows (less what the cache still holds), where computing the scores
+again would read K again, 2·D bytes in half precision. With one split and no rows the first kernel's results are final
+and the second is not launched.
 
 Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width, S splits; N keys of a tile.
 """
@@ -67,6 +67,8 @@ def readout_kernel(
     tokens,
     out_ptr,
     lse_ptr,
+    maxima_ptr,
+    totals_ptr,
     scores_ptr,
     splits,
     HEAD_WIDTH: tl.constexpr,
@@ -75,7 +77,10 @@ def readout_kernel(
     BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """out and lse of one split, (S, B, R, H, D) and (S, B, R, H), and its raw scores in log2 units, (R, H, T)."""
+    """Weighted sum (S, B, R, H, D), maximum and sum (S, B, R, H) of one split, and its raw scores (R, H, T).
+
+    With ``lse_ptr`` it is the only split: out (B, R, H, D) and lse (B, R, H) are final.
+    """
     head, split, sequence = readout_place(heads, splits)
     start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
     begin, end = split_span(length, split, splits, BLOCK_N)
@@ -130,20 +135,26 @@ def readout_kernel(
     maximum = tl.max(maximum, 0)
     if BLOCK_R == 1:
         out = tl.sum(out * factor, 0, keep_dims=True)
-    # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
-    divisor = tl.where(total == 0.0, 1.0, total)
     places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
-    tl.store(lse_ptr + places, maximum * LN_2 + tl.log(divisor), mask=rows_R < queries)
+    if lse_ptr is not None:
+        # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
+        divisor = tl.where(total == 0.0, 1.0, total)
+        out = out / divisor[:, None]
+        tl.store(lse_ptr + places, maximum * LN_2 + tl.log(divisor), mask=rows_R < queries)
+    else:
+        tl.store(maxima_ptr + places, maximum, mask=rows_R < queries)
+        tl.store(totals_ptr + places, total, mask=rows_R < queries)
     columns = tl.arange(0, BLOCK_D)
     mask = (rows_R < queries)[:, None] & (columns < HEAD_WIDTH)[None, :]
-    out = (out / divisor[:, None]).to(out_ptr.dtype.element_ty)
+    out = out.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + places[:, None] * HEAD_WIDTH + columns[None, :], out, mask=mask)
 
 
 @triton.jit
 def combine_kernel(
     split_out_ptr,
-    split_lse_ptr,
+    maxima_ptr,
+    totals_ptr,
     out_ptr,
     lse_ptr,
     weights_ptr,
@@ -158,7 +169,6 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    COMBINE: tl.constexpr,
 ):
     """out and lse of one row of one head and sequence from its splits, and its attention weights from raw scores."""
     program = tl.program_id(0)
@@ -166,39 +176,37 @@ def combine_kernel(
     count = (batch * queries).to(tl.int64) * heads
     # [S]
     shares = tl.arange(0, BLOCK_S)
-    maximum = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    maxima = tl.full([BLOCK_S], float("-inf"), tl.float32)
     for first in range(0, splits, BLOCK_S):
-        share_ptr = split_lse_ptr + (first + shares) * count + place
-        maximum = tl.maximum(maximum, tl.load(share_ptr, mask=first + shares < splits, other=float("-inf")))
-    maximum = tl.max(maximum, 0)
-    peak = tl.where(maximum == float("-inf"), 0.0, maximum)
+        there = first + shares < splits
+        share_ptr = maxima_ptr + (first + shares) * count + place
+        maxima = tl.maximum(maxima, tl.load(share_ptr, mask=there, other=float("-inf")))
+    maximum = tl.max(maxima, 0)
+    peak = finite_or_zero(maximum)
     total = tl.zeros([BLOCK_S], tl.float32)
     out = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     columns = tl.arange(0, BLOCK_D)
     for first in range(0, splits, BLOCK_S):
         there = first + shares < splits
-        share_lse = tl.load(split_lse_ptr + (first + shares) * count + place, mask=there, other=float("-inf"))
-        weight = tl.exp(share_lse - peak)
-        total += weight
-        if COMBINE:
-            share_ptr = split_out_ptr + ((first + shares) * count + place) * HEAD_WIDTH
-            mask = (there & (tile == 0))[:, None] & (columns < HEAD_WIDTH)[None, :]
-            out += weight[:, None] * tl.load(share_ptr[:, None] + columns[None, :], mask=mask, other=0.0)
+        share = (first + shares) * count + place
+        factor = tl.exp2(tl.load(maxima_ptr + share, mask=there, other=float("-inf")) - peak)
+        total += factor * tl.load(totals_ptr + share, mask=there, other=0.0)
+        mask = (there & (tile == 0))[:, None] & (columns < HEAD_WIDTH)[None, :]
+        share_ptr = split_out_ptr + share * HEAD_WIDTH
+        out += factor[:, None] * tl.load(share_ptr[:, None] + columns[None, :], mask=mask, other=0.0)
     total = tl.sum(total, 0)
+    # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
     divisor = tl.where(total == 0.0, 1.0, total)
-    lse = maximum + tl.log(divisor)
-    if COMBINE:
-        tl.store(lse_ptr + place, lse, mask=tile == 0)
-        out = (tl.sum(out, 0) / divisor).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + place * HEAD_WIDTH + columns, out, mask=(columns < HEAD_WIDTH) & (tile == 0))
+    tl.store(lse_ptr + place, maximum * LN_2 + tl.log(divisor), mask=tile == 0)
+    out = (tl.sum(out, 0) / divisor).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place * HEAD_WIDTH + columns, out, mask=(columns < HEAD_WIDTH) & (tile == 0))
     if weights_ptr is not None:
         head, query, sequence = place % heads, place // heads % queries, place // heads // queries
         start, length = sequence_span(starts_ptr, starts_ptr + 1, sequence)
         token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         row_ptr = weights_ptr + (query * heads + head) * tokens + start
         scores = tl.load(row_ptr + token, mask=token < length, other=float("-inf"))
-        lse_log2 = tl.where(lse == float("-inf"), 0.0, lse) * LOG2_E
-        tl.store(row_ptr + token, tl.exp2(scores - lse_log2), mask=token < length)
+        tl.store(row_ptr + token, tl.exp2(scores - peak) / divisor, mask=token < length)
 
 
 def readout_forward(
@@ -225,20 +233,23 @@ def readout_forward(
     if B * H == 0:
         return out, lse, rows
     call = prepare("readout", q, k, v, cu_seqlens, max_seqlen, options)
-    split_out, split_lse = out, lse
-    if call.splits > 1:
-        split_out = torch.empty((call.splits, B, R, H, D), dtype=torch.float32, device=q.device)
-        split_lse = torch.empty((call.splits, B, R, H), dtype=torch.float32, device=q.device)
+    if call.splits == 1 and not need_rows:
+        with torch.cuda.device_of(q):
+            readout_kernel[call.grid](
+                *call.arguments, out, lse, None, None, None, 1, **call.widths, **call.launch_options
+            )
+        return out, lse, rows
     weights = rows if need_rows else None
+    split_out = torch.empty((call.splits, B, R, H, D), dtype=torch.float32, device=q.device)
+    maxima, totals = torch.empty((2, call.splits, B, R, H), dtype=torch.float32, device=q.device)
+    tiles = max(1, triton.cdiv(max_seqlen, BLOCK_TOKENS)) if need_rows else 1
     with torch.cuda.device_of(q):
         readout_kernel[call.grid](
-            *call.arguments, split_out, split_lse, weights, call.splits, **call.widths, **call.launch_options
-        )
-        if call.splits > 1 or need_rows:
-            tiles = max(1, triton.cdiv(max_seqlen, BLOCK_TOKENS)) if need_rows else 1
-            combine_kernel[(tiles * B * R * H,)](
-                split_out, split_lse, out, lse, weights, cu_seqlens, B, H, R, call.splits, k.shape[0], tiles,
-                HEAD_WIDTH=D, BLOCK_D=call.widths["BLOCK_D"], BLOCK_S=BLOCK_SPLITS, BLOCK_T=BLOCK_TOKENS,
-                COMBINE=call.splits > 1, num_warps=4,
-            )  # fmt: skip
+            *call.arguments, split_out, None, maxima, totals, weights, call.splits, **call.widths,
+            **call.launch_options,
+        )  # fmt: skip
+        combine_kernel[(tiles * B * R * H,)](
+            split_out, maxima, totals, out, lse, weights, cu_seqlens, B, H, R, call.splits, k.shape[0], tiles,
+            HEAD_WIDTH=D, BLOCK_D=call.widths["BLOCK_D"], BLOCK_S=BLOCK_SPLITS, BLOCK_T=BLOCK_TOKENS, num_warps=4,
+        )  # fmt: skip
     return out, lse, rows
