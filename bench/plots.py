@@ -69,17 +69,18 @@ def speed_against_length(rows: list[Row], folder: Path) -> list[Path]:
         group = [row for row in group if row.batch == batches[row.tokens]]
         if len(batches) < 3:
             continue
+        unit = 1 if max(row.tflops for row in group) > 2 else 1e-3
         figure, panels = _panels([row.direction for row in group])
         for axes, direction in panels:
             here = [row for row in group if row.direction == direction]
             for name, points in best_by_series(here, "tokens").items():
                 lengths = sorted(points)
-                _line(axes, lengths, [points[n].tflops for n in lengths], name)
+                _line(axes, lengths, [points[n].tflops / unit for n in lengths], name)
             axes.set(
                 title=DIRECTIONS[direction], xlabel="tokens of a sequence, × sequences", xscale="log", yscale="log"
             )
             _ticks(axes, {n: f"{_short(n)}\n×{batches[n]}" for n in {row.tokens for row in here}})
-        panels[0][0].set_ylabel("TFLOP/s over kept tokens")
+        panels[0][0].set_ylabel(f"{'TFLOP/s' if unit == 1 else 'GFLOP/s'} over kept tokens")
         title = f"Attention of masked sequences: head width {width}, {kept:.0%} of the tokens kept, {dtype}"
         paths.append(_save(figure, title, group[0], folder / f"speed_d{width}_f{kept:g}_{dtype}.png"))
     return paths
@@ -134,12 +135,14 @@ def cost_of_options(rows: list[Row], folder: Path) -> list[Path]:
                 ratios = [here.get((variant, name), 0) / here["plain", name] for variant in variants]
                 offsets = [i + 0.8 * (place + 0.5) / len(names) - 0.4 for i in range(len(variants))]
                 bars = axes.barh(offsets, ratios, 0.8 / len(names), color=STYLES[name][0], label=name)
-                axes.bar_label(bars, [f"{ratio:.2f}×" for ratio in ratios], padding=2, fontsize=8)
+                axes.bar_label(bars, [f"{ratio:.3g}×" for ratio in ratios], padding=2, fontsize=8)
             axes.axvline(1, color="black", linewidth=1)
             axes.set(title=DIRECTIONS[direction], xlabel="time over that without options", yticks=range(len(variants)))
             axes.set_yticklabels(variants)
-            axes.invert_yaxis()
-            axes.margins(x=0.15)
+            axes.set_xscale("log" if max(here.values()) > 10 * min(here.values()) else "linear")
+            axes.margins(x=0.2)
+        # The panels share it.
+        panels[0][0].invert_yaxis()
         title = f"What options cost: {batch} × {tokens:,} tokens, {kept:.0%} kept, head width {width}, {dtype}"
         paths.append(_save(figure, title, group[0], folder / f"options_{batch}x{tokens}_d{width}_{dtype}.png"))
     return paths

@@ -128,29 +128,31 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Each point's best of ours and best peer, the time of the peer over ours, and what was not measured."""
+    """In Markdown: each point's best of ours and best peer, the peer's time over ours, and what was not measured."""
     rows = list(rows)
     places: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.status == "ok":
             places.setdefault(row.place, []).append(row)
-    lines = ["ours | p50 ms | TFLOP/s | best peer | p50 ms | peer / ours | where"]
+    where = {f"{row.device}; torch {row.torch}, triton {row.triton}, maskattn {row.commit}" for row in rows}
+    lines = [*sorted(where), "", "| ours | p50 ms | TFLOP/s | best peer | p50 ms | peer / ours | where |"]
+    lines.append("|---|---:|---:|---|---:|---:|---|")
     for place, group in places.items():
         ours = min((row for row in group if is_ours(row.contender)), key=_p50, default=None)
         peer = min((row for row in group if _is_peer(row)), key=_p50, default=None)
         ratio = f"{_p50(peer) / _p50(ours):.2f}×" if ours and peer else "–"
         cells = [ours.contender, f"{_p50(ours):.4g}", _number(ours.tflops)] if ours else ["–"] * 3
         cells += [peer.contender, f"{_p50(peer):.4g}"] if peer else ["–"] * 2
-        lines.append(" | ".join([*cells, ratio, _where(place)]))
+        lines.append(f"| {' | '.join([*cells, ratio, _where(place)])} |")
     for status in ("failed", "left out", "skipped"):
         missing = [row for row in rows if row.status == status]
         if missing:
-            lines += ["", f"{status}: {len(missing)}"]
+            lines += ["", f"{status}: {len(missing)}", ""]
             reasons: dict[tuple[str, str], int] = {}
             for row in missing:
                 key = (row.family if status == "left out" else row.contender, row.reason)
                 reasons[key] = reasons.get(key, 0) + 1
-            lines += [f"  {count} × {who}: {reason}" for (who, reason), count in reasons.items()]
+            lines += [f"- {count} × {who}: {reason}" for (who, reason), count in reasons.items()]
     return "\n".join(lines)
 
 
