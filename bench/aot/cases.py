@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskattn.kernels.arguments import ABSENT, Dropout, Places, RowValues, Span, Tokens, Width
-from maskattn.kernels.configs import Config, Pass, Target, split_width
+from maskattn.kernels.configs import Config, Pass, Target, look_up, split_width
 from maskattn.kernels.forward import forward_kernel
 from maskattn.kernels.key_gradient import key_gradient_kernel
 from maskattn.kernels.query_gradient import query_gradient_kernel
@@ -56,23 +56,28 @@ class Case:
         return tuple(str(value) for value in asdict(self).values())
 
 
+def shipped_config(case: Case) -> Config:
+    """What a call of this case would be launched with."""
+    return look_up(case.pass_, case.target, case.head_width, DTYPES[case.dtype], case.alibi or case.dropout)
+
+
 def all_cases() -> Iterator[Case]:
-    """Every shipped configuration: the plain kernels, and with all that adds to their code."""
-    widths = {"bf16": (16, 32, 48, 64, 80, 128, 256), "fp16": (64, 128), "fp32": (32, 64, 80, 128, 256)}
+    """Every shipped configuration: the plain kernels, and with what adds to their code."""
     for target in GPU_TARGETS:
         for pass_ in KERNELS:
-            for dtype, dtype_widths in widths.items():
-                for width in dtype_widths:
-                    yield Case(pass_, target, width, dtype)
-                    if dtype == "bf16" or (dtype == "fp32" and width in (64, 128)):
-                        yield Case(pass_, target, width, dtype, bias=True, gather=True)
+            for width in (32, 48, 64, 80, 96, 128, 192, 256):
+                yield Case(pass_, target, width, "bf16")
+            for width in (80, 128, 256):
+                yield Case(pass_, target, width, "bf16", bias=True, gather=True)
+            for width in (48, 64, 80, 128, 256):
+                yield Case(pass_, target, width, "fp32")
+            yield Case(pass_, target, 64, "fp16")
             yield Case(pass_, target, 64, "bf16", bias=True)
             yield Case(pass_, target, 64, "bf16", gather=True)
-            for width in (64, 128):
-                yield Case(pass_, target, width, "bf16", alibi=True)
-                yield Case(pass_, target, width, "bf16", dropout=True)
-                yield Case(pass_, target, width, "bf16", bias=True, gather=True, alibi=True, dropout=True)
-            yield Case(pass_, target, 64, "fp32", bias=True, gather=True, alibi=True, dropout=True)
+            yield Case(pass_, target, 64, "bf16", alibi=True)
+            yield Case(pass_, target, 64, "bf16", dropout=True)
+            for dtype, width in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64)):
+                yield Case(pass_, target, width, dtype, bias=True, gather=True, alibi=True, dropout=True)
 
 
 def compile_case(case: Case, config: Config) -> Any:

@@ -12,9 +12,9 @@ from pathlib import Path
 import triton
 
 from aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, bound_of
-from aot.cases import DTYPES, GPU_TARGETS, Case, all_cases, compile_case
+from aot.cases import GPU_TARGETS, Case, all_cases, compile_case, shipped_config
 from aot.machine_code import CLASSES, MachineCode, read
-from maskattn.kernels.configs import Config, look_up, split_width
+from maskattn.kernels.configs import Config, split_width
 
 # What of the machine code goes to the table as it is.
 RESOURCES = ("registers", "spilled_bytes", "shared_bytes", "tensor_memory", "tensor_instruction")
@@ -59,7 +59,7 @@ class Row:
 
 def measure(case: Case, config: Config | None = None) -> Row:
     """Compile one case, in its shipped configuration or another, and read its machine code."""
-    config = config or look_up(case.pass_, case.target, case.head_width, DTYPES[case.dtype])
+    config = config or shipped_config(case)
     return Row(case, config, read(compile_case(case, config), GPU_TARGETS[case.target].warp_size))
 
 

@@ -160,7 +160,7 @@ def _launch_backward(
     )
     left = row_values_argument(delta), row_values_argument(lse_log2)
 
-    config = choose("query_gradient", q.device, head_width, q.dtype)
+    config = choose("query_gradient", q, options)
     work = plan_work(q_rows, k_rows, config.block_m)
     parts_of_dslopes = None
     if options.slopes is not None:
@@ -173,7 +173,7 @@ def _launch_backward(
         parts_of_dslopes, *left, *score_terms, heads, *work, **constant_arguments(head_width, config, described),
     )  # fmt: skip
 
-    config = choose("key_gradient", q.device, head_width, q.dtype)
+    config = choose("key_gradient", q, options)
     work = plan_work(k_rows, q_rows, config.block_n)
     described = config.descriptors and describable(q, q_rows) and describable(grad_out, q_rows)
     launch(

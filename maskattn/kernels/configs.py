@@ -1,305 +1,38 @@
-"""Tile sizes of every kernel, chosen by target, head width, dtype and pass; and which calls the kernels support.
+"""Which configuration a call gets, by target, head width, dtype, pass and options; and which calls are supported.
 
-Nothing here is measured yet. The rows started from what is published for the fastest kernels on an H100 and were then
-chosen with triton 3.7.1 by compiling for each target: the first of a list of candidates that, with and without a key
-bias and a gather, spills no register and fits in the chip's shared and tensor memory. ``bench/aot_report.py`` writes
-what each of them costs to ``bench/results``.
-
-Dimension key: M queries of a tile, N keys of a tile, D head width.
+Dimension key: D head width.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
 from torch import Tensor
 
+from maskattn.kernels.config import Config, Pass, Precision, Target
+from maskattn.kernels.config_table import INTERPRETER, TABLE
+from maskattn.kernels.option_config_table import TABLE_WITH_OPTIONS
 from maskattn.options import Options
 
 __all__ = [
     "HEAD_WIDTHS",
     "TABLE",
+    "TABLE_WITH_OPTIONS",
     "Config",
     "Pass",
+    "Precision",
     "Target",
     "choose",
     "look_up",
     "padded_width",
     "split_width",
     "supports",
+    "target_of",
 ]
 
 HEAD_WIDTHS = range(16, 257, 8)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-Pass = Literal["forward", "query_gradient", "key_gradient"]
-Target = Literal["sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"]
-
-
-@dataclass(frozen=True)
-class Config:
-    """Queries and keys of a tile, warps of a program, stages of the software pipeline.
-
-    ``split``: a head width between two powers of two is taken in two parts instead of being padded to the next.
-    ``descriptors``: the copy engine reads the tiles that pass by, where the tensors allow it.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    split: bool = False
-    descriptors: bool = False
-
-
-Precision = Literal["half", "single"]
-
-# pass -> padded head width -> configuration
-Table = dict[Pass, dict[int, Config]]
-
-TABLE: dict[tuple[Target, Precision], Table] = {
-    ("sm80", "half"): {
-        "forward": {
-            16: Config(128, 64, 4, 3),
-            32: Config(128, 64, 4, 3),
-            64: Config(128, 64, 8, 3),
-            128: Config(128, 32, 8, 3),
-            256: Config(64, 64, 8, 2),
-        },
-        "query_gradient": {
-            16: Config(64, 64, 4, 3),
-            32: Config(64, 64, 4, 3),
-            64: Config(128, 64, 8, 2),
-            128: Config(128, 32, 8, 2),
-            256: Config(64, 32, 8, 2),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 8, 2),
-            32: Config(64, 128, 8, 2),
-            64: Config(32, 64, 4, 2),
-            128: Config(64, 64, 8, 2),
-            256: Config(32, 32, 8, 1),
-        },
-    },
-    ("sm80", "single"): {
-        "forward": {
-            16: Config(32, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(32, 32, 4, 1),
-            128: Config(32, 16, 8, 1),
-            256: Config(64, 16, 8, 1),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 8, 1),
-            32: Config(32, 32, 4, 1),
-            64: Config(32, 32, 4, 1),
-            128: Config(16, 32, 8, 1),
-            256: Config(32, 32, 16, 1),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 8, 1),
-            32: Config(32, 64, 8, 1),
-            64: Config(32, 32, 8, 1),
-            128: Config(16, 32, 8, 1),
-            256: Config(32, 32, 16, 1),
-        },
-    },
-    ("sm86", "half"): {
-        "forward": {
-            16: Config(128, 64, 4, 3),
-            32: Config(128, 64, 4, 3),
-            64: Config(128, 64, 8, 3),
-            128: Config(128, 32, 8, 3),
-            256: Config(64, 32, 8, 2),
-        },
-        "query_gradient": {
-            16: Config(64, 64, 4, 3),
-            32: Config(64, 64, 4, 3),
-            64: Config(128, 64, 8, 2),
-            128: Config(128, 32, 8, 2),
-            256: Config(64, 32, 8, 1),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 8, 2),
-            32: Config(64, 128, 8, 2),
-            64: Config(32, 64, 4, 2),
-            128: Config(64, 64, 8, 2),
-            256: Config(32, 32, 8, 1),
-        },
-    },
-    ("sm86", "single"): {
-        "forward": {
-            16: Config(32, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 8, 1),
-            128: Config(32, 16, 8, 1),
-            256: Config(32, 16, 8, 1),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 8, 1),
-            32: Config(32, 32, 4, 1),
-            64: Config(64, 32, 8, 1),
-            128: Config(16, 32, 8, 1),
-            256: Config(32, 16, 8, 1),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 8, 1),
-            32: Config(32, 64, 8, 1),
-            64: Config(32, 32, 8, 1),
-            128: Config(16, 32, 8, 1),
-            256: Config(16, 32, 8, 1),
-        },
-    },
-    ("sm90", "half"): {
-        "forward": {
-            16: Config(128, 64, 4, 3),
-            32: Config(128, 64, 4, 3),
-            64: Config(128, 64, 4, 3),
-            128: Config(128, 64, 8, 3),
-            256: Config(64, 64, 8, 2),
-        },
-        "query_gradient": {
-            16: Config(128, 64, 8, 3),
-            32: Config(128, 64, 8, 3),
-            64: Config(128, 64, 8, 3),
-            128: Config(128, 64, 8, 3),
-            256: Config(128, 32, 8, 2),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 8, 3),
-            32: Config(64, 128, 8, 3),
-            64: Config(64, 128, 8, 3),
-            128: Config(64, 128, 8, 2),
-            256: Config(32, 32, 8, 2),
-        },
-    },
-    ("sm90", "single"): {
-        "forward": {
-            16: Config(64, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 8, 1),
-            128: Config(32, 16, 8, 1),
-            256: Config(32, 16, 8, 1),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 8, 1),
-            32: Config(32, 32, 4, 1),
-            64: Config(64, 32, 8, 1),
-            128: Config(32, 32, 8, 1),
-            256: Config(32, 32, 16, 1),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 8, 1),
-            32: Config(32, 64, 8, 1),
-            64: Config(32, 32, 8, 1),
-            128: Config(16, 32, 8, 1),
-            256: Config(16, 16, 8, 1),
-        },
-    },
-    ("sm100", "half"): {
-        "forward": {
-            16: Config(128, 64, 8, 3),
-            32: Config(128, 64, 8, 3),
-            64: Config(128, 32, 4, 3),
-            128: Config(128, 64, 8, 3),
-            256: Config(128, 32, 8, 2),
-        },
-        "query_gradient": {
-            16: Config(128, 64, 4, 2),
-            32: Config(128, 64, 8, 2),
-            64: Config(128, 64, 4, 2),
-            128: Config(128, 64, 4, 2),
-            256: Config(128, 32, 8, 1),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 8, 2),
-            32: Config(64, 128, 8, 2),
-            64: Config(64, 128, 8, 2),
-            128: Config(64, 128, 8, 2),
-            256: Config(32, 64, 8, 1),
-        },
-    },
-    ("sm100", "single"): {
-        "forward": {
-            16: Config(64, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 8, 1),
-            128: Config(32, 16, 8, 1),
-            256: Config(32, 16, 8, 1),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 8, 1),
-            32: Config(64, 32, 8, 1),
-            64: Config(64, 32, 8, 1),
-            128: Config(32, 32, 8, 1),
-            256: Config(32, 32, 16, 1),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 8, 1),
-            32: Config(32, 64, 8, 1),
-            64: Config(16, 32, 4, 1),
-            128: Config(16, 32, 4, 1),
-            256: Config(16, 16, 8, 1),
-        },
-    },
-    ("gfx942", "half"): {
-        "forward": {
-            16: Config(128, 64, 4, 1),
-            32: Config(128, 64, 4, 1),
-            64: Config(128, 64, 4, 1),
-            128: Config(128, 64, 4, 1),
-            256: Config(64, 32, 4, 1),
-        },
-        "query_gradient": {
-            16: Config(128, 64, 4, 1),
-            32: Config(128, 64, 4, 1),
-            64: Config(128, 64, 4, 1),
-            128: Config(64, 64, 4, 1),
-            256: Config(64, 32, 4, 1),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 4, 1),
-            32: Config(64, 128, 4, 1),
-            64: Config(32, 128, 4, 1),
-            128: Config(32, 64, 4, 1),
-            256: Config(16, 64, 8, 1),
-        },
-    },
-    ("gfx942", "single"): {
-        "forward": {
-            16: Config(64, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 4, 1),
-            128: Config(64, 32, 4, 1),
-            256: Config(64, 16, 4, 1),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 4, 1),
-            128: Config(32, 32, 4, 1),
-            256: Config(16, 16, 4, 1),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 4, 1),
-            32: Config(32, 64, 4, 1),
-            64: Config(32, 64, 4, 1),
-            128: Config(16, 32, 4, 1),
-            256: Config(16, 16, 2, 1),
-        },
-    },
-}
-
-# Few and large tiles: the interpreter pays for every operation, not for its size.
-INTERPRETER: dict[Pass, Config] = {
-    "forward": Config(64, 32, 4, 1),
-    "query_gradient": Config(64, 32, 4, 1),
-    "key_gradient": Config(32, 64, 4, 1),
-}
 
 
 def padded_width(head_width: int) -> int:
@@ -315,7 +48,7 @@ def split_width(head_width: int, config: Config) -> tuple[int, int]:
     return (first, second) if config.split and first + second < padded else (padded, 0)
 
 
-def look_up(pass_: Pass, target: Target, head_width: int, dtype: torch.dtype) -> Config:
+def look_up(pass_: Pass, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = False) -> Config:
     """The configuration of a pass on a target.
 
     Raises:
@@ -324,12 +57,15 @@ def look_up(pass_: Pass, target: Target, head_width: int, dtype: torch.dtype) ->
     if target == "interpreter":
         return INTERPRETER[pass_]
     precision: Precision = "single" if dtype == torch.float32 else "half"
+    if alibi_or_dropout:
+        return TABLE_WITH_OPTIONS[target, precision][pass_][max(64, padded_width(head_width))]
     return TABLE[target, precision][pass_][padded_width(head_width)]
 
 
-def choose(pass_: Pass, device: torch.device, head_width: int, dtype: torch.dtype) -> Config:
-    """The configuration of a pass on a device."""
-    return look_up(pass_, target_of(device), head_width, dtype)
+def choose(pass_: Pass, q: Tensor, options: Options) -> Config:
+    """The configuration of a pass for queries (..., D)."""
+    alibi_or_dropout = options.slopes is not None or options.dropout_seed is not None
+    return look_up(pass_, target_of(q.device), q.shape[-1], q.dtype, alibi_or_dropout)
 
 
 def supports(q: Tensor, options: Options) -> str | None:

@@ -252,7 +252,7 @@ def _launch_forward(
         q, scale = -q, -scale
     q, k, v = readable(q), readable(k), readable(v)
     head_width, heads = q.shape[-1], q.shape[1]
-    config = choose("forward", q.device, head_width, q.dtype)
+    config = choose("forward", q, options)
     work = plan_work(q_rows, k_rows, config.block_m)
     described = config.descriptors and describable(k, k_rows) and describable(v, k_rows)
     launch(

@@ -16,10 +16,31 @@ from maskattn.options import Options
 @pytest.mark.parametrize("dtype", configs.DTYPES)
 @pytest.mark.parametrize("pass_", ["forward", "query_gradient", "key_gradient"])
 @pytest.mark.parametrize("target", ["sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"])
-def test_every_supported_head_width_has_a_configuration(target, pass_, dtype):
+@pytest.mark.parametrize("alibi_or_dropout", [False, True])
+def test_every_supported_head_width_has_a_configuration(alibi_or_dropout, target, pass_, dtype):
     for head_width in configs.HEAD_WIDTHS:
-        config = configs.look_up(pass_, target, head_width, dtype)
+        config = configs.look_up(pass_, target, head_width, dtype, alibi_or_dropout)
         assert max(config.block_m, config.block_n) <= MAX_BLOCK
+        first, second = configs.split_width(head_width, config)
+        assert head_width <= first + second <= configs.padded_width(head_width)
+        assert second == 0 or (second >= 16 and first < head_width)
+        assert config.split or second == 0
+
+
+def test_a_head_width_is_split_where_that_saves_columns():
+    split, padded = (configs.Config(64, 64, 4, 1, split=split) for split in (True, False))
+    assert [configs.split_width(x, split) for x in (48, 80, 96)] == [(32, 16), (64, 16), (64, 32)]
+    assert [configs.split_width(x, split) for x in (24, 64, 112, 128)] == [(32, 0), (64, 0), (128, 0), (128, 0)]
+    assert configs.split_width(80, padded) == (128, 0)
+
+
+def test_alibi_and_dropout_have_configurations_of_their_own(device, monkeypatch):
+    monkeypatch.setattr(configs, "target_of", lambda device: "sm80")
+    q = torch.zeros(3, 2, 64, dtype=torch.float16, device=device)
+    table, with_options = (x["sm80", "half"]["forward"][64] for x in (configs.TABLE, configs.TABLE_WITH_OPTIONS))
+    assert configs.choose("forward", q, Options(1.0, key_bias=q[:, 0, 0])) == table
+    assert configs.choose("forward", q, Options(1.0, slopes=q[0, :, 0])) == with_options
+    assert configs.choose("forward", q, Options(1.0, dropout_p=0.1, dropout_seed=q[0, 0, :1])) == with_options
 
 
 @pytest.mark.parametrize(

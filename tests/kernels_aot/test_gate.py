@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 from aot import report  # noqa: E402 (bench/ must be on the path first)
 from aot.bounds import SHARED_LIMITS, TENSOR_MEMORY_COLUMNS  # noqa: E402 (bench/ must be on the path first)
-from aot.cases import DTYPES, GPU_TARGETS, KERNELS, Case, all_cases  # noqa: E402 (bench/ must be on the path first)
+from aot.cases import GPU_TARGETS, KERNELS, Case, all_cases, shipped_config  # noqa: E402 (bench/ must be on the path first)
 
-from maskattn.kernels.configs import TABLE, look_up  # noqa: E402 (bench/ must be on the path first)
+from maskattn.kernels.configs import TABLE  # noqa: E402 (bench/ must be on the path first)
 
 # One compilation each; bench/aot/cases.py has all.
 CASES = [
@@ -90,7 +90,7 @@ def test_the_committed_table_covers_every_configuration_as_it_is():
     table = committed()
     assert set(table) == {case.key for case in all_cases()}
     for case in all_cases():
-        config = look_up(case.pass_, case.target, case.head_width, DTYPES[case.dtype])
+        config = shipped_config(case)
         row = table[case.key]
         assert {key: str(value) for key, value in asdict(config).items()}.items() <= row.items(), name(case)
 
