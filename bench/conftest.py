@@ -117,18 +117,27 @@ def measure(request: pytest.FixtureRequest, case: Case, contender: str, device: 
 
 
 def _give_up(config: pytest.Config, case: Case, contender: str, error: Exception) -> None:
-    """Skip a peer with its reason; ours fails, and an error that sticks to the GPU ends the run."""
+    """Skip a peer with its reason; ours fails; an error that sticks to the GPU ends the run."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         reason = "out of memory"
-    if is_ours(contender) and not isinstance(error, UnsupportedError):
-        config.recorder.add(case, contender, "failed", reason)
-        if "CUDA error" in str(error):
-            pytest.exit(f"{case}, {contender}: {reason}; the GPU's context is lost", returncode=1)
+    fails = is_ours(contender) and not isinstance(error, UnsupportedError)
+    config.recorder.add(case, contender, "failed" if fails else "skipped", reason)
+    if torch.cuda.is_available() and _context_is_lost():
+        pytest.exit(f"{case}, {contender}: {reason}; no more can run on this GPU in this process", returncode=1)
+    if fails:
         raise error
-    config.recorder.add(case, contender, "skipped", reason)
     pytest.skip(reason)
+
+
+def _context_is_lost() -> bool:
+    """After an illegal access every call fails, whoever made it."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _once(call: Callable[[], object], clock: Callable[[], float]) -> float:

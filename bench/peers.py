@@ -67,6 +67,8 @@ def _sdpa_per_sequence(problem: Problem, backend: SDPBackend) -> Attention:
     """On packed tokens: one batched call where the sequences are of one length, else one call each."""
     _backend_exists(problem, backend)
     lengths, batch = problem.lengths, problem.point.batch
+    if backend == SDPBackend.CUDNN_ATTENTION and len(set(lengths)) > 16:
+        raise UnsupportedError(f"plans anew for each of {len(set(lengths))} lengths")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if len(set(lengths)) == 1:
@@ -94,12 +96,13 @@ def _varlen_attn(problem: Problem) -> Attention:
 
 @lru_cache(maxsize=1)
 def _compiled_flex_attention() -> Callable[..., Tensor]:
+    import torch._dynamo.config
     import torch._functorch.config
     from torch.nn.attention.flex_attention import flex_attention
 
     # The backward alone is timed again and again on one graph, whose buffers must then stay.
     torch._functorch.config.donated_buffer = False
-    torch._dynamo.config.cache_size_limit = 1000
+    torch._dynamo.config.recompile_limit = 1000
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -24,7 +24,7 @@ from record import Recorder, read_rows, table  # noqa: E402 (likewise)
 
 # FlexAttention would compile for half a minute.
 QUICK_PEERS = [name for name in peers.PEERS if not name.startswith("flex")]
-FAMILIES = {"attention", "options", "readout", "token_relevance", "packing", "ViT-S/16"}
+FAMILIES = {"attention", "options", "readout", "token_relevance", "packing", "multihead", "ViT-S/16"}
 
 
 @pytest.fixture(scope="module")
