@@ -42,7 +42,7 @@ def test_every_family_runs_and_is_recorded(tmp_path, timed):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     recorded = read_rows(rows)
     ran = [row for row in recorded if row.status == ("ok" if timed else "ran")]
-    assert {row.family for row in ran if row.contender.startswith("maskattn")} == ({"packing"} if timed else FAMILIES)
+    assert {row.family for row in ran if row.contender.startswith("maskattn")} >= ({"packing"} if timed else FAMILIES)
     assert all(row.reason for row in recorded if row.status == "skipped")
     assert all(row.torch == torch.__version__ and row.device for row in recorded)
     for row in ran if timed else []:
