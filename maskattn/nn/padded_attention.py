@@ -25,7 +25,9 @@ from maskattn.shapes import Float
 
 __all__ = ["attend_causally", "attend_under_mask", "attend_with_weights"]
 
-_SCORES_AT_ONCE = 1 << 22  # 16 MiB of float32
+_SCORES_IN_CACHE = 1 << 20  # 4 MiB of float32, on a CPU
+_SCORES_IN_MEMORY = 1 << 26  # 256 MiB, elsewhere: enough work for each launch
+_SCORES_HELD = 1 << 24  # so many are kept for backward rather than computed again
 
 
 def attend_causally(operands: Operands, dropout_p: float) -> Float[Tensor, "Tq H D"]:
@@ -45,10 +47,10 @@ def attend_under_mask(operands: Operands, mask: Float[Tensor, "b h L S"], dropou
 def attend_with_weights(
     operands: Operands, mask: Float[Tensor, "b h L S"] | None, dropout_p: float, average: bool
 ) -> tuple[Float[Tensor, "Tq H D"], Float[Tensor, "..."]]:
-    """The output and the attention weights, a bounded number of queries at a time.
+    """The output and the attention weights, a bounded number of scores at a time.
 
-    Beside the weights nothing of size L·S is held: a backward computes each block again. Weights are 0 at masked keys,
-    and in the rows of queries without a key or not among ``operands.queries``.
+    Beside the weights no more than a bounded number of scores is held: a backward computes the others again. Weights
+    are 0 at masked keys, and in the rows of queries without a key or not among ``operands.queries``.
 
     Args:
         operands: queries, keys and values.
@@ -60,20 +62,19 @@ def attend_with_weights(
         The output (Tq, H, D) and the weights.
     """
     padded = _Padded.of(operands, mask)
-    B, H, Lm, _ = padded.q.shape
-    step = max(1, _SCORES_AT_ONCE // max(1, B * H * padded.k.shape[2]))
-    blocks = [slice(start, min(start + step, Lm)) for start in range(0, max(Lm, 1), step)]
+    may_hold = torch.is_grad_enabled() and padded.num_scores <= _SCORES_HELD
+    at_once = _SCORES_IN_CACHE if padded.q.device.type == "cpu" else _SCORES_IN_MEMORY
+    blocks = _blocks(padded, max(padded.num_scores, 1) if may_hold else at_once)
 
-    def attend(rows: slice) -> tuple[Tensor, Tensor]:
-        return _attend_block(padded, rows, dropout_p, average)
+    def attend(block: _Block) -> tuple[Tensor, Tensor]:
+        return _attend_block(padded, block, dropout_p, average)
 
     if len(blocks) == 1:
         out, weights = attend(blocks[0])
     elif torch.is_grad_enabled():
-        pieces = [checkpoint(attend, rows, use_reentrant=False) for rows in blocks]
-        out, weights = (torch.cat(piece, dim=1) for piece in zip(*pieces, strict=True))
+        out, weights = _joined(blocks, [checkpoint(attend, block, use_reentrant=False) for block in blocks])
     else:
-        out, weights = _filled(attend, blocks, Lm)
+        out, weights = _filled(attend, blocks, padded.q.shape[0], padded.q.shape[2])
     weights = scatter_rows(rows_of(weights, padded.aligned_queries), operands.queries)
     out = rows_of(out, padded.aligned_queries)
     return out, weights if average else weights.transpose(1, 2)
@@ -87,7 +88,7 @@ class _Padded:
         q, k, v: (B, H, Lm, D) and (B, H, M, D), 0 after a sequence's end.
         added: (b, h, Lm or 1, M), added to the scores, −inf after a sequence's end; finite in rows without a key.
         without_key: (b, h, Lm or 1, 1), the rows in which no key takes part; None with ``added``.
-        aligned_queries, aligned_keys: where packed rows lie in (B, Lm) and (B, M).
+        aligned_queries: where packed rows lie in (B, Lm).
         key_BM: the key of each column, 0 after a sequence's end; None where it is the column itself.
         num_keys: S.
     """
@@ -126,6 +127,11 @@ class _Padded:
             added = added.masked_fill(without_key, 0)
         return cls(q, k, v, added, without_key, queries, key_BM, operands.keys.num_tokens)
 
+    @property
+    def num_scores(self) -> int:
+        """B·H·Lm·M."""
+        return self.q.shape[:3].numel() * self.k.shape[2]
+
     def packed_queries(self, out_BHLD: Tensor) -> Tensor:
         """(B, H, Lm, D) → (Tq, H, D)."""
         return rows_of(out_BHLD.transpose(1, 2), self.aligned_queries)
@@ -142,34 +148,71 @@ def _gathered(mask: Tensor, query_BL: Tensor | None, key_BM: Tensor | None) -> T
     return mask
 
 
-def _attend_block(padded: _Padded, rows: slice, dropout_p: float, average: bool) -> tuple[Tensor, Tensor]:
-    """Some queries' output (B, Q, H, D) and weights (B, Q, S) or (B, Q, H, S)."""
-    scores = (padded.q[:, :, rows] * padded.q.shape[-1] ** -0.5) @ padded.k.transpose(-2, -1)
+_Block = tuple[slice, slice]  # of sequences, of their queries
+
+
+def _blocks(padded: _Padded, scores_at_once: int) -> list[_Block]:
+    """Whole sequences where several fit, else some queries of one; in the order of the rows."""
+    B, H, Lm, _ = padded.q.shape
+    M = padded.k.shape[2]
+    sequences = min(max(1, scores_at_once // max(1, H * Lm * M)), max(B, 1))
+    queries = min(max(1, scores_at_once // max(1, sequences * H * M)), max(Lm, 1))
+    return [
+        (slice(b, min(b + sequences, B)), slice(i, min(i + queries, Lm)))
+        for b in range(0, max(B, 1), sequences)
+        for i in range(0, max(Lm, 1), queries)
+    ]
+
+
+def _attend_block(padded: _Padded, block: _Block, dropout_p: float, average: bool) -> tuple[Tensor, Tensor]:
+    """Some queries' output (b, Q, H, D) and weights (b, Q, S) or (b, Q, H, S)."""
+    sequences, rows = block
+    scores = (padded.q[sequences, :, rows] * padded.q.shape[-1] ** -0.5) @ padded.k[sequences].transpose(-2, -1)
     without_key = None
     if padded.added is not None and padded.without_key is not None:
-        added, without_key = (x if x.shape[2] == 1 else x[:, :, rows] for x in (padded.added, padded.without_key))
+        added, without_key = (_part(x, block) for x in (padded.added, padded.without_key))
         scores = scores + added
     weights = scores.softmax(dim=-1)
     if without_key is not None:
         weights = weights.masked_fill(without_key, 0)
     weights = F.dropout(weights, dropout_p)
-    out = (weights @ padded.v.to(weights.dtype)).to(padded.v.dtype)
+    out = (weights @ padded.v[sequences].to(weights.dtype)).to(padded.v.dtype)
     weights = weights.mean(dim=1) if average else weights.transpose(1, 2)
     if padded.key_BM is not None:
-        index = padded.key_BM[:, None] if average else padded.key_BM[:, None, None]
+        key_bM = padded.key_BM[sequences]
+        index = key_bM[:, None] if average else key_bM[:, None, None]
         columns = weights.new_zeros((*weights.shape[:-1], padded.num_keys))
         # Added, because the columns after a sequence's end are 0 and share an index with a key.
         weights = columns.scatter_add(-1, index.expand(weights.shape), weights)
     return out.transpose(1, 2), weights
 
 
-def _filled(attend: Callable[[slice], tuple[Tensor, Tensor]], blocks: list[slice], count: int) -> list[Tensor]:
-    """The blocks' results side by side along ``count`` queries, each written to its place as it comes."""
+def _part(x: Tensor, block: _Block) -> Tensor:
+    """A block of (b, h, Lm, ·), where b and Lm may be 1 for all."""
+    sequences, rows = block
+    x = x if x.shape[0] == 1 else x[sequences]
+    return x if x.shape[2] == 1 else x[:, :, rows]
+
+
+def _joined(blocks: list[_Block], pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The blocks' results side by side: queries of a sequence along axis 1, then sequences along axis 0."""
+    of_sequences: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for (sequences, _), piece in zip(blocks, pieces, strict=True):
+        of_sequences.setdefault(sequences.start, []).append(piece)
+    rows = [[torch.cat(x, dim=1) for x in zip(*some, strict=True)] for some in of_sequences.values()]
+    out, weights = (torch.cat(x) for x in zip(*rows, strict=True))
+    return out, weights
+
+
+def _filled(
+    attend: Callable[[_Block], tuple[Tensor, Tensor]], blocks: list[_Block], batch_size: int, queries: int
+) -> list[Tensor]:
+    """The blocks' results side by side, each written to its place as it comes."""
     whole: list[Tensor] = []
-    for rows in blocks:
-        pieces = attend(rows)
+    for block in blocks:
+        pieces = attend(block)
         if not whole:
-            whole = [x.new_empty((x.shape[0], count, *x.shape[2:])) for x in pieces]
+            whole = [x.new_empty((batch_size, queries, *x.shape[2:])) for x in pieces]
         for x, piece in zip(whole, pieces, strict=True):
-            x[:, rows] = piece
+            x[block] = piece
     return whole

@@ -27,12 +27,17 @@ class LargestTensors(TorchDispatchMode):
         return result
 
 
+def use_blocks_of(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padded_attention, "_SCORES_IN_CACHE", scores)
+    monkeypatch.setattr(padded_attention, "_SCORES_HELD", 0)
+
+
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("scores", [1, 200])
+@pytest.mark.parametrize("scores", [1, 200, 400])
 def test_blocks_of_queries_join_without_a_seam(average, masked, dense, scores, monkeypatch):
-    monkeypatch.setattr(padded_attention, "_SCORES_AT_ONCE", scores)
+    use_blocks_of(scores, monkeypatch)
     theirs, ours = pair(add_zero_attn=True)
     masks = {"key_padding_mask": padding() if masked else None}
     masks["attn_mask"] = torch.randn(B * H, S, S, dtype=torch.float64) if dense and not masked else None
@@ -46,7 +51,7 @@ def test_blocks_of_queries_join_without_a_seam(average, masked, dense, scores, m
 
 
 def test_without_a_graph_nothing_of_the_weights_size_is_made_but_they(monkeypatch):
-    monkeypatch.setattr(padded_attention, "_SCORES_AT_ONCE", 1 << 12)
+    use_blocks_of(1 << 12, monkeypatch)
     layer, N = MultiheadAttention(E, H, batch_first=True), 256
     x = torch.randn(1, N, E)
     with torch.no_grad(), LargestTensors(N * N) as seen:
@@ -55,7 +60,7 @@ def test_without_a_graph_nothing_of_the_weights_size_is_made_but_they(monkeypatc
 
 
 def test_a_graph_holds_no_block_of_scores(monkeypatch):
-    monkeypatch.setattr(padded_attention, "_SCORES_AT_ONCE", 1 << 12)
+    use_blocks_of(1 << 12, monkeypatch)
     layer, N = MultiheadAttention(E, H, batch_first=True), 256
     x = torch.randn(1, N, E, requires_grad=True)
     saved = []
@@ -128,7 +133,7 @@ def test_dropout_acts_in_training_alone(way):
 @pytest.mark.parametrize("blocks", [True, False])
 def test_the_returned_weights_are_the_dropped_ones_that_made_the_output(blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr(padded_attention, "_SCORES_AT_ONCE", 100)
+        use_blocks_of(100, monkeypatch)
     _, ours = pair(dropout=0.25)
     x, mask = torch.randn(B, S, E, dtype=torch.float64, requires_grad=True), padding()
     out, weights = ours(x, x, x, mask, average_attn_weights=False)
