@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from oracles import (
     Inputs,
     Results,
     assert_meets_specification,
-    assert_within_budget,
     cu_seqlens,
     keep_mask,
     masked_inputs,
@@ -18,10 +18,20 @@ from oracles import (
     run_reference,
     specify_masked,
     specify_packed,
+    with_alibi,
 )
 
 from maskattn import masked_attention, packed_attention, readout
-from maskattn.attention import reference
+from maskattn.attention.ops import flat_options
+from maskattn.options import Options
+
+
+def asked(options: Options) -> dict[str, Any]:
+    """The options as the public functions take them."""
+    places = (
+        {} if options.slopes is None else {"coords": (options.coords_q, options.coords_k), "slopes": options.slopes}
+    )
+    return {"scale": options.scale, "key_bias": options.key_bias, **places}
 
 
 def run(attend, inputs: Inputs, device: str) -> Results:
@@ -30,13 +40,15 @@ def run(attend, inputs: Inputs, device: str) -> Results:
 
 
 @pytest.mark.parametrize("bias", [None, "shared", "per_head"])
-def test_packed_attention(bias, device):
+@pytest.mark.parametrize("alibi", [False, True])
+def test_packed_attention(alibi, bias, device):
     lengths_q, lengths_k = [40, 0, 3], [7, 5, 65]
     inputs = packed_inputs(lengths_q, lengths_k, head_width=16, bias=bias)
+    inputs = with_alibi(inputs) if alibi else inputs
     sides = cu_seqlens(lengths_q).to(device), cu_seqlens(lengths_k).to(device), max(lengths_q), max(lengths_k)
 
-    def attend(q, k, v, key_bias, scale):
-        return packed_attention(q, k, v, *sides, key_bias=key_bias, scale=scale, return_lse=True, impl="triton")
+    def attend(q, k, v, options):
+        return packed_attention(q, k, v, *sides, **asked(options), return_lse=True, impl="triton")
 
     specify = specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k))
     assert_meets_specification(run(attend, inputs, device), inputs, specify)
@@ -45,15 +57,26 @@ def test_packed_attention(bias, device):
 @pytest.mark.parametrize("skip_queries", [True, False])
 def test_masked_attention(skip_queries, device):
     keep = keep_mask("random", 2, 50)
-    inputs = masked_inputs(2, 50, head_width=16, bias="shared")
+    inputs = with_alibi(masked_inputs(2, 50, head_width=16, bias="shared"))
 
-    def attend(q, k, v, key_bias, scale):
+    def attend(q, k, v, options):
         return masked_attention(
-            q, k, v, keep.to(device), key_bias=key_bias, scale=scale, skip_queries=skip_queries, return_lse=True,
-            impl="triton",
-        )  # fmt: skip
+            q, k, v, keep.to(device), **asked(options), skip_queries=skip_queries, return_lse=True, impl="triton"
+        )
 
     assert_meets_specification(run(attend, inputs, device), inputs, specify_masked(keep, skip_queries))
+
+
+def test_dropout_drops_the_same_weights_in_both_directions(device):
+    # With v = 1 the output is Σ_j m_ij p_ij, and the gradient of v says which m_ij are 0.
+    starts, q = cu_seqlens([8]).to(device), torch.zeros(8, 1, 16, device=device)
+    v = torch.ones(8, 1, 16, device=device, requires_grad=True)
+    torch.manual_seed(0)
+    out = packed_attention(q, q, v, starts, starts, 8, 8, dropout_p=0.5, impl="triton")
+    kept = torch.autograd.grad(out[:, 0, 0].sum(), v)[0][:, 0, 0] * 4
+    assert torch.equal(kept, kept.round())
+    assert kept.sum() == out[:, 0, 0].sum() * 4
+    assert 0 < kept.sum() < 64
 
 
 def test_the_output_alone_is_differentiable(device):
@@ -71,25 +94,34 @@ def test_an_unsupported_head_width_is_an_error_that_says_so(device):
         masked_attention(q, q, q, torch.ones(1, 5, dtype=torch.bool, device=device), impl="triton")
 
 
-@pytest.mark.parametrize("bias", [None, (9,), (9, 2)])
-def test_packed_op_passes_opcheck(bias, device):
-    def leaf(*shape):
-        return torch.randn(*shape, device=device, requires_grad=True)
+def leaf(*shape: int, device: str) -> torch.Tensor:
+    return torch.randn(*shape, device=device, requires_grad=True)
 
-    starts = cu_seqlens([4, 5]).to(device)
-    key_bias = None if bias is None else leaf(*bias)
-    tensors = leaf(9, 2, 16), leaf(9, 2, 16), leaf(9, 2, 16)
+
+def all_options(heads: int, tokens: tuple[int, ...], bias: tuple[int, ...], device: str) -> tuple[Any, ...]:
+    """Every option, as the ops take them."""
+    places = torch.rand(*tokens, 2, device=device)
+    seed = torch.tensor([3], device=device)
+    return flat_options(
+        Options(0.25, leaf(*bias, device=device), leaf(heads, device=device), places, places.clone(), 0.2, seed)
+    )
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_packed_op_passes_opcheck(given, device):
+    tensors, starts = [leaf(9, 2, 16, device=device) for _ in range(3)], cu_seqlens([4, 5]).to(device)
+    options = all_options(2, (9,), (9, 2), device) if given else flat_options(Options(0.25))
     torch.library.opcheck(
-        torch.ops.maskattn.packed_attention.default, (*tensors, starts, starts, 5, 5, key_bias, 0.25, True, "triton")
+        torch.ops.maskattn.packed_attention.default, (*tensors, starts, starts, 5, 5, *options, True, "triton")
     )
 
 
 @pytest.mark.parametrize("skip_queries", [True, False])
 def test_masked_op_passes_opcheck(skip_queries, device):
-    q, k, v = (torch.randn(2, 2, 7, 16, device=device, requires_grad=True) for _ in range(3))
-    bias, keep = torch.randn(2, 7, device=device, requires_grad=True), keep_mask("random", 2, 7).to(device)
+    tensors, keep = [leaf(2, 2, 7, 16, device=device) for _ in range(3)], keep_mask("random", 2, 7).to(device)
+    options = all_options(2, (2, 7), (2, 7), device)
     torch.library.opcheck(
-        torch.ops.maskattn.masked_attention.default, (q, k, v, keep, bias, 0.25, skip_queries, True, "triton")
+        torch.ops.maskattn.masked_attention.default, (*tensors, keep, skip_queries, *options, True, "triton")
     )
 
 
@@ -113,24 +145,3 @@ def test_compiles_whole_and_gives_the_eager_result_and_gradients(device):
         torch.autograd.grad(compiled(x, bias), (x, bias)), torch.autograd.grad(attend(x, bias), (x, bias)), strict=True
     ):
         torch.testing.assert_close(ours, eager)
-
-
-def test_readout_meets_the_specification_with_its_rows(device):
-    starts = cu_seqlens([4, 0, 40])
-    inputs = packed_inputs([4, 0, 40], head_width=16, bias="per_head")
-    q = torch.randn(3, 2, 2, 16)
-    got = readout(
-        *(x.to(device) for x in (q, inputs.k, inputs.v, starts)),
-        40,
-        key_bias=inputs.key_bias.to(device),
-        return_rows=True,
-        return_lse=True,
-        impl="triton",
-    )
-    exact = inputs.to(torch.float64)
-    out, lse, rows = reference.readout(q.double(), exact.k, exact.v, starts, key_bias=exact.key_bias)
-    single = reference.readout(q, inputs.k, inputs.v, starts, key_bias=inputs.key_bias)
-    for name, ours, truth, same in zip(
-        ("out", "rows", "lse"), got, (out, rows, lse), (single[0], single[2], single[1]), strict=True
-    ):
-        assert_within_budget(ours, truth, same, name)
