@@ -1,8 +1,10 @@
 """Layers and models that stay packed: multi-head attention, the vision transformer and the slide model."""
 
 from maskattn.nn.adapters import from_timm, from_transformers, register_attention
+from maskattn.nn.checkpoints import from_state_dict, load_vit
 from maskattn.nn.multihead import MultiheadAttention
 from maskattn.nn.replace import replace_attention
+from maskattn.nn.slide_encoders import encode_placed_tiles, from_gigapath, from_titan
 from maskattn.nn.slide_model import SlideModel, SlideModelConfig
 from maskattn.nn.vit import VisionTransformer
 
@@ -11,8 +13,13 @@ __all__ = [
     "SlideModel",
     "SlideModelConfig",
     "VisionTransformer",
+    "encode_placed_tiles",
+    "from_gigapath",
+    "from_state_dict",
     "from_timm",
+    "from_titan",
     "from_transformers",
+    "load_vit",
     "register_attention",
     "replace_attention",
 ]

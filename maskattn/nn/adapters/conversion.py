@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskattn.nn.blocks import Block
+from maskattn.nn.positions import alibi_slopes
 from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["UnsupportedModelError", "build", "refuse"]
@@ -18,35 +19,39 @@ class UnsupportedModelError(ValueError):
     """The model has a part that the packed vision transformer has not."""
 
 
-def refuse(model: object, parts: list[str]) -> None:
+def refuse(name: str, parts: list[str]) -> None:
     """Refuse a model by what it has and we have not.
+
+    Args:
+        name: what the message calls the model.
+        parts: what it has and ours has not, in words.
 
     Raises:
         UnsupportedModelError: ``parts`` is not empty; it names them.
     """
     if parts:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be turned into a maskattn VisionTransformer: {'; '.join(parts)}"
-        )
+        raise UnsupportedModelError(f"{name} cannot be turned into a maskattn VisionTransformer: {'; '.join(parts)}")
 
 
 def build(
-    source: nn.Module,
+    name: str,
     arguments: Mapping[str, Any],
     state: Mapping[str, Tensor],
     *,
     trains: Mapping[str, bool] | None = None,
     drop_paths: Sequence[float] = (),
+    training: bool = False,
     impl: str | None = None,
 ) -> VisionTransformer:
-    """Our model with these arguments and weights, copied, on the device and in the dtype and mode of ``source``.
+    """Our model with these arguments and weights, copied, on their device and in their dtype.
 
     Args:
-        source: the model converted.
+        name: what a message calls the model converted.
         arguments: of :class:`VisionTransformer`.
         state: its state dict; every key of ours and no other.
         trains: whether a parameter takes a gradient, by name; those not named do.
         drop_paths: stochastic depth of each block; none where empty.
+        training: whether it is in train mode.
         impl: implementation of the attention.
 
     Raises:
@@ -56,20 +61,25 @@ def build(
     with torch.device("meta"):
         model = VisionTransformer(**arguments, impl=impl)
     expected = model.state_dict()
-    wrong = [f"it has no {name}" for name in sorted(expected.keys() - state.keys())]
-    wrong += [f"{name} has no place" for name in sorted(state.keys() - expected.keys())]
+    wrong = [f"it has no {key}" for key in sorted(expected.keys() - state.keys())]
+    wrong += [f"{key} has no place" for key in sorted(state.keys() - expected.keys())]
     wrong += [
-        f"{name} is {tuple(x.shape)} instead of {tuple(expected[name].shape)}"
-        for name, x in state.items()
-        if name in expected and x.shape != expected[name].shape
+        f"{key} is {tuple(x.shape)} instead of {tuple(expected[key].shape)}"
+        for key, x in state.items()
+        if key in expected and x.shape != expected[key].shape
     ]
-    refuse(source, wrong)
+    refuse(name, wrong)
     first = next(iter(state.values()))
     model = model.to(first.dtype).to_empty(device=first.device)
     model.load_state_dict(dict(state))
+    for block in model.blocks:
+        # The one buffer that no state dict holds.
+        slopes = cast(Block, block).attn.slopes
+        if slopes is not None:
+            slopes.copy_(alibi_slopes(len(slopes)))
     for block, share in zip(model.blocks, drop_paths, strict=bool(drop_paths)):
         for drop_path in (cast(Block, block).drop_path1, cast(Block, block).drop_path2):
             drop_path.share = share
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_((trains or {}).get(name, True))
-    return model.train(source.training)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_((trains or {}).get(key, True))
+    return model.train(training)

@@ -48,24 +48,27 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
         )
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
+    kind = type(model).__name__
     if type(model) is not TimmVisionTransformer:
         refuse(
-            model,
+            kind,
             [
                 "only timm.models.VisionTransformer itself is known, without rotary or relative positions or "
                 "distillation tokens (DINOv3 converts from transformers)"
             ],
         )
-    refuse(model, _unknown_parts(model))
+    refuse(kind, _unknown_parts(model))
     arguments = _arguments(model)
     if global_pool is not None:
         if not isinstance(model.head, nn.Identity):
-            refuse(model, [f"it has a head, trained on global_pool={model.global_pool!r}, got {global_pool!r}"])
+            refuse(kind, [f"it has a head, trained on global_pool={model.global_pool!r}, got {global_pool!r}"])
         # A norm before the pooling stays there, as one behind it does.
         arguments = {**arguments, "global_pool": global_pool}
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     shares = [getattr(block.drop_path1, "drop_prob", 0.0) for block in cast(Any, model).blocks]
-    return build(model, arguments, model.state_dict(), trains=trains, drop_paths=shares, impl=impl)
+    return build(
+        kind, arguments, model.state_dict(), trains=trains, drop_paths=shares, training=model.training, impl=impl
+    )
 
 
 def _arguments(model: Any) -> dict[str, Any]:

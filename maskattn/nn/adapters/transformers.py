@@ -86,7 +86,8 @@ def from_transformers(model: nn.Module, *, impl: str | None = None) -> VisionTra
         raise TypeError(
             f"from_transformers takes a transformers model, got {type(model).__name__}; for a name use load_vit"
         )
-    refuse(model, _unknown_parts(model))
+    kind = type(model).__name__
+    refuse(kind, _unknown_parts(model))
     backbone, head = _backbone_and_head(model)
     state = _rename(backbone.state_dict())
     if head is not None:
@@ -98,7 +99,7 @@ def from_transformers(model: nn.Module, *, impl: str | None = None) -> VisionTra
         state["pos_embed"] = state["pos_embed"][:, 1:]
     depth = arguments["depth"]
     drop_paths = [float(getattr(config, "drop_path_rate", 0.0))] * depth
-    return build(model, arguments, state, drop_paths=drop_paths, impl=impl)
+    return build(kind, arguments, state, drop_paths=drop_paths, training=model.training, impl=impl)
 
 
 def _backbone_and_head(model: Any) -> tuple[Any, nn.Linear | None]:

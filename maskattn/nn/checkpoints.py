@@ -1,0 +1,282 @@
+"""Weights by name or from a file: timm's and Hugging Face's hubs, and the layouts of pathology checkpoints.
+
+A file says everything about its model but the number of heads. Its layout is recognised by its keys: timm's (UNI, UNI2,
+H-optimus, Virchow), DINO's and HIPT's (``teacher``, ``backbone.``, ``phi``) and DINOv2's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.adapters.timm import from_timm
+from maskattn.nn.adapters.transformers import from_transformers
+from maskattn.nn.vit import VisionTransformer
+
+__all__ = ["from_state_dict", "load_vit", "read_weights"]
+
+# What a training checkpoint calls the weights, the ones to use first.
+_WRAPPERS = ("teacher", "state_dict", "model_state_dict", "model", "student")
+# Where a model's own keys begin; what lies elsewhere (projection heads, text towers) is not the encoder's.
+_EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.0.weight", "phi.0.weight")
+_LEFT_OUT = re.compile(r"^(?:mask_token|masked_embed|head\.(?:mlp|last_layer|prototypes)\b.*)$")
+
+
+def load_vit(
+    source: str | Path, *, num_heads: int | None = None, impl: str | None = None, **arguments: Any
+) -> VisionTransformer:
+    """Load a vision transformer as a packed one.
+
+    Args:
+        source: ``"timm:NAME"``, a model of timm; ``"hf-hub:ORG/NAME"``, a model of timm or transformers on Hugging
+            Face's hub; or a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, or a folder with
+            ``config.json``.
+        num_heads: for a file, which does not say it.
+        impl: implementation of the attention; None takes the best.
+        arguments: for timm, those of ``timm.create_model`` (``pretrained=False`` for random weights); for
+            transformers, those of ``from_pretrained``; for a file, those of :class:`VisionTransformer` that differ
+            from what its keys say.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PermissionError: the hub wants an agreement or a login first; the message says what to do.
+        ConnectionError: the hub cannot be reached and the model is not in the cache; likewise.
+        UnsupportedModelError: a ValueError that names every part that ours has not.
+    """
+    name = str(source)
+    if name.startswith("timm:"):
+        return _load_timm(name.removeprefix("timm:"), impl, arguments).eval()
+    if name.startswith("hf-hub:"):
+        return _load_from_hub(name.removeprefix("hf-hub:"), impl, arguments).eval()
+    if Path(source).is_dir():
+        return _load_folder(Path(source), impl, arguments).eval()
+    return from_state_dict(read_weights(source), num_heads=num_heads, name=name, impl=impl, **arguments)
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Read a file of tensors; no code in it is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {path}; a name begins with timm: or hf-hub:, e.g. hf-hub:MahmoodLab/UNI2-h"
+        )
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ValueError(f"weights end in .safetensors, .pt, .pth, .bin or .ckpt, got {path}")
+    # DINO and HIPT keep the arguments of their training beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def from_state_dict(
+    checkpoint: Mapping[str, Any],
+    *,
+    num_heads: int | None = None,
+    name: str = "the checkpoint",
+    impl: str | None = None,
+    **arguments: Any,
+) -> VisionTransformer:
+    """Build a packed vision transformer from a checkpoint's tensors.
+
+    Args:
+        checkpoint: a state dict, or a training checkpoint that holds one (``teacher``, ``state_dict``, ``model``).
+        num_heads: which no tensor says, but for models with a q/k norm.
+        name: what a message calls it.
+        impl: implementation of the attention; None takes the best.
+        arguments: of :class:`VisionTransformer`, where they differ from what the tensors say (``global_pool``,
+            ``pos_embed_resample``, ``act_layer``, ``norm_eps``, ``img_size`` of a grid that is not square).
+
+    Raises:
+        UnsupportedModelError: a ValueError that names every key that has no place, or is missing.
+        ValueError: num_heads is missing.
+    """
+    own = _own_keys(checkpoint, name)
+    state = _own_layout(own)
+    inferred = _arguments(state, name, arguments.get("img_size"))
+    # HIPT's phi and TITAN's patch_embed are a linear layer and a GELU.
+    inferred["embed_act"] = None if "patch_embed.proj.weight" in own else "gelu"
+    if num_heads is None and "blocks.0.attn.q_norm.weight" in state:
+        num_heads = inferred["embed_dim"] // len(state["blocks.0.attn.q_norm.weight"])
+    if num_heads is None:
+        raise ValueError(
+            f"weights do not say how many heads share the {inferred['embed_dim']} channels of {name}; pass num_heads "
+            f"(ViTs of 64 channels a head have {inferred['embed_dim'] // 64})"
+        )
+    return build(name, {**inferred, "num_heads": num_heads, **arguments}, state, impl=impl)
+
+
+def _load_timm(name: str, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
+    import timm
+
+    try:
+        model = timm.create_model(name, **{"pretrained": True, **arguments})
+    except Exception as error:
+        raise _explained(error, name) from error
+    return from_timm(model, impl=impl)
+
+
+def _load_from_hub(name: str, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text())
+        if "model_type" not in config:
+            return _load_timm(f"hf-hub:{name}", impl, arguments)
+        return _load_transformers(name, impl, arguments)
+    except Exception as error:
+        raise _explained(error, name) from error
+
+
+def _load_folder(folder: Path, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"a model's folder has a config.json, and {folder} has none; pass the file of weights")
+    if "model_type" in json.loads(path.read_text()):
+        return _load_transformers(str(folder), impl, arguments)
+    return _load_timm(f"local-dir:{folder}", impl, arguments)
+
+
+def _load_transformers(name: str, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
+    import transformers
+
+    return from_transformers(transformers.AutoModel.from_pretrained(name, **arguments), impl=impl)
+
+
+def _explained(error: Exception, name: str) -> Exception:
+    """An error of a hub with its remedy; any other as it is."""
+    name = name.removeprefix("hf-hub:")
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    # By name: the hub's client has changed its HTTP library, and with it the classes, between versions.
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    if "GatedRepoError" in kinds:
+        return PermissionError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login` or "
+            "set HF_TOKEN; or download its weights elsewhere and pass the file"
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return FileNotFoundError(
+            f"Hugging Face's hub knows no {name}, or shows it only to those who are logged in (`hf auth login`)"
+        )
+    if kinds & {"LocalEntryNotFoundError", "ConnectionError", "ConnectError", "TimeoutException", "URLError"}:
+        return ConnectionError(
+            f"{name} is not in the local cache and its hub cannot be reached: on a machine with a network run "
+            f"`hf download {name}`, copy the folder here and pass its path"
+        )
+    return error
+
+
+def _own_keys(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The encoder's tensors, without wrappers and prefixes."""
+    for wrapper in _WRAPPERS:
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            return _own_keys(checkpoint[wrapper], name)
+    found = [(key.removesuffix(end), end) for key in checkpoint for end in _EMBEDDINGS if key.endswith(end)]
+    if len(found) != 1:
+        if any(key.endswith("embeddings.cls_token") for key in checkpoint):
+            refuse(name, ["its keys are transformers'; load its folder, or use from_transformers"])
+        refuse(
+            name,
+            [
+                f"an encoder has one key that ends in {', '.join(_EMBEDDINGS)}, and here are "
+                f"{[prefix + end for prefix, end in found]}"
+            ],
+        )
+    prefix = found[0][0]
+    return {
+        key.removeprefix(prefix): x
+        for key, x in checkpoint.items()
+        if key.startswith(prefix) and isinstance(x, Tensor) and not _LEFT_OUT.match(key.removeprefix(prefix))
+    }
+
+
+def _own_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names for those of DINOv2's code, HIPT and encoders of embeddings."""
+    renamed = {}
+    for key, x in state.items():
+        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)  # DINOv2 saves blocks in chunks
+        key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+        key = re.sub(r"^(?:phi|patch_embed)\.0\.", "patch_embed.proj.", key)
+        renamed[{"register_tokens": "reg_token"}.get(key, key)] = x
+    weight = renamed["patch_embed.proj.weight"]
+    if weight.ndim == 2:
+        renamed["patch_embed.proj.weight"] = weight[:, :, None, None]
+    if "register_tokens" in state:
+        # DINOv2 adds positions before it inserts registers: the class token takes its own along.
+        renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
+        renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
+    return renamed
+
+
+def _arguments(state: dict[str, Tensor], name: str, img_size: int | tuple[int, int] | None) -> dict[str, Any]:
+    weight = state["patch_embed.proj.weight"]
+    dim, in_chans, patch_size, _ = weight.shape
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    class_token = "cls_token" in state
+    positions = state["pos_embed"].shape[1] if "pos_embed" in state else 1
+    if img_size is None:
+        side = _square_side(positions, int(class_token) + registers, name) * patch_size
+        img_size = (side, side)
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    gated = "blocks.0.mlp.fc1_g.weight" in state
+    hidden = state["blocks.0.mlp.fc1_g.weight" if gated else "blocks.0.mlp.fc1.weight"]
+    packed = not gated and len(hidden) == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]
+    pool = "map" if "attn_pool.latent" in state else "token" if class_token else "avg"
+    return {
+        "img_size": (height, width),
+        "patch_size": patch_size,
+        "in_chans": in_chans,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "global_pool": pool,
+        "embed_dim": dim,
+        "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
+        "mlp_ratio": (len(hidden) + 0.5) / dim,
+        "mlp_layer": "swiglu" if gated else "swiglu_packed" if packed else "mlp",
+        "act_layer": "silu" if gated or packed else "gelu",
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "scale_attn_norm": "blocks.0.attn.norm.weight" in state,
+        "scale_mlp_norm": "blocks.0.mlp.norm.weight" in state,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "class_token": class_token,
+        "reg_tokens": registers,
+        "no_embed_class": positions == (height // patch_size) * (width // patch_size),
+        "pos_embed": "learn" if "pos_embed" in state else "none",
+        "pre_norm": "norm_pre.weight" in state,
+        "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
+        "fc_norm": "fc_norm.weight" in state,
+    }
+
+
+def _square_side(positions: int, num_prefix: int, name: str) -> int:
+    """Side of the square grid that so many positions make, with those of the prefix tokens or without."""
+    for count in (positions - num_prefix, positions):
+        if count > 0 and math.isqrt(count) ** 2 == count:
+            return math.isqrt(count)
+    refuse(
+        name, [f"{positions} positions are no square grid, with {num_prefix} prefix tokens or without; pass img_size"]
+    )
+    raise AssertionError("refuse raises")
