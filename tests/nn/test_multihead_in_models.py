@@ -234,3 +234,34 @@ def test_autocast_gives_its_dtype_as_it_gives_torchs(way):
         if exact is not None:
             assert got.dtype == torchs.dtype
             assert_within_budget(got, exact, torchs.to(torch.bfloat16), way)
+
+
+@pytest.mark.parametrize("way", ["keys", "weights", "dense mask"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float16])
+def test_a_half_precision_layer_takes_float_masks_of_any_dtype(way, dtype, mask_dtype):
+    exact, ours = pair(add_zero_attn=True)
+    half = ours.to(dtype)
+    exact.load_state_dict({name: x.double() for name, x in half.state_dict().items()})
+    x = torch.randn(B, S, E).to(dtype)
+    keys = torch.randn(B, S).masked_fill(padding(), float("-inf")).to(mask_dtype)
+    dense = torch.randn(S, S).to(mask_dtype) if way == "dense mask" else None
+    same = copy.deepcopy(exact).to(dtype)
+    results = []
+    for layer in (half, exact, same):
+        kind = torch.float64 if layer is exact else mask_dtype if layer is half else dtype
+        masks = {"key_padding_mask": keys.to(kind), "attn_mask": None if dense is None else dense.to(kind)}
+        inputs = x.to(layer.out_proj.weight.dtype)
+        results.append(layer(inputs, inputs, inputs, **masks, need_weights=way == "weights"))
+    for got, expected, torchs in zip(*results, strict=True):
+        if expected is not None:
+            assert got.dtype == dtype
+            assert_within_budget(got, expected, torchs, way)
+
+
+def test_the_warning_of_mismatched_masks_points_at_the_caller():
+    _, ours = pair()
+    x, dense = torch.randn(B, S, E, dtype=torch.float64), torch.zeros(S, S, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="mismatched") as caught:
+        ours(x, x, x, padding(), attn_mask=dense)
+    assert [warning.filename for warning in caught] == [__file__]
