@@ -1,7 +1,18 @@
 """Explanations: attention maps, class-discriminative attention maps, and their hierarchical form for slides."""
 
 from maskattn.explain.attention_maps import AttentionMap
+from maskattn.explain.averaged_cdam import IntegratedCDAM, SmoothCDAM
 from maskattn.explain.cdam import CDAM
+from maskattn.explain.concepts import Concept
 from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap, TokenMaps
 
-__all__ = ["AttentionMap", "CDAM", "HierarchicalCDAM", "RelevanceMap", "TokenMaps"]
+__all__ = [
+    "AttentionMap",
+    "CDAM",
+    "Concept",
+    "HierarchicalCDAM",
+    "IntegratedCDAM",
+    "RelevanceMap",
+    "SmoothCDAM",
+    "TokenMaps",
+]

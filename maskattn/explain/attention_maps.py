@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskattn.explain.cdam import as_maps
+from maskattn.explain.packed_model import packed_model
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float
@@ -26,13 +27,14 @@ class AttentionMap:
     Background tokens have exactly 0. A map sums to 1 less what the class token and the registers keep to themselves.
 
     Args:
-        model: a :class:`maskattn.nn.VisionTransformer` with a class token, in eval mode.
+        model: with a class token; see :func:`maskattn.explain.packed_model.packed_model`.
 
     Raises:
-        ValueError: the model has no class token.
+        TypeError, ValueError: the model is none of these, or has no class token.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        model = packed_model(model)
         if model.cls_token is None:
             raise ValueError(
                 "an attention map is the class token's row, and this model has none (class_token=False); use CDAM"

@@ -7,6 +7,8 @@ Two ways to the same number:
   of k and v along T: k − b_k and v − b_v where both are affine in T, through the k norm and the rotation where not.
 - autograd through the last block, for mean-pooled models, whose prediction reads every token.
 
+The closed form leaves out what a class token does as a query; ``score_class_token_queries`` is that part.
+
 Source: Brocki, Binda, Chung, arXiv 2312.02364, for S; the closed form is this package's.
 
 Dimension key: B images, T packed tokens, M targets, H heads, D head width, C channels.
@@ -14,20 +16,30 @@ Dimension key: B images, T packed tokens, M targets, H heads, D head width, C ch
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from maskattn.attention.api import token_relevance
+from maskattn.attention.api import readout, token_relevance
 from maskattn.explain.targets import Target, select_scores
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float
 
-__all__ = ["score_tokens", "score_tokens_by_autograd", "score_tokens_in_closed_form"]
+__all__ = [
+    "score_class_token_queries",
+    "score_tokens",
+    "score_tokens_by_autograd",
+    "score_tokens_in_closed_form",
+]
 
 
 def score_tokens(
-    model: VisionTransformer, tokens: PackedTokens, target: Target
+    model: VisionTransformer,
+    tokens: PackedTokens,
+    target: Target,
+    normed_TC: Float[Tensor, "T C"] | None = None,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
     """Relevance of each packed token for each target, by whichever way covers the model.
 
@@ -35,21 +47,22 @@ def score_tokens(
         model: the vision transformer.
         tokens: what ``model.before_last_block`` gave.
         target: see :func:`maskattn.explain.targets.select_scores`.
+        normed_TC: (T, C), in place of T, what the first norm gives.
 
     Returns:
         S (M, T), prefix tokens among the T, and the scores (B, M) that were explained.
     """
     way = score_tokens_in_closed_form if model.global_pool == "token" else score_tokens_by_autograd
-    return way(model, tokens, target)
+    return way(model, tokens, target, normed_TC)
 
 
 def score_tokens_in_closed_form(
-    model: VisionTransformer, tokens: PackedTokens, target: Target
+    model: VisionTransformer, tokens: PackedTokens, target: Target, normed_TC: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The closed form above. Arguments and results as in :func:`score_tokens`."""
     block = model.last_block
     with torch.no_grad():
-        read = block.read_attention(tokens)
+        read = block.read_attention(tokens, normed_TC)
     out = read.out_B1HD.detach().requires_grad_()
     fixed = tokens.with_rows(tokens.rows_TC.detach())
     with torch.enable_grad():
@@ -71,14 +84,37 @@ def score_tokens_in_closed_form(
     return relevance, scores_BM.detach()
 
 
-def score_tokens_by_autograd(model: VisionTransformer, tokens: PackedTokens, target: Target) -> tuple[Tensor, Tensor]:
+def score_tokens_by_autograd(
+    model: VisionTransformer, tokens: PackedTokens, target: Target, normed_TC: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A backward through the last block for each target. Arguments and results as in :func:`score_tokens`."""
     tokens = tokens.with_rows(tokens.rows_TC.detach())
     with torch.enable_grad():
-        normed = model.last_block.norm1(tokens.rows_TC).detach().requires_grad_()
+        normed = model.last_block.norm1(tokens.rows_TC) if normed_TC is None else normed_TC
+        normed = normed.detach().requires_grad_()
         scores_BM = select_scores(model.pool(model.last_block.mix(tokens, normed)), target)
     relevance = [(normed.detach() * g).sum(dim=1) for g in _gradients(scores_BM, normed)]
     return torch.stack(relevance), scores_BM.detach()
+
+
+def score_class_token_queries(
+    model: VisionTransformer, tokens: PackedTokens, target: Target, normed_TC: Float[Tensor, "T C"]
+) -> Float[Tensor, "B M"]:
+    """The part of the class tokens' scores that goes through their queries; it is no part of any map.
+
+    Arguments as in :func:`score_tokens`.
+    """
+    block, packing = model.last_block, tokens.packing
+    normed = tokens.with_rows(normed_TC.detach())
+    fixed = tokens.with_rows(tokens.rows_TC.detach())
+    first = normed.first().requires_grad_()
+    with torch.enable_grad():
+        k, v = (x.detach() for x in block.attn.keys_and_values(normed))
+        q = block.attn.class_token_queries(first)
+        out = cast(Tensor, readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=block.attn.impl))
+        scores_BM = select_scores(model.predict_from_class_token(block.finish(fixed, out)), target)
+    parts = [(first.detach() * g).sum(dim=(1, 2)) for g in _gradients(scores_BM, first)]
+    return torch.stack(parts, dim=1)
 
 
 def _gradients(scores_BM: Tensor, x: Tensor) -> list[Tensor]:

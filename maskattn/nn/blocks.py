@@ -158,9 +158,11 @@ class Block(nn.Module):
         out = self._read(*operands, tokens.packing, dropout_p=self.attn.dropout_p)
         return self.finish(tokens, cast(Tensor, out))
 
-    def read_attention(self, tokens: PackedTokens) -> ClassTokenAttention:
-        """The class token's attention with all that its derivatives need."""
-        normed = self._normed(tokens)
+    def read_attention(
+        self, tokens: PackedTokens, normed_TC: Float[Tensor, "T C"] | None = None
+    ) -> ClassTokenAttention:
+        """The class token's attention with all that its derivatives need; ``normed_TC`` replaces the first norm's."""
+        normed = self._normed(tokens) if normed_TC is None else tokens.with_rows(normed_TC)
         q, k, v = self._class_token_operands(normed)
         out, lse = self._read(q, k, v, tokens.packing, return_lse=True)
         origins = self.attn.key_and_value_origins(normed)

@@ -1,0 +1,96 @@
+"""Many variants of a batch's tokens as one packed batch: copies, and subsets of the grid tokens.
+
+The prediction from a subset is exactly that of an image whose other tokens are dropped after the position embedding,
+so a whole set of perturbed inputs is one call without padding.
+
+Dimension key: B images, S sequences made of them, P prefix tokens, N grid tokens, T packed tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from maskattn.explain.targets import Target, select_scores
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.vit import VisionTransformer
+from maskattn.packing import Packing
+from maskattn.shapes import Bool, Float, Int
+
+__all__ = ["predict_subsets", "repeat_tokens", "take_subsets", "target_of"]
+
+
+def take_subsets(
+    tokens: PackedTokens, source_S: Int[Tensor, "S"], keep_SN: Bool[Tensor, "S N"] | None = None
+) -> PackedTokens:
+    """S sequences, each with some tokens of one image.
+
+    Args:
+        tokens: of B images.
+        source_S: (S,) int64, the image of each sequence.
+        keep_SN: (S, N) bool over grid tokens; what the image itself does not have stays out. None takes all it has.
+    """
+    width = tokens.packing.num_tokens
+    row_S = tokens.packing.row_of_token.view(-1, width)[source_S]  # type: ignore[union-attr]  # made by Packing itself
+    present = row_S >= 0
+    if keep_SN is not None:
+        present = present & torch.cat([keep_SN.new_ones(len(keep_SN), tokens.num_prefix), keep_SN], dim=1)
+    packing = Packing.from_keep(present)
+    rows = row_S.flatten().index_select(0, packing.indices).long()
+
+    def pick(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.index_select(0, rows)
+
+    rotation = tokens.rotation
+    return PackedTokens(
+        tokens.rows_TC.index_select(0, rows),
+        packing,
+        tokens.grid_HW,
+        tokens.num_prefix,
+        pick(tokens.coords_T2),
+        None if rotation is None else (rotation[0].index_select(0, rows), rotation[1].index_select(0, rows)),
+    )
+
+
+def repeat_tokens(tokens: PackedTokens, copies: int) -> PackedTokens:
+    """The batch, ``copies`` times over, one copy behind the other."""
+    B = tokens.packing.batch_size
+    return take_subsets(tokens, torch.arange(B, device=tokens.rows_TC.device).repeat(copies))
+
+
+@torch.no_grad()
+def predict_subsets(
+    model: VisionTransformer,
+    tokens: PackedTokens,
+    target: Target,
+    source_S: Int[Tensor, "S"],
+    keep_SN: Bool[Tensor, "S N"],
+    internal_batch_size: int = 64,
+) -> Float[Tensor, "S M"]:
+    """The target's scores from subsets of the tokens.
+
+    Args:
+        model: the vision transformer.
+        tokens: what ``model.embed`` gave.
+        target: see :func:`maskattn.explain.targets.select_scores`; a function must treat each row for itself.
+        source_S, keep_SN: see :func:`take_subsets`.
+        internal_batch_size: sequences that go through the model at a time.
+    """
+    scores = []
+    for part in batches(len(source_S), internal_batch_size):
+        subset = take_subsets(tokens, source_S[part], keep_SN[part])
+        output = model.predict(model.before_last_block(subset))
+        scores.append(select_scores(output, target_of(target, source_S[part])))
+    return torch.cat(scores)
+
+
+def target_of(target: Target, source_S: Int[Tensor, "S"]) -> Target:
+    """The target of sequences made of the images ``source_S``: one class for each image follows its image."""
+    return target.to(source_S.device)[source_S] if isinstance(target, Tensor) else target
+
+
+def batches(total: int, size: int) -> Iterator[slice]:
+    """0 … total in slices of at most ``size``."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))

@@ -1,0 +1,204 @@
+"""Smooth and Integrated CDAM against their definitions, term by term, and their interface."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from oracles import assert_within_budget
+from small_vits import random_vit, sample
+from torch import Tensor
+
+from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM
+from maskattn.explain.cdam import as_maps
+from maskattn.explain.token_scores import (
+    score_class_token_queries,
+    score_tokens_by_autograd,
+    score_tokens_in_closed_form,
+)
+from maskattn.nn import VisionTransformer
+
+MODELS = [{}, {"reg_tokens": 2, "init_values": 0.3}, {"pos_embed": "rotary", "embed_dim": 24}, {"qk_norm": True}]
+POOLED = [{"global_pool": "avg"}, {"global_pool": "token_avg"}, {"global_pool": "map"}]
+
+
+def by_definition(model: VisionTransformer, x: Tensor, keep: Tensor, target: int, variants) -> Tensor:
+    """Σ weight·Σ_j factor·T_ij·∂f/∂T_ij through all of the last block, T = norm(input), one variant after the other.
+
+    ``variants(tokens)`` gives (weight, input of the block, scale of T).
+    """
+    tokens = model.before_last_block(model.embed(x, keep))
+    total = torch.zeros(x.shape[0], *tokens.grid_HW, dtype=x.dtype)
+    for weight, rows, scale in variants(tokens):
+        at = tokens.with_rows(rows.detach())
+        normed = (scale * model.last_block.norm1(at.rows_TC)).detach().requires_grad_()
+        logits = model.pool(model.last_block.mix(at, normed))
+        (gradient,) = torch.autograd.grad(logits[:, target].sum(), normed)
+        scores = (normed * gradient).sum(dim=1).detach()
+        dense = scores.new_zeros(x.shape[0] * tokens.packing.num_tokens)
+        dense[tokens.packing.indices] = scores
+        total += weight * dense.view(x.shape[0], -1)[:, tokens.num_prefix :].view_as(total)
+    return total
+
+
+def input_path(m: int):
+    return lambda tokens: [(1 / m, k / m * tokens.rows_TC, 1.0) for k in range(1, m + 1)]
+
+
+def noisy(m: int, noise: float, seed: int):
+    def variants(tokens):
+        generator = torch.Generator().manual_seed(seed)
+        x, starts = tokens.rows_TC, tokens.packing.cu_seqlens.tolist()
+        for _ in range(m):
+            draw = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.dtype)
+            rows = x.clone()
+            for first, end in pairwise(starts):
+                own = x[first:end]
+                rows[first:end] += noise * (own.max() - own.min()) * draw[first:end]
+            yield 1 / m, rows, 1.0
+
+    return variants
+
+
+def double_and_single(variant: dict) -> tuple[VisionTransformer, VisionTransformer]:
+    model = random_vit(**variant)
+    single = random_vit(**variant).float()
+    single.load_state_dict(model.state_dict())
+    return model, single
+
+
+@pytest.mark.parametrize("variant", MODELS + POOLED, ids=str)
+@pytest.mark.parametrize("kind", ["smooth", "integrated"])
+def test_maps_equal_their_definition(variant, kind):
+    (model, single), (x, keep) = double_and_single(variant), sample()
+    if kind == "smooth":
+        variants = noisy(3, 0.05, 7)
+        options = {"generator": torch.Generator().manual_seed(7)}
+        got = SmoothCDAM(single, m=3, internal_batch_size=4).attribute(x.float(), 1, keep, **options)
+    else:
+        variants = input_path(5)
+        got = IntegratedCDAM(single, m=5, internal_batch_size=4).attribute(x.float(), 1, keep)
+    exact = by_definition(model, x, keep, 1, variants)
+    same = by_definition(single, x.float(), keep, 1, variants)
+    assert_within_budget(got, exact, same, f"{kind} {variant}")
+
+
+@pytest.mark.parametrize("variant", MODELS + POOLED, ids=str)
+def test_the_path_in_the_norm_is_captums_integrated_gradients_there(variant):
+    captum = pytest.importorskip("captum.attr")
+    (model, single), (x, keep) = double_and_single(variant), sample()
+    got = IntegratedCDAM(single, m=6, path="norm", internal_batch_size=4).attribute(x.float(), 1, keep)
+
+    def oracle(model: VisionTransformer, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            tokens = model.before_last_block(model.embed(x, keep))
+            normed = model.last_block.norm1(tokens.rows_TC)[None].requires_grad_()
+
+        def logit(steps_STC: Tensor) -> Tensor:
+            return torch.stack([model.pool(model.last_block.mix(tokens, at))[:, 1].sum() for at in steps_STC])
+
+        scores = captum.IntegratedGradients(logit).attribute(normed, n_steps=6, method="gausslegendre")[0].sum(dim=1)
+        return as_maps(scores[None].detach().to(x.dtype), tokens)[:, 0]
+
+    assert_within_budget(got, oracle(model, x), oracle(single, x.float()), str(variant))
+
+
+@pytest.mark.parametrize("variant", MODELS + POOLED, ids=str)
+def test_on_the_path_in_the_norm_scores_add_up_to_the_difference_of_the_ends(variant):
+    model, (x, keep) = random_vit(**variant), sample()
+    gaps = []
+    for m in (2, 40):
+        maps, gap = IntegratedCDAM(model, m=m, path="norm").attribute(x, "all", keep, return_convergence_gap=True)
+        assert maps.shape == (2, 4, 4, 4)
+        assert gap.shape == (2, 4)
+        gaps.append(gap.abs().max())
+    assert gaps[1] < 1e-6
+    assert gaps[1] < gaps[0]
+
+
+def test_the_path_at_the_input_has_no_gap_to_report():
+    model, (x, keep) = random_vit(), sample()
+    with pytest.raises(ValueError, match="path='norm'"):
+        IntegratedCDAM(model, m=2).attribute(x, 0, keep, return_convergence_gap=True)
+
+
+def test_the_class_tokens_whole_score_is_that_of_its_key_and_value_and_that_of_its_query():
+    model, (x, keep) = random_vit(reg_tokens=1), sample()
+    with torch.no_grad():
+        tokens = model.before_last_block(model.embed(x, keep))
+        normed = model.last_block.norm1(tokens.rows_TC)
+    closed, _ = score_tokens_in_closed_form(model, tokens, "all")
+    queries = score_class_token_queries(model, tokens, "all", normed)
+    whole, _ = score_tokens_by_autograd(model, tokens, "all")
+    first = tokens.packing.cu_seqlens[:-1].long()
+    torch.testing.assert_close(closed[:, first] + queries.T, whole[:, first])
+
+
+@pytest.mark.parametrize("variant", [{}, {"global_pool": "avg"}], ids=str)
+def test_results_do_not_depend_on_the_size_of_internal_batches(variant):
+    model, (x, keep) = random_vit(**variant), sample()
+    for explain in (
+        lambda size: SmoothCDAM(model, m=5, internal_batch_size=size).attribute(
+            x, "all", keep, generator=torch.Generator().manual_seed(3)
+        ),
+        lambda size: IntegratedCDAM(model, m=5, internal_batch_size=size).attribute(x, "all", keep),
+        lambda size: IntegratedCDAM(model, m=5, path="norm", internal_batch_size=size).attribute(x, "all", keep),
+    ):
+        torch.testing.assert_close(explain(1), explain(100))
+
+
+def test_without_noise_smooth_is_plain():
+    model, (x, keep) = random_vit(), sample()
+    torch.testing.assert_close(SmoothCDAM(model, m=2, noise=0).attribute(x, 2, keep), CDAM(model).attribute(x, 2, keep))
+
+
+def test_the_same_generator_gives_the_same_map_and_another_does_not():
+    model, (x, keep) = random_vit(), sample()
+    maps = [
+        SmoothCDAM(model, m=2).attribute(x, 0, keep, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[0], maps[2])
+
+
+@pytest.mark.parametrize("explain", [SmoothCDAM, IntegratedCDAM])
+def test_targets_are_those_of_cdam(explain):
+    model, (x, keep) = random_vit(), sample(3)
+
+    def maps(target):
+        options = {"generator": torch.Generator().manual_seed(0)} if explain is SmoothCDAM else {}
+        return explain(model, m=3, internal_batch_size=3).attribute(x, target, keep, **options)
+
+    every = maps("all")
+    assert every.shape == (3, 4, 4, 4)
+    torch.testing.assert_close(maps([3, 1]), every[:, [3, 1]])
+    torch.testing.assert_close(maps(torch.tensor([1, 0, 3])), torch.stack([every[0, 1], every[1, 0], every[2, 3]]))
+    weights = torch.randn(3, 4, dtype=torch.float64)  # one row for each image of the batch
+    torch.testing.assert_close(maps(lambda z: (z * weights).sum(1)), torch.einsum("bkhw,bk->bhw", every, weights))
+
+
+def test_background_stays_zero_and_nothing_is_left_behind():
+    model, (x, keep) = random_vit(), sample()
+    for explain in (SmoothCDAM(model, m=2), IntegratedCDAM(model, m=2), IntegratedCDAM(model, m=2, path="norm")):
+        maps = explain.attribute(x, 0, keep)
+        assert (maps[~keep] == 0).all()
+        assert (maps[keep] != 0).any()
+        assert not maps.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not m._forward_hooks and not m._backward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: SmoothCDAM(model, m=0), "m and internal_batch_size must be at least 1, got m=0"),
+        (lambda model: SmoothCDAM(model, noise=-1.0), "noise=-1.0"),
+        (lambda model: IntegratedCDAM(model, internal_batch_size=0), "internal_batch_size=0"),
+        (lambda model: IntegratedCDAM(model, path="straight"), "path='straight'"),
+    ],
+)
+def test_wrong_numbers_and_paths_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(random_vit())
