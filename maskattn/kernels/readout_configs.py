@@ -1,8 +1,8 @@
 """Tiles and splits of the readout's kernels, by target, padded head width, dtype and pass.
 
-Nothing here is measured on a GPU. The passes are bound by memory: a tile should be large enough for the loads in flight
-to cover the memory's latency, and small enough that several programs fit on a multiprocessor. The rows are the largest
-tiles that, with every option, spill no register (triton 3.7.1, compiled ahead of time).
+Nothing here is measured on a GPU. The passes are bound by memory, so that a tile need only be large enough for the
+loads in flight to cover the memory's latency: 8 KiB of K and of V, less where a tile would spill registers with every
+option and several queries (triton 3.7.1, compiled ahead of time; ``bench/aot/readout_cases.py`` has the cases).
 
 Dimension key: N keys of a tile.
 """
@@ -17,7 +17,16 @@ import triton
 
 from maskattn.kernels.configs import Target, padded_width, target_of
 
-__all__ = ["ReadoutConfig", "ReadoutPass", "choose_readout", "look_up_readout", "number_of_splits"]
+__all__ = [
+    "READOUT_TABLE",
+    "ReadoutConfig",
+    "ReadoutPass",
+    "choose_readout",
+    "class_tile",
+    "look_up_readout",
+    "number_of_splits",
+    "slots",
+]
 
 ReadoutPass = Literal["readout", "readout_gradient", "relevance"]
 
@@ -32,14 +41,97 @@ class ReadoutConfig:
     programs: int
 
 
-# Tokens of the interpreter's machine: enough for two splits of most tests' sequences.
+Precision = Literal["half", "single"]
+Table = dict[ReadoutPass, dict[int, ReadoutConfig]]
+
+NVIDIA_HALF: Table = {
+    "readout": {
+        16: ReadoutConfig(128, 4, 2, 4),
+        32: ReadoutConfig(128, 4, 2, 4),
+        64: ReadoutConfig(64, 4, 2, 4),
+        128: ReadoutConfig(32, 4, 2, 4),
+        256: ReadoutConfig(16, 4, 2, 4),
+    },
+    "readout_gradient": {
+        16: ReadoutConfig(64, 8, 2, 2),
+        32: ReadoutConfig(64, 8, 2, 2),
+        64: ReadoutConfig(64, 8, 2, 2),
+        128: ReadoutConfig(32, 8, 2, 2),
+        256: ReadoutConfig(16, 8, 2, 2),
+    },
+    "relevance": {
+        16: ReadoutConfig(64, 8, 2, 2),
+        32: ReadoutConfig(64, 8, 2, 2),
+        64: ReadoutConfig(64, 8, 2, 2),
+        128: ReadoutConfig(32, 8, 2, 2),
+        256: ReadoutConfig(16, 8, 1, 2),
+    },
+}
+NVIDIA_SINGLE: Table = {
+    "readout": {
+        16: ReadoutConfig(64, 8, 2, 2),
+        32: ReadoutConfig(64, 8, 2, 2),
+        64: ReadoutConfig(32, 8, 2, 2),
+        128: ReadoutConfig(16, 8, 2, 2),
+        256: ReadoutConfig(16, 8, 2, 2),
+    },
+    "readout_gradient": {
+        16: ReadoutConfig(32, 8, 2, 2),
+        32: ReadoutConfig(32, 8, 2, 2),
+        64: ReadoutConfig(32, 8, 2, 2),
+        128: ReadoutConfig(16, 8, 2, 2),
+        256: ReadoutConfig(16, 8, 2, 1),
+    },
+    "relevance": {
+        16: ReadoutConfig(16, 8, 1, 2),
+        32: ReadoutConfig(16, 8, 1, 2),
+        64: ReadoutConfig(16, 8, 1, 2),
+        128: ReadoutConfig(16, 8, 1, 2),
+        256: ReadoutConfig(16, 8, 1, 1),
+    },
+}
+AMD_HALF: Table = {
+    pass_: {
+        16: ReadoutConfig(128, 4, 1, 4),
+        32: ReadoutConfig(128, 4, 1, 4),
+        64: ReadoutConfig(64, 4, 1, 4),
+        128: ReadoutConfig(32, 4, 1, 4),
+        256: ReadoutConfig(16, 4, 1, 4),
+    }
+    for pass_ in ("readout", "readout_gradient", "relevance")
+}
+AMD_SINGLE: Table = {
+    pass_: {
+        16: ReadoutConfig(64, 4, 1, 4),
+        32: ReadoutConfig(64, 4, 1, 4),
+        64: ReadoutConfig(32, 4, 1, 4),
+        128: ReadoutConfig(16, 4, 1, 4),
+        256: ReadoutConfig(16, 4, 1, 4),
+    }
+    for pass_ in ("readout", "readout_gradient", "relevance")
+}
+READOUT_TABLE: dict[tuple[Target, Precision], Table] = {
+    ("sm80", "half"): NVIDIA_HALF,
+    ("sm86", "half"): NVIDIA_HALF,
+    ("sm90", "half"): NVIDIA_HALF,
+    ("sm100", "half"): NVIDIA_HALF,
+    ("gfx942", "half"): AMD_HALF,
+    ("sm80", "single"): NVIDIA_SINGLE,
+    ("sm86", "single"): NVIDIA_SINGLE,
+    ("sm90", "single"): NVIDIA_SINGLE,
+    ("sm100", "single"): NVIDIA_SINGLE,
+    ("gfx942", "single"): AMD_SINGLE,
+}
+
 INTERPRETER = ReadoutConfig(64, 4, 1, 4)
 
 
 def look_up_readout(pass_: ReadoutPass, target: Target, head_width: int, dtype: torch.dtype) -> ReadoutConfig:
+    """The configuration of a pass on a target."""
     if target == "interpreter":
         return INTERPRETER
-    return ReadoutConfig(64, 4, 2, 4)
+    precision: Precision = "single" if dtype == torch.float32 else "half"
+    return READOUT_TABLE[target, precision][pass_][padded_width(head_width)]
 
 
 def choose_readout(pass_: ReadoutPass, device: torch.device, head_width: int, dtype: torch.dtype) -> ReadoutConfig:
@@ -63,7 +155,10 @@ def class_tile(classes: int, head_width: int, dtype: torch.dtype) -> int:
     """Classes that one program of token relevance serves: one is multiplied element by element, more fill a tile."""
     if classes == 1:
         return 1
-    return min(64, max(16, triton.next_power_of_2(classes)))
+    # Products of float32 are unrolled; wider tiles of them spill.
+    wide = padded_width(head_width) * dtype.itemsize > 256
+    largest = (32 if dtype == torch.float32 else 64) // (2 if wide else 1)
+    return min(largest, max(16, triton.next_power_of_2(classes)))
 
 
 def slots(config: ReadoutConfig, head_width: int, dtype: torch.dtype) -> int:

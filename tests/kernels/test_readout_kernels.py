@@ -22,18 +22,20 @@ def force_splits(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readout_call, "number_of_splits", lambda *_: count)
 
 
-@pytest.mark.parametrize("queries", [1, 2])
-@pytest.mark.parametrize("length", [0, *LENGTHS])
+@pytest.mark.parametrize(("length", "queries"), [(n, 1 + i % 2) for i, n in enumerate((0, *LENGTHS))])
 def test_one_sequence_of_each_length(length, queries, device, monkeypatch):
     if INTERPRETING and length > 200:
         monkeypatch.setattr(readout_call, "choose_readout", lambda *_: ReadoutConfig(256, 4, 1, 4))
     check(make_readout([length], queries, heads=1, head_width=16, bias="shared", grad_rows=True), device)
 
 
-@pytest.mark.parametrize("lengths", [(15, 1, 65), (0, 64, 0, 3), (111, 63), (0, 0)], ids=str)
-@pytest.mark.parametrize("queries", [1, 2, 5, 16])
+@pytest.mark.parametrize(
+    ("lengths", "queries"),
+    [((15, 1, 65), 1), ((15, 1, 65), 5), ((0, 64, 0, 3), 2), ((111, 63), 16), ((0, 0), 1), ((0, 0), 3)],
+    ids=str,
+)
 def test_sequences_of_unequal_lengths(lengths, queries, device):
-    check(make_readout(lengths, queries, bias="per_head"), device)
+    check(make_readout(lengths, queries, head_width=16, bias="per_head"), device)
 
 
 def test_no_sequences(device):
@@ -63,14 +65,15 @@ PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if pair != ("bias",
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_options_go_together(pair, queries, device):
-    check(make_readout([70, 3], queries, head_width=16, **OPTIONS[pair[0]], **OPTIONS[pair[1]]), device)
+    options = OPTIONS[pair[0]] | OPTIONS[pair[1]]
+    check(make_readout([66], queries, heads=1 + (queries == 1), head_width=16, **options), device)
 
 
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_option_at_once(dtype, queries, device):
     readout = make_readout(
-        [70, 0, 9], queries, dtype=dtype, bias="per_head", alibi=True, dropout=True, grad_rows=True, scale=-0.3
+        [70, 0], queries, dtype=dtype, bias="per_head", alibi=True, dropout=True, grad_rows=True, scale=-0.3
     )
     check(readout, device)
 
@@ -102,20 +105,20 @@ def test_head_widths_and_dtypes(head_width, dtype, queries, device):
 def test_any_number_of_splits(count, queries, device, monkeypatch):
     force_splits(count, monkeypatch)
     every = {"bias": "shared", "alibi": True, "dropout": True, "grad_rows": True}
-    check(make_readout([300, 3, 0], queries, heads=1, head_width=16, **every), device)
+    check(make_readout([200, 3], queries, heads=1, head_width=16, **every), device)
 
 
 @pytest.mark.parametrize("config", [ReadoutConfig(16, 2, 1, 1), ReadoutConfig(128, 8, 1, 1)], ids=str)
 @pytest.mark.parametrize("queries", [1, 2])
 def test_any_tile_size(config, queries, device, monkeypatch):
     monkeypatch.setattr(readout_call, "choose_readout", lambda *_: config)
-    check(make_readout([131], queries, heads=1, dropout=True, grad_rows=True), device)
+    check(make_readout([131], queries, heads=1, head_width=16, dropout=True, grad_rows=True), device)
 
 
 def test_more_splits_than_the_second_kernel_sums_at_a_time(device, monkeypatch):
-    force_splits(37, monkeypatch)
+    force_splits(19, monkeypatch)
     monkeypatch.setattr(readout_call, "choose_readout", lambda *_: ReadoutConfig(16, 4, 1, 4))
-    check(make_readout([600, 1], heads=1, head_width=16), device)
+    check(make_readout([300], heads=1, head_width=16), device)
 
 
 def test_rows_longer_than_one_program_normalises(device, monkeypatch):
@@ -163,7 +166,7 @@ def heads_first(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("relayout", [strided, with_far_apart_elements, heads_first])
 def test_any_strides(relayout, queries, device):
-    readout = make_readout([70, 9], queries, bias="per_head", alibi=True, grad_rows=True)
+    readout = make_readout([70, 9], queries, head_width=16, bias="per_head", alibi=True, grad_rows=True)
     x = readout.inputs
     changed = {name: relayout(getattr(x, name)) for name in ("q", "k", "v", "grad_out", "coords_q", "grad_lse")}
     readout = readout.with_inputs(**changed, key_bias=x.key_bias.T.contiguous().T, coords_k=x.coords_k.T.contiguous().T)
@@ -201,7 +204,7 @@ def test_a_sequence_without_keys_gives_zero_whatever_comes_back_to_it(queries, c
 @pytest.mark.parametrize("count", [1, 2])
 def test_keys_biased_to_minus_infinity_are_as_if_absent(queries, count, device, monkeypatch):
     force_splits(count, monkeypatch)
-    readout = make_readout([140, 40], queries, bias="shared", grad_rows=True)
+    readout = make_readout([140, 40], queries, heads=1, head_width=16, bias="shared", grad_rows=True)
     # A whole first tile, some later keys, and every key of the second sequence.
     absent = torch.zeros(180, dtype=torch.bool)
     absent[:70], absent[75:80], absent[140:] = True, True, True
@@ -242,7 +245,7 @@ def test_scores_far_from_zero_do_not_let_the_end_of_a_sequence_in(offset, querie
 @pytest.mark.parametrize("queries", [1, 2])
 def test_the_same_result_every_time(queries, device, monkeypatch):
     force_splits(2, monkeypatch)
-    readout = make_readout([150, 30], queries, dtype=torch.float16, bias="shared", alibi=True, grad_rows=True)
+    readout = make_readout([90], queries, heads=1, dtype=torch.float16, bias="shared", alibi=True, grad_rows=True)
     first, second = run(readout, device), run(readout, device)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -252,6 +255,17 @@ def test_max_seqlen_may_be_larger_than_any_sequence(device):
     x, starts = readout.inputs, cu_seqlens([20, 5]).to(device)
     tight, loose = (readout_forward(x.q, x.k, x.v, starts, n, Options(0.1), True) for n in (20, 3000))
     assert all(map(torch.allclose, tight, loose))
+
+
+@pytest.mark.parametrize("dtype", configs.DTYPES)
+@pytest.mark.parametrize("target", ["sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"])
+def test_every_supported_head_width_has_a_configuration(target, dtype):
+    for head_width in configs.HEAD_WIDTHS:
+        for pass_ in ("readout", "readout_gradient", "relevance"):
+            config = readout_configs.look_up_readout(pass_, target, head_width, dtype)
+            assert config.block_n % readout_configs.slots(config, head_width, dtype) == 0
+            # Dropout draws four words at a time, and products want 16 terms.
+            assert config.block_n % 16 == 0
 
 
 def test_splits_fill_the_chip_and_no_more(device):

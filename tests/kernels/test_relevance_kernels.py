@@ -83,8 +83,9 @@ def test_one_sequence_of_each_length(length, device, monkeypatch):
     check(make_readout([length], heads=1, head_width=16), device)
 
 
-@pytest.mark.parametrize("lengths", [(15, 1, 65), (0, 64, 0, 3), (0, 0)], ids=str)
-@pytest.mark.parametrize("queries", [1, 2, 5, 16])
+@pytest.mark.parametrize(
+    ("lengths", "queries"), [((15, 1, 65), 1), ((0, 64, 0, 3), 2), ((15, 65), 5), ((20,), 16), ((0, 0), 2)], ids=str
+)
 def test_sequences_of_unequal_lengths(lengths, queries, device):
     check(make_readout(lengths, queries, head_width=16), device)
 
@@ -103,7 +104,7 @@ def test_any_number_of_classes(classes, queries, device):
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("kinds", list(itertools.product(ORIGINS, ORIGINS)), ids=str)
 def test_origins_of_keys_and_values(kinds, classes, device):
-    check(make_readout([70, 3], 2, head_width=16), device, classes, kinds)
+    check(make_readout([66], 1, head_width=16), device, classes, kinds)
 
 
 OPTIONS: dict[str, dict] = {
@@ -118,7 +119,7 @@ PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if pair != ("bias",
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_options_go_together(pair, classes, device):
-    check(make_readout([70, 3], 2, head_width=16, **OPTIONS[pair[0]], **OPTIONS[pair[1]]), device, classes)
+    check(make_readout([66], 2, head_width=16, **OPTIONS[pair[0]], **OPTIONS[pair[1]]), device, classes)
 
 
 @pytest.mark.parametrize("classes", [1, 5])
