@@ -59,6 +59,7 @@ __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) total[r][v] = Floats{};
     const std::uint32_t* left = a.data;
+#pragma GCC unroll 4
     for (int t = 0; t < steps; ++t) {
         Words right[vectors];
 #pragma GCC unroll 4

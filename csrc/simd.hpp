@@ -154,7 +154,13 @@ MASKATTN_INLINE Halves to_bfloat16(Floats x) {
 #endif
 }
 
-MASKATTN_INLINE Floats from_bfloat16(Halves x) { return Floats(__builtin_convertvector(x, Words) << 16); }
+MASKATTN_INLINE Floats from_bfloat16(Halves x) {
+#if defined(__AVX512F__)
+    return Floats(Words(_mm512_cvtepu16_epi32(__m256i(x))) << 16);  // GCC 12 makes two halves of the conversion below
+#else
+    return Floats(__builtin_convertvector(x, Words) << 16);
+#endif
+}
 
 template <int distance, int... lane>
 MASKATTN_INLINE void exchange(Words& a, Words& b, Indices<lane...>) {
