@@ -4,12 +4,15 @@ from maskattn.explain.attention_maps import AttentionMap
 from maskattn.explain.averaged_cdam import IntegratedCDAM, SmoothCDAM
 from maskattn.explain.cdam import CDAM
 from maskattn.explain.concepts import Concept
+from maskattn.explain.factorised import FactorisedAttention, FactorisedMaps
 from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap, TokenMaps
 
 __all__ = [
     "AttentionMap",
     "CDAM",
     "Concept",
+    "FactorisedAttention",
+    "FactorisedMaps",
     "HierarchicalCDAM",
     "IntegratedCDAM",
     "RelevanceMap",

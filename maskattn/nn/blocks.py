@@ -252,10 +252,10 @@ class PatchEmbedding(nn.Module):
 
     def cut(self, images_BIHW: Tensor, packing: Packing) -> Float[Tensor, "T K"]:
         """(B, in_chans, H·p, W·p) images to their kept patches (T, in_chans·p·p); background pixels are not read."""
-        _, width = self.grid_of(images_BIHW)
+        height, width = self.grid_of(images_BIHW)
         B, channels = images_BIHW.shape[:2]
         p = self.patch_size
-        patches = images_BIHW.reshape(B, channels, -1, p, width, p).permute(0, 2, 4, 1, 3, 5)  # [B, H, W, I, p, p]
+        patches = images_BIHW.reshape(B, channels, height, p, width, p).permute(0, 2, 4, 1, 3, 5)  # [B, H, W, I, p, p]
         token = packing.indices % packing.num_tokens
         return patches[packing.sequence_of_token, token // width, token % width].flatten(1)
 

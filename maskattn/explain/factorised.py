@@ -1,0 +1,161 @@
+"""The factorised attention map of a three-level model: where patch, region and slide attend, in one map of tokens.
+
+Each level's class-token row (last block, mean over heads) is normalised over what takes part, within its patch, its
+region or the slide, and the three are combined with a weight γ that says how much task-trained levels count:
+
+    (w_R · R + w_P · P + γ · S) / (n (1 − γ) + (3 − n) γ),
+
+w = 1 − γ for a frozen (task-blind) encoder and γ for a trained one, n the number of frozen ones among the two.
+Background is exactly 0. Source: Grisi et al., arXiv 2404.18152, after HIPT (arXiv 2206.02647).
+
+Dimension key: B regions, T kept patches or regions, h·w tokens of a region, H·W regions of a slide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskattn.explain.attention_maps import attend_from_class_token
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.hipt import HIPT
+from maskattn.nn.vit import VisionTransformer
+from maskattn.packing import Packing, unpack
+from maskattn.shapes import Bool, Float
+
+__all__ = ["FactorisedAttention", "FactorisedMaps", "normalise"]
+
+_LEVELS = ("patch", "region")
+
+
+@dataclass(frozen=True)
+class FactorisedMaps:
+    """Attention of B regions, token by token; 0 at background.
+
+    Attributes:
+        combined_Bhw: (B, h, w), the three levels in one, in [0, 1].
+        patch_Bhw: (B, h, w), the patch encoder's, normalised within each patch.
+        region_Bhw: (B, h, w), the region encoder's, normalised within each region, each patch's over its tokens.
+    """
+
+    combined_Bhw: Float[Tensor, "B h w"]
+    patch_Bhw: Float[Tensor, "B h w"]
+    region_Bhw: Float[Tensor, "B h w"]
+
+
+class FactorisedAttention:
+    """Attention maps of a HIPT, all three levels together.
+
+    Args:
+        model: in eval mode; every level has a class token.
+        gamma: γ in [0, 1], the weight of the levels that were trained for the task.
+        trained: which of "patch" and "region" were; the slide level always was.
+        scale: "rank" (share of the tokens that have no more, ties counted low) or "minmax".
+
+    Raises:
+        ValueError: γ, a level or a scale that does not exist.
+    """
+
+    def __init__(self, model: HIPT, gamma: float = 0.5, trained: Collection[str] = (), scale: str = "rank") -> None:
+        if not 0 <= gamma <= 1 or set(trained) - set(_LEVELS) or scale not in ("rank", "minmax"):
+            raise ValueError(
+                "gamma must lie in [0, 1], trained name 'patch' or 'region', scale be 'rank' or 'minmax', got "
+                f"gamma={gamma}, trained={trained!r}, scale={scale!r}"
+            )
+        self.model, self.gamma, self.scale = model, gamma, scale
+        self.patch_weight, self.region_weight = (gamma if level in trained else 1 - gamma for level in _LEVELS)
+        if self.patch_weight + self.region_weight + gamma == 0:
+            raise ValueError("gamma=0 counts frozen levels alone, and with both encoders trained there are none")
+
+    @torch.no_grad()
+    def slide(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "T"]:
+        """The slide level's attention to each kept region, normalised over them.
+
+        Args:
+            embeddings_TC: (T, C) from ``model.encode_regions``, row-major.
+            keep_HW: (H, W) bool over the slide's regions.
+        """
+        encoder = self.model.slide_encoder
+        tokens = encoder.before_last_block(self.model.slide_tokens(embeddings_TC, keep_HW))
+        rows_1T, packing = _grid_attention(encoder, tokens)
+        return normalise(rows_1T, packing, self.scale)
+
+    @torch.no_grad()
+    def regions(
+        self,
+        regions_BIXY: Float[Tensor, "B I X Y"],
+        keep_Bhw: Bool[Tensor, "B h w"] | None,
+        slide_B: Float[Tensor, "B"],
+    ) -> FactorisedMaps:
+        """The maps of some regions.
+
+        Args:
+            regions_BIXY, keep_Bhw: as ``model.encode_regions`` takes them.
+            slide_B: (B,), what :meth:`slide` said of these regions; anything for those without tissue.
+        """
+        model = self.model
+        patches = model.cut(regions_BIXY, keep_Bhw)
+        embeddings_TC, patch_Tss = self._patches(patches.pixels_TIpp, patches.keep_Thw)
+        encoder = model.region_encoder
+        tokens = encoder.before_last_block(model.region_tokens(embeddings_TC, patches))
+        region_T = normalise(*_grid_attention(encoder, tokens), self.scale)
+        keep_Tss = patches.keep_Thw.to(patch_Tss.dtype)
+        slide_T = slide_B.to(patch_Tss)[patches.packing.sequence_of_token]
+        total = self.patch_weight + self.region_weight + self.gamma
+        combined_Tss = self.patch_weight * patch_Tss
+        combined_Tss = combined_Tss + (self.region_weight * region_T + self.gamma * slide_T)[:, None, None]
+        maps = (combined_Tss * keep_Tss / total, patch_Tss, region_T[:, None, None] * keep_Tss)
+        return FactorisedMaps(*(_join_patches(x, patches.packing, patches.grid_HW) for x in maps))
+
+    def _patches(self, pixels_TIpp: Tensor, keep_Tss: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+        """Embeddings of patches, and their normalised attention (T, s, s)."""
+        encoder = self.model.patch_encoder
+        side = self.model.patch_px // self.model.token_px
+        embeddings = [pixels_TIpp.new_empty(0, encoder.embed_dim)]
+        maps = [pixels_TIpp.new_empty(0, side, side)]
+        for pixels, keep in zip(pixels_TIpp.split(batch_size), keep_Tss.split(batch_size), strict=True):
+            if not len(pixels):
+                continue
+            tokens = encoder.before_last_block(encoder.embed(pixels, keep))
+            embeddings.append(encoder.predict(tokens))
+            rows, packing = _grid_attention(encoder, tokens)
+            maps.append(unpack(normalise(rows, packing, self.scale), packing).unflatten(1, (side, side)))
+        return torch.cat(embeddings), torch.cat(maps)
+
+
+def normalise(values_T: Float[Tensor, "T"], packing: Packing, scale: str) -> Float[Tensor, "T"]:
+    """Values within each sequence as ranks or shares of their range, in [0, 1].
+
+    Args:
+        values_T: (T,), one for each packed token.
+        packing: of the tokens.
+        scale: "rank": the share of the sequence's tokens up to and with the first of equal value; "minmax": 0 for the
+            least, 1 for the largest, and 1 where all are equal.
+    """
+    result = torch.empty_like(values_T)
+    for start, end in zip(packing.cu_seqlens[:-1].tolist(), packing.cu_seqlens[1:].tolist(), strict=True):
+        x = values_T[start:end]
+        if not len(x):
+            continue
+        if scale == "rank":
+            result[start:end] = (torch.searchsorted(x.sort().values, x) + 1).to(x.dtype) / len(x)
+        else:
+            low, high = x.min(), x.max()
+            result[start:end] = torch.where(high > low, (x - low) / (high - low), torch.ones_like(x))
+    return result
+
+
+def _grid_attention(encoder: VisionTransformer, tokens: PackedTokens) -> tuple[Tensor, Packing]:
+    """The class-token row over grid tokens, mean over heads (T,), and their packing."""
+    rows_T1 = attend_from_class_token(encoder, tokens).mean(dim=0)[:, None]
+    grid_T1, packing = tokens.with_rows(rows_T1).grid_rows()
+    return grid_T1[:, 0], packing
+
+
+def _join_patches(values_Tss: Tensor, packing: Packing, grid_HW: tuple[int, int]) -> Float[Tensor, "B h w"]:
+    """Maps of patches at their places in maps of regions; 0 where no patch was kept."""
+    dense = unpack(values_Tss, packing).unflatten(1, grid_HW)  # [B, n, m, s, s]
+    return dense.transpose(2, 3).flatten(3, 4).flatten(1, 2)

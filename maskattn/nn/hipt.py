@@ -1,0 +1,222 @@
+"""HIPT: patches of a region, regions of a slide, slides; background takes no part at any of the three levels.
+
+The patch ViT reads the tissue tokens (16 px) of patches (256 px), the region ViT the patches with tissue of regions
+(4096 px), the slide ViT the regions with tissue. A patch without tissue would give a constant; it is left out of its
+region, as a region without tissue is of its slide.
+
+Source: Chen et al., CVPR 2022 (arXiv 2206.02647) for the hierarchy and its weights; Grisi et al., arXiv 2404.18152, for
+masking. HIPT trains its slide level for each task, and so must be ours: two blocks over the regions' embeddings.
+
+Dimension key: B regions, X·Y their pixels, n·m patches of a region, h·w tokens of a region, T kept patches or regions,
+C channels, H·W regions of a slide, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.checkpoints import load_vit
+from maskattn.nn.vit import VisionTransformer
+from maskattn.packing import Packing, pack
+from maskattn.shapes import Bool, Float
+
+__all__ = ["HIPT", "RegionPatches"]
+
+HEADS = 6  # of HIPT's patch and region ViTs, which their weights do not say
+
+
+@dataclass(frozen=True)
+class RegionPatches:
+    """The kept patches of some regions.
+
+    Attributes:
+        pixels_TIpp: (T, 3, p, p), region by region, row-major.
+        keep_Thw: (T, p/16, p/16), the tokens of each that take part.
+        packing: where the patches lie in (B, n·m).
+        grid_HW: (n, m).
+    """
+
+    pixels_TIpp: Float[Tensor, "T 3 p p"]
+    keep_Thw: Bool[Tensor, "T h w"]
+    packing: Packing
+    grid_HW: tuple[int, int]
+
+
+class HIPT(nn.Module):
+    """Patch ViT → region ViT → slide ViT.
+
+    Args:
+        patch_encoder: over pixels, without a head.
+        region_encoder: over the patch encoder's embeddings (patch_size 1), without a head.
+        slide_encoder: over the region encoder's embeddings (patch_size 1); its head gives the slide's logits.
+        patch_px: side of a patch, in px.
+
+    Raises:
+        ValueError: one encoder's width is not the next one's, or patch_px is no multiple of a token's side.
+    """
+
+    def __init__(
+        self,
+        patch_encoder: VisionTransformer,
+        region_encoder: VisionTransformer,
+        slide_encoder: VisionTransformer,
+        patch_px: int = 256,
+    ) -> None:
+        super().__init__()
+        for below, above, names in (
+            (patch_encoder, region_encoder, "patch and region"),
+            (region_encoder, slide_encoder, "region and slide"),
+        ):
+            if below.num_classes or below.embed_dim != above.patch_embed.proj.in_channels:
+                raise ValueError(
+                    f"the {names} encoder must hand over embeddings of one width without a head, got num_classes="
+                    f"{below.num_classes}, width {below.embed_dim} and in_chans={above.patch_embed.proj.in_channels}"
+                )
+        if patch_px % patch_encoder.patch_embed.patch_size:
+            raise ValueError(
+                f"patch_px must be a multiple of the patch encoder's patch_size, got patch_px={patch_px} and "
+                f"{patch_encoder.patch_embed.patch_size}"
+            )
+        self.patch_encoder = patch_encoder
+        self.region_encoder = region_encoder
+        self.slide_encoder = slide_encoder
+        self.patch_px = patch_px
+
+    @classmethod
+    def load(
+        cls, patch_weights: str | Path, region_weights: str | Path, num_classes: int, impl: str | None = None
+    ) -> HIPT:
+        """HIPT's two pretrained ViTs (ViT-256, ViT-4096) under a slide level to be trained.
+
+        Args:
+            patch_weights: ``vit256_small_dino.pth``, or a file of that layout.
+            region_weights: ``vit4k_xs_dino.pth``, likewise.
+            num_classes: K.
+            impl: implementation of the attention; None takes the best.
+
+        Raises:
+            FileNotFoundError, UnsupportedModelError: as :func:`maskattn.nn.load_vit` raises them.
+        """
+        patch = load_vit(patch_weights, num_heads=HEADS, impl=impl, pos_embed_resample="dino")
+        region = load_vit(region_weights, num_heads=HEADS, impl=impl, pos_embed_resample="dino")
+        return cls(patch, region, slide_level(region.embed_dim, num_classes, impl=impl))
+
+    @classmethod
+    def random(cls, num_classes: int, impl: str | None = None) -> HIPT:
+        """HIPT's published sizes with random weights: ViT-S/16 at 256 px, 6 blocks of 192 channels, 2 at the slide."""
+        patch = VisionTransformer(embed_dim=384, num_heads=HEADS, pos_embed_resample="dino", impl=impl)
+        region = VisionTransformer(
+            img_size=14,
+            patch_size=1,
+            in_chans=384,
+            embed_dim=192,
+            depth=6,
+            num_heads=HEADS,
+            embed_act="gelu",
+            pos_embed_resample="dino",
+            impl=impl,
+        )
+        return cls(patch, region, slide_level(192, num_classes, impl=impl))
+
+    @property
+    def token_px(self) -> int:
+        """Side of a token, in px."""
+        return self.patch_encoder.patch_embed.patch_size
+
+    def cut(self, regions_BIXY: Float[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None) -> RegionPatches:
+        """The patches of some regions that hold a kept token; other pixels are not read.
+
+        Args:
+            regions_BIXY: (B, 3, X, Y), sides multiples of ``patch_px``.
+            keep_Bhw: (B, X/16, Y/16) bool over the regions' tokens; None keeps all.
+
+        Raises:
+            TypeError, ValueError: shapes or dtype do not fit.
+        """
+        B, p, side = len(regions_BIXY), self.patch_px, self.patch_px // self.token_px
+        if regions_BIXY.ndim != 4 or regions_BIXY.shape[2] % p or regions_BIXY.shape[3] % p:
+            raise ValueError(
+                f"regions must be (B, 3, X, Y) with X and Y multiples of patch_px={p}, got {tuple(regions_BIXY.shape)}"
+            )
+        grid_HW = regions_BIXY.shape[2] // p, regions_BIXY.shape[3] // p
+        shape = (B, grid_HW[0] * side, grid_HW[1] * side)
+        keep = torch.ones(shape, dtype=torch.bool, device=regions_BIXY.device) if keep_Bhw is None else keep_Bhw
+        if keep.dtype != torch.bool or tuple(keep.shape) != shape:
+            raise ValueError(
+                f"keep must be bool over the regions' tokens, {shape}, got {keep.dtype} {tuple(keep.shape)}"
+            )
+        tokens = keep.unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3).flatten(1, 2)  # [B, n·m, s, s]
+        packing = Packing.from_keep(tokens.flatten(2).any(dim=2))
+        cut = regions_BIXY.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # [B, 3, n, p, m, p]
+        place, sequence = packing.indices % packing.num_tokens, packing.sequence_of_token
+        row, column = torch.div(place, grid_HW[1], rounding_mode="floor"), place % grid_HW[1]
+        return RegionPatches(cut[sequence, :, row, :, column], pack(tokens, packing), packing, grid_HW)
+
+    def encode_patches(self, patches: RegionPatches, batch_size: int = 64) -> Float[Tensor, "T C"]:
+        """Embeddings of patches, ``batch_size`` at a time."""
+        encoder = self.patch_encoder
+        parts = [
+            encoder(pixels, keep)
+            for pixels, keep in zip(
+                patches.pixels_TIpp.split(batch_size), patches.keep_Thw.split(batch_size), strict=True
+            )
+        ]
+        return torch.cat(parts)
+
+    def region_tokens(self, embeddings_TC: Float[Tensor, "T C"], patches: RegionPatches) -> PackedTokens:
+        """The packed tokens with which the region encoder starts."""
+        return self.region_encoder.embed_patches(embeddings_TC, patches.packing, patches.grid_HW)
+
+    def encode_regions(
+        self, regions_BIXY: Float[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None = None
+    ) -> tuple[Float[Tensor, "T C"], Bool[Tensor, "B"]]:
+        """Embeddings of the regions that hold tissue. Arguments as in :meth:`cut`.
+
+        Returns:
+            (T, C), and (B,) bool, which of the regions they are.
+        """
+        patches = self.cut(regions_BIXY, keep_Bhw)
+        encoder = self.region_encoder
+        tokens = self.region_tokens(self.encode_patches(patches), patches)
+        keep_B = patches.packing.cu_seqlens.diff() > 0
+        return encoder.predict(encoder.before_last_block(tokens))[keep_B], keep_B
+
+    def slide_tokens(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> PackedTokens:
+        """Embeddings of the kept regions, row-major, to the packed tokens with which the slide encoder starts.
+
+        Raises:
+            ValueError: there are not as many embeddings as kept regions.
+        """
+        packing = Packing.from_keep(keep_HW.to(embeddings_TC.device).flatten()[None])
+        if packing.total != len(embeddings_TC):
+            raise ValueError(
+                f"there must be one embedding for each kept region, got {len(embeddings_TC)} embeddings and "
+                f"{packing.total} kept regions"
+            )
+        return self.slide_encoder.embed_patches(embeddings_TC, packing, (keep_HW.shape[0], keep_HW.shape[1]))
+
+    def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "K"]:
+        """The slide's logits (K,) from its kept regions' embeddings. Arguments as in :meth:`slide_tokens`."""
+        encoder = self.slide_encoder
+        return encoder.predict(encoder.before_last_block(self.slide_tokens(embeddings_TC, keep_HW)))[0]
+
+
+def slide_level(dim: int, num_classes: int, impl: str | None = None) -> VisionTransformer:
+    """HIPT's slide level as a masked ViT: a projection with ReLU, two blocks of three heads, no positions."""
+    return VisionTransformer(
+        img_size=1,
+        patch_size=1,
+        in_chans=dim,
+        num_classes=num_classes,
+        embed_dim=dim,
+        depth=2,
+        num_heads=3,
+        pos_embed="none",
+        embed_act="relu",
+        impl=impl,
+    )
