@@ -155,10 +155,11 @@ def class_tile(classes: int, head_width: int, dtype: torch.dtype) -> int:
     """Classes that one program of token relevance serves: one is multiplied element by element, more fill a tile."""
     if classes == 1:
         return 1
-    # Products of float32 are unrolled; wider tiles of them spill.
     wide = padded_width(head_width) * dtype.itemsize > 256
-    largest = (32 if dtype == torch.float32 else 64) // (2 if wide else 1)
-    return min(largest, max(16, triton.next_power_of_2(classes)))
+    if dtype == torch.float32:
+        # Its products are unrolled into registers: wider tiles spill, and wide heads take one class at a time.
+        return 1 if wide else 16
+    return min(32 if wide else 64, max(16, triton.next_power_of_2(classes)))
 
 
 def slots(config: ReadoutConfig, head_width: int, dtype: torch.dtype) -> int:
