@@ -1,0 +1,126 @@
+"""Methods of comparison that read attention matrices: the last row, rollout and relevance propagation.
+
+The last two need every block's N×N weights, which they compute densely: memory grows as blocks × heads × N².
+
+Sources: Abnar and Zuidema, arXiv 2005.00928 (rollout); Chefer et al., arXiv 2103.15679 (relevance propagation).
+
+Dimension key: B images, M maps, L = P + N tokens of a sequence (P prefix tokens, N = H·W grid tokens), T packed tokens,
+H heads, D head width, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.explain.attention_maps import AttentionMap
+from maskattn.explain.baselines import Baseline
+from maskattn.explain.targets import Target, select_scores
+from maskattn.nn.blocks import Block, PackedTokens
+from maskattn.nn.positions import rotate
+from maskattn.nn.vit import VisionTransformer
+from maskattn.packing import pack, unpack
+from maskattn.shapes import Float
+
+__all__ = ["AttentionRollout", "AttentionRow", "RelevancePropagation"]
+
+
+class AttentionRow(Baseline):
+    """:class:`maskattn.explain.AttentionMap` behind the common interface: the same map for every target."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._row = AttentionMap(self.model)
+
+    def maps(  # noqa: D102 (as of Baseline)
+        self, model: VisionTransformer, inputs: Tensor, target: Target, keep_BN: Tensor, scores_BM: Tensor
+    ) -> Tensor:
+        return self._row.attribute(inputs, keep_BN)[:, None].expand(-1, scores_BM.shape[1], -1, -1)
+
+
+class AttentionRollout(Baseline):
+    """The product over blocks of ½·(head mean + identity), read where the model reads; the same for every target."""
+
+    @torch.no_grad()
+    def maps(  # noqa: D102 (as of Baseline)
+        self, model: VisionTransformer, inputs: Tensor, target: Target, keep_BN: Tensor, scores_BM: Tensor
+    ) -> Tensor:
+        tokens, weights = _with_weights(model, model.embed(inputs, keep_BN))
+        paths = _identity(weights[0])
+        for weights_BHLL in weights:
+            paths = (weights_BHLL.mean(dim=1) + _identity(weights_BHLL)) / 2 @ paths
+        return _read(model, tokens, paths)[:, None].expand(-1, scores_BM.shape[1], -1, -1)
+
+
+class RelevancePropagation(Baseline):
+    """R = I; for each block Ā = mean over heads of max(∇A ⊙ A, 0), R ← R + Ā·R; read where the model reads."""
+
+    def maps(  # noqa: D102 (as of Baseline)
+        self, model: VisionTransformer, inputs: Tensor, target: Target, keep_BN: Tensor, scores_BM: Tensor
+    ) -> Tensor:
+        with torch.no_grad():
+            tokens = model.embed(inputs, keep_BN)
+        with torch.enable_grad():
+            rows_TC = tokens.rows_TC.detach().requires_grad_()
+            last, weights = _with_weights(model, tokens.with_rows(rows_TC))
+            scores = select_scores(model.pool(last), target)
+        count, maps = scores.shape[1], []
+        for m in range(count):
+            gradients = torch.autograd.grad(
+                scores[:, m].sum(), list(weights), retain_graph=m + 1 < count, materialize_grads=True
+            )
+            relevance = _identity(weights[0])
+            for weights_BHLL, gradient in zip(weights, gradients, strict=True):
+                relevance = relevance + (weights_BHLL.detach() * gradient).clamp(min=0).mean(dim=1) @ relevance
+            maps.append(_read(model, last, relevance))
+        return torch.stack(maps, dim=1)
+
+
+def _with_weights(
+    model: VisionTransformer, tokens: PackedTokens
+) -> tuple[PackedTokens, list[Float[Tensor, "B H L L"]]]:
+    """All blocks, and the attention weights of each; rows and columns of dropped tokens hold 0."""
+    if model.position_kind == "alibi":
+        raise ValueError(
+            "rollout and relevance propagation know no ALiBi, got a model with pos_embed='alibi'; use CDAM, or "
+            "AttentionMap for the class token's row"
+        )
+    weights = []
+    for block in cast(Sequence[Block], model.blocks):
+        normed = tokens.with_rows(block.norm1(tokens.rows_TC))
+        out_THD, weights_BHLL = _attend(block, normed)
+        attended = tokens.rows_TC + block.ls1(block.attn.project(out_THD))
+        tokens = tokens.with_rows(block.feed_forward(attended, tokens.packing))
+        weights.append(weights_BHLL)
+    return tokens, weights
+
+
+def _attend(block: Block, normed: PackedTokens) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "B H L L"]]:
+    attn, packing = block.attn, normed.packing
+    q = attn.class_token_queries(normed.rows_TC)
+    q = q if normed.rotation is None else rotate(q, normed.rotation)
+    k, v = attn.keys_and_values(normed)
+    q, k, v = (unpack(x, packing).transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
+    present_BL = cast(Tensor, packing.row_of_token).view(packing.batch_size, -1) >= 0
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~present_BL[:, None, None, :], -torch.inf).softmax(dim=-1)
+    weights = weights.masked_fill(~present_BL[:, None, :, None], 0)
+    return pack((weights @ v).transpose(1, 2), packing), weights
+
+
+def _identity(weights_BHLL: Tensor) -> Float[Tensor, "B L L"]:
+    B, _, L, _ = weights_BHLL.shape
+    return torch.eye(L, dtype=weights_BHLL.dtype, device=weights_BHLL.device).expand(B, L, L)
+
+
+def _read(model: VisionTransformer, tokens: PackedTokens, matrix_BLL: Tensor) -> Float[Tensor, "B H W"]:
+    """The class token's row where the model pools that, else the mean over the kept grid tokens' rows."""
+    P = tokens.num_prefix
+    if model.global_pool == "token":
+        return matrix_BLL[:, 0, P:].unflatten(1, tokens.grid_HW)
+    present_BN = cast(Tensor, tokens.packing.row_of_token).view(len(matrix_BLL), -1)[:, P:] >= 0
+    share_BN = present_BN / present_BN.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.einsum("bl,bln->bn", share_BN.to(matrix_BLL), matrix_BLL[:, P:, P:]).unflatten(1, tokens.grid_HW)

@@ -1,0 +1,252 @@
+"""How good a map is: does the score follow it, how compact is it, does it tell classes apart.
+
+Perturbed images go through the model many at a time. With "drop" they are packed subsets of the tokens, which is exact
+and needs no substitute pixels; "blur" and "mean" put a blurred image or each channel's mean in the tokens' places.
+
+Dimension key: B images, S perturbed images, Q shares removed, H·W = N grid tokens, X·Y px.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskattn.explain.concepts import Concept
+from maskattn.explain.packed_model import packed_model, without_head
+from maskattn.explain.targets import Target, select_scores
+from maskattn.explain.token_subsets import batches, predict_subsets, target_of
+from maskattn.nn.vit import VisionTransformer, keep_per_token
+from maskattn.shapes import Bool, Float, Int
+
+__all__ = [
+    "Perturbation",
+    "RemovalCurves",
+    "background_mass",
+    "box_changes",
+    "box_sensitivity",
+    "compactness",
+    "correlation_of_maps",
+    "object_contrast",
+    "random_boxes",
+    "removal_curves",
+]
+
+Perturbation: TypeAlias = Literal["drop", "blur", "mean"]
+_BLUR_RADIUS_PX = 14
+
+
+@dataclass(frozen=True)
+class RemovalCurves:
+    """Scores as tokens are removed, in the order of their relevance.
+
+    Attributes:
+        share_Q: (Q,), share of the kept tokens removed, 0 … 1.
+        most_first_BQ: (B, Q), scores with the most relevant tokens removed first (MIF).
+        least_first_BQ: (B, Q), with the least relevant removed first (LIF).
+    """
+
+    share_Q: Float[Tensor, "Q"]
+    most_first_BQ: Float[Tensor, "B Q"]
+    least_first_BQ: Float[Tensor, "B Q"]
+
+    @property
+    def correctness(self) -> Float[Tensor, "B"]:
+        """The area between the two curves, (B,), in units of the score; higher is better."""
+        return torch.trapezoid(self.least_first_BQ - self.most_first_BQ, self.share_Q.to(self.most_first_BQ), dim=1)
+
+
+def removal_curves(
+    model: nn.Module,
+    inputs: Float[Tensor, "B I X Y"],
+    maps_BHW: Float[Tensor, "B H W"],
+    target: Target,
+    keep: Bool[Tensor, "..."] | None = None,
+    *,
+    perturbation: Perturbation = "drop",
+    steps: int = 16,
+    internal_batch_size: int = 64,
+) -> RemovalCurves:
+    """Remove tokens by relevance and follow the score.
+
+    Args:
+        model: as for :class:`maskattn.explain.CDAM`.
+        inputs: (B, in_chans, H·p, W·p) images.
+        maps_BHW: (B, H, W), the relevance to be judged.
+        target: one score of each image; a function must treat each row of the output for itself.
+        keep: (B, H·W) or (B, H, W) bool; background takes no part in the order.
+        perturbation: "drop", "blur" or "mean".
+        steps: Q − 1, equal steps of the share removed.
+        internal_batch_size: perturbed images in the model at a time.
+
+    Raises:
+        ValueError: maps do not fit the images, the target has several scores, or there is no such perturbation.
+    """
+    model, keep_BN = _prepare(model, inputs, maps_BHW, target, keep)
+    share_Q = torch.linspace(0, 1, steps + 1, device=inputs.device)
+    kept_B1 = keep_BN.sum(dim=1, keepdim=True)
+    removed_BQ = (share_Q * kept_B1).round()
+    relevance = maps_BHW.flatten(1).masked_fill(~keep_BN, -torch.inf)  # background comes last, behind all kept tokens
+    rank_BN = relevance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    gone = rank_BN[:, None] < removed_BQ[..., None], (kept_B1 - 1 - rank_BN)[:, None] < removed_BQ[..., None]
+    keep_SN = (keep_BN[:, None] & ~torch.stack(gone)).flatten(0, 2)  # [2 · B · Q, N]
+    source_S = torch.arange(len(inputs), device=inputs.device).repeat_interleave(steps + 1).repeat(2)
+    scores = _perturbed_scores(model, inputs, target, keep_BN, source_S, keep_SN, perturbation, internal_batch_size)
+    most, least = scores.view(2, len(inputs), steps + 1)
+    return RemovalCurves(share_Q, most, least)
+
+
+def random_boxes(grid_HW: tuple[int, int], count: int, generator: torch.Generator) -> Bool[Tensor, "S H W"]:
+    """Random boxes of tokens, from one token to half of each side.
+
+    Args:
+        grid_HW: rows and columns of tokens.
+        count: S.
+        generator: on the CPU.
+    """
+    sides = []
+    for size in grid_HW:
+        length = torch.randint(1, max(size // 2, 1) + 1, (count, 1), generator=generator)
+        start = (torch.rand(count, 1, generator=generator) * (size - length + 1)).long()
+        place = torch.arange(size)
+        sides.append((place >= start) & (place < start + length))
+    return sides[0][:, :, None] & sides[1][:, None, :]
+
+
+def box_changes(
+    model: nn.Module,
+    inputs: Float[Tensor, "B I X Y"],
+    boxes_SHW: Bool[Tensor, "S H W"],
+    target: Target,
+    keep: Bool[Tensor, "..."] | None = None,
+    *,
+    perturbation: Perturbation = "drop",
+    internal_batch_size: int = 64,
+) -> Float[Tensor, "B S"]:
+    """What each image's score loses when a box is perturbed, (B, S); it serves every map of these images.
+
+    Arguments as in :func:`removal_curves`; ``boxes_SHW`` from :func:`random_boxes`.
+    """
+    model, keep_BN = _prepare(model, inputs, None, target, keep)
+    count = len(boxes_SHW) + 1
+    none = boxes_SHW.new_zeros(1, *boxes_SHW.shape[1:])
+    boxes_SN = torch.cat([none, boxes_SHW]).flatten(1).to(inputs.device)
+    keep_SN = (keep_BN[:, None] & ~boxes_SN).flatten(0, 1)
+    source_S = torch.arange(len(inputs), device=inputs.device).repeat_interleave(count)
+    scores = _perturbed_scores(model, inputs, target, keep_BN, source_S, keep_SN, perturbation, internal_batch_size)
+    scores_BS = scores.view(len(inputs), count)
+    return scores_BS[:, :1] - scores_BS[:, 1:]
+
+
+def box_sensitivity(
+    maps_BHW: Float[Tensor, "B H W"], boxes_SHW: Bool[Tensor, "S H W"], changes_BS: Float[Tensor, "B S"]
+) -> Float[Tensor, "B"]:
+    """Pearson correlation of the relevance in the boxes with what :func:`box_changes` gave, (B,); 0 for flat maps."""
+    inside_BS = torch.einsum("bhw,shw->bs", maps_BHW, boxes_SHW.to(maps_BHW))
+    return _correlation(inside_BS, changes_BS.to(inside_BS))
+
+
+def compactness(maps_BHW: Float[Tensor, "B H W"], keep_BHW: Bool[Tensor, "B H W"] | None = None) -> Float[Tensor, "B"]:
+    """Share of kept tokens whose |relevance| is at most 5 % of the map's largest, (B,)."""
+    size = maps_BHW.flatten(1).abs()
+    small = size <= 0.05 * size.amax(dim=1, keepdim=True)
+    kept = torch.ones_like(small) if keep_BHW is None else keep_BHW.flatten(1)
+    return (small & kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+
+
+def correlation_of_maps(one_BHW: Float[Tensor, "B H W"], other_BHW: Float[Tensor, "B H W"]) -> Float[Tensor, "B"]:
+    """Pearson correlation of two classes' maps of each image, (B,): class sensitivity, lower is better."""
+    return _correlation(one_BHW.flatten(1), other_BHW.flatten(1))
+
+
+def object_contrast(
+    maps_BHW: Float[Tensor, "B H W"], own_BHW: Bool[Tensor, "B H W"], other_BHW: Bool[Tensor, "B H W"]
+) -> Float[Tensor, "B"]:
+    """How much more of a class's relevance lies on its own object than on the other, (B,), in [−1, 1].
+
+    (s̄_own − s̄_other) / (mean |s| on own + mean |s| on other). A map that does not know its class has 0 on average over
+    the two classes of an image.
+
+    Args:
+        maps_BHW: (B, H, W), the class's map.
+        own_BHW, other_BHW: (B, H, W) bool, the tokens of its object and of the other.
+    """
+
+    def mean(x: Tensor, area: Tensor) -> Tensor:
+        return (x * area).sum(dim=(1, 2)) / area.sum(dim=(1, 2)).clamp(min=1)
+
+    size = mean(maps_BHW.abs(), own_BHW) + mean(maps_BHW.abs(), other_BHW)
+    difference = mean(maps_BHW, own_BHW) - mean(maps_BHW, other_BHW)
+    return torch.where(size > 0, difference / size.where(size > 0, 1), 0)
+
+
+def background_mass(maps_BHW: Float[Tensor, "B H W"], background_BHW: Bool[Tensor, "B H W"]) -> Float[Tensor, "B"]:
+    """Share of attention, or of |relevance|, on background tokens, (B,); 0 for a map of zeros."""
+    size = maps_BHW.abs().double()
+    total = size.sum(dim=(1, 2))
+    return torch.where(total > 0, (size * background_BHW).sum(dim=(1, 2)) / total.where(total > 0, 1), 0)
+
+
+def _prepare(
+    model: nn.Module, inputs: Tensor, maps_BHW: Tensor | None, target: Target, keep: Tensor | None
+) -> tuple[VisionTransformer, Tensor]:
+    vit = packed_model(model)
+    vit = without_head(vit) if isinstance(target, Concept) else vit
+    grid_HW = vit.patch_embed.grid_of(inputs)
+    if maps_BHW is not None and tuple(maps_BHW.shape) != (len(inputs), *grid_HW):
+        raise ValueError(
+            f"maps must have one value a token, (B, H, W) = {(len(inputs), *grid_HW)}, got {tuple(maps_BHW.shape)}; "
+            "take the map of one class"
+        )
+    return vit, keep_per_token(keep, len(inputs), grid_HW, inputs.device)
+
+
+@torch.no_grad()
+def _perturbed_scores(
+    model: VisionTransformer,
+    inputs: Tensor,
+    target: Target,
+    keep_BN: Tensor,
+    source_S: Int[Tensor, "S"],
+    keep_SN: Bool[Tensor, "S N"],
+    perturbation: Perturbation,
+    internal_batch_size: int,
+) -> Float[Tensor, "S"]:
+    """Scores of images in which the kept tokens outside ``keep_SN`` are perturbed."""
+    if perturbation not in ("drop", "blur", "mean"):
+        raise ValueError(f"perturbation must be 'drop', 'blur' or 'mean', got perturbation={perturbation!r}")
+    if perturbation == "drop":
+        tokens = model.embed(inputs, keep_BN)
+        scores_SM = predict_subsets(model, tokens, target, source_S, keep_SN, internal_batch_size)
+    else:
+        substitute = blurred(inputs) if perturbation == "blur" else inputs.mean(dim=(2, 3), keepdim=True)
+        substitute = substitute.expand_as(inputs)
+        p, grid_HW, parts = model.patch_embed.patch_size, model.patch_embed.grid_of(inputs), []
+        for part in batches(len(source_S), internal_batch_size):
+            seen = keep_SN[part].view(-1, 1, *grid_HW).repeat_interleave(p, 2).repeat_interleave(p, 3)
+            image = source_S[part]
+            output = model(torch.where(seen, inputs[image], substitute[image]), keep_BN[image])
+            parts.append(select_scores(output, target_of(target, image)))
+        scores_SM = torch.cat(parts)
+    if scores_SM.shape[1] != 1:
+        raise ValueError(f"a metric judges one score of each image, got a target with {scores_SM.shape[1]}")
+    return scores_SM[:, 0]
+
+
+def blurred(images: Float[Tensor, "B I X Y"], radius_px: int = _BLUR_RADIUS_PX) -> Float[Tensor, "B I X Y"]:
+    """Images under a Gaussian of this standard deviation, edges continued."""
+    reach = 3 * radius_px
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / radius_px) ** 2).to(images)
+    kernel = kernel / kernel.sum()
+    rows = F.pad(images.flatten(0, 1)[:, None], (reach,) * 4, mode="replicate")
+    rows = F.conv2d(F.conv2d(rows, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    return rows.view_as(images)
+
+
+def _correlation(a_BN: Tensor, b_BN: Tensor) -> Float[Tensor, "B"]:
+    a, b = (x - x.mean(dim=1, keepdim=True) for x in (a_BN.double(), b_BN.double()))
+    scale = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(scale > 0, (a * b).sum(dim=1) / scale.where(scale > 0, 1), 0)
