@@ -15,6 +15,7 @@ __all__ = ["IMPLS", "choose", "implementation"]
 
 _MODULES = {
     "triton": "maskattn.kernels.operations",
+    "cpu": "maskattn.attention.native",
     "torch": "maskattn.attention.torch_operations",
     "reference": "maskattn.attention.reference_operations",
 }
@@ -39,7 +40,8 @@ def choose(impl: str | None, q: Tensor, options: Options) -> str:
         ValueError: there is no such implementation, or it lacks what the call needs.
     """
     if impl is None:
-        return "triton" if q.is_cuda and _missing("triton", q, options) is None else "torch"
+        best = "triton" if q.is_cuda else "cpu"
+        return best if _missing(best, q, options) is None else "torch"
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)} or None, got impl={impl!r}")
     lacks = _missing(impl, q, options)
@@ -55,6 +57,10 @@ def _missing(impl: str, q: Tensor, options: Options) -> str | None:
     not_here = _not_installed(impl)
     if not_here is not None:
         return not_here
+    if impl == "cpu":
+        from maskattn.attention.native import supports as native_supports
+
+        return native_supports(q, options)
     from maskattn.kernels.configs import supports
 
     return supports(q, options)
@@ -65,4 +71,6 @@ def _not_installed(impl: str) -> str | None:
     """A fact of the machine, which torch.compile need not trace."""
     if impl == "triton" and importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
+    if impl == "cpu" and importlib.util.find_spec("maskattn._native") is None:
+        return "needs the C++ extension, which was not built (`maskattn doctor` says why)"
     return None

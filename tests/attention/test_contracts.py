@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from oracles import (
@@ -24,6 +26,7 @@ from maskattn.options import Options
 
 LENGTHS = [[1], [15, 63], [64, 65], [111, 0, 3], [0, 5, 0], [40, 40, 40], [7, 1, 0, 130]]
 TORCH_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FUSED = ["torch", *(["cpu"] if importlib.util.find_spec("maskattn._native") else [])]
 BIASES = [None, "shared", "per_head"]
 
 
@@ -69,7 +72,7 @@ def test_torch_masked_attention_meets_the_specification(kind, bias, skip_queries
     assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_masked(keep, skip_queries))
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", [*FUSED, "reference"])
 @pytest.mark.parametrize("bias", BIASES)
 def test_readout_gives_output_rows_and_lse(impl, bias):
     starts = cu_seqlens([4, 0, 70])
@@ -92,7 +95,7 @@ def test_readout_rows_are_differentiable():
     )
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", [*FUSED, "reference"])
 def test_a_query_without_keys_gives_zero_and_minus_infinity_and_no_gradient(impl):
     inputs, where = packed_inputs([3, 4], [0, 2], bias="shared"), (cu_seqlens([3, 4]), cu_seqlens([0, 2]), 4, 2)
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.key_bias)]
@@ -105,7 +108,7 @@ def test_a_query_without_keys_gives_zero_and_minus_infinity_and_no_gradient(impl
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", [*FUSED, "reference"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("skip_queries", [True, False])
 def test_poisoned_background_never_reaches_an_output_or_a_gradient(impl, poison, skip_queries):
@@ -131,25 +134,28 @@ def test_poisoned_background_never_reaches_an_output_or_a_gradient(impl, poison,
     assert (poisoned[4][~keep] == 0).all()
 
 
-@pytest.mark.parametrize("strided", ["transposed", "expanded", "sliced"])
-def test_strides_do_not_matter(strided):
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("strided", ["transposed", "expanded", "sliced", "every other channel"])
+def test_strides_do_not_matter(strided, impl):
     make = {
         "transposed": lambda: torch.randn(2, 30, 16).transpose(0, 1),
         "expanded": lambda: torch.randn(30, 1, 16).expand(30, 2, 16),
         "sliced": lambda: torch.randn(30, 2, 40)[..., 3:19],
+        "every other channel": lambda: torch.randn(30, 2, 32)[..., ::2],
     }[strided]
     q, k, v = make(), make(), make()
     where = (cu_seqlens([10, 20]), cu_seqlens([10, 20]), 20, 20)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     plain = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
-    ours, theirs = packed_attention(*leaves, *where, impl="torch"), packed_attention(*plain, *where, impl="torch")
+    ours, theirs = packed_attention(*leaves, *where, impl=impl), packed_attention(*plain, *where, impl=impl)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(theirs.sum(), plain), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_same_inputs_give_the_same_bits_forward_and_backward():
-    inputs, attend = packed_inputs([300, 5, 200], bias="per_head"), attend_packed([300, 5, 200], [300, 5, 200])
+@pytest.mark.parametrize("impl", FUSED)
+def test_same_inputs_give_the_same_bits_forward_and_backward(impl):
+    inputs, attend = packed_inputs([300, 5, 200], bias="per_head"), attend_packed([300, 5, 200], [300, 5, 200], impl)
     first = run_reference(attend, inputs, torch.float32)
     for _ in range(3):
         again = run_reference(attend, inputs, torch.float32)

@@ -1,7 +1,8 @@
-"""ALiBi, dropout, bias and the log-sum-exp in every combination, on impl "torch"; and what a readout adds."""
+"""ALiBi, dropout, bias and the log-sum-exp in every combination; and what a readout adds."""
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,9 @@ from maskattn.attention.ops import flat_options
 from maskattn.options import Options
 
 COMBINATIONS = [(bias, alibi, dropout) for bias in (None, "per_head") for alibi in (0, 1) for dropout in (0, 1)]
+IMPLS = ["torch", *(["cpu"] if importlib.util.find_spec("maskattn._native") else [])]
+# The C++ kernels have no dropout and refuse it.
+RUNS = [(impl, *options) for impl in IMPLS for options in COMBINATIONS if impl == "torch" or not options[2]]
 
 
 def combined(inputs: Inputs, alibi: int, dropout: int) -> Inputs:
@@ -35,26 +39,26 @@ def combined(inputs: Inputs, alibi: int, dropout: int) -> Inputs:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("bias", "alibi", "dropout"), COMBINATIONS)
-def test_packed_attention_with_every_combination_of_options(bias, alibi, dropout, dtype):
+@pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS)
+def test_packed_attention_with_every_combination_of_options(impl, bias, alibi, dropout, dtype):
     lengths_q, lengths_k = [5, 0, 70, 3], [9, 4, 33, 0]
     inputs = combined(packed_inputs(lengths_q, lengths_k, bias=bias, dtype=dtype), alibi, dropout)
     starts = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
 
     def attend(q, k, v, options):
-        return torch.ops.maskattn.packed_attention(q, k, v, *starts, 70, 33, *flat_options(options), True, "torch")
+        return torch.ops.maskattn.packed_attention(q, k, v, *starts, 70, 33, *flat_options(options), True, impl)
 
     results = run_reference(attend, inputs, dtype)
     assert_meets_specification(results, inputs.to(dtype), specify_packed(*starts))
 
 
 @pytest.mark.parametrize("skip_queries", [True, False])
-@pytest.mark.parametrize(("bias", "alibi", "dropout"), COMBINATIONS)
-def test_masked_attention_with_every_combination_of_options(bias, alibi, dropout, skip_queries):
+@pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS)
+def test_masked_attention_with_every_combination_of_options(impl, bias, alibi, dropout, skip_queries):
     inputs, keep = combined(masked_inputs(3, 40, bias=bias), alibi, dropout), keep_mask("random", 3, 40)
 
     def attend(q, k, v, options):
-        return torch.ops.maskattn.masked_attention(q, k, v, keep, skip_queries, *flat_options(options), True, "torch")
+        return torch.ops.maskattn.masked_attention(q, k, v, keep, skip_queries, *flat_options(options), True, impl)
 
     assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_masked(keep, skip_queries))
 
@@ -83,8 +87,8 @@ def test_dropout_is_drawn_anew_and_by_torchs_seed():
 
 
 @pytest.mark.parametrize("queries", [1, 5])
-@pytest.mark.parametrize(("bias", "alibi", "dropout"), COMBINATIONS)
-def test_readout_with_every_combination_of_options(bias, alibi, dropout, queries):
+@pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS)
+def test_readout_with_every_combination_of_options(impl, bias, alibi, dropout, queries):
     starts, x = cu_seqlens([4, 0, 70]), packed_inputs([4, 0, 70], bias=bias, head_width=16)
     q = torch.randn(3, queries, 2, 16)
     x = combined(x, alibi, dropout)
@@ -100,17 +104,18 @@ def test_readout_with_every_combination_of_options(bias, alibi, dropout, queries
         return [*outputs, *torch.autograd.grad(loss, list(leaves.values()))]
 
     def ours(q, k, v, starts, options):
-        return torch.ops.maskattn.readout(q, k, v, starts, 70, *flat_options(options), True, True, "torch")
+        return torch.ops.maskattn.readout(q, k, v, starts, 70, *flat_options(options), True, True, impl)
 
     exact, same = (differentiate(reference.readout, dtype) for dtype in (torch.float64, torch.float32))
     for number, (got, *expected) in enumerate(zip(differentiate(ours, torch.float32), exact, same, strict=True)):
         assert_within_budget(got, *expected, f"output or gradient {number}")
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("classes", [1, 7])
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_relevance_meets_the_specification(classes, each, dtype, monkeypatch):
+def test_token_relevance_meets_the_specification(impl, classes, each, dtype, monkeypatch):
     monkeypatch.setattr("maskattn.attention.torch_operations._PRODUCTS_AT_ONCE", 500)
     starts, x = cu_seqlens([4, 0, 70]), with_alibi(packed_inputs([4, 0, 70], bias="shared", head_width=16, dtype=dtype))
     q, g = torch.randn(3, 2, 2, 16).to(dtype), torch.randn(classes, 3, 2, 2, 16).to(dtype)
@@ -122,7 +127,19 @@ def test_token_relevance_meets_the_specification(classes, each, dtype, monkeypat
         options = Options(0.25, own.key_bias, own.slopes, places_q, own.coords_k)
         return reference.token_relevance(*(t.to(to) for t in (q, own.k, own.v, g, *origins)), starts, options)
 
-    given = {"key_bias": x.key_bias, "coords": (places_q, x.coords_k), "slopes": x.slopes, "impl": "torch"}
+    given = {"key_bias": x.key_bias, "coords": (places_q, x.coords_k), "slopes": x.slopes, "impl": impl}
     out, lse = readout(q, x.k, x.v, starts, 70, return_lse=True, **given)
     got = token_relevance(q, x.k, x.v, out, lse, g, starts, 70, key_origin=origins[0], value_origin=origins[1], **given)
     assert_within_budget(got, specified(torch.float64), specified(dtype))
+
+
+def test_dropout_named_on_the_cpu_kernels_is_refused_and_otherwise_goes_to_torch():
+    x, starts = torch.randn(5, 2, 16), cu_seqlens([5])
+    call = x, x, x, starts, starts, 5, 5
+    if "cpu" in IMPLS:
+        with pytest.raises(ValueError, match=r"impl='cpu' has no dropout, got dropout_p=0\.5"):
+            packed_attention(*call, dropout_p=0.5, impl="cpu")
+    torch.manual_seed(0)
+    chosen = packed_attention(*call, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(chosen, packed_attention(*call, dropout_p=0.5, impl="torch"))
