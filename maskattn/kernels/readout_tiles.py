@@ -36,7 +36,7 @@ def split_span(length, split, splits, BLOCK_N: tl.constexpr):
 @triton.jit
 def load_readout(x, sequence, head, queries, HEAD_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
     """The rows of one sequence and head, [R, D]; padded rows and columns are 0."""
-    base_ptr = x.ptr + sequence.to(tl.int64) * x.stride_b + head * x.stride_h
+    base_ptr = x.ptr + sequence.to(tl.int64) * x.stride_b + head.to(tl.int64) * x.stride_h
     rows = tl.arange(0, BLOCK_R)
     return load_rows(base_ptr, 0, rows, x.stride_t, rows < queries, HEAD_WIDTH, BLOCK_D, False, True)
 

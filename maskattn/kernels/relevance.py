@@ -39,10 +39,22 @@ __all__ = ["relevance_kernel", "token_relevance"]
 
 
 @triton.jit
-def load_row(base_ptr, HEAD_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One row, [1, D]; padded columns are 0."""
+def row_pointer(x, sequence, head, row):
+    """Pointer to a row of a sequence and head."""
+    # 64-bit products: some K·B·R·H·D pass 2^31.
+    return (
+        x.ptr
+        + sequence.to(tl.int64) * x.stride_b
+        + head.to(tl.int64) * x.stride_h
+        + tl.cast(row, tl.int64) * x.stride_t
+    )
+
+
+@triton.jit
+def load_row(x, sequence, head, row, HEAD_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A row of a sequence and head, [1, D]; padded columns are 0."""
     columns = tl.arange(0, BLOCK_D)
-    return tl.load(base_ptr + columns, mask=columns < HEAD_WIDTH, other=0.0)[None, :]
+    return tl.load(row_pointer(x, sequence, head, row) + columns, mask=columns < HEAD_WIDTH, other=0.0)[None, :]
 
 
 @triton.jit
@@ -104,21 +116,19 @@ def relevance_kernel(
             )
             k0_tile = load_rows(k0_ptr, first, rows_N, key_origin.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         elif key_origin.ptr is not None:
-            k0_tile = load_row(key_origin.ptr + head * key_origin.stride_h, HEAD_WIDTH, BLOCK_D)
+            k0_tile = load_row(key_origin, sequence, head, 0, HEAD_WIDTH, BLOCK_D)
         if VALUE_ORIGIN_BY_TOKEN:
             v0_ptr = sequence_base(
                 value_origin.ptr, sequence, head, start, 0, value_origin.stride_h, value_origin.stride_t, False
             )
             v0_tile = load_rows(v0_ptr, first, rows_N, value_origin.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         elif value_origin.ptr is not None:
-            v0_tile = load_row(value_origin.ptr + head * value_origin.stride_h, HEAD_WIDTH, BLOCK_D)
+            v0_tile = load_row(value_origin, sequence, head, 0, HEAD_WIDTH, BLOCK_D)
         if bias.ptr is not None:
             bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
             bias_N = load_row_values(bias_base_ptr, first, rows_N, bias.stride_t, inside, 0.0, False, True)
         for r in tl.range(QUERIES):
-            q_row = load_row(
-                q.ptr + sequence.to(tl.int64) * q.stride_b + r * q.stride_t + head * q.stride_h, HEAD_WIDTH, BLOCK_D
-            )
+            q_row = load_row(q, sequence, head, r, HEAD_WIDTH, BLOCK_D)
             # [N, 1]
             qk = products(k_tile, q_row, 1)
             scores = qk * scale_log2
@@ -135,16 +145,11 @@ def relevance_kernel(
             change = scale * qk
 
             # [C, D]
-            grad_base_ptr = grad.ptr + sequence.to(tl.int64) * grad.stride_b + r * grad.stride_t + head * grad.stride_h
-            grad_base_ptr += first_class.to(tl.int64) * stride_gc
-            g = load_rows(grad_base_ptr, 0, tl.arange(0, BLOCK_C), stride_gc, known, HEAD_WIDTH, BLOCK_D, False, True)
+            g_ptr = row_pointer(grad, sequence, head, r) + first_class.to(tl.int64) * stride_gc
+            g = load_rows(g_ptr, 0, tl.arange(0, BLOCK_C), stride_gc, known, HEAD_WIDTH, BLOCK_D, True, True)
             # [N, C]
             along_value = products(v_tile, g, BLOCK_C)
-            out_row = load_row(
-                out.ptr + sequence.to(tl.int64) * out.stride_b + r * out.stride_t + head * out.stride_h,
-                HEAD_WIDTH,
-                BLOCK_D,
-            )
+            out_row = load_row(out, sequence, head, r, HEAD_WIDTH, BLOCK_D)
             # [1, C]
             along_out = tl.sum(g.to(tl.float32) * out_row.to(tl.float32), 1)[None, :]
             contribution = along_value * (1 + change) - along_out * change
