@@ -95,7 +95,8 @@ Array Arguments::array(const char* name, const py::object& value, const std::vec
         const std::size_t axis = axes - 1 - i;
         if (array.shape[axis] > 1 && array.strides[axis] != step && view.size() > 0)
             refuse(called + " contiguous along its last axis",
-                   called + " with strides of " + text_of(array.strides) + " elements", "call .contiguous() on it first");
+                   called + " with strides of " + text_of(array.strides) + " elements",
+                   "call .contiguous() on it first");
         step *= array.shape[axis];
     }
     return array;
@@ -122,7 +123,8 @@ Array Arguments::output(const char* name, const py::object& value, Dtype dtype, 
         refuse(called + " that can be written to", "a read-only array", "pass an array of your own");
     if (!elements_are_apart(result))
         refuse(called + " whose elements each have a place of their own",
-               called + " with strides of " + text_of(result.strides) + " elements", "pass torch.empty(...) of the shape");
+               called + " with strides of " + text_of(result.strides) + " elements",
+               "pass torch.empty(...) of the shape");
     return result;
 }
 

@@ -52,8 +52,9 @@ void check_key_bias(const Arguments& arguments, Call& call, const py::object& va
     if (!py::isinstance<py::array>(value)) arguments.array("key_bias", value, {Dtype::float32}, shared_axes);
     const auto axes = static_cast<std::size_t>(py::reinterpret_borrow<py::array>(value).ndim());
     call.heads_share_bias = axes <= shared_axes;
-    const Array bias = arguments.array("key_bias", value, Dtype::float32, shape_of_bias(call.sizes, call.heads_share_bias),
-                                       name_of_bias(call.sizes, call.heads_share_bias));
+    const bool shared = call.heads_share_bias;
+    const Array bias = arguments.array("key_bias", value, Dtype::float32, shape_of_bias(call.sizes, shared),
+                                       name_of_bias(call.sizes, shared));
     const Strided<float> x = strided_bias(bias, call.sizes.layout);
     call.attention.key_bias = {x.data, x.sequence, x.head, x.row};
 }
@@ -139,10 +140,9 @@ Call checked_inputs(const Arguments& arguments, Layout layout, const py::object&
     const Array k_rows = arguments.array("k", k, {q_rows.dtype}, axes, 1);
     Call call{};
     call.dtype = q_rows.dtype;
-    const auto size = [](const Array& x, std::size_t axis) { return x.shape[axis]; };
-    call.sizes = layout == Layout::packed
-                     ? Sizes{layout, 1, size(q_rows, 1), size(q_rows, 0), size(k_rows, 0), size(q_rows, 2)}
-                     : Sizes{layout, size(q_rows, 0), size(q_rows, 1), size(q_rows, 2), size(k_rows, 2), size(q_rows, 3)};
+    const Shape &of_q = q_rows.shape, &of_k = k_rows.shape;
+    call.sizes = layout == Layout::packed ? Sizes{layout, 1, of_q[1], of_q[0], of_k[0], of_q[2]}
+                                          : Sizes{layout, of_q[0], of_q[1], of_q[2], of_k[2], of_q[3]};
     check_sizes(arguments, call.sizes);
     Attention& a = call.attention;
     a.bfloat16 = call.dtype == Dtype::bfloat16;
@@ -164,8 +164,8 @@ Call checked_inputs(const Arguments& arguments, Layout layout, const py::object&
 
 void check_packed_sequences(const Arguments& arguments, Call& call, const py::object& cu_seqlens_q,
                             const py::object& cu_seqlens_k) {
-    const std::vector<std::int32_t> q = checked_starts(arguments, "cu_seqlens_q", cu_seqlens_q, call.sizes.queries, "q");
-    const std::vector<std::int32_t> k = checked_starts(arguments, "cu_seqlens_k", cu_seqlens_k, call.sizes.keys, "k");
+    const auto q = checked_starts(arguments, "cu_seqlens_q", cu_seqlens_q, call.sizes.queries, "q");
+    const auto k = checked_starts(arguments, "cu_seqlens_k", cu_seqlens_k, call.sizes.keys, "k");
     if (q.size() != k.size())
         arguments.refuse("as many query as key sequences",
                          std::to_string(q.size() - 1) + " and " + std::to_string(k.size() - 1),

@@ -99,7 +99,8 @@ void pack_queries(const Attention& a, const Gradients& g, const Pair& pair, std:
 }
 
 // Scratch of a chunk, in words: by block K and V by columns [D / depth][N], K by steps [N / depth][D padded], 3 N terms
-// and N of dbias, dk and dv [N][D padded]; then p and dS of a query tile as left operands of dv and dk, dS as that of dq.
+// and N of dbias, dk and dv [N][D padded]; then p and dS of a query tile as left operands of dv and dk, and dS as that
+// of dq.
 template <class Arithmetic>
 struct ChunkLayout {
     int columns_words, steps_words, sums_words;

@@ -1,17 +1,13 @@
-// Pairs (a head of a sequence) are taken in waves whose packed operands stay within a budget. Within a wave each phase is
-// a list of items that the pool's threads pull: first packing, then attention. What an item computes does not depend on
-// who computes it, so neither does the result on the number of threads.
+// Pairs (a head of a sequence) are taken in waves whose packed operands stay within a budget. Within a wave each phase
+// is a list of items that the pool's threads pull: first packing, then attention. What an item computes does not depend
+// on who computes it, so neither does the result on the number of threads.
 #include "attention_driver.hpp"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <new>
 
+#include "aligned_words.hpp"
 #include "threads.hpp"
 
 namespace maskattn {
@@ -19,34 +15,6 @@ namespace {
 
 constexpr std::size_t wave_words = std::size_t{64} << 18;  // 64 MiB of packed operands, or one pair's
 constexpr std::int64_t packed_blocks = 8;                  // blocks of keys of an item of packing
-
-// Words aligned to a cache line, or, where there are many, to a huge page: faulting small ones in costs a few percent.
-class Words {
-  public:
-    explicit Words(std::size_t count)
-        : bytes_(bytes(count)),
-          alignment_{bytes_ < 2 * huge_page ? cache_line : huge_page},
-          data_(static_cast<std::uint32_t*>(::operator new(bytes_, alignment_))) {
-#if defined(__linux__)
-        if (bytes_ >= 2 * huge_page) madvise(data_, bytes_, MADV_HUGEPAGE);
-#endif
-    }
-    ~Words() { ::operator delete(data_, alignment_); }
-    Words(const Words&) = delete;
-    Words& operator=(const Words&) = delete;
-    std::uint32_t* data() const { return data_; }
-
-  private:
-    static constexpr std::size_t cache_line = 64, huge_page = std::size_t{1} << 21;
-
-    static std::size_t bytes(std::size_t count) {
-        if (count > std::numeric_limits<std::size_t>::max() / 8) throw std::bad_alloc();
-        return std::max<std::size_t>(count * 4, cache_line);
-    }
-    std::size_t bytes_;
-    std::align_val_t alignment_;
-    std::uint32_t* data_;
-};
 
 struct Item {
     std::int32_t pair;
@@ -63,8 +31,8 @@ std::vector<Item> items_of(const std::vector<Pair>& pairs, std::size_t first, st
     return items;
 }
 
-// Pairs from `first` on whose packed operands fit the budget, at least one: where the wave ends, and where in the buffer
-// each pair's operands are.
+// Pairs from `first` on whose packed operands fit the budget, at least one: where the wave ends, and where in the
+// buffer each pair's operands are.
 struct Wave {
     std::size_t first, last;
     std::vector<std::size_t> offset;  // by pair - first; one more for the end
@@ -147,12 +115,12 @@ void attention_forward(const Attention& a, const Sequences& sequences, const Exe
     const std::vector<Pair>& pairs = sequences.pairs;
     const std::size_t block_words = kernels.block_words(a.head_width);
     const std::size_t scratch_words = kernels.scratch_words(a.head_width);
-    const Words scratch(scratch_words * static_cast<std::size_t>(how.threads));
+    const AlignedWords scratch(scratch_words * static_cast<std::size_t>(how.threads));
     fill_background(a, sequences, how.threads);
     for (std::size_t first = 0; first < pairs.size();) {
         const Wave wave(pairs, first,
                         [&](const Pair& pair) { return block_words * static_cast<std::size_t>(blocks_of(pair)); });
-        const Words packed(wave.offset.back());
+        const AlignedWords packed(wave.offset.back());
         const auto operands = [&](const Item& item) {
             return packed.data() + wave.offset[static_cast<std::size_t>(item.pair) - wave.first];
         };
@@ -183,12 +151,12 @@ void attention_backward(const Attention& a, const Gradients& g, const Sequences&
     const std::vector<Pair>& pairs = sequences.pairs;
     const std::size_t tile_words = kernels.tile_words(a.head_width);
     const std::size_t scratch_words = kernels.scratch_words(a.head_width);
-    const Words scratch(scratch_words * static_cast<std::size_t>(how.threads));
+    const AlignedWords scratch(scratch_words * static_cast<std::size_t>(how.threads));
     fill_background(a, g, sequences, how.threads);
     for (std::size_t first = 0; first < pairs.size();) {
         const Wave wave(pairs, first,
                         [&](const Pair& pair) { return tile_words * static_cast<std::size_t>(tiles_of(pair)); });
-        const Words packed(wave.offset.back());
+        const AlignedWords packed(wave.offset.back());
         const auto operands = [&](const Item& item) {
             return packed.data() + wave.offset[static_cast<std::size_t>(item.pair) - wave.first];
         };

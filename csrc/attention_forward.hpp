@@ -126,8 +126,8 @@ struct SoftmaxState {
     const float *x_Q, *y_Q;
 };
 
-// Takes in the products of rows [q, q + M) with a block, which become scores: leaves p, and in factor_M what the sums so
-// far must be scaled by. All largest scores come before the first exponential, so that neither waits for the other.
+// Takes in the products of rows [q, q + M) with a block, which become scores: leaves p, and in factor_M what the sums
+// so far must be scaled by. All largest scores come before the first exponential, so that neither waits for the other.
 template <class Arithmetic, bool biased, bool placed>
 __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, float* product_MN, const KeyTerms& keys,
                                             ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
