@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from maskattn.nn import VisionTransformer, from_timm, from_transformers
 
-__all__ = ["FAMILIES", "Family", "Size"]
+__all__ = ["FAMILIES", "Family", "Size", "timm_vit"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Family:
     kept_output: Callable[[Any, Tensor, Tensor], Tensor]
 
 
-def _timm(size: Size, **arguments: Any) -> nn.Module:
+def timm_vit(size: Size, **arguments: Any) -> nn.Module:
     import timm
 
     common = {"img_size": size.img_size, "patch_size": size.patch_size, "embed_dim": size.dim}
@@ -63,13 +63,13 @@ def _timm(size: Size, **arguments: Any) -> nn.Module:
 def _swiglu(size: Size, **arguments: Any) -> nn.Module:
     from timm.layers import SwiGLU
 
-    return _timm(size, mlp_layer=SwiGLU, act_layer=nn.SiLU, mlp_ratio=8 / 3, **arguments)
+    return timm_vit(size, mlp_layer=SwiGLU, act_layer=nn.SiLU, mlp_ratio=8 / 3, **arguments)
 
 
 def _swiglu_packed(size: Size, **arguments: Any) -> nn.Module:
     from timm.layers import SwiGLUPacked
 
-    return _timm(size, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, mlp_ratio=16 / 3, init_values=1e-5, **arguments)
+    return timm_vit(size, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, mlp_ratio=16 / 3, init_values=1e-5, **arguments)
 
 
 def _timm_kept(model: Any, x: Tensor, keep_N: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _joined(model: Any, tokens: Tensor) -> Tensor:
     return torch.cat([tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(dim=1)], dim=1)
 
 
-def _of_timm(name: str, build: Callable[..., nn.Module] = _timm, **arguments: Any) -> Family:
+def _of_timm(name: str, build: Callable[..., nn.Module] = timm_vit, **arguments: Any) -> Family:
     return Family(f"timm {name}", partial(build, **arguments), from_timm, lambda model, x: model(x), _timm_kept)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from families import FAMILIES, TRANSFORMERS, Family, Size, _timm
+from families import FAMILIES, TRANSFORMERS, Family, Size, timm_vit
 
 from maskattn.explain import CDAM, AttentionMap
 from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
@@ -133,7 +133,7 @@ def test_other_image_sizes_resample_positions_as_the_original_does(family, shape
 
 
 def test_training_drops_the_same_paths_as_timm():
-    theirs = _timm(Size(), drop_path_rate=0.6, init_values=0.5).double().train()
+    theirs = timm_vit(Size(), drop_path_rate=0.6, init_values=0.5).double().train()
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.2)
     ours, x = from_timm(theirs), sample(8)[0]
@@ -147,7 +147,7 @@ def test_training_drops_the_same_paths_as_timm():
 
 
 def test_mode_frozen_parameters_and_dtype_are_taken_over_and_weights_are_copied():
-    theirs = _timm(Size()).bfloat16().eval()
+    theirs = timm_vit(Size()).bfloat16().eval()
     theirs.cls_token.requires_grad_(False)
     ours = from_timm(theirs)
     assert not ours.training
@@ -160,7 +160,7 @@ def test_mode_frozen_parameters_and_dtype_are_taken_over_and_weights_are_copied(
 
 
 def test_a_model_that_gives_all_tokens_gives_them_at_their_places():
-    theirs = _timm(Size(), global_pool="", num_classes=0, reg_tokens=2).double().eval()
+    theirs = timm_vit(Size(), global_pool="", num_classes=0, reg_tokens=2).double().eval()
     ours, (x, keep) = from_timm(theirs), sample()
     torch.testing.assert_close(ours(x), theirs(x))
     features = ours(x, keep)
@@ -199,11 +199,11 @@ def test_other_blocks_and_pools_of_trained_heads_are_refused():
     from timm.models.vision_transformer import ParallelScalingBlock
 
     with pytest.raises(ValueError, match="block ParallelScalingBlock"):
-        from_timm(_timm(Size(), block_fn=ParallelScalingBlock))
+        from_timm(timm_vit(Size(), block_fn=ParallelScalingBlock))
     with pytest.raises(ValueError, match="it has a head"):
-        from_timm(_timm(Size()), global_pool="avg")
+        from_timm(timm_vit(Size()), global_pool="avg")
     with pytest.raises(ValueError, match=r"it has no attn_pool\.latent"):
-        from_timm(_timm(Size(), num_classes=0), global_pool="map")
+        from_timm(timm_vit(Size(), num_classes=0), global_pool="map")
     with pytest.raises(TypeError, match="for a name use"):
         from_timm("vit_tiny_patch16_224")
 
