@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from maskattn.attention.api import packed_attention, readout
 from maskattn.nn.nested import nested_like, nested_rows
 from maskattn.nn.operands import Operands, every_token, is_full, rows_of, scatter_rows
-from maskattn.nn.padded_attention import attend_causally, attend_under_mask, attend_with_weights
+from maskattn.nn.padded_attention import (
+    attend_causally,
+    attend_under_mask,
+    attend_with_weights,
+    dropout_is_torchs,
+)
 from maskattn.packing import Packing
 
 __all__ = ["MultiheadAttention"]
@@ -202,6 +207,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _attend(self, operands: Operands, dropout_p: float) -> Tensor:
         """The fused operation: (Tq, H, D)."""
+        if dropout_p > 0 and self.impl is None and dropout_is_torchs(operands):
+            return attend_under_mask(operands, None, dropout_p)
         everything_dropped = dropout_p == 1
         out = cast(
             Tensor,

@@ -110,18 +110,20 @@ def test_a_readout_of_too_many_queries_is_refused():
         layer.readout(x, x, x)
 
 
-@pytest.mark.parametrize("way", ["fused", "weights", "mask", "causal"])
+@pytest.mark.parametrize("way", ["fused", "fused, packed", "weights", "mask", "causal"])
 def test_dropping_every_weight_gives_what_torch_gives(way):
     theirs, ours = pair(dropout=1.0)
+    ours.impl = "torch" if way == "fused, packed" else None
     options = {"need_weights": way == "weights"}
     if way in ("mask", "causal"):
         options |= {"attn_mask": torch.ones(S, S).triu(1).bool(), "is_causal": way == "causal"}
     assert_alike(theirs, ours, inputs_of(theirs, queries=S), **options)
 
 
-@pytest.mark.parametrize("way", ["fused", "weights", "mask", "causal"])
+@pytest.mark.parametrize("way", ["fused", "fused, packed", "weights", "mask", "causal"])
 def test_dropout_acts_in_training_alone(way):
     theirs, ours = pair(dropout=0.5)
+    ours.impl = "torch" if way == "fused, packed" else None
     options = {"need_weights": way == "weights"}
     if way in ("mask", "causal"):
         options |= {"attn_mask": torch.ones(S, S).triu(1).bool(), "is_causal": way == "causal"}
@@ -158,9 +160,10 @@ def _attend_with(layer: MultiheadAttention, x: torch.Tensor, mask: torch.Tensor,
     return layer.out_proj((scores.softmax(-1) * factors @ v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("way", ["fused", "weights", "mask", "causal"])
+@pytest.mark.parametrize("way", ["fused", "fused, packed", "weights", "mask", "causal"])
 def test_dropped_outputs_scatter_as_torchs_around_the_undropped_one(way):
     theirs, ours = pair(dropout=0.3)
+    ours.impl = "torch" if way == "fused, packed" else None
     options = {"need_weights": way == "weights"}
     if way in ("mask", "causal"):
         options |= {"attn_mask": torch.ones(S, S).triu(1).bool(), "is_causal": way == "causal"}
@@ -176,3 +179,16 @@ def test_dropped_outputs_scatter_as_torchs_around_the_undropped_one(way):
     # A mean of `many` draws lies within 6 of its standard errors, a standard deviation within 20 %.
     assert ((mean - exact).abs() <= 6 * spread / many**0.5 + 1e-12).all()
     assert ((own_spread - spread).abs() <= 0.2 * spread + 1e-12).all()
+
+
+@pytest.mark.parametrize("scores", [0, 1 << 26])
+def test_masked_keys_are_not_read_under_dropout_either(scores, monkeypatch):
+    monkeypatch.setattr(padded_attention, "_SCORES_DROPPED", scores)
+    _, ours = pair(dropout=0.3)
+    clean, mask = torch.randn(B, S, E, dtype=torch.float64), padding()
+    mask[1] = True
+    poisoned = clean.masked_fill(mask[..., None], float("nan")).requires_grad_()
+    out, _ = ours(clean, poisoned, poisoned, mask, need_weights=False)
+    torch.testing.assert_close(out[1], ours.out_proj.bias.expand(S, E))
+    grads = torch.autograd.grad(out.sin().sum(), [poisoned, *ours.parameters()])
+    assert all(grad.isfinite().all() for grad in grads)
