@@ -32,7 +32,7 @@ TABLE: dict[tuple[Target, Precision], Table] = {
             16: Config(64, 128, 8, 2),
             32: Config(64, 128, 8, 2),
             64: Config(32, 64, 4, 2, split=True),
-            128: Config(32, 64, 4, 1, split=True),
+            128: Config(64, 64, 8, 2),
             256: Config(32, 32, 8, 1),
         },
     },
@@ -78,7 +78,7 @@ TABLE: dict[tuple[Target, Precision], Table] = {
             16: Config(64, 128, 8, 2),
             32: Config(64, 128, 8, 2),
             64: Config(32, 64, 4, 2, split=True),
-            128: Config(32, 64, 4, 1, split=True),
+            128: Config(64, 64, 8, 2),
             256: Config(32, 32, 8, 1),
         },
     },
@@ -118,7 +118,7 @@ TABLE: dict[tuple[Target, Precision], Table] = {
             32: Config(128, 64, 8, 3, descriptors=True),
             64: Config(128, 64, 8, 3, split=True, descriptors=True),
             128: Config(128, 64, 8, 3, split=True, descriptors=True),
-            256: Config(128, 32, 8, 2, split=True, descriptors=True),
+            256: Config(128, 32, 8, 2, split=True),
         },
         "key_gradient": {
             16: Config(64, 128, 8, 3),
@@ -154,10 +154,10 @@ TABLE: dict[tuple[Target, Precision], Table] = {
     ("sm100", "half"): {
         "forward": {
             16: Config(128, 64, 8, 3),
-            32: Config(128, 64, 8, 3, descriptors=True),
+            32: Config(128, 64, 8, 3),
             64: Config(128, 32, 4, 3, descriptors=True),
             128: Config(128, 64, 8, 3, descriptors=True),
-            256: Config(128, 32, 8, 2, split=True, descriptors=True),
+            256: Config(128, 32, 8, 2, split=True),
         },
         "query_gradient": {
             16: Config(128, 64, 4, 2),
