@@ -1,4 +1,4 @@
-"""The command line's door: ``maskattn demo | infer | tissue | info | doctor``.
+"""The command line's door: ``maskattn demo | infer | explain | tissue | info | doctor``.
 
 The commands themselves are in :mod:`maskattn.commands`; this module only needs the standard library, so that it can say
 what to install where the extra ``slide`` is missing.

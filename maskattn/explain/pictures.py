@@ -1,0 +1,97 @@
+"""Figures of explanations: an image beside its attention and its class maps, each with its colour bar.
+
+The clipping to the 0.1 and 99.9 % quantiles is for the picture only. No pyplot, hence no global state.
+
+Dimension key: M maps, H·W grid tokens, Y·X px.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from maskattn.shapes import Float, Shaped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_explanation", "draw_map"]
+
+_PANEL_INCH = 2.9
+_COLUMNS = 4
+_OPACITY = 0.65
+_LUMINANCE = (0.299, 0.587, 0.114)
+
+
+def draw_explanation(
+    image_YX3: Shaped[np.ndarray, "Y X 3"],
+    attention_HW: Float[Tensor, "H W"] | None,
+    maps: Mapping[str, Float[Tensor, "H W"]],
+    title: str = "",
+) -> Figure:
+    """A panel: the image, its attention map, and a signed map for each class.
+
+    Args:
+        image_YX3: (Y, X, 3) RGB, uint8 or float in [0, 1].
+        attention_HW: (H, W), at least 0; None: no attention panel.
+        maps: (H, W) signed relevance by the title it is to have; red speaks for it, blue against it.
+        title: of the whole figure.
+
+    Returns:
+        A matplotlib figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ValueError: the image is not (Y, X, 3).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if image_YX3.ndim != 3 or image_YX3.shape[2] != 3:
+        raise ValueError(f"the image must be (Y, X, 3) RGB, got shape {image_YX3.shape}")
+    count = 1 + (attention_HW is not None) + len(maps)
+    columns = min(_COLUMNS, count)
+    rows = -(-count // columns)
+    aspect = image_YX3.shape[0] / image_YX3.shape[1]
+    size = (_PANEL_INCH * columns + 0.3, (_PANEL_INCH * 0.82 * aspect + 0.45) * rows + (0.35 if title else 0.0))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes[0].imshow(image_YX3)
+    axes[0].set_title("input", fontsize=9)
+    named = {} if attention_HW is None else {"attention": attention_HW}
+    for axis, (name, values) in zip(axes[1:], {**named, **maps}.items(), strict=False):
+        draw_map(axis, image_YX3, values, signed=name in maps)
+        axis.set_title(name, fontsize=9, parse_math=False)
+    for place, axis in enumerate(axes):
+        axis.set_axis_off() if place >= count else axis.set(xticks=[], yticks=[])
+    if title:
+        figure.suptitle(title, fontsize=10, parse_math=False)
+    return figure
+
+
+def draw_map(axis: Any, image_YX3: np.ndarray, values_HW: Float[Tensor, "H W"], *, signed: bool) -> None:
+    """A map over the grey image, with a colour bar.
+
+    Args:
+        axis: a matplotlib axis.
+        image_YX3: (Y, X, 3) RGB, uint8 or float in [0, 1].
+        values_HW: (H, W).
+        signed: the scale is symmetric about 0 and diverges; else it starts at 0.
+    """
+    height, width = image_YX3.shape[:2]
+    extent = (0, width, height, 0)
+    grey = image_YX3 @ np.array(_LUMINANCE)
+    axis.imshow(grey, cmap="gray", vmin=0, vmax=255 if image_YX3.dtype == np.uint8 else 1, extent=extent)
+    values = values_HW.detach().double().cpu().numpy()
+    low, high = np.quantile(values, (0.001, 0.999))
+    reach = max(abs(low), abs(high)) or 1.0
+    scale = {"cmap": "RdBu_r", "vmin": -reach} if signed else {"cmap": "viridis", "vmin": 0}
+    drawn = axis.imshow(values, alpha=_OPACITY, interpolation="nearest", extent=extent, vmax=reach, **scale)
+    bar = axis.figure.colorbar(drawn, ax=axis, shrink=0.85, pad=0.02)
+    bar.solids.set_alpha(1)
+    bar.ax.tick_params(labelsize=7)
+    bar.formatter.set_powerlimits((-2, 3))
+    bar.ax.yaxis.get_offset_text().set_fontsize(7)

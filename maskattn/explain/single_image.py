@@ -1,0 +1,159 @@
+"""One image from a file, explained: what ``maskattn explain`` does.
+
+Dimension key: M maps, H·W grid tokens, Y·X px, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskattn.explain.attention_maps import AttentionMap
+from maskattn.explain.averaged_cdam import IntegratedCDAM, SmoothCDAM
+from maskattn.explain.cdam import CDAM
+from maskattn.explain.concepts import Concept
+from maskattn.explain.targets import select_scores
+from maskattn.nn.vit import VisionTransformer
+from maskattn.shapes import Bool, Float, UInt8
+
+__all__ = [
+    "METHODS",
+    "ImageExplanation",
+    "explain_image",
+    "normalisation_of",
+    "normalised",
+    "read_image",
+    "read_keep",
+    "size_for",
+]
+
+METHODS = {"cdam": CDAM, "smooth": SmoothCDAM, "integrated": IntegratedCDAM}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageExplanation:
+    """What was found in one image.
+
+    Attributes:
+        names: of the M targets.
+        scores_M: (M,), what the model gives for each: logits, or similarity to the concept.
+        maps_MHW: (M, H, W), signed relevance.
+        attention_HW: (H, W), the class token's row, mean over heads; None for models without a class token.
+    """
+
+    names: tuple[str, ...]
+    scores_M: Float[Tensor, "M"]
+    maps_MHW: Float[Tensor, "M H W"]
+    attention_HW: Float[Tensor, "H W"] | None
+
+
+def size_for(model: VisionTransformer, path: Path) -> tuple[int, int]:
+    """Height and width, in px, at which a model sees an image file.
+
+    The shorter side becomes the model's own, the longer one follows, rounded to tokens; models of
+    one size alone (dynamic_img_size=False) see the image distorted.
+    """
+    from PIL import Image
+
+    p = model.patch_embed.patch_size
+    own = model.grid_HW[0] * p, model.grid_HW[1] * p
+    if not model.dynamic_img_size:
+        return own
+    with Image.open(path) as image:
+        width, height = image.size
+    scale = min(own) / min(width, height)
+    return max(round(height * scale / p), 1) * p, max(round(width * scale / p), 1) * p
+
+
+def read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "Y X 3"]:
+    """An image file as RGB of this height and width.
+
+    Raises:
+        OSError: the file is not there or no image.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:
+        resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def read_keep(path: Path, grid_HW: tuple[int, int]) -> Bool[Tensor, "1 H W"]:
+    """A mask file as tokens: those of whose area some is not black.
+
+    Raises:
+        OSError: the file is not there or no image.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:
+        mask = np.asarray(image.convert("L")) > 0
+    rows, columns = (np.arange(n) * size // n for n, size in zip(grid_HW, mask.shape, strict=True))
+    return torch.from_numpy(np.logical_or.reduceat(np.logical_or.reduceat(mask, rows, 0), columns, 1))[None]
+
+
+def normalisation_of(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixels that a model was trained with: timm's word for its own, else ImageNet's.
+
+    Args:
+        source: what :func:`maskattn.nn.checkpoints.load_vit` was given.
+    """
+    if source.startswith("timm:"):
+        import timm
+
+        own = timm.get_pretrained_cfg(source.removeprefix("timm:"))
+        if own is not None:
+            return tuple(own.mean), tuple(own.std)
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def normalised(image_YX3: UInt8[np.ndarray, "Y X 3"], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(1, 3, Y, X) float: pixels in [0, 1], less ``mean``, over ``std``."""
+    pixels = torch.from_numpy(image_YX3.copy()).permute(2, 0, 1)[None].float() / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def explain_image(
+    model: VisionTransformer,
+    inputs: Float[Tensor, "1 3 Y X"],
+    targets: Sequence[int] | Concept | None = None,
+    keep: Bool[Tensor, "1 H W"] | None = None,
+    method: str = "cdam",
+) -> ImageExplanation:
+    """Attention and class maps of one image.
+
+    Args:
+        model: in eval mode.
+        inputs: (1, 3, Y, X).
+        targets: class indices; a concept; None for the three classes with the largest logits.
+        keep: (1, H, W) bool, True = the token takes part; None keeps all.
+        method: a key of :data:`METHODS`.
+
+    Raises:
+        ValueError: there is no such method or class, or the model has no classes and there is no concept.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got method={method!r}")
+    if targets is None or not isinstance(targets, Concept):
+        if model.num_classes == 0:
+            raise ValueError("this model has no classes (num_classes=0); give example images of a concept instead")
+        with torch.no_grad():
+            logits = model(inputs, keep)
+        targets = logits[0].topk(min(3, model.num_classes)).indices.tolist() if targets is None else list(targets)
+        scores, names = select_scores(logits, targets)[0], tuple(f"class {c}" for c in targets)
+    else:
+        from maskattn.explain.packed_model import without_head
+
+        with torch.no_grad():
+            scores, names = targets(without_head(model)(inputs, keep)), ("concept",)
+    explainer = METHODS[method](model)
+    options = {"generator": torch.Generator().manual_seed(0)} if method == "smooth" else {}
+    maps = explainer.attribute(inputs, targets, keep, **options)
+    attention = None if model.cls_token is None else AttentionMap(model).attribute(inputs, keep)[0]
+    return ImageExplanation(names, scores, maps if isinstance(targets, Concept) else maps[0], attention)

@@ -1,0 +1,142 @@
+"""``maskattn explain``: a picture and scores of one image, and what its figures hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("typer")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
+
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from maskattn.commands import app
+from maskattn.explain import CDAM, AttentionMap, Concept, IntegratedCDAM
+from maskattn.explain.pictures import draw_explanation
+from maskattn.explain.single_image import explain_image, normalised, read_image, read_keep, size_for
+from maskattn.nn import VisionTransformer
+
+
+@pytest.fixture
+def vit() -> VisionTransformer:
+    model = VisionTransformer(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=5).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.fixture
+def weights(vit: VisionTransformer, tmp_path: Path) -> Path:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "vit.safetensors"
+    save_file(vit.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 140, 3), np.uint8)).save(path)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["explain", *map(str, arguments)])
+
+
+def test_the_command_writes_a_picture_and_prints_the_models_scores(vit, weights, photo, tmp_path):
+    out = tmp_path / "panel.png"
+    mean = ("--pixel-mean", 0.5, 0.5, 0.5, "--pixel-std", 0.5, 0.5, 0.5)
+    result = run(photo, "--model", weights, "--num-heads", 2, "--target", 3, "--target", 1, *mean, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    x = normalised(read_image(photo, (64, 112)), (0.5,) * 3, (0.5,) * 3)
+    logits = vit(x)[0]
+    assert result.stdout.splitlines()[:2] == [f"class {c}: {logits[c].item():.3g}" for c in (3, 1)]
+    with Image.open(out) as picture:
+        assert picture.size[0] > 800
+
+
+def test_the_command_takes_masks_concepts_and_the_other_methods(weights, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.tri(20, 30, dtype=np.uint8) * 255).save(mask)
+    for options in (("--keep", mask), ("--concept", photo), ("--method", "smooth"), ("--method", "integrated")):
+        result = run(photo, "--model", weights, "--num-heads", 2, *options)
+        assert result.exit_code == 0, result.stderr
+        assert (tmp_path / "photo_explained.png").exists()
+    assert len(result.stdout.splitlines()) == 4  # the three likeliest classes, and where the picture is
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "9"), "0 … 4"),
+        (("--method", "lime"), "method='lime'"),
+        (("--target", "1", "--concept", "PHOTO"), "give one of them"),
+    ],
+)
+def test_wrong_requests_are_one_line_and_leave_no_picture(weights, photo, tmp_path, options, message):
+    options = [photo if option == "PHOTO" else option for option in options]
+    result = run(photo, "--model", weights, "--num-heads", 2, *options, "--out", tmp_path / "panel.png")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "panel.png").exists()
+
+
+def test_an_explanation_holds_what_the_methods_give(vit):
+    x, keep = torch.randn(1, 3, 64, 64), torch.rand(1, 4, 4) > 0.3
+    found = explain_image(vit, x, [4, 0], keep)
+    assert found.names == ("class 4", "class 0")
+    assert torch.equal(found.maps_MHW, CDAM(vit).attribute(x, [4, 0], keep)[0])
+    assert torch.equal(found.attention_HW, AttentionMap(vit).attribute(x, keep)[0])
+    torch.testing.assert_close(found.scores_M, vit(x, keep)[0, [4, 0]].detach())
+    concept = Concept.from_images(vit, x)
+    found = explain_image(vit, x, concept, method="integrated")
+    assert torch.equal(found.maps_MHW, IntegratedCDAM(vit).attribute(x, concept))
+    best = explain_image(vit, x).names
+    assert best[0] == f"class {int(vit(x).argmax())}"
+
+
+def test_a_model_without_classes_asks_for_a_concept():
+    bare = VisionTransformer(img_size=32, embed_dim=32, depth=1, num_heads=2).eval()
+    with pytest.raises(ValueError, match="num_classes=0"):
+        explain_image(bare, torch.zeros(1, 3, 32, 32))
+
+
+def test_the_shorter_side_becomes_the_models_and_tokens_are_whole(vit, photo):
+    assert size_for(vit, photo) == (64, 112)
+    vit.dynamic_img_size = False
+    assert size_for(vit, photo) == (64, 64)
+
+
+def test_a_mask_keeps_tokens_that_are_not_all_black(tmp_path):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[9, 59] = 1
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    keep = read_keep(tmp_path / "mask.png", (4, 6))
+    assert keep.shape == (1, 4, 6)
+    assert keep[0].nonzero().tolist() == [[0, 5]]
+
+
+def test_the_figure_has_the_image_and_every_map_with_its_scale():
+    maps = {"class 1: 2": torch.tensor([[1.0, -3.0]]), "class 2: 1": torch.zeros(1, 2)}
+    figure = draw_explanation(np.zeros((16, 32, 3), np.uint8), torch.tensor([[0.2, 0.1]]), maps, "two")
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["input", "attention", "class 1: 2", "class 2: 1"]
+    drawn = {axis.get_title(): axis.images[-1] for axis in figure.axes if axis.get_title()}
+    assert drawn["attention"].get_clim()[0] == 0
+    low, high = drawn["class 1: 2"].get_clim()
+    assert low == -high
+    assert high == pytest.approx(3, rel=0.01)
+    assert len(figure.axes) == 4 + 3  # a colour bar for each map
+    with pytest.raises(ValueError, match=r"\(Y, X, 3\)"):
+        draw_explanation(np.zeros((16, 32), np.uint8), None, maps)
