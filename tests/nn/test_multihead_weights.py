@@ -71,7 +71,7 @@ def test_a_graph_holds_no_block_of_scores(monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         layer(x, x, x)
-    assert max(saved) < N * N / 4
+    assert sum(saved) < N * N  # the scores of one head
 
 
 @pytest.mark.parametrize("arguments", [{}, {"batch_first": False}, {"add_bias_kv": True, "add_zero_attn": True}])
