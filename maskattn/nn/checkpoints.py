@@ -131,7 +131,8 @@ def _load_timm(name: str, impl: str | None, arguments: dict[str, Any]) -> Vision
     try:
         model = timm.create_model(name, **{"pretrained": True, **arguments})
     except Exception as error:
-        raise _explained(error, name) from error
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        raise _explained(error, getattr(config, "hf_hub_id", None) or name) from error
     return from_timm(model, impl=impl)
 
 

@@ -101,12 +101,16 @@ def rotate(x_THD: Float[Tensor, "T H D"], rotation: tuple[Tensor, Tensor]) -> Fl
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THD.dtype)
 
 
-def alibi_slopes(num_heads: int) -> Float[Tensor, "H"]:
+def alibi_slopes(num_heads: int, like: Tensor) -> Float[Tensor, "H"]:
     """ALiBi's slope of each head (Press et al., arXiv 2108.12409): 2^(−8h/H), h = 1 … H, where H is a power of two.
 
     Other counts take the powers of two below, then every other slope of the next power.
+
+    Args:
+        num_heads: H.
+        like: a float tensor whose device and dtype they take, so that a bfloat16 model keeps them whole.
     """
     below = 2 ** int(math.log2(num_heads))
-    exponents = [8 * (h + 1) / below for h in range(below)]
-    exponents += [8 * (h + 1) / (2 * below) for h in range(0, 2 * (num_heads - below), 2)]
-    return 2.0 ** -torch.tensor(exponents)
+    exact = torch.arange(1, below + 1, device=like.device, dtype=like.dtype) * (8 / below)
+    between = (2 * torch.arange(num_heads - below, device=like.device, dtype=like.dtype) + 1) * (4 / below)
+    return torch.exp2(-torch.cat([exact, between]))

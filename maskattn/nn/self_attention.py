@@ -31,7 +31,6 @@ class AttentionOptions:
         scale_attn_norm: the output is normalised before the projection.
         norm_eps: ε of these norms.
         attn_drop_rate, proj_drop_rate: shares of weights, and of output features, dropped in training.
-        alibi: 2-D ALiBi, with the slopes of its paper.
         impl: implementation; None takes the best.
     """
 
@@ -42,14 +41,11 @@ class AttentionOptions:
     norm_eps: float = 1e-6
     attn_drop_rate: float = 0.0
     proj_drop_rate: float = 0.0
-    alibi: bool = False
     impl: str | None = None
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with timm's parameters ``qkv`` and ``proj``, over packed tokens."""
-
-    slopes: Tensor | None
 
     def __init__(self, dim: int, num_heads: int, options: AttentionOptions) -> None:
         super().__init__()
@@ -63,7 +59,6 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps) if options.scale_attn_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=options.proj_bias)
         self.proj_drop = nn.Dropout(options.proj_drop_rate)
-        self.register_buffer("slopes", alibi_slopes(num_heads) if options.alibi else None, persistent=False)
 
     @property
     def dropout_p(self) -> float:
@@ -83,8 +78,8 @@ class Attention(nn.Module):
             k,
             v,
             *(packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen),
-            coords=None if self.slopes is None else tokens.coords_T2,
-            slopes=self.slopes,
+            coords=tokens.coords_T2,
+            slopes=None if tokens.coords_T2 is None else alibi_slopes(self.num_heads, tokens.coords_T2),
             dropout_p=self.dropout_p,
             impl=self.impl,
         )

@@ -147,7 +147,6 @@ class VisionTransformer(nn.Module):
             norm_eps=norm_eps,
             attn_drop_rate=attn_drop_rate,
             proj_drop_rate=proj_drop_rate,
-            alibi=pos_embed == "alibi",
             impl=impl,
         )
         options = BlockOptions(attention, mlp_ratio, mlp_layer, act_layer, scale_mlp_norm, init_values)
@@ -300,15 +299,15 @@ class VisionTransformer(nn.Module):
         self, packing: Packing, grid_HW: tuple[int, int], dtype: torch.dtype
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """ALiBi's coordinates (T, 2) and rotary positions' cosines and sines (T, D/2) of grid tokens, or None."""
+        if self.position_kind not in ("alibi", "rotary"):
+            return None, None
         row_T, column_T = rows_and_columns(packing, grid_HW)
+        dtype = torch.promote_types(dtype, torch.float32)
         if self.position_kind == "alibi":
-            return torch.stack([row_T, column_T], dim=1).float(), None
-        if self.position_kind == "rotary":
-            width = self.embed_dim // self.last_block.attn.num_heads
-            angles = rotary_angles(row_T, column_T, grid_HW, width, self.rope_theta)
-            angles = angles.to(torch.promote_types(dtype, torch.float32))
-            return None, (angles.cos(), angles.sin())
-        return None, None
+            return torch.stack([row_T, column_T], dim=1).to(dtype), None
+        width = self.embed_dim // self.last_block.attn.num_heads
+        angles = rotary_angles(row_T, column_T, grid_HW, width, self.rope_theta).to(dtype)
+        return None, (angles.cos(), angles.sin())
 
     def _positions(self, grid_HW: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Prefix tokens with their positions (1, P, C), and the grid's positions (1, N, C)."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from maskattn.nn import VisionTransformer, from_timm, from_transformers
 
-__all__ = ["FAMILIES", "Family", "Size", "timm_vit"]
+__all__ = ["FAMILIES", "TIMM", "TRANSFORMERS", "Family", "Size", "timm_vit"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from families import FAMILIES, TRANSFORMERS, Family, Size, timm_vit
+from families import FAMILIES, TIMM, TRANSFORMERS, Family, Size, timm_vit
 
 from maskattn.explain import CDAM, AttentionMap
 from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
@@ -58,6 +58,20 @@ def test_masked_is_the_original_run_on_the_kept_tokens_alone(family):
     expected, got = kept_outputs(family, theirs, x, keep), ours(x, keep)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(pull_back(got, x), pull_back(expected, x))
+
+
+@pytest.mark.parametrize("family", TIMM, ids=lambda family: family.name)
+def test_every_parameter_of_a_timm_model_has_timms_gradient(family):
+    theirs, ours = random_pair(family)
+    x, keep = sample()
+    expected, got = kept_outputs(family, theirs, x, keep), ours(x, keep)
+    weights = torch.linspace(-1, 1, got.numel(), dtype=got.dtype).view_as(got)
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    of_ours = dict(ours.named_parameters())
+    assert of_ours.keys() == dict(theirs.named_parameters()).keys()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(of_ours[name].grad, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @families
@@ -226,3 +240,33 @@ def test_what_transformers_has_and_ours_has_not_is_refused_by_name():
         from_transformers(transformers.ViTModel(dropout).train())
     with pytest.raises(TypeError, match="for a name use"):
         from_transformers("owkin/phikon")
+
+
+TRANSFORMERS_4 = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
+FIRST_NAMES = {
+    "ViT": {"layers.": "encoder.layer.", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", **TRANSFORMERS_4},
+    "DINOv2, SwiGLU": TRANSFORMERS_4,
+}
+
+
+@pytest.mark.parametrize("name", FIRST_NAMES)
+def test_the_names_of_transformers_4_are_known(name, monkeypatch):
+    family = next(family for family in TRANSFORMERS if family.name == f"transformers {name}")
+    theirs, ours = random_pair(family)
+    state = {}
+    for key, x in theirs.state_dict().items():
+        for new, old in FIRST_NAMES[name].items():
+            key = key.replace(new, old)
+        state[key] = x
+    for key in [key for key in state if "mlp.gate_proj" in key]:
+        up = state.pop(key.replace("gate_proj", "up_proj"))
+        state[key.replace("gate_proj", "weights_in")] = torch.cat([state.pop(key), up])
+    state = {key.replace("down_proj", "weights_out"): x for key, x in state.items()}
+    monkeypatch.setattr(theirs, "state_dict", lambda: state)
+    x, keep = sample()
+    torch.testing.assert_close(from_transformers(theirs)(x, keep), ours(x, keep))

@@ -335,9 +335,18 @@ def test_sine_positions_are_absolute_and_rows_come_first():
 
 
 def test_alibi_slopes_of_counts_that_are_no_power_of_two():
-    torch.testing.assert_close(alibi_slopes(8), 2.0 ** -torch.arange(1.0, 9.0))
+    like = torch.zeros(())
+    torch.testing.assert_close(alibi_slopes(8, like), 2.0 ** -torch.arange(1.0, 9.0))
     below, between = 2.0 ** -torch.arange(1.0, 9.0), 2.0 ** -torch.tensor([0.5, 1.5, 2.5, 3.5])
-    torch.testing.assert_close(alibi_slopes(12), torch.cat([below, between]))
+    torch.testing.assert_close(alibi_slopes(12, like), torch.cat([below, between]))
+
+
+def test_a_bfloat16_model_keeps_its_places_in_float32():
+    model, x, keep = random_vit(pos_embed="alibi", num_heads=12), images(), random_keep(3, 4, 4)
+    exact = model(x, keep)
+    tokens = model.bfloat16().embed(x.bfloat16(), keep)
+    assert tokens.coords_T2.dtype == torch.float32
+    assert (model(x.bfloat16(), keep) - exact).abs().max() / exact.abs().max() < 32 * torch.finfo(torch.bfloat16).eps
 
 
 def test_a_model_of_one_image_size_refuses_others():

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from maskattn.nn.blocks import Block
-from maskattn.nn.positions import alibi_slopes
 from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["UnsupportedModelError", "build", "refuse"]
@@ -72,11 +71,6 @@ def build(
     first = next(iter(state.values()))
     model = model.to(first.dtype).to_empty(device=first.device)
     model.load_state_dict(dict(state))
-    for block in model.blocks:
-        # The one buffer that no state dict holds.
-        slopes = cast(Block, block).attn.slopes
-        if slopes is not None:
-            slopes.copy_(alibi_slopes(len(slopes)))
     for block, share in zip(model.blocks, drop_paths, strict=bool(drop_paths)):
         for drop_path in (cast(Block, block).drop_path1, cast(Block, block).drop_path2):
             drop_path.share = share
