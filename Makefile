@@ -1,6 +1,7 @@
 # make demo    a fresh synthetic slide through the bundled model: prediction and heat maps
 # make test    the whole suite; the Triton kernels in the interpreter, in a process of their own
 # make check   format, lint, types
+# make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers
 # make bench   pytest-benchmark suites; the slower figures have scripts of their own under bench/
 # Everything is installed into .venv from constraints.txt.
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sanitize clean
 
 demo: .venv/slide.installed
 	$(BIN)/maskattn demo --out demo_out
@@ -25,6 +26,9 @@ check: .venv/dev.installed
 
 bench: .venv/dev.installed
 	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+
+sanitize:
+	$(MAKE) -f csrc/tests/Makefile
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

@@ -91,7 +91,10 @@ std::vector<std::int32_t> checked_starts(const Arguments& arguments, const char*
     const Array array = arguments.array(name, value, std::vector<Dtype>{Dtype::int32}, 1);
     const std::string called = name;
     if (array.shape[0] == 0) arguments.refuse(called + " of shape (B + 1,)", "no element", "start it with a 0");
+    if (array.shape[0] > most_rows)
+        arguments.refuse("at most 2147483646 sequences", called + ".shape=" + text_of(array.shape), "split the call");
     std::vector<std::int32_t> starts;
+    starts.reserve(static_cast<std::size_t>(array.shape[0]));
     for (std::ptrdiff_t i = 0; i < array.shape[0]; ++i)
         starts.push_back(static_cast<const std::int32_t*>(array.data)[i * array.strides[0]]);
     const auto place = [&](std::size_t i) {
@@ -125,7 +128,8 @@ void check_sizes(const Arguments& arguments, const Sizes& n) {
     if (n.head_width < 16 || n.head_width > 256 || n.head_width % 8 != 0)
         arguments.refuse("a head width D of 16 to 256 in steps of 8", "D=" + std::to_string(n.head_width),
                          "pad q, k and v with zeros");
-    if (n.queries > most_rows || n.keys > most_rows || (n.heads > 0 && n.batch > most_rows / n.heads))
+    if (n.queries > most_rows || n.keys > most_rows || n.batch > most_rows || n.heads > most_rows ||
+        n.batch * n.heads > most_rows)
         arguments.refuse("at most 2147483647 rows of a tensor, and as many heads of all sequences",
                          text_of({n.batch, n.heads, n.queries, n.keys}) + " sequences, heads, queries and keys",
                          "split the call");

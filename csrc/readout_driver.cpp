@@ -16,7 +16,7 @@ constexpr std::size_t wave_words = std::size_t{64} << 18;  // 64 MiB of packed g
 constexpr std::int64_t relevance_run_keys = 4 * tile_keys;
 
 std::int64_t keys_of_run(const Readout& a, std::int64_t keys) {
-    const std::int64_t key_bytes = std::int64_t{2} * a.heads * a.head_width * (a.bfloat16 ? 2 : 4);
+    const std::int64_t key_bytes = std::int64_t{2} * std::max(a.heads, 1) * a.head_width * (a.bfloat16 ? 2 : 4);
     const std::int64_t tiles = std::max(parts(run_bytes, key_bytes * tile_keys), parts(keys, most_runs * tile_keys));
     return tiles * tile_keys;
 }

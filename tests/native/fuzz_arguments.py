@@ -1,0 +1,287 @@
+"""Call every binding of the extension with wrong arguments: each call must return or raise a Python exception.
+
+Run as a process of its own by ``test_native_arguments.py``, so that a crash is seen: ``python fuzz_arguments.py
+EXTENSION SEED CALLS``. The last line it prints names the call that it did not survive.
+
+Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head width,
+K classes.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib.util
+import os
+import resource
+import sys
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+Call = dict[str, Any]
+
+MEMORY = 4 * 2**30  # more than any right call here takes: what asks for it gets a MemoryError
+SIZES = (0, 1, 2, 3, 7)
+HEAD_WIDTHS = (16, 24, 40, 64)
+
+
+def rows(rng: Random, half: bool, *shape: int) -> np.ndarray:
+    """Rows of q, k or v; bfloat16 as its bits."""
+    values = np.random.default_rng(rng.getrandbits(32)).standard_normal(shape, np.float32)
+    return (values.view(np.uint32) >> 16).astype(np.uint16) if half else values
+
+
+def floats(rng: Random, *shape: int) -> np.ndarray:
+    return rows(rng, False, *shape)
+
+
+def starts_of(rng: Random, sequences: int, total: int) -> np.ndarray:
+    inner = sorted(rng.randint(0, total) for _ in range(sequences - 1))
+    return np.array([0, *inner, total] if sequences else [0], np.int32)
+
+
+def terms(rng: Random, bias: tuple[int, ...], places_q: tuple[int, ...], places_k: tuple[int, ...], H: int) -> Call:
+    given: Call = {"threads": rng.choice([0, 1, 3]), "instruction_set": ""}
+    if rng.random() < 0.5:
+        given["key_bias"] = floats(rng, *(bias[:1] if rng.random() < 0.5 and len(bias) == 2 else bias))
+    if rng.random() < 0.5:
+        given |= {"coords_q": floats(rng, *places_q), "coords_k": floats(rng, *places_k), "slopes": floats(rng, H)}
+    return given
+
+
+def gradient_terms(rng: Random, given: Call) -> Call:
+    pairs = (("dbias", "key_bias"), ("dslopes", "slopes"))
+    return {name: np.empty_like(given[of]) for name, of in pairs if of in given and rng.random() < 0.8}
+
+
+def packed(rng: Random, backward: bool) -> Call:
+    half, D, H, B = rng.random() < 0.5, rng.choice(HEAD_WIDTHS), rng.choice(SIZES), rng.choice(SIZES[1:])
+    Tq, Tk = rng.choice((0, 1, 5, 99)), rng.choice((0, 1, 5, 70, 300))
+    q, k, v = rows(rng, half, Tq, H, D), rows(rng, half, Tk, H, D), rows(rng, half, Tk, H, D)
+    lengths = {"cu_seqlens_q": starts_of(rng, B, Tq), "cu_seqlens_k": starts_of(rng, B, Tk)}
+    given = terms(rng, (Tk, H), (Tq, 2), (Tk, 2), H)
+    call = {"q": q, "k": k, "v": v, **lengths, "out": np.empty_like(q), "lse": np.empty((H, Tq), np.float32)}
+    return finish(rng, call, given, backward)
+
+
+def masked(rng: Random, backward: bool) -> Call:
+    half, D, H, B = rng.random() < 0.5, rng.choice(HEAD_WIDTHS), rng.choice(SIZES), rng.choice(SIZES)
+    N, skip = rng.choice((0, 1, 5, 99)), rng.random() < 0.5
+    Nq = N if skip else rng.choice((0, 1, 33))
+    q, k, v = rows(rng, half, B, H, Nq, D), rows(rng, half, B, H, N, D), rows(rng, half, B, H, N, D)
+    keep = np.random.default_rng(rng.getrandbits(32)).random((B, N)) < 0.5
+    given = terms(rng, (B, H, N), (B, Nq, 2), (B, N, 2), H) | {"skip_queries": skip}
+    call = {"q": q, "k": k, "v": v, "keep": keep, "out": np.empty_like(q), "lse": np.empty((B, H, Nq), np.float32)}
+    return finish(rng, call, given, backward)
+
+
+def readout(rng: Random, backward: bool) -> Call:
+    half, D, H, B = rng.random() < 0.5, rng.choice(HEAD_WIDTHS), rng.choice(SIZES), rng.choice(SIZES[1:])
+    R, T = rng.choice((1, 2, 16)), rng.choice((0, 1, 5, 99, 300))
+    q, k, v = rows(rng, half, B, R, H, D), rows(rng, half, T, H, D), rows(rng, half, T, H, D)
+    given = terms(rng, (T, H), (B, R, 2), (T, 2), H)
+    call = {"q": q, "k": k, "v": v, "cu_seqlens": starts_of(rng, B, T)}
+    call |= {"out": np.empty_like(q), "lse": np.empty((B, R, H), np.float32)}
+    if rng.random() < 0.5:
+        given["grad_rows" if backward else "rows"] = floats(rng, R, H, T)
+    return finish(rng, call, given, backward)
+
+
+def finish(rng: Random, call: Call, given: Call, backward: bool) -> Call:
+    """What both passes take, and the gradients of the backward pass."""
+    if backward:
+        grads = {f"d{name}": np.empty_like(call[name]) for name in "qkv"}
+        call |= {"grad_out": rows(rng, call["q"].dtype == np.uint16, *call["q"].shape), **grads}
+        call["lse"] = floats(rng, *call["lse"].shape)
+        given |= gradient_terms(rng, given)
+        if rng.random() < 0.5:
+            given["grad_lse"] = floats(rng, *call["lse"].shape)
+    return call | {"scale": 0.3} | given
+
+
+def relevance(rng: Random) -> Call:
+    call = readout(rng, False)
+    call.pop("rows", None)
+    K, half = rng.choice((0, 1, 5, 70)), call["q"].dtype == np.uint16
+    origins = (call["k"].shape, call["k"].shape[1:])
+    for name in ("key_origin", "value_origin"):
+        if rng.random() < 0.5:
+            call[name] = rows(rng, half, *rng.choice(origins))
+    grads = rows(rng, half, K, *call["q"].shape)
+    return call | {"grad_out": grads, "relevance": np.empty((K, call["k"].shape[0]), np.float32)}
+
+
+def coverage(rng: Random) -> Call:
+    mask = np.random.default_rng(rng.getrandbits(32)).random((9, 7)) < 0.5
+    sizes = {"token_w_lv0": 2.5, "token_h_lv0": 3.0, "rows": 3, "cols": 4, "threads": rng.choice([0, 1, 3])}
+    return {"mask": mask, "px_lv0_x": 1.0, "px_lv0_y": 1.0, "origin_x_lv0": -1.0, "origin_y_lv0": 0.5, **sizes}
+
+
+MAKERS: dict[str, Callable[[Random], Call]] = {
+    "attention_forward": lambda rng: packed(rng, False),
+    "attention_backward": lambda rng: packed(rng, True),
+    "masked_attention_forward": lambda rng: masked(rng, False),
+    "masked_attention_backward": lambda rng: masked(rng, True),
+    "readout_forward": lambda rng: readout(rng, False),
+    "readout_backward": lambda rng: readout(rng, True),
+    "token_relevance": relevance,
+    "token_coverage": coverage,
+}
+
+SCALARS = (None, "x", -1, 0, 1.5, 2**31, 2**63, -(2**40), float("nan"), float("inf"), -1e308, [], np.zeros(2))
+NAMES = ("avx9", "portable", "avx2", "avx512", "\0", "ü", None, 3, b"avx2")
+
+
+def with_other_type(rng: Random, x: np.ndarray) -> Any:
+    dtype = rng.choice(["f8", "f2", ">f4", "f4", "u2", ">u2", "i4", "i8", ">i4", "?", "O", "c8", "S3", "M8[s]", "u1"])
+    choices = [None, x.tolist(), "array", 7, memoryview(np.ascontiguousarray(x)), np.zeros(x.shape, dtype)]
+    return rng.choice([choices[-1], *choices])
+
+
+def with_other_shape(rng: Random, x: np.ndarray) -> np.ndarray:
+    axis = rng.randrange(x.ndim)
+    shape = list(x.shape)
+    shape[axis] = rng.choice([0, 1, shape[axis] + 1, max(shape[axis] - 1, 0), 17, 264, 8, 513])
+    choices = [
+        x[None],
+        x.reshape(-1),
+        x.sum(axis, dtype=x.dtype),
+        x.T.copy(),
+        np.resize(x, shape),
+        x.reshape(*x.shape, 1),
+    ]
+    return rng.choice(choices)
+
+
+def with_huge_shape(rng: Random, x: np.ndarray) -> np.ndarray:
+    """An axis of no stride that is as long as can be, or a long one beside an empty one."""
+    shape, strides = list(x.shape), list(x.strides)
+    axis = rng.randrange(x.ndim)
+    shape[axis], strides[axis] = rng.choice([2**31 - 1, 2**31, 2**33, 2**40]), 0
+    try:
+        return (
+            as_strided(x, shape, strides)
+            if x.size
+            else np.empty([0, *shape[1:]] if axis else shape[:1] + [0] * (x.ndim - 1), x.dtype)
+        )
+    except (ValueError, MemoryError):
+        return x
+
+
+def with_other_strides(rng: Random, x: np.ndarray) -> np.ndarray:
+    """The same shape and dtype."""
+    axis = rng.randrange(x.ndim)
+    flat = [n * rng.choice([1, 2, 3]) for n in x.shape]
+    wide = np.zeros(flat, x.dtype)[
+        tuple(slice(None, None, a // n if n else 1) for a, n in zip(flat, x.shape, strict=True))
+    ]
+    backwards = np.flip(x, axis)
+    still = as_strided(x, x.shape, [0 if a == axis else s for a, s in enumerate(x.strides)])
+    bytes_ = np.zeros(x.nbytes + 8, np.uint8)
+    between = np.ndarray(x.shape, x.dtype, bytes_.data, offset=1) if x.dtype != object else x
+    far = as_strided(x, x.shape, [s if n > 1 else 2**62 for n, s in zip(x.shape, x.strides, strict=True)])
+    frozen = x.copy()
+    frozen.setflags(write=False)
+    return rng.choice([wide, backwards, still, between, far, frozen, np.asfortranarray(x)])
+
+
+def with_other_values(rng: Random, x: np.ndarray) -> np.ndarray:
+    x = x.copy()
+    if x.dtype == np.int32:
+        values: list[Any] = [-1, 2**31 - 1, -(2**31), 5, 10**6]
+    elif x.dtype == np.uint16:
+        values = [0x7FC0, 0x7F80, 0xFF80, 0x7F7F, 0xFFFF]
+    else:
+        values = [np.nan, np.inf, -np.inf, 3e38, 1e-45] if x.dtype == np.float32 else [0, 1]
+    if x.size and rng.random() < 0.3:
+        x[...] = rng.choice(values)
+    for _ in range(rng.choice([1, 5])):
+        if x.size:
+            x[tuple(rng.randrange(n) for n in x.shape)] = rng.choice(values)
+    return x
+
+
+ARRAYS = (with_other_type, with_other_shape, with_huge_shape, with_other_strides, with_other_values, with_other_values)
+
+
+def spoil(rng: Random, call: Call) -> Call:
+    """Change one to three arguments, drop one or add one."""
+    call = dict(call)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        name = rng.choice(sorted(call))
+        value = call[name]
+        if isinstance(value, np.ndarray) and value.size > 10**7:
+            continue  # as long as can be already
+        if rng.random() < 0.03:
+            del call[name]
+        elif isinstance(value, np.ndarray) and value.ndim:
+            call[name] = rng.choice(ARRAYS)(rng, value)
+        else:
+            call[name] = rng.choice(NAMES if name == "instruction_set" else SCALARS)
+        if not call:
+            break
+    return call
+
+
+def described(call: Call) -> str:
+    def one(x: Any) -> str:
+        return f"{x.dtype}{x.shape}/{x.strides}" if isinstance(x, np.ndarray) else repr(x)[:40]
+
+    return ", ".join(f"{name}={one(value)}" for name, value in call.items())
+
+
+def huge_and_empty(native: Any) -> None:
+    """Sizes whose products overflow, of arrays without an element."""
+    for huge in (2**31, 2**33, 2**40, 2**50):
+        for half in (np.float32, np.uint16):
+            q, row = np.empty((0, 2, huge, 16), half), np.empty((0, huge, 16), half)
+            lse, starts = np.empty((0, 2, huge), np.float32), np.zeros(1, np.int32)
+            wide = np.empty((huge, 0, 0, 16), half)
+            for name, arguments in {
+                "readout_forward": (q, row, row, starts, q.copy(), lse, 1.0),
+                "attention_forward": (row, row, row, starts, starts, row.copy(), np.empty((huge, 0), np.float32), 1.0),
+                "masked_attention_forward": (
+                    *(wide, wide, wide, np.empty((huge, 0), bool), wide.copy()),
+                    *(np.empty((huge, 0, 0), np.float32), 1.0),
+                ),
+            }.items():
+                attempt(native, name, dict(enumerate(arguments)), positional=True)
+
+
+def attempt(native: Any, name: str, call: Call, positional: bool = False) -> bool:
+    os.write(1, f"\n{name}({described({str(key): value for key, value in call.items()})})".encode())
+    try:
+        getattr(native, name)(*call.values()) if positional else getattr(native, name)(**call)
+    except (TypeError, ValueError, MemoryError):
+        return False
+    return True
+
+
+def main() -> None:
+    path, seed, calls = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    spec = importlib.util.spec_from_file_location("maskattn._native", path)
+    assert spec is not None
+    assert spec.loader is not None
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+    bindings = {name for name in dir(native) if not name.startswith("_")} - {"instruction_sets"}
+    assert bindings == set(MAKERS), f"not covered or gone: {bindings ^ set(MAKERS)}"
+    rng = Random(seed)
+    huge_and_empty(native)
+    refused = 0
+    for number in range(calls):
+        name = sorted(MAKERS)[number % len(MAKERS)]
+        call = MAKERS[name](rng)
+        assert attempt(native, name, call), "a right call was refused"
+        refused += not attempt(native, name, spoil(rng, call))
+    assert refused > calls // 3, f"{refused} of {calls} wrong calls were refused: the fuzzer is too tame"
+    os.write(1, b"\nsurvived\n")
+
+
+if __name__ == "__main__":
+    main()
