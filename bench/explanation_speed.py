@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from evidence_table import write_section
 from torch import Tensor
 
 from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM
@@ -194,13 +195,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds that one call may take")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--page", type=Path, help="write the table into this page, e.g. docs/evidence.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    parts = [f"A ViT of width {arguments.width} and depth {arguments.depth}, one image, {arguments.device}."]
     for classes in arguments.classes:
         results, left_out = run(arguments.tokens, classes, arguments)
-        print(f"\n{table(results, classes)}\n")
+        parts.append(table(results, classes))
         if left_out:
-            print(f"Left out, over {arguments.limit:g} s: {'; '.join(left_out)}.\n")
+            parts.append(f"Left out, over {arguments.limit:g} s: {'; '.join(left_out)}.")
+    text = "\n\n".join(parts)
+    print(text)
+    if arguments.page is not None:
+        write_section(arguments.page, "speed", text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""The scripts behind docs/evidence.md: their data are what they say, their contenders compute the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for module in ("cv2", "sklearn", "captum", "matplotlib"):
+    pytest.importorskip(module)
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+
+from evidence_digits import TRAINING_DIGITS, compose, load_glyphs, new_model  # noqa: E402 (bench/ must be on the path first)
+from evidence_slides import GRID, IMAGE_PX, draw  # noqa: E402 (likewise)
+from evidence_table import Row, markdown_table, mean_and_error, write_section  # noqa: E402 (likewise)
+from explanation_speed import backward_a_class, measure  # noqa: E402 (likewise)
+from explanation_speed import new_model as new_square_model  # noqa: E402 (likewise)
+from explanations import judge  # noqa: E402 (likewise)
+
+from maskattn.explain import CDAM  # noqa: E402 (likewise)
+
+
+def test_scenes_hold_two_different_digits_in_their_halves_and_repeat_by_seed():
+    glyphs, labels = load_glyphs()
+    scenes = compose(glyphs[TRAINING_DIGITS:], labels[TRAINING_DIGITS:], 30, seed=3)
+    assert (scenes.classes_B2[:, 0] != scenes.classes_B2[:, 1]).all()
+    assert scenes.areas_B2HW.flatten(2).any(2).all()
+    assert not scenes.areas_B2HW[:, 0, :, 6:].any()
+    assert not scenes.areas_B2HW[:, 1, :, :6].any()
+    again = compose(glyphs[TRAINING_DIGITS:], labels[TRAINING_DIGITS:], 30, seed=3)
+    assert torch.equal(scenes.images_BIXY, again.images_BIXY)
+
+
+def test_strokes_lie_on_tokens_of_glass_alone():
+    for seed in range(4):
+        clean, marked, keep, lesion, label = draw(seed)
+        changed = (clean != marked).any(axis=0).reshape(GRID, IMAGE_PX // GRID, GRID, IMAGE_PX // GRID).any(axis=(1, 3))
+        assert changed.any()
+        assert not (changed & keep).any()
+        assert not (lesion & ~keep).any()
+        assert lesion.any() == bool(label)
+
+
+def test_all_methods_are_judged_and_the_table_marks_the_best():
+    glyphs, labels = load_glyphs()
+    scenes = compose(glyphs, labels, 3, seed=0)
+    names = ["CDAM", "attention"]
+    rows, maps = judge(new_model(0), scenes.images_BIXY, scenes.classes_B2, scenes.areas_B2HW, names=names)
+    assert [row.name for row in rows] == [*names, "random"]
+    assert maps["CDAM"].shape == (3, 2, 8, 12)
+    assert all(values.shape == (3,) for row in rows for values in row.values.values())
+    assert rows[1].values["two-object contrast"].abs().max() < 1e-6  # attention knows no class
+    assert rows[1].values["class correlation"].min() > 1 - 1e-6
+    table = markdown_table(rows, ("box",), ("class",))
+    assert table.count("**") == 2 * 2
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_means_leave_out_what_is_not_finite():
+    mean, error = mean_and_error(torch.tensor([1.0, 3.0, float("nan")]))
+    assert (mean, error) == (2.0, pytest.approx(1.0))
+    row = Row("one", {"m": torch.tensor([float("nan")])})
+    assert "nan" in markdown_table([row])
+
+
+def test_a_measured_part_of_a_page_is_replaced_and_the_rest_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n<!-- measured: a -->\nold\n<!-- end -->\n\nTail\n")
+    write_section(page, "a", "new")
+    write_section(page, "b", "more")
+    text = page.read_text()
+    assert "old" not in text
+    assert text.index("new") < text.index("Tail") < text.index("more")
+
+
+def test_a_full_backward_for_each_class_gives_cdams_map():
+    model = new_square_model(classes=3, width=64, depth=2, side=4, device="cpu")
+    x = torch.randn(1, 1, 8, 8)
+    theirs = backward_a_class(model, x, range(3))[:, 1:].view(1, 3, 4, 4)
+    torch.testing.assert_close(CDAM(model).attribute(x, "all"), theirs)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_memory_of_a_call_is_seen():
+    seconds, mebibytes = measure(lambda: torch.ones(2**24).sum(), "cpu")
+    assert seconds > 0
+    assert 60 < mebibytes < 100
