@@ -30,6 +30,7 @@ __all__ = [
     "bias_argument",
     "constant_arguments",
     "dropout_argument",
+    "known_strides",
     "places_argument",
     "row_values_argument",
     "slopes_argument",
@@ -134,19 +135,24 @@ class Queries(NamedTuple):
 ABSENT = Tokens(None, 0, 0, 0)
 
 
+def known_strides(*strides: int) -> tuple[Any, ...]:
+    """The strides, those of 0 (no such dimension, or one that is shared) known when a kernel is compiled."""
+    return tuple(tl.constexpr(0) if stride == 0 else stride for stride in strides)
+
+
 def tokens_argument(x: Tensor) -> Tokens:
     """Of a packed (T, H, D) or a dense (B, H, N, D) tensor."""
-    return Tokens(x, *strides_bht(x))
+    return Tokens(x, *known_strides(*strides_bht(x)))
 
 
 def row_values_argument(x: Tensor | None) -> RowValues:
     """Of a contiguous (H, Tq) or (B, H, Nq) tensor."""
-    return RowValues(None, 0, 0) if x is None else RowValues(x, *lse_strides_bh(x))
+    return RowValues(None, 0, 0) if x is None else RowValues(x, *known_strides(*lse_strides_bh(x)))
 
 
 def bias_argument(key_bias: Tensor | None, packed: bool) -> Tokens:
     """Of a key bias: (Tk,) or (Tk, H) of packed tensors, (B, N) or (B, H, N) of dense ones."""
-    return Tokens(key_bias, *bias_strides_bht(key_bias, packed))
+    return Tokens(key_bias, *known_strides(*bias_strides_bht(key_bias, packed)))
 
 
 def places_argument(coords: Tensor | None) -> Places:
@@ -155,7 +161,11 @@ def places_argument(coords: Tensor | None) -> Places:
         return Places(None, 0, 0, 0)
     if coords.stride(-2) * MAX_BLOCK >= 2**31:
         coords = coords.contiguous()
-    return Places(coords, *((0, *coords.stride()) if coords.ndim == 2 else coords.stride()))
+    stride_b = 0 if coords.ndim == 2 else coords.stride(0)
+    if coords.stride()[-2:] == (2, 1):
+        # As nearly all coordinates lie, so these strides need not be arguments.
+        return Places(coords, known_strides(stride_b)[0], tl.constexpr(2), 1)
+    return Places(coords, *known_strides(stride_b, *coords.stride()[-2:]))
 
 
 def slopes_argument(options: Options) -> Tensor | None:

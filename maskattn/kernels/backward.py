@@ -29,6 +29,7 @@ from maskattn.kernels.arguments import (
     bias_argument,
     constant_arguments,
     dropout_argument,
+    known_strides,
     places_argument,
     row_values_argument,
     slopes_argument,
@@ -188,4 +189,4 @@ def _dbias_argument(dbias: Tensor | None) -> Tokens:
     """Of a (H, Tk) or (B, H, N) tensor."""
     if dbias is None:
         return ABSENT
-    return Tokens(dbias, *((0, *dbias.stride()) if dbias.ndim == 2 else dbias.stride()))
+    return Tokens(dbias, *known_strides(*((0, *dbias.stride()) if dbias.ndim == 2 else dbias.stride())))
