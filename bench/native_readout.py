@@ -1,7 +1,8 @@
-"""The C++ readout and token relevance beside the machine's copy bandwidth and torch: ``python bench/native_readout.py``.
+"""The C++ readout and token relevance beside what the machine copies and torch: ``python bench/native_readout.py``.
 
-All that is compared runs in turn, round after round, in one process; medians are printed. "of copy" is the traffic that
-an operation needs (K and V once; dk and dv once) over its time, as a share of what copying that much memory reaches.
+All that is compared runs in turn, round after round, in one process, and medians are printed, each as GB/s of the
+traffic that the operation needs (K and V once; K, V, dk and dv once backward) and as a ratio to the first row's. With
+one thread it is CPU time, which others on the machine disturb less.
 
 Dimension key: B sequences, T tokens, R readout queries, H heads, D head width, K classes.
 """
@@ -13,24 +14,32 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from maskattn.attention import native, reference
+from maskattn import _native
+from maskattn.attention import reference
 from maskattn.options import Options
 
 Calls = dict[str, tuple[Callable[[], object], float]]
 
 
 def medians(calls: Calls, rounds: int) -> dict[str, float]:
-    """Seconds of each call, all called once a round."""
+    """Seconds of each call, all called once a round; the first round warms up."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for name, (call, _) in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def array(x: Tensor) -> np.ndarray:
+    """The same memory; bfloat16 as its bits."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def composite(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -41,55 +50,73 @@ def composite(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor
 
 
 def readout_calls(T: int, R: int, H: int, D: int, dtype: torch.dtype) -> Calls:
+    """Outputs are allocated once, so that the system's making of fresh pages is in no row but torch's."""
     q, k, v = (torch.randn(shape).to(dtype) for shape in ((1, R, H, D), (T, H, D), (T, H, D)))
-    starts, options = torch.tensor([0, T], dtype=torch.int32), Options(D**-0.5)
-    once = 2.0 * k.numel() * k.element_size()
-    out, lse, _ = native.readout_forward(q, k, v, starts, T, options, True, False)
-    grad = torch.randn_like(out)
+    out, lse, rows, into = torch.empty_like(q), torch.empty(1, R, H), torch.empty(R, H, T), torch.empty_like(k)
+    grad, *grads = (torch.randn_like(x) for x in (q, q, k, v))
+    starts, options = np.array([0, T], np.int32), Options(D**-0.5)
+    inputs, results, how = (
+        [array(x) for x in (q, k, v)],
+        (array(out), lse.numpy()),
+        {"threads": torch.get_num_threads()},
+    )
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    into = torch.empty_like(k)
+    once = 2.0 * k.numel() * k.element_size()
 
-    def torch_both() -> object:
-        return torch.autograd.grad(composite(*leaves, options)[0], leaves, grad[0])
+    def forward(**also: np.ndarray) -> None:
+        _native.readout_forward(*inputs, starts, *results, options.scale, **also, **how)
 
-    def ours_both() -> object:
-        out, lse, _ = native.readout_forward(q, k, v, starts, T, options, True, False)
-        return native.readout_backward(grad, None, None, q, k, v, out, lse, starts, T, options)
+    def backward() -> None:
+        _native.readout_backward(
+            *(array(grad), *inputs, *results, starts, *(array(x) for x in grads), options.scale), **how
+        )
 
+    forward()
     return {
         "copy": (lambda: into.copy_(k), once),
-        "read": (lambda: k.view(torch.int32).flatten()[: k.numel() * k.element_size() // 4].sum(), once / 2),
-        "ours forward": (lambda: native.readout_forward(q, k, v, starts, T, options, True, False), once),
-        "ours forward, rows": (lambda: native.readout_forward(q, k, v, starts, T, options, True, True), once),
-        "torch forward": (lambda: composite(q, k, v, options), once),
-        "ours both": (ours_both, 3 * once),
-        "torch both": (torch_both, 3 * once),
+        "ours, forward": (forward, once),
+        "ours, forward with rows": (lambda: forward(rows=rows.numpy()), once),
+        "torch, forward": (lambda: composite(q, k, v, options), once),
+        "ours, backward": (backward, 2 * once),
+        "torch, both": (lambda: torch.autograd.grad(composite(*leaves, options)[0], leaves, grad[0]), 3 * once),
     }
 
 
 def relevance_calls(T: int, R: int, H: int, D: int, K: int, dtype: torch.dtype) -> Calls:
+    """For many classes the rows count operations instead, beside torch's matrix product in float32."""
     q, k, v = (torch.randn(shape).to(dtype) for shape in ((1, R, H, D), (T, H, D), (T, H, D)))
-    g = torch.randn(K, 1, R, H, D).to(dtype)
-    starts, options = torch.tensor([0, T], dtype=torch.int32), Options(D**-0.5)
-    out, lse, _ = native.readout_forward(q, k, v, starts, T, options, True, False)
-    left, right, into = torch.randn(2000, H * D), torch.randn(H * D, 2000), torch.empty_like(k)
-    product = 2.0 * T * R * H * D * K
+    g, into, result = torch.randn(K, 1, R, H, D).to(dtype), torch.empty_like(k), torch.empty(K, T)
+    out, lse = torch.empty_like(q), torch.empty(1, R, H)
+    starts, options = np.array([0, T], np.int32), Options(D**-0.5)
+    inputs, results, how = (
+        [array(x) for x in (q, k, v)],
+        (array(out), lse.numpy()),
+        {"threads": torch.get_num_threads()},
+    )
+    _native.readout_forward(*inputs, starts, *results, options.scale, **how)
+    left, right = torch.randn(1000, H * D), torch.randn(H * D, 1000)
+    once, product = 2.0 * k.numel() * k.element_size(), 2.0 * T * R * H * D * K
 
-    def ours() -> Tensor:
-        return native.token_relevance(q, k, v, out, lse, g, None, None, starts, T, options)
+    def ours() -> None:
+        _native.token_relevance(*inputs, *results, array(g), starts, result.numpy(), options.scale, **how)
 
-    return {
-        "copy": (lambda: into.copy_(k), 2.0 * k.numel() * k.element_size()),
-        "matrix product, float32": (lambda: left @ right, 2.0 * 2000 * 2000 * H * D),
-        "ours": (ours, product if K > 100 else 2.0 * k.numel() * k.element_size()),
-        "torch": (lambda: reference.token_relevance(q, k, v, g, None, None, starts, options), product),
-    }
+    def composed() -> Tensor:
+        return reference.token_relevance(q, k, v, g, None, None, torch.from_numpy(starts), options)
+
+    compute = K >= 100
+    first = (lambda: left @ right, 2e6 * H * D) if compute else (lambda: into.copy_(k), once)
+    work = product if compute else once
+    return {"matrix product" if compute else "copy": first, "ours": (ours, work), "torch": (composed, work)}
 
 
 def show(title: str, calls: Calls, rounds: int) -> None:
+    """Print a row for each call."""
     print(f"\n{title}")
-    for name, seconds in medians(calls, rounds).items():
-        print(f"  {name:26} {1e3 * seconds:9.2f} ms {calls[name][1] / seconds / 1e9:8.1f} GB/s or GFLOP/s")
+    seconds = medians(calls, rounds)
+    speeds = {name: calls[name][1] / seconds[name] / 1e9 for name in calls}
+    unit, first = ("GB/s" if "copy" in calls else "GFLOP/s"), next(iter(speeds.values()))
+    for name, speed in speeds.items():
+        print(f"  {name:26} {1e3 * seconds[name]:9.2f} ms {speed:8.1f} {unit} {speed / first:6.2f}")
 
 
 def main() -> None:
