@@ -207,3 +207,16 @@ def test_layer_groups_are_timms(variant):
     assert all(group["lr"] == 2.0 * group["lr_scale"] for group in ours)
     with pytest.raises(ValueError, match="layer_decay must lie in"):
         layer_groups(model, lr=1.0, layer_decay=0.0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_from_the_packed_tokens_on_a_model_is_one_graph(variant):
+    model, (x, keep, _) = random_vit(**variant), batch()
+    tokens = model.embed(x, keep)
+
+    def predict(rows_TC: Tensor) -> Tensor:
+        return model.predict(model.before_last_block(tokens.with_rows(rows_TC)))
+
+    compiled = torch.compile(predict, backend="aot_eager", fullgraph=True)
+    rows = tokens.rows_TC.detach()
+    torch.testing.assert_close(compiled(rows), predict(rows))
