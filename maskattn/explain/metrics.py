@@ -78,7 +78,7 @@ def removal_curves(
         maps_BHW: (B, H, W), the relevance to be judged.
         target: one score of each image; a function must treat each row of the output for itself.
         keep: (B, H·W) or (B, H, W) bool; background takes no part in the order.
-        perturbation: "drop", "blur" or "mean".
+        perturbation: "drop", "blur" or "mean"; the last two need finite pixels on background too.
         steps: Q − 1, equal steps of the share removed.
         internal_batch_size: perturbed images in the model at a time.
 

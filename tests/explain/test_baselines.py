@@ -139,3 +139,16 @@ def test_alibi_is_refused_where_it_is_not_known():
     model, (x, keep) = random_vit(pos_embed="alibi"), sample()
     with pytest.raises(ValueError, match="alibi"):
         AttentionRollout(model).attribute(x, 0, keep)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_images_without_tissue_and_poisoned_background_do_no_harm(name):
+    model, (x, keep) = random_vit(), sample()
+    keep[0] = False
+    background = ~keep.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].expand_as(x)
+    with torch.inference_mode():
+        maps = QUICK[name](model).attribute(x, 1, keep)
+    assert (maps[0] == 0).all()
+    assert (maps[1] != 0).any()
+    if name not in ("integrated gradients", "smoothgrad"):  # these compute with all pixels
+        assert torch.equal(QUICK[name](model).attribute(x.masked_fill(background, torch.nan), 1, keep), maps)
