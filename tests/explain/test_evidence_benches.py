@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 from evidence_digits import TRAINING_DIGITS, compose, load_glyphs, new_model  # noqa: E402 (bench/ must be on the path first)
 from evidence_slides import GRID, IMAGE_PX, draw  # noqa: E402 (likewise)
 from evidence_table import Row, markdown_table, mean_and_error, write_section  # noqa: E402 (likewise)
-from explanation_speed import backward_a_class, measure  # noqa: E402 (likewise)
+from explanation_speed import autograd_of_the_row, backward_a_class, measure  # noqa: E402 (likewise)
 from explanation_speed import new_model as new_square_model  # noqa: E402 (likewise)
 from explanations import judge  # noqa: E402 (likewise)
 
@@ -81,6 +81,9 @@ def test_a_full_backward_for_each_class_gives_cdams_map():
     theirs = backward_a_class(model, x, range(3))[:, 1:].view(1, 3, 4, 4)
     torch.testing.assert_close(CDAM(model).attribute(x, "all"), theirs)
     assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        tokens = model.before_last_block(model.embed(x))
+    torch.testing.assert_close(autograd_of_the_row(model, tokens)[:, 1:].view(1, 3, 4, 4), theirs)
 
 
 def test_memory_of_a_call_is_seen():
