@@ -93,7 +93,7 @@ TABLE: dict[tuple[Target, Precision], Table] = {
         "query_gradient": {
             16: Config(64, 32, 8, 1),
             32: Config(32, 32, 4, 1),
-            64: Config(64, 32, 8, 1, split=True),
+            64: Config(32, 32, 4, 1, split=True),
             128: Config(16, 32, 8, 1, split=True),
             256: Config(32, 16, 8, 1),
         },
@@ -163,15 +163,15 @@ TABLE: dict[tuple[Target, Precision], Table] = {
             16: Config(128, 64, 4, 2),
             32: Config(128, 64, 8, 2, descriptors=True),
             64: Config(128, 64, 4, 2, split=True, descriptors=True),
-            128: Config(128, 64, 4, 2, split=True, descriptors=True),
-            256: Config(128, 32, 8, 1, split=True, descriptors=True),
+            128: Config(128, 64, 4, 2, split=True),
+            256: Config(128, 32, 8, 1, split=True),
         },
         "key_gradient": {
             16: Config(64, 128, 8, 2),
             32: Config(64, 128, 8, 2, descriptors=True),
             64: Config(64, 128, 8, 2, descriptors=True),
             128: Config(64, 128, 8, 2, split=True, descriptors=True),
-            256: Config(32, 64, 8, 1, split=True, descriptors=True),
+            256: Config(32, 64, 8, 1, split=True),
         },
     },
     ("sm100", "single"): {

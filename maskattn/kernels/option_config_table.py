@@ -59,7 +59,7 @@ TABLE_WITH_OPTIONS: dict[tuple[Target, Precision], Table] = {
         "key_gradient": {
             64: Config(16, 64, 8, 2, split=True),
             128: Config(16, 64, 8, 2),
-            256: Config(16, 32, 8, 1),
+            256: Config(16, 16, 8, 1),
         },
     },
     ("sm86", "single"): {
