@@ -179,26 +179,21 @@ def run(
 
 
 def table(results: dict[int, dict[str, Measured]], classes: int) -> str:
-    """Markdown: a row for each length, ours and theirs in pairs, and how many times as long and as large theirs is."""
-    heads = ["tokens", *(f"{ours} | {theirs} | time ×, memory ×" for ours, theirs in PAIRS)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * (1 + 3 * len(PAIRS)) + "|"]
-    for tokens, found in results.items():
-        cells = [str(tokens)]
-        for pair in PAIRS:
-            ours, theirs = (found.get(name) for name in pair)
-            cells += [_cell(ours), _cell(theirs)]
-            known = ours is not None and theirs is not None
-            cells.append(
-                f"{theirs.seconds / ours.seconds:.1f}×, {theirs.mebibytes / max(ours.mebibytes, 1):.1f}×"
-                if known
-                else "left out"
-            )
-        lines.append(f"| {' | '.join(cells)} |")
-    return f"{classes} classes; seconds and extra MiB\n\n" + "\n".join(lines)
+    """Markdown: a row for each pair and length, and how many times as long and as large theirs is."""
+    lines = ["| ours | theirs | tokens | ours | theirs | time | memory |", "|---" * 7 + "|"]
+    for ours, theirs in PAIRS:
+        for tokens, found in results.items():
+            one, other = found.get(ours), found.get(theirs)
+            ratios = ["–", "–"]
+            if one is not None and other is not None:
+                memory = f"{other.mebibytes / one.mebibytes:.1f}×" if one.mebibytes >= 1 else "–"
+                ratios = [f"{other.seconds / one.seconds:.1f}×", memory]
+            lines.append(f"| {' | '.join([ours, theirs, str(tokens), _cell(one), _cell(other), *ratios])} |")
+    return f"{classes} classes; seconds and extra MiB:\n\n" + "\n".join(lines)
 
 
 def _cell(one: Measured | None) -> str:
-    return "–" if one is None else f"{one.seconds:.3g} s, {one.mebibytes:.0f} MiB"
+    return "left out" if one is None else f"{one.seconds:.3g} s, {one.mebibytes:.0f} MiB"
 
 
 def main() -> None:
