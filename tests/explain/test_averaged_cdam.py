@@ -19,7 +19,7 @@ from maskattn.explain.token_scores import (
 )
 from maskattn.nn import VisionTransformer
 
-MODELS = [{}, {"reg_tokens": 2, "init_values": 0.3}, {"pos_embed": "rotary", "embed_dim": 24}, {"qk_norm": True}]
+MODELS = [{}, {"reg_tokens": 2, "init_values": 0.3}, {"pos_embed": "rotary"}, {"qk_norm": True}, {"pos_embed": "alibi"}]
 POOLED = [{"global_pool": "avg"}, {"global_pool": "token_avg"}, {"global_pool": "map"}]
 
 
