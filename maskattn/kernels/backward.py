@@ -40,11 +40,11 @@ from maskattn.kernels.configs import choose
 from maskattn.kernels.descriptors import describable, launch
 from maskattn.kernels.key_gradient import key_gradient_kernel
 from maskattn.kernels.query_gradient import query_gradient_kernel
-from maskattn.kernels.rows import Rows, kept_rows, packed_sides, readable, whole_rows
+from maskattn.kernels.rows import Rows, packed_sides, readable
 from maskattn.kernels.schedule import plan_work
 from maskattn.options import Gradients, Options, Sequences
 
-__all__ = ["masked_backward", "packed_backward"]
+__all__ = ["completed", "differentiate", "packed_backward"]
 
 
 def packed_backward(
@@ -77,50 +77,15 @@ def packed_backward(
         shape = k.shape[:2] if per_head else (k.shape[1], k.shape[0])
         dbias = torch.empty(shape, dtype=torch.float32, device=k.device)
         dbias_HT = dbias.T if per_head else dbias
-    dslopes = _launch_backward(
+    dslopes = differentiate(
         grad_out, grad_lse, q, k, v, out, lse, *packed_sides(sequences, q, k), options, grads, dbias_HT
     )
     if dbias_HT is not None:
         dbias_HT = dbias_HT.T if per_head else dbias_HT.sum(0)
-    return _completed(grads, options, dbias_HT, dslopes)
+    return completed(grads, options, dbias_HT, dslopes)
 
 
-def masked_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    keep: Tensor,
-    skip_queries: bool,
-    options: Options,
-) -> Gradients:
-    """Gradients of :func:`maskattn.kernels.forward.masked_forward`; those of background tokens are 0.
-
-    Args:
-        grad_out: (B, H, Nq, D), any strides.
-        grad_lse: (B, H, Nq) or None for zeros.
-        q, k, v, keep, skip_queries, options: what forward was given.
-        out, lse: what forward returned.
-
-    Returns:
-        Contiguous gradients.
-    """
-    grads = Gradients(*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
-    k_rows = kept_rows(keep)
-    q_rows = k_rows if skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
-    dbias_BHN = None
-    if options.key_bias is not None:
-        dbias_BHN = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
-    dslopes = _launch_backward(grad_out, grad_lse, q, k, v, out, lse, q_rows, k_rows, options, grads, dbias_BHN)
-    if dbias_BHN is not None and options.key_bias is not None and options.key_bias.ndim == 2:
-        dbias_BHN = dbias_BHN.sum(1)
-    return _completed(grads, options, dbias_BHN, dslopes)
-
-
-def _completed(grads: Gradients, options: Options, dbias: Tensor | None, dslopes: Tensor | None) -> Gradients:
+def completed(grads: Gradients, options: Options, dbias: Tensor | None, dslopes: Tensor | None) -> Gradients:
     """With the gradients of the options, summed in float32, in their dtypes."""
     if dbias is not None and options.key_bias is not None:
         grads = replace(grads, key_bias=dbias.to(options.key_bias.dtype))
@@ -129,7 +94,7 @@ def _completed(grads: Gradients, options: Options, dbias: Tensor | None, dslopes
     return grads
 
 
-def _launch_backward(
+def differentiate(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,

@@ -37,7 +37,7 @@ from maskattn.kernels.parts import (
     store_parts,
     zeros_parts,
 )
-from maskattn.kernels.rows import Rows, kept_rows, packed_sides, readable, whole_rows
+from maskattn.kernels.rows import Rows, packed_sides, readable
 from maskattn.kernels.schedule import find_work, plan_work
 from maskattn.kernels.scores import (
     distances,
@@ -59,7 +59,7 @@ from maskattn.kernels.tiles import (
 )
 from maskattn.options import Options, Sequences
 
-__all__ = ["forward_kernel", "masked_forward", "packed_forward"]
+__all__ = ["attend", "forward_kernel", "packed_forward"]
 
 
 @triton.jit
@@ -208,34 +208,11 @@ def packed_forward(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, option
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    _launch_forward(q, k, v, options, out, lse, *packed_sides(sequences, q, k))
+    attend(q, k, v, options, out, lse, *packed_sides(sequences, q, k))
     return out, lse
 
 
-def masked_forward(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, options: Options
-) -> tuple[Tensor, Tensor]:
-    """Attention over the kept tokens of dense tensors, read where they lie.
-
-    Args:
-        q: (B, H, Nq, D), any strides.
-        k, v: (B, H, N, D).
-        keep: (B, N) bool, True = the token takes part.
-        skip_queries: background queries give out 0 and lse −inf (then Nq = N); otherwise every query attends.
-        options: of dense tensors.
-
-    Returns:
-        out (B, H, Nq, D) in q's dtype and lse (B, H, Nq) float32.
-    """
-    k_rows = kept_rows(keep)
-    q_rows = k_rows if skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
-    _launch_forward(q, k, v, options, out, lse, q_rows, k_rows)
-    return out, lse
-
-
-def _launch_forward(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -245,7 +222,7 @@ def _launch_forward(
     q_rows: Rows,
     k_rows: Rows,
 ) -> None:
-    """Fill ``out`` and ``lse``."""
+    """Fill ``out`` and ``lse`` where there are rows; shapes as of packed or of dense tensors."""
     scale = options.scale
     if scale < 0:
         # The kernel takes the maximum before it scales.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskattn.kernels import forward
+from maskattn.kernels import forward, masked
 from maskattn.kernels import readout as readout_kernels
-from maskattn.kernels.backward import masked_backward, packed_backward
+from maskattn.kernels.backward import packed_backward
+from maskattn.kernels.masked import masked_backward
 from maskattn.kernels.readout_gradient import readout_backward
 from maskattn.kernels.relevance import token_relevance
 from maskattn.options import Options, Sequences
@@ -36,7 +37,7 @@ def masked_forward(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, options: Options, need_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """out and lse, which costs nothing here."""
-    return forward.masked_forward(q, k, v, keep, skip_queries, options)
+    return masked.masked_forward(q, k, v, keep, skip_queries, options)
 
 
 def readout_forward(

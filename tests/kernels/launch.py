@@ -10,9 +10,10 @@ from oracles import Inputs, Results, cu_seqlens, named
 from torch import Tensor
 
 from maskattn.kernels import backward, forward
-from maskattn.kernels.backward import masked_backward, packed_backward
+from maskattn.kernels.backward import packed_backward
 from maskattn.kernels.configs import Config
-from maskattn.kernels.forward import masked_forward, packed_forward
+from maskattn.kernels.forward import packed_forward
+from maskattn.kernels.masked import masked_backward, masked_forward
 from maskattn.options import Sequences
 
 
