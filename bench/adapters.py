@@ -84,7 +84,8 @@ def parity_table(families: list[Family]) -> str:
         "## Parity",
         "",
         "Largest difference of the output, and of the gradient of a random functional with respect to the pixels, over "
-        "the original's largest value. Masked: half of the tokens, against the original run on the kept tokens alone.",
+        "the original's largest value. Masked: half of the tokens, against the original run on the kept tokens alone. "
+        "DINOv3's angles are float32 in both.",
         "",
         "| model | output, all kept | gradient, all kept | output, masked | gradient, masked | output, masked, fp32 |",
         "|---|---|---|---|---|---|",

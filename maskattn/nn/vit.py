@@ -115,19 +115,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"global_pool={global_pool!r} reads the class token, got class_token=False; use global_pool='avg'"
             )
-        if embed_dim % num_heads:
-            raise ValueError(f"num_heads must divide embed_dim, got embed_dim={embed_dim}, num_heads={num_heads}")
-        if pos_embed in ("sine", "rotary") and (embed_dim if pos_embed == "sine" else embed_dim // num_heads) % 4:
-            raise ValueError(
-                f"pos_embed={pos_embed!r} needs a width that is a multiple of 4 (embed_dim for sines, the head's for "
-                f"rotations), got embed_dim={embed_dim}, num_heads={num_heads}"
-            )
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if depth < 1 or height % patch_size or width % patch_size or min(height, width) < patch_size:
-            raise ValueError(
-                "depth must be at least 1 and img_size a multiple of patch_size, got "
-                f"depth={depth}, img_size={img_size}, patch_size={patch_size}"
-            )
+        _check_width(embed_dim, num_heads, pos_embed)
+        grid_HW = _grid_of(img_size, patch_size, depth)
         self.global_pool = global_pool
         self.num_classes = num_classes
         self.embed_dim = embed_dim
@@ -136,7 +125,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed_resample = pos_embed_resample
         self.rope_theta = rope_theta
         self.dynamic_img_size = dynamic_img_size
-        self.grid_HW = (height // patch_size, width // patch_size)
+        self.grid_HW = grid_HW
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.grad_checkpointing = False
         attention = AttentionOptions(
@@ -154,7 +143,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbedding(patch_size, in_chans, embed_dim, bias=not pre_norm, act=embed_act)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
-        positions = self.grid_HW[0] * self.grid_HW[1] + (0 if no_embed_class else self.num_prefix_tokens)
+        positions = grid_HW[0] * grid_HW[1] + (0 if no_embed_class else self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim)) if pos_embed == "learn" else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
@@ -364,6 +353,26 @@ def _mean_of_grid(tokens: PackedTokens) -> Float[Tensor, "B C"]:
     sums = unpack(tokens.rows_TC, tokens.packing)[:, tokens.num_prefix :].sum(dim=1)
     counts = (tokens.packing.cu_seqlens.diff() - tokens.num_prefix).clamp(min=1)  # an empty image pools to 0
     return sums / counts[:, None]
+
+
+def _check_width(embed_dim: int, num_heads: int, pos_embed: str) -> None:
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads must divide embed_dim, got embed_dim={embed_dim}, num_heads={num_heads}")
+    if pos_embed in ("sine", "rotary") and (embed_dim if pos_embed == "sine" else embed_dim // num_heads) % 4:
+        raise ValueError(
+            f"pos_embed={pos_embed!r} needs a width that is a multiple of 4 (embed_dim for sines, the head's for "
+            f"rotations), got embed_dim={embed_dim}, num_heads={num_heads}"
+        )
+
+
+def _grid_of(img_size: int | tuple[int, int], patch_size: int, depth: int) -> tuple[int, int]:
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if depth < 1 or height % patch_size or width % patch_size or min(height, width) < patch_size:
+        raise ValueError(
+            "depth must be at least 1 and img_size a multiple of patch_size, got "
+            f"depth={depth}, img_size={img_size}, patch_size={patch_size}"
+        )
+    return height // patch_size, width // patch_size
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -184,6 +184,27 @@ def test_a_model_that_gives_all_tokens_gives_them_at_their_places():
         CDAM(ours).attribute(x, 0, keep)
 
 
+@pytest.mark.parametrize("name", ["ViT", "DINOv2 with registers", "DINOv3-ViT"])
+def test_encoders_of_transformers_may_be_pooled_otherwise(name):
+    family = next(family for family in TRANSFORMERS if family.name == f"transformers {name}")
+    theirs, _ = random_pair(family)
+    x = sample()[0]
+    tokens, prefix = theirs(x).last_hidden_state, 1 + getattr(theirs.config, "num_register_tokens", 0)
+    mean = tokens[:, prefix:].mean(dim=1)
+    torch.testing.assert_close(from_transformers(theirs, global_pool="avg")(x), mean)
+    torch.testing.assert_close(
+        from_transformers(theirs, global_pool="token_avg")(x), torch.cat([tokens[:, 0], mean], dim=1)
+    )
+    torch.testing.assert_close(from_transformers(theirs, global_pool="")(x), tokens)
+    torch.testing.assert_close(from_transformers(theirs).forward_features(x), tokens)
+
+
+def test_a_classifier_of_transformers_keeps_its_pool():
+    family = next(family for family in TRANSFORMERS if family.name == "transformers ViT, classifier")
+    with pytest.raises(ValueError, match="it has a classifier"):
+        from_transformers(family.original(Size()), global_pool="avg")
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "part"),
     [

@@ -58,7 +58,9 @@ _OUTSIDE = {
 _LEFT_OUT = re.compile(r"^(?:embeddings\.mask_token|pooler\.|rope_embeddings\.)")
 
 
-def from_transformers(model: nn.Module, *, impl: str | None = None) -> VisionTransformer:
+def from_transformers(
+    model: nn.Module, *, global_pool: str | None = None, impl: str | None = None
+) -> VisionTransformer:
     """Turn a transformers encoder into ours, with the same outputs in eval mode.
 
     Without a classifier its output is the class token after the last norm, ``last_hidden_state[:, 0]``, or for I-JEPA,
@@ -69,6 +71,8 @@ def from_transformers(model: nn.Module, *, impl: str | None = None) -> VisionTra
     Args:
         model: ViT, DINOv2, DINOv2 with registers, DINOv3-ViT or I-JEPA, with or without its ``ForImageClassification``
             head.
+        global_pool: for an encoder without a classifier, another feature than its own: "token", "avg" (mean of the
+            patches), "token_avg" or "" (every token).
         impl: implementation of the attention; None takes the best.
 
     Raises:
@@ -93,6 +97,10 @@ def from_transformers(model: nn.Module, *, impl: str | None = None) -> VisionTra
     if head is not None:
         state |= {f"head.{name}": x for name, x in head.state_dict().items()}
     arguments = _arguments(config, state, head)
+    if global_pool is not None:
+        if head is not None:
+            refuse(kind, [f"it has a classifier, trained on {arguments['global_pool']!r}, got {global_pool!r}"])
+        arguments["global_pool"] = global_pool
     if config.model_type == "dinov2_with_registers":
         # Registers come behind the positions: the class token takes its own along.
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
