@@ -176,3 +176,103 @@ def masked_attention_backward(
     instruction_set: str = "",
 ) -> None:
     """Gradients of masked_attention_forward, 0 for background rows; arguments as there and in attention_backward."""
+
+def readout_forward(
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    cu_seqlens: NDArray[np.int32],
+    out: Rows,
+    lse: Floats,
+    scale: float,
+    *,
+    rows: Floats | None = None,
+    key_bias: Floats | None = None,
+    coords_q: Floats | None = None,
+    coords_k: Floats | None = None,
+    slopes: Floats | None = None,
+    threads: int = 0,
+    instruction_set: str = "",
+) -> None:
+    """Attention of R queries of each sequence over its packed keys; K and V are read once.
+
+    Args:
+        q: (B, R, H, D), R from 1 to 16.
+        k, v: (T, H, D).
+        cu_seqlens: (B + 1,), from 0 to T, the key sequences.
+        out: (B, R, H, D), written; 0 where there is no key.
+        lse: (B, R, H), written; −inf where there is no key.
+        rows: (R, H, T), contiguous along T, written: the softmax weight of each token in the rows of its sequence.
+        key_bias: (T,) or (T, H).
+        coords_q, coords_k: (B, R, 2) and (T, 2).
+        scale, slopes, threads, instruction_set: as of attention_forward, whose errors are raised too.
+    """
+
+def readout_backward(
+    grad_out: Rows,
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    out: Rows,
+    lse: Floats,
+    cu_seqlens: NDArray[np.int32],
+    dq: Rows,
+    dk: Rows,
+    dv: Rows,
+    scale: float,
+    *,
+    grad_lse: Floats | None = None,
+    grad_rows: Floats | None = None,
+    key_bias: Floats | None = None,
+    dbias: Floats | None = None,
+    coords_q: Floats | None = None,
+    coords_k: Floats | None = None,
+    slopes: Floats | None = None,
+    dslopes: Floats | None = None,
+    threads: int = 0,
+    instruction_set: str = "",
+) -> None:
+    """Gradients of readout_forward.
+
+    Args:
+        grad_out: (B, R, H, D) of q's dtype.
+        grad_lse: (B, R, H); None for zeros.
+        grad_rows: (R, H, T), contiguous along T; None for zeros. With it K is read twice.
+        q, k, v, cu_seqlens, scale, key_bias, coords_q, coords_k, slopes: what forward was given.
+        out, lse: what forward wrote.
+        dq, dk, dv: like q, k and v, written.
+        dbias: like key_bias, written; None where it is not wanted.
+        dslopes: (H,), written; None where it is not wanted.
+        threads, instruction_set: as of attention_forward, whose errors are raised too.
+    """
+
+def token_relevance(
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    out: Rows,
+    lse: Floats,
+    grad_out: Rows,
+    cu_seqlens: NDArray[np.int32],
+    relevance: Floats,
+    scale: float,
+    *,
+    key_origin: Rows | None = None,
+    value_origin: Rows | None = None,
+    key_bias: Floats | None = None,
+    coords_q: Floats | None = None,
+    coords_k: Floats | None = None,
+    slopes: Floats | None = None,
+    threads: int = 0,
+    instruction_set: str = "",
+) -> None:
+    """Relevance of every token to every class; the specification is ``maskattn.attention.reference.token_relevance``.
+
+    Args:
+        q, k, v, cu_seqlens, scale, key_bias, coords_q, coords_k, slopes: what readout_forward was given.
+        out, lse: what it wrote.
+        grad_out: (K, B, R, H, D) of q's dtype, the gradient of each class's score.
+        relevance: (K, T), contiguous along T, written.
+        key_origin, value_origin: (H, D) or (T, H, D) of q's dtype; None for 0.
+        threads, instruction_set: as of attention_forward, whose errors are raised too.
+    """
