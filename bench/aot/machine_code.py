@@ -134,8 +134,12 @@ def _main_loop(
                 if not any(re.match(r"EXIT|RET|s_endpgm", each) for each in body):
                     loops.append(body)
 
+    # Multiply-adds of the lanes are products only where there are no others: distances have them too.
+    tensor = r"HGMMA|HMMA|UTC\w*MMA|v_mfma"
+    product = tensor if any(re.match(tensor, each) for each in instructions) else r"FFMA|v_(pk_)?fmac?_f32"
+
     def products(loop: list[str]) -> int:
-        return sum(1 for each in loop if re.match(r"HGMMA|HMMA|UTC\w*MMA|FFMA|v_mfma|v_(pk_)?fmac?_f32", each))
+        return sum(1 for each in loop if re.match(product, each))
 
     most = max(map(products, loops), default=0)
     return min((loop for loop in loops if 2 * products(loop) > most), key=len, default=[])

@@ -240,7 +240,7 @@ TABLE: dict[tuple[Target, Precision], Table] = {
             32: Config(32, 64, 4, 1),
             64: Config(32, 64, 4, 1, split=True),
             128: Config(16, 32, 4, 1, split=True),
-            256: Config(16, 16, 2, 1, split=True),
+            256: Config(16, 16, 4, 1, split=True),
         },
     },
 }
