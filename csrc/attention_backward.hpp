@@ -155,7 +155,8 @@ MASKATTN_INLINE void store_scores(const Probabilities& to, int q, int n, const F
     } else {
         const Words rounded = Arithmetic::round(ds[0], ds[1]);
         __builtin_memcpy(to.ds_left + (q * block_keys + n) / 2, &rounded, sizeof rounded / 2);
-        __builtin_memcpy(to.ds_left + ((q + 1) * block_keys + n) / 2, &rounded[lanes / 2], sizeof rounded / 2);
+        __builtin_memcpy(to.ds_left + ((q + 1) * block_keys + n) / 2,
+                         reinterpret_cast<const char*>(&rounded) + sizeof rounded / 2, sizeof rounded / 2);
         store(to.ds + q / 2 * block_keys + n, Arithmetic::pair_up(rounded));
         store(to.p + q / 2 * block_keys + n, Arithmetic::pair_up(Arithmetic::round(p[0], p[1])));
     }

@@ -28,10 +28,15 @@ MASKATTN_INLINE Element* place_of(const Strided<void>& x, std::int64_t sequence,
 // The next vector of a row, of which `left` elements are to come: a multiple of 8, as head widths are.
 template <class Element>
 MASKATTN_INLINE Floats load_next(const Element* row, int left) {
-    if (lanes <= 8 || left >= lanes) return load_floats(row, lanes);
-    Element eight[lanes] = {};
-    __builtin_memcpy(eight, row, 8 * sizeof *row);
-    return load_floats(eight, lanes);
+    if constexpr (lanes > 8) {
+        if (left < lanes) {
+            Element eight[lanes] = {};
+            __builtin_memcpy(eight, row, 8 * sizeof *row);
+            return load_floats(eight, lanes);
+        }
+    }
+    static_cast<void>(left);
+    return load_floats(row, lanes);
 }
 
 template <class Element>
