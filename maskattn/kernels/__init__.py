@@ -1,1 +1,1 @@
-"""Triton kernels, one operation per file; ``tiles.py`` holds what they share and ``configs.py`` their tile sizes."""
+"""Triton kernels, one operation per file; ``tiles.py`` and ``scores.py`` are shared, ``configs.py`` chooses."""
