@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from maskattn.nn import VisionTransformer, from_timm, from_transformers
 
-__all__ = ["FAMILIES", "TIMM", "TRANSFORMERS", "Family", "Size", "timm_vit"]
+__all__ = ["EVA", "FAMILIES", "TIMM", "TRANSFORMERS", "Family", "Size", "timm_eva", "timm_vit"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,27 @@ def _joined(model: Any, tokens: Tensor) -> Tensor:
 
 def _of_timm(name: str, build: Callable[..., nn.Module] = timm_vit, **arguments: Any) -> Family:
     return Family(f"timm {name}", partial(build, **arguments), from_timm, lambda model, x: model(x), _timm_kept)
+
+
+def timm_eva(size: Size, **arguments: Any) -> nn.Module:
+    import timm
+
+    common = {"img_size": size.img_size, "patch_size": size.patch_size, "embed_dim": size.dim}
+    common |= {"depth": size.depth, "num_heads": size.heads, "num_classes": size.classes}
+    return timm.create_model("vit_small_patch16_dinov3", **{**common, **arguments})
+
+
+def _eva_kept(model: Any, x: Tensor, keep_N: Tensor) -> Tensor:
+    tokens, rope = model._pos_embed(model.patch_embed(x))
+    prefix = torch.ones(model.num_prefix_tokens, dtype=torch.bool)
+    tokens = tokens[:, torch.cat([prefix, keep_N])]
+    for block in model.blocks:
+        tokens = block(tokens, rope=rope[keep_N])
+    return model.forward_head(model.norm(tokens))
+
+
+def _of_eva(name: str, **arguments: Any) -> Family:
+    return Family(f"timm {name}", partial(timm_eva, **arguments), from_timm, lambda model, x: model(x), _eva_kept)
 
 
 _VIRCHOW2 = Family(
@@ -184,4 +205,11 @@ TRANSFORMERS = [
     _of_hf("I-JEPA, classifier", "IJepa", _HEAD),
 ]
 
-FAMILIES = TIMM + TRANSFORMERS
+EVA = [
+    _of_eva("DINOv3, mean pool"),
+    _of_eva("DINOv3, class token", global_pool="token", qkv_bias=True),
+    _of_eva("DINOv3, gated, q/k norm", global_pool="token", swiglu_mlp=True, qk_norm=True),
+    _of_eva("DINOv3, aligned SwiGLU", global_pool="token", swiglu_mlp=True, swiglu_align_to=8, use_fc_norm=True),
+]
+
+FAMILIES = TIMM + EVA + TRANSFORMERS

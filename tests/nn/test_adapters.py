@@ -9,7 +9,7 @@ from torch import Tensor, nn
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from families import FAMILIES, TIMM, TRANSFORMERS, Family, Size, timm_vit
+from families import EVA, FAMILIES, TIMM, TRANSFORMERS, Family, Size, timm_eva, timm_vit
 
 from maskattn.explain import CDAM, AttentionMap
 from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
@@ -130,7 +130,7 @@ def test_background_pixels_are_never_read(family):
 
 
 @pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if "dynamic" in str(f.original)] + TRANSFORMERS, ids=lambda f: f.name
+    "family", [f for f in FAMILIES if "dynamic" in str(f.original)] + EVA + TRANSFORMERS, ids=lambda f: f.name
 )
 @pytest.mark.parametrize("shape", [(96, 96), (48, 80)])
 def test_other_image_sizes_resample_positions_as_the_original_does(family, shape):
@@ -165,6 +165,8 @@ def test_mode_frozen_parameters_and_dtype_are_taken_over_and_weights_are_copied(
     theirs.cls_token.requires_grad_(False)
     ours = from_timm(theirs)
     assert not ours.training
+    frozen = from_timm(timm_eva(Size(), qkv_bias=True).requires_grad_(False))
+    assert not any(p.requires_grad for p in frozen.parameters())
     assert ours.cls_token.dtype == torch.bfloat16
     assert not ours.cls_token.requires_grad
     assert ours.pos_embed.requires_grad
@@ -208,8 +210,15 @@ def test_a_classifier_of_transformers_keeps_its_pool():
 @pytest.mark.parametrize(
     ("name", "arguments", "part"),
     [
-        ("eva02_tiny_patch14_224", {}, "rotary or relative positions"),
-        ("vit_small_patch16_dinov3", {}, "DINOv3 converts from transformers"),
+        ("eva02_tiny_patch14_224", {}, "DINOv3's alone are known"),
+        ("vit_small_patch16_dinov3", {"global_pool": "map"}, "global_pool='map'"),
+        ("vit_small_patch16_dinov3", {"use_abs_pos_emb": True}, "learnt positions beside"),
+        ("vit_small_patch16_dinov3", {"rope_rotate_half": False}, "another grid or rotation"),
+        ("vit_small_patch16_dinov3", {"rope_rescale_coords": 2.0}, "moved at random"),
+        ("vit_small_patch16_dinov3", {"qkv_fused": False}, "separate q, k and v"),
+        ("vit_small_patch16_dinov3", {"use_post_norm": True}, "blocks or attention of another kind"),
+        ("vit_small_patch16_dinov3", {"use_pre_transformer_norm": True}, "norm before the blocks"),
+        ("vit_small_patch16_dinov3", {"patch_size": (16, 8)}, "not square"),
         ("deit_tiny_distilled_patch16_224", {}, "distillation tokens"),
         ("beit_base_patch16_224", {"depth": 1}, "only timm.models.VisionTransformer"),
         ("vit_tiny_patch16_224", {"global_pool": "max"}, "global_pool='max'"),

@@ -11,11 +11,11 @@ from typing import Any, cast
 from torch import nn
 
 from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.adapters.timm_dinov3 import dinov3_arguments, dinov3_state, own_name, unknown_in_dinov3
+from maskattn.nn.adapters.timm_parts import activation_of, mlp_layer_of
 from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["from_timm"]
-
-_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu", "SiLU": "silu"}
 
 
 def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | None = None) -> VisionTransformer:
@@ -25,14 +25,14 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
     True: other image sizes resample the position embedding, as timm does with that option.
 
     Args:
-        model: a ``timm.models.VisionTransformer``: class token or not, registers, LayerScale, SwiGLU, q/k norms,
-            pre-norm, any of the pools below, with and without a head.
+        model: a ``timm.models.VisionTransformer``, or DINOv3's ``Eva``: class token or not, registers, LayerScale,
+            SwiGLU, q/k norms, pre-norm, any of the pools below, with and without a head.
         global_pool: another pool than the model's: "token", "avg", "map", "token_avg" or ""; for backbones without a
             head, as Virchow2, whose users join class token and mean ("token_avg").
         impl: implementation of the attention; None takes the best.
 
     Raises:
-        UnsupportedModelError: a ValueError that names every part that ours has not (rotary or relative positions,
+        UnsupportedModelError: a ValueError that names every part that ours has not (other rotary or relative positions,
             distillation tokens, other blocks, norms or pools).
         TypeError: it is not a model at all.
 
@@ -46,29 +46,32 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
         raise TypeError(
             f"from_timm takes a timm model, got {type(model).__name__}; for a name use maskattn.nn.load_vit"
         )
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
     kind = type(model).__name__
-    if type(model) is not TimmVisionTransformer:
+    if type(model) not in (TimmVisionTransformer, Eva):
         refuse(
             kind,
             [
-                "only timm.models.VisionTransformer itself is known, without rotary or relative positions or "
-                "distillation tokens (DINOv3 converts from transformers)"
+                "only timm.models.VisionTransformer itself and DINOv3's Eva are known, without relative positions or "
+                "distillation tokens"
             ],
         )
-    refuse(kind, _unknown_parts(model))
-    arguments = _arguments(model)
+    if type(model) is Eva:
+        refuse(kind, unknown_in_dinov3(model))
+        arguments, state = dinov3_arguments(model), dinov3_state(model)
+    else:
+        refuse(kind, _unknown_parts(model))
+        arguments, state = _arguments(model), model.state_dict()
     if global_pool is not None:
         if not isinstance(model.head, nn.Identity):
             refuse(kind, [f"it has a head, trained on global_pool={model.global_pool!r}, got {global_pool!r}"])
         # A norm before the pooling stays there, as one behind it does.
         arguments = {**arguments, "global_pool": global_pool}
-    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    trains = {own_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
     shares = [getattr(block.drop_path1, "drop_prob", 0.0) for block in cast(Any, model).blocks]
-    return build(
-        kind, arguments, model.state_dict(), trains=trains, drop_paths=shares, training=model.training, impl=impl
-    )
+    return build(kind, arguments, state, trains=trains, drop_paths=shares, training=model.training, impl=impl)
 
 
 def _arguments(model: Any) -> dict[str, Any]:
@@ -103,8 +106,8 @@ def _arguments(model: Any) -> dict[str, Any]:
         "pos_drop_rate": model.pos_drop.p,
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,
-        "act_layer": _activation(block.mlp),
-        "mlp_layer": _mlp_layer(block.mlp),
+        "act_layer": activation_of(block.mlp),
+        "mlp_layer": mlp_layer_of(block.mlp),
         "norm_eps": next(m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)),
     }
 
@@ -146,7 +149,7 @@ def _unknown_parts(model: Any) -> list[str]:
     if len(epsilons) > 1:
         unknown.append(f"norms with different eps: {sorted(epsilons)}")
     if (
-        len({(b.attn.num_heads, _activation(b.mlp), b.attn.attn_drop.p) for b in model.blocks if hasattr(b, "attn")})
+        len({(b.attn.num_heads, activation_of(b.mlp), b.attn.attn_drop.p) for b in model.blocks if hasattr(b, "attn")})
         > 1
     ):
         unknown.append("blocks that differ in heads, activation or dropout")
@@ -168,23 +171,8 @@ def _unknown_in_block(block: Any, dim: int) -> list[str]:
         unknown.append(f"attention of width {block.attn.attn_dim} in tokens of width {dim}")
     if getattr(block.attn, "gate", None) is not None:
         unknown.append("gated attention")
-    if _mlp_layer(block.mlp) is None:
+    if mlp_layer_of(block.mlp) is None:
         unknown.append(f"MLP {type(block.mlp).__name__}")
-    if _activation(block.mlp) is None:
+    if activation_of(block.mlp) is None:
         unknown.append(f"activation {type(block.mlp.act).__name__}")
     return unknown
-
-
-def _activation(mlp: Any) -> str | None:
-    name = _ACTIVATIONS.get(type(mlp.act).__name__)
-    return "gelu_tanh" if name == "gelu" and getattr(mlp.act, "approximate", "none") == "tanh" else name
-
-
-def _mlp_layer(mlp: Any) -> str | None:
-    from timm.layers import GluMlp, Mlp, SwiGLU
-
-    if type(mlp) is Mlp:
-        return "mlp"
-    if type(mlp) is GluMlp and not mlp.gate_last:
-        return "swiglu_packed"
-    return "swiglu" if type(mlp) is SwiGLU else None
