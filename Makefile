@@ -28,7 +28,7 @@ bench: .venv/dev.installed
 	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 
 sanitize:
-	$(MAKE) -f csrc/tests/Makefile
+	$(MAKE) -j $(shell getconf _NPROCESSORS_ONLN) -f csrc/tests/Makefile
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

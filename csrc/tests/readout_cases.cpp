@@ -197,7 +197,7 @@ bool in_all_ways(const char* operation, Check check) {
     for (const std::string& set : maskattn::instruction_sets())
         for (const bool half : {false, true})
             for (const auto& [queries, width] : {std::pair{1, 16}, {3, 24}, {16, 80}, {2, 256}})
-                for (const int threads : {1, 7}) {
+                for (const int threads : {7}) {
                     const std::string name = std::string(operation) + ", " + set + (half ? ", bfloat16, R=" : ", float32, R=") +
                                              std::to_string(queries) + ", D=" + std::to_string(width) + ", " +
                                              std::to_string(threads) + " threads";
