@@ -1,0 +1,248 @@
+"""The C++ attention beside torch's, on the CPU.
+
+    python bench/native_attention.py --out bench/results/native_attention.md       some minutes on two cores
+
+What is compared runs in turn, round after round, in one process; medians are printed and ratios of them (above 1: ours
+is faster). With ``--threads 1`` it is processor time, which others on the machine disturb less. The machine's peak is a
+loop of fused multiply-adds and one of bfloat16 dot products (``peak.cpp``), measured first.
+
+Dimension key: B sequences, N tokens, H heads, D head width, f share of the tokens that is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import maskattn
+from maskattn import Packing, masked_attention, packed_attention
+from maskattn.nn import VisionTransformer
+
+HERE = Path(__file__).parent
+Lines = Iterator[str]
+
+
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of each call, all called once a round; the first round warms up."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            seconds[name].append(clock() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def machine_peak() -> dict[str, float]:
+    """GFLOP/s of one thread by dtype; empty where there is no compiler or no AVX2."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peak"
+        command = ["g++", "-O3", "-march=native", "-std=c++17", str(HERE / "peak.cpp"), "-o", str(program)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            text = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no peak: {error}", file=sys.stderr)
+            return {}
+    return {name: float(value) for name, value in (line.split() for line in text.splitlines())}
+
+
+def backward_of(forward: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
+    """A call of the backward alone; the graph is built once."""
+    out = forward(*leaves)
+    grad = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, tokens: int) -> Tensor:
+    out = packed_attention(q, k, v, starts, starts, tokens, tokens, impl="cpu")
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+
+
+def dense_table(rounds: int, peak: dict[str, float], sizes: list[tuple[int, int, int, int]]) -> Lines:
+    """The same packed tokens through both."""
+    yield "## The same packed tokens: ours against torch's scaled_dot_product_attention"
+    yield ""
+    yield "| sequences × tokens | H × D | dtype | forward GFLOP/s (share of peak) | ratio | backward GFLOP/s | ratio |"
+    yield "|---|---|---|---:|---:|---:|---:|"
+    for dtype in (torch.float32, torch.bfloat16):
+        for B, N, H, D in sizes:
+            rows = [torch.randn(B * N, H, D).to(dtype).requires_grad_() for _ in range(3)]
+            dense = [x.detach().view(B, N, H, D).transpose(1, 2).contiguous().requires_grad_() for x in rows]
+            starts = torch.arange(0, B * N + 1, N, dtype=torch.int32)
+
+            attend = partial(_attend_packed, starts=starts, tokens=N)
+            with torch.no_grad():
+                forward = medians({"ours": partial(attend, *rows), "torch": partial(_torch, *dense)}, rounds)
+            backward = medians({"ours": backward_of(attend, rows), "torch": backward_of(_torch, dense)}, rounds)
+            flops = 4 * B * N * N * H * D
+            rate, name = flops / forward["ours"] / 1e9, str(dtype).removeprefix("torch.")
+            share = f" ({rate / (peak[name] * torch.get_num_threads()):.0%})" if name in peak else ""
+            yield (
+                f"| {B} × {N:,} | {H} × {D} | {name} | {rate:.0f}{share} | {forward['torch'] / forward['ours']:.2f} "
+                f"| {2.5 * flops / backward['ours'] / 1e9:.0f} | {backward['torch'] / backward['ours']:.2f} |"
+            )
+    yield ""
+
+
+def masked_table(rounds: int, tokens: int) -> Lines:
+    """A random mask of dense tensors."""
+    yield f"## A random mask on {tokens:,} tokens (6 heads of width 64): against torch with the bool mask"
+    yield ""
+    yield "| dtype | f | masked_attention | packed_attention | torch, bool mask | ratio masked | ratio packed | 1/f² |"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|"
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (torch.randn(1, 6, tokens, 64).to(dtype) for _ in range(3))
+        for kept in (0.06, 0.3, 0.5, 1.0):
+            keep = torch.rand(1, tokens, generator=torch.Generator().manual_seed(0)) < kept
+            packing = Packing.from_keep(keep)
+            rows = [x.transpose(1, 2).flatten(0, 1)[packing.indices].clone() for x in (q, k, v)]
+            where = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
+            calls = {
+                "masked": partial(masked_attention, q, k, v, keep, impl="cpu"),
+                "packed": partial(packed_attention, *rows, *where, impl="cpu"),
+                "torch": partial(_torch, q, k, v, attn_mask=keep[:, None, None, :]),
+            }
+            with torch.no_grad():
+                took = medians(calls, rounds)
+            times = " | ".join(f"{1e3 * took[name]:.1f} ms" for name in calls)
+            masked, packed = (took["torch"] / took[name] for name in ("masked", "packed"))
+            name = str(dtype).removeprefix("torch.")
+            yield f"| {name} | {kept} | {times} | {masked:.1f} | {packed:.1f} | {1 / kept**2:.1f} |"
+    yield ""
+
+
+def model_table(rounds: int) -> Lines:
+    """Whole models with our attention and with torch's."""
+    yield '## Inside models: impl "cpu" against impl "torch"'
+    yield ""
+    yield "| model | what | ours | torch's attention | ratio |"
+    yield "|---|---|---:|---:|---:|"
+    torch.manual_seed(0)
+    models = {
+        impl: VisionTransformer(embed_dim=384, num_heads=6, num_classes=10, impl=impl) for impl in ("cpu", "torch")
+    }
+    x = torch.randn(8, 3, 224, 224)
+
+    def predict(model: VisionTransformer, keep: Tensor | None) -> None:
+        with torch.no_grad():
+            model(x, keep)
+
+    def step(model: VisionTransformer, keep: Tensor | None) -> None:
+        model.zero_grad()
+        model(x, keep).square().mean().backward()
+
+    for kept in (1.0, 0.3):
+        keep = None if kept == 1 else torch.rand(8, 14, 14) < kept
+        for name, run in (("forward", predict), ("training step", step)):
+            took = medians({i: lambda m=m, run=run, keep=keep: run(m, keep) for i, m in models.items()}, rounds)
+            yield _model_row(f"ViT-S/16, 8 images of 224 px, f = {kept:.1f}", name, took)
+    slide = {
+        impl: VisionTransformer(
+            img_size=64, patch_size=1, in_chans=8, embed_dim=384, depth=4, num_heads=6, num_classes=2, impl=impl
+        )
+        for impl in ("cpu", "torch")
+    }
+    tiles, keep = torch.randn(1, 8, 64, 128), torch.ones(1, 64, 128, dtype=torch.bool)
+    for model in slide.values():
+        model.dynamic_img_size = True
+    for name, grad in (("forward", False), ("training step", True)):
+
+        def run_slide(model: VisionTransformer, grad: bool = grad) -> None:
+            with torch.set_grad_enabled(grad):
+                out = model(tiles, keep)
+                if grad:
+                    model.zero_grad()
+                    out.square().mean().backward()
+
+        took = medians({i: lambda m=m, r=run_slide: r(m) for i, m in slide.items()}, max(2, rounds // 2))
+        yield _model_row("slide encoder, 4 blocks of 384, 8,192 tiles", name, took)
+    yield ""
+
+
+def _model_row(model: str, what: str, took: dict[str, float]) -> str:
+    return f"| {model} | {what} | {took['cpu']:.3f} s | {took['torch']:.3f} s | {took['torch'] / took['cpu']:.2f} |"
+
+
+def growth_table(rounds: int) -> Lines:
+    """Time and memory of forward and backward as kept tokens grow."""
+    yield "## Growth with kept tokens: forward and backward, 6 heads of width 64, float32"
+    yield ""
+    yield "| kept tokens | time | peak memory beyond the start |"
+    yield "|---:|---:|---:|"
+    for tokens in (1024, 2048, 4096, 8192, 16_384):
+        program = (
+            "import sys, time, resource, torch; from maskattn import packed_attention; torch.set_num_threads("
+            f"{torch.get_num_threads()}); n = {tokens}\n"
+            "def run(n):\n"
+            "    q, k, v = (torch.randn(n, 6, 64, requires_grad=True) for _ in range(3))\n"
+            "    s = torch.tensor([0, n], dtype=torch.int32)\n"
+            "    start = time.perf_counter()\n"
+            "    packed_attention(q, k, v, s, s, n, n, impl='cpu').sum().backward()\n"
+            "    return time.perf_counter() - start\n"
+            "run(64); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "first = run(n); after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "print(min(first, run(n), run(n)), (after - before) / 1024)\n"
+        )
+        results = [
+            subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+            for _ in range(3)
+        ]
+        seconds, mib = (statistics.median(float(r[i]) for r in results) for i in (0, 1))
+        yield f"| {tokens:,} | {seconds:.3f} s | {mib:.0f} MiB |"
+    yield ""
+
+
+def main() -> None:
+    """Print the tables, and write them where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rounds = 1 if arguments.smoke else arguments.rounds
+    sizes = [(1, n, 6, 64) for n in (256, 1024, 4096, 16_384)] + [(64, 197, 6, 64), (1, 4096, 3, 128), (1, 4096, 8, 48)]
+    peak = {} if arguments.smoke else machine_peak()
+    lines = [
+        "# The C++ attention beside torch's",
+        "",
+        f"torch {torch.__version__}, maskattn {maskattn.__version__}, {arguments.threads} threads, medians of {rounds} "
+        "interleaved rounds" + (", processor time." if arguments.threads == 1 else ", wall time."),
+        "Peak of one thread: " + (", ".join(f"{n} {v:.0f} GFLOP/s" for n, v in peak.items()) or "not measured") + ".",
+        "",
+    ]
+    print("\n".join(lines), flush=True)
+    tables = (
+        dense_table(rounds, peak, [(2, 70, 2, 16)] if arguments.smoke else sizes),
+        masked_table(rounds, 128 if arguments.smoke else 4096),
+        *(() if arguments.smoke else (model_table(rounds), growth_table(rounds))),
+    )
+    for table in tables:
+        for line in table:
+            print(line, flush=True)
+            lines.append(line)
+    if arguments.out:
+        arguments.out.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
