@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
@@ -15,9 +16,12 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: .venv/slide.installed
 	$(BIN)/maskattn demo --out demo_out
 
+# A process a core with one thread each; a file's tests stay together, since they share what is slow to make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile
+
 test: .venv/dev.installed
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 check: .venv/dev.installed
 	$(BIN)/ruff format --check .
@@ -28,7 +32,7 @@ bench: .venv/dev.installed
 	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 
 sanitize:
-	$(MAKE) -j $(shell getconf _NPROCESSORS_ONLN) -f csrc/tests/Makefile
+	$(MAKE) -j $(CORES) -f csrc/tests/Makefile
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
