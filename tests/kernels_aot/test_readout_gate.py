@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import functools
 import sys
 from pathlib import Path
 
@@ -14,7 +16,29 @@ if triton.knobs.runtime.interpret:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 from aot.bounds import SHARED_LIMITS  # noqa: E402 (bench/ must be on the path first)
-from aot.readout_cases import KERNELS, ReadoutCase, measure_readout  # noqa: E402 (likewise)
+from aot.readout_cases import (  # noqa: E402 (likewise)
+    KERNELS,
+    ReadoutCase,
+    measure_readout,
+    readout_cases,
+    readout_table_path,
+)
+
+
+@functools.cache
+def committed() -> dict[tuple[str, ...], dict[str, str]]:
+    path = readout_table_path()
+    if not path.exists():
+        pytest.skip(f"no table for triton {triton.__version__}; python -m aot.readout_cases in bench/ writes one")
+    with path.open(newline="") as file:
+        return {key_of(row): row for row in csv.DictReader(file)}
+
+
+def key_of(row: dict[str, object]) -> tuple[str, ...]:
+    return tuple(
+        str(row[name]) for name in ("kernel", "target", "head_width", "dtype", "queries", "classes", "options")
+    )
+
 
 COMPILED = [kernel for kernel in KERNELS if kernel != "combine_kernel"]
 CASES = [
@@ -35,6 +59,21 @@ def test_nothing_is_spilled_and_everything_fits(case):
     assert row.code.shared_bytes <= SHARED_LIMITS[case.target]
     if case.target != "gfx942":
         assert row.load_bits == 128
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case in list(readout_cases())], ids=str)
+def test_no_worse_than_the_committed_table(case):
+    row = measure_readout(case).columns()
+    before = committed()[key_of(row)]
+    for column in ("spilled_bytes", "shared_bytes", "instructions_per_key", "bytes_per_key", "barriers"):
+        assert float(row[column]) <= float(before[column]), f"{column}; was {before[column]}"
+
+
+def test_no_row_of_the_committed_table_spills_or_is_too_large():
+    assert len(committed()) == len(list(readout_cases()))
+    for key, row in committed().items():
+        assert int(row["spilled_bytes"]) == 0, key
+        assert int(row["shared_bytes"]) <= SHARED_LIMITS[row["target"]], key
 
 
 @pytest.mark.parametrize("kernel", ["readout_kernel", "row_gradient_kernel", "readout_gradient_kernel"])
