@@ -181,6 +181,29 @@ def _model_row(model: str, what: str, took: dict[str, float]) -> str:
     return f"| {model} | {what} | {took['cpu']:.3f} s | {took['torch']:.3f} s | {took['torch'] / took['cpu']:.2f} |"
 
 
+# The peak is reset before the run: it would hold that of importing torch, and of the process that started this one.
+_GROWTH = """
+import time, torch
+from maskattn import packed_attention
+torch.set_num_threads({threads})
+def run(n):
+    q, k, v = (torch.randn(n, 6, 64, requires_grad=True) for _ in range(3))
+    starts = torch.tensor([0, n], dtype=torch.int32)
+    start = time.perf_counter()
+    packed_attention(q, k, v, starts, starts, n, n, impl="cpu").sum().backward()
+    return time.perf_counter() - start
+def memory(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+run(64)
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+first = run({tokens})
+after = memory("VmHWM")
+print(min(first, run({tokens}), run({tokens})), after - before)
+"""
+
+
 def growth_table(rounds: int) -> Lines:
     """Time and memory of forward and backward as kept tokens grow."""
     yield "## Growth with kept tokens: forward and backward, 6 heads of width 64, float32"
@@ -188,19 +211,7 @@ def growth_table(rounds: int) -> Lines:
     yield "| kept tokens | time | peak memory beyond the start |"
     yield "|---:|---:|---:|"
     for tokens in (1024, 2048, 4096, 8192, 16_384):
-        program = (
-            "import sys, time, resource, torch; from maskattn import packed_attention; torch.set_num_threads("
-            f"{torch.get_num_threads()}); n = {tokens}\n"
-            "def run(n):\n"
-            "    q, k, v = (torch.randn(n, 6, 64, requires_grad=True) for _ in range(3))\n"
-            "    s = torch.tensor([0, n], dtype=torch.int32)\n"
-            "    start = time.perf_counter()\n"
-            "    packed_attention(q, k, v, s, s, n, n, impl='cpu').sum().backward()\n"
-            "    return time.perf_counter() - start\n"
-            "run(64); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "first = run(n); after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "print(min(first, run(n), run(n)), (after - before) / 1024)\n"
-        )
+        program = _GROWTH.format(threads=torch.get_num_threads(), tokens=tokens)
         results = [
             subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
             for _ in range(3)

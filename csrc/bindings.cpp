@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <dlfcn.h>
+
 #include <cmath>
 #include <limits>
 #include <sstream>
@@ -9,6 +11,7 @@
 
 #include "bindings.hpp"
 #include "coverage.hpp"
+#include "threads.hpp"
 
 namespace py = pybind11;
 
@@ -89,12 +92,33 @@ py::array_t<float> token_coverage(const py::object& mask, double px_lv0_x, doubl
     return fraction_RC;
 }
 
+// Whether the OpenMP runtime in this file, if the process has loaded it, lends its team.
+bool share_team_of(const std::string& library) {
+    void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    if (handle == nullptr) return false;
+    void* parallel = dlsym(handle, "GOMP_parallel");
+    if (parallel == nullptr) {
+        dlclose(handle);
+        return false;
+    }
+    maskattn::share_team(reinterpret_cast<maskattn::ParallelRegion>(parallel));  // which keeps the library loaded
+    return true;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "C++ parts of maskattn.";
     maskattn::bind_attention(module);
     maskattn::bind_readout(module);
+    module.def("share_team", &share_team_of, py::arg("library"),
+               R"(Run on the threads of an OpenMP runtime that this process has loaded; True if it was found.
+
+Two pools would take each other's cores, since such a runtime's threads spin for a while after a job. Without one, and
+in a child of fork(), the extension's own threads run.
+
+Args:
+    library: the runtime's file, GNU's or one that speaks its calls.)");
     module.def("token_coverage", &token_coverage, py::arg("mask"), py::arg("px_lv0_x"), py::arg("px_lv0_y"),
                py::arg("origin_x_lv0"), py::arg("origin_y_lv0"), py::arg("token_w_lv0"), py::arg("token_h_lv0"),
                py::arg("rows"), py::arg("cols"), py::arg("threads") = 0,

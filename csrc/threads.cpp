@@ -1,4 +1,4 @@
-// Callers put a job on a list and work on it; idle threads join jobs that still have items. An idle thread spins for a
+// A job runs on the team that is shared, if any. Otherwise callers put it on a list and work on it; idle threads join jobs that still have items. An idle thread spins for a
 // moment, long enough to bridge the phases of one operation and too short to take a core from torch's own threads, and
 // then sleeps on a condition variable.
 #include "threads.hpp"
@@ -27,6 +27,7 @@ struct Job {
     int next_worker = 1;                // 0 is the caller
     int helpers = 0;                    // threads at work beside the caller
     std::atomic<std::int64_t> next{0};  // item
+    std::atomic<int> team_worker{0};    // where a team runs the job
     Job* after = nullptr;               // in the pool's list
 
     void take_items(int worker) {
@@ -36,6 +37,7 @@ struct Job {
             work(context, item, worker);
         }
     }
+    void take_seat() { take_items(team_worker.fetch_add(1, std::memory_order_relaxed)); }
     bool has_room() const { return seats > 0 && next.load(std::memory_order_relaxed) < items; }
 };
 
@@ -122,11 +124,21 @@ class Pool {
 // mutex, so it starts anew.
 std::atomic<Pool*> current_pool{nullptr};
 
-void forget_pool() { current_pool.store(nullptr, std::memory_order_relaxed); }
+// A team's threads do not survive fork() either, and their runtime would wait for them for ever.
+std::atomic<ParallelRegion> shared_team{nullptr};
 
-Pool& pool() {
+void forget_pool() {
+    current_pool.store(nullptr, std::memory_order_relaxed);
+    shared_team.store(nullptr, std::memory_order_relaxed);
+}
+
+void watch_for_fork() {
     static const int registered = pthread_atfork(nullptr, nullptr, &forget_pool);
     static_cast<void>(registered);
+}
+
+Pool& pool() {
+    watch_for_fork();
     Pool* found = current_pool.load(std::memory_order_acquire);
     if (found != nullptr) return *found;
     Pool* made = new Pool;
@@ -142,10 +154,18 @@ int thread_count(int asked) {
     return std::min(asked > 0 ? asked : static_cast<int>(cores), most_threads);
 }
 
+void share_team(ParallelRegion parallel) {
+    watch_for_fork();
+    shared_team.store(parallel, std::memory_order_release);
+}
+
 void run_items(int threads, std::int64_t items, void (*work)(void*, std::int64_t, int), void* context) {
     Job job{work, context, items, 0};
     job.seats = static_cast<int>(std::min<std::int64_t>(threads, items)) - 1;
-    if (job.seats > 0)
+    const ParallelRegion parallel = shared_team.load(std::memory_order_acquire);
+    if (job.seats > 0 && parallel != nullptr)
+        parallel([](void* data) { static_cast<Job*>(data)->take_seat(); }, &job, static_cast<unsigned>(job.seats + 1), 0);
+    else if (job.seats > 0)
         pool().run(job);
     else
         job.take_items(0);

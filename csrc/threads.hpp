@@ -15,6 +15,12 @@ int thread_count(int asked);
 void run_items(int threads, std::int64_t items, void (*work)(void* context, std::int64_t item, int worker),
                void* context);
 
+// From now on items run on the team of an OpenMP runtime that the process has already: `parallel` is its GOMP_parallel,
+// null for none. Two pools would take each other's cores, since such a runtime's threads spin for a while after a job.
+// A child of fork() has no team and goes back to this pool.
+using ParallelRegion = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+void share_team(ParallelRegion parallel);
+
 // The same for a callable work(item, worker).
 template <class Work>
 void for_each_item(int threads, std::int64_t items, Work& work) {

@@ -276,3 +276,10 @@ def token_relevance(
         key_origin, value_origin: (H, D) or (T, H, D) of q's dtype; None for 0.
         threads, instruction_set: as of attention_forward, whose errors are raised too.
     """
+
+def share_team(library: str) -> bool:
+    """Run on the threads of an OpenMP runtime that this process has loaded; True if it was found.
+
+    Args:
+        library: the runtime's file, GNU's or one that speaks its calls.
+    """

@@ -8,6 +8,8 @@ width, K classes.
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -210,9 +212,15 @@ def token_relevance(
     return relevance
 
 
+@functools.cache
 def _native() -> Any:
     import maskattn._native
 
+    # Torch's OpenMP threads spin after each of its operations; threads of our own would share the cores with them.
+    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"):
+        for library in sorted(folder.glob("libgomp*.so*")):
+            if maskattn._native.share_team(str(library)):
+                return maskattn._native
     return maskattn._native
 
 
