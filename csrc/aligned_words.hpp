@@ -42,4 +42,15 @@ class AlignedWords {
     std::uint32_t* data_;
 };
 
+// A piece of memory for each worker.
+class WordsByWorker {
+  public:
+    WordsByWorker(std::size_t words, int threads) : words_(words), memory_(words * static_cast<std::size_t>(threads)) {}
+    std::uint32_t* of(int worker) const { return memory_.data() + words_ * static_cast<std::size_t>(worker); }
+
+  private:
+    std::size_t words_;
+    AlignedWords memory_;
+};
+
 }  // namespace maskattn

@@ -88,15 +88,21 @@ struct ForwardKernels {
                    std::uint32_t* scratch);
 };
 
+// How many tiles of queries a chunk of keys is done with, and the chunk before it: nullptr for all.
+struct TilesDone {
+    const std::int64_t* before;
+    std::int64_t* own;
+};
+
 struct BackwardKernels {
     std::size_t (*tile_words)(int head_width);
     std::size_t (*scratch_words)(int head_width);
     // Packs what the chunks need of a tile of queries to `tiles`, which holds all of the pair's tiles.
     void (*pack_queries)(const Attention&, const Gradients&, const Pair&, std::int64_t tile, std::uint32_t* tiles);
-    // Chunk c writes dk, dv and dbias of its keys and adds to dq of each tile once chunk c - 1 has: progress[c] is how
-    // many tiles it is done with. The last chunk writes dq. dslope is the chunk's share.
-    void (*take_chunk)(const Attention&, const Gradients&, const Pair&, std::int64_t chunk, std::uint32_t* tiles,
-                       std::int64_t* progress, double* dslope, std::uint32_t* scratch);
+    // Writes dk, dv and dbias of the chunk's keys and adds to dq of each tile once the chunk before has; the last chunk
+    // writes dq. Returns the chunk's share of dslope.
+    double (*take_chunk)(const Attention&, const Gradients&, const Pair&, std::int64_t chunk, std::uint32_t* tiles,
+                         const TilesDone&, std::uint32_t* scratch);
 };
 
 struct AttentionKernels {

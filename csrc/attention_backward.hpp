@@ -170,7 +170,7 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
                                                 const Probabilities& to, float* dbias_N, Floats& ds_by_distance) {
     static_assert(tile_rows % 2 == 0, "rows are taken in pairs");
     Floats weighted{};
-    for (int n = 0; n < block_keys; n += lanes) {
+    for (int n = 0; n < keys.columns; n += lanes) {
         Floats dbias = load<Floats>(dbias_N + n);
 #pragma GCC unroll 8
         for (int m = 0; m < tile_rows; m += 2) {
@@ -193,21 +193,28 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
     if constexpr (placed) ds_by_distance += weighted;
 }
 
-// C [N][D] += A^T B over the rows of a query tile, A being p or dS.
+// C [N][D] += A^T B over the rows of a query tile for keys n to n + `keys`, A being p or dS.
+template <class Arithmetic, int keys>
+MASKATTN_INLINE void add_transposed(const std::uint32_t* scores, int n, const std::uint32_t* steps, int rows,
+                                    float* sums_ND, int stride) {
+    multiply<Arithmetic, keys, Start::add>({scores + n, 1, block_keys}, steps, stride, rows / Arithmetic::depth,
+                                           sums_ND + n * stride, stride, stride / lanes);
+}
+
 template <class Arithmetic>
-void add_transposed(const std::uint32_t* scores, const std::uint32_t* steps, int rows, float* sums_ND, int stride) {
-    constexpr int whole = block_keys / tile_rows * tile_rows;
-    const int count = rows / Arithmetic::depth;
-    for (int n = 0; n < whole; n += tile_rows)
-        multiply<Arithmetic, tile_rows, Start::add>({scores + n, 1, block_keys}, steps, stride, count,
-                                                    sums_ND + n * stride, stride, stride / lanes);
-    multiply<Arithmetic, block_keys - whole, Start::add>({scores + whole, 1, block_keys}, steps, stride, count,
-                                                         sums_ND + whole * stride, stride, stride / lanes);
+void add_transposed(const std::uint32_t* scores, int columns, const std::uint32_t* steps, int rows, float* sums_ND,
+                    int stride) {
+    static_assert(tile_rows == 6 && lanes % 4 == 0, "4 keys or 2 are left over, if any");
+    int n = 0;
+    for (; n + tile_rows <= columns; n += tile_rows)
+        add_transposed<Arithmetic, tile_rows>(scores, n, steps, rows, sums_ND, stride);
+    if (n + 4 == columns) add_transposed<Arithmetic, 4>(scores, n, steps, rows, sums_ND, stride);
+    if (n + 2 == columns) add_transposed<Arithmetic, 2>(scores, n, steps, rows, sums_ND, stride);
 }
 
 // The chunk before this one comes first in every order of the items, so somebody is at work on it.
-inline void wait_until_past(const std::int64_t* progress, std::int64_t tile) {
-    for (int spins = 0; __atomic_load_n(progress, __ATOMIC_ACQUIRE) <= tile; ++spins)
+inline void wait_until_past(const std::int64_t* tiles_done, std::int64_t tile) {
+    for (int spins = 0; __atomic_load_n(tiles_done, __ATOMIC_ACQUIRE) <= tile; ++spins)
         if (spins > 1000) sched_yield();
 }
 
@@ -229,21 +236,24 @@ class Chunk {
         const Element* rows[block_keys];
         for (int b = 0; b < blocks_; ++b) {
             const KeyBlock to(layout_, scratch_, b);
+            const int columns = columns_of_block<Arithmetic>(pair_, first_ + b);
             rows_of_block(a_.k, pair_, first_ + b, rows);
-            pack_columns<Arithmetic>(rows, a_.head_width, to.k_columns);
-            pack_steps<Arithmetic>(rows, block_keys, a_.head_width, to.k_steps);
+            pack_columns<Arithmetic>(rows, columns, a_.head_width, to.k_columns);
+            pack_steps<Arithmetic>(rows, columns, a_.head_width, to.k_steps);
             rows_of_block(a_.v, pair_, first_ + b, rows);
-            pack_columns<Arithmetic>(rows, a_.head_width, to.v_columns);
+            pack_columns<Arithmetic>(rows, columns, a_.head_width, to.v_columns);
             pack_key_terms(a_, pair_, first_ + b, to.terms_N);
-            const auto sums = static_cast<std::size_t>(block_keys + 2 * layout_.sums_words);
-            __builtin_memset(to.dbias_N, 0, sums * sizeof *to.dbias_N);
+            __builtin_memset(to.dbias_N, 0, block_keys * sizeof *to.dbias_N);
+            const auto sums_bytes = static_cast<std::size_t>(columns * stride_) * sizeof *to.dk_ND;
+            __builtin_memset(to.dk_ND, 0, sums_bytes);
+            __builtin_memset(to.dv_ND, 0, sums_bytes);
         }
     }
 
     // Adds a tile of queries to dk, dv and dbias of block b; its p and dS are left for dq.
     void take(const QueryTile<Arithmetic>& tile, int rows, int b) {
         const KeyBlock block(layout_, scratch_, b);
-        const KeyTerms keys = terms_of_block(a_, pair_, first_ + b, block.terms_N);
+        const KeyTerms keys = terms_of_block<Arithmetic>(a_, pair_, first_ + b, block.terms_N);
         const int steps = a_.head_width / Arithmetic::depth;
         alignas(64) float product_MN[tile_rows * block_keys], grad_p_MN[tile_rows * block_keys];
         alignas(64) float dbias_N[block_keys] = {};
@@ -252,28 +262,29 @@ class Chunk {
             const int at = q * tile_layout_.left_stride;
             multiply<Arithmetic, tile_rows, Start::zero>({tile.q_left + at, tile_layout_.left_stride, 1},
                                                          block.k_columns, block_keys, steps, product_MN, block_keys,
-                                                         block_vectors);
+                                                         keys.columns / lanes);
             multiply<Arithmetic, tile_rows, Start::zero>({tile.grad_left + at, tile_layout_.left_stride, 1},
                                                          block.v_columns, block_keys, steps, grad_p_MN, block_keys,
-                                                         block_vectors);
+                                                         keys.columns / lanes);
             const auto probabilities = a_.slopes.data ? keys.biased ? &probabilities_of<Arithmetic, true, true>
                                                                     : &probabilities_of<Arithmetic, false, true>
                                        : keys.biased  ? &probabilities_of<Arithmetic, true, false>
                                                       : &probabilities_of<Arithmetic, false, false>;
             probabilities(tile, q, product_MN, grad_p_MN, keys, units_, scores_, dbias_N, by_distance);
         }
-        for (int n = 0; n < block_keys; n += lanes)
+        for (int n = 0; n < keys.columns; n += lanes)
             store(block.dbias_N + n, load<Floats>(block.dbias_N + n) + load<Floats>(dbias_N + n));
         ds_by_distance_ += static_cast<double>(sum(by_distance));
-        add_transposed<Arithmetic>(scores_.p, tile.grad_steps, rows, block.dv_ND, stride_);
-        add_transposed<Arithmetic>(scores_.ds, tile.q_steps, rows, block.dk_ND, stride_);
+        add_transposed<Arithmetic>(scores_.p, keys.columns, tile.grad_steps, rows, block.dv_ND, stride_);
+        add_transposed<Arithmetic>(scores_.ds, keys.columns, tile.q_steps, rows, block.dk_ND, stride_);
     }
 
     void add_to_dq(const QueryTile<Arithmetic>& tile, int rows, int b) {
         const KeyBlock block(layout_, scratch_, b);
-        constexpr int steps = block_keys / Arithmetic::depth;
+        constexpr int ds_stride = block_keys / Arithmetic::depth;
+        const int steps = columns_of_block<Arithmetic>(pair_, first_ + b) / Arithmetic::depth;
         for (int q = 0; q < rows; q += tile_rows) {
-            const Left ds{scores_.ds_left + q * steps, steps, 1};
+            const Left ds{scores_.ds_left + q * ds_stride, ds_stride, 1};
             float* dq = tile.dq_QD + q * stride_;
             if (first_ + b == 0)
                 multiply<Arithmetic, tile_rows, Start::zero>(ds, block.k_steps, stride_, steps, dq, stride_,
@@ -325,8 +336,8 @@ class Chunk {
 };
 
 template <class Arithmetic, class Element>
-void take_chunk(const Attention& a, const Gradients& g, const Pair& pair, std::int64_t index, std::uint32_t* tiles,
-                std::int64_t* progress, double* dslope, std::uint32_t* scratch) {
+double take_chunk(const Attention& a, const Gradients& g, const Pair& pair, std::int64_t index, std::uint32_t* tiles,
+                  const TilesDone& done, std::uint32_t* scratch) {
     Chunk<Arithmetic, Element> chunk(a, g, pair, index, scratch);
     chunk.pack();
     const TileLayout<Arithmetic> layout(a.head_width);
@@ -337,14 +348,14 @@ void take_chunk(const Attention& a, const Gradients& g, const Pair& pair, std::i
         const int rows = static_cast<int>(parts(count, tile_rows)) * tile_rows;
         for (int b = 0; b < chunk.blocks(); ++b) {
             chunk.take(tile, rows, b);
-            if (b == 0 && index > 0) wait_until_past(progress + index - 1, t);
+            if (b == 0 && done.before != nullptr) wait_until_past(done.before, t);
             chunk.add_to_dq(tile, rows, b);
         }
         if (chunk.is_last()) chunk.write_dq(tile, t * tile_queries, count);
-        __atomic_store_n(progress + index, t + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(done.own, t + 1, __ATOMIC_RELEASE);
     }
     chunk.write_key_gradients();
-    *dslope = -chunk.ds_by_distance();
+    return -chunk.ds_by_distance();
 }
 
 template <class Arithmetic>

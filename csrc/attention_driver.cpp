@@ -1,6 +1,7 @@
-// Pairs (a head of a sequence) are taken in waves whose packed operands stay within a budget. Within a wave each phase
-// is a list of items that the pool's threads pull: first packing, then attention. What an item computes does not depend
-// on who computes it, so neither does the result on the number of threads.
+// Items of work that the pool's threads pull. A short pair (a head of a sequence) of which there are many is one item:
+// its operands are packed and used in one core's L2. The others are taken in waves whose packed operands stay within a
+// budget; within a wave each phase is a list of items: first packing, then attention. What is computed depends neither on
+// who computes it nor on which way a pair goes, so neither does the result on the number of threads.
 #include "attention_driver.hpp"
 
 #include <algorithm>
@@ -13,38 +14,68 @@
 namespace maskattn {
 namespace {
 
-constexpr std::size_t wave_words = std::size_t{64} << 18;  // 64 MiB of packed operands, or one pair's
-constexpr std::int64_t packed_blocks = 8;                  // blocks of keys of an item of packing
+constexpr std::size_t wave_words = std::size_t{16} << 18;   // 16 MiB of packed operands, or one pair's: they stay in L3
+constexpr std::size_t short_words = std::size_t{512} << 8;  // 512 KiB of packed operands: they stay in L2
+constexpr std::int64_t items_a_thread = 3;                  // of a pair's work at the least, so that none waits for long
+constexpr std::int64_t packed_blocks = 8;                   // blocks of keys of an item of packing
+
+using Pairs = std::vector<const Pair*>;
+
+// Pairs that are items as a whole, the longest first so that threads end together, and those that go in waves.
+struct Division {
+    Pairs whole, in_waves;
+    std::size_t most_words = 0;  // of the packed operands of a whole pair
+
+    template <class PairWords>
+    Division(const std::vector<Pair>& pairs, int threads, PairWords words_of) {
+        std::int64_t total = 0;
+        for (const Pair& pair : pairs) total += work_of(pair);
+        for (const Pair& pair : pairs) {
+            const bool fair = threads == 1 || work_of(pair) <= total / (items_a_thread * threads);
+            const std::size_t words = words_of(pair);
+            if (!fair || words > short_words) {
+                in_waves.push_back(&pair);
+                continue;
+            }
+            whole.push_back(&pair);
+            most_words = std::max(most_words, words);
+        }
+        std::stable_sort(whole.begin(), whole.end(),
+                         [](const Pair* a, const Pair* b) { return work_of(*a) > work_of(*b); });
+    }
+
+  private:
+    static std::int64_t work_of(const Pair& pair) { return pair.queries.count * pair.keys.count; }
+};
 
 struct Item {
-    std::int32_t pair;
+    std::size_t place;  // of the pair
     std::int64_t part;
 };
 
-// Items of the pairs [first, last), as many parts each as `count` says.
-template <class Count>
-std::vector<Item> items_of(const std::vector<Pair>& pairs, std::size_t first, std::size_t last, Count count) {
-    std::vector<Item> items;
-    for (std::size_t p = first; p < last; ++p)
-        for (std::int64_t part = 0, all = count(pairs[p]); part < all; ++part)
-            items.push_back({static_cast<std::int32_t>(p), part});
-    return items;
-}
-
-// Pairs from `first` on whose packed operands fit the budget, at least one: where the wave ends, and where in the
-// buffer each pair's operands are.
+// Pairs from place `first` on whose packed operands fit the budget, at least one.
 struct Wave {
+    const Pairs& pairs;
     std::size_t first, last;
-    std::vector<std::size_t> offset;  // by pair - first; one more for the end
+    std::vector<std::size_t> offset{0};  // of a pair's operands in the buffer, by place - first; one more for the end
 
     template <class PairWords>
-    Wave(const std::vector<Pair>& pairs, std::size_t from, PairWords words) : first(from), last(from), offset{0} {
+    Wave(const Pairs& all, std::size_t from, PairWords words_of) : pairs(all), first(from), last(from) {
         while (last < pairs.size()) {
-            const std::size_t end = offset.back() + words(pairs[last]);
+            const std::size_t end = offset.back() + words_of(*pairs[last]);
             if (last > first && end > wave_words) break;
             offset.push_back(end);
             ++last;
         }
+    }
+
+    // As many of each pair as `count` says.
+    template <class Count>
+    std::vector<Item> items(Count count) const {
+        std::vector<Item> all;
+        for (std::size_t place = first; place < last; ++place)
+            for (std::int64_t part = 0, parts = count(*pairs[place]); part < parts; ++part) all.push_back({place, part});
+        return all;
     }
 };
 
@@ -100,92 +131,169 @@ void fill_background(const Attention& a, const Gradients& g, const Sequences& al
 std::int64_t tiles_of(const Pair& pair) { return parts(pair.queries.count, tile_queries); }
 std::int64_t blocks_of(const Pair& pair) { return parts(pair.keys.count, block_keys); }
 
-// Chunks of one pair wait for each other in their order, those of different pairs do not: first chunks come first.
-std::vector<Item> chunks_across(const std::vector<Pair>& pairs, const Wave& wave, int head_width) {
-    const auto chunks_of = [&](const Pair& pair) { return parts(pair.keys.count, chunk_keys(head_width)); };
-    std::vector<Item> items = items_of(pairs, wave.first, wave.last, chunks_of);
-    std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.part < b.part; });
-    return items;
-}
+class Forward {
+  public:
+    Forward(const Attention& a, const Sequences& sequences, const Execution& how)
+        : a_(a), kernels_(a.bfloat16 ? how.kernels->forward_bfloat16 : how.kernels->forward_float32),
+          threads_(how.threads), scratch_words_(kernels_.scratch_words(a.head_width)),
+          division_(sequences.pairs, how.threads, [this](const Pair& pair) { return words_of(pair); }),
+          scratch_(scratch_words_ + division_.most_words, how.threads) {}
+
+    void take_whole_pairs() const {
+        auto take = [&](std::int64_t i, int worker) noexcept {
+            const Pair& pair = *division_.whole[static_cast<std::size_t>(i)];
+            std::uint32_t *scratch = scratch_.of(worker), *blocks = scratch + scratch_words_;
+            if (pair.queries.count > 0) kernels_.pack_keys(a_, pair, 0, blocks_of(pair), blocks);
+            for (std::int64_t tile = 0; tile < tiles_of(pair); ++tile) kernels_.attend(a_, pair, tile, blocks, scratch);
+        };
+        for_each_item(threads_, static_cast<std::int64_t>(division_.whole.size()), take);
+    }
+
+    void take_waves() const {
+        for (std::size_t first = 0; first < division_.in_waves.size();) {
+            const Wave wave(division_.in_waves, first, [this](const Pair& pair) { return words_of(pair); });
+            take(wave);
+            first = wave.last;
+        }
+    }
+
+  private:
+    std::size_t words_of(const Pair& pair) const {
+        return kernels_.block_words(a_.head_width) * static_cast<std::size_t>(blocks_of(pair));
+    }
+
+    void take(const Wave& wave) const {
+        const AlignedWords packed(wave.offset.back());
+        const auto blocks_at = [&](const Item& item) { return packed.data() + wave.offset[item.place - wave.first]; };
+        const std::vector<Item> packing = wave.items(
+            [](const Pair& pair) { return pair.queries.count > 0 ? parts(blocks_of(pair), packed_blocks) : 0; });
+        auto pack = [&](std::int64_t i, int) noexcept {
+            const Item& item = packing[static_cast<std::size_t>(i)];
+            const Pair& pair = *wave.pairs[item.place];
+            const std::int64_t from = item.part * packed_blocks;
+            kernels_.pack_keys(a_, pair, from, std::min(from + packed_blocks, blocks_of(pair)), blocks_at(item));
+        };
+        for_each_item(threads_, static_cast<std::int64_t>(packing.size()), pack);
+        const std::vector<Item> tiles = wave.items(tiles_of);
+        auto attend = [&](std::int64_t i, int worker) noexcept {
+            const Item& item = tiles[static_cast<std::size_t>(i)];
+            kernels_.attend(a_, *wave.pairs[item.place], item.part, blocks_at(item), scratch_.of(worker));
+        };
+        for_each_item(threads_, static_cast<std::int64_t>(tiles.size()), attend);
+    }
+
+    const Attention& a_;
+    const ForwardKernels& kernels_;
+    const int threads_;
+    const std::size_t scratch_words_;
+    const Division division_;
+    const WordsByWorker scratch_;
+};
+
+class Backward {
+  public:
+    Backward(const Attention& a, const Gradients& g, const Sequences& sequences, const Execution& how)
+        : a_(a), g_(g), kernels_(a.bfloat16 ? how.kernels->backward_bfloat16 : how.kernels->backward_float32),
+          threads_(how.threads), scratch_words_(kernels_.scratch_words(a.head_width)), pairs_(sequences.pairs),
+          dslope_(pairs_.size(), 0.0),
+          division_(pairs_, how.threads, [this](const Pair& pair) { return words_of(pair); }),
+          scratch_(scratch_words_ + division_.most_words, how.threads) {}
+
+    void take_whole_pairs() {
+        auto take = [&](std::int64_t i, int worker) noexcept {
+            const Pair& pair = *division_.whole[static_cast<std::size_t>(i)];
+            std::uint32_t *scratch = scratch_.of(worker), *tiles = scratch + scratch_words_;
+            for (std::int64_t tile = 0; tile < tiles_of(pair); ++tile) kernels_.pack_queries(a_, g_, pair, tile, tiles);
+            std::int64_t tiles_done = 0;  // for nobody: each chunk begins when the one before it is done
+            for (std::int64_t chunk = 0; chunk < chunks_of(pair); ++chunk)
+                dslope_of(pair) += kernels_.take_chunk(a_, g_, pair, chunk, tiles, {nullptr, &tiles_done}, scratch);
+        };
+        for_each_item(threads_, static_cast<std::int64_t>(division_.whole.size()), take);
+    }
+
+    void take_waves() {
+        for (std::size_t first = 0; first < division_.in_waves.size();) {
+            const Wave wave(division_.in_waves, first, [this](const Pair& pair) { return words_of(pair); });
+            take(wave);
+            first = wave.last;
+        }
+    }
+
+    void add_slope_gradients(double* dslopes) const {
+        for (std::size_t p = 0; p < pairs_.size(); ++p) dslopes[pairs_[p].head] += dslope_[p];
+    }
+
+  private:
+    std::size_t words_of(const Pair& pair) const {
+        return kernels_.tile_words(a_.head_width) * static_cast<std::size_t>(tiles_of(pair));
+    }
+    std::int64_t chunks_of(const Pair& pair) const { return parts(pair.keys.count, chunk_keys(a_.head_width)); }
+    double& dslope_of(const Pair& pair) { return dslope_[static_cast<std::size_t>(&pair - pairs_.data())]; }
+
+    void take(const Wave& wave) {
+        const AlignedWords packed(wave.offset.back());
+        const auto tiles_at = [&](const Item& item) { return packed.data() + wave.offset[item.place - wave.first]; };
+        const std::vector<Item> tiles = wave.items(tiles_of);
+        auto pack = [&](std::int64_t i, int) noexcept {
+            const Item& item = tiles[static_cast<std::size_t>(i)];
+            kernels_.pack_queries(a_, g_, *wave.pairs[item.place], item.part, tiles_at(item));
+        };
+        for_each_item(threads_, static_cast<std::int64_t>(tiles.size()), pack);
+        take_chunks(wave, tiles_at);
+    }
+
+    // Chunks of one pair wait for each other in their order, those of different pairs do not: first chunks come first.
+    template <class TilesAt>
+    void take_chunks(const Wave& wave, TilesAt tiles_at) {
+        const auto count = [this](const Pair& pair) { return chunks_of(pair); };
+        std::vector<Item> chunks = wave.items(count);
+        std::vector<std::size_t> first_of(1, 0);  // chunk of a pair, pair after pair, by place
+        for (std::size_t place = wave.first; place < wave.last; ++place)
+            first_of.push_back(first_of.back() + static_cast<std::size_t>(count(*wave.pairs[place])));
+        std::vector<std::int64_t> tiles_done(chunks.size(), 0);
+        std::vector<double> dslope(chunks.size(), 0.0);
+        std::stable_sort(chunks.begin(), chunks.end(), [](const Item& a, const Item& b) { return a.part < b.part; });
+        auto take = [&](std::int64_t i, int worker) noexcept {
+            const Item& item = chunks[static_cast<std::size_t>(i)];
+            const std::size_t chunk = first_of[item.place - wave.first] + static_cast<std::size_t>(item.part);
+            std::int64_t* own = &tiles_done[chunk];
+            const TilesDone done{item.part > 0 ? own - 1 : nullptr, own};
+            dslope[chunk] = kernels_.take_chunk(a_, g_, *wave.pairs[item.place], item.part, tiles_at(item), done,
+                                                scratch_.of(worker));
+        };
+        for_each_item(threads_, static_cast<std::int64_t>(chunks.size()), take);
+        for (std::size_t place = wave.first; place < wave.last; ++place)
+            for (std::size_t c = first_of[place - wave.first]; c < first_of[place - wave.first + 1]; ++c)
+                dslope_of(*wave.pairs[place]) += dslope[c];
+    }
+
+    const Attention& a_;
+    const Gradients& g_;
+    const BackwardKernels& kernels_;
+    const int threads_;
+    const std::size_t scratch_words_;
+    const std::vector<Pair>& pairs_;
+    std::vector<double> dslope_;  // by pair
+    const Division division_;
+    const WordsByWorker scratch_;
+};
 
 }  // namespace
 
 void attention_forward(const Attention& a, const Sequences& sequences, const Execution& how) {
-    const ForwardKernels& kernels = a.bfloat16 ? how.kernels->forward_bfloat16 : how.kernels->forward_float32;
-    const std::vector<Pair>& pairs = sequences.pairs;
-    const std::size_t block_words = kernels.block_words(a.head_width);
-    const std::size_t scratch_words = kernels.scratch_words(a.head_width);
-    const AlignedWords scratch(scratch_words * static_cast<std::size_t>(how.threads));
     fill_background(a, sequences, how.threads);
-    for (std::size_t first = 0; first < pairs.size();) {
-        const Wave wave(pairs, first,
-                        [&](const Pair& pair) { return block_words * static_cast<std::size_t>(blocks_of(pair)); });
-        const AlignedWords packed(wave.offset.back());
-        const auto operands = [&](const Item& item) {
-            return packed.data() + wave.offset[static_cast<std::size_t>(item.pair) - wave.first];
-        };
-        const std::vector<Item> packing = items_of(pairs, wave.first, wave.last, [](const Pair& pair) {
-            return pair.queries.count > 0 ? parts(blocks_of(pair), packed_blocks) : 0;
-        });
-        auto pack = [&](std::int64_t i, int) noexcept {
-            const Item& item = packing[static_cast<std::size_t>(i)];
-            const Pair& pair = pairs[static_cast<std::size_t>(item.pair)];
-            const std::int64_t from = item.part * packed_blocks;
-            kernels.pack_keys(a, pair, from, std::min(from + packed_blocks, blocks_of(pair)), operands(item));
-        };
-        for_each_item(how.threads, static_cast<std::int64_t>(packing.size()), pack);
-        const std::vector<Item> tiles = items_of(pairs, wave.first, wave.last, tiles_of);
-        auto attend = [&](std::int64_t i, int worker) noexcept {
-            const Item& item = tiles[static_cast<std::size_t>(i)];
-            kernels.attend(a, pairs[static_cast<std::size_t>(item.pair)], item.part, operands(item),
-                           scratch.data() + scratch_words * static_cast<std::size_t>(worker));
-        };
-        for_each_item(how.threads, static_cast<std::int64_t>(tiles.size()), attend);
-        first = wave.last;
-    }
+    const Forward forward(a, sequences, how);
+    forward.take_waves();
+    forward.take_whole_pairs();
 }
 
 void attention_backward(const Attention& a, const Gradients& g, const Sequences& sequences, const Execution& how,
                         double* dslopes) {
-    const BackwardKernels& kernels = a.bfloat16 ? how.kernels->backward_bfloat16 : how.kernels->backward_float32;
-    const std::vector<Pair>& pairs = sequences.pairs;
-    const std::size_t tile_words = kernels.tile_words(a.head_width);
-    const std::size_t scratch_words = kernels.scratch_words(a.head_width);
-    const AlignedWords scratch(scratch_words * static_cast<std::size_t>(how.threads));
     fill_background(a, g, sequences, how.threads);
-    for (std::size_t first = 0; first < pairs.size();) {
-        const Wave wave(pairs, first,
-                        [&](const Pair& pair) { return tile_words * static_cast<std::size_t>(tiles_of(pair)); });
-        const AlignedWords packed(wave.offset.back());
-        const auto operands = [&](const Item& item) {
-            return packed.data() + wave.offset[static_cast<std::size_t>(item.pair) - wave.first];
-        };
-        const std::vector<Item> tiles = items_of(pairs, wave.first, wave.last, tiles_of);
-        auto pack = [&](std::int64_t i, int) noexcept {
-            const Item& item = tiles[static_cast<std::size_t>(i)];
-            kernels.pack_queries(a, g, pairs[static_cast<std::size_t>(item.pair)], item.part, operands(item));
-        };
-        for_each_item(how.threads, static_cast<std::int64_t>(tiles.size()), pack);
-
-        const std::vector<Item> chunks = chunks_across(pairs, wave, a.head_width);
-        std::vector<std::size_t> progress_of(wave.last - wave.first + 1, 0);
-        for (const Item& item : chunks) ++progress_of[static_cast<std::size_t>(item.pair) - wave.first + 1];
-        for (std::size_t p = 1; p < progress_of.size(); ++p) progress_of[p] += progress_of[p - 1];
-        std::vector<std::int64_t> progress(chunks.size(), 0);
-        std::vector<double> dslope(chunks.size(), 0.0);
-        auto take = [&](std::int64_t i, int worker) noexcept {
-            const auto index = static_cast<std::size_t>(i);
-            const Item& item = chunks[index];
-            kernels.take_chunk(a, g, pairs[static_cast<std::size_t>(item.pair)], item.part, operands(item),
-                               progress.data() + progress_of[static_cast<std::size_t>(item.pair) - wave.first],
-                               &dslope[index], scratch.data() + scratch_words * static_cast<std::size_t>(worker));
-        };
-        for_each_item(how.threads, static_cast<std::int64_t>(chunks.size()), take);
-        if (dslopes != nullptr)
-            for (std::size_t i = 0; i < chunks.size(); ++i)
-                dslopes[pairs[static_cast<std::size_t>(chunks[i].pair)].head] += dslope[i];
-        first = wave.last;
-    }
+    Backward backward(a, g, sequences, how);
+    backward.take_waves();
+    backward.take_whole_pairs();
+    if (dslopes != nullptr) backward.add_slope_gradients(dslopes);
 }
 
 }  // namespace maskattn

@@ -9,8 +9,6 @@
 namespace maskattn {
 namespace {
 
-constexpr int block_vectors = block_keys / lanes;
-
 // A packed block of keys, in words: K by steps [D / depth][N], V by steps [N / depth][D padded], then N each of the key
 // bias, x and y.
 template <class Arithmetic>
@@ -29,12 +27,23 @@ struct KeyTerms {
     const float* bias_N;  // -inf past the end of the sequence
     const float* x_N;
     const float* y_N;
+    int columns;
     bool biased;  // some bias is not 0
 };
 
+// Keys of a block that are computed with: all of a whole block, the vectors (of pairs) that its keys fill of the last.
+template <class Arithmetic>
+MASKATTN_INLINE int columns_of_block(const Pair& pair, std::int64_t block) {
+    constexpr int step = lanes * Arithmetic::depth;
+    const int count = at_most(block_keys, pair.keys.count - block * block_keys);
+    return (count + step - 1) / step * step;
+}
+
+template <class Arithmetic>
 MASKATTN_INLINE KeyTerms terms_of_block(const Attention& a, const Pair& pair, std::int64_t block, const float* bias_N) {
     const bool whole = (block + 1) * block_keys <= pair.keys.count;
-    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, a.key_bias.data || !whole};
+    const int columns = columns_of_block<Arithmetic>(pair, block);
+    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, a.key_bias.data || !whole};
 }
 
 // Bias and places of the block's keys; -inf past the end so that those take no part.
@@ -69,10 +78,11 @@ void pack_keys(const Attention& a, const Pair& pair, std::int64_t first, std::in
     const Element* rows[block_keys];
     for (std::int64_t block = first; block < last; ++block) {
         std::uint32_t* to = blocks + static_cast<std::size_t>(block) * layout.words();
+        const int columns = columns_of_block<Arithmetic>(pair, block);
         rows_of_block(a.k, pair, block, rows);
-        pack_columns<Arithmetic>(rows, a.head_width, to);
+        pack_columns<Arithmetic>(rows, columns, a.head_width, to);
         rows_of_block(a.v, pair, block, rows);
-        pack_steps<Arithmetic>(rows, block_keys, a.head_width, to + layout.k_words);
+        pack_steps<Arithmetic>(rows, columns, a.head_width, to + layout.k_words);
         pack_key_terms(a, pair, block, reinterpret_cast<float*>(to + layout.k_words + layout.v_words));
     }
 }
@@ -98,18 +108,18 @@ MASKATTN_INLINE Floats score(const float* product, const KeyTerms& keys, int n, 
 
 // e^(score - base) of a row's block as left operand of the product with V; returns their sum by lanes.
 template <class Arithmetic>
-MASKATTN_INLINE Floats store_probabilities(const float* score_N, float base, std::uint32_t* p_N) {
+MASKATTN_INLINE Floats store_probabilities(const float* score_N, int columns, float base, std::uint32_t* p_N) {
     Floats total{};
     if constexpr (Arithmetic::depth == 1) {
 #pragma GCC unroll 16
-        for (int n = 0; n < block_keys; n += lanes) {
+        for (int n = 0; n < columns; n += lanes) {
             const Floats p = exponential(load<Floats>(score_N + n) - base);
             store(p_N + n, p);
             total += p;
         }
     } else {
 #pragma GCC unroll 2
-        for (int n = 0; n < block_keys; n += 2 * lanes) {
+        for (int n = 0; n < columns; n += 2 * lanes) {
             const Floats first = exponential(load<Floats>(score_N + n) - base);
             const Floats second = exponential(load<Floats>(score_N + n + lanes) - base);
             store(p_N + n / 2, Arithmetic::round(first, second));
@@ -128,9 +138,10 @@ struct SoftmaxState {
 
 // Takes in the products of rows [q, q + M) with a block, which become scores: leaves p, and in factor_M what the sums
 // so far must be scaled by. All largest scores come before the first exponential, so that neither waits for the other.
-template <class Arithmetic, bool biased, bool placed>
+template <class Arithmetic, bool biased, bool placed, bool whole>
 __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, float* product_MN, const KeyTerms& keys,
                                             ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
+    const int columns = whole ? block_keys : keys.columns;
     constexpr int factors = padded(tile_rows);
     alignas(64) float before_M[factors] = {}, base_M[factors] = {};
 #pragma GCC unroll 8
@@ -139,7 +150,7 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
         float* row = product_MN + m * block_keys;
         Floats most = broadcast(-infinity);
 #pragma GCC unroll 16
-        for (int n = 0; n < block_keys; n += lanes) {
+        for (int n = 0; n < columns; n += lanes) {
             const Floats s = score<biased, placed>(row, keys, n, units, x, y);
             store(row + n, s);
             most = maximum(s, most);
@@ -155,7 +166,7 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
         store(factor_M + m, exponential(load<Floats>(before_M + m) - load<Floats>(base_M + m)));
     for (int m = 0; m < tile_rows; ++m) {
         float* sums = state.sum_Q + (q + m) * lanes;
-        const Floats total = store_probabilities<Arithmetic>(product_MN + m * block_keys, base_M[m],
+        const Floats total = store_probabilities<Arithmetic>(product_MN + m * block_keys, columns, base_M[m],
                                                              p_MN + m * (block_keys / Arithmetic::depth));
         store(sums, load<Floats>(sums) * factor_M[m] + total);
     }
@@ -164,10 +175,12 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
 template <class Arithmetic, bool placed>
 MASKATTN_INLINE void softmax_step(const SoftmaxState& state, int q, float* product_MN, const KeyTerms& keys,
                                   ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
-    if (keys.biased)
-        softmax_step<Arithmetic, true, placed>(state, q, product_MN, keys, units, p_MN, factor_M);
+    if (keys.columns < block_keys)
+        softmax_step<Arithmetic, true, placed, false>(state, q, product_MN, keys, units, p_MN, factor_M);
+    else if (keys.biased)
+        softmax_step<Arithmetic, true, placed, true>(state, q, product_MN, keys, units, p_MN, factor_M);
     else
-        softmax_step<Arithmetic, false, placed>(state, q, product_MN, keys, units, p_MN, factor_M);
+        softmax_step<Arithmetic, false, placed, true>(state, q, product_MN, keys, units, p_MN, factor_M);
 }
 
 // Scratch of a query tile, in words: q [Q][D / depth], out [Q][D padded], then largest, x and y [Q] and sum [Q][lanes].
@@ -224,17 +237,18 @@ void attend(const Attention& a, const Pair& pair, std::int64_t tile, const std::
     for (std::int64_t block = 0; block < block_count; ++block) {
         const std::uint32_t* k = blocks + static_cast<std::size_t>(block) * layout.words();
         const std::uint32_t* v = k + layout.k_words;
-        const KeyTerms keys = terms_of_block(a, pair, block, reinterpret_cast<const float*>(v + layout.v_words));
+        const KeyTerms keys =
+            terms_of_block<Arithmetic>(a, pair, block, reinterpret_cast<const float*>(v + layout.v_words));
         for (int q = 0; q < rows; q += tile_rows) {
             multiply<Arithmetic, tile_rows, Start::zero>({q_QD + q * q_stride, q_stride, 1}, k, block_keys, steps,
-                                                         product_MN, block_keys, block_vectors);
+                                                         product_MN, block_keys, keys.columns / lanes);
             if (a.slopes.data)
                 softmax_step<Arithmetic, true>(state, q, product_MN, keys, units, p_MN, factor_M);
             else
                 softmax_step<Arithmetic, false>(state, q, product_MN, keys, units, p_MN, factor_M);
-            multiply<Arithmetic, tile_rows, Start::scaled>({p_MN, p_stride, 1}, v, out_stride, p_stride,
-                                                           out_QD + q * out_stride, out_stride, out_stride / lanes,
-                                                           factor_M);
+            multiply<Arithmetic, tile_rows, Start::scaled>({p_MN, p_stride, 1}, v, out_stride,
+                                                           keys.columns / Arithmetic::depth, out_QD + q * out_stride,
+                                                           out_stride, out_stride / lanes, factor_M);
         }
     }
     for (int q = 0; q < count; ++q)

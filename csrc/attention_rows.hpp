@@ -55,11 +55,11 @@ void pack_rows(const Element* const* rows, int count, int head_width, std::uint3
             store(to + r * stride + w, rows[r] ? load_words<Arithmetic>(rows[r], w, words) : Words{});
 }
 
-// Step t of the result: word t of each of block_keys rows.
+// Step t of the result: word t of each of `count` rows, a multiple of the lanes; steps are block_keys apart.
 template <class Arithmetic, class Element>
-void pack_columns(const Element* const* rows, int head_width, std::uint32_t* to) {
+void pack_columns(const Element* const* rows, int count, int head_width, std::uint32_t* to) {
     const int words = head_width / Arithmetic::depth;
-    for (int r = 0; r < block_keys; r += lanes)
+    for (int r = 0; r < count; r += lanes)
         for (int w = 0; w < words; w += lanes) {
             Words square[lanes];
             for (int i = 0; i < lanes; ++i)

@@ -95,24 +95,13 @@ const ReadoutKernels& kernels_for(const Readout& a, const Kernels& kernels) {
     return a.bfloat16 ? kernels.readout.bfloat16 : kernels.readout.float32;
 }
 
-// A piece of memory for each worker.
-class Scratch {
-  public:
-    Scratch(std::size_t words, int threads) : words_(words), memory_(words * static_cast<std::size_t>(threads)) {}
-    std::uint32_t* of(int worker) const { return memory_.data() + words_ * static_cast<std::size_t>(worker); }
-
-  private:
-    std::size_t words_;
-    AlignedWords memory_;
-};
-
 }  // namespace
 
 void readout_forward(const Readout& a, const std::vector<std::int32_t>& starts, const Kernels& all_kernels,
                      int threads) {
     const ReadoutKernels& kernels = kernels_for(a, all_kernels);
     const Runs runs(starts, [&](std::int64_t keys) { return keys_of_run(a, keys); });
-    const Scratch scratch(kernels.scratch_words(a), threads);
+    const WordsByWorker scratch(kernels.scratch_words(a), threads);
     const Partials partials(runs, kernels.partial_words(a), threads);
     for_each_run(
         runs, partials, threads,
@@ -129,7 +118,7 @@ void readout_backward(const Readout& a, const ReadoutGradients& g, const std::ve
     const ReadoutKernels& kernels = kernels_for(a, all_kernels);
     const Runs runs(starts, [&](std::int64_t keys) { return keys_of_run(a, keys); });
     const std::size_t words = kernels.partial_words(a);
-    const Scratch scratch(kernels.scratch_words(a), threads);
+    const WordsByWorker scratch(kernels.scratch_words(a), threads);
     const AlignedWords row_gradients(g.grad_rows.data ? words * runs.all.size() : 0);
     const auto row_gradients_of = [&](std::size_t run) {
         return reinterpret_cast<float*>(row_gradients.data() + words * run);
@@ -172,7 +161,7 @@ void token_relevance(const Relevance& a, const std::vector<std::int32_t>& starts
             std::fill_n(a.relevance + c * a.relevance_class, starts.back(), 0.0f);
         return;
     }
-    const Scratch scratch(kernels.scratch_words(a), threads);
+    const WordsByWorker scratch(kernels.scratch_words(a), threads);
     const std::size_t sequences = starts.size() - 1;
     const std::size_t at_once = std::min(sequences, std::max<std::size_t>(wave_words / sequence_words, 1));
     const AlignedWords gradients(at_once * sequence_words);
