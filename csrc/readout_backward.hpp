@@ -1,4 +1,4 @@
-// Backward readout of a run of keys, p recomputed from lse: each tile of K and V is read once and dk and dv written once;
+// Backward readout of a run of keys, p recomputed from lse: each group of K and V is read once and dk and dv written once;
 // dq is summed over the run.
 //
 // Dimension key: H heads, R queries of a sequence, N keys of a tile, D head width (padded to whole vectors).
@@ -26,26 +26,26 @@ MASKATTN_INLINE Floats row_gradient(const ReadoutGradients& g, int head, int r, 
 template <class Element>
 void sum_row_gradients(const Readout& a, const ReadoutGradients& g, const KeyRun& run, float* partial,
                        std::uint32_t* scratch) {
-    const int width = padded(a.head_width), R = a.queries;
+    const int R = a.queries;
     auto* queries_HRD = reinterpret_cast<float*>(scratch);
     float* buffer_ND = queries_HRD + 2 * whole_lines(query_words(a));
-    float* lse_HR = buffer_ND + 2 * tile_words_of(a);
+    float *products_HRN = buffer_ND + 2 * tile_words_of(a), *lse_HR = products_HRN + 2 * score_words_of(a);
     convert_queries<Element>(a, a.q, run.sequence, a.scale, queries_HRD);
     gather_lse(a, run.sequence, lse_HR);
     for (int i = 0; i < a.heads * R; ++i) partial[i] = 0.0f;
 
-    alignas(64) float products_RN[most_queries * tile_keys];
+    ComingLines coming(a.k, a);
     for (std::int64_t done = 0; done < run.count; done += tile_keys) {
         TileTerms terms(a, run, done);
         const std::int64_t first = run.first + done;
+        multiply_tile_with_keys<Element>(a, a.k, run, done, queries_HRD, buffer_ND, products_HRN, coming);
         for (int h = 0; h < a.heads; ++h) {
             terms.take_bias(a, h, first);
-            const FloatRows k = float_rows<Element>(a.k, h, first, terms.count, a.head_width, buffer_ND);
-            multiply_with_keys(queries_HRD + h * R * width, R, width, k, terms.count, products_RN);
             for (int r = 0; r < R; ++r) {
+                const float* products_N = products_HRN + (h * R + r) * tile_keys;
                 Floats total{};
                 for (int n = 0; n < terms.count; n += lanes) {
-                    const Floats s = terms.score(a, h, r, n, load<Floats>(products_RN + r * tile_keys + n));
+                    const Floats s = terms.score(a, h, r, n, load<Floats>(products_N + n));
                     total += exponential(s - lse_HR[h * R + r]) * row_gradient(g, h, r, first, n, terms.count);
                 }
                 partial[h * R + r] += sum(total);
@@ -76,12 +76,27 @@ void sum_deltas(const Readout& a, const ReadoutGradients& g, std::int32_t sequen
 
 // Rows n of the result: sum over r of weights_RN[r][n] times rows_RD[r], for keys from `first` on.
 template <class Element>
-void write_key_rows(const std::uint32_t* weights_RN, const float* rows_RD, int queries, int width, int head_width,
-                    int count, Element* to, std::ptrdiff_t to_row) {
-    const auto* words = reinterpret_cast<const std::uint32_t*>(rows_RD);
+void write_key_rows(const float* weights_RN, const float* rows_RD, int queries, int width, int head_width, int count,
+                    Element* to, std::ptrdiff_t to_row, ComingLines& coming) {
     alignas(64) float sums_MD[tile_rows * 256];
+    if (queries < tile_rows) {
+        for (int n = 0; n < count; ++n) {
+            for (int d = 0; d < width; d += lanes) {
+                if (d % (64 / static_cast<int>(sizeof(Element))) == 0) coming.ask<1>();
+                Floats total = load<Floats>(rows_RD + d) * weights_RN[n];
+                for (int r = 1; r < queries; ++r)
+                    total += load<Floats>(rows_RD + r * width + d) * weights_RN[r * tile_keys + n];
+                store(sums_MD + d, total);
+            }
+            write_row(sums_MD, 1.0f, head_width, to + n * to_row);
+        }
+        return;
+    }
+    const auto *rows = reinterpret_cast<const std::uint32_t*>(rows_RD),
+               *weights = reinterpret_cast<const std::uint32_t*>(weights_RN);
     for (int n = 0; n < count; n += tile_rows) {
-        multiply<SinglePrecision, tile_rows, Start::zero>({weights_RN + n, 1, tile_keys}, words, width, queries, sums_MD,
+        for (int d = 0; d < head_width; d += 64 / static_cast<int>(sizeof(Element))) coming.ask<tile_rows>();
+        multiply<SinglePrecision, tile_rows, Start::zero>({weights + n, 1, tile_keys}, rows, width, queries, sums_MD,
                                                           width, width / lanes);
         for (int m = 0; m < tile_rows && n + m < count; ++m)
             write_row(sums_MD + m * width, 1.0f, head_width, to + (n + m) * to_row);
@@ -91,7 +106,7 @@ void write_key_rows(const std::uint32_t* weights_RN, const float* rows_RD, int q
 // p and dS of a head's tile; adds dS to dbias_N, returns the sum of dS times distance.
 inline float take_scores(const Readout& a, const ReadoutGradients& g, int head, std::int64_t first,
                          const TileTerms& terms, const float* lse_R, const float* delta_R, const float* products_RN,
-                         const float* grad_p_RN, std::uint32_t* p_RN, std::uint32_t* ds_RN, float* dbias_N) {
+                         const float* grad_p_RN, float* p_RN, float* ds_RN, float* dbias_N) {
     Floats by_distance{};
     for (int n = 0; n < terms.count; n += lanes) {
         Floats dbias = load<Floats>(dbias_N + n);
@@ -122,8 +137,8 @@ void differentiate_run(const Readout& a, const ReadoutGradients& g, const KeyRun
     const int width = padded(a.head_width), R = a.queries;
     auto* queries_HRD = reinterpret_cast<float*>(scratch);
     float* grads_HRD = queries_HRD + whole_lines(query_words(a));
-    float *k_ND = grads_HRD + whole_lines(query_words(a)), *v_ND = k_ND + tile_words_of(a);
-    float *lse_HR = v_ND + tile_words_of(a), *delta_HR = lse_HR + a.heads * R;
+    float* buffer_ND = grads_HRD + whole_lines(query_words(a));
+    float *lse_HR = buffer_ND + 2 * tile_words_of(a) + 2 * score_words_of(a), *delta_HR = lse_HR + a.heads * R;
     const ReadoutPartial state(a, partial);
     float *dslope_H = state.largest, *dq_HRD = state.out;
     convert_queries<Element>(a, a.q, run.sequence, a.scale, queries_HRD);
@@ -133,30 +148,30 @@ void differentiate_run(const Readout& a, const ReadoutGradients& g, const KeyRun
     for (int h = 0; h < a.heads; ++h) dslope_H[h] = 0.0f;
     __builtin_memset(dq_HRD, 0, query_words(a) * sizeof *dq_HRD);
 
-    const Prefetch next_k(a.k, a), next_v(a.v, a);
+    ComingLines coming_k(a.k, a), coming_v(a.v, a), coming_dk({g.dk.data, 0, g.dk.head, g.dk.row}, a), coming_dv({g.dv.data, 0, g.dv.head, g.dv.row}, a);
+    ComingLines* const all_coming[] = {&coming_k, &coming_v, &coming_dk, &coming_dv};
     alignas(64) float products_RN[most_queries * tile_keys], grad_p_RN[most_queries * tile_keys];
-    alignas(64) std::uint32_t p_RN[most_queries * tile_keys] = {}, ds_RN[most_queries * tile_keys] = {};
+    alignas(64) float p_RN[most_queries * tile_keys] = {}, ds_RN[most_queries * tile_keys] = {};
     const bool shares_bias = g.dbias.head == 0;
-    for (std::int64_t done = 0; done < run.count; done += tile_keys) {
-        TileTerms terms(a, run, done);
+    for (std::int64_t done = 0; done < run.count; done += group_keys) {
+        TileTerms terms(a, run, done, group_keys);
         const std::int64_t first = run.first + done;
-        alignas(64) float dbias_N[tile_keys] = {};
+        for (ComingLines* coming : all_coming) coming->expect(run, first + group_keys, group_keys);
+        alignas(64) float dbias_N[group_keys] = {};
         for (int h = 0; h < a.heads; ++h) {
-            next_k.ask(first + tile_keys, keys_of_next_tile(run, done), h, a.heads);
-            next_v.ask(first + tile_keys, keys_of_next_tile(run, done), h, a.heads);
             terms.take_bias(a, h, first);
             const int at = h * R * width;
-            const FloatRows k = float_rows<Element>(a.k, h, first, terms.count, a.head_width, k_ND);
-            const FloatRows v = float_rows<Element>(a.v, h, first, terms.count, a.head_width, v_ND);
-            multiply_with_keys(queries_HRD + at, R, width, k, terms.count, products_RN);
-            multiply_with_keys(grads_HRD + at, R, width, v, terms.count, grad_p_RN);
+            const HeadRows<Element> k = rows_of_head<Element>(a.k, h, first, a.head_width);
+            const HeadRows<Element> v = rows_of_head<Element>(a.v, h, first, a.head_width);
+            multiply_with_keys(queries_HRD + at, R, width, k, terms.count, buffer_ND, products_RN, coming_k);
+            multiply_with_keys(grads_HRD + at, R, width, v, terms.count, buffer_ND, grad_p_RN, coming_v);
             dslope_H[h] -= take_scores(a, g, h, first, terms, lse_HR + h * R, delta_HR + h * R, products_RN, grad_p_RN,
                                        p_RN, ds_RN, dbias_N);
-            add_weighted_keys<Start::add>(ds_RN, R, k, terms.count, dq_HRD + at, width);
+            add_weighted_keys<Start::add>(ds_RN, R, k, terms.count, dq_HRD + at, width, buffer_ND, coming_k);
             write_key_rows(ds_RN, queries_HRD + at, R, width, a.head_width, terms.count,
-                           place_of<Element>(g.dk, 0, h, first), g.dk.row);
+                           place_of<Element>(g.dk, 0, h, first), g.dk.row, coming_dk);
             write_key_rows(p_RN, grads_HRD + at, R, width, a.head_width, terms.count,
-                           place_of<Element>(g.dv, 0, h, first), g.dv.row);
+                           place_of<Element>(g.dv, 0, h, first), g.dv.row, coming_dv);
             if (g.dbias.data && !shares_bias) {
                 write_bias_gradient(g, h, first, terms.count, dbias_N);
                 __builtin_memset(dbias_N, 0, sizeof dbias_N);

@@ -1,4 +1,5 @@
-// Forward readout: softmax and both products in one pass over a run of keys, tile by tile and head by head.
+// Forward readout: softmax and both products in one pass over a run of keys, tile by tile: the products of all heads,
+// group after group of keys in the order of memory, then the softmax of the tile, then the sums of V likewise.
 //
 // Dimension key: H heads, R queries of a sequence, N keys of a tile, D head width (padded to whole vectors).
 #pragma once
@@ -34,14 +35,21 @@ inline std::size_t tile_words_of(const Readout& a) {
     return static_cast<std::size_t>(tile_keys * padded(a.head_width));
 }
 
-// Queries and two tiles, and what backward needs besides: the gradients of the output and two rows by head and query.
+// [H][R][N] of a tile.
+inline std::size_t score_words_of(const Readout& a) {
+    return static_cast<std::size_t>(a.heads * a.queries) * tile_keys;
+}
+
+// Queries, two tiles and scores twice, and what backward needs besides: the gradients of the output and two rows by head
+// and query.
 inline std::size_t readout_scratch_words(const Readout& a) {
-    return 2 * whole_lines(query_words(a)) + 2 * tile_words_of(a) + whole_lines(ReadoutPartial::state_words(a));
+    return 2 * whole_lines(query_words(a)) + 2 * tile_words_of(a) + 2 * score_words_of(a) +
+           whole_lines(ReadoutPartial::state_words(a));
 }
 
 // The head's p of a tile and what its sums so far must be scaled by. The scores replace the products.
 inline void take_softmax_step(const Readout& a, int head, const TileTerms& terms, float* products_RN, float* largest_R,
-                              float* sum_R, std::uint32_t* p_RN, float* factor_R) {
+                              float* sum_R, float* p_RN, float* factor_R) {
     for (int r = 0; r < a.queries; ++r) {
         float* row_N = products_RN + r * tile_keys;
         Floats most = broadcast(-infinity);
@@ -77,27 +85,38 @@ void attend_to_run(const Readout& a, const KeyRun& run, float* partial, std::uin
     __builtin_memset(state.out, 0, query_words(a) * sizeof *state.out);
     auto* queries_HRD = reinterpret_cast<float*>(scratch);
     float* buffer_ND = queries_HRD + whole_lines(query_words(a));
+    float *products_HRN = buffer_ND + tile_words_of(a), *p_HRN = products_HRN + score_words_of(a);
+    float* factor_HR = p_HRN + score_words_of(a);
     convert_queries<Element>(a, a.q, run.sequence, a.scale, queries_HRD);
 
-    const Prefetch next_k(a.k, a), next_v(a.v, a);
-    alignas(64) float products_RN[most_queries * tile_keys], factor_R[most_queries];
-    alignas(64) std::uint32_t p_RN[most_queries * tile_keys];
+    ComingLines coming_k(a.k, a), coming_v(a.v, a);
     for (std::int64_t done = 0; done < run.count; done += tile_keys) {
         TileTerms terms(a, run, done);
         const std::int64_t first = run.first + done;
+        multiply_tile_with_keys<Element>(a, a.k, run, done, queries_HRD, buffer_ND, products_HRN, coming_k);
         for (int h = 0; h < a.heads; ++h) {
-            next_k.ask(first + tile_keys, keys_of_next_tile(run, done), h, a.heads);
-            next_v.ask(first + tile_keys, keys_of_next_tile(run, done), h, a.heads);
+            float* products_RN = products_HRN + h * R * tile_keys;
             terms.take_bias(a, h, first);
-            const FloatRows k = float_rows<Element>(a.k, h, first, terms.count, a.head_width, buffer_ND);
-            multiply_with_keys(queries_HRD + h * R * width, R, width, k, terms.count, products_RN);
-            take_softmax_step(a, h, terms, products_RN, state.largest + h * R, state.sum + h * R, p_RN, factor_R);
+            take_softmax_step(a, h, terms, products_RN, state.largest + h * R, state.sum + h * R,
+                              p_HRN + h * R * tile_keys, factor_HR + h * R);
             if (a.rows.data)
                 for (int r = 0; r < R; ++r)
                     __builtin_memcpy(place_of(a.rows, 0, h, r) + first, products_RN + r * tile_keys,
                                      static_cast<std::size_t>(terms.count) * sizeof(float));
-            const FloatRows v = float_rows<Element>(a.v, h, first, terms.count, a.head_width, buffer_ND);
-            add_weighted_keys<Start::scaled>(p_RN, R, v, terms.count, state.out + h * R * width, width, factor_R);
+        }
+        for (int n = 0; n < terms.count; n += group_keys) {
+            const int now = at_most(group_keys, terms.count - n);
+            coming_v.expect(run, first + n + group_keys, group_keys);
+            for (int h = 0; h < a.heads; ++h) {
+                const HeadRows<Element> v = rows_of_head<Element>(a.v, h, first + n, a.head_width);
+                const float* p_RN = p_HRN + h * R * tile_keys + n;
+                float* out_RD = state.out + h * R * width;
+                if (n == 0)
+                    add_weighted_keys<Start::scaled>(p_RN, R, v, now, out_RD, width, buffer_ND, coming_v,
+                                                     factor_HR + h * R);
+                else
+                    add_weighted_keys<Start::add>(p_RN, R, v, now, out_RD, width, buffer_ND, coming_v);
+            }
         }
     }
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention_rows.hpp"
+#include "coming_lines.hpp"
 #include "readout.hpp"
 
 namespace maskattn {
@@ -44,22 +45,30 @@ MASKATTN_INLINE void convert_row(const Element* row, int head_width, float facto
     for (int d = 0; d < head_width; d += lanes) store(to + d, load_next(row + d, head_width - d) * factor);
 }
 
-// Rows of floats, `stride` apart, zeros up to whole vectors.
-struct FloatRows {
-    const float* data;
+// Rows of one head, `stride` apart.
+template <class Element>
+struct HeadRows {
+    const Element* data;
     std::ptrdiff_t stride;
+    int head_width;
+
+    MASKATTN_INLINE HeadRows from(int row) const { return {data + row * stride, stride, head_width}; }
 };
 
-// Keys [first, first + count) of a head where they lie, or converted to `buffer`.
 template <class Element>
-MASKATTN_INLINE FloatRows float_rows(const Strided<const void>& x, int head, std::int64_t first, int count,
-                                     int head_width, float* buffer) {
-    const Element* rows = place_of<Element>(x, 0, head, first);
+MASKATTN_INLINE HeadRows<Element> rows_of_head(const Strided<const void>& x, int head, std::int64_t first,
+                                               int head_width) {
+    return {place_of<Element>(x, 0, head, first), x.row, head_width};
+}
+
+// Rows as floats with zeros up to whole vectors, where they lie or converted to `buffer`.
+template <class Element>
+MASKATTN_INLINE HeadRows<float> float_rows(const HeadRows<Element>& rows, int count, float* buffer) {
+    const int width = padded(rows.head_width);
     if constexpr (sizeof(Element) == sizeof(float))
-        if (head_width % lanes == 0) return {rows, x.row};
-    const int width = padded(head_width);
-    for (int n = 0; n < count; ++n) convert_row(rows + n * x.row, head_width, 1.0f, buffer + n * width);
-    return {buffer, width};
+        if (rows.head_width == width) return rows;
+    for (int n = 0; n < count; ++n) convert_row(rows.data + n * rows.stride, rows.head_width, 1.0f, buffer + n * width);
+    return {buffer, width, width};
 }
 
 // The sequence's rows [H][R][D] as floats times a factor.
@@ -84,44 +93,133 @@ MASKATTN_INLINE Floats sums_of(Floats (&x)[lanes]) {
     return x[0];
 }
 
-// products_RN [R][tile_keys]: each query with each key. What lies past `count` is of the last key.
-__attribute__((noinline)) inline void multiply_with_keys(const float* queries_RD, int queries, int width,
-                                                         FloatRows keys, int count, float* products_RN) {
-    for (int n = 0; n < count; n += lanes) {
-        const float* rows[lanes];
-        for (int i = 0; i < lanes; ++i) rows[i] = keys.data + (n + i < count ? n + i : count - 1) * keys.stride;
-        for (int r = 0; r < queries; ++r) {
-            const float* query_D = queries_RD + r * width;
-            Floats total[lanes] = {};
-            for (int d = 0; d < width; d += lanes) {
-                const Floats query = load<Floats>(query_D + d);
+// products_RN [R][tile_keys]: each query with each of up to `lanes` keys. What lies past `count` is of the last key.
+template <class Element>
+MASKATTN_INLINE void multiply_with_lanes(const float* queries_RD, int queries, int width, const HeadRows<Element>& keys,
+                                         int count, float* products_RN, ComingLines& coming) {
+    constexpr int lines = lanes * lanes * static_cast<int>(sizeof(Element)) / 64;
+    constexpr int spread_over = 4;  // queries, where there are as many, so that requests go out at an even pace
+    const Element* rows[lanes];
+    for (int i = 0; i < lanes; ++i) rows[i] = keys.data + (i < count ? i : count - 1) * keys.stride;
+    for (int r = 0; r < queries; ++r) {
+        const float* query_D = queries_RD + r * width;
+        Floats total[lanes] = {};
+        int d = 0;
+        for (; d + lanes <= keys.head_width; d += lanes) {
+            if (queries < spread_over && r == 0) coming.ask<lines>();
+            if (queries >= spread_over && r < spread_over) coming.ask<(lines + spread_over - 1) / spread_over>();
+            const Floats query = load<Floats>(query_D + d);
 #pragma GCC unroll 16
-                for (int i = 0; i < lanes; ++i) total[i] += query * load<Floats>(rows[i] + d);
-            }
-            store(products_RN + r * tile_keys + n, sums_of(total));
+            for (int i = 0; i < lanes; ++i) total[i] += query * load_floats(rows[i] + d, lanes);
         }
+        if (d < keys.head_width)
+            for (int i = 0; i < lanes; ++i)
+                total[i] += load<Floats>(query_D + d) * load_next(rows[i] + d, keys.head_width - d);
+        store(products_RN + r * tile_keys, sums_of(total));
     }
 }
 
+// Of up to tile_keys keys. A few queries read their rows directly, more have them converted first.
+template <class Element>
+__attribute__((noinline)) void multiply_with_keys(const float* queries_RD, int queries, int width,
+                                                  const HeadRows<Element>& keys, int count, float* buffer_ND,
+                                                  float* products_RN, ComingLines& coming) {
+    constexpr int direct_queries = 2;
+    for (int n = 0; n < count; n += lanes) {
+        const int now = at_most(lanes, count - n);
+        if (queries <= direct_queries)
+            multiply_with_lanes(queries_RD, queries, width, keys.from(n), now, products_RN + n, coming);
+        else
+            multiply_with_lanes(queries_RD, queries, width, float_rows(keys.from(n), now, buffer_ND + n * width), now,
+                                products_RN + n, coming);
+    }
+}
+
+// products_HRN [H][R][tile_keys] of a tile's keys with rows of queries.
+template <class Element>
+void multiply_tile_with_keys(const Readout& a, const Strided<const void>& x, const KeyRun& run, std::int64_t done,
+                             const float* queries_HRD, float* buffer_ND, float* products_HRN, ComingLines& coming) {
+    const int width = padded(a.head_width), R = a.queries, count = at_most(tile_keys, run.count - done);
+    const std::int64_t first = run.first + done;
+    for (int n = 0; n < count; n += group_keys) {
+        const int now = at_most(group_keys, count - n);
+        coming.expect(run, first + n + group_keys, group_keys);
+        for (int h = 0; h < a.heads; ++h)
+            multiply_with_keys(queries_HRD + h * R * width, R, width,
+                               rows_of_head<Element>(x, h, first + n, a.head_width), now, buffer_ND,
+                               products_HRN + h * R * tile_keys + n, coming);
+    }
+}
+
+// sums_RD (+)= weights_RN times the vectors that begin at column d.
+template <Start start, int queries, int vectors, class Element>
+MASKATTN_INLINE void add_columns(const float* weights_RN, const HeadRows<Element>& keys, int d, int count,
+                                 float* sums_RD, int width, const float* factor_R, ComingLines& coming) {
+    constexpr int lines = (vectors * lanes * static_cast<int>(sizeof(Element)) + 63) / 64;
+    Floats total[queries][vectors] = {};
+    for (int n = 0; n < count; ++n) {
+        const Element* row = keys.data + n * keys.stride + d;
+        coming.ask<lines>();
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) {
+            const int left = vectors > 1 ? lanes : keys.head_width - d;
+            const Floats value = load_next(row + i * lanes, left);
+#pragma GCC unroll 8
+            for (int r = 0; r < queries; ++r) total[r][i] += value * weights_RN[r * tile_keys + n];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < queries; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) {
+            float* to = sums_RD + r * width + d + i * lanes;
+            if (start == Start::add) total[r][i] += load<Floats>(to);
+            if (start == Start::scaled) total[r][i] += load<Floats>(to) * factor_R[r];
+            store(to, total[r][i]);
+        }
+}
+
+template <Start start, int queries, class Element>
+__attribute__((noinline)) void add_rows(const float* weights_RN, const HeadRows<Element>& keys, int count,
+                                        float* sums_RD, int width, const float* factor_R, ComingLines& coming) {
+    int d = 0;
+    for (; d + tile_vectors * lanes <= keys.head_width; d += tile_vectors * lanes)
+        add_columns<start, queries, tile_vectors>(weights_RN, keys, d, count, sums_RD, width, factor_R, coming);
+    for (; d < width; d += lanes)
+        add_columns<start, queries, 1>(weights_RN, keys, d, count, sums_RD, width, factor_R, coming);
+}
+
 template <Start start, int now>
-MASKATTN_INLINE void add_weighted_keys(const std::uint32_t* weights_RN, int queries, FloatRows keys, int count,
-                                       float* sums_RD, int width, const float* factor_R, int& r) {
-    const auto* words = reinterpret_cast<const std::uint32_t*>(keys.data);
-    for (; queries - r >= now; r += now)
-        multiply<SinglePrecision, now, start>({weights_RN + r * tile_keys, tile_keys, 1}, words, keys.stride, count,
+MASKATTN_INLINE void multiply_weights(const float* weights_RN, int queries, const HeadRows<float>& keys, int count,
+                                      float* sums_RD, int width, const float* factor_R, ComingLines& coming, int& r) {
+    const auto *words = reinterpret_cast<const std::uint32_t*>(keys.data),
+               *weights = reinterpret_cast<const std::uint32_t*>(weights_RN);
+    for (; queries - r >= now; r += now) {
+        for (int lines = count * width / 16 * now / queries; lines > 0; lines -= 4) coming.ask<4>();
+        multiply<SinglePrecision, now, start>({weights + r * tile_keys, tile_keys, 1}, words, keys.stride, count,
                                               sums_RD + r * width, width, width / lanes,
                                               factor_R ? factor_R + r : nullptr);
+    }
 }
 
 // sums_RD [R][D]: each query's weights [R][tile_keys] times the keys, on top of itself times factor_R or of itself.
-template <Start start>
-void add_weighted_keys(const std::uint32_t* weights_RN, int queries, FloatRows keys, int count, float* sums_RD,
-                       int width, const float* factor_R = nullptr) {
+template <Start start, class Element>
+void add_weighted_keys(const float* weights_RN, int queries, const HeadRows<Element>& keys, int count, float* sums_RD,
+                       int width, float* buffer_ND, ComingLines& coming, const float* factor_R = nullptr) {
+    switch (queries) {
+        case 1: return add_rows<start, 1>(weights_RN, keys, count, sums_RD, width, factor_R, coming);
+        case 2: return add_rows<start, 2>(weights_RN, keys, count, sums_RD, width, factor_R, coming);
+        case 3: return add_rows<start, 3>(weights_RN, keys, count, sums_RD, width, factor_R, coming);
+        case 4: return add_rows<start, 4>(weights_RN, keys, count, sums_RD, width, factor_R, coming);
+        case 5: return add_rows<start, 5>(weights_RN, keys, count, sums_RD, width, factor_R, coming);
+        default: break;
+    }
+    const HeadRows<float> rows = float_rows(keys, count, buffer_ND);
     int r = 0;
-    add_weighted_keys<start, 6>(weights_RN, queries, keys, count, sums_RD, width, factor_R, r);
-    add_weighted_keys<start, 4>(weights_RN, queries, keys, count, sums_RD, width, factor_R, r);
-    add_weighted_keys<start, 2>(weights_RN, queries, keys, count, sums_RD, width, factor_R, r);
-    add_weighted_keys<start, 1>(weights_RN, queries, keys, count, sums_RD, width, factor_R, r);
+    multiply_weights<start, 6>(weights_RN, queries, rows, count, sums_RD, width, factor_R, coming, r);
+    multiply_weights<start, 4>(weights_RN, queries, rows, count, sums_RD, width, factor_R, coming, r);
+    multiply_weights<start, 2>(weights_RN, queries, rows, count, sums_RD, width, factor_R, coming, r);
+    multiply_weights<start, 1>(weights_RN, queries, rows, count, sums_RD, width, factor_R, coming, r);
 }
 
 // What is added to the products of a tile of keys with the queries, whose scale is in the queries already.
@@ -130,8 +228,9 @@ struct TileTerms {
     alignas(64) float bias_N[tile_keys];  // -inf past the end
     alignas(64) float distance_RN[most_queries * tile_keys];
 
-    TileTerms(const Readout& a, const KeyRun& run, std::int64_t done) : count(at_most(tile_keys, run.count - done)) {
-        for (int n = 0; n < tile_keys; ++n) bias_N[n] = n < count ? 0.0f : -infinity;
+    TileTerms(const Readout& a, const KeyRun& run, std::int64_t done, int most = tile_keys)
+        : count(at_most(most, run.count - done)) {
+        for (int n = 0; n < most; ++n) bias_N[n] = n < count ? 0.0f : -infinity;
         if (!a.slopes.data) return;
         alignas(64) float x_N[tile_keys] = {}, y_N[tile_keys] = {};
         for (int n = 0; n < count; ++n) {
@@ -141,7 +240,7 @@ struct TileTerms {
         }
         for (int r = 0; r < a.queries; ++r) {
             const float* place = place_of(a.coords_q, run.sequence, 0, r);
-            for (int n = 0; n < tile_keys; n += lanes)
+            for (int n = 0; n < most; n += lanes)
                 store(distance_RN + r * tile_keys + n, distances(place[0], place[1], x_N + n, y_N + n));
         }
     }
@@ -158,37 +257,6 @@ struct TileTerms {
         return product;
     }
 };
-
-// The cache lines of a run's rows of one tensor, asked for in the order of memory while the tile before them is at work:
-// they are read head after head, which processors foresee for long pieces only, of float32 (measured).
-class Prefetch {
-  public:
-    Prefetch(const Strided<const void>& x, const Readout& a)
-        : data_(static_cast<const char*>(x.data)), item_(a.bfloat16 ? 2 : 4), head_(x.head * item_),
-          row_(x.row * item_), heads_(a.heads), bytes_(a.head_width * item_) {}
-
-    // The share of `part` in `of` of rows [first, first + count).
-    MASKATTN_INLINE void ask(std::int64_t first, int count, int part, int of) const {
-        if (item_ == sizeof(float)) return;
-        for (int n = count * part / of, end = count * (part + 1) / of; n < end; ++n) {
-            const char* row = data_ + (first + n) * row_;
-            for (int h = 0; h < heads_; ++h)
-                for (std::ptrdiff_t byte = 0; byte < bytes_; byte += 64) __builtin_prefetch(row + h * head_ + byte);
-        }
-    }
-
-  private:
-    const char* data_;
-    std::ptrdiff_t item_, head_, row_;
-    int heads_;
-    std::ptrdiff_t bytes_;
-};
-
-// Keys of the tile after the one that begins at `done`.
-MASKATTN_INLINE int keys_of_next_tile(const KeyRun& run, std::int64_t done) {
-    const std::int64_t left = run.count - done - tile_keys;
-    return left > 0 ? at_most(tile_keys, left) : 0;
-}
 
 }  // namespace
 }  // namespace maskattn

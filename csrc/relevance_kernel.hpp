@@ -31,11 +31,12 @@ inline std::size_t all_query_words(const Relevance& a) {
                        static_cast<std::size_t>(padded(a.head_width)));
 }
 
-// Queries and outputs, the products of the queries with a shared key origin, five tiles and the classes' sums.
+// Queries and outputs, the products of the queries with a shared key origin, four tiles, their products with the queries
+// and the classes' sums.
 inline std::size_t relevance_scratch_words(const Relevance& a) {
-    return 2 * all_query_words(a) + whole_lines(static_cast<std::size_t>(a.heads * a.queries)) +
-           5 * static_cast<std::size_t>(tile_keys * padded(a.head_width)) +
-           static_cast<std::size_t>(tile_keys) * static_cast<std::size_t>(padded_classes(a));
+    const auto tile = static_cast<std::size_t>(tile_keys), rows = static_cast<std::size_t>(a.heads * a.queries);
+    return 2 * all_query_words(a) + whole_lines(rows) + 4 * tile * static_cast<std::size_t>(padded(a.head_width)) +
+           tile * (rows + static_cast<std::size_t>(padded_classes(a)));
 }
 
 template <class Element>
@@ -72,13 +73,17 @@ struct OriginProducts {
 };
 
 // One query's u of a tile; rows past the count, up to a whole register tile, are 0.
-__attribute__((noinline)) inline void weigh_values(const float* p_N, const float* z_N, FloatRows v, FloatRows origin,
-                                                   const float* out_D, int count, int head_width, std::uint32_t* u_ND) {
-    const int width = padded(head_width), end = static_cast<int>(parts(count, tile_rows)) * tile_rows;
+template <class Element>
+__attribute__((noinline)) void weigh_values(const float* p_N, const float* z_N, HeadRows<Element> v,
+                                            HeadRows<float> origin, const float* out_D, int count, std::uint32_t* u_ND,
+                                            ComingLines& coming) {
+    const int width = padded(v.head_width), end = static_cast<int>(parts(count, tile_rows)) * tile_rows;
     for (int n = 0; n < count; ++n) {
-        const float *value = v.data + n * v.stride, *from = origin.data + n * origin.stride;
+        const Element* value = v.data + n * v.stride;
+        const float* from = origin.data + n * origin.stride;
         for (int d = 0; d < width; d += lanes) {
-            const Floats x = load<Floats>(value + d);
+            if (d % (64 / static_cast<int>(sizeof(Element))) == 0) coming.ask<1>();
+            const Floats x = load_next(value + d, v.head_width - d);
             const Floats moved = x - load<Floats>(from + d), centred = x - load<Floats>(out_D + d);
             store(u_ND + n * width + d, (moved + centred * z_N[n]) * p_N[n]);
         }
@@ -124,38 +129,41 @@ template <class Element>
 class RelevanceRun {
   public:
     RelevanceRun(const Relevance& a, const KeyRun& run, std::uint32_t* scratch)
-        : a_(a), run_(run), width_(padded(a.head_width)), tile_words_(tile_keys * width_) {
+        : a_(a), run_(run), width_(padded(a.head_width)), coming_k_(a.k, a), coming_v_(a.v, a), nothing_(a.k, a) {
+        const auto tile_words = static_cast<std::size_t>(tile_keys * width_);
+        const auto rows = static_cast<std::size_t>(a.heads * a.queries);
         queries_HRD_ = reinterpret_cast<float*>(scratch);
         outs_HRD_ = queries_HRD_ + all_query_words(a);
         origin_products_HR_ = outs_HRD_ + all_query_words(a);
-        k_ND_ = origin_products_HR_ + whole_lines(static_cast<std::size_t>(a.heads * a.queries));
-        u_ND_ = scratch + (k_ND_ - queries_HRD_) + 4 * tile_words_;
-        sums_ = k_ND_ + 5 * tile_words_;
+        buffer_ND_ = origin_products_HR_ + whole_lines(rows);
+        k_origin_ND_ = buffer_ND_ + tile_words;
+        v_origin_ND_ = k_origin_ND_ + tile_words;
+        u_ND_ = reinterpret_cast<std::uint32_t*>(v_origin_ND_ + tile_words);
+        products_HRN_ = v_origin_ND_ + 2 * tile_words;
+        sums_ = products_HRN_ + tile_keys * rows;
         convert_queries<Element>(a, a.q, run.sequence, a.scale, queries_HRD_);
         const Strided<const void> out{a.out.data, a.out.sequence, a.out.head, a.out.row};
         convert_queries<Element>(a, out, run.sequence, 1.0f, outs_HRD_);
         if (shares_key_origin()) multiply_queries_with_origin();
-        __builtin_memset(v_origin(), 0, static_cast<std::size_t>(tile_words_) * sizeof(float));
+        __builtin_memset(v_origin_ND_, 0, tile_words * sizeof(float));
     }
 
     void take_tile(std::int64_t done, const std::uint32_t* gradients) {
         TileTerms terms(a_, run_, done);
-        const Prefetch next_k(a_.k, a_), next_v(a_.v, a_);
         const std::int64_t first = run_.first + done;
         const int R = a_.queries;
-        alignas(64) float p_RN[most_queries * tile_keys], z_RN[most_queries * tile_keys];
+        multiply_tile_with_keys<Element>(a_, a_.k, run_, done, queries_HRD_, buffer_ND_, products_HRN_, coming_k_);
+        coming_v_.expect(run_, first + tile_keys, tile_keys);
+        alignas(64) float p_RN[most_queries * tile_keys];
         for (int h = 0; h < a_.heads; ++h) {
-            next_k.ask(first + tile_keys, keys_of_next_tile(run_, done), h, a_.heads);
-            next_v.ask(first + tile_keys, keys_of_next_tile(run_, done), h, a_.heads);
+            float* z_RN = products_HRN_ + h * R * tile_keys;
             terms.take_bias(a_, h, first);
-            const FloatRows k = float_rows<Element>(a_.k, h, first, terms.count, a_.head_width, k_ND_);
-            multiply_with_keys(queries_HRD_ + h * R * width_, R, width_, k, terms.count, z_RN);
             take_scores(terms, h, first, p_RN, z_RN);
-            const FloatRows v = float_rows<Element>(a_.v, h, first, terms.count, a_.head_width, k_ND_);
-            const FloatRows origin = value_origins(h, first, terms.count);
+            const HeadRows<Element> v = rows_of_head<Element>(a_.v, h, first, a_.head_width);
+            const HeadRows<float> origin = value_origins(h, first, terms.count);
             for (int r = 0; r < R; ++r) {
                 weigh_values(p_RN + r * tile_keys, z_RN + r * tile_keys, v, origin, outs_HRD_ + (h * R + r) * width_,
-                             terms.count, a_.head_width, u_ND_);
+                             terms.count, u_ND_, r == 0 ? coming_v_ : nothing_);
                 const std::uint32_t* panels = gradients + static_cast<std::size_t>(h) * gradient_words(a_) +
                                               static_cast<std::size_t>(r) * query_gradient_words(a_);
                 if (h == 0 && r == 0)
@@ -169,15 +177,14 @@ class RelevanceRun {
 
   private:
     bool shares_key_origin() const { return a_.key_origin.data && a_.key_origin.row == 0; }
-    float* k_origin() const { return k_ND_ + tile_words_; }
-    float* v_origin() const { return k_ND_ + 2 * tile_words_; }
 
     void multiply_queries_with_origin() {
         for (int h = 0; h < a_.heads; ++h) {
             const int at = h * a_.queries;
-            const FloatRows origin = float_rows<Element>(a_.key_origin, h, 0, 1, a_.head_width, k_origin());
             alignas(64) float products_RN[most_queries * tile_keys];
-            multiply_with_keys(queries_HRD_ + at * width_, a_.queries, width_, origin, 1, products_RN);
+            multiply_with_keys(queries_HRD_ + at * width_, a_.queries, width_,
+                               rows_of_head<Element>(a_.key_origin, h, 0, a_.head_width), 1, k_origin_ND_, products_RN,
+                               nothing_);
             for (int r = 0; r < a_.queries; ++r) origin_products_HR_[at + r] = products_RN[r * tile_keys];
         }
     }
@@ -190,9 +197,9 @@ class RelevanceRun {
         if (shares_key_origin()) {
             origin = {origin_products_HR_ + h * R, 1, true};
         } else if (a_.key_origin.data) {
-            const FloatRows rows =
-                float_rows<Element>(a_.key_origin, h, first, terms.count, a_.head_width, k_origin());
-            multiply_with_keys(queries_HRD_ + h * R * width_, R, width_, rows, terms.count, products_RN);
+            multiply_with_keys(queries_HRD_ + h * R * width_, R, width_,
+                               rows_of_head<Element>(a_.key_origin, h, first, a_.head_width), terms.count, k_origin_ND_,
+                               products_RN, nothing_);
         }
         for (int r = 0; r < R; ++r) {
             const float lse = *place_of(a_.lse, run_.sequence, h, r), base = lse == -infinity ? infinity : lse;
@@ -206,19 +213,22 @@ class RelevanceRun {
     }
 
     // The buffer is of zeros where there are no origins.
-    FloatRows value_origins(int h, std::int64_t first, int count) const {
-        if (!a_.value_origin.data) return {v_origin(), 0};
+    HeadRows<float> value_origins(int h, std::int64_t first, int count) const {
+        if (!a_.value_origin.data) return {v_origin_ND_, 0, width_};
         const bool shared = a_.value_origin.row == 0;
-        FloatRows rows = float_rows<Element>(a_.value_origin, h, shared ? 0 : first, shared ? 1 : count, a_.head_width,
-                                             v_origin());
+        HeadRows<float> rows =
+            float_rows(rows_of_head<Element>(a_.value_origin, h, shared ? 0 : first, a_.head_width), shared ? 1 : count,
+                       v_origin_ND_);
         if (shared) rows.stride = 0;
         return rows;
     }
 
     const Relevance& a_;
     const KeyRun& run_;
-    const int width_, tile_words_;
-    float *queries_HRD_, *outs_HRD_, *origin_products_HR_, *k_ND_, *sums_;
+    const int width_;
+    ComingLines coming_k_, coming_v_, nothing_;
+    float *queries_HRD_, *outs_HRD_, *origin_products_HR_, *buffer_ND_, *k_origin_ND_, *v_origin_ND_, *products_HRN_,
+        *sums_;
     std::uint32_t* u_ND_;
 };
 
