@@ -72,8 +72,12 @@ constexpr int tile_rows = 6;
 // Queries of an item of work: their output (24 KiB at head width 64) stays in L2 while all keys pass by, and each block
 // of keys, which comes from L2 or L3, is used 16 times.
 constexpr int tile_queries = 96;
-// Keys of an item of the backward pass: K in two layouts, V, dK and dV of them stay in L2.
-static constexpr int chunk_keys(int head_width) { return head_width <= 64 ? 256 : 128; }
+// Blocks of keys of an item of the backward pass, at the most. All queries pass by each item, and come from L3: the more
+// keys they meet, the better (at head width 64, of 256, 512 and 1,024 keys the last took 0.86 of the first's time in
+// bfloat16 and 0.9 in float32, although dk and dv of so many do not stay in L2).
+static constexpr int most_chunk_blocks(int head_width) {
+    return (head_width <= 64 ? 1024 : head_width <= 128 ? 512 : 256) / block_keys;
+}
 
 static inline std::int64_t parts(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
@@ -94,15 +98,22 @@ struct TilesDone {
     std::int64_t* own;
 };
 
+// Neighbouring blocks of a pair's keys.
+struct KeyChunk {
+    std::int64_t first;
+    int blocks;
+};
+
 struct BackwardKernels {
+    int (*tile_queries)(int head_width);
     std::size_t (*tile_words)(int head_width);
-    std::size_t (*scratch_words)(int head_width);
+    std::size_t (*scratch_words)(int head_width, int chunk_blocks);
     // Packs what the chunks need of a tile of queries to `tiles`, which holds all of the pair's tiles.
     void (*pack_queries)(const Attention&, const Gradients&, const Pair&, std::int64_t tile, std::uint32_t* tiles);
     // Writes dk, dv and dbias of the chunk's keys and adds to dq of each tile once the chunk before has; the last chunk
-    // writes dq. Returns the chunk's share of dslope.
-    double (*take_chunk)(const Attention&, const Gradients&, const Pair&, std::int64_t chunk, std::uint32_t* tiles,
-                         const TilesDone&, std::uint32_t* scratch);
+    // writes dq. dslope: by block of the pair. What is written does not depend on how blocks are divided into chunks.
+    void (*take_chunk)(const Attention&, const Gradients&, const Pair&, const KeyChunk&, std::uint32_t* tiles,
+                       const TilesDone&, double* dslope, std::uint32_t* scratch);
 };
 
 struct AttentionKernels {

@@ -12,21 +12,30 @@
 namespace maskattn {
 namespace {
 
+// Queries of a tile. Each tile adds to all of a chunk's dk and dv: with 192 of bfloat16, whose operands take as much room
+// as 96 of float32, that comes half as often (3 to 5 % of the time; at head width 128 nothing was gained).
+constexpr int most_gradient_queries = 192;
+template <class Arithmetic>
+constexpr int gradient_queries(int head_width) {
+    return Arithmetic::depth > 1 && head_width <= 64 ? most_gradient_queries : 96;
+}
+
 // A packed tile of queries, in words. q and dO are left operands of the scores [Q][D / depth] and right operands of dk
 // and dv by steps [Q / depth][D padded], which for single precision is the same; then dq [Q][D padded] and delta, lse,
 // x and y, Q each.
 template <class Arithmetic>
 struct TileLayout {
-    int left_stride, steps_stride, left_words, steps_words;
+    int queries, left_stride, steps_stride, left_words, steps_words;
 
     explicit TileLayout(int head_width)
-        : left_stride(padded(head_width / Arithmetic::depth)),
+        : queries(gradient_queries<Arithmetic>(head_width)),
+          left_stride(padded(head_width / Arithmetic::depth)),
           steps_stride(padded(head_width)),
-          left_words(tile_queries * left_stride),
-          steps_words(Arithmetic::depth == 1 ? 0 : tile_queries / Arithmetic::depth * steps_stride) {}
+          left_words(queries * left_stride),
+          steps_words(Arithmetic::depth == 1 ? 0 : queries / Arithmetic::depth * steps_stride) {}
 
     std::size_t words() const {
-        return static_cast<std::size_t>(2 * (left_words + steps_words) + tile_queries * (steps_stride + 4));
+        return static_cast<std::size_t>(2 * (left_words + steps_words) + queries * (steps_stride + 4));
     }
 };
 
@@ -41,10 +50,10 @@ struct QueryTile {
         grad_left = q_left + layout.left_words + layout.steps_words;
         grad_steps = Arithmetic::depth == 1 ? grad_left : grad_left + layout.left_words;
         dq_QD = reinterpret_cast<float*>(words + 2 * (layout.left_words + layout.steps_words));
-        delta_Q = dq_QD + tile_queries * layout.steps_stride;
-        lse_Q = delta_Q + tile_queries;
-        x_Q = lse_Q + tile_queries;
-        y_Q = x_Q + tile_queries;
+        delta_Q = dq_QD + layout.queries * layout.steps_stride;
+        lse_Q = delta_Q + layout.queries;
+        x_Q = lse_Q + layout.queries;
+        y_Q = x_Q + layout.queries;
     }
 };
 
@@ -73,10 +82,10 @@ template <class Arithmetic, class Element>
 void pack_queries(const Attention& a, const Gradients& g, const Pair& pair, std::int64_t tile, std::uint32_t* tiles) {
     const TileLayout<Arithmetic> layout(a.head_width);
     const QueryTile<Arithmetic> to(layout, tiles + static_cast<std::size_t>(tile) * layout.words());
-    const std::int64_t first = tile * tile_queries;
-    const int count = at_most(tile_queries, pair.queries.count - first);
+    const std::int64_t first = tile * layout.queries;
+    const int count = at_most(layout.queries, pair.queries.count - first);
     const int rows = static_cast<int>(parts(count, tile_rows)) * tile_rows;
-    const Element *q_rows[tile_queries], *grad_rows[tile_queries];
+    const Element *q_rows[most_gradient_queries], *grad_rows[most_gradient_queries];
     for (int q = 0; q < rows; ++q) {
         const std::int64_t row = q < count ? row_at(pair.queries, first + q) : 0;
         const float lse = q < count ? *row_of(a.lse, pair, row) : -infinity;
@@ -103,14 +112,13 @@ void pack_queries(const Attention& a, const Gradients& g, const Pair& pair, std:
 // of dq.
 template <class Arithmetic>
 struct ChunkLayout {
-    int columns_words, steps_words, sums_words;
+    int columns_words, steps_words, sums_words, score_words;
 
     explicit ChunkLayout(int head_width)
         : columns_words(head_width / Arithmetic::depth * block_keys),
           steps_words(block_keys / Arithmetic::depth * padded(head_width)),
-          sums_words(block_keys * padded(head_width)) {}
-
-    static constexpr int score_words = tile_queries / Arithmetic::depth * block_keys;
+          sums_words(block_keys * padded(head_width)),
+          score_words(gradient_queries<Arithmetic>(head_width) / Arithmetic::depth * block_keys) {}
 
     int block_words() const { return 2 * columns_words + steps_words + 4 * block_keys + 2 * sums_words; }
 };
@@ -132,11 +140,10 @@ struct KeyBlock {
 };
 
 template <class Arithmetic>
-std::size_t backward_scratch_words(int head_width) {
+std::size_t backward_scratch_words(int head_width, int chunk_blocks) {
     const ChunkLayout<Arithmetic> layout(head_width);
     const int left_words = Arithmetic::depth == 1 ? 0 : layout.score_words;
-    return static_cast<std::size_t>(chunk_keys(head_width) / block_keys * layout.block_words() +
-                                    2 * layout.score_words + left_words);
+    return static_cast<std::size_t>(chunk_blocks * layout.block_words() + 2 * layout.score_words + left_words);
 }
 
 // p and dS of a query tile and a block of keys, as operands of the three products that follow.
@@ -180,8 +187,8 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
                 const int row = q + m + i;
                 const float x = placed ? tile.x_Q[row] : 0.0f, y = placed ? tile.y_Q[row] : 0.0f;
                 const int at = (m + i) * block_keys + n;
-                const Floats s = score<biased, placed>(product_MN + at - n, keys, n, units, x, y);
-                p[i] = exponential(s - tile.lse_Q[row]);
+                const Floats product = load<Floats>(product_MN + at);
+                p[i] = exponential(score<biased, placed>(product, keys, n, units, x, y) - tile.lse_Q[row]);
                 ds[i] = p[i] * (load<Floats>(grad_p_MN + at) - tile.delta_Q[row]);
                 dbias += ds[i];
                 if constexpr (placed) weighted += ds[i] * distances(x, y, keys.x_N + n, keys.y_N + n);
@@ -221,13 +228,12 @@ inline void wait_until_past(const std::int64_t* tiles_done, std::int64_t tile) {
 template <class Arithmetic, class Element>
 class Chunk {
   public:
-    Chunk(const Attention& a, const Gradients& g, const Pair& pair, std::int64_t chunk, std::uint32_t* scratch)
+    Chunk(const Attention& a, const Gradients& g, const Pair& pair, const KeyChunk& chunk, double* dslope,
+          std::uint32_t* scratch)
         : a_(a), g_(g), pair_(pair), layout_(a.head_width), tile_layout_(a.head_width), scratch_(scratch),
-          stride_(padded(a.head_width)), first_(chunk * (chunk_keys(a.head_width) / block_keys)),
+          stride_(padded(a.head_width)), first_(chunk.first), blocks_(chunk.blocks), dslope_(dslope + chunk.first),
           units_(units_of(a, pair)) {
-        const std::int64_t left = parts(pair.keys.count, block_keys) - first_;
-        blocks_ = at_most(chunk_keys(a.head_width) / block_keys, left);
-        scores_.p = scratch + chunk_keys(a.head_width) / block_keys * layout_.block_words();
+        scores_.p = scratch + blocks_ * layout_.block_words();
         scores_.ds = scores_.p + layout_.score_words;
         scores_.ds_left = Arithmetic::depth == 1 ? scores_.ds : scores_.ds + layout_.score_words;
     }
@@ -235,6 +241,7 @@ class Chunk {
     void pack() {
         const Element* rows[block_keys];
         for (int b = 0; b < blocks_; ++b) {
+            dslope_[b] = 0.0;
             const KeyBlock to(layout_, scratch_, b);
             const int columns = columns_of_block<Arithmetic>(pair_, first_ + b);
             rows_of_block(a_.k, pair_, first_ + b, rows);
@@ -255,6 +262,10 @@ class Chunk {
         const KeyBlock block(layout_, scratch_, b);
         const KeyTerms keys = terms_of_block<Arithmetic>(a_, pair_, first_ + b, block.terms_N);
         const int steps = a_.head_width / Arithmetic::depth;
+        const auto probabilities = a_.slopes.data ? keys.biased ? &probabilities_of<Arithmetic, true, true>
+                                                                : &probabilities_of<Arithmetic, false, true>
+                                   : keys.biased  ? &probabilities_of<Arithmetic, true, false>
+                                                  : &probabilities_of<Arithmetic, false, false>;
         alignas(64) float product_MN[tile_rows * block_keys], grad_p_MN[tile_rows * block_keys];
         alignas(64) float dbias_N[block_keys] = {};
         Floats by_distance{};
@@ -266,15 +277,11 @@ class Chunk {
             multiply<Arithmetic, tile_rows, Start::zero>({tile.grad_left + at, tile_layout_.left_stride, 1},
                                                          block.v_columns, block_keys, steps, grad_p_MN, block_keys,
                                                          keys.columns / lanes);
-            const auto probabilities = a_.slopes.data ? keys.biased ? &probabilities_of<Arithmetic, true, true>
-                                                                    : &probabilities_of<Arithmetic, false, true>
-                                       : keys.biased  ? &probabilities_of<Arithmetic, true, false>
-                                                      : &probabilities_of<Arithmetic, false, false>;
             probabilities(tile, q, product_MN, grad_p_MN, keys, units_, scores_, dbias_N, by_distance);
         }
         for (int n = 0; n < keys.columns; n += lanes)
             store(block.dbias_N + n, load<Floats>(block.dbias_N + n) + load<Floats>(dbias_N + n));
-        ds_by_distance_ += static_cast<double>(sum(by_distance));
+        dslope_[b] -= static_cast<double>(sum(by_distance));
         add_transposed<Arithmetic>(scores_.p, keys.columns, tile.grad_steps, rows, block.dv_ND, stride_);
         add_transposed<Arithmetic>(scores_.ds, keys.columns, tile.q_steps, rows, block.dk_ND, stride_);
     }
@@ -318,7 +325,6 @@ class Chunk {
     }
 
     int blocks() const { return blocks_; }
-    double ds_by_distance() const { return ds_by_distance_; }
 
   private:
     const Attention& a_;
@@ -330,32 +336,32 @@ class Chunk {
     int stride_;
     std::int64_t first_;  // block of the sequence
     int blocks_;
+    double* dslope_;  // by block of the chunk
     ScoreUnits units_;
     Probabilities scores_;
-    double ds_by_distance_ = 0.0;
 };
 
 template <class Arithmetic, class Element>
-double take_chunk(const Attention& a, const Gradients& g, const Pair& pair, std::int64_t index, std::uint32_t* tiles,
-                  const TilesDone& done, std::uint32_t* scratch) {
-    Chunk<Arithmetic, Element> chunk(a, g, pair, index, scratch);
+void take_chunk(const Attention& a, const Gradients& g, const Pair& pair, const KeyChunk& keys, std::uint32_t* tiles,
+                const TilesDone& done, double* dslope, std::uint32_t* scratch) {
+    Chunk<Arithmetic, Element> chunk(a, g, pair, keys, dslope, scratch);
     chunk.pack();
     const TileLayout<Arithmetic> layout(a.head_width);
-    const std::int64_t tile_count = parts(pair.queries.count, tile_queries);
+    const std::int64_t tile_count = parts(pair.queries.count, layout.queries);
     for (std::int64_t t = 0; t < tile_count; ++t) {
         const QueryTile<Arithmetic> tile(layout, tiles + static_cast<std::size_t>(t) * layout.words());
-        const int count = at_most(tile_queries, pair.queries.count - t * tile_queries);
+        const std::int64_t first = t * layout.queries;
+        const int count = at_most(layout.queries, pair.queries.count - first);
         const int rows = static_cast<int>(parts(count, tile_rows)) * tile_rows;
         for (int b = 0; b < chunk.blocks(); ++b) {
             chunk.take(tile, rows, b);
             if (b == 0 && done.before != nullptr) wait_until_past(done.before, t);
             chunk.add_to_dq(tile, rows, b);
         }
-        if (chunk.is_last()) chunk.write_dq(tile, t * tile_queries, count);
+        if (chunk.is_last()) chunk.write_dq(tile, first, count);
         __atomic_store_n(done.own, t + 1, __ATOMIC_RELEASE);
     }
     chunk.write_key_gradients();
-    return -chunk.ds_by_distance();
 }
 
 template <class Arithmetic>
@@ -365,6 +371,7 @@ std::size_t tile_words(int head_width) {
 
 template <class Arithmetic, class Element>
 constexpr BackwardKernels backward_kernels = {
+    &gradient_queries<Arithmetic>,
     &tile_words<Arithmetic>,
     &backward_scratch_words<Arithmetic>,
     &pack_queries<Arithmetic, Element>,

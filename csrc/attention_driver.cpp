@@ -128,7 +128,6 @@ void fill_background(const Attention& a, const Gradients& g, const Sequences& al
     if (all.dense) for_each_item(threads, static_cast<std::int64_t>(all.pairs.size()), fill);
 }
 
-std::int64_t tiles_of(const Pair& pair) { return parts(pair.queries.count, tile_queries); }
 std::int64_t blocks_of(const Pair& pair) { return parts(pair.keys.count, block_keys); }
 
 class Forward {
@@ -158,6 +157,7 @@ class Forward {
     }
 
   private:
+    static std::int64_t tiles_of(const Pair& pair) { return parts(pair.queries.count, tile_queries); }
     std::size_t words_of(const Pair& pair) const {
         return kernels_.block_words(a_.head_width) * static_cast<std::size_t>(blocks_of(pair));
     }
@@ -190,14 +190,31 @@ class Forward {
     const WordsByWorker scratch_;
 };
 
+// Blocks of keys of a chunk: fewer than the most where there would be too few chunks for the threads.
+int chunk_blocks_for(const std::vector<Pair>& pairs, int head_width, int threads) {
+    int blocks = most_chunk_blocks(head_width);
+    const auto chunks = [&] {
+        std::int64_t all = 0;
+        for (const Pair& pair : pairs) all += parts(blocks_of(pair), blocks);
+        return all;
+    };
+    while (blocks > 1 && threads > 1 && chunks() < items_a_thread * threads) blocks /= 2;
+    return blocks;
+}
+
 class Backward {
   public:
     Backward(const Attention& a, const Gradients& g, const Sequences& sequences, const Execution& how)
         : a_(a), g_(g), kernels_(a.bfloat16 ? how.kernels->backward_bfloat16 : how.kernels->backward_float32),
-          threads_(how.threads), scratch_words_(kernels_.scratch_words(a.head_width)), pairs_(sequences.pairs),
-          dslope_(pairs_.size(), 0.0),
+          threads_(how.threads), pairs_(sequences.pairs),
+          chunk_blocks_(chunk_blocks_for(pairs_, a.head_width, threads_)),
+          scratch_words_(kernels_.scratch_words(a.head_width, chunk_blocks_)),
           division_(pairs_, how.threads, [this](const Pair& pair) { return words_of(pair); }),
-          scratch_(scratch_words_ + division_.most_words, how.threads) {}
+          scratch_(scratch_words_ + division_.most_words, how.threads) {
+        for (const Pair& pair : pairs_)
+            first_block_.push_back(first_block_.back() + static_cast<std::size_t>(blocks_of(pair)));
+        dslope_.resize(first_block_.back());
+    }
 
     void take_whole_pairs() {
         auto take = [&](std::int64_t i, int worker) noexcept {
@@ -206,7 +223,8 @@ class Backward {
             for (std::int64_t tile = 0; tile < tiles_of(pair); ++tile) kernels_.pack_queries(a_, g_, pair, tile, tiles);
             std::int64_t tiles_done = 0;  // for nobody: each chunk begins when the one before it is done
             for (std::int64_t chunk = 0; chunk < chunks_of(pair); ++chunk)
-                dslope_of(pair) += kernels_.take_chunk(a_, g_, pair, chunk, tiles, {nullptr, &tiles_done}, scratch);
+                kernels_.take_chunk(a_, g_, pair, chunk_at(pair, chunk), tiles, {nullptr, &tiles_done}, dslope_of(pair),
+                                    scratch);
         };
         for_each_item(threads_, static_cast<std::int64_t>(division_.whole.size()), take);
     }
@@ -219,21 +237,33 @@ class Backward {
         }
     }
 
+    // Summed in an order that depends on the sizes alone.
     void add_slope_gradients(double* dslopes) const {
-        for (std::size_t p = 0; p < pairs_.size(); ++p) dslopes[pairs_[p].head] += dslope_[p];
+        for (std::size_t p = 0; p < pairs_.size(); ++p)
+            for (std::size_t block = first_block_[p]; block < first_block_[p + 1]; ++block)
+                dslopes[pairs_[p].head] += dslope_[block];
     }
 
   private:
+    std::int64_t tiles_of(const Pair& pair) const {
+        return parts(pair.queries.count, kernels_.tile_queries(a_.head_width));
+    }
+    std::int64_t chunks_of(const Pair& pair) const { return parts(blocks_of(pair), chunk_blocks_); }
+    KeyChunk chunk_at(const Pair& pair, std::int64_t chunk) const {
+        const std::int64_t first = chunk * chunk_blocks_;
+        return {first, static_cast<int>(std::min<std::int64_t>(chunk_blocks_, blocks_of(pair) - first))};
+    }
     std::size_t words_of(const Pair& pair) const {
         return kernels_.tile_words(a_.head_width) * static_cast<std::size_t>(tiles_of(pair));
     }
-    std::int64_t chunks_of(const Pair& pair) const { return parts(pair.keys.count, chunk_keys(a_.head_width)); }
-    double& dslope_of(const Pair& pair) { return dslope_[static_cast<std::size_t>(&pair - pairs_.data())]; }
+    double* dslope_of(const Pair& pair) {
+        return dslope_.data() + first_block_[static_cast<std::size_t>(&pair - pairs_.data())];
+    }
 
     void take(const Wave& wave) {
         const AlignedWords packed(wave.offset.back());
         const auto tiles_at = [&](const Item& item) { return packed.data() + wave.offset[item.place - wave.first]; };
-        const std::vector<Item> tiles = wave.items(tiles_of);
+        const std::vector<Item> tiles = wave.items([this](const Pair& pair) { return tiles_of(pair); });
         auto pack = [&](std::int64_t i, int) noexcept {
             const Item& item = tiles[static_cast<std::size_t>(i)];
             kernels_.pack_queries(a_, g_, *wave.pairs[item.place], item.part, tiles_at(item));
@@ -245,35 +275,32 @@ class Backward {
     // Chunks of one pair wait for each other in their order, those of different pairs do not: first chunks come first.
     template <class TilesAt>
     void take_chunks(const Wave& wave, TilesAt tiles_at) {
-        const auto count = [this](const Pair& pair) { return chunks_of(pair); };
-        std::vector<Item> chunks = wave.items(count);
-        std::vector<std::size_t> first_of(1, 0);  // chunk of a pair, pair after pair, by place
-        for (std::size_t place = wave.first; place < wave.last; ++place)
-            first_of.push_back(first_of.back() + static_cast<std::size_t>(count(*wave.pairs[place])));
+        std::vector<Item> chunks = wave.items([this](const Pair& pair) { return chunks_of(pair); });
         std::vector<std::int64_t> tiles_done(chunks.size(), 0);
-        std::vector<double> dslope(chunks.size(), 0.0);
+        std::vector<std::size_t> first_of{0};  // chunk of the pair, by place - first
+        for (std::size_t place = wave.first; place < wave.last; ++place)
+            first_of.push_back(first_of.back() + static_cast<std::size_t>(chunks_of(*wave.pairs[place])));
         std::stable_sort(chunks.begin(), chunks.end(), [](const Item& a, const Item& b) { return a.part < b.part; });
         auto take = [&](std::int64_t i, int worker) noexcept {
             const Item& item = chunks[static_cast<std::size_t>(i)];
-            const std::size_t chunk = first_of[item.place - wave.first] + static_cast<std::size_t>(item.part);
-            std::int64_t* own = &tiles_done[chunk];
+            const Pair& pair = *wave.pairs[item.place];
+            std::int64_t* own = &tiles_done[first_of[item.place - wave.first] + static_cast<std::size_t>(item.part)];
             const TilesDone done{item.part > 0 ? own - 1 : nullptr, own};
-            dslope[chunk] = kernels_.take_chunk(a_, g_, *wave.pairs[item.place], item.part, tiles_at(item), done,
-                                                scratch_.of(worker));
+            kernels_.take_chunk(a_, g_, pair, chunk_at(pair, item.part), tiles_at(item), done, dslope_of(pair),
+                                scratch_.of(worker));
         };
         for_each_item(threads_, static_cast<std::int64_t>(chunks.size()), take);
-        for (std::size_t place = wave.first; place < wave.last; ++place)
-            for (std::size_t c = first_of[place - wave.first]; c < first_of[place - wave.first + 1]; ++c)
-                dslope_of(*wave.pairs[place]) += dslope[c];
     }
 
     const Attention& a_;
     const Gradients& g_;
     const BackwardKernels& kernels_;
     const int threads_;
-    const std::size_t scratch_words_;
     const std::vector<Pair>& pairs_;
-    std::vector<double> dslope_;  // by pair
+    const int chunk_blocks_;
+    const std::size_t scratch_words_;
+    std::vector<std::size_t> first_block_{0};  // of the pair among all; one more for the end
+    std::vector<double> dslope_;               // by block
     const Division division_;
     const WordsByWorker scratch_;
 };

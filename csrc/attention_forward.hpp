@@ -97,10 +97,10 @@ MASKATTN_INLINE ScoreUnits units_of(const Attention& a, const Pair& pair) {
     return {a.scale, a.slopes.data ? *row_of(a.slopes, pair, 0) : 0.0f};
 }
 
-// One row's scores of a block from its products with the keys.
+// One row's scores of keys `n` on of a block from its products with them.
 template <bool biased, bool placed>
-MASKATTN_INLINE Floats score(const float* product, const KeyTerms& keys, int n, ScoreUnits units, float x, float y) {
-    Floats s = load<Floats>(product + n) * units.product;
+MASKATTN_INLINE Floats score(Floats product, const KeyTerms& keys, int n, ScoreUnits units, float x, float y) {
+    Floats s = product * units.product;
     if constexpr (biased) s += load<Floats>(keys.bias_N + n);
     if constexpr (placed) s -= distances(x, y, keys.x_N + n, keys.y_N + n) * units.distance;
     return s;
@@ -151,7 +151,7 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
         Floats most = broadcast(-infinity);
 #pragma GCC unroll 16
         for (int n = 0; n < columns; n += lanes) {
-            const Floats s = score<biased, placed>(row, keys, n, units, x, y);
+            const Floats s = score<biased, placed>(load<Floats>(row + n), keys, n, units, x, y);
             store(row + n, s);
             most = maximum(s, most);
         }
