@@ -96,7 +96,7 @@ void pack_queries(const Attention& a, const Gradients& g, const Pair& pair, std:
         const float grad_lse = alive && g.grad_lse.data ? *row_of(g.grad_lse, pair, row) : 0.0f;
         const Element* out = alive ? row_of<Element>(a.out, pair, row) : nullptr;
         to.delta_Q[q] = alive ? dot<Element>(grad_rows[q], out, a.head_width) - grad_lse : 0.0f;
-        to.lse_Q[q] = alive ? lse : infinity;
+        to.lse_Q[q] = alive ? lse * log2_e : infinity;
         const float* place = alive && a.slopes.data ? row_of(a.coords_q, pair, row) : nullptr;
         to.x_Q[q] = place ? place[0] : 0.0f;
         to.y_Q[q] = place ? place[1] : 0.0f;
@@ -188,7 +188,7 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
                 const float x = placed ? tile.x_Q[row] : 0.0f, y = placed ? tile.y_Q[row] : 0.0f;
                 const int at = (m + i) * block_keys + n;
                 const Floats product = load<Floats>(product_MN + at);
-                p[i] = exponential(score<biased, placed>(product, keys, n, units, x, y) - tile.lse_Q[row]);
+                p[i] = power_of_two(score<biased, placed>(product, keys, n, units, x, y) - tile.lse_Q[row]);
                 ds[i] = p[i] * (load<Floats>(grad_p_MN + at) - tile.delta_Q[row]);
                 dbias += ds[i];
                 if constexpr (placed) weighted += ds[i] * distances(x, y, keys.x_N + n, keys.y_N + n);

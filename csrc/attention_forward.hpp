@@ -1,4 +1,5 @@
-// Forward attention of a tile of queries, softmax and both products in one pass over the keys.
+// Forward attention of a tile of queries, softmax and both products in one pass over the keys. Scores are in units of
+// ln 2, so that p is a power of two: s log2(e) q.k + log2(e) b - log2(e) slope ||x - y||.
 //
 // Dimension key: M queries of a register tile (tile_rows), Q of an item (tile_queries), N keys of a block (block_keys),
 // D head width.
@@ -28,7 +29,7 @@ struct KeyTerms {
     const float* x_N;
     const float* y_N;
     int columns;
-    bool biased;  // some bias is not 0
+    bool biased;  // bias_N must be added
 };
 
 // Keys of a block that are computed with: all of a whole block, the vectors (of pairs) that its keys fill of the last.
@@ -43,16 +44,18 @@ template <class Arithmetic>
 MASKATTN_INLINE KeyTerms terms_of_block(const Attention& a, const Pair& pair, std::int64_t block, const float* bias_N) {
     const bool whole = (block + 1) * block_keys <= pair.keys.count;
     const int columns = columns_of_block<Arithmetic>(pair, block);
-    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, a.key_bias.data || !whole};
+    // With a scale below 0 the largest product is not the largest score.
+    const bool biased = a.key_bias.data || !whole || a.scale < 0.0f;
+    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, biased};
 }
 
-// Bias and places of the block's keys; -inf past the end so that those take no part.
+// Bias (in units of ln 2) and places of the block's keys; -inf past the end so that those take no part.
 inline void pack_key_terms(const Attention& a, const Pair& pair, std::int64_t block, float* bias_N) {
     const std::int64_t first = block * block_keys;
     const int count = at_most(block_keys, pair.keys.count - first);
     for (int n = 0; n < block_keys; ++n) {
         float bias = n < count ? 0.0f : -infinity, x = 0.0f, y = 0.0f;
-        if (n < count && a.key_bias.data) bias = *row_of(a.key_bias, pair, row_at(pair.keys, first + n));
+        if (n < count && a.key_bias.data) bias = *row_of(a.key_bias, pair, row_at(pair.keys, first + n)) * log2_e;
         if (n < count && a.slopes.data) {
             const float* place = row_of(a.coords_k, pair, row_at(pair.keys, first + n));
             x = place[0];
@@ -94,7 +97,7 @@ struct ScoreUnits {
 };
 
 MASKATTN_INLINE ScoreUnits units_of(const Attention& a, const Pair& pair) {
-    return {a.scale, a.slopes.data ? *row_of(a.slopes, pair, 0) : 0.0f};
+    return {a.scale * log2_e, a.slopes.data ? *row_of(a.slopes, pair, 0) * log2_e : 0.0f};
 }
 
 // One row's scores of keys `n` on of a block from its products with them.
@@ -106,22 +109,25 @@ MASKATTN_INLINE Floats score(Floats product, const KeyTerms& keys, int n, ScoreU
     return s;
 }
 
-// e^(score - base) of a row's block as left operand of the product with V; returns their sum by lanes.
+// 2^(factor score - base) of a row's block as left operand of the product with V; returns their sum by lanes.
 template <class Arithmetic>
-MASKATTN_INLINE Floats store_probabilities(const float* score_N, int columns, float base, std::uint32_t* p_N) {
+MASKATTN_INLINE Floats store_probabilities(const float* score_N, int columns, float factor, float base,
+                                           std::uint32_t* p_N) {
+    const auto p_at = [&](int n) __attribute__((always_inline)) {
+        return power_of_two(load<Floats>(score_N + n) * factor - base);
+    };
     Floats total{};
     if constexpr (Arithmetic::depth == 1) {
 #pragma GCC unroll 16
         for (int n = 0; n < columns; n += lanes) {
-            const Floats p = exponential(load<Floats>(score_N + n) - base);
+            const Floats p = p_at(n);
             store(p_N + n, p);
             total += p;
         }
     } else {
 #pragma GCC unroll 2
         for (int n = 0; n < columns; n += 2 * lanes) {
-            const Floats first = exponential(load<Floats>(score_N + n) - base);
-            const Floats second = exponential(load<Floats>(score_N + n + lanes) - base);
+            const Floats first = p_at(n), second = p_at(n + lanes);
             store(p_N + n / 2, Arithmetic::round(first, second));
             total += first + second;
         }
@@ -132,16 +138,18 @@ MASKATTN_INLINE Floats store_probabilities(const float* score_N, int columns, fl
 // The online softmax: the running state of the rows of a query tile.
 struct SoftmaxState {
     float* largest_Q;  // of the scores so far
-    float* sum_Q;      // [Q][lanes], of e^(score - largest)
+    float* sum_Q;      // [Q][lanes], of 2^(score - largest)
     const float *x_Q, *y_Q;
 };
 
-// Takes in the products of rows [q, q + M) with a block, which become scores: leaves p, and in factor_M what the sums
-// so far must be scaled by. All largest scores come before the first exponential, so that neither waits for the other.
+// Takes in the products of rows [q, q + M) with a block: leaves p, and in factor_M what the sums so far must be scaled by.
+// All largest scores come before the first exponential, so that neither waits for the other. Where nothing is added to
+// products, they need not become scores first: the largest of them is the largest score's.
 template <class Arithmetic, bool biased, bool placed, bool whole>
 __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, float* product_MN, const KeyTerms& keys,
                                             ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
     const int columns = whole ? block_keys : keys.columns;
+    constexpr bool bare = !biased && !placed;
     constexpr int factors = padded(tile_rows);
     alignas(64) float before_M[factors] = {}, base_M[factors] = {};
 #pragma GCC unroll 8
@@ -151,11 +159,14 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
         Floats most = broadcast(-infinity);
 #pragma GCC unroll 16
         for (int n = 0; n < columns; n += lanes) {
-            const Floats s = score<biased, placed>(load<Floats>(row + n), keys, n, units, x, y);
-            store(row + n, s);
+            Floats s = load<Floats>(row + n);
+            if constexpr (!bare) {
+                s = score<biased, placed>(s, keys, n, units, x, y);
+                store(row + n, s);
+            }
             most = maximum(s, most);
         }
-        const float before = state.largest_Q[q + m], found = largest(most);
+        const float before = state.largest_Q[q + m], found = bare ? largest(most) * units.product : largest(most);
         const float now = found > before ? found : before;
         before_M[m] = before;
         // A row without a key so far has no largest score to be relative to.
@@ -163,10 +174,11 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
         state.largest_Q[q + m] = now;
     }
     for (int m = 0; m < factors; m += lanes)
-        store(factor_M + m, exponential(load<Floats>(before_M + m) - load<Floats>(base_M + m)));
+        store(factor_M + m, power_of_two(load<Floats>(before_M + m) - load<Floats>(base_M + m)));
     for (int m = 0; m < tile_rows; ++m) {
         float* sums = state.sum_Q + (q + m) * lanes;
-        const Floats total = store_probabilities<Arithmetic>(product_MN + m * block_keys, columns, base_M[m],
+        const Floats total = store_probabilities<Arithmetic>(product_MN + m * block_keys, columns,
+                                                             bare ? units.product : 1.0f, base_M[m],
                                                              p_MN + m * (block_keys / Arithmetic::depth));
         store(sums, load<Floats>(sums) * factor_M[m] + total);
     }
@@ -194,7 +206,7 @@ template <class Element>
 void write_output(const Attention& a, const Pair& pair, std::int64_t row, float largest_score, Floats sums,
                   const float* out_D) {
     const float total = sum(sums);
-    const double lse = static_cast<double>(largest_score) + __builtin_log(static_cast<double>(total));
+    const double lse = static_cast<double>(largest_score) * ln_2 + __builtin_log(static_cast<double>(total));
     *row_of(a.lse, pair, row) = total == 0.0f ? -infinity : static_cast<float>(lse);
     write_row(out_D, total == 0.0f ? 0.0f : 1.0f / total, a.head_width, row_of<Element>(a.out, pair, row));
 }
