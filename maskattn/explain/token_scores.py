@@ -16,6 +16,7 @@ Dimension key: B images, T packed tokens, M targets, H heads, D head width, C ch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -67,7 +68,7 @@ def score_tokens_in_closed_form(
     fixed = tokens.with_rows(tokens.rows_TC.detach())
     with torch.enable_grad():
         scores_BM = select_scores(model.predict_from_class_token(block.finish(fixed, out)), target)
-    gradients = torch.stack(_gradients(scores_BM, out))  # [M, B, 1, H, D]
+    gradients = torch.stack(list(_gradients(scores_BM, out)))  # [M, B, 1, H, D]
     relevance = token_relevance(
         read.q_B1HD,
         read.k_THD,
@@ -93,8 +94,10 @@ def score_tokens_by_autograd(
         normed = model.last_block.norm1(tokens.rows_TC) if normed_TC is None else normed_TC
         normed = normed.detach().requires_grad_()
         scores_BM = select_scores(model.pool(model.last_block.mix(tokens, normed)), target)
-    relevance = [(normed.detach() * g).sum(dim=1) for g in _gradients(scores_BM, normed)]
-    return torch.stack(relevance), scores_BM.detach()
+    relevance = normed.new_empty(scores_BM.shape[1], len(normed))
+    for row, gradient in zip(relevance, _gradients(scores_BM, normed), strict=True):
+        row.copy_((normed.detach() * gradient).sum(dim=1))
+    return relevance, scores_BM.detach()
 
 
 def score_class_token_queries(
@@ -117,12 +120,11 @@ def score_class_token_queries(
     return torch.stack(parts, dim=1)
 
 
-def _gradients(scores_BM: Tensor, x: Tensor) -> list[Tensor]:
-    """∂(Σ_b score_bm)/∂x for each target m; images do not mix, so the sum keeps them apart."""
+def _gradients(scores_BM: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """∂(Σ_b score_bm)/∂x for each target m, one at a time; images do not mix, so the sum keeps them apart."""
     count = scores_BM.shape[1]
-    if not scores_BM.requires_grad:
-        return [torch.zeros_like(x)] * count  # a target function that does not depend on the output
-    return [
-        torch.autograd.grad(scores_BM[:, m].sum(), x, retain_graph=m + 1 < count, materialize_grads=True)[0]
-        for m in range(count)
-    ]
+    for m in range(count):
+        if scores_BM.requires_grad:
+            yield torch.autograd.grad(scores_BM[:, m].sum(), x, retain_graph=m + 1 < count, materialize_grads=True)[0]
+        else:
+            yield torch.zeros_like(x)  # a target function that does not depend on the output
