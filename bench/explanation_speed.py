@@ -1,11 +1,11 @@
 """Time and memory of CDAM for all classes, against autograd for each class and against a full backward for each.
 
-    python bench/explanation_speed.py                                   # CPU, one thread
-    python bench/explanation_speed.py --device cuda --tokens 197 1024 4096 16384 65536 --classes 10 1000
+    python bench/explanation_speed.py --page docs/evidence.md     # CPU, two threads
+    python bench/explanation_speed.py --device cuda --depth 12
 
 Contenders of one length run in turn, round after round, in one process; a time is the least of its rounds, and only the
-ratios are worth quoting. What would take longer than the limit, judged by the length before it, is left out and named.
-Every contender runs on the same packed attention, so that the ratios are those of the method, not of the kernels.
+ratios are worth quoting. What takes longer than a quarter of the limit is run once. Every contender runs on the same
+packed attention, so that the ratios are those of the method, not of the kernels.
 
 - closed form: CDAM's tail, last block to maps, for all K classes at once
 - autograd, one row: the same tail, a backward through the class token's attention row for each class
@@ -13,7 +13,12 @@ Every contender runs on the same packed attention, so that the ratios are those 
 - CDAM: backbone and tail
 - backward a class: the authors' way, a graph through the whole model and a full backward for each class
 - Smooth, Integrated: backbone and 50 tails, one class
-- 50 full passes: forward and backward through the whole model; one is timed and counted 50 times
+- 50 full passes: 50 times a forward and a backward through the whole model
+
+The autograd contenders repeat one thing: a forward, or a backward through its graph. Both are timed at every length.
+Where the whole would take longer than the limit, its time is counted from them, which the table marks with ≈, and its
+memory is that of one graph; where the whole is measured too, the text says how far the two are apart. What the length
+before says would take too long, or more memory than there is, is left out and named.
 """
 
 from __future__ import annotations
@@ -21,19 +26,18 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from evidence_table import write_section
-from torch import Tensor
+from explanation_contenders import PATCH_PX, Contender, ExplainClass, contenders, graphs, new_model
 
-from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM
-from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
-from maskattn.nn import VisionTransformer
-from maskattn.nn.packed_tokens import PackedTokens
+__all__ = ["Figure", "Guard", "Measured", "Turns", "measure", "report", "table"]
 
 PAIRS = (
     ("closed form", "autograd, one row"),
@@ -42,181 +46,290 @@ PAIRS = (
     ("Smooth", "50 full passes"),
     ("Integrated", "50 full passes"),
 )
-PATCH_PX = 2
+MEMORY_SHARE = 0.9
+
+Key: TypeAlias = "tuple[str, int]"  # a contender and its number of classes; a graph and 0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A cell of the table; ``counted`` where the time was not measured whole."""
+
+    seconds: float
+    mebibytes: float
+    counted: bool = False
 
 
 @dataclass
 class Measured:
-    """Least seconds and largest extra memory (MiB) of a contender's rounds."""
+    """What was found at one length.
 
-    seconds: float = float("inf")
-    mebibytes: float = 0.0
+    Attributes:
+        figures: seconds and extra MiB by contender and number of classes.
+        differences: of counted seconds from whole ones, as a share, where there are both.
+        left_out: why, likewise.
+    """
 
-
-def new_model(classes: int, width: int, depth: int, side: int, device: str) -> VisionTransformer:
-    """A class-token ViT with heads of 64 channels."""
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=side * PATCH_PX,
-        patch_size=PATCH_PX,
-        in_chans=1,
-        num_classes=classes,
-        embed_dim=width,
-        depth=depth,
-        num_heads=width // 64,
-    )
-    return model.to(device).eval()
+    figures: dict[Key, Figure] = field(default_factory=dict)
+    differences: dict[Key, float] = field(default_factory=dict)
+    left_out: dict[Key, str] = field(default_factory=dict)
 
 
-def backward_a_class(model: VisionTransformer, x: Tensor, classes: range) -> Tensor:
-    """The authors' way: S from the gradient that a hook sees at the last block's first norm."""
-    seen: list[Tensor] = []
+class Guard:
+    """Judges by the length before what is not to be run: time grows at most as tokens², memory as tokens.
 
-    def keep_gradient(module: object, inputs: object, output: Tensor) -> None:
-        output.retain_grad()
-        seen.append(output)
+    Args:
+        longest: seconds that a single call may take.
+        free: gives the MiB that can be had.
+    """
 
-    hook = model.last_block.norm1.register_forward_hook(keep_gradient)
-    try:
-        logits, maps = model(x), []
-        for c in classes:
-            model.zero_grad()
-            seen[0].grad = None
-            logits[:, c].sum().backward(retain_graph=c + 1 < classes.stop)
-            maps.append((seen[0] * seen[0].grad).sum(dim=1).detach())
-    finally:
-        hook.remove()
-        model.zero_grad()
-    return torch.stack(maps)
+    def __init__(self, longest: float, free: Callable[[], float]) -> None:
+        self.longest, self.free = longest, free
+        self.last: dict[Key, tuple[int, float, float]] = {}
 
-
-def autograd_of_the_row(model: VisionTransformer, tokens: PackedTokens) -> Tensor:
-    """CDAM's tail without the closed form: a backward through keys, values and one attention row for each class."""
-    block = model.last_block
-    normed = block.norm1(tokens.rows_TC).detach().requires_grad_()
-    read = block.read_attention(tokens, normed)
-    logits = model.predict_from_class_token(block.finish(tokens, read.out_B1HD))
-    maps = []
-    for c in range(model.num_classes):
-        (gradient,) = torch.autograd.grad(logits[:, c].sum(), normed, retain_graph=c + 1 < model.num_classes)
-        maps.append((normed.detach() * gradient).sum(dim=1))
-    return torch.stack(maps)
-
-
-def contenders(model: VisionTransformer, x: Tensor, m: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """Calls by name, and how often each counts."""
-    with torch.no_grad():
-        tokens = model.embed(x)  # tails start here: what is in the tokens does not change their time
-    size = max(1, min(m, 2**17 // x[0, 0].numel() * PATCH_PX**2))
-    return {
-        "closed form": (lambda: score_tokens_in_closed_form(model, tokens, "all"), 1),
-        "autograd, one row": (lambda: autograd_of_the_row(model, tokens), 1),
-        "autograd, block": (lambda: score_tokens_by_autograd(model, tokens, "all"), 1),
-        "CDAM": (lambda: CDAM(model).attribute(x, "all"), 1),
-        "backward a class": (lambda: backward_a_class(model, x, range(model.num_classes)), 1),
-        "Smooth": (lambda: SmoothCDAM(model, m, internal_batch_size=size).attribute(x, 0), 1),
-        "Integrated": (lambda: IntegratedCDAM(model, m, internal_batch_size=size).attribute(x, 0), 1),
-        "50 full passes": (lambda: backward_a_class(model, x, range(1)), m),
-    }
+    def objection(self, key: Key, tokens: int) -> str | None:
+        """Why a call is left out; None: it may run."""
+        if key not in self.last:
+            return None
+        before, seconds, mebibytes = self.last[key]
+        seconds, mebibytes = seconds * (tokens / before) ** 2, mebibytes * tokens / before
+        if seconds > self.longest:
+            return f"it would take up to {seconds:,.0f} s"
+        if mebibytes > MEMORY_SHARE * (free := self.free()):
+            return f"it would need about {mebibytes:,.0f} MiB, and {free:,.0f} MiB were free"
+        return None
 
 
 def measure(call: Callable[[], object], device: str) -> tuple[float, float]:
     """Seconds and extra MiB of one call."""
+    (seconds,), mebibytes = measure_steps(_in_one_step(call), device)
+    return seconds, mebibytes
+
+
+def measure_steps(steps: Iterator[None], device: str) -> tuple[list[float], float]:
+    """Seconds of each step, up to where it yields, and the extra MiB of all."""
+    _give_back_memory(device)
     if device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # else what an earlier call freed would be used again and not be counted
-        before = _resident("VmRSS")
+        before = _kibibytes("self/status", "VmRSS") * 1024
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts again from here
+    seconds = []
     start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+    for _ in steps:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _kibibytes("self/status", "VmHWM") * 1024
     return seconds, max(peak - before, 0) / 2**20
 
 
-def _resident(field: str) -> int:
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
-    return int(line.split()[1]) * 1024
+def _in_one_step(call: Callable[[], object]) -> Iterator[None]:
+    call()
+    yield
 
 
-def run(
-    lengths: list[int], classes: int, arguments: argparse.Namespace
-) -> tuple[dict[int, dict[str, Measured]], list[str]]:
-    """Every length, shortest first; what was left out is named."""
-    results: dict[int, dict[str, Measured]] = {}
-    left_out = []
-    last: dict[str, tuple[int, float]] = {}
-    for length in sorted(lengths):
-        side = round((length - 1) ** 0.5)
+def _forward_and_backwards(build: Callable[[], ExplainClass], short: float) -> Iterator[None]:
+    explain = build()
+    yield
+    start = time.perf_counter()
+    explain(0, keep_graph=True)
+    yield
+    # Of many backwards only the first fetches its memory from the system: a short one is timed at the second.
+    if time.perf_counter() - start < short:
+        explain(0, keep_graph=False)
+        yield
+
+
+def free_mebibytes(device: str) -> float:
+    """What can be allocated, once measured calls have given theirs back."""
+    return torch.cuda.mem_get_info()[0] / 2**20 if device == "cuda" else _kibibytes("meminfo", "MemAvailable") / 1024
+
+
+def _give_back_memory(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # else what an earlier call freed would be used again and not be counted
+
+
+def _kibibytes(file: str, field: str) -> int:
+    line = next(row for row in Path("/proc", file).read_text().splitlines() if row.startswith(field))
+    return int(line.split()[1])
+
+
+class Turns:
+    """The runs of one length, from which its figures are taken.
+
+    Args:
+        builds: what builds a graph, by name.
+        contestants: whose graphs are among these.
+        limit: seconds up to which what can be counted is measured whole; a quarter is too long to be repeated.
+    """
+
+    def __init__(
+        self, builds: dict[str, Callable[[], ExplainClass]], contestants: Sequence[Contender], limit: float
+    ) -> None:
+        self.limit = limit
+        self.steps: dict[Key, Callable[[], Iterator[None]]] = {
+            (name, 0): lambda b=build: _forward_and_backwards(b, limit / 4) for name, build in builds.items()
+        }
+        self.steps |= {(one.name, one.classes): lambda c=one.call: _in_one_step(c) for one in contestants}
+        self.repeated = {(one.name, one.classes): one.repeated for one in contestants}
+        self.runs: dict[Key, list[tuple[float, ...]]] = {}
+        self.mebibytes: dict[Key, float] = {}
+        self.left_out: dict[Key, str] = {}
+
+    def turn(self, tokens: int, guard: Guard, device: str) -> None:
+        """Run once what is not too long to be repeated, or to be measured whole, and what the guard lets through."""
+        for key, steps in self.steps.items():
+            if key in self.runs:
+                if sum(self.runs[key][-1]) > self.limit / 4:
+                    continue
+            elif self.repeated.get(key) is not None and (self.counted(key) or math.inf) > self.limit:
+                continue
+            elif reason := guard.objection(key, tokens):
+                self.left_out[key] = reason
+                continue
+            if key not in self.runs:
+                print(f"{tokens} tokens: {key[0]}" + (f", {_classes(key[1])}" if key[1] else ""), flush=True)
+            seconds, mebibytes = measure_steps(steps(), device)
+            self.runs.setdefault(key, []).append((seconds[0], *seconds[1:][-1:]))
+            self.mebibytes[key] = max(self.mebibytes.get(key, 0.0), mebibytes)
+
+    def best(self, key: Key) -> tuple[float, ...]:
+        """Least seconds of each step; the first run is a trial, which counts where it is the only one."""
+        runs = self.runs[key]
+        return tuple(map(min, *runs[1:])) if len(runs) > 2 else runs[-1]
+
+    def counted(self, key: Key) -> float | None:
+        """Seconds of what a contender repeats, as often as it does."""
+        way = self.repeated[key]
+        if way is None or (way.graph, 0) not in self.runs:
+            return None
+        forward, backward = self.best((way.graph, 0))
+        return way.forwards * forward + way.backwards * backward
+
+    def measured(self) -> Measured:
+        """Whole where it was run, else counted, else left out."""
+        found = Measured()
+        for key, way in self.repeated.items():
+            counted = self.counted(key)
+            if key in self.runs:
+                whole = sum(self.best(key))
+                found.figures[key] = Figure(whole, self.mebibytes[key])
+                if counted is not None:
+                    found.differences[key] = counted / whole - 1
+            elif way is not None and counted is not None:
+                found.figures[key] = Figure(counted, self.mebibytes[way.graph, 0], counted=True)
+            else:
+                found.left_out[key] = self.left_out[key if way is None else (way.graph, 0)]
+        return found
+
+
+def run(arguments: argparse.Namespace) -> dict[int, Measured]:
+    """Every length, shortest first."""
+    guard = Guard(arguments.longest, lambda: free_mebibytes(arguments.device))
+    results = {}
+    sides = sorted({round((length - 1) ** 0.5) for length in arguments.tokens})
+    # What is long from the start has nothing to be judged by: a shorter one goes before it, and is not shown.
+    for side in [min(32, sides[0]), *sides]:
         tokens = side * side + 1
-        model = new_model(classes, arguments.width, arguments.depth, side, arguments.device)
+        if tokens in results:
+            continue
+        model = new_model(max(arguments.classes), arguments.width, arguments.depth, side, arguments.device)
         x = torch.randn(1, 1, side * PATCH_PX, side * PATCH_PX, device=arguments.device)
-        calls = contenders(model, x, arguments.m)
-        found: dict[str, Measured] = {}
-        for turn in range(arguments.rounds + 1):  # the first is a trial
-            for name, (call, times) in calls.items():
-                before, seconds_before = last.get(name, (tokens, 0.0))
-                if turn == 0 and seconds_before / times * (tokens / before) ** 2 > arguments.limit:
-                    left_out.append(f"{name} at {tokens} tokens and {classes} classes")
-                    continue
-                if turn and name not in found:
-                    continue
-                seconds, mebibytes = measure(call, arguments.device)
-                one = found.setdefault(name, Measured())
-                if turn or seconds > arguments.limit / 4:
-                    one.seconds = min(one.seconds, seconds * times)
-                one.mebibytes = max(one.mebibytes, mebibytes)
-        last |= {name: (tokens, one.seconds) for name, one in found.items()}
-        results[tokens] = found
-        print(f"{tokens} tokens, {classes} classes: measured", flush=True)
-    return results, left_out
+        turns = Turns(graphs(model, x), contenders(model, x, arguments.classes, arguments.m), arguments.limit)
+        for _ in range(arguments.rounds + 1):
+            turns.turn(tokens, guard, arguments.device)
+        guard.last |= {key: (tokens, sum(turns.best(key)), turns.mebibytes[key]) for key in turns.runs}
+        results[tokens] = turns.measured()
+    return {tokens: found for tokens, found in results.items() if round((tokens - 1) ** 0.5) in sides}
 
 
-def table(results: dict[int, dict[str, Measured]], classes: int) -> str:
-    """Markdown: a row for each pair and length, and how many times as long and as large theirs is."""
-    lines = ["| ours | theirs | tokens | ours | theirs | time | memory |", "|---" * 7 + "|"]
+def table(results: dict[int, Measured], m: int) -> str:
+    """Markdown: a row for each pair, number of classes and length, and how often theirs is ours in time and memory."""
+    lines = ["| ours | theirs | classes | tokens | ours | theirs | time | memory |", "|---" * 8 + "|"]
     for ours, theirs in PAIRS:
-        for tokens, found in results.items():
-            one, other = found.get(ours), found.get(theirs)
-            ratios = ["–", "–"]
-            if one is not None and other is not None:
-                memory = f"{other.mebibytes / one.mebibytes:.1f}×" if one.mebibytes >= 1 else "–"
-                ratios = [f"{other.seconds / one.seconds:.1f}×", memory]
-            lines.append(f"| {' | '.join([ours, theirs, str(tokens), _cell(one), _cell(other), *ratios])} |")
-    return f"{classes} classes; seconds and extra MiB:\n\n" + "\n".join(lines)
+        theirs = theirs.replace("50", str(m))
+        counts = sorted(
+            {K for found in results.values() for name, K in {*found.figures, *found.left_out} if name == ours}
+        )
+        for K in counts:
+            for tokens, found in results.items():
+                one, other = found.figures.get((ours, K)), found.figures.get((theirs, K))
+                cells = [ours, theirs, str(K), str(tokens), _cell(one), _cell(other), *_ratios(one, other)]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _cell(one: Measured | None) -> str:
-    return "left out" if one is None else f"{one.seconds:.3g} s, {one.mebibytes:.0f} MiB"
+def _cell(one: Figure | None) -> str:
+    if one is None:
+        return "left out"
+    seconds = f"{one.seconds:,.0f}" if one.seconds >= 100 else f"{one.seconds:.3g}"
+    return f"{'≈ ' if one.counted else ''}{seconds} s, {one.mebibytes:,.0f} MiB"
+
+
+def _ratios(one: Figure | None, other: Figure | None) -> tuple[str, str]:
+    if one is None or other is None:
+        return "–", "–"
+    mark = "≈ " if one.counted or other.counted else ""
+    memory = f"{other.mebibytes / one.mebibytes:.1f}×" if one.mebibytes >= 1 else "–"
+    return f"{mark}{other.seconds / one.seconds:,.1f}×", memory
+
+
+def report(results: dict[int, Measured], arguments: argparse.Namespace) -> str:
+    """The table, and in words what it rests on."""
+    threads = f", {arguments.threads} thread{'s' * (arguments.threads != 1)}" if arguments.device == "cpu" else ""
+    parts = [
+        f"A ViT of width {arguments.width}, depth {arguments.depth} and {max(arguments.classes)} outputs, one image, "
+        f"{arguments.device}{threads}; seconds and extra MiB. ≈: counted from one forward and one backward, since the "
+        f"whole would take longer than {arguments.limit:g} s; the memory is that of one graph.",
+        table(results, arguments.m),
+    ]
+    both = {(tokens, *key): d for tokens, found in results.items() for key, d in found.differences.items()}
+    if both:
+        (tokens, name, K), largest = max(both.items(), key=lambda item: abs(item[1]))
+        parts.append(
+            f"Counted against whole, {len(both)} times both: the largest difference is {largest:+.0%} "
+            f"({name}, {tokens} tokens, {_classes(K)}); on average the two are "
+            f"{sum(map(abs, both.values())) / len(both):.0%} apart."
+        )
+    missing = [
+        f"{name} at {tokens} tokens and {_classes(K)} ({why})"
+        for tokens, found in results.items()
+        for (name, K), why in found.left_out.items()
+    ]
+    if missing:
+        parts.append(f"Left out, judged by the length before: {'; '.join(missing)}.")
+    return "\n\n".join(parts)
+
+
+def _classes(K: int) -> str:
+    return f"{K} class{'es' * (K != 1)}"
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[197, 1025, 4097, 16385, 65537])
-    parser.add_argument("--classes", type=int, nargs="+", default=[10])
+    parser.add_argument("--classes", type=int, nargs="+", default=[10, 1000])
     parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--m", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds that one call may take")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds that what can be counted may take whole")
+    parser.add_argument("--longest", type=float, default=1800.0, help="seconds that any call may take")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--page", type=Path, help="write the table into this page, e.g. docs/evidence.md")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    parts = [f"A ViT of width {arguments.width} and depth {arguments.depth}, one image, {arguments.device}."]
-    for classes in arguments.classes:
-        results, left_out = run(arguments.tokens, classes, arguments)
-        parts.append(table(results, classes))
-        if left_out:
-            parts.append(f"Left out, over {arguments.limit:g} s: {'; '.join(left_out)}.")
-    text = "\n\n".join(parts)
+    torch.set_num_threads(arguments.threads)
+    text = report(run(arguments), arguments)
     print(text)
     if arguments.page is not None:
         write_section(arguments.page, "speed", text)

@@ -15,11 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 from evidence_digits import TRAINING_DIGITS, compose, load_glyphs, new_model  # noqa: E402 (bench/ must be on the path first)
 from evidence_slides import GRID, IMAGE_PX, draw  # noqa: E402 (likewise)
 from evidence_table import Row, markdown_table, mean_and_error, write_section  # noqa: E402 (likewise)
-from explanation_speed import autograd_of_the_row, backward_a_class, measure  # noqa: E402 (likewise)
-from explanation_speed import new_model as new_square_model  # noqa: E402 (likewise)
 from explanations import judge  # noqa: E402 (likewise)
-
-from maskattn.explain import CDAM  # noqa: E402 (likewise)
 
 
 def test_scenes_hold_two_different_digits_in_their_halves_and_repeat_by_seed():
@@ -73,20 +69,3 @@ def test_a_measured_part_of_a_page_is_replaced_and_the_rest_stays(tmp_path):
     text = page.read_text()
     assert "old" not in text
     assert text.index("new") < text.index("Tail") < text.index("more")
-
-
-def test_a_full_backward_for_each_class_gives_cdams_map():
-    model = new_square_model(classes=3, width=64, depth=2, side=4, device="cpu")
-    x = torch.randn(1, 1, 8, 8)
-    theirs = backward_a_class(model, x, range(3))[:, 1:].view(1, 3, 4, 4)
-    torch.testing.assert_close(CDAM(model).attribute(x, "all"), theirs)
-    assert all(p.grad is None for p in model.parameters())
-    with torch.no_grad():
-        tokens = model.before_last_block(model.embed(x))
-    torch.testing.assert_close(autograd_of_the_row(model, tokens)[:, 1:].view(1, 3, 4, 4), theirs)
-
-
-def test_memory_of_a_call_is_seen():
-    seconds, mebibytes = measure(lambda: torch.ones(2**24).sum(), "cpu")
-    assert seconds > 0
-    assert 60 < mebibytes < 100

@@ -1,0 +1,195 @@
+"""Who takes part in bench/explanation_speed.py: CDAM, and the graphs through which autograd computes the same maps.
+
+A graph is built by one forward and then explains classes one by one, a backward for each: S from the gradient at the
+last block's first norm. What K classes cost is thus one forward and K backwards.
+
+Dimension key: T packed tokens of one image, C channels, M maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM
+from maskattn.explain.token_scores import score_tokens_in_closed_form
+from maskattn.nn import VisionTransformer
+from maskattn.nn.packed_tokens import PackedTokens
+
+__all__ = [
+    "PATCH_PX",
+    "Contender",
+    "ExplainClass",
+    "Repeated",
+    "block_graph",
+    "contenders",
+    "explain_each",
+    "graphs",
+    "new_model",
+    "row_graph",
+    "whole_graph",
+]
+
+PATCH_PX = 2
+
+
+class ExplainClass(Protocol):
+    """One backward: the map (T,) of a class; the graph is freed unless it is to be kept."""
+
+    def __call__(self, c: int, *, keep_graph: bool) -> Tensor:
+        """Explain class ``c``."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """What a contender repeats.
+
+    Attributes:
+        graph: its name in :func:`graphs`.
+        forwards, backwards: how many of each it takes.
+    """
+
+    graph: str
+    forwards: int
+    backwards: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to explain some classes.
+
+    Attributes:
+        name: as in the table.
+        classes: how many it explains.
+        call: all of its work.
+        repeated: what that work is the repetition of; None where it is not.
+    """
+
+    name: str
+    classes: int
+    call: Callable[[], object]
+    repeated: Repeated | None = None
+
+
+def new_model(classes: int, width: int, depth: int, side: int, device: str) -> VisionTransformer:
+    """A class-token ViT with heads of 64 channels."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=side * PATCH_PX,
+        patch_size=PATCH_PX,
+        in_chans=1,
+        num_classes=classes,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // 64,
+    )
+    return model.to(device).eval()
+
+
+def whole_graph(model: VisionTransformer, x: Tensor) -> ExplainClass:
+    """The authors' way: a graph through the whole model, and the gradient that a hook sees at the norm."""
+    seen: list[Tensor] = []
+
+    def keep_gradient(module: object, inputs: object, output: Tensor) -> None:
+        output.retain_grad()
+        seen.append(output)
+
+    hook = model.last_block.norm1.register_forward_hook(keep_gradient)
+    try:
+        logits = model(x)
+    finally:
+        hook.remove()
+
+    def explain(c: int, *, keep_graph: bool) -> Tensor:
+        seen[0].grad = None
+        logits[:, c].sum().backward(retain_graph=keep_graph)
+        gradient = seen[0].grad
+        assert gradient is not None
+        model.zero_grad()
+        return (seen[0].detach() * gradient).sum(dim=1)
+
+    return explain
+
+
+def block_graph(model: VisionTransformer, tokens: PackedTokens) -> ExplainClass:
+    """A graph through all of the last block."""
+    normed = model.last_block.norm1(tokens.rows_TC).detach().requires_grad_()
+    return _explain_at(normed, model.pool(model.last_block.mix(tokens, normed)))
+
+
+def row_graph(model: VisionTransformer, tokens: PackedTokens) -> ExplainClass:
+    """CDAM's tail without the closed form: a graph through keys, values and the class token's attention row."""
+    block = model.last_block
+    normed = block.norm1(tokens.rows_TC).detach().requires_grad_()
+    read = block.read_attention(tokens, normed)
+    return _explain_at(normed, model.predict_from_class_token(block.finish(tokens, read.out_B1HD)))
+
+
+def _explain_at(normed_TC: Tensor, logits_1K: Tensor) -> ExplainClass:
+    def explain(c: int, *, keep_graph: bool) -> Tensor:
+        (gradient,) = torch.autograd.grad(logits_1K[:, c].sum(), normed_TC, retain_graph=keep_graph)
+        return (normed_TC.detach() * gradient).sum(dim=1)
+
+    return explain
+
+
+def explain_each(explain: ExplainClass, classes: Sequence[int]) -> Tensor:
+    """Maps (M, T) of some classes, a backward for each."""
+    first = explain(classes[0], keep_graph=len(classes) > 1)
+    # Written in place: a small tensor left between large ones would make the heap grow with every class.
+    maps_MT = first.new_empty(len(classes), len(first))
+    maps_MT[0] = first
+    for row, c in enumerate(classes[1:], start=1):
+        maps_MT[row] = explain(c, keep_graph=row + 1 < len(classes))
+    return maps_MT
+
+
+def graphs(model: VisionTransformer, x: Tensor) -> dict[str, Callable[[], ExplainClass]]:
+    """Forwards that build a graph, by name."""
+    tokens = _tokens(model, x)
+    return {
+        "whole model": lambda: whole_graph(model, x),
+        "last block": lambda: block_graph(model, tokens),
+        "one row": lambda: row_graph(model, tokens),
+    }
+
+
+def contenders(model: VisionTransformer, x: Tensor, class_counts: Sequence[int], m: int) -> list[Contender]:
+    """For every number of classes those that explain several, then those that explain one."""
+    tokens, build = _tokens(model, x), graphs(model, x)
+    found = []
+
+    def by_graph(name: str, graph: str, K: int) -> Contender:
+        return Contender(name, K, lambda: explain_each(build[graph](), range(K)), Repeated(graph, 1, K))
+
+    for K in class_counts:
+        classes = list(range(K))
+        found += [
+            Contender("closed form", K, lambda c=classes: score_tokens_in_closed_form(model, tokens, c)),
+            by_graph("autograd, one row", "one row", K),
+            by_graph("autograd, block", "last block", K),
+            Contender("CDAM", K, lambda c=classes: CDAM(model).attribute(x, c)),
+            by_graph("backward a class", "whole model", K),
+        ]
+    size = max(1, min(m, 2**17 // tokens.packing.num_tokens))
+    return [
+        *found,
+        Contender("Smooth", 1, lambda: SmoothCDAM(model, m, internal_batch_size=size).attribute(x, 0)),
+        Contender("Integrated", 1, lambda: IntegratedCDAM(model, m, internal_batch_size=size).attribute(x, 0)),
+        Contender(
+            f"{m} full passes",
+            1,
+            lambda: [explain_each(build["whole model"](), [0]) for _ in range(m)],
+            Repeated("whole model", m, m),
+        ),
+    ]
+
+
+@torch.no_grad()
+def _tokens(model: VisionTransformer, x: Tensor) -> PackedTokens:
+    """Where tails start: what is in the tokens does not change their time."""
+    return model.embed(x)
