@@ -6,6 +6,7 @@ from maskattn.explain.cdam import CDAM
 from maskattn.explain.concepts import Concept
 from maskattn.explain.factorised import FactorisedAttention, FactorisedMaps
 from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap, TokenMaps
+from maskattn.explain.three_levels import RegionMaps, ThreeLevelCDAM
 
 __all__ = [
     "AttentionMap",
@@ -15,7 +16,9 @@ __all__ = [
     "FactorisedMaps",
     "HierarchicalCDAM",
     "IntegratedCDAM",
+    "RegionMaps",
     "RelevanceMap",
     "SmoothCDAM",
+    "ThreeLevelCDAM",
     "TokenMaps",
 ]

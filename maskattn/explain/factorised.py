@@ -26,7 +26,7 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing, unpack
 from maskattn.shapes import Bool, Float
 
-__all__ = ["FactorisedAttention", "FactorisedMaps", "normalise"]
+__all__ = ["FactorisedAttention", "FactorisedMaps", "join_patches", "normalise"]
 
 _LEVELS = ("patch", "region")
 
@@ -108,7 +108,7 @@ class FactorisedAttention:
         combined_Tss = self.patch_weight * patch_Tss
         combined_Tss = combined_Tss + (self.region_weight * region_T + self.gamma * slide_T)[:, None, None]
         maps = (combined_Tss * keep_Tss / total, patch_Tss, region_T[:, None, None] * keep_Tss)
-        return FactorisedMaps(*(_join_patches(x, patches.packing, patches.grid_HW) for x in maps))
+        return FactorisedMaps(*(join_patches(x, patches.packing, patches.grid_HW) for x in maps))
 
     def _patches(self, pixels_TIpp: Tensor, keep_Tss: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
         """Embeddings of patches, and their normalised attention (T, s, s)."""
@@ -155,7 +155,15 @@ def _grid_attention(encoder: VisionTransformer, tokens: PackedTokens) -> tuple[T
     return grid_T1[:, 0], packing
 
 
-def _join_patches(values_Tss: Tensor, packing: Packing, grid_HW: tuple[int, int]) -> Float[Tensor, "B h w"]:
-    """Maps of patches at their places in maps of regions; 0 where no patch was kept."""
+def join_patches(
+    values_Tss: Float[Tensor, "T s s *values"], packing: Packing, grid_HW: tuple[int, int]
+) -> Float[Tensor, "B h w *values"]:
+    """Maps of patches at their places in maps of regions; 0 where no patch was kept.
+
+    Args:
+        values_Tss: (T, s, s), of the kept patches; further axes stay behind.
+        packing: where the patches lie in (B, n·m).
+        grid_HW: (n, m).
+    """
     dense = unpack(values_Tss, packing).unflatten(1, grid_HW)  # [B, n, m, s, s]
     return dense.transpose(2, 3).flatten(3, 4).flatten(1, 2)

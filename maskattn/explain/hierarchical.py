@@ -9,6 +9,7 @@ Dimension key: K classes, T kept tiles, B tiles of a batch, h·w tokens of a til
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,12 @@ from maskattn.explain.attention_maps import attend_from_class_token
 from maskattn.explain.cdam import as_maps
 from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.hipt import HIPT
 from maskattn.nn.slide_model import SlideModel
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
 
-__all__ = ["HierarchicalCDAM", "RelevanceMap", "TokenMaps"]
+__all__ = ["HierarchicalCDAM", "RelevanceMap", "TokenMaps", "explain_slide", "gradients_of", "products_with"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class TokenMaps:
 
 
 class HierarchicalCDAM:
-    """Explanations of a slide model, for all its classes at once.
+    """Explanations of a slide model, for all its classes at once. For a HIPT: :class:`maskattn.explain.ThreeLevelCDAM`.
 
     Args:
         model: in eval mode.
@@ -65,7 +67,6 @@ class HierarchicalCDAM:
     def __init__(self, model: SlideModel) -> None:
         self.model = model
 
-    @torch.inference_mode(False)
     def tiles(
         self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], *, gradient: bool = True
     ) -> RelevanceMap:
@@ -76,15 +77,7 @@ class HierarchicalCDAM:
             keep_HW: (H, W) bool over the slide's cells.
             gradient: also take the gradient that pass 2 needs: a backward through the slide encoder for each class.
         """
-        encoder = self.model.slide_encoder
-        z = embeddings_TC.detach().clone().requires_grad_(gradient)
-        with torch.set_grad_enabled(gradient):
-            tokens = encoder.before_last_block(self.model.slide_tokens(z, keep_HW))
-            gradient_KTC = _gradients(encoder.predict(tokens)[0], z) if gradient else None
-        tokens = tokens.with_rows(tokens.rows_TC.detach())
-        relevance_KT, logits_1K = score_tokens(encoder, tokens, "all")
-        P = tokens.num_prefix
-        return RelevanceMap(logits_1K[0], relevance_KT[:, P:], _mean_attention(encoder, tokens)[P:], gradient_KTC)
+        return explain_slide(self.model, embeddings_TC, keep_HW, gradient)
 
     @torch.inference_mode(False)
     def tokens(
@@ -101,17 +94,39 @@ class HierarchicalCDAM:
             gradient_KBC: these tiles' part of :attr:`RelevanceMap.gradient_KTC`.
         """
         encoder = self.model.tile_encoder
-        gradient_KBC = gradient_KBC.detach().clone()
         with torch.no_grad():
             tokens = encoder.before_last_block(self.model.tile_tokens(tiles_BIXY, keep_BHW))
-        relevance_KT, _ = score_tokens(encoder, tokens, lambda z_BC: torch.einsum("bc,kbc->bk", z_BC, gradient_KBC))
+        relevance_KT, _ = score_tokens(encoder, tokens, products_with(gradient_KBC))
         attention_BHW = as_maps(_mean_attention(encoder, tokens)[None], tokens)[:, 0]
         return TokenMaps(as_maps(relevance_KT, tokens).transpose(0, 1), attention_BHW)
 
 
-def _gradients(logits_K: Tensor, z_TC: Tensor) -> Float[Tensor, "K T C"]:
-    K = len(logits_K)
-    return torch.stack([torch.autograd.grad(logits_K[c], z_TC, retain_graph=c + 1 < K)[0] for c in range(K)])
+@torch.inference_mode(False)
+def explain_slide(
+    model: SlideModel | HIPT, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], gradient: bool
+) -> RelevanceMap:
+    """Pass 1, over tiles or regions. Arguments as in :meth:`HierarchicalCDAM.tiles`."""
+    encoder = model.slide_encoder
+    z = embeddings_TC.detach().clone().requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient):
+        tokens = encoder.before_last_block(model.slide_tokens(z, keep_HW))
+        gradient_KTC = gradients_of(encoder.predict(tokens)[0], z) if gradient else None
+    tokens = tokens.with_rows(tokens.rows_TC.detach())
+    relevance_KT, logits_1K = score_tokens(encoder, tokens, "all")
+    P = tokens.num_prefix
+    return RelevanceMap(logits_1K[0], relevance_KT[:, P:], _mean_attention(encoder, tokens)[P:], gradient_KTC)
+
+
+def products_with(gradient_KBC: Float[Tensor, "K B C"]) -> Callable[[Tensor], Tensor]:
+    """The target whose scores (B, K) are the products of embeddings (B, C) with a gradient that is held fixed."""
+    fixed_KBC = gradient_KBC.detach().clone()
+    return lambda z_BC: torch.einsum("bc,kbc->bk", z_BC, fixed_KBC)
+
+
+def gradients_of(scores_K: Float[Tensor, "K"], z_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T C"]:
+    """∂ score / ∂z for each class, a backward for each."""
+    K = len(scores_K)
+    return torch.stack([torch.autograd.grad(scores_K[c], z_TC, retain_graph=c + 1 < K)[0] for c in range(K)])
 
 
 def _mean_attention(encoder: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, "T"]:

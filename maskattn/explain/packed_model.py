@@ -37,8 +37,8 @@ def packed_model(model: nn.Module) -> VisionTransformer:
                 model.train(was_training)
     raise TypeError(
         "an explanation takes a maskattn.nn.VisionTransformer, or a vision transformer of timm or transformers, got "
-        f"{type(model).__name__}; load its weights into one of these (maskattn.nn.checkpoints), and for a SlideModel "
-        "use HierarchicalCDAM"
+        f"{type(model).__name__}; load its weights into one of these (maskattn.nn.checkpoints), and use "
+        "HierarchicalCDAM for a SlideModel, ThreeLevelCDAM for a HIPT"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +99,46 @@ def test_tiles_may_be_explained_in_batches_of_any_size():
         cdam.tokens(tiles[t : t + 1], keep_Thw[t : t + 1], gradient[:, t : t + 1]).relevance_KBHW for t in range(4)
     ]
     torch.testing.assert_close(whole, torch.cat(parts, dim=1))
+
+
+def bytes_saved_for_backward(model: SlideModel, call) -> int:
+    """The most that lies saved at a time while ``call`` runs, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    alive: dict[int, int] = {}
+    most = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal most
+        if x.untyped_storage().data_ptr() not in weights:
+            kept = x.detach().clone()
+            weakref.finalize(kept, alive.pop, id(kept), None)
+            alive[id(kept)] = x.untyped_storage().nbytes()
+            most = max(most, sum(alive.values()))
+            return kept
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call()
+    return most
+
+
+def test_memory_of_a_batch_of_tiles_grows_neither_with_their_tokens_nor_with_the_slide():
+    model, (tiles, _, keep_HW) = random_model(), small_slide()
+    every = torch.ones(4, 4, 4, dtype=torch.bool)
+    few = every & (torch.arange(16).view(4, 4) < 2)
+    cdam = HierarchicalCDAM(model)
+    gradient = cdam.tiles(model.encode_tiles(tiles, every), keep_HW).gradient_KTC
+    of_batch = [
+        bytes_saved_for_backward(model, lambda k=keep: cdam.tokens(tiles[:2], k[:2], gradient[:, :2]))
+        for keep in (few, every)
+    ]
+    assert 0 < of_batch[0] == of_batch[1]
+
+    def whole_slide() -> None:
+        for t in (0, 2):
+            cdam.tokens(tiles[t : t + 2], every[t : t + 2], gradient[:, t : t + 2])
+
+    assert bytes_saved_for_backward(model, whole_slide) == of_batch[0]
 
 
 def test_embeddings_made_in_inference_mode_can_be_explained():

@@ -1,0 +1,125 @@
+"""CDAM on three levels against the gradient of the whole graph, on a slide small enough to hold it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskattn.explain import CDAM, ThreeLevelCDAM
+from maskattn.nn import HIPT, VisionTransformer
+
+SIDE = 2  # tokens of 16 px along a patch of 32 px
+KEEP_HW = torch.tensor([[True, True], [False, True]])
+
+
+def random_hipt(**options: object) -> HIPT:
+    patch = VisionTransformer(img_size=32, embed_dim=24, depth=2, num_heads=3, **options)
+    region = VisionTransformer(
+        img_size=2, patch_size=1, in_chans=24, embed_dim=16, depth=2, num_heads=2, embed_act="gelu", **options
+    )
+    slide = VisionTransformer(img_size=1, patch_size=1, in_chans=16, num_classes=3, embed_dim=24, depth=2, num_heads=3)
+    model = HIPT(patch, region, slide, patch_px=32).double().eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+def some_regions() -> tuple[Tensor, Tensor]:
+    """Four regions of 3 × 2 patches, row-major on the slide; the third holds no tissue, none holds it everywhere."""
+    keep = torch.rand(4, 3 * SIDE, 2 * SIDE) > 0.5
+    keep[:, 0, 0] = True
+    keep[:, 2:4, 2:4] = False
+    keep[2] = False
+    return torch.randn(4, 3, 96, 64, dtype=torch.float64), keep
+
+
+def gradient_of_all_regions(gradient_KTC: Tensor) -> Tensor:
+    every = gradient_KTC.new_full((len(gradient_KTC), 4, gradient_KTC.shape[2]), torch.nan)  # glass: never read
+    every[:, KEEP_HW.flatten()] = gradient_KTC
+    return every.nan_to_num(1e3)
+
+
+def by_whole_graph(model: HIPT, regions: Tensor, keep: Tensor, target: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_j T_ij ∂f/∂T_ij at the last attention input of each encoder, patch encoder first, grid tokens alone."""
+    patches = model.cut(regions, keep)
+    encoders = (model.patch_encoder, model.region_encoder, model.slide_encoder)
+
+    def begin(level: int, embeddings: Tensor | None):
+        if level == 0:
+            return encoders[0].embed(patches.pixels_TIpp, patches.keep_Thw)
+        if level == 1:
+            return model.region_tokens(embeddings, patches)
+        return model.slide_tokens(embeddings[KEEP_HW.flatten()], KEEP_HW)
+
+    found = []
+    for explained in range(3):
+        embeddings, leaf = None, None
+        for level, encoder in enumerate(encoders):
+            tokens = encoder.before_last_block(begin(level, embeddings))
+            normed = encoder.last_block.norm1(tokens.rows_TC)
+            if level == explained:  # the last block's residual input is held fixed, as CDAM does
+                tokens, leaf = tokens.with_rows(tokens.rows_TC.detach()), normed.detach().requires_grad_()
+                normed, of_level = leaf, tokens
+            embeddings = encoder.pool(encoder.last_block.mix(tokens, normed))
+        (gradient,) = torch.autograd.grad(embeddings[0, target], leaf)
+        place = of_level.packing.indices % of_level.packing.num_tokens
+        found.append((leaf * gradient).sum(dim=1).detach()[place >= of_level.num_prefix])
+    return found[0], found[1], found[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 1}, {"global_pool": "avg"}], ids=str)
+@pytest.mark.parametrize("target", [0, 2])
+def test_regions_patches_and_tokens_agree_with_the_gradient_of_the_whole_graph(options, target):
+    model, (regions, keep) = random_hipt(**options), some_regions()
+    embeddings, with_tissue = model.encode_regions(regions, keep)
+    assert torch.equal(with_tissue, KEEP_HW.flatten())
+    cdam = ThreeLevelCDAM(model)
+    slide = cdam.slide(embeddings, KEEP_HW)
+    maps = cdam.regions(regions, keep, gradient_of_all_regions(slide.gradient_KTC), batch_size=4)
+    of_tokens, of_patches, of_regions = by_whole_graph(model, regions, keep, target)
+    patches = model.cut(regions, keep)
+    torch.testing.assert_close(slide.relevance_KT[target], of_regions)
+    torch.testing.assert_close(maps.patches_KBnm[target].flatten()[patches.packing.indices], of_patches)
+    in_regions = maps.tokens_KBhw[target].unflatten(1, (3, SIDE)).unflatten(3, (2, SIDE)).transpose(2, 3)
+    in_patches = in_regions.flatten(0, 2)[patches.packing.indices]  # [T, s, s]
+    torch.testing.assert_close(in_patches[patches.keep_Thw], of_tokens)
+    assert (maps.tokens_KBhw[:, ~keep] == 0).all()
+    assert (maps.patches_KBnm[:, 2] == 0).all()
+
+
+def test_logits_are_the_models_and_nothing_is_left_behind():
+    model, (regions, keep) = random_hipt(), some_regions()
+    with torch.inference_mode():
+        embeddings, _ = model.encode_regions(regions, keep)
+        slide = ThreeLevelCDAM(model).slide(embeddings, KEEP_HW)
+        maps = ThreeLevelCDAM(model).regions(regions, keep, gradient_of_all_regions(slide.gradient_KTC))
+        torch.testing.assert_close(slide.logits_K, model(embeddings, KEEP_HW))
+    assert not maps.tokens_KBhw.requires_grad
+    assert not maps.patches_KBnm.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not m._forward_hooks and not m._backward_hooks for m in model.modules())
+
+
+def test_regions_and_patches_may_be_explained_in_batches_of_any_size():
+    model, (regions, keep) = random_hipt(), some_regions()
+    gradient = torch.randn(3, 4, 16, dtype=torch.float64)
+    cdam = ThreeLevelCDAM(model)
+    whole = cdam.regions(regions, keep, gradient)
+    for b in range(4):
+        one = cdam.regions(regions[b : b + 1], keep[b : b + 1], gradient[:, b : b + 1], batch_size=1)
+        torch.testing.assert_close(one.tokens_KBhw[:, 0], whole.tokens_KBhw[:, b])
+        torch.testing.assert_close(one.patches_KBnm[:, 0], whole.patches_KBnm[:, b])
+
+
+def test_a_hipt_given_to_cdam_is_sent_here():
+    with pytest.raises(TypeError, match="ThreeLevelCDAM for a HIPT"):
+        CDAM(random_hipt())
+
+
+def test_regions_of_glass_alone_have_maps_of_zeros():
+    model, (regions, keep) = random_hipt(), some_regions()
+    maps = ThreeLevelCDAM(model).regions(regions[:2], torch.zeros_like(keep[:2]), torch.ones(3, 2, 16).double())
+    assert maps.tokens_KBhw.shape == (3, 2, 6, 4)
+    assert (maps.tokens_KBhw == 0).all()
+    assert (maps.patches_KBnm == 0).all()
