@@ -5,15 +5,17 @@ Dimension key: B images, K outputs of the model, M maps.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maskattn.shapes import Float
 
-__all__ = ["Target", "gives_one_map", "select_scores"]
+__all__ = ["Target", "gives_one_map", "is_index", "select_scores"]
 
 Target: TypeAlias = "int | Tensor | Sequence[int] | str | Callable[[Tensor], Tensor]"
 
@@ -23,8 +25,8 @@ def select_scores(output_BK: Float[Tensor, "B K"], target: Target) -> Float[Tens
 
     Args:
         output_BK: the model's output: raw logits, or features where it has no head.
-        target: a class index; a (B,) tensor with one for each image; a list of indices (M maps); "all" (K maps); or a
-            function of the output that returns (B,) or (B, M).
+        target: a class index, of Python, numpy or torch; a (B,) tensor with one for each image; a list of indices
+            (M maps); "all" (K maps); or a function of the output that returns (B,) or (B, M).
 
     Raises:
         TypeError, ValueError: the target is none of these, or out of range.
@@ -46,16 +48,19 @@ def select_scores(output_BK: Float[Tensor, "B K"], target: Target) -> Float[Tens
         if target != "all":
             raise ValueError(f"a target in words must be 'all', got target={target!r}; name a class by its index")
         return output_BK
-    if isinstance(target, Tensor):
+    if is_index(target):
+        classes = [operator.index(target)]  # type: ignore[arg-type]  # is_index made sure
+    elif isinstance(target, Tensor):
         if target.shape != (B,) or target.dtype.is_floating_point or target.dtype == torch.bool:
             raise ValueError(
                 f"a target tensor must hold one class index for each image, (B,) = ({B},) integers, got shape "
                 f"{tuple(target.shape)} of {target.dtype}; pass a list for several maps of every image"
             )
-        _check_range([int(target.min()), int(target.max())], K)
+        _check_range(target.unique().tolist(), K)
         return output_BK.gather(1, target.to(output_BK.device).long()[:, None])
-    classes = [target] if isinstance(target, int) else list(target)
-    if not classes or not all(isinstance(c, int) for c in classes):
+    elif isinstance(target, (list, tuple, range)) and target and all(map(is_index, target)):
+        classes = [operator.index(c) for c in target]
+    else:
         raise TypeError(
             "target must be a class index, a (B,) tensor, a list of indices, 'all' or a function of the output, "
             f"got {target!r}"
@@ -68,7 +73,14 @@ def gives_one_map(target: Target, scores_BM: Tensor) -> bool:
     """Whether the result is (B, H, W) without an axis for several maps."""
     if callable(target):
         return scores_BM.shape[1] == 1
-    return isinstance(target, (int, Tensor))
+    return is_index(target) or isinstance(target, Tensor)
+
+
+def is_index(target: object) -> bool:
+    """Whether this is one class index: an integer of Python or numpy, or an integer tensor without axes."""
+    if isinstance(target, Tensor):
+        return target.ndim == 0 and not (target.dtype.is_floating_point or target.dtype == torch.bool)
+    return isinstance(target, SupportsIndex) and not isinstance(target, (bool, np.ndarray))
 
 
 def _check_range(classes: Sequence[int], K: int) -> None:

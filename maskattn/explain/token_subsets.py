@@ -88,7 +88,7 @@ def predict_subsets(
 
 def target_of(target: Target, source_S: Int[Tensor, "S"]) -> Target:
     """The target of sequences made of the images ``source_S``: one class for each image follows its image."""
-    return target.to(source_S.device)[source_S] if isinstance(target, Tensor) else target
+    return target.to(source_S.device)[source_S] if isinstance(target, Tensor) and target.ndim else target
 
 
 def batches(total: int, size: int) -> Iterator[slice]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from maskattn.explain import CDAM
+from maskattn.explain.baselines import TokenAblation
 from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
 from maskattn.nn import VisionTransformer
 
@@ -91,6 +93,22 @@ def test_targets_agree_with_each_other(variant):
     torch.testing.assert_close(several, maps[:, :2])
 
 
+@pytest.mark.parametrize("index", [np.int64(2), torch.tensor(2), torch.tensor(2, dtype=torch.int32)], ids=repr)
+def test_an_index_of_numpy_or_torch_is_a_class_index(index):
+    model, (x, keep) = random_vit(), sample(3)
+    expected = CDAM(model).attribute(x, 2, keep)
+    assert torch.equal(CDAM(model).attribute(x, index, keep), expected)
+    assert torch.equal(CDAM(model).attribute(x, [index, 1], keep)[:, 0], expected)
+    both = [TokenAblation(model).attribute(x, target, keep) for target in (2, index)]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("target", [1, "all", torch.zeros(0, dtype=torch.long)], ids=str)
+def test_no_images_have_no_maps(target):
+    model, (x, _) = random_vit(), sample()
+    assert CDAM(model).attribute(x[:0], target).shape[-3:] == ((0, 4, 4) if target != "all" else (4, 4, 4))
+
+
 def test_of_the_gradients_of_all_classes_only_two_exist_at_a_time(monkeypatch):
     model, (x, keep) = random_vit(global_pool="avg", num_classes=6), sample()
     given, most, grad = [], 0, torch.autograd.grad
@@ -167,6 +185,9 @@ def test_images_that_are_not_square_have_maps_of_their_shape():
         (torch.tensor([1, 2, 3]), ValueError, "one class index for each image"),
         (torch.tensor([0.5, 1.0]), ValueError, "integers"),
         ([], TypeError, "target must be"),
+        (True, TypeError, "target must be"),
+        (1.0, TypeError, "target must be"),
+        (np.array([1, 2]), TypeError, "target must be"),
         (lambda z: z.sum(), ValueError, "must return"),
     ],
 )
