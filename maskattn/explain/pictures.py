@@ -79,7 +79,7 @@ def draw_map(axis: Any, image_YX3: np.ndarray, values_HW: Float[Tensor, "H W"], 
         axis: a matplotlib axis.
         image_YX3: (Y, X, 3) RGB, uint8 or float in [0, 1].
         values_HW: (H, W).
-        signed: the scale is symmetric about 0 and diverges; else it starts at 0.
+        signed: relevance, on a scale that is symmetric about 0 and diverges; else attention, from 0 on.
     """
     height, width = image_YX3.shape[:2]
     extent = (0, width, height, 0)
@@ -92,6 +92,7 @@ def draw_map(axis: Any, image_YX3: np.ndarray, values_HW: Float[Tensor, "H W"], 
     drawn = axis.imshow(values, alpha=_OPACITY, interpolation="nearest", extent=extent, vmax=reach, **scale)
     bar = axis.figure.colorbar(drawn, ax=axis, shrink=0.85, pad=0.02)
     bar.solids.set_alpha(1)
+    bar.set_label("relevance (+ for, − against)" if signed else "attention", fontsize=7)
     bar.ax.tick_params(labelsize=7)
     bar.formatter.set_powerlimits((-2, 3))
     bar.ax.yaxis.get_offset_text().set_fontsize(7)
