@@ -151,9 +151,10 @@ def explain_image(
         from maskattn.explain.packed_model import without_head
 
         with torch.no_grad():
-            scores, names = targets(without_head(model)(inputs, keep)), ("concept",)
+            scores = select_scores(without_head(model)(inputs, keep), targets)[0]
+        names = ("concept",) if len(scores) == 1 else tuple(f"concept {i}" for i in range(len(scores)))
     explainer = METHODS[method](model)
     options = {"generator": torch.Generator().manual_seed(0)} if method == "smooth" else {}
     maps = explainer.attribute(inputs, targets, keep, **options)
     attention = None if model.cls_token is None else AttentionMap(model).attribute(inputs, keep)[0]
-    return ImageExplanation(names, scores, maps if isinstance(targets, Concept) else maps[0], attention)
+    return ImageExplanation(names, scores, maps if maps.ndim == 3 else maps[0], attention)

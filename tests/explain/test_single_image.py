@@ -102,6 +102,10 @@ def test_an_explanation_holds_what_the_methods_give(vit):
     concept = Concept.from_images(vit, x)
     found = explain_image(vit, x, concept, method="integrated")
     assert torch.equal(found.maps_MHW, IntegratedCDAM(vit).attribute(x, concept))
+    several = explain_image(vit, x, Concept(torch.stack([concept.direction, -concept.direction])))
+    assert several.names == ("concept 0", "concept 1")
+    torch.testing.assert_close(several.scores_M[0], -several.scores_M[1])
+    assert torch.equal(several.maps_MHW[0], CDAM(vit).attribute(x, concept)[0])
     best = explain_image(vit, x).names
     assert best[0] == f"class {int(vit(x).argmax())}"
 
@@ -138,5 +142,7 @@ def test_the_figure_has_the_image_and_every_map_with_its_scale():
     assert low == -high
     assert high == pytest.approx(3, rel=0.01)
     assert len(figure.axes) == 4 + 3  # a colour bar for each map
+    bars = [axis.get_ylabel() for axis in figure.axes if not axis.get_title()]
+    assert bars == ["attention", "relevance (+ for, − against)", "relevance (+ for, − against)"]
     with pytest.raises(ValueError, match=r"\(Y, X, 3\)"):
         draw_explanation(np.zeros((16, 32), np.uint8), None, maps)
