@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskattn.explain.concepts import Concept
-from maskattn.explain.packed_model import packed_model, without_head
+from maskattn.explain.packed_model import packed_model, refuse_dropout, without_head
 from maskattn.explain.targets import Target, gives_one_map
 from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens
@@ -62,7 +62,7 @@ class CDAM:
             (B, H, W), or (B, M, H, W) for a list, "all" and functions with several scores.
 
         Raises:
-            TypeError, ValueError: inputs, target or keep do not fit the model.
+            TypeError, ValueError: inputs, target or keep do not fit the model, or it drops at random (train mode).
         """
         model, tokens = model_and_tokens(self.model, inputs, target, keep)
         relevance_MT, scores_BM = score_tokens(model, tokens, target)
@@ -73,7 +73,12 @@ class CDAM:
 def model_and_tokens(
     model: VisionTransformer, inputs: Tensor, target: Target, keep: Tensor | None
 ) -> tuple[VisionTransformer, PackedTokens]:
-    """The model that the target is a function of, and the tokens before its last block, without a graph."""
+    """The model that the target is a function of, and the tokens before its last block, without a graph.
+
+    Raises:
+        ValueError: the model drops at random.
+    """
+    refuse_dropout(model)
     model = without_head(model) if isinstance(target, Concept) else model
     return model, model.before_last_block(model.embed(inputs, keep))
 

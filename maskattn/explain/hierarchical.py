@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskattn.explain.attention_maps import attend_from_class_token
 from maskattn.explain.cdam import as_maps
+from maskattn.explain.packed_model import refuse_dropout
 from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.hipt import HIPT
@@ -105,7 +106,12 @@ class HierarchicalCDAM:
 def explain_slide(
     model: SlideModel | HIPT, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], gradient: bool
 ) -> RelevanceMap:
-    """Pass 1, over tiles or regions. Arguments as in :meth:`HierarchicalCDAM.tiles`."""
+    """Pass 1, over tiles or regions. Arguments as in :meth:`HierarchicalCDAM.tiles`.
+
+    Raises:
+        ValueError: the model drops at random (train mode), or embeddings and kept cells do not match.
+    """
+    refuse_dropout(model)
     encoder = model.slide_encoder
     z = embeddings_TC.detach().clone().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):

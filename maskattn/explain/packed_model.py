@@ -7,9 +7,10 @@ import copy
 from torch import nn
 
 from maskattn.nn.adapters import from_timm, from_transformers
+from maskattn.nn.blocks import Attention, DropPath
 from maskattn.nn.vit import VisionTransformer
 
-__all__ = ["packed_model", "without_head"]
+__all__ = ["packed_model", "refuse_dropout", "without_head"]
 
 
 def packed_model(model: nn.Module) -> VisionTransformer:
@@ -40,6 +41,20 @@ def packed_model(model: nn.Module) -> VisionTransformer:
         f"{type(model).__name__}; load its weights into one of these (maskattn.nn.checkpoints), and use "
         "HierarchicalCDAM for a SlideModel, ThreeLevelCDAM for a HIPT"
     )
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Refuse a model that would drop at random while it is explained: its map would be that of another model.
+
+    Raises:
+        ValueError: some of its parts drop; the first is named.
+    """
+    for name, part in model.named_modules():
+        share = part.p if isinstance(part, nn.Dropout) else part.share if isinstance(part, DropPath) else 0
+        if isinstance(part, Attention):
+            share = part.dropout_p
+        if part.training and share > 0:
+            raise ValueError(f"a model must be in eval mode to be explained, got one whose {name} drops; call eval()")
 
 
 def without_head(model: VisionTransformer) -> VisionTransformer:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskattn.explain import CDAM
+from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM
+from maskattn.explain.attention_baselines import AttentionRow
 from maskattn.explain.baselines import TokenAblation
 from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
 from maskattn.nn import VisionTransformer
@@ -107,6 +108,30 @@ def test_an_index_of_numpy_or_torch_is_a_class_index(index):
 def test_no_images_have_no_maps(target):
     model, (x, _) = random_vit(), sample()
     assert CDAM(model).attribute(x[:0], target).shape[-3:] == ((0, 4, 4) if target != "all" else (4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("attn_drop_rate", "attn"),
+        ("proj_drop_rate", "proj_drop"),
+        ("drop_path_rate", "drop_path1"),
+        ("drop_rate", "head"),
+    ],
+)
+@pytest.mark.parametrize("explain", [CDAM, SmoothCDAM, IntegratedCDAM, TokenAblation, AttentionRow])
+def test_a_model_that_drops_at_random_is_refused_until_it_is_in_eval_mode(explain, option, part):
+    model, (x, keep) = random_vit(**{option: 0.5}), sample()
+    model.train()
+    with pytest.raises(ValueError, match=f"{part}.* drops"):
+        explain(model).attribute(x, 0, keep)
+    assert explain(model.eval()).attribute(x, 0, keep).shape == (2, 4, 4)
+
+
+def test_a_model_that_never_drops_may_be_in_training_mode():
+    model, (x, keep) = random_vit(), sample()
+    expected = CDAM(model).attribute(x, 0, keep)
+    assert torch.equal(CDAM(model.train()).attribute(x, 0, keep), expected)
 
 
 def test_of_the_gradients_of_all_classes_only_two_exist_at_a_time(monkeypatch):
