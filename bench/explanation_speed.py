@@ -1,6 +1,6 @@
 """Time and memory of CDAM for all classes, against autograd for each class and against a full backward for each.
 
-    python bench/explanation_speed.py --page docs/evidence.md     # CPU, two threads
+    OMP_WAIT_POLICY=passive python bench/explanation_speed.py --page docs/evidence.md     # CPU, two threads
     python bench/explanation_speed.py --device cuda --depth 12
 
 Contenders of one length run in turn, round after round, in one process; a time is the least of its rounds, and only the
@@ -288,7 +288,7 @@ def report(results: dict[int, Measured], arguments: argparse.Namespace) -> str:
     parts = [
         f"A ViT of width {arguments.width}, depth {arguments.depth} and {max(arguments.classes)} outputs, one image, "
         f"{arguments.device}{threads}; seconds and extra MiB. ≈: counted from one forward and one backward, since the "
-        f"whole would take longer than {arguments.limit:g} s; the memory is that of one graph.",
+        f"whole would take longer than {arguments.limit:g} s; the memory is that of one graph and one map.",
         table(results, arguments.m),
     ]
     both = {(tokens, *key): d for tokens, found in results.items() for key, d in found.differences.items()}
@@ -321,8 +321,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--m", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds that what can be counted may take whole")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds that what can be counted may take whole")
     parser.add_argument("--longest", type=float, default=1800.0, help="seconds that any call may take")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
