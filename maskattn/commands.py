@@ -302,8 +302,12 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
 def _in_one_line(error: Exception) -> tuple[str, int]:
     """What to tell the user, and the exit code."""
     text = " ".join(str(error).split())
-    if isinstance(error, ModuleNotFoundError):
-        return f"this command needs the package {error.name}, which is not installed; pip install 'maskattn[slide]'", 2
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        extra = {"timm": "timm", "transformers": "hf"}.get(error.name, "slide")
+        return (
+            f"this command needs the package {error.name}, which is not installed; pip install 'maskattn[{extra}]'",
+            2,
+        )
     if type(error).__name__ == "SlideError":
         return text, 1
     if isinstance(error, OSError | ValueError):

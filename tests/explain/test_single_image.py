@@ -92,6 +92,26 @@ def test_wrong_requests_are_one_line_and_leave_no_picture(weights, photo, tmp_pa
     assert not (tmp_path / "panel.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("No module named 'timm'", name="timm"), "pip install 'maskattn[timm]'"),
+        (ModuleNotFoundError("No module named 'transformers'", name="transformers"), "pip install 'maskattn[hf]'"),
+        (ModuleNotFoundError("Could not import module 'ViTModel'"), "Could not import module 'ViTModel'"),
+    ],
+    ids=str,
+)
+def test_a_library_that_is_not_there_or_does_not_load_is_named(error, message, photo, monkeypatch):
+    def load(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("maskattn.nn.checkpoints.load_vit", load)
+    result = run(photo, "--model", "timm:vit")
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert "None" not in result.stderr
+
+
 def test_an_explanation_holds_what_the_methods_give(vit):
     x, keep = torch.randn(1, 3, 64, 64), torch.rand(1, 4, 4) > 0.3
     found = explain_image(vit, x, [4, 0], keep)
