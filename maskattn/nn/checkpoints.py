@@ -47,7 +47,7 @@ def load_vit(
             from what its keys say.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode; with its classifier where it was saved with one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -143,7 +143,7 @@ def _load_from_hub(name: str, impl: str | None, arguments: dict[str, Any]) -> Vi
         config = json.loads(Path(hf_hub_download(name, "config.json")).read_text())
         if "model_type" not in config:
             return _load_timm(f"hf-hub:{name}", impl, arguments)
-        return _load_transformers(name, impl, arguments)
+        return _load_transformers(name, config, impl, arguments)
     except Exception as error:
         raise _explained(error, name) from error
 
@@ -152,15 +152,21 @@ def _load_folder(folder: Path, impl: str | None, arguments: dict[str, Any]) -> V
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"a model's folder has a config.json, and {folder} has none; pass the file of weights")
-    if "model_type" in json.loads(path.read_text()):
-        return _load_transformers(str(folder), impl, arguments)
+    config = json.loads(path.read_text())
+    if "model_type" in config:
+        return _load_transformers(str(folder), config, impl, arguments)
     return _load_timm(f"local-dir:{folder}", impl, arguments)
 
 
-def _load_transformers(name: str, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
+def _load_transformers(
+    name: str, config: dict[str, Any], impl: str | None, arguments: dict[str, Any]
+) -> VisionTransformer:
     import transformers
 
-    return from_transformers(transformers.AutoModel.from_pretrained(name, **arguments), impl=impl)
+    # AutoModel would leave a classifier's head behind.
+    classifies = any(kind.endswith("ForImageClassification") for kind in config.get("architectures") or ())
+    loader = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
+    return from_transformers(loader.from_pretrained(name, **arguments), impl=impl)
 
 
 def _explained(error: Exception, name: str) -> Exception:

@@ -64,6 +64,19 @@ def test_the_command_writes_a_picture_and_prints_the_models_scores(vit, weights,
         assert picture.size[0] > 800
 
 
+def test_a_saved_classifier_of_transformers_is_explained_as_it_comes(photo, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=64, num_labels=5, **small)).eval()
+    model.save_pretrained(tmp_path / "saved")
+    result = run(photo, "--model", tmp_path / "saved", "--target", 2, "--out", tmp_path / "panel.png")
+    assert result.exit_code == 0, result.stderr
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    x = normalised(read_image(photo, (64, 112)), mean, std)
+    logit = model(x, interpolate_pos_encoding=True).logits[0, 2].item()
+    assert result.stdout.splitlines()[0] == f"class 2: {logit:.3g}"
+
+
 def test_the_command_takes_masks_concepts_and_the_other_methods(weights, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mask = tmp_path / "mask.png"

@@ -155,6 +155,23 @@ def test_a_folder_of_transformers_loads(tmp_path):
     torch.testing.assert_close(load_vit(tmp_path)(x), theirs(x).last_hidden_state[:, 0])
 
 
+def test_a_folder_of_a_transformers_classifier_keeps_its_head(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        image_size=64,
+        patch_size=16,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=96,
+        num_labels=5,
+    )
+    theirs = transformers.ViTForImageClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(load_vit(tmp_path)(x), theirs(x).logits)
+
+
 def hub_that_raises(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
