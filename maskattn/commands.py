@@ -227,7 +227,8 @@ def explain(
     method: Annotated[str, typer.Option("--method", help="cdam, smooth or integrated.")] = "cdam",
     num_heads: Annotated[int | None, typer.Option("--num-heads", help="For a file, which does not say it.")] = None,
     pixel_mean: Annotated[
-        tuple[float, float, float] | None, typer.Option("--pixel-mean", help="By default timm's, or ImageNet's.")
+        tuple[float, float, float] | None,
+        typer.Option("--pixel-mean", help="By default the model's own, or ImageNet's."),
     ] = None,
     pixel_std: Annotated[tuple[float, float, float] | None, typer.Option("--pixel-std", help="Likewise.")] = None,
     out: Annotated[

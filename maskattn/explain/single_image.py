@@ -5,9 +5,11 @@ Dimension key: M maps, H·W grid tokens, Y·X px, C channels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +101,7 @@ def read_keep(path: Path, grid_HW: tuple[int, int]) -> Bool[Tensor, "1 H W"]:
 
 
 def normalisation_of(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixels that a model was trained with: timm's word for its own, else ImageNet's.
+    """Mean and standard deviation of pixels that a model was trained with, where timm or its folder says; ImageNet's.
 
     Args:
         source: what :func:`maskattn.nn.checkpoints.load_vit` was given.
@@ -108,9 +110,27 @@ def normalisation_of(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]
         import timm
 
         own = timm.get_pretrained_cfg(source.removeprefix("timm:"))
-        if own is not None:
-            return tuple(own.mean), tuple(own.std)
+        return (IMAGENET_MEAN, IMAGENET_STD) if own is None else (tuple(own.mean), tuple(own.std))
+    for file, mean, std in (("preprocessor_config.json", "image_mean", "image_std"), ("config.json", "mean", "std")):
+        said = _file_of_model(source, file)
+        said = said.get("pretrained_cfg") or said  # timm's
+        if said.get(mean) and said.get(std):
+            return tuple(said[mean]), tuple(said[std])
     return IMAGENET_MEAN, IMAGENET_STD
+
+
+def _file_of_model(source: str, file: str) -> dict[str, Any]:
+    """A JSON file of a model's folder or of its repository on the hub; nothing where there is none."""
+    path = Path(source) / file
+    if source.startswith("hf-hub:"):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(source.removeprefix("hf-hub:"), file))
+        except EntryNotFoundError:
+            return {}
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def normalised(image_YX3: UInt8[np.ndarray, "Y X 3"], mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from typer.testing import CliRunner, Result
 from maskattn.commands import app
 from maskattn.explain import CDAM, AttentionMap, Concept, IntegratedCDAM
 from maskattn.explain.pictures import draw_explanation
-from maskattn.explain.single_image import explain_image, normalised, read_image, read_keep, size_for
+from maskattn.explain.single_image import explain_image, normalisation_of, normalised, read_image, read_keep, size_for
 from maskattn.nn import VisionTransformer
 
 
@@ -75,6 +76,31 @@ def test_a_saved_classifier_of_transformers_is_explained_as_it_comes(photo, tmp_
     x = normalised(read_image(photo, (64, 112)), mean, std)
     logit = model(x, interpolate_pos_encoding=True).logits[0, 2].item()
     assert result.stdout.splitlines()[0] == f"class 2: {logit:.3g}"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, ((0.5,) * 3, (0.25,) * 3)),
+        ("config.json", {"pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3}}, ((0.1,) * 3, (0.2,) * 3)),
+        ("config.json", {"model_type": "vit"}, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    ],
+)
+def test_pixels_are_normalised_as_the_models_folder_or_repository_says(file, content, expected, tmp_path, monkeypatch):
+    (tmp_path / file).write_text(json.dumps(content))
+    assert normalisation_of(str(tmp_path)) == expected
+    assert normalisation_of(str(tmp_path / "weights.pt")) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    hub = pytest.importorskip("huggingface_hub")
+    missing = pytest.importorskip("huggingface_hub.errors").EntryNotFoundError
+
+    def download(name: str, wanted: str) -> str:
+        assert name == "org/model"
+        if wanted != file:
+            raise missing.__new__(missing)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert normalisation_of("hf-hub:org/model") == expected
 
 
 def test_the_command_takes_masks_concepts_and_the_other_methods(weights, photo, tmp_path, monkeypatch):
