@@ -224,7 +224,7 @@ def explain(
     keep: Annotated[
         Path | None, typer.Option("--keep", help="A mask image; tokens that are all black are left out.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="cdam, smooth or integrated.")] = "cdam",
+    method: Annotated[str, typer.Option("--method", help="cdam, smooth, integrated or integrated-norm.")] = "cdam",
     num_heads: Annotated[int | None, typer.Option("--num-heads", help="For a file, which does not say it.")] = None,
     pixel_mean: Annotated[
         tuple[float, float, float] | None,
@@ -264,9 +264,11 @@ def explain(
         maps = dict(zip(titles, found.maps_MHW, strict=True))
         path = Path(f"{image.stem}_explained.png") if out is None else out
         with replacing(path) as temporary:
-            draw_explanation(pixels, found.attention_HW, maps, f"{image.name}, {model}, {method}").savefig(
-                temporary, format="png", dpi=120
+            title = f"{image.name}, {model}, {method}"
+            figure = draw_explanation(
+                pixels, found.attention_HW, maps, title, keep_HW=None if kept is None else kept[0]
             )
+            figure.savefig(temporary, format="png", dpi=120)
     for title in titles:
         typer.echo(title)
     typer.echo(f"picture     {path}")

@@ -93,7 +93,11 @@ class HierarchicalCDAM:
             tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
             keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
             gradient_KBC: these tiles' part of :attr:`RelevanceMap.gradient_KTC`.
+
+        Raises:
+            ValueError: the model drops at random (train mode).
         """
+        refuse_dropout(self.model)
         encoder = self.model.tile_encoder
         with torch.no_grad():
             tokens = encoder.before_last_block(self.model.tile_tokens(tiles_BIXY, keep_BHW))

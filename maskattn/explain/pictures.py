@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from maskattn.shapes import Float, Shaped
+from maskattn.shapes import Bool, Float, Shaped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +31,8 @@ def draw_explanation(
     attention_HW: Float[Tensor, "H W"] | None,
     maps: Mapping[str, Float[Tensor, "H W"]],
     title: str = "",
+    *,
+    keep_HW: Bool[Tensor, "H W"] | None = None,
 ) -> Figure:
     """A panel: the image, its attention map, and a signed map for each class.
 
@@ -39,6 +41,7 @@ def draw_explanation(
         attention_HW: (H, W), at least 0; None: no attention panel.
         maps: (H, W) signed relevance by the title it is to have; red speaks for it, blue against it.
         title: of the whole figure.
+        keep_HW: (H, W) bool; background tokens are left uncoloured. None: there are none.
 
     Returns:
         A matplotlib figure; ``figure.savefig(path)`` writes it.
@@ -63,7 +66,7 @@ def draw_explanation(
     axes[0].set_title("input", fontsize=9)
     named = {} if attention_HW is None else {"attention": attention_HW}
     for axis, (name, values) in zip(axes[1:], {**named, **maps}.items(), strict=False):
-        draw_map(axis, image_YX3, values, signed=name in maps)
+        draw_map(axis, image_YX3, values, signed=name in maps, keep_HW=keep_HW)
         axis.set_title(name, fontsize=9, parse_math=False)
     for place, axis in enumerate(axes):
         axis.set_axis_off() if place >= count else axis.set(xticks=[], yticks=[])
@@ -72,7 +75,14 @@ def draw_explanation(
     return figure
 
 
-def draw_map(axis: Any, image_YX3: np.ndarray, values_HW: Float[Tensor, "H W"], *, signed: bool) -> None:
+def draw_map(
+    axis: Any,
+    image_YX3: np.ndarray,
+    values_HW: Float[Tensor, "H W"],
+    *,
+    signed: bool,
+    keep_HW: Bool[Tensor, "H W"] | None = None,
+) -> None:
     """A map over the grey image, with a colour bar.
 
     Args:
@@ -80,6 +90,7 @@ def draw_map(axis: Any, image_YX3: np.ndarray, values_HW: Float[Tensor, "H W"], 
         image_YX3: (Y, X, 3) RGB, uint8 or float in [0, 1].
         values_HW: (H, W).
         signed: relevance, on a scale that is symmetric about 0 and diverges; else attention, from 0 on.
+        keep_HW: (H, W) bool; background tokens are left uncoloured. None: there are none.
     """
     height, width = image_YX3.shape[:2]
     extent = (0, width, height, 0)
@@ -89,6 +100,8 @@ def draw_map(axis: Any, image_YX3: np.ndarray, values_HW: Float[Tensor, "H W"], 
     low, high = np.quantile(values, (0.001, 0.999))
     reach = max(abs(low), abs(high)) or 1.0
     scale = {"cmap": "RdBu_r", "vmin": -reach} if signed else {"cmap": "viridis", "vmin": 0}
+    if keep_HW is not None:
+        values = np.ma.masked_array(values, ~keep_HW.cpu().numpy())
     drawn = axis.imshow(values, alpha=_OPACITY, interpolation="nearest", extent=extent, vmax=reach, **scale)
     bar = axis.figure.colorbar(drawn, ax=axis, shrink=0.85, pad=0.02)
     bar.solids.set_alpha(1)

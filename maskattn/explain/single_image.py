@@ -5,8 +5,9 @@ Dimension key: M maps, H·W grid tokens, Y·X px, C channels.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,12 @@ __all__ = [
     "size_for",
 ]
 
-METHODS = {"cdam": CDAM, "smooth": SmoothCDAM, "integrated": IntegratedCDAM}
+METHODS: dict[str, Callable[[VisionTransformer], Any]] = {
+    "cdam": CDAM,
+    "smooth": SmoothCDAM,
+    "integrated": IntegratedCDAM,
+    "integrated-norm": functools.partial(IntegratedCDAM, path="norm"),
+}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from maskattn.explain.cdam import as_maps
 from maskattn.explain.factorised import join_patches
 from maskattn.explain.hierarchical import RelevanceMap, explain_slide, gradients_of, products_with
+from maskattn.explain.packed_model import refuse_dropout
 from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.hipt import HIPT
@@ -77,7 +78,11 @@ class ThreeLevelCDAM:
             regions_BIXY, keep_Bhw: as ``model.encode_regions`` takes them.
             gradient_KBC: these regions' part of :attr:`RelevanceMap.gradient_KTC`; anything for those without tissue.
             batch_size: patches in the patch encoder at a time.
+
+        Raises:
+            ValueError: the model drops at random (train mode).
         """
+        refuse_dropout(self.model)
         model, encoder = self.model, self.model.region_encoder
         patches = model.cut(regions_BIXY, keep_Bhw)
         parts = [

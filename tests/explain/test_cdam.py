@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM
+from maskattn.explain import CDAM, Concept, IntegratedCDAM, SmoothCDAM
 from maskattn.explain.attention_baselines import AttentionRow
 from maskattn.explain.baselines import TokenAblation
 from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
@@ -126,6 +126,12 @@ def test_a_model_that_drops_at_random_is_refused_until_it_is_in_eval_mode(explai
     with pytest.raises(ValueError, match=f"{part}.* drops"):
         explain(model).attribute(x, 0, keep)
     assert explain(model.eval()).attribute(x, 0, keep).shape == (2, 4, 4)
+
+
+def test_a_concept_is_not_made_of_what_a_model_drops_at_random():
+    model, (x, _) = random_vit(drop_path_rate=0.5), sample()
+    with pytest.raises(ValueError, match=r"drop_path1.* drops"):
+        Concept.from_images(model.train(), x)
 
 
 def test_a_model_that_never_drops_may_be_in_training_mode():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maskattn.explain import HierarchicalCDAM
 from maskattn.nn import SlideModel, SlideModelConfig
+from maskattn.nn.blocks import DropPath
 
 
 def random_model(**slide_encoder: object) -> SlideModel:
@@ -155,3 +156,10 @@ def test_a_slide_encoder_without_class_token_has_no_attention_row():
     relevance = HierarchicalCDAM(model).tiles(model.encode_tiles(tiles, keep_Thw), keep_HW)
     assert (relevance.attention_T == 0).all()
     assert relevance.relevance_KT.abs().sum() > 0
+
+
+def test_a_model_that_drops_at_random_is_refused():
+    model, (tiles, keep_Thw, _) = random_model().train(), small_slide()
+    model.tile_encoder.blocks[0].drop_path1 = DropPath(0.5)
+    with pytest.raises(ValueError, match=r"tile_encoder.* drops"):
+        HierarchicalCDAM(model).tokens(tiles, keep_Thw, torch.ones(3, 4, 24, dtype=torch.float64))

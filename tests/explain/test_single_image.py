@@ -107,7 +107,11 @@ def test_the_command_takes_masks_concepts_and_the_other_methods(weights, photo, 
     monkeypatch.chdir(tmp_path)
     mask = tmp_path / "mask.png"
     Image.fromarray(np.tri(20, 30, dtype=np.uint8) * 255).save(mask)
-    for options in (("--keep", mask), ("--concept", photo), ("--method", "smooth"), ("--method", "integrated")):
+    for options in (
+        ("--concept", photo),
+        *(("--method", method) for method in ("smooth", "integrated", "integrated-norm")),
+        ("--keep", mask),
+    ):
         result = run(photo, "--model", weights, "--num-heads", 2, *options)
         assert result.exit_code == 0, result.stderr
         assert (tmp_path / "photo_explained.png").exists()
@@ -203,5 +207,7 @@ def test_the_figure_has_the_image_and_every_map_with_its_scale():
     assert len(figure.axes) == 4 + 3  # a colour bar for each map
     bars = [axis.get_ylabel() for axis in figure.axes if not axis.get_title()]
     assert bars == ["attention", "relevance (+ for, − against)", "relevance (+ for, − against)"]
+    masked = draw_explanation(np.zeros((16, 32, 3), np.uint8), None, maps, keep_HW=torch.tensor([[True, False]]))
+    assert masked.axes[1].images[-1].get_array().mask.tolist() == [[False, True]]  # background is left uncoloured
     with pytest.raises(ValueError, match=r"\(Y, X, 3\)"):
         draw_explanation(np.zeros((16, 32), np.uint8), None, maps)

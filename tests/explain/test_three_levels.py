@@ -123,3 +123,9 @@ def test_regions_of_glass_alone_have_maps_of_zeros():
     assert maps.tokens_KBhw.shape == (3, 2, 6, 4)
     assert (maps.tokens_KBhw == 0).all()
     assert (maps.patches_KBnm == 0).all()
+
+
+def test_a_model_that_drops_at_random_is_refused():
+    model, (regions, keep) = random_hipt(drop_path_rate=0.5).train(), some_regions()
+    with pytest.raises(ValueError, match=r"patch_encoder.* drops"):
+        ThreeLevelCDAM(model).regions(regions, keep, torch.ones(3, 4, 16, dtype=torch.float64))
