@@ -10,8 +10,10 @@ const char* name_of(Dtype dtype) {
     switch (dtype) {
         case Dtype::float32: return "float32";
         case Dtype::bfloat16: return "uint16 (bfloat16)";
+        case Dtype::int64: return "int64";
         case Dtype::int32: return "int32";
         case Dtype::boolean: return "bool";
+        case Dtype::bytes: return "uint8";
     }
     return "";
 }
@@ -21,8 +23,10 @@ bool is(const py::dtype& dtype, Dtype wanted) {
     switch (wanted) {
         case Dtype::float32: return kind == 'f' && dtype.itemsize() == 4;
         case Dtype::bfloat16: return kind == 'u' && dtype.itemsize() == 2;
+        case Dtype::int64: return kind == 'i' && dtype.itemsize() == 8;
         case Dtype::int32: return kind == 'i' && dtype.itemsize() == 4;
         case Dtype::boolean: return kind == 'b';
+        case Dtype::bytes: return kind == 'u' && dtype.itemsize() == 1;
     }
     return false;
 }

@@ -14,7 +14,7 @@ namespace maskattn {
 
 namespace py = pybind11;
 
-enum class Dtype { float32, bfloat16, int32, boolean };  // bfloat16 comes as uint16
+enum class Dtype { float32, bfloat16, int64, int32, boolean, bytes };  // bfloat16 comes as uint16
 
 // An argument that has passed its checks: its strides are in elements.
 struct Array {

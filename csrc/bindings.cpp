@@ -110,6 +110,7 @@ bool share_team_of(const std::string& library) {
 PYBIND11_MODULE(_native, module) {
     module.doc() = "C++ parts of maskattn.";
     maskattn::bind_attention(module);
+    maskattn::bind_packing(module);
     maskattn::bind_readout(module);
     module.def("share_team", &share_team_of, py::arg("library"),
                R"(Run on the threads of an OpenMP runtime that this process has loaded; True if it was found.

@@ -150,8 +150,9 @@ Pool& pool() {
 }  // namespace
 
 int thread_count(int asked) {
-    const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
-    return std::min(asked > 0 ? asked : static_cast<int>(cores), most_threads);
+    // Counting the cores asks the system, which takes microseconds.
+    const int wanted = asked > 0 ? asked : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    return std::min(wanted, most_threads);
 }
 
 void share_team(ParallelRegion parallel) {

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskattn import native_packing
+from maskattn.extension import has_extension
 from maskattn.shapes import Bool, Int, Shaped
 
 __all__ = ["Packing", "gather_rows", "pack", "scatter_rows", "unpack"]
@@ -65,6 +67,11 @@ class Packing:
             ValueError: the mask has not two dimensions.
         """
         _check_keep(keep_BN)
+        if not torch.compiler.is_compiling() and has_extension():
+            found = native_packing.kept_tokens(keep_BN)
+            if found is not None:
+                indices, cu_seqlens, max_seqlen, row_of_token = found
+                return cls(indices, cu_seqlens, max_seqlen, *keep_BN.shape, row_of_token)
         lengths = keep_BN.sum(dim=1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         kept = keep_BN.reshape(-1)
@@ -144,6 +151,8 @@ def gather_rows(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
         from maskattn.kernels import gather
 
         return gather.gather_rows(x, indices)
+    if has_extension() and native_packing.gathers(x, indices.shape[0]):
+        return native_packing.gather_rows(x, indices)
     return x.index_select(0, indices)
 
 
@@ -154,6 +163,8 @@ def scatter_rows(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
         from maskattn.kernels import gather
 
         return gather.scatter_rows(rows, row_of_token)
+    if has_extension() and native_packing.scatters(rows):
+        return native_packing.scatter_rows(rows, row_of_token)
     return rows.new_zeros((row_of_token.shape[0], *rows.shape[1:])).index_copy_(0, indices, rows)
 
 

@@ -12,7 +12,7 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parents[1] / "maskattn"
 FLOORS = [
-    {"packing", "shapes", "options", "kernels", "_native"},
+    {"packing", "native_packing", "shapes", "options", "kernels", "extension", "_native"},
     {"attention"},
     {"nn"},
     {"explain"},

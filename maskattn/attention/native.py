@@ -8,13 +8,12 @@ width, K classes.
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskattn.extension import extension
 from maskattn.options import Gradients, Options, Sequences
 
 __all__ = [
@@ -49,7 +48,7 @@ def packed_forward(
 ) -> tuple[Tensor, Tensor]:
     """out (Tq, H, D) and lse (H, Tq)."""
     out, lse = _empty(q), torch.empty((q.shape[1], q.shape[0]))
-    _native().attention_forward(
+    extension().attention_forward(
         *_rows(q, k, v), *_starts(sequences), _array(out), _array(lse), options.scale, **_terms(options)
     )
     return out, lse
@@ -69,7 +68,7 @@ def packed_backward(
     """Gradients of :func:`packed_forward`."""
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     learnt, dbias, dslopes = _gradients_of_terms(options)
-    _native().attention_backward(
+    extension().attention_backward(
         *_rows(grad_out, q, k, v, out),
         _array(lse),
         *_starts(sequences),
@@ -87,7 +86,7 @@ def masked_forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, Nq, D) and lse (B, H, Nq); background rows are never read."""
     out, lse = _empty(q), torch.empty(q.shape[:3])
-    _native().masked_attention_forward(
+    extension().masked_attention_forward(
         *_rows(q, k, v),
         keep.contiguous().numpy(),
         _array(out),
@@ -114,7 +113,7 @@ def masked_backward(
     """Gradients of :func:`masked_forward`, 0 at background positions."""
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     learnt, dbias, dslopes = _gradients_of_terms(options)
-    _native().masked_attention_backward(
+    extension().masked_attention_backward(
         *_rows(grad_out, q, k, v, out),
         _array(lse),
         keep.contiguous().numpy(),
@@ -141,7 +140,7 @@ def readout_forward(
     """out (B, R, H, D), lse (B, R, H) and rows (R, H, T), of no elements where unasked."""
     B, R, H, _ = q.shape
     out, lse, rows = _empty(q), torch.empty((B, R, H)), torch.empty((R, H, k.shape[0] if need_rows else 0))
-    _native().readout_forward(
+    extension().readout_forward(
         *_rows(q, k, v),
         cu_seqlens.contiguous().numpy(),
         _array(out),
@@ -169,7 +168,7 @@ def readout_backward(
     """Gradients of :func:`readout_forward`."""
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     learnt, dbias, dslopes = _gradients_of_terms(options)
-    _native().readout_backward(
+    extension().readout_backward(
         *_rows(grad_out, q, k, v, out),
         _array(lse),
         cu_seqlens.contiguous().numpy(),
@@ -199,7 +198,7 @@ def token_relevance(
     """S (K, T)."""
     relevance = torch.empty((grad_out.shape[0], k.shape[0]))
     origins = {"key_origin": key_origin, "value_origin": value_origin}
-    _native().token_relevance(
+    extension().token_relevance(
         *_rows(q, k, v, out),
         _array(lse),
         _rows(grad_out)[0],
@@ -210,18 +209,6 @@ def token_relevance(
         **_terms(options),
     )
     return relevance
-
-
-@functools.cache
-def _native() -> Any:
-    import maskattn._native
-
-    # Torch's OpenMP threads spin after each of its operations; threads of our own would share the cores with them.
-    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"):
-        for library in sorted(folder.glob("libgomp*.so*")):
-            if maskattn._native.share_team(str(library)):
-                return maskattn._native
-    return maskattn._native
 
 
 def _rows(*tensors: Tensor) -> tuple[Any, ...]:

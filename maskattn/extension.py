@@ -1,0 +1,38 @@
+"""The C++ extension ``maskattn._native``, loaded once and put on torch's own threads."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["extension", "has_extension"]
+
+
+@functools.cache
+def extension() -> Any:
+    """The extension; its kernels run on torch's OpenMP threads where these can be found.
+
+    Raises:
+        ImportError: it was not built.
+    """
+    import maskattn._native
+
+    # Torch's OpenMP threads spin after each of its operations; threads of our own would share the cores with them.
+    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"):
+        for library in sorted(folder.glob("libgomp*.so*")):
+            if maskattn._native.share_team(str(library)):
+                return maskattn._native
+    return maskattn._native
+
+
+@functools.cache
+def has_extension() -> bool:
+    """Whether the extension was built and loads."""
+    try:
+        extension()
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,123 @@
+"""Packing on the CPU by the C++ extension: rows moved by index, and where the kept tokens of a mask lie.
+
+Rows travel as their bytes, so that every dtype is treated alike and bit for bit.
+
+Dimension key: B sequences, N tokens of each, T packed tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from maskattn.extension import extension, has_extension
+
+__all__ = ["gather_rows", "gathers", "kept_tokens", "scatter_rows", "scatters"]
+
+# Less than this is moved sooner by torch's own functions, which are called in less time and hand narrow rows on one
+# by one without a branch.
+ROW_BYTES = 256
+GATHER_BYTES = 1 << 21
+SCATTER_ROWS = 64
+# From this size on malloc maps fresh pages, which the system has cleared already.
+FRESH_BYTES = 1 << 25
+ALIGNMENT = 64
+
+
+def gathers(x: Tensor, count: int) -> bool:
+    """Whether :func:`gather_rows` takes so many rows of ``x``, and sooner than torch's index_select."""
+    row = _row_bytes(x)
+    return row >= ROW_BYTES and row * count >= GATHER_BYTES and _has_whole_rows(x)
+
+
+def scatters(rows: Tensor) -> bool:
+    """Whether :func:`scatter_rows` takes these rows, and sooner than torch's zeros and index_copy."""
+    return rows.shape[0] >= SCATTER_ROWS and _row_bytes(rows) >= ROW_BYTES and _has_whole_rows(rows)
+
+
+def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """The rows of ``x`` (rows, ...) at ``indices`` (T,) int64 → (T, ...), contiguous; other rows are not read.
+
+    Raises:
+        ValueError: an index is not one of a row.
+    """
+    result = x.new_empty((indices.shape[0], *x.shape[1:]))
+    _move(x, indices, result)
+    return result
+
+
+def scatter_rows(rows: Tensor, row_of_token: Tensor) -> Tensor:
+    """Rows (T, ...) put to their places among the tokens, whose rows are ``row_of_token``, int32, −1 for zeros.
+
+    Raises:
+        ValueError: an entry is neither −1 nor one of a row.
+    """
+    shape = (row_of_token.shape[0], *rows.shape[1:])
+    fresh = shape[0] * _row_bytes(rows) >= FRESH_BYTES
+    result = _fresh_zeros(shape, rows.dtype) if fresh else rows.new_empty(shape)
+    _move(rows, row_of_token, result, result_is_zero=fresh)
+    return result
+
+
+def _move(source: Tensor, index: Tensor, result: Tensor, result_is_zero: bool = False) -> None:
+    extension().move_rows(
+        _bytes(source.resolve_conj().resolve_neg()),
+        index.contiguous().numpy(),
+        _bytes(result),
+        result_is_zero=result_is_zero,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that nobody has written: numpy's are calloc's, torch's are filled in."""
+    count = math.prod(shape) * dtype.itemsize
+    bytes_ = np.zeros(count + ALIGNMENT, np.uint8)
+    first = -bytes_.ctypes.data % ALIGNMENT
+    return torch.from_numpy(bytes_[first : first + count]).view(dtype).view(shape)
+
+
+def _row_bytes(x: Tensor) -> int:
+    return math.prod(x.shape[1:]) * x.element_size()
+
+
+def _has_whole_rows(x: Tensor) -> bool:
+    """Whether each row lies in the CPU's memory without gaps."""
+    if x.device.type != "cpu" or x.layout != torch.strided:
+        return False
+    if x.is_contiguous():
+        return True
+    step = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+def _bytes(x: Tensor) -> Any:
+    """(rows, bytes of a row) of the same memory."""
+    rows = x.detach()
+    if not (x.is_contiguous() and x.stride(-1) == 1):
+        rows = rows.as_strided((x.shape[0], math.prod(x.shape[1:])), (x.stride(0), 1))
+    return rows.view(torch.uint8).numpy().reshape(x.shape[0], _row_bytes(x))
+
+
+def kept_tokens(keep_BN: Tensor) -> tuple[Tensor, Tensor, int, Tensor] | None:
+    """What a Packing is made of: indices (T,), cu_seqlens (B + 1,), max_seqlen and row_of_token (B·N,).
+
+    None where the mask is not on the CPU, or is being traced, which reading its memory would hide.
+    """
+    if keep_BN.device.type != "cpu" or type(keep_BN) is not Tensor or is_in_torch_dispatch_mode():
+        return None
+    try:
+        keep = keep_BN.contiguous().numpy()
+    except RuntimeError:  # functorch's tensors have no memory
+        return None
+    indices, cu_seqlens, max_seqlen, row_of_token = extension().kept_tokens(keep)
+    return torch.from_numpy(indices), torch.from_numpy(cu_seqlens), max_seqlen, torch.from_numpy(row_of_token)
