@@ -277,6 +277,42 @@ def token_relevance(
         threads, instruction_set: as of attention_forward, whose errors are raised too.
     """
 
+def move_rows(
+    source: NDArray[np.uint8],
+    index: NDArray[np.int64] | NDArray[np.int32],
+    result: NDArray[np.uint8],
+    *,
+    result_is_zero: bool = False,
+    threads: int = 0,
+) -> None:
+    """Write rows of the source by index: row i of the result is row ``index[i]``, or zeros where that is −1.
+
+    Args:
+        source: (rows, bytes of a row), each row without gaps.
+        index: (count,), each −1 or one of the source's rows, which may come up any number of times.
+        result: (count, bytes of a row), written, each row without gaps; left half written where an index is wrong.
+        result_is_zero: the result holds zeros already, and none are written.
+        threads: how many threads; 0 for one per core. The result does not depend on it.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape, stride or index is wrong.
+    """
+
+def kept_tokens(keep: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int32], int, NDArray[np.int32]]:
+    """Where the kept tokens of a mask lie, as ``maskattn.packing.Packing`` has it.
+
+    Args:
+        keep: (B, N), without gaps.
+
+    Returns:
+        indices (T,), cu_seqlens (B + 1,), the longest sequence and row_of_token (B·N,).
+
+    Raises:
+        TypeError: the mask is not a bool numpy array.
+        ValueError: it has not two axes or has gaps, or more than 2147483647 tokens are kept.
+    """
+
 def share_team(library: str) -> bool:
     """Run on the threads of an OpenMP runtime that this process has loaded; True if it was found.
 

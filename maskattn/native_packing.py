@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from maskattn.extension import extension, has_extension
+from maskattn.extension import extension
 
 __all__ = ["gather_rows", "gathers", "kept_tokens", "scatter_rows", "scatters"]
 

@@ -2,7 +2,8 @@
 
 A batch of B sequences of N tokens is *packed* by laying the kept tokens of all sequences end to end as T rows. The
 spelling of ``cu_seqlens`` and ``max_seqlen`` is the flash-attention family's. Packing and unpacking are one launch each
-on a GPU, registered as ``maskattn::gather_rows`` and ``maskattn::scatter_rows``, each the gradient of the other.
+on a GPU and one pass of the C++ extension on the CPU, or torch's own functions where these are quicker or the extension
+was not built; registered as ``maskattn::gather_rows`` and ``maskattn::scatter_rows``, each the gradient of the other.
 
 Dimension key: B sequences, N tokens of each, T packed tokens, C whatever follows (channels, or heads and width).
 """
@@ -71,7 +72,7 @@ class Packing:
             found = native_packing.kept_tokens(keep_BN)
             if found is not None:
                 indices, cu_seqlens, max_seqlen, row_of_token = found
-                return cls(indices, cu_seqlens, max_seqlen, *keep_BN.shape, row_of_token)
+                return cls(indices, cu_seqlens, max_seqlen, keep_BN.shape[0], keep_BN.shape[1], row_of_token)
         lengths = keep_BN.sum(dim=1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         kept = keep_BN.reshape(-1)

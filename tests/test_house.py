@@ -55,23 +55,42 @@ def test_every_module_has_a_floor_and_imports_only_downwards():
     assert arrows > 20
 
 
-def test_the_core_works_where_nothing_optional_is_installed():
-    program = f"""
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {OPTIONAL.split()!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
+CORE = """
 import torch, maskattn, maskattn.nn, maskattn.explain
 vit = maskattn.nn.VisionTransformer(img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=2)
 keep = torch.tensor([[True, False, False, True]])
 vit(torch.randn(1, 3, 32, 32), keep).sum().backward()
 print(tuple(maskattn.explain.CDAM(vit).attribute(torch.randn(1, 3, 32, 32), "all", keep).shape))
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
+def run_core(before: str) -> None:
+    result = subprocess.run([sys.executable, "-c", before + CORE], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "(1, 2, 2, 2)"
+
+
+def test_the_core_works_where_nothing_optional_is_installed():
+    run_core(f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {OPTIONAL.split()!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+""")
+
+
+def test_the_core_works_where_the_extension_was_not_built():
+    run_core("""
+import sys
+sys.modules["maskattn._native"] = None
+import torch, maskattn
+keep = torch.rand(1, 4096) > 0.5
+packing, x = maskattn.Packing.from_keep(keep), torch.randn(1, 4096, 384)
+assert not maskattn.packing.has_extension()
+assert torch.equal(maskattn.unpack(maskattn.pack(x, packing), packing), x * keep[..., None])
+""")
 
 
 def test_files_stay_small_enough_to_read():

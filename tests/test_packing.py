@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskattn import Packing, pack, unpack
+from maskattn import Packing, pack, packing, unpack
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["torch", "extension"])
+def where_there_is_an_extension(request, monkeypatch):
+    """The whole file with the C++ extension, where it is built, and without."""
+    if request.param and not packing.has_extension():
+        pytest.skip("the C++ extension is not built")
+    monkeypatch.setattr(packing, "has_extension", lambda: request.param)
 
 
 @settings(max_examples=60, deadline=None)

@@ -67,5 +67,6 @@ bool attention_is_right();
 bool readout_is_right();
 bool relevance_is_right();
 bool coverage_is_right();
+bool packing_is_right();
 
 }  // namespace maskattn_tests

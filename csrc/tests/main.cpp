@@ -28,7 +28,8 @@ int main() {
     for (const auto& [name, is_right] : {std::pair<const char*, bool (*)()>{"attention", &attention_is_right},
                                          {"readout", &readout_is_right},
                                          {"relevance", &relevance_is_right},
-                                         {"coverage", &coverage_is_right}}) {
+                                         {"coverage", &coverage_is_right},
+                                         {"packing", &packing_is_right}}) {
         const bool right = is_right();
         std::printf("%s: %s\n", name, right ? "right" : "WRONG");
         all = all && right;

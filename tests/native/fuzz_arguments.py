@@ -120,6 +120,20 @@ def coverage(rng: Random) -> Call:
     return {"mask": mask, "px_lv0_x": 1.0, "px_lv0_y": 1.0, "origin_x_lv0": -1.0, "origin_y_lv0": 0.5, **sizes}
 
 
+def row_move(rng: Random) -> Call:
+    values = np.random.default_rng(rng.getrandbits(32))
+    rows, row_bytes, count = rng.choice((0, 1, 5, 300)), rng.choice((0, 1, 7, 4096)), rng.choice((0, 1, 99, 700))
+    index = values.integers(-1, rows, count).astype(rng.choice((np.int32, np.int64)))
+    options = {"result_is_zero": rng.random() < 0.5, "threads": rng.choice([0, 1, 3])}
+    source, result = values.integers(0, 256, (rows, row_bytes), np.uint8), np.zeros((count, row_bytes), np.uint8)
+    return {"source": source, "index": index, "result": result, **options}
+
+
+def mask(rng: Random) -> Call:
+    shape = rng.choice(SIZES), rng.choice((0, 1, 5, 99))
+    return {"keep": np.random.default_rng(rng.getrandbits(32)).random(shape) < 0.5}
+
+
 MAKERS: dict[str, Callable[[Random], Call]] = {
     "attention_forward": lambda rng: packed(rng, False),
     "attention_backward": lambda rng: packed(rng, True),
@@ -129,6 +143,8 @@ MAKERS: dict[str, Callable[[Random], Call]] = {
     "readout_backward": lambda rng: readout(rng, True),
     "token_relevance": relevance,
     "token_coverage": coverage,
+    "move_rows": row_move,
+    "kept_tokens": mask,
     "share_team": lambda rng: {"library": rng.choice(["", "no such file", "/", "libgomp.so.0"])},
 }
 
@@ -191,8 +207,10 @@ def with_other_strides(rng: Random, x: np.ndarray) -> np.ndarray:
 
 def with_other_values(rng: Random, x: np.ndarray) -> np.ndarray:
     x = x.copy()
-    if x.dtype == np.int32:
-        values: list[Any] = [-1, 2**31 - 1, -(2**31), 5, 10**6]
+    if x.dtype in (np.int32, np.int64):
+        values: list[Any] = [-1, -2, 2**31 - 1, -(2**31), 5, 10**6]
+        if x.dtype == np.int64:
+            values += [2**63 - 1, -(2**63), 2**40]
     elif x.dtype == np.uint16:
         values = [0x7FC0, 0x7F80, 0xFF80, 0x7F7F, 0xFFFF]
     else:
