@@ -19,13 +19,13 @@ from maskattn.extension import extension
 
 __all__ = ["gather_rows", "gathers", "kept_tokens", "scatter_rows", "scatters"]
 
-# Less than this is moved sooner by torch's own functions, which are called in less time and hand narrow rows on one
-# by one without a branch.
-ROW_BYTES = 256
-GATHER_BYTES = 1 << 21
-SCATTER_ROWS = 64
-# From this size on malloc maps fresh pages, which the system has cleared already.
+# From this size on malloc maps fresh pages, which the system has cleared, and makes one by one unless asked for large.
 FRESH_BYTES = 1 << 25
+# Less than this torch's own functions move as soon or sooner: they are called in less time, and narrow rows cost them no
+# branch each.
+GATHER_BYTES = FRESH_BYTES
+SCATTER_ROWS = 64
+ROW_BYTES = 256
 ALIGNMENT = 64
 
 
