@@ -1,8 +1,9 @@
-"""Packing on the CPU beside torch's indexing and a plain copy: ``python bench/native_packing.py``, Markdown on stdout.
+"""Packing on the CPU with the C++ extension and without: ``python bench/native_packing.py``, Markdown on stdout.
 
-The two that are compared run in turn, round after round, in one process, so that either finds the caches as the other
-leaves them; medians are taken. With one thread it is CPU time, which others on the machine disturb less. A copy goes to
-memory that is there already; what pack, unpack and torch's functions return is allocated by each call, as in use.
+Without it, the same operations run torch's index_select and index_copy. The two run in turn, round after round, the one
+first that was last before, in one process; medians are taken. With one thread it is CPU time, which others on the
+machine disturb less. A copy, the limit, goes to memory that is there already; what pack and unpack return is allocated
+by each call, as in use.
 
 Dimension key: B sequences, N tokens, T packed tokens, C channels.
 """
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from maskattn import Packing, pack, packing, unpack
 
 Calls = dict[str, Callable[[], object]]
 
-SIZES = ((1, 197), (64, 197), (1, 1024), (1, 4096), (1, 16384), (1, 65536))
+SIZES = ((1, 197), (64, 197), (1, 4096), (1, 16384), (1, 65536))
 SHARES = (0.06, 0.3, 0.5, 1.0)
 MASKS = ((1, 197), (64, 197), (1, 16384), (512, 256), (1, 65536))
 
@@ -31,8 +33,8 @@ def medians(calls: Calls, rounds: int) -> dict[str, float]:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     times = dict.fromkeys(calls, 1)
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
+    for turn in range(rounds + 1):
+        for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
             start = clock()
             for _ in range(times[name]):
                 call()
@@ -53,13 +55,24 @@ def mask(B: int, N: int, share: float, piece: bool) -> Tensor:
     return grid.flatten(1)
 
 
-def by_torch(x: Tensor, rows: Tensor, places: Packing) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """What pack and unpack do where there is no extension."""
-    flat = x.flatten(0, 1)
-    return (
-        lambda: flat.index_select(0, places.indices),
-        lambda: rows.new_zeros(flat.shape).index_copy_(0, places.indices, rows),
-    )
+def without_extension(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same on torch's own functions."""
+    has_extension = packing.has_extension
+
+    def run() -> Any:
+        packing.has_extension = lambda: False  # type: ignore[assignment]
+        try:
+            return call()
+        finally:
+            packing.has_extension = has_extension
+
+    return run
+
+
+def pair(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """Microseconds without the extension and with it."""
+    took = medians({"without": without_extension(call), "with": call}, rounds)
+    return 1e6 * took["without"], 1e6 * took["with"]
 
 
 def moves(B: int, N: int, C: int, dtype: torch.dtype, share: float, piece: bool, rounds: int) -> str:
@@ -68,39 +81,24 @@ def moves(B: int, N: int, C: int, dtype: torch.dtype, share: float, piece: bool,
     x = torch.randn(B, N, C).to(dtype)
     rows = pack(x, places)
     rows_again, x_again = torch.empty_like(rows), torch.empty_like(x)
-    torch_pack, torch_unpack = by_torch(x, rows, places)
-    assert torch.equal(torch_pack(), rows)
-    assert torch.equal(torch_unpack().view(x.shape), unpack(rows, places))
-    took: dict[str, float] = {}
-    for pair in (
-        {"copy T": lambda: rows_again.copy_(rows)},
-        {"torch pack": torch_pack, "pack": lambda: pack(x, places)},
-        {"copy N": lambda: x_again.copy_(x)},
-        {"torch unpack": torch_unpack, "unpack": lambda: unpack(rows, places)},
+    cells = []
+    for copy, move in (
+        (lambda: rows_again.copy_(rows), lambda: pack(x, places)),
+        (lambda: x_again.copy_(x), lambda: unpack(rows, places)),
     ):
-        took |= medians(pair, rounds)
-    µs = {name: f"{1e6 * value:,.0f}" for name, value in took.items()}
-    return (
-        f"| {B} × {N:,} | {C} | {str(dtype)[6:]} | {share}{', one piece' if piece else ''} "
-        f"| {µs['copy T']} | {µs['torch pack']} | {µs['pack']} | {took['torch pack'] / took['pack']:.2f} "
-        f"| {µs['copy N']} | {µs['torch unpack']} | {µs['unpack']} | {took['torch unpack'] / took['unpack']:.2f} |"
-    )
+        assert torch.equal(without_extension(move)(), move())
+        limit = 1e6 * medians({"copy": copy}, rounds)["copy"]
+        torchs, ours = pair(move, rounds)
+        cells += [f"{limit:,.0f}", f"{torchs:,.0f}", f"{ours:,.0f}", f"{torchs / ours:.2f}"]
+    kept = f"{share}{', one piece' if piece else ''}"
+    return f"| {B} × {N:,} | {C} | {str(dtype)[6:]} | {kept} | {' | '.join(cells)} |"
 
 
 def reading(B: int, N: int, rounds: int) -> str:
     """A row of the masks' table."""
-    keep, has_extension = mask(B, N, 0.3, False), packing.has_extension
-
-    def without() -> Packing:
-        packing.has_extension = lambda: False  # type: ignore[assignment]
-        try:
-            return Packing.from_keep(keep)
-        finally:
-            packing.has_extension = has_extension
-
-    took = medians({"torch": without, "extension": lambda: Packing.from_keep(keep)}, rounds)
-    ratio = took["torch"] / took["extension"]
-    return f"| {B} × {N:,} | {1e6 * took['torch']:,.1f} | {1e6 * took['extension']:,.1f} | {ratio:.1f} |"
+    keep = mask(B, N, 0.3, False)
+    torchs, ours = pair(lambda: Packing.from_keep(keep), rounds)
+    return f"| {B} × {N:,} | {torchs:,.1f} | {ours:,.1f} | {torchs / ours:.1f} |"
 
 
 def main() -> None:
@@ -112,7 +110,8 @@ def main() -> None:
     torch.manual_seed(0)
     kind = "CPU time" if given.threads == 1 else "wall time"
     print(f"\n## {given.threads} thread{'s' * (given.threads > 1)}, {kind}, medians of {given.rounds} rounds, µs\n")
-    print("| B × N | C | dtype | f | copy of T rows | torch | pack | ratio | copy of N rows | torch | unpack | ratio |")
+    print("| B × N | C | dtype | f | copy of T rows | pack without | with | ratio ", end="")
+    print("| copy of N rows | unpack without | with | ratio |")
     print("|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for B, N in SIZES:
         for C in (384, 1024):
@@ -120,7 +119,9 @@ def main() -> None:
                 for share in SHARES:
                     print(moves(B, N, C, dtype, share, False, given.rounds), flush=True)
                 print(moves(B, N, C, dtype, 0.3, True, given.rounds), flush=True)
-    print("\n| mask, f = 0.3 | from_keep on torch's functions | from_keep | ratio |\n|---|---:|---:|---:|")
+    if given.threads > 1:
+        return  # a mask is read with one
+    print("\n| mask, f = 0.3 | from_keep without | with | ratio |\n|---|---:|---:|---:|")
     for B, N in MASKS:
         print(reading(B, N, given.rounds), flush=True)
 

@@ -14,7 +14,7 @@ namespace maskattn {
 namespace {
 
 constexpr std::ptrdiff_t item_bytes = 128 * 1024;
-// What a second thread costs is won back from about here.
+// Less than this is not worth waiting for a second thread.
 constexpr std::ptrdiff_t bytes_for_threads = 1024 * 1024;
 constexpr std::ptrdiff_t bytes_for_huge_pages = 4 * 1024 * 1024;
 constexpr std::ptrdiff_t huge_page = 2 * 1024 * 1024;

@@ -21,8 +21,8 @@ __all__ = ["gather_rows", "gathers", "kept_tokens", "scatter_rows", "scatters"]
 
 # From this size on malloc maps fresh pages, which the system has cleared, and makes one by one unless asked for large.
 FRESH_BYTES = 1 << 25
-# Less than this torch's own functions move as soon or sooner: they are called in less time, and narrow rows cost them no
-# branch each.
+# Less than this torch's own functions move as soon or sooner: they are called in less time, and narrow rows cost them
+# no branch each.
 GATHER_BYTES = FRESH_BYTES
 SCATTER_ROWS = 64
 ROW_BYTES = 256
@@ -31,6 +31,8 @@ ALIGNMENT = 64
 
 def gathers(x: Tensor, count: int) -> bool:
     """Whether :func:`gather_rows` takes so many rows of ``x``, and sooner than torch's index_select."""
+    if x.nbytes < GATHER_BYTES:
+        return False
     row = _row_bytes(x)
     return row >= ROW_BYTES and row * count >= GATHER_BYTES and _has_whole_rows(x)
 
