@@ -125,7 +125,8 @@ def masked_table(rounds: int, tokens: int) -> Lines:
             times = " | ".join(f"{1e3 * took[name]:.1f} ms" for name in calls)
             masked, packed = (took["torch"] / took[name] for name in ("masked", "packed"))
             name = str(dtype).removeprefix("torch.")
-            yield f"| {name} | {kept} | {times} | {masked:.1f} | {packed:.1f} | {1 / kept**2:.1f} |"
+            least = (tokens / packing.total) ** 2  # 1/f² of the tokens that this mask keeps
+            yield f"| {name} | {kept} | {times} | {masked:.1f} | {packed:.1f} | {least:.1f} |"
     yield ""
 
 

@@ -1,11 +1,13 @@
-// Items of work that the pool's threads pull. A short pair (a head of a sequence) of which there are many is one item:
-// its operands are packed and used in one core's L2. The others are taken in waves whose packed operands stay within a
-// budget; within a wave each phase is a list of items: first packing, then attention. What is computed depends neither on
-// who computes it nor on which way a pair goes, so neither does the result on the number of threads.
+// Items of work that the pool's threads pull. A pair (a head of a sequence) is one item where that leaves no thread idle
+// for long: its operands are packed and used by one core. The others are taken in waves whose packed operands stay within
+// a budget; within a wave each phase is a list of items, which the threads wait for: first packing, then attention. What
+// is computed depends neither on who computes it nor on which way a pair goes, so neither does the result on the number
+// of threads.
 #include "attention_driver.hpp"
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "aligned_words.hpp"
@@ -15,11 +17,29 @@ namespace maskattn {
 namespace {
 
 constexpr std::size_t wave_words = std::size_t{16} << 18;   // 16 MiB of packed operands, or one pair's: they stay in L3
-constexpr std::size_t short_words = std::size_t{512} << 8;  // 512 KiB of packed operands: they stay in L2
-constexpr std::int64_t items_a_thread = 3;                  // of a pair's work at the least, so that none waits for long
-constexpr std::int64_t packed_blocks = 8;                   // blocks of keys of an item of packing
+constexpr std::size_t whole_words = std::size_t{8} << 18;   // 8 MiB of packed operands of a pair that is one item,
+constexpr std::size_t thread_words = std::size_t{64} << 18;  // 64 MiB of those of all threads
+constexpr std::int64_t items_a_thread = 3;                   // at the least
+constexpr std::int64_t most_idle = 16;                       // of the threads' time, at most one part in so many
+constexpr std::int64_t packed_blocks = 8;                    // blocks of keys of an item of packing
 
 using Pairs = std::vector<const Pair*>;
+
+std::int64_t work_of(const Pair& pair) { return pair.queries.count * pair.keys.count; }
+
+// Whether threads that each take the next pair end together, or nearly.
+bool goes_round(const Pairs& pairs, int threads) {
+    std::vector<std::int64_t> ends(static_cast<std::size_t>(threads), 0);  // a heap: the first thread to end is in front
+    std::int64_t total = 0, last = 0;
+    for (const Pair* pair : pairs) {
+        std::pop_heap(ends.begin(), ends.end(), std::greater<>());
+        ends.back() += work_of(*pair);
+        total += work_of(*pair);
+        last = std::max(last, ends.back());
+        std::push_heap(ends.begin(), ends.end(), std::greater<>());
+    }
+    return (last * threads - total) * most_idle <= last * threads;
+}
 
 // Pairs that are items as a whole, the longest first so that threads end together, and those that go in waves.
 struct Division {
@@ -28,24 +48,21 @@ struct Division {
 
     template <class PairWords>
     Division(const std::vector<Pair>& pairs, int threads, PairWords words_of) {
+        const std::size_t most = std::min(whole_words, thread_words / static_cast<std::size_t>(threads));
         std::int64_t total = 0;
         for (const Pair& pair : pairs) total += work_of(pair);
         for (const Pair& pair : pairs) {
             const bool fair = threads == 1 || work_of(pair) <= total / (items_a_thread * threads);
-            const std::size_t words = words_of(pair);
-            if (!fair || words > short_words) {
-                in_waves.push_back(&pair);
-                continue;
-            }
-            whole.push_back(&pair);
-            most_words = std::max(most_words, words);
+            (fair && words_of(pair) <= most ? whole : in_waves).push_back(&pair);
         }
         std::stable_sort(whole.begin(), whole.end(),
                          [](const Pair* a, const Pair* b) { return work_of(*a) > work_of(*b); });
+        if (!goes_round(whole, threads)) {
+            in_waves.insert(in_waves.end(), whole.begin(), whole.end());
+            whole.clear();
+        }
+        for (const Pair* pair : whole) most_words = std::max(most_words, words_of(*pair));
     }
-
-  private:
-    static std::int64_t work_of(const Pair& pair) { return pair.queries.count * pair.keys.count; }
 };
 
 struct Item {
