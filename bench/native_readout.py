@@ -1,4 +1,6 @@
-"""The C++ readout and token relevance beside what the machine copies and torch: ``python bench/native_readout.py``.
+"""The C++ readout and token relevance beside what the machine copies, and beside torch.
+
+    python bench/native_readout.py --out bench/results/native_readout.md      about two minutes
 
 All that is compared runs in turn, round after round, in one process, and medians are printed, each as GB/s of the
 traffic that the operation needs (K and V once; K, V, dk and dv once backward) and as a ratio to the first row's. With
@@ -12,7 +14,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -109,14 +112,37 @@ def relevance_calls(T: int, R: int, H: int, D: int, K: int, dtype: torch.dtype) 
     return {"matrix product" if compute else "copy": first, "ours": (ours, work), "torch": (composed, work)}
 
 
-def show(title: str, calls: Calls, rounds: int) -> None:
-    """Print a row for each call."""
-    print(f"\n{title}")
+def table(title: str, calls: Calls, rounds: int) -> Iterator[str]:
+    """A row for each call."""
     seconds = medians(calls, rounds)
     speeds = {name: calls[name][1] / seconds[name] / 1e9 for name in calls}
-    unit, first = ("GB/s" if "copy" in calls else "GFLOP/s"), next(iter(speeds.values()))
+    unit, first = ("GB/s" if "copy" in calls else "GFLOP/s"), next(iter(speeds))
+    yield f"| {title} | ms | {unit} | of {first} |"
+    yield "|---|---:|---:|---:|"
     for name, speed in speeds.items():
-        print(f"  {name:26} {1e3 * seconds[name]:9.2f} ms {speed:8.1f} {unit} {speed / first:6.2f}")
+        yield f"| {name} | {1e3 * seconds[name]:.2f} | {speed:.1f} | {speed / speeds[first]:.2f} |"
+    yield ""
+
+
+def tables(tokens: int, threads: int, rounds: int) -> Iterator[str]:
+    """Both dtypes, readouts of several queries, relevance of several classes."""
+    H, D = 12, 64
+    yield "# The C++ readout and token relevance beside what the machine copies, and beside torch"
+    yield ""
+    yield f"torch {torch.__version__}, {threads} threads, medians of {rounds} interleaved rounds, " + (
+        "processor time." if threads == 1 else "wall time."
+    )
+    yield f"{H} heads of width {D}; GB/s of K and V read once, and dk and dv written once backward."
+    yield ""
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for R in (1, 5, 16):
+            calls = readout_calls(tokens, R, H, D, dtype)
+            yield from table(f"readout, {tokens:,} keys, R = {R}, {name}", calls, rounds)
+        for K in (1, 10, 1000):
+            keys = tokens if K < 100 else tokens // 10
+            calls = relevance_calls(keys, 1, H, D, K, dtype)
+            yield from table(f"token relevance, {keys:,} keys, K = {K}, {name}", calls, rounds)
 
 
 def main() -> None:
@@ -124,18 +150,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    H, D = 12, 64
-    for dtype in (torch.float32, torch.bfloat16):
-        for R in (1, 4, 16):
-            title = f"readout T={given.tokens} R={R} H={H} D={D} {dtype}, {given.threads} threads"
-            show(title, readout_calls(given.tokens, R, H, D, dtype), given.rounds)
-        for K in (1, 10, 1000):
-            tokens = given.tokens if K < 100 else given.tokens // 10
-            title = f"token relevance T={tokens} R=1 H={H} D={D} K={K} {dtype}, {given.threads} threads"
-            show(title, relevance_calls(tokens, 1, H, D, K, dtype), given.rounds)
+    lines = []
+    for line in tables(given.tokens, given.threads, given.rounds):
+        print(line, flush=True)
+        lines.append(line)
+    if given.out:
+        given.out.write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":
