@@ -250,8 +250,8 @@ class Chunk {
             rows_of_block(a_.v, pair_, first_ + b, rows);
             pack_columns<Arithmetic>(rows, columns, a_.head_width, to.v_columns);
             pack_key_terms(a_, pair_, first_ + b, to.terms_N);
-            __builtin_memset(to.dbias_N, 0, block_keys * sizeof *to.dbias_N);
-            const auto sums_bytes = static_cast<std::size_t>(columns * stride_) * sizeof *to.dk_ND;
+            const auto sums_bytes = static_cast<std::size_t>(columns * stride_) * sizeof(float);
+            for (int n = 0; n < block_keys; n += lanes) store(to.dbias_N + n, Floats{});
             __builtin_memset(to.dk_ND, 0, sums_bytes);
             __builtin_memset(to.dv_ND, 0, sums_bytes);
         }
