@@ -1,16 +1,18 @@
 """Run: many slides, one after another. One that fails leaves the others unharmed, and ``summary.csv`` names it.
 
-The summary is written anew after every slide. Rows of slides that this run does not name stay as they were, so that
-several runs may fill one output folder.
+The summary is read and written anew after every slide, by one run at a time. Rows of other slides stay as they are, so
+that several runs may fill one output folder, also at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -59,18 +61,14 @@ def run_slides(
     """
     prepare_output(settings.out_dir)
     summary = settings.out_dir / "summary.csv"
-    try:
-        rows = read_summary(summary)
-    except (ValueError, OSError) as error:
-        raise OutputError(str(error)) from error
+    _read_summary(summary)  # what cannot be read is found before the first slide
     identity = identify_model(model)
     outcomes = []
     for job in jobs:
         if progress is not None:
             progress.slide_started(job)
         outcome = _run_one(job, model, identity, settings, progress)
-        rows[job.slide_id] = outcome.row()
-        _write_summary(summary, rows)
+        _record(summary, outcome)
         outcomes.append(outcome)
         if progress is not None:
             progress.slide_ended(outcome)
@@ -122,14 +120,37 @@ def _check_same_request(
             )
 
 
-def _write_summary(path: Path, rows: dict[str, dict[str, str]]) -> None:
+def _read_summary(path: Path) -> dict[str, dict[str, str]]:
     try:
-        write_summary(path, rows.values())
-    except OSError as error:
-        raise OutputError(
-            f"the summary must be writable, got {path}: {error.strerror or error}; free space and run it again, "
-            "finished slides are skipped"
-        ) from error
+        return read_summary(path)
+    except (ValueError, OSError) as error:
+        raise OutputError(str(error)) from error
+
+
+def _record(path: Path, outcome: SlideOutcome) -> None:
+    """Put the slide's row into the summary as it is by now."""
+    with _sole_writer(path.parent):
+        rows = _read_summary(path)
+        rows[outcome.slide_id] = outcome.row()
+        try:
+            write_summary(path, rows.values())
+        except OSError as error:
+            raise OutputError(
+                f"the summary must be writable, got {path}: {error.strerror or error}; free space and run it again, "
+                "finished slides are skipped"
+            ) from error
+
+
+@contextlib.contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other run writes to the folder's summary; where the file system has no locks, do not."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _reason(error: Exception, out_dir: Path) -> str:

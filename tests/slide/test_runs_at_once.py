@@ -1,0 +1,28 @@
+"""Several runs that fill one folder of outputs at the same time."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from small_slides import small_model
+
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.pipeline import RunSettings
+from maskattn.slide.run import run_slides
+from maskattn.slide.tables import read_summary
+
+
+def test_no_run_loses_the_rows_of_another(tmp_path: Path) -> None:
+    model, settings = small_model(), RunSettings(out_dir=tmp_path / "out")
+    names = [[f"run{run}_{slide}" for slide in range(25)] for run in range(4)]
+
+    def run(own: list[str]) -> None:
+        jobs = [SlideJob(slide_id=name, path=Path(f"{name}.svs"), problem="there is no such file") for name in own]
+        assert all(outcome.status == "failed" for outcome in run_slides(jobs, model, settings))
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(run, names))
+    rows = read_summary(settings.out_dir / "summary.csv")
+    assert sorted(rows) == sorted(name for own in names for name in own)
+    assert {row["reason"] for row in rows.values()} == {"there is no such file"}
