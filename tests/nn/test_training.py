@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +101,7 @@ def test_it_trains_under_torch_compile(variant):
     assert_close(loss_and_gradients(compiled, x, keep, target), loss_and_gradients(model, x, keep, target))
 
 
-def _train_on_one_of_two(rank: int, port: int, results: str) -> None:
+def _train_on_one_of_two(rank: int, port: int, results: str, both: Any) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(random_vit())
@@ -107,7 +109,9 @@ def _train_on_one_of_two(rank: int, port: int, results: str) -> None:
     cross_entropy(model(x, keep), target).backward()
     if rank == 0:
         torch.save([p.grad for p in model.module.parameters()], results)
-    torch.distributed.destroy_process_group()
+    both.wait(60)
+    # Without torch's destructors: that of the model can wait, with the GIL held, for a thread that waits for the GIL.
+    os._exit(0)
 
 
 def test_two_processes_average_the_gradients_of_their_halves(tmp_path):
@@ -115,7 +119,8 @@ def test_two_processes_average_the_gradients_of_their_halves(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = str(tmp_path / "gradients.pt")
-    torch.multiprocessing.spawn(_train_on_one_of_two, (port, results), nprocs=2)
+    both = torch.multiprocessing.get_context("spawn").Barrier(2)
+    torch.multiprocessing.spawn(_train_on_one_of_two, (port, results, both), nprocs=2)
     expected = loss_and_gradients(random_vit(), *batch())[1]
     for ours, theirs in zip(torch.load(results), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
