@@ -148,7 +148,8 @@ void differentiate_run(const Readout& a, const ReadoutGradients& g, const KeyRun
     for (int h = 0; h < a.heads; ++h) dslope_H[h] = 0.0f;
     __builtin_memset(dq_HRD, 0, query_words(a) * sizeof *dq_HRD);
 
-    ComingLines coming_k(a.k, a), coming_v(a.v, a), coming_dk({g.dk.data, 0, g.dk.head, g.dk.row}, a), coming_dv({g.dv.data, 0, g.dv.head, g.dv.row}, a);
+    ComingLines coming_k(a.k, a), coming_v(a.v, a);
+    ComingLines coming_dk({g.dk.data, 0, g.dk.head, g.dk.row}, a), coming_dv({g.dv.data, 0, g.dv.head, g.dv.row}, a);
     ComingLines* const all_coming[] = {&coming_k, &coming_v, &coming_dk, &coming_dv};
     alignas(64) float products_RN[most_queries * tile_keys], grad_p_RN[most_queries * tile_keys];
     alignas(64) float p_RN[most_queries * tile_keys] = {}, ds_RN[most_queries * tile_keys] = {};

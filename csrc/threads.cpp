@@ -1,6 +1,6 @@
-// A job runs on the team that is shared, if any. Otherwise callers put it on a list and work on it; idle threads join jobs that still have items. An idle thread spins for a
-// moment, long enough to bridge the phases of one operation and too short to take a core from torch's own threads, and
-// then sleeps on a condition variable.
+// A job runs on the team that is shared, if any. Otherwise callers put it on a list and work on it; idle threads join jobs
+// that still have items. An idle thread spins for a moment, long enough to bridge the phases of one operation and too
+// short to take a core from torch's own threads, and then sleeps on a condition variable.
 #include "threads.hpp"
 
 #include <pthread.h>

@@ -18,6 +18,21 @@ from maskattn.attention import reference
 from maskattn.options import Gradients, Options
 
 LENGTHS = (1, 15, 63, 64, 65, 111, 1000)
+# Whose rows are packed and unpacked bit for bit.
+ROW_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+)
 KEEP_KINDS = ("random", "blob", "all", "none", "one")
 
 

@@ -10,24 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import ROW_DTYPES
 from torch import Tensor
 
 from maskattn import Packing, _native, native_packing, pack, packing, unpack
-
-DTYPES = (
-    torch.bool,
-    torch.uint8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-    torch.float8_e4m3fn,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +50,7 @@ def expected_rows(x: Tensor, places: Packing) -> Tensor:
     return torch.stack(rows) if rows else x.new_zeros((0, *x.shape[2:]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ROW_DTYPES, ids=str)
 def test_every_dtype_is_moved_bit_for_bit(dtype):
     places, x = some_packing(), numbers((3, 41, 2, 5), dtype)
     rows = native_packing.gather_rows(x.flatten(0, 1), places.indices)
