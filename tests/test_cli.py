@@ -14,7 +14,8 @@ from PIL import Image
 from small_slides import SHAPE, small_model, write_slide
 from typer.testing import CliRunner, Result
 
-from maskattn import commands
+from maskattn.cli import slide_runs
+from maskattn.cli.app import app
 from maskattn.demo import synthetic
 from maskattn.slide.tables import read_summary
 
@@ -32,7 +33,7 @@ def _small_bundle(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     """The bundled model is another test's concern: here a small one stands for it."""
     bundle = tmp_path_factory.mktemp("bundle") / "model.safetensors"
     small_model().save(bundle)
-    monkeypatch.setattr(commands, "_BUNDLED", bundle)
+    monkeypatch.setattr(slide_runs, "BUNDLED", bundle)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def slide(tmp_path: Path) -> Path:
 
 
 def maskattn(*arguments: object) -> Result:
-    return CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def names(folder: Path) -> set[str]:
@@ -232,7 +233,7 @@ def test_interrupt_exits_with_130(slide: Path, tmp_path: Path, monkeypatch: pyte
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "_run", interrupt)
+    monkeypatch.setattr(slide_runs, "run", interrupt)
     result = maskattn("infer", slide, "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert "run the same command again" in one_line(result)

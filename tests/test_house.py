@@ -12,12 +12,12 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parents[1] / "maskattn"
 FLOORS = [
-    {"packing", "native_packing", "shapes", "options", "kernels", "extension", "_native"},
+    {"errors", "files", "packing", "native_packing", "shapes", "options", "kernels", "extension", "_native"},
     {"attention"},
     {"nn"},
     {"explain"},
     {"slide"},
-    {"cli", "commands", "doctor", "progress", "demo", "__main__"},
+    {"cli", "doctor", "demo", "__main__"},
 ]
 OPTIONAL = "triton openslide timm transformers captum cv2 tifffile h5py PIL matplotlib typer rich safetensors jaxtyping"
 

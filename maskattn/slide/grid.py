@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from maskattn.errors import SlideError
 from maskattn.shapes import Bool, Int
 from maskattn.slide.reader import SlideInfo
-from maskattn.slide.spacing import SlideError
 from maskattn.slide.tissue import TissueMask
 
 __all__ = ["TokenGrid", "make_grid"]

@@ -15,17 +15,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["SLIDE_SUFFIXES", "ManifestError", "SlideJob", "collect_jobs", "read_manifest"]
+from maskattn.errors import ManifestError
+
+__all__ = ["SLIDE_SUFFIXES", "SlideJob", "collect_jobs", "read_manifest"]
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
 """What a folder is searched for. DICOM slides are many files each: name one of them instead of the folder."""
 
 _REQUIRED_COLUMNS = ("slide_id", "slide_path")
 _OPTIONAL_COLUMNS = ("mask_path", "spacing_um")
-
-
-class ManifestError(ValueError):
-    """What was asked for is no list of slides; the message says the rule, what came and the remedy."""
 
 
 @dataclass(frozen=True)

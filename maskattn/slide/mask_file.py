@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from maskattn.errors import SlideError
 from maskattn.shapes import Shaped
 from maskattn.slide.reader import SlideInfo
-from maskattn.slide.spacing import SlideError
 
 __all__ = ["read_mask_plane"]
 

@@ -13,17 +13,13 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from maskattn.errors import OutputError, SlideError
 from maskattn.slide.prediction import SlidePrediction, read_prediction
-from maskattn.slide.reader import SlideError
 
-__all__ = ["OutputError", "clear_leftovers", "find_finished", "prepare_output", "slide_folder"]
+__all__ = ["clear_leftovers", "find_finished", "prepare_output", "slide_folder"]
 
 _OURS = ("prediction.json", "features.h5", "relevance.h5", "attention.png", "heatmap_*", "relevance.geojson")
 _PROBE_BYTES = 64 * 1024
-
-
-class OutputError(OSError):
-    """The output folder cannot be written; the message says why and what to do."""
 
 
 def prepare_output(out_dir: Path) -> None:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskattn.errors import SlideError
 from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap
 from maskattn.shapes import UInt8
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.overlay import MapCanvas, write_heatmap
-from maskattn.slide.reader import SlideError, SlideInfo
+from maskattn.slide.reader import SlideInfo
 from maskattn.slide.slide_run import EncodedTiles, SlideRun
 from maskattn.slide.tables import TileGeometry, TokenRows, write_features, write_relevance
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from maskattn.files import replacing
 from maskattn.shapes import Bool, Float, Int, UInt8
-from maskattn.slide.tables import replacing
 from maskattn.slide.tissue import TissueMask
 
 __all__ = ["MapCanvas", "blend", "colour_limit", "write_heatmap", "write_mask_overlay"]

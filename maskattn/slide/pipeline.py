@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import maskattn
+from maskattn.errors import SlideError
 from maskattn.explain.hierarchical import HierarchicalCDAM
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.grid import TokenGrid, make_grid
@@ -25,7 +26,7 @@ from maskattn.slide.manifest import SlideJob
 from maskattn.slide.output_folder import slide_folder
 from maskattn.slide.outputs import write_outputs
 from maskattn.slide.prediction import ModelIdentity, SlideCounts, SlideFile, SlidePrediction
-from maskattn.slide.reader import SlideError, SlideReader
+from maskattn.slide.reader import SlideReader
 from maskattn.slide.slide_run import EncodedTiles, RunSettings, SlideRun, Stages
 from maskattn.slide.tissue import TissueMask, find_tissue, load_mask
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from maskattn.slide.tables import replacing
+from maskattn.files import replacing
 
 __all__ = ["ModelIdentity", "SlideCounts", "SlideFile", "SlideOutcome", "SlidePrediction", "read_prediction"]
 

@@ -17,10 +17,11 @@ import cv2
 import numpy as np
 import openslide
 
+from maskattn.errors import SlideError
 from maskattn.shapes import UInt8
-from maskattn.slide.spacing import SlideError, SlideSpacing, parse_number, resolve_spacing
+from maskattn.slide.spacing import SlideSpacing, parse_number, resolve_spacing
 
-__all__ = ["SlideError", "SlideInfo", "SlideReader"]
+__all__ = ["SlideInfo", "SlideReader"]
 
 # Decoded tiles kept for the neighbours that share them: two or three rows of 256 px tiles across 50,000 px.
 _CACHE_BYTES = 128 << 20

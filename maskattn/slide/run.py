@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from maskattn.errors import OutputError, SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.manifest import SlideJob
-from maskattn.slide.output_folder import OutputError, clear_leftovers, find_finished, prepare_output
+from maskattn.slide.output_folder import clear_leftovers, find_finished, prepare_output
 from maskattn.slide.pipeline import RunSettings, identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
-from maskattn.slide.reader import SlideError
 from maskattn.slide.tables import read_summary, write_summary
 
 __all__ = ["RunProgress", "run_slides"]

@@ -11,17 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["SlideError", "SlideSpacing", "parse_number", "resolve_spacing"]
+from maskattn.errors import SlideError
+
+__all__ = ["SlideSpacing", "parse_number", "resolve_spacing"]
 
 MIN_SPACING_UM = 0.05
 MAX_SPACING_UM = 20.0
 _MAX_ANISOTROPY = 1.05
 _UM_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
 _REMEDY = "give the spacing with `--spacing-um 0.5` or the manifest's spacing_um column (µm per level-0 pixel)"
-
-
-class SlideError(ValueError):
-    """A slide, or a file that belongs to one, cannot be used: the rule, what came, and what to do about it."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from maskattn.errors import SlideError
 from maskattn.shapes import Bool, Int, UInt8
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.reader import SlideReader
-from maskattn.slide.spacing import SlideError
 
 __all__ = ["TileBatch", "count_workers", "stream_tiles"]
 

@@ -8,17 +8,15 @@ Dimension key: T tiles, C channels, K classes, (h, w) tokens of a tile.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from maskattn.files import replacing
 from maskattn.shapes import Bool, Float, Int, Shaped
 
 __all__ = [
@@ -27,7 +25,6 @@ __all__ = [
     "TokenRows",
     "read_features",
     "read_summary",
-    "replacing",
     "write_features",
     "write_relevance",
     "write_summary",
@@ -35,21 +32,6 @@ __all__ = [
 
 _SUMMARY_COLUMNS = ("slide_id", "status", "reason", "prediction", "model", "seconds")
 _TILES_PER_CHUNK = 64
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to: it becomes ``path`` at the end, or is removed on any error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            else:
-                temporary.unlink()
 
 
 @dataclass(frozen=True)

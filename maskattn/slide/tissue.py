@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from maskattn.errors import SlideError
 from maskattn.shapes import Bool, Int, UInt8
 from maskattn.slide.mask_file import read_mask_plane
 from maskattn.slide.reader import SlideInfo, SlideReader
-from maskattn.slide.spacing import SlideError
 
 __all__ = ["TissueMask", "find_tissue", "load_mask"]
 

@@ -18,7 +18,7 @@ pytest.importorskip("safetensors")
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from maskattn.commands import app
+from maskattn.cli.app import app
 from maskattn.explain import CDAM, AttentionMap, Concept, IntegratedCDAM
 from maskattn.explain.pictures import draw_explanation
 from maskattn.explain.single_image import explain_image, normalisation_of, normalised, read_image, read_keep, size_for

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from slides import make_slide
 
 import maskattn.slide.grid as grid_module
+from maskattn.errors import SlideError
 from maskattn.slide.grid import TokenGrid, make_grid
-from maskattn.slide.reader import SlideError, SlideInfo, SlideReader
+from maskattn.slide.reader import SlideInfo, SlideReader
 from maskattn.slide.tissue import TissueMask, find_tissue
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from maskattn.slide.manifest import ManifestError, collect_jobs, read_manifest
+from maskattn.errors import ManifestError
+from maskattn.slide.manifest import collect_jobs, read_manifest
 
 
 @pytest.fixture

@@ -18,15 +18,15 @@ from PIL import Image
 from slides import damage_tile
 from small_slides import SHAPE, small_model, tissue_image, write_slide
 
+from maskattn.errors import OutputError, SlideError
 from maskattn.explain.hierarchical import HierarchicalCDAM
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide import outputs
 from maskattn.slide.grid import make_grid
 from maskattn.slide.manifest import SlideJob, collect_jobs
-from maskattn.slide.output_folder import OutputError
 from maskattn.slide.pipeline import RunSettings, predict_slide
 from maskattn.slide.prediction import SlideOutcome, read_prediction
-from maskattn.slide.reader import SlideError, SlideReader
+from maskattn.slide.reader import SlideReader
 from maskattn.slide.run import run_slides
 from maskattn.slide.slide_run import Stages
 from maskattn.slide.stream import stream_tiles

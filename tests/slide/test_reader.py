@@ -10,7 +10,8 @@ import pytest
 from slides import DrawnSlide, damage_tile, draw_tissue, make_slide, write_pyramid
 
 import maskattn.slide.reader as reader_module
-from maskattn.slide.reader import SlideError, SlideReader
+from maskattn.errors import SlideError
+from maskattn.slide.reader import SlideReader
 
 
 @pytest.fixture(scope="module")

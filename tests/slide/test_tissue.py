@@ -12,7 +12,8 @@ from PIL import Image
 from slides import GLASS, STAIN, DrawnSlide, make_blank_slide, make_slide, write_pyramid
 
 import maskattn.slide.tissue as tissue_module
-from maskattn.slide.reader import SlideError, SlideInfo, SlideReader
+from maskattn.errors import SlideError
+from maskattn.slide.reader import SlideInfo, SlideReader
 from maskattn.slide.tissue import TissueMask, find_tissue, load_mask, saturation_threshold
 
 

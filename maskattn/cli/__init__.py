@@ -1,7 +1,6 @@
-"""The command line's door: ``maskattn demo | infer | explain | tissue | info | doctor``.
+"""The command line's door: ``maskattn demo | infer | explain | tissue | info | doctor``, a file per command.
 
-The commands themselves are in :mod:`maskattn.commands`; this module only needs the standard library, so that it can say
-what to install where the extra ``slide`` is missing.
+This module only needs the standard library, so that it can say what to install where the extra ``slide`` is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line; exits with 0 = ok, 1 = some slide failed, 2 = wrong usage or unwritable output."""
     try:
-        from maskattn.commands import app
+        from maskattn.cli.app import app
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in {"typer", "rich", "click"}:
             raise
@@ -25,7 +24,3 @@ def main() -> None:
         )
         raise SystemExit(2) from None
     app(prog_name="maskattn")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,23 @@
+"""The commands of ``maskattn``, put together; what a command needs beyond typer it imports when it runs."""
+
+from __future__ import annotations
+
+import typer
+
+from maskattn.cli.demo import demo
+from maskattn.cli.doctor import doctor
+from maskattn.cli.explain import explain
+from maskattn.cli.infer import infer
+from maskattn.cli.info import info
+from maskattn.cli.tissue import tissue
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Slide in, prediction and heat maps out; background costs nothing and counts for nothing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (infer, demo, tissue, info, explain, doctor):
+    app.command()(command)

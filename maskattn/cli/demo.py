@@ -1,0 +1,45 @@
+"""``maskattn demo``: a slide with a known answer through the bundled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskattn.cli import slide_runs
+from maskattn.cli.options import Debug
+from maskattn.cli.reporting import errors_in_one_line
+
+__all__ = ["demo"]
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of outputs; made if it is not there.")] = Path("demo_out"),
+    seed: Annotated[int, typer.Option("--seed", help="Which slide to draw.", min=0)] = 0,
+    debug: Debug = False,
+) -> None:
+    """Draw a fresh synthetic slide with a known answer, predict it with the bundled model, write every output."""
+    with errors_in_one_line(debug):
+        from maskattn.cli.progress import scores_of
+        from maskattn.demo.synthetic import CLASSES, make_slide, write_slide
+        from maskattn.files import replacing
+        from maskattn.slide.manifest import SlideJob
+        from maskattn.slide.output_folder import prepare_output
+        from maskattn.slide.pipeline import RunSettings
+
+        prepare_output(out)
+        model = slide_runs.load_model(slide_runs.BUNDLED, None, "auto")
+        slide = make_slide(seed)
+        path = out / f"synthetic_{seed}.tiff"
+        with replacing(path) as temporary:
+            write_slide(slide, temporary)
+        outcome = slide_runs.run([SlideJob(path.stem, path)], model, RunSettings(out, tokens=True, overwrite=True))[0]
+    if outcome.prediction is None:
+        raise typer.Exit(1)
+    typer.echo(f"slide       {path}")
+    for name in sorted(entry.name for entry in (out / path.stem).iterdir()):
+        typer.echo(f"output      {out / path.stem / name}")
+    typer.echo(f"summary     {out / 'summary.csv'}")
+    typer.echo(f"known       {CLASSES[slide.label]}")
+    typer.echo(f"predicted   {outcome.prediction.prediction} ({scores_of(outcome.prediction)})")

@@ -1,0 +1,21 @@
+"""``maskattn doctor``: what runs on this machine."""
+
+from __future__ import annotations
+
+import typer
+
+from maskattn.cli.options import Debug
+from maskattn.cli.reporting import errors_in_one_line
+
+__all__ = ["doctor"]
+
+
+def doctor(debug: Debug = False) -> None:
+    """Say what runs on this machine, found by trying it, and how to get what is missing."""
+    with errors_in_one_line(debug):
+        from maskattn.doctor import examine
+
+        findings = examine()
+    for finding in findings:
+        remedy = f"; to get it: {finding.remedy}" if finding.remedy and not finding.works else ""
+        typer.echo(f"{'ok ' if finding.works else 'no '} {finding.subject:<24} {finding.detail}{remedy}")

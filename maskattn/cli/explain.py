@@ -1,0 +1,78 @@
+"""``maskattn explain``: one image beside its attention and its class maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskattn.cli.options import Debug
+from maskattn.cli.reporting import errors_in_one_line
+
+__all__ = ["explain"]
+
+
+def explain(
+    image: Annotated[Path, typer.Argument(help="An image file.", metavar="IMAGE", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option("--model", help="timm:NAME, hf-hub:ORG/NAME, or a file or folder of weights.", show_default=False),
+    ],
+    target: Annotated[
+        list[int] | None, typer.Option("--target", help="A class (may be repeated); by default the three likeliest.")
+    ] = None,
+    concept: Annotated[
+        list[Path] | None, typer.Option("--concept", help="An example image of a concept (may be repeated).")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", help="A mask image; tokens that are all black are left out.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="cdam, smooth, integrated or integrated-norm.")] = "cdam",
+    num_heads: Annotated[int | None, typer.Option("--num-heads", help="For a file, which does not say it.")] = None,
+    pixel_mean: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option("--pixel-mean", help="By default the model's own, or ImageNet's."),
+    ] = None,
+    pixel_std: Annotated[tuple[float, float, float] | None, typer.Option("--pixel-std", help="Likewise.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="PNG; by default IMAGE_explained.png in this folder.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Explain one image: a picture of it beside its attention and its class maps; scores go to stdout."""
+    with errors_in_one_line(debug):
+        import torch
+
+        from maskattn.explain import Concept
+        from maskattn.explain import single_image as single
+        from maskattn.explain.pictures import draw_explanation
+        from maskattn.files import replacing
+        from maskattn.nn.checkpoints import load_vit
+
+        if target and concept:
+            raise ValueError("--target and --concept ask for different things; give one of them")
+        vit = load_vit(model, num_heads=num_heads)
+        mean, std = single.normalisation_of(model)
+        mean, std = pixel_mean or mean, pixel_std or std
+        pixels = single.read_image(image, single.size_for(vit, image))
+        inputs = single.normalised(pixels, mean, std)
+        kept = None if keep is None else single.read_keep(keep, vit.patch_embed.grid_of(inputs))
+        targets: list[int] | Concept | None = target
+        if concept:
+            own = tuple(side * vit.patch_embed.patch_size for side in vit.grid_HW)
+            examples = [single.normalised(single.read_image(path, (own[0], own[1])), mean, std) for path in concept]
+            targets = Concept.from_images(vit, torch.cat(examples))
+        found = single.explain_image(vit, inputs, targets, kept, method)
+        titles = [f"{name}: {score:.3g}" for name, score in zip(found.names, found.scores_M.tolist(), strict=True)]
+        maps = dict(zip(titles, found.maps_MHW, strict=True))
+        path = Path(f"{image.stem}_explained.png") if out is None else out
+        with replacing(path) as temporary:
+            title = f"{image.name}, {model}, {method}"
+            figure = draw_explanation(
+                pixels, found.attention_HW, maps, title, keep_HW=None if kept is None else kept[0]
+            )
+            figure.savefig(temporary, format="png", dpi=120)
+    for title in titles:
+        typer.echo(title)
+    typer.echo(f"picture     {path}")

@@ -1,0 +1,39 @@
+"""``maskattn info``: what a slide file says of itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from maskattn.cli.options import Debug, Slide, Spacing
+from maskattn.cli.reporting import errors_in_one_line
+
+__all__ = ["info"]
+
+
+def info(
+    slide: Slide,
+    spacing_um: Spacing = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print what a slide file says of itself."""
+    with errors_in_one_line(debug):
+        from maskattn.slide.reader import SlideReader
+
+        with SlideReader(slide, spacing_um) as reader:
+            facts = reader.describe()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            typer.echo(f"{name}:")
+            for key, text in value.items():
+                typer.echo(f"  {key} = {text}")
+        elif isinstance(value, list):
+            typer.echo(f"{name}: {'; '.join(map(str, value)) or 'none'}")
+        else:
+            typer.echo(f"{name}: {value}")

@@ -1,0 +1,58 @@
+"""``maskattn tissue``: where the tissue of a slide is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskattn.cli.options import Debug, Mask, MaskValues, Slide, Spacing
+from maskattn.cli.reporting import errors_in_one_line
+
+__all__ = ["tissue"]
+
+_THUMBNAIL_PX = 2048
+
+
+def tissue(
+    slide: Slide,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="PNG, or folder for it; by default SLIDE_tissue.png in this folder.")
+    ] = None,
+    mask: Mask = None,
+    mask_value: MaskValues = None,
+    spacing_um: Spacing = None,
+    debug: Debug = False,
+) -> None:
+    """Show where the tissue is: an overlay as PNG, and its statistics as JSON on stdout."""
+    with errors_in_one_line(debug):
+        from maskattn.slide.output_folder import prepare_output
+        from maskattn.slide.overlay import write_mask_overlay
+        from maskattn.slide.reader import SlideReader
+        from maskattn.slide.tissue import find_tissue, load_mask
+
+        path = Path() if out is None else out
+        if path.suffix.lower() != ".png":
+            path = path / f"{slide.stem}_tissue.png"
+        prepare_output(path.parent)
+        with SlideReader(slide, spacing_um) as reader:
+            info = reader.info
+            labels = tuple(mask_value) if mask_value else None
+            found = find_tissue(reader) if mask is None else load_mask(mask, info, labels)
+            write_mask_overlay(path, reader.thumbnail(_THUMBNAIL_PX), found, info.width_px)
+        height, width = found.mask_HW.shape
+        area_mm2 = info.width_px * info.height_px * info.spacing_um**2 / 1e6
+        statistics = {
+            "slide": str(slide),
+            "method": found.method,
+            "tissue_fraction": found.tissue_fraction,
+            "tissue_mm2": found.tissue_fraction * area_mm2,
+            "slide_mm2": area_mm2,
+            "mask_px": [width, height],
+            "mask_spacing_um": found.spacing_um,
+            "notes": list(found.notes),
+            "overlay": str(path),
+        }
+    typer.echo(json.dumps(statistics, indent=2, ensure_ascii=False))
