@@ -28,10 +28,11 @@ def tissue(
 ) -> None:
     """Show where the tissue is: an overlay as PNG, and its statistics as JSON on stdout."""
     with errors_in_one_line(debug):
+        from maskattn.slide.mask_file import load_mask
         from maskattn.slide.output_folder import prepare_output
         from maskattn.slide.overlay import write_mask_overlay
         from maskattn.slide.reader import SlideReader
-        from maskattn.slide.tissue import find_tissue, load_mask
+        from maskattn.slide.tissue import find_tissue
 
         path = Path() if out is None else out
         if path.suffix.lower() != ".png":

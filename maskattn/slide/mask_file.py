@@ -1,4 +1,7 @@
-"""Decoding a mask image to one plane of labels, at the coarsest level that is still fine enough for tokens."""
+"""The user's own mask of a slide: an image file, read to one plane of labels and then to tissue.
+
+Of a pyramid the coarsest level is read that is still fine enough for tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,51 @@ from PIL import Image
 from maskattn.errors import SlideError
 from maskattn.shapes import Shaped
 from maskattn.slide.reader import SlideInfo
+from maskattn.slide.tissue_mask import TissueMask, mask_of_slide
 
-__all__ = ["read_mask_plane"]
+__all__ = ["load_mask", "read_mask_plane"]
 
 _MAX_PX = 1 << 28
 # A level of a pyramid at this spacing has several pixels in the smallest tokens that are used (8 µm).
 _FINE_ENOUGH_UM = 4.0
+
+
+def load_mask(
+    path: str | os.PathLike[str], info: SlideInfo, tissue_values: tuple[int, ...] | list[int] | None = None
+) -> TissueMask:
+    """Read the user's own mask: PNG, TIFF (pyramids too) or whatever else Pillow opens, at any spacing.
+
+    The mask must cover the whole slide: its sides must be in the slide's proportion, within 1 % or one mask pixel.
+    Of a colour image the first channel counts; of a palette image, the indices.
+
+    Args:
+        path: the mask file.
+        info: the slide that it belongs to.
+        tissue_values: the label values that are tissue; by default every value but 0.
+
+    Raises:
+        SlideError: the file is missing or cannot be read, or the mask is not in the slide's proportion.
+    """
+    plane = read_mask_plane(path, info)
+    height, width = plane.shape
+    if not _in_proportion((width, height), (info.width_px, info.height_px)):
+        raise SlideError(
+            "a mask must cover its whole slide, so be in its proportion within 1 % or one mask pixel, got a mask of "
+            f"{width} × {height} px in '{path}' for a slide of {info.width_px} × {info.height_px} px; export the mask "
+            "for the whole slide, at any spacing"
+        )
+    notes = []
+    if tissue_values is None:
+        mask = plane != 0
+    else:
+        mask = np.isin(plane, np.asarray(tissue_values))
+        if not mask.any():
+            found = ", ".join(str(value) for value in np.unique(plane)[:10])
+            wanted = ", ".join(str(value) for value in tissue_values)
+            notes.append(f"the mask holds none of the tissue values {wanted}; it holds {found}")
+    if not mask.any():
+        notes.append(f"the mask file {path} holds no tissue")
+    return mask_of_slide(mask, info, "file", notes)
 
 
 def read_mask_plane(path: str | os.PathLike[str], info: SlideInfo) -> Shaped[np.ndarray, "H W"]:
@@ -74,3 +116,11 @@ def _large_images_allowed() -> Iterator[None]:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _in_proportion(mask_px: tuple[int, int], slide_px: tuple[int, int]) -> bool:
+    """Whether a side of the mask is what its other side calls for, within 1 % or one pixel."""
+    (width, height), (slide_width, slide_height) = mask_px, slide_px
+    height_off = abs(width * slide_height / slide_width - height)
+    width_off = abs(height * slide_width / slide_height - width)
+    return height_off <= max(1.0, 0.01 * height) or width_off <= max(1.0, 0.01 * width)

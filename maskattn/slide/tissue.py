@@ -1,4 +1,4 @@
-"""Where the tissue lies: found on a coarse view of the slide, or read from the user's own mask.
+"""Where the tissue lies, found on a coarse view of the slide.
 
 Finding works on the saturation of the colours, for stains are saturated and glass is not: median blur, Otsu's
 threshold (held within bounds, because Otsu splits any picture in two, all-glass and all-tissue ones too), ink taken
@@ -8,18 +8,15 @@ out by its hue, closing, and areas filtered in µm².
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from maskattn.errors import SlideError
-from maskattn.shapes import Bool, Int, UInt8
-from maskattn.slide.mask_file import read_mask_plane
-from maskattn.slide.reader import SlideInfo, SlideReader
+from maskattn.shapes import Int, UInt8
+from maskattn.slide.reader import SlideReader
+from maskattn.slide.tissue_mask import TissueMask, mask_of_slide
 
-__all__ = ["TissueMask", "find_tissue", "load_mask"]
+__all__ = ["TissueMask", "find_tissue"]
 
 _MAX_MASK_PX = 32 << 20
 _MEDIAN_PX = 3
@@ -35,27 +32,6 @@ _GREEN_HUE, _GREEN_SATURATION = (35, 95), 40
 _BLUE_HUE, _BLUE_SATURATION = (96, 118), 130
 _BLACK_VALUE = 40
 _INK_MARGIN_UM = 24.0
-
-
-@dataclass(frozen=True, eq=False)
-class TissueMask:
-    """Which parts of a slide are tissue. The mask covers the slide exactly: its corners are the slide's.
-
-    Attributes:
-        mask_HW: (H, W) bool, True = tissue.
-        spacing_um: µm per mask pixel, the mean of both axes.
-        px_lv0: width and height of a mask pixel in level-0 pixels.
-        method: how it was made: "saturation", or "file".
-        tissue_fraction: tissue pixels / all pixels.
-        notes: what the user should know of it, e.g. that no tissue was found.
-    """
-
-    mask_HW: Bool[np.ndarray, "H W"]
-    spacing_um: float
-    px_lv0: tuple[float, float]
-    method: str
-    tissue_fraction: float
-    notes: tuple[str, ...] = ()
 
 
 def find_tissue(
@@ -104,72 +80,9 @@ def find_tissue(
     mask = _without_pieces_below(mask, least_px)
     mask = ~_without_pieces_below(~mask, min(max_hole_um2 / px_um**2, mask.size / 2))
     mask &= ~ink
-    return _tissue_mask(mask, info, "saturation", notes)
-
-
-def load_mask(
-    path: str | os.PathLike[str], info: SlideInfo, tissue_values: tuple[int, ...] | list[int] | None = None
-) -> TissueMask:
-    """Read the user's own mask: PNG, TIFF (pyramids too) or whatever else Pillow opens, at any spacing.
-
-    The mask must cover the whole slide: its sides must be in the slide's proportion, within 1 % or one mask pixel.
-    Of a colour image the first channel counts; of a palette image, the indices.
-
-    Args:
-        path: the mask file.
-        info: the slide that it belongs to.
-        tissue_values: the label values that are tissue; by default every value but 0.
-
-    Raises:
-        SlideError: the file is missing or cannot be read, or the mask is not in the slide's proportion.
-    """
-    plane = read_mask_plane(path, info)
-    height, width = plane.shape
-    if not _in_proportion((width, height), (info.width_px, info.height_px)):
-        raise SlideError(
-            "a mask must cover its whole slide, so be in its proportion within 1 % or one mask pixel, got a mask of "
-            f"{width} × {height} px in '{path}' for a slide of {info.width_px} × {info.height_px} px; export the mask "
-            "for the whole slide, at any spacing"
-        )
-    notes = []
-    if tissue_values is None:
-        mask = plane != 0
-    else:
-        mask = np.isin(plane, np.asarray(tissue_values))
-        if not mask.any():
-            found = ", ".join(str(value) for value in np.unique(plane)[:10])
-            wanted = ", ".join(str(value) for value in tissue_values)
-            notes.append(f"the mask holds none of the tissue values {wanted}; it holds {found}")
-    return _tissue_mask(mask, info, "file", notes)
-
-
-def _in_proportion(mask_px: tuple[int, int], slide_px: tuple[int, int]) -> bool:
-    """Whether a side of the mask is what its other side calls for, within 1 % or one pixel."""
-    (width, height), (slide_width, slide_height) = mask_px, slide_px
-    height_off = abs(width * slide_height / slide_width - height)
-    width_off = abs(height * slide_width / slide_height - width)
-    return height_off <= max(1.0, 0.01 * height) or width_off <= max(1.0, 0.01 * width)
-
-
-def _tissue_mask(mask_HW: np.ndarray, info: SlideInfo, method: str, notes: list[str]) -> TissueMask:
-    height, width = mask_HW.shape
-    px_lv0 = (info.width_px / width, info.height_px / height)
-    fraction = float(mask_HW.mean())
-    if fraction == 0.0:
-        notes = [
-            *notes,
-            "no tissue was found: the slide is empty, or its stain too pale; a mask file can say otherwise",
-        ]
-    elif fraction > 0.98:
-        notes = [*notes, f"{fraction:.1%} of the slide is tissue: there is hardly any glass"]
-    return TissueMask(
-        mask_HW=np.ascontiguousarray(mask_HW, dtype=bool),
-        spacing_um=info.spacing_um * (px_lv0[0] + px_lv0[1]) / 2,
-        px_lv0=px_lv0,
-        method=method,
-        tissue_fraction=fraction,
-        notes=tuple(notes),
-    )
+    if not mask.any():
+        notes.append("no tissue was found: the slide is empty, or its stain too pale; a mask file can say otherwise")
+    return mask_of_slide(mask, info, "saturation", notes)
 
 
 def _stained(rgb: UInt8[np.ndarray, "H W 3"], px_um: float, reject_ink: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -5,16 +5,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from slides import GLASS, STAIN, DrawnSlide, make_blank_slide, make_slide, write_pyramid
 
 import maskattn.slide.tissue as tissue_module
-from maskattn.errors import SlideError
 from maskattn.slide.reader import SlideInfo, SlideReader
-from maskattn.slide.tissue import TissueMask, find_tissue, load_mask, saturation_threshold
+from maskattn.slide.tissue import TissueMask, find_tissue, saturation_threshold
 
 
 @pytest.fixture(scope="module")
@@ -155,109 +152,6 @@ def test_the_threshold_of_two_peaks_lies_between_them() -> None:
     histogram[[50, 60, 70]] = 100
     assert 6 <= saturation_threshold(histogram) < 50
     assert saturation_threshold(np.zeros(256, int)) == 40
-
-
-def save(path: Path, plane: np.ndarray, mode: str | None = None) -> Path:
-    image = Image.fromarray(plane)
-    (image.convert(mode) if mode else image).save(path)
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-@pytest.mark.parametrize("shrink", [1, 4, 7])
-def test_a_mask_file_of_any_spacing_is_read(
-    tmp_path: Path, info: SlideInfo, slide: DrawnSlide, suffix: str, shrink: int
-) -> None:
-    plane = slide.tissue_HW[::shrink, ::shrink].astype(np.uint8) * 255
-    mask = load_mask(save(tmp_path / f"mask{suffix}", plane), info)
-    np.testing.assert_array_equal(mask.mask_HW, plane > 0)
-    assert mask.method == "file"
-    assert mask.px_lv0 == (2048 / plane.shape[1], 1536 / plane.shape[0])
-    assert mask.spacing_um == pytest.approx(shrink, rel=0.01)
-
-
-def test_label_values_name_the_tissue(tmp_path: Path, info: SlideInfo) -> None:
-    plane = np.repeat(np.arange(4, dtype=np.uint8), 64)[None].repeat(192, 0)
-    path = save(tmp_path / "labels.png", plane)
-    np.testing.assert_array_equal(load_mask(path, info).mask_HW, plane > 0)
-    np.testing.assert_array_equal(load_mask(path, info, (2, 3)).mask_HW, plane >= 2)
-    missing = load_mask(path, info, (7,))
-    assert missing.tissue_fraction == 0
-    assert any("none of the tissue values 7; it holds 0, 1, 2, 3" in note for note in missing.notes)
-
-
-def test_colour_palette_and_one_bit_masks_are_read(tmp_path: Path, info: SlideInfo) -> None:
-    plane = np.zeros((192, 256), np.uint8)
-    plane[50:100, 60:90] = 2
-    colour = np.stack([plane, np.zeros_like(plane), np.zeros_like(plane)], axis=-1)
-    palette = Image.fromarray(plane).convert("P")
-    palette.putpalette([200, 200, 200] * 256)
-    palette.save(tmp_path / "palette.png")
-    paths = [
-        save(tmp_path / "colour.png", colour),
-        tmp_path / "palette.png",
-        save(tmp_path / "bits.png", plane > 0),
-        save(tmp_path / "sixteen.png", plane.astype(np.uint16) * 1000),
-    ]
-    for path in paths:
-        np.testing.assert_array_equal(load_mask(path, info).mask_HW, plane > 0)
-
-
-def test_of_a_pyramidal_mask_the_coarsest_level_that_is_fine_enough_is_read(tmp_path: Path, info: SlideInfo) -> None:
-    plane = np.zeros((1536, 2048), np.uint8)
-    plane[400:800, 400:800] = 1
-    path = tmp_path / "pyramid.tif"
-    with tifffile.TiffWriter(path) as writer:
-        for shrink in (1, 2, 4, 8):
-            writer.write(plane[::shrink, ::shrink], tile=(256, 256), compression="adobe_deflate", metadata=None)
-        writer.write(np.ones((100, 300), np.uint8), metadata=None)  # a label image, not a level
-    mask = load_mask(path, info)
-    assert mask.mask_HW.shape == (384, 512)  # 4 µm per pixel
-    assert mask.mask_HW[100:200, 100:200].all()
-    assert mask.mask_HW.sum() == 100 * 100
-
-
-@pytest.mark.parametrize(
-    ("height", "width"), [(192, 256), (191, 256), (193, 256), (1522, 2048), (1, 1), (2, 2), (15, 20)]
-)
-def test_a_proportion_within_one_percent_or_a_pixel_is_accepted(
-    tmp_path: Path, info: SlideInfo, height: int, width: int
-) -> None:
-    mask = load_mask(save(tmp_path / "mask.png", np.ones((height, width), np.uint8)), info)
-    assert mask.px_lv0 == (2048 / width, 1536 / height)
-
-
-@pytest.mark.parametrize(("height", "width"), [(256, 192), (180, 256), (192, 192), (1536, 2000), (10, 20)])
-def test_a_mask_out_of_proportion_is_refused(tmp_path: Path, info: SlideInfo, height: int, width: int) -> None:
-    path = save(tmp_path / "mask.png", np.ones((height, width), np.uint8))
-    with pytest.raises(SlideError, match=f"got a mask of {width} × {height} px .* slide of 2048 × 1536 px; export"):
-        load_mask(path, info)
-
-
-def test_what_is_no_mask_is_refused_with_its_reason(tmp_path: Path, info: SlideInfo) -> None:
-    text = tmp_path / "text.png"
-    text.write_text("not an image")
-    whole = save(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 2, (192, 256), np.uint8))
-    cut = tmp_path / "cut.png"
-    cut.write_bytes(whole.read_bytes()[:400])
-    for path, reason in (
-        (tmp_path / "missing.png", "which is no file; check the path"),
-        (tmp_path, "which is a folder"),
-        (text, "an image that Pillow reads"),
-        (cut, "an image that Pillow reads"),
-    ):
-        with pytest.raises(SlideError, match=reason) as raised:
-            load_mask(path, info)
-        assert str(path) in str(raised.value)
-
-
-def test_a_mask_too_large_to_decode_is_refused(
-    tmp_path: Path, info: SlideInfo, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("maskattn.slide.mask_file._MAX_PX", 1000)
-    path = save(tmp_path / "mask.png", np.ones((192, 256), np.uint8))
-    with pytest.raises(SlideError, match=r"up to 1,000 pixels, got 256 × 192 .* coarser spacing"):
-        load_mask(path, info)
 
 
 def test_the_tissue_of_a_real_slide_is_found(shared_slides: Path) -> None:
