@@ -1,8 +1,14 @@
-"""The exceptions that callers meet besides ``ValueError`` and ``TypeError``: the rule, what came, the remedy."""
+"""The exceptions that callers meet besides ``ValueError`` and ``TypeError``, and how a message names a file.
+
+A message says the rule, then what came, then the remedy.
+"""
 
 from __future__ import annotations
 
-__all__ = ["ManifestError", "OutputError", "SlideError"]
+import os
+import shlex
+
+__all__ = ["ManifestError", "OutputError", "SlideError", "quoted"]
 
 
 class SlideError(ValueError):
@@ -15,3 +21,27 @@ class ManifestError(ValueError):
 
 class OutputError(OSError):
     """The output folder, or a file in it, cannot be written."""
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """A path as a shell takes it, for the commands that messages propose: one word on one line, and never an option.
+
+    Example:
+        >>> print(f"maskattn tissue {quoted('my slides/a.svs')}")
+        maskattn tissue 'my slides/a.svs'
+    """
+    text = os.fspath(path)
+    if text.startswith("-"):
+        text = f"./{text}"
+    if text.isprintable():
+        return shlex.quote(text)
+    # Line ends, controls and bytes that are no text: the quotes that bash, zsh and ksh read escapes in.
+    return "$'" + "".join(_escaped(character) for character in text) + "'"
+
+
+def _escaped(character: str) -> str:
+    if character in "\\'":
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
