@@ -39,7 +39,7 @@ class ArrayReader:
             width_px=width,
             height_px=height,
             level_dimensions=((width, height),),
-            level_downsamples=(1.0,),
+            level_downsamples=((1.0, 1.0),),
             spacing_um=slide.spacing_um,
             spacing_source="metadata",
             vendor=None,

@@ -1,7 +1,7 @@
 """Reading slides: regions in level-0 coordinates at any size, from the level that needs the least shrinking.
 
-OpenSlide does the decoding. After an OpenSlide error its handle is dead, so the reader reopens the file for the next
-read; it also reopens in another process, where a shared file position would garble what is read.
+After a decoding error OpenSlide's handle is dead, so the reader reopens the file for the next read; it also reopens in
+another process, where a shared file position would garble what is read.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import openslide
 
 from maskattn.errors import SlideError
 from maskattn.shapes import UInt8
+from maskattn.slide.formats.image import DecodeError, SlideImage
+from maskattn.slide.formats.openslide_image import OpenSlideImage
 from maskattn.slide.spacing import SlideSpacing, parse_number, resolve_spacing
 
 __all__ = ["SlideInfo", "SlideReader"]
 
-# Decoded tiles kept for the neighbours that share them: two or three rows of 256 px tiles across 50,000 px.
-_CACHE_BYTES = 128 << 20
 # Pixels of a level decoded at once; larger regions are read in blocks, so that memory does not grow with the slide.
 _BLOCK_PX = 16 << 20
 # A level that falls short of the asked resolution by this little is taken rather than one several times as fine.
@@ -40,7 +40,7 @@ class SlideInfo:
         width_px: width of level 0.
         height_px: height of level 0.
         level_dimensions: (width, height) of each level in its own pixels.
-        level_downsamples: level-0 pixels per pixel of each level.
+        level_downsamples: level-0 pixels per pixel of each level, along x and along y.
         spacing_um: µm per level-0 pixel.
         spacing_source: where the spacing came from: "override", "manifest" or "metadata".
         vendor: OpenSlide's name of the format, e.g. "aperio".
@@ -52,7 +52,7 @@ class SlideInfo:
     width_px: int
     height_px: int
     level_dimensions: tuple[tuple[int, int], ...]
-    level_downsamples: tuple[float, ...]
+    level_downsamples: tuple[tuple[float, float], ...]
     spacing_um: float
     spacing_source: str
     vendor: str | None
@@ -80,14 +80,14 @@ class SlideReader:
         self.path = Path(path)
         self._spacing_um = spacing_um
         self._spacing_source = spacing_source
-        self._slide: openslide.OpenSlide | None = None
+        self._image: SlideImage | None = None
         self._pid = -1
-        slide = self._open()
-        self._dimensions: tuple[int, int] = slide.dimensions
-        self._level_dimensions: tuple[tuple[int, int], ...] = slide.level_dimensions
-        self._downsamples: tuple[float, ...] = slide.level_downsamples
-        self._properties = dict(slide.properties)
-        self._associated_images = tuple(sorted(slide.associated_images))
+        image = self._open()
+        self._level_dimensions = image.level_dimensions
+        self._dimensions = image.level_dimensions[0]
+        self._downsamples = image.level_downsamples
+        self._properties = image.properties
+        self._associated_images = image.associated_images
 
     @property
     def info(self) -> SlideInfo:
@@ -129,7 +129,7 @@ class SlideReader:
             "spacing": spacing_text,
             "objective": self._properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER, "unknown"),
             "levels": [
-                f"{w} × {h} px, downsample {downsample:g}"
+                f"{w} × {h} px, downsample {_in_words(downsample)}"
                 for (w, h), downsample in zip(self._level_dimensions, self._downsamples, strict=True)
             ],
             "associated images": list(self._associated_images),
@@ -162,14 +162,14 @@ class SlideReader:
                 "give both as (width, height)"
             )
         scale_x, scale_y = size_lv0[0] / out_px[0], size_lv0[1] / out_px[1]
-        level = self._level_for(min(scale_x, scale_y))
-        downsample = self._downsamples[level]
-        finer = [math.ceil(scale / downsample / _BLOCK_PX**0.5) for scale in (scale_x, scale_y)]
+        level = self._level_for(scale_x, scale_y)
+        step_x, step_y = scale_x / self._downsamples[level][0], scale_y / self._downsamples[level][1]
+        finer = [math.ceil(step / _BLOCK_PX**0.5) for step in (step_x, step_y)]
         if max(finer) > 1:  # a single pixel of the result would take more than a block
             fine = self.read_region(x_lv0, y_lv0, size_lv0, (out_px[0] * finer[0], out_px[1] * finer[1]))
             return cv2.resize(fine, out_px, interpolation=cv2.INTER_AREA)
         rgb = np.full((out_px[1], out_px[0], 3), 255, np.uint8)
-        for left, top, right, bottom in _blocks(out_px, scale_x / downsample, scale_y / downsample):
+        for left, top, right, bottom in _blocks(out_px, step_x, step_y):
             x = x_lv0 + left * scale_x
             y = y_lv0 + top * scale_y
             size = ((right - left) * scale_x, (bottom - top) * scale_y)
@@ -189,9 +189,9 @@ class SlideReader:
 
     def close(self) -> None:
         """Close the file; a later read opens it again."""
-        if self._slide is not None and self._pid == os.getpid():
-            self._slide.close()
-        self._slide = None
+        if self._image is not None and self._pid == os.getpid():
+            self._image.close()
+        self._image = None
 
     def __enter__(self) -> SlideReader:
         return self
@@ -202,17 +202,16 @@ class SlideReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_slide": None, "_pid": -1}
+        return {**self.__dict__, "_image": None, "_pid": -1}
 
-    def _open(self) -> openslide.OpenSlide:
-        if self._slide is not None and self._pid == os.getpid():
-            return self._slide
+    def _open(self) -> SlideImage:
+        if self._image is not None and self._pid == os.getpid():
+            return self._image
         if not self.path.is_file():
             what = "a folder" if self.path.is_dir() else "no file"
             raise SlideError(f"a slide must be a file, got path='{self.path}', which is {what}; check the path")
         try:
-            slide = openslide.OpenSlide(self.path)
-            slide.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
+            image = OpenSlideImage(self.path)
         except openslide.OpenSlideUnsupportedFormatError as error:
             raise SlideError(
                 f"a slide must be in a format that OpenSlide reads, got path='{self.path}', which it does not know; "
@@ -223,35 +222,59 @@ class SlideReader:
                 f"a slide must open in OpenSlide, got path='{self.path}', which fails with '{error}'; "
                 "check that the file is complete and readable, or convert it to a tiled pyramidal TIFF"
             ) from error
-        self._slide, self._pid = slide, os.getpid()
-        return slide
+        self._image, self._pid = image, os.getpid()
+        return image
 
     def _spacing(self) -> SlideSpacing:
         return resolve_spacing(self.path, self._properties, self._spacing_um, self._spacing_source)
 
-    def _level_for(self, downsample: float) -> int:
-        fit = [level for level, d in enumerate(self._downsamples) if d <= downsample * _LEVEL_TOLERANCE]
-        return max(fit, key=lambda level: self._downsamples[level], default=0)
+    def _level_for(self, scale_x: float, scale_y: float) -> int:
+        """The coarsest level that is at least as fine as asked along both axes."""
+        fit = [
+            level
+            for level, (x, y) in enumerate(self._downsamples)
+            if x <= scale_x * _LEVEL_TOLERANCE and y <= scale_y * _LEVEL_TOLERANCE
+        ]
+        return max(fit, key=lambda level: math.prod(self._downsamples[level]), default=0)
 
     def _read_block(
         self, level: int, x_lv0: float, y_lv0: float, size_lv0: tuple[float, float], out_px: tuple[int, int]
     ) -> np.ndarray:
         """Decode the whole level pixels around the block, then resample exactly the block out of them."""
         downsample = self._downsamples[level]
-        first = (_floor(x_lv0 / downsample), _floor(y_lv0 / downsample))
-        location = (_floor(first[0] * downsample), _floor(first[1] * downsample))
-        offset = (x_lv0 - location[0]) / downsample, (y_lv0 - location[1]) / downsample
-        extent = size_lv0[0] / downsample, size_lv0[1] / downsample
-        read_px = (-_floor(-(offset[0] + extent[0])), -_floor(-(offset[1] + extent[1])))
+        corner = x_lv0 / downsample[0], y_lv0 / downsample[1]
+        extent = size_lv0[0] / downsample[0], size_lv0[1] / downsample[1]
+        left, top = _floor(corner[0]), _floor(corner[1])
+        right, bottom = -_floor(-(corner[0] + extent[0])), -_floor(-(corner[1] + extent[1]))
+        rgb = self._read_level(level, left, top, right, bottom)
+        return _resample(rgb, (corner[0] - left, corner[1] - top), extent, out_px)
+
+    def _read_level(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        """A rectangle of a level in its own pixels, on white."""
+        width, height = self._level_dimensions[level]
+        inside = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+        if inside == (left, top, right, bottom):
+            return self._decode(level, *inside)
+        rgb = np.full((bottom - top, right - left, 3), 255, np.uint8)
+        if inside[0] < inside[2] and inside[1] < inside[3]:
+            rgb[inside[1] - top : inside[3] - top, inside[0] - left : inside[2] - left] = self._decode(level, *inside)
+        return rgb
+
+    def _decode(self, level: int, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         try:
-            rgba = np.asarray(self._open().read_region(location, level, read_px))
-        except openslide.OpenSlideError as error:
+            return _on_white(self._open().read(level, left, top, right - left, bottom - top))
+        except DecodeError as error:
             self.close()
+            place = round(left * self._downsamples[level][0]), round(top * self._downsamples[level][1])
             raise SlideError(
-                f"a region must decode, got x={location[0]}, y={location[1]} at level {level} of '{self.path}', which "
+                f"a region must decode, got x={place[0]}, y={place[1]} at level {level} of '{self.path}', which "
                 f"fails with '{error}'; the file is damaged there: copy it again, or rescan the slide"
             ) from error
-        return _resample(_on_white(rgba), offset, extent, out_px)
+
+
+def _in_words(downsample: tuple[float, float]) -> str:
+    x, y = (f"{ratio:.6g}" for ratio in downsample)
+    return x if x == y else f"{x} in x and {y} in y"
 
 
 def _floor(position: float) -> int:
@@ -274,7 +297,9 @@ def _blocks(out_px: tuple[int, int], scale_x: float, scale_y: float) -> list[tup
 
 
 def _on_white(rgba: np.ndarray) -> np.ndarray:
-    """Lay (H, W, 4) RGBA on white: (H, W, 3) RGB."""
+    """Lay (H, W, 4) RGBA on white: (H, W, 3) RGB; what has no alpha stays as it is."""
+    if rgba.shape[2] == 3:
+        return rgba
     rgb = cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
     alpha = rgba[..., 3]
     if alpha.min() == 255:

@@ -19,7 +19,8 @@ from maskattn.slide.tissue import TissueMask, find_tissue
 
 
 def info_of(width: int, height: int, spacing_um: float = 0.5) -> SlideInfo:
-    return SlideInfo(Path("s.svs"), width, height, ((width, height),), (1.0,), spacing_um, "override", None, None, {})
+    levels = ((width, height),), ((1.0, 1.0),)
+    return SlideInfo(Path("s.svs"), width, height, *levels, spacing_um, "override", None, None, {})
 
 
 def tissue_of(mask: np.ndarray, info: SlideInfo) -> TissueMask:

@@ -1,0 +1,3 @@
+"""Formats: one file per decoder of slides, each behind the interface of :mod:`maskattn.slide.formats.image`."""
+
+from __future__ import annotations

@@ -1,0 +1,66 @@
+"""Slides that OpenSlide decodes.
+
+OpenSlide takes a place in level-0 pixels and divides it by one number per level, the mean of both axes' ratios. This
+adapter turns that round, so that the pixels of a level come back that were asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import openslide
+
+from maskattn.shapes import UInt8
+from maskattn.slide.formats.image import DecodeError, axis_downsamples
+
+__all__ = ["OpenSlideImage"]
+
+# Decoded tiles kept for the neighbours that share them: two or three rows of 256 px tiles across 50,000 px.
+_CACHE_BYTES = 128 << 20
+# OpenSlide paints in squares of this side and rounds each one's corner down to a level-0 pixel.
+_PAINTED_PX = 4096
+
+
+class OpenSlideImage:
+    """A slide open in OpenSlide; see :class:`maskattn.slide.formats.image.SlideImage`.
+
+    Args:
+        path: the slide file.
+
+    Raises:
+        openslide.OpenSlideError: OpenSlide cannot open it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._slide = openslide.OpenSlide(path)
+        self._slide.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
+        self._single_downsamples: tuple[float, ...] = self._slide.level_downsamples
+        self.level_dimensions: tuple[tuple[int, int], ...] = self._slide.level_dimensions
+        self.level_downsamples = axis_downsamples(self.level_dimensions, self._single_downsamples)
+        self.properties = dict(self._slide.properties)
+        self.associated_images: tuple[str, ...] = tuple(sorted(self._slide.associated_images))
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "H W 4"]:
+        """Decode a rectangle of a level, in its own pixels, to within half a level-0 pixel."""
+        single = self._single_downsamples[level]
+        if single == round(single) or max(width, height) <= _PAINTED_PX:
+            return self._paint(level, x, y, width, height)
+        rgba = np.empty((height, width, 4), np.uint8)
+        for top in range(0, height, _PAINTED_PX):
+            for left in range(0, width, _PAINTED_PX):
+                size = min(_PAINTED_PX, width - left), min(_PAINTED_PX, height - top)
+                rgba[top : top + size[1], left : left + size[0]] = self._paint(level, x + left, y + top, *size)
+        return rgba
+
+    def close(self) -> None:
+        """Close the file."""
+        self._slide.close()
+
+    def _paint(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        single = self._single_downsamples[level]
+        location = (round(x * single), round(y * single))
+        try:
+            return np.asarray(self._slide.read_region(location, level, (width, height)))
+        except openslide.OpenSlideError as error:
+            raise DecodeError(str(error)) from error
