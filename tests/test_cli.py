@@ -115,6 +115,16 @@ def test_mask_of_the_wrong_size_fails_and_the_right_one_serves(slide: Path, tmp_
     assert "none of the tissue values 7" in one_line(other)
 
 
+def test_a_mask_without_tissue_fails_with_a_remedy_that_fits_a_mask(slide: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "an empty mask.png"
+    Image.fromarray(np.zeros((42, 56), dtype=np.uint8)).save(empty)
+    result = maskattn("infer", slide, "--out", tmp_path / "out", "--mask", empty)
+    assert result.exit_code == 1
+    assert f"the mask file {empty} holds no tissue" in one_line(result)
+    assert f"`maskattn tissue {slide} --mask '{empty}'` and correct the mask" in one_line(result)
+    assert "stain" not in one_line(result)
+
+
 def test_all_white_slide_fails_with_what_to_do(tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "white.tiff", np.full((*SHAPE, 3), 245, dtype=np.uint8))
     result = maskattn("infer", slide, "--out", tmp_path / "out")

@@ -12,7 +12,18 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parents[1] / "maskattn"
 FLOORS = [
-    {"errors", "files", "packing", "native_packing", "shapes", "options", "kernels", "extension", "_native"},
+    {
+        "errors",
+        "files",
+        "mask_images",
+        "packing",
+        "native_packing",
+        "shapes",
+        "options",
+        "kernels",
+        "extension",
+        "_native",
+    },
     {"attention"},
     {"nn"},
     {"explain"},

@@ -41,7 +41,7 @@ def tissue(
         with SlideReader(slide, spacing_um) as reader:
             info = reader.info
             labels = tuple(mask_value) if mask_value else None
-            found = find_tissue(reader) if mask is None else load_mask(mask, info, labels)
+            found = find_tissue(reader) if mask is None else load_mask(mask, info, labels, reader=reader)
             write_mask_overlay(path, reader.thumbnail(_THUMBNAIL_PX), found, info.width_px)
         height, width = found.mask_HW.shape
         area_mm2 = info.width_px * info.height_px * info.spacing_um**2 / 1e6

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskattn.errors import SlideError
 from maskattn.explain.attention_maps import AttentionMap
 from maskattn.explain.averaged_cdam import IntegratedCDAM, SmoothCDAM
 from maskattn.explain.cdam import CDAM
@@ -93,17 +94,28 @@ def read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "Y X 3"]:
 
 
 def read_keep(path: Path, grid_HW: tuple[int, int]) -> Bool[Tensor, "1 H W"]:
-    """A mask file as tokens: those of whose area some is not black.
+    """A mask file as tokens: those of whose area some is tissue, as a slide's mask is read.
 
     Raises:
-        OSError: the file is not there or no image.
+        ValueError: the file is not there, is no image, or does not say which of its pixels count.
     """
-    from PIL import Image
+    from maskattn.mask_images.decoding import read_mask_image
+    from maskattn.mask_images.meaning import tissue_of
 
-    with Image.open(path) as image:
-        mask = np.asarray(image.convert("L")) > 0
-    rows, columns = (np.arange(n) * size // n for n, size in zip(grid_HW, mask.shape, strict=True))
-    return torch.from_numpy(np.logical_or.reduceat(np.logical_or.reduceat(mask, rows, 0), columns, 1))[None]
+    try:
+        mask, _ = tissue_of(read_mask_image(path, lambda _: False), str(path))
+    except SlideError as error:
+        raise ValueError(str(error)) from error
+    if not mask.any():
+        raise ValueError(f"--keep must leave some of the image, got a mask in '{path}' that is background throughout")
+    bounds = [_bounds(n, size) for n, size in zip(grid_HW, mask.shape, strict=True)]
+    strips = [np.logical_or.reduce(mask[top:bottom]) for top, bottom in bounds[0]]
+    return torch.tensor([[[bool(strip[left:right].any()) for left, right in bounds[1]] for strip in strips]])
+
+
+def _bounds(tokens: int, size_px: int) -> list[tuple[int, int]]:
+    """The pixels that each token shares some area with, along one axis."""
+    return [(token * size_px // tokens, -(-(token + 1) * size_px // tokens)) for token in range(tokens)]
 
 
 def normalisation_of(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import maskattn
-from maskattn.errors import SlideError
+from maskattn.errors import SlideError, quoted
 from maskattn.explain.hierarchical import HierarchicalCDAM
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.grid import TokenGrid, make_grid
@@ -104,7 +104,7 @@ def _find_or_load_tissue(run: SlideRun) -> TissueMask | None:
     if not (run.settings.masked and run.model.config.masked):
         return None
     if run.job.mask_path is not None:
-        return load_mask(run.job.mask_path, run.info, run.settings.mask_values)
+        return load_mask(run.job.mask_path, run.info, run.settings.mask_values, reader=run.reader)
     return find_tissue(run.reader)
 
 
@@ -120,12 +120,28 @@ def _lay_grid(run: SlideRun, tissue: TissueMask | None) -> TokenGrid:
         masked=tissue is not None,
     )
     if tissue is not None and grid.kept_tiles == 0:
-        notes = f" ({'; '.join(tissue.notes)})" if tissue.notes else ""
-        raise SlideError(
-            f"a slide must show tissue, got none by {tissue.method} in {run.job.path}{notes}; look at it with "
-            f"`maskattn tissue {run.job.path}` and name the tissue in a mask of your own (--mask)"
-        )
+        raise SlideError(_without_tissue(run, tissue))
     return grid
+
+
+def _without_tissue(run: SlideRun, tissue: TissueMask) -> str:
+    """Why no tile is left, and what to do about it: another thing where the user gave a mask."""
+    mask_path = run.job.mask_path
+    notes = f" ({'; '.join(tissue.notes)})" if tissue.notes else ""
+    if mask_path is None:
+        by, given = tissue.method, ""
+        remedy = "name the tissue in a mask of your own (--mask, or mask_path in a manifest)"
+    else:
+        by, given = f"the mask {mask_path}", f" --mask {quoted(mask_path)}"
+        remedy = "correct the mask, or name the labels that mean tissue (--mask-value)"
+    what = f"none by {by} in {run.job.path}{notes}"
+    if tissue.mask_HW.any():
+        token_um = run.model.config.token_px * run.model.config.spacing_um
+        what = f"too little by {by} in {run.job.path} to fill a token of {token_um:g} µm{notes}"
+    return (
+        f"a slide must show tissue, got {what}; look at it with `maskattn tissue {quoted(run.job.path)}{given}` and "
+        f"{remedy}"
+    )
 
 
 def _encode(run: SlideRun, grid: TokenGrid) -> EncodedTiles:

@@ -120,7 +120,59 @@ def test_what_is_no_mask_is_refused_with_its_reason(tmp_path: Path, info: SlideI
 def test_a_mask_too_large_to_decode_is_refused(
     tmp_path: Path, info: SlideInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maskattn.slide.mask_file._MAX_PX", 1000)
+    monkeypatch.setattr("maskattn.mask_images.decoding._MAX_PX", 1000)
     path = save(tmp_path / "mask.png", np.ones((192, 256), np.uint8))
     with pytest.raises(SlideError, match=r"up to 1,000 pixels, got 256 × 192 .* coarser spacing"):
         load_mask(path, info)
+
+
+def test_a_mask_without_tissue_is_called_that_and_not_a_pale_slide(tmp_path: Path, info: SlideInfo) -> None:
+    path = save(tmp_path / "empty.png", np.zeros((192, 256), np.uint8))
+    notes = load_mask(path, info).notes
+    assert notes == (f"the mask file {path} holds no tissue",)
+
+
+def test_a_mask_of_glass_on_a_stained_slide_is_noted_as_inverted(tmp_path: Path, slide: DrawnSlide) -> None:
+    reader = SlideReader(slide.path)
+    right = slide.tissue_HW[::8, ::8]
+    for plane, inverted in ((~right, True), (right, False), (np.ones_like(right), False)):
+        mask = load_mask(save(tmp_path / "mask.png", plane), reader.info, reader=reader)
+        assert any("looks inverted" in note for note in mask.notes) == inverted
+        np.testing.assert_array_equal(mask.mask_HW, plane)
+    half = right.copy()
+    half[:, 128:] = False  # the user's choice of one piece, the other stained and left out
+    assert load_mask(save(tmp_path / "half.png", half), reader.info, reader=reader).notes == ()
+
+
+def test_the_inverted_mask_can_be_turned_by_its_value(tmp_path: Path, info: SlideInfo) -> None:
+    plane = np.zeros((192, 256), np.uint8)
+    plane[50:100, 60:90] = 255
+    for name in ("m.png", "m.jpg"):
+        np.testing.assert_array_equal(load_mask(save(tmp_path / name, plane), info, (0,)).mask_HW, plane == 0)
+
+
+def test_of_a_pyramid_in_sub_ifds_a_coarse_level_is_read(tmp_path: Path, info: SlideInfo) -> None:
+    plane = np.zeros((1536, 2048), np.uint16)
+    plane[400:800, 400:800] = 300
+    path = tmp_path / "pyramid.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        writer.write(plane, tile=(256, 256), subifds=2, compression="adobe_deflate", metadata={"axes": "YX"})
+        for shrink in (2, 4):
+            writer.write(plane[::shrink, ::shrink], tile=(256, 256), subfiletype=1, compression="adobe_deflate")
+    mask = load_mask(path, info, (300,))
+    assert mask.mask_HW.shape == (384, 512)
+    assert mask.mask_HW.sum() == 100 * 100
+    assert mask.notes == ()
+
+
+def test_outlines_and_other_files_that_are_no_images_are_named(tmp_path: Path, info: SlideInfo) -> None:
+    texts = {"roi.geojson": '{"type": "FeatureCollection", "features": []}', "asap.xml": "<?xml version='1.0'?><ASAP/>"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(SlideError, match=r"outlines .* are not read; draw them into an image"):
+            load_mask(tmp_path / name, info)
+    np.savez(tmp_path / "mask.npz", mask=np.ones((192, 256)))
+    (tmp_path / "empty.png").touch()
+    for name in ("mask.npz", "empty.png"):
+        with pytest.raises(SlideError, match="must be an image that Pillow reads"):
+            load_mask(tmp_path / name, info)

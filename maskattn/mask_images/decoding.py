@@ -1,0 +1,226 @@
+"""Decoding a mask file to its own samples: no colours mixed, no bits lost, and of a pyramid only the level asked for.
+
+Dimension key: (H, W) pixels of the level that was read, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from maskattn.errors import SlideError
+from maskattn.mask_images.tiff import TiffMask, read_tiff
+from maskattn.shapes import Shaped, UInt8
+
+__all__ = ["MaskImage", "coarsest_level", "read_mask_image"]
+
+_MAX_PX = 1 << 28
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_OUTLINES = (  # GeoJSON, and the XML of annotation programs
+    "a mask must be an image, got outlines (JSON or XML) in '{path}', which are not read; draw them into an image that "
+    "covers the slide (QuPath: LabeledImageServer and writeImage in its script editor; ASAP: its mask conversion)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskImage:
+    """A mask as its file holds it.
+
+    Attributes:
+        samples: (H, W), labels or the indices of a palette; or (H, W, 3), colours.
+        alpha_HW: (H, W), 0 = transparent; None where the file has none.
+        palette_N4: (N, 4) RGBA of each index; None where there is no palette.
+        lossy: the compression that changes values, "JPEG" or "WebP"; empty where they are exact.
+        notes: what of the file was passed over.
+    """
+
+    samples: Shaped[np.ndarray, "H W ..."]
+    alpha_HW: Shaped[np.ndarray, "H W"] | None = None
+    palette_N4: UInt8[np.ndarray, "N 4"] | None = None
+    lossy: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def read_mask_image(path: str | os.PathLike[str], is_fine_enough: Callable[[int], bool]) -> MaskImage:
+    """Decode a mask: PNG, TIFF (pyramids, any depth), NumPy's .npy or whatever else Pillow opens.
+
+    Args:
+        path: the mask file.
+        is_fine_enough: whether a level of this width in pixels will do; of a pyramid's levels that do, the coarsest
+            is read, else the finest.
+
+    Raises:
+        SlideError: the file is missing, is no image, cannot be decoded whole, or is too large to decode at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no file"
+        raise SlideError(f"a mask must be an image file, got path='{path}', which is {what}; check the path")
+    try:
+        return _decode(path, is_fine_enough)
+    except SlideError:
+        raise
+    except MemoryError as error:
+        raise _too_large(path, "more than this machine's memory holds") from error
+    # Pillow's plugins let struct.error, KeyError and others through where a file is broken.
+    except Exception as error:
+        raise SlideError(
+            f"a mask must be an image that Pillow reads, got path='{path}', which fails with '{error}'; "
+            "save it as a PNG, or a TIFF without exotic compression"
+        ) from error
+
+
+def _decode(path: Path, is_fine_enough: Callable[[int], bool]) -> MaskImage:
+    with path.open("rb") as file:
+        start = file.read(256)
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith((b"{", b"[", b"<")):
+        raise SlideError(_OUTLINES.format(path=path))
+    if start.startswith(b"\x93NUMPY"):
+        return _read_npy(path)
+    if start.startswith(_TIFF_STARTS):
+        page = read_tiff(path, lambda sizes: _checked_level(path, sizes, is_fine_enough))
+        if page is not None:
+            return _of_tiff(page)
+    with _large_images_allowed(), Image.open(path) as image:
+        return _read_with_pillow(path, image, start, is_fine_enough)
+
+
+def coarsest_level(sizes: list[tuple[int, int]], is_fine_enough: Callable[[int], bool]) -> int:
+    """Of the (width, height) of pages, the one to read: the coarsest with the first one's view that is fine enough."""
+    first_width, first_height = sizes[0]
+    best, best_width = 0, first_width
+    for page, (width, height) in enumerate(sizes):
+        same_view = abs(first_height * width / first_width - height) <= 1.0
+        if same_view and width < best_width and is_fine_enough(width):
+            best, best_width = page, width
+    return best
+
+
+def _checked_level(path: Path, sizes: list[tuple[int, int]], is_fine_enough: Callable[[int], bool]) -> int:
+    level = coarsest_level(sizes, is_fine_enough)
+    width, height = sizes[level]
+    if width * height > _MAX_PX:
+        raise _too_large(path, f"{width} × {height}")
+    return level
+
+
+def _too_large(path: Path, what: str) -> SlideError:
+    return SlideError(
+        f"a mask may have up to {_MAX_PX:,} pixels, got {what} in '{path}'; save it at a coarser spacing (2 to 8 µm "
+        "per pixel serves well), or as a pyramidal TIFF"
+    )
+
+
+def _read_npy(path: Path) -> MaskImage:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim != 2 or array.dtype.kind not in "buif" or 0 in array.shape:
+        raise SlideError(
+            f"a mask in a .npy file must be two-dimensional, of numbers or bools, got shape {array.shape} of "
+            f"{array.dtype} in '{path}'; save one plane of labels"
+        )
+    _checked_level(path, [array.shape[::-1]], lambda _: True)
+    return MaskImage(np.array(array))
+
+
+def _of_tiff(page: TiffMask) -> MaskImage:
+    samples, alpha_HW, notes = page.samples, None, _note_of_pages(page.equal_pages)
+    if samples.ndim == 3:
+        channels = samples.shape[2]
+        colours = 3 if channels >= 3 else 1
+        if page.alpha and channels > colours:
+            alpha_HW = samples[..., colours]
+        elif channels > colours:
+            notes += (
+                f"the mask has {channels} channels; only the first {'three were' if colours == 3 else 'was'} read",
+            )
+        samples = samples[..., 0] if colours == 1 else samples[..., :3]
+    return MaskImage(samples, alpha_HW, page.palette_N4, "JPEG" if page.jpeg else "", notes)
+
+
+def _note_of_pages(equal_pages: int) -> tuple[str, ...]:
+    return (f"the mask has {equal_pages} pages of one size; only the first was read",) if equal_pages > 1 else ()
+
+
+def _read_with_pillow(path: Path, image: Image.Image, start: bytes, is_fine_enough: Callable[[int], bool]) -> MaskImage:
+    sizes = [image.size]
+    for frame in range(1, getattr(image, "n_frames", 1)):
+        image.seek(frame)
+        sizes.append(image.size)
+    image.seek(_checked_level(path, sizes, is_fine_enough))
+    lossy = "WebP" if start[8:16] == b"WEBPVP8 " else ""
+    if image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg":
+        lossy = "JPEG"
+    notes = _note_of_pages(sizes.count(sizes[0]))
+    if image.mode in ("L", "LA", "RGB", "RGBA") and _has_16_bits(image):
+        samples, alpha_HW = _read_16_bit_colours(path)
+        return MaskImage(samples, alpha_HW, lossy=lossy, notes=notes)
+    transparent = image.info.get("transparency")
+    if image.mode == "P":
+        return MaskImage(np.array(image), None, _palette(image, transparent), lossy, notes)
+    samples, alpha_HW = _samples_and_alpha(image)
+    if alpha_HW is None and transparent is not None:
+        clear = samples == np.array(transparent)
+        alpha_HW = np.where(clear if samples.ndim == 2 else clear.all(axis=2), np.uint8(0), np.uint8(255))
+    return MaskImage(samples, alpha_HW, None, lossy, notes)
+
+
+def _samples_and_alpha(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+    if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
+        return np.array(image), None
+    if image.mode in ("LA", "La"):
+        both = np.array(image.convert("LA"))
+        return both[..., 0], both[..., 1]
+    if image.mode in ("PA", "RGBA", "RGBa"):
+        both = np.array(image.convert("RGBA"))
+        return both[..., :3], both[..., 3]
+    return np.array(image.convert("RGB")), None
+
+
+def _palette(image: Image.Image, transparent: int | bytes | None) -> np.ndarray:
+    colours = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+    palette_N4 = np.zeros((256, 4), np.uint8)  # an index beyond the palette is black
+    palette_N4[:, 3] = 255
+    palette_N4[: len(colours), :3] = colours
+    if isinstance(transparent, bytes):
+        palette_N4[: len(transparent), 3] = np.frombuffer(transparent, np.uint8)[:256]
+    elif transparent is not None:
+        palette_N4[transparent, 3] = 0
+    return palette_N4
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether the file has 16 bits a sample, of which Pillow would keep eight: small labels would be lost."""
+    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    return any(";16" in mode for mode in raw_modes)
+
+
+def _read_16_bit_colours(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    import cv2
+
+    samples = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if samples is None or samples.dtype != np.uint16:
+        raise SlideError(
+            f"a colour mask of 16 bits must be a PNG, or a TIFF without exotic compression, got path='{path}'; "
+            "save one plane of labels as a grey PNG"
+        )
+    if samples.ndim == 2:
+        return samples, None
+    return samples[..., 2::-1], samples[..., 3] if samples.shape[2] == 4 else None
+
+
+@contextmanager
+def _large_images_allowed() -> Iterator[None]:
+    """Lift Pillow's guard against huge images: it is meant for uploads, and the size is checked here."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

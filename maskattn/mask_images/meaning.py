@@ -1,0 +1,206 @@
+"""What a mask image says of tissue: by labels, by colour against black, by alpha, or at half of a lossy mask's range.
+
+Labels are whole numbers, of which 0 is background. Where a file cannot hold labels (JPEG, edges smoothed by an export),
+the mask is one of two values and is cut halfway between them; a lossy file of anything else is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from maskattn.errors import SlideError
+from maskattn.mask_images.decoding import MaskImage
+from maskattn.shapes import Bool, Shaped
+
+__all__ = ["tissue_of"]
+
+# Ringing stays within the block of pixels that JPEG compresses together: 8, or 16 where colours are halved.
+_REACH_PX, _LOSSY_REACH_PX = 8, 16
+# Between its two values a mask has ramps of many shades; a file with fewer holds labels.
+_LEAST_SHADES = 16
+_MANY_LABELS = 64
+_LEAST_CONTRAST = 128
+_STRAY_SHARE = 0.05
+_DRIFT = 6
+
+
+def tissue_of(
+    image: MaskImage, name: str, tissue_values: Sequence[int] | None = None
+) -> tuple[Bool[np.ndarray, "H W"], list[str]]:
+    """Which pixels are tissue, and what the user should know of how that was read.
+
+    Args:
+        image: the decoded mask.
+        name: what messages call it.
+        tissue_values: labels that are tissue; by default every label but 0, every colour but black, and whatever alpha
+            does not hide.
+
+    Raises:
+        SlideError: values are asked for that the mask's kind does not have, or it is lossy and not of two values, or
+            its numbers are neither labels nor shares.
+    """
+    notes = list(image.notes)
+    if tissue_values is None:
+        plane, more = _shown(image)
+        mask, last = _by_default(plane, image.lossy, name)
+        return mask, notes + more + last
+    plane = _labels(image, name)
+    if image.lossy:
+        plane = np.where(_above_half(plane, image.lossy, name), 255, 0)
+    elif plane.dtype.kind == "f" and (plane[np.isfinite(plane)] % 1 != 0).any():
+        raise SlideError(
+            f"--mask-value names labels, which are whole numbers, got a mask of fractions in '{name}'; leave it out, "
+            "and shares of 0.5 and more are tissue"
+        )
+    mask = np.isin(plane, np.asarray(tissue_values))
+    if not mask.any():
+        found = np.unique(plane)
+        wanted = ", ".join(map(str, tissue_values))
+        held = ", ".join(f"{value:g}" for value in found[:10]) + (" and more" if len(found) > 10 else "")
+        notes.append(f"the mask holds none of the tissue values {wanted}; it holds {held}")
+    return mask, notes
+
+
+def _labels(image: MaskImage, name: str) -> Shaped[np.ndarray, "H W"]:
+    """The plane that label values are looked up in."""
+    if image.alpha_HW is not None and image.alpha_HW.min() != image.alpha_HW.max():
+        raise SlideError(
+            f"--mask-value names labels, got a mask whose transparency tells in '{name}'; leave it out, or save the "
+            "labels as a grey PNG without transparency"
+        )
+    if image.samples.ndim == 2:
+        return image.samples
+    used = [channel for channel in range(3) if image.samples[..., channel].any()]
+    grey = all(np.array_equal(image.samples[..., 0], image.samples[..., channel]) for channel in (1, 2))
+    if not grey and len(used) > 1:
+        raise SlideError(
+            f"--mask-value names labels, got a mask in colours in '{name}'; leave it out, and every colour but black "
+            "is tissue, or save the labels as a grey PNG"
+        )
+    return image.samples[..., used[0] if used else 0]
+
+
+def _shown(image: MaskImage) -> tuple[np.ndarray, list[str]]:
+    """One plane, 0 where the mask shows background."""
+    alpha_HW, samples, notes = image.alpha_HW, image.samples, []
+    if image.palette_N4 is not None:
+        counts = np.bincount(samples.ravel(), minlength=len(image.palette_N4))
+        used = np.flatnonzero(counts[: len(image.palette_N4)])
+        if (image.palette_N4[used, 3] == 0).any():
+            alpha_HW, samples = image.palette_N4[samples, 3], image.palette_N4[samples, :3]
+        else:
+            black = [int(index) for index in used if not image.palette_N4[index, :3].any()]
+            if black and black[0] != 0 and used[0] == 0:
+                notes.append(
+                    f"the mask's index 0 counts as background although index {black[0]} is the black one; if that is "
+                    f"wrong, name the indices that are tissue: --mask-value 0"
+                )
+    plane = samples if samples.ndim == 2 else samples.max(axis=2)
+    if alpha_HW is None or (alpha_HW.min() == alpha_HW.max() and alpha_HW.max() > 0):
+        return plane, notes
+    visible = alpha_HW > 0
+    if not visible.any():
+        return np.zeros_like(plane), [*notes, "every pixel of the mask is transparent"]
+    black = (plane == 0) & visible
+    if black.any() and not black[visible].all():
+        notes.append("the mask has transparent and black areas; both count as background")
+        return np.where(visible, plane, 0), notes
+    return alpha_HW, notes
+
+
+def _by_default(plane: np.ndarray, lossy: str, name: str) -> tuple[np.ndarray, list[str]]:
+    if plane.dtype.kind == "b":
+        return plane, []
+    notes = []
+    if plane.dtype.kind == "f":
+        numbers = np.isfinite(plane)
+        if not numbers.all():
+            notes.append(f"{(~numbers).mean():.2%} of the mask is no number (NaN or infinite) and counts as background")
+            plane = np.where(numbers, plane, 0)
+        if (plane % 1 != 0).any():
+            return _shares(plane, name), [*notes, "the mask's fractions were taken as shares of tissue, cut at a half"]
+    if lossy:
+        return _above_half(plane, lossy, name), [f"the mask is lossy ({lossy}); it was cut at half of its range"]
+    values = _values(plane)
+    if len(values) >= _LEAST_SHADES + 2 and _is_two_valued(plane, _REACH_PX):
+        return plane > _half(plane), ["the mask's edges are smooth; it was cut at half of its range"]
+    if values[0] < 0:
+        notes.append(
+            f"the mask holds values below 0 ({values[0]:g}), which count as tissue like every value but 0; "
+            "--mask-value names those that are"
+        )
+    if len(values) > _MANY_LABELS:
+        notes.append(
+            f"the mask holds {len(values):,} different values, and each but 0 counts as tissue; if it is a picture or "
+            "a probability map, cut it at a value first"
+        )
+    return plane != 0, notes
+
+
+def _shares(plane: np.ndarray, name: str) -> np.ndarray:
+    low, high = float(plane.min()), float(plane.max())
+    if low < 0 or high > 1:
+        raise SlideError(
+            "a mask of fractions must hold shares of tissue between 0 and 1, got values from "
+            f"{low:g} to {high:g} in '{name}'; save labels as whole numbers"
+        )
+    return plane >= 0.5
+
+
+def _above_half(plane: np.ndarray, lossy: str, name: str) -> np.ndarray:
+    """A lossy mask of two values, cut between them.
+
+    Raises:
+        SlideError: it has other values too, or they are close together.
+    """
+    if plane.max() == 0:
+        return plane > 0
+    low, high = _ends(plane)
+    # JPEG decodes flat blocks to one and the same value, so that even a label beside 0 is seen; WebP's drift.
+    drift = 0 if lossy == "JPEG" else _DRIFT
+    if high - low < _LEAST_CONTRAST or not _is_two_valued(plane, _LOSSY_REACH_PX, drift):
+        raise SlideError(
+            f"a lossy mask ({lossy}) must be black and white, got other values too, which the compression blurs into "
+            f"one another, in '{name}'; save the mask as a PNG"
+        )
+    return plane > _half(plane)
+
+
+def _values(plane: np.ndarray) -> np.ndarray:
+    """The different values, ascending."""
+    if plane.dtype.kind == "u" and plane.dtype.itemsize <= 2:
+        return np.flatnonzero(np.bincount(plane.ravel()))
+    return np.unique(plane)
+
+
+def _ends(plane: np.ndarray) -> tuple[float, float]:
+    """The commonest value of the lower half of the range and that of the upper half; 0 where there is no lower."""
+    values, counts = np.unique(plane, return_counts=True)
+    upper = values >= values[-1] / 2
+    low = float(values[~upper][counts[~upper].argmax()]) if not upper.all() else 0.0
+    return low, float(values[upper][counts[upper].argmax()])
+
+
+def _half(plane: np.ndarray) -> float:
+    return sum(_ends(plane)) / 2
+
+
+def _is_two_valued(plane: np.ndarray, reach_px: int, drift: int = 0) -> bool:
+    """Whether most pixels have one of two values, give or take ``drift``, and the others lie where those meet."""
+    import cv2
+
+    if plane.min() < 0:
+        return False
+    low, high = _ends(plane)
+    at_low, at_high = ((plane >= end - drift) & (plane <= end + drift) for end in (low, high))
+    others = ~(at_low | at_high)
+    count = int(np.count_nonzero(others))
+    if count == 0:
+        return True
+    if count > plane.size / 2 or high - low < _LEAST_CONTRAST:
+        return False
+    window = np.ones((2 * reach_px + 1, 2 * reach_px + 1), np.uint8)
+    meet = cv2.dilate(at_low.astype(np.uint8), window) & cv2.dilate(at_high.astype(np.uint8), window)
+    return bool(np.count_nonzero(others & (meet == 0)) <= _STRAY_SHARE * count)
