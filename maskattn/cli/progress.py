@@ -62,8 +62,14 @@ class ProgressBars:
         else:
             done = f"{outcome.status:<8} {outcome.slide_id}: {outcome.prediction.prediction}"
             line = f"{done} ({scores_of(outcome.prediction)}), {outcome.seconds:.1f} s"
-        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._print(line)
+        if outcome.prediction is not None and outcome.status == "ok":
+            for note in (*outcome.prediction.tissue["notes"], *outcome.prediction.notes):
+                self._print(f"note     {outcome.slide_id}: {note}")
         self._progress.advance(self._slides)
+
+    def _print(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def scores_of(prediction: SlidePrediction) -> str:

@@ -1,6 +1,7 @@
 """How a command ends: one line that says what went wrong, and the exit code.
 
-Exit codes: 0 = ok, 1 = a slide failed, 2 = wrong usage or an output that cannot be written, 130 = interrupted.
+Exit codes: 0 = ok, 1 = a slide failed, 2 = wrong usage or an output that cannot be written, 130 = interrupted,
+143 and 129 = ended by SIGTERM and SIGHUP.
 What a command is asked for goes to stdout; progress and errors go to stderr.
 """
 
@@ -14,9 +15,12 @@ from typing import NoReturn
 
 import typer
 
+from maskattn.cli.signals import Ended, told_to_end
 from maskattn.errors import SlideError
 
 __all__ = ["errors_in_one_line"]
+
+_GO_ON = "finished slides are kept, run the same command again to go on"
 
 
 @contextmanager
@@ -26,9 +30,12 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
         logging.basicConfig(level=logging.WARNING)
         logging.getLogger("maskattn").setLevel(logging.DEBUG)
     try:
-        yield
+        with told_to_end():
+            yield
+    except Ended as end:
+        _fail(f"{end}; {_GO_ON}", 128 + end.signal)
     except KeyboardInterrupt:
-        _fail("interrupted; finished slides are kept, run the same command again to go on", 130)
+        _fail(f"interrupted; {_GO_ON}", 130)
     except Exception as error:  # the last resort of a command line
         if debug:
             traceback.print_exc()

@@ -148,6 +148,7 @@ def _encode(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
     """Tile embeddings in the grid's order; tiles that cannot be read are left out of the slide's keep mask."""
     embeddings_TC: Tensor | None = None
     readable_T = np.zeros(grid.kept_tiles, dtype=bool)
+    reason: str | None = None
     for batch in run.read(grid):
         with run.stages("encode"):
             with torch.inference_mode():
@@ -157,15 +158,18 @@ def _encode(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
                 embeddings_TC = torch.zeros(grid.kept_tiles, encoded_BC.shape[1], device=run.device)
             embeddings_TC[torch.from_numpy(batch.rows_B).to(run.device)] = encoded_BC
         readable_T[batch.rows_B] = batch.readable_B
+        reason = reason or batch.reason
     rows_T = np.flatnonzero(readable_T)
     if embeddings_TC is None or not len(rows_T):
         raise SlideError(
             f"a slide must have tiles that can be read, got {grid.kept_tiles} of {grid.kept_tiles} unreadable in "
-            f"{run.job.path}; the file is damaged: copy it again, or scan the slide again"
+            f"{run.job.path}; the first because {reason}"
         )
     keep_HW = np.zeros_like(grid.keep_HW)
     keep_HW[tuple(np.argwhere(grid.keep_HW)[rows_T].T)] = True
-    return EncodedTiles(embeddings_TC[torch.from_numpy(rows_T).to(run.device)], rows_T, torch.from_numpy(keep_HW))
+    return EncodedTiles(
+        embeddings_TC[torch.from_numpy(rows_T).to(run.device)], rows_T, torch.from_numpy(keep_HW), reason
+    )
 
 
 def _prediction(
@@ -215,9 +219,17 @@ def _prediction(
             skipped_tokens=grid.skipped_tokens,
             unreadable_tiles=grid.kept_tiles - len(encoded.rows_T),
         ),
+        notes=_notes(encoded),
         timings_s={name: round(seconds, 4) for name, seconds in run.stages.seconds.items()},
         versions=_versions(),
     )
+
+
+def _notes(encoded: EncodedTiles) -> tuple[str, ...]:
+    """What the user should know of how the slide was read."""
+    if encoded.reason is None:
+        return ()
+    return (f"tiles were left out that cannot be read; the first because {encoded.reason}",)
 
 
 def _describe(tissue: TissueMask | None) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class SlidePrediction:
         counts: cells, tiles and tokens.
         timings_s: stage → seconds.
         versions: package → version.
+        notes: what the user should know of how the slide was read, e.g. that tiles were left out.
     """
 
     slide_id: str
@@ -85,6 +86,7 @@ class SlidePrediction:
     counts: SlideCounts
     timings_s: dict[str, float]
     versions: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def write(self, path: Path) -> None:
         """Write ``prediction.json``.
@@ -108,7 +110,8 @@ def read_prediction(path: Path) -> SlidePrediction:
         model = ModelIdentity(**{**fields.pop("model"), "classes": tuple(fields["scores"])})
         slide = SlideFile(**fields.pop("slide"))
         counts = SlideCounts(**fields.pop("counts"))
-        return SlidePrediction(model=model, slide=slide, counts=counts, **fields)
+        notes = tuple(fields.pop("notes", ()))
+        return SlidePrediction(model=model, slide=slide, counts=counts, notes=notes, **fields)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"a prediction.json must be complete, got {path}: {error}; run the slide again with --overwrite"

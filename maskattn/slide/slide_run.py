@@ -17,7 +17,8 @@ from maskattn.shapes import Bool, Float, Int, UInt8
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.reader import SlideInfo, SlideReader
-from maskattn.slide.stream import TileBatch, count_workers, stream_tiles
+from maskattn.slide.stream import TileBatch, stream_tiles
+from maskattn.slide.workers import count_workers
 
 __all__ = ["EncodedTiles", "ReadTiles", "RunSettings", "SlideRun", "Stages"]
 
@@ -55,21 +56,27 @@ class EncodedTiles:
         embeddings_TC: (T, C), in the grid's order.
         rows_T: (T,) their rows among the grid's kept tiles.
         keep_HW: (H, W) bool over the grid's cells: the kept tiles less those that could not be read.
+        reason: why the first unreadable tile could not be read; None where all could.
     """
 
     embeddings_TC: Float[Tensor, "T C"]
     rows_T: Int[np.ndarray, " T"]
     keep_HW: Bool[Tensor, "H W"]
+    reason: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ReadTiles:
-    """A batch of tiles on the model's device, with the rows and masks that go with it on both sides."""
+    """A batch of tiles on the model's device, with the rows and masks that go with it on both sides.
+
+    ``reason`` is why the first unreadable tile cannot be read; None where all can.
+    """
 
     tiles_BCHW: UInt8[Tensor, "B 3 Y X"]
     keep_BHW: Bool[Tensor, "B h w"]
     rows_B: Int[np.ndarray, " B"]
     readable_B: Bool[np.ndarray, " B"]
+    reason: str | None
 
 
 class Stages:
@@ -166,7 +173,7 @@ class SlideRun:
             rows_B = batch.rows_B.numpy()
             keep_BHW = torch.from_numpy(np.ascontiguousarray(grid.token_keep_THW[rows_B]))
             tiles_BCHW = batch.tiles_BCHW.to(self.device, non_blocking=True)
-            yield ReadTiles(tiles_BCHW, keep_BHW.to(self.device), rows_B, batch.readable_B.numpy())
+            yield ReadTiles(tiles_BCHW, keep_BHW.to(self.device), rows_B, batch.readable_B.numpy(), batch.reason)
             self._tiles_done += len(rows_B)
             if self._on_tiles is not None:
                 self._on_tiles(self._tiles_done, passes * grid.kept_tiles)

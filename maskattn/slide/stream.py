@@ -1,34 +1,31 @@
 """The stream of a slide's kept tiles: decoded by torch's DataLoader, in worker processes if asked, ahead of the model.
 
 Tiles come in the grid's order. Batch size and number of workers change neither the tiles nor their order. Memory is
-bounded by (prefetched batches per worker) · workers · (a batch's bytes).
+bounded by (prefetched batches per worker) · workers · (a batch's bytes). Where workers cannot be had, the stream goes
+on without them and says so.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from maskattn.errors import SlideError
 from maskattn.shapes import Bool, Int, UInt8
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.reader import SlideReader
+from maskattn.slide.workers import Heartbeat, WorkersUnavailable, count_workers, watched, worker_settings
 
-__all__ = ["TileBatch", "count_workers", "stream_tiles"]
+__all__ = ["TileBatch", "stream_tiles"]
 
-_PREFETCHED_BATCHES = 2
-_TILES_WORTH_A_WORKER = 2000  # a worker takes seconds to start, about as long as decoding these
-_MOST_WORKERS = 4
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,15 +36,31 @@ class TileBatch:
         tiles_BCHW: (B, 3, tile_px, tile_px) uint8 RGB; white where unreadable.
         rows_B: (B,) int64, the rows of the grid's kept tiles that these are.
         readable_B: (B,) bool, False where the tile could not be decoded.
+        reason: why the first of those could not; None where all could.
     """
 
     tiles_BCHW: UInt8[Tensor, "B 3 tile_px tile_px"]
     rows_B: Int[Tensor, " B"]
     readable_B: Bool[Tensor, " B"]
+    reason: str | None = None
 
     def pin_memory(self) -> TileBatch:
         """The same batch in page-locked memory, from which a GPU copies without waiting; DataLoader calls this."""
-        return TileBatch(self.tiles_BCHW.pin_memory(), self.rows_B.pin_memory(), self.readable_B.pin_memory())
+        return replace(
+            self,
+            tiles_BCHW=self.tiles_BCHW.pin_memory(),
+            rows_B=self.rows_B.pin_memory(),
+            readable_B=self.readable_B.pin_memory(),
+        )
+
+    def share_memory(self) -> None:
+        """Put the tensors into shared memory, in place.
+
+        Raises:
+            RuntimeError, OSError: there is no room for them.
+        """
+        for tensor in (self.tiles_BCHW, self.rows_B, self.readable_B):
+            tensor.share_memory_()
 
 
 def stream_tiles(
@@ -75,6 +88,7 @@ def stream_tiles(
 
     Raises:
         ValueError: ``batch_size``, ``workers`` or ``rows`` is out of range.
+        SlideError: while the stream is read: a worker ended or hangs.
     """
     if batch_size < 1 or (workers is not None and workers < 0):
         raise ValueError(
@@ -87,80 +101,90 @@ def stream_tiles(
             "count them as grid.coords_lv0 does"
         )
     workers = count_workers(workers, order.size, batch_size)
-    loader: DataLoader[TileBatch] = DataLoader(
-        _Tiles(reader, grid, order),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        **(_worker_settings() if workers else {}),
-    )
-    return iter(loader)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "collate_fn": _as_is,
+        "pin_memory": pin_memory and torch.cuda.is_available(),
+    }
+    if workers:
+        return _decoded_by_workers(reader, grid, order, workers, settings)
+    return iter(DataLoader(_Tiles(reader, grid, order), num_workers=0, **settings))
 
 
-def count_workers(workers: int | None, tiles: int, batch_size: int) -> int:
-    """How many decoding processes :func:`stream_tiles` starts for so many tiles; None lets it choose."""
-    if workers is None:
-        workers = min(_MOST_WORKERS, _cores() // 2) if tiles >= _TILES_WORTH_A_WORKER else 0
-    return min(workers, _cores(), -(-tiles // batch_size))
+def _decoded_by_workers(
+    reader: SlideReader, grid: TokenGrid, order: np.ndarray, workers: int, settings: dict[str, Any]
+) -> Iterator[TileBatch]:
+    """Batches from worker processes; from where these cannot be had on, from this process."""
+    done = 0
+    try:
+        heartbeat = Heartbeat()
+        for batch in watched(
+            _started(_Tiles(reader, grid, order, heartbeat), workers, settings), heartbeat, reader.path
+        ):
+            if isinstance(batch, WorkersUnavailable):
+                raise batch
+            done += len(batch.rows_B)
+            yield batch
+        return
+    except WorkersUnavailable as refusal:
+        _logger.warning(
+            "decoding of %s goes on without worker processes, which is slower: %s; a smaller --batch-size needs less "
+            "shared memory, and in a container `--shm-size` gives more (--workers 0 asks for none)",
+            reader.path,
+            refusal,
+        )
+    yield from DataLoader(_Tiles(reader, grid, order[done:]), num_workers=0, **settings)
+
+
+def _started(tiles: _Tiles, workers: int, settings: dict[str, Any]) -> Iterator[Any]:
+    loader: DataLoader[Any] = DataLoader(tiles, num_workers=workers, **settings, **worker_settings())
+    try:
+        return iter(loader)
+    except (OSError, EOFError) as error:  # no more processes
+        raise WorkersUnavailable(str(error)) from error
 
 
 class _Tiles(Dataset[TileBatch]):
-    """The kept tiles of a grid, fetched a batch at a time into one tensor."""
+    """The kept tiles of a grid, fetched a batch at a time into one tensor; ``heartbeat`` is told of every tile."""
 
-    def __init__(self, reader: SlideReader, grid: TokenGrid, rows: np.ndarray):
+    def __init__(self, reader: SlideReader, grid: TokenGrid, rows: np.ndarray, heartbeat: Heartbeat | None = None):
         self._reader = reader
         self._coords_lv0 = grid.coords_lv0[rows]
         self._rows = rows
         self._tile_lv0 = grid.tile_lv0
         self._tile_px = grid.tile_px
+        self._heartbeat = heartbeat
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitems__(self, items: list[int]) -> TileBatch:
+    def __getitems__(self, items: list[int]) -> TileBatch | WorkersUnavailable:
+        batch = self._decode(items)
+        if get_worker_info() is not None:
+            try:
+                # Here and not on the way out, where a failure would reach nobody.
+                batch.share_memory()
+            except (RuntimeError, OSError) as error:
+                return WorkersUnavailable(" ".join(str(error).split()))
+        return batch
+
+    def _decode(self, items: list[int]) -> TileBatch:
         side = self._tile_px
         tiles_BHWC = np.full((len(items), side, side, 3), 255, np.uint8)
         readable_B = torch.ones(len(items), dtype=torch.bool)
+        reason = None
         for place, item in enumerate(items):
             x, y = self._coords_lv0[item].tolist()
             try:
                 tiles_BHWC[place] = self._reader.read_region(x, y, (self._tile_lv0, self._tile_lv0), (side, side))
-            except SlideError:
+            except SlideError as error:
                 readable_B[place] = False
+                reason = reason or str(error)
+            if self._heartbeat is not None:
+                self._heartbeat.beat()
         tiles_BCHW = torch.from_numpy(tiles_BHWC).permute(0, 3, 1, 2).contiguous()
-        return TileBatch(tiles_BCHW, torch.from_numpy(self._rows[items]), readable_B)
+        return TileBatch(tiles_BCHW, torch.from_numpy(self._rows[items]), readable_B, reason)
 
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _cores() -> int:
-    """Cores that this process may use; DataLoader warns of more workers than that."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker(_worker: int) -> None:
-    cv2.setNumThreads(0)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker of a killed run must not wait forever: torch watches the fork server, which the worker keeps alive."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _worker_settings() -> dict[str, Any]:
-    # A server that has loaded this module and nothing else: a fork of this process would inherit its threads' locks
-    # and its GPU, and a spawned worker would load torch anew each time.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return {
-        "multiprocessing_context": context,
-        "prefetch_factor": _PREFETCHED_BATCHES,
-        "worker_init_fn": _start_worker,
-    }

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +9,11 @@ import torch
 from slides import DrawnSlide, damage_tile, make_slide
 
 import maskattn.slide.stream as stream_module
+import maskattn.slide.workers as workers_module
 from maskattn.slide.grid import TokenGrid, make_grid
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.stream import TileBatch, stream_tiles
+from maskattn.slide.workers import count_workers
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +145,10 @@ def test_no_more_workers_than_cores_or_batches(
         return loader(*args, num_workers=0, **kwargs)
 
     monkeypatch.setattr(stream_module, "DataLoader", recording)
-    stream_tiles(reader, grid, batch_size=1, workers=1000)
-    stream_tiles(reader, grid, batch_size=1000, workers=2)
+    for batch_size, workers in ((1, 1000), (1000, 2)):
+        assert (
+            sum(len(batch.rows_B) for batch in stream_tiles(reader, grid, batch_size=batch_size, workers=workers)) == 88
+        )
     assert asked == [min(len(os.sched_getaffinity(0)), 88), 1]
 
 
@@ -181,10 +184,5 @@ def test_real_slides_that_are_tiny_or_do_not_decode(shared_slides: Path) -> None
 
 
 def test_workers_are_started_by_themselves_only_where_a_slide_is_large(monkeypatch):
-    monkeypatch.setattr(stream_module, "_cores", lambda: 8)
-    started = []
-    monkeypatch.setattr(stream_module, "DataLoader", lambda *_, num_workers, **__: started.append(num_workers) or [])
-    for tiles in (10, 1999, 2000, 50_000):
-        grid = SimpleNamespace(kept_tiles=tiles, coords_lv0=np.zeros((tiles, 2), int), tile_lv0=4, tile_px=4)
-        stream_tiles(None, grid, batch_size=32, workers=None)
-    assert started == [0, 0, 4, 4]
+    monkeypatch.setattr(workers_module, "_cores", lambda: 8)
+    assert [count_workers(None, tiles, 32) for tiles in (10, 1999, 2000, 50_000)] == [0, 0, 4, 4]

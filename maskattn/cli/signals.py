@@ -1,0 +1,76 @@
+"""A command that is told to end: SIGTERM and SIGHUP as Ctrl-C, and an end that is sure to come.
+
+Python runs a signal's handler between its own steps. A decoder that does not return would keep it waiting, so that a
+thread watches: what has not unwound after half a minute is ended as it stands, and the next run clears up.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["Ended", "told_to_end"]
+
+_UNWOUND_AFTER_S = 30.0
+_LIKE_AN_INTERRUPT = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Ended(KeyboardInterrupt):
+    """A signal other than Ctrl-C's asked the command to end; ``signal`` is which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def told_to_end() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise :class:`Ended`; they and Ctrl-C end the process if that does not."""
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+    # A caller that ignores a signal (nohup) is obeyed.
+    ours = [number for number in _LIKE_AN_INTERRUPT if signal.getsignal(number) is signal.SIG_DFL]
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    earlier = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    watch = threading.Thread(target=_end_for_certain, args=(read_end,), daemon=True)
+    watch.start()
+    for number in ours:
+        signal.signal(number, _raise)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(earlier)
+        os.close(write_end)
+        watch.join()
+        os.close(read_end)
+
+
+def _raise(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not cut short what clears up after the first
+    raise Ended(number)
+
+
+def _end_for_certain(read_end: int) -> None:
+    """Wait for a signal that ends; then give the command time to unwind, which closes the pipe."""
+    number = 0
+    while number not in (*_LIKE_AN_INTERRUPT, signal.SIGINT):
+        data = os.read(read_end, 1)
+        if not data:
+            return
+        number = data[0]
+    deadline = time.monotonic() + _UNWOUND_AFTER_S
+    while (left_s := deadline - time.monotonic()) > 0:
+        if select.select([read_end], [], [], left_s)[0] and not os.read(read_end, 64):
+            return
+    os.write(2, f"maskattn: what was running did not end within {_UNWOUND_AFTER_S:.0f} s and was ended\n".encode())
+    os._exit(128 + number)

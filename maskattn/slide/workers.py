@@ -1,0 +1,148 @@
+"""Decoding processes: how many, how they start and end, and a watch that never lets a run wait for them for ever.
+
+A worker that cannot start or hand its tiles over (no room in ``/dev/shm``, no more processes or open files) is not
+needed: :class:`WorkersUnavailable` says so, and the stream decodes the rest itself. A worker that ends or hangs is a
+matter of the slide, which fails: decoding its tiles in the run's own process could end or hang that as well.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+
+from maskattn.errors import SlideError
+
+__all__ = ["Heartbeat", "WorkersUnavailable", "count_workers", "watched", "worker_settings"]
+
+_PREFETCHED_BATCHES = 2
+_TILES_WORTH_A_WORKER = 2000  # a worker takes seconds to start, about as long as decoding these
+_MOST_WORKERS = 4
+_LOOK_EVERY_S = 5.0
+_STALLED_AFTER_S = 120.0
+
+Batch = TypeVar("Batch")
+
+
+class WorkersUnavailable(Exception):  # noqa: N818 -- no error: the stream goes on without them
+    """Workers cannot start, or cannot hand over what they decode; the text is the system's own reason."""
+
+
+def count_workers(workers: int | None, tiles: int, batch_size: int) -> int:
+    """How many decoding processes serve so many tiles; None lets the machine's cores decide."""
+    if workers is None:
+        workers = min(_MOST_WORKERS, _cores() // 2) if tiles >= _TILES_WORTH_A_WORKER else 0
+    return min(workers, _cores(), -(-tiles // batch_size))
+
+
+class Heartbeat:
+    """When any worker last decoded a tile; travels to the workers with the dataset.
+
+    Raises:
+        WorkersUnavailable: the machine has no more semaphores, open files or room for what processes share.
+    """
+
+    def __init__(self) -> None:
+        try:
+            _context().Queue().close()  # a DataLoader whose own queues cannot be made leaves a half-made iterator
+            # The monotonic clock is the same in every process of a machine.
+            self._at: Any = _context().RawValue("d", time.monotonic())
+        except OSError as error:
+            raise WorkersUnavailable(str(error)) from error
+
+    def beat(self) -> None:
+        """A tile was decoded just now."""
+        self._at.value = time.monotonic()
+
+    def silent_s(self) -> float:
+        """Seconds since the last tile."""
+        return time.monotonic() - float(self._at.value)
+
+
+def watched(batches: Iterator[Batch], heartbeat: Heartbeat, path: Path) -> Iterator[Batch]:
+    """The batches of a DataLoader made with :func:`worker_settings`, while its workers live and decode.
+
+    Args:
+        batches: the loader's iterator.
+        heartbeat: of its workers.
+        path: the slide, for messages.
+
+    Raises:
+        SlideError: a worker ended, or none has decoded a tile for two minutes.
+        WorkersUnavailable: a batch cannot reach this process.
+    """
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            text = " ".join(str(error).split())
+            if "in DataLoader worker process" in text:  # raised by what the worker ran, not on the way here
+                raise
+            if text.startswith("DataLoader timed out"):
+                if heartbeat.silent_s() < _STALLED_AFTER_S:
+                    continue
+                raise SlideError(_stalled(path)) from error
+            if "exited unexpectedly" in text or "killed by signal" in text:
+                raise SlideError(_ended(path)) from error
+            raise WorkersUnavailable(text) from error
+        yield batch
+
+
+def _stalled(path: Path) -> str:
+    return (
+        f"a tile must decode within {_STALLED_AFTER_S:g} s, got none in that time from '{path}': its drive does not "
+        "answer, or the file makes a decoder run for ever; check the drive, copy the file again, or convert it to a "
+        "tiled pyramidal TIFF"
+    )
+
+
+def _ended(path: Path) -> str:
+    return (
+        f"a decoding worker must live as long as its slide, got one that ended on '{path}': it was killed, most often "
+        "for want of memory, or crashed on this file; give the run more memory, or run the slide again with "
+        "`--workers 0` or a smaller `--batch-size`"
+    )
+
+
+def worker_settings() -> dict[str, Any]:
+    """What a DataLoader with workers is made with."""
+    return {
+        "multiprocessing_context": _context(),
+        "prefetch_factor": _PREFETCHED_BATCHES,
+        "worker_init_fn": _start_worker,
+        "timeout": _LOOK_EVERY_S,
+    }
+
+
+def _context() -> Any:
+    # A server that has loaded the stream and nothing else: a fork of this process would inherit its threads' locks
+    # and its GPU, and a spawned worker would load torch anew each time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["maskattn.slide.stream"])
+    return context
+
+
+def _cores() -> int:
+    """Cores that this process may use; DataLoader warns of more workers than that."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker(_worker: int) -> None:
+    cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed run must not wait for ever: torch watches the fork server, which the worker keeps alive."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
