@@ -76,12 +76,12 @@ def test_a_run_that_is_told_to_end_leaves_nothing_behind(
     out, arguments = run
     process = started([*arguments, "--workers", str(workers)], pause=0.2)
     (os.killpg if whole_group else os.kill)(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     lines = [line for line in errors.splitlines() if "Random weights" not in line]
     assert lines == [f"maskattn: {words}; finished slides are kept, run the same command again to go on"]
     assert list(out.iterdir()) == []
-    assert group_is_gone(process.pid, within_s=30)
+    assert group_is_gone(process.pid, within_s=60)
 
 
 HANGING = """
@@ -104,6 +104,6 @@ def test_what_hangs_in_a_library_is_ended_all_the_same(number: int, code: int) -
     assert process.stdout.readline() == "about to hang\n"
     time.sleep(0.5)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors == "maskattn: what was running did not end within 1 s and was ended\n"
