@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from maskattn.cli import slide_runs
 from maskattn.cli.app import app
 from maskattn.demo import synthetic
-from maskattn.slide.tables import read_summary
+from maskattn.slide.summary import read_summary
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,13 @@
 """Run: many slides, one after another. One that fails leaves the others unharmed, and ``summary.csv`` names it.
 
-The summary is read and written anew after every slide, by one run at a time. Rows of other slides stay as they are, so
-that several runs may fill one output folder, also at once.
+The summary has a slide's row as soon as the slide ends. Rows of other slides stay as they are, so that several runs may
+fill one output folder, also at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import time
@@ -19,10 +18,11 @@ from typing import Protocol
 from maskattn.errors import OutputError, SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.manifest import SlideJob
+from maskattn.slide.names import as_text
 from maskattn.slide.output_folder import clear_leftovers, find_finished, prepare_output
 from maskattn.slide.pipeline import RunSettings, identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
-from maskattn.slide.tables import read_summary, write_summary
+from maskattn.slide.summary import append_row, read_summary, tidy_summary
 
 __all__ = ["RunProgress", "run_slides"]
 
@@ -60,18 +60,18 @@ def run_slides(
         OutputError: the output folder, or its summary, cannot be written.
     """
     prepare_output(settings.out_dir)
-    summary = settings.out_dir / "summary.csv"
-    _read_summary(summary)  # what cannot be read is found before the first slide
-    identity = identify_model(model)
     outcomes = []
-    for job in jobs:
-        if progress is not None:
-            progress.slide_started(job)
-        outcome = _run_one(job, model, identity, settings, progress)
-        _record(summary, outcome)
-        outcomes.append(outcome)
-        if progress is not None:
-            progress.slide_ended(outcome)
+    with _summary_of(settings.out_dir) as summary:
+        identity = identify_model(model)
+        for job in jobs:
+            if progress is not None:
+                progress.slide_started(job)
+            outcome = _run_one(job, model, identity, settings, progress)
+            with _summary_errors(summary):
+                append_row(summary, outcome.row())
+            outcomes.append(outcome)
+            if progress is not None:
+                progress.slide_ended(outcome)
     return outcomes
 
 
@@ -120,37 +120,33 @@ def _check_same_request(
             )
 
 
-def _read_summary(path: Path) -> dict[str, dict[str, str]]:
+@contextlib.contextmanager
+def _summary_of(out_dir: Path) -> Iterator[Path]:
+    """The run's summary: what cannot be read is found before the first slide, and it is tidied however the run ends."""
+    path = out_dir / "summary.csv"
+    with _summary_errors(path):
+        read_summary(path)
     try:
-        return read_summary(path)
-    except (ValueError, OSError) as error:
-        raise OutputError(str(error)) from error
-
-
-def _record(path: Path, outcome: SlideOutcome) -> None:
-    """Put the slide's row into the summary as it is by now."""
-    with _sole_writer(path.parent):
-        rows = _read_summary(path)
-        rows[outcome.slide_id] = outcome.row()
-        try:
-            write_summary(path, rows.values())
-        except OSError as error:
-            raise OutputError(
-                f"the summary must be writable, got {path}: {error.strerror or error}; free space and run it again, "
-                "finished slides are skipped"
-            ) from error
+        yield path
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError):
+            tidy_summary(path)
+        raise
+    with _summary_errors(path):
+        tidy_summary(path)
 
 
 @contextlib.contextmanager
-def _sole_writer(folder: Path) -> Iterator[None]:
-    """Wait until no other run writes to the folder's summary; where the file system has no locks, do not."""
-    handle = os.open(folder, os.O_RDONLY)
+def _summary_errors(path: Path) -> Iterator[None]:
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
+    except ValueError as error:
+        raise OutputError(str(error)) from error
+    except OSError as error:
+        raise OutputError(
+            f"the summary must be a file that can be read and written, got {as_text(path)}: "
+            f"{error.strerror or error}; free space or move it away and run again, finished slides are skipped"
+        ) from error
 
 
 def _reason(error: Exception, out_dir: Path) -> str:

@@ -1,4 +1,4 @@
-"""Tables: ``features.h5``, ``relevance.h5`` and ``summary.csv``, each whole or not there at all.
+"""Tables: ``features.h5`` and ``relevance.h5``, each whole or not there at all.
 
 ``features.h5`` has TRIDENT's layout, so that its tools read ours: datasets ``features`` (T, C) and ``coords`` (T, 2) in
 level-0 pixels, whose attributes tell the geometry. :func:`read_features` reads that layout, CLAM's and STAMP's.
@@ -8,7 +8,6 @@ Dimension key: T tiles, C channels, K classes, (h, w) tokens of a tile.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,10 @@ __all__ = [
     "TileGeometry",
     "TokenRows",
     "read_features",
-    "read_summary",
     "write_features",
     "write_relevance",
-    "write_summary",
 ]
 
-_SUMMARY_COLUMNS = ("slide_id", "status", "reason", "prediction", "model", "seconds")
 _TILES_PER_CHUNK = 64
 
 
@@ -229,37 +225,3 @@ def _stride(coords: Shaped[np.ndarray, "T 2"]) -> float:
     """The smallest step between two coordinates, 0 where there is none."""
     steps = np.concatenate([np.diff(np.unique(coords[:, axis])) for axis in (0, 1)])
     return float(steps.min()) if len(steps) else 0.0
-
-
-def read_summary(path: Path) -> dict[str, dict[str, str]]:
-    """The rows of a ``summary.csv`` by ``slide_id``, in order; none where there is no file.
-
-    Raises:
-        ValueError: the file is no summary.
-        OSError: it cannot be read.
-    """
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if list(reader.fieldnames or [])[:3] != ["slide_id", "status", "reason"]:
-            raise ValueError(
-                f"a summary must have the columns slide_id, status, reason, ..., got {reader.fieldnames} in {path}; "
-                "move that file away or choose another output folder"
-            )
-        return {row["slide_id"]: {name: value or "" for name, value in row.items() if name} for row in reader}
-
-
-def write_summary(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write ``summary.csv``: a row per slide, with a ``score_<class>`` column for every class that occurs.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    rows = list(rows)
-    scores = dict.fromkeys(name for row in rows for name in row if name.startswith("score_"))
-    columns = [*_SUMMARY_COLUMNS[:4], *scores, *_SUMMARY_COLUMNS[4:]]
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -30,7 +30,8 @@ from maskattn.slide.reader import SlideReader
 from maskattn.slide.run import run_slides
 from maskattn.slide.slide_run import Stages
 from maskattn.slide.stream import stream_tiles
-from maskattn.slide.tables import read_features, read_summary
+from maskattn.slide.summary import read_summary
+from maskattn.slide.tables import read_features
 from maskattn.slide.tissue import find_tissue
 
 OUTPUTS = {

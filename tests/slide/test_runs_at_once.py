@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import csv
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from small_slides import small_model
@@ -10,7 +11,7 @@ from small_slides import small_model
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.pipeline import RunSettings
 from maskattn.slide.run import run_slides
-from maskattn.slide.tables import read_summary
+from maskattn.slide.summary import read_summary
 
 
 def test_no_run_loses_the_rows_of_another(tmp_path: Path) -> None:
@@ -26,3 +27,24 @@ def test_no_run_loses_the_rows_of_another(tmp_path: Path) -> None:
     rows = read_summary(settings.out_dir / "summary.csv")
     assert sorted(rows) == sorted(name for own in names for name in own)
     assert {row["reason"] for row in rows.values()} == {"there is no such file"}
+
+
+def test_table_is_whole_whenever_another_program_looks(tmp_path: Path) -> None:
+    model, settings = small_model(), RunSettings(out_dir=tmp_path)
+    jobs = [SlideJob(f"s{slide}", Path("gone.svs"), problem='it said "no", twice') for slide in range(400)]
+    seen: list[int] = []
+
+    def look(running: Future[object]) -> None:
+        while not running.done():
+            if (tmp_path / "summary.csv").exists():
+                with (tmp_path / "summary.csv").open(newline="") as file:
+                    header, *table = csv.reader(file)
+                assert all(len(fields) == len(header) for fields in table)
+                assert all(fields[2] == 'it said "no", twice' for fields in table)
+                seen.append(len(table))
+
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            look(pool.submit(run_slides, jobs, model, settings))
+    assert len(set(seen)) > 3
+    assert len(read_summary(tmp_path / "summary.csv")) == len(jobs)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -12,7 +11,6 @@ from maskattn.slide.prediction import (
     ModelIdentity,
     SlideCounts,
     SlideFile,
-    SlideOutcome,
     SlidePrediction,
     read_prediction,
 )
@@ -20,11 +18,9 @@ from maskattn.slide.tables import (
     TileGeometry,
     TokenRows,
     read_features,
-    read_summary,
     replacing,
     write_features,
     write_relevance,
-    write_summary,
 )
 
 GEOMETRY = TileGeometry(128, 257, 20.0, 9.96, 2220, 2967)
@@ -179,29 +175,3 @@ def test_incomplete_prediction_is_refused(tmp_path: Path, fault: str) -> None:
         path.write_text("[]")
     with pytest.raises(ValueError, match="complete"):
         read_prediction(path)
-
-
-def test_summary_keeps_every_class_that_occurs(tmp_path: Path) -> None:
-    other = replace(PREDICTION, scores={"c": 1.0}, prediction="c")
-    outcomes = [
-        SlideOutcome("one", "ok", "", 1.5, PREDICTION),
-        SlideOutcome("two", "failed", 'it is "broken", so', 0.25),
-        SlideOutcome("three", "skipped", "finished", 0.0, other),
-    ]
-    write_summary(tmp_path / "summary.csv", [outcome.row() for outcome in outcomes])
-    rows = read_summary(tmp_path / "summary.csv")
-    assert list(rows) == ["one", "two", "three"]
-    assert list(rows["one"]) == [
-        *("slide_id", "status", "reason", "prediction", "score_a", "score_b", "score_c", "model", "seconds")
-    ]
-    assert (rows["one"]["score_a"], rows["one"]["score_c"], rows["one"]["seconds"]) == ("0.750000", "", "1.50")
-    assert rows["two"]["reason"] == 'it is "broken", so'
-    write_summary(tmp_path / "again.csv", rows.values())
-    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "summary.csv").read_bytes()
-
-
-def test_absent_summary_is_empty_and_a_strange_one_refused(tmp_path: Path) -> None:
-    assert read_summary(tmp_path / "summary.csv") == {}
-    (tmp_path / "summary.csv").write_text("name,age\nx,1\n")
-    with pytest.raises(ValueError, match="move that file away"):
-        read_summary(tmp_path / "summary.csv")
