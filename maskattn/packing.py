@@ -65,7 +65,7 @@ class Packing:
 
         Raises:
             TypeError: the mask is not boolean.
-            ValueError: the mask has not two dimensions.
+            ValueError: the mask has not two dimensions, or no numbers (meta device, ``torch.vmap``).
         """
         _check_keep(keep_BN)
         if not torch.compiler.is_compiling() and has_extension():
@@ -77,7 +77,7 @@ class Packing:
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         kept = keep_BN.reshape(-1)
         row = kept.cumsum(0, dtype=torch.int32) - 1
-        counts = lengths.tolist()
+        counts = _read(lengths, keep_BN)
         total = sum(counts)
         # Like kept.nonzero(), which would wait for the device again; background goes to one place behind the end.
         tokens = torch.arange(kept.shape[0], device=kept.device)
@@ -201,6 +201,18 @@ def _has_kernels(device: torch.device) -> bool:
     from maskattn.kernels.gather import runs_on
 
     return runs_on(device)
+
+
+def _read(lengths: Tensor, keep_BN: Tensor) -> list[int]:
+    """The number of kept tokens of each sequence; it is data, which the meta device and torch.vmap do not have."""
+    meta = keep_BN.device.type == "meta"
+    if not torch.compiler.is_compiling() and (meta or torch._C._functorch.is_batchedtensor(lengths)):
+        where = "keep.device=meta" if meta else "a mask that torch.vmap maps over"
+        raise ValueError(
+            f"Packing.from_keep needs to read the mask, because its kept tokens become rows, got {where}; "
+            "make the Packing outside, or use masked_attention, which takes the mask itself"
+        )
+    return lengths.tolist()  # type: ignore[no-any-return]
 
 
 def _check_keep(keep_BN: Tensor) -> None:

@@ -287,7 +287,7 @@ def _options(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as ``torch.autocast`` casts what goes into torch's attention; float64 stays."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not ops.is_autocast(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     narrow = (torch.float32, torch.float16, torch.bfloat16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ __all__ = [
     "check_dense",
     "check_dropout",
     "check_keep",
+    "check_lengths",
     "check_packed",
     "check_readout",
 ]
@@ -79,6 +82,35 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must have shape (B + 1,), got {name}.shape={tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != q.device:
         raise ValueError(f"{name} must lie on q's device {q.device}, got {cu_seqlens.device}")
+
+
+def check_lengths(name: str, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> None:
+    """Sequences that start at 0, follow each other, end with the last row, and are no longer than announced.
+
+    For tensors on the CPU, whatever implementation runs; elsewhere reading them would wait for the device.
+    """
+    if cu_seqlens.device.type != "cpu":
+        return
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
+    if starts[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {name}[0]={starts[0]}; put a 0 in front")
+    if min(lengths, default=0) < 0:
+        at = next(i for i, length in enumerate(lengths) if length < 0)
+        raise ValueError(
+            f"{name} must never decrease, got {name}[{at + 1}]={starts[at + 1]} after {starts[at]}; "
+            "sum up the lengths of the sequences"
+        )
+    if starts[-1] != rows:
+        raise ValueError(
+            f"{name} must end with the {rows} rows that it divides, got {name}[{len(lengths)}]={starts[-1]}; "
+            "give the rows that remain a sequence of their own, or cut them off"
+        )
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(
+            f"max_seqlen must be no less than the longest sequence of {name}, {max(lengths)} rows, "
+            f"got {max_seqlen}; use Packing.max_seqlen"
+        )
 
 
 def check_bias(key_bias: Tensor | None, q: Tensor, shapes: tuple[tuple[int, ...], ...], names: str) -> None:

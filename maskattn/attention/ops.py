@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskattn.attention.checks import check_lengths
 from maskattn.attention.implementations import implementation
 from maskattn.options import Gradients, Options, Sequences
 
@@ -22,6 +23,7 @@ __all__ = [
     "fake_gradients",
     "flat_gradients",
     "flat_options",
+    "is_autocast",
     "masked_attention",
     "packed_attention",
     "refuse_second_derivatives",
@@ -57,6 +59,9 @@ def flat_options(options: Options) -> tuple[Any, ...]:
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """q (Tq, H, D), k, v (Tk, H, D) → out (Tq, H, D), lse (H, Tq)."""
     sequences, options, (need_lse, impl) = Sequences(*rest[:4]), Options(*rest[4:11]), rest[11:]
+    # Here, where torch.compile and transforms have real numbers.
+    check_lengths("cu_seqlens_q", sequences.cu_seqlens_q, q.shape[0], sequences.max_seqlen_q)
+    check_lengths("cu_seqlens_k", sequences.cu_seqlens_k, k.shape[0], sequences.max_seqlen_k)
     with without_autocast(q):
         out, lse = implementation(impl).packed_forward(q, k, v, sequences, options, need_lse)
     return out.contiguous(), lse.contiguous()
@@ -180,7 +185,12 @@ masked_attention.register_autograd(_differentiate_masked, setup_context=_save_ma
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Inside an op dtypes are what the caller chose; autocast would turn float32 sums into halves."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext()
+
+
+def is_autocast(kind: str) -> bool:
+    """Whether ``torch.autocast`` is on for a device type; there are some, like meta, that it does not know."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def flat_gradients(grads: Gradients) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskattn.attention.checks import check_lengths
 from maskattn.attention.implementations import implementation
 from maskattn.attention.ops import (
     GRADIENTS,
@@ -38,6 +39,7 @@ def readout(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, R, H, D), k, v (T, H, D) → out (B, R, H, D), lse (B, R, H), rows (R, H, T)."""
     options, (need_lse, need_rows, impl) = Options(*rest[:7]), rest[7:]
+    check_lengths("cu_seqlens", cu_seqlens, k.shape[0], max_seqlen)
     with without_autocast(q):
         out, lse, rows = implementation(impl).readout_forward(
             q, k, v, cu_seqlens, max_seqlen, options, need_lse, need_rows
@@ -130,6 +132,8 @@ refuse_second_derivatives(readout_backward, "readout")
 def token_relevance(q: Tensor, *rest: Any) -> Tensor:
     """S (K, T), float32 or wider; see ``reference.token_relevance``. Not differentiable."""
     tensors, options, impl = rest[:9], Options(*rest[9:16]), rest[16]
+    cu_seqlens, max_seqlen = tensors[7:]
+    check_lengths("cu_seqlens", cu_seqlens, tensors[0].shape[0], max_seqlen)
     with without_autocast(q):
         return implementation(impl).token_relevance(q, *tensors, options).contiguous()
 

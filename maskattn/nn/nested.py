@@ -16,8 +16,16 @@ __all__ = ["nested_like", "nested_rows"]
 
 
 def nested_rows(x: Tensor) -> tuple[Tensor, Packing]:
-    """The (T, C) rows of a nested (B, ·, C), and where they lie in (B, longest)."""
+    """The (T, C) rows of a nested (B, ·, C), and where they lie in (B, longest).
+
+    Raises:
+        ValueError: there is no sequence, whose width would say C.
+    """
     pieces = x.unbind()
+    if not pieces:
+        raise ValueError(
+            f"a nested query must hold at least one sequence, got query.size(0)={x.size(0)}; leave out empty batches"
+        )
     lengths = [piece.shape[0] for piece in pieces]
     longest = max(lengths, default=0)
     keep = torch.arange(longest) < torch.tensor(lengths, dtype=torch.int64)[:, None]

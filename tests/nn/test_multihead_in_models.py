@@ -121,6 +121,13 @@ def test_a_decoder_computes_the_same_and_through_our_forward(training, forwards)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_a_nested_query_without_sequences_is_named():
+    empty = torch.nested.nested_tensor([])
+    with pytest.raises(ValueError, match=r"at least one sequence, got query\.size\(0\)=0"):
+        MultiheadAttention(8, 2, batch_first=True).eval()(empty, empty, empty, need_weights=False)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_are_packed_rows(layout):
     theirs, ours = pair(add_zero_attn=True)
