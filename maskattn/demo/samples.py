@@ -31,6 +31,8 @@ KINDS = ("glass", *CLASSES)
 class ArrayReader:
     """A synthetic slide in memory behind the interface of ``SlideReader``."""
 
+    notes = ()
+
     def __init__(self, slide: SyntheticSlide) -> None:
         self.image_HW3 = slide.image_HW3
         height, width = slide.image_HW3.shape[:2]
@@ -48,7 +50,7 @@ class ArrayReader:
         )
 
     def read_region(
-        self, x_lv0: int, y_lv0: int, size_lv0: tuple[int, int], out_px: tuple[int, int]
+        self, x_lv0: int, y_lv0: int, size_lv0: tuple[int, int], out_px: tuple[int, int], *, tolerant: bool = False
     ) -> UInt8[np.ndarray, "H W 3"]:
         """(H, W, 3) uint8 of the rectangle; white outside the slide."""
         region = np.full((size_lv0[1], size_lv0[0], 3), 255, np.uint8)

@@ -67,7 +67,8 @@ def find_tissue(
         shrink = math.sqrt(info.width_px * info.height_px / _MAX_MASK_PX)
         notes.append(f"tissue was sought at {shrink * info.spacing_um:.3g} µm per pixel, to bound the memory")
     size = (max(1, round(info.width_px / shrink)), max(1, round(info.height_px / shrink)))
-    rgb = reader.read_region(0, 0, (info.width_px, info.height_px), size)
+    rgb = reader.read_region(0, 0, (info.width_px, info.height_px), size, tolerant=True)
+    notes.extend(reader.notes)
     px_lv0 = (info.width_px / size[0], info.height_px / size[1])
     px_um = info.spacing_um * (px_lv0[0] + px_lv0[1]) / 2
 

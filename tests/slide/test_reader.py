@@ -12,6 +12,7 @@ from slides import DrawnSlide, damage_tile, draw_tissue, make_slide, write_pyram
 import maskattn.slide.reader as reader_module
 from maskattn.errors import SlideError
 from maskattn.slide.reader import SlideReader
+from maskattn.slide.resampling import on_white
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_transparent_pixels_lie_on_white() -> None:
     rgba[0, 0] = (10, 20, 30, 255)
     rgba[0, 1] = (10, 20, 30, 0)
     rgba[1, 0] = (0, 100, 255, 51)
-    rgb = reader_module._on_white(rgba)
+    rgb = on_white(rgba)
     assert rgb[0, 0].tolist() == [10, 20, 30]
     assert rgb[0, 1].tolist() == [255, 255, 255]
     assert rgb[1, 0].tolist() == [204, 224, 255]

@@ -25,12 +25,14 @@ class SlideImage(Protocol):
     Attributes:
         level_dimensions: (width, height) of each level in its own pixels, the finest first.
         level_downsamples: level-0 pixels per pixel of each level, along x and along y.
+        level_tiles: (width, height) of the pieces in which each level is decoded, in its own pixels.
         properties: everything the file says of itself.
         associated_images: names of the label, the macro image and the like.
     """
 
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[tuple[float, float], ...]
+    level_tiles: tuple[tuple[int, int], ...]
     properties: dict[str, str]
     associated_images: tuple[str, ...]
 

@@ -18,6 +18,8 @@ __all__ = ["OpenSlideImage"]
 
 # Decoded tiles kept for the neighbours that share them: two or three rows of 256 px tiles across 50,000 px.
 _CACHE_BYTES = 128 << 20
+# Where the format does not say the size of its tiles.
+_COMMON_TILE_PX = 256
 # OpenSlide paints in squares of this side and rounds each one's corner down to a level-0 pixel.
 _PAINTED_PX = 4096
 
@@ -39,6 +41,7 @@ class OpenSlideImage:
         self.level_dimensions: tuple[tuple[int, int], ...] = self._slide.level_dimensions
         self.level_downsamples = axis_downsamples(self.level_dimensions, self._single_downsamples)
         self.properties = dict(self._slide.properties)
+        self.level_tiles = tuple(self._tile_of(level) for level in range(len(self.level_dimensions)))
         self.associated_images: tuple[str, ...] = tuple(sorted(self._slide.associated_images))
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "H W 4"]:
@@ -56,6 +59,11 @@ class OpenSlideImage:
     def close(self) -> None:
         """Close the file."""
         self._slide.close()
+
+    def _tile_of(self, level: int) -> tuple[int, int]:
+        said = (self.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
+        width, height = (int(text) if text else _COMMON_TILE_PX for text in said)
+        return width, height
 
     def _paint(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         single = self._single_downsamples[level]

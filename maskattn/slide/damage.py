@@ -1,0 +1,116 @@
+"""Damage: which places of which levels cannot be decoded, why, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maskattn.slide.formats.remedies import remedy_for
+
+__all__ = ["Damage", "DamageLog", "Rectangle"]
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Pixels left to right and top to bottom, the last excluded."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def width(self) -> int:
+        """Pixels along x."""
+        return self.right - self.left
+
+    @property
+    def height(self) -> int:
+        """Pixels along y."""
+        return self.bottom - self.top
+
+    def within(self, outer: Rectangle) -> tuple[slice, slice]:
+        """The index of this rectangle's pixels in an array of the outer one's."""
+        rows = slice(self.top - outer.top, self.bottom - outer.top)
+        return rows, slice(self.left - outer.left, self.right - outer.left)
+
+    def scaled(self, ratio_x: float, ratio_y: float) -> Rectangle:
+        """The rectangle in pixels that are smaller by these ratios, to the nearest pixel."""
+        return Rectangle(
+            round(self.left * ratio_x),
+            round(self.top * ratio_y),
+            max(round(self.right * ratio_x), round(self.left * ratio_x) + 1),
+            max(round(self.bottom * ratio_y), round(self.top * ratio_y) + 1),
+        )
+
+    def halves(self, tile: tuple[int, int]) -> tuple[Rectangle, Rectangle] | None:
+        """Cut it in two between tiles of that size, across the axis of more tiles; None within a single tile."""
+        cut_x, columns = _middle(self.left, self.right, tile[0])
+        cut_y, rows = _middle(self.top, self.bottom, tile[1])
+        if columns <= 1 and rows <= 1:
+            return None
+        if columns >= rows:
+            return (
+                Rectangle(self.left, self.top, cut_x, self.bottom),
+                Rectangle(cut_x, self.top, self.right, self.bottom),
+            )
+        return (
+            Rectangle(self.left, self.top, self.right, cut_y),
+            Rectangle(self.left, cut_y, self.right, self.bottom),
+        )
+
+
+def _middle(first: int, end: int, tile: int) -> tuple[int, int]:
+    """A tile's edge about midway between two places, and over how many tiles these reach."""
+    start, tiles = first // tile, -(-end // tile) - first // tile
+    return (start + tiles // 2) * tile, tiles
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A place that cannot be decoded.
+
+    Attributes:
+        level: the level.
+        place_lv0: where, in level-0 pixels.
+        reason: the decoder's own words.
+    """
+
+    level: int
+    place_lv0: Rectangle
+    reason: str
+
+    def message(self, path: Path) -> str:
+        """The error of a region that must be whole."""
+        return (
+            f"a region must decode, got {self.where()} of '{path}', which fails with '{self.reason}'; "
+            f"{remedy_for(self.reason)}"
+        )
+
+    def where(self) -> str:
+        """The place in words: its corner, in level-0 pixels."""
+        return f"x={self.place_lv0.left}, y={self.place_lv0.top} at level {self.level}"
+
+
+@dataclass
+class DamageLog:
+    """What a reader met that it could not decode, told once per level and outcome."""
+
+    _first: dict[tuple[int, bool], Damage] = field(default_factory=dict)
+    _places: dict[tuple[int, bool], set[Rectangle]] = field(default_factory=dict)
+
+    def add(self, damage: Damage, white: bool) -> None:
+        """Note a place, and whether it was left white or read from a finer level."""
+        key = (damage.level, white)
+        self._first.setdefault(key, damage)
+        self._places.setdefault(key, set()).add(damage.place_lv0)
+
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for each level and outcome."""
+        return tuple(self._note(*key) for key in self._first)
+
+    def _note(self, level: int, white: bool) -> str:
+        first, places = self._first[level, white], len(self._places[level, white])
+        further = f", nor can {places - 1} more {'place' if places == 2 else 'places'} of it" if places > 1 else ""
+        outcome = "they are taken for glass" if white else "a finer level was read there"
+        return f"{first.where()} cannot be decoded ('{first.reason}'){further}; {outcome}"

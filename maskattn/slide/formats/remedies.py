@@ -1,0 +1,35 @@
+"""What helps against a decoder's reason: copy what is missing, convert what is not read, replace what is damaged."""
+
+from __future__ import annotations
+
+__all__ = ["CONVERT", "remedy_for"]
+
+CONVERT = (
+    "convert it to a tiled pyramid of 8-bit RGB, e.g. `vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg`"
+)
+_DAMAGED = "the file is damaged there: copy it again, or rescan the slide"
+
+# Words of OpenSlide's, libtiff's and imagecodecs' messages.
+_MISSING = ("couldn't open", "can't open", "no such file", "could not open", "failed to open")
+_UNSUPPORTED = (
+    "can not handle images with",
+    "sorry, ",
+    "unsupported",
+    "not supported",
+    "not implemented",
+    "can not handle format",
+    "requires the 'imagecodecs'",
+)
+_TRANSIENT = ("input/output error", "stale file handle", "connection", "permission denied", "too many open files")
+
+
+def remedy_for(reason: str) -> str:
+    """The remedy for a reason that a decoder gave."""
+    said = reason.lower()
+    if any(words in said for words in _TRANSIENT):
+        return "check the disk or the network drive, and who may read the file"
+    if any(words in said for words in _MISSING):
+        return "a file of the slide is missing: copy the slide again with all its files and folders"
+    if any(words in said for words in _UNSUPPORTED):
+        return f"the file is not damaged, but this kind of image is not read: {CONVERT}"
+    return _DAMAGED
