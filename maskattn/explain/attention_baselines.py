@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from maskattn.explain.attention_maps import AttentionMap
 from maskattn.explain.baselines import Baseline
 from maskattn.explain.targets import Target, select_scores
-from maskattn.nn.blocks import Block, PackedTokens
-from maskattn.nn.positions import rotate
+from maskattn.nn.blocks import Attention, Block, PackedTokens
+from maskattn.nn.plain_modules import forwards_of, is_plain
 from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import pack, unpack
 from maskattn.shapes import Float
@@ -90,6 +90,7 @@ def _with_weights(
         )
     weights = []
     for block in cast(Sequence[Block], model.blocks):
+        _check_is_called_by_parts(block)
         normed = tokens.with_rows(block.norm1(tokens.rows_TC))
         out_THD, weights_BHLL = _attend(block, normed)
         attended = tokens.rows_TC + block.ls1(block.attn.project(out_THD))
@@ -98,11 +99,22 @@ def _with_weights(
     return tokens, weights
 
 
+_CALLED_BY_PARTS = forwards_of((Block, Attention))
+
+
+def _check_is_called_by_parts(block: Block) -> None:
+    """Both are written out here, so that what hangs on them would be left out; what hangs on their parts is not."""
+    if not (all(is_plain(part, _CALLED_BY_PARTS, itself=True) for part in (block, block.attn))):
+        raise ValueError(
+            "rollout and relevance propagation need every block's weights, and a block or its attention has been "
+            f"replaced, patched or hooked, got {type(block).__name__} with {type(block.attn).__name__}; take the hooks "
+            "off, or use CDAM"
+        )
+
+
 def _attend(block: Block, normed: PackedTokens) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "B H L L"]]:
     attn, packing = block.attn, normed.packing
-    q = attn.class_token_queries(normed.rows_TC)
-    q = q if normed.rotation is None else rotate(q, normed.rotation)
-    k, v = attn.keys_and_values(normed)
+    q, k, v = attn.queries_keys_and_values(normed.rows_TC, normed)
     q, k, v = (unpack(x, packing).transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
     present_BL = cast(Tensor, packing.row_of_token).view(packing.batch_size, -1) >= 0
     scores = q @ k.mT * q.shape[-1] ** -0.5

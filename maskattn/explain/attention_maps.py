@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from maskattn.explain.cdam import as_maps
-from maskattn.explain.packed_model import packed_model, refuse_dropout
+from maskattn.explain.packed_model import check_explainable, packed_model
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float
@@ -61,7 +61,7 @@ class AttentionMap:
         Raises:
             TypeError, ValueError: inputs, keep or heads do not fit the model, or it drops at random (train mode).
         """
-        refuse_dropout(self.model)
+        check_explainable(self.model)
         count = self.model.last_block.attn.num_heads
         if (isinstance(heads, str) and heads != "all") or any(not 0 <= h < count for h in _indices(heads)):
             raise ValueError(f"heads must be None, 'all' or indices in 0 … {count - 1}, got heads={heads!r}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from maskattn.explain.cdam import as_maps, model_and_tokens, squeeze_maps
+from maskattn.explain.last_block import input_of_attention, output_from, reads_class_token_alone
 from maskattn.explain.packed_model import packed_model
 from maskattn.explain.targets import Target, gives_one_map, select_scores
 from maskattn.explain.token_scores import score_class_token_queries, score_tokens
@@ -146,7 +147,7 @@ class IntegratedCDAM:
         model, tokens = model_and_tokens(self.model, inputs, target, keep)
         B = tokens.packing.batch_size
         with torch.no_grad():
-            normed = model.last_block.norm1(tokens.rows_TC)
+            normed = input_of_attention(model, tokens)
         nodes, weights = self._quadrature(tokens.rows_TC)
         total: Tensor | float = 0.0
         queries: Tensor | float = 0.0
@@ -161,7 +162,7 @@ class IntegratedCDAM:
             relevance, scores = score_tokens(model, many, per_copy, scaled)
             by_copy = relevance.unflatten(1, (len(alphas), -1))
             total = total + torch.einsum("m,cmt->ct", weights[part].to(relevance), by_copy)
-            if return_convergence_gap and scaled is not None and model.global_pool == "token":
+            if return_convergence_gap and scaled is not None and reads_class_token_alone(model):
                 parts = score_class_token_queries(model, many, per_copy, scaled).unflatten(0, (len(alphas), B))
                 queries = queries + torch.einsum("m,mbc->bc", weights[part].to(parts), parts)
         assert isinstance(total, Tensor)
@@ -196,8 +197,8 @@ def _difference(model: VisionTransformer, tokens: PackedTokens, normed: Tensor, 
 
     def scores(at: Tensor) -> Tensor:
         block = model.last_block
-        if model.global_pool != "token":
-            return select_scores(model.pool(block.mix(tokens, at)), target)
+        if not reads_class_token_alone(model):
+            return select_scores(output_from(model, tokens, at), target)
         read = block.read_attention(tokens, at).out_B1HD
         return select_scores(model.predict_from_class_token(block.finish(tokens, read)), target)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from maskattn.explain.cdam import squeeze_maps
 from maskattn.explain.concepts import Concept
-from maskattn.explain.packed_model import packed_model, refuse_dropout, without_head
+from maskattn.explain.packed_model import check_explainable, packed_model, without_head
 from maskattn.explain.targets import Target, select_scores
 from maskattn.explain.token_subsets import batches, predict_subsets, target_of
 from maskattn.nn.vit import VisionTransformer, keep_per_token
@@ -50,7 +50,7 @@ class Baseline(ABC):
             inputs, keep: see there.
             target: see there; a function must treat each row of the output for itself.
         """
-        refuse_dropout(self.model)
+        check_explainable(self.model)
         model = without_head(self.model) if isinstance(target, Concept) else self.model
         grid_HW = model.patch_embed.grid_of(inputs)
         keep_BN = keep_per_token(keep, len(inputs), grid_HW, inputs.device)

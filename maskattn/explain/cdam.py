@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskattn.explain.concepts import Concept
-from maskattn.explain.packed_model import packed_model, refuse_dropout, without_head
+from maskattn.explain.packed_model import check_explainable, packed_model, without_head
 from maskattn.explain.targets import Target, gives_one_map
 from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens
@@ -26,8 +26,9 @@ class CDAM:
     """Relevance maps of a vision transformer, signed and not normalised.
 
     Positive supports the target, negative speaks against it; background tokens are 0. Class-token models take the
-    closed form, at the price of one attention row whatever the number of targets; mean-pooled ones go through
-    autograd. The backbone runs once, without a graph; nothing is left behind on the model.
+    closed form, at the price of one attention row whatever the number of targets; mean-pooled ones, and those with a
+    hook or an adapter on their last block, go through autograd. The backbone runs once, without a graph; nothing is
+    left behind on the model.
 
     Args:
         model: a :class:`maskattn.nn.VisionTransformer` in eval mode, or a vision transformer of timm or transformers,
@@ -78,7 +79,7 @@ def model_and_tokens(
     Raises:
         ValueError: the model drops at random.
     """
-    refuse_dropout(model)
+    check_explainable(model)
     model = without_head(model) if isinstance(target, Concept) else model
     return model, model.before_last_block(model.embed(inputs, keep))
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskattn.explain.packed_model import packed_model, refuse_dropout, without_head
+from maskattn.explain.packed_model import check_explainable, packed_model, without_head
 from maskattn.shapes import Bool, Float
 
 __all__ = ["Concept"]
@@ -76,7 +76,7 @@ class Concept:
         if len(images) == 0:
             raise ValueError("a concept is the mean of example images and there is none, got B=0")
         encoder = without_head(packed_model(model))
-        refuse_dropout(encoder)
+        check_explainable(encoder)
         keeps: Sequence[Tensor | None] = (
             [None] * -(-len(images) // batch_size) if keep is None else keep.split(batch_size)
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskattn.explain.attention_maps import attend_from_class_token
 from maskattn.explain.cdam import as_maps
-from maskattn.explain.packed_model import refuse_dropout
+from maskattn.explain.packed_model import check_explainable
 from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.hipt import HIPT
@@ -97,7 +97,7 @@ class HierarchicalCDAM:
         Raises:
             ValueError: the model drops at random (train mode).
         """
-        refuse_dropout(self.model)
+        check_explainable(self.model)
         encoder = self.model.tile_encoder
         with torch.no_grad():
             tokens = encoder.before_last_block(self.model.tile_tokens(tiles_BIXY, keep_BHW))
@@ -115,7 +115,7 @@ def explain_slide(
     Raises:
         ValueError: the model drops at random (train mode), or embeddings and kept cells do not match.
     """
-    refuse_dropout(model)
+    check_explainable(model)
     encoder = model.slide_encoder
     z = embeddings_TC.detach().clone().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):

@@ -8,9 +8,10 @@ from torch import nn
 
 from maskattn.nn.adapters import from_timm, from_transformers
 from maskattn.nn.blocks import Attention, DropPath
+from maskattn.nn.plain_modules import is_plain
 from maskattn.nn.vit import VisionTransformer
 
-__all__ = ["packed_model", "refuse_dropout", "without_head"]
+__all__ = ["check_explainable", "packed_model", "without_head"]
 
 
 def packed_model(model: nn.Module) -> VisionTransformer:
@@ -43,12 +44,24 @@ def packed_model(model: nn.Module) -> VisionTransformer:
     )
 
 
-def refuse_dropout(model: nn.Module) -> None:
-    """Refuse a model that would drop at random while it is explained: its map would be that of another model.
+def check_explainable(model: nn.Module) -> None:
+    """Refuse a model whose map would be that of another model.
+
+    Explanations take a vision transformer apart: they run its blocks, norm and head, and not its own forward.
 
     Raises:
-        ValueError: some of its parts drop; the first is named.
+        ValueError: some of its parts drop at random (train mode), or a vision transformer's forward has been replaced,
+            patched or hooked; the first is named.
     """
+    for name, part in model.named_modules():
+        if isinstance(part, VisionTransformer) and not is_plain(
+            part, {type(part): VisionTransformer.forward}, itself=True
+        ):
+            raise ValueError(
+                "an explanation runs a vision transformer's parts, so nothing may hang on its own forward, got "
+                f"{name or 'the model'}, a {type(part).__name__}, with hooks or another forward; take them off, or put "
+                "what they do into a target function"
+            )
     for name, part in model.named_modules():
         share = part.p if isinstance(part, nn.Dropout) else part.share if isinstance(part, DropPath) else 0
         if isinstance(part, Attention):

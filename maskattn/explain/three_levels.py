@@ -19,7 +19,7 @@ from torch import Tensor
 from maskattn.explain.cdam import as_maps
 from maskattn.explain.factorised import join_patches
 from maskattn.explain.hierarchical import RelevanceMap, explain_slide, gradients_of, products_with
-from maskattn.explain.packed_model import refuse_dropout
+from maskattn.explain.packed_model import check_explainable
 from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.hipt import HIPT
@@ -82,7 +82,7 @@ class ThreeLevelCDAM:
         Raises:
             ValueError: the model drops at random (train mode).
         """
-        refuse_dropout(self.model)
+        check_explainable(self.model)
         model, encoder = self.model, self.model.region_encoder
         patches = model.cut(regions_BIXY, keep_Bhw)
         parts = [

@@ -5,7 +5,8 @@ Two ways to the same number:
 - closed form, for models that read the class token alone: a backward through one token's projection, MLP and head
   for each target, then ``token_relevance`` for all of them in one pass over keys and values. It takes the derivatives
   of k and v along T: k − b_k and v − b_v where both are affine in T, through the k norm and the rotation where not.
-- autograd through the last block, for mean-pooled models, whose prediction reads every token.
+- autograd through the last block, for mean-pooled models, whose prediction reads every token, and for models on
+  whose last block something hangs (a hook, an adapter such as LoRA), whose weights alone do not say what it does.
 
 The closed form leaves out what a class token does as a query; ``score_class_token_queries`` is that part.
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from maskattn.attention.api import readout, token_relevance
+from maskattn.explain.last_block import input_of_attention, output_from, reads_class_token_alone
 from maskattn.explain.targets import Target, select_scores
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
@@ -53,7 +55,7 @@ def score_tokens(
     Returns:
         S (M, T), prefix tokens among the T, and the scores (B, M) that were explained.
     """
-    way = score_tokens_in_closed_form if model.global_pool == "token" else score_tokens_by_autograd
+    way = score_tokens_in_closed_form if reads_class_token_alone(model) else score_tokens_by_autograd
     return way(model, tokens, target, normed_TC)
 
 
@@ -91,9 +93,9 @@ def score_tokens_by_autograd(
     """A backward through the last block for each target. Arguments and results as in :func:`score_tokens`."""
     tokens = tokens.with_rows(tokens.rows_TC.detach())
     with torch.enable_grad():
-        normed = model.last_block.norm1(tokens.rows_TC) if normed_TC is None else normed_TC
+        normed = input_of_attention(model, tokens) if normed_TC is None else normed_TC
         normed = normed.detach().requires_grad_()
-        scores_BM = select_scores(model.pool(model.last_block.mix(tokens, normed)), target)
+        scores_BM = select_scores(output_from(model, tokens, normed), target)
     relevance = normed.new_empty(scores_BM.shape[1], len(normed))
     for row, gradient in zip(relevance, _gradients(scores_BM, normed), strict=True):
         row.copy_((normed.detach() * gradient).sum(dim=1))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from maskattn.attention.api import readout
 from maskattn.nn.mlps import ACTIVATIONS, MLPS, Mlp
 from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.plain_modules import forwards_of, has_plain_parameters, is_plain
 from maskattn.nn.self_attention import Attention, AttentionOptions
 from maskattn.packing import Packing
 from maskattn.shapes import Float
@@ -33,6 +34,7 @@ __all__ = [
     "LayerScale",
     "PackedTokens",
     "PatchEmbedding",
+    "is_as_built",
 ]
 
 
@@ -142,18 +144,23 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if init is None else LayerScale(dim, init)
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, tokens: PackedTokens) -> PackedTokens:
-        """(T, C) → (T, C)."""
-        return self.mix(tokens, self.norm1(tokens.rows_TC))
+    def forward(self, rows_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"]:
+        """(T, C) → (T, C); ``tokens`` says where the rows lie, its own are not read."""
+        return self._mixed(rows_TC, self.norm1(rows_TC), tokens)
 
     def mix(self, tokens: PackedTokens, normed_TC: Float[Tensor, "T C"]) -> PackedTokens:
         """The block from the input of its attention on; explanations differentiate with respect to ``normed_TC``."""
-        update = self.ls1(self.attn(tokens.with_rows(normed_TC)))
-        attended = tokens.rows_TC + self.drop_path1(update, tokens.packing)
-        return tokens.with_rows(self.feed_forward(attended, tokens.packing))
+        return tokens.with_rows(self._mixed(tokens.rows_TC, normed_TC, tokens))
+
+    def _mixed(self, rows_TC: Tensor, normed_TC: Tensor, tokens: PackedTokens) -> Tensor:
+        update = self.ls1(self.attn(normed_TC, tokens))
+        return self.feed_forward(rows_TC + self.drop_path1(update, tokens.packing), tokens.packing)
 
     def read(self, tokens: PackedTokens) -> Float[Tensor, "B 1 C"]:
-        """The block's output at the class token alone: one attention row, and no MLP for any other token."""
+        """The block's output at the class token alone: one attention row, and no MLP for any other token.
+
+        Reads weights, so that it stands for a call only where :func:`is_as_built`.
+        """
         operands = self._class_token_operands(self._normed(tokens))
         out = self._read(*operands, tokens.packing, dropout_p=self.attn.dropout_p)
         return self.finish(tokens, cast(Tensor, out))
@@ -161,7 +168,10 @@ class Block(nn.Module):
     def read_attention(
         self, tokens: PackedTokens, normed_TC: Float[Tensor, "T C"] | None = None
     ) -> ClassTokenAttention:
-        """The class token's attention with all that its derivatives need; ``normed_TC`` replaces the first norm's."""
+        """The class token's attention with all that its derivatives need; ``normed_TC`` replaces the first norm's.
+
+        Reads weights, as :meth:`read` does.
+        """
         normed = self._normed(tokens) if normed_TC is None else tokens.with_rows(normed_TC)
         q, k, v = self._class_token_operands(normed)
         out, lse = self._read(q, k, v, tokens.packing, return_lse=True)
@@ -169,10 +179,33 @@ class Block(nn.Module):
         return ClassTokenAttention(q, k, v, out, lse, *origins)
 
     def read_weights(self, tokens: PackedTokens) -> Float[Tensor, "H T"]:
-        """The softmax weight of each token in its sequence's class-token row."""
-        operands = self._class_token_operands(self._normed(tokens))
+        """The softmax weight of each token in its sequence's class-token row.
+
+        Raises:
+            ValueError: the attention is not this package's any more.
+        """
+        if is_as_built(self):
+            operands = self._class_token_operands(self._normed(tokens))
+        else:
+            q, k, v = self.attn.queries_keys_and_values(self._input_of_attention(tokens), tokens)
+            operands = tokens.with_rows(q).first(), k, v
         _, rows_1HT = self._read(*operands, tokens.packing, return_rows=True)
         return rows_1HT[0]
+
+    def _input_of_attention(self, tokens: PackedTokens) -> Float[Tensor, "T C"]:
+        """What the attention is given when the block is called, with all that hangs on it."""
+        seen: list[Tensor] = []
+        if type(self.attn) is not Attention or "forward" in self.attn.__dict__:
+            raise ValueError(
+                "an attention row is read from this package's own attention, and the last block's has been replaced or "
+                f"patched, got {type(self.attn).__name__}; read it before, or use CDAM"
+            )
+        hook = self.attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            self(tokens.rows_TC, tokens)
+        finally:
+            hook.remove()
+        return seen[0]
 
     def _normed(self, tokens: PackedTokens) -> PackedTokens:
         return tokens.with_rows(self.norm1(tokens.rows_TC))
@@ -198,6 +231,19 @@ class Block(nn.Module):
     def _read(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, **options: Any) -> Any:
         # A class token has no place: ALiBi adds nothing to its row.
         return readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=self.attn.impl, **options)
+
+
+_BLOCK_PARTS = forwards_of(
+    (Block, Attention, LayerScale, DropPath, *MLPS.values(), nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout)
+)
+
+
+def is_as_built(block: nn.Module) -> bool:
+    """Whether nothing hangs on a block or its parts, so that the class token may be read from its weights.
+
+    A hook, a parametrisation, an adapter, a replaced, quantised or sharded layer needs every row, and its call.
+    """
+    return is_plain(block, _BLOCK_PARTS) and has_plain_parameters(cast(Block, block).attn.qkv)
 
 
 class AttentionPool(nn.Module):
@@ -228,6 +274,9 @@ class AttentionPool(nn.Module):
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
+_CONVOLUTION = forwards_of([nn.Conv2d])
+
+
 class PatchEmbedding(nn.Module):
     """A linear layer on each patch, kept as timm's convolution ``proj`` so that its weights load.
 
@@ -242,12 +291,16 @@ class PatchEmbedding(nn.Module):
     def __init__(self, patch_size: int, in_chans: int, dim: int, bias: bool = True, act: str | None = None) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.in_chans = in_chans
         self.act = act
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, bias=bias)
 
     def forward(self, patches_TK: Float[Tensor, "T K"]) -> Float[Tensor, "T C"]:
         """Flattened patches (T, in_chans·p·p) → (T, C)."""
-        rows = F.linear(patches_TK, self.proj.weight.flatten(1), self.proj.bias)
+        if is_plain(self.proj, _CONVOLUTION) and has_plain_parameters(self.proj):
+            rows = F.linear(patches_TK, self.proj.weight.flatten(1), self.proj.bias)
+        else:
+            rows = self.proj(patches_TK.unflatten(1, (-1, self.patch_size, self.patch_size))).flatten(1)
         return rows if self.act is None else ACTIVATIONS[self.act](rows)
 
     def cut(self, images_BIHW: Tensor, packing: Packing) -> Float[Tensor, "T K"]:
@@ -266,9 +319,9 @@ class PatchEmbedding(nn.Module):
             ValueError: they are not (B, in_chans, H, W) with sides that are multiples of the patch size.
         """
         shape, p = tuple(images_BIHW.shape), self.patch_size
-        if len(shape) != 4 or shape[1] != self.proj.in_channels or 0 in shape[2:] or shape[2] % p or shape[3] % p:
+        if len(shape) != 4 or shape[1] != self.in_chans or 0 in shape[2:] or shape[2] % p or shape[3] % p:
             raise ValueError(
-                f"images must be (B, {self.proj.in_channels}, H, W) with H and W multiples of the patch size {p}, got "
+                f"images must be (B, {self.in_chans}, H, W) with H and W multiples of the patch size {p}, got "
                 f"x.shape={shape}; pad or crop them first"
             )
         return shape[2] // p, shape[3] // p

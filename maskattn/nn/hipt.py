@@ -72,10 +72,10 @@ class HIPT(nn.Module):
             (patch_encoder, region_encoder, "patch and region"),
             (region_encoder, slide_encoder, "region and slide"),
         ):
-            if below.num_classes or below.embed_dim != above.patch_embed.proj.in_channels:
+            if below.num_classes or below.embed_dim != above.patch_embed.in_chans:
                 raise ValueError(
                     f"the {names} encoder must hand over embeddings of one width without a head, got num_classes="
-                    f"{below.num_classes}, width {below.embed_dim} and in_chans={above.patch_embed.proj.in_channels}"
+                    f"{below.num_classes}, width {below.embed_dim} and in_chans={above.patch_embed.in_chans}"
                 )
         if patch_px % patch_encoder.patch_embed.patch_size:
             raise ValueError(
@@ -181,10 +181,9 @@ class HIPT(nn.Module):
             (T, C), and (B,) bool, which of the regions they are.
         """
         patches = self.cut(regions_BIXY, keep_Bhw)
-        encoder = self.region_encoder
         tokens = self.region_tokens(self.encode_patches(patches), patches)
         keep_B = patches.packing.cu_seqlens.diff() > 0
-        return encoder.predict(encoder.before_last_block(tokens))[keep_B], keep_B
+        return self.region_encoder(tokens)[keep_B], keep_B
 
     def slide_tokens(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> PackedTokens:
         """Embeddings of the kept regions, row-major, to the packed tokens with which the slide encoder starts.
@@ -202,8 +201,7 @@ class HIPT(nn.Module):
 
     def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "K"]:
         """The slide's logits (K,) from its kept regions' embeddings. Arguments as in :meth:`slide_tokens`."""
-        encoder = self.slide_encoder
-        return encoder.predict(encoder.before_last_block(self.slide_tokens(embeddings_TC, keep_HW)))[0]
+        return self.slide_encoder(self.slide_tokens(embeddings_TC, keep_HW))[0]
 
 
 def slide_level(dim: int, num_classes: int, impl: str | None = None) -> VisionTransformer:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from maskattn.attention.api import packed_attention
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.positions import alibi_slopes, rotate
+from maskattn.shapes import Float
 
 __all__ = ["Attention", "AttentionOptions"]
 
@@ -65,13 +66,9 @@ class Attention(nn.Module):
         """The share of attention weights dropped now: 0 in eval mode."""
         return self.attn_drop_rate if self.training else 0.0
 
-    def forward(self, tokens: PackedTokens) -> Tensor:
-        """Normalised tokens (T, C) → (T, C), each sequence within itself."""
-        q, k, v = self.qkv(tokens.rows_TC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D]
-        if tokens.rotation is not None:
-            q, k = rotate(self.q_norm(q), tokens.rotation), rotate(self.k_norm(k), tokens.rotation)
-        else:
-            q, k = self.q_norm(q), self.k_norm(k)
+    def forward(self, normed_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"]:
+        """Normalised rows (T, C) → (T, C), each sequence within itself; ``tokens`` says where they lie."""
+        q, k, v = self.queries_keys_and_values(normed_TC, tokens)
         packing = tokens.packing
         out = packed_attention(
             q,
@@ -85,16 +82,26 @@ class Attention(nn.Module):
         )
         return self.project(cast(Tensor, out))
 
+    def queries_keys_and_values(
+        self, normed_TC: Float[Tensor, "T C"], tokens: PackedTokens
+    ) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T H D"], Float[Tensor, "T H D"]]:
+        """Normalised rows (T, C) → q, unscaled, k and v of all tokens, (T, H, D) each; the modules are called."""
+        q, k, v = self.qkv(normed_TC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if tokens.rotation is not None:
+            q, k = rotate(q, tokens.rotation), rotate(k, tokens.rotation)
+        return q, k, v
+
     def project(self, out: Tensor) -> Tensor:
         """What was read per head (..., H, D) → (..., C)."""
         return self.proj_drop(self.proj(self.norm(out.flatten(-2))))
 
     def class_token_queries(self, normed_BRC: Tensor) -> Tensor:
-        """(B, R, C) → q (B, R, H, D), unscaled, of tokens without a place: no rotation, no ALiBi."""
+        """(B, R, C) → q (B, R, H, D), unscaled, of tokens without a place (no rotation, no ALiBi), from the weights."""
         return self.q_norm(self._project(normed_BRC, slice(self.qkv.in_features)).unflatten(-1, (self.num_heads, -1)))
 
     def keys_and_values(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-        """Normalised tokens (T, C) → k and v alone, (T, H, D) each."""
+        """Normalised tokens (T, C) → k and v alone, (T, H, D) each, from the weights."""
         k, v = self._keys_and_values_before_norm(tokens)
         return self._finish_keys(k, tokens), v
 

@@ -161,7 +161,7 @@ def encode_placed_tiles(
         >>> encode_placed_tiles(encoder, torch.randn(3, 32), torch.tensor([[0, 0], [256, 0], [0, 512]]), 256).shape
         torch.Size([24])
     """
-    return encoder.predict(encoder.before_last_block(placed_tokens(encoder, embeddings_TC, coords_T2, tile_size)))[0]
+    return encoder(placed_tokens(encoder, embeddings_TC, coords_T2, tile_size))[0]
 
 
 def placed_tokens(

@@ -121,7 +121,7 @@ class SlideModel(nn.Module):
         self.tile_encoder = VisionTransformer(**{"img_size": config.tile_px, **config.tile_encoder, "impl": impl})
         derived = {
             "patch_size": 1,
-            "in_chans": self.tile_encoder.patch_embed.proj.out_channels,
+            "in_chans": self.tile_encoder.embed_dim,
             "num_classes": len(config.classes),
         }
         self.slide_encoder = VisionTransformer(**{**config.slide_encoder, **derived, "impl": impl})
@@ -157,8 +157,7 @@ class SlideModel(nn.Module):
         self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None
     ) -> Float[Tensor, "B C"]:
         """Embed tiles. Arguments as in :meth:`tile_tokens`."""
-        encoder = self.tile_encoder
-        return encoder.predict(encoder.before_last_block(self.tile_tokens(tiles_BIXY, keep_BHW)))
+        return self.tile_encoder(self.tile_tokens(tiles_BIXY, keep_BHW))
 
     def slide_tokens(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> PackedTokens:
         """Embeddings of the kept tiles to the packed tokens with which the slide encoder starts.
@@ -180,8 +179,7 @@ class SlideModel(nn.Module):
 
     def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "K"]:
         """The slide's logits (K,). Arguments as in :meth:`slide_tokens`."""
-        encoder = self.slide_encoder
-        return encoder.predict(encoder.before_last_block(self.slide_tokens(embeddings_TC, keep_HW)))[0]
+        return self.slide_encoder(self.slide_tokens(embeddings_TC, keep_HW))[0]
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``NAME.safetensors`` and, beside it, ``NAME.json``; neither is left half-written.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maskattn.nn.blocks import AttentionOptions, AttentionPool, Block, BlockOptions, PackedTokens, PatchEmbedding
+from maskattn.nn.blocks import AttentionOptions, AttentionPool, Block, BlockOptions, PatchEmbedding, is_as_built
 from maskattn.nn.mlps import ACTIVATIONS, MLPS
-from maskattn.nn.packed_tokens import insert_prefix, rows_and_columns
+from maskattn.nn.packed_tokens import PackedTokens, insert_prefix, rows_and_columns
 from maskattn.nn.positions import CONVENTIONS, resample_position_embedding, rotary_angles, sine_positions
 from maskattn.packing import Packing, pack, unpack
 from maskattn.shapes import Bool, Float
@@ -120,6 +120,7 @@ class VisionTransformer(nn.Module):
         self.global_pool = global_pool
         self.num_classes = num_classes
         self.embed_dim = embed_dim
+        self.num_heads = num_heads
         self.no_embed_class = no_embed_class
         self.position_kind = pos_embed
         self.pos_embed_resample = pos_embed_resample
@@ -158,11 +159,14 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(pooled, num_classes) if num_classes else nn.Identity()
         self._initialise()
 
-    def forward(self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "B K"]:
+    def forward(
+        self, x: Float[Tensor, "B I X Y"] | PackedTokens, keep: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "B K"]:
         """Predict.
 
         Args:
-            x: (B, in_chans, H·p, W·p) images; any multiple of the patch size p.
+            x: (B, in_chans, H·p, W·p) images; any multiple of the patch size p. Or what :meth:`embed` or
+                :meth:`embed_patches` made of them, without ``keep``.
             keep: (B, H·W) or (B, H, W) bool over grid tokens, True = the token takes part; None keeps all.
 
         Returns:
@@ -171,7 +175,8 @@ class VisionTransformer(nn.Module):
         Raises:
             TypeError, ValueError: x or keep have the wrong shape or dtype.
         """
-        return self.predict(self.before_last_block(self.embed(x, keep)))
+        tokens = x if isinstance(x, PackedTokens) else self.embed(x, keep)
+        return self.predict(self.before_last_block(tokens))
 
     def forward_features(
         self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None
@@ -211,7 +216,7 @@ class VisionTransformer(nn.Module):
             rows_TC = rows_TC + sines_TC.to(rows_TC.dtype)
         coords_T2, rotation = self._places(packing, grid_HW, rows_TC.dtype)
         P = self.num_prefix_tokens
-        if P:
+        if prefix_1PC is not None:
             prefix = prefix_1PC.to(rows_TC.dtype).expand(packing.batch_size, P, -1).flatten(0, 1)
             packing, rows_of_prefix, rows_of_grid = insert_prefix(packing, P)
             rows = rows_TC.new_empty((packing.total, rows_TC.shape[1]))
@@ -228,7 +233,7 @@ class VisionTransformer(nn.Module):
     def before_last_block(self, tokens: PackedTokens) -> PackedTokens:
         """Through all blocks but the last: the backbone that explanations run once."""
         for block in self.blocks[:-1]:
-            tokens = self._run(cast(Block, block), tokens)
+            tokens = self._run(block, tokens)
         return tokens
 
     @property
@@ -238,7 +243,7 @@ class VisionTransformer(nn.Module):
 
     def predict(self, tokens: PackedTokens) -> Float[Tensor, "B K"]:
         """Last block, norm, pooling and head; a class-token model computes one attention row of the last block."""
-        if self.global_pool == "token":
+        if self.global_pool == "token" and is_as_built(self.last_block):
             return self.predict_from_class_token(self.last_block.read(tokens))
         return self.pool(self._run(self.last_block, tokens))
 
@@ -279,10 +284,10 @@ class VisionTransformer(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def _run(self, block: Block, tokens: PackedTokens) -> PackedTokens:
+    def _run(self, block: nn.Module, tokens: PackedTokens) -> PackedTokens:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return cast(PackedTokens, checkpoint(block, tokens, use_reentrant=False))
-        return block(tokens)
+            return tokens.with_rows(checkpoint(block, tokens.rows_TC, tokens, use_reentrant=False))
+        return tokens.with_rows(block(tokens.rows_TC, tokens))
 
     def _places(
         self, packing: Packing, grid_HW: tuple[int, int], dtype: torch.dtype
@@ -294,18 +299,18 @@ class VisionTransformer(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32)
         if self.position_kind == "alibi":
             return torch.stack([row_T, column_T], dim=1).to(dtype), None
-        width = self.embed_dim // self.last_block.attn.num_heads
+        width = self.embed_dim // self.num_heads
         angles = rotary_angles(row_T, column_T, grid_HW, width, self.rope_theta).to(dtype)
         return None, (angles.cos(), angles.sin())
 
-    def _positions(self, grid_HW: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Prefix tokens with their positions (1, P, C), and the grid's positions (1, N, C)."""
+    def _positions(self, grid_HW: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """Prefix tokens with their positions (1, P, C), and the grid's positions (1, N, C); None for none."""
         parts: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        prefix = torch.cat(parts, dim=1) if parts else self.patch_embed.proj.weight.new_empty(1, 0, 0)
+        prefix = torch.cat(parts, dim=1) if parts else None
         if self.pos_embed is None:
             return prefix, None
         P = 0 if self.no_embed_class else self.num_prefix_tokens
-        if P:
+        if prefix is not None and P:
             prefix = prefix + self.pos_embed[:, :P]
         return prefix, resample_position_embedding(
             self.pos_embed[:, P:], self.grid_HW, grid_HW, self.pos_embed_resample

@@ -131,7 +131,7 @@ def test_stochastic_depth_leaves_whole_images_out_and_keeps_the_mean():
     block, (x, keep, _) = model.blocks[-1], batch(8)
     tokens = model.embed(x, keep)
     with torch.no_grad():
-        outputs = torch.stack([block(tokens).rows_TC for _ in range(200)])
+        outputs = torch.stack([block(tokens.rows_TC, tokens) for _ in range(200)])
         model.eval()
         without = tokens.rows_TC
     sequence = tokens.packing.sequence_of_token

@@ -99,7 +99,9 @@ def test_float32_agrees_to_float_rounding():
 def test_reading_the_class_token_alone_equals_running_the_whole_last_block():
     model, x, keep = random_vit(reg_tokens=2), images(), random_keep(3, 4, 4)
     tokens = model.before_last_block(model.embed(x, keep))
-    torch.testing.assert_close(model.predict(tokens), model.pool(model.last_block(tokens)))
+    torch.testing.assert_close(
+        model.predict(tokens), model.pool(tokens.with_rows(model.last_block(tokens.rows_TC, tokens)))
+    )
 
 
 def test_background_pixels_of_nan_never_reach_output_or_gradients():
@@ -316,7 +318,7 @@ def test_attention_with_places_is_the_dense_formula(position):
         )
     scores = q @ k.transpose(-1, -2) / 4 + (bias if position == "alibi" else 0)
     expected = attn.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
-    torch.testing.assert_close(attn(tokens).float(), expected.float())  # slopes and angles are float32
+    torch.testing.assert_close(attn(tokens.rows_TC, tokens).float(), expected.float())  # slopes and angles are float32
 
 
 def test_sine_positions_are_absolute_and_rows_come_first():
