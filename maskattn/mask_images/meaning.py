@@ -86,8 +86,7 @@ def _shown(image: MaskImage) -> tuple[np.ndarray, list[str]]:
     """One plane, 0 where the mask shows background."""
     alpha_HW, samples, notes = image.alpha_HW, image.samples, []
     if image.palette_N4 is not None:
-        counts = np.bincount(samples.ravel(), minlength=len(image.palette_N4))
-        used = np.flatnonzero(counts[: len(image.palette_N4)])
+        used, _ = _histogram(samples)
         if (image.palette_N4[used, 3] == 0).any():
             alpha_HW, samples = image.palette_N4[samples, 3], image.palette_N4[samples, :3]
         else:
@@ -123,7 +122,7 @@ def _by_default(plane: np.ndarray, lossy: str, name: str) -> tuple[np.ndarray, l
             return _shares(plane, name), [*notes, "the mask's fractions were taken as shares of tissue, cut at a half"]
     if lossy:
         return _above_half(plane, lossy, name), [f"the mask is lossy ({lossy}); it was cut at half of its range"]
-    values = _values(plane)
+    values, _ = _histogram(plane)
     if len(values) >= _LEAST_SHADES + 2 and _is_two_valued(plane, _REACH_PX):
         return plane > _half(plane), ["the mask's edges are smooth; it was cut at half of its range"]
     if values[0] < 0:
@@ -168,16 +167,20 @@ def _above_half(plane: np.ndarray, lossy: str, name: str) -> np.ndarray:
     return plane > _half(plane)
 
 
-def _values(plane: np.ndarray) -> np.ndarray:
-    """The different values, ascending."""
-    if plane.dtype.kind == "u" and plane.dtype.itemsize <= 2:
-        return np.flatnonzero(np.bincount(plane.ravel()))
-    return np.unique(plane)
+def _histogram(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values, ascending, and how often each comes."""
+    if plane.dtype.kind != "u" or plane.dtype.itemsize > 2:
+        return np.unique(plane, return_counts=True)
+    counts = np.zeros(1 << (8 * plane.dtype.itemsize), np.int64)
+    for strip in np.array_split(plane, max(1, plane.size >> 22)):  # bincount takes 8 bytes for each value
+        counts += np.bincount(strip.ravel(), minlength=len(counts))
+    values = np.flatnonzero(counts)
+    return values, counts[values]
 
 
 def _ends(plane: np.ndarray) -> tuple[float, float]:
     """The commonest value of the lower half of the range and that of the upper half; 0 where there is no lower."""
-    values, counts = np.unique(plane, return_counts=True)
+    values, counts = _histogram(plane)
     upper = values >= values[-1] / 2
     low = float(values[~upper][counts[~upper].argmax()]) if not upper.all() else 0.0
     return low, float(values[upper][counts[upper].argmax()])
