@@ -6,12 +6,22 @@ This module only needs the standard library, so that it can say what to install 
 from __future__ import annotations
 
 import sys
+import warnings
+
+from maskattn.cli.streams import lasting_streams
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run the command line; exits with 0 = ok, 1 = some slide failed, 2 = wrong usage or unwritable output."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries, for their developers; -W shows them
+    with lasting_streams():
+        _run()
+
+
+def _run() -> None:
     try:
         from maskattn.cli.app import app
     except ModuleNotFoundError as error:

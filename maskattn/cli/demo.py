@@ -9,7 +9,7 @@ import typer
 
 from maskattn.cli import slide_runs
 from maskattn.cli.options import Debug
-from maskattn.cli.reporting import errors_in_one_line
+from maskattn.cli.reporting import errors_in_one_line, say
 
 __all__ = ["demo"]
 
@@ -37,9 +37,9 @@ def demo(
         outcome = slide_runs.run([SlideJob(path.stem, path)], model, RunSettings(out, tokens=True, overwrite=True))[0]
     if outcome.prediction is None:
         raise typer.Exit(1)
-    typer.echo(f"slide       {path}")
+    say(f"slide       {path}")
     for name in sorted(entry.name for entry in (out / path.stem).iterdir()):
-        typer.echo(f"output      {out / path.stem / name}")
-    typer.echo(f"summary     {out / 'summary.csv'}")
-    typer.echo(f"known       {CLASSES[slide.label]}")
-    typer.echo(f"predicted   {outcome.prediction.prediction} ({scores_of(outcome.prediction)})")
+        say(f"output      {out / path.stem / name}")
+    say(f"summary     {out / 'summary.csv'}")
+    say(f"known       {CLASSES[slide.label]}")
+    say(f"predicted   {outcome.prediction.prediction} ({scores_of(outcome.prediction)})")

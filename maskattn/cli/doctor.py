@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from maskattn.cli.options import Debug
-from maskattn.cli.reporting import errors_in_one_line
+from maskattn.cli.reporting import errors_in_one_line, say
 
 __all__ = ["doctor"]
 
@@ -18,4 +16,4 @@ def doctor(debug: Debug = False) -> None:
         findings = examine()
     for finding in findings:
         remedy = f"; to get it: {finding.remedy}" if finding.remedy and not finding.works else ""
-        typer.echo(f"{'ok ' if finding.works else 'no '} {finding.subject:<24} {finding.detail}{remedy}")
+        say(f"{'ok ' if finding.works else 'no '} {finding.subject:<24} {finding.detail}{remedy}")

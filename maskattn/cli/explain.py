@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from maskattn.cli.options import Debug
-from maskattn.cli.reporting import errors_in_one_line
+from maskattn.cli.reporting import errors_in_one_line, say
 
 __all__ = ["explain"]
 
@@ -74,5 +74,5 @@ def explain(
             )
             figure.savefig(temporary, format="png", dpi=120)
     for title in titles:
-        typer.echo(title)
-    typer.echo(f"picture     {path}")
+        say(title)
+    say(f"picture     {path}")

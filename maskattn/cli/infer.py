@@ -10,7 +10,7 @@ import typer
 
 from maskattn.cli import slide_runs
 from maskattn.cli.options import Debug, Mask, MaskValues, Spacing
-from maskattn.cli.reporting import errors_in_one_line
+from maskattn.cli.reporting import errors_in_one_line, say
 
 __all__ = ["infer"]
 
@@ -69,6 +69,6 @@ def infer(
         )
         outcomes = slide_runs.run(jobs, slide_runs.load_model(model or slide_runs.BUNDLED, impl, device), settings)
     failed = sum(outcome.status == "failed" for outcome in outcomes)
-    typer.echo(f"{len(outcomes) - failed} of {len(outcomes)} slides have outputs; summary: {out / 'summary.csv'}")
+    say(f"{len(outcomes) - failed} of {len(outcomes)} slides have outputs; summary: {out / 'summary.csv'}")
     if failed:
         raise typer.Exit(1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from maskattn.cli.options import Debug, Slide, Spacing
-from maskattn.cli.reporting import errors_in_one_line
+from maskattn.cli.reporting import errors_in_one_line, say, say_json
 
 __all__ = ["info"]
 
@@ -26,14 +25,14 @@ def info(
         with SlideReader(slide, spacing_um) as reader:
             facts = reader.describe()
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        say_json(facts)
         return
     for name, value in facts.items():
         if isinstance(value, dict):
-            typer.echo(f"{name}:")
+            say(f"{name}:")
             for key, text in value.items():
-                typer.echo(f"  {key} = {text}")
+                say(f"  {key} = {text}")
         elif isinstance(value, list):
-            typer.echo(f"{name}: {'; '.join(map(str, value)) or 'none'}")
+            say(f"{name}: {'; '.join(map(str, value)) or 'none'}")
         else:
-            typer.echo(f"{name}: {value}")
+            say(f"{name}: {value}")

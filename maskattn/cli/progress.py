@@ -5,11 +5,13 @@ Where stderr is no terminal there are no bars, only the line per slide.
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from maskattn.cli.streams import printable
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.prediction import SlideOutcome, SlidePrediction
 
@@ -24,7 +26,7 @@ class ProgressBars:
     """
 
     def __init__(self, slides: int) -> None:
-        console = Console(stderr=True)
+        console = Console(file=sys.stderr)  # named, so that its encoding is asked for
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -49,7 +51,7 @@ class ProgressBars:
 
     def slide_started(self, job: SlideJob) -> None:
         """Begin a slide's bar of tiles."""
-        self._progress.reset(self._tiles, total=None, description=f"tiles of {job.slide_id}")
+        self._progress.reset(self._tiles, total=None, description=printable(f"tiles of {job.slide_id}"))
 
     def tiles_done(self, done: int, total: int) -> None:
         """Move the bar of tiles."""
@@ -69,7 +71,7 @@ class ProgressBars:
         self._progress.advance(self._slides)
 
     def _print(self, line: str) -> None:
-        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def scores_of(prediction: SlidePrediction) -> str:

@@ -7,30 +7,50 @@ What a command is asked for goes to stdout; progress and errors go to stderr.
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from maskattn.cli.signals import Ended, told_to_end
+from maskattn.cli.streams import printable
 from maskattn.errors import SlideError
 
-__all__ = ["errors_in_one_line"]
+__all__ = ["errors_in_one_line", "say", "say_json", "tell"]
 
 _GO_ON = "finished slides are kept, run the same command again to go on"
+
+
+def say(text: str) -> None:
+    """A line of what was asked for, on stdout."""
+    print(printable(text))  # typer.echo would send UTF-8 to a terminal of ASCII
+
+
+def say_json(value: Any) -> None:
+    """JSON on stdout, in ASCII where the terminal's encoding is too narrow for the text."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    print(text)
+
+
+def tell(text: str) -> None:
+    """A line on stderr, beside what was asked for."""
+    print(f"maskattn: {printable(text)}", file=sys.stderr)
 
 
 @contextmanager
 def errors_in_one_line(debug: bool) -> Iterator[None]:
     """Turn an error into one line on stderr and an exit code; with ``debug`` the traceback comes before it."""
-    if debug:
-        logging.basicConfig(level=logging.WARNING)
-        logging.getLogger("maskattn").setLevel(logging.DEBUG)
     try:
-        with told_to_end():
+        with _logs(debug), told_to_end():
             yield
     except Ended as end:
         _fail(f"{end}; {_GO_ON}", 128 + end.signal)
@@ -40,6 +60,32 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         _fail(*_in_one_line(error))
+
+
+@contextmanager
+def _logs(debug: bool) -> Iterator[None]:
+    """Show the package's own warnings as lines of the command, and with ``debug`` all that any library logs."""
+    root, own = logging.getLogger(), logging.getLogger("maskattn")
+    if debug:
+        logging.basicConfig(level=logging.WARNING)
+        own.setLevel(logging.DEBUG)
+        yield
+        return
+    shown, hidden = _Line(logging.WARNING), logging.NullHandler()
+    own.addHandler(shown)
+    root.addHandler(hidden)
+    try:
+        yield
+    finally:
+        own.removeHandler(shown)
+        root.removeHandler(hidden)
+
+
+class _Line(logging.Handler):
+    """A warning as one line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(" ".join(record.getMessage().split()))
 
 
 def _in_one_line(error: Exception) -> tuple[str, int]:
@@ -59,5 +105,5 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"maskattn: {message}", err=True)
+    tell(message)
     raise typer.Exit(code)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from maskattn.cli.progress import ProgressBars
+from maskattn.cli.reporting import tell
 
 if TYPE_CHECKING:
     from maskattn.nn.slide_model import SlideModel
@@ -44,10 +42,11 @@ def load_model(path: Path, impl: str | None, device: str) -> SlideModel:
 
 def run(jobs: list[SlideJob], model: SlideModel, settings: RunSettings) -> list[SlideOutcome]:
     """Run the slides; a demonstration model says what it is."""
+    from maskattn.cli.progress import ProgressBars
     from maskattn.slide.run import run_slides
 
     config = model.config
     if config.demonstration:
-        typer.echo(f"maskattn: {config.name}: {config.note}", err=True)
+        tell(f"{config.name}: {config.note}")
     with ProgressBars(len(jobs)) as bars:
         return run_slides(jobs, model, settings, bars)

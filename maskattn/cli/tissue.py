@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from maskattn.cli.options import Debug, Mask, MaskValues, Slide, Spacing
-from maskattn.cli.reporting import errors_in_one_line
+from maskattn.cli.reporting import errors_in_one_line, say_json
 
 __all__ = ["tissue"]
 
@@ -56,4 +55,4 @@ def tissue(
             "notes": list(found.notes),
             "overlay": str(path),
         }
-    typer.echo(json.dumps(statistics, indent=2, ensure_ascii=False))
+    say_json(statistics)

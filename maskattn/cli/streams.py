@@ -1,0 +1,119 @@
+"""Standard output and errors of the command line: never a traceback, whatever becomes of them.
+
+A write that fails is remembered and the rest dropped, so that a run goes on to its end and its outputs are whole. What
+was asked for and could not be printed ends in exit code 2 and one line; a reader that has gone (``| head``) ends in 141
+and silence, as a program ends that SIGPIPE stops. What fails on standard error is passed over.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+__all__ = ["lasting_streams", "printable"]
+
+_BROKEN_PIPE, _NOT_WRITTEN = 141, 2
+_ASCII = {"µ": "u", "×": "x", "−": "-", "–": "-", "·": "*", "²": "2", "…": "...", "→": "->", "≥": ">=", "≤": "<="}
+_HANDLER = "maskattn-plain"
+
+
+def printable(text: str) -> str:
+    """A text of others on a terminal: one that cannot move the cursor or colour the rest, line ends and tabs apart."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else _as_escape(sign) for sign in text)
+
+
+def _as_escape(sign: str) -> str:
+    if "\udc80" <= sign <= "\udcff":  # a byte of a file name that is no text
+        return f"\\x{ord(sign) - 0xDC00:02x}"
+    return sign.encode("unicode_escape").decode()
+
+
+def _in_plain_signs(error: UnicodeError) -> tuple[str, int]:
+    """What a terminal's encoding lacks: our units in ASCII, everything else escaped."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_ASCII.get(sign) or _as_escape(sign) for sign in text), error.end
+
+
+class _Descriptor(io.RawIOBase):
+    """A file descriptor to write to, which remembers its first error and drops what comes after it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.name = f"<{'stdout' if descriptor == 1 else 'stderr'}>"
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: object) -> int:
+        rest = memoryview(data).cast("B")  # type: ignore[arg-type]
+        size = len(rest)
+        try:
+            while len(rest) and self.error is None:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Run a command within; its ``SystemExit`` becomes that of an output that could not be written.
+
+    Raises:
+        SystemExit: with the command's code, or 2, or 141.
+    """
+    codecs.register_error(_HANDLER, _in_plain_signs)
+    _open_missing_descriptors()
+    before = sys.stdout, sys.stderr
+    out = _Descriptor(1)
+    sys.stdout = _text(out, before[0])
+    sys.stderr = _text(_Descriptor(2), before[1])
+    code: object = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        if out.error is not None and out.error.errno != errno.EPIPE:
+            text = out.error.strerror or str(out.error)
+            print(f"maskattn: standard output must be writable, got '{text}'; send it elsewhere", file=sys.stderr)
+            code = _NOT_WRITTEN
+        elif out.error is not None:
+            code = code or _BROKEN_PIPE
+        sys.stdout, sys.stderr = before
+    raise SystemExit(code)
+
+
+def _text(raw: _Descriptor, like: TextIO | None) -> TextIO:
+    encoding = getattr(like, "encoding", None) or "utf-8"
+    return io.TextIOWrapper(raw, encoding, _HANDLER, line_buffering=True, write_through=True)
+
+
+def _open_missing_descriptors() -> None:
+    """Put something in the place of closed descriptors, or the next file that is opened would become the output."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Opened to be read, so that writing to it fails as it does on a closed one.
+            opened = os.open(os.devnull, os.O_RDONLY)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
