@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable
+from functools import cache
 from random import Random
 
 from fuzz_anatomy import Part, find_parts
 
 MOST_INSERTED = 4096
+SHARE_BOMBS = 0.02
 JPEG_MARKERS = (0xC0, 0xC1, 0xC2, 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD, 0xE0, 0xEE, 0xFE, 0x00, 0x51, 0x52, 0x90, 0x93)
 NUMBERS_IN_TEXT = (b"nan", b"inf", b"-1", b"0", b"1e999", b"-0.0", b"99999999999999999999", b"0.0000001", b"4294967296")
 STRANGE_TEXT = (
     *(b"\0", b"\xff\xfe", b"\xc3\x28", b"|", b"=", b"\r\n", b"\\", b"%s%n", b"<", b"&x;", b"]]>", b"\xf0\x9f\x94\xac"),
     *(b"A" * 1000, b'<?xml version="1.0"?>', b"<!DOCTYPE a [<!ENTITY b '" + b"c" * 40 + b"'><!ENTITY d '&b;&b;&b;'>]>"),
 )
+ENTITY_BOMB = (
+    '<?xml version="1.0"?><!DOCTYPE OME [<!ENTITY a0 "aaaaaaaaaa">'
+    + "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 10))
+    + "]><OME>&a9;</OME>"
+).encode()
+BOMB_MB = 3072
 Damage = Callable[[Random, bytearray], str]
 
 
@@ -23,7 +32,9 @@ def damage(rng: Random, data: bytes) -> tuple[bytes, list[str]]:
     changed, done = bytearray(data), []
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4))):
         parts = find_parts(bytes(changed)) if rng.random() < 0.7 else []
-        if parts:
+        if parts and rng.random() < SHARE_BOMBS:
+            done.append(plant_bomb(rng, changed, parts))
+        elif parts:
             done.append(spoil_part(rng, changed, choose_part(rng, parts)))
         elif changed:
             done.append(rng.choice(ANYWHERE)(rng, changed))
@@ -68,10 +79,34 @@ def spoil_part(rng: Random, data: bytearray, part: Part) -> str:
     return f"{part.name}: {shown(before)} became {shown(after)}"
 
 
+def plant_bomb(rng: Random, data: bytearray, parts: list[Part]) -> str:
+    """Point a tile to a few megabytes behind all others, which inflate to more than a machine should be asked for."""
+    named = {part.name: part for part in parts}
+    starts = [name for name in named if "tag 324: value " in name and name.replace("tag 324", "tag 325") in named]
+    if not starts:
+        return cut_off(rng, data)
+    name = rng.choice(starts)
+    bomb = inflating_stream()
+    for part, value in ((named[name], len(data)), (named[name.replace("tag 324", "tag 325")], len(bomb))):
+        order = "little" if part.order == "<" else "big"
+        data[part.start : part.start + part.size] = (value % 2 ** (8 * part.size)).to_bytes(part.size, order)
+    data += bomb
+    return f"{name}: a stream that inflates to {BOMB_MB} MB"
+
+
+@cache
+def inflating_stream() -> bytes:
+    """A zlib stream of zeros, made of one megabyte's block again and again."""
+    packer = zlib.compressobj(9)
+    first = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    again = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return first + again * (BOMB_MB - 1)
+
+
 def other_number(rng: Random, before: bytes, part: Part, file_size: int) -> bytes:
     """A number of the same width: a limit, a neighbour, a multiple, a place in the file or beyond, or any."""
     order, bits = ("little" if part.order == "<" else "big"), 8 * len(before)
-    old = int.from_bytes(before, order)  # type: ignore[arg-type]
+    old = int.from_bytes(before, order)
     value = rng.choice(
         (
             *(0, 1, 2, 2**bits - 1, 2 ** (bits - 1), 2 ** (bits - 1) - 1, old + 1, old - 1, old * 2, old // 2),
@@ -79,12 +114,12 @@ def other_number(rng: Random, before: bytes, part: Part, file_size: int) -> byte
             *(rng.getrandbits(bits), rng.randrange(1, 20), rng.choice((3, 4, 5, 7, 16, 34712, 33005, 50002, 65000))),
         )
     )
-    return (value % 2**bits).to_bytes(len(before), order)  # type: ignore[arg-type]
+    return (value % 2**bits).to_bytes(len(before), order)
 
 
 def other_text(rng: Random, before: bytes) -> bytes:
     """Text of the same length, so that only the text is damaged: a number or a word changed, text let in or cut out."""
-    way = rng.randrange(5)
+    way = rng.randrange(6)
     after = before
     numbers = list(re.finditer(rb"\d+(\.\d+)?", before))
     if way <= 1 and numbers:
@@ -96,6 +131,8 @@ def other_text(rng: Random, before: bytes) -> bytes:
     elif way == 3:
         at = rng.randrange(len(before))
         after = before[:at] + before[at + rng.randint(1, max(1, len(before) // 4)) :]
+    elif way == 4 and len(before) > len(ENTITY_BOMB):
+        after = ENTITY_BOMB
     else:
         changed = bytearray(before)
         rng.choice(WITHIN)(rng, changed)

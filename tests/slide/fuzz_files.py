@@ -24,7 +24,9 @@ from random import Random
 # Before numpy is loaded: small work is quickest on one thread, and a thread would be lost where a process is forked.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
-sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 1, 2)]
+_places = [str(Path(__file__).resolve().parents[level]) for level in (0, 1, 2)]
+sys.path[:0] = _places
+os.environ["PYTHONPATH"] = os.pathsep.join(_places)  # the server of processes knows no other way to what it preloads
 
 from fuzz_damage import damage  # noqa: E402
 from fuzz_pool import Limits, Result, run_tasks  # noqa: E402
@@ -34,6 +36,7 @@ FINE = ("read", "in part", "refused")
 FAULTS = ("crash", "hang", "half output", "memory", "exception", "unclear message", "wrong result")
 OUTCOMES = FINE + FAULTS
 SHARES = ("TIFF",) * 4 + ("SVS",) * 3 + ("DICOM",) * 3
+Task = tuple[Path, Path, int, bool]
 SHARE_GIVEN, SHARE_PREDICTED = 0.2, 0.25
 
 
@@ -89,22 +92,28 @@ def run_cases(
     cases: Iterable[Case], seed: int, folder: Path, processes: int, limits: Limits, always_predict: bool = False
 ) -> Iterator[Verdict]:
     """What comes of each case, in the order in which they end; a case's folder goes when the next is asked for."""
-    from fuzz_examination import Examination, examine
-
     waiting: dict[Path, Case] = {}
 
-    def tasks() -> Iterator[Examination]:
+    def tasks() -> Iterator[Task]:
         for case in cases:
             work = case.folder / "work"
             work.mkdir()
             predict = always_predict or Random(f"{seed}/{case.number}/predict").random() < SHARE_PREDICTED
             waiting[case.path] = case
-            yield Examination(case.path, work, seed + case.number, predict)
+            yield case.path, work, seed + case.number, predict
 
-    for result in run_tasks(examine, tasks(), folder, processes, limits, ("fuzz_examination",)):
-        case = waiting.pop(result.task.path)
+    for result in run_tasks(examined, tasks(), folder, processes, limits, ("fuzz_examination",)):
+        case = waiting.pop(result.task[0])
         yield verdict_on(case, result)
         shutil.rmtree(case.folder)
+
+
+def examined(task: Task) -> tuple[str, str, str]:
+    """Outcome, stage and detail; only here, in the processes that examine, is torch loaded."""
+    from fuzz_examination import Examination, examine
+
+    finding = examine(Examination(*task))
+    return finding.outcome, finding.stage, finding.detail
 
 
 def verdict_on(case: Case, result: Result) -> Verdict:
@@ -114,7 +123,7 @@ def verdict_on(case: Case, result: Result) -> Verdict:
         if "failed to allocate" in result.log:
             outcome = "memory"
         return Verdict(case, outcome, "", f"{result.downfall}\n{result.log}", *seconds)
-    return Verdict(case, result.returned.outcome, result.returned.stage, result.returned.detail, *seconds)
+    return Verdict(case, *result.returned, *seconds)
 
 
 def keep_case(verdict: Verdict, seed: int, folder: Path) -> None:

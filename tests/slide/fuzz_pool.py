@@ -133,7 +133,7 @@ def _downfall(worker: _Worker, wall_s: float) -> Result:
     name = signal.Signals(-code).name if code < 0 else f"exit {code}"
     downfall = "hang" if hung else f"crash: {name}"
     worker.log.unlink(missing_ok=True)
-    return Result(worker.task, None, downfall, log[:4000], 0.0, wall_s)
+    return Result(worker.task, None, downfall, log.partition("Extension modules")[0][:4000], 0.0, wall_s)
 
 
 def _end(worker: _Worker) -> None:
