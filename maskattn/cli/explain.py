@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from maskattn.cli.options import Debug
+from maskattn.cli.pictures import picture_path, picture_written
 from maskattn.cli.reporting import errors_in_one_line, say
 
 __all__ = ["explain"]
@@ -36,7 +37,7 @@ def explain(
     ] = None,
     pixel_std: Annotated[tuple[float, float, float] | None, typer.Option("--pixel-std", help="Likewise.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="PNG; by default IMAGE_explained.png in this folder.")
+        Path | None, typer.Option("--out", help="PNG, or folder for it; by default IMAGE_explained.png in this folder.")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -52,6 +53,9 @@ def explain(
 
         if target and concept:
             raise ValueError("--target and --concept ask for different things; give one of them")
+        if method not in single.METHODS:
+            raise ValueError(f"--method must be one of {', '.join(single.METHODS)}, got {method!r}")
+        path = picture_path(out, f"{image.stem}_explained.png", [image, *(concept or ()), *([keep] if keep else [])])
         vit = load_vit(model, num_heads=num_heads)
         mean, std = single.normalisation_of(model)
         mean, std = pixel_mean or mean, pixel_std or std
@@ -66,12 +70,9 @@ def explain(
         found = single.explain_image(vit, inputs, targets, kept, method)
         titles = [f"{name}: {score:.3g}" for name, score in zip(found.names, found.scores_M.tolist(), strict=True)]
         maps = dict(zip(titles, found.maps_MHW, strict=True))
-        path = Path(f"{image.stem}_explained.png") if out is None else out
-        with replacing(path) as temporary:
-            title = f"{image.name}, {model}, {method}"
-            figure = draw_explanation(
-                pixels, found.attention_HW, maps, title, keep_HW=None if kept is None else kept[0]
-            )
+        title = f"{image.name}, {model}, {method}"
+        figure = draw_explanation(pixels, found.attention_HW, maps, title, keep_HW=None if kept is None else kept[0])
+        with picture_written(path), replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     for title in titles:
         say(title)

@@ -32,10 +32,14 @@ def infer(
     spacing_um: Spacing = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Relevance of tokens too; reads each slide twice.")] = False,
     no_mask: Annotated[bool, typer.Option("--no-mask", help="Attend to glass too, for comparison.")] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Tiles at a time; bounds the memory.", min=1)] = 32,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Tiles at a time; bounds the memory.", min=1, max=65536)
+    ] = 32,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", help="Processes that decode tiles; by default some for large slides.", min=0),
+        typer.Option(
+            "--workers", help="Processes that decode tiles; by default some for large slides.", min=0, max=512
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     impl: Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")] = None,
@@ -48,6 +52,7 @@ def infer(
         from maskattn.slide.manifest import collect_jobs, read_manifest
         from maskattn.slide.output_folder import prepare_output
         from maskattn.slide.pipeline import RunSettings
+        from maskattn.slide.request import check_request
 
         if manifest is not None:
             read_manifest(manifest)
@@ -56,7 +61,6 @@ def infer(
             raise ManifestError(f"--mask serves one slide, got {len(jobs)}; name masks in a manifest (mask_path)")
         if mask is not None:
             jobs = [replace(jobs[0], mask_path=mask)]
-        prepare_output(out)
         settings = RunSettings(
             out_dir=out,
             batch_size=batch_size,
@@ -67,6 +71,8 @@ def infer(
             spacing_um=spacing_um,
             mask_values=tuple(mask_value) if mask_value else None,
         )
+        check_request(jobs, settings)  # once more when the model is there: it may leave nothing out
+        prepare_output(out)
         outcomes = slide_runs.run(jobs, slide_runs.load_model(model or slide_runs.BUNDLED, impl, device), settings)
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     say(f"{len(outcomes) - failed} of {len(outcomes)} slides have outputs; summary: {out / 'summary.csv'}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from maskattn.cli.options import Debug, Mask, MaskValues, Slide, Spacing
+from maskattn.cli.pictures import picture_path, picture_written
 from maskattn.cli.reporting import errors_in_one_line, say_json
 
 __all__ = ["tissue"]
@@ -28,20 +29,23 @@ def tissue(
     """Show where the tissue is: an overlay as PNG, and its statistics as JSON on stdout."""
     with errors_in_one_line(debug):
         from maskattn.slide.mask_file import load_mask
-        from maskattn.slide.output_folder import prepare_output
         from maskattn.slide.overlay import write_mask_overlay
         from maskattn.slide.reader import SlideReader
         from maskattn.slide.tissue import find_tissue
 
-        path = Path() if out is None else out
-        if path.suffix.lower() != ".png":
-            path = path / f"{slide.stem}_tissue.png"
-        prepare_output(path.parent)
+        if mask_value and mask is None:
+            raise ValueError(
+                f"--mask-value names labels of a mask, got {', '.join(map(str, mask_value))} and no mask; give one "
+                "with --mask, or leave the values out"
+            )
+        path = picture_path(out, f"{slide.stem}_tissue.png", [slide, *([mask] if mask else [])])
         with SlideReader(slide, spacing_um) as reader:
             info = reader.info
             labels = tuple(mask_value) if mask_value else None
             found = find_tissue(reader) if mask is None else load_mask(mask, info, labels, reader=reader)
-            write_mask_overlay(path, reader.thumbnail(_THUMBNAIL_PX), found, info.width_px)
+            thumbnail = reader.thumbnail(_THUMBNAIL_PX)
+            with picture_written(path):
+                write_mask_overlay(path, thumbnail, found, info.width_px)
         height, width = found.mask_HW.shape
         area_mm2 = info.width_px * info.height_px * info.spacing_um**2 / 1e6
         statistics = {

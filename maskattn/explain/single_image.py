@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,11 +149,20 @@ def _file_of_model(source: str, file: str) -> dict[str, Any]:
             path = Path(hf_hub_download(source.removeprefix("hf-hub:"), file))
         except EntryNotFoundError:
             return {}
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def normalised(image_YX3: UInt8[np.ndarray, "Y X 3"], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(1, 3, Y, X) float: pixels in [0, 1], less ``mean``, over ``std``."""
+    """(1, 3, Y, X) float: pixels in [0, 1], less ``mean``, over ``std``.
+
+    Raises:
+        ValueError: a mean is not finite, or a deviation is not above 0.
+    """
+    if not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
+        raise ValueError(
+            f"pixels need finite means and deviations above 0 to be normalised, got mean={tuple(mean)} and "
+            f"std={tuple(std)}; they are of pixels scaled to [0, 1]"
+        )
     pixels = torch.from_numpy(image_YX3.copy()).permute(2, 0, 1)[None].float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 

@@ -40,7 +40,7 @@ def load_vit(
         source: ``"timm:NAME"``, a model of timm; ``"hf-hub:ORG/NAME"``, a model of timm or transformers on Hugging
             Face's hub; or a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, or a folder with
             ``config.json``.
-        num_heads: for a file, which does not say it.
+        num_heads: for a file, which does not say it; refused where the model says it.
         impl: implementation of the attention; None takes the best.
         arguments: for timm, those of ``timm.create_model`` (``pretrained=False`` for random weights); for
             transformers, those of ``from_pretrained``; for a file, those of :class:`VisionTransformer` that differ
@@ -50,12 +50,18 @@ def load_vit(
         The model, in eval mode; with its classifier where it was saved with one.
 
     Raises:
+        ValueError: ``num_heads`` is missing, or is given where the model says it.
         FileNotFoundError: there is no such file.
         PermissionError: the hub wants an agreement or a login first; the message says what to do.
         ConnectionError: the hub cannot be reached and the model is not in the cache; likewise.
         UnsupportedModelError: a ValueError that names every part that ours has not.
     """
     name = str(source)
+    if num_heads is not None and (name.startswith(("timm:", "hf-hub:")) or Path(source).is_dir()):
+        raise ValueError(
+            f"num_heads is for a file of weights, which does not say it, got num_heads={num_heads} for {name}, which "
+            "says it itself; leave it out"
+        )
     if name.startswith("timm:"):
         return _load_timm(name.removeprefix("timm:"), impl, arguments).eval()
     if name.startswith("hf-hub:"):
@@ -140,7 +146,7 @@ def _load_from_hub(name: str, impl: str | None, arguments: dict[str, Any]) -> Vi
     from huggingface_hub import hf_hub_download
 
     try:
-        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text())
+        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
         if "model_type" not in config:
             return _load_timm(f"hf-hub:{name}", impl, arguments)
         return _load_transformers(name, config, impl, arguments)
@@ -152,7 +158,7 @@ def _load_folder(folder: Path, impl: str | None, arguments: dict[str, Any]) -> V
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"a model's folder has a config.json, and {folder} has none; pass the file of weights")
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     if "model_type" in config:
         return _load_transformers(str(folder), config, impl, arguments)
     return _load_timm(f"local-dir:{folder}", impl, arguments)

@@ -28,6 +28,7 @@ from maskattn.slide.output_folder import slide_folder
 from maskattn.slide.outputs import write_outputs
 from maskattn.slide.prediction import ModelIdentity, SlideCounts, SlideFile, SlidePrediction
 from maskattn.slide.reader import SlideReader
+from maskattn.slide.request import masking_of
 from maskattn.slide.slide_run import EncodedTiles, RunSettings, SlideRun, Stages
 from maskattn.slide.tissue import find_tissue
 from maskattn.slide.tissue_mask import TissueMask
@@ -204,12 +205,10 @@ def _prediction(
             "token_px": config.token_px,
             "spacing_um": config.spacing_um,
             "min_token_fraction": config.min_token_fraction,
-            "masked": tissue is not None,
+            **masking_of(run.job, settings, config.masked),
             "tokens": settings.tokens,
-            "mask": None if run.job.mask_path is None else run.job.mask_path.name,
-            "mask_values": settings.mask_values and list(settings.mask_values),
             "batch_size": settings.batch_size,
-            "workers": settings.workers,
+            "workers": run.workers,
             "device": str(run.device),
         },
         counts=SlideCounts(

@@ -68,7 +68,7 @@ class SlidePrediction:
         model: which model.
         slide: the slide as it was read.
         tissue: method, fraction and notes of the tissue mask.
-        settings: what the run was asked for.
+        settings: how the slide was run; ``workers`` are the processes that decoded tiles, 0 = the run's own.
         counts: cells, tiles and tokens.
         timings_s: stage → seconds.
         versions: package → version.

@@ -22,6 +22,7 @@ from maskattn.slide.names import as_text
 from maskattn.slide.output_folder import clear_leftovers, find_finished, prepare_output
 from maskattn.slide.pipeline import RunSettings, identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
+from maskattn.slide.request import check_request, masking_of
 from maskattn.slide.summary import append_row, read_summary, tidy_summary
 
 __all__ = ["RunProgress", "run_slides"]
@@ -57,8 +58,10 @@ def run_slides(
         The outcome of each job, in order. A failed slide is an outcome, not an exception.
 
     Raises:
+        ManifestError: part of what was asked for would have no effect.
         OutputError: the output folder, or its summary, cannot be written.
     """
+    check_request(jobs, settings, model.config.masked)
     prepare_output(settings.out_dir)
     outcomes = []
     with _summary_of(settings.out_dir) as summary:
@@ -106,9 +109,10 @@ def _check_same_request(
         "slide file": (job.path.name, Path(finished.slide.path).name),
         "slide size in bytes": (job.path.stat().st_size, finished.slide.bytes),
         "spacing_um": (spacing_um, finished.slide.spacing_um),
-        "mask": (job.mask_path and job.mask_path.name, finished.settings["mask"]),
-        "mask_values": (settings.mask_values and list(settings.mask_values), finished.settings["mask_values"]),
-        "masked": (settings.masked and model.config.masked, finished.settings["masked"]),
+        **{
+            name: (asked, finished.settings[name])
+            for name, asked in masking_of(job, settings, model.config.masked).items()
+        },
         "tokens": (settings.tokens or finished.settings["tokens"], finished.settings["tokens"]),
     }
     place = settings.out_dir / job.slide_id

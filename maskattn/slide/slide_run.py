@@ -141,6 +141,8 @@ class SlideRun:
         self.info: SlideInfo = reader.info
         self._on_tiles = on_tiles
         self._tiles_done = 0
+        self.workers = 0
+        """Processes that decoded tiles so far; 0 = this one alone."""
 
     @property
     def device(self) -> torch.device:
@@ -161,15 +163,17 @@ class SlideRun:
             pin_memory=self.device.type == "cuda",
         )
         with _cores_left_to(workers, self.device):
-            yield from self._move(batches, grid)
+            yield from self._move(batches, grid, workers)
 
-    def _move(self, batches: Iterator[TileBatch], grid: TokenGrid) -> Iterator[ReadTiles]:
+    def _move(self, batches: Iterator[TileBatch], grid: TokenGrid, workers: int) -> Iterator[ReadTiles]:
         passes = 2 if self.settings.tokens else 1
         while True:
             with self.stages("read"):
                 batch = next(batches, None)
             if batch is None:
                 return
+            if batch.by_worker:
+                self.workers = max(self.workers, workers)
             rows_B = batch.rows_B.numpy()
             keep_BHW = torch.from_numpy(np.ascontiguousarray(grid.token_keep_THW[rows_B]))
             tiles_BCHW = batch.tiles_BCHW.to(self.device, non_blocking=True)

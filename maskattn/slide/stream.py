@@ -37,12 +37,14 @@ class TileBatch:
         rows_B: (B,) int64, the rows of the grid's kept tiles that these are.
         readable_B: (B,) bool, False where the tile could not be decoded.
         reason: why the first of those could not; None where all could.
+        by_worker: a worker process decoded them.
     """
 
     tiles_BCHW: UInt8[Tensor, "B 3 tile_px tile_px"]
     rows_B: Int[Tensor, " B"]
     readable_B: Bool[Tensor, " B"]
     reason: str | None = None
+    by_worker: bool = False
 
     def pin_memory(self) -> TileBatch:
         """The same batch in page-locked memory, from which a GPU copies without waiting; DataLoader calls this."""
@@ -182,8 +184,9 @@ class _Tiles(Dataset[TileBatch]):
                 reason = reason or str(error)
             if self._heartbeat is not None:
                 self._heartbeat.beat()
+        by_worker = get_worker_info() is not None
         tiles_BCHW = torch.from_numpy(tiles_BHWC).permute(0, 3, 1, 2).contiguous()
-        return TileBatch(tiles_BCHW, torch.from_numpy(self._rows[items]), readable_B, reason)
+        return TileBatch(tiles_BCHW, torch.from_numpy(self._rows[items]), readable_B, reason, by_worker)
 
 
 def _as_is(batch: Any) -> Any:

@@ -122,7 +122,7 @@ def test_the_command_takes_masks_concepts_and_the_other_methods(weights, photo, 
     ("options", "message"),
     [
         (("--target", "9"), "0 … 4"),
-        (("--method", "lime"), "method='lime'"),
+        (("--method", "lime"), "got 'lime'"),
         (("--target", "1", "--concept", "PHOTO"), "give one of them"),
     ],
 )

@@ -1,0 +1,212 @@
+"""What a command is asked for has an effect or is refused, and what its outputs say is what was run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_slides import small_model, write_slide
+from typer.testing import CliRunner, Result
+
+from maskattn.cli import slide_runs
+from maskattn.cli.app import app
+from maskattn.errors import ManifestError
+from maskattn.nn import VisionTransformer
+from maskattn.nn.checkpoints import load_vit
+from maskattn.nn.slide_model import SlideModel
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.run import run_slides
+from maskattn.slide.slide_run import RunSettings
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _small_bundle(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tmp_path_factory.mktemp("bundle") / "model.safetensors"
+    small_model().save(bundle)
+    monkeypatch.setattr(slide_runs, "BUNDLED", bundle)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A slide, its mask and manifests, an image and weights."""
+    write_slide(tmp_path / "disc.tiff")
+    plane = np.zeros((42, 56), dtype=np.uint8)
+    plane[10:30, 10:30] = 2
+    Image.fromarray(plane).save(tmp_path / "mask.png")
+    (tmp_path / "masks.csv").write_text("slide_id,slide_path,mask_path\na,disc.tiff,mask.png\nb,disc.tiff,\n")
+    Image.fromarray(np.full((32, 32, 3), 128, np.uint8)).save(tmp_path / "photo.png")
+    vit = VisionTransformer(img_size=32, embed_dim=32, depth=1, num_heads=2, num_classes=3)
+    torch.save(vit.state_dict(), tmp_path / "vit.pt")
+    return tmp_path
+
+
+def maskattn(line: str, folder: Path) -> Result:
+    return CliRunner().invoke(app, [word.replace("@", f"{folder}/") for word in line.split()])
+
+
+EXPLAIN = "explain @photo.png --model @vit.pt --num-heads 2 --out @p"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("tissue @disc.tiff --mask-value 2 --out @views", "got 2 and no mask"),
+        ("infer @disc.tiff --out @o --mask-value 2 --mask-value 3", "got 2, 3 and no mask"),
+        ("infer @disc.tiff --out @o --no-mask --mask @mask.png", "--no-mask attends to glass too"),
+        ("infer @masks.csv --out @o --no-mask", "mask.png for 'a'"),
+        ("infer @disc.tiff --out @o --no-mask --mask-value 2", "and no mask"),
+        ("tissue @disc.tiff --out @v.jpg", "--out must be a PNG, or a folder for it, got"),
+        ("tissue @disc.tiff --out @v.tif", "name it"),
+        ("tissue @disc.tiff --out @mask.csv", "choose another name"),
+        ("tissue @disc.tiff --mask @mask.png --out @mask.png", "must not replace what is read"),
+        (f"{EXPLAIN}.jpg", "--out must be a PNG"),
+        ("explain @photo.png --model @vit.pt --num-heads 2 --out @photo.png", "must not replace what is read"),
+        (f"{EXPLAIN} --pixel-std 0 1 1", "deviations above 0"),
+        (f"{EXPLAIN} --pixel-mean nan 1 1", "finite means"),
+        ("explain @photo.png --model timm:vit_tiny_patch16_224 --num-heads 3", "leave it out"),
+        ("explain @photo.png --model hf-hub:org/model --num-heads 3", "leave it out"),
+        ("explain @photo.png --model @ --num-heads 3", "leave it out"),
+    ],
+)
+def test_an_option_without_effect_or_sense_is_refused_before_any_work(folder: Path, line: str, words: str) -> None:
+    (folder / "mask.csv").touch()
+    before = sorted(folder.rglob("*"))
+    kept = (folder / "mask.png").read_bytes(), (folder / "photo.png").read_bytes()
+    result = maskattn(line, folder)
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert [path for path in sorted(folder.rglob("*")) if path not in before and path.is_file()] == []
+    assert kept == ((folder / "mask.png").read_bytes(), (folder / "photo.png").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--spacing-um 0", "--spacing-um -1", "--spacing-um nan", "--spacing-um 264.6"),
+        *("--batch-size 0", "--batch-size 10000000", "--workers -1", "--workers 100000"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(folder: Path, option: str) -> None:
+    result = maskattn(f"infer @disc.tiff --out @o {option}", folder)
+    assert result.exit_code == 2
+    assert option.split()[0] in result.stderr
+    assert not (folder / "o").exists()
+
+
+def unmasked(model: SlideModel) -> SlideModel:
+    return SlideModel(replace(model.config, masked=False)).eval()
+
+
+def test_a_model_that_attends_to_all_takes_no_mask(folder: Path) -> None:
+    unmasked(small_model()).save(folder / "plain.safetensors")
+    line = "infer @disc.tiff --out @o --model @plain.safetensors"
+    result = maskattn(f"{line} --mask @mask.png", folder)
+    assert result.exit_code == 2
+    assert "this model attends to all of a slide" in result.stderr
+    assert maskattn(line, folder).exit_code == 0
+    settings = json.loads((folder / "o" / "disc" / "prediction.json").read_text())["settings"]
+    assert (settings["masked"], settings["mask"], settings["mask_values"]) == (False, None, None)
+
+
+def test_the_same_is_refused_in_python(folder: Path) -> None:
+    job = SlideJob("disc", folder / "disc.tiff", mask_path=folder / "mask.png")
+    model = small_model()
+    for jobs, settings, built in (
+        ([job], RunSettings(folder / "o", masked=False), model),
+        ([job], RunSettings(folder / "o"), unmasked(model)),
+        ([replace(job, mask_path=None)], RunSettings(folder / "o", mask_values=(1,)), model),
+    ):
+        with pytest.raises(ManifestError):
+            run_slides(jobs, built, settings)
+    assert not (folder / "o").exists()
+
+
+def test_a_prediction_says_what_was_run(folder: Path) -> None:
+    line = "infer @masks.csv --out @o --mask-value 2 --workers 3"
+    result = maskattn(line, folder)
+    assert result.exit_code == 0, result.output
+    settings = {
+        name: json.loads((folder / "o" / name / "prediction.json").read_text())["settings"] for name in ("a", "b")
+    }
+    assert {name: (said["mask"], said["mask_values"], said["masked"]) for name, said in settings.items()} == {
+        "a": ("mask.png", [2], True),
+        "b": (None, None, True),
+    }
+    # A small slide has fewer batches than the workers that were asked for.
+    assert {said["workers"] for said in settings.values()} == {1}
+    again = maskattn(line, folder)
+    assert "skipped  a" in again.stderr
+    assert "skipped  b" in again.stderr
+    assert "asked for" in maskattn(line.replace("2", "3"), folder).stderr
+
+
+@pytest.mark.parametrize("command", ["tissue @disc.tiff", "explain @photo.png --model @vit.pt --num-heads 2"])
+@pytest.mark.parametrize(
+    ("out", "where"),
+    [("@one.png", "one.png"), ("@v.2", "v.2/*.png"), ("@deep/er", "deep/er/*.png"), ("@f.png", "f.png/*.png")],
+)
+def test_a_picture_goes_to_a_png_or_into_a_folder(folder: Path, command: str, out: str, where: str) -> None:
+    (folder / "f.png").mkdir()
+    result = maskattn(f"{command} --out {out}", folder)
+    assert result.exit_code == 0, result.output
+    (picture,) = folder.glob(where)
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("command", ["tissue @disc.tiff", "explain @photo.png --model @vit.pt --num-heads 2"])
+def test_a_disk_that_fills_while_a_picture_is_written_is_one_line(
+    folder: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    result = maskattn(f"{command} --out @views/x.png", folder)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        f"maskattn: the picture must be written whole, got {folder}/views/x.png: No space left on device; free space "
+        "or choose another --out"
+    ]
+    assert list((folder / "views").iterdir()) == []
+
+
+def test_a_limit_on_the_size_of_files_is_met_likewise(folder: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (420, 560, 3), np.uint8)
+    write_slide(folder / "noise.tiff", noise)
+    done = subprocess.run(
+        [sys.executable, "-m", "maskattn", "tissue", folder / "noise.tiff", "--out", folder / "views"],
+        check=False,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert done.returncode == 2
+    assert "the picture must be written whole" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list((folder / "views").iterdir()) == []
+
+
+def test_num_heads_is_refused_where_the_model_says_it(folder: Path) -> None:
+    for source in ("timm:vit_tiny_patch16_224", "hf-hub:org/model", folder):
+        with pytest.raises(ValueError, match="num_heads is for a file of weights"):
+            load_vit(source, num_heads=3)
