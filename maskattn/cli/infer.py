@@ -10,7 +10,7 @@ import typer
 
 from maskattn.cli import slide_runs
 from maskattn.cli.options import Debug, Mask, MaskValues, Spacing
-from maskattn.cli.reporting import errors_in_one_line, say
+from maskattn.cli.reporting import errors_in_one_line, say, tell
 
 __all__ = ["infer"]
 
@@ -19,13 +19,16 @@ def infer(
     out: Annotated[Path, typer.Option("--out", help="Folder of outputs; made if it is not there.", show_default=False)],
     slides: Annotated[
         list[str] | None,
-        typer.Argument(help="Slide files, folders, globs, or CSV manifests.", metavar="SLIDE...", show_default=False),
+        typer.Argument(
+            help="Slide files, folders, globs, or manifests (.csv).", metavar="SLIDE...", show_default=False
+        ),
     ] = None,
     model: Annotated[
         Path | None, typer.Option("--model", help="A slide model, NAME.safetensors; by default the demonstration's.")
     ] = None,
     manifest: Annotated[
-        Path | None, typer.Option("--manifest", help="CSV: slide_id,slide_path[,mask_path][,spacing_um].")
+        Path | None,
+        typer.Option("--manifest", help="A table: slide_id,slide_path[,mask_path][,spacing_um]."),
     ] = None,
     mask: Mask = None,
     mask_value: MaskValues = None,
@@ -49,14 +52,15 @@ def infer(
     """Predict slides and explain the predictions; finished slides are skipped, broken ones are reported."""
     with errors_in_one_line(debug):
         from maskattn.errors import ManifestError
-        from maskattn.slide.manifest import collect_jobs, read_manifest
+        from maskattn.slide.manifest import collect_jobs
         from maskattn.slide.output_folder import prepare_output
         from maskattn.slide.pipeline import RunSettings
         from maskattn.slide.request import check_request
 
-        if manifest is not None:
-            read_manifest(manifest)
-        jobs = collect_jobs([*(slides or ()), *(() if manifest is None else (manifest,))])
+        notes: list[str] = []
+        jobs = collect_jobs(slides or (), notes.append, manifest)
+        for note in notes:
+            tell(note)
         if mask is not None and len(jobs) != 1:
             raise ManifestError(f"--mask serves one slide, got {len(jobs)}; name masks in a manifest (mask_path)")
         if mask is not None:
@@ -76,5 +80,7 @@ def infer(
         outcomes = slide_runs.run(jobs, slide_runs.load_model(model or slide_runs.BUNDLED, impl, device), settings)
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     say(f"{len(outcomes) - failed} of {len(outcomes)} slides have outputs; summary: {out / 'summary.csv'}")
+    for note in notes:
+        say(note)
     if failed:
         raise typer.Exit(1)

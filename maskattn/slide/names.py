@@ -60,6 +60,6 @@ def problem_of_id(slide_id: str) -> str | None:
 def _shown(sign: str) -> str:
     if "\udc80" <= sign <= "\udcff":
         return f"%{ord(sign) - 0xDC00:02X}"
-    if unicodedata.category(sign) == "Cc":
+    if unicodedata.category(sign) in ("Cc", "Zl", "Zp"):
         return "".join(f"%{byte:02X}" for byte in sign.encode())
     return "\ufffd" if unicodedata.category(sign) == "Cs" else sign

@@ -7,6 +7,7 @@ aside as ``OUT/.<slide_id>.old`` for the moment of the renaming. A killed run ma
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +15,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from maskattn.errors import OutputError, SlideError
+from maskattn.slide.file_checks import is_there
+from maskattn.slide.names import as_text
 from maskattn.slide.prediction import SlidePrediction, read_prediction
 
-__all__ = ["clear_leftovers", "find_finished", "prepare_output", "slide_folder"]
+__all__ = ["are_one_name", "clear_leftovers", "find_finished", "prepare_output", "slide_folder"]
 
 _OURS = ("prediction.json", "features.h5", "relevance.h5", "attention.png", "heatmap_*", "relevance.geojson")
+# What systems leave in any folder: macOS' Finder, Windows' Explorer, NFS of a file that was removed while it was open.
+_LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".nfs*")
 _PROBE_BYTES = 64 * 1024
 
 
@@ -35,19 +40,18 @@ def prepare_output(out_dir: Path) -> None:
             probe.flush()
     except OSError as error:
         raise OutputError(
-            f"the output folder must be writable with room to spare, got {out_dir}: {error.strerror or error}; "
-            "choose another --out or free space"
+            f"the output folder must be writable with room to spare, got {as_text(out_dir)}: "
+            f"{error.strerror or error}; choose another --out or free space"
         ) from error
 
 
 def clear_leftovers(out_dir: Path, slide_id: str) -> None:
     """Remove what a killed run left of a slide; a finished folder that had stepped aside comes back."""
     final, partial, old = _names(out_dir, slide_id)
-    if partial.exists():
-        shutil.rmtree(partial)
-    if old.exists():
+    _remove(partial)
+    if os.path.lexists(old):
         if final.exists():
-            shutil.rmtree(old)
+            _remove(old)
         else:
             old.rename(final)
 
@@ -59,26 +63,38 @@ def find_finished(out_dir: Path, slide_id: str) -> SlidePrediction | None:
         SlideError: something that this package did not write stands in the slide's place.
     """
     final = out_dir / slide_id
-    if not final.exists():
+    if not os.path.lexists(final):
         return None
     if not final.is_dir():
         raise SlideError(
-            f"a slide's output must be a folder, got the file {final}; move it away or choose another --out"
-        )
-    strange = sorted(
-        entry.name
-        for entry in final.iterdir()
-        if not any(fnmatchcase(entry.name.lstrip("."), name + "*") for name in _OURS)
-    )
-    if strange:
-        raise SlideError(
-            f"a slide's output folder must hold maskattn's files only, got {strange[0]!r} in {final}; "
-            "move it away or choose another --out"
+            f"a slide's output must be a folder, got {_kind(final)} {as_text(final)}; move it away or choose another "
+            "--out"
         )
     try:
-        return read_prediction(final / "prediction.json")
+        strange = sorted(name for name in os.listdir(final) if not _is_ours(name))
+        if not strange:
+            return read_prediction(final / "prediction.json")
     except (FileNotFoundError, ValueError):
         return None
+    except OSError as error:
+        raise SlideError(
+            f"a slide's output folder must be readable, got {as_text(final)}: {error.strerror or error}; "
+            "move it away or choose another --out"
+        ) from error
+    raise SlideError(
+        f"a slide's output folder must hold maskattn's files only, got {as_text(strange[0])!r} in {as_text(final)}; "
+        "move it away or choose another --out"
+    )
+
+
+def are_one_name(out_dir: Path, one: str, other: str) -> bool:
+    """Whether the file system of the output folder takes two ids for one, as those of macOS and Windows do by case."""
+    try:
+        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".probe") as folder:
+            (Path(folder) / one).mkdir()
+            return is_there(Path(folder) / other)
+    except OSError:
+        return False  # then neither can be written, and each says so
 
 
 @contextlib.contextmanager
@@ -93,12 +109,32 @@ def slide_folder(out_dir: Path, slide_id: str) -> Iterator[Path]:
             final.rename(old)
         partial.rename(final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(partial)
         if old.exists() and not final.exists():
             old.rename(final)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _remove(old)
 
 
 def _names(out_dir: Path, slide_id: str) -> tuple[Path, Path, Path]:
     return out_dir / slide_id, out_dir / f".{slide_id}.partial", out_dir / f".{slide_id}.old"
+
+
+def _is_ours(name: str) -> bool:
+    return any(fnmatchcase(name, litter) for litter in _LITTER) or any(
+        fnmatchcase(name.lstrip("."), ours + "*") for ours in _OURS
+    )
+
+
+def _kind(path: Path) -> str:
+    return "the broken link" if path.is_symlink() and not path.exists() else "the file"
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder and all in it, or a file; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

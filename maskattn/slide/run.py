@@ -11,7 +11,9 @@ import errno
 import logging
 import os
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +21,7 @@ from maskattn.errors import OutputError, SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text
-from maskattn.slide.output_folder import clear_leftovers, find_finished, prepare_output
+from maskattn.slide.output_folder import are_one_name, clear_leftovers, find_finished, prepare_output
 from maskattn.slide.pipeline import RunSettings, identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
 from maskattn.slide.request import check_request, masking_of
@@ -66,7 +68,7 @@ def run_slides(
     outcomes = []
     with _summary_of(settings.out_dir) as summary:
         identity = identify_model(model)
-        for job in jobs:
+        for job in _distinct_here(jobs, settings.out_dir):
             if progress is not None:
                 progress.slide_started(job)
             outcome = _run_one(job, model, identity, settings, progress)
@@ -76,6 +78,21 @@ def run_slides(
             if progress is not None:
                 progress.slide_ended(outcome)
     return outcomes
+
+
+def _distinct_here(jobs: Sequence[SlideJob], out_dir: Path) -> Iterator[SlideJob]:
+    """The jobs; those whose id the file system takes for that of an earlier one fail."""
+    first: dict[str, str] = {}
+    for job in jobs:
+        other = first.setdefault(unicodedata.normalize("NFC", job.slide_id).casefold(), job.slide_id)
+        if other != job.slide_id and job.problem is None and are_one_name(out_dir, other, job.slide_id):
+            yield replace(
+                job,
+                problem=f"a slide_id must differ from the others in more than case or accents where {as_text(out_dir)} "
+                f"is, got {job.slide_id!r} and {other!r}; give it another in a manifest",
+            )
+        else:
+            yield job
 
 
 def _run_one(
