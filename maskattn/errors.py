@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import shlex
 
-__all__ = ["ManifestError", "OutputError", "SlideError", "quoted"]
+__all__ = ["ManifestError", "OutputError", "ReadingStopped", "SlideError", "quoted"]
 
 
 class SlideError(ValueError):
     """A slide, or a file that belongs to one, cannot be used."""
+
+
+class ReadingStopped(SlideError):  # noqa: N818 -- named for what happened
+    """Nothing more can be read of a slide: its decoder hangs, or crashes again and again."""
 
 
 class ManifestError(ValueError):

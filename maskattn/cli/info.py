@@ -22,7 +22,7 @@ def info(
     with errors_in_one_line(debug):
         from maskattn.slide.reader import SlideReader
 
-        with SlideReader(slide, spacing_um) as reader:
+        with SlideReader(slide, spacing_um, isolated=True) as reader:
             facts = reader.describe()
     if as_json:
         say_json(facts)

@@ -39,7 +39,7 @@ def tissue(
                 "with --mask, or leave the values out"
             )
         path = picture_path(out, f"{slide.stem}_tissue.png", [slide, *([mask] if mask else [])])
-        with SlideReader(slide, spacing_um) as reader:
+        with SlideReader(slide, spacing_um, isolated=True) as reader:
             info = reader.info
             labels = tuple(mask_value) if mask_value else None
             found = find_tissue(reader) if mask is None else load_mask(mask, info, labels, reader=reader)

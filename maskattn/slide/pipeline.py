@@ -67,7 +67,7 @@ def predict_slide(
     stages = Stages(model.device)
     with stages("open"):
         given = (job.spacing_um, "manifest") if settings.spacing_um is None else (settings.spacing_um, "override")
-        reader = SlideReader(job.path, *given)
+        reader = SlideReader(job.path, *given, isolated=True)
     with reader, slide_folder(settings.out_dir, job.slide_id) as folder:
         run = SlideRun(job, model, settings, reader, stages, on_tiles)
         prediction = _predict(run, identity, folder)

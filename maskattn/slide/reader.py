@@ -20,6 +20,7 @@ from maskattn.errors import SlideError
 from maskattn.shapes import UInt8
 from maskattn.slide.damage import Damage, DamageLog, Rectangle
 from maskattn.slide.formats.image import DecodeError, SlideImage
+from maskattn.slide.formats.isolated_image import IsolatedDecoding
 from maskattn.slide.formats.opening import open_image
 from maskattn.slide.resampling import blocks, floor_near, on_white, resample
 from maskattn.slide.spacing import SlideSpacing, parse_number, resolve_spacing
@@ -70,6 +71,8 @@ class SlideReader:
         path: the slide file.
         spacing_um: µm per level-0 pixel, in place of what the file says.
         spacing_source: who gave ``spacing_um``: "override" or "manifest".
+        isolated: decode in a process of its own, so that a file that crashes or hangs its decoder harms nothing but
+            itself. A copy that is pickled decodes where it is: worker processes are isolated already.
 
     Raises:
         SlideError: the file is missing, is not a slide, or OpenSlide cannot open it.
@@ -79,13 +82,21 @@ class SlideReader:
         ...     tile = reader.read_region(0, 0, (512, 512), (256, 256))
     """
 
-    def __init__(self, path: str | os.PathLike[str], spacing_um: float | None = None, spacing_source: str = "override"):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        spacing_um: float | None = None,
+        spacing_source: str = "override",
+        *,
+        isolated: bool = False,
+    ):
         self.path = Path(path)
         self._spacing_um = spacing_um
         self._spacing_source = spacing_source
         self._damages = DamageLog()
         self._image: SlideImage | None = None
         self._pid = -1
+        self._isolation = IsolatedDecoding() if isolated else None
         image = self._open()
         self._level_dimensions = image.level_dimensions
         self._dimensions = image.level_dimensions[0]
@@ -212,12 +223,12 @@ class SlideReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_image": None, "_pid": -1}
+        return {**self.__dict__, "_image": None, "_pid": -1, "_isolation": None}
 
     def _open(self) -> SlideImage:
         if self._image is not None and self._pid == os.getpid():
             return self._image
-        image = open_image(self.path)
+        image = open_image(self.path) if self._isolation is None else self._isolation.open(self.path)
         self._image, self._pid = image, os.getpid()
         return image
 

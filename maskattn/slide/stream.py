@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from maskattn.errors import SlideError
+from maskattn.errors import ReadingStopped, SlideError
 from maskattn.shapes import Bool, Int, UInt8
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.reader import SlideReader
@@ -90,7 +90,7 @@ def stream_tiles(
 
     Raises:
         ValueError: ``batch_size``, ``workers`` or ``rows`` is out of range.
-        SlideError: while the stream is read: a worker ended or hangs.
+        SlideError: while the stream is read: a worker or the decoder ended or hangs.
     """
     if batch_size < 1 or (workers is not None and workers < 0):
         raise ValueError(
@@ -179,6 +179,8 @@ class _Tiles(Dataset[TileBatch]):
             x, y = self._coords_lv0[item].tolist()
             try:
                 tiles_BHWC[place] = self._reader.read_region(x, y, (self._tile_lv0, self._tile_lv0), (side, side))
+            except ReadingStopped:
+                raise
             except SlideError as error:
                 readable_B[place] = False
                 reason = reason or str(error)

@@ -1,0 +1,183 @@
+"""A process that opens and decodes one slide at a time for another: what crashes or hangs in it harms nobody else.
+
+Decoders are C libraries that see files from scanners, network drives and broken copies. A damaged file can make one
+crash (a wrong offset table of a DICOM slide) or run out of memory, which no ``except`` catches. The process imports the
+decoders and nothing else, and takes its owner's own ``sys.path``: no script needs a guard around its entry.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from multiprocessing.connection import Connection
+from typing import IO, Any
+
+import numpy as np
+
+from maskattn.slide.formats.image import SlideImage
+
+__all__ = ["DecoderCrashed", "DecoderStalled", "DecodingProcess", "serve"]
+
+_SERVE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve({handle})"
+_ENDS_WITHIN_S = 5.0
+_LAST_WORDS_BYTES = 2000
+
+
+class DecoderCrashed(Exception):  # noqa: N818 -- named for what happened
+    """The process ended; the text is how, and the last line that it wrote."""
+
+
+class DecoderStalled(Exception):  # noqa: N818 -- likewise
+    """The process did not answer in time, and was ended."""
+
+
+class DecodingProcess:
+    """The other end of :func:`serve`, in a process of its own, which ends with this object or with its owner.
+
+    Args:
+        answers_within_s: how long one answer may take.
+    """
+
+    def __init__(self, answers_within_s: float) -> None:
+        self.owner = os.getpid()
+        self._answers_within_s = answers_within_s
+        self._written = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the process
+        ours, theirs = socket.socketpair()
+        code = _SERVE.format(path=sys.path, module=__name__, handle=theirs.fileno())
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                stdout=self._written,
+                stderr=self._written,
+                pass_fds=(theirs.fileno(),),
+            )
+        self._connection = Connection(ours.detach())
+        self.end = weakref.finalize(self, _end, self._process, self._connection, self._written)
+
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def ask(self, request: str, *arguments: Any) -> Any:
+        """The answer to a request; an error that answers it is raised here.
+
+        Raises:
+            DecoderCrashed: the process ended.
+            DecoderStalled: it did not answer in time.
+        """
+        try:
+            self._connection.send((request, arguments))
+            answer = self._receive()
+            if isinstance(answer, _ArrayFollows):
+                array = np.empty(answer.shape, np.uint8)
+                self._connection.recv_bytes_into(array.data.cast("B"))
+                return array
+        except (EOFError, OSError) as error:
+            raise DecoderCrashed(self._how_it_ended()) from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _receive(self) -> Any:
+        if not self._connection.poll(self._answers_within_s):
+            self._process.kill()
+            self.end()
+            raise DecoderStalled
+        return self._connection.recv()
+
+    def _how_it_ended(self) -> str:
+        _wait(self._process, self._connection)
+        code = self._process.returncode
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        size = self._written.seek(0, os.SEEK_END)
+        self._written.seek(max(0, size - _LAST_WORDS_BYTES))
+        lines = [line for line in self._written.read().decode(errors="replace").splitlines() if line.strip()]
+        self.end()
+        return f"{how}: {lines[-1].strip()}" if lines else how
+
+
+class _ArrayFollows:
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection, written: IO[bytes]) -> None:
+    _wait(process, connection)
+    written.close()
+
+
+def _wait(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    connection.close()  # which ends the process, unless it hangs
+    try:
+        process.wait(_ENDS_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def serve(handle: int) -> None:
+    """Answer the requests that come through a socket until its other end is closed.
+
+    Args:
+        handle: the socket's file descriptor.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # its owner ends it
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.Thread(target=_end_with_owner, args=(handle,), daemon=True).start()
+    connection = Connection(handle)
+    image: SlideImage | None = None
+    while True:
+        answer: Any = None
+        try:
+            request, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            if request != "read" and image is not None:
+                image.close()
+                image = None
+            if request == "open":
+                image = _open(*arguments)
+                answer = {name: getattr(image, name) for name in SlideImage.__annotations__}
+            elif request == "read":
+                assert image is not None
+                answer = np.ascontiguousarray(image.read(*arguments))
+        except Exception as error:  # whatever it is, it is the owner's to deal with
+            answer = error
+        _send(connection, answer)
+
+
+def _open(*arguments: Any) -> SlideImage:
+    from maskattn.slide.formats.opening import open_image
+
+    return open_image(*arguments)
+
+
+def _send(connection: Connection, answer: Any) -> None:
+    if isinstance(answer, np.ndarray):
+        connection.send(_ArrayFollows(answer.shape))
+        connection.send_bytes(answer.data.cast("B"))
+        return
+    try:
+        connection.send(answer)
+    except (TypeError, AttributeError, ValueError):  # an error that does not pickle
+        connection.send(RuntimeError(f"{type(answer).__name__}: {answer}"))
+
+
+def _end_with_owner(handle: int) -> None:
+    """A decoder that hangs must not outlive the process that asked it."""
+    poll = select.poll()
+    poll.register(handle, 0)  # a hang-up is always told
+    while not any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll()):
+        pass
+    os._exit(0)
