@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -81,6 +82,37 @@ def test_manifest_with_one_bad_row_runs_the_others_and_exits_with_1(slide: Path,
         "bad": "failed",
         "two": "skipped",
     }
+
+
+def test_what_a_folder_holds_besides_slides_is_said_before_and_after_the_run(slide: Path, tmp_path: Path) -> None:
+    for name in ("table.xlsx", "old.xlsx", "scan.czi", ".hidden", "._disc.tiff"):
+        (tmp_path / name).touch()
+    result = maskattn("infer", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    said = f"in {tmp_path}, passed over 3 files that are no slides: 2 .xlsx, 1 .czi"
+    assert f"maskattn: {said}" in result.stderr.splitlines()
+    assert result.stdout.splitlines()[-2:] == [
+        f"1 of 1 slides have outputs; summary: {tmp_path / 'out' / 'summary.csv'}",
+        said,
+    ]
+
+
+def test_name_that_is_no_utf8_runs_and_has_a_row_on_any_terminal(slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    slide.rename(tmp_path / "in" / os.fsdecode(b"Gef\xe4\xdf.tiff"))
+    (tmp_path / "in" / os.fsdecode(b"gone\xff.tiff")).symlink_to(os.fsdecode(b"/n\xff.tiff"))
+    for encoding in ("utf-8", "ascii"):
+        result = CliRunner(charset=encoding).invoke(
+            app, ["infer", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+        )
+        assert result.exit_code == 1, result.output
+        assert "  Gef%E4%DF: " in result.stderr
+        assert "failed   gone%FF: a slide must be a file" in result.stderr
+    rows = read_summary(tmp_path / "out" / "summary.csv")
+    assert {slide_id: row["status"] for slide_id, row in rows.items()} == {"Gef%E4%DF": "skipped", "gone%FF": "failed"}
+    assert "which does not exist" in rows["gone%FF"]["reason"]
+    saved = json.loads((tmp_path / "out" / "Gef%E4%DF" / "prediction.json").read_text())
+    assert os.fsencode(saved["slide"]["path"]).endswith(b"/Gef\xe4\xdf.tiff")
 
 
 def test_second_run_skips_and_overwrite_does_not(slide: Path, tmp_path: Path) -> None:

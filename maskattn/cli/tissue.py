@@ -29,6 +29,7 @@ def tissue(
     """Show where the tissue is: an overlay as PNG, and its statistics as JSON on stdout."""
     with errors_in_one_line(debug):
         from maskattn.slide.mask_file import load_mask
+        from maskattn.slide.names import id_of_file
         from maskattn.slide.overlay import write_mask_overlay
         from maskattn.slide.reader import SlideReader
         from maskattn.slide.tissue import find_tissue
@@ -38,7 +39,7 @@ def tissue(
                 f"--mask-value names labels of a mask, got {', '.join(map(str, mask_value))} and no mask; give one "
                 "with --mask, or leave the values out"
             )
-        path = picture_path(out, f"{slide.stem}_tissue.png", [slide, *([mask] if mask else [])])
+        path = picture_path(out, f"{id_of_file(slide)}_tissue.png", [slide, *([mask] if mask else [])])
         with SlideReader(slide, spacing_um, isolated=True) as reader:
             info = reader.info
             labels = tuple(mask_value) if mask_value else None

@@ -20,7 +20,7 @@ from typing import Protocol
 from maskattn.errors import OutputError, SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.manifest import SlideJob
-from maskattn.slide.names import as_text
+from maskattn.slide.names import as_text, problem_of_id
 from maskattn.slide.output_folder import are_one_name, clear_leftovers, find_finished, prepare_output
 from maskattn.slide.pipeline import RunSettings, identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
@@ -101,8 +101,9 @@ def _run_one(
     start = time.perf_counter()
     on_tiles = None if progress is None else progress.tiles_done
     try:
-        if job.problem is not None:
-            raise SlideError(job.problem)
+        problem = job.problem or problem_of_id(job.slide_id)
+        if problem is not None:
+            raise SlideError(problem)
         clear_leftovers(settings.out_dir, job.slide_id)
         finished = find_finished(settings.out_dir, job.slide_id)
         if finished is not None and not settings.overwrite:
@@ -172,10 +173,10 @@ def _summary_errors(path: Path) -> Iterator[None]:
 
 def _reason(error: Exception, out_dir: Path) -> str:
     """An error in one line."""
-    text = " ".join(str(error).split())
+    text = as_text(" ".join(str(error).split()))
     if isinstance(error, SlideError):
         return text
     # HDF5 reports a full disk in the words of its message alone.
     if isinstance(error, OSError) and (error.errno == errno.ENOSPC or os.strerror(errno.ENOSPC) in text):
-        return f"outputs need room on their disk, got none left in {out_dir}; free space and run it again"
+        return f"outputs need room on their disk, got none left in {as_text(out_dir)}; free space and run it again"
     return f"{type(error).__name__}: {text}"[:500]
