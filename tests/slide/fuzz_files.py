@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -18,6 +19,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 from random import Random
 
@@ -35,6 +38,12 @@ from fuzz_sources import KINDS, Source, draw_sources, given_sources  # noqa: E40
 FINE = ("read", "in part", "refused")
 FAULTS = ("crash", "hang", "half output", "memory", "exception", "unclear message", "wrong result")
 OUTCOMES = FINE + FAULTS
+VERSIONED = ("openslide-python", "openslide-bin", "tifffile", "imagecodecs", "pydicom", "numpy", "torch")
+REPORTED = """Each file is a slide with one to four damages: bits flipped, bytes overwritten, zeroed, cut, swapped,
+doubled or let in, anywhere or in what readers trust (directories, tile tables, JPEG markers, XML, DICOM elements). It is
+opened, described, its tissue found and drawn, tiles read in and beyond it, and one in four is predicted. "In part":
+opened, and something of it refused; "refused": not opened; both in a sentence that says the rule, what came and the
+remedy. A hang is more than 20 s of processor time, or 200 s of waiting; memory, more than 2 GiB above the start."""
 SHARES = ("TIFF",) * 4 + ("SVS",) * 3 + ("DICOM",) * 3
 Task = tuple[Path, Path, int, bool]
 SHARE_GIVEN, SHARE_PREDICTED = 0.2, 0.25
@@ -172,6 +181,31 @@ def faults_in_words(verdicts: list[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def contained(verdicts: list[Verdict]) -> str:
+    number = sum("crash" in verdict.detail for verdict in verdicts if verdict.outcome in FINE)
+    return f"In {number} of the files a decoder crashed in a process of its own, and the message says so."
+
+
+def report(verdicts: list[Verdict], arguments: argparse.Namespace, given: list[Source], seconds: float) -> str:
+    """What was run, on what, and what came of it, as a page of ``bench/results``."""
+    command = f"python tests/slide/fuzz_files.py --files {len(verdicts)} --seed {arguments.seed}"
+    command += " --given SLIDES" if given else ""
+    versions = [f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in VERSIONED)]
+    return f"""# Damaged slide files
+
+{date.today()}, `{command}`; {", ".join(versions)}.
+
+{REPORTED}
+
+{table(verdicts, "kind")}
+
+{contained(verdicts)} {slowest(verdicts)} All took {seconds / 60:.0f} minutes on {arguments.processes} of
+{os.cpu_count()} cores.
+
+{table(verdicts, "slide")}
+"""
+
+
 def slowest(verdicts: list[Verdict]) -> str:
     by_time = sorted(verdicts, key=lambda verdict: -verdict.processor_s)[:5]
     said = ", ".join(f"{v.processor_s:.1f} s ({v.case.source.name}, {v.case.number})" for v in by_time)
@@ -186,6 +220,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=int, nargs="+", help="these numbers alone, each predicted too, and kept")
     parser.add_argument("--given", type=Path, nargs="*", default=[], help="slides of yours, or folders of them")
     parser.add_argument("--keep", type=Path, help="folder for the files that show a fault")
+    parser.add_argument("--report", type=Path, help="a page of Markdown for the counts")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0, help="processor time that a file may take")
     return parser.parse_args()
@@ -198,7 +233,8 @@ def main() -> int:
     started = shown = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz_files_") as name:
         folder = Path(name)
-        sources = draw_sources(folder / "sources") + given_sources(given)
+        real = given_sources(given)
+        sources = draw_sources(folder / "sources") + real
         numbers = arguments.only or range(arguments.first, arguments.first + arguments.files)
         cases = (make_case(number, arguments.seed, sources, folder / "cases") for number in numbers)
         limits = Limits(arguments.seconds, 10 * arguments.seconds)
@@ -214,8 +250,11 @@ def main() -> int:
                 shown = time.monotonic()
                 counts = Counter(verdict.outcome for verdict in verdicts)
                 print(f"{len(verdicts)} of {len(numbers)}: {dict(counts)}", file=sys.stderr)
-    print(f"{table(verdicts, 'kind')}\n\n{table(verdicts, 'slide')}\n\n{slowest(verdicts)}")
-    print(f"{len(verdicts)} files in {time.monotonic() - started:.0f} s.\n\n{faults_in_words(verdicts)}")
+    print(f"{table(verdicts, 'kind')}\n\n{table(verdicts, 'slide')}\n\n{contained(verdicts)}")
+    seconds = time.monotonic() - started
+    print(f"{slowest(verdicts)}\n{len(verdicts)} files in {seconds:.0f} s.\n\n{faults_in_words(verdicts)}")
+    if arguments.report:
+        arguments.report.write_text(report(verdicts, arguments, real, seconds))
     return int(any(verdict.outcome in FAULTS for verdict in verdicts))
 
 

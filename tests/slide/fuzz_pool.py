@@ -1,11 +1,12 @@
 """Long-lived processes that take one task after another, and are replaced where a task crashes them or does not end.
 
-Processor time bounds a task, because other work on the machine does not count there; a far longer wall time bounds what
-waits without working.
+Processor time bounds a task, that of processes which the task starts included, because other work on the machine does
+not count there; a far longer wall time bounds what waits without working.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -52,8 +53,13 @@ class _Worker:
     log: Path
     task: Any = None
     since: float = 0.0
+    worked_before_s: float = 0.0
     killed: bool = False
-    tasks: int = field(default=0)
+    tasks: int = 0
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid or 0
 
 
 def run_tasks(
@@ -89,6 +95,7 @@ def run_tasks(
                 idle = start()
                 workers.append(idle)
             idle.task, idle.since, idle.tasks = task, time.monotonic(), idle.tasks + 1
+            idle.worked_before_s = processor_seconds(idle.pid)
             idle.connection.send(task)
         while any(worker.task is not None for worker in workers):
             yield from _collect(workers, limits)
@@ -100,14 +107,14 @@ def run_tasks(
 def _collect(workers: list[_Worker], limits: Limits) -> list[Result]:
     """Wait for a result; workers that are down or used up leave the list."""
     busy = [worker for worker in workers if worker.task is not None]
-    wait([handle for worker in busy for handle in (worker.connection, worker.process.sentinel)], timeout=1.0)
+    wait([handle for worker in busy for handle in (worker.connection, worker.process.sentinel)], timeout=0.5)
     results = []
     for worker in busy:
         wall_s = time.monotonic() - worker.since
+        processor_s = processor_seconds(worker.pid) - worker.worked_before_s
         try:
             if worker.connection.poll():
-                returned, processor_s = worker.connection.recv()
-                results.append(Result(worker.task, returned, "", "", processor_s, wall_s))
+                results.append(Result(worker.task, worker.connection.recv(), "", "", processor_s, wall_s))
                 worker.task = None
                 if worker.tasks >= TASKS_PER_PROCESS:
                     _end(worker)
@@ -118,20 +125,49 @@ def _collect(workers: list[_Worker], limits: Limits) -> list[Result]:
         if not worker.process.is_alive():
             results.append(_downfall(worker, wall_s))
             workers.remove(worker)
-        elif wall_s > limits.wall_s and not worker.killed:
-            worker.killed = True
-            os.kill(worker.process.pid or 0, signal.SIGPROF)
-        elif wall_s > limits.wall_s + 10:
-            worker.process.kill()
+        elif processor_s > limits.processor_s or wall_s > limits.wall_s:
+            _stop(worker)
     return results
+
+
+def _stop(worker: _Worker) -> None:
+    """End a worker that works or waits for too long, and all that it started; its log gets the stack."""
+    worker.killed = True
+    descendants = family(worker.pid)[1:]
+    os.kill(worker.pid, signal.SIGPROF)
+    worker.process.join(10)
+    worker.process.kill()
+    worker.process.join(10)
+    for pid in descendants:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    found = [pid]
+    for one in found:  # which grows while it is walked
+        with contextlib.suppress(OSError):
+            for thread in Path(f"/proc/{one}/task").iterdir():
+                found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def processor_seconds(pid: int) -> float:
+    """Of a process and its descendants, those included that have ended."""
+    ticks = 0
+    for one in family(pid):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))  # user and system, its own and its children's
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _downfall(worker: _Worker, wall_s: float) -> Result:
     log = worker.log.read_text(errors="replace") if worker.log.exists() else ""
     code = worker.process.exitcode or 0
-    hung = worker.killed or code == -signal.SIGPROF
     name = signal.Signals(-code).name if code < 0 else f"exit {code}"
-    downfall = "hang" if hung else f"crash: {name}"
+    downfall = "hang" if worker.killed else f"crash: {name}"
     worker.log.unlink(missing_ok=True)
     return Result(worker.task, None, downfall, log.partition("Extension modules")[0][:4000], 0.0, wall_s)
 
@@ -145,7 +181,7 @@ def _end(worker: _Worker) -> None:
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any], log: Path, limits: Limits) -> None:
-    """Take tasks until there are no more; a task that works for too long ends this process with SIGPROF."""
+    """Take tasks until there are no more; SIGPROF, by which a task is stopped, writes the stack first."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     (held_kb,) = re.findall(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
     most = int(held_kb) * 1024 + (limits.memory_mb << 20)
@@ -161,8 +197,4 @@ def _serve(connection: Connection, function: Callable[[Any], Any], log: Path, li
         except EOFError:
             return
         os.ftruncate(2, 0)
-        before = time.process_time()
-        signal.setitimer(signal.ITIMER_PROF, limits.processor_s)
-        returned = function(task)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        connection.send((returned, time.process_time() - before))
+        connection.send(function(task))
