@@ -17,7 +17,7 @@ from slides import DrawnSlide, make_slide
 from small_slides import small_model, write_slide
 
 from maskattn.errors import ReadingStopped, SlideError
-from maskattn.slide.formats import isolated_image
+from maskattn.slide.formats import decoding_process, isolated_image
 from maskattn.slide.formats.decoding_process import DecodingProcess
 from maskattn.slide.grid import make_grid
 from maskattn.slide.manifest import SlideJob
@@ -60,6 +60,27 @@ def test_an_isolated_reader_sees_what_a_plain_one_sees(slide: DrawnSlide) -> Non
             np.testing.assert_array_equal(isolated.read_region(*place), plain.read_region(*place))
         copy = pickle.loads(pickle.dumps(isolated))
         np.testing.assert_array_equal(copy.thumbnail(100), plain.thumbnail(100))
+
+
+def test_pixels_that_shared_memory_cannot_hold_come_all_the_same(
+    slide: DrawnSlide, process: list[DecodingProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bytes_ in (1000, None):
+        with monkeypatch.context() as patch:
+            if bytes_ is None:
+                patch.delattr(os, "memfd_create")
+            else:
+                patch.setattr(decoding_process, "_SHARED_BYTES", bytes_)
+                patch.setattr(
+                    decoding_process,
+                    "_SERVE",
+                    f"import sys; sys.path[:] = {{path!r}}; import {{module}} as m; "
+                    f"m._SHARED_BYTES = {bytes_}; m.serve({{handle}}, {{shared}})",
+                )
+            with SlideReader(slide.path, isolated=True) as reader:
+                np.testing.assert_array_equal(reader.read_region(0, 0, (700, 500), (700, 500)), slide.rgb_HW3)
+        isolated_image._idle.clear()
+    assert len(process) == 2
 
 
 def test_what_cannot_be_opened_says_so_in_the_same_words(tmp_path: Path) -> None:
@@ -141,7 +162,7 @@ def test_a_decoder_that_hangs_stops_its_slide_in_bounded_time_and_the_next_one_r
 def test_no_decoding_process_outlives_its_owner(slide: DrawnSlide) -> None:
     script = f"""
 import os, sys
-from maskattn.slide.formats import isolated_image
+from maskattn.slide.formats import decoding_process, isolated_image
 from maskattn.slide.reader import SlideReader
 reader = SlideReader({str(slide.path)!r}, isolated=True)
 pid = reader._image._process._process.pid

@@ -7,6 +7,8 @@ decoders and nothing else, and takes its owner's own ``sys.path``: no script nee
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 import resource
 import select
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
@@ -26,7 +29,9 @@ from maskattn.slide.formats.image import SlideImage
 
 __all__ = ["DecoderCrashed", "DecoderStalled", "DecodingProcess", "serve"]
 
-_SERVE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve({handle})"
+_SERVE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve({handle}, {shared})"
+# Pixels come through memory that both processes see; more than fit there, or where there is none, through the socket.
+_SHARED_BYTES = 64 << 20
 _ENDS_WITHIN_S = 5.0
 _LAST_WORDS_BYTES = 2000
 
@@ -51,15 +56,20 @@ class DecodingProcess:
         self._answers_within_s = answers_within_s
         self._written = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the process
         ours, theirs = socket.socketpair()
-        code = _SERVE.format(path=sys.path, module=__name__, handle=theirs.fileno())
+        shared = _shared_file()
+        self._shared = None if shared is None else np.frombuffer(mmap.mmap(shared, _SHARED_BYTES), np.uint8)
+        handles = (theirs.fileno(), *(() if shared is None else (shared,)))
+        code = _SERVE.format(path=sys.path, module=__name__, handle=theirs.fileno(), shared=shared)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 stdout=self._written,
                 stderr=self._written,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=handles,
             )
+        if shared is not None:
+            os.close(shared)
         self._connection = Connection(ours.detach())
         self.end = weakref.finalize(self, _end, self._process, self._connection, self._written)
 
@@ -77,10 +87,13 @@ class DecodingProcess:
         try:
             self._connection.send((request, arguments))
             answer = self._receive()
-            if isinstance(answer, _ArrayFollows):
-                array = np.empty(answer.shape, np.uint8)
-                self._connection.recv_bytes_into(array.data.cast("B"))
-                return array
+            if isinstance(answer, _Pixels):
+                if answer.shared:
+                    assert self._shared is not None
+                    return self._shared[: math.prod(answer.shape)].reshape(answer.shape).copy()
+                pixels = np.empty(answer.shape, np.uint8)
+                self._connection.recv_bytes_into(pixels.data.cast("B"))
+                return pixels
         except (EOFError, OSError) as error:
             raise DecoderCrashed(self._how_it_ended()) from error
         if isinstance(answer, Exception):
@@ -105,9 +118,21 @@ class DecodingProcess:
         return f"{how}: {lines[-1].strip()}" if lines else how
 
 
-class _ArrayFollows:
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
+@dataclass(frozen=True)
+class _Pixels:
+    """An answer that is an array: it lies in the shared memory, or comes next through the socket."""
+
+    shape: tuple[int, ...]
+    shared: bool
+
+
+def _shared_file() -> int | None:
+    """Memory without a name, which no full ``/dev/shm`` can refuse; None where the system has none."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    handle = os.memfd_create("maskattn pixels")
+    os.ftruncate(handle, _SHARED_BYTES)
+    return handle
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection, written: IO[bytes]) -> None:
@@ -124,17 +149,19 @@ def _wait(process: subprocess.Popen[bytes], connection: Connection) -> None:
         process.wait()
 
 
-def serve(handle: int) -> None:
+def serve(handle: int, shared: int | None) -> None:
     """Answer the requests that come through a socket until its other end is closed.
 
     Args:
         handle: the socket's file descriptor.
+        shared: that of the shared memory, or None.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # its owner ends it
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.Thread(target=_end_with_owner, args=(handle,), daemon=True).start()
     connection = Connection(handle)
+    memory = None if shared is None else np.frombuffer(mmap.mmap(shared, _SHARED_BYTES), np.uint8)
     image: SlideImage | None = None
     while True:
         answer: Any = None
@@ -154,7 +181,7 @@ def serve(handle: int) -> None:
                 answer = np.ascontiguousarray(image.read(*arguments))
         except Exception as error:  # whatever it is, it is the owner's to deal with
             answer = error
-        _send(connection, answer)
+        _send(connection, answer, memory)
 
 
 def _open(*arguments: Any) -> SlideImage:
@@ -163,10 +190,14 @@ def _open(*arguments: Any) -> SlideImage:
     return open_image(*arguments)
 
 
-def _send(connection: Connection, answer: Any) -> None:
+def _send(connection: Connection, answer: Any, memory: np.ndarray | None) -> None:
     if isinstance(answer, np.ndarray):
-        connection.send(_ArrayFollows(answer.shape))
-        connection.send_bytes(answer.data.cast("B"))
+        shared = memory is not None and answer.nbytes <= memory.nbytes
+        if memory is not None and shared:
+            memory[: answer.nbytes] = answer.reshape(-1)
+        connection.send(_Pixels(answer.shape, shared))
+        if not shared:
+            connection.send_bytes(answer.data.cast("B"))
         return
     try:
         connection.send(answer)
