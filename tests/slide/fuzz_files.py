@@ -40,8 +40,8 @@ FAULTS = ("crash", "hang", "half output", "memory", "exception", "unclear messag
 OUTCOMES = FINE + FAULTS
 VERSIONED = ("openslide-python", "openslide-bin", "tifffile", "imagecodecs", "pydicom", "numpy", "torch")
 REPORTED = """Each file is a slide with one to four damages: bits flipped, bytes overwritten, zeroed, cut, swapped,
-doubled or let in, anywhere or in what readers trust (directories, tile tables, JPEG markers, XML, DICOM elements). It is
-opened, described, its tissue found and drawn, tiles read in and beyond it, and one in four is predicted. "In part":
+doubled or let in, anywhere or in what readers trust (directories, tile tables, JPEG markers, XML, DICOM elements). It
+is opened, described, its tissue found and drawn, tiles read in and beyond it, and one in four is predicted. "In part":
 opened, and something of it refused; "refused": not opened; both in a sentence that says the rule, what came and the
 remedy. A hang is more than 20 s of processor time, or 200 s of waiting; memory, more than 2 GiB above the start."""
 SHARES = ("TIFF",) * 4 + ("SVS",) * 3 + ("DICOM",) * 3
