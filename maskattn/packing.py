@@ -212,7 +212,7 @@ def _read(lengths: Tensor, keep_BN: Tensor) -> list[int]:
             f"Packing.from_keep needs to read the mask, because its kept tokens become rows, got {where}; "
             "make the Packing outside, or use masked_attention, which takes the mask itself"
         )
-    return lengths.tolist()  # type: ignore[no-any-return]
+    return lengths.tolist()
 
 
 def _check_keep(keep_BN: Tensor) -> None:
