@@ -15,6 +15,7 @@ FLOORS = [
     {
         "errors",
         "files",
+        "lettering",
         "mask_images",
         "packing",
         "native_packing",

@@ -49,6 +49,7 @@ def explain(
         from maskattn.explain import single_image as single
         from maskattn.explain.pictures import draw_explanation
         from maskattn.files import replacing
+        from maskattn.lettering import drawable
         from maskattn.nn.checkpoints import load_vit
 
         if target and concept:
@@ -70,7 +71,8 @@ def explain(
         found = single.explain_image(vit, inputs, targets, kept, method)
         titles = [f"{name}: {score:.3g}" for name, score in zip(found.names, found.scores_M.tolist(), strict=True)]
         maps = dict(zip(titles, found.maps_MHW, strict=True))
-        title = f"{image.name}, {model}, {method}"
+        # Where no font has a name's signs, the names of the files have to do.
+        title = ", ".join(filter(None, (drawable(image.name), drawable(model), method)))
         figure = draw_explanation(pixels, found.attention_HW, maps, title, keep_HW=None if kept is None else kept[0])
         with picture_written(path), replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from maskattn.lettering import families_of, wrapped
 from maskattn.shapes import Bool, Float, Shaped
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def draw_explanation(
     columns = min(_COLUMNS, count)
     rows = -(-count // columns)
     aspect = image_YX3.shape[0] / image_YX3.shape[1]
-    size = (_PANEL_INCH * columns + 0.3, (_PANEL_INCH * 0.82 * aspect + 0.45) * rows + (0.35 if title else 0.0))
+    width = _PANEL_INCH * columns + 0.3
+    heading = _lettering(title, width - 0.2, 10)
+    lines = 1 + heading["label"].count("\n") if title else 0
+    size = (width, (_PANEL_INCH * 0.82 * aspect + 0.45) * rows + (0.18 + 0.17 * lines if title else 0.0))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -67,12 +71,23 @@ def draw_explanation(
     named = {} if attention_HW is None else {"attention": attention_HW}
     for axis, (name, values) in zip(axes[1:], {**named, **maps}.items(), strict=False):
         draw_map(axis, image_YX3, values, signed=name in maps, keep_HW=keep_HW)
-        axis.set_title(name, fontsize=9, parse_math=False)
+        axis.set_title(**_lettering(name, _PANEL_INCH * 0.8, 9))
     for place, axis in enumerate(axes):
         axis.set_axis_off() if place >= count else axis.set(xticks=[], yticks=[])
     if title:
-        figure.suptitle(title, fontsize=10, parse_math=False)
+        figure.suptitle(heading.pop("label"), **heading)
     return figure
+
+
+def _lettering(text: str, width_inch: float, size_pt: float) -> dict[str, Any]:
+    """The arguments of a title that stays within a width, in fonts that have its signs."""
+    lines = wrapped(text, width_inch * 100, size_pt, 100)
+    return {
+        "label": "\n".join(lines),
+        "fontsize": size_pt,
+        "fontfamily": families_of("".join(lines)),
+        "parse_math": False,
+    }
 
 
 def draw_map(

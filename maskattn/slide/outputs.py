@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskattn.errors import SlideError
 from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap
+from maskattn.lettering import drawable
 from maskattn.shapes import UInt8
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.overlay import MapCanvas, write_heatmap
@@ -96,12 +97,17 @@ def _write_heatmaps(
     folder: Path, run: SlideRun, thumbnail: UInt8[np.ndarray, "Y X 3"], canvas: MapCanvas, scores: dict[str, float]
 ) -> None:
     config = run.model.config
-    by = f"model {config.name}" + (", a demonstration model" if config.demonstration else "")
-    for name, values in zip(config.classes, canvas.values_MYX, strict=False):
-        title = f"{run.job.slide_id}: relevance for class {name!r}, score {scores[name]:.3f}; {by}"
+    # Where no font has a name's signs, the name of the file and its folder has to do.
+    of = f"{slide_id}: " if (slide_id := drawable(run.job.slide_id)) else ""
+    parts = [f"model {drawable(config.name)}"] if drawable(config.name) else []
+    parts += ["a demonstration model"] if config.demonstration else []
+    by = f"; {', '.join(parts)}" if parts else ""
+    for place, (name, values) in enumerate(zip(config.classes, canvas.values_MYX, strict=False)):
+        named = repr(drawable(name)) if drawable(name) else f"{place + 1} of {len(config.classes)}"
+        title = f"{of}relevance for class {named}, score {scores[name]:.3f}{by}"
         path = folder / f"heatmap_{name.translate(_UNSAFE_IN_NAMES)}.png"
         write_heatmap(path, thumbnail, values, title, "relevance (+ for, − against)", "diverging")
-    title = f"{run.job.slide_id}: attention of the class token; {by}"
+    title = f"{of}attention of the class token{by}"
     write_heatmap(folder / "attention.png", thumbnail, canvas.values_MYX[-1], title, "attention", "sequential")
 
 

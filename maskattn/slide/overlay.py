@@ -8,13 +8,13 @@ Dimension key: M maps, (Y, X) thumbnail pixels, B tiles of a batch, (h, w) token
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from maskattn.files import replacing
+from maskattn.lettering import families_of, wrapped
 from maskattn.shapes import Bool, Float, Int, UInt8
 from maskattn.slide.tissue_mask import TissueMask
 
@@ -26,6 +26,8 @@ _LUMINANCE = (0.299, 0.587, 0.114)
 _DPI = 100
 _BAR_PX = 110
 _LINE_PX = 17
+_MARGIN_PX = 6
+_TITLE_PT, _LABEL_PT = 9, 8
 _MIN_BODY_PX = (420, 240)
 _COLOUR_MAPS = {"diverging": "RdBu_r", "sequential": "viridis"}
 _TICKS = (0.05, 0.25, 0.5, 1.0)  # of the colour bar, as shares of its end
@@ -141,7 +143,7 @@ def write_heatmap(
         path: the PNG.
         thumbnail_YX3: (Y, X, 3) RGB.
         values_YX: (Y, X) the map; NaN = background, left untouched.
-        title: the picture's title.
+        title: the picture's title; signs that no font of this machine has are question marks.
         label: what the colour bar measures.
         kind: "diverging" fixes zero in the middle (CDAM), "sequential" starts at zero (attention).
 
@@ -150,8 +152,8 @@ def write_heatmap(
     """
     height, width = thumbnail_YX3.shape[:2]
     body = max(width, _MIN_BODY_PX[0]), max(height, _MIN_BODY_PX[1])
-    lines = textwrap.wrap(title, max(40, body[0] // 8)) or [""]
-    head = 12 + _LINE_PX * len(lines)
+    lines = wrapped(title, body[0] + _BAR_PX - 2 * _MARGIN_PX, _TITLE_PT, _DPI)
+    head = 2 * _MARGIN_PX + _LINE_PX * len(lines)
     image = _frame("\n".join(lines), head, body, colour_limit(values_YX, kind), label, _COLOUR_MAPS[kind])
     image[head : head + height, :width] = blend(thumbnail_YX3, values_YX, kind)
     _write_png(path, image)
@@ -199,7 +201,9 @@ def _frame(
     width, height = body[0] + _BAR_PX, head + body[1]
     figure = Figure(figsize=((width + 0.5) / _DPI, (height + 0.5) / _DPI), dpi=_DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    figure.text(6 / width, 1 - 6 / height, title, fontsize=9, va="top", ha="left", parse_math=False)
+    place = _MARGIN_PX / width, 1 - _MARGIN_PX / height
+    letters: dict[str, Any] = {"fontsize": _TITLE_PT, "fontfamily": families_of(title), "parse_math": False}
+    figure.text(*place, title, va="top", ha="left", **letters)
     bar_height = min(body[1] - 20, 400)
     axes = figure.add_axes(
         (((body[0] + 12) / width), 1 - (head + 10 + bar_height) / height, 16 / width, bar_height / height)
@@ -207,7 +211,7 @@ def _frame(
     shares = [*_TICKS, 0.0, *(-share for share in _TICKS if limits[0] < 0)]
     ticks = sorted(share * limits[1] for share in shares)
     bar: Any = figure.colorbar(ScalarMappable(_colour_scale(*limits), colour_map), cax=axes, ticks=ticks)
-    bar.set_label(f"{label}; square-root scale", fontsize=8)
+    bar.set_label("\n".join(wrapped(f"{label}; square-root scale", bar_height, _LABEL_PT, _DPI)), fontsize=_LABEL_PT)
     bar.ax.tick_params(labelsize=7)
     bar.formatter.set_powerlimits((-2, 3))
     bar.ax.yaxis.get_offset_text().set_fontsize(7)

@@ -1,0 +1,234 @@
+"""Names in pictures: drawn where a font of this machine has their signs, left out where none has, never as boxes.
+
+Matplotlib's own font, DejaVu Sans, has the scripts of Europe. Others are looked for among the machine's fonts, once for
+each script and only where a name asks for it. Scripts whose letters join, stack or run from right to left need a
+matplotlib that shapes text (3.11 and later, with libraqm); without it such a name is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["drawable", "families_of", "legible", "wrapped"]
+
+_OWN = "DejaVu Sans"
+# Fonts of many scripts, looked into first; others follow, those that draw boxes never.
+_LIKELY = (
+    "noto sans",
+    "source han sans",
+    "wenquanyi",
+    "droid sans",
+    "arial unicode",
+    "unifont",
+    "gnu free",
+    "freesans",
+)
+_BOXES = ("last resort", "adobe blank", "tofu")
+_INDIC = ("DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL", "TELUGU", "KANNADA", "MALAYALAM")
+_SHAPED = frozenset((*_INDIC, "SINHALA", "THAI", "LAO", "TIBETAN", "MYANMAR", "KHMER", "MONGOLIAN"))
+_MOST_LINES = 4
+
+
+def drawable(name: str) -> str:
+    """A name as it can be drawn: without controls, on one line; empty where a sign of it cannot be drawn here."""
+    text = _cleaned(name)
+    if not _is_shaped() and any(map(_needs_shaping, text)):
+        return ""
+    return text if all(_fonts().family_of(text).values()) else ""
+
+
+def legible(text: str) -> str:
+    """A text with a question mark in the place of each sign that cannot be drawn here."""
+    text = _cleaned(text)
+    families = _fonts().family_of(text)
+    shaped = _is_shaped()
+    return "".join(sign if families[sign] and (shaped or not _needs_shaping(sign)) else "?" for sign in text)
+
+
+def families_of(text: str) -> list[str]:
+    """Families of fonts that have the signs of a text, as matplotlib's ``fontfamily`` takes them, its own first."""
+    found = _fonts().family_of(text).values()
+    return list(dict.fromkeys([_OWN, *(family for family in found if family)]))
+
+
+def wrapped(text: str, width_px: float, size_pt: float, dpi: float = 100.0) -> list[str]:
+    """A legible text in lines that fit a width, at most four; what does not fit ends in an ellipsis.
+
+    Args:
+        text: it is broken at spaces, and within a word that fits no line.
+        width_px: of a line.
+        size_pt: of the letters.
+        dpi: pixels per inch.
+    """
+    lines, line = [], ""
+    for word in legible(text).split(" "):
+        longer = f"{line} {word}" if line else word
+        if _width_px(longer, size_pt, dpi) <= width_px:
+            line = longer
+            continue
+        if line:
+            lines.append(line)
+        while _width_px(word, size_pt, dpi) > width_px and len(word) > 1:
+            fits = _signs_that_fit(word, width_px, size_pt, dpi)
+            lines.append(word[:fits])
+            word = word[fits:]
+        line = word
+    lines.append(line)
+    if len(lines) > _MOST_LINES:
+        last = lines[_MOST_LINES - 1]
+        kept = _signs_that_fit(last, width_px - _width_px("…", size_pt, dpi), size_pt, dpi)
+        lines = [*lines[: _MOST_LINES - 1], f"{last[:kept].rstrip()}…"]
+    return [_FROM_LEFT + line if any(map(_is_from_right, line)) else line for line in lines]
+
+
+def _cleaned(text: str) -> str:
+    """Composed, without controls, marks of direction, halves of surrogates and signs that no standard gives a form."""
+    spaced = "".join(" " if sign.isspace() else sign for sign in unicodedata.normalize("NFC", text))
+    kept = (sign for sign in spaced if sign in "\u200c\u200d" or unicodedata.category(sign) not in _FORMLESS)
+    return " ".join("".join(sign for sign in kept if not "\ufe00" <= sign <= "\ufe0f").split(" ")).strip()
+
+
+# Without it a line that begins with a name from the right would run from there as a whole.
+_FROM_LEFT = "\u200e"
+_FORMLESS = frozenset(("Cc", "Cf", "Cs", "Co", "Cn"))
+
+
+def _needs_shaping(sign: str) -> bool:
+    return _is_from_right(sign) or unicodedata.category(sign) in ("Mn", "Mc") or _script(sign) in _SHAPED
+
+
+def _is_from_right(sign: str) -> bool:
+    return unicodedata.bidirectional(sign) in ("R", "AL", "AN")
+
+
+def _script(sign: str) -> str:
+    return unicodedata.name(sign, "?").replace("-", " ").split(" ")[0]
+
+
+@functools.cache
+def _is_shaped() -> bool:
+    from matplotlib import ft2font
+
+    return hasattr(ft2font, "__libraqm_version__")
+
+
+class _Fonts:
+    """The machine's fonts, as far as names have asked for them."""
+
+    def __init__(self) -> None:
+        from matplotlib import font_manager
+
+        self._own = self._opened(font_manager.findfont(_OWN))
+        self._useful: list[tuple[str, Any]] = [(_OWN, self._own)]
+        self._family: dict[str, str] = {}
+        self._absent: set[str] = set()
+
+    def family_of(self, signs: Iterable[str]) -> dict[str, str]:
+        """The first family that has each sign; empty where none has."""
+        signs = set(signs)
+        for sign in signs - self._family.keys():
+            for family, font in self._useful:
+                if font.get_char_index(ord(sign)):
+                    self._family[sign] = family
+                    break
+        unknown = {sign for sign in signs - self._family.keys() if _script(sign) not in self._absent}
+        if unknown:
+            self._look_for(unknown)
+        return {sign: self._family.get(sign, "") for sign in signs}
+
+    def advance_px(self, sign: str, size_pt: float, dpi: float) -> float:
+        """How far a sign moves the pen."""
+        family = self.family_of(sign)[sign]
+        font = next((font for name, font in self._useful if name == family), self._own)
+        font.set_size(size_pt, dpi)
+        glyph = font.load_char(ord(sign))
+        return math.ceil(glyph.linearHoriAdvance / 65536)  # hinting rounds to whole pixels, up at most
+
+    def _look_for(self, unknown: set[str]) -> None:
+        """Look through all fonts until every sign is found; a script of which none is found is not sought again."""
+        scripts = {_script(sign) for sign in unknown}
+        for entry in self._candidates():
+            if not unknown:
+                return
+            font = self._opened(entry.fname)
+            if font is None:
+                continue
+            has = {sign for sign in unknown if font.get_char_index(ord(sign))}
+            if has and self._can_draw(entry, font, has):
+                self._useful.append((entry.name, font))
+                self._family.update(dict.fromkeys(has, entry.name))
+                unknown = unknown - has
+        self._absent |= scripts - {_script(sign) for sign in self._family}
+
+    @staticmethod
+    def _candidates() -> list[Any]:
+        from matplotlib import font_manager
+
+        entries = [
+            entry
+            for entry in font_manager.fontManager.ttflist
+            if entry.style == "normal"
+            and entry.weight in (400, 500, "normal", "regular", "medium", "book")
+            and not getattr(entry, "index", 0)
+            and not entry.name.lower().startswith(_BOXES)
+        ]
+        return sorted(entries, key=lambda entry: (not entry.name.lower().startswith(_LIKELY), entry.name))
+
+    @staticmethod
+    def _opened(path: str) -> Any:
+        from matplotlib.ft2font import FT2Font
+
+        try:
+            font = FT2Font(path)
+        except (OSError, RuntimeError):  # removed since the list was made, or broken
+            return None
+        return font if font.scalable else None
+
+    @staticmethod
+    def _can_draw(entry: Any, font: Any, signs: set[str]) -> bool:
+        """Whether matplotlib takes this file for the family, and the signs are outlines: colour fonts have none."""
+        from matplotlib import font_manager
+
+        try:
+            properties = font_manager.FontProperties(family=entry.name)
+            if font_manager.findfont(properties, fallback_to_default=False) != entry.fname:
+                return False
+            font.set_size(9, 100)
+            for sign in signs:
+                font.load_char(ord(sign))
+            return all(not sign.isalnum() or len(_outline(font, sign)) for sign in signs)
+        except (ValueError, RuntimeError):
+            return False
+
+
+def _outline(font: Any, sign: str) -> Any:
+    font.load_char(ord(sign))
+    return font.get_path()[0]
+
+
+@functools.cache
+def _fonts() -> _Fonts:
+    return _Fonts()
+
+
+@functools.lru_cache(maxsize=4096)
+def _advance_px(sign: str, size_pt: float, dpi: float) -> float:
+    return _fonts().advance_px(sign, size_pt, dpi)
+
+
+def _width_px(text: str, size_pt: float, dpi: float) -> float:
+    return sum(_advance_px(sign, size_pt, dpi) for sign in text)
+
+
+def _signs_that_fit(text: str, width_px: float, size_pt: float, dpi: float) -> int:
+    """How many of the first signs fit; at least one, and no mark is parted from its letter."""
+    fits = 1
+    while fits < len(text) and _width_px(text[: fits + 1], size_pt, dpi) <= width_px:
+        fits += 1
+    while 1 < fits < len(text) and unicodedata.category(text[fits]) in ("Mn", "Mc"):
+        fits -= 1
+    return fits
