@@ -2,7 +2,8 @@
 
 ``python tests/slide/fuzz_files.py --files 1000 --seed 0 [--given FOLDER] [--keep DIR]`` prints counts by kind of file
 and by outcome, and ends with 1 where there was a fault. Of ten files four are TIFF, three SVS and three DICOM. The same
-file is made again, and kept, by ``--seed N --only K --keep DIR``, with the same slides given.
+file is made again, and kept, by ``--seed N --only K --keep DIR``, with the same slides given; what was kept is examined
+again by ``--again DIR``.
 """
 
 from __future__ import annotations
@@ -97,6 +98,16 @@ def make_case(number: int, seed: int, sources: list[Source], folder: Path) -> Ca
     return Case(number, source, tuple(operations), place)
 
 
+def kept_cases(kept: Path, folder: Path) -> Iterator[Case]:
+    """Cases that ``keep_case`` has kept, as they are."""
+    for note in sorted(kept.glob("*/case.json")):
+        said = json.loads(note.read_text())
+        place = folder / note.parent.name
+        shutil.copytree(note.parent, place / "slide", ignore=shutil.ignore_patterns(note.name))
+        source = Source(said["source"].split()[0], said["source"], note.parent / said["opened"])
+        yield Case(said["number"], source, tuple(said["operations"]), place)
+
+
 def run_cases(
     cases: Iterable[Case], seed: int, folder: Path, processes: int, limits: Limits, always_predict: bool = False
 ) -> Iterator[Verdict]:
@@ -140,7 +151,13 @@ def keep_case(verdict: Verdict, seed: int, folder: Path) -> None:
     case = verdict.case
     place = folder / f"{seed}_{case.number}"
     shutil.copytree(case.folder / "slide", place, dirs_exist_ok=True)
-    note = {"seed": seed, "number": case.number, "source": case.source.name, "operations": case.operations}
+    note = {
+        "seed": seed,
+        "number": case.number,
+        "source": case.source.name,
+        "opened": case.path.name,
+        "operations": case.operations,
+    }
     note |= {"outcome": verdict.outcome, "stage": verdict.stage, "detail": verdict.detail}
     (place / "case.json").write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n")
 
@@ -218,6 +235,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="number of the first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="+", help="these numbers alone, each predicted too, and kept")
+    parser.add_argument("--again", type=Path, help="in place of new files those that --keep has kept in this folder")
     parser.add_argument("--given", type=Path, nargs="*", default=[], help="slides of yours, or folders of them")
     parser.add_argument("--keep", type=Path, help="folder for the files that show a fault")
     parser.add_argument("--report", type=Path, help="a page of Markdown for the counts")
@@ -236,20 +254,24 @@ def main() -> int:
         real = given_sources(given)
         sources = draw_sources(folder / "sources") + real
         numbers = arguments.only or range(arguments.first, arguments.first + arguments.files)
-        cases = (make_case(number, arguments.seed, sources, folder / "cases") for number in numbers)
+        if arguments.again:
+            cases = kept_cases(arguments.again, folder / "cases")
+        else:
+            cases = (make_case(number, arguments.seed, sources, folder / "cases") for number in numbers)
         limits = Limits(arguments.seconds, 10 * arguments.seconds)
-        for verdict in run_cases(cases, arguments.seed, folder, arguments.processes, limits, bool(arguments.only)):
+        thorough = bool(arguments.only or arguments.again)
+        for verdict in run_cases(cases, arguments.seed, folder, arguments.processes, limits, thorough):
             verdicts.append(verdict)
             if arguments.keep and (verdict.outcome in FAULTS or arguments.only):
                 keep_case(verdict, arguments.seed, arguments.keep)
-            if arguments.only:
+            if thorough:
                 operations = "\n  ".join(verdict.case.operations)
                 print(f"{verdict.case.number}: {verdict.case.source.name}\n  {operations}")
                 print(f"  {verdict.outcome} ({verdict.stage}), {verdict.processor_s:.1f} s: {verdict.detail}")
             if time.monotonic() - shown > 60:
                 shown = time.monotonic()
                 counts = Counter(verdict.outcome for verdict in verdicts)
-                print(f"{len(verdicts)} of {len(numbers)}: {dict(counts)}", file=sys.stderr)
+                print(f"{len(verdicts)}: {dict(counts)}", file=sys.stderr)
     print(f"{table(verdicts, 'kind')}\n\n{table(verdicts, 'slide')}\n\n{contained(verdicts)}")
     seconds = time.monotonic() - started
     print(f"{slowest(verdicts)}\n{len(verdicts)} files in {seconds:.0f} s.\n\n{faults_in_words(verdicts)}")
