@@ -21,6 +21,7 @@ from torch import Tensor
 from maskattn import native_packing
 from maskattn.extension import has_extension
 from maskattn.shapes import Bool, Int, Shaped
+from maskattn.transforms import is_mapped, take_one_by_one, transformable
 
 __all__ = ["Packing", "gather_rows", "pack", "scatter_rows", "unpack"]
 
@@ -127,7 +128,7 @@ def pack(x: Shaped[Tensor, "B N *rest"], packing: Packing) -> Shaped[Tensor, "T 
             f"pack needs x of shape (B, N, ...) = ({packing.batch_size}, {packing.num_tokens}, ...) as the packing "
             f"was made for, got x.shape={tuple(x.shape)}; build the Packing from this batch's own keep mask"
         )
-    return gather_rows(x.flatten(0, 1), packing.indices, packing.row_of_token)
+    return gather_rows(x.flatten(0, 1), packing.indices, _rows_of_tokens(packing))
 
 
 def unpack(rows: Shaped[Tensor, "T *rest"], packing: Packing) -> Shaped[Tensor, "B N *rest"]:
@@ -141,13 +142,12 @@ def unpack(rows: Shaped[Tensor, "T *rest"], packing: Packing) -> Shaped[Tensor, 
             f"unpack needs one row for each of the T={packing.total} kept tokens, got rows.shape={tuple(rows.shape)}; "
             "use the Packing that packed them"
         )
-    dense = scatter_rows(rows, packing.indices, packing.row_of_token)
+    dense = scatter_rows(rows, packing.indices, _rows_of_tokens(packing))
     return dense.unflatten(0, (packing.batch_size, packing.num_tokens))
 
 
 @torch.library.custom_op("maskattn::gather_rows", mutates_args=())
-def gather_rows(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
-    """(rows, ...) → (T, ...): the rows at ``indices`` (T,), whose inverse is ``row_of_token`` (rows,)."""
+def _gather(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     if _has_kernels(x.device):
         from maskattn.kernels import gather
 
@@ -158,8 +158,7 @@ def gather_rows(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("maskattn::scatter_rows", mutates_args=())
-def scatter_rows(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
-    """(T, ...) → (rows, ...): the rows put to ``indices`` (T,), whose inverse is ``row_of_token``; zeros elsewhere."""
+def _scatter(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     if _has_kernels(rows.device):
         from maskattn.kernels import gather
 
@@ -169,12 +168,12 @@ def scatter_rows(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     return rows.new_zeros((row_of_token.shape[0], *rows.shape[1:])).index_copy_(0, indices, rows)
 
 
-@gather_rows.register_fake
+@_gather.register_fake
 def _(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     return x.new_empty((indices.shape[0], *x.shape[1:]))
 
 
-@scatter_rows.register_fake
+@_scatter.register_fake
 def _(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     return rows.new_empty((row_of_token.shape[0], *rows.shape[1:]))
 
@@ -183,12 +182,43 @@ def _save_places(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-gather_rows.register_autograd(
-    lambda ctx, grad: (scatter_rows(grad, *ctx.saved_tensors), None, None), setup_context=_save_places
-)
-scatter_rows.register_autograd(
-    lambda ctx, grad: (gather_rows(grad, *ctx.saved_tensors), None, None), setup_context=_save_places
-)
+def _gather_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return scatter_rows(grad, *ctx.saved_tensors), None, None
+
+
+def _scatter_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return gather_rows(grad, *ctx.saved_tensors), None, None
+
+
+def _gather_tangent(ctx: Any, moved: Tensor, *_: None) -> Tensor:
+    return gather_rows(moved, *ctx.saved_tensors)
+
+
+def _scatter_tangent(ctx: Any, moved: Tensor, *_: None) -> Tensor:
+    return scatter_rows(moved, *ctx.saved_tensors)
+
+
+def _map_rows(call: Any, info: Any, in_dims: tuple[int | None, ...], x: Tensor, *places: Tensor) -> tuple[Tensor, int]:
+    """Samples that share their places are channels of the rows; others are taken one by one."""
+    if in_dims[0] is not None and in_dims[1:] == (None, None):
+        return call(x.movedim(in_dims[0], 1), *places), 1
+    return take_one_by_one(call, info, in_dims, x, *places)
+
+
+_gather.register_autograd(_gather_back, setup_context=_save_places)
+_scatter.register_autograd(_scatter_back, setup_context=_save_places)
+_gather_transformable = transformable(_gather, _save_places, _gather_back, _gather_tangent, _map_rows)
+_scatter_transformable = transformable(_scatter, _save_places, _scatter_back, _scatter_tangent, _map_rows)
+
+
+def gather_rows(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
+    """(rows, ...) → (T, ...): the rows at ``indices`` (T,), whose inverse is ``row_of_token`` (rows,)."""
+    return _gather_transformable(x, indices, row_of_token)
+
+
+def scatter_rows(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
+    """(T, ...) → (rows, ...): the rows put to ``indices`` (T,), whose inverse is ``row_of_token``; zeros elsewhere."""
+    return _scatter_transformable(rows, indices, row_of_token)
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -203,10 +233,15 @@ def _has_kernels(device: torch.device) -> bool:
     return runs_on(device)
 
 
+def _rows_of_tokens(packing: Packing) -> Tensor:
+    assert packing.row_of_token is not None  # made with the packing
+    return packing.row_of_token
+
+
 def _read(lengths: Tensor, keep_BN: Tensor) -> list[int]:
     """The number of kept tokens of each sequence; it is data, which the meta device and torch.vmap do not have."""
     meta = keep_BN.device.type == "meta"
-    if not torch.compiler.is_compiling() and (meta or torch._C._functorch.is_batchedtensor(lengths)):
+    if not torch.compiler.is_compiling() and (meta or is_mapped(lengths)):
         where = "keep.device=meta" if meta else "a mask that torch.vmap maps over"
         raise ValueError(
             f"Packing.from_keep needs to read the mask, because its kept tokens become rows, got {where}; "

@@ -24,6 +24,7 @@ from maskattn.attention.dropout import new_seed
 from maskattn.attention.implementations import choose
 from maskattn.options import Options
 from maskattn.shapes import Bool, Float, Int
+from maskattn.transforms import is_transformed
 
 __all__ = ["masked_attention", "packed_attention", "readout", "token_relevance"]
 
@@ -264,10 +265,11 @@ def token_relevance(
     check_bias(key_bias, q, ((T,), (T, H)), "(T,) or (T, H)")
     places = check_coords(coords, slopes, q, H, (B, R), (T,))
     options = _options(q, scale, key_bias, slopes, places, 0.0)
-    tensors = q, k, v, out, lse, grad_out.to(q.dtype), key_origin, value_origin, cu_seqlens
+    tensors: tuple[Tensor | None, ...] = q, k, v, out, lse, grad_out.to(q.dtype), key_origin, value_origin, cu_seqlens
     impl = choose(impl, q, options)
-    detached = (None if x is None else x.detach() for x in tensors)
-    return readout_ops.token_relevance(*detached, max_seqlen, *ops.flat_options(options), impl)
+    if not is_transformed(tensors):  # where a derivative is refused instead
+        tensors = tuple(None if x is None else x.detach() for x in tensors)
+    return readout_ops.token_relevance(*tensors, max_seqlen, *ops.flat_options(options), impl)
 
 
 def _options(

@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from maskattn.transforms import is_transformed
+
 __all__ = [
     "MAX_READOUT_QUERIES",
     "check_bias",
@@ -175,7 +177,9 @@ def _places(whose: str, coords: Tensor, q: Tensor, places: tuple[int, ...]) -> T
             f"coords of the {whose} must have shape {(*places, 2)}, (x, y) of each token, "
             f"got coords.shape={tuple(coords.shape)}; give tokens without a place NaN"
         )
-    return coords.detach().to(torch.promote_types(q.dtype, torch.float32))
+    # A derivative that torch.func asks for is refused, not 0.
+    coords = coords if is_transformed((coords,)) else coords.detach()
+    return coords.to(torch.promote_types(q.dtype, torch.float32))
 
 
 def _check_floating(name: str, x: Tensor, q: Tensor) -> None:

@@ -18,10 +18,14 @@ from maskattn.attention.ops import (
     fake_gradients,
     fake_lse,
     flat_gradients,
-    refuse_second_derivatives,
+    given,
+    like,
+    once_differentiable,
     without_autocast,
 )
+from maskattn.attention.tangents import readout_tangent, refuse_places
 from maskattn.options import Options
+from maskattn.transforms import refuse, transformable
 
 __all__ = ["readout", "token_relevance"]
 
@@ -34,7 +38,7 @@ __all__ = ["readout", "token_relevance"]
         "bool need_rows, str impl) -> (Tensor, Tensor, Tensor)"
     ),
 )
-def readout(
+def _readout(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, R, H, D), k, v (T, H, D) → out (B, R, H, D), lse (B, R, H), rows (R, H, T)."""
@@ -47,7 +51,7 @@ def readout(
     return out.contiguous(), lse.contiguous(), rows.contiguous()
 
 
-@readout.register_fake
+@_readout.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,14 +69,14 @@ def _(
         f"Tensor cu_seqlens, SymInt max_seqlen, {OPTIONS}, str impl) -> {GRADIENTS}"
     ),
 )
-def readout_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _readout_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, of the key bias and of the slopes (of no elements where there are none)."""
     tensors, options, impl = rest[:9], Options(*rest[9:16]), rest[16]
     with without_autocast(grad_out):
         return flat_gradients(implementation(impl).readout_backward(grad_out, *tensors, options))
 
 
-@readout_backward.register_fake
+@_readout_backward.register_fake
 def _(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -83,6 +87,9 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     return fake_gradients(q, k, v, Options(*rest[4:11]))
+
+
+readout_backward = once_differentiable(_readout_backward, "readout")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -96,6 +103,7 @@ def _differentiate(
     ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_rows: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
+    refuse_places(*ctx.needs_input_grad[8:10])
     max_seqlen, scale, p, need_lse, need_rows, impl = ctx.constants
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     options = scale, bias, slopes, coords_q, coords_k, p, seed
@@ -113,12 +121,23 @@ def _differentiate(
         *options,
         impl,
     )
-    dbias, dslopes = None if bias is None else dbias, None if slopes is None else dslopes
-    return dq, dk, dv, None, None, None, dbias, dslopes, None, None, None, None, None, None, None
+    return dq, dk, dv, None, None, None, *given(dbias, bias, dslopes, slopes), None, None, None, None, None, None, None
 
 
-readout.register_autograd(_differentiate, setup_context=_save)
-refuse_second_derivatives(readout_backward, "readout")
+def _push(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, lse, cu_seqlens, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
+    max_seqlen, scale, p, _, need_rows, _ = ctx.constants
+    refuse_places(*(x is not None for x in moved[8:10]))
+    options = scale, bias, slopes, coords_q, coords_k, p, seed
+    out_moved, lse_moved, rows_moved = readout_tangent(
+        q, k, v, cu_seqlens, max_seqlen, *options, *moved[:3], *moved[6:8]
+    )
+    rows_moved = rows_moved if need_rows else rows_moved[..., :0].contiguous()
+    return out_moved, like(lse_moved, lse), rows_moved
+
+
+_readout.register_autograd(_differentiate, setup_context=_save)
+readout = transformable(_readout, _save, _differentiate, _push)
 
 
 @torch.library.custom_op(
@@ -129,7 +148,7 @@ refuse_second_derivatives(readout_backward, "readout")
         f"Tensor? value_origin, Tensor cu_seqlens, SymInt max_seqlen, {OPTIONS}, str impl) -> Tensor"
     ),
 )
-def token_relevance(q: Tensor, *rest: Any) -> Tensor:
+def _relevance(q: Tensor, *rest: Any) -> Tensor:
     """S (K, T), float32 or wider; see ``reference.token_relevance``. Not differentiable."""
     tensors, options, impl = rest[:9], Options(*rest[9:16]), rest[16]
     cu_seqlens, max_seqlen = tensors[7:]
@@ -138,7 +157,17 @@ def token_relevance(q: Tensor, *rest: Any) -> Tensor:
         return implementation(impl).token_relevance(q, *tensors, options).contiguous()
 
 
-@token_relevance.register_fake
+@_relevance.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, *rest: Any) -> Tensor:
     dtype = q.dtype if rest[-1] == "reference" else torch.promote_types(q.dtype, torch.float32)
     return q.new_empty((grad_out.shape[0], k.shape[0]), dtype=dtype)
+
+
+def _refuse_relevance(*_: Any) -> Any:
+    raise NotImplementedError(
+        "token_relevance has no derivative, got one asked for by torch.func or forward-mode AD; detach its inputs, or "
+        "use reference.token_relevance of maskattn.attention, which torch differentiates"
+    )
+
+
+token_relevance = refuse(_relevance, _refuse_relevance)

@@ -14,7 +14,7 @@ Dimension key: Tq and Tk packed query and key tokens, H heads, D head width; Q q
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from maskattn.attention.dropout import dropout_factors
 from maskattn.attention.reference import distances
 from maskattn.options import Gradients, Options, Sequences
 
-__all__ = ["attend_in_blocks", "differentiate_in_blocks", "wide_dtype"]
+__all__ = ["attend_in_blocks", "blocks_of_queries", "differentiate_in_blocks", "options_as_packed", "wide_dtype"]
 
 _SCORES_AT_ONCE = 1 << 20  # 4 MiB of float32
 
@@ -34,7 +34,7 @@ def attend_in_blocks(
     """out (Tq, H, D) and lse (H, Tq); fills ``rows`` (R, H, Tk), the weights before dropout of R queries a sequence."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=wide_dtype(q))
-    for block in _blocks(q, k, sequences, options):
+    for block in blocks_of_queries(q, k, sequences, options):
         values = v[block.keys].to(lse.dtype)
         out[block.queries] = torch.einsum("hqk,khd->qhd", block.dropped(block.p_HQK), values).to(q.dtype)
         lse[:, block.queries] = block.lse_HQ
@@ -59,7 +59,7 @@ def differentiate_in_blocks(
     bias, slopes = options.key_bias, options.slopes
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
     dslopes = None if slopes is None else torch.zeros(slopes.shape, dtype=wide, device=slopes.device)
-    for block in _blocks(q, k, sequences, options):
+    for block in blocks_of_queries(q, k, sequences, options):
         rows_q, rows_k = block.queries, block.keys
         dout = grad_out[rows_q].to(wide)
         dp = block.dropped(torch.einsum("qhd,khd->hqk", dout, v[rows_k].to(wide)))
@@ -76,7 +76,8 @@ def differentiate_in_blocks(
             by_key = ds.sum(dim=1).T  # [K, H]
             dbias[rows_k] += by_key if dbias.ndim == 2 else by_key.sum(dim=1)
         if dslopes is not None and block.distance_QK is not None:
-            dslopes -= torch.einsum("hqk,qk->h", ds, block.distance_QK)
+            # Not a matrix product, whose one running sum would carry more rounding.
+            dslopes -= (ds * block.distance_QK).sum(dim=(1, 2))
     return Gradients(
         dq.to(q.dtype),
         dk.to(k.dtype),
@@ -89,6 +90,14 @@ def differentiate_in_blocks(
 def wide_dtype(q: Tensor) -> torch.dtype:
     """float32, or float64 for float64: what sums are formed in."""
     return torch.promote_types(q.dtype, torch.float32)
+
+
+def options_as_packed(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: Options) -> tuple[Sequences, Options]:
+    """A readout of q (B, R, H, D) as packed attention with R queries in each sequence."""
+    B, R = q.shape[:2]
+    starts = torch.arange(0, (B + 1) * R, R, dtype=torch.int32, device=q.device)
+    coords_q = None if options.coords_q is None else options.coords_q.flatten(0, 1)
+    return Sequences(starts, cu_seqlens, R, max_seqlen), replace(options, coords_q=coords_q)
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,8 @@ class _Block:
         return x_HQK if self.factors_HQK is None else x_HQK * self.factors_HQK
 
 
-def _blocks(q: Tensor, k: Tensor, sequences: Sequences, options: Options) -> Iterator[_Block]:
+def blocks_of_queries(q: Tensor, k: Tensor, sequences: Sequences, options: Options) -> Iterator[_Block]:
+    """The weights of all queries, sequence after sequence and so many at a time that little memory is held."""
     starts_q, starts_k = sequences.cu_seqlens_q.tolist(), sequences.cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
         rows_k = slice(starts_k[b], starts_k[b + 1])
@@ -123,9 +133,13 @@ def _blocks(q: Tensor, k: Tensor, sequences: Sequences, options: Options) -> Ite
         for start in range(starts_q[b], starts_q[b + 1], step):
             rows_q = slice(start, min(start + step, starts_q[b + 1]))
             scores, distance = _score(q[rows_q].to(keys.dtype), keys, rows_q, rows_k, options)
-            lse = scores.logsumexp(dim=-1)
-            # A row whose every key has a bias of −inf has no weights.
-            p = (scores - lse[..., None].masked_fill(lse[..., None].isinf(), 0)).exp()
+            largest = scores.amax(dim=-1, keepdim=True)
+            # A row whose every key has a bias of −inf has no largest score to be relative to, and no weights.
+            largest = largest.masked_fill(largest == float("-inf"), 0)
+            p = scores.sub_(largest).exp_()
+            total = p.sum(dim=-1, keepdim=True)
+            lse = (largest + total.log())[..., 0]
+            p /= total.masked_fill(total == 0, 1)
             factors = None
             if options.dropout_seed is not None:
                 factors = _factors(options, p, start - starts_q[b], b)

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from maskattn.attention.dense import DenseRows, gather
 from maskattn.attention.reference import distances
-from maskattn.attention.torch_blocks import attend_in_blocks, differentiate_in_blocks, wide_dtype
+from maskattn.attention.torch_blocks import (
+    attend_in_blocks,
+    differentiate_in_blocks,
+    options_as_packed,
+    wide_dtype,
+)
 from maskattn.attention.torch_sdpa import packed_backward as _packed_backward
 from maskattn.attention.torch_sdpa import packed_forward
 from maskattn.options import Gradients, Options, Sequences
@@ -95,7 +100,7 @@ def readout_forward(
     """out (B, R, H, D), lse (B, R, H) and rows (R, H, T); lse and rows of no elements where unasked."""
     B, R, H, _ = q.shape
     rows = torch.zeros((R, H, k.shape[0] if need_rows else 0), dtype=wide_dtype(q), device=q.device)
-    sequences, own = _as_packed(q, cu_seqlens, max_seqlen, options)
+    sequences, own = options_as_packed(q, cu_seqlens, max_seqlen, options)
     if not (need_lse or need_rows):
         out, _ = packed_forward(q.flatten(0, 1), k, v, sequences, own, False)
         return out.view(q.shape), rows.new_empty((B, R, 0)), rows
@@ -117,7 +122,7 @@ def readout_backward(
     options: Options,
 ) -> Gradients:
     """Gradients of :func:`readout_forward`."""
-    sequences, own = _as_packed(q, cu_seqlens, max_seqlen, options)
+    sequences, own = options_as_packed(q, cu_seqlens, max_seqlen, options)
     flat_lse = None if grad_lse is None else grad_lse.flatten(0, 1).T
     flat_out, flat_q = grad_out.flatten(0, 1), q.flatten(0, 1)
     if grad_rows is None:
@@ -171,11 +176,3 @@ def token_relevance(
 def _moved(x: Tensor, origin: Tensor | None, keys: slice, wide: torch.dtype) -> Tensor:
     rows = x[keys].to(wide)
     return rows if origin is None else rows - (origin[keys] if origin.ndim == 3 else origin).to(wide)
-
-
-def _as_packed(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: Options) -> tuple[Sequences, Options]:
-    """A readout as packed attention with R queries in each sequence."""
-    B, R = q.shape[:2]
-    starts = torch.arange(0, (B + 1) * R, R, dtype=torch.int32, device=q.device)
-    coords_q = None if options.coords_q is None else options.coords_q.flatten(0, 1)
-    return Sequences(starts, cu_seqlens, R, max_seqlen), replace(options, coords_q=coords_q)

@@ -21,6 +21,8 @@ from maskattn.options import Gradients, Options, Sequences
 
 __all__ = ["packed_backward", "packed_forward", "sequence_slices"]
 
+LARGEST_RIDING_BIAS = 64.0
+
 
 def packed_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options, need_lse: bool
@@ -76,7 +78,10 @@ def _fits(options: Options) -> bool:
     """Whether torch's function, called as :func:`_attend` calls it, has these options."""
     if options.slopes is not None or options.dropout_seed is not None:
         return False
-    return options.key_bias is None or (options.scale != 0 and bool(options.key_bias.isfinite().all()))
+    if options.key_bias is None:
+        return True
+    # A larger one, added inside the dot product, would cost the products beside it their digits, or overflow.
+    return options.scale != 0 and bool((options.key_bias.abs() <= LARGEST_RIDING_BIAS).all())
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, count: int) -> Tensor:

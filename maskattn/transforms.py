@@ -1,0 +1,118 @@
+"""What ``torch.func`` and forward-mode AD need of a registered operation: a tangent, a vmap, a refusal by name.
+
+torch runs a ``torch.library`` operation under neither: forward-mode AD would give tangents of 0 without a word. While
+one of them is at work the operation is called as a ``torch.autograd.Function`` that has both; otherwise, and in what
+``torch.compile`` traces, as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+
+__all__ = ["is_mapped", "is_transformed", "refuse", "take_one_by_one", "transformable"]
+
+Call = Callable[..., Any]
+
+
+def transformable(
+    operation: Call,
+    save: Call,
+    backward: Call,
+    tangent: Call,
+    vmap: Call | None = None,
+) -> Call:
+    """The operation, also under ``torch.func`` and forward-mode AD.
+
+    Args:
+        operation: takes tensors and constants, returns a tensor or a tuple of tensors.
+        save: called as save(ctx, inputs, output), as ``torch.library.register_autograd`` has it.
+        backward: called as backward(ctx, *gradients of the outputs), likewise.
+        tangent: called as tangent(ctx, *tangents of the inputs), None for those without; returns the outputs'.
+        vmap: called as vmap(call, info, in_dims, *inputs), see ``torch.library.register_vmap``; None takes the samples
+            one after another.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        save(ctx, inputs, output)
+        ctx.save_for_forward(*ctx.to_save)
+
+    return _routed(operation, setup_context, backward, tangent, vmap, operation)
+
+
+def refuse(operation: Call, reason: Call, always: bool = False) -> Call:
+    """The operation as one whose derivative is refused.
+
+    Args:
+        operation: as for :func:`transformable`.
+        reason: raises; called with anything.
+        always: also outside of transforms.
+    """
+
+    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is needed to refuse."""
+
+    return _routed(operation, save_nothing, reason, reason, None, None if always else operation)
+
+
+def is_transformed(args: tuple[Any, ...]) -> bool:
+    """Whether ``torch.func`` is at work, or one of the tensors has a tangent."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether ``torch.vmap`` maps over the tensor, so that its numbers cannot be read."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def _routed(
+    operation: Call, setup_context: Call, backward: Call, tangent: Call, vmap: Call | None, plain: Call | None
+) -> Call:
+    def forward(*args: Any) -> Any:
+        return operation(*args)
+
+    def mapped(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return (vmap or take_one_by_one)(call, info, in_dims, *args)
+
+    members = {
+        "forward": forward,
+        "setup_context": setup_context,
+        "backward": backward,
+        "jvp": tangent,
+        "vmap": mapped,
+    }
+    name = getattr(operation, "__name__", type(operation).__name__)
+    function = type(name, (Function,), {key: staticmethod(member) for key, member in members.items()})
+
+    def call(*args: Any) -> Any:
+        if plain is not None and not is_transformed(args):
+            return plain(*args)
+        return function.apply(*args)  # type: ignore[attr-defined]
+
+    return call
+
+
+def take_one_by_one(call: Call, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """The vmap of a call that is made once for each sample."""
+    samples = [
+        call(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(samples[0], Tensor):
+        return torch.stack(samples), 0
+    outputs = tuple(torch.stack(each) for each in zip(*samples, strict=True))
+    return outputs, (0,) * len(outputs)
