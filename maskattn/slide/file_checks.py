@@ -10,7 +10,7 @@ from pathlib import Path
 
 from maskattn.slide.names import shortened
 
-__all__ = ["is_folder", "is_there", "problem_of_file", "same_file"]
+__all__ = ["is_folder", "is_there", "may_read", "problem_of_file", "same_file"]
 
 _WINDOWS = re.compile(r"(^|/)([A-Za-z]:[\\/]|\\\\)")
 
@@ -36,6 +36,11 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def may_read(path: str | os.PathLike[str]) -> bool:
+    """Whether this user may read a file, or list a folder, that is there."""
+    return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def is_there(path: Path) -> bool:
@@ -66,7 +71,7 @@ def _fault_of(path: Path) -> tuple[str, str] | None:
         return "is a folder", "name the slide file in it, or the folder on the command line"
     if not stat.S_ISREG(mode):
         return "is a device, a pipe or a socket", "name a file on a disk"
-    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not may_read(path):
         return "this user may not read", "ask its owner for permission to read it"
     return None
 

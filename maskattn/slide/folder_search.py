@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskattn.errors import quoted
-from maskattn.slide.file_checks import is_folder
+from maskattn.slide.file_checks import is_folder, may_read
 from maskattn.slide.names import as_text
 
 __all__ = ["SLIDE_SUFFIXES", "match_glob", "search_folder"]
@@ -41,7 +41,7 @@ def search_folder(folder: Path, on_note: Callable[[str], None]) -> list[Path]:
             suffix = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 continue
-            if is_folder(entry):
+            if _is_folder(entry):
                 folders.add(entry.name)
             elif suffix in SLIDE_SUFFIXES:
                 slides.append(folder / entry.name)
@@ -55,12 +55,30 @@ def search_folder(folder: Path, on_note: Callable[[str], None]) -> list[Path]:
 
 
 def match_glob(pattern: Path) -> list[Path]:
-    """The files and folders that a glob matches, by name, broken links included.
+    """The files and folders that a glob matches, by name, broken links included, and the folders that hide matches.
 
-    Folders that ``**`` matches are left out, as the files in them are matched on their own account.
+    Folders that ``**`` matches are left out, as the files in them are matched on their own account; those on the way
+    that this user may not list, which :func:`glob.glob` passes over, are there, so that they are found to be so.
     """
     found = map(Path, sorted(glob.glob(os.fspath(pattern), recursive=True)))
-    return [path for path in found if "**" not in pattern.parts or not is_folder(path)]
+    return [path for path in found if "**" not in pattern.parts or not is_folder(path)] + _closed_folders(pattern)
+
+
+def _closed_folders(pattern: Path) -> list[Path]:
+    """The folders that a glob would look into and that this user may not list."""
+    on_the_way = {
+        folder
+        for parts in range(1, len(pattern.parts))
+        for folder in glob.glob(os.path.join(*pattern.parts[:parts]), recursive=True)
+    }
+    return [Path(folder) for folder in sorted(on_the_way) if is_folder(folder) and not may_read(folder)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()  # of most entries the folder itself has told it
+    except OSError:
+        return False
 
 
 def _passed_over(folder: Path, others: Counter[str], folders: int) -> str:

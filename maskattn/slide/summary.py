@@ -80,10 +80,10 @@ def tidy_summary(path: Path) -> None:
 
 
 def _append(path: Path, row: Mapping[str, str]) -> bool:
-    """Write the row behind the others; False where there is no file, no such column, or a torn last row."""
+    """Write the row behind the others; False where it takes a table written anew."""
     try:
         file = path.open("r+b", buffering=0)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return False
     with file:
         columns = next(csv.reader([file.readline().decode("utf-8-sig", "replace")]), [])

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import openslide
 import pytest
 
 from maskattn.errors import ManifestError
@@ -130,6 +131,28 @@ def test_folder_that_cannot_be_read_fails_and_says_why(tmp_path: Path, monkeypat
     assert jobs["a"].problem is None
 
 
+@pytest.mark.parametrize("pattern", ["*/*.svs", "**/*.svs", "*/*/*.svs", "[ab]/../*/x/*.svs"])
+def test_folder_in_which_a_glob_may_not_look_is_a_failing_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    touch(tmp_path, "a/x/one.svs", "a/two.svs", "b/x/three.svs", "b/four.svs")
+    closed = tmp_path / "b"
+    scan = os.scandir
+
+    def refuse(path: object) -> object:
+        if os.path.realpath(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode, **more: os.path.realpath(path) != str(closed))
+    jobs, _ = collected(tmp_path / pattern)
+    failed = {os.path.realpath(slide_id): job.problem for slide_id, job in jobs.items() if job.problem}
+    assert failed.keys() == {str(closed)}
+    assert "must be readable" in str(failed[str(closed)])
+    assert jobs.keys() & {"one", "two"}
+
+
 def test_name_that_is_no_utf8_is_a_slide_with_an_id_that_is_text(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"Gef\xe4\xdf.tif")).touch()
     (job,) = collect_jobs([tmp_path])
@@ -224,3 +247,24 @@ def test_one_dicom_file_that_is_named_is_taken_as_it_is(tmp_path: Path) -> None:
     for number in range(2):
         write_dicom(tmp_path / f"d{number}.dcm", "1.2.3", 100 * (number + 1))
     assert collected(tmp_path / "d0.dcm")[0].keys() == {"d0"}
+
+
+@pytest.mark.parametrize("name", ["DICOM JPEG", "DICOM JPEG, sparse", "DICOM uncompressed"])
+def test_series_that_pydicom_wrote_is_one_slide_that_openslide_opens_whole(tmp_path: Path, name: str) -> None:
+    sources, pydicom = pytest.importorskip("fuzz_sources"), pytest.importorskip("pydicom")
+    rgb, _ = sources.draw_tissue(*sources.SIZE)
+    (tmp_path / "case").mkdir()
+    files = sources.DRAWINGS[name](tmp_path / "case", rgb)
+    assert len(files) > 2
+    for path in files:
+        data = pydicom.dcmread(path)
+        found = read_series_file(path)
+        assert found == SeriesFile(
+            data.SeriesInstanceUID, data.TotalPixelMatrixColumns, is_level=data.ImageType[2] == "VOLUME"
+        )
+    (job,) = collect_jobs([tmp_path / "case"])
+    assert (job.slide_id, job.problem) == ("case", None)
+    assert pydicom.dcmread(job.path).TotalPixelMatrixColumns == sources.SIZE[0]
+    with openslide.OpenSlide(job.path) as slide:
+        assert slide.dimensions == sources.SIZE
+        assert slide.level_count == len(files) - len(slide.associated_images)

@@ -139,6 +139,20 @@ def test_signs_that_break_lines_or_have_no_encoding_are_written_out(path: Path) 
     assert read_summary(path)["a%0Ab%00c"]["reason"] == "Gef%E4%1B[31m µm"
 
 
+def test_table_that_may_not_be_added_to_is_written_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append_row(path, row("a"))
+    opened = Path.open
+
+    def read_only(self: Path, mode: str = "r", *arguments: object, **named: object) -> object:
+        if mode == "r+b":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, mode, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    append_row(path, row("b"))
+    assert list(read_summary(path)) == ["a", "b"]
+
+
 def test_absent_summary_is_empty(path: Path) -> None:
     assert read_summary(path) == {}
 
