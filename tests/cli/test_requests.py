@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -190,20 +189,24 @@ def test_a_disk_that_fills_while_a_picture_is_written_is_one_line(
     assert list((folder / "views").iterdir()) == []
 
 
-def test_a_limit_on_the_size_of_files_is_met_likewise(folder: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (420, 560, 3), np.uint8)
-    write_slide(folder / "noise.tiff", noise)
-    done = subprocess.run(
-        [sys.executable, "-m", "maskattn", "tissue", folder / "noise.tiff", "--out", folder / "views"],
-        check=False,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    assert done.returncode == 2
-    assert "the picture must be written whole" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert list((folder / "views").iterdir()) == []
+def test_a_limit_that_a_picture_meets_while_it_is_written_leaves_no_half_of_it(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, resource
+import numpy as np
+from maskattn.cli.pictures import picture_written
+from maskattn.slide.overlay import write_mask_overlay
+from maskattn.slide.tissue_mask import TissueMask
+noise = np.random.default_rng(0).integers(0, 255, (420, 560, 3), np.uint8)
+tissue = TissueMask(np.ones((42, 56), bool), 10.0, (10.0, 10.0), "file", 1.0)
+path = pathlib.Path({str(tmp_path / "views.png")!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+with picture_written(path):
+    write_mask_overlay(path, noise, tissue, 560)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "OutputError: the picture must be written whole, got" in done.stderr
+    assert "views.png: File too large; free space or choose another --out" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_num_heads_is_refused_where_the_model_says_it(folder: Path) -> None:
