@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_slides import SHAPE, small_model, write_slide
+from small_slides import SHAPE, small_model, tissue_image, write_slide
 from typer.testing import CliRunner, Result
 
 from maskattn.cli import slide_runs
@@ -308,3 +308,40 @@ def test_help_needs_none_of_the_heavy_packages() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert time.perf_counter() - start < 20
+
+
+def test_a_dark_slide_is_refused_by_tissue_and_infer_alike_and_force_goes_on(tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "dark.tiff", 255 - tissue_image())
+    for command in (("tissue", slide, "--out", tmp_path), ("infer", slide, "--out", tmp_path / "out")):
+        refused = maskattn(*command)
+        assert refused.exit_code == 1
+        assert "got a dark background" in one_line(refused)
+        assert "go on with --force" in one_line(refused)
+    assert maskattn("tissue", slide, "--out", tmp_path, "--force").exit_code == 0
+
+
+def test_ink_is_left_out_by_default_and_kept_with_ink_off(tmp_path: Path) -> None:
+    image = tissue_image()
+    image[20:400, 420:480] = (30, 60, 170)
+    slide = write_slide(tmp_path / "marked.tiff", image)
+    auto, off = (
+        json.loads(maskattn("tissue", slide, "--out", tmp_path, "--ink", rule).stdout) for rule in ("auto", "off")
+    )
+    assert off["tissue_fraction"] - auto["tissue_fraction"] == pytest.approx(380 * 60 / image[..., 0].size, rel=0.15)
+    assert any("ink was taken out" in note and "--ink off keeps it" in note for note in auto["notes"])
+    assert off["notes"] == []
+
+
+def test_ink_off_where_no_tissue_is_sought_is_refused(slide: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.ones((42, 56), dtype=np.uint8)).save(mask)
+    for command, why in (
+        (("tissue", slide, "--mask", mask), f"beside a mask, {mask}"),
+        (("infer", slide, "--out", tmp_path / "out", "--mask", mask), "every slide has a mask"),
+        (("infer", slide, "--out", tmp_path / "out", "--no-mask"), "glass is attended to too"),
+    ):
+        result = maskattn(*command, "--ink", "off")
+        assert result.exit_code == 2
+        assert "--ink says how tissue is found, got --ink off" in one_line(result)
+        assert why in one_line(result)
+        assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from maskattn.cli import slide_runs
-from maskattn.cli.options import Debug, Mask, MaskValues, Spacing
+from maskattn.cli.options import Debug, Force, Ink, Mask, MaskValues, Spacing
 from maskattn.cli.reporting import errors_in_one_line, say, tell
 
 __all__ = ["infer"]
@@ -32,6 +32,8 @@ def infer(
     ] = None,
     mask: Mask = None,
     mask_value: MaskValues = None,
+    ink: Ink = "auto",
+    force: Force = False,
     spacing_um: Spacing = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Relevance of tokens too; reads each slide twice.")] = False,
     no_mask: Annotated[bool, typer.Option("--no-mask", help="Attend to glass too, for comparison.")] = False,
@@ -74,6 +76,8 @@ def infer(
             overwrite=overwrite,
             spacing_um=spacing_um,
             mask_values=tuple(mask_value) if mask_value else None,
+            ink=ink,
+            force=force,
         )
         check_request(jobs, settings)  # once more when the model is there: it may leave nothing out
         prepare_output(out)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Debug", "Mask", "MaskValues", "Slide", "Spacing"]
+__all__ = ["Debug", "Force", "Ink", "Mask", "MaskValues", "Slide", "Spacing"]
 
 
 def _plausible_spacing(spacing_um: float | None) -> float | None:
@@ -30,6 +30,10 @@ Spacing = Annotated[
     ),
 ]
 Mask = Annotated[Path | None, typer.Option("--mask", help="Your own tissue mask of this slide, at any spacing.")]
+Ink = Annotated[
+    Literal["auto", "off"], typer.Option("--ink", help="auto leaves pen strokes out of the tissue, off keeps them.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Go on where a slide was not scanned in bright field.")]
 MaskValues = Annotated[
     list[int] | None, typer.Option("--mask-value", help="A label of the mask that means tissue (may be repeated).")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from maskattn.cli.options import Debug, Mask, MaskValues, Slide, Spacing
+from maskattn.cli.options import Debug, Force, Ink, Mask, MaskValues, Slide, Spacing
 from maskattn.cli.pictures import picture_path, picture_written
 from maskattn.cli.reporting import errors_in_one_line, say_json
 
@@ -23,11 +23,14 @@ def tissue(
     ] = None,
     mask: Mask = None,
     mask_value: MaskValues = None,
+    ink: Ink = "auto",
+    force: Force = False,
     spacing_um: Spacing = None,
     debug: Debug = False,
 ) -> None:
     """Show where the tissue is: an overlay as PNG, and its statistics as JSON on stdout."""
     with errors_in_one_line(debug):
+        from maskattn.slide.bright_field import require_bright_field
         from maskattn.slide.mask_file import load_mask
         from maskattn.slide.names import id_of_file
         from maskattn.slide.overlay import write_mask_overlay
@@ -39,11 +42,21 @@ def tissue(
                 f"--mask-value names labels of a mask, got {', '.join(map(str, mask_value))} and no mask; give one "
                 "with --mask, or leave the values out"
             )
+        if ink == "off" and mask is not None:
+            raise ValueError(
+                f"--ink says how tissue is found, got --ink off beside a mask, {mask}, where none is sought; leave out "
+                "one of the two"
+            )
         path = picture_path(out, f"{id_of_file(slide)}_tissue.png", [slide, *([mask] if mask else [])])
         with SlideReader(slide, spacing_um, isolated=True) as reader:
             info = reader.info
             labels = tuple(mask_value) if mask_value else None
-            found = find_tissue(reader) if mask is None else load_mask(mask, info, labels, reader=reader)
+            if mask is not None and not force:
+                require_bright_field(reader)
+            if mask is None:
+                found = find_tissue(reader, ink=ink, force=force)
+            else:
+                found = load_mask(mask, info, labels, reader=reader)
             thumbnail = reader.thumbnail(_THUMBNAIL_PX)
             with picture_written(path):
                 write_mask_overlay(path, thumbnail, found, info.width_px)

@@ -21,6 +21,7 @@ import maskattn
 from maskattn.errors import SlideError, quoted
 from maskattn.explain.hierarchical import HierarchicalCDAM
 from maskattn.nn.slide_model import SlideModel
+from maskattn.slide.bright_field import require_bright_field
 from maskattn.slide.grid import TokenGrid, make_grid
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.mask_file import load_mask
@@ -28,7 +29,7 @@ from maskattn.slide.output_folder import slide_folder
 from maskattn.slide.outputs import write_outputs
 from maskattn.slide.prediction import ModelIdentity, SlideCounts, SlideFile, SlidePrediction
 from maskattn.slide.reader import SlideReader
-from maskattn.slide.request import masking_of
+from maskattn.slide.request import finds_tissue, masking_of
 from maskattn.slide.slide_run import EncodedTiles, RunSettings, SlideRun, Stages
 from maskattn.slide.tissue import find_tissue
 from maskattn.slide.tissue_mask import TissueMask
@@ -102,11 +103,14 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
 
 def _find_or_load_tissue(run: SlideRun) -> TissueMask | None:
     """The tissue, or None where the run attends to all of the slide."""
-    if not (run.settings.masked and run.model.config.masked):
+    settings, model_masked = run.settings, run.model.config.masked
+    if finds_tissue(run.job, settings, model_masked):
+        return find_tissue(run.reader, ink=settings.ink, force=settings.force)
+    if not settings.force:
+        require_bright_field(run.reader)
+    if run.job.mask_path is None or not (settings.masked and model_masked):
         return None
-    if run.job.mask_path is not None:
-        return load_mask(run.job.mask_path, run.info, run.settings.mask_values, reader=run.reader)
-    return find_tissue(run.reader)
+    return load_mask(run.job.mask_path, run.info, settings.mask_values, reader=run.reader)
 
 
 def _lay_grid(run: SlideRun, tissue: TissueMask | None) -> TokenGrid:
@@ -131,7 +135,7 @@ def _without_tissue(run: SlideRun, tissue: TissueMask) -> str:
     notes = f" ({'; '.join(tissue.notes)})" if tissue.notes else ""
     if mask_path is None:
         by, given = tissue.method, ""
-        remedy = "name the tissue in a mask of your own (--mask, or mask_path in a manifest)"
+        remedy = "if there is tissue, name it in a mask of your own (--mask, or mask_path in a manifest)"
     else:
         by, given = f"the mask {mask_path}", f" --mask {quoted(mask_path)}"
         remedy = "correct the mask, or name the labels that mean tissue (--mask-value)"
@@ -207,6 +211,8 @@ def _prediction(
             "min_token_fraction": config.min_token_fraction,
             **masking_of(run.job, settings, config.masked),
             "tokens": settings.tokens,
+            "ink": settings.ink,
+            "force": settings.force,
             "batch_size": settings.batch_size,
             "workers": run.workers,
             "device": str(run.device),

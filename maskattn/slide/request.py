@@ -9,11 +9,11 @@ from maskattn.errors import ManifestError
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.slide_run import RunSettings
 
-__all__ = ["check_request", "masking_of"]
+__all__ = ["check_request", "finds_tissue", "masking_of"]
 
 
 def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked: bool = True) -> None:
-    """Refuse masks that nobody would look at, and labels of masks that nobody gave.
+    """Refuse masks that nobody would look at, labels of masks that nobody gave, and ink where no tissue is sought.
 
     Args:
         jobs: the slides.
@@ -41,6 +41,16 @@ def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked:
             f"--mask-value names labels of a mask, got {', '.join(map(str, settings.mask_values))} and no mask; "
             "give one with --mask or the manifest's mask_path, or leave the values out"
         )
+    if settings.ink == "off" and not any(finds_tissue(job, settings, model_masked) for job in jobs):
+        why = "every slide has a mask" if settings.masked and model_masked else "glass is attended to too"
+        raise ManifestError(
+            f"--ink says how tissue is found, got --ink off where none is sought: {why}; leave --ink out"
+        )
+
+
+def finds_tissue(job: SlideJob, settings: RunSettings, model_masked: bool) -> bool:
+    """Whether the slide's tissue is sought: not where it is given, nor where glass is attended to too."""
+    return settings.masked and model_masked and job.mask_path is None
 
 
 def masking_of(job: SlideJob, settings: RunSettings, model_masked: bool) -> dict[str, Any]:

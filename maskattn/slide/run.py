@@ -24,7 +24,7 @@ from maskattn.slide.names import as_text, problem_of_id
 from maskattn.slide.output_folder import are_one_name, clear_leftovers, find_finished, prepare_output
 from maskattn.slide.pipeline import RunSettings, identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
-from maskattn.slide.request import check_request, masking_of
+from maskattn.slide.request import check_request, finds_tissue, masking_of
 from maskattn.slide.summary import append_row, read_summary, tidy_summary
 
 __all__ = ["RunProgress", "run_slides"]
@@ -122,6 +122,7 @@ def _check_same_request(
 ) -> None:
     """Refuse to pass off the outputs of another request as this one's."""
     spacing_um = settings.spacing_um or job.spacing_um or finished.slide.spacing_um
+    found_ink, found_force = finished.settings.get("ink", "auto"), finished.settings.get("force", False)
     asked_and_found = {
         "model": (f"{identity.name} {identity.sha256}", f"{finished.model.name} {finished.model.sha256}"),
         "slide file": (job.path.name, Path(finished.slide.path).name),
@@ -131,6 +132,9 @@ def _check_same_request(
             name: (asked, finished.settings[name])
             for name, asked in masking_of(job, settings, model.config.masked).items()
         },
+        "ink": (settings.ink if finds_tissue(job, settings, model.config.masked) else found_ink, found_ink),
+        # A slide that passed without force passes with it too.
+        "force": (settings.force and found_force, found_force),
         "tokens": (settings.tokens or finished.settings["tokens"], finished.settings["tokens"]),
     }
     place = settings.out_dir / job.slide_id

@@ -18,6 +18,7 @@ from maskattn.slide.grid import TokenGrid
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.reader import SlideInfo, SlideReader
 from maskattn.slide.stream import TileBatch, stream_tiles
+from maskattn.slide.tissue import InkRule
 from maskattn.slide.workers import count_workers
 
 __all__ = ["EncodedTiles", "ReadTiles", "RunSettings", "SlideRun", "Stages"]
@@ -36,6 +37,8 @@ class RunSettings:
         overwrite: run finished slides again.
         spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
         mask_values: the labels of a user's mask that mean tissue; None = any but 0.
+        ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
+        force: run slides that were not scanned in bright field too.
     """
 
     out_dir: Path
@@ -46,6 +49,8 @@ class RunSettings:
     overwrite: bool = False
     spacing_um: float | None = None
     mask_values: tuple[int, ...] | None = None
+    ink: InkRule = "auto"
+    force: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ class TissueMask:
         mask_HW: (H, W) bool, True = tissue.
         spacing_um: µm per mask pixel, the mean of both axes.
         px_lv0: width and height of a mask pixel in level-0 pixels.
-        method: how it was made: "saturation", or "file".
+        method: how it was made: "optical density", or "file".
         tissue_fraction: tissue pixels / all pixels.
         notes: what the user should know of it, e.g. that no tissue was found.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from slides import damage_tile
+from slides import damage_tile, write_pyramid
 from small_slides import SHAPE, small_model, tissue_image, write_slide
 
 from maskattn.errors import OutputError, SlideError
@@ -488,3 +488,48 @@ def test_prediction_is_plain_json(finished: Path) -> None:
     fields = json.loads((finished / "prediction.json").read_text())
     assert fields["model"]["classes"] == ["benign", "low/high"]
     assert fields["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("change", "words"), [({"ink": "off"}, "ink: auto"), ({"force": False}, "force: True")])
+def test_other_rules_for_ink_and_for_dark_slides_are_another_request(
+    model: SlideModel, slide: Path, settings: RunSettings, change: dict[str, object], words: str
+) -> None:
+    settings = replace(settings, force="force" in change)
+    run_slides([SlideJob("a", slide)], model, settings)
+    (outcome,) = run_slides([SlideJob("a", slide)], model, replace(settings, **change))
+    assert outcome.status == "failed"
+    assert words in outcome.reason
+
+
+def test_outputs_from_before_there_were_rules_for_ink_are_finished(
+    model: SlideModel, slide: Path, settings: RunSettings
+) -> None:
+    (made,) = run_slides([SlideJob("a", slide)], model, settings)
+    assert (made.prediction.settings["ink"], made.prediction.settings["force"]) == ("auto", False)
+    path = settings.out_dir / "a" / "prediction.json"
+    fields = json.loads(path.read_text())
+    del fields["settings"]["ink"], fields["settings"]["force"]
+    path.write_text(json.dumps(fields))
+    (outcome,) = run_slides([SlideJob("a", slide)], model, settings)
+    assert outcome.status == "skipped"
+    (outcome,) = run_slides([SlideJob("a", slide)], model, replace(settings, force=True))
+    assert outcome.status == "skipped", "a slide that passed without force passes with it"
+
+
+@pytest.mark.parametrize("how", ["found", "mask", "no mask"])
+def test_a_dark_slide_fails_unless_it_is_forced(
+    model: SlideModel, settings: RunSettings, tmp_path: Path, how: str
+) -> None:
+    dark = write_pyramid(tmp_path / "dark.tif", 255 - tissue_image(), 1.0, downsamples=())
+    mask = None
+    if how == "mask":
+        mask = tmp_path / "mask.png"
+        Image.fromarray(np.full(SHAPE, 255, np.uint8)).save(mask)
+    settings = replace(settings, masked=how != "no mask")
+    (outcome,) = run_slides([SlideJob("dark", dark, mask_path=mask)], model, settings)
+    assert outcome.status == "failed"
+    assert "got a dark background" in outcome.reason
+    assert "--force" in outcome.reason
+    (outcome,) = run_slides([SlideJob("dark", dark, mask_path=mask)], model, replace(settings, force=True))
+    assert outcome.status == "ok", outcome.reason
+    assert outcome.prediction.settings["force"] is True

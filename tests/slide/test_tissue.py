@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slides import GLASS, STAIN, DrawnSlide, make_blank_slide, make_slide, write_pyramid
 
-import maskattn.slide.tissue as tissue_module
+import maskattn.slide.view as view_module
+from maskattn.errors import SlideError
 from maskattn.slide.reader import SlideInfo, SlideReader
-from maskattn.slide.tissue import TissueMask, find_tissue, saturation_threshold
+from maskattn.slide.stain import stain_threshold
+from maskattn.slide.tissue import TissueMask, find_tissue
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_tissue_is_found_where_it_was_drawn(slide: DrawnSlide) -> None:
     assert mask.mask_HW.shape == (192, 256)
     assert mask.px_lv0 == (8.0, 8.0)
     assert mask.spacing_um == pytest.approx(8.0)
-    assert mask.method == "saturation"
+    assert mask.method == "optical density"
     assert mask.tissue_fraction == mask.mask_HW.mean()
     assert mask.notes == ()
 
@@ -71,7 +73,7 @@ def test_an_all_glass_slide_gives_an_empty_mask_that_says_so(tmp_path: Path) -> 
     assert any("no tissue was found" in note for note in mask.notes)
 
 
-@pytest.mark.parametrize("colour", [(255, 255, 255), (245, 240, 225), (200, 200, 200), (0, 0, 0)])
+@pytest.mark.parametrize("colour", [(255, 255, 255), (245, 240, 225), (200, 200, 200)])
 def test_plain_glass_of_any_tint_is_not_tissue(tmp_path: Path, colour: tuple[int, int, int]) -> None:
     noise = np.random.default_rng(0).integers(-2, 3, (120, 160, 3))
     mask = found_in(tmp_path / "glass.tif", np.clip(np.array(colour) + noise, 0, 255))
@@ -124,7 +126,7 @@ def test_ink_is_taken_out(tmp_path: Path, ink: tuple[int, int, int]) -> None:
     assert mask.mask_HW[62:148, 152:268].all()
     assert any("ink was taken out" in note for note in mask.notes)
     if min(ink) > 15:
-        assert find_tissue(SlideReader(path), reject_ink=False).mask_HW[30:170, 45:55].all()
+        assert find_tissue(SlideReader(path), ink="off").mask_HW[30:170, 45:55].all()
 
 
 def test_a_slide_of_one_pixel_of_tissue_view_is_still_tissue(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_a_slide_of_one_pixel_of_tissue_view_is_still_tissue(tmp_path: Path) -> 
 
 
 def test_a_gigantic_view_is_coarsened_and_says_so(slide: DrawnSlide, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tissue_module, "_MAX_MASK_PX", 10_000)
+    monkeypatch.setattr(view_module, "_MAX_VIEW_PX", 10_000)
     mask = find_tissue(SlideReader(slide.path))
     assert mask.mask_HW.size <= 10_100
     assert any("to bound the memory" in note for note in mask.notes)
@@ -143,15 +145,15 @@ def test_a_gigantic_view_is_coarsened_and_says_so(slide: DrawnSlide, monkeypatch
 
 @given(st.lists(st.integers(0, 10_000), min_size=256, max_size=256))
 def test_the_threshold_stays_within_its_bounds(histogram: list[int]) -> None:
-    assert 12 <= saturation_threshold(np.array(histogram)) <= 40
+    assert 7 <= stain_threshold(np.array(histogram)) <= 25
 
 
 def test_the_threshold_of_two_peaks_lies_between_them() -> None:
     histogram = np.zeros(256, int)
-    histogram[[4, 5, 6]] = 100
-    histogram[[50, 60, 70]] = 100
-    assert 6 <= saturation_threshold(histogram) < 50
-    assert saturation_threshold(np.zeros(256, int)) == 40
+    histogram[[1, 2, 3]] = 100
+    histogram[[20, 30, 40]] = 100
+    assert 7 <= stain_threshold(histogram) < 20
+    assert stain_threshold(np.zeros(256, int)) == 25
 
 
 def test_the_tissue_of_a_real_slide_is_found(shared_slides: Path) -> None:

@@ -1,0 +1,101 @@
+"""Whether a slide is what the rest of the package takes it for: a stained section, scanned in bright field.
+
+Stain darkens bright glass. In dark field and in fluorescence the background is dark and tissue shines, so that what is
+learnt from stained sections means nothing there; a label mask that was given in place of its slide is no scan at all.
+"""
+
+from __future__ import annotations
+
+import os
+
+import cv2
+import numpy as np
+
+from maskattn.errors import SlideError
+from maskattn.shapes import UInt8
+from maskattn.slide.glass import FLAT_LEVELS, local_variance
+from maskattn.slide.reader import SlideReader
+
+__all__ = ["refuse_other_than_bright_field", "require_bright_field"]
+
+_THUMBNAIL_PX = 512
+# Where the coarsest level is larger than this, looking at all of the slide takes too long.
+_MAX_LEVEL_PX = 64 << 20
+_DARK, _BRIGHT = 60, 150
+_DARK_SHARE = 0.5
+_GLASS_SHARE = 0.05
+# The brightest hundredth of a section in bright field is brighter than this.
+_DIM = 110
+# A scan within padding fills its rectangle, as cells within a dark background do not.
+_RECTANGLE_SHARE = 0.9
+_MAX_LABELS, _LABEL_SHARE, _LABEL_VALUE = 8, 0.8, 64
+
+
+def require_bright_field(reader: SlideReader) -> None:
+    """Refuse a slide that was not scanned in bright field, where a thumbnail is quick to read and can be read.
+
+    Raises:
+        SlideError: the background is dark, or the picture is a label mask.
+    """
+    width, height = reader.info.level_dimensions[-1]
+    if width * height > _MAX_LEVEL_PX:
+        return
+    try:
+        rgb_HW3 = reader.thumbnail(_THUMBNAIL_PX)
+    except SlideError:  # damaged there; who reads its tiles says so
+        return
+    refuse_other_than_bright_field(rgb_HW3, reader.info.path)
+
+
+def refuse_other_than_bright_field(rgb_HW3: UInt8[np.ndarray, "H W 3"], path: str | os.PathLike[str]) -> None:
+    """Refuse a slide that was not scanned in bright field.
+
+    Args:
+        rgb_HW3: (H, W, 3) the whole slide.
+        path: the slide's file, for the message.
+
+    Raises:
+        SlideError: the background is dark, or the picture is a label mask.
+    """
+    labels = _labels(rgb_HW3)
+    if labels:
+        values = ", ".join(str(value) for value in labels)
+        raise SlideError(
+            f"a slide must be a scan of a stained section, got flat grey areas of the values {values} alone in {path}, "
+            "as a label mask has them; name the slide itself and give the mask with --mask, or go on with --force"
+        )
+    if _is_dark(rgb_HW3):
+        raise SlideError(
+            f"a slide must be scanned in bright field, so its background must be bright, got a dark background in "
+            f"{path}, as dark field and fluorescence have it; models of stained sections do not apply to it: give a "
+            "bright-field scan, or go on with --force"
+        )
+
+
+def _labels(rgb_HW3: np.ndarray) -> list[int]:
+    """The values of a label mask, ascending; empty where the picture is none."""
+    red, green, blue = cv2.split(rgb_HW3)
+    if not (np.array_equal(red, green) and np.array_equal(green, blue)):
+        return []
+    element = np.ones((3, 3), np.uint8)
+    flat = cv2.dilate(red, element) == cv2.erode(red, element)
+    counts = np.bincount(red[flat], minlength=256)
+    values = np.flatnonzero(counts)
+    is_mask = flat.mean() >= _LABEL_SHARE and 2 <= len(values) <= _MAX_LABELS and values[0] < _LABEL_VALUE
+    return [int(value) for value in values] if is_mask else []
+
+
+def _is_dark(rgb_HW3: np.ndarray) -> bool:
+    brightness = cv2.cvtColor(rgb_HW3, cv2.COLOR_RGB2GRAY)
+    if np.count_nonzero(brightness >= _DIM) < 0.01 * brightness.size:
+        return True
+    if np.count_nonzero(brightness < _DARK) < _DARK_SHARE * brightness.size:
+        return False
+    glass = (brightness >= _BRIGHT) & (local_variance(brightness) < FLAT_LEVELS**2)
+    if np.count_nonzero(glass) >= _GLASS_SHARE * brightness.size:
+        return False
+    # Black may be padding about a scan that shows no glass: then what is not black is bright, and fills a rectangle.
+    shown = brightness > 0
+    _, _, width, height = cv2.boundingRect(shown.astype(np.uint8))
+    fills = np.count_nonzero(shown) >= _RECTANGLE_SHARE * width * height
+    return not (fills and float(np.median(brightness[shown])) >= _DIM)
