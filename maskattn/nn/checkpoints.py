@@ -28,6 +28,10 @@ __all__ = ["from_state_dict", "load_vit", "read_weights"]
 _WRAPPERS = ("teacher", "state_dict", "model_state_dict", "model", "student")
 # Where a model's own keys begin; what lies elsewhere (projection heads, text towers) is not the encoder's.
 _EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.0.weight", "phi.0.weight")
+# Keys that only DINO and its descendants have: tokens for what training hides, projection heads, blocks in chunks, phi.
+_OF_DINO = re.compile(
+    r"(?:^|\.)(?:mask_token|masked_embed|\w*head\.last_layer\..+|phi\.0\.weight|blocks\.\d+\.\d+\..+|mlp\.w12\.weight)$"
+)
 _LEFT_OUT = re.compile(r"^(?:mask_token|masked_embed|head\.(?:mlp|last_layer|prototypes)\b.*)$")
 
 
@@ -110,7 +114,9 @@ def from_state_dict(
         name: what a message calls it.
         impl: implementation of the attention; None takes the best.
         arguments: of :class:`VisionTransformer`, where they differ from what the tensors say (``global_pool``,
-            ``pos_embed_resample``, ``act_layer``, ``norm_eps``, ``img_size`` of a grid that is not square).
+            ``act_layer``, ``norm_eps``, ``img_size`` of a grid that is not square), or to differ from what the layout's
+            own library does (``pos_embed_resample``: "dino" for training checkpoints of DINO, HIPT's and DINOv2's
+            layouts, else "timm"; a file of DINO's backbone alone has no mark of its own and needs "dino").
 
     Raises:
         UnsupportedModelError: a ValueError that names every key that has no place, or is missing.
@@ -119,6 +125,7 @@ def from_state_dict(
     own = _own_keys(checkpoint, name)
     state = _own_layout(own)
     inferred = _arguments(state, name, arguments.get("img_size"))
+    inferred["pos_embed_resample"] = _convention(checkpoint)
     # HIPT's phi and TITAN's patch_embed are a linear layer and a GELU.
     inferred["embed_act"] = None if "patch_embed.proj.weight" in own else "gelu"
     if num_heads is None and "blocks.0.attn.q_norm.weight" in state:
@@ -198,6 +205,21 @@ def _explained(error: Exception, name: str) -> Exception:
             f"`hf download {name}`, copy the folder here and pass its path"
         )
     return error
+
+
+def _convention(checkpoint: Mapping[str, Any], trained_by_dino: bool = False) -> str:
+    """How the library that wrote these keys resamples positions: see :mod:`maskattn.nn.positions`.
+
+    DINO, iBOT, HIPT and DINOv2 shift by 0.1 token; the DINOv2 models with registers that were released, and timm,
+    smooth instead. A file that DINO wrote for its backbone alone looks like timm's, and is taken for that.
+    """
+    for wrapper in _WRAPPERS:
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            return _convention(checkpoint[wrapper], trained_by_dino or wrapper in ("teacher", "student"))
+    keys = list(map(str, checkpoint))
+    if any(key.endswith("register_tokens") for key in keys):
+        return "timm"
+    return "dino" if trained_by_dino or any(map(_OF_DINO.search, keys)) else "timm"
 
 
 def _own_keys(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_dinos_training_checkpoint_gives_the_teachers_backbone(tmp_path):
         "epoch": 3,
     }
     torch.save(checkpoint, tmp_path / "dino.pth")
-    assert_same(load_vit(tmp_path / "dino.pth", num_heads=3, pos_embed_resample="dino"), teacher)
+    assert_same(load_vit(tmp_path / "dino.pth", num_heads=3), teacher)
     assert_same(from_state_dict(checkpoint["student"], num_heads=3), student)
     released = teacher.state_dict() | head
     assert_same(from_state_dict({"model": released}, num_heads=3), teacher)
@@ -86,6 +87,59 @@ def test_dinov2s_own_layout_inserts_registers_behind_the_positions():
         state[chunked] = state.pop(key)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(from_state_dict(state, num_heads=3)(x), expected(x))
+
+
+def shifted_by_a_tenth(grid_1NC: Tensor, side: int) -> Tensor:
+    """Positions as DINO and DINOv2 read them on a grid of another size: at scales of (side + 0.1) / learnt."""
+    learnt = math.isqrt(grid_1NC.shape[1])
+    image = grid_1NC.transpose(1, 2).unflatten(2, (learnt, learnt))
+    scale = (side + 0.1) / learnt
+    return nn.functional.interpolate(image, scale_factor=(scale, scale), mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def smoothed(grid_1NC: Tensor, side: int) -> Tensor:
+    """As timm does, and DINOv2 for its models with registers."""
+    learnt = math.isqrt(grid_1NC.shape[1])
+    image = grid_1NC.transpose(1, 2).unflatten(2, (learnt, learnt))
+    size = (side, side)
+    return nn.functional.interpolate(image, size=size, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+
+
+def in_dinov2s_names(state: dict[str, Tensor], registers: bool) -> dict[str, Tensor]:
+    state = {**state, "mask_token": torch.zeros(1, 48)}
+    if registers:
+        state["register_tokens"] = torch.zeros(1, 4, 48)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("layout", "positions"),
+    [
+        (lambda state: state, smoothed),
+        (lambda state: {"state_dict": {f"module.{key}": x for key, x in state.items()}}, smoothed),
+        (lambda state: {"teacher": {f"backbone.{key}": x for key, x in state.items()}}, shifted_by_a_tenth),
+        (lambda state: {"student": {f"module.backbone.{key}": x for key, x in state.items()}}, shifted_by_a_tenth),
+        (lambda state: {**state, "head.last_layer.weight_v": torch.zeros(2, 2)}, shifted_by_a_tenth),
+        (lambda state: {**state, "masked_embed": torch.zeros(1, 48)}, shifted_by_a_tenth),
+        (lambda state: in_dinov2s_names(state, registers=False), shifted_by_a_tenth),
+        (lambda state: {"teacher": in_dinov2s_names(state, registers=True)}, smoothed),
+    ],
+    ids=["timm", "timm in training", "DINO", "DINO's student", "DINO's head", "iBOT", "DINOv2", "DINOv2 registers"],
+)
+@pytest.mark.parametrize("side", [5, 7])
+def test_positions_are_resampled_as_the_layouts_own_library_does(layout, positions, side):
+    state = dict(random_vit().state_dict())
+    x = torch.randn(1, 3, 16 * side, 16 * side, dtype=torch.float64)
+    learnt = state["pos_embed"]
+    resampled = torch.cat([learnt[:, :1], positions(learnt[:, 1:], side)], dim=1)
+    expected = from_state_dict(layout({**state, "pos_embed": resampled}), num_heads=3)  # this grid is its own
+    torch.testing.assert_close(from_state_dict(layout(state), num_heads=3)(x), expected(x), atol=1e-6, rtol=1e-5)
+
+
+def test_a_convention_that_is_named_outranks_the_layouts():
+    state = in_dinov2s_names(random_vit().state_dict(), registers=False)
+    assert from_state_dict(state, num_heads=3).pos_embed_resample == "dino"
+    assert from_state_dict(state, num_heads=3, pos_embed_resample="transformers").pos_embed_resample == "transformers"
 
 
 def test_a_region_vit_with_phi_is_an_encoder_of_embeddings():
