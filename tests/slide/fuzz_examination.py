@@ -105,7 +105,7 @@ def use(task: Examination, out: Path, stages: list[str]) -> str:
     refusals = []
     spacing_um = None
     try:
-        with SlideReader(task.path) as reader:
+        with SlideReader(task.path, isolated=True) as reader:
             stages.append("describe")
             described = reader.describe()
             check_clear(described["spacing"].removeprefix("unknown: "), described["spacing"].startswith("unknown"))
@@ -130,7 +130,7 @@ def use(task: Examination, out: Path, stages: list[str]) -> str:
 def show_tissue(task: Examination, spacing_um: float | None, out: Path) -> None:
     path = out / "tissue.png"
     try:
-        with SlideReader(task.path, spacing_um) as reader:
+        with SlideReader(task.path, spacing_um, isolated=True) as reader:
             found = find_tissue(reader)
             write_mask_overlay(path, reader.thumbnail(2048), found, reader.info.width_px)
     finally:
@@ -144,7 +144,7 @@ def read_tiles(task: Examination, spacing_um: float | None, out: Path) -> None:
     """Tiles at the corners, across every edge, beyond, of every level and of all of the slide; refused ones too."""
     rng = Random(task.seed)
     refusals: list[Exception] = []
-    with SlideReader(task.path, spacing_um) as reader:
+    with SlideReader(task.path, spacing_um, isolated=True) as reader:
         width, height = reader.info.width_px, reader.info.height_px
         places = [(0, 0), (width - 100, height - 100), (-50, -50), (width + 10, 0), (0, -3000), (width - 1, height - 1)]
         places += [(rng.randrange(-100, width + 100), rng.randrange(-100, height + 100)) for _ in range(4)]

@@ -132,6 +132,9 @@ def test_a_decoder_that_crashes_again_and_again_stops_its_slide(
     grid = make_grid(reader.info, None, tile_px=64, token_px=16, spacing_um=0.5, masked=False)
     with pytest.raises(ReadingStopped, match=r"must not crash its decoder.*16 times.*SIGSEGV"):
         list(stream_tiles(reader, grid, batch_size=8))
+    for _ in range(2):
+        with pytest.raises(ReadingStopped, match="16 times"):
+            reader.read_region(0, 0, (64, 64), (64, 64))
     assert len(process) == 16
 
 

@@ -40,9 +40,17 @@ class IsolatedDecoding:
             SlideError: it cannot be opened; in the words of that function.
             ReadingStopped: its decoder crashed while opening or too often, or does not answer.
         """
+        self.check()
+        return IsolatedImage(self, path, *arguments)
+
+    def check(self) -> None:
+        """Whether the slide may still be read.
+
+        Raises:
+            ReadingStopped: it was stopped, in the words with which it was.
+        """
         if self._stopped is not None:
             raise ReadingStopped(self._stopped)
-        return IsolatedImage(self, path, *arguments)
 
     def crashed(self, path: Path, how: str, *, opening: bool) -> None:
         """Count a crash.
@@ -100,6 +108,7 @@ class IsolatedImage:
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "H W C"]:
         """Decode a rectangle of a level, in its own pixels."""
+        self._decoding.check()
         assert self._process is not None, "the image is closed"
         if not self._process.alive():  # it was ended while it waited, for want of memory perhaps
             self._process.end()
