@@ -23,7 +23,7 @@ from maskattn.extension import has_extension
 from maskattn.shapes import Bool, Int, Shaped
 from maskattn.transforms import is_mapped, take_one_by_one, transformable
 
-__all__ = ["Packing", "gather_rows", "pack", "scatter_rows", "unpack"]
+__all__ = ["Packing", "gather_rows", "is_jit_traced", "pack", "scatter_rows", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Packing:
 
         Raises:
             TypeError: the mask is not boolean.
-            ValueError: the mask has not two dimensions, or no numbers (meta device, ``torch.vmap``).
+            ValueError: the mask has not two dimensions, or no numbers (meta device, ``torch.vmap``), or
+                ``torch.jit.trace`` would freeze them.
         """
         _check_keep(keep_BN)
         if not torch.compiler.is_compiling() and has_extension():
@@ -258,3 +259,13 @@ def _check_keep(keep_BN: Tensor) -> None:
         )
     if keep_BN.ndim != 2:
         raise ValueError(f"keep must have shape (B, N), got keep.shape={tuple(keep_BN.shape)}; flatten the grid first")
+    if is_jit_traced():
+        raise ValueError(
+            "the kept tokens become rows, whose number torch.jit.trace would freeze, got a mask under it; export the "
+            "model with torch.export, use masked_attention, which takes the mask itself, or trace without a mask"
+        )
+
+
+def is_jit_traced() -> bool:
+    """Whether ``torch.jit.trace`` is at work."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "maskattn"
 FLOORS = [
     {
         "errors",
+        "leaves",
         "files",
         "lettering",
         "mask_images",

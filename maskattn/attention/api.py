@@ -22,6 +22,7 @@ from maskattn.attention.checks import (
 )
 from maskattn.attention.dropout import new_seed
 from maskattn.attention.implementations import choose
+from maskattn.leaves import leaf_function
 from maskattn.options import Options
 from maskattn.shapes import Bool, Float, Int
 from maskattn.transforms import is_transformed
@@ -29,6 +30,7 @@ from maskattn.transforms import is_transformed
 __all__ = ["masked_attention", "packed_attention", "readout", "token_relevance"]
 
 
+@leaf_function
 def packed_attention(
     q: Float[Tensor, "Tq H D"],
     k: Float[Tensor, "Tk H D"],
@@ -99,6 +101,7 @@ def packed_attention(
     return (out, lse) if return_lse else out
 
 
+@leaf_function
 def masked_attention(
     q: Float[Tensor, "B H Nq D"],
     k: Float[Tensor, "B H N D"],
@@ -152,6 +155,7 @@ def masked_attention(
     return (out, lse) if return_lse else out
 
 
+@leaf_function
 def readout(
     q: Float[Tensor, "B R H D"],
     k: Float[Tensor, "T H D"],
@@ -206,6 +210,7 @@ def readout(
     return (out, *((rows,) if return_rows else ()), *((lse,) if return_lse else ()))
 
 
+@leaf_function
 def token_relevance(
     q: Float[Tensor, "B R H D"],
     k: Float[Tensor, "T H D"],

@@ -19,7 +19,8 @@ from maskattn.explain.concepts import Concept
 from maskattn.explain.packed_model import packed_model, without_head
 from maskattn.explain.targets import Target, select_scores
 from maskattn.explain.token_subsets import batches, predict_subsets, target_of
-from maskattn.nn.vit import VisionTransformer, keep_per_token
+from maskattn.nn.kept_tokens import keep_per_token
+from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, Int
 
 __all__ = [

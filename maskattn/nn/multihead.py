@@ -8,7 +8,6 @@ keys, E channels, H heads (h is 1 or H, b is 1 or B), D head width.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, cast
 
 import torch
@@ -16,15 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskattn.attention.api import packed_attention, readout
+from maskattn.leaves import leaf_module
+from maskattn.nn.kept_tokens import every_token
+from maskattn.nn.multihead_inputs import check_inputs, check_masks_agree, project
 from maskattn.nn.nested import nested_like, nested_rows
-from maskattn.nn.operands import Operands, every_token, is_full, rows_of, scatter_rows
+from maskattn.nn.operands import Operands, is_full, rows_of, scatter_rows
 from maskattn.nn.padded_attention import (
     attend_causally,
     attend_under_mask,
     attend_with_weights,
     dropout_is_torchs,
 )
-from maskattn.packing import Packing
+from maskattn.nn.traced_attention import attend_to_all_tokens, is_traced
+from maskattn.packing import Packing, is_jit_traced
 
 __all__ = ["MultiheadAttention"]
 
@@ -135,15 +138,21 @@ class MultiheadAttention(nn.MultiheadAttention):
             TypeError, ValueError: shapes or dtypes that do not fit, or ``impl`` lacks what is asked for.
             RuntimeError: ``is_causal`` without ``attn_mask``, as torch has it.
         """
+        if isinstance(query, torch.fx.Proxy):
+            masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            return leaf_module(self, query, key, value, *masks)
         if query.is_nested:
             masks = key_padding_mask, attn_mask
             return self._attend_nested(query, key, value, need_weights or any(x is not None for x in masks)), None
-        _check_masks_agree(key_padding_mask, attn_mask, is_causal)
+        check_masks_agree(key_padding_mask, attn_mask, is_causal)
         self._check_impl(need_weights, attn_mask)
+        if is_traced(query):
+            inputs, masks = (query, key, value), (key_padding_mask, attn_mask)
+            return self._attend_traced(inputs, masks, need_weights, average_attn_weights, is_causal, self.skip_queries)
         operands, batched = self._operands(query, key, value, key_padding_mask, self.skip_queries)
         # The hint replaces the mask exactly where torch lets it.
         causal = is_causal and key_padding_mask is None and not need_weights
-        mask_bhLS = None if attn_mask is None or causal else self._read_mask(attn_mask, operands, batched)
+        mask_bhLS = None if attn_mask is None or causal else self._read_mask(attn_mask, query, key, batched)
         operands = self._with_appended_keys(operands)
         dropout_p = self.dropout if self.training else 0.0
         weights = None
@@ -183,6 +192,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: shapes or dtypes that do not fit.
         """
+        if is_traced(query):
+            inputs, masks = (query, key, value), (key_padding_mask, None)
+            out, weights = self._attend_traced(inputs, masks, True, average_attn_weights, False, False)
+            return out, cast(Tensor, weights)
         operands, batched = self._operands(query, key, value, key_padding_mask, False)
         operands = self._with_appended_keys(operands)
         q_BRHD = scatter_rows(operands.q, operands.queries)
@@ -231,16 +244,43 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "a mask, or need_weights=True; pass need_weights=False, or pad it with query.to_padded_tensor(0)"
             )
         rows, packing = nested_rows(query)
-        operands = Operands(*self._project(rows, rows, rows), packing, packing, None)
+        operands = Operands(*project(self, rows, rows, rows), packing, packing, None)
         out = self._attend(self._with_appended_keys(operands), self.dropout if self.training else 0.0)
         return nested_like(self.out_proj(out.flatten(1)), query, packing)
+
+    def _attend_traced(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        masks: tuple[Tensor | None, Tensor | None],
+        need_weights: bool,
+        average: bool,
+        is_causal: bool,
+        skip_queries: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`forward` over all tokens; see :mod:`maskattn.nn.traced_attention`."""
+        if not is_jit_traced():  # which would warn of every comparison
+            check_inputs(self, *inputs)
+        batched = inputs[0].ndim == 3
+        dense = {id(x): self._batch_first(x, batched) for x in inputs}
+        query, key, value = (dense[id(x)] for x in inputs)
+        padding = (None, None) if masks[0] is None else _split_padding_mask(masks[0], key, batched)
+        causal = is_causal and masks[0] is None and not need_weights
+        mask_bhLS = None if masks[1] is None or causal else self._read_mask(masks[1], inputs[0], inputs[1], batched)
+        options = {"skip_queries": skip_queries, "causal": causal, "need_weights": need_weights}
+        out, weights = attend_to_all_tokens(
+            self, (query, key, value), padding, mask_bhLS, self._appended_keys(), **options
+        )
+        if weights is not None:
+            weights = weights.mean(dim=1) if average else weights
+            weights = weights if batched else weights[0]
+        return self._as_caller_has_it(out, batched), weights
 
     def _operands(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, skip_queries: bool
     ) -> tuple[Operands, bool]:
         """Projected rows of the tokens that take part, and whether the caller has batches."""
         batched = query.ndim == 3
-        self._check_inputs(query, key, value)
+        check_inputs(self, query, key, value)
         is_self, key_is_value = query is key, key is value
         query, key = self._batch_first(query, batched), self._batch_first(key, batched)
         value = key if key_is_value else self._batch_first(value, batched)
@@ -255,51 +295,36 @@ class MultiheadAttention(nn.MultiheadAttention):
         rows_k = rows_of(key, keys)
         rows_v = rows_k if key_is_value else rows_of(value, keys)
         rows_q = rows_k if is_self and same_rows else rows_of(query, queries)
-        return Operands(*self._project(rows_q, rows_k, rows_v), queries, keys, key_bias), batched
+        return Operands(*project(self, rows_q, rows_k, rows_v), queries, keys, key_bias), batched
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed rows (T, E) → q (Tq, H, D), k and v (Tk, H, D); one product for what is projected together."""
-        weight, bias, E = self.in_proj_weight, self.in_proj_bias, self.embed_dim
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        if weight is None:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        elif key is not value:
-            weights = weight.chunk(3)
-        elif query is key:
-            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-            return q, k, v
-        else:
-            q = F.linear(query, weight[:E], biases[0]).unflatten(-1, (self.num_heads, -1))
-            both = F.linear(key, weight[E:], None if bias is None else bias[E:])
-            k, v = both.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-            return q, k, v
-        q, k, v = (
-            F.linear(x, w, b).unflatten(-1, (self.num_heads, -1))
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
-        return q, k, v
+    def _appended_keys(self) -> list[tuple[Tensor, Tensor]]:
+        """The key and value that ``add_bias_kv`` learns and the zeros of ``add_zero_attn``, (1, H, D) each."""
+        shape, more = (1, self.num_heads, self.head_dim), []
+        if self.bias_k is not None and self.bias_v is not None:
+            more.append((self.bias_k.view(shape), self.bias_v.view(shape)))
+        if self.add_zero_attn:
+            zero = self.out_proj.weight.new_zeros(shape)
+            more.append((zero, zero))
+        return more
 
     def _with_appended_keys(self, operands: Operands) -> Operands:
-        """The key that ``add_bias_kv`` learns and the zeros of ``add_zero_attn``, at the end of every sequence."""
-        shape = (1, self.num_heads, self.head_dim)
-        if self.bias_k is not None and self.bias_v is not None:
-            operands = operands.with_keys_appended(self.bias_k.view(shape), self.bias_v.view(shape))
-        if self.add_zero_attn:
-            zero = operands.k.new_zeros(shape)
-            operands = operands.with_keys_appended(zero, zero)
+        """With these at the end of every sequence."""
+        for k, v in self._appended_keys():
+            operands = operands.with_keys_appended(k, v)
         return operands
 
-    def _read_mask(self, mask: Tensor, operands: Operands, batched: bool) -> Tensor:
+    def _read_mask(self, mask: Tensor, query: Tensor, key: Tensor, batched: bool) -> Tensor:
         """torch's ``attn_mask`` to (b, h, L, S), −inf where a query ignores a key; 0 for appended keys."""
-        B, H = operands.keys.batch_size, self.num_heads
-        plain = (operands.queries.num_tokens, operands.keys.num_tokens)
-        if tuple(mask.shape) not in (plain, (B * H, *plain)):
+        first = batched and self.batch_first
+        B, H = query.shape[0 if first else 1] if batched else 1, self.num_heads
+        plain = (query.shape[int(first)], key.shape[int(first)])
+        if not is_jit_traced() and tuple(mask.shape) not in (plain, (B * H, *plain)):
             raise ValueError(
                 f"attn_mask must have shape (L, S) = {plain} or ({'B·H' if batched else 'H'}, L, S) = "
                 f"{(B * H, *plain)}, got attn_mask.shape={tuple(mask.shape)}; a mask of keys alone is key_padding_mask"
             )
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=operands.q.dtype).masked_fill(mask, float("-inf"))
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))
         mask = mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (B, H))
         appended = (self.bias_k is not None) + self.add_zero_attn
         return F.pad(mask, (0, appended)) if appended else mask
@@ -312,22 +337,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             f"impl={self.impl!r} has no {lacks}, which only impl='torch' has; pass need_weights=False (readout() has "
             "the rows of a few queries), mask keys by key_padding_mask, or make the layer with impl=None"
         )
-
-    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
-            raise ValueError(
-                "query, key and value must all be batched (3 dimensions) or all unbatched (2), got shapes "
-                f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; add the batch with x[None]"
-            )
-        batch = None if query.ndim == 2 else 0 if self.batch_first else 1
-        wanted = (query.shape[-1], self.embed_dim), (key.shape[-1], self.kdim), (value.shape[-1], self.vdim)
-        one_batch = batch is None or query.shape[batch] == key.shape[batch]
-        if any(got != width for got, width in wanted) or key.shape[:-1] != value.shape[:-1] or not one_batch:
-            raise ValueError(
-                f"query, key and value must have {self.embed_dim}, {self.kdim} and {self.vdim} channels, one batch, "
-                f"and as many keys as values, got shapes {tuple(query.shape)}, {tuple(key.shape)} and "
-                f"{tuple(value.shape)} with batch_first={self.batch_first}"
-            )
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
         """(B, L, E) from whatever the caller has."""
@@ -346,42 +355,29 @@ def _announce_forward(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """A hook that does nothing: ``nn.TransformerEncoderLayer`` reads a hooked layer's output, not its weights."""
 
 
-def _check_masks_agree(key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> None:
-    """What torch's layer raises and warns of, before shapes are known."""
-    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-        if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-            raise TypeError(
-                f"{name} must be bool (True = ignore) or float (added to the scores), got {name}.dtype={mask.dtype}; "
-                f"convert it with {name}.bool()"
-            )
-    if is_causal and attn_mask is None:
-        raise RuntimeError(
-            "is_causal is a hint about attn_mask, got is_causal=True without attn_mask; pass the mask too, "
-            "e.g. nn.Transformer.generate_square_subsequent_mask(L). Need attn_mask if specifying the is_causal hint."
-        )
-    if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
-        warnings.warn(
-            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
-            stacklevel=6,  # past the check, forward and the three frames of Module.__call__
-        )
-
-
 def _read_padding_mask(mask: Tensor | None, key: Tensor, batched: bool) -> tuple[Packing, Tensor | None]:
-    """PyTorch's mask, True or −inf = ignore, to the kept keys and the bias (Tk,) of a float mask, if any."""
-    B, S = key.shape[:2]
+    """PyTorch's mask to the kept keys and the bias (Tk,) of a float mask, if any."""
     if mask is None:
-        return every_token(B, S, key.device), None
-    wanted = (B, S) if batched else (S,)
-    if tuple(mask.shape) != wanted:
+        return every_token(key.shape[0], key.shape[1], key.device), None
+    keep_BS, bias_BS = _split_padding_mask(mask, key, batched)
+    keys = Packing.from_keep(keep_BS)
+    if bias_BS is None:
+        return keys, None
+    bias = rows_of(bias_BS, keys)
+    # nn.TransformerEncoder turns bool masks into floats of 0 and −inf.
+    return keys, bias if mask.requires_grad or bool(bias.any()) else None
+
+
+def _split_padding_mask(mask: Tensor, key: Tensor, batched: bool) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's mask, True or −inf = ignore, to the package's ``keep`` (B, S), and the bias (B, S) of a float mask."""
+    wanted = tuple(key.shape[:2] if batched else key.shape[1:2])
+    if not is_jit_traced() and tuple(mask.shape) != wanted:
         raise ValueError(
             f"key_padding_mask must have shape {'(B, S)' if batched else '(S,)'} = {wanted}, got "
             f"key_padding_mask.shape={tuple(mask.shape)}; it is (B, S) whatever batch_first is"
         )
     mask_BS = mask if batched else mask[None]
     if mask.dtype == torch.bool:
-        return Packing.from_keep(~mask_BS), None
+        return ~mask_BS, None
     # NaN is kept: it is the caller's to find.
-    keys = Packing.from_keep(~(mask_BS <= torch.finfo(mask.dtype).min))
-    bias = rows_of(mask_BS, keys)
-    # nn.TransformerEncoder turns bool masks into floats of 0 and −inf.
-    return keys, bias if mask.requires_grad or bool(bias.any()) else None
+    return ~(mask_BS <= torch.finfo(mask.dtype).min), mask_BS

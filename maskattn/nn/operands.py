@@ -14,7 +14,7 @@ from torch import Tensor
 from maskattn.packing import Packing, pack, unpack
 from maskattn.shapes import Float
 
-__all__ = ["Operands", "every_token", "is_full", "left_aligned", "rows_of", "scatter_rows"]
+__all__ = ["Operands", "is_full", "left_aligned", "rows_of", "scatter_rows"]
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,6 @@ class Operands:
             keys=Packing(indices, keys.cu_seqlens + shift, keys.max_seqlen + count, B, S),
             key_bias=None if bias is None else append(bias, bias.new_zeros(count)),
         )
-
-
-def every_token(batch_size: int, num_tokens: int, device: torch.device) -> Packing:
-    """The packing in which every token takes part; no wait for the device."""
-    return Packing(
-        torch.arange(batch_size * num_tokens, device=device),
-        torch.arange(batch_size + 1, dtype=torch.int32, device=device) * num_tokens,
-        num_tokens,
-        batch_size,
-        num_tokens,
-    )
 
 
 def is_full(packing: Packing) -> bool:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from maskattn.nn.blocks import PackedTokens
-from maskattn.nn.vit import VisionTransformer, keep_per_token
+from maskattn.nn.kept_tokens import packing_of
+from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing
 from maskattn.shapes import Bool, Float, UInt8
 
@@ -148,7 +149,7 @@ class SlideModel(nn.Module):
             )
         embedding = self.tile_encoder.patch_embed
         grid_HW = embedding.grid_of(tiles_BIXY)
-        packing = Packing.from_keep(keep_per_token(keep_BHW, tiles_BIXY.shape[0], grid_HW, tiles_BIXY.device))
+        packing = packing_of(keep_BHW, tiles_BIXY.shape[0], grid_HW, tiles_BIXY.device)
         patches = embedding.cut(tiles_BIXY, packing).to(self.pixel_mean.dtype).unflatten(1, (3, -1))  # [T, 3, p·p]
         patches = (patches / 255 - self.pixel_mean[:, None]) / self.pixel_std[:, None]
         return self.tile_encoder.embed_patches(patches.flatten(1), packing, grid_HW)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maskattn.leaves import leaf_module
 from maskattn.nn.blocks import AttentionOptions, AttentionPool, Block, BlockOptions, PatchEmbedding, is_as_built
+from maskattn.nn.kept_tokens import packing_of
 from maskattn.nn.mlps import ACTIVATIONS, MLPS
 from maskattn.nn.packed_tokens import PackedTokens, insert_prefix, rows_and_columns
 from maskattn.nn.positions import CONVENTIONS, resample_position_embedding, rotary_angles, sine_positions
@@ -175,6 +177,8 @@ class VisionTransformer(nn.Module):
         Raises:
             TypeError, ValueError: x or keep have the wrong shape or dtype.
         """
+        if isinstance(x, torch.fx.Proxy):
+            return leaf_module(self, x, keep)
         tokens = x if isinstance(x, PackedTokens) else self.embed(x, keep)
         return self.predict(self.before_last_block(tokens))
 
@@ -193,7 +197,7 @@ class VisionTransformer(nn.Module):
                 f"this model has dynamic_img_size=False and takes grids of {self.grid_HW} tokens, got {grid_HW}; "
                 "resize the images or build it with dynamic_img_size=True"
             )
-        packing = Packing.from_keep(keep_per_token(keep, x.shape[0], grid_HW, x.device))
+        packing = packing_of(keep, x.shape[0], grid_HW, x.device)
         return self.embed_patches(self.patch_embed.cut(x, packing), packing, grid_HW)
 
     def embed_patches(
@@ -328,30 +332,6 @@ class VisionTransformer(nn.Module):
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
-
-
-def keep_per_token(
-    keep: Tensor | None, batch_size: int, grid_HW: tuple[int, int], device: torch.device
-) -> Bool[Tensor, "B N"]:
-    """A caller's ``keep``, (B, N), (B, H, W) or None for all, as (B, N) on ``device``.
-
-    Raises:
-        TypeError, ValueError: it is not boolean, or has another shape.
-    """
-    flat = (batch_size, grid_HW[0] * grid_HW[1])
-    if keep is None:
-        return torch.ones(flat, dtype=torch.bool, device=device)
-    if keep.dtype != torch.bool:
-        raise TypeError(
-            f"keep must be a bool mask (True = the token takes part), got keep.dtype={keep.dtype}; "
-            "compare it with its threshold first, e.g. keep = fraction > 0"
-        )
-    if tuple(keep.shape) not in (flat, (batch_size, *grid_HW)):
-        raise ValueError(
-            f"keep must have shape (B, N) = {flat} or (B, H, W) = {(batch_size, *grid_HW)} over grid tokens, prefix "
-            f"tokens not counted, got keep.shape={tuple(keep.shape)}"
-        )
-    return keep.to(device).reshape(flat)
 
 
 def _mean_of_grid(tokens: PackedTokens) -> Float[Tensor, "B C"]:

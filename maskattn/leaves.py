@@ -1,0 +1,46 @@
+"""Functions and modules that ``torch.fx`` writes down as one node, as it does with torch's own.
+
+A symbolic trace has no shapes and no masks to read, so that what is inside a layer or an operation cannot be traced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+__all__ = ["leaf_function", "leaf_module"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def leaf_function(function: Function) -> Function:
+    """The function, or, where an argument is a proxy of ``torch.fx``, a node that calls it."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        for argument in (*arguments, *options.values()):
+            if isinstance(argument, torch.fx.Proxy):
+                return argument.tracer.create_proxy("call_function", call, arguments, options)
+        return function(*arguments, **options)
+
+    return cast(Function, call)
+
+
+def leaf_module(module: nn.Module, first: torch.fx.Proxy, *rest: Any) -> Any:
+    """A node that calls the module with these arguments.
+
+    Raises:
+        TypeError: the module is all that is traced, so that there would be nothing around the node.
+    """
+    tracer = cast(torch.fx.Tracer, first.tracer)
+    path = tracer.path_of_module(module)
+    if not path:
+        raise TypeError(
+            f"torch.fx takes a {type(module).__name__} as one node of a larger model, got it as the whole model; use "
+            "forward hooks, or torch.export"
+        )
+    return tracer.create_proxy("call_module", path, (first, *rest), {})
