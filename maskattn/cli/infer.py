@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from maskattn.cli import slide_runs
-from maskattn.cli.options import Debug, Force, Ink, Mask, MaskValues, Spacing
+from maskattn.cli.options import Debug, Force, Ink, Mask, MaskValues, Series, Spacing
 from maskattn.cli.reporting import errors_in_one_line, say, tell
 
 __all__ = ["infer"]
@@ -35,6 +35,7 @@ def infer(
     ink: Ink = "auto",
     force: Force = False,
     spacing_um: Spacing = None,
+    series: Series = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Relevance of tokens too; reads each slide twice.")] = False,
     no_mask: Annotated[bool, typer.Option("--no-mask", help="Attend to glass too, for comparison.")] = False,
     batch_size: Annotated[
@@ -75,6 +76,7 @@ def infer(
             masked=not no_mask,
             overwrite=overwrite,
             spacing_um=spacing_um,
+            series=series,
             mask_values=tuple(mask_value) if mask_value else None,
             ink=ink,
             force=force,

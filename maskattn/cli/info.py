@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from maskattn.cli.options import Debug, Slide, Spacing
+from maskattn.cli.options import Debug, Series, Slide, Spacing
 from maskattn.cli.reporting import errors_in_one_line, say, say_json
 
 __all__ = ["info"]
@@ -15,6 +15,7 @@ __all__ = ["info"]
 def info(
     slide: Slide,
     spacing_um: Spacing = None,
+    series: Series = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -22,7 +23,7 @@ def info(
     with errors_in_one_line(debug):
         from maskattn.slide.reader import SlideReader
 
-        with SlideReader(slide, spacing_um, isolated=True) as reader:
+        with SlideReader(slide, spacing_um, series=series, isolated=True) as reader:
             facts = reader.describe()
     if as_json:
         say_json(facts)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Debug", "Force", "Ink", "Mask", "MaskValues", "Slide", "Spacing"]
+__all__ = ["Debug", "Force", "Ink", "Mask", "MaskValues", "Series", "Slide", "Spacing"]
 
 
 def _plausible_spacing(spacing_um: float | None) -> float | None:
@@ -28,6 +28,10 @@ Spacing = Annotated[
     typer.Option(
         "--spacing-um", help="µm per level-0 pixel, in place of what the slide says.", callback=_plausible_spacing
     ),
+]
+Series = Annotated[
+    int | None,
+    typer.Option("--series", help="Series of a TIFF that holds several (see info); by default the largest.", min=0),
 ]
 Mask = Annotated[Path | None, typer.Option("--mask", help="Your own tissue mask of this slide, at any spacing.")]
 Ink = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from maskattn.cli.options import Debug, Force, Ink, Mask, MaskValues, Slide, Spacing
+from maskattn.cli.options import Debug, Force, Ink, Mask, MaskValues, Series, Slide, Spacing
 from maskattn.cli.pictures import picture_path, picture_written
 from maskattn.cli.reporting import errors_in_one_line, say_json
 
@@ -26,6 +26,7 @@ def tissue(
     ink: Ink = "auto",
     force: Force = False,
     spacing_um: Spacing = None,
+    series: Series = None,
     debug: Debug = False,
 ) -> None:
     """Show where the tissue is: an overlay as PNG, and its statistics as JSON on stdout."""
@@ -48,7 +49,7 @@ def tissue(
                 "one of the two"
             )
         path = picture_path(out, f"{id_of_file(slide)}_tissue.png", [slide, *([mask] if mask else [])])
-        with SlideReader(slide, spacing_um, isolated=True) as reader:
+        with SlideReader(slide, spacing_um, series=series, isolated=True) as reader:
             info = reader.info
             labels = tuple(mask_value) if mask_value else None
             if mask is not None and not force:

@@ -36,7 +36,16 @@ from maskattn.slide.tissue_mask import TissueMask
 
 __all__ = ["RunSettings", "SlideJob", "SlidePrediction", "identify_model", "predict_slide"]
 
-_VERSIONED = ("torch", "numpy", "openslide-python", "openslide-bin", "opencv-python-headless", "h5py")
+_VERSIONED = (
+    "torch",
+    "numpy",
+    "openslide-python",
+    "openslide-bin",
+    "tifffile",
+    "imagecodecs",
+    "opencv-python-headless",
+    "h5py",
+)
 
 
 def predict_slide(
@@ -68,7 +77,7 @@ def predict_slide(
     stages = Stages(model.device)
     with stages("open"):
         given = (job.spacing_um, "manifest") if settings.spacing_um is None else (settings.spacing_um, "override")
-        reader = SlideReader(job.path, *given, isolated=True)
+        reader = SlideReader(job.path, *given, series=settings.series, isolated=True)
     with reader, slide_folder(settings.out_dir, job.slide_id) as folder:
         run = SlideRun(job, model, settings, reader, stages, on_tiles)
         prediction = _predict(run, identity, folder)
@@ -202,6 +211,7 @@ def _prediction(
             spacing_um=info.spacing_um,
             spacing_source=info.spacing_source,
             objective_power=info.objective_power,
+            reader=info.reader,
         ),
         tissue=_describe(tissue),
         settings={
@@ -213,6 +223,7 @@ def _prediction(
             "tokens": settings.tokens,
             "ink": settings.ink,
             "force": settings.force,
+            "series": settings.series,
             "batch_size": settings.batch_size,
             "workers": run.workers,
             "device": str(run.device),

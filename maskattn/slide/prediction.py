@@ -14,7 +14,10 @@ __all__ = ["ModelIdentity", "SlideCounts", "SlideFile", "SlideOutcome", "SlidePr
 
 @dataclass(frozen=True)
 class SlideFile:
-    """The slide as it was read: level-0 size, and where the spacing came from (override, manifest or metadata)."""
+    """The slide as it was read: level-0 size, and where the spacing came from (override, manifest or metadata).
+
+    ``reader`` names the library that decoded it; predictions of earlier versions do not tell.
+    """
 
     path: str
     bytes: int
@@ -24,6 +27,7 @@ class SlideFile:
     spacing_um: float
     spacing_source: str
     objective_power: float | None
+    reader: str = ""
 
 
 @dataclass(frozen=True)

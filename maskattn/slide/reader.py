@@ -47,9 +47,10 @@ class SlideInfo:
         level_downsamples: level-0 pixels per pixel of each level, along x and along y.
         spacing_um: µm per level-0 pixel.
         spacing_source: where the spacing came from: "override", "manifest" or "metadata".
-        vendor: OpenSlide's name of the format, e.g. "aperio".
+        vendor: the format, e.g. "aperio" or "ome-tiff".
         objective_power: magnification of the objective, where the file gives it.
         properties: everything the file says of itself.
+        reader: name and version of the library that decodes it, e.g. "openslide 4.0.1".
     """
 
     path: Path
@@ -62,6 +63,7 @@ class SlideInfo:
     vendor: str | None
     objective_power: float | None
     properties: dict[str, str] = field(repr=False)
+    reader: str = ""
 
 
 class SlideReader:
@@ -71,11 +73,12 @@ class SlideReader:
         path: the slide file.
         spacing_um: µm per level-0 pixel, in place of what the file says.
         spacing_source: who gave ``spacing_um``: "override" or "manifest".
+        series: which series of a TIFF that holds several; None takes the largest.
         isolated: decode in a process of its own, so that a file that crashes or hangs its decoder harms nothing but
             itself. A copy that is pickled decodes where it is: worker processes are isolated already.
 
     Raises:
-        SlideError: the file is missing, is not a slide, or OpenSlide cannot open it.
+        SlideError: the file is missing, is not a slide, or of a kind that is not read.
 
     Example:
         >>> with SlideReader("slide.svs") as reader:  # doctest: +SKIP
@@ -88,9 +91,11 @@ class SlideReader:
         spacing_um: float | None = None,
         spacing_source: str = "override",
         *,
+        series: int | None = None,
         isolated: bool = False,
     ):
         self.path = Path(path)
+        self.series = series
         self._spacing_um = spacing_um
         self._spacing_source = spacing_source
         self._damages = DamageLog()
@@ -102,6 +107,7 @@ class SlideReader:
         self._dimensions = image.level_dimensions[0]
         self._downsamples = image.level_downsamples
         self._level_tiles = image.level_tiles
+        self._decoder, self._vendor, self._series = image.decoder, image.vendor, image.series
         self._properties = image.properties
         self._associated_images = image.associated_images
 
@@ -113,7 +119,6 @@ class SlideReader:
             SlideError: no plausible spacing was given or found.
         """
         spacing = self._spacing()
-        power = self._properties.get("openslide.objective-power")
         return SlideInfo(
             path=self.path,
             width_px=self._dimensions[0],
@@ -122,9 +127,10 @@ class SlideReader:
             level_downsamples=self._downsamples,
             spacing_um=spacing.spacing_um,
             spacing_source=spacing.source,
-            vendor=self._properties.get("openslide.vendor"),
-            objective_power=parse_number(power),
+            vendor=self._vendor,
+            objective_power=parse_number(self._objective()),
             properties=dict(self._properties),
+            reader=self._decoder,
         )
 
     @property
@@ -144,11 +150,13 @@ class SlideReader:
         return {
             "path": str(self.path),
             "bytes": self.path.stat().st_size,
-            "vendor": self._properties.get("openslide.vendor", "unknown"),
+            "vendor": self._vendor or "unknown",
+            "reader": self._decoder,
             "size": f"{width} × {height} px",
             "extent": extent,
             "spacing": spacing_text,
-            "objective": self._properties.get("openslide.objective-power", "unknown"),
+            "objective": self._objective() or "unknown",
+            "series": list(self._series),
             "levels": [
                 f"{w} × {h} px, downsample {_in_words(downsample)}"
                 for (w, h), downsample in zip(self._level_dimensions, self._downsamples, strict=True)
@@ -228,12 +236,16 @@ class SlideReader:
     def _open(self) -> SlideImage:
         if self._image is not None and self._pid == os.getpid():
             return self._image
-        image = open_image(self.path) if self._isolation is None else self._isolation.open(self.path)
+        opened = open_image if self._isolation is None else self._isolation.open
+        image = opened(self.path, self.series)
         self._image, self._pid = image, os.getpid()
         return image
 
+    def _objective(self) -> str | None:
+        return self._properties.get("openslide.objective-power") or self._properties.get("ome.objective-power")
+
     def _spacing(self) -> SlideSpacing:
-        return resolve_spacing(self.path, self._properties, self._spacing_um, self._spacing_source)
+        return resolve_spacing(self.path, self._properties, self._spacing_um, self._spacing_source, self._dimensions)
 
     def _level_for(self, scale_x: float, scale_y: float) -> int:
         """The coarsest level that is at least as fine as asked along both axes."""

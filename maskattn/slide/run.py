@@ -135,6 +135,7 @@ def _check_same_request(
         "ink": (settings.ink if finds_tissue(job, settings, model.config.masked) else found_ink, found_ink),
         # A slide that passed without force passes with it too.
         "force": (settings.force and found_force, found_force),
+        "series": (settings.series, finished.settings.get("series")),
         "tokens": (settings.tokens or finished.settings["tokens"], finished.settings["tokens"]),
     }
     place = settings.out_dir / job.slide_id

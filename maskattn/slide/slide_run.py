@@ -36,6 +36,7 @@ class RunSettings:
         masked: False attends to glass too, for comparison.
         overwrite: run finished slides again.
         spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
+        series: which series of files that hold several; None = the largest.
         mask_values: the labels of a user's mask that mean tissue; None = any but 0.
         ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
         force: run slides that were not scanned in bright field too.
@@ -48,6 +49,7 @@ class RunSettings:
     masked: bool = True
     overwrite: bool = False
     spacing_um: float | None = None
+    series: int | None = None
     mask_values: tuple[int, ...] | None = None
     ink: InkRule = "auto"
     force: bool = False

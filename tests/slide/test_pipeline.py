@@ -269,7 +269,7 @@ def test_each_broken_slide_fails_with_its_remedy_and_the_others_go_on(
     outcomes = {o.slide_id: o for o in run_slides(bad_jobs(tmp_path, slide), model, settings)}
     assert [o.slide_id for o in outcomes.values() if o.status == "ok"] == ["good", "last"]
     for slide_id, words in {
-        "text": "format that OpenSlide reads",
+        "text": "a text file that begins with",
         "unspaced": "--spacing-um",
         "white": "--mask",
         "mask": "300 × 30 px",

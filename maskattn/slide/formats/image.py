@@ -12,17 +12,33 @@ import numpy as np
 
 from maskattn.shapes import UInt8
 
-__all__ = ["DecodeError", "SlideImage", "axis_downsamples"]
+__all__ = ["DecodeError", "NotRead", "SlideImage", "axis_downsamples"]
 
 
 class DecodeError(Exception):
     """A part of a level cannot be decoded; the message is the decoder's own reason."""
 
 
+class NotRead(Exception):  # noqa: N818 (no error of the file's)
+    """A file, or what was asked of it, is of a kind that is not read.
+
+    Args:
+        what: what it is, as it stands after "got".
+        remedy: what to do.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.what, self.remedy = what, remedy
+
+
 class SlideImage(Protocol):
     """An open slide file.
 
     Attributes:
+        decoder: name and version of the library that decodes it.
+        vendor: the format, e.g. "aperio" or "ome-tiff".
+        series: a line for each series of a file that may hold several; empty where there is one.
         level_dimensions: (width, height) of each level in its own pixels, the finest first.
         level_downsamples: level-0 pixels per pixel of each level, along x and along y.
         level_tiles: (width, height) of the pieces in which each level is decoded, in its own pixels.
@@ -30,6 +46,9 @@ class SlideImage(Protocol):
         associated_images: names of the label, the macro image and the like.
     """
 
+    decoder: str
+    vendor: str | None
+    series: tuple[str, ...]
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[tuple[float, float], ...]
     level_tiles: tuple[tuple[int, int], ...]

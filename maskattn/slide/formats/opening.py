@@ -1,4 +1,8 @@
-"""Which decoder opens a slide file."""
+"""Which decoder opens a slide file, and what the file is called where none does.
+
+OpenSlide comes first. tifffile takes the TIFFs that OpenSlide does not open, and those of which it would show less than
+there is: levels in SubIFDs, a page per colour, series.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,101 @@ from pathlib import Path
 import openslide
 
 from maskattn.errors import SlideError
-from maskattn.slide.formats.image import SlideImage
+from maskattn.slide.formats.identify import identify_file, identify_folder, is_tiff
+from maskattn.slide.formats.image import NotRead, SlideImage
 from maskattn.slide.formats.openslide_image import OpenSlideImage
+from maskattn.slide.formats.remedies import remedy_for
 
 __all__ = ["open_image"]
 
+_RULE = "a slide must be a brightfield image in a format that OpenSlide or tifffile reads"
 
-def open_image(path: Path) -> SlideImage:
+
+def open_image(path: Path, series: int | None = None) -> SlideImage:
     """Open a slide file.
 
+    Args:
+        path: the slide file.
+        series: which series of a TIFF that holds several; None takes the largest.
+
     Raises:
-        SlideError: the file is missing, is no slide, or nothing here reads it.
+        SlideError: the file is missing, is no slide, or nothing here reads it; the message says what it is.
+        ModuleNotFoundError: it needs tifffile or imagecodecs, which are not installed.
     """
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no file"
-        raise SlideError(f"a slide must be a file, got path='{path}', which is {what}; check the path")
+    try:
+        if path.is_dir():
+            raise identify_folder(path)
+        if not path.is_file():
+            raise NotRead("no file", "check the path")
+        return _open(path, series)
+    except NotRead as refusal:
+        raise SlideError(f"{_RULE}, got path='{path}', which is {refusal.what}; {refusal.remedy}") from refusal
+    except OSError as error:
+        raise SlideError(
+            f"a slide must be readable, got path='{path}', which fails with '{error.strerror or error}'; "
+            "check the disk or the network drive, and who may read the file"
+        ) from error
+
+
+def _open(path: Path, series: int | None) -> SlideImage:
+    if is_tiff(path):
+        image = _open_in_tifffile_first(path, series)
+        if image is not None:
+            return image
+    elif series:
+        raise NotRead(f"no TIFF, but asked for series {series}", "leave --series out: only TIFFs hold several")
     try:
         return OpenSlideImage(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
+        reason, cause = "", error
+    except openslide.OpenSlideError as error:
+        reason, cause = str(error), error
+    try:
+        refusal = identify_file(path)
+        if refusal is not None:
+            raise refusal from cause
+        if is_tiff(path):
+            return _open_in_tifffile_last(path, series, reason)
+    except NotRead as refusal:
+        if reason:
+            refusal.what += f" (OpenSlide: {reason})"
+        raise
+    if reason:
         raise SlideError(
-            f"a slide must be in a format that OpenSlide reads, got path='{path}', which it does not know; "
-            "check that the file is complete, or convert it to a tiled pyramidal TIFF"
-        ) from error
-    except (openslide.OpenSlideError, OSError) as error:
+            f"a slide must open in OpenSlide, got path='{path}', which fails with '{reason}'; {remedy_for(reason)}"
+        ) from cause
+    raise NotRead(
+        "of a format that neither knows", "check that the file is complete, or convert it to a tiled pyramidal TIFF"
+    ) from cause
+
+
+def _open_in_tifffile_first(path: Path, series: int | None) -> SlideImage | None:
+    """The file in tifffile where OpenSlide would show less of it, or could not decode it; otherwise None."""
+    from maskattn.slide.formats.tiff_image import TiffImage
+    from maskattn.slide.formats.tiff_series import is_better_in_tifffile
+
+    try:
+        if series is None and not is_better_in_tifffile(path):
+            return None
+        return TiffImage(path, series)
+    except NotRead:
+        raise
+    except Exception:  # tifffile raises errors of many kinds; OpenSlide's words are the better ones
+        if series:
+            raise NotRead(f"a TIFF whose series {series} tifffile cannot open", "leave --series out") from None
+        return None
+
+
+def _open_in_tifffile_last(path: Path, series: int | None, reason: str) -> SlideImage:
+    from maskattn.slide.formats.tiff_image import TiffImage
+
+    try:
+        return TiffImage(path, series)
+    except NotRead:
+        raise
+    except Exception as error:  # tifffile raises errors of many kinds
+        reasons = " and ".join(f"'{' '.join(text.split())}'" for text in (reason, str(error)) if text)
         raise SlideError(
-            f"a slide must open in OpenSlide, got path='{path}', which fails with '{error}'; "
-            "check that the file is complete and readable, or convert it to a tiled pyramidal TIFF"
+            f"a slide must open in OpenSlide or tifffile, got path='{path}', which fails with {reasons}; "
+            f"{remedy_for(reason or str(error))}"
         ) from error

@@ -13,6 +13,7 @@ import openslide
 
 from maskattn.shapes import UInt8
 from maskattn.slide.formats.image import DecodeError, axis_downsamples
+from maskattn.slide.formats.ome import ome_properties
 
 __all__ = ["OpenSlideImage"]
 
@@ -40,7 +41,12 @@ class OpenSlideImage:
         self._single_downsamples: tuple[float, ...] = self._slide.level_downsamples
         self.level_dimensions: tuple[tuple[int, int], ...] = self._slide.level_dimensions
         self.level_downsamples = axis_downsamples(self.level_dimensions, self._single_downsamples)
+        self.decoder = f"openslide {openslide.__library_version__}"
         self.properties = dict(self._slide.properties)
+        self.vendor = self.properties.get("openslide.vendor")
+        description = self.properties.get("tiff.ImageDescription")
+        self.properties |= ome_properties(description)
+        self.series: tuple[str, ...] = ()
         self.level_tiles = tuple(self._tile_of(level) for level in range(len(self.level_dimensions)))
         self.associated_images: tuple[str, ...] = tuple(sorted(self._slide.associated_images))
 
