@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,9 @@ from maskattn.mask_images.tiff import TiffMask, read_tiff
 from maskattn.shapes import Shaped, UInt8
 
 __all__ = ["MaskImage", "coarsest_level", "read_mask_image"]
+
+LevelChoice: TypeAlias = "Callable[[list[tuple[int, int]]], int]"
+"""From the (width, height) of all pages, the one to read."""
 
 _MAX_PX = 1 << 28
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -47,13 +51,18 @@ class MaskImage:
     notes: tuple[str, ...] = ()
 
 
-def read_mask_image(path: str | os.PathLike[str], is_fine_enough: Callable[[int], bool]) -> MaskImage:
+def read_mask_image(
+    path: str | os.PathLike[str],
+    is_fine_enough: Callable[[int], bool],
+    check_size: Callable[[int, int], None] = lambda width, height: None,
+) -> MaskImage:
     """Decode a mask: PNG, TIFF (pyramids, any depth), NumPy's .npy or whatever else Pillow opens.
 
     Args:
         path: the mask file.
         is_fine_enough: whether a level of this width in pixels will do; of a pyramid's levels that do, the coarsest
             is read, else the finest.
+        check_size: called with the width and height of what is to be read, before it is decoded; may raise SlideError.
 
     Raises:
         SlideError: the file is missing, is no image, cannot be decoded whole, or is too large to decode at once.
@@ -63,7 +72,10 @@ def read_mask_image(path: str | os.PathLike[str], is_fine_enough: Callable[[int]
         what = "a folder" if path.is_dir() else "no file"
         raise SlideError(f"a mask must be an image file, got path='{path}', which is {what}; check the path")
     try:
-        return _decode(path, is_fine_enough)
+        image = _decode(path, lambda sizes: _checked_level(path, sizes, is_fine_enough, check_size))
+        if 0 in image.samples.shape:
+            raise ValueError("no pixels")
+        return image
     except SlideError:
         raise
     except MemoryError as error:
@@ -76,20 +88,20 @@ def read_mask_image(path: str | os.PathLike[str], is_fine_enough: Callable[[int]
         ) from error
 
 
-def _decode(path: Path, is_fine_enough: Callable[[int], bool]) -> MaskImage:
+def _decode(path: Path, level_of: LevelChoice) -> MaskImage:
     with path.open("rb") as file:
         start = file.read(256)
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith((b"{", b"[", b"<")):
         raise SlideError(_OUTLINES.format(path=path))
     if start.startswith(b"\x93NUMPY"):
-        return _read_npy(path)
+        return _read_npy(path, level_of)
     if start.startswith(_TIFF_STARTS):
-        page = read_tiff(path, lambda sizes: _checked_level(path, sizes, is_fine_enough))
+        page = read_tiff(path, level_of)
         if page is not None:
             return _of_tiff(page)
     with _large_images_allowed(), Image.open(path) as image:
-        return _read_with_pillow(path, image, start, is_fine_enough)
+        return _read_with_pillow(path, image, start, level_of)
 
 
 def coarsest_level(sizes: list[tuple[int, int]], is_fine_enough: Callable[[int], bool]) -> int:
@@ -103,11 +115,17 @@ def coarsest_level(sizes: list[tuple[int, int]], is_fine_enough: Callable[[int],
     return best
 
 
-def _checked_level(path: Path, sizes: list[tuple[int, int]], is_fine_enough: Callable[[int], bool]) -> int:
+def _checked_level(
+    path: Path,
+    sizes: list[tuple[int, int]],
+    is_fine_enough: Callable[[int], bool],
+    check_size: Callable[[int, int], None],
+) -> int:
     level = coarsest_level(sizes, is_fine_enough)
     width, height = sizes[level]
     if width * height > _MAX_PX:
         raise _too_large(path, f"{width} × {height}")
+    check_size(width, height)
     return level
 
 
@@ -118,14 +136,14 @@ def _too_large(path: Path, what: str) -> SlideError:
     )
 
 
-def _read_npy(path: Path) -> MaskImage:
+def _read_npy(path: Path, level_of: LevelChoice) -> MaskImage:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.ndim != 2 or array.dtype.kind not in "buif" or 0 in array.shape:
         raise SlideError(
             f"a mask in a .npy file must be two-dimensional, of numbers or bools, got shape {array.shape} of "
             f"{array.dtype} in '{path}'; save one plane of labels"
         )
-    _checked_level(path, [array.shape[::-1]], lambda _: True)
+    level_of([array.shape[::-1]])
     return MaskImage(np.array(array))
 
 
@@ -148,18 +166,18 @@ def _note_of_pages(equal_pages: int) -> tuple[str, ...]:
     return (f"the mask has {equal_pages} pages of one size; only the first was read",) if equal_pages > 1 else ()
 
 
-def _read_with_pillow(path: Path, image: Image.Image, start: bytes, is_fine_enough: Callable[[int], bool]) -> MaskImage:
+def _read_with_pillow(path: Path, image: Image.Image, start: bytes, level_of: LevelChoice) -> MaskImage:
     sizes = [image.size]
     for frame in range(1, getattr(image, "n_frames", 1)):
         image.seek(frame)
         sizes.append(image.size)
-    image.seek(_checked_level(path, sizes, is_fine_enough))
+    image.seek(level_of(sizes))
     lossy = "WebP" if start[8:16] == b"WEBPVP8 " else ""
     if image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg":
         lossy = "JPEG"
     notes = _note_of_pages(sizes.count(sizes[0]))
     if image.mode in ("L", "LA", "RGB", "RGBA") and _has_16_bits(image):
-        samples, alpha_HW = _read_16_bit_colours(path)
+        samples, alpha_HW = _read_16_bit_colours(path, np.array(image))
         return MaskImage(samples, alpha_HW, lossy=lossy, notes=notes)
     transparent = image.info.get("transparency")
     if image.mode == "P":
@@ -201,7 +219,7 @@ def _has_16_bits(image: Image.Image) -> bool:
     return any(";16" in mode for mode in raw_modes)
 
 
-def _read_16_bit_colours(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_16_bit_colours(path: Path, upper_bits: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     import cv2
 
     samples = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -210,9 +228,14 @@ def _read_16_bit_colours(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             f"a colour mask of 16 bits must be a PNG, or a TIFF without exotic compression, got path='{path}'; "
             "save one plane of labels as a grey PNG"
         )
-    if samples.ndim == 2:
-        return samples, None
-    return samples[..., 2::-1], samples[..., 3] if samples.shape[2] == 4 else None
+    alpha_HW = samples[..., 3] if samples.ndim == 3 and samples.shape[2] == 4 else None
+    if samples.ndim == 3:
+        samples = samples[..., 2::-1]
+    # Of a damaged file OpenCV hands over what it has.
+    seen = upper_bits if upper_bits.ndim == 2 else upper_bits[..., : 1 if upper_bits.shape[2] == 2 else 3]
+    if not np.array_equal(samples >> 8, np.broadcast_to(seen, samples.shape)):
+        raise ValueError("its pixels do not decode to the end")
+    return samples, alpha_HW
 
 
 @contextmanager

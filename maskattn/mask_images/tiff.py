@@ -15,6 +15,7 @@ from maskattn.shapes import Shaped, UInt8
 __all__ = ["TiffMask", "read_tiff"]
 
 _MOST_PAGES = 1024
+_PLAIN_COMPRESSIONS = (1, 8, 32946)  # none and deflate
 _JPEG_COMPRESSIONS = (6, 7, 33003, 33004, 33005, 33007, 34892)
 
 
@@ -38,10 +39,11 @@ class TiffMask:
 
 
 def read_tiff(path: Path, level_of: Callable[[list[tuple[int, int]]], int]) -> TiffMask | None:
-    """Decode the page that ``level_of`` chooses from the (width, height) of all; None where this needs Pillow.
+    """Decode the page that ``level_of`` chooses from the (width, height) of all; None where this is left to Pillow.
 
-    That is the case for compressions whose decoder is a package of its own (imagecodecs), which need not be installed,
-    and for colours that are neither grey, palette, RGB nor YCbCr.
+    That is the case for compressions whose decoders are a package of its own (imagecodecs): it need not be installed,
+    and ends the process on some damaged files, so that it is asked only where Pillow would lose bits or a level. It is
+    the case too for colours that are neither grey, palette, RGB nor YCbCr.
     """
     import tifffile
 
@@ -52,11 +54,15 @@ def read_tiff(path: Path, level_of: Callable[[list[tuple[int, int]]], int]) -> T
     with file:
         pages = list(itertools.islice(file.pages, _MOST_PAGES))
         first: Any = pages[0]
+        own_pages = len(pages)
         pages += list(first.pages or ())
         sizes = [(page.imagewidth, page.imagelength) for page in pages]
-        page: Any = pages[level_of(sizes)]
+        level = level_of(sizes)
+        page: Any = pages[level]
         page = page.aspage() if hasattr(page, "aspage") else page
         if page.photometric not in (0, 1, 2, 3, 6, 4) or page.imagedepth != 1:
+            return None
+        if page.compression not in _PLAIN_COMPRESSIONS and level < own_pages and _is_whole_in_pillow(page):
             return None
         try:
             samples = page.asarray()
@@ -74,3 +80,8 @@ def read_tiff(path: Path, level_of: Callable[[list[tuple[int, int]]], int]) -> T
         palette_N4 = np.concatenate([colours, np.full((len(colours), 1), 255)], axis=1).astype(np.uint8)
     alpha = any(int(kind) in (1, 2) for kind in page.extrasamples or ())
     return TiffMask(samples, alpha, palette_N4, page.compression in _JPEG_COMPRESSIONS, sizes.count(sizes[0]))
+
+
+def _is_whole_in_pillow(page: Any) -> bool:
+    """Whether Pillow keeps every bit of the page's samples."""
+    return page.dtype is None or page.dtype.itemsize == 1 or (page.dtype == np.uint16 and page.samplesperpixel == 1)

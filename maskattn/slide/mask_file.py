@@ -51,14 +51,16 @@ def load_mask(
         SlideError: the file is missing, is no image or is too large, or is lossy and holds more than two values; or
             the mask is not in the slide's proportion, or has no labels to look ``tissue_values`` up in.
     """
-    image = read_mask_image(path, lambda width: info.width_px * info.spacing_um / width <= _FINE_ENOUGH_UM)
-    height, width = image.samples.shape[:2]
-    if not _in_proportion((width, height), (info.width_px, info.height_px)):
-        raise SlideError(
-            "a mask must cover its whole slide, so be in its proportion within 1 % or one mask pixel, got a mask of "
-            f"{width} × {height} px in '{path}' for a slide of {info.width_px} × {info.height_px} px; export the mask "
-            "for the whole slide, at any spacing"
-        )
+
+    def check_size(width: int, height: int) -> None:
+        if not _in_proportion((width, height), (info.width_px, info.height_px)):
+            raise SlideError(
+                "a mask must cover its whole slide, so be in its proportion within 1 % or one mask pixel, got a mask "
+                f"of {width} × {height} px in '{path}' for a slide of {info.width_px} × {info.height_px} px; export "
+                "the mask for the whole slide, at any spacing"
+            )
+
+    image = read_mask_image(path, lambda width: info.width_px * info.spacing_um / width <= _FINE_ENOUGH_UM, check_size)
     mask, notes = tissue_of(image, str(path), tissue_values)
     if not mask.any():
         notes.append(f"the mask file {path} holds no tissue")

@@ -327,3 +327,48 @@ def test_the_coarsest_level_of_the_same_view_that_is_fine_enough_is_chosen() -> 
     assert coarsest_level(sizes, lambda width: width >= 900) == 2
     assert coarsest_level(sizes, lambda width: width >= 5000) == 0
     assert coarsest_level(sizes, lambda _: True) == 4
+
+
+def test_a_size_that_is_refused_is_not_decoded(tmp_path: Path, disc: np.ndarray) -> None:
+    def refuse(width: int, height: int) -> None:
+        raise SlideError(f"{width} × {height} will not do")
+
+    Image.fromarray(disc).save(tmp_path / "m.png")
+    whole = (tmp_path / "m.png").read_bytes()
+    (tmp_path / "m.png").write_bytes(whole[:60])  # its header alone
+    with pytest.raises(SlideError, match="256 × 192 will not do"):
+        read_mask_image(tmp_path / "m.png", lambda _: True, refuse)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_mask_is_read_or_refused_and_never_ends_the_process(
+    tmp_path: Path, disc: np.ndarray, seed: int
+) -> None:
+    plane = disc[::4, ::4].astype(np.uint8) * 255
+    colours = np.stack([plane, plane // 2, plane * 0], axis=-1)
+    for name, save in {
+        "a.png": lambda path: Image.fromarray(plane).save(path),
+        "a16.png": lambda path: cv2.imwrite(str(path), colours.astype(np.uint16) * 257),
+        "a.gif": lambda path: Image.fromarray(plane).save(path),
+        "deflate.tif": lambda path: tifffile.imwrite(path, colours, compression="adobe_deflate", tile=(16, 16)),
+        "lzw.tif": lambda path: Image.fromarray(plane).save(path, compression="tiff_lzw"),
+        "a.npy": lambda path: np.save(path, plane),
+    }.items():
+        save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        rng = np.random.default_rng(seed)
+        for _ in range(12):
+            data = bytearray(whole[: int(rng.integers(1, len(whole) + 1))] if rng.random() < 0.2 else whole)
+            for place in rng.integers(0, len(data), 4):
+                data[place] = rng.integers(256)
+            (tmp_path / name).write_bytes(data)
+            try:
+                mask, _ = tissue_of(read_mask_image(tmp_path / name, lambda _: True, small), name)
+            except SlideError:
+                continue
+            assert mask.dtype == bool
+
+
+def small(width: int, height: int) -> None:
+    if width * height > 1_000_000:
+        raise SlideError("larger than any slide of these tests")
