@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from small_slides import SHAPE, small_model, tissue_image, write_slide
@@ -345,3 +346,31 @@ def test_ink_off_where_no_tissue_is_sought_is_refused(slide: Path, tmp_path: Pat
         assert "--ink says how tissue is found, got --ink off" in one_line(result)
         assert why in one_line(result)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_series_is_chosen_by_info_tissue_and_infer_alike(tmp_path: Path) -> None:
+    path = tmp_path / "several.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        for image in (np.full((900, 900, 3), 245, np.uint8), tissue_image()):
+            um = {"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 1.0, "PhysicalSizeYUnit": "µm"}
+            writer.write(image, tile=(128, 128), photometric="rgb", metadata={"axes": "YXS", **um})
+    listed = json.loads(maskattn("info", path, "--json").stdout)
+    assert listed["size"] == "900 × 900 px"
+    assert len(listed["series"]) == 2
+    assert json.loads(maskattn("info", path, "--series", "1", "--json").stdout)["size"] == "560 × 420 px"
+    shares = [
+        json.loads(maskattn("tissue", path, "--out", tmp_path, *series).stdout)["tissue_fraction"]
+        for series in ((), ("--series", "1"))
+    ]
+    assert shares[0] == 0 < shares[1]
+    assert maskattn("infer", path, "--out", tmp_path / "out").exit_code == 1  # glass alone
+    assert maskattn("infer", path, "--out", tmp_path / "out", "--series", "1").exit_code == 0
+    (prediction,) = (tmp_path / "out").glob("*/prediction.json")
+    said = json.loads(prediction.read_text())
+    assert said["settings"]["series"] == 1
+    assert said["slide"]["width_px"] == 560
+    assert said["slide"]["reader"].startswith("tifffile ")
+    assert said["versions"]["imagecodecs"]
+    again = maskattn("infer", path, "--out", tmp_path / "out", "--series", "0")
+    assert again.exit_code == 1
+    assert "got series: 1" in again.stderr

@@ -22,6 +22,7 @@ from maskattn.slide.damage import Damage, DamageLog, Rectangle
 from maskattn.slide.formats.image import DecodeError, SlideImage
 from maskattn.slide.formats.isolated_image import IsolatedDecoding
 from maskattn.slide.formats.opening import open_image
+from maskattn.slide.formats.remedies import CONVERT
 from maskattn.slide.resampling import blocks, floor_near, on_white, resample
 from maskattn.slide.spacing import SlideSpacing, parse_number, resolve_spacing
 
@@ -29,6 +30,10 @@ __all__ = ["SlideInfo", "SlideReader"]
 
 # Pixels of a level decoded at once; larger regions are read in blocks, so that memory does not grow with the slide.
 _BLOCK_PX = 16 << 20
+# Decoding this much takes minutes, and in a slide without coarse levels every view of the whole would.
+_MOST_SOURCE_PX = 4 << 30
+# A view that took this much decoding is kept: smaller ones are made from it.
+_DEAR_SOURCE_PX, _MOST_VIEW_BYTES = 32 << 20, 128 << 20
 # What a finer level may have to decode in the stead of one piece of a level: seconds of work.
 _MOST_STAND_IN_PX = 16 * _BLOCK_PX
 # A level that falls short of the asked resolution by this little is taken rather than one several times as fine.
@@ -101,6 +106,7 @@ class SlideReader:
         self._damages = DamageLog()
         self._image: SlideImage | None = None
         self._pid = -1
+        self._view: np.ndarray | None = None
         self._isolation = IsolatedDecoding() if isolated else None
         image = self._open()
         self._level_dimensions = image.level_dimensions
@@ -186,19 +192,30 @@ class SlideReader:
 
         Raises:
             ValueError: a size is not above 0.
-            SlideError: the region cannot be decoded; the message names the place and the decoder's reason, and the
-                next read reopens the file.
+            SlideError: the region cannot be decoded, or would take minutes for want of coarse levels; the message
+                names the place and the decoder's reason, and the next read reopens the file.
         """
         if min(*size_lv0, *out_px) < 1:
             raise ValueError(
                 f"read_region needs sizes above 0, got size_lv0={size_lv0}, out_px={out_px}; "
                 "give both as (width, height)"
             )
+        whole = tolerant and (x_lv0, y_lv0, size_lv0) == (0, 0, self._dimensions)
+        if whole and self._view is not None and out_px[0] <= self._view.shape[1] and out_px[1] <= self._view.shape[0]:
+            return cv2.resize(self._view, out_px, interpolation=cv2.INTER_AREA)
         level = self._level_for(size_lv0[0] / out_px[0], size_lv0[1] / out_px[1])
+        source_px = math.prod(size_lv0) / math.prod(self._downsamples[level])
+        if source_px > _MOST_SOURCE_PX:
+            raise SlideError(
+                f"a slide must have coarse levels where much of it is seen at once, got {size_lv0[0]} × {size_lv0[1]} "
+                f"px of '{self.path}' for {out_px[0]} × {out_px[1]}, and no level between: {CONVERT}"
+            )
         patience = _Patience(tolerant)
         rgb = self._read(level, x_lv0, y_lv0, size_lv0, out_px, patience)
         if patience.first_white is not None and not patience.decoded:
             raise SlideError(patience.first_white.message(self.path))
+        if whole and source_px > _DEAR_SOURCE_PX and rgb.nbytes <= _MOST_VIEW_BYTES:
+            self._view = rgb.copy()
         return rgb
 
     def thumbnail(self, max_px: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -231,7 +248,7 @@ class SlideReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_image": None, "_pid": -1, "_isolation": None}
+        return {**self.__dict__, "_image": None, "_pid": -1, "_isolation": None, "_view": None}
 
     def _open(self) -> SlideImage:
         if self._image is not None and self._pid == os.getpid():

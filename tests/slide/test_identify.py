@@ -180,3 +180,20 @@ def test_a_missing_file_of_the_slide_is_not_called_damage(tmp_path: Path) -> Non
     damage_tile(slide.path, 0)
     with pytest.raises(SlideError, match="the file is damaged there: copy it again"):
         SlideReader(slide.path).read_region(0, 0, (20, 20), (20, 20))
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "missing"),
+    [
+        ("a.vms", "[Virtual Microscope Specimen]\nNoJpegColumns=1\nNoJpegRows=1\nOptimisationFile=a.opt", "a_map.jpg"),
+        ("a.vmu", "[Uncompressed Virtual Microscope Specimen]\nBitsPerPixel=36\nPixelOrder=RGB", "a_map.ngr"),
+    ],
+)
+def test_a_slide_of_several_files_names_the_one_that_is_missing(
+    tmp_path: Path, name: str, head: str, missing: str
+) -> None:
+    image = missing.replace("map", "0")
+    (tmp_path / name).write_text(f"{head}\nNoLayers=1\nImageFile={image}\nMapFile={missing}\n")
+    message = refusal_of(tmp_path / name)
+    assert f"Couldn't open {tmp_path / missing}" in message
+    assert message.endswith("a file of the slide is missing: copy the slide again with all its files and folders")

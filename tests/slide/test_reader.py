@@ -103,6 +103,35 @@ def test_reading_in_blocks_changes_nothing(slide: DrawnSlide, monkeypatch: pytes
         assert np.abs(blocks.astype(int) - expected).max() <= 1
 
 
+def test_a_view_that_took_much_decoding_serves_smaller_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "_DEAR_SOURCE_PX", 1 << 18)
+    slide = make_slide(tmp_path / "s.tif", 1024, 768, downsamples=())
+    expected = SlideReader(slide.path).thumbnail(256)
+    reader = SlideReader(slide.path)
+    reader.thumbnail(512)
+    for tile in range(12):
+        damage_tile(slide.path, tile)  # level 0 can no longer be read
+    reader.close()
+    assert np.abs(reader.thumbnail(256).astype(int) - expected).max() <= 1
+    with pytest.raises(SlideError, match="a region must decode"):
+        reader.thumbnail(513)
+    with pytest.raises(SlideError, match="a region must decode"):
+        pickle.loads(pickle.dumps(reader)).thumbnail(256)
+
+
+def test_a_view_that_would_decode_for_hours_is_refused_with_its_remedy(
+    slide: DrawnSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "_MOST_SOURCE_PX", 400_000)
+    assert SlideReader(slide.path).thumbnail(128).shape == (96, 128, 3)  # from the coarse level
+    one_level = SlideReader(make_slide(tmp_path / "s.tif", 1024, 768, downsamples=()).path)
+    with pytest.raises(
+        SlideError, match=r"must have coarse levels .* got 1024 × 768 px .*: convert it to a tiled pyramid"
+    ):
+        one_level.thumbnail(128)
+    assert one_level.read_region(0, 0, (600, 600), (60, 60)).shape == (60, 60, 3)
+
+
 def test_thumbnail_keeps_the_proportion_and_never_enlarges(slide: DrawnSlide) -> None:
     reader = SlideReader(slide.path)
     assert reader.thumbnail(200).shape == (150, 200, 3)

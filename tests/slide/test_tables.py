@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -158,6 +159,17 @@ PREDICTION = SlidePrediction(
 def test_prediction_comes_back(tmp_path: Path) -> None:
     PREDICTION.write(tmp_path / "prediction.json")
     assert read_prediction(tmp_path / "prediction.json") == PREDICTION
+
+
+def test_a_prediction_of_an_earlier_version_does_not_tell_its_reader(tmp_path: Path) -> None:
+    path = tmp_path / "prediction.json"
+    PREDICTION.write(path)
+    fields = json.loads(path.read_text())
+    del fields["slide"]["reader"]
+    path.write_text(json.dumps(fields))
+    assert read_prediction(path).slide.reader == ""
+    replace(PREDICTION, slide=replace(PREDICTION.slide, reader="openslide 4.0.1")).write(path)
+    assert read_prediction(path).slide.reader == "openslide 4.0.1"
 
 
 @pytest.mark.parametrize("fault", ["truncated", "key missing", "key unknown", "no object"])

@@ -23,8 +23,12 @@ def is_tiff(path: Path) -> bool:
     return _head(path)[:4] in _TIFF_HEADS
 
 
-def identify_file(path: Path) -> NotRead | None:
+def identify_file(path: Path, known: bool = False) -> NotRead | None:
     """What a file is that no decoder opens; None where its bytes tell nothing.
+
+    Args:
+        path: the file.
+        known: whether a decoder knows the format, and only fails to open it: its first bytes are as they should be.
 
     Raises:
         OSError: it cannot be read.
@@ -40,6 +44,8 @@ def identify_file(path: Path) -> NotRead | None:
         return describe_dicom(path)
     if head.startswith(b"ZISRAWFILE"):
         return describe_czi(path)
+    if known:
+        return None
     for offset, magic, what, remedy in SIGNATURES:
         if head[offset : offset + len(magic)] == magic:
             return NotRead(what, remedy)

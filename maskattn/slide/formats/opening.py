@@ -61,7 +61,7 @@ def _open(path: Path, series: int | None) -> SlideImage:
     except openslide.OpenSlideError as error:
         reason, cause = str(error), error
     try:
-        refusal = identify_file(path)
+        refusal = identify_file(path, known=bool(reason))
         if refusal is not None:
             raise refusal from cause
         if is_tiff(path):
