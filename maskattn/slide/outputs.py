@@ -7,7 +7,8 @@ are the one thing that grows with the tokens of a slide, and are never held toge
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ from maskattn.slide.reader import SlideInfo
 from maskattn.slide.slide_run import EncodedTiles, SlideRun
 from maskattn.slide.tables import TileGeometry, TokenRows, write_features, write_relevance
 
-__all__ = ["THUMBNAIL_PX", "write_outputs"]
+__all__ = ["THUMBNAIL_PX", "file_names_of", "write_outputs"]
 
 THUMBNAIL_PX = 1536
-_UNSAFE_IN_NAMES = str.maketrans(dict.fromkeys("/\\\0", "_"))
+_MOST_NAME_BYTES = 150
 
 _logger = logging.getLogger(__name__)
 
@@ -102,13 +103,25 @@ def _write_heatmaps(
     parts = [f"model {drawable(config.name)}"] if drawable(config.name) else []
     parts += ["a demonstration model"] if config.demonstration else []
     by = f"; {', '.join(parts)}" if parts else ""
+    file_names = file_names_of(config.classes)
     for place, (name, values) in enumerate(zip(config.classes, canvas.values_MYX, strict=False)):
         named = repr(drawable(name)) if drawable(name) else f"{place + 1} of {len(config.classes)}"
         title = f"{of}relevance for class {named}, score {scores[name]:.3f}{by}"
-        path = folder / f"heatmap_{name.translate(_UNSAFE_IN_NAMES)}.png"
+        path = folder / f"heatmap_{file_names[place]}.png"
         write_heatmap(path, thumbnail, values, title, "relevance (+ for, − against)", "diverging")
     title = f"{of}attention of the class token{by}"
     write_heatmap(folder / "attention.png", thumbnail, canvas.values_MYX[-1], title, "attention", "sequential")
+
+
+def file_names_of(classes: Sequence[str]) -> list[str]:
+    """What stands for each class in the names of its files: distinct on every file system, and short enough."""
+    names = []
+    for name in classes:
+        plain = "".join("_" if sign in "/\\" or not sign.isprintable() else sign for sign in name)
+        names.append(plain.encode()[:_MOST_NAME_BYTES].decode(errors="ignore"))
+    if len({unicodedata.normalize("NFC", name).casefold() for name in names}) == len(names):
+        return names
+    return [f"{name}_{place}" for place, name in enumerate(names)]
 
 
 def _thumbnail(run: SlideRun) -> UInt8[np.ndarray, "Y X 3"]:

@@ -20,9 +20,11 @@ from typer.testing import CliRunner, Result
 from maskattn.cli import slide_runs
 from maskattn.cli.app import app
 from maskattn.errors import ManifestError
+from maskattn.explain.single_image import read_keep
 from maskattn.nn import VisionTransformer
 from maskattn.nn.checkpoints import load_vit
 from maskattn.nn.slide_model import SlideModel
+from maskattn.slide import outputs
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.run import run_slides
 from maskattn.slide.slide_run import RunSettings
@@ -213,3 +215,47 @@ def test_num_heads_is_refused_where_the_model_says_it(folder: Path) -> None:
     for source in ("timm:vit_tiny_patch16_224", "hf-hub:org/model", folder):
         with pytest.raises(ValueError, match="num_heads is for a file of weights"):
             load_vit(source, num_heads=3)
+
+
+def test_a_slide_with_a_name_that_no_font_has_runs_without_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    titles = []
+    write = outputs.write_heatmap
+    monkeypatch.setattr(outputs, "write_heatmap", lambda *given: titles.append(given[3]) or write(*given))
+    monkeypatch.setattr(outputs, "drawable", lambda name: "" if "\u4e00" <= name[0] <= "\u9fff" else name)
+    (folder / "肝脏_01.tiff").write_bytes((folder / "disc.tiff").read_bytes())
+    for name in ("肝脏_01", "disc"):
+        result = maskattn(f"infer @{name}.tiff --out @o", folder)
+        assert result.exit_code == 0, result.output
+        assert (folder / "o" / name / "attention.png").is_file()
+    assert [title.split(",")[0] for title in titles] == [
+        "relevance for class 'benign'",
+        "relevance for class 'low/high'",
+        "attention of the class token; model small",
+        "disc: relevance for class 'benign'",
+        "disc: relevance for class 'low/high'",
+        "disc: attention of the class token; model small",
+    ]
+    assert titles[5] == "disc: attention of the class token; model small, a demonstration model"
+    assert caplog.records == []
+
+
+def test_explain_reads_a_mask_as_a_slides_is_read(folder: Path) -> None:
+    rgba = np.full((32, 32, 4), 255, np.uint8)
+    rgba[:, 16:, 3] = 0
+    Image.fromarray(rgba).save(folder / "keep.png")
+    assert read_keep(folder / "keep.png", (2, 2)).tolist() == [[[True, False], [True, False]]]
+    Image.fromarray(rgba[..., 3] * 0).save(folder / "keep.png")
+    result = maskattn("explain @photo.png --model @vit.pt --num-heads 2 --keep @keep.png --out @x.png", folder)
+    assert result.exit_code == 2
+    assert "--keep must leave some of the image" in result.stderr
+    assert not (folder / "x.png").exists()
+
+
+def test_classes_have_files_of_their_own_whatever_they_are_called() -> None:
+    assert outputs.file_names_of(("benign", "low/high")) == ["benign", "low_high"]
+    assert outputs.file_names_of(("a/b", "A_b", "a_b_0")) == ["a_b_0", "A_b_1", "a_b_0_2"]
+    names = outputs.file_names_of(("x" * 400, "x" * 401, "肝" * 100, "tab\t\n"))
+    assert len(set(names)) == 4
+    assert all(len(name.encode()) <= 160 and name.isprintable() for name in names)
