@@ -50,7 +50,8 @@ def search_folder(folder: Path, on_note: Callable[[str], None]) -> list[Path]:
     # An .mrxs slide keeps its pixels in a folder of its own name.
     folders -= {slide.stem for slide in slides if slide.suffix.lower() == ".mrxs"}
     if others or folders:
-        on_note(_passed_over(folder, others, len(folders)))
+        below = folder / "**" / f"*{slides[0].suffix if slides else SLIDE_SUFFIXES[0]}"
+        on_note(f"in {as_text(folder)}, passed over {_told(others, len(folders), below)}")
     return slides
 
 
@@ -81,16 +82,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _passed_over(folder: Path, others: Counter[str], folders: int) -> str:
-    """In one sentence, what a search left out."""
+def _told(others: Counter[str], folders: int, below: Path) -> str:
+    """What a search left out, in words."""
     parts = []
     if others:
         count = others.total()
         kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(others.items(), key=lambda kind: -kind[1]))
         parts.append(f"{_count(count, 'file')} that {'is no slide' if count == 1 else 'are no slides'}: {kinds}")
     if folders:
-        parts.append(f"{_count(folders, 'folder')} in it (to search all below it: {quoted(folder / '**' / '*.svs')})")
-    return f"in {as_text(folder)}, passed over {'; '.join(parts)}"
+        parts.append(f"{_count(folders, 'folder')} in it (to search all below it: {quoted(below)})")
+    return "; ".join(parts)
 
 
 def _count(number: int, noun: str) -> str:

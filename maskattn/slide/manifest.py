@@ -104,7 +104,8 @@ def read_manifest(path: Path, on_note: Callable[[str], None] | None = None) -> l
     records = read_records(path, is_known_column)
     columns, others = locate_columns(records[0].fields if records else (), path)
     if others and on_note is not None:
-        on_note(f"in {as_text(path)}, passed over the columns {', '.join(map(as_text, others))}")
+        names = ", ".join(map(as_text, others))
+        on_note(f"in {as_text(path)}, passed over the column{'' if len(others) == 1 else 's'} {names}")
     jobs = [_job_of_record(path, record, columns, last_named(records[0].fields) + 1) for record in records[1:]]
     if not jobs:
         raise ManifestError(f"a manifest must have at least one row below its header, got none in {as_text(path)}")

@@ -76,7 +76,7 @@ def test_what_a_search_passes_over_is_counted_and_said(tmp_path: Path, names: li
 def test_command_that_a_note_proposes_is_quoted(tmp_path: Path) -> None:
     folder = touch(tmp_path / "my slides", "here.tif", "more/b.svs")
     _, notes = collected(folder)
-    assert f"'{folder}/**/*.svs'" in notes[0]
+    assert f"'{folder}/**/*.tif'" in notes[0]
 
 
 def test_folder_of_an_mrxs_slide_belongs_to_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskattn.errors import ManifestError
@@ -329,6 +329,7 @@ def test_what_two_sources_say_of_one_slide_must_agree(folder: Path) -> None:
         collect_jobs(tables)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_no_bytes_are_more_than_a_manifest_error(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:

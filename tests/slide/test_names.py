@@ -3,12 +3,13 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskattn.slide.names import as_text, id_of_file, problem_of_id, shortened
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40) | st.text("\n\u2028\u2029\x85ab").map(str.encode))
 def test_any_file_name_becomes_one_line_that_every_encoding_takes(name: bytes) -> None:
     text = as_text(os.fsdecode(name))
