@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ __all__ = ["replacing"]
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to: it becomes ``path`` at the end, or is removed on any error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # No other thread, and no process of another machine on the same disk, may have the name.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield temporary
         os.replace(temporary, path)

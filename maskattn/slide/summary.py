@@ -3,7 +3,7 @@
 A slide's row is appended when it ends, so that a row costs the same however long the table is. The table is written
 anew, whole, only where a row brings a column that it lacks and where a run ends: until then the row that a later one of
 the same slide replaces is still there, and the last one counts. One run writes at a time, and opens the file for each
-row, so that several may fill one table at once.
+row, so that several may fill one table at once: on one machine, and on several that share a disk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import csv
 import fcntl
 import io
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 
 from maskattn.files import replacing
@@ -60,9 +62,15 @@ def append_row(path: Path, row: Mapping[str, str]) -> None:
         OSError: it cannot be read or written.
     """
     row = _in_one_line(row)
-    with _sole_writer(path.parent):
-        if not _append(path, row):
-            write_summary(path, {**read_summary(path), row["slide_id"]: row}.values())
+    done = False
+    while not done:
+        with _sole_writer(path) as file:
+            if file is None and not os.path.lexists(path):
+                done = _create(path, row)
+            else:
+                if file is None or not _append(file, row):
+                    write_summary(path, {**read_summary(path), row["slide_id"]: row}.values())
+                done = True
 
 
 def tidy_summary(path: Path) -> None:
@@ -72,35 +80,44 @@ def tidy_summary(path: Path) -> None:
         ValueError: the file is no summary.
         OSError: it cannot be read or written.
     """
-    with _sole_writer(path.parent):
+    with _sole_writer(path):
         rows = _read_rows(path)
         latest = {row["slide_id"]: row for row in rows}
         if len(latest) < len(rows):
             write_summary(path, latest.values())
 
 
-def _append(path: Path, row: Mapping[str, str]) -> bool:
-    """Write the row behind the others; False where it takes a table written anew."""
-    try:
-        file = path.open("r+b", buffering=0)
-    except (FileNotFoundError, PermissionError):
-        return False
-    with file:
-        columns = next(csv.reader([file.readline().decode("utf-8-sig", "replace")]), [])
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        if not row.keys() <= set(columns) or file.read() != b"\n":
-            return False
-        line = io.StringIO()
-        csv.DictWriter(line, columns, restval="", lineterminator="\n").writerow(row)
-        left = line.getvalue().encode()
+def _create(path: Path, row: Mapping[str, str]) -> bool:
+    """Write the table's first row; False where another run was quicker."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        first = Path(folder) / path.name
+        write_summary(first, [row])
         try:
-            while left:
-                left = left[file.write(left) :]
-        except OSError:
-            # Half a row, where a disk is full, would garble what comes after it.
-            os.ftruncate(file.fileno(), size)
-            raise
+            os.link(first, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system that has no hard links
+            os.replace(first, path)
+    return True
+
+
+def _append(file: FileIO, row: Mapping[str, str]) -> bool:
+    """Write the row behind the others; False where it takes a table written anew."""
+    columns = next(csv.reader([file.readline().decode("utf-8-sig", "replace")]), [])
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if not row.keys() <= set(columns) or file.read() != b"\n":
+        return False
+    line = io.StringIO()
+    csv.DictWriter(line, columns, restval="", lineterminator="\n").writerow(row)
+    left = line.getvalue().encode()
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError:
+        # Half a row, where a disk is full, would garble what comes after it.
+        os.ftruncate(file.fileno(), size)
+        raise
     return True
 
 
@@ -133,12 +150,37 @@ def _in_one_line(row: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _sole_writer(folder: Path) -> Iterator[None]:
-    """Wait until no other run writes to the folder's summary; where the file system has no locks, do not."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sole_writer(path: Path) -> Iterator[FileIO | None]:
+    """The table, open, while no other run writes to it; None where there is none, or none that can be added to.
+
+    The folder's lock is there before the table is. NFS has locks for files that are open for writing only: the table's
+    own, which is worth nothing once the table was written anew. Where a file system has neither, nobody waits.
+    """
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        _lock(folder)
+        with contextlib.ExitStack() as stack:
+            file = None
+            while file is None or not _is_still(path, file):
+                try:
+                    file = stack.enter_context(path.open("r+b", buffering=0))
+                except (FileNotFoundError, PermissionError):
+                    file = None
+                    break
+                _lock(file.fileno())
+            yield file
     finally:
-        os.close(handle)
+        os.close(folder)
+
+
+def _lock(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _is_still(path: Path, file: FileIO) -> bool:
+    """Whether the open file is the one of that name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
