@@ -98,17 +98,38 @@ def read_corner(reader: SlideReader) -> np.ndarray:
     return reader.read_region(100, 50, (300, 300), (300, 300))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_reader_reads_the_same_in_another_process(tmp_path: Path, method: str) -> None:
-    rgb = draw()
-    write_ome(tmp_path / "s.ome.tif", rgb)
+def test_a_reader_reads_the_same_in_a_spawned_process(tmp_path: Path) -> None:
+    write_ome(tmp_path / "s.ome.tif", draw())
     reader = SlideReader(tmp_path / "s.ome.tif")
     expected = read_corner(reader)
     np.testing.assert_array_equal(read_corner(pickle.loads(pickle.dumps(reader))), expected)
-    if method == "fork":
-        return
-    with multiprocessing.get_context(method).Pool(1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
         np.testing.assert_array_equal(pool.apply(read_corner, (reader,)), expected)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_and_its_parent_do_not_share_the_place_in_the_file(tmp_path: Path) -> None:
+    rgb = draw(1024, 768)
+    write_ome(tmp_path / "s.ome.tif", rgb)
+    reader = SlideReader(tmp_path / "s.ome.tif")
+    read_corner(reader)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+
+    def read_all() -> None:
+        for _ in range(10):
+            reader._image._segments.clear()
+            answers.put(np.array_equal(reader.read_region(0, 0, (1024, 768), (1024, 768)), rgb))
+
+    child = context.Process(target=read_all)
+    child.start()
+    for _ in range(10):
+        reader._image._segments.clear()
+        np.testing.assert_array_equal(reader.read_region(0, 0, (1024, 768), (1024, 768)), rgb)
+    assert all(answers.get(timeout=60) for _ in range(10))
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def test_tiles_that_were_never_written_are_white(tmp_path: Path) -> None:
