@@ -223,6 +223,7 @@ def _perturbed_scores(
         tokens = model.embed(inputs, keep_BN)
         scores_SM = predict_subsets(model, tokens, target, source_S, keep_SN, internal_batch_size)
     else:
+        inputs = model.patch_embed.whole_patches(inputs)
         substitute = blurred(inputs) if perturbation == "blur" else inputs.mean(dim=(2, 3), keepdim=True)
         substitute = substitute.expand_as(inputs)
         p, grid_HW, parts = model.patch_embed.patch_size, model.patch_embed.grid_of(inputs), []

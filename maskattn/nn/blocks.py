@@ -304,24 +304,29 @@ class PatchEmbedding(nn.Module):
         return rows if self.act is None else ACTIVATIONS[self.act](rows)
 
     def cut(self, images_BIHW: Tensor, packing: Packing) -> Float[Tensor, "T K"]:
-        """(B, in_chans, H·p, W·p) images to their kept patches (T, in_chans·p·p); background pixels are not read."""
+        """(B, in_chans, X, Y) images to their kept patches (T, in_chans·p·p); background pixels are not read."""
         height, width = self.grid_of(images_BIHW)
         B, channels = images_BIHW.shape[:2]
         p = self.patch_size
-        patches = images_BIHW.reshape(B, channels, height, p, width, p).permute(0, 2, 4, 1, 3, 5)  # [B, H, W, I, p, p]
+        whole = self.whole_patches(images_BIHW)
+        patches = whole.reshape(B, channels, height, p, width, p).permute(0, 2, 4, 1, 3, 5)  # [B, H, W, I, p, p]
         token = packing.indices % packing.num_tokens
         return patches[packing.sequence_of_token, token // width, token % width].flatten(1)
 
     def grid_of(self, images_BIHW: Tensor) -> tuple[int, int]:
-        """Rows and columns of tokens in these images.
+        """Rows and columns of tokens in these images; what lies behind the last whole patch is dropped, as timm does.
 
         Raises:
-            ValueError: they are not (B, in_chans, H, W) with sides that are multiples of the patch size.
+            ValueError: they are not (B, in_chans, X, Y), or smaller than a patch.
         """
         shape, p = tuple(images_BIHW.shape), self.patch_size
-        if len(shape) != 4 or shape[1] != self.in_chans or 0 in shape[2:] or shape[2] % p or shape[3] % p:
+        if len(shape) != 4 or shape[1] != self.in_chans or min(shape[2:]) < p:
             raise ValueError(
-                f"images must be (B, {self.in_chans}, H, W) with H and W multiples of the patch size {p}, got "
-                f"x.shape={shape}; pad or crop them first"
+                f"images must be (B, {self.in_chans}, X, Y), no smaller than a patch of {p} px, got x.shape={shape}"
             )
         return shape[2] // p, shape[3] // p
+
+    def whole_patches(self, images_BIXY: Tensor) -> Float[Tensor, "B I X Y"]:
+        """The images without the rows and columns behind the last whole patch."""
+        height, width = self.grid_of(images_BIXY)
+        return images_BIXY[:, :, : height * self.patch_size, : width * self.patch_size]

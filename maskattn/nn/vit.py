@@ -23,6 +23,7 @@ from maskattn.nn.kept_tokens import packing_of
 from maskattn.nn.mlps import ACTIVATIONS, MLPS
 from maskattn.nn.packed_tokens import PackedTokens, insert_prefix, rows_and_columns
 from maskattn.nn.positions import CONVENTIONS, resample_position_embedding, rotary_angles, sine_positions
+from maskattn.nn.timm_interface import TimmInterface
 from maskattn.packing import Packing, pack, unpack
 from maskattn.shapes import Bool, Float
 
@@ -32,7 +33,7 @@ POOLS = ("token", "avg", "map", "token_avg", "")
 POSITIONS = ("learn", "none", "sine", "rotary", "alibi")
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TimmInterface):
     """A vision transformer in which background tokens cost nothing and count for nothing.
 
     Arguments are named as in ``timm.models.VisionTransformer`` and mean the same, where both have them.
@@ -167,8 +168,8 @@ class VisionTransformer(nn.Module):
         """Predict.
 
         Args:
-            x: (B, in_chans, H·p, W·p) images; any multiple of the patch size p. Or what :meth:`embed` or
-                :meth:`embed_patches` made of them, without ``keep``.
+            x: (B, in_chans, X, Y) images; rows and columns behind the last whole patch are dropped. Or what
+                :meth:`embed` or :meth:`embed_patches` made of them, without ``keep``.
             keep: (B, H·W) or (B, H, W) bool over grid tokens, True = the token takes part; None keeps all.
 
         Returns:
@@ -255,23 +256,26 @@ class VisionTransformer(nn.Module):
         """Norm, pooling and head, from the last block's output at every token."""
         if self.global_pool == "token":
             return self.predict_from_class_token(tokens.first())
-        tokens = tokens.with_rows(self.norm(tokens.rows_TC))
+        return self.pool_normed(tokens.with_rows(self.norm(tokens.rows_TC)))
+
+    def pool_normed(self, tokens: PackedTokens, pre_logits: bool = False) -> Float[Tensor, "B K"]:
+        """Pooling and head, from tokens after the last norm; or, ``pre_logits``, what the head would read."""
         if self.global_pool == "":
-            return unpack(self.classify(tokens.rows_TC), tokens.packing)
+            return unpack(self.classify(tokens.rows_TC, pre_logits), tokens.packing)
         if self.attn_pool is not None:
-            return self.classify(self.attn_pool(*tokens.grid_rows()))
-        mean_BC = _mean_of_grid(tokens)
-        if self.global_pool == "token_avg":
-            mean_BC = torch.cat([tokens.first()[:, 0], mean_BC], dim=1)
-        return self.classify(mean_BC)
+            return self.classify(self.attn_pool(*tokens.grid_rows()), pre_logits)
+        parts = [] if self.global_pool == "avg" else [tokens.first()[:, 0]]
+        parts += [] if self.global_pool == "token" else [_mean_of_grid(tokens)]
+        return self.classify(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], pre_logits)
 
     def predict_from_class_token(self, token_B1C: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B K"]:
         """Norm and head, from the last block's output at the class token."""
         return self.classify(self.norm(token_B1C[:, 0]))
 
-    def classify(self, pooled: Tensor) -> Tensor:
-        """What is behind the pooling: a norm where it stands there, and the head."""
-        return self.head(self.head_drop(self.fc_norm(pooled)))
+    def classify(self, pooled: Tensor, pre_logits: bool = False) -> Tensor:
+        """What is behind the pooling: a norm where it stands there, and the head unless ``pre_logits``."""
+        read = self.head_drop(self.fc_norm(pooled))
+        return read if pre_logits else self.head(read)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether blocks are run again in the backward pass instead of keeping what they computed."""
@@ -352,9 +356,9 @@ def _check_width(embed_dim: int, num_heads: int, pos_embed: str) -> None:
 
 def _grid_of(img_size: int | tuple[int, int], patch_size: int, depth: int) -> tuple[int, int]:
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if depth < 1 or height % patch_size or width % patch_size or min(height, width) < patch_size:
+    if depth < 1 or min(height, width) < patch_size:
         raise ValueError(
-            "depth must be at least 1 and img_size a multiple of patch_size, got "
+            "depth must be at least 1 and img_size no smaller than patch_size, got "
             f"depth={depth}, img_size={img_size}, patch_size={patch_size}"
         )
     return height // patch_size, width // patch_size

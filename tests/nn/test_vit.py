@@ -220,7 +220,7 @@ def test_norms_use_epsilon_1e_6():
         ({"pos_embed": "sine", "embed_dim": 30}, "multiple of 4"),
         ({"pos_embed": "rotary", "embed_dim": 54}, "multiple of 4"),
         ({"embed_dim": 50}, "num_heads must divide embed_dim"),
-        ({"img_size": 60}, "img_size a multiple of patch_size"),
+        ({"img_size": 15}, "img_size no smaller than patch_size"),
         ({"pos_embed": "fourier"}, "pos_embed must be one of"),
         ({"pos_embed_resample": "bilinear"}, "pos_embed_resample must be one of"),
     ],
@@ -236,8 +236,8 @@ def test_wrong_masks_and_images_are_named():
         model(x, torch.ones(2, 7, dtype=torch.bool))
     with pytest.raises(TypeError, match="compare it with its threshold"):
         model(x, torch.ones(2, 16))
-    with pytest.raises(ValueError, match="multiples of the patch size 16"):
-        model(images(2, 60, 64))
+    with pytest.raises(ValueError, match="no smaller than a patch of 16 px"):
+        model(images(2, 15, 64))
     with pytest.raises(ValueError, match=r"got x.shape=\(3, 64, 64\)"):
         model(x[0].expand(3, 64, 64))
 

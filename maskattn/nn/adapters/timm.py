@@ -71,7 +71,9 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
         arguments = {**arguments, "global_pool": global_pool}
     trains = {own_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
     shares = [getattr(block.drop_path1, "drop_prob", 0.0) for block in cast(Any, model).blocks]
-    return build(kind, arguments, state, trains=trains, drop_paths=shares, training=model.training, impl=impl)
+    ours = build(kind, arguments, state, trains=trains, drop_paths=shares, training=model.training, impl=impl)
+    ours.pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    return ours
 
 
 def _arguments(model: Any) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""What users of timm's vision transformers call, on ours: features of inner blocks, heads that are exchanged, the card.
+
+Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class token, registers), T packed tokens,
+C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from maskattn.nn.kept_tokens import packing_of
+from maskattn.nn.packed_tokens import PackedTokens, insert_prefix
+from maskattn.packing import pack, unpack
+from maskattn.shapes import Bool, Float
+
+__all__ = ["TimmInterface"]
+
+
+class TimmInterface(nn.Module):
+    """timm's methods, for a vision transformer that has the parts they name.
+
+    Attributes:
+        pretrained_cfg: the model's card in timm (mean, std, input size and more), where it was converted from there.
+    """
+
+    embed_dim: int
+    num_prefix_tokens: int
+    global_pool: str
+    num_classes: int
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
+    attn_pool: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_cfg: dict[str, Any] = {}
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's older name of ``pretrained_cfg``."""
+        return self.pretrained_cfg
+
+    @property
+    def num_features(self) -> int:
+        """C, channels of the tokens."""
+        return self.embed_dim
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels of what the head reads: 2·C for global_pool="token_avg"."""
+        return self.embed_dim * (2 if self.global_pool == "token_avg" else 1)
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new head on, initialised, on the device and in the dtype of the model.
+
+        Args:
+            num_classes: its outputs; 0: no head.
+            global_pool: another pool; None keeps the one there is. Norms stay where they are, as in timm.
+
+        Raises:
+            ValueError: the model has not what the pool needs, or a norm of another width stands behind the pool.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ("token", "avg", "map", "token_avg", ""):
+            raise ValueError(f"global_pool must be 'token', 'avg', 'map', 'token_avg' or '', got {pool!r}")
+        if pool in ("token", "token_avg") and getattr(self, "cls_token", None) is None:
+            raise ValueError(f"global_pool={pool!r} reads the class token, and this model has none; use 'avg'")
+        if pool == "map" and self.attn_pool is None:
+            raise ValueError("global_pool='map' needs an attention pool, and this model has none; build it with one")
+        fc_norm = getattr(self, "fc_norm", None)
+        if isinstance(fc_norm, nn.LayerNorm) and (pool == "token_avg") != (self.global_pool == "token_avg"):
+            raise ValueError(
+                f"the norm behind the pool has {fc_norm.normalized_shape[0]} channels, and global_pool={pool!r} gives "
+                "another number; build the model with that pool"
+            )
+        if pool != "map":
+            self.attn_pool = None
+        self.global_pool, self.num_classes = pool, num_classes
+        like = next(self.blocks.parameters())
+        head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        if isinstance(head, nn.Linear):
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+        self.head = head.to(device=like.device, dtype=like.dtype).train(self.training)
+
+    def forward_head(
+        self, x: Float[Tensor, "B M C"], pre_logits: bool = False, keep: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "..."]:
+        """Pooling and head, from what ``forward_features`` gave.
+
+        Args:
+            x: (B, P + N, C), all tokens after the last norm.
+            pre_logits: what the head would read, (B, C), instead of its logits (B, K).
+            keep: the mask that ``forward_features`` was given.
+
+        Raises:
+            TypeError, ValueError: the mask does not fit the tokens.
+        """
+        grid_HW = (1, x.shape[1] - self.num_prefix_tokens)
+        flat = None if keep is None else keep.flatten(1)
+        packing = packing_of(flat, x.shape[0], grid_HW, x.device)
+        if self.num_prefix_tokens:
+            packing = insert_prefix(packing, self.num_prefix_tokens)[0]
+        tokens = PackedTokens(pack(x, packing), packing, grid_HW, self.num_prefix_tokens)
+        return self.pool_normed(tokens, pre_logits)  # type: ignore[operator]
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "B I X Y"],
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        *,
+        keep: Bool[Tensor, "..."] | None = None,
+    ) -> Any:
+        """Features of inner blocks, 0 at background tokens. Arguments and results are timm's.
+
+        Args:
+            x: (B, in_chans, X, Y) images.
+            indices: the last n blocks, or these blocks, negative ones from the end; None takes all.
+            return_prefix_tokens: pairs of grid tokens and prefix tokens (B, P, C).
+            norm: through the last norm.
+            stop_early: run no block above the last one wanted.
+            output_fmt: "NCHW", grid tokens (B, C, H, W), or "NLC", (B, N, C).
+            intermediates_only: a list of the features alone, instead of (final features (B, P + N, C), list).
+            output_dict: a dict with ``image_features``, ``image_intermediates`` and ``image_intermediates_prefix``.
+            keep: (B, N) or (B, H, W) bool over grid tokens, True = the token takes part; None keeps all.
+
+        Raises:
+            TypeError, ValueError: there are no such blocks, no such format, or images or keep do not fit.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got output_fmt={output_fmt!r}")
+        wanted = _indices(indices, len(self.blocks))
+        tokens: PackedTokens = self.embed(x, keep)  # type: ignore[operator]
+        P, (H, W) = self.num_prefix_tokens, tokens.grid_HW
+        grids, prefixes = [], []
+        for i, block in enumerate(self.blocks[: max(wanted) + 1] if stop_early else self.blocks):
+            tokens = self._run(block, tokens)  # type: ignore[operator]
+            if i in wanted:
+                dense = unpack(self.norm(tokens.rows_TC) if norm else tokens.rows_TC, tokens.packing)
+                grid = dense[:, P:]
+                grids.append(grid.mT.unflatten(2, (H, W)).contiguous() if output_fmt == "NCHW" else grid)
+                prefixes.append(dense[:, :P])
+        with_prefix = return_prefix_tokens and P > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": grids}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefixes
+            if not intermediates_only:
+                result["image_features"] = unpack(self.norm(tokens.rows_TC), tokens.packing)
+            return result
+        features = list(zip(grids, prefixes, strict=True)) if with_prefix else grids
+        return features if intermediates_only else (unpack(self.norm(tokens.rows_TC), tokens.packing), features)
+
+    def get_intermediate_layers(
+        self,
+        x: Float[Tensor, "B I X Y"],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        *,
+        keep: Bool[Tensor, "..."] | None = None,
+    ) -> list[Any]:
+        """DINO's name for :meth:`forward_intermediates`, features alone.
+
+        Args:
+            x, return_prefix_tokens, norm, keep: see there.
+            n: the last n blocks, or these.
+            reshape: (B, C, H, W) instead of (B, N, C).
+        """
+        form = "NCHW" if reshape else "NLC"
+        features: list[Any] = self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt=form, intermediates_only=True, keep=keep
+        )
+        return features
+
+
+def _indices(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+    if indices is None:
+        return list(range(depth))
+    chosen = list(range(depth - indices, depth)) if isinstance(indices, int) else [i % depth for i in indices]
+    in_range = isinstance(indices, int) or all(-depth <= i < depth for i in indices)
+    if not chosen or min(chosen) < 0 or not in_range:
+        raise ValueError(f"indices must name some of the {depth} blocks, got indices={indices!r}")
+    return chosen
