@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maskattn.explain.captum_calls import CaptumCalls, as_captum_calls
 from maskattn.explain.cdam import as_maps, model_and_tokens, squeeze_maps
 from maskattn.explain.last_block import input_of_attention, output_from, reads_class_token_alone
 from maskattn.explain.packed_model import packed_model
@@ -28,7 +29,7 @@ from maskattn.shapes import Bool, Float
 __all__ = ["IntegratedCDAM", "SmoothCDAM"]
 
 
-class SmoothCDAM:
+class SmoothCDAM(CaptumCalls):
     """The mean CDAM of m noisy copies of the last block's input.
 
     The noise is Gaussian, on all tokens, its standard deviation ``noise`` times the range (max − min) of an image's
@@ -54,7 +55,7 @@ class SmoothCDAM:
         self.noise = noise
         self.internal_batch_size = internal_batch_size
 
-    @torch.inference_mode(False)
+    @as_captum_calls
     def attribute(
         self,
         inputs: Float[Tensor, "B I X Y"],
@@ -86,7 +87,7 @@ class SmoothCDAM:
         return squeeze_maps(as_maps(total / self.m, tokens), target, scores)
 
 
-class IntegratedCDAM:
+class IntegratedCDAM(CaptumCalls):
     """CDAM averaged along a straight path from zero to the prediction.
 
     Two paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its norm; the norm
@@ -120,7 +121,7 @@ class IntegratedCDAM:
         self.path = path
         self.internal_batch_size = internal_batch_size
 
-    @torch.inference_mode(False)
+    @as_captum_calls
     def attribute(
         self,
         inputs: Float[Tensor, "B I X Y"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from maskattn.explain.captum_calls import CaptumCalls, as_captum_calls
 from maskattn.explain.concepts import Concept
 from maskattn.explain.packed_model import check_explainable, packed_model, without_head
 from maskattn.explain.targets import Target, gives_one_map
@@ -22,7 +23,7 @@ from maskattn.shapes import Bool, Float
 __all__ = ["CDAM", "as_maps", "model_and_tokens", "squeeze_maps"]
 
 
-class CDAM:
+class CDAM(CaptumCalls):
     """Relevance maps of a vision transformer, signed and not normalised.
 
     Positive supports the target, negative speaks against it; background tokens are 0. Class-token models take the
@@ -47,7 +48,7 @@ class CDAM:
     def __init__(self, model: nn.Module) -> None:
         self.model = packed_model(model)
 
-    @torch.inference_mode(False)
+    @as_captum_calls
     def attribute(
         self, inputs: Float[Tensor, "B I X Y"], target: Target, keep: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "..."]:

@@ -1,0 +1,73 @@
+"""How captum's users call an explanation: tuples of inputs, ``additional_forward_args``, and ``NoiseTunnel`` around it.
+
+Nothing of captum is imported: its tools ask of a method what stands here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.vit import VisionTransformer
+
+__all__ = ["CaptumCalls", "as_captum_calls"]
+
+Attribute = TypeVar("Attribute", bound=Callable[..., Any])
+
+
+class CaptumCalls:
+    """What captum's tools ask of an attribution method.
+
+    Attributes:
+        model: what is explained.
+        multiplies_by_inputs: maps are products of a token and its gradient.
+    """
+
+    model: VisionTransformer
+    multiplies_by_inputs = True
+
+    @property
+    def forward_func(self) -> nn.Module:
+        """The model, by captum's name."""
+        return self.model
+
+    def has_convergence_delta(self) -> bool:
+        """Whether captum may ask for a ``convergence_delta``: no; IntegratedCDAM returns a gap of its own."""
+        return False
+
+
+def as_captum_calls(attribute: Attribute) -> Attribute:
+    """``attribute(inputs, target, keep)`` that also takes images in a tuple, and ``keep`` as additional_forward_args.
+
+    A tuple comes back where a tuple came in.
+    """
+
+    @functools.wraps(attribute)
+    def call(self: Any, inputs: Any, target: Any, keep: Tensor | None = None, **options: Any) -> Any:
+        more = options.pop("additional_forward_args", None)
+        as_tuple = isinstance(inputs, tuple)
+        if as_tuple and len(inputs) != 1:
+            raise ValueError(
+                f"an explanation takes images, one tensor or a tuple of one, got {len(inputs)}; a mask is handed over "
+                "as keep, or as additional_forward_args"
+            )
+        more = tuple(x for x in (more if isinstance(more, tuple) else (more,)) if x is not None)
+        if len(more) > 1 or (more and keep is not None):
+            raise ValueError(
+                f"additional_forward_args is the mask keep, once, got {len(more)} of them"
+                f"{' beside keep' if keep is not None else ''}"
+            )
+        with torch.inference_mode(False):
+            result = attribute(self, inputs[0] if as_tuple else inputs, target, more[0] if more else keep, **options)
+        return (result,) if as_tuple else result
+
+    @functools.wraps(call)
+    def outer(*arguments: Any, **options: Any) -> Any:
+        # captum's NoiseTunnel takes one wrapper off, where its own methods have one that counts calls.
+        return call(*arguments, **options)
+
+    return cast(Attribute, outer)
