@@ -47,12 +47,18 @@ def require_bright_field(reader: SlideReader) -> None:
     refuse_other_than_bright_field(rgb_HW3, reader.info.path)
 
 
-def refuse_other_than_bright_field(rgb_HW3: UInt8[np.ndarray, "H W 3"], path: str | os.PathLike[str]) -> None:
+def refuse_other_than_bright_field(
+    rgb_HW3: UInt8[np.ndarray, "H W 3"], path: str | os.PathLike[str], force: bool = False
+) -> list[str]:
     """Refuse a slide that was not scanned in bright field.
 
     Args:
         rgb_HW3: (H, W, 3) the whole slide.
         path: the slide's file, for the message.
+        force: note what is wrong instead.
+
+    Returns:
+        The notes.
 
     Raises:
         SlideError: the background is dark, or the picture is a label mask.
@@ -60,16 +66,19 @@ def refuse_other_than_bright_field(rgb_HW3: UInt8[np.ndarray, "H W 3"], path: st
     labels = _labels(rgb_HW3)
     if labels:
         values = ", ".join(str(value) for value in labels)
-        raise SlideError(
-            f"a slide must be a scan of a stained section, got flat grey areas of the values {values} alone in {path}, "
-            "as a label mask has them; name the slide itself and give the mask with --mask, or go on with --force"
-        )
-    if _is_dark(rgb_HW3):
-        raise SlideError(
-            f"a slide must be scanned in bright field, so its background must be bright, got a dark background in "
-            f"{path}, as dark field and fluorescence have it; models of stained sections do not apply to it: give a "
-            "bright-field scan, or go on with --force"
-        )
+        what = f"flat grey areas of the values {values} alone", "as a label mask has them"
+        remedy = "name the slide itself and give the mask with --mask"
+    elif _is_dark(rgb_HW3):
+        what = "a dark background", "as dark field and fluorescence have it"
+        remedy = "give a bright-field scan, for models of stained sections do not apply to this one"
+    else:
+        return []
+    if force:
+        return [f"the slide shows {what[0]}, {what[1]}, and was gone on with by force"]
+    raise SlideError(
+        f"a slide must be a stained section scanned in bright field, got {what[0]} in {path}, {what[1]}; {remedy}, or "
+        "go on with --force"
+    )
 
 
 def _labels(rgb_HW3: np.ndarray) -> list[int]:

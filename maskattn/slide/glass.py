@@ -31,7 +31,7 @@ _WHITE = (250.0, 250.0, 250.0)
 
 _FIELD_UM = 16.0
 _STEEP_PER_MM = 0.45
-_SEED_CHROMA, _SEED_DENSITY = 0.02, 0.06
+_SEED_CHROMA, _SEED_DENSITY = 0.01, 0.06
 _MAX_GLASS_CHROMA, _MAX_GLASS_DENSITY = 0.10, 0.30
 
 
@@ -81,17 +81,17 @@ def glass_colour(rgb_HW3: UInt8[np.ndarray, "H W 3"]) -> tuple[float, float, flo
     """
     brightness_HW = cv2.cvtColor(rgb_HW3, cv2.COLOR_RGB2GRAY)
     variance_HW = local_variance(brightness_HW)
-    flat_HW = (variance_HW < FLAT_LEVELS**2) & (brightness_HW >= _BRIGHT)
-    flat_HW &= (brightness_HW < 255) | (variance_HW > 0)
-    counts = np.bincount(brightness_HW[flat_HW], minlength=256)
+    flat_HW = cv2.inRange(variance_HW, -np.inf, FLAT_LEVELS**2) & cv2.inRange(brightness_HW, _BRIGHT, 255)
+    flat_HW &= ~(cv2.inRange(brightness_HW, 255, 255) & cv2.inRange(variance_HW, -np.inf, 0.0))
+    counts = _histogram(brightness_HW, flat_HW)
     if counts.sum() < _LEAST_SHARE * flat_HW.size:
         return _WHITE
     smooth = np.convolve(counts, np.ones(5), mode="same")
     top = int(np.searchsorted(counts.cumsum(), 0.98 * counts.sum()))
     low = max(_BRIGHT, top - 24)
     mode = low + int(smooth[low : top + 3].argmax())
-    near = flat_HW & (cv2.inRange(brightness_HW, mode - 3, mode + 3) > 0)
-    red, green, blue = (float(value) for value in np.median(rgb_HW3[near], axis=0))
+    near_HW = flat_HW & cv2.inRange(brightness_HW, mode - 3, mode + 3)
+    red, green, blue = (_median(_histogram(plane, near_HW)) for plane in cv2.split(rgb_HW3))
     if chroma_of((red, green, blue)) > _MAX_TINT:
         return _WHITE
     return red, green, blue
@@ -107,6 +107,15 @@ def local_variance(plane_HW: UInt8[np.ndarray, "H W"]) -> Float[np.ndarray, "H W
     mean = cv2.boxFilter(plane_HW, cv2.CV_32F, (5, 5), borderType=cv2.BORDER_REPLICATE)
     square = cv2.sqrBoxFilter(plane_HW, cv2.CV_32F, (5, 5), borderType=cv2.BORDER_REPLICATE)
     return cv2.subtract(square, cv2.multiply(mean, mean, dst=mean), dst=square)
+
+
+def _histogram(plane_HW: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    counts: np.ndarray = cv2.calcHist([plane_HW], [0], mask_HW, [256], [0, 256]).ravel().astype(np.float64)
+    return counts
+
+
+def _median(counts: np.ndarray) -> float:
+    return float(np.searchsorted(counts.cumsum(), 0.5 * counts.sum()))
 
 
 def _density(rgb_HW3: np.ndarray, colour: tuple[float, float, float]) -> UInt8[np.ndarray, "H W 3"]:

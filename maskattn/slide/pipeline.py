@@ -144,7 +144,7 @@ def _without_tissue(run: SlideRun, tissue: TissueMask) -> str:
     notes = f" ({'; '.join(tissue.notes)})" if tissue.notes else ""
     if mask_path is None:
         by, given = tissue.method, ""
-        remedy = "if there is tissue, name it in a mask of your own (--mask, or mask_path in a manifest)"
+        remedy = "where there is tissue, name it in a mask of your own (--mask, or mask_path in a manifest)"
     else:
         by, given = f"the mask {mask_path}", f" --mask {quoted(mask_path)}"
         remedy = "correct the mask, or name the labels that mean tissue (--mask-value)"

@@ -57,10 +57,7 @@ def find_stain(view: StainView, px_um: float) -> Stained:
     strong_HW = chroma_HW > stain_threshold(np.bincount(chroma_HW.ravel(), minlength=256))
     textured_HW = (chroma_HW > _PALE_TEXTURED / DENSITY_STEP) & _textured(variance_HW, _TEXTURE_OF_PALE)
     pale_HW = _pale(view, chroma_HW, textured_HW, strong_HW, px_um)
-    dense_HW = view.density_HW > _GREY / DENSITY_STEP
-    grey_HW = closed(dense_HW & _textured(variance_HW, _TEXTURE_OF_GREY), _GREY_GAP_UM / px_um)
-    grey_HW = opened(grey_HW, _GREY_RADIUS_UM / px_um) & dense_HW
-    stained_HW = strong_HW | pale_HW | grey_HW
+    stained_HW = strong_HW | pale_HW | _grey(view, variance_HW, px_um)
     stained_HW |= _black_within(stained_HW, view.density_HW > _BLACK / DENSITY_STEP)
     rough_HW = cv2.blur(cv2.convertScaleAbs(cv2.Laplacian(view.density_HW, cv2.CV_16S)), (5, 5))
     return Stained(
@@ -116,6 +113,13 @@ def _pale(
     counts = (textured >= _TEXTURED_SHARE * total) | (steep >= _STEEP_SHARE * border)
     counts[0] = False
     return counts[labels]
+
+
+def _grey(view: StainView, variance_HW: np.ndarray, px_um: float) -> np.ndarray:
+    """Wide areas that are dense and have texture, of whatever colour: dust and the edges of coverslips are narrow."""
+    dense_HW = view.density_HW > _GREY / DENSITY_STEP
+    textured_HW = closed(dense_HW & _textured(variance_HW, _TEXTURE_OF_GREY), _GREY_GAP_UM / px_um)
+    return opened(textured_HW, _GREY_RADIUS_UM / px_um) & dense_HW
 
 
 def _black_within(stained_HW: np.ndarray, black_HW: np.ndarray) -> np.ndarray:

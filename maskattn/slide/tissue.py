@@ -65,8 +65,7 @@ def find_tissue(
         raise ValueError(f'find_tissue takes ink="auto" or ink="off", got ink={ink!r}; "off" keeps what looks like ink')
     view = read_view(reader, spacing_um)
     rgb, px_um = view.rgb_HW3, view.px_um
-    if not force:
-        refuse_other_than_bright_field(rgb, reader.info.path)
+    forced = refuse_other_than_bright_field(rgb, reader.info.path, force)
 
     stain = find_stain(measure_stain(rgb, px_um), px_um)
     strokes = np.zeros_like(stain.stained_HW)
@@ -76,7 +75,7 @@ def find_tissue(
     mask = without_pieces_below(mask, min(min_tissue_um2 / px_um**2, mask.size / 2))
     mask = ~without_pieces_below(~mask, min(max_hole_um2 / px_um**2, mask.size / 2))
     mask &= ~strokes
-    notes = [*view.notes, *_notes(rgb, mask, strokes, stain.rough_HW, px_um)]
+    notes = [*view.notes, *forced, *_notes(rgb, mask, strokes, stain.rough_HW, px_um)]
     return mask_of_slide(mask, reader.info, "optical density", notes)
 
 

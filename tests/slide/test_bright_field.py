@@ -46,7 +46,10 @@ def test_a_dark_background_is_refused_unless_forced(tmp_path: Path, draw: Callab
     with SlideReader(path) as reader:
         with pytest.raises(SlideError, match="dark background"):
             require_bright_field(reader)
-        assert find_tissue(reader, force=True).mask_HW.shape == (HEIGHT, WIDTH)
+        forced = find_tissue(reader, force=True)
+    assert forced.mask_HW.shape == (HEIGHT, WIDTH)
+    assert "a dark background" in forced.notes[0]
+    assert "by force" in forced.notes[0]
 
 
 def test_a_section_that_fills_a_slide_and_is_stained_darkly_is_no_dark_field(tmp_path: Path) -> None:

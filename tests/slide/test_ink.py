@@ -64,6 +64,18 @@ def test_a_ring_drawn_about_tissue_is_taken_out_and_what_it_holds_stays(tmp_path
     assert mask.mask_HW[tissue > 0].mean() > 0.99
 
 
+@pytest.mark.parametrize("pen", PENS)
+@pytest.mark.parametrize("radius", [6, 40])
+def test_a_blot_on_glass_is_taken_out(tmp_path: Path, pen: str, radius: int) -> None:
+    tissue, cover = piece(130, 250, 0.3), np.zeros((HEIGHT, WIDTH), np.uint8)
+    cv2.circle(cover, (60, 90), radius, 255, -1)
+    cover = cv2.GaussianBlur(cover, (0, 0), 0.7)
+    mask = found_in(tmp_path / "blot.tif", develop(dye(tissue, EOSIN, 0.5) + ink(cover / 255, pen)))
+    assert not mask.mask_HW[:, :120].any()
+    assert mask.mask_HW[tissue > 0].mean() > 0.99
+    assert "ink was taken out" in mask.notes[0]
+
+
 @pytest.mark.parametrize(("pen", "stain"), [("blue", BLUE), ("green", GREEN)])
 def test_a_stroke_beside_tissue_of_its_own_colour_is_taken_out(
     tmp_path: Path, pen: str, stain: tuple[float, float, float]

@@ -53,6 +53,16 @@ def test_the_pale_half_of_an_immunostained_section_is_tissue(tmp_path: Path, tex
     assert mask.notes == ()
 
 
+def test_a_thin_place_within_pale_tissue_does_not_make_glass_of_it(tmp_path: Path) -> None:
+    thin = np.zeros((HEIGHT, WIDTH), np.float32)
+    cv2.circle(thin, (150, 90), 12, 0.85, -1)
+    tissue = piece(20, 240, 0.1)
+    density = dye(tissue * (1 - cv2.GaussianBlur(thin, (0, 0), 6)), HAEMATOXYLIN, 0.11)
+    mask = found_in(tmp_path / "thin.tif", develop(density)).mask_HW
+    kept = cv2.dilate((thin > 0).astype(np.uint8), np.ones((25, 25), np.uint8)) == 0
+    assert mask[(tissue > 0) & kept].mean() > 0.97
+
+
 @pytest.mark.parametrize("collagen", [BLUE, GREEN])
 @pytest.mark.parametrize("texture", [0.0, 0.3])
 def test_the_collagen_of_a_trichrome_is_tissue(
