@@ -47,7 +47,8 @@ class MultiheadAttention(nn.MultiheadAttention):
       all: NaN in it reaches neither an output nor a gradient.
     - A float mask need not have the dtype of the query.
     - Arguments that do not fit raise ValueError or TypeError, where torch has AssertionError or RuntimeError too.
-    - ``torch.jit.script`` cannot compile it; ``torch.compile`` can.
+    - ``torch.jit.script`` cannot compile it; ``torch.compile`` can. What ``torch.export`` and ``torch.jit.trace`` write
+      down are torch's own operations over all tokens: masks stay inputs, and masked keys cost what others do.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as

@@ -93,3 +93,15 @@ def test_dropout_of_weights_is_taken_in_training():
     assert not torch.equal(model(x).last_hidden_state, model(x).last_hidden_state)
     model.eval()
     assert torch.equal(model(x).last_hidden_state, model(x).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["SiglipVision", "ViT", "CLIPVision"])
+def test_attention_weights_are_refused_also_where_the_model_does_not_hand_the_wish_on(kind):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = getattr(transformers, f"{kind}Config")(image_size=32, patch_size=8, **sizes)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    model.set_attn_implementation(register_attention())
+    x = torch.randn(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="does not take output_attentions"):
+        model(x, output_attentions=True)
+    assert len(model(x, output_hidden_states=True).hidden_states) == 3

@@ -9,6 +9,7 @@ Dimension key: B sequences, N tokens of each, H heads, D head width, C channels.
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, cast
 
 import torch
@@ -272,7 +273,7 @@ def attend(
     wanted = [name for name in ("position_bias", "softcap", "sliding_window", "s_aux") if options.get(name) is not None]
     wanted += ["causal attention"] if causal else []
     wanted += ["grouped queries"] if key.shape[1] != query.shape[1] else []
-    wanted += ["output_attentions"] if options.get("output_attentions") else []
+    wanted += ["output_attentions"] if options.get("output_attentions") or _weights_are_collected() else []
     if wanted:
         raise ValueError(
             f"attn_implementation='maskattn' does not take {', '.join(wanted)}, asked for by {type(module).__name__}; "
@@ -294,6 +295,13 @@ def attend(
     keep = attention_mask.bool()
     dense = masked_attention(query, key, value, keep, scale=scaling, dropout_p=dropout, skip_queries=False)
     return cast(Tensor, dense).transpose(1, 2), None
+
+
+def _weights_are_collected() -> bool:
+    """Whether the caller asked the model for attention weights; not every model hands that on (SigLIP does not)."""
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    return collected is not None and "attentions" in collected
 
 
 def _keep_2d_mask(*_: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
