@@ -71,6 +71,8 @@ def is_transformed(args: tuple[Any, ...]) -> bool:
 
 def is_mapped(x: Tensor) -> bool:
     """Whether ``torch.vmap`` maps over the tensor, so that its numbers cannot be read."""
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):

@@ -147,7 +147,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return self._attend_nested(query, key, value, need_weights or any(x is not None for x in masks)), None
         check_masks_agree(key_padding_mask, attn_mask, is_causal)
         self._check_impl(need_weights, attn_mask)
-        if is_traced(query):
+        if is_traced(query, key_padding_mask):
             inputs, masks = (query, key, value), (key_padding_mask, attn_mask)
             return self._attend_traced(inputs, masks, need_weights, average_attn_weights, is_causal, self.skip_queries)
         operands, batched = self._operands(query, key, value, key_padding_mask, self.skip_queries)
@@ -193,7 +193,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: shapes or dtypes that do not fit.
         """
-        if is_traced(query):
+        if is_traced(query, key_padding_mask):
             inputs, masks = (query, key, value), (key_padding_mask, None)
             out, weights = self._attend_traced(inputs, masks, True, average_attn_weights, False, False)
             return out, cast(Tensor, weights)

@@ -1,8 +1,9 @@
 """Attention over all tokens, for programs that are traced or exported and for tensors without numbers.
 
-Packing reads the mask: the number of kept tokens is data, which ``torch.jit.trace`` would freeze and the meta device
-does not have. Here a mask stays an input of the program, and every operation is torch's own, so that what was exported
-runs without this package. Masked keys cost what the others do, but are set to 0 before anything reads them:
+Packing reads the mask: the number of kept tokens is data, which ``torch.jit.trace`` would freeze, the meta device
+does not have and ``torch.vmap`` over masks has once for each sample. Here a mask stays an input of the program, and
+every operation is torch's own, so that what was exported runs without this package. Masked keys cost what the others
+do, but are set to 0 before anything reads them:
 
     P = softmax(s·QKᵀ + added)      out = dropout(P) V
 
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 from maskattn.nn.multihead_inputs import project
 from maskattn.packing import is_jit_traced
 from maskattn.shapes import Bool, Float
+from maskattn.transforms import is_mapped
 
 __all__ = ["attend_to_all_tokens", "is_traced"]
 
 
-def is_traced(x: Tensor) -> bool:
-    """Whether an operation on x is written down rather than run: traced, exported, or without numbers."""
-    return is_jit_traced() or torch.compiler.is_exporting() or x.device.type == "meta"
+def is_traced(x: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether an operation is written down rather than run: traced, exported, or x or the mask has no numbers."""
+    if is_jit_traced() or torch.compiler.is_exporting() or x.device.type == "meta":
+        return True
+    return mask is not None and is_mapped(mask)
 
 
 def attend_to_all_tokens(
