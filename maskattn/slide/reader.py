@@ -208,7 +208,7 @@ class SlideReader:
         if source_px > _MOST_SOURCE_PX:
             raise SlideError(
                 f"a slide must have coarse levels where much of it is seen at once, got {size_lv0[0]} × {size_lv0[1]} "
-                f"px of '{self.path}' for {out_px[0]} × {out_px[1]}, and no level between: {CONVERT}"
+                f"px of '{self.path}' for {out_px[0]} × {out_px[1]}, and no level between; {CONVERT}"
             )
         patience = _Patience(tolerant)
         rgb = self._read(level, x_lv0, y_lv0, size_lv0, out_px, patience)

@@ -16,6 +16,9 @@ from fuzz_examination import Examination, FaultError, check_clear, check_folder,
 from fuzz_pool import Limits, run_tasks
 from fuzz_sources import KINDS, Source, draw_sources
 
+from maskattn.errors import SlideError
+from maskattn.slide.reader import SlideReader
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and memory are read as Linux gives them")
 
 FUZZ = Path(__file__).with_name("fuzz_files.py")
@@ -65,6 +68,52 @@ def test_what_readers_trust_is_found_in_every_slide(sources):
             if words.startswith("tile 3: segment") and "2000" in source.name:
                 continue
             assert any(words in name for name in names), f"{source.name} has no {words}"
+
+
+def refusal_of(path: Path) -> str:
+    with pytest.raises(SlideError) as caught, SlideReader(path, isolated=True) as reader:
+        reader.read_region(0, 0, (64, 64), (64, 64))
+    check_clear(str(caught.value), True)
+    return str(caught.value)
+
+
+def named(sources: list[Source], name: str) -> Source:
+    return next(source for source in sources if source.name == name)
+
+
+@pytest.mark.parametrize("tag", [322, 323])
+def test_tiles_that_no_memory_holds_are_not_asked_of_openslide(sources, tmp_path, tag):
+    data = bytearray(named(sources, "TIFF deflate").path.read_bytes())
+    part = next(part for part in find_parts(bytes(data)) if part.name.endswith(f"tag {tag}: its value or offset"))
+    data[part.start : part.start + 4] = (2**31 - 1).to_bytes(4, "little")
+    (tmp_path / "slide.tiff").write_bytes(data)
+    assert "2147483647" in refusal_of(tmp_path / "slide.tiff")
+
+
+def test_more_samples_than_colours_are_refused(sources, tmp_path):
+    for name in ("TIFF 16 bit, planar", "TIFF deflate"):
+        data = bytearray(named(sources, name).path.read_bytes())
+        part = next(part for part in find_parts(bytes(data)) if part.name.endswith("tag 277: value 0"))
+        data[part.start : part.start + 2] = (65_000).to_bytes(2, "little")
+        (tmp_path / "slide.tiff").write_bytes(data)
+        refusal_of(tmp_path / "slide.tiff")
+
+
+def test_a_decoder_s_words_are_shown_in_signs_that_can_be_printed(sources, tmp_path):
+    source = named(sources, "DICOM JPEG")
+    data = bytearray(source.path.read_bytes())
+    part = next(part for part in find_parts(bytes(data)) if "(0008,0060)" in part.name and part.name.endswith("VR"))
+    data[part.start : part.start + 2] = b"\x06\x07"
+    (tmp_path / source.path.name).write_bytes(data)
+    assert "%06%07" in refusal_of(tmp_path / source.path.name)
+
+
+def test_a_property_whose_name_is_no_text_is_passed_over(sources, tmp_path):
+    data = named(sources, "SVS JPEG").path.read_bytes()
+    (tmp_path / "slide.svs").write_bytes(data.replace(b"|AppMag = 20|Stripe", b"|AppMag = 20|S\xff\xfeipe"))
+    with SlideReader(tmp_path / "slide.svs") as reader:
+        assert reader.info.objective_power == 20
+        assert not any("ipeWidth" in name for name in reader.info.properties)
 
 
 def test_crashes_and_hangs_are_seen_and_the_next_file_has_its_turn(tmp_path):

@@ -26,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from maskattn.slide.formats.image import SlideImage
+from maskattn.slide.formats.remedies import said_by
 
 __all__ = ["DecoderCrashed", "DecoderStalled", "DecodingProcess", "serve"]
 
@@ -115,7 +116,7 @@ class DecodingProcess:
         self._written.seek(max(0, size - _LAST_WORDS_BYTES))
         lines = [line for line in self._written.read().decode(errors="replace").splitlines() if line.strip()]
         self.end()
-        return f"{how}: {lines[-1].strip()}" if lines else how
+        return f"{how}: {said_by(lines[-1])}" if lines else how
 
 
 @dataclass(frozen=True)

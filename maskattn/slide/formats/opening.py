@@ -14,7 +14,7 @@ from maskattn.errors import SlideError
 from maskattn.slide.formats.identify import identify_file, identify_folder, is_tiff
 from maskattn.slide.formats.image import NotRead, SlideImage
 from maskattn.slide.formats.openslide_image import OpenSlideImage
-from maskattn.slide.formats.remedies import remedy_for
+from maskattn.slide.formats.remedies import remedy_for, said_by
 
 __all__ = ["open_image"]
 
@@ -39,10 +39,10 @@ def open_image(path: Path, series: int | None = None) -> SlideImage:
             raise NotRead("no file", "check the path")
         return _open(path, series)
     except NotRead as refusal:
-        raise SlideError(f"{_RULE}, got path='{path}', which is {refusal.what}; {refusal.remedy}") from refusal
+        raise SlideError(f"{_RULE}, got path='{path}', which is {said_by(refusal.what)}; {refusal.remedy}") from refusal
     except OSError as error:
         raise SlideError(
-            f"a slide must be readable, got path='{path}', which fails with '{error.strerror or error}'; "
+            f"a slide must be readable, got path='{path}', which fails with '{said_by(error.strerror or error)}'; "
             "check the disk or the network drive, and who may read the file"
         ) from error
 
@@ -59,7 +59,7 @@ def _open(path: Path, series: int | None) -> SlideImage:
     except openslide.OpenSlideUnsupportedFormatError as error:
         reason, cause = "", error
     except openslide.OpenSlideError as error:
-        reason, cause = str(error), error
+        reason, cause = said_by(error), error
     try:
         refusal = identify_file(path, known=bool(reason))
         if refusal is not None:
@@ -104,7 +104,7 @@ def _open_in_tifffile_last(path: Path, series: int | None, reason: str) -> Slide
     except NotRead:
         raise
     except Exception as error:  # tifffile raises errors of many kinds
-        reasons = " and ".join(f"'{' '.join(text.split())}'" for text in (reason, str(error)) if text)
+        reasons = " and ".join(f"'{said_by(text)}'" for text in (reason, str(error)) if text)
         raise SlideError(
             f"a slide must open in OpenSlide or tifffile, got path='{path}', which fails with {reasons}; "
             f"{remedy_for(reason or str(error))}"

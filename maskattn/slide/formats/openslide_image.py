@@ -6,6 +6,8 @@ adapter turns that round, so that the pixels of a level come back that were aske
 
 from __future__ import annotations
 
+import contextlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import openslide
 from maskattn.shapes import UInt8
 from maskattn.slide.formats.image import DecodeError, axis_downsamples
 from maskattn.slide.formats.ome import ome_properties
+from maskattn.slide.formats.remedies import said_by
 
 __all__ = ["OpenSlideImage"]
 
@@ -21,6 +24,8 @@ __all__ = ["OpenSlideImage"]
 _CACHE_BYTES = 128 << 20
 # Where the format does not say the size of its tiles.
 _COMMON_TILE_PX = 256
+# OpenSlide decodes tiles whole, and ends the process where there is no memory for one.
+_MOST_TILE_PX = 64 << 20
 # OpenSlide paints in squares of this side and rounds each one's corner down to a level-0 pixel.
 _PAINTED_PX = 4096
 
@@ -42,7 +47,7 @@ class OpenSlideImage:
         self.level_dimensions: tuple[tuple[int, int], ...] = self._slide.level_dimensions
         self.level_downsamples = axis_downsamples(self.level_dimensions, self._single_downsamples)
         self.decoder = f"openslide {openslide.__library_version__}"
-        self.properties = dict(self._slide.properties)
+        self.properties = _properties(self._slide)
         self.vendor = self.properties.get("openslide.vendor")
         description = self.properties.get("tiff.ImageDescription")
         self.properties |= ome_properties(description)
@@ -52,6 +57,9 @@ class OpenSlideImage:
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "H W 4"]:
         """Decode a rectangle of a level, in its own pixels, to within half a level-0 pixel."""
+        tile_px = self.level_tiles[level]
+        if math.prod(tile_px) > _MOST_TILE_PX:
+            raise DecodeError(f"the level is said to have tiles of {tile_px[0]} × {tile_px[1]} px")
         single = self._single_downsamples[level]
         if single == round(single) or max(width, height) <= _PAINTED_PX:
             return self._paint(level, x, y, width, height)
@@ -77,4 +85,13 @@ class OpenSlideImage:
         try:
             return np.asarray(self._slide.read_region(location, level, (width, height)))
         except openslide.OpenSlideError as error:
-            raise DecodeError(str(error)) from error
+            raise DecodeError(said_by(error)) from error
+
+
+def _properties(slide: openslide.OpenSlide) -> dict[str, str]:
+    """What the file says of itself, but for names that are no text: OpenSlide's binding does not know them again."""
+    said = {}
+    for name in slide.properties:
+        with contextlib.suppress(KeyError, UnicodeError):
+            said[name] = slide.properties[name]
+    return said

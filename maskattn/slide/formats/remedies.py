@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["CONVERT", "remedy_for"]
+from maskattn.slide.names import as_text
+
+__all__ = ["CONVERT", "remedy_for", "said_by"]
 
 CONVERT = (
     "convert it to a tiled pyramid of 8-bit RGB, e.g. `vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg`"
@@ -21,6 +23,11 @@ _UNSUPPORTED = (
     "requires the 'imagecodecs'",
 )
 _TRANSIENT = ("input/output error", "stale file handle", "connection", "permission denied", "too many open files")
+
+
+def said_by(error: BaseException | str) -> str:
+    """A decoder's or a file's own words in one line, with what cannot be printed as ``%XX``."""
+    return as_text(" ".join(str(error).split()))
 
 
 def remedy_for(reason: str) -> str:

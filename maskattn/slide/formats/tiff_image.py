@@ -17,6 +17,7 @@ import tifffile
 from maskattn.shapes import UInt8
 from maskattn.slide.formats.image import DecodeError, NotRead, axis_downsamples
 from maskattn.slide.formats.ome import OmeImage, ome_properties, read_ome
+from maskattn.slide.formats.remedies import said_by
 from maskattn.slide.formats.tiff_segments import SegmentCache, decode, raw_rows
 from maskattn.slide.formats.tiff_series import Plane, TiffLevel, describe_series, levels_of
 
@@ -76,7 +77,7 @@ class TiffImage:
             planes = [self._read_plane(pyramid, plane, x, y, width, height) for plane in pyramid.planes]
             return self._as_rgb(planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2))
         except Exception as error:  # codecs and tifffile raise errors of many kinds
-            raise DecodeError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+            raise DecodeError(said_by(f"{type(error).__name__}: {error}")) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -22,6 +22,7 @@ __all__ = ["Plane", "TiffLevel", "check_sample_format", "describe_series", "is_b
 
 # A tile or strip is decoded whole, so a region of a few pixels may cost as much as the largest.
 _MOST_SEGMENT_PX = 32 << 20
+_MOST_SAMPLES = 16
 _RAW_STRIP_PX = 1 << 20
 # None, LZW, JPEG, deflate (both numbers), PackBits, JPEG 2000 (all numbers), Zstandard: what they unfold to is known.
 _COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 33003, 33004, 33005, 34712, 50000}
@@ -216,6 +217,8 @@ def _check_compression(page: Any) -> None:
 def _planes(series: Any, sides: dict[str, int], image: OmeImage | None) -> tuple[Plane, ...]:
     page = series.keyframe
     samples = page.samplesperpixel
+    if samples > _MOST_SAMPLES and int(page.photometric) in (2, 6):
+        raise NotRead(f"an image of {samples} samples per pixel", CONVERT)
     if len(series.pages) == 1 and samples >= 3:
         photometric = int(page.photometric)
         jpeg = int(page.compression) in (6, 7, 33007, 34892)
@@ -268,5 +271,5 @@ def _planes_of_page(page: Any) -> tuple[Plane, ...]:
     bytes_per_plane = keyframe.imagewidth * keyframe.imagelength * keyframe.dtype.itemsize
     return tuple(
         Plane(page, number * per_plane, None if raw is None else raw + number * bytes_per_plane)
-        for number in range(count)
+        for number in range(min(count, 4))  # colours and alpha
     )
