@@ -158,6 +158,23 @@ def test_siglips_so400m_at_384_px_has_27_tokens_a_side():
     assert ours(x, torch.rand(1, 27, 27) > 0.5).shape == theirs(x).shape
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_evas_without_rotary_positions_convert(pool):
+    size = {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 4, "global_pool": pool}
+    theirs = timm.create_model("eva_giant_patch14_224", **size).double().eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.2)
+    ours, x = from_timm(theirs), images(56, 56)
+    torch.testing.assert_close(ours(x), theirs(x))
+    keep = torch.rand(2, 4, 4) > 0.5
+    prefix = torch.ones(1, dtype=torch.bool)
+    for b in range(2):
+        tokens = theirs._pos_embed(theirs.patch_embed(x[b : b + 1]))[0][:, torch.cat([prefix, keep[b].flatten()])]
+        for block in theirs.blocks:
+            tokens = block(tokens)
+        torch.testing.assert_close(ours(x, keep)[b : b + 1], theirs.forward_head(theirs.norm(tokens)))
+
+
 def test_explanations_and_metrics_take_such_images():
     model = VisionTransformer(img_size=64, patch_size=16, embed_dim=24, depth=2, num_heads=2, num_classes=2).eval()
     x = torch.randn(2, 3, 70, 75)

@@ -1,4 +1,4 @@
-"""DINOv3 as timm has it: an ``Eva`` with DINOv3's rotary positions.
+"""DINOv3 as timm has it: an ``Eva`` with DINOv3's rotary positions; and EVA's first models, without rotary ones.
 
 Other Evas rotate otherwise, mix rotations or normalise elsewhere, and are refused by name.
 """
@@ -23,15 +23,9 @@ def unknown_in_dinov3(model: Any) -> list[str]:
     from timm.models.eva import EvaAttention, EvaBlock
 
     rope, patch = model.rope, model.patch_embed
-    if type(rope) is not RotaryEmbeddingDinoV3:
+    if rope is not None and type(rope) is not RotaryEmbeddingDinoV3:
         return [f"positions {type(rope).__name__}: of rotary ones, DINOv3's alone are known"]
-    unknown = []
-    if (rope.normalize_coords, rope.grid_offset, rope.grid_indexing, rope.rotate_half) != ("separate", 0.0, "ij", True):
-        unknown.append("rotary positions with another grid or rotation than DINOv3's")
-    if rope.temperature is None or rope.aug_active:
-        unknown.append("rotary positions given by periods, or moved at random in training")
-    if model.pos_embed is not None:
-        unknown.append("learnt positions beside the rotary ones")
+    unknown = [] if rope is None else _unknown_in_rope(model)
     if type(patch) is not PatchEmbed or patch.patch_size[0] != patch.patch_size[1] or patch.dynamic_img_pad:
         unknown.append("a patch embedding that pads, or is not square or not plain")
     if model.patch_drop is not None or not isinstance(model.norm_pre, nn.Identity):
@@ -48,6 +42,17 @@ def unknown_in_dinov3(model: Any) -> list[str]:
         unknown.append("norms that are no LayerNorm")
     if len({m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}) > 1:
         unknown.append("norms with different eps")
+    return unknown
+
+
+def _unknown_in_rope(model: Any) -> list[str]:
+    rope, unknown = model.rope, []
+    if (rope.normalize_coords, rope.grid_offset, rope.grid_indexing, rope.rotate_half) != ("separate", 0.0, "ij", True):
+        unknown.append("rotary positions with another grid or rotation than DINOv3's")
+    if rope.temperature is None or rope.aug_active:
+        unknown.append("rotary positions given by periods, or moved at random in training")
+    if model.pos_embed is not None:
+        unknown.append("learnt positions beside the rotary ones")
     return unknown
 
 
@@ -75,8 +80,9 @@ def dinov3_arguments(model: Any) -> dict[str, Any]:
         "init_values": None if block.gamma_1 is None else 1.0,
         "class_token": model.cls_token is not None,
         "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
-        "pos_embed": "rotary",
-        "rope_theta": model.rope.temperature,
+        "pos_embed": "rotary" if model.rope is not None else "none" if model.pos_embed is None else "learn",
+        "no_embed_class": model.no_embed_class,
+        "rope_theta": 100.0 if model.rope is None else model.rope.temperature,
         "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
         "fc_norm": not isinstance(model.fc_norm, nn.Identity),
         "drop_rate": model.head_drop.p,
