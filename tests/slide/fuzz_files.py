@@ -238,7 +238,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--again", type=Path, help="in place of new files those that --keep has kept in this folder")
     parser.add_argument("--given", type=Path, nargs="*", default=[], help="slides of yours, or folders of them")
     parser.add_argument("--keep", type=Path, help="folder for the files that show a fault")
-    parser.add_argument("--report", type=Path, help="a page of Markdown for the counts")
+    parser.add_argument("--report", type=Path, help="a page of Markdown for the counts, written anew every minute")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0, help="processor time that a file may take")
     return parser.parse_args()
@@ -272,6 +272,8 @@ def main() -> int:
                 shown = time.monotonic()
                 counts = Counter(verdict.outcome for verdict in verdicts)
                 print(f"{len(verdicts)}: {dict(counts)}", file=sys.stderr)
+                if arguments.report:
+                    arguments.report.write_text(report(verdicts, arguments, real, time.monotonic() - started))
     print(f"{table(verdicts, 'kind')}\n\n{table(verdicts, 'slide')}\n\n{contained(verdicts)}")
     seconds = time.monotonic() - started
     print(f"{slowest(verdicts)}\n{len(verdicts)} files in {seconds:.0f} s.\n\n{faults_in_words(verdicts)}")
