@@ -38,7 +38,8 @@ from maskattn.slide.view import read_view
 RESULTS = Path(__file__).parent / "results" / "tissue.md"
 OTHERS = {"saturation, one threshold": saturation, "CLAM": clam, "TRIDENT, Otsu": trident_otsu}
 WAYS = ("this package", *OTHERS)
-SEEDS = (1, 2, 3)
+# The thresholds were set while looking at seeds 1 to 5.
+SEEDS = (11, 12, 13)
 FIRST_SYNTHETIC, FIRST_DEMO = 3000, 4000
 # Scanned on slides whose printed dots lie 200 µm apart.
 SECTION_UM = 0.70
@@ -253,6 +254,10 @@ def page(options: argparse.Namespace, say: Callable[[str], None]) -> str:
         "Cells: share of the tissue found / share of the glass taken for tissue / Dice coefficient; means of n slides.",
         "",
         "## Slides whose tissue is known",
+        "",
+        "This package's thresholds were set while looking at drawn slides of other seeds, at half of the GlaS "
+        "composites and at the real slides below, whose outlines were corrected once where they lay off the tissue's "
+        "edge.",
         "",
         *score_table(made),
         "",
