@@ -32,8 +32,8 @@ from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.grid import make_grid
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.tissue import find_tissue
-from maskattn.slide.tissue_mask import mask_of_slide
-from maskattn.slide.view import read_view
+from maskattn.slide.tissue.mask import mask_of_slide
+from maskattn.slide.tissue.view import read_view
 
 RESULTS = Path(__file__).parent / "results" / "tissue.md"
 OTHERS = {"saturation, one threshold": saturation, "CLAM": clam, "TRIDENT, Otsu": trident_otsu}

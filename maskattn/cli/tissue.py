@@ -31,12 +31,11 @@ def tissue(
 ) -> None:
     """Show where the tissue is: an overlay as PNG, and its statistics as JSON on stdout."""
     with errors_in_one_line(debug):
-        from maskattn.slide.bright_field import require_bright_field
-        from maskattn.slide.mask_file import load_mask
         from maskattn.slide.names import id_of_file
         from maskattn.slide.overlay import write_mask_overlay
         from maskattn.slide.reader import SlideReader
-        from maskattn.slide.tissue import find_tissue
+        from maskattn.slide.tissue import find_tissue, load_mask
+        from maskattn.slide.tissue.bright_field import require_bright_field
 
         if mask_value and mask is None:
             raise ValueError(

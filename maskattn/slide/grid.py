@@ -15,7 +15,7 @@ import numpy as np
 from maskattn.errors import SlideError
 from maskattn.shapes import Bool, Int
 from maskattn.slide.reader import SlideInfo
-from maskattn.slide.tissue_mask import TissueMask
+from maskattn.slide.tissue import TissueMask
 
 __all__ = ["TokenGrid", "make_grid"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from maskattn.files import replacing
 from maskattn.lettering import families_of, wrapped
 from maskattn.shapes import Bool, Float, Int, UInt8
-from maskattn.slide.tissue_mask import TissueMask
+from maskattn.slide.tissue import TissueMask
 
 __all__ = ["MapCanvas", "blend", "colour_limit", "write_heatmap", "write_mask_overlay"]
 

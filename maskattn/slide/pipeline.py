@@ -21,18 +21,16 @@ import maskattn
 from maskattn.errors import SlideError, quoted
 from maskattn.explain.hierarchical import HierarchicalCDAM
 from maskattn.nn.slide_model import SlideModel
-from maskattn.slide.bright_field import require_bright_field
 from maskattn.slide.grid import TokenGrid, make_grid
 from maskattn.slide.manifest import SlideJob
-from maskattn.slide.mask_file import load_mask
 from maskattn.slide.output_folder import slide_folder
 from maskattn.slide.outputs import write_outputs
 from maskattn.slide.prediction import ModelIdentity, SlideCounts, SlideFile, SlidePrediction
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.request import finds_tissue, masking_of
 from maskattn.slide.slide_run import EncodedTiles, RunSettings, SlideRun, Stages
-from maskattn.slide.tissue import find_tissue
-from maskattn.slide.tissue_mask import TissueMask
+from maskattn.slide.tissue import TissueMask, find_tissue, load_mask
+from maskattn.slide.tissue.bright_field import require_bright_field
 
 __all__ = ["RunSettings", "SlideJob", "SlidePrediction", "identify_model", "predict_slide"]
 

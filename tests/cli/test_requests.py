@@ -197,7 +197,7 @@ import pathlib, resource
 import numpy as np
 from maskattn.cli.pictures import picture_written
 from maskattn.slide.overlay import write_mask_overlay
-from maskattn.slide.tissue_mask import TissueMask
+from maskattn.slide.tissue import TissueMask
 noise = np.random.default_rng(0).integers(0, 255, (420, 560, 3), np.uint8)
 tissue = TissueMask(np.ones((42, 56), bool), 10.0, (10.0, 10.0), "file", 1.0)
 path = pathlib.Path({str(tmp_path / "views.png")!r})

@@ -11,9 +11,9 @@ from slides import write_pyramid
 from test_stains import EOSIN, HEIGHT, WIDTH, develop, dye, found_in, piece
 
 from maskattn.errors import SlideError
-from maskattn.slide.bright_field import require_bright_field
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.tissue import find_tissue
+from maskattn.slide.tissue.bright_field import require_bright_field
 
 
 def fluorescence() -> np.ndarray:

@@ -11,10 +11,9 @@ import openslide
 import pytest
 
 from maskattn.errors import ManifestError
-from maskattn.slide import folder_search
-from maskattn.slide.dicom_series import SeriesFile, read_series_file
-from maskattn.slide.folder_search import SLIDE_SUFFIXES
-from maskattn.slide.manifest import SlideJob, collect_jobs
+from maskattn.slide.manifest import SlideJob, collect_jobs, folder_search
+from maskattn.slide.manifest.dicom_series import SeriesFile, read_series_file
+from maskattn.slide.manifest.folder_search import SLIDE_SUFFIXES
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -9,8 +9,8 @@ from PIL import Image
 from slides import DrawnSlide, make_slide
 
 from maskattn.errors import SlideError
-from maskattn.slide.mask_file import load_mask
 from maskattn.slide.reader import SlideInfo, SlideReader
+from maskattn.slide.tissue import load_mask
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slides import GLASS, STAIN, DrawnSlide, make_blank_slide, make_slide, write_pyramid
 
-import maskattn.slide.view as view_module
+import maskattn.slide.tissue.view as view_module
 from maskattn.errors import SlideError
 from maskattn.slide.reader import SlideInfo, SlideReader
-from maskattn.slide.stain import stain_threshold
 from maskattn.slide.tissue import TissueMask, find_tissue
+from maskattn.slide.tissue.stain import stain_threshold
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 
 from maskattn.shapes import Bool, Int
-from maskattn.slide.areas import closed, disc, opened
-from maskattn.slide.glass import DENSITY_STEP, StainView, local_variance
+from maskattn.slide.tissue.areas import closed, disc, opened
+from maskattn.slide.tissue.glass import DENSITY_STEP, StainView, local_variance
 
 __all__ = ["Stained", "find_stain", "stain_threshold"]
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskattn.errors import ManifestError
-from maskattn.slide.dicom_series import one_per_series
 from maskattn.slide.file_checks import is_folder, is_there, problem_of_file, same_file
-from maskattn.slide.folder_search import SLIDE_SUFFIXES, match_glob, search_folder
-from maskattn.slide.manifest_columns import is_known_column, last_named, locate_columns
+from maskattn.slide.manifest.columns import is_known_column, last_named, locate_columns
+from maskattn.slide.manifest.dicom_series import one_per_series
+from maskattn.slide.manifest.folder_search import SLIDE_SUFFIXES, match_glob, search_folder
+from maskattn.slide.manifest.spreadsheet import Record, read_records
 from maskattn.slide.names import as_text, id_of_file, problem_of_id, shortened
-from maskattn.slide.spreadsheet import Record, read_records
 
 __all__ = ["SLIDE_SUFFIXES", "SlideJob", "collect_jobs", "read_manifest"]
 

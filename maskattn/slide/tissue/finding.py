@@ -13,14 +13,14 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 
-from maskattn.slide.areas import closed, disc, without_pieces_below
-from maskattn.slide.bright_field import refuse_other_than_bright_field
-from maskattn.slide.glass import measure_stain
-from maskattn.slide.ink import find_ink
 from maskattn.slide.reader import SlideReader
-from maskattn.slide.stain import find_stain
-from maskattn.slide.tissue_mask import TissueMask, mask_of_slide
-from maskattn.slide.view import read_view
+from maskattn.slide.tissue.areas import closed, disc, without_pieces_below
+from maskattn.slide.tissue.bright_field import refuse_other_than_bright_field
+from maskattn.slide.tissue.glass import measure_stain
+from maskattn.slide.tissue.ink import find_ink
+from maskattn.slide.tissue.mask import TissueMask, mask_of_slide
+from maskattn.slide.tissue.stain import find_stain
+from maskattn.slide.tissue.view import read_view
 
 __all__ = ["InkRule", "TissueMask", "find_tissue"]
 

@@ -16,7 +16,7 @@ from maskattn.mask_images.decoding import read_mask_image
 from maskattn.mask_images.meaning import tissue_of
 from maskattn.shapes import UInt8
 from maskattn.slide.reader import SlideInfo, SlideReader
-from maskattn.slide.tissue_mask import TissueMask, mask_of_slide
+from maskattn.slide.tissue.mask import TissueMask, mask_of_slide
 
 __all__ = ["load_mask"]
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from maskattn.errors import SlideError
 from maskattn.shapes import UInt8
-from maskattn.slide.glass import FLAT_LEVELS, local_variance
 from maskattn.slide.reader import SlideReader
+from maskattn.slide.tissue.glass import FLAT_LEVELS, local_variance
 
 __all__ = ["refuse_other_than_bright_field", "require_bright_field"]
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from maskattn.shapes import Bool, UInt8
-from maskattn.slide.areas import disc
+from maskattn.slide.tissue.areas import disc
 
 __all__ = ["find_ink"]
 

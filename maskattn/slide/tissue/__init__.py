@@ -1,0 +1,7 @@
+"""Where the tissue of a slide lies: found on a coarse view of it, or told by the user's own mask."""
+
+from maskattn.slide.tissue.finding import InkRule, find_tissue
+from maskattn.slide.tissue.mask import TissueMask
+from maskattn.slide.tissue.mask_file import load_mask
+
+__all__ = ["InkRule", "TissueMask", "find_tissue", "load_mask"]
