@@ -41,7 +41,7 @@ WAYS = ("this package", *OTHERS)
 # The thresholds were set while looking at seeds 1 to 5.
 SEEDS = (11, 12, 13)
 FIRST_SYNTHETIC, FIRST_DEMO = 3000, 4000
-# Scanned on slides whose printed dots lie 200 µm apart.
+# An estimate: the files say nothing, and the pitch of the printed dots is taken for 200 µm.
 SECTION_UM = 0.70
 # The sections' outlines, drawn by hand with a straight edge: x and y as thousandths of the width and height.
 OUTLINES = {

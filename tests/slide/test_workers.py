@@ -30,32 +30,32 @@ from maskattn.slide.stream import stream_tiles
 class Deadly(SlideReader):
     """Kills the worker that reads with it."""
 
-    def read_region(self, *arguments: object) -> np.ndarray:
+    def read_region(self, *arguments: object, **options: object) -> np.ndarray:
         if multiprocessing.parent_process() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read_region(*arguments)
+        return super().read_region(*arguments, **options)
 
 
 class Hanging(SlideReader):
     """Never comes back, in a worker."""
 
-    def read_region(self, *arguments: object) -> np.ndarray:
+    def read_region(self, *arguments: object, **options: object) -> np.ndarray:
         time.sleep(3600)
-        return super().read_region(*arguments)
+        return super().read_region(*arguments, **options)
 
 
 class Slow(SlideReader):
     """Takes its time for every tile."""
 
-    def read_region(self, *arguments: object) -> np.ndarray:
+    def read_region(self, *arguments: object, **options: object) -> np.ndarray:
         time.sleep(0.4)
-        return super().read_region(*arguments)
+        return super().read_region(*arguments, **options)
 
 
 class Faulty(SlideReader):
     """Has a bug of its own."""
 
-    def read_region(self, *arguments: object) -> np.ndarray:
+    def read_region(self, *arguments: object, **options: object) -> np.ndarray:
         raise KeyError("a bug")
 
 
