@@ -108,6 +108,16 @@ def test_a_decoder_s_words_are_shown_in_signs_that_can_be_printed(sources, tmp_p
     assert "%06%07" in refusal_of(tmp_path / source.path.name)
 
 
+def test_a_uid_that_is_said_to_be_longer_than_any_is_not_shown(sources, tmp_path):
+    source = named(sources, "DICOM JPEG")
+    for element in ("(0002,0002)", "(0002,0010)"):
+        data = bytearray(source.path.read_bytes())
+        part = next(part for part in find_parts(bytes(data)) if element in part.name and part.name.endswith("length"))
+        data[part.start : part.start + 2] = b"\x7d\x13"
+        (tmp_path / source.path.name).write_bytes(data)
+        assert "PYDICOM" not in refusal_of(tmp_path / source.path.name)
+
+
 def test_a_property_whose_name_is_no_text_is_passed_over(sources, tmp_path):
     data = named(sources, "SVS JPEG").path.read_bytes()
     (tmp_path / "slide.svs").write_bytes(data.replace(b"|AppMag = 20|Stripe", b"|AppMag = 20|S\xff\xfeipe"))

@@ -35,6 +35,7 @@ _SYNTAXES = {
 _READ_SYNTAXES = ("1.2.840.10008.1.2.1", *(f"1.2.840.10008.1.2.4.{n}" for n in (50, 90, 91)))
 _LONG_VRS = (b"OB", b"OW", b"OF", b"SQ", b"UT", b"UN")
 _META_BYTES = 1 << 16
+_MOST_UID_BYTES = 64
 
 
 def describe_dicom(path: Path) -> NotRead | None:
@@ -73,7 +74,7 @@ def _file_meta(path: Path) -> dict[tuple[int, int], str]:
         if vr in _LONG_VRS:
             (length,) = struct.unpack_from("<I", data, place)
             place += 4
-        if vr == b"UI":
+        if vr == b"UI" and length <= _MOST_UID_BYTES:
             found[group, element] = data[place : place + length].rstrip(b"\0 ").decode("ascii", errors="replace")
         place += length
     return found
