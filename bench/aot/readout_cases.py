@@ -135,6 +135,7 @@ def _launch(case: ReadoutCase) -> tuple[tuple[Any, ...], dict[str, Any]]:
     with contextlib.ExitStack() as patches:
         for name, module in KERNELS.items():
             patches.enter_context(mock.patch.object(module, name, _Recorder(name, launches)))
+            patches.enter_context(mock.patch.object(module, "clear_tail"))
         patches.enter_context(mock.patch.object(readout_configs, "target_of", return_value=case.target))
         patches.enter_context(mock.patch.object(readout_call, "number_of_splits", return_value=SPLITS))
         _call(case)

@@ -42,6 +42,7 @@ from maskattn.kernels.key_gradient import key_gradient_kernel
 from maskattn.kernels.query_gradient import query_gradient_kernel
 from maskattn.kernels.rows import Rows, packed_sides, readable
 from maskattn.kernels.schedule import plan_work
+from maskattn.kernels.tail import clear_tail
 from maskattn.options import Gradients, Options, Sequences
 
 __all__ = ["completed", "differentiate", "packed_backward"]
@@ -80,6 +81,9 @@ def packed_backward(
     dslopes = differentiate(
         grad_out, grad_lse, q, k, v, out, lse, *packed_sides(sequences, q, k), options, grads, dbias_HT
     )
+    of_keys = [(x, 0.0) for x in (grads.k, grads.v, dbias_HT if dbias_HT is None else dbias_HT.T) if x is not None]
+    clear_tail(sequences.cu_seqlens_q, (grads.q, 0.0))
+    clear_tail(sequences.cu_seqlens_k, *of_keys)
     if dbias_HT is not None:
         dbias_HT = dbias_HT.T if per_head else dbias_HT.sum(0)
     return completed(grads, options, dbias_HT, dslopes)

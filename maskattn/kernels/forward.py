@@ -46,6 +46,7 @@ from maskattn.kernels.scores import (
     load_places,
     softmax_update,
 )
+from maskattn.kernels.tail import clear_tail
 from maskattn.kernels.tiles import (
     LN_2,
     LOG2_E,
@@ -209,6 +210,7 @@ def packed_forward(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, option
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     attend(q, k, v, options, out, lse, *packed_sides(sequences, q, k))
+    clear_tail(sequences.cu_seqlens_q, (out, 0.0), (lse.T, float("-inf")))
     return out, lse
 
 

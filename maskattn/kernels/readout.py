@@ -33,6 +33,7 @@ from maskattn.kernels.readout_tiles import (
     weighted_sum,
 )
 from maskattn.kernels.scores import dropout_factors, load_noise
+from maskattn.kernels.tail import clear_tail
 from maskattn.kernels.tiles import LN_2, LOG2_E, load_rows, sequence_base, sequence_span
 from maskattn.options import Options
 
@@ -231,7 +232,7 @@ def readout_forward(
     lse = torch.empty((B, R, H), dtype=torch.float32, device=q.device)
     rows = torch.empty((R, H, k.shape[0] if need_rows else 0), dtype=torch.float32, device=q.device)
     if B * H == 0:
-        return out, lse, rows
+        return out, lse, rows.zero_()
     call = prepare("readout", q, k, v, cu_seqlens, max_seqlen, options)
     if call.splits == 1 and not need_rows:
         with torch.cuda.device_of(q):
@@ -252,4 +253,6 @@ def readout_forward(
             split_out, maxima, totals, out, lse, weights, cu_seqlens, B, H, R, call.splits, k.shape[0], tiles,
             HEAD_WIDTH=D, BLOCK_D=call.widths["BLOCK_D"], BLOCK_S=BLOCK_SPLITS, BLOCK_T=BLOCK_TOKENS, num_warps=4,
         )  # fmt: skip
+    if need_rows:
+        clear_tail(cu_seqlens, (rows.flatten(0, 1).T, 0.0))
     return out, lse, rows

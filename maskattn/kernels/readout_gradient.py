@@ -38,6 +38,7 @@ from maskattn.kernels.readout_tiles import (
     weighted_sum,
 )
 from maskattn.kernels.scores import dropout_factors, load_noise
+from maskattn.kernels.tail import clear_tail
 from maskattn.kernels.tiles import LOG2_E, load_rows, sequence_base, sequence_span, store_row_values, store_rows
 from maskattn.options import Gradients, Options
 
@@ -244,9 +245,7 @@ def readout_backward(
         shape = (H, k.shape[0]) if bias.ndim == 1 else tuple(bias.shape)
         dbias = torch.empty(shape, dtype=torch.float32, device=q.device)
     if B * H == 0:
-        return Gradients(
-            torch.empty_like(q), dk, dv, None if bias is None else torch.zeros_like(bias), _zeros_like(slopes)
-        )
+        return Gradients(torch.empty_like(q), dk.zero_(), dv.zero_(), _zeros_like(bias), _zeros_like(slopes))
     call = prepare("readout_gradient", q, k, v, cu_seqlens, max_seqlen, options)
     dtype = q.dtype if call.splits == 1 else torch.float32
     dq_parts = torch.empty((call.splits, B, R, H, D), dtype=dtype, device=q.device)
@@ -259,6 +258,8 @@ def readout_backward(
             _rows_argument(grad_rows), dq_parts, _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias),
             dslopes_parts, options.scale, call.splits, **call.widths, **call.launch_options,
         )  # fmt: skip
+    of_bias = () if dbias is None or bias is None else ((dbias.T if bias.ndim == 1 else dbias, 0.0),)
+    clear_tail(cu_seqlens, (dk, 0.0), (dv, 0.0), *of_bias)
     return Gradients(
         q=dq_parts[0] if call.splits == 1 else dq_parts.sum(0).to(q.dtype),
         k=dk,

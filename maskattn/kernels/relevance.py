@@ -32,6 +32,7 @@ from maskattn.kernels.readout_tiles import (
     products,
 )
 from maskattn.kernels.rows import readable
+from maskattn.kernels.tail import clear_tail
 from maskattn.kernels.tiles import LOG2_E, load_row_values, load_rows, sequence_base, sequence_span
 from maskattn.options import Options
 
@@ -194,7 +195,7 @@ def token_relevance(
     classes, (B, R, _, D), T = grad_out.shape[0], q.shape, k.shape[0]
     relevance = torch.empty((classes, T), dtype=torch.float32, device=q.device)
     if classes * B * T == 0:
-        return relevance
+        return relevance.zero_()
     call = prepare("relevance", q, k, v, cu_seqlens, max_seqlen, options)
     grad = grad_out.to(q.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -209,6 +210,7 @@ def token_relevance(
             KEY_ORIGIN_BY_TOKEN=key_origin is not None and key_origin.ndim == 3,
             VALUE_ORIGIN_BY_TOKEN=value_origin is not None and value_origin.ndim == 3, **call.launch_options,
         )  # fmt: skip
+    clear_tail(cu_seqlens, (relevance.T, 0.0))
     return relevance
 
 
