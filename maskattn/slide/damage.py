@@ -96,21 +96,32 @@ class Damage:
 class DamageLog:
     """What a reader met that it could not decode, told once per level and outcome."""
 
-    _first: dict[tuple[int, bool], Damage] = field(default_factory=dict)
-    _places: dict[tuple[int, bool], set[Rectangle]] = field(default_factory=dict)
+    _places: dict[tuple[int, bool], dict[Rectangle, Damage]] = field(default_factory=dict)
 
     def add(self, damage: Damage, white: bool) -> None:
         """Note a place, and whether it was left white or read from a finer level."""
-        key = (damage.level, white)
-        self._first.setdefault(key, damage)
-        self._places.setdefault(key, set()).add(damage.place_lv0)
+        self._places.setdefault((damage.level, white), {}).setdefault(damage.place_lv0, damage)
+
+    def merge(self, other: DamageLog) -> None:
+        """Note what another reader of the same slide met."""
+        for (_, white), places in other._places.items():
+            for damage in places.values():
+                self.add(damage, white)
+
+    def take(self) -> DamageLog | None:
+        """What was noted since the last time, or None; this log is empty afterwards."""
+        if not self._places:
+            return None
+        taken, self._places = DamageLog(self._places), {}
+        return taken
 
     def notes(self) -> tuple[str, ...]:
         """A sentence for each level and outcome."""
-        return tuple(self._note(*key) for key in self._first)
+        return tuple(_note(list(places.values()), white) for (_, white), places in self._places.items())
 
-    def _note(self, level: int, white: bool) -> str:
-        first, places = self._first[level, white], len(self._places[level, white])
-        further = f", nor can {places - 1} more {'place' if places == 2 else 'places'} of it" if places > 1 else ""
-        outcome = "they are taken for glass" if white else "a finer level was read there"
-        return f"{first.where()} cannot be decoded ('{first.reason}'){further}; {outcome}"
+
+def _note(damages: list[Damage], white: bool) -> str:
+    first, more = damages[0], len(damages) - 1
+    further = f", nor can {more} more {'place' if more == 1 else 'places'} of it" if more else ""
+    outcome = "they are taken for glass" if white else "a finer level was read there"
+    return f"{first.where()} cannot be decoded ('{first.reason}'){further}; {outcome}"

@@ -233,17 +233,19 @@ def _prediction(
             skipped_tokens=grid.skipped_tokens,
             unreadable_tiles=grid.kept_tiles - len(encoded.rows_T),
         ),
-        notes=_notes(encoded),
+        notes=_notes(run, tissue, encoded),
         timings_s={name: round(seconds, 4) for name, seconds in run.stages.seconds.items()},
         versions=_versions(),
     )
 
 
-def _notes(encoded: EncodedTiles) -> tuple[str, ...]:
-    """What the user should know of how the slide was read."""
-    if encoded.reason is None:
-        return ()
-    return (f"tiles were left out that cannot be read; the first because {encoded.reason}",)
+def _notes(run: SlideRun, tissue: TissueMask | None, encoded: EncodedTiles) -> tuple[str, ...]:
+    """What the user should know of how the slide was read, beyond the notes on its tissue."""
+    told = () if tissue is None else tissue.notes
+    notes = [note for note in run.reader.notes if note not in told]
+    if encoded.reason is not None:
+        notes.append(f"tiles were left out that cannot be read; the first because {encoded.reason}")
+    return tuple(notes)
 
 
 def _describe(tissue: TissueMask | None) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class SlideReader:
         self.series = series
         self._spacing_um = spacing_um
         self._spacing_source = spacing_source
-        self._damages = DamageLog()
+        self.damages = DamageLog()
         self._image: SlideImage | None = None
         self._pid = -1
         self._view: np.ndarray | None = None
@@ -142,7 +142,7 @@ class SlideReader:
     @property
     def notes(self) -> tuple[str, ...]:
         """What could not be decoded so far, and what stands in its stead."""
-        return self._damages.notes()
+        return self.damages.notes()
 
     def describe(self) -> dict[str, Any]:
         """What the file says of itself, in the order to show it; works without a spacing."""
@@ -360,13 +360,13 @@ class SlideReader:
                 whites = patience.whites
                 rgb = self._read(level - 1, place_lv0.left, place_lv0.top, size_lv0, out_px, patience)
                 if patience.whites == whites:
-                    self._damages.add(damage, white=False)
+                    self.damages.add(damage, white=False)
                 return rgb
         if not patience.tolerant:
             raise SlideError(damage.message(self.path))
         patience.first_white = patience.first_white or damage
         patience.whites += 1
-        self._damages.add(damage, white=True)
+        self.damages.add(damage, white=True)
         return np.full((place.height, place.width, 3), 255, np.uint8)
 
 

@@ -181,6 +181,8 @@ class SlideRun:
                 return
             if batch.by_worker:
                 self.workers = max(self.workers, workers)
+            if batch.damages is not None:
+                self.reader.damages.merge(batch.damages)
             rows_B = batch.rows_B.numpy()
             keep_BHW = torch.from_numpy(np.ascontiguousarray(grid.token_keep_THW[rows_B]))
             tiles_BCHW = batch.tiles_BCHW.to(self.device, non_blocking=True)

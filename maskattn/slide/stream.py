@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from maskattn.errors import ReadingStopped, SlideError
 from maskattn.shapes import Bool, Int, UInt8
+from maskattn.slide.damage import DamageLog
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.workers import Heartbeat, WorkersUnavailable, count_workers, watched, worker_settings
@@ -38,6 +39,7 @@ class TileBatch:
         readable_B: (B,) bool, False where the tile could not be decoded.
         reason: why the first of those could not; None where all could.
         by_worker: a worker process decoded them.
+        damages: what the worker's reader met on the way; None where it met nothing, or no worker read.
     """
 
     tiles_BCHW: UInt8[Tensor, "B 3 tile_px tile_px"]
@@ -45,6 +47,7 @@ class TileBatch:
     readable_B: Bool[Tensor, " B"]
     reason: str | None = None
     by_worker: bool = False
+    damages: DamageLog | None = None
 
     def pin_memory(self) -> TileBatch:
         """The same batch in page-locked memory, from which a GPU copies without waiting; DataLoader calls this."""
@@ -163,6 +166,7 @@ class _Tiles(Dataset[TileBatch]):
     def __getitems__(self, items: list[int]) -> TileBatch | WorkersUnavailable:
         batch = self._decode(items)
         if get_worker_info() is not None:
+            batch = replace(batch, damages=self._reader.damages.take())
             try:
                 # Here and not on the way out, where a failure would reach nobody.
                 batch.share_memory()

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import tifffile
 from slides import GLASS, STAIN, draw_tissue, write_pyramid
+from small_slides import small_model
 
 from maskattn.errors import SlideError
 from maskattn.slide.damage import Rectangle
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.pipeline import RunSettings
+from maskattn.slide.prediction import read_prediction
 from maskattn.slide.reader import SlideReader
+from maskattn.slide.run import run_slides
 from maskattn.slide.tissue import find_tissue
 
 
@@ -132,3 +137,16 @@ def test_halves_are_cut_between_tiles_and_make_the_whole(tile: tuple[int, int]) 
         assert piece.top // tile[1] == (piece.bottom - 1) // tile[1]
     assert (covered[500:1299, 37:1411] == 1).all()
     assert covered.sum() == 799 * 1374
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_prediction_says_what_was_read_from_a_finer_level(slide: Path, tmp_path: Path, workers: int) -> None:
+    damage_level(slide, 1, None)  # the level that a model at 1 µm reads
+    settings = RunSettings(tmp_path / "out", batch_size=16, workers=workers)
+    (outcome,) = run_slides([SlideJob("slide", slide)], small_model(), settings)
+    assert outcome.prediction is not None, outcome.reason
+    (note,) = outcome.prediction.notes
+    assert "at level 1 cannot be decoded ('" in note
+    assert note.endswith("more places of it; a finer level was read there")
+    assert outcome.prediction.counts.unreadable_tiles == 0
+    assert read_prediction(tmp_path / "out" / "slide" / "prediction.json").notes == (note,)

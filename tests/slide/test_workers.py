@@ -87,10 +87,40 @@ def test_a_worker_that_hangs_fails_the_slide_in_bounded_time(path: Path, monkeyp
     assert time.monotonic() - start < 60
 
 
-def test_slow_decoding_is_no_hang(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_STALLED_AFTER_S", 5.0)
-    batches = list(stream_tiles(Slow(path), whole_grid(path), batch_size=16, workers=1))  # 6.4 s without a batch
-    assert [batch.rows_B.tolist() for batch in batches] == [list(range(16))]
+def test_a_batch_that_takes_longer_than_a_look_comes_all_the_same(path: Path) -> None:
+    batches = list(stream_tiles(Slow(path), whole_grid(path), batch_size=8, workers=1))  # 3.2 s a batch
+    assert [batch.rows_B.tolist() for batch in batches] == [list(range(8)), list(range(8, 16))]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_slow_is_told_from_hung_by_the_tiles_that_come(alive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_STALLED_AFTER_S", 1.0)
+    heartbeat = workers.Heartbeat()
+
+    class Waiting:
+        """A loader's iterator that finds no batch for two seconds."""
+
+        looks = 0
+
+        def __iter__(self) -> Waiting:
+            return self
+
+        def __next__(self) -> str:
+            if self.looks == 10:
+                raise StopIteration
+            time.sleep(0.2)
+            self.looks += 1
+            if alive:
+                heartbeat.beat()
+            if self.looks < 10:
+                raise RuntimeError("DataLoader timed out after 0.2 seconds")
+            return "batch"
+
+    if alive:
+        assert list(workers.watched(Waiting(), heartbeat, Path("s.tif"))) == ["batch"]
+    else:
+        with pytest.raises(SlideError, match="must decode within 1 s"):
+            list(workers.watched(Waiting(), heartbeat, Path("s.tif")))
 
 
 def test_a_bug_in_a_worker_is_not_taken_for_a_dead_one(path: Path) -> None:
