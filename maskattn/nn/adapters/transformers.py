@@ -19,7 +19,7 @@ from maskattn.attention.api import masked_attention, packed_attention
 from maskattn.nn.adapters.conversion import build, refuse
 from maskattn.nn.vit import VisionTransformer
 
-__all__ = ["attend", "from_transformers", "register_attention"]
+__all__ = ["attend", "from_transformers", "position_convention", "register_attention"]
 
 _FAMILIES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa")
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"} | {
@@ -209,10 +209,19 @@ def _arguments(config: Any, state: dict[str, Tensor], head: nn.Linear | None) ->
         "fc_norm": False,
         "pos_embed": "rotary" if rotary else "learn",
         "rope_theta": config.rope_theta if rotary else 100.0,
-        "pos_embed_resample": "timm" if kind == "dinov2_with_registers" else "transformers",
+        "pos_embed_resample": position_convention(kind),
         "attn_drop_rate": getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0)),
         "norm_eps": config.layer_norm_eps,
     }
+
+
+def position_convention(model_type: str) -> str:
+    """How transformers resamples the learnt positions of a family, by its ``config.model_type``.
+
+    The registers' DINOv2 alone smooths; DINOv2's own code has a third convention for its models without registers, so
+    that one set of weights gives other features in each library (:mod:`maskattn.nn.positions`).
+    """
+    return "timm" if model_type == "dinov2_with_registers" else "transformers"
 
 
 def register_attention(name: str = "maskattn") -> str:
