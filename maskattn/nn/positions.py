@@ -7,8 +7,8 @@ one:
   registers in transformers);
 - ``"dino"``: bicubic without antialiasing, by a scale factor nudged by 0.1 token so that the size comes out right
   (DINO, DINOv2's first release and HIPT). The nudge shifts the sampling points, so it is part of the convention;
-- ``"transformers"``: bicubic without antialiasing to the exact target size (transformers' ViT, DeiT, BEiT, CLIP, SigLIP,
-  I-JEPA and DINOv2 without registers).
+- ``"transformers"``: bicubic without antialiasing to the exact target size (transformers' ViT, DeiT, BEiT, CLIP,
+  SigLIP, I-JEPA and DINOv2 without registers).
 
 One set of weights may therefore give three outputs: a DINOv2 ViT-S/14 of 37×37 positions, read at 224×224, has the
 features of DINOv2's own code to 5e-6 under ``"dino"``, is off by 0.03 under ``"transformers"`` and by 0.06 under
