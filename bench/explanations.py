@@ -21,9 +21,8 @@ import torch
 from evidence_table import Row, markdown_table
 from torch import Tensor
 
-from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM
-from maskattn.explain.attention_baselines import AttentionRollout, AttentionRow, RelevancePropagation
-from maskattn.explain.baselines import RISE, InputXGradient, IntegratedGradients, SmoothGrad, TokenAblation
+from maskattn.explain import METHODS
+from maskattn.explain.explainer import Explainer
 from maskattn.explain.metrics import (
     box_changes,
     box_sensitivity,
@@ -39,28 +38,25 @@ __all__ = ["HIGHER_IS_BETTER", "LOWER_IS_BETTER", "judge", "methods"]
 
 HIGHER_IS_BETTER = ("correctness", "box sensitivity", "compactness", "two-object contrast")
 LOWER_IS_BETTER = ("class correlation", "ms an image and class")
+BENCH_OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"internal_batch_size": 400} for name in ("smooth", "integrated", "integrated-norm")},
+    "rise": {"m": 500, "internal_batch_size": 100},
+    "token-ablation": {"internal_batch_size": 100},
+}
 
 
 def methods(model: VisionTransformer) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Every method by name: (images, (B,) classes) → (B, H, W)."""
-    explainers: dict[str, Any] = {
-        "CDAM": CDAM(model),
-        "Smooth CDAM": SmoothCDAM(model, internal_batch_size=400),
-        "Integrated CDAM, input": IntegratedCDAM(model, internal_batch_size=400),
-        "Integrated CDAM, norm": IntegratedCDAM(model, path="norm", internal_batch_size=400),
-        "attention": AttentionRow(model),
-        "rollout": AttentionRollout(model),
-        "relevance propagation": RelevancePropagation(model),
-        "Input×Gradient": InputXGradient(model),
-        "Integrated Gradients": IntegratedGradients(model),
-        "SmoothGrad": SmoothGrad(model),
-        "RISE": RISE(model, m=500, internal_batch_size=100),
-        "token ablation": TokenAblation(model, internal_batch_size=100),
-    }
+    """Every method of the registry by title: (images, (B,) classes) → (B, H, W)."""
     calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-    for name, explainer in explainers.items():
-        options = {"generator": torch.Generator().manual_seed(0)} if name == "Smooth CDAM" else {}
-        calls[name] = lambda x, target, e=explainer, o=options: e.attribute(x, target, **o)
+    for method in METHODS.values():
+        explainer = method(model, **BENCH_OPTIONS.get(method.name, {}))
+
+        def explain(x: Tensor, target: Tensor, explainer: Explainer = explainer) -> Tensor:
+            maps = explainer.attribute(x, target, generator=torch.Generator().manual_seed(0))
+            assert isinstance(maps, Tensor)
+            return maps
+
+        calls[method.title] = explain
     return calls
 
 

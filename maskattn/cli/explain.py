@@ -10,6 +10,7 @@ import typer
 from maskattn.cli.options import Debug
 from maskattn.cli.pictures import picture_path, picture_written
 from maskattn.cli.reporting import errors_in_one_line, say
+from maskattn.explain.methods import DEFAULT_METHOD, METHODS
 
 __all__ = ["explain"]
 
@@ -29,7 +30,7 @@ def explain(
     keep: Annotated[
         Path | None, typer.Option("--keep", help="A mask image; tokens that are all black are left out.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="cdam, smooth, integrated or integrated-norm.")] = "cdam",
+    method: Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")] = DEFAULT_METHOD,
     num_heads: Annotated[int | None, typer.Option("--num-heads", help="For a file, which does not say it.")] = None,
     pixel_mean: Annotated[
         tuple[float, float, float] | None,
@@ -54,8 +55,8 @@ def explain(
 
         if target and concept:
             raise ValueError("--target and --concept ask for different things; give one of them")
-        if method not in single.METHODS:
-            raise ValueError(f"--method must be one of {', '.join(single.METHODS)}, got {method!r}")
+        if method not in METHODS:
+            raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         path = picture_path(out, f"{image.stem}_explained.png", [image, *(concept or ()), *([keep] if keep else [])])
         vit = load_vit(model, num_heads=num_heads)
         mean, std = single.normalisation_of(model)
@@ -72,7 +73,7 @@ def explain(
         titles = [f"{name}: {score:.3g}" for name, score in zip(found.names, found.scores_M.tolist(), strict=True)]
         maps = dict(zip(titles, found.maps_MHW, strict=True))
         # Where no font has a name's signs, the names of the files have to do.
-        title = ", ".join(filter(None, (drawable(image.name), drawable(model), method)))
+        title = ", ".join(filter(None, (drawable(image.name), drawable(model), METHODS[method].title)))
         figure = draw_explanation(pixels, found.attention_HW, maps, title, keep_HW=None if kept is None else kept[0])
         with picture_written(path), replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)

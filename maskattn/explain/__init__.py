@@ -1,24 +1,66 @@
-"""Explanations: attention maps, class-discriminative attention maps, and their hierarchical form for slides."""
+"""Explanations: attention maps, class-discriminative attention maps, and their hierarchical form for slides.
 
-from maskattn.explain.attention_maps import AttentionMap
-from maskattn.explain.averaged_cdam import IntegratedCDAM, SmoothCDAM
-from maskattn.explain.cdam import CDAM
-from maskattn.explain.concepts import Concept
-from maskattn.explain.factorised import FactorisedAttention, FactorisedMaps
-from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap, TokenMaps
-from maskattn.explain.three_levels import RegionMaps, ThreeLevelCDAM
+The public names are imported when they are first used, so that the list of methods is read without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskattn.explain.attention_maps import AttentionMap
+    from maskattn.explain.cdam import CDAM
+    from maskattn.explain.concepts import Concept
+    from maskattn.explain.explainer import Explainer
+    from maskattn.explain.factorised import FactorisedAttention, FactorisedMaps
+    from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap, TokenMaps
+    from maskattn.explain.integrated import IntegratedCDAM
+    from maskattn.explain.methods import METHODS
+    from maskattn.explain.smooth import SmoothCDAM
+    from maskattn.explain.three_levels import RegionMaps, ThreeLevelCDAM
 
 __all__ = [
     "AttentionMap",
     "CDAM",
     "Concept",
+    "Explainer",
     "FactorisedAttention",
     "FactorisedMaps",
     "HierarchicalCDAM",
     "IntegratedCDAM",
+    "METHODS",
     "RegionMaps",
     "RelevanceMap",
     "SmoothCDAM",
     "ThreeLevelCDAM",
     "TokenMaps",
 ]
+
+_HOME = {
+    "AttentionMap": "attention_maps",
+    "CDAM": "cdam",
+    "Concept": "concepts",
+    "Explainer": "explainer",
+    "FactorisedAttention": "factorised",
+    "FactorisedMaps": "factorised",
+    "HierarchicalCDAM": "hierarchical",
+    "IntegratedCDAM": "integrated",
+    "METHODS": "methods",
+    "RegionMaps": "three_levels",
+    "RelevanceMap": "hierarchical",
+    "SmoothCDAM": "smooth",
+    "ThreeLevelCDAM": "three_levels",
+    "TokenMaps": "hierarchical",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,9 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from maskattn.explain.attention_maps import AttentionMap
-from maskattn.explain.baselines import Baseline
-from maskattn.explain.targets import Target, select_scores
+from maskattn.explain.attention_maps import attend_from_class_token, check_class_token
+from maskattn.explain.explainer import Explainer, Request, as_maps
+from maskattn.explain.targets import select_scores
+from maskattn.explain.token_scores import gradients_of_scores
 from maskattn.nn.blocks import Attention, Block, PackedTokens
 from maskattn.nn.plain_modules import forwards_of, is_plain
 from maskattn.nn.vit import VisionTransformer
@@ -28,55 +29,56 @@ from maskattn.shapes import Float
 __all__ = ["AttentionRollout", "AttentionRow", "RelevancePropagation"]
 
 
-class AttentionRow(Baseline):
-    """:class:`maskattn.explain.AttentionMap` behind the common interface: the same map for every target."""
+class AttentionRow(Explainer):
+    """:class:`maskattn.explain.AttentionMap` with the common interface: the same map for every target."""
+
+    multiplies_by_inputs = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._row = AttentionMap(self.model)
+        check_class_token(self.model)
 
-    def maps(  # noqa: D102 (as of Baseline)
-        self, model: VisionTransformer, inputs: Tensor, target: Target, keep_BN: Tensor, scores_BM: Tensor
-    ) -> Tensor:
-        return self._row.attribute(inputs, keep_BN)[:, None].expand(-1, scores_BM.shape[1], -1, -1)
+    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
+        row_T = attend_from_class_token(request.model, request.tokens).mean(dim=0)
+        return _for_every_score(as_maps(row_T[None], request.tokens)[:, 0], request)
 
 
-class AttentionRollout(Baseline):
+class AttentionRollout(Explainer):
     """The product over blocks of ½·(head mean + identity), read where the model reads; the same for every target."""
 
+    multiplies_by_inputs = False
+
     @torch.no_grad()
-    def maps(  # noqa: D102 (as of Baseline)
-        self, model: VisionTransformer, inputs: Tensor, target: Target, keep_BN: Tensor, scores_BM: Tensor
-    ) -> Tensor:
-        tokens, weights = _with_weights(model, model.embed(inputs, keep_BN))
+    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
+        tokens, weights = _with_weights(request.model, request.embedded)
         paths = _identity(weights[0])
         for weights_BHLL in weights:
             paths = (weights_BHLL.mean(dim=1) + _identity(weights_BHLL)) / 2 @ paths
-        return _read(model, tokens, paths)[:, None].expand(-1, scores_BM.shape[1], -1, -1)
+        return _for_every_score(_read(request.model, tokens, paths), request)
 
 
-class RelevancePropagation(Baseline):
+class RelevancePropagation(Explainer):
     """R = I; for each block Ā = mean over heads of max(∇A ⊙ A, 0), R ← R + Ā·R; read where the model reads."""
 
-    def maps(  # noqa: D102 (as of Baseline)
-        self, model: VisionTransformer, inputs: Tensor, target: Target, keep_BN: Tensor, scores_BM: Tensor
-    ) -> Tensor:
-        with torch.no_grad():
-            tokens = model.embed(inputs, keep_BN)
+    multiplies_by_inputs = False
+
+    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
+        model, tokens = request.model, request.embedded
         with torch.enable_grad():
             rows_TC = tokens.rows_TC.detach().requires_grad_()
             last, weights = _with_weights(model, tokens.with_rows(rows_TC))
-            scores = select_scores(model.pool(last), target)
-        count, maps = scores.shape[1], []
-        for m in range(count):
-            gradients = torch.autograd.grad(
-                scores[:, m].sum(), list(weights), retain_graph=m + 1 < count, materialize_grads=True
-            )
+            scores_BM = select_scores(model.pool(last), request.target)
+        maps = []
+        for gradients in gradients_of_scores(scores_BM, weights):
             relevance = _identity(weights[0])
             for weights_BHLL, gradient in zip(weights, gradients, strict=True):
                 relevance = relevance + (weights_BHLL.detach() * gradient).clamp(min=0).mean(dim=1) @ relevance
             maps.append(_read(model, last, relevance))
         return torch.stack(maps, dim=1)
+
+
+def _for_every_score(maps_BHW: Tensor, request: Request) -> Float[Tensor, "B M H W"]:
+    return maps_BHW[:, None].expand(-1, request.scores_BM.shape[1], -1, -1)
 
 
 def _with_weights(

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from maskattn.explain.cdam import as_maps
+from maskattn.explain.explainer import as_maps
 from maskattn.explain.packed_model import check_explainable, packed_model
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float
 
-__all__ = ["AttentionMap", "attend_from_class_token"]
+__all__ = ["AttentionMap", "attend_from_class_token", "check_class_token"]
 
 
 class AttentionMap:
@@ -34,12 +34,8 @@ class AttentionMap:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        model = packed_model(model)
-        if model.cls_token is None:
-            raise ValueError(
-                "an attention map is the class token's row, and this model has none (class_token=False); use CDAM"
-            )
-        self.model = model
+        self.model = packed_model(model)
+        check_class_token(self.model)
 
     @torch.no_grad()
     def attribute(
@@ -70,6 +66,18 @@ class AttentionMap:
         if heads is None:
             return maps.mean(dim=1)
         return maps if heads == "all" else maps[:, _indices(heads)]
+
+
+def check_class_token(model: VisionTransformer) -> None:
+    """Refuse a model whose attention map there is not.
+
+    Raises:
+        ValueError: it has no class token.
+    """
+    if model.cls_token is None:
+        raise ValueError(
+            "an attention map is the class token's row, and this model has none (class_token=False); use CDAM"
+        )
 
 
 @torch.no_grad()

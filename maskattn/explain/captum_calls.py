@@ -1,6 +1,6 @@
 """How captum's users call an explanation: tuples of inputs, ``additional_forward_args``, and ``NoiseTunnel`` around it.
 
-Nothing of captum is imported: its tools ask of a method what stands here.
+Nothing of captum is imported: its tools ask of a method what stands here and in :mod:`maskattn.explain.explainer`.
 """
 
 from __future__ import annotations
@@ -10,34 +10,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from maskattn.nn.vit import VisionTransformer
-
-__all__ = ["CaptumCalls", "as_captum_calls"]
+__all__ = ["as_captum_calls"]
 
 Attribute = TypeVar("Attribute", bound=Callable[..., Any])
-
-
-class CaptumCalls:
-    """What captum's tools ask of an attribution method.
-
-    Attributes:
-        model: what is explained.
-        multiplies_by_inputs: maps are products of a token and its gradient.
-    """
-
-    model: VisionTransformer
-    multiplies_by_inputs = True
-
-    @property
-    def forward_func(self) -> nn.Module:
-        """The model, by captum's name."""
-        return self.model
-
-    def has_convergence_delta(self) -> bool:
-        """Whether captum may ask for a ``convergence_delta``: no; IntegratedCDAM returns a gap of its own."""
-        return False
 
 
 def as_captum_calls(attribute: Attribute) -> Attribute:

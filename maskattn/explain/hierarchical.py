@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskattn.explain.attention_maps import attend_from_class_token
-from maskattn.explain.cdam import as_maps
+from maskattn.explain.explainer import as_maps
 from maskattn.explain.packed_model import check_explainable
 from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens

@@ -74,7 +74,7 @@ def removal_curves(
     """Remove tokens by relevance and follow the score.
 
     Args:
-        model: as for :class:`maskattn.explain.CDAM`.
+        model: as for every :class:`maskattn.explain.explainer.Explainer`.
         inputs: (B, in_chans, H·p, W·p) images.
         maps_BHW: (B, H, W), the relevance to be judged.
         target: one score of each image; a function must treat each row of the output for itself.

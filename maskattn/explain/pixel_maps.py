@@ -36,7 +36,7 @@ def explain_pixels(
     The sum over pixels is that over tokens, so that toolkits that add up relevance see the same total.
 
     Args:
-        model: as for :class:`maskattn.explain.CDAM`.
+        model: as for every :class:`maskattn.explain.explainer.Explainer`.
         inputs: (B, in_chans, X, Y) images.
         targets: a class index, or (B,) with one for each image.
         method: a class with the interface of CDAM: our three, or a baseline.

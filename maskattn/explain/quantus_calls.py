@@ -34,7 +34,7 @@ def explain_for_quantus(
     The model is read anew in each call, since Quantus changes its weights between calls.
 
     Args:
-        model: as for :class:`maskattn.explain.CDAM`.
+        model: as for every :class:`maskattn.explain.explainer.Explainer`.
         inputs: (B, in_chans, X, Y) images.
         targets: (B,) class indices.
         method: class of the explanation, :class:`CDAM`, :class:`SmoothCDAM` or :class:`IntegratedCDAM`; called as

@@ -69,10 +69,10 @@ def select_scores(output_BK: Float[Tensor, "B K"], target: Target) -> Float[Tens
     return output_BK[:, classes]
 
 
-def gives_one_map(target: Target, scores_BM: Tensor) -> bool:
-    """Whether the result is (B, H, W) without an axis for several maps."""
+def gives_one_map(target: Target, count: int) -> bool:
+    """Whether the result is (B, H, W) without an axis for several maps, where the target has ``count`` scores."""
     if callable(target):
-        return scores_BM.shape[1] == 1
+        return count == 1
     return is_index(target) or isinstance(target, Tensor)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskattn.explain.cdam import as_maps
+from maskattn.explain.explainer import as_maps
 from maskattn.explain.factorised import join_patches
 from maskattn.explain.hierarchical import RelevanceMap, explain_slide, gradients_of, products_with
 from maskattn.explain.packed_model import check_explainable

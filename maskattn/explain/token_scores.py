@@ -17,7 +17,7 @@ Dimension key: B images, T packed tokens, M targets, H heads, D head width, C ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -31,6 +31,7 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float
 
 __all__ = [
+    "gradients_of_scores",
     "score_class_token_queries",
     "score_tokens",
     "score_tokens_by_autograd",
@@ -70,7 +71,7 @@ def score_tokens_in_closed_form(
     fixed = tokens.with_rows(tokens.rows_TC.detach())
     with torch.enable_grad():
         scores_BM = select_scores(model.predict_from_class_token(block.finish(fixed, out)), target)
-    gradients = torch.stack(list(_gradients(scores_BM, out)))  # [M, B, 1, H, D]
+    gradients = torch.stack([g for (g,) in gradients_of_scores(scores_BM, (out,))])  # [M, B, 1, H, D]
     relevance = token_relevance(
         read.q_B1HD,
         read.k_THD,
@@ -97,7 +98,7 @@ def score_tokens_by_autograd(
         normed = normed.detach().requires_grad_()
         scores_BM = select_scores(output_from(model, tokens, normed), target)
     relevance = normed.new_empty(scores_BM.shape[1], len(normed))
-    for row, gradient in zip(relevance, _gradients(scores_BM, normed), strict=True):
+    for row, (gradient,) in zip(relevance, gradients_of_scores(scores_BM, (normed,)), strict=True):
         row.copy_((normed.detach() * gradient).sum(dim=1))
     return relevance, scores_BM.detach()
 
@@ -118,15 +119,19 @@ def score_class_token_queries(
         q = block.attn.class_token_queries(first)
         out = cast(Tensor, readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=block.attn.impl))
         scores_BM = select_scores(model.predict_from_class_token(block.finish(fixed, out)), target)
-    parts = [(first.detach() * g).sum(dim=(1, 2)) for g in _gradients(scores_BM, first)]
+    parts = [(first.detach() * g).sum(dim=(1, 2)) for (g,) in gradients_of_scores(scores_BM, (first,))]
     return torch.stack(parts, dim=1)
 
 
-def _gradients(scores_BM: Tensor, x: Tensor) -> Iterator[Tensor]:
-    """∂(Σ_b score_bm)/∂x for each target m, one at a time; images do not mix, so the sum keeps them apart."""
+def gradients_of_scores(scores_BM: Float[Tensor, "B M"], leaves: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """∂(Σ_b score_bm)/∂x of each leaf x, one target m after the other; images do not mix, so the sum keeps them apart.
+
+    A target function that does not depend on the output gives zeros.
+    """
     count = scores_BM.shape[1]
     for m in range(count):
         if scores_BM.requires_grad:
-            yield torch.autograd.grad(scores_BM[:, m].sum(), x, retain_graph=m + 1 < count, materialize_grads=True)[0]
+            more = m + 1 < count
+            yield torch.autograd.grad(scores_BM[:, m].sum(), leaves, retain_graph=more, materialize_grads=True)
         else:
-            yield torch.zeros_like(x)  # a target function that does not depend on the output
+            yield tuple(torch.zeros_like(x) for x in leaves)

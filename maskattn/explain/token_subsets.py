@@ -19,7 +19,7 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing
 from maskattn.shapes import Bool, Float, Int
 
-__all__ = ["predict_subsets", "repeat_tokens", "take_subsets", "target_of"]
+__all__ = ["batches", "predict_subsets", "repeat_tokens", "take_subsets", "target_of", "target_of_copies"]
 
 
 def take_subsets(
@@ -55,7 +55,7 @@ def take_subsets(
 
 
 def repeat_tokens(tokens: PackedTokens, copies: int) -> PackedTokens:
-    """The batch, ``copies`` times over, one copy behind the other."""
+    """The batch, ``copies`` times over, one copy after the other."""
     B = tokens.packing.batch_size
     return take_subsets(tokens, torch.arange(B, device=tokens.rows_TC.device).repeat(copies))
 
@@ -89,6 +89,15 @@ def predict_subsets(
 def target_of(target: Target, source_S: Int[Tensor, "S"]) -> Target:
     """The target of sequences made of the images ``source_S``: one class for each image follows its image."""
     return target.to(source_S.device)[source_S] if isinstance(target, Tensor) and target.ndim else target
+
+
+def target_of_copies(target: Target, batch_size: int) -> Target:
+    """The target of each copy of a batch, where copies lie one after the other."""
+
+    def scores(output: Tensor) -> Tensor:
+        return torch.cat([select_scores(copy, target) for copy in output.split(batch_size)])
+
+    return scores
 
 
 def batches(total: int, size: int) -> Iterator[slice]:

@@ -10,11 +10,10 @@ from oracles import assert_within_budget
 from small_vits import random_vit, sample
 from torch import Tensor
 
-from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM, averaged_cdam
-from maskattn.explain.cdam import as_maps
+from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM
+from maskattn.explain.explainer import as_maps
 from maskattn.explain.token_scores import (
     score_class_token_queries,
-    score_tokens,
     score_tokens_by_autograd,
     score_tokens_in_closed_form,
 )
@@ -150,19 +149,21 @@ def test_results_do_not_depend_on_the_size_of_internal_batches(variant):
 
 
 @pytest.mark.parametrize(("size", "batches"), [(1, [2] * 5), (4, [4, 4, 2]), (7, [6, 4]), (100, [10])])
-def test_no_more_than_internal_batch_size_copies_are_in_the_last_block_at_a_time(size, batches, monkeypatch):
+@pytest.mark.parametrize(
+    "explain",
+    [
+        lambda model, size: SmoothCDAM(model, m=5, internal_batch_size=size),
+        lambda model, size: IntegratedCDAM(model, m=5, internal_batch_size=size),
+        lambda model, size: IntegratedCDAM(model, m=5, path="norm", internal_batch_size=size),
+    ],
+    ids=["smooth", "input", "norm"],
+)
+def test_no_more_than_internal_batch_size_copies_are_in_the_head_at_a_time(explain, size, batches):
     model, (x, keep) = random_vit(), sample()
     seen = []
-
-    def counting(model, tokens, *arguments):
-        seen.append(tokens.packing.batch_size)
-        return score_tokens(model, tokens, *arguments)
-
-    monkeypatch.setattr(averaged_cdam, "score_tokens", counting)
-    SmoothCDAM(model, m=5, internal_batch_size=size).attribute(x, 0, keep)
-    for path in ("input", "norm"):
-        IntegratedCDAM(model, m=5, path=path, internal_batch_size=size).attribute(x, 0, keep)
-    assert seen == 3 * batches  # the whole batch of two at least
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    explain(model, size).attribute(x, 0, keep)
+    assert seen == batches  # the whole batch of two at least
 
 
 def test_without_noise_smooth_is_plain():

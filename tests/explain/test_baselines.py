@@ -113,26 +113,43 @@ def test_rise_finds_the_token_that_alone_decides():
 def test_every_method_has_the_interface_of_cdam(name, variant):
     model, (x, keep) = random_vit(**variant).float(), sample(3)
     x, explain = x.float(), QUICK[name](model)
-    maps = explain.attribute(x, "all", keep)
+
+    def attribute(target):
+        return explain.attribute(x, target, keep, generator=torch.Generator().manual_seed(0))
+
+    maps = attribute("all")
     assert maps.shape == (3, 4, 4, 4)
     assert maps.isfinite().all()
     assert not maps.requires_grad
     assert (maps.movedim(1, 3)[~keep] == 0).all()
     assert (maps != 0).any()
-    torch.testing.assert_close(explain.attribute(x, 2, keep), maps[:, 2])
-    each = explain.attribute(x, torch.tensor([1, 0, 3]), keep)
+    torch.testing.assert_close(attribute(2), maps[:, 2])
+    each = attribute(torch.tensor([1, 0, 3]))
     torch.testing.assert_close(each, torch.stack([maps[0, 1], maps[1, 0], maps[2, 3]]))
     assert torch.equal(maps[:, 0], maps[:, 1]) == (name in SAME_FOR_ALL_TARGETS)
     assert all(p.grad is None for p in model.parameters())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
-def test_seeded_methods_repeat_and_leave_torchs_generator_alone():
+@pytest.mark.parametrize("name", ["smoothgrad", "rise"])
+def test_the_same_generator_gives_the_same_map_another_does_not_and_torchs_own_is_left_alone(name):
     model, (x, keep) = random_vit().float(), sample()
-    state = torch.get_rng_state()
-    for explain in (SmoothGrad(model, m=2), RISE(model, m=5)):
-        assert torch.equal(explain.attribute(x.float(), 0, keep), explain.attribute(x.float(), 0, keep))
+    explain, state = QUICK[name](model), torch.get_rng_state()
+    maps = [explain.attribute(x.float(), 0, keep, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[0], maps[2])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["smoothgrad", "rise"])
+def test_without_a_generator_torchs_own_decides(name):
+    model, (x, keep) = random_vit().float(), sample()
+    maps = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        maps.append(QUICK[name](model).attribute(x.float(), 0, keep))
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[0], maps[2])
 
 
 def test_alibi_is_refused_where_it_is_not_known():
@@ -146,9 +163,13 @@ def test_images_without_tissue_and_poisoned_background_do_no_harm(name):
     model, (x, keep) = random_vit(), sample()
     keep[0] = False
     background = ~keep.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].expand_as(x)
+
+    def attribute(images):
+        return QUICK[name](model).attribute(images, 1, keep, generator=torch.Generator().manual_seed(0))
+
     with torch.inference_mode():
-        maps = QUICK[name](model).attribute(x, 1, keep)
+        maps = attribute(x)
     assert (maps[0] == 0).all()
     assert (maps[1] != 0).any()
     if name not in ("integrated gradients", "smoothgrad"):  # these compute with all pixels
-        assert torch.equal(QUICK[name](model).attribute(x.masked_fill(background, torch.nan), 1, keep), maps)
+        assert torch.equal(attribute(x.masked_fill(background, torch.nan)), maps)

@@ -1,0 +1,168 @@
+"""Integrated CDAM: CDAM averaged along a path from zero to the prediction.
+
+The backbone runs once. On the path "norm" keys and values move in proportion to the path's α, so that all steps read
+one set of keys and values (:mod:`maskattn.explain.norm_path`); elsewhere m steps cost m tails, run in batches.
+
+Source: Brocki, Binda, Chung, arXiv 2312.02364, for the path "input"; the path "norm" is this package's.
+
+Dimension key: B images, T packed tokens, M maps, m steps, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from maskattn.explain.explainer import Explainer, Request, as_maps
+from maskattn.explain.last_block import input_of_attention, output_from, reads_class_token_alone
+from maskattn.explain.norm_path import keys_are_proportional, score_tokens_on_norm_path
+from maskattn.explain.smooth import check_counts
+from maskattn.explain.targets import Target, select_scores
+from maskattn.explain.token_scores import score_class_token_queries, score_tokens
+from maskattn.explain.token_subsets import batches, repeat_tokens, target_of_copies
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.vit import VisionTransformer
+from maskattn.shapes import Float
+
+__all__ = ["IntegratedCDAM", "gauss_legendre", "score_difference", "sum_of_images"]
+
+
+class IntegratedCDAM(Explainer):
+    """CDAM averaged along a straight path from zero to the prediction.
+
+    Two paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its norm; the norm
+    undoes the scaling, so that T hardly moves and the map sums to nothing in particular. "norm" scales T itself, at
+    the nodes of Gauss–Legendre quadrature, and is Integrated Gradients in T with a baseline of 0: the scores of all
+    tokens sum to f(T) − f(0), which ``return_convergence_gap`` measures: f(T) − f(0) − Σ_i S_i over all tokens, prefix
+    tokens too.
+
+    Args:
+        model: as for every :class:`maskattn.explain.explainer.Explainer`.
+        m: steps of the path.
+        path: "input" or "norm".
+        internal_batch_size: copies of images in the last block at a time, at least one of the whole batch; bounds the
+            memory, and leaves the result as it is but for rounding.
+
+    Raises:
+        TypeError, ValueError: the model cannot be explained, a number is out of range, or there is no such path.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        m: int = 50,
+        path: Literal["input", "norm"] = "input",
+        *,
+        internal_batch_size: int = 64,
+    ) -> None:
+        check_counts(m, internal_batch_size)
+        if path not in ("input", "norm"):
+            raise ValueError(f"path must be 'input' or 'norm', got path={path!r}")
+        super().__init__(model)
+        self.m = m
+        self.path = path
+        self.internal_batch_size = internal_batch_size
+
+    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
+        return as_maps(self._relevance(request, with_queries=False)[0], request.tokens)
+
+    def maps_and_gap(self, request: Request) -> tuple[Tensor, Tensor]:  # noqa: D102 (as of Explainer)
+        if self.path != "norm":
+            raise ValueError(
+                "the path 'input' does not converge to a difference of scores, so it has no convergence gap; "
+                "use IntegratedCDAM(path='norm')"
+            )
+        relevance_MT, queries_BM = self._relevance(request, with_queries=True)
+        difference_BM = score_difference(request.model, request.tokens, request.target)
+        gap_BM = difference_BM - sum_of_images(relevance_MT, request.tokens) - queries_BM
+        return as_maps(relevance_MT, request.tokens), gap_BM
+
+    def _relevance(self, request: Request, with_queries: bool) -> tuple[Float[Tensor, "M T"], Tensor | float]:
+        """The scores of all tokens, and, if asked, the class tokens' part through their queries, (B, M)."""
+        model, tokens, target = request.model, request.tokens, request.target
+        if self.path == "norm":
+            size = max(1, self.internal_batch_size // max(tokens.packing.batch_size, 1))
+            return score_tokens_integrated(model, tokens, target, self.m, copies=size, with_queries=with_queries)
+        B, total = tokens.packing.batch_size, None
+        for part in batches(self.m, max(1, self.internal_batch_size // max(B, 1))):
+            scales = torch.arange(part.start + 1, part.stop + 1, device=tokens.rows_TC.device) / self.m
+            many = repeat_tokens(tokens, len(scales))
+            many = many.with_rows(torch.cat([scale * tokens.rows_TC for scale in scales.to(tokens.rows_TC)]))
+            relevance, _ = score_tokens(model, many, target_of_copies(target, B))
+            of_copies = relevance.unflatten(1, (len(scales), -1)).sum(dim=1)
+            total = of_copies if total is None else total + of_copies
+        assert total is not None, "m is at least 1"
+        return total / self.m, 0.0
+
+
+def score_tokens_integrated(
+    model: VisionTransformer,
+    tokens: PackedTokens,
+    target: Target,
+    m: int,
+    *,
+    copies: int = 64,
+    with_queries: bool = False,
+) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"] | float]:
+    """Integrated Gradients of the scores in T, with a baseline of 0, by m nodes of Gauss–Legendre quadrature.
+
+    Args:
+        model: the vision transformer.
+        tokens: what ``model.before_last_block`` gave.
+        target: see :func:`maskattn.explain.targets.select_scores`.
+        m: nodes.
+        copies: nodes at a time.
+        with_queries: also return the part of the class tokens' scores that goes through their queries.
+
+    Returns:
+        S (M, T), prefix tokens among the T, and the queries' part (B, M), or 0.0.
+    """
+    alphas, weights = gauss_legendre(m, tokens.rows_TC)
+    if reads_class_token_alone(model) and keys_are_proportional(model, tokens):
+        return score_tokens_on_norm_path(model, tokens, target, alphas, weights, copies, with_queries)
+    B = tokens.packing.batch_size
+    with torch.no_grad():
+        normed = input_of_attention(model, tokens)
+    total: Tensor | float = 0.0
+    queries: Tensor | float = 0.0
+    for part in batches(m, copies):
+        of_copies, scale = target_of_copies(target, B), (weights[part] / alphas[part]).to(normed)
+        many = repeat_tokens(tokens, len(scale))
+        scaled = torch.cat([alpha * normed for alpha in alphas[part]])
+        relevance, _ = score_tokens(model, many, of_copies, scaled)
+        total = total + torch.einsum("m,cmt->ct", scale.to(relevance), relevance.unflatten(1, (len(scale), -1)))
+        if with_queries and reads_class_token_alone(model):
+            parts = score_class_token_queries(model, many, of_copies, scaled).unflatten(0, (len(scale), B))
+            queries = queries + torch.einsum("m,mbc->bc", scale.to(parts), parts)
+    assert isinstance(total, Tensor), "m is at least 1"
+    return total, queries
+
+
+def gauss_legendre(m: int, like: Tensor) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
+    """Nodes and weights of the quadrature on [0, 1], as ``like`` holds numbers."""
+    at, weight = np.polynomial.legendre.leggauss(m)
+    return torch.from_numpy((at + 1) / 2).to(like), torch.from_numpy(weight / 2).to(like)
+
+
+@torch.no_grad()
+def score_difference(model: VisionTransformer, tokens: PackedTokens, target: Target) -> Float[Tensor, "B M"]:
+    """f(T) − f(0): what the scores of a path from zero sum to."""
+    normed = input_of_attention(model, tokens)
+
+    def scores(at: Tensor) -> Tensor:
+        block = model.last_block
+        if not reads_class_token_alone(model):
+            return select_scores(output_from(model, tokens, at), target)
+        read = block.read_attention(tokens, at).out_B1HD
+        return select_scores(model.predict_from_class_token(block.finish(tokens, read)), target)
+
+    return scores(normed) - scores(torch.zeros_like(normed))
+
+
+def sum_of_images(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M"]:
+    """The sum over each image's packed tokens, prefix tokens too."""
+    sums = values_MT.new_zeros(tokens.packing.batch_size, len(values_MT))
+    return sums.index_add_(0, tokens.packing.sequence_of_token, values_MT.T)

@@ -1,0 +1,158 @@
+"""The methods of explanation by name: the one list that the command line, the tables and the pages read.
+
+Nothing here imports torch, so that help and completion answer at once; a method's class is imported when it is made.
+To add one, write a subclass of :class:`maskattn.explain.explainer.Explainer` and a line below.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from maskattn.explain.explainer import Explainer
+
+__all__ = ["DEFAULT_METHOD", "METHODS", "Method", "method_named"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of explanation.
+
+    Attributes:
+        name: as it is typed.
+        title: in tables, pictures and files.
+        what: a clause on what its map says of a token.
+        module, kind: of the class, a subclass of ``Explainer``.
+        options: of the class, that this name stands for.
+        compared: it is there for comparison alone.
+        draws: its maps depend on a generator.
+    """
+
+    name: str
+    title: str
+    what: str
+    module: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    compared: bool = False
+    draws: bool = False
+
+    def __call__(self, model: nn.Module, **options: Any) -> Explainer:
+        """The explainer of a model; ``options`` of the class go before the method's own."""
+        explainer: Explainer = getattr(importlib.import_module(self.module), self.kind)(
+            model, **{**self.options, **options}
+        )
+        return explainer
+
+
+_ATTENTION, _BASELINES = "maskattn.explain.attention_baselines", "maskattn.explain.baselines"
+_LIST = (
+    Method("cdam", "CDAM", "token times gradient at the last attention's input", "maskattn.explain.cdam", "CDAM"),
+    Method(
+        "smooth",
+        "Smooth CDAM",
+        "the mean of CDAM over 50 noisy copies",
+        "maskattn.explain.smooth",
+        "SmoothCDAM",
+        draws=True,
+    ),
+    Method(
+        "integrated",
+        "Integrated CDAM, input",
+        "the mean of CDAM over 50 scales of the last block's input, the authors' path",
+        "maskattn.explain.integrated",
+        "IntegratedCDAM",
+    ),
+    Method(
+        "integrated-norm",
+        "Integrated CDAM, norm",
+        "Integrated Gradients at the last attention's input, complete",
+        "maskattn.explain.integrated",
+        "IntegratedCDAM",
+        {"path": "norm"},
+    ),
+    Method(
+        "attention",
+        "attention",
+        "the class token's attention in the last block",
+        _ATTENTION,
+        "AttentionRow",
+        compared=True,
+    ),
+    Method(
+        "rollout",
+        "rollout",
+        "attention multiplied through the blocks",
+        _ATTENTION,
+        "AttentionRollout",
+        compared=True,
+    ),
+    Method(
+        "relevance-propagation",
+        "relevance propagation",
+        "attention times its gradient, summed through the blocks",
+        _ATTENTION,
+        "RelevancePropagation",
+        compared=True,
+    ),
+    Method(
+        "input-x-gradient",
+        "Input×Gradient",
+        "pixels times their gradients",
+        _BASELINES,
+        "InputXGradient",
+        compared=True,
+    ),
+    Method(
+        "integrated-gradients",
+        "Integrated Gradients",
+        "Integrated Gradients of the pixels from a zero image, 50 steps",
+        _BASELINES,
+        "IntegratedGradients",
+        compared=True,
+    ),
+    Method(
+        "smoothgrad",
+        "SmoothGrad",
+        "pixels times their mean gradient over 50 noisy images",
+        _BASELINES,
+        "SmoothGrad",
+        compared=True,
+        draws=True,
+    ),
+    Method(
+        "rise",
+        "RISE",
+        "the mean of random occluding masks, weighted by the score",
+        _BASELINES,
+        "RISE",
+        compared=True,
+        draws=True,
+    ),
+    Method(
+        "token-ablation",
+        "token ablation",
+        "what the score loses when the token is dropped, a prediction for each",
+        _BASELINES,
+        "TokenAblation",
+        compared=True,
+    ),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _LIST}
+DEFAULT_METHOD = "cdam"
+
+
+def method_named(name: str) -> Method:
+    """A method by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got method={name!r}")
+    return METHODS[name]

@@ -1,0 +1,113 @@
+"""The path α·T, 0 ≤ α ≤ 1, in one pass over keys and values, for models whose prediction reads the class token alone.
+
+T is the input of the last block's attention. Along the path keys and values are affine in α: k_α = α(k − b_k) + b_k,
+and v_α likewise. In the class token's scores q_α·k_α = (α q_α)·k + (1 − α) q_α·b_k the last term is the same for every
+token and drops out of the softmax, so that the attention row at α is a readout of the *unscaled* keys by the query
+α q_α; and the output is o_α = α(o − b_v) + b_v, o being what that readout reads of the unscaled values. With g_c the
+gradient of score c at o_α, the integrand of token i is
+
+    a_i · [ (v_i − b_v)·g_c + ((v_i − o)·g_c) · ((k_i − b_k)·α q_α) ]   (a head's part; scores scaled by 1/√D),
+
+the closed form of CDAM for the query α q_α. All steps are readout queries of one call, and keys and values are neither
+copied nor computed again: m steps cost m tails of one token and O(T·D·m·K).
+
+It needs keys that are affine in their token with the same constant for all: no k norm, and no rotation of a bias.
+
+Dimension key: B images, R steps, T packed tokens, M maps, H heads, D head width, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.attention.api import readout, token_relevance
+from maskattn.explain.targets import Target, select_scores
+from maskattn.explain.token_scores import gradients_of_scores
+from maskattn.explain.token_subsets import batches, target_of_copies
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.vit import VisionTransformer
+from maskattn.shapes import Float
+
+__all__ = ["MOST_QUERIES", "keys_are_proportional", "score_tokens_on_norm_path", "scores_of_reads"]
+
+MOST_QUERIES = 16
+"""Readout queries of a call."""
+
+
+def keys_are_proportional(model: VisionTransformer, tokens: PackedTokens) -> bool:
+    """Whether the last block's keys, less one constant, are proportional to their token."""
+    attn = model.last_block.attn
+    if not isinstance(attn.k_norm, nn.Identity):
+        return False
+    bias = attn.qkv.bias
+    return tokens.rotation is None or bias is None or not bool(bias.chunk(3)[1].any())
+
+
+def score_tokens_on_norm_path(
+    model: VisionTransformer,
+    tokens: PackedTokens,
+    target: Target,
+    alphas_m: Float[Tensor, "m"],
+    weights_m: Float[Tensor, "m"],
+    copies: int,
+    with_queries: bool,
+) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"] | float]:
+    """The integral by these nodes and weights. Arguments and results as in ``score_tokens_integrated``."""
+    attn, packing = model.last_block.attn, tokens.packing
+    with torch.no_grad():
+        normed = tokens.with_rows(model.last_block.norm1(tokens.rows_TC))
+        k, v = attn.keys_and_values(normed)
+        origins = attn.key_and_value_origins(normed)
+    value_origin = origins[1]
+    lengths = packing.cu_seqlens, packing.max_seqlen
+    relevance: Tensor | None = None
+    queries: Tensor | float = 0.0
+    for part in batches(len(alphas_m), min(copies, MOST_QUERIES)):
+        alphas, weights = alphas_m[part], weights_m[part]
+        first_BRC = (alphas[:, None] * normed.first()).requires_grad_(with_queries)
+        with torch.set_grad_enabled(with_queries):
+            q_BRHD = alphas[:, None, None] * attn.class_token_queries(first_BRC)
+            out, lse = readout(q_BRHD, k, v, *lengths, return_lse=True, impl=attn.impl)
+            step = alphas[:, None, None]
+            read = step * out if value_origin is None else value_origin + step * (out - value_origin)
+        read = read if with_queries else read.requires_grad_()
+        with torch.enable_grad():
+            scores = scores_of_reads(model, tokens, read, target)
+        leaves = (read, first_BRC) if with_queries else (read,)
+        gradients = list(gradients_of_scores(scores, leaves))
+        grad_out = torch.stack([weights[:, None, None] * of_read for of_read, *_ in gradients])
+        of_part = token_relevance(
+            q_BRHD,
+            k,
+            v,
+            out,
+            lse,
+            grad_out,
+            *lengths,
+            key_origin=origins[0],
+            value_origin=value_origin,
+            impl=attn.impl,
+        )
+        relevance = of_part if relevance is None else relevance + of_part
+        if with_queries:
+            along = (weights[:, None] * normed.first()).detach()
+            queries = queries + torch.stack([(along * of_first).sum(dim=(1, 2)) for _, of_first in gradients], dim=1)
+    assert relevance is not None, "there is at least one node"
+    return relevance, queries
+
+
+def scores_of_reads(
+    model: VisionTransformer, tokens: PackedTokens, out_BRHD: Float[Tensor, "B R H D"], target: Target
+) -> Float[Tensor, "R_B M"]:
+    """The scores of R variants of what each class token reads, variant after variant.
+
+    Args:
+        model: whose prediction reads the class token alone.
+        tokens: the last block's input.
+        out_BRHD: what the class tokens read.
+        target: see :func:`maskattn.explain.targets.select_scores`.
+    """
+    token_BRC = model.last_block.finish(tokens.with_rows(tokens.rows_TC.detach()), out_BRHD)
+    output = model.predict_from_class_token(token_BRC.transpose(0, 1).flatten(0, 1)[:, None])
+    return select_scores(output, target_of_copies(target, len(token_BRC)))
