@@ -25,7 +25,7 @@ from maskattn.explain.token_scores import score_class_token_queries, score_token
 from maskattn.explain.token_subsets import batches, repeat_tokens, target_of_copies
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
-from maskattn.shapes import Float
+from maskattn.shapes import Bool, Float
 
 __all__ = ["IntegratedCDAM", "gauss_legendre", "score_difference", "sum_of_images"]
 
@@ -33,16 +33,16 @@ __all__ = ["IntegratedCDAM", "gauss_legendre", "score_difference", "sum_of_image
 class IntegratedCDAM(Explainer):
     """CDAM averaged along a straight path from zero to the prediction.
 
-    Two paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its norm; the norm
-    undoes the scaling, so that T hardly moves and the map sums to nothing in particular. "norm" scales T itself, at
+    Three paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its norm; the
+    norm undoes the scaling, so that T hardly moves and the map sums to nothing in particular. "norm" scales T itself, at
     the nodes of Gauss–Legendre quadrature, and is Integrated Gradients in T with a baseline of 0: the scores of all
     tokens sum to f(T) − f(0), which ``return_convergence_gap`` measures: f(T) − f(0) − Σ_i S_i over all tokens, prefix
-    tokens too.
+    tokens too. "grid" scales T at grid tokens alone, so that the map itself sums to f(T) − f(prefix tokens alone).
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
         m: steps of the path.
-        path: "input" or "norm".
+        path: "input", "norm" or "grid".
         internal_batch_size: copies of images in the last block at a time, at least one of the whole batch; bounds the
             memory, and leaves the result as it is but for rounding.
 
@@ -54,13 +54,13 @@ class IntegratedCDAM(Explainer):
         self,
         model: nn.Module,
         m: int = 50,
-        path: Literal["input", "norm"] = "input",
+        path: Literal["input", "norm", "grid"] = "input",
         *,
         internal_batch_size: int = 64,
     ) -> None:
         check_counts(m, internal_batch_size)
-        if path not in ("input", "norm"):
-            raise ValueError(f"path must be 'input' or 'norm', got path={path!r}")
+        if path not in ("input", "norm", "grid"):
+            raise ValueError(f"path must be 'input', 'norm' or 'grid', got path={path!r}")
         super().__init__(model)
         self.m = m
         self.path = path
@@ -70,12 +70,16 @@ class IntegratedCDAM(Explainer):
         return as_maps(self._relevance(request, with_queries=False)[0], request.tokens)
 
     def maps_and_gap(self, request: Request) -> tuple[Tensor, Tensor]:  # noqa: D102 (as of Explainer)
-        if self.path != "norm":
+        if self.path == "input":
             raise ValueError(
                 "the path 'input' does not converge to a difference of scores, so it has no convergence gap; "
                 "use IntegratedCDAM(path='norm')"
             )
         relevance_MT, queries_BM = self._relevance(request, with_queries=True)
+        if self.path == "grid":
+            maps = as_maps(relevance_MT, request.tokens)
+            difference_BM = score_difference(request.model, request.tokens, request.target, prefix_stays=True)
+            return maps, difference_BM - maps.sum(dim=(2, 3))
         difference_BM = score_difference(request.model, request.tokens, request.target)
         gap_BM = difference_BM - sum_of_images(relevance_MT, request.tokens) - queries_BM
         return as_maps(relevance_MT, request.tokens), gap_BM
@@ -83,9 +87,12 @@ class IntegratedCDAM(Explainer):
     def _relevance(self, request: Request, with_queries: bool) -> tuple[Float[Tensor, "M T"], Tensor | float]:
         """The scores of all tokens, and, if asked, the class tokens' part through their queries, (B, M)."""
         model, tokens, target = request.model, request.tokens, request.target
-        if self.path == "norm":
+        if self.path in ("norm", "grid"):
             size = max(1, self.internal_batch_size // max(tokens.packing.batch_size, 1))
-            return score_tokens_integrated(model, tokens, target, self.m, copies=size, with_queries=with_queries)
+            stays = self.path == "grid"
+            return score_tokens_integrated(
+                model, tokens, target, self.m, copies=size, with_queries=with_queries and not stays, prefix_stays=stays
+            )
         B, total = tokens.packing.batch_size, None
         for part in batches(self.m, max(1, self.internal_batch_size // max(B, 1))):
             scales = torch.arange(part.start + 1, part.stop + 1, device=tokens.rows_TC.device) / self.m
@@ -106,6 +113,7 @@ def score_tokens_integrated(
     *,
     copies: int = 64,
     with_queries: bool = False,
+    prefix_stays: bool = False,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"] | float]:
     """Integrated Gradients of the scores in T, with a baseline of 0, by m nodes of Gauss–Legendre quadrature.
 
@@ -116,22 +124,24 @@ def score_tokens_integrated(
         m: nodes.
         copies: nodes at a time.
         with_queries: also return the part of the class tokens' scores that goes through their queries.
+        prefix_stays: the prefix tokens do not take part in the path; their own scores mean nothing then.
 
     Returns:
         S (M, T), prefix tokens among the T, and the queries' part (B, M), or 0.0.
     """
     alphas, weights = gauss_legendre(m, tokens.rows_TC)
-    if reads_class_token_alone(model) and keys_are_proportional(model, tokens):
+    if reads_class_token_alone(model) and keys_are_proportional(model, tokens) and not prefix_stays:
         return score_tokens_on_norm_path(model, tokens, target, alphas, weights, copies, with_queries)
     B = tokens.packing.batch_size
     with torch.no_grad():
         normed = input_of_attention(model, tokens)
+    fixed = is_prefix(tokens) if prefix_stays else torch.zeros((), dtype=torch.bool, device=normed.device)
     total: Tensor | float = 0.0
     queries: Tensor | float = 0.0
     for part in batches(m, copies):
         of_copies, scale = target_of_copies(target, B), (weights[part] / alphas[part]).to(normed)
         many = repeat_tokens(tokens, len(scale))
-        scaled = torch.cat([alpha * normed for alpha in alphas[part]])
+        scaled = torch.cat([torch.where(fixed, normed, alpha * normed) for alpha in alphas[part]])
         relevance, _ = score_tokens(model, many, of_copies, scaled)
         total = total + torch.einsum("m,cmt->ct", scale.to(relevance), relevance.unflatten(1, (len(scale), -1)))
         if with_queries and reads_class_token_alone(model):
@@ -147,9 +157,16 @@ def gauss_legendre(m: int, like: Tensor) -> tuple[Float[Tensor, "m"], Float[Tens
     return torch.from_numpy((at + 1) / 2).to(like), torch.from_numpy(weight / 2).to(like)
 
 
+def is_prefix(tokens: PackedTokens) -> Bool[Tensor, "T 1"]:
+    """Which packed tokens are class tokens and registers."""
+    return (tokens.packing.indices % tokens.packing.num_tokens < tokens.num_prefix)[:, None]
+
+
 @torch.no_grad()
-def score_difference(model: VisionTransformer, tokens: PackedTokens, target: Target) -> Float[Tensor, "B M"]:
-    """f(T) − f(0): what the scores of a path from zero sum to."""
+def score_difference(
+    model: VisionTransformer, tokens: PackedTokens, target: Target, prefix_stays: bool = False
+) -> Float[Tensor, "B M"]:
+    """f(T) − f(0), what the scores of a path from zero sum to; or, ``prefix_stays``, from grid tokens of zero."""
     normed = input_of_attention(model, tokens)
 
     def scores(at: Tensor) -> Tensor:
@@ -159,7 +176,8 @@ def score_difference(model: VisionTransformer, tokens: PackedTokens, target: Tar
         read = block.read_attention(tokens, at).out_B1HD
         return select_scores(model.predict_from_class_token(block.finish(tokens, read)), target)
 
-    return scores(normed) - scores(torch.zeros_like(normed))
+    start = torch.zeros_like(normed)
+    return scores(normed) - scores(torch.where(is_prefix(tokens), normed, start) if prefix_stays else start)
 
 
 def sum_of_images(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M"]:

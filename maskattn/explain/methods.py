@@ -41,6 +41,11 @@ class Method:
     compared: bool = False
     draws: bool = False
 
+    @property
+    def class_token_alone(self) -> bool:
+        """Whether it explains class-token models only."""
+        return self.module == _ROW or self.kind == "RelevanceRules"
+
     def __call__(self, model: nn.Module, **options: Any) -> Explainer:
         """The explainer of a model; ``options`` of the class go before the method's own."""
         explainer: Explainer = getattr(importlib.import_module(self.module), self.kind)(
@@ -50,6 +55,7 @@ class Method:
 
 
 _ATTENTION, _BASELINES = "maskattn.explain.attention_baselines", "maskattn.explain.baselines"
+_ROW = "maskattn.explain.attention_row"
 _LIST = (
     Method("cdam", "CDAM", "token times gradient at the last attention's input", "maskattn.explain.cdam", "CDAM"),
     Method(
@@ -74,6 +80,65 @@ _LIST = (
         "maskattn.explain.integrated",
         "IntegratedCDAM",
         {"path": "norm"},
+    ),
+    Method(
+        "integrated-grid",
+        "Integrated CDAM, grid",
+        "Integrated Gradients at the last attention's input, grid tokens alone; the map itself is complete",
+        "maskattn.explain.integrated",
+        "IntegratedCDAM",
+        {"path": "grid", "m": 16},
+    ),
+    Method(
+        "row-ablation",
+        "row ablation",
+        "what the score loses when the token is dropped from the last attention row, exactly",
+        _ROW,
+        "AttentionRowAblation",
+    ),
+    Method(
+        "row-ablation-linear",
+        "row ablation, first order",
+        "the same to first order in what the class token reads",
+        _ROW,
+        "AttentionRowAblation",
+        {"first_order": True},
+    ),
+    Method(
+        "row-shapley",
+        "row Shapley",
+        "the token's Shapley value in the last attention row, by the path of membership, complete",
+        _ROW,
+        "AttentionRowShapley",
+    ),
+    Method(
+        "row-shapley-sampled",
+        "row Shapley, sampled",
+        "the token's Shapley value in the last attention row, by 8 random orders and their reverses",
+        _ROW,
+        "SampledRowShapley",
+        draws=True,
+    ),
+    Method(
+        "value-path",
+        "value path",
+        "the path over the values that the class token reads, its attention held, complete",
+        _ROW,
+        "AttentionValuePath",
+    ),
+    Method(
+        "cdam-completed",
+        "CDAM, completed",
+        "CDAM, with what its sum lacks shared out",
+        "maskattn.explain.candidates",
+        "CompletedCDAM",
+    ),
+    Method(
+        "relevance-rules",
+        "relevance rules",
+        "layer-wise relevance at the last attention's input, by the rules of AttnLRP",
+        "maskattn.explain.candidates",
+        "RelevanceRules",
     ),
     Method(
         "attention",

@@ -131,7 +131,8 @@ def gradients_of_scores(scores_BM: Float[Tensor, "B M"], leaves: Sequence[Tensor
     count = scores_BM.shape[1]
     for m in range(count):
         if scores_BM.requires_grad:
-            more = m + 1 < count
-            yield torch.autograd.grad(scores_BM[:, m].sum(), leaves, retain_graph=more, materialize_grads=True)
+            with torch.enable_grad():
+                total = scores_BM[:, m].sum()
+            yield torch.autograd.grad(total, leaves, retain_graph=m + 1 < count, materialize_grads=True)
         else:
             yield tuple(torch.zeros_like(x) for x in leaves)

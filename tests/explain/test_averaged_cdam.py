@@ -105,11 +105,12 @@ def test_the_path_in_the_norm_is_captums_integrated_gradients_there(variant):
 
 
 @pytest.mark.parametrize("variant", MODELS + POOLED, ids=str)
-def test_on_the_path_in_the_norm_scores_add_up_to_the_difference_of_the_ends(variant):
+@pytest.mark.parametrize("path", ["norm", "grid"])
+def test_on_the_paths_in_the_norm_scores_add_up_to_the_difference_of_the_ends(variant, path):
     model, (x, keep) = random_vit(**variant), sample()
     gaps = []
     for m in (2, 40):
-        maps, gap = IntegratedCDAM(model, m=m, path="norm").attribute(x, "all", keep, return_convergence_gap=True)
+        maps, gap = IntegratedCDAM(model, m=m, path=path).attribute(x, "all", keep, return_convergence_gap=True)
         assert maps.shape == (2, 4, 4, 4)
         assert gap.shape == (2, 4)
         gaps.append(gap.abs().max())

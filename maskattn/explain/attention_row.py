@@ -1,0 +1,311 @@
+"""Methods that read the class token's last attention row as a game: its players are the grid tokens.
+
+With a_hi head h's weight of token i, v its values and o = Σ_i a_hi v_hi what the class token reads, the row without
+some tokens is the row of those that stay, divided by their sum: exactly what the softmax gives. So a set of tokens S,
+beside the prefix tokens, which always stay, reads o_S = Σ_{i ∈ S} a_i v_i / Σ_{i ∈ S} a_i, and scores f(o_S), f being
+the tail (projection, MLP, norm and head of one token). No keys, no queries and no backbone are computed again.
+
+Dimension key: B images, R variants of a row, L = P + N tokens, P prefix tokens, N grid tokens, T packed tokens, M maps,
+H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.attention.api import readout, token_relevance
+from maskattn.explain.explainer import Explainer, Request, as_maps
+from maskattn.explain.integrated import gauss_legendre, sum_of_images
+from maskattn.explain.last_block import reads_class_token_alone
+from maskattn.explain.norm_path import scores_of_reads
+from maskattn.explain.token_scores import gradients_of_scores
+from maskattn.explain.token_subsets import batches
+from maskattn.nn.blocks import ClassTokenAttention
+from maskattn.packing import unpack
+from maskattn.shapes import Float
+
+__all__ = ["AttentionRow", "AttentionRowAblation", "AttentionRowShapley", "AttentionValuePath", "SampledRowShapley"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRow:
+    """The class tokens' last attention row.
+
+    Attributes:
+        request: of which it is.
+        read: queries, keys, values and what was read.
+        weights_HT: (H, T), the softmax weight of each token.
+    """
+
+    request: Request
+    read: ClassTokenAttention
+    weights_HT: Float[Tensor, "H T"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, request: Request) -> AttentionRow:
+        """The row of a request.
+
+        Raises:
+            ValueError: the prediction reads more than this row.
+        """
+        model, tokens = request.model, request.tokens
+        if not reads_class_token_alone(model):
+            raise ValueError(
+                "this method reads the class token's last attention row, so the prediction must read nothing else, got "
+                f"global_pool={model.global_pool!r} or a last block with hooks or adapters; use IntegratedCDAM"
+            )
+        read = model.last_block.read_attention(tokens)
+        packing, impl = tokens.packing, model.last_block.attn.impl
+        lengths = packing.cu_seqlens, packing.max_seqlen
+        _, rows = readout(read.q_B1HD, read.k_THD, read.v_THD, *lengths, return_rows=True, impl=impl)
+        return cls(request, read, rows[0])
+
+    def dense(self, of_tokens: Float[Tensor, "T ..."]) -> Float[Tensor, "B L ..."]:
+        """Values of packed tokens in their places, 0 where there is none."""
+        return unpack(of_tokens, self.request.tokens.packing)
+
+    def scores(self, out_BRHD: Float[Tensor, "B R H D"]) -> Float[Tensor, "B R M"]:
+        """The scores of rows that read this."""
+        scores = scores_of_reads(self.request.model, self.request.tokens, out_BRHD, self.request.target)
+        return scores.unflatten(0, (out_BRHD.shape[1], len(out_BRHD))).transpose(0, 1)
+
+    def gradients(self, out_BRHD: Float[Tensor, "B R H D"]) -> Float[Tensor, "M B R H D"]:
+        """The gradient of each score of each row at what it reads."""
+        out = out_BRHD.detach().requires_grad_()
+        with torch.enable_grad():
+            scores = scores_of_reads(self.request.model, self.request.tokens, out, self.request.target)
+        return torch.stack([gradient for (gradient,) in gradients_of_scores(scores, (out,))])
+
+    def of_prefix(self) -> tuple[Float[Tensor, "B 1 H 1"], Float[Tensor, "B 1 H D"]]:
+        """The sum of the prefix tokens' weights, and of their weighted values."""
+        P = self.request.tokens.num_prefix
+        packing = self.request.tokens.packing
+        rows = (packing.cu_seqlens[:-1].long()[:, None] + torch.arange(P, device=packing.indices.device)).flatten()
+        weight = self.weights_HT.T[rows].unflatten(0, (-1, P))[..., None]  # [B, P, H, 1]
+        value = self.read.v_THD[rows].unflatten(0, (-1, P))
+        return weight.sum(dim=1, keepdim=True), (weight * value).sum(dim=1, keepdim=True)
+
+    def weighted_values(self, grad_MBHD: Float[Tensor, "M B H D"]) -> Float[Tensor, "M T"]:
+        """Σ_h a_hi v_hi · g_h of every token."""
+        return self._relevance(grad_MBHD, self.read.k_THD, None)  # keys stand still
+
+    def relevance(self, grad_MBHD: Float[Tensor, "M B H D"]) -> Float[Tensor, "M T"]:
+        """The closed form of CDAM with this gradient at what was read."""
+        return self._relevance(grad_MBHD, self.read.key_origin, self.read.value_origin)
+
+    def _relevance(self, grad_MBHD: Tensor, key_origin: Tensor | None, value_origin: Tensor | None) -> Tensor:
+        packing, read = self.request.tokens.packing, self.read
+        return token_relevance(
+            read.q_B1HD,
+            read.k_THD,
+            read.v_THD,
+            read.out_B1HD,
+            read.lse_B1H,
+            grad_MBHD[:, :, None],
+            packing.cu_seqlens,
+            packing.max_seqlen,
+            impl=self.request.model.last_block.attn.impl,
+            key_origin=key_origin,
+            value_origin=value_origin,
+        )
+
+
+class AttentionRowAblation(Explainer):
+    """What a score loses when a token is dropped from the last block: f(o) − f(o without i), exactly.
+
+    o without i is (o − a_i v_i)/(1 − a_i), head by head; its tail is computed for every token, in batches, for all
+    targets at once. Without a token the rest of the last block is as if it had never been there; the blocks before have
+    seen it.
+
+    Args:
+        model: as for every :class:`maskattn.explain.explainer.Explainer`; its prediction reads the class token alone.
+        first_order: take f to first order at o instead: Σ_h a_hi/(1 − a_hi) (v_hi − o_h) · ∂f/∂o_h.
+        internal_batch_size: rows in the tail at a time.
+    """
+
+    multiplies_by_inputs = False
+
+    def __init__(self, model: nn.Module, *, first_order: bool = False, internal_batch_size: int = 4096) -> None:
+        super().__init__(model)
+        self.first_order = first_order
+        self.internal_batch_size = internal_batch_size
+
+    @torch.no_grad()
+    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
+        row, P = AttentionRow.of(request), request.tokens.num_prefix
+        out, B = row.read.out_B1HD, len(request.inputs)
+        weights, values = (row.dense(x)[:, P:] for x in (row.weights_HT.T, row.read.v_THD))
+        if self.first_order:
+            gradients = row.gradients(out)[:, :, 0]
+            share = weights / (1 - weights)
+            along = torch.einsum("blhd,mbhd->mblh", values - out, gradients)
+            return torch.einsum("mblh,blh->bml", along, share).unflatten(2, request.grid_HW)
+        whole, parts = row.scores(out), []
+        largest, without_largest = self._without_largest(row)
+        for part in batches(weights.shape[1], max(1, self.internal_batch_size // max(B, 1))):
+            a, v = weights[:, part, :, None], values[:, part]
+            without = (out - a * v) / (1 - a)
+            # Where a token has most of a head's weight, the difference would cancel: the row is read again.
+            places = torch.arange(part.start, part.stop, device=a.device) + P
+            is_largest = (largest[:, None] == places[:, None])[..., None]
+            without = torch.where(is_largest & (a > 0.5), without_largest, without)
+            parts.append(whole - row.scores(without))
+        return torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, request.grid_HW)
+
+    @staticmethod
+    def _without_largest(row: AttentionRow) -> tuple[Tensor, Tensor]:
+        """Where each head's heaviest token lies, (B, H), and what the head reads without it, (B, 1, H, D)."""
+        tokens, read = row.request.tokens, row.read
+        largest = row.dense(row.weights_HT.T).argmax(dim=1)  # [B, H]
+        place = tokens.packing.indices % tokens.packing.num_tokens
+        gone_TH = place[:, None] == largest[tokens.packing.sequence_of_token]
+        out = readout(
+            read.q_B1HD,
+            read.k_THD,
+            read.v_THD,
+            tokens.packing.cu_seqlens,
+            tokens.packing.max_seqlen,
+            key_bias=torch.zeros_like(gone_TH, dtype=read.q_B1HD.dtype).masked_fill(gone_TH, -torch.inf),
+            impl=row.request.model.last_block.attn.impl,
+        )
+        assert isinstance(out, Tensor)
+        return largest, out
+
+
+class AttentionRowShapley(Explainer):
+    """The Shapley value of each token in the row's game, by the path on which all grid tokens enter together.
+
+    At membership t the row reads o(t) = (A + t·G)/(α + t(1 − α)), A and α being the prefix tokens' weighted values and
+    weight, G the grid tokens'; token i enters at the rate a_i (v_i − o(t))/(α + t(1 − α)). The value of Aumann and
+    Shapley, ∫ ∂f/∂o · that rate dt, is the limit of the Shapley value for many tokens, and complete: the map sums to
+    f(o) − f(prefix tokens alone). As the rate is affine in v_i, the integral over m steps is over m tails of one token,
+    and the map takes one pass over the values whatever m is.
+
+    Args:
+        model: as for :class:`AttentionRowAblation`.
+        m: steps, nodes of Gauss–Legendre quadrature in t^(1/3): where the prefix tokens have little weight, the row
+            changes soonest at small t.
+    """
+
+    multiplies_by_inputs = False
+
+    def __init__(self, model: nn.Module, m: int = 16) -> None:
+        super().__init__(model)
+        self.m = m
+
+    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
+        return as_maps(self._relevance(AttentionRow.of(request)), request.tokens)
+
+    def maps_and_gap(self, request: Request) -> tuple[Tensor, Tensor]:  # noqa: D102 (as of Explainer)
+        row = AttentionRow.of(request)
+        relevance_MT = self._relevance(row)
+        alone, values = row.of_prefix()
+        with torch.no_grad():
+            difference_BM = (row.scores(row.read.out_B1HD) - row.scores(values / alone))[:, 0]
+        maps = as_maps(relevance_MT, request.tokens)
+        return maps, difference_BM - maps.sum(dim=(2, 3))
+
+    @torch.no_grad()
+    def _relevance(self, row: AttentionRow) -> Float[Tensor, "M T"]:
+        nodes, weights = gauss_legendre(self.m, row.read.out_B1HD)
+        t = (nodes**3)[:, None, None]  # [R, 1, 1]
+        dt = 3 * nodes**2 * weights
+        of_prefix, values = row.of_prefix()
+        mass = of_prefix + t * (1 - of_prefix)  # [B, R, H, 1]
+        out = (values + t * (row.read.out_B1HD - values)) / mass
+        rates = row.gradients(out) * (dt[:, None, None] / mass)  # [M, B, R, H, D]
+        constant_MBH = (rates * out).sum(dim=(2, 4))
+        sequence = row.request.tokens.packing.sequence_of_token
+        offset = torch.stack([torch.einsum("th,ht->t", c[sequence], row.weights_HT) for c in constant_MBH])
+        return row.weighted_values(rates.sum(dim=2)) - offset
+
+
+class SampledRowShapley(Explainer):
+    """The Shapley value of each token in the row's game, by random orders in which tokens enter, and their reverses.
+
+    Args:
+        model: as for :class:`AttentionRowAblation`.
+        m: pairs of orders.
+        internal_batch_size: rows in the tail at a time.
+    """
+
+    multiplies_by_inputs = False
+
+    def __init__(self, model: nn.Module, m: int = 8, *, internal_batch_size: int = 4096) -> None:
+        super().__init__(model)
+        self.m = m
+        self.internal_batch_size = internal_batch_size
+
+    @torch.no_grad()
+    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
+        row, P = AttentionRow.of(request), request.tokens.num_prefix
+        weights, values = (row.dense(x)[:, P:] for x in (row.weights_HT.T, row.read.v_THD))
+        generator, N = request.generator, weights.shape[1]
+        device = "cpu" if generator is None else generator.device
+        total: Tensor | float = 0.0
+        for _ in range(self.m):
+            order_N = torch.randperm(N, generator=generator, device=device).to(weights.device)
+            for order in (order_N, order_N.flip(0)):
+                total = total + self._marginals(row, weights[:, order], values[:, order])[:, order.argsort()]
+        assert isinstance(total, Tensor), "m is at least 1"
+        return (total / (2 * self.m)).transpose(1, 2).unflatten(2, request.grid_HW)
+
+    def _marginals(self, row: AttentionRow, weights_BNH: Tensor, values_BNHD: Tensor) -> Float[Tensor, "B N M"]:
+        alone, start = row.of_prefix()
+        mass = alone + weights_BNH.cumsum(dim=1)[..., None]
+        sums = start + (weights_BNH[..., None] * values_BNHD).cumsum(dim=1)
+        before, parts = row.scores(start / alone), []
+        for part in batches(sums.shape[1], max(1, self.internal_batch_size // max(len(sums), 1))):
+            scores = row.scores(sums[:, part] / mass[:, part])
+            parts.append(scores - torch.cat([before, scores[:, :-1]], dim=1))
+            before = scores[:, -1:]
+        return torch.cat(parts, dim=1)
+
+
+class AttentionValuePath(Explainer):
+    """The path over the values alone, weights held: S_i = Σ_h a_hi (v_hi − b_v) · ∫ ∂f/∂o at b_v + t (o − b_v) dt.
+
+    Complete: all tokens sum to f(o) − f(b_v), b_v being what the row reads of tokens that are 0.
+
+    Args:
+        model: as for :class:`AttentionRowAblation`.
+        m: nodes of Gauss–Legendre quadrature.
+    """
+
+    def __init__(self, model: nn.Module, m: int = 16) -> None:
+        super().__init__(model)
+        self.m = m
+
+    @torch.no_grad()
+    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
+        row = AttentionRow.of(request)
+        relevance = self._relevance(row)
+        return as_maps(relevance, request.tokens)
+
+    def maps_and_gap(self, request: Request) -> tuple[Tensor, Tensor]:  # noqa: D102 (as of Explainer)
+        row = AttentionRow.of(request)
+        relevance = self._relevance(row)
+        with torch.no_grad():
+            origin = self._origin(row).expand_as(row.read.out_B1HD)
+            difference_BM = (row.scores(row.read.out_B1HD) - row.scores(origin))[:, 0]
+        return as_maps(relevance, request.tokens), difference_BM - sum_of_images(relevance, request.tokens)
+
+    @staticmethod
+    def _origin(row: AttentionRow) -> Tensor:
+        origin = row.read.value_origin
+        return torch.zeros_like(row.read.out_B1HD[0, 0]) if origin is None else origin
+
+    @torch.no_grad()
+    def _relevance(self, row: AttentionRow) -> Float[Tensor, "M T"]:
+        nodes, weights = gauss_legendre(self.m, row.read.out_B1HD)
+        origin = self._origin(row)
+        out = origin + nodes[:, None, None] * (row.read.out_B1HD - origin)  # [B, R, H, D]
+        mean_MBHD = torch.einsum("mbrhd,r->mbhd", row.gradients(out), weights)
+        sequence = row.request.tokens.packing.sequence_of_token
+        of_origin_MBH = (mean_MBHD * origin).sum(dim=-1)
+        offset = torch.stack([torch.einsum("th,ht->t", c[sequence], row.weights_HT) for c in of_origin_MBH])
+        return row.weighted_values(mean_MBHD) - offset
