@@ -34,8 +34,8 @@ class IntegratedCDAM(Explainer):
     """CDAM averaged along a straight path from zero to the prediction.
 
     Three paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its norm; the
-    norm undoes the scaling, so that T hardly moves and the map sums to nothing in particular. "norm" scales T itself, at
-    the nodes of Gauss–Legendre quadrature, and is Integrated Gradients in T with a baseline of 0: the scores of all
+    norm undoes the scaling, so that T hardly moves and the map sums to nothing in particular. "norm" scales T itself,
+    at the nodes of Gauss–Legendre quadrature, and is Integrated Gradients in T with a baseline of 0: the scores of all
     tokens sum to f(T) − f(0), which ``return_convergence_gap`` measures: f(T) − f(0) − Σ_i S_i over all tokens, prefix
     tokens too. "grid" scales T at grid tokens alone, so that the map itself sums to f(T) − f(prefix tokens alone).
 
