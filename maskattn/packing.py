@@ -20,6 +20,7 @@ from torch import Tensor
 
 from maskattn import native_packing
 from maskattn.extension import has_extension
+from maskattn.leaves import leaf_function
 from maskattn.shapes import Bool, Int, Shaped
 from maskattn.transforms import is_mapped, take_one_by_one, transformable
 
@@ -69,29 +70,7 @@ class Packing:
             ValueError: the mask has not two dimensions, or no numbers (meta device, ``torch.vmap``), or
                 ``torch.jit.trace`` would freeze them.
         """
-        _check_keep(keep_BN)
-        if not torch.compiler.is_compiling() and has_extension():
-            found = native_packing.kept_tokens(keep_BN)
-            if found is not None:
-                indices, cu_seqlens, max_seqlen, row_of_token = found
-                return cls(indices, cu_seqlens, max_seqlen, keep_BN.shape[0], keep_BN.shape[1], row_of_token)
-        lengths = keep_BN.sum(dim=1, dtype=torch.int32)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        kept = keep_BN.reshape(-1)
-        row = kept.cumsum(0, dtype=torch.int32) - 1
-        counts = _read(lengths, keep_BN)
-        total = sum(counts)
-        # Like kept.nonzero(), which would wait for the device again; background goes to one place behind the end.
-        tokens = torch.arange(kept.shape[0], device=kept.device)
-        indices = tokens.new_empty(total + 1).scatter_(0, row.where(kept, total).long(), tokens)[:total]
-        return cls(
-            indices=indices,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max(counts, default=0),
-            batch_size=keep_BN.shape[0],
-            num_tokens=keep_BN.shape[1],
-            row_of_token=row.where(kept, -1),
-        )
+        return _read_mask(keep_BN)
 
     @property
     def total(self) -> int:
@@ -116,6 +95,7 @@ class Packing:
         )
 
 
+@leaf_function
 def pack(x: Shaped[Tensor, "B N *rest"], packing: Packing) -> Shaped[Tensor, "T *rest"]:
     """Gather the kept tokens of a batch into T rows: (B, N, ...) → (T, ...).
 
@@ -132,6 +112,7 @@ def pack(x: Shaped[Tensor, "B N *rest"], packing: Packing) -> Shaped[Tensor, "T 
     return gather_rows(x.flatten(0, 1), packing.indices, _rows_of_tokens(packing))
 
 
+@leaf_function
 def unpack(rows: Shaped[Tensor, "T *rest"], packing: Packing) -> Shaped[Tensor, "B N *rest"]:
     """Scatter T packed rows to their places in the batch: (T, ...) → (B, N, ...); every other row is 0.
 
@@ -220,6 +201,34 @@ def gather_rows(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
 def scatter_rows(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     """(T, ...) → (rows, ...): the rows put to ``indices`` (T,), whose inverse is ``row_of_token``; zeros elsewhere."""
     return _scatter_transformable(rows, indices, row_of_token)
+
+
+@leaf_function
+def _read_mask(keep_BN: Tensor) -> Packing:
+    """See :meth:`Packing.from_keep`; a function of its own, which ``torch.fx`` can name."""
+    _check_keep(keep_BN)
+    if not torch.compiler.is_compiling() and has_extension():
+        found = native_packing.kept_tokens(keep_BN)
+        if found is not None:
+            indices, cu_seqlens, max_seqlen, row_of_token = found
+            return Packing(indices, cu_seqlens, max_seqlen, keep_BN.shape[0], keep_BN.shape[1], row_of_token)
+    lengths = keep_BN.sum(dim=1, dtype=torch.int32)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    kept = keep_BN.reshape(-1)
+    row = kept.cumsum(0, dtype=torch.int32) - 1
+    counts = _read(lengths, keep_BN)
+    total = sum(counts)
+    # Like kept.nonzero(), which would wait for the device again; background goes to one place behind the end.
+    tokens = torch.arange(kept.shape[0], device=kept.device)
+    indices = tokens.new_empty(total + 1).scatter_(0, row.where(kept, total).long(), tokens)[:total]
+    return Packing(
+        indices=indices,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(counts, default=0),
+        batch_size=keep_BN.shape[0],
+        num_tokens=keep_BN.shape[1],
+        row_of_token=row.where(kept, -1),
+    )
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -2,7 +2,8 @@
 
 torch runs a ``torch.library`` operation under neither: forward-mode AD would give tangents of 0 without a word. While
 one of them is at work the operation is called as a ``torch.autograd.Function`` that has both; otherwise, and in what
-``torch.compile`` traces, as it is.
+``torch.compile`` traces, as it is. A tangent that reaches the operation itself, called through ``torch.ops`` or in
+compiled code, is refused.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
+from torch.library import Library
 
 __all__ = ["is_mapped", "is_transformed", "refuse", "take_one_by_one", "transformable"]
 
 Call = Callable[..., Any]
+
+# Where a tangent can still be seen. The alias "Autograd" has torch's own kernel, which stays there, unchanged.
+_AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradXPU", "AutogradMPS", "AutogradPrivateUse1")
+_library = Library("maskattn", "FRAGMENT")
 
 
 def transformable(
@@ -66,7 +73,7 @@ def is_transformed(args: tuple[Any, ...]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return True
-    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)
+    return _any_tangent(args)
 
 
 def is_mapped(x: Tensor) -> bool:
@@ -81,9 +88,39 @@ def is_mapped(x: Tensor) -> bool:
     return False
 
 
+def _any_tangent(args: tuple[Any, ...]) -> bool:
+    # Outside of every level there is none: most calls end here.
+    return forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+    )
+
+
+def _refuse_tangents(operation: CustomOpDef) -> None:
+    """Where torch would run the operation on a tensor that has a tangent, and drop this, raise instead."""
+    for key in _AUTOGRAD_KEYS:
+        _library.impl(operation._qualname.partition("::")[2], _guarded(operation, key), key, with_keyset=True)
+
+
+def _guarded(operation: CustomOpDef, key: str) -> Call:
+    run = torch.library.get_kernel(operation._qualname, key).call_boxed
+
+    def call(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if _any_tangent(args):
+            raise NotImplementedError(
+                "an operation called through torch.ops or under torch.compile has no forward-mode derivative, got a "
+                f"tangent in {operation._qualname}; call the functions of maskattn, uncompiled"
+            )
+        return run(keys, *args)
+
+    return call
+
+
 def _routed(
     operation: Call, setup_context: Call, backward: Call, tangent: Call, vmap: Call | None, plain: Call | None
 ) -> Call:
+    if isinstance(operation, CustomOpDef):
+        _refuse_tangents(operation)
+
     def forward(*args: Any) -> Any:
         return operation(*args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,8 @@ def test_annotated_shapes_are_checked_and_true():
     from maskattn.nn.positions import resample_position_embedding
 
     def checked(function):
-        return jaxtyping.jaxtyped(typechecker=beartype.beartype)(function)
+        # The function itself: the annotations of what torch.fx takes as one node resolve in its own module alone.
+        return jaxtyping.jaxtyped(typechecker=beartype.beartype)(inspect.unwrap(function))
 
     keep = torch.tensor([[True, False, True], [True, True, True]])
     packing = checked(maskattn.Packing.from_keep.__func__)(maskattn.Packing, keep)

@@ -257,3 +257,72 @@ def test_the_lse_that_was_not_asked_for_has_no_tangent_to_give():
     options = Options(0.25)
     exact = jvp(lambda x: reference.packed_attention(x, x, x, starts, starts, options), (x.double(),), (x.double(),))[1]
     torch.testing.assert_close(with_lse[1].double(), exact[1], rtol=1e-5, atol=1e-5)
+
+
+def registered(name: str) -> tuple[Callable, Tensor]:
+    """An operation as torch.ops has it, of one tensor, and that tensor."""
+    op, x, starts, none = (
+        getattr(torch.ops.maskattn, name),
+        torch.randn(5, 2, 16),
+        cu_seqlens([5]),
+        flat_options(Options(1.0)),
+    )
+    rows, lse, indices = torch.arange(5, dtype=torch.int32), torch.zeros(2, 5), torch.arange(5)
+    sequences, read_lse = (starts, starts, 5, 5), torch.zeros(1, 1, 2)
+    calls = {
+        "packed_attention": lambda x: op(x, x, x, *sequences, *none, True, "torch"),
+        "packed_attention_backward": lambda x: op(x, None, x, x, x, x, lse, *sequences, *none, "torch"),
+        "masked_attention": lambda x: op(*[x[None]] * 3, torch.ones(1, 2).bool(), False, *none, True, "torch"),
+        "masked_attention_backward": lambda x: op(
+            x[None], None, *[x[None]] * 4, lse.T[None], torch.ones(1, 2).bool(), False, *none, "torch"
+        ),
+        "readout": lambda x: op(x[None, :1], x, x, starts, 5, *none, True, True, "torch"),
+        "readout_backward": lambda x: op(
+            x[None, :1], None, None, x[None, :1], x, x, x[None, :1], read_lse, starts, 5, *none, "torch"
+        ),
+        "token_relevance": lambda x: op(
+            x[None, :1], x, x, x[None, :1], read_lse, x[None, None, :1], None, None, starts, 5, *none, "torch"
+        ),
+        "gather_rows": lambda x: op(x, indices, rows),
+        "scatter_rows": lambda x: op(x, indices, rows),
+    }
+    return calls[name], x
+
+
+REGISTERED = [
+    *(f"{name}{end}" for name in OPERATIONS for end in ("", "_backward")),
+    *("token_relevance", "gather_rows", "scatter_rows"),
+]
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_an_operation_of_torch_ops_refuses_a_tangent_instead_of_dropping_it(name):
+    call, x = registered(name)
+    call(x)
+    with pytest.raises(NotImplementedError, match=f"no forward-mode derivative, got a tangent in maskattn::{name}"):
+        jvp(call, (x,), (x,))
+    for leaf in (x, x.clone().requires_grad_()):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"a tangent in maskattn::{name}"):
+            call(forward_ad.make_dual(leaf, x))
+        with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match="tangent"):
+            call(forward_ad.make_dual(leaf, x))
+    with forward_ad.dual_level():
+        call(x)  # what is constant within a level runs
+
+
+def test_every_registered_operation_is_asked_about_tangents():
+    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("maskattn::")}
+    assert names == set(REGISTERED)
+
+
+def test_compiled_code_refuses_a_tangent_instead_of_dropping_it():
+    x, starts = torch.randn(5, 2, 16), cu_seqlens([5])
+
+    def attend(x: Tensor) -> Tensor:
+        return packed_attention(x, x, x, starts, starts, 5, 5)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), attend(x))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"under torch\.compile has no forward-mode"):
+        compiled(forward_ad.make_dual(x, x))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskattn import masked_attention, packed_attention
 from maskattn.nn import MultiheadAttention, VisionTransformer, replace_attention
-from maskattn.packing import Packing, pack
+from maskattn.packing import Packing, pack, unpack
 
 # torch.jit.trace warns that it is deprecated, and of each comparison of sizes.
 tracing = pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
@@ -303,3 +303,22 @@ def test_operations_are_nodes_of_a_symbolic_trace():
     rows, starts = torch.randn(5, 2, 8), torch.tensor([0, 3, 5], dtype=torch.int32)
     traced = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(traced(q, keep, rows, starts), model(q, keep, rows, starts))
+
+
+@pytest.mark.parametrize("is_constant", [False, True])
+def test_packing_and_unpacking_are_nodes_of_a_symbolic_trace(is_constant):
+    x, keep, other = torch.randn(2, 16, 2, 8), *(mask.flatten(1) for mask in images_and_masks()[1:])
+    fixed = Packing.from_keep(keep) if is_constant else None
+
+    class Model(nn.Module):
+        def forward(self, x, keep):
+            packing = fixed or Packing.from_keep(keep)
+            rows, longest = pack(x, packing), packing.max_seqlen
+            starts = packing.cu_seqlens
+            return unpack(packed_attention(rows, rows, rows, starts, starts, longest, longest), packing)
+
+    traced = torch.fx.symbolic_trace(Model())
+    targets = [getattr(node.target, "__name__", "") for node in traced.graph.nodes]
+    assert [name for name in ("pack", "packed_attention", "unpack") if targets.count(name) != 1] == []
+    for mask in (keep, other):
+        assert torch.equal(traced(x, mask), Model()(x, mask))
