@@ -26,7 +26,7 @@ def demo(
         from maskattn.files import replacing
         from maskattn.slide.manifest import SlideJob
         from maskattn.slide.output_folder import prepare_output
-        from maskattn.slide.pipeline import RunSettings
+        from maskattn.slide.request import RunSettings
 
         prepare_output(out)
         model = slide_runs.load_model(slide_runs.BUNDLED, None, "auto")

@@ -1,13 +1,23 @@
-"""Arguments and options that several commands share."""
+"""Options that several commands share, and those that fill a run's settings: their words stand at the settings' fields.
+
+A command that takes ``settings: RunSettings`` and is decorated with :func:`takes_settings` has an option for every
+field of theirs.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-__all__ = ["Debug", "Force", "Ink", "Mask", "MaskValues", "Series", "Slide", "Spacing"]
+from maskattn.slide.request import RunSettings, asked_of
+
+__all__ = ["Debug", "Force", "Ink", "Mask", "MaskValues", "Series", "Slide", "Spacing", "takes_settings"]
 
 
 def _plausible_spacing(spacing_um: float | None) -> float | None:
@@ -21,23 +31,68 @@ def _plausible_spacing(spacing_um: float | None) -> float | None:
     return spacing_um
 
 
+_CHECKS = {"spacing_um": _plausible_spacing}
+_FIELDS: dict[str, Field[Any]] = {field.name: field for field in fields(RunSettings)}
+
+
+def _option(name: str) -> Any:
+    """The option that fills a field of :class:`RunSettings`."""
+    asked = asked_of(_FIELDS[name])
+    return typer.Option(
+        asked.flag,
+        help=asked.help,
+        min=asked.minimum,
+        max=asked.maximum,
+        callback=_CHECKS.get(name),
+        show_default=_FIELDS[name].default is not MISSING,
+    )
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Slide = Annotated[Path, typer.Argument(help="A slide file.", metavar="SLIDE", show_default=False)]
-Spacing = Annotated[
-    float | None,
-    typer.Option(
-        "--spacing-um", help="µm per level-0 pixel, in place of what the slide says.", callback=_plausible_spacing
-    ),
-]
-Series = Annotated[
-    int | None,
-    typer.Option("--series", help="Series of a TIFF that holds several (see info); by default the largest.", min=0),
-]
 Mask = Annotated[Path | None, typer.Option("--mask", help="Your own tissue mask of this slide, at any spacing.")]
-Ink = Annotated[
-    Literal["auto", "off"], typer.Option("--ink", help="auto leaves pen strokes out of the tissue, off keeps them.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Go on where a slide was not scanned in bright field.")]
-MaskValues = Annotated[
-    list[int] | None, typer.Option("--mask-value", help="A label of the mask that means tissue (may be repeated).")
-]
+Spacing = Annotated[float | None, _option("spacing_um")]
+Series = Annotated[int | None, _option("series")]
+Ink = Annotated[Literal["auto", "off"], _option("ink")]
+Force = Annotated[bool, _option("force")]
+MaskValues = Annotated[list[int] | None, _option("mask_values")]
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of :class:`RunSettings` in place of its parameter ``settings``."""
+
+    @functools.wraps(command)
+    def filled(**given: Any) -> None:
+        settings = RunSettings(**{name: _value(field, given.pop(name)) for name, field in _FIELDS.items()})
+        command(settings=settings, **given)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        options = [parameter] if parameter.name != "settings" else map(_parameter, _FIELDS.values())
+        parameters += (option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options)
+    filled.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    filled.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return filled
+
+
+def _parameter(field: Field[Any]) -> inspect.Parameter:
+    """A field as the parameter of a command; a bool's is whether the option was given."""
+    kind: Any = get_type_hints(RunSettings)[field.name]
+    default = field.default if asked_of(field).default is ... else asked_of(field).default
+    if kind is bool:
+        default = False
+    if kind == tuple[int, ...] | None:
+        kind = list[int] | None
+    if default is MISSING:
+        default = inspect.Parameter.empty
+    annotation = Annotated[kind, _option(field.name)]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _value(field: Field[Any], given: Any) -> Any:
+    """The field's value from that of its option."""
+    if isinstance(field.default, bool):
+        return field.default ^ given
+    if isinstance(given, list):
+        return tuple(given) or None
+    return given

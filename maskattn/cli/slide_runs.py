@@ -10,8 +10,8 @@ from maskattn.cli.reporting import tell
 if TYPE_CHECKING:
     from maskattn.nn.slide_model import SlideModel
     from maskattn.slide.manifest import SlideJob
-    from maskattn.slide.pipeline import RunSettings
     from maskattn.slide.prediction import SlideOutcome
+    from maskattn.slide.request import RunSettings
 
 __all__ = ["BUNDLED", "load_model", "run"]
 

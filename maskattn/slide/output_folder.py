@@ -18,10 +18,12 @@ from maskattn.errors import OutputError, SlideError
 from maskattn.slide.file_checks import is_there
 from maskattn.slide.names import as_text
 from maskattn.slide.prediction import SlidePrediction, read_prediction
+from maskattn.slide.sinks import SINKS
 
 __all__ = ["are_one_name", "clear_leftovers", "find_finished", "prepare_output", "slide_folder"]
 
-_OURS = ("prediction.json", "features.h5", "relevance.h5", "attention.png", "heatmap_*", "relevance.geojson")
+# What any version wrote or writes.
+_OURS = ("prediction.json", *(name for sink in SINKS for name in sink.files), "heatmap_*", "relevance.geojson")
 # What systems leave in any folder: macOS' Finder, Windows' Explorer, NFS of a file that was removed while it was open.
 _LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".nfs*")
 _PROBE_BYTES = 64 * 1024

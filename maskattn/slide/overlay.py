@@ -9,14 +9,16 @@ Dimension key: M maps, (Y, X) thumbnail pixels, B tiles of a batch, (h, w) token
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from maskattn.files import replacing
 from maskattn.lettering import families_of, wrapped
 from maskattn.shapes import Bool, Float, Int, UInt8
-from maskattn.slide.tissue import TissueMask
+
+if TYPE_CHECKING:
+    from maskattn.slide.tissue import TissueMask
 
 __all__ = ["MapCanvas", "blend", "colour_limit", "write_heatmap", "write_mask_overlay"]
 

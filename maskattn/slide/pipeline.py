@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 import maskattn
@@ -24,11 +22,11 @@ from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.grid import TokenGrid, make_grid
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.output_folder import slide_folder
-from maskattn.slide.outputs import write_outputs
 from maskattn.slide.prediction import ModelIdentity, SlideCounts, SlideFile, SlidePrediction
 from maskattn.slide.reader import SlideReader
-from maskattn.slide.request import finds_tissue, masking_of
-from maskattn.slide.slide_run import EncodedTiles, RunSettings, SlideRun, Stages
+from maskattn.slide.request import RunSettings, finds_tissue, recorded
+from maskattn.slide.slide_run import EncodedTiles, SlideRun, Stages
+from maskattn.slide.tile_loop import encode_tiles, feed_sinks
 from maskattn.slide.tissue import TissueMask, find_tissue, load_mask
 from maskattn.slide.tissue.bright_field import require_bright_field
 
@@ -96,7 +94,7 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
         tissue = _find_or_load_tissue(run)
     with stages("grid"):
         grid = _lay_grid(run, tissue)
-    encoded = _encode(run, grid)
+    encoded = encode_tiles(run, grid)
     with stages("slide"):
         explain = HierarchicalCDAM(model)
         relevance = explain.tiles(encoded.embeddings_TC, encoded.keep_HW.to(run.device), gradient=run.settings.tokens)
@@ -104,7 +102,7 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
     if not bool(logits_K.isfinite().all()):
         raise SlideError(f"a model's scores must be finite, got {logits_K.tolist()}; check the model's weights")
     scores = dict(zip(model.config.classes, logits_K.softmax(dim=0).tolist(), strict=True))
-    write_outputs(folder, run, grid, encoded, relevance, scores)
+    feed_sinks(folder, run, grid, encoded, relevance, scores)
     return _prediction(run, identity, tissue, grid, encoded, logits_K, scores)
 
 
@@ -156,34 +154,6 @@ def _without_tissue(run: SlideRun, tissue: TissueMask) -> str:
     )
 
 
-def _encode(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
-    """Tile embeddings in the grid's order; tiles that cannot be read are left out of the slide's keep mask."""
-    embeddings_TC: Tensor | None = None
-    readable_T = np.zeros(grid.kept_tiles, dtype=bool)
-    reason: str | None = None
-    for batch in run.read(grid):
-        with run.stages("encode"):
-            with torch.inference_mode():
-                encoded_BC = run.model.encode_tiles(batch.tiles_BCHW, batch.keep_BHW).float()
-            if embeddings_TC is None:
-                # Made outside inference mode: the relevance pass takes gradients with respect to it.
-                embeddings_TC = torch.zeros(grid.kept_tiles, encoded_BC.shape[1], device=run.device)
-            embeddings_TC[torch.from_numpy(batch.rows_B).to(run.device)] = encoded_BC
-        readable_T[batch.rows_B] = batch.readable_B
-        reason = reason or batch.reason
-    rows_T = np.flatnonzero(readable_T)
-    if embeddings_TC is None or not len(rows_T):
-        raise SlideError(
-            f"a slide must have tiles that can be read, got {grid.kept_tiles} of {grid.kept_tiles} unreadable in "
-            f"{run.job.path}; the first because {reason}"
-        )
-    keep_HW = np.zeros_like(grid.keep_HW)
-    keep_HW[tuple(np.argwhere(grid.keep_HW)[rows_T].T)] = True
-    return EncodedTiles(
-        embeddings_TC[torch.from_numpy(rows_T).to(run.device)], rows_T, torch.from_numpy(keep_HW), reason
-    )
-
-
 def _prediction(
     run: SlideRun,
     identity: ModelIdentity,
@@ -193,7 +163,7 @@ def _prediction(
     logits_K: Tensor,
     scores: dict[str, float],
 ) -> SlidePrediction:
-    info, config, settings = run.info, run.model.config, run.settings
+    info, config = run.info, run.model.config
     return SlidePrediction(
         slide_id=run.job.slide_id,
         prediction=max(scores, key=scores.__getitem__),
@@ -217,12 +187,7 @@ def _prediction(
             "token_px": config.token_px,
             "spacing_um": config.spacing_um,
             "min_token_fraction": config.min_token_fraction,
-            **masking_of(run.job, settings, config.masked),
-            "tokens": settings.tokens,
-            "ink": settings.ink,
-            "force": settings.force,
-            "series": settings.series,
-            "batch_size": settings.batch_size,
+            **recorded(run.job, run.settings, config.masked),
             "workers": run.workers,
             "device": str(run.device),
         },

@@ -22,9 +22,9 @@ from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text, problem_of_id
 from maskattn.slide.output_folder import are_one_name, clear_leftovers, find_finished, prepare_output
-from maskattn.slide.pipeline import RunSettings, identify_model, predict_slide
+from maskattn.slide.pipeline import identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
-from maskattn.slide.request import check_request, finds_tissue, masking_of
+from maskattn.slide.request import RunSettings, check_request, differences
 from maskattn.slide.summary import append_row, read_summary, tidy_summary
 
 __all__ = ["RunProgress", "run_slides"]
@@ -122,29 +122,18 @@ def _check_same_request(
 ) -> None:
     """Refuse to pass off the outputs of another request as this one's."""
     spacing_um = settings.spacing_um or job.spacing_um or finished.slide.spacing_um
-    found_ink, found_force = finished.settings.get("ink", "auto"), finished.settings.get("force", False)
-    asked_and_found = {
-        "model": (f"{identity.name} {identity.sha256}", f"{finished.model.name} {finished.model.sha256}"),
-        "slide file": (job.path.name, Path(finished.slide.path).name),
-        "slide size in bytes": (job.path.stat().st_size, finished.slide.bytes),
-        "spacing_um": (spacing_um, finished.slide.spacing_um),
-        **{
-            name: (asked, finished.settings[name])
-            for name, asked in masking_of(job, settings, model.config.masked).items()
-        },
-        "ink": (settings.ink if finds_tissue(job, settings, model.config.masked) else found_ink, found_ink),
-        # A slide that passed without force passes with it too.
-        "force": (settings.force and found_force, found_force),
-        "series": (settings.series, finished.settings.get("series")),
-        "tokens": (settings.tokens or finished.settings["tokens"], finished.settings["tokens"]),
-    }
-    place = settings.out_dir / job.slide_id
-    for name, (asked, found) in asked_and_found.items():
-        if asked != found:
-            raise SlideError(
-                f"a finished slide must have been run as asked, got {name}: {found} in {place} and "
-                f"asked for {asked}; run it again with --overwrite or choose another --out"
-            )
+    found_and_asked = [
+        ("model", f"{finished.model.name} {finished.model.sha256}", f"{identity.name} {identity.sha256}"),
+        ("slide file", Path(finished.slide.path).name, job.path.name),
+        ("slide size in bytes", finished.slide.bytes, job.path.stat().st_size),
+        ("spacing_um", finished.slide.spacing_um, spacing_um),
+    ]
+    other = [(name, found, asked) for name, found, asked in found_and_asked if found != asked]
+    for name, found, asked in (*other, *differences(finished, job, settings, model.config.masked)):
+        raise SlideError(
+            f"a finished slide must have been run as asked, got {name}: {found} in {settings.out_dir / job.slide_id} "
+            f"and asked for {asked}; run it again with --overwrite or choose another --out"
+        )
 
 
 @contextlib.contextmanager

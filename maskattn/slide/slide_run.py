@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,42 +16,11 @@ from maskattn.shapes import Bool, Float, Int, UInt8
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.reader import SlideInfo, SlideReader
+from maskattn.slide.request import RunSettings
 from maskattn.slide.stream import TileBatch, stream_tiles
-from maskattn.slide.tissue import InkRule
 from maskattn.slide.workers import count_workers
 
-__all__ = ["EncodedTiles", "ReadTiles", "RunSettings", "SlideRun", "Stages"]
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """How slides are run.
-
-    Attributes:
-        out_dir: each slide's outputs go to ``out_dir/<slide_id>/``.
-        batch_size: tiles encoded at a time; bounds the memory.
-        workers: processes that decode tiles; 0 = decode in this one; None = some, where a slide is large enough.
-        tokens: also make relevance maps at the resolution of tokens, in a second pass over the slide.
-        masked: False attends to glass too, for comparison.
-        overwrite: run finished slides again.
-        spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
-        series: which series of files that hold several; None = the largest.
-        mask_values: the labels of a user's mask that mean tissue; None = any but 0.
-        ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
-        force: run slides that were not scanned in bright field too.
-    """
-
-    out_dir: Path
-    batch_size: int = 32
-    workers: int | None = 0
-    tokens: bool = False
-    masked: bool = True
-    overwrite: bool = False
-    spacing_um: float | None = None
-    series: int | None = None
-    mask_values: tuple[int, ...] | None = None
-    ink: InkRule = "auto"
-    force: bool = False
+__all__ = ["EncodedTiles", "ReadTiles", "SlideRun", "Stages"]
 
 
 @dataclass(frozen=True, eq=False)

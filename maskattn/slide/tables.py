@@ -8,26 +8,33 @@ Dimension key: T tiles, C channels, K classes, (h, w) tokens of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from maskattn.files import replacing
-from maskattn.shapes import Bool, Float, Int, Shaped
+from maskattn.shapes import Float, Int, Shaped
+
+if TYPE_CHECKING:
+    from maskattn.slide.grid import TokenGrid
+    from maskattn.slide.reader import SlideInfo
 
 __all__ = [
     "FeatureTable",
     "TileGeometry",
-    "TokenRows",
+    "WriteTokens",
     "read_features",
+    "relevance_table",
     "write_features",
-    "write_relevance",
 ]
 
 _TILES_PER_CHUNK = 64
+
+WriteTokens = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,19 @@ class TileGeometry:
     level0_width: int
     level0_height: int
     overlap: int = 0
+
+    @classmethod
+    def of(cls, info: SlideInfo, grid: TokenGrid) -> TileGeometry:
+        """The geometry of a slide's grid; without the objective's power, 10x stands for 1 µm per pixel."""
+        level0_magnification = info.objective_power or 10.0 / info.spacing_um
+        return cls(
+            patch_size=grid.tile_px,
+            patch_size_level0=grid.tile_lv0,
+            level0_magnification=level0_magnification,
+            target_magnification=level0_magnification * grid.tile_px / grid.tile_lv0,
+            level0_width=info.width_px,
+            level0_height=info.height_px,
+        )
 
 
 def write_features(
@@ -79,17 +99,8 @@ def write_features(
         _write_coords(file, coords_T2, geometry, name)
 
 
-@dataclass(frozen=True)
-class TokenRows:
-    """Token-level maps of some tiles: ``rows_B`` says which of the table's T tiles they are."""
-
-    rows_B: Int[np.ndarray, " B"]
-    relevance_KBhw: Float[np.ndarray, "K B h w"]
-    attention_Bhw: Float[np.ndarray, "B h w"]
-    keep_Bhw: Bool[np.ndarray, "B h w"]
-
-
-def write_relevance(
+@contextmanager
+def relevance_table(
     path: Path,
     classes: tuple[str, ...],
     relevance_KT: Float[np.ndarray, "K T"],
@@ -97,9 +108,13 @@ def write_relevance(
     coords_T2: Int[np.ndarray, "T 2"],
     geometry: TileGeometry,
     name: str,
-    tokens: tuple[tuple[int, int], Iterable[TokenRows]] | None = None,
-) -> None:
+    tokens_hw: tuple[int, int] | None = None,
+) -> Iterator[WriteTokens]:
     """Write raw signed relevance: ``tiles/relevance`` (K, T), ``tiles/attention`` (T,), ``coords``, ``classes``.
+
+    The context gives the function that writes the token maps of some tiles, by (their indices (B,), relevance
+    (K, B, h, w), attention (B, h, w), keep (B, h, w)), to ``tokens/relevance`` (K, T, h, w), ``tokens/attention``
+    (T, h, w) and ``tokens/keep`` (T, h, w). The file has its name when the context ends.
 
     Args:
         path: where to.
@@ -109,8 +124,7 @@ def write_relevance(
         coords_T2: (T, 2) level-0 x, y of each tile's top left corner.
         geometry: of the tiles.
         name: the slide's.
-        tokens: the tokens' grid (h, w) and their maps batch by batch, which are written as they come to
-            ``tokens/relevance`` (K, T, h, w), ``tokens/attention`` (T, h, w) and ``tokens/keep`` (T, h, w).
+        tokens_hw: rows and columns of a tile's tokens; None where there are no maps of tokens.
 
     Raises:
         OSError: the file cannot be written.
@@ -123,28 +137,25 @@ def write_relevance(
         _write_coords(file, coords_T2, geometry, name)
         file.create_dataset("tiles/relevance", data=np.asarray(relevance_KT, dtype=np.float32))
         file.create_dataset("tiles/attention", data=np.asarray(attention_T, dtype=np.float32))
-        if tokens is not None:
-            (rows, columns), batches = tokens
-            _write_tokens(file, (len(classes), len(coords_T2), rows, columns), batches)
+        yield _no_tokens if tokens_hw is None else _token_datasets(file, len(classes), len(coords_T2), *tokens_hw)
 
 
-def _write_tokens(file: Any, shape_KThw: tuple[int, int, int, int], batches: Iterable[TokenRows]) -> None:
-    K, T, h, w = shape_KThw
+def _token_datasets(file: Any, K: int, T: int, h: int, w: int) -> WriteTokens:
     chunk = max(1, min(T, _TILES_PER_CHUNK))
     # Background is zeros in long runs: the lightest compression already folds it away.
-    relevance = file.create_dataset(
-        "tokens/relevance", (K, T, h, w), np.float32, chunks=(1, chunk, h, w), compression="gzip", compression_opts=1
-    )
-    attention = file.create_dataset(
-        "tokens/attention", (T, h, w), np.float32, chunks=(chunk, h, w), compression="gzip", compression_opts=1
-    )
-    keep = file.create_dataset(
-        "tokens/keep", (T, h, w), bool, chunks=(chunk, h, w), compression="gzip", compression_opts=1
-    )
-    for batch in batches:
-        relevance[:, batch.rows_B] = batch.relevance_KBhw
-        attention[batch.rows_B] = batch.attention_Bhw
-        keep[batch.rows_B] = batch.keep_Bhw
+    folded = {"compression": "gzip", "compression_opts": 1}
+    relevance = file.create_dataset("tokens/relevance", (K, T, h, w), np.float32, chunks=(1, chunk, h, w), **folded)
+    attention = file.create_dataset("tokens/attention", (T, h, w), np.float32, chunks=(chunk, h, w), **folded)
+    keep = file.create_dataset("tokens/keep", (T, h, w), bool, chunks=(chunk, h, w), **folded)
+
+    def write(tiles_B: np.ndarray, relevance_KBhw: np.ndarray, attention_Bhw: np.ndarray, keep_Bhw: np.ndarray) -> None:
+        relevance[:, tiles_B], attention[tiles_B], keep[tiles_B] = relevance_KBhw, attention_Bhw, keep_Bhw
+
+    return write
+
+
+def _no_tokens(*maps: np.ndarray) -> None:
+    raise AssertionError("a table made without tokens takes no maps of them")
 
 
 def _write_coords(file: Any, coords_T2: np.ndarray, geometry: TileGeometry, name: str) -> None:

@@ -24,10 +24,10 @@ from maskattn.explain.single_image import read_keep
 from maskattn.nn import VisionTransformer
 from maskattn.nn.checkpoints import load_vit
 from maskattn.nn.slide_model import SlideModel
-from maskattn.slide import outputs
 from maskattn.slide.manifest import SlideJob
+from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
-from maskattn.slide.slide_run import RunSettings
+from maskattn.slide.sinks import heatmaps
 
 
 @pytest.fixture(autouse=True)
@@ -221,9 +221,9 @@ def test_a_slide_with_a_name_that_no_font_has_runs_without_a_warning(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     titles = []
-    write = outputs.write_heatmap
-    monkeypatch.setattr(outputs, "write_heatmap", lambda *given: titles.append(given[3]) or write(*given))
-    monkeypatch.setattr(outputs, "drawable", lambda name: "" if "\u4e00" <= name[0] <= "\u9fff" else name)
+    write = heatmaps.write_heatmap
+    monkeypatch.setattr(heatmaps, "write_heatmap", lambda *given: titles.append(given[3]) or write(*given))
+    monkeypatch.setattr(heatmaps, "drawable", lambda name: "" if "\u4e00" <= name[0] <= "\u9fff" else name)
     (folder / "肝脏_01.tiff").write_bytes((folder / "disc.tiff").read_bytes())
     for name in ("肝脏_01", "disc"):
         result = maskattn(f"infer @{name}.tiff --out @o", folder)
@@ -254,8 +254,8 @@ def test_explain_reads_a_mask_as_a_slides_is_read(folder: Path) -> None:
 
 
 def test_classes_have_files_of_their_own_whatever_they_are_called() -> None:
-    assert outputs.file_names_of(("benign", "low/high")) == ["benign", "low_high"]
-    assert outputs.file_names_of(("a/b", "A_b", "a_b_0")) == ["a_b_0", "A_b_1", "a_b_0_2"]
-    names = outputs.file_names_of(("x" * 400, "x" * 401, "肝" * 100, "tab\t\n"))
+    assert heatmaps.file_names_of(("benign", "low/high")) == ["benign", "low_high"]
+    assert heatmaps.file_names_of(("a/b", "A_b", "a_b_0")) == ["a_b_0", "A_b_1", "a_b_0_2"]
+    names = heatmaps.file_names_of(("x" * 400, "x" * 401, "肝" * 100, "tab\t\n"))
     assert len(set(names)) == 4
     assert all(len(name.encode()) <= 160 and name.isprintable() for name in names)

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
+from maskattn.files import replacing
 from maskattn.slide.prediction import (
     ModelIdentity,
     SlideCounts,
@@ -17,11 +18,9 @@ from maskattn.slide.prediction import (
 )
 from maskattn.slide.tables import (
     TileGeometry,
-    TokenRows,
     read_features,
-    replacing,
+    relevance_table,
     write_features,
-    write_relevance,
 )
 
 GEOMETRY = TileGeometry(128, 257, 20.0, 9.96, 2220, 2967)
@@ -103,10 +102,9 @@ def test_relevance_holds_raw_scores_of_tiles_and_tokens(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tiles, attention = rng.normal(size=(2, 3)).astype(np.float32), np.full(3, 1 / 3, dtype=np.float32)
     tokens, keep = rng.normal(size=(2, 3, 2, 2)).astype(np.float32), rng.random((3, 2, 2)) < 0.5
-    batches = (
-        TokenRows(np.array(rows), tokens[:, rows], np.abs(tokens[0, rows]), keep[rows]) for rows in ([0, 1], [2])
-    )
-    write_relevance(tmp_path / "r.h5", ("a", "b"), tiles, attention, COORDS, GEOMETRY, "slide", ((2, 2), batches))
+    with relevance_table(tmp_path / "r.h5", ("a", "b"), tiles, attention, COORDS, GEOMETRY, "slide", (2, 2)) as write:
+        for batch in (np.array([0, 1]), np.array([2])):
+            write(batch, tokens[:, batch], np.abs(tokens[0, batch]), keep[batch])
     with h5py.File(tmp_path / "r.h5") as file:
         assert [name.decode() for name in file["classes"]] == ["a", "b"]
         np.testing.assert_array_equal(file["tiles/relevance"], tiles)
@@ -118,14 +116,14 @@ def test_relevance_holds_raw_scores_of_tiles_and_tokens(tmp_path: Path) -> None:
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    def batches() -> object:
-        raise RuntimeError("half-way")
-        yield
+    def write() -> None:
+        tiles = np.zeros((1, 3), dtype=np.float32)
+        with relevance_table(tmp_path / "r.h5", ("a",), tiles, tiles[0], COORDS, GEOMETRY, "s", (2, 2)):
+            raise RuntimeError("half-way")
 
-    tiles = np.zeros((1, 3), dtype=np.float32)
     (tmp_path / "r.h5").write_text("old")
     with pytest.raises(RuntimeError, match="half-way"):
-        write_relevance(tmp_path / "r.h5", ("a",), tiles, tiles[0], COORDS, GEOMETRY, "s", ((2, 2), batches()))
+        write()
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.h5"]
     assert (tmp_path / "r.h5").read_text() == "old"
 

@@ -1,0 +1,12 @@
+"""Outputs of a slide, a file each: :data:`SINKS` lists them all, and nothing else has to know of one."""
+
+from __future__ import annotations
+
+from maskattn.slide.sinks.features import Features
+from maskattn.slide.sinks.heatmaps import Heatmaps
+from maskattn.slide.sinks.relevance import Relevance
+from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Sink
+
+__all__ = ["SINKS", "ExplainedSlide", "ExplainedTiles", "Sink"]
+
+SINKS: tuple[Sink, ...] = (Features(), Relevance(), Heatmaps())

@@ -1,0 +1,103 @@
+"""``heatmap_<class>.png`` and ``attention.png``: maps over the slide's thumbnail, of tokens where asked for."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from maskattn.errors import SlideError
+from maskattn.lettering import drawable
+from maskattn.shapes import Float, UInt8
+from maskattn.slide.overlay import MapCanvas, write_heatmap
+from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
+
+if TYPE_CHECKING:
+    from maskattn.slide.reader import SlideReader
+    from maskattn.slide.request import RunSettings
+
+__all__ = ["THUMBNAIL_PX", "Heatmaps", "file_names_of"]
+
+THUMBNAIL_PX = 1536
+_MOST_NAME_BYTES = 150
+
+_logger = logging.getLogger(__name__)
+
+
+class Heatmaps:
+    """A map of relevance for each class, and one of attention."""
+
+    files = ("heatmap_*.png", "attention.png")
+
+    def is_asked_for(self, settings: RunSettings) -> bool:
+        """Always."""
+        return True
+
+    @contextmanager
+    def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
+        """Paint the batches on one canvas, and write its maps when all have come."""
+        info = slide.reader.info
+        thumbnail = _thumbnail(slide.reader)
+        slide_px = (info.height_px, info.width_px)
+        canvas = MapCanvas(len(slide.model.classes) + 1, thumbnail.shape[:2], slide_px, slide.grid.tile_lv0)
+
+        def take(tiles: ExplainedTiles) -> None:
+            canvas.paint(slide.coords_T2[tiles.tiles_B], _values_of(slide, tiles), tiles.keep_Bhw)
+
+        yield take
+        _write_heatmaps(folder, slide, thumbnail, canvas)
+
+
+def _values_of(slide: ExplainedSlide, tiles: ExplainedTiles) -> Float[np.ndarray, "M B h w"]:
+    """The maps of some tiles, those of the K classes and that of attention: a value per token, or one per tile."""
+    attention_B11 = slide.attention_T[tiles.tiles_B, None, None]
+    if tiles.relevance_KBhw is None or tiles.attention_Bhw is None:
+        return np.concatenate([slide.relevance_KT[:, tiles.tiles_B, None, None], attention_B11[None]])
+    return np.concatenate([tiles.relevance_KBhw, (tiles.attention_Bhw * attention_B11)[None]])
+
+
+def _write_heatmaps(
+    folder: Path, slide: ExplainedSlide, thumbnail: UInt8[np.ndarray, "Y X 3"], canvas: MapCanvas
+) -> None:
+    model = slide.model
+    # Where no font has a name's signs, the name of the file and its folder has to do.
+    of = f"{slide_id}: " if (slide_id := drawable(slide.slide_id)) else ""
+    about = [f"model {drawable(model.name)}"] if drawable(model.name) else []
+    about += ["a demonstration model"] if model.demonstration else []
+    by = f"; {', '.join(about)}" if about else ""
+    file_names = file_names_of(model.classes)
+    for index, (name, values) in enumerate(zip(model.classes, canvas.values_MYX, strict=False)):
+        named = repr(drawable(name)) if drawable(name) else f"{index + 1} of {len(model.classes)}"
+        title = f"{of}relevance for class {named}, score {slide.scores[name]:.3f}{by}"
+        path = folder / f"heatmap_{file_names[index]}.png"
+        write_heatmap(path, thumbnail, values, title, "relevance (+ for, − against)", "diverging")
+    title = f"{of}attention of the class token{by}"
+    write_heatmap(folder / "attention.png", thumbnail, canvas.values_MYX[-1], title, "attention", "sequential")
+
+
+def file_names_of(classes: Sequence[str]) -> list[str]:
+    """What stands for each class in the names of its files: distinct on every file system, and short enough."""
+    names = []
+    for name in classes:
+        plain = "".join("_" if sign in "/\\" or not sign.isprintable() else sign for sign in name)
+        names.append(plain.encode()[:_MOST_NAME_BYTES].decode(errors="ignore"))
+    if len({unicodedata.normalize("NFC", name).casefold() for name in names}) == len(names):
+        return names
+    return [f"{name}_{index}" for index, name in enumerate(names)]
+
+
+def _thumbnail(reader: SlideReader) -> UInt8[np.ndarray, "Y X 3"]:
+    """The slide's thumbnail, or white where a damaged slide gives none: its good tiles still have a map."""
+    info = reader.info
+    try:
+        return reader.thumbnail(THUMBNAIL_PX)
+    except SlideError as error:
+        _logger.warning("no thumbnail of %s: %s", info.path, error)
+        shrink = max(1.0, max(info.width_px, info.height_px) / THUMBNAIL_PX)
+        height, width = (max(1, round(side / shrink)) for side in (info.height_px, info.width_px))
+        return np.full((height, width, 3), 255, dtype=np.uint8)

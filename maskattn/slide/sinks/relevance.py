@@ -1,0 +1,48 @@
+"""``relevance.h5``: raw signed relevance of tiles and, where asked for, of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
+from maskattn.slide.tables import TileGeometry, relevance_table
+
+if TYPE_CHECKING:
+    from maskattn.slide.request import RunSettings
+
+__all__ = ["Relevance"]
+
+
+class Relevance:
+    """The scores of every tile for every class; those of tokens go to the file batch by batch."""
+
+    files = ("relevance.h5",)
+
+    def is_asked_for(self, settings: RunSettings) -> bool:
+        """Always."""
+        return True
+
+    @contextmanager
+    def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
+        """Write the tiles' scores at once, and their tokens' as they come."""
+        geometry = TileGeometry.of(slide.reader.info, slide.grid)
+        tokens_hw = slide.grid.token_keep_THW.shape[1:] if slide.with_tokens else None
+        with relevance_table(
+            folder / "relevance.h5",
+            slide.model.classes,
+            slide.relevance_KT,
+            slide.attention_T,
+            slide.coords_T2,
+            geometry,
+            slide.slide_id,
+            tokens_hw,
+        ) as write_tokens:
+
+            def take(tiles: ExplainedTiles) -> None:
+                if tiles.relevance_KBhw is not None and tiles.attention_Bhw is not None:
+                    write_tokens(tiles.tiles_B, tiles.relevance_KBhw, tiles.attention_Bhw, tiles.keep_Bhw)
+
+            yield take

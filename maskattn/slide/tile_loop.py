@@ -1,0 +1,133 @@
+"""The loop over a slide's tiles: once to encode them, and once explained, batch by batch, to the sinks.
+
+Maps of tokens are made in the second loop and go to the sinks as they come: they are the one thing that grows with the
+tokens of a slide, and are never held together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskattn.errors import SlideError
+from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap
+from maskattn.slide.grid import TokenGrid
+from maskattn.slide.sinks import SINKS, ExplainedSlide, ExplainedTiles
+from maskattn.slide.slide_run import EncodedTiles, SlideRun
+
+__all__ = ["encode_tiles", "feed_sinks"]
+
+
+def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
+    """The embeddings of a slide's tiles, in the grid's order; tiles that cannot be read are left out of its keep mask.
+
+    Raises:
+        SlideError: no tile can be read.
+    """
+    embeddings_TC: Tensor | None = None
+    readable_T = np.zeros(grid.kept_tiles, dtype=bool)
+    reason: str | None = None
+    for batch in run.read(grid):
+        with run.stages("encode"):
+            with torch.inference_mode():
+                encoded_BC = run.model.encode_tiles(batch.tiles_BCHW, batch.keep_BHW).float()
+            if embeddings_TC is None:
+                # Made outside inference mode: the relevance pass takes gradients with respect to it.
+                embeddings_TC = torch.zeros(grid.kept_tiles, encoded_BC.shape[1], device=run.device)
+            embeddings_TC[torch.from_numpy(batch.rows_B).to(run.device)] = encoded_BC
+        readable_T[batch.rows_B] = batch.readable_B
+        reason = reason or batch.reason
+    rows_T = np.flatnonzero(readable_T)
+    if embeddings_TC is None or not len(rows_T):
+        raise SlideError(
+            f"a slide must have tiles that can be read, got {grid.kept_tiles} of {grid.kept_tiles} unreadable in "
+            f"{run.job.path}; the first because {reason}"
+        )
+    keep_HW = np.zeros_like(grid.keep_HW)
+    keep_HW[tuple(np.argwhere(grid.keep_HW)[rows_T].T)] = True
+    return EncodedTiles(
+        embeddings_TC[torch.from_numpy(rows_T).to(run.device)], rows_T, torch.from_numpy(keep_HW), reason
+    )
+
+
+def feed_sinks(
+    folder: Path,
+    run: SlideRun,
+    grid: TokenGrid,
+    encoded: EncodedTiles,
+    relevance: RelevanceMap,
+    scores: dict[str, float],
+) -> None:
+    """Write every output that is asked for to a slide's folder, in one loop over its tiles.
+
+    Args:
+        folder: where to.
+        run: the slide's run; with ``settings.tokens`` its tiles are read once more.
+        grid: of the slide.
+        encoded: the embeddings.
+        relevance: of the tiles; with its gradient, where tokens are asked for.
+        scores: class → score.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    slide = ExplainedSlide(
+        slide_id=run.job.slide_id,
+        reader=run.reader,
+        grid=grid,
+        model=run.model.config,
+        scores=scores,
+        coords_T2=grid.coords_lv0[encoded.rows_T],
+        features_TC=_numpy(encoded.embeddings_TC),
+        relevance_KT=_numpy(relevance.relevance_KT),
+        attention_T=_numpy(relevance.attention_T),
+        with_tokens=run.settings.tokens,
+    )
+    batches = _with_tokens(run, grid, encoded, relevance) if slide.with_tokens else _tiles_alone(run, grid, encoded)
+    with ExitStack() as opened:
+        with run.stages("write"):
+            takes = [
+                opened.enter_context(sink.open(folder, slide)) for sink in SINKS if sink.is_asked_for(run.settings)
+            ]
+        for tiles in batches:
+            with run.stages("write"):
+                for take in takes:
+                    take(tiles)
+        with run.stages("write"):
+            opened.close()
+
+
+def _tiles_alone(run: SlideRun, grid: TokenGrid, encoded: EncodedTiles) -> Iterator[ExplainedTiles]:
+    """The tiles batch by batch, without their pixels."""
+    T, size = len(encoded.rows_T), run.settings.batch_size
+    for first in range(0, T, size):
+        tiles_B = np.arange(first, min(first + size, T))
+        yield ExplainedTiles(tiles_B, grid.token_keep_THW[encoded.rows_T[tiles_B]])
+
+
+def _with_tokens(
+    run: SlideRun, grid: TokenGrid, encoded: EncodedTiles, relevance: RelevanceMap
+) -> Iterator[ExplainedTiles]:
+    """The tiles batch by batch, read once more for the maps of their tokens."""
+    explain = HierarchicalCDAM(run.model)
+    assert relevance.gradient_KTC is not None, "the pipeline takes the gradient wherever tokens are asked for"
+    for batch in run.read(grid, encoded.rows_T):
+        with run.stages("tokens"):
+            tiles_B = np.searchsorted(encoded.rows_T, batch.rows_B)
+            gradient_KBC = relevance.gradient_KTC[:, torch.from_numpy(tiles_B).to(run.device)]
+            maps = explain.tokens(batch.tiles_BCHW, batch.keep_BHW, gradient_KBC)
+            # A tile that could be read once and not again has no map: its tokens stay unknown.
+            keep_Bhw = batch.keep_BHW.cpu().numpy() & batch.readable_B[:, None, None]
+            relevance_KBhw = _numpy(maps.relevance_KBHW) * keep_Bhw
+            attention_Bhw = _numpy(maps.attention_BHW) * keep_Bhw
+        yield ExplainedTiles(tiles_B, keep_Bhw, relevance_KBhw, attention_Bhw)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().float().cpu().numpy()
+    return array

@@ -1,0 +1,26 @@
+"""What tests of whole runs share: a small model, a small slide, and settings for a folder of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_slides import small_model, write_slide
+
+from maskattn.nn.slide_model import SlideModel
+from maskattn.slide.request import RunSettings
+
+
+@pytest.fixture(scope="module")
+def model() -> SlideModel:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_slide(tmp_path_factory.mktemp("slides") / "disc.tiff")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> RunSettings:
+    return RunSettings(tmp_path / "out", batch_size=8)

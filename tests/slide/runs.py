@@ -1,0 +1,54 @@
+"""How tests look at runs: what a folder holds, how each slide ended, and a progress that steps in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.prediction import SlideOutcome
+from maskattn.slide.summary import read_summary
+
+OUTPUTS = {
+    *("attention.png", "features.h5", "heatmap_benign.png", "heatmap_low_high.png", "prediction.json", "relevance.h5")
+}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small work is quickest on one thread, all the more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def statuses(outcomes: list[SlideOutcome]) -> dict[str, str]:
+    return {outcome.slide_id: outcome.status for outcome in outcomes}
+
+
+class Watch:
+    """Progress that keeps the summary as it is after each slide, and acts at the first batch of one slide's tiles."""
+
+    def __init__(self, out: Path, slide_id: str = "", action: Callable[[], None] = lambda: None) -> None:
+        self.out, self.slide_id, self.action, self.current = out, slide_id, action, ""
+        self.summaries: list[dict[str, str]] = []
+
+    def slide_started(self, job: SlideJob) -> None:
+        self.current = job.slide_id
+
+    def tiles_done(self, done: int, total: int) -> None:
+        assert 0 < done <= total
+        if self.current == self.slide_id:
+            self.action()
+
+    def slide_ended(self, outcome: SlideOutcome) -> None:
+        rows = read_summary(self.out / "summary.csv")
+        self.summaries.append({slide_id: row["status"] for slide_id, row in rows.items()})

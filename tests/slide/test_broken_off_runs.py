@@ -1,0 +1,136 @@
+"""Runs that are killed, interrupted or out of room: nothing half is left, and the next run goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import pytest
+from runs import OUTPUTS, Watch, names, one_thread, statuses
+
+from maskattn.errors import OutputError
+from maskattn.nn.slide_model import SlideModel
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.request import RunSettings
+from maskattn.slide.run import run_slides
+from maskattn.slide.summary import read_summary
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def test_leftovers_of_a_killed_run_are_cleared_and_done_again(
+    model: SlideModel, slide: Path, settings: RunSettings
+) -> None:
+    run_slides([SlideJob("kept", slide), SlideJob("half", slide)], model, settings)
+    out = settings.out_dir
+    (out / ".new.partial").mkdir()
+    (out / ".new.partial" / "features.h5").write_text("half")
+    (out / "kept").rename(out / ".kept.old")
+    (out / "half" / "prediction.json").write_text('{"slide_id": "ha')
+    outcomes = run_slides([SlideJob(name, slide) for name in ("kept", "half", "new")], model, settings)
+    assert statuses(outcomes) == {"kept": "skipped", "half": "ok", "new": "ok"}
+    assert names(out) == {"kept", "half", "new", "summary.csv"}
+
+
+def test_interrupt_leaves_nothing_half(model: SlideModel, slide: Path, settings: RunSettings) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_slides(
+            [SlideJob("a", slide), SlideJob("b", slide)], model, settings, Watch(settings.out_dir, "b", interrupt)
+        )
+    assert names(settings.out_dir) == {"a", "summary.csv"}
+    assert list(read_summary(settings.out_dir / "summary.csv")) == ["a"]
+
+
+def test_killed_run_goes_on_where_it_was(model: SlideModel, slide: Path, settings: RunSettings, tmp_path: Path) -> None:
+    model.save(tmp_path / "model.safetensors")
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+from runs import Watch
+from maskattn.nn.slide_model import SlideModel
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.request import RunSettings
+from maskattn.slide.run import run_slides
+slide, model, out = map(Path, sys.argv[1:])
+jobs = [SlideJob(name, slide) for name in "abc"]
+stop = Watch(out, "b", lambda: os.kill(os.getpid(), signal.SIGKILL))
+run_slides(jobs, SlideModel.load(model), RunSettings(out, batch_size=8, workers=1), stop)
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(slide), str(tmp_path / "model.safetensors"), str(settings.out_dir)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,  # its decoding worker holds the pipes open until it ends too
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert names(settings.out_dir) == {"a", ".b.partial", "summary.csv"}
+    assert list(read_summary(settings.out_dir / "summary.csv")) == ["a"]
+    outcomes = run_slides([SlideJob(name, slide) for name in "abc"], model, settings)
+    assert statuses(outcomes) == {"a": "skipped", "b": "ok", "c": "ok"}
+    assert names(settings.out_dir) == {"a", "b", "c", "summary.csv"}
+    assert all(names(settings.out_dir / name) == OUTPUTS for name in "abc")
+
+
+def test_full_disk_fails_the_slide_and_leaves_room_for_the_rest(
+    model: SlideModel, slide: Path, settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, opened = Watch(settings.out_dir), h5py.File
+
+    def full(path: Path, *mode: str) -> h5py.File:
+        if progress.current == "a":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return opened(path, *mode)
+
+    monkeypatch.setattr(h5py, "File", full)
+    outcomes = run_slides([SlideJob("a", slide), SlideJob("b", slide)], model, settings, progress)
+    assert statuses(outcomes) == {"a": "failed", "b": "ok"}
+    assert "free space" in outcomes[0].reason
+    assert names(settings.out_dir) == {"b", "summary.csv"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=144k", "none", str(disk)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("a small disk needs the right to mount one")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_disk_that_fills_up_half_way_keeps_no_half_file(model: SlideModel, slide: Path, small_disk: Path) -> None:
+    (outcome,) = run_slides([SlideJob("a", slide)], model, RunSettings(small_disk, batch_size=8, tokens=True))
+    assert outcome.status == "failed"
+    assert "free space" in outcome.reason
+    assert names(small_disk) == {"summary.csv"}
+    assert list(read_summary(small_disk / "summary.csv")) == ["a"]
+
+
+def test_full_disk_is_found_before_any_slide_is_read(model: SlideModel, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(120 * 1024))
+    with pytest.raises(OutputError, match=r"No space left.*free space"):
+        run_slides([SlideJob("a", Path("never-read"))], model, RunSettings(small_disk))
+    assert names(small_disk) == {"ballast"}
+
+
+def test_output_below_a_file_is_found_before_any_slide_is_read(model: SlideModel, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="choose another --out"):
+        run_slides([SlideJob("a", Path("never-read"))], model, RunSettings(tmp_path / "file" / "out"))
