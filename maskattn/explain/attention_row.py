@@ -14,17 +14,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskattn.attention.api import readout, token_relevance
-from maskattn.explain.explainer import Explainer, Request, as_maps
-from maskattn.explain.integrated import gauss_legendre, sum_of_images
+from maskattn.explain.explainer import Account, TokenExplainer, sum_of_grid
+from maskattn.explain.integrated import gauss_legendre, sum_of_all
 from maskattn.explain.last_block import reads_class_token_alone
 from maskattn.explain.norm_path import scores_of_reads
+from maskattn.explain.targets import Target
 from maskattn.explain.token_scores import gradients_of_scores
 from maskattn.explain.token_subsets import batches
-from maskattn.nn.blocks import ClassTokenAttention
-from maskattn.packing import unpack
+from maskattn.nn.blocks import ClassTokenAttention, PackedTokens
+from maskattn.nn.vit import VisionTransformer
+from maskattn.packing import pack, unpack
 from maskattn.shapes import Float
 
 __all__ = ["AttentionRow", "AttentionRowAblation", "AttentionRowShapley", "AttentionValuePath", "SampledRowShapley"]
@@ -35,24 +38,25 @@ class AttentionRow:
     """The class tokens' last attention row.
 
     Attributes:
-        request: of which it is.
+        model, tokens, target: of which it is.
         read: queries, keys, values and what was read.
         weights_HT: (H, T), the softmax weight of each token.
     """
 
-    request: Request
+    model: VisionTransformer
+    tokens: PackedTokens
+    target: Target
     read: ClassTokenAttention
     weights_HT: Float[Tensor, "H T"]
 
     @classmethod
     @torch.no_grad()
-    def of(cls, request: Request) -> AttentionRow:
-        """The row of a request.
+    def of(cls, model: VisionTransformer, tokens: PackedTokens, target: Target) -> AttentionRow:
+        """The row of a model's class tokens. Arguments as in :meth:`TokenExplainer.relevance`.
 
         Raises:
             ValueError: the prediction reads more than this row.
         """
-        model, tokens = request.model, request.tokens
         if not reads_class_token_alone(model):
             raise ValueError(
                 "this method reads the class token's last attention row, so the prediction must read nothing else, got "
@@ -62,28 +66,32 @@ class AttentionRow:
         packing, impl = tokens.packing, model.last_block.attn.impl
         lengths = packing.cu_seqlens, packing.max_seqlen
         _, rows = readout(read.q_B1HD, read.k_THD, read.v_THD, *lengths, return_rows=True, impl=impl)
-        return cls(request, read, rows[0])
+        return cls(model, tokens, target, read, rows[0])
+
+    def packed(self, of_grid_BNM: Float[Tensor, "B N M"]) -> Float[Tensor, "M T"]:
+        """Values of grid tokens as rows of all packed tokens; 0 at prefix tokens."""
+        return pack(F.pad(of_grid_BNM, (0, 0, self.tokens.num_prefix, 0)), self.tokens.packing).T
 
     def dense(self, of_tokens: Float[Tensor, "T ..."]) -> Float[Tensor, "B L ..."]:
         """Values of packed tokens in their places, 0 where there is none."""
-        return unpack(of_tokens, self.request.tokens.packing)
+        return unpack(of_tokens, self.tokens.packing)
 
     def scores(self, out_BRHD: Float[Tensor, "B R H D"]) -> Float[Tensor, "B R M"]:
         """The scores of rows that read this."""
-        scores = scores_of_reads(self.request.model, self.request.tokens, out_BRHD, self.request.target)
+        scores = scores_of_reads(self.model, self.tokens, out_BRHD, self.target)
         return scores.unflatten(0, (out_BRHD.shape[1], len(out_BRHD))).transpose(0, 1)
 
     def gradients(self, out_BRHD: Float[Tensor, "B R H D"]) -> Float[Tensor, "M B R H D"]:
         """The gradient of each score of each row at what it reads."""
         out = out_BRHD.detach().requires_grad_()
         with torch.enable_grad():
-            scores = scores_of_reads(self.request.model, self.request.tokens, out, self.request.target)
+            scores = scores_of_reads(self.model, self.tokens, out, self.target)
         return torch.stack([gradient for (gradient,) in gradients_of_scores(scores, (out,))])
 
     def of_prefix(self) -> tuple[Float[Tensor, "B 1 H 1"], Float[Tensor, "B 1 H D"]]:
         """The sum of the prefix tokens' weights, and of their weighted values."""
-        P = self.request.tokens.num_prefix
-        packing = self.request.tokens.packing
+        P = self.tokens.num_prefix
+        packing = self.tokens.packing
         rows = (packing.cu_seqlens[:-1].long()[:, None] + torch.arange(P, device=packing.indices.device)).flatten()
         weight = self.weights_HT.T[rows].unflatten(0, (-1, P))[..., None]  # [B, P, H, 1]
         value = self.read.v_THD[rows].unflatten(0, (-1, P))
@@ -98,7 +106,7 @@ class AttentionRow:
         return self._relevance(grad_MBHD, self.read.key_origin, self.read.value_origin)
 
     def _relevance(self, grad_MBHD: Tensor, key_origin: Tensor | None, value_origin: Tensor | None) -> Tensor:
-        packing, read = self.request.tokens.packing, self.read
+        packing, read = self.tokens.packing, self.read
         return token_relevance(
             read.q_B1HD,
             read.k_THD,
@@ -108,13 +116,13 @@ class AttentionRow:
             grad_MBHD[:, :, None],
             packing.cu_seqlens,
             packing.max_seqlen,
-            impl=self.request.model.last_block.attn.impl,
+            impl=self.model.last_block.attn.impl,
             key_origin=key_origin,
             value_origin=value_origin,
         )
 
 
-class AttentionRowAblation(Explainer):
+class AttentionRowAblation(TokenExplainer):
     """What a score loses when a token is dropped from the last block: f(o) − f(o without i), exactly.
 
     o without i is (o − a_i v_i)/(1 − a_i), head by head; its tail is computed for every token, in batches, for all
@@ -135,15 +143,21 @@ class AttentionRowAblation(Explainer):
         self.internal_batch_size = internal_batch_size
 
     @torch.no_grad()
-    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
-        row, P = AttentionRow.of(request), request.tokens.num_prefix
-        out, B = row.read.out_B1HD, len(request.inputs)
+    def relevance(  # noqa: D102 (as of TokenExplainer)
+        self,
+        model: VisionTransformer,
+        tokens: PackedTokens,
+        target: Target,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        row, P = AttentionRow.of(model, tokens, target), tokens.num_prefix
+        out, B = row.read.out_B1HD, tokens.packing.batch_size
         weights, values = (row.dense(x)[:, P:] for x in (row.weights_HT.T, row.read.v_THD))
         if self.first_order:
             gradients = row.gradients(out)[:, :, 0]
             share = weights / (1 - weights)
             along = torch.einsum("blhd,mbhd->mblh", values - out, gradients)
-            return torch.einsum("mblh,blh->bml", along, share).unflatten(2, request.grid_HW)
+            return row.packed(torch.einsum("mblh,blh->blm", along, share))
         whole, parts = row.scores(out), []
         largest, without_largest = self._without_largest(row)
         for part in batches(weights.shape[1], max(1, self.internal_batch_size // max(B, 1))):
@@ -154,12 +168,12 @@ class AttentionRowAblation(Explainer):
             is_largest = (largest[:, None] == places[:, None])[..., None]
             without = torch.where(is_largest & (a > 0.5), without_largest, without)
             parts.append(whole - row.scores(without))
-        return torch.cat(parts, dim=1).transpose(1, 2).unflatten(2, request.grid_HW)
+        return row.packed(torch.cat(parts, dim=1))
 
     @staticmethod
     def _without_largest(row: AttentionRow) -> tuple[Tensor, Tensor]:
         """Where each head's heaviest token lies, (B, H), and what the head reads without it, (B, 1, H, D)."""
-        tokens, read = row.request.tokens, row.read
+        tokens, read = row.tokens, row.read
         largest = row.dense(row.weights_HT.T).argmax(dim=1)  # [B, H]
         place = tokens.packing.indices % tokens.packing.num_tokens
         gone_TH = place[:, None] == largest[tokens.packing.sequence_of_token]
@@ -170,13 +184,13 @@ class AttentionRowAblation(Explainer):
             tokens.packing.cu_seqlens,
             tokens.packing.max_seqlen,
             key_bias=torch.zeros_like(gone_TH, dtype=read.q_B1HD.dtype).masked_fill(gone_TH, -torch.inf),
-            impl=row.request.model.last_block.attn.impl,
+            impl=row.model.last_block.attn.impl,
         )
         assert isinstance(out, Tensor)
         return largest, out
 
 
-class AttentionRowShapley(Explainer):
+class AttentionRowShapley(TokenExplainer):
     """The Shapley value of each token in the row's game, by the path on which all grid tokens enter together.
 
     At membership t the row reads o(t) = (A + t·G)/(α + t(1 − α)), A and α being the prefix tokens' weighted values and
@@ -197,17 +211,24 @@ class AttentionRowShapley(Explainer):
         super().__init__(model)
         self.m = m
 
-    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
-        return as_maps(self._relevance(AttentionRow.of(request)), request.tokens)
+    def relevance(  # noqa: D102 (as of TokenExplainer)
+        self,
+        model: VisionTransformer,
+        tokens: PackedTokens,
+        target: Target,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return self._relevance(AttentionRow.of(model, tokens, target))
 
-    def maps_and_gap(self, request: Request) -> tuple[Tensor, Tensor]:  # noqa: D102 (as of Explainer)
-        row = AttentionRow.of(request)
+    def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
+        """The scores, and their sum. Arguments as in :meth:`relevance`."""
+        row = AttentionRow.of(model, tokens, target)
         relevance_MT = self._relevance(row)
         alone, values = row.of_prefix()
         with torch.no_grad():
             difference_BM = (row.scores(row.read.out_B1HD) - row.scores(values / alone))[:, 0]
-        maps = as_maps(relevance_MT, request.tokens)
-        return maps, difference_BM - maps.sum(dim=(2, 3))
+        gap_BM = difference_BM - sum_of_grid(relevance_MT, tokens)
+        return Account(relevance_MT, torch.zeros_like(gap_BM), difference_BM, gap_BM)
 
     @torch.no_grad()
     def _relevance(self, row: AttentionRow) -> Float[Tensor, "M T"]:
@@ -219,12 +240,12 @@ class AttentionRowShapley(Explainer):
         out = (values + t * (row.read.out_B1HD - values)) / mass
         rates = row.gradients(out) * (dt[:, None, None] / mass)  # [M, B, R, H, D]
         constant_MBH = (rates * out).sum(dim=(2, 4))
-        sequence = row.request.tokens.packing.sequence_of_token
+        sequence = row.tokens.packing.sequence_of_token
         offset = torch.stack([torch.einsum("th,ht->t", c[sequence], row.weights_HT) for c in constant_MBH])
         return row.weighted_values(rates.sum(dim=2)) - offset
 
 
-class SampledRowShapley(Explainer):
+class SampledRowShapley(TokenExplainer):
     """The Shapley value of each token in the row's game, by random orders in which tokens enter, and their reverses.
 
     Args:
@@ -241,10 +262,16 @@ class SampledRowShapley(Explainer):
         self.internal_batch_size = internal_batch_size
 
     @torch.no_grad()
-    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
-        row, P = AttentionRow.of(request), request.tokens.num_prefix
+    def relevance(  # noqa: D102 (as of TokenExplainer)
+        self,
+        model: VisionTransformer,
+        tokens: PackedTokens,
+        target: Target,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        row, P = AttentionRow.of(model, tokens, target), tokens.num_prefix
         weights, values = (row.dense(x)[:, P:] for x in (row.weights_HT.T, row.read.v_THD))
-        generator, N = request.generator, weights.shape[1]
+        N = weights.shape[1]
         device = "cpu" if generator is None else generator.device
         total: Tensor | float = 0.0
         for _ in range(self.m):
@@ -252,7 +279,7 @@ class SampledRowShapley(Explainer):
             for order in (order_N, order_N.flip(0)):
                 total = total + self._marginals(row, weights[:, order], values[:, order])[:, order.argsort()]
         assert isinstance(total, Tensor), "m is at least 1"
-        return (total / (2 * self.m)).transpose(1, 2).unflatten(2, request.grid_HW)
+        return row.packed(total / (2 * self.m))
 
     def _marginals(self, row: AttentionRow, weights_BNH: Tensor, values_BNHD: Tensor) -> Float[Tensor, "B N M"]:
         alone, start = row.of_prefix()
@@ -266,7 +293,7 @@ class SampledRowShapley(Explainer):
         return torch.cat(parts, dim=1)
 
 
-class AttentionValuePath(Explainer):
+class AttentionValuePath(TokenExplainer):
     """The path over the values alone, weights held: S_i = Σ_h a_hi (v_hi − b_v) · ∫ ∂f/∂o at b_v + t (o − b_v) dt.
 
     Complete: all tokens sum to f(o) − f(b_v), b_v being what the row reads of tokens that are 0.
@@ -281,18 +308,24 @@ class AttentionValuePath(Explainer):
         self.m = m
 
     @torch.no_grad()
-    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
-        row = AttentionRow.of(request)
-        relevance = self._relevance(row)
-        return as_maps(relevance, request.tokens)
+    def relevance(  # noqa: D102 (as of TokenExplainer)
+        self,
+        model: VisionTransformer,
+        tokens: PackedTokens,
+        target: Target,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return self._relevance(AttentionRow.of(model, tokens, target))
 
-    def maps_and_gap(self, request: Request) -> tuple[Tensor, Tensor]:  # noqa: D102 (as of Explainer)
-        row = AttentionRow.of(request)
+    def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
+        """The scores, and their sum. Arguments as in :meth:`relevance`."""
+        row = AttentionRow.of(model, tokens, target)
         relevance = self._relevance(row)
         with torch.no_grad():
             origin = self._origin(row).expand_as(row.read.out_B1HD)
             difference_BM = (row.scores(row.read.out_B1HD) - row.scores(origin))[:, 0]
-        return as_maps(relevance, request.tokens), difference_BM - sum_of_images(relevance, request.tokens)
+        total_BM, of_grid_BM = sum_of_all(relevance, tokens), sum_of_grid(relevance, tokens)
+        return Account(relevance, total_BM - of_grid_BM, difference_BM, difference_BM - total_BM)
 
     @staticmethod
     def _origin(row: AttentionRow) -> Tensor:
@@ -305,7 +338,7 @@ class AttentionValuePath(Explainer):
         origin = self._origin(row)
         out = origin + nodes[:, None, None] * (row.read.out_B1HD - origin)  # [B, R, H, D]
         mean_MBHD = torch.einsum("mbrhd,r->mbhd", row.gradients(out), weights)
-        sequence = row.request.tokens.packing.sequence_of_token
+        sequence = row.tokens.packing.sequence_of_token
         of_origin_MBH = (mean_MBHD * origin).sum(dim=-1)
         offset = torch.stack([torch.einsum("th,ht->t", c[sequence], row.weights_HT) for c in of_origin_MBH])
         return row.weighted_values(mean_MBHD) - offset

@@ -43,7 +43,7 @@ class RelevanceRules(Explainer):
 
     @torch.no_grad()
     def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
-        row = AttentionRow.of(request)
+        row = AttentionRow.of(request.model, request.tokens, request.target)
         with layer_wise_rules():
             gradients = row.gradients(row.read.out_B1HD)[:, :, 0]
         values = row.weighted_values(gradients)

@@ -2,20 +2,24 @@
 
 Source: Brocki, Binda, Chung, *Class-Discriminative Attention Maps for Vision Transformers*, arXiv 2312.02364.
 
-Dimension key: B images, M maps, H·W grid tokens.
+Dimension key: B images, M maps, T packed tokens.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from maskattn.explain.explainer import Explainer, Request, as_maps
+from maskattn.explain.explainer import TokenExplainer
+from maskattn.explain.targets import Target
 from maskattn.explain.token_scores import score_tokens
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["CDAM"]
 
 
-class CDAM(Explainer):
+class CDAM(TokenExplainer):
     """Relevance maps of a vision transformer, signed and not normalised: S_i = Σ_j T_ij · ∂f/∂T_ij.
 
     T is the input of the last block's attention. Positive supports the target, negative speaks against it; background
@@ -33,6 +37,11 @@ class CDAM(Explainer):
         torch.Size([1, 4, 4])
     """
 
-    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
-        relevance_MT, _ = score_tokens(request.model, request.tokens, request.target)
-        return as_maps(relevance_MT, request.tokens)
+    def relevance(  # noqa: D102 (as of TokenExplainer)
+        self,
+        model: VisionTransformer,
+        tokens: PackedTokens,
+        target: Target,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return score_tokens(model, tokens, target)[0]

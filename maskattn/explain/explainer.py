@@ -25,7 +25,7 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import unpack
 from maskattn.shapes import Bool, Float
 
-__all__ = ["Explainer", "Request", "as_maps"]
+__all__ = ["Account", "Explainer", "Request", "TokenExplainer", "as_maps", "sum_of_grid"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,10 +165,75 @@ class Explainer(ABC):
         return maps_BMHW.masked_fill(~request.keep_BN.view(-1, 1, *request.grid_HW), 0)
 
 
+@dataclass(frozen=True, eq=False)
+class Account:
+    """What a complete method accounts for: f − f(baseline) = Σ of the grid tokens + the prefix tokens' part + gap.
+
+    Attributes:
+        relevance_MT: (M, T), the scores of packed tokens; those of prefix tokens are no part of a map.
+        prefix_BM: (B, M), what class token and registers account for, by their keys, values and queries.
+        difference_BM: (B, M), f − f(baseline).
+        gap_BM: (B, M), what is left over; 0 in the limit of many steps.
+    """
+
+    relevance_MT: Float[Tensor, "M T"]
+    prefix_BM: Float[Tensor, "B M"]
+    difference_BM: Float[Tensor, "B M"]
+    gap_BM: Float[Tensor, "B M"]
+
+
+class TokenExplainer(Explainer):
+    """A method that reads the last block's input alone, so that it serves at every level of a slide model."""
+
+    def maps(self, request: Request) -> Tensor:
+        """The relevance of the grid tokens."""
+        relevance_MT = self.relevance(request.model, request.tokens, request.target, request.generator)
+        return as_maps(relevance_MT, request.tokens)
+
+    def maps_and_gap(self, request: Request) -> tuple[Tensor, Tensor]:  # noqa: D102 (as of Explainer)
+        account = self.account(request.model, request.tokens, request.target)
+        return as_maps(account.relevance_MT, request.tokens), account.gap_BM
+
+    @abstractmethod
+    def relevance(
+        self,
+        model: VisionTransformer,
+        tokens: PackedTokens,
+        target: Target,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "M T"]:
+        """The scores of all packed tokens; those of prefix tokens are not looked at.
+
+        Args:
+            model: that the target is a function of.
+            tokens: what ``model.before_last_block`` gave.
+            target: see :func:`maskattn.explain.targets.select_scores`.
+            generator: source of randomness.
+        """
+
+    def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
+        """The same scores, and what they sum to. Arguments as in :meth:`relevance`.
+
+        Raises:
+            ValueError: the method promises no such sum.
+        """
+        raise ValueError(
+            f"a convergence gap belongs to methods whose maps sum to a difference of scores, got "
+            f"{type(self).__name__}; use IntegratedCDAM(path='norm')"
+        )
+
+
 def as_maps(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M H W"]:
     """Values of packed tokens as maps over the grid; prefix tokens are dropped, background is 0."""
     dense_BNM = unpack(values_MT.T, tokens.packing)[:, tokens.num_prefix :]
     return dense_BNM.transpose(1, 2).unflatten(2, tokens.grid_HW)
+
+
+def sum_of_grid(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M"]:
+    """The sum over each image's grid tokens."""
+    of_grid = values_MT.masked_fill(tokens.packing.indices % tokens.packing.num_tokens < tokens.num_prefix, 0)
+    sums = values_MT.new_zeros(tokens.packing.batch_size, len(values_MT))
+    return sums.index_add_(0, tokens.packing.sequence_of_token, of_grid.T)
 
 
 def _squeezed(of_maps: Float[Tensor, "B M ..."], target: Target) -> Float[Tensor, "..."]:

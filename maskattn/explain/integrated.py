@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskattn.explain.explainer import Explainer, Request, as_maps
+from maskattn.explain.explainer import Account, TokenExplainer, sum_of_grid
 from maskattn.explain.last_block import input_of_attention, output_from, reads_class_token_alone
 from maskattn.explain.norm_path import keys_are_proportional, score_tokens_on_norm_path
 from maskattn.explain.smooth import check_counts
@@ -27,10 +27,10 @@ from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float
 
-__all__ = ["IntegratedCDAM", "gauss_legendre", "score_difference", "sum_of_images"]
+__all__ = ["IntegratedCDAM", "gauss_legendre", "score_difference", "sum_of_all"]
 
 
-class IntegratedCDAM(Explainer):
+class IntegratedCDAM(TokenExplainer):
     """CDAM averaged along a straight path from zero to the prediction.
 
     Three paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its norm; the
@@ -66,35 +66,45 @@ class IntegratedCDAM(Explainer):
         self.path = path
         self.internal_batch_size = internal_batch_size
 
-    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
-        return as_maps(self._relevance(request, with_queries=False)[0], request.tokens)
+    def relevance(  # noqa: D102 (as of TokenExplainer)
+        self,
+        model: VisionTransformer,
+        tokens: PackedTokens,
+        target: Target,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return self._relevance(model, tokens, target, with_queries=False)[0]
 
-    def maps_and_gap(self, request: Request) -> tuple[Tensor, Tensor]:  # noqa: D102 (as of Explainer)
+    def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
+        """The scores and their sum, on the paths "norm" and "grid". Arguments as in :meth:`relevance`.
+
+        Raises:
+            ValueError: the path "input" has no such sum.
+        """
         if self.path == "input":
             raise ValueError(
                 "the path 'input' does not converge to a difference of scores, so it has no convergence gap; "
                 "use IntegratedCDAM(path='norm')"
             )
-        relevance_MT, queries_BM = self._relevance(request, with_queries=True)
-        if self.path == "grid":
-            maps = as_maps(relevance_MT, request.tokens)
-            difference_BM = score_difference(request.model, request.tokens, request.target, prefix_stays=True)
-            return maps, difference_BM - maps.sum(dim=(2, 3))
-        difference_BM = score_difference(request.model, request.tokens, request.target)
-        gap_BM = difference_BM - sum_of_images(relevance_MT, request.tokens) - queries_BM
-        return as_maps(relevance_MT, request.tokens), gap_BM
+        relevance_MT, prefix_BM = self._relevance(model, tokens, target, with_queries=True)
+        of_grid_BM = sum_of_grid(relevance_MT, tokens)
+        if self.path == "norm":
+            prefix_BM = prefix_BM + sum_of_all(relevance_MT, tokens) - of_grid_BM
+        difference_BM = score_difference(model, tokens, target, prefix_stays=self.path == "grid")
+        return Account(relevance_MT, prefix_BM, difference_BM, difference_BM - of_grid_BM - prefix_BM)
 
-    def _relevance(self, request: Request, with_queries: bool) -> tuple[Float[Tensor, "M T"], Tensor | float]:
-        """The scores of all tokens, and, if asked, the class tokens' part through their queries, (B, M)."""
-        model, tokens, target = request.model, request.tokens, request.target
+    def _relevance(
+        self, model: VisionTransformer, tokens: PackedTokens, target: Target, with_queries: bool
+    ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
+        """The scores of all tokens, and, if asked, the class tokens' part through their queries."""
+        B, total = tokens.packing.batch_size, None
+        size = max(1, self.internal_batch_size // max(B, 1))
         if self.path in ("norm", "grid"):
-            size = max(1, self.internal_batch_size // max(tokens.packing.batch_size, 1))
             stays = self.path == "grid"
             return score_tokens_integrated(
                 model, tokens, target, self.m, copies=size, with_queries=with_queries and not stays, prefix_stays=stays
             )
-        B, total = tokens.packing.batch_size, None
-        for part in batches(self.m, max(1, self.internal_batch_size // max(B, 1))):
+        for part in batches(self.m, size):
             scales = torch.arange(part.start + 1, part.stop + 1, device=tokens.rows_TC.device) / self.m
             many = repeat_tokens(tokens, len(scales))
             many = many.with_rows(torch.cat([scale * tokens.rows_TC for scale in scales.to(tokens.rows_TC)]))
@@ -102,7 +112,7 @@ class IntegratedCDAM(Explainer):
             of_copies = relevance.unflatten(1, (len(scales), -1)).sum(dim=1)
             total = of_copies if total is None else total + of_copies
         assert total is not None, "m is at least 1"
-        return total / self.m, 0.0
+        return total / self.m, total.new_zeros(B, len(total))
 
 
 def score_tokens_integrated(
@@ -114,7 +124,7 @@ def score_tokens_integrated(
     copies: int = 64,
     with_queries: bool = False,
     prefix_stays: bool = False,
-) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"] | float]:
+) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
     """Integrated Gradients of the scores in T, with a baseline of 0, by m nodes of Gauss–Legendre quadrature.
 
     Args:
@@ -127,7 +137,7 @@ def score_tokens_integrated(
         prefix_stays: the prefix tokens do not take part in the path; their own scores mean nothing then.
 
     Returns:
-        S (M, T), prefix tokens among the T, and the queries' part (B, M), or 0.0.
+        S (M, T), prefix tokens among the T, and the queries' part (B, M), 0 if it was not asked for.
     """
     alphas, weights = gauss_legendre(m, tokens.rows_TC)
     if reads_class_token_alone(model) and keys_are_proportional(model, tokens) and not prefix_stays:
@@ -136,19 +146,20 @@ def score_tokens_integrated(
     with torch.no_grad():
         normed = input_of_attention(model, tokens)
     fixed = is_prefix(tokens) if prefix_stays else torch.zeros((), dtype=torch.bool, device=normed.device)
-    total: Tensor | float = 0.0
+    total: Tensor | None = None
     queries: Tensor | float = 0.0
     for part in batches(m, copies):
         of_copies, scale = target_of_copies(target, B), (weights[part] / alphas[part]).to(normed)
         many = repeat_tokens(tokens, len(scale))
         scaled = torch.cat([torch.where(fixed, normed, alpha * normed) for alpha in alphas[part]])
         relevance, _ = score_tokens(model, many, of_copies, scaled)
-        total = total + torch.einsum("m,cmt->ct", scale.to(relevance), relevance.unflatten(1, (len(scale), -1)))
+        of_part = torch.einsum("m,cmt->ct", scale.to(relevance), relevance.unflatten(1, (len(scale), -1)))
+        total = of_part if total is None else total + of_part
         if with_queries and reads_class_token_alone(model):
             parts = score_class_token_queries(model, many, of_copies, scaled).unflatten(0, (len(scale), B))
             queries = queries + torch.einsum("m,mbc->bc", scale.to(parts), parts)
-    assert isinstance(total, Tensor), "m is at least 1"
-    return total, queries
+    assert total is not None, "m is at least 1"
+    return total, queries + total.new_zeros(B, len(total))
 
 
 def gauss_legendre(m: int, like: Tensor) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
@@ -180,7 +191,7 @@ def score_difference(
     return scores(normed) - scores(torch.where(is_prefix(tokens), normed, start) if prefix_stays else start)
 
 
-def sum_of_images(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M"]:
+def sum_of_all(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M"]:
     """The sum over each image's packed tokens, prefix tokens too."""
     sums = values_MT.new_zeros(tokens.packing.batch_size, len(values_MT))
     return sums.index_add_(0, tokens.packing.sequence_of_token, values_MT.T)

@@ -30,6 +30,7 @@ class Method:
         options: of the class, that this name stands for.
         compared: it is there for comparison alone.
         draws: its maps depend on a generator.
+        complete: its map sums to a difference of scores, to a gap that it can tell.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     compared: bool = False
     draws: bool = False
+    complete: bool = False
 
     @property
     def class_token_alone(self) -> bool:
@@ -80,6 +82,7 @@ _LIST = (
         "maskattn.explain.integrated",
         "IntegratedCDAM",
         {"path": "norm"},
+        complete=True,
     ),
     Method(
         "integrated-grid",
@@ -88,6 +91,7 @@ _LIST = (
         "maskattn.explain.integrated",
         "IntegratedCDAM",
         {"path": "grid", "m": 16},
+        complete=True,
     ),
     Method(
         "row-ablation",
@@ -110,6 +114,7 @@ _LIST = (
         "the token's Shapley value in the last attention row, by the path of membership, complete",
         _ROW,
         "AttentionRowShapley",
+        complete=True,
     ),
     Method(
         "row-shapley-sampled",
@@ -125,6 +130,7 @@ _LIST = (
         "the path over the values that the class token reads, its attention held, complete",
         _ROW,
         "AttentionValuePath",
+        complete=True,
     ),
     Method(
         "cdam-completed",

@@ -52,7 +52,7 @@ def score_tokens_on_norm_path(
     weights_m: Float[Tensor, "m"],
     copies: int,
     with_queries: bool,
-) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"] | float]:
+) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
     """The integral by these nodes and weights. Arguments and results as in ``score_tokens_integrated``."""
     attn, packing = model.last_block.attn, tokens.packing
     with torch.no_grad():
@@ -94,7 +94,7 @@ def score_tokens_on_norm_path(
             along = (weights[:, None] * normed.first()).detach()
             queries = queries + torch.stack([(along * of_first).sum(dim=(1, 2)) for _, of_first in gradients], dim=1)
     assert relevance is not None, "there is at least one node"
-    return relevance, queries
+    return relevance, queries + relevance.new_zeros(packing.batch_size, len(relevance))
 
 
 def scores_of_reads(

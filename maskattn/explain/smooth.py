@@ -12,16 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maskattn.explain.explainer import Explainer, Request, as_maps
+from maskattn.explain.explainer import TokenExplainer
+from maskattn.explain.targets import Target
 from maskattn.explain.token_scores import score_tokens
 from maskattn.explain.token_subsets import batches, repeat_tokens, target_of_copies
 from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float
 
 __all__ = ["SmoothCDAM", "check_counts"]
 
 
-class SmoothCDAM(Explainer):
+class SmoothCDAM(TokenExplainer):
     """The mean CDAM of m noisy copies of the last block's input.
 
     The noise is Gaussian, on all tokens, its standard deviation ``noise`` times the range (max − min) of an image's
@@ -47,8 +49,13 @@ class SmoothCDAM(Explainer):
         self.noise = noise
         self.internal_batch_size = internal_batch_size
 
-    def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
-        tokens, generator = request.tokens, request.generator
+    def relevance(  # noqa: D102 (as of TokenExplainer)
+        self,
+        model: VisionTransformer,
+        tokens: PackedTokens,
+        target: Target,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         B, x = tokens.packing.batch_size, tokens.rows_TC
         std_T1 = (self.noise * _range_of_images(tokens)).index_select(0, tokens.packing.sequence_of_token)[:, None]
         device = x.device if generator is None else generator.device
@@ -59,11 +66,11 @@ class SmoothCDAM(Explainer):
             draws = [torch.randn(x.shape, generator=generator, device=device).to(x) for _ in range(copies)]
             noisy = torch.cat([x + std_T1 * draw for draw in draws])
             many = repeat_tokens(tokens, copies).with_rows(noisy)
-            relevance, _ = score_tokens(request.model, many, target_of_copies(request.target, B))
+            relevance, _ = score_tokens(model, many, target_of_copies(target, B))
             of_copies = relevance.unflatten(1, (copies, -1)).sum(dim=1)
             total = of_copies if total is None else total + of_copies
         assert total is not None, "m is at least 1"
-        return as_maps(total / self.m, tokens)
+        return total / self.m
 
 
 def check_counts(m: int, internal_batch_size: int) -> None:
