@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from maskattn.attention.api import readout, token_relevance
 from maskattn.explain.explainer import Account, TokenExplainer, sum_of_grid
-from maskattn.explain.integrated import gauss_legendre, sum_of_all
+from maskattn.explain.integrated import gauss_legendre
 from maskattn.explain.last_block import reads_class_token_alone
 from maskattn.explain.norm_path import scores_of_reads
 from maskattn.explain.targets import Target
@@ -30,7 +30,7 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import pack, unpack
 from maskattn.shapes import Float
 
-__all__ = ["AttentionRow", "AttentionRowAblation", "AttentionRowShapley", "AttentionValuePath", "SampledRowShapley"]
+__all__ = ["AttentionRow", "AttentionRowAblation", "AttentionRowShapley", "SampledRowShapley"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,11 @@ class AttentionRow:
     def packed(self, of_grid_BNM: Float[Tensor, "B N M"]) -> Float[Tensor, "M T"]:
         """Values of grid tokens as rows of all packed tokens; 0 at prefix tokens."""
         return pack(F.pad(of_grid_BNM, (0, 0, self.tokens.num_prefix, 0)), self.tokens.packing).T
+
+    def weighted(self, of_heads_MBH: Float[Tensor, "M B H"]) -> Float[Tensor, "M T"]:
+        """Σ_h a_hi c_h of every token, c being a number for each head of its image."""
+        sequence = self.tokens.packing.sequence_of_token
+        return torch.stack([torch.einsum("th,ht->t", c[sequence], self.weights_HT) for c in of_heads_MBH])
 
     def dense(self, of_tokens: Float[Tensor, "T ..."]) -> Float[Tensor, "B L ..."]:
         """Values of packed tokens in their places, 0 where there is none."""
@@ -239,10 +244,7 @@ class AttentionRowShapley(TokenExplainer):
         mass = of_prefix + t * (1 - of_prefix)  # [B, R, H, 1]
         out = (values + t * (row.read.out_B1HD - values)) / mass
         rates = row.gradients(out) * (dt[:, None, None] / mass)  # [M, B, R, H, D]
-        constant_MBH = (rates * out).sum(dim=(2, 4))
-        sequence = row.tokens.packing.sequence_of_token
-        offset = torch.stack([torch.einsum("th,ht->t", c[sequence], row.weights_HT) for c in constant_MBH])
-        return row.weighted_values(rates.sum(dim=2)) - offset
+        return row.weighted_values(rates.sum(dim=2)) - row.weighted((rates * out).sum(dim=(2, 4)))
 
 
 class SampledRowShapley(TokenExplainer):
@@ -291,54 +293,3 @@ class SampledRowShapley(TokenExplainer):
             parts.append(scores - torch.cat([before, scores[:, :-1]], dim=1))
             before = scores[:, -1:]
         return torch.cat(parts, dim=1)
-
-
-class AttentionValuePath(TokenExplainer):
-    """The path over the values alone, weights held: S_i = Σ_h a_hi (v_hi − b_v) · ∫ ∂f/∂o at b_v + t (o − b_v) dt.
-
-    Complete: all tokens sum to f(o) − f(b_v), b_v being what the row reads of tokens that are 0.
-
-    Args:
-        model: as for :class:`AttentionRowAblation`.
-        m: nodes of Gauss–Legendre quadrature.
-    """
-
-    def __init__(self, model: nn.Module, m: int = 16) -> None:
-        super().__init__(model)
-        self.m = m
-
-    @torch.no_grad()
-    def relevance(  # noqa: D102 (as of TokenExplainer)
-        self,
-        model: VisionTransformer,
-        tokens: PackedTokens,
-        target: Target,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        return self._relevance(AttentionRow.of(model, tokens, target))
-
-    def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
-        """The scores, and their sum. Arguments as in :meth:`relevance`."""
-        row = AttentionRow.of(model, tokens, target)
-        relevance = self._relevance(row)
-        with torch.no_grad():
-            origin = self._origin(row).expand_as(row.read.out_B1HD)
-            difference_BM = (row.scores(row.read.out_B1HD) - row.scores(origin))[:, 0]
-        total_BM, of_grid_BM = sum_of_all(relevance, tokens), sum_of_grid(relevance, tokens)
-        return Account(relevance, total_BM - of_grid_BM, difference_BM, difference_BM - total_BM)
-
-    @staticmethod
-    def _origin(row: AttentionRow) -> Tensor:
-        origin = row.read.value_origin
-        return torch.zeros_like(row.read.out_B1HD[0, 0]) if origin is None else origin
-
-    @torch.no_grad()
-    def _relevance(self, row: AttentionRow) -> Float[Tensor, "M T"]:
-        nodes, weights = gauss_legendre(self.m, row.read.out_B1HD)
-        origin = self._origin(row)
-        out = origin + nodes[:, None, None] * (row.read.out_B1HD - origin)  # [B, R, H, D]
-        mean_MBHD = torch.einsum("mbrhd,r->mbhd", row.gradients(out), weights)
-        sequence = row.tokens.packing.sequence_of_token
-        of_origin_MBH = (mean_MBHD * origin).sum(dim=-1)
-        offset = torch.stack([torch.einsum("th,ht->t", c[sequence], row.weights_HT) for c in of_origin_MBH])
-        return row.weighted_values(mean_MBHD) - offset

@@ -47,11 +47,8 @@ class RelevanceRules(Explainer):
         with layer_wise_rules():
             gradients = row.gradients(row.read.out_B1HD)[:, :, 0]
         values = row.weighted_values(gradients)
-        origin = row.read.value_origin
-        sequence = request.tokens.packing.sequence_of_token
-        if origin is not None:
-            of_origin = (gradients * origin).sum(dim=-1)
-            values = values - torch.stack([torch.einsum("th,ht->t", c[sequence], row.weights_HT) for c in of_origin])
+        if row.read.value_origin is not None:
+            values = values - row.weighted((gradients * row.read.value_origin).sum(dim=-1))
         keys = row.relevance(gradients) - values
         return as_maps(0.5 * values + 0.25 * keys, request.tokens)
 

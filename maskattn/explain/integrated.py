@@ -1,9 +1,9 @@
 """Integrated CDAM: CDAM averaged along a path from zero to the prediction.
 
-The backbone runs once. On the path "norm" keys and values move in proportion to the path's α, so that all steps read
-one set of keys and values (:mod:`maskattn.explain.norm_path`); elsewhere m steps cost m tails, run in batches.
+The backbone runs once. On the paths "norm" and "value" all steps read one set of keys and values
+(:mod:`maskattn.explain.norm_path`, :mod:`maskattn.explain.value_path`); elsewhere m steps cost m tails, run in batches.
 
-Source: Brocki, Binda, Chung, arXiv 2312.02364, for the path "input"; the path "norm" is this package's.
+Source: Brocki, Binda, Chung, arXiv 2312.02364, for the path "input"; the others are this package's.
 
 Dimension key: B images, T packed tokens, M maps, m steps, C channels.
 """
@@ -23,9 +23,10 @@ from maskattn.explain.smooth import check_counts
 from maskattn.explain.targets import Target, select_scores
 from maskattn.explain.token_scores import score_class_token_queries, score_tokens
 from maskattn.explain.token_subsets import batches, repeat_tokens, target_of_copies
+from maskattn.explain.value_path import score_tokens_on_value_path, value_path_difference
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
-from maskattn.shapes import Bool, Float
+from maskattn.shapes import Float
 
 __all__ = ["IntegratedCDAM", "gauss_legendre", "score_difference", "sum_of_all"]
 
@@ -37,12 +38,13 @@ class IntegratedCDAM(TokenExplainer):
     norm undoes the scaling, so that T hardly moves and the map sums to nothing in particular. "norm" scales T itself,
     at the nodes of Gauss–Legendre quadrature, and is Integrated Gradients in T with a baseline of 0: the scores of all
     tokens sum to f(T) − f(0), which ``return_convergence_gap`` measures: f(T) − f(0) − Σ_i S_i over all tokens, prefix
-    tokens too. "grid" scales T at grid tokens alone, so that the map itself sums to f(T) − f(prefix tokens alone).
+    tokens too. "value" holds the attention and scales what it reads, the values, from those of tokens of 0
+    (:mod:`maskattn.explain.value_path`): complete too, without the key's part, which has the sign of the raw scores.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
         m: steps of the path.
-        path: "input", "norm" or "grid".
+        path: "input", "norm" or "value".
         internal_batch_size: copies of images in the last block at a time, at least one of the whole batch; bounds the
             memory, and leaves the result as it is but for rounding.
 
@@ -54,13 +56,13 @@ class IntegratedCDAM(TokenExplainer):
         self,
         model: nn.Module,
         m: int = 50,
-        path: Literal["input", "norm", "grid"] = "input",
+        path: Literal["input", "norm", "value"] = "input",
         *,
         internal_batch_size: int = 64,
     ) -> None:
         check_counts(m, internal_batch_size)
-        if path not in ("input", "norm", "grid"):
-            raise ValueError(f"path must be 'input', 'norm' or 'grid', got path={path!r}")
+        if path not in ("input", "norm", "value"):
+            raise ValueError(f"path must be 'input', 'norm' or 'value', got path={path!r}")
         super().__init__(model)
         self.m = m
         self.path = path
@@ -76,7 +78,7 @@ class IntegratedCDAM(TokenExplainer):
         return self._relevance(model, tokens, target, with_queries=False)[0]
 
     def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
-        """The scores and their sum, on the paths "norm" and "grid". Arguments as in :meth:`relevance`.
+        """The scores and their sum, on the paths "norm" and "value". Arguments as in :meth:`relevance`.
 
         Raises:
             ValueError: the path "input" has no such sum.
@@ -86,11 +88,11 @@ class IntegratedCDAM(TokenExplainer):
                 "the path 'input' does not converge to a difference of scores, so it has no convergence gap; "
                 "use IntegratedCDAM(path='norm')"
             )
-        relevance_MT, prefix_BM = self._relevance(model, tokens, target, with_queries=True)
+        relevance_MT, queries_BM = self._relevance(model, tokens, target, with_queries=True)
         of_grid_BM = sum_of_grid(relevance_MT, tokens)
-        if self.path == "norm":
-            prefix_BM = prefix_BM + sum_of_all(relevance_MT, tokens) - of_grid_BM
-        difference_BM = score_difference(model, tokens, target, prefix_stays=self.path == "grid")
+        prefix_BM = queries_BM + sum_of_all(relevance_MT, tokens) - of_grid_BM
+        difference = value_path_difference if self.path == "value" else score_difference
+        difference_BM = difference(model, tokens, target)
         return Account(relevance_MT, prefix_BM, difference_BM, difference_BM - of_grid_BM - prefix_BM)
 
     def _relevance(
@@ -99,11 +101,13 @@ class IntegratedCDAM(TokenExplainer):
         """The scores of all tokens, and, if asked, the class tokens' part through their queries."""
         B, total = tokens.packing.batch_size, None
         size = max(1, self.internal_batch_size // max(B, 1))
-        if self.path in ("norm", "grid"):
-            stays = self.path == "grid"
-            return score_tokens_integrated(
-                model, tokens, target, self.m, copies=size, with_queries=with_queries and not stays, prefix_stays=stays
+        if self.path == "value":
+            relevance = score_tokens_on_value_path(
+                model, tokens, target, *gauss_legendre(self.m, tokens.rows_TC), copies=size
             )
+            return relevance, relevance.new_zeros(B, len(relevance))
+        if self.path == "norm":
+            return score_tokens_integrated(model, tokens, target, self.m, copies=size, with_queries=with_queries)
         for part in batches(self.m, size):
             scales = torch.arange(part.start + 1, part.stop + 1, device=tokens.rows_TC.device) / self.m
             many = repeat_tokens(tokens, len(scales))
@@ -123,7 +127,6 @@ def score_tokens_integrated(
     *,
     copies: int = 64,
     with_queries: bool = False,
-    prefix_stays: bool = False,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
     """Integrated Gradients of the scores in T, with a baseline of 0, by m nodes of Gauss–Legendre quadrature.
 
@@ -134,24 +137,22 @@ def score_tokens_integrated(
         m: nodes.
         copies: nodes at a time.
         with_queries: also return the part of the class tokens' scores that goes through their queries.
-        prefix_stays: the prefix tokens do not take part in the path; their own scores mean nothing then.
 
     Returns:
         S (M, T), prefix tokens among the T, and the queries' part (B, M), 0 if it was not asked for.
     """
     alphas, weights = gauss_legendre(m, tokens.rows_TC)
-    if reads_class_token_alone(model) and keys_are_proportional(model, tokens) and not prefix_stays:
+    if reads_class_token_alone(model) and keys_are_proportional(model, tokens):
         return score_tokens_on_norm_path(model, tokens, target, alphas, weights, copies, with_queries)
     B = tokens.packing.batch_size
     with torch.no_grad():
         normed = input_of_attention(model, tokens)
-    fixed = is_prefix(tokens) if prefix_stays else torch.zeros((), dtype=torch.bool, device=normed.device)
     total: Tensor | None = None
     queries: Tensor | float = 0.0
     for part in batches(m, copies):
         of_copies, scale = target_of_copies(target, B), (weights[part] / alphas[part]).to(normed)
         many = repeat_tokens(tokens, len(scale))
-        scaled = torch.cat([torch.where(fixed, normed, alpha * normed) for alpha in alphas[part]])
+        scaled = torch.cat([alpha * normed for alpha in alphas[part]])
         relevance, _ = score_tokens(model, many, of_copies, scaled)
         of_part = torch.einsum("m,cmt->ct", scale.to(relevance), relevance.unflatten(1, (len(scale), -1)))
         total = of_part if total is None else total + of_part
@@ -168,16 +169,9 @@ def gauss_legendre(m: int, like: Tensor) -> tuple[Float[Tensor, "m"], Float[Tens
     return torch.from_numpy((at + 1) / 2).to(like), torch.from_numpy(weight / 2).to(like)
 
 
-def is_prefix(tokens: PackedTokens) -> Bool[Tensor, "T 1"]:
-    """Which packed tokens are class tokens and registers."""
-    return (tokens.packing.indices % tokens.packing.num_tokens < tokens.num_prefix)[:, None]
-
-
 @torch.no_grad()
-def score_difference(
-    model: VisionTransformer, tokens: PackedTokens, target: Target, prefix_stays: bool = False
-) -> Float[Tensor, "B M"]:
-    """f(T) − f(0), what the scores of a path from zero sum to; or, ``prefix_stays``, from grid tokens of zero."""
+def score_difference(model: VisionTransformer, tokens: PackedTokens, target: Target) -> Float[Tensor, "B M"]:
+    """f(T) − f(0): what the scores of all tokens sum to on the path "norm"."""
     normed = input_of_attention(model, tokens)
 
     def scores(at: Tensor) -> Tensor:
@@ -187,8 +181,7 @@ def score_difference(
         read = block.read_attention(tokens, at).out_B1HD
         return select_scores(model.predict_from_class_token(block.finish(tokens, read)), target)
 
-    start = torch.zeros_like(normed)
-    return scores(normed) - scores(torch.where(is_prefix(tokens), normed, start) if prefix_stays else start)
+    return scores(normed) - scores(torch.zeros_like(normed))
 
 
 def sum_of_all(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M"]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from maskattn.nn.blocks import PackedTokens, is_as_built
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float
 
-__all__ = ["input_of_attention", "output_from", "reads_class_token_alone"]
+__all__ = ["input_of_attention", "output_from", "output_with_values", "reads_class_token_alone", "values_and_origin"]
 
 
 def reads_class_token_alone(model: VisionTransformer) -> bool:
@@ -49,12 +50,39 @@ def output_from(
     return model.pool(tokens.with_rows(_call(block, tokens, lambda module, inputs, output: normed_TC)))
 
 
-def _call(block: nn.Module, tokens: PackedTokens, hook: Any) -> Tensor:
-    """The block's output, with a hook on its first norm behind all others that hang there."""
-    norm = getattr(block, "norm1", None)
+def values_and_origin(
+    model: VisionTransformer, tokens: PackedTokens
+) -> tuple[Float[Tensor, "T C"], Float[Tensor, "1 C"]]:
+    """The last attention's values, and what they are where a token is 0. Arguments as above."""
+    seen: list[Tensor] = []
+    _call(model.last_block, tokens, lambda module, inputs, output: seen.append(output), part="attn.qkv")
+    qkv = model.last_block.attn.qkv
+    origin = qkv(seen[0].new_zeros(1, model.embed_dim)) if seen[0].numel() else seen[0].new_zeros(1, seen[0].shape[1])
+    return seen[0].chunk(3, dim=1)[2], origin.chunk(3, dim=1)[2]
+
+
+def output_with_values(
+    model: VisionTransformer, tokens: PackedTokens, values_TC: Float[Tensor, "T C"]
+) -> Float[Tensor, "B K"]:
+    """The model's output with other values in its last attention, whose weights stay; differentiable in them."""
+
+    def put_in(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[:, : 2 * values_TC.shape[1]], values_TC], dim=1)
+
+    return model.pool(tokens.with_rows(_call(model.last_block, tokens, put_in, part="attn.qkv")))
+
+
+_WHERE = {"norm1": "first norm, norm1", "attn.qkv": "attention's projection, attn.qkv"}
+
+
+def _call(block: nn.Module, tokens: PackedTokens, hook: Any, part: str = "norm1") -> Tensor:
+    """The block's output, with a hook on one of its parts after all others that hang there."""
+    norm: Any = block
+    for name in part.split("."):
+        norm = getattr(norm, name, None)
     if not isinstance(norm, nn.Module):
         raise ValueError(
-            "an explanation differentiates at the last block's first norm, norm1, and this model's last block "
+            f"an explanation differentiates at the last block's {_WHERE[part]}, and this model's last block "
             f"{type(block).__name__} has none; explain the model before its blocks are replaced"
         )
     called: list[bool] = []
@@ -70,7 +98,7 @@ def _call(block: nn.Module, tokens: PackedTokens, hook: Any) -> Tensor:
         handle.remove()
     if len(called) != 1:
         raise ValueError(
-            f"an explanation differentiates at the last block's first norm, norm1, and this model's last block calls "
+            f"an explanation differentiates at the last block's {_WHERE[part]}, and this model's last block calls "
             f"it {len(called)} times; explain the model before its blocks are replaced"
         )
     return output

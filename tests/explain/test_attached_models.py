@@ -67,11 +67,21 @@ def by_autograd(model: VisionTransformer, x: Tensor, keep: Tensor, target: int) 
         ),
         lambda model, x, keep: IntegratedCDAM(model, 4).attribute(x, 1, keep),
         lambda model, x, keep: IntegratedCDAM(model, 4, "norm").attribute(x, 1, keep),
+        lambda model, x, keep: IntegratedCDAM(model, 4, "value").attribute(x, 1, keep),
         lambda model, x, keep: AttentionMap(model).attribute(x, keep, heads="all"),
         lambda model, x, keep: AttentionRollout(model).attribute(x, 1, keep),
         lambda model, x, keep: RelevancePropagation(model).attribute(x, 1, keep),
     ],
-    ids=["CDAM", "Smooth", "Integrated", "Integrated, norm", "attention", "rollout", "propagation"],
+    ids=[
+        "CDAM",
+        "Smooth",
+        "Integrated",
+        "Integrated, norm",
+        "Integrated, value",
+        "attention",
+        "rollout",
+        "propagation",
+    ],
 )
 def test_a_model_with_adapters_has_the_map_of_its_merged_weights(explain, variant):
     (adapted, merged), (x, keep) = adapted_and_merged(**variant), sample()
@@ -80,10 +90,11 @@ def test_a_model_with_adapters_has_the_map_of_its_merged_weights(explain, varian
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_integrated_maps_of_a_model_with_adapters_sum_to_the_difference(variant):
+@pytest.mark.parametrize("path", ["norm", "value"])
+def test_the_integrated_maps_of_a_model_with_adapters_sum_to_the_difference(variant, path):
     (adapted, _), (x, keep) = adapted_and_merged(**variant), sample()
-    _, gap = IntegratedCDAM(adapted, 60, "norm").attribute(x, 1, keep, return_convergence_gap=True)
-    _, coarse = IntegratedCDAM(adapted, 2, "norm").attribute(x, 1, keep, return_convergence_gap=True)
+    _, gap = IntegratedCDAM(adapted, 60, path).attribute(x, 1, keep, return_convergence_gap=True)
+    _, coarse = IntegratedCDAM(adapted, 2, path).attribute(x, 1, keep, return_convergence_gap=True)
     assert gap.abs().max() < 1e-3 * coarse.abs().max()
 
 

@@ -18,6 +18,8 @@ from maskattn.explain.token_scores import (
     score_tokens_in_closed_form,
 )
 from maskattn.nn import VisionTransformer
+from maskattn.nn.positions import alibi_slopes
+from maskattn.packing import pack, unpack
 
 MODELS = [{}, {"reg_tokens": 2, "init_values": 0.3}, {"pos_embed": "rotary"}, {"qk_norm": True}, {"pos_embed": "alibi"}]
 POOLED = [{"global_pool": "avg"}, {"global_pool": "token_avg"}, {"global_pool": "map"}]
@@ -105,8 +107,8 @@ def test_the_path_in_the_norm_is_captums_integrated_gradients_there(variant):
 
 
 @pytest.mark.parametrize("variant", MODELS + POOLED, ids=str)
-@pytest.mark.parametrize("path", ["norm", "grid"])
-def test_on_the_paths_in_the_norm_scores_add_up_to_the_difference_of_the_ends(variant, path):
+@pytest.mark.parametrize("path", ["norm", "value"])
+def test_on_complete_paths_scores_add_up_to_the_difference_of_the_ends(variant, path):
     model, (x, keep) = random_vit(**variant), sample()
     gaps = []
     for m in (2, 40):
@@ -116,6 +118,51 @@ def test_on_the_paths_in_the_norm_scores_add_up_to_the_difference_of_the_ends(va
         gaps.append(gap.abs().max())
     assert gaps[1] < 1e-6
     assert gaps[1] < gaps[0]
+
+
+@pytest.mark.parametrize("variant", MODELS + POOLED, ids=str)
+def test_the_path_of_values_is_captums_integrated_gradients_of_them(variant):
+    captum = pytest.importorskip("captum.attr")
+    (model, single), (x, keep) = double_and_single(variant), sample()
+    got = IntegratedCDAM(single, m=6, path="value", internal_batch_size=4).attribute(x.float(), 1, keep)
+
+    def oracle(model: VisionTransformer, x: Tensor) -> Tensor:
+        block = model.last_block
+        with torch.no_grad():
+            tokens = model.before_last_block(model.embed(x, keep))
+            q, k, v = block.attn.queries_keys_and_values(block.norm1(tokens.rows_TC), tokens)
+            bias = block.attn.qkv.bias.chunk(3)[2].unflatten(0, v.shape[1:])
+            present = unpack(torch.ones_like(v[:, :1, 0]), tokens.packing)[..., 0] > 0
+            q, k = (unpack(y, tokens.packing).transpose(1, 2) for y in (q, k))
+            scores = q @ k.mT * q.shape[-1] ** -0.5 + distance_bias(model, tokens, present)
+            weights = scores.masked_fill(~present[:, None, None], -torch.inf).softmax(-1).nan_to_num()
+
+        def logit(steps_STHD: Tensor) -> Tensor:
+            scores = []
+            for values in steps_STHD:
+                out = weights @ unpack(values, tokens.packing).transpose(1, 2)
+                update = block.ls1(block.attn.project(pack(out.transpose(1, 2), tokens.packing)))
+                rows = block.feed_forward(tokens.rows_TC + update, tokens.packing)
+                scores.append(model.pool(tokens.with_rows(rows))[:, 1].sum())
+            return torch.stack(scores)
+
+        explain = captum.IntegratedGradients(logit)
+        gradients = explain.attribute(v[None], baselines=bias[None, None], n_steps=6, method="gausslegendre")
+        return as_maps(gradients[0].sum(dim=(1, 2))[None].detach().to(x.dtype), tokens)[:, 0]
+
+    assert_within_budget(got, oracle(model, x), oracle(single, x.float()), str(variant))
+
+
+def distance_bias(model: VisionTransformer, tokens, present: Tensor) -> Tensor:
+    """ALiBi's part of the scores (B, H, L, L), 0 for tokens without a place."""
+    if tokens.coords_T2 is None:
+        return torch.zeros((), dtype=tokens.rows_TC.dtype)
+    places = unpack(tokens.coords_T2.nan_to_num(nan=1e6), tokens.packing)
+    distance = (places[:, :, None] - places[:, None]).norm(dim=-1)
+    far = (places.abs() > 1e5).any(-1)
+    distance = distance.masked_fill(far[:, :, None] | far[:, None], 0)
+    slopes = alibi_slopes(model.num_heads, tokens.coords_T2)
+    return -slopes[:, None, None] * distance[:, None]
 
 
 def test_the_path_at_the_input_has_no_gap_to_report():
@@ -145,6 +192,7 @@ def test_results_do_not_depend_on_the_size_of_internal_batches(variant):
         ),
         lambda size: IntegratedCDAM(model, m=5, internal_batch_size=size).attribute(x, "all", keep),
         lambda size: IntegratedCDAM(model, m=5, path="norm", internal_batch_size=size).attribute(x, "all", keep),
+        lambda size: IntegratedCDAM(model, m=5, path="value", internal_batch_size=size).attribute(x, "all", keep),
     ):
         torch.testing.assert_close(explain(1), explain(100))
 
@@ -156,8 +204,9 @@ def test_results_do_not_depend_on_the_size_of_internal_batches(variant):
         lambda model, size: SmoothCDAM(model, m=5, internal_batch_size=size),
         lambda model, size: IntegratedCDAM(model, m=5, internal_batch_size=size),
         lambda model, size: IntegratedCDAM(model, m=5, path="norm", internal_batch_size=size),
+        lambda model, size: IntegratedCDAM(model, m=5, path="value", internal_batch_size=size),
     ],
-    ids=["smooth", "input", "norm"],
+    ids=["smooth", "input", "norm", "value"],
 )
 def test_no_more_than_internal_batch_size_copies_are_in_the_head_at_a_time(explain, size, batches):
     model, (x, keep) = random_vit(), sample()
