@@ -132,7 +132,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal: a hint that ``attn_mask`` is the causal mask, which must be given too.
 
         Returns:
-            The output, shaped as ``query``, and the weights or None. In training the weights are those after dropout.
+            The output, shaped as ``query``, and the weights or None. In training the weights are those after dropout;
+            those of a nested query are padded with 0 to the longest sequence.
             Each appended key (``add_bias_kv``, ``add_zero_attn``) is one more column of the weights.
 
         Raises:
@@ -143,8 +144,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             return leaf_module(self, query, key, value, *masks)
         if query.is_nested:
-            masks = key_padding_mask, attn_mask
-            return self._attend_nested(query, key, value, need_weights or any(x is not None for x in masks)), None
+            masked = key_padding_mask is not None or attn_mask is not None
+            if masked or key is not query or value is not query:
+                raise ValueError(
+                    "a nested query is taken for self-attention without masks alone, got other keys or values, or a "
+                    "mask; pad it with query.to_padded_tensor(0)"
+                )
+            return self._attend_nested(query, need_weights, average_attn_weights)
         check_masks_agree(key_padding_mask, attn_mask, is_causal)
         self._check_impl(need_weights, attn_mask)
         if is_traced(query, key_padding_mask):
@@ -238,16 +244,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         return 0 * out if everything_dropped else out
 
-    def _attend_nested(self, query: Tensor, key: Tensor, value: Tensor, more: bool) -> Tensor:
-        if more or key is not query or value is not query:
-            raise ValueError(
-                "a nested query is taken for self-attention without masks and weights alone, got other keys or values, "
-                "a mask, or need_weights=True; pass need_weights=False, or pad it with query.to_padded_tensor(0)"
-            )
+    def _attend_nested(self, query: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
+        self._check_impl(need_weights, None)
         rows, packing = nested_rows(query)
-        operands = Operands(*project(self, rows, rows, rows), packing, packing, None)
-        out = self._attend(self._with_appended_keys(operands), self.dropout if self.training else 0.0)
-        return nested_like(self.out_proj(out.flatten(1)), query, packing)
+        operands = self._with_appended_keys(Operands(*project(self, rows, rows, rows), packing, packing, None))
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            out, weights = attend_with_weights(operands, None, dropout_p, average)
+        else:
+            out = self._attend(operands, dropout_p)
+        return nested_like(self.out_proj(out.flatten(1)), query, packing), weights
 
     def _attend_traced(
         self,

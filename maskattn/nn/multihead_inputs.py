@@ -16,7 +16,10 @@ __all__ = ["check_inputs", "check_masks_agree", "project"]
 
 def project(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Packed rows (T, E) → q (Tq, H, D), k and v (Tk, H, D); one product for what is projected together."""
-    weight, bias, E, H = layer.in_proj_weight, layer.in_proj_bias, layer.embed_dim, layer.num_heads
+    weight, E, H = layer.in_proj_weight, layer.embed_dim, layer.num_heads
+    dtype = (layer.q_proj_weight if weight is None else weight).dtype
+    # A layer may keep its biases in another precision; torch's product of rows takes one.
+    bias = None if layer.in_proj_bias is None else layer.in_proj_bias.to(dtype)
     biases = (None, None, None) if bias is None else bias.chunk(3)
     if weight is None:
         weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)

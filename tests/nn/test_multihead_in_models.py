@@ -139,10 +139,40 @@ def test_nested_tensors_are_packed_rows(layout):
     torch.testing.assert_close(list(out.unbind()), expected)
     loss, expected_loss = (sum(x.sin().sum() for x in each) for each in (out.unbind(), expected))
     torch.testing.assert_close(torch.autograd.grad(loss, pieces), torch.autograd.grad(expected_loss, pieces))
-    with pytest.raises(ValueError, match="a nested query is taken for self-attention without masks"):
-        ours(nested, nested, nested)
-    with pytest.raises(ValueError, match="a nested query is taken for self-attention without masks"):
-        ours(nested, nested, nested, padding(), need_weights=False)
+    for call in ((nested, nested, nested, padding()), (nested, pieces[0], pieces[0])):
+        with pytest.raises(ValueError, match="a nested query is taken for self-attention without masks alone"):
+            ours(*call, need_weights=False)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_weights_of_nested_tensors_are_padded_with_zeros(layout, average):
+    theirs, ours = pair()
+    pieces = [torch.randn(n, E, dtype=torch.float64) for n in (4, 7)]
+    nested = torch.nested.as_nested_tensor(pieces, layout=layout)
+    out, weights = ours(nested, nested, nested, average_attn_weights=average)
+    assert weights.shape == ((2, 7, 7) if average else (2, H, 7, 7))
+    for piece, got, rows in zip(pieces, out.unbind(), weights, strict=True):
+        expected, expected_rows = theirs(piece, piece, piece, average_attn_weights=average)
+        n = len(piece)
+        torch.testing.assert_close((got, rows[..., :n, :n]), (expected, expected_rows))
+        assert rows[..., n:, :].abs().sum() == rows[..., n:].abs().sum() == 0
+    with pytest.raises(ValueError, match="impl='reference' has no need_weights=True"):
+        MultiheadAttention(E, H, batch_first=True, impl="reference")(nested, nested, nested)
+
+
+@pytest.mark.parametrize("widths", [{}, {"kdim": 5, "vdim": 6}])
+def test_biases_may_have_a_precision_of_their_own(widths):
+    theirs, ours = pair(**widths)
+    for layer in (theirs, ours):
+        layer.in_proj_bias = nn.Parameter(layer.in_proj_bias.half())
+    inputs = [torch.randn(B, 3, width, dtype=torch.float64) for width in (E, theirs.kdim, theirs.vdim)]
+    rounded = [layer.in_proj_bias.double() for layer in (theirs, ours)]
+    got = ours(*inputs)[0]
+    for layer, bias in zip((theirs, ours), rounded, strict=True):
+        layer.in_proj_bias = nn.Parameter(bias)
+    torch.testing.assert_close(got, theirs(*inputs)[0])
 
 
 def test_swapping_keeps_parameters_sharing_hooks_mode_and_place(forwards):
