@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from maskattn.options import Options
@@ -66,7 +65,6 @@ def _missing(impl: str, q: Tensor, options: Options) -> str | None:
     return supports(q, options)
 
 
-@torch.compiler.assume_constant_result
 def _not_installed(impl: str) -> str | None:
     """A fact of the machine, which torch.compile need not trace."""
     if impl == "triton" and importlib.util.find_spec("triton") is None:
@@ -74,3 +72,7 @@ def _not_installed(impl: str) -> str | None:
     if impl == "cpu" and importlib.util.find_spec("maskattn._native") is None:
         return "needs the C++ extension, which was not built (`maskattn doctor` says why)"
     return None
+
+
+# What torch.compiler.assume_constant_result does; but that imports the whole compiler, which takes as long as torch.
+_not_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ __all__ = ["app"]
 app = typer.Typer(
     help="Slide in, prediction and heat maps out; background costs nothing and counts for nothing.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,  # plain help: boxes would cost every command the import of rich
     pretty_exceptions_enable=False,
 )
 for command in (infer, demo, tissue, info, explain, doctor):

@@ -19,7 +19,10 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Which slide to draw.", min=0)] = 0,
     debug: Debug = False,
 ) -> None:
-    """Draw a fresh synthetic slide with a known answer, predict it with the bundled model, write every output."""
+    """Predict a synthetic slide with a known answer.
+
+    The slide is drawn afresh, the bundled model predicts it, and every output is written.
+    """
     with errors_in_one_line(debug):
         from maskattn.cli.progress import scores_of
         from maskattn.demo.synthetic import CLASSES, make_slide, write_slide

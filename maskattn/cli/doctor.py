@@ -9,7 +9,10 @@ __all__ = ["doctor"]
 
 
 def doctor(debug: Debug = False) -> None:
-    """Say what runs on this machine, found by trying it, and how to get what is missing."""
+    """Say what runs on this machine.
+
+    Everything is found out by trying it; what is missing is listed with how to get it.
+    """
     with errors_in_one_line(debug):
         from maskattn.doctor import examine
 

@@ -42,7 +42,10 @@ def explain(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Explain one image: a picture of it beside its attention and its class maps; scores go to stdout."""
+    """Explain the classes of one image.
+
+    A picture shows the image beside its attention and its class maps; the scores go to stdout.
+    """
     with errors_in_one_line(debug):
         import torch
 

@@ -38,7 +38,10 @@ def infer(
     impl: Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Predict slides and explain the predictions; finished slides are skipped, broken ones are reported."""
+    """Predict slides and explain the predictions.
+
+    Finished slides are skipped, broken ones are reported.
+    """
     with errors_in_one_line(debug):
         from maskattn.errors import ManifestError
         from maskattn.slide.manifest import collect_jobs

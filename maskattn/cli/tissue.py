@@ -29,7 +29,10 @@ def tissue(
     series: Series = None,
     debug: Debug = False,
 ) -> None:
-    """Show where the tissue is: an overlay as PNG, and its statistics as JSON on stdout."""
+    """Show where the tissue of a slide is.
+
+    An overlay is written as PNG; its statistics go to stdout as JSON.
+    """
     with errors_in_one_line(debug):
         from maskattn.slide.names import id_of_file
         from maskattn.slide.overlay import write_mask_overlay

@@ -1,0 +1,111 @@
+"""How long a command takes before it does anything: ``python bench/start_up.py``, about a minute.
+
+    python bench/start_up.py --before ../another/checkout     with a second column, of that checkout's sources
+    python bench/start_up.py --write                          also writes bench/results/start_up.md
+
+Processor time, user and system together, of whole processes: the median of five after one that fills the caches.
+Beside it stands which packages took longest to import, by Python's own ``-X importtime``, modules of their own alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "start_up.md"
+LIMIT_S = 0.4
+ROUNDS = 5
+_MOST_NAMED = 4
+
+HELP = ["--help", *(f"{name} --help" for name in ("infer", "demo", "tissue", "info", "explain", "doctor"))]
+COMMANDS = {
+    "python -c pass": ["-c", "pass"],
+    **{f"maskattn {words}": ["-m", "maskattn", *words.split()] for words in (*HELP, "--show-completion bash")},
+    "import torch": ["-c", "import torch"],
+    # All that `maskattn infer` imports for its model, and thus what a script waits for.
+    "import maskattn.nn.slide_model": ["-c", "import maskattn.nn.slide_model"],
+}
+_IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)")
+
+
+def processor_s(arguments: list[str], sources: Path) -> float:
+    """User and system seconds of one process, with its children's."""
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, **settings(sources)) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"a command must succeed to be timed, got exit code {process.returncode} of {arguments}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def settings(sources: Path) -> dict[str, object]:
+    """Away from any checkout, whose folder would come before the sources that are meant."""
+    return {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONPATH": str(sources), "PYTHONSAFEPATH": "1"}}
+
+
+def median_s(arguments: list[str], sources: Path) -> float:
+    """The median of several processes, after one that is not counted."""
+    return statistics.median([processor_s(arguments, sources) for _ in range(ROUNDS + 1)][1:])
+
+
+def dearest_packages(arguments: list[str], sources: Path) -> str:
+    """The packages whose modules took longest to import, with their milliseconds."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, **settings(sources)).stderr
+    spent = Counter[str]()
+    for microseconds, package in _IMPORT.findall(text):
+        spent[package] += int(microseconds)
+    return ", ".join(f"{package} {total / 1000:.0f}" for package, total in spent.most_common(_MOST_NAMED))
+
+
+def table(before: Path | None) -> str:
+    """A row per command, as Markdown."""
+    columns = ["command", *(["before, s"] if before else []), "processor time, s", "dearest to import, ms"]
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 2) + "---|"]
+    for name, arguments in COMMANDS.items():
+        earlier = []
+        if before is not None:
+            try:
+                earlier = [f"{median_s(arguments, before):.2f}"]
+            except RuntimeError:
+                earlier = ["not there"]
+        cells = [f"`{name}`", *earlier, f"{median_s(arguments, HERE.parent):.2f}"]
+        lines.append("| " + " | ".join([*cells, dearest_packages(arguments, HERE.parent)]) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table; with ``--write`` keep it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="the root of another checkout, with its extension built")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    options = parser.parse_args()
+    rows = table(options.before and options.before.resolve())
+    if not options.write:
+        return
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "typer", "rich"))
+    machine = f"Python {platform.python_version()}, {packages}, {os.cpu_count()} cores of {platform.machine()}"
+    paragraphs = [
+        "# Start-up",
+        f"`python bench/start_up.py`, {datetime.date.today()}, {machine}.",
+        f"Processor time, user and system, of whole processes: the median of {ROUNDS}. "
+        f"A help page is to answer within {LIMIT_S} s.",
+        rows,
+    ]
+    RESULTS.write_text("\n\n".join(paragraphs) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What a command loads before it does anything: help and completion load neither torch nor anything of slides."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "triton", "numpy", "cv2", "matplotlib", "h5py", "PIL", "tifffile", "openslide", "rich")
+COMMANDS = ("infer", "demo", "tissue", "info", "explain", "doctor")
+
+
+def run(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def maskattn(*arguments: str) -> str:
+    """Code that runs the command line, then says what of the heavy packages was loaded."""
+    return f"""
+import sys
+sys.argv = ["maskattn", *{arguments!r}]
+from maskattn.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("loaded", *(name for name in {HEAVY!r} if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in COMMANDS)], ids=" ".join)
+def test_help_is_there_without_torch(arguments: tuple[str, ...]) -> None:
+    lines = run(maskattn(*arguments)).splitlines()
+    assert lines[-1] == "loaded"
+    assert any(line.startswith("Usage: maskattn") for line in lines)
+
+
+def test_the_first_help_names_each_command_in_a_whole_sentence() -> None:
+    text = run(maskattn("--help"))
+    lines = {line.split()[0]: line for line in text.partition("Commands:")[2].splitlines() if line.startswith("  ")}
+    assert set(lines) == set(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines.values())
+
+
+def test_a_shell_is_told_how_to_complete_and_completes_commands_and_options() -> None:
+    script = run(maskattn("--show-completion", "bash"))
+    assert "complete -o default -F _maskattn_completion maskattn" in script
+    assert script.splitlines()[-1] == "loaded"
+    asked = {"_MASKATTN_COMPLETE": "complete_bash", "COMP_WORDS": "maskattn in", "COMP_CWORD": "1"}
+    assert run(maskattn(), **asked).splitlines()[:2] == ["infer", "info"]
+    asked |= {"COMP_WORDS": "maskattn infer --tok", "COMP_CWORD": "2"}
+    assert "--tokens" in run(maskattn(), **asked).splitlines()
+
+
+def test_the_package_is_a_command_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "maskattn", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: maskattn ")
+
+
+def test_a_model_is_there_without_torchs_compiler() -> None:
+    code = "import sys, maskattn.nn.slide_model; print([n for n in ('torch._dynamo', 'sympy') if n in sys.modules])"
+    assert run(code) == "[]\n"
