@@ -107,9 +107,55 @@ assert torch.equal(maskattn.unpack(maskattn.pack(x, packing), packing), x * keep
 """)
 
 
-def test_files_stay_small_enough_to_read():
-    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
-    assert not long
+@pytest.mark.parametrize("folder", ["maskattn", "tests", "bench"])
+def test_files_stay_small_enough_to_read(folder):
+    lines = {path: len(path.read_text().splitlines()) for path in (PACKAGE.parent / folder).rglob("*.py")}
+    assert lines
+    assert {str(path): count for path, count in lines.items() if count > 400} == {}
+
+
+def exported_by(tree: ast.Module) -> set[str] | None:
+    """What a module's ``__all__`` names; None where it has none."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
+            return set(ast.literal_eval(node.value))
+    return None
+
+
+def test_what_one_module_takes_from_another_is_in_its_all():
+    trees = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        trees[name] = ast.parse(path.read_text())
+    taken, hidden = 0, []
+    for taker, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.module not in trees:
+                continue
+            exported = exported_by(trees[node.module]) or set()
+            names = [alias.name for alias in node.names if f"{node.module}.{alias.name}" not in trees]
+            taken += len(names)
+            hidden += [f"{taker} takes {node.module}.{name}" for name in names if name not in exported]
+    assert hidden == []
+    assert taken > 200
+
+
+def test_what_a_module_says_it_exports_is_there():
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        exported = exported_by(tree)
+        if exported is None:
+            continue
+        defined = {
+            alias.asname or alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names
+        }
+        defined |= {
+            node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        defined |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert exported <= defined, (
+            f"{path.relative_to(PACKAGE)} exports {exported - defined}, which it does not define"
+        )
 
 
 def test_annotated_shapes_are_checked_and_true():

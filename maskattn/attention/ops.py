@@ -23,7 +23,10 @@ from maskattn.options import Gradients, Options, Sequences
 from maskattn.transforms import refuse, transformable
 
 __all__ = [
+    "GRADIENTS",
+    "OPTIONS",
     "fake_gradients",
+    "fake_lse",
     "flat_gradients",
     "flat_options",
     "given",

@@ -25,7 +25,7 @@ from torch import Tensor
 from maskattn.attention.dropout import dropout_factors
 from maskattn.options import Options
 
-__all__ = ["packed_attention", "masked_attention", "readout", "token_relevance"]
+__all__ = ["packed_attention", "masked_attention", "readout", "token_relevance", "distances"]
 
 
 def packed_attention(

@@ -13,13 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "ByteArray",
     "Canvas",
+    "FloatArray",
     "Gland",
     "blob",
     "fibres",
+    "fill",
     "hexagonal_points",
     "paint_gland",
     "paint_nuclei",
+    "rotation",
     "smooth_noise",
     "stain",
 ]

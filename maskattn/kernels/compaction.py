@@ -21,7 +21,15 @@ from maskattn.kernels.rows import Rows, readable
 from maskattn.kernels.tiles import load_rows, sequence_span, store_rows, tile_rows, tokens_base
 from maskattn.options import Options
 
-__all__ = ["front_rows", "move_kernel", "options_to_front", "to_front", "to_places", "values_to_places"]
+__all__ = [
+    "front_rows",
+    "move_kernel",
+    "options_to_front",
+    "to_front",
+    "to_places",
+    "values_to_front",
+    "values_to_places",
+]
 
 BLOCK_ROWS = 64
 

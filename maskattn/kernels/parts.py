@@ -11,6 +11,17 @@ import triton.language as tl
 
 from maskattn.kernels.tiles import dot, dot_add, load_rows, store_rows
 
+__all__ = [
+    "add_weighted_rows",
+    "describe_parts",
+    "dot_rows",
+    "load_parts",
+    "scale_parts",
+    "store_parts",
+    "sum_of_products",
+    "zeros_parts",
+]
+
 
 @triton.jit
 def describe_parts(base_ptr, length, stride_t, WIDTH, BLOCK: tl.constexpr):

@@ -17,6 +17,20 @@ import triton.language as tl
 from maskattn.kernels.scores import distances, load_places
 from maskattn.kernels.tiles import LOG2_E, dot, load_row_values, load_rows, sequence_base
 
+__all__ = [
+    "key_distances",
+    "load_lse_log2",
+    "load_readout",
+    "load_readout_places",
+    "load_row_gradient",
+    "products",
+    "readout_place",
+    "readout_scores",
+    "split_span",
+    "spread",
+    "weighted_sum",
+]
+
 
 @triton.jit
 def readout_place(heads, splits):

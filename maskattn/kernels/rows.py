@@ -14,6 +14,7 @@ from maskattn.options import Sequences
 from maskattn.shapes import Bool, Int
 
 __all__ = [
+    "MAX_BLOCK",
     "Rows",
     "bias_strides_bht",
     "kept_rows",

@@ -16,6 +16,8 @@ import triton.language as tl
 from maskattn.kernels.arguments import Noise
 from maskattn.kernels.tiles import INTERPRETING, tile_offsets
 
+__all__ = ["distances", "dropout_factors", "load_noise", "load_places", "softmax_update"]
+
 
 @triton.jit
 def load_places(base_ptr, first, rows, stride_t, stride_c, inside, INDEXED: tl.constexpr, PARTIAL: tl.constexpr):

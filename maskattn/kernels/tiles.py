@@ -12,6 +12,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+__all__ = [
+    "INTERPRETING",
+    "LN_2",
+    "LOG2_E",
+    "dot",
+    "dot_add",
+    "load_row_values",
+    "load_rows",
+    "places_base",
+    "program_place",
+    "row_values_base",
+    "sequence_base",
+    "sequence_span",
+    "store_row_values",
+    "store_rows",
+    "tile_offsets",
+    "tile_rows",
+    "tokens_base",
+]
+
 INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

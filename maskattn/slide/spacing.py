@@ -14,7 +14,7 @@ from pathlib import Path
 
 from maskattn.errors import SlideError
 
-__all__ = ["SlideSpacing", "parse_number", "resolve_spacing"]
+__all__ = ["MAX_SPACING_UM", "MIN_SPACING_UM", "SlideSpacing", "parse_number", "resolve_spacing"]
 
 MIN_SPACING_UM = 0.05
 MAX_SPACING_UM = 20.0
