@@ -8,7 +8,10 @@ factors m, which are 0 or 1/(1 − dropout_p):
     lse_i = log Σ_j exp(score_ij)
 
 A token without a place (a row of NaN: class token, register) is at distance 0 from all. A query that has no key, or
-whose keys all have a bias of −inf, gives out = 0, lse = −inf and gradient 0. Every other implementation is tested
+whose keys all have a bias of −inf, gives out = 0, lse = −inf and gradient 0. A finite bias is a number like another,
+the largest and the lowest of its dtype too: keys of equal scores have equal weights, and lse is the number nearest to
+the true one (±finfo.max where all scores of a row are). A bias of +inf or NaN on a key that takes part has no
+softmax: every query that sees the key gives NaN, in out, lse and gradients. Every other implementation is tested
 against these functions in float64. They may hold an N×N matrix; nothing else in the package does.
 
 Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head width,
@@ -240,6 +243,8 @@ def _softmax_or_zero(scores: Tensor, takes_part: Tensor) -> tuple[Tensor, Tensor
     takes_part = takes_part & (scores != float("-inf"))
     empty = ~takes_part.any(dim=-1, keepdim=True)
     finite = scores.masked_fill(~takes_part, float("-inf")).masked_fill(empty, 0)
-    lse = finite.logsumexp(dim=-1, keepdim=True)
-    probabilities = (finite - lse).exp().masked_fill(~takes_part, 0)
+    # The largest score is subtracted before anything is rounded, and is a constant: it is added again.
+    largest = finite.detach().amax(dim=-1, keepdim=True)
+    lse = largest + (finite - largest).exp().sum(dim=-1, keepdim=True).log()
+    probabilities = finite.softmax(dim=-1).masked_fill(~takes_part, 0)
     return probabilities, lse.masked_fill(empty, float("-inf")).squeeze(-1)
