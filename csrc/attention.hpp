@@ -52,6 +52,7 @@ struct Attention {
     Strided<const void> q, k, v;
     Strided<void> out;  // forward writes out and lse, backward reads them
     Strided<float> lse;
+    Strided<float> lse_rest;                  // what rounding took from lse; without data: not wanted, or zeros
     Strided<const float> key_bias;            // without data: none
     Strided<const float> coords_q, coords_k;  // two floats a row; without data: none
     Strided<const float> slopes;              // by head

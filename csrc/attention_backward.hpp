@@ -21,8 +21,8 @@ constexpr int gradient_queries(int head_width) {
 }
 
 // A packed tile of queries, in words. q and dO are left operands of the scores [Q][D / depth] and right operands of dk
-// and dv by steps [Q / depth][D padded], which for single precision is the same; then dq [Q][D padded] and delta, lse,
-// x and y, Q each.
+// and dv by steps [Q / depth][D padded], which for single precision is the same; then dq [Q][D padded] and delta, lse
+// (in the scores' units), its rest (in those of ln 2), x and y, Q each.
 template <class Arithmetic>
 struct TileLayout {
     int queries, left_stride, steps_stride, left_words, steps_words;
@@ -35,14 +35,14 @@ struct TileLayout {
           steps_words(Arithmetic::depth == 1 ? 0 : queries / Arithmetic::depth * steps_stride) {}
 
     std::size_t words() const {
-        return static_cast<std::size_t>(2 * (left_words + steps_words) + queries * (steps_stride + 4));
+        return static_cast<std::size_t>(2 * (left_words + steps_words) + queries * (steps_stride + 5));
     }
 };
 
 template <class Arithmetic>
 struct QueryTile {
     const std::uint32_t *q_left, *q_steps, *grad_left, *grad_steps;
-    float *dq_QD, *delta_Q, *lse_Q, *x_Q, *y_Q;
+    float *dq_QD, *delta_Q, *lse_Q, *rest_Q, *x_Q, *y_Q;
 
     QueryTile(const TileLayout<Arithmetic>& layout, std::uint32_t* words) {
         q_left = words;
@@ -52,7 +52,8 @@ struct QueryTile {
         dq_QD = reinterpret_cast<float*>(words + 2 * (layout.left_words + layout.steps_words));
         delta_Q = dq_QD + layout.queries * layout.steps_stride;
         lse_Q = delta_Q + layout.queries;
-        x_Q = lse_Q + layout.queries;
+        rest_Q = lse_Q + layout.queries;
+        x_Q = rest_Q + layout.queries;
         y_Q = x_Q + layout.queries;
     }
 };
@@ -96,7 +97,9 @@ void pack_queries(const Attention& a, const Gradients& g, const Pair& pair, std:
         const float grad_lse = alive && g.grad_lse.data ? *row_of(g.grad_lse, pair, row) : 0.0f;
         const Element* out = alive ? row_of<Element>(a.out, pair, row) : nullptr;
         to.delta_Q[q] = alive ? dot<Element>(grad_rows[q], out, a.head_width) - grad_lse : 0.0f;
-        to.lse_Q[q] = alive ? lse * log2_e : infinity;
+        to.lse_Q[q] = !alive ? infinity : only_products(a) ? lse * log2_e : lse;
+        const bool has_rest = alive && a.lse_rest.data && !only_products(a);
+        to.rest_Q[q] = has_rest ? *row_of(a.lse_rest, pair, row) * log2_e : 0.0f;
         const float* place = alive && a.slopes.data ? row_of(a.coords_q, pair, row) : nullptr;
         to.x_Q[q] = place ? place[0] : 0.0f;
         to.y_Q[q] = place ? place[1] : 0.0f;
@@ -176,6 +179,7 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
                                                 const float* grad_p_MN, const KeyTerms& keys, ScoreUnits units,
                                                 const Probabilities& to, float* dbias_N, Floats& ds_by_distance) {
     static_assert(tile_rows % 2 == 0, "rows are taken in pairs");
+    constexpr bool bare = !biased && !placed;
     Floats weighted{};
     for (int n = 0; n < keys.columns; n += lanes) {
         Floats dbias = load<Floats>(dbias_N + n);
@@ -188,7 +192,8 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
                 const float x = placed ? tile.x_Q[row] : 0.0f, y = placed ? tile.y_Q[row] : 0.0f;
                 const int at = (m + i) * block_keys + n;
                 const Floats product = load<Floats>(product_MN + at);
-                p[i] = power_of_two(score<biased, placed>(product, keys, n, units, x, y) - tile.lse_Q[row]);
+                const Floats beyond = score<biased, placed>(product, keys, n, units, x, y) - tile.lse_Q[row];
+                p[i] = power_of_two(bare ? beyond : beyond * units.difference - tile.rest_Q[row]);
                 ds[i] = p[i] * (load<Floats>(grad_p_MN + at) - tile.delta_Q[row]);
                 dbias += ds[i];
                 if constexpr (placed) weighted += ds[i] * distances(x, y, keys.x_N + n, keys.y_N + n);

@@ -126,6 +126,7 @@ void fill_background(const Attention& a, const Sequences& all, int threads) {
         for_each_other_row(pair.queries, all.rows_q, [&](std::int64_t row) {
             write_zeros(a.out, a, pair, row);
             at(a.lse, pair, row) = -std::numeric_limits<float>::infinity();
+            if (a.lse_rest.data) at(a.lse_rest, pair, row) = 0.0f;
         });
     };
     if (all.dense) for_each_item(threads, static_cast<std::int64_t>(all.pairs.size()), fill);

@@ -1,5 +1,9 @@
-// Forward attention of a tile of queries, softmax and both products in one pass over the keys. Scores are in units of
-// ln 2, so that p is a power of two: s log2(e) q.k + log2(e) b - log2(e) slope ||x - y||.
+// Forward attention of a tile of queries, softmax and both products in one pass over the keys.
+//
+// Scores of products alone are in units of ln 2, s log2(e) q.k, so that scaling them and subtracting the largest is one
+// instruction, whatever is subtracted. With a bias or places they are s q.k + b - slope ||x - y||, which is all that
+// float32 knows of them, and the largest is subtracted before the difference is turned into units of ln 2: a bias that
+// many keys share costs no more digits than it must, and the largest and lowest floats do not overflow.
 //
 // Dimension key: M queries of a register tile (tile_rows), Q of an item (tile_queries), N keys of a block (block_keys),
 // D head width.
@@ -49,13 +53,13 @@ MASKATTN_INLINE KeyTerms terms_of_block(const Attention& a, const Pair& pair, st
     return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, biased};
 }
 
-// Bias (in units of ln 2) and places of the block's keys; -inf past the end so that those take no part.
+// Bias and places of the block's keys; -inf past the end so that those take no part.
 inline void pack_key_terms(const Attention& a, const Pair& pair, std::int64_t block, float* bias_N) {
     const std::int64_t first = block * block_keys;
     const int count = at_most(block_keys, pair.keys.count - first);
     for (int n = 0; n < block_keys; ++n) {
         float bias = n < count ? 0.0f : -infinity, x = 0.0f, y = 0.0f;
-        if (n < count && a.key_bias.data) bias = *row_of(a.key_bias, pair, row_at(pair.keys, first + n)) * log2_e;
+        if (n < count && a.key_bias.data) bias = *row_of(a.key_bias, pair, row_at(pair.keys, first + n));
         if (n < count && a.slopes.data) {
             const float* place = row_of(a.coords_k, pair, row_at(pair.keys, first + n));
             x = place[0];
@@ -90,14 +94,18 @@ void pack_keys(const Attention& a, const Pair& pair, std::int64_t first, std::in
     }
 }
 
-// What products and distances count in the head's scores.
+MASKATTN_INLINE bool only_products(const Attention& a) { return !a.key_bias.data && !a.slopes.data; }
+
+// What products and distances count in the head's scores, and a score's difference from another in powers of two.
 struct ScoreUnits {
     float product;
     float distance;
+    float difference;
 };
 
 MASKATTN_INLINE ScoreUnits units_of(const Attention& a, const Pair& pair) {
-    return {a.scale * log2_e, a.slopes.data ? *row_of(a.slopes, pair, 0) * log2_e : 0.0f};
+    if (only_products(a)) return {a.scale * log2_e, 0.0f, 1.0f};
+    return {a.scale, a.slopes.data ? *row_of(a.slopes, pair, 0) : 0.0f, log2_e};
 }
 
 // One row's scores of keys `n` on of a block from its products with them.
@@ -109,12 +117,14 @@ MASKATTN_INLINE Floats score(Floats product, const KeyTerms& keys, int n, ScoreU
     return s;
 }
 
-// 2^(factor score - base) of a row's block as left operand of the product with V; returns their sum by lanes.
-template <class Arithmetic>
+// 2^(factor score - base), or 2^(factor (score - base)) of scores that are no bare products, of a row's block as left
+// operand of the product with V; returns their sum by lanes.
+template <class Arithmetic, bool bare>
 MASKATTN_INLINE Floats store_probabilities(const float* score_N, int columns, float factor, float base,
                                            std::uint32_t* p_N) {
     const auto p_at = [&](int n) __attribute__((always_inline)) {
-        return power_of_two(load<Floats>(score_N + n) * factor - base);
+        const Floats score = load<Floats>(score_N + n);
+        return power_of_two(bare ? score * factor - base : (score - base) * factor);
     };
     Floats total{};
     if constexpr (Arithmetic::depth == 1) {
@@ -174,12 +184,12 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
         state.largest_Q[q + m] = now;
     }
     for (int m = 0; m < factors; m += lanes)
-        store(factor_M + m, power_of_two(load<Floats>(before_M + m) - load<Floats>(base_M + m)));
+        store(factor_M + m, power_of_two((load<Floats>(before_M + m) - load<Floats>(base_M + m)) * units.difference));
     for (int m = 0; m < tile_rows; ++m) {
         float* sums = state.sum_Q + (q + m) * lanes;
-        const Floats total = store_probabilities<Arithmetic>(product_MN + m * block_keys, columns,
-                                                             bare ? units.product : 1.0f, base_M[m],
-                                                             p_MN + m * (block_keys / Arithmetic::depth));
+        const Floats total = store_probabilities<Arithmetic, bare>(product_MN + m * block_keys, columns,
+                                                                   bare ? units.product : units.difference, base_M[m],
+                                                                   p_MN + m * (block_keys / Arithmetic::depth));
         store(sums, load<Floats>(sums) * factor_M[m] + total);
     }
 }
@@ -206,8 +216,8 @@ template <class Element>
 void write_output(const Attention& a, const Pair& pair, std::int64_t row, float largest_score, Floats sums,
                   const float* out_D) {
     const float total = sum(sums);
-    const double lse = static_cast<double>(largest_score) * ln_2 + __builtin_log(static_cast<double>(total));
-    *row_of(a.lse, pair, row) = total == 0.0f ? -infinity : static_cast<float>(lse);
+    const double largest = static_cast<double>(largest_score) * (only_products(a) ? ln_2 : 1.0);
+    write_lse(largest, total, row_of(a.lse, pair, row), a.lse_rest.data ? row_of(a.lse_rest, pair, row) : nullptr);
     write_row(out_D, total == 0.0f ? 0.0f : 1.0f / total, a.head_width, row_of<Element>(a.out, pair, row));
 }
 

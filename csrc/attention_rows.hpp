@@ -119,6 +119,14 @@ MASKATTN_INLINE void write_row(const float* from, float factor, int head_width, 
     __builtin_memcpy(to + d, &rest, static_cast<std::size_t>(head_width - d) * sizeof rest[0]);
 }
 
+// The logarithm of `total` e^largest, -inf where there is nothing, and what rounding took from it. Large as the score
+// may be, their sum tells how many keys share it.
+MASKATTN_INLINE void write_lse(double largest, float total, float* lse, float* rest) {
+    const double logarithm = __builtin_log(static_cast<double>(total));
+    *lse = total == 0.0f ? -infinity : static_cast<float>(largest + logarithm);
+    if (rest) *rest = total == 0.0f ? 0.0f : static_cast<float>(largest - static_cast<double>(*lse) + logarithm);
+}
+
 // Distance of a place from `lanes` others, 0 where either has none (NaN).
 MASKATTN_INLINE Floats distances(float x, float y, const float* others_x, const float* others_y) {
     const Floats across = x - load<Floats>(others_x), down = y - load<Floats>(others_y);

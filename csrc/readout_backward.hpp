@@ -9,12 +9,13 @@
 namespace maskattn {
 namespace {
 
-// lse of each head and query, +inf for rows without keys so that their p is 0.
-inline void gather_lse(const Readout& a, std::int32_t sequence, float* lse_HR) {
+// lse of each head and query, +inf for rows without keys so that their p is 0, and its rest.
+inline void gather_lse(const Readout& a, std::int32_t sequence, float* lse_HR, float* rest_HR) {
     for (int h = 0; h < a.heads; ++h)
         for (int r = 0; r < a.queries; ++r) {
             const float lse = *place_of(a.lse, sequence, h, r);
             lse_HR[h * a.queries + r] = lse == -infinity ? infinity : lse;
+            rest_HR[h * a.queries + r] = rest_of_lse(a, sequence, h, r);
         }
 }
 
@@ -30,8 +31,9 @@ void sum_row_gradients(const Readout& a, const ReadoutGradients& g, const KeyRun
     auto* queries_HRD = reinterpret_cast<float*>(scratch);
     float* buffer_ND = queries_HRD + 2 * whole_lines(query_words(a));
     float *products_HRN = buffer_ND + 2 * tile_words_of(a), *lse_HR = products_HRN + 2 * score_words_of(a);
+    float* rest_HR = lse_HR + a.heads * R;
     convert_queries<Element>(a, a.q, run.sequence, a.scale, queries_HRD);
-    gather_lse(a, run.sequence, lse_HR);
+    gather_lse(a, run.sequence, lse_HR, rest_HR);
     for (int i = 0; i < a.heads * R; ++i) partial[i] = 0.0f;
 
     ComingLines coming(a.k, a);
@@ -46,7 +48,8 @@ void sum_row_gradients(const Readout& a, const ReadoutGradients& g, const KeyRun
                 Floats total{};
                 for (int n = 0; n < terms.count; n += lanes) {
                     const Floats s = terms.score(a, h, r, n, load<Floats>(products_N + n));
-                    total += exponential(s - lse_HR[h * R + r]) * row_gradient(g, h, r, first, n, terms.count);
+                    total += exponential(s - lse_HR[h * R + r] - rest_HR[h * R + r]) *
+                             row_gradient(g, h, r, first, n, terms.count);
                 }
                 partial[h * R + r] += sum(total);
             }
@@ -105,14 +108,15 @@ void write_key_rows(const float* weights_RN, const float* rows_RD, int queries, 
 
 // p and dS of a head's tile; adds dS to dbias_N, returns the sum of dS times distance.
 inline float take_scores(const Readout& a, const ReadoutGradients& g, int head, std::int64_t first,
-                         const TileTerms& terms, const float* lse_R, const float* delta_R, const float* products_RN,
-                         const float* grad_p_RN, float* p_RN, float* ds_RN, float* dbias_N) {
+                         const TileTerms& terms, const float* lse_R, const float* rest_R, const float* delta_R,
+                         const float* products_RN, const float* grad_p_RN, float* p_RN, float* ds_RN, float* dbias_N) {
     Floats by_distance{};
     for (int n = 0; n < terms.count; n += lanes) {
         Floats dbias = load<Floats>(dbias_N + n);
         for (int r = 0; r < a.queries; ++r) {
             const int at = r * tile_keys + n;
-            const Floats p = exponential(terms.score(a, head, r, n, load<Floats>(products_RN + at)) - lse_R[r]);
+            const Floats score = terms.score(a, head, r, n, load<Floats>(products_RN + at));
+            const Floats p = exponential(score - lse_R[r] - rest_R[r]);
             Floats grad_p = load<Floats>(grad_p_RN + at);
             if (g.grad_rows.data) grad_p += row_gradient(g, head, r, first, n, terms.count);
             const Floats ds = p * (grad_p - delta_R[r]);
@@ -139,11 +143,12 @@ void differentiate_run(const Readout& a, const ReadoutGradients& g, const KeyRun
     float* grads_HRD = queries_HRD + whole_lines(query_words(a));
     float* buffer_ND = grads_HRD + whole_lines(query_words(a));
     float *lse_HR = buffer_ND + 2 * tile_words_of(a) + 2 * score_words_of(a), *delta_HR = lse_HR + a.heads * R;
+    float* rest_HR = delta_HR + a.heads * R;
     const ReadoutPartial state(a, partial);
     float *dslope_H = state.largest, *dq_HRD = state.out;
     convert_queries<Element>(a, a.q, run.sequence, a.scale, queries_HRD);
     convert_queries<Element>(a, g.grad_out, run.sequence, 1.0f, grads_HRD);
-    gather_lse(a, run.sequence, lse_HR);
+    gather_lse(a, run.sequence, lse_HR, rest_HR);
     sum_deltas<Element>(a, g, run.sequence, grads_HRD, row_gradients, count, delta_HR);
     for (int h = 0; h < a.heads; ++h) dslope_H[h] = 0.0f;
     __builtin_memset(dq_HRD, 0, query_words(a) * sizeof *dq_HRD);
@@ -166,8 +171,8 @@ void differentiate_run(const Readout& a, const ReadoutGradients& g, const KeyRun
             const HeadRows<Element> v = rows_of_head<Element>(a.v, h, first, a.head_width);
             multiply_with_keys(queries_HRD + at, R, width, k, terms.count, buffer_ND, products_RN, coming_k);
             multiply_with_keys(grads_HRD + at, R, width, v, terms.count, buffer_ND, grad_p_RN, coming_v);
-            dslope_H[h] -= take_scores(a, g, h, first, terms, lse_HR + h * R, delta_HR + h * R, products_RN, grad_p_RN,
-                                       p_RN, ds_RN, dbias_N);
+            dslope_H[h] -= take_scores(a, g, h, first, terms, lse_HR + h * R, rest_HR + h * R, delta_HR + h * R,
+                                       products_RN, grad_p_RN, p_RN, ds_RN, dbias_N);
             add_weighted_keys<Start::add>(ds_RN, R, k, terms.count, dq_HRD + at, width, buffer_ND, coming_k);
             write_key_rows(ds_RN, queries_HRD + at, R, width, a.head_width, terms.count,
                            place_of<Element>(g.dk, 0, h, first), g.dk.row, coming_dk);

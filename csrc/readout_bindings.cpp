@@ -7,13 +7,15 @@ namespace {
 
 void forward(const py::object& q, const py::object& k, const py::object& v, const py::object& cu_seqlens,
              const py::object& out, const py::object& lse, double scale, const py::object& rows,
-             const py::object& key_bias, const py::object& coords_q, const py::object& coords_k,
-             const py::object& slopes, int threads, const std::string& instruction_set) {
+             const py::object& lse_rest, const py::object& key_bias, const py::object& coords_q,
+             const py::object& coords_k, const py::object& slopes, int threads, const std::string& instruction_set) {
     const Arguments arguments("readout_forward");
     const Options options{scale, key_bias, coords_q, coords_k, slopes, threads, instruction_set};
     ReadoutCall call = checked_readout(arguments, q, k, v, cu_seqlens, options);
     call.readout.out = checked_like_q(arguments, call, "out", out, Use::output);
     call.readout.lse = checked_like_lse(arguments, call, "lse", lse, Use::output);
+    if (!lse_rest.is_none())
+        call.readout.lse_rest = checked_like_lse(arguments, call, "lse_rest", lse_rest, Use::output);
     if (!rows.is_none()) call.readout.rows = checked_like_rows(arguments, call, "rows", rows, Use::output);
     const py::gil_scoped_release release;
     readout_forward(call.readout, call.starts, *call.kernels, call.threads);
@@ -38,8 +40,8 @@ Strided<float> checked_dbias(const Arguments& arguments, const ReadoutCall& call
 
 void backward(const py::object& grad_out, const py::object& q, const py::object& k, const py::object& v,
               const py::object& out, const py::object& lse, const py::object& cu_seqlens, const py::object& dq,
-              const py::object& dk, const py::object& dv, double scale, const py::object& grad_lse,
-              const py::object& grad_rows, const py::object& key_bias, const py::object& dbias,
+              const py::object& dk, const py::object& dv, double scale, const py::object& lse_rest,
+              const py::object& grad_lse, const py::object& grad_rows, const py::object& key_bias, const py::object& dbias,
               const py::object& coords_q, const py::object& coords_k, const py::object& slopes,
               const py::object& dslopes, int threads, const std::string& instruction_set) {
     const Arguments arguments("readout_backward");
@@ -47,6 +49,8 @@ void backward(const py::object& grad_out, const py::object& q, const py::object&
     ReadoutCall call = checked_readout(arguments, q, k, v, cu_seqlens, options);
     call.readout.out = checked_like_q(arguments, call, "out", out, Use::input);
     call.readout.lse = checked_like_lse(arguments, call, "lse", lse, Use::input);
+    if (!lse_rest.is_none())
+        call.readout.lse_rest = checked_like_lse(arguments, call, "lse_rest", lse_rest, Use::input);
     ReadoutGradients g{};
     g.grad_out = read_only(checked_like_q(arguments, call, "grad_out", grad_out, Use::input));
     g.dq = checked_like_q(arguments, call, "dq", dq, Use::output);
@@ -115,12 +119,13 @@ void bind_readout(py::module_& module) {
     const py::none none;
     module.def("readout_forward", &forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cu_seqlens"),
                py::arg("out"), py::arg("lse"), py::arg("scale"), py::kw_only(), py::arg("rows") = none,
-               py::arg("key_bias") = none, py::arg("coords_q") = none, py::arg("coords_k") = none,
+               py::arg("lse_rest") = none, py::arg("key_bias") = none, py::arg("coords_q") = none, py::arg("coords_k") = none,
                py::arg("slopes") = none, py::arg("threads") = 0, py::arg("instruction_set") = "",
                "Attention of a few queries of each sequence, written to out, lse and rows; see _native.pyi.");
     module.def("readout_backward", &backward, py::arg("grad_out"), py::arg("q"), py::arg("k"), py::arg("v"),
                py::arg("out"), py::arg("lse"), py::arg("cu_seqlens"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
-               py::arg("scale"), py::kw_only(), py::arg("grad_lse") = none, py::arg("grad_rows") = none,
+               py::arg("scale"), py::kw_only(), py::arg("lse_rest") = none, py::arg("grad_lse") = none,
+               py::arg("grad_rows") = none,
                py::arg("key_bias") = none, py::arg("dbias") = none, py::arg("coords_q") = none,
                py::arg("coords_k") = none, py::arg("slopes") = none, py::arg("dslopes") = none, py::arg("threads") = 0,
                py::arg("instruction_set") = "",

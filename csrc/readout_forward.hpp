@@ -40,11 +40,11 @@ inline std::size_t score_words_of(const Readout& a) {
     return static_cast<std::size_t>(a.heads * a.queries) * tile_keys;
 }
 
-// Queries, two tiles and scores twice, and what backward needs besides: the gradients of the output and two rows by head
-// and query.
+// Queries, two tiles and scores twice, and what backward needs besides: the gradients of the output and three rows by
+// head and query.
 inline std::size_t readout_scratch_words(const Readout& a) {
     return 2 * whole_lines(query_words(a)) + 2 * tile_words_of(a) + 2 * score_words_of(a) +
-           whole_lines(ReadoutPartial::state_words(a));
+           whole_lines(3 * static_cast<std::size_t>(a.heads) * static_cast<std::size_t>(a.queries));
 }
 
 // The head's p of a tile and what its sums so far must be scaled by. The scores replace the products.
@@ -142,8 +142,8 @@ void write_readout(const Readout& a, std::int32_t sequence, const float* partial
                 for (int d = 0; d < width; d += lanes)
                     store(out_D + d, load<Floats>(out_D + d) + load<Floats>(part(c).out + i * width + d) * weight);
             }
-            const double lse = static_cast<double>(most) + __builtin_log(static_cast<double>(total));
-            *place_of(a.lse, sequence, h, r) = total == 0.0f ? -infinity : static_cast<float>(lse);
+            write_lse(static_cast<double>(most), total, place_of(a.lse, sequence, h, r),
+                      a.lse_rest.data ? place_of(a.lse_rest, sequence, h, r) : nullptr);
             write_row(out_D, total == 0.0f ? 0.0f : 1.0f / total, a.head_width,
                       place_of<Element>(a.out, sequence, h, r));
         }
@@ -153,14 +153,14 @@ inline void turn_scores_into_rows(const Readout& a, const KeyRun& run) {
     for (int h = 0; h < a.heads; ++h)
         for (int r = 0; r < a.queries; ++r) {
             float* row = place_of(a.rows, 0, h, r) + run.first;
-            const float lse = *place_of(a.lse, run.sequence, h, r);
+            const float lse = *place_of(a.lse, run.sequence, h, r), rest = rest_of_lse(a, run.sequence, h, r);
             const float base = lse == -infinity ? infinity : lse;
             std::int64_t n = 0;
-            for (; n + lanes <= run.count; n += lanes) store(row + n, exponential(load<Floats>(row + n) - base));
+            for (; n + lanes <= run.count; n += lanes) store(row + n, exponential(load<Floats>(row + n) - base - rest));
             if (n == run.count) continue;
-            const auto rest = static_cast<std::size_t>(run.count - n) * sizeof(float);
-            const Floats last = exponential(load_first<Floats>(row + n, static_cast<int>(run.count - n)) - base);
-            __builtin_memcpy(row + n, &last, rest);
+            const auto left = static_cast<std::size_t>(run.count - n) * sizeof(float);
+            const Floats last = exponential(load_first<Floats>(row + n, static_cast<int>(run.count - n)) - base - rest);
+            __builtin_memcpy(row + n, &last, left);
         }
 }
 

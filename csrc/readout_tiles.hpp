@@ -21,6 +21,10 @@ MASKATTN_INLINE const Element* place_of(const Strided<const void>& x, std::int64
     return static_cast<const Element*>(x.data) + sequence * x.sequence + head * x.head + row * x.row;
 }
 
+MASKATTN_INLINE float rest_of_lse(const Readout& a, std::int64_t sequence, std::int64_t head, std::int64_t row) {
+    return a.lse_rest.data ? *place_of(a.lse_rest, sequence, head, row) : 0.0f;
+}
+
 template <class Element>
 MASKATTN_INLINE Element* place_of(const Strided<void>& x, std::int64_t sequence, std::int64_t head, std::int64_t row) {
     return static_cast<Element*>(x.data) + sequence * x.sequence + head * x.head + row * x.row;

@@ -50,6 +50,7 @@ def attention_forward(
     lse: Floats,
     scale: float,
     *,
+    lse_rest: Floats | None = None,
     key_bias: Floats | None = None,
     coords_q: Floats | None = None,
     coords_k: Floats | None = None,
@@ -70,6 +71,8 @@ def attention_forward(
         cu_seqlens_q, cu_seqlens_k: (B + 1,), from 0 to Tq and Tk; sequence b has rows cu_seqlens[b] to [b + 1].
         out: (Tq, H, D) of q's dtype, written. Must not share memory with an input, nor with lse.
         lse: (H, Tq), written.
+        lse_rest: (H, Tq), written: what rounding took from lse where there is a bias or places, which the backward
+            needs to tell how many keys share a large score. None where there will be no backward.
         scale: any finite number.
         key_bias: (Tk,) or (Tk, H).
         coords_q, coords_k: (Tq, 2) and (Tk, 2), where tokens are, in any unit.
@@ -93,6 +96,7 @@ def masked_attention_forward(
     scale: float,
     *,
     skip_queries: bool = True,
+    lse_rest: Floats | None = None,
     key_bias: Floats | None = None,
     coords_q: Floats | None = None,
     coords_k: Floats | None = None,
@@ -107,7 +111,7 @@ def masked_attention_forward(
         k, v: (B, H, N, D).
         keep: (B, N), True = the token takes part.
         out: (B, H, Nq, D), written.
-        lse: (B, H, Nq), written.
+        lse, lse_rest: (B, H, Nq), written; see attention_forward.
         skip_queries: only kept tokens ask, which needs Nq = N.
         key_bias: (B, N) or (B, H, N).
         coords_q, coords_k: (B, Nq, 2) and (B, N, 2).
@@ -128,6 +132,7 @@ def attention_backward(
     dv: Rows,
     scale: float,
     *,
+    lse_rest: Floats | None = None,
     grad_lse: Floats | None = None,
     key_bias: Floats | None = None,
     dbias: Floats | None = None,
@@ -144,7 +149,7 @@ def attention_backward(
         grad_out: (Tq, H, D) of q's dtype.
         grad_lse: (H, Tq); None for zeros.
         q, k, v, cu_seqlens_q, cu_seqlens_k, scale, key_bias, coords_q, coords_k, slopes: what forward was given.
-        out, lse: what forward wrote.
+        out, lse, lse_rest: what forward wrote; lse_rest None for zeros.
         dq, dk, dv: like q, k and v, written.
         dbias: like key_bias, written; None where it is not wanted.
         dslopes: (H,), written; None where it is not wanted.
@@ -165,6 +170,7 @@ def masked_attention_backward(
     scale: float,
     *,
     skip_queries: bool = True,
+    lse_rest: Floats | None = None,
     grad_lse: Floats | None = None,
     key_bias: Floats | None = None,
     dbias: Floats | None = None,
@@ -187,6 +193,7 @@ def readout_forward(
     scale: float,
     *,
     rows: Floats | None = None,
+    lse_rest: Floats | None = None,
     key_bias: Floats | None = None,
     coords_q: Floats | None = None,
     coords_k: Floats | None = None,
@@ -202,6 +209,7 @@ def readout_forward(
         cu_seqlens: (B + 1,), from 0 to T, the key sequences.
         out: (B, R, H, D), written; 0 where there is no key.
         lse: (B, R, H), written; −inf where there is no key.
+        lse_rest: (B, R, H), written: what rounding took from lse. Rows are divided by it, and backward needs it.
         rows: (R, H, T), contiguous along T, written: the softmax weight of each token in the rows of its sequence.
         key_bias: (T,) or (T, H).
         coords_q, coords_k: (B, R, 2) and (T, 2).
@@ -221,6 +229,7 @@ def readout_backward(
     dv: Rows,
     scale: float,
     *,
+    lse_rest: Floats | None = None,
     grad_lse: Floats | None = None,
     grad_rows: Floats | None = None,
     key_bias: Floats | None = None,
@@ -239,7 +248,7 @@ def readout_backward(
         grad_lse: (B, R, H); None for zeros.
         grad_rows: (R, H, T), contiguous along T; None for zeros. With it K is read twice.
         q, k, v, cu_seqlens, scale, key_bias, coords_q, coords_k, slopes: what forward was given.
-        out, lse: what forward wrote.
+        out, lse, lse_rest: what forward wrote; lse_rest None for zeros.
         dq, dk, dv: like q, k and v, written.
         dbias: like key_bias, written; None where it is not wanted.
         dslopes: (H,), written; None where it is not wanted.

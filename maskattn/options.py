@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskattn.shapes import Float, Int
 
-__all__ = ["Gradients", "Options", "Sequences"]
+__all__ = ["Gradients", "Options", "Sequences", "empty_rest", "keeps_rest"]
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,17 @@ class Gradients:
     v: Float[Tensor, "..."]
     key_bias: Float[Tensor, "..."] | None = None
     slopes: Float[Tensor, "H"] | None = None
+
+
+def keeps_rest(impl: str, options: Options) -> bool:
+    """Whether an implementation leaves its backward more of lse than a float32 holds.
+
+    Scores may be large where something is added to them. lse does not tell then how many keys share the largest score,
+    and weights made of it alone would be off by a factor of the row; what rounding took from lse, its *rest*, does.
+    """
+    return impl == "cpu" and not (options.key_bias is None and options.slopes is None)
+
+
+def empty_rest(lse: Tensor, options: Options) -> Tensor:
+    """Room for what impl "cpu" keeps of lse; of no elements where there is nothing to keep."""
+    return lse.new_empty(lse.shape if keeps_rest("cpu", options) else 0)

@@ -8,6 +8,7 @@ Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -139,8 +140,8 @@ class Inputs:
 
 DIFFERENTIABLE = ("q", "k", "v", "key_bias", "slopes")
 
-# attend(q, k, v, options) → out, lse
-Attend = Callable[[Tensor, Tensor, Tensor, Options], tuple[Tensor, Tensor]]
+# attend(q, k, v, options) → out, lse and whatever an implementation leaves its backward
+Attend = Callable[[Tensor, Tensor, Tensor, Options], tuple[Tensor, ...]]
 
 
 def with_alibi(inputs: Inputs, seed: int = 0, unplaced: float = 0.1) -> Inputs:
@@ -265,7 +266,8 @@ def run_reference(attend: Attend, inputs: Inputs, dtype: torch.dtype) -> Results
 
 def _attend(attend: Attend, inputs: Inputs, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     options = replace(inputs.options, key_bias=leaves.get("key_bias"), slopes=leaves.get("slopes"))
-    return attend(leaves["q"], leaves["k"], leaves["v"], options)
+    out, lse = attend(leaves["q"], leaves["k"], leaves["v"], options)[:2]
+    return out, lse
 
 
 def named(inputs: Inputs, out: Tensor, lse: Tensor, grads: Gradients) -> Results:
@@ -335,18 +337,37 @@ def specify_masked(keep: Tensor, skip_queries: bool) -> Attend:
     return lambda q, k, v, options: reference.masked_attention(q, k, v, keep, skip_queries, options)
 
 
-def assert_meets_specification(results: Results, inputs: Inputs, specify: Attend) -> None:
+def with_extreme_bias(inputs: Inputs, seed: int = 0) -> Inputs:
+    """The same inputs with biases up to the largest and lowest finite ones and −inf among them; sequences differ."""
+    bias = inputs.key_bias
+    assert bias is not None
+    most = torch.finfo(inputs.q.dtype).max
+    choice = torch.tensor([most, -most, -most, -math.inf, most / 3, -most / 5, 0.0, 1.0])
+    generator = torch.Generator().manual_seed(seed)
+    drawn = choice[torch.randint(len(choice), bias.shape, generator=generator)]
+    kept = torch.rand(bias.shape, generator=generator) < 0.3
+    # Runs of keys that all have the lowest, all the highest, and an offset in common.
+    place = torch.arange(bias.shape[0]).div(16, rounding_mode="floor") % 4
+    place = place.view(-1, *[1] * (bias.ndim - 1)).expand_as(bias)
+    offset = bias + min(1e4, most / 8)
+    kinds = torch.stack([torch.where(kept, bias, drawn), -most + 0 * bias, offset, most + 0 * bias])
+    return replace(inputs, key_bias=kinds.gather(0, place[None])[0].to(bias.dtype))
+
+
+def assert_meets_specification(results: Results, inputs: Inputs, specify: Attend, carries: bool = True) -> None:
     """Every output and gradient of an implementation is within its budget.
 
     Args:
         results: as :func:`run_reference` names them.
         inputs: what the implementation was given; lse is float32 whatever their dtype, and judged so.
         specify: the reference, as :func:`run_reference` calls it.
+        carries: whether gradients may carry the rounding of what forward left for backward. Where lse is as large as
+            floats are it would be boundless, and may not.
     """
     __tracebackhide__ = True
     exact, same = run_reference(specify, inputs, torch.float64), run_reference(specify, inputs, inputs.q.dtype)
     single = same if inputs.q.dtype == torch.float32 else run_reference(specify, inputs, torch.float32)
-    carried = rounded_between_passes(specify, inputs)
+    carried = rounded_between_passes(specify, inputs) if carries else {}
     assert results.keys() == exact.keys(), f"got {sorted(results)}, want {sorted(exact)}"
     for name, result in results.items():
         expected = (single if name == "lse" else same)[name]

@@ -59,7 +59,9 @@ def packed_attention(
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, the first row of each sequence, ending with Tq or Tk.
         max_seqlen_q, max_seqlen_k: no sequence is longer.
         scale: factor of the scores, 1/√D if None.
-        key_bias: (Tk,) or (Tk, H), added to the scores of its key; differentiable. A key with −inf takes no part.
+        key_bias: (Tk,) or (Tk, H), added to the scores of its key; differentiable. A key with −inf takes no part;
+            +inf and NaN make NaN of the queries that see the key. impl "triton" loses digits, and from ±2·10³⁸ on the
+            row, where all scores of a query are far from 0 together.
         coords: (T, 2), the place of each token, or a pair (Tq, 2), (Tk, 2) where queries and keys differ:
             two-dimensional ALiBi, −slope·distance added to the scores. A token without a place (class token, register)
             is a row of NaN and at distance 0 from all. Not differentiable.
@@ -97,7 +99,7 @@ def packed_attention(
     options = _options(q, scale, key_bias, slopes, places, dropout_p)
     sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     impl = choose(impl, q, options)
-    out, lse = ops.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
+    out, lse, _ = ops.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
 
 
@@ -151,7 +153,7 @@ def masked_attention(
     places = check_coords(coords, slopes, q, H, (B, q.shape[2]), (B, N))
     options = _options(q, scale, key_bias, slopes, places, dropout_p)
     impl = choose(impl, q, options)
-    out, lse = ops.masked_attention(q, k, v, keep, skip_queries, *ops.flat_options(options), return_lse, impl)
+    out, lse, _ = ops.masked_attention(q, k, v, keep, skip_queries, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
 
 
@@ -202,7 +204,7 @@ def readout(
     places = check_coords(coords, slopes, q, H, (B, R), (k.shape[0],))
     options = _options(q, scale, key_bias, slopes, places, dropout_p)
     impl = choose(impl, q, options)
-    out, lse, rows = readout_ops.readout(
+    out, lse, _, rows = readout_ops.readout(
         q, k, v, cu_seqlens, max_seqlen, *ops.flat_options(options), return_lse, return_rows, impl
     )
     if not (return_rows or return_lse):
@@ -236,7 +238,8 @@ def token_relevance(
 
     Args:
         q, k, v, cu_seqlens, max_seqlen, scale, key_bias, coords, slopes: what the readout was given.
-        out, lse: what it returned, (B, R, H, D) and (B, R, H).
+        out, lse: what it returned, (B, R, H, D) and (B, R, H). What float32 rounds away of an lse beyond ±128 is
+            computed again for tensors on the CPU; elsewhere weights are then off by a factor of up to e^(2⁻²⁴·|lse|).
         grad_out: (K, B, R, H, D), the gradient of each class's score with respect to ``out``.
         key_origin, value_origin: (H, D) or (T, H, D), what keys and values are where x is 0: the biases of affine maps.
             In general k minus the derivative of k along x. None for 0.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskattn.extension import extension
-from maskattn.options import Gradients, Options, Sequences
+from maskattn.options import Gradients, Options, Sequences, empty_rest
 
 __all__ = [
     "masked_backward",
@@ -45,13 +45,20 @@ def supports(q: Tensor, options: Options) -> str | None:
 
 def packed_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options, need_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """out (Tq, H, D) and lse (H, Tq)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (Tq, H, D), lse (H, Tq) and its rest."""
     out, lse = _empty(q), torch.empty((q.shape[1], q.shape[0]))
+    rest = empty_rest(lse, options)
     extension().attention_forward(
-        *_rows(q, k, v), *_starts(sequences), _array(out), _array(lse), options.scale, **_terms(options)
+        *_rows(q, k, v),
+        *_starts(sequences),
+        _array(out),
+        _array(lse),
+        options.scale,
+        **_rest(rest),
+        **_terms(options),
     )
-    return out, lse
+    return out, lse, rest
 
 
 def packed_backward(
@@ -62,6 +69,7 @@ def packed_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     sequences: Sequences,
     options: Options,
 ) -> Gradients:
@@ -74,6 +82,7 @@ def packed_backward(
         *_starts(sequences),
         *_rows(dq, dk, dv),
         options.scale,
+        **_rest(lse_rest),
         grad_lse=_floats(grad_lse),
         **learnt,
         **_terms(options),
@@ -83,9 +92,10 @@ def packed_backward(
 
 def masked_forward(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, options: Options, need_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """out (B, H, Nq, D) and lse (B, H, Nq); background rows are never read."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, H, Nq, D), lse (B, H, Nq) and its rest; background rows are never read."""
     out, lse = _empty(q), torch.empty(q.shape[:3])
+    rest = empty_rest(lse, options)
     extension().masked_attention_forward(
         *_rows(q, k, v),
         keep.contiguous().numpy(),
@@ -93,9 +103,10 @@ def masked_forward(
         _array(lse),
         options.scale,
         skip_queries=skip_queries,
+        **_rest(rest),
         **_terms(options),
     )
-    return out, lse
+    return out, lse, rest
 
 
 def masked_backward(
@@ -106,6 +117,7 @@ def masked_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     keep: Tensor,
     skip_queries: bool,
     options: Options,
@@ -120,6 +132,7 @@ def masked_backward(
         *_rows(dq, dk, dv),
         options.scale,
         skip_queries=skip_queries,
+        **_rest(lse_rest),
         grad_lse=_floats(grad_lse),
         **learnt,
         **_terms(options),
@@ -136,10 +149,11 @@ def readout_forward(
     options: Options,
     need_lse: bool,
     need_rows: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, R, H, D), lse (B, R, H) and rows (R, H, T), of no elements where unasked."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (B, R, H, D), lse (B, R, H), its rest, and rows (R, H, T), of no elements where unasked."""
     B, R, H, _ = q.shape
     out, lse, rows = _empty(q), torch.empty((B, R, H)), torch.empty((R, H, k.shape[0] if need_rows else 0))
+    rest = empty_rest(lse, options)
     extension().readout_forward(
         *_rows(q, k, v),
         cu_seqlens.contiguous().numpy(),
@@ -147,9 +161,10 @@ def readout_forward(
         _array(lse),
         options.scale,
         rows=_array(rows) if need_rows else None,
+        **_rest(rest),
         **_terms(options),
     )
-    return out, lse, rows
+    return out, lse, rest, rows
 
 
 def readout_backward(
@@ -161,6 +176,7 @@ def readout_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     options: Options,
@@ -174,6 +190,7 @@ def readout_backward(
         cu_seqlens.contiguous().numpy(),
         *_rows(dq, dk, dv),
         options.scale,
+        **_rest(lse_rest),
         grad_lse=_floats(grad_lse),
         grad_rows=_floats(grad_rows),
         **learnt,
@@ -219,6 +236,10 @@ def _rows(*tensors: Tensor) -> tuple[Any, ...]:
 def _array(x: Tensor) -> Any:
     x = x.detach()
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _rest(x: Tensor) -> dict[str, Any]:
+    return {} if x.numel() == 0 else {"lse_rest": _array(x)}
 
 
 def _floats(x: Tensor | None) -> Any:

@@ -19,14 +19,16 @@ from torch import Tensor
 from maskattn.attention.checks import check_lengths
 from maskattn.attention.implementations import implementation
 from maskattn.attention.tangents import masked_tangent, no_second_derivative, packed_tangent, refuse_places
-from maskattn.options import Gradients, Options, Sequences
+from maskattn.options import Gradients, Options, Sequences, keeps_rest
 from maskattn.transforms import refuse, transformable
 
 __all__ = [
     "GRADIENTS",
     "OPTIONS",
+    "contiguous",
     "fake_gradients",
     "fake_lse",
+    "fake_rest",
     "flat_gradients",
     "flat_options",
     "given",
@@ -43,6 +45,7 @@ OPTIONS = (
     "float scale, Tensor? key_bias, Tensor? slopes, Tensor? coords_q, Tensor? coords_k, float dropout_p, "
     "Tensor? dropout_seed"
 )
+OUTPUTS = "(Tensor, Tensor, Tensor)"  # out, lse and its rest
 GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
@@ -99,6 +102,16 @@ def once_differentiable(backward: Any, operation: str) -> Callable[..., tuple[Te
     return refuse(backward, reason)
 
 
+def contiguous(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """An op returns contiguous tensors only."""
+    return tuple(x.contiguous() for x in outputs)
+
+
+def fake_rest(lse: Tensor, impl: str, options: Options) -> Tensor:
+    """The rest of lse, of no elements where an implementation needs none."""
+    return lse.new_empty(lse.shape if keeps_rest(impl, options) else 0)
+
+
 def given(dbias: Tensor, bias: Tensor | None, dslopes: Tensor, slopes: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of bias and slopes, None where there are none."""
     return None if bias is None else dbias, None if slopes is None else dslopes
@@ -112,23 +125,23 @@ def like(tangent: Tensor, output: Tensor) -> Tensor:
 @torch.library.custom_op(
     "maskattn::packed_attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {SEQUENCES}, {OPTIONS}, bool need_lse, str impl) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {SEQUENCES}, {OPTIONS}, bool need_lse, str impl) -> {OUTPUTS}",
 )
-def _packed(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """q (Tq, H, D), k, v (Tk, H, D) → out (Tq, H, D), lse (H, Tq)."""
+def _packed(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """q (Tq, H, D), k, v (Tk, H, D) → out (Tq, H, D), lse (H, Tq) and its rest, see ``options.keeps_rest``."""
     sequences, options, (need_lse, impl) = Sequences(*rest[:4]), Options(*rest[4:11]), rest[11:]
     # Here, where torch.compile and transforms have real numbers.
     check_lengths("cu_seqlens_q", sequences.cu_seqlens_q, q.shape[0], sequences.max_seqlen_q)
     check_lengths("cu_seqlens_k", sequences.cu_seqlens_k, k.shape[0], sequences.max_seqlen_k)
     with without_autocast(q):
-        out, lse = implementation(impl).packed_forward(q, k, v, sequences, options, need_lse)
-    return out.contiguous(), lse.contiguous()
+        return contiguous(implementation(impl).packed_forward(q, k, v, sequences, options, need_lse))
 
 
 @_packed.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_lse, impl = rest[11:]
-    return q.new_empty(q.shape), fake_lse(q, (q.shape[1], q.shape[0]), need_lse, impl)
+    lse = fake_lse(q, (q.shape[1], q.shape[0]), need_lse, impl)
+    return q.new_empty(q.shape), lse, fake_rest(lse, impl, Options(*rest[4:11]))
 
 
 @torch.library.custom_op(
@@ -136,40 +149,42 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema=(
         "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"{SEQUENCES}, {OPTIONS}, str impl) -> {GRADIENTS}"
+        f"Tensor lse_rest, {SEQUENCES}, {OPTIONS}, str impl) -> {GRADIENTS}"
     ),
 )
 def _packed_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, of the key bias and of the slopes (of no elements where there are none)."""
-    tensors, sequences, options, impl = rest[:6], Sequences(*rest[6:10]), Options(*rest[10:17]), rest[17]
+    tensors, sequences, options, impl = rest[:7], Sequences(*rest[7:11]), Options(*rest[11:18]), rest[18]
     with without_autocast(grad_out):
         return flat_gradients(implementation(impl).packed_backward(grad_out, *tensors, sequences, options))
 
 
 @_packed_backward.register_fake
 def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(q, k, v, Options(*rest[6:13]))
+    return fake_gradients(q, k, v, Options(*rest[7:14]))
 
 
 packed_attention_backward = once_differentiable(_packed_backward, "packed_attention")
 
 
-def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, bias, slopes, coords_q, coords_k, p, seed = inputs[:14]
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed)
     ctx.set_materialize_grads(False)
     ctx.constants = max_q, max_k, scale, p, *inputs[14:]
 
 
-def _differentiate_packed(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
+def _differentiate_packed(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, lse_rest, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
     refuse_places(*ctx.needs_input_grad[10:12])
     max_q, max_k, scale, p, need_lse, impl = ctx.constants
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     sequences = cu_seqlens_q, cu_seqlens_k, max_q, max_k
     options = scale, bias, slopes, coords_q, coords_k, p, seed
     dq, dk, dv, dbias, dslopes = packed_attention_backward(
-        grad_out, grad_lse if need_lse else None, q, k, v, out, lse, *sequences, *options, impl
+        grad_out, grad_lse if need_lse else None, q, k, v, out, lse, lse_rest, *sequences, *options, impl
     )
     return (
         dq,
@@ -190,14 +205,14 @@ def _differentiate_packed(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | 
     )
 
 
-def _push_packed(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, Tensor]:
-    q, k, v, _, lse, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
+def _push_packed(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, lse, lse_rest, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
     max_q, max_k, scale, p, _, _ = ctx.constants
     refuse_places(*(x is not None for x in moved[10:12]))
     options = scale, bias, slopes, coords_q, coords_k, p, seed
     sequences = cu_seqlens_q, cu_seqlens_k, max_q, max_k
     out_moved, lse_moved = packed_tangent(q, k, v, *sequences, *options, *moved[:3], *moved[8:10])
-    return out_moved, like(lse_moved, lse)
+    return out_moved, like(lse_moved, lse), torch.zeros_like(lse_rest)
 
 
 _packed.register_autograd(_differentiate_packed, setup_context=_save_packed)
@@ -208,73 +223,75 @@ packed_attention = transformable(_packed, _save_packed, _differentiate_packed, _
     "maskattn::masked_attention",
     mutates_args=(),
     schema=(
-        f"(Tensor q, Tensor k, Tensor v, Tensor keep, bool skip_queries, {OPTIONS}, bool need_lse, str impl)"
-        " -> (Tensor, Tensor)"
+        f"(Tensor q, Tensor k, Tensor v, Tensor keep, bool skip_queries, {OPTIONS}, bool need_lse, str impl) "
+        f"-> {OUTPUTS}"
     ),
 )
-def _masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, *rest: Any) -> tuple[Tensor, Tensor]:
-    """q (B, H, Nq, D), k, v (B, H, N, D), keep (B, N) → out (B, H, Nq, D), lse (B, H, Nq)."""
+def _masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, *rest: Any) -> tuple[Tensor, ...]:
+    """q (B, H, Nq, D), k, v (B, H, N, D), keep (B, N) → out (B, H, Nq, D), lse (B, H, Nq) and its rest."""
     options, (need_lse, impl) = Options(*rest[:7]), rest[7:]
     with without_autocast(q):
-        out, lse = implementation(impl).masked_forward(q, k, v, keep, skip_queries, options, need_lse)
-    return out.contiguous(), lse.contiguous()
+        return contiguous(implementation(impl).masked_forward(q, k, v, keep, skip_queries, options, need_lse))
 
 
 @_masked.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     need_lse, impl = rest[7:]
-    return q.new_empty(q.shape), fake_lse(q, tuple(q.shape[:3]), need_lse, impl)
+    lse = fake_lse(q, tuple(q.shape[:3]), need_lse, impl)
+    return q.new_empty(q.shape), lse, fake_rest(lse, impl, Options(*rest[:7]))
 
 
 @torch.library.custom_op(
     "maskattn::masked_attention_backward",
     mutates_args=(),
     schema=(
-        "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor keep, "
-        f"bool skip_queries, {OPTIONS}, str impl) -> {GRADIENTS}"
+        "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"Tensor lse_rest, Tensor keep, bool skip_queries, {OPTIONS}, str impl) -> {GRADIENTS}"
     ),
 )
 def _masked_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, of the key bias and of the slopes; 0 at background positions."""
-    tensors, keep, skip_queries, options, impl = rest[:6], rest[6], rest[7], Options(*rest[8:15]), rest[15]
+    tensors, keep, skip_queries, options, impl = rest[:7], rest[7], rest[8], Options(*rest[9:16]), rest[16]
     with without_autocast(grad_out):
         return flat_gradients(implementation(impl).masked_backward(grad_out, *tensors, keep, skip_queries, options))
 
 
 @_masked_backward.register_fake
 def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(q, k, v, Options(*rest[4:11]))
+    return fake_gradients(q, k, v, Options(*rest[5:12]))
 
 
 masked_attention_backward = once_differentiable(_masked_backward, "masked_attention")
 
 
-def _save_masked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_masked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, keep, skip_queries, scale, bias, slopes, coords_q, coords_k, p, seed, need_lse, impl = inputs
     ctx.save_for_backward(q, k, v, *output, keep, bias, slopes, coords_q, coords_k, seed)
     ctx.set_materialize_grads(False)
     ctx.constants = skip_queries, scale, p, need_lse, impl
 
 
-def _differentiate_masked(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, keep, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
+def _differentiate_masked(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, lse_rest, keep, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
     refuse_places(*ctx.needs_input_grad[8:10])
     skip_queries, scale, p, need_lse, impl = ctx.constants
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     options = scale, bias, slopes, coords_q, coords_k, p, seed
     dq, dk, dv, dbias, dslopes = masked_attention_backward(
-        grad_out, grad_lse if need_lse else None, q, k, v, out, lse, keep, skip_queries, *options, impl
+        grad_out, grad_lse if need_lse else None, q, k, v, out, lse, lse_rest, keep, skip_queries, *options, impl
     )
     return dq, dk, dv, None, None, None, *given(dbias, bias, dslopes, slopes), None, None, None, None, None, None
 
 
-def _push_masked(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, Tensor]:
-    q, k, v, _, lse, keep, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
+def _push_masked(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, lse, lse_rest, keep, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
     skip_queries, scale, p, _, _ = ctx.constants
     refuse_places(*(x is not None for x in moved[8:10]))
     options = scale, bias, slopes, coords_q, coords_k, p, seed
     out_moved, lse_moved = masked_tangent(q, k, v, keep, skip_queries, *options, *moved[:3], *moved[6:8])
-    return out_moved, like(lse_moved, lse)
+    return out_moved, like(lse_moved, lse), torch.zeros_like(lse_rest)
 
 
 _masked.register_autograd(_differentiate_masked, setup_context=_save_masked)

@@ -27,9 +27,10 @@ __all__ = [
 
 def packed_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options, need_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """See ``reference.packed_attention``."""
-    return reference.packed_attention(q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_k, options)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.packed_attention``; no rest, for the backward starts from the inputs."""
+    out, lse = reference.packed_attention(q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_k, options)
+    return out, lse, lse.new_empty(0)
 
 
 def packed_backward(
@@ -40,6 +41,7 @@ def packed_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     sequences: Sequences,
     options: Options,
 ) -> Gradients:
@@ -53,9 +55,10 @@ def packed_backward(
 
 def masked_forward(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, options: Options, need_lse: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.masked_attention``."""
-    return reference.masked_attention(q, k, v, keep, skip_queries, options)
+    out, lse = reference.masked_attention(q, k, v, keep, skip_queries, options)
+    return out, lse, lse.new_empty(0)
 
 
 def masked_backward(
@@ -66,6 +69,7 @@ def masked_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     keep: Tensor,
     skip_queries: bool,
     options: Options,
@@ -87,10 +91,10 @@ def readout_forward(
     options: Options,
     need_lse: bool,
     need_rows: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``reference.readout``; rows have no elements where unasked."""
     out, lse, rows = reference.readout(q, k, v, cu_seqlens, options)
-    return out, lse, rows if need_rows else rows.new_empty((*rows.shape[:2], 0))
+    return out, lse, lse.new_empty(0), rows if need_rows else rows.new_empty((*rows.shape[:2], 0))
 
 
 def readout_backward(
@@ -102,6 +106,7 @@ def readout_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     options: Options,

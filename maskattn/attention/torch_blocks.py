@@ -23,7 +23,14 @@ from maskattn.attention.dropout import dropout_factors
 from maskattn.attention.reference import distances
 from maskattn.options import Gradients, Options, Sequences
 
-__all__ = ["attend_in_blocks", "blocks_of_queries", "differentiate_in_blocks", "options_as_packed", "wide_dtype"]
+__all__ = [
+    "attend_in_blocks",
+    "blocks_of_queries",
+    "differentiate_in_blocks",
+    "options_as_packed",
+    "rest_of_lse",
+    "wide_dtype",
+]
 
 _SCORES_AT_ONCE = 1 << 20  # 4 MiB of float32
 
@@ -87,6 +94,17 @@ def differentiate_in_blocks(
     )
 
 
+def rest_of_lse(q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: Options) -> Tensor:
+    """What rounding took from the lse (B, R, H) of a readout of q (B, R, H, D), from its scores again."""
+    sequences, own = options_as_packed(q, cu_seqlens, max_seqlen, options)
+    rest = torch.zeros_like(lse)
+    flat_rest, flat_lse = rest.view(-1, lse.shape[-1]), lse.flatten(0, 1)
+    for block in blocks_of_queries(q.flatten(0, 1), k, sequences, own):
+        exact = block.lse_HQ.T - flat_lse[block.queries] + block.rest_HQ.T
+        flat_rest[block.queries] = exact.nan_to_num(nan=0.0).to(rest.dtype)
+    return rest
+
+
 def wide_dtype(q: Tensor) -> torch.dtype:
     """float32, or float64 for float64: what sums are formed in."""
     return torch.promote_types(q.dtype, torch.float32)
@@ -108,6 +126,7 @@ class _Block:
     keys: slice
     p_HQK: Tensor
     lse_HQ: Tensor
+    rest_HQ: Tensor  # what rounding took from lse
     distance_QK: Tensor | None
     factors_HQK: Tensor | None
 
@@ -138,12 +157,15 @@ def blocks_of_queries(q: Tensor, k: Tensor, sequences: Sequences, options: Optio
             largest = largest.masked_fill(largest == float("-inf"), 0)
             p = scores.sub_(largest).exp_()
             total = p.sum(dim=-1, keepdim=True)
-            lse = (largest + total.log())[..., 0]
+            logarithm = total.log()
+            lse = largest + logarithm
+            rest = torch.where(total == 0, 0, largest - lse + logarithm)[..., 0]
+            lse = lse[..., 0]
             p /= total.masked_fill(total == 0, 1)
             factors = None
             if options.dropout_seed is not None:
                 factors = _factors(options, p, start - starts_q[b], b)
-            yield _Block(rows_q, rows_k, p, lse, distance, factors)
+            yield _Block(rows_q, rows_k, p, lse, rest, distance, factors)
 
 
 def _score(q: Tensor, k: Tensor, rows_q: slice, rows_k: slice, options: Options) -> tuple[Tensor, Tensor | None]:

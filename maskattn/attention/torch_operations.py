@@ -43,6 +43,7 @@ def packed_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     sequences: Sequences,
     options: Options,
 ) -> Gradients:
@@ -52,13 +53,14 @@ def packed_backward(
 
 def masked_forward(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, options: Options, need_lse: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Dense (B, H, N, D) in, out (B, H, Nq, D) and lse (B, H, Nq), (B, H, 0) where unasked: pack, attend, unpack."""
     rows = DenseRows.of(q, keep, skip_queries)
     packed = gather(q, rows.queries), gather(k, rows.keys), gather(v, rows.keys)
-    out, lse = packed_forward(*packed, rows.sequences, rows.packed_options(options), need_lse)
+    out, lse, none = packed_forward(*packed, rows.sequences, rows.packed_options(options), need_lse)
     shape = tuple(q.shape)
-    return rows.dense_out(out, shape), rows.dense_lse(lse, shape) if need_lse else lse.new_empty((*shape[:2], 0))
+    lse = rows.dense_lse(lse, shape) if need_lse else lse.new_empty((*shape[:2], 0))
+    return rows.dense_out(out, shape), lse, none
 
 
 def masked_backward(
@@ -69,6 +71,7 @@ def masked_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     keep: Tensor,
     skip_queries: bool,
     options: Options,
@@ -96,16 +99,16 @@ def readout_forward(
     options: Options,
     need_lse: bool,
     need_rows: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, R, H, D), lse (B, R, H) and rows (R, H, T); lse and rows of no elements where unasked."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out (B, R, H, D), lse (B, R, H), no rest, and rows (R, H, T); lse and rows of no elements where unasked."""
     B, R, H, _ = q.shape
     rows = torch.zeros((R, H, k.shape[0] if need_rows else 0), dtype=wide_dtype(q), device=q.device)
     sequences, own = options_as_packed(q, cu_seqlens, max_seqlen, options)
     if not (need_lse or need_rows):
-        out, _ = packed_forward(q.flatten(0, 1), k, v, sequences, own, False)
-        return out.view(q.shape), rows.new_empty((B, R, 0)), rows
+        out, _, none = packed_forward(q.flatten(0, 1), k, v, sequences, own, False)
+        return out.view(q.shape), rows.new_empty((B, R, 0)), none, rows
     out, lse = attend_in_blocks(q.flatten(0, 1), k, v, sequences, own, rows if need_rows else None)
-    return out.view(q.shape), lse.view(H, B, R).permute(1, 2, 0).contiguous(), rows
+    return out.view(q.shape), lse.view(H, B, R).permute(1, 2, 0).contiguous(), rows.new_empty(0), rows
 
 
 def readout_backward(
@@ -117,6 +120,7 @@ def readout_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     options: Options,

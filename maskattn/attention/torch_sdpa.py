@@ -26,17 +26,18 @@ LARGEST_RIDING_BIAS = 64.0
 
 def packed_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options, need_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """Packed rows in, out (Tq, H, D) and lse (H, Tq); lse is (H, 0) unless ``need_lse``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed rows in, out (Tq, H, D), lse (H, Tq), which is (H, 0) unless ``need_lse``, and no rest of it."""
     unasked = q.new_empty((q.shape[1], 0), dtype=wide_dtype(q))
+    none = unasked.new_empty(0)
     if need_lse or not _fits(options):
         out, lse = attend_in_blocks(q, k, v, sequences, options)
-        return out, lse if need_lse else unasked
+        return out, lse if need_lse else unasked, none
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for rows_q, rows_k, count in sequence_slices(sequences):
         bias = None if options.key_bias is None else options.key_bias[rows_k]
         out[rows_q] = _attend(q[rows_q], k[rows_k], v[rows_k], bias, options.scale, count)
-    return out, unasked
+    return out, unasked, none
 
 
 def packed_backward(

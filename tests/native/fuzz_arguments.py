@@ -99,12 +99,15 @@ def finish(rng: Random, call: Call, given: Call, backward: bool) -> Call:
         given |= gradient_terms(rng, given)
         if rng.random() < 0.5:
             given["grad_lse"] = floats(rng, *call["lse"].shape)
+    if rng.random() < 0.5:
+        given["lse_rest"] = floats(rng, *call["lse"].shape)
     return call | {"scale": 0.3} | given
 
 
 def relevance(rng: Random) -> Call:
     call = readout(rng, False)
-    call.pop("rows", None)
+    for name in ("rows", "lse_rest"):
+        call.pop(name, None)
     K, half = rng.choice((0, 1, 5, 70)), call["q"].dtype == np.uint16
     origins = (call["k"].shape, call["k"].shape[1:])
     for name in ("key_origin", "value_origin"):

@@ -24,6 +24,7 @@ from oracles import (
     specify_masked,
     specify_packed,
     with_alibi,
+    with_extreme_bias,
 )
 from torch import Tensor
 
@@ -220,6 +221,17 @@ def test_scores_far_from_zero(offset, instruction_set):
     inputs = packed_inputs([5, 40], bias="shared")
     inputs = replace(inputs, key_bias=inputs.key_bias + offset)
     check_packed(inputs, [5, 40], [5, 40], instruction_set=instruction_set)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_biases_up_to_the_largest_float(alibi, dtype, instruction_set):
+    lengths = [16, 16, 16, 16, 5, 0, 150]
+    inputs = with_extreme_bias(packed_inputs(lengths, bias="per_head", dtype=dtype))
+    inputs = with_alibi(inputs) if alibi else inputs
+    results = run_packed(inputs, lengths, lengths, instruction_set=instruction_set)
+    starts = cu_seqlens(lengths)
+    assert_meets_specification(results, inputs, specify_packed(starts, starts), carries=False)
 
 
 def test_the_exponential_is_as_good_as_its_comment_says(instruction_set):

@@ -83,7 +83,8 @@ def run_native(case: Case, row_gradients: bool = True, **how: Any) -> dict[str, 
     }
     inputs, starts = [as_numpy(t) for t in (case.q, case.k, case.v)], case.starts.numpy()
     out, lse, rows = map(as_numpy, results.values())
-    _native.readout_forward(*inputs, starts, out, lse, x.scale, rows=rows, **terms_of(x), **how)
+    rest = as_numpy(unwritten(case.q.shape[:3], torch.float32))
+    _native.readout_forward(*inputs, starts, out, lse, x.scale, rows=rows, lse_rest=rest, **terms_of(x), **how)
     grads = {f"d{name}": unwritten(getattr(case, name).shape, dtype) for name in "qkv"}
     learnt = {
         f"d{name}": unwritten(getattr(x, name).shape, torch.float32)
@@ -92,6 +93,7 @@ def run_native(case: Case, row_gradients: bool = True, **how: Any) -> dict[str, 
     }
     _native.readout_backward(
         *(as_numpy(case.grad_out), *inputs, out, lse, starts, *map(as_numpy, grads.values()), x.scale),
+        lse_rest=rest,
         grad_lse=as_numpy(case.grad_lse),
         grad_rows=as_numpy(case.grad_rows) if row_gradients else None,
         dbias=as_numpy(learnt.get("dkey_bias")),
