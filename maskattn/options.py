@@ -70,9 +70,11 @@ def keeps_rest(impl: str, options: Options) -> bool:
     Scores may be large where something is added to them. lse does not tell then how many keys share the largest score,
     and weights made of it alone would be off by a factor of the row; what rounding took from lse, its *rest*, does.
     """
-    return impl == "cpu" and not (options.key_bias is None and options.slopes is None)
+    if impl not in ("cpu", "triton"):
+        return False
+    return options.key_bias is not None or (impl == "cpu" and options.slopes is not None)
 
 
-def empty_rest(lse: Tensor, options: Options) -> Tensor:
-    """Room for what impl "cpu" keeps of lse; of no elements where there is nothing to keep."""
-    return lse.new_empty(lse.shape if keeps_rest("cpu", options) else 0)
+def empty_rest(lse: Tensor, impl: str, options: Options) -> Tensor:
+    """Room for what an implementation keeps of lse; of no elements where there is nothing to keep."""
+    return lse.new_empty(lse.shape if keeps_rest(impl, options) else 0)

@@ -32,7 +32,7 @@ KERNELS: dict[Pass, Any] = {
 }
 
 TOKENS = ("q_tokens", "k_tokens", "v_tokens", "out_tokens", "dout_tokens", "dq_tokens", "dk_tokens", "dv_tokens")
-ROW_VALUES = ("lse_values", "dlse_values", "delta_values", "lse_log2_values")
+ROW_VALUES = ("lse_values", "dlse_values", "delta_values", "scaled_lse_values")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -129,11 +129,14 @@ def _arguments(case: Case, config: Config) -> dict[str, Any]:
     return {
         **dict.fromkeys(TOKENS, element),
         **dict.fromkeys(ROW_VALUES, RowValues(single, stride_b, Varying("i32", aligned=False))),
+        "lse_rest_values": RowValues(single, stride_b, Varying("i32", aligned=False))
+        if case.bias
+        else RowValues(None, 0, 0),
         **dict.fromkeys(("q_places", "k_places"), places),
         **dict.fromkeys(("slopes_ptr", "dslopes_ptr"), single if case.alibi else None),
         **dict.fromkeys(("q_span", "k_span"), span),
         **dict.fromkeys(("heads", "tiles", "turns"), COUNT),
-        **dict.fromkeys(("scale", "scale_log2"), SCALE),
+        **dict.fromkeys(("scale", "scale_in_units"), SCALE),
         # Sequences of unequal lengths.
         "turns_ptr": Varying("*i32"),
         "bias_tokens": bias,

@@ -166,7 +166,9 @@ def _call(case: ReadoutCase) -> None:
         grad = tensor(case.classes, *q.shape, dtype=dtype)
         relevance.token_relevance(q, k, v, q, lse, grad, origin, origin, *sides, options)
     else:
-        readout_gradient.readout_backward(q, lse, rows, q, k, v, q, lse, *sides, options)
+        readout_gradient.readout_backward(
+            q, lse, rows, q, k, v, q, lse, lse if case.options else lse[:0].flatten(), *sides, options
+        )
 
 
 class _Recorder:

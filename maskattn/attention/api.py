@@ -60,8 +60,7 @@ def packed_attention(
         max_seqlen_q, max_seqlen_k: no sequence is longer.
         scale: factor of the scores, 1/√D if None.
         key_bias: (Tk,) or (Tk, H), added to the scores of its key; differentiable. A key with −inf takes no part;
-            +inf and NaN make NaN of the queries that see the key. impl "triton" loses digits, and from ±2·10³⁸ on the
-            row, where all scores of a query are far from 0 together.
+            +inf and NaN make NaN of the queries that see the key.
         coords: (T, 2), the place of each token, or a pair (Tq, 2), (Tk, 2) where queries and keys differ:
             two-dimensional ALiBi, −slope·distance added to the scores. A token without a place (class token, register)
             is a row of NaN and at distance 0 from all. Not differentiable.

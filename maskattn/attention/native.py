@@ -48,7 +48,7 @@ def packed_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (Tq, H, D), lse (H, Tq) and its rest."""
     out, lse = _empty(q), torch.empty((q.shape[1], q.shape[0]))
-    rest = empty_rest(lse, options)
+    rest = empty_rest(lse, "cpu", options)
     extension().attention_forward(
         *_rows(q, k, v),
         *_starts(sequences),
@@ -95,7 +95,7 @@ def masked_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, Nq, D), lse (B, H, Nq) and its rest; background rows are never read."""
     out, lse = _empty(q), torch.empty(q.shape[:3])
-    rest = empty_rest(lse, options)
+    rest = empty_rest(lse, "cpu", options)
     extension().masked_attention_forward(
         *_rows(q, k, v),
         keep.contiguous().numpy(),
@@ -153,7 +153,7 @@ def readout_forward(
     """out (B, R, H, D), lse (B, R, H), its rest, and rows (R, H, T), of no elements where unasked."""
     B, R, H, _ = q.shape
     out, lse, rows = _empty(q), torch.empty((B, R, H)), torch.empty((R, H, k.shape[0] if need_rows else 0))
-    rest = empty_rest(lse, options)
+    rest = empty_rest(lse, "cpu", options)
     extension().readout_forward(
         *_rows(q, k, v),
         cu_seqlens.contiguous().numpy(),

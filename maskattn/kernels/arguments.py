@@ -7,6 +7,7 @@ Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H h
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton.language as tl
@@ -32,7 +33,9 @@ __all__ = [
     "dropout_argument",
     "known_strides",
     "places_argument",
+    "rest_argument",
     "row_values_argument",
+    "scale_argument",
     "slopes_argument",
     "span_argument",
     "tokens_argument",
@@ -121,7 +124,8 @@ class Queries(NamedTuple):
 
     q: Any
     dout: Any
-    lse_log2_ptr: Any
+    lse_ptr: Any
+    lse_rest_ptr: Any
     delta_ptr: Any
     places_ptr: Any
     index_ptr: Any
@@ -148,6 +152,16 @@ def tokens_argument(x: Tensor) -> Tokens:
 def row_values_argument(x: Tensor | None) -> RowValues:
     """Of a contiguous (H, Tq) or (B, H, Nq) tensor."""
     return RowValues(None, 0, 0) if x is None else RowValues(x, *known_strides(*lse_strides_bh(x)))
+
+
+def rest_argument(x: Tensor) -> RowValues:
+    """Of the rest of lse, absent where it has no elements."""
+    return row_values_argument(x if x.numel() > 0 else None)
+
+
+def scale_argument(scale: float, options: Options) -> float:
+    """The scale in units of the scores, which are natural with a key bias and else those of log2."""
+    return scale if options.key_bias is not None else scale * math.log2(math.e)
 
 
 def bias_argument(key_bias: Tensor | None, packed: bool) -> Tokens:

@@ -9,7 +9,7 @@ With dO and dlse the gradients of the outputs, s the scale, m the dropout factor
     dslope = −Σ_ij dS_ij ‖x_i − x_j‖
 
 Two passes without atomics, so that the result is the same every time: one program per tile of queries for dq and parts
-of dslope (it also leaves delta and lse in log2 units), then one per tile of keys for dk, dv and dbias.
+of dslope (it also leaves delta and lse in units of the scores), then one per tile of keys for dk, dv and dbias.
 
 Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H heads, D head width; M queries and N keys
 of a tile.
@@ -17,7 +17,6 @@ of a tile.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -31,7 +30,9 @@ from maskattn.kernels.arguments import (
     dropout_argument,
     known_strides,
     places_argument,
+    rest_argument,
     row_values_argument,
+    scale_argument,
     slopes_argument,
     span_argument,
     tokens_argument,
@@ -56,6 +57,7 @@ def packed_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     sequences: Sequences,
     options: Options,
 ) -> Gradients:
@@ -65,7 +67,7 @@ def packed_backward(
         grad_out: (Tq, H, D), any strides.
         grad_lse: (H, Tq) or None for zeros.
         q, k, v, sequences, options: what forward was given.
-        out, lse: what forward returned.
+        out, lse, lse_rest: what forward returned.
 
     Returns:
         Contiguous gradients.
@@ -79,7 +81,7 @@ def packed_backward(
         dbias = torch.empty(shape, dtype=torch.float32, device=k.device)
         dbias_HT = dbias.T if per_head else dbias
     dslopes = differentiate(
-        grad_out, grad_lse, q, k, v, out, lse, *packed_sides(sequences, q, k), options, grads, dbias_HT
+        grad_out, grad_lse, q, k, v, out, lse, lse_rest, *packed_sides(sequences, q, k), options, grads, dbias_HT
     )
     of_keys = [(x, 0.0) for x in (grads.k, grads.v, dbias_HT if dbias_HT is None else dbias_HT.T) if x is not None]
     clear_tail(sequences.cu_seqlens_q, (grads.q, 0.0))
@@ -106,6 +108,7 @@ def differentiate(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     q_rows: Rows,
     k_rows: Rows,
     options: Options,
@@ -115,7 +118,8 @@ def differentiate(
     """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N); returns dslopes."""
     q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
     lse = lse.contiguous()
-    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
+    delta, scaled_lse = torch.empty_like(lse), torch.empty_like(lse)
+    rest = rest_argument(lse_rest.contiguous())
     head_width, heads = q.shape[-1], q.shape[1]
     inputs = (*(tokens_argument(x) for x in (q, k, v)), bias_argument(options.key_bias, packed=q.ndim == 3))
     score_terms = (
@@ -126,9 +130,9 @@ def differentiate(
         span_argument(q_rows),
         span_argument(k_rows),
         options.scale,
-        options.scale * math.log2(math.e),
+        scale_argument(options.scale, options),
     )
-    left = row_values_argument(delta), row_values_argument(lse_log2)
+    left = row_values_argument(delta), row_values_argument(scaled_lse)
 
     config = choose("query_gradient", q, options)
     work = plan_work(q_rows, k_rows, config.block_m)
@@ -138,7 +142,7 @@ def differentiate(
     described = config.descriptors and describable(k, k_rows) and describable(v, k_rows)
     launch(
         query_gradient_kernel, work.turns * heads, described, q, *inputs, tokens_argument(out),
-        row_values_argument(lse), tokens_argument(grad_out),
+        row_values_argument(lse), rest, tokens_argument(grad_out),
         row_values_argument(None if grad_lse is None else grad_lse.contiguous()), tokens_argument(grads.q),
         parts_of_dslopes, *left, *score_terms, heads, *work, **constant_arguments(head_width, config, described),
     )  # fmt: skip
@@ -147,8 +151,8 @@ def differentiate(
     work = plan_work(k_rows, q_rows, config.block_n)
     described = config.descriptors and describable(q, q_rows) and describable(grad_out, q_rows)
     launch(
-        key_gradient_kernel, work.turns * heads, described, q, *inputs, left[1], tokens_argument(grad_out), left[0],
-        tokens_argument(grads.k), tokens_argument(grads.v), _dbias_argument(dbias), *score_terms, heads, *work,
+        key_gradient_kernel, work.turns * heads, described, q, *inputs, left[1], rest, tokens_argument(grad_out),
+        left[0], tokens_argument(grads.k), tokens_argument(grads.v), _dbias_argument(dbias), *score_terms, heads, *work,
         **constant_arguments(head_width, config, described),
     )  # fmt: skip
     return None if parts_of_dslopes is None else parts_of_dslopes.sum(1)

@@ -8,8 +8,6 @@ Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H h
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +19,9 @@ from maskattn.kernels.arguments import (
     constant_arguments,
     dropout_argument,
     places_argument,
+    rest_argument,
     row_values_argument,
+    scale_argument,
     slopes_argument,
     span_argument,
     tokens_argument,
@@ -42,6 +42,7 @@ from maskattn.kernels.schedule import find_work, plan_work
 from maskattn.kernels.scores import (
     distances,
     dropout_factors,
+    in_units,
     load_noise,
     load_places,
     softmax_update,
@@ -49,7 +50,6 @@ from maskattn.kernels.scores import (
 from maskattn.kernels.tail import clear_tail
 from maskattn.kernels.tiles import (
     LN_2,
-    LOG2_E,
     load_row_values,
     places_base,
     row_values_base,
@@ -58,7 +58,7 @@ from maskattn.kernels.tiles import (
     tile_rows,
     tokens_base,
 )
-from maskattn.options import Options, Sequences
+from maskattn.options import Options, Sequences, empty_rest
 
 __all__ = ["attend", "forward_kernel", "packed_forward"]
 
@@ -71,12 +71,12 @@ def attend_keys(
     q,
     first_query,
     places,
-    slope_log2,
+    slope,
     noise,
     keys,
     k_begin,
     k_end,
-    scale_log2,
+    scale,
     WIDTH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,19 +90,18 @@ def attend_keys(
         rows = tile_rows(keys.index_ptr, keys.start, first, inside, BLOCK_N, INDEXED, PARTIAL)
         # [N, D]
         k = load_parts(keys.k, first, rows, keys.stride_kt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
-        bias_log2, penalty_log2 = 0.0, 0.0
+        bias, penalty = 0.0, 0.0
         if keys.bias_ptr is not None:
             bias = load_row_values(keys.bias_ptr, first, rows, keys.stride_bt, inside, 0.0, INDEXED, PARTIAL)
-            bias_log2 = bias * LOG2_E
         # [M, N]
         qk = dot_rows(q, k, WIDTH)
         if keys.places_ptr is not None:
             k_places = load_places(
                 keys.places_ptr, first, rows, keys.stride_ct, keys.stride_cc, inside, INDEXED, PARTIAL
             )
-            penalty_log2 = distances(places, k_places) * slope_log2
+            penalty = distances(places, k_places) * slope
         p, factor, maximum, total = softmax_update(
-            qk, maximum, total, scale_log2, bias_log2, inside, keys.bias_ptr is not None, PARTIAL, penalty_log2,
+            qk, maximum, total, scale, bias, inside, keys.bias_ptr is not None, PARTIAL, penalty,
             keys.places_ptr is not None,
         )  # fmt: skip
         if noise is not None:
@@ -121,13 +120,14 @@ def forward_kernel(
     bias_tokens,
     out_tokens,
     lse_values,
+    lse_rest_values,
     slopes_ptr,
     q_places,
     k_places,
     dropout,
     q_span,
     k_span,
-    scale_log2,
+    scale,
     heads,
     turns_ptr,
     tiles,
@@ -137,7 +137,8 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """Attention of one tile of queries over all keys of its sequence."""
+    """Attention of one tile of queries over all keys of its sequence; ``scale`` is in units of the scores."""
+    NATURAL: tl.constexpr = bias_tokens.ptr is not None
     INDEX_Q: tl.constexpr = q_span.index_ptr is not None
     INDEX_K: tl.constexpr = k_span.index_ptr is not None
     tile, head, sequence, q_start, q_length, _ = find_work(turns_ptr, q_span, tiles, heads, BLOCK_M)
@@ -154,9 +155,9 @@ def forward_kernel(
     # [M]
     inside = first + tl.arange(0, BLOCK_M) < q_length
     rows = tile_rows(q_span.index_ptr, q_start, first, inside, BLOCK_M, INDEX_Q, True)
-    places, k_places_ptr, slope_log2, noise = None, None, 0.0, None
+    places, k_places_ptr, slope, noise = None, None, 0.0, None
     if slopes_ptr is not None:
-        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
         q_places_ptr = places_base(q_places, sequence, q_start, INDEX_Q)
         k_places_ptr = places_base(k_places, sequence, k_start, INDEX_K)
         places = load_places(q_places_ptr, first, rows, q_places.stride_t, q_places.stride_c, inside, INDEX_Q, True)
@@ -179,11 +180,11 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     k_full = k_length // BLOCK_N * BLOCK_N
     out, maximum, total = attend_keys(
-        out, maximum, total, q, first, places, slope_log2, noise, keys, 0, k_full, scale_log2, WIDTH, BLOCK_M,
+        out, maximum, total, q, first, places, slope, noise, keys, 0, k_full, scale, WIDTH, BLOCK_M,
         BLOCK_N, False, DESCRIBED,
     )  # fmt: skip
     out, maximum, total = attend_keys(
-        out, maximum, total, q, first, places, slope_log2, noise, keys, k_full, k_length, scale_log2, WIDTH, BLOCK_M,
+        out, maximum, total, q, first, places, slope, noise, keys, k_full, k_length, scale, WIDTH, BLOCK_M,
         BLOCK_N, True, DESCRIBED,
     )  # fmt: skip
 
@@ -192,10 +193,19 @@ def forward_kernel(
     out_base_ptr = tokens_base(out_tokens, sequence, head, q_start, INDEX_Q)
     store_parts(out_base_ptr, first, rows, out_tokens.stride_t, inside, out, (1 / divisor)[:, None], WIDTH, INDEX_Q)
     lse_base_ptr = row_values_base(lse_values, sequence, head, q_start, INDEX_Q)
-    store_row_values(lse_base_ptr, first, rows, 1, inside, maximum * LN_2 + tl.log(divisor), INDEX_Q)
+    largest = maximum if NATURAL else maximum * LN_2
+    store_row_values(lse_base_ptr, first, rows, 1, inside, largest + tl.log(divisor), INDEX_Q)
+    if lse_rest_values.ptr is not None:
+        # What rounding takes from lse, without which it would not tell how many keys share a large score.
+        largest = tl.where(total == 0.0, 0.0, largest)
+        rest = largest - (largest + tl.log(divisor)) + tl.log(divisor)
+        rest_base_ptr = row_values_base(lse_rest_values, sequence, head, q_start, INDEX_Q)
+        store_row_values(rest_base_ptr, first, rows, 1, inside, rest, INDEX_Q)
 
 
-def packed_forward(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options) -> tuple[Tensor, Tensor]:
+def packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of packed sequences.
 
     Args:
@@ -205,13 +215,16 @@ def packed_forward(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, option
         options: of packed tensors.
 
     Returns:
-        out (Tq, H, D) in q's dtype and lse (H, Tq) float32.
+        out (Tq, H, D) in q's dtype, lse (H, Tq) float32 and its rest.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    attend(q, k, v, options, out, lse, *packed_sides(sequences, q, k))
-    clear_tail(sequences.cu_seqlens_q, (out, 0.0), (lse.T, float("-inf")))
-    return out, lse
+    rest = empty_rest(lse, "triton", options)
+    attend(q, k, v, options, out, lse, rest, *packed_sides(sequences, q, k))
+    clear_tail(
+        sequences.cu_seqlens_q, (out, 0.0), (lse.T, float("-inf")), *((x.T, 0.0) for x in (rest,) if x.ndim == 2)
+    )
+    return out, lse, rest
 
 
 def attend(
@@ -221,10 +234,11 @@ def attend(
     options: Options,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     q_rows: Rows,
     k_rows: Rows,
 ) -> None:
-    """Fill ``out`` and ``lse`` where there are rows; shapes as of packed or of dense tensors."""
+    """Fill ``out``, ``lse`` and its rest where there are rows; shapes as of packed or of dense tensors."""
     scale = options.scale
     if scale < 0:
         # The kernel takes the maximum before it scales.
@@ -238,7 +252,8 @@ def attend(
         forward_kernel, work.turns * heads, described, q,
         tokens_argument(q), tokens_argument(k), tokens_argument(v),
         bias_argument(options.key_bias, packed=q.ndim == 3), tokens_argument(out), row_values_argument(lse),
+        rest_argument(lse_rest),
         slopes_argument(options), places_argument(options.coords_q), places_argument(options.coords_k),
-        dropout_argument(options), span_argument(q_rows), span_argument(k_rows), scale * math.log2(math.e), heads,
+        dropout_argument(options), span_argument(q_rows), span_argument(k_rows), scale_argument(scale, options), heads,
         *work, **constant_arguments(head_width, config, described),
     )  # fmt: skip

@@ -28,7 +28,7 @@ from maskattn.kernels.compaction import (
 )
 from maskattn.kernels.forward import attend
 from maskattn.kernels.rows import Rows, kept_rows, whole_rows
-from maskattn.options import Gradients, Options
+from maskattn.options import Gradients, Options, empty_rest
 
 __all__ = ["masked_backward", "masked_forward"]
 
@@ -39,7 +39,7 @@ MOVED_FROM = 16_384
 
 def masked_forward(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, options: Options
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over the kept tokens.
 
     Args:
@@ -50,24 +50,27 @@ def masked_forward(
         options: of dense tensors.
 
     Returns:
-        out (B, H, Nq, D) in q's dtype and lse (B, H, Nq) float32.
+        out (B, H, Nq, D) in q's dtype, lse (B, H, Nq) float32 and its rest.
     """
     kept = kept_rows(keep)
     every = None if skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
     if kept.longest < MOVED_FROM:
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
-        attend(q, k, v, options, out, lse, every or kept, kept)
-        return out, lse
+        rest = empty_rest(lse, "triton", options).zero_()
+        attend(q, k, v, options, out, lse, rest, every or kept, kept)
+        return out, lse, rest
     front = front_rows(kept)
     own = options_to_front(options, kept if skip_queries else None, kept)
     q = to_front(q, kept) if skip_queries else q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    attend(q, to_front(k, kept), to_front(v, kept), own, out, lse, every or front, front)
+    rest = empty_rest(lse, "triton", options)
+    attend(q, to_front(k, kept), to_front(v, kept), own, out, lse, rest, every or front, front)
     if skip_queries:
-        return to_places(out, kept), values_to_places(lse, kept, -math.inf)
-    return out, lse
+        rest = values_to_places(rest, kept, 0.0) if rest.numel() > 0 else rest
+        return to_places(out, kept), values_to_places(lse, kept, -math.inf), rest
+    return out, lse, rest
 
 
 def masked_backward(
@@ -78,6 +81,7 @@ def masked_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     keep: Tensor,
     skip_queries: bool,
     options: Options,
@@ -88,7 +92,7 @@ def masked_backward(
         grad_out: (B, H, Nq, D), any strides.
         grad_lse: (B, H, Nq) or None for zeros.
         q, k, v, keep, skip_queries, options: what forward was given.
-        out, lse: what forward returned.
+        out, lse, lse_rest: what forward returned.
 
     Returns:
         Contiguous gradients.
@@ -98,9 +102,12 @@ def masked_backward(
     if kept.longest < MOVED_FROM:
         grads = Gradients(*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
         dbias_BHN = _new_bias_gradient(k, options)
-        dslopes = differentiate(grad_out, grad_lse, q, k, v, out, lse, every or kept, kept, options, grads, dbias_BHN)
+        sides = every or kept, kept
+        dslopes = differentiate(grad_out, grad_lse, q, k, v, out, lse, lse_rest, *sides, options, grads, dbias_BHN)
     else:
-        grads, dbias_BHN, dslopes = _moved_backward(grad_out, grad_lse, q, k, v, out, lse, kept, every, options)
+        grads, dbias_BHN, dslopes = _moved_backward(
+            grad_out, grad_lse, q, k, v, out, lse, lse_rest, kept, every, options
+        )
     if dbias_BHN is not None and options.key_bias is not None and options.key_bias.ndim == 2:
         dbias_BHN = dbias_BHN.sum(1)
     return completed(grads, options, dbias_BHN, dslopes)
@@ -114,6 +121,7 @@ def _moved_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     kept: Rows,
     every: Rows | None,
     options: Options,
@@ -124,11 +132,13 @@ def _moved_backward(
     if every is None:
         q, out, grad_out = (to_front(x, kept) for x in (q, out, grad_out))
         lse = values_to_front(lse, kept, 2)
+        lse_rest = values_to_front(lse_rest, kept, 2) if lse_rest.numel() > 0 else lse_rest
         grad_lse = None if grad_lse is None else values_to_front(grad_lse, kept, 2)
     k, v = to_front(k, kept), to_front(v, kept)
     grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
     dbias_BHN = _new_bias_gradient(k, options)
-    dslopes = differentiate(grad_out, grad_lse, q, k, v, out, lse, every or front, front, own, grads, dbias_BHN)
+    sides = every or front, front
+    dslopes = differentiate(grad_out, grad_lse, q, k, v, out, lse, lse_rest, *sides, own, grads, dbias_BHN)
     if dbias_BHN is not None:
         dbias_BHN = values_to_places(dbias_BHN, kept, 0.0)
     dq = to_places(grads.q, kept) if every is None else grads.q

@@ -1,7 +1,7 @@
 """The gradient of the queries: dq_i = s Σ_j dS_ij k_j; formulas and words in ``backward.py``.
 
-One program per tile of queries, head and sequence; it also leaves delta and lse in log2 units for the gradient of the
-keys, and its own part of the gradient of the slopes, −Σ_ij dS_ij ‖x_i − x_j‖.
+One program per tile of queries, head and sequence; it also leaves delta and lse in units of the scores for the gradient
+of the keys, and its own part of the gradient of the slopes, −Σ_ij dS_ij ‖x_i − x_j‖.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from maskattn.kernels.parts import (
     zeros_parts,
 )
 from maskattn.kernels.schedule import find_work
-from maskattn.kernels.scores import distances, dropout_factors, load_noise, load_places
+from maskattn.kernels.scores import distances, dropout_factors, in_units, load_noise, load_places
 from maskattn.kernels.tiles import (
     LOG2_E,
     load_row_values,
@@ -41,16 +41,17 @@ def add_keys_to_query_gradient(
     dslope,
     q,
     dout,
-    lse_log2,
+    lse,
+    rest_log2,
     delta,
     first_query,
     places,
-    slope_log2,
+    slope,
     noise,
     keys,
     k_begin,
     k_end,
-    scale_log2,
+    scale,
     WIDTH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,6 +60,7 @@ def add_keys_to_query_gradient(
 ):
     """dq + dS·K and, for each query, dslope − Σ dS·‖x_i − x_j‖, over the keys ``k_begin`` to ``k_end``."""
     INDEXED: tl.constexpr = keys.index_ptr is not None
+    NATURAL: tl.constexpr = keys.bias_ptr is not None
     for first in tl.range(k_begin, k_end, BLOCK_N):
         inside = first + tl.arange(0, BLOCK_N) < k_end
         rows = tile_rows(keys.index_ptr, keys.start, first, inside, BLOCK_N, INDEXED, PARTIAL)
@@ -68,17 +70,18 @@ def add_keys_to_query_gradient(
             # Else the compiler reads q, then waits for k, holding more of q in registers than there are; so for v.
             tl.debug_barrier()
         # [M, N]
-        scores = dot_rows(q, k, WIDTH) * scale_log2
+        scores = dot_rows(q, k, WIDTH) * scale
         if keys.places_ptr is not None:
             k_places = load_places(
                 keys.places_ptr, first, rows, keys.stride_ct, keys.stride_cc, inside, INDEXED, PARTIAL
             )
             distance = distances(places, k_places)
-            scores -= distance * slope_log2
+            scores -= distance * slope
         if keys.bias_ptr is not None:
             bias = load_row_values(keys.bias_ptr, first, rows, keys.stride_bt, inside, 0.0, INDEXED, PARTIAL)
-            scores += (bias * LOG2_E)[None, :]
-        p = tl.exp2(scores - lse_log2[:, None])
+            scores += bias[None, :]
+        scores -= lse[:, None]
+        p = tl.exp2(scores * LOG2_E - rest_log2[:, None]) if NATURAL else tl.exp2(scores)
         if PARTIAL:
             # 2^(0 − lse) may be inf, and inf · 0 is NaN.
             p = tl.where(inside[None, :], p, 0.0)
@@ -104,12 +107,13 @@ def query_gradient_kernel(
     bias_tokens,
     out_tokens,
     lse_values,
+    lse_rest_values,
     dout_tokens,
     dlse_values,
     dq_tokens,
     dslopes_ptr,
     delta_values,
-    lse_log2_values,
+    scaled_lse_values,
     slopes_ptr,
     q_places,
     k_places,
@@ -117,7 +121,7 @@ def query_gradient_kernel(
     q_span,
     k_span,
     scale,
-    scale_log2,
+    scale_in_units,
     heads,
     turns_ptr,
     tiles,
@@ -127,7 +131,8 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """dq, delta, the row sums in log2 units and a part of dslopes, of one tile of queries."""
+    """dq, delta, lse in units of the scores and a part of dslopes, of one tile of queries."""
+    NATURAL: tl.constexpr = bias_tokens.ptr is not None
     INDEX_Q: tl.constexpr = q_span.index_ptr is not None
     INDEX_K: tl.constexpr = k_span.index_ptr is not None
     tile, head, sequence, q_start, q_length, turn = find_work(turns_ptr, q_span, tiles, heads, BLOCK_M)
@@ -143,9 +148,13 @@ def query_gradient_kernel(
     lse = load_row_values(lse_base_ptr, first, rows, 1, inside, float("-inf"), INDEX_Q, True)
     # A row that attends to nothing gets +inf, so that its p is 0.
     empty = lse == float("-inf")
-    lse_log2 = tl.where(empty, float("inf"), lse * LOG2_E)
-    lse_log2_base_ptr = row_values_base(lse_log2_values, sequence, head, q_start, INDEX_Q)
-    store_row_values(lse_log2_base_ptr, first, rows, 1, inside, lse_log2, INDEX_Q)
+    lse = tl.where(empty, float("inf"), in_units(lse, NATURAL))
+    scaled_lse_base_ptr = row_values_base(scaled_lse_values, sequence, head, q_start, INDEX_Q)
+    store_row_values(scaled_lse_base_ptr, first, rows, 1, inside, lse, INDEX_Q)
+    rest_log2 = None
+    if NATURAL:
+        rest_base_ptr = row_values_base(lse_rest_values, sequence, head, q_start, INDEX_Q)
+        rest_log2 = load_row_values(rest_base_ptr, first, rows, 1, inside, 0.0, INDEX_Q, True) * LOG2_E
     # [M, D]
     dout_base_ptr = tokens_base(dout_tokens, sequence, head, q_start, INDEX_Q)
     dout = load_parts(dout_base_ptr, first, rows, dout_tokens.stride_t, inside, WIDTH, INDEX_Q, True)
@@ -167,10 +176,10 @@ def query_gradient_kernel(
     bias_base_ptr = None
     if bias_tokens.ptr is not None:
         bias_base_ptr = tokens_base(bias_tokens, sequence, head, k_start, INDEX_K)
-    places, k_places_ptr, slope_log2, noise = None, None, 0.0, None
+    places, k_places_ptr, slope, noise = None, None, 0.0, None
     dslope = 0.0
     if slopes_ptr is not None:
-        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
         q_places_ptr = places_base(q_places, sequence, q_start, INDEX_Q)
         k_places_ptr = places_base(k_places, sequence, k_start, INDEX_K)
         places = load_places(q_places_ptr, first, rows, q_places.stride_t, q_places.stride_c, inside, INDEX_Q, True)
@@ -188,12 +197,12 @@ def query_gradient_kernel(
     dq = zeros_parts(WIDTH, BLOCK_M)
     k_full = k_length // BLOCK_N * BLOCK_N
     dq, dslope = add_keys_to_query_gradient(
-        dq, dslope, q, dout, lse_log2, delta, first, places, slope_log2, noise, keys, 0, k_full, scale_log2, WIDTH,
-        BLOCK_M, BLOCK_N, False, DESCRIBED,
+        dq, dslope, q, dout, lse, rest_log2, delta, first, places, slope, noise, keys, 0, k_full, scale_in_units,
+        WIDTH, BLOCK_M, BLOCK_N, False, DESCRIBED,
     )  # fmt: skip
     dq, dslope = add_keys_to_query_gradient(
-        dq, dslope, q, dout, lse_log2, delta, first, places, slope_log2, noise, keys, k_full, k_length, scale_log2,
-        WIDTH, BLOCK_M, BLOCK_N, True, DESCRIBED,
+        dq, dslope, q, dout, lse, rest_log2, delta, first, places, slope, noise, keys, k_full, k_length,
+        scale_in_units, WIDTH, BLOCK_M, BLOCK_N, True, DESCRIBED,
     )  # fmt: skip
     dq_base_ptr = tokens_base(dq_tokens, sequence, head, q_start, INDEX_Q)
     store_parts(dq_base_ptr, first, rows, dq_tokens.stride_t, inside, dq, scale, WIDTH, INDEX_Q)

@@ -32,10 +32,10 @@ from maskattn.kernels.readout_tiles import (
     split_span,
     weighted_sum,
 )
-from maskattn.kernels.scores import dropout_factors, load_noise
+from maskattn.kernels.scores import dropout_factors, in_units, load_noise, power
 from maskattn.kernels.tail import clear_tail
-from maskattn.kernels.tiles import LN_2, LOG2_E, load_rows, sequence_base, sequence_span
-from maskattn.options import Options
+from maskattn.kernels.tiles import LN_2, load_rows, sequence_base, sequence_span
+from maskattn.options import Options, empty_rest
 
 __all__ = ["combine_kernel", "readout_forward", "readout_kernel"]
 
@@ -51,6 +51,19 @@ def finite_or_zero(maximum):
 
 
 @triton.jit
+def store_lse(lse_ptr, lse_rest_ptr, places, maximum, total, mask, NATURAL: tl.constexpr):
+    """Write lse, −inf for rows without keys, and what rounding took from it."""
+    # A row without keys has total 0 and maximum −inf.
+    empty = total == 0.0
+    logarithm = tl.log(tl.where(empty, 1.0, total))
+    largest = tl.where(empty, 0.0, maximum if NATURAL else maximum * LN_2)
+    lse = largest + logarithm
+    tl.store(lse_ptr + places, tl.where(empty, float("-inf"), lse), mask=mask)
+    if lse_rest_ptr is not None:
+        tl.store(lse_rest_ptr + places, largest - lse + logarithm, mask=mask)
+
+
+@triton.jit
 def readout_kernel(
     q,
     k,
@@ -61,13 +74,14 @@ def readout_kernel(
     places_k,
     span,
     dropout,
-    scale_log2,
+    scale_in_units,
     batch,
     heads,
     queries,
     tokens,
     out_ptr,
     lse_ptr,
+    lse_rest_ptr,
     maxima_ptr,
     totals_ptr,
     scores_ptr,
@@ -82,6 +96,7 @@ def readout_kernel(
 
     With ``lse_ptr`` it is the only split: out (B, R, H, D) and lse (B, R, H) are final.
     """
+    NATURAL: tl.constexpr = bias.ptr is not None
     head, split, sequence = readout_place(heads, splits)
     start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
     begin, end = split_span(length, split, splits, BLOCK_N)
@@ -93,7 +108,7 @@ def readout_kernel(
     # [R, D]
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     if slopes_ptr is not None:
-        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
         queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
     if dropout.seed_ptr is not None:
         noise = load_noise(dropout, head, sequence)
@@ -109,9 +124,9 @@ def readout_kernel(
         v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         # [N, R]
         qk = products(k_tile, q_tile, BLOCK_R)
-        scores = readout_scores(qk, scale_log2, bias, bias_base_ptr, first, inside, BLOCK_N)
+        scores = readout_scores(qk, scale_in_units, bias, bias_base_ptr, first, inside, BLOCK_N)
         if slopes_ptr is not None:
-            scores -= slope_log2 * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
+            scores -= slope * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
         if scores_ptr is not None:
             row_ptr = scores_ptr + (rows_R * heads + head).to(tl.int64) * tokens
             pointers = row_ptr[None, :] + (start.to(tl.int64) + first + rows_N)[:, None]
@@ -119,8 +134,8 @@ def readout_kernel(
         scores = tl.reshape(scores, [BLOCK_N // SLOTS, SLOTS, BLOCK_R])
         maximum_new = tl.maximum(maximum, tl.max(scores, 0))
         peak = finite_or_zero(maximum_new)
-        p = tl.exp2(scores - peak[None, :, :])
-        factor = tl.exp2(maximum - peak)
+        p = power(scores - peak[None, :, :], NATURAL)
+        factor = power(maximum - peak, NATURAL)
         total = total * factor + tl.sum(p, 0)
         maximum = maximum_new
         p = tl.reshape(p, [BLOCK_N, BLOCK_R])
@@ -131,7 +146,7 @@ def readout_kernel(
 
     # [R]
     peak = finite_or_zero(tl.max(maximum, 0))
-    factor = tl.exp2(maximum - peak[None, :])
+    factor = power(maximum - peak[None, :], NATURAL)
     total = tl.sum(total * factor, 0)
     maximum = tl.max(maximum, 0)
     if BLOCK_R == 1:
@@ -141,7 +156,7 @@ def readout_kernel(
         # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
         divisor = tl.where(total == 0.0, 1.0, total)
         out = out / divisor[:, None]
-        tl.store(lse_ptr + places, maximum * LN_2 + tl.log(divisor), mask=rows_R < queries)
+        store_lse(lse_ptr, lse_rest_ptr, places, maximum, total, rows_R < queries, NATURAL)
     else:
         tl.store(maxima_ptr + places, maximum, mask=rows_R < queries)
         tl.store(totals_ptr + places, total, mask=rows_R < queries)
@@ -158,6 +173,7 @@ def combine_kernel(
     totals_ptr,
     out_ptr,
     lse_ptr,
+    lse_rest_ptr,
     weights_ptr,
     starts_ptr,
     batch,
@@ -170,6 +186,7 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     """out and lse of one row of one head and sequence from its splits, and its attention weights from raw scores."""
     program = tl.program_id(0)
@@ -190,7 +207,7 @@ def combine_kernel(
     for first in range(0, splits, BLOCK_S):
         there = first + shares < splits
         share = (first + shares) * count + place
-        factor = tl.exp2(tl.load(maxima_ptr + share, mask=there, other=float("-inf")) - peak)
+        factor = power(tl.load(maxima_ptr + share, mask=there, other=float("-inf")) - peak, NATURAL)
         total += factor * tl.load(totals_ptr + share, mask=there, other=0.0)
         mask = (there & (tile == 0))[:, None] & (columns < HEAD_WIDTH)[None, :]
         share_ptr = split_out_ptr + share * HEAD_WIDTH
@@ -198,7 +215,7 @@ def combine_kernel(
     total = tl.sum(total, 0)
     # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
     divisor = tl.where(total == 0.0, 1.0, total)
-    tl.store(lse_ptr + place, maximum * LN_2 + tl.log(divisor), mask=tile == 0)
+    store_lse(lse_ptr, lse_rest_ptr, place, maximum, total, tile == 0, NATURAL)
     out = (tl.sum(out, 0) / divisor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place * HEAD_WIDTH + columns, out, mask=(columns < HEAD_WIDTH) & (tile == 0))
     if weights_ptr is not None:
@@ -207,12 +224,12 @@ def combine_kernel(
         token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         row_ptr = weights_ptr + (query * heads + head) * tokens + start
         scores = tl.load(row_ptr + token, mask=token < length, other=float("-inf"))
-        tl.store(row_ptr + token, tl.exp2(scores - peak) / divisor, mask=token < length)
+        tl.store(row_ptr + token, power(scores - peak, NATURAL) / divisor, mask=token < length)
 
 
 def readout_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: Options, need_rows: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of a few queries of each sequence over its packed keys.
 
     Args:
@@ -224,35 +241,38 @@ def readout_forward(
         need_rows: also compute the attention rows.
 
     Returns:
-        out (B, R, H, D) in q's dtype, lse (B, R, H) float32, and rows (R, H, T) float32, the softmax weights before
-        dropout, or (R, H, 0).
+        out (B, R, H, D) in q's dtype, lse (B, R, H) float32, its rest, and rows (R, H, T) float32, the softmax weights
+        before dropout, or (R, H, 0).
     """
     B, R, H, D = q.shape
     out = torch.empty((B, R, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, R, H), dtype=torch.float32, device=q.device)
+    rest = empty_rest(lse, "triton", options)
     rows = torch.empty((R, H, k.shape[0] if need_rows else 0), dtype=torch.float32, device=q.device)
     if B * H == 0:
-        return out, lse, rows.zero_()
+        return out, lse, rest, rows.zero_()
+    rest_or_none = rest if rest.numel() > 0 else None
     call = prepare("readout", q, k, v, cu_seqlens, max_seqlen, options)
     if call.splits == 1 and not need_rows:
         with torch.cuda.device_of(q):
             readout_kernel[call.grid](
-                *call.arguments, out, lse, None, None, None, 1, **call.widths, **call.launch_options
+                *call.arguments, out, lse, rest_or_none, None, None, None, 1, **call.widths, **call.launch_options
             )
-        return out, lse, rows
+        return out, lse, rest, rows
     weights = rows if need_rows else None
     split_out = torch.empty((call.splits, B, R, H, D), dtype=torch.float32, device=q.device)
     maxima, totals = torch.empty((2, call.splits, B, R, H), dtype=torch.float32, device=q.device)
     tiles = max(1, triton.cdiv(max_seqlen, BLOCK_TOKENS)) if need_rows else 1
     with torch.cuda.device_of(q):
         readout_kernel[call.grid](
-            *call.arguments, split_out, None, maxima, totals, weights, call.splits, **call.widths,
+            *call.arguments, split_out, None, None, maxima, totals, weights, call.splits, **call.widths,
             **call.launch_options,
         )  # fmt: skip
         combine_kernel[(tiles * B * R * H,)](
-            split_out, maxima, totals, out, lse, weights, cu_seqlens, B, H, R, call.splits, k.shape[0], tiles,
-            HEAD_WIDTH=D, BLOCK_D=call.widths["BLOCK_D"], BLOCK_S=BLOCK_SPLITS, BLOCK_T=BLOCK_TOKENS, num_warps=4,
+            split_out, maxima, totals, out, lse, rest_or_none, weights, cu_seqlens, B, H, R, call.splits, k.shape[0],
+            tiles, HEAD_WIDTH=D, BLOCK_D=call.widths["BLOCK_D"], BLOCK_S=BLOCK_SPLITS, BLOCK_T=BLOCK_TOKENS,
+            NATURAL=options.key_bias is not None, num_warps=4,
         )  # fmt: skip
-    if need_rows:
+    if weights is not None:
         clear_tail(cu_seqlens, (rows.flatten(0, 1).T, 0.0))
-    return out, lse, rows
+    return out, lse, rest, rows

@@ -5,7 +5,6 @@ Dimension key: B sequences, T packed keys, R readout queries, H heads, D head wi
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from maskattn.kernels.arguments import (
     bias_argument,
     dropout_argument,
     places_argument,
+    scale_argument,
     slopes_argument,
     span_argument,
     tokens_argument,
@@ -35,7 +35,7 @@ class ReadoutCall(NamedTuple):
 
     Attributes:
         arguments: q, k, v, key bias, slopes, places of the queries and keys, span of the sequences, dropout,
-            scale·log2(e), B, H, R and T, in this order.
+            scale in units of the scores, B, H, R and T, in this order.
         widths: constexprs.
         grid: one program per head, split and sequence.
         splits: programs that share the keys of one sequence and head.
@@ -67,7 +67,7 @@ def prepare(
             places_argument(options.coords_k),
             span_argument(packed_rows(cu_seqlens, max_seqlen)),
             dropout_argument(options),
-            options.scale * math.log2(math.e),
+            scale_argument(options.scale, options),
             B,
             H,
             R,

@@ -26,7 +26,7 @@ from maskattn.kernels.arguments import ABSENT, Tokens
 from maskattn.kernels.readout_call import ReadoutCall, prepare, readout_argument
 from maskattn.kernels.readout_tiles import (
     key_distances,
-    load_lse_log2,
+    load_lse,
     load_readout,
     load_readout_places,
     load_row_gradient,
@@ -36,10 +36,11 @@ from maskattn.kernels.readout_tiles import (
     split_span,
     spread,
     weighted_sum,
+    weights_of,
 )
-from maskattn.kernels.scores import dropout_factors, load_noise
+from maskattn.kernels.scores import dropout_factors, in_units, load_noise
 from maskattn.kernels.tail import clear_tail
-from maskattn.kernels.tiles import LOG2_E, load_rows, sequence_base, sequence_span, store_row_values, store_rows
+from maskattn.kernels.tiles import load_rows, sequence_base, sequence_span, store_row_values, store_rows
 from maskattn.options import Gradients, Options
 
 __all__ = ["readout_backward", "readout_gradient_kernel", "row_gradient_kernel"]
@@ -56,12 +57,13 @@ def row_gradient_kernel(
     places_k,
     span,
     dropout,
-    scale_log2,
+    scale_in_units,
     batch,
     heads,
     queries,
     tokens,
     lse_ptr,
+    lse_rest_ptr,
     drows,
     sums_ptr,
     splits,
@@ -72,6 +74,7 @@ def row_gradient_kernel(
     SLOTS: tl.constexpr,
 ):
     """Σ_j p_rj dw_rj of one split, (S, B, R, H)."""
+    NATURAL: tl.constexpr = bias.ptr is not None
     head, split, sequence = readout_place(heads, splits)
     start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
     begin, end = split_span(length, split, splits, BLOCK_N)
@@ -80,9 +83,10 @@ def row_gradient_kernel(
     if bias.ptr is not None:
         bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
-    lse_log2 = load_lse_log2(lse_ptr, sequence * queries * heads + head, heads, queries, BLOCK_R)
+    place = sequence * queries * heads + head
+    lse = load_lse(lse_ptr, place, heads, queries, BLOCK_R, NATURAL)
     if slopes_ptr is not None:
-        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
         queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
 
     rows_R, rows_N = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
@@ -91,10 +95,10 @@ def row_gradient_kernel(
         inside = first + rows_N < end
         k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         qk = products(k_tile, q_tile, BLOCK_R)
-        scores = readout_scores(qk, scale_log2, bias, bias_base_ptr, first, inside, BLOCK_N)
+        scores = readout_scores(qk, scale_in_units, bias, bias_base_ptr, first, inside, BLOCK_N)
         if slopes_ptr is not None:
-            scores -= slope_log2 * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
-        p = tl.exp2(scores - lse_log2[None, :])
+            scores -= slope * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
+        p = weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R, NATURAL)
         dw = load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R, BLOCK_N)
         sums += tl.where(p > 0, p * dw, 0.0)
     places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
@@ -112,7 +116,7 @@ def readout_gradient_kernel(
     places_k,
     span,
     dropout,
-    scale_log2,
+    scale_in_units,
     batch,
     heads,
     queries,
@@ -120,6 +124,7 @@ def readout_gradient_kernel(
     out,
     dout,
     lse_ptr,
+    lse_rest_ptr,
     shift_ptr,
     drows,
     dq_ptr,
@@ -139,6 +144,7 @@ def readout_gradient_kernel(
 
     ``shift_ptr`` (B, R, H) is Σ_j p_rj dw_rj − dlse_r, what delta has besides dO·out; None for 0.
     """
+    NATURAL: tl.constexpr = bias.ptr is not None
     head, split, sequence = readout_place(heads, splits)
     start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
     begin, end = split_span(length, split, splits, BLOCK_N)
@@ -155,14 +161,14 @@ def readout_gradient_kernel(
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     dout_tile = load_readout(dout, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     out_tile = load_readout(out, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
-    lse_log2 = load_lse_log2(lse_ptr, place, heads, queries, BLOCK_R)
+    lse = load_lse(lse_ptr, place, heads, queries, BLOCK_R, NATURAL)
     # What comes back to a row without keys may be NaN, and counts for nothing.
-    dout_tile = tl.where(lse_log2[:, None] == float("inf"), 0.0, dout_tile).to(k.ptr.dtype.element_ty)
+    dout_tile = tl.where(lse[:, None] == float("inf"), 0.0, dout_tile).to(k.ptr.dtype.element_ty)
     delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if shift_ptr is not None:
         delta += tl.load(shift_ptr + place + rows_R * heads, mask=rows_R < queries, other=0.0)
     if slopes_ptr is not None:
-        slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
         queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
     if dropout.seed_ptr is not None:
         noise = load_noise(dropout, head, sequence)
@@ -175,11 +181,11 @@ def readout_gradient_kernel(
         v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         # [N, R]
         qk = products(k_tile, q_tile, BLOCK_R)
-        scores = readout_scores(qk, scale_log2, bias, bias_base_ptr, first, inside, BLOCK_N)
+        scores = readout_scores(qk, scale_in_units, bias, bias_base_ptr, first, inside, BLOCK_N)
         if slopes_ptr is not None:
             distance = key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
-            scores -= slope_log2 * distance
-        p = tl.exp2(scores - lse_log2[None, :])
+            scores -= slope * distance
+        p = weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R, NATURAL)
         ds = products(v_tile, dout_tile, BLOCK_R)
         weights = p
         if dropout.seed_ptr is not None:
@@ -202,8 +208,8 @@ def readout_gradient_kernel(
     if BLOCK_R == 1:
         dq = tl.sum(dq, 0, keep_dims=True)
     if slopes_ptr is not None:
-        place = (split * batch + sequence) * heads + head
-        tl.store(dslopes_ptr + place, -tl.sum(tl.sum(dslope, 0), 0))
+        part = (split * batch + sequence) * heads + head
+        tl.store(dslopes_ptr + part, -tl.sum(tl.sum(dslope, 0), 0))
     places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
     columns = tl.arange(0, BLOCK_D)
     mask = (rows_R < queries)[:, None] & (columns < HEAD_WIDTH)[None, :]
@@ -220,6 +226,7 @@ def readout_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     options: Options,
@@ -231,7 +238,7 @@ def readout_backward(
         grad_lse: (B, R, H) or None for zeros.
         grad_rows: (R, H, T) or None for zeros.
         q, k, v, cu_seqlens, max_seqlen, options: what forward was given.
-        out, lse: what forward returned.
+        out, lse, lse_rest: what forward returned.
 
     Returns:
         Gradients like their inputs, contiguous.
@@ -245,21 +252,28 @@ def readout_backward(
         shape = (H, k.shape[0]) if bias.ndim == 1 else tuple(bias.shape)
         dbias = torch.empty(shape, dtype=torch.float32, device=q.device)
     if B * H == 0:
-        return Gradients(torch.empty_like(q), dk.zero_(), dv.zero_(), _zeros_like(bias), _zeros_like(slopes))
+        return Gradients(
+            torch.empty_like(q),
+            dk.zero_(),
+            dv.zero_(),
+            None if bias is None else torch.zeros_like(bias),
+            _zeros_like(slopes),
+        )
     call = prepare("readout_gradient", q, k, v, cu_seqlens, max_seqlen, options)
     dtype = q.dtype if call.splits == 1 else torch.float32
     dq_parts = torch.empty((call.splits, B, R, H, D), dtype=dtype, device=q.device)
     dslopes_parts = None if slopes is None else torch.empty((call.splits, B, H), device=q.device)
     lse = lse.contiguous()
-    shift = _shift_of_delta(call, grad_lse, grad_rows, lse)
+    rest = lse_rest.contiguous() if lse_rest.numel() > 0 else None
+    shift = _shift_of_delta(call, grad_lse, grad_rows, lse, rest)
     with torch.cuda.device_of(q):
         readout_gradient_kernel[call.grid](
-            *call.arguments, readout_argument(out), readout_argument(grad_out), lse, shift,
+            *call.arguments, readout_argument(out), readout_argument(grad_out), lse, rest, shift,
             _rows_argument(grad_rows), dq_parts, _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias),
             dslopes_parts, options.scale, call.splits, **call.widths, **call.launch_options,
         )  # fmt: skip
-    of_bias = () if dbias is None or bias is None else ((dbias.T if bias.ndim == 1 else dbias, 0.0),)
-    clear_tail(cu_seqlens, (dk, 0.0), (dv, 0.0), *of_bias)
+    of_bias = None if dbias is None or bias is None else (dbias.T if bias.ndim == 1 else dbias, 0.0)
+    clear_tail(cu_seqlens, (dk, 0.0), (dv, 0.0), *(() if of_bias is None else (of_bias,)))
     return Gradients(
         q=dq_parts[0] if call.splits == 1 else dq_parts.sum(0).to(q.dtype),
         k=dk,
@@ -269,7 +283,9 @@ def readout_backward(
     )
 
 
-def _shift_of_delta(call: ReadoutCall, grad_lse: Tensor | None, grad_rows: Tensor | None, lse: Tensor) -> Tensor | None:
+def _shift_of_delta(
+    call: ReadoutCall, grad_lse: Tensor | None, grad_rows: Tensor | None, lse: Tensor, rest: Tensor | None
+) -> Tensor | None:
     """Σ_j p_rj dw_rj − dlse_r, (B, R, H) float32 contiguous, or None for 0."""
     shift = None if grad_lse is None else grad_lse.to(torch.float32).neg().contiguous()
     if grad_rows is None:
@@ -277,7 +293,14 @@ def _shift_of_delta(call: ReadoutCall, grad_lse: Tensor | None, grad_rows: Tenso
     sums = torch.empty((call.splits, *lse.shape), dtype=torch.float32, device=lse.device)
     with torch.cuda.device_of(lse):
         row_gradient_kernel[call.grid](
-            *call.arguments, lse, _rows_argument(grad_rows), sums, call.splits, **call.widths, **call.launch_options
+            *call.arguments,
+            lse,
+            rest,
+            _rows_argument(grad_rows),
+            sums,
+            call.splits,
+            **call.widths,
+            **call.launch_options,
         )
     total = sums[0] if call.splits == 1 else sums.sum(0)
     return total if shift is None else total + shift

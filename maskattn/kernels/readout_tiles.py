@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskattn.kernels.scores import distances, load_places
+from maskattn.kernels.scores import distances, in_units, load_places, power
 from maskattn.kernels.tiles import LOG2_E, dot, load_row_values, load_rows, sequence_base
 
 __all__ = [
@@ -74,11 +74,22 @@ def key_distances(places_k, base_ptr, queries_at, first, inside, BLOCK_N: tl.con
 
 
 @triton.jit
-def load_lse_log2(lse_ptr, place, heads, queries, BLOCK_R: tl.constexpr):
-    """lse of a sequence and head's rows in log2 units, [R]; +∞, hence weights 0, for rows without keys and padding."""
+def load_lse(lse_ptr, place, heads, queries, BLOCK_R: tl.constexpr, NATURAL: tl.constexpr):
+    """lse of a sequence and head's rows in units of scores, [R]; +∞, so weights 0, without keys and for padding."""
     rows = tl.arange(0, BLOCK_R)
     lse = tl.load(lse_ptr + place + rows * heads, mask=rows < queries, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    return tl.where(lse == float("-inf"), float("inf"), in_units(lse, NATURAL))
+
+
+@triton.jit
+def weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R: tl.constexpr, NATURAL: tl.constexpr):
+    """The weights of scores [N, R], given lse and, of those with a bias, what rounding took from it."""
+    weights = power(scores - lse[None, :], NATURAL)
+    if lse_rest_ptr is not None:
+        rows = tl.arange(0, BLOCK_R)
+        rest = tl.load(lse_rest_ptr + place + rows * heads, mask=rows < queries, other=0.0)
+        weights = tl.exp2((scores - lse[None, :]) * LOG2_E - (rest * LOG2_E)[None, :])
+    return weights
 
 
 @triton.jit
@@ -119,10 +130,10 @@ def spread(weights, rows, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def readout_scores(qk, scale_log2, bias, bias_base_ptr, first, inside, BLOCK_N: tl.constexpr):
-    """scale·qk + bias in units of log2, [N, R]; −inf past the end."""
-    scores = qk * scale_log2
+def readout_scores(qk, scale, bias, bias_base_ptr, first, inside, BLOCK_N: tl.constexpr):
+    """scale·qk + bias, [N, R], in units of log2 where there is no bias; −inf past the end."""
+    scores = qk * scale
     if bias.ptr is not None:
         rows = tl.arange(0, BLOCK_N)
-        scores += load_row_values(bias_base_ptr, first, rows, bias.stride_t, inside, 0.0, False, True)[:, None] * LOG2_E
+        scores += load_row_values(bias_base_ptr, first, rows, bias.stride_t, inside, 0.0, False, True)[:, None]
     return tl.where(inside[:, None], scores, float("-inf"))

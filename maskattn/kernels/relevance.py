@@ -27,13 +27,14 @@ from maskattn.kernels.readout_call import prepare, readout_argument
 from maskattn.kernels.readout_configs import class_tile
 from maskattn.kernels.readout_tiles import (
     key_distances,
-    load_lse_log2,
+    load_lse,
     load_readout_places,
     products,
 )
 from maskattn.kernels.rows import readable
+from maskattn.kernels.scores import in_units, power
 from maskattn.kernels.tail import clear_tail
-from maskattn.kernels.tiles import LOG2_E, load_row_values, load_rows, sequence_base, sequence_span
+from maskattn.kernels.tiles import load_row_values, load_rows, sequence_base, sequence_span
 from maskattn.options import Options
 
 __all__ = ["relevance_kernel", "token_relevance"]
@@ -69,7 +70,7 @@ def relevance_kernel(
     places_k,
     span,
     dropout,
-    scale_log2,
+    scale_in_units,
     batch,
     heads,
     queries,
@@ -94,6 +95,7 @@ def relevance_kernel(
     VALUE_ORIGIN_BY_TOKEN: tl.constexpr,
 ):
     """S of one tile of tokens and one of classes, (K, T)."""
+    NATURAL: tl.constexpr = bias.ptr is not None
     program = tl.program_id(0)
     first_class = program % class_tiles * BLOCK_C
     tile, sequence = program // class_tiles % tiles, program // class_tiles // tiles
@@ -132,15 +134,15 @@ def relevance_kernel(
             q_row = load_row(q, sequence, head, r, HEAD_WIDTH, BLOCK_D)
             # [N, 1]
             qk = products(k_tile, q_row, 1)
-            scores = qk * scale_log2
+            scores = qk * scale_in_units
             if bias.ptr is not None:
-                scores += bias_N[:, None] * LOG2_E
+                scores += bias_N[:, None]
             if slopes_ptr is not None:
-                slope_log2 = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+                slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
                 query_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, r, start, r + 1, 1)
-                scores -= slope_log2 * key_distances(places_k, places_base_ptr, query_at, first, inside, BLOCK_N)
-            lse_log2 = load_lse_log2(lse_ptr, (sequence * queries + r) * heads + head, heads, queries, 1)
-            p = tl.exp2(scores - lse_log2[None, :])
+                scores -= slope * key_distances(places_k, places_base_ptr, query_at, first, inside, BLOCK_N)
+            lse = load_lse(lse_ptr, (sequence * queries + r) * heads + head, heads, queries, 1, NATURAL)
+            p = power(scores - lse[None, :], NATURAL)
             if key_origin.ptr is not None:
                 qk -= products(k0_tile, q_row, 1)
             change = scale * qk

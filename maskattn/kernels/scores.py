@@ -1,7 +1,9 @@
 """What becomes of q·k: scale, key bias, two-dimensional ALiBi, the online softmax and dropout.
 
-Scores are kept in units of log2, with log2(e) folded into the scale, the key bias and the slopes, because exp2 is what
-the hardware has. For a query row with running maximum m, sum l and accumulator a, a tile of scores s updates
+Scores are kept in units of log2, with log2(e) folded into the scale and the slopes, because exp2 is what the hardware
+has. Those with a key bias are *natural*: kept as they are and turned into units of log2 once the largest is
+subtracted, so that a large bias is not rounded by a factor, does not overflow and costs no more digits than float32
+must. For a query row with running maximum m, sum l and accumulator a, a tile of scores s updates
 
     m' = max(m, max s)      p = 2^(s − m')      l' = l·2^(m − m') + Σ p      a' = a·2^(m − m') + p·V
 
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 
 from maskattn.kernels.arguments import Noise
-from maskattn.kernels.tiles import INTERPRETING, tile_offsets
+from maskattn.kernels.tiles import INTERPRETING, LOG2_E, tile_offsets
 
 __all__ = ["distances", "dropout_factors", "load_noise", "load_places", "softmax_update"]
 
@@ -31,6 +33,18 @@ def load_places(base_ptr, first, rows, stride_t, stride_c, inside, INDEXED: tl.c
         x = tl.load(pointers)
         y = tl.load(pointers + stride_c)
     return x.to(tl.float32), y.to(tl.float32)
+
+
+@triton.jit
+def in_units(x, NATURAL: tl.constexpr):
+    """A factor of the scores in their units."""
+    return x if NATURAL else x * LOG2_E
+
+
+@triton.jit
+def power(difference, NATURAL: tl.constexpr):
+    """e to the power of a difference of scores."""
+    return tl.exp2(difference * LOG2_E) if NATURAL else tl.exp2(difference)
 
 
 @triton.jit
@@ -108,24 +122,24 @@ def softmax_update(
     qk,
     maximum,
     total,
-    scale_log2,
-    bias_log2,
+    scale,
+    bias,
     inside,
     HAS_BIAS: tl.constexpr,
     PARTIAL: tl.constexpr,
-    penalty_log2=0.0,
+    penalty=0.0,
     HAS_PENALTY: tl.constexpr = False,
 ):
     """One step of the online softmax: p [M, N], the factor of what went before [M], the new maximum and sum [M].
 
-    Subtracts ``penalty_log2`` [M, N], adds ``bias_log2`` [N].
+    Subtracts ``penalty`` [M, N], adds ``bias`` [N]; all in units of the scores, which are natural with a bias.
     """
     if HAS_BIAS or HAS_PENALTY or PARTIAL:
-        scores = qk * scale_log2
+        scores = qk * scale
         if HAS_PENALTY:
-            scores -= penalty_log2
+            scores -= penalty
         if HAS_BIAS:
-            scores += bias_log2[None, :]
+            scores += bias[None, :]
         if PARTIAL:
             scores = tl.where(inside[None, :], scores, float("-inf"))
         maximum_new = tl.maximum(maximum, tl.max(scores, 1))
@@ -133,11 +147,11 @@ def softmax_update(
         if HAS_BIAS:
             # A bias of −inf may leave a row without a score so far: −inf − (−inf) would be NaN.
             peak = tl.where(maximum_new == float("-inf"), 0.0, maximum_new)
-        p = tl.exp2(scores - peak[:, None])
+        p = power(scores - peak[:, None], HAS_BIAS)
     else:
         # The scale is positive, so it commutes with the maximum, and scaling and subtracting are one FMA.
-        maximum_new = tl.maximum(maximum, tl.max(qk, 1) * scale_log2)
+        maximum_new = tl.maximum(maximum, tl.max(qk, 1) * scale)
         peak = maximum_new
-        p = tl.exp2(qk * scale_log2 - peak[:, None])
-    factor = tl.exp2(maximum - peak)
+        p = tl.exp2(qk * scale - peak[:, None])
+    factor = power(maximum - peak, HAS_BIAS)
     return p, factor, maximum_new, total * factor + tl.sum(p, 1)

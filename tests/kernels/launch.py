@@ -23,16 +23,16 @@ def run_packed(
     """out, lse and every gradient of the packed launchers."""
     x = inputs.to(device)
     sequences = packed_sequences(lengths_q, lengths_k, device)
-    out, lse = packed_forward(x.q, x.k, x.v, sequences, x.options)
-    grads = packed_backward(x.grad_out, x.grad_lse, x.q, x.k, x.v, out, lse, sequences, x.options)
+    out, lse, rest = packed_forward(x.q, x.k, x.v, sequences, x.options)
+    grads = packed_backward(x.grad_out, x.grad_lse, x.q, x.k, x.v, out, lse, rest, sequences, x.options)
     return _checked(x, named(x, out, lse, grads))
 
 
 def run_masked(inputs: Inputs, keep: Tensor, skip_queries: bool, device: str) -> Results:
     """out, lse and every gradient of the masked launchers."""
     x, keep = inputs.to(device), keep.to(device)
-    out, lse = masked_forward(x.q, x.k, x.v, keep, skip_queries, x.options)
-    grads = masked_backward(x.grad_out, x.grad_lse, x.q, x.k, x.v, out, lse, keep, skip_queries, x.options)
+    out, lse, rest = masked_forward(x.q, x.k, x.v, keep, skip_queries, x.options)
+    grads = masked_backward(x.grad_out, x.grad_lse, x.q, x.k, x.v, out, lse, rest, keep, skip_queries, x.options)
     return _checked(x, named(x, out, lse, grads))
 
 

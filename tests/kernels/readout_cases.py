@@ -85,9 +85,9 @@ def run(readout: Readout, device: str) -> Results:
     """out, lse, the rows and every gradient of the launchers."""
     moved = readout.to(device)
     x, sides = moved.inputs, moved.sides
-    out, lse, rows = readout_forward(x.q, x.k, x.v, *sides, x.options, True)
+    out, lse, rest, rows = readout_forward(x.q, x.k, x.v, *sides, x.options, True)
     assert (out.dtype, lse.dtype, rows.dtype) == (x.q.dtype, torch.float32, torch.float32)
-    grads = readout_backward(x.grad_out, x.grad_lse, moved.grad_rows, x.q, x.k, x.v, out, lse, *sides, x.options)
+    grads = readout_backward(x.grad_out, x.grad_lse, moved.grad_rows, x.q, x.k, x.v, out, lse, rest, *sides, x.options)
     results = named(x, out, lse, grads) | {"rows": rows}
     assert all(result.is_contiguous() for result in results.values())
     return results

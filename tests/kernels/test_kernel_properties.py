@@ -14,12 +14,13 @@ from oracles import (
     specify_packed,
     with_alibi,
     with_dropout,
+    with_extreme_bias,
 )
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as st  # noqa: E402 (there may be no hypothesis)
 
-BIASES = st.sampled_from([None, "shared", "per_head"])
+BIASES = st.sampled_from([None, "shared", "per_head", "extreme"])
 HEAD_WIDTHS = st.sampled_from([16, 24, 40])
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -31,6 +32,10 @@ quick = hypothesis.settings(
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
+
+
+def own_bias(bias):
+    return "per_head" if bias == "extreme" else bias
 
 
 def with_options(inputs, alibi, dropout_p, seed):
@@ -51,10 +56,12 @@ def with_options(inputs, alibi, dropout_p, seed):
 )
 def test_packed_sequences(lengths, heads, head_width, dtype, bias, alibi, dropout_p, seed, device):
     lengths_q, lengths_k = [q for q, _ in lengths], [k for _, k in lengths]
-    inputs = packed_inputs(lengths_q, lengths_k, heads=heads, head_width=head_width, dtype=dtype, bias=bias)
+    inputs = packed_inputs(lengths_q, lengths_k, heads=heads, head_width=head_width, dtype=dtype, bias=own_bias(bias))
+    inputs = with_extreme_bias(inputs) if bias == "extreme" else inputs
     inputs = with_options(inputs, alibi, dropout_p, seed)
     specify = specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k))
-    assert_meets_specification(run_packed(inputs, lengths_q, lengths_k, device), inputs, specify)
+    results = run_packed(inputs, lengths_q, lengths_k, device)
+    assert_meets_specification(results, inputs, specify, carries=bias != "extreme")
 
 
 @quick
@@ -72,7 +79,8 @@ def test_packed_sequences(lengths, heads, head_width, dtype, bias, alibi, dropou
 )
 def test_masked_tensors(keep, skip_queries, head_width, dtype, bias, alibi, dropout_p, seed, device):
     keep_BN = torch.tensor(keep, dtype=torch.bool).reshape(len(keep), len(keep[0]))
-    inputs = masked_inputs(*keep_BN.shape, heads=1, head_width=head_width, dtype=dtype, bias=bias)
+    inputs = masked_inputs(*keep_BN.shape, heads=1, head_width=head_width, dtype=dtype, bias=own_bias(bias))
+    inputs = with_extreme_bias(inputs) if bias == "extreme" else inputs
     inputs = with_options(inputs, alibi, dropout_p, seed)
     results = run_masked(inputs, keep_BN, skip_queries, device)
-    assert_meets_specification(results, inputs, specify_masked(keep_BN, skip_queries))
+    assert_meets_specification(results, inputs, specify_masked(keep_BN, skip_queries), carries=bias != "extreme")

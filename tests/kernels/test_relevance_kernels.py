@@ -39,7 +39,7 @@ def run(
 ) -> Tensor:
     moved = readout.to(device)
     x, sides = moved.inputs, moved.sides
-    out, lse, _ = readout_forward(x.q, x.k, x.v, *sides, x.options, False)
+    out, lse, _, _ = readout_forward(x.q, x.k, x.v, *sides, x.options, False)
     origins = (None if o is None else o.to(device) for o in (key_origin, value_origin))
     return token_relevance(x.q, x.k, x.v, out, lse, grad_out.to(device), *origins, *sides, x.options)
 

@@ -21,9 +21,9 @@ from maskattn.kernels.relevance import token_relevance
 def test_rows_beyond_the_last_sequence_are_zero_and_change_nothing(held, bias, device):
     buffer = with_alibi(packed_inputs([40], bias=bias, head_width=16)).to(device)
     sequences, n = packed_sequences(held, held, device), sum(held)
-    out, lse = packed_forward(buffer.q, buffer.k, buffer.v, sequences, buffer.options)
+    out, lse, rest = packed_forward(buffer.q, buffer.k, buffer.v, sequences, buffer.options)
     grads = packed_backward(
-        buffer.grad_out, buffer.grad_lse, buffer.q, buffer.k, buffer.v, out, lse, sequences, buffer.options
+        buffer.grad_out, buffer.grad_lse, buffer.q, buffer.k, buffer.v, out, lse, rest, sequences, buffer.options
     )
     assert (out[n:] == 0).all()
     assert (lse[:, n:] == float("-inf")).all()
@@ -46,8 +46,10 @@ def test_keys_of_a_readout_beyond_the_last_sequence_are_zero(held, bias, queries
     case = make_readout((*held, 9), queries, head_width=16, bias=bias, grad_rows=True).to(device)
     x, (starts, longest) = case.inputs, case.sides
     sides, q = (starts[:-1].contiguous(), longest), x.q[:-1]
-    out, lse, rows = readout_forward(q, x.k, x.v, *sides, x.options, True)
-    grads = readout_backward(x.grad_out[:-1], x.grad_lse[:-1], case.grad_rows, q, x.k, x.v, out, lse, *sides, x.options)
+    out, lse, rest, rows = readout_forward(q, x.k, x.v, *sides, x.options, True)
+    grads = readout_backward(
+        x.grad_out[:-1], x.grad_lse[:-1], case.grad_rows, q, x.k, x.v, out, lse, rest, *sides, x.options
+    )
     relevance = token_relevance(q, x.k, x.v, out, lse, x.grad_out[:-1][None], None, None, *sides, x.options)
     tails = [rows[..., n:], relevance[:, n:], grads.k[n:], grads.v[n:]]
     if bias is not None:
