@@ -76,5 +76,5 @@ def keeps_rest(impl: str, options: Options) -> bool:
 
 
 def empty_rest(lse: Tensor, impl: str, options: Options) -> Tensor:
-    """Room for what an implementation keeps of lse; of no elements where there is nothing to keep."""
+    """Room for what an implementation keeps of lse, shaped as that; one axis of no elements where it keeps nothing."""
     return lse.new_empty(lse.shape if keeps_rest(impl, options) else 0)

@@ -155,8 +155,8 @@ def row_values_argument(x: Tensor | None) -> RowValues:
 
 
 def rest_argument(x: Tensor) -> RowValues:
-    """Of the rest of lse, absent where it has no elements."""
-    return row_values_argument(x if x.numel() > 0 else None)
+    """Of the rest of lse, shaped as that is; absent where the implementation keeps none."""
+    return row_values_argument(x if x.ndim > 1 else None)
 
 
 def scale_argument(scale: float, options: Options) -> float:

@@ -68,7 +68,7 @@ def masked_forward(
     rest = empty_rest(lse, "triton", options)
     attend(q, to_front(k, kept), to_front(v, kept), own, out, lse, rest, every or front, front)
     if skip_queries:
-        rest = values_to_places(rest, kept, 0.0) if rest.numel() > 0 else rest
+        rest = values_to_places(rest, kept, 0.0) if rest.ndim > 1 else rest
         return to_places(out, kept), values_to_places(lse, kept, -math.inf), rest
     return out, lse, rest
 
@@ -132,7 +132,7 @@ def _moved_backward(
     if every is None:
         q, out, grad_out = (to_front(x, kept) for x in (q, out, grad_out))
         lse = values_to_front(lse, kept, 2)
-        lse_rest = values_to_front(lse_rest, kept, 2) if lse_rest.numel() > 0 else lse_rest
+        lse_rest = values_to_front(lse_rest, kept, 2) if lse_rest.ndim > 1 else lse_rest
         grad_lse = None if grad_lse is None else values_to_front(grad_lse, kept, 2)
     k, v = to_front(k, kept), to_front(v, kept)
     grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))

@@ -2,9 +2,9 @@
 
 Bound by memory, so K and V are read once. One program per head, sequence and *split*, a share of the sequence's keys,
 so that few sequences fill the chip too. Of its share it leaves the maximum m_s of the scores, the sum l_s of their
-weights 2^(score − m_s) and the weighted sum a_s of the values; a second kernel adds the splits up in a fixed order:
+weights exp(score − m_s) and the weighted sum a_s of the values; a second kernel adds the splits up in a fixed order:
 
-    m = max_s m_s      l = Σ_s l_s 2^(m_s − m)      out = Σ_s a_s 2^(m_s − m) / l      lse = log l + m
+    m = max_s m_s      l = Σ_s l_s exp(m_s − m)      out = Σ_s a_s exp(m_s − m) / l      lse = log l + m
 
 The attention rows need m and l. The first kernel writes the raw scores to where the rows shall be and the second turns
 them into weights in place: 12 bytes for each of R rows (less what the cache still holds), where computing the scores
@@ -32,9 +32,9 @@ from maskattn.kernels.readout_tiles import (
     split_span,
     weighted_sum,
 )
-from maskattn.kernels.scores import dropout_factors, in_units, load_noise, power
+from maskattn.kernels.scores import dropout_factors, exponential, load_noise
 from maskattn.kernels.tail import clear_tail
-from maskattn.kernels.tiles import LN_2, load_rows, sequence_base, sequence_span
+from maskattn.kernels.tiles import load_rows, sequence_base, sequence_span
 from maskattn.options import Options, empty_rest
 
 __all__ = ["combine_kernel", "readout_forward", "readout_kernel"]
@@ -51,12 +51,12 @@ def finite_or_zero(maximum):
 
 
 @triton.jit
-def store_lse(lse_ptr, lse_rest_ptr, places, maximum, total, mask, NATURAL: tl.constexpr):
+def store_lse(lse_ptr, lse_rest_ptr, places, maximum, total, mask):
     """Write lse, −inf for rows without keys, and what rounding took from it."""
     # A row without keys has total 0 and maximum −inf.
     empty = total == 0.0
     logarithm = tl.log(tl.where(empty, 1.0, total))
-    largest = tl.where(empty, 0.0, maximum if NATURAL else maximum * LN_2)
+    largest = tl.where(empty, 0.0, maximum)
     lse = largest + logarithm
     tl.store(lse_ptr + places, tl.where(empty, float("-inf"), lse), mask=mask)
     if lse_rest_ptr is not None:
@@ -74,7 +74,7 @@ def readout_kernel(
     places_k,
     span,
     dropout,
-    scale_in_units,
+    scale,
     batch,
     heads,
     queries,
@@ -96,7 +96,6 @@ def readout_kernel(
 
     With ``lse_ptr`` it is the only split: out (B, R, H, D) and lse (B, R, H) are final.
     """
-    NATURAL: tl.constexpr = bias.ptr is not None
     head, split, sequence = readout_place(heads, splits)
     start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
     begin, end = split_span(length, split, splits, BLOCK_N)
@@ -108,7 +107,7 @@ def readout_kernel(
     # [R, D]
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     if slopes_ptr is not None:
-        slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
+        slope = tl.load(slopes_ptr + head).to(tl.float32)
         queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
     if dropout.seed_ptr is not None:
         noise = load_noise(dropout, head, sequence)
@@ -124,7 +123,7 @@ def readout_kernel(
         v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         # [N, R]
         qk = products(k_tile, q_tile, BLOCK_R)
-        scores = readout_scores(qk, scale_in_units, bias, bias_base_ptr, first, inside, BLOCK_N)
+        scores = readout_scores(qk, scale, bias, bias_base_ptr, first, inside, BLOCK_N)
         if slopes_ptr is not None:
             scores -= slope * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
         if scores_ptr is not None:
@@ -134,8 +133,8 @@ def readout_kernel(
         scores = tl.reshape(scores, [BLOCK_N // SLOTS, SLOTS, BLOCK_R])
         maximum_new = tl.maximum(maximum, tl.max(scores, 0))
         peak = finite_or_zero(maximum_new)
-        p = power(scores - peak[None, :, :], NATURAL)
-        factor = power(maximum - peak, NATURAL)
+        p = exponential(scores - peak[None, :, :])
+        factor = exponential(maximum - peak)
         total = total * factor + tl.sum(p, 0)
         maximum = maximum_new
         p = tl.reshape(p, [BLOCK_N, BLOCK_R])
@@ -146,7 +145,7 @@ def readout_kernel(
 
     # [R]
     peak = finite_or_zero(tl.max(maximum, 0))
-    factor = power(maximum - peak[None, :], NATURAL)
+    factor = exponential(maximum - peak[None, :])
     total = tl.sum(total * factor, 0)
     maximum = tl.max(maximum, 0)
     if BLOCK_R == 1:
@@ -156,7 +155,7 @@ def readout_kernel(
         # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
         divisor = tl.where(total == 0.0, 1.0, total)
         out = out / divisor[:, None]
-        store_lse(lse_ptr, lse_rest_ptr, places, maximum, total, rows_R < queries, NATURAL)
+        store_lse(lse_ptr, lse_rest_ptr, places, maximum, total, rows_R < queries)
     else:
         tl.store(maxima_ptr + places, maximum, mask=rows_R < queries)
         tl.store(totals_ptr + places, total, mask=rows_R < queries)
@@ -186,7 +185,6 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    NATURAL: tl.constexpr,
 ):
     """out and lse of one row of one head and sequence from its splits, and its attention weights from raw scores."""
     program = tl.program_id(0)
@@ -207,7 +205,7 @@ def combine_kernel(
     for first in range(0, splits, BLOCK_S):
         there = first + shares < splits
         share = (first + shares) * count + place
-        factor = power(tl.load(maxima_ptr + share, mask=there, other=float("-inf")) - peak, NATURAL)
+        factor = exponential(tl.load(maxima_ptr + share, mask=there, other=float("-inf")) - peak)
         total += factor * tl.load(totals_ptr + share, mask=there, other=0.0)
         mask = (there & (tile == 0))[:, None] & (columns < HEAD_WIDTH)[None, :]
         share_ptr = split_out_ptr + share * HEAD_WIDTH
@@ -215,7 +213,7 @@ def combine_kernel(
     total = tl.sum(total, 0)
     # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
     divisor = tl.where(total == 0.0, 1.0, total)
-    store_lse(lse_ptr, lse_rest_ptr, place, maximum, total, tile == 0, NATURAL)
+    store_lse(lse_ptr, lse_rest_ptr, place, maximum, total, tile == 0)
     out = (tl.sum(out, 0) / divisor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place * HEAD_WIDTH + columns, out, mask=(columns < HEAD_WIDTH) & (tile == 0))
     if weights_ptr is not None:
@@ -224,7 +222,7 @@ def combine_kernel(
         token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         row_ptr = weights_ptr + (query * heads + head) * tokens + start
         scores = tl.load(row_ptr + token, mask=token < length, other=float("-inf"))
-        tl.store(row_ptr + token, power(scores - peak, NATURAL) / divisor, mask=token < length)
+        tl.store(row_ptr + token, exponential(scores - peak) / divisor, mask=token < length)
 
 
 def readout_forward(
@@ -251,7 +249,7 @@ def readout_forward(
     rows = torch.empty((R, H, k.shape[0] if need_rows else 0), dtype=torch.float32, device=q.device)
     if B * H == 0:
         return out, lse, rest, rows.zero_()
-    rest_or_none = rest if rest.numel() > 0 else None
+    rest_or_none = rest if rest.ndim > 1 else None
     call = prepare("readout", q, k, v, cu_seqlens, max_seqlen, options)
     if call.splits == 1 and not need_rows:
         with torch.cuda.device_of(q):
@@ -271,7 +269,7 @@ def readout_forward(
         combine_kernel[(tiles * B * R * H,)](
             split_out, maxima, totals, out, lse, rest_or_none, weights, cu_seqlens, B, H, R, call.splits, k.shape[0],
             tiles, HEAD_WIDTH=D, BLOCK_D=call.widths["BLOCK_D"], BLOCK_S=BLOCK_SPLITS, BLOCK_T=BLOCK_TOKENS,
-            NATURAL=options.key_bias is not None, num_warps=4,
+            num_warps=4,
         )  # fmt: skip
     if weights is not None:
         clear_tail(cu_seqlens, (rows.flatten(0, 1).T, 0.0))

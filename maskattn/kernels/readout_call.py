@@ -14,7 +14,6 @@ from maskattn.kernels.arguments import (
     bias_argument,
     dropout_argument,
     places_argument,
-    scale_argument,
     slopes_argument,
     span_argument,
     tokens_argument,
@@ -35,7 +34,7 @@ class ReadoutCall(NamedTuple):
 
     Attributes:
         arguments: q, k, v, key bias, slopes, places of the queries and keys, span of the sequences, dropout,
-            scale in units of the scores, B, H, R and T, in this order.
+            scale, B, H, R and T, in this order.
         widths: constexprs.
         grid: one program per head, split and sequence.
         splits: programs that share the keys of one sequence and head.
@@ -67,7 +66,7 @@ def prepare(
             places_argument(options.coords_k),
             span_argument(packed_rows(cu_seqlens, max_seqlen)),
             dropout_argument(options),
-            scale_argument(options.scale, options),
+            options.scale,
             B,
             H,
             R,

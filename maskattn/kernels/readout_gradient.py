@@ -38,7 +38,7 @@ from maskattn.kernels.readout_tiles import (
     weighted_sum,
     weights_of,
 )
-from maskattn.kernels.scores import dropout_factors, in_units, load_noise
+from maskattn.kernels.scores import dropout_factors, load_noise
 from maskattn.kernels.tail import clear_tail
 from maskattn.kernels.tiles import load_rows, sequence_base, sequence_span, store_row_values, store_rows
 from maskattn.options import Gradients, Options
@@ -57,7 +57,7 @@ def row_gradient_kernel(
     places_k,
     span,
     dropout,
-    scale_in_units,
+    scale,
     batch,
     heads,
     queries,
@@ -74,7 +74,6 @@ def row_gradient_kernel(
     SLOTS: tl.constexpr,
 ):
     """Σ_j p_rj dw_rj of one split, (S, B, R, H)."""
-    NATURAL: tl.constexpr = bias.ptr is not None
     head, split, sequence = readout_place(heads, splits)
     start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
     begin, end = split_span(length, split, splits, BLOCK_N)
@@ -84,9 +83,9 @@ def row_gradient_kernel(
         bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     place = sequence * queries * heads + head
-    lse = load_lse(lse_ptr, place, heads, queries, BLOCK_R, NATURAL)
+    lse = load_lse(lse_ptr, place, heads, queries, BLOCK_R)
     if slopes_ptr is not None:
-        slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
+        slope = tl.load(slopes_ptr + head).to(tl.float32)
         queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
 
     rows_R, rows_N = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
@@ -95,10 +94,10 @@ def row_gradient_kernel(
         inside = first + rows_N < end
         k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         qk = products(k_tile, q_tile, BLOCK_R)
-        scores = readout_scores(qk, scale_in_units, bias, bias_base_ptr, first, inside, BLOCK_N)
+        scores = readout_scores(qk, scale, bias, bias_base_ptr, first, inside, BLOCK_N)
         if slopes_ptr is not None:
             scores -= slope * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
-        p = weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R, NATURAL)
+        p = weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R)
         dw = load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R, BLOCK_N)
         sums += tl.where(p > 0, p * dw, 0.0)
     places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
@@ -116,7 +115,7 @@ def readout_gradient_kernel(
     places_k,
     span,
     dropout,
-    scale_in_units,
+    scale,
     batch,
     heads,
     queries,
@@ -132,7 +131,6 @@ def readout_gradient_kernel(
     dv,
     dbias,
     dslopes_ptr,
-    scale,
     splits,
     HEAD_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -144,7 +142,6 @@ def readout_gradient_kernel(
 
     ``shift_ptr`` (B, R, H) is Σ_j p_rj dw_rj − dlse_r, what delta has besides dO·out; None for 0.
     """
-    NATURAL: tl.constexpr = bias.ptr is not None
     head, split, sequence = readout_place(heads, splits)
     start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
     begin, end = split_span(length, split, splits, BLOCK_N)
@@ -161,14 +158,14 @@ def readout_gradient_kernel(
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     dout_tile = load_readout(dout, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     out_tile = load_readout(out, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
-    lse = load_lse(lse_ptr, place, heads, queries, BLOCK_R, NATURAL)
+    lse = load_lse(lse_ptr, place, heads, queries, BLOCK_R)
     # What comes back to a row without keys may be NaN, and counts for nothing.
     dout_tile = tl.where(lse[:, None] == float("inf"), 0.0, dout_tile).to(k.ptr.dtype.element_ty)
     delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if shift_ptr is not None:
         delta += tl.load(shift_ptr + place + rows_R * heads, mask=rows_R < queries, other=0.0)
     if slopes_ptr is not None:
-        slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
+        slope = tl.load(slopes_ptr + head).to(tl.float32)
         queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
     if dropout.seed_ptr is not None:
         noise = load_noise(dropout, head, sequence)
@@ -181,11 +178,11 @@ def readout_gradient_kernel(
         v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         # [N, R]
         qk = products(k_tile, q_tile, BLOCK_R)
-        scores = readout_scores(qk, scale_in_units, bias, bias_base_ptr, first, inside, BLOCK_N)
+        scores = readout_scores(qk, scale, bias, bias_base_ptr, first, inside, BLOCK_N)
         if slopes_ptr is not None:
             distance = key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
             scores -= slope * distance
-        p = weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R, NATURAL)
+        p = weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R)
         ds = products(v_tile, dout_tile, BLOCK_R)
         weights = p
         if dropout.seed_ptr is not None:
@@ -264,13 +261,13 @@ def readout_backward(
     dq_parts = torch.empty((call.splits, B, R, H, D), dtype=dtype, device=q.device)
     dslopes_parts = None if slopes is None else torch.empty((call.splits, B, H), device=q.device)
     lse = lse.contiguous()
-    rest = lse_rest.contiguous() if lse_rest.numel() > 0 else None
+    rest = lse_rest.contiguous() if lse_rest.ndim > 1 else None
     shift = _shift_of_delta(call, grad_lse, grad_rows, lse, rest)
     with torch.cuda.device_of(q):
         readout_gradient_kernel[call.grid](
             *call.arguments, readout_argument(out), readout_argument(grad_out), lse, rest, shift,
             _rows_argument(grad_rows), dq_parts, _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias),
-            dslopes_parts, options.scale, call.splits, **call.widths, **call.launch_options,
+            dslopes_parts, call.splits, **call.widths, **call.launch_options,
         )  # fmt: skip
     of_bias = None if dbias is None or bias is None else (dbias.T if bias.ndim == 1 else dbias, 0.0)
     clear_tail(cu_seqlens, (dk, 0.0), (dv, 0.0), *(() if of_bias is None else (of_bias,)))

@@ -1,10 +1,11 @@
 """Pieces that the readout's kernels share: splits of the keys, and products of a tile of keys with a few rows.
 
 A readout has R ≤ 16 rows a sequence and is bound by reading K and V once. A tile of scores is laid out keys first,
-[N, R], because bias, places and rows of the result belong to keys. One row alone (R = 1) is multiplied element by
-element, without shared memory or barriers in the loop: key n of a tile belongs to *slot* n mod SLOTS, which has sums of
-its own, and there are as many slots as a program's threads hold rows side by side, so that a slot stays in its threads
-until the slots are added up behind the loop. More rows are padded to the 16 of a tensor core.
+[N, R], because bias, places and rows of the result belong to keys. Scores are natural (see ``scores.py``): where memory
+is the bound, one more product for each costs nothing, and large scores keep their digits. One row alone (R = 1) is
+multiplied element by element, without shared memory or barriers in the loop: key n of a tile belongs to *slot* n mod
+SLOTS, which has sums of its own, and there are as many slots as a program's threads hold rows side by side, so that a
+slot stays in its threads until the slots are added up after the loop. More rows are padded to the 16 of a tensor core.
 
 Dimension key: N keys of a tile, R rows (padded to 1 or 16), D head width (padded to a power of two).
 """
@@ -14,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskattn.kernels.scores import distances, in_units, load_places, power
-from maskattn.kernels.tiles import LOG2_E, dot, load_row_values, load_rows, sequence_base
+from maskattn.kernels.scores import distances, exponential, load_places
+from maskattn.kernels.tiles import dot, load_row_values, load_rows, sequence_base
 
 __all__ = [
     "key_distances",
@@ -74,21 +75,21 @@ def key_distances(places_k, base_ptr, queries_at, first, inside, BLOCK_N: tl.con
 
 
 @triton.jit
-def load_lse(lse_ptr, place, heads, queries, BLOCK_R: tl.constexpr, NATURAL: tl.constexpr):
-    """lse of a sequence and head's rows in units of scores, [R]; +∞, so weights 0, without keys and for padding."""
+def load_lse(lse_ptr, place, heads, queries, BLOCK_R: tl.constexpr):
+    """lse of a sequence and head's rows, [R]; +∞, so weights 0, without keys and for padding."""
     rows = tl.arange(0, BLOCK_R)
     lse = tl.load(lse_ptr + place + rows * heads, mask=rows < queries, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), in_units(lse, NATURAL))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
-def weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R: tl.constexpr, NATURAL: tl.constexpr):
+def weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R: tl.constexpr):
     """The weights of scores [N, R], given lse and, of those with a bias, what rounding took from it."""
-    weights = power(scores - lse[None, :], NATURAL)
+    weights = exponential(scores - lse[None, :])
     if lse_rest_ptr is not None:
         rows = tl.arange(0, BLOCK_R)
         rest = tl.load(lse_rest_ptr + place + rows * heads, mask=rows < queries, other=0.0)
-        weights = tl.exp2((scores - lse[None, :]) * LOG2_E - (rest * LOG2_E)[None, :])
+        weights = exponential(scores - lse[None, :] - rest[None, :])
     return weights
 
 
@@ -131,7 +132,7 @@ def spread(weights, rows, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def readout_scores(qk, scale, bias, bias_base_ptr, first, inside, BLOCK_N: tl.constexpr):
-    """scale·qk + bias, [N, R], in units of log2 where there is no bias; −inf past the end."""
+    """scale·qk + bias, [N, R], natural as all scores of a readout; −inf past the end."""
     scores = qk * scale
     if bias.ptr is not None:
         rows = tl.arange(0, BLOCK_N)

@@ -32,7 +32,7 @@ from maskattn.kernels.readout_tiles import (
     products,
 )
 from maskattn.kernels.rows import readable
-from maskattn.kernels.scores import in_units, power
+from maskattn.kernels.scores import exponential
 from maskattn.kernels.tail import clear_tail
 from maskattn.kernels.tiles import load_row_values, load_rows, sequence_base, sequence_span
 from maskattn.options import Options
@@ -70,7 +70,7 @@ def relevance_kernel(
     places_k,
     span,
     dropout,
-    scale_in_units,
+    scale,
     batch,
     heads,
     queries,
@@ -82,7 +82,6 @@ def relevance_kernel(
     key_origin,
     value_origin,
     relevance_ptr,
-    scale,
     classes,
     class_tiles,
     tiles,
@@ -95,7 +94,6 @@ def relevance_kernel(
     VALUE_ORIGIN_BY_TOKEN: tl.constexpr,
 ):
     """S of one tile of tokens and one of classes, (K, T)."""
-    NATURAL: tl.constexpr = bias.ptr is not None
     program = tl.program_id(0)
     first_class = program % class_tiles * BLOCK_C
     tile, sequence = program // class_tiles % tiles, program // class_tiles // tiles
@@ -134,15 +132,15 @@ def relevance_kernel(
             q_row = load_row(q, sequence, head, r, HEAD_WIDTH, BLOCK_D)
             # [N, 1]
             qk = products(k_tile, q_row, 1)
-            scores = qk * scale_in_units
+            scores = qk * scale
             if bias.ptr is not None:
                 scores += bias_N[:, None]
             if slopes_ptr is not None:
-                slope = in_units(tl.load(slopes_ptr + head).to(tl.float32), NATURAL)
+                slope = tl.load(slopes_ptr + head).to(tl.float32)
                 query_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, r, start, r + 1, 1)
                 scores -= slope * key_distances(places_k, places_base_ptr, query_at, first, inside, BLOCK_N)
-            lse = load_lse(lse_ptr, (sequence * queries + r) * heads + head, heads, queries, 1, NATURAL)
-            p = power(scores - lse[None, :], NATURAL)
+            lse = load_lse(lse_ptr, (sequence * queries + r) * heads + head, heads, queries, 1)
+            p = exponential(scores - lse[None, :])
             if key_origin.ptr is not None:
                 qk -= products(k0_tile, q_row, 1)
             change = scale * qk
@@ -207,7 +205,7 @@ def token_relevance(
     with torch.cuda.device_of(q):
         relevance_kernel[(class_tiles * tiles * B,)](
             *call.arguments, readout_argument(out), lse.contiguous(), readout_argument(grad[0]), grad.stride(0),
-            _origin_argument(key_origin, q.dtype), _origin_argument(value_origin, q.dtype), relevance, options.scale,
+            _origin_argument(key_origin, q.dtype), _origin_argument(value_origin, q.dtype), relevance,
             classes, class_tiles, tiles, **widths, BLOCK_C=block_c, QUERIES=R,
             KEY_ORIGIN_BY_TOKEN=key_origin is not None and key_origin.ndim == 3,
             VALUE_ORIGIN_BY_TOKEN=value_origin is not None and value_origin.ndim == 3, **call.launch_options,

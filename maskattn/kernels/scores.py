@@ -1,9 +1,9 @@
 """What becomes of q·k: scale, key bias, two-dimensional ALiBi, the online softmax and dropout.
 
 Scores are kept in units of log2, with log2(e) folded into the scale and the slopes, because exp2 is what the hardware
-has. Those with a key bias are *natural*: kept as they are and turned into units of log2 once the largest is
-subtracted, so that a large bias is not rounded by a factor, does not overflow and costs no more digits than float32
-must. For a query row with running maximum m, sum l and accumulator a, a tile of scores s updates
+has. Those with a key bias, and all of a readout, are *natural*: kept as they are and turned into units of log2 once the
+largest is subtracted, so that a large bias is not rounded by a factor, does not overflow and costs no more digits than
+float32 must. For a query row with running maximum m, sum l and accumulator a, a tile of scores s updates
 
     m' = max(m, max s)      p = 2^(s − m')      l' = l·2^(m − m') + Σ p      a' = a·2^(m − m') + p·V
 
@@ -42,9 +42,15 @@ def in_units(x, NATURAL: tl.constexpr):
 
 
 @triton.jit
+def exponential(difference):
+    """e to the power of a difference of natural scores: on hardware a product and exp2."""
+    return tl.exp(difference)
+
+
+@triton.jit
 def power(difference, NATURAL: tl.constexpr):
-    """e to the power of a difference of scores."""
-    return tl.exp2(difference * LOG2_E) if NATURAL else tl.exp2(difference)
+    """e to the power of a difference of scores, whatever their units."""
+    return exponential(difference) if NATURAL else tl.exp2(difference)
 
 
 @triton.jit
