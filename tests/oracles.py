@@ -299,13 +299,14 @@ def gradients_of_leaves(
     return zeros | {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
 
 
-def rounded_between_passes(attend: Attend, inputs: Inputs) -> Results:
+def rounded_between_passes(attend: Attend, inputs: Inputs, with_lse: bool = True) -> Results:
     """The parts of the gradients that carry the rounding of what forward left for backward, in float64.
 
     A fused backward reads out and lse back, each rounded once, where autograd still has the probabilities. With
-    delta_i = Σ_d dO_id out_id, dS = p·(dP − delta): the rounding of delta enters dq, dk, dbias and dslopes as a
-    gradient of lse does. That of lse enters p = exp(score − lse), hence every gradient as a factor of the row's
-    incoming gradients.
+    delta_i = Σ_d dO_id out_id, dP_ij = Σ_d dO_id v_jd, dS = p·(dP − delta): the roundings of these two sums of
+    products, which autograd forms alike and so loses where one key has all the weight, enter dq, dk, dbias and dslopes
+    as a gradient of lse does. That of lse (``with_lse``) enters p = exp(score − lse), hence every gradient as a factor
+    of the row's incoming gradients.
     """
     dtype = inputs.q.dtype
     inputs = inputs.to(torch.float64)
@@ -318,13 +319,13 @@ def rounded_between_passes(attend: Attend, inputs: Inputs) -> Results:
         return x if x.ndim == 3 else x.T
 
     delta = of_rows((out * inputs.grad_out).abs().sum(-1)).detach()
-    size = finite.detach().abs()
+    size = finite.detach().abs() if with_lse else torch.zeros_like(finite)
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse * size
     of_delta = gradients_of_leaves([(finite, delta)], leaves, retain_graph=True)
     of_lse = gradients_of_leaves([(out, inputs.grad_out * of_rows(size)[..., None]), (finite, grad_lse)], leaves)
     # lse is float32 whatever the inputs are.
     relative = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
-    return {f"d{name}": of_delta[name].abs() + relative * of_lse[name].abs() for name in leaves}
+    return {f"d{name}": 2 * of_delta[name].abs() + relative * of_lse[name].abs() for name in leaves}
 
 
 def specify_packed(starts_q: Tensor, starts_k: Tensor) -> Attend:
@@ -361,13 +362,13 @@ def assert_meets_specification(results: Results, inputs: Inputs, specify: Attend
         results: as :func:`run_reference` names them.
         inputs: what the implementation was given; lse is float32 whatever their dtype, and judged so.
         specify: the reference, as :func:`run_reference` calls it.
-        carries: whether gradients may carry the rounding of what forward left for backward. Where lse is as large as
-            floats are it would be boundless, and may not.
+        carries: whether gradients may carry the rounding of the lse that forward left for backward. Where lse is as
+            large as floats are it would be boundless, and may not.
     """
     __tracebackhide__ = True
     exact, same = run_reference(specify, inputs, torch.float64), run_reference(specify, inputs, inputs.q.dtype)
     single = same if inputs.q.dtype == torch.float32 else run_reference(specify, inputs, torch.float32)
-    carried = rounded_between_passes(specify, inputs) if carries else {}
+    carried = rounded_between_passes(specify, inputs, with_lse=carries)
     assert results.keys() == exact.keys(), f"got {sorted(results)}, want {sorted(exact)}"
     for name, result in results.items():
         expected = (single if name == "lse" else same)[name]
