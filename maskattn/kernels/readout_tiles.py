@@ -20,7 +20,7 @@ from maskattn.kernels.tiles import dot, load_row_values, load_rows, sequence_bas
 
 __all__ = [
     "key_distances",
-    "load_lse_log2",
+    "load_lse",
     "load_readout",
     "load_readout_places",
     "load_row_gradient",
