@@ -21,6 +21,7 @@ Dimension key: P prefix tokens, N tokens of the learnt grid, T packed tokens, C 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,15 @@ from torch import Tensor
 
 from maskattn.shapes import Float, Int
 
-__all__ = ["CONVENTIONS", "alibi_slopes", "resample_position_embedding", "rotary_angles", "rotate", "sine_positions"]
+__all__ = [
+    "CONVENTIONS",
+    "RotaryGrid",
+    "alibi_slopes",
+    "resample_position_embedding",
+    "rotary_angles",
+    "rotate",
+    "sine_positions",
+]
 
 CONVENTIONS = ("timm", "dino", "transformers")
 
@@ -78,20 +87,50 @@ def sine_positions(
     return torch.cat([table(grid_HW[0])[row_T], table(grid_HW[1])[column_T]], dim=1)
 
 
-def rotary_angles(
-    row_T: Int[Tensor, "T"], column_T: Int[Tensor, "T"], grid_HW: tuple[int, int], width: int, theta: float
-) -> Float[Tensor, "T E"]:
-    """Angles (T, D/2) of DINOv3's rotary positions: D/4 for the row, D/4 for the column.
+@dataclass(frozen=True)
+class RotaryGrid:
+    """Rotary positions that count tokens, as EVA-02 and the Perception Encoder have them.
 
-    A place is the centre of its token, −1 … 1 over each side of the grid; angle i is 2π·place·theta^(−i/(D/4)).
+    Token i of n along a side of the grid is at (i + offset) · reference / n, or at i + offset without a reference.
+
+    Attributes:
+        offset: of the first token.
+        reference_HW: rows and columns of the grid that the positions were learnt on, to which others are scaled.
+        columns_first: the column's angles come before the row's.
+    """
+
+    offset: float = 0.0
+    reference_HW: tuple[int, int] | None = None
+    columns_first: bool = False
+
+
+def rotary_angles(
+    row_T: Int[Tensor, "T"],
+    column_T: Int[Tensor, "T"],
+    grid_HW: tuple[int, int],
+    width: int,
+    theta: float,
+    grid: RotaryGrid | None = None,
+) -> Float[Tensor, "T E"]:
+    """Angles (T, D/2) of rotary positions, D/4 for the row and D/4 for the column: position · theta^(−i/(D/4)).
+
+    Without ``grid`` a position is that of the token's centre, −2π … 2π over each side, as DINOv3 has it.
     """
     frequencies = 1 / theta ** torch.arange(0, 1, 4 / width, dtype=torch.float32, device=row_T.device)
 
-    def table(length: int) -> Tensor:
-        centres = torch.arange(0.5, length, dtype=torch.float32, device=row_T.device) / length
-        return (2 * math.pi * (2 * centres - 1))[:, None] * frequencies
+    def table(side: int) -> Tensor:
+        length = grid_HW[side]
+        if grid is None:
+            centres = torch.arange(0.5, length, dtype=torch.float32, device=row_T.device) / length
+            return (2 * math.pi * (2 * centres - 1))[:, None] * frequencies
+        positions = torch.arange(length, dtype=torch.float32, device=row_T.device) + grid.offset
+        if grid.reference_HW is not None:
+            positions = positions / length * grid.reference_HW[side]
+        # In float64: an angle grows with the grid.
+        return positions.double()[:, None] * frequencies
 
-    return torch.cat([table(grid_HW[0])[row_T], table(grid_HW[1])[column_T]], dim=1)
+    angles = [table(0)[row_T], table(1)[column_T]]
+    return torch.cat(angles[::-1] if grid is not None and grid.columns_first else angles, dim=1)
 
 
 def rotate(x_THD: Float[Tensor, "T H D"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "T H D"]:

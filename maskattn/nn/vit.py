@@ -22,7 +22,13 @@ from maskattn.nn.blocks import AttentionOptions, AttentionPool, Block, BlockOpti
 from maskattn.nn.kept_tokens import packing_of
 from maskattn.nn.mlps import ACTIVATIONS, MLPS
 from maskattn.nn.packed_tokens import PackedTokens, insert_prefix, rows_and_columns
-from maskattn.nn.positions import CONVENTIONS, resample_position_embedding, rotary_angles, sine_positions
+from maskattn.nn.positions import (
+    CONVENTIONS,
+    RotaryGrid,
+    resample_position_embedding,
+    rotary_angles,
+    sine_positions,
+)
 from maskattn.nn.timm_interface import TimmInterface
 from maskattn.packing import Packing, pack, unpack
 from maskattn.shapes import Bool, Float
@@ -30,7 +36,7 @@ from maskattn.shapes import Bool, Float
 __all__ = ["VisionTransformer"]
 
 POOLS = ("token", "avg", "map", "token_avg", "")
-POSITIONS = ("learn", "none", "sine", "rotary", "alibi")
+POSITIONS = ("learn", "none", "sine", "rotary", "learn_rotary", "alibi")
 
 
 class VisionTransformer(TimmInterface):
@@ -54,9 +60,10 @@ class VisionTransformer(TimmInterface):
         pre_norm: normalise before the blocks; the patch embedding then has no bias.
         final_norm: whether there is a norm behind the blocks.
         fc_norm: normalise after pooling instead of before it; None: where global_pool is "avg", as timm does.
-        pos_embed: "learn", "none", "sine" (absolute 2-D sines), "rotary" (DINOv3's) or "alibi" (2-D ALiBi).
+        pos_embed: "learn", "none", "sine" (absolute 2-D sines), "rotary", "learn_rotary" (both) or "alibi" (2-D ALiBi).
         pos_embed_resample: convention for other grids: "timm", "dino" or "transformers" (:mod:`maskattn.nn.positions`).
         rope_theta: base of the rotary frequencies.
+        rope_grid: rotary positions that count tokens (:class:`maskattn.nn.positions.RotaryGrid`); None: DINOv3's.
         dynamic_img_size: take images of any size; False: of img_size alone.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout before the head, behind the
             positions, behind projections, of attention weights; stochastic depth, growing to this share.
@@ -96,6 +103,7 @@ class VisionTransformer(TimmInterface):
         fc_norm: bool | None = None,
         pos_embed_resample: str = "timm",
         rope_theta: float = 100.0,
+        rope_grid: RotaryGrid | None = None,
         dynamic_img_size: bool = True,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -128,6 +136,7 @@ class VisionTransformer(TimmInterface):
         self.position_kind = pos_embed
         self.pos_embed_resample = pos_embed_resample
         self.rope_theta = rope_theta
+        self.rope_grid = rope_grid
         self.dynamic_img_size = dynamic_img_size
         self.grid_HW = grid_HW
         self.num_prefix_tokens = int(class_token) + reg_tokens
@@ -148,7 +157,8 @@ class VisionTransformer(TimmInterface):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         positions = grid_HW[0] * grid_HW[1] + (0 if no_embed_class else self.num_prefix_tokens)
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim)) if pos_embed == "learn" else None
+        learnt = pos_embed in ("learn", "learn_rotary")
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim)) if learnt else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
         drop_paths = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
@@ -301,14 +311,14 @@ class VisionTransformer(TimmInterface):
         self, packing: Packing, grid_HW: tuple[int, int], dtype: torch.dtype
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """ALiBi's coordinates (T, 2) and rotary positions' cosines and sines (T, D/2) of grid tokens, or None."""
-        if self.position_kind not in ("alibi", "rotary"):
+        if self.position_kind not in ("alibi", "rotary", "learn_rotary"):
             return None, None
         row_T, column_T = rows_and_columns(packing, grid_HW)
         dtype = torch.promote_types(dtype, torch.float32)
         if self.position_kind == "alibi":
             return torch.stack([row_T, column_T], dim=1).to(dtype), None
         width = self.embed_dim // self.num_heads
-        angles = rotary_angles(row_T, column_T, grid_HW, width, self.rope_theta).to(dtype)
+        angles = rotary_angles(row_T, column_T, grid_HW, width, self.rope_theta, self.rope_grid).to(dtype)
         return None, (angles.cos(), angles.sin())
 
     def _positions(self, grid_HW: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
@@ -347,7 +357,10 @@ def _mean_of_grid(tokens: PackedTokens) -> Float[Tensor, "B C"]:
 def _check_width(embed_dim: int, num_heads: int, pos_embed: str) -> None:
     if embed_dim % num_heads:
         raise ValueError(f"num_heads must divide embed_dim, got embed_dim={embed_dim}, num_heads={num_heads}")
-    if pos_embed in ("sine", "rotary") and (embed_dim if pos_embed == "sine" else embed_dim // num_heads) % 4:
+    if (
+        pos_embed in ("sine", "rotary", "learn_rotary")
+        and (embed_dim if pos_embed == "sine" else embed_dim // num_heads) % 4
+    ):
         raise ValueError(
             f"pos_embed={pos_embed!r} needs a width that is a multiple of 4 (embed_dim for sines, the head's for "
             f"rotations), got embed_dim={embed_dim}, num_heads={num_heads}"

@@ -96,6 +96,17 @@ def timm_eva(size: Size, **arguments: Any) -> nn.Module:
     return timm.create_model("vit_small_patch16_dinov3", **{**common, **arguments})
 
 
+def timm_eva02(size: Size, **arguments: Any) -> nn.Module:
+    import timm
+
+    common = {"img_size": size.img_size, "patch_size": size.patch_size, "embed_dim": size.dim, "ref_feat_shape": (3, 5)}
+    common |= {"depth": size.depth, "num_heads": size.heads, "num_classes": size.classes, "dynamic_img_size": True}
+    model = timm.create_model("eva02_tiny_patch14_224", **{**common, **arguments})
+    # Cosines in the precision of the comparison, which timm rounds to float32.
+    model.rope.get_embed = partial(model.rope.get_embed, dtype=torch.float64)
+    return model
+
+
 def _eva_kept(model: Any, x: Tensor, keep_N: Tensor) -> Tensor:
     tokens, rope = model._pos_embed(model.patch_embed(x))
     prefix = torch.ones(model.num_prefix_tokens, dtype=torch.bool)
@@ -105,8 +116,8 @@ def _eva_kept(model: Any, x: Tensor, keep_N: Tensor) -> Tensor:
     return model.forward_head(model.norm(tokens))
 
 
-def _of_eva(name: str, **arguments: Any) -> Family:
-    return Family(f"timm {name}", partial(timm_eva, **arguments), from_timm, lambda model, x: model(x), _eva_kept)
+def _of_eva(name: str, build: Callable[..., nn.Module] = timm_eva, **arguments: Any) -> Family:
+    return Family(f"timm {name}", partial(build, **arguments), from_timm, lambda model, x: model(x), _eva_kept)
 
 
 _VIRCHOW2 = Family(
@@ -210,6 +221,13 @@ EVA = [
     _of_eva("DINOv3, class token", global_pool="token", qkv_bias=True),
     _of_eva("DINOv3, gated, q/k norm", global_pool="token", swiglu_mlp=True, qk_norm=True),
     _of_eva("DINOv3, aligned SwiGLU", global_pool="token", swiglu_mlp=True, swiglu_align_to=8, use_fc_norm=True),
+    _of_eva("DINOv3, learnt positions besides", use_abs_pos_emb=True),
+    _of_eva("DINOv3, rotated as EVA-02", rope_rotate_half=False),
+    _of_eva("EVA-02", timm_eva02),
+    _of_eva("EVA-02, separate projections, inner norm", timm_eva02, qkv_fused=False, scale_attn_inner=True),
+    _of_eva("EVA-02, q/k norm, class token", timm_eva02, qk_norm=True, global_pool="token", use_fc_norm=False),
+    _of_eva("EVA-02, columns first, no reference", timm_eva02, rope_grid_indexing="xy", ref_feat_shape=None),
+    _of_eva("EVA-02, offset, no learnt positions", timm_eva02, rope_grid_offset=1.0, use_abs_pos_emb=False),
 ]
 
 FAMILIES = TIMM + EVA + TRANSFORMERS

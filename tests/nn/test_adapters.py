@@ -210,12 +210,10 @@ def test_a_classifier_of_transformers_keeps_its_pool():
 @pytest.mark.parametrize(
     ("name", "arguments", "part"),
     [
-        ("eva02_tiny_patch14_224", {}, "DINOv3's alone are known"),
+        ("vit_small_patch16_rope_mixed_224", {}, "DINOv3's and EVA-02's alone are known"),
         ("vit_small_patch16_dinov3", {"global_pool": "map"}, "global_pool='map'"),
-        ("vit_small_patch16_dinov3", {"use_abs_pos_emb": True}, "learnt positions beside"),
-        ("vit_small_patch16_dinov3", {"rope_rotate_half": False}, "another grid or rotation"),
+        ("vit_small_patch16_dinov3", {"rope_grid_offset": 1.0}, "another grid"),
         ("vit_small_patch16_dinov3", {"rope_rescale_coords": 2.0}, "moved at random"),
-        ("vit_small_patch16_dinov3", {"qkv_fused": False}, "separate q, k and v"),
         ("vit_small_patch16_dinov3", {"use_post_norm": True}, "blocks or attention of another kind"),
         ("vit_small_patch16_dinov3", {"use_pre_transformer_norm": True}, "norm before the blocks"),
         ("vit_small_patch16_dinov3", {"patch_size": (16, 8)}, "not square"),

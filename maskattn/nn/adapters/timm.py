@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from maskattn.nn.adapters.conversion import build, refuse
-from maskattn.nn.adapters.timm_dinov3 import dinov3_arguments, dinov3_state, own_name, unknown_in_dinov3
+from maskattn.nn.adapters.timm_eva import eva_arguments, eva_state, own_name, unknown_in_eva
 from maskattn.nn.adapters.timm_parts import activation_of, mlp_layer_of
 from maskattn.nn.vit import VisionTransformer
 
@@ -25,8 +25,8 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
     True: other image sizes resample the position embedding, as timm does with that option.
 
     Args:
-        model: a ``timm.models.VisionTransformer``, or DINOv3's ``Eva``: class token or not, registers, LayerScale,
-            SwiGLU, q/k norms, pre-norm, any of the pools below, with and without a head.
+        model: a ``timm.models.VisionTransformer``, or an ``Eva`` (EVA, EVA-02, DINOv3): class token or not, registers,
+            LayerScale, SwiGLU, q/k norms, pre-norm, any of the pools below, with and without a head.
         global_pool: another pool than the model's: "token", "avg", "map", "token_avg" or ""; for backbones without a
             head, as Virchow2, whose users join class token and mean ("token_avg").
         impl: implementation of the attention; None takes the best.
@@ -54,13 +54,13 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
         refuse(
             kind,
             [
-                "only timm.models.VisionTransformer itself and DINOv3's Eva are known, without relative positions or "
+                "only timm.models.VisionTransformer itself and Eva are known, without relative positions or "
                 "distillation tokens"
             ],
         )
     if type(model) is Eva:
-        refuse(kind, unknown_in_dinov3(model))
-        arguments, state = dinov3_arguments(model), dinov3_state(model)
+        refuse(kind, unknown_in_eva(model))
+        arguments, state = eva_arguments(model), eva_state(model)
     else:
         refuse(kind, _unknown_parts(model))
         arguments, state = _arguments(model), model.state_dict()

@@ -1,0 +1,149 @@
+"""timm's ``Eva``: EVA's first models, without rotary positions, EVA-02 with its own, and DINOv3 with its own.
+
+EVA-02 rotates neighbouring channels, ours a channel with the one half a head further on. Scores do not see the order of
+a head's channels, so that those of its queries and keys are reordered. Other Evas mix rotations or normalise elsewhere,
+and are refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.adapters.timm_parts import activation_of, mlp_layer_of
+from maskattn.nn.positions import RotaryGrid
+
+__all__ = ["eva_arguments", "eva_state", "own_name", "unknown_in_eva"]
+
+
+def unknown_in_eva(model: Any) -> list[str]:
+    """What this ``Eva`` has and ours has not, in words."""
+    from timm.layers import PatchEmbed
+    from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
+    from timm.models.eva import EvaAttention, EvaBlock
+
+    rope, patch = model.rope, model.patch_embed
+    if rope is not None and type(rope) not in (RotaryEmbeddingCat, RotaryEmbeddingDinoV3):
+        return [f"positions {type(rope).__name__}: of rotary ones, DINOv3's and EVA-02's alone are known"]
+    unknown = [] if rope is None else _unknown_in_rope(model.rope)
+    if type(patch) is not PatchEmbed or patch.patch_size[0] != patch.patch_size[1] or patch.dynamic_img_pad:
+        unknown.append("a patch embedding that pads, or is not square or not plain")
+    if model.patch_drop is not None or not isinstance(model.norm_pre, nn.Identity):
+        unknown.append("patch_drop_rate or a norm before the blocks")
+    if model.attn_pool is not None or model.global_pool not in ("token", "avg", ""):
+        unknown.append(f"global_pool={model.global_pool!r}")
+    if {type(block) for block in model.blocks} != {EvaBlock} or {type(b.attn) for b in model.blocks} != {EvaAttention}:
+        return [*unknown, "blocks or attention of another kind than DINOv3's and EVA-02's"]
+    if any(b.attn.gate is not None for b in model.blocks):
+        unknown.append("gated attention")
+    if any(b.attn.proj.in_features != model.embed_dim for b in model.blocks):
+        unknown.append("attention of another width than its tokens")
+    if any(mlp_layer_of(block.mlp) is None or activation_of(block.mlp) is None for block in model.blocks):
+        unknown.append(f"MLP {type(model.blocks[0].mlp).__name__}")
+    if {type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()} != {"LayerNorm"}:
+        unknown.append("norms that are no LayerNorm")
+    if len({m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}) > 1:
+        unknown.append("norms with different eps")
+    return unknown
+
+
+def _unknown_in_rope(rope: Any) -> list[str]:
+    from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
+
+    unknown = []
+    if type(rope) is RotaryEmbeddingDinoV3:
+        if (rope.normalize_coords, rope.grid_offset, rope.grid_indexing) != ("separate", 0.0, "ij"):
+            unknown.append("rotary positions with another grid than DINOv3's")
+    elif rope.grid_type != "index" or rope.in_pixels:
+        unknown.append("rotary positions in pixels or from centres, which EVA-02 has not")
+    if rope.temperature is None or rope.aug_active:
+        unknown.append("rotary positions given by periods, or moved at random in training")
+    return unknown
+
+
+def _rotary_grid(rope: Any) -> RotaryGrid | None:
+    """What ours calls the grid of EVA-02's positions; None for DINOv3's."""
+    from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
+
+    if type(rope) is not RotaryEmbeddingCat:
+        return None
+    reference = None if rope.ref_feat_shape is None else tuple(rope.ref_feat_shape)
+    return RotaryGrid(rope.grid_offset, reference, rope.grid_indexing == "xy")
+
+
+def eva_arguments(model: Any) -> dict[str, Any]:
+    """The arguments of our model."""
+    block, patch = model.blocks[0], model.patch_embed
+    kinds = [kind for kind, x in (("learn", model.pos_embed), ("rotary", model.rope)) if x is not None]
+    hidden = block.mlp.fc1_g if hasattr(block.mlp, "fc1_g") else block.mlp.fc1
+    return {
+        "img_size": tuple(patch.img_size),
+        "patch_size": patch.patch_size[0],
+        "in_chans": patch.proj.in_channels,
+        "num_classes": 0 if isinstance(model.head, nn.Identity) else model.head.out_features,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
+        "mlp_ratio": (hidden.out_features + 0.5) / model.embed_dim,
+        "mlp_layer": mlp_layer_of(block.mlp),
+        "act_layer": activation_of(block.mlp),
+        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+        "qkv_bias": (block.attn.q_bias if block.attn.q_proj is None else block.attn.q_proj.bias) is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "init_values": None if block.gamma_1 is None else 1.0,
+        "class_token": model.cls_token is not None,
+        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "pos_embed": "_".join(kinds) or "none",
+        "no_embed_class": model.no_embed_class,
+        "rope_theta": 100.0 if model.rope is None else model.rope.temperature,
+        "rope_grid": _rotary_grid(model.rope),
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        "norm_eps": block.norm1.eps,
+    }
+
+
+def eva_state(model: Any) -> dict[str, Tensor]:
+    """Its state dict under our names; the bias that keys have not is 0, channels of a head lie as ours rotates them."""
+    theirs = model.state_dict()
+    state = {own_name(key): x for key, x in theirs.items()}
+    for number, block in enumerate(model.blocks):
+        name, attn = f"blocks.{number}.attn.", block.attn
+        if attn.qkv is None:
+            state[f"{name}qkv.weight"] = torch.cat([theirs[f"{name}{x}_proj.weight"] for x in "qkv"])
+        q_bias, v_bias = (theirs.get(f"{name}{x}_bias", theirs.get(f"{name}{x}_proj.bias")) for x in "qv")
+        if q_bias is not None and v_bias is not None:
+            state[f"{name}qkv.bias"] = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+        if model.rope is not None and not attn.rotate_half:
+            _reorder_channels(state, name, attn.num_heads)
+    return state
+
+
+def _reorder_channels(state: dict[str, Tensor], name: str, heads: int) -> None:
+    """Even channels of each head of q and k, then odd ones, so that what is rotated together lies half a head apart."""
+    width = state[f"{name}qkv.weight"].shape[0] // (3 * heads)
+    order = torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2)])
+    rows = (torch.arange(0, 2 * heads)[:, None] * width + order).flatten()
+    for key in (f"{name}qkv.weight", f"{name}qkv.bias"):
+        if key in state:
+            x = state[key]
+            state[key] = torch.cat([x[rows.to(x.device)], x[len(rows) :]])
+    for key in (f"{name}{norm}_norm.{x}" for norm in "qk" for x in ("weight", "bias")):
+        if key in state:
+            state[key] = state[key][order.to(state[key].device)]
+
+
+def own_name(key: str) -> str:
+    """Our name of one of its parameters; what it keeps apart for q, k and v is one of ours."""
+    key = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key)
+    return re.sub(r"\.attn\.(?:[qkv]_proj\.(weight|bias)|[qv]_(bias))$", r".attn.qkv.\1\2", key)
