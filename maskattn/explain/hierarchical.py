@@ -1,8 +1,14 @@
-"""Hierarchical CDAM: relevance of tiles for a slide's classes, and of tokens inside any tile.
+"""Explanations of a slide model: relevance of tiles for a slide's classes, and of tokens inside any tile.
 
-With slide logit f_c and tile embeddings z_t, pass 1 gives the tiles' relevance at the slide encoder, and the gradient
-γ_tc = ∂f_c/∂z_t. Pass 2 explains, in any tile, the score z_t·γ_tc with γ held fixed: the exact chain rule, so that the
-tokens' relevance is that of the whole graph, without holding a graph over the slide. Linear in tiles, tile by tile.
+Pass 1 gives the tiles' relevance at the slide encoder, by any method that reads a last block, and the gradient γ_tc of
+slide logit f_c at tile embedding z_t. Pass 2 explains, in any tile, the score z_t·γ_tc with γ held fixed, by the same
+method. Nothing holds a graph over the slide, and the cost is linear in tiles, tile by tile.
+
+With CDAM γ is ∂f_c/∂z_t, and the tokens' relevance is the exact chain rule. With a complete method it is the mean of
+that gradient along α·z, 0 ≤ α ≤ 1, so that Σ_t z_t·γ_tc = f_c(z) − f_c(0); and in each tile z_t·γ_tc is the sum of its
+tokens' relevance and of what is on no token: the class token's own, and the score with which the path begins. So the
+sums of all tokens of all tiles, and of these, are f_c(slide) − f_c(slide of embeddings 0), to a gap that shrinks as the
+steps grow.
 
 Dimension key: K classes, T kept tiles, B tiles of a batch, h·w tokens of a tile, H·W cells of the slide, C channels.
 """
@@ -11,21 +17,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskattn.explain.attention_maps import attend_from_class_token
-from maskattn.explain.explainer import as_maps
+from maskattn.explain.explainer import Account, TokenExplainer, as_maps
+from maskattn.explain.integrated import gauss_legendre
+from maskattn.explain.methods import DEFAULT_METHOD, Method, method_named
 from maskattn.explain.packed_model import check_explainable
-from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.hipt import HIPT
 from maskattn.nn.slide_model import SlideModel
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
 
-__all__ = ["HierarchicalCDAM", "RelevanceMap", "TokenMaps", "explain_slide", "gradients_of", "products_with"]
+__all__ = [
+    "HierarchicalCDAM",
+    "LevelMethod",
+    "RelevanceMap",
+    "SumOfMap",
+    "TokenMaps",
+    "explain_slide",
+    "gradients_of",
+    "products_with",
+]
+
+
+@dataclass(frozen=True)
+class SumOfMap:
+    """What the map of each class sums to: Σ of the map = f − f(baseline) − prefix − gap.
+
+    Attributes:
+        difference_K: (K,), f − f(baseline).
+        prefix_K: (K,), the part of class token and registers, which no map shows.
+        gap_K: (K,), what is left over: the error of the path's steps.
+    """
+
+    difference_K: Float[Tensor, "K"]
+    prefix_K: Float[Tensor, "K"]
+    gap_K: Float[Tensor, "K"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +68,15 @@ class RelevanceMap:
         logits_K: (K,), the slide's logits.
         relevance_KT: (K, T), signed scores of the tiles.
         attention_T: (T,), the slide encoder's class-token row, mean over heads; 0 where there is no class token.
-        gradient_KTC: (K, T, C), ∂ logit / ∂ embedding, which pass 2 takes; None where it was not asked for.
+        gradient_KTC: (K, T, C), γ, which pass 2 takes; None where it was not asked for.
+        sums: what the maps sum to; None where the method promises nothing.
     """
 
     logits_K: Float[Tensor, "K"]
     relevance_KT: Float[Tensor, "K T"]
     attention_T: Float[Tensor, "T"]
     gradient_KTC: Float[Tensor, "K T C"] | None
+    sums: SumOfMap | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +86,62 @@ class TokenMaps:
     Attributes:
         relevance_KBHW: (K, B, h, w), signed scores for the slide's classes.
         attention_BHW: (B, h, w), the tile encoder's class-token row, mean over heads; 0 without a class token.
+        unmapped_KB: (K, B), the part of z_t·γ_tc that is on no token: the tile's own class token and registers, and
+            the score with which the path begins; None where the method promises no sum.
     """
 
     relevance_KBHW: Float[Tensor, "K B h w"]
     attention_BHW: Float[Tensor, "B h w"]
+    unmapped_KB: Float[Tensor, "K B"] | None = None
+
+
+@dataclass(frozen=True)
+class LevelMethod:
+    """A method as every level of a slide model uses it.
+
+    Attributes:
+        method: of the list.
+        explainer: made for some encoder; it is told which one to explain.
+    """
+
+    method: Method
+    explainer: TokenExplainer
+
+    @classmethod
+    def named(cls, name: str, encoder: VisionTransformer, **options: Any) -> LevelMethod:
+        """The method of this name.
+
+        Raises:
+            ValueError: there is none for slide models.
+        """
+        method = method_named(name, levels=True)
+        explainer = method(encoder, **options)
+        assert isinstance(explainer, TokenExplainer), "methods for slide models read the last block alone"
+        return cls(method, explainer)
+
+    def explain(
+        self, encoder: VisionTransformer, tokens: PackedTokens, target: Any
+    ) -> tuple[Float[Tensor, "M T"], Account | None]:
+        """The relevance of all packed tokens, and what it sums to, where the method is complete."""
+        if not self.method.complete:
+            return self.explainer.relevance(encoder, tokens, target), None
+        account = self.explainer.account(encoder, tokens, target)
+        return account.relevance_MT, account
+
+    def gradient_at(
+        self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"]
+    ) -> Float[Tensor, "K T C"]:
+        """γ: the gradient of each score at z, or, for a complete method, its mean along the path from 0 to z."""
+        z = z_TC.detach()
+        if not self.method.complete:
+            return _gradient(scores_of, z)
+        nodes, weights = gauss_legendre(int(getattr(self.explainer, "m", 8)), z)
+        mean: Tensor | None = None
+        for node, weight in zip(nodes, weights, strict=True):
+            of_node = weight * _gradient(scores_of, node * z)
+            mean = of_node if mean is None else mean + of_node
+        assert mean is not None, "a path has at least one step"
+        return mean
 
 
 class HierarchicalCDAM:
@@ -63,10 +149,16 @@ class HierarchicalCDAM:
 
     Args:
         model: in eval mode.
+        method: of :data:`maskattn.explain.METHODS`, one that explains slide models; "cdam" is the paper's.
+        options: of the method (``m``).
+
+    Raises:
+        ValueError: there is no such method for slide models.
     """
 
-    def __init__(self, model: SlideModel) -> None:
+    def __init__(self, model: SlideModel, method: str = DEFAULT_METHOD, **options: Any) -> None:
         self.model = model
+        self.level = LevelMethod.named(method, model.tile_encoder, **options)
 
     def tiles(
         self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], *, gradient: bool = True
@@ -76,9 +168,10 @@ class HierarchicalCDAM:
         Args:
             embeddings_TC: (T, C) from ``model.encode_tiles``, a row for each kept cell, row-major.
             keep_HW: (H, W) bool over the slide's cells.
-            gradient: also take the gradient that pass 2 needs: a backward through the slide encoder for each class.
+            gradient: also take the gradient that pass 2 needs: a backward through the slide encoder for each class,
+                at each step of the path.
         """
-        return explain_slide(self.model, embeddings_TC, keep_HW, gradient)
+        return explain_slide(self.model, self.level, embeddings_TC, keep_HW, gradient)
 
     @torch.inference_mode(False)
     def tokens(
@@ -98,17 +191,22 @@ class HierarchicalCDAM:
             ValueError: the model drops at random (train mode).
         """
         check_explainable(self.model)
-        encoder = self.model.tile_encoder
+        encoder, target = self.model.tile_encoder, products_with(gradient_KBC)
         with torch.no_grad():
             tokens = encoder.before_last_block(self.model.tile_tokens(tiles_BIXY, keep_BHW))
-        relevance_KT, _ = score_tokens(encoder, tokens, products_with(gradient_KBC))
-        attention_BHW = as_maps(_mean_attention(encoder, tokens)[None], tokens)[:, 0]
-        return TokenMaps(as_maps(relevance_KT, tokens).transpose(0, 1), attention_BHW)
+        relevance_KT, account = self.level.explain(encoder, tokens, target)
+        attention_BHW = as_maps(mean_attention(encoder, tokens)[None], tokens)[:, 0]
+        unmapped_KB = None if account is None else unmapped(encoder, tokens, target, account)
+        return TokenMaps(as_maps(relevance_KT, tokens).transpose(0, 1), attention_BHW, unmapped_KB)
 
 
 @torch.inference_mode(False)
 def explain_slide(
-    model: SlideModel | HIPT, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], gradient: bool
+    model: SlideModel | HIPT,
+    level: LevelMethod,
+    embeddings_TC: Float[Tensor, "T C"],
+    keep_HW: Bool[Tensor, "H W"],
+    gradient: bool,
 ) -> RelevanceMap:
     """Pass 1, over tiles or regions. Arguments as in :meth:`HierarchicalCDAM.tiles`.
 
@@ -116,15 +214,17 @@ def explain_slide(
         ValueError: the model drops at random (train mode), or embeddings and kept cells do not match.
     """
     check_explainable(model)
-    encoder = model.slide_encoder
-    z = embeddings_TC.detach().clone().requires_grad_(gradient)
-    with torch.set_grad_enabled(gradient):
+    encoder, z = model.slide_encoder, embeddings_TC.detach().clone()
+    with torch.no_grad():
         tokens = encoder.before_last_block(model.slide_tokens(z, keep_HW))
-        gradient_KTC = gradients_of(encoder.predict(tokens)[0], z) if gradient else None
-    tokens = tokens.with_rows(tokens.rows_TC.detach())
-    relevance_KT, logits_1K = score_tokens(encoder, tokens, "all")
+        logits_K = encoder.predict(tokens)[0]
+    gradient_KTC = None
+    if gradient:
+        gradient_KTC = level.gradient_at(lambda at: encoder(model.slide_tokens(at, keep_HW))[0], z)
+    relevance_KT, account = level.explain(encoder, tokens, "all")
     P = tokens.num_prefix
-    return RelevanceMap(logits_1K[0], relevance_KT[:, P:], _mean_attention(encoder, tokens)[P:], gradient_KTC)
+    sums = None if account is None else SumOfMap(account.difference_BM[0], account.prefix_BM[0], account.gap_BM[0])
+    return RelevanceMap(logits_K, relevance_KT[:, P:], mean_attention(encoder, tokens)[P:], gradient_KTC, sums)
 
 
 def products_with(gradient_KBC: Float[Tensor, "K B C"]) -> Callable[[Tensor], Tensor]:
@@ -139,7 +239,24 @@ def gradients_of(scores_K: Float[Tensor, "K"], z_TC: Float[Tensor, "T C"]) -> Fl
     return torch.stack([torch.autograd.grad(scores_K[c], z_TC, retain_graph=c + 1 < K)[0] for c in range(K)])
 
 
-def _mean_attention(encoder: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, "T"]:
+@torch.no_grad()
+def unmapped(
+    encoder: VisionTransformer, tokens: PackedTokens, target: Callable[[Tensor], Tensor], account: Account
+) -> Float[Tensor, "K B"]:
+    """What of each score is on no token: the prefix tokens' part, and the score with which the path begins."""
+    score_BK = target(encoder.predict(tokens))
+    return (score_BK - account.difference_BM + account.prefix_BM).T
+
+
+def mean_attention(encoder: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, "T"]:
+    """The class-token row of the last block, mean over heads; 0 without a class token."""
     if encoder.cls_token is None:
         return tokens.rows_TC.new_zeros(len(tokens.rows_TC))
     return attend_from_class_token(encoder, tokens).mean(dim=0)
+
+
+def _gradient(scores_of: Callable[[Tensor], Tensor], at_TC: Tensor) -> Float[Tensor, "K T C"]:
+    leaf = at_TC.clone().requires_grad_()
+    with torch.enable_grad():
+        scores_K = scores_of(leaf)
+    return gradients_of(scores_K, leaf)

@@ -31,6 +31,7 @@ class Method:
         compared: it is there for comparison alone.
         draws: its maps depend on a generator.
         complete: its map sums to a difference of scores, to a gap that it can tell.
+        levels: it explains slide models too, at each of their levels.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Method:
     compared: bool = False
     draws: bool = False
     complete: bool = False
+    levels: bool = False
 
     @property
     def class_token_alone(self) -> bool:
@@ -59,7 +61,14 @@ class Method:
 _ATTENTION, _BASELINES = "maskattn.explain.attention_baselines", "maskattn.explain.baselines"
 _ROW = "maskattn.explain.attention_row"
 _LIST = (
-    Method("cdam", "CDAM", "token times gradient at the last attention's input", "maskattn.explain.cdam", "CDAM"),
+    Method(
+        "cdam",
+        "CDAM",
+        "token times gradient at the last attention's input",
+        "maskattn.explain.cdam",
+        "CDAM",
+        levels=True,
+    ),
     Method(
         "smooth",
         "Smooth CDAM",
@@ -83,6 +92,7 @@ _LIST = (
         "IntegratedCDAM",
         {"path": "norm", "m": 8},
         complete=True,
+        levels=True,
     ),
     Method(
         "integrated-value",
@@ -92,6 +102,7 @@ _LIST = (
         "IntegratedCDAM",
         {"path": "value", "m": 8},
         complete=True,
+        levels=True,
     ),
     Method(
         "row-ablation",
@@ -207,15 +218,21 @@ _LIST = (
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _LIST}
-DEFAULT_METHOD = "cdam"
+DEFAULT_METHOD = "integrated-value"
 
 
-def method_named(name: str) -> Method:
+def method_named(name: str, levels: bool = False) -> Method:
     """A method by its name.
+
+    Args:
+        name: of the method.
+        levels: it has to explain slide models.
 
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got method={name!r}")
+    known = [method.name for method in METHODS.values() if method.levels or not levels]
+    if name not in known:
+        of = " of a slide model" if levels else ""
+        raise ValueError(f"method{of} must be one of {', '.join(known)}, got method={name!r}")
     return METHODS[name]

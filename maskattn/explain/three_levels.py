@@ -1,9 +1,11 @@
 """Hierarchical CDAM on three levels: relevance of a slide's regions, of their patches, and of the patches' tokens.
 
-With slide logit f_c and region embeddings z_r, pass 1 is that of two levels: the regions' relevance and
-γ_rc = ∂f_c/∂z_r. Pass 2 explains the score z_r·γ_rc in a region, γ held fixed: first its patches at the region encoder,
-whose gradient δ_pc at the patch embeddings e_p then gives the tokens' score e_p·δ_pc. It is the exact chain rule twice
-over; the graphs that are held are the region encoder's over some regions and the tail of some patches' last block.
+Pass 1 is that of two levels: the regions' relevance and the gradient γ_rc of slide logit f_c at region embedding z_r.
+Pass 2 explains the score z_r·γ_rc in a region, γ held fixed: first its patches at the region encoder, whose gradient
+δ_pc at the patch embeddings e_p then gives the tokens' score e_p·δ_pc. With CDAM it is the exact chain rule twice over;
+a complete method takes its path at every level, with γ and δ the means of gradients along the paths of the embeddings,
+and says what is on no token. The graphs that are held are the region encoder's over some regions and the tail of some
+patches' last block.
 
 Dimension key: K classes, T kept regions or patches, B regions of a batch, n·m patches and h·w tokens of a region,
 s·s tokens of a patch, C channels, H·W regions of the slide.
@@ -11,18 +13,20 @@ s·s tokens of a patch, C channels, H·W regions of the slide.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskattn.explain.explainer import as_maps
 from maskattn.explain.factorised import join_patches
-from maskattn.explain.hierarchical import RelevanceMap, explain_slide, gradients_of, products_with
+from maskattn.explain.hierarchical import LevelMethod, RelevanceMap, explain_slide, products_with, unmapped
+from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.packed_model import check_explainable
-from maskattn.explain.token_scores import score_tokens
 from maskattn.nn.blocks import PackedTokens
-from maskattn.nn.hipt import HIPT
+from maskattn.nn.hipt import HIPT, RegionPatches
 from maskattn.shapes import Bool, Float
 
 __all__ = ["RegionMaps", "ThreeLevelCDAM"]
@@ -35,10 +39,13 @@ class RegionMaps:
     Attributes:
         patches_KBnm: (K, B, n, m), signed scores of the patches for the slide's classes.
         tokens_KBhw: (K, B, h, w), signed scores of their tokens.
+        unmapped_KB: (K, B), the part of z_r·γ_rc that is on no token: what the class tokens and registers of region
+            and patches account for, and the scores with which the paths begin; None where the method promises no sum.
     """
 
     patches_KBnm: Float[Tensor, "K B n m"]
     tokens_KBhw: Float[Tensor, "K B h w"]
+    unmapped_KB: Float[Tensor, "K B"] | None = None
 
 
 class ThreeLevelCDAM:
@@ -46,10 +53,16 @@ class ThreeLevelCDAM:
 
     Args:
         model: in eval mode.
+        method: of :data:`maskattn.explain.METHODS`, one that explains slide models; "cdam" is the paper's.
+        options: of the method (``m``).
+
+    Raises:
+        ValueError: there is no such method for slide models.
     """
 
-    def __init__(self, model: HIPT) -> None:
+    def __init__(self, model: HIPT, method: str = DEFAULT_METHOD, **options: Any) -> None:
         self.model = model
+        self.level = LevelMethod.named(method, model.patch_encoder, **options)
 
     def slide(
         self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], *, gradient: bool = True
@@ -61,7 +74,7 @@ class ThreeLevelCDAM:
             keep_HW: (H, W) bool over the slide's regions.
             gradient: also take the gradient that pass 2 needs.
         """
-        return explain_slide(self.model, embeddings_TC, keep_HW, gradient)
+        return explain_slide(self.model, self.level, embeddings_TC, keep_HW, gradient)
 
     @torch.inference_mode(False)
     def regions(
@@ -93,20 +106,36 @@ class ThreeLevelCDAM:
         ]
         with torch.no_grad():
             embeddings = torch.cat([model.patch_encoder.predict(tokens) for tokens in parts])
-        embeddings_TC = embeddings.clone().requires_grad_()
         of_regions = products_with(gradient_KBC)
-        with torch.enable_grad():
-            tokens = encoder.before_last_block(model.region_tokens(embeddings_TC, patches))
-            scores_BK = of_regions(encoder.predict(tokens))
-            gradient_KTC = gradients_of(scores_BK.sum(dim=0), embeddings_TC)
-        tokens = tokens.with_rows(tokens.rows_TC.detach())
-        patch_maps = as_maps(score_tokens(encoder, tokens, of_regions)[0], tokens).transpose(0, 1)
-        token_maps = []
+
+        def scores_of(at: Tensor) -> Tensor:
+            return of_regions(encoder.predict(encoder.before_last_block(model.region_tokens(at, patches)))).sum(dim=0)
+
+        gradient_KTC = self.level.gradient_at(scores_of, embeddings)
+        with torch.no_grad():
+            tokens = encoder.before_last_block(model.region_tokens(embeddings, patches))
+        patch_maps = as_maps(self.level.explain(encoder, tokens, of_regions)[0], tokens).transpose(0, 1)
+        token_maps, of_patches = [], []
         for part, gradient in zip(parts, gradient_KTC.split(batch_size, dim=1), strict=True):
-            relevance, _ = score_tokens(model.patch_encoder, part, products_with(gradient))
+            relevance, account = self.level.explain(model.patch_encoder, part, target := products_with(gradient))
             token_maps.append(as_maps(relevance, part))  # [t, K, s, s]
+            if account is not None:
+                of_patches.append(unmapped(model.patch_encoder, part, target, account))
         tokens_BhwK = join_patches(torch.cat(token_maps).movedim(1, 3), patches.packing, patches.grid_HW)
-        return RegionMaps(patch_maps, tokens_BhwK.movedim(3, 0))
+        unmapped_KB = None
+        if self.level.method.complete:
+            unmapped_KB = self._of_empty_region(patches, of_regions)
+            unmapped_KB.index_add_(1, patches.packing.sequence_of_token, torch.cat(of_patches, dim=1))
+        return RegionMaps(patch_maps, tokens_BhwK.movedim(3, 0), unmapped_KB)
+
+    @torch.no_grad()
+    def _of_empty_region(self, patches: RegionPatches, of_regions: Callable[[Tensor], Tensor]) -> Float[Tensor, "K B"]:
+        """The regions' scores where their patches' embeddings are 0."""
+        model = self.model
+        zeros = patches.pixels_TIpp.new_zeros(len(patches.pixels_TIpp), model.patch_encoder.embed_dim)
+        encoder = model.region_encoder
+        tokens = encoder.before_last_block(model.region_tokens(zeros, patches))
+        return of_regions(encoder.predict(tokens)).T.contiguous()
 
     @torch.no_grad()
     def _patch_tokens(self, pixels_TIpp: Tensor, keep_Tss: Tensor) -> PackedTokens:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskattn.explain import HierarchicalCDAM
+from maskattn.explain import METHODS, HierarchicalCDAM
 from maskattn.nn import SlideModel, SlideModelConfig
 from maskattn.nn.blocks import DropPath
 
@@ -60,12 +60,58 @@ def by_whole_graph(
 @pytest.mark.parametrize("target", [0, 2])
 def test_tiles_and_tokens_agree_with_the_gradient_of_the_whole_graph(slide_encoder, target):
     model, (tiles, keep_Thw, keep_HW) = random_model(**slide_encoder), small_slide()
-    cdam = HierarchicalCDAM(model)
+    cdam = HierarchicalCDAM(model, "cdam")
     relevance = cdam.tiles(model.encode_tiles(tiles, keep_Thw), keep_HW)
     maps = cdam.tokens(tiles, keep_Thw, relevance.gradient_KTC)
     of_tokens, of_tiles = by_whole_graph(model, tiles, keep_Thw, keep_HW, target)
     torch.testing.assert_close(relevance.relevance_KT[target], of_tiles)
     torch.testing.assert_close(maps.relevance_KBHW[target][keep_Thw], of_tokens)
+
+
+COMPLETE = [name for name, method in METHODS.items() if method.levels and method.complete]
+
+
+@pytest.mark.parametrize("slide_encoder", [{}, {"global_pool": "avg"}, {"reg_tokens": 2}], ids=str)
+@pytest.mark.parametrize("method", COMPLETE)
+def test_tokens_of_all_tiles_and_what_is_on_none_sum_to_the_slides_score_less_that_of_no_embeddings(
+    method, slide_encoder
+):
+    model, (tiles, keep_Thw, keep_HW) = random_model(**slide_encoder), small_slide()
+    embeddings = model.encode_tiles(tiles, keep_Thw)
+    difference = (model(embeddings, keep_HW) - model(torch.zeros_like(embeddings), keep_HW)).detach()
+    gaps = []
+    for m in (2, 48):
+        explain = HierarchicalCDAM(model, method, m=m)
+        relevance = explain.tiles(embeddings, keep_HW)
+        maps = explain.tokens(tiles, keep_Thw, relevance.gradient_KTC)
+        accounted = maps.relevance_KBHW.sum(dim=(1, 2, 3)) + maps.unmapped_KB.sum(dim=1)
+        gaps.append((accounted - difference).abs().max())
+    assert gaps[1] < 1e-5 * difference.abs().max()
+    assert gaps[1] < 0.1 * gaps[0]
+
+
+@pytest.mark.parametrize("slide_encoder", [{}, {"global_pool": "avg"}, {"reg_tokens": 2}], ids=str)
+@pytest.mark.parametrize("method", COMPLETE)
+def test_tiles_sum_to_the_difference_less_the_class_tokens_part_and_the_gap(method, slide_encoder):
+    model, (tiles, keep_Thw, keep_HW) = random_model(**slide_encoder), small_slide()
+    embeddings = model.encode_tiles(tiles, keep_Thw)
+    gaps = []
+    for m in (2, 48):
+        relevance = HierarchicalCDAM(model, method, m=m).tiles(embeddings, keep_HW, gradient=False)
+        sums = relevance.sums
+        torch.testing.assert_close(relevance.relevance_KT.sum(dim=1), sums.difference_K - sums.prefix_K - sums.gap_K)
+        gaps.append(sums.gap_K.abs().max())
+    assert gaps[1] < 1e-5
+    assert gaps[1] < 0.1 * gaps[0]
+
+
+def test_cdam_promises_no_sum_and_methods_without_levels_are_refused():
+    model, (tiles, keep_Thw, keep_HW) = random_model(), small_slide()
+    relevance = HierarchicalCDAM(model, "cdam").tiles(model.encode_tiles(tiles, keep_Thw), keep_HW)
+    assert relevance.sums is None
+    assert HierarchicalCDAM(model, "cdam").tokens(tiles, keep_Thw, relevance.gradient_KTC).unmapped_KB is None
+    with pytest.raises(ValueError, match=r"slide model must be one of cdam, .*, got method='rise'"):
+        HierarchicalCDAM(model, "rise")
 
 
 def test_logits_are_the_models_and_maps_are_zero_on_glass():

@@ -74,7 +74,7 @@ def test_regions_patches_and_tokens_agree_with_the_gradient_of_the_whole_graph(o
     model, (regions, keep) = random_hipt(**options), some_regions()
     embeddings, with_tissue = model.encode_regions(regions, keep)
     assert torch.equal(with_tissue, KEEP_HW.flatten())
-    cdam = ThreeLevelCDAM(model)
+    cdam = ThreeLevelCDAM(model, "cdam")
     slide = cdam.slide(embeddings, KEEP_HW)
     maps = cdam.regions(regions, keep, gradient_of_all_regions(slide.gradient_KTC), batch_size=4)
     of_tokens, of_patches, of_regions = by_whole_graph(model, regions, keep, target)
@@ -86,6 +86,24 @@ def test_regions_patches_and_tokens_agree_with_the_gradient_of_the_whole_graph(o
     torch.testing.assert_close(in_patches[patches.keep_Thw], of_tokens)
     assert (maps.tokens_KBhw[:, ~keep] == 0).all()
     assert (maps.patches_KBnm[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 1}, {"global_pool": "avg"}], ids=str)
+@pytest.mark.parametrize("method", ["integrated-norm", "integrated-value"])
+def test_tokens_of_all_regions_and_what_is_on_none_sum_to_the_slides_score_less_that_of_no_embeddings(method, options):
+    model, (regions, keep) = random_hipt(**options), some_regions()
+    embeddings, _ = model.encode_regions(regions, keep)
+    difference = (model(embeddings, KEEP_HW) - model(torch.zeros_like(embeddings), KEEP_HW)).detach()
+    gaps = []
+    for m in (2, 48):
+        explain = ThreeLevelCDAM(model, method, m=m)
+        slide = explain.slide(embeddings, KEEP_HW)
+        maps = explain.regions(regions, keep, gradient_of_all_regions(slide.gradient_KTC), batch_size=4)
+        tissue = KEEP_HW.flatten()
+        accounted = maps.tokens_KBhw.sum(dim=(1, 2, 3)) + maps.unmapped_KB[:, tissue].sum(dim=1)
+        gaps.append((accounted - difference).abs().max())
+    assert gaps[1] < 1e-5 * difference.abs().max()
+    assert gaps[1] < 0.1 * gaps[0]
 
 
 def test_logits_are_the_models_and_nothing_is_left_behind():
