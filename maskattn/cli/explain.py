@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,9 @@ def explain(
         Path | None, typer.Option("--keep", help="A mask image; tokens that are all black are left out.")
     ] = None,
     method: Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")] = DEFAULT_METHOD,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not test the maps by dropping what they call relevant.")
+    ] = False,
     num_heads: Annotated[int | None, typer.Option("--num-heads", help="For a file, which does not say it.")] = None,
     pixel_mean: Annotated[
         tuple[float, float, float] | None,
@@ -45,6 +49,7 @@ def explain(
     """Explain the classes of one image.
 
     A picture shows the image beside its attention and its class maps; the scores go to stdout.
+    Each map is tested by dropping what it calls relevant; the figures are in a JSON file beside the picture.
     """
     with errors_in_one_line(debug):
         import torch
@@ -72,14 +77,19 @@ def explain(
             own = tuple(side * vit.patch_embed.patch_size for side in vit.grid_HW)
             examples = [single.normalised(single.read_image(path, (own[0], own[1])), mean, std) for path in concept]
             targets = Concept.from_images(vit, torch.cat(examples))
-        found = single.explain_image(vit, inputs, targets, kept, method)
-        titles = [f"{name}: {score:.3g}" for name, score in zip(found.names, found.scores_M.tolist(), strict=True)]
-        maps = dict(zip(titles, found.maps_MHW, strict=True))
+        found = single.explain_image(vit, inputs, targets, kept, method, check=not no_check)
+        maps = dict(zip(found.titles(), found.maps_MHW, strict=True))
         # Where no font has a name's signs, the names of the files have to do.
         title = ", ".join(filter(None, (drawable(image.name), drawable(model), METHODS[method].title)))
         figure = draw_explanation(pixels, found.attention_HW, maps, title, keep_HW=None if kept is None else kept[0])
-        with picture_written(path), replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
-    for title in titles:
+        about = {"image": image.name, "model": model, **found.as_json()}
+        with picture_written(path):
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=120)
+            with replacing(path.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    for title in found.titles():
         say(title)
+    say(f"method      {found.method}")
     say(f"picture     {path}")
+    say(f"figures     {path.with_suffix('.json')}")

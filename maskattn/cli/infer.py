@@ -10,7 +10,7 @@ import typer
 
 from maskattn.cli import slide_runs
 from maskattn.cli.options import Debug, Mask, takes_settings
-from maskattn.cli.reporting import errors_in_one_line, say, tell
+from maskattn.cli.reporting import errors_in_one_line, map_warnings, say, tell
 from maskattn.slide.request import RunSettings
 
 __all__ = ["infer"]
@@ -61,6 +61,8 @@ def infer(
         outcomes = slide_runs.run(jobs, slide_runs.load_model(model or slide_runs.BUNDLED, impl, device), settings)
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     say(f"{len(outcomes) - failed} of {len(outcomes)} slides have outputs; summary: {settings.out_dir / 'summary.csv'}")
+    for line in map_warnings(outcomes):
+        say(line)
     for note in notes:
         say(note)
     if failed:

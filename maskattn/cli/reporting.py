@@ -11,9 +11,9 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
@@ -21,7 +21,10 @@ from maskattn.cli.signals import Ended, told_to_end
 from maskattn.cli.streams import printable
 from maskattn.errors import SlideError
 
-__all__ = ["errors_in_one_line", "say", "say_json", "tell"]
+if TYPE_CHECKING:
+    from maskattn.slide.prediction import SlideOutcome
+
+__all__ = ["errors_in_one_line", "map_warnings", "say", "say_json", "tell"]
 
 _GO_ON = "finished slides are kept, run the same command again to go on"
 
@@ -107,3 +110,19 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
 def _fail(message: str, code: int) -> NoReturn:
     tell(message)
     raise typer.Exit(code)
+
+
+def map_warnings(outcomes: Iterable[SlideOutcome]) -> list[str]:
+    """A line for each verdict on the predicted class's map that is not that it passed."""
+    by_verdict: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.prediction is not None:
+            verdict = outcome.prediction.maps.get(outcome.prediction.prediction, {}).get("map_check")
+            if verdict in ("weak", "contradicts"):
+                by_verdict.setdefault(verdict, []).append(outcome.slide_id)
+    return [
+        f"map check {verdict}: the predicted class's map of {', '.join(slides[:5])}"
+        + (f" and {len(slides) - 5} more" if len(slides) > 5 else "")
+        + "; see docs/map_check.md before you rely on it"
+        for verdict, slides in sorted(by_verdict.items())
+    ]

@@ -1,8 +1,8 @@
 """Whether a map can be trusted: does the score fall when what the map calls important is dropped?
 
-Of the kept tokens (of a slide, tiles) the most relevant 1, 5, 10 and 20 % are dropped, and as many at random, a few times
-over. Packing makes this exact: the model sees the tokens that are left and nothing in place of the others. With D the
-drop of the score summed over the shares, and μ, σ the mean and standard deviation of D over R random draws,
+Of the kept tokens (of a slide, tiles) the most relevant 1, 5, 10 and 20 % are dropped, and as many at random, a few
+times over. Packing makes this exact: the model sees the tokens that are left and nothing in place of the others. With D
+the drop of the score summed over the shares, and μ, σ the mean and standard deviation of D over R random draws,
 
     z = (D − μ) / (σ √(1 + 1/R)),      passed: z ≥ 2,      contradicts: z ≤ −2,      weak: between.
 
@@ -15,17 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from maskattn.explain.targets import Target
+from maskattn.explain.token_subsets import predict_subsets
+from maskattn.nn.blocks import PackedTokens
+from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float
 
-__all__ = ["SHARES", "MapCheck", "check_maps"]
+__all__ = ["SHARES", "MapCheck", "check_maps", "check_tokens"]
 
 SHARES = (0.01, 0.05, 0.1, 0.2)
 _ENOUGH = 2.0
+_TOKENS_AT_A_TIME = 8192
 
 
 @dataclass(frozen=True)
@@ -98,3 +103,31 @@ def check_maps(
         verdict: Any = "passed" if z >= _ENOUGH else "contradicts" if z <= -_ENOUGH else "weak"
         checks.append(MapCheck(verdict, SHARES, tuple(own.tolist()), tuple(random.mean(dim=0).tolist()), z))
     return checks
+
+
+def check_tokens(
+    model: VisionTransformer,
+    tokens: PackedTokens,
+    target: Target,
+    relevance_MN: Float[Tensor, "M N"],
+    *,
+    draws: int = 4,
+    seed: int = 0,
+) -> list[MapCheck]:
+    """The test of the maps of one image, or of one slide's tiles, by the model's own predictions.
+
+    Args:
+        model: the vision transformer, or slide encoder.
+        tokens: one sequence, with which its first block starts.
+        target: see :func:`maskattn.explain.targets.select_scores`; M scores.
+        relevance_MN: (M, N), the maps, background among the N.
+        draws, seed: see :func:`check_maps`.
+    """
+    present_L = cast(Tensor, tokens.packing.row_of_token).view(-1) >= 0
+
+    def scores_of(keep_SN: Tensor) -> Tensor:
+        source_S = torch.zeros(len(keep_SN), dtype=torch.long, device=keep_SN.device)
+        at_a_time = max(1, _TOKENS_AT_A_TIME // max(tokens.packing.total, 1))
+        return predict_subsets(model, tokens, target, source_S, keep_SN, at_a_time)
+
+    return check_maps(relevance_MN, present_L[tokens.num_prefix :], scores_of, draws=draws, seed=seed)

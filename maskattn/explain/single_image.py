@@ -19,6 +19,7 @@ from torch import Tensor
 from maskattn.errors import SlideError
 from maskattn.explain.attention_maps import AttentionMap
 from maskattn.explain.concepts import Concept
+from maskattn.explain.map_check import MapCheck, check_tokens
 from maskattn.explain.methods import DEFAULT_METHOD, method_named
 from maskattn.explain.packed_model import without_head
 from maskattn.explain.targets import select_scores
@@ -47,12 +48,31 @@ class ImageExplanation:
         scores_M: (M,), what the model gives for each: logits, or similarity to the concept.
         maps_MHW: (M, H, W), signed relevance.
         attention_HW: (H, W), the class token's row, mean over heads; None for models without a class token.
+        method: the title of the method.
+        checks: of the M maps, their tests; empty where they were not tested.
     """
 
     names: tuple[str, ...]
     scores_M: Float[Tensor, "M"]
     maps_MHW: Float[Tensor, "M H W"]
     attention_HW: Float[Tensor, "H W"] | None
+    method: str = ""
+    checks: tuple[MapCheck, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Scores and tests, as the file beside the picture has them."""
+        maps = {}
+        for place, name in enumerate(self.names):
+            of_map: dict[str, Any] = {"score": float(self.scores_M[place]), "method": self.method}
+            maps[name] = of_map | (self.checks[place].as_json() if self.checks else {"map_check": "not asked for"})
+        return {"maps": maps}
+
+    def titles(self) -> list[str]:
+        """What a picture writes over each map: name and score, and the verdict where it has to be said."""
+        titles = [f"{name}: {score:.3g}" for name, score in zip(self.names, self.scores_M.tolist(), strict=True)]
+        for place, check in enumerate(self.checks):
+            titles[place] += "" if check.passed else f" (map check: {check.map_check})"
+        return titles
 
 
 def size_for(model: VisionTransformer, path: Path) -> tuple[int, int]:
@@ -165,6 +185,7 @@ def explain_image(
     targets: Sequence[int] | Concept | None = None,
     keep: Bool[Tensor, "1 H W"] | None = None,
     method: str = DEFAULT_METHOD,
+    check: bool = True,
 ) -> ImageExplanation:
     """Attention and class maps of one image.
 
@@ -174,6 +195,7 @@ def explain_image(
         targets: class indices; a concept; None for the three classes with the largest logits.
         keep: (1, H, W) bool, True = the token takes part; None keeps all.
         method: a key of :data:`maskattn.explain.methods.METHODS`; what it draws at random comes from a fixed seed.
+        check: test each map by dropping the tokens that it calls most relevant.
 
     Raises:
         ValueError: there is no such method or class, or the model has no classes and there is no concept.
@@ -193,4 +215,11 @@ def explain_image(
     maps = explainer.attribute(inputs, targets, keep, generator=torch.Generator().manual_seed(0))
     assert isinstance(maps, Tensor), "no gap was asked for"
     attention = None if model.cls_token is None else AttentionMap(model).attribute(inputs, keep)[0]
-    return ImageExplanation(names, scores, maps if maps.ndim == 3 else maps[0], attention)
+    maps_MHW = maps if maps.ndim == 3 else maps[0]
+    checks: tuple[MapCheck, ...] = ()
+    if check:
+        of = without_head(model) if isinstance(targets, Concept) else model
+        with torch.no_grad():
+            tokens = of.embed(inputs, keep)
+        checks = tuple(check_tokens(of, tokens, targets, maps_MHW.flatten(1)))
+    return ImageExplanation(names, scores, maps_MHW, attention, method_named(method).title, checks)

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import maskattn
 from maskattn.errors import SlideError, quoted
-from maskattn.explain.hierarchical import HierarchicalCDAM
+from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap
+from maskattn.explain.map_check import MapCheck, check_tokens
+from maskattn.explain.methods import METHODS
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.grid import TokenGrid, make_grid
 from maskattn.slide.manifest import SlideJob
@@ -96,14 +100,47 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
         grid = _lay_grid(run, tissue)
     encoded = encode_tiles(run, grid)
     with stages("slide"):
-        explain = HierarchicalCDAM(model)
+        explain = HierarchicalCDAM(model, run.settings.method)
         relevance = explain.tiles(encoded.embeddings_TC, encoded.keep_HW.to(run.device), gradient=run.settings.tokens)
     logits_K = relevance.logits_K.float().cpu()
     if not bool(logits_K.isfinite().all()):
         raise SlideError(f"a model's scores must be finite, got {logits_K.tolist()}; check the model's weights")
     scores = dict(zip(model.config.classes, logits_K.softmax(dim=0).tolist(), strict=True))
-    feed_sinks(folder, run, grid, encoded, relevance, scores)
-    return _prediction(run, identity, tissue, grid, encoded, logits_K, scores)
+    with stages("check"):
+        checks = _check_maps(run, encoded, relevance)
+    feed_sinks(folder, run, grid, encoded, relevance, scores, checks)
+    prediction = _prediction(run, identity, tissue, grid, encoded, logits_K, scores)
+    return replace(prediction, maps=_describe_maps(run, relevance, checks))
+
+
+def _check_maps(run: SlideRun, encoded: EncodedTiles, relevance: RelevanceMap) -> dict[str, MapCheck]:
+    """Class → the test of its map of tiles; none where it was not asked for."""
+    if not run.settings.check:
+        return {}
+    encoder, keep_HW = run.model.slide_encoder, encoded.keep_HW.to(run.device)
+    with torch.inference_mode():
+        tokens = run.model.slide_tokens(encoded.embeddings_TC, keep_HW)
+        maps_KN = torch.zeros(len(relevance.relevance_KT), keep_HW.numel(), device=run.device)
+        maps_KN[:, keep_HW.flatten()] = relevance.relevance_KT.float()
+        checks = check_tokens(encoder, tokens, "all", maps_KN)
+    return dict(zip(run.model.config.classes, checks, strict=True))
+
+
+def _describe_maps(run: SlideRun, relevance: RelevanceMap, checks: dict[str, MapCheck]) -> dict[str, dict[str, Any]]:
+    """Class → what is known of its map: by which method, what it sums to, whether it passed its test."""
+    sums = relevance.sums
+    described: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(run.model.config.classes):
+        described[name] = {"method": METHODS[run.settings.method].title}
+        if sums is not None:
+            described[name] |= {
+                "sum_of_tiles": float(relevance.relevance_KT[index].sum()),
+                "on_class_token": float(sums.prefix_K[index]),
+                "score_less_baseline": float(sums.difference_K[index]),
+                "gap": float(sums.gap_K[index]),
+            }
+        described[name] |= checks[name].as_json() if name in checks else {"map_check": "not asked for"}
+    return described
 
 
 def _find_or_load_tissue(run: SlideRun) -> TissueMask | None:

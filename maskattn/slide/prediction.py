@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class SlidePrediction:
         timings_s: stage → seconds.
         versions: package → version.
         notes: what the user should know of how the slide was read, e.g. that tiles were left out.
+        maps: class → its map: method, what it sums to, and its test (:mod:`maskattn.explain.map_check`).
     """
 
     slide_id: str
@@ -91,6 +92,7 @@ class SlidePrediction:
     timings_s: dict[str, float]
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+    maps: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write ``prediction.json``.
@@ -151,4 +153,6 @@ class SlideOutcome:
         if self.prediction is not None:
             row |= {"prediction": self.prediction.prediction, "model": self.prediction.model.name}
             row |= {f"score_{name}": f"{score:.6f}" for name, score in self.prediction.scores.items()}
+            if check := self.prediction.maps.get(self.prediction.prediction, {}).get("map_check"):
+                row["map_check"] = check
         return row

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from maskattn.errors import ManifestError
+from maskattn.explain.methods import DEFAULT_METHOD, METHODS, method_named
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
@@ -32,6 +33,7 @@ class Asked:
         maximum: greatest number that is taken.
         default: the command line's default; ``...`` where it is the field's own.
         recorded: whether ``prediction.json`` has it among its settings.
+        before: what an earlier version did, whose ``prediction.json`` does not say; ``...`` where it is the default.
         serves: (found, asked) → whether a slide that was run with one value is what the other asks for; None where the
             field does not change what is found.
     """
@@ -42,6 +44,7 @@ class Asked:
     maximum: int | None = None
     default: Any = ...
     recorded: bool = True
+    before: Any = ...
     serves: Callable[[Any, Any], bool] | None = operator.eq
 
 
@@ -58,6 +61,8 @@ class RunSettings:
         masked: False attends to glass too, for comparison.
         mask_values: the labels of a user's mask that mean tissue; None = any but 0.
         tokens: also make relevance maps at the resolution of tokens, in a second pass over the slide.
+        method: of explanation; see :data:`maskattn.explain.METHODS`.
+        check: test each map by dropping the tiles that it calls most relevant.
         ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
         force: run slides that were not scanned in bright field too.
         spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
@@ -79,6 +84,21 @@ class RunSettings:
         default=False,
         # A slide that was run with tokens has all that one without them has.
         metadata=_asked("--tokens", "Relevance of tokens too; reads each slide twice.", serves=operator.ge),
+    )
+    method: str = field(
+        default=DEFAULT_METHOD,
+        metadata=_asked(
+            "--method",
+            f"Of explanation: {', '.join(name for name, method in METHODS.items() if method.levels)}.",
+            before="cdam",
+        ),
+    )
+    check: bool = field(
+        default=True,
+        # A slide whose maps were tested has all that one without the test has.
+        metadata=_asked(
+            "--no-check", "Do not test the maps by dropping what they call relevant.", before=False, serves=operator.ge
+        ),
     )
     ink: Literal["auto", "off"] = field(
         default="auto", metadata=_asked("--ink", "auto leaves pen strokes out of the tissue, off keeps them.")
@@ -137,7 +157,9 @@ def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked:
 
     Raises:
         ManifestError: some of what was asked for would have no effect.
+        ValueError: there is no such method of explanation for slide models.
     """
+    method_named(settings.method, levels=True)
     given = [job for job in jobs if job.mask_path is not None]
     if given and not (settings.masked and model_masked):
         who = (
@@ -190,7 +212,7 @@ def differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Where a finished slide was run otherwise than is asked for: (name, what was found, what is asked for).
 
-    What an earlier version did not record was not asked for then, and has its default.
+    What an earlier version did not record was not asked for then, and has its default, or what was done before.
 
     Args:
         finished: the prediction of the earlier run.
@@ -198,10 +220,12 @@ def differences(
         settings: how it is to be run now.
         model_masked: whether the model leaves background out.
     """
-    defaults = {one.name: one.default for one in fields(settings)}
+    before = {
+        one.name: one.default if asked_of(one).before is ... else asked_of(one).before for one in fields(settings)
+    }
     serves = {one.name: asked_of(one).serves for one in fields(settings)} | {"mask": operator.eq}
     for name, asked in recorded(job, settings, model_masked).items():
-        found, does_serve = finished.settings.get(name, defaults.get(name)), serves[name]
+        found, does_serve = finished.settings.get(name, before.get(name)), serves[name]
         if name == "ink" and not finds_tissue(job, settings, model_masked):
             continue
         if does_serve is not None and not does_serve(found, asked):

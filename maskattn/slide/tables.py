@@ -108,6 +108,7 @@ def relevance_table(
     coords_T2: Int[np.ndarray, "T 2"],
     geometry: TileGeometry,
     name: str,
+    method: str,
     tokens_hw: tuple[int, int] | None = None,
 ) -> Iterator[WriteTokens]:
     """Write raw signed relevance: ``tiles/relevance`` (K, T), ``tiles/attention`` (T,), ``coords``, ``classes``.
@@ -124,6 +125,7 @@ def relevance_table(
         coords_T2: (T, 2) level-0 x, y of each tile's top left corner.
         geometry: of the tiles.
         name: the slide's.
+        method: the title of the method of explanation.
         tokens_hw: rows and columns of a tile's tokens; None where there are no maps of tokens.
 
     Raises:
@@ -132,7 +134,7 @@ def relevance_table(
     import h5py
 
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs["method"] = "hierarchical CDAM: raw signed scores, 0 where background"
+        file.attrs["method"] = f"{method}: raw signed scores, 0 where background"
         file.create_dataset("classes", data=list(classes), dtype=h5py.string_dtype())
         _write_coords(file, coords_T2, geometry, name)
         file.create_dataset("tiles/relevance", data=np.asarray(relevance_KT, dtype=np.float32))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from maskattn.errors import SlideError
 from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap
+from maskattn.explain.map_check import MapCheck
+from maskattn.explain.methods import METHODS
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.sinks import SINKS, ExplainedSlide, ExplainedTiles
 from maskattn.slide.slide_run import EncodedTiles, SlideRun
@@ -62,6 +64,7 @@ def feed_sinks(
     encoded: EncodedTiles,
     relevance: RelevanceMap,
     scores: dict[str, float],
+    checks: dict[str, MapCheck],
 ) -> None:
     """Write every output that is asked for to a slide's folder, in one loop over its tiles.
 
@@ -72,6 +75,7 @@ def feed_sinks(
         encoded: the embeddings.
         relevance: of the tiles; with its gradient, where tokens are asked for.
         scores: class → score.
+        checks: class → the test of its map; none where maps are not tested.
 
     Raises:
         OSError: a file cannot be written.
@@ -82,6 +86,8 @@ def feed_sinks(
         grid=grid,
         model=run.model.config,
         scores=scores,
+        method=METHODS[run.settings.method].title,
+        verdicts={name: check.map_check for name, check in checks.items()},
         coords_T2=grid.coords_lv0[encoded.rows_T],
         features_TC=_numpy(encoded.embeddings_TC),
         relevance_KT=_numpy(relevance.relevance_KT),
@@ -114,7 +120,7 @@ def _with_tokens(
     run: SlideRun, grid: TokenGrid, encoded: EncodedTiles, relevance: RelevanceMap
 ) -> Iterator[ExplainedTiles]:
     """The tiles batch by batch, read once more for the maps of their tokens."""
-    explain = HierarchicalCDAM(run.model)
+    explain = HierarchicalCDAM(run.model, run.settings.method)
     assert relevance.gradient_KTC is not None, "the pipeline takes the gradient wherever tokens are asked for"
     for batch in run.read(grid, encoded.rows_T):
         with run.stages("tokens"):

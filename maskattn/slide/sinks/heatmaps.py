@@ -73,7 +73,9 @@ def _write_heatmaps(
     file_names = file_names_of(model.classes)
     for index, (name, values) in enumerate(zip(model.classes, canvas.values_MYX, strict=False)):
         named = repr(drawable(name)) if drawable(name) else f"{index + 1} of {len(model.classes)}"
-        title = f"{of}relevance for class {named}, score {slide.scores[name]:.3f}{by}"
+        verdict = slide.verdicts.get(name, "passed")
+        warned = "" if verdict in ("passed", "skipped") else f"; map check: {verdict}"
+        title = f"{of}relevance for class {named} by {slide.method}, score {slide.scores[name]:.3f}{warned}{by}"
         path = folder / f"heatmap_{file_names[index]}.png"
         write_heatmap(path, thumbnail, values, title, "relevance (+ for, − against)", "diverging")
     title = f"{of}attention of the class token{by}"

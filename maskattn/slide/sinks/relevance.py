@@ -38,6 +38,7 @@ class Relevance:
             slide.coords_T2,
             geometry,
             slide.slide_id,
+            slide.method,
             tokens_hw,
         ) as write_tokens:
 

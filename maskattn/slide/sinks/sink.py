@@ -37,6 +37,8 @@ class ExplainedSlide:
         grid: of the slide; its kept tiles include those that could not be read.
         model: what the slide model says of itself.
         scores: class → softmax score.
+        method: the title of the method of explanation.
+        verdicts: class → verdict of the test of its map; empty where maps are not tested.
         coords_T2: (T, 2) level-0 x, y of each tile's top left corner.
         features_TC: (T, C) embeddings.
         relevance_KT: (K, T) signed score of each tile for each class.
@@ -49,6 +51,8 @@ class ExplainedSlide:
     grid: TokenGrid
     model: SlideModelConfig
     scores: Mapping[str, float]
+    method: str
+    verdicts: Mapping[str, str]
     coords_T2: Int[np.ndarray, "T 2"]
     features_TC: Float[np.ndarray, "T C"]
     relevance_KT: Float[np.ndarray, "K T"]
