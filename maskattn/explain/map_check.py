@@ -6,7 +6,7 @@ the drop of the score summed over the shares, and μ, σ the mean and standard d
 
     z = (D − μ) / (σ √(1 + 1/R)),      passed: z ≥ 2,      contradicts: z ≤ −2,      weak: between.
 
-A map of noise passes about once in fifteen times with four draws (Student's distribution with R − 1 degrees).
+A map of noise passes about once in fourteen times with four draws (Student's distribution with R − 1 degrees).
 
 Dimension key: M maps, N tokens or tiles of the grid, S subsets, R draws, Q shares.
 """

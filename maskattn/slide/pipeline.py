@@ -106,17 +106,17 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
     if not bool(logits_K.isfinite().all()):
         raise SlideError(f"a model's scores must be finite, got {logits_K.tolist()}; check the model's weights")
     scores = dict(zip(model.config.classes, logits_K.softmax(dim=0).tolist(), strict=True))
-    with stages("check"):
-        checks = _check_maps(run, encoded, relevance)
+    checks: dict[str, MapCheck] = {}
+    if run.settings.check:
+        with stages("check"):
+            checks = _check_maps(run, encoded, relevance)
     feed_sinks(folder, run, grid, encoded, relevance, scores, checks)
     prediction = _prediction(run, identity, tissue, grid, encoded, logits_K, scores)
     return replace(prediction, maps=_describe_maps(run, relevance, checks))
 
 
 def _check_maps(run: SlideRun, encoded: EncodedTiles, relevance: RelevanceMap) -> dict[str, MapCheck]:
-    """Class → the test of its map of tiles; none where it was not asked for."""
-    if not run.settings.check:
-        return {}
+    """Class → the test of its map of tiles."""
     encoder, keep_HW = run.model.slide_encoder, encoded.keep_HW.to(run.device)
     with torch.inference_mode():
         tokens = run.model.slide_tokens(encoded.embeddings_TC, keep_HW)

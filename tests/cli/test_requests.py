@@ -229,12 +229,13 @@ def test_a_slide_with_a_name_that_no_font_has_runs_without_a_warning(
         result = maskattn(f"infer @{name}.tiff --out @o", folder)
         assert result.exit_code == 0, result.output
         assert (folder / "o" / name / "attention.png").is_file()
+    by = "by Integrated CDAM"
     assert [title.split(",")[0] for title in titles] == [
-        "relevance for class 'benign'",
-        "relevance for class 'low/high'",
+        f"relevance for class 'benign' {by}",
+        f"relevance for class 'low/high' {by}",
         "attention of the class token; model small",
-        "disc: relevance for class 'benign'",
-        "disc: relevance for class 'low/high'",
+        f"disc: relevance for class 'benign' {by}",
+        f"disc: relevance for class 'low/high' {by}",
         "disc: attention of the class token; model small",
     ]
     assert titles[5] == "disc: attention of the class token; model small, a demonstration model"

@@ -19,7 +19,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from maskattn.cli.app import app
-from maskattn.explain import CDAM, AttentionMap, Concept, IntegratedCDAM
+from maskattn.explain import CDAM, METHODS, AttentionMap, Concept, IntegratedCDAM, single_image
+from maskattn.explain.map_check import MapCheck
+from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.pictures import draw_explanation
 from maskattn.explain.single_image import explain_image, normalisation_of, normalised, read_image, read_keep, size_for
 from maskattn.nn import VisionTransformer
@@ -60,7 +62,16 @@ def test_the_command_writes_a_picture_and_prints_the_models_scores(vit, weights,
     assert result.exit_code == 0, result.stderr
     x = normalised(read_image(photo, (64, 112)), (0.5,) * 3, (0.5,) * 3)
     logits = vit(x)[0]
-    assert result.stdout.splitlines()[:2] == [f"class {c}: {logits[c].item():.3g}" for c in (3, 1)]
+    said = [line.split(" (")[0] for line in result.stdout.splitlines()]
+    assert said[:2] == [f"class {c}: {logits[c].item():.3g}" for c in (3, 1)]
+    assert said[2] == "method      Integrated CDAM, value"
+    figures = json.loads(out.with_suffix(".json").read_text())
+    assert list(figures["maps"]) == ["class 3", "class 1"]
+    for c, figure in zip((3, 1), figures["maps"].values(), strict=True):
+        assert figure["score"] == pytest.approx(logits[c].item(), rel=1e-4)
+        assert figure["method"] == "Integrated CDAM, value"
+        assert figure["map_check"] in ("passed", "weak", "contradicts")
+        assert len(figure["drop_most_relevant"]) == len(figure["drop_at_random"]) == 4
     with Image.open(out) as picture:
         assert picture.size[0] > 800
 
@@ -75,7 +86,7 @@ def test_a_saved_classifier_of_transformers_is_explained_as_it_comes(photo, tmp_
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     x = normalised(read_image(photo, (64, 112)), mean, std)
     logit = model(x, interpolate_pos_encoding=True).logits[0, 2].item()
-    assert result.stdout.splitlines()[0] == f"class 2: {logit:.3g}"
+    assert result.stdout.splitlines()[0].split(" (")[0] == f"class 2: {logit:.3g}"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +126,33 @@ def test_the_command_takes_masks_concepts_and_the_other_methods(weights, photo, 
         result = run(photo, "--model", weights, "--num-heads", 2, *options)
         assert result.exit_code == 0, result.stderr
         assert (tmp_path / "photo_explained.png").exists()
-    assert len(result.stdout.splitlines()) == 4  # the three likeliest classes, and where the picture is
+    assert len(result.stdout.splitlines()) == 6  # the three likeliest classes, the method, and where the files are
+
+
+def test_a_map_that_contradicts_is_named_over_the_map_and_on_stdout_and_no_check_skips_the_test(
+    weights, photo, tmp_path, monkeypatch
+):
+    def contradict(model, tokens, targets, relevance_MN, **options):
+        return [MapCheck("contradicts", z=-3.0)] * len(relevance_MN)
+
+    monkeypatch.setattr(single_image, "check_tokens", contradict)
+    given = (photo, "--model", weights, "--num-heads", 2, "--target", 1, "--out", tmp_path / "p.png")
+    assert "(map check: contradicts)" in run(*given).stdout.splitlines()[0]
+    assert "map check" not in run(*given, "--no-check").stdout
+    (figure,) = json.loads((tmp_path / "p.json").read_text())["maps"].values()
+    assert figure["map_check"] == "not asked for"
+
+
+def test_the_check_of_an_image_is_by_the_models_own_predictions_without_the_tokens(vit):
+    x, keep = torch.randn(1, 3, 64, 64), torch.ones(1, 4, 4, dtype=torch.bool)
+    keep[0, 0] = False
+    found = explain_image(vit, x, [4, 0], keep)
+    for place, target in enumerate((4, 0)):
+        order = found.maps_MHW[place].masked_fill(~keep[0], -torch.inf).flatten().argsort(descending=True)
+        for share, drop in zip(found.checks[place].shares, found.checks[place].drop_most_relevant, strict=True):
+            left = keep.flatten(1).clone()
+            left[0, order[: max(1, round(share * 12))]] = False
+            assert drop == pytest.approx((vit(x, keep) - vit(x, left))[0, target].item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +196,14 @@ def test_an_explanation_holds_what_the_methods_give(vit):
     x, keep = torch.randn(1, 3, 64, 64), torch.rand(1, 4, 4) > 0.3
     found = explain_image(vit, x, [4, 0], keep)
     assert found.names == ("class 4", "class 0")
-    assert torch.equal(found.maps_MHW, CDAM(vit).attribute(x, [4, 0], keep)[0])
+    assert torch.equal(found.maps_MHW, METHODS[DEFAULT_METHOD](vit).attribute(x, [4, 0], keep)[0])
+    assert found.method == METHODS[DEFAULT_METHOD].title
     assert torch.equal(found.attention_HW, AttentionMap(vit).attribute(x, keep)[0])
     torch.testing.assert_close(found.scores_M, vit(x, keep)[0, [4, 0]].detach())
     concept = Concept.from_images(vit, x)
     found = explain_image(vit, x, concept, method="integrated")
     assert torch.equal(found.maps_MHW, IntegratedCDAM(vit).attribute(x, concept))
-    several = explain_image(vit, x, Concept(torch.stack([concept.direction, -concept.direction])))
+    several = explain_image(vit, x, Concept(torch.stack([concept.direction, -concept.direction])), method="cdam")
     assert several.names == ("concept 0", "concept 1")
     torch.testing.assert_close(several.scores_M[0], -several.scores_M[1])
     assert torch.equal(several.maps_MHW[0], CDAM(vit).attribute(x, concept)[0])

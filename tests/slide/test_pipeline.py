@@ -77,7 +77,7 @@ def test_slide_gives_every_output_and_the_numbers_of_its_parts(finished: Path, m
     assert (counts.cells, counts.kept_tiles, counts.kept_tokens) == (grid.cells, grid.kept_tiles, grid.kept_tokens)
     assert counts.skipped_tokens == grid.skipped_tokens > 0
     assert counts.unreadable_tiles == 0
-    stages = {"open", "tissue", "grid", "read", "encode", "slide", "tokens", "write"}
+    stages = {"open", "tissue", "grid", "read", "encode", "slide", "check", "tokens", "write"}
     assert set(prediction.timings_s) == stages
 
 

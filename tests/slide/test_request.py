@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ from maskattn.slide.run import run_slides
 OTHER = {
     "masked": False,
     "tokens": True,
+    "method": "cdam",
+    "check": False,
     "ink": "off",
     "force": True,
     "batch_size": 3,
@@ -62,6 +64,22 @@ def test_a_finished_slide_serves_another_request_only_where_the_field_says_so(
     else:
         assert again.status == "failed"
         assert f"got {name}: {given[name]}" in again.reason
+
+
+def test_a_slide_of_an_earlier_version_was_explained_by_cdam_without_a_check(
+    model: SlideModel, slide: Path, settings: RunSettings
+) -> None:
+    run_slides([SlideJob("disc", slide)], model, settings)
+    path = settings.out_dir / "disc" / "prediction.json"
+    prediction = json.loads(path.read_text())
+    del prediction["settings"]["method"], prediction["settings"]["check"], prediction["maps"]
+    path.write_text(json.dumps(prediction))
+    (again,) = run_slides([SlideJob("disc", slide)], model, settings)
+    assert again.status == "failed"
+    assert "got method: cdam" in again.reason
+    old = replace(settings, method="cdam", check=False)
+    (same,) = run_slides([SlideJob("disc", slide)], model, old)
+    assert same.status == "skipped", same.reason
 
 
 def test_settings_but_the_folder_are_given_by_name() -> None:

@@ -102,10 +102,12 @@ def test_relevance_holds_raw_scores_of_tiles_and_tokens(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tiles, attention = rng.normal(size=(2, 3)).astype(np.float32), np.full(3, 1 / 3, dtype=np.float32)
     tokens, keep = rng.normal(size=(2, 3, 2, 2)).astype(np.float32), rng.random((3, 2, 2)) < 0.5
-    with relevance_table(tmp_path / "r.h5", ("a", "b"), tiles, attention, COORDS, GEOMETRY, "slide", (2, 2)) as write:
+    of = ("a", "b"), tiles, attention, COORDS, GEOMETRY, "slide", "Some method"
+    with relevance_table(tmp_path / "r.h5", *of, (2, 2)) as write:
         for batch in (np.array([0, 1]), np.array([2])):
             write(batch, tokens[:, batch], np.abs(tokens[0, batch]), keep[batch])
     with h5py.File(tmp_path / "r.h5") as file:
+        assert file.attrs["method"].startswith("Some method: ")
         assert [name.decode() for name in file["classes"]] == ["a", "b"]
         np.testing.assert_array_equal(file["tiles/relevance"], tiles)
         np.testing.assert_array_equal(file["tiles/attention"], attention)
