@@ -42,6 +42,7 @@ __all__ = [
     "explain_slide",
     "gradients_of",
     "products_with",
+    "unmapped",
 ]
 
 
