@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from maskattn.cli import slide_runs
 from maskattn.cli.app import app
+from maskattn.cli.progress import ProgressBars
 from maskattn.demo import synthetic
 from maskattn.slide.summary import read_summary
 
@@ -276,7 +277,7 @@ def test_interrupt_exits_with_130(slide: Path, tmp_path: Path, monkeypatch: pyte
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(slide_runs, "run", interrupt)
+    monkeypatch.setattr(ProgressBars, "tiles_done", interrupt)
     result = maskattn("infer", slide, "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert "run the same command again" in one_line(result)

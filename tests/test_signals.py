@@ -15,14 +15,11 @@ from small_slides import small_model, tissue_image, write_slide
 SLOW = """
 import sys, time
 from maskattn.cli import main
-from maskattn.slide.slide_run import SlideRun
-move = SlideRun._move
-def slowly(self, *arguments):
-    for batch in move(self, *arguments):
-        print("a batch", flush=True)
-        time.sleep({pause})
-        yield batch
-SlideRun._move = slowly
+from maskattn.cli.progress import ProgressBars
+def slowly(self, done, total):
+    print("a batch", flush=True)
+    time.sleep({pause})
+ProgressBars.tiles_done = slowly
 main()
 """
 

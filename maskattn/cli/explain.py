@@ -40,7 +40,10 @@ def explain(
         tuple[float, float, float] | None,
         typer.Option("--pixel-mean", help="By default the model's own, or ImageNet's."),
     ] = None,
-    pixel_std: Annotated[tuple[float, float, float] | None, typer.Option("--pixel-std", help="Likewise.")] = None,
+    pixel_std: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option("--pixel-std", help="By default the model's own, or ImageNet's."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="PNG, or folder for it; by default IMAGE_explained.png in this folder.")
     ] = None,

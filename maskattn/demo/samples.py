@@ -29,7 +29,7 @@ KINDS = ("glass", *CLASSES)
 
 
 class ArrayReader:
-    """A synthetic slide in memory behind the interface of ``SlideReader``."""
+    """A synthetic slide in memory with the interface of ``SlideReader``."""
 
     notes = ()
 

@@ -270,9 +270,9 @@ def draw_stroke(rng: np.random.Generator, glass: Bool[np.ndarray, "H W"]) -> Byt
     """(H, W) uint8, the ink of one curved pen stroke that stays on glass; empty where no room was found."""
     height, width = glass.shape
     for _ in range(12):
-        turn = np.linspace(0, rng.uniform(0.4, 4.5), 60)[:, None]
-        wave = np.concatenate([np.cos(turn), np.sin(turn)], 1) * rng.uniform(0.03, 0.20, 2) * width
-        line = (wave + turn * rng.normal(0, 0.06, 2) * width) @ rotation(rng.uniform(0, 2 * np.pi))
+        angle = np.linspace(0, rng.uniform(0.4, 4.5), 60)[:, None]
+        loop = np.concatenate([np.cos(angle), np.sin(angle)], 1) * rng.uniform(0.03, 0.20, 2) * width
+        line = (loop + angle * rng.normal(0, 0.06, 2) * width) @ rotation(rng.uniform(0, 2 * np.pi))
         line += rng.uniform(0.05, 0.95, 2) * (width, height)
         stroke = np.zeros((height, width), np.uint8)
         cv2.polylines(

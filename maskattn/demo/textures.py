@@ -60,7 +60,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Gland:
-    """How glands of one kind look; lengths in px (= µm), pairs are (smallest, largest).
+    """How glands of one kind look; lengths in px (= µm); two numbers are (smallest, largest).
 
     Attributes:
         radius: outer radius.
@@ -69,7 +69,7 @@ class Gland:
         rows: rings of nuclei, as shares of the way from the outline (0) to the lumen (1).
         nucleus_spacing: distance between neighbouring nuclei of a ring.
         nucleus: half axes of a nucleus, along and across the radius.
-        irregularity: relative scatter of the nuclei's size and place.
+        irregularity: relative scatter of the nuclei's size and position.
         darkness: stain density of nuclei.
         cytoplasm: (haematoxylin, eosin) of the epithelium.
     """
@@ -110,12 +110,12 @@ def blob(rng: np.random.Generator, radius: float, elongation: float = 1.0, rough
 
 
 def rotation(angle: float) -> NDArray[np.float64]:
-    """(2, 2) matrix that turns row vectors by ``angle`` radians."""
+    """(2, 2) matrix that rotates row vectors by ``angle`` radians."""
     return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
 def fill(layer: ByteArray, points: NDArray[np.floating], value: int) -> None:
-    """Fill the polygon (P, 2) with ``value``, at sub-pixel places."""
+    """Fill the polygon (P, 2) with ``value``, at sub-pixel positions."""
     cv2.fillPoly(layer, [np.rint(points * 2**SUBPIXEL_BITS).astype(np.int32)], value, shift=SUBPIXEL_BITS)
 
 
@@ -140,9 +140,9 @@ def fibres(rng: np.random.Generator, height: int, width: int) -> tuple[FloatArra
 
 
 def hexagonal_points(rng: np.random.Generator, height: int, width: int, spacing: float, jitter: float) -> FloatArray:
-    """(M, 2) places about ``spacing`` apart that cover the area, each moved by up to ``jitter`` · spacing.
+    """(M, 2) positions about ``spacing`` apart that cover the area, each moved by up to ``jitter`` · spacing.
 
-    The lattice lies at a random angle: one that kept step with the token grid would tell tokens apart by their place.
+    The lattice lies at a random angle: one in step with the token grid would tell tokens apart by their position.
     """
     reach = np.hypot(height, width) / 2 + 2 * spacing
     side = np.arange(-reach, reach, spacing)
@@ -163,8 +163,8 @@ def paint_nuclei(
     darkness: NDArray[np.floating],
 ) -> None:
     """Paint M elliptical nuclei: (M, 2) centres, (M, 2) half axes, (M,) angles in radians, (M,) densities 0 to 255."""
-    turn = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    circle = np.stack([np.cos(turn), np.sin(turn)], 1)
+    angle = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
     local = circle[None] * half_axes[:, None]
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     outlines = np.stack([local[..., 0] * cos - local[..., 1] * sin, local[..., 0] * sin + local[..., 1] * cos], -1)

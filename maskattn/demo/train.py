@@ -89,7 +89,7 @@ class TileSet:
 
 @dataclass(frozen=True)
 class EncodedSlides:
-    """Slides for stage 2: (S, C, H, W) tile embeddings at their places, (S, H, W) bool, (S,) labels."""
+    """Slides for stage 2: (S, C, H, W) tile embeddings at their grid positions, (S, H, W) bool, (S,) labels."""
 
     embeddings: Tensor
     keep: Tensor
@@ -166,7 +166,7 @@ def train_tiles(
     encoder = nn.ModuleDict({"encoder": model.tile_encoder, "head": head}).train()
     for step, take in enumerate(optimise(encoder, plan.tile_steps, rate=1e-3)):
         picked = torch.from_numpy(rng.integers(len(tiles.tiles), size=plan.tile_batch))
-        pixels, keep, kinds = turn(rng, tiles.tiles[picked], tiles.keep[picked], tiles.kinds[picked])
+        pixels, keep, kinds = rotated(rng, tiles.tiles[picked], tiles.keep[picked], tiles.kinds[picked])
         keep = leave_out_tokens(rng, keep)
         weight = keep[:, None].float()
         shares = (kinds * weight).sum((2, 3)) / weight.sum((2, 3))
@@ -201,7 +201,7 @@ def train_labels(
     encoder = model.slide_encoder.train()
     for step, take in enumerate(optimise(encoder, plan.label_steps, rate=5e-4)):
         picked = torch.from_numpy(rng.integers(len(slides.labels), size=plan.label_batch))
-        embeddings, keep = turn(rng, slides.embeddings[picked], slides.keep[picked])
+        embeddings, keep = rotated(rng, slides.embeddings[picked], slides.keep[picked])
         embeddings, keep = shift(rng, embeddings, keep)
         embeddings, keep, labels = mix(rng, embeddings, keep, F.one_hot(slides.labels[picked], len(CLASSES)).float())
         keep &= random_like(rng, keep) > 0.9 * random_like(rng, keep[:, :1, :1])
@@ -262,15 +262,15 @@ def encode_slides(model: SlideModel, plan: TrainingPlan) -> EncodedSlides:
     return EncodedSlides(embeddings, keep, labels)
 
 
-def turn(rng: np.random.Generator, *grids: Tensor) -> list[Tensor]:
-    """Turn and mirror batches of square grids (B, ..., H, W), all by the same symmetry."""
+def rotated(rng: np.random.Generator, *grids: Tensor) -> list[Tensor]:
+    """Rotate and mirror batches of square grids (B, ..., H, W), all by the same symmetry."""
     quarter, mirrored = int(rng.integers(4)), rng.random() < 0.5
     turned = [torch.rot90(grid, quarter, (-2, -1)) for grid in grids]
     return [(grid.flip(-1) if mirrored else grid).contiguous() for grid in turned]
 
 
 def shift(rng: np.random.Generator, grid: Tensor, keep: Tensor, furthest: int = 3) -> tuple[Tensor, Tensor]:
-    """Roll a batch of tile grids by a few tiles, so that the slide encoder does not learn places by heart."""
+    """Roll a batch of tile grids by a few tiles, so that the slide encoder does not learn positions by heart."""
     by = tuple(int(step) for step in rng.integers(-furthest, furthest + 1, 2))
     return torch.roll(grid, by, (-2, -1)), torch.roll(keep, by, (-2, -1))
 

@@ -1,4 +1,4 @@
-"""Damage: which places of which levels cannot be decoded, why, and what to do about it."""
+"""Damage: which regions of which levels cannot be decoded, why, and what to do about it."""
 
 from __future__ import annotations
 
@@ -61,23 +61,23 @@ class Rectangle:
 
 
 def _middle(first: int, end: int, tile: int) -> tuple[int, int]:
-    """A tile's edge about midway between two places, and over how many tiles these reach."""
+    """A tile's edge about midway between two positions, and over how many tiles these reach."""
     start, tiles = first // tile, -(-end // tile) - first // tile
     return (start + tiles // 2) * tile, tiles
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A place that cannot be decoded.
+    """A region of a level that cannot be decoded.
 
     Attributes:
         level: the level.
-        place_lv0: where, in level-0 pixels.
+        region_lv0: where, in level-0 pixels.
         reason: the decoder's own words.
     """
 
     level: int
-    place_lv0: Rectangle
+    region_lv0: Rectangle
     reason: str
 
     def message(self, path: Path) -> str:
@@ -88,40 +88,40 @@ class Damage:
         )
 
     def where(self) -> str:
-        """The place in words: its corner, in level-0 pixels."""
-        return f"x={self.place_lv0.left}, y={self.place_lv0.top} at level {self.level}"
+        """The region in words: its corner, in level-0 pixels."""
+        return f"x={self.region_lv0.left}, y={self.region_lv0.top} at level {self.level}"
 
 
 @dataclass
 class DamageLog:
     """What a reader met that it could not decode, told once per level and outcome."""
 
-    _places: dict[tuple[int, bool], dict[Rectangle, Damage]] = field(default_factory=dict)
+    _regions: dict[tuple[int, bool], dict[Rectangle, Damage]] = field(default_factory=dict)
 
     def add(self, damage: Damage, white: bool) -> None:
-        """Note a place, and whether it was left white or read from a finer level."""
-        self._places.setdefault((damage.level, white), {}).setdefault(damage.place_lv0, damage)
+        """Note a region, and whether it was left white or read from a finer level."""
+        self._regions.setdefault((damage.level, white), {}).setdefault(damage.region_lv0, damage)
 
     def merge(self, other: DamageLog) -> None:
         """Note what another reader of the same slide met."""
-        for (_, white), places in other._places.items():
-            for damage in places.values():
+        for (_, white), regions in other._regions.items():
+            for damage in regions.values():
                 self.add(damage, white)
 
     def take(self) -> DamageLog | None:
         """What was noted since the last time, or None; this log is empty afterwards."""
-        if not self._places:
+        if not self._regions:
             return None
-        taken, self._places = DamageLog(self._places), {}
+        taken, self._regions = DamageLog(self._regions), {}
         return taken
 
     def notes(self) -> tuple[str, ...]:
         """A sentence for each level and outcome."""
-        return tuple(_note(list(places.values()), white) for (_, white), places in self._places.items())
+        return tuple(_note(list(regions.values()), white) for (_, white), regions in self._regions.items())
 
 
 def _note(damages: list[Damage], white: bool) -> str:
     first, more = damages[0], len(damages) - 1
-    further = f", nor can {more} more {'place' if more == 1 else 'places'} of it" if more else ""
+    further = f", nor can {more} more {'region' if more == 1 else 'regions'} of it" if more else ""
     outcome = "they are taken for glass" if white else "a finer level was read there"
     return f"{first.where()} cannot be decoded ('{first.reason}'){further}; {outcome}"

@@ -111,8 +111,8 @@ def blend(
 
     low, high = colour_limit(values_YX, kind)
     known = np.isfinite(values_YX)
-    places = _colour_scale(low, high)(np.clip(values_YX[known], low, high))
-    colours = matplotlib.colormaps[_COLOUR_MAPS[kind]](places)[:, :3]
+    positions = _colour_scale(low, high)(np.clip(values_YX[known], low, high))
+    colours = matplotlib.colormaps[_COLOUR_MAPS[kind]](positions)[:, :3]
     # Grey below the map, so that every hue is the map's and none the stain's.
     grey = thumbnail_YX3[known] @ np.array(_LUMINANCE)
     image = thumbnail_YX3.copy()
@@ -121,8 +121,9 @@ def blend(
 
 
 def _colour_scale(low: float, high: float) -> Any:
-    """Values to places on the colour map by signed square root: a few tokens hold most of the relevance, and a linear
-    scale would leave all others pale. Zero stays in the middle of a symmetric scale.
+    """Values to positions on the colour map by signed square root; zero stays in the middle of a symmetric scale.
+
+    A few tokens hold most of the relevance, and a linear scale would leave all others pale.
     """
     from matplotlib.colors import FuncNorm
 
@@ -203,9 +204,9 @@ def _frame(
     width, height = body[0] + _BAR_PX, head + body[1]
     figure = Figure(figsize=((width + 0.5) / _DPI, (height + 0.5) / _DPI), dpi=_DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    place = _MARGIN_PX / width, 1 - _MARGIN_PX / height
+    corner = _MARGIN_PX / width, 1 - _MARGIN_PX / height
     letters: dict[str, Any] = {"fontsize": _TITLE_PT, "fontfamily": families_of(title), "parse_math": False}
-    figure.text(*place, title, va="top", ha="left", **letters)
+    figure.text(*corner, title, va="top", ha="left", **letters)
     bar_height = min(body[1] - 20, 400)
     axes = figure.add_axes(
         (((body[0] + 12) / width), 1 - (head + 10 + bar_height) / height, 16 / width, bar_height / height)

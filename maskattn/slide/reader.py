@@ -193,7 +193,7 @@ class SlideReader:
         Raises:
             ValueError: a size is not above 0.
             SlideError: the region cannot be decoded, or would take minutes for want of coarse levels; the message
-                names the place and the decoder's reason, and the next read reopens the file.
+                names the region and the decoder's reason, and the next read reopens the file.
         """
         if min(*size_lv0, *out_px) < 1:
             raise ValueError(
@@ -330,35 +330,35 @@ class SlideReader:
             rgb[inside.within(asked)] = self._decode(level, inside, patience)
         return rgb
 
-    def _decode(self, level: int, place: Rectangle, patience: _Patience) -> np.ndarray:
+    def _decode(self, level: int, region: Rectangle, patience: _Patience) -> np.ndarray:
         """Decode a rectangle of a level; what fails is narrowed down to single tiles, and these are replaced."""
         try:
-            rgb = on_white(self._open().read(level, place.left, place.top, place.width, place.height))
+            rgb = on_white(self._open().read(level, region.left, region.top, region.width, region.height))
             patience.decoded = True
             return rgb
         except DecodeError as error:
             self.close()
             reason = str(error)
-        halves = place.halves(self._level_tiles[level]) if patience.splits > 0 else None
+        halves = region.halves(self._level_tiles[level]) if patience.splits > 0 else None
         if halves is None:
-            return self._stand_in(level, place, reason, patience)
+            return self._stand_in(level, region, reason, patience)
         patience.splits -= 1
-        rgb = np.empty((place.height, place.width, 3), np.uint8)
+        rgb = np.empty((region.height, region.width, 3), np.uint8)
         for half in halves:
-            rgb[half.within(place)] = self._decode(level, half, patience)
+            rgb[half.within(region)] = self._decode(level, half, patience)
         return rgb
 
-    def _stand_in(self, level: int, place: Rectangle, reason: str, patience: _Patience) -> np.ndarray:
+    def _stand_in(self, level: int, region: Rectangle, reason: str, patience: _Patience) -> np.ndarray:
         """What a finer level shows of a rectangle that cannot be decoded; white where that fails too, if tolerated."""
-        place_lv0 = place.scaled(*self._downsamples[level])
-        damage = Damage(level, place_lv0, reason)
+        region_lv0 = region.scaled(*self._downsamples[level])
+        damage = Damage(level, region_lv0, reason)
         if level > 0:
             finer = self._downsamples[level - 1]
-            size_lv0 = place_lv0.width, place_lv0.height
+            size_lv0 = region_lv0.width, region_lv0.height
             if size_lv0[0] / finer[0] * size_lv0[1] / finer[1] <= _MOST_STAND_IN_PX:
-                out_px = place.width, place.height
+                out_px = region.width, region.height
                 whites = patience.whites
-                rgb = self._read(level - 1, place_lv0.left, place_lv0.top, size_lv0, out_px, patience)
+                rgb = self._read(level - 1, region_lv0.left, region_lv0.top, size_lv0, out_px, patience)
                 if patience.whites == whites:
                     self.damages.add(damage, white=False)
                 return rgb
@@ -367,7 +367,7 @@ class SlideReader:
         patience.first_white = patience.first_white or damage
         patience.whites += 1
         self.damages.add(damage, white=True)
-        return np.full((place.height, place.width, 3), 255, np.uint8)
+        return np.full((region.height, region.width, 3), 255, np.uint8)
 
 
 @dataclass
@@ -378,7 +378,7 @@ class _Patience:
         tolerant: what no level can give is left white.
         splits: how often a rectangle that fails may still be cut in two, to find the tile that does.
         decoded: whether anything was.
-        whites: how many places were left white.
+        whites: how many regions were left white.
         first_white: the first of them.
     """
 

@@ -27,7 +27,7 @@ class Asked:
     """How a field of the request is given, recorded and compared.
 
     Attributes:
-        flag: its option on the command line; of a bool, the option that turns its default round.
+        flag: its option on the command line; of a bool, the option that reverses its default.
         help: what the option does, in a sentence.
         minimum: least number that is taken; None where any is.
         maximum: greatest number that is taken.

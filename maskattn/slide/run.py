@@ -36,7 +36,7 @@ class RunProgress(Protocol):
     """What a run tells while it runs."""
 
     def slide_started(self, job: SlideJob) -> None:
-        """A slide's turn has come."""
+        """A slide is about to be run."""
 
     def tiles_done(self, done: int, total: int) -> None:
         """So many of the current slide's tiles are through."""
@@ -60,7 +60,7 @@ def run_slides(
         The outcome of each job, in order. A failed slide is an outcome, not an exception.
 
     Raises:
-        ManifestError: part of what was asked for would have no effect.
+        ManifestError: some of what was asked for would have no effect.
         OutputError: the output folder, or its summary, cannot be written.
     """
     check_request(jobs, settings, model.config.masked)

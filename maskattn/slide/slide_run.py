@@ -29,7 +29,7 @@ class EncodedTiles:
 
     Attributes:
         embeddings_TC: (T, C), in the grid's order.
-        rows_T: (T,) their rows among the grid's kept tiles.
+        rows_T: (T,) their indices among the grid's kept tiles.
         keep_HW: (H, W) bool over the grid's cells: the kept tiles less those that could not be read.
         reason: why the first unreadable tile could not be read; None where all could.
     """
@@ -42,7 +42,7 @@ class EncodedTiles:
 
 @dataclass(frozen=True, eq=False)
 class ReadTiles:
-    """A batch of tiles on the model's device, with the rows and masks that go with it on both sides.
+    """A batch of tiles and their masks on the model's device, with the tiles' indices in the grid on the host.
 
     ``reason`` is why the first unreadable tile cannot be read; None where all can.
     """
@@ -125,7 +125,7 @@ class SlideRun:
         return self.model.device
 
     def read(self, grid: TokenGrid, rows_T: Int[np.ndarray, " T"] | None = None) -> Iterator[ReadTiles]:
-        """The grid's kept tiles, or some rows of them, batch by batch; waiting for them counts as "read"."""
+        """The grid's kept tiles, or those of some indices, batch by batch; waiting for them counts as "read"."""
         settings = self.settings
         tiles = grid.kept_tiles if rows_T is None else len(rows_T)
         workers = count_workers(settings.workers, tiles, settings.batch_size)

@@ -35,7 +35,7 @@ class TileBatch:
 
     Attributes:
         tiles_BCHW: (B, 3, tile_px, tile_px) uint8 RGB; white where unreadable.
-        rows_B: (B,) int64, the rows of the grid's kept tiles that these are.
+        rows_B: (B,) int64, the tiles' indices among the grid's kept tiles.
         readable_B: (B,) bool, False where the tile could not be decoded.
         reason: why the first of those could not; None where all could.
         by_worker: a worker process decoded them.
@@ -88,7 +88,7 @@ def stream_tiles(
         batch_size: tiles of a batch; the last may have fewer.
         workers: decoding processes; 0 decodes in this one, None starts some where there are tiles and cores enough
             for them to pay off. At most one per core is started.
-        rows: which of the grid's kept tiles, by row, and in which order; by default all of them.
+        rows: which of the grid's kept tiles, by index, and in which order; by default all of them.
         pin_memory: whether to hand batches over in page-locked memory; without a GPU this is passed over.
 
     Raises:
@@ -179,14 +179,14 @@ class _Tiles(Dataset[TileBatch]):
         tiles_BHWC = np.full((len(items), side, side, 3), 255, np.uint8)
         readable_B = torch.ones(len(items), dtype=torch.bool)
         reason = None
-        for place, item in enumerate(items):
+        for index, item in enumerate(items):
             x, y = self._coords_lv0[item].tolist()
             try:
-                tiles_BHWC[place] = self._reader.read_region(x, y, (self._tile_lv0, self._tile_lv0), (side, side))
+                tiles_BHWC[index] = self._reader.read_region(x, y, (self._tile_lv0, self._tile_lv0), (side, side))
             except ReadingStopped:
                 raise
             except SlideError as error:
-                readable_B[place] = False
+                readable_B[index] = False
                 reason = reason or str(error)
             if self._heartbeat is not None:
                 self._heartbeat.beat()

@@ -102,7 +102,7 @@ def _create(path: Path, row: Mapping[str, str]) -> bool:
 
 
 def _append(file: FileIO, row: Mapping[str, str]) -> bool:
-    """Write the row behind the others; False where it takes a table written anew."""
+    """Write the row after the others; False where the table must be written anew."""
     columns = next(csv.reader([file.readline().decode("utf-8-sig", "replace")]), [])
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))

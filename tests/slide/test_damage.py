@@ -147,6 +147,6 @@ def test_a_prediction_says_what_was_read_from_a_finer_level(slide: Path, tmp_pat
     assert outcome.prediction is not None, outcome.reason
     (note,) = outcome.prediction.notes
     assert "at level 1 cannot be decoded ('" in note
-    assert note.endswith("more places of it; a finer level was read there")
+    assert note.endswith("more regions of it; a finer level was read there")
     assert outcome.prediction.counts.unreadable_tiles == 0
     assert read_prediction(tmp_path / "out" / "slide" / "prediction.json").notes == (note,)

@@ -1,3 +1,3 @@
-"""Formats: one file per decoder of slides, each behind the interface of :mod:`maskattn.slide.formats.image`."""
+"""Formats: one file per decoder of slides, each with the interface of :mod:`maskattn.slide.formats.image`."""
 
 from __future__ import annotations

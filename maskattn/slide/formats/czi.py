@@ -38,7 +38,7 @@ def describe_czi(path: Path) -> NotRead:
 
 
 def _extents(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """First and last place along each dimension over all full-resolution pieces."""
+    """First and last position along each dimension over all full-resolution pieces."""
     head = file.read(_SEGMENT_HEAD + 80)
     (directory,) = struct.unpack_from("<q", head, _SEGMENT_HEAD + 52)
     file.seek(directory)

@@ -41,7 +41,7 @@ class DecoderCrashed(Exception):  # noqa: N818 -- named for what happened
     """The process ended; the text is how, and the last line that it wrote."""
 
 
-class DecoderStalled(Exception):  # noqa: N818 -- likewise
+class DecoderStalled(Exception):  # noqa: N818 -- named for what happened, too
     """The process did not answer in time, and was ended."""
 
 

@@ -65,16 +65,16 @@ def _file_meta(path: Path) -> dict[tuple[int, int], str]:
     with path.open("rb") as file:
         data = file.read(_META_BYTES)
     found: dict[tuple[int, int], str] = {}
-    place = 132
-    while place + 12 <= len(data):
-        group, element, vr, length = struct.unpack_from("<HH2sH", data, place)
-        place += 8
+    offset = 132
+    while offset + 12 <= len(data):
+        group, element, vr, length = struct.unpack_from("<HH2sH", data, offset)
+        offset += 8
         if group != 2:
             break
         if vr in _LONG_VRS:
-            (length,) = struct.unpack_from("<I", data, place)
-            place += 4
+            (length,) = struct.unpack_from("<I", data, offset)
+            offset += 4
         if vr == b"UI" and length <= _MOST_UID_BYTES:
-            found[group, element] = data[place : place + length].rstrip(b"\0 ").decode("ascii", errors="replace")
-        place += length
+            found[group, element] = data[offset : offset + length].rstrip(b"\0 ").decode("ascii", errors="replace")
+        offset += length
     return found

@@ -16,7 +16,7 @@ __all__ = ["DecodeError", "NotRead", "SlideImage", "axis_downsamples"]
 
 
 class DecodeError(Exception):
-    """A part of a level cannot be decoded; the message is the decoder's own reason."""
+    """A region of a level cannot be decoded; the message is the decoder's own reason."""
 
 
 class NotRead(Exception):  # noqa: N818 (no error of the file's)

@@ -25,7 +25,7 @@ _idle: list[DecodingProcess] = []
 class IsolatedDecoding:
     """Opens one slide's image as often as needed, and counts how often its decoder crashed.
 
-    A crash is damage of the place that was read: the reader goes on with the next. A decoder that crashes again and
+    A crash is damage of the region that was read: the reader goes on with the next. A decoder that crashes again and
     again, or once does not answer within two minutes, stops the slide.
     """
 

@@ -1,7 +1,7 @@
 """Slides that OpenSlide decodes.
 
-OpenSlide takes a place in level-0 pixels and divides it by one number per level, the mean of both axes' ratios. This
-adapter turns that round, so that the pixels of a level come back that were asked for.
+OpenSlide takes a position in level-0 pixels and divides it by one number per level, the mean of both axes' ratios. This
+adapter reverses that, so that the pixels of a level come back that were asked for.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ _NO_IMAGE = "name the slide file itself"
 
 
 class Signature(NamedTuple):
-    """Bytes at a place of the file, what they tell it to be, and what to do about it."""
+    """Bytes at an offset of the file, what they show it to be, and what to do about it."""
 
     offset: int
     magic: bytes

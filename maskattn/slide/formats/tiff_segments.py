@@ -92,20 +92,20 @@ def _check_stated_size(data: bytes, segment: tuple[int, int]) -> None:
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     if not data.startswith(b"\xff\xd8"):
         return None
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
+    offset = 2
+    while offset + 9 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
         if marker in _FRAMES:
-            height, width = struct.unpack_from(">HH", data, place + 5)
+            height, width = struct.unpack_from(">HH", data, offset + 5)
             return width, height
-        (length,) = struct.unpack_from(">H", data, place + 2)
-        place += 1 if marker == 0xFF else 2 + length
+        (length,) = struct.unpack_from(">H", data, offset + 2)
+        offset += 1 if marker == 0xFF else 2 + length
     return None
 
 
 def _jpeg_2000_size(head: bytes) -> tuple[int, int] | None:
-    place = head.find(b"\xff\x4f\xff\x51")
-    if place < 0 or place + 24 > len(head):
+    offset = head.find(b"\xff\x4f\xff\x51")
+    if offset < 0 or offset + 24 > len(head):
         return None
-    right, bottom, left, top = struct.unpack_from(">IIII", head, place + 8)
+    right, bottom, left, top = struct.unpack_from(">IIII", head, offset + 8)
     return max(0, right - left), max(0, bottom - top)

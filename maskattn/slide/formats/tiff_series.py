@@ -148,7 +148,7 @@ def _is_reduced(page: Any) -> bool:
 
 
 class _OnePage:
-    """A page behind the few attributes of a series that are used here."""
+    """A page with the few attributes of a series that are used here."""
 
     def __init__(self, page: Any) -> None:
         self.pages = [page]

@@ -68,7 +68,7 @@ class ExplainedTiles:
         tiles_B: (B,) which of the slide's T tiles they are.
         keep_Bhw: (B, h, w) bool, the tokens that are kept, less those of a tile that could not be read again.
         relevance_KBhw: (K, B, h, w) signed score of each token, 0 at background; None where tokens were not asked for.
-        attention_Bhw: (B, h, w) attention of the tile's class token to each token, likewise.
+        attention_Bhw: (B, h, w) attention of the tile's class token to each token; None as above.
     """
 
     tiles_B: Int[np.ndarray, " B"]
