@@ -30,6 +30,7 @@ __all__ = [
     "split_span",
     "spread",
     "weighted_sum",
+    "weights_of",
 ]
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from maskattn.kernels.arguments import Noise
 from maskattn.kernels.tiles import INTERPRETING, LOG2_E, tile_offsets
 
-__all__ = ["distances", "dropout_factors", "load_noise", "load_places", "softmax_update"]
+__all__ = ["distances", "dropout_factors", "exponential", "in_units", "load_noise", "load_places", "softmax_update"]
 
 
 @triton.jit
