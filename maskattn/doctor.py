@@ -101,7 +101,7 @@ def _run_native() -> str:
 
 
 def _impls() -> tuple[str, ...]:
-    from maskattn.attention.implementations import IMPLS
+    from maskattn.attention.implementation import IMPLS
 
     return IMPLS
 

@@ -23,6 +23,8 @@ FLOORS = [
         "native_packing",
         "shapes",
         "options",
+        "operands",
+        "dropout",
         "kernels",
         "extension",
         "_native",
@@ -40,19 +42,22 @@ def floor_of(room: str) -> int:
     return next(level for level, rooms in enumerate(FLOORS) if room in rooms)
 
 
-def imported_rooms(path: Path) -> set[str]:
-    rooms = set()
+def imported_names(path: Path) -> set[str]:
+    """Every module, and every name of one, that a file imports anywhere."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively; write the full name"
-            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        known = {room for rooms in FLOORS for room in rooms}
-        rooms |= {name.split(".")[1] for name in names if name.startswith("maskattn.") and name.split(".")[1] in known}
-    return rooms
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def imported_rooms(path: Path) -> set[str]:
+    known = {room for rooms in FLOORS for room in rooms}
+    rooms = {name.split(".")[1] for name in imported_names(path) if name.startswith("maskattn.")}
+    return rooms & known
 
 
 def test_every_module_has_a_floor_and_imports_only_downwards():
@@ -67,6 +72,32 @@ def test_every_module_has_a_floor_and_imports_only_downwards():
             upper = floor_of(room)
             assert upper in (0, 5) or floor_of(other) < upper, f"{path.relative_to(PACKAGE)} imports beside itself"
     assert arrows > 20
+
+
+def test_implementations_have_the_names_of_impl_and_import_nothing_from_one_another():
+    from maskattn.attention.implementation import IMPLS
+
+    home = PACKAGE / "attention" / "impl"
+    found = {path.stem for path in home.iterdir() if path.stem not in ("__init__", "__pycache__")}
+    assert found == set(IMPLS)
+    files = 0
+    for impl in found:
+        for path in (home / impl).rglob("*.py") if (home / impl).is_dir() else [home / f"{impl}.py"]:
+            files += 1
+            others = {x for x in imported_names(path) if x.startswith("maskattn.attention.impl")}
+            allowed = f"maskattn.attention.impl.{impl}"
+            strange = [x for x in others if x != allowed and not x.startswith(f"{allowed}.")]
+            assert not strange, f"{path.relative_to(PACKAGE)} imports {strange}"
+            if impl != "reference":
+                assert not [x for x in imported_names(path) if x.startswith("maskattn.attention.reference")]
+    assert files >= len(IMPLS)
+
+
+def test_the_specification_shares_with_what_it_judges_only_what_it_is_given():
+    shared = {
+        name.split(".")[1] for name in imported_names(PACKAGE / "attention" / "reference.py") if "maskattn" in name
+    }
+    assert shared == {"options", "dropout"}
 
 
 CORE = """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskattn.attention import ops, readout_ops
+from maskattn.attention import operations, ops
 from maskattn.attention.checks import (
     check_bias,
     check_coords,
@@ -20,8 +20,8 @@ from maskattn.attention.checks import (
     check_packed,
     check_readout,
 )
-from maskattn.attention.dropout import new_seed
-from maskattn.attention.implementations import choose
+from maskattn.attention.implementation import choose
+from maskattn.dropout import new_seed
 from maskattn.leaves import leaf_function
 from maskattn.options import Options
 from maskattn.shapes import Bool, Float, Int
@@ -98,7 +98,7 @@ def packed_attention(
     options = _options(q, scale, key_bias, slopes, places, dropout_p)
     sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     impl = choose(impl, q, options)
-    out, lse, _ = ops.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
+    out, lse, _ = operations.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
 
 
@@ -152,7 +152,7 @@ def masked_attention(
     places = check_coords(coords, slopes, q, H, (B, q.shape[2]), (B, N))
     options = _options(q, scale, key_bias, slopes, places, dropout_p)
     impl = choose(impl, q, options)
-    out, lse, _ = ops.masked_attention(q, k, v, keep, skip_queries, *ops.flat_options(options), return_lse, impl)
+    out, lse, _ = operations.masked_attention(q, k, v, keep, skip_queries, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
 
 
@@ -203,7 +203,7 @@ def readout(
     places = check_coords(coords, slopes, q, H, (B, R), (k.shape[0],))
     options = _options(q, scale, key_bias, slopes, places, dropout_p)
     impl = choose(impl, q, options)
-    out, lse, _, rows = readout_ops.readout(
+    out, lse, _, rows = operations.readout(
         q, k, v, cu_seqlens, max_seqlen, *ops.flat_options(options), return_lse, return_rows, impl
     )
     if not (return_rows or return_lse):
@@ -276,7 +276,7 @@ def token_relevance(
     impl = choose(impl, q, options)
     if not is_transformed(tensors):  # where a derivative is refused instead
         tensors = tuple(None if x is None else x.detach() for x in tensors)
-    return readout_ops.token_relevance(*tensors, max_seqlen, *ops.flat_options(options), impl)
+    return operations.token_relevance(*tensors, max_seqlen, *ops.flat_options(options), impl)
 
 
 def _options(

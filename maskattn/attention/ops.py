@@ -1,65 +1,218 @@
-"""Packed and masked attention as torch sees them: ``torch.library`` schemas, fake kernels and autograd.
+"""The attention operations as torch sees them: ``torch.library`` schemas, fake kernels and autograd.
 
-Each public operation is one op with the implementation's name as an argument. The backward is an op of its own, so that
-``torch.compile`` keeps both opaque and whole; its own derivative is refused by name. ``maskattn.transforms`` has what
-``torch.func`` and forward-mode AD need besides.
+:func:`register` makes an op of an :class:`Operation`, which says what sets it apart; all else follows from the fields
+of the dataclasses that an implementation is given. The implementation's name is an argument of the op. The backward is
+an op of its own, so that ``torch.compile`` keeps both opaque and whole; its own derivative is refused.
+``maskattn.transforms`` has what ``torch.func`` and forward-mode AD need besides.
 
-Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, H heads, D head width.
+Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head
+width, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskattn.attention.checks import check_lengths
-from maskattn.attention.implementations import implementation
-from maskattn.attention.tangents import masked_tangent, no_second_derivative, packed_tangent, refuse_places
-from maskattn.options import Gradients, Options, Sequences, keeps_rest
+from maskattn.attention.implementation import Implementation, implementation, refuse_missing
+from maskattn.attention.schema import Arguments, flat
+from maskattn.operands import QKV, Gradients, OutputGradients, Outputs, Tangents
+from maskattn.options import Options, differentiable, is_given, keeps_rest
 from maskattn.transforms import refuse, transformable
 
-__all__ = [
-    "GRADIENTS",
-    "OPTIONS",
-    "contiguous",
-    "fake_gradients",
-    "fake_lse",
-    "fake_rest",
-    "flat_gradients",
-    "flat_options",
-    "given",
-    "is_autocast",
-    "like",
-    "masked_attention",
-    "once_differentiable",
-    "packed_attention",
-    "without_autocast",
-]
+__all__ = ["Operation", "flat_options", "is_autocast", "register", "register_without_derivative", "without_autocast"]
 
-SEQUENCES = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
-OPTIONS = (
-    "float scale, Tensor? key_bias, Tensor? slopes, Tensor? coords_q, Tensor? coords_k, float dropout_p, "
-    "Tensor? dropout_seed"
-)
-OUTPUTS = "(Tensor, Tensor, Tensor)"  # out, lse and its rest
-GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+Call = Callable[..., Any]
 
 
-def flat_options(options: Options) -> tuple[Any, ...]:
-    """The arguments that ``OPTIONS`` names."""
-    return (
-        options.scale,
-        options.key_bias,
-        options.slopes,
-        options.coords_q,
-        options.coords_k,
-        options.dropout_p,
-        options.dropout_seed,
-    )
+@dataclass(frozen=True)
+class Operation:
+    """What sets an operation apart.
+
+    Attributes:
+        name: of the op, of its backward and in error messages.
+        where: the dataclass that says which queries see which keys.
+        asked: outputs besides ``out`` that a call may do without: each has an argument ``need_…``.
+        outputs: what forward returns.
+        gradients: what backward is given.
+        forward, backward: the implementation's functions.
+        tangent: called as tangent(qkv, where, options, tangents), returns those of ``out`` and of what is ``asked``.
+        lse_shape: of q, the shape of lse.
+        check: called as check(qkv, where); raises where numbers that only the op can read do not fit.
+        options: their dataclass.
+    """
+
+    name: str
+    where: type
+    asked: tuple[str, ...]
+    outputs: type[Outputs]
+    gradients: type[OutputGradients]
+    forward: Callable[[Implementation], Callable[..., Outputs]]
+    backward: Callable[[Implementation], Callable[..., Gradients]]
+    tangent: Callable[..., tuple[Tensor, ...]]
+    lse_shape: Callable[[Tensor], tuple[int, ...]]
+    check: Callable[[QKV, Any], None]
+    options: type[Options] = Options
+
+
+def register(operation: Operation) -> Call:
+    """Register an operation and its backward with ``torch.library``.
+
+    Returns:
+        The op, also under ``torch.func`` and forward-mode AD; it takes the fields of QKV, of ``where`` and of the
+        options, then a bool for each of ``asked`` and the implementation's name.
+    """
+    further = (*(f"bool need_{name}" for name in operation.asked), "str impl")
+    arguments = Arguments((QKV, operation.where, operation.options), further)
+    outputs = [x.name for x in fields(operation.outputs)]
+
+    def run(*given: Any) -> tuple[Tensor, ...]:
+        qkv, where, options, *asked, impl = arguments.grouped(given)
+        # Here, where torch.compile and transforms have real numbers.
+        operation.check(qkv, where)
+        refuse_missing(impl, options)
+        with without_autocast(qkv.q):
+            results = operation.forward(implementation(impl))(qkv, where, options, *asked)
+        return tuple(x.contiguous() for x in flat(results))
+
+    def fake(*given: Any) -> tuple[Tensor, ...]:
+        qkv, _, options, *asked, impl = arguments.grouped(given)
+        # impl "torch" pays extra for lse, and leaves it out where nothing that needs it is asked for.
+        shape = operation.lse_shape(qkv.q)
+        shape = shape if any(asked) or impl != "torch" else (*shape[:-1], 0)
+        lse = qkv.q.new_empty(shape, dtype=_sum_dtype(qkv.q, impl))
+        results = qkv.q.new_empty(qkv.q.shape), lse, lse.new_empty(lse.shape if keeps_rest(impl, options) else 0)
+        if "rows" not in operation.asked:
+            return results
+        tokens = qkv.k.shape[0] if asked[operation.asked.index("rows")] else 0
+        return *results, lse.new_empty((*qkv.q.shape[1:3], tokens))
+
+    schema = f"{arguments.schema} -> ({', '.join(['Tensor'] * len(outputs))})"
+    op = torch.library.custom_op(f"maskattn::{operation.name}", mutates_args=(), schema=schema)(run)
+    op.register_fake(fake)
+    save, differentiate = _backward(operation, arguments)
+    op.register_autograd(differentiate, setup_context=save)
+    return transformable(op, save, differentiate, _tangent(operation, arguments))
+
+
+def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
+    """What keeps the arguments for backward, and backward itself, which runs an op of its own."""
+    own = Arguments((operation.gradients, QKV, Outputs, operation.where, operation.options), ("str impl",))
+    learnt = [x.name for x in fields(QKV)] + list(differentiable(operation.options))
+    positions = [arguments.names.index(name) for name in learnt]
+    left = len(fields(Outputs))
+    outputs = [x.name for x in fields(operation.outputs)]
+    constant = _without_derivative(operation.options, arguments)
+
+    def run(*given: Any) -> tuple[Tensor, ...]:
+        grads, qkv, results, where, options, impl = own.grouped(given)
+        refuse_missing(impl, options)
+        with without_autocast(qkv.q):
+            found = operation.backward(implementation(impl))(grads, qkv, results, where, options)
+        # An op returns contiguous tensors only, so an absent gradient is one of no elements.
+        each = (getattr(found, name) for name in learnt)
+        return tuple(qkv.q.new_empty(0) if x is None else x.contiguous() for x in each)
+
+    def fake(*given: Any) -> tuple[Tensor, ...]:
+        _, qkv, _, _, options, _ = own.grouped(given)
+        inputs = vars(qkv) | vars(options)
+        each = (inputs[name] for name in learnt)
+        return tuple(qkv.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in each)
+
+    schema = f"{own.schema} -> ({', '.join(['Tensor'] * len(learnt))})"
+    op = torch.library.custom_op(f"maskattn::{operation.name}_backward", mutates_args=(), schema=schema)(run)
+    op.register_fake(fake)
+    reason = no_second_derivative(operation.name)
+    op.register_autograd(reason, setup_context=_save_nothing)
+    backward = refuse(op, reason)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        arguments.save(ctx, inputs, *output[:left])
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given, results = arguments.saved(ctx)
+        _refuse_derivative(constant, ctx.needs_input_grad)
+        by_name = dict(zip(outputs, grads, strict=True))
+        grad_out = torch.zeros_like(results[0]) if by_name["out"] is None else by_name["out"]
+        inputs, (*needed, impl) = given[: -len(operation.asked) - 1], given[-len(operation.asked) - 1 :]
+        of_asked = (by_name[name] if need else None for name, need in zip(operation.asked, needed, strict=True))
+        found = backward(grad_out, *of_asked, *inputs[:3], *results, *inputs[3:], impl)
+        returned: list[Tensor | None] = [None] * len(given)
+        for position, grad in zip(positions, found, strict=True):
+            returned[position] = None if given[position] is None else grad
+        return tuple(returned)
+
+    return save, differentiate
+
+
+def _tangent(operation: Operation, arguments: Arguments) -> Call:
+    """The tangents of the outputs, called with those of the arguments."""
+    own = Arguments((QKV, operation.where, operation.options, Tangents))
+    positions = [arguments.names.index(x.name) for x in fields(Tangents)]
+    constant = _without_derivative(operation.options, arguments)
+
+    def run(*given: Any) -> tuple[Tensor, ...]:
+        return operation.tangent(*own.grouped(given))
+
+    # An operation of its own, so that torch.func maps over it.
+    tangent = refuse(run, no_second_derivative(operation.name), always=True)
+
+    def push(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, ...]:
+        given, (_, lse, lse_rest) = arguments.saved(ctx)
+        _refuse_derivative(constant, [x is not None for x in moved])
+        inputs, (*needed, _) = given[: -len(operation.asked) - 1], given[-len(operation.asked) - 1 :]
+        out_moved, lse_moved, *rows_moved = tangent(*inputs, *(moved[i] for i in positions))
+        # In the dtype of lse, which has no elements where it was not asked for.
+        lse_moved = lse_moved.to(lse.dtype) if lse_moved.shape == lse.shape else torch.zeros_like(lse)
+        rows_moved = [x if needed[-1] else x[..., :0].contiguous() for x in rows_moved]
+        return out_moved, lse_moved, torch.zeros_like(lse_rest), *rows_moved
+
+    return push
+
+
+def register_without_derivative(
+    name: str, groups: tuple[type, ...], run: Callable[..., Tensor], shape: Call, reason: str
+) -> Call:
+    """Register an operation that returns one tensor and has no derivative.
+
+    Args:
+        name: of the op.
+        groups: the dataclasses that ``run`` is given, QKV first, without the options.
+        run: called as run(implementation's name, *groups, options).
+        shape: called as shape(*groups), the shape of the result.
+        reason: what asking for the derivative raises.
+    """
+    arguments = Arguments((*groups, Options), ("str impl",))
+
+    def body(*given: Any) -> Tensor:
+        *inputs, options, impl = arguments.grouped(given)
+        _refuse_foreign(name, options)
+        refuse_missing(impl, options)
+        with without_autocast(inputs[0].q):
+            return run(impl, *inputs, options).contiguous()
+
+    def fake(*given: Any) -> Tensor:
+        *inputs, _, impl = arguments.grouped(given)
+        q = inputs[0].q
+        return q.new_empty(shape(*inputs), dtype=_sum_dtype(q, impl))
+
+    def refuse_it(*_: Any) -> Any:
+        raise NotImplementedError(reason)
+
+    op = torch.library.custom_op(f"maskattn::{name}", mutates_args=(), schema=f"{arguments.schema} -> Tensor")(body)
+    op.register_fake(fake)
+    return refuse(op, refuse_it)
+
+
+def flat_options(options: Options) -> list[Any]:
+    """The options as the ops take them."""
+    return flat(options)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -73,226 +226,50 @@ def is_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def flat_gradients(grads: Gradients) -> tuple[Tensor, ...]:
-    """An op returns contiguous tensors only, so an absent gradient is one of no elements."""
-    given = grads.q, grads.k, grads.v, grads.key_bias, grads.slopes
-    return tuple(grads.q.new_empty(0) if x is None else x.contiguous() for x in given)
+def no_second_derivative(name: str) -> Call:
+    """What a derivative's own derivative is: a refusal that says what to do instead."""
+
+    def raise_it(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} has no second derivative (a backward with create_graph=True, or a transform of torch.func, was "
+            "differentiated); use the functions of maskattn.attention.reference, which torch differentiates any "
+            "number of times"
+        )
+
+    return raise_it
 
 
-def fake_gradients(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, ...]:
-    """Shapes and dtypes of :func:`flat_gradients`."""
-    given = q, k, v, options.key_bias, options.slopes
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
+def _without_derivative(kind: type[Options], arguments: Arguments) -> list[tuple[int, str]]:
+    """Position and name of the options that are tensors of numbers without a derivative, such as coordinates."""
+    tensors = {arguments.names[i]: i for i in arguments.tensors}
+    constant = [x for x in fields(kind) if x.name in tensors and not x.metadata.get("differentiable")]
+    return [(tensors[x.name], x.metadata.get("named") or x.name) for x in constant]
 
 
-def fake_lse(q: Tensor, shape: tuple[Any, ...], need_lse: bool, impl: str) -> Tensor:
-    """float32 or wider, but the specification's own dtype; impl "torch" pays extra for it and leaves it out unasked."""
-    dtype = q.dtype if impl == "reference" else torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(shape if need_lse or impl != "torch" else (*shape[:-1], 0), dtype=dtype)
+def _refuse_derivative(of: list[tuple[int, str]], asked: Sequence[bool]) -> None:
+    for position, name in of:
+        if asked[position]:
+            raise NotImplementedError(
+                f"{name} {'have' if name.endswith('s') else 'has'} no derivative, got one asked for by torch.func or "
+                "forward-mode AD; compute them from what has none, or use the functions of "
+                "maskattn.attention.reference"
+            )
 
 
-def once_differentiable(backward: Any, operation: str) -> Callable[..., tuple[Tensor, ...]]:
-    """A backward op whose own derivative says what to do instead."""
-    reason = no_second_derivative(operation)
-
-    def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is needed to refuse."""
-
-    backward.register_autograd(reason, setup_context=save_nothing)
-    return refuse(backward, reason)
-
-
-def contiguous(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """An op returns contiguous tensors only."""
-    return tuple(x.contiguous() for x in outputs)
+def _refuse_foreign(operation: str, options: Options) -> None:
+    """Raise where the options say more than the operation can take."""
+    for x in fields(options):
+        if operation not in x.metadata.get("operations", (operation,)) and is_given(
+            getattr(options, x.name), x.default
+        ):
+            name = x.metadata.get("named") or x.name
+            raise ValueError(f"{operation} has no {name}, got {x.name}={getattr(options, x.name)}; leave it out")
 
 
-def fake_rest(lse: Tensor, impl: str, options: Options) -> Tensor:
-    """The rest of lse, of no elements where an implementation needs none."""
-    return lse.new_empty(lse.shape if keeps_rest(impl, options) else 0)
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Nothing is needed to refuse."""
 
 
-def given(dbias: Tensor, bias: Tensor | None, dslopes: Tensor, slopes: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of bias and slopes, None where there are none."""
-    return None if bias is None else dbias, None if slopes is None else dslopes
-
-
-def like(tangent: Tensor, output: Tensor) -> Tensor:
-    """A tangent in the dtype of its output, which has no elements where it was not asked for."""
-    return tangent.to(output.dtype) if tangent.shape == output.shape else torch.zeros_like(output)
-
-
-@torch.library.custom_op(
-    "maskattn::packed_attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {SEQUENCES}, {OPTIONS}, bool need_lse, str impl) -> {OUTPUTS}",
-)
-def _packed(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """q (Tq, H, D), k, v (Tk, H, D) → out (Tq, H, D), lse (H, Tq) and its rest, see ``options.keeps_rest``."""
-    sequences, options, (need_lse, impl) = Sequences(*rest[:4]), Options(*rest[4:11]), rest[11:]
-    # Here, where torch.compile and transforms have real numbers.
-    check_lengths("cu_seqlens_q", sequences.cu_seqlens_q, q.shape[0], sequences.max_seqlen_q)
-    check_lengths("cu_seqlens_k", sequences.cu_seqlens_k, k.shape[0], sequences.max_seqlen_k)
-    with without_autocast(q):
-        return contiguous(implementation(impl).packed_forward(q, k, v, sequences, options, need_lse))
-
-
-@_packed.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_lse, impl = rest[11:]
-    lse = fake_lse(q, (q.shape[1], q.shape[0]), need_lse, impl)
-    return q.new_empty(q.shape), lse, fake_rest(lse, impl, Options(*rest[4:11]))
-
-
-@torch.library.custom_op(
-    "maskattn::packed_attention_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"Tensor lse_rest, {SEQUENCES}, {OPTIONS}, str impl) -> {GRADIENTS}"
-    ),
-)
-def _packed_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, of the key bias and of the slopes (of no elements where there are none)."""
-    tensors, sequences, options, impl = rest[:7], Sequences(*rest[7:11]), Options(*rest[11:18]), rest[18]
-    with without_autocast(grad_out):
-        return flat_gradients(implementation(impl).packed_backward(grad_out, *tensors, sequences, options))
-
-
-@_packed_backward.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(q, k, v, Options(*rest[7:14]))
-
-
-packed_attention_backward = once_differentiable(_packed_backward, "packed_attention")
-
-
-def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, bias, slopes, coords_q, coords_k, p, seed = inputs[:14]
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed)
-    ctx.set_materialize_grads(False)
-    ctx.constants = max_q, max_k, scale, p, *inputs[14:]
-
-
-def _differentiate_packed(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, lse_rest, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
-    refuse_places(*ctx.needs_input_grad[10:12])
-    max_q, max_k, scale, p, need_lse, impl = ctx.constants
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    sequences = cu_seqlens_q, cu_seqlens_k, max_q, max_k
-    options = scale, bias, slopes, coords_q, coords_k, p, seed
-    dq, dk, dv, dbias, dslopes = packed_attention_backward(
-        grad_out, grad_lse if need_lse else None, q, k, v, out, lse, lse_rest, *sequences, *options, impl
-    )
-    return (
-        dq,
-        dk,
-        dv,
-        None,
-        None,
-        None,
-        None,
-        None,
-        *given(dbias, bias, dslopes, slopes),
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def _push_packed(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, _, lse, lse_rest, cu_seqlens_q, cu_seqlens_k, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
-    max_q, max_k, scale, p, _, _ = ctx.constants
-    refuse_places(*(x is not None for x in moved[10:12]))
-    options = scale, bias, slopes, coords_q, coords_k, p, seed
-    sequences = cu_seqlens_q, cu_seqlens_k, max_q, max_k
-    out_moved, lse_moved = packed_tangent(q, k, v, *sequences, *options, *moved[:3], *moved[8:10])
-    return out_moved, like(lse_moved, lse), torch.zeros_like(lse_rest)
-
-
-_packed.register_autograd(_differentiate_packed, setup_context=_save_packed)
-packed_attention = transformable(_packed, _save_packed, _differentiate_packed, _push_packed)
-
-
-@torch.library.custom_op(
-    "maskattn::masked_attention",
-    mutates_args=(),
-    schema=(
-        f"(Tensor q, Tensor k, Tensor v, Tensor keep, bool skip_queries, {OPTIONS}, bool need_lse, str impl) "
-        f"-> {OUTPUTS}"
-    ),
-)
-def _masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, *rest: Any) -> tuple[Tensor, ...]:
-    """q (B, H, Nq, D), k, v (B, H, N, D), keep (B, N) → out (B, H, Nq, D), lse (B, H, Nq) and its rest."""
-    options, (need_lse, impl) = Options(*rest[:7]), rest[7:]
-    with without_autocast(q):
-        return contiguous(implementation(impl).masked_forward(q, k, v, keep, skip_queries, options, need_lse))
-
-
-@_masked.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_lse, impl = rest[7:]
-    lse = fake_lse(q, tuple(q.shape[:3]), need_lse, impl)
-    return q.new_empty(q.shape), lse, fake_rest(lse, impl, Options(*rest[:7]))
-
-
-@torch.library.custom_op(
-    "maskattn::masked_attention_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"Tensor lse_rest, Tensor keep, bool skip_queries, {OPTIONS}, str impl) -> {GRADIENTS}"
-    ),
-)
-def _masked_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, of the key bias and of the slopes; 0 at background positions."""
-    tensors, keep, skip_queries, options, impl = rest[:7], rest[7], rest[8], Options(*rest[9:16]), rest[16]
-    with without_autocast(grad_out):
-        return flat_gradients(implementation(impl).masked_backward(grad_out, *tensors, keep, skip_queries, options))
-
-
-@_masked_backward.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(q, k, v, Options(*rest[5:12]))
-
-
-masked_attention_backward = once_differentiable(_masked_backward, "masked_attention")
-
-
-def _save_masked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, keep, skip_queries, scale, bias, slopes, coords_q, coords_k, p, seed, need_lse, impl = inputs
-    ctx.save_for_backward(q, k, v, *output, keep, bias, slopes, coords_q, coords_k, seed)
-    ctx.set_materialize_grads(False)
-    ctx.constants = skip_queries, scale, p, need_lse, impl
-
-
-def _differentiate_masked(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, lse_rest, keep, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
-    refuse_places(*ctx.needs_input_grad[8:10])
-    skip_queries, scale, p, need_lse, impl = ctx.constants
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    options = scale, bias, slopes, coords_q, coords_k, p, seed
-    dq, dk, dv, dbias, dslopes = masked_attention_backward(
-        grad_out, grad_lse if need_lse else None, q, k, v, out, lse, lse_rest, keep, skip_queries, *options, impl
-    )
-    return dq, dk, dv, None, None, None, *given(dbias, bias, dslopes, slopes), None, None, None, None, None, None
-
-
-def _push_masked(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, _, lse, lse_rest, keep, bias, slopes, coords_q, coords_k, seed = ctx.saved_tensors
-    skip_queries, scale, p, _, _ = ctx.constants
-    refuse_places(*(x is not None for x in moved[8:10]))
-    options = scale, bias, slopes, coords_q, coords_k, p, seed
-    out_moved, lse_moved = masked_tangent(q, k, v, keep, skip_queries, *options, *moved[:3], *moved[6:8])
-    return out_moved, like(lse_moved, lse), torch.zeros_like(lse_rest)
-
-
-_masked.register_autograd(_differentiate_masked, setup_context=_save_masked)
-masked_attention = transformable(_masked, _save_masked, _differentiate_masked, _push_masked)
+def _sum_dtype(q: Tensor, impl: str) -> torch.dtype:
+    """float32 or wider, but the specification computes in q's own dtype."""
+    return q.dtype if impl == "reference" else torch.promote_types(q.dtype, torch.float32)

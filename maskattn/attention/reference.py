@@ -25,7 +25,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from maskattn.attention.dropout import dropout_factors
+from maskattn.dropout import dropout_factors
 from maskattn.options import Options
 
 __all__ = ["packed_attention", "masked_attention", "readout", "token_relevance", "distances"]

@@ -84,7 +84,7 @@ def multiply_words(a, b):
 
 @triton.jit
 def random_words(low, high, c0, c1, c2, c3):
-    """Philox-4×32-10: four words for each counter; ``maskattn.attention.dropout`` has the source."""
+    """Philox-4×32-10: four words for each counter; ``maskattn.dropout`` has the source."""
     for _ in tl.static_range(10):
         high0, low0 = multiply_words(c0, 0xD2511F53)
         high1, low1 = multiply_words(c2, 0xCD9E8D57)

@@ -72,7 +72,7 @@ def test_many_blocks_of_queries_are_as_one(monkeypatch):
             q, k, v, starts, starts, 300, 300, *flat_options(options), True, "torch"
         )
 
-    monkeypatch.setattr("maskattn.attention.torch_blocks._SCORES_AT_ONCE", 5_000)
+    monkeypatch.setattr("maskattn.attention.impl.torch.blocks._SCORES_AT_ONCE", 5_000)
     assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_packed(starts, starts))
 
 
@@ -117,7 +117,7 @@ def test_readout_with_every_combination_of_options(impl, bias, alibi, dropout, q
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_relevance_meets_the_specification(impl, classes, each, dtype, monkeypatch):
-    monkeypatch.setattr("maskattn.attention.torch_operations._PRODUCTS_AT_ONCE", 500)
+    monkeypatch.setattr("maskattn.attention.impl.torch.relevance._PRODUCTS_AT_ONCE", 500)
     starts, x = cu_seqlens([4, 0, 70]), with_alibi(packed_inputs([4, 0, 70], bias="shared", head_width=16, dtype=dtype))
     q, g = torch.randn(3, 2, 2, 16).to(dtype), torch.randn(classes, 3, 2, 2, 16).to(dtype)
     origins = torch.randn(2, *((74,) if each else ()), 2, 16).to(dtype)

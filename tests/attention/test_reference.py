@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from maskattn import Packing, pack
 from maskattn.attention import reference
-from maskattn.attention.dropout import dropout_factors
+from maskattn.dropout import dropout_factors
 from maskattn.options import Options
 
 NAN = float("nan")

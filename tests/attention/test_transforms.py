@@ -16,10 +16,10 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from maskattn import Packing, masked_attention, pack, packed_attention, readout, token_relevance, unpack
 from maskattn.attention import reference
+from maskattn.attention.operations import masked_attention as masked_op
+from maskattn.attention.operations import packed_attention as packed_op
+from maskattn.attention.operations import readout as readout_op
 from maskattn.attention.ops import flat_options
-from maskattn.attention.ops import masked_attention as masked_op
-from maskattn.attention.ops import packed_attention as packed_op
-from maskattn.attention.readout_ops import readout as readout_op
 from maskattn.options import Options
 
 # torch scripts some of its own tangents when a process first asks for one.
@@ -73,7 +73,7 @@ def pushed(attend: Callable, inputs: Any, moved: dict[str, Tensor], dtype: torch
 @pytest.mark.parametrize("bias", ["shared", "per_head"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_tangents_meet_the_specification(operation, bias, impl, dropout, monkeypatch):
-    monkeypatch.setattr("maskattn.attention.torch_blocks._SCORES_AT_ONCE", 500)
+    monkeypatch.setattr("maskattn.attention.impl.torch.blocks._SCORES_AT_ONCE", 500)
     inputs, ours, specify = made(operation, impl, dropout, bias)
     moved = {name: torch.randn_like(x) for name, x in inputs.leaves().items()}
     exact, same = (pushed(specify, inputs, moved, dtype) for dtype in (torch.float64, torch.float32))

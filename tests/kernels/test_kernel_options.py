@@ -24,8 +24,8 @@ from oracles import (
 )
 from torch import Tensor
 
-from maskattn.attention.dropout import dropout_factors as specified_factors
-from maskattn.attention.dropout import dropout_threshold
+from maskattn.dropout import dropout_factors as specified_factors
+from maskattn.dropout import dropout_threshold
 from maskattn.kernels.arguments import dropout_argument
 from maskattn.kernels.configs import Config
 from maskattn.kernels.scores import dropout_factors, load_noise

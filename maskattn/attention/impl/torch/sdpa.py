@@ -3,7 +3,7 @@
 Sequences of one length go through in one batched call, others one by one; either way nothing of size N×N is held.
 (Padding short sequences into one masked call was measured on a CPU: 1.5 to 5 times slower forward.) A key bias rides
 inside the dot product, as one more column of width ``[q, 1/s]·[k, b]``, so that its gradient comes from the same fused
-backward. torch hands out neither the log-sum-exp nor takes the other options: ``torch_blocks.py`` has them.
+backward. torch hands out neither the log-sum-exp nor takes the other options: ``blocks.py`` has them.
 
 Dimension key: L tokens of a sequence, Tq and Tk packed query and key tokens, H heads, D head width.
 """
@@ -11,73 +11,75 @@ Dimension key: L tokens of a sequence, Tq and Tk packed query and key tokens, H 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskattn.attention.torch_blocks import attend_in_blocks, differentiate_in_blocks, wide_dtype
-from maskattn.options import Gradients, Options, Sequences
+from maskattn.attention.impl.torch.blocks import attend_in_blocks, differentiate_in_blocks
+from maskattn.attention.impl.torch.scores import wide_dtype
+from maskattn.operands import QKV, Gradients, OutputGradients, Outputs, Sequences
+from maskattn.options import Options, is_given
 
-__all__ = ["packed_backward", "packed_forward", "sequence_slices"]
+__all__ = ["packed_backward", "packed_forward"]
 
 LARGEST_RIDING_BIAS = 64.0
 
+_RIDING = frozenset({"scale", "key_bias"})
 
-def packed_forward(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options, need_lse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed rows in, out (Tq, H, D), lse (H, Tq), which is (H, 0) unless ``need_lse``, and no rest of it."""
+
+def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool) -> Outputs:
+    """Attention of packed sequences; lse is (H, 0) unless ``need_lse``, and has no rest."""
+    q, k, v = qkv.q, qkv.k, qkv.v
     unasked = q.new_empty((q.shape[1], 0), dtype=wide_dtype(q))
     none = unasked.new_empty(0)
     if need_lse or not _fits(options):
-        out, lse = attend_in_blocks(q, k, v, sequences, options)
-        return out, lse if need_lse else unasked, none
+        out, lse = attend_in_blocks(qkv, where, options)
+        return Outputs(out, lse if need_lse else unasked, none)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for rows_q, rows_k, count in sequence_slices(sequences):
-        bias = None if options.key_bias is None else options.key_bias[rows_k]
-        out[rows_q] = _attend(q[rows_q], k[rows_k], v[rows_k], bias, options.scale, count)
-    return out, unasked, none
+    for queries, keys, count in _slices(where):
+        bias = None if options.key_bias is None else options.key_bias[keys]
+        out[queries] = _attend(q[queries], k[keys], v[keys], bias, options.scale, count)
+    return Outputs(out, unasked, none)
 
 
-def packed_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options
-) -> Gradients:
+def packed_backward(grads: OutputGradients, qkv: QKV, where: Sequences, options: Options) -> Gradients:
     """Gradients of :func:`packed_forward`; the forward is run again, sequence by sequence."""
-    if grad_lse is not None or not _fits(options):
-        return differentiate_in_blocks(grad_out, grad_lse, q, k, v, sequences, options)
-    inputs = [x for x in (q, k, v, options.key_bias) if x is not None]
-    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    for rows_q, rows_k, count in sequence_slices(sequences):
+    if grads.grad_lse is not None or not _fits(options):
+        return differentiate_in_blocks(grads.grad_out, grads.grad_lse, qkv, where, options)
+    inputs = [x for x in (qkv.q, qkv.k, qkv.v, options.key_bias) if x is not None]
+    found = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    for queries, keys, count in _slices(where):
 
         def attend(q_: Tensor, k_: Tensor, v_: Tensor, bias_: Tensor | None = None, count: int = count) -> Tensor:
             return _attend(q_, k_, v_, bias_, options.scale, count)
 
-        rows = [rows_q, *([rows_k] * (len(inputs) - 1))]
+        own = [queries, *([keys] * (len(inputs) - 1))]
         # torch.func.vjp, because a custom op's body runs below autograd, where enable_grad records nothing.
-        _, pull_back = torch.func.vjp(attend, *(x[own] for x, own in zip(inputs, rows, strict=True)))[:2]
-        for grad, own, piece in zip(grads, rows, pull_back(grad_out[rows_q]), strict=True):
-            grad[own] = piece
-    return Gradients(*grads)
+        _, pull_back = torch.func.vjp(attend, *(x[tokens] for x, tokens in zip(inputs, own, strict=True)))[:2]
+        for grad, tokens, piece in zip(found, own, pull_back(grads.grad_out[queries]), strict=True):
+            grad[tokens] = piece
+    return Gradients(*found)
 
 
-def sequence_slices(sequences: Sequences) -> Iterator[tuple[slice, slice, int]]:
-    """Query rows, key rows and how many sequences they hold: all at once where all have one length."""
-    starts_q, starts_k = sequences.cu_seqlens_q.tolist(), sequences.cu_seqlens_k.tolist()
+def _slices(where: Sequences) -> Iterator[tuple[slice, slice, int]]:
+    """Queries, keys and how many sequences they are: all at once where all have one length."""
+    starts_q, starts_k = where.cu_seqlens_q.tolist(), where.cu_seqlens_k.tolist()
     count = len(starts_q) - 1
     lengths = {(starts_q[b + 1] - starts_q[b], starts_k[b + 1] - starts_k[b]) for b in range(count)}
     if len(lengths) == 1 and 0 not in next(iter(lengths)):
         yield slice(0, starts_q[-1]), slice(0, starts_k[-1]), count
         return
     for b in range(count):
-        rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
-        if rows_q.start < rows_q.stop and rows_k.start < rows_k.stop:
-            yield rows_q, rows_k, 1
+        queries, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
+        if queries.start < queries.stop and keys.start < keys.stop:
+            yield queries, keys, 1
 
 
 def _fits(options: Options) -> bool:
-    """Whether torch's function, called as :func:`_attend` calls it, has these options."""
-    if options.slopes is not None or options.dropout_seed is not None:
+    """Whether torch's function, called as :func:`_attend` calls it, has the options that are given."""
+    if any(is_given(getattr(options, x.name), x.default) for x in fields(options) if x.name not in _RIDING):
         return False
     if options.key_bias is None:
         return True

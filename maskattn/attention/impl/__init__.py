@@ -1,0 +1,1 @@
+"""The implementations of attention, one for each name of ``impl``; none imports another."""

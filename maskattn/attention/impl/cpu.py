@@ -1,0 +1,241 @@
+"""impl "cpu": the C++ kernels of csrc/, handed torch's memory as numpy arrays without a copy.
+
+bfloat16 travels as its bits (uint16). The extension checks every shape, stride and dtype; threads follow torch's.
+
+Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head
+width, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskattn.extension import extension
+from maskattn.operands import (
+    QKV,
+    ClassGradients,
+    Gradients,
+    KeySequences,
+    Mask,
+    Origins,
+    OutputGradients,
+    Outputs,
+    ReadoutGradients,
+    ReadoutOutputs,
+    Sequences,
+)
+from maskattn.options import Options, differentiable, empty_rest
+
+__all__ = [
+    "OPTIONS",
+    "masked_backward",
+    "masked_forward",
+    "packed_backward",
+    "packed_forward",
+    "readout_backward",
+    "readout_forward",
+    "supports",
+    "token_relevance",
+]
+
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k"})
+
+HEAD_WIDTHS = range(16, 257, 8)
+
+
+def supports(q: Tensor, options: Options) -> str | None:
+    """Why the kernels cannot run a call, as the end of a sentence that names them; None if they can."""
+    if q.device.type != "cpu":
+        return f"needs tensors on the CPU, got q.device={q.device}"
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"needs float32 or bfloat16, got q.dtype={q.dtype}"
+    if q.shape[-1] not in HEAD_WIDTHS:
+        return f"needs a head width of 16 to 256 in steps of 8, got D={q.shape[-1]}"
+    return None
+
+
+def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool) -> Outputs:
+    """Attention of packed sequences."""
+    q = qkv.q
+    results = _empty_outputs(q, (q.shape[1], q.shape[0]), options)
+    extension().attention_forward(
+        *_strided(q, qkv.k, qkv.v),
+        *_starts(where),
+        _array(results.out),
+        _array(results.lse),
+        **_rest(results),
+        **_score_arguments(options),
+    )
+    return results
+
+
+def packed_backward(
+    grads: OutputGradients, qkv: QKV, outputs: Outputs, where: Sequences, options: Options
+) -> Gradients:
+    """Gradients of :func:`packed_forward`."""
+    found, of_options = _empty_gradients(qkv, options)
+    extension().attention_backward(
+        *_given(grads, qkv, outputs),
+        *_starts(where),
+        *_strided(found.q, found.k, found.v),
+        **of_options,
+        **_rest(outputs),
+        grad_lse=_floats(grads.grad_lse),
+        **_score_arguments(options),
+    )
+    return _in_dtypes(found, options)
+
+
+def masked_forward(qkv: QKV, where: Mask, options: Options, need_lse: bool) -> Outputs:
+    """Attention of dense tensors over their kept keys; the others are never read."""
+    q = qkv.q
+    results = _empty_outputs(q, tuple(q.shape[:3]), options)
+    extension().masked_attention_forward(
+        *_strided(q, qkv.k, qkv.v),
+        where.keep.contiguous().numpy(),
+        _array(results.out),
+        _array(results.lse),
+        skip_queries=where.skip_queries,
+        **_rest(results),
+        **_score_arguments(options),
+    )
+    return results
+
+
+def masked_backward(grads: OutputGradients, qkv: QKV, outputs: Outputs, where: Mask, options: Options) -> Gradients:
+    """Gradients of :func:`masked_forward`, 0 at background positions."""
+    found, of_options = _empty_gradients(qkv, options)
+    extension().masked_attention_backward(
+        *_given(grads, qkv, outputs),
+        where.keep.contiguous().numpy(),
+        *_strided(found.q, found.k, found.v),
+        skip_queries=where.skip_queries,
+        **of_options,
+        **_rest(outputs),
+        grad_lse=_floats(grads.grad_lse),
+        **_score_arguments(options),
+    )
+    return _in_dtypes(found, options)
+
+
+def readout_forward(qkv: QKV, where: KeySequences, options: Options, need_lse: bool, need_rows: bool) -> ReadoutOutputs:
+    """Attention of a few queries of each sequence over its packed keys."""
+    B, R, H, _ = qkv.q.shape
+    left = _empty_outputs(qkv.q, (B, R, H), options)
+    rows = torch.empty((R, H, qkv.k.shape[0] if need_rows else 0))
+    extension().readout_forward(
+        *_strided(qkv.q, qkv.k, qkv.v),
+        where.cu_seqlens.contiguous().numpy(),
+        _array(left.out),
+        _array(left.lse),
+        rows=_array(rows) if need_rows else None,
+        **_rest(left),
+        **_score_arguments(options),
+    )
+    return ReadoutOutputs(left.out, left.lse, left.lse_rest, rows)
+
+
+def readout_backward(
+    grads: ReadoutGradients, qkv: QKV, outputs: Outputs, where: KeySequences, options: Options
+) -> Gradients:
+    """Gradients of :func:`readout_forward`."""
+    found, of_options = _empty_gradients(qkv, options)
+    extension().readout_backward(
+        *_given(grads, qkv, outputs),
+        where.cu_seqlens.contiguous().numpy(),
+        *_strided(found.q, found.k, found.v),
+        **of_options,
+        **_rest(outputs),
+        grad_lse=_floats(grads.grad_lse),
+        grad_rows=_floats(grads.grad_rows),
+        **_score_arguments(options),
+    )
+    return _in_dtypes(found, options)
+
+
+def token_relevance(
+    qkv: QKV, classes: ClassGradients, origins: Origins, where: KeySequences, options: Options
+) -> Tensor:
+    """The relevance (K, T) of every token for every class."""
+    relevance = torch.empty((classes.grad_out.shape[0], qkv.k.shape[0]))
+    own = {name: None if x is None else _strided(x.to(qkv.q.dtype))[0] for name, x in vars(origins).items()}
+    extension().token_relevance(
+        *_strided(qkv.q, qkv.k, qkv.v, classes.out),
+        _array(classes.lse),
+        _strided(classes.grad_out)[0],
+        where.cu_seqlens.contiguous().numpy(),
+        _array(relevance),
+        **own,
+        **_score_arguments(options),
+    )
+    return relevance
+
+
+def _strided(*tensors: Tensor) -> tuple[Any, ...]:
+    """Arrays of tensors whose last axis is contiguous."""
+    return tuple(_array(x if x.stride(-1) == 1 else x.contiguous()) for x in tensors)
+
+
+def _array(x: Tensor) -> Any:
+    x = x.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _floats(x: Tensor | None) -> Any:
+    return None if x is None else x.detach().to(torch.float32).contiguous().numpy()
+
+
+def _starts(where: Sequences) -> tuple[Any, Any]:
+    return where.cu_seqlens_q.contiguous().numpy(), where.cu_seqlens_k.contiguous().numpy()
+
+
+def _given(grads: OutputGradients, qkv: QKV, outputs: Outputs) -> tuple[Any, ...]:
+    """What every backward is given first."""
+    return *_strided(grads.grad_out, qkv.q, qkv.k, qkv.v, outputs.out), _array(outputs.lse)
+
+
+def _rest(outputs: Outputs) -> dict[str, Any]:
+    return {} if outputs.lse_rest.numel() == 0 else {"lse_rest": _array(outputs.lse_rest)}
+
+
+def _score_arguments(options: Options) -> dict[str, Any]:
+    """The options under their own names, and how many threads."""
+    given: dict[str, Any] = {"threads": torch.get_num_threads()}
+    for name in OPTIONS:
+        x = getattr(options, name)
+        given[name] = _floats(x) if isinstance(x, Tensor) else x
+    return given
+
+
+def _empty_outputs(q: Tensor, lse_shape: tuple[int, ...], options: Options) -> Outputs:
+    lse = torch.empty(lse_shape)
+    return Outputs(_empty(q), lse, empty_rest(lse, "cpu", options))
+
+
+def _empty_gradients(qkv: QKV, options: Options) -> tuple[Gradients, dict[str, Any]]:
+    """Gradients to be filled, those of options in float32 as the kernels sum them, and the latter as arguments."""
+    given = {name: getattr(options, name) for name in differentiable()}
+    sums = {name: None if x is None else torch.empty(x.shape) for name, x in given.items()}
+    arrays = {_GRADIENT_OF[name]: None if x is None else _array(x) for name, x in sums.items()}
+    return Gradients(_empty(qkv.q), _empty(qkv.k), _empty(qkv.v), **sums), arrays
+
+
+# What the extension calls the gradients of options.
+_GRADIENT_OF = {"key_bias": "dbias", "slopes": "dslopes"}
+
+
+def _in_dtypes(found: Gradients, options: Options) -> Gradients:
+    """The gradients, those of options in these' dtypes."""
+    for name in differentiable():
+        sums, given = getattr(found, name), getattr(options, name)
+        if sums is not None:
+            found = replace(found, **{name: sums.to(given.dtype)})
+    return found
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype)

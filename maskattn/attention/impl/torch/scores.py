@@ -1,0 +1,79 @@
+"""The scores of impl "torch" and their softmax, and which options belong to which queries and keys.
+
+Dimension key: Q queries and K keys of one sequence, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskattn.dropout import dropout_factors
+from maskattn.operands import QKV, KeySequences, Sequences
+from maskattn.options import Options
+
+__all__ = ["Scores", "as_packed", "drop_factors", "options_of", "scores", "wide_dtype"]
+
+
+class Scores(NamedTuple):
+    """The scores (H, Q, K), and the distances (Q, K) that entered them where there are slopes."""
+
+    score_HQK: Tensor
+    distance_QK: Tensor | None
+
+
+def scores(q: Tensor, k: Tensor, options: Options) -> Scores:
+    """The scores of queries (Q, H, D) and keys (K, H, D), whose options these are; formula in ``reference.py``."""
+    score_HQK = options.scale * torch.einsum("qhd,khd->hqk", q, k)
+    if options.key_bias is not None:
+        bias = options.key_bias.to(score_HQK.dtype)
+        score_HQK += (bias[None] if bias.ndim == 1 else bias.T)[:, None, :]
+    if options.slopes is None or options.coords_q is None or options.coords_k is None:
+        return Scores(score_HQK, None)
+    distance_QK = _distances(options.coords_q, options.coords_k).to(score_HQK.dtype)
+    return Scores(score_HQK - options.slopes[:, None, None].to(score_HQK.dtype) * distance_QK, distance_QK)
+
+
+def options_of(options: Options, queries: slice, keys: slice) -> Options:
+    """The options of some packed queries and keys."""
+    bias, coords_q, coords_k = options.key_bias, options.coords_q, options.coords_k
+    return replace(
+        options,
+        key_bias=None if bias is None else bias[keys],
+        coords_q=None if coords_q is None else coords_q[queries],
+        coords_k=None if coords_k is None else coords_k[keys],
+    )
+
+
+def drop_factors(options: Options, like_HQK: Tensor, first_query: int, sequence: int) -> Tensor | None:
+    """The factors of the weights of a sequence's queries from ``first_query`` on; None without dropout."""
+    if options.dropout_seed is None:
+        return None
+    heads, queries, keys = (torch.arange(n, device=like_HQK.device) for n in like_HQK.shape)
+    position = (queries + first_query)[None, :, None], keys[None, None, :], heads[:, None, None]
+    batch = torch.tensor(sequence, device=like_HQK.device)
+    return dropout_factors(options.dropout_seed, options.dropout_p, *position, batch).to(like_HQK.dtype)
+
+
+def as_packed(qkv: QKV, where: KeySequences, options: Options) -> tuple[QKV, Sequences, Options]:
+    """A readout of q (B, R, H, D) as packed attention with R queries in each sequence."""
+    B, R = qkv.q.shape[:2]
+    starts = torch.arange(0, (B + 1) * R, R, dtype=torch.int32, device=qkv.q.device)
+    coords_q = None if options.coords_q is None else options.coords_q.flatten(0, 1)
+    packed = replace(qkv, q=qkv.q.flatten(0, 1))
+    return packed, Sequences(starts, where.cu_seqlens, R, where.max_seqlen), replace(options, coords_q=coords_q)
+
+
+def wide_dtype(q: Tensor) -> torch.dtype:
+    """float32, or float64 for float64: what sums are formed in."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _distances(coords_q: Tensor, coords_k: Tensor) -> Tensor:
+    """(Q, 2), (K, 2) → (Q, K), 0 for tokens without a position; in float32 at least."""
+    dtype = torch.promote_types(coords_q.dtype, torch.float32)
+    difference = coords_q[:, None, :].to(dtype) - coords_k[None, :, :].to(dtype)
+    return difference.square().sum(-1).sqrt().nan_to_num(nan=0.0)

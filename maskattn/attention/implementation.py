@@ -1,0 +1,219 @@
+"""The implementations of attention, what each promises, and which one runs a call.
+
+An implementation is a module of ``impl/`` under the name that a caller gives as ``impl``. It has the functions of
+:class:`Implementation`, and imports no other implementation.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import MISSING, fields
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from maskattn.operands import (
+    QKV,
+    ClassGradients,
+    Gradients,
+    KeySequences,
+    Mask,
+    Origins,
+    OutputGradients,
+    Outputs,
+    ReadoutGradients,
+    ReadoutOutputs,
+    Sequences,
+)
+from maskattn.options import Options, is_given
+
+__all__ = ["IMPLS", "Implementation", "choose", "implementation", "refuse_missing"]
+
+IMPLS = ("triton", "cpu", "torch", "reference")
+
+
+class Implementation(Protocol):
+    """What a module of ``impl/`` has.
+
+    The arguments of its functions are checked before: shapes, dtypes and devices fit, sequences follow each other, and
+    no option is given beyond ``OPTIONS``. Nothing is said of strides. Results lie on the device of the inputs. Formulas
+    are those of ``impl/reference.py``, with which every implementation has these rules in common:
+
+    - A query without keys gives out 0, lse −inf and gradients of 0.
+    - Tokens that take no part are never read: NaN in them reaches no result.
+    - The same inputs give the same bits.
+
+    Attributes:
+        OPTIONS: names of the fields of :class:`~maskattn.options.Options` that it computes. Calls with others are
+            refused, so that an option is never left out in silence.
+    """
+
+    OPTIONS: frozenset[str]
+
+    def supports(self, q: Tensor, options: Options) -> str | None:
+        """Why it cannot run a call with these queries, as the end of a sentence that names it; None if it can.
+
+        Device, dtype and head width are judged here, and not whether it has the options.
+        """
+
+    def packed_forward(self, qkv: QKV, where: Sequences, options: Options, need_lse: bool) -> Outputs:
+        """Attention of each packed sequence.
+
+        Given q (Tq, H, D) and k, v (Tk, H, D), it returns out (Tq, H, D), lse (H, Tq) and its rest. Without
+        ``need_lse`` an implementation that pays extra for lse may return it as (H, 0); only "torch" does.
+        """
+
+    def packed_backward(
+        self, grads: OutputGradients, qkv: QKV, outputs: Outputs, where: Sequences, options: Options
+    ) -> Gradients:
+        """Gradients of :meth:`packed_forward`, of the shapes and dtypes of q, k, v and of the options that are given.
+
+        It is given what forward was given and what forward returned.
+        """
+
+    def masked_forward(self, qkv: QKV, where: Mask, options: Options, need_lse: bool) -> Outputs:
+        """Attention of dense tensors over their kept keys.
+
+        Given q (B, H, Nq, D) and k, v (B, H, N, D), it returns out (B, H, Nq, D), lse (B, H, Nq) and its rest; (B, H, 0)
+        as in :meth:`packed_forward`. Queries that are skipped give out 0 and lse −inf.
+        """
+
+    def masked_backward(
+        self, grads: OutputGradients, qkv: QKV, outputs: Outputs, where: Mask, options: Options
+    ) -> Gradients:
+        """Gradients of :meth:`masked_forward`; those of background tokens are 0."""
+
+    def readout_forward(
+        self, qkv: QKV, where: KeySequences, options: Options, need_lse: bool, need_rows: bool
+    ) -> ReadoutOutputs:
+        """Attention of R ≤ 16 queries of each sequence over its packed keys.
+
+        Given q (B, R, H, D) and k, v (T, H, D), it returns out (B, R, H, D), lse (B, R, H) and its rest, and rows
+        (R, H, T), which without ``need_rows`` are (R, H, 0). Without ``need_lse`` and ``need_rows`` lse may be
+        (B, R, 0).
+        """
+
+    def readout_backward(
+        self, grads: ReadoutGradients, qkv: QKV, outputs: Outputs, where: KeySequences, options: Options
+    ) -> Gradients:
+        """Gradients of :meth:`readout_forward`."""
+
+    def token_relevance(
+        self, qkv: QKV, classes: ClassGradients, origins: Origins, where: KeySequences, options: Options
+    ) -> Tensor:
+        """The relevance (K, T) of every token for every class, where their scores read a readout; without dropout."""
+
+
+def implementation(impl: str) -> Implementation:
+    """The module of an implementation, imported when it is first asked for."""
+    if impl == "triton":
+        from maskattn.attention.impl import triton
+
+        return triton
+    if impl == "cpu":
+        from maskattn.attention.impl import cpu
+
+        return cpu
+    if impl == "torch":
+        from maskattn.attention.impl import torch as in_torch
+
+        return in_torch
+    from maskattn.attention.impl import reference
+
+    return reference
+
+
+def choose(impl: str | None, q: Tensor, options: Options) -> str:
+    """The name of the implementation that runs a call.
+
+    Args:
+        impl: a name, or None for the best that supports the call on q's device.
+        q: the queries.
+        options: of the call.
+
+    Raises:
+        ValueError: there is no such implementation, or it lacks what the call needs.
+    """
+    if impl is None:
+        best = "triton" if q.is_cuda else "cpu"
+        if _lacking(best, q, options) is None:
+            return best
+        impl = "torch"
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)} or None, got impl={impl!r}")
+    lacks = _lacking(impl, q, options)
+    if lacks is not None:
+        raise ValueError(f"impl={impl!r} {lacks}; {_remedy(options)}")
+    return impl
+
+
+def refuse_missing(impl: str, options: Options) -> None:
+    """Raise where an implementation has never heard of an option that is given.
+
+    Raises:
+        ValueError: it says which.
+    """
+    lacks = _missing_option(impl, options)
+    if lacks is not None:
+        raise ValueError(f"impl={impl!r} {lacks}; {_remedy(options)}")
+
+
+def _lacking(impl: str, q: Tensor, options: Options) -> str | None:
+    """What the implementation lacks for a call, as the end of a sentence that names it."""
+    not_here = _not_installed(impl)
+    if not_here is not None:
+        return not_here
+    return implementation(impl).supports(q, options) or _missing_option(impl, options)
+
+
+def _missing_option(impl: str, options: Options) -> str | None:
+    for name, named, default in _undeclared(impl, type(options)):
+        value = getattr(options, name)
+        if is_given(value, default):
+            got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{name}={value}"
+            return f"has no {named}, got {got if name in got else f'{name} {got}'}"
+    return None
+
+
+def _remedy(options: Options) -> str:
+    if _missing_option("torch", options) is None:
+        return "pass impl=None to let the package choose, or impl='torch'"
+    if _missing_option("reference", options) is None:
+        return "pass impl='reference', which has it and is slow"
+    return "no implementation has it, so leave it out"
+
+
+def _undeclared(impl: str, kind: type[Options]) -> tuple[tuple[str, str, Any], ...]:
+    """The options that an implementation does not declare: name of the field, its name in messages, its default."""
+    return _compared(impl, kind)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _compared(impl: str, kind: type[Options]) -> tuple[tuple[str, str, Any], ...]:
+    declared = implementation(impl).OPTIONS
+    return tuple(
+        (x.name, x.metadata.get("named") or x.name, None if x.default is MISSING else x.default)
+        for x in fields(kind)
+        if x.name not in declared
+    )
+
+
+def _not_installed(impl: str) -> str | None:
+    """A fact of the machine, which torch.compile need not trace."""
+    return _looked_for(impl)
+
+
+@functools.cache
+def _looked_for(impl: str) -> str | None:
+    """Looked for once, because finding a module takes longer than a small call."""
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if impl == "cpu" and importlib.util.find_spec("maskattn._native") is None:
+        return "needs the C++ extension, which was not built (`maskattn doctor` says why)"
+    return None
+
+
+# What torch.compiler.assume_constant_result does; but that imports the whole compiler, which takes as long as torch.
+for _constant in (_not_installed, _undeclared):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

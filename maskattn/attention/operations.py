@@ -1,0 +1,123 @@
+"""The attention operations, each registered with ``torch.library`` under its name.
+
+Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head
+width, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from maskattn.attention.checks import check_lengths
+from maskattn.attention.impl.torch.blocks import rest_of_lse
+from maskattn.attention.impl.torch.tangents import masked_tangent, packed_tangent, readout_tangent
+from maskattn.attention.implementation import implementation
+from maskattn.attention.ops import Operation, register, register_without_derivative
+from maskattn.operands import (
+    QKV,
+    ClassGradients,
+    KeySequences,
+    Mask,
+    Origins,
+    OutputGradients,
+    Outputs,
+    ReadoutGradients,
+    ReadoutOutputs,
+    Sequences,
+)
+from maskattn.options import Options
+
+__all__ = ["PACKED", "masked_attention", "packed_attention", "readout", "token_relevance"]
+
+LARGE_LSE = 128.0
+
+
+def _check_sequences(qkv: QKV, where: Sequences) -> None:
+    of_queries = where.cu_seqlens_q, qkv.q.shape[0], where.max_seqlen_q
+    of_keys = where.cu_seqlens_k, qkv.k.shape[0], where.max_seqlen_k
+    check_lengths("cu_seqlens_q", *of_queries)
+    # Reading them twice would cost a small call of self-attention its time.
+    if of_keys[0] is not of_queries[0] or of_keys[1:] != of_queries[1:]:
+        check_lengths("cu_seqlens_k", *of_keys)
+
+
+def _check_nothing(qkv: QKV, where: Mask) -> None:
+    """A mask of the right shape and dtype has no further rules."""
+
+
+def _check_key_sequences(qkv: QKV, where: KeySequences) -> None:
+    check_lengths("cu_seqlens", where.cu_seqlens, qkv.k.shape[0], where.max_seqlen)
+
+
+PACKED = Operation(
+    name="packed_attention",
+    where=Sequences,
+    asked=("lse",),
+    outputs=Outputs,
+    gradients=OutputGradients,
+    forward=lambda impl: impl.packed_forward,
+    backward=lambda impl: impl.packed_backward,
+    tangent=packed_tangent,
+    lse_shape=lambda q: (q.shape[1], q.shape[0]),
+    check=_check_sequences,
+)
+packed_attention = register(PACKED)
+
+masked_attention = register(
+    Operation(
+        name="masked_attention",
+        where=Mask,
+        asked=("lse",),
+        outputs=Outputs,
+        gradients=OutputGradients,
+        forward=lambda impl: impl.masked_forward,
+        backward=lambda impl: impl.masked_backward,
+        tangent=masked_tangent,
+        lse_shape=lambda q: tuple(q.shape[:3]),
+        check=_check_nothing,
+    )
+)
+
+readout = register(
+    Operation(
+        name="readout",
+        where=KeySequences,
+        asked=("lse", "rows"),
+        outputs=ReadoutOutputs,
+        gradients=ReadoutGradients,
+        forward=lambda impl: impl.readout_forward,
+        backward=lambda impl: impl.readout_backward,
+        tangent=readout_tangent,
+        lse_shape=lambda q: tuple(q.shape[:3]),
+        check=_check_key_sequences,
+    )
+)
+
+
+def _run_relevance(
+    impl: str, qkv: QKV, classes: ClassGradients, origins: Origins, where: KeySequences, options: Options
+) -> Tensor:
+    """S (K, T), float32 or wider."""
+    _check_key_sequences(qkv, where)
+    if impl != "reference" and _is_large(classes.lse):
+        # Relevance is linear in the gradients of each query, as it is in what the query's weights are divided by.
+        factor = rest_of_lse(qkv, classes.lse, where, options).neg().exp()[..., None]
+        classes = replace(classes, grad_out=(classes.grad_out * factor).to(classes.grad_out.dtype))
+    return implementation(impl).token_relevance(qkv, classes, origins, where, options)
+
+
+def _is_large(lse: Tensor) -> bool:
+    """Whether weights that are made of a float32 lse alone would be off, as far as it costs no wait for the device."""
+    return lse.device.type == "cpu" and bool((lse.abs().masked_fill(lse.isinf(), 0) > LARGE_LSE).any())
+
+
+token_relevance = register_without_derivative(
+    "token_relevance",
+    (QKV, ClassGradients, Origins, KeySequences),
+    _run_relevance,
+    lambda qkv, classes, *_: (classes.grad_out.shape[0], qkv.k.shape[0]),
+    "token_relevance has no derivative, got one asked for by torch.func or forward-mode AD; detach its inputs, or use "
+    "reference.token_relevance of maskattn.attention, which torch differentiates",
+)
