@@ -75,8 +75,8 @@ class Implementation(Protocol):
     def masked_forward(self, qkv: QKV, where: Mask, options: Options, need_lse: bool) -> Outputs:
         """Attention of dense tensors over their kept keys.
 
-        Given q (B, H, Nq, D) and k, v (B, H, N, D), it returns out (B, H, Nq, D), lse (B, H, Nq) and its rest; (B, H, 0)
-        as in :meth:`packed_forward`. Queries that are skipped give out 0 and lse −inf.
+        Given q (B, H, Nq, D) and k, v (B, H, N, D), it returns out (B, H, Nq, D), lse (B, H, Nq) and its rest; lse
+        may be (B, H, 0) as in :meth:`packed_forward`. Queries that are skipped give out 0 and lse −inf.
         """
 
     def masked_backward(
