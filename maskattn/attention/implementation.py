@@ -216,4 +216,4 @@ def _looked_for(impl: str) -> str | None:
 
 # What torch.compiler.assume_constant_result does; but that imports the whole compiler, which takes as long as torch.
 for _constant in (_not_installed, _undeclared):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010
