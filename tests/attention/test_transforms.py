@@ -271,17 +271,17 @@ def registered(name: str) -> tuple[Callable, Tensor]:
         flat_options(Options(1.0)),
     )
     rows, lse, indices = torch.arange(5, dtype=torch.int32), torch.zeros(2, 5), torch.arange(5)
-    sequences, read_lse = (starts, starts, 5, 5), torch.zeros(1, 1, 2)
+    sequences, read_lse, no_rest = (starts, starts, 5, 5), torch.zeros(1, 1, 2), torch.zeros(0)
     calls = {
         "packed_attention": lambda x: op(x, x, x, *sequences, *none, True, "torch"),
-        "packed_attention_backward": lambda x: op(x, None, x, x, x, x, lse, *sequences, *none, "torch"),
+        "packed_attention_backward": lambda x: op(x, None, x, x, x, x, lse, no_rest, *sequences, *none, "torch"),
         "masked_attention": lambda x: op(*[x[None]] * 3, torch.ones(1, 2).bool(), False, *none, True, "torch"),
         "masked_attention_backward": lambda x: op(
-            x[None], None, *[x[None]] * 4, lse.T[None], torch.ones(1, 2).bool(), False, *none, "torch"
+            x[None], None, *[x[None]] * 4, lse.T[None], no_rest, torch.ones(1, 2).bool(), False, *none, "torch"
         ),
         "readout": lambda x: op(x[None, :1], x, x, starts, 5, *none, True, True, "torch"),
         "readout_backward": lambda x: op(
-            x[None, :1], None, None, x[None, :1], x, x, x[None, :1], read_lse, starts, 5, *none, "torch"
+            x[None, :1], None, None, x[None, :1], x, x, x[None, :1], read_lse, no_rest, starts, 5, *none, "torch"
         ),
         "token_relevance": lambda x: op(
             x[None, :1], x, x, x[None, :1], read_lse, x[None, None, :1], None, None, starts, 5, *none, "torch"
