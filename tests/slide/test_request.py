@@ -32,9 +32,9 @@ OTHER = {
 @pytest.mark.parametrize("name", [field.name for field in fields(RunSettings)])
 def test_every_field_has_an_option_with_its_words(name: str) -> None:
     (asked,) = (asked_of(field) for field in fields(RunSettings) if field.name == name)
-    text = CliRunner().invoke(app, ["infer", "--help"], env={"COLUMNS": "200"}).stdout
-    (line,) = (line for line in text.splitlines() if f" {asked.flag} " in line)
-    assert asked.help in line
+    text = CliRunner().invoke(app, ["infer", "--help"]).stdout
+    assert any(line.startswith(f"  {asked.flag} ") for line in text.splitlines())
+    assert "".join(asked.help.split()) in "".join(text.split())  # wherever its lines are broken
 
 
 def test_every_recorded_field_is_in_prediction_json_in_order(
