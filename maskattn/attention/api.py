@@ -13,17 +13,18 @@ from maskattn.attention import operations, ops
 from maskattn.attention.checks import (
     check_bias,
     check_coords,
-    check_cu_seqlens,
     check_dense,
     check_dropout,
     check_keep,
     check_packed,
     check_readout,
+    check_sequences,
 )
 from maskattn.attention.implementation import choose
 from maskattn.dropout import new_seed
 from maskattn.leaves import leaf_function
 from maskattn.options import Options
+from maskattn.packing import Packing
 from maskattn.shapes import Bool, Float, Int
 from maskattn.transforms import is_transformed
 
@@ -35,10 +36,10 @@ def packed_attention(
     q: Float[Tensor, "Tq H D"],
     k: Float[Tensor, "Tk H D"],
     v: Float[Tensor, "Tk H D"],
-    cu_seqlens_q: Int[Tensor, "B_plus_1"],
-    cu_seqlens_k: Int[Tensor, "B_plus_1"],
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    cu_seqlens_q: Int[Tensor, "B_plus_1"] | Packing | tuple[Packing, Packing],
+    cu_seqlens_k: Int[Tensor, "B_plus_1"] | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
     scale: float | None = None,
     key_bias: Float[Tensor, "..."] | None = None,
@@ -56,7 +57,8 @@ def packed_attention(
     Args:
         q: (Tq, H, D) float.
         k, v: (Tk, H, D), of q's dtype and device.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, the first row of each sequence, ending with Tq or Tk.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, the first token of each sequence, ending with Tq or Tk. In place of
+            these and of the two below: the ``Packing`` of queries and keys, or a pair of one for each.
         max_seqlen_q, max_seqlen_k: no sequence is longer.
         scale: factor of the scores, 1/√D if None.
         key_bias: (Tk,) or (Tk, H), added to the scores of its key; differentiable. A key with −inf takes no part;
@@ -79,24 +81,16 @@ def packed_attention(
         >>> keep = torch.tensor([[True, True, False], [True, False, False]])
         >>> packing = Packing.from_keep(keep)
         >>> x = torch.randn(packing.total, 2, 16)
-        >>> lengths = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
-        >>> packed_attention(x, x, x, *lengths).shape
+        >>> packed_attention(x, x, x, packing).shape
         torch.Size([3, 2, 16])
     """
     q, k, v = _autocast(q, k, v)
     check_packed(q, k, v)
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must describe as many sequences, got "
-            f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}; give a sequence without keys length 0"
-        )
+    sequences = check_sequences(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     Tk, H, _ = k.shape
     check_bias(key_bias, q, ((Tk,), (Tk, H)), "(Tk,) or (Tk, H)")
     places = check_coords(coords, slopes, q, H, (q.shape[0],), (Tk,))
     options = _options(q, scale, key_bias, slopes, places, dropout_p)
-    sequences = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     impl = choose(impl, q, options)
     out, lse, _ = operations.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
@@ -191,7 +185,7 @@ def readout(
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
     Returns:
-        out (B, R, H, D); with rows and lse behind it, in this order, where asked.
+        out (B, R, H, D); followed by rows and lse, in this order, where asked.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``impl`` lacks a feature of the call.

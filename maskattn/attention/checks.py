@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from maskattn.packing import Packing
 from maskattn.transforms import is_transformed
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_lengths",
     "check_packed",
     "check_readout",
+    "check_sequences",
 ]
 
 MAX_READOUT_QUERIES = 16
@@ -84,6 +86,38 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must have shape (B + 1,), got {name}.shape={tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != q.device:
         raise ValueError(f"{name} must lie on q's device {q.device}, got {cu_seqlens.device}")
+
+
+def check_sequences(
+    q: Tensor,
+    cu_seqlens_q: Tensor | Packing | tuple[Packing, Packing],
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[Tensor, Tensor, int, int]:
+    """The four lengths, also of a Packing or of a pair of them (of queries, of keys)."""
+    if not isinstance(cu_seqlens_q, Tensor):
+        if not (cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None):
+            raise ValueError("a Packing has all four lengths, got others beside it; pass the Packing alone")
+        of_queries, of_keys = (cu_seqlens_q, cu_seqlens_q) if isinstance(cu_seqlens_q, Packing) else cu_seqlens_q
+        cu_seqlens_q, cu_seqlens_k = of_queries.cu_seqlens, of_keys.cu_seqlens
+        max_seqlen_q, max_seqlen_k = of_queries.max_seqlen, of_keys.max_seqlen
+    elif cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
+        given = {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+        lacking = ", ".join(name for name, x in given.items() if x is None)
+        raise TypeError(
+            "packed_attention needs cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k, or a Packing, got no "
+            f"{lacking}; pass the Packing in their place"
+        )
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+    if cu_seqlens_k is not cu_seqlens_q:
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            raise ValueError(
+                "cu_seqlens_q and cu_seqlens_k must describe as many sequences, got "
+                f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}; give a sequence without keys length 0"
+            )
+    return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 
 
 def check_lengths(name: str, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> None:

@@ -23,8 +23,9 @@ def flat(*groups: Any) -> list[Any]:
     return [x for group in groups for x in vars(group).values()]
 
 
-def _type_of(annotation: str) -> str:
+def _type_of(annotation: str | type) -> str:
     """A field's annotation as a schema has it: ``Float[Tensor, "H"] | None`` is ``Tensor?``."""
+    annotation = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     present = annotation.removesuffix("| None").rstrip()
     name = "Tensor" if "Tensor" in present else _NUMBERS[present]
     return name if present == annotation else f"{name}?"
@@ -45,7 +46,7 @@ class Arguments:
     @cached_property
     def declared(self) -> list[tuple[str, str]]:
         """Type and name of each argument."""
-        of_groups = [(_type_of(str(x.type)), x.name) for group in self.groups for x in fields(group)]
+        of_groups = [(_type_of(x.type), x.name) for group in self.groups for x in fields(group)]
         return of_groups + [(kind, name) for kind, name in (each.split() for each in self.further)]
 
     @property

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from maskattn import masked_attention, packed_attention, readout, token_relevance
+from maskattn import Packing, masked_attention, packed_attention, readout, token_relevance
 from maskattn.attention.ops import flat_options
 from maskattn.options import Options
 
@@ -140,3 +140,16 @@ def test_a_named_implementation_is_the_one_that_runs():
     for impl, elements, dtype in (("torch", 0, torch.float32), ("reference", 10, torch.float16)):
         out, lse, _ = torch.ops.maskattn.packed_attention(x, x, x, STARTS, STARTS, 3, 3, *options, False, impl)
         assert (out.dtype, lse.numel(), lse.dtype) == (torch.float16, elements, dtype)
+
+
+def test_a_packing_stands_for_the_four_lengths():
+    of_queries, of_keys = Packing.from_keep(torch.rand(2, 6) > 0.3), Packing.from_keep(torch.rand(2, 9) > 0.3)
+    q, k = rows(of_queries.total), rows(of_keys.total)
+    lengths = of_queries.cu_seqlens, of_keys.cu_seqlens, of_queries.max_seqlen, of_keys.max_seqlen
+    assert torch.equal(packed_attention(q, k, k, (of_queries, of_keys)), packed_attention(q, k, k, *lengths))
+    own = of_queries.cu_seqlens, of_queries.cu_seqlens, of_queries.max_seqlen, of_queries.max_seqlen
+    assert torch.equal(packed_attention(q, q, q, of_queries), packed_attention(q, q, q, *own))
+    with pytest.raises(ValueError, match="pass the Packing alone"):
+        packed_attention(q, q, q, of_queries, of_queries.cu_seqlens)
+    with pytest.raises(TypeError, match="got no max_seqlen_q, max_seqlen_k; pass the Packing"):
+        packed_attention(q, q, q, STARTS, STARTS)
