@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
 .PHONY: demo test check bench sanitize clean
 

@@ -2,15 +2,14 @@
 #include <cmath>
 #include <limits>
 
-#include "../attention_driver.hpp"
-#include "../instruction_sets.hpp"
-#include "cases.hpp"
+#include "attention/driver.hpp"
+#include "dispatch/instruction_sets.hpp"
+#include "tests/cases.hpp"
 
 namespace maskattn_tests {
 namespace {
 
-using maskattn::Pair;
-using maskattn::Rows;
+using maskattn::Tokens;
 
 constexpr int heads = 2;
 constexpr double tolerances[] = {1e-5, 3e-2};  // of float32, bfloat16: accuracy is judged in tests/native
@@ -68,27 +67,27 @@ struct Problem {
     }
 };
 
-std::size_t place_of(const Rows& rows, std::int64_t i) { return static_cast<std::size_t>(maskattn::row_at(rows, i)); }
+std::size_t row_of(const Tokens& rows, std::int64_t i) { return static_cast<std::size_t>(maskattn::row_at(rows, i)); }
 
-Head head_of(const Problem& p, const Pair& pair) {
-    const auto h = static_cast<std::size_t>(pair.head);
-    Head head{};
+PlainHead head_of(const Problem& p, const maskattn::Head& of) {
+    const auto h = static_cast<std::size_t>(of.index);
+    PlainHead head{};
     head.scale = static_cast<double>(0.3f);
     head.slope = static_cast<double>(p.slopes[h]);
-    for (std::int64_t j = 0; j < pair.keys.count; ++j) {
-        const std::size_t row = place_of(pair.keys, j);
+    for (std::int64_t j = 0; j < of.keys.count; ++j) {
+        const std::size_t row = row_of(of.keys, j);
         head.k.push_back(p.row_of(p.k, row, h));
         head.v.push_back(p.row_of(p.v, row, h));
         head.key_bias.push_back(static_cast<double>(p.bias[row * heads + h]));
     }
-    for (std::int64_t i = 0; i < pair.queries.count; ++i) {
-        const std::size_t row = place_of(pair.queries, i);
+    for (std::int64_t i = 0; i < of.queries.count; ++i) {
+        const std::size_t row = row_of(of.queries, i);
         head.q.push_back(p.row_of(p.q, row, h));
         head.grad_out.push_back(p.row_of(p.grad_out, row, h));
         head.grad_lse.push_back(static_cast<double>(p.grad_lse[h * p.rows_q + row]));
         std::vector<double> distance;
-        for (std::int64_t j = 0; j < pair.keys.count; ++j) {
-            const std::size_t key = place_of(pair.keys, j);
+        for (std::int64_t j = 0; j < of.keys.count; ++j) {
+            const std::size_t key = row_of(of.keys, j);
             const double length = std::hypot(static_cast<double>(p.coords_q[row * 2] - p.coords_k[key * 2]),
                                              static_cast<double>(p.coords_q[row * 2 + 1] - p.coords_k[key * 2 + 1]));
             distance.push_back(std::isnan(length) ? 0.0 : length);
@@ -99,25 +98,25 @@ Head head_of(const Problem& p, const Pair& pair) {
     return head;
 }
 
-bool agrees(const Problem& p, const std::vector<Pair>& pairs, const double* dslopes, const std::string& name) {
+bool agrees(const Problem& p, const std::vector<maskattn::Head>& all_heads, const double* dslopes, const std::string& name) {
     const double tolerance = tolerances[p.half];
     Comparison out(name + " out", tolerance), lse(name + " lse", tolerance), dq(name + " dq", tolerance);
     Comparison dk(name + " dk", tolerance), dv(name + " dv", tolerance), dbias(name + " dbias", tolerance);
     Comparison dslope(name + " dslope", 10 * tolerance);
     double exact_dslopes[heads] = {};
-    for (const Pair& pair : pairs) {
-        const HeadResults exact = attend(head_of(p, pair));
-        const auto h = static_cast<std::size_t>(pair.head);
-        for (std::int64_t i = 0; i < pair.queries.count; ++i) {
-            const std::size_t row = place_of(pair.queries, i), number = static_cast<std::size_t>(i);
+    for (const maskattn::Head& of : all_heads) {
+        const HeadResults exact = attend(head_of(p, of));
+        const auto h = static_cast<std::size_t>(of.index);
+        for (std::int64_t i = 0; i < of.queries.count; ++i) {
+            const std::size_t row = row_of(of.queries, i), number = static_cast<std::size_t>(i);
             lse.add(static_cast<double>(p.lse[h * p.rows_q + row]), exact.lse[number]);
             for (std::size_t d = 0; d < p.width; ++d) {
                 out.add(p.out.value(p.half, p.at(row, h) + d), exact.out[number][d]);
                 dq.add(p.dq.value(p.half, p.at(row, h) + d), exact.dq[number][d]);
             }
         }
-        for (std::int64_t j = 0; j < pair.keys.count; ++j) {
-            const std::size_t row = place_of(pair.keys, j), number = static_cast<std::size_t>(j);
+        for (std::int64_t j = 0; j < of.keys.count; ++j) {
+            const std::size_t row = row_of(of.keys, j), number = static_cast<std::size_t>(j);
             dbias.add(static_cast<double>(p.dbias[row * heads + h]), exact.dbias[number]);
             for (std::size_t d = 0; d < p.width; ++d) {
                 dk.add(p.dk.value(p.half, p.at(row, h) + d), exact.dk[number][d]);
@@ -138,7 +137,7 @@ maskattn::Sequences packed(const std::vector<std::int64_t>& queries, const std::
     std::int64_t first_q = 0, first_k = 0;
     for (std::size_t b = 0; b < queries.size(); ++b) {
         for (std::int32_t h = 0; h < heads; ++h)
-            sequences.pairs.push_back({0, h, {first_q, queries[b], nullptr}, {first_k, keys[b], nullptr}});
+            sequences.heads.push_back({0, h, {first_q, queries[b], nullptr}, {first_k, keys[b], nullptr}});
         first_q += queries[b], first_k += keys[b];
     }
     return sequences;
@@ -149,8 +148,8 @@ maskattn::Sequences masked(std::int64_t rows) {
     maskattn::Sequences sequences;
     for (std::int32_t i = 0; i < rows; ++i)
         if (i % 3 != 1) sequences.kept.push_back(i);
-    const Rows kept{0, static_cast<std::int64_t>(sequences.kept.size()), sequences.kept.data()};
-    for (std::int32_t h = 0; h < heads; ++h) sequences.pairs.push_back({0, h, kept, kept});
+    const Tokens kept{0, static_cast<std::int64_t>(sequences.kept.size()), sequences.kept.data()};
+    for (std::int32_t h = 0; h < heads; ++h) sequences.heads.push_back({0, h, kept, kept});
     sequences.dense = true;
     sequences.rows_q = sequences.rows_k = rows;
     return sequences;
@@ -163,7 +162,7 @@ bool run(Problem& p, const maskattn::Sequences& sequences, const maskattn::Kerne
         const maskattn::Execution how{&kernels.attention, threads};
         maskattn::attention_forward(p.attention(), sequences, how);
         maskattn::attention_backward(p.attention(), p.gradients(), sequences, how, dslopes);
-        all = agrees(p, sequences.pairs, dslopes, name + ", " + std::to_string(threads) + " threads") && all;
+        all = agrees(p, sequences.heads, dslopes, name + ", " + std::to_string(threads) + " threads") && all;
     }
     return all;
 }

@@ -1,4 +1,4 @@
-#include "cases.hpp"
+#include "tests/cases.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -68,7 +68,7 @@ Tensor unwritten(std::size_t count) {
     return x;
 }
 
-HeadResults attend(const Head& head) {
+HeadResults attend(const PlainHead& head) {
     const std::size_t Q = head.q.size(), T = head.k.size(), D = Q ? head.q[0].size() : T ? head.k[0].size() : 0;
     const std::vector<std::vector<double>> rows_Q(Q, std::vector<double>(D)), rows_T(T, std::vector<double>(D));
     const std::vector<std::vector<double>> square(Q, std::vector<double>(T));

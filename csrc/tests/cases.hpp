@@ -35,7 +35,7 @@ Tensor unwritten(std::size_t count);
 float to_float(std::uint16_t bfloat16);
 
 // One sequence and head: what a plain loop makes of it. Rows of D.
-struct Head {
+struct PlainHead {
     std::vector<std::vector<double>> q, k, v, grad_out;
     std::vector<double> key_bias, grad_lse;
     std::vector<std::vector<double>> distance, grad_rows;  // [query][key]
@@ -48,7 +48,7 @@ struct HeadResults {
     double dslope;
 };
 
-HeadResults attend(const Head& head);
+HeadResults attend(const PlainHead& head);
 
 // Counts what is off by more than `tolerance` of the largest value.
 class Comparison {

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <cstdio>
 
-#include "../coverage.hpp"
-#include "cases.hpp"
+#include "packing/coverage.hpp"
+#include "tests/cases.hpp"
 
 namespace maskattn_tests {
 

@@ -1,9 +1,9 @@
-// Rows by index and the places of kept tokens against plain loops.
+// Rows by index and the positions of kept tokens against plain loops.
 #include <cstdio>
 #include <vector>
 
-#include "../row_moves.hpp"
-#include "cases.hpp"
+#include "packing/row_moves.hpp"
+#include "tests/cases.hpp"
 
 namespace maskattn_tests {
 namespace {
@@ -46,7 +46,7 @@ bool moves(const Case& c, int threads, bool result_is_zero) {
     const std::ptrdiff_t result_stride = c.row_bytes + c.result_gap;
     Bytes source(static_cast<std::size_t>(c.source_rows * source_stride + c.row_bytes));
     for (unsigned char& byte : source) byte = static_cast<unsigned char>(below(random, 256));
-    // Nothing behind the last row, so that a step too far is one out of bounds.
+    // Nothing after the last row, so that a step too far is one out of bounds.
     Bytes result(static_cast<std::size_t>(c.rows ? (c.rows - 1) * result_stride + c.row_bytes : 0),
                  result_is_zero ? 0 : untouched);
     const Bytes before = result;

@@ -2,9 +2,9 @@
 #include <cmath>
 #include <limits>
 
-#include "../instruction_sets.hpp"
-#include "../readout_driver.hpp"
-#include "cases.hpp"
+#include "dispatch/instruction_sets.hpp"
+#include "readout/driver.hpp"
+#include "tests/cases.hpp"
 
 namespace maskattn_tests {
 namespace {
@@ -99,8 +99,8 @@ struct Problem {
     }
 };
 
-Head head_of(const Problem& p, std::size_t b, std::size_t h) {
-    Head head{};
+PlainHead head_of(const Problem& p, std::size_t b, std::size_t h) {
+    PlainHead head{};
     head.scale = static_cast<double>(0.3f);
     head.slope = static_cast<double>(p.slopes[h]);
     const auto first = static_cast<std::size_t>(starts[b]), end = static_cast<std::size_t>(starts[b + 1]);
@@ -115,9 +115,9 @@ Head head_of(const Problem& p, std::size_t b, std::size_t h) {
         head.grad_lse.push_back(static_cast<double>(p.grad_lse[(b * p.queries + r) * heads + h]));
         std::vector<double> distance, grad_row;
         for (std::size_t t = first; t < end; ++t) {
-            const float* place = p.coords_q.data() + (b * p.queries + r) * 2;
-            const double length = std::hypot(static_cast<double>(place[0] - p.coords_k[t * 2]),
-                                             static_cast<double>(place[1] - p.coords_k[t * 2 + 1]));
+            const float* position = p.coords_q.data() + (b * p.queries + r) * 2;
+            const double length = std::hypot(static_cast<double>(position[0] - p.coords_k[t * 2]),
+                                             static_cast<double>(position[1] - p.coords_k[t * 2 + 1]));
             distance.push_back(std::isnan(length) ? 0.0 : length);
             grad_row.push_back(static_cast<double>(p.grad_rows[(r * heads + h) * keys + t]));
         }
@@ -169,7 +169,7 @@ bool relevance_agrees(const Problem& p, const std::string& name) {
     const std::size_t class_words = sequences * p.queries * heads * p.width;
     for (std::size_t b = 0; b < sequences; ++b)
         for (std::size_t h = 0; h < heads; ++h) {
-            const Head head = head_of(p, b, h);
+            const PlainHead head = head_of(p, b, h);
             const HeadResults exact = attend(head);
             const auto first = static_cast<std::size_t>(starts[b]);
             for (std::size_t t = 0; t < head.k.size(); ++t) {

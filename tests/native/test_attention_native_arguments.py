@@ -42,6 +42,10 @@ BAD_TYPES = [
     ({"lse": rows(2, 5, dtype=np.float64)}, "lse of dtype float32"),
     ({"key_bias": [0.0]}, "key_bias as a numpy array"),
     ({"scale": "1"}, "incompatible function arguments"),
+    ({"key_bais": rows(5)}, "attention_forward needs keywords among .*key_bias.*, got key_bais"),
+    ({"skip_queries": True}, "got skip_queries"),
+    ({"threads": 1.5}, "threads as an int, got 1.5"),
+    ({"instruction_set": 3}, "instruction_set as a str, got 3"),
 ]
 BAD_VALUES = [
     ({"q": rows(5, 32)}, r"q with 3 axes, got q.shape=\(5, 32\)"),
@@ -74,6 +78,34 @@ BAD_VALUES = [
 ]
 
 
+def dense_arguments(**more: Any) -> dict[str, Any]:
+    """A good call of masked_attention_forward."""
+    x, keep = rows(2, 3, 5, 16), rows(2, 5, dtype=bool)
+    return {"q": x, "k": x, "v": x, "keep": keep, "out": x.copy(), "lse": rows(2, 3, 5), "scale": 1.0} | more
+
+
+def readout_arguments(**more: Any) -> dict[str, Any]:
+    """A good call of readout_forward."""
+    q, x, starts = rows(1, 1, 2, 16), rows(5, 2, 16), np.array([0, 5], np.int32)
+    good = {"q": q, "k": x, "v": x, "cu_seqlens": starts, "out": q.copy(), "lse": rows(1, 1, 2), "scale": 1.0}
+    return good | more
+
+
+def gradients(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call of the backward pass."""
+    return call | {"grad_out": call["q"]} | {f"d{name}": np.zeros_like(call[name]) for name in "qkv"}
+
+
+CALLS: dict[str, Callable[[], dict[str, Any]]] = {
+    "attention_backward": lambda: gradients(arguments()),
+    "masked_attention_forward": dense_arguments,
+    "masked_attention_backward": lambda: gradients(dense_arguments()),
+    "readout_forward": readout_arguments,
+    "readout_backward": lambda: gradients(readout_arguments()),
+    "token_relevance": lambda: readout_arguments(grad_out=rows(3, 1, 1, 2, 16), relevance=rows(3, 5)),
+}
+
+
 @pytest.mark.parametrize(("changed", "message"), BAD_TYPES)
 def test_wrong_types_are_refused(changed, message):
     with pytest.raises(TypeError, match=message):
@@ -90,6 +122,24 @@ def test_a_good_call_is_not_refused():
     call = arguments()
     _native.attention_forward(**call)
     np.testing.assert_allclose(call["lse"], np.log([[2, 2, 3, 3, 3]] * 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("operation", "foreign"),
+    [
+        ("attention_backward", "rows"),
+        ("masked_attention_forward", "dbias"),
+        ("masked_attention_backward", "grad_rows"),
+        ("readout_forward", "skip_queries"),
+        ("readout_backward", "key_origin"),
+        ("token_relevance", "lse_rest"),
+    ],
+)
+def test_a_keyword_of_another_operation_is_refused(operation, foreign):
+    good = CALLS[operation]()
+    getattr(_native, operation)(**good)
+    with pytest.raises(TypeError, match=f"{operation} needs keywords among .*, got {foreign}"):
+        getattr(_native, operation)(**good, **{foreign: None})
 
 
 def refused(operation: Callable[..., None], message: str, *args: Any, **options: Any) -> None:

@@ -1,0 +1,100 @@
+// Scaled dot-product attention of many sequences: the problem as plain data, shared by the bindings, the driver that
+// splits it into items of work, and the kernels of each instruction set.
+//
+//   score_ij = s q_i.k_j + b_j - slope ||x_i - x_j||     p_ij = exp(score_ij - lse_i)     out_i = sum_j p_ij v_j
+//
+// With dO and dlse the gradients of the outputs, delta_i = sum_d dO_id out_id - dlse_i and
+// dS_ij = p_ij (dO_i.v_j - delta_i):
+//
+//   dq_i = s sum_j dS_ij k_j     dk_j = s sum_i dS_ij q_i     dv_j = sum_i p_ij dO_i     dbias_j = sum_i dS_ij
+//   dslope = -sum_ij dS_ij ||x_i - x_j||
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/strided.hpp"
+
+namespace maskattn {
+
+// The head widths that the kernels take.
+constexpr std::ptrdiff_t least_head_width = 16, most_head_width = 256, head_width_step = 8;
+
+struct Attention {
+    bool bfloat16;  // of q, k, v, out and their gradients; all else is float32
+    int head_width;
+    float scale;
+    Strided<const void> q, k, v;
+    Strided<void> out;  // forward writes out and lse, backward reads them
+    Strided<float> lse;
+    Strided<float> lse_rest;                  // what rounding took from lse; without data: not wanted, or zeros
+    Strided<const float> key_bias;            // without data: none
+    Strided<const float> coords_q, coords_k;  // two floats a row; without data: none
+    Strided<const float> slopes;              // by head
+};
+
+struct Gradients {
+    Strided<const void> grad_out;
+    Strided<const float> grad_lse;  // without data: zeros
+    Strided<void> dq, dk, dv;
+    Strided<float> dbias;  // without data: not wanted
+};
+
+// A sequence's keys are taken in blocks of eight AVX-512 vectors, over which the rows of a query tile pass six at a time.
+// At head width 64 the block's K and V take 32 KiB in bfloat16, which L1 just holds, and 64 KiB in float32. Blocks of 64
+// keys were 8 % slower in bfloat16 and 3 % in float32: what a row does once for each block weighs more than L1 does.
+constexpr int block_keys = 128;
+constexpr int tile_rows = 6;
+// Queries of an item of work: their output (24 KiB at head width 64) stays in L2 while all keys pass by, and each block
+// of keys, which comes from L2 or L3, is used 16 times.
+constexpr int tile_queries = 96;
+// Blocks of keys of an item of the backward pass, at the most. All queries pass by each item, and come from L3: the more
+// keys they meet, the better (at head width 64, of 256, 512 and 1,024 keys the last took 0.86 of the first's time in
+// bfloat16 and 0.9 in float32, although dk and dv of so many do not stay in L2).
+static constexpr int most_chunk_blocks(int head_width) {
+    return (head_width <= 64 ? 1024 : head_width <= 128 ? 512 : 256) / block_keys;
+}
+
+static inline std::int64_t ceil_divide(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
+
+// Entry points of one instruction set for one dtype. Sizes are in 32-bit words, multiples of 16; every buffer is
+// aligned to 64 bytes.
+struct ForwardKernels {
+    std::size_t (*block_words)(int head_width);
+    std::size_t (*scratch_words)(int head_width);
+    // Packs blocks [first, last) of the head's keys to `blocks`, which holds all of its blocks.
+    void (*pack_keys)(const Attention&, const Head&, std::int64_t first, std::int64_t last, std::uint32_t* blocks);
+    void (*attend)(const Attention&, const Head&, std::int64_t tile, const std::uint32_t* blocks,
+                   std::uint32_t* scratch);
+};
+
+// How many tiles of queries a chunk of keys is done with, and the chunk before it: nullptr for all.
+struct TilesDone {
+    const std::int64_t* before;
+    std::int64_t* own;
+};
+
+// Neighbouring blocks of a head's keys.
+struct KeyChunk {
+    std::int64_t first;
+    int blocks;
+};
+
+struct BackwardKernels {
+    int (*tile_queries)(int head_width);
+    std::size_t (*tile_words)(int head_width);
+    std::size_t (*scratch_words)(int head_width, int chunk_blocks);
+    // Packs what the chunks need of a tile of queries to `tiles`, which holds all of the head's tiles.
+    void (*pack_queries)(const Attention&, const Gradients&, const Head&, std::int64_t tile, std::uint32_t* tiles);
+    // Writes dk, dv and dbias of the chunk's keys and adds to dq of each tile once the chunk before has; the last chunk
+    // writes dq. dslope: by block of the head. What is written does not depend on how blocks are divided into chunks.
+    void (*take_chunk)(const Attention&, const Gradients&, const Head&, const KeyChunk&, std::uint32_t* tiles,
+                       const TilesDone&, double* dslope, std::uint32_t* scratch);
+};
+
+struct AttentionKernels {
+    ForwardKernels forward_float32, forward_bfloat16;
+    BackwardKernels backward_float32, backward_bfloat16;
+};
+
+}  // namespace maskattn

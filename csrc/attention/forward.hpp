@@ -1,0 +1,275 @@
+// Forward attention of a tile of queries, softmax and both products in one pass over the keys.
+//
+// Dimension key: M queries of a register tile (tile_rows), Q of an item (tile_queries), N keys of a block (block_keys),
+// D head width.
+#pragma once
+
+#include "attention/operands.hpp"
+#include "attention/score.hpp"
+
+namespace maskattn {
+namespace {
+
+// A packed block of keys, in words: K by steps [D / depth][N], V by steps [N / depth][D padded], then N each of the key
+// bias, x and y.
+template <class Arithmetic>
+struct BlockLayout {
+    int k_words, v_words;
+
+    explicit BlockLayout(int head_width)
+        : k_words(head_width / Arithmetic::depth * block_keys),
+          v_words(block_keys / Arithmetic::depth * padded(head_width)) {}
+
+    std::size_t words() const { return static_cast<std::size_t>(k_words + v_words + 3 * block_keys); }
+};
+
+// What is added to the scores of a block of keys.
+struct KeyTerms {
+    const float* bias_N;  // -inf past the end of the sequence
+    const float* x_N;
+    const float* y_N;
+    int columns;
+    bool biased;  // bias_N must be added
+};
+
+// Keys of a block that are computed with: all of a whole block, the vectors (of heads) that its keys fill of the last.
+template <class Arithmetic>
+MASKATTN_INLINE int columns_of_block(const Head& head, std::int64_t block) {
+    constexpr int step = lanes * Arithmetic::depth;
+    const int count = at_most(block_keys, head.keys.count - block * block_keys);
+    return (count + step - 1) / step * step;
+}
+
+template <class Arithmetic>
+MASKATTN_INLINE KeyTerms terms_of_block(const Attention& a, const Head& head, std::int64_t block, const float* bias_N) {
+    const bool whole = (block + 1) * block_keys <= head.keys.count;
+    const int columns = columns_of_block<Arithmetic>(head, block);
+    // With a scale below 0 the largest product is not the largest score.
+    const bool biased = a.key_bias.data || !whole || a.scale < 0.0f;
+    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, biased};
+}
+
+// Bias and positions of the block's keys; -inf past the end so that those have no probability.
+inline void pack_key_terms(const Attention& a, const Head& head, std::int64_t block, float* bias_N) {
+    const std::int64_t first = block * block_keys;
+    const int count = at_most(block_keys, head.keys.count - first);
+    for (int n = 0; n < block_keys; ++n) {
+        float bias = n < count ? 0.0f : -infinity, x = 0.0f, y = 0.0f;
+        if (n < count && a.key_bias.data) bias = *row_of(a.key_bias, head, row_at(head.keys, first + n));
+        if (n < count && a.slopes.data) {
+            const float* position = row_of(a.coords_k, head, row_at(head.keys, first + n));
+            x = position[0];
+            y = position[1];
+        }
+        bias_N[n] = bias;
+        bias_N[block_keys + n] = x;
+        bias_N[2 * block_keys + n] = y;
+    }
+}
+
+template <class Element>
+void rows_of_block(const Strided<const void>& x, const Head& head, std::int64_t block, const Element** rows) {
+    const std::int64_t first = block * block_keys;
+    const int count = at_most(block_keys, head.keys.count - first);
+    for (int n = 0; n < block_keys; ++n)
+        rows[n] = n < count ? row_of<Element>(x, head, row_at(head.keys, first + n)) : nullptr;
+}
+
+template <class Arithmetic, class Element>
+void pack_keys(const Attention& a, const Head& head, std::int64_t first, std::int64_t last, std::uint32_t* blocks) {
+    const BlockLayout<Arithmetic> layout(a.head_width);
+    const Element* rows[block_keys];
+    for (std::int64_t block = first; block < last; ++block) {
+        std::uint32_t* to = blocks + static_cast<std::size_t>(block) * layout.words();
+        const int columns = columns_of_block<Arithmetic>(head, block);
+        rows_of_block(a.k, head, block, rows);
+        pack_columns<Arithmetic>(rows, columns, a.head_width, to);
+        rows_of_block(a.v, head, block, rows);
+        pack_steps<Arithmetic>(rows, columns, a.head_width, to + layout.k_words);
+        pack_key_terms(a, head, block, reinterpret_cast<float*>(to + layout.k_words + layout.v_words));
+    }
+}
+
+// The scores of one query at (x, y) with keys `n` on of a block from its products with them.
+template <bool biased, bool distanced>
+MASKATTN_INLINE Floats block_score(Floats product, const KeyTerms& keys, int n, ScoreUnits units, float x, float y) {
+    const Floats bias = biased ? load<Floats>(keys.bias_N + n) : Floats{};
+    const Floats distance = distanced ? distances(x, y, keys.x_N + n, keys.y_N + n) : Floats{};
+    return score<biased, distanced>(product * units.product, bias, distance, units.distance);
+}
+
+// 2^(factor score - base), or 2^(factor (score - base)) of scores that are no bare products, of a row's block as left
+// operand of the product with V; returns their sum by lanes.
+template <class Arithmetic, bool bare>
+MASKATTN_INLINE Floats store_probabilities(const float* score_N, int columns, float factor, float base,
+                                           std::uint32_t* p_N) {
+    const auto p_at = [&](int n) __attribute__((always_inline)) {
+        const Floats score = load<Floats>(score_N + n);
+        return power_of_two(bare ? score * factor - base : (score - base) * factor);
+    };
+    Floats total{};
+    if constexpr (Arithmetic::depth == 1) {
+#pragma GCC unroll 16
+        for (int n = 0; n < columns; n += lanes) {
+            const Floats p = p_at(n);
+            store(p_N + n, p);
+            total += p;
+        }
+    } else {
+#pragma GCC unroll 2
+        for (int n = 0; n < columns; n += 2 * lanes) {
+            const Floats first = p_at(n), second = p_at(n + lanes);
+            store(p_N + n / 2, Arithmetic::round(first, second));
+            total += first + second;
+        }
+    }
+    return total;
+}
+
+// The online softmax: the running state of the rows of a query tile.
+struct SoftmaxState {
+    float* largest_Q;  // of the scores so far
+    float* sum_Q;      // [Q][lanes], of 2^(score - largest)
+    const float *x_Q, *y_Q;
+};
+
+// Takes in the products of rows [q, q + M) with a block: leaves p, and in factor_M what the sums so far must be scaled by.
+// All largest scores come before the first exponential, so that neither waits for the other. Where nothing is added to
+// products, they need not become scores first: the largest of them is the largest score's.
+template <class Arithmetic, bool biased, bool distanced, bool whole>
+__attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, float* product_MN, const KeyTerms& keys,
+                                            ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
+    const int columns = whole ? block_keys : keys.columns;
+    constexpr bool bare = !biased && !distanced;
+    constexpr int factors = padded(tile_rows);
+    alignas(64) float before_M[factors] = {}, base_M[factors] = {};
+#pragma GCC unroll 8
+    for (int m = 0; m < tile_rows; ++m) {
+        const float x = distanced ? state.x_Q[q + m] : 0.0f, y = distanced ? state.y_Q[q + m] : 0.0f;
+        float* row = product_MN + m * block_keys;
+        Floats most = broadcast(-infinity);
+#pragma GCC unroll 16
+        for (int n = 0; n < columns; n += lanes) {
+            Floats s = load<Floats>(row + n);
+            if constexpr (!bare) {
+                s = block_score<biased, distanced>(s, keys, n, units, x, y);
+                store(row + n, s);
+            }
+            most = maximum(s, most);
+        }
+        const float before = state.largest_Q[q + m], found = bare ? largest(most) * units.product : largest(most);
+        const Largest now = larger_of(before, found);
+        before_M[m] = before;
+        base_M[m] = now.base;
+        state.largest_Q[q + m] = now.score;
+    }
+    for (int m = 0; m < factors; m += lanes)
+        store(factor_M + m, power_of_two((load<Floats>(before_M + m) - load<Floats>(base_M + m)) * units.difference));
+    for (int m = 0; m < tile_rows; ++m) {
+        float* sums = state.sum_Q + (q + m) * lanes;
+        const Floats total = store_probabilities<Arithmetic, bare>(product_MN + m * block_keys, columns,
+                                                                   bare ? units.product : units.difference, base_M[m],
+                                                                   p_MN + m * (block_keys / Arithmetic::depth));
+        store(sums, load<Floats>(sums) * factor_M[m] + total);
+    }
+}
+
+template <class Arithmetic, bool distanced>
+MASKATTN_INLINE void softmax_step(const SoftmaxState& state, int q, float* product_MN, const KeyTerms& keys,
+                                  ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
+    if (keys.columns < block_keys)
+        softmax_step<Arithmetic, true, distanced, false>(state, q, product_MN, keys, units, p_MN, factor_M);
+    else if (keys.biased)
+        softmax_step<Arithmetic, true, distanced, true>(state, q, product_MN, keys, units, p_MN, factor_M);
+    else
+        softmax_step<Arithmetic, false, distanced, true>(state, q, product_MN, keys, units, p_MN, factor_M);
+}
+
+// Scratch of a query tile, in words: q [Q][D / depth], out [Q][D padded], then largest, x and y [Q] and sum [Q][lanes].
+template <class Arithmetic>
+std::size_t forward_scratch_words(int head_width) {
+    return static_cast<std::size_t>(tile_queries) *
+           static_cast<std::size_t>(padded(head_width / Arithmetic::depth) + padded(head_width) + 3 + lanes);
+}
+
+template <class Element>
+void write_output(const Attention& a, const Head& head, std::int64_t row, float largest_score, Floats sums,
+                  const float* out_D) {
+    const float total = sum(sums);
+    const double largest = static_cast<double>(largest_score) * (only_products(a) ? ln_2 : 1.0);
+    write_lse(largest, total, row_of(a.lse, head, row), a.lse_rest.data ? row_of(a.lse_rest, head, row) : nullptr);
+    write_row(out_D, total == 0.0f ? 0.0f : 1.0f / total, a.head_width, row_of<Element>(a.out, head, row));
+}
+
+template <class Arithmetic, class Element>
+void attend(const Attention& a, const Head& head, std::int64_t tile, const std::uint32_t* blocks,
+            std::uint32_t* scratch) {
+    const BlockLayout<Arithmetic> layout(a.head_width);
+    const int steps = a.head_width / Arithmetic::depth, q_stride = padded(steps), out_stride = padded(a.head_width);
+    const std::int64_t first = tile * tile_queries;
+    const int count = at_most(tile_queries, head.queries.count - first);
+    const int rows = static_cast<int>(ceil_divide(count, tile_rows)) * tile_rows;
+
+    std::uint32_t* q_QD = scratch;
+    float* out_QD = reinterpret_cast<float*>(q_QD + tile_queries * q_stride);
+    float* largest_Q = out_QD + tile_queries * out_stride;
+    float *x_Q = largest_Q + tile_queries, *y_Q = x_Q + tile_queries, *sum_Q = y_Q + tile_queries;
+
+    const Element* q_rows[tile_queries];
+    for (int q = 0; q < rows; ++q) {
+        const bool real = q < count;
+        const std::int64_t row = real ? row_at(head.queries, first + q) : 0;
+        q_rows[q] = real ? row_of<Element>(a.q, head, row) : nullptr;
+        const float* position = real && a.slopes.data ? row_of(a.coords_q, head, row) : nullptr;
+        x_Q[q] = position ? position[0] : 0.0f;
+        y_Q[q] = position ? position[1] : 0.0f;
+        largest_Q[q] = -infinity;
+        store(sum_Q + q * lanes, Floats{});
+    }
+    pack_rows<Arithmetic>(q_rows, rows, a.head_width, q_QD, q_stride);
+    __builtin_memset(out_QD, 0, static_cast<std::size_t>(rows * out_stride) * sizeof *out_QD);
+
+    const SoftmaxState state{largest_Q, sum_Q, x_Q, y_Q};
+    const ScoreUnits units = units_of(a, head);
+    constexpr int p_stride = block_keys / Arithmetic::depth;
+    alignas(64) float product_MN[tile_rows * block_keys];
+    alignas(64) std::uint32_t p_MN[tile_rows * p_stride];
+    alignas(64) float factor_M[padded(tile_rows)];
+    const std::int64_t block_count = ceil_divide(head.keys.count, block_keys);
+    for (std::int64_t block = 0; block < block_count; ++block) {
+        const std::uint32_t* k = blocks + static_cast<std::size_t>(block) * layout.words();
+        const std::uint32_t* v = k + layout.k_words;
+        const KeyTerms keys =
+            terms_of_block<Arithmetic>(a, head, block, reinterpret_cast<const float*>(v + layout.v_words));
+        for (int q = 0; q < rows; q += tile_rows) {
+            multiply<Arithmetic, tile_rows, Start::zero>({q_QD + q * q_stride, q_stride, 1}, k, block_keys, steps,
+                                                         product_MN, block_keys, keys.columns / lanes);
+            if (a.slopes.data)
+                softmax_step<Arithmetic, true>(state, q, product_MN, keys, units, p_MN, factor_M);
+            else
+                softmax_step<Arithmetic, false>(state, q, product_MN, keys, units, p_MN, factor_M);
+            multiply<Arithmetic, tile_rows, Start::scaled>({p_MN, p_stride, 1}, v, out_stride,
+                                                           keys.columns / Arithmetic::depth, out_QD + q * out_stride,
+                                                           out_stride, out_stride / lanes, factor_M);
+        }
+    }
+    for (int q = 0; q < count; ++q)
+        write_output<Element>(a, head, row_at(head.queries, first + q), largest_Q[q],
+                              load<Floats>(sum_Q + q * lanes), out_QD + q * out_stride);
+}
+
+template <class Arithmetic>
+std::size_t block_words(int head_width) {
+    return BlockLayout<Arithmetic>(head_width).words();
+}
+
+template <class Arithmetic, class Element>
+constexpr ForwardKernels forward_kernels = {
+    &block_words<Arithmetic>,
+    &forward_scratch_words<Arithmetic>,
+    &pack_keys<Arithmetic, Element>,
+    &attend<Arithmetic, Element>,
+};
+
+}  // namespace
+}  // namespace maskattn

@@ -1,0 +1,106 @@
+// Rows of the user's tensors -> the layouts of products.hpp, and back. Dimension key: W words of 32 bits, D head width.
+#pragma once
+
+#include "attention/attention.hpp"
+#include "simd/products.hpp"
+
+namespace maskattn {
+namespace {
+
+using Bfloat16 = std::uint16_t;
+
+constexpr int prefetched_rows = 12;  // of 64 channels: 48 lines
+
+constexpr std::size_t whole_lines(std::size_t words) { return (words + 15) / 16 * 16; }
+
+MASKATTN_INLINE int at_most(int most, std::int64_t x) { return x < most ? static_cast<int>(x) : most; }
+
+// `count` elements as floats, zeros after them.
+MASKATTN_INLINE Floats load_floats(const float* from, int count) {
+    return count >= lanes ? load<Floats>(from) : load_first<Floats>(from, count);
+}
+MASKATTN_INLINE Floats load_floats(const Bfloat16* from, int count) {
+    return from_bfloat16(count >= lanes ? load<Halves>(from) : load_first<Halves>(from, count));
+}
+
+// Words `first` to `first + lanes` of a row whose neighbours along D share a word.
+template <class Arithmetic, class Element>
+MASKATTN_INLINE Words load_words(const Element* row, int first, int words) {
+    if constexpr (Arithmetic::depth == 1) return Words(load_floats(row + first, words - first));
+    const Element* from = row + first * Arithmetic::depth;
+    return words - first >= lanes ? load<Words>(from) : load_first<Words>(from, words - first);
+}
+
+// Asks for the cache lines of rows [first, last) while those before them are packed: a head's rows lie far apart, which
+// processors do not foresee.
+template <class Element>
+MASKATTN_INLINE void prefetch_rows(const Element* const* rows, int first, int last, int head_width) {
+    constexpr int line = 64 / sizeof(Element);
+    for (int r = first; r < last; ++r)
+        if (rows[r])
+            for (int d = 0; d < head_width; d += line) __builtin_prefetch(rows[r] + d);
+}
+
+// Row r of the result: the words of row r, `stride` words apart; nullptr stands for a row of zeros.
+template <class Arithmetic, class Element>
+void pack_rows(const Element* const* rows, int count, int head_width, std::uint32_t* to, int stride) {
+    const int words = head_width / Arithmetic::depth;
+    for (int r = 0; r < count; ++r) {
+        if (r + prefetched_rows < count) prefetch_rows(rows, r + prefetched_rows, r + prefetched_rows + 1, head_width);
+        for (int w = 0; w < words; w += lanes)
+            store(to + r * stride + w, rows[r] ? load_words<Arithmetic>(rows[r], w, words) : Words{});
+    }
+}
+
+// Step t of the result: word t of each of `count` rows, a multiple of the lanes; steps are block_keys apart.
+template <class Arithmetic, class Element>
+void pack_columns(const Element* const* rows, int count, int head_width, std::uint32_t* to) {
+    const int words = head_width / Arithmetic::depth;
+    for (int r = 0; r < count; r += lanes) {
+        prefetch_rows(rows, r + lanes, r + 2 * lanes <= count ? r + 2 * lanes : count, head_width);
+        for (int w = 0; w < words; w += lanes) {
+            Words square[lanes];
+            for (int i = 0; i < lanes; ++i)
+                square[i] = rows[r + i] ? load_words<Arithmetic>(rows[r + i], w, words) : Words{};
+            transpose(square);
+            const int filled = at_most(lanes, words - w);
+            for (int i = 0; i < filled; ++i) store(to + (w + i) * block_keys + r, square[i]);
+        }
+    }
+}
+
+// Step t of the result: the elements of row t, or of rows 2t and 2t + 1 in one word. count is even for heads.
+template <class Arithmetic, class Element>
+void pack_steps(const Element* const* rows, int count, int head_width, std::uint32_t* to) {
+    const int stride = padded(head_width);
+    if constexpr (Arithmetic::depth == 1) {
+        pack_rows<Arithmetic>(rows, count, head_width, to, stride);
+    } else {
+        for (int r = 0; r < count; r += 2) {
+            const int ahead = r + prefetched_rows;
+            if (ahead < count) prefetch_rows(rows, ahead, ahead + 2, head_width);
+            for (int d = 0; d < head_width; d += lanes) {
+                const Words low = rows[r] ? Words(load_floats(rows[r] + d, head_width - d)) : Words{};
+                const Words high = rows[r + 1] ? Words(load_floats(rows[r + 1] + d, head_width - d)) : Words{};
+                store(to + r / 2 * stride + d, (low >> 16) | high);
+            }
+        }
+    }
+}
+
+// One row of floats times `factor`, rounded to the element.
+MASKATTN_INLINE void write_row(const float* from, float factor, int head_width, float* to) {
+    int d = 0;
+    for (; d + lanes <= head_width; d += lanes) store(to + d, load<Floats>(from + d) * factor);
+    for (; d < head_width; ++d) to[d] = from[d] * factor;
+}
+MASKATTN_INLINE void write_row(const float* from, float factor, int head_width, Bfloat16* to) {
+    int d = 0;
+    for (; d + lanes <= head_width; d += lanes) store(to + d, to_bfloat16(load<Floats>(from + d) * factor));
+    if (d == head_width) return;
+    const Halves rest = to_bfloat16(load<Floats>(from + d) * factor);
+    __builtin_memcpy(to + d, &rest, static_cast<std::size_t>(head_width - d) * sizeof rest[0]);
+}
+
+}  // namespace
+}  // namespace maskattn

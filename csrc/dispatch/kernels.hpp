@@ -1,0 +1,24 @@
+// What one instruction set offers: a member per operation. Each instruction set's unit fills one by including
+// kernels_of_this_unit.hpp under its own compiler flags.
+#pragma once
+
+#include "attention/attention.hpp"
+#include "readout/readout.hpp"
+#include "readout/relevance.hpp"
+
+namespace maskattn {
+
+struct Kernels {
+    AttentionKernels attention;
+    ReadoutKernelsByDtype readout;
+    RelevanceKernelsByDtype relevance;
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+#endif
+
+}  // namespace maskattn

@@ -1,8 +1,0 @@
-// Compiled with this instruction set's flags, see setup.py.
-#if defined(__x86_64__)
-#include "kernels_of_this_unit.hpp"
-
-namespace maskattn {
-const Kernels kernels_avx512 = kernels_of_this_unit;
-}
-#endif

@@ -1,0 +1,13 @@
+// Each operation's bindings add themselves to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace maskattn {
+
+void bind_attention(pybind11::module_& module);
+void bind_coverage(pybind11::module_& module);
+void bind_packing(pybind11::module_& module);
+void bind_readout(pybind11::module_& module);
+
+}  // namespace maskattn

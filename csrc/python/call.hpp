@@ -1,0 +1,58 @@
+// The arguments of attention, readout and token relevance, as far as these take the same: checked, and filled into the
+// problem that a driver takes. All of it throws TypeError and ValueError.
+#pragma once
+
+#include "dispatch/kernels.hpp"
+#include "python/layout.hpp"
+#include "python/options.hpp"
+
+namespace maskattn {
+
+using Object = const py::object&;
+
+constexpr std::ptrdiff_t most_rows = 2147483647;  // of a tensor: indices have 32 bits
+
+class Call {
+  public:
+    // Queries and keys say how large everything else is.
+    Call(const char* operation, const Layout& layout, Object q, Object k, const py::kwargs& keywords,
+         std::initializer_list<const char*> own_options);
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+
+    // What makes scores and outputs of queries, keys and values.
+    void fill_inputs(Attention& problem, Object q, Object k, Object v, double scale);
+    // out, lse and its rest as forward writes them, and as what comes after it reads them.
+    void fill_outputs(Attention& problem, Object out, Object lse) const;
+    void fill_saved(Attention& problem, Object out, Object lse) const;
+    // What comes back to out, and where the gradients are to be written; those of the slopes are written by
+    // write_slope_gradients, from sums by head.
+    void fill_gradients(Gradients& gradients, Object grad_out, Object dq, Object dk, Object dv);
+    void write_slope_gradients(const std::vector<double>& dslope_H) const;
+
+    // cu_seqlens as it must be: from 0, never decreasing, to the `rows` of the argument called `of`.
+    std::vector<std::int32_t> starts(const char* name, Object value, std::ptrdiff_t rows, const char* of) const;
+
+    std::ptrdiff_t batch() const { return tensors.size("B"); }
+    std::ptrdiff_t heads() const { return tensors.size("H"); }
+    std::ptrdiff_t head_width() const { return tensors.size("D"); }
+    std::ptrdiff_t queries() const { return tensors.rows(layout_.q); }
+    std::ptrdiff_t keys() const { return tensors.rows(layout_.k); }
+    bool heads_share_bias() const { return heads_share_bias_; }
+
+    const Arguments arguments;
+    const Options options;
+    Tensors tensors;
+    const Kernels& kernels;
+    const int threads;
+
+  private:
+    const char* bias_axes() const { return heads_share_bias_ ? layout_.shared_key_bias : layout_.key_bias; }
+    void fill_terms(Attention& problem);
+
+    const Layout& layout_;
+    bool heads_share_bias_ = false;
+    Strided<float> dslopes_{};
+};
+
+}  // namespace maskattn

@@ -1,0 +1,175 @@
+// A job runs on the team that is shared, if any. Otherwise callers put it on a list and work on it; idle threads join jobs
+// that still have items. An idle thread spins for a moment, long enough to bridge the phases of one operation and too
+// short to take a core from torch's own threads, and then sleeps on a condition variable.
+#include "runtime/threads.hpp"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace maskattn {
+namespace {
+
+constexpr int most_threads = 256;
+constexpr auto spin_time = std::chrono::microseconds(20);
+
+struct Job {
+    void (*work)(void*, std::int64_t, int);
+    void* context;
+    std::int64_t items;
+    int seats;                          // threads that may still join
+    int next_worker = 1;                // 0 is the caller
+    int helpers = 0;                    // threads at work, the caller not counted
+    std::atomic<std::int64_t> next{0};  // item
+    std::atomic<int> team_worker{0};    // where a team runs the job
+    Job* after = nullptr;               // in the pool's list
+
+    void take_items(int worker) {
+        for (;;) {
+            const std::int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+            if (item >= items) return;
+            work(context, item, worker);
+        }
+    }
+    void take_seat() { take_items(team_worker.fetch_add(1, std::memory_order_relaxed)); }
+    bool has_room() const { return seats > 0 && next.load(std::memory_order_relaxed) < items; }
+};
+
+class Pool {
+  public:
+    void run(Job& job) {
+        const int seats = job.seats;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            start_threads(seats);
+            job.after = jobs_;
+            jobs_ = &job;
+            jobs_added_.fetch_add(1, std::memory_order_release);
+        }
+        if (seats == 1)
+            wake_.notify_one();
+        else
+            wake_.notify_all();
+        job.take_items(0);
+        std::unique_lock<std::mutex> lock(mutex_);
+        forget(job);
+        done_.wait(lock, [&job] { return job.helpers == 0; });
+    }
+
+  private:
+    void start_threads(int wanted) {
+        while (threads_ < std::min(wanted, most_threads - 1)) {
+            try {
+                std::thread(&Pool::serve, this).detach();
+            } catch (const std::system_error&) {
+                return;  // no more to be had: those there are do the work
+            }
+            ++threads_;
+        }
+    }
+
+    void forget(const Job& job) {
+        Job** link = &jobs_;
+        while (*link != &job) link = &(*link)->after;
+        *link = job.after;
+    }
+
+    Job* find_job() const {
+        Job* job = jobs_;
+        while (job != nullptr && !job->has_room()) job = job->after;
+        return job;
+    }
+
+    void spin_until_job(std::uint64_t seen) const {
+        const auto end = std::chrono::steady_clock::now() + spin_time;
+        while (jobs_added_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < end) {
+        }
+    }
+
+    [[noreturn]] void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            Job* job = find_job();
+            if (job == nullptr) {
+                const std::uint64_t seen = jobs_added_.load(std::memory_order_relaxed);
+                lock.unlock();
+                spin_until_job(seen);
+                lock.lock();
+                wake_.wait(lock, [&] { return (job = find_job()) != nullptr; });
+            }
+            --job->seats;
+            ++job->helpers;
+            const int worker = job->next_worker++;
+            lock.unlock();
+            job->take_items(worker);
+            lock.lock();
+            if (--job->helpers == 0) done_.notify_all();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    Job* jobs_ = nullptr;
+    std::atomic<std::uint64_t> jobs_added_{0};
+    int threads_ = 0;
+};
+
+// Never destroyed: its threads may outlive static objects. A child of fork() has none of them, and perhaps a locked
+// mutex, so it starts anew.
+std::atomic<Pool*> current_pool{nullptr};
+
+// A team's threads do not survive fork() either, and their runtime would wait for them for ever.
+std::atomic<ParallelRegion> shared_team{nullptr};
+
+void forget_pool() {
+    current_pool.store(nullptr, std::memory_order_relaxed);
+    shared_team.store(nullptr, std::memory_order_relaxed);
+}
+
+void watch_for_fork() {
+    static const int registered = pthread_atfork(nullptr, nullptr, &forget_pool);
+    static_cast<void>(registered);
+}
+
+Pool& pool() {
+    watch_for_fork();
+    Pool* found = current_pool.load(std::memory_order_acquire);
+    if (found != nullptr) return *found;
+    Pool* made = new Pool;
+    if (current_pool.compare_exchange_strong(found, made, std::memory_order_acq_rel)) return *made;
+    delete made;
+    return *found;
+}
+
+}  // namespace
+
+int thread_count(int asked) {
+    // Counting the cores asks the system, which takes microseconds.
+    const int wanted = asked > 0 ? asked : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    return std::min(wanted, most_threads);
+}
+
+void share_team(ParallelRegion parallel) {
+    watch_for_fork();
+    shared_team.store(parallel, std::memory_order_release);
+}
+
+void run_items(int threads, std::int64_t items, void (*work)(void*, std::int64_t, int), void* context) {
+    Job job{work, context, items, 0};
+    job.seats = static_cast<int>(std::min<std::int64_t>(threads, items)) - 1;
+    const ParallelRegion parallel = shared_team.load(std::memory_order_acquire);
+    if (job.seats > 0 && parallel != nullptr)
+        parallel([](void* data) { static_cast<Job*>(data)->take_seat(); }, &job, static_cast<unsigned>(job.seats + 1), 0);
+    else if (job.seats > 0)
+        pool().run(job);
+    else
+        job.take_items(0);
+}
+
+}  // namespace maskattn
