@@ -2,7 +2,7 @@
 # make test    the whole suite; the Triton kernels in the interpreter, in a process of their own
 # make check   format, lint, types
 # make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers
-# make bench   pytest-benchmark suites; the slower figures have scripts of their own under bench/
+# make bench   pytest-benchmark suites; bench/README.md names the command of every other figure
 # Everything is installed into .venv from constraints.txt.
 
 PYTHON ?= python3
@@ -29,7 +29,7 @@ check: .venv/dev.installed
 	$(BIN)/mypy
 
 bench: .venv/dev.installed
-	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+	$(BIN)/python -m pytest bench/gpu --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 
 sanitize:
 	$(MAKE) -j $(CORES) -f csrc/tests/Makefile

@@ -11,17 +11,16 @@ import pytest
 import torch
 from oracles import assert_within_budget
 
+from bench.gpu import peers
+from bench.gpu.clock import DeviceClock
+from bench.gpu.points import Case, Point, Problem, grid_of
+from bench.gpu.record import Recorder, read_rows, table
 from maskattn.attention import reference
 from maskattn.options import Options
 
 pytest.importorskip("pytest_benchmark")
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import peers  # noqa: E402 (bench/ must be on the path first)
-from clock import DeviceClock  # noqa: E402 (likewise)
-from points import Case, Point, Problem, grid_of  # noqa: E402 (likewise)
-from record import Recorder, read_rows, table  # noqa: E402 (likewise)
+ROOT = Path(__file__).resolve().parents[1]
+SUITES = ROOT / "bench" / "gpu"
 
 # FlexAttention would compile for half a minute.
 QUICK_PEERS = [name for name in peers.PEERS if not name.startswith("flex")]
@@ -36,12 +35,12 @@ def problem():
 @pytest.mark.parametrize("timed", [False, True], ids=["untimed", "timed, one family"])
 def test_every_family_runs_and_is_recorded(tmp_path, timed):
     rows = tmp_path / "rows.csv"
-    what = [str(BENCH / "test_packing.py")] if timed else [str(BENCH), "--benchmark-disable"]
+    what = [str(SUITES / "test_packing.py")] if timed else [str(SUITES), "--benchmark-disable"]
     options = ["--bench-grid", "smoke", "--bench-impls", "torch", "--bench-csv", str(rows)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *what, *options]
     # pytest-benchmark times nothing in a worker of a parallel run, which this is not.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCH.parent, env=alone)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=alone)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     recorded = read_rows(rows)
     ran = [row for row in recorded if row.status == ("ok" if timed else "ran")]
@@ -56,8 +55,17 @@ def test_every_family_runs_and_is_recorded(tmp_path, timed):
 def test_nothing_is_started_after_the_time_is_up(tmp_path):
     rows = tmp_path / "rows.csv"
     options = ["--bench-grid", "smoke", "--bench-impls", "torch", "--bench-csv", str(rows), "--bench-seconds", "0"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCH / "test_packing.py"), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCH.parent)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(SUITES / "test_packing.py"),
+        *options,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert {row.status for row in read_rows(rows)} == {"left out"}
     assert "left out: 6" in result.stdout
 
@@ -98,7 +106,7 @@ def test_the_table_compares_ours_with_the_best_peer_that_computes_the_same():
 
 def test_plots_are_drawn_of_every_length_and_share_that_was_measured(tmp_path):
     pytest.importorskip("matplotlib")
-    from plots import best_by_series, plot
+    from bench.gpu.plots import best_by_series, plot
 
     recorder = Recorder(None, "cpu")
     for tokens in (256, 1024, 4096):

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
+
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
 
 def test_the_script_prints_parity_speed_and_refusals(tmp_path):
-    script = Path(__file__).resolve().parents[2] / "bench" / "adapters.py"
     out = tmp_path / "adapters.md"
-    command = [sys.executable, str(script), "--smoke", "--out", str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "bench.evidence.adapters", "--smoke", "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     parity, speed, refused = re.split(r"^## ", out.read_text(), flags=re.MULTILINE)[1:]
     errors = [float(cell) for row in parity.splitlines() if row.startswith("| t") for cell in row.split("|")[2:6]]

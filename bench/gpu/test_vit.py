@@ -1,4 +1,7 @@
-"""A ViT-S/16 with and without its background, and the price of a map: ``pytest bench/test_vit.py``."""
+"""A ViT-S/16 with and without its background, and the price of a map.
+
+pytest bench/gpu/test_vit.py
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from points import Case, Point, Problem
 
+from bench.gpu.points import Case, Point, Problem
 from maskattn.explain import CDAM
 from maskattn.nn import VisionTransformer
 

@@ -1,4 +1,7 @@
-"""What each option of our attention costs, beside what a user would write for it: ``pytest bench/test_options.py``."""
+"""What each option of our attention costs, beside what a user would write for it.
+
+pytest bench/gpu/test_options.py
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import Attention, UnsupportedError, needs_scores, ours
-from points import Case, Point, Problem
 from test_attention import WORK, impls_of, step_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.gpu.peers import Attention, UnsupportedError, needs_scores, ours
+from bench.gpu.points import Case, Point, Problem
 from maskattn import masked_attention, packed_attention
 
 VARIANTS = ("plain", "key_bias shared", "key_bias per head", "coords", "dropout", "lse", "all")

@@ -1,7 +1,7 @@
 """Every vision transformer that timm names: converted, refused by the part it needs, or wrong.
 
-    python bench/timm_names.py --write          # bench/results/timm_names.md
-    python bench/timm_names.py "vit_tiny*"      # some names, printed
+    python -m bench.evidence.timm_names --write          # bench/results/timm_names.md
+    python -m bench.evidence.timm_names "vit_tiny*"      # some names, printed
 
 Models are built narrow and two blocks deep, with random weights. A model is converted where its output agrees to float
 rounding, wrong where it does not, and a fault where anything but ``UnsupportedModelError`` is raised.
@@ -24,7 +24,7 @@ from maskattn.nn.adapters.conversion import UnsupportedModelError
 
 # A torchvision that was built for another torch keeps timm from being imported; the tests know the remedy.
 _spec = importlib.util.spec_from_file_location(
-    "tests_conftest", Path(__file__).resolve().parents[1] / "tests" / "conftest.py"
+    "tests_conftest", Path(__file__).resolve().parents[2] / "tests" / "conftest.py"
 )
 assert _spec is not None
 assert _spec.loader is not None
@@ -35,7 +35,7 @@ PATTERNS = ("*vit*", "deit*", "eva*", "beit*", "siglip*", "*dino*")
 # Where the models live that could convert; others are built without numbers, and refused for what they are.
 ROOMS = ("timm.models.vision_transformer", "timm.models.eva", "timm.models.deit")
 SIZES = ({"depth": 2, "embed_dim": 96, "num_heads": 3}, {"depth": 2}, {})
-RESULTS = Path(__file__).parent / "results" / "timm_names.md"
+RESULTS = Path(__file__).parents[1] / "results" / "timm_names.md"
 TOLERANCE = 1e-4  # of the largest output: float32 through two blocks
 
 
@@ -85,7 +85,8 @@ def report(verdicts: dict[str, tuple[str, str]], version: str) -> str:
     lines = [
         "# timm's names",
         "",
-        f"`python bench/timm_names.py --write`, timm {version}: {len(verdicts)} names of {', '.join(PATTERNS)}.",
+        f"`python -m bench.evidence.timm_names --write`, timm {version}: "
+        f"{len(verdicts)} names of {', '.join(PATTERNS)}.",
         "",
         "| | names |",
         "|---|---|",

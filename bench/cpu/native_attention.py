@@ -1,6 +1,6 @@
 """The C++ attention beside torch's, on the CPU.
 
-    python bench/native_attention.py --out bench/results/native_attention.md       some minutes on two cores
+    python -m bench.cpu.native_attention --out bench/results/native_attention.md       some minutes on two cores
 
 What is compared runs in turn, round after round, in one process; medians are printed and ratios of them (above 1: ours
 is faster). With ``--threads 1`` it is processor time, which others on the machine disturb less. The machine's peak is a
@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,23 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maskattn
+from bench.timing import kind_of_time, medians
 from maskattn import Packing, masked_attention, packed_attention
 from maskattn.nn import VisionTransformer
 
 HERE = Path(__file__).parent
 Lines = Iterator[str]
-
-
-def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each call, all called once a round; the first round warms up."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            seconds[name].append(clock() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def machine_peak() -> dict[str, float]:
@@ -238,7 +226,7 @@ def main() -> None:
         "# The C++ attention beside torch's",
         "",
         f"torch {torch.__version__}, maskattn {maskattn.__version__}, {arguments.threads} threads, medians of {rounds} "
-        "interleaved rounds" + (", processor time." if arguments.threads == 1 else ", wall time."),
+        f"interleaved rounds, {kind_of_time()}.",
         "Peak of one thread: " + (", ".join(f"{n} {v:.0f} GFLOP/s" for n, v in peak.items()) or "not measured") + ".",
         "",
     ]

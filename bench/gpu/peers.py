@@ -14,10 +14,10 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from points import Problem
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.gpu.points import Problem
 from maskattn import masked_attention, packed_attention
 
 __all__ = ["IMPLS", "PEERS", "UnsupportedError", "attention_of", "contenders", "flex_mask", "is_packed", "ours"]

@@ -1,4 +1,7 @@
-"""From a mask to packed rows and back, and what FlexAttention prepares instead: ``pytest bench/test_packing.py``."""
+"""From a mask to packed rows and back, and what FlexAttention prepares instead.
+
+pytest bench/gpu/test_packing.py
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peers import flex_mask
-from points import Case, Point, Problem
 from torch import Tensor
 
+from bench.gpu.peers import flex_mask
+from bench.gpu.points import Case, Point, Problem
 from maskattn import Packing, pack, unpack
 
 STEPS = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and without a network:
 #
-#     bench/gpu.sh OUT_FOLDER [quick|full] [--seconds N] [--only STEP[,STEP...]] [--commit ID] [--device cpu]
+#     bench/gpu/run.sh OUT_FOLDER [quick|full] [--seconds N] [--only STEP[,STEP...]] [--commit ID] [--device cpu]
 #
 # Steps: build, versions, tests, sanitizer, bench. A step that fails is reported and the others go on; the exit status is
 # 1 if a test, the sanitizer or one of our bench rows failed. --seconds (540) is for the benches alone: the most
@@ -32,7 +32,7 @@ while [[ $# -gt 0 ]]; do
     shift
 done
 
-cd "$(dirname "$0")/.." || exit 2
+cd "$(dirname "$0")/../.." || exit 2
 root=$PWD
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if [[ -z ${PYTHON:-} ]]; then
@@ -119,7 +119,7 @@ sanitize() {
     for tool in memcheck racecheck; do
         echo "-- $tool"
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 "$1" --tool "$tool" --error-exitcode 9 --print-limit 20 \
-            "$PYTHON" bench/small_cases.py --widths 64 --dtypes bf16 fp32 || status=1
+            "$PYTHON" -m bench.gpu.small_cases --widths 64 --dtypes bf16 fp32 || status=1
     done
     return $status
 }
@@ -128,7 +128,7 @@ bench() {
     local size=$grid impls=()
     [[ $device == cpu ]] && size=smoke impls=(--bench-impls torch)
     # A peer that hangs is not waited for; rows.csv has what came before.
-    timeout --signal=INT --kill-after=30 "$((seconds + 90))" "$PYTHON" -m pytest bench --bench-device "$device" --bench-grid "$size" --bench-seconds "$seconds" \
+    timeout --signal=INT --kill-after=30 "$((seconds + 90))" "$PYTHON" -m pytest bench/gpu --bench-device "$device" --bench-grid "$size" --bench-seconds "$seconds" \
         --bench-csv "$out/rows.csv" --benchmark-json "$out/bench.json" --benchmark-columns=median,iqr,rounds \
         --bench-commit "$commit" -p no:cacheprovider ${impls[@]+"${impls[@]}"}
 }
@@ -140,18 +140,18 @@ if wanted tests; then
 fi
 if wanted sanitizer; then
     if [[ $device == cpu ]]; then
-        step sanitizer yes "$PYTHON" bench/small_cases.py --device cpu --impl torch --widths 32 --dtypes fp32
+        step sanitizer yes "$PYTHON" -m bench.gpu.small_cases --device cpu --impl torch --widths 32 --dtypes fp32
     elif tool=$(find_sanitizer); then
         step sanitizer yes sanitize "$tool"
     else
-        step sanitizer yes "$PYTHON" bench/small_cases.py
+        step sanitizer yes "$PYTHON" -m bench.gpu.small_cases
         summary+=("sanitizer: compute-sanitizer is not on this machine; the small cases ran without it")
     fi
 fi
 wanted bench && step bench yes bench
 
 {
-    [[ -s $out/rows.csv ]] && wanted bench && "$PYTHON" bench/record.py "$out/rows.csv"
+    [[ -s $out/rows.csv ]] && wanted bench && "$PYTHON" -m bench.gpu.record "$out/rows.csv"
     echo
     printf '%s\n' ${summary[@]+"${summary[@]}"}
 } | tee "$out/table.txt"

@@ -1,6 +1,6 @@
 """Rows of results: written as they are measured, and a table of ours against the best peer at each point.
 
-python bench/record.py results.csv          prints the table of a CSV
+python -m bench.gpu.record results.csv          prints the table of a CSV
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from points import Case
+
+from bench.gpu.points import Case
 
 __all__ = ["Recorder", "Row", "is_ours", "read_rows", "table"]
 

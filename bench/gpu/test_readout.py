@@ -1,4 +1,6 @@
-"""A few queries over many keys, and the relevance of every token: ``pytest bench/test_readout.py``.
+"""A few queries over many keys, and the relevance of every token.
+
+    pytest bench/gpu/test_readout.py
 
 Both are bound by reading K and V once; rows carry GB/s of that.
 
@@ -12,11 +14,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import UnsupportedError
-from points import Case, Point, Problem
 from test_attention import impls_of, step_of
 from torch import Tensor
 
+from bench.gpu.peers import UnsupportedError
+from bench.gpu.points import Case, Point, Problem
 from maskattn import readout, token_relevance
 
 READOUTS = ("R=1", "R=1 with rows", "R=4", "R=4 with rows")

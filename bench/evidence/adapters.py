@@ -1,7 +1,7 @@
 """Models of timm and transformers against their packed twins: how far apart, how much faster, and what is refused.
 
-    python bench/adapters.py --out bench/results/adapters.md      some minutes on two cores
-    python bench/adapters.py --smoke                              seconds, to see that it runs
+    python -m bench.evidence.adapters --out bench/results/adapters.md      some minutes on two cores
+    python -m bench.evidence.adapters --smoke                              seconds, to see that it runs
 
 Random weights throughout. Parity: float64, the original's own code on the kept tokens alone is what a packed model must
 equal. Speed: float32, one process, original and ours in turns, medians; ratios above 1 mean that ours is faster.
@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "nn"))
 
 # A torchvision that was built for another torch keeps timm from being imported; the tests know the remedy.
@@ -32,7 +30,8 @@ _spec.loader.exec_module(_conftest)
 
 from families import FAMILIES, Family, Size, timm_vit  # noqa: E402 (tests/nn must be on the path first)
 
-from maskattn.nn import from_timm, from_transformers  # noqa: E402 (likewise)
+from bench.timing import medians  # noqa: E402 (after the tests' own folder)
+from maskattn.nn import from_timm, from_transformers  # noqa: E402 (after the tests' own folder)
 
 KEPT = (0.3, 1.0)
 
@@ -66,7 +65,7 @@ def header(size: Size, batch: int) -> str:
 
     return (
         "# Swapped models: parity, speed, refusals\n\n"
-        f"`python bench/adapters.py`; torch {torch.__version__}, timm {timm.__version__}, transformers "
+        f"`python -m bench.evidence.adapters`; torch {torch.__version__}, timm {timm.__version__}, transformers "
         f"{transformers.__version__}, CPU threads: {torch.get_num_threads()}. Random weights. Speed: {batch} images of "
         f"{size.img_size} px, tokens of {size.patch_size} px, {size.dim} channels, {size.depth} blocks, float32."
     )
@@ -141,8 +140,9 @@ def speed_table(families: list[Family], size: Size, batch: int, rounds: int) -> 
         cells: list[float] = []
         for backward in (False, True):
             calls = [lambda: family.output(theirs, x)]  # noqa: B023 (called at once)
-            calls += [lambda keep=keep: ours(x, keep) for keep in masks]  # noqa: B023 (likewise)
-            original, *packed = interleaved([training_step(c) if backward else inference(c) for c in calls], rounds)
+            calls += [lambda keep=keep: ours(x, keep) for keep in masks]  # noqa: B023 (called at once)
+            steps = {str(i): training_step(c) if backward else inference(c) for i, c in enumerate(calls)}
+            original, *packed = medians(steps, rounds).values()
             cells += [original / seconds for seconds in packed]
         rows.append(f"| {family.name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
     return "\n".join(rows)
@@ -158,18 +158,6 @@ def inference(call: Callable[[], Tensor]) -> Callable[[], None]:
 
 def training_step(call: Callable[[], Tensor]) -> Callable[[], None]:
     return lambda: call().square().mean().backward()
-
-
-def interleaved(calls: list[Callable[[], None]], rounds: int) -> list[float]:
-    """Median seconds of each call, the calls taking turns, after a round that does not count."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 1):
-        for call, times in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            if turn:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
 
 
 def refused_table() -> str:

@@ -1,4 +1,4 @@
-"""Packing on the CPU with the C++ extension and without: ``python bench/native_packing.py``, Markdown on stdout.
+"""Packing on the CPU with the C++ extension and without: ``python -m bench.cpu.native_packing``, Markdown on stdout.
 
 Without it, the same operations run torch's index_select and index_copy. The two run in turn, round after round, the one
 first that was last before, in one process; medians are taken. With one thread it is CPU time, which others on the
@@ -11,36 +11,18 @@ Dimension key: B sequences, N tokens, T packed tokens, C channels.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.timing import medians
 from maskattn import Packing, pack, packing, unpack
-
-Calls = dict[str, Callable[[], object]]
 
 SIZES = ((1, 197), (64, 197), (1, 4096), (1, 16384), (1, 65536))
 SHARES = (0.06, 0.3, 0.5, 1.0)
 MASKS = ((1, 197), (64, 197), (1, 16384), (512, 256), (1, 65536))
-
-
-def medians(calls: Calls, rounds: int) -> dict[str, float]:
-    """Seconds of each call, all called once a round, short ones many times over; the first round warms up."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    times = dict.fromkeys(calls, 1)
-    for turn in range(rounds + 1):
-        for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
-            start = clock()
-            for _ in range(times[name]):
-                call()
-            seconds[name].append((clock() - start) / times[name])
-            times[name] = max(1, min(200, int(1e-3 / max(seconds[name][-1], 1e-6))))
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def mask(B: int, N: int, share: float, piece: bool) -> Tensor:
@@ -71,7 +53,7 @@ def without_extension(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def pair(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
     """Microseconds without the extension and with it."""
-    took = medians({"without": without_extension(call), "with": call}, rounds)
+    took = medians({"without": without_extension(call), "with": call}, rounds, repeat_short=True)
     return 1e6 * took["without"], 1e6 * took["with"]
 
 
@@ -87,7 +69,7 @@ def moves(B: int, N: int, C: int, dtype: torch.dtype, share: float, piece: bool,
         (lambda: x_again.copy_(x), lambda: unpack(rows, places)),
     ):
         assert torch.equal(without_extension(move)(), move())
-        limit = 1e6 * medians({"copy": copy}, rounds)["copy"]
+        limit = 1e6 * medians({"copy": copy}, rounds, repeat_short=True)["copy"]
         torchs, ours = pair(move, rounds)
         cells += [f"{limit:,.0f}", f"{torchs:,.0f}", f"{ours:,.0f}", f"{torchs / ours:.2f}"]
     kept = f"{share}{', one piece' if piece else ''}"

@@ -1,10 +1,10 @@
-"""How much of the tissue is found, and how much glass is taken for it: ``python bench/tissue.py``.
+"""How much of the tissue is found, and how much glass is taken for it: ``python -m bench.evidence.tissue``.
 
-    python bench/tissue.py --real ../shared/real --slides ../shared/slides
+    python -m bench.evidence.tissue --real ../shared/real --slides ../shared/slides
 
-Four ways side by side (``bench/tissue_contenders.py`` describes the other three) on slides that are drawn with known
-tissue (``bench/tissue_slides.py``), on the demonstration's slides, on real tissue laid on glass, and on real slides, of
-which two have an outline by hand. What is not there is left out by name. Everything is seeded; about ten minutes.
+Four ways side by side (``tissue_contenders.py`` describes the other three) on slides that are drawn with known tissue
+(``tissue_slides.py``), on the demonstration's slides, on real tissue laid on glass, and on real slides, of which two
+have an outline by hand. What is not there is left out by name. Everything is seeded; about ten minutes.
 ``--demo`` says on how many fresh slides the demonstration's predictions are compared; ``--overlays`` keeps pictures.
 """
 
@@ -21,9 +21,10 @@ from typing import cast
 import cv2
 import numpy as np
 import torch
-from tissue_contenders import VIEW_UM, clam, saturation, trident_otsu
-from tissue_slides import DrawnSlide, drawn_slides, glas_composites, synthetic_slides
 
+from bench.evidence.tissue_contenders import VIEW_UM, clam, saturation, trident_otsu
+from bench.evidence.tissue_slides import DrawnSlide, drawn_slides, glas_composites, synthetic_slides
+from bench.timing import medians
 from maskattn.demo.samples import TILE_PX, TOKEN_PX, ArrayReader, cut_tiles
 from maskattn.demo.synthetic import CLASSES, SyntheticSlide, make_slide
 from maskattn.demo.train import BUNDLED_WEIGHTS
@@ -35,7 +36,7 @@ from maskattn.slide.tissue import find_tissue
 from maskattn.slide.tissue.mask import mask_of_slide
 from maskattn.slide.tissue.view import read_view
 
-RESULTS = Path(__file__).parent / "results" / "tissue.md"
+RESULTS = Path(__file__).parents[1] / "results" / "tissue.md"
 OTHERS = {"saturation, one threshold": saturation, "CLAM": clam, "TRIDENT, Otsu": trident_otsu}
 WAYS = ("this package", *OTHERS)
 # The thresholds were set while looking at seeds 1 to 5.
@@ -186,18 +187,13 @@ def time_table(readers: dict[str, SlideReader]) -> list[str]:
     lines = ["| view | megapixels | saturation, one threshold, CPU s | this package, CPU s |", "|---|---:|---:|---:|"]
     for name, rgb in views.items():
         reader = in_memory(rgb, VIEW_UM)
-        before, now = (
-            float(np.median([clocked(run) for _ in range(5)]))
-            for run in (lambda rgb=rgb: saturation(rgb), lambda reader=reader: find_tissue(reader, VIEW_UM))
-        )
+        before, now = medians(
+            {"before": lambda rgb=rgb: saturation(rgb), "now": lambda reader=reader: find_tissue(reader, VIEW_UM)},
+            rounds=5,
+            clock=time.process_time,
+        ).values()
         lines.append(f"| {name} | {rgb.shape[0] * rgb.shape[1] / 1e6:.2f} | {before:.3f} | {now:.3f} |")
     return lines
-
-
-def clocked(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 def demo_lines(count: int, say: Callable[[str], None]) -> list[str]:
@@ -245,7 +241,7 @@ def page(options: argparse.Namespace, say: Callable[[str], None]) -> str:
     lines = [
         "# Finding tissue",
         "",
-        f"`python bench/tissue.py`, {datetime.date.today().isoformat()}, opencv {cv2.__version__}, numpy "
+        f"`python -m bench.evidence.tissue`, {datetime.date.today().isoformat()}, opencv {cv2.__version__}, numpy "
         f"{np.__version__}, one thread. Views of {VIEW_UM:g} µm per pixel. Written anew from descriptions: CLAM's "
         "default (median blur of saturation by 7, threshold 8, closing by 4, area filters; pieces under 1.6 mm² stay "
         "where the slide is under 25 mm²), and TRIDENT's classical Otsu variant; TRIDENT's own default is a deep "

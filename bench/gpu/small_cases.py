@@ -1,7 +1,7 @@
 """Every operation with every option once, small: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python bench/small_cases.py
-    python bench/small_cases.py --device cpu --impl torch
+    compute-sanitizer --tool memcheck python -m bench.gpu.small_cases
+    python -m bench.gpu.small_cases --device cpu --impl torch
 
 Exits with 1 if a result is not finite; whether results are right is for tests/kernels.
 """
@@ -12,11 +12,11 @@ import argparse
 import sys
 
 import torch
-from points import DTYPES, Point, Problem
-from test_options import VARIANTS, masked, packed
-from test_readout import fused, queries_of
 from torch import Tensor
 
+from bench.gpu.points import DTYPES, Point, Problem
+from bench.gpu.test_options import VARIANTS, masked, packed
+from bench.gpu.test_readout import fused, queries_of
 from maskattn import readout
 
 

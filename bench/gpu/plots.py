@@ -1,6 +1,6 @@
 """Plots of a run: speed against length, time against the kept share, and what options cost.
 
-python bench/plots.py rows.csv out_folder
+python -m bench.gpu.plots rows.csv out_folder
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from record import Row, is_ours, read_rows
+
+from bench.gpu.record import Row, is_ours, read_rows
 
 # Okabe and Ito's colours, which the colour-blind tell apart; with markers, so that nothing hangs on colour alone.
 STYLES = {

@@ -1,4 +1,4 @@
-"""Slides that are drawn with known tissue, for ``bench/tissue.py``: stains, glass and marks of many kinds.
+"""Slides that are drawn with known tissue, for ``bench/evidence/tissue.py``: stains, glass and marks of many kinds.
 
 Tissue has the synthetic slides' stroma, glands and nuclei (``maskattn.demo.synthetic``), drawn at 1 µm and used at 2 µm
 per pixel. Stains are laid on by the Beer-Lambert law; glass has a tint, uneven light, and whatever lies on it.

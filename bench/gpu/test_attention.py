@@ -1,4 +1,7 @@
-"""Attention, forward, backward and both, against what a user would pick instead: ``pytest bench/test_attention.py``."""
+"""Attention, forward, backward and both, against what a user would pick instead.
+
+pytest bench/gpu/test_attention.py
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peers import IMPLS, attention_of, contenders
-from points import Case, Problem, grid_of
+
+from bench.gpu.peers import IMPLS, attention_of, contenders
+from bench.gpu.points import Case, Problem, grid_of
 
 # Counted in forwards; the backward does five products where the forward does two.
 WORK = {"forward": 1.0, "backward": 2.5, "both": 3.5}

@@ -1,6 +1,6 @@
 """The C++ readout and token relevance beside what the machine copies, and beside torch.
 
-    python bench/native_readout.py --out bench/results/native_readout.md      about two minutes
+    python -m bench.cpu.native_readout --out bench/results/native_readout.md      about two minutes
 
 All that is compared runs in turn, round after round, in one process, and medians are printed, each as GB/s of the
 traffic that the operation needs (K and V once; K, V, dk and dv once backward) and as a ratio to the first row's. With
@@ -12,8 +12,6 @@ Dimension key: B sequences, T tokens, R readout queries, H heads, D head width, 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,23 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.timing import kind_of_time, medians
 from maskattn import _native
 from maskattn.attention import reference
 from maskattn.options import Options
 
 Calls = dict[str, tuple[Callable[[], object], float]]
-
-
-def medians(calls: Calls, rounds: int) -> dict[str, float]:
-    """Seconds of each call, all called once a round; the first round warms up."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, (call, _) in calls.items():
-            start = clock()
-            call()
-            seconds[name].append(clock() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def array(x: Tensor) -> np.ndarray:
@@ -114,7 +101,7 @@ def relevance_calls(T: int, R: int, H: int, D: int, K: int, dtype: torch.dtype) 
 
 def table(title: str, calls: Calls, rounds: int) -> Iterator[str]:
     """A row for each call."""
-    seconds = medians(calls, rounds)
+    seconds = medians({name: call for name, (call, _) in calls.items()}, rounds)
     speeds = {name: calls[name][1] / seconds[name] / 1e9 for name in calls}
     unit, first = ("GB/s" if "copy" in calls else "GFLOP/s"), next(iter(speeds))
     yield f"| {title} | ms | {unit} | of {first} |"
@@ -129,9 +116,7 @@ def tables(tokens: int, threads: int, rounds: int) -> Iterator[str]:
     H, D = 12, 64
     yield "# The C++ readout and token relevance beside what the machine copies, and beside torch"
     yield ""
-    yield f"torch {torch.__version__}, {threads} threads, medians of {rounds} interleaved rounds, " + (
-        "processor time." if threads == 1 else "wall time."
-    )
+    yield f"torch {torch.__version__}, {threads} threads, medians of {rounds} interleaved rounds, {kind_of_time()}."
     yield f"{H} heads of width {D}; GB/s of K and V read once, and dk and dv written once backward."
     yield ""
     for dtype in (torch.float32, torch.bfloat16):

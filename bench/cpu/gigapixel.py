@@ -4,7 +4,7 @@ The slide repeats a real region, CMU-1-Small-Region.svs of OpenSlide's test data
 its own share of tissue, about a third. Its name says that it is composed. It is written tile by tile, level by level,
 so that composing needs no more memory than the region itself.
 
-    python bench/gigapixel.py path/to/CMU-1-Small-Region.svs [--side 40000] [--keep DIR] [--tokens]
+    python -m bench.cpu.gigapixel path/to/CMU-1-Small-Region.svs [--side 40000] [--keep DIR] [--tokens]
 
 needs psutil, tifffile and imagecodecs (JPEG). Writes bench/results/gigapixel.json and .md.
 """
@@ -32,7 +32,7 @@ import torch
 
 TILE_PX = 256
 DOWNSAMPLES = (1, 4, 16)
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 STAGES = ("open", "tissue", "grid", "read", "encode", "slide", "tokens", "write")
 
 
@@ -158,7 +158,7 @@ def table(machine: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
         f"{masked['settings']['tile_px']} px at {masked['settings']['spacing_um']:g} µm, device "
         f"{masked['settings']['device']}; {machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
         f"{machine['threads']} torch threads, torch {machine['torch']}. "
-        "`python bench/gigapixel.py CMU-1-Small-Region.svs`",
+        "`python -m bench.cpu.gigapixel CMU-1-Small-Region.svs`",
         "",
         f"Kept {counts['kept_tokens']:,} of {tokens:,} tokens (f = {counts['kept_tokens'] / tokens:.3f}) in "
         f"{counts['kept_tiles']:,} of {counts['cells']:,} tiles; skipped {counts['skipped_tokens']:,} tokens.",

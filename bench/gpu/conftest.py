@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clock import DeviceClock
-from peers import UnsupportedError
-from points import Case, Problem, problem_of
-from record import Recorder, is_ours, table
+
+from bench.gpu.clock import DeviceClock
+from bench.gpu.peers import UnsupportedError
+from bench.gpu.points import Case, Problem, problem_of
+from bench.gpu.record import Recorder, is_ours, table
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""Ways of finding tissue that ``bench/tissue.py`` sets beside this package's: on a view of 8 µm per pixel, (H, W, 3).
+"""Ways of finding tissue that ``tissue.py`` sets beside this package's: on a view of 8 µm per pixel, (H, W, 3).
 
 *saturation*: what this package did before: one threshold of saturation for the slide, ink by its hue.
 *CLAM*: as its description has it (Lu et al. 2021; the defaults of its patching script): median blur of the saturation

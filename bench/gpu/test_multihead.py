@@ -1,4 +1,4 @@
-"""The layer against torch's own, whole: projections, attention, output. ``pytest bench/test_multihead.py``.
+"""The layer against torch's own, whole: projections, attention, output. ``pytest bench/gpu/test_multihead.py``.
 
 Both get the same ``key_padding_mask`` and weights; torch's layer in evaluation takes its fast path.
 """
@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from points import Case, Point, Problem
 from torch import nn
 
+from bench.gpu.points import Case, Point, Problem
 from maskattn.nn import MultiheadAttention
 
 CONTENDERS = ("maskattn, skip_queries", "maskattn", "torch nn.MultiheadAttention")

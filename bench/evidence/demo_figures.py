@@ -1,4 +1,4 @@
-"""The bundled demonstration model's figures on fresh synthetic slides: ``python bench/demo_figures.py``.
+"""The bundled demonstration model's figures on fresh synthetic slides: ``python -m bench.evidence.demo_figures``.
 
 On slides that neither training nor the choice of its recipe has seen, for the bundled model and its unmasked twin (same
 script, same seed, ``--unmasked``): accuracy; average precision (AP) with which the class map, and attention alone, find
@@ -34,7 +34,7 @@ from maskattn.demo.train import BUNDLED_WEIGHTS, FIRST_TRAINING_SEED, TrainingPl
 from maskattn.explain.hierarchical import HierarchicalCDAM
 from maskattn.nn.slide_model import SlideModel
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 LESION_SHARE = 0.5
 # the recipe of training was chosen by looking at slides below this seed
 FIRST_SEED = 1000
@@ -200,7 +200,8 @@ def main() -> None:
 
     models = {"masked": SlideModel.load(options.model), "unmasked twin": load_twin(options.twin, say)}
     results = {
-        "command": "python bench/demo_figures.py" + (f" --slides {options.slides}" if options.slides != 90 else ""),
+        "command": "python -m bench.evidence.demo_figures"
+        + (f" --slides {options.slides}" if options.slides != 90 else ""),
         "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
