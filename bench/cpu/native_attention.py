@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maskattn
+from bench.pages import publish
 from bench.timing import kind_of_time, medians
 from maskattn import Packing, masked_attention, packed_attention
 from maskattn.nn import VisionTransformer
@@ -230,18 +232,12 @@ def main() -> None:
         "Peak of one thread: " + (", ".join(f"{n} {v:.0f} GFLOP/s" for n, v in peak.items()) or "not measured") + ".",
         "",
     ]
-    print("\n".join(lines), flush=True)
     tables = (
         dense_table(rounds, peak, [(2, 70, 2, 16)] if arguments.smoke else sizes),
         masked_table(rounds, 128 if arguments.smoke else 4096),
         *(() if arguments.smoke else (model_table(rounds), growth_table(rounds))),
     )
-    for table in tables:
-        for line in table:
-            print(line, flush=True)
-            lines.append(line)
-    if arguments.out:
-        arguments.out.write_text("\n".join(lines).rstrip() + "\n")
+    publish(chain(lines, *tables), arguments.out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.pages import publish
 from bench.timing import kind_of_time, medians
 from maskattn import _native
 from maskattn.attention import reference
@@ -139,12 +140,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    lines = []
-    for line in tables(given.tokens, given.threads, given.rounds):
-        print(line, flush=True)
-        lines.append(line)
-    if given.out:
-        given.out.write_text("\n".join(lines).rstrip() + "\n")
+    publish(tables(given.tokens, given.threads, given.rounds), given.out)
 
 
 if __name__ == "__main__":
