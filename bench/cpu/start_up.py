@@ -1,7 +1,7 @@
-"""How long a command takes before it does anything: ``python bench/start_up.py``, about a minute.
+"""How long a command takes before it does anything: ``python -m bench.cpu.start_up``, about a minute.
 
-    python bench/start_up.py --before ../another/checkout     with a second column, of that checkout's sources
-    python bench/start_up.py --write                          also writes bench/results/start_up.md
+    python -m bench.cpu.start_up --before ../another/checkout     with a second column, of that checkout's sources
+    python -m bench.cpu.start_up --write                          also writes bench/results/start_up.md
 
 Processor time, user and system together, of whole processes: the median of five after one that fills the caches.
 Beside it stands which packages took longest to import, by Python's own ``-X importtime``, modules of their own alone.
@@ -22,8 +22,8 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "start_up.md"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "start_up.md"
 LIMIT_S = 0.4
 ROUNDS = 5
 _MOST_NAMED = 4
@@ -80,8 +80,8 @@ def table(before: Path | None) -> str:
                 earlier = [f"{median_s(arguments, before):.2f}"]
             except RuntimeError:
                 earlier = ["not there"]
-        cells = [f"`{name}`", *earlier, f"{median_s(arguments, HERE.parent):.2f}"]
-        lines.append("| " + " | ".join([*cells, dearest_packages(arguments, HERE.parent)]) + " |")
+        cells = [f"`{name}`", *earlier, f"{median_s(arguments, ROOT):.2f}"]
+        lines.append("| " + " | ".join([*cells, dearest_packages(arguments, ROOT)]) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines)
 
@@ -99,7 +99,7 @@ def main() -> None:
     machine = f"Python {platform.python_version()}, {packages}, {os.cpu_count()} cores of {platform.machine()}"
     paragraphs = [
         "# Start-up",
-        f"`python bench/start_up.py`, {datetime.date.today()}, {machine}.",
+        f"`python -m bench.cpu.start_up`, {datetime.date.today()}, {machine}.",
         f"Processor time, user and system, of whole processes: the median of {ROUNDS}. "
         f"A help page is to answer within {LIMIT_S} s.",
         rows,
