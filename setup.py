@@ -37,10 +37,11 @@ class BuildWithInstructionSets(build_ext):
 
 on_x86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = compiler_flags()
+TESTS = set(glob("csrc/tests/*"))
 native = Pybind11Extension(
     "maskattn._native",
-    sources=sorted(set(glob("csrc/*/*.cpp")) - set(glob("csrc/tests/*"))),
-    depends=[*sorted(glob("csrc/*/*.hpp")), FLAGS_FILE],
+    sources=sorted(set(glob("csrc/*/*.cpp")) - TESTS),
+    depends=[*sorted(set(glob("csrc/*/*.hpp")) - TESTS), FLAGS_FILE],
     include_dirs=["csrc"],
     cxx_std=int(FLAGS["CXX_STANDARD"][0]),
     extra_compile_args=["-O3", *FLAGS["FLAGS"]],
