@@ -55,6 +55,7 @@ static constexpr int most_chunk_blocks(int head_width) {
     return (head_width <= 64 ? 1024 : head_width <= 128 ? 512 : 256) / block_keys;
 }
 
+// Static, as all functions here: an inline one shared by the units could be kept from the newest processor's.
 static inline std::int64_t ceil_divide(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
 // Entry points of one instruction set for one dtype. Sizes are in 32-bit words, multiples of 16; every buffer is

@@ -178,7 +178,7 @@ template <class Arithmetic, bool biased, bool distanced>
 __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& tile, int q, const float* product_MN,
                                                 const float* grad_p_MN, const KeyTerms& keys, ScoreUnits units,
                                                 const Probabilities& to, float* dbias_N, Floats& ds_by_distance) {
-    static_assert(tile_rows % 2 == 0, "rows are taken in heads");
+    static_assert(tile_rows % 2 == 0, "two rows are taken at once");
     constexpr bool bare = !biased && !distanced;
     Floats weighted{};
     for (int n = 0; n < keys.columns; n += lanes) {

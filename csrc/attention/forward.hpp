@@ -32,7 +32,8 @@ struct KeyTerms {
     bool biased;  // bias_N must be added
 };
 
-// Keys of a block that are computed with: all of a whole block, the vectors (of heads) that its keys fill of the last.
+// Keys of a block that are computed with: all of a whole block, of the last the vectors (of pairs of keys) that its keys
+// fill.
 template <class Arithmetic>
 MASKATTN_INLINE int columns_of_block(const Head& head, std::int64_t block) {
     constexpr int step = lanes * Arithmetic::depth;
@@ -133,7 +134,8 @@ struct SoftmaxState {
     const float *x_Q, *y_Q;
 };
 
-// Takes in the products of rows [q, q + M) with a block: leaves p, and in factor_M what the sums so far must be scaled by.
+// Takes in the products of rows [q, q + M) with a block: leaves p, and in factor_M what the sums so far must be scaled
+// by.
 // All largest scores come before the first exponential, so that neither waits for the other. Where nothing is added to
 // products, they need not become scores first: the largest of them is the largest score's.
 template <class Arithmetic, bool biased, bool distanced, bool whole>

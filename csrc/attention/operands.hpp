@@ -69,7 +69,7 @@ void pack_columns(const Element* const* rows, int count, int head_width, std::ui
     }
 }
 
-// Step t of the result: the elements of row t, or of rows 2t and 2t + 1 in one word. count is even for heads.
+// Step t of the result: the elements of row t, or of rows 2t and 2t + 1 in one word; count is then even.
 template <class Arithmetic, class Element>
 void pack_steps(const Element* const* rows, int count, int head_width, std::uint32_t* to) {
     const int stride = padded(head_width);
