@@ -166,7 +166,6 @@ def refused_table() -> str:
 
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     models = {
-        "timm eva02_tiny_patch14_224": lambda: timm.create_model("eva02_tiny_patch14_224"),
         "timm deit_tiny_distilled_patch16_224": lambda: timm.create_model("deit_tiny_distilled_patch16_224"),
         "timm, global_pool='max'": lambda: timm_vit(Size(), global_pool="max"),
         "timm, global_pool='prr'": lambda: timm_vit(Size(), global_pool="prr"),
