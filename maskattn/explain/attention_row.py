@@ -1,4 +1,4 @@
-"""Methods that read the class token's last attention row as a game: its players are the grid tokens.
+"""What a score loses when a token is dropped from the class token's last attention row.
 
 With a_hi head h's weight of token i, v its values and o = Σ_i a_hi v_hi what the class token reads, the row without
 some tokens is the row of those that stay, divided by their sum: exactly what the softmax gives. So a set of tokens S,
@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskattn.attention.api import readout, token_relevance
-from maskattn.explain.explainer import Account, TokenExplainer, sum_of_grid
-from maskattn.explain.integrated import gauss_legendre
+from maskattn.attention.api import readout
+from maskattn.explain.explainer import TokenExplainer
 from maskattn.explain.last_block import reads_class_token_alone
 from maskattn.explain.norm_path import scores_of_reads
 from maskattn.explain.targets import Target
@@ -30,7 +29,7 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import pack, unpack
 from maskattn.shapes import Float
 
-__all__ = ["AttentionRow", "AttentionRowAblation", "AttentionRowShapley", "SampledRowShapley"]
+__all__ = ["AttentionRowAblation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +71,6 @@ class AttentionRow:
         """Values of grid tokens as rows of all packed tokens; 0 at prefix tokens."""
         return pack(F.pad(of_grid_BNM, (0, 0, self.tokens.num_prefix, 0)), self.tokens.packing).T
 
-    def weighted(self, of_heads_MBH: Float[Tensor, "M B H"]) -> Float[Tensor, "M T"]:
-        """Σ_h a_hi c_h of every token, c being a number for each head of its image."""
-        sequence = self.tokens.packing.sequence_of_token
-        return torch.stack([torch.einsum("th,ht->t", c[sequence], self.weights_HT) for c in of_heads_MBH])
-
     def dense(self, of_tokens: Float[Tensor, "T ..."]) -> Float[Tensor, "B L ..."]:
         """Values of packed tokens in their places, 0 where there is none."""
         return unpack(of_tokens, self.tokens.packing)
@@ -92,39 +86,6 @@ class AttentionRow:
         with torch.enable_grad():
             scores = scores_of_reads(self.model, self.tokens, out, self.target)
         return torch.stack([gradient for (gradient,) in gradients_of_scores(scores, (out,))])
-
-    def of_prefix(self) -> tuple[Float[Tensor, "B 1 H 1"], Float[Tensor, "B 1 H D"]]:
-        """The sum of the prefix tokens' weights, and of their weighted values."""
-        P = self.tokens.num_prefix
-        packing = self.tokens.packing
-        rows = (packing.cu_seqlens[:-1].long()[:, None] + torch.arange(P, device=packing.indices.device)).flatten()
-        weight = self.weights_HT.T[rows].unflatten(0, (-1, P))[..., None]  # [B, P, H, 1]
-        value = self.read.v_THD[rows].unflatten(0, (-1, P))
-        return weight.sum(dim=1, keepdim=True), (weight * value).sum(dim=1, keepdim=True)
-
-    def weighted_values(self, grad_MBHD: Float[Tensor, "M B H D"]) -> Float[Tensor, "M T"]:
-        """Σ_h a_hi v_hi · g_h of every token."""
-        return self._relevance(grad_MBHD, self.read.k_THD, None)  # keys stand still
-
-    def relevance(self, grad_MBHD: Float[Tensor, "M B H D"]) -> Float[Tensor, "M T"]:
-        """The closed form of CDAM with this gradient at what was read."""
-        return self._relevance(grad_MBHD, self.read.key_origin, self.read.value_origin)
-
-    def _relevance(self, grad_MBHD: Tensor, key_origin: Tensor | None, value_origin: Tensor | None) -> Tensor:
-        packing, read = self.tokens.packing, self.read
-        return token_relevance(
-            read.q_B1HD,
-            read.k_THD,
-            read.v_THD,
-            read.out_B1HD,
-            read.lse_B1H,
-            grad_MBHD[:, :, None],
-            packing.cu_seqlens,
-            packing.max_seqlen,
-            impl=self.model.last_block.attn.impl,
-            key_origin=key_origin,
-            value_origin=value_origin,
-        )
 
 
 class AttentionRowAblation(TokenExplainer):
@@ -160,7 +121,7 @@ class AttentionRowAblation(TokenExplainer):
         weights, values = (row.dense(x)[:, P:] for x in (row.weights_HT.T, row.read.v_THD))
         if self.first_order:
             gradients = row.gradients(out)[:, :, 0]
-            share = weights / (1 - weights)
+            share = weights / (1 - weights).clamp(min=torch.finfo(weights.dtype).eps)
             along = torch.einsum("blhd,mbhd->mblh", values - out, gradients)
             return row.packed(torch.einsum("mblh,blh->blm", along, share))
         whole, parts = row.scores(out), []
@@ -193,103 +154,3 @@ class AttentionRowAblation(TokenExplainer):
         )
         assert isinstance(out, Tensor)
         return largest, out
-
-
-class AttentionRowShapley(TokenExplainer):
-    """The Shapley value of each token in the row's game, by the path on which all grid tokens enter together.
-
-    At membership t the row reads o(t) = (A + t·G)/(α + t(1 − α)), A and α being the prefix tokens' weighted values and
-    weight, G the grid tokens'; token i enters at the rate a_i (v_i − o(t))/(α + t(1 − α)). The value of Aumann and
-    Shapley, ∫ ∂f/∂o · that rate dt, is the limit of the Shapley value for many tokens, and complete: the map sums to
-    f(o) − f(prefix tokens alone). As the rate is affine in v_i, the integral over m steps is over m tails of one token,
-    and the map takes one pass over the values whatever m is.
-
-    Args:
-        model: as for :class:`AttentionRowAblation`.
-        m: steps, nodes of Gauss–Legendre quadrature in t^(1/3): where the prefix tokens have little weight, the row
-            changes soonest at small t.
-    """
-
-    multiplies_by_inputs = False
-
-    def __init__(self, model: nn.Module, m: int = 16) -> None:
-        super().__init__(model)
-        self.m = m
-
-    def relevance(  # noqa: D102 (as of TokenExplainer)
-        self,
-        model: VisionTransformer,
-        tokens: PackedTokens,
-        target: Target,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        return self._relevance(AttentionRow.of(model, tokens, target))
-
-    def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
-        """The scores, and their sum. Arguments as in :meth:`relevance`."""
-        row = AttentionRow.of(model, tokens, target)
-        relevance_MT = self._relevance(row)
-        alone, values = row.of_prefix()
-        with torch.no_grad():
-            difference_BM = (row.scores(row.read.out_B1HD) - row.scores(values / alone))[:, 0]
-        gap_BM = difference_BM - sum_of_grid(relevance_MT, tokens)
-        return Account(relevance_MT, torch.zeros_like(gap_BM), difference_BM, gap_BM)
-
-    @torch.no_grad()
-    def _relevance(self, row: AttentionRow) -> Float[Tensor, "M T"]:
-        nodes, weights = gauss_legendre(self.m, row.read.out_B1HD)
-        t = (nodes**3)[:, None, None]  # [R, 1, 1]
-        dt = 3 * nodes**2 * weights
-        of_prefix, values = row.of_prefix()
-        mass = of_prefix + t * (1 - of_prefix)  # [B, R, H, 1]
-        out = (values + t * (row.read.out_B1HD - values)) / mass
-        rates = row.gradients(out) * (dt[:, None, None] / mass)  # [M, B, R, H, D]
-        return row.weighted_values(rates.sum(dim=2)) - row.weighted((rates * out).sum(dim=(2, 4)))
-
-
-class SampledRowShapley(TokenExplainer):
-    """The Shapley value of each token in the row's game, by random orders in which tokens enter, and their reverses.
-
-    Args:
-        model: as for :class:`AttentionRowAblation`.
-        m: pairs of orders.
-        internal_batch_size: rows in the tail at a time.
-    """
-
-    multiplies_by_inputs = False
-
-    def __init__(self, model: nn.Module, m: int = 8, *, internal_batch_size: int = 4096) -> None:
-        super().__init__(model)
-        self.m = m
-        self.internal_batch_size = internal_batch_size
-
-    @torch.no_grad()
-    def relevance(  # noqa: D102 (as of TokenExplainer)
-        self,
-        model: VisionTransformer,
-        tokens: PackedTokens,
-        target: Target,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        row, P = AttentionRow.of(model, tokens, target), tokens.num_prefix
-        weights, values = (row.dense(x)[:, P:] for x in (row.weights_HT.T, row.read.v_THD))
-        N = weights.shape[1]
-        device = "cpu" if generator is None else generator.device
-        total: Tensor | float = 0.0
-        for _ in range(self.m):
-            order_N = torch.randperm(N, generator=generator, device=device).to(weights.device)
-            for order in (order_N, order_N.flip(0)):
-                total = total + self._marginals(row, weights[:, order], values[:, order])[:, order.argsort()]
-        assert isinstance(total, Tensor), "m is at least 1"
-        return row.packed(total / (2 * self.m))
-
-    def _marginals(self, row: AttentionRow, weights_BNH: Tensor, values_BNHD: Tensor) -> Float[Tensor, "B N M"]:
-        alone, start = row.of_prefix()
-        mass = alone + weights_BNH.cumsum(dim=1)[..., None]
-        sums = start + (weights_BNH[..., None] * values_BNHD).cumsum(dim=1)
-        before, parts = row.scores(start / alone), []
-        for part in batches(sums.shape[1], max(1, self.internal_batch_size // max(len(sums), 1))):
-            scores = row.scores(sums[:, part] / mass[:, part])
-            parts.append(scores - torch.cat([before, scores[:, :-1]], dim=1))
-            before = scores[:, -1:]
-        return torch.cat(parts, dim=1)

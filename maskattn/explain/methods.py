@@ -48,7 +48,7 @@ class Method:
     @property
     def class_token_alone(self) -> bool:
         """Whether it explains class-token models only."""
-        return self.module == _ROW or self.kind == "RelevanceRules"
+        return self.module == _ROW
 
     def __call__(self, model: nn.Module, **options: Any) -> Explainer:
         """The explainer of a model; ``options`` of the class go before the method's own."""
@@ -118,36 +118,6 @@ _LIST = (
         _ROW,
         "AttentionRowAblation",
         {"first_order": True},
-    ),
-    Method(
-        "row-shapley",
-        "row Shapley",
-        "the token's Shapley value in the last attention row, by the path of membership, complete",
-        _ROW,
-        "AttentionRowShapley",
-        complete=True,
-    ),
-    Method(
-        "row-shapley-sampled",
-        "row Shapley, sampled",
-        "the token's Shapley value in the last attention row, by 8 random orders and their reverses",
-        _ROW,
-        "SampledRowShapley",
-        draws=True,
-    ),
-    Method(
-        "cdam-completed",
-        "CDAM, completed",
-        "CDAM, with what its sum lacks shared out",
-        "maskattn.explain.candidates",
-        "CompletedCDAM",
-    ),
-    Method(
-        "relevance-rules",
-        "relevance rules",
-        "layer-wise relevance at the last attention's input, by the rules of AttnLRP",
-        "maskattn.explain.candidates",
-        "RelevanceRules",
     ),
     Method(
         "attention",
