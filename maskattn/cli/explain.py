@@ -28,6 +28,17 @@ def explain(
     concept: Annotated[
         list[Path] | None, typer.Option("--concept", help="An example image of a concept (may be repeated).")
     ] = None,
+    concepts: Annotated[
+        Path | None,
+        typer.Option("--concepts", help="Concepts in the space of the model's output: .npy, .safetensors or .csv."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="A text (may be repeated), where --model is a folder with its text tower."),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of concepts and prompts: the factor of the cosine.")
+    ] = 100.0,
     keep: Annotated[
         Path | None, typer.Option("--keep", help="A mask image; tokens that are all black are left out.")
     ] = None,
@@ -60,12 +71,15 @@ def explain(
         from maskattn.explain import Concept
         from maskattn.explain import single_image as single
         from maskattn.explain.pictures import draw_explanation
+        from maskattn.explain.text_concepts import TextConcepts, encode_prompts, read_concepts
         from maskattn.files import replacing
         from maskattn.lettering import drawable
         from maskattn.nn.checkpoints import load_vit
 
-        if target and concept:
-            raise ValueError("--target and --concept ask for different things; give one of them")
+        asked = {"--target": target, "--concept": concept, "--concepts": concepts, "--prompt": prompt}
+        given = [flag for flag, value in asked.items() if value]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} ask for different things; give one of them")
         if method not in METHODS:
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         path = picture_path(out, f"{image.stem}_explained.png", [image, *(concept or ()), *([keep] if keep else [])])
@@ -75,7 +89,11 @@ def explain(
         pixels = single.read_image(image, single.size_for(vit, image))
         inputs = single.normalised(pixels, mean, std)
         kept = None if keep is None else single.read_keep(keep, vit.patch_embed.grid_of(inputs))
-        targets: list[int] | Concept | None = target
+        targets: list[int] | Concept | TextConcepts | None = target
+        if concepts:
+            targets = read_concepts(concepts, temperature)
+        if prompt:
+            targets = encode_prompts(Path(model), prompt, temperature)
         if concept:
             own = tuple(side * vit.patch_embed.patch_size for side in vit.grid_HW)
             examples = [single.normalised(single.read_image(path, (own[0], own[1])), mean, std) for path in concept]

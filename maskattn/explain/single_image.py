@@ -23,6 +23,7 @@ from maskattn.explain.map_check import MapCheck, check_tokens
 from maskattn.explain.methods import DEFAULT_METHOD, method_named
 from maskattn.explain.packed_model import without_head
 from maskattn.explain.targets import select_scores
+from maskattn.explain.text_concepts import TextConcepts
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
 
@@ -182,7 +183,7 @@ def normalised(image_YX3: UInt8[np.ndarray, "Y X 3"], mean: Sequence[float], std
 def explain_image(
     model: VisionTransformer,
     inputs: Float[Tensor, "1 3 Y X"],
-    targets: Sequence[int] | Concept | None = None,
+    targets: Sequence[int] | Concept | TextConcepts | None = None,
     keep: Bool[Tensor, "1 H W"] | None = None,
     method: str = DEFAULT_METHOD,
     check: bool = True,
@@ -192,7 +193,8 @@ def explain_image(
     Args:
         model: in eval mode.
         inputs: (1, 3, Y, X).
-        targets: class indices; a concept; None for the three classes with the largest logits.
+        targets: class indices; a concept; concepts in words, of the model's output; None for the three classes with
+            the largest logits.
         keep: (1, H, W) bool, True = the token takes part; None keeps all.
         method: a key of :data:`maskattn.explain.methods.METHODS`; what it draws at random comes from a fixed seed.
         check: test each map by dropping the tokens that it calls most relevant.
@@ -201,7 +203,10 @@ def explain_image(
         ValueError: there is no such method or class, or the model has no classes and there is no concept.
     """
     explainer = method_named(method)(model)
-    if targets is None or not isinstance(targets, Concept):
+    if isinstance(targets, TextConcepts):
+        with torch.no_grad():
+            scores, names = targets(model(inputs, keep))[0], targets.names
+    elif targets is None or not isinstance(targets, Concept):
         if model.num_classes == 0:
             raise ValueError("this model has no classes (num_classes=0); give example images of a concept instead")
         with torch.no_grad():
@@ -215,7 +220,7 @@ def explain_image(
     maps = explainer.attribute(inputs, targets, keep, generator=torch.Generator().manual_seed(0))
     assert isinstance(maps, Tensor), "no gap was asked for"
     attention = None if model.cls_token is None else AttentionMap(model).attribute(inputs, keep)[0]
-    maps_MHW = maps if maps.ndim == 3 else maps[0]
+    maps_MHW = maps.view(-1, *maps.shape[-2:])
     checks: tuple[MapCheck, ...] = ()
     if check:
         of = without_head(model) if isinstance(targets, Concept) else model

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskattn.nn.adapters.clip import CLIP_FAMILIES
 from maskattn.nn.adapters.conversion import build, refuse
 from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.adapters.transformers import from_transformers
@@ -51,7 +52,8 @@ def load_vit(
             from what its keys say.
 
     Returns:
-        The model, in eval mode; with its classifier where it was saved with one.
+        The model, in eval mode; with its classifier where it was saved with one, and of a vision–language model the
+        image tower with its projection into the space of texts as the head.
 
     Raises:
         ValueError: ``num_heads`` is missing, or is given where the model says it.
@@ -176,6 +178,10 @@ def _load_transformers(
 ) -> VisionTransformer:
     import transformers
 
+    if config["model_type"] in CLIP_FAMILIES:
+        # AutoModel would leave the projection behind.
+        tower = transformers.CLIPVisionModelWithProjection.from_pretrained(name, **arguments)
+        return from_transformers(tower, impl=impl)
     # AutoModel would leave a classifier's head behind.
     classifies = any(kind.endswith("ForImageClassification") for kind in config.get("architectures") or ())
     loader = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from maskattn.attention.api import masked_attention, packed_attention
+from maskattn.nn.adapters.clip import CLIP_FAMILIES, from_clip
 from maskattn.nn.adapters.conversion import build, refuse
 from maskattn.nn.vit import VisionTransformer
 
@@ -71,7 +72,7 @@ def from_transformers(
 
     Args:
         model: ViT, DINOv2, DINOv2 with registers, DINOv3-ViT or I-JEPA, with or without its ``ForImageClassification``
-            head.
+            head; or CLIP, whose image tower is taken, with its projection as the head (``from_clip``).
         global_pool: for an encoder without a classifier, another feature than its own: "token", "avg" (mean of the
             patches), "token_avg" or "" (every token).
         impl: implementation of the attention; None takes the best.
@@ -92,6 +93,10 @@ def from_transformers(
             f"from_transformers takes a transformers model, got {type(model).__name__}; for a name use load_vit"
         )
     kind = type(model).__name__
+    if getattr(config, "model_type", None) in CLIP_FAMILIES:
+        if global_pool is not None:
+            refuse(kind, [f"CLIP's image tower is read at its class token, got global_pool={global_pool!r}"])
+        return from_clip(model, impl=impl)
     refuse(kind, _unknown_parts(model))
     backbone, head = _backbone_and_head(model)
     state = _rename(backbone.state_dict())
@@ -121,7 +126,7 @@ def _backbone_and_head(model: Any) -> tuple[Any, nn.Linear | None]:
 def _unknown_parts(model: Any) -> list[str]:
     config = model.config
     if config.model_type not in _FAMILIES:
-        return [f"model type {config.model_type!r} is none of {', '.join(_FAMILIES)}"]
+        return [f"model type {config.model_type!r} is none of {', '.join((*_FAMILIES, *CLIP_FAMILIES))}"]
     if not hasattr(model, "embeddings") and not hasattr(model, "classifier"):
         return ["only the encoder and its ForImageClassification are known"]
     if type(model).__name__.endswith("Backbone"):

@@ -1,0 +1,159 @@
+"""Concepts in words: vectors in the space that a vision–language model shares between images and texts.
+
+An image's score for a concept is temperature · cos(image embedding, vector), the zero-shot logit of CLIP (Radford et
+al., arXiv 2103.00020); all concepts are explained in one pass, as the classes of a classifier are.
+
+Dimension key: B images, K concepts, C channels of the shared space.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskattn.shapes import Float
+
+__all__ = ["DEFAULT_TEMPERATURE", "TextConcepts", "encode_prompts", "read_concepts"]
+
+DEFAULT_TEMPERATURE = 100.0
+_ENDINGS = (".npy", ".safetensors", ".csv")
+
+
+@dataclass(frozen=True, eq=False)
+class TextConcepts:
+    """A target: a score for each of K concepts.
+
+    Attributes:
+        names: of the K concepts, distinct.
+        vectors_KC: (K, C), of any length.
+        temperature: factor of the cosine.
+    """
+
+    names: tuple[str, ...]
+    vectors_KC: Float[Tensor, "K C"]
+    temperature: float = DEFAULT_TEMPERATURE
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.vectors_KC.shape)
+        if len(shape) != 2 or not shape[0] or not shape[1] or not bool(self.vectors_KC.isfinite().all()):
+            raise ValueError(f"concepts must be finite vectors (K, C), at least one, got shape {shape}")
+        if len(self.names) != shape[0] or len(set(self.names)) != shape[0]:
+            raise ValueError(
+                f"each of {shape[0]} concepts must have a name of its own, got {len(self.names)} names, "
+                f"{len(set(self.names))} of them distinct"
+            )
+        if not bool((self.vectors_KC.norm(dim=1) > 0).all()):
+            raise ValueError("a concept's vector must have a direction, got one of zeros")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got temperature={self.temperature}")
+
+    def __call__(self, output_BC: Float[Tensor, "B C"]) -> Float[Tensor, "B K"]:
+        """(B, C) image embeddings → (B, K) scores.
+
+        Raises:
+            ValueError: the model's output has another width than the concepts.
+        """
+        if output_BC.shape[-1] != self.vectors_KC.shape[1]:
+            raise ValueError(
+                f"concepts must lie in the space of the model's output, got vectors of {self.vectors_KC.shape[1]} "
+                f"channels and a model that gives {output_BC.shape[-1]}; load the image tower with its projection"
+            )
+        directions = F.normalize(self.vectors_KC.to(output_BC), dim=1)
+        return self.temperature * F.normalize(output_BC, dim=-1) @ directions.mT
+
+
+def read_concepts(path: Path, temperature: float = DEFAULT_TEMPERATURE) -> TextConcepts:
+    """Concepts from a file.
+
+    Args:
+        path: ``.npy``, (K, C), whose names are the lines of a ``.txt`` of the same name, or "concept 0" and so on;
+            ``.safetensors``, a vector (C,) by each name; or ``.csv``, a row for each: name, then C numbers.
+        temperature: factor of the cosine.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another kind, or holds no concepts.
+    """
+    if path.suffix not in _ENDINGS:
+        raise ValueError(f"concepts end in {', '.join(_ENDINGS)}, got {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of concepts {path}")
+    try:
+        names, vectors = {".npy": _read_npy, ".safetensors": _read_safetensors, ".csv": _read_csv}[path.suffix](path)
+        return TextConcepts(tuple(names), torch.from_numpy(np.ascontiguousarray(vectors)).float(), temperature)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of numpy, safetensors and csv, each of its own kind
+        raise ValueError(f"a file of concepts must hold a vector by each name, got {path}: {error}") from error
+
+
+def encode_prompts(folder: Path, prompts: Sequence[str], temperature: float = DEFAULT_TEMPERATURE) -> TextConcepts:
+    """Concepts from texts, by the text tower of a CLIP of transformers in a local folder.
+
+    Args:
+        folder: with ``config.json``, weights and the tokenizer's files.
+        prompts: texts, distinct; each is its concept's name.
+        temperature: factor of the cosine.
+
+    Raises:
+        ValueError: the folder holds no text tower with a projection, or no tokenizer.
+    """
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"prompts need a local folder of a CLIP of transformers, with its text tower, got {folder}; give vectors "
+            "with --concepts instead"
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tower = transformers.CLIPTextModelWithProjection.from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"prompts need a text tower and its tokenizer, and {folder} does not give them: {error}; give vectors with "
+            "--concepts instead"
+        ) from error
+    with torch.no_grad():
+        tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        vectors_KC = tower(**{name: tokens[name] for name in ("input_ids", "attention_mask")}).text_embeds
+    return TextConcepts(tuple(prompts), vectors_KC, temperature)
+
+
+def _read_npy(path: Path) -> tuple[list[str], np.ndarray]:
+    vectors = np.load(path, allow_pickle=False)
+    if vectors.ndim != 2:
+        raise ValueError(f"an array (K, C) is needed, and its shape is {vectors.shape}")
+    beside = path.with_suffix(".txt")
+    if not beside.is_file():
+        return [f"concept {place}" for place in range(len(vectors))], vectors
+    return [line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()], vectors
+
+
+def _read_safetensors(path: Path) -> tuple[list[str], np.ndarray]:
+    from safetensors.numpy import load_file
+
+    vectors = load_file(path)
+    return list(vectors), np.stack([vector.reshape(-1) for vector in vectors.values()])
+
+
+def _read_csv(path: Path) -> tuple[list[str], np.ndarray]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file) if row]
+    if rows and not _is_number(rows[0][-1]):
+        rows = rows[1:]  # a header
+    return [row[0].strip() for row in rows], np.array([[float(x) for x in row[1:]] for row in rows])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""CLIP of transformers: its image tower, with the projection into the space of texts as the head.
+
+Dimension key: C channels of the tower, K of the space of texts.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.vit import VisionTransformer
+
+__all__ = ["CLIP_FAMILIES", "from_clip"]
+
+CLIP_FAMILIES = ("clip", "clip_vision_model")
+_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+_LAYER = re.compile(r"^encoder\.layers\.(\d+)\.(.+)$")
+_IN_LAYER = {
+    "self_attn.out_proj.": "attn.proj.",
+    "layer_norm1.": "norm1.",
+    "layer_norm2.": "norm2.",
+    "mlp.": "mlp.",
+}
+_OUTSIDE = {
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
+    "embeddings.position_embedding.weight": "pos_embed",
+    "pre_layrnorm.weight": "norm_pre.weight",
+    "pre_layrnorm.bias": "norm_pre.bias",
+    "post_layernorm.weight": "norm.weight",
+    "post_layernorm.bias": "norm.bias",
+}
+
+
+def from_clip(model: Any, *, impl: str | None = None) -> VisionTransformer:
+    """The image tower of a CLIP of transformers, with the same outputs in eval mode.
+
+    With a projection (``CLIPModel``, ``CLIPVisionModelWithProjection``) the output is the image's embedding in the
+    space of texts, not normalised, and the projection is the head; without one it is the class token after the last
+    norm.
+
+    Args:
+        model: of transformers.
+        impl: implementation of the attention; None takes the best.
+
+    Raises:
+        UnsupportedModelError: a ValueError that names every part that ours has not.
+    """
+    kind = type(model).__name__
+    tower = getattr(model, "vision_model", model)
+    if not hasattr(tower, "embeddings") or not hasattr(tower, "encoder"):
+        refuse(kind, ["it has no image tower (vision_model); convert a CLIPModel, or a CLIPVisionModel"])
+    config = getattr(model.config, "vision_config", model.config)
+    if config.hidden_act not in _ACTIVATIONS:
+        refuse(kind, [f"activation {config.hidden_act!r}"])
+    state = _rename(tower.state_dict())
+    projection = getattr(model, "visual_projection", None)
+    if isinstance(projection, nn.Linear):
+        state["head.weight"] = projection.weight
+        state["head.bias"] = projection.weight.new_zeros(len(projection.weight))
+    arguments = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.num_channels,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": (config.intermediate_size + 0.5) / config.hidden_size,
+        "act_layer": _ACTIVATIONS[config.hidden_act],
+        "pre_norm": True,
+        "pos_embed_resample": "transformers",
+        "attn_drop_rate": config.attention_dropout,
+        "norm_eps": config.layer_norm_eps,
+    }
+    return build(kind, arguments, state, training=model.training, impl=impl)
+
+
+def _rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    ours: dict[str, Tensor] = {}
+    for name, x in theirs.items():
+        in_layer = _LAYER.match(name)
+        if in_layer is None:
+            ours[_OUTSIDE.get(name, name)] = x
+            continue
+        inner = in_layer[2]
+        for begin, replacement in _IN_LAYER.items():
+            if inner.startswith(begin):
+                inner = replacement + inner.removeprefix(begin)
+                break
+        ours[f"blocks.{in_layer[1]}.{inner}"] = x
+    for part in ("weight", "bias"):
+        for name in [name for name in ours if name.endswith(f".self_attn.q_proj.{part}")]:
+            layer = name.removesuffix(f"self_attn.q_proj.{part}")
+            joined = [ours.pop(f"{layer}self_attn.{which}_proj.{part}") for which in "qkv"]
+            ours[f"{layer}attn.qkv.{part}"] = torch.cat(joined)
+    ours["cls_token"] = ours["cls_token"].view(1, 1, -1)
+    ours["pos_embed"] = ours["pos_embed"][None]
+    ours.pop("embeddings.position_ids", None)
+    return ours
