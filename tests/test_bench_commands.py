@@ -36,6 +36,14 @@ def test_every_bench_that_is_a_command_stands_in_the_table():
             assert command in table, f"{relative} is in no row"
 
 
+@pytest.mark.parametrize("folder", ["gpu", "cpu", "evidence"])
+def test_benches_import_one_another_by_their_whole_names(folder):
+    modules = {path.stem for path in (ROOT / "bench").glob("*/*.py")}
+    for path in sorted((ROOT / "bench" / folder).glob("*.py")):
+        bare = set(re.findall(r"^\s*(?:from|import) (\w+)\b(?!\.)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        assert not bare & modules, f"{path.name} imports {bare & modules} as if it ran in its own folder"
+
+
 def test_results_that_the_table_names_are_there():
     for link in re.findall(r"\]\(([^)]+)\)", (ROOT / "bench" / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / "bench" / link).exists(), link

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention import WORK, impls_of, step_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.gpu.peers import Attention, UnsupportedError, needs_scores, ours
 from bench.gpu.points import Case, Point, Problem
+from bench.gpu.test_attention import WORK, impls_of, step_of
 from maskattn import masked_attention, packed_attention
 
 VARIANTS = ("plain", "key_bias shared", "key_bias per head", "coords", "dropout", "lse", "all")

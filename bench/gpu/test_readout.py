@@ -14,11 +14,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention import impls_of, step_of
 from torch import Tensor
 
 from bench.gpu.peers import UnsupportedError
 from bench.gpu.points import Case, Point, Problem
+from bench.gpu.test_attention import impls_of, step_of
 from maskattn import readout, token_relevance
 
 READOUTS = ("R=1", "R=1 with rows", "R=4", "R=4 with rows")
