@@ -98,15 +98,20 @@ def draw_slides(first_seed: int, count: int, lesion_class: str) -> Slides:
     return Slides(clean, marked, keep, lesion, torch.tensor([row[4] for row in drawn]))
 
 
+def new_model() -> VisionTransformer:
+    """A class-token ViT of three blocks for whole slides, untrained."""
+    return VisionTransformer(
+        img_size=IMAGE_PX, patch_size=TOKEN_PX, num_classes=2, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0
+    ).eval()
+
+
 def train(slides: Slides, masked: bool, telling: float, seed: int, steps: int, batch: int = 32) -> VisionTransformer:
     """A class-token ViT of three blocks; everything but the mask and the strokes is the same for all.
 
     ``telling`` is the share of slides whose stroke says their class; 0: no slide has one.
     """
     torch.manual_seed(seed)
-    model = VisionTransformer(
-        img_size=IMAGE_PX, patch_size=TOKEN_PX, num_classes=2, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0
-    ).train()
+    model = new_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 1), pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)

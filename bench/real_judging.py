@@ -1,0 +1,146 @@
+"""Every method's maps of real images, from one pass of the backbone for each image, and what is held against them.
+
+What goes through the whole backbone again (dropped tokens, boxes) runs in bfloat16, maps in float32.
+
+Dimension key: B images, H·W grid tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+from maskattn.explain import METHODS
+from maskattn.explain.metrics import box_changes, box_sensitivity, object_contrast, random_boxes, removal_curves
+from maskattn.nn import VisionTransformer
+from maskattn.nn.blocks import PackedTokens
+
+__all__ = [
+    "SLOW",
+    "Target",
+    "boxes_of",
+    "contrasts",
+    "drops_of",
+    "in_bfloat16",
+    "maps_of",
+    "precision_of",
+    "remembering",
+]
+
+Target = Callable[[Tensor], Tensor]
+SLOW = ("integrated-gradients", "smoothgrad", "rise", "token-ablation")
+"""Methods that take tens or hundreds of predictions a map: judged on fewer images."""
+_OPTIONS: dict[str, dict[str, Any]] = {"rise": {"m": 200}}
+_REMEMBERED = 64
+
+
+def features_of(model: VisionTransformer, images: Tensor, cache: Path | None = None) -> Tensor:
+    """Class tokens (B, C), kept in a folder from one run to the next."""
+    digest = hashlib.sha1(images.numpy().tobytes())
+    digest.update(model.norm.weight.detach().numpy().tobytes())
+    path = None if cache is None else cache / f"features_{digest.hexdigest()[:16]}.pt"
+    if path is not None and path.exists():
+        kept = torch.load(path, weights_only=True)
+        assert isinstance(kept, Tensor)
+        return kept
+    with torch.no_grad():
+        features = torch.cat([model(x) for x in images.split(16)])
+    if path is not None:
+        torch.save(features, path)
+    return features
+
+
+def remembering(model: VisionTransformer) -> VisionTransformer:
+    """A twin, weights shared, that runs its backbone once for each batch of tokens, whatever the number of methods."""
+    twin = copy.copy(model)
+    seen: dict[bytes, PackedTokens] = {}
+
+    def before_last_block(tokens: PackedTokens) -> PackedTokens:
+        rows = tokens.rows_TC
+        if rows.requires_grad:
+            return model.before_last_block(tokens)
+        key = hashlib.sha1(rows.numpy().tobytes()).digest() + bytes(str(rows.shape), "ascii")
+        if key not in seen:
+            if len(seen) >= _REMEMBERED:
+                seen.clear()
+            seen[key] = model.before_last_block(tokens)
+        return seen[key]
+
+    twin.before_last_block = before_last_block  # type: ignore[method-assign]  # of this twin alone
+    return twin
+
+
+def in_bfloat16(model: VisionTransformer) -> VisionTransformer:
+    """A copy in bfloat16, for the many passes that judge."""
+    return copy.deepcopy(model).to(torch.bfloat16)
+
+
+def maps_of(model: VisionTransformer, image_1IXY: Tensor, target: Target, names: Sequence[str]) -> dict[str, Tensor]:
+    """The map (1, H, W) of each method, and one of noise, "random".
+
+    Args:
+        model: a twin that remembers, its output the class token.
+        image_1IXY: one image.
+        target: of the output; one score a row.
+        names: of :data:`maskattn.explain.METHODS`.
+    """
+    maps = {}
+    for name in names:
+        explainer = METHODS[name](model, **_OPTIONS.get(name, {}))
+        relevance = explainer.attribute(image_1IXY, target, generator=torch.Generator().manual_seed(0))
+        assert isinstance(relevance, Tensor)
+        maps[name] = relevance.detach()
+    seed = int.from_bytes(hashlib.sha1(image_1IXY.numpy().tobytes()).digest()[:4], "little")
+    grid_HW = model.patch_embed.grid_of(image_1IXY)
+    maps["random"] = torch.randn(1, *grid_HW, generator=torch.Generator().manual_seed(seed))
+    return maps
+
+
+def contrasts(maps: dict[str, Tensor], own_HW: Tensor, other_HW: Tensor) -> dict[str, float]:
+    """Object contrast of each method's map."""
+    return {name: float(object_contrast(x, own_HW[None], other_HW[None])) for name, x in maps.items()}
+
+
+def precision_of(maps: dict[str, Tensor], wanted_HW: Tensor) -> dict[str, float]:
+    """Average precision of each method's map against tokens; nothing where all or none are wanted."""
+    truth = wanted_HW.flatten().numpy()
+    if truth.all() or not truth.any():
+        return {}
+    return {name: float(average_precision_score(truth, x.flatten().numpy())) for name, x in maps.items()}
+
+
+def drops_of(
+    judge: VisionTransformer, image_1IXY: Tensor, maps: dict[str, Tensor], target: Target, steps: int = 4
+) -> dict[str, float]:
+    """Correctness of each method's map by dropping tokens, all methods in one call."""
+    stack = torch.cat(list(maps.values()))
+    images = image_1IXY.to(torch.bfloat16).expand(len(stack), -1, -1, -1)
+    curves = removal_curves(judge, images, stack, _in_float(target), steps=steps, internal_batch_size=16)
+    return dict(zip(maps, curves.correctness.tolist(), strict=True))
+
+
+def boxes_of(
+    judge: VisionTransformer, image_1IXY: Tensor, maps: dict[str, Tensor], target: Target, count: int
+) -> dict[str, float]:
+    """Box sensitivity of each method's map."""
+    grid_HW = judge.patch_embed.grid_of(image_1IXY)
+    boxes = random_boxes(grid_HW, count, torch.Generator().manual_seed(5))
+    changes = box_changes(judge, image_1IXY.to(torch.bfloat16), boxes, _in_float(target), internal_batch_size=16)
+    return {name: float(box_sensitivity(x, boxes, changes)) for name, x in maps.items()}
+
+
+def _in_float(target: Target) -> Target:
+    return lambda output: target(output.float())
+
+
+def gathered(rows: Sequence[dict[str, float]], name: str) -> Tensor:
+    """A method's values, NaN where it was not judged."""
+    return torch.tensor([row.get(name, np.nan) for row in rows], dtype=torch.float64)

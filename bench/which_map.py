@@ -1,0 +1,277 @@
+"""Why one map is right and another wrong: experiments on the last attention row, written into docs/which_map.md.
+
+    python bench/which_map.py --real DIR            # GlaS's training images, photographs, digits, synthetic slides
+
+Every row of the tables changes one thing in CDAM; the figure is the contrast between the tokens that show the class
+and those that do not (−1 … 1), mean ± standard error over images. GlaS's test folder is not read. The small models of
+digits and slides are trained here once and kept in the cache.
+
+Dimension key: B images, H·W grid tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from evidence_digits import TRAINING_DIGITS, compose, load_glyphs
+from evidence_digits import new_model as new_digits_model
+from evidence_digits import train as train_digits
+from evidence_real import STRENGTH
+from evidence_slides import draw_slides, for_lesion
+from evidence_slides import new_model as new_slides_model
+from evidence_slides import train as train_slides
+from evidence_table import mean_and_error, write_section
+from real_images import composites, crops, normalised, photographs, text_head
+from real_judging import drops_of, features_of, gathered, in_bfloat16
+from real_probes import Probes
+from real_weights import ENCODERS, load_encoder, missing
+from row_experiments import Reading, experiments, facts
+from torch import Tensor
+
+from maskattn.explain.metrics import object_contrast
+from maskattn.nn import VisionTransformer
+
+_DROPPED = (
+    "CDAM",
+    "its value term alone",
+    "dropped from the row, first order",
+    "path of values",
+    "path of T (norm)",
+    "attention",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image and class.
+
+    Attributes:
+        reading: its last attention row.
+        own_HW, other_HW: tokens that show the class, and tokens that do not.
+        others: targets to try in place of its own.
+        keep_N: grid tokens that take part.
+    """
+
+    reading: Reading
+    own_HW: Tensor
+    other_HW: Tensor
+    others: dict[str, Callable[[Tensor], Tensor]]
+    keep_N: Tensor
+
+
+def read(
+    model: VisionTransformer,
+    image_1IXY: Tensor,
+    areas: tuple[Tensor, Tensor],
+    targets: Sequence[tuple[str, Callable[[Tensor], Tensor]]],
+    keep_1HW: Tensor | None = None,
+) -> Case:
+    """A case of an image; the first target is explained."""
+    with torch.no_grad():
+        tokens = model.before_last_block(model.embed(image_1IXY, keep_1HW))
+    kept = torch.ones_like(areas[0]) if keep_1HW is None else keep_1HW[0]
+    return Case(Reading(model, tokens, targets[0][1]), *areas, dict(targets[1:]), kept.flatten())
+
+
+def photograph_cases(real: Path, model: VisionTransformer, encoder: str, count: int) -> Iterator[Case]:
+    """Two animals in a picture, each one's logit among 171 texts."""
+    pictures = photographs(real)
+    text_KC, classes = text_head(real, model.projection)
+    images = normalised(pictures.pixels_B3XY, ENCODERS[encoder].mean, ENCODERS[encoder].std)
+    areas = pictures.areas(model.patch_embed.grid_of(images))
+
+    def logits(z: Tensor) -> Tensor:
+        return 100 * (z @ text_KC.T) / (z @ model.projection.T).norm(dim=1, keepdim=True)
+
+    for i, pair in list(enumerate(pictures.classes))[:count]:
+        for side, name in enumerate(pair):
+            k = classes.index(name)
+            targets = (
+                ("raw logit", lambda z, k=k: logits(z)[:, k]),
+                ("log-probability", lambda z, k=k: logits(z).log_softmax(dim=1)[:, k]),
+                ("probability", lambda z, k=k: logits(z).softmax(dim=1)[:, k]),
+                ("logit less the classes' mean", lambda z, k=k: logits(z)[:, k] - logits(z).mean(dim=1)),
+            )
+            yield read(model, images[i : i + 1], (areas[i, side], areas[i, 1 - side]), targets)
+
+
+def tissue_cases(real: Path, model: VisionTransformer, encoder: str, count: int, cache: Path) -> Iterator[Case]:
+    """Benign beside malignant tissue of the training images; the probe has seen neither patient."""
+    training, how = crops(real, "train"), ENCODERS[encoder]
+    features = features_of(model, normalised(training.pixels_B3XY, how.mean, how.std), cache)
+    probes = Probes(features, training.malignant_B, training.patients, STRENGTH[encoder])
+    pairs = composites(training, count, seed=0)
+    areas = pairs.areas(model.patch_embed.grid_of(pairs.pixels_B3XY))
+    for i, image in enumerate(normalised(pairs.pixels_B3XY, how.mean, how.std).split(1)):
+        weight, bias = probes.without(pairs.patients[i])
+        targets = (
+            ("raw logit", lambda z, w=weight, b=bias: z @ w + b),
+            ("log-probability", lambda z, w=weight, b=bias: F.logsigmoid(z @ w + b)),
+            ("probability", lambda z, w=weight, b=bias: torch.sigmoid(z @ w + b)),
+        )
+        yield read(model, image, (areas[i, 0], areas[i, 1]), targets)
+
+
+def digit_cases(cache: Path, count: int, steps: int) -> Iterator[Case]:
+    """Two digits on texture, the left one's logit; a model of three blocks, trained here."""
+    path = cache / "digits.pt"
+    if not path.exists():
+        torch.save(train_digits(steps).state_dict(), path)
+    model = new_digits_model(0)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    model.requires_grad_(False)
+    glyphs, labels = (x[TRAINING_DIGITS:] for x in load_glyphs())
+    scenes = compose(glyphs, labels, count, seed=7)
+    for i, (left, _) in enumerate(scenes.classes_B2.tolist()):
+        targets = (
+            ("raw logit", lambda z, k=left: z[:, k]),
+            ("log-probability", lambda z, k=left: F.logsigmoid(z[:, k])),
+            ("probability", lambda z, k=left: torch.sigmoid(z[:, k])),
+            ("logit less the classes' mean", lambda z, k=left: z[:, k] - z.mean(dim=1)),
+        )
+        yield read(model, scenes.images_BIXY[i : i + 1], (scenes.areas_B2HW[i, 0], scenes.areas_B2HW[i, 1]), targets)
+
+
+def slide_cases(cache: Path, count: int, steps: int) -> Iterator[Case]:
+    """Synthetic slides seen whole, masked: a lesion against the tissue about it; a model of three blocks."""
+    path = cache / "synthetic_slides.pt"
+    if not path.exists():
+        training = draw_slides(0, 300, "low")
+        torch.save(train_slides(training, True, 0.0, 0, steps).state_dict(), path)
+    model = new_slides_model()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    model.requires_grad_(False)
+    slides = draw_slides(500_001, 2 * count, "low")
+    images = slides.images(torch.zeros(len(slides.label_B), dtype=torch.bool))
+    for i in slides.label_B.nonzero()[:count, 0].tolist():
+        keep = slides.keep_BHW[i : i + 1]
+        areas = slides.lesion_BHW[i], keep[0] & ~slides.lesion_BHW[i]
+        targets = (
+            ("raw logit", for_lesion),
+            ("log-probability", lambda z: z.log_softmax(dim=1)[:, 1]),
+            ("probability", lambda z: z.softmax(dim=1)[:, 1]),
+        )
+        yield read(model, images[i : i + 1], areas, targets, keep)
+
+
+def judge(cases: Iterator[Case]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Contrast of every experiment, and the facts of every row, one value an image."""
+    contrast: dict[str, list[float]] = {}
+    known: dict[str, list[float]] = {}
+    for case in cases:
+        for name, values in experiments(case.reading, case.others).items():
+            grid = torch.zeros(len(case.keep_N)).masked_scatter(case.keep_N, values)
+            value = object_contrast(grid.view(1, *case.own_HW.shape), case.own_HW[None], case.other_HW[None])
+            contrast.setdefault(name, []).append(float(value))
+        for name, number in facts(case.reading).items():
+            known.setdefault(name, []).append(number)
+    return {k: torch.tensor(v) for k, v in contrast.items()}, {k: torch.tensor(v) for k, v in known.items()}
+
+
+def drop_cases(
+    real: Path, model: VisionTransformer, encoder: str, count: int, cache: Path
+) -> Iterator[dict[str, float]]:
+    """Correctness by dropping tokens of single squares of training tissue, for some of the experiments."""
+    training, how = crops(real, "train"), ENCODERS[encoder]
+    features = features_of(model, normalised(training.pixels_B3XY, how.mean, how.std), cache)
+    probes, judging = Probes(features, training.malignant_B, training.patients, STRENGTH[encoder]), in_bfloat16(model)
+    order = torch.randperm(len(training.names), generator=torch.Generator().manual_seed(4))
+    for i in order[:count].tolist():
+        image = normalised(training.pixels_B3XY[i : i + 1], how.mean, how.std)
+        weight, bias = probes.without([training.patients[i]])
+        sign = 1 if training.malignant_B[i] else -1
+
+        def target(z: Tensor, w: Tensor = weight, b: Tensor = bias, s: int = sign) -> Tensor:
+            return s * (z @ w + b)
+
+        grid_HW = model.patch_embed.grid_of(image)
+        nowhere = torch.zeros(grid_HW, dtype=torch.bool)
+        found = experiments(read(model, image, (nowhere, nowhere), [("raw logit", target)]).reading, {})
+        maps = {name: found[name].view(1, *grid_HW) for name in _DROPPED}
+        maps["random"] = torch.randn(1, *grid_HW, generator=torch.Generator().manual_seed(i))
+        yield drops_of(judging, image, maps, target)
+
+
+def by_columns(columns: dict[str, dict[str, Tensor]], with_right_side: bool) -> str:
+    """A row for each experiment, a column for each set: mean ± standard error, and the share above 0."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        cells = []
+        for column in columns.values():
+            if name not in column:
+                cells.append("")
+                continue
+            mean, error = mean_and_error(column[name])
+            right = f" ({float((column[name] > 0).double().mean()):.0%})" if with_right_side else ""
+            cells.append(f"{mean:.3f} ± {error:.3f}{right}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run every experiment on every set that is there, and write the page's tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--real", type=Path, help="folder of real material; without it the toy sets alone")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "maskattn-evidence")
+    parser.add_argument("--page", type=Path, default=Path("docs/which_map.md"))
+    parser.add_argument("--sets", nargs="+", default=["CLIP", "DINOv2", "digits", "slides"], help="some of them")
+    parser.add_argument("--images", type=int, default=40, help="of each set")
+    parser.add_argument("--dropped", type=int, default=8, help="squares of tissue whose tokens are dropped")
+    parser.add_argument("--steps", type=int, nargs=2, default=(1500, 500), help="training steps: digits, slides")
+    parser.add_argument("--quick", action="store_true", help="a trial on two images, which writes no page")
+    arguments = parser.parse_args()
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    count = 2 if arguments.quick else arguments.images
+    contrast, known = {}, {}
+    for name, cases in _sets(arguments, count):
+        contrast[name], known[name] = judge(cases)
+        print(f"{name}: {len(next(iter(contrast[name].values())))} maps", flush=True)
+    dropped = {}
+    for encoder in ENCODERS if arguments.real is not None and (arguments.real / "glas").is_dir() else ():
+        if encoder.split()[0] in arguments.sets and missing(encoder, arguments.cache) is None:
+            if not arguments.dropped:
+                continue
+            model, squares = load_encoder(encoder, arguments.cache), 1 if arguments.quick else arguments.dropped
+            rows = list(drop_cases(arguments.real, model, encoder, squares, arguments.cache))
+            dropped[f"{encoder}, {squares} squares"] = {name: gathered(rows, name) for name in rows[0]}
+    counts = ", ".join(f"{name}: {len(next(iter(x.values())))}" for name, x in contrast.items())
+    tables = {
+        "experiments": f"Maps judged: {counts}. In brackets the share with a contrast above 0.\n\n"
+        + by_columns(contrast, with_right_side=True),
+        "rows": by_columns(known, with_right_side=False),
+        **({"dropping": by_columns(dropped, with_right_side=False)} if dropped else {}),
+    }
+    for name, text in tables.items():
+        print(text, flush=True)
+        if not arguments.quick:
+            write_section(arguments.page, name, text)
+
+
+def _sets(arguments: argparse.Namespace, count: int) -> Iterator[tuple[str, Iterator[Case]]]:
+    real, cache = arguments.real, arguments.cache
+    for encoder in ENCODERS if real is not None else ():
+        if encoder.split()[0] not in arguments.sets:
+            continue
+        why = missing(encoder, cache)
+        if why is not None:
+            print(f"skipped: {encoder}, {why}", flush=True)
+            continue
+        model = load_encoder(encoder, cache)
+        if encoder.startswith("CLIP") and (real / "photos").is_dir():
+            yield f"photographs, {encoder}", photograph_cases(real, model, encoder, count)
+        if (real / "glas").is_dir():
+            yield f"colon tissue, {encoder}", tissue_cases(real, model, encoder, count, cache)
+    if "digits" in arguments.sets:
+        yield "two digits, a small ViT", digit_cases(cache, count, arguments.steps[0])
+    if "slides" in arguments.sets:
+        yield "synthetic slides, a small ViT", slide_cases(cache, count, arguments.steps[1])
+
+
+if __name__ == "__main__":
+    main()
