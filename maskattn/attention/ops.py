@@ -29,6 +29,8 @@ __all__ = ["Operation", "flat_options", "is_autocast", "register", "register_wit
 
 Call = Callable[..., Any]
 
+_NO_CONTEXT = nullcontext()
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -218,7 +220,7 @@ def flat_options(options: Options) -> list[Any]:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Inside an op dtypes are what the caller chose; autocast would turn float32 sums into halves."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else _NO_CONTEXT
 
 
 def is_autocast(kind: str) -> bool:

@@ -181,7 +181,7 @@ def _strided(*tensors: Tensor) -> tuple[Any, ...]:
 
 
 def _array(x: Tensor) -> Any:
-    x = x.detach()
+    x = x.detach() if x.requires_grad else x
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 

@@ -26,7 +26,8 @@ __all__ = ["packed_backward", "packed_forward"]
 
 LARGEST_RIDING_BIAS = 64.0
 
-_RIDING = frozenset({"scale", "key_bias"})
+# Options that torch's function lacks, with their defaults: all but those that ride inside the dot product.
+_IN_BLOCKS = [(x.name, x.default) for x in fields(Options) if x.name not in ("scale", "key_bias")]
 
 
 def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool) -> Outputs:
@@ -79,7 +80,7 @@ def _slices(where: Sequences) -> Iterator[tuple[slice, slice, int]]:
 
 def _fits(options: Options) -> bool:
     """Whether torch's function, called as :func:`_attend` calls it, has the options that are given."""
-    if any(is_given(getattr(options, x.name), x.default) for x in fields(options) if x.name not in _RIDING):
+    if any(is_given(getattr(options, name), default) for name, default in _IN_BLOCKS):
         return False
     if options.key_bias is None:
         return True
