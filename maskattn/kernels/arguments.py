@@ -27,6 +27,7 @@ __all__ = [
     "RowValues",
     "Span",
     "Tokens",
+    "VARYING",
     "Width",
     "bias_argument",
     "constant_arguments",
@@ -137,6 +138,24 @@ class Queries(NamedTuple):
 
 
 ABSENT = Tokens(None, 0, 0, 0)
+
+# Numbers of the kernels that change from call to call; Triton would compile anew where one is 1 or a multiple of 16.
+# Tuples cannot be listed here: their strides are looked at one by one, of which few change with the lengths.
+VARYING = (
+    "batch",
+    "class_tiles",
+    "classes",
+    "count",
+    "heads",
+    "longest",
+    "most_tiles",
+    "queries",
+    "rows",
+    "splits",
+    "tiles",
+    "tokens",
+    "turns",
+)
 
 
 def known_strides(*strides: int) -> tuple[Any, ...]:

@@ -84,8 +84,8 @@ def packed_backward(
         grad_out, grad_lse, q, k, v, out, lse, lse_rest, *packed_sides(sequences, q, k), options, grads, dbias_HT
     )
     of_keys = [(x, 0.0) for x in (grads.k, grads.v, dbias_HT if dbias_HT is None else dbias_HT.T) if x is not None]
-    clear_tail(sequences.cu_seqlens_q, (grads.q, 0.0))
-    clear_tail(sequences.cu_seqlens_k, *of_keys)
+    clear_tail(sequences.cu_seqlens_q, sequences.max_seqlen_q, (grads.q, 0.0))
+    clear_tail(sequences.cu_seqlens_k, sequences.max_seqlen_k, *of_keys)
     if dbias_HT is not None:
         dbias_HT = dbias_HT.T if per_head else dbias_HT.sum(0)
     return completed(grads, options, dbias_HT, dslopes)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import span_argument, tokens_argument
+from maskattn.kernels.arguments import VARYING, span_argument, tokens_argument
 from maskattn.kernels.rows import Rows, readable
 from maskattn.kernels.tiles import load_rows, sequence_span, store_rows, tile_rows, tokens_base
 from maskattn.options import Options
@@ -34,7 +34,7 @@ __all__ = [
 BLOCK_ROWS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def move_kernel(
     source_tokens,
     result_tokens,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskattn.kernels.arguments import (
+    VARYING,
     Keys,
     bias_argument,
     constant_arguments,
@@ -112,7 +113,7 @@ def attend_keys(
     return out, maximum, total
 
 
-@triton.jit(do_not_specialize=["dropout", "heads", "tiles", "turns"])
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q_tokens,
     k_tokens,
@@ -222,7 +223,11 @@ def packed_forward(
     rest = empty_rest(lse, "triton", options)
     attend(q, k, v, options, out, lse, rest, *packed_sides(sequences, q, k))
     clear_tail(
-        sequences.cu_seqlens_q, (out, 0.0), (lse.T, float("-inf")), *((x.T, 0.0) for x in (rest,) if x.ndim == 2)
+        sequences.cu_seqlens_q,
+        sequences.max_seqlen_q,
+        (out, 0.0),
+        (lse.T, float("-inf")),
+        *((x.T, 0.0) for x in (rest,) if x.ndim == 2),
     )
     return out, lse, rest
 

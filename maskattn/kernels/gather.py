@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maskattn.kernels.arguments import VARYING
+
 __all__ = ["gather_kernel", "gather_rows", "runs_on", "scatter_rows"]
 
 # Of one program: each of its 128 threads has four loads of 16 bytes in flight.
@@ -22,7 +24,7 @@ LARGEST_BLOCK = 1024
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gather_kernel(
     result_ptr,
     source_ptr,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskattn.kernels.arguments import Queries
+from maskattn.kernels.arguments import VARYING, Queries
 from maskattn.kernels.parts import add_weighted_rows, describe_parts, dot_rows, load_parts, store_parts, zeros_parts
 from maskattn.kernels.schedule import find_work
 from maskattn.kernels.scores import distances, dropout_factors, in_units, load_noise, load_places
@@ -89,7 +89,7 @@ def add_queries_to_key_gradient(
     return dk, dv, dbias
 
 
-@triton.jit(do_not_specialize=["dropout", "heads", "tiles", "turns"])
+@triton.jit(do_not_specialize=VARYING)
 def key_gradient_kernel(
     q_tokens,
     k_tokens,

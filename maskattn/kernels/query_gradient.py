@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskattn.kernels.arguments import Keys
+from maskattn.kernels.arguments import VARYING, Keys
 from maskattn.kernels.parts import (
     add_weighted_rows,
     describe_parts,
@@ -99,7 +99,7 @@ def add_keys_to_query_gradient(
     return dq, dslope
 
 
-@triton.jit(do_not_specialize=["dropout", "heads", "tiles", "turns"])
+@triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
     q_tokens,
     k_tokens,

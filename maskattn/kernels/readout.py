@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maskattn.kernels.arguments import VARYING
 from maskattn.kernels.readout_call import prepare
 from maskattn.kernels.readout_tiles import (
     key_distances,
@@ -63,7 +64,7 @@ def store_lse(lse_ptr, lse_rest_ptr, places, maximum, total, mask):
         tl.store(lse_rest_ptr + places, largest - lse + logarithm, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def readout_kernel(
     q,
     k,
@@ -165,7 +166,7 @@ def readout_kernel(
     tl.store(out_ptr + places[:, None] * HEAD_WIDTH + columns[None, :], out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def combine_kernel(
     split_out_ptr,
     maxima_ptr,
@@ -189,7 +190,7 @@ def combine_kernel(
     """out and lse of one row of one head and sequence from its splits, and its attention weights from raw scores."""
     program = tl.program_id(0)
     tile, place = program % tiles, (program // tiles).to(tl.int64)
-    count = (batch * queries).to(tl.int64) * heads
+    count = tl.cast(batch * queries, tl.int64) * heads
     # [S]
     shares = tl.arange(0, BLOCK_S)
     maxima = tl.full([BLOCK_S], float("-inf"), tl.float32)
@@ -272,5 +273,5 @@ def readout_forward(
             num_warps=4,
         )  # fmt: skip
     if weights is not None:
-        clear_tail(cu_seqlens, (rows.flatten(0, 1).T, 0.0))
+        clear_tail(cu_seqlens, max_seqlen, (rows.flatten(0, 1).T, 0.0))
     return out, lse, rest, rows

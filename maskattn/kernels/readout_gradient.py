@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import ABSENT, Tokens
+from maskattn.kernels.arguments import ABSENT, VARYING, Tokens
 from maskattn.kernels.readout_call import ReadoutCall, prepare, readout_argument
 from maskattn.kernels.readout_tiles import (
     key_distances,
@@ -46,7 +46,7 @@ from maskattn.options import Gradients, Options
 __all__ = ["readout_backward", "readout_gradient_kernel", "row_gradient_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_gradient_kernel(
     q,
     k,
@@ -104,7 +104,7 @@ def row_gradient_kernel(
     tl.store(sums_ptr + places, tl.sum(sums, 0), mask=rows_R < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def readout_gradient_kernel(
     q,
     k,
@@ -270,7 +270,7 @@ def readout_backward(
             dslopes_parts, call.splits, **call.widths, **call.launch_options,
         )  # fmt: skip
     of_bias = None if dbias is None or bias is None else (dbias.T if bias.ndim == 1 else dbias, 0.0)
-    clear_tail(cu_seqlens, (dk, 0.0), (dv, 0.0), *(() if of_bias is None else (of_bias,)))
+    clear_tail(cu_seqlens, max_seqlen, (dk, 0.0), (dv, 0.0), *(() if of_bias is None else (of_bias,)))
     return Gradients(
         q=dq_parts[0] if call.splits == 1 else dq_parts.sum(0).to(q.dtype),
         k=dk,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import Tokens
+from maskattn.kernels.arguments import VARYING, Tokens
 from maskattn.kernels.readout_call import prepare, readout_argument
 from maskattn.kernels.readout_configs import class_tile
 from maskattn.kernels.readout_tiles import (
@@ -59,7 +59,7 @@ def load_row(x, sequence, head, row, HEAD_WIDTH: tl.constexpr, BLOCK_D: tl.const
     return tl.load(row_pointer(x, sequence, head, row) + columns, mask=columns < HEAD_WIDTH, other=0.0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def relevance_kernel(
     q,
     k,
@@ -210,7 +210,7 @@ def token_relevance(
             KEY_ORIGIN_BY_TOKEN=key_origin is not None and key_origin.ndim == 3,
             VALUE_ORIGIN_BY_TOKEN=value_origin is not None and value_origin.ndim == 3, **call.launch_options,
         )  # fmt: skip
-    clear_tail(cu_seqlens, (relevance.T, 0.0))
+    clear_tail(cu_seqlens, max_seqlen, (relevance.T, 0.0))
     return relevance
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import span_argument
+from maskattn.kernels.arguments import VARYING, span_argument
 from maskattn.kernels.rows import Rows
 from maskattn.kernels.tiles import program_place, sequence_span
 
@@ -52,17 +52,19 @@ def plan_work(own: Rows, other: Rows, block: int) -> Work:
     table = torch.empty(turns, 2, dtype=torch.int32, device=own.starts.device)
     with torch.cuda.device_of(table):
         schedule_kernel[(batch,)](
-            table, span_argument(own), span_argument(other), batch, turns, BLOCK=block, CHUNK=CHUNK
+            table, span_argument(own), span_argument(other), batch, tiles, turns, BLOCK=block, CHUNK=CHUNK
         )
     return Work(table, tiles, turns)
 
 
-@triton.jit
-def schedule_kernel(turns_ptr, own, other, batch, turns, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def schedule_kernel(turns_ptr, own, other, batch, most_tiles, turns, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Write the turns of one sequence; the first program also those that are left over."""
     sequence = tl.program_id(0)
     _, own_length = sequence_span(own.starts_ptr, own.ends_ptr, sequence)
     _, other_length = sequence_span(other.starts_ptr, other.ends_ptr, sequence)
+    # A sequence may be longer than the host was told: it has no more tiles than it was given room for.
+    own_tiles = tl.minimum(tl.cdiv(own_length, BLOCK), most_tiles)
     first_turn, taken = 0, 0
     for chunk in tl.range(0, batch, CHUNK):
         # [CHUNK]
@@ -74,13 +76,13 @@ def schedule_kernel(turns_ptr, own, other, batch, turns, BLOCK: tl.constexpr, CH
         other_lengths = tl.load(other.ends_ptr + place, mask=inside, other=0) - tl.load(
             other.starts_ptr + place, mask=inside, other=0
         )
-        tiles = tl.cdiv(own_lengths, BLOCK)
+        tiles = tl.minimum(tl.cdiv(own_lengths, BLOCK), most_tiles)
         earlier = (other_lengths > other_length) | ((other_lengths == other_length) & (place < sequence))
         first_turn += tl.sum(tl.where(earlier, tiles, 0), 0)
         taken += tl.sum(tiles, 0)
-    for first in tl.range(0, tl.cdiv(own_length, BLOCK), CHUNK):
+    for first in tl.range(0, own_tiles, CHUNK):
         tile = first + tl.arange(0, CHUNK)
-        written = tile < tl.cdiv(own_length, BLOCK)
+        written = (tile < own_tiles) & (first_turn + tile < turns)
         tl.store(turns_ptr + 2 * (first_turn + tile), sequence, mask=written)
         tl.store(turns_ptr + 2 * (first_turn + tile) + 1, first_turn, mask=written)
     if sequence == 0:
@@ -101,7 +103,7 @@ def find_work(turns_ptr, span, tiles, heads, BLOCK: tl.constexpr):
         sequence = tl.maximum(sequence, 0)
         start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
         length = tl.where(idle, 0, length)
-        own_tiles = tl.maximum(tl.cdiv(length, BLOCK), 1)
+        own_tiles = tl.maximum(tl.minimum(tl.cdiv(length, BLOCK), tiles), 1)
         within = program - first_turn * heads
         tile, head = within % own_tiles, within // own_tiles
     else:

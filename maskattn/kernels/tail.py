@@ -1,9 +1,10 @@
-"""Rows beyond the last sequence: a packed buffer may be longer than what it holds, as one of a fixed size is.
+"""Rows that no program of an attention kernel comes to, or not surely: one more launch writes them.
 
-No program of an attention kernel comes to them. One more launch writes what a row without keys has; where the sequences
-end with the buffer, it reads one number and returns.
+A packed buffer may be longer than what it holds, as one of a fixed size is: rows beyond the last sequence become what a
+row without keys has. And a sequence may be longer than ``max_seqlen`` says, which the host cannot know without waiting
+for the device: its rows become NaN. Where nothing is to be written the launch reads the lengths and returns.
 
-Dimension key: T rows of the buffer, C numbers of each.
+Dimension key: B sequences, T rows of the buffer, C numbers of each.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import known_strides
+from maskattn.kernels.arguments import VARYING, known_strides
+from maskattn.kernels.tiles import sequence_span
 
 __all__ = ["clear_tail", "clear_tail_kernel"]
 
@@ -35,32 +37,50 @@ class Cleared(NamedTuple):
 
 
 @triton.jit
-def clear_row(x, row, BLOCK: tl.constexpr):
-    """Fill one row."""
+def fill_row(x, row, value, BLOCK: tl.constexpr):
+    """Fill one row of a tensor."""
     for first in tl.range(0, x.columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        values = tl.full([BLOCK], x.fill, tl.float32).to(x.ptr.dtype.element_ty)
+        values = tl.full([BLOCK], value, tl.float32).to(x.ptr.dtype.element_ty)
         tl.store(x.ptr + row * x.stride_t + column.to(tl.int64) * x.stride_c, values, mask=column < x.columns)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def clear_tail_kernel(end_ptr, rows, first, second, third, BLOCK: tl.constexpr):
-    """Fill the rows from the number at ``end_ptr`` on, each program every so many."""
-    row = tl.load(end_ptr).to(tl.int64) + tl.program_id(0)
-    while row < rows:
-        clear_row(first, row, BLOCK)
+@triton.jit
+def fill_rows(row, end, step, first, second, third, IS_NAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Fill every ``step``-th row of each tensor up to ``end``, with its own number or NaN."""
+    while row < end:
+        fill_row(first, row, float("nan") if IS_NAN else first.fill, BLOCK)
         if second.ptr is not None:
-            clear_row(second, row, BLOCK)
+            fill_row(second, row, float("nan") if IS_NAN else second.fill, BLOCK)
         if third.ptr is not None:
-            clear_row(third, row, BLOCK)
-        row += tl.num_programs(0)
+            fill_row(third, row, float("nan") if IS_NAN else third.fill, BLOCK)
+        row += step
 
 
-def clear_tail(cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> None:
-    """Fill the rows beyond the last sequence.
+@triton.jit(do_not_specialize=VARYING)
+def clear_tail_kernel(
+    starts_ptr, batch, longest, rows, first_cleared, second_cleared, third_cleared, BLOCK: tl.constexpr
+):
+    """Fill the rows beyond the last sequence and those of sequences beyond ``longest``."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    tail = tl.load(starts_ptr + batch).to(tl.int64) + program
+    fill_rows(tail, rows, programs, first_cleared, second_cleared, third_cleared, False, BLOCK)
+    sequence = program
+    while sequence < batch:
+        start, length = sequence_span(starts_ptr, starts_ptr + 1, sequence)
+        if length > longest:
+            end = tl.minimum(start.to(tl.int64) + length, rows)
+            fill_rows(start.to(tl.int64), end, 1, first_cleared, second_cleared, third_cleared, True, BLOCK)
+        sequence += programs
+
+
+def clear_tail(cu_seqlens: Tensor, max_seqlen: int, *filled: tuple[Tensor, float]) -> None:
+    """Fill the rows beyond the last sequence, and with NaN the rows of sequences that are longer than announced.
 
     Args:
         cu_seqlens: (B + 1,) int32 on the device, whose last entry is where the tail begins.
+        max_seqlen: the length that the launches before this one went by.
         filled: tensors of as many rows, at the most three, and what these become. What follows the first axis has one
             stride, so that it is a view that is filled.
     """
@@ -73,4 +93,6 @@ def clear_tail(cu_seqlens: Tensor, *filled: tuple[Tensor, float]) -> None:
     cleared = [Cleared(x, s[0], s[1], x.shape[1], fill) for (x, fill), s in zip(given, strides, strict=True)]
     cleared += [Cleared(None, 0, 0, 0, 0.0)] * (AT_ONCE - len(cleared))
     with torch.cuda.device_of(cu_seqlens):
-        clear_tail_kernel[(min(rows, PROGRAMS),)](cu_seqlens[-1:], rows, *cleared, BLOCK=BLOCK, num_warps=4)
+        clear_tail_kernel[(min(rows, PROGRAMS),)](
+            cu_seqlens, cu_seqlens.shape[0] - 1, max_seqlen, rows, *cleared, BLOCK=BLOCK, num_warps=4
+        )

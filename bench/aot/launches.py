@@ -1,0 +1,131 @@
+"""What a call launches, with no GPU: Triton's own launcher decides the signatures, and nothing is compiled or run.
+
+The launcher makes constants of numbers that are 1 and of what is absent, and notes which pointers and numbers are
+multiples of 16; each combination is a compilation of its own, here a :class:`Launch`. The tensors of the call may lie on
+the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import triton
+from triton._C.libtriton import ir
+from triton.compiler import ASTSource, make_backend
+
+from aot.targets import GPU_TARGETS
+from maskattn.kernels import configs, readout_configs
+from maskattn.kernels.configs import Target
+
+__all__ = ["Launch", "recorded_launches"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as the launcher would have it compiled."""
+
+    target: Target
+    kernel: Any
+    key: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[object]]]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.fn.__name__
+
+    @property
+    def constants_by_name(self) -> dict[str, Any]:
+        """Its constants, those of a tuple's fields left out."""
+        return {self.kernel.arg_names[path[0]]: x for path, x in self.constants.items() if len(path) == 1}
+
+    @property
+    def source(self) -> ASTSource:
+        """What the compiler takes."""
+        return ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def compile(self) -> Any:
+        """The compiled kernel, down to machine code."""
+        return triton.compile(self.source, target=GPU_TARGETS[self.target], options=self.options)
+
+    def intermediate_code(self) -> str:
+        """Triton's own intermediate code: all that depends on the kernel's Python, in a fraction of the time."""
+        backend = make_backend(GPU_TARGETS[self.target])
+        options = backend.parse_options(self.options)
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        stages: dict[str, Any] = {}
+        backend.add_stages(stages, options, self.source.language)
+        module = self.source.make_ir(
+            GPU_TARGETS[self.target],
+            options,
+            backend.get_codegen_implementation(options),
+            backend.get_module_map(),
+            context,
+        )
+        return str(stages["ttir"](module, {}))
+
+
+class _NoDevice:
+    """Stands where Triton's driver stands; each target has a cache of signatures of its own."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return GPU_TARGETS[self.target]
+
+    def get_current_device(self) -> str:
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def recorded_launches(target: Target) -> Iterator[list[Launch]]:
+    """Record every launch inside the context as one for ``target``, and run none."""
+    launches: list[Launch] = []
+
+    def record(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        launches.append(
+            Launch(
+                target,
+                fn.jit_function,
+                key,
+                compile["signature"],
+                compile["constants"],
+                compile["configs"][0],
+                compile["num_warps"],
+                compile["num_stages"],
+            )
+        )
+        # So that nothing is compiled, or kept, and the next launch comes here too.
+        return True
+
+    driver = triton.runtime.driver
+    before = driver._active
+    with contextlib.ExitStack() as patches:
+        for module in (configs, readout_configs):
+            patches.enter_context(mock.patch.object(module, "target_of", return_value=target))
+        patches.enter_context(mock.patch.object(configs, "_missing_on", return_value=None))
+        patches.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", record))
+        driver.set_active(_NoDevice(target))
+        try:
+            yield launches
+        finally:
+            driver._active = before

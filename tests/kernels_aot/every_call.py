@@ -1,0 +1,146 @@
+"""Every public operation with its gradients, called with tensors on the CPU while launches are only recorded.
+
+Dimension key: B sequences, T packed tokens, R readout queries, H heads, D head width, K classes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import maskattn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+
+from aot.launches import Launch, recorded_launches  # noqa: E402 (bench/ must be on the path first)
+
+from maskattn.kernels.gather import gather_rows, scatter_rows  # noqa: E402 (likewise)
+
+__all__ = ["OPERATIONS", "Shape", "launches_of"]
+
+HEADS, CLASSES = 2, 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Lengths of the sequences, queries of a readout, and whether every option is used."""
+
+    lengths: tuple[int, ...]
+    queries: int = 1
+    head_width: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    options: bool = False
+    shared_bias: bool = False
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(B + 1,) int32."""
+        return torch.tensor([0, *torch.tensor(self.lengths).cumsum(0)], dtype=torch.int32)
+
+    def leaves(self, count: int, *shape: int) -> list[Tensor]:
+        """Tensors of the dtype that want a gradient."""
+        return [torch.zeros(shape, dtype=self.dtype, requires_grad=True) for _ in range(count)]
+
+    def keywords(self, bias_shape: tuple[int, ...], coords: Any) -> dict[str, Any]:
+        """The options of a call."""
+        if not self.options:
+            return {}
+        return {
+            "key_bias": torch.zeros(bias_shape, requires_grad=True),
+            "coords": coords,
+            "slopes": torch.zeros(HEADS, requires_grad=True),
+            "dropout_p": 0.1,
+        }
+
+
+def launches_of(operation: str, shapes: Sequence[Shape], target: str) -> list[Launch]:
+    """What an operation and its backward launch, in order, called with one shape after the other."""
+    with recorded_launches(target) as launches:
+        for shape in shapes:
+            OPERATIONS[operation](shape)
+    return launches
+
+
+def packed_attention(shape: Shape) -> None:
+    T = sum(shape.lengths)
+    keywords = shape.keywords((T,) if shape.shared_bias else (T, HEADS), torch.zeros(T, 2))
+    sequences = (shape.cu_seqlens,) * 2 + (max(shape.lengths),) * 2
+    qkv = shape.leaves(3, T, HEADS, shape.head_width)
+    out, lse = maskattn.packed_attention(*qkv, *sequences, **keywords, return_lse=True, impl="triton")
+    (out.float().sum() + lse.sum()).backward()
+
+
+def masked_attention(shape: Shape, skip_queries: bool = True) -> None:
+    B, N = len(shape.lengths), max(shape.lengths)
+    keep = torch.arange(N) < torch.tensor(shape.lengths)[:, None]
+    keywords = shape.keywords((B, N) if shape.shared_bias else (B, HEADS, N), torch.zeros(B, N, 2))
+    qkv = shape.leaves(3, B, HEADS, N, shape.head_width)
+    out = maskattn.masked_attention(*qkv, keep, **keywords, skip_queries=skip_queries, impl="triton")
+    out.sum().backward()
+
+
+def masked_attention_of_every_query(shape: Shape) -> None:
+    masked_attention(shape, skip_queries=False)
+
+
+def readout(shape: Shape, return_rows: bool = False) -> None:
+    B, T = len(shape.lengths), sum(shape.lengths)
+    coords = torch.zeros(B, shape.queries, 2), torch.zeros(T, 2)
+    keywords = shape.keywords((T,) if shape.shared_bias else (T, HEADS), coords)
+    (q,), (k, v) = (
+        shape.leaves(1, B, shape.queries, HEADS, shape.head_width),
+        shape.leaves(2, T, HEADS, shape.head_width),
+    )
+    lengths = shape.cu_seqlens, max(shape.lengths)
+    out, lse, *rows = maskattn.readout(
+        q, k, v, *lengths, **keywords, return_rows=return_rows, return_lse=True, impl="triton"
+    )
+    (out.float().sum() + lse.sum() + sum((x * x.detach()).sum() for x in rows)).backward()
+
+
+def readout_with_rows(shape: Shape) -> None:
+    readout(shape, return_rows=True)
+
+
+def relevance(shape: Shape, classes: int = CLASSES) -> None:
+    B, T, R, D = len(shape.lengths), sum(shape.lengths), shape.queries, shape.head_width
+    keywords = shape.keywords((T,) if shape.shared_bias else (T, HEADS), (torch.zeros(B, R, 2), torch.zeros(T, 2)))
+    keywords.pop("dropout_p", None)
+    q, k, v = torch.zeros(B, R, HEADS, D, dtype=shape.dtype), *torch.zeros(2, T, HEADS, D, dtype=shape.dtype)
+    origin = torch.zeros((T, HEADS, D) if shape.options else (HEADS, D))
+    lse, grad = torch.zeros(B, R, HEADS), torch.zeros(classes, *q.shape, dtype=shape.dtype)
+    maskattn.token_relevance(
+        q, k, v, q, lse, grad, shape.cu_seqlens, max(shape.lengths), key_origin=origin, value_origin=origin, **keywords,
+        impl="triton",
+    )  # fmt: skip
+
+
+def relevance_of_one_class(shape: Shape) -> None:
+    relevance(shape, classes=1)
+
+
+def packing(shape: Shape) -> None:
+    B, N, T = len(shape.lengths), max(shape.lengths), sum(shape.lengths)
+    dense, index = torch.zeros(B * N, HEADS, shape.head_width, dtype=shape.dtype), torch.zeros(T, dtype=torch.int64)
+    scatter_rows(gather_rows(dense, index), torch.zeros(B * N, dtype=torch.int32))
+
+
+OPERATIONS = {
+    each.__name__: each
+    for each in (
+        packed_attention,
+        masked_attention,
+        masked_attention_of_every_query,
+        readout,
+        readout_with_rows,
+        relevance,
+        relevance_of_one_class,
+        packing,
+    )
+}

@@ -1,0 +1,71 @@
+"""Without a GPU, but with Triton's own launcher: every launch of every call compiles, and there are few of them."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import replace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from every_call import OPERATIONS, Shape, launches_of  # noqa: E402 (imports triton's compiler)
+
+from maskattn.kernels import masked  # noqa: E402 (likewise)
+
+# Where a number is 1 or a multiple of 16 the launcher compiles anew, with the number or the factor known.
+SHAPES = {
+    "one of everything": Shape((1,)),
+    "one sequence": Shape((50,)),
+    "multiples of sixteen": Shape((48,), queries=16, dtype=torch.float32),
+    "several sequences": Shape((5, 0, 12), queries=3, head_width=40, shared_bias=True),
+}
+
+
+@pytest.mark.parametrize("target", ["sm90", "gfx942"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_whatever_numbers_the_launcher_takes_for_constants_the_kernels_compile(operation, target):
+    shapes = [replace(shape, options=options) for shape in SHAPES.values() for options in (False, True)]
+    compilations = {launch.name + launch.key: launch for launch in launches_of(operation, shapes, target)}
+    assert compilations
+    for launch in compilations.values():
+        assert "tt.func public" in launch.intermediate_code()
+
+
+# Of one kernel, for one operation and head shape: a stride that grows with the tokens may be 1 or a multiple of 16 or
+# neither, there is a schedule or none, and ``clear_tail_kernel`` follows three kernels.
+OF_ATTENTION = dict.fromkeys(("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"), 5)
+AT_MOST = {**OF_ATTENTION, "readout_gradient_kernel": 3, "clear_tail_kernel": 7}
+
+
+def compilations_of(operation: str, shapes: list[Shape]) -> dict[str, int]:
+    keys = collections.defaultdict(set)
+    for launch in launches_of(operation, shapes, "sm90"):
+        keys[launch.name].add(launch.key)
+    return {name: len(of_kernel) for name, of_kernel in keys.items()}
+
+
+def random_lengths(generator: torch.Generator, longest: int) -> tuple[int, ...]:
+    batch = int(torch.randint(1, 40, (), generator=generator))
+    return tuple(torch.randint(1, longest, (batch,), generator=generator).tolist())
+
+
+@pytest.mark.parametrize("options", [{}, {"options": True}, {"options": True, "shared_bias": True}], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_lengths_and_sequences_may_vary_without_new_compilations(operation, options):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [Shape(random_lengths(generator, 70), **options) for _ in range(200)]
+    shapes += [Shape((1,), **options), Shape((16,) * 16, **options)]
+    counts = compilations_of(operation, shapes)
+    assert {name: count for name, count in counts.items() if count > AT_MOST.get(name, 2)} == {}
+
+
+def test_neither_do_lengths_of_rows_that_are_moved(monkeypatch):
+    monkeypatch.setattr(masked, "MOVED_FROM", 0)
+    generator = torch.Generator().manual_seed(0)
+    counts = compilations_of("masked_attention", [Shape(random_lengths(generator, 70)) for _ in range(200)])
+    # To the front and back again.
+    assert counts["move_kernel"] <= 2
