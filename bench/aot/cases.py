@@ -8,22 +8,15 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from aot.intermediate import fingerprint
+from aot.targets import GPU_TARGETS
 from maskattn.kernels.arguments import ABSENT, Dropout, Places, RowValues, Span, Tokens, Width
 from maskattn.kernels.configs import Config, Pass, Target, look_up, split_width
 from maskattn.kernels.forward import forward_kernel
 from maskattn.kernels.key_gradient import key_gradient_kernel
 from maskattn.kernels.query_gradient import query_gradient_kernel
-
-GPU_TARGETS: dict[Target, GPUTarget] = {
-    "sm80": GPUTarget("cuda", 80, 32),
-    "sm86": GPUTarget("cuda", 86, 32),
-    "sm90": GPUTarget("cuda", 90, 32),
-    "sm100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 
 KERNELS: dict[Pass, Any] = {
     "forward": forward_kernel,
@@ -81,7 +74,22 @@ def all_cases() -> Iterator[Case]:
 
 
 def compile_case(case: Case, config: Config) -> Any:
-    """Compile one case as a packed call (or, gathering, a masked one) of contiguous tensors would be."""
+    """Compile one case."""
+    return triton.compile(source_of(case, config), target=GPU_TARGETS[case.target], options=options_of(config))
+
+
+def fingerprint_of(case: Case, config: Config) -> str:
+    """Of the intermediate code of one case."""
+    return fingerprint(source_of(case, config), GPU_TARGETS[case.target], options_of(config))
+
+
+def options_of(config: Config) -> dict[str, int]:
+    """The compiler's options."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def source_of(case: Case, config: Config) -> ASTSource:
+    """What the compiler takes for a packed call (or, gathering, a masked one) of contiguous tensors."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -98,9 +106,7 @@ def compile_case(case: Case, config: Config) -> Any:
             elif leaf.aligned:
                 attributes[path] = [["tt.divisibility", 16]]
         signature[name] = type(argument)(*types) if isinstance(argument, tuple) else types[0]
-    source = ASTSource(KERNELS[case.pass_], signature, constants, attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=GPU_TARGETS[case.target], options=options)
+    return ASTSource(KERNELS[case.pass_], signature, constants, attributes)
 
 
 @dataclass(frozen=True)

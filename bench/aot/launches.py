@@ -1,8 +1,8 @@
 """What a call launches, with no GPU: Triton's own launcher decides the signatures, and nothing is compiled or run.
 
 The launcher makes constants of numbers that are 1 and of what is absent, and notes which pointers and numbers are
-multiples of 16; each combination is a compilation of its own, here a :class:`Launch`. The tensors of the call may lie on
-the CPU.
+multiples of 16; each combination is a compilation of its own, here a :class:`Launch`. The tensors of the call may lie
+on the CPU.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from unittest import mock
 
 import triton
-from triton._C.libtriton import ir
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource
 
+from aot.intermediate import fingerprint, intermediate_code
 from aot.targets import GPU_TARGETS
 from maskattn.kernels import configs, readout_configs
 from maskattn.kernels.configs import Target
@@ -62,22 +62,12 @@ class Launch:
         return triton.compile(self.source, target=GPU_TARGETS[self.target], options=self.options)
 
     def intermediate_code(self) -> str:
-        """Triton's own intermediate code: all that depends on the kernel's Python, in a fraction of the time."""
-        backend = make_backend(GPU_TARGETS[self.target])
-        options = backend.parse_options(self.options)
-        context = ir.context()
-        ir.load_dialects(context)
-        backend.load_dialects(context)
-        stages: dict[str, Any] = {}
-        backend.add_stages(stages, options, self.source.language)
-        module = self.source.make_ir(
-            GPU_TARGETS[self.target],
-            options,
-            backend.get_codegen_implementation(options),
-            backend.get_module_map(),
-            context,
-        )
-        return str(stages["ttir"](module, {}))
+        """Triton's intermediate code, in a fraction of a compilation's time."""
+        return intermediate_code(self.source, GPU_TARGETS[self.target], self.options)
+
+    def fingerprint(self) -> str:
+        """Of the intermediate code."""
+        return fingerprint(self.source, GPU_TARGETS[self.target], self.options)
 
 
 class _NoDevice:

@@ -12,8 +12,9 @@ from pathlib import Path
 import triton
 
 from aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, bound_of
-from aot.cases import GPU_TARGETS, Case, all_cases, compile_case, shipped_config
+from aot.cases import Case, all_cases, compile_case, fingerprint_of, shipped_config
 from aot.machine_code import CLASSES, MachineCode, read
+from aot.targets import GPU_TARGETS
 from maskattn.kernels.configs import Config, split_width
 
 # What of the machine code goes to the table as it is.
@@ -51,6 +52,7 @@ class Row:
         return {
             **asdict(self.case),
             **asdict(self.config),
+            "code": fingerprint_of(self.case, self.config),
             **{name: getattr(self.code, name) for name in RESOURCES},
             **self.code.instructions_per_score(self.config.block_m * self.config.block_n, self.config.num_warps),
             **(dict.fromkeys(BOUNDS) if bound is None else bound.columns()),

@@ -103,7 +103,7 @@ def find_work(turns_ptr, span, tiles, heads, BLOCK: tl.constexpr):
         sequence = tl.maximum(sequence, 0)
         start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
         length = tl.where(idle, 0, length)
-        own_tiles = tl.maximum(tl.minimum(tl.cdiv(length, BLOCK), tiles), 1)
+        own_tiles = tl.maximum(tl.cdiv(length, BLOCK), 1)
         within = program - first_turn * heads
         tile, head = within % own_tiles, within // own_tiles
     else:

@@ -18,9 +18,9 @@ import maskattn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-from aot.launches import Launch, recorded_launches  # noqa: E402 (bench/ must be on the path first)
+from aot.launches import Launch, recorded_launches
 
-from maskattn.kernels.gather import gather_rows, scatter_rows  # noqa: E402 (likewise)
+from maskattn.kernels.gather import gather_rows, scatter_rows
 
 __all__ = ["OPERATIONS", "Shape", "launches_of"]
 

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 from aot import report  # noqa: E402 (bench/ must be on the path first)
 from aot.bounds import SHARED_LIMITS, TENSOR_MEMORY_COLUMNS  # noqa: E402 (bench/ must be on the path first)
-from aot.cases import GPU_TARGETS, KERNELS, Case, all_cases, shipped_config  # noqa: E402 (bench/ must be on the path first)
+from aot.cases import KERNELS, Case, all_cases, shipped_config  # noqa: E402 (bench/ must be on the path first)
+from aot.targets import GPU_TARGETS  # noqa: E402 (bench/ must be on the path first)
 
 from maskattn.kernels.configs import TABLE  # noqa: E402 (bench/ must be on the path first)
 

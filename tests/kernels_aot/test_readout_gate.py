@@ -40,12 +40,11 @@ def key_of(row: dict[str, object]) -> tuple[str, ...]:
     )
 
 
-COMPILED = [kernel for kernel in KERNELS if kernel != "combine_kernel"]
 CASES = [
-    *(ReadoutCase(kernel, "sm90", 64, "bf16") for kernel in COMPILED),
-    *(ReadoutCase(kernel, "sm90", 128, "bf16", queries=5, options=True) for kernel in COMPILED),
-    *(ReadoutCase(kernel, "sm80", 80, "bf16", options=True) for kernel in COMPILED),
-    *(ReadoutCase(kernel, "gfx942", 64, "bf16", queries=5, options=True) for kernel in COMPILED),
+    *(ReadoutCase(kernel, "sm90", 64, "bf16") for kernel in KERNELS),
+    *(ReadoutCase(kernel, "sm90", 128, "bf16", queries=5, options=True) for kernel in KERNELS),
+    *(ReadoutCase(kernel, "sm80", 80, "bf16", options=True) for kernel in KERNELS),
+    *(ReadoutCase(kernel, "gfx942", 64, "bf16", queries=5, options=True) for kernel in KERNELS),
     ReadoutCase("relevance_kernel", "sm90", 64, "bf16", classes=40),
     ReadoutCase("readout_kernel", "sm100", 64, "fp32", queries=5),
     ReadoutCase("readout_gradient_kernel", "sm100", 256, "fp32", options=True),
