@@ -16,6 +16,9 @@ from triton.compiler import ASTSource, make_backend
 
 __all__ = ["fingerprint", "intermediate_code"]
 
+# Of values: what an operation, a loop, or a region begins with.
+DEFINITIONS = re.compile(r"(?:^\s*|scf\.for |\(|, )(%\w+)(?::\d+)?(?= =|: \w+[,)])")
+
 
 def intermediate_code(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> str:
     """The code after Triton's own simplifications."""
@@ -31,7 +34,7 @@ def intermediate_code(source: ASTSource, target: GPUTarget, options: dict[str, i
 
 
 def fingerprint(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> str:
-    """Twelve hexadecimal digits for what a kernel computes and how it is compiled, whatever its arguments are called."""
+    """Twelve hexadecimal digits for what a kernel computes and how it is compiled, whatever its arguments' names."""
     code = _without_names(intermediate_code(source, target, options))
     return hashlib.sha256(f"{code}{sorted(options.items())}".encode()).hexdigest()[:12]
 
@@ -43,10 +46,19 @@ def _without_names(code: str) -> str:
     meaning = {name: what.strip() for name, what in re.findall(r"(%\w+): ([^%]+?),? ?(?=%|\)$)", head)}
     constants = re.compile(r"(?m)^ *(%\w+) = arith\.constant (.*)\n")
     meaning |= dict(constants.findall(body))
-    order: dict[str, str] = {}
-
-    def rename(match: re.Match[str]) -> str:
-        name = match.group()
-        return order.setdefault(name, f"%{len(order)}<{meaning.get(name, '')}>")
-
-    return re.sub(r"%[\w.]+", rename, constants.sub("", body))
+    names: dict[str, str] = {}
+    count = 0
+    lines = []
+    for line in constants.sub("", body).splitlines():
+        # Regions side by side may use a name again, so every definition has a number of its own.
+        defined = set(DEFINITIONS.findall(line))
+        renamed = []
+        for piece in re.split(r"(%\w+)", line):
+            first_use = piece.startswith("%") and piece not in names
+            if first_use or piece in defined:
+                names[piece] = f"%{count}<{meaning.get(piece, '')}>"
+                count += 1
+                defined.discard(piece)
+            renamed.append(names.get(piece, piece))
+        lines.append("".join(renamed))
+    return "\n".join(lines)
