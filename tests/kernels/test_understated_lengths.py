@@ -8,7 +8,10 @@ from oracles import cu_seqlens, packed_inputs, with_alibi
 from readout_cases import make_readout
 from red_zones import RedZones
 
-from maskattn.kernels.operations import packed_backward, packed_forward, readout_forward, token_relevance
+from maskattn.kernels.backward import packed_backward
+from maskattn.kernels.forward import packed_forward
+from maskattn.kernels.readout import readout_forward
+from maskattn.kernels.relevance import token_relevance
 from maskattn.options import Sequences
 
 
@@ -23,7 +26,7 @@ def test_rows_of_longer_sequences_are_nan_and_nothing_else_is_written(announced,
     x = with_alibi(packed_inputs(lengths, bias="per_head", head_width=16)).to(device)
     starts = cu_seqlens(lengths).to(device)
     sequences = Sequences(starts, starts, *announced)
-    out, lse, rest = packed_forward(x.q, x.k, x.v, sequences, x.options, True)
+    out, lse, rest = packed_forward(x.q, x.k, x.v, sequences, x.options)
     grads = packed_backward(x.grad_out, x.grad_lse, x.q, x.k, x.v, out, lse, rest, sequences, x.options)
     red_zones.check()
     longer_q, longer_k = (
@@ -44,7 +47,7 @@ def test_so_are_a_readouts_rows_and_relevance(queries, device, red_zones):
     lengths = (1100, 40)
     case = make_readout(lengths, queries, head_width=16, bias="shared").to(device)
     x, starts = case.inputs, case.sides[0]
-    out, lse, _, rows = readout_forward(x.q, x.k, x.v, starts, 50, x.options, True, True)
+    out, lse, _, rows = readout_forward(x.q, x.k, x.v, starts, 50, x.options, True)
     relevance = token_relevance(x.q, x.k, x.v, out, lse, x.grad_out[None], None, None, starts, 50, x.options)
     red_zones.check()
     # These do not depend on what is announced.
