@@ -104,7 +104,7 @@ def slide_folder(out_dir: Path, slide_id: str) -> Iterator[Path]:
     """A folder to write a slide's outputs to; it takes its final name at the end, or is removed on any error."""
     final, partial, old = _names(out_dir, slide_id)
     clear_leftovers(out_dir, slide_id)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         yield partial
         if final.exists():
