@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 for module in ("cv2", "sklearn", "captum", "matplotlib"):
     pytest.importorskip(module)
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-from evidence_digits import TRAINING_DIGITS, compose, load_glyphs, new_model  # noqa: E402 (bench/ must be on the path first)
-from evidence_slides import GRID, IMAGE_PX, draw  # noqa: E402 (likewise)
-from evidence_table import Row, markdown_table, mean_and_error, write_section  # noqa: E402 (likewise)
-from explanations import judge  # noqa: E402 (likewise)
+from bench.evidence.digits import TRAINING_DIGITS, compose, load_glyphs, new_model  # noqa: E402 (what may be missing is skipped first)
+from bench.evidence.explanations import judge  # noqa: E402 (what may be missing is skipped first)
+from bench.evidence.slides import GRID, IMAGE_PX, draw  # noqa: E402 (what may be missing is skipped first)
+from bench.evidence.table import Row, markdown_table, mean_and_error, write_section  # noqa: E402 (what may be missing is skipped first)
 
 
 def test_scenes_hold_two_different_digits_in_their_halves_and_repeat_by_seed():

@@ -1,10 +1,9 @@
-"""bench/explanation_speed.py: its contenders compute the same, and its figures are what they are said to be."""
+"""bench/cpu/explanation_speed.py: its contenders compute the same, and its figures are what they are said to be."""
 
 from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ import torch
 
 if not Path("/proc/self/clear_refs").exists():
     pytest.skip("memory is read as Linux tells it", allow_module_level=True)
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-from explanation_contenders import (
+from bench.cpu.explanation_contenders import (
     Contender,
     Repeated,
     block_graph,
@@ -24,8 +22,7 @@ from explanation_contenders import (
     row_graph,
     whole_graph,
 )
-from explanation_speed import Figure, Guard, Measured, Turns, free_mebibytes, measure, report, run
-
+from bench.cpu.explanation_speed import Figure, Guard, Measured, Turns, free_mebibytes, measure, report, run
 from maskattn.explain import CDAM
 from maskattn.explain.token_scores import score_tokens_by_autograd
 
@@ -70,7 +67,7 @@ def quick_collection():
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     standing = Clock()
-    monkeypatch.setattr("explanation_speed.time", standing)
+    monkeypatch.setattr("bench.cpu.explanation_speed.time", standing)
     return standing
 
 
@@ -197,7 +194,7 @@ def test_every_length_and_number_of_classes_has_its_rows():
 
 
 def test_a_long_length_alone_is_judged_by_a_shorter_one(monkeypatch):
-    monkeypatch.setattr("explanation_speed.free_mebibytes", lambda device: 1e-3)
+    monkeypatch.setattr("bench.cpu.explanation_speed.free_mebibytes", lambda device: 1e-3)
     results = run(options(tokens=[1200], classes=[2], rounds=0, m=1))
     assert list(results) == [1226]
     assert ("backward a class", 2) in results[1226].left_out

@@ -107,7 +107,6 @@ def test_pages_name_only_methods_that_there_are():
 
 def test_the_table_of_methods_is_judged_by_title():
     pytest.importorskip("captum")
-    sys.path.insert(0, str(ROOT / "bench"))
-    from explanations import methods
+    from bench.evidence.explanations import methods
 
     assert list(methods(random_vit())) == [method.title for method in METHODS.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +14,17 @@ import torch
 
 for module in ("cv2", "sklearn", "captum", "matplotlib", "tifffile", "PIL"):
     pytest.importorskip(module)
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+ROOT = Path(__file__).resolve().parents[2]
 
-from PIL import Image  # noqa: E402 (bench/ must be on the path first)
-from real_images import composites, crops, normalised  # noqa: E402 (likewise)
-from real_judging import boxes_of, drops_of, in_bfloat16, maps_of, remembering  # noqa: E402 (likewise)
-from real_probes import Probes, leave_one_patient_out  # noqa: E402 (likewise)
-from real_slide import BENIGN, GLASS, SICK, paste  # noqa: E402 (likewise)
-from row_experiments import Reading, experiments, facts  # noqa: E402 (likewise)
+from PIL import Image  # noqa: E402 (what may be missing is skipped first)
 
-from maskattn.explain import METHODS  # noqa: E402 (likewise)
-from maskattn.nn import VisionTransformer  # noqa: E402 (likewise)
+from bench.evidence.real_images import composites, crops, normalised  # noqa: E402 (what may be missing is skipped first)
+from bench.evidence.real_judging import boxes_of, drops_of, in_bfloat16, maps_of, remembering  # noqa: E402 (what may be missing is skipped first)
+from bench.evidence.real_probes import Probes, leave_one_patient_out  # noqa: E402 (what may be missing is skipped first)
+from bench.evidence.real_slide import BENIGN, GLASS, SICK, paste  # noqa: E402 (what may be missing is skipped first)
+from bench.evidence.row_experiments import Reading, experiments, facts  # noqa: E402 (what may be missing is skipped first)
+from maskattn.explain import METHODS  # noqa: E402 (what may be missing is skipped first)
+from maskattn.nn import VisionTransformer  # noqa: E402 (what may be missing is skipped first)
 
 
 def small_vit(**arguments: object) -> VisionTransformer:
@@ -175,8 +175,9 @@ def test_pasted_slides_hold_what_their_cells_say(real):
 
 
 def test_what_is_not_there_is_skipped_by_name(tmp_path):
-    command = [sys.executable, str(BENCH / "evidence_real.py"), "--real", str(tmp_path), "--encoders"]
-    result = subprocess.run([*command, "--quick"], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    command = [sys.executable, "-m", "bench.evidence.real", "--real", str(tmp_path), "--encoders", "--quick"]
+    found = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=found)
     assert result.returncode == 0, result.stderr
     assert "skipped: attention on glass" in result.stdout
 

@@ -1,6 +1,6 @@
 """Explanations compared on images of two handwritten digits, where it is known what lies where.
 
-    python bench/evidence_digits.py            # trains, judges every method, writes the table and the figures
+    python -m bench.evidence.digits            # trains, judges every method, writes the table and the figures
 
 The data are scikit-learn's bundled digits, enlarged and set side by side on a textured ground; each image holds two
 different digits, and a small vision transformer gives a logit for each of the ten. Judged are held-out images made of
@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence_figures import draw_maps
-from evidence_table import bar_figure, markdown_table, write_section
-from explanations import HIGHER_IS_BETTER, LOWER_IS_BETTER, judge
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from bench.evidence.explanations import HIGHER_IS_BETTER, LOWER_IS_BETTER, judge
+from bench.evidence.figures import draw_maps
+from bench.evidence.table import bar_figure, markdown_table, write_section
 from maskattn.nn import VisionTransformer
 
 HEIGHT_PX, WIDTH_PX, TOKEN_PX, DIGIT_PX = 48, 72, 6, 24

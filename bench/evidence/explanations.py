@@ -1,10 +1,10 @@
 """Every explanation method on one model and some images, in one table.
 
-    python bench/explanations.py IMAGE... --model timm:vit_tiny_patch16_224 --classes 207 281
-    python bench/explanations.py --model timm:vit_tiny_patch16_224 --offline        # random weights and images
+    python -m bench.evidence.explanations IMAGE... --model timm:vit_tiny_patch16_224 --classes 207 281
+    python -m bench.evidence.explanations --model timm:vit_tiny_patch16_224 --offline        # random weights and images
 
 Ours and theirs share one interface; the two classes of each image give class correlation. Where it is known which
-tokens show which class (bench/evidence_digits.py), two-object contrast too.
+tokens show which class (bench/evidence/digits.py), two-object contrast too.
 
 Dimension key: B images, H·W grid tokens.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence_table import Row, markdown_table
 from torch import Tensor
 
+from bench.evidence.table import Row, markdown_table
 from maskattn.explain import METHODS
 from maskattn.explain.explainer import Explainer
 from maskattn.explain.metrics import (

@@ -19,14 +19,14 @@ import numpy as np
 import tifffile
 import torch
 import torch.nn.functional as F
-from evidence_table import Row, markdown_table
 from PIL import Image
-from real_images import SIDE_PX, Crops, crops, normalised
-from real_judging import features_of
-from real_weights import Encoder
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from bench.evidence.real_images import SIDE_PX, Crops, crops, normalised
+from bench.evidence.real_judging import features_of
+from bench.evidence.real_weights import Encoder
+from bench.evidence.table import Row, markdown_table
 from maskattn.explain import METHODS
 from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.metrics import background_mass

@@ -1,10 +1,10 @@
 """Explanations judged on real encoders, real photographs and real tissue.
 
-    python bench/evidence_real.py --real DIR            # writes the first part of docs/evidence.md
-    python bench/evidence_real.py --real DIR --quick    # two images of each kind, a trial of the bench alone
+    python -m bench.evidence.real --real DIR            # writes the first part of docs/evidence.md
+    python -m bench.evidence.real --real DIR --quick    # two images of each kind, a trial of the bench alone
 
-DIR holds material that cannot be kept with the package (bench/real_images.py says what); what is not there is skipped
-by name. Probes are trained on GlaS's training images, without the patients that they are asked about; its test folder
+DIR holds material that cannot be kept with the package (real_images.py says what); what is not there is skipped by
+name. Probes are trained on GlaS's training images, without the patients that they are asked about; its test folder
 is read here and nowhere else. Seeded; at full counts within forty minutes on two cores.
 
 Dimension key: B images, H·W grid tokens, C channels.
@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from evidence_table import Row, markdown_table, write_section
-from real_glass import attention_on_glass, edge_crops
-from real_images import Crops, composites, crops, normalised, photographs, text_head
-from real_judging import (
+from torch import Tensor
+
+from bench.evidence.real_glass import attention_on_glass, edge_crops
+from bench.evidence.real_images import Crops, composites, crops, normalised, photographs, text_head
+from bench.evidence.real_judging import (
     SLOW,
     Target,
     boxes_of,
@@ -35,11 +36,10 @@ from real_judging import (
     precision_of,
     remembering,
 )
-from real_probes import Probes, leave_one_patient_out
-from real_slide import judge_slides
-from real_weights import ENCODERS, load_encoder, missing
-from torch import Tensor
-
+from bench.evidence.real_probes import Probes, leave_one_patient_out
+from bench.evidence.real_slide import judge_slides
+from bench.evidence.real_weights import ENCODERS, load_encoder, missing
+from bench.evidence.table import Row, markdown_table, write_section
 from maskattn.explain import METHODS
 from maskattn.nn import VisionTransformer
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence_table import Row, markdown_table
 from PIL import Image
-from real_images import SIDE_PX, normalised
-from real_weights import Encoder
 from torch import Tensor
 
+from bench.evidence.real_images import SIDE_PX, normalised
+from bench.evidence.real_weights import Encoder
+from bench.evidence.table import Row, markdown_table
 from maskattn.explain import AttentionMap
 from maskattn.explain.metrics import background_mass
 from maskattn.nn import VisionTransformer

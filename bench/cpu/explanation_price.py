@@ -1,6 +1,6 @@
 """What a map costs beside the prediction that it explains: every method of the last block, all classes at once.
 
-    OMP_WAIT_POLICY=passive python bench/explanation_price.py --page docs/methods.md
+    OMP_WAIT_POLICY=passive python -m bench.cpu.explanation_price --page docs/methods.md
 
 A ViT-S/16 of 12 blocks with random weights, float32, all tokens kept. A block and each method's tail (from the last
 block's input to the maps) are timed apart, in turn, and the least of the rounds counts. A prediction is 11 blocks and
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from evidence_table import write_section
 
+from bench.evidence.table import write_section
 from maskattn.explain import METHODS
 from maskattn.explain.explainer import TokenExplainer
 from maskattn.nn import VisionTransformer

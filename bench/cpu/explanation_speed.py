@@ -1,7 +1,7 @@
 """Time and memory of CDAM for all classes, against autograd for each class and against a full backward for each.
 
-    OMP_WAIT_POLICY=passive python bench/explanation_speed.py --page docs/evidence.md     # CPU, two threads
-    python bench/explanation_speed.py --device cuda --depth 12
+    OMP_WAIT_POLICY=passive python -m bench.cpu.explanation_speed --page docs/evidence.md     # CPU, two threads
+    python -m bench.cpu.explanation_speed --device cuda --depth 12
 
 Contenders of one length run in turn, round after round, in one process; a time is the least of its rounds, and only the
 ratios are worth quoting. What takes longer than a quarter of the limit is run once. Every contender runs on the same
@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from evidence_table import write_section
-from explanation_contenders import PATCH_PX, Contender, ExplainClass, contenders, graphs, new_model
+
+from bench.cpu.explanation_contenders import PATCH_PX, Contender, ExplainClass, contenders, graphs, new_model
+from bench.evidence.table import write_section
 
 __all__ = ["Figure", "Guard", "Measured", "Turns", "measure", "report", "table"]
 

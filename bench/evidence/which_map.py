@@ -1,6 +1,6 @@
 """Why one map is right and another wrong: experiments on the last attention row, written into docs/which_map.md.
 
-    python bench/which_map.py --real DIR            # GlaS's training images, photographs, digits, synthetic slides
+    python -m bench.evidence.which_map --real DIR  # GlaS's training images, photographs, digits, synthetic slides
 
 Every row of the tables changes one thing in CDAM; the figure is the contrast between the tokens that show the class
 and those that do not (−1 … 1), mean ± standard error over images. GlaS's test folder is not read. The small models of
@@ -18,21 +18,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from evidence_digits import TRAINING_DIGITS, compose, load_glyphs
-from evidence_digits import new_model as new_digits_model
-from evidence_digits import train as train_digits
-from evidence_real import STRENGTH
-from evidence_slides import draw_slides, for_lesion
-from evidence_slides import new_model as new_slides_model
-from evidence_slides import train as train_slides
-from evidence_table import mean_and_error, write_section
-from real_images import composites, crops, normalised, photographs, text_head
-from real_judging import drops_of, features_of, gathered, in_bfloat16
-from real_probes import Probes
-from real_weights import ENCODERS, load_encoder, missing
-from row_experiments import Reading, experiments, facts
 from torch import Tensor
 
+from bench.evidence.digits import TRAINING_DIGITS, compose, load_glyphs
+from bench.evidence.digits import new_model as new_digits_model
+from bench.evidence.digits import train as train_digits
+from bench.evidence.real import STRENGTH
+from bench.evidence.real_images import composites, crops, normalised, photographs, text_head
+from bench.evidence.real_judging import drops_of, features_of, gathered, in_bfloat16
+from bench.evidence.real_probes import Probes
+from bench.evidence.real_weights import ENCODERS, load_encoder, missing
+from bench.evidence.row_experiments import Reading, experiments, facts
+from bench.evidence.slides import draw_slides, for_lesion
+from bench.evidence.slides import new_model as new_slides_model
+from bench.evidence.slides import train as train_slides
+from bench.evidence.table import mean_and_error, write_section
 from maskattn.explain.metrics import object_contrast
 from maskattn.nn import VisionTransformer
 

@@ -1,6 +1,6 @@
 """README's first picture: real skin, where a pretrained encoder looks, and where it looks when glass is masked.
 
-    python bench/real_picture.py CMU-1-Small-Region.svs       # OpenSlide's test data, CC0; writes docs/images/real.png
+    python -m bench.evidence.real_picture CMU-1-Small-Region.svs  # OpenSlide data, CC0; writes docs/images/real.png
 
 CLIP's image tower sees the slide whole at a fourth of its size. The class map is of "epidermis rather than dermis": the
 difference of the mean class tokens of four squares of each, at the places below, none of it trained on skin.
@@ -17,13 +17,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence_figures import lay_over
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from real_images import SIDE_PX, normalised
-from real_weights import ENCODERS, load_encoder, missing
 from torch import Tensor
 
+from bench.evidence.figures import lay_over
+from bench.evidence.real_images import SIDE_PX, normalised
+from bench.evidence.real_weights import ENCODERS, load_encoder, missing
 from maskattn.explain import METHODS, AttentionMap
 from maskattn.explain.metrics import background_mass
 from maskattn.slide.reader import SlideReader

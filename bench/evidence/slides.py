@@ -1,6 +1,6 @@
 """What masking background does for a slide classifier: accuracy, and where its maps point.
 
-    python bench/evidence_slides.py            # draws slides, trains, judges, writes the table and the figure
+    python -m bench.evidence.slides            # draws slides, trains, judges, writes the table and the figure
 
 Synthetic slides (maskattn.demo.synthetic; benign against low, whose lesions are subtle) are seen whole at 4 µm/px, in
 tokens of 64 µm. A masked and a plain vision transformer, alike in all else, are trained on clean slides, and on slides
@@ -24,13 +24,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence_figures import lay_over
-from evidence_table import Row, as_tensor, markdown_table, write_section
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from bench.evidence.figures import lay_over
+from bench.evidence.table import Row, as_tensor, markdown_table, write_section
 from maskattn.demo.synthetic import CLASSES, make_slide
 from maskattn.explain import CDAM, AttentionMap, IntegratedCDAM
 from maskattn.explain.metrics import background_mass

@@ -1,4 +1,4 @@
-"""Who takes part in bench/explanation_speed.py: CDAM, and the graphs through which autograd computes the same maps.
+"""Who takes part in bench/cpu/explanation_speed.py: CDAM, and the graphs through which autograd computes the same maps.
 
 A graph is built by one forward and then explains classes one by one, a backward for each: S from the gradient at the
 last block's first norm. What K classes cost is thus one forward and K backwards.
