@@ -1,0 +1,123 @@
+"""A slide's zero-shot scores for concepts in words, and maps of them: tiles pooled, as MI-Zero pools them.
+
+Each tile's score for concept k is temperature · cos(z_t, w_k), z_t the tile's embedding by the image tower with its
+projection. The slide's score is the mean over all tiles, or over the concept's own k best. It is linear in the tiles'
+scores, so that a tile's relevance is its score times its share of the pool, and sums to the slide's score exactly; a
+tile's tokens are explained by the score of their tile times that share.
+
+Source: Lu et al., arXiv 2306.07831 (MI-Zero), for the pooling.
+
+Dimension key: K concepts, T tiles of a slide, B tiles of a batch, h·w tokens of a tile, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.explain.explainer import as_maps
+from maskattn.explain.hierarchical import LevelMethod
+from maskattn.explain.methods import DEFAULT_METHOD
+from maskattn.explain.packed_model import check_explainable, packed_model
+from maskattn.explain.text_concepts import TextConcepts
+from maskattn.shapes import Bool, Float
+
+__all__ = ["ZeroShotScores", "ZeroShotSlide"]
+
+
+@dataclass(frozen=True)
+class ZeroShotScores:
+    """What the tiles of a slide say of each concept.
+
+    Attributes:
+        scores_K: (K,), the slide's.
+        tile_scores_KT: (K, T), each tile's own.
+        share_KT: (K, T), each tile's share of the pool; the shares of a concept sum to 1.
+    """
+
+    scores_K: Float[Tensor, "K"]
+    tile_scores_KT: Float[Tensor, "K T"]
+    share_KT: Float[Tensor, "K T"]
+
+    @property
+    def relevance_KT(self) -> Float[Tensor, "K T"]:  # noqa: N802 (a dimension key)
+        """(K, T), what each tile adds to the slide's score."""
+        return self.share_KT * self.tile_scores_KT
+
+
+class ZeroShotSlide:
+    """Zero-shot scores of a slide, and their maps.
+
+    Args:
+        encoder: the image tower with its projection; see ``load_vit``.
+        concepts: in the space of its output.
+        best: how many tiles are pooled for each concept, the best; None pools all.
+        method: of :data:`maskattn.explain.METHODS`, one that explains every level.
+        options: of the method (``m``).
+
+    Raises:
+        TypeError, ValueError: the encoder cannot be explained, or there is no such method or number of tiles.
+
+    Example:
+        >>> from maskattn.nn import VisionTransformer
+        >>> tower = VisionTransformer(img_size=64, embed_dim=32, depth=2, num_heads=2, num_classes=8).eval()
+        >>> slide = ZeroShotSlide(tower, TextConcepts(("gland", "fat"), torch.randn(2, 8)), best=3)
+        >>> slide.tiles(tower(torch.randn(5, 3, 64, 64))).relevance_KT.shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        concepts: TextConcepts,
+        best: int | None = None,
+        method: str = DEFAULT_METHOD,
+        **options: Any,
+    ) -> None:
+        if best is not None and best < 1:
+            raise ValueError(f"at least one tile must be pooled, got best={best}; None pools all")
+        self.encoder = packed_model(encoder)
+        self.concepts = concepts
+        self.best = best
+        self.level = LevelMethod.named(method, self.encoder, **options)
+
+    @torch.no_grad()
+    def tiles(self, embeddings_TC: Float[Tensor, "T C"]) -> ZeroShotScores:
+        """The slide's scores, from the encoder's output for each tile.
+
+        Raises:
+            ValueError: there is no tile, or the embeddings have another width than the concepts.
+        """
+        if not len(embeddings_TC):
+            raise ValueError("a slide's scores are pooled from its tiles, got none")
+        scores_KT = self.concepts(embeddings_TC).T
+        count = min(self.best or scores_KT.shape[1], scores_KT.shape[1])
+        pooled = scores_KT.topk(count, dim=1).indices
+        share_KT = torch.zeros_like(scores_KT).scatter_(1, pooled, 1 / count)
+        return ZeroShotScores((share_KT * scores_KT).sum(dim=1), scores_KT, share_KT)
+
+    @torch.inference_mode(False)
+    def tokens(
+        self,
+        tiles_BIXY: Float[Tensor, "B I X Y"],
+        share_KB: Float[Tensor, "K B"],
+        keep: Bool[Tensor, "..."] | None = None,
+    ) -> Float[Tensor, "K B h w"]:
+        """The relevance of the tokens of some tiles for the slide's scores; 0 for tiles outside a concept's pool.
+
+        Args:
+            tiles_BIXY: (B, in_chans, X, Y), normalised as the encoder takes them.
+            share_KB: these tiles' part of :attr:`ZeroShotScores.share_KT`.
+            keep: (B, h·w) or (B, h, w) bool over each tile's tokens; None keeps all.
+
+        Raises:
+            ValueError: the encoder drops at random (train mode), or tiles or keep do not fit it.
+        """
+        check_explainable(self.encoder)
+        with torch.no_grad():
+            tokens = self.encoder.before_last_block(self.encoder.embed(tiles_BIXY, keep))
+        relevance_KT, _ = self.level.explain(self.encoder, tokens, lambda z_BC: self.concepts(z_BC) * share_KB.T)
+        return as_maps(relevance_KT, tokens).transpose(0, 1)
