@@ -8,6 +8,7 @@ import torch
 for module in ("cv2", "sklearn", "captum", "matplotlib"):
     pytest.importorskip(module)
 
+from bench.cpu.explanation_price import price, table  # noqa: E402 (what may be missing is skipped first)
 from bench.evidence.digits import TRAINING_DIGITS, compose, load_glyphs, new_model  # noqa: E402 (what may be missing is skipped first)
 from bench.evidence.explanations import judge  # noqa: E402 (what may be missing is skipped first)
 from bench.evidence.slides import GRID, IMAGE_PX, draw  # noqa: E402 (what may be missing is skipped first)
@@ -65,3 +66,12 @@ def test_a_measured_part_of_a_page_is_replaced_and_the_rest_stays(tmp_path):
     text = page.read_text()
     assert "old" not in text
     assert text.index("new") < text.index("Tail") < text.index("more")
+
+
+def test_every_method_of_the_last_block_has_a_price_beside_a_prediction():
+    found = price(tokens=16, classes=2, rounds=1, limit=60.0, width=64)
+    assert {"block", "read", "cdam", "integrated-norm", "integrated-value", "row-ablation"} <= found.keys()
+    assert "token-ablation" not in found
+    fixed = {"block": 1.0, "read": 1.0, "cdam": 1.2, "integrated-value": 6.0}
+    lines = table({16: fixed, 4096: {name: 2 * seconds for name, seconds in fixed.items()}}, 2).splitlines()
+    assert lines[-2:] == ["| CDAM | 1.100 | 1.100 |", "| Integrated CDAM, value | 1.500 | 1.500 |"]
