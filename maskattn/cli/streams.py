@@ -20,7 +20,7 @@ __all__ = ["lasting_streams", "printable"]
 
 _BROKEN_PIPE, _NOT_WRITTEN = 141, 2
 _ASCII = {"µ": "u", "×": "x", "−": "-", "–": "-", "·": "*", "²": "2", "…": "...", "→": "->", "≥": ">=", "≤": "<="}
-_HANDLER = "maskattn-plain"
+_HANDLER, _CODEC = "maskattn-plain", "maskattn_ascii"
 
 
 def printable(text: str) -> str:
@@ -40,6 +40,22 @@ def _in_plain_signs(error: UnicodeError) -> tuple[str, int]:
         raise error
     text = error.object[error.start : error.end]
     return "".join(_ASCII.get(sign) or _as_escape(sign) for sign in text), error.end
+
+
+def _ascii_by_another_name(name: str) -> codecs.CodecInfo | None:
+    """The codec of ASCII; by its own name click takes a stream for a mistake and writes UTF-8 past it."""
+    if name != _CODEC:
+        return None
+    plain = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        plain.encode,
+        plain.decode,
+        plain.streamreader,
+        plain.streamwriter,
+        plain.incrementalencoder,
+        plain.incrementaldecoder,
+        name=_CODEC,
+    )
 
 
 class _Descriptor(io.RawIOBase):
@@ -78,6 +94,7 @@ def lasting_streams() -> Iterator[None]:
         SystemExit: with the command's code, or 2, or 141.
     """
     codecs.register_error(_HANDLER, _in_plain_signs)
+    codecs.register(_ascii_by_another_name)
     _open_missing_descriptors()
     before = sys.stdout, sys.stderr
     out = _Descriptor(1)
@@ -103,6 +120,8 @@ def lasting_streams() -> Iterator[None]:
 
 def _text(raw: _Descriptor, like: TextIO | None) -> TextIO:
     encoding = getattr(like, "encoding", None) or "utf-8"
+    if codecs.lookup(encoding).name == "ascii":
+        encoding = _CODEC
     return io.TextIOWrapper(raw, encoding, _HANDLER, line_buffering=True, write_through=True)
 
 

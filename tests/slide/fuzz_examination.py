@@ -79,7 +79,7 @@ def examine(task: Examination) -> Finding:
     temporary, out = task.work / "tmp", task.work / "out"
     temporary.mkdir()
     out.mkdir()
-    tempfile.tempdir = str(temporary)
+    usual, tempfile.tempdir = tempfile.tempdir, str(temporary)
     stages = ["open"]
     try:
         refusal = use(task, out, stages)
@@ -95,6 +95,8 @@ def examine(task: Examination) -> Finding:
         return Finding("memory", stages[-1], traceback.format_exc(limit=-4))
     except Exception as error:  # what users would see as a traceback, or as a line that says nothing
         return Finding("exception", stages[-1], f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}")
+    finally:
+        tempfile.tempdir = usual
     if stages[-1] == "open":
         return Finding("refused", "open", refusal)
     return Finding("in part" if refusal else "read", stages[-1], refusal)
