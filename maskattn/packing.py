@@ -131,7 +131,7 @@ def unpack(rows: Shaped[Tensor, "T *rest"], packing: Packing) -> Shaped[Tensor, 
 @torch.library.custom_op("maskattn::gather_rows", mutates_args=())
 def _gather(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     if _has_kernels(x.device):
-        from maskattn.kernels import gather
+        from maskattn.kernels.attention import gather
 
         return gather.gather_rows(x, indices)
     if has_extension() and native_packing.gathers(x, indices.shape[0]):
@@ -142,7 +142,7 @@ def _gather(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
 @torch.library.custom_op("maskattn::scatter_rows", mutates_args=())
 def _scatter(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     if _has_kernels(rows.device):
-        from maskattn.kernels import gather
+        from maskattn.kernels.attention import gather
 
         return gather.scatter_rows(rows, row_of_token)
     if has_extension() and native_packing.scatters(rows):
@@ -238,7 +238,7 @@ def _has_kernels(device: torch.device) -> bool:
             return False
     elif "triton" not in sys.modules:
         return False
-    from maskattn.kernels.gather import runs_on
+    from maskattn.kernels.attention.gather import runs_on
 
     return runs_on(device)
 

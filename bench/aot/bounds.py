@@ -1,6 +1,6 @@
 """What a chip allows: how fast each of its pipes gets through a kernel's main loop, and how many programs fit.
 
-One turn of the main loop is one tile of BLOCK_M × BLOCK_N scores of one program. Of each pipe of an SM, the cycles for
+One item of the main loop is one tile of BLOCK_M × BLOCK_N scores of one program. Of each pipe of an SM, the cycles for
 a tile are the results that its instructions ask for over the results per clock that it gives. If everything overlaps
 (resident programs, or stages within one), the slowest pipe is the bound; if a program's products and its other work
 take turns and nothing fills the gaps, the products and the slowest of the rest add up. Latencies, memory, tails and
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from aot.machine_code import MachineCode
-from maskattn.kernels.configs import Config, Pass, Target
+from maskattn.kernels.tables.config import Config, Pass, Target
 
 # Bytes that one program may use.
 SHARED_LIMITS: dict[Target, int] = {

@@ -12,11 +12,22 @@ from triton.compiler import ASTSource
 
 from aot.intermediate import fingerprint
 from aot.targets import GPU_TARGETS
-from maskattn.kernels.arguments import ABSENT, Dropout, Places, RowValues, Span, Tokens, Width
-from maskattn.kernels.configs import Config, Pass, Target, look_up, split_width
-from maskattn.kernels.forward import forward_kernel
-from maskattn.kernels.key_gradient import key_gradient_kernel
-from maskattn.kernels.query_gradient import query_gradient_kernel
+from maskattn.kernels.attention.forward import forward_kernel
+from maskattn.kernels.attention.key_gradient import key_gradient_kernel
+from maskattn.kernels.attention.query_gradient import query_gradient_kernel
+from maskattn.kernels.language.bundles import (
+    ABSENT,
+    NO_POSITIONS,
+    Bounds,
+    Dropout,
+    Positions,
+    RowValues,
+    Terms,
+    Tokens,
+    Width,
+)
+from maskattn.kernels.tables.config import Config, Pass, Target
+from maskattn.kernels.tables.lookup import look_up, split_width
 
 KERNELS: dict[Pass, Any] = {
     "forward": forward_kernel,
@@ -93,19 +104,20 @@ def source_of(case: Case, config: Config) -> ASTSource:
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def type_of(argument: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(argument, tuple):
+            return type(argument)(*(type_of(leaf, (*path, index)) for index, leaf in enumerate(argument)))
+        if not isinstance(argument, Varying):
+            constants[path] = argument
+            return "constexpr"
+        if argument.aligned:
+            attributes[path] = [["tt.divisibility", 16]]
+        return argument.type
+
     arguments = _arguments(case, config)
     for position, name in enumerate(KERNELS[case.pass_].arg_names):
-        argument = arguments[name]
-        leaves = argument if isinstance(argument, tuple) else (argument,)
-        types = []
-        for index, leaf in enumerate(leaves):
-            path = (position, index) if isinstance(argument, tuple) else (position,)
-            types.append(leaf.type if isinstance(leaf, Varying) else "constexpr")
-            if not isinstance(leaf, Varying):
-                constants[path] = leaf
-            elif leaf.aligned:
-                attributes[path] = [["tt.divisibility", 16]]
-        signature[name] = type(argument)(*types) if isinstance(argument, tuple) else types[0]
+        signature[name] = type_of(arguments[name], (position,))
     return ASTSource(KERNELS[case.pass_], signature, constants, attributes)
 
 
@@ -129,25 +141,23 @@ def _arguments(case: Case, config: Config) -> dict[str, Any]:
     element = Tokens(Varying("*" + case.dtype), stride_b, STRIDE, STRIDE)
     bias = Tokens(single, stride_b, 0, 1) if case.bias else ABSENT
     dbias = Tokens(single, stride_b, STRIDE, 1) if case.bias else ABSENT
-    places = Places(single, stride_b, 2, 1) if case.alibi else Places(None, 0, 0, 0)
+    positions = Positions(single, stride_b, 2, 1) if case.alibi else NO_POSITIONS
+    dropout = Dropout(Varying("*i64") if case.dropout else None, COUNT, SCALE)
     # cu_seqlens[1:] is not aligned.
-    span = Span(Varying("*i32"), Varying("*i32", aligned=False), index)
+    bounds = Bounds(Varying("*i32"), Varying("*i32", aligned=False), index)
+    row_values = RowValues(single, stride_b, Varying("i32", aligned=False))
     return {
         **dict.fromkeys(TOKENS, element),
-        **dict.fromkeys(ROW_VALUES, RowValues(single, stride_b, Varying("i32", aligned=False))),
-        "lse_rest_values": RowValues(single, stride_b, Varying("i32", aligned=False))
-        if case.bias
-        else RowValues(None, 0, 0),
-        **dict.fromkeys(("q_places", "k_places"), places),
-        **dict.fromkeys(("slopes_ptr", "dslopes_ptr"), single if case.alibi else None),
-        **dict.fromkeys(("q_span", "k_span"), span),
-        **dict.fromkeys(("heads", "tiles", "turns"), COUNT),
-        **dict.fromkeys(("scale", "scale_in_units"), SCALE),
+        **dict.fromkeys(ROW_VALUES, row_values),
+        "lse_rest_values": row_values if case.bias else RowValues(None, 0, 0),
+        "terms": Terms(SCALE, bias, single if case.alibi else None, positions, positions, dropout),
+        "dslopes_ptr": single if case.alibi else None,
+        **dict.fromkeys(("q_bounds", "k_bounds"), bounds),
+        **dict.fromkeys(("heads", "tiles", "items"), COUNT),
+        "scale": SCALE,
         # Sequences of unequal lengths.
-        "turns_ptr": Varying("*i32"),
-        "bias_tokens": bias,
+        "items_ptr": Varying("*i32"),
         "dbias_tokens": dbias,
-        "dropout": Dropout(Varying("*i64"), COUNT, SCALE) if case.dropout else Dropout(None, COUNT, SCALE),
         "WIDTH": Width(case.head_width, *split_width(case.head_width, config)),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

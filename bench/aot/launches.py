@@ -18,8 +18,9 @@ from triton.compiler import ASTSource
 
 from aot.intermediate import fingerprint, intermediate_code
 from aot.targets import GPU_TARGETS
-from maskattn.kernels import configs, readout_configs
-from maskattn.kernels.configs import Target
+from maskattn.kernels.launch import support
+from maskattn.kernels.tables import lookup
+from maskattn.kernels.tables.config import Target
 
 __all__ = ["Launch", "recorded_launches"]
 
@@ -110,9 +111,8 @@ def recorded_launches(target: Target) -> Iterator[list[Launch]]:
     driver = triton.runtime.driver
     before = driver._active
     with contextlib.ExitStack() as patches:
-        for module in (configs, readout_configs):
-            patches.enter_context(mock.patch.object(module, "target_of", return_value=target))
-        patches.enter_context(mock.patch.object(configs, "_missing_on", return_value=None))
+        patches.enter_context(mock.patch.object(lookup, "target_of", return_value=target))
+        patches.enter_context(mock.patch.object(support, "_missing_on", return_value=None))
         patches.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", record))
         driver.set_active(_NoDevice(target))
         try:

@@ -24,8 +24,8 @@ from aot.cases import DTYPES
 from aot.launches import Launch, recorded_launches
 from aot.machine_code import MachineCode, read
 from aot.targets import GPU_TARGETS
-from maskattn.kernels import readout, readout_call, readout_gradient, relevance
-from maskattn.kernels.configs import Target
+from maskattn.kernels.readout import call, forward, gradient, relevance
+from maskattn.kernels.tables.config import Target
 from maskattn.options import Options
 
 KERNELS = ("readout_kernel", "row_gradient_kernel", "readout_gradient_kernel", "relevance_kernel")
@@ -115,7 +115,7 @@ def launch_of(case: ReadoutCase) -> Launch:
     """The launch of the case's kernel."""
     with (
         recorded_launches(case.target) as launches,
-        mock.patch.object(readout_call, "number_of_splits", return_value=SPLITS),
+        mock.patch.object(call, "number_of_splits", return_value=SPLITS),
     ):
         _call(case)
     return next(launch for launch in launches if launch.name == case.kernel)
@@ -140,12 +140,12 @@ def _call(case: ReadoutCase) -> None:
         rows = tensor(R, HEADS, TOKENS)
     sides = tensor(BATCH + 1, dtype=torch.int32), LONGEST
     if case.kernel == "readout_kernel":
-        readout.readout_forward(q, k, v, *sides, options, case.options)
+        forward.readout_forward(q, k, v, *sides, options, case.options)
     elif case.kernel == "relevance_kernel":
         grad = tensor(case.classes, *q.shape, dtype=dtype)
         relevance.token_relevance(q, k, v, q, lse, grad, origin, origin, *sides, options)
     else:
-        readout_gradient.readout_backward(
+        gradient.readout_backward(
             q, lse, rows, q, k, v, q, lse, lse if case.options else lse[:0].flatten(), *sides, options
         )
 

@@ -15,7 +15,8 @@ from aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, bound_of
 from aot.cases import Case, all_cases, compile_case, fingerprint_of, shipped_config
 from aot.machine_code import CLASSES, MachineCode, read
 from aot.targets import GPU_TARGETS
-from maskattn.kernels.configs import Config, split_width
+from maskattn.kernels.tables.config import Config
+from maskattn.kernels.tables.lookup import split_width
 
 # What of the machine code goes to the table as it is.
 RESOURCES = ("registers", "spilled_bytes", "shared_bytes", "tensor_memory", "tensor_instruction")

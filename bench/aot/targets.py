@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.backends.compiler import GPUTarget
 
-from maskattn.kernels.configs import Target
+from maskattn.kernels.tables.config import Target
 
 GPU_TARGETS: dict[Target, GPUTarget] = {
     "sm80": GPUTarget("cuda", 80, 32),

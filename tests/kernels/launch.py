@@ -9,11 +9,11 @@ import torch
 from oracles import Inputs, Results, cu_seqlens, named
 from torch import Tensor
 
-from maskattn.kernels import backward, forward
-from maskattn.kernels.backward import packed_backward
-from maskattn.kernels.configs import Config
-from maskattn.kernels.forward import packed_forward
-from maskattn.kernels.masked import masked_backward, masked_forward
+from maskattn.kernels.attention import backward, forward
+from maskattn.kernels.attention.backward import packed_backward
+from maskattn.kernels.attention.forward import packed_forward
+from maskattn.kernels.attention.masked import masked_backward, masked_forward
+from maskattn.kernels.tables.lookup import Config
 from maskattn.options import Sequences
 
 

@@ -22,8 +22,8 @@ from oracles import (
 from torch import Tensor
 
 from maskattn.attention import reference
-from maskattn.kernels.readout import readout_forward
-from maskattn.kernels.readout_gradient import readout_backward
+from maskattn.kernels.readout.forward import readout_forward
+from maskattn.kernels.readout.gradient import readout_backward
 
 NAN = float("nan")
 

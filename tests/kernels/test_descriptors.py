@@ -19,10 +19,11 @@ from oracles import (
     with_dropout,
 )
 
-from maskattn.kernels import backward, descriptors, forward
-from maskattn.kernels.configs import Config
-from maskattn.kernels.descriptors import describable
-from maskattn.kernels.rows import kept_rows, packed_rows, whole_rows
+from maskattn.kernels.attention import backward, forward
+from maskattn.kernels.launch import descriptors
+from maskattn.kernels.launch.descriptors import describable
+from maskattn.kernels.launch.rows import kept_rows, packed_rows, whole_rows
+from maskattn.kernels.tables.lookup import Config
 
 DESCRIBED = Config(64, 32, 4, 1, split=True, descriptors=True)
 

@@ -8,7 +8,7 @@ import torch
 from oracles import ROW_DTYPES
 
 from maskattn import Packing, pack, unpack
-from maskattn.kernels import gather
+from maskattn.kernels.attention import gather
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:

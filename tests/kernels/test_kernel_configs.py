@@ -7,40 +7,44 @@ import torch
 import triton
 import triton.language as tl
 
-from maskattn.kernels import configs
-from maskattn.kernels.rows import MAX_BLOCK, kept_rows, readable
-from maskattn.kernels.tiles import sequence_base, tile_offsets
+from maskattn.kernels.language.tiles import sequence_base, tile_offsets
+from maskattn.kernels.launch import support
+from maskattn.kernels.launch.rows import MAX_BLOCK, kept_rows, readable
+from maskattn.kernels.tables import lookup
+from maskattn.kernels.tables.attention import TABLE
+from maskattn.kernels.tables.attention_with_options import TABLE_WITH_OPTIONS
+from maskattn.kernels.tables.config import Config
 from maskattn.options import Options
 
 
-@pytest.mark.parametrize("dtype", configs.DTYPES)
+@pytest.mark.parametrize("dtype", support.DTYPES)
 @pytest.mark.parametrize("pass_", ["forward", "query_gradient", "key_gradient"])
 @pytest.mark.parametrize("target", ["sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"])
 @pytest.mark.parametrize("alibi_or_dropout", [False, True])
 def test_every_supported_head_width_has_a_configuration(alibi_or_dropout, target, pass_, dtype):
-    for head_width in configs.HEAD_WIDTHS:
-        config = configs.look_up(pass_, target, head_width, dtype, alibi_or_dropout)
+    for head_width in support.HEAD_WIDTHS:
+        config = lookup.look_up(pass_, target, head_width, dtype, alibi_or_dropout)
         assert max(config.block_m, config.block_n) <= MAX_BLOCK
-        first, second = configs.split_width(head_width, config)
-        assert head_width <= first + second <= configs.padded_width(head_width)
+        first, second = lookup.split_width(head_width, config)
+        assert head_width <= first + second <= lookup.padded_width(head_width)
         assert second == 0 or (second >= 16 and first < head_width)
         assert config.split or second == 0
 
 
 def test_a_head_width_is_split_where_that_saves_columns():
-    split, padded = (configs.Config(64, 64, 4, 1, split=split) for split in (True, False))
-    assert [configs.split_width(x, split) for x in (48, 80, 96)] == [(32, 16), (64, 16), (64, 32)]
-    assert [configs.split_width(x, split) for x in (24, 64, 112, 128)] == [(32, 0), (64, 0), (128, 0), (128, 0)]
-    assert configs.split_width(80, padded) == (128, 0)
+    split, padded = (Config(64, 64, 4, 1, split=split) for split in (True, False))
+    assert [lookup.split_width(x, split) for x in (48, 80, 96)] == [(32, 16), (64, 16), (64, 32)]
+    assert [lookup.split_width(x, split) for x in (24, 64, 112, 128)] == [(32, 0), (64, 0), (128, 0), (128, 0)]
+    assert lookup.split_width(80, padded) == (128, 0)
 
 
 def test_alibi_and_dropout_have_configurations_of_their_own(device, monkeypatch):
-    monkeypatch.setattr(configs, "target_of", lambda device: "sm80")
+    monkeypatch.setattr(lookup, "target_of", lambda device: "sm80")
     q = torch.zeros(3, 2, 64, dtype=torch.float16, device=device)
-    table, with_options = (x["sm80", "half"]["forward"][64] for x in (configs.TABLE, configs.TABLE_WITH_OPTIONS))
-    assert configs.choose("forward", q, Options(1.0, key_bias=q[:, 0, 0])) == table
-    assert configs.choose("forward", q, Options(1.0, slopes=q[0, :, 0])) == with_options
-    assert configs.choose("forward", q, Options(1.0, dropout_p=0.1, dropout_seed=q[0, 0, :1])) == with_options
+    table, with_options = (x["sm80", "half"]["forward"][64] for x in (TABLE, TABLE_WITH_OPTIONS))
+    assert lookup.choose("forward", q, Options(1.0, key_bias=q[:, 0, 0])) == table
+    assert lookup.choose("forward", q, Options(1.0, slopes=q[0, :, 0])) == with_options
+    assert lookup.choose("forward", q, Options(1.0, dropout_p=0.1, dropout_seed=q[0, 0, :1])) == with_options
 
 
 @pytest.mark.parametrize(
@@ -48,14 +52,14 @@ def test_alibi_and_dropout_have_configurations_of_their_own(device, monkeypatch)
     [((8, 0), "sm80"), ((8, 6), "sm86"), ((8, 9), "sm86"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((12, 0), "sm86")],
 )
 def test_a_gpu_without_a_row_of_its_own_gets_the_smallest_tiles(capability, target):
-    assert configs._target_of_capability(*capability) == target
+    assert lookup._target_of_capability(*capability) == target
 
 
 def test_supported_calls(device):
     for head_width in (16, 24, 256):
-        for dtype in configs.DTYPES:
-            assert configs.supports(torch.zeros(3, 2, head_width, dtype=dtype, device=device), Options(1.0)) is None
-    assert configs.supports(torch.zeros(3, 2, 64, device=device), Options(1.0, torch.zeros(3, device=device))) is None
+        for dtype in support.DTYPES:
+            assert support.supports(torch.zeros(3, 2, head_width, dtype=dtype, device=device), Options(1.0)) is None
+    assert support.supports(torch.zeros(3, 2, 64, device=device), Options(1.0, torch.zeros(3, device=device))) is None
 
 
 @pytest.mark.parametrize(
@@ -69,22 +73,22 @@ def test_supported_calls(device):
     ],
 )
 def test_an_unsupported_call_is_told_why(q, key_bias, reason):
-    assert reason in configs.supports(q, Options(1.0, key_bias))
+    assert reason in support.supports(q, Options(1.0, key_bias))
 
 
 def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
-    monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
-    assert "GPU" in configs.supports(torch.zeros(3, 2, 64), Options(1.0))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert "GPU" in support.supports(torch.zeros(3, 2, 64), Options(1.0))
 
 
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((9, 0), None)])
 def test_old_gpus_are_refused(capability, reason, monkeypatch):
-    monkeypatch.setattr(configs.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q = torch.zeros(3, 2, 64, device="meta")
     monkeypatch.setattr(type(q), "device", torch.device("cuda", 0), raising=False)
-    answer = configs.supports(q, Options(1.0))
+    answer = support.supports(q, Options(1.0))
     assert answer is None if reason is None else reason in answer
 
 

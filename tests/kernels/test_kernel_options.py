@@ -26,9 +26,9 @@ from torch import Tensor
 
 from maskattn.dropout import dropout_factors as specified_factors
 from maskattn.dropout import dropout_threshold
-from maskattn.kernels.arguments import dropout_argument
-from maskattn.kernels.configs import Config
-from maskattn.kernels.scores import dropout_factors, load_noise
+from maskattn.kernels.language.dropout import dropout_factors, load_noise
+from maskattn.kernels.launch.arguments import dropout_argument
+from maskattn.kernels.tables.config import Config
 from maskattn.options import Options
 
 SETS_OF_OPTIONS = list(itertools.product([None, "shared", "per_head"], [False, True], [False, True]))

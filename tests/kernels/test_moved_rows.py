@@ -7,7 +7,7 @@ import torch
 from launch import run_masked
 from oracles import assert_meets_specification, keep_mask, masked_inputs, specify_masked, with_alibi, with_dropout
 
-from maskattn.kernels import masked
+from maskattn.kernels.attention import masked
 
 
 @pytest.fixture(autouse=True)

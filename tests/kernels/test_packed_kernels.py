@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from launch import force, run_packed
 from oracles import LENGTHS, Inputs, assert_meets_specification, cu_seqlens, packed_inputs, specify_packed
 from torch import Tensor
 
-from maskattn.kernels import configs, forward
-from maskattn.kernels.configs import Config
+from maskattn.kernels.attention import forward
+from maskattn.kernels.launch.support import HEAD_WIDTHS
+from maskattn.kernels.tables.lookup import Config
 from maskattn.options import Options, Sequences
 
 
@@ -22,7 +24,7 @@ def check(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], device: st
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_one_sequence_of_each_length(length, device, monkeypatch):
-    if configs.triton.knobs.runtime.interpret and length > 200:
+    if triton.knobs.runtime.interpret and length > 200:
         force(Config(128, 128, 4, 1), monkeypatch)
     check(packed_inputs([length], heads=1, head_width=16, bias="shared"), [length], [length], device)
 
@@ -210,7 +212,7 @@ def test_max_seqlen_may_be_larger_than_any_sequence(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_width", configs.HEAD_WIDTHS)
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 def test_every_head_width_on_a_gpu(head_width, dtype, device):
     lengths_q, lengths_k = [300, 0, 1000, 65], [1, 64, 777, 300]
     for bias in (None, "per_head"):

@@ -7,25 +7,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from oracles import LENGTHS, cu_seqlens
 from readout_cases import Readout, assert_meets_specification, check, make_readout, run
 
-from maskattn.kernels import configs, readout, readout_call, readout_configs
-from maskattn.kernels.readout import readout_forward
-from maskattn.kernels.readout_configs import ReadoutConfig
+from maskattn.kernels.launch.support import DTYPES, HEAD_WIDTHS
+from maskattn.kernels.readout import call
+from maskattn.kernels.readout.forward import readout_forward
+from maskattn.kernels.tables.config import ReadoutConfig
+from maskattn.kernels.tables.lookup import look_up
 from maskattn.options import Options
 
-INTERPRETING = bool(configs.triton.knobs.runtime.interpret)
+INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 
 def force_splits(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readout_call, "number_of_splits", lambda *_: count)
+    monkeypatch.setattr(call, "number_of_splits", lambda *_: count)
 
 
 @pytest.mark.parametrize(("length", "queries"), [(n, 1 + i % 2) for i, n in enumerate((0, *LENGTHS))])
 def test_one_sequence_of_each_length(length, queries, device, monkeypatch):
     if INTERPRETING and length > 200:
-        monkeypatch.setattr(readout_call, "choose_readout", lambda *_: ReadoutConfig(256, 4, 1, 4))
+        monkeypatch.setattr(call, "choose", lambda *_: ReadoutConfig(256, 4, 1, 4))
     check(make_readout([length], queries, heads=1, head_width=16, bias="shared", grad_rows=True), device)
 
 
@@ -112,14 +115,14 @@ def test_any_number_of_splits(count, queries, device, monkeypatch):
 @pytest.mark.parametrize("config", [ReadoutConfig(16, 2, 1, 1), ReadoutConfig(128, 8, 1, 1)], ids=str)
 @pytest.mark.parametrize("queries", [1, 2])
 def test_any_tile_size(config, queries, device, monkeypatch):
-    monkeypatch.setattr(readout_call, "choose_readout", lambda *_: config)
+    monkeypatch.setattr(call, "choose", lambda *_: config)
     check(make_readout([131], queries, heads=1, head_width=16, dropout=True, grad_rows=True), device)
 
 
 def test_more_splits_than_the_second_kernel_sums_at_a_time(device, monkeypatch):
     force_splits(6, monkeypatch)
     monkeypatch.setattr(readout, "BLOCK_SPLITS", 4)
-    monkeypatch.setattr(readout_call, "choose_readout", lambda *_: ReadoutConfig(16, 4, 1, 4))
+    monkeypatch.setattr(call, "choose", lambda *_: ReadoutConfig(16, 4, 1, 4))
     check(make_readout([90], heads=1, head_width=16), device)
 
 
@@ -258,13 +261,13 @@ def test_max_seqlen_may_be_larger_than_any_sequence(device):
     assert all(map(torch.allclose, tight, loose))
 
 
-@pytest.mark.parametrize("dtype", configs.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", ["sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"])
 def test_every_supported_head_width_has_a_configuration(target, dtype):
-    for head_width in configs.HEAD_WIDTHS:
+    for head_width in HEAD_WIDTHS:
         for pass_ in ("readout", "readout_gradient", "relevance"):
-            config = readout_configs.look_up_readout(pass_, target, head_width, dtype)
-            assert config.block_n % readout_configs.slots(config, head_width, dtype) == 0
+            config = look_up(pass_, target, head_width, dtype)
+            assert config.block_n % call.slots(config, head_width, dtype) == 0
             # Dropout draws four words at a time, and products want 16 terms.
             assert config.block_n % 16 == 0
 
@@ -275,7 +278,7 @@ def test_splits_fill_the_chip_and_no_more(device):
     room = 4 * processors
 
     def count(longest: int, pairs: int) -> int:
-        return readout_configs.number_of_splits(config, longest, pairs, torch.device(device))
+        return call.number_of_splits(config, longest, pairs, torch.device(device))
 
     assert count(10**6, 1) == room
     assert count(10**6, room) == 1
@@ -287,7 +290,7 @@ def test_splits_fill_the_chip_and_no_more(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_width", configs.HEAD_WIDTHS)
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 def test_every_head_width_on_a_gpu(head_width, dtype, device):
     every = {"bias": "per_head", "alibi": True, "dropout": True, "grad_rows": True}
     for queries in (1, 2, 16):

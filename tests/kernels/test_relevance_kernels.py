@@ -6,17 +6,19 @@ import itertools
 
 import pytest
 import torch
+import triton
 from oracles import LENGTHS, assert_within_budget
 from readout_cases import Readout, make_readout
 from torch import Tensor
 
 from maskattn.attention import reference
-from maskattn.kernels import configs, readout_call, relevance
-from maskattn.kernels.readout import readout_forward
-from maskattn.kernels.readout_configs import ReadoutConfig
-from maskattn.kernels.relevance import token_relevance
+from maskattn.kernels.launch.support import HEAD_WIDTHS
+from maskattn.kernels.readout import call, relevance
+from maskattn.kernels.readout.forward import readout_forward
+from maskattn.kernels.readout.relevance import token_relevance
+from maskattn.kernels.tables.config import ReadoutConfig
 
-INTERPRETING = bool(configs.triton.knobs.runtime.interpret)
+INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 ORIGINS = ("none", "per_head", "per_token")
 
@@ -79,7 +81,7 @@ def check(
 @pytest.mark.parametrize("length", [0, *LENGTHS])
 def test_one_sequence_of_each_length(length, device, monkeypatch):
     if INTERPRETING and length > 200:
-        monkeypatch.setattr(readout_call, "choose_readout", lambda *_: ReadoutConfig(256, 4, 1, 4))
+        monkeypatch.setattr(call, "choose", lambda *_: ReadoutConfig(256, 4, 1, 4))
     check(make_readout([length], heads=1, head_width=16), device)
 
 
@@ -143,7 +145,7 @@ def test_head_widths_and_dtypes(head_width, dtype, classes, device):
 
 @pytest.mark.parametrize("block_n", [16, 128])
 def test_any_tile_size(block_n, device, monkeypatch):
-    monkeypatch.setattr(readout_call, "choose_readout", lambda *_: ReadoutConfig(block_n, 4, 1, 4))
+    monkeypatch.setattr(call, "choose", lambda *_: ReadoutConfig(block_n, 4, 1, 4))
     monkeypatch.setattr(relevance, "class_tile", lambda *_: 32)
     check(make_readout([70, 3], heads=1, head_width=16, bias="shared"), device, 40)
 
@@ -187,7 +189,7 @@ def test_the_same_result_every_time(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_width", configs.HEAD_WIDTHS)
+@pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 def test_every_head_width_on_a_gpu(head_width, dtype, device):
     for queries, classes in itertools.product((1, 2, 16), (1, 7, 1000)):
         readout = make_readout([300, 0, 1000, 65], queries, head_width=head_width, dtype=dtype)

@@ -8,29 +8,29 @@ import triton
 import triton.language as tl
 from oracles import cu_seqlens
 
-from maskattn.kernels import schedule
-from maskattn.kernels.arguments import span_argument
-from maskattn.kernels.rows import kept_rows, packed_rows, whole_rows
-from maskattn.kernels.schedule import find_work, plan_work
+from maskattn.kernels.launch import schedule
+from maskattn.kernels.launch.arguments import bounds_argument
+from maskattn.kernels.launch.rows import kept_rows, packed_rows, whole_rows
+from maskattn.kernels.launch.schedule import find_work, plan_work
 
 
 @triton.jit
-def work_kernel(found_ptr, turns_ptr, span, tiles, heads, BLOCK: tl.constexpr):
-    tile, head, sequence, start, length, turn = find_work(turns_ptr, span, tiles, heads, BLOCK)
+def work_kernel(found_ptr, items_ptr, span, tiles, heads, BLOCK: tl.constexpr):
+    tile, head, sequence, start, length, item = find_work(items_ptr, span, tiles, heads, BLOCK)
     found = found_ptr + 6 * tl.program_id(0)
     tl.store(found, tile)
     tl.store(found + 1, head)
     tl.store(found + 2, sequence)
     tl.store(found + 3, start)
     tl.store(found + 4, length)
-    tl.store(found + 5, turn)
+    tl.store(found + 5, item)
 
 
 def work_of(own, other, heads, device):
-    """Rows (tile, head, sequence, start, length, turn) of the programs that have work, in order; and the turns."""
+    """Rows (tile, head, sequence, start, length, item) of the programs that have work, in order; and the items."""
     work = plan_work(own, other, 16)
-    found = torch.zeros(work.turns * heads, 6, dtype=torch.int32, device=device)
-    work_kernel[(len(found),)](found, work.turns_ptr, span_argument(own), work.tiles, heads, BLOCK=16)
+    found = torch.zeros(work.items * heads, 6, dtype=torch.int32, device=device)
+    work_kernel[(len(found),)](found, work.items_ptr, bounds_argument(own), work.tiles, heads, BLOCK=16)
     return [row for row in found.tolist() if row[0] * 16 < row[4]], work
 
 
@@ -51,9 +51,9 @@ def test_every_tile_is_found_once_and_the_longest_first(heads, lengths, chunk, d
     assert len(rows) == len(expected)
     assert {tuple(row[:5]) for row in rows} == expected
     assert [row[4] for row in rows] == sorted((row[4] for row in rows), reverse=True)
-    # A sequence's head is worked on by neighbours, and each head has its own turns.
+    # A sequence's head is worked on by neighbours, and each head has its own items.
     assert len({(row[1], row[5]) for row in rows}) == len(rows)
-    assert all(row[5] < work.turns for row in rows)
+    assert all(row[5] < work.items for row in rows)
     assert [row[:3] for row in rows] == sorted(
         (row[:3] for row in rows), key=lambda row: (-lengths[row[2]], row[2], row[1], row[0])
     )
@@ -70,7 +70,7 @@ def test_few_programs_have_nothing_to_do(device):
     lengths = [1000, *[10] * 30]
     own = packed_rows(cu_seqlens(lengths).to(device), 1000, sum(lengths))
     work = plan_work(own, own, 16)
-    assert work.turns <= sum(-(-length // 16) for length in lengths) + len(lengths)
+    assert work.items <= sum(-(-length // 16) for length in lengths) + len(lengths)
 
 
 def test_equal_lengths_need_no_order(device):
@@ -78,8 +78,8 @@ def test_equal_lengths_need_no_order(device):
     unequal = packed_rows(cu_seqlens([20, 19]).to(device), 20, 39)
     alone = packed_rows(cu_seqlens([20]).to(device), 500, 20)
     kept = kept_rows(torch.ones(2, 20, dtype=torch.bool, device=device))
-    assert plan_work(equal, equal, 16).turns_ptr is None
-    assert plan_work(whole_rows(2, 20, torch.device(device)), equal, 16).turns_ptr is None
+    assert plan_work(equal, equal, 16).items_ptr is None
+    assert plan_work(whole_rows(2, 20, torch.device(device)), equal, 16).items_ptr is None
     assert plan_work(alone, alone, 16) == (None, 2, 2)
-    assert plan_work(equal, unequal, 16).turns_ptr is not None
-    assert plan_work(kept, kept, 16).turns_ptr is not None
+    assert plan_work(equal, unequal, 16).items_ptr is not None
+    assert plan_work(kept, kept, 16).items_ptr is not None

@@ -9,11 +9,11 @@ from oracles import packed_inputs, with_alibi
 from readout_cases import make_readout
 
 from maskattn import packed_attention
-from maskattn.kernels.backward import packed_backward
-from maskattn.kernels.forward import packed_forward
-from maskattn.kernels.readout import readout_forward
-from maskattn.kernels.readout_gradient import readout_backward
-from maskattn.kernels.relevance import token_relevance
+from maskattn.kernels.attention.backward import packed_backward
+from maskattn.kernels.attention.forward import packed_forward
+from maskattn.kernels.readout.forward import readout_forward
+from maskattn.kernels.readout.gradient import readout_backward
+from maskattn.kernels.readout.relevance import token_relevance
 
 
 @pytest.mark.parametrize("held", [[5, 7], [12], [0, 0], [12, 0, 3]], ids=str)

@@ -8,10 +8,10 @@ from oracles import cu_seqlens, packed_inputs, with_alibi
 from readout_cases import make_readout
 from red_zones import RedZones
 
-from maskattn.kernels.backward import packed_backward
-from maskattn.kernels.forward import packed_forward
-from maskattn.kernels.readout import readout_forward
-from maskattn.kernels.relevance import token_relevance
+from maskattn.kernels.attention.backward import packed_backward
+from maskattn.kernels.attention.forward import packed_forward
+from maskattn.kernels.readout.forward import readout_forward
+from maskattn.kernels.readout.relevance import token_relevance
 from maskattn.options import Sequences
 
 

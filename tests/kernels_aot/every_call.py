@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 from aot.launches import Launch, recorded_launches
 
-from maskattn.kernels.gather import gather_rows, scatter_rows
+from maskattn.kernels.attention.gather import gather_rows, scatter_rows
 
 __all__ = ["OPERATIONS", "Shape", "launches_of"]
 

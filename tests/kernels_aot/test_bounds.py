@@ -18,7 +18,7 @@ from aot.bounds import CHIPS, bound_of, pipe_cycles, resident_programs  # noqa: 
 from aot.cases import Case  # noqa: E402 (likewise)
 from aot.machine_code import MachineCode  # noqa: E402 (likewise)
 
-from maskattn.kernels.configs import Config  # noqa: E402 (likewise)
+from maskattn.kernels.tables.config import Config  # noqa: E402 (likewise)
 
 # A loop over tiles of 128 × 128 scores at width 64 by 8 warps, as counted for the fastest public Triton kernel.
 KNOWN_LOOP = (

@@ -21,7 +21,7 @@ from aot.bounds import SHARED_LIMITS, TENSOR_MEMORY_COLUMNS  # noqa: E402 (bench
 from aot.cases import KERNELS, Case, all_cases, shipped_config  # noqa: E402 (bench/ must be on the path first)
 from aot.targets import GPU_TARGETS  # noqa: E402 (bench/ must be on the path first)
 
-from maskattn.kernels.configs import TABLE  # noqa: E402 (bench/ must be on the path first)
+from maskattn.kernels.tables.attention import TABLE  # noqa: E402 (bench/ must be on the path first)
 
 # One compilation each; bench/aot/cases.py has all.
 CASES = [

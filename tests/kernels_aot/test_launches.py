@@ -14,7 +14,7 @@ if triton.knobs.runtime.interpret:
 
 from every_call import OPERATIONS, Shape, launches_of  # noqa: E402 (imports triton's compiler)
 
-from maskattn.kernels import masked  # noqa: E402 (likewise)
+from maskattn.kernels.attention import masked  # noqa: E402 (likewise)
 
 # Where a number is 1 or a multiple of 16 the launcher compiles anew, with the number or the factor known.
 SHAPES = {

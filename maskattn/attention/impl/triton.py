@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskattn.kernels import backward, configs, forward, masked, readout, readout_gradient, relevance
+from maskattn.kernels.attention import backward, forward, masked
+from maskattn.kernels.launch import support
+from maskattn.kernels.readout import forward as readout
+from maskattn.kernels.readout import gradient, relevance
 from maskattn.operands import (
     QKV,
     ClassGradients,
@@ -40,7 +43,7 @@ OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dro
 
 def supports(q: Tensor, options: Options) -> str | None:
     """Why the kernels cannot run a call, as the end of a sentence that names them; None if they can."""
-    return configs.supports(q, options)
+    return support.supports(q, options)
 
 
 def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool) -> Outputs:
@@ -80,7 +83,7 @@ def readout_backward(
     grads: ReadoutGradients, qkv: QKV, outputs: Outputs, where: KeySequences, options: Options
 ) -> Gradients:
     """Gradients of :func:`readout_forward`."""
-    return readout_gradient.readout_backward(
+    return gradient.readout_backward(
         grads.grad_out, grads.grad_lse, grads.grad_rows, qkv.q, qkv.k, qkv.v, outputs.out, outputs.lse,
         outputs.lse_rest, where.cu_seqlens, where.max_seqlen, options,
     )  # fmt: skip

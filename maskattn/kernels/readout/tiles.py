@@ -1,9 +1,9 @@
 """Pieces that the readout's kernels share: splits of the keys, and products of a tile of keys with a few rows.
 
 A readout has R ≤ 16 rows a sequence and is bound by reading K and V once. A tile of scores is laid out keys first,
-[N, R], because bias, places and rows of the result belong to keys. Scores are natural (see ``scores.py``): where memory
-is the bound, one more product for each costs nothing, and large scores keep their digits. One row alone (R = 1) is
-multiplied element by element, without shared memory or barriers in the loop: key n of a tile belongs to *slot* n mod
+[N, R], because bias, positions and rows of the result belong to keys. Scores are natural (see ``scores.py``): where
+memory is the bound, one more product for each costs nothing, and large scores keep their digits. One row alone (R = 1)
+is multiplied element by element, without shared memory or barriers in the loop: key n of a tile belongs to *slot* n mod
 SLOTS, which has sums of its own, and there are as many slots as a program's threads hold rows side by side, so that a
 slot stays in its threads until the slots are added up after the loop. More rows are padded to the 16 of a tensor core.
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskattn.kernels.scores import distances, exponential, load_places
-from maskattn.kernels.tiles import dot, load_row_values, load_rows, sequence_base
+from maskattn.kernels.language.softmax import exponential
+from maskattn.kernels.language.tiles import dot, load_rows, sequence_base
 
 __all__ = [
     "key_distances",
@@ -25,9 +25,9 @@ __all__ = [
     "load_readout_places",
     "load_row_gradient",
     "products",
-    "readout_place",
+    "readout_position",
     "readout_scores",
-    "split_span",
+    "split_bounds",
     "spread",
     "weighted_sum",
     "weights_of",
@@ -35,14 +35,14 @@ __all__ = [
 
 
 @triton.jit
-def readout_place(heads, splits):
+def readout_position(heads, splits):
     """Head, split and sequence of this program; neighbours share keys' tokens, whose heads lie side by side."""
     program = tl.program_id(0)
     return program % heads, program // heads % splits, program // heads // splits
 
 
 @triton.jit
-def split_span(length, split, splits, BLOCK_N: tl.constexpr):
+def split_bounds(length, split, splits, BLOCK_N: tl.constexpr):
     """First key and end of a split's share of a sequence: whole tiles, so that dropout's groups of four stay whole."""
     tiles = tl.cdiv(tl.cdiv(length, BLOCK_N), splits)
     begin = tl.minimum(split * tiles * BLOCK_N, length)
@@ -58,38 +58,20 @@ def load_readout(x, sequence, head, queries, HEAD_WIDTH: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def load_readout_places(places_q, places_k, sequence, first_query, start, queries, BLOCK_R: tl.constexpr):
-    """Places of a sequence's queries from ``first_query`` on, and the pointer to those of its first key."""
-    rows = tl.arange(0, BLOCK_R)
-    base_ptr = places_q.ptr + sequence.to(tl.int64) * places_q.stride_b
-    there = first_query + rows < queries
-    places = load_places(base_ptr, first_query, rows, places_q.stride_t, places_q.stride_c, there, False, True)
-    return places, places_k.ptr + start.to(tl.int64) * places_k.stride_t
-
-
-@triton.jit
-def key_distances(places_k, base_ptr, queries_at, first, inside, BLOCK_N: tl.constexpr):
-    """Distances of a tile of keys from the queries, [N, R]."""
-    rows = tl.arange(0, BLOCK_N)
-    keys_at = load_places(base_ptr, first, rows, places_k.stride_t, places_k.stride_c, inside, False, True)
-    return distances(keys_at, queries_at)
-
-
-@triton.jit
-def load_lse(lse_ptr, place, heads, queries, BLOCK_R: tl.constexpr):
+def load_lse(lse_ptr, offset, heads, queries, BLOCK_R: tl.constexpr):
     """lse of a sequence and head's rows, [R]; +∞, so weights 0, without keys and for padding."""
     rows = tl.arange(0, BLOCK_R)
-    lse = tl.load(lse_ptr + place + rows * heads, mask=rows < queries, other=float("-inf"))
+    lse = tl.load(lse_ptr + offset + rows * heads, mask=rows < queries, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
-def weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R: tl.constexpr):
+def weights_of(scores, lse, lse_rest_ptr, offset, heads, queries, BLOCK_R: tl.constexpr):
     """The weights of scores [N, R], given lse and, of those with a bias, what rounding took from it."""
     weights = exponential(scores - lse[None, :])
     if lse_rest_ptr is not None:
         rows = tl.arange(0, BLOCK_R)
-        rest = tl.load(lse_rest_ptr + place + rows * heads, mask=rows < queries, other=0.0)
+        rest = tl.load(lse_rest_ptr + offset + rows * heads, mask=rows < queries, other=0.0)
         weights = exponential(scores - lse[None, :] - rest[None, :])
     return weights
 
@@ -129,13 +111,3 @@ def weighted_sum(weights, keys, BLOCK_R: tl.constexpr, SLOTS: tl.constexpr):
 def spread(weights, rows, BLOCK_R: tl.constexpr):
     """weights [N, R] times rows [R, D]: [N, D] in float32."""
     return weights * rows.to(tl.float32) if BLOCK_R == 1 else dot(weights.to(rows.dtype), rows)
-
-
-@triton.jit
-def readout_scores(qk, scale, bias, bias_base_ptr, first, inside, BLOCK_N: tl.constexpr):
-    """scale·qk + bias, [N, R], natural as all scores of a readout; −inf past the end."""
-    scores = qk * scale
-    if bias.ptr is not None:
-        rows = tl.arange(0, BLOCK_N)
-        scores += load_row_values(bias_base_ptr, first, rows, bias.stride_t, inside, 0.0, False, True)[:, None]
-    return tl.where(inside[:, None], scores, float("-inf"))

@@ -9,22 +9,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskattn.kernels.tiles import dot, dot_add, load_rows, store_rows
+from maskattn.kernels.language.tiles import dot, dot_add, load_rows, store_rows
 
 __all__ = [
     "add_weighted_rows",
-    "describe_parts",
+    "describe_chunks",
     "dot_rows",
-    "load_parts",
-    "scale_parts",
-    "store_parts",
+    "load_chunks",
+    "scale_chunks",
+    "store_chunks",
     "sum_of_products",
-    "zeros_parts",
+    "zeros_chunks",
 ]
 
 
 @triton.jit
-def describe_parts(base_ptr, length, stride_t, WIDTH, BLOCK: tl.constexpr):
+def describe_chunks(base_ptr, length, stride_t, WIDTH, BLOCK: tl.constexpr):
     """Descriptors of the rows of one sequence and head, for tiles of BLOCK rows."""
     # A descriptor may not be empty.
     bound = tl.maximum(length, 1)
@@ -41,7 +41,7 @@ def describe_second(base_ptr, bound, stride_t, WIDTH, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_parts(
+def load_chunks(
     source,
     first,
     rows,
@@ -53,18 +53,18 @@ def load_parts(
     DESCRIBED: tl.constexpr = False,
 ):
     """Rows of a tile; rows past the end and padded columns are 0 and never read."""
-    one = load_part(source, 0, first, rows, stride_t, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
+    one = load_chunk(source, 0, first, rows, stride_t, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
     return (
-        (one, load_part(source, 1, first, rows, stride_t, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED))
+        (one, load_chunk(source, 1, first, rows, stride_t, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED))
         if WIDTH.SECOND
         else (one,)
     )
 
 
 @triton.jit
-def load_part(
+def load_chunk(
     source,
-    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
     first,
     rows,
     stride_t,
@@ -76,8 +76,8 @@ def load_part(
 ):
     """One part of a tile."""
     if DESCRIBED:
-        tile = source[PART].load([first, 0])
-    elif PART == 1:
+        tile = source[CHUNK].load([first, 0])
+    elif CHUNK == 1:
         rest: tl.constexpr = WIDTH.HEAD - WIDTH.FIRST
         tile = load_rows(source + WIDTH.FIRST, first, rows, stride_t, inside, rest, WIDTH.SECOND, INDEXED, PARTIAL)
     else:
@@ -87,7 +87,7 @@ def load_part(
 
 
 @triton.jit
-def store_parts(base_ptr, first, rows, stride_t, inside, parts, factor, WIDTH, INDEXED: tl.constexpr):
+def store_chunks(base_ptr, first, rows, stride_t, inside, parts, factor, WIDTH, INDEXED: tl.constexpr):
     """Write the rows of a tile that lie inside the sequence, times ``factor``, in the tensor's dtype."""
     if WIDTH.SECOND:
         store_rows(base_ptr, first, rows, stride_t, inside, parts[0] * factor, WIDTH.FIRST, WIDTH.FIRST, INDEXED)
@@ -100,14 +100,14 @@ def store_parts(base_ptr, first, rows, stride_t, inside, parts, factor, WIDTH, I
 
 
 @triton.jit
-def zeros_parts(WIDTH, BLOCK: tl.constexpr):
+def zeros_chunks(WIDTH, BLOCK: tl.constexpr):
     """A tile of zeros, float32."""
     first = tl.zeros([BLOCK, WIDTH.FIRST], tl.float32)
     return (first, tl.zeros([BLOCK, WIDTH.SECOND], tl.float32)) if WIDTH.SECOND else (first,)
 
 
 @triton.jit
-def scale_parts(parts, factor, WIDTH):
+def scale_chunks(parts, factor, WIDTH):
     """Each part times a factor."""
     return (parts[0] * factor, parts[1] * factor) if WIDTH.SECOND else (parts[0] * factor,)
 

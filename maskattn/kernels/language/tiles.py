@@ -21,10 +21,11 @@ __all__ = [
     "load_row_values",
     "load_rows",
     "places_base",
-    "program_place",
+    "positions_base",
+    "program_position",
     "row_values_base",
     "sequence_base",
-    "sequence_span",
+    "sequence_bounds",
     "store_row_values",
     "store_rows",
     "tile_offsets",
@@ -55,14 +56,14 @@ def dot_add(a, b, total):
 
 
 @triton.jit
-def program_place(tiles, heads):
+def program_position(tiles, heads):
     """Tile, head and sequence of this program; neighbours share a head, so that its keys stay in the cache."""
     program = tl.program_id(0)
     return program % tiles, program // tiles % heads, program // tiles // heads
 
 
 @triton.jit
-def sequence_span(starts_ptr, ends_ptr, sequence):
+def sequence_bounds(starts_ptr, ends_ptr, sequence):
     """First position and length of a sequence."""
     start = tl.load(starts_ptr + sequence)
     return start, tl.load(ends_ptr + sequence) - start
@@ -80,20 +81,20 @@ def sequence_base(ptr, sequence, head, start, stride_b, stride_h, stride_t, INDE
 
 @triton.jit
 def tokens_base(tokens, sequence, head, start, INDEXED: tl.constexpr):
-    """Pointer to the first row of a sequence and head of :class:`~maskattn.kernels.arguments.Tokens`."""
+    """Pointer to the first row of a sequence and head of :class:`~maskattn.kernels.language.bundles.Tokens`."""
     return sequence_base(tokens.ptr, sequence, head, start, tokens.stride_b, tokens.stride_h, tokens.stride_t, INDEXED)
 
 
 @triton.jit
 def row_values_base(values, sequence, head, start, INDEXED: tl.constexpr):
-    """Pointer to the first number of a sequence and head of :class:`~maskattn.kernels.arguments.RowValues`."""
+    """Pointer to the first number of a sequence and head of :class:`~maskattn.kernels.language.bundles.RowValues`."""
     return sequence_base(values.ptr, sequence, head, start, values.stride_b, values.stride_h, 1, INDEXED)
 
 
 @triton.jit
-def places_base(places, sequence, start, INDEXED: tl.constexpr):
-    """Pointer to the first place of a sequence of :class:`~maskattn.kernels.arguments.Places`."""
-    return sequence_base(places.ptr, sequence, sequence, start, places.stride_b, 0, places.stride_t, INDEXED)
+def positions_base(positions, sequence, start, INDEXED: tl.constexpr):
+    """Pointer to the first position of a sequence of :class:`~maskattn.kernels.language.bundles.Positions`."""
+    return sequence_base(positions.ptr, sequence, sequence, start, positions.stride_b, 0, positions.stride_t, INDEXED)
 
 
 @triton.jit

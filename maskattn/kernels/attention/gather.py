@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import VARYING
+from maskattn.kernels.launch.arguments import VARYING
 
 __all__ = ["gather_kernel", "gather_rows", "runs_on", "scatter_rows"]
 

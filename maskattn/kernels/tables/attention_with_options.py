@@ -1,16 +1,17 @@
 """Tile sizes of kernels with two-dimensional ALiBi or dropout, by target, pass and padded head width.
 
-Random words and distances take registers that the tiles of ``config_table`` need. Chosen as those were: the first of
+Random words and distances take registers that the tiles of ``attention.py`` need. Chosen as those were: the first of
 a list of candidates that spills nothing with all options and a gather.
 """
 
 from __future__ import annotations
 
-from maskattn.kernels.config import Config, Precision, Table, Target
+from maskattn.kernels.tables.attention import INTERPRETER
+from maskattn.kernels.tables.config import Config, Family, Pass, Table
 
-__all__ = ["TABLE_WITH_OPTIONS"]
+__all__ = ["ATTENTION_WITH_OPTIONS", "TABLE_WITH_OPTIONS"]
 
-TABLE_WITH_OPTIONS: dict[tuple[Target, Precision], Table] = {
+TABLE_WITH_OPTIONS: Table[Pass, Config] = {
     ("sm80", "half"): {
         "forward": {
             64: Config(128, 32, 8, 3, split=True),
@@ -182,3 +183,5 @@ TABLE_WITH_OPTIONS: dict[tuple[Target, Precision], Table] = {
         },
     },
 }
+
+ATTENTION_WITH_OPTIONS = Family(TABLE_WITH_OPTIONS, INTERPRETER, narrowest=64)

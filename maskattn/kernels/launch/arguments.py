@@ -1,143 +1,43 @@
 """What the launchers hand to the kernels: tensors with their strides, bundled so that each is one argument.
 
-A pointer of None is absent, which the kernels know when they are compiled.
-
 Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H heads, D head width.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.configs import Config, split_width
-from maskattn.kernels.rows import MAX_BLOCK, Rows, bias_strides_bht, lse_strides_bh, strides_bht
+from maskattn.kernels.language.bundles import (
+    NO_POSITIONS,
+    Bounds,
+    Dropout,
+    Positions,
+    RowValues,
+    Terms,
+    Tokens,
+    Width,
+)
+from maskattn.kernels.launch.rows import MAX_BLOCK, Rows, bias_strides_bht, lse_strides_bh, strides_bht
+from maskattn.kernels.tables.config import Config
+from maskattn.kernels.tables.lookup import split_width
 from maskattn.options import Options
 
 __all__ = [
-    "ABSENT",
-    "Dropout",
-    "Keys",
-    "Noise",
-    "Places",
-    "Queries",
-    "RowValues",
-    "Span",
-    "Tokens",
     "VARYING",
-    "Width",
-    "bias_argument",
+    "bounds_argument",
     "constant_arguments",
     "dropout_argument",
     "known_strides",
-    "places_argument",
     "rest_argument",
     "row_values_argument",
-    "scale_argument",
-    "slopes_argument",
-    "span_argument",
+    "terms_argument",
     "tokens_argument",
 ]
 
-
-class Tokens(NamedTuple):
-    """A tensor by sequence, head and token; what lies along the head width is contiguous."""
-
-    ptr: Any
-    stride_b: Any
-    stride_h: Any
-    stride_t: Any
-
-
-class RowValues(NamedTuple):
-    """A contiguous tensor with one number for each sequence, head and query."""
-
-    ptr: Any
-    stride_b: Any
-    stride_h: Any
-
-
-class Places(NamedTuple):
-    """Two coordinates of each token."""
-
-    ptr: Any
-    stride_b: Any
-    stride_t: Any
-    stride_c: Any
-
-
-class Span(NamedTuple):
-    """The device's part of :class:`~maskattn.kernels.rows.Rows`."""
-
-    starts_ptr: Any
-    ends_ptr: Any
-    index_ptr: Any
-
-
-class Dropout(NamedTuple):
-    """The seed, the words below which a weight is dropped (the bits of an unsigned number), and 1/(1 − dropout_p)."""
-
-    seed_ptr: Any
-    threshold: Any
-    factor: Any
-
-
-class Noise(NamedTuple):
-    """What the random words of one program have in common."""
-
-    low: Any
-    high: Any
-    threshold: Any
-    factor: Any
-    head: Any
-    sequence: Any
-
-
-class Width(NamedTuple):
-    """Columns of a tile: HEAD count; they lie in a part of FIRST and, unless SECOND is 0, one of SECOND columns."""
-
-    HEAD: Any
-    FIRST: Any
-    SECOND: Any
-
-
-class Keys(NamedTuple):
-    """The keys of one sequence and head, as a pass over them reads them."""
-
-    k: Any
-    v: Any
-    bias_ptr: Any
-    places_ptr: Any
-    index_ptr: Any
-    start: Any
-    stride_kt: Any
-    stride_vt: Any
-    stride_bt: Any
-    stride_ct: Any
-    stride_cc: Any
-
-
-class Queries(NamedTuple):
-    """The queries of one sequence and head, as a pass over them reads them."""
-
-    q: Any
-    dout: Any
-    lse_ptr: Any
-    lse_rest_ptr: Any
-    delta_ptr: Any
-    places_ptr: Any
-    index_ptr: Any
-    start: Any
-    stride_qt: Any
-    stride_gt: Any
-    stride_ct: Any
-    stride_cc: Any
-
-
-ABSENT = Tokens(None, 0, 0, 0)
 
 # Numbers of the kernels that change from call to call; Triton would compile anew where one is 1 or a multiple of 16.
 # Tuples cannot be listed here: their strides are looked at one by one, of which few change with the lengths.
@@ -154,7 +54,7 @@ VARYING = (
     "splits",
     "tiles",
     "tokens",
-    "turns",
+    "items",
 )
 
 
@@ -178,9 +78,24 @@ def rest_argument(x: Tensor) -> RowValues:
     return row_values_argument(x if x.ndim > 1 else None)
 
 
-def scale_argument(scale: float, options: Options) -> float:
-    """The scale in units of the scores, which are natural with a key bias and else those of log2."""
-    return scale if options.key_bias is not None else scale * math.log2(math.e)
+def terms_argument(options: Options, packed: bool, natural: bool, scale: float | None = None) -> Terms:
+    """Everything that makes scores of q·k.
+
+    Args:
+        options: of the call.
+        packed: whether the tensors are, else they are dense.
+        natural: whether scores are kept as they are, else in units of log2, which the scale then has in it.
+        scale: another than the options'.
+    """
+    scale = options.scale if scale is None else scale
+    return Terms(
+        scale if natural else scale * math.log2(math.e),
+        bias_argument(options.key_bias, packed),
+        None if options.slopes is None else options.slopes.contiguous(),
+        positions_argument(options.coords_q),
+        positions_argument(options.coords_k),
+        dropout_argument(options),
+    )
 
 
 def bias_argument(key_bias: Tensor | None, packed: bool) -> Tokens:
@@ -188,27 +103,22 @@ def bias_argument(key_bias: Tensor | None, packed: bool) -> Tokens:
     return Tokens(key_bias, *known_strides(*bias_strides_bht(key_bias, packed)))
 
 
-def places_argument(coords: Tensor | None) -> Places:
+def positions_argument(coords: Tensor | None) -> Positions:
     """Of (T, 2) or (B, N, 2) coordinates."""
     if coords is None:
-        return Places(None, 0, 0, 0)
+        return NO_POSITIONS
     if coords.stride(-2) * MAX_BLOCK >= 2**31:
         coords = coords.contiguous()
     stride_b = 0 if coords.ndim == 2 else coords.stride(0)
     if coords.stride()[-2:] == (2, 1):
         # As nearly all coordinates lie, so these strides need not be arguments.
-        return Places(coords, known_strides(stride_b)[0], tl.constexpr(2), 1)
-    return Places(coords, *known_strides(stride_b, *coords.stride()[-2:]))
+        return Positions(coords, known_strides(stride_b)[0], tl.constexpr(2), 1)
+    return Positions(coords, *known_strides(stride_b, *coords.stride()[-2:]))
 
 
-def slopes_argument(options: Options) -> Tensor | None:
-    """(H,) contiguous, or None."""
-    return None if options.slopes is None else options.slopes.contiguous()
-
-
-def span_argument(rows: Rows) -> Span:
-    """Of one side's rows."""
-    return Span(rows.starts, rows.ends, rows.index)
+def bounds_argument(rows: Rows) -> Bounds:
+    """Of the rows of the queries or of the keys."""
+    return Bounds(rows.starts, rows.ends, rows.index)
 
 
 def dropout_argument(options: Options) -> Dropout:

@@ -2,17 +2,17 @@
 
 Nothing here is measured yet. The rows started from what is published for the fastest kernels on an H100 and were then
 chosen with triton 3.7.1 by compiling for each target: the first of a list of candidates that, with and without a key
-bias and a gather, spills no register and fits in the chip's shared and tensor memory. Two parts and descriptors are
+bias and a gather, spills no register and fits in the chip's shared and tensor memory. Two chunks and descriptors are
 used where the bounds of ``bench/aot`` then allow more. ``bench/aot_report.py`` writes what each of them costs.
 """
 
 from __future__ import annotations
 
-from maskattn.kernels.config import Config, Pass, Precision, Table, Target
+from maskattn.kernels.tables.config import Config, Family, Pass, Table
 
-__all__ = ["INTERPRETER", "TABLE"]
+__all__ = ["ATTENTION", "INTERPRETER", "TABLE"]
 
-TABLE: dict[tuple[Target, Precision], Table] = {
+TABLE: Table[Pass, Config] = {
     ("sm80", "half"): {
         "forward": {
             16: Config(128, 64, 4, 3),
@@ -251,3 +251,5 @@ INTERPRETER: dict[Pass, Config] = {
     "query_gradient": Config(64, 32, 4, 1),
     "key_gradient": Config(32, 64, 4, 1),
 }
+
+ATTENTION = Family(TABLE, INTERPRETER)

@@ -17,17 +17,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from maskattn.kernels.backward import completed, differentiate
-from maskattn.kernels.compaction import (
+from maskattn.kernels.attention.backward import completed, differentiate
+from maskattn.kernels.attention.forward import attend
+from maskattn.kernels.launch.compaction import (
+    from_front,
     front_rows,
     options_to_front,
     to_front,
-    to_places,
+    values_from_front,
     values_to_front,
-    values_to_places,
 )
-from maskattn.kernels.forward import attend
-from maskattn.kernels.rows import Rows, kept_rows, whole_rows
+from maskattn.kernels.launch.rows import Rows, kept_rows, whole_rows
 from maskattn.options import Gradients, Options, empty_rest
 
 __all__ = ["masked_backward", "masked_forward"]
@@ -68,8 +68,8 @@ def masked_forward(
     rest = empty_rest(lse, "triton", options)
     attend(q, to_front(k, kept), to_front(v, kept), own, out, lse, rest, every or front, front)
     if skip_queries:
-        rest = values_to_places(rest, kept, 0.0) if rest.ndim > 1 else rest
-        return to_places(out, kept), values_to_places(lse, kept, -math.inf), rest
+        rest = values_from_front(rest, kept, 0.0) if rest.ndim > 1 else rest
+        return from_front(out, kept), values_from_front(lse, kept, -math.inf), rest
     return out, lse, rest
 
 
@@ -140,9 +140,9 @@ def _moved_backward(
     sides = every or front, front
     dslopes = differentiate(grad_out, grad_lse, q, k, v, out, lse, lse_rest, *sides, own, grads, dbias_BHN)
     if dbias_BHN is not None:
-        dbias_BHN = values_to_places(dbias_BHN, kept, 0.0)
-    dq = to_places(grads.q, kept) if every is None else grads.q
-    return replace(grads, q=dq, k=to_places(grads.k, kept), v=to_places(grads.v, kept)), dbias_BHN, dslopes
+        dbias_BHN = values_from_front(dbias_BHN, kept, 0.0)
+    dq = from_front(grads.q, kept) if every is None else grads.q
+    return replace(grads, q=dq, k=from_front(grads.k, kept), v=from_front(grads.v, kept)), dbias_BHN, dslopes
 
 
 def _new_bias_gradient(k: Tensor, options: Options) -> Tensor | None:

@@ -22,28 +22,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from maskattn.kernels.arguments import (
-    ABSENT,
-    Tokens,
-    bias_argument,
+from maskattn.kernels.attention.key_gradient import key_gradient_kernel
+from maskattn.kernels.attention.query_gradient import query_gradient_kernel
+from maskattn.kernels.language.bundles import ABSENT, Tokens
+from maskattn.kernels.launch.arguments import (
+    bounds_argument,
     constant_arguments,
-    dropout_argument,
     known_strides,
-    places_argument,
     rest_argument,
     row_values_argument,
-    scale_argument,
-    slopes_argument,
-    span_argument,
+    terms_argument,
     tokens_argument,
 )
-from maskattn.kernels.configs import choose
-from maskattn.kernels.descriptors import describable, launch
-from maskattn.kernels.key_gradient import key_gradient_kernel
-from maskattn.kernels.query_gradient import query_gradient_kernel
-from maskattn.kernels.rows import Rows, packed_sides, readable
-from maskattn.kernels.schedule import plan_work
-from maskattn.kernels.tail import clear_tail
+from maskattn.kernels.launch.descriptors import describable, launch
+from maskattn.kernels.launch.rows import Rows, packed_rows_of, readable
+from maskattn.kernels.launch.schedule import plan_work
+from maskattn.kernels.launch.tail import clear_tail
+from maskattn.kernels.tables.lookup import choose
 from maskattn.options import Gradients, Options, Sequences
 
 __all__ = ["completed", "differentiate", "packed_backward"]
@@ -61,7 +56,7 @@ def packed_backward(
     sequences: Sequences,
     options: Options,
 ) -> Gradients:
-    """Gradients of :func:`maskattn.kernels.forward.packed_forward`.
+    """Gradients of :func:`maskattn.kernels.attention.forward.packed_forward`.
 
     Args:
         grad_out: (Tq, H, D), any strides.
@@ -81,7 +76,7 @@ def packed_backward(
         dbias = torch.empty(shape, dtype=torch.float32, device=k.device)
         dbias_HT = dbias.T if per_head else dbias
     dslopes = differentiate(
-        grad_out, grad_lse, q, k, v, out, lse, lse_rest, *packed_sides(sequences, q, k), options, grads, dbias_HT
+        grad_out, grad_lse, q, k, v, out, lse, lse_rest, *packed_rows_of(sequences, q, k), options, grads, dbias_HT
     )
     of_keys = [(x, 0.0) for x in (grads.k, grads.v, dbias_HT if dbias_HT is None else dbias_HT.T) if x is not None]
     clear_tail(sequences.cu_seqlens_q, sequences.max_seqlen_q, (grads.q, 0.0))
@@ -121,16 +116,12 @@ def differentiate(
     delta, scaled_lse = torch.empty_like(lse), torch.empty_like(lse)
     rest = rest_argument(lse_rest.contiguous())
     head_width, heads = q.shape[-1], q.shape[1]
-    inputs = (*(tokens_argument(x) for x in (q, k, v)), bias_argument(options.key_bias, packed=q.ndim == 3))
-    score_terms = (
-        slopes_argument(options),
-        places_argument(options.coords_q),
-        places_argument(options.coords_k),
-        dropout_argument(options),
-        span_argument(q_rows),
-        span_argument(k_rows),
+    inputs = tuple(tokens_argument(x) for x in (q, k, v))
+    common = (
+        terms_argument(options, packed=q.ndim == 3, natural=options.key_bias is not None),
+        bounds_argument(q_rows),
+        bounds_argument(k_rows),
         options.scale,
-        scale_argument(options.scale, options),
     )
     left = row_values_argument(delta), row_values_argument(scaled_lse)
 
@@ -138,21 +129,21 @@ def differentiate(
     work = plan_work(q_rows, k_rows, config.block_m)
     parts_of_dslopes = None
     if options.slopes is not None:
-        parts_of_dslopes = torch.zeros(heads, work.turns, dtype=torch.float32, device=q.device)
+        parts_of_dslopes = torch.zeros(heads, work.items, dtype=torch.float32, device=q.device)
     described = config.descriptors and describable(k, k_rows) and describable(v, k_rows)
     launch(
-        query_gradient_kernel, work.turns * heads, described, q, *inputs, tokens_argument(out),
+        query_gradient_kernel, work.items * heads, described, q, *inputs, tokens_argument(out),
         row_values_argument(lse), rest, tokens_argument(grad_out),
         row_values_argument(None if grad_lse is None else grad_lse.contiguous()), tokens_argument(grads.q),
-        parts_of_dslopes, *left, *score_terms, heads, *work, **constant_arguments(head_width, config, described),
+        parts_of_dslopes, *left, *common, heads, *work, **constant_arguments(head_width, config, described),
     )  # fmt: skip
 
     config = choose("key_gradient", q, options)
     work = plan_work(k_rows, q_rows, config.block_n)
     described = config.descriptors and describable(q, q_rows) and describable(grad_out, q_rows)
     launch(
-        key_gradient_kernel, work.turns * heads, described, q, *inputs, left[1], rest, tokens_argument(grad_out),
-        left[0], tokens_argument(grads.k), tokens_argument(grads.v), _dbias_argument(dbias), *score_terms, heads, *work,
+        key_gradient_kernel, work.items * heads, described, q, *inputs, left[1], rest, tokens_argument(grad_out),
+        left[0], tokens_argument(grads.k), tokens_argument(grads.v), _dbias_argument(dbias), *common, heads, *work,
         **constant_arguments(head_width, config, described),
     )  # fmt: skip
     return None if parts_of_dslopes is None else parts_of_dslopes.sum(1)

@@ -22,19 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import VARYING, Tokens
-from maskattn.kernels.readout_call import prepare, readout_argument
-from maskattn.kernels.readout_configs import class_tile
-from maskattn.kernels.readout_tiles import (
-    key_distances,
+from maskattn.kernels.language.bundles import Tokens
+from maskattn.kernels.language.scores import begin_scores, key_terms, query_terms, scores
+from maskattn.kernels.language.softmax import exponential
+from maskattn.kernels.language.tiles import load_rows, sequence_base, sequence_bounds
+from maskattn.kernels.launch.arguments import VARYING
+from maskattn.kernels.launch.rows import readable
+from maskattn.kernels.launch.tail import clear_tail
+from maskattn.kernels.readout.call import class_tile, prepare, readout_argument
+from maskattn.kernels.readout.tiles import (
     load_lse,
-    load_readout_places,
     products,
 )
-from maskattn.kernels.rows import readable
-from maskattn.kernels.scores import exponential
-from maskattn.kernels.tail import clear_tail
-from maskattn.kernels.tiles import load_row_values, load_rows, sequence_base, sequence_span
 from maskattn.options import Options
 
 __all__ = ["relevance_kernel", "token_relevance"]
@@ -64,13 +63,8 @@ def relevance_kernel(
     q,
     k,
     v,
-    bias,
-    slopes_ptr,
-    places_q,
-    places_k,
-    span,
-    dropout,
-    scale,
+    terms,
+    bounds,
     batch,
     heads,
     queries,
@@ -97,7 +91,7 @@ def relevance_kernel(
     program = tl.program_id(0)
     first_class = program % class_tiles * BLOCK_C
     tile, sequence = program // class_tiles % tiles, program // class_tiles // tiles
-    start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
+    start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
     first = tile * BLOCK_N
     if first >= length:
         return
@@ -125,25 +119,19 @@ def relevance_kernel(
             v0_tile = load_rows(v0_ptr, first, rows_N, value_origin.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         elif value_origin.ptr is not None:
             v0_tile = load_row(value_origin, sequence, head, 0, HEAD_WIDTH, BLOCK_D)
-        if bias.ptr is not None:
-            bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
-            bias_N = load_row_values(bias_base_ptr, first, rows_N, bias.stride_t, inside, 0.0, False, True)
+        scoring = begin_scores(terms, head, sequence, 0, start, True, False, True)
+        of_keys = key_terms(scoring, first, rows_N, inside, False, True)
         for r in tl.range(QUERIES):
             q_row = load_row(q, sequence, head, r, HEAD_WIDTH, BLOCK_D)
             # [N, 1]
             qk = products(k_tile, q_row, 1)
-            scores = qk * scale
-            if bias.ptr is not None:
-                scores += bias_N[:, None]
-            if slopes_ptr is not None:
-                slope = tl.load(slopes_ptr + head).to(tl.float32)
-                query_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, r, start, r + 1, 1)
-                scores -= slope * key_distances(places_k, places_base_ptr, query_at, first, inside, BLOCK_N)
+            of_query = query_terms(scoring, r, tl.arange(0, 1), r + tl.arange(0, 1) < QUERIES, False, True)
+            score = scores(qk, scoring, of_query, of_keys, True)
             lse = load_lse(lse_ptr, (sequence * queries + r) * heads + head, heads, queries, 1)
-            p = exponential(scores - lse[None, :])
+            p = exponential(score.tile - lse[None, :])
             if key_origin.ptr is not None:
                 qk -= products(k0_tile, q_row, 1)
-            change = scale * qk
+            change = terms.scale * qk
 
             # [C, D]
             g_ptr = row_pointer(grad, sequence, head, r) + first_class.to(tl.int64) * stride_gc

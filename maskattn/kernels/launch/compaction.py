@@ -16,19 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import VARYING, span_argument, tokens_argument
-from maskattn.kernels.rows import Rows, readable
-from maskattn.kernels.tiles import load_rows, sequence_span, store_rows, tile_rows, tokens_base
+from maskattn.kernels.language.tiles import load_rows, sequence_bounds, store_rows, tile_rows, tokens_base
+from maskattn.kernels.launch.arguments import VARYING, bounds_argument, tokens_argument
+from maskattn.kernels.launch.rows import Rows, readable
 from maskattn.options import Options
 
 __all__ = [
+    "from_front",
     "front_rows",
     "move_kernel",
     "options_to_front",
     "to_front",
-    "to_places",
+    "values_from_front",
     "values_to_front",
-    "values_to_places",
 ]
 
 BLOCK_ROWS = 64
@@ -49,7 +49,7 @@ def move_kernel(
     """Move one tile of rows of one head and sequence between their places and the front."""
     program = tl.program_id(0)
     tile, head, sequence = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
+    start, length = sequence_bounds(span.starts_ptr, span.ends_ptr, sequence)
     first = tile * BLOCK
     if first >= length:
         return
@@ -85,7 +85,7 @@ def to_front(x: Tensor, kept: Rows) -> Tensor:
     return result
 
 
-def to_places(x: Tensor, kept: Rows) -> Tensor:
+def from_front(x: Tensor, kept: Rows) -> Tensor:
     """The inverse of :func:`to_front`, contiguous, 0 where no row was kept."""
     result = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     _move(x, result, kept, False)
@@ -97,7 +97,7 @@ def values_to_front(x: Tensor, kept: Rows, token_axis: int) -> Tensor:
     return x.gather(token_axis, _index_like(x, kept, token_axis))
 
 
-def values_to_places(x: Tensor, kept: Rows, fill: float) -> Tensor:
+def values_from_front(x: Tensor, kept: Rows, fill: float) -> Tensor:
     """The inverse of :func:`values_to_front` for (B, H, N), ``fill`` where no token was kept."""
     at_front = torch.arange(x.shape[-1], device=x.device) < (kept.ends - kept.starts)[:, None, None]
     return torch.empty_like(x).scatter_(-1, _index_like(x, kept, 2), x.where(at_front, fill))
@@ -129,6 +129,6 @@ def _move(source: Tensor, result: Tensor, kept: Rows, to_the_front: bool) -> Non
         return
     with torch.cuda.device_of(source):
         move_kernel[(tiles * H * B,)](
-            tokens_argument(source), tokens_argument(result), span_argument(kept), tiles, H, HEAD_WIDTH=D,
+            tokens_argument(source), tokens_argument(result), bounds_argument(kept), tiles, H, HEAD_WIDTH=D,
             BLOCK_D=triton.next_power_of_2(D), BLOCK=BLOCK_ROWS, TO_FRONT=to_the_front,
         )  # fmt: skip

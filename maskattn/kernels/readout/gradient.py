@@ -22,25 +22,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import ABSENT, VARYING, Tokens
-from maskattn.kernels.readout_call import ReadoutCall, prepare, readout_argument
-from maskattn.kernels.readout_tiles import (
-    key_distances,
+from maskattn.kernels.language.bundles import ABSENT, Tokens
+from maskattn.kernels.language.scores import begin_scores, kept_factors, key_terms, query_terms, scores
+from maskattn.kernels.language.tiles import load_rows, sequence_base, sequence_bounds, store_row_values, store_rows
+from maskattn.kernels.launch.arguments import VARYING
+from maskattn.kernels.launch.tail import clear_tail
+from maskattn.kernels.readout.call import ReadoutCall, prepare, readout_argument
+from maskattn.kernels.readout.tiles import (
     load_lse,
     load_readout,
-    load_readout_places,
     load_row_gradient,
     products,
-    readout_place,
-    readout_scores,
-    split_span,
+    readout_position,
+    split_bounds,
     spread,
     weighted_sum,
     weights_of,
 )
-from maskattn.kernels.scores import dropout_factors, load_noise
-from maskattn.kernels.tail import clear_tail
-from maskattn.kernels.tiles import load_rows, sequence_base, sequence_span, store_row_values, store_rows
 from maskattn.options import Gradients, Options
 
 __all__ = ["readout_backward", "readout_gradient_kernel", "row_gradient_kernel"]
@@ -51,13 +49,8 @@ def row_gradient_kernel(
     q,
     k,
     v,
-    bias,
-    slopes_ptr,
-    places_q,
-    places_k,
-    span,
-    dropout,
-    scale,
+    terms,
+    bounds,
     batch,
     heads,
     queries,
@@ -74,34 +67,29 @@ def row_gradient_kernel(
     SLOTS: tl.constexpr,
 ):
     """Σ_j p_rj dw_rj of one split, (S, B, R, H)."""
-    head, split, sequence = readout_place(heads, splits)
-    start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
-    begin, end = split_span(length, split, splits, BLOCK_N)
+    head, split, sequence = readout_position(heads, splits)
+    start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
+    begin, end = split_bounds(length, split, splits, BLOCK_N)
     k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
-    bias_base_ptr = bias.ptr
-    if bias.ptr is not None:
-        bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
-    place = sequence * queries * heads + head
-    lse = load_lse(lse_ptr, place, heads, queries, BLOCK_R)
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + head).to(tl.float32)
-        queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
+    offset = sequence * queries * heads + head
+    lse = load_lse(lse_ptr, offset, heads, queries, BLOCK_R)
 
     rows_R, rows_N = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    scoring = begin_scores(terms, head, sequence, 0, start, True, False, True)
+    of_queries = query_terms(scoring, 0, rows_R, rows_R < queries, False, True)
     sums = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for first in tl.range(begin, end, BLOCK_N):
         inside = first + rows_N < end
         k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
-        qk = products(k_tile, q_tile, BLOCK_R)
-        scores = readout_scores(qk, scale, bias, bias_base_ptr, first, inside, BLOCK_N)
-        if slopes_ptr is not None:
-            scores -= slope * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
-        p = weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R)
+        of_keys = key_terms(scoring, first, rows_N, inside, False, True)
+        score = scores(products(k_tile, q_tile, BLOCK_R), scoring, of_queries, of_keys, True)
+        values = tl.where(inside[:, None], score.tile, float("-inf"))
+        p = weights_of(values, lse, lse_rest_ptr, offset, heads, queries, BLOCK_R)
         dw = load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R, BLOCK_N)
         sums += tl.where(p > 0, p * dw, 0.0)
-    places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
-    tl.store(sums_ptr + places, tl.sum(sums, 0), mask=rows_R < queries)
+    offsets = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
+    tl.store(sums_ptr + offsets, tl.sum(sums, 0), mask=rows_R < queries)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -109,13 +97,8 @@ def readout_gradient_kernel(
     q,
     k,
     v,
-    bias,
-    slopes_ptr,
-    places_q,
-    places_k,
-    span,
-    dropout,
-    scale,
+    terms,
+    bounds,
     batch,
     heads,
     queries,
@@ -142,33 +125,28 @@ def readout_gradient_kernel(
 
     ``shift_ptr`` (B, R, H) is Σ_j p_rj dw_rj − dlse_r, what delta has besides dO·out; None for 0.
     """
-    head, split, sequence = readout_place(heads, splits)
-    start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
-    begin, end = split_span(length, split, splits, BLOCK_N)
+    head, split, sequence = readout_position(heads, splits)
+    start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
+    begin, end = split_bounds(length, split, splits, BLOCK_N)
     k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
     v_base_ptr = sequence_base(v.ptr, sequence, head, start, 0, v.stride_h, v.stride_t, False)
     dk_base_ptr = sequence_base(dk.ptr, sequence, head, start, 0, dk.stride_h, dk.stride_t, False)
     dv_base_ptr = sequence_base(dv.ptr, sequence, head, start, 0, dv.stride_h, dv.stride_t, False)
-    bias_base_ptr = bias.ptr
-    if bias.ptr is not None:
-        bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
+    if dbias.ptr is not None:
         dbias_base_ptr = sequence_base(dbias.ptr, sequence, head, start, 0, dbias.stride_h, dbias.stride_t, False)
     rows_R, rows_N = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
-    place = sequence * queries * heads + head
+    offset = sequence * queries * heads + head
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     dout_tile = load_readout(dout, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     out_tile = load_readout(out, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
-    lse = load_lse(lse_ptr, place, heads, queries, BLOCK_R)
+    lse = load_lse(lse_ptr, offset, heads, queries, BLOCK_R)
     # What comes back to a row without keys may be NaN, and counts for nothing.
     dout_tile = tl.where(lse[:, None] == float("inf"), 0.0, dout_tile).to(k.ptr.dtype.element_ty)
     delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if shift_ptr is not None:
-        delta += tl.load(shift_ptr + place + rows_R * heads, mask=rows_R < queries, other=0.0)
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + head).to(tl.float32)
-        queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
-    if dropout.seed_ptr is not None:
-        noise = load_noise(dropout, head, sequence)
+        delta += tl.load(shift_ptr + offset + rows_R * heads, mask=rows_R < queries, other=0.0)
+    scoring = begin_scores(terms, head, sequence, 0, start, True, False, True)
+    of_queries = query_terms(scoring, 0, rows_R, rows_R < queries, False, True)
 
     dq = tl.zeros([SLOTS * BLOCK_R, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
@@ -177,41 +155,39 @@ def readout_gradient_kernel(
         k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         # [N, R]
-        qk = products(k_tile, q_tile, BLOCK_R)
-        scores = readout_scores(qk, scale, bias, bias_base_ptr, first, inside, BLOCK_N)
-        if slopes_ptr is not None:
-            distance = key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
-            scores -= slope * distance
-        p = weights_of(scores, lse, lse_rest_ptr, place, heads, queries, BLOCK_R)
+        of_keys = key_terms(scoring, first, rows_N, inside, False, True)
+        score = scores(products(k_tile, q_tile, BLOCK_R), scoring, of_queries, of_keys, True)
+        values = tl.where(inside[:, None], score.tile, float("-inf"))
+        p = weights_of(values, lse, lse_rest_ptr, offset, heads, queries, BLOCK_R)
         ds = products(v_tile, dout_tile, BLOCK_R)
         weights = p
-        if dropout.seed_ptr is not None:
-            kept = dropout_factors(noise, 0, first, BLOCK_R, BLOCK_N, True)
-            weights, ds = p * kept, ds * kept
+        kept = kept_factors(scoring, 0, first, BLOCK_R, BLOCK_N, True)
+        if kept.factors is not None:
+            weights, ds = p * kept.factors, ds * kept.factors
         dv_tile = spread(weights, dout_tile, BLOCK_R)
         store_rows(dv_base_ptr, first, rows_N, dv.stride_t, inside, dv_tile, HEAD_WIDTH, BLOCK_D, False)
         if drows.ptr is not None:
             ds += load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R, BLOCK_N)
         # Where p is 0 the rest may be NaN.
         ds = tl.where(p > 0, p * (ds - delta[None, :]), 0.0)
-        if bias.ptr is not None:
+        if dbias.ptr is not None:
             store_row_values(dbias_base_ptr, first, rows_N, dbias.stride_t, inside, tl.sum(ds, 1), False)
-        if slopes_ptr is not None:
-            dslope += ds * distance
-        dk_tile = spread(ds, q_tile, BLOCK_R) * scale
+        if score.distances is not None:
+            dslope += ds * score.distances
+        dk_tile = spread(ds, q_tile, BLOCK_R) * terms.scale
         store_rows(dk_base_ptr, first, rows_N, dk.stride_t, inside, dk_tile, HEAD_WIDTH, BLOCK_D, False)
         dq += weighted_sum(ds, k_tile, BLOCK_R, SLOTS)
 
     if BLOCK_R == 1:
         dq = tl.sum(dq, 0, keep_dims=True)
-    if slopes_ptr is not None:
-        part = (split * batch + sequence) * heads + head
-        tl.store(dslopes_ptr + part, -tl.sum(tl.sum(dslope, 0), 0))
-    places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
+    if dslopes_ptr is not None:
+        share = (split * batch + sequence) * heads + head
+        tl.store(dslopes_ptr + share, -tl.sum(tl.sum(dslope, 0), 0))
+    offsets = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
     columns = tl.arange(0, BLOCK_D)
     mask = (rows_R < queries)[:, None] & (columns < HEAD_WIDTH)[None, :]
-    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + places[:, None] * HEAD_WIDTH + columns[None, :], dq, mask=mask)
+    dq = (dq * terms.scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + offsets[:, None] * HEAD_WIDTH + columns[None, :], dq, mask=mask)
 
 
 def readout_backward(
@@ -228,7 +204,7 @@ def readout_backward(
     max_seqlen: int,
     options: Options,
 ) -> Gradients:
-    """Gradients of :func:`maskattn.kernels.readout.readout_forward`.
+    """Gradients of :func:`maskattn.kernels.readout.forward.readout_forward`.
 
     Args:
         grad_out: (B, R, H, D), any strides.

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from maskattn.kernels.rows import Rows, strides_bht
+from maskattn.kernels.launch.rows import Rows, strides_bht
 
 __all__ = ["describable", "launch"]
 

@@ -20,7 +20,7 @@ __all__ = [
     "kept_rows",
     "lse_strides_bh",
     "packed_rows",
-    "packed_sides",
+    "packed_rows_of",
     "readable",
     "strides_bht",
     "whole_rows",
@@ -59,7 +59,7 @@ def packed_rows(cu_seqlens: Int[Tensor, "B_plus_1"], max_seqlen: int, total: int
     return Rows(cu_seqlens[:-1], cu_seqlens[1:], None, longest, total)
 
 
-def packed_sides(sequences: Sequences, q: Tensor, k: Tensor) -> tuple[Rows, Rows]:
+def packed_rows_of(sequences: Sequences, q: Tensor, k: Tensor) -> tuple[Rows, Rows]:
     """Rows of the packed queries (Tq, H, D) and keys (Tk, H, D)."""
     return (
         packed_rows(sequences.cu_seqlens_q, sequences.max_seqlen_q, q.shape[0]),

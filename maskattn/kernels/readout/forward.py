@@ -6,7 +6,7 @@ weights exp(score − m_s) and the weighted sum a_s of the values; a second kern
 
     m = max_s m_s      l = Σ_s l_s exp(m_s − m)      out = Σ_s a_s exp(m_s − m) / l      lse = log l + m
 
-The attention rows need m and l. The first kernel writes the raw scores to where the rows shall be and the second turns
+The attention rows need m and l. The first kernel writes the raw scores to where the rows shall be and the second items
 them into weights in place: 12 bytes for each of R rows (less what the cache still holds), where computing the scores
 again would read K again, 2·D bytes in half precision. With one split and no rows the first kernel's results are final
 and the second is not launched.
@@ -21,21 +21,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import VARYING
-from maskattn.kernels.readout_call import prepare
-from maskattn.kernels.readout_tiles import (
-    key_distances,
+from maskattn.kernels.language.scores import begin_scores, kept_factors, key_terms, query_terms, scores
+from maskattn.kernels.language.softmax import exponential, finite_or_zero, row_divisor, row_lse, softmax_update
+from maskattn.kernels.language.tiles import load_rows, sequence_base, sequence_bounds
+from maskattn.kernels.launch.arguments import VARYING
+from maskattn.kernels.launch.tail import clear_tail
+from maskattn.kernels.readout.call import prepare
+from maskattn.kernels.readout.tiles import (
     load_readout,
-    load_readout_places,
     products,
-    readout_place,
-    readout_scores,
-    split_span,
+    readout_position,
+    split_bounds,
     weighted_sum,
 )
-from maskattn.kernels.scores import dropout_factors, exponential, load_noise
-from maskattn.kernels.tail import clear_tail
-from maskattn.kernels.tiles import load_rows, sequence_base, sequence_span
 from maskattn.options import Options, empty_rest
 
 __all__ = ["combine_kernel", "readout_forward", "readout_kernel"]
@@ -46,22 +44,12 @@ BLOCK_SPLITS = 16
 
 
 @triton.jit
-def finite_or_zero(maximum):
-    """A maximum to be subtracted from scores: with no score so far, −inf − (−inf) would be NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit
-def store_lse(lse_ptr, lse_rest_ptr, places, maximum, total, mask):
+def store_lse(lse_ptr, lse_rest_ptr, offsets, maximum, total, mask):
     """Write lse, −inf for rows without keys, and what rounding took from it."""
-    # A row without keys has total 0 and maximum −inf.
-    empty = total == 0.0
-    logarithm = tl.log(tl.where(empty, 1.0, total))
-    largest = tl.where(empty, 0.0, maximum)
-    lse = largest + logarithm
-    tl.store(lse_ptr + places, tl.where(empty, float("-inf"), lse), mask=mask)
+    lse, rest = row_lse(maximum, total, True)
+    tl.store(lse_ptr + offsets, lse, mask=mask)
     if lse_rest_ptr is not None:
-        tl.store(lse_rest_ptr + places, largest - lse + logarithm, mask=mask)
+        tl.store(lse_rest_ptr + offsets, rest, mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -69,13 +57,8 @@ def readout_kernel(
     q,
     k,
     v,
-    bias,
-    slopes_ptr,
-    places_q,
-    places_k,
-    span,
-    dropout,
-    scale,
+    terms,
+    bounds,
     batch,
     heads,
     queries,
@@ -97,23 +80,16 @@ def readout_kernel(
 
     With ``lse_ptr`` it is the only split: out (B, R, H, D) and lse (B, R, H) are final.
     """
-    head, split, sequence = readout_place(heads, splits)
-    start, length = sequence_span(span.starts_ptr, span.ends_ptr, sequence)
-    begin, end = split_span(length, split, splits, BLOCK_N)
+    head, split, sequence = readout_position(heads, splits)
+    start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
+    begin, end = split_bounds(length, split, splits, BLOCK_N)
     k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
     v_base_ptr = sequence_base(v.ptr, sequence, head, start, 0, v.stride_h, v.stride_t, False)
-    bias_base_ptr = bias.ptr
-    if bias.ptr is not None:
-        bias_base_ptr = sequence_base(bias.ptr, sequence, head, start, 0, bias.stride_h, bias.stride_t, False)
     # [R, D]
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + head).to(tl.float32)
-        queries_at, places_base_ptr = load_readout_places(places_q, places_k, sequence, 0, start, queries, BLOCK_R)
-    if dropout.seed_ptr is not None:
-        noise = load_noise(dropout, head, sequence)
-
     rows_R, rows_N = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    scoring = begin_scores(terms, head, sequence, 0, start, True, False, True)
+    of_queries = query_terms(scoring, 0, rows_R, rows_R < queries, False, True)
     out = tl.zeros([SLOTS * BLOCK_R, BLOCK_D], tl.float32)
     maximum = tl.full([SLOTS, BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([SLOTS, BLOCK_R], tl.float32)
@@ -123,24 +99,20 @@ def readout_kernel(
         k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         # [N, R]
-        qk = products(k_tile, q_tile, BLOCK_R)
-        scores = readout_scores(qk, scale, bias, bias_base_ptr, first, inside, BLOCK_N)
-        if slopes_ptr is not None:
-            scores -= slope * key_distances(places_k, places_base_ptr, queries_at, first, inside, BLOCK_N)
+        of_keys = key_terms(scoring, first, rows_N, inside, False, True)
+        score = scores(products(k_tile, q_tile, BLOCK_R), scoring, of_queries, of_keys, True)
+        values = tl.where(inside[:, None], score.tile, float("-inf"))
         if scores_ptr is not None:
             row_ptr = scores_ptr + (rows_R * heads + head).to(tl.int64) * tokens
             pointers = row_ptr[None, :] + (start.to(tl.int64) + first + rows_N)[:, None]
-            tl.store(pointers, scores, mask=inside[:, None] & (rows_R < queries)[None, :])
-        scores = tl.reshape(scores, [BLOCK_N // SLOTS, SLOTS, BLOCK_R])
-        maximum_new = tl.maximum(maximum, tl.max(scores, 0))
-        peak = finite_or_zero(maximum_new)
-        p = exponential(scores - peak[None, :, :])
-        factor = exponential(maximum - peak)
-        total = total * factor + tl.sum(p, 0)
-        maximum = maximum_new
+            tl.store(pointers, values, mask=inside[:, None] & (rows_R < queries)[None, :])
+        # A slot may be without a key so far.
+        values = tl.reshape(values, [BLOCK_N // SLOTS, SLOTS, BLOCK_R])
+        p, factor, maximum, total = softmax_update(values, None, maximum, total, 0, True, True)
         p = tl.reshape(p, [BLOCK_N, BLOCK_R])
-        if dropout.seed_ptr is not None:
-            p *= dropout_factors(noise, 0, first, BLOCK_R, BLOCK_N, True)
+        kept = kept_factors(scoring, 0, first, BLOCK_R, BLOCK_N, True)
+        if kept.factors is not None:
+            p *= kept.factors
         factor_of_sums = factor if BLOCK_R == 1 else tl.trans(factor)
         out = out * factor_of_sums + weighted_sum(p, v_tile, BLOCK_R, SLOTS)
 
@@ -151,19 +123,18 @@ def readout_kernel(
     maximum = tl.max(maximum, 0)
     if BLOCK_R == 1:
         out = tl.sum(out * factor, 0, keep_dims=True)
-    places = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
+    offsets = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
     if lse_ptr is not None:
-        # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
-        divisor = tl.where(total == 0.0, 1.0, total)
-        out = out / divisor[:, None]
-        store_lse(lse_ptr, lse_rest_ptr, places, maximum, total, rows_R < queries)
+        # Of a row without keys the output is 0.
+        out = out / row_divisor(total)[:, None]
+        store_lse(lse_ptr, lse_rest_ptr, offsets, maximum, total, rows_R < queries)
     else:
-        tl.store(maxima_ptr + places, maximum, mask=rows_R < queries)
-        tl.store(totals_ptr + places, total, mask=rows_R < queries)
+        tl.store(maxima_ptr + offsets, maximum, mask=rows_R < queries)
+        tl.store(totals_ptr + offsets, total, mask=rows_R < queries)
     columns = tl.arange(0, BLOCK_D)
     mask = (rows_R < queries)[:, None] & (columns < HEAD_WIDTH)[None, :]
     out = out.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + places[:, None] * HEAD_WIDTH + columns[None, :], out, mask=mask)
+    tl.store(out_ptr + offsets[:, None] * HEAD_WIDTH + columns[None, :], out, mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -189,14 +160,14 @@ def combine_kernel(
 ):
     """out and lse of one row of one head and sequence from its splits, and its attention weights from raw scores."""
     program = tl.program_id(0)
-    tile, place = program % tiles, (program // tiles).to(tl.int64)
+    tile, offset = program % tiles, (program // tiles).to(tl.int64)
     count = tl.cast(batch * queries, tl.int64) * heads
     # [S]
     shares = tl.arange(0, BLOCK_S)
     maxima = tl.full([BLOCK_S], float("-inf"), tl.float32)
     for first in range(0, splits, BLOCK_S):
         there = first + shares < splits
-        share_ptr = maxima_ptr + (first + shares) * count + place
+        share_ptr = maxima_ptr + (first + shares) * count + offset
         maxima = tl.maximum(maxima, tl.load(share_ptr, mask=there, other=float("-inf")))
     maximum = tl.max(maxima, 0)
     peak = finite_or_zero(maximum)
@@ -205,25 +176,24 @@ def combine_kernel(
     columns = tl.arange(0, BLOCK_D)
     for first in range(0, splits, BLOCK_S):
         there = first + shares < splits
-        share = (first + shares) * count + place
+        share = (first + shares) * count + offset
         factor = exponential(tl.load(maxima_ptr + share, mask=there, other=float("-inf")) - peak)
         total += factor * tl.load(totals_ptr + share, mask=there, other=0.0)
         mask = (there & (tile == 0))[:, None] & (columns < HEAD_WIDTH)[None, :]
         share_ptr = split_out_ptr + share * HEAD_WIDTH
         out += factor[:, None] * tl.load(share_ptr[:, None] + columns[None, :], mask=mask, other=0.0)
     total = tl.sum(total, 0)
-    # A row without keys has total 0 and maximum −inf: its output is 0 and its lse −inf.
-    divisor = tl.where(total == 0.0, 1.0, total)
-    store_lse(lse_ptr, lse_rest_ptr, place, maximum, total, tile == 0)
+    divisor = row_divisor(total)
+    store_lse(lse_ptr, lse_rest_ptr, offset, maximum, total, tile == 0)
     out = (tl.sum(out, 0) / divisor).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + place * HEAD_WIDTH + columns, out, mask=(columns < HEAD_WIDTH) & (tile == 0))
+    tl.store(out_ptr + offset * HEAD_WIDTH + columns, out, mask=(columns < HEAD_WIDTH) & (tile == 0))
     if weights_ptr is not None:
-        head, query, sequence = place % heads, place // heads % queries, place // heads // queries
-        start, length = sequence_span(starts_ptr, starts_ptr + 1, sequence)
+        head, query, sequence = offset % heads, offset // heads % queries, offset // heads // queries
+        start, length = sequence_bounds(starts_ptr, starts_ptr + 1, sequence)
         token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
         row_ptr = weights_ptr + (query * heads + head) * tokens + start
-        scores = tl.load(row_ptr + token, mask=token < length, other=float("-inf"))
-        tl.store(row_ptr + token, exponential(scores - peak) / divisor, mask=token < length)
+        score = tl.load(row_ptr + token, mask=token < length, other=float("-inf"))
+        tl.store(row_ptr + token, exponential(score - peak) / divisor, mask=token < length)
 
 
 def readout_forward(

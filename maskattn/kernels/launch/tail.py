@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.arguments import VARYING, known_strides
-from maskattn.kernels.tiles import sequence_span
+from maskattn.kernels.language.tiles import sequence_bounds
+from maskattn.kernels.launch.arguments import VARYING, known_strides
 
 __all__ = ["clear_tail", "clear_tail_kernel"]
 
@@ -68,7 +68,7 @@ def clear_tail_kernel(
     fill_rows(tail, rows, programs, first_cleared, second_cleared, third_cleared, False, BLOCK)
     sequence = program
     while sequence < batch:
-        start, length = sequence_span(starts_ptr, starts_ptr + 1, sequence)
+        start, length = sequence_bounds(starts_ptr, starts_ptr + 1, sequence)
         if length > longest:
             end = tl.minimum(start.to(tl.int64) + length, rows)
             fill_rows(start.to(tl.int64), end, 1, first_cleared, second_cleared, third_cleared, True, BLOCK)

@@ -1,0 +1,1 @@
+"""Attention of many queries: forward, both passes of the backward, dense tensors, and rows by index."""

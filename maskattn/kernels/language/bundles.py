@@ -1,0 +1,167 @@
+"""What travels together: bundles of arguments of the kernels, and of what a program has of one sequence and head.
+
+A pointer of None is absent, which is known when a kernel is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = [
+    "ABSENT",
+    "NO_POSITIONS",
+    "Bounds",
+    "Dropout",
+    "Kept",
+    "KeyTerms",
+    "Keys",
+    "Noise",
+    "Positions",
+    "Queries",
+    "QueryTerms",
+    "RowValues",
+    "Scores",
+    "Scoring",
+    "Terms",
+    "Tokens",
+    "Width",
+]
+
+
+class Tokens(NamedTuple):
+    """A tensor by sequence, head and token; what lies along the head width is contiguous."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_t: Any
+
+
+class RowValues(NamedTuple):
+    """A contiguous tensor with one number for each sequence, head and query."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+
+
+class Positions(NamedTuple):
+    """Two coordinates of each token."""
+
+    ptr: Any
+    stride_b: Any
+    stride_t: Any
+    stride_c: Any
+
+
+class Bounds(NamedTuple):
+    """Where the rows of each sequence lie, as :class:`~maskattn.kernels.launch.rows.Rows` has it."""
+
+    starts_ptr: Any
+    ends_ptr: Any
+    index_ptr: Any
+
+
+class Dropout(NamedTuple):
+    """The seed, the words below which a weight is dropped (the bits of an unsigned number), and 1/(1 − dropout_p)."""
+
+    seed_ptr: Any
+    threshold: Any
+    factor: Any
+
+
+class Terms(NamedTuple):
+    """What makes a score of q·k, and which weights are dropped; only ``scores.py`` takes it apart."""
+
+    scale: Any
+    bias: Any
+    slopes_ptr: Any
+    query_positions: Any
+    key_positions: Any
+    dropout: Any
+
+
+class Noise(NamedTuple):
+    """What the random words of one program have in common."""
+
+    low: Any
+    high: Any
+    threshold: Any
+    factor: Any
+    head: Any
+    sequence: Any
+
+
+class Scoring(NamedTuple):
+    """The terms of one sequence and head: numbers, and pointers to those of its first query and key."""
+
+    scale: Any
+    slope: Any
+    bias: Any
+    query_positions: Any
+    key_positions: Any
+    noise: Any
+
+
+class QueryTerms(NamedTuple):
+    """What the queries of a tile bring to their scores: positions (x, y), [M] each, or None."""
+
+    positions: Any
+
+
+class KeyTerms(NamedTuple):
+    """What the keys of a tile bring to their scores: bias [N] and positions (x, y), [N] each, or None."""
+
+    bias: Any
+    positions: Any
+
+
+class Scores(NamedTuple):
+    """The scores of a tile; what they must yet be multiplied by, or None; the distances, or None without ALiBi."""
+
+    tile: Any
+    factor: Any
+    distances: Any
+
+
+class Kept(NamedTuple):
+    """The dropout factors of a tile's weights, or None without dropout."""
+
+    factors: Any
+
+
+class Width(NamedTuple):
+    """Columns of a tile: HEAD count; they lie in a chunk of FIRST and, unless SECOND is 0, one of SECOND columns."""
+
+    HEAD: Any
+    FIRST: Any
+    SECOND: Any
+
+
+class Keys(NamedTuple):
+    """The keys of one sequence and head, as a pass over them reads them."""
+
+    k: Any
+    v: Any
+    index_ptr: Any
+    start: Any
+    stride_kt: Any
+    stride_vt: Any
+
+
+class Queries(NamedTuple):
+    """The queries of one sequence and head, as a pass over them reads them."""
+
+    q: Any
+    dout: Any
+    lse_ptr: Any
+    lse_rest_ptr: Any
+    delta_ptr: Any
+    index_ptr: Any
+    start: Any
+    stride_qt: Any
+    stride_gt: Any
+
+
+ABSENT = Tokens(None, 0, 0, 0)
+NO_POSITIONS = Positions(None, 0, 0, 0)

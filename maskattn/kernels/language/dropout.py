@@ -1,0 +1,71 @@
+"""Which weights are dropped: random words by counter, so that every pass draws the same.
+
+Dimension key: M queries of a tile, N keys of a tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from maskattn.kernels.language.bundles import Noise
+
+__all__ = ["dropout_factors", "load_noise", "multiply_words", "random_words"]
+
+
+@triton.jit
+def load_noise(dropout, head, sequence):
+    """What the random words of a program have in common."""
+    seed = tl.load(dropout.seed_ptr).to(tl.uint64, bitcast=True)
+    threshold = tl.cast(dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
+    low, high = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return Noise(low, high, threshold, dropout.factor, head.to(tl.uint32), sequence.to(tl.uint32))
+
+
+@triton.jit
+def multiply_words(a, b):
+    """High and low word of the product of two 32-bit words."""
+    # One instruction where the compiler sees one product.
+    product = a.to(tl.uint64) * b
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def random_words(low, high, c0, c1, c2, c3):
+    """Philox-4×32-10: four words for each counter; ``maskattn.dropout`` has the source."""
+    for _ in tl.static_range(10):
+        high0, low0 = multiply_words(c0, 0xD2511F53)
+        high1, low1 = multiply_words(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ low, low1, high0 ^ c3 ^ high, low0
+        low = tl.add(low, 0x9E3779B9, sanitize_overflow=False)
+        high = tl.add(high, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def dropout_factors(
+    noise, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """0 or 1/(1 − dropout_p) for each weight of a tile, [M, N] or transposed."""
+    queries = first_query + tl.arange(0, BLOCK_M)
+    groups = first_key // 4 + tl.arange(0, BLOCK_N // 4)
+    if TRANSPOSED:
+        # [N / 4, M]
+        zero = tl.zeros([BLOCK_N // 4, BLOCK_M], tl.uint32)
+        query, group = queries[None, :].to(tl.uint32), groups[:, None].to(tl.uint32)
+    else:
+        # [M, N / 4]
+        zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.uint32)
+        query, group = queries[:, None].to(tl.uint32), groups[None, :].to(tl.uint32)
+    w0, w1, w2, w3 = random_words(
+        noise.low, noise.high, zero + query, zero + group, zero + noise.head, zero + noise.sequence
+    )
+    # [..., 2, 2], the word of key 4g + 2x + y at [g, x, y].
+    kept = tl.join(
+        tl.join(w0 >= noise.threshold, w2 >= noise.threshold), tl.join(w1 >= noise.threshold, w3 >= noise.threshold)
+    )
+    if TRANSPOSED:
+        kept = tl.reshape(tl.permute(kept, (0, 2, 3, 1)), [BLOCK_N, BLOCK_M])
+    else:
+        kept = tl.reshape(kept, [BLOCK_M, BLOCK_N])
+    return tl.where(kept, noise.factor, 0.0)

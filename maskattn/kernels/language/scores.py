@@ -1,0 +1,160 @@
+"""The score, once for every kernel: what becomes of q·k before the softmax.
+
+    score_ij = scale · q_i·k_j − slope · ‖x_i − x_j‖ + bias_j
+
+Scores are kept in units of log2, with log2(e) folded into the scale and the slopes, because exp2 is what the hardware
+has. Those with a key bias, and all of a readout, are *natural*: kept as they are and turned into units of log2 once the
+largest is subtracted, so that a large bias is not rounded by a factor, does not overflow and costs no more digits than
+float32 must.
+
+A program calls ``begin_scores`` once for its sequence and head, ``query_terms`` and ``key_terms`` for each tile, and
+``scores`` for each product. A new term is added here, in ``bundles.py`` and in ``launch/arguments.py``.
+
+Dimension key: M queries of a tile, N keys of a tile; R × C is M × N, or N × M where a kernel works on the transpose.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from maskattn.kernels.language.bundles import (
+    Kept,
+    KeyTerms,
+    Positions,
+    QueryTerms,
+    Scores,
+    Scoring,
+    Tokens,
+)
+from maskattn.kernels.language.dropout import dropout_factors, load_noise
+from maskattn.kernels.language.tiles import (
+    INTERPRETING,
+    LOG2_E,
+    load_row_values,
+    positions_base,
+    tile_offsets,
+    tokens_base,
+)
+
+__all__ = [
+    "begin_scores",
+    "distances",
+    "in_units",
+    "kept_factors",
+    "key_terms",
+    "load_positions",
+    "query_terms",
+    "scores",
+]
+
+
+@triton.jit
+def in_units(x, NATURAL: tl.constexpr):
+    """A factor of the scores in their units."""
+    return x if NATURAL else x * LOG2_E
+
+
+@triton.jit
+def begin_scores(
+    terms, head, sequence, q_start, k_start, INDEX_Q: tl.constexpr, INDEX_K: tl.constexpr, NATURAL: tl.constexpr
+):
+    """The terms of one sequence and head."""
+    bias_ptr, slope, noise = None, 0.0, None
+    query_positions, key_positions = terms.query_positions, terms.key_positions
+    if terms.bias.ptr is not None:
+        bias_ptr = tokens_base(terms.bias, sequence, head, k_start, INDEX_K)
+    if terms.slopes_ptr is not None:
+        slope = in_units(tl.load(terms.slopes_ptr + head).to(tl.float32), NATURAL)
+        q_ptr = positions_base(terms.query_positions, sequence, q_start, INDEX_Q)
+        query_positions = Positions(q_ptr, 0, terms.query_positions.stride_t, terms.query_positions.stride_c)
+        k_ptr = positions_base(terms.key_positions, sequence, k_start, INDEX_K)
+        key_positions = Positions(k_ptr, 0, terms.key_positions.stride_t, terms.key_positions.stride_c)
+    if terms.dropout.seed_ptr is not None:
+        noise = load_noise(terms.dropout, head, sequence)
+    bias = Tokens(bias_ptr, 0, 0, terms.bias.stride_t)
+    return Scoring(terms.scale, slope, bias, query_positions, key_positions, noise)
+
+
+@triton.jit
+def query_terms(scoring, first, rows, inside, INDEXED: tl.constexpr, PARTIAL: tl.constexpr):
+    """What the queries of a tile bring to their scores."""
+    positions = None
+    if scoring.query_positions.ptr is not None:
+        positions = load_positions(scoring.query_positions, first, rows, inside, INDEXED, PARTIAL)
+    return QueryTerms(positions)
+
+
+@triton.jit
+def key_terms(scoring, first, rows, inside, INDEXED: tl.constexpr, PARTIAL: tl.constexpr):
+    """What the keys of a tile bring to their scores."""
+    bias, positions = None, None
+    if scoring.bias.ptr is not None:
+        bias = load_row_values(scoring.bias.ptr, first, rows, scoring.bias.stride_t, inside, 0.0, INDEXED, PARTIAL)
+    if scoring.key_positions.ptr is not None:
+        positions = load_positions(scoring.key_positions, first, rows, inside, INDEXED, PARTIAL)
+    return KeyTerms(bias, positions)
+
+
+@triton.jit
+def scores(qk, scoring, queries, keys, TRANSPOSED: tl.constexpr, SCALE_LATER: tl.constexpr = False):
+    """The scores of a tile.
+
+    Args:
+        qk: the products, [M, N] or transposed.
+        scoring, queries, keys: what ``begin_scores``, ``query_terms`` and ``key_terms`` returned.
+        TRANSPOSED: whether the keys are the rows.
+        SCALE_LATER: leave scores that are nothing but scaled products as they are; otherwise the factor is None.
+    """
+    factor, distance = None, None
+    if SCALE_LATER and keys.bias is None and keys.positions is None:
+        result = qk
+        factor = scoring.scale
+    else:
+        result = qk * scoring.scale
+    if keys.positions is not None:
+        if TRANSPOSED:
+            distance = distances(keys.positions, queries.positions)
+        else:
+            distance = distances(queries.positions, keys.positions)
+        result -= distance * scoring.slope
+    if keys.bias is not None:
+        result += keys.bias[:, None] if TRANSPOSED else keys.bias[None, :]
+    return Scores(result, factor, distance)
+
+
+@triton.jit
+def kept_factors(
+    scoring, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """The dropout factor of each weight of a tile, [M, N] or transposed."""
+    factors = None
+    if scoring.noise is not None:
+        factors = dropout_factors(scoring.noise, first_query, first_key, BLOCK_M, BLOCK_N, TRANSPOSED)
+    return Kept(factors)
+
+
+@triton.jit
+def load_positions(positions, first, rows, inside, INDEXED: tl.constexpr, PARTIAL: tl.constexpr):
+    """The two coordinates of each row of a tile: [BLOCK], [BLOCK]."""
+    shift, offsets = tile_offsets(first, rows, positions.stride_t, INDEXED)
+    pointers = positions.ptr + shift + offsets
+    if PARTIAL:
+        x = tl.load(pointers, mask=inside, other=0.0)
+        y = tl.load(pointers + positions.stride_c, mask=inside, other=0.0)
+    else:
+        x = tl.load(pointers)
+        y = tl.load(pointers + positions.stride_c)
+    return x.to(tl.float32), y.to(tl.float32)
+
+
+@triton.jit
+def distances(rows, columns):
+    """Distances of the positions (x, y) of rows from those of columns, [R, C]; 0 from what has none."""
+    # [R, C]
+    dx = rows[0][:, None] - columns[0][None, :]
+    dy = rows[1][:, None] - columns[1][None, :]
+    squared = dx * dx + dy * dy
+    # On hardware the maximum of NaN and 0 is 0, at half the price of a choice; the interpreter's is NaN.
+    squared = tl.where(squared == squared, squared, 0.0) if INTERPRETING else tl.maximum(squared, 0.0)
+    return tl.sqrt(squared)

@@ -1,0 +1,79 @@
+"""The softmax in steps, and its end: every row sums its weights relative to the largest score so far.
+
+For a query row with running maximum m, sum l and accumulator a, a tile of scores s updates
+
+    m' = max(m, max s)      p = exp(s − m')      l' = l·exp(m − m') + Σ p      a' = a·exp(m − m') + p·V
+
+and in the end out = a / l and lse = m + log l. Scores are natural or in units of log2; see ``scores.py``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from maskattn.kernels.language.tiles import LN_2
+
+__all__ = ["exponential", "finite_or_zero", "power", "row_divisor", "row_lse", "softmax_update"]
+
+
+@triton.jit
+def exponential(difference):
+    """e to the power of a difference of natural scores: on hardware a product and exp2."""
+    return tl.exp(difference)
+
+
+@triton.jit
+def power(difference, NATURAL: tl.constexpr):
+    """e to the power of a difference of scores, whatever their units."""
+    return exponential(difference) if NATURAL else tl.exp2(difference)
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """A maximum to be subtracted from scores: with no score so far, −inf − (−inf) would be NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def softmax_update(
+    scores, factor, maximum, total, AXIS: tl.constexpr, MAY_BE_EMPTY: tl.constexpr, NATURAL: tl.constexpr
+):
+    """One step: weights p like the scores, the factor of what went before, the new maximum and sum.
+
+    Args:
+        scores: a tile, whose rows' keys lie along ``AXIS``.
+        factor: what they must yet be multiplied by, positive; None for 1. It commutes with the maximum, and in p it
+            shares an instruction with the subtraction.
+        maximum, total: of each row so far.
+        MAY_BE_EMPTY: whether a row may have no score above −inf yet.
+        NATURAL: the unit of the scores.
+    """
+    largest = tl.max(scores, AXIS)
+    if factor is not None:
+        largest = largest * factor
+    maximum_new = tl.maximum(maximum, largest)
+    peak = finite_or_zero(maximum_new) if MAY_BE_EMPTY else maximum_new
+    if factor is not None:
+        scores = scores * factor
+    p = power(scores - tl.expand_dims(peak, AXIS), NATURAL)
+    shrunk = power(maximum - peak, NATURAL)
+    return p, shrunk, maximum_new, total * shrunk + tl.sum(p, AXIS)
+
+
+@triton.jit
+def row_divisor(total):
+    """What a is divided by in the end; 1 for a row without keys, whose total is 0."""
+    return tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def row_lse(maximum, total, NATURAL: tl.constexpr):
+    """lse of rows whose keys have all passed, −inf without keys, and what rounding took from it.
+
+    Without what is lost, lse would not tell how many keys share a large score.
+    """
+    logarithm = tl.log(row_divisor(total))
+    largest = maximum if NATURAL else maximum * LN_2
+    finite = tl.where(total == 0.0, 0.0, largest)
+    return largest + logarithm, finite - (finite + logarithm) + logarithm

@@ -1,0 +1,113 @@
+"""Which tile a program works on: the sequences that take longest first, and few programs without work.
+
+A *item* is one tile of one sequence, for all heads. Sequences of unequal length are sorted on the device, by the length
+of the side that passes by, and the programs of one sequence and head stay neighbours, so that its keys stay in the
+cache. The host only knows how many items there can be at most.
+
+Dimension key: B sequences.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from maskattn.kernels.language.tiles import program_position, sequence_bounds
+from maskattn.kernels.launch.arguments import VARYING, bounds_argument
+from maskattn.kernels.launch.rows import Rows
+
+__all__ = ["Work", "find_work", "plan_work"]
+
+# Sequences that a program compares with its own at a time.
+CHUNK = 1024
+
+
+class Work(NamedTuple):
+    """The items of one launch.
+
+    Attributes:
+        items_ptr: (items, 2) int32, the sequence of each item (−1 for none) and that sequence's first item; None where
+            every sequence has ``tiles`` items, in order.
+        tiles: items of the longest sequence.
+        items: in all, at most.
+    """
+
+    items_ptr: Tensor | None
+    tiles: int
+    items: int
+
+
+def plan_work(own: Rows, other: Rows, block: int) -> Work:
+    """Turns for tiles of ``block`` rows of ``own``, each of which takes as long as its sequence is on ``other``."""
+    batch, tiles = own.starts.shape[0], triton.cdiv(own.longest, block)
+    if batch * tiles == 0:
+        return Work(None, tiles, 0)
+    if batch == 1 or (own.all_equal and other.all_equal):
+        return Work(None, tiles, batch * tiles)
+    items = batch * tiles if own.total is None else min(batch * tiles, own.total // block + batch)
+    table = torch.empty(items, 2, dtype=torch.int32, device=own.starts.device)
+    with torch.cuda.device_of(table):
+        schedule_kernel[(batch,)](
+            table, bounds_argument(own), bounds_argument(other), batch, tiles, items, BLOCK=block, CHUNK=CHUNK
+        )
+    return Work(table, tiles, items)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def schedule_kernel(items_ptr, own, other, batch, most_tiles, items, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Write the items of one sequence; the first program also those that are left over."""
+    sequence = tl.program_id(0)
+    _, own_length = sequence_bounds(own.starts_ptr, own.ends_ptr, sequence)
+    _, other_length = sequence_bounds(other.starts_ptr, other.ends_ptr, sequence)
+    # A sequence may be longer than the host was told: it has no more tiles than it was given room for.
+    own_tiles = tl.minimum(tl.cdiv(own_length, BLOCK), most_tiles)
+    first_item, taken = 0, 0
+    for chunk in tl.range(0, batch, CHUNK):
+        # [CHUNK]
+        place = chunk + tl.arange(0, CHUNK)
+        inside = place < batch
+        own_lengths = tl.load(own.ends_ptr + place, mask=inside, other=0) - tl.load(
+            own.starts_ptr + place, mask=inside, other=0
+        )
+        other_lengths = tl.load(other.ends_ptr + place, mask=inside, other=0) - tl.load(
+            other.starts_ptr + place, mask=inside, other=0
+        )
+        tiles = tl.minimum(tl.cdiv(own_lengths, BLOCK), most_tiles)
+        earlier = (other_lengths > other_length) | ((other_lengths == other_length) & (place < sequence))
+        first_item += tl.sum(tl.where(earlier, tiles, 0), 0)
+        taken += tl.sum(tiles, 0)
+    for first in tl.range(0, own_tiles, CHUNK):
+        tile = first + tl.arange(0, CHUNK)
+        written = (tile < own_tiles) & (first_item + tile < items)
+        tl.store(items_ptr + 2 * (first_item + tile), sequence, mask=written)
+        tl.store(items_ptr + 2 * (first_item + tile) + 1, first_item, mask=written)
+    if sequence == 0:
+        for first in tl.range(taken, items, CHUNK):
+            item = first + tl.arange(0, CHUNK)
+            tl.store(items_ptr + 2 * item, -1, mask=item < items)
+            tl.store(items_ptr + 2 * item + 1, 0, mask=item < items)
+
+
+@triton.jit
+def find_work(items_ptr, span, tiles, heads, BLOCK: tl.constexpr):
+    """Tile, head, sequence, the sequence's start and length (0 where there is nothing to do), and item of a program."""
+    if items_ptr is not None:
+        program = tl.program_id(0)
+        sequence = tl.load(items_ptr + 2 * (program // heads))
+        first_item = tl.load(items_ptr + 2 * (program // heads) + 1)
+        idle = sequence < 0
+        sequence = tl.maximum(sequence, 0)
+        start, length = sequence_bounds(span.starts_ptr, span.ends_ptr, sequence)
+        length = tl.where(idle, 0, length)
+        own_tiles = tl.maximum(tl.cdiv(length, BLOCK), 1)
+        within = program - first_item * heads
+        tile, head = within % own_tiles, within // own_tiles
+    else:
+        tile, head, sequence = program_position(tiles, heads)
+        first_item = sequence * tiles
+        start, length = sequence_bounds(span.starts_ptr, span.ends_ptr, sequence)
+    return tile, head, sequence, start, length, first_item + tile

@@ -1,0 +1,47 @@
+"""Which calls the kernels can run.
+
+Dimension key: D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from maskattn.options import Options
+
+__all__ = ["DTYPES", "HEAD_WIDTHS", "supports"]
+
+HEAD_WIDTHS = range(16, 257, 8)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def supports(q: Tensor, options: Options) -> str | None:
+    """Why the kernels cannot run a call, as the end of a sentence that names them; None if they can.
+
+    Args:
+        q: (..., D), the queries.
+        options: what it is called with.
+    """
+    if q.dtype not in DTYPES:
+        return f"needs float32, float16 or bfloat16, got q.dtype={q.dtype}"
+    if q.shape[-1] not in HEAD_WIDTHS:
+        return f"needs a head width of 16 to 256 in steps of 8, got D={q.shape[-1]}"
+    key_bias = options.key_bias
+    if key_bias is not None and not key_bias.is_floating_point():
+        return f"needs a floating key_bias, got key_bias.dtype={key_bias.dtype}"
+    return _missing_on(q.device)
+
+
+@torch.compiler.assume_constant_result
+def _missing_on(device: torch.device) -> str | None:
+    """What the device lacks; a fact of the machine, which torch.compile need not trace."""
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return f"needs a CUDA or ROCm GPU (or Triton's interpreter), got q.device={device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
+    return None

@@ -1,0 +1,83 @@
+"""The one way to look up a configuration: by pass, target, head width, dtype and options.
+
+Dimension key: D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args, overload
+
+import torch
+import triton
+from torch import Tensor
+
+from maskattn.kernels.tables.attention import ATTENTION
+from maskattn.kernels.tables.attention_with_options import ATTENTION_WITH_OPTIONS
+from maskattn.kernels.tables.config import Config, Family, Pass, Precision, ReadoutConfig, ReadoutPass, Target
+from maskattn.kernels.tables.readout import READOUT
+from maskattn.options import Options
+
+__all__ = ["Config", "choose", "look_up", "padded_width", "split_width", "target_of"]
+
+
+def padded_width(head_width: int) -> int:
+    """D rounded up to a power of two, as tiles must be."""
+    return triton.next_power_of_2(head_width)
+
+
+def split_width(head_width: int, config: Config) -> tuple[int, int]:
+    """Columns of the two chunks of a tile, powers of two; the second is 0 where one chunk is no wider than two."""
+    padded = padded_width(head_width)
+    first = padded // 2
+    second = max(16, padded_width(head_width - first)) if head_width > 32 else first
+    return (first, second) if config.split and first + second < padded else (padded, 0)
+
+
+@overload
+def look_up(
+    pass_: Pass, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = ...
+) -> Config: ...
+@overload
+def look_up(
+    pass_: ReadoutPass, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = ...
+) -> ReadoutConfig: ...
+def look_up(
+    pass_: Any, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = False
+) -> Config | ReadoutConfig:
+    """The configuration of a pass on a target.
+
+    Raises:
+        KeyError: there is none; ``supports`` of ``launch/support.py`` says why before it comes to this.
+    """
+    family: Family[Any, Any] = ATTENTION_WITH_OPTIONS if alibi_or_dropout else ATTENTION
+    if pass_ in get_args(ReadoutPass):
+        family = READOUT
+    if target == "interpreter":
+        return family.interpreter[pass_]
+    precision: Precision = "single" if dtype == torch.float32 else "half"
+    return family.table[target, precision][pass_][max(family.narrowest, padded_width(head_width))]
+
+
+@overload
+def choose(pass_: Pass, q: Tensor, options: Options) -> Config: ...
+@overload
+def choose(pass_: ReadoutPass, q: Tensor, options: Options) -> ReadoutConfig: ...
+def choose(pass_: Any, q: Tensor, options: Options) -> Config | ReadoutConfig:
+    """The configuration of a pass for queries (..., D)."""
+    alibi_or_dropout = options.slopes is not None or options.dropout_seed is not None
+    return look_up(pass_, target_of(q.device), q.shape[-1], q.dtype, alibi_or_dropout)
+
+
+def target_of(device: torch.device) -> Target:
+    """The row of the table for a device."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return _target_of_capability(*torch.cuda.get_device_capability(device))
+
+
+def _target_of_capability(major: int, minor: int) -> Target:
+    """The row of the table for a CUDA GPU; the one with the least shared memory where there is none of its own."""
+    targets: dict[tuple[int, int], Target] = {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
+    return targets.get((major, minor), "sm86")

@@ -1,0 +1,104 @@
+"""Tiles of the readout's kernels, by target, padded head width, dtype and pass.
+
+Nothing here is measured on a GPU. The passes are bound by memory, so that a tile need only be large enough for the
+loads in flight to cover the memory's latency: 8 KiB of K and of V, less where a tile would spill registers with every
+option and several queries (triton 3.7.1, compiled ahead of time; ``bench/aot/readout_cases.py`` has the cases).
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from maskattn.kernels.tables.config import Family, ReadoutConfig, ReadoutPass, Rows, Table
+
+__all__ = ["READOUT", "READOUT_TABLE"]
+
+NVIDIA_HALF: Rows[ReadoutPass, ReadoutConfig] = {
+    "readout": {
+        16: ReadoutConfig(128, 4, 2, 4),
+        32: ReadoutConfig(128, 4, 2, 4),
+        64: ReadoutConfig(64, 4, 2, 4),
+        128: ReadoutConfig(32, 4, 2, 4),
+        256: ReadoutConfig(16, 4, 2, 4),
+    },
+    "readout_gradient": {
+        16: ReadoutConfig(64, 8, 2, 2),
+        32: ReadoutConfig(64, 8, 2, 2),
+        64: ReadoutConfig(64, 8, 2, 2),
+        128: ReadoutConfig(32, 8, 2, 2),
+        256: ReadoutConfig(16, 8, 2, 2),
+    },
+    "relevance": {
+        16: ReadoutConfig(64, 8, 2, 2),
+        32: ReadoutConfig(64, 8, 2, 2),
+        64: ReadoutConfig(64, 8, 2, 2),
+        128: ReadoutConfig(32, 8, 2, 2),
+        256: ReadoutConfig(16, 8, 1, 2),
+    },
+}
+NVIDIA_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
+    "readout": {
+        16: ReadoutConfig(64, 8, 2, 2),
+        32: ReadoutConfig(64, 8, 2, 2),
+        64: ReadoutConfig(32, 8, 2, 2),
+        128: ReadoutConfig(16, 8, 2, 2),
+        256: ReadoutConfig(16, 8, 2, 2),
+    },
+    "readout_gradient": {
+        16: ReadoutConfig(32, 8, 2, 2),
+        32: ReadoutConfig(32, 8, 2, 2),
+        64: ReadoutConfig(32, 8, 2, 2),
+        128: ReadoutConfig(16, 8, 2, 2),
+        256: ReadoutConfig(16, 8, 2, 1),
+    },
+    "relevance": {
+        16: ReadoutConfig(16, 8, 1, 2),
+        32: ReadoutConfig(16, 8, 1, 2),
+        64: ReadoutConfig(16, 8, 1, 2),
+        128: ReadoutConfig(16, 8, 1, 2),
+        256: ReadoutConfig(16, 8, 1, 1),
+    },
+}
+AMD_HALF: Rows[ReadoutPass, ReadoutConfig] = {
+    pass_: {
+        16: ReadoutConfig(128, 4, 1, 4),
+        32: ReadoutConfig(128, 4, 1, 4),
+        64: ReadoutConfig(64, 4, 1, 4),
+        128: ReadoutConfig(32, 4, 1, 4),
+        256: ReadoutConfig(16, 4, 1, 4),
+    }
+    for pass_ in ("readout", "readout_gradient", "relevance")
+}
+AMD_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
+    pass_: {
+        16: ReadoutConfig(64, 4, 1, 4),
+        32: ReadoutConfig(64, 4, 1, 4),
+        64: ReadoutConfig(32, 4, 1, 4),
+        128: ReadoutConfig(16, 4, 1, 4),
+        256: ReadoutConfig(16, 4, 1, 4),
+    }
+    for pass_ in ("readout", "readout_gradient", "relevance")
+}
+# Many classes of several queries spilled in the tiles above.
+SM86_HALF: Rows[ReadoutPass, ReadoutConfig] = {
+    **NVIDIA_HALF,
+    "relevance": {**NVIDIA_HALF["relevance"], 64: ReadoutConfig(32, 8, 2, 2)},
+}
+SM100_HALF: Rows[ReadoutPass, ReadoutConfig] = {
+    **NVIDIA_HALF,
+    "relevance": {**NVIDIA_HALF["relevance"], 256: ReadoutConfig(16, 4, 1, 2)},
+}
+READOUT_TABLE: Table[ReadoutPass, ReadoutConfig] = {
+    ("sm80", "half"): NVIDIA_HALF,
+    ("sm86", "half"): SM86_HALF,
+    ("sm90", "half"): NVIDIA_HALF,
+    ("sm100", "half"): SM100_HALF,
+    ("gfx942", "half"): AMD_HALF,
+    ("sm80", "single"): NVIDIA_SINGLE,
+    ("sm86", "single"): NVIDIA_SINGLE,
+    ("sm90", "single"): NVIDIA_SINGLE,
+    ("sm100", "single"): NVIDIA_SINGLE,
+    ("gfx942", "single"): AMD_SINGLE,
+}
+
+READOUT = Family(READOUT_TABLE, dict.fromkeys(get_args(ReadoutPass), ReadoutConfig(64, 4, 1, 4)))
