@@ -23,7 +23,7 @@ from maskattn.kernels.attention import backward, forward
 from maskattn.kernels.launch import descriptors
 from maskattn.kernels.launch.descriptors import describable
 from maskattn.kernels.launch.rows import kept_rows, packed_rows, whole_rows
-from maskattn.kernels.tables.lookup import Config
+from maskattn.kernels.tables.config import Config
 
 DESCRIBED = Config(64, 32, 4, 1, split=True, descriptors=True)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskattn.kernels.attention import forward
 from maskattn.kernels.launch.support import HEAD_WIDTHS
-from maskattn.kernels.tables.lookup import Config
+from maskattn.kernels.tables.config import Config
 from maskattn.options import Options, Sequences
 
 

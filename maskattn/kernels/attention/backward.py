@@ -1,6 +1,6 @@
 """Backward attention, with P recomputed from the row sums that forward left (FlashAttention-2, algorithm 2).
 
-With dO and dlse the gradients of the outputs, s the scale, m the dropout factors and x the places:
+With dO and dlse the gradients of the outputs, s the scale, m the dropout factors and x the positions:
 
     delta_i = Σ_d dO_id out_id − dlse_i       dS_ij = p_ij (m_ij dO_i·v_j − delta_i)
 

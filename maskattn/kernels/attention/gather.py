@@ -72,7 +72,7 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def scatter_rows(rows: Tensor, row_of_token: Tensor) -> Tensor:
-    """Rows put to their places among the tokens, and zeros elsewhere.
+    """Rows put to their positions among the tokens, and zeros elsewhere.
 
     Args:
         rows: (T, ...), any dtype and strides.

@@ -1,7 +1,7 @@
 """The gradient of the queries: dq_i = s Σ_j dS_ij k_j; formulas and words in ``backward.py``.
 
 One program per tile of queries, head and sequence; it also leaves delta and lse in units of the scores for the gradient
-of the keys, and its own part of the gradient of the slopes, −Σ_ij dS_ij ‖x_i − x_j‖.
+of the keys, and its own share of the gradient of the slopes, −Σ_ij dS_ij ‖x_i − x_j‖.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """dq, delta, lse in units of the scores and a part of dslopes, of one tile of queries."""
+    """dq, delta, lse in units of the scores and a share of dslopes, of one tile of queries."""
     NATURAL: tl.constexpr = lse_rest_values.ptr is not None
     INDEX_Q: tl.constexpr = q_bounds.index_ptr is not None
     INDEX_K: tl.constexpr = k_bounds.index_ptr is not None

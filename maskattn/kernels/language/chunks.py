@@ -1,7 +1,7 @@
-"""Tiles of rows in one or two parts, each a power of two wide, so that a head width of 80 costs 64 + 16 and not 128.
+"""Tiles of rows in one or two chunks, each a power of two wide, so that a head width of 80 costs 64 + 16 and not 128.
 
-A tile [BLOCK, D] is a tuple of its parts. Its source is a pointer to the sequence's first row, or (``DESCRIBED``) one
-descriptor for each part, whose bound is the end of the sequence.
+A tile [BLOCK, D] is a tuple of its chunks. Its source is a pointer to the sequence's first row, or (``DESCRIBED``) one
+descriptor for each chunk, whose bound is the end of the sequence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def describe_chunks(base_ptr, length, stride_t, WIDTH, BLOCK: tl.constexpr):
 
 @triton.jit
 def describe_second(base_ptr, bound, stride_t, WIDTH, BLOCK: tl.constexpr):
-    """The descriptor of the second part."""
+    """The descriptor of the second chunk."""
     return tl.make_tensor_descriptor(
         base_ptr + WIDTH.FIRST, [bound, WIDTH.HEAD - WIDTH.FIRST], [stride_t, 1], [BLOCK, WIDTH.SECOND]
     )
@@ -74,7 +74,7 @@ def load_chunk(
     PARTIAL: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """One part of a tile."""
+    """One chunk of a tile."""
     if DESCRIBED:
         tile = source[CHUNK].load([first, 0])
     elif CHUNK == 1:
@@ -87,16 +87,16 @@ def load_chunk(
 
 
 @triton.jit
-def store_chunks(base_ptr, first, rows, stride_t, inside, parts, factor, WIDTH, INDEXED: tl.constexpr):
+def store_chunks(base_ptr, first, rows, stride_t, inside, chunks, factor, WIDTH, INDEXED: tl.constexpr):
     """Write the rows of a tile that lie inside the sequence, times ``factor``, in the tensor's dtype."""
     if WIDTH.SECOND:
-        store_rows(base_ptr, first, rows, stride_t, inside, parts[0] * factor, WIDTH.FIRST, WIDTH.FIRST, INDEXED)
+        store_rows(base_ptr, first, rows, stride_t, inside, chunks[0] * factor, WIDTH.FIRST, WIDTH.FIRST, INDEXED)
         store_rows(
-            base_ptr + WIDTH.FIRST, first, rows, stride_t, inside, parts[1] * factor, WIDTH.HEAD - WIDTH.FIRST,
+            base_ptr + WIDTH.FIRST, first, rows, stride_t, inside, chunks[1] * factor, WIDTH.HEAD - WIDTH.FIRST,
             WIDTH.SECOND, INDEXED,
         )  # fmt: skip
     else:
-        store_rows(base_ptr, first, rows, stride_t, inside, parts[0] * factor, WIDTH.HEAD, WIDTH.FIRST, INDEXED)
+        store_rows(base_ptr, first, rows, stride_t, inside, chunks[0] * factor, WIDTH.HEAD, WIDTH.FIRST, INDEXED)
 
 
 @triton.jit
@@ -107,9 +107,9 @@ def zeros_chunks(WIDTH, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_chunks(parts, factor, WIDTH):
-    """Each part times a factor."""
-    return (parts[0] * factor, parts[1] * factor) if WIDTH.SECOND else (parts[0] * factor,)
+def scale_chunks(chunks, factor, WIDTH):
+    """Each chunk times a factor."""
+    return (chunks[0] * factor, chunks[1] * factor) if WIDTH.SECOND else (chunks[0] * factor,)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Pieces that the attention kernels share: where a program is at work, tiles of rows, and the dot product.
 
-A *side* is the queries or the keys. Sequence b of a side has the positions start to end. Without an index a position is
+Sequence b of the queries, or of the keys, has the positions start to end. Without an index a position is
 the row itself (packed and dense tensors); with one (``INDEXED``) it is looked up, so that the kept tokens of a dense
 tensor are read where they lie.
 
@@ -20,7 +20,6 @@ __all__ = [
     "dot_add",
     "load_row_values",
     "load_rows",
-    "places_base",
     "positions_base",
     "program_position",
     "row_values_base",

@@ -1,7 +1,7 @@
 """The kept rows of dense tensors moved to the front of their sequences, and back.
 
 What lies at the front is read as packed rows are: in whole, aligned tiles, by the copy engine where there is one, and
-with no index. No wait for the device: buffers have the size of the dense tensors, and what is behind the kept rows is
+with no index. No wait for the device: buffers have the size of the dense tensors, and what follows the kept rows is
 neither written nor read.
 
 Dimension key: B sequences, N tokens, H heads, D head width.
@@ -38,7 +38,7 @@ BLOCK_ROWS = 64
 def move_kernel(
     source_tokens,
     result_tokens,
-    span,
+    bounds,
     tiles,
     heads,
     HEAD_WIDTH: tl.constexpr,
@@ -46,28 +46,28 @@ def move_kernel(
     BLOCK: tl.constexpr,
     TO_FRONT: tl.constexpr,
 ):
-    """Move one tile of rows of one head and sequence between their places and the front."""
+    """Move one tile of rows of one head and sequence between their positions and the front."""
     program = tl.program_id(0)
     tile, head, sequence = program % tiles, program // tiles % heads, program // tiles // heads
-    start, length = sequence_bounds(span.starts_ptr, span.ends_ptr, sequence)
+    start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
     first = tile * BLOCK
     if first >= length:
         return
     inside = first + tl.arange(0, BLOCK) < length
-    place = tile_rows(span.index_ptr, start, first, inside, BLOCK, True, True)
+    position = tile_rows(bounds.index_ptr, start, first, inside, BLOCK, True, True)
     in_order = tl.arange(0, BLOCK)
-    # Position 0 of the front is row 0 of the sequence's own part of the buffer.
+    # Position 0 of the front is row 0 of the sequence's own rows of the buffer.
     nothing = start * 0
     if TO_FRONT:
         source_ptr = tokens_base(source_tokens, sequence, head, start, True)
         result_ptr = tokens_base(result_tokens, sequence, head, nothing, False)
-        rows = load_rows(source_ptr, first, place, source_tokens.stride_t, inside, HEAD_WIDTH, BLOCK_D, True, True)
+        rows = load_rows(source_ptr, first, position, source_tokens.stride_t, inside, HEAD_WIDTH, BLOCK_D, True, True)
         store_rows(result_ptr, first, in_order, result_tokens.stride_t, inside, rows, HEAD_WIDTH, BLOCK_D, False)
     else:
         source_ptr = tokens_base(source_tokens, sequence, head, nothing, False)
         result_ptr = tokens_base(result_tokens, sequence, head, start, True)
         rows = load_rows(source_ptr, first, in_order, source_tokens.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
-        store_rows(result_ptr, first, place, result_tokens.stride_t, inside, rows, HEAD_WIDTH, BLOCK_D, True)
+        store_rows(result_ptr, first, position, result_tokens.stride_t, inside, rows, HEAD_WIDTH, BLOCK_D, True)
 
 
 def front_rows(kept: Rows) -> Rows:
@@ -93,7 +93,7 @@ def from_front(x: Tensor, kept: Rows) -> Tensor:
 
 
 def values_to_front(x: Tensor, kept: Rows, token_axis: int) -> Tensor:
-    """Numbers of the tokens, (B, ..., N, ...), the kept ones first; any number behind them."""
+    """Numbers of the tokens, (B, ..., N, ...), the kept ones first; any number after them."""
     return x.gather(token_axis, _index_like(x, kept, token_axis))
 
 

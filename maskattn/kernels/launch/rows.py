@@ -32,7 +32,7 @@ MAX_BLOCK = 128
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one side (queries or keys): sequence b has the positions starts[b] to ends[b].
+    """The rows of the queries or of the keys: sequence b has the positions starts[b] to ends[b].
 
     Attributes:
         starts, ends: (B,) int32.

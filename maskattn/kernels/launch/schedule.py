@@ -1,8 +1,8 @@
 """Which tile a program works on: the sequences that take longest first, and few programs without work.
 
-A *item* is one tile of one sequence, for all heads. Sequences of unequal length are sorted on the device, by the length
-of the side that passes by, and the programs of one sequence and head stay neighbours, so that its keys stay in the
-cache. The host only knows how many items there can be at most.
+An *item* is one tile of one sequence, for all heads. Sequences of unequal length are sorted on the device, by the
+length of the queries or keys that pass by, and the programs of one sequence and head stay neighbours, so that its keys
+stay in the cache. The host only knows how many items there can be at most.
 
 Dimension key: B sequences.
 """
@@ -68,16 +68,16 @@ def schedule_kernel(items_ptr, own, other, batch, most_tiles, items, BLOCK: tl.c
     first_item, taken = 0, 0
     for chunk in tl.range(0, batch, CHUNK):
         # [CHUNK]
-        place = chunk + tl.arange(0, CHUNK)
-        inside = place < batch
-        own_lengths = tl.load(own.ends_ptr + place, mask=inside, other=0) - tl.load(
-            own.starts_ptr + place, mask=inside, other=0
+        position = chunk + tl.arange(0, CHUNK)
+        inside = position < batch
+        own_lengths = tl.load(own.ends_ptr + position, mask=inside, other=0) - tl.load(
+            own.starts_ptr + position, mask=inside, other=0
         )
-        other_lengths = tl.load(other.ends_ptr + place, mask=inside, other=0) - tl.load(
-            other.starts_ptr + place, mask=inside, other=0
+        other_lengths = tl.load(other.ends_ptr + position, mask=inside, other=0) - tl.load(
+            other.starts_ptr + position, mask=inside, other=0
         )
         tiles = tl.minimum(tl.cdiv(own_lengths, BLOCK), most_tiles)
-        earlier = (other_lengths > other_length) | ((other_lengths == other_length) & (place < sequence))
+        earlier = (other_lengths > other_length) | ((other_lengths == other_length) & (position < sequence))
         first_item += tl.sum(tl.where(earlier, tiles, 0), 0)
         taken += tl.sum(tiles, 0)
     for first in tl.range(0, own_tiles, CHUNK):
@@ -93,7 +93,7 @@ def schedule_kernel(items_ptr, own, other, batch, most_tiles, items, BLOCK: tl.c
 
 
 @triton.jit
-def find_work(items_ptr, span, tiles, heads, BLOCK: tl.constexpr):
+def find_work(items_ptr, bounds, tiles, heads, BLOCK: tl.constexpr):
     """Tile, head, sequence, the sequence's start and length (0 where there is nothing to do), and item of a program."""
     if items_ptr is not None:
         program = tl.program_id(0)
@@ -101,7 +101,7 @@ def find_work(items_ptr, span, tiles, heads, BLOCK: tl.constexpr):
         first_item = tl.load(items_ptr + 2 * (program // heads) + 1)
         idle = sequence < 0
         sequence = tl.maximum(sequence, 0)
-        start, length = sequence_bounds(span.starts_ptr, span.ends_ptr, sequence)
+        start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
         length = tl.where(idle, 0, length)
         own_tiles = tl.maximum(tl.cdiv(length, BLOCK), 1)
         within = program - first_item * heads
@@ -109,5 +109,5 @@ def find_work(items_ptr, span, tiles, heads, BLOCK: tl.constexpr):
     else:
         tile, head, sequence = program_position(tiles, heads)
         first_item = sequence * tiles
-        start, length = sequence_bounds(span.starts_ptr, span.ends_ptr, sequence)
+        start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
     return tile, head, sequence, start, length, first_item + tile

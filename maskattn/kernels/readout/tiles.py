@@ -19,14 +19,11 @@ from maskattn.kernels.language.softmax import exponential
 from maskattn.kernels.language.tiles import dot, load_rows, sequence_base
 
 __all__ = [
-    "key_distances",
     "load_lse",
     "load_readout",
-    "load_readout_places",
     "load_row_gradient",
     "products",
     "readout_position",
-    "readout_scores",
     "split_bounds",
     "spread",
     "weighted_sum",

@@ -17,7 +17,13 @@ from maskattn.kernels.tables.config import Config, Family, Pass, Precision, Read
 from maskattn.kernels.tables.readout import READOUT
 from maskattn.options import Options
 
-__all__ = ["Config", "choose", "look_up", "padded_width", "split_width", "target_of"]
+__all__ = [
+    "choose",
+    "look_up",
+    "padded_width",
+    "split_width",
+    "target_of",
+]
 
 
 def padded_width(head_width: int) -> int:
