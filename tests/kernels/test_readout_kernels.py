@@ -12,7 +12,7 @@ from oracles import LENGTHS, cu_seqlens
 from readout_cases import Readout, assert_meets_specification, check, make_readout, run
 
 from maskattn.kernels.launch.support import DTYPES, HEAD_WIDTHS
-from maskattn.kernels.readout import call
+from maskattn.kernels.readout import call, forward
 from maskattn.kernels.readout.forward import readout_forward
 from maskattn.kernels.tables.config import ReadoutConfig
 from maskattn.kernels.tables.lookup import look_up
@@ -121,13 +121,13 @@ def test_any_tile_size(config, queries, device, monkeypatch):
 
 def test_more_splits_than_the_second_kernel_sums_at_a_time(device, monkeypatch):
     force_splits(6, monkeypatch)
-    monkeypatch.setattr(readout, "BLOCK_SPLITS", 4)
+    monkeypatch.setattr(forward, "BLOCK_SPLITS", 4)
     monkeypatch.setattr(call, "choose", lambda *_: ReadoutConfig(16, 4, 1, 4))
     check(make_readout([90], heads=1, head_width=16), device)
 
 
 def test_rows_longer_than_one_program_normalises(device, monkeypatch):
-    monkeypatch.setattr(readout, "BLOCK_TOKENS", 32)
+    monkeypatch.setattr(forward, "BLOCK_TOKENS", 32)
     check(make_readout([90, 20], heads=1, head_width=16), device)
 
 
