@@ -25,6 +25,7 @@ from bench.evidence.figures import lay_over
 from bench.evidence.real_images import SIDE_PX, normalised
 from bench.evidence.real_weights import ENCODERS, load_encoder, missing
 from maskattn.explain import METHODS, AttentionMap
+from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.metrics import background_mass
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.tissue import find_tissue
@@ -47,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("slide", type=Path)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "maskattn-evidence")
-    parser.add_argument("--method", default="integrated-value")
+    parser.add_argument("--method", default=DEFAULT_METHOD)
     parser.add_argument("--picture", type=Path, default=Path("docs/images/real.png"))
     arguments = parser.parse_args()
     why = missing(_ENCODER, arguments.cache)

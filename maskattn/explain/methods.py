@@ -188,7 +188,7 @@ _LIST = (
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _LIST}
-DEFAULT_METHOD = "integrated-value"
+DEFAULT_METHOD = "integrated-norm"
 
 
 def method_named(name: str, levels: bool = False) -> Method:
