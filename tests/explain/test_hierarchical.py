@@ -169,11 +169,12 @@ def bytes_saved_for_backward(model: SlideModel, call) -> int:
     return most
 
 
-def test_memory_of_a_batch_of_tiles_grows_neither_with_their_tokens_nor_with_the_slide():
+@pytest.mark.parametrize("method", ["cdam", "integrated-value"])
+def test_memory_of_a_batch_of_tiles_grows_neither_with_their_tokens_nor_with_the_slide(method):
     model, (tiles, _, keep_HW) = random_model(), small_slide()
     every = torch.ones(4, 4, 4, dtype=torch.bool)
     few = every & (torch.arange(16).view(4, 4) < 2)
-    cdam = HierarchicalCDAM(model)
+    cdam = HierarchicalCDAM(model, method)
     gradient = cdam.tiles(model.encode_tiles(tiles, every), keep_HW).gradient_KTC
     of_batch = [
         bytes_saved_for_backward(model, lambda k=keep: cdam.tokens(tiles[:2], k[:2], gradient[:, :2]))

@@ -64,12 +64,12 @@ def test_the_command_writes_a_picture_and_prints_the_models_scores(vit, weights,
     logits = vit(x)[0]
     said = [line.split(" (")[0] for line in result.stdout.splitlines()]
     assert said[:2] == [f"class {c}: {logits[c].item():.3g}" for c in (3, 1)]
-    assert said[2] == "method      Integrated CDAM, value"
+    assert said[2] == f"method      {METHODS[DEFAULT_METHOD].title}"
     figures = json.loads(out.with_suffix(".json").read_text())
     assert list(figures["maps"]) == ["class 3", "class 1"]
     for c, figure in zip((3, 1), figures["maps"].values(), strict=True):
         assert figure["score"] == pytest.approx(logits[c].item(), rel=1e-4)
-        assert figure["method"] == "Integrated CDAM, value"
+        assert figure["method"] == METHODS[DEFAULT_METHOD].title
         assert figure["map_check"] in ("passed", "weak", "contradicts")
         assert len(figure["drop_most_relevant"]) == len(figure["drop_at_random"]) == 4
     with Image.open(out) as picture:

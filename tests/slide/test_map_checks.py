@@ -11,6 +11,7 @@ import torch
 
 from maskattn.cli.reporting import map_warnings
 from maskattn.explain.map_check import SHARES, MapCheck
+from maskattn.explain.methods import DEFAULT_METHOD, METHODS
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide import pipeline
 from maskattn.slide.manifest import SlideJob
@@ -33,7 +34,7 @@ def test_a_prediction_tells_of_each_map_its_method_its_sum_and_what_dropping_til
     with h5py.File(folder / "relevance.h5") as file:
         relevance_KT = torch.from_numpy(file["tiles/relevance"][:])
     for index, of_map in enumerate(maps.values()):
-        assert of_map["method"] == "Integrated CDAM, value"
+        assert of_map["method"] == METHODS[DEFAULT_METHOD].title
         assert of_map["sum_of_tiles"] == pytest.approx(float(relevance_KT[index].sum()), abs=1e-5)
         accounted = of_map["sum_of_tiles"] + of_map["on_class_token"] + of_map["gap"]
         assert accounted == pytest.approx(of_map["score_less_baseline"], abs=1e-4)
