@@ -76,10 +76,8 @@ def test_options_go_together(pair, queries, device):
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_option_at_once(dtype, queries, device):
-    readout = make_readout(
-        [70, 0], queries, dtype=dtype, bias="per_head", alibi=True, dropout=True, grad_rows=True, scale=-0.3
-    )
-    check(readout, device)
+    options = {"bias": "per_head", "alibi": True, "dropout": True, "grad_rows": True, "scale": -0.3}
+    check(make_readout([70, 0, 66, 41] * 2, queries, dtype=dtype, **options), device)
 
 
 WIDTHS_AND_DTYPES = [
