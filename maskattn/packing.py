@@ -218,7 +218,7 @@ def _read_mask(keep_BN: Tensor) -> Packing:
     row = kept.cumsum(0, dtype=torch.int32) - 1
     counts = _read(lengths, keep_BN)
     total = sum(counts)
-    # Like kept.nonzero(), which would wait for the device again; background goes to one place behind the end.
+    # Like kept.nonzero(), which would wait for the device again; background goes to one row past the end.
     tokens = torch.arange(kept.shape[0], device=kept.device)
     indices = tokens.new_empty(total + 1).scatter_(0, row.where(kept, total).long(), tokens)[:total]
     return Packing(

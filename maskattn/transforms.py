@@ -39,7 +39,7 @@ def transformable(
     Args:
         operation: takes tensors and constants, returns a tensor or a tuple of tensors.
         save: called as save(ctx, inputs, output), as ``torch.library.register_autograd`` has it.
-        backward: called as backward(ctx, *gradients of the outputs), likewise.
+        backward: called as backward(ctx, *gradients of the outputs), as an autograd function's is.
         tangent: called as tangent(ctx, *tangents of the inputs), None for those without; returns the outputs'.
         vmap: called as vmap(call, info, in_dims, *inputs), see ``torch.library.register_vmap``; None takes the samples
             one after another.

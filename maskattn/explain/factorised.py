@@ -161,7 +161,7 @@ def join_patches(
     """Maps of patches at their places in maps of regions; 0 where no patch was kept.
 
     Args:
-        values_Tss: (T, s, s), of the kept patches; further axes stay behind.
+        values_Tss: (T, s, s), of the kept patches; further axes stay last.
         packing: where the patches lie in (B, n·m).
         grid_HW: (n, m).
     """

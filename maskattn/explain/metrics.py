@@ -90,7 +90,7 @@ def removal_curves(
     share_Q = torch.linspace(0, 1, steps + 1, device=inputs.device)
     kept_B1 = keep_BN.sum(dim=1, keepdim=True)
     removed_BQ = (share_Q * kept_B1).round()
-    relevance = maps_BHW.flatten(1).masked_fill(~keep_BN, -torch.inf)  # background comes last, behind all kept tokens
+    relevance = maps_BHW.flatten(1).masked_fill(~keep_BN, -torch.inf)  # background comes last, after all kept tokens
     rank_BN = relevance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     gone = rank_BN[:, None] < removed_BQ[..., None], (kept_B1 - 1 - rank_BN)[:, None] < removed_BQ[..., None]
     keep_SN = (keep_BN[:, None] & ~torch.stack(gone)).flatten(0, 2)  # [2 · B · Q, N]

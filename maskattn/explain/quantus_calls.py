@@ -43,7 +43,7 @@ def explain_for_quantus(
         options: what else Quantus hands over (``device``) is not needed: the model says where it is.
 
     Returns:
-        (B, 1, X, Y): the value of a pixel is that of its token; 0 behind the last whole token.
+        (B, 1, X, Y): the value of a pixel is that of its token; 0 beyond the last whole token.
 
     Raises:
         TypeError, ValueError: the model cannot be explained, or inputs or targets do not fit it.

@@ -285,7 +285,7 @@ class PatchEmbedding(nn.Module):
         in_chans: channels of the images.
         dim: C.
         bias: whether the layer has one.
-        act: an activation behind it, as encoders of embeddings have; None: no.
+        act: an activation after it, as encoders of embeddings have; None: no.
     """
 
     def __init__(self, patch_size: int, in_chans: int, dim: int, bias: bool = True, act: str | None = None) -> None:
@@ -314,7 +314,7 @@ class PatchEmbedding(nn.Module):
         return patches[packing.sequence_of_token, token // width, token % width].flatten(1)
 
     def grid_of(self, images_BIHW: Tensor) -> tuple[int, int]:
-        """Rows and columns of tokens in these images; what lies behind the last whole patch is dropped, as timm does.
+        """Rows and columns of tokens in these images; what lies beyond the last whole patch is dropped, as timm does.
 
         Raises:
             ValueError: they are not (B, in_chans, X, Y), or smaller than a patch.
@@ -327,6 +327,6 @@ class PatchEmbedding(nn.Module):
         return shape[2] // p, shape[3] // p
 
     def whole_patches(self, images_BIXY: Tensor) -> Float[Tensor, "B I X Y"]:
-        """The images without the rows and columns behind the last whole patch."""
+        """The images without the rows and columns beyond the last whole patch."""
         height, width = self.grid_of(images_BIXY)
         return images_BIXY[:, :, : height * self.patch_size, : width * self.patch_size]

@@ -59,7 +59,7 @@ def load_vit(
         ValueError: ``num_heads`` is missing, or is given where the model says it.
         FileNotFoundError: there is no such file.
         PermissionError: the hub wants an agreement or a login first; the message says what to do.
-        ConnectionError: the hub cannot be reached and the model is not in the cache; likewise.
+        ConnectionError: the hub cannot be reached and the model is not in the cache; the message says what to do.
         UnsupportedModelError: a ValueError that names every part that ours has not.
     """
     name = str(source)
@@ -179,10 +179,10 @@ def _load_transformers(
     import transformers
 
     if config["model_type"] in CLIP_FAMILIES:
-        # AutoModel would leave the projection behind.
+        # AutoModel would leave the projection out.
         tower = transformers.CLIPVisionModelWithProjection.from_pretrained(name, **arguments)
         return from_transformers(tower, impl=impl)
-    # AutoModel would leave a classifier's head behind.
+    # AutoModel would leave a classifier's head out.
     classifies = any(kind.endswith("ForImageClassification") for kind in config.get("architectures") or ())
     loader = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
     return from_transformers(loader.from_pretrained(name, **arguments), impl=impl)

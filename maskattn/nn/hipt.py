@@ -95,7 +95,7 @@ class HIPT(nn.Module):
 
         Args:
             patch_weights: ``vit256_small_dino.pth``, or a file of that layout.
-            region_weights: ``vit4k_xs_dino.pth``, likewise.
+            region_weights: ``vit4k_xs_dino.pth``, in the same way.
             num_classes: K.
             impl: implementation of the attention; None takes the best.
 

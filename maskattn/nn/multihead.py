@@ -121,7 +121,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Args:
             query: (L, B, E), or (B, L, E) if ``batch_first``, or (L, E).
-            key, value: likewise with S and kdim or vdim.
+            key, value: laid out as the query, with S tokens of width kdim or vdim.
             key_padding_mask: (B, S), or (S,); bool, True = ignore the key; or float, added to its scores,
                 differentiable.
             need_weights: also return the attention weights, the one thing here of size L·S; ask for False otherwise,

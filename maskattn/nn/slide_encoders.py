@@ -40,7 +40,7 @@ _GIGAPATH = [
         (r"^encoder\.layer_norm\.", "norm."),
     )
 ]
-# TITAN's pooling for captions, behind the encoder.
+# TITAN's pooling for captions, after the encoder.
 _TITAN_LEFT_OUT = re.compile(r"(?:^|\.)(?:attn_pool|attn_pool_contrastive)\.|(?:^|\.)proj$")
 
 
@@ -96,7 +96,7 @@ def from_gigapath(
 def from_titan(checkpoint: Mapping[str, Any], *, num_heads: int = 12, impl: str | None = None) -> VisionTransformer:
     """TITAN's vision encoder: tile embeddings, class token, 2-D ALiBi.
 
-    The attention pooling and projection behind it, which align it with text, are left out: the output is the class
+    The attention pooling and projection after it, which align it with text, are left out: the output is the class
     token after the last norm.
 
     Args:

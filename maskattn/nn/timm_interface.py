@@ -66,7 +66,7 @@ class TimmInterface(nn.Module):
             global_pool: another pool; None keeps the one there is. Norms stay where they are, as in timm.
 
         Raises:
-            ValueError: the model has not what the pool needs, or a norm of another width stands behind the pool.
+            ValueError: the model has not what the pool needs, or a norm of another width stands after the pool.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in ("token", "avg", "map", "token_avg", ""):
@@ -78,7 +78,7 @@ class TimmInterface(nn.Module):
         fc_norm = getattr(self, "fc_norm", None)
         if isinstance(fc_norm, nn.LayerNorm) and (pool == "token_avg") != (self.global_pool == "token_avg"):
             raise ValueError(
-                f"the norm behind the pool has {fc_norm.normalized_shape[0]} channels, and global_pool={pool!r} gives "
+                f"the norm after the pool has {fc_norm.normalized_shape[0]} channels, and global_pool={pool!r} gives "
                 "another number; build the model with that pool"
             )
         if pool != "map":

@@ -51,26 +51,27 @@ class VisionTransformer(TimmInterface):
         num_classes: outputs of the head; 0: no head, pooled features come out.
         global_pool: "token" (class token), "avg" (mean of the kept grid tokens), "map" (attention pooling of the kept
             grid tokens), "token_avg" (class token and mean, side by side) or "" (every token, (B, P + N, ...)).
-        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, proj_bias: as ever.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, proj_bias: as in timm's
+            ``VisionTransformer``.
         scale_attn_norm, scale_mlp_norm: a norm before the attention's projection, before the MLP's second layer.
         init_values: start of LayerScale; None: no LayerScale.
         class_token: whether there is one; needed for global_pool="token" and "token_avg".
         no_embed_class: the position embedding has entries for grid tokens only.
         reg_tokens: number of register tokens.
         pre_norm: normalise before the blocks; the patch embedding then has no bias.
-        final_norm: whether there is a norm behind the blocks.
+        final_norm: whether there is a norm after the blocks.
         fc_norm: normalise after pooling instead of before it; None: where global_pool is "avg", as timm does.
         pos_embed: "learn", "none", "sine" (absolute 2-D sines), "rotary", "learn_rotary" (both) or "alibi" (2-D ALiBi).
         pos_embed_resample: convention for other grids: "timm", "dino" or "transformers" (:mod:`maskattn.nn.positions`).
         rope_theta: base of the rotary frequencies.
         rope_grid: rotary positions that count tokens (:class:`maskattn.nn.positions.RotaryGrid`); None: DINOv3's.
         dynamic_img_size: take images of any size; False: of img_size alone.
-        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout before the head, behind the
-            positions, behind projections, of attention weights; stochastic depth, growing to this share.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout before the head, after the
+            positions, after projections, of attention weights; stochastic depth, growing to this share.
         act_layer: "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu".
         mlp_layer: "mlp", "swiglu_packed" (timm's SwiGLUPacked; mlp_ratio counts both halves) or "swiglu".
         norm_eps: ε of every norm.
-        embed_act: an activation behind the patch embedding, as encoders of embeddings have; None: no.
+        embed_act: an activation after the patch embedding, as encoders of embeddings have; None: no.
         impl: implementation of the attention; None takes the best.
 
     Raises:
@@ -178,7 +179,7 @@ class VisionTransformer(TimmInterface):
         """Predict.
 
         Args:
-            x: (B, in_chans, X, Y) images; rows and columns behind the last whole patch are dropped. Or what
+            x: (B, in_chans, X, Y) images; rows and columns beyond the last whole patch are dropped. Or what
                 :meth:`embed` or :meth:`embed_patches` made of them, without ``keep``.
             keep: (B, H·W) or (B, H, W) bool over grid tokens, True = the token takes part; None keeps all.
 
@@ -283,7 +284,7 @@ class VisionTransformer(TimmInterface):
         return self.classify(self.norm(token_B1C[:, 0]))
 
     def classify(self, pooled: Tensor, pre_logits: bool = False) -> Tensor:
-        """What is behind the pooling: a norm where it stands there, and the head unless ``pre_logits``."""
+        """What comes after the pooling: a norm where it stands there, and the head unless ``pre_logits``."""
         read = self.head_drop(self.fc_norm(pooled))
         return read if pre_logits else self.head(read)
 

@@ -11,6 +11,7 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
+from maskattn.dropout import dropout_threshold
 from maskattn.kernels.language.bundles import (
     NO_POSITIONS,
     Bounds,
@@ -123,7 +124,7 @@ def bounds_argument(rows: Rows) -> Bounds:
 
 def dropout_argument(options: Options) -> Dropout:
     """Of the options; its seed is None where nothing is dropped."""
-    threshold = min(round(options.dropout_p * 2**32), 2**32 - 1)
+    threshold = dropout_threshold(options.dropout_p)
     # The same bits whatever the share, so that no share has a kernel of its own.
     signed = threshold - 2**32 if threshold >= 2**31 else threshold
     return Dropout(options.dropout_seed, signed, 1 / (1 - options.dropout_p))

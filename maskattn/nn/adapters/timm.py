@@ -1,6 +1,6 @@
 """From timm's vision transformers to ours: the same weights, names and outputs, and background that costs nothing.
 
-A model is read part by part. What we do not have is refused by name, never left out: a model that converts gives timm's
+A model is read part by part. What we do not have is refused, with its name, and never left out: a model that converts gives timm's
 outputs to float rounding.
 """
 
@@ -67,7 +67,7 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
     if global_pool is not None:
         if not isinstance(model.head, nn.Identity):
             refuse(kind, [f"it has a head, trained on global_pool={model.global_pool!r}, got {global_pool!r}"])
-        # A norm before the pooling stays there, as one behind it does.
+        # A norm before the pooling stays there, as one after it does.
         arguments = {**arguments, "global_pool": global_pool}
     trains = {own_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
     shares = [getattr(block.drop_path1, "drop_prob", 0.0) for block in cast(Any, model).blocks]

@@ -2,7 +2,7 @@
 
 EVA-02 rotates neighbouring channels, ours a channel with the one half a head further on. Scores do not see the order of
 a head's channels, so that those of its queries and keys are reordered. Other Evas mix rotations or normalise elsewhere,
-and are refused by name.
+and are refused with the name of the part.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ _OUTSIDE = {
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
 }
-# Used in pre-training or behind the features alone.
+# Used in pre-training or after the features alone.
 _LEFT_OUT = re.compile(r"^(?:embeddings\.mask_token|pooler\.|rope_embeddings\.)")
 
 
@@ -67,7 +67,7 @@ def from_transformers(
 
     Without a classifier its output is the class token after the last norm, ``last_hidden_state[:, 0]``, or for I-JEPA,
     which has none, the mean of all tokens; ``forward_features`` gives ``last_hidden_state``. With one it is the logits.
-    ViT's pooler (a dense layer and tanh behind the class token) is left out. Weights are copied; device, dtype and mode
+    ViT's pooler (a dense layer and tanh after the class token) is left out. Weights are copied; device, dtype and mode
     are kept. DINOv3's random shifts of positions in training are not done.
 
     Args:
@@ -108,7 +108,7 @@ def from_transformers(
             refuse(kind, [f"it has a classifier, trained on {arguments['global_pool']!r}, got {global_pool!r}"])
         arguments["global_pool"] = global_pool
     if config.model_type == "dinov2_with_registers":
-        # Registers come behind the positions: the class token takes its own along.
+        # Registers are added after the positions: the class token takes its own along.
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
     depth = arguments["depth"]
