@@ -1,4 +1,4 @@
-"""What users compare CDAM with, with the same interface: gradients at the pixels, occlusion and ablation.
+"""What users compare CDAM with, all with its interface: gradients at the pixels, occlusion and ablation.
 
 captum computes what it has (Input×Gradient, Integrated Gradients, SmoothGrad); its layer-wise relevance propagation has
 no rule for attention, so that partial LRP is not offered here. Pixels' relevance is summed over each token.

@@ -1,7 +1,7 @@
 """From timm's vision transformers to ours: the same weights, names and outputs, and background that costs nothing.
 
-A model is read part by part. What we do not have is refused, with its name, and never left out: a model that converts gives timm's
-outputs to float rounding.
+A model is read part by part. What we do not have is refused, with its name, and never left out: a model that converts
+gives timm's outputs to float rounding.
 """
 
 from __future__ import annotations
