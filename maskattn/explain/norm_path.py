@@ -1,10 +1,10 @@
 """The path α·T, 0 ≤ α ≤ 1, in one pass over keys and values, for models whose prediction reads the class token alone.
 
 T is the input of the last block's attention. Along the path keys and values are affine in α: k_α = α(k − b_k) + b_k,
-and v_α in the same way. In the class token's scores q_α·k_α = (α q_α)·k + (1 − α) q_α·b_k the last term is the same
-for every token and drops out of the softmax, so that the attention row at α is a readout of the *unscaled* keys by the query
-α q_α; and the output is o_α = α(o − b_v) + b_v, o being what that readout reads of the unscaled values. With g_c the
-gradient of score c at o_α, the integrand of token i is
+and v_α in the same way. In the class token's scores q_α·k_α = (α q_α)·k + (1 − α) q_α·b_k the last term is the same for
+every token and drops out of the softmax, so that the attention row at α is a readout of the *unscaled* keys by the
+query α q_α; and the output is o_α = α(o − b_v) + b_v, o being what that readout reads of the unscaled values. With g_c
+the gradient of score c at o_α, the integrand of token i is
 
     a_i · [ (v_i − b_v)·g_c + ((v_i − o)·g_c) · ((k_i − b_k)·α q_α) ]   (a head's part; scores scaled by 1/√D),
 

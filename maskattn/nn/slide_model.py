@@ -40,8 +40,8 @@ class SlideModelConfig:
         tile_px: side of a tile as the tile encoder sees it.
         spacing_um: µm per pixel of such a tile.
         tile_encoder: arguments of its :class:`VisionTransformer` (num_classes must stay 0).
-        slide_encoder: arguments of the slide encoder; patch_size 1, in_chans the tile encoder's width and num_classes K are
-            filled in.
+        slide_encoder: arguments of the slide encoder; patch_size 1, in_chans the tile encoder's width and num_classes
+            K are filled in.
         masked: background takes no part; False makes the plain twin, which attends to the glass.
         min_token_fraction: a token is kept if more than this share of its area is tissue.
         pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1].
