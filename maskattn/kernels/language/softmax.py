@@ -12,15 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maskattn.kernels.language.tiles import LN_2
+from maskattn.kernels.language.tiles import LN_2, LOG2_E
 
 __all__ = ["exponential", "finite_or_zero", "power", "row_divisor", "row_lse", "softmax_update"]
 
 
 @triton.jit
 def exponential(difference):
-    """e to the power of a difference of natural scores: on hardware a product and exp2."""
-    return tl.exp(difference)
+    """e to the power of a difference of natural scores; tl.exp would spend instructions on denormal numbers."""
+    return tl.exp2(difference * LOG2_E)
 
 
 @triton.jit
