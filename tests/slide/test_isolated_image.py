@@ -62,6 +62,14 @@ def test_an_isolated_reader_sees_what_a_plain_one_sees(slide: DrawnSlide) -> Non
         np.testing.assert_array_equal(copy.thumbnail(100), plain.thumbnail(100))
 
 
+def test_a_relative_path_is_of_the_folder_that_this_process_is_in(slide: DrawnSlide, monkeypatch) -> None:
+    with SlideReader(slide.path, isolated=True) as first:  # starts the server of decoding processes, if none is yet
+        expected = first.info
+    monkeypatch.chdir(slide.path.parent)
+    with SlideReader(Path(slide.path.name), isolated=True) as reader:
+        assert reader.info.width_px == expected.width_px
+
+
 def test_pixels_that_shared_memory_cannot_hold_come_all_the_same(
     slide: DrawnSlide, process: list[DecodingProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,7 +102,8 @@ class IsolatedImage:
     associated_images: tuple[str, ...]
 
     def __init__(self, decoding: IsolatedDecoding, path: Path, *arguments: Any) -> None:
-        self._decoding, self._path, self._arguments = decoding, path, arguments
+        # The decoding process stays where the first of its kind was started, whatever folder this one is in by now.
+        self._decoding, self._path, self._arguments = decoding, path.absolute(), arguments
         self._process: DecodingProcess | None = None
         self._open()
 
