@@ -24,7 +24,7 @@ TABLE: Table[Pass, Config] = {
         "query_gradient": {
             16: Config(64, 64, 4, 3),
             32: Config(64, 64, 4, 3),
-            64: Config(128, 64, 8, 2, split=True),
+            64: Config(128, 32, 8, 2, split=True),
             128: Config(128, 32, 8, 2, split=True),
             256: Config(64, 32, 8, 2, split=True),
         },
@@ -163,7 +163,7 @@ TABLE: Table[Pass, Config] = {
             16: Config(128, 64, 4, 2),
             32: Config(128, 64, 8, 2, descriptors=True),
             64: Config(128, 64, 4, 2, split=True, descriptors=True),
-            128: Config(128, 64, 4, 2, split=True),
+            128: Config(128, 64, 8, 2, split=True),
             256: Config(128, 32, 8, 1, split=True),
         },
         "key_gradient": {

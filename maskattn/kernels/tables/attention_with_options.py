@@ -70,7 +70,7 @@ TABLE_WITH_OPTIONS: Table[Pass, Config] = {
             256: Config(16, 16, 4, 1),
         },
         "query_gradient": {
-            64: Config(32, 32, 8, 1, split=True),
+            64: Config(32, 16, 8, 1, split=True),
             128: Config(16, 16, 8, 1, split=True),
             256: Config(32, 16, 16, 1),
         },
@@ -99,7 +99,7 @@ TABLE_WITH_OPTIONS: Table[Pass, Config] = {
     },
     ("sm90", "single"): {
         "forward": {
-            64: Config(64, 32, 8, 1, split=True),
+            64: Config(64, 16, 8, 1, split=True),
             128: Config(32, 16, 8, 1, split=True),
             256: Config(32, 16, 8, 1),
         },
@@ -133,7 +133,7 @@ TABLE_WITH_OPTIONS: Table[Pass, Config] = {
     },
     ("sm100", "single"): {
         "forward": {
-            64: Config(64, 32, 8, 1, split=True),
+            64: Config(64, 16, 8, 1, split=True),
             128: Config(32, 16, 8, 1, split=True),
             256: Config(32, 16, 8, 1, split=True),
         },
@@ -155,8 +155,8 @@ TABLE_WITH_OPTIONS: Table[Pass, Config] = {
             256: Config(64, 16, 8, 1, split=True),
         },
         "query_gradient": {
-            64: Config(128, 32, 8, 1),
-            128: Config(64, 32, 8, 1, split=True),
+            64: Config(128, 16, 8, 1),
+            128: Config(64, 16, 8, 1, split=True),
             256: Config(64, 16, 8, 1, split=True),
         },
         "key_gradient": {
@@ -172,7 +172,7 @@ TABLE_WITH_OPTIONS: Table[Pass, Config] = {
             256: Config(32, 16, 8, 1, split=True),
         },
         "query_gradient": {
-            64: Config(64, 32, 8, 1, split=True),
+            64: Config(64, 16, 8, 1, split=True),
             128: Config(32, 16, 8, 1, split=True),
             256: Config(16, 16, 4, 1, split=True),
         },

@@ -31,7 +31,7 @@ NVIDIA_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     "relevance": {
         16: ReadoutConfig(64, 8, 2, 2),
         32: ReadoutConfig(64, 8, 2, 2),
-        64: ReadoutConfig(64, 8, 2, 2),
+        64: ReadoutConfig(32, 8, 2, 2),
         128: ReadoutConfig(32, 8, 2, 2),
         256: ReadoutConfig(16, 8, 1, 2),
     },
@@ -54,7 +54,7 @@ NVIDIA_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
     "relevance": {
         16: ReadoutConfig(16, 8, 1, 2),
         32: ReadoutConfig(16, 8, 1, 2),
-        64: ReadoutConfig(16, 8, 1, 2),
+        64: ReadoutConfig(32, 8, 1, 2),
         128: ReadoutConfig(16, 8, 1, 2),
         256: ReadoutConfig(16, 8, 1, 1),
     },
