@@ -45,7 +45,7 @@ def page() -> str:
 
 
 def _public(module: object) -> list[str]:
-    return [name for name in module.__all__ if not name.startswith("__")]  # type: ignore[attr-defined]
+    return [name for name in module.__all__ if not name.startswith("__")]  # type: ignore[attr-defined]  # a module
 
 
 def _first_line(value: object) -> str:

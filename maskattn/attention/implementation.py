@@ -186,7 +186,7 @@ def _remedy(options: Options) -> str:
 
 def _undeclared(impl: str, kind: type[Options]) -> tuple[tuple[str, str, Any], ...]:
     """The options that an implementation does not declare: name of the field, its name in messages, its default."""
-    return _compared(impl, kind)  # type: ignore[arg-type]
+    return _compared(impl, kind)  # type: ignore[arg-type]  # mypy does not take a class for a hashable
 
 
 @functools.cache
@@ -216,4 +216,4 @@ def _looked_for(impl: str) -> str | None:
 
 # What torch.compiler.assume_constant_result does; but that imports the whole compiler, which takes as long as torch.
 for _constant in (_not_installed, _undeclared):
-    setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010
+    setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010 (a name that mypy does not know)

@@ -70,7 +70,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         options = [parameter] if parameter.name != "settings" else map(_parameter, _FIELDS.values())
         parameters += (option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options)
-    filled.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    filled.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # of functions, too
     filled.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return filled
 
