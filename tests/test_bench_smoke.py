@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -142,16 +143,22 @@ def test_the_device_clock_gives_the_seconds_between_two_events_of_one_round(monk
         def elapsed_time(self, later):
             return later.at_ms - self.at_ms
 
-    cache = torch.ones(4)
+    cache, held = torch.ones(4), []
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: cache)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", held.append)
     clock = DeviceClock()
     for _ in range(2):
         cache.fill_(1)
         assert clock() == 0
         assert not cache.any()
+        time.sleep(0.003)
         assert clock() == 0.005
+    # The device is held back for longer than the call before took to return, which is no part of its time.
+    assert 0.003 < clock.host_seconds() < 0.1
+    assert held[1] > held[0]
+    assert held[1] / 2e9 > 0.003
     clock()
     clock.reset()
     assert clock() == 0

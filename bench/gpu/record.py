@@ -23,7 +23,10 @@ __all__ = ["Recorder", "Row", "is_ours", "read_rows", "table"]
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one case; times of one call, TFLOP/s over kept tokens, memory beyond the inputs."""
+    """One contender on one case: times of one call on the device, TFLOP/s over kept tokens, memory beyond the inputs.
+
+    ``host_us`` is how long the call takes until it returns: on a GPU, before the device has begun.
+    """
 
     family: str
     direction: str
@@ -43,6 +46,7 @@ class Row:
     rounds: int | None = None
     tflops: float | None = None
     gbytes_per_s: float | None = None
+    host_us: float | None = None
     peak_mib: float | None = None
     device: str = ""
     torch: str = ""
@@ -61,7 +65,13 @@ def is_ours(contender: str) -> bool:
 
 
 class Recorder:
-    """Collects rows and appends each to a CSV at once, so that a run that is cut short keeps what it measured."""
+    """Collects rows and appends each to a CSV at once, so that a run that is cut short keeps what it measured.
+
+    Args:
+        path: of the CSV. Where it is there, its rows are kept, but for those that were left out for want of time.
+        device: "cpu" or "cuda".
+        commit: what is measured, where the checkout has no git history.
+    """
 
     def __init__(self, path: Path | None, device: str, commit: str = ""):
         self.rows: list[Row] = []
@@ -69,8 +79,22 @@ class Recorder:
         self._versions = versions(device) | ({"commit": commit} if commit else {})
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                self.rows = [row for row in read_rows(path) if row.status != "left out"]
             with path.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow([field.name for field in fields(Row)])
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow([field.name for field in fields(Row)])
+                writer.writerows([_cell(value) for value in asdict(row).values()] for row in self.rows)
+
+    def has(self, case: Case, contender: str) -> bool:
+        """Whether an earlier call recorded it, of the same sources on the same device."""
+        wanted = (case.family, case.direction, case.variant, *asdict(case.point).values())
+        return any(
+            row.place == wanted
+            and row.contender == contender
+            and all(getattr(row, name) == value for name, value in self._versions.items())
+            for row in self.rows
+        )
 
     def add(self, case: Case, contender: str, status: str, reason: str = "", **figures: float) -> Row:
         """Record a row: status "ok", "ran" (untimed), "skipped", "failed" or "left out"."""

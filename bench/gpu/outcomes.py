@@ -1,0 +1,81 @@
+"""What became of each test or command: a log that many processes append to, and that a later call goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["Outcome", "OutcomeLog", "fingerprint"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one test or command.
+
+    Attributes:
+        name: its node id, or the command's name.
+        outcome: "begun", "passed", "failed", "skipped", "crashed" (its process died) or "timed out".
+        seconds: how long it took.
+        reason: why it did not pass.
+    """
+
+    name: str
+    outcome: str
+    seconds: float
+    reason: str = ""
+
+
+class OutcomeLog:
+    """A file of outcomes, a line of JSON each; those of other sources are passed over.
+
+    Args:
+        path: of the file; it need not be there.
+        of: the fingerprint of the sources that are tested.
+    """
+
+    def __init__(self, path: Path, of: str) -> None:
+        self.path, self.of = path, of
+
+    def add(self, outcome: Outcome) -> None:
+        """Append a line in one write, which other processes cannot come between."""
+        line = json.dumps({"of": self.of, **asdict(outcome)}) + "\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def latest(self) -> dict[str, Outcome]:
+        """Name → its latest outcome; "begun" where it never ended."""
+        if not self.path.exists():
+            return {}
+        found: dict[str, Outcome] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                # The last line of a machine that was taken away.
+                continue
+            if values.pop("of") == self.of:
+                outcome = Outcome(**values)
+                found[outcome.name] = outcome
+        return found
+
+    def ended(self) -> dict[str, Outcome]:
+        """Those of :meth:`latest` that ended."""
+        return {name: outcome for name, outcome in self.latest().items() if outcome.outcome != "begun"}
+
+
+def fingerprint(root: Path, folders: Iterable[str] = ("maskattn", "csrc", "tests", "bench/gpu")) -> str:
+    """12 hex digits of a hash over the sources: what is measured, also where the checkout has no git history."""
+    digest = hashlib.sha256()
+    kinds = {".py", ".cpp", ".hpp", ".mk"}
+    for folder in folders:
+        for path in sorted(path for path in (root / folder).rglob("*") if path.suffix in kinds):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
