@@ -1,21 +1,33 @@
-"""Layers and models that stay packed: multi-head attention, the vision transformer and the slide model."""
+"""Layers and models that stay packed: multi-head attention, the vision transformer, encoders of tiles, the slide model.
 
-from maskattn.nn.adapters import from_timm, from_transformers, register_attention
-from maskattn.nn.checkpoints import from_state_dict, load_vit
-from maskattn.nn.hipt import HIPT
-from maskattn.nn.layer_groups import layer_groups
-from maskattn.nn.multihead import MultiheadAttention
-from maskattn.nn.random_masks import drop_random_tokens
-from maskattn.nn.replace import replace_attention
-from maskattn.nn.slide_encoders import encode_placed_tiles, from_gigapath, from_titan
-from maskattn.nn.slide_model import SlideModel, SlideModelConfig
-from maskattn.nn.vit import VisionTransformer
+The public names are imported when they are first used, so that the table of encoders is read without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskattn.nn.adapters import from_timm, from_transformers, register_attention
+    from maskattn.nn.checkpoints import from_state_dict, load_vit
+    from maskattn.nn.encoders.loading import load_encoder
+    from maskattn.nn.encoders.tile_encoder import TileEncoder
+    from maskattn.nn.hipt import HIPT
+    from maskattn.nn.multihead import MultiheadAttention
+    from maskattn.nn.optimizer_groups import layer_groups
+    from maskattn.nn.random_masks import drop_random_tokens
+    from maskattn.nn.replace import replace_attention
+    from maskattn.nn.slide_encoders import encode_placed_tiles, from_gigapath, from_titan
+    from maskattn.nn.slide_model import SlideModel, SlideModelConfig
+    from maskattn.nn.vit import VisionTransformer
 
 __all__ = [
     "HIPT",
     "MultiheadAttention",
     "SlideModel",
     "SlideModelConfig",
+    "TileEncoder",
     "VisionTransformer",
     "drop_random_tokens",
     "encode_placed_tiles",
@@ -25,7 +37,40 @@ __all__ = [
     "from_titan",
     "from_transformers",
     "layer_groups",
+    "load_encoder",
     "load_vit",
     "register_attention",
     "replace_attention",
 ]
+
+_HOME = {
+    "HIPT": "hipt",
+    "MultiheadAttention": "multihead",
+    "SlideModel": "slide_model",
+    "SlideModelConfig": "slide_model",
+    "TileEncoder": "encoders.tile_encoder",
+    "VisionTransformer": "vit",
+    "drop_random_tokens": "random_masks",
+    "encode_placed_tiles": "slide_encoders",
+    "from_gigapath": "slide_encoders",
+    "from_state_dict": "checkpoints",
+    "from_timm": "adapters",
+    "from_titan": "slide_encoders",
+    "from_transformers": "adapters",
+    "layer_groups": "optimizer_groups",
+    "load_encoder": "encoders.loading",
+    "load_vit": "checkpoints",
+    "register_attention": "adapters",
+    "replace_attention": "replace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,7 +23,7 @@ from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.adapters.transformers import from_transformers
 from maskattn.nn.vit import VisionTransformer
 
-__all__ = ["from_state_dict", "load_vit", "read_weights"]
+__all__ = ["explained", "from_state_dict", "load_vit", "read_weights"]
 
 # What a training checkpoint calls the weights, the ones to use first.
 _WRAPPERS = ("teacher", "state_dict", "model_state_dict", "model", "student")
@@ -147,7 +147,7 @@ def _load_timm(name: str, impl: str | None, arguments: dict[str, Any]) -> Vision
         model = timm.create_model(name, **{"pretrained": True, **arguments})
     except Exception as error:
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        raise _explained(error, getattr(config, "hf_hub_id", None) or name) from error
+        raise explained(error, getattr(config, "hf_hub_id", None) or name) from error
     return from_timm(model, impl=impl)
 
 
@@ -160,7 +160,7 @@ def _load_from_hub(name: str, impl: str | None, arguments: dict[str, Any]) -> Vi
             return _load_timm(f"hf-hub:{name}", impl, arguments)
         return _load_transformers(name, config, impl, arguments)
     except Exception as error:
-        raise _explained(error, name) from error
+        raise explained(error, name) from error
 
 
 def _load_folder(folder: Path, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
@@ -188,7 +188,7 @@ def _load_transformers(
     return from_transformers(loader.from_pretrained(name, **arguments), impl=impl)
 
 
-def _explained(error: Exception, name: str) -> Exception:
+def explained(error: Exception, name: str) -> Exception:
     """An error of a hub with its remedy; any other as it is."""
     name = name.removeprefix("hf-hub:")
     chain: list[BaseException] = [error]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from maskattn.nn.blocks import PackedTokens
-from maskattn.nn.kept_tokens import packing_of
+from maskattn.nn.encoders.pixels import tokens_of_tiles
 from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing
 from maskattn.shapes import Bool, Float, UInt8
@@ -144,16 +144,7 @@ class SlideModel(nn.Module):
             tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
             keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
         """
-        if tiles_BIXY.dtype != torch.uint8:
-            raise TypeError(
-                f"tiles must be uint8 RGB pixels, got dtype {tiles_BIXY.dtype}; the model itself scales them"
-            )
-        embedding = self.tile_encoder.patch_embed
-        grid_HW = embedding.grid_of(tiles_BIXY)
-        packing = packing_of(keep_BHW, tiles_BIXY.shape[0], grid_HW, tiles_BIXY.device)
-        patches = embedding.cut(tiles_BIXY, packing).to(self.pixel_mean.dtype).unflatten(1, (3, -1))  # [T, 3, p·p]
-        patches = (patches / 255 - self.pixel_mean[:, None]) / self.pixel_std[:, None]
-        return self.tile_encoder.embed_patches(patches.flatten(1), packing, grid_HW)
+        return tokens_of_tiles(self.tile_encoder, tiles_BIXY, keep_BHW, self.pixel_mean, self.pixel_std)
 
     def encode_tiles(
         self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None

@@ -10,7 +10,7 @@ import torch
 
 from maskattn.nn import VisionTransformer
 
-MODULES = ["adapters.timm", "adapters.transformers", "slide_encoders", "random_masks", "layer_groups"]
+MODULES = ["adapters.timm", "adapters.transformers", "slide_encoders", "random_masks", "optimizer_groups"]
 
 
 @pytest.mark.parametrize("name", MODULES)

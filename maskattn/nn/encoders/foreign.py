@@ -1,0 +1,113 @@
+"""Networks of transformers, open_clip and CONCH; those that are not packed go from normalised images to (B, C)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from maskattn.nn.encoders.entry import Triple
+from maskattn.nn.encoders.tile_encoder import EncoderCard
+
+__all__ = ["build_conch", "build_open_clip", "build_transformers", "card_of_transformers"]
+
+
+class _Pooled(nn.Module):
+    """A network whose features are one of its methods' results.
+
+    Args:
+        network: the library's own.
+        method: which of its methods; None calls it.
+        arguments: of the call.
+    """
+
+    def __init__(self, network: nn.Module, method: str | None = None, **arguments: Any) -> None:
+        super().__init__()
+        self.network = network
+        self._method = method
+        self._arguments = arguments
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, X, Y) → (B, C)."""
+        call = self.network if self._method is None else getattr(self.network, self._method)
+        output = call(images, **self._arguments)
+        if isinstance(output, Tensor):
+            return output
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
+        return output.last_hidden_state[:, 0] if pooled is None else pooled
+
+
+def build_transformers(source: str, trust_code: bool, arguments: dict[str, Any]) -> nn.Module:
+    """A network of transformers, from its hub or a folder; of a CLIP the image tower with its projection.
+
+    A network that is code of its repository comes as a module of pooled features; TITAN's repository gives CONCH v1.5.
+    """
+    import transformers
+
+    from maskattn.nn.adapters.clip import CLIP_FAMILIES
+
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_code)
+    if config.model_type in CLIP_FAMILIES:
+        tower: nn.Module = transformers.CLIPVisionModelWithProjection.from_pretrained(source, **arguments)
+        return tower.eval()
+    network: Any = transformers.AutoModel.from_pretrained(source, trust_remote_code=trust_code, **arguments).eval()
+    if hasattr(network, "return_conch"):
+        return _Pooled(network.return_conch()[0].eval())
+    if type(network).__module__.startswith("transformers_modules"):
+        return _Pooled(network)
+    built: nn.Module = network
+    return built
+
+
+def build_open_clip(hub_id: str) -> nn.Module:
+    """The image features of a model of open_clip, not normalised."""
+    import open_clip
+
+    network = open_clip.create_model_from_pretrained(f"hf-hub:{hub_id}")[0]
+    return _Pooled(network.eval(), "encode_image")
+
+
+def build_conch(hub_id: str) -> nn.Module:
+    """CONCH's image features before the projection into the space of texts, as its authors advise for images alone."""
+    from conch.open_clip_custom import create_model_from_pretrained
+
+    network = create_model_from_pretrained("conch_ViT-B-16", f"hf_hub:{hub_id}")[0]
+    return _Pooled(network.eval(), "encode_image", proj_contrast=False, normalize=False)
+
+
+def card_of_transformers(network: Any, source: str, name: str) -> EncoderCard:
+    """How a network of transformers is fed: its processor's statistics, ImageNet's where it has none."""
+    config = getattr(network, "config", None)
+    processor = _processor_of(source)
+    mean, std = (_triple(processor.get(key)) for key in ("image_mean", "image_std"))
+    side = _side(processor.get("crop_size")) or _side(processor.get("size")) or int(getattr(config, "image_size", 224))
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return EncoderCard(name, "token", mean or imagenet[0], std or imagenet[1], side, side)
+
+
+def _processor_of(source: str) -> dict[str, Any]:
+    path = Path(source) / "preprocessor_config.json"
+    if not Path(source).is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(source, "preprocessor_config.json"))
+        except EntryNotFoundError:
+            return {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _side(size: Any) -> int | None:
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    return int(size) if size else None
+
+
+def _triple(values: Any) -> Triple | None:
+    if not values:
+        return None
+    first, second, third = values
+    return float(first), float(second), float(third)

@@ -1,0 +1,234 @@
+"""Encoders by name: of the table, of timm, of Hugging Face's hub, or of a file or folder on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskattn.nn.adapters.conversion import UnsupportedModelError
+from maskattn.nn.adapters.timm import from_timm
+from maskattn.nn.adapters.transformers import from_transformers
+from maskattn.nn.checkpoints import explained, load_vit
+from maskattn.nn.encoders.entry import EncoderEntry
+from maskattn.nn.encoders.foreign import build_conch, build_open_clip, build_transformers
+from maskattn.nn.encoders.table import entry_named, entry_of_hub, nearest_names
+from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
+from maskattn.nn.encoders.timm_network import build_timm, card_of_timm
+
+__all__ = ["load_encoder", "load_entry"]
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_encoder(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    impl: str | None = None,
+    weights: str | Path | None = None,
+    num_heads: int | None = None,
+    trust_code: bool = False,
+    **arguments: Any,
+) -> TileEncoder:
+    """Load an encoder of tiles, ready for inference.
+
+    Args:
+        name: a name of the table (``maskattn encoders``), ``timm:NAME``, ``hf-hub:ORG/NAME``, or a file of weights or a
+            folder with ``config.json``.
+        device: where to.
+        impl: implementation of the attention; None takes the best.
+        weights: a file of weights for a network that ``name`` says how to build; None asks its hub. A folder is given
+            as ``name``.
+        num_heads: of a file of weights that is given as ``name``, which does not say it.
+        trust_code: run code that a hub's repository brings, where an encoder is such code.
+        arguments: of ``timm.create_model`` (``pretrained=False`` for random weights), or of :func:`load_vit` for a
+            file.
+
+    Raises:
+        ValueError: there is no such encoder, and the nearest names are said; or nothing here can run it.
+        ModuleNotFoundError: a package that it needs is not installed.
+        FileNotFoundError: there is no such file.
+        PermissionError, ConnectionError: the hub wants an agreement or cannot be reached; the message says what to do.
+    """
+    text = str(name)
+    hub_id = text.removeprefix("hf-hub:") if text.startswith("hf-hub:") else None
+    entry = entry_of_hub(hub_id) if hub_id else entry_named(text)
+    path = Path(name)
+    if entry is not None and not path.exists():
+        encoder = load_entry(entry, impl=impl, weights=weights, trust_code=trust_code, **arguments)
+    elif text.startswith("timm:") or hub_id is not None:
+        encoder = _load_named(text, hub_id, impl, weights, trust_code, arguments)
+    elif path.exists():
+        if weights is not None:
+            raise ValueError(f"weights are for a name that says how to build a network, got {weights} beside {path}")
+        encoder = _load_path(path, impl, num_heads, trust_code, arguments)
+    elif path.suffix or len(path.parts) > 1:
+        raise FileNotFoundError(f"an encoder that is a path must be there, got {path}; check its folder and spelling")
+    else:
+        close = ", ".join(nearest_names(text)) or "none like it"
+        raise ValueError(
+            f"an encoder must be a name of the table, timm:NAME, hf-hub:ORG/NAME, a file or a folder, got {text!r}; "
+            f"the nearest names: {close}; `maskattn encoders` lists them"
+        )
+    return encoder.to(device).eval()
+
+
+def load_entry(
+    entry: EncoderEntry,
+    *,
+    impl: str | None = None,
+    weights: str | Path | None = None,
+    trust_code: bool = False,
+    **arguments: Any,
+) -> TileEncoder:
+    """Load an encoder of the table, on the CPU. Arguments and errors as in :func:`load_encoder`."""
+    if entry.library == "none":
+        raise ValueError(
+            f"an encoder must be one that can be run here, got {entry.name}: {entry.why_not}, and its weights are in "
+            "no hub; extract its features with TRIDENT or STAMP, whose files `infer --features` reads"
+        )
+    if entry.remote_code and not trust_code:
+        raise PermissionError(
+            f"{entry.name} is code that {entry.hub_id} brings, which is run when it is loaded; read it at "
+            f"https://huggingface.co/{entry.hub_id} and allow it with --trust-code (trust_code=True)"
+        )
+    card = EncoderCard(
+        name=entry.name,
+        pooling=entry.pooling,
+        pixel_mean=entry.pixel_mean,
+        pixel_std=entry.pixel_std,
+        tile_px=entry.tile_px,
+        patch_px=entry.patch_px,
+        spacing_um=entry.spacing_um,
+        crop_px=entry.crop_px,
+        licence=entry.licence,
+        why_not=entry.why_not,
+    )
+    network = _network_of(entry, weights, trust_code, arguments)
+    if entry.why_not:
+        return TileEncoder(network, card, entry.embed_dim)
+    encoder = _packed_where_it_can_be(network, card, impl, entry.embed_dim)
+    if encoder.embed_dim != entry.embed_dim:
+        raise ValueError(
+            f"{entry.name} has features of width {entry.embed_dim}, got a network of {encoder.embed_dim}; are the "
+            "weights another encoder's?"
+        )
+    return encoder
+
+
+def _network_of(
+    entry: EncoderEntry, weights: str | Path | None, trust_code: bool, arguments: dict[str, Any]
+) -> nn.Module:
+    """The library's own network of an entry, with its weights."""
+    if entry.library == "timm":
+        return build_timm(entry, weights, arguments)
+    if weights is not None:
+        raise ValueError(
+            f"{entry.name} is loaded by {entry.library}, which takes a folder, got the file {weights}; run `hf "
+            f"download {entry.hub_id}` where there is a network, copy the folder here, and give it as the encoder"
+        )
+    build: Callable[[], nn.Module] = {
+        "transformers": lambda: build_transformers(entry.hub_id, trust_code, arguments),
+        "clip": lambda: build_transformers(entry.hub_id, trust_code, arguments),
+        "open_clip": lambda: build_open_clip(entry.hub_id),
+        "conch": lambda: build_conch(entry.hub_id),
+    }[entry.library]
+    try:
+        return build()
+    except Exception as error:
+        raise explained(error, entry.hub_id) from error
+
+
+def _packed_where_it_can_be(
+    network: nn.Module, card: EncoderCard, impl: str | None, embed_dim: int | None = None
+) -> TileEncoder:
+    """The packed transformer of a library's network; the network itself, with the reason, where it is none."""
+    convert = from_timm if hasattr(network, "forward_head") else from_transformers
+    try:
+        if convert is from_transformers and not hasattr(network, "config"):
+            raise UnsupportedModelError(f"{type(network).__name__} is of no library that is known here")
+        own = getattr(network, "global_pool", None)
+        clip = getattr(getattr(network, "config", None), "model_type", "").startswith("clip")
+        asked = None if clip or card.pooling in (own, "own") else card.pooling
+        return TileEncoder(convert(network, global_pool=asked, impl=impl), card)
+    except UnsupportedModelError as error:
+        width = embed_dim or getattr(network, "num_features", None)
+        return TileEncoder(network, replace(card, why_not=str(error)), width)
+
+
+def _load_named(
+    text: str,
+    hub_id: str | None,
+    impl: str | None,
+    weights: str | Path | None,
+    trust_code: bool,
+    arguments: dict[str, Any],
+) -> TileEncoder:
+    """A model of timm or of the hub that the table does not have: its own card says how it is fed."""
+    if hub_id is not None:
+        try:
+            config = _hub_config(hub_id)
+        except Exception as error:
+            raise explained(error, hub_id) from error
+        if "model_type" in config:
+            return _load_transformers(hub_id, text, impl, trust_code, arguments)
+    name = f"hf-hub:{hub_id}" if hub_id is not None else text.removeprefix("timm:")
+    return _load_timm(name, text, impl, weights, arguments)
+
+
+def _hub_config(hub_id: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    config: dict[str, Any] = json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text(encoding="utf-8"))
+    return config
+
+
+def _load_timm(
+    name: str, shown: str, impl: str | None, weights: str | Path | None, arguments: dict[str, Any]
+) -> TileEncoder:
+    entry = EncoderEntry(shown, shown, "timm", "", 0, "token", *_IMAGENET, 0, 0, None, "", "", architecture=name)
+    network = build_timm(entry, weights, arguments)
+    return _packed_where_it_can_be(network, card_of_timm(network, shown), impl)
+
+
+def _load_transformers(
+    source: str, shown: str, impl: str | None, trust_code: bool, arguments: dict[str, Any]
+) -> TileEncoder:
+    from maskattn.nn.encoders.foreign import card_of_transformers
+
+    try:
+        network = build_transformers(source, trust_code, arguments)
+        card = card_of_transformers(network, source, shown)
+    except Exception as error:
+        raise explained(error, source) from error
+    return _packed_where_it_can_be(network, card, impl, getattr(network, "embed_dim", None))
+
+
+def _load_path(
+    path: Path, impl: str | None, num_heads: int | None, trust_code: bool, arguments: dict[str, Any]
+) -> TileEncoder:
+    """A folder in timm's or transformers' layout, or a file of weights, which is taken for ImageNet's pixels."""
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"an encoder's folder has a config.json, got none in {path}; give the file of weights"
+            )
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if "model_type" in config:
+            return _load_transformers(str(path), path.name, impl, trust_code, arguments)
+        return _load_timm(f"local-dir:{path}", path.name, impl, None, arguments)
+    if num_heads is None:
+        raise ValueError(
+            f"a file of weights does not say how many heads its network has, got {path} alone; name the network, "
+            f"`--encoder timm:NAME --weights {path}` or a name of the table, or give --num-heads"
+        )
+    vit = load_vit(path, num_heads=num_heads, impl=impl, **arguments)
+    side = vit.grid_HW[0] * int(vit.patch_embed.patch_size)
+    card = EncoderCard(path.stem, vit.global_pool, *_IMAGENET, side, side)
+    return TileEncoder(vit, card)

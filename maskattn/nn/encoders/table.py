@@ -1,0 +1,191 @@
+"""The table of encoders: pathology's, by the names that users know, and plain vision transformers beside them.
+
+Each fact was read where the row's ``source`` says, in November 2026: TRIDENT (mahmoodlab/TRIDENT a91fa84),
+STAMP (KatherLab/STAMP c54ce06), slide2vec (clemsgrs/slide2vec 7cfa6bf), eva (kaiko-ai/eva) and LazySlide's models
+(rendeirolab/lazyslide-models 0127beb, which also has the licences), and the authors' own repositories.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from maskattn.nn.encoders.entry import EncoderEntry, Triple
+
+__all__ = ["ENCODERS", "entry_named", "entry_of_hub", "nearest_names"]
+
+_IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_OPENAI: tuple[Triple, Triple] = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+_HALVES: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_BIOPTIMUS: tuple[Triple, Triple] = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+_HIBOU: tuple[Triple, Triple] = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
+_LUNIT: tuple[Triple, Triple] = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464))
+
+_NC_ND = "CC-BY-NC-ND-4.0"
+_KAIKO = "Kaiko Non-Commercial Public License"
+_OWKIN = "Owkin non-commercial"
+_SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
+_POOLS_ITSELF = "it pools its tokens by an attention pooler of its own, which the packed transformer has not"
+
+
+def _row(
+    name: str,
+    title: str,
+    library: Any,
+    hub_id: str,
+    embed_dim: int,
+    pixels: tuple[Triple, Triple],
+    spacing_um: float | None,
+    licence: str,
+    source: str,
+    *,
+    pooling: Any = "token",
+    tile_px: int = 224,
+    patch_px: int = 224,
+    **more: Any,
+) -> EncoderEntry:
+    return EncoderEntry(
+        name,
+        title,
+        library,
+        hub_id,
+        embed_dim,
+        pooling,
+        *pixels,
+        tile_px,
+        patch_px,
+        spacing_um,
+        licence,
+        source,
+        **more,
+    )
+
+
+def _timm(
+    name: str, title: str, hub_id: str, architecture: str, embed_dim: int, *facts: Any, **more: Any
+) -> EncoderEntry:
+    arguments = {"img_size": 224, **more.pop("arguments", {})}
+    return _row(name, title, "timm", hub_id, embed_dim, *facts, architecture=architecture, arguments=arguments, **more)
+
+
+def _kaiko(name: str, size: str, architecture: str, embed_dim: int, **more: Any) -> EncoderEntry:
+    hub_id = f"1aurent/{architecture}.kaiko_ai_towards_large_pathology_fms"
+    source = "kaiko-ai/towards_large_pathology_fms README, hubconf.py and LICENSE; TRIDENT"
+    facts = (_HALVES, 0.5, _KAIKO, source)
+    return _timm(name, f"Kaiko {size}", hub_id, architecture, embed_dim, *facts, patch_px=256, **more)
+
+
+def _general(name: str, title: str, architecture: str, embed_dim: int, pixels: tuple[Triple, Triple]) -> EncoderEntry:
+    """A model of timm that was trained on photographs: no spacing is its own."""
+    licence = ("Apache-2.0", "timm's registry") if "dinov2" in architecture else ("MIT", "timm's registry; openai/CLIP")
+    facts = (pixels, None, *licence)
+    return _timm(name, title, f"timm/{architecture}", architecture, embed_dim, *facts)
+
+
+_MAHMOOD = "model card in mahmoodlab/UNI README; TRIDENT"
+_ROWS = (
+    _timm("uni", "UNI", "MahmoodLab/UNI", "vit_large_patch16_224", 1024, _IMAGENET, 0.5, _NC_ND, _MAHMOOD,
+          patch_px=256, gated=True, arguments={"init_values": 1e-5}),
+    _timm("uni2-h", "UNI2-h", "MahmoodLab/UNI2-h", "vit_giant_patch14_224", 1536, _IMAGENET, 0.5, _NC_ND, _MAHMOOD,
+          patch_px=256, gated=True, arguments={
+              "patch_size": 14, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
+              "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8, **_SWIGLU}),
+    _timm("virchow", "Virchow", "paige-ai/Virchow", "vit_huge_patch14_224", 2560, _IMAGENET, 0.5, "Apache-2.0",
+          "TRIDENT, STAMP (virchow_full)", pooling="token_avg", gated=True,
+          arguments={"init_values": 1e-5, "mlp_ratio": 5.3375, "global_pool": "", **_SWIGLU}),
+    _timm("virchow2", "Virchow2", "paige-ai/Virchow2", "vit_huge_patch14_224", 2560, _IMAGENET, 0.5, _NC_ND,
+          "TRIDENT, slide2vec", pooling="token_avg", gated=True,
+          arguments={"init_values": 1e-5, "reg_tokens": 4, "mlp_ratio": 5.3375, "global_pool": "", **_SWIGLU}),
+    _timm("h-optimus-0", "H-optimus-0", "bioptimus/H-optimus-0", "vit_giant_patch14_reg4_dinov2", 1536, _BIOPTIMUS, 0.5,
+          "Apache-2.0", "TRIDENT, STAMP", gated=True, arguments={"global_pool": "token", "init_values": 1e-5}),
+    _timm("h-optimus-1", "H-optimus-1", "bioptimus/H-optimus-1", "vit_giant_patch14_reg4_dinov2", 1536, _BIOPTIMUS, 0.5,
+          _NC_ND, "TRIDENT, STAMP", gated=True, arguments={"global_pool": "token", "init_values": 1e-5}),
+    _row("h0-mini", "H0-mini", "timm", "bioptimus/H0-mini", 1536, _BIOPTIMUS, 0.5, _NC_ND,
+         "slide2vec, eva (the depth and width are in its hub's config.json alone)", pooling="token_avg", gated=True,
+         arguments=dict(_SWIGLU)),
+    _row("conch", "CONCH", "conch", "MahmoodLab/CONCH", 512, _OPENAI, 0.5, _NC_ND,
+         "mahmoodlab/CONCH (conch_ViT-B-16.json, factory.py, vision_tower.py); TRIDENT", pooling="own", tile_px=448,
+         patch_px=512, gated=True, why_not=_POOLS_ITSELF),
+    _row("conch-v1.5", "CONCH v1.5", "transformers", "MahmoodLab/TITAN", 768, _IMAGENET, 0.5, _NC_ND,
+         "TRIDENT (conchv1_5.py), STAMP", pooling="own", tile_px=448, patch_px=512, gated=True, remote_code=True,
+         why_not=_POOLS_ITSELF),
+    _row("phikon", "Phikon", "transformers", "owkin/phikon", 768, _IMAGENET, 0.5, _OWKIN, "TRIDENT, slide2vec"),
+    _row("phikon-v2", "Phikon-v2", "transformers", "owkin/phikon-v2", 1024, _IMAGENET, 0.5, _OWKIN,
+         "TRIDENT, slide2vec"),
+    _timm("gigapath", "Prov-GigaPath, tile encoder", "prov-gigapath/prov-gigapath", "vit_giant_patch14_dinov2", 1536,
+          _IMAGENET, 0.5, "Apache-2.0 with conditions", "prov-gigapath/prov-gigapath README; TRIDENT, slide2vec",
+          tile_px=256, patch_px=256, crop_px=224, gated=True, arguments={
+              "patch_size": 16, "embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 5.33334}),
+    _row("hibou-b", "Hibou-B", "transformers", "histai/hibou-b", 768, _HIBOU, 0.5, "Apache-2.0",
+         "HistAI/hibou README; slide2vec", gated=True, remote_code=True,
+         why_not="its network is code that its repository brings, of which nothing can be known beforehand"),
+    _row("hibou-l", "Hibou-L", "transformers", "histai/hibou-L", 1024, _HIBOU, 0.5, "Apache-2.0",
+         "HistAI/hibou README; TRIDENT, slide2vec", gated=True, remote_code=True,
+         why_not="its network is code that its repository brings, of which nothing can be known beforehand"),
+    _kaiko("kaiko-s16", "ViT-S/16", "vit_small_patch16_224", 384),
+    _kaiko("kaiko-s8", "ViT-S/8", "vit_small_patch8_224", 384),
+    _kaiko("kaiko-b16", "ViT-B/16", "vit_base_patch16_224", 768),
+    _kaiko("kaiko-b8", "ViT-B/8", "vit_base_patch8_224", 768),
+    _kaiko("kaiko-l14", "ViT-L/14", "vit_large_patch14_reg4_dinov2", 1024, arguments={"img_size": 518}),
+    _row("midnight", "Midnight-12k", "transformers", "kaiko-ai/midnight", 3072, _HALVES, 0.5, "MIT",
+         "slide2vec, LazySlide", pooling="token_avg"),
+    _timm("lunit-s16", "Lunit DINO ViT-S/16", "1aurent/vit_small_patch16_224.lunit_dino", "vit_small_patch16_224", 384,
+          _LUNIT, 0.5, "Lunit non-commercial", "lunit-io/benchmark-ssl-pathology README; eva, LazySlide"),
+    _timm("lunit-s8", "Lunit DINO ViT-S/8", "1aurent/vit_small_patch8_224.lunit_dino", "vit_small_patch8_224", 384,
+          _LUNIT, 0.5, "Lunit non-commercial", "lunit-io/benchmark-ssl-pathology README; eva, TRIDENT, slide2vec"),
+    _row("ctranspath", "CTransPath", "none", "", 768, _IMAGENET, 1.0, "GPL-3.0", "TRIDENT, STAMP", pooling="avg",
+         why_not="it is a Swin transformer with a convolutional stem, no plain vision transformer"),
+    _timm("gpfm", "GPFM", "majiabo/GPFM", "vit_large_patch14_dinov2", 1024, _IMAGENET, 0.5, _NC_ND,
+          "TRIDENT, slide2vec, LazySlide", file="GPFM.pth", arguments={"init_values": 1e-5}),
+    _row("plip", "PLIP", "clip", "vinid/plip", 512, _OPENAI, None, "non-commercial",
+         "STAMP, PathologyFoundation/plip README"),
+    _row("quiltnet-b16", "QuiltNet-B-16", "open_clip", "wisdomik/QuiltNet-B-16", 512, _OPENAI, None, "MIT",
+         "wisdomikezogwo/quilt1m README; LazySlide", pooling="own",
+         why_not="open_clip builds its network, whose layout is not known here"),
+    _row("quiltnet-b32", "QuiltNet-B-32", "open_clip", "wisdomik/QuiltNet-B-32", 512, _OPENAI, None, "MIT",
+         "wisdomikezogwo/quilt1m README; LazySlide", pooling="own",
+         why_not="open_clip builds its network, whose layout is not known here"),
+    _general("dinov2-s", "DINOv2 ViT-S/14", "vit_small_patch14_dinov2.lvd142m", 384, _IMAGENET),
+    _general("dinov2-b", "DINOv2 ViT-B/14", "vit_base_patch14_dinov2.lvd142m", 768, _IMAGENET),
+    _general("dinov2-l", "DINOv2 ViT-L/14", "vit_large_patch14_dinov2.lvd142m", 1024, _IMAGENET),
+    _general("dinov2-g", "DINOv2 ViT-g/14", "vit_giant_patch14_dinov2.lvd142m", 1536, _IMAGENET),
+    _general("clip-b16", "CLIP ViT-B/16", "vit_base_patch16_clip_quickgelu_224.openai", 768, _OPENAI),
+    _general("clip-l14", "CLIP ViT-L/14", "vit_large_patch14_clip_quickgelu_224.openai", 1024, _OPENAI),
+)  # fmt: skip
+
+ENCODERS: dict[str, EncoderEntry] = {entry.name: entry for entry in _ROWS}
+"""Name → what is known of the encoder."""
+
+# How TRIDENT, STAMP and slide2vec call them.
+_ALIASES = {
+    "uni-v1": "uni", "uni2": "uni2-h", "uni-v2": "uni2-h", "virchow-full": "virchow", "hoptimus0": "h-optimus-0",
+    "hoptimus1": "h-optimus-1", "h0mini": "h0-mini", "conch-v1": "conch", "conch-v15": "conch-v1.5",
+    "conchv15": "conch-v1.5", "conch1-5": "conch-v1.5", "phikonv2": "phikon-v2", "prov-gigapath": "gigapath",
+    "kaiko-vits8": "kaiko-s8", "kaiko-vits16": "kaiko-s16", "kaiko-vitb8": "kaiko-b8", "kaiko-vitb16": "kaiko-b16",
+    "kaiko-vitl14": "kaiko-l14", "midnight12k": "midnight", "midnight-12k": "midnight", "lunit": "lunit-s8",
+    "lunit-vits8": "lunit-s8", "lunit-vits16": "lunit-s16", "quiltnet": "quiltnet-b32",
+}  # fmt: skip
+
+
+def entry_named(name: str) -> EncoderEntry | None:
+    """The row of a name, as users and other tools spell it; None where there is none."""
+    plain = name.lower().replace("_", "-")
+    return ENCODERS.get(_ALIASES.get(plain, plain))
+
+
+def entry_of_hub(hub_id: str) -> EncoderEntry | None:
+    """The row of a repository of Hugging Face's hub; None where the table does not have it."""
+    return next((entry for entry in _ROWS if entry.hub_id and entry.hub_id.lower() == hub_id.lower()), None)
+
+
+def nearest_names(name: str) -> list[str]:
+    """Names of the table that look most like one that is not in it."""
+    plain = name.lower().replace("_", "-")
+    close = difflib.get_close_matches(plain, [*ENCODERS, *_ALIASES], n=4, cutoff=0.5)
+    close += [known for known in ENCODERS if plain and (known.startswith(plain[:4]) or plain in known)]
+    return list(dict.fromkeys(_ALIASES.get(one, one) for one in close))[:4]

@@ -1,0 +1,197 @@
+"""A tile encoder: pixels of tiles in, a feature vector of each out, with or without its background tokens.
+
+Where the network is a vision transformer that becomes a packed one, that runs, whether tokens are masked or not:
+without a mask its features equal the library's to float rounding. Any other network runs as its library built it,
+without masks.
+
+Dimension key: B tiles, (h, w) tokens of a tile, C width of the features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.encoders.entry import Triple
+from maskattn.nn.encoders.pixels import centre_of, normalised, tokens_of_tiles
+from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.vit import VisionTransformer
+from maskattn.shapes import Bool, Float, UInt8
+
+__all__ = ["EncoderCard", "TileEncoder"]
+
+
+@dataclass(frozen=True)
+class EncoderCard:
+    """What a tile encoder says of itself.
+
+    Attributes:
+        name: as outputs have it.
+        pooling: of its tokens: "token", "avg", "token_avg", "map", or "own" where the library's module pools.
+        pixel_mean: per channel, of pixels scaled to [0, 1].
+        pixel_std: likewise.
+        tile_px: side of the tiles that it takes.
+        patch_px: side of the square that is cut from the slide at ``spacing_um`` and resized to ``tile_px``.
+        spacing_um: µm per pixel of that square; None where the encoder has none of its own.
+        crop_px: side of the tile's centre that the network sees; None where it sees all.
+        licence: of the weights; empty where it is not known.
+        why_not: why there is no packed transformer; empty where there is one.
+    """
+
+    name: str
+    pooling: str
+    pixel_mean: Triple
+    pixel_std: Triple
+    tile_px: int
+    patch_px: int
+    spacing_um: float | None = None
+    crop_px: int | None = None
+    licence: str = ""
+    why_not: str = ""
+
+
+class TileEncoder(nn.Module):
+    """A network that turns tiles into features, with what has to be known to feed it.
+
+    Args:
+        network: a packed :class:`VisionTransformer`, or any module from normalised images (B, 3, X, Y) to (B, C).
+        card: what it says of itself.
+        embed_dim: C; None asks the packed transformer.
+
+    Attributes:
+        card: as given.
+        vit: the packed transformer; None where there is none.
+        module: the library's own network; None where there is a packed one.
+        embed_dim: C.
+
+    Raises:
+        ValueError: the tiles' side and the network's tokens do not fit each other.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, network: nn.Module, card: EncoderCard, embed_dim: int | None = None) -> None:
+        super().__init__()
+        packed = isinstance(network, VisionTransformer)
+        self.card = card
+        self.vit: VisionTransformer | None = network if isinstance(network, VisionTransformer) else None
+        self.module: nn.Module | None = None if packed else network
+        if self.vit is not None:
+            _check_sides(card, self.token_px)
+            embed_dim = self.vit.num_classes or self.vit.head_hidden_size
+        if embed_dim is None:
+            raise ValueError(
+                f"a library's own module does not say its width, got no embed_dim for {card.name}; give it"
+            )
+        self.embed_dim = embed_dim
+        self.register_buffer("pixel_mean", torch.tensor(card.pixel_mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(card.pixel_std), persistent=False)
+
+    @property
+    def name(self) -> str:
+        """As outputs have it."""
+        return self.card.name
+
+    @property
+    def pooling(self) -> str:
+        """How tokens become one feature vector: see :class:`EncoderCard`."""
+        return self.card.pooling
+
+    @property
+    def tile_px(self) -> int:
+        """Side of the tiles that it takes."""
+        return self.card.tile_px
+
+    @property
+    def patch_px(self) -> int:
+        """Side of the square that is cut from the slide, at ``spacing_um``, and resized to ``tile_px``."""
+        return self.card.patch_px
+
+    @property
+    def spacing_um(self) -> float | None:
+        """µm per pixel of that square; None where the encoder has none of its own."""
+        return self.card.spacing_um
+
+    @property
+    def why_not(self) -> str:
+        """Why there is no packed transformer; empty where there is one."""
+        return self.card.why_not
+
+    @property
+    def token_px(self) -> int:
+        """Side of a token in px of the tile; the whole tile where nothing is known of tokens."""
+        return self.card.tile_px if self.vit is None else int(self.vit.patch_embed.patch_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.pixel_mean.device
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 over names and values of the weights: two encoders of one digest give the same features."""
+        digest = hashlib.sha256()
+        for name, x in sorted((self.vit or self.module).state_dict().items()):  # type: ignore[union-attr]  # one is there
+            digest.update(name.encode())
+            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def tile_tokens(
+        self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None
+    ) -> PackedTokens:
+        """Tiles to the packed tokens with which the transformer starts; only kept pixels are converted.
+
+        Args:
+            tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
+            keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
+
+        Raises:
+            ValueError: there is no packed transformer, or the mask does not fit.
+            TypeError: the tiles are not uint8.
+        """
+        if self.vit is None:
+            raise ValueError(f"tokens need a packed vision transformer, and {self.name} is none: {self.why_not}")
+        crop = self.card.crop_px
+        if crop is not None:
+            tiles_BIXY = centre_of(tiles_BIXY, crop)
+            keep_BHW = None if keep_BHW is None else centre_of(keep_BHW, crop // self.token_px)
+        return tokens_of_tiles(self.vit, tiles_BIXY, keep_BHW, self.pixel_mean, self.pixel_std)
+
+    def encode_tiles(
+        self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None
+    ) -> Float[Tensor, "B C"]:
+        """Features of tiles. Arguments and errors as in :meth:`tile_tokens`; without a mask any network serves."""
+        if self.vit is not None:
+            features: Tensor = self.vit(self.tile_tokens(tiles_BIXY, keep_BHW))
+            return features
+        if keep_BHW is not None:
+            raise ValueError(
+                f"masked attention needs a packed vision transformer, and {self.name} is none: {self.why_not}; encode "
+                "its tiles whole (keep=None, --token-mask none)"
+            )
+        assert self.module is not None, "a network is one or the other"
+        tiles_BIXY = tiles_BIXY if self.card.crop_px is None else centre_of(tiles_BIXY, self.card.crop_px)
+        own: Tensor = self.module(normalised(tiles_BIXY, self.pixel_mean, self.pixel_std))
+        if own.shape != (len(tiles_BIXY), self.embed_dim):
+            raise ValueError(
+                f"{self.name} must give ({len(tiles_BIXY)}, {self.embed_dim}) features of as many tiles, got "
+                f"{tuple(own.shape)}; name a network that pools"
+            )
+        return own
+
+    forward = encode_tiles
+
+
+def _check_sides(card: EncoderCard, token_px: int) -> None:
+    margin = 0 if card.crop_px is None else card.tile_px - card.crop_px
+    if card.tile_px % token_px or margin % (2 * token_px):
+        raise ValueError(
+            f"a tile must be whole tokens of {token_px} px, and so must what its centre leaves out, got tile_px="
+            f"{card.tile_px}, crop_px={card.crop_px} for {card.name}; the nearest sides are "
+            f"{card.tile_px // token_px * token_px} and {(card.tile_px // token_px + 1) * token_px}"
+        )

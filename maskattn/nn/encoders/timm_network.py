@@ -1,0 +1,133 @@
+"""timm's networks for encoders: built as the table says, with weights from the hub or from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from maskattn.nn.checkpoints import explained, read_weights
+from maskattn.nn.encoders.entry import EncoderEntry, Triple
+from maskattn.nn.encoders.tile_encoder import EncoderCard
+
+__all__ = ["build_timm", "card_of_timm"]
+
+# What training checkpoints call the weights.
+_WRAPPERS = ("state_dict", "model", "teacher")
+
+
+def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, Any]) -> nn.Module:
+    """The network of an entry, without a classifier.
+
+    Args:
+        entry: of the table, or one whose ``architecture`` is a name that timm knows.
+        weights: a file of weights; None asks the hub.
+        more: arguments of ``timm.create_model`` that go before the entry's.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+        ValueError: the weights do not fit the network; the keys are named. Or nothing says how the network is built.
+        PermissionError, ConnectionError, FileNotFoundError: the weights cannot be had; the message says what to do.
+    """
+    import timm
+
+    arguments = {"num_classes": 0, **_layers(dict(entry.arguments)), **more}
+    if weights is None and entry.file and arguments.get("pretrained", True):
+        weights = _file_of_hub(entry)
+    if weights is None and arguments.get("pretrained", True):
+        if entry.hub_id and _takes_other_sides(entry.architecture):
+            arguments = {"dynamic_img_size": True, **arguments}
+        source = f"hf-hub:{entry.hub_id}" if entry.hub_id else entry.architecture
+        try:
+            return timm.create_model(source, **{**arguments, "pretrained": True}).eval()
+        except Exception as error:
+            raise _of_timm(explained(error, entry.hub_id or source), entry.architecture) from error
+    if not entry.architecture:
+        raise ValueError(
+            f"the network of {entry.name} is described in its hub's config.json alone, got a file of weights; run `hf "
+            f"download {entry.hub_id}`, copy the folder here and give it as the encoder"
+        )
+    arguments = {**arguments, "pretrained": False}
+    if entry.hub_id:
+        arguments = {"dynamic_img_size": True, **arguments}
+    try:
+        network: nn.Module = timm.create_model(entry.architecture, **arguments)
+    except Exception as error:
+        raise _of_timm(error, entry.architecture) from error
+    if weights is not None:
+        _fill(network, Path(weights), entry.name)
+    return network.eval()
+
+
+def card_of_timm(network: Any, name: str) -> EncoderCard:
+    """How a network of timm is fed, as its own configuration says; of spacings that knows nothing."""
+    config = getattr(network, "pretrained_cfg", None) or {}
+    built_for = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    side = int(built_for[0] if built_for else config.get("input_size", (3, 224, 224))[1])
+    mean, std = (_triple(config.get(key), default) for key, default in (("mean", 0.5), ("std", 0.5)))
+    return EncoderCard(name, getattr(network, "global_pool", "own") or "token", mean, std, side, side)
+
+
+def _triple(values: Any, default: float) -> Triple:
+    first, second, third = values or (default,) * 3
+    return float(first), float(second), float(third)
+
+
+def _layers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The table's arguments with the layers that it names."""
+    import timm.layers
+
+    for key in ("mlp_layer", "act_layer"):
+        if key in arguments:
+            name = arguments[key]
+            arguments[key] = getattr(timm.layers, name, None) or getattr(nn, name)
+    return arguments
+
+
+def _takes_other_sides(architecture: str) -> bool:
+    return architecture.startswith("vit_") or not architecture
+
+
+def _file_of_hub(entry: EncoderEntry) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return str(hf_hub_download(entry.hub_id, entry.file))
+    except Exception as error:
+        raise explained(error, entry.hub_id) from error
+
+
+def _fill(network: nn.Module, path: Path, name: str) -> None:
+    """Load weights that must fit; a classifier's are left out."""
+    state: dict[str, Any] = read_weights(path)
+    for wrapper in _WRAPPERS:
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    expected = network.state_dict()
+    state = {key: x for key, x in state.items() if key in expected or not key.startswith(("head.", "fc."))}
+    wrong = [f"it has no {key}" for key in sorted(expected.keys() - state.keys())]
+    wrong += [f"{key} has no place" for key in sorted(state.keys() - expected.keys())]
+    wrong += [
+        f"{key} is {tuple(x.shape)} instead of {tuple(expected[key].shape)}"
+        for key, x in state.items()
+        if key in expected and x.shape != expected[key].shape
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+        raise ValueError(f"weights must be those of {name}, got {path}: {shown}")
+    network.load_state_dict(state)
+
+
+def _of_timm(error: Exception, architecture: str) -> Exception:
+    """An unknown name of timm's with the nearest that it has; any other error as it is."""
+    if "Unknown model" not in str(error):
+        return error
+    import difflib
+
+    import timm
+
+    close = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
+    return ValueError(
+        f"timm must have a model of this name, got {architecture!r}; the nearest: {', '.join(close) or 'none like it'}"
+    )
