@@ -23,6 +23,7 @@ MODULES = {
     "maskattn.slide.tissue.finding": "Where the tissue is.",
     "maskattn.slide.grid": "Tiles and tokens of a slide.",
     "maskattn.slide.manifest": "Which slides are run.",
+    "maskattn.slide.layouts": "Tile features and coordinates as other tools write and read them.",
     "maskattn.slide.pipeline": "One slide, from file to outputs.",
     "maskattn.slide.run": "Many slides.",
     "maskattn.demo.synthetic": "Slides with a known answer.",

@@ -93,6 +93,7 @@ def feed_sinks(
         relevance_KT=_numpy(relevance.relevance_KT),
         attention_T=_numpy(relevance.attention_T),
         with_tokens=run.settings.tokens,
+        token_mask="tissue" if run.settings.masked and run.model.config.masked else "none",
     )
     batches = _with_tokens(run, grid, encoded, relevance) if slide.with_tokens else _tiles_alone(run, grid, encoded)
     with ExitStack() as opened:

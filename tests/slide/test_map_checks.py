@@ -14,13 +14,13 @@ from maskattn.explain.map_check import SHARES, MapCheck
 from maskattn.explain.methods import DEFAULT_METHOD, METHODS
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide import pipeline
+from maskattn.slide.layouts import read_features
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.prediction import read_prediction
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 from maskattn.slide.sinks import heatmaps
 from maskattn.slide.summary import read_summary
-from maskattn.slide.tables import read_features
 
 
 def test_a_prediction_tells_of_each_map_its_method_its_sum_and_what_dropping_tiles_does(

@@ -20,6 +20,7 @@ from small_slides import SHAPE, small_model, tissue_image, write_slide
 from maskattn.explain.hierarchical import HierarchicalCDAM
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.grid import make_grid
+from maskattn.slide.layouts import read_features
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.pipeline import predict_slide
 from maskattn.slide.prediction import read_prediction
@@ -28,7 +29,6 @@ from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 from maskattn.slide.slide_run import Stages
 from maskattn.slide.stream import stream_tiles
-from maskattn.slide.tables import read_features
 from maskattn.slide.tissue import find_tissue
 
 
@@ -84,7 +84,7 @@ def test_slide_gives_every_output_and_the_numbers_of_its_parts(finished: Path, m
 def test_tables_hold_the_embeddings_and_the_raw_relevance(finished: Path, model: SlideModel, slide: Path) -> None:
     hand = by_hand(model, slide)
     table = read_features(finished / "features.h5")
-    assert (table.layout, table.tile_size) == ("trident", 64)
+    assert (table.layout, table.patch_size_lv0, table.token_mask) == ("trident", 64, "tissue")
     np.testing.assert_array_equal(table.coords_T2, hand["grid"].coords_lv0)
     np.testing.assert_allclose(table.features_TC, hand["embeddings"], rtol=1e-4, atol=1e-5)
     with h5py.File(finished / "relevance.h5") as file:

@@ -15,12 +15,12 @@ from small_slides import SHAPE, small_model, write_slide
 
 from maskattn.errors import OutputError
 from maskattn.nn.slide_model import SlideModel
+from maskattn.slide.layouts import read_features
 from maskattn.slide.manifest import SlideJob, collect_jobs
 from maskattn.slide.prediction import read_prediction
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 from maskattn.slide.summary import read_summary
-from maskattn.slide.tables import read_features
 
 
 @pytest.fixture(autouse=True, scope="module")

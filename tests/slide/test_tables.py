@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from maskattn.files import replacing
+from maskattn.slide.layouts.tile_features import TileHeader
 from maskattn.slide.prediction import (
     ModelIdentity,
     SlideCounts,
@@ -16,93 +17,25 @@ from maskattn.slide.prediction import (
     SlidePrediction,
     read_prediction,
 )
-from maskattn.slide.tables import (
-    TileGeometry,
-    read_features,
-    relevance_table,
-    write_features,
-)
+from maskattn.slide.tables import relevance_table
 
-GEOMETRY = TileGeometry(128, 257, 20.0, 9.96, 2220, 2967)
+HEADER = TileHeader(
+    slide_id="slide",
+    patch_size_px=128,
+    patch_size_lv0=257,
+    spacing_um=1.0,
+    width_px=2220,
+    height_px=2967,
+    magnification=20.0,
+)
 COORDS = np.array([[0, 0], [257, 0], [0, 257]])
-FEATURES = np.arange(12, dtype=np.float32).reshape(3, 4)
-
-
-def test_features_come_back_and_have_tridents_attributes(tmp_path: Path) -> None:
-    write_features(tmp_path / "features.h5", FEATURES, COORDS, GEOMETRY, "slide")
-    table = read_features(tmp_path / "features.h5")
-    assert (table.layout, table.unit, table.tile_size) == ("trident", "px", 257.0)
-    np.testing.assert_array_equal(table.features_TC, FEATURES)
-    np.testing.assert_array_equal(table.coords_T2, COORDS)
-    with h5py.File(tmp_path / "features.h5") as file:
-        attributes = dict(file["coords"].attrs)
-        assert file["coords"].dtype == np.int64
-    expected = {
-        "patch_size": 128,
-        "patch_size_level0": 257,
-        "level0_magnification": 20.0,
-        "target_magnification": 9.96,
-        "overlap": 0,
-        "level0_width": 2220,
-        "level0_height": 2967,
-        "name": "slide",
-    }
-    assert {name: attributes[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("attributes", "step", "factor", "tile_size"),
-    [
-        ({"tile_size_um": 256.0, "tile_size_px": 224}, 256.0, 1.0, 256.0),
-        ({"tile_size": 256.0, "unit": "um"}, 256.0, 1.0, 256.0),
-        ({}, 224.0, 256 / 224, 256.0),
-    ],
-)
-def test_stamps_features_are_read_in_um(
-    tmp_path: Path, attributes: dict[str, object], step: float, factor: float, tile_size: float
-) -> None:
-    coords = np.array([[0, 0], [1, 0], [0, 2]]) * step
-    with h5py.File(tmp_path / "stamp.h5", "w") as file:
-        file["feats"], file["coords"] = FEATURES.astype(np.float16), coords
-        file.attrs.update(attributes)
-    table = read_features(tmp_path / "stamp.h5")
-    assert (table.layout, table.unit, table.tile_size) == ("stamp", "um", tile_size)
-    np.testing.assert_allclose(table.coords_T2, coords * factor)
-    assert table.features_TC.dtype == np.float32
-
-
-@pytest.mark.parametrize("batch", [(), (1,)])
-def test_clams_features_are_read_with_and_without_a_batch_dimension(tmp_path: Path, batch: tuple[int, ...]) -> None:
-    with h5py.File(tmp_path / "clam.h5", "w") as file:
-        file["features"], file["coords"] = FEATURES.reshape(*batch, 3, 4), COORDS
-    table = read_features(tmp_path / "clam.h5")
-    assert (table.layout, table.unit, table.tile_size) == ("clam", "px", None)
-    np.testing.assert_array_equal(table.features_TC, FEATURES)
-
-
-@pytest.mark.parametrize(
-    ("datasets", "message"),
-    [
-        ({"other": FEATURES}, "got other"),
-        ({"features": FEATURES, "coords": COORDS[:2]}, "coords.shape"),
-        ({"feats": FEATURES, "coords": COORDS}, "stride of 224"),
-    ],
-)
-def test_strange_feature_file_is_refused_with_what_it_holds(
-    tmp_path: Path, datasets: dict[str, np.ndarray], message: str
-) -> None:
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        for name, data in datasets.items():
-            file[name] = data
-    with pytest.raises(ValueError, match=message):
-        read_features(tmp_path / "x.h5")
 
 
 def test_relevance_holds_raw_scores_of_tiles_and_tokens(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tiles, attention = rng.normal(size=(2, 3)).astype(np.float32), np.full(3, 1 / 3, dtype=np.float32)
     tokens, keep = rng.normal(size=(2, 3, 2, 2)).astype(np.float32), rng.random((3, 2, 2)) < 0.5
-    of = ("a", "b"), tiles, attention, COORDS, GEOMETRY, "slide", "Some method"
+    of = ("a", "b"), tiles, attention, COORDS, HEADER, "Some method"
     with relevance_table(tmp_path / "r.h5", *of, (2, 2)) as write:
         for batch in (np.array([0, 1]), np.array([2])):
             write(batch, tokens[:, batch], np.abs(tokens[0, batch]), keep[batch])
@@ -120,7 +53,7 @@ def test_relevance_holds_raw_scores_of_tiles_and_tokens(tmp_path: Path) -> None:
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     def write() -> None:
         tiles = np.zeros((1, 3), dtype=np.float32)
-        with relevance_table(tmp_path / "r.h5", ("a",), tiles, tiles[0], COORDS, GEOMETRY, "s", (2, 2)):
+        with relevance_table(tmp_path / "r.h5", ("a",), tiles, tiles[0], COORDS, HEADER, "Some method", (2, 2)):
             raise RuntimeError("half-way")
 
     (tmp_path / "r.h5").write_text("old")

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskattn.slide.layouts.tile_features import TileHeader
+from maskattn.slide.layouts.trident import feature_file
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
-from maskattn.slide.tables import TileGeometry, write_features
 
 if TYPE_CHECKING:
     from maskattn.slide.request import RunSettings
@@ -28,8 +29,15 @@ class Features:
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
         """Write the table; the batches add nothing to it."""
-        geometry = TileGeometry.of(slide.reader.info, slide.grid)
-        write_features(folder / "features.h5", slide.features_TC, slide.coords_T2, geometry, slide.slide_id)
+        header = TileHeader.of_grid(
+            slide.slide_id,
+            slide.reader.info,
+            slide.grid,
+            encoder=slide.model.name,
+            token_mask=slide.token_mask,
+        )
+        with feature_file(folder / "features.h5", header, slide.features_TC.shape[1]) as take:
+            take(slide.features_TC, slide.coords_T2, None)
         yield _nothing_more
 
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maskattn.slide.layouts.tile_features import TileHeader
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
-from maskattn.slide.tables import TileGeometry, relevance_table
+from maskattn.slide.tables import relevance_table
 
 if TYPE_CHECKING:
     from maskattn.slide.request import RunSettings
@@ -28,7 +29,6 @@ class Relevance:
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
         """Write the tiles' scores at once, and their tokens' as they come."""
-        geometry = TileGeometry.of(slide.reader.info, slide.grid)
         tokens_hw = slide.grid.token_keep_THW.shape[1:] if slide.with_tokens else None
         with relevance_table(
             folder / "relevance.h5",
@@ -36,8 +36,7 @@ class Relevance:
             slide.relevance_KT,
             slide.attention_T,
             slide.coords_T2,
-            geometry,
-            slide.slide_id,
+            TileHeader.of_grid(slide.slide_id, slide.reader.info, slide.grid),
             slide.method,
             tokens_hw,
         ) as write_tokens:

@@ -21,6 +21,7 @@ from maskattn.shapes import Bool, Float, Int
 if TYPE_CHECKING:
     from maskattn.nn.slide_model import SlideModelConfig
     from maskattn.slide.grid import TokenGrid
+    from maskattn.slide.layouts.tile_features import TokenMask
     from maskattn.slide.reader import SlideReader
     from maskattn.slide.request import RunSettings
 
@@ -44,6 +45,7 @@ class ExplainedSlide:
         relevance_KT: (K, T) signed score of each tile for each class.
         attention_T: (T,) attention of the slide's class token to each tile.
         with_tokens: whether the batches carry maps of tokens.
+        token_mask: "tissue" where the model left background tokens out, "none" where every token of a tile took part.
     """
 
     slide_id: str
@@ -58,6 +60,7 @@ class ExplainedSlide:
     relevance_KT: Float[np.ndarray, "K T"]
     attention_T: Float[np.ndarray, " T"]
     with_tokens: bool
+    token_mask: TokenMask
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,193 @@
+"""slide2vec's layout.
+
+``ROOT/tile_embeddings/<id>.pt`` is one tensor (T, C) of float32 or float16 with ``<id>.meta.json`` beside it;
+``ROOT/tiles/<id>.coordinates.npz`` and ``.meta.json`` are hs2p's coordinates, in whose order the rows are: x, then y.
+In place of the tensor there may be ``<id>.npz`` with ``features``. As in version 5.7.0 (clemsgrs/slide2vec:
+``slide2vec/artifacts.py``, ``slide2vec/runtime/embedding.py``, ``docs/output-layout.rst``).
+
+``.meta.json`` has ``token_mask`` beside the keys that are slide2vec's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from maskattn.errors import SlideError
+from maskattn.files import replacing
+from maskattn.slide.layouts.checks import features_of, whole_coords
+from maskattn.slide.layouts.contents import FileContents, reading
+from maskattn.slide.layouts.hs2p import (
+    META_ENDING,
+    NPZ_ENDING,
+    header_of_meta,
+    is_hs2p,
+    read_hs2p_coords,
+    tiling_metadata,
+    write_npz,
+)
+from maskattn.slide.layouts.layout import TakeTiles, writable_id
+from maskattn.slide.layouts.tensor_files import TensorSpool, read_tensor
+from maskattn.slide.layouts.tile_features import TileCoords, TileFeatures, TileHeader
+from maskattn.slide.layouts.trident import token_mask_of
+from maskattn.slide.names import as_text
+
+if TYPE_CHECKING:
+    from maskattn.slide.reader import SlideInfo
+
+__all__ = ["Slide2Vec"]
+
+
+class Slide2Vec:
+    """slide2vec: features as tensors, coordinates of hs2p."""
+
+    name = "slide2vec"
+    feature_patterns = ("tile_embeddings/{id}.pt", "tile_embeddings/{id}.npz", "{id}.pt", "{id}.npz")
+    coords_patterns = (f"tiles/{{id}}{NPZ_ENDING}", f"{{id}}{NPZ_ENDING}")
+
+    def has_features(self, contents: FileContents) -> bool:
+        """A tensor with its ``.meta.json``, or an archive with ``features``."""
+        if contents.kind == "pt":
+            return _meta_of(contents.path).is_file() or contents.path.parent.name == "tile_embeddings"
+        return contents.kind == "npz" and "features" in contents.names
+
+    def has_coords(self, contents: FileContents) -> bool:
+        """hs2p's archive."""
+        return is_hs2p(contents)
+
+    def read_features(self, path: Path, slide: SlideInfo | None, encoder: str | None) -> TileFeatures:
+        """Read ``tile_embeddings/<id>.pt`` with its coordinates and ``.meta.json``."""
+        places = self.read_coords(path, slide)
+        meta = _read_meta(path)
+        if path.suffix.lower() == ".npz":
+            with reading(path), np.load(path, allow_pickle=False) as archive:
+                features_TC = archive["features"]
+        else:
+            features_TC = read_tensor(path)
+        told = {"encoder": meta.get("encoder_name") or None, "token_mask": token_mask_of(meta)}
+        return features_of(places, features_TC, **told)
+
+    def read_coords(self, path: Path, slide: SlideInfo | None) -> TileCoords:
+        """Read hs2p's coordinates: the file itself, or the one that belongs to a file of features."""
+        if path.name.endswith(NPZ_ENDING):
+            return read_hs2p_coords(path, slide)
+        meta = _read_meta(path)
+        slide_id = str(meta.get("sample_id") or path.stem)
+        beside = _tiles_folder(path) / f"{slide_id}{NPZ_ENDING}"
+        told = [beside, *(Path(str(meta[key])) for key in ("coordinates_npz_path",) if meta.get(key))]
+        source = next((file for file in told if file.is_file()), None)
+        if source is not None:
+            places = read_hs2p_coords(source, slide)
+            return TileCoords(**{**vars(places), "slide_id": slide_id, "layout": self.name, "source": path})
+        # hs2p writes no coordinates where there are no tiles.
+        empty = beside.with_name(slide_id + META_ENDING)
+        if meta.get("num_tiles") == 0 and empty.is_file():
+            header = header_of_meta(empty)
+            return TileCoords(**vars(header), coords_T2=np.empty((0, 2), np.int64), layout=self.name, source=path)
+        raise SlideError(
+            f"features of slide2vec must have their coordinates, got no file {as_text(beside)}; copy its folder "
+            "tiles too"
+        )
+
+    def path_of(self, root: Path, header: TileHeader) -> Path:
+        """``tile_embeddings/<id>.pt``."""
+        return root / "tile_embeddings" / f"{header.slide_id}.pt"
+
+    @contextmanager
+    def writing(
+        self, root: Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
+    ) -> Iterator[TakeTiles]:
+        """Write coordinates, features and their ``.meta.json``; the rows are put into hs2p's order."""
+        slide_id, final = writable_id(header), self.path_of(root, header)
+        tiling_metadata(header, 0)
+        tiles = root / "tiles" / f"{slide_id}{NPZ_ENDING}"
+        for path in (final, tiles):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        coords: list[np.ndarray] = [np.empty((0, 2), np.int64)]
+        fractions: list[np.ndarray] = [np.empty(0, np.float32)]
+        with ExitStack() as stack:
+            # What is entered first has its name last.
+            pt, meta = stack.enter_context(replacing(final)), stack.enter_context(replacing(_meta_of(final)))
+            tiling = stack.enter_context(replacing(tiles.with_name(slide_id + META_ENDING)))
+            spool = stack.enter_context(TensorSpool(pt, channels, dtype))
+
+            def take(features_BC: np.ndarray, coords_B2: np.ndarray, tissue_B: np.ndarray | None = None) -> None:
+                spool.append(np.asarray(features_BC))
+                coords.append(whole_coords(np.asarray(coords_B2), final))
+                fractions.append(np.full(len(coords_B2), np.nan) if tissue_B is None else np.asarray(tissue_B))
+
+            yield take
+            coords_T2 = np.concatenate(coords)
+            if len(coords_T2) != spool.rows:
+                raise ValueError(
+                    f"a slide must have a place for each row of features, got {len(coords_T2)} coordinates for "
+                    f"{spool.rows} rows of {slide_id!r}; give both of each batch"
+                )
+            order = np.lexsort((coords_T2[:, 1], coords_T2[:, 0]))
+            spool.save(order)
+            _write_json(meta, _metadata(header, channels, len(order), spool.dtype, tiles))
+            _write_json(tiling, tiling_metadata(header, len(order)))
+            if len(order):
+                npz = stack.enter_context(replacing(tiles))
+                write_npz(npz, coords_T2[order], np.concatenate(fractions)[order])
+            else:
+                tiles.unlink(missing_ok=True)
+
+
+def _metadata(header: TileHeader, channels: int, tiles: int, dtype: np.dtype, npz: Path) -> dict[str, Any]:
+    return {
+        "sample_id": header.slide_id,
+        "artifact_type": "tile_embeddings",
+        "format": "pt",
+        "feature_dim": channels,
+        "num_tiles": tiles,
+        "encoder_name": header.encoder or "unknown",
+        "encoder_level": "tile",
+        "coordinates_npz_path": str(npz) if tiles else "",
+        "coordinates_meta_path": str(npz.with_name(header.slide_id + META_ENDING)),
+        "tiles_tar_path": "",
+        "image_path": str(header.slide_path or ""),
+        "mask_path": None,
+        "tile_size_lv0": header.patch_size_lv0,
+        "backend": "maskattn",
+        "read_tile_size_px": header.patch_size_lv0,
+        "requested_tile_size_px": header.patch_size_px,
+        "encoder_input_size_px": header.patch_size_px if tiles else None,
+        "requested_spacing_um": header.spacing_um,
+        "feature_dtype": "fp16" if dtype == np.float16 else "fp32",
+        "annotation": None,
+        "token_mask": header.token_mask,
+    }
+
+
+def _meta_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.meta.json")
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """The ``.meta.json`` of a file of features; nothing where there is none."""
+    meta_path = _meta_of(path)
+    if not meta_path.is_file():
+        return {}
+    with reading(meta_path):
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError(f"it must be an object, got a {type(meta).__name__}")
+        return meta
+
+
+def _tiles_folder(path: Path) -> Path:
+    """The folder of coordinates: below ``tile_embeddings`` classes of annotations have a folder each."""
+    folder = path.parent
+    if folder.parent.name == "tile_embeddings":
+        return folder.parent.parent / "tiles" / folder.name
+    return folder.parent / "tiles"
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
