@@ -2,6 +2,7 @@
 # make test    the whole suite; the Triton kernels in the interpreter, in a process of their own
 # make check   format, lint, types
 # make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers
+# make gpu-dry   every public call compiled and launched for five GPUs, none of which is there; takes hours, goes on where it was stopped
 # make bench   pytest-benchmark suites; bench/README.md names the command of every other figure
 # Everything is installed into .venv from constraints.txt.
 
@@ -11,7 +12,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-.PHONY: demo test check bench sanitize clean
+.PHONY: demo test check bench sanitize gpu-dry clean
 
 demo: .venv/slide.installed
 	$(BIN)/maskattn demo --out demo_out
@@ -30,6 +31,14 @@ check: .venv/dev.installed
 
 bench: .venv/dev.installed
 	$(BIN)/python -m pytest bench/gpu --benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+
+DRY_TARGETS := sm90 sm80 sm86 sm100 sm120
+
+gpu-dry: .venv/dev.installed
+	mkdir -p gpu_out
+	for target in $(DRY_TARGETS); do for shard in $(shell seq 0 $$(($(CORES) - 1))); do \
+	  echo "--target $$target --shard $$shard/$(CORES) --log gpu_out/dry_run.jsonl"; \
+	done; done | PYTHONPATH=bench:. OMP_NUM_THREADS=1 xargs -P $(CORES) -L 1 $(BIN)/python -m aot.dry_run
 
 sanitize:
 	$(MAKE) -j $(CORES) -f csrc/tests/Makefile

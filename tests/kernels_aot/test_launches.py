@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from every_call import OPERATIONS, Shape, launches_of  # noqa: E402 (imports triton's compiler)
+from aot.every_call import OPERATIONS, Shape, launches_of  # noqa: E402 (imports triton's compiler)
 
 from maskattn.kernels.attention import masked  # noqa: E402 (likewise)
 

@@ -92,9 +92,13 @@ def number_of_splits(config: ReadoutConfig, max_seqlen: int, sequences_and_heads
     Args:
         sequences_and_heads: B·H.
     """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    room = processors * config.programs // max(sequences_and_heads, 1)
+    room = processors_of(device) * config.programs // max(sequences_and_heads, 1)
     return max(1, min(room, triton.cdiv(max_seqlen, config.block_n)))
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of the chip; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def class_tile(classes: int, head_width: int, dtype: torch.dtype) -> int:

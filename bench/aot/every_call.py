@@ -1,25 +1,19 @@
-"""Every public operation with its gradients, called with tensors on the CPU while launches are only recorded.
+"""Every public operation with its gradients, called with tensors on the CPU, whose launches run nothing.
 
 Dimension key: B sequences, T packed tokens, R readout queries, H heads, D head width, K classes.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import maskattn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-
 from aot.launches import Launch, recorded_launches
-
 from maskattn.kernels.attention.gather import gather_rows, scatter_rows
 
 __all__ = ["OPERATIONS", "Shape", "launches_of"]

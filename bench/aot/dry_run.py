@@ -1,0 +1,206 @@
+"""Every public operation on a GPU that is not there: compiled to machine code and launched, with nothing run.
+
+    make gpu-dry                                         every target, all cores, until all is done
+    PYTHONPATH=bench:. python -m aot.dry_run --target sm90 --quick
+    PYTHONPATH=bench:. python -m aot.dry_run --target sm90 --host-time
+
+Fails where a kernel does not compile, a launch passes a limit of the chip, a call copies what it was given, or
+sequences of other lengths make more variants of a kernel than :data:`MOST_VARIANTS`. What is done is kept in --log, and
+not done again while the sources are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from aot.every_call import HEADS, OPERATIONS, Shape
+from aot.stub import CAPABILITIES, StubDevice
+from bench.gpu.outcomes import Outcome, OutcomeLog, fingerprint
+
+__all__ = ["cases", "main"]
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDTHS = range(16, 257, 8)
+
+# Of one kernel, by one operation with one head width, dtype and set of options; tests/kernels_aot/test_launches.py
+# says why some have more than one.
+MOST_VARIANTS = 7
+RANDOM_SHAPES = 8
+
+# Bytes that a call may allocate beyond its results: schedules, descriptors, sums of splits.
+WORKSPACE = 2**21
+
+
+def cases(quick: bool) -> Iterator[tuple[str, str, Shape]]:
+    """(name, operation, shape): every operation by dtype, head width and options, the most used first."""
+    widths = [64, 72] if quick else sorted(WIDTHS, key=lambda width: (width % 64 != 0, width % 16 != 0, width))
+    for width in widths:
+        for dtype in ["bf16"] if quick else DTYPES:
+            for options in (False, True):
+                for operation in OPERATIONS:
+                    if quick and (operation.endswith(("of_every_query", "of_one_class")) or (options and width != 64)):
+                        continue
+                    name = f"{operation}, {dtype}, width {width}{', every option' if options else ''}"
+                    yield name, operation, Shape((50,), head_width=width, dtype=DTYPES[dtype], options=options)
+
+
+def shapes_like(shape: Shape, count: int) -> Iterator[Shape]:
+    """The corner cases of the launcher, which makes constants of 1 and notes multiples of 16; then random lengths."""
+    yield replace(shape, lengths=(1,))
+    yield replace(shape, lengths=(48,), queries=16)
+    yield replace(shape, lengths=(16,) * 16, queries=3)
+    generator = torch.Generator().manual_seed(shape.head_width)
+    for _ in range(count):
+        batch, queries = (int(torch.randint(1, 17, (), generator=generator)) for _ in range(2))
+        lengths = torch.randint(0, 70, (batch,), generator=generator).tolist()
+        yield replace(shape, lengths=(*lengths, 1), queries=queries)
+
+
+def try_case(device: StubDevice, operation: str, shape: Shape, random_shapes: int) -> str:
+    """What is wrong with a case; empty where all is well."""
+    before = device.compiled
+    for one in (shape, *shapes_like(shape, random_shapes)):
+        OPERATIONS[operation](one)
+    if device.refused:
+        return "a launch passed a limit"
+    variants = {name: count for name, count in (device.compiled - before).items() if count > MOST_VARIANTS}
+    return f"lengths made variants: {variants}" if variants else ""
+
+
+def far_apart(device: StubDevice) -> str:
+    """Tokens that lie more than 2^31 elements apart: memory that is asked for and never touched."""
+    import maskattn
+
+    tokens, width = 20, 64
+    base = torch.empty(tokens, HEADS, 2**26, dtype=torch.bfloat16)
+    q = base[..., :width]
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    out = maskattn.packed_attention(q, q, q, starts, starts, tokens, tokens, impl="triton")
+    maskattn.readout(out[None, :1], q, q, starts, tokens, impl="triton")
+    return "a launch passed a limit" if device.refused else ""
+
+
+def allocates_little() -> str:
+    """Bytes of a call of many tokens beyond what it returns: nothing that it was given may be copied."""
+    import maskattn
+
+    tokens, width = 20_000, 64
+    q = torch.zeros(tokens, 3, HEADS, width, dtype=torch.bfloat16)
+    starts = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32)
+
+    def attend() -> tuple[torch.Tensor, ...]:
+        return maskattn.packed_attention(*q.unbind(1), starts, starts, tokens, tokens, return_lse=True, impl="triton")
+
+    def read() -> tuple[torch.Tensor, ...]:
+        k, v = q[:, 1], q[:, 2]
+        return maskattn.readout(q[:2, None, 0], k, v, starts, tokens, return_rows=True, impl="triton")
+
+    for call in (attend, read):
+        results = sum(x.numel() * x.element_size() for x in call())
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call()
+        taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+        if taken > results + WORKSPACE:
+            return f"{call.__name__} allocates {taken} bytes and returns {results}"
+    return ""
+
+
+def host_microseconds(call: Callable[[], object]) -> float:
+    """Median of the processor time that a call takes until it returns; nothing runs on the device."""
+    call()
+    rounds = []
+    for _ in range(15):
+        began = time.thread_time()
+        for _ in range(50):
+            call()
+        rounds.append((time.thread_time() - began) / 50 * 1e6)
+    return statistics.median(rounds)
+
+
+def print_host_time() -> None:
+    """Of the operations, forward and with their gradients, bfloat16, head width 64."""
+    import maskattn
+
+    for lengths in ((64,), (64,) * 4, (50, 64, 14)):
+        tokens, starts = sum(lengths), torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+        q, k, v = (torch.zeros(tokens, 6, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        ones = torch.ones_like(q)
+        packing = maskattn.Packing.from_keep(torch.arange(64) < torch.tensor(lengths)[:, None])
+
+        def forward(q=q, k=k, v=v, packing=packing) -> torch.Tensor:
+            return maskattn.packed_attention(q, k, v, packing, impl="triton")
+
+        def both(forward=forward, ones=ones) -> None:
+            forward().backward(ones)
+
+        def read(q=q, k=k, v=v, starts=starts, lengths=lengths) -> torch.Tensor:
+            first = q[: len(lengths), None]
+            return maskattn.readout(first, k, v, starts, max(lengths), impl="triton")
+
+        with torch.no_grad():
+            alone, few = host_microseconds(forward), host_microseconds(read)
+        taken = {"packed_attention": alone, "with gradients": host_microseconds(both), "readout": few}
+        print(f"{len(lengths)} sequences: {', '.join(f'{name} {us:.0f} µs' for name, us in taken.items())}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases of one target; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=CAPABILITIES, default="sm90")
+    parser.add_argument("--quick", action="store_true", help="two head widths in bfloat16")
+    parser.add_argument("--cases", default="", help="only those that have this in their names")
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th case from the I-th")
+    parser.add_argument("--random-shapes", type=int, default=RANDOM_SHAPES, help="of each case")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
+    parser.add_argument("--log", type=Path, default=None, help="keeps what was done between calls")
+    parser.add_argument("--host-time", action="store_true", help="print what calls take until they return")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        device = StubDevice(given.target, Path(folder))
+        if given.host_time:
+            print_host_time()
+            return 0
+        log = OutcomeLog(given.log or Path(folder) / "log.jsonl", f"{fingerprint(ROOT)}, {given.target}")
+        return _run(device, log, given)
+
+
+def _run(device: StubDevice, log: OutcomeLog, given: argparse.Namespace) -> int:
+    first, step = (int(x) for x in given.shard.split("/"))
+    checks: dict[str, Callable[[], str]] = {
+        name: lambda operation=operation, shape=shape: try_case(device, operation, shape, given.random_shapes)
+        for name, operation, shape in cases(given.quick)
+    }
+    checks |= {"tokens far apart": lambda: far_apart(device), "nothing is copied": allocates_little}
+    checks = {name: check for name, check in checks.items() if given.cases in name}
+    ended, until = log.ended(), time.time() + given.seconds
+    mine = [name for name in list(checks)[first::step] if name not in ended]
+    left = 0
+    for name in mine:
+        if time.time() > until:
+            left += 1
+            continue
+        began = time.time()
+        try:
+            wrong = checks[name]()
+        except Exception as error:  # the cases after it are worth knowing too
+            wrong = f"{type(error).__name__}: {error}"
+        log.add(Outcome(name, "failed" if wrong else "passed", round(time.time() - began, 1), wrong[:1500]))
+        print(f"{'FAILED' if wrong else 'ok'} {given.target}: {name}, {time.time() - began:.0f} s. {wrong}", flush=True)
+    found = [outcome for name, outcome in log.ended().items() if name in checks]
+    failed = [outcome.name for outcome in found if outcome.outcome == "failed"]
+    print(f"{given.target}: {len(found)} of {len(checks)} cases are done, {len(failed)} failed, {left} left")
+    return 1 if failed else 3 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
