@@ -1,7 +1,7 @@
 """Options that several commands share, and those that fill a run's settings: their words stand at the settings' fields.
 
-A command that takes ``settings: RunSettings`` and is decorated with :func:`takes_settings` has an option for every
-field of theirs.
+A command that takes ``settings``, of a dataclass of requests such as ``RunSettings``, and is decorated with
+:func:`takes_settings` has an option for every field of theirs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from maskattn.slide.request import RunSettings, asked_of
+from maskattn.slide.asked import asked_of
+from maskattn.slide.request import RunSettings
 
 __all__ = ["Debug", "Force", "Ink", "Mask", "MaskValues", "Series", "Slide", "Spacing", "takes_settings"]
 
@@ -31,53 +32,63 @@ def _plausible_spacing(spacing_um: float | None) -> float | None:
     return spacing_um
 
 
-_CHECKS = {"spacing_um": _plausible_spacing}
-_FIELDS: dict[str, Field[Any]] = {field.name: field for field in fields(RunSettings)}
+# Those of a slide's own spacing, under whichever name a command has it.
+_CHECKS = {"spacing_um": _plausible_spacing, "slide_spacing_um": _plausible_spacing}
 
 
-def _option(name: str) -> Any:
-    """The option that fills a field of :class:`RunSettings`."""
-    asked = asked_of(_FIELDS[name])
+def _field(settings: Any, name: str) -> Field[Any]:
+    return next(field for field in fields(settings) if field.name == name)
+
+
+def _option(field: Field[Any]) -> Any:
+    """The option that fills a field of a request."""
+    asked = asked_of(field)
     return typer.Option(
         asked.flag,
         help=asked.help,
         min=asked.minimum,
         max=asked.maximum,
-        callback=_CHECKS.get(name),
-        show_default=_FIELDS[name].default is not MISSING,
+        callback=_CHECKS.get(field.name),
+        show_default=field.default is not MISSING,
     )
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Slide = Annotated[Path, typer.Argument(help="A slide file.", metavar="SLIDE", show_default=False)]
 Mask = Annotated[Path | None, typer.Option("--mask", help="Your own tissue mask of this slide, at any spacing.")]
-Spacing = Annotated[float | None, _option("spacing_um")]
-Series = Annotated[int | None, _option("series")]
-Ink = Annotated[Literal["auto", "off"], _option("ink")]
-Force = Annotated[bool, _option("force")]
-MaskValues = Annotated[list[int] | None, _option("mask_values")]
+Spacing = Annotated[float | None, _option(_field(RunSettings, "spacing_um"))]
+Series = Annotated[int | None, _option(_field(RunSettings, "series"))]
+Ink = Annotated[Literal["auto", "off"], _option(_field(RunSettings, "ink"))]
+Force = Annotated[bool, _option(_field(RunSettings, "force"))]
+MaskValues = Annotated[list[int] | None, _option(_field(RunSettings, "mask_values"))]
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each field of :class:`RunSettings` in place of its parameter ``settings``."""
+    """The command with an option for each field of its parameter ``settings``, in that parameter's place."""
+    signature = inspect.signature(command, eval_str=True)
+    kind = signature.parameters["settings"].annotation
+    asked_for = {field.name: field for field in fields(kind)}
 
     @functools.wraps(command)
     def filled(**given: Any) -> None:
-        settings = RunSettings(**{name: _value(field, given.pop(name)) for name, field in _FIELDS.items()})
+        settings = kind(**{name: _value(field, given.pop(name)) for name, field in asked_for.items()})
         command(settings=settings, **given)
 
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        options = [parameter] if parameter.name != "settings" else map(_parameter, _FIELDS.values())
+    for parameter in signature.parameters.values():
+        if parameter.name == "settings":
+            options = [_parameter(kind, field) for field in asked_for.values()]
+        else:
+            options = [parameter]
         parameters += (option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options)
     filled.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # of functions, too
     filled.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return filled
 
 
-def _parameter(field: Field[Any]) -> inspect.Parameter:
-    """A field as the parameter of a command; a bool's is whether the option was given."""
-    kind: Any = get_type_hints(RunSettings)[field.name]
+def _parameter(settings: Any, field: Field[Any]) -> inspect.Parameter:
+    """A field of a request as the parameter of a command; a bool's is whether the option was given."""
+    kind: Any = get_type_hints(settings)[field.name]
     default = field.default if asked_of(field).default is ... else asked_of(field).default
     if kind is bool:
         default = False
@@ -85,7 +96,7 @@ def _parameter(field: Field[Any]) -> inspect.Parameter:
         kind = list[int] | None
     if default is MISSING:
         default = inspect.Parameter.empty
-    annotation = Annotated[kind, _option(field.name)]
+    annotation = Annotated[kind, _option(field)]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from maskattn.cli.app import app
 from maskattn.nn.slide_model import SlideModel
+from maskattn.slide.asked import asked_of
 from maskattn.slide.manifest import SlideJob
-from maskattn.slide.request import RunSettings, asked_of
+from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 
 OTHER = {
