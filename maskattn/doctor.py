@@ -24,6 +24,7 @@ _PACKAGES = {
     "cv2": ("opencv-python-headless", _SLIDE),
     "tifffile": ("tifffile", _SLIDE),
     "h5py": ("h5py", _SLIDE),
+    "shapely": ("shapely", _SLIDE),
     "PIL": ("pillow", _SLIDE),
     "matplotlib": ("matplotlib", _SLIDE),
     "safetensors": ("safetensors", _SLIDE),

@@ -32,7 +32,8 @@ def _missing(*modules: str) -> bool:
 
 # On a machine with a GPU and little else (no slide libraries, no hypothesis) the rest of the suite still runs.
 collect_ignore_glob = []
-if _missing("openslide", "cv2", "tifffile", "imagecodecs", "h5py", "PIL", "matplotlib", "typer", "rich", "safetensors"):
+_SLIDE = "openslide cv2 tifffile imagecodecs h5py shapely PIL matplotlib typer rich safetensors"
+if _missing(*_SLIDE.split()):
     collect_ignore_glob += ["slide/*", "demo/*", "test_cli.py", "nn/test_slide_model.py"]
 if _missing("pydicom"):
     collect_ignore_glob += ["slide/test_damaged_files.py", "slide/test_identify.py"]

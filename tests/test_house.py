@@ -35,7 +35,10 @@ FLOORS = [
     {"slide"},
     {"cli", "doctor", "demo", "__main__"},
 ]
-OPTIONAL = "triton openslide timm transformers captum cv2 tifffile h5py PIL matplotlib typer rich safetensors jaxtyping"
+OPTIONAL = (
+    "triton openslide timm transformers captum cv2 tifffile h5py shapely PIL matplotlib typer rich safetensors "
+    "jaxtyping"
+)
 
 
 def floor_of(room: str) -> int:

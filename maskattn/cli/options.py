@@ -92,8 +92,7 @@ def _parameter(settings: Any, field: Field[Any]) -> inspect.Parameter:
     default = field.default if asked_of(field).default is ... else asked_of(field).default
     if kind is bool:
         default = False
-    if kind == tuple[int, ...] | None:
-        kind = list[int] | None
+    kind = {tuple[int, ...] | None: list[int] | None, tuple[str, ...] | None: list[str] | None}.get(kind, kind)
     if default is MISSING:
         default = inspect.Parameter.empty
     annotation = Annotated[kind, _option(field)]

@@ -52,8 +52,8 @@ def asked_of(field: Field[Any]) -> Asked:
 
 
 def recorded_fields(settings: Any) -> dict[str, Any]:
-    """The fields of a request that the record of a slide has, by name."""
-    return {one.name: getattr(settings, one.name) for one in fields(settings) if asked_of(one).recorded}
+    """The fields of a request that the record of a slide has, by name, as JSON has them."""
+    return {one.name: _as_json(getattr(settings, one.name)) for one in fields(settings) if asked_of(one).recorded}
 
 
 def unlike(found: Mapping[str, Any], asked_for: Mapping[str, Any], settings: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -74,6 +74,10 @@ def unlike(found: Mapping[str, Any], asked_for: Mapping[str, Any], settings: Any
         was = found.get(name, None if field is None or told is None else _before(field, told))
         if serves is not None and not serves(was, wanted):
             yield name, was, wanted
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _before(field: Field[Any], told: Asked) -> Any:

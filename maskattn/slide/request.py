@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from maskattn.errors import ManifestError
 from maskattn.explain.methods import DEFAULT_METHOD, METHODS, method_named
 from maskattn.slide.asked import asked, recorded_fields, unlike
+from maskattn.slide.outlines.rules import check_outlines
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
     from maskattn.slide.prediction import SlidePrediction
 
 __all__ = ["RunSettings", "check_request", "differences", "finds_tissue", "recorded"]
+
+
+def _has_output(found: Any, asked: Any) -> bool:
+    """Whether a finished slide has an output that may be asked for: one more than was asked for does no harm."""
+    return asked in (None, "off", found)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,9 @@ class RunSettings:
         batch_size: tiles encoded at a time; bounds the memory.
         workers: processes that decode tiles; 0 = decode in this one; None = some, where a slide is large enough.
         overwrite: run finished slides again.
+        geojson: "tiles" or "tokens" writes them as QuPath's objects, "off" neither.
+        regions: CLASS=VALUE or CLASS=PERCENT% each: where a class's relevance is so high, ``relevance.geojson`` has an
+            annotation.
     """
 
     out_dir: Path = field(
@@ -106,6 +115,18 @@ class RunSettings:
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Run finished slides again.", recorded=False, serves=None)
     )
+    geojson: Literal["off", "tiles", "tokens"] = field(
+        default="off",
+        metadata=asked("--geojson", "relevance.geojson for QuPath: off, tiles or tokens.", serves=_has_output),
+    )
+    regions: tuple[str, ...] | None = field(
+        default=None,
+        metadata=asked(
+            "--region",
+            "CLASS=VALUE or CLASS=PERCENT%: annotate where relevance is so high (may be repeated).",
+            serves=_has_output,
+        ),
+    )
 
 
 def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked: bool = True) -> None:
@@ -121,6 +142,7 @@ def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked:
         ValueError: there is no such method of explanation for slide models.
     """
     method_named(settings.method, levels=True)
+    check_outlines(settings)
     given = [job for job in jobs if job.mask_path is not None]
     if given and not (settings.masked and model_masked):
         who = (

@@ -11,6 +11,7 @@ from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.output_folder import clear_leftovers, find_finished
+from maskattn.slide.outlines.rules import check_region_classes
 from maskattn.slide.pipeline import identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
 from maskattn.slide.request import RunSettings, check_request, differences
@@ -40,6 +41,7 @@ def run_slides(
         OutputError: the output folder, or its summary, cannot be written.
     """
     check_request(jobs, settings, model.config.masked)
+    check_region_classes(settings.regions, model.config.classes)
     identity = identify_model(model)
 
     def run_one(job: SlideJob, on_tiles: OnTiles | None) -> SlideOutcome:

@@ -94,6 +94,7 @@ def feed_sinks(
         attention_T=_numpy(relevance.attention_T),
         with_tokens=run.settings.tokens,
         token_mask="tissue" if run.settings.masked and run.model.config.masked else "none",
+        settings=run.settings,
     )
     batches = _with_tokens(run, grid, encoded, relevance) if slide.with_tokens else _tiles_alone(run, grid, encoded)
     with ExitStack() as opened:

@@ -100,8 +100,11 @@ def test_a_sink_that_fails_fails_the_slide_and_the_others_leave_nothing(
     assert names(settings.out_dir) == {"summary.csv"}
 
 
+EVERYTHING = {"geojson": "tiles"}
+
+
 def test_every_file_of_a_slide_is_named_by_one_sink(model: SlideModel, slide: Path, settings: RunSettings) -> None:
-    run_slides([SlideJob("disc", slide)], model, settings)
+    run_slides([SlideJob("disc", slide)], model, replace(settings, **EVERYTHING))
     written = names(settings.out_dir / "disc") - {"prediction.json"}
     for name in written:
         assert sum(any(fnmatchcase(name, pattern) for pattern in sink.files) for sink in SINKS) == 1, name

@@ -46,6 +46,7 @@ class ExplainedSlide:
         attention_T: (T,) attention of the slide's class token to each tile.
         with_tokens: whether the batches carry maps of tokens.
         token_mask: "tissue" where the model left background tokens out, "none" where every token of a tile took part.
+        settings: what the run was asked for.
     """
 
     slide_id: str
@@ -61,6 +62,7 @@ class ExplainedSlide:
     attention_T: Float[np.ndarray, " T"]
     with_tokens: bool
     token_mask: TokenMask
+    settings: RunSettings
 
 
 @dataclass(frozen=True, eq=False)

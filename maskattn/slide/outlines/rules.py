@@ -1,0 +1,107 @@
+"""What a run asks of outlines: thresholds of relevance that make regions, read and checked before any slide is.
+
+Nothing here imports what is slow to load: the command line reads the rules at its start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from maskattn.errors import ManifestError
+from maskattn.slide.outlines.names import nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from maskattn.shapes import Float
+    from maskattn.slide.request import RunSettings
+
+__all__ = ["RegionRule", "check_outlines", "check_region_classes", "parse_regions"]
+
+
+@dataclass(frozen=True)
+class RegionRule:
+    """Where a region of a class begins.
+
+    Attributes:
+        class_name: of the slide model.
+        value: least relevance; or a percentile of the relevance of all tiles or tokens, in percent.
+        is_percentile: which of both ``value`` is.
+    """
+
+    class_name: str
+    value: float
+    is_percentile: bool
+
+    def threshold(self, relevance_N: Float[np.ndarray, " N"]) -> float:
+        """The least relevance of what belongs to a region; by a percentile never below 0.
+
+        Args:
+            relevance_N: (N,) relevance of all tiles or tokens for the class.
+        """
+        import numpy as np
+
+        if not self.is_percentile:
+            return self.value
+        return max(0.0, float(np.percentile(relevance_N, self.value))) if len(relevance_N) else 0.0
+
+
+def parse_regions(texts: Sequence[str]) -> tuple[RegionRule, ...]:
+    """The rules that ``--region CLASS=VALUE`` and ``--region CLASS=PERCENT%`` give.
+
+    Raises:
+        ManifestError: one of them is no rule, or a class has two.
+    """
+    rules = []
+    for text in texts:
+        class_name, found, value = text.rpartition("=")
+        percent = value.strip().endswith("%")
+        try:
+            number = float(value.strip().removesuffix("%"))
+        except ValueError:
+            number = math.nan
+        if not (found and class_name) or not math.isfinite(number) or (percent and not 0 <= number <= 100):
+            raise ManifestError(
+                f"--region must be CLASS=VALUE or CLASS=PERCENT%, got {text!r}; write for example tumour=95% for the "
+                "places whose relevance is among the highest 5 %"
+            )
+        rules.append(RegionRule(class_name, number, percent))
+    names = [rule.class_name for rule in rules]
+    for name in names:
+        if names.count(name) > 1:
+            raise ManifestError(f"--region may name a class once, got {names.count(name)} for {name!r}; leave one")
+    return tuple(rules)
+
+
+def check_region_classes(texts: Sequence[str] | None, classes: Sequence[str]) -> None:
+    """Refuse regions of a class that the model does not have.
+
+    Raises:
+        ManifestError: there is no such class.
+    """
+    for rule in parse_regions(texts or ()):
+        if rule.class_name not in classes:
+            raise ManifestError(
+                f"--region must name a class of the model, got {rule.class_name!r}; {nearest(rule.class_name, classes)}"
+            )
+
+
+def check_outlines(settings: RunSettings) -> None:
+    """Refuse outlines of tokens that nobody asked for, and regions of a file that is not written.
+
+    Raises:
+        ManifestError: some of what was asked for would have no effect.
+    """
+    if settings.geojson == "tokens" and not settings.tokens:
+        raise ManifestError(
+            "--geojson tokens needs the relevance of tokens, got no --tokens; give it, or write --geojson tiles"
+        )
+    regions = parse_regions(settings.regions or ())
+    if regions and settings.geojson == "off":
+        raise ManifestError(
+            f"--region adds annotations to relevance.geojson, got {regions[0].class_name!r} and no such file; "
+            "give --geojson tiles or tokens, or leave --region out"
+        )
