@@ -21,7 +21,7 @@ from maskattn.errors import OutputError, SlideError
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text, problem_of_id
 from maskattn.slide.output_folder import are_one_name, prepare_output
-from maskattn.slide.summary import append_row, read_summary, tidy_summary
+from maskattn.slide.summary import append_row, carried_into, read_summary, tidy_summary
 
 __all__ = ["OnTiles", "Outcome", "RunProgress", "run_each"]
 
@@ -97,7 +97,7 @@ def run_each(
                 _logger.debug("slide %s failed", job.slide_id, exc_info=True)
                 outcome = failed(job, _reason(error, out_dir), time.perf_counter() - start)
             with _summary_errors(summary):
-                append_row(summary, outcome.row())
+                append_row(summary, carried_into(outcome.row(), job.carried))
             outcomes.append(outcome)
             if progress is not None:
                 progress.slide_ended(outcome)

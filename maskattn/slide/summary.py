@@ -21,10 +21,11 @@ from pathlib import Path
 from maskattn.files import replacing
 from maskattn.slide.names import as_text
 
-__all__ = ["append_row", "read_summary", "tidy_summary", "write_summary"]
+__all__ = ["append_row", "carried_into", "read_summary", "tidy_summary", "write_summary"]
 
 _FIRST_COLUMNS = ("slide_id", "status", "reason", "prediction")
 _LAST_COLUMNS = ("model", "seconds")
+_OTHER_COLUMNS = ("map_check",)
 
 
 def read_summary(path: Path) -> dict[str, dict[str, str]]:
@@ -52,6 +53,18 @@ def write_summary(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def carried_into(row: Mapping[str, str], carried: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """A slide's row with the columns of the manifest that are not ours, each under its own name.
+
+    One that has the name of a column of the summary is carried as ``manifest_<name>``.
+    """
+    ours = {*_FIRST_COLUMNS, *_LAST_COLUMNS, *_OTHER_COLUMNS, *row}
+    named = {
+        f"manifest_{name}" if name in ours or name.startswith("score_") else name: value for name, value in carried
+    }
+    return {**row, **named}
 
 
 def append_row(path: Path, row: Mapping[str, str]) -> None:

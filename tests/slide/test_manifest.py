@@ -79,7 +79,11 @@ def test_bad_row_is_a_failing_job_and_the_others_go_on(folder: Path, row: str, p
     ("lines", "message"),
     [
         (("slide_id,path", "one,a.tiff"), "missing: slide_path; unknown: path"),
+        (("slide_id,slide_pth", "one,a.tiff"), "missing: slide_path; unknown: slide_pth"),
+        (("slide_ID2,slide_path", "one,a.tiff"), "missing: slide_id; unknown: slide_ID2"),
         (("slide_path", "a.tiff"), "missing: slide_id"),
+        (("PATIENT,FILENAMES", "p,a.h5"), "missing: slide_id, slide_path; unknown: FILENAMES, PATIENT"),
+        (("case_id,label", "c,1"), "missing: slide_id, slide_path; unknown: case_id, label"),
         (("slide_id,slide_path,mpp,spacing_um", "one,a.tiff,1,1"), "more than once: spacing_um"),
         (("slide_id,slide_path,slide_path", "one,a.tiff,b.svs"), "each once"),
         (("slide_id,slide_path",), "at least one row"),
@@ -217,17 +221,21 @@ def test_table_of_trident_names_slides_by_their_files(folder: Path) -> None:
     assert summed_up(jobs) == [("a", "a.tiff", None, 0.5, None), ("b", "b.svs", None, None, None)]
 
 
-def test_columns_that_are_not_ours_are_passed_over_and_named(folder: Path) -> None:
+def test_columns_that_are_not_ours_are_carried_and_those_without_a_name_passed_over(folder: Path) -> None:
     notes: list[str] = []
     path = write(folder, ",case_id,slide_id,label,slide_path,note,", '0,c,one,1,a.tiff,"two\nlines, ""all""",')
     (job,) = read_manifest(path, notes.append)
     assert (job.slide_id, job.path, job.problem) == ("one", folder / "a.tiff", None)
-    assert notes == [f"in {path}, passed over the columns (no name), case_id, label, note"]
+    assert job.carried == (("case_id", "c"), ("label", "1"), ("note", 'two\nlines, "all"'))
+    assert notes == [
+        f"in {path}, carried to the summary the columns case_id, label, note",
+        f"in {path}, passed over 1 column without a name",
+    ]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["spacing", "spacing_mu", "spacing_px", "mpp_x", "microns_per_pixel", "mask", "masks", "maskpath2", "slide_pth"],
+    ["spacing", "spacing_mu", "spacing_px", "mpp_x", "microns_per_pixel", "mask", "masks", "maskpath2", "spacing_umm"],
 )
 def test_column_that_may_be_a_misspelt_one_of_ours_is_an_error(folder: Path, name: str) -> None:
     with pytest.raises(ManifestError, match=f"unknown: {name}; give each the name of what it is, or drop it"):

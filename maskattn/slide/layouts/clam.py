@@ -108,12 +108,13 @@ class Clam:
 
     @contextmanager
     def writing(
-        self, root: Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
+        self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
         """Write ``patches``, ``h5_files`` and, last, ``pt_files``; features are float32, whatever ``dtype`` says."""
         import h5py
 
-        slide_id, final = writable_id(header), self.path_of(root, header)
+        slide_id, root = writable_id(header), Path(root)
+        final = self.path_of(root, header)
         known_fields("clam", header, "patch_size_lv0", "width_px", "height_px")
         paths = [final, root / "h5_files" / f"{slide_id}.h5", root / "patches" / f"{slide_id}.h5"]
         for path in paths:

@@ -129,7 +129,8 @@ def list_features(root: str | Path) -> dict[str, Path]:
         for pattern in reader.feature_patterns:
             for path in root.glob(pattern.format(id="*")):
                 ids.add(path.parent.name if pattern.startswith("{id}/") else path.stem)
-    found = {slide_id: _find(root, slide_id, features=True) for slide_id in sorted(ids)}
+    seen: dict[Path, FileContents] = {}
+    found = {slide_id: _find(root, slide_id, features=True, seen=seen) for slide_id in sorted(ids)}
     files = {slide_id: path for slide_id, path in found.items() if path is not None}
     if not files:
         raise SlideError(
@@ -185,19 +186,26 @@ def _checked(tiles: _TilesT, slide: SlideInfo | None, named: Sequence[str]) -> _
     return tiles
 
 
-def _find(root: Path, slide_id: str, *, features: bool) -> Path | None:
-    """The one file of a slide: of the first pattern of a layout that matches any that are the layout's."""
-    found: dict[Path, str] = {}
+def _find(root: Path, slide_id: str, *, features: bool, seen: dict[Path, FileContents] | None = None) -> Path | None:
+    """The one file of a slide: of the first pattern of a layout that matches any that are the layout's.
+
+    Files that were looked into are remembered in ``seen``.
+    """
+    seen = {} if seen is None else seen
+    found: dict[Path, None] = {}
     for reader in FEATURE_READERS:
         for pattern in reader.feature_patterns if features else reader.coords_patterns:
-            matches = [Path(path) for path in sorted(glob.glob(str(glob_below(root, pattern, slide_id))))]
             has = reader.has_features if features else reader.has_coords
-            ours = [path for path in matches if path.is_file() and has(look_into(path))]
+            ours = []
+            for name in sorted(glob.glob(_pattern_of(root, pattern, slide_id))):
+                path = Path(name)
+                if path.is_file() and has(seen.get(path) or seen.setdefault(path, look_into(path))):
+                    ours.append(path)
             if ours:
-                found |= dict.fromkeys(ours, reader.name)
+                found |= dict.fromkeys(ours)
                 break
     if len(found) > 1:
-        told = ", ".join(as_text(path) for path in found)
+        told = ", ".join(map(as_text, found))
         raise SlideError(
             f"a slide must have one file of {'features' if features else 'coordinates'} below a folder, got "
             f"{len(found)} for {shortened(slide_id)!r}: {told}; name the folder of one of them"
@@ -205,9 +213,9 @@ def _find(root: Path, slide_id: str, *, features: bool) -> Path | None:
     return next(iter(found), None)
 
 
-def glob_below(root: Path, pattern: str, slide_id: str) -> Path:
+def _pattern_of(root: Path, pattern: str, slide_id: str) -> str:
     """A layout's pattern below a folder, for one slide."""
-    return Path(glob.escape(str(root))) / pattern.format(id=glob.escape(slide_id))
+    return str(Path(glob.escape(str(root))) / pattern.format(id=glob.escape(slide_id)))
 
 
 def _unknown(contents: FileContents) -> SlideError:

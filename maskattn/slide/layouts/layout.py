@@ -78,7 +78,7 @@ class FeatureLayout(FeatureReader, Protocol):
         """Where a slide's features are written: the file that is there when all is."""
 
     def writing(
-        self, root: Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
+        self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> AbstractContextManager[TakeTiles]:
         """Write a slide's features; the context gives the function that takes a batch of tiles.
 

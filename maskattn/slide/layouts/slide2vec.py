@@ -100,10 +100,11 @@ class Slide2Vec:
 
     @contextmanager
     def writing(
-        self, root: Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
+        self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
         """Write coordinates, features and their ``.meta.json``; the rows are put into hs2p's order."""
-        slide_id, final = writable_id(header), self.path_of(root, header)
+        slide_id, root = writable_id(header), Path(root)
+        final = self.path_of(root, header)
         tiling_metadata(header, 0)
         tiles = root / "tiles" / f"{slide_id}{NPZ_ENDING}"
         for path in (final, tiles):

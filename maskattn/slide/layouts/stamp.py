@@ -109,7 +109,7 @@ class Stamp:
 
     @contextmanager
     def writing(
-        self, root: Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
+        self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
         """Write the feature file; features are float16, whatever ``dtype`` says."""
         import h5py
@@ -118,7 +118,7 @@ class Stamp:
         side_px, spacing_um, spacing_lv0 = known_fields(
             "stamp", header, "patch_size_px", "spacing_um", "spacing_lv0_um"
         )
-        final = self.path_of(root, header)
+        final = self.path_of(Path(root), header)
         final.parent.mkdir(parents=True, exist_ok=True)
         with replacing(final) as temporary, h5py.File(temporary, "w") as file:
             for name, value in _attributes(header, int(side_px), spacing_um).items():

@@ -103,10 +103,11 @@ class Trident:
 
     @contextmanager
     def writing(
-        self, root: Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
+        self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
         """Write the feature file, and that of the coordinates, which is there first."""
-        slide_id, final = writable_id(header), self.path_of(root, header)
+        slide_id, root = writable_id(header), Path(root)
+        final = self.path_of(root, header)
         patches = _coords_folder(root, header) / "patches" / f"{slide_id}{_COORDS_ENDING}.h5"
         for path in (final, patches):
             path.parent.mkdir(parents=True, exist_ok=True)

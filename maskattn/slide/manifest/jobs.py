@@ -1,19 +1,19 @@
 """Manifest: what a user named (paths, globs, folders, tables) → one job per slide.
 
-A table has a header ``slide_id,slide_path[,mask_path][,spacing_um]``; relative paths start at the table's own folder. A
-mistake in what was asked as a whole (no such column, the same ``slide_id`` twice) is an error before anything runs. A
-mistake in one row, or a path that is not there, becomes a job that carries its ``problem``: it fails in the summary and
-the others go on.
+A table has a header ``slide_id,slide_path[,mask_path][,spacing_um]``; relative paths start at the table's own folder.
+Other tools' tables are understood too, also those that name slides by id or file alone (CLAM's, STAMP's, TRIDENT's):
+then the slides lie in the table's folder, or in a folder that is named beside it and is not a source of its own.
+Columns that are not ours are carried to the summary. A mistake in what was asked as a whole (no such column, the same
+``slide_id`` twice) is an error before anything runs. A mistake in one row, or a path that is not there, becomes a job
+that carries its ``problem``: it fails in the summary and the others go on.
 """
 
 from __future__ import annotations
 
 import glob
-import math
 import os
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from maskattn.errors import ManifestError
@@ -21,32 +21,15 @@ from maskattn.slide.file_checks import is_folder, is_there, problem_of_file, sam
 from maskattn.slide.manifest.columns import is_known_column, last_named, locate_columns
 from maskattn.slide.manifest.dicom_series import one_per_series
 from maskattn.slide.manifest.folder_search import SLIDE_SUFFIXES, match_glob, search_folder
-from maskattn.slide.manifest.spreadsheet import Record, read_records
-from maskattn.slide.names import as_text, id_of_file, problem_of_id, shortened
+from maskattn.slide.manifest.job import SlideJob
+from maskattn.slide.manifest.rows import TableRows
+from maskattn.slide.manifest.spreadsheet import read_records
+from maskattn.slide.names import as_text, problem_of_id, shortened
 
 __all__ = ["SLIDE_SUFFIXES", "SlideJob", "collect_jobs", "read_manifest"]
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 """What is read as a manifest; of the workbooks it is told how to save them as one."""
-
-
-@dataclass(frozen=True)
-class SlideJob:
-    """One slide to predict.
-
-    Attributes:
-        slide_id: names the slide's folder of outputs and its row of the summary.
-        path: the slide file.
-        mask_path: the user's own tissue mask; None = find the tissue.
-        spacing_um: µm per level-0 pixel as the manifest has it; None = ask the file.
-        problem: why this job cannot run, found while the jobs were collected; None = it can.
-    """
-
-    slide_id: str
-    path: Path
-    mask_path: Path | None = None
-    spacing_um: float | None = None
-    problem: str | None = None
 
 
 def collect_jobs(
@@ -66,28 +49,38 @@ def collect_jobs(
             ``manifest`` is none.
     """
     on_note = on_note or _keep_quiet
-    rows = [] if manifest is None else read_manifest(manifest, on_note)
+    matches = [match for source in sources for match in _matches_of(Path(source))]
+    folders = [path for path in matches if is_folder(path)]
+    rows, looked_in = ([], set[Path]()) if manifest is None else _read_table(manifest, on_note, folders)
     if not sources and not rows:
         raise ManifestError(
             "infer needs at least one slide, got none; name slide files, folders, globs or a CSV manifest"
         )
-    named: list[SlideJob | Path] = []
+    named: dict[int, Sequence[SlideJob | Path]] = {}
     errors: list[ManifestError] = []
-    for path in (match for source in sources for match in _matches_of(Path(source))):
+    # Tables first: they may say that a folder is where their slides lie, and no source.
+    for index in sorted(range(len(matches)), key=lambda index: not _is_table(matches[index])):
+        path = matches[index]
         try:
-            named += _slides_of(path, on_note)
+            if _is_table(path):
+                named[index], places = _read_table(path, on_note, folders)
+                looked_in |= places
+            elif path not in looked_in:
+                named[index] = _slides_of(path, on_note)
         except ManifestError as error:
             errors.append(error)
-            named.append(SlideJob(shortened(path), path, problem=str(error)))
-    named += rows
-    if len(errors) == len(named):
+            named[index] = [SlideJob(shortened(path), path, problem=str(error))]
+    slides = [slide for index in sorted(named) for slide in named[index]] + rows
+    if len(errors) == len(slides):
         raise errors[0]
-    ids = one_per_series([slide for slide in named if isinstance(slide, Path)])
-    jobs = (_job_of_path(slide, ids.get(slide)) if isinstance(slide, Path) else slide for slide in named)
+    ids = one_per_series([slide for slide in slides if isinstance(slide, Path)])
+    jobs = (_job_of_path(slide, ids.get(slide)) if isinstance(slide, Path) else slide for slide in slides)
     return _unique(job for job in jobs if job is not None)
 
 
-def read_manifest(path: Path, on_note: Callable[[str], None] | None = None) -> list[SlideJob]:
+def read_manifest(
+    path: Path, on_note: Callable[[str], None] | None = None, folders: Sequence[Path] = ()
+) -> list[SlideJob]:
     """Jobs from a manifest, a row each; empty rows are left out.
 
     The table may be as a spreadsheet program or another tool saved it: with commas, semicolons or tabs, in UTF-8,
@@ -95,18 +88,30 @@ def read_manifest(path: Path, on_note: Callable[[str], None] | None = None) -> l
 
     Args:
         path: of the table.
-        on_note: told of the columns that were passed over.
+        on_note: told of the columns that are carried to the summary, and of those that are passed over.
+        folders: where slides lie, beside the table's own folder, that the table names by id or file alone.
 
     Raises:
         ManifestError: the file cannot be read, a column is missing or misspelt, it has no rows, or a ``slide_id`` comes
             twice.
     """
+    return _read_table(path, on_note or _keep_quiet, folders)[0]
+
+
+def _read_table(
+    path: Path, on_note: Callable[[str], None], folders: Sequence[Path]
+) -> tuple[list[SlideJob], set[Path]]:
+    """The jobs of a table, and those of the folders that it takes for the places of its slides."""
     records = read_records(path, is_known_column)
-    columns, others = locate_columns(records[0].fields if records else (), path)
-    if others and on_note is not None:
-        names = ", ".join(map(as_text, others))
-        on_note(f"in {as_text(path)}, passed over the column{'' if len(others) == 1 else 's'} {names}")
-    jobs = [_job_of_record(path, record, columns, last_named(records[0].fields) + 1) for record in records[1:]]
+    header = records[0].fields if records else ()
+    columns = locate_columns(header, path)
+    if columns.carried:
+        on_note(f"in {as_text(path)}, carried to the summary {_listed(columns.carried)}")
+    if columns.nameless:
+        several = "s" * (columns.nameless > 1)
+        on_note(f"in {as_text(path)}, passed over {columns.nameless} column{several} without a name")
+    rows = TableRows(path, columns, last_named(header) + 1, folders)
+    jobs = [rows.job(record) for record in records[1:]]
     if not jobs:
         raise ManifestError(f"a manifest must have at least one row below its header, got none in {as_text(path)}")
     seen: set[str] = set()
@@ -117,7 +122,12 @@ def read_manifest(path: Path, on_note: Callable[[str], None] | None = None) -> l
                 "give each slide an id of its own"
             )
         seen.add(job.slide_id)
-    return jobs
+    return jobs, rows.looked_in
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(map(as_text, names))
+    return f"the column{'' if len(names) == 1 else 's'} {', '.join(names)}"
 
 
 def _keep_quiet(note: str) -> None:
@@ -133,17 +143,20 @@ def _is_glob(path: Path) -> bool:
     return glob.has_magic(os.fspath(path)) and not is_there(path)
 
 
-def _slides_of(path: Path, on_note: Callable[[str], None]) -> Sequence[SlideJob | Path]:
-    """The slides of a folder, the jobs of a manifest, or the path itself."""
+def _slides_of(path: Path, on_note: Callable[[str], None]) -> Sequence[Path]:
+    """The slides of a folder, or the path itself."""
     if is_folder(path):
         return _slides_of_folder(path, on_note)
     if _is_glob(path):
         raise ManifestError(
             f"a glob must match at least one file, got no match for {as_text(path)}; check the folder and quotes"
         )
-    if path.suffix.lower() in _TABLE_SUFFIXES:
-        return read_manifest(path, on_note)
     return [path]
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a source is read as a manifest."""
+    return path.suffix.lower() in _TABLE_SUFFIXES and not is_folder(path) and not _is_glob(path)
 
 
 def _slides_of_folder(folder: Path, on_note: Callable[[str], None]) -> list[Path]:
@@ -166,55 +179,6 @@ def _job_of_path(path: Path, slide_id: str | None) -> SlideJob | None:
     if slide_id is None:
         return None
     return SlideJob(shortened(slide_id), path, problem=problem_of_file(path, "slide") or problem_of_id(slide_id))
-
-
-def _job_of_record(manifest: Path, record: Record, columns: Mapping[str, int], width: int) -> SlideJob:
-    """The job of one row; missing fields are empty, and so must be those beyond the header's last name."""
-    cells = {name: record.fields[index] if index < len(record.fields) else "" for name, index in columns.items()}
-    where = f"line {record.line} of {as_text(manifest.name)}"
-    path = _path_of(manifest, cells.get("slide_path", ""))
-    mask_path = _path_of(manifest, cells["mask_path"]) if cells.get("mask_path") else None
-    spacing_um, problem = _read_spacing(cells.get("spacing_um", ""), where)
-    slide_id = cells["slide_id"] if "slide_id" in columns else id_of_file(path)
-    if record.problem is not None:
-        problem = f"{record.problem} in {where}"
-    elif any(record.fields[width:]):
-        problem = f"a row must have the header's fields, got more in {where}; quote a path that holds a comma"
-    elif not slide_id and "slide_id" in columns:
-        problem = f"a row must have a slide_id, got none in {where}"
-    elif not cells["slide_path"]:
-        problem = f"a row must have a slide_path, got none in {where}"
-    problem = problem or problem_of_file(path, "slide", where)
-    if mask_path is not None:
-        problem = problem or problem_of_file(mask_path, "mask", where)
-    slide_id = slide_id or f"line-{record.line}"
-    return SlideJob(shortened(slide_id), path, mask_path, spacing_um, problem or problem_of_id(slide_id))
-
-
-def _path_of(manifest: Path, cell: str) -> Path:
-    """The path as the disk spells it: as written, or with other slashes, accents or code page where that is there."""
-    spellings = [cell]
-    if not cell.isascii():
-        spellings += [unicodedata.normalize(form, cell) for form in ("NFC", "NFD")]
-        spellings += [os.fsdecode(cell.encode("cp1252", "replace"))]
-    if "\\" in cell:
-        spellings += [spelling.replace("\\", "/") for spelling in spellings]
-    for spelling in spellings[1:]:
-        if not is_there(manifest.parent / cell) and is_there(manifest.parent / spelling):
-            return manifest.parent / spelling
-    return manifest.parent / cell
-
-
-def _read_spacing(text: str, where: str) -> tuple[float | None, str | None]:
-    if not text:
-        return None, None
-    try:
-        spacing_um = float(text.replace(",", ".") if text.count(",") == 1 else text)
-    except ValueError:
-        spacing_um = math.nan
-    if math.isfinite(spacing_um) and spacing_um > 0:
-        return spacing_um, None
-    return None, f"spacing_um must be a positive number of µm per pixel, got {shortened(text)!r} in {where}"
 
 
 def _unique(jobs: Iterable[SlideJob]) -> list[SlideJob]:
@@ -250,4 +214,5 @@ def _merged(one: SlideJob, other: SlideJob) -> SlideJob:
         mask_path=one.mask_path or other.mask_path,
         spacing_um=one.spacing_um or other.spacing_um,
         problem=one.problem or other.problem,
+        carried=tuple((dict(other.carried) | dict(one.carried)).items()),
     )

@@ -1,0 +1,73 @@
+"""Slides that a table names by id or by file alone: where they lie, in its own folder or in one named beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from maskattn.slide.file_checks import is_there
+from maskattn.slide.manifest.folder_search import SLIDE_SUFFIXES
+from maskattn.slide.names import as_text, id_of_file, shortened
+
+__all__ = ["NamedSlides", "id_of_features"]
+
+_MOST_FOLDERS = 5
+
+
+class NamedSlides:
+    """The slides of some folders by name; a folder is listed when the first name is looked for in it.
+
+    Args:
+        folders: where slides may lie, the first that has one wins.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = tuple(dict.fromkeys(folders))
+        self._listed: dict[Path, dict[str, list[Path]]] = {}
+
+    def find(self, name: str, where: str) -> tuple[Path, str | None]:
+        """The file of a slide, and why there is none that can be taken, or None.
+
+        Args:
+            name: the slide's id, or its file's name, also with folders before it.
+            where: the line of the table, for the message.
+        """
+        for folder in self._folders:
+            path = folder / name
+            if path.suffix.lower() in SLIDE_SUFFIXES and is_there(path):
+                return path, None
+            found = self._by_id(path.parent).get(path.name, [])
+            if len(found) == 1:
+                return found[0], None
+            if found:
+                told = " and ".join(as_text(each.name) for each in found)
+                return path, (
+                    f"a slide's id must name one file, got {told} for {shortened(name)!r} in {where}; give the table a "
+                    "column slide_path"
+                )
+        told = ", ".join(map(as_text, self._folders[:_MOST_FOLDERS])) + (", ..." * (len(self._folders) > _MOST_FOLDERS))
+        return self._folders[0] / name, (
+            f"a slide that a table names must lie in its folder or in one named beside it, got no slide "
+            f"{shortened(name)!r} ({where}) in {told}; name its folder on the command line, or give the table a column "
+            "slide_path"
+        )
+
+    def _by_id(self, folder: Path) -> dict[str, list[Path]]:
+        if folder not in self._listed:
+            slides: dict[str, list[Path]] = {}
+            try:
+                names = sorted(os.listdir(folder))
+            except (OSError, ValueError):
+                names = []
+            for name in names:
+                if os.path.splitext(name)[1].lower() in SLIDE_SUFFIXES and not name.startswith("."):
+                    slides.setdefault(id_of_file(name), []).append(folder / name)
+            self._listed[folder] = slides
+        return self._listed[folder]
+
+
+def id_of_features(filename: str) -> str:
+    """The slide, with folders before it, whose file of features STAMP's FILENAME is: the name without ``.h5``."""
+    path = PurePosixPath(filename.replace("\\", "/"))
+    return str(path.with_suffix("") if path.suffix.lower() in (".h5", ".hdf5") else path)
