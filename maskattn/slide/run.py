@@ -10,8 +10,8 @@ from maskattn.errors import SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
 from maskattn.slide.manifest import SlideJob
-from maskattn.slide.output_folder import clear_leftovers, find_finished
 from maskattn.slide.outlines.rules import check_region_classes
+from maskattn.slide.output_folder import clear_leftovers, find_finished
 from maskattn.slide.pipeline import identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
 from maskattn.slide.request import RunSettings, check_request, differences
