@@ -5,7 +5,9 @@ Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H h
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import triton.language as tl
@@ -59,9 +61,12 @@ VARYING = (
 )
 
 
+_KNOWN_ZERO = tl.constexpr(0)
+
+
 def known_strides(*strides: int) -> tuple[Any, ...]:
     """The strides, those of 0 (no such dimension, or one that is shared) known when a kernel is compiled."""
-    return tuple(tl.constexpr(0) if stride == 0 else stride for stride in strides)
+    return tuple([stride or _KNOWN_ZERO for stride in strides])
 
 
 def tokens_argument(x: Tensor) -> Tokens:
@@ -130,7 +135,8 @@ def dropout_argument(options: Options) -> Dropout:
     return Dropout(options.dropout_seed, signed, 1 / (1 - options.dropout_p))
 
 
-def constant_arguments(head_width: int, config: Config, described: bool) -> dict[str, Any]:
+@functools.cache
+def constant_arguments(head_width: int, config: Config, described: bool) -> Mapping[str, Any]:
     """What a kernel is compiled for, by name, and how it is launched."""
     return {
         # Each head width has code of its own.

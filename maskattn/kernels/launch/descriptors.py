@@ -41,14 +41,17 @@ def launch(kernel: Any, programs: int, described: bool, q: Tensor, *arguments: A
     if programs == 0:
         return
 
-    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=q.device)
+    with torch.cuda.device_of(q):
+        if not described:
+            kernel[(programs,)](*arguments, **constants)
+            return
 
-    def run() -> None:
-        if described:
+        def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+            return torch.empty(size, dtype=torch.int8, device=q.device)
+
+        def run() -> None:
             triton.set_allocator(allocate)
-        with torch.cuda.device_of(q):
             kernel[(programs,)](*arguments, **constants)
 
-    # In a context of its own, so that the allocator that a user has set stays theirs.
-    contextvars.copy_context().run(run)
+        # In a context of its own, so that the allocator that a user has set stays theirs.
+        contextvars.copy_context().run(run)

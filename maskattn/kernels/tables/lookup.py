@@ -5,6 +5,7 @@ Dimension key: D head width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, get_args, overload
 
 import torch
@@ -47,6 +48,7 @@ def look_up(
 def look_up(
     pass_: ReadoutPass, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = ...
 ) -> ReadoutConfig: ...
+@functools.cache
 def look_up(
     pass_: Any, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = False
 ) -> Config | ReadoutConfig:
@@ -83,6 +85,7 @@ def target_of(device: torch.device) -> Target:
     return _target_of_capability(*torch.cuda.get_device_capability(device))
 
 
+@functools.cache
 def _target_of_capability(major: int, minor: int) -> Target:
     """The row of the table for a CUDA GPU; the one with the least shared memory where there is none of its own."""
     targets: dict[tuple[int, int], Target] = {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
