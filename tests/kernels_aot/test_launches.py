@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from aot.every_call import OPERATIONS, Shape, launches_of  # noqa: E402 (imports triton's compiler)
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+
+from aot.every_call import OPERATIONS, Shape, launches_of  # noqa: E402 (bench/ must be on the path first)
 
 from maskattn.kernels.attention import masked  # noqa: E402 (likewise)
 
