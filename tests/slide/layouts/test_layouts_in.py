@@ -11,6 +11,7 @@ import torch
 from foreign_writers import (
     STAMP_ATTRIBUTES,
     save_h5,
+    trident_coords,
     write_as_atlaspatch,
     write_as_clam,
     write_as_slide2vec,
@@ -229,6 +230,16 @@ def test_our_own_features_are_found_in_a_runs_output(tmp_path: Path) -> None:
     (tmp_path / "out" / "slide-1").mkdir(parents=True)
     path = (tmp_path / "features.h5").rename(tmp_path / "out" / "slide-1" / "features.h5")
     assert list_features(tmp_path / "out") == {"slide-1": path}
+
+
+def test_features_of_earlier_versions_of_ours_stay_readable(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "slide-1" / "features.h5"
+    attributes = {name: value for name, value in trident_coords().items() if name != "savetodir"}
+    attributes |= {"level0_magnification": 39.6, "target_magnification": 19.8, "description": "level-0 x, y"}
+    save_h5(path, {"features": FEATURES, "coords": COORDS}, {"features": {"name": "slide-1"}, "coords": attributes})
+    found = read_features(path, slide=slide_info())
+    np.testing.assert_array_equal(found.features_TC, FEATURES)
+    assert (found.slide_id, found.patch_size_lv0, found.encoder, found.token_mask) == ("slide-1", 512, None, None)
 
 
 def test_a_slides_name_with_signs_that_globs_use_is_found(tmp_path: Path) -> None:
