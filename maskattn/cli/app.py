@@ -9,6 +9,7 @@ from maskattn.cli.doctor import doctor
 from maskattn.cli.explain import explain
 from maskattn.cli.infer import infer
 from maskattn.cli.info import info
+from maskattn.cli.report import report
 from maskattn.cli.tissue import tissue
 
 __all__ = ["app"]
@@ -19,5 +20,5 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: boxes would cost every command the import of rich
     pretty_exceptions_enable=False,
 )
-for command in (infer, demo, tissue, info, explain, doctor):
+for command in (infer, demo, report, tissue, info, explain, doctor):
     app.command()(command)

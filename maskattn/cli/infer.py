@@ -36,6 +36,7 @@ def infer(
     settings: RunSettings,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     impl: Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write OUT/report.html at the end.")] = False,
     debug: Debug = False,
 ) -> None:
     """Predict slides and explain the predictions.
@@ -59,6 +60,10 @@ def infer(
         check_request(jobs, settings)  # once more when the model is there: it may leave nothing out
         prepare_output(settings.out_dir)
         outcomes = slide_runs.run(jobs, slide_runs.load_model(model or slide_runs.BUNDLED, impl, device), settings)
+        if report:
+            from maskattn.slide.report import write_report
+
+            say(f"report: {write_report(settings.out_dir)}")
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     say(f"{len(outcomes) - failed} of {len(outcomes)} slides have outputs; summary: {settings.out_dir / 'summary.csv'}")
     for line in map_warnings(outcomes):

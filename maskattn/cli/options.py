@@ -18,7 +18,19 @@ import typer
 from maskattn.slide.asked import asked_of
 from maskattn.slide.request import RunSettings
 
-__all__ = ["Debug", "Force", "Ink", "Mask", "MaskValues", "Series", "Slide", "Spacing", "takes_settings"]
+__all__ = [
+    "Debug",
+    "Force",
+    "Ink",
+    "Mask",
+    "MaskValues",
+    "Outputs",
+    "Series",
+    "Slide",
+    "SlidesFolder",
+    "Spacing",
+    "takes_settings",
+]
 
 
 def _plausible_spacing(spacing_um: float | None) -> float | None:
@@ -55,6 +67,12 @@ def _option(field: Field[Any]) -> Any:
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Slide = Annotated[Path, typer.Argument(help="A slide file.", metavar="SLIDE", show_default=False)]
+Outputs = Annotated[
+    Path, typer.Argument(help="A folder of outputs, the --out of infer or demo.", metavar="OUT", show_default=False)
+]
+SlidesFolder = Annotated[
+    Path | None, typer.Option("--slides", help="Folder to look for the slides in, where they have moved.")
+]
 Mask = Annotated[Path | None, typer.Option("--mask", help="Your own tissue mask of this slide, at any spacing.")]
 Spacing = Annotated[float | None, _option(_field(RunSettings, "spacing_um"))]
 Series = Annotated[int | None, _option(_field(RunSettings, "series"))]

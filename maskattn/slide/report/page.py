@@ -1,0 +1,136 @@
+"""The report as a page: the run's table, a part for every slide, the models, and how to read it all."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import maskattn
+from maskattn.errors import OutputError
+from maskattn.files import replacing
+from maskattn.slide.file_checks import is_folder
+from maskattn.slide.finished import FinishedRun, FinishedSlide, read_run
+from maskattn.slide.names import as_text
+from maskattn.slide.report.facts import model_cards, run_table
+from maskattn.slide.report.markup import Markup, element, joined
+from maskattn.slide.report.slide_part import slide_part
+
+__all__ = ["style_sheet", "write_report"]
+
+_READING = (
+    "A map shows which tokens, or tiles, speak for a class (red) and against it (blue): the signed share of each in "
+    "the class's score. Colours follow the square root of the value, and what is near zero is nearly transparent.",
+    "Squares on a map mark the tiles that are shown beside it. Positions are pixels of the slide's level 0.",
+    "The map check drops the tiles that a map calls most relevant, and as many at random, and compares what the score "
+    "loses. A map that does not pass must not be taken for evidence.",
+)
+
+
+def write_report(
+    out_dir: Path,
+    path: Path | None = None,
+    *,
+    top: int = 4,
+    slides_dir: Path | None = None,
+    on_slide: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the report of a folder of outputs: one HTML file, which needs no other.
+
+    Args:
+        out_dir: the folder of outputs of :func:`maskattn.slide.run.run_slides`.
+        path: where to, a name that ends in .html or a folder; ``out_dir/report.html`` where it is None.
+        top: how many tiles to show for each class, and against it.
+        slides_dir: where to look for the slides' files by name, before the paths that the run recorded.
+        on_slide: called with (slides done, slides to do).
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ValueError: there is no such folder, it holds no outputs, or the path is that of another kind of file.
+        OutputError: the report cannot be written.
+    """
+    run = read_run(out_dir)
+    anchors = {slide.slide_id: f"slide-{index}" for index, slide in enumerate(run.slides)}
+    path = _page_path(out_dir, path)
+    anchors = {slide.slide_id: f"slide-{index}" for index, slide in enumerate(run.slides)}
+    try:
+        # A slide at a time: the pictures of a large run need not fit into memory.
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write(_head(run))
+            file.write(element("section", element("h2", "The run"), run_table(run, anchors), class_="run"))
+            for index, slide in enumerate(run.slides):
+                file.write(_part(slide, anchors[slide.slide_id], top, slides_dir))
+                if on_slide is not None:
+                    on_slide(index + 1, len(run.slides))
+            file.write(_end(run))
+    except OSError as error:
+        raise OutputError(
+            f"the report must be written whole, got {as_text(path)}: {error.strerror or error}; free space or choose "
+            "another --out"
+        ) from error
+    return path
+
+
+def _page_path(out_dir: Path, path: Path | None) -> Path:
+    path = out_dir if path is None else path
+    if is_folder(path):
+        path = path / "report.html"
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"a report is a page, whose name ends in .html, got {as_text(path)}; choose another --out")
+    return path
+
+
+def style_sheet() -> Markup:
+    """The report's style, for a page or a notebook: it touches nothing outside elements of class ``maskattn``."""
+    text = importlib.resources.files("maskattn.slide.report").joinpath("style.css").read_text(encoding="utf-8")
+    return Markup(f"<style>\n{text}</style>")
+
+
+def _head(run: FinishedRun) -> str:
+    title = f"maskattn: {run.out_dir.resolve().name}"
+    predicted = sum(slide.prediction is not None for slide in run.slides)
+    failed = sum(slide.status == "failed" for slide in run.slides)
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    lines = f"{predicted} of {len(run.slides)} slides have outputs, {failed} failed. Written {now} by maskattn "
+    metas = [
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+    ]
+    head = element("head", *metas, element("title", as_text(title)), style_sheet())
+    header = element("header", element("h1", title), element("p", f"{lines}{maskattn.__version__}."))
+    return f'<!DOCTYPE html>\n<html lang="en">{head}<body class="maskattn"><main>{header}'
+
+
+def _end(run: FinishedRun) -> Markup:
+    reading = element("ul", *(element("li", line) for line in _READING))
+    return joined(
+        [
+            element("section", element("h2", "Model card"), model_cards(run)),
+            element("section", element("h2", "How to read the maps"), reading),
+            Markup("</main></body></html>\n"),
+        ]
+    )
+
+
+# Even a name that slipped through could load or run nothing.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def _part(slide: FinishedSlide, anchor: str, top: int, slides_dir: Path | None) -> Markup:
+    return joined(
+        [
+            element(
+                "section",
+                element("h2", slide.slide_id),
+                slide_part(slide, top, slides_dir),
+                id=anchor,
+                class_="slide",
+            ),
+            Markup("\n"),
+        ]
+    )
