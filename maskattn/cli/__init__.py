@@ -1,4 +1,4 @@
-"""The command line's door: ``maskattn demo | infer | report | explain | tissue | info | doctor``, a file per command.
+"""The command line's door: ``maskattn infer | extract | encoders | demo | ...``, a file per command.
 
 This module only needs the standard library, so that it can say what to install where the extra ``slide`` is missing.
 """

@@ -6,7 +6,9 @@ import typer
 
 from maskattn.cli.demo import demo
 from maskattn.cli.doctor import doctor
+from maskattn.cli.encoders import encoders
 from maskattn.cli.explain import explain
+from maskattn.cli.extract import extract
 from maskattn.cli.infer import infer
 from maskattn.cli.info import info
 from maskattn.cli.report import report
@@ -20,5 +22,5 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: boxes would cost every command the import of rich
     pretty_exceptions_enable=False,
 )
-for command in (infer, demo, report, tissue, info, explain, doctor):
+for command in (infer, extract, encoders, demo, report, tissue, info, explain, doctor):
     app.command()(command)

@@ -6,26 +6,31 @@ Where stderr is no terminal there are no bars, only the line per slide.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
+from typing import Generic
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from maskattn.cli.streams import printable
+from maskattn.slide.each_slide import OutcomeT
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.prediction import SlideOutcome, SlidePrediction
 
-__all__ = ["ProgressBars", "scores_of"]
+__all__ = ["ProgressBars", "lines_of_prediction", "scores_of"]
 
 
-class ProgressBars:
-    """Progress of :func:`maskattn.slide.run.run_slides`; a context manager.
+class ProgressBars(Generic[OutcomeT]):
+    """Progress of :func:`maskattn.slide.each_slide.run_each`; a context manager.
 
     Args:
         slides: how many slides there are.
+        lines_of: the lines that say what became of a slide.
     """
 
-    def __init__(self, slides: int) -> None:
+    def __init__(self, slides: int, lines_of: Callable[[OutcomeT], list[str]]) -> None:
+        self._lines_of = lines_of
         console = Console(file=sys.stderr)  # named, so that its encoding is asked for
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -40,7 +45,7 @@ class ProgressBars:
         self._slides = self._progress.add_task("slides", total=slides)
         self._tiles = self._progress.add_task("tiles", total=None)
 
-    def __enter__(self) -> ProgressBars:
+    def __enter__(self) -> ProgressBars[OutcomeT]:
         self._progress.start()
         return self
 
@@ -57,21 +62,26 @@ class ProgressBars:
         """Move the bar of tiles."""
         self._progress.update(self._tiles, completed=done, total=total)
 
-    def slide_ended(self, outcome: SlideOutcome) -> None:
-        """Print the slide's line and move the bar of slides."""
-        if outcome.prediction is None:
-            line = f"failed   {outcome.slide_id}: {outcome.reason}"
-        else:
-            done = f"{outcome.status:<8} {outcome.slide_id}: {outcome.prediction.prediction}"
-            line = f"{done} ({scores_of(outcome.prediction)}), {outcome.seconds:.1f} s"
-        self._print(line)
-        if outcome.prediction is not None and outcome.status == "ok":
-            for note in (*outcome.prediction.tissue["notes"], *outcome.prediction.notes):
-                self._print(f"note     {outcome.slide_id}: {note}")
+    def slide_ended(self, outcome: OutcomeT) -> None:
+        """Print the slide's lines and move the bar of slides."""
+        for line in self._lines_of(outcome):
+            self._print(line)
         self._progress.advance(self._slides)
 
     def _print(self, line: str) -> None:
         self._progress.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def lines_of_prediction(outcome: SlideOutcome) -> list[str]:
+    """What became of a slide that was to be predicted, and what is to be known of it."""
+    if outcome.prediction is None:
+        return [f"failed   {outcome.slide_id}: {outcome.reason}"]
+    done = f"{outcome.status:<8} {outcome.slide_id}: {outcome.prediction.prediction}"
+    lines = [f"{done} ({scores_of(outcome.prediction)}), {outcome.seconds:.1f} s"]
+    if outcome.status == "ok":
+        notes = (*outcome.prediction.tissue["notes"], *outcome.prediction.notes)
+        lines += [f"note     {outcome.slide_id}: {note}" for note in notes]
+    return lines
 
 
 def scores_of(prediction: SlidePrediction) -> str:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["errors_in_one_line", "map_warnings", "say", "say_json", "tell"]
 
+# Packages that no extra of ours has.
+_ELSEWHERE = {
+    "conch": "pip install git+https://github.com/Mahmoodlab/CONCH.git",
+    "open_clip": "pip install open_clip_torch",
+}
 _GO_ON = "finished slides are kept, run the same command again to go on"
 
 
@@ -95,9 +100,11 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
     """What to tell the user, and the exit code."""
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        extra = {"timm": "timm", "transformers": "hf"}.get(error.name, "slide")
+        how = _ELSEWHERE.get(error.name.split(".")[0])
+        extra = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf"}.get(error.name, "slide")
         return (
-            f"this command needs the package {error.name}, which is not installed; pip install 'maskattn[{extra}]'",
+            f"this command needs the package {error.name}, which is not installed; "
+            + (how or f"pip install 'maskattn[{extra}]'"),
             2,
         )
     if isinstance(error, SlideError):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from maskattn.slide.prediction import SlideOutcome
     from maskattn.slide.request import RunSettings
 
-__all__ = ["BUNDLED", "load_model", "run"]
+__all__ = ["BUNDLED", "device_named", "load_model", "run"]
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "model.safetensors"
 
@@ -24,10 +24,20 @@ def load_model(path: Path, impl: str | None, device: str) -> SlideModel:
     Raises:
         FileNotFoundError, ValueError: there is no such model, device or implementation.
     """
+    from maskattn.nn.slide_model import SlideModel
+
+    return SlideModel.load(path, impl=impl, device=device_named(device, impl))
+
+
+def device_named(device: str, impl: str | None) -> str:
+    """The device that is asked for, after a trial of it and of the attention that is to run there.
+
+    Raises:
+        ValueError: there is no such device or implementation.
+    """
     import torch
 
     from maskattn.doctor import try_attention
-    from maskattn.nn.slide_model import SlideModel
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,16 +47,16 @@ def load_model(path: Path, impl: str | None, device: str) -> SlideModel:
         raise ValueError(f"--device must be auto, or one that torch can use, got {device!r}: {error}") from error
     if impl is not None:
         try_attention(impl, device)
-    return SlideModel.load(path, impl=impl, device=device)
+    return device
 
 
 def run(jobs: list[SlideJob], model: SlideModel, settings: RunSettings) -> list[SlideOutcome]:
     """Run the slides; a demonstration model says what it is."""
-    from maskattn.cli.progress import ProgressBars
+    from maskattn.cli.progress import ProgressBars, lines_of_prediction
     from maskattn.slide.run import run_slides
 
     config = model.config
     if config.demonstration:
         tell(f"{config.name}: {config.note}")
-    with ProgressBars(len(jobs)) as bars:
+    with ProgressBars(len(jobs), lines_of_prediction) as bars:
         return run_slides(jobs, model, settings, bars)

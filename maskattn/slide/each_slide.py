@@ -23,7 +23,7 @@ from maskattn.slide.names import as_text, problem_of_id
 from maskattn.slide.output_folder import are_one_name, prepare_output
 from maskattn.slide.summary import append_row, carried_into, read_summary, tidy_summary
 
-__all__ = ["OnTiles", "Outcome", "RunProgress", "run_each"]
+__all__ = ["OnTiles", "Outcome", "OutcomeT", "RunProgress", "run_each"]
 
 _logger = logging.getLogger(__name__)
 

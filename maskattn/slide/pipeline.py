@@ -7,17 +7,14 @@ thumbnail, apart from the O(tiles) embeddings and masks; token maps go to the fi
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import maskattn
 from maskattn.errors import SlideError, quoted
 from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap
 from maskattn.explain.map_check import MapCheck, check_tokens
@@ -33,19 +30,9 @@ from maskattn.slide.slide_run import EncodedTiles, SlideRun, Stages
 from maskattn.slide.tile_loop import encode_tiles, feed_sinks
 from maskattn.slide.tissue import TissueMask, find_tissue, load_mask
 from maskattn.slide.tissue.bright_field import require_bright_field
+from maskattn.slide.versions import installed_versions
 
 __all__ = ["RunSettings", "SlideJob", "SlidePrediction", "identify_model", "predict_slide"]
-
-_VERSIONED = (
-    "torch",
-    "numpy",
-    "openslide-python",
-    "openslide-bin",
-    "tifffile",
-    "imagecodecs",
-    "opencv-python-headless",
-    "h5py",
-)
 
 
 def predict_slide(
@@ -237,7 +224,7 @@ def _prediction(
         ),
         notes=_notes(run, tissue, encoded),
         timings_s={name: round(seconds, 4) for name, seconds in run.stages.seconds.items()},
-        versions=_versions(),
+        versions=installed_versions(),
     )
 
 
@@ -254,13 +241,3 @@ def _describe(tissue: TissueMask | None) -> dict[str, Any]:
     if tissue is None:
         return {"method": "none: all of the slide takes part", "fraction": 1.0, "notes": []}
     return {"method": tissue.method, "fraction": float(tissue.tissue_fraction), "notes": list(tissue.notes)}
-
-
-def _versions() -> dict[str, Any]:
-    versions = {"python": platform.python_version(), "maskattn": maskattn.__version__}
-    for name in _VERSIONED:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

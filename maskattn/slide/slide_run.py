@@ -20,7 +20,7 @@ from maskattn.slide.request import RunSettings
 from maskattn.slide.stream import TileBatch, stream_tiles
 from maskattn.slide.workers import count_workers
 
-__all__ = ["EncodedTiles", "ReadTiles", "SlideRun", "Stages"]
+__all__ = ["EncodedTiles", "ReadTiles", "SlideRun", "Stages", "cores_left_to"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,7 @@ class SlideRun:
             rows=rows_T,
             pin_memory=self.device.type == "cuda",
         )
-        with _cores_left_to(workers, self.device):
+        with cores_left_to(workers, self.device):
             yield from self._move(batches, grid, workers)
 
     def _move(self, batches: Iterator[TileBatch], grid: TokenGrid, workers: int) -> Iterator[ReadTiles]:
@@ -161,7 +161,7 @@ class SlideRun:
 
 
 @contextmanager
-def _cores_left_to(workers: int, device: torch.device) -> Iterator[None]:
+def cores_left_to(workers: int, device: torch.device) -> Iterator[None]:
     """Leave a core to each decoding worker while a model runs on the CPU: threads that wait for one spin for long."""
     threads = torch.get_num_threads()
     if device.type == "cpu" and workers:

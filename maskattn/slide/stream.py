@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,13 +20,32 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from maskattn.errors import ReadingStopped, SlideError
 from maskattn.shapes import Bool, Int, UInt8
 from maskattn.slide.damage import DamageLog
-from maskattn.slide.grid import TokenGrid
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.workers import Heartbeat, WorkersUnavailable, count_workers, watched, worker_settings
 
-__all__ = ["TileBatch", "stream_tiles"]
+__all__ = ["TileBatch", "Tiles", "stream_tiles"]
 
 _logger = logging.getLogger(__name__)
+
+
+class Tiles(Protocol):
+    """The tiles of a slide: the kept ones of a :class:`~maskattn.slide.grid.TokenGrid`, or others' places."""
+
+    @property
+    def coords_lv0(self) -> Int[np.ndarray, "T 2"]:
+        """(T, 2) x and y of the left upper corner of each."""
+
+    @property
+    def kept_tiles(self) -> int:
+        """T."""
+
+    @property
+    def tile_lv0(self) -> int:
+        """Side in level-0 pixels."""
+
+    @property
+    def tile_px(self) -> int:
+        """Side of the image that a tile is read as."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +89,7 @@ class TileBatch:
 
 def stream_tiles(
     reader: SlideReader,
-    grid: TokenGrid,
+    grid: Tiles,
     *,
     batch_size: int,
     workers: int | None = 0,
@@ -117,7 +136,7 @@ def stream_tiles(
 
 
 def _decoded_by_workers(
-    reader: SlideReader, grid: TokenGrid, order: np.ndarray, workers: int, settings: dict[str, Any]
+    reader: SlideReader, grid: Tiles, order: np.ndarray, workers: int, settings: dict[str, Any]
 ) -> Iterator[TileBatch]:
     """Batches from worker processes; from where these cannot be had on, from this process."""
     done = 0
@@ -152,7 +171,7 @@ def _started(tiles: _Tiles, workers: int, settings: dict[str, Any]) -> Iterator[
 class _Tiles(Dataset[TileBatch]):
     """The kept tiles of a grid, fetched a batch at a time into one tensor; ``heartbeat`` is told of every tile."""
 
-    def __init__(self, reader: SlideReader, grid: TokenGrid, rows: np.ndarray, heartbeat: Heartbeat | None = None):
+    def __init__(self, reader: SlideReader, grid: Tiles, rows: np.ndarray, heartbeat: Heartbeat | None = None):
         self._reader = reader
         self._coords_lv0 = grid.coords_lv0[rows]
         self._rows = rows

@@ -49,8 +49,10 @@ def write_summary(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
     scores = [name for name in names if name.startswith("score_")]
     columns = [*_FIRST_COLUMNS, *scores, *_LAST_COLUMNS]
     columns += [name for name in names if name not in columns]
+    if "encoder" in names and not any(row.get("prediction") for row in rows):
+        columns = [name for name in columns if name not in ("prediction", "model")]  # features predict nothing
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

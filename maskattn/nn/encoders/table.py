@@ -133,7 +133,7 @@ _ROWS = (
     _kaiko("kaiko-b8", "ViT-B/8", "vit_base_patch8_224", 768),
     _kaiko("kaiko-l14", "ViT-L/14", "vit_large_patch14_reg4_dinov2", 1024, arguments={"img_size": 518}),
     _row("midnight", "Midnight-12k", "transformers", "kaiko-ai/midnight", 3072, _HALVES, 0.5, "MIT",
-         "slide2vec, LazySlide", pooling="token_avg"),
+         "slide2vec, LazySlide", pooling="token_avg", gated=True),
     _timm("lunit-s16", "Lunit DINO ViT-S/16", "1aurent/vit_small_patch16_224.lunit_dino", "vit_small_patch16_224", 384,
           _LUNIT, 0.5, "Lunit non-commercial", "lunit-io/benchmark-ssl-pathology README; eva, LazySlide"),
     _timm("lunit-s8", "Lunit DINO ViT-S/8", "1aurent/vit_small_patch8_224.lunit_dino", "vit_small_patch8_224", 384,

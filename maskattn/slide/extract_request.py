@@ -1,0 +1,248 @@
+"""What an extraction of features is asked for; its fields say how the other rooms treat them (``asked.py``)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from maskattn.errors import ManifestError
+from maskattn.slide.asked import asked, recorded_fields
+
+if TYPE_CHECKING:
+    from maskattn.nn.encoders.tile_encoder import TileEncoder
+    from maskattn.slide.manifest import SlideJob
+
+__all__ = ["ExtractSettings", "MIN_TISSUE", "check_extraction", "recorded_extraction", "tile_geometry"]
+
+MIN_TISSUE = 0.1
+
+_TOKEN_MASK_HELP = (
+    "none: every token of a kept tile takes part, as the encoder was trained. tissue: background tokens are left out, "
+    "which is faster and changes the features of partly covered tiles (docs/extract.md has by how much)."
+)
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """How features are extracted.
+
+    Attributes:
+        out_dir: the folder below which the layout's folders are made.
+        layout: whose folders and files the features are written in.
+        token_mask: "none" = every token of a kept tile takes part; "tissue" = background tokens are left out.
+        magnification: of the tiles, 10 for 1 µm per pixel; None = as ``target_spacing_um``, or the encoder's.
+        target_spacing_um: µm per pixel of the tiles; None = as ``magnification``, or the encoder's.
+        patch_px: side of a tile in pixels at that spacing, as it is cut from the slide; None = the encoder's.
+        overlap_px: of neighbouring tiles, in those pixels.
+        min_tissue: least share of a kept tile's area that is tissue; None = 0.1, or all tiles where they are given.
+        coords_dir: a folder of coordinates of tiles that another tool wrote; None = tiles are laid over the tissue.
+        dtype: in which the encoder computes; others than float32 by autocast.
+        mask_values: the labels of a user's mask that mean tissue; None = any but 0.
+        ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
+        force: run slides that were not scanned in bright field too.
+        slide_spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
+        series: which series of files that hold several; None = the largest.
+        batch_size: tiles encoded at a time; bounds the memory.
+        workers: processes that decode tiles; 0 = decode in this one; None = some, where a slide is large enough.
+        overwrite: extract finished slides again.
+    """
+
+    out_dir: Path = field(
+        metadata=asked("--out", "Folder of features; made if it is not there.", recorded=False, serves=None)
+    )
+    _: KW_ONLY
+    layout: Literal["trident", "clam", "stamp", "slide2vec"] = field(
+        default="trident", metadata=asked("--layout", "Whose folders and files: trident, clam, stamp or slide2vec.")
+    )
+    token_mask: Literal["none", "tissue"] = field(default="none", metadata=asked("--token-mask", _TOKEN_MASK_HELP))
+    magnification: float | None = field(
+        default=None,
+        # Recorded as the spacing that it means.
+        metadata=asked("--mag", "Magnification of the tiles; 20 means 0.5 µm per pixel.", recorded=False, serves=None),
+    )
+    target_spacing_um: float | None = field(
+        default=None, metadata=asked("--spacing-um", "µm per pixel of the tiles; by default the encoder's.")
+    )
+    patch_px: int | None = field(
+        default=None,
+        metadata=asked(
+            "--patch-size", "Side of a tile, in px at that spacing; by default the encoder's.", minimum=8, maximum=16384
+        ),
+    )
+    overlap_px: int = field(
+        default=0, metadata=asked("--overlap", "Of neighbouring tiles, in those px.", minimum=0, maximum=16383)
+    )
+    min_tissue: float | None = field(
+        default=None,
+        metadata=asked(
+            "--min-tissue",
+            f"Least share of a tile that is tissue; by default {MIN_TISSUE:g}, 0 keeps any tissue.",
+            minimum=0,
+            maximum=1,
+        ),
+    )
+    coords_dir: Path | None = field(
+        default=None,
+        metadata=asked(
+            "--coords", "Folder of coordinates that TRIDENT, CLAM, hs2p or AtlasPatch wrote, in place of the search."
+        ),
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata=asked("--dtype", "In which the encoder computes; float16 is stored as such.")
+    )
+    mask_values: tuple[int, ...] | None = field(
+        default=None, metadata=asked("--mask-value", "A label of the mask that means tissue (may be repeated).")
+    )
+    ink: Literal["auto", "off"] = field(
+        default="auto", metadata=asked("--ink", "auto leaves pen strokes out of the tissue, off keeps them.")
+    )
+    force: bool = field(
+        default=False,
+        # A slide that passed without force passes with it too.
+        metadata=asked("--force", "Go on where a slide was not scanned in bright field.", serves=operator.le),
+    )
+    slide_spacing_um: float | None = field(
+        default=None,
+        # Recorded and compared with the slide, whose spacing it becomes.
+        metadata=asked(
+            "--slide-spacing-um", "µm per level-0 pixel, in place of what the slide says.", recorded=False, serves=None
+        ),
+    )
+    series: int | None = field(
+        default=None,
+        metadata=asked(
+            "--series", "Series of a TIFF that holds several (see info); by default the largest.", minimum=0
+        ),
+    )
+    batch_size: int = field(
+        default=32,
+        metadata=asked("--batch-size", "Tiles at a time; bounds the memory.", minimum=1, maximum=65536, serves=None),
+    )
+    workers: int | None = field(
+        default=0,  # a script that starts processes must guard its entry, so that in Python they are asked for
+        metadata=asked(
+            "--workers",
+            "Processes that decode tiles; by default some for large slides.",
+            minimum=0,
+            maximum=512,
+            default=None,
+            serves=None,
+        ),
+    )
+    overwrite: bool = field(
+        default=False, metadata=asked("--overwrite", "Extract finished slides again.", recorded=False, serves=None)
+    )
+
+    @property
+    def finds_tissue(self) -> bool:
+        """Whether it matters where the tissue is: not where tiles are given and all of their tokens take part."""
+        return self.coords_dir is None or self.token_mask == "tissue"
+
+
+def check_extraction(jobs: Sequence[SlideJob], settings: ExtractSettings, encoder: TileEncoder | None = None) -> None:
+    """Refuse what contradicts itself or would have no effect.
+
+    Args:
+        jobs: the slides.
+        settings: how their features are asked for.
+        encoder: by which; None where it is not loaded yet.
+
+    Raises:
+        ManifestError: the message says the rule, what came and the remedy.
+    """
+    if settings.magnification is not None and settings.target_spacing_um is not None:
+        raise ManifestError(
+            f"tiles have one spacing, got --mag {settings.magnification:g} and --spacing-um "
+            f"{settings.target_spacing_um:g}; give one of the two"
+        )
+    spacing_um = settings.target_spacing_um or (10 / settings.magnification if settings.magnification else None)
+    if (spacing_um is not None and not 0.02 <= spacing_um <= 40) or settings.magnification == 0:
+        raise ManifestError(
+            f"tiles have 0.02 to 40 µm per pixel, got {spacing_um or 0:g}; --mag 20 or --spacing-um 0.5 is usual"
+        )
+    _check_coords(settings)
+    _check_masks(jobs, settings)
+    if encoder is None:
+        return
+    if settings.coords_dir is None:
+        tile_geometry(settings, encoder)
+    if settings.token_mask == "tissue" and encoder.vit is None:
+        raise ManifestError(
+            f"--token-mask tissue needs a packed vision transformer, got {encoder.name}: {encoder.why_not}; leave it "
+            "out"
+        )
+
+
+def tile_geometry(settings: ExtractSettings, encoder: TileEncoder) -> tuple[int, int, float]:
+    """Side and overlap of the tiles in px, and their µm per px, as asked for or as the encoder has them.
+
+    Raises:
+        ManifestError: the encoder has no spacing of its own and none was given, or tiles would overlap themselves.
+    """
+    patch_px = settings.patch_px or encoder.patch_px
+    given = 10 / settings.magnification if settings.magnification else settings.target_spacing_um
+    spacing_um = given or encoder.spacing_um
+    if spacing_um is None:
+        raise ManifestError(
+            f"tiles must have a spacing, got none, and {encoder.name} was trained at none that is known; give --mag 20 "
+            "or --spacing-um 0.5, or what suits your slides"
+        )
+    if settings.overlap_px >= patch_px:
+        raise ManifestError(
+            f"tiles must overlap by less than their side, got --overlap {settings.overlap_px} of {patch_px} px; make "
+            "it smaller"
+        )
+    return patch_px, settings.overlap_px, spacing_um
+
+
+def recorded_extraction(job: SlideJob, settings: ExtractSettings, encoder: TileEncoder) -> dict[str, Any]:
+    """The request for a slide as its record has it: what was left open filled in, what was not looked at left out."""
+    record = recorded_fields(settings) | {"tile_px": encoder.tile_px, "mask": None}
+    record["coords_dir"] = None if settings.coords_dir is None else str(settings.coords_dir.resolve())
+    if settings.coords_dir is None:
+        record["patch_px"], record["overlap_px"], record["target_spacing_um"] = tile_geometry(settings, encoder)
+        record["min_tissue"] = MIN_TISSUE if settings.min_tissue is None else settings.min_tissue
+    if settings.finds_tissue:
+        record["mask"] = None if job.mask_path is None else job.mask_path.name
+        record["ink"] = settings.ink if job.mask_path is None else "auto"
+    record["mask_values"] = None if settings.mask_values is None else list(settings.mask_values)
+    return record
+
+
+def _check_coords(settings: ExtractSettings) -> None:
+    if settings.coords_dir is None:
+        return
+    given = {
+        "--mag": settings.magnification,
+        "--spacing-um": settings.target_spacing_um,
+        "--patch-size": settings.patch_px,
+        "--overlap": settings.overlap_px or None,
+        "--min-tissue": settings.min_tissue,
+    }
+    beside = [f"{flag} {value:g}" for flag, value in given.items() if value is not None]
+    if beside:
+        raise ManifestError(
+            f"coordinates say where tiles lie and how large they are, got {', '.join(beside)} beside --coords "
+            f"{settings.coords_dir}; leave one of them out"
+        )
+    if not settings.coords_dir.is_dir():
+        raise ManifestError(f"--coords must be a folder, got {settings.coords_dir}; name the folder of coordinates")
+
+
+def _check_masks(jobs: Sequence[SlideJob], settings: ExtractSettings) -> None:
+    given = [job for job in jobs if job.mask_path is not None]
+    if given and not settings.finds_tissue:
+        raise ManifestError(
+            f"tiles that are given, with all of their tokens, need no mask, got {given[0].mask_path} beside --coords; "
+            "leave out --mask and the manifest's mask_path, or give --token-mask tissue"
+        )
+    if settings.mask_values is not None and not given:
+        raise ManifestError(
+            f"--mask-value names labels of a mask, got {', '.join(map(str, settings.mask_values))} and no mask; give "
+            "one with --mask or the manifest's mask_path, or leave the values out"
+        )
+    if settings.ink == "off" and (not settings.finds_tissue or len(given) == len(jobs)):
+        raise ManifestError("--ink says how tissue is found, got --ink off where none is sought; leave --ink out")

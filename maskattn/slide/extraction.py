@@ -1,0 +1,358 @@
+"""Extraction: slides in, the features of their tiles out, in the layout of the tool that will read them.
+
+reader → tissue → tiles (or another tool's coordinates) → stream → encoder → file. Features go to the file batch by
+batch: memory is bounded by the batch size and the slide's thumbnail, apart from the places of the tiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from maskattn.errors import SlideError
+from maskattn.nn.encoders.tile_encoder import TileEncoder
+from maskattn.slide.asked import unlike
+from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
+from maskattn.slide.extract_request import ExtractSettings, check_extraction, recorded_extraction, tile_geometry
+from maskattn.slide.extraction_record import (
+    EncoderIdentity,
+    ExtractionOutcome,
+    ExtractionRecord,
+    read_record,
+    record_path,
+)
+from maskattn.slide.extraction_tiles import coords_file, find_tiles
+from maskattn.slide.layouts import FEATURE_LAYOUTS, FeatureLayout, TileHeader, read_coords
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.names import as_text
+from maskattn.slide.prediction import SlideFile
+from maskattn.slide.reader import SlideReader
+from maskattn.slide.slide_run import Stages, cores_left_to
+from maskattn.slide.stream import TileBatch, stream_tiles
+from maskattn.slide.tile_places import TilePlaces
+from maskattn.slide.versions import installed_versions
+from maskattn.slide.workers import count_workers
+
+__all__ = ["extract_slide", "extract_slides", "identify_encoder"]
+
+# What a layout writes ends in one of these: a killed run may leave any half written, under a name of its own.
+_ENDINGS = (".h5", ".pt", ".meta.json", ".coordinates.npz", ".coordinates.meta.json", "_patches.h5", ".extraction.json")
+
+
+def identify_encoder(encoder: TileEncoder) -> EncoderIdentity:
+    """Which encoder it is, as records name it."""
+    return EncoderIdentity(
+        encoder.name,
+        encoder.sha256[:16],
+        encoder.embed_dim,
+        encoder.pooling,
+        encoder.vit is not None,
+        encoder.card.licence,
+    )
+
+
+def extract_slides(
+    jobs: Sequence[SlideJob],
+    encoder: TileEncoder,
+    settings: ExtractSettings,
+    progress: RunProgress[ExtractionOutcome] | None = None,
+) -> list[ExtractionOutcome]:
+    """Extract the features of slides, skip those an earlier run finished, and keep ``settings.out_dir/summary.csv``.
+
+    Args:
+        jobs: the slides; their ids differ.
+        encoder: on the device to use.
+        settings: how to run them.
+        progress: told of every step.
+
+    Returns:
+        The outcome of each job, in order. A failed slide is an outcome, not an exception.
+
+    Raises:
+        ManifestError: what was asked for contradicts itself or would have no effect.
+        OutputError: the output folder, or its summary, cannot be written.
+    """
+    check_extraction(jobs, settings, encoder)
+    identity = identify_encoder(encoder)
+
+    def run_one(job: SlideJob, on_tiles: OnTiles | None) -> ExtractionOutcome:
+        start = time.perf_counter()
+        finished = _finished(job, encoder, identity, settings)
+        if finished is not None:
+            seconds = time.perf_counter() - start
+            return ExtractionOutcome(job.slide_id, "skipped", "finished by an earlier run", seconds, finished)
+        record = extract_slide(job, encoder, settings, on_tiles, identity)
+        return ExtractionOutcome(job.slide_id, "ok", "", time.perf_counter() - start, record)
+
+    def failed(job: SlideJob, reason: str, seconds: float) -> ExtractionOutcome:
+        return ExtractionOutcome(job.slide_id, "failed", reason, seconds)
+
+    return run_each(jobs, settings.out_dir, run_one, failed, progress)
+
+
+def extract_slide(
+    job: SlideJob,
+    encoder: TileEncoder,
+    settings: ExtractSettings,
+    on_tiles: OnTiles | None = None,
+    identity: EncoderIdentity | None = None,
+) -> ExtractionRecord:
+    """Extract the features of one slide, and write them below ``settings.out_dir``, whole or not at all.
+
+    Args:
+        job: the slide.
+        encoder: on the device to use.
+        settings: how to run it.
+        on_tiles: called with (tiles done, tiles to do) after every batch.
+        identity: ``identify_encoder(encoder)``, where the caller has it: it reads every weight.
+
+    Returns:
+        The record, as the file beside the features has it.
+
+    Raises:
+        SlideError: the slide, its mask or its coordinates cannot be used, or a feature is not finite.
+        OSError: the features cannot be written.
+    """
+    if job.problem is not None:
+        raise SlideError(job.problem)
+    identity = identity or identify_encoder(encoder)
+    stages = Stages(encoder.device)
+    layout = FEATURE_LAYOUTS[settings.layout]
+    with stages("open"):
+        given = (job.spacing_um, "manifest")
+        if settings.slide_spacing_um is not None:
+            given = (settings.slide_spacing_um, "override")
+        reader = SlideReader(job.path, *given, series=settings.series, isolated=True)
+    with reader:
+        found = find_tiles(job, reader, encoder, settings, stages)
+        features = layout.path_of(settings.out_dir, found.header)
+        _clear_leftovers(settings.out_dir, job.slide_id)
+        dtype = np.float16 if settings.dtype == "float16" else np.float32
+        with layout.writing(settings.out_dir, found.header, encoder.embed_dim, dtype) as take:
+            encoded = _Encoded(reader, encoder, settings, stages, found.places, on_tiles)
+            for features_BC, rows_B in encoded.batches():
+                tissue_T = found.places.tissue_T
+                with stages("write"):
+                    tissue_B = None if tissue_T is None else tissue_T[rows_B]
+                    take(features_BC.astype(dtype), found.places.coords_lv0[rows_B], tissue_B)
+            record = ExtractionRecord(
+                slide_id=job.slide_id,
+                features=os.path.relpath(features, settings.out_dir),
+                encoder=identity,
+                slide=_slide_file(job, reader),
+                settings=recorded_extraction(job, settings, encoder)
+                | {"workers": encoded.workers, "device": str(encoder.device)},
+                tiles=encoded.tiles,
+                cells=found.places.cells,
+                unreadable_tiles=found.places.kept_tiles - encoded.tiles,
+                kept_tokens=encoded.kept_tokens,
+                tokens=encoded.tiles * (encoder.tile_px // encoder.token_px) ** 2,
+                tissue=found.describe_tissue(),
+                notes=_notes(reader, encoded.reason),
+                timings_s={name: round(seconds, 4) for name, seconds in stages.seconds.items()},
+                versions=installed_versions("timm", "transformers"),
+            )
+            # Before the features have their names: where they are there without a record, they are not ours.
+            features.unlink(missing_ok=True)
+            record.write(record_path(features))
+    return record
+
+
+class _Encoded:
+    """A slide's tiles on their way through the encoder.
+
+    Attributes:
+        tiles: those encoded so far.
+        kept_tokens: of these.
+        reason: why the first unreadable tile could not be read; None where all could.
+        workers: processes that decoded tiles; 0 = this one alone.
+    """
+
+    def __init__(
+        self,
+        reader: SlideReader,
+        encoder: TileEncoder,
+        settings: ExtractSettings,
+        stages: Stages,
+        places: TilePlaces,
+        on_tiles: OnTiles | None,
+    ) -> None:
+        self.tiles = 0
+        self.kept_tokens = 0
+        self.reason: str | None = None
+        self.workers = 0
+        self._reader, self._encoder, self._settings = reader, encoder, settings
+        self._stages, self._places, self._on_tiles = stages, places, on_tiles
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Features (B, C) float32 of the tiles that can be read, batch by batch, and the tiles' indices (B,).
+
+        Raises:
+            SlideError: no tile can be read, or a feature is not finite.
+        """
+        settings, places, device = self._settings, self._places, self._encoder.device
+        workers = count_workers(settings.workers, places.kept_tiles, settings.batch_size)
+        batches = stream_tiles(
+            self._reader,
+            places,
+            batch_size=settings.batch_size,
+            workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+        done = 0
+        with cores_left_to(workers, device):
+            while True:
+                with self._stages("read"):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                if batch.by_worker:
+                    self.workers = workers
+                if batch.damages is not None:
+                    self._reader.damages.merge(batch.damages)
+                self.reason = self.reason or batch.reason
+                if bool(batch.readable_B.any()):
+                    yield self._encode(batch)
+                done += len(batch.rows_B)
+                if self._on_tiles is not None:
+                    self._on_tiles(done, places.kept_tiles)
+        if not self.tiles:
+            raise SlideError(
+                f"a slide must have tiles that can be read, got {places.kept_tiles} of {places.kept_tiles} unreadable "
+                f"in {self._reader.path}; the first because {self.reason}"
+            )
+
+    def _encode(self, batch: TileBatch) -> tuple[np.ndarray, np.ndarray]:
+        device, readable_B = self._encoder.device, batch.readable_B
+        rows_B = batch.rows_B[readable_B].numpy()
+        keep_BHW = None
+        if self._places.token_keep_THW is not None:
+            kept = np.ascontiguousarray(self._places.token_keep_THW[rows_B])
+            self.kept_tokens += int(np.count_nonzero(kept))
+            keep_BHW = torch.from_numpy(kept).to(device)
+        else:
+            self.kept_tokens += len(rows_B) * (self._encoder.tile_px // self._encoder.token_px) ** 2
+        tiles = batch.tiles_BCHW if bool(readable_B.all()) else batch.tiles_BCHW[readable_B]
+        with self._stages("encode"), torch.inference_mode(), _computing_in(self._settings.dtype, device):
+            features = self._encoder.encode_tiles(tiles.to(device, non_blocking=True), keep_BHW).float().cpu().numpy()
+        if not np.isfinite(features).all():
+            row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+            x, y = self._places.coords_lv0[rows_B[row]]
+            raise SlideError(
+                f"features must be finite, got {features[row][~np.isfinite(features[row])][0]} in the tile at x={x}, "
+                f"y={y} of {self._reader.path} by {self._encoder.name} in {self._settings.dtype}; "
+                + ("use --dtype bfloat16 or float32" if self._settings.dtype == "float16" else "check its weights")
+            )
+        self.tiles += len(rows_B)
+        return features, rows_B
+
+
+@contextlib.contextmanager
+def _computing_in(dtype: str, device: torch.device) -> Iterator[None]:
+    if dtype == "float32":
+        yield
+        return
+    with torch.autocast(device.type, dtype=getattr(torch, dtype)):
+        yield
+
+
+def _finished(
+    job: SlideJob, encoder: TileEncoder, identity: EncoderIdentity, settings: ExtractSettings
+) -> ExtractionRecord | None:
+    """The record of an earlier run that did what is asked for; None where the slide is to be run.
+
+    Raises:
+        SlideError: the features that are there came about otherwise, or were not written here.
+    """
+    if settings.overwrite:
+        return None
+    path = _features_path(FEATURE_LAYOUTS[settings.layout], job, encoder, settings)
+    finished = read_record(record_path(path)) if path.exists() else None
+    if finished is None:
+        if path.exists():
+            raise SlideError(
+                f"features must be those that an extraction recorded, got {as_text(path)} without "
+                f"{record_path(path).name} beside it: another tool wrote it; choose another --out, or replace it with "
+                "--overwrite"
+            )
+        return None
+    spacing_um = settings.slide_spacing_um or job.spacing_um or finished.slide.spacing_um
+    found_and_asked: list[tuple[str, Any, Any]] = [
+        ("encoder", f"{finished.encoder.name} {finished.encoder.sha256}", f"{identity.name} {identity.sha256}"),
+        ("slide file", Path(finished.slide.path).name, job.path.name),
+        ("slide size in bytes", finished.slide.bytes, job.path.stat().st_size),
+        ("slide_spacing_um", finished.slide.spacing_um, spacing_um),
+    ]
+    other = [(name, found, asked) for name, found, asked in found_and_asked if found != asked]
+    for name, found, asked in (*other, *_unlike(finished, job, encoder, settings)):
+        raise SlideError(
+            f"finished features must have been extracted as asked, got {name}: {found} in {as_text(path)} and asked "
+            f"for {asked}; run it again with --overwrite or choose another --out"
+        )
+    return finished
+
+
+def _unlike(
+    finished: ExtractionRecord, job: SlideJob, encoder: TileEncoder, settings: ExtractSettings
+) -> Iterator[tuple[str, Any, Any]]:
+    return unlike(finished.settings, recorded_extraction(job, settings, encoder), settings)
+
+
+def _features_path(layout: FeatureLayout, job: SlideJob, encoder: TileEncoder, settings: ExtractSettings) -> Path:
+    """Where a slide's features are, as far as that is known before the slide is opened."""
+    if settings.coords_dir is not None:
+        tiles = read_coords(coords_file(job, settings.coords_dir))
+        header = TileHeader(
+            slide_id=job.slide_id,
+            patch_size_px=tiles.patch_size_px,
+            spacing_um=tiles.spacing_um,
+            overlap_px=tiles.overlap_px,
+            encoder=encoder.name,
+        )
+    else:
+        patch_px, overlap_px, spacing_um = tile_geometry(settings, encoder)
+        header = TileHeader(
+            slide_id=job.slide_id,
+            patch_size_px=patch_px,
+            spacing_um=spacing_um,
+            overlap_px=overlap_px,
+            encoder=encoder.name,
+        )
+    return layout.path_of(settings.out_dir, header)
+
+
+def _clear_leftovers(out_dir: Path, slide_id: str) -> None:
+    """Remove what a killed run left half written of a slide."""
+    ours = {f".{slide_id}{ending}" for ending in _ENDINGS}
+    for path in out_dir.rglob(".*.partial"):
+        if path.name.removesuffix(".partial").rpartition(".")[0] in ours:
+            path.unlink(missing_ok=True)
+
+
+def _slide_file(job: SlideJob, reader: SlideReader) -> SlideFile:
+    info = reader.info
+    return SlideFile(
+        path=str(job.path),
+        bytes=job.path.stat().st_size,
+        vendor=info.vendor,
+        width_px=info.width_px,
+        height_px=info.height_px,
+        spacing_um=info.spacing_um,
+        spacing_source=info.spacing_source,
+        objective_power=info.objective_power,
+        reader=info.reader,
+    )
+
+
+def _notes(reader: SlideReader, reason: str | None) -> tuple[str, ...]:
+    notes = list(reader.notes)
+    if reason is not None:
+        notes.append(f"tiles were left out that cannot be read; the first because {reason}")
+    return tuple(notes)

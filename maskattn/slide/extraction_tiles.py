@@ -1,0 +1,182 @@
+"""Which tiles of a slide are encoded: those over its tissue, or those that another tool's file of coordinates names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskattn.errors import SlideError
+from maskattn.nn.encoders.tile_encoder import TileEncoder
+from maskattn.slide.extract_request import MIN_TISSUE, ExtractSettings, tile_geometry
+from maskattn.slide.layouts import TileHeader, find_coords, read_coords
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.names import as_text
+from maskattn.slide.reader import SlideReader
+from maskattn.slide.slide_run import Stages
+from maskattn.slide.tile_places import TilePlaces, lay_tiles, with_tokens
+from maskattn.slide.tissue import TissueMask, find_tissue, load_mask
+from maskattn.slide.tissue.bright_field import require_bright_field
+
+__all__ = ["FoundTiles", "coords_file", "find_tiles"]
+
+
+@dataclass(frozen=True, eq=False)
+class FoundTiles:
+    """The tiles of a slide, and what their file says of them all.
+
+    Attributes:
+        places: where they lie, and which of their tokens hold tissue.
+        header: of the file of features.
+        tissue: where the tissue is; None where it was not sought.
+    """
+
+    places: TilePlaces
+    header: TileHeader
+    tissue: TissueMask | None
+
+    def describe_tissue(self) -> dict[str, Any] | None:
+        """The tissue as records have it."""
+        if self.tissue is None:
+            return None
+        fraction, notes = float(self.tissue.tissue_fraction), list(self.tissue.notes)
+        return {"method": self.tissue.method, "fraction": fraction, "notes": notes}
+
+
+def find_tiles(
+    job: SlideJob, reader: SlideReader, encoder: TileEncoder, settings: ExtractSettings, stages: Stages
+) -> FoundTiles:
+    """The tiles to encode.
+
+    Args:
+        job: the slide.
+        reader: of the slide.
+        encoder: what will see the tiles.
+        settings: how they are asked for.
+        stages: the clock.
+
+    Raises:
+        SlideError: there is no tissue, the coordinates cannot be used, or the slide cannot be read.
+    """
+    tissue = None
+    with stages("tissue"):
+        if settings.finds_tissue:
+            tissue = _tissue_of(job, reader, settings)
+        elif not settings.force:
+            require_bright_field(reader)
+    with stages("tiles"):
+        if settings.coords_dir is None:
+            assert tissue is not None, "without coordinates tissue is sought"
+            places, header = _laid(job, reader, encoder, settings, tissue)
+        else:
+            places, header = _given(job, reader, encoder, settings)
+        if settings.token_mask == "tissue":
+            assert tissue is not None, "for masked tokens tissue is sought"
+            places = with_tokens(places, tissue, encoder.token_px)
+    return FoundTiles(places, header, tissue)
+
+
+def coords_file(job: SlideJob, folder: Path) -> Path:
+    """The file of a slide's coordinates below a folder.
+
+    Raises:
+        SlideError: there is none, or there are several.
+    """
+    source = find_coords(folder, job.slide_id)
+    if source is None:
+        raise SlideError(
+            f"a slide must have a file of coordinates, got none for {job.slide_id!r} below {as_text(folder)}; check "
+            "the ids, or leave --coords out"
+        )
+    return source
+
+
+def _tissue_of(job: SlideJob, reader: SlideReader, settings: ExtractSettings) -> TissueMask:
+    if job.mask_path is None:
+        return find_tissue(reader, ink=settings.ink, force=settings.force)
+    if not settings.force:
+        require_bright_field(reader)
+    return load_mask(job.mask_path, reader.info, settings.mask_values, reader=reader)
+
+
+def _laid(
+    job: SlideJob, reader: SlideReader, encoder: TileEncoder, settings: ExtractSettings, tissue: TissueMask
+) -> tuple[TilePlaces, TileHeader]:
+    """Tiles on a lattice, over the tissue."""
+    info = reader.info
+    patch_px, overlap_px, spacing_um = tile_geometry(settings, encoder)
+    min_tissue = MIN_TISSUE if settings.min_tissue is None else settings.min_tissue
+    places = lay_tiles(
+        info,
+        tissue,
+        patch_px=patch_px,
+        overlap_px=overlap_px,
+        spacing_um=spacing_um,
+        tile_px=encoder.tile_px,
+        min_tissue=min_tissue,
+    )
+    if not places.kept_tiles:
+        notes = f" ({'; '.join(tissue.notes)})" if tissue.notes else ""
+        what = f"too little for a tile of {patch_px} px" if tissue.mask_HW.any() else "none"
+        raise SlideError(
+            f"a slide must show tissue, got {what} by {tissue.method} in {job.path}{notes}; look at it with `maskattn "
+            "tissue`, and lower --min-tissue or name the tissue in a mask of your own (--mask)"
+        )
+    header = _header(job, reader, encoder, settings, patch_px, places.tile_lv0, spacing_um, overlap_px)
+    return places, header
+
+
+def _given(
+    job: SlideJob, reader: SlideReader, encoder: TileEncoder, settings: ExtractSettings
+) -> tuple[TilePlaces, TileHeader]:
+    """Tiles where a file of coordinates has them."""
+    assert settings.coords_dir is not None, "asked for where coordinates are given"
+    info = reader.info
+    source = coords_file(job, settings.coords_dir)
+    tiles = read_coords(source, slide=info, named=(job.slide_id, job.path.stem))
+    if tiles.patch_size_lv0 is None or tiles.patch_size_px is None or tiles.spacing_um is None:
+        raise SlideError(
+            f"coordinates must say how large tiles are, got no side of them in {as_text(source)}; write them with a "
+            "tool that says it, or leave --coords out"
+        )
+    if not len(tiles.coords_T2):
+        raise SlideError(f"a slide must have tiles, got no coordinates in {as_text(source)}; leave the slide out")
+    places = TilePlaces(tiles.coords_T2, tiles.patch_size_lv0, encoder.tile_px, len(tiles.coords_T2))
+    header = _header(
+        job,
+        reader,
+        encoder,
+        settings,
+        tiles.patch_size_px,
+        tiles.patch_size_lv0,
+        tiles.spacing_um,
+        tiles.overlap_px,
+    )
+    return places, header
+
+
+def _header(
+    job: SlideJob,
+    reader: SlideReader,
+    encoder: TileEncoder,
+    settings: ExtractSettings,
+    patch_px: int,
+    tile_lv0: int,
+    spacing_um: float,
+    overlap_px: int,
+) -> TileHeader:
+    info = reader.info
+    return TileHeader(
+        slide_id=job.slide_id,
+        patch_size_px=patch_px,
+        patch_size_lv0=tile_lv0,
+        spacing_um=spacing_um,
+        overlap_px=overlap_px,
+        width_px=info.width_px,
+        height_px=info.height_px,
+        spacing_lv0_um=info.spacing_um,
+        magnification=info.objective_power,
+        encoder=encoder.name,
+        token_mask=settings.token_mask,
+        slide_path=info.path,
+    )
