@@ -20,14 +20,26 @@ if TYPE_CHECKING:
     from maskattn.nn.replace import replace_attention
     from maskattn.nn.slide_encoders import encode_placed_tiles, from_gigapath, from_titan
     from maskattn.nn.slide_model import SlideModel, SlideModelConfig
+    from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
+    from maskattn.nn.slide_models.head import SlideHead, TileGrid
+    from maskattn.nn.slide_models.layouts import load_slide_head
+    from maskattn.nn.slide_models.pooling import PooledHead
+    from maskattn.nn.slide_models.transmil import TransMILHead
+    from maskattn.nn.slide_models.vit import ViTHead
     from maskattn.nn.vit import VisionTransformer
 
 __all__ = [
     "HIPT",
+    "GatedAttentionHead",
     "MultiheadAttention",
+    "PooledHead",
+    "SlideHead",
     "SlideModel",
     "SlideModelConfig",
     "TileEncoder",
+    "TileGrid",
+    "TransMILHead",
+    "ViTHead",
     "VisionTransformer",
     "drop_random_tokens",
     "encode_placed_tiles",
@@ -38,17 +50,24 @@ __all__ = [
     "from_transformers",
     "layer_groups",
     "load_encoder",
+    "load_slide_head",
     "load_vit",
     "register_attention",
     "replace_attention",
 ]
 
 _HOME = {
+    "GatedAttentionHead": "slide_models.gated_attention",
     "HIPT": "hipt",
     "MultiheadAttention": "multihead",
+    "PooledHead": "slide_models.pooling",
+    "SlideHead": "slide_models.head",
     "SlideModel": "slide_model",
     "SlideModelConfig": "slide_model",
     "TileEncoder": "encoders.tile_encoder",
+    "TileGrid": "slide_models.head",
+    "TransMILHead": "slide_models.transmil",
+    "ViTHead": "slide_models.vit",
     "VisionTransformer": "vit",
     "drop_random_tokens": "random_masks",
     "encode_placed_tiles": "slide_encoders",
@@ -59,6 +78,7 @@ _HOME = {
     "from_transformers": "adapters",
     "layer_groups": "optimizer_groups",
     "load_encoder": "encoders.loading",
+    "load_slide_head": "slide_models.layouts",
     "load_vit": "checkpoints",
     "register_attention": "adapters",
     "replace_attention": "replace",

@@ -88,7 +88,8 @@ def from_gigapath(
         fc_norm=False,
     )
     weight = after_pool["weight"]
-    model.fc_norm = nn.LayerNorm(len(weight), eps=1e-5, device=weight.device, dtype=weight.dtype)
+    # Its own norm has timm's ε, those of torchscale's layers their own.
+    model.fc_norm = nn.LayerNorm(len(weight), eps=1e-6, device=weight.device, dtype=weight.dtype)
     model.fc_norm.load_state_dict(after_pool)
     return model
 
@@ -107,7 +108,12 @@ def from_titan(checkpoint: Mapping[str, Any], *, num_heads: int = 12, impl: str 
     Raises:
         UnsupportedModelError: a ValueError that names the keys that have no place.
     """
-    state = {key: x for key, x in checkpoint.items() if not _TITAN_LEFT_OUT.search(key)}
+    # TITAN keeps its blocks in a list of a module.
+    state = {
+        key.replace("blocks.modules_list.", "blocks."): x
+        for key, x in checkpoint.items()
+        if not _TITAN_LEFT_OUT.search(key)
+    }
     return from_state_dict(state, num_heads=num_heads, name="TITAN's encoder", impl=impl, pos_embed="alibi")
 
 

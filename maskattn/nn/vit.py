@@ -74,6 +74,9 @@ class VisionTransformer(TimmInterface):
         embed_act: an activation after the patch embedding, as encoders of embeddings have; None: no.
         impl: implementation of the attention; None takes the best.
 
+    Attributes:
+        arguments: by name, as it was built.
+
     Raises:
         ValueError: an argument has a value that the model does not know.
     """
@@ -117,7 +120,9 @@ class VisionTransformer(TimmInterface):
         embed_act: str | None = None,
         impl: str | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.arguments = arguments
         _check_choice("global_pool", global_pool, POOLS)
         _check_choice("pos_embed", pos_embed, POSITIONS)
         _check_choice("pos_embed_resample", pos_embed_resample, CONVENTIONS)
@@ -248,7 +253,11 @@ class VisionTransformer(TimmInterface):
 
     def before_last_block(self, tokens: PackedTokens) -> PackedTokens:
         """Through all blocks but the last: the backbone that explanations run once."""
-        for block in self.blocks[:-1]:
+        return self.run_blocks(tokens, slice(0, -1))
+
+    def run_blocks(self, tokens: PackedTokens, which: slice = slice(None)) -> PackedTokens:
+        """Through all blocks, or those of a slice."""
+        for block in self.blocks[which]:
             tokens = self._run(block, tokens)
         return tokens
 

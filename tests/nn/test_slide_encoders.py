@@ -90,7 +90,7 @@ def dense_gigapath(state: dict[str, Tensor], x: Tensor, coords: Tensor, mean: bo
         hidden = apply_norm(state, f"{layer}.ffn.ffn_layernorm", F.gelu(hidden), 1e-5)
         x = x + apply_linear(state, f"{layer}.ffn.fc2", hidden)
     x = apply_norm(state, "encoder.layer_norm", x, 1e-5)
-    return apply_norm(state, "norm", x[1:].mean(dim=0) if mean else x[0], 1e-5)
+    return apply_norm(state, "norm", x[1:].mean(dim=0) if mean else x[0], 1e-6)
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

@@ -1,0 +1,128 @@
+"""Gated attention pooling: ABMIL (Ilse, Tomczak, Welling, ICML 2018) and CLAM (Lu et al., Nature BME 2021).
+
+h_t = ReLU(W z_t + b) where there is a first layer, else z_t;
+a = softmax_t(w·(tanh(V h_t) ⊙ σ(U h_t))), or without the gate w·tanh(V h_t); M = Σ_t a_t h_t; logits = classifier(M).
+With a branch per class (CLAM's MB) class c has its own row a_c and reads its own M_c.
+
+Parameters are named as CLAM names them. Its clustering of instances is for training; its weights are kept, unread.
+
+Dimension key: T tiles, C channels, K classes, A branches (1 or K).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskattn.nn.slide_models.head import SlideHead, TileGrid
+
+__all__ = ["GatedAttentionHead"]
+
+
+class GatedScores(nn.Module):
+    """A score of each tile for each branch.
+
+    Args:
+        dim: width of h.
+        hidden: width of V h.
+        branches: A.
+        gate: whether there is the factor σ(U h).
+        dropout: after tanh and σ, in training.
+    """
+
+    def __init__(self, dim: int, hidden: int, branches: int, gate: bool, dropout: float) -> None:
+        super().__init__()
+        if gate:
+            self.attention_a = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Dropout(dropout))
+            self.attention_b = nn.Sequential(nn.Linear(dim, hidden), nn.Sigmoid(), nn.Dropout(dropout))
+            self.attention_c = nn.Linear(hidden, branches)
+        else:
+            self.module = nn.Sequential(
+                nn.Linear(dim, hidden), nn.Tanh(), nn.Dropout(dropout), nn.Linear(hidden, branches)
+            )
+        self.gate = gate
+
+    def forward(self, rows_TC: Tensor) -> Tensor:
+        """(T, dim) → (T, A)."""
+        if self.gate:
+            scores: Tensor = self.attention_c(self.attention_a(rows_TC) * self.attention_b(rows_TC))
+            return scores
+        plain: Tensor = self.module(rows_TC)
+        return plain
+
+
+class GatedAttentionHead(SlideHead):
+    """Attention pooling with or without a gate, a first layer and a branch per class.
+
+    Args:
+        in_dim: C.
+        num_classes: K.
+        hidden: width of the first layer; None: there is none, and the embeddings themselves are pooled.
+        attention_dim: width of the attention's hidden layer.
+        branch_per_class: a row of attention and a classifier for each class (CLAM's MB).
+        gate: whether the attention is gated.
+        instances: keep CLAM's instance classifiers, which only its training reads.
+        dropout: in training.
+    """
+
+    kind: ClassVar[str] = "gated_attention"
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        hidden: int | None = 512,
+        attention_dim: int = 256,
+        branch_per_class: bool = False,
+        gate: bool = True,
+        instances: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(in_dim, num_classes)
+        self.options = {
+            "hidden": hidden,
+            "attention_dim": attention_dim,
+            "branch_per_class": branch_per_class,
+            "gate": gate,
+            "instances": instances,
+            "dropout": dropout,
+        }
+        dim, branches = hidden or in_dim, num_classes if branch_per_class else 1
+        # At the places that CLAM gives them: 0 the layer, 3 the attention.
+        first: list[nn.Module] = [nn.Linear(in_dim, hidden), nn.ReLU(), nn.Dropout(dropout)] if hidden else []
+        first += [] if hidden else [nn.Identity()] * 3
+        self.attention_net = nn.Sequential(*first, GatedScores(dim, attention_dim, branches, gate, dropout))
+        self.branch_per_class = branch_per_class
+        self.classifiers: nn.Module
+        if branch_per_class:
+            self.classifiers = nn.ModuleList(nn.Linear(dim, 1) for _ in range(num_classes))
+        else:
+            self.classifiers = nn.Linear(dim, num_classes)
+        if instances:
+            self.instance_classifiers = nn.ModuleList(nn.Linear(dim, 2) for _ in range(num_classes))
+
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+        return {"in_dim": self.in_dim, "num_classes": self.num_classes, **self.options}
+
+    def logits(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
+    ) -> Tensor:
+        rows, weights_AT = self._rows_and_weights(embeddings_TC)
+        pooled = weights_AT @ rows
+        if not self.branch_per_class:
+            logits: Tensor = self.classifiers(pooled[0])
+            return logits
+        assert isinstance(self.classifiers, nn.ModuleList), "a branch has a classifier of its own"
+        return torch.cat([classifier(read) for classifier, read in zip(self.classifiers, pooled, strict=True)])
+
+    def attention(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor | None:
+        return self._rows_and_weights(embeddings_TC)[1]
+
+    def _rows_and_weights(self, embeddings_TC: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.attention_net[:-1](embeddings_TC)
+        return rows, F.softmax(self.attention_net[-1](rows).T, dim=1)

@@ -1,0 +1,79 @@
+"""Prov-GigaPath's slide encoder (Xu et al., Nature 2024) with the linear head of its fine-tuning.
+
+The class token (or the mean of the tiles) after each of some layers, 0 being the embeddings, is normalised; side by
+side they are what the head reads. Every tile attends to every other: where GigaPath's LongNet attends in dilated
+segments, outputs differ on slides of more tiles than its first segment, 1,024, has.
+
+Dimension key: T tiles, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.slide_models.head import SlideHead, TileGrid
+from maskattn.nn.slide_models.vit import tokens_on_grid
+from maskattn.nn.vit import VisionTransformer
+
+__all__ = ["GigaPathHead"]
+
+
+class GigaPathHead(SlideHead):
+    """GigaPath's slide encoder and a linear head over the outputs of some of its layers.
+
+    Args:
+        vit: what :func:`maskattn.nn.from_gigapath` gives, or the arguments of one.
+        num_classes: K.
+        layers: whose outputs are read, by number; 0 is what the first block starts with. GigaPath's ``feat_layer``.
+        impl: implementation of the attention, where ``vit`` are arguments; None takes the best.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+
+    kind: ClassVar[str] = "gigapath"
+    reads_grid = True
+
+    def __init__(
+        self,
+        vit: VisionTransformer | dict[str, Any],
+        num_classes: int,
+        layers: Sequence[int] = (11,),
+        impl: str | None = None,
+    ) -> None:
+        if isinstance(vit, dict):
+            vit = VisionTransformer(**{**vit, "impl": impl})
+            vit.fc_norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)
+        super().__init__(vit.patch_embed.in_chans, num_classes)
+        depth = len(vit.blocks)
+        if not layers or not all(0 <= layer <= depth for layer in layers):
+            raise ValueError(f"layers must be numbers from 0 to {depth}, the encoder's depth, got {list(layers)}")
+        self.layers = tuple(layers)
+        self.vit = vit
+        self.classifier = nn.Sequential(nn.Linear(len(self.layers) * vit.embed_dim, num_classes))
+
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+        vit = {name: value for name, value in self.vit.arguments.items() if name != "impl"}
+        return {"vit": vit, "num_classes": self.num_classes, "layers": list(self.layers)}
+
+    def logits(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
+    ) -> Tensor:
+        tokens = tokens_on_grid(self.vit, embeddings_TC, grid)[0]
+        pooled = {0: self._pooled(tokens)}
+        for number in range(1, max(self.layers) + 1):
+            tokens = self.vit.run_blocks(tokens, slice(number - 1, number))
+            pooled[number] = self._pooled(tokens)
+        logits: Tensor = self.classifier(torch.cat([pooled[layer] for layer in self.layers]))
+        return logits
+
+    def _pooled(self, tokens: PackedTokens) -> Tensor:
+        rows = tokens.rows_TC
+        mean = self.vit.global_pool == "avg"
+        of_layer: Tensor = self.vit.fc_norm(rows[tokens.num_prefix :].mean(dim=0) if mean else rows[0])
+        return of_layer

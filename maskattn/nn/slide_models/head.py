@@ -1,0 +1,136 @@
+"""The contract of a slide head: a slide's tile embeddings in, logits out, differentiable in the embeddings.
+
+Dimension key: T tiles, C channels of their embeddings, K classes, A attention rows, H·W cells of the slide's grid.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.packing import Packing
+from maskattn.shapes import Bool, Float, Int
+
+__all__ = ["SlideHead", "TileGrid"]
+
+
+@dataclass(frozen=True, eq=False)
+class TileGrid:
+    """The cell of each tile in the grid that all tiles of a slide lie on.
+
+    Attributes:
+        rows_T: (T,) int64, from the top.
+        columns_T: (T,) int64, from the left.
+        shape_HW: rows and columns of the grid.
+    """
+
+    rows_T: Int[Tensor, "T"]
+    columns_T: Int[Tensor, "T"]
+    shape_HW: tuple[int, int]
+
+    @classmethod
+    def from_keep(cls, keep_HW: Bool[Tensor, "H W"]) -> TileGrid:
+        """The grid of the kept cells, row-major."""
+        rows_T, columns_T = keep_HW.nonzero().unbind(1)
+        return cls(rows_T, columns_T, (keep_HW.shape[0], keep_HW.shape[1]))
+
+    def packing(self) -> tuple[Packing, Int[Tensor, "T"]]:
+        """The tiles' packing in one sequence of H·W cells, and the order, row-major, in which it takes them.
+
+        Raises:
+            ValueError: two tiles lie in one cell.
+        """
+        place_T, order_T = (self.rows_T * self.shape_HW[1] + self.columns_T).sort()
+        if shared := int((place_T.diff() == 0).sum()):
+            raise ValueError(f"every tile must have a cell of its own, got {shared} that share one; leave out doubles")
+        starts = torch.tensor([0, len(place_T)], dtype=torch.int32, device=place_T.device)
+        cells = self.shape_HW[0] * self.shape_HW[1]
+        return Packing(place_T, starts, len(place_T), 1, cells), order_T
+
+
+class SlideHead(nn.Module, ABC):
+    """What turns the embeddings of a slide's tiles into logits.
+
+    Args:
+        in_dim: C.
+        num_classes: K.
+
+    Attributes:
+        kind: how folders of models call it.
+        reads_grid: its logits depend on the cells of the tiles.
+        reads_um: they depend on the tiles' places in µm.
+    """
+
+    kind: ClassVar[str]
+    reads_grid: bool = False
+    reads_um: bool = False
+
+    def __init__(self, in_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.in_dim = in_dim
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """What builds it anew, as JSON can hold it."""
+
+    @abstractmethod
+    def logits(
+        self, embeddings_TC: Float[Tensor, "T C"], coords_um_T2: Float[Tensor, "T 2"] | None, grid: TileGrid | None
+    ) -> Float[Tensor, "K"]:
+        """What :meth:`forward` gives, of arguments that it has checked."""
+
+    def forward(
+        self,
+        embeddings_TC: Float[Tensor, "T C"],
+        coords_um_T2: Float[Tensor, "T 2"] | None = None,
+        grid: TileGrid | None = None,
+    ) -> Float[Tensor, "K"]:
+        """The slide's logits.
+
+        Args:
+            embeddings_TC: (T, C), one row per tile, in any order.
+            coords_um_T2: (T, 2), x and y of each tile's top left corner on the slide, in µm; None where they are not
+                known.
+            grid: the tiles' cells; None where they lie on no grid.
+
+        Raises:
+            ValueError: the embeddings have another width, there are none, or the head reads places that are not given.
+        """
+        self.check(embeddings_TC, coords_um_T2, grid)
+        return self.logits(embeddings_TC, coords_um_T2, grid)
+
+    def attention(
+        self,
+        embeddings_TC: Float[Tensor, "T C"],
+        coords_um_T2: Float[Tensor, "T 2"] | None = None,
+        grid: TileGrid | None = None,
+    ) -> Float[Tensor, "A T"] | None:
+        """The weights with which it reads the tiles, a row per head or class; None where it has no such row."""
+        return None
+
+    def check(self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None) -> None:
+        """Refuse what the head cannot read. Arguments and errors as in :meth:`forward`."""
+        if embeddings_TC.ndim != 2 or embeddings_TC.shape[1] != self.in_dim or not len(embeddings_TC):
+            raise ValueError(
+                f"a slide model reads (T, {self.in_dim}) embeddings of T ≥ 1 tiles, got {tuple(embeddings_TC.shape)}; "
+                f"take the encoder that it was trained with, whose features are {self.in_dim} wide"
+            )
+        if self.reads_grid and grid is None:
+            raise ValueError(
+                f"this slide model ({self.kind}) reads the tiles' places on one grid, got none; give tiles of one grid"
+            )
+        if self.reads_um and coords_um_T2 is None:
+            raise ValueError(
+                f"this slide model ({self.kind}) reads distances between tiles in µm, got none; give the slides, or "
+                "features that say their spacing"
+            )
+        for places in (coords_um_T2, None if grid is None else grid.rows_T):
+            if places is not None and len(places) != len(embeddings_TC):
+                raise ValueError(
+                    f"there must be a place for each tile, got {len(places)} of {len(embeddings_TC)} embeddings"
+                )

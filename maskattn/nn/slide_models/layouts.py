@@ -1,0 +1,372 @@
+"""The layouts of slide models' checkpoints: recognised by their keys and turned into heads.
+
+CLAM (``s_k_checkpoint.pt``: CLAM_SB and CLAM_MB), AttentionDeepMIL, TransMIL, STAMP 2's Lightning checkpoints (vit,
+trans_mil, mlp, linear), TITAN and Prov-GigaPath with the linear head of their fine-tuning.
+
+Dimension key: C width of the embeddings, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskattn.nn.adapters.conversion import UnsupportedModelError, build
+from maskattn.nn.slide_encoders import from_gigapath, from_titan
+from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
+from maskattn.nn.slide_models.gigapath import GigaPathHead
+from maskattn.nn.slide_models.head import SlideHead
+from maskattn.nn.slide_models.pooling import PooledHead
+from maskattn.nn.slide_models.reading import Unread, read_checkpoint, tensors_of
+from maskattn.nn.slide_models.stamp import DistanceViTHead
+from maskattn.nn.slide_models.titan import TitanHead
+from maskattn.nn.slide_models.transmil import TransMILHead
+from maskattn.nn.slide_models.vit import ViTHead
+
+__all__ = ["HeadFile", "head_from_checkpoint", "load_slide_head"]
+
+_MOST_NAMED = 6
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """A slide head, and what its checkpoint says of it.
+
+    Attributes:
+        head: in eval mode.
+        layout: whose checkpoint it was.
+        classes: names of the K logits; None where the checkpoint has none.
+        facts: what else it says, for the model's card.
+    """
+
+    head: SlideHead
+    layout: str
+    classes: tuple[str, ...] | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What the readers of layouts read."""
+
+    name: str
+    state: dict[str, Tensor]
+    hyper: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def width(self, key: str, axis: int = 0) -> int:
+        """A side of a tensor that the layout must have."""
+        if key not in self.state:
+            raise UnsupportedModelError(f"{self.name} must have the key {key}, and has none of that name")
+        return int(self.state[key].shape[axis])
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose keys begin so, without it."""
+        return {key.removeprefix(prefix): x for key, x in self.state.items() if key.startswith(prefix)}
+
+
+def load_slide_head(path: str | Path, **options: Any) -> HeadFile:
+    """Load a slide model's head from another tool's checkpoint; no code in it is run.
+
+    Args:
+        path: of the checkpoint.
+        options: what tensors do not say: ``num_heads`` (STAMP's where its checkpoint does not say it, TITAN 12,
+            GigaPath 16), ``layers`` (GigaPath's ``feat_layer``, 11), ``global_pool`` (GigaPath), ``pool`` (TITAN:
+            "parallel" or "cascade"), ``impl``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its layout is unknown, or keys or shapes do not fit it; they are named.
+    """
+    return head_from_checkpoint(read_checkpoint(path), name=str(path), **options)
+
+
+def head_from_checkpoint(checkpoint: Mapping[str, Any], *, name: str = "the checkpoint", **options: Any) -> HeadFile:
+    """The head in a checkpoint. Arguments and errors as in :func:`load_slide_head`."""
+    hyper = checkpoint.get("hyper_parameters")
+    state = tensors_of(checkpoint)
+    if any(key.startswith("model.") for key in state) and not any("vision_encoder." in key for key in state):
+        # Lightning's modules keep the network as ``model``, and metrics and weights of the loss beside it.
+        state = {key.removeprefix("model."): x for key, x in state.items() if key.startswith("model.")}
+    given = _Checkpoint(name, state, hyper if isinstance(hyper, Mapping) else {}, options)
+    for known, read in _LAYOUTS:
+        if any(re.search(known, key) for key in state):
+            found = read(given)
+            return HeadFile(found.head.eval(), found.layout, found.classes, found.facts)
+    shown = ", ".join(sorted(state)[:_MOST_NAMED]) or "no tensors"
+    raise UnsupportedModelError(
+        "a slide model's checkpoint must be one of CLAM, AttentionDeepMIL, TransMIL, STAMP, TITAN or Prov-GigaPath, "
+        f"got keys {shown}{', ...' if len(state) > _MOST_NAMED else ''} in {name}; build its head in Python "
+        "(maskattn.nn.SlideHead) and save it as a folder"
+    )
+
+
+def _fill(head: SlideHead, state: Mapping[str, Tensor], layout: str, name: str) -> SlideHead:
+    """The head with these weights, in their dtype.
+
+    Raises:
+        UnsupportedModelError: keys or shapes do not fit; they are named.
+    """
+    expected = head.state_dict()
+    wrong = [f"it has no {key}" for key in sorted(expected.keys() - state.keys())]
+    wrong += [f"{key} has no place" for key in sorted(state.keys() - expected.keys())]
+    wrong += [
+        f"{key} is {tuple(x.shape)} instead of {tuple(expected[key].shape)}"
+        for key, x in state.items()
+        if key in expected and x.shape != expected[key].shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
+        raise UnsupportedModelError(
+            f"{name} does not fit the layout of {layout}: {'; '.join(wrong[:_MOST_NAMED])}{more}; is it another "
+            "version's?"
+        )
+    head = head.to(next(x.dtype for x in state.values() if x.is_floating_point()))
+    head.load_state_dict(dict(state))
+    return head
+
+
+def _clam(given: _Checkpoint) -> HeadFile:
+    """CLAM_SB, CLAM_MB: the attention is at 3, or at 2 where an earlier version trained without dropout."""
+    state = {
+        key.replace("attention_net.module.", "attention_net."): x  # spread over several GPUs, it was wrapped
+        for key, x in given.state.items()
+        if "instance_loss_fn" not in key
+    }
+    at = next(
+        (key.split(".")[1] for key in state if re.search(r"^attention_net\.\d+\.(attention_c|module)\.", key)), ""
+    )
+    state = {re.sub(rf"^attention_net\.{at}\.", "attention_net.3.", key) if at else key: x for key, x in state.items()}
+    # Without dropout the last layer of the plain attention moves up too.
+    gate = any(".attention_c." in key for key in state)
+    if not gate:
+        state = {key.replace("attention_net.3.module.2.", "attention_net.3.module.3."): x for key, x in state.items()}
+    checked = _Checkpoint(given.name, state, {}, {})
+    branches = any(key.startswith("classifiers.0.") for key in state)
+    classes = len({key.split(".")[1] for key in state if re.match(r"classifiers\.\d+\.", key)})
+    head = GatedAttentionHead(
+        checked.width("attention_net.0.weight", 1),
+        classes if branches else checked.width("classifiers.weight"),
+        hidden=checked.width("attention_net.0.weight"),
+        attention_dim=checked.width(
+            "attention_net.3.attention_a.0.weight" if gate else "attention_net.3.module.0.weight"
+        ),
+        branch_per_class=branches,
+        gate=gate,
+        instances=any(key.startswith("instance_classifiers.") for key in state),
+    )
+    layout = "CLAM_MB" if branches else "CLAM_SB"
+    return HeadFile(_fill(head, state, layout, given.name), layout)
+
+
+def _deep_mil(given: _Checkpoint) -> HeadFile:
+    """AttentionDeepMIL's gated attention over features as they are; its one logit is that of the second class."""
+    names = {
+        "attention_V.0": "attention_net.3.attention_a.0",
+        "attention_U.0": "attention_net.3.attention_b.0",
+        "attention_w": "attention_net.3.attention_c",
+        "classifier.0": "classifiers",
+        "classifier": "classifiers",
+    }
+    gate = any(key.startswith("attention_U.") for key in given.state)
+    if not gate:
+        names |= {"attention_V.0": "attention_net.3.module.0", "attention_w": "attention_net.3.module.3"}
+    state = {}
+    for key, x in given.state.items():
+        part, _, end = key.rpartition(".")
+        state[f"{names.get(part, part)}.{end}"] = x
+    for end in ("weight", "bias"):
+        last = state.get(f"classifiers.{end}")
+        if last is not None and len(last) == 1:
+            state[f"classifiers.{end}"] = torch.cat([torch.zeros_like(last), last])
+    head = GatedAttentionHead(
+        given.width("attention_V.0.weight", 1),
+        int(state["classifiers.weight"].shape[0]) if "classifiers.weight" in state else 2,
+        hidden=None,
+        attention_dim=given.width("attention_V.0.weight"),
+        gate=gate,
+    )
+    return HeadFile(_fill(head, state, "AttentionDeepMIL", given.name), "AttentionDeepMIL")
+
+
+def _transmil(given: _Checkpoint) -> HeadFile:
+    head = TransMILHead(given.width("_fc1.0.weight", 1), given.width("_fc2.weight"), given.width("_fc1.0.weight"))
+    return _of_stamp(given, _fill(head, given.state, "TransMIL", given.name), "TransMIL")
+
+
+def _stamp_vit(given: _Checkpoint) -> HeadFile:
+    """STAMP's transformer: with ALiBi as it is, without as this package's own."""
+    state = given.state
+    dim, in_dim, classes = (
+        given.width("class_token"),
+        given.width("project_features.0.weight", 1),
+        given.width("mlp_head.0.weight"),
+    )
+    depth = len({key.split(".")[2] for key in state if key.startswith("transformer.layers.")})
+    hidden = given.width("transformer.layers.0.1.1.weight")
+    if any(".mhsa.query_encoders." in key for key in state):
+        heads = len({key.split(".")[6] for key in state if ".0.0.mhsa.query_encoders." in key})
+        head: SlideHead = DistanceViTHead(in_dim, classes, dim, depth, heads, hidden)
+        return _of_stamp(given, _fill(head, state, "STAMP's vit with ALiBi", given.name), "STAMP vit, ALiBi")
+    arguments = {
+        "img_size": 1,
+        "patch_size": 1,
+        "in_chans": in_dim,
+        "num_classes": classes,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": int(given.options.get("num_heads") or given.hyper.get("n_heads", 8)),
+        "mlp_ratio": (hidden + 0.5) / dim,
+        "pos_embed": "none",
+        "embed_act": "gelu",
+        "norm_eps": 1e-5,
+    }
+    renamed = _renamed_from_stamp(state)
+    vit = build(given.name, arguments, renamed, impl=given.options.get("impl"))
+    return _of_stamp(given, ViTHead(vit), "STAMP vit")
+
+
+def _renamed_from_stamp(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for key, x in state.items():
+        for pattern, ours in _STAMP:
+            key, found = pattern.subn(ours, key)
+            if found:
+                break
+        if key == "cls_token":
+            x = x[None, None]
+        elif key == "patch_embed.proj.weight":
+            x = x[:, :, None, None]
+        renamed[key] = x
+    return renamed
+
+
+_STAMP = [
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        (r"^class_token$", "cls_token"),
+        (r"^project_features\.0\.", "patch_embed.proj."),
+        (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.norm1."),
+        (r"^transformer\.layers\.(\d+)\.0\.mhsa\.in_proj_", r"blocks.\1.attn.qkv."),
+        (r"^transformer\.layers\.(\d+)\.0\.mhsa\.out_proj\.", r"blocks.\1.attn.proj."),
+        (r"^transformer\.layers\.(\d+)\.1\.0\.", r"blocks.\1.norm2."),
+        (r"^transformer\.layers\.(\d+)\.1\.1\.", r"blocks.\1.mlp.fc1."),
+        (r"^transformer\.layers\.(\d+)\.1\.4\.", r"blocks.\1.mlp.fc2."),
+        (r"^transformer\.norm\.", "norm."),
+        (r"^mlp_head\.0\.", "head."),
+    )
+]
+
+
+def _stamp_mlp(given: _Checkpoint) -> HeadFile:
+    """STAMP's MLP and linear layer over the mean of the tiles."""
+    state = {re.sub(r"^fc\.", "mlp.0.", key): x for key, x in given.state.items()}
+    layers = sorted({int(key.split(".")[1]) for key in state if re.match(r"mlp\.\d+\.weight", key)})
+    checked = _Checkpoint(given.name, state, {}, {})
+    widths = [checked.width(f"mlp.{layer}.weight") for layer in layers]
+    head = PooledHead(checked.width(f"mlp.{layers[0]}.weight", 1), widths[-1], hidden=widths[:-1])
+    return _of_stamp(given, _fill(head, state, "STAMP's mlp", given.name), "STAMP mlp")
+
+
+def _of_stamp(given: _Checkpoint, head: SlideHead, layout: str) -> HeadFile:
+    """What STAMP's hyperparameters say of a head.
+
+    Raises:
+        UnsupportedModelError: the model does something else than classify slides by their tiles.
+    """
+    hyper = {key: value for key, value in given.hyper.items() if not isinstance(value, Unread)}
+    task, features = hyper.get("task", "classification"), hyper.get("supported_features", "tile")
+    if task != "classification" or features != "tile":
+        raise UnsupportedModelError(
+            f"a slide model must classify slides by features of tiles, got STAMP's task {task!r} on {features!r} "
+            f"features in {given.name}; train it with task: classification on tile features"
+        )
+    categories = hyper.get("categories")
+    classes = tuple(map(str, categories)) if isinstance(categories, Sequence) and categories else None
+    if classes is not None and len(classes) != head.num_classes:
+        raise UnsupportedModelError(
+            f"{given.name} names {len(classes)} categories, {', '.join(classes)}, and its head has {head.num_classes} "
+            "outputs; is the file whole?"
+        )
+    facts = {
+        said: str(hyper[key])
+        for key, said in (("ground_truth_label", "label"), ("stamp_version", "STAMP"), ("model_name", "model"))
+        if isinstance(hyper.get(key), str)
+    }
+    return HeadFile(head, layout, classes, facts)
+
+
+def _titan(given: _Checkpoint) -> HeadFile:
+    """TITAN's fine-tuned model: the vision encoder, its pooling, and one linear layer."""
+    encoder_state = given.below(
+        next(key for key in given.state if "vision_encoder." in key).split("vision_encoder.")[0]
+    )
+    vision = {key.removeprefix("vision_encoder."): x for key, x in encoder_state.items() if "vision_encoder." in key}
+    weights = [key for key in given.state if re.search(r"(?:^|\.)(?:mlp|head|classifier)(?:\.0)?\.weight$", key)]
+    weights = [key for key in weights if "vision_encoder." not in key and "text_encoder." not in key]
+    if len(weights) != 1:
+        raise UnsupportedModelError(
+            f"TITAN must have one linear head (mlp.0), got {weights or 'none'} in {given.name}; fine-tune it with one "
+            "layer, as its own script does"
+        )
+    head_key = weights[0].removesuffix("weight")
+    impl = given.options.get("impl")
+    vit = from_titan(vision, num_heads=given.options.get("num_heads") or 12, impl=impl)
+    classes = given.width(weights[0])
+    pool = given.options.get("pool") or "parallel"
+    queries = int(vision["attn_pool.query"].shape[0]) if "attn_pool.query" in vision else 128
+    if "attn_pool_contrastive.query" not in vision:
+        raise UnsupportedModelError(f"TITAN must have its pooling, attn_pool_contrastive, and {given.name} has none")
+    head = TitanHead(vit, classes, pool, queries)
+    poolers = ("attn_pool_contrastive.", "attn_pool.") if pool == "cascade" else ("attn_pool_contrastive.",)
+    state = {f"vit.{key}": x for key, x in vit.state_dict().items()}
+    state |= {key: x for key, x in vision.items() if key.startswith(poolers)}
+    state |= {f"head.{key}": x for key, x in given.below(head_key).items()}
+    return HeadFile(_fill(head, state, "TITAN", given.name), "TITAN")
+
+
+def _gigapath(given: _Checkpoint) -> HeadFile:
+    """GigaPath's fine-tuned model: ``slide_encoder`` and ``classifier.0``."""
+    layers = given.options.get("layers") or (11,)
+    vit = from_gigapath(
+        given.below("slide_encoder."),
+        num_heads=given.options.get("num_heads") or 16,
+        global_pool=given.options.get("global_pool") or "token",
+        impl=given.options.get("impl"),
+    )
+    read = given.width("classifier.0.weight", 1)
+    if read != len(layers) * vit.embed_dim:
+        raise UnsupportedModelError(
+            f"GigaPath's head must read {vit.embed_dim} channels of each of its layers (feat_layer), got {read} "
+            f"channels for the layers {list(layers)} in {given.name}; name the layers that it was trained with"
+        )
+    head = GigaPathHead(vit, given.width("classifier.0.weight"), layers)
+    state = {f"vit.{key}": x for key, x in vit.state_dict().items()}
+    state |= {f"classifier.{key}": x for key, x in given.below("classifier.").items()}
+    return HeadFile(_fill(head, state, "Prov-GigaPath", given.name), "Prov-GigaPath")
+
+
+def _hipt(given: _Checkpoint) -> HeadFile:
+    raise UnsupportedModelError(
+        f"a slide head reads embeddings of tiles, got a model of regions, HIPT's, in {given.name}; load it with "
+        "maskattn.nn.HIPT"
+    )
+
+
+_LAYOUTS: tuple[tuple[str, Callable[[_Checkpoint], HeadFile]], ...] = (
+    (r"^vit_region\.|^global_phi\.", _hipt),
+    (r"^attention_net\.", _clam),
+    (r"^attention_V\.", _deep_mil),
+    (r"vision_encoder\.", _titan),
+    (r"^slide_encoder\.encoder\.layers\.", _gigapath),
+    (r"^layer1\.attn\.to_qkv\.", _transmil),
+    (r"^project_features\.0\.", _stamp_vit),
+    (r"^mlp\.\d+\.weight$|^fc\.weight$", _stamp_mlp),
+)
+"""A key that only the layout has, and what reads it."""

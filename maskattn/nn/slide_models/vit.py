@@ -1,0 +1,91 @@
+"""Our vision transformer as a slide head: masked attention over the tiles, in their cells of the slide's grid.
+
+It serves every slide model that is a pre-norm transformer over projected tiles with a class token or mean pooling: this
+package's own, STAMP's without ALiBi, TITAN's pretraining stage with a linear head.
+
+Dimension key: T tiles, C channels, K classes, A heads of the last block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.slide_models.head import SlideHead, TileGrid
+from maskattn.nn.vit import VisionTransformer
+from maskattn.shapes import Float, Int
+
+__all__ = ["ViTHead", "tokens_on_grid"]
+
+
+class ViTHead(SlideHead):
+    """A vision transformer over a slide's tiles, whose head gives the logits.
+
+    Args:
+        vit: patch_size 1, in_chans C, num_classes K; or the arguments of one.
+        impl: implementation of the attention, where ``vit`` are arguments; None takes the best.
+
+    Raises:
+        ValueError: the transformer reads more than one embedding per token, or has no head.
+    """
+
+    kind: ClassVar[str] = "vit"
+
+    def __init__(self, vit: VisionTransformer | dict[str, Any], impl: str | None = None) -> None:
+        encoder = VisionTransformer(**{**vit, "impl": impl}) if isinstance(vit, dict) else vit
+        if encoder.patch_embed.patch_size != 1 or not encoder.num_classes:
+            raise ValueError(
+                "a slide head must be a transformer of patch_size 1 with a head, got patch_size="
+                f"{encoder.patch_embed.patch_size}, num_classes={encoder.num_classes}; build it with num_classes"
+            )
+        super().__init__(encoder.patch_embed.in_chans, encoder.num_classes)
+        self.vit = encoder
+        self.reads_grid = encoder.position_kind != "none"
+
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+        return {"vit": {name: value for name, value in self.vit.arguments.items() if name != "impl"}}
+
+    def tokens(
+        self, embeddings_TC: Float[Tensor, "T C"], grid: TileGrid | None
+    ) -> tuple[PackedTokens, Int[Tensor, "T"]]:
+        """The packed tokens with which the transformer starts, and which tile each token of the grid is."""
+        return tokens_on_grid(self.vit, embeddings_TC, grid)
+
+    def logits(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
+    ) -> Tensor:
+        logits: Tensor = self.vit(self.tokens(embeddings_TC, grid)[0])[0]
+        return logits
+
+    def attention(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor | None:
+        if self.vit.cls_token is None:
+            return None
+        tokens, order_T = self.tokens(embeddings_TC, grid)
+        rows_AT = self.vit.last_block.read_weights(self.vit.before_last_block(tokens))[:, tokens.num_prefix :]
+        return torch.empty_like(rows_AT).index_copy_(1, order_T, rows_AT)
+
+
+def tokens_on_grid(
+    vit: VisionTransformer, embeddings_TC: Float[Tensor, "T C"], grid: TileGrid | None
+) -> tuple[PackedTokens, Int[Tensor, "T"]]:
+    """A slide's tiles as the packed tokens with which a transformer starts.
+
+    Args:
+        vit: patch_size 1.
+        embeddings_TC: (T, C), in any order.
+        grid: the tiles' cells; None, where the transformer has no positions, is one row.
+
+    Returns:
+        The tokens, row-major, and (T,), which tile each of them is.
+    """
+    device = embeddings_TC.device
+    if grid is None:
+        line = torch.arange(len(embeddings_TC), device=device)
+        grid = TileGrid(torch.zeros_like(line), line, (1, len(line)))
+    packing, order_T = TileGrid(grid.rows_T.to(device), grid.columns_T.to(device), grid.shape_HW).packing()
+    return vit.embed_patches(embeddings_TC[order_T], packing, grid.shape_HW), order_T
