@@ -72,7 +72,7 @@ def is_given(value: Any, default: Any) -> bool:
 
 
 # With these options scores may be large, and an implementation leaves its backward more than a float32 of lse.
-_WITH_REST = {"cpu": ("key_bias", "slopes"), "triton": ("key_bias",)}
+_WITH_REST = {"cpu": ("key_bias", "slopes"), "triton": ("key_bias",), "gluon": ("key_bias",)}
 
 
 def keeps_rest(impl: str, options: Options) -> bool:

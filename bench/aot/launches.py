@@ -15,6 +15,7 @@ from unittest import mock
 
 import triton
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from aot.intermediate import fingerprint, intermediate_code
 from aot.targets import GPU_TARGETS
@@ -51,7 +52,8 @@ class Launch:
     @property
     def source(self) -> ASTSource:
         """What the compiler takes."""
-        return ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        return kind(self.kernel, self.signature, self.constants, self.attributes)
 
     @property
     def options(self) -> dict[str, int]:

@@ -75,7 +75,8 @@ def _classify(instruction: str, classes: Iterable[tuple[str, str]]) -> str:
     return next((name for name, pattern in classes if re.match(pattern, instruction)), "control")
 
 
-def _nvidia_tool(name: str) -> str:
+def nvidia_tool(name: str) -> str:
+    """The path of a program of the CUDA toolkit that triton's wheel carries."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
@@ -85,9 +86,9 @@ def _read_nvidia(compiled: Any) -> tuple[int, int, list[str], str]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run(
-            [_nvidia_tool("cuobjdump"), "--dump-resource-usage", path], capture_output=True, text=True, check=True
+            [nvidia_tool("cuobjdump"), "--dump-resource-usage", path], capture_output=True, text=True, check=True
         ).stdout
-        code = subprocess.run([_nvidia_tool("nvdisasm"), path], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([nvidia_tool("nvdisasm"), path], capture_output=True, text=True, check=True).stdout
     match = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if match is None:
         raise RuntimeError(f"cuobjdump's resource usage has no REG, STACK and LOCAL: {usage!r}")
@@ -95,7 +96,10 @@ def _read_nvidia(compiled: Any) -> tuple[int, int, list[str], str]:
     ptx = compiled.asm["ptx"]
     tensor_instruction = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "none")
     instructions = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
-    loop = _main_loop(code, re.compile(r"^\s*\.(L_x_\d+):"), instructions, re.compile(r"\.(L_x_\d+)"), "BRA")
+    # Warps that wait for a partition to run do so in a loop around all of them.
+    loop = _main_loop(
+        code, re.compile(r"^\s*\.(L_x_\d+):"), instructions, re.compile(r"\.(L_x_\d+)"), "BRA", "setmaxnreg" in ptx
+    )
     return registers, stack + local, loop, tensor_instruction
 
 
@@ -116,12 +120,20 @@ def _read_amd(compiled: Any) -> tuple[int, int, list[str], str]:
 
 
 def _main_loop(
-    code: str, label: re.Pattern[str], instruction: re.Pattern[str], target: re.Pattern[str], branch: str
+    code: str,
+    label: re.Pattern[str],
+    instruction: re.Pattern[str],
+    target: re.Pattern[str],
+    branch: str,
+    innermost: bool = False,
 ) -> list[str]:
-    """Instructions of the loop with the most products; of several (a full and a masked tail tile), the shortest."""
+    """Instructions of the loop with the most products; of several (a full and a masked tail tile), the shortest.
+
+    ``innermost``: a loop around another with products does not count.
+    """
     instructions: list[str] = []
     places: dict[str, int] = {}
-    loops: list[list[str]] = []
+    bounds: list[tuple[int, int]] = []
     for line in code.splitlines():
         if match := label.match(line):
             places[match.group(1)] = len(instructions)
@@ -132,7 +144,7 @@ def _main_loop(
                 body = instructions[places[back.group(1)] :]
                 # A slow path behind the end of the kernel jumps back too; it is no loop.
                 if not any(re.match(r"EXIT|RET|s_endpgm", each) for each in body):
-                    loops.append(body)
+                    bounds.append((places[back.group(1)], len(instructions)))
 
     # Multiply-adds of the lanes are products only where there are no others: distances have them too.
     tensor = r"HGMMA|HMMA|UTC\w*MMA|v_mfma"
@@ -141,5 +153,10 @@ def _main_loop(
     def products(loop: list[str]) -> int:
         return sum(1 for each in loop if re.match(product, each))
 
+    def is_innermost(begin: int, end: int) -> bool:
+        inside = [(b, e) for b, e in bounds if begin <= b and e <= end and (b, e) != (begin, end)]
+        return not any(products(instructions[b:e]) for b, e in inside)
+
+    loops = [instructions[b:e] for b, e in bounds if not innermost or is_innermost(b, e)]
     most = max(map(products, loops), default=0)
     return min((loop for loop in loops if 2 * products(loop) > most), key=len, default=[])

@@ -30,7 +30,7 @@ from maskattn.options import Options, is_given
 
 __all__ = ["IMPLS", "Implementation", "choose", "implementation", "refuse_missing"]
 
-IMPLS = ("triton", "cpu", "torch", "reference")
+IMPLS = ("triton", "gluon", "cpu", "torch", "reference")
 
 
 class Implementation(Protocol):
@@ -111,6 +111,10 @@ def implementation(impl: str) -> Implementation:
         from maskattn.attention.impl import triton
 
         return triton
+    if impl == "gluon":
+        from maskattn.attention.impl import gluon
+
+        return gluon
     if impl == "cpu":
         from maskattn.attention.impl import cpu
 
@@ -207,7 +211,7 @@ def _not_installed(impl: str) -> str | None:
 @functools.cache
 def _looked_for(impl: str) -> str | None:
     """Looked for once, because finding a module takes longer than a small call."""
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
+    if impl in ("triton", "gluon") and importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
     if impl == "cpu" and importlib.util.find_spec("maskattn._native") is None:
         return "needs the C++ extension, which was not built (`maskattn doctor` says why)"

@@ -23,7 +23,7 @@ class WithCap(Options):
     sinks: torch.Tensor | None = field(default=None, metadata=option(differentiable=True))
 
 
-IMPLS_ON_CPUS = [impl for impl in IMPLS if impl != "triton"]
+IMPLS_ON_CPUS = [impl for impl in IMPLS if impl not in ("triton", "gluon")]
 
 
 @pytest.mark.parametrize("impl", IMPLS_ON_CPUS)

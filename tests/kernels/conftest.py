@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from poisoned_memory import poison_uninitialised_memory
 
 triton = pytest.importorskip("triton")
 
@@ -33,14 +34,4 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel forgets to write is NaN, so that no test passes by luck."""
-
-    def poisoned(allocate):
-        def allocate_nan(*args, **kwargs):
-            x = allocate(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
-
-        return allocate_nan
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    poison_uninitialised_memory(monkeypatch)

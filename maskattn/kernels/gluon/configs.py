@@ -1,0 +1,53 @@
+"""What the kernel is compiled with, by head width and options: what fits and spills nothing, for none was measured.
+
+Dimension key: D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maskattn.kernels.tables.lookup import padded_width
+from maskattn.options import Options
+
+__all__ = ["GluonConfig", "choose"]
+
+
+@dataclass(frozen=True)
+class GluonConfig:
+    """How a launch is cut up.
+
+    Attributes:
+        block_n: keys of a block.
+        stages: blocks of keys, and of values, that shared memory holds.
+        consumer_registers: of a thread of a consumer; the warps of the kernel have 168 each between them.
+        producer_registers: of a thread of the producer.
+    """
+
+    block_n: int
+    stages: int
+    consumer_registers: int = 240
+    producer_registers: int = 24
+
+
+# By padded head width.
+PLAIN = {
+    16: GluonConfig(128, 4),
+    32: GluonConfig(128, 4),
+    64: GluonConfig(128, 4),
+    128: GluonConfig(128, 2),
+    256: GluonConfig(64, 2),
+}
+WITH_OPTIONS = {
+    16: GluonConfig(128, 4),
+    32: GluonConfig(128, 4),
+    64: GluonConfig(128, 4),
+    128: GluonConfig(64, 4),
+    256: GluonConfig(32, 4),
+}
+
+
+def choose(head_width: int, options: Options) -> GluonConfig:
+    """The configuration for queries (Tq, H, D)."""
+    has_terms = options.key_bias is not None or options.slopes is not None
+    return (WITH_OPTIONS if has_terms else PLAIN)[padded_width(head_width)]

@@ -1,0 +1,194 @@
+"""What one warp group computes: 64 queries of a tile over all blocks of keys that pass by.
+
+While the softmax of a block is worked out, the tensor cores have two products to do: the scores of the next block, and
+the weighted values of the block before. Only the last block can be partial, and only it is masked.
+
+Dimension key: M = 64 queries of a warp group, N keys of a block, D head width padded to a power of two.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from maskattn.kernels.gluon.pipeline import hand_back, wait_for_block
+from maskattn.kernels.language.scores import begin_scores, key_terms, query_terms, scores
+from maskattn.kernels.language.softmax import row_divisor, row_lse, softmax_update
+from maskattn.kernels.language.tiles import row_values_base, store_row_values, tokens_base
+
+__all__ = ["GROUP_ROWS", "attend_rows"]
+
+# Rows of the smallest product that a warp group does, and the warps of one.
+GROUP_ROWS = gl.constexpr(64)
+GROUP_WARPS = gl.constexpr(4)
+
+
+@gluon.constexpr_function
+def accumulator_layout(columns):
+    """How the threads of a warp group hold the result of a product with this many columns."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def row_layout(columns):
+    """How they hold rows [64, columns] that come from memory or go there, 16 bytes a thread."""
+    threads = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
+
+
+@gluon.jit
+def load_queries(q_rows, base_ptr, first, q_length, stride_t, HEAD: gl.constexpr):
+    """Write the queries of a warp group to shared memory; rows past the end and padded columns are 0."""
+    PADDED: gl.constexpr = q_rows.shape[1]
+    LAYOUT: gl.constexpr = row_layout(PADDED)
+    rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, PADDED, gl.SliceLayout(0, LAYOUT))
+    pointers = base_ptr + gl.cast(first, gl.int64) * stride_t + (rows * stride_t)[:, None] + columns[None, :]
+    inside = (first + rows < q_length)[:, None] & (columns < HEAD)[None, :]
+    q_rows.store(gl.load(pointers, mask=inside, other=0.0))
+    # The tensor cores read shared memory by another way than threads write it.
+    hopper.fence_async_shared()
+
+
+@gluon.jit
+def store_outputs(q_rows, out, base_ptr, first, q_length, stride_t, HEAD: gl.constexpr):
+    """Write the rows that lie inside the sequence, by way of the room of the queries, which are no longer needed."""
+    PADDED: gl.constexpr = q_rows.shape[1]
+    LAYOUT: gl.constexpr = row_layout(PADDED)
+    q_rows.store(out.to(q_rows.dtype))
+    rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, PADDED, gl.SliceLayout(0, LAYOUT))
+    pointers = base_ptr + gl.cast(first, gl.int64) * stride_t + (rows * stride_t)[:, None] + columns[None, :]
+    inside = (first + rows < q_length)[:, None] & (columns < HEAD)[None, :]
+    gl.store(pointers, q_rows.load(LAYOUT), mask=inside)
+
+
+@gluon.jit
+def begin_products(q_rows, k_ring, block, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Begin q·k of a block, [M, N]; what it returns is there once it is waited for."""
+    k = wait_for_block(k_ring, block, STAGES)
+    zeros = gl.full([64, BLOCK_N], 0.0, gl.float32, accumulator_layout(BLOCK_N))
+    return hopper.warpgroup_mma(q_rows, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weigh(
+    products,
+    maximum,
+    total,
+    scoring,
+    of_queries,
+    first,
+    k_length,
+    BLOCK_N: gl.constexpr,
+    PARTIAL: gl.constexpr,
+    NATURAL: gl.constexpr,
+):
+    """The softmax of one block: weights [M, N], the factor of what went before, the new maximum and sum."""
+    keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, accumulator_layout(BLOCK_N)))
+    inside = first + keys < k_length
+    of_keys = key_terms(scoring, first, keys, inside, False, PARTIAL)
+    score = scores(products, scoring, of_queries, of_keys, False, not PARTIAL)
+    values = score.tile
+    if PARTIAL:
+        values = gl.where(inside[None, :], values, float("-inf"))
+    # Without a bias, which may be −inf, each row has a score in each block.
+    return softmax_update(values, score.factor, maximum, total, 1, NATURAL, NATURAL)
+
+
+@gluon.jit
+def attend_blocks(
+    q_rows,
+    k_ring,
+    v_ring,
+    scoring,
+    of_queries,
+    k_length,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    NATURAL: gl.constexpr,
+):
+    """Attend to the keys of a sequence, one at least: the weighted sum [M, D], maximum and sum of each row."""
+    PADDED: gl.constexpr = q_rows.shape[1]
+    OUT: gl.constexpr = accumulator_layout(PADDED)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
+    maximum = gl.full([64], float("-inf"), gl.float32, ROWS)
+    total = gl.full([64], 0.0, gl.float32, ROWS)
+    out = gl.full([64, PADDED], 0.0, gl.float32, OUT)
+    last = (k_length + BLOCK_N - 1) // BLOCK_N - 1
+    products = hopper.warpgroup_mma_wait(0, deps=(begin_products(q_rows, k_ring, 0, BLOCK_N, STAGES),))
+    hand_back(k_ring, 0, True, STAGES)
+    for block in range(last):
+        multiplying = begin_products(q_rows, k_ring, block + 1, BLOCK_N, STAGES)
+        p, shrunk, maximum, total = weigh(
+            products, maximum, total, scoring, of_queries, block * BLOCK_N, k_length, BLOCK_N, False, NATURAL
+        )
+        out = out * gl.convert_layout(shrunk, gl.SliceLayout(1, OUT))[:, None]
+        weights = gl.convert_layout(p.to(q_rows.dtype), WEIGHTS)
+        adding = hopper.warpgroup_mma(weights, wait_for_block(v_ring, block, STAGES), out, is_async=True)
+        # ptxas lets products overlap with other work only where none is under way when the loop begins anew.
+        products, out = hopper.warpgroup_mma_wait(0, deps=(multiplying, adding))
+        hand_back(k_ring, block + 1, True, STAGES)
+        hand_back(v_ring, block, True, STAGES)
+    p, shrunk, maximum, total = weigh(
+        products, maximum, total, scoring, of_queries, last * BLOCK_N, k_length, BLOCK_N, True, NATURAL
+    )
+    out = out * gl.convert_layout(shrunk, gl.SliceLayout(1, OUT))[:, None]
+    weights = gl.convert_layout(p.to(q_rows.dtype), WEIGHTS)
+    out = hopper.warpgroup_mma(weights, wait_for_block(v_ring, last, STAGES), out, is_async=True)
+    out = hopper.warpgroup_mma_wait(0, deps=(out,))
+    return out, maximum, total
+
+
+@gluon.jit
+def attend_rows(
+    q_rows,
+    k_ring,
+    v_ring,
+    q_tokens,
+    out_tokens,
+    lse_values,
+    lse_rest_values,
+    terms,
+    head,
+    sequence,
+    first,
+    q_start,
+    q_length,
+    k_start,
+    k_length,
+    HEAD: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A consumer: attention of the 64 queries from ``first`` on."""
+    NATURAL: gl.constexpr = lse_rest_values.ptr is not None
+    PADDED: gl.constexpr = q_rows.shape[1]
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, accumulator_layout(PADDED))
+    q_base_ptr = tokens_base(q_tokens, sequence, head, q_start, False)
+    load_queries(q_rows, q_base_ptr, first, q_length, q_tokens.stride_t, HEAD)
+    rows = gl.arange(0, 64, ROWS)
+    inside = first + rows < q_length
+    scoring = begin_scores(terms, head, sequence, q_start, k_start, False, False, NATURAL)
+    of_queries = query_terms(scoring, first, rows, inside, False, True)
+
+    maximum = gl.full([64], float("-inf"), gl.float32, ROWS)
+    total = gl.full([64], 0.0, gl.float32, ROWS)
+    out = gl.full([64, PADDED], 0.0, gl.float32, accumulator_layout(PADDED))
+    if k_length > 0:
+        out, maximum, total = attend_blocks(
+            q_rows, k_ring, v_ring, scoring, of_queries, k_length, BLOCK_N, STAGES, NATURAL
+        )
+
+    # Of a row without keys the output is 0.
+    factor = gl.convert_layout(1 / row_divisor(total), OUT_ROWS)
+    out_base_ptr = tokens_base(out_tokens, sequence, head, q_start, False)
+    store_outputs(q_rows, out * factor[:, None], out_base_ptr, first, q_length, out_tokens.stride_t, HEAD)
+    lse, rest = row_lse(maximum, total, NATURAL)
+    store_row_values(row_values_base(lse_values, sequence, head, q_start, False), first, rows, 1, inside, lse, False)
+    if lse_rest_values.ptr is not None:
+        rest_base_ptr = row_values_base(lse_rest_values, sequence, head, q_start, False)
+        store_row_values(rest_base_ptr, first, rows, 1, inside, rest, False)
