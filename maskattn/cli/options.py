@@ -20,11 +20,16 @@ from maskattn.slide.request import RunSettings
 
 __all__ = [
     "Debug",
+    "Exclude",
+    "ExcludeClasses",
     "Force",
     "Ink",
     "Mask",
+    "MaskClasses",
     "MaskValues",
     "Outputs",
+    "Roi",
+    "RoiClasses",
     "Series",
     "Slide",
     "SlidesFolder",
@@ -79,6 +84,11 @@ Series = Annotated[int | None, _option(_field(RunSettings, "series"))]
 Ink = Annotated[Literal["auto", "off"], _option(_field(RunSettings, "ink"))]
 Force = Annotated[bool, _option(_field(RunSettings, "force"))]
 MaskValues = Annotated[list[int] | None, _option(_field(RunSettings, "mask_values"))]
+MaskClasses = Annotated[list[str] | None, _option(_field(RunSettings, "mask_classes"))]
+Roi = Annotated[Path | None, _option(_field(RunSettings, "roi"))]
+RoiClasses = Annotated[list[str] | None, _option(_field(RunSettings, "roi_classes"))]
+Exclude = Annotated[Path | None, _option(_field(RunSettings, "exclude"))]
+ExcludeClasses = Annotated[list[str] | None, _option(_field(RunSettings, "exclude_classes"))]
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:

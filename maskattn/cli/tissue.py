@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from maskattn.cli.options import Debug, Force, Ink, Mask, MaskValues, Series, Slide, Spacing
+from maskattn.cli.options import (
+    Debug,
+    Exclude,
+    ExcludeClasses,
+    Force,
+    Ink,
+    Mask,
+    MaskClasses,
+    MaskValues,
+    Roi,
+    RoiClasses,
+    Series,
+    Slide,
+    Spacing,
+)
 from maskattn.cli.pictures import picture_path, picture_written
 from maskattn.cli.reporting import errors_in_one_line, say_json
 
@@ -23,6 +37,11 @@ def tissue(
     ] = None,
     mask: Mask = None,
     mask_value: MaskValues = None,
+    mask_class: MaskClasses = None,
+    roi: Roi = None,
+    roi_class: RoiClasses = None,
+    exclude: Exclude = None,
+    exclude_class: ExcludeClasses = None,
     ink: Ink = "auto",
     force: Force = False,
     spacing_um: Spacing = None,
@@ -35,9 +54,10 @@ def tissue(
     """
     with errors_in_one_line(debug):
         from maskattn.slide.names import id_of_file
+        from maskattn.slide.outlines.rules import check_classes_of
         from maskattn.slide.overlay import write_mask_overlay
         from maskattn.slide.reader import SlideReader
-        from maskattn.slide.tissue import find_tissue, load_mask
+        from maskattn.slide.tissue import find_tissue, limit_tissue, load_mask
         from maskattn.slide.tissue.bright_field import require_bright_field
 
         if mask_value and mask is None:
@@ -50,16 +70,26 @@ def tissue(
                 f"--ink says how tissue is found, got --ink off beside a mask, {mask}, where none is sought; leave out "
                 "one of the two"
             )
-        path = picture_path(out, f"{id_of_file(slide)}_tissue.png", [slide, *([mask] if mask else [])])
+        for flag, classes, of in (
+            ("--mask-class", mask_class, mask),
+            ("--roi-class", roi_class, roi),
+            ("--exclude-class", exclude_class, exclude),
+        ):
+            check_classes_of(flag, classes, with_file=of is not None)
+        given = [file for file in (mask, roi, exclude) if file is not None]
+        path = picture_path(out, f"{id_of_file(slide)}_tissue.png", [slide, *given])
         with SlideReader(slide, spacing_um, series=series, isolated=True) as reader:
             info = reader.info
             labels = tuple(mask_value) if mask_value else None
+            names = tuple(mask_class) if mask_class else None
             if mask is not None and not force:
                 require_bright_field(reader)
             if mask is None:
                 found = find_tissue(reader, ink=ink, force=force)
             else:
-                found = load_mask(mask, info, labels, reader=reader)
+                found = load_mask(mask, info, labels, tissue_classes=names, reader=reader)
+            of_slide = id_of_file(slide)
+            found = limit_tissue(found, info, of_slide, (roi, roi_class or None), (exclude, exclude_class or None))
             thumbnail = reader.thumbnail(_THUMBNAIL_PX)
             with picture_written(path):
                 write_mask_overlay(path, thumbnail, found, info.width_px)

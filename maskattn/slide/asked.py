@@ -9,7 +9,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
 from typing import Any
+
+from maskattn.slide.names import as_text
 
 __all__ = ["Asked", "asked", "asked_of", "recorded_fields", "unlike"]
 
@@ -77,6 +80,8 @@ def unlike(found: Mapping[str, Any], asked_for: Mapping[str, Any], settings: Any
 
 
 def _as_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return as_text(value.name)  # where a file lies is no part of what was asked for
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -135,7 +135,7 @@ def make_grid(
         band_rows = min(band, rows - top)
         keep = _inside(top * side, band_rows * side, token_rows)[:, None] & _inside(0, cols * side, token_cols)
         if masked and tissue is not None:
-            fraction = _fractions(tissue, top * tile_lv0, token_lv0, keep.shape)
+            fraction = tissue.token_fractions(0.0, float(top * tile_lv0), token_lv0, (keep.shape[0], keep.shape[1]))
             keep &= (fraction > 0) & (fraction >= min_token_fraction)
         tiles = keep.reshape(band_rows, side, cols, side).transpose(0, 2, 1, 3)  # (rows, cols, h, w)
         keep_HW[top : top + band_rows] = tiles.any(axis=(2, 3))
@@ -161,17 +161,6 @@ def _tokens_within(length_px: int, token_lv0: float) -> int:
 
 def _inside(first: int, count: int, end: int) -> np.ndarray:
     return np.arange(first, first + count) < end
-
-
-def _fractions(tissue: TissueMask, top_lv0: int, token_lv0: float, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        from maskattn._native import token_coverage
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "the token grid needs the C++ extension maskattn._native, which was not built; install a C++17 compiler "
-            "(Debian: `apt install g++`) and run `pip install --force-reinstall --no-deps .` in maskattn's source"
-        ) from error
-    return token_coverage(tissue.mask_HW, *tissue.px_lv0, 0.0, float(top_lv0), token_lv0, token_lv0, *shape)
 
 
 def _check_arguments(

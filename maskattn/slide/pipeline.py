@@ -28,7 +28,7 @@ from maskattn.slide.reader import SlideReader
 from maskattn.slide.request import RunSettings, finds_tissue, recorded
 from maskattn.slide.slide_run import EncodedTiles, SlideRun, Stages
 from maskattn.slide.tile_loop import encode_tiles, feed_sinks
-from maskattn.slide.tissue import TissueMask, find_tissue, load_mask
+from maskattn.slide.tissue import TissueMask, find_tissue, limit_tissue, load_mask
 from maskattn.slide.tissue.bright_field import require_bright_field
 from maskattn.slide.versions import installed_versions
 
@@ -82,7 +82,7 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
     """Every stage of a slide, in order."""
     model, stages = run.model, run.stages
     with stages("tissue"):
-        tissue = _find_or_load_tissue(run)
+        tissue = _limited(run, _find_or_load_tissue(run))
     with stages("grid"):
         grid = _lay_grid(run, tissue)
     encoded = encode_tiles(run, grid)
@@ -139,7 +139,17 @@ def _find_or_load_tissue(run: SlideRun) -> TissueMask | None:
         require_bright_field(run.reader)
     if run.job.mask_path is None or not (settings.masked and model_masked):
         return None
-    return load_mask(run.job.mask_path, run.info, settings.mask_values, reader=run.reader)
+    classes = settings.mask_classes
+    return load_mask(run.job.mask_path, run.info, settings.mask_values, tissue_classes=classes, reader=run.reader)
+
+
+def _limited(run: SlideRun, tissue: TissueMask | None) -> TissueMask | None:
+    """The tissue within the region of interest, and without what is excluded."""
+    if tissue is None:
+        return None
+    settings = run.settings
+    roi, exclude = (settings.roi, settings.roi_classes), (settings.exclude, settings.exclude_classes)
+    return limit_tissue(tissue, run.info, run.job.slide_id, roi, exclude)
 
 
 def _lay_grid(run: SlideRun, tissue: TissueMask | None) -> TokenGrid:
@@ -167,7 +177,7 @@ def _without_tissue(run: SlideRun, tissue: TissueMask) -> str:
         remedy = "where there is tissue, name it in a mask of your own (--mask, or mask_path in a manifest)"
     else:
         by, given = f"the mask {mask_path}", f" --mask {quoted(mask_path)}"
-        remedy = "correct the mask, or name the labels that mean tissue (--mask-value)"
+        remedy = "correct the mask, or name the labels or classes that mean tissue (--mask-value, --mask-class)"
     what = f"none by {by} in {run.job.path}{notes}"
     if tissue.mask_HW.any():
         token_um = run.model.config.token_px * run.model.config.spacing_um

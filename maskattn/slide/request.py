@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from maskattn.errors import ManifestError
 from maskattn.explain.methods import DEFAULT_METHOD, METHODS, method_named
 from maskattn.slide.asked import asked, recorded_fields, unlike
-from maskattn.slide.outlines.rules import check_outlines
+from maskattn.slide.outlines.rules import check_areas, check_outlines
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
@@ -43,6 +43,11 @@ class RunSettings:
         batch_size: tiles encoded at a time; bounds the memory.
         workers: processes that decode tiles; 0 = decode in this one; None = some, where a slide is large enough.
         overwrite: run finished slides again.
+        mask_classes: the classes of a mask of outlines that mean tissue; None = all but QuPath's "Ignore*".
+        roi: GeoJSON outlines of the region of interest, or a folder of them, one for each slide.
+        roi_classes: the classes in it that count; None as above.
+        exclude: GeoJSON outlines of what is left out, or a folder of them.
+        exclude_classes: the classes in it that count; None as above.
         geojson: "tiles" or "tokens" writes them as QuPath's objects, "off" neither.
         regions: CLASS=VALUE or CLASS=PERCENT% each: where a class's relevance is so high, ``relevance.geojson`` has an
             annotation.
@@ -115,6 +120,23 @@ class RunSettings:
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Run finished slides again.", recorded=False, serves=None)
     )
+    mask_classes: tuple[str, ...] | None = field(
+        default=None,
+        metadata=asked("--mask-class", "A class of a GeoJSON mask that means tissue (may be repeated)."),
+    )
+    roi: Path | None = field(
+        default=None,
+        metadata=asked("--roi", "Look only here: a GeoJSON file, or a folder with SLIDE_ID.geojson for each slide."),
+    )
+    roi_classes: tuple[str, ...] | None = field(
+        default=None, metadata=asked("--roi-class", "A class of --roi that counts (may be repeated).")
+    )
+    exclude: Path | None = field(
+        default=None, metadata=asked("--exclude", "Leave this out: a GeoJSON file, or a folder of them, as for --roi.")
+    )
+    exclude_classes: tuple[str, ...] | None = field(
+        default=None, metadata=asked("--exclude-class", "A class of --exclude that counts (may be repeated).")
+    )
     geojson: Literal["off", "tiles", "tokens"] = field(
         default="off",
         metadata=asked("--geojson", "relevance.geojson for QuPath: off, tiles or tokens.", serves=_has_output),
@@ -161,6 +183,7 @@ def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked:
             f"--mask-value names labels of a mask, got {', '.join(map(str, settings.mask_values))} and no mask; "
             "give one with --mask or the manifest's mask_path, or leave the values out"
         )
+    check_areas(settings, masked=settings.masked and model_masked, with_mask=bool(given))
     if settings.ink == "off" and not any(finds_tissue(job, settings, model_masked) for job in jobs):
         why = "every slide has a mask" if settings.masked and model_masked else "glass is attended to too"
         raise ManifestError(
@@ -183,11 +206,13 @@ def recorded(job: SlideJob, settings: RunSettings, model_masked: bool) -> dict[s
     """
     masked = settings.masked and model_masked
     mask_path = job.mask_path if masked else None
-    values = settings.mask_values if mask_path is not None else None
+    values, classes = (settings.mask_values, settings.mask_classes) if mask_path is not None else (None, None)
     record = recorded_fields(settings)
     # Rebuilt so that the mask stands after what it depends on.
     carried_out = {"masked": masked, "mask": None if mask_path is None else mask_path.name}
-    return {**carried_out, **record, "masked": masked, "mask_values": None if values is None else list(values)}
+    labels = {"mask_values": values, "mask_classes": classes}
+    told = {name: None if given is None else list(given) for name, given in labels.items()}
+    return {**carried_out, **record, "masked": masked, **told}
 
 
 def differences(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from maskattn.errors import ManifestError
+from maskattn.slide.file_checks import is_folder, problem_of_file
+from maskattn.slide.names import shortened
 from maskattn.slide.outlines.names import nearest
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from maskattn.shapes import Float
     from maskattn.slide.request import RunSettings
 
-__all__ = ["RegionRule", "check_outlines", "check_region_classes", "parse_regions"]
+__all__ = ["RegionRule", "check_areas", "check_classes_of", "check_outlines", "check_region_classes", "parse_regions"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,49 @@ def check_region_classes(texts: Sequence[str] | None, classes: Sequence[str]) ->
             raise ManifestError(
                 f"--region must name a class of the model, got {rule.class_name!r}; {nearest(rule.class_name, classes)}"
             )
+
+
+def check_classes_of(flag: str, classes: Sequence[str] | None, *, with_file: bool) -> None:
+    """Refuse classes of outlines that nobody gave.
+
+    Args:
+        flag: the option that names the classes: that of the outlines, and "-class".
+        classes: their names.
+        with_file: whether there are outlines.
+
+    Raises:
+        ManifestError: there are classes and no outlines.
+    """
+    if classes and not with_file:
+        raise ManifestError(
+            f"{flag} names classes of outlines, got {', '.join(map(repr, classes))} and no outlines; give them with "
+            f"{flag.removesuffix('-class')}, or leave the classes out"
+        )
+
+
+def check_areas(settings: RunSettings, masked: bool, with_mask: bool) -> None:
+    """Refuse areas that would have no effect, and classes of files that nobody gave.
+
+    Args:
+        settings: what is asked for.
+        masked: whether background is left out.
+        with_mask: whether any slide has a mask of its own.
+
+    Raises:
+        ManifestError: some of what was asked for would have no effect.
+    """
+    check_classes_of("--mask-class", settings.mask_classes, with_file=with_mask)
+    check_classes_of("--roi-class", settings.roi_classes, with_file=settings.roi is not None)
+    check_classes_of("--exclude-class", settings.exclude_classes, with_file=settings.exclude is not None)
+    for flag, path in (("--roi", settings.roi), ("--exclude", settings.exclude)):
+        if path is not None and not masked:
+            raise ManifestError(
+                f"{flag} says what of the background is left out, got {shortened(path)} where all of a slide is "
+                "attended to; leave it out, or --no-mask"
+            )
+        problem = None if path is None or is_folder(path) else problem_of_file(path, f"file of {flag}")
+        if problem is not None:
+            raise ManifestError(problem)
 
 
 def check_outlines(settings: RunSettings) -> None:

@@ -3,5 +3,6 @@
 from maskattn.slide.tissue.finding import InkRule, find_tissue
 from maskattn.slide.tissue.mask import TissueMask
 from maskattn.slide.tissue.mask_file import load_mask
+from maskattn.slide.tissue.outlined import limit_tissue
 
-__all__ = ["InkRule", "TissueMask", "find_tissue", "load_mask"]
+__all__ = ["InkRule", "TissueMask", "find_tissue", "limit_tissue", "load_mask"]

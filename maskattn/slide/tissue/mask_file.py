@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -15,8 +16,10 @@ from maskattn.errors import SlideError
 from maskattn.mask_images.decoding import read_mask_image
 from maskattn.mask_images.meaning import tissue_of
 from maskattn.shapes import UInt8
+from maskattn.slide.outlines.json_features import is_json
 from maskattn.slide.reader import SlideInfo, SlideReader
 from maskattn.slide.tissue.mask import TissueMask, mask_of_slide
+from maskattn.slide.tissue.outlined import load_outlines
 
 __all__ = ["load_mask"]
 
@@ -26,6 +29,7 @@ _VIEW_PX = 512
 # A slide whose coarsest level is larger is not read just to see whether the mask is inverted.
 _MAX_VIEWED_PX = 32 << 20
 _STAINED_SATURATION, _STAINED_VALUE = 25, 160
+_INVERTED = "the mask's tissue is glass on the slide, and what lies outside is stained"
 
 
 def load_mask(
@@ -33,10 +37,12 @@ def load_mask(
     info: SlideInfo,
     tissue_values: Sequence[int] | None = None,
     *,
+    tissue_classes: Sequence[str] | None = None,
     reader: SlideReader | None = None,
 ) -> TissueMask:
     """Read the user's own mask: PNG, TIFF (pyramids too), .npy or whatever else Pillow opens, at any spacing.
 
+    GeoJSON outlines in level-0 pixels are read too (:mod:`maskattn.slide.outlines.reading`); what follows is of images.
     The mask must cover the whole slide: its sides must be in the slide's proportion, within 1 % or one mask pixel.
     Of a palette image the indices are the labels. Of a colour image every colour but black is tissue, and where alpha
     varies, what it hides is not. A lossy mask, or one with smooth edges, is cut at half of its range.
@@ -45,12 +51,21 @@ def load_mask(
         path: the mask file.
         info: the slide that it belongs to.
         tissue_values: the label values that are tissue; by default every value but 0.
+        tissue_classes: of outlines, the classes that are tissue; by default all but QuPath's "Ignore*".
         reader: of the slide, to see whether the mask looks inverted; None does not look.
 
     Raises:
         SlideError: the file is missing, is no image or is too large, or is lossy and holds more than two values; or
-            the mask is not in the slide's proportion, or has no labels to look ``tissue_values`` up in.
+            the mask is not in the slide's proportion, or has no labels to look ``tissue_values`` up in, or no
+            ``tissue_classes``.
     """
+    if is_json(path):
+        return _of_outlines(path, info, tissue_values, tissue_classes, reader)
+    if tissue_classes is not None:
+        raise SlideError(
+            f"--mask-class names classes of GeoJSON outlines, got {', '.join(map(repr, tissue_classes))} and the image "
+            f"'{path}'; leave it out, or name labels with --mask-value"
+        )
 
     def check_size(width: int, height: int) -> None:
         if not _in_proportion((width, height), (info.width_px, info.height_px)):
@@ -65,11 +80,27 @@ def load_mask(
     if not mask.any():
         notes.append(f"the mask file {path} holds no tissue")
     elif reader is not None and _looks_inverted(mask, reader):
-        notes.append(
-            "the mask's tissue is glass on the slide, and what lies outside is stained: the mask looks inverted; "
-            "--mask-value names the values that are tissue, 0 too"
-        )
+        notes.append(f"{_INVERTED}: the mask looks inverted; --mask-value names the values that are tissue, 0 too")
     return mask_of_slide(mask, info, "file", notes)
+
+
+def _of_outlines(
+    path: str | os.PathLike[str],
+    info: SlideInfo,
+    tissue_values: Sequence[int] | None,
+    tissue_classes: Sequence[str] | None,
+    reader: SlideReader | None,
+) -> TissueMask:
+    if tissue_values is not None:
+        raise SlideError(
+            f"--mask-value names labels of an image, got {', '.join(map(str, tissue_values))} and the outlines "
+            f"'{path}'; leave it out, or name classes with --mask-class"
+        )
+    tissue = load_outlines(path, info, tissue_classes)
+    if reader is not None and _looks_inverted(tissue.mask_HW, reader):
+        note = f"{_INVERTED}: the outlines may be of another slide, or not in pixels of level 0"
+        tissue = replace(tissue, notes=(*tissue.notes, note))
+    return tissue
 
 
 def _looks_inverted(mask_HW: np.ndarray, reader: SlideReader) -> bool:
