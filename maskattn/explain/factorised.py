@@ -22,9 +22,10 @@ from torch import Tensor
 from maskattn.explain.attention_maps import attend_from_class_token
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.hipt import HIPT
+from maskattn.nn.slide_models.hipt import HIPTHead
 from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing, unpack
-from maskattn.shapes import Bool, Float
+from maskattn.shapes import Bool, Float, Shaped
 
 __all__ = ["FactorisedAttention", "FactorisedMaps", "join_patches", "normalise"]
 
@@ -50,7 +51,7 @@ class FactorisedAttention:
     """Attention maps of a HIPT, all three levels together.
 
     Args:
-        model: in eval mode; every level has a class token.
+        model: in eval mode; every level has a class token, or is HIPT's own slide level, whose pooling weights count.
         gamma: γ in [0, 1], the weight of the levels that were trained for the task.
         trained: which of "patch" and "region" were; the slide level always was.
         scale: "rank" (share of the tokens that have no more, ties counted low) or "minmax".
@@ -79,6 +80,9 @@ class FactorisedAttention:
             keep_HW: (H, W) bool over the slide's regions.
         """
         encoder = self.model.slide_encoder
+        if isinstance(encoder, HIPTHead):
+            packing = self.model.packed_regions(embeddings_TC, keep_HW)
+            return normalise(encoder.attention(embeddings_TC)[0], packing, self.scale)
         tokens = encoder.before_last_block(self.model.slide_tokens(embeddings_TC, keep_HW))
         rows_1T, packing = _grid_attention(encoder, tokens)
         return normalise(rows_1T, packing, self.scale)
@@ -86,7 +90,7 @@ class FactorisedAttention:
     @torch.no_grad()
     def regions(
         self,
-        regions_BIXY: Float[Tensor, "B I X Y"],
+        regions_BIXY: Shaped[Tensor, "B I X Y"],
         keep_Bhw: Bool[Tensor, "B h w"] | None,
         slide_B: Float[Tensor, "B"],
     ) -> FactorisedMaps:
@@ -114,12 +118,12 @@ class FactorisedAttention:
         """Embeddings of patches, and their normalised attention (T, s, s)."""
         encoder = self.model.patch_encoder
         side = self.model.patch_px // self.model.token_px
-        embeddings = [pixels_TIpp.new_empty(0, encoder.embed_dim)]
-        maps = [pixels_TIpp.new_empty(0, side, side)]
+        embeddings = [self.model.pixel_mean.new_empty(0, encoder.embed_dim)]
+        maps = [self.model.pixel_mean.new_empty(0, side, side)]
         for pixels, keep in zip(pixels_TIpp.split(batch_size), keep_Tss.split(batch_size), strict=True):
             if not len(pixels):
                 continue
-            tokens = encoder.before_last_block(encoder.embed(pixels, keep))
+            tokens = encoder.before_last_block(self.model.patch_tokens(pixels, keep))
             embeddings.append(encoder.predict(tokens))
             rows, packing = _grid_attention(encoder, tokens)
             maps.append(unpack(normalise(rows, packing, self.scale), packing).unflatten(1, (side, side)))

@@ -216,6 +216,7 @@ def explain_slide(
     """
     check_explainable(model)
     encoder, z = model.slide_encoder, embeddings_TC.detach().clone()
+    assert isinstance(encoder, VisionTransformer), "levels that pool are explained by their gradient"
     with torch.no_grad():
         tokens = encoder.before_last_block(model.slide_tokens(z, keep_HW))
         logits_K = encoder.predict(tokens)[0]

@@ -25,9 +25,11 @@ from maskattn.explain.factorised import join_patches
 from maskattn.explain.hierarchical import LevelMethod, RelevanceMap, explain_slide, products_with, unmapped
 from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.packed_model import check_explainable
+from maskattn.explain.pooled_level import explain_pooled_slide
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.hipt import HIPT, RegionPatches
-from maskattn.shapes import Bool, Float
+from maskattn.nn.slide_models.hipt import HIPTHead
+from maskattn.shapes import Bool, Float, Shaped
 
 __all__ = ["RegionMaps", "ThreeLevelCDAM"]
 
@@ -74,12 +76,14 @@ class ThreeLevelCDAM:
             keep_HW: (H, W) bool over the slide's regions.
             gradient: also take the gradient that pass 2 needs.
         """
+        if isinstance(self.model.slide_encoder, HIPTHead):
+            return explain_pooled_slide(self.model, self.level, embeddings_TC, keep_HW)
         return explain_slide(self.model, self.level, embeddings_TC, keep_HW, gradient)
 
     @torch.inference_mode(False)
     def regions(
         self,
-        regions_BIXY: Float[Tensor, "B I X Y"],
+        regions_BIXY: Shaped[Tensor, "B I X Y"],
         keep_Bhw: Bool[Tensor, "B h w"] | None,
         gradient_KBC: Float[Tensor, "K B C"],
         *,
@@ -132,12 +136,11 @@ class ThreeLevelCDAM:
     def _of_empty_region(self, patches: RegionPatches, of_regions: Callable[[Tensor], Tensor]) -> Float[Tensor, "K B"]:
         """The regions' scores where their patches' embeddings are 0."""
         model = self.model
-        zeros = patches.pixels_TIpp.new_zeros(len(patches.pixels_TIpp), model.patch_encoder.embed_dim)
+        zeros = model.pixel_mean.new_zeros(len(patches.pixels_TIpp), model.patch_encoder.embed_dim)
         encoder = model.region_encoder
         tokens = encoder.before_last_block(model.region_tokens(zeros, patches))
         return of_regions(encoder.predict(tokens)).T.contiguous()
 
     @torch.no_grad()
     def _patch_tokens(self, pixels_TIpp: Tensor, keep_Tss: Tensor) -> PackedTokens:
-        encoder = self.model.patch_encoder
-        return encoder.before_last_block(encoder.embed(pixels_TIpp, keep_Tss))
+        return self.model.patch_encoder.before_last_block(self.model.patch_tokens(pixels_TIpp, keep_Tss))

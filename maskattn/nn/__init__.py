@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from maskattn.nn.encoders.loading import load_encoder
     from maskattn.nn.encoders.tile_encoder import TileEncoder
     from maskattn.nn.hipt import HIPT
+    from maskattn.nn.hipt_checkpoints import load_hipt
     from maskattn.nn.multihead import MultiheadAttention
     from maskattn.nn.optimizer_groups import layer_groups
     from maskattn.nn.random_masks import drop_random_tokens
+    from maskattn.nn.region_model import RegionModel
     from maskattn.nn.replace import replace_attention
     from maskattn.nn.slide_encoders import encode_placed_tiles, from_gigapath, from_titan
     from maskattn.nn.slide_model import SlideModel, SlideModelConfig
     from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
     from maskattn.nn.slide_models.head import SlideHead, TileGrid
+    from maskattn.nn.slide_models.hipt import HIPTHead
     from maskattn.nn.slide_models.layouts import load_slide_head
     from maskattn.nn.slide_models.pooling import PooledHead
     from maskattn.nn.slide_models.transmil import TransMILHead
@@ -31,8 +34,10 @@ if TYPE_CHECKING:
 __all__ = [
     "HIPT",
     "GatedAttentionHead",
+    "HIPTHead",
     "MultiheadAttention",
     "PooledHead",
+    "RegionModel",
     "SlideHead",
     "SlideModel",
     "SlideModelConfig",
@@ -50,6 +55,7 @@ __all__ = [
     "from_transformers",
     "layer_groups",
     "load_encoder",
+    "load_hipt",
     "load_slide_head",
     "load_vit",
     "register_attention",
@@ -58,9 +64,11 @@ __all__ = [
 
 _HOME = {
     "GatedAttentionHead": "slide_models.gated_attention",
+    "HIPTHead": "slide_models.hipt",
     "HIPT": "hipt",
     "MultiheadAttention": "multihead",
     "PooledHead": "slide_models.pooling",
+    "RegionModel": "region_model",
     "SlideHead": "slide_models.head",
     "SlideModel": "slide_model",
     "SlideModelConfig": "slide_model",
@@ -78,6 +86,7 @@ _HOME = {
     "from_transformers": "adapters",
     "layer_groups": "optimizer_groups",
     "load_encoder": "encoders.loading",
+    "load_hipt": "hipt_checkpoints",
     "load_slide_head": "slide_models.layouts",
     "load_vit": "checkpoints",
     "register_attention": "adapters",

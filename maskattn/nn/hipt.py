@@ -4,8 +4,9 @@ The patch ViT reads the tissue tokens (16 px) of patches (256 px), the region Vi
 (4096 px), the slide ViT the regions with tissue. A patch without tissue would give a constant; it is left out of its
 region, as a region without tissue is of its slide.
 
-Source: Chen et al., CVPR 2022 (arXiv 2206.02647) for the hierarchy and its weights; Grisi et al., arXiv 2404.18152, for
-masking. HIPT trains its slide level for each task, and so must be ours: two blocks over the regions' embeddings.
+Source: Chen et al., CVPR 2022 (arXiv 2206.02647) for the hierarchy and its weights; Grisi et al., arXiv 2404.18152,
+for masking. HIPT trains its slide level for each task: :func:`maskattn.nn.load_hipt` reads what it trained, and
+``slide_level`` is ours to be trained, two blocks over the regions' embeddings.
 
 Dimension key: B regions, X·Y their pixels, n·m patches of a region, h·w tokens of a region, T kept patches or regions,
 C channels, H·W regions of a slide, K classes.
@@ -13,19 +14,23 @@ C channels, H·W regions of a slide, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.checkpoints import load_vit
+from maskattn.nn.encoders.pixels import tokens_of_tiles
+from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.region_model import RegionModel, check_widths
+from maskattn.nn.slide_models.hipt import HIPTHead
 from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing, pack
-from maskattn.shapes import Bool, Float
+from maskattn.shapes import Bool, Float, Shaped
 
-__all__ = ["HIPT", "RegionPatches"]
+__all__ = ["HEADS", "HIPT", "RegionPatches", "slide_level"]
 
 HEADS = 6  # of HIPT's patch and region ViTs, which their weights do not say
 
@@ -35,57 +40,60 @@ class RegionPatches:
     """The kept patches of some regions.
 
     Attributes:
-        pixels_TIpp: (T, 3, p, p), region by region, row-major.
+        pixels_TIpp: (T, 3, p, p), region by region, row-major, as the regions came.
         keep_Thw: (T, p/16, p/16), the tokens of each that take part.
         packing: where the patches lie in (B, n·m).
         grid_HW: (n, m).
     """
 
-    pixels_TIpp: Float[Tensor, "T 3 p p"]
+    pixels_TIpp: Shaped[Tensor, "T 3 p p"]
     keep_Thw: Bool[Tensor, "T h w"]
     packing: Packing
     grid_HW: tuple[int, int]
 
 
-class HIPT(nn.Module):
-    """Patch ViT → region ViT → slide ViT.
+class HIPT(RegionModel):
+    """Patch ViT → region ViT → slide level.
 
     Args:
         patch_encoder: over pixels, without a head.
         region_encoder: over the patch encoder's embeddings (patch_size 1), without a head.
-        slide_encoder: over the region encoder's embeddings (patch_size 1); its head gives the slide's logits.
+        slide_encoder: over the region encoder's embeddings: a ViT (patch_size 1) whose head gives the slide's logits,
+            or HIPT's own slide level.
         patch_px: side of a patch, in px.
+        pixel_mean: per channel, of pixels scaled to [0, 1]: what uint8 pixels are normalised with.
+        pixel_std: likewise.
 
     Raises:
         ValueError: one encoder's width is not the next one's, or patch_px is no multiple of a token's side.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         patch_encoder: VisionTransformer,
         region_encoder: VisionTransformer,
-        slide_encoder: VisionTransformer,
+        slide_encoder: VisionTransformer | HIPTHead,
         patch_px: int = 256,
+        pixel_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        pixel_std: Sequence[float] = (0.5, 0.5, 0.5),
     ) -> None:
-        super().__init__()
-        for below, above, names in (
-            (patch_encoder, region_encoder, "patch and region"),
-            (region_encoder, slide_encoder, "region and slide"),
-        ):
-            if below.num_classes or below.embed_dim != above.patch_embed.in_chans:
-                raise ValueError(
-                    f"the {names} encoder must hand over embeddings of one width without a head, got num_classes="
-                    f"{below.num_classes}, width {below.embed_dim} and in_chans={above.patch_embed.in_chans}"
-                )
+        check_widths(patch_encoder, region_encoder, "patch and region")
+        nn.Module.__init__(self)  # the levels are registered from below
         if patch_px % patch_encoder.patch_embed.patch_size:
             raise ValueError(
                 f"patch_px must be a multiple of the patch encoder's patch_size, got patch_px={patch_px} and "
                 f"{patch_encoder.patch_embed.patch_size}"
             )
         self.patch_encoder = patch_encoder
-        self.region_encoder = region_encoder
-        self.slide_encoder = slide_encoder
+        self._set_upper_levels(region_encoder, slide_encoder)
         self.patch_px = patch_px
+        weight = patch_encoder.patch_embed.proj.weight
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            statistic = torch.tensor(tuple(values), dtype=weight.dtype, device=weight.device)
+            self.register_buffer(name, statistic, persistent=False)
 
     @classmethod
     def load(
@@ -128,11 +136,12 @@ class HIPT(nn.Module):
         """Side of a token, in px."""
         return self.patch_encoder.patch_embed.patch_size
 
-    def cut(self, regions_BIXY: Float[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None) -> RegionPatches:
+    def cut(self, regions_BIXY: Shaped[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None) -> RegionPatches:
         """The patches of some regions that hold a kept token; other pixels are not read.
 
         Args:
-            regions_BIXY: (B, 3, X, Y), sides multiples of ``patch_px``.
+            regions_BIXY: (B, 3, X, Y), sides multiples of ``patch_px``: uint8 RGB, or floats as the patch encoder takes
+                them.
             keep_Bhw: (B, X/16, Y/16) bool over the regions' tokens; None keeps all.
 
         Raises:
@@ -157,15 +166,25 @@ class HIPT(nn.Module):
         row, column = torch.div(place, grid_HW[1], rounding_mode="floor"), place % grid_HW[1]
         return RegionPatches(cut[sequence, :, row, :, column], pack(tokens, packing), packing, grid_HW)
 
+    def patch_tokens(
+        self, pixels_TIpp: Shaped[Tensor, "T 3 p p"], keep_Tss: Bool[Tensor, "T s s"] | None
+    ) -> PackedTokens:
+        """The packed tokens with which the patch encoder starts; only kept pixels are converted.
+
+        Args:
+            pixels_TIpp: (T, 3, p, p), patches as :meth:`cut` gives them.
+            keep_Tss: (T, s, s) bool, their tokens that take part; None keeps all.
+        """
+        if pixels_TIpp.dtype != torch.uint8:
+            return self.patch_encoder.embed(pixels_TIpp, keep_Tss)
+        return tokens_of_tiles(self.patch_encoder, pixels_TIpp, keep_Tss, self.pixel_mean, self.pixel_std)
+
     def encode_patches(self, patches: RegionPatches, batch_size: int = 64) -> Float[Tensor, "T C"]:
         """Embeddings of patches, ``batch_size`` at a time."""
-        encoder = self.patch_encoder
-        parts = [
-            encoder(pixels, keep)
-            for pixels, keep in zip(
-                patches.pixels_TIpp.split(batch_size), patches.keep_Thw.split(batch_size), strict=True
-            )
-        ]
+        parts = [self.pixel_mean.new_empty(0, self.patch_encoder.embed_dim)]
+        for pixels, keep in zip(patches.pixels_TIpp.split(batch_size), patches.keep_Thw.split(batch_size), strict=True):
+            if len(pixels):
+                parts.append(self.patch_encoder(self.patch_tokens(pixels, keep)))
         return torch.cat(parts)
 
     def region_tokens(self, embeddings_TC: Float[Tensor, "T C"], patches: RegionPatches) -> PackedTokens:
@@ -173,7 +192,7 @@ class HIPT(nn.Module):
         return self.region_encoder.embed_patches(embeddings_TC, patches.packing, patches.grid_HW)
 
     def encode_regions(
-        self, regions_BIXY: Float[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None = None
+        self, regions_BIXY: Shaped[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None = None
     ) -> tuple[Float[Tensor, "T C"], Bool[Tensor, "B"]]:
         """Embeddings of the regions that hold tissue. Arguments as in :meth:`cut`.
 
@@ -181,27 +200,7 @@ class HIPT(nn.Module):
             (T, C), and (B,) bool, which of the regions they are.
         """
         patches = self.cut(regions_BIXY, keep_Bhw)
-        tokens = self.region_tokens(self.encode_patches(patches), patches)
-        keep_B = patches.packing.cu_seqlens.diff() > 0
-        return self.region_encoder(tokens)[keep_B], keep_B
-
-    def slide_tokens(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> PackedTokens:
-        """Embeddings of the kept regions, row-major, to the packed tokens with which the slide encoder starts.
-
-        Raises:
-            ValueError: there are not as many embeddings as kept regions.
-        """
-        packing = Packing.from_keep(keep_HW.to(embeddings_TC.device).flatten()[None])
-        if packing.total != len(embeddings_TC):
-            raise ValueError(
-                f"there must be one embedding for each kept region, got {len(embeddings_TC)} embeddings and "
-                f"{packing.total} kept regions"
-            )
-        return self.slide_encoder.embed_patches(embeddings_TC, packing, (keep_HW.shape[0], keep_HW.shape[1]))
-
-    def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "K"]:
-        """The slide's logits (K,) from its kept regions' embeddings. Arguments as in :meth:`slide_tokens`."""
-        return self.slide_encoder(self.slide_tokens(embeddings_TC, keep_HW))[0]
+        return self._pooled(self.encode_patches(patches), patches.packing, patches.grid_HW)
 
 
 def slide_level(dim: int, num_classes: int, impl: str | None = None) -> VisionTransformer:

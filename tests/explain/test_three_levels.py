@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskattn.explain import CDAM, ThreeLevelCDAM
-from maskattn.nn import HIPT, VisionTransformer
+from maskattn.explain import CDAM, FactorisedAttention, ThreeLevelCDAM
+from maskattn.nn import HIPT, HIPTHead, VisionTransformer
 
 SIDE = 2  # tokens of 16 px along a patch of 32 px
 KEEP_HW = torch.tensor([[True, True], [False, True]])
@@ -147,3 +147,85 @@ def test_a_model_that_drops_at_random_is_refused():
     model, (regions, keep) = random_hipt(drop_path_rate=0.5).train(), some_regions()
     with pytest.raises(ValueError, match=r"patch_encoder.* drops"):
         ThreeLevelCDAM(model).regions(regions, keep, torch.ones(3, 4, 16, dtype=torch.float64))
+
+
+def gated_hipt() -> HIPT:
+    """A model with HIPT's own slide level, which pools."""
+    model = random_hipt()
+    model = HIPT(model.patch_encoder, model.region_encoder, HIPTHead(16, 3, embed_dim=12), patch_px=32).double()
+    for p in model.slide_encoder.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def test_regions_that_are_pooled_have_the_gradient_of_the_whole_slide_level():
+    model, (regions, keep) = gated_hipt(), some_regions()
+    embeddings, _ = model.encode_regions(regions, keep)
+    leaf = embeddings.detach().requires_grad_()
+    logits = model(leaf, KEEP_HW)
+    slide = ThreeLevelCDAM(model, "cdam").slide(embeddings, KEEP_HW)
+    torch.testing.assert_close(slide.logits_K, logits.detach())
+    for c in range(3):
+        (gradient,) = torch.autograd.grad(logits[c], leaf, retain_graph=True)
+        torch.testing.assert_close(slide.gradient_KTC[c], gradient)
+        torch.testing.assert_close(slide.relevance_KT[c], (leaf * gradient).sum(dim=1).detach())
+    torch.testing.assert_close(slide.attention_T.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert slide.sums is None
+
+
+@pytest.mark.parametrize("target", [0, 2])
+def test_tokens_under_a_pooled_slide_agree_with_the_gradient_of_the_whole_graph(target):
+    model, (regions, keep) = gated_hipt(), some_regions()
+    patches, encoder = model.cut(regions, keep), model.patch_encoder
+    tokens = encoder.before_last_block(encoder.embed(patches.pixels_TIpp, patches.keep_Thw))
+    leaf = encoder.last_block.norm1(tokens.rows_TC).detach().requires_grad_()
+    of_patches = encoder.pool(encoder.last_block.mix(tokens.with_rows(tokens.rows_TC.detach()), leaf))
+    embeddings = model.region_encoder(model.region_tokens(of_patches, patches))[KEEP_HW.flatten()]
+    (gradient,) = torch.autograd.grad(model(embeddings, KEEP_HW)[target], leaf)
+    place = tokens.packing.indices % tokens.packing.num_tokens
+    expected = (leaf * gradient).sum(dim=1).detach()[place >= tokens.num_prefix]
+    cdam = ThreeLevelCDAM(model, "cdam")
+    slide = cdam.slide(embeddings.detach(), KEEP_HW)
+    maps = cdam.regions(regions, keep, gradient_of_all_regions(slide.gradient_KTC), batch_size=4)
+    in_regions = maps.tokens_KBhw[target].unflatten(1, (3, SIDE)).unflatten(3, (2, SIDE)).transpose(2, 3)
+    found = in_regions.flatten(0, 2)[patches.packing.indices]
+    torch.testing.assert_close(found[patches.keep_Thw], expected)
+
+
+def test_under_a_pooled_slide_tokens_and_what_is_on_none_sum_to_the_score_less_that_of_no_embeddings():
+    model, (regions, keep) = gated_hipt(), some_regions()
+    embeddings, _ = model.encode_regions(regions, keep)
+    difference = (model(embeddings, KEEP_HW) - model(torch.zeros_like(embeddings), KEEP_HW)).detach()
+    gaps = []
+    for m in (2, 64):
+        explain = ThreeLevelCDAM(model, m=m)
+        slide = explain.slide(embeddings, KEEP_HW)
+        torch.testing.assert_close(slide.sums.difference_K, difference)
+        torch.testing.assert_close(slide.relevance_KT.sum(dim=1) + slide.sums.gap_K, difference)
+        maps = explain.regions(regions, keep, gradient_of_all_regions(slide.gradient_KTC), batch_size=4)
+        accounted = maps.tokens_KBhw.sum(dim=(1, 2, 3)) + maps.unmapped_KB[:, KEEP_HW.flatten()].sum(dim=1)
+        gaps.append((accounted - difference).abs().max())
+    assert gaps[1] < 0.1 * gaps[0]
+
+
+def test_maps_of_pixels_are_those_of_the_same_pixels_normalised():
+    model, (_, keep) = gated_hipt(), some_regions()
+    pixels = torch.randint(0, 256, (4, 3, 96, 64), dtype=torch.uint8)
+    gradient = torch.randn(3, 4, 16, dtype=torch.float64)
+    of_pixels = ThreeLevelCDAM(model).regions(pixels, keep, gradient)
+    normalised = ThreeLevelCDAM(model).regions((pixels.double() / 255 - 0.5) / 0.5, keep, gradient)
+    torch.testing.assert_close(of_pixels.tokens_KBhw, normalised.tokens_KBhw)
+    attention = FactorisedAttention(model)
+    weights = torch.rand(4, dtype=torch.float64)
+    torch.testing.assert_close(
+        attention.regions(pixels, keep, weights).combined_Bhw,
+        attention.regions((pixels.double() / 255 - 0.5) / 0.5, keep, weights).combined_Bhw,
+    )
+
+
+def test_the_factorised_map_of_a_pooled_slide_counts_its_pooling_weights():
+    model, (regions, keep) = gated_hipt(), some_regions()
+    embeddings, _ = model.encode_regions(regions, keep)
+    found = FactorisedAttention(model, scale="minmax").slide(embeddings, KEEP_HW)
+    weights = model.slide_encoder.attention(embeddings)[0].detach()
+    torch.testing.assert_close(found, (weights - weights.min()) / (weights.max() - weights.min()))

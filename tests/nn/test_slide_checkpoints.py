@@ -143,7 +143,7 @@ def test_models_that_do_something_else_are_refused_by_what_they_do():
     with pytest.raises(ValueError, match="names 1 categories, one, and its head has 3 outputs"):
         head_from_checkpoint(case.checkpoint)
     with pytest.raises(ValueError, match="a model of regions, HIPT's"):
-        head_from_checkpoint({"global_phi.0.weight": torch.zeros(2, C)})
+        head_from_checkpoint({"vit_region.cls_token": torch.zeros(2, C)})
     state = titan("parallel").checkpoint
     with pytest.raises(ValueError, match=r"one linear head \(mlp\.0\), got none"):
         head_from_checkpoint({key: x for key, x in state.items() if not key.startswith("mlp.")})

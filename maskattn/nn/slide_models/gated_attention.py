@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
 
-__all__ = ["GatedAttentionHead"]
+__all__ = ["GatedAttentionHead", "GatedScores"]
 
 
 class GatedScores(nn.Module):

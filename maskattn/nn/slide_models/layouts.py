@@ -1,7 +1,8 @@
 """The layouts of slide models' checkpoints: recognised by their keys and turned into heads.
 
 CLAM (``s_k_checkpoint.pt``: CLAM_SB and CLAM_MB), AttentionDeepMIL, TransMIL, STAMP 2's Lightning checkpoints (vit,
-trans_mil, mlp, linear), TITAN and Prov-GigaPath with the linear head of their fine-tuning.
+trans_mil, mlp, linear), TITAN and Prov-GigaPath with the linear head of their fine-tuning, HIPT's and soma's slide
+level.
 
 Dimension key: C width of the embeddings, K classes.
 """
@@ -22,6 +23,7 @@ from maskattn.nn.slide_encoders import from_gigapath, from_titan
 from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
 from maskattn.nn.slide_models.gigapath import GigaPathHead
 from maskattn.nn.slide_models.head import SlideHead
+from maskattn.nn.slide_models.hipt import HIPTHead
 from maskattn.nn.slide_models.pooling import PooledHead
 from maskattn.nn.slide_models.reading import Unread, read_checkpoint, tensors_of
 from maskattn.nn.slide_models.stamp import DistanceViTHead
@@ -101,8 +103,8 @@ def head_from_checkpoint(checkpoint: Mapping[str, Any], *, name: str = "the chec
             return HeadFile(found.head.eval(), found.layout, found.classes, found.facts)
     shown = ", ".join(sorted(state)[:_MOST_NAMED]) or "no tensors"
     raise UnsupportedModelError(
-        "a slide model's checkpoint must be one of CLAM, AttentionDeepMIL, TransMIL, STAMP, TITAN or Prov-GigaPath, "
-        f"got keys {shown}{', ...' if len(state) > _MOST_NAMED else ''} in {name}; build its head in Python "
+        "a slide model's checkpoint must be one of CLAM, AttentionDeepMIL, TransMIL, STAMP, TITAN, Prov-GigaPath or "
+        f"HIPT, got keys {shown}{', ...' if len(state) > _MOST_NAMED else ''} in {name}; build its head in Python "
         "(maskattn.nn.SlideHead) and save it as a folder"
     )
 
@@ -353,10 +355,22 @@ def _gigapath(given: _Checkpoint) -> HeadFile:
 
 
 def _hipt(given: _Checkpoint) -> HeadFile:
-    raise UnsupportedModelError(
-        f"a slide head reads embeddings of tiles, got a model of regions, HIPT's, in {given.name}; load it with "
-        "maskattn.nn.HIPT"
+    """HIPT's and soma's slide level, over embeddings of regions."""
+    if given.below("vit_region."):
+        raise UnsupportedModelError(
+            f"a slide head reads embeddings of tiles, got a model of regions, HIPT's, in {given.name}; load it with "
+            "maskattn.nn.load_hipt"
+        )
+    layers = {key.split(".")[2] for key in given.state if key.startswith("global_transformer.layers.")}
+    head = HIPTHead(
+        given.width("global_phi.0.weight", 1),
+        given.width("classifier.weight"),
+        given.width("global_phi.0.weight"),
+        given.options.get("num_heads") or 3,
+        len(layers),
+        impl=given.options.get("impl"),
     )
+    return HeadFile(_fill(head, given.state, "HIPT", given.name), "HIPT")
 
 
 _LAYOUTS: tuple[tuple[str, Callable[[_Checkpoint], HeadFile]], ...] = (

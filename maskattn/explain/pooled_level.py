@@ -1,0 +1,54 @@
+"""Relevance of a slide's regions where they are pooled by gated attention: from the gradient of the whole slide level.
+
+    r_rc = z_r · γ_rc,
+
+γ the gradient of logit f_c at embedding z_r, or, for a complete method, its mean along the path from 0 to z, so that
+Σ_r r_rc = f_c(z) − f_c(0) to the gap of the path's steps. Other methods read the last block of a ViT, which is not
+there: at this level they are this product.
+
+Dimension key: K classes, T kept regions, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maskattn.explain.hierarchical import LevelMethod, RelevanceMap, SumOfMap
+from maskattn.explain.packed_model import check_explainable
+from maskattn.nn.region_model import RegionModel
+from maskattn.nn.slide_models.hipt import HIPTHead
+from maskattn.shapes import Bool, Float
+
+__all__ = ["explain_pooled_slide"]
+
+
+@torch.inference_mode(False)
+def explain_pooled_slide(
+    model: RegionModel, level: LevelMethod, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]
+) -> RelevanceMap:
+    """Pass 1 over regions that are pooled; its attention is the pooling's.
+
+    Args:
+        model: in eval mode, with a :class:`HIPTHead`.
+        level: the method.
+        embeddings_TC: (T, C), a row for each kept region.
+        keep_HW: (H, W) bool over the slide's regions.
+
+    Raises:
+        ValueError: the model drops at random (train mode), or embeddings and kept regions do not match.
+    """
+    check_explainable(model)
+    slide_level = model.slide_encoder
+    assert isinstance(slide_level, HIPTHead), "a ViT is explained at its last block"
+    z = embeddings_TC.detach().clone()
+    gradient_KTC = level.gradient_at(lambda at: model(at, keep_HW), z)
+    relevance_KT = torch.einsum("tc,ktc->kt", z, gradient_KTC)
+    with torch.no_grad():
+        logits_K, attention_T = model(z, keep_HW), slide_level.attention(z)[0]
+        sums = None
+        if level.method.complete:
+            difference_K = logits_K - model(torch.zeros_like(z), keep_HW)
+            gap_K = difference_K - relevance_KT.sum(dim=1)
+            sums = SumOfMap(difference_K, torch.zeros_like(gap_K), gap_K)
+    return RelevanceMap(logits_K, relevance_KT, attention_T, gradient_KTC, sums)

@@ -1,0 +1,113 @@
+"""HIPT's own slide level: a transformer over a slide's regions, and gated attention pooling.
+
+    h_r = ReLU(W z_r + b);  h = two post-norm transformer layers over all regions, without positions;
+    a = softmax_r(w·(tanh(V h_r) ⊙ σ(U h_r)));  logits = classifier(ReLU(ρ(Σ_r a_r h_r))).
+
+Parameters have the names of HIPT's checkpoints: ``global_phi.0``, ``global_transformer.layers.i``,
+``global_attn_pool.attention_{a,b}.0``, ``global_attn_pool.attention_c``, ``global_rho.0``, ``classifier``. Regions
+without tissue are not among those that come in, and so take no part.
+
+Source: Chen et al., CVPR 2022 (arXiv 2206.02647); the layout is that of clemsgrs/hipt, commit 648ec04, which soma
+shares.
+
+Dimension key: T regions with tissue, C channels of their embeddings, D channels of the slide level, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskattn.nn.multihead import MultiheadAttention
+from maskattn.nn.slide_models.gated_attention import GatedScores
+from maskattn.nn.slide_models.head import SlideHead, TileGrid
+
+__all__ = ["HIPTHead"]
+
+_HEADS, _LAYERS = 3, 2  # of HIPT's slide transformer, which its weights do not say
+
+
+class HIPTHead(SlideHead):
+    """Embeddings of regions with tissue, in any order → logits of their slide.
+
+    Args:
+        in_dim: C.
+        num_classes: K.
+        embed_dim: D; None = C.
+        num_heads: of the transformer.
+        depth: its layers.
+        dropout: in training.
+        impl: implementation of the attention; None takes the best.
+    """
+
+    kind: ClassVar[str] = "hipt"
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        embed_dim: int | None = None,
+        num_heads: int = _HEADS,
+        depth: int = _LAYERS,
+        dropout: float = 0.25,
+        impl: str | None = None,
+    ) -> None:
+        super().__init__(in_dim, num_classes)
+        dim = embed_dim or in_dim
+        self.options = {"embed_dim": dim, "num_heads": num_heads, "depth": depth, "dropout": dropout}
+        self.global_phi = nn.Sequential(nn.Linear(in_dim, dim), nn.ReLU(), nn.Dropout(dropout))
+        self.global_transformer = _Layers(dim, num_heads, depth, dropout, impl)
+        self.global_attn_pool = GatedScores(dim, dim, 1, True, dropout)
+        self.global_rho = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout))
+        self.classifier = nn.Linear(dim, num_classes)
+
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+        return {"in_dim": self.in_dim, "num_classes": self.num_classes, **self.options}
+
+    def logits(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
+    ) -> Tensor:
+        rows_TD, weights_1T = self._rows_and_weights(embeddings_TC)
+        logits_K: Tensor = self.classifier(self.global_rho((weights_1T @ rows_TD)[0]))
+        return logits_K
+
+    def attention(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor:
+        return self._rows_and_weights(embeddings_TC)[1]
+
+    def _rows_and_weights(self, embeddings_TC: Tensor) -> tuple[Tensor, Tensor]:
+        rows_TD = self.global_transformer(self.global_phi(embeddings_TC))
+        return rows_TD, F.softmax(self.global_attn_pool(rows_TD).T, dim=1)
+
+
+class _Layers(nn.Module):
+    def __init__(self, dim: int, num_heads: int, depth: int, dropout: float, impl: str | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_PostNormLayer(dim, num_heads, dropout, impl) for _ in range(depth))
+
+    def forward(self, rows_TD: Tensor) -> Tensor:
+        for layer in self.layers:
+            rows_TD = layer(rows_TD)
+        return rows_TD
+
+
+class _PostNormLayer(nn.Module):
+    """The layer of ``nn.TransformerEncoderLayer`` as HIPT builds it: ReLU, and an MLP as wide as its input."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float, impl: str | None) -> None:
+        super().__init__()
+        self.self_attn = MultiheadAttention(dim, num_heads, dropout, batch_first=True, impl=impl)
+        self.linear1, self.linear2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, rows_TD: Tensor) -> Tensor:
+        sequence = rows_TD[None]
+        attended = self.self_attn(sequence, sequence, sequence, need_weights=False)[0][0]
+        rows_TD = self.norm1(rows_TD + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.linear1(rows_TD)))
+        result: Tensor = self.norm2(rows_TD + self.dropout(self.linear2(hidden)))
+        return result
