@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap, TokenMaps
     from maskattn.explain.integrated import IntegratedCDAM
     from maskattn.explain.methods import METHODS
+    from maskattn.explain.slide_heads import SlideHeadCDAM
     from maskattn.explain.smooth import SmoothCDAM
     from maskattn.explain.three_levels import RegionMaps, ThreeLevelCDAM
 
@@ -32,6 +33,7 @@ __all__ = [
     "METHODS",
     "RegionMaps",
     "RelevanceMap",
+    "SlideHeadCDAM",
     "SmoothCDAM",
     "ThreeLevelCDAM",
     "TokenMaps",
@@ -49,6 +51,7 @@ _HOME = {
     "METHODS": "methods",
     "RegionMaps": "three_levels",
     "RelevanceMap": "hierarchical",
+    "SlideHeadCDAM": "slide_heads",
     "SmoothCDAM": "smooth",
     "ThreeLevelCDAM": "three_levels",
     "TokenMaps": "hierarchical",

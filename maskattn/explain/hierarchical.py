@@ -15,7 +15,7 @@ Dimension key: K classes, T kept tiles, B tiles of a batch, h·w tokens of a til
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,8 @@ __all__ = [
     "SumOfMap",
     "TokenMaps",
     "explain_slide",
-    "gradients_of",
+    "explain_tokens",
+    "mean_attention",
     "products_with",
     "unmapped",
 ]
@@ -102,28 +103,33 @@ class LevelMethod:
 
     Attributes:
         method: of the list.
-        explainer: made for some encoder; it is told which one to explain.
+        explainer: made for some encoder, and told which one to explain; None where no level is a transformer.
+        steps: of the path, where the method has one.
     """
 
     method: Method
-    explainer: TokenExplainer
+    explainer: TokenExplainer | None
+    steps: int = 8
 
     @classmethod
-    def named(cls, name: str, encoder: VisionTransformer, **options: Any) -> LevelMethod:
+    def named(cls, name: str, encoder: VisionTransformer | None, **options: Any) -> LevelMethod:
         """The method of this name.
 
         Raises:
             ValueError: there is none for slide models.
         """
         method = method_named(name, levels=True)
-        explainer = method(encoder, **options)
-        assert isinstance(explainer, TokenExplainer), "methods for slide models read the last block alone"
-        return cls(method, explainer)
+        explainer = None if encoder is None else method(encoder, **options)
+        assert explainer is None or isinstance(explainer, TokenExplainer), (
+            "methods for levels read the last block alone"
+        )
+        return cls(method, explainer, int({**method.options, **options}.get("m", 8)))
 
     def explain(
         self, encoder: VisionTransformer, tokens: PackedTokens, target: Any
     ) -> tuple[Float[Tensor, "M T"], Account | None]:
         """The relevance of all packed tokens, and what it sums to, where the method is complete."""
+        assert self.explainer is not None, "a level that is a transformer has an explainer"
         if not self.method.complete:
             return self.explainer.relevance(encoder, tokens, target), None
         account = self.explainer.account(encoder, tokens, target)
@@ -133,16 +139,42 @@ class LevelMethod:
         self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"]
     ) -> Float[Tensor, "K T C"]:
         """γ: the gradient of each score at z, or, for a complete method, its mean along the path from 0 to z."""
-        z = z_TC.detach()
-        if not self.method.complete:
-            return _gradient(scores_of, z)
-        nodes, weights = gauss_legendre(int(getattr(self.explainer, "m", 8)), z)
         mean: Tensor | None = None
-        for node, weight in zip(nodes, weights, strict=True):
-            of_node = weight * _gradient(scores_of, node * z)
-            mean = of_node if mean is None else mean + of_node
+        for K, c, weight, gradient in self._gradients(scores_of, z_TC):
+            if mean is None:
+                mean = gradient.new_zeros(K, *gradient.shape)
+            mean[c].add_(gradient, alpha=weight)
         assert mean is not None, "a path has at least one step"
         return mean
+
+    def products_at(
+        self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"]
+    ) -> Float[Tensor, "K T"]:
+        """z·γ of each row, without holding γ."""
+        products: Tensor | None = None
+        for K, c, weight, gradient in self._gradients(scores_of, z_TC):
+            if products is None:
+                products = gradient.new_zeros(K, len(gradient))
+            products[c].add_(torch.einsum("tc,tc->t", z_TC.detach(), gradient), alpha=weight)
+        assert products is not None, "a path has at least one step"
+        return products
+
+    def _gradients(
+        self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"]
+    ) -> Iterator[tuple[int, int, float, Float[Tensor, "T C"]]]:
+        """(K, class, weight of the step, gradient of the class's score there), one after another."""
+        z, path = z_TC.detach(), [(1.0, 1.0)]
+        if self.method.complete:
+            nodes, weights = gauss_legendre(self.steps, z.new_zeros((), dtype=torch.float64))
+            path = list(zip(nodes.tolist(), weights.tolist(), strict=True))
+        for node, weight in path:
+            leaf = (node * z).requires_grad_()
+            with torch.enable_grad():
+                scores_K = scores_of(leaf)
+            for c in range(len(scores_K)):
+                more = c + 1 < len(scores_K)
+                (gradient,) = torch.autograd.grad(scores_K[c], leaf, retain_graph=more, materialize_grads=True)
+                yield len(scores_K), c, weight, gradient
 
 
 class HierarchicalCDAM:
@@ -192,13 +224,30 @@ class HierarchicalCDAM:
             ValueError: the model drops at random (train mode).
         """
         check_explainable(self.model)
-        encoder, target = self.model.tile_encoder, products_with(gradient_KBC)
         with torch.no_grad():
-            tokens = encoder.before_last_block(self.model.tile_tokens(tiles_BIXY, keep_BHW))
-        relevance_KT, account = self.level.explain(encoder, tokens, target)
-        attention_BHW = as_maps(mean_attention(encoder, tokens)[None], tokens)[:, 0]
-        unmapped_KB = None if account is None else unmapped(encoder, tokens, target, account)
-        return TokenMaps(as_maps(relevance_KT, tokens).transpose(0, 1), attention_BHW, unmapped_KB)
+            tokens = self.model.tile_tokens(tiles_BIXY, keep_BHW)
+        return explain_tokens(self.model.tile_encoder, self.level, tokens, gradient_KBC)
+
+
+@torch.inference_mode(False)
+def explain_tokens(
+    encoder: VisionTransformer, level: LevelMethod, tokens: PackedTokens, gradient_KBC: Float[Tensor, "K B C"]
+) -> TokenMaps:
+    """Pass 2, for tiles as a tile encoder starts with them.
+
+    Args:
+        encoder: the tile encoder, whose output is the tiles' embeddings.
+        level: the method.
+        tokens: with which its first block starts, made without a graph.
+        gradient_KBC: γ of these tiles.
+    """
+    target = products_with(gradient_KBC)
+    with torch.no_grad():
+        tokens = encoder.before_last_block(tokens)
+    relevance_KT, account = level.explain(encoder, tokens, target)
+    attention_BHW = as_maps(mean_attention(encoder, tokens)[None], tokens)[:, 0]
+    unmapped_KB = None if account is None else unmapped(encoder, tokens, target, account)
+    return TokenMaps(as_maps(relevance_KT, tokens).transpose(0, 1), attention_BHW, unmapped_KB)
 
 
 @torch.inference_mode(False)
@@ -235,12 +284,6 @@ def products_with(gradient_KBC: Float[Tensor, "K B C"]) -> Callable[[Tensor], Te
     return lambda z_BC: torch.einsum("bc,kbc->bk", z_BC, fixed_KBC)
 
 
-def gradients_of(scores_K: Float[Tensor, "K"], z_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T C"]:
-    """∂ score / ∂z for each class, a backward for each."""
-    K = len(scores_K)
-    return torch.stack([torch.autograd.grad(scores_K[c], z_TC, retain_graph=c + 1 < K)[0] for c in range(K)])
-
-
 @torch.no_grad()
 def unmapped(
     encoder: VisionTransformer, tokens: PackedTokens, target: Callable[[Tensor], Tensor], account: Account
@@ -255,10 +298,3 @@ def mean_attention(encoder: VisionTransformer, tokens: PackedTokens) -> Float[Te
     if encoder.cls_token is None:
         return tokens.rows_TC.new_zeros(len(tokens.rows_TC))
     return attend_from_class_token(encoder, tokens).mean(dim=0)
-
-
-def _gradient(scores_of: Callable[[Tensor], Tensor], at_TC: Tensor) -> Float[Tensor, "K T C"]:
-    leaf = at_TC.clone().requires_grad_()
-    with torch.enable_grad():
-        scores_K = scores_of(leaf)
-    return gradients_of(scores_K, leaf)

@@ -1,0 +1,168 @@
+"""Explanations of any slide model: which tiles speak for a class, and, through the tile encoder, which tokens.
+
+Pass 1. A head that is a vision transformer is explained at its last block, as every transformer here is. Of any other
+head the relevance of tile t for class c is r_ct = z_t·γ_ct: with CDAM γ is ∂f_c/∂z_t; with a complete method its mean
+along α·z, 0 ≤ α ≤ 1 (Integrated Gradients, 8 Gauss–Legendre nodes), so that Σ_t r_ct = f_c(z) − f_c(0), to a gap that
+is told. All of it is vector–Jacobian products, one per class and node: nothing of size T × T is made that the head
+itself does not make.
+
+Pass 2 is that of :mod:`maskattn.explain.hierarchical`: tokens of a tile for the score z_t·γ_ct, γ held fixed.
+
+Dimension key: T tiles, B tiles of a batch, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskattn.explain.hierarchical import (
+    LevelMethod,
+    RelevanceMap,
+    SumOfMap,
+    TokenMaps,
+    explain_tokens,
+    mean_attention,
+)
+from maskattn.explain.methods import DEFAULT_METHOD
+from maskattn.explain.packed_model import check_explainable
+from maskattn.nn.encoders.tile_encoder import TileEncoder
+from maskattn.nn.slide_models.head import SlideHead, TileGrid
+from maskattn.nn.slide_models.vit import ViTHead
+from maskattn.nn.vit import VisionTransformer
+from maskattn.shapes import Bool, Float, UInt8
+
+__all__ = ["SlideHeadCDAM"]
+
+# Above this many tiles a transformer's blocks are run again in the backward pass instead of keeping what they computed.
+_RECOMPUTE_ABOVE = 4096
+
+
+class SlideHeadCDAM:
+    """Explanations of a slide head and its tile encoder, for all classes at once.
+
+    Args:
+        head: in eval mode.
+        encoder: of the tiles, for pass 2; None where tiles alone are explained.
+        method: of :data:`maskattn.explain.METHODS`, one that explains slide models; "cdam" is the paper's.
+        options: of the method (``m``).
+
+    Raises:
+        ValueError: there is no such method for slide models.
+    """
+
+    def __init__(
+        self, head: SlideHead, encoder: TileEncoder | None = None, method: str = DEFAULT_METHOD, **options: Any
+    ) -> None:
+        self.head = head
+        self.encoder = encoder
+        some = head.vit if isinstance(head, ViTHead) else None if encoder is None else encoder.vit
+        self.level = LevelMethod.named(method, some, **options)
+
+    @torch.inference_mode(False)
+    def tiles(
+        self,
+        embeddings_TC: Float[Tensor, "T C"],
+        coords_um_T2: Float[Tensor, "T 2"] | None = None,
+        grid: TileGrid | None = None,
+        *,
+        gradient: bool = True,
+    ) -> RelevanceMap:
+        """Pass 1: the slide's logits and the relevance of each tile, in the order of the embeddings.
+
+        Args:
+            embeddings_TC, coords_um_T2, grid: as the head takes them.
+            gradient: also give γ, which pass 2 needs: (K, T, C) numbers.
+
+        Raises:
+            ValueError: the head cannot read them, or drops at random (train mode).
+        """
+        check_explainable(self.head)
+        head, z = self.head, embeddings_TC.detach().clone()
+
+        def scores_of(at_TC: Tensor) -> Tensor:
+            return head(at_TC, coords_um_T2, grid)
+
+        with torch.no_grad():
+            logits_K = scores_of(z)
+        with _recomputed(head, len(z) > _RECOMPUTE_ABOVE):
+            gradient_KTC = self.level.gradient_at(scores_of, z) if gradient else None
+            if isinstance(head, ViTHead):
+                relevance_KT, attention_T, sums = self._at_last_block(head, z, grid)
+                return RelevanceMap(logits_K, relevance_KT, attention_T, gradient_KTC, sums)
+            if gradient_KTC is None:
+                relevance_KT = self.level.products_at(scores_of, z)
+            else:
+                relevance_KT = torch.einsum("tc,ktc->kt", z, gradient_KTC)
+        with torch.no_grad():
+            attention_AT = head.attention(z, coords_um_T2, grid)
+            difference_K = logits_K - scores_of(torch.zeros_like(z))
+        attention_T = z.new_zeros(len(z)) if attention_AT is None else attention_AT.mean(dim=0).to(z)
+        sums = SumOfMap(difference_K, torch.zeros_like(logits_K), difference_K - relevance_KT.sum(dim=1))
+        if not self.level.method.complete:
+            sums = None
+        return RelevanceMap(logits_K, relevance_KT, attention_T, gradient_KTC, sums)
+
+    @torch.inference_mode(False)
+    def tokens(
+        self,
+        tiles_BIXY: UInt8[Tensor, "B 3 X Y"],
+        keep_BHW: Bool[Tensor, "B h w"] | None,
+        gradient_KBC: Float[Tensor, "K B C"],
+    ) -> TokenMaps:
+        """Pass 2: the relevance of each token of some tiles.
+
+        Args:
+            tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
+            keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
+            gradient_KBC: these tiles' part of :attr:`RelevanceMap.gradient_KTC`.
+
+        Raises:
+            ValueError: there is no tile encoder, or none that is a packed transformer; the reason is said.
+        """
+        encoder = self.encoder
+        if encoder is None or encoder.vit is None:
+            why = "no tile encoder was given" if encoder is None else f"{encoder.name} is none: {encoder.why_not}"
+            raise ValueError(f"maps of tokens need a tile encoder that is a packed vision transformer, and {why}")
+        check_explainable(encoder)
+        with torch.no_grad():
+            tokens = encoder.tile_tokens(tiles_BIXY, keep_BHW)
+        maps = explain_tokens(encoder.vit, self.level, tokens, gradient_KBC)
+        margin = (encoder.tile_px - (encoder.card.crop_px or encoder.tile_px)) // (2 * encoder.token_px)
+        if not margin:
+            return maps
+        # What the encoder crops away has no part in the score.
+        sides = (margin,) * 4
+        return TokenMaps(F.pad(maps.relevance_KBHW, sides), F.pad(maps.attention_BHW, sides), maps.unmapped_KB)
+
+    def _at_last_block(
+        self, head: ViTHead, z_TC: Tensor, grid: TileGrid | None
+    ) -> tuple[Float[Tensor, "K T"], Float[Tensor, "T"], SumOfMap | None]:
+        with torch.no_grad():
+            first, order_T = head.tokens(z_TC, grid)
+            tokens = head.vit.before_last_block(first)
+        relevance_KT, account = self.level.explain(head.vit, tokens, "all")
+        P = tokens.num_prefix
+        both = torch.cat([relevance_KT[:, P:], mean_attention(head.vit, tokens)[None, P:]])
+        both = torch.empty_like(both).index_copy_(1, order_T, both)
+        sums = None if account is None else SumOfMap(account.difference_BM[0], account.prefix_BM[0], account.gap_BM[0])
+        return both[:-1], both[-1], sums
+
+
+@contextmanager
+def _recomputed(head: nn.Module, wanted: bool) -> Iterator[None]:
+    """A graph over many tiles without what the blocks of transformers computed."""
+    parts = [part for part in head.modules() if isinstance(part, VisionTransformer)] if wanted else []
+    before = [part.grad_checkpointing for part in parts]
+    for part in parts:
+        part.grad_checkpointing = True
+    try:
+        yield
+    finally:
+        for part, was in zip(parts, before, strict=True):
+            part.grad_checkpointing = was
