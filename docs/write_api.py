@@ -24,6 +24,8 @@ MODULES = {
     "maskattn.slide.grid": "Tiles and tokens of a slide.",
     "maskattn.slide.manifest": "Which slides are run.",
     "maskattn.slide.layouts": "Tile features and coordinates as other tools write and read them.",
+    "maskattn.slide.layouts.hierarchical": "Features of regions' patches, as slide2vec stores them.",
+    "maskattn.slide.regions": "A slide's regions through HIPT, one by one.",
     "maskattn.slide.pipeline": "One slide, from file to outputs.",
     "maskattn.slide.run": "Many slides.",
     "maskattn.demo.synthetic": "Slides with a known answer.",

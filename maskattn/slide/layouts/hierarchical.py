@@ -1,0 +1,196 @@
+"""slide2vec's ``hierarchical_embeddings``: features of patches, region by region, as HIPT's upper levels read them.
+
+``ROOT/hierarchical_embeddings/<id>.pt`` is one tensor (T, n·n, C), patches row-major in their region, with
+``<id>.meta.json`` beside it; ``ROOT/tiles/<id>.coordinates.npz`` and ``.meta.json`` are hs2p's coordinates of the
+regions, in whose order the rows are: x, then y. As in version 5.7.0 (clemsgrs/slide2vec: ``slide2vec/artifacts.py``,
+``slide2vec/runtime/embedding.py``, ``docs/hierarchical.rst``).
+
+A patch that was left out, for it shows no tissue, is a row of zeros, which no encoder gives.
+
+Dimension key: T regions, N = n·n patches of a region, C channels, B regions of a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from maskattn.errors import SlideError
+from maskattn.files import replacing
+from maskattn.shapes import Bool, Float
+from maskattn.slide.layouts.checks import check_inside, check_same_slide, checked_features, whole_coords
+from maskattn.slide.layouts.contents import reading
+from maskattn.slide.layouts.hs2p import META_ENDING, NPZ_ENDING, read_hs2p_coords, tiling_metadata, write_npz
+from maskattn.slide.layouts.layout import writable_id
+from maskattn.slide.layouts.tensor_files import TensorSpool, read_tensor
+from maskattn.slide.layouts.tile_features import TileCoords, TileHeader
+from maskattn.slide.layouts.trident import token_mask_of
+from maskattn.slide.names import as_text
+
+if TYPE_CHECKING:
+    from maskattn.slide.reader import SlideInfo
+
+__all__ = ["RegionFeatures", "TakeRegions", "read_regions", "regions_path", "writing_regions"]
+
+TakeRegions = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], None]
+"""Takes features (B, N, C), coordinates (B, 2) in level-0 pixels and the regions' fractions of tissue (B,) or None."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RegionFeatures(TileCoords):
+    """Features of the patches of a slide's regions; the header and the coordinates are those of the regions.
+
+    Attributes:
+        features_TNC: (T, N, C) float32 or float16, finite.
+        keep_TN: (T, N) bool, the patches that have features.
+    """
+
+    features_TNC: Float[np.ndarray, "T N C"]
+    keep_TN: Bool[np.ndarray, "T N"]
+
+
+def regions_path(root: str | Path, slide_id: str) -> Path:
+    """Where a slide's features of regions lie below a folder."""
+    return Path(root) / "hierarchical_embeddings" / f"{slide_id}.pt"
+
+
+@contextmanager
+def writing_regions(
+    root: str | Path, header: TileHeader, patches: int, channels: int, dtype: np.dtype | type = np.float32
+) -> Iterator[TakeRegions]:
+    """Write features region by region; the context gives the function that takes some regions.
+
+    Args:
+        root: the folder below which slide2vec's folders are made.
+        header: what holds for all regions: ``patch_size_px`` and ``patch_size_lv0`` are their sides.
+        patches: N, a square.
+        channels: C.
+        dtype: float32 or float16.
+
+    Raises:
+        ValueError: N is no square, or the header lacks what hs2p must have.
+        OSError: a file cannot be written.
+    """
+    side = math.isqrt(patches)
+    if side * side != patches or side < 2:
+        raise ValueError(f"a region must have 2 × 2 patches or more in a square, got {patches}; choose another region")
+    slide_id, final = writable_id(header), regions_path(root, header.slide_id)
+    tiling_metadata(header, 0)
+    npz = Path(root) / "tiles" / f"{slide_id}{NPZ_ENDING}"
+    for path in (final, npz):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    coords: list[np.ndarray] = [np.empty((0, 2), np.int64)]
+    fractions: list[np.ndarray] = [np.empty(0, np.float32)]
+    with ExitStack() as stack:
+        pt, meta = stack.enter_context(replacing(final)), stack.enter_context(replacing(_meta_of(final)))
+        tiling = stack.enter_context(replacing(npz.with_name(slide_id + META_ENDING)))
+        spool = stack.enter_context(TensorSpool(pt, patches * channels, dtype))
+
+        def take(features_BNC: np.ndarray, coords_B2: np.ndarray, tissue_B: np.ndarray | None = None) -> None:
+            if features_BNC.shape[1:] != (patches, channels):
+                raise ValueError(
+                    f"features of regions must be (B, {patches}, {channels}), got {features_BNC.shape}; give a row for "
+                    "each patch, of zeros where it was left out"
+                )
+            spool.append(features_BNC.reshape(len(features_BNC), -1))
+            coords.append(whole_coords(np.asarray(coords_B2), final))
+            fractions.append(np.full(len(coords_B2), np.nan) if tissue_B is None else np.asarray(tissue_B))
+
+        yield take
+        coords_T2 = np.concatenate(coords)
+        order = np.lexsort((coords_T2[:, 1], coords_T2[:, 0]))
+        spool.save(order, (len(order), patches, channels))
+        meta.write_text(_metadata(header, side, channels, len(order), spool.dtype, npz), encoding="utf-8")
+        tiling.write_text(
+            json.dumps(tiling_metadata(header, len(order)), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        if len(order):
+            write_npz(stack.enter_context(replacing(npz)), coords_T2[order], np.concatenate(fractions)[order])
+        else:
+            npz.unlink(missing_ok=True)
+
+
+def read_regions(path: str | Path, *, slide: SlideInfo | None = None, named: Sequence[str] = ()) -> RegionFeatures:
+    """Read ``hierarchical_embeddings/<id>.pt`` with its coordinates.
+
+    Args:
+        path: of the tensor.
+        slide: the slide they are of: it is held against what the files say.
+        named: the names that the slide goes by; files that say another are refused.
+
+    Raises:
+        SlideError: a file cannot be used, is of another slide, or the numbers of regions differ.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SlideError(f"features of regions must be there, got no file {as_text(path)}; extract the slide first")
+    held = read_tensor(path)
+    side = math.isqrt(held.shape[1]) if held.ndim == 3 else 0
+    if held.ndim != 3 or side * side != held.shape[1]:
+        raise SlideError(
+            f"features of regions must be (regions, n·n patches, channels), got {held.shape} in {as_text(path)}; those "
+            "of tiles lie in tile_embeddings"
+        )
+    meta = {}
+    if _meta_of(path).is_file():
+        with reading(_meta_of(path)):
+            meta = dict(json.loads(_meta_of(path).read_text(encoding="utf-8")))
+    places = replace(
+        read_hs2p_coords(path.parent.parent / "tiles" / f"{path.stem}{NPZ_ENDING}", slide),
+        layout="slide2vec",
+        source=path,
+        encoder=meta.get("encoder_name") or None,
+        token_mask=token_mask_of(meta),
+    )
+    T, N, C = held.shape
+    if len(places.coords_T2) != T:
+        raise SlideError(
+            f"features of regions must have a place for each region, got {T} regions and {len(places.coords_T2)} "
+            f"coordinates for {as_text(path)}; extract the slide again"
+        )
+    features_TNC = checked_features(held.reshape(T, N * C), T, path).reshape(T, N, C)
+    check_same_slide(places, tuple(named), None if slide is None else (slide.width_px, slide.height_px))
+    check_inside(places)
+    keep_TN = np.stack([region.any(axis=1) for region in features_TNC]) if T else np.empty((0, N), bool)
+    return RegionFeatures(**vars(places), features_TNC=features_TNC, keep_TN=keep_TN)
+
+
+def _metadata(header: TileHeader, side: int, channels: int, regions: int, dtype: np.dtype, npz: Path) -> str:
+    region_px, region_lv0 = int(header.patch_size_px or 0), int(header.patch_size_lv0 or 0)
+    record = {
+        "sample_id": header.slide_id,
+        "artifact_type": "hierarchical_embeddings",
+        "format": "pt",
+        "feature_dim": channels,
+        "num_regions": regions,
+        "tiles_per_region": side * side,
+        "encoder_name": header.encoder or "unknown",
+        "encoder_level": "tile",
+        "coordinates_npz_path": str(npz) if regions else "",
+        "coordinates_meta_path": str(npz.with_name(header.slide_id + META_ENDING)),
+        "image_path": str(header.slide_path or ""),
+        "mask_path": None,
+        "backend": "maskattn",
+        "region_tile_multiple": side,
+        "requested_tile_size_px": region_px // side,
+        "read_tile_size_px": round(region_lv0 / side),
+        "requested_region_size_px": region_px,
+        "read_region_size_px": region_lv0,
+        "requested_spacing_um": header.spacing_um,
+        "encoder_input_size_px": region_px // side if regions else None,
+        "subtile_order": "row_major",
+        "feature_dtype": "fp16" if dtype == np.float16 else "fp32",
+        "token_mask": header.token_mask,
+    }
+    return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def _meta_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.meta.json")

@@ -1,0 +1,253 @@
+"""A slide's regions through HIPT: encoded one by one, and explained one by one, at the resolution of tokens.
+
+One region is held at a time: its pixels, its kept patches and their tokens; of the others their embeddings alone.
+With ``token_mask="tissue"`` background takes no part at any of the three levels; with "none" regions are chosen by
+tissue, and every patch and token of a region takes part, as where HIPT was trained without masks.
+
+Dimension key: T regions with tissue that could be read, N patches of a region, C channels, K classes, (h, w) tokens
+of a region, H·W regions of the slide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskattn.errors import SlideError
+from maskattn.explain.factorised import FactorisedAttention, FactorisedMaps
+from maskattn.explain.hierarchical import RelevanceMap
+from maskattn.explain.three_levels import RegionMaps, ThreeLevelCDAM
+from maskattn.nn.hipt import HIPT
+from maskattn.nn.region_model import RegionModel
+from maskattn.packing import unpack
+from maskattn.shapes import Bool, Float, Int
+from maskattn.slide.grid import TokenGrid, make_grid
+from maskattn.slide.layouts.hierarchical import RegionFeatures
+from maskattn.slide.layouts.lattice import grid_cells
+from maskattn.slide.layouts.tile_features import TokenMask
+from maskattn.slide.reader import SlideInfo, SlideReader
+from maskattn.slide.stream import stream_tiles
+from maskattn.slide.tissue import TissueMask
+
+__all__ = [
+    "EncodedRegions",
+    "ExplainedRegion",
+    "encode_regions",
+    "encode_stored_regions",
+    "explain_regions",
+    "lay_regions",
+]
+
+TakePatches = Callable[[np.ndarray, int], None]
+"""Takes the features (N, C) of a region's patches, zeros where left out, and the region's index in the grid."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedRegions:
+    """Embeddings of the regions that could be read.
+
+    Attributes:
+        embeddings_TC: (T, C), in the grid's order.
+        rows_T: (T,) their indices among the grid's kept regions.
+        keep_HW: (H, W) bool, which of the slide's regions they are.
+        reason: why the first unreadable region could not be read; None where all could.
+    """
+
+    embeddings_TC: Float[Tensor, "T C"]
+    rows_T: Int[np.ndarray, " T"]
+    keep_HW: Bool[Tensor, "H W"]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ExplainedRegion:
+    """The maps of one region.
+
+    Attributes:
+        index: which of the T regions it is.
+        keep_hw: (h, w) bool, the tokens that take part.
+        relevance: signed scores of its patches and tokens, with a batch dimension of 1.
+        attention: the factorised attention map, likewise.
+    """
+
+    index: int
+    keep_hw: Bool[np.ndarray, "h w"]
+    relevance: RegionMaps
+    attention: FactorisedMaps
+
+
+def lay_regions(
+    info: SlideInfo,
+    tissue: TissueMask,
+    *,
+    token_px: int = 16,
+    region_px: int = 4096,
+    spacing_um: float = 0.5,
+    token_mask: TokenMask = "tissue",
+) -> TokenGrid:
+    """Lay regions over a slide from its level-0 corner, and keep those with tissue.
+
+    Args:
+        info: the slide.
+        tissue: where its tissue is.
+        token_px: side of a token.
+        region_px: side of a region, 4096 or 2048 in what was published.
+        spacing_um: µm per pixel of a region.
+        token_mask: "tissue" keeps the tokens with tissue, "none" every token of a kept region.
+
+    Returns:
+        The grid: its tiles are the regions.
+
+    Raises:
+        SlideError: no region has tissue, or the slide's spacing makes no regions.
+    """
+    grid = make_grid(info, tissue, tile_px=region_px, token_px=token_px, spacing_um=spacing_um)
+    if not grid.kept_tiles:
+        raise SlideError(
+            f"a slide must show tissue, got no region of {region_px} px with any in {info.path}; look at it with "
+            "`maskattn tissue`, or give a mask"
+        )
+    if token_mask == "none":
+        grid = replace(grid, token_keep_THW=np.broadcast_to(np.True_, grid.token_keep_THW.shape))
+    return grid
+
+
+def encode_regions(
+    reader: SlideReader,
+    grid: TokenGrid,
+    model: HIPT,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    on_region: Callable[[int, int], None] | None = None,
+    take_patches: TakePatches | None = None,
+) -> EncodedRegions:
+    """Encode the kept regions of a slide, one at a time.
+
+    Args:
+        reader: of the slide.
+        grid: of its regions, from :func:`lay_regions`.
+        model: on its device, in eval mode.
+        batch_size: patches in the patch encoder at a time.
+        workers: processes that decode regions ahead.
+        on_region: called with (regions done, regions to do).
+        take_patches: given the features of each region's patches, to be stored.
+
+    Raises:
+        SlideError: no region can be read.
+    """
+    found: list[Tensor] = []
+    rows: list[int] = []
+    reason: str | None = None
+    for row, pixels, keep, why in _read(reader, grid, model, workers=workers):
+        reason = reason or why
+        if why is None:
+            with torch.inference_mode():
+                patches = model.cut(pixels, keep)
+                features_PC = model.encode_patches(patches, batch_size)
+                tokens = model.region_tokens(features_PC, patches)
+                found.append(model.region_encoder(tokens))
+                if take_patches is not None:
+                    take_patches(unpack(features_PC, patches.packing)[0].float().cpu().numpy(), row)
+            rows.append(row)
+        if on_region is not None:
+            on_region(row + 1, grid.kept_tiles)
+    if not found:
+        raise SlideError(
+            f"a slide must have regions that can be read, got {grid.kept_tiles} of {grid.kept_tiles} unreadable in "
+            f"{reader.path}; the first because {reason}"
+        )
+    keep_HW = np.zeros_like(grid.keep_HW)
+    keep_HW[tuple(np.argwhere(grid.keep_HW)[rows].T)] = True
+    # Copied outside inference mode: the relevance pass takes gradients with respect to them.
+    embeddings_TC = torch.cat(found).clone()
+    return EncodedRegions(embeddings_TC, np.array(rows), torch.from_numpy(keep_HW), reason)
+
+
+def encode_stored_regions(stored: RegionFeatures, model: RegionModel, *, batch_size: int = 8) -> EncodedRegions:
+    """Embeddings of regions from the features of their patches, as ``hierarchical_embeddings`` has them.
+
+    Args:
+        stored: from :func:`maskattn.slide.layouts.hierarchical.read_regions`.
+        model: on its device, in eval mode.
+        batch_size: regions in the region encoder at a time.
+
+    Returns:
+        The embeddings of the regions that have a patch, row-major on the slide; ``rows_T`` are their rows in the file.
+
+    Raises:
+        SlideError: no region has a patch with features, or the regions lie on no grid.
+        ValueError: the features have another width than the model reads.
+    """
+    rows, columns, keep_HW = grid_cells(stored)
+    order = np.lexsort((columns, rows))
+    order = order[np.any(stored.keep_TN[order], axis=1)]
+    if not len(order):
+        raise SlideError(f"a slide must have regions with features, got none in {stored.source}; extract it again")
+    weight = next(model.parameters())
+    found = []
+    for first in range(0, len(order), batch_size):
+        taken = order[first : first + batch_size]
+        features = torch.from_numpy(np.ascontiguousarray(stored.features_TNC[taken])).to(weight.device, weight.dtype)
+        with torch.inference_mode():
+            keep = torch.from_numpy(stored.keep_TN[taken]).to(weight.device)
+            found.append(model.embed_regions(features, keep)[0])
+    keep_HW = np.zeros_like(keep_HW)
+    keep_HW[rows[order], columns[order]] = True
+    return EncodedRegions(torch.cat(found).clone(), order, torch.from_numpy(keep_HW))
+
+
+def explain_regions(
+    reader: SlideReader,
+    grid: TokenGrid,
+    model: HIPT,
+    encoded: EncodedRegions,
+    relevance: RelevanceMap,
+    cdam: ThreeLevelCDAM,
+    attention: FactorisedAttention,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> Iterator[ExplainedRegion]:
+    """The maps of a slide's regions at the resolution of tokens, one region at a time.
+
+    Args:
+        reader, grid, model, batch_size, workers: as for :func:`encode_regions`.
+        encoded: what that gave.
+        relevance: of the regions, ``cdam.slide(encoded.embeddings_TC, encoded.keep_HW)``.
+        cdam: the method, on this model.
+        attention: the factorised map, on this model.
+    """
+    assert relevance.gradient_KTC is not None, "maps of tokens take the gradient"
+    slide_T = attention.slide(encoded.embeddings_TC, encoded.keep_HW)
+    for row, pixels, keep, why in _read(reader, grid, model, encoded.rows_T, workers):
+        index = int(np.searchsorted(encoded.rows_T, row))
+        keep_hw = np.ascontiguousarray(grid.token_keep_THW[row])
+        if why is not None:  # it could be read once and not again: its tokens stay unknown
+            keep = torch.zeros(1, *keep_hw.shape, dtype=torch.bool, device=pixels.device)
+            keep_hw = np.zeros_like(keep_hw)
+        gradient_K1C = relevance.gradient_KTC[:, index : index + 1]
+        yield ExplainedRegion(
+            index,
+            keep_hw,
+            cdam.regions(pixels, keep, gradient_K1C, batch_size=batch_size),
+            attention.regions(pixels, keep, slide_T[index : index + 1]),
+        )
+
+
+def _read(
+    reader: SlideReader, grid: TokenGrid, model: HIPT, rows: np.ndarray | None = None, workers: int = 0
+) -> Iterator[tuple[int, Tensor, Tensor, str | None]]:
+    """Regions one at a time: index, pixels (1, 3, X, Y), keep (1, h, w), and why it cannot be read, or None."""
+    device = model.pixel_mean.device
+    for batch in stream_tiles(reader, grid, batch_size=1, workers=workers, rows=rows):
+        if batch.damages is not None:
+            reader.damages.merge(batch.damages)
+        row = int(batch.rows_B[0])
+        keep = torch.from_numpy(np.ascontiguousarray(grid.token_keep_THW[row : row + 1])).to(device)
+        why = None if bool(batch.readable_B[0]) else batch.reason or "it is damaged"
+        yield row, batch.tiles_BCHW.to(device), keep, why
