@@ -20,7 +20,7 @@ from maskattn.shapes import Bool, Float, Int, UInt8
 if TYPE_CHECKING:
     from maskattn.slide.tissue import TissueMask
 
-__all__ = ["MapCanvas", "blend", "colour_limit", "write_heatmap", "write_mask_overlay"]
+__all__ = ["Kind", "MapCanvas", "blend", "colour_limit", "colours", "write_heatmap", "write_mask_overlay"]
 
 _OPACITY = 0.55
 _QUANTILE = 0.001
@@ -107,17 +107,28 @@ def blend(
     thumbnail_YX3: UInt8[np.ndarray, "Y X 3"], values_YX: Float[np.ndarray, "Y X"], kind: Kind
 ) -> UInt8[np.ndarray, "Y X 3"]:
     """The thumbnail with a map laid over it; pixels where the map is NaN are the thumbnail's own."""
-    import matplotlib
-
-    low, high = colour_limit(values_YX, kind)
     known = np.isfinite(values_YX)
-    positions = _colour_scale(low, high)(np.clip(values_YX[known], low, high))
-    colours = matplotlib.colormaps[_COLOUR_MAPS[kind]](positions)[:, :3]
+    shades = colours(values_YX[known], colour_limit(values_YX, kind), kind)
     # Grey below the map, so that every hue is the map's and none the stain's.
     grey = thumbnail_YX3[known] @ np.array(_LUMINANCE)
     image = thumbnail_YX3.copy()
-    image[known] = np.rint((1 - _OPACITY) * grey[:, None] + _OPACITY * 255 * colours).astype(np.uint8)
+    image[known] = np.rint((1 - _OPACITY) * grey[:, None] + _OPACITY * shades).astype(np.uint8)
     return image
+
+
+def colours(values_N: Float[np.ndarray, " N"], limits: tuple[float, float], kind: Kind) -> UInt8[np.ndarray, "N 3"]:
+    """The colours of some values of a map, as its colour bar has them.
+
+    Args:
+        values_N: (N,) numbers; those beyond the limits have the colours of the ends.
+        limits: the values at the ends of the colour map, of :func:`colour_limit`.
+        kind: of the map.
+    """
+    import matplotlib
+
+    positions = _colour_scale(*limits)(np.clip(values_N, *limits))
+    shades: np.ndarray = matplotlib.colormaps[_COLOUR_MAPS[kind]](positions, bytes=True)[:, :3]
+    return shades
 
 
 def _colour_scale(low: float, high: float) -> Any:

@@ -12,6 +12,7 @@ from maskattn.errors import ManifestError
 from maskattn.explain.methods import DEFAULT_METHOD, METHODS, method_named
 from maskattn.slide.asked import asked, recorded_fields, unlike
 from maskattn.slide.outlines.rules import check_areas, check_outlines
+from maskattn.slide.pyramids.rules import check_pyramids
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
@@ -22,7 +23,7 @@ __all__ = ["RunSettings", "check_request", "differences", "finds_tissue", "recor
 
 def _has_output(found: Any, asked: Any) -> bool:
     """Whether a finished slide has an output that may be asked for: one more than was asked for does no harm."""
-    return asked in (None, "off", found)
+    return found == "both" or asked in (None, "off", found)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class RunSettings:
         geojson: "tiles" or "tokens" writes them as QuPath's objects, "off" neither.
         regions: CLASS=VALUE or CLASS=PERCENT% each: where a class's relevance is so high, ``relevance.geojson`` has an
             annotation.
+        ome_tiff: "values", "colours" or "both" writes each map as a pyramid on level 0, "off" none.
+        zarr: write the maps as OME-Zarr.
     """
 
     out_dir: Path = field(
@@ -149,6 +152,16 @@ class RunSettings:
             serves=_has_output,
         ),
     )
+    ome_tiff: Literal["off", "values", "colours", "both"] = field(
+        default="off",
+        metadata=asked(
+            "--ome-tiff", "Each map as a pyramid on level 0: off, values, colours or both.", serves=_has_output
+        ),
+    )
+    zarr: bool = field(
+        default=False,
+        metadata=asked("--zarr", "The maps as OME-Zarr, relevance.zarr; needs maskattn[zarr].", serves=operator.ge),
+    )
 
 
 def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked: bool = True) -> None:
@@ -165,6 +178,7 @@ def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked:
     """
     method_named(settings.method, levels=True)
     check_outlines(settings)
+    check_pyramids(settings)
     given = [job for job in jobs if job.mask_path is not None]
     if given and not (settings.masked and model_masked):
         who = (

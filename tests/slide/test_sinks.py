@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -100,9 +101,10 @@ def test_a_sink_that_fails_fails_the_slide_and_the_others_leave_nothing(
     assert names(settings.out_dir) == {"summary.csv"}
 
 
-EVERYTHING = {"geojson": "tiles"}
+EVERYTHING = {"geojson": "tiles", "ome_tiff": "both", "zarr": True}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("zarr") is None, reason="needs zarr")
 def test_every_file_of_a_slide_is_named_by_one_sink(model: SlideModel, slide: Path, settings: RunSettings) -> None:
     run_slides([SlideJob("disc", slide)], model, replace(settings, **EVERYTHING))
     written = names(settings.out_dir / "disc") - {"prediction.json"}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from maskattn.slide.reader import SlideReader
     from maskattn.slide.request import RunSettings
 
-__all__ = ["THUMBNAIL_PX", "Heatmaps", "file_names_of"]
+__all__ = ["THUMBNAIL_PX", "Heatmaps", "file_names_of", "values_of"]
 
 THUMBNAIL_PX = 1536
 _MOST_NAME_BYTES = 150
@@ -47,13 +47,13 @@ class Heatmaps:
         canvas = MapCanvas(len(slide.model.classes) + 1, thumbnail.shape[:2], slide_px, slide.grid.tile_lv0)
 
         def take(tiles: ExplainedTiles) -> None:
-            canvas.paint(slide.coords_T2[tiles.tiles_B], _values_of(slide, tiles), tiles.keep_Bhw)
+            canvas.paint(slide.coords_T2[tiles.tiles_B], values_of(slide, tiles), tiles.keep_Bhw)
 
         yield take
         _write_heatmaps(folder, slide, thumbnail, canvas)
 
 
-def _values_of(slide: ExplainedSlide, tiles: ExplainedTiles) -> Float[np.ndarray, "M B h w"]:
+def values_of(slide: ExplainedSlide, tiles: ExplainedTiles) -> Float[np.ndarray, "M B h w"]:
     """The maps of some tiles, those of the K classes and that of attention: a value per token, or one per tile."""
     attention_B11 = slide.attention_T[tiles.tiles_B, None, None]
     if tiles.relevance_KBhw is None or tiles.attention_Bhw is None:

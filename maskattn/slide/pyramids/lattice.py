@@ -1,0 +1,160 @@
+"""A map over the lattice of a slide's tokens, and the levels of its pyramid, block by block.
+
+Level l has one pixel for 2^l × 2^l pixels of level 0. Where a pixel is no larger than a token it has the value of the
+token at its centre; larger ones have the mean of the four below them. Only the lattice is held, in a file without a
+name, and of one map the levels that are coarser than it: memory does not grow with the slide's pixels.
+
+Dimension key: M maps, (R, C) the slide's tokens, B tiles of a batch, (h, w) tokens of a tile, (Y, X) pixels of a level.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from maskattn.shapes import Bool, Float, Int
+from maskattn.slide.grid import TokenGrid
+
+__all__ = ["BLOCK_PX", "MapLattice", "halved"]
+
+BLOCK_PX = 512
+_BAND_PX = 256
+
+
+class MapLattice:
+    """Maps at the resolution of tokens; NaN where none is kept.
+
+    Args:
+        maps: M, how many.
+        grid: of the slide.
+        folder: where the file without a name may lie.
+    """
+
+    def __init__(self, maps: int, grid: TokenGrid, folder: Path) -> None:
+        self.token_lv0 = grid.token_lv0
+        self.slide_px = grid.height_px, grid.width_px
+        rows, columns = (max(1, math.ceil(length / self.token_lv0)) for length in self.slide_px)
+        # The system keeps in memory what there is room for.
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- lives as long as the lattice
+        self.values_MRC: Float[np.ndarray, "M R C"] = np.memmap(
+            self._file, np.float32, "w+", shape=(maps, rows, columns)
+        )
+        for row in range(0, rows, _BAND_PX):
+            self.values_MRC[:, row : row + _BAND_PX] = np.nan
+
+    def close(self) -> None:
+        """Give the file back."""
+        del self.values_MRC
+        self._file.close()
+
+    def paint(
+        self,
+        coords_B2: Int[np.ndarray, "B 2"],
+        values_MBhw: Float[np.ndarray, "M B h w"],
+        keep_Bhw: Bool[np.ndarray, "B h w"],
+    ) -> None:
+        """Take in the kept tokens of some tiles.
+
+        Args:
+            coords_B2: (B, 2) level-0 x, y of the tiles' top left corners, on the lattice.
+            values_MBhw: (M, B, h, w) a value per token, or (M, B, 1, 1) one per tile.
+            keep_Bhw: (B, h, w) bool, which tokens are kept.
+        """
+        values_MBhw = np.broadcast_to(values_MBhw, (len(values_MBhw), *keep_Bhw.shape))
+        _, rows, columns = self.values_MRC.shape
+        for tile, corner in enumerate(coords_B2):
+            column, row = (round(float(at) / self.token_lv0) for at in corner)
+            kept = keep_Bhw[tile, : rows - row, : columns - column]
+            height, width = kept.shape
+            for target, source in zip(self.values_MRC, values_MBhw[:, tile], strict=True):
+                part = target[row : row + height, column : column + width]
+                np.copyto(part, source[:height, :width], where=kept)
+
+    def level_shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of every level, down to one that is a single block."""
+        shapes = [self.slide_px]
+        while max(shapes[-1]) > BLOCK_PX:
+            height, width = shapes[-1]
+            shapes.append(((height + 1) // 2, (width + 1) // 2))
+        return shapes
+
+    def sampled_levels(self) -> int:
+        """How many levels have pixels that are no larger than a token."""
+        return min(len(self.level_shapes()), 1 + max(0, math.floor(math.log2(self.token_lv0))))
+
+    def coarse_levels(self, of_map: int) -> list[Float[np.ndarray, "Y X"]]:
+        """The levels of a map after the sampled ones, whole: together they have fewer pixels than half the lattice."""
+        shapes, first = self.level_shapes(), self.sampled_levels()
+        levels: list[np.ndarray] = []
+        for height, width in shapes[first:]:
+            if levels:
+                levels.append(halved(levels[-1]))
+                continue
+            level = np.empty((height, width), np.float32)
+            for top in range(0, height, _BAND_PX):
+                below = self.sample(of_map, first - 1, 2 * top, 0, (2 * _BAND_PX, shapes[first - 1][1]))
+                level[top : top + _BAND_PX] = halved(below)
+            levels.append(level)
+        return levels
+
+    def sample(self, of_map: int, level: int, top: int, left: int, size: tuple[int, int]) -> Float[np.ndarray, "Y X"]:
+        """A rectangle of a sampled level, cut at the level's edges.
+
+        Args:
+            of_map: which map.
+            level: which level.
+            top: first row.
+            left: first column.
+            size: rows and columns.
+        """
+        rows, columns = (
+            self._tokens(level, first, count, axis)
+            for axis, (first, count) in enumerate(zip((top, left), size, strict=True))
+        )
+        tokens = self.values_MRC[of_map, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        if np.isnan(tokens).all():
+            return np.full((len(rows), len(columns)), np.nan, np.float32)
+        return np.asarray(tokens)[np.ix_(rows - rows[0], columns - columns[0])]
+
+    def _tokens(self, level: int, first: int, count: int, axis: int) -> np.ndarray:
+        """The token at the centre of each pixel along an axis; a pixel's centre beyond the edge is in the last one."""
+        pixels = np.arange(first, min(first + count, self.level_shapes()[level][axis]))
+        tokens: np.ndarray = np.floor((pixels + 0.5) * 2.0**level / self.token_lv0).astype(np.intp)
+        return tokens.clip(0, self.values_MRC.shape[1 + axis] - 1)
+
+    def blocks(self, of_map: int, level: int, coarse: list[np.ndarray]) -> Iterator[Float[np.ndarray, "Y X"]]:
+        """The blocks of a level, row by row; those at its edges are filled up with NaN.
+
+        Args:
+            of_map: which map.
+            level: which level.
+            coarse: the map's levels after the sampled ones.
+        """
+        height, width = self.level_shapes()[level]
+        sampled = self.sampled_levels()
+        for top in range(0, height, BLOCK_PX):
+            for left in range(0, width, BLOCK_PX):
+                if level < sampled:
+                    part = self.sample(of_map, level, top, left, (BLOCK_PX, BLOCK_PX))
+                else:
+                    part = coarse[level - sampled][top : top + BLOCK_PX, left : left + BLOCK_PX]
+                block = np.full((BLOCK_PX, BLOCK_PX), np.nan, np.float32)
+                block[: part.shape[0], : part.shape[1]] = part
+                yield block
+
+
+def halved(values_YX: Float[np.ndarray, "Y X"]) -> Float[np.ndarray, "y x"]:
+    """The mean of each 2 × 2 pixels over those that are numbers; NaN where none is."""
+    height, width = values_YX.shape
+    padded = np.full((height + height % 2, width + width % 2), np.nan, np.float32)
+    padded[:height, :width] = values_YX
+    four = padded.reshape(padded.shape[0] // 2, 2, padded.shape[1] // 2, 2)
+    known = np.isfinite(four)
+    count = known.sum(axis=(1, 3), dtype=np.float32)
+    total = np.where(known, four, 0).sum(axis=(1, 3))
+    mean: np.ndarray = np.divide(total, count, out=np.full(count.shape, np.nan, np.float32), where=count > 0)
+    return mean

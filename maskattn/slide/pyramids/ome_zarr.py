@@ -1,0 +1,93 @@
+"""Writing maps as OME-Zarr 0.5 (Zarr 3): a pixel for a token, and a transform to µm that lays it on the slide.
+
+The format has scales of its own, so that nothing is blown up to level 0. A pixel's place is that of its centre, as
+napari has it, and the centre of the slide's first pixel is 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskattn.files import replacing
+from maskattn.slide.names import as_text
+from maskattn.slide.pyramids.lattice import BLOCK_PX, MapLattice, halved
+
+__all__ = ["write_ome_zarr"]
+
+_BAND_PX = 1024
+
+
+def write_ome_zarr(path: Path, lattice: MapLattice, names: Sequence[str], name: str, spacing_um: float) -> None:
+    """Write all maps as channels of one image.
+
+    Args:
+        path: the folder to make.
+        lattice: the maps.
+        names: M names, of the channels.
+        name: of the image.
+        spacing_um: µm per level-0 pixel.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    import zarr
+
+    shape = lattice.values_MRC.shape
+    shapes = [shape]
+    while max(shapes[-1][1:]) > BLOCK_PX:
+        shapes.append((shape[0], (shapes[-1][1] + 1) // 2, (shapes[-1][2] + 1) // 2))
+    with replacing(path) as temporary:
+        group = zarr.open_group(store=str(temporary), mode="w", zarr_format=3)
+        arrays: list[Any] = [
+            group.create_array(
+                str(level),
+                shape=size,
+                chunks=(1, min(BLOCK_PX, size[1]), min(BLOCK_PX, size[2])),
+                dtype="float32",
+                fill_value=float("nan"),
+                dimension_names=["c", "y", "x"],
+            )
+            for level, size in enumerate(shapes)
+        ]
+        for channel in range(shape[0]):
+            for row in range(0, shape[1], _BAND_PX):
+                arrays[0][channel, row : row + _BAND_PX] = lattice.values_MRC[channel, row : row + _BAND_PX]
+            for finer, coarser in itertools.pairwise(arrays):
+                for row in range(0, coarser.shape[1], _BAND_PX):
+                    coarser[channel, row : row + _BAND_PX] = halved(finer[channel, 2 * row : 2 * (row + _BAND_PX)])
+        group.attrs["ome"] = _metadata(lattice, names, name, spacing_um, len(shapes))
+
+
+def _metadata(lattice: MapLattice, names: Sequence[str], name: str, spacing_um: float, levels: int) -> dict[str, Any]:
+    datasets = []
+    for level in range(levels):
+        pixel_lv0 = lattice.token_lv0 * 2**level
+        scale, centre = pixel_lv0 * spacing_um, (pixel_lv0 - 1) / 2 * spacing_um
+        transforms = [
+            {"type": "scale", "scale": [1.0, scale, scale]},
+            {"type": "translation", "translation": [0.0, centre, centre]},
+        ]
+        datasets.append({"path": str(level), "coordinateTransformations": transforms})
+    axes = [{"name": "c", "type": "channel"}]
+    axes += [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
+    channels = [
+        {"label": as_text(label), "color": "FFFFFF", "active": True, "window": _window(lattice.values_MRC[index])}
+        for index, label in enumerate(names)
+    ]
+    return {
+        "version": "0.5",
+        "multiscales": [{"name": as_text(name), "axes": axes, "datasets": datasets}],
+        "omero": {"channels": channels},
+    }
+
+
+def _window(values_RC: np.ndarray) -> dict[str, float]:
+    """The range that a viewer shows."""
+    known = np.isfinite(values_RC)
+    low, high = (float(pick(values_RC, where=known, initial=0.0)) for pick in (np.min, np.max))
+    return {"min": low, "max": high, "start": low, "end": high}
