@@ -15,7 +15,7 @@ import torch
 import triton
 
 import maskattn
-from aot.bounds import CHIPS, PRODUCTS, Bound, pipe_cycles, resident_programs
+from aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, pipe_cycles, resident_programs
 from aot.cases import Case
 from aot.launches import recorded_launches
 from aot.machine_code import CLASSES, MachineCode, nvidia_tool, read
@@ -81,7 +81,8 @@ class GluonRow:
         """What the chip's pipes allow: both consumers on one block of keys."""
         chip, width = CHIPS["sm90"], self.case.head_width
         consumers = CONSUMERS * WARPS_OF_A_CONSUMER
-        cycles = pipe_cycles(self.code.loop, consumers, chip)
+        of_loop = pipe_cycles(self.code.loop, consumers, chip)
+        cycles = Cycles(*(value / self.config.unroll for value in asdict(of_loop).values()))
         flop = 2.0 * PRODUCTS["forward"] * BLOCK_M * self.config.block_n * width
         return Bound(
             cycles=cycles,
@@ -93,7 +94,7 @@ class GluonRow:
 
     def columns(self) -> dict[str, object]:
         """The row as the table has it."""
-        scores = BLOCK_M * self.config.block_n
+        scores = BLOCK_M * self.config.block_n * self.config.unroll
         code = self.code
         return {
             **asdict(self.case),

@@ -45,6 +45,6 @@ def check(inputs: Inputs, lengths_q: Sequence[int], lengths_k: Sequence[int], se
     assert_within_budget(lse, exact[1], specified(torch.float32)[1], "lse")
 
 
-def force(monkeypatch: pytest.MonkeyPatch, block_n: int, stages: int) -> None:
+def force(monkeypatch: pytest.MonkeyPatch, block_n: int, stages: int, unroll: int = 1) -> None:
     """Have every launch use these blocks."""
-    monkeypatch.setattr(forward, "choose", lambda *_: GluonConfig(block_n, stages))
+    monkeypatch.setattr(forward, "choose", lambda *_: GluonConfig(block_n, stages, unroll))

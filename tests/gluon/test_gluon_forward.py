@@ -88,7 +88,7 @@ def test_random_lengths_options_blocks_and_turns(seed, monkeypatch):
         scale=draw.choice([None, 0.3, -0.2]),
         seed=seed,
     )
-    force(monkeypatch, draw.choice([32, 64, 128]), draw.choice([2, 3, 4]))
+    force(monkeypatch, draw.choice([32, 64, 128]), draw.choice([2, 3, 4]), draw.choice([1, 2]))
     check(with_alibi(inputs, seed) if draw.random() < 0.5 else inputs, lengths_q, lengths_k, seed)
 
 

@@ -10,7 +10,7 @@ from simulated_launch import Plant
 from simulated_values import ProgramError
 
 HAND_BACK = "hand_back(v_ring, block, True, STAGES)"
-WAIT = "products, out = hopper.warpgroup_mma_wait(0, deps=(multiplying, adding))"
+WAIT = "following, out = hopper.warpgroup_mma_wait(0, deps=(multiplying, adding))"
 
 PLANTS: dict[str, tuple[Plant, ...]] = {
     # Barriers and phases.
@@ -26,13 +26,13 @@ PLANTS: dict[str, tuple[Plant, ...]] = {
     "a barrier is not made": (("make_ring", "mbarrier.init(empty.index(stage), count=CONSUMERS)", "pass"),),
     # Stages.
     "another stage is handed back": (("hand_back", "block % STAGES", "(block + 1) % STAGES"),),
-    "keys are not handed back": (("attend_blocks", "hand_back(k_ring, block + 1, True, STAGES)", "pass"),),
-    "values are handed back twice": (("attend_blocks", HAND_BACK, f"{HAND_BACK}; {HAND_BACK}"),),
+    "keys are not handed back": (("attend_block", "hand_back(k_ring, block + 1, True, STAGES)", "pass"),),
+    "values are handed back twice": (("attend_block", HAND_BACK, f"{HAND_BACK}; {HAND_BACK}"),),
     "values are handed back before they are read": (
-        ("attend_blocks", HAND_BACK, "pass"),
-        ("attend_blocks", WAIT, f"{HAND_BACK}; {WAIT}"),
+        ("attend_block", HAND_BACK, "pass"),
+        ("attend_block", WAIT, f"{HAND_BACK}; {WAIT}"),
     ),
-    "a product is read before it is waited for": (("attend_blocks", WAIT, WAIT.replace("(0", "(1")),),
+    "a product is read before it is waited for": (("attend_block", WAIT, WAIT.replace("(0", "(1")),),
     "the last product is not waited for": (("attend_blocks", "wait(0, deps=(out,))", "wait(1, deps=(out,))"),),
     "the queries are written without a fence": (("load_queries", "hopper.fence_async_shared()", "pass"),),
     # Bounds.

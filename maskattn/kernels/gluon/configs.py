@@ -20,21 +20,23 @@ class GluonConfig:
     Attributes:
         block_n: keys of a block.
         stages: blocks of keys, and of values, that shared memory holds.
+        unroll: blocks that the main loop takes at a time, 1 or 2.
         consumer_registers: of a thread of a consumer; the warps of the kernel have 168 each between them.
         producer_registers: of a thread of the producer.
     """
 
     block_n: int
     stages: int
+    unroll: int = 1
     consumer_registers: int = 240
     producer_registers: int = 24
 
 
 # By padded head width.
 PLAIN = {
-    16: GluonConfig(128, 4),
-    32: GluonConfig(128, 4),
-    64: GluonConfig(128, 4),
+    16: GluonConfig(128, 4, 2),
+    32: GluonConfig(128, 4, 2),
+    64: GluonConfig(128, 4, 2),
     128: GluonConfig(128, 2),
     256: GluonConfig(64, 2),
 }

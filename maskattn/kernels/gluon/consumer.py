@@ -98,6 +98,40 @@ def weigh(
 
 
 @gluon.jit
+def attend_block(
+    products,
+    out,
+    maximum,
+    total,
+    q_rows,
+    k_ring,
+    v_ring,
+    scoring,
+    of_queries,
+    block,
+    k_length,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    NATURAL: gl.constexpr,
+):
+    """Attend to a full block that another follows, whose products are begun before; returns these first."""
+    OUT: gl.constexpr = accumulator_layout(q_rows.shape[1])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    multiplying = begin_products(q_rows, k_ring, block + 1, BLOCK_N, STAGES)
+    p, shrunk, maximum, total = weigh(
+        products, maximum, total, scoring, of_queries, block * BLOCK_N, k_length, BLOCK_N, False, NATURAL
+    )
+    out = out * gl.convert_layout(shrunk, gl.SliceLayout(1, OUT))[:, None]
+    weights = gl.convert_layout(p.to(q_rows.dtype), WEIGHTS)
+    adding = hopper.warpgroup_mma(weights, wait_for_block(v_ring, block, STAGES), out, is_async=True)
+    # ptxas lets products overlap with other work only where none is under way when a loop begins anew.
+    following, out = hopper.warpgroup_mma_wait(0, deps=(multiplying, adding))
+    hand_back(k_ring, block + 1, True, STAGES)
+    hand_back(v_ring, block, True, STAGES)
+    return following, out, maximum, total
+
+
+@gluon.jit
 def attend_blocks(
     q_rows,
     k_ring,
@@ -107,31 +141,32 @@ def attend_blocks(
     k_length,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    UNROLL: gl.constexpr,
     NATURAL: gl.constexpr,
 ):
     """Attend to the keys of a sequence, one at least: the weighted sum [M, D], maximum and sum of each row."""
-    PADDED: gl.constexpr = q_rows.shape[1]
-    OUT: gl.constexpr = accumulator_layout(PADDED)
+    OUT: gl.constexpr = accumulator_layout(q_rows.shape[1])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
     maximum = gl.full([64], float("-inf"), gl.float32, ROWS)
     total = gl.full([64], 0.0, gl.float32, ROWS)
-    out = gl.full([64, PADDED], 0.0, gl.float32, OUT)
+    out = gl.full([64, q_rows.shape[1]], 0.0, gl.float32, OUT)
     last = (k_length + BLOCK_N - 1) // BLOCK_N - 1
     products = hopper.warpgroup_mma_wait(0, deps=(begin_products(q_rows, k_ring, 0, BLOCK_N, STAGES),))
     hand_back(k_ring, 0, True, STAGES)
-    for block in range(last):
-        multiplying = begin_products(q_rows, k_ring, block + 1, BLOCK_N, STAGES)
-        p, shrunk, maximum, total = weigh(
-            products, maximum, total, scoring, of_queries, block * BLOCK_N, k_length, BLOCK_N, False, NATURAL
-        )
-        out = out * gl.convert_layout(shrunk, gl.SliceLayout(1, OUT))[:, None]
-        weights = gl.convert_layout(p.to(q_rows.dtype), WEIGHTS)
-        adding = hopper.warpgroup_mma(weights, wait_for_block(v_ring, block, STAGES), out, is_async=True)
-        # ptxas lets products overlap with other work only where none is under way when the loop begins anew.
-        products, out = hopper.warpgroup_mma_wait(0, deps=(multiplying, adding))
-        hand_back(k_ring, block + 1, True, STAGES)
-        hand_back(v_ring, block, True, STAGES)
+    # Two at a time, the products of one block and of the next keep registers of their own, and none is moved.
+    for first in range(0, last // UNROLL * UNROLL, UNROLL):
+        for step in gl.static_range(UNROLL):
+            products, out, maximum, total = attend_block(
+                products, out, maximum, total, q_rows, k_ring, v_ring, scoring, of_queries, first + step, k_length,
+                BLOCK_N, STAGES, NATURAL,
+            )  # fmt: skip
+    if UNROLL == 2:  # noqa: SIM102 (decided when it is compiled)
+        if last % 2 == 1:
+            products, out, maximum, total = attend_block(
+                products, out, maximum, total, q_rows, k_ring, v_ring, scoring, of_queries, last - 1, k_length, BLOCK_N,
+                STAGES, NATURAL,
+            )  # fmt: skip
     p, shrunk, maximum, total = weigh(
         products, maximum, total, scoring, of_queries, last * BLOCK_N, k_length, BLOCK_N, True, NATURAL
     )
@@ -162,6 +197,7 @@ def attend_rows(
     HEAD: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    UNROLL: gl.constexpr,
 ):
     """A consumer: attention of the 64 queries from ``first`` on."""
     NATURAL: gl.constexpr = lse_rest_values.ptr is not None
@@ -180,7 +216,7 @@ def attend_rows(
     out = gl.full([64, PADDED], 0.0, gl.float32, accumulator_layout(PADDED))
     if k_length > 0:
         out, maximum, total = attend_blocks(
-            q_rows, k_ring, v_ring, scoring, of_queries, k_length, BLOCK_N, STAGES, NATURAL
+            q_rows, k_ring, v_ring, scoring, of_queries, k_length, BLOCK_N, STAGES, UNROLL, NATURAL
         )
 
     # Of a row without keys the output is 0.

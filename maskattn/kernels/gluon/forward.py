@@ -59,7 +59,7 @@ def packed_forward(
         gluon_forward_kernel, work.items * heads, True, q, tokens_argument(q), tokens_argument(k), tokens_argument(v),
         tokens_argument(out), row_values_argument(lse), rest_argument(rest), terms_argument(options, True, natural,
         scale), bounds_argument(q_rows), bounds_argument(k_rows), heads, *work, HEAD=q.shape[-1],
-        PADDED=padded_width(q.shape[-1]), BLOCK_N=config.block_n, STAGES=config.stages,
+        PADDED=padded_width(q.shape[-1]), BLOCK_N=config.block_n, STAGES=config.stages, UNROLL=config.unroll,
         CONSUMER_REGISTERS=config.consumer_registers, PRODUCER_REGISTERS=config.producer_registers, num_warps=WARPS,
     )  # fmt: skip
     of_queries = ((out, 0.0), (lse.T, float("-inf")), *((x.T, 0.0) for x in (rest,) if x.ndim == 2))

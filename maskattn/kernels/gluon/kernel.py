@@ -46,6 +46,7 @@ def gluon_forward_kernel(
     PADDED: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    UNROLL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -70,14 +71,14 @@ def gluon_forward_kernel(
                 attend_rows,
                 (
                     q_rows.index(0), k_ring, v_ring, q_tokens, out_tokens, lse_values, lse_rest_values, terms, head,
-                    sequence, first, q_start, q_length, k_start, k_length, HEAD, BLOCK_N, STAGES,
+                    sequence, first, q_start, q_length, k_start, k_length, HEAD, BLOCK_N, STAGES, UNROLL,
                 ),
             ),
             (
                 attend_rows,
                 (
                     q_rows.index(1), k_ring, v_ring, q_tokens, out_tokens, lse_values, lse_rest_values, terms, head,
-                    sequence, first + 64, q_start, q_length, k_start, k_length, HEAD, BLOCK_N, STAGES,
+                    sequence, first + 64, q_start, q_length, k_start, k_length, HEAD, BLOCK_N, STAGES, UNROLL,
                 ),
             ),
             (fetch_blocks, (k_desc, v_desc, k_ring, v_ring, blocks, BLOCK_N, STAGES)),
