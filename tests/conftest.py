@@ -34,7 +34,9 @@ def _missing(*modules: str) -> bool:
 collect_ignore_glob = []
 _SLIDE = "openslide cv2 tifffile imagecodecs h5py shapely PIL matplotlib typer rich safetensors"
 if _missing(*_SLIDE.split()):
-    collect_ignore_glob += ["slide/*", "demo/*", "test_cli.py", "nn/test_slide_model.py"]
+    collect_ignore_glob += ["slide/*", "demo/*", "viewer/*", "test_cli.py", "nn/test_slide_model.py"]
+if _missing("js_lib_leaflet"):
+    collect_ignore_glob += ["viewer/*"]
 if _missing("pydicom"):
     collect_ignore_glob += ["slide/test_damaged_files.py", "slide/test_identify.py"]
 if _missing("hypothesis"):

@@ -33,7 +33,7 @@ FLOORS = [
     {"nn"},
     {"explain"},
     {"slide"},
-    {"cli", "doctor", "demo", "__main__"},
+    {"cli", "doctor", "demo", "viewer", "__main__"},
 ]
 OPTIONAL = (
     "triton openslide timm transformers captum cv2 tifffile h5py shapely PIL matplotlib typer rich safetensors "

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["errors_in_one_line", "map_warnings", "say", "say_json", "tell"]
 
+_EXTRAS = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf", "js_lib_leaflet": "view"}
 # Packages that no extra of ours has.
 _ELSEWHERE = {
     "conch": "pip install git+https://github.com/Mahmoodlab/CONCH.git",
@@ -101,7 +102,7 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         how = _ELSEWHERE.get(error.name.split(".")[0])
-        extra = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf"}.get(error.name, "slide")
+        extra = _EXTRAS.get(error.name, "slide")
         return (
             f"this command needs the package {error.name}, which is not installed; "
             + (how or f"pip install 'maskattn[{extra}]'"),

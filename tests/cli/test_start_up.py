@@ -9,7 +9,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "triton", "numpy", "cv2", "matplotlib", "h5py", "PIL", "tifffile", "openslide", "rich")
-COMMANDS = ("infer", "extract", "encoders", "demo", "report", "tissue", "info", "explain", "doctor")
+COMMANDS = ("infer", "extract", "encoders", "demo", "report", "view", "tissue", "info", "explain", "doctor")
 
 
 def run(code: str, **environment: str) -> str:

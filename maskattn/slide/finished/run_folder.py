@@ -26,6 +26,7 @@ class FinishedSlide:
         reason: why it failed or was skipped.
         seconds: of the last run, as the summary has them.
         prediction: None where it has no outputs.
+        row: all that the summary has of it; empty where it does not have the slide.
     """
 
     slide_id: str
@@ -34,6 +35,7 @@ class FinishedSlide:
     reason: str = ""
     seconds: str = ""
     prediction: SlidePrediction | None = None
+    row: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def maps_path(self) -> Path:
@@ -104,7 +106,7 @@ def _slide(folder: Path, row: dict[str, str] | None) -> FinishedSlide:
         reason = reason or "it has no outputs"
     except (OSError, ValueError) as error:
         reason = reason or str(error)
-    return FinishedSlide(folder.name, folder, status, reason, row.get("seconds", ""), prediction)
+    return FinishedSlide(folder.name, folder, status, reason, row.get("seconds", ""), prediction, row)
 
 
 def open_slide(slide: FinishedSlide, slides_dir: Path | None = None, *, isolated: bool = True) -> SlideReader:
@@ -120,7 +122,9 @@ def open_slide(slide: FinishedSlide, slides_dir: Path | None = None, *, isolated
     """
     prediction = slide.prediction
     if prediction is None:
-        raise SlideError(f"a slide must have outputs to be shown beside them, got none for {slide.slide_id!r}")
+        raise SlideError(
+            f"a slide must have outputs to be shown beside them, got none for {slide.slide_id!r}: {slide.reason}"
+        )
     path = Path(prediction.slide.path)
     if slides_dir is not None and (slides_dir / path.name).is_file():
         path = slides_dir / path.name

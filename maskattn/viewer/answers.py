@@ -1,0 +1,221 @@
+"""Every address of the viewer, and what it answers.
+
+Slides, maps, squares and tiles are numbers; nothing else of an address is looked at, and none of it becomes a path.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+import maskattn
+from maskattn.errors import SlideError
+from maskattn.slide.finished import COLOUR_MAPS, Mosaic, build_mosaic, colour_table
+from maskattn.slide.names import as_text
+from maskattn.slide.overlay import colour_limit
+from maskattn.viewer.assets import read_assets
+from maskattn.viewer.bounded_cache import BoundedCache
+from maskattn.viewer.catalogue import Catalogue
+from maskattn.viewer.opened_slide import OpenedSlide
+from maskattn.viewer.pyramid import TILE_PX
+from maskattn.viewer.slide_facts import about_slide, finite
+
+__all__ = ["CHUNK", "Answer", "Answers", "refusal"]
+
+CHUNK = 256
+_MOST_OPEN_SLIDES = 4
+_MOST_JPEG_BYTES = 64 << 20
+_MOST_MOSAIC_BYTES = 384 << 20
+_STRONGEST = 12
+_JSON = "application/json; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back: the status of HTTP, the type of the body, the body, and whether a browser may keep it."""
+
+    status: int
+    kind: str
+    body: bytes
+    lasting: bool = False
+
+
+class Answers:
+    """Answers requests for what a catalogue has.
+
+    Args:
+        catalogue: what there is to see.
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+        # Part of what the page asks for, so that nothing that a browser kept of another run comes back.
+        self._start = secrets.token_hex(4)
+        self._assets = read_assets()
+        self._slides: BoundedCache[OpenedSlide] = BoundedCache(
+            _MOST_OPEN_SLIDES, lambda slide: 1, lambda slide: slide.close()
+        )
+        self._squares: BoundedCache[bytes] = BoundedCache(_MOST_JPEG_BYTES, len)
+        self._mosaics: BoundedCache[Mosaic] = BoundedCache(_MOST_MOSAIC_BYTES, lambda mosaic: mosaic.nbytes)
+        whole, place = r"(0|[1-9][0-9]{0,8})", r"(-?[0-9]{1,9}(?:\.[0-9]{1,6})?)"
+        routes: dict[str, Callable[..., Answer]] = {
+            "/api/run": self._run,
+            f"/api/slides/{whole}": self._slide,
+            f"/api/slides/{whole}/squares/{whole}/{whole}_{whole}\\.jpg": self._square,
+            f"/api/slides/{whole}/maps/{whole}": self._map,
+            f"/api/slides/{whole}/maps/{whole}/{whole}/{whole}_{whole}\\.f32": self._chunk,
+            f"/api/slides/{whole}/at/{place}_{place}": self._at,
+            f"/api/slides/{whole}/tiles/{whole}\\.jpg": self._tile,
+        }
+        self._routes = [(re.compile(pattern), answer) for pattern, answer in routes.items()]
+
+    def answer(self, path: str) -> Answer:
+        """What a path answers; an error is an answer too, with a sentence.
+
+        Args:
+            path: of the address, without what comes after ``?``.
+        """
+        asset = self._assets.get(path)
+        if asset is not None:
+            return Answer(200, *asset)
+        try:
+            for pattern, answer in self._routes:
+                match = pattern.fullmatch(path)
+                if match is not None:
+                    return answer(*match.groups())
+        except IndexError as error:
+            return refusal(404, str(error))
+        except SlideError as error:
+            return refusal(422, str(error))
+        return refusal(404, "there is nothing at this address; the viewer's page is at /")
+
+    def close(self) -> None:
+        """Close every slide."""
+        self._slides.clear()
+
+    def _opened(self, number: str) -> OpenedSlide:
+        entries, index = self._catalogue.entries, int(number)
+        if index >= len(entries):
+            raise IndexError(f"a slide must be 0 to {len(entries) - 1}, got {index}")
+        return self._slides.get(index, lambda: OpenedSlide(entries[index], self._catalogue.slides_dir))
+
+    def _mosaic(self, number: str, which: str) -> Mosaic:
+        opened, index = self._opened(number), int(which)
+        with opened.maps() as table:
+            if index > len(table.classes):
+                raise IndexError(f"a map must be 0 to {len(table.classes)}, got {index}")
+        return self._mosaics.get((int(number), index), lambda: self._build(opened, index))
+
+    def _build(self, opened: OpenedSlide, index: int) -> Mosaic:
+        with opened.maps() as table:
+            return build_mosaic(table, index, CHUNK)
+
+    def _run(self) -> Answer:
+        tables = {
+            kind: {name: base64.b64encode(colour_table(name).tobytes()).decode() for name in names}
+            for kind, names in COLOUR_MAPS.items()
+        }
+        return _json(
+            {
+                **self._catalogue.as_json(),
+                "version": maskattn.__version__,
+                "start": self._start,
+                "colours": tables,
+                "square_px": TILE_PX,
+                "chunk": CHUNK,
+            }
+        )
+
+    def _slide(self, number: str) -> Answer:
+        try:
+            return _json(about_slide(self._opened(number)))
+        except SlideError as error:
+            return _json({"problem": as_text(str(error))})
+
+    def _square(self, number: str, level: str, column: str, row: str) -> Answer:
+        opened = self._opened(number)
+        key = tuple(map(int, (number, level, column, row)))
+        body = self._squares.get(key, lambda: opened.square(*key[1:]))
+        return Answer(200, "image/jpeg", body, lasting=True)
+
+    def _map(self, number: str, which: str) -> Answer:
+        mosaic, index = self._mosaic(number, which), int(which)
+        with self._opened(number).maps() as table:
+            kind: Literal["diverging", "sequential"] = "diverging" if index < len(table.classes) else "sequential"
+            values_T = table.values_MT[index]
+            order = np.argsort(values_T, kind="stable")
+            signed = {"for": order[::-1][:_STRONGEST], "against": order[: _STRONGEST if kind == "diverging" else 0]}
+            strongest = {
+                name: [
+                    {"tile": int(tile), "value": finite(values_T[tile]), "x": int(x), "y": int(y)}
+                    for tile, (x, y) in ((tile, table.coords_T2[tile]) for tile in tiles)
+                    if (values_T[tile] > 0) == (name == "for") and values_T[tile] != 0
+                ]
+                for name, tiles in signed.items()
+            }
+        return _json(
+            {
+                "kind": kind,
+                "limits": colour_limit(mosaic.levels[0], kind),
+                "step": mosaic.step_lv0,
+                "levels": [list(level.shape[::-1]) for level in mosaic.levels],
+                "strongest": strongest,
+            }
+        )
+
+    def _chunk(self, number: str, which: str, level: str, column: str, row: str) -> Answer:
+        chunk = self._mosaic(number, which).chunk(int(level), int(column), int(row), CHUNK)
+        return Answer(200, "application/octet-stream", chunk.astype("<f4").tobytes(), lasting=True)
+
+    def _at(self, number: str, x: str, y: str) -> Answer:
+        """All that is known of a place: its tile, and the values of the tile and of its token in every map."""
+        place = float(x), float(y)
+        with self._opened(number).maps() as table:
+            tile = table.tile_at(*place)
+            if tile is None:
+                return _json({"tile": None})
+            corner = [int(value) for value in table.coords_T2[tile]]
+            tokens = table.tokens_of(tile)
+            about: dict[str, Any] = {
+                "tile": tile,
+                "corner": corner,
+                "side": table.tile_lv0,
+                "values": [finite(value) for value in table.values_MT[:, tile]],
+            }
+            if tokens is not None:
+                h, w = tokens.keep_hw.shape
+                row, column = (
+                    min(int((at - start) * count / table.tile_lv0), count - 1)
+                    for at, start, count in zip(reversed(place), reversed(corner), (h, w), strict=True)
+                )
+                about["token"] = {
+                    "row": row,
+                    "column": column,
+                    "kept": bool(tokens.keep_hw[row, column]),
+                    "values": [finite(value) for value in tokens.values_Mhw[:, row, column]],
+                }
+                about["tokens"] = {
+                    "rows": h,
+                    "columns": w,
+                    "values": [[finite(value) for value in values.ravel()] for values in tokens.values_Mhw],
+                }
+            return _json(about)
+
+    def _tile(self, number: str, tile: str) -> Answer:
+        return Answer(200, "image/jpeg", self._opened(number).tile(int(tile)), lasting=True)
+
+
+def refusal(status: int, sentence: str) -> Answer:
+    """An error with its sentence."""
+    return _json({"error": sentence}, status)
+
+
+def _json(value: dict[str, Any], status: int = 200) -> Answer:
+    return Answer(status, _JSON, json.dumps(value, allow_nan=False).encode())

@@ -1,0 +1,126 @@
+"""What there is to see: the slides of a folder of outputs, or slides alone, each with a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskattn.errors import SlideError
+from maskattn.slide.file_checks import is_folder
+from maskattn.slide.finished import FinishedSlide, open_slide, read_run
+from maskattn.slide.manifest import SlideJob, collect_jobs
+from maskattn.slide.names import as_text
+from maskattn.slide.reader import SlideReader
+
+__all__ = ["Catalogue", "Entry", "read_catalogue"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A slide to see.
+
+    Attributes:
+        slide_id: its id.
+        row: what the table shows of it, by column.
+        finished: its outputs; None of a slide alone.
+        job: of a slide alone.
+    """
+
+    slide_id: str
+    row: dict[str, str]
+    finished: FinishedSlide | None = None
+    job: SlideJob | None = None
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether there are outputs beside it."""
+        return self.finished is not None and self.finished.prediction is not None
+
+    def open(self, slides_dir: Path | None) -> tuple[SlideReader, float | None]:
+        """The slide's file, and its spacing in µm per level-0 pixel where that is known.
+
+        Raises:
+            SlideError: it cannot be read.
+        """
+        if self.finished is not None:
+            reader = open_slide(self.finished, slides_dir)
+            return reader, reader.info.spacing_um
+        assert self.job is not None
+        if self.job.problem is not None:
+            raise SlideError(self.job.problem)
+        reader = SlideReader(self.job.path, self.job.spacing_um, "manifest", isolated=True)
+        try:
+            return reader, reader.info.spacing_um
+        except SlideError:
+            # To be looked at, a slide need not know its spacing.
+            reader.close()
+            return SlideReader(self.job.path, 1.0, isolated=True), None
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The slides, and where their files may be.
+
+    Attributes:
+        title: of the page.
+        columns: of the table.
+        entries: by number.
+        slides_dir: where to look for slides' files by name.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    entries: tuple[Entry, ...] = field(repr=False)
+    slides_dir: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The table."""
+        return {
+            "title": self.title,
+            "columns": list(self.columns),
+            "slides": [{"id": entry.slide_id, "maps": entry.has_maps, "row": entry.row} for entry in self.entries],
+        }
+
+
+def read_catalogue(path: Path, slides_dir: Path | None = None) -> Catalogue:
+    """What lies at a path: a folder of outputs, or a slide, a folder or a table of slides.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if is_folder(path):
+        try:
+            return _of_run(path, slides_dir)
+        except FileNotFoundError:
+            pass
+    entries = tuple(Entry(job.slide_id, _row_of(job), job=job) for job in collect_jobs([path]))
+    columns = dict.fromkeys(name for entry in entries for name in entry.row)
+    return Catalogue(as_text(path.resolve().name), tuple(columns), entries, slides_dir)
+
+
+def _of_run(path: Path, slides_dir: Path | None) -> Catalogue:
+    if not (path / "summary.csv").exists() and not any(path.glob("*/prediction.json")):
+        raise FileNotFoundError(path)
+    run = read_run(path)
+    rows = [_row_of_finished(slide) for slide in run.slides]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    # Long texts and less asked-for columns come last.
+    columns.sort(key=lambda name: name in ("reason", "model"))
+    entries = tuple(Entry(slide.slide_id, row, slide) for slide, row in zip(run.slides, rows, strict=True))
+    return Catalogue(as_text(path.resolve().name), tuple(columns), entries, slides_dir)
+
+
+def _row_of(job: SlideJob) -> dict[str, str]:
+    row = {"slide_id": as_text(job.slide_id), "file": as_text(job.path.name)}
+    row |= {as_text(name): as_text(value) for name, value in job.carried}
+    return row | ({"reason": as_text(job.problem)} if job.problem else {})
+
+
+def _row_of_finished(slide: FinishedSlide) -> dict[str, str]:
+    row = {"slide_id": slide.slide_id, "status": slide.status, **slide.row}
+    if slide.prediction is None:
+        return {**row, "reason": slide.reason}
+    counts = slide.prediction.counts
+    tokens = max(counts.kept_tokens + counts.skipped_tokens, 1)
+    return {**row, "tiles": str(counts.kept_tiles), "tokens_kept": f"{counts.kept_tokens / tokens:.4f}"}

@@ -1,0 +1,54 @@
+"""What the page is told of a slide: its size and spacing, its scores, the verdicts on its maps, and notes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from maskattn.slide.names import as_text
+from maskattn.viewer.opened_slide import OpenedSlide
+
+__all__ = ["about_slide", "finite"]
+
+
+def about_slide(opened: OpenedSlide) -> dict[str, Any]:
+    """The slide as the page needs it, in terms of JSON."""
+    pyramid, entry, table = opened.pyramid, opened.entry, opened.table
+    about: dict[str, Any] = {
+        "id": as_text(entry.slide_id),
+        "width": pyramid.width_px,
+        "height": pyramid.height_px,
+        "levels": pyramid.levels,
+        "spacing_um": opened.spacing_um,
+        "problem": as_text(opened.problem),
+        "notes": [],
+        "scores": {},
+        "verdicts": {},
+        "maps": [],
+    }
+    prediction = None if entry.finished is None else entry.finished.prediction
+    if prediction is not None:
+        told = (*prediction.tissue.get("notes", ()), *prediction.notes)
+        about |= {
+            "spacing_um": prediction.slide.spacing_um,
+            "notes": [as_text(str(note)) for note in told],
+            "scores": {name: finite(score) for name, score in prediction.scores.items()},
+            "prediction": prediction.prediction,
+            "verdicts": {name: str(one.get("map_check", "")) for name, one in prediction.maps.items()},
+            "model": prediction.model.name,
+            "model_note": prediction.model.note,
+        }
+    if table is not None:
+        about |= {
+            "maps": [*table.classes, "attention"],
+            "method": table.method,
+            "tile_lv0": table.tile_lv0,
+            "tokens": table.tokens_hw is not None,
+        }
+    return about
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it; none where it is not finite."""
+    number = float(value)
+    return number if math.isfinite(number) else None
