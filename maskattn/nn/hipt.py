@@ -30,8 +30,9 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing, pack
 from maskattn.shapes import Bool, Float, Shaped
 
-__all__ = ["HEADS", "HIPT", "RegionPatches", "slide_level"]
+__all__ = ["HEADS", "HIPT", "PatchLevel", "RegionPatches", "slide_level"]
 
+_HALF = (0.5, 0.5, 0.5)  # mean and deviation of HIPT's pixels
 HEADS = 6  # of HIPT's patch and region ViTs, which their weights do not say
 
 
@@ -52,20 +53,17 @@ class RegionPatches:
     grid_HW: tuple[int, int]
 
 
-class HIPT(RegionModel):
-    """Patch ViT → region ViT → slide level.
+class PatchLevel(nn.Module):
+    """HIPT's patch ViT, and how regions are cut into patches for it.
 
     Args:
         patch_encoder: over pixels, without a head.
-        region_encoder: over the patch encoder's embeddings (patch_size 1), without a head.
-        slide_encoder: over the region encoder's embeddings: a ViT (patch_size 1) whose head gives the slide's logits,
-            or HIPT's own slide level.
         patch_px: side of a patch, in px.
         pixel_mean: per channel, of pixels scaled to [0, 1]: what uint8 pixels are normalised with.
         pixel_std: likewise.
 
     Raises:
-        ValueError: one encoder's width is not the next one's, or patch_px is no multiple of a token's side.
+        ValueError: patch_px is no multiple of a token's side.
     """
 
     pixel_mean: Tensor
@@ -74,62 +72,31 @@ class HIPT(RegionModel):
     def __init__(
         self,
         patch_encoder: VisionTransformer,
-        region_encoder: VisionTransformer,
-        slide_encoder: VisionTransformer | HIPTHead,
         patch_px: int = 256,
-        pixel_mean: Sequence[float] = (0.5, 0.5, 0.5),
-        pixel_std: Sequence[float] = (0.5, 0.5, 0.5),
+        pixel_mean: Sequence[float] = _HALF,
+        pixel_std: Sequence[float] = _HALF,
     ) -> None:
-        check_widths(patch_encoder, region_encoder, "patch and region")
-        nn.Module.__init__(self)  # the levels are registered from below
+        super().__init__()
+        self._set_patch_level(patch_encoder, patch_px, pixel_mean, pixel_std)
+
+    def _set_patch_level(
+        self,
+        patch_encoder: VisionTransformer,
+        patch_px: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
         if patch_px % patch_encoder.patch_embed.patch_size:
             raise ValueError(
                 f"patch_px must be a multiple of the patch encoder's patch_size, got patch_px={patch_px} and "
                 f"{patch_encoder.patch_embed.patch_size}"
             )
         self.patch_encoder = patch_encoder
-        self._set_upper_levels(region_encoder, slide_encoder)
         self.patch_px = patch_px
         weight = patch_encoder.patch_embed.proj.weight
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             statistic = torch.tensor(tuple(values), dtype=weight.dtype, device=weight.device)
             self.register_buffer(name, statistic, persistent=False)
-
-    @classmethod
-    def load(
-        cls, patch_weights: str | Path, region_weights: str | Path, num_classes: int, impl: str | None = None
-    ) -> HIPT:
-        """HIPT's two pretrained ViTs (ViT-256, ViT-4096) under a slide level to be trained.
-
-        Args:
-            patch_weights: ``vit256_small_dino.pth``, or a file of that layout.
-            region_weights: ``vit4k_xs_dino.pth``, in the same way.
-            num_classes: K.
-            impl: implementation of the attention; None takes the best.
-
-        Raises:
-            FileNotFoundError, UnsupportedModelError: as :func:`maskattn.nn.load_vit` raises them.
-        """
-        patch = load_vit(patch_weights, num_heads=HEADS, impl=impl, pos_embed_resample="dino")
-        region = load_vit(region_weights, num_heads=HEADS, impl=impl, pos_embed_resample="dino")
-        return cls(patch, region, slide_level(region.embed_dim, num_classes, impl=impl))
-
-    @classmethod
-    def random(cls, num_classes: int, impl: str | None = None) -> HIPT:
-        """HIPT's published sizes with random weights: ViT-S/16 at 256 px, 6 blocks of 192 channels, 2 at the slide."""
-        patch = VisionTransformer(embed_dim=384, num_heads=HEADS, pos_embed_resample="dino", impl=impl)
-        region = VisionTransformer(
-            img_size=14,
-            patch_size=1,
-            in_chans=384,
-            embed_dim=192,
-            depth=6,
-            num_heads=HEADS,
-            embed_act="gelu",
-            pos_embed_resample="dino",
-            impl=impl,
-        )
-        return cls(patch, region, slide_level(192, num_classes, impl=impl))
 
     @property
     def token_px(self) -> int:
@@ -186,6 +153,73 @@ class HIPT(RegionModel):
             if len(pixels):
                 parts.append(self.patch_encoder(self.patch_tokens(pixels, keep)))
         return torch.cat(parts)
+
+
+class HIPT(PatchLevel, RegionModel):
+    """Patch ViT → region ViT → slide level.
+
+    Args:
+        patch_encoder: over pixels, without a head.
+        region_encoder: over the patch encoder's embeddings (patch_size 1), without a head.
+        slide_encoder: over the region encoder's embeddings: a ViT (patch_size 1) whose head gives the slide's logits,
+            or HIPT's own slide level.
+        patch_px: side of a patch, in px.
+        pixel_mean: per channel, of pixels scaled to [0, 1]: what uint8 pixels are normalised with.
+        pixel_std: likewise.
+
+    Raises:
+        ValueError: one encoder's width is not the next one's, or patch_px is no multiple of a token's side.
+    """
+
+    def __init__(
+        self,
+        patch_encoder: VisionTransformer,
+        region_encoder: VisionTransformer,
+        slide_encoder: VisionTransformer | HIPTHead,
+        patch_px: int = 256,
+        pixel_mean: Sequence[float] = _HALF,
+        pixel_std: Sequence[float] = _HALF,
+    ) -> None:
+        check_widths(patch_encoder, region_encoder, "patch and region")
+        nn.Module.__init__(self)  # each level registers itself, from below
+        self._set_patch_level(patch_encoder, patch_px, pixel_mean, pixel_std)
+        self._set_upper_levels(region_encoder, slide_encoder)
+
+    @classmethod
+    def load(
+        cls, patch_weights: str | Path, region_weights: str | Path, num_classes: int, impl: str | None = None
+    ) -> HIPT:
+        """HIPT's two pretrained ViTs (ViT-256, ViT-4096) under a slide level to be trained.
+
+        Args:
+            patch_weights: ``vit256_small_dino.pth``, or a file of that layout.
+            region_weights: ``vit4k_xs_dino.pth``, in the same way.
+            num_classes: K.
+            impl: implementation of the attention; None takes the best.
+
+        Raises:
+            FileNotFoundError, UnsupportedModelError: as :func:`maskattn.nn.load_vit` raises them.
+        """
+        patch = load_vit(patch_weights, num_heads=HEADS, impl=impl, pos_embed_resample="dino")
+        region = load_vit(region_weights, num_heads=HEADS, impl=impl, pos_embed_resample="dino")
+        return cls(patch, region, slide_level(region.embed_dim, num_classes, impl=impl))
+
+    @classmethod
+    def random(cls, num_classes: int, impl: str | None = None) -> HIPT:
+        """HIPT's published sizes with random weights: ViT-S/16 at 256 px, 6 blocks of 192 channels, 2 at the slide."""
+        patch = VisionTransformer(embed_dim=384, num_heads=HEADS, pos_embed_resample="dino", impl=impl)
+        region = VisionTransformer(
+            img_size=14,
+            patch_size=1,
+            in_chans=384,
+            embed_dim=192,
+            depth=6,
+            num_heads=HEADS,
+            embed_act="gelu",
+            pos_embed_resample="dino",
+            impl=impl,
+        )
+        return cls(patch, region, slide_level(192, num_classes, impl=impl))
 
     def region_tokens(self, embeddings_TC: Float[Tensor, "T C"], patches: RegionPatches) -> PackedTokens:
         """The packed tokens with which the region encoder starts."""

@@ -21,7 +21,7 @@ from maskattn.errors import SlideError
 from maskattn.explain.factorised import FactorisedAttention, FactorisedMaps
 from maskattn.explain.hierarchical import RelevanceMap
 from maskattn.explain.three_levels import RegionMaps, ThreeLevelCDAM
-from maskattn.nn.hipt import HIPT
+from maskattn.nn.hipt import HIPT, PatchLevel, RegionPatches
 from maskattn.nn.region_model import RegionModel
 from maskattn.packing import unpack
 from maskattn.shapes import Bool, Float, Int
@@ -34,8 +34,10 @@ from maskattn.slide.stream import stream_tiles
 from maskattn.slide.tissue import TissueMask
 
 __all__ = [
+    "EncodedPatches",
     "EncodedRegions",
     "ExplainedRegion",
+    "encode_patches",
     "encode_regions",
     "encode_stored_regions",
     "explain_regions",
@@ -61,6 +63,28 @@ class EncodedRegions:
     rows_T: Int[np.ndarray, " T"]
     keep_HW: Bool[Tensor, "H W"]
     reason: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPatches:
+    """The patches of one region.
+
+    Attributes:
+        row: its index among the grid's kept regions.
+        features_PC: (P, C), of its kept patches.
+        patches: which these are; none of a region that cannot be read.
+        reason: why it cannot be read; None where it can.
+    """
+
+    row: int
+    features_PC: Float[Tensor, "P C"]
+    patches: RegionPatches
+    reason: str | None
+
+    def features_NC(self) -> Float[np.ndarray, "N C"]:  # noqa: N802 (the dimension key)
+        """Features of all N patches, zeros where they were left out."""
+        dense: np.ndarray = unpack(self.features_PC, self.patches.packing)[0].float().cpu().numpy()
+        return dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,19 +167,16 @@ def encode_regions(
     found: list[Tensor] = []
     rows: list[int] = []
     reason: str | None = None
-    for row, pixels, keep, why in _read(reader, grid, model, workers=workers):
-        reason = reason or why
-        if why is None:
+    for region in encode_patches(reader, grid, model, batch_size=batch_size, workers=workers):
+        reason = reason or region.reason
+        if region.reason is None:
             with torch.inference_mode():
-                patches = model.cut(pixels, keep)
-                features_PC = model.encode_patches(patches, batch_size)
-                tokens = model.region_tokens(features_PC, patches)
-                found.append(model.region_encoder(tokens))
-                if take_patches is not None:
-                    take_patches(unpack(features_PC, patches.packing)[0].float().cpu().numpy(), row)
-            rows.append(row)
+                found.append(model.region_encoder(model.region_tokens(region.features_PC, region.patches)))
+            rows.append(region.row)
+            if take_patches is not None:
+                take_patches(region.features_NC(), region.row)
         if on_region is not None:
-            on_region(row + 1, grid.kept_tiles)
+            on_region(region.row + 1, grid.kept_tiles)
     if not found:
         raise SlideError(
             f"a slide must have regions that can be read, got {grid.kept_tiles} of {grid.kept_tiles} unreadable in "
@@ -166,6 +187,16 @@ def encode_regions(
     # Copied outside inference mode: the relevance pass takes gradients with respect to them.
     embeddings_TC = torch.cat(found).clone()
     return EncodedRegions(embeddings_TC, np.array(rows), torch.from_numpy(keep_HW), reason)
+
+
+def encode_patches(
+    reader: SlideReader, grid: TokenGrid, level: PatchLevel, *, batch_size: int = 64, workers: int = 0
+) -> Iterator[EncodedPatches]:
+    """The features of the patches of a slide's kept regions, one region at a time. Arguments as in :func:`encode_regions`."""
+    for row, pixels, keep, why in _read(reader, grid, level, workers=workers):
+        with torch.inference_mode():
+            patches = level.cut(pixels, keep if why is None else torch.zeros_like(keep))
+            yield EncodedPatches(row, level.encode_patches(patches, batch_size), patches, why)
 
 
 def encode_stored_regions(stored: RegionFeatures, model: RegionModel, *, batch_size: int = 8) -> EncodedRegions:
@@ -240,7 +271,7 @@ def explain_regions(
 
 
 def _read(
-    reader: SlideReader, grid: TokenGrid, model: HIPT, rows: np.ndarray | None = None, workers: int = 0
+    reader: SlideReader, grid: TokenGrid, model: PatchLevel, rows: np.ndarray | None = None, workers: int = 0
 ) -> Iterator[tuple[int, Tensor, Tensor, str | None]]:
     """Regions one at a time: index, pixels (1, 3, X, Y), keep (1, h, w), and why it cannot be read, or None."""
     device = model.pixel_mean.device
