@@ -48,6 +48,8 @@ class ExtractSettings:
         batch_size: tiles encoded at a time; bounds the memory.
         workers: processes that decode tiles; 0 = decode in this one; None = some, where a slide is large enough.
         overwrite: extract finished slides again.
+        region_px: side of the regions that the tiles are the patches of, in their pixels; they are stored region by
+            region. None = tiles of no regions.
     """
 
     out_dir: Path = field(
@@ -136,6 +138,16 @@ class ExtractSettings:
         default=False, metadata=asked("--overwrite", "Extract finished slides again.", recorded=False, serves=None)
     )
 
+    region_px: int | None = field(
+        default=None,
+        metadata=asked(
+            "--region-size",
+            "Side of regions, in px at that spacing (HIPT: 4096 or 2048): their patches are stored region by region.",
+            minimum=16,
+            maximum=65536,
+        ),
+    )
+
     @property
     def finds_tissue(self) -> bool:
         """Whether it matters where the tissue is: not where tiles are given and all of their tokens take part."""
@@ -165,6 +177,7 @@ def check_extraction(jobs: Sequence[SlideJob], settings: ExtractSettings, encode
         )
     _check_coords(settings)
     _check_masks(jobs, settings)
+    _check_regions(settings)
     if encoder is None:
         return
     if settings.coords_dir is None:
@@ -195,6 +208,11 @@ def tile_geometry(settings: ExtractSettings, encoder: TileEncoder) -> tuple[int,
             f"tiles must overlap by less than their side, got --overlap {settings.overlap_px} of {patch_px} px; make "
             "it smaller"
         )
+    if settings.region_px is not None and (settings.region_px % patch_px or settings.region_px < 2 * patch_px):
+        raise ManifestError(
+            f"a region must be two or more whole patches along, got --region-size {settings.region_px} of patches of "
+            f"{patch_px} px; take {max(2, round(settings.region_px / patch_px)) * patch_px}, or another --patch-size"
+        )
     return patch_px, settings.overlap_px, spacing_um
 
 
@@ -204,7 +222,8 @@ def recorded_extraction(job: SlideJob, settings: ExtractSettings, encoder: TileE
     record["coords_dir"] = None if settings.coords_dir is None else str(settings.coords_dir.resolve())
     if settings.coords_dir is None:
         record["patch_px"], record["overlap_px"], record["target_spacing_um"] = tile_geometry(settings, encoder)
-        record["min_tissue"] = MIN_TISSUE if settings.min_tissue is None else settings.min_tissue
+        least = MIN_TISSUE if settings.region_px is None else 0.0
+        record["min_tissue"] = least if settings.min_tissue is None else settings.min_tissue
     if settings.finds_tissue:
         record["mask"] = None if job.mask_path is None else job.mask_path.name
         record["ink"] = settings.ink if job.mask_path is None else "auto"
@@ -230,6 +249,23 @@ def _check_coords(settings: ExtractSettings) -> None:
         )
     if not settings.coords_dir.is_dir():
         raise ManifestError(f"--coords must be a folder, got {settings.coords_dir}; name the folder of coordinates")
+
+
+def _check_regions(settings: ExtractSettings) -> None:
+    if settings.region_px is None:
+        return
+    if settings.layout != "slide2vec":
+        raise ManifestError(
+            f"features region by region are slide2vec's hierarchical_embeddings, got --layout {settings.layout} beside "
+            f"--region-size {settings.region_px}; give --layout slide2vec, or leave --region-size out"
+        )
+    given = {"--overlap": settings.overlap_px or None, "--coords": settings.coords_dir}
+    beside = [f"{flag} {value}" for flag, value in given.items() if value is not None]
+    if beside:
+        raise ManifestError(
+            f"patches of regions lie side by side from the slide's corner, got {', '.join(beside)} beside "
+            f"--region-size {settings.region_px}; leave one of them out"
+        )
 
 
 def _check_masks(jobs: Sequence[SlideJob], settings: ExtractSettings) -> None:

@@ -30,6 +30,7 @@ from maskattn.slide.extraction_record import (
 )
 from maskattn.slide.extraction_tiles import coords_file, find_tiles
 from maskattn.slide.layouts import FEATURE_LAYOUTS, FeatureLayout, TileHeader, read_coords
+from maskattn.slide.layouts.hierarchical import RegionLayout
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text
 from maskattn.slide.prediction import SlideFile
@@ -124,7 +125,7 @@ def extract_slide(
         raise SlideError(job.problem)
     identity = identity or identify_encoder(encoder)
     stages = Stages(encoder.device)
-    layout = FEATURE_LAYOUTS[settings.layout]
+    layout = _layout(settings, encoder)
     with stages("open"):
         given = (job.spacing_um, "manifest")
         if settings.slide_spacing_um is not None:
@@ -273,7 +274,7 @@ def _finished(
     """
     if settings.overwrite:
         return None
-    path = _features_path(FEATURE_LAYOUTS[settings.layout], job, encoder, settings)
+    path = _features_path(_layout(settings, encoder), job, encoder, settings)
     finished = read_record(record_path(path)) if path.exists() else None
     if finished is None:
         if path.exists():
@@ -305,7 +306,16 @@ def _unlike(
     return unlike(finished.settings, recorded_extraction(job, settings, encoder), settings)
 
 
-def _features_path(layout: FeatureLayout, job: SlideJob, encoder: TileEncoder, settings: ExtractSettings) -> Path:
+def _layout(settings: ExtractSettings, encoder: TileEncoder) -> FeatureLayout | RegionLayout:
+    """Who writes the features."""
+    if settings.region_px is None:
+        return FEATURE_LAYOUTS[settings.layout]
+    return RegionLayout(settings.region_px // tile_geometry(settings, encoder)[0])
+
+
+def _features_path(
+    layout: FeatureLayout | RegionLayout, job: SlideJob, encoder: TileEncoder, settings: ExtractSettings
+) -> Path:
     """Where a slide's features are, as far as that is known before the slide is opened."""
     if settings.coords_dir is not None:
         tiles = read_coords(coords_file(job, settings.coords_dir))

@@ -13,6 +13,7 @@ from maskattn.slide.layouts import TileHeader, find_coords, read_coords
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text
 from maskattn.slide.reader import SlideReader
+from maskattn.slide.region_places import lay_region_patches
 from maskattn.slide.slide_run import Stages
 from maskattn.slide.tile_places import TilePlaces, lay_tiles, with_tokens
 from maskattn.slide.tissue import TissueMask, find_tissue, load_mask
@@ -105,16 +106,27 @@ def _laid(
     """Tiles on a lattice, over the tissue."""
     info = reader.info
     patch_px, overlap_px, spacing_um = tile_geometry(settings, encoder)
-    min_tissue = MIN_TISSUE if settings.min_tissue is None else settings.min_tissue
-    places = lay_tiles(
-        info,
-        tissue,
-        patch_px=patch_px,
-        overlap_px=overlap_px,
-        spacing_um=spacing_um,
-        tile_px=encoder.tile_px,
-        min_tissue=min_tissue,
-    )
+    if settings.region_px is not None:
+        places = lay_region_patches(
+            info,
+            tissue,
+            patch_px=patch_px,
+            side=settings.region_px // patch_px,
+            spacing_um=spacing_um,
+            tile_px=encoder.tile_px,
+            min_tissue=settings.min_tissue or 0.0,
+            token_mask=settings.token_mask,
+        )
+    else:
+        places = lay_tiles(
+            info,
+            tissue,
+            patch_px=patch_px,
+            overlap_px=overlap_px,
+            spacing_um=spacing_um,
+            tile_px=encoder.tile_px,
+            min_tissue=MIN_TISSUE if settings.min_tissue is None else settings.min_tissue,
+        )
     if not places.kept_tiles:
         notes = f" ({'; '.join(tissue.notes)})" if tissue.notes else ""
         what = f"too little for a tile of {patch_px} px" if tissue.mask_HW.any() else "none"

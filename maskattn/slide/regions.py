@@ -192,7 +192,7 @@ def encode_regions(
 def encode_patches(
     reader: SlideReader, grid: TokenGrid, level: PatchLevel, *, batch_size: int = 64, workers: int = 0
 ) -> Iterator[EncodedPatches]:
-    """The features of the patches of a slide's kept regions, one region at a time. Arguments as in :func:`encode_regions`."""
+    """Features of the patches of a slide's regions, one region at a time. Arguments as in :func:`encode_regions`."""
     for row, pixels, keep, why in _read(reader, grid, level, workers=workers):
         with torch.inference_mode():
             patches = level.cut(pixels, keep if why is None else torch.zeros_like(keep))

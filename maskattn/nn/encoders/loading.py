@@ -17,6 +17,7 @@ from maskattn.nn.adapters.transformers import from_transformers
 from maskattn.nn.checkpoints import explained, load_vit
 from maskattn.nn.encoders.entry import EncoderEntry
 from maskattn.nn.encoders.foreign import build_conch, build_open_clip, build_transformers
+from maskattn.nn.encoders.hipt import HIPT_PATCHES, load_hipt_patches
 from maskattn.nn.encoders.table import entry_named, entry_of_hub, nearest_names
 from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
 from maskattn.nn.encoders.timm_network import build_timm, card_of_timm
@@ -39,8 +40,8 @@ def load_encoder(
     """Load an encoder of tiles, ready for inference.
 
     Args:
-        name: a name of the table (``maskattn encoders``), ``timm:NAME``, ``hf-hub:ORG/NAME``, or a file of weights or a
-            folder with ``config.json``.
+        name: a name of the table (``maskattn encoders``), ``timm:NAME``, ``hf-hub:ORG/NAME``, ``hipt`` with its
+            ``weights``, or a file of weights or a folder with ``config.json``.
         device: where to.
         impl: implementation of the attention; None takes the best.
         weights: a file of weights for a network that ``name`` says how to build; None asks its hub. A folder is given
@@ -60,7 +61,9 @@ def load_encoder(
     hub_id = text.removeprefix("hf-hub:") if text.startswith("hf-hub:") else None
     entry = entry_of_hub(hub_id) if hub_id else entry_named(text)
     path = Path(name)
-    if entry is not None and not path.exists():
+    if text == HIPT_PATCHES and not path.exists():
+        encoder = load_hipt_patches(weights, impl)
+    elif entry is not None and not path.exists():
         encoder = load_entry(entry, impl=impl, weights=weights, trust_code=trust_code, **arguments)
     elif text.startswith("timm:") or hub_id is not None:
         encoder = _load_named(text, hub_id, impl, weights, trust_code, arguments)

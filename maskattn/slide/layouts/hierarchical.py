@@ -28,7 +28,7 @@ from maskattn.shapes import Bool, Float
 from maskattn.slide.layouts.checks import check_inside, check_same_slide, checked_features, whole_coords
 from maskattn.slide.layouts.contents import reading
 from maskattn.slide.layouts.hs2p import META_ENDING, NPZ_ENDING, read_hs2p_coords, tiling_metadata, write_npz
-from maskattn.slide.layouts.layout import writable_id
+from maskattn.slide.layouts.layout import TakeTiles, known_fields, writable_id
 from maskattn.slide.layouts.tensor_files import TensorSpool, read_tensor
 from maskattn.slide.layouts.tile_features import TileCoords, TileHeader
 from maskattn.slide.layouts.trident import token_mask_of
@@ -37,7 +37,7 @@ from maskattn.slide.names import as_text
 if TYPE_CHECKING:
     from maskattn.slide.reader import SlideInfo
 
-__all__ = ["RegionFeatures", "TakeRegions", "read_regions", "regions_path", "writing_regions"]
+__all__ = ["RegionFeatures", "RegionLayout", "TakeRegions", "read_regions", "regions_path", "writing_regions"]
 
 TakeRegions = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], None]
 """Takes features (B, N, C), coordinates (B, 2) in level-0 pixels and the regions' fractions of tissue (B,) or None."""
@@ -115,6 +115,74 @@ def writing_regions(
             write_npz(stack.enter_context(replacing(npz)), coords_T2[order], np.concatenate(fractions)[order])
         else:
             npz.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class RegionLayout:
+    """Writes tiles as the patches of regions: a layout as :data:`maskattn.slide.layouts.FEATURE_LAYOUTS` has them.
+
+    Tiles come region by region, in any number at a time; those that do not come are rows of zeros.
+
+    Attributes:
+        side: patches along a region.
+    """
+
+    side: int
+
+    def region_lv0(self, header: TileHeader) -> int:
+        """Side of a region in level-0 pixels, whose patches have this header."""
+        patch_px, spacing_um, spacing_lv0 = known_fields(
+            "slide2vec", header, "patch_size_px", "spacing_um", "spacing_lv0_um"
+        )
+        return round(self.side * patch_px * spacing_um / spacing_lv0)
+
+    def path_of(self, root: Path, header: TileHeader) -> Path:
+        """``hierarchical_embeddings/<id>.pt``."""
+        return regions_path(root, header.slide_id)
+
+    @contextmanager
+    def writing(
+        self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
+    ) -> Iterator[TakeTiles]:
+        """Write a slide's features; the context gives the function that takes a batch of tiles."""
+        region_lv0, N = self.region_lv0(header), self.side**2
+        of_regions = replace(header, patch_size_px=(header.patch_size_px or 0) * self.side, patch_size_lv0=region_lv0)
+        with writing_regions(root, of_regions, N, channels, dtype) as take_regions:
+            region = _Region(take_regions, N, channels, np.dtype(dtype))
+
+            def take(features_BC: np.ndarray, coords_B2: np.ndarray, tissue_B: np.ndarray | None = None) -> None:
+                corners_B2 = coords_B2 // region_lv0
+                cells_B2 = np.rint((coords_B2 - corners_B2 * region_lv0) * (self.side / region_lv0)).astype(int)
+                for row, corner in enumerate(corners_B2 * region_lv0):
+                    share = None if tissue_B is None else float(tissue_B[row])
+                    region.put(corner, cells_B2[row, 1] * self.side + cells_B2[row, 0], features_BC[row], share)
+
+            yield take
+            region.close()
+
+
+class _Region:
+    """The region whose patches are coming: it is handed on when one of another comes."""
+
+    def __init__(self, take: TakeRegions, patches: int, channels: int, dtype: np.dtype) -> None:
+        self._take, self._features_NC = take, np.zeros((patches, channels), dtype)
+        self._corner: np.ndarray | None = None
+        self._tissue: float | None = 0.0
+
+    def put(self, corner: np.ndarray, patch: int, features_C: np.ndarray, tissue: float | None) -> None:
+        """Take one patch."""
+        if self._corner is None or (corner != self._corner).any():
+            self.close()
+            self._corner, self._tissue = corner, 0.0
+        self._features_NC[patch] = features_C
+        self._tissue = None if tissue is None or self._tissue is None else self._tissue + tissue
+
+    def close(self) -> None:
+        """Hand on what has come."""
+        if self._corner is not None:
+            tissue = None if self._tissue is None else np.array([self._tissue / len(self._features_NC)])
+            self._take(self._features_NC[None], self._corner[None], tissue)
+        self._features_NC[:] = 0
 
 
 def read_regions(path: str | Path, *, slide: SlideInfo | None = None, named: Sequence[str] = ()) -> RegionFeatures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import tempfile
 import zipfile
 from pathlib import Path
 from types import TracebackType
@@ -59,8 +58,9 @@ class TensorSpool:
         self.rows = 0
 
     def __enter__(self) -> TensorSpool:
-        self._folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name[:100]}.")
-        self._raw = Path(self._folder.name) / "rows"
+        # Named as what is not finished is, so that who clears up after a killed run finds them.
+        name = self.path.name.removesuffix(".partial")
+        self._raw, self._ordered = (self.path.with_name(f"{name}-{kind}.partial") for kind in ("rows", "ordered"))
         self._file = self._raw.open("wb")
         return self
 
@@ -68,7 +68,8 @@ class TensorSpool:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
-        self._folder.cleanup()
+        for path in (self._raw, self._ordered):
+            path.unlink(missing_ok=True)
 
     def append(self, rows_BC: np.ndarray) -> None:
         """Add rows below the others.
@@ -105,11 +106,10 @@ class TensorSpool:
         if not self.rows:
             return self._raw
         rows_TC = np.memmap(self._raw, self.dtype, "r", shape=(self.rows, self.channels))
-        ordered = self._raw.with_name("ordered")
-        with ordered.open("wb") as file:
+        with self._ordered.open("wb") as file:
             for first in range(0, self.rows, _ROWS_AT_ONCE):
                 file.write(np.ascontiguousarray(rows_TC[order[first : first + _ROWS_AT_ONCE]]).data)
-        return ordered
+        return self._ordered
 
 
 def _first_line(error: Exception) -> str:
