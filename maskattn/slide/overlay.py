@@ -20,13 +20,23 @@ from maskattn.shapes import Bool, Float, Int, UInt8
 if TYPE_CHECKING:
     from maskattn.slide.tissue import TissueMask
 
-__all__ = ["Kind", "MapCanvas", "blend", "colour_limit", "colours", "write_heatmap", "write_mask_overlay"]
+__all__ = [
+    "Kind",
+    "MapCanvas",
+    "blend",
+    "colour_limit",
+    "colours",
+    "round_length",
+    "write_heatmap",
+    "write_mask_overlay",
+]
 
-_OPACITY = 0.55
+_OPACITY = (0.2, 0.8)  # of a map where it is 0, and at the ends of its scale
 _QUANTILE = 0.001
 _LUMINANCE = (0.299, 0.587, 0.114)
 _DPI = 100
 _BAR_PX = 110
+_SCALE_BAR_PX = (86, 52)  # the bar's greatest length, and what it takes of the column's height
 _LINE_PX = 17
 _MARGIN_PX = 6
 _TITLE_PT, _LABEL_PT = 9, 8
@@ -104,16 +114,35 @@ def colour_limit(values_YX: Float[np.ndarray, "Y X"], kind: Kind) -> tuple[float
 
 
 def blend(
-    thumbnail_YX3: UInt8[np.ndarray, "Y X 3"], values_YX: Float[np.ndarray, "Y X"], kind: Kind
+    thumbnail_YX3: UInt8[np.ndarray, "Y X 3"],
+    values_YX: Float[np.ndarray, "Y X"],
+    kind: Kind,
+    limits: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """The thumbnail with a map laid over it; pixels where the map is NaN are the thumbnail's own."""
+    """The thumbnail with a map laid over it; pixels where the map is NaN are the thumbnail's own.
+
+    Args:
+        thumbnail_YX3: (Y, X, 3) RGB.
+        values_YX: (Y, X) the map.
+        kind: of the map.
+        limits: the values at the ends of the colour map; None = the map's own, of :func:`colour_limit`.
+    """
     known = np.isfinite(values_YX)
-    shades = colours(values_YX[known], colour_limit(values_YX, kind), kind)
+    limits = limits or colour_limit(values_YX, kind)
+    shades = colours(values_YX[known], limits, kind)
+    opacity = _opacity(values_YX[known], limits)[:, None]
     # Grey below the map, so that every hue is the map's and none the stain's.
     grey = thumbnail_YX3[known] @ np.array(_LUMINANCE)
     image = thumbnail_YX3.copy()
-    image[known] = np.rint((1 - _OPACITY) * grey[:, None] + _OPACITY * shades).astype(np.uint8)
+    image[known] = np.rint((1 - opacity) * grey[:, None] + opacity * shades).astype(np.uint8)
     return image
+
+
+def _opacity(values_N: Float[np.ndarray, " N"], limits: tuple[float, float]) -> Float[np.ndarray, " N"]:
+    """More where a value is larger, on the scale of the colours: tissue that says little shows through."""
+    least, most = _OPACITY
+    shares: np.ndarray = np.sqrt(np.clip(np.abs(values_N) / max(abs(limit) for limit in limits), 0, 1))
+    return least + (most - least) * shares
 
 
 def colours(values_N: Float[np.ndarray, " N"], limits: tuple[float, float], kind: Kind) -> UInt8[np.ndarray, "N 3"]:
@@ -148,8 +177,10 @@ def write_heatmap(
     title: str,
     label: str,
     kind: Kind,
+    um_per_px: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> None:
-    """Write a map over the thumbnail, with a title above it and a colour bar at its right.
+    """Write a map over the thumbnail, with a title above it, and a colour bar and a scale bar at its right.
 
     The thumbnail's pixels are not resampled: they lie below the title, from the left edge on.
 
@@ -160,6 +191,8 @@ def write_heatmap(
         title: the picture's title; signs that no font of this machine has are question marks.
         label: what the colour bar measures.
         kind: "diverging" fixes zero in the middle (CDAM), "sequential" starts at zero (attention).
+        um_per_px: µm per thumbnail pixel, for the scale bar; None draws none.
+        limits: the values at the ends of the colour map; None = the map's own.
 
     Raises:
         OSError: the file cannot be written.
@@ -168,8 +201,9 @@ def write_heatmap(
     body = max(width, _MIN_BODY_PX[0]), max(height, _MIN_BODY_PX[1])
     lines = wrapped(title, body[0] + _BAR_PX - 2 * _MARGIN_PX, _TITLE_PT, _DPI)
     head = 2 * _MARGIN_PX + _LINE_PX * len(lines)
-    image = _frame("\n".join(lines), head, body, colour_limit(values_YX, kind), label, _COLOUR_MAPS[kind])
-    image[head : head + height, :width] = blend(thumbnail_YX3, values_YX, kind)
+    limits = limits or colour_limit(values_YX, kind)
+    image = _frame("\n".join(lines), head, body, limits, label, _COLOUR_MAPS[kind], um_per_px)
+    image[head : head + height, :width] = blend(thumbnail_YX3, values_YX, kind, limits)
     _write_png(path, image)
 
 
@@ -205,7 +239,13 @@ def write_mask_overlay(
 
 
 def _frame(
-    title: str, head: int, body: tuple[int, int], limits: tuple[float, float], label: str, colour_map: str
+    title: str,
+    head: int,
+    body: tuple[int, int],
+    limits: tuple[float, float],
+    label: str,
+    colour_map: str,
+    um_per_px: float | None,
 ) -> np.ndarray:
     """Title and colour bar around an empty body, at exact pixel sizes; no pyplot, hence no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -218,7 +258,7 @@ def _frame(
     corner = _MARGIN_PX / width, 1 - _MARGIN_PX / height
     letters: dict[str, Any] = {"fontsize": _TITLE_PT, "fontfamily": families_of(title), "parse_math": False}
     figure.text(*corner, title, va="top", ha="left", **letters)
-    bar_height = min(body[1] - 20, 400)
+    bar_height = min(body[1] - 20 - _SCALE_BAR_PX[1], 400)
     axes = figure.add_axes(
         (((body[0] + 12) / width), 1 - (head + 10 + bar_height) / height, 16 / width, bar_height / height)
     )
@@ -229,8 +269,36 @@ def _frame(
     bar.ax.tick_params(labelsize=7)
     bar.formatter.set_powerlimits((-2, 3))
     bar.ax.yaxis.get_offset_text().set_fontsize(7)
+    if um_per_px is not None:
+        _add_scale_bar(figure, (body[0], head + 10 + bar_height + 20), um_per_px)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:height, :width, :3].copy()
+
+
+def _add_scale_bar(figure: Any, corner: tuple[int, int], um_per_px: float) -> None:
+    """A bar of a round length, with the length below it, in a box whose upper left corner is given in pixels."""
+    from matplotlib.patches import Rectangle
+
+    width, height = (round(side * _DPI - 0.5) for side in figure.get_size_inches())
+    length_um = round_length(_SCALE_BAR_PX[0] * um_per_px)
+    length = length_um / um_per_px
+    left, top = corner[0] + (_BAR_PX - length) / 2, corner[1]
+    figure.add_artist(
+        Rectangle((left / width, 1 - (top + 5) / height), length / width, 5 / height, color="black", linewidth=0)
+    )
+    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    figure.text((left + length / 2) / width, 1 - (top + 9) / height, text, va="top", ha="center", fontsize=_LABEL_PT)
+
+
+def round_length(most: float) -> float:
+    """The largest of 1, 2 and 5 times a power of ten that is not above a length.
+
+    Example:
+        >>> round_length(900.0), round_length(70.0)
+        (500.0, 50.0)
+    """
+    power: float = 10.0 ** np.floor(np.log10(most))
+    return max(step * power for step in (1.0, 2.0, 5.0) if step * power <= most * (1 + 1e-9))
 
 
 def _write_png(path: Path, image: UInt8[np.ndarray, "Y X 3"]) -> None:

@@ -54,6 +54,7 @@ class RunSettings:
             annotation.
         ome_tiff: "values", "colours" or "both" writes each map as a pyramid on level 0, "off" none.
         zarr: write the maps as OME-Zarr.
+        scale: of the pictures' colours; "slide" = each slide's own, "run" = one for each class on all slides of a run.
     """
 
     out_dir: Path = field(
@@ -161,6 +162,10 @@ class RunSettings:
     zarr: bool = field(
         default=False,
         metadata=asked("--zarr", "The maps as OME-Zarr, relevance.zarr; needs maskattn[zarr].", serves=operator.ge),
+    )
+    scale: Literal["slide", "run"] = field(
+        default="slide",
+        metadata=asked("--scale", "Of the pictures' colours: slide, or run for one scale on all of a run's slides."),
     )
 
 

@@ -15,6 +15,7 @@ from maskattn.slide.output_folder import clear_leftovers, find_finished
 from maskattn.slide.pipeline import identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
 from maskattn.slide.request import RunSettings, check_request, differences
+from maskattn.slide.run_scale import draw_on_one_scale
 
 __all__ = ["RunProgress", "run_slides"]
 
@@ -58,7 +59,10 @@ def run_slides(
     def failed(job: SlideJob, reason: str, seconds: float) -> SlideOutcome:
         return SlideOutcome(job.slide_id, "failed", reason, seconds)
 
-    return run_each(jobs, settings.out_dir, run_one, failed, progress)
+    outcomes = run_each(jobs, settings.out_dir, run_one, failed, progress)
+    if settings.scale == "run":
+        draw_on_one_scale(settings.out_dir / one.slide_id for one in outcomes if one.status != "failed")
+    return outcomes
 
 
 def _check_same_request(

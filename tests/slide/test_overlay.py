@@ -2,11 +2,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from maskattn.slide.overlay import MapCanvas, blend, colour_limit, write_heatmap, write_mask_overlay
+from maskattn.slide.outlines.writing import PALETTE
+from maskattn.slide.overlay import (
+    MapCanvas,
+    blend,
+    colour_limit,
+    colours,
+    round_length,
+    write_heatmap,
+    write_mask_overlay,
+)
 from maskattn.slide.tissue import TissueMask
 
 
@@ -119,3 +129,67 @@ def test_mask_overlay_leaves_glass_untouched(tmp_path: Path, thumbnail: np.ndarr
     tissue = np.repeat(np.repeat(mask, 10, axis=0), 10, axis=1)
     np.testing.assert_array_equal(image[~tissue], thumbnail[~tissue])
     assert (image[tissue] != thumbnail[tissue]).any(axis=1).mean() > 0.9
+
+
+# Machado, Oliveira and Fernandes (2009), of light: no red, no green, no blue cones.
+SIGHT = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def seen(rgb_N3: np.ndarray, sight: str) -> np.ndarray:
+    """Colours in CIELAB as somebody with this sight sees them."""
+    srgb = rgb_N3.astype(np.float64) / 255
+    light = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4) @ np.array(SIGHT[sight]).T
+    light = light.clip(0, 1)
+    shown = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+    return cv2.cvtColor(shown[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_colours_are_told_apart_by_every_kind_of_sight(sight: str) -> None:
+    values = np.array([-1.0, -0.2, 0.0, 0.2, 1.0])
+    for shades, least in (
+        (colours(values, (-1, 1), "diverging"), 15),
+        (colours(values[2:], (0, 1), "sequential"), 15),
+        (np.array(PALETTE), 10),
+    ):
+        lab = seen(shades, sight)
+        apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)
+        assert apart[~np.eye(len(lab), dtype=bool)].min() > least
+
+
+@pytest.mark.parametrize("kind", ["diverging", "sequential"])
+def test_tissue_shows_through_where_a_map_says_little(kind: str) -> None:
+    checks = np.array([[0, 255] * 3], np.uint8).repeat(3, 0)[..., None].repeat(3, 2)
+    image = blend(
+        checks, np.array([[0, 0, 0.1, 0.1, 1, 1]] * 3, float), kind, (-1.0 if kind == "diverging" else 0.0, 1.0)
+    )
+    contrast = np.ptp(image[0].reshape(3, 2, 3).astype(int).mean(axis=2), axis=1)
+    assert contrast[0] > contrast[1] > contrast[2] > 30
+
+
+@pytest.mark.parametrize(("um_per_px", "length_px", "length_um"), [(0.5, 40, 20), (8.0, 62.5, 500), (16.3, 61.3, 1000)])
+def test_the_scale_bar_has_a_round_length_and_is_drawn_to_scale(
+    tmp_path: Path, thumbnail: np.ndarray, values: np.ndarray, um_per_px: float, length_px: float, length_um: float
+) -> None:
+    write_heatmap(tmp_path / "map.png", thumbnail, values, "t", "l", "diverging", um_per_px)
+    column = read_png(tmp_path / "map.png")[-60:, 500:]
+    black = (column < 60).all(axis=2)
+    longest = black.sum(axis=1).max()
+    assert longest == pytest.approx(length_px, abs=1.5)
+    assert round_length(86 * um_per_px) == length_um
+
+
+@pytest.mark.parametrize(("most", "expected"), [(0.7, 0.5), (1.0, 1.0), (4.99, 2.0), (5.0, 5.0), (99999.0, 50000.0)])
+def test_a_round_length_is_one_two_or_five(most: float, expected: float) -> None:
+    assert round_length(most) == expected
+
+
+def test_limits_that_are_given_are_those_of_the_colours(thumbnail: np.ndarray, values: np.ndarray) -> None:
+    wide = blend(thumbnail, values, "diverging", (-100.0, 100.0))
+    own = blend(thumbnail, values, "diverging")
+    known = np.isfinite(values)
+    assert np.ptp(wide[known].astype(int), axis=1).mean() < np.ptp(own[known].astype(int), axis=1).mean() / 2

@@ -101,7 +101,7 @@ def test_a_sink_that_fails_fails_the_slide_and_the_others_leave_nothing(
     assert names(settings.out_dir) == {"summary.csv"}
 
 
-EVERYTHING = {"geojson": "tiles", "ome_tiff": "both", "zarr": True}
+EVERYTHING = {"geojson": "tiles", "ome_tiff": "both", "zarr": True, "scale": "run"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("zarr") is None, reason="needs zarr")

@@ -15,6 +15,7 @@ from maskattn.errors import SlideError
 from maskattn.lettering import drawable
 from maskattn.shapes import Float, UInt8
 from maskattn.slide.overlay import MapCanvas, write_heatmap
+from maskattn.slide.run_scale import KEPT_MAPS, Picture, keep_maps
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _logger = logging.getLogger(__name__)
 class Heatmaps:
     """A map of relevance for each class, and one of attention."""
 
-    files = ("heatmap_*.png", "attention.png")
+    files = ("heatmap_*.png", "attention.png", KEPT_MAPS)
 
     def is_asked_for(self, settings: RunSettings) -> bool:
         """Always."""
@@ -64,22 +65,32 @@ def values_of(slide: ExplainedSlide, tiles: ExplainedTiles) -> Float[np.ndarray,
 def _write_heatmaps(
     folder: Path, slide: ExplainedSlide, thumbnail: UInt8[np.ndarray, "Y X 3"], canvas: MapCanvas
 ) -> None:
+    um_per_px = slide.reader.info.width_px * slide.reader.info.spacing_um / thumbnail.shape[1]
+    pictures = _pictures_of(slide)
+    for picture, values in zip(pictures, canvas.values_MYX, strict=True):
+        path = folder / picture.file_name
+        write_heatmap(path, thumbnail, values, picture.title, picture.label, picture.kind, um_per_px)
+    if slide.settings.scale == "run":
+        keep_maps(folder, thumbnail, canvas.values_MYX, pictures, um_per_px)
+
+
+def _pictures_of(slide: ExplainedSlide) -> list[Picture]:
+    """What the picture of each class's map, and that of attention, says."""
     model = slide.model
     # Where no font has a name's signs, the name of the file and its folder has to do.
     of = f"{slide_id}: " if (slide_id := drawable(slide.slide_id)) else ""
     about = [f"model {drawable(model.name)}"] if drawable(model.name) else []
     about += ["a demonstration model"] if model.demonstration else []
     by = f"; {', '.join(about)}" if about else ""
-    file_names = file_names_of(model.classes)
-    for index, (name, values) in enumerate(zip(model.classes, canvas.values_MYX, strict=False)):
+    pictures = []
+    for index, (name, file_name) in enumerate(zip(model.classes, file_names_of(model.classes), strict=True)):
         named = repr(drawable(name)) if drawable(name) else f"{index + 1} of {len(model.classes)}"
         verdict = slide.verdicts.get(name, "passed")
         warned = "" if verdict in ("passed", "skipped") else f"; map check: {verdict}"
         title = f"{of}relevance for class {named} by {slide.method}, score {slide.scores[name]:.3f}{warned}{by}"
-        path = folder / f"heatmap_{file_names[index]}.png"
-        write_heatmap(path, thumbnail, values, title, "relevance (+ for, − against)", "diverging")
+        pictures.append(Picture(f"heatmap_{file_name}.png", title, "relevance (+ for, − against)", "diverging"))
     title = f"{of}attention of the class token{by}"
-    write_heatmap(folder / "attention.png", thumbnail, canvas.values_MYX[-1], title, "attention", "sequential")
+    return [*pictures, Picture("attention.png", title, "attention", "sequential")]
 
 
 def file_names_of(classes: Sequence[str]) -> list[str]:
