@@ -2,9 +2,31 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Required, TypedDict, Unpack
 
 Rows = NDArray[np.float32] | NDArray[np.uint16]
 Floats = NDArray[np.float32]
+
+class Terms(TypedDict, total=False):
+    """The terms of the score, and how a call is run: keywords of every attention operation.
+
+    Attributes:
+        scale: any finite number.
+        key_bias: (Tk,) or (Tk, H) of packed keys, (B, N) or (B, H, N) of dense ones; None for none.
+        coords_q, coords_k: where tokens are, in any unit, NaN for nowhere: (Tq, 2) and (Tk, 2), or (B, Nq, 2) and
+            (B, N, 2), or (B, R, 2) and (T, 2) of a readout.
+        slopes: (H,), what a unit of distance takes from the score; with coords, or not at all.
+        threads: how many threads; 0, as without it, for one per core.
+        instruction_set: one of instruction_sets(); "", as without it, for the best.
+    """
+
+    scale: Required[float]
+    key_bias: Floats | None
+    coords_q: Floats | None
+    coords_k: Floats | None
+    slopes: Floats | None
+    threads: int
+    instruction_set: str
 
 def token_coverage(
     mask: NDArray[np.bool_] | NDArray[np.uint8],
@@ -48,19 +70,13 @@ def attention_forward(
     cu_seqlens_k: NDArray[np.int32],
     out: Rows,
     lse: Floats,
-    scale: float,
     *,
     lse_rest: Floats | None = None,
-    key_bias: Floats | None = None,
-    coords_q: Floats | None = None,
-    coords_k: Floats | None = None,
-    slopes: Floats | None = None,
-    threads: int = 0,
-    instruction_set: str = "",
+    **terms: Unpack[Terms],
 ) -> None:
     """Attention of packed sequences; the specification is ``maskattn.attention.reference``.
 
-    score_ij = scale · q_i·k_j + key_bias_j − slope ‖x_i − x_j‖, the distance 0 where either place is NaN. A query
+    score_ij = scale · q_i·k_j + key_bias_j − slope ‖x_i − x_j‖, the distance 0 where either position is NaN. A query
     without keys, or whose keys are all biased by −inf, gives out 0 and lse −inf. Sums are taken in float32. The result
     does not depend on the number of threads; the GIL is released.
 
@@ -71,14 +87,8 @@ def attention_forward(
         cu_seqlens_q, cu_seqlens_k: (B + 1,), from 0 to Tq and Tk; sequence b has rows cu_seqlens[b] to [b + 1].
         out: (Tq, H, D) of q's dtype, written. Must not share memory with an input, nor with lse.
         lse: (H, Tq), written.
-        lse_rest: (H, Tq), written: what rounding took from lse where there is a bias or places, which the backward
+        lse_rest: (H, Tq), written: what rounding took from lse where there are a bias or positions, which the backward
             needs to tell how many keys share a large score. None where there will be no backward.
-        scale: any finite number.
-        key_bias: (Tk,) or (Tk, H).
-        coords_q, coords_k: (Tq, 2) and (Tk, 2), where tokens are, in any unit.
-        slopes: (H,), what a unit of distance takes from the score; with coords, or not at all.
-        threads: how many threads; 0 for one per core.
-        instruction_set: one of instruction_sets(); "" for the best.
 
     Raises:
         TypeError: an argument is not an array, or of the wrong dtype.
@@ -93,16 +103,10 @@ def masked_attention_forward(
     keep: NDArray[np.bool_],
     out: Rows,
     lse: Floats,
-    scale: float,
     *,
     skip_queries: bool = True,
     lse_rest: Floats | None = None,
-    key_bias: Floats | None = None,
-    coords_q: Floats | None = None,
-    coords_k: Floats | None = None,
-    slopes: Floats | None = None,
-    threads: int = 0,
-    instruction_set: str = "",
+    **terms: Unpack[Terms],
 ) -> None:
     """Attention of dense tensors over their kept keys; background rows of k, v and their bias are never read.
 
@@ -113,9 +117,9 @@ def masked_attention_forward(
         out: (B, H, Nq, D), written.
         lse, lse_rest: (B, H, Nq), written; see attention_forward.
         skip_queries: only kept tokens ask, which needs Nq = N.
-        key_bias: (B, N) or (B, H, N).
-        coords_q, coords_k: (B, Nq, 2) and (B, N, 2).
-        scale, slopes, threads, instruction_set: as of attention_forward, whose errors are raised too.
+
+    Raises:
+        TypeError, ValueError, MemoryError: as of attention_forward; so all operations below.
     """
 
 def attention_backward(
@@ -130,30 +134,23 @@ def attention_backward(
     dq: Rows,
     dk: Rows,
     dv: Rows,
-    scale: float,
     *,
     lse_rest: Floats | None = None,
     grad_lse: Floats | None = None,
-    key_bias: Floats | None = None,
     dbias: Floats | None = None,
-    coords_q: Floats | None = None,
-    coords_k: Floats | None = None,
-    slopes: Floats | None = None,
     dslopes: Floats | None = None,
-    threads: int = 0,
-    instruction_set: str = "",
+    **terms: Unpack[Terms],
 ) -> None:
     """Gradients of attention_forward, 0 for a query without keys whatever its grad_out.
 
     Args:
         grad_out: (Tq, H, D) of q's dtype.
         grad_lse: (H, Tq); None for zeros.
-        q, k, v, cu_seqlens_q, cu_seqlens_k, scale, key_bias, coords_q, coords_k, slopes: what forward was given.
+        q, k, v, cu_seqlens_q, cu_seqlens_k, terms: what forward was given.
         out, lse, lse_rest: what forward wrote; lse_rest None for zeros.
         dq, dk, dv: like q, k and v, written.
         dbias: like key_bias, written; None where it is not wanted.
         dslopes: (H,), written; None where it is not wanted.
-        threads, instruction_set: as of attention_forward, whose errors are raised too.
     """
 
 def masked_attention_backward(
@@ -167,19 +164,13 @@ def masked_attention_backward(
     dq: Rows,
     dk: Rows,
     dv: Rows,
-    scale: float,
     *,
     skip_queries: bool = True,
     lse_rest: Floats | None = None,
     grad_lse: Floats | None = None,
-    key_bias: Floats | None = None,
     dbias: Floats | None = None,
-    coords_q: Floats | None = None,
-    coords_k: Floats | None = None,
-    slopes: Floats | None = None,
     dslopes: Floats | None = None,
-    threads: int = 0,
-    instruction_set: str = "",
+    **terms: Unpack[Terms],
 ) -> None:
     """Gradients of masked_attention_forward, 0 for background rows; arguments as there and in attention_backward."""
 
@@ -190,16 +181,10 @@ def readout_forward(
     cu_seqlens: NDArray[np.int32],
     out: Rows,
     lse: Floats,
-    scale: float,
     *,
     rows: Floats | None = None,
     lse_rest: Floats | None = None,
-    key_bias: Floats | None = None,
-    coords_q: Floats | None = None,
-    coords_k: Floats | None = None,
-    slopes: Floats | None = None,
-    threads: int = 0,
-    instruction_set: str = "",
+    **terms: Unpack[Terms],
 ) -> None:
     """Attention of R queries of each sequence over its packed keys; K and V are read once.
 
@@ -211,9 +196,6 @@ def readout_forward(
         lse: (B, R, H), written; −inf where there is no key.
         lse_rest: (B, R, H), written: what rounding took from lse. Rows are divided by it, and backward needs it.
         rows: (R, H, T), contiguous along T, written: the softmax weight of each token in the rows of its sequence.
-        key_bias: (T,) or (T, H).
-        coords_q, coords_k: (B, R, 2) and (T, 2).
-        scale, slopes, threads, instruction_set: as of attention_forward, whose errors are raised too.
     """
 
 def readout_backward(
@@ -227,19 +209,13 @@ def readout_backward(
     dq: Rows,
     dk: Rows,
     dv: Rows,
-    scale: float,
     *,
     lse_rest: Floats | None = None,
     grad_lse: Floats | None = None,
     grad_rows: Floats | None = None,
-    key_bias: Floats | None = None,
     dbias: Floats | None = None,
-    coords_q: Floats | None = None,
-    coords_k: Floats | None = None,
-    slopes: Floats | None = None,
     dslopes: Floats | None = None,
-    threads: int = 0,
-    instruction_set: str = "",
+    **terms: Unpack[Terms],
 ) -> None:
     """Gradients of readout_forward.
 
@@ -247,12 +223,11 @@ def readout_backward(
         grad_out: (B, R, H, D) of q's dtype.
         grad_lse: (B, R, H); None for zeros.
         grad_rows: (R, H, T), contiguous along T; None for zeros. With it K is read twice.
-        q, k, v, cu_seqlens, scale, key_bias, coords_q, coords_k, slopes: what forward was given.
+        q, k, v, cu_seqlens, terms: what forward was given.
         out, lse, lse_rest: what forward wrote; lse_rest None for zeros.
         dq, dk, dv: like q, k and v, written.
         dbias: like key_bias, written; None where it is not wanted.
         dslopes: (H,), written; None where it is not wanted.
-        threads, instruction_set: as of attention_forward, whose errors are raised too.
     """
 
 def token_relevance(
@@ -264,26 +239,19 @@ def token_relevance(
     grad_out: Rows,
     cu_seqlens: NDArray[np.int32],
     relevance: Floats,
-    scale: float,
     *,
     key_origin: Rows | None = None,
     value_origin: Rows | None = None,
-    key_bias: Floats | None = None,
-    coords_q: Floats | None = None,
-    coords_k: Floats | None = None,
-    slopes: Floats | None = None,
-    threads: int = 0,
-    instruction_set: str = "",
+    **terms: Unpack[Terms],
 ) -> None:
     """Relevance of every token to every class; the specification is ``maskattn.attention.reference.token_relevance``.
 
     Args:
-        q, k, v, cu_seqlens, scale, key_bias, coords_q, coords_k, slopes: what readout_forward was given.
+        q, k, v, cu_seqlens, terms: what readout_forward was given.
         out, lse: what it wrote.
         grad_out: (K, B, R, H, D) of q's dtype, the gradient of each class's score.
         relevance: (K, T), contiguous along T, written.
         key_origin, value_origin: (H, D) or (T, H, D) of q's dtype; None for 0.
-        threads, instruction_set: as of attention_forward, whose errors are raised too.
     """
 
 def move_rows(

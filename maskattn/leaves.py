@@ -22,8 +22,9 @@ def leaf_function(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
+        proxy = torch.fx.Proxy
         for argument in (*arguments, *options.values()):
-            if isinstance(argument, torch.fx.Proxy):
+            if isinstance(argument, proxy):
                 return argument.tracer.create_proxy("call_function", call, arguments, options)
         return function(*arguments, **options)
 

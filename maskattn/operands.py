@@ -116,8 +116,8 @@ class Outputs:
         out: of q's shape and dtype; 0 for a query without keys.
         lse: the log-sum-exp of each query's scores, −inf for a query without keys, in float32 (float64 for float64):
             (H, Tq), (B, H, Nq), or of a readout (B, R, H).
-        lse_rest: of lse's shape and dtype, what rounding took from lse, where ``options.keeps_rest`` says so; of no
-            elements otherwise.
+        lse_rest: of lse's shape and dtype, what rounding took from lse, where the implementation's ``WITH_REST`` says
+            so; of no elements otherwise.
     """
 
     out: Float[Tensor, "..."]

@@ -9,22 +9,34 @@ Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from maskattn.operands import Gradients, Sequences
 from maskattn.shapes import Float, Int
 
-__all__ = ["Gradients", "Options", "Sequences", "differentiable", "empty_rest", "is_given", "keeps_rest", "option"]
+__all__ = ["DIFFERENTIABLE", "RULES", "Options", "Rule", "differentiable", "is_given", "option"]
 
 ATTENTION = ("packed_attention", "masked_attention", "readout")
 EVERYWHERE = (*ATTENTION, "token_relevance")
 
 
+class Rule(NamedTuple):
+    """What a number must be: ``must_be`` in words, whether one ``holds``, and the ``remedy`` where it does not."""
+
+    must_be: str
+    holds: Callable[[float], bool]
+    remedy: str
+
+
 def option(
-    *, named: str | None = None, differentiable: bool = False, operations: tuple[str, ...] = EVERYWHERE
+    *,
+    named: str | None = None,
+    differentiable: bool = False,
+    operations: tuple[str, ...] = EVERYWHERE,
+    rule: Rule | None = None,
 ) -> dict[str, Any]:
     """What there is to know of a field of :class:`Options`; its default is the value with which nothing is asked for.
 
@@ -33,8 +45,12 @@ def option(
         differentiable: whether it has a gradient, then a field of :class:`~maskattn.operands.Gradients` and of
             ``Tangents`` too.
         operations: the operations that have it.
+        rule: of an option that is a number.
     """
-    return {"named": named, "differentiable": differentiable, "operations": operations}
+    return {"named": named, "differentiable": differentiable, "operations": operations, "rule": rule}
+
+
+_SHARE = Rule("in [0, 1)", lambda x: 0 <= x < 1, "0 drops nothing")
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,11 @@ class Options:
     slopes: Float[Tensor, "H"] | None = field(default=None, metadata=option(differentiable=True))
     coords_q: Float[Tensor, "... 2"] | None = field(default=None, metadata=option(named="coords"))
     coords_k: Float[Tensor, "... 2"] | None = field(default=None, metadata=option(named="coords"))
-    dropout_p: float = field(default=0.0, metadata=option(named="dropout", operations=ATTENTION))
+    dropout_p: float = field(default=0.0, metadata=option(named="dropout", operations=ATTENTION, rule=_SHARE))
     dropout_seed: Int[Tensor, "1"] | None = field(default=None, metadata=option(named="dropout", operations=ATTENTION))
+
+
+RULES: dict[str, Rule] = {x.name: x.metadata["rule"] for x in fields(Options) if x.metadata.get("rule")}
 
 
 def differentiable(kind: type[Options] = Options) -> tuple[str, ...]:
@@ -66,24 +85,9 @@ def differentiable(kind: type[Options] = Options) -> tuple[str, ...]:
     return tuple(x.name for x in fields(kind) if x.metadata.get("differentiable"))
 
 
+DIFFERENTIABLE = differentiable()
+
+
 def is_given(value: Any, default: Any) -> bool:
     """Whether an option asks for something: a tensor always does."""
     return value is not default and (isinstance(value, Tensor) or value != default)
-
-
-# With these options scores may be large, and an implementation leaves its backward more than a float32 of lse.
-_WITH_REST = {"cpu": ("key_bias", "slopes"), "triton": ("key_bias",), "gluon": ("key_bias",)}
-
-
-def keeps_rest(impl: str, options: Options) -> bool:
-    """Whether an implementation leaves its backward more of lse than a float32 holds.
-
-    Scores may be large where something is added to them. lse does not tell then how many keys share the largest score,
-    and weights made of it alone would be off by a factor for each query; what rounding took from lse, its *rest*, does.
-    """
-    return any(getattr(options, name) is not None for name in _WITH_REST.get(impl, ()))
-
-
-def empty_rest(lse: Tensor, impl: str, options: Options) -> Tensor:
-    """Room for what an implementation keeps of lse, shaped as that; one axis of no elements where it keeps nothing."""
-    return lse.new_empty(lse.shape if keeps_rest(impl, options) else 0)

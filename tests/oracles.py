@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from maskattn.attention import reference
-from maskattn.options import Gradients, Options
+from maskattn.operands import Gradients
+from maskattn.options import Options
 
 LENGTHS = (1, 15, 63, 64, 65, 111, 1000)
 # Whose rows are packed and unpacked bit for bit.

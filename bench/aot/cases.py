@@ -22,10 +22,10 @@ from maskattn.kernels.language.bundles import (
     Dropout,
     Positions,
     RowValues,
-    Terms,
     Tokens,
     Width,
 )
+from maskattn.kernels.language.scores import Terms
 from maskattn.kernels.tables.config import Config, Pass, Target
 from maskattn.kernels.tables.lookup import look_up, split_width
 

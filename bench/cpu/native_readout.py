@@ -55,11 +55,11 @@ def readout_calls(T: int, R: int, H: int, D: int, dtype: torch.dtype) -> Calls:
     once = 2.0 * k.numel() * k.element_size()
 
     def forward(**also: np.ndarray) -> None:
-        _native.readout_forward(*inputs, starts, *results, options.scale, **also, **how)
+        _native.readout_forward(*inputs, starts, *results, scale=options.scale, **also, **how)
 
     def backward() -> None:
         _native.readout_backward(
-            *(array(grad), *inputs, *results, starts, *(array(x) for x in grads), options.scale), **how
+            *(array(grad), *inputs, *results, starts, *(array(x) for x in grads)), scale=options.scale, **how
         )
 
     forward()
@@ -84,12 +84,12 @@ def relevance_calls(T: int, R: int, H: int, D: int, K: int, dtype: torch.dtype) 
         (array(out), lse.numpy()),
         {"threads": torch.get_num_threads()},
     )
-    _native.readout_forward(*inputs, starts, *results, options.scale, **how)
+    _native.readout_forward(*inputs, starts, *results, scale=options.scale, **how)
     left, right = torch.randn(1000, H * D), torch.randn(H * D, 1000)
     once, product = 2.0 * k.numel() * k.element_size(), 2.0 * T * R * H * D * K
 
     def ours() -> None:
-        _native.token_relevance(*inputs, *results, array(g), starts, result.numpy(), options.scale, **how)
+        _native.token_relevance(*inputs, *results, array(g), starts, result.numpy(), scale=options.scale, **how)
 
     def composed() -> Tensor:
         return reference.token_relevance(q, k, v, g, None, None, torch.from_numpy(starts), options)

@@ -13,24 +13,20 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attention/strided.hpp"
+#include "attention/terms.hpp"
 
 namespace maskattn {
 
 // The head widths that the kernels take.
 constexpr std::ptrdiff_t least_head_width = 16, most_head_width = 256, head_width_step = 8;
 
-struct Attention {
+struct Attention : ScoreTerms {
     bool bfloat16;  // of q, k, v, out and their gradients; all else is float32
     int head_width;
-    float scale;
     Strided<const void> q, k, v;
     Strided<void> out;  // forward writes out and lse, backward reads them
     Strided<float> lse;
-    Strided<float> lse_rest;                  // what rounding took from lse; without data: not wanted, or zeros
-    Strided<const float> key_bias;            // without data: none
-    Strided<const float> coords_q, coords_k;  // two floats a row; without data: none
-    Strided<const float> slopes;              // by head
+    Strided<float> lse_rest;  // what rounding took from lse; without data: not wanted, or zeros
 };
 
 struct Gradients {

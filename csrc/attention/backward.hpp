@@ -192,11 +192,12 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
                 const float x = distanced ? tile.x_Q[row] : 0.0f, y = distanced ? tile.y_Q[row] : 0.0f;
                 const int at = (m + i) * block_keys + n;
                 const Floats product = load<Floats>(product_MN + at);
-                const Floats s = block_score<biased, distanced>(product, keys, n, units, x, y);
-                p[i] = probability<bare>(s, tile.lse_Q[row], tile.rest_Q[row], units);
-                ds[i] = score_gradient(p[i], load<Floats>(grad_p_MN + at), tile.delta_Q[row]);
-                dbias += ds[i];
-                if constexpr (distanced) weighted += ds[i] * distances(x, y, keys.x_N + n, keys.y_N + n);
+                const Score s = block_score<biased, distanced>(product, keys, n, units, x, y);
+                p[i] = probability<bare>(s.value, tile.lse_Q[row], tile.rest_Q[row], units);
+                const ScoreGradient back = score_gradient(s, p[i], load<Floats>(grad_p_MN + at), tile.delta_Q[row]);
+                ds[i] = back.product;
+                dbias += back.bias;
+                if constexpr (distanced) weighted += back.slope;
             }
             store_scores<Arithmetic>(to, q + m, n, p, ds);
         }

@@ -45,9 +45,7 @@ template <class Arithmetic>
 MASKATTN_INLINE KeyTerms terms_of_block(const Attention& a, const Head& head, std::int64_t block, const float* bias_N) {
     const bool whole = (block + 1) * block_keys <= head.keys.count;
     const int columns = columns_of_block<Arithmetic>(head, block);
-    // With a scale below 0 the largest product is not the largest score.
-    const bool biased = a.key_bias.data || !whole || a.scale < 0.0f;
-    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, biased};
+    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, !whole || forms_scores(a)};
 }
 
 // Bias and positions of the block's keys; -inf past the end so that those have no probability.
@@ -93,10 +91,11 @@ void pack_keys(const Attention& a, const Head& head, std::int64_t first, std::in
 
 // The scores of one query at (x, y) with keys `n` on of a block from its products with them.
 template <bool biased, bool distanced>
-MASKATTN_INLINE Floats block_score(Floats product, const KeyTerms& keys, int n, ScoreUnits units, float x, float y) {
+MASKATTN_INLINE Score block_score(Floats product, const KeyTerms& keys, int n, const ScoreUnits& units, float x,
+                                  float y) {
     const Floats bias = biased ? load<Floats>(keys.bias_N + n) : Floats{};
     const Floats distance = distanced ? distances(x, y, keys.x_N + n, keys.y_N + n) : Floats{};
-    return score<biased, distanced>(product * units.product, bias, distance, units.distance);
+    return score<biased, distanced>(product, bias, distance, units);
 }
 
 // 2^(factor score - base), or 2^(factor (score - base)) of scores that are no bare products, of a row's block as left
@@ -154,7 +153,7 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
         for (int n = 0; n < columns; n += lanes) {
             Floats s = load<Floats>(row + n);
             if constexpr (!bare) {
-                s = block_score<biased, distanced>(s, keys, n, units, x, y);
+                s = block_score<biased, distanced>(s, keys, n, units, x, y).value;
                 store(row + n, s);
             }
             most = maximum(s, most);

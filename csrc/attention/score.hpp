@@ -1,5 +1,5 @@
 // The attention score, written once: forward, backward, readout, its gradient and token relevance make scores,
-// probabilities and their gradients here and nowhere else, so a new term of the score is added here.
+// probabilities and their gradients here and nowhere else, so a new term of the score is added here, after terms.hpp.
 //
 //   score = s q.k + b - slope ||x - y||     p = e^(score - lse)     dscore = p (dp - delta)
 //
@@ -25,26 +25,6 @@ MASKATTN_INLINE Floats distances(float x, float y, const float* others_x, const 
     return squared > 0.0f ? square_root(squared) : Floats{};
 }
 
-// One query's scores of `lanes` keys from its scaled products with them. What is not `biased` or not `distanced` has no
-// such term.
-template <bool biased, bool distanced>
-MASKATTN_INLINE Floats score(Floats scaled_product, Floats bias, Floats distance, float slope) {
-    if constexpr (biased) scaled_product += bias;
-    if constexpr (distanced) scaled_product -= distance * slope;
-    return scaled_product;
-}
-
-// What comes back to scores from what came back to their probabilities: delta is the query's mean of it.
-MASKATTN_INLINE Floats score_gradient(Floats p, Floats grad_p, float delta) { return p * (grad_p - delta); }
-
-// lse, +inf for a query without keys so that its probabilities are 0.
-MASKATTN_INLINE float lse_to_subtract(float lse) { return lse == -infinity ? infinity : lse; }
-
-// Probabilities of scores in units of e.
-MASKATTN_INLINE Floats probability(Floats score, float lse, float rest) { return exponential(score - lse - rest); }
-
-MASKATTN_INLINE bool only_products(const Attention& a) { return !a.key_bias.data && !a.slopes.data; }
-
 // What products and distances count in a head's scores, and a score's difference from another in powers of two.
 struct ScoreUnits {
     float product;
@@ -52,10 +32,55 @@ struct ScoreUnits {
     float difference;
 };
 
+MASKATTN_INLINE bool only_products(const Attention& a) { return !a.key_bias.data && !a.slopes.data; }
+
+// Whether scores must be formed before the largest is known: the largest product is not the largest score's where a bias
+// is added or the scale is below 0.
+MASKATTN_INLINE bool forms_scores(const Attention& a) { return a.key_bias.data || a.scale < 0.0f; }
+
 MASKATTN_INLINE ScoreUnits units_of(const Attention& a, const Head& head) {
     if (only_products(a)) return {a.scale * log2_e, 0.0f, 1.0f};
     return {a.scale, a.slopes.data ? *row_of(a.slopes, head, 0) : 0.0f, log2_e};
 }
+
+// Of products with queries that have the scale in them already.
+MASKATTN_INLINE ScoreUnits units_of_scaled(const Attention& a, int head) {
+    return {1.0f, a.slopes.data ? *row_of(a.slopes, 0, head, 0) : 0.0f, log2_e};
+}
+
+// One query's scores of `lanes` keys, and the distances that entered them.
+struct Score {
+    Floats value, distance;
+};
+
+// Scores of one query's products with `lanes` keys. What is not `biased` or not `distanced` has no such term.
+template <bool biased, bool distanced>
+MASKATTN_INLINE Score score(Floats product, Floats bias, Floats distance, const ScoreUnits& units) {
+    Floats value = product * units.product;
+    if constexpr (biased) value += bias;
+    if constexpr (distanced) value -= distance * units.distance;
+    return {value, distance};
+}
+
+// x times the derivative of scores by their scaled products, which is 1: all other terms are added to these.
+MASKATTN_INLINE Floats along_product(const Score&, Floats x) { return x; }
+
+// What comes back to scores from what came back to their probabilities (delta is the query's mean of it), and from there
+// to each term: to the scaled products, to the bias, and to the slope with its sign changed.
+struct ScoreGradient {
+    Floats product, bias, slope;
+};
+
+MASKATTN_INLINE ScoreGradient score_gradient(const Score& of, Floats p, Floats grad_p, float delta) {
+    const Floats ds = p * (grad_p - delta);
+    return {along_product(of, ds), ds, ds * of.distance};
+}
+
+// lse, +inf for a query without keys so that its probabilities are 0.
+MASKATTN_INLINE float lse_to_subtract(float lse) { return lse == -infinity ? infinity : lse; }
+
+// Probabilities of scores in units of e.
+MASKATTN_INLINE Floats probability(Floats score, float lse, float rest) { return exponential(score - lse - rest); }
 
 // Probabilities of scores in these units; lse is in them too, its rest in units of ln 2. Scores of products alone have
 // no rest.

@@ -14,14 +14,14 @@ struct Backward {
     Object grad_out, out, lse, dq, dk, dv;
 };
 
-Attention checked_problem(Call& call, Object q, Object k, Object v, double scale) {
+Attention checked_problem(Call& call, Object q, Object k, Object v) {
     const std::ptrdiff_t batch = call.batch(), heads = call.heads(), queries = call.queries(), keys = call.keys();
     if (queries > most_rows || keys > most_rows || batch > most_rows || heads > most_rows || batch * heads > most_rows)
         call.arguments.refuse("at most 2147483647 rows of a tensor, and as many heads of all sequences",
                               text_of({batch, heads, queries, keys}) + " sequences, heads, queries and keys",
                               "split the call");
     Attention problem{};
-    call.fill_inputs(problem, q, k, v, scale);
+    call.fill_inputs(problem, q, k, v);
     return problem;
 }
 
@@ -41,7 +41,7 @@ Sequences packed_sequences(const Call& call, Object cu_seqlens_q, Object cu_seql
 
 Sequences kept_sequences(const Call& call, Object keep) {
     const std::ptrdiff_t batch = call.batch(), queries = call.queries(), keys = call.keys();
-    const bool skip_queries = call.options.skip_queries;
+    const bool skip_queries = call.options.value("skip_queries", true, "a bool");
     const Array mask = call.tensors.array("keep", keep, Dtype::boolean, "B N");
     if (skip_queries && queries != keys)
         call.arguments.refuse("as many queries as keys to skip those of the background",
@@ -92,10 +92,10 @@ void backward(Call& call, Attention& problem, const Sequences& sequences, const 
     call.fill_saved(problem, arrays.out, arrays.lse);
     Gradients gradients{};
     call.fill_gradients(gradients, arrays.grad_out, arrays.dq, arrays.dk, arrays.dv);
-    const py::gil_scoped_release release;
-    const std::ptrdiff_t heads = call.heads(), keys = call.keys();
     const Strided<float> dbias = gradients.dbias;
     const bool sums_heads = dbias.data != nullptr && call.heads_share_bias();
+    const py::gil_scoped_release release;
+    const std::ptrdiff_t heads = call.heads(), keys = call.keys();
     std::vector<float> dbias_by_head(sums_heads ? static_cast<std::size_t>(call.batch() * heads * keys) : 0);
     if (sums_heads) gradients.dbias = {dbias_by_head.data(), heads * keys, keys, 1};
     std::vector<double> dslope_H(static_cast<std::size_t>(heads), 0.0);
@@ -105,31 +105,30 @@ void backward(Call& call, Attention& problem, const Sequences& sequences, const 
 }
 
 void packed_forward(Object q, Object k, Object v, Object cu_seqlens_q, Object cu_seqlens_k, Object out, Object lse,
-                    double scale, const py::kwargs& keywords) {
+                    const py::kwargs& keywords) {
     Call call("attention_forward", packed_layout, q, k, keywords, {"lse_rest"});
-    Attention problem = checked_problem(call, q, k, v, scale);
+    Attention problem = checked_problem(call, q, k, v);
     forward(call, problem, packed_sequences(call, cu_seqlens_q, cu_seqlens_k), out, lse);
 }
 
-void masked_forward(Object q, Object k, Object v, Object keep, Object out, Object lse, double scale,
-                    const py::kwargs& keywords) {
+void masked_forward(Object q, Object k, Object v, Object keep, Object out, Object lse, const py::kwargs& keywords) {
     Call call("masked_attention_forward", dense_layout, q, k, keywords, {"skip_queries", "lse_rest"});
-    Attention problem = checked_problem(call, q, k, v, scale);
+    Attention problem = checked_problem(call, q, k, v);
     forward(call, problem, kept_sequences(call, keep), out, lse);
 }
 
 void packed_backward(Object grad_out, Object q, Object k, Object v, Object out, Object lse, Object cu_seqlens_q,
-                     Object cu_seqlens_k, Object dq, Object dk, Object dv, double scale, const py::kwargs& keywords) {
+                     Object cu_seqlens_k, Object dq, Object dk, Object dv, const py::kwargs& keywords) {
     Call call("attention_backward", packed_layout, q, k, keywords, {"lse_rest", "grad_lse", "dbias", "dslopes"});
-    Attention problem = checked_problem(call, q, k, v, scale);
+    Attention problem = checked_problem(call, q, k, v);
     backward(call, problem, packed_sequences(call, cu_seqlens_q, cu_seqlens_k), {grad_out, out, lse, dq, dk, dv});
 }
 
 void masked_backward(Object grad_out, Object q, Object k, Object v, Object out, Object lse, Object keep, Object dq,
-                     Object dk, Object dv, double scale, const py::kwargs& keywords) {
+                     Object dk, Object dv, const py::kwargs& keywords) {
     Call call("masked_attention_backward", dense_layout, q, k, keywords,
               {"skip_queries", "lse_rest", "grad_lse", "dbias", "dslopes"});
-    Attention problem = checked_problem(call, q, k, v, scale);
+    Attention problem = checked_problem(call, q, k, v);
     backward(call, problem, kept_sequences(call, keep), {grad_out, out, lse, dq, dk, dv});
 }
 
@@ -138,18 +137,18 @@ void masked_backward(Object grad_out, Object q, Object k, Object v, Object out, 
 void bind_attention(py::module_& module) {
     module.def("instruction_sets", &instruction_sets, "Names of the instruction sets usable here, best first.");
     module.def("attention_forward", &packed_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cu_seqlens_q"),
-               py::arg("cu_seqlens_k"), py::arg("out"), py::arg("lse"), py::arg("scale"),
+               py::arg("cu_seqlens_k"), py::arg("out"), py::arg("lse"),
                "Attention of packed sequences, written to out and lse; see _native.pyi.");
     module.def("masked_attention_forward", &masked_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("keep"),
-               py::arg("out"), py::arg("lse"), py::arg("scale"),
+               py::arg("out"), py::arg("lse"),
                "Attention of dense tensors over their kept keys, written to out and lse; see _native.pyi.");
     module.def("attention_backward", &packed_backward, py::arg("grad_out"), py::arg("q"), py::arg("k"), py::arg("v"),
                py::arg("out"), py::arg("lse"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("dq"),
-               py::arg("dk"), py::arg("dv"), py::arg("scale"),
+               py::arg("dk"), py::arg("dv"),
                "Gradients of attention_forward, written to dq, dk, dv, dbias and dslopes; see _native.pyi.");
     module.def("masked_attention_backward", &masked_backward, py::arg("grad_out"), py::arg("q"), py::arg("k"),
                py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("keep"), py::arg("dq"), py::arg("dk"),
-               py::arg("dv"), py::arg("scale"),
+               py::arg("dv"),
                "Gradients of masked_attention_forward, 0 in the background; see _native.pyi.");
 }
 

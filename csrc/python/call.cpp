@@ -23,56 +23,68 @@ void check_head_width(const Arguments& arguments, std::ptrdiff_t head_width) {
                      "pad q, k and v with zeros");
 }
 
-std::size_t axes_of(Object array) { return static_cast<std::size_t>(py::reinterpret_borrow<py::array>(array).ndim()); }
+std::size_t axes_of_array(Object array) { return static_cast<std::size_t>(py::reinterpret_borrow<py::array>(array).ndim()); }
 
 }  // namespace
 
 Call::Call(const char* operation, const Layout& layout, Object q, Object k, const py::kwargs& keywords,
            std::initializer_list<const char*> own_options)
-    : arguments(operation), options(options_of(arguments, keywords, own_options)), tensors(arguments),
-      kernels(checked_kernels(arguments, options.instruction_set)),
-      threads(thread_count(checked_threads(arguments, options.threads))), layout_(layout) {
+    : arguments(operation), options(arguments, keywords, own_options), tensors(arguments),
+      kernels(checked_kernels(arguments, options.value<std::string>("instruction_set", "", "a str"))),
+      threads(thread_count(checked_threads(arguments, options.value("threads", 0, "an int")))), layout_(layout) {
     tensors.measure("q", q, layout.q);
     tensors.measure_rows("k", k, layout.k);
     check_head_width(arguments, head_width());
 }
 
-void Call::fill_inputs(Attention& problem, Object q, Object k, Object v, double scale) {
+void Call::fill_inputs(Attention& problem, Object q, Object k, Object v) {
     problem.bfloat16 = tensors.dtype() == Dtype::bfloat16;
     problem.head_width = static_cast<int>(head_width());
-    problem.scale = static_cast<float>(scale);
-    if (!std::isfinite(problem.scale))
-        arguments.refuse("a finite scale", "scale=" + std::to_string(scale), "1/sqrt(D) is usual");
     problem.q = tensors.input<const void>("q", q, layout_.q);
     problem.k = tensors.input<const void>("k", k, layout_.k);
     problem.v = tensors.input<const void>("v", v, layout_.k);
-    fill_terms(problem);
-}
-
-void Call::fill_terms(Attention& problem) {
-    const Options& o = options;
-    const std::size_t shared_axes = Axes(layout_.shared_key_bias).count();
-    heads_share_bias_ = !py::isinstance<py::array>(o.key_bias) || axes_of(o.key_bias) <= shared_axes;
-    problem.key_bias = tensors.input_if_given<const float>("key_bias", o.key_bias, bias_axes());
-    const int given = !o.coords_q.is_none() + !o.coords_k.is_none() + !o.slopes.is_none();
+    const int given = !options["coords_q"].is_none() + !options["coords_k"].is_none() + !options["slopes"].is_none();
     if (given != 0 && given != 3)
         arguments.refuse("coords_q, coords_k and slopes together", std::to_string(given) + " of the three",
                          "pass all of them or none");
-    problem.coords_q = tensors.input_if_given<const float>("coords_q", o.coords_q, layout_.coords_q);
-    problem.coords_k = tensors.input_if_given<const float>("coords_k", o.coords_k, layout_.coords_k);
-    problem.slopes = tensors.input_if_given<const float>("slopes", o.slopes, "H");
+    for_each_term(problem, [this](const char* name, auto& term, TermOf of) { fill_term(name, term, of); });
+}
+
+void Call::fill_term(const char* name, float& number, TermOf) const {
+    const double given = options.value(name, static_cast<double>(number), "a float");
+    number = static_cast<float>(given);
+    if (!std::isfinite(number))
+        arguments.refuse(std::string("a finite ") + name, name + ("=" + std::to_string(given)), "give it a number");
+}
+
+void Call::fill_term(const char* name, Strided<const float>& tensor, TermOf of) const {
+    tensor = tensors.input_if_given<const float>(name, options[name], axes_of(of));
+}
+
+const char* Call::axes_of(TermOf of) const {
+    switch (of) {
+        case TermOf::keys: return bias_axes();
+        case TermOf::query_positions: return layout_.coords_q;
+        case TermOf::key_positions: return layout_.coords_k;
+        default: return "H";
+    }
+}
+
+bool Call::heads_share_bias() const {
+    const py::object bias = options["key_bias"];
+    return !py::isinstance<py::array>(bias) || axes_of_array(bias) <= Axes(layout_.shared_key_bias).count();
 }
 
 void Call::fill_outputs(Attention& problem, Object out, Object lse) const {
     problem.out = tensors.output<void>("out", out, layout_.q);
     problem.lse = tensors.output<float>("lse", lse, layout_.lse);
-    problem.lse_rest = tensors.output_if_given<float>("lse_rest", options.lse_rest, layout_.lse);
+    problem.lse_rest = tensors.output_if_given<float>("lse_rest", options["lse_rest"], layout_.lse);
 }
 
 void Call::fill_saved(Attention& problem, Object out, Object lse) const {
     problem.out = tensors.input<void>("out", out, layout_.q);
     problem.lse = tensors.input<float>("lse", lse, layout_.lse);
-    problem.lse_rest = tensors.input_if_given<float>("lse_rest", options.lse_rest, layout_.lse);
+    problem.lse_rest = tensors.input_if_given<float>("lse_rest", options["lse_rest"], layout_.lse);
 }
 
 void Call::fill_gradients(Gradients& gradients, Object grad_out, Object dq, Object dk, Object dv) {
@@ -80,13 +92,13 @@ void Call::fill_gradients(Gradients& gradients, Object grad_out, Object dq, Obje
     gradients.dq = tensors.output<void>("dq", dq, layout_.q);
     gradients.dk = tensors.output<void>("dk", dk, layout_.k);
     gradients.dv = tensors.output<void>("dv", dv, layout_.k);
-    gradients.grad_lse = tensors.input_if_given<const float>("grad_lse", options.grad_lse, layout_.lse);
-    if (!options.dbias.is_none() && options.key_bias.is_none())
+    gradients.grad_lse = tensors.input_if_given<const float>("grad_lse", options["grad_lse"], layout_.lse);
+    if (!options["dbias"].is_none() && options["key_bias"].is_none())
         arguments.refuse("key_bias to write dbias", "None", "pass what forward was given");
-    gradients.dbias = tensors.output_if_given<float>("dbias", options.dbias, bias_axes());
-    if (!options.dslopes.is_none() && options.slopes.is_none())
+    gradients.dbias = tensors.output_if_given<float>("dbias", options["dbias"], bias_axes());
+    if (!options["dslopes"].is_none() && options["slopes"].is_none())
         arguments.refuse("slopes to write dslopes", "None", "pass what forward was given");
-    dslopes_ = tensors.output_if_given<float>("dslopes", options.dslopes, "H");
+    dslopes_ = tensors.output_if_given<float>("dslopes", options["dslopes"], "H");
 }
 
 void Call::write_slope_gradients(const std::vector<double>& dslope_H) const {

@@ -21,7 +21,7 @@ class Call {
     Call& operator=(const Call&) = delete;
 
     // What makes scores and outputs of queries, keys and values.
-    void fill_inputs(Attention& problem, Object q, Object k, Object v, double scale);
+    void fill_inputs(Attention& problem, Object q, Object k, Object v);
     // out, lse and its rest as forward writes them, and as what comes after it reads them.
     void fill_outputs(Attention& problem, Object out, Object lse) const;
     void fill_saved(Attention& problem, Object out, Object lse) const;
@@ -38,7 +38,7 @@ class Call {
     std::ptrdiff_t head_width() const { return tensors.size("D"); }
     std::ptrdiff_t queries() const { return tensors.rows(layout_.q); }
     std::ptrdiff_t keys() const { return tensors.rows(layout_.k); }
-    bool heads_share_bias() const { return heads_share_bias_; }
+    bool heads_share_bias() const;
 
     const Arguments arguments;
     const Options options;
@@ -47,11 +47,12 @@ class Call {
     const int threads;
 
   private:
-    const char* bias_axes() const { return heads_share_bias_ ? layout_.shared_key_bias : layout_.key_bias; }
-    void fill_terms(Attention& problem);
+    const char* bias_axes() const { return heads_share_bias() ? layout_.shared_key_bias : layout_.key_bias; }
+    const char* axes_of(TermOf of) const;
+    void fill_term(const char* name, float& number, TermOf) const;
+    void fill_term(const char* name, Strided<const float>& tensor, TermOf of) const;
 
     const Layout& layout_;
-    bool heads_share_bias_ = false;
     Strided<float> dslopes_{};
 };
 

@@ -1,28 +1,43 @@
-// What the operations take in addition to their tensors, filled from the keywords of a call.
+// The keywords of a call: what an operation takes in addition to its tensors.
 #pragma once
 
 #include <initializer_list>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include "python/arrays.hpp"
 
 namespace maskattn {
 
-// Each member has the name of its keyword; arrays that are not given are None. A new option is a member here and a line
-// of the tables in options.cpp.
-struct Options {
-    py::object key_bias = py::none(), coords_q = py::none(), coords_k = py::none(), slopes = py::none();
-    py::object lse_rest = py::none(), rows = py::none();
-    py::object grad_lse = py::none(), grad_rows = py::none();
-    py::object dbias = py::none(), dslopes = py::none();
-    py::object key_origin = py::none(), value_origin = py::none();
-    bool skip_queries = true;
-    int threads = 0;
-    std::string instruction_set;
-};
+class Options {
+  public:
+    // Every operation takes the terms of the score (attention/terms.hpp), threads and instruction_set; `own` names what
+    // else this one takes. Throws TypeError for any other keyword. The keywords must outlive this.
+    Options(const Arguments& arguments, const py::kwargs& keywords, std::initializer_list<const char*> own);
 
-// Every operation takes the terms of the score, threads and instruction_set; `own` names what else this one takes.
-// Throws TypeError for any other keyword and for a number of the wrong type.
-Options options_of(const Arguments& arguments, const py::kwargs& keywords, std::initializer_list<const char*> own);
+    // What was given by this name; None for nothing.
+    py::object operator[](std::string_view name) const;
+
+    // A value that is no array, called e.g. "a bool"; throws TypeError for one of another type.
+    template <class Value>
+    Value value(std::string_view name, Value otherwise, const char* type) const {
+        const py::handle given = find(name);
+        if (!given) return otherwise;
+        try {
+            return given.cast<Value>();
+        } catch (const py::cast_error&) {
+            arguments_.refuse_type(std::string(name) + " as " + type, py::repr(given).cast<std::string>(),
+                                   "convert it first");
+        }
+    }
+
+  private:
+    py::handle find(std::string_view name) const;  // nothing where it was not given
+
+    const Arguments& arguments_;
+    std::vector<std::pair<std::string_view, py::handle>> given_;
+};
 
 }  // namespace maskattn

@@ -46,7 +46,7 @@ void sum_row_gradients(const Readout& a, const ReadoutGradients& g, const KeyRun
                 const float* products_N = products_HRN + (h * R + r) * tile_keys;
                 Floats total{};
                 for (int n = 0; n < terms.count; n += lanes) {
-                    const Floats s = terms.score(a, h, r, n, load<Floats>(products_N + n));
+                    const Floats s = terms.score(a, h, r, n, load<Floats>(products_N + n)).value;
                     total += probability(s, lse_HR[h * R + r], rest_HR[h * R + r]) *
                              row_gradient(g, h, r, first, n, terms.count);
                 }
@@ -114,15 +114,15 @@ inline float take_scores(const Readout& a, const ReadoutGradients& g, int head, 
         Floats dbias = load<Floats>(dbias_N + n);
         for (int r = 0; r < a.queries; ++r) {
             const int at = r * tile_keys + n;
-            const Floats score = terms.score(a, head, r, n, load<Floats>(products_RN + at));
-            const Floats p = probability(score, lse_R[r], rest_R[r]);
+            const Score score = terms.score(a, head, r, n, load<Floats>(products_RN + at));
+            const Floats p = probability(score.value, lse_R[r], rest_R[r]);
             Floats grad_p = load<Floats>(grad_p_RN + at);
             if (g.grad_rows.data) grad_p += row_gradient(g, head, r, first, n, terms.count);
-            const Floats ds = score_gradient(p, grad_p, delta_R[r]);
+            const ScoreGradient back = score_gradient(score, p, grad_p, delta_R[r]);
             store(p_RN + at, p);
-            store(ds_RN + at, ds);
-            dbias += ds;
-            if (a.slopes.data) by_distance += ds * load<Floats>(terms.distance_RN + at);
+            store(ds_RN + at, back.product);
+            dbias += back.bias;
+            if (a.slopes.data) by_distance += back.slope;
         }
         store(dbias_N + n, dbias);
     }

@@ -54,7 +54,7 @@ inline void take_softmax_step(const Readout& a, int head, const TileTerms& terms
         float* row_N = products_RN + r * tile_keys;
         Floats most = broadcast(-infinity);
         for (int n = 0; n < terms.count; n += lanes) {
-            const Floats s = terms.score(a, head, r, n, load<Floats>(row_N + n));
+            const Floats s = terms.score(a, head, r, n, load<Floats>(row_N + n)).value;
             store(row_N + n, s);
             most = maximum(most, s);
         }

@@ -206,8 +206,9 @@ class RelevanceRun {
             for (int n = 0; n < terms.count; n += lanes) {
                 const int at = r * tile_keys + n;
                 const Floats product = load<Floats>(z_RN + at);
-                store(p_RN + at, probability(terms.score(a_, h, r, n, product), lse, 0.0f));
-                store(z_RN + at, product - origin.at(r, n));
+                const Score score = terms.score(a_, h, r, n, product);
+                store(p_RN + at, probability(score.value, lse, 0.0f));
+                store(z_RN + at, along_product(score, product - origin.at(r, n)));
             }
         }
     }

@@ -239,11 +239,11 @@ struct TileTerms {
         for (int n = 0; n < count; ++n) bias_N[n] = *row_of(a.key_bias, 0, head, first + n);
     }
 
-    MASKATTN_INLINE Floats score(const Readout& a, int head, int r, int n, Floats product) const {
+    MASKATTN_INLINE Score score(const Readout& a, int head, int r, int n, Floats product) const {
         const Floats bias = load<Floats>(bias_N + n);
-        if (!a.slopes.data) return maskattn::score<true, false>(product, bias, Floats{}, 0.0f);
-        const Floats distance = load<Floats>(distance_RN + r * tile_keys + n);
-        return maskattn::score<true, true>(product, bias, distance, *row_of(a.slopes, 0, head, 0));
+        const ScoreUnits units = units_of_scaled(a, head);
+        if (!a.slopes.data) return maskattn::score<true, false>(product, bias, Floats{}, units);
+        return maskattn::score<true, true>(product, bias, load<Floats>(distance_RN + r * tile_keys + n), units);
     }
 };
 

@@ -14,8 +14,8 @@ from maskattn.attention.checks import (
     check_bias,
     check_coords,
     check_dense,
-    check_dropout,
     check_keep,
+    check_numbers,
     check_packed,
     check_readout,
     check_sequences,
@@ -281,7 +281,8 @@ def _options(
     places: tuple[Tensor | None, Tensor | None],
     dropout_p: float,
 ) -> Options:
-    check_dropout(dropout_p)
+    if dropout_p != 0:
+        check_numbers(dropout_p=dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = new_seed(q.device) if dropout_p > 0 else None
     return Options(scale, key_bias, slopes, *places, dropout_p, seed)

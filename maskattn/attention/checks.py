@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from maskattn.options import RULES
 from maskattn.packing import Packing
 from maskattn.transforms import is_transformed
 
@@ -16,9 +17,9 @@ __all__ = [
     "check_coords",
     "check_cu_seqlens",
     "check_dense",
-    "check_dropout",
     "check_keep",
     "check_lengths",
+    "check_numbers",
     "check_packed",
     "check_readout",
     "check_sequences",
@@ -196,10 +197,12 @@ def check_coords(
     return _places("queries", coords[0], q, places_q), _places("keys", coords[1], q, places_k)
 
 
-def check_dropout(dropout_p: float) -> None:
-    """A probability below 1."""
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got dropout_p={dropout_p}; 0 drops nothing")
+def check_numbers(**options: float) -> None:
+    """Options that are numbers, by the rules that they are declared with."""
+    for name, value in options.items():
+        rule = RULES[name]
+        if not rule.holds(value):
+            raise ValueError(f"{name} must be {rule.must_be}, got {name}={value}; {rule.remedy}")
 
 
 def _places(whose: str, coords: Tensor, q: Tensor, places: tuple[int, ...]) -> Tensor:

@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import MISSING, fields
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from maskattn.operands import (
@@ -28,7 +29,7 @@ from maskattn.operands import (
 )
 from maskattn.options import Options, is_given
 
-__all__ = ["IMPLS", "Implementation", "choose", "implementation", "refuse_missing"]
+__all__ = ["IMPLS", "Implementation", "choose", "implementation", "keeps_rest", "refuse_missing"]
 
 IMPLS = ("triton", "gluon", "cpu", "torch", "reference")
 
@@ -47,9 +48,13 @@ class Implementation(Protocol):
     Attributes:
         OPTIONS: names of the fields of :class:`~maskattn.options.Options` that it computes. Calls with others are
             refused, so that an option is never left out in silence.
+        WITH_REST: names of the options with which it leaves its backward more of lse than a float32 holds. Scores may
+            be large where something is added to them. lse does not tell then how many keys share the largest score, and
+            weights made of it alone would be off by a factor for each query; its *rest*, what rounding took, does.
     """
 
     OPTIONS: frozenset[str]
+    WITH_REST: frozenset[str]
 
     def supports(self, q: Tensor, options: Options) -> str | None:
         """Why it cannot run a call with these queries, as the end of a sentence that names it; None if it can.
@@ -105,8 +110,21 @@ class Implementation(Protocol):
         """The relevance (K, T) of every token for every class, where their scores read a readout; without dropout."""
 
 
+_LOADED: dict[str, Implementation] = {}
+
+
 def implementation(impl: str) -> Implementation:
     """The module of an implementation, imported when it is first asked for."""
+    found = _LOADED.get(impl)
+    if found is None:
+        found = _load(impl)
+        # A statement of import takes a tenth of a small call; torch.compile would take the store for an effect.
+        if not torch.compiler.is_compiling():
+            _LOADED[impl] = found
+    return found
+
+
+def _load(impl: str) -> Implementation:
     if impl == "triton":
         from maskattn.attention.impl import triton
 
@@ -161,6 +179,11 @@ def refuse_missing(impl: str, options: Options) -> None:
     lacks = _missing_option(impl, options)
     if lacks is not None:
         raise ValueError(f"impl={impl!r} {lacks}; {_remedy(options)}")
+
+
+def keeps_rest(impl: str, options: Options) -> bool:
+    """Whether an implementation leaves its backward the rest of lse."""
+    return any(getattr(options, name) is not None for name in implementation(impl).WITH_REST)
 
 
 def _lacking(impl: str, q: Tensor, options: Options) -> str | None:

@@ -11,7 +11,7 @@ width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskattn.attention.implementation import Implementation, implementation, refuse_missing
+from maskattn.attention.implementation import Implementation, implementation, keeps_rest, refuse_missing
 from maskattn.attention.schema import Arguments, flat
 from maskattn.operands import QKV, Gradients, OutputGradients, Outputs, Tangents
-from maskattn.options import Options, differentiable, is_given, keeps_rest
+from maskattn.options import Options, differentiable, is_given
 from maskattn.transforms import refuse, transformable
 
 __all__ = ["Operation", "flat_options", "is_autocast", "register", "register_without_derivative", "without_autocast"]
@@ -80,7 +80,7 @@ def register(operation: Operation) -> Call:
         refuse_missing(impl, options)
         with without_autocast(qkv.q):
             results = operation.forward(implementation(impl))(qkv, where, options, *asked)
-        return tuple(x.contiguous() for x in flat(results))
+        return tuple([x.contiguous() for x in flat(results)])
 
     def fake(*given: Any) -> tuple[Tensor, ...]:
         qkv, _, options, *asked, impl = arguments.grouped(given)
@@ -109,6 +109,8 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
     positions = [arguments.names.index(name) for name in learnt]
     left = len(fields(Outputs))
     outputs = [x.name for x in fields(operation.outputs)]
+    asked_at = [outputs.index(name) for name in operation.asked]
+    inputs = len(arguments.declared) - len(asked_at) - 1
     constant = _without_derivative(operation.options, arguments)
 
     def run(*given: Any) -> tuple[Tensor, ...]:
@@ -117,8 +119,8 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
         with without_autocast(qkv.q):
             found = operation.backward(implementation(impl))(grads, qkv, results, where, options)
         # An op returns contiguous tensors only, so an absent gradient is one of no elements.
-        each = (getattr(found, name) for name in learnt)
-        return tuple(qkv.q.new_empty(0) if x is None else x.contiguous() for x in each)
+        each = [getattr(found, name) for name in learnt]
+        return tuple([qkv.q.new_empty(0) if x is None else x.contiguous() for x in each])
 
     def fake(*given: Any) -> tuple[Tensor, ...]:
         _, qkv, _, _, options, _ = own.grouped(given)
@@ -140,11 +142,10 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         given, results = arguments.saved(ctx)
         _refuse_derivative(constant, ctx.needs_input_grad)
-        by_name = dict(zip(outputs, grads, strict=True))
-        grad_out = torch.zeros_like(results[0]) if by_name["out"] is None else by_name["out"]
-        inputs, (*needed, impl) = given[: -len(operation.asked) - 1], given[-len(operation.asked) - 1 :]
-        of_asked = (by_name[name] if need else None for name, need in zip(operation.asked, needed, strict=True))
-        found = backward(grad_out, *of_asked, *inputs[:3], *results, *inputs[3:], impl)
+        grad_out = torch.zeros_like(results[0]) if grads[0] is None else grads[0]
+        needed = given[inputs:-1]
+        of_asked = [grads[at] if need else None for at, need in zip(asked_at, needed, strict=True)]
+        found = backward(grad_out, *of_asked, *given[:3], *results, *given[3:inputs], given[-1])
         returned: list[Tensor | None] = [None] * len(given)
         for position, grad in zip(positions, found, strict=True):
             returned[position] = None if given[position] is None else grad
@@ -212,7 +213,7 @@ def register_without_derivative(
     return refuse(op, refuse_it)
 
 
-def flat_options(options: Options) -> list[Any]:
+def flat_options(options: Options) -> Collection[Any]:
     """The options as the ops take them."""
     return flat(options)
 
@@ -225,7 +226,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def is_autocast(kind: str) -> bool:
     """Whether ``torch.autocast`` is on for a device type; there are some, like meta, that it does not know."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
 
 
 def no_second_derivative(name: str) -> Call:

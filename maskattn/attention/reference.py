@@ -28,7 +28,9 @@ from torch import Tensor
 from maskattn.dropout import dropout_factors
 from maskattn.options import Options
 
-__all__ = ["packed_attention", "masked_attention", "readout", "token_relevance", "distances"]
+__all__ = ["OPTIONS", "packed_attention", "masked_attention", "readout", "token_relevance", "distances"]
+
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed"})
 
 
 def packed_attention(

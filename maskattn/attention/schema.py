@@ -7,8 +7,10 @@ has it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,9 +20,9 @@ __all__ = ["Arguments", "flat"]
 _NUMBERS = {"int": "SymInt", "float": "float", "bool": "bool"}
 
 
-def flat(*groups: Any) -> list[Any]:
-    """The fields of some dataclasses, one after another."""
-    return [x for group in groups for x in vars(group).values()]
+def flat(group: Any) -> Collection[Any]:
+    """The fields of a dataclass, in their order."""
+    return vars(group).values()
 
 
 def _type_of(annotation: str | type) -> str:
@@ -83,17 +85,24 @@ class Arguments:
         slices = self._slices
         return [*[group(*given[own]) for group, own in slices], *given[slices[-1][1].stop :]]
 
+    @cached_property
+    def _split(self) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., tuple[Any, ...]]]:
+        """Takes the tensors, and the constants, out of the arguments."""
+        return itemgetter(*self.tensors), itemgetter(*self.constants)
+
+    @cached_property
+    def _joined(self) -> Callable[..., tuple[Any, ...]]:
+        """Takes the arguments in their order out of the tensors with the constants after them."""
+        order = self.tensors + self.constants
+        return itemgetter(*sorted(range(len(order)), key=order.__getitem__))
+
     def save(self, ctx: Any, given: tuple[Any, ...], *further: torch.Tensor) -> None:
         """Keep all arguments and some tensors for a derivative."""
-        ctx.save_for_backward(*(given[i] for i in self.tensors), *further)
-        ctx.constants = [given[i] for i in self.constants]
+        tensors, constants = self._split
+        ctx.save_for_backward(*tensors(given), *further)
+        ctx.constants = constants(given)
 
-    def saved(self, ctx: Any) -> tuple[list[Any], tuple[torch.Tensor, ...]]:
+    def saved(self, ctx: Any) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
         """The arguments and the tensors that :meth:`save` kept."""
-        tensors = ctx.saved_tensors
-        given: list[Any] = [None] * len(self.declared)
-        for i, x in zip(self.tensors, tensors[: len(self.tensors)], strict=True):
-            given[i] = x
-        for i, x in zip(self.constants, ctx.constants, strict=True):
-            given[i] = x
-        return given, tensors[len(self.tensors) :]
+        tensors, count = ctx.saved_tensors, len(self.tensors)
+        return self._joined((*tensors[:count], *ctx.constants)), tensors[count:]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskattn.kernels.gluon import forward
 from maskattn.kernels.gluon.configs import GluonConfig
-from maskattn.options import Sequences
+from maskattn.operands import Sequences
 
 __all__ = ["check", "force", "run"]
 

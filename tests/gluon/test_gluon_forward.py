@@ -23,7 +23,7 @@ from simulated_launch import simulating
 
 import maskattn
 from maskattn.kernels.gluon import forward
-from maskattn.options import Sequences
+from maskattn.operands import Sequences
 
 SETS_OF_OPTIONS = list(itertools.product([None, "shared", "per_head"], [False, True]))
 

@@ -14,7 +14,7 @@ from maskattn.kernels.attention.backward import packed_backward
 from maskattn.kernels.attention.forward import packed_forward
 from maskattn.kernels.attention.masked import masked_backward, masked_forward
 from maskattn.kernels.tables.config import Config
-from maskattn.options import Sequences
+from maskattn.operands import Sequences
 
 
 def run_packed(

@@ -14,7 +14,8 @@ from torch import Tensor
 from maskattn.kernels.attention import forward
 from maskattn.kernels.launch.support import HEAD_WIDTHS
 from maskattn.kernels.tables.config import Config
-from maskattn.options import Options, Sequences
+from maskattn.operands import Sequences
+from maskattn.options import Options
 
 
 def check(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], device: str) -> None:

@@ -12,7 +12,7 @@ from maskattn.kernels.attention.backward import packed_backward
 from maskattn.kernels.attention.forward import packed_forward
 from maskattn.kernels.readout.forward import readout_forward
 from maskattn.kernels.readout.relevance import token_relevance
-from maskattn.options import Sequences
+from maskattn.operands import Sequences
 
 
 @pytest.fixture

@@ -258,11 +258,11 @@ def huge_and_empty(native: Any) -> None:
             lse, starts = np.empty((0, 2, huge), np.float32), np.zeros(1, np.int32)
             wide = np.empty((huge, 0, 0, 16), half)
             for name, arguments in {
-                "readout_forward": (q, row, row, starts, q.copy(), lse, 1.0),
-                "attention_forward": (row, row, row, starts, starts, row.copy(), np.empty((huge, 0), np.float32), 1.0),
+                "readout_forward": (q, row, row, starts, q.copy(), lse),
+                "attention_forward": (row, row, row, starts, starts, row.copy(), np.empty((huge, 0), np.float32)),
                 "masked_attention_forward": (
                     *(wide, wide, wide, np.empty((huge, 0), bool), wide.copy()),
-                    *(np.empty((huge, 0, 0), np.float32), 1.0),
+                    np.empty((huge, 0, 0), np.float32),
                 ),
             }.items():
                 attempt(native, name, dict(enumerate(arguments)), positional=True)
@@ -271,7 +271,7 @@ def huge_and_empty(native: Any) -> None:
 def attempt(native: Any, name: str, call: Call, positional: bool = False) -> bool:
     os.write(1, f"\n{name}({described({str(key): value for key, value in call.items()})})".encode())
     try:
-        getattr(native, name)(*call.values()) if positional else getattr(native, name)(**call)
+        getattr(native, name)(*call.values(), scale=1.0) if positional else getattr(native, name)(**call)
     except (TypeError, ValueError, MemoryError):
         return False
     return True

@@ -40,16 +40,17 @@ def run_masked(x: Inputs, keep: Tensor, skip_queries: bool, **how: Any) -> Resul
 
 def _run(forward: Any, backward: Any, x: Inputs, where: list, shape_lse: Sequence[int], how: dict) -> Results:
     q, k, v = map(as_numpy, (x.q, x.k, x.v))
-    terms = {name: as_numpy(getattr(x, name)) for name in ("key_bias", "coords_q", "coords_k", "slopes")}
+    tensors = {name: as_numpy(getattr(x, name)) for name in ("key_bias", "coords_q", "coords_k", "slopes")}
+    terms = {"scale": x.scale, **tensors}
     results = {"out": unwritten(x.q.shape, x.q.dtype), "lse": unwritten(shape_lse, torch.float32)}
     out, lse = map(as_numpy, results.values())
     rest = as_numpy(unwritten(shape_lse, torch.float32))
-    forward(q, k, v, *where, out, lse, x.scale, lse_rest=rest, **terms, **how)
+    forward(q, k, v, *where, out, lse, lse_rest=rest, **terms, **how)
     assert np.isfinite(rest).all()
     grads = {f"d{name}": unwritten(leaf.shape, leaf.dtype) for name, leaf in x.leaves().items()}
     dq, dk, dv, dbias, dslopes = (as_numpy(grads.get(f"d{name}")) for name in ("q", "k", "v", "key_bias", "slopes"))
     backward(
-        *(as_numpy(x.grad_out), q, k, v, out, lse, *where, dq, dk, dv, x.scale),
+        *(as_numpy(x.grad_out), q, k, v, out, lse, *where, dq, dk, dv),
         lse_rest=rest,
         grad_lse=as_numpy(x.grad_lse),
         dbias=dbias,

@@ -167,7 +167,7 @@ def test_reversed_rows_and_outputs_with_gaps():
     q, k, v = (np.ascontiguousarray(as_numpy(x)[::-1])[::-1] for x in (inputs.q, inputs.k, inputs.v))
     wide_out, wide_lse = torch.full((70, 2, 40), 7.0), torch.full((2, 140), 7.0)
     out, lse = wide_out[:, :, 3:35], wide_lse[:, ::2]
-    _native.attention_forward(q, k, v, where, where, out.numpy(), lse.numpy(), inputs.scale)
+    _native.attention_forward(q, k, v, where, where, out.numpy(), lse.numpy(), scale=inputs.scale)
     assert_same_bits({"out": out, "lse": lse}, {name: plain[name] for name in ("out", "lse")})
     assert (wide_out[:, :, :3] == 7).all()
     assert (wide_out[:, :, 35:] == 7).all()
@@ -242,7 +242,7 @@ def test_the_exponential_is_as_good_as_its_comment_says(instruction_set):
     out, lse = torch.empty_like(q), torch.empty(1, 4001)
     starts = cu_seqlens([4001]).numpy(), cu_seqlens([2]).numpy()
     arrays = (as_numpy(t) for t in (q, k, v))
-    _native.attention_forward(*arrays, *starts, out.numpy(), lse.numpy(), 1.0, instruction_set=instruction_set)
+    _native.attention_forward(*arrays, *starts, out.numpy(), lse.numpy(), scale=1.0, instruction_set=instruction_set)
     ratio = (out[:, 0, 1] / out[:, 0, 0]).double()
     roundings = 2 * torch.finfo(torch.float32).eps  # of the two outputs and their quotient
     error = (ratio / x.double().exp() - 1).abs()

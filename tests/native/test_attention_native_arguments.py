@@ -41,7 +41,8 @@ BAD_TYPES = [
     ({"cu_seqlens_q": np.array([0, 2, 5])}, "cu_seqlens_q of dtype int32, got cu_seqlens_q.dtype=int64"),
     ({"lse": rows(2, 5, dtype=np.float64)}, "lse of dtype float32"),
     ({"key_bias": [0.0]}, "key_bias as a numpy array"),
-    ({"scale": "1"}, "incompatible function arguments"),
+    ({"scale": "1"}, "scale as a float, got '1'"),
+    ({"threads": None}, "threads as an int, got None"),
     ({"key_bais": rows(5)}, "attention_forward needs keywords among .*key_bias.*, got key_bais"),
     ({"skip_queries": True}, "got skip_queries"),
     ({"threads": 1.5}, "threads as an int, got 1.5"),
@@ -144,20 +145,20 @@ def test_a_keyword_of_another_operation_is_refused(operation, foreign):
 
 def refused(operation: Callable[..., None], message: str, *args: Any, **options: Any) -> None:
     with pytest.raises(ValueError, match=message):
-        operation(*args, **options)
+        operation(*args, scale=1.0, **options)
 
 
 def test_masked_calls_and_gradients_are_checked_too():
     dense, lse, keep = rows(2, 3, 5, 16), rows(2, 3, 5), rows(2, 5, dtype=bool)
     forward, backward = _native.masked_attention_forward, _native.masked_attention_backward
     q, out, one = rows(2, 3, 4, 16), rows(2, 3, 4, 16), rows(2, 3, 4)
-    refused(forward, "as many queries as keys .* got Nq=4 and N=5", q, dense, dense, keep, out, one, 1.0)
-    refused(forward, r"keep of shape \(B, N\)", dense, dense, dense, keep[:, :4], dense.copy(), lse, 1.0)
+    refused(forward, "as many queries as keys .* got Nq=4 and N=5", q, dense, dense, keep, out, one)
+    refused(forward, r"keep of shape \(B, N\)", dense, dense, dense, keep[:, :4], dense.copy(), lse)
     with pytest.raises(TypeError, match="keep of dtype bool"):
-        forward(dense, dense, dense, keep.view(np.uint8), dense.copy(), lse, 1.0)
-    call = (dense, dense, dense, dense, dense, lse, keep, dense.copy(), dense.copy(), dense.copy(), 1.0)
+        forward(dense, dense, dense, keep.view(np.uint8), dense.copy(), lse, scale=1.0)
+    call = (dense, dense, dense, dense, dense, lse, keep, dense.copy(), dense.copy(), dense.copy())
     refused(backward, "key_bias to write dbias, got None", *call, dbias=rows(2, 5))
     refused(backward, "slopes to write dslopes, got None", *call, dslopes=rows(3))
     refused(backward, r"dbias of shape \(B, N\)", *call, key_bias=rows(2, 5), dbias=rows(2, 3, 5))
     refused(backward, r"grad_lse of shape \(B, H, Nq\)", *call, grad_lse=rows(2, 5, 3))
-    backward(*call)
+    backward(*call, scale=1.0)

@@ -84,7 +84,7 @@ def run_native(case: Case, row_gradients: bool = True, **how: Any) -> dict[str, 
     inputs, starts = [as_numpy(t) for t in (case.q, case.k, case.v)], case.starts.numpy()
     out, lse, rows = map(as_numpy, results.values())
     rest = as_numpy(unwritten(case.q.shape[:3], torch.float32))
-    _native.readout_forward(*inputs, starts, out, lse, x.scale, rows=rows, lse_rest=rest, **terms_of(x), **how)
+    _native.readout_forward(*inputs, starts, out, lse, scale=x.scale, rows=rows, lse_rest=rest, **terms_of(x), **how)
     grads = {f"d{name}": unwritten(getattr(case, name).shape, dtype) for name in "qkv"}
     learnt = {
         f"d{name}": unwritten(getattr(x, name).shape, torch.float32)
@@ -92,7 +92,8 @@ def run_native(case: Case, row_gradients: bool = True, **how: Any) -> dict[str, 
         if getattr(x, name) is not None
     }
     _native.readout_backward(
-        *(as_numpy(case.grad_out), *inputs, out, lse, starts, *map(as_numpy, grads.values()), x.scale),
+        *(as_numpy(case.grad_out), *inputs, out, lse, starts, *map(as_numpy, grads.values())),
+        scale=x.scale,
         lse_rest=rest,
         grad_lse=as_numpy(case.grad_lse),
         grad_rows=as_numpy(case.grad_rows) if row_gradients else None,
@@ -234,11 +235,12 @@ def relevance(case: Case, classes: int, each: bool, origins: bool = True, **how:
     g, key_origin, value_origin = class_inputs(case, classes, each)
     out, lse = unwritten(case.q.shape, case.q.dtype), unwritten(case.q.shape[:3], torch.float32)
     inputs, starts = [as_numpy(t) for t in (case.q, case.k, case.v)], case.starts.numpy()
-    _native.readout_forward(*inputs, starts, as_numpy(out), as_numpy(lse), x.scale, **terms_of(x), **how)
+    _native.readout_forward(*inputs, starts, as_numpy(out), as_numpy(lse), scale=x.scale, **terms_of(x), **how)
     result = unwritten((classes, case.k.shape[0]), torch.float32)
     where = {"key_origin": as_numpy(key_origin), "value_origin": as_numpy(value_origin)} if origins else {}
     _native.token_relevance(
-        *(*inputs, as_numpy(out), as_numpy(lse), as_numpy(g), starts, as_numpy(result), x.scale),
+        *(*inputs, as_numpy(out), as_numpy(lse), as_numpy(g), starts, as_numpy(result)),
+        scale=x.scale,
         **where,
         **terms_of(x),
         **how,

@@ -22,9 +22,9 @@ starts = np.array([0, 600, 601, 700], np.int32)
 
 def run(threads):
     out, lse = np.empty_like(q), np.empty((3, 700), np.float32)
-    _native.attention_forward(q, k, v, starts, starts, out, lse, 0.2, threads=threads)
+    _native.attention_forward(q, k, v, starts, starts, out, lse, scale=0.2, threads=threads)
     grads = [np.empty_like(q) for _ in range(3)]
-    _native.attention_backward(grad, q, k, v, out, lse, starts, starts, *grads, 0.2, threads=threads)
+    _native.attention_backward(grad, q, k, v, out, lse, starts, starts, *grads, scale=0.2, threads=threads)
     return b"".join(x.tobytes() for x in (out, lse, *grads))
 
 alone = run(1)

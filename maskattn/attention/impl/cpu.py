@@ -28,10 +28,11 @@ from maskattn.operands import (
     ReadoutOutputs,
     Sequences,
 )
-from maskattn.options import Options, differentiable, empty_rest
+from maskattn.options import DIFFERENTIABLE, Options
 
 __all__ = [
     "OPTIONS",
+    "WITH_REST",
     "masked_backward",
     "masked_forward",
     "packed_backward",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k"})
+WITH_REST = frozenset({"key_bias", "slopes"})
 
 HEAD_WIDTHS = range(16, 257, 8)
 
@@ -213,14 +215,15 @@ def _score_arguments(options: Options) -> dict[str, Any]:
 
 def _empty_outputs(q: Tensor, lse_shape: tuple[int, ...], options: Options) -> Outputs:
     lse = torch.empty(lse_shape)
-    return Outputs(_empty(q), lse, empty_rest(lse, "cpu", options))
+    keeps_rest = any(getattr(options, name) is not None for name in WITH_REST)
+    return Outputs(_empty(q), lse, torch.empty(lse_shape if keeps_rest else 0))
 
 
 def _empty_gradients(qkv: QKV, options: Options) -> tuple[Gradients, dict[str, Any]]:
     """Gradients to be filled, those of options in float32 as the kernels sum them, and the latter as arguments."""
-    given = {name: getattr(options, name) for name in differentiable()}
-    sums = {name: None if x is None else torch.empty(x.shape) for name, x in given.items()}
-    arrays = {_GRADIENT_OF[name]: None if x is None else _array(x) for name, x in sums.items()}
+    given = ((name, getattr(options, name)) for name in DIFFERENTIABLE)
+    sums = {name: torch.empty(x.shape) for name, x in given if x is not None}
+    arrays = {_GRADIENT_OF[name]: _array(x) for name, x in sums.items()}
     return Gradients(_empty(qkv.q), _empty(qkv.k), _empty(qkv.v), **sums), arrays
 
 
@@ -230,7 +233,7 @@ _GRADIENT_OF = {"key_bias": "dbias", "slopes": "dslopes"}
 
 def _in_dtypes(found: Gradients, options: Options) -> Gradients:
     """The gradients, those of options in these' dtypes."""
-    for name in differentiable():
+    for name in DIFFERENTIABLE:
         sums, given = getattr(found, name), getattr(options, name)
         if sums is not None:
             found = replace(found, **{name: sums.to(given.dtype)})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskattn.kernels.attention import backward
 from maskattn.kernels.gluon import support
+from maskattn.kernels.launch import arguments
 from maskattn.operands import (
     QKV,
     ClassGradients,
@@ -29,6 +30,7 @@ from maskattn.options import Options
 
 __all__ = [
     "OPTIONS",
+    "WITH_REST",
     "masked_backward",
     "masked_forward",
     "packed_backward",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k"})
+WITH_REST = arguments.WITH_REST
 
 
 def supports(q: Tensor, options: Options) -> str | None:

@@ -31,6 +31,7 @@ from maskattn.options import Options, differentiable
 
 __all__ = [
     "OPTIONS",
+    "WITH_REST",
     "masked_backward",
     "masked_forward",
     "packed_backward",
@@ -41,7 +42,8 @@ __all__ = [
     "token_relevance",
 ]
 
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed"})
+OPTIONS = reference.OPTIONS
+WITH_REST: frozenset[str] = frozenset()
 
 
 def supports(q: Tensor, options: Options) -> str | None:

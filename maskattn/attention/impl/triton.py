@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from maskattn.kernels.attention import backward, forward, masked
-from maskattn.kernels.launch import support
+from maskattn.kernels.launch import arguments, support
 from maskattn.kernels.readout import forward as readout
 from maskattn.kernels.readout import gradient, relevance
 from maskattn.operands import (
@@ -28,6 +28,7 @@ from maskattn.options import Options
 
 __all__ = [
     "OPTIONS",
+    "WITH_REST",
     "masked_backward",
     "masked_forward",
     "packed_backward",
@@ -38,7 +39,8 @@ __all__ = [
     "token_relevance",
 ]
 
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed"})
+OPTIONS = arguments.OPTIONS
+WITH_REST = arguments.WITH_REST
 
 
 def supports(q: Tensor, options: Options) -> str | None:

@@ -28,6 +28,7 @@ from maskattn.kernels.language.bundles import ABSENT, Tokens
 from maskattn.kernels.launch.arguments import (
     bounds_argument,
     constant_arguments,
+    keeps_rest,
     known_strides,
     rest_argument,
     row_values_argument,
@@ -39,7 +40,8 @@ from maskattn.kernels.launch.rows import Rows, packed_rows_of, readable
 from maskattn.kernels.launch.schedule import plan_work
 from maskattn.kernels.launch.tail import clear_tail
 from maskattn.kernels.tables.lookup import choose
-from maskattn.options import Gradients, Options, Sequences
+from maskattn.operands import Gradients, Sequences
+from maskattn.options import Options
 
 __all__ = ["completed", "differentiate", "packed_backward"]
 
@@ -118,7 +120,7 @@ def differentiate(
     head_width, heads = q.shape[-1], q.shape[1]
     inputs = tuple(tokens_argument(x) for x in (q, k, v))
     common = (
-        terms_argument(options, packed=q.ndim == 3, natural=options.key_bias is not None),
+        terms_argument(options, packed=q.ndim == 3, natural=keeps_rest(options)),
         bounds_argument(q_rows),
         bounds_argument(k_rows),
         options.scale,

@@ -42,6 +42,8 @@ from maskattn.kernels.launch.arguments import (
     VARYING,
     bounds_argument,
     constant_arguments,
+    empty_rest,
+    keeps_rest,
     rest_argument,
     row_values_argument,
     terms_argument,
@@ -52,7 +54,8 @@ from maskattn.kernels.launch.rows import Rows, packed_rows_of, readable
 from maskattn.kernels.launch.schedule import find_work, plan_work
 from maskattn.kernels.launch.tail import clear_tail
 from maskattn.kernels.tables.lookup import choose
-from maskattn.options import Options, Sequences, empty_rest
+from maskattn.operands import Sequences
+from maskattn.options import Options
 
 __all__ = ["attend", "forward_kernel", "packed_forward"]
 
@@ -187,7 +190,7 @@ def packed_forward(
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    rest = empty_rest(lse, "triton", options)
+    rest = empty_rest(lse, options)
     attend(q, k, v, options, out, lse, rest, *packed_rows_of(sequences, q, k))
     clear_tail(
         sequences.cu_seqlens_q,
@@ -220,7 +223,7 @@ def attend(
     config = choose("forward", q, options)
     work = plan_work(q_rows, k_rows, config.block_m)
     described = config.descriptors and describable(k, k_rows) and describable(v, k_rows)
-    packed, natural = q.ndim == 3, options.key_bias is not None
+    packed, natural = q.ndim == 3, keeps_rest(options)
     launch(
         forward_kernel, work.items * heads, described, q,
         tokens_argument(q), tokens_argument(k), tokens_argument(v), tokens_argument(out), row_values_argument(lse),

@@ -19,6 +19,7 @@ from maskattn.kernels.language.chunks import (
     zeros_chunks,
 )
 from maskattn.kernels.language.scores import (
+    along_product,
     begin_scores,
     kept_factors,
     key_terms,
@@ -71,7 +72,8 @@ def add_queries_to_key_gradient(
         # [N, M]
         qk = dot_rows(k, q, WIDTH)
         of_queries = query_terms(scoring, first, rows, inside, INDEXED, PARTIAL)
-        excess = scores(qk, scoring, of_queries, of_keys, True).tile - lse[None, :]
+        score = scores(qk, scoring, of_queries, of_keys, True)
+        excess = score.tile - lse[None, :]
         if queries.lse_rest_ptr is not None:
             rest = load_row_values(queries.lse_rest_ptr, first, rows, 1, inside, 0.0, INDEXED, PARTIAL)
             p = tl.exp2(excess * LOG2_E - (rest * LOG2_E)[None, :])
@@ -91,7 +93,7 @@ def add_queries_to_key_gradient(
         ds = p * (dp - delta[None, :])
         if of_keys.bias is not None:
             dbias += tl.sum(ds, 1)
-        dk = add_weighted_rows(ds, q, dk, WIDTH)
+        dk = add_weighted_rows(along_product(score, ds), q, dk, WIDTH)
     return dk, dv, dbias
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from maskattn.kernels.attention.backward import completed, differentiate
 from maskattn.kernels.attention.forward import attend
+from maskattn.kernels.launch.arguments import empty_rest
 from maskattn.kernels.launch.compaction import (
     from_front,
     front_rows,
@@ -28,7 +29,8 @@ from maskattn.kernels.launch.compaction import (
     values_to_front,
 )
 from maskattn.kernels.launch.rows import Rows, kept_rows, whole_rows
-from maskattn.options import Gradients, Options, empty_rest
+from maskattn.operands import Gradients
+from maskattn.options import Options
 
 __all__ = ["masked_backward", "masked_forward"]
 
@@ -57,7 +59,7 @@ def masked_forward(
     if kept.longest < MOVED_FROM:
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
-        rest = empty_rest(lse, "triton", options).zero_()
+        rest = empty_rest(lse, options).zero_()
         attend(q, k, v, options, out, lse, rest, every or kept, kept)
         return out, lse, rest
     front = front_rows(kept)
@@ -65,7 +67,7 @@ def masked_forward(
     q = to_front(q, kept) if skip_queries else q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    rest = empty_rest(lse, "triton", options)
+    rest = empty_rest(lse, options)
     attend(q, to_front(k, kept), to_front(v, kept), own, out, lse, rest, every or front, front)
     if skip_queries:
         rest = values_from_front(rest, kept, 0.0) if rest.ndim > 1 else rest

@@ -21,6 +21,7 @@ from maskattn.kernels.language.chunks import (
 )
 from maskattn.kernels.language.scores import (
     begin_scores,
+    gradient_of_terms,
     in_units,
     kept_factors,
     key_terms,
@@ -91,10 +92,10 @@ def add_keys_to_query_gradient(
         kept = kept_factors(scoring, first_query, first, BLOCK_M, BLOCK_N, False)
         if kept.factors is not None:
             dp *= kept.factors
-        ds = p * (dp - delta[:, None])
-        if score.distances is not None:
-            dslope -= tl.sum(ds * score.distances, 1)
-        dq = add_weighted_rows(ds, k, dq, WIDTH)
+        back = gradient_of_terms(score, p * (dp - delta[:, None]))
+        if back.slope is not None:
+            dslope -= tl.sum(back.slope, 1)
+        dq = add_weighted_rows(back.product, k, dq, WIDTH)
     return dq, dslope
 
 

@@ -12,6 +12,8 @@ from maskattn.kernels.gluon.configs import choose
 from maskattn.kernels.gluon.kernel import BLOCK_M, gluon_forward_kernel
 from maskattn.kernels.launch.arguments import (
     bounds_argument,
+    empty_rest,
+    keeps_rest,
     rest_argument,
     row_values_argument,
     terms_argument,
@@ -22,7 +24,8 @@ from maskattn.kernels.launch.rows import Rows, packed_rows_of, readable
 from maskattn.kernels.launch.schedule import plan_work
 from maskattn.kernels.launch.tail import clear_tail
 from maskattn.kernels.tables.lookup import padded_width
-from maskattn.options import Options, Sequences, empty_rest
+from maskattn.operands import Sequences
+from maskattn.options import Options
 
 __all__ = ["packed_forward"]
 
@@ -46,8 +49,8 @@ def packed_forward(
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    rest = empty_rest(lse, "gluon", options)
-    scale, natural = options.scale, options.key_bias is not None
+    rest = empty_rest(lse, options)
+    scale, natural = options.scale, keeps_rest(options)
     if scale < 0:
         # The kernel takes the maximum before it scales.
         q, scale = -q, -scale

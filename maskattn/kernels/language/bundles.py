@@ -1,5 +1,7 @@
 """What travels together: bundles of arguments of the kernels, and of what a program has of one sequence and head.
 
+The terms of the score are in ``scores.py``.
+
 A pointer of None is absent, which is known when a kernel is compiled.
 """
 
@@ -12,17 +14,11 @@ __all__ = [
     "NO_POSITIONS",
     "Bounds",
     "Dropout",
-    "Kept",
-    "KeyTerms",
     "Keys",
     "Noise",
     "Positions",
     "Queries",
-    "QueryTerms",
     "RowValues",
-    "Scores",
-    "Scoring",
-    "Terms",
     "Tokens",
     "Width",
 ]
@@ -70,17 +66,6 @@ class Dropout(NamedTuple):
     factor: Any
 
 
-class Terms(NamedTuple):
-    """What makes a score of q·k, and which weights are dropped; only ``scores.py`` takes it apart."""
-
-    scale: Any
-    bias: Any
-    slopes_ptr: Any
-    query_positions: Any
-    key_positions: Any
-    dropout: Any
-
-
 class Noise(NamedTuple):
     """What the random words of one program have in common."""
 
@@ -90,44 +75,6 @@ class Noise(NamedTuple):
     factor: Any
     head: Any
     sequence: Any
-
-
-class Scoring(NamedTuple):
-    """The terms of one sequence and head: numbers, and pointers to those of its first query and key."""
-
-    scale: Any
-    slope: Any
-    bias: Any
-    query_positions: Any
-    key_positions: Any
-    noise: Any
-
-
-class QueryTerms(NamedTuple):
-    """What the queries of a tile bring to their scores: positions (x, y), [M] each, or None."""
-
-    positions: Any
-
-
-class KeyTerms(NamedTuple):
-    """What the keys of a tile bring to their scores: bias [N] and positions (x, y), [N] each, or None."""
-
-    bias: Any
-    positions: Any
-
-
-class Scores(NamedTuple):
-    """The scores of a tile; what they must yet be multiplied by, or None; the distances, or None without ALiBi."""
-
-    tile: Any
-    factor: Any
-    distances: Any
-
-
-class Kept(NamedTuple):
-    """The dropout factors of a tile's weights, or None without dropout."""
-
-    factors: Any
 
 
 class Width(NamedTuple):

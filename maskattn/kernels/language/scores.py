@@ -1,4 +1,4 @@
-"""The score, once for every kernel: what becomes of q·k before the softmax.
+"""The score, once for every kernel: what becomes of q·k before the softmax, and what comes back to its terms.
 
     score_ij = scale · q_i·k_j − slope · ‖x_i − x_j‖ + bias_j
 
@@ -8,25 +8,20 @@ largest is subtracted, so that a large bias is not rounded by a factor, does not
 float32 must.
 
 A program calls ``begin_scores`` once for its sequence and head, ``query_terms`` and ``key_terms`` for each tile, and
-``scores`` for each product. A new term is added here, in ``bundles.py`` and in ``launch/arguments.py``.
+``scores`` for each product. Whatever a launcher knows of the terms travels as one argument, ``Terms``, so that a new
+term is added here and in ``launch/arguments.py``, and no kernel changes.
 
 Dimension key: M queries of a tile, N keys of a tile; R × C is M × N, or N × M where a kernel works on the transpose.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from maskattn.kernels.language.bundles import (
-    Kept,
-    KeyTerms,
-    Positions,
-    QueryTerms,
-    Scores,
-    Scoring,
-    Tokens,
-)
+from maskattn.kernels.language.bundles import Positions, Tokens
 from maskattn.kernels.language.dropout import dropout_factors, load_noise
 from maskattn.kernels.language.tiles import (
     INTERPRETING,
@@ -38,8 +33,11 @@ from maskattn.kernels.language.tiles import (
 )
 
 __all__ = [
+    "Terms",
+    "along_product",
     "begin_scores",
     "distances",
+    "gradient_of_terms",
     "in_units",
     "kept_factors",
     "key_terms",
@@ -47,6 +45,62 @@ __all__ = [
     "query_terms",
     "scores",
 ]
+
+
+class Terms(NamedTuple):
+    """What makes a score of q·k, and which weights are dropped: the options, as the kernels are given them."""
+
+    scale: Any
+    key_bias: Any
+    slopes: Any
+    coords_q: Any
+    coords_k: Any
+    dropout: Any
+
+
+class Scoring(NamedTuple):
+    """The terms of one sequence and head: numbers, and pointers to those of its first query and key."""
+
+    scale: Any
+    slope: Any
+    bias: Any
+    query_positions: Any
+    key_positions: Any
+    noise: Any
+
+
+class QueryTerms(NamedTuple):
+    """What the queries of a tile bring to their scores: positions (x, y), [M] each, or None."""
+
+    positions: Any
+
+
+class KeyTerms(NamedTuple):
+    """What the keys of a tile bring to their scores: bias [N] and positions (x, y), [N] each, or None."""
+
+    bias: Any
+    positions: Any
+
+
+class Scores(NamedTuple):
+    """The scores of a tile; what they must yet be multiplied by, or None; the distances, or None without ALiBi."""
+
+    tile: Any
+    factor: Any
+    distances: Any
+
+
+class GradientOfTerms(NamedTuple):
+    """What comes back to scale · q·k of a tile, and to its slope with the sign changed, None without."""
+
+    product: Any
+    slope: Any
+
+
+class Kept(NamedTuple):
+    """The dropout factors of a tile's weights, or None without dropout."""
+
+    factors: Any
 
 
 @triton.jit
@@ -61,18 +115,18 @@ def begin_scores(
 ):
     """The terms of one sequence and head."""
     bias_ptr, slope, noise = None, 0.0, None
-    query_positions, key_positions = terms.query_positions, terms.key_positions
-    if terms.bias.ptr is not None:
-        bias_ptr = tokens_base(terms.bias, sequence, head, k_start, INDEX_K)
-    if terms.slopes_ptr is not None:
-        slope = in_units(tl.load(terms.slopes_ptr + head).to(tl.float32), NATURAL)
-        q_ptr = positions_base(terms.query_positions, sequence, q_start, INDEX_Q)
-        query_positions = Positions(q_ptr, 0, terms.query_positions.stride_t, terms.query_positions.stride_c)
-        k_ptr = positions_base(terms.key_positions, sequence, k_start, INDEX_K)
-        key_positions = Positions(k_ptr, 0, terms.key_positions.stride_t, terms.key_positions.stride_c)
+    query_positions, key_positions = terms.coords_q, terms.coords_k
+    if terms.key_bias.ptr is not None:
+        bias_ptr = tokens_base(terms.key_bias, sequence, head, k_start, INDEX_K)
+    if terms.slopes is not None:
+        slope = in_units(tl.load(terms.slopes + head).to(tl.float32), NATURAL)
+        q_ptr = positions_base(terms.coords_q, sequence, q_start, INDEX_Q)
+        query_positions = Positions(q_ptr, 0, terms.coords_q.stride_t, terms.coords_q.stride_c)
+        k_ptr = positions_base(terms.coords_k, sequence, k_start, INDEX_K)
+        key_positions = Positions(k_ptr, 0, terms.coords_k.stride_t, terms.coords_k.stride_c)
     if terms.dropout.seed_ptr is not None:
         noise = load_noise(terms.dropout, head, sequence)
-    bias = Tokens(bias_ptr, 0, 0, terms.bias.stride_t)
+    bias = Tokens(bias_ptr, 0, 0, terms.key_bias.stride_t)
     return Scoring(terms.scale, slope, bias, query_positions, key_positions, noise)
 
 
@@ -121,6 +175,31 @@ def scores(qk, scoring, queries, keys, TRANSPOSED: tl.constexpr, SCALE_LATER: tl
     if keys.bias is not None:
         result += keys.bias[:, None] if TRANSPOSED else keys.bias[None, :]
     return Scores(result, factor, distance)
+
+
+@triton.jit
+def along_product(score, x):
+    """x times the derivative of scores by their scaled products, which is 1: all other terms are added to these.
+
+    Args:
+        score: what ``scores`` returned.
+        x: of the tile's shape.
+    """
+    return x
+
+
+@triton.jit
+def gradient_of_terms(score, ds):
+    """What comes back to the terms of a tile's scores.
+
+    Args:
+        score: what ``scores`` returned.
+        ds: what came back to the scores, and so to the bias.
+    """
+    slope = None
+    if score.distances is not None:
+        slope = ds * score.distances
+    return GradientOfTerms(along_product(score, ds), slope)
 
 
 @triton.jit

@@ -20,20 +20,24 @@ from maskattn.kernels.language.bundles import (
     Dropout,
     Positions,
     RowValues,
-    Terms,
     Tokens,
     Width,
 )
+from maskattn.kernels.language.scores import Terms
 from maskattn.kernels.launch.rows import MAX_BLOCK, Rows, bias_strides_bht, lse_strides_bh, strides_bht
 from maskattn.kernels.tables.config import Config
 from maskattn.kernels.tables.lookup import split_width
 from maskattn.options import Options
 
 __all__ = [
+    "OPTIONS",
     "VARYING",
+    "WITH_REST",
     "bounds_argument",
     "constant_arguments",
     "dropout_argument",
+    "empty_rest",
+    "keeps_rest",
     "known_strides",
     "rest_argument",
     "row_values_argument",
@@ -62,6 +66,22 @@ VARYING = (
 
 
 _KNOWN_ZERO = tl.constexpr(0)
+
+# The options that terms_argument has.
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed"})
+
+# With these, lse has a rest, and the scores of attention are natural.
+WITH_REST = frozenset({"key_bias"})
+
+
+def keeps_rest(options: Options) -> bool:
+    """Whether forward leaves the rest of lse to backward."""
+    return any(getattr(options, name) is not None for name in WITH_REST)
+
+
+def empty_rest(lse: Tensor, options: Options) -> Tensor:
+    """Room for the rest of lse, shaped as that; one axis of no elements where none is kept."""
+    return lse.new_empty(lse.shape if keeps_rest(options) else 0)
 
 
 def known_strides(*strides: int) -> tuple[Any, ...]:
@@ -95,12 +115,12 @@ def terms_argument(options: Options, packed: bool, natural: bool, scale: float |
     """
     scale = options.scale if scale is None else scale
     return Terms(
-        scale if natural else scale * math.log2(math.e),
-        bias_argument(options.key_bias, packed),
-        None if options.slopes is None else options.slopes.contiguous(),
-        positions_argument(options.coords_q),
-        positions_argument(options.coords_k),
-        dropout_argument(options),
+        scale=scale if natural else scale * math.log2(math.e),
+        key_bias=bias_argument(options.key_bias, packed),
+        slopes=None if options.slopes is None else options.slopes.contiguous(),
+        coords_q=positions_argument(options.coords_q),
+        coords_k=positions_argument(options.coords_k),
+        dropout=dropout_argument(options),
     )
 
 

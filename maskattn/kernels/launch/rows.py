@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskattn.options import Sequences
+from maskattn.operands import Sequences
 from maskattn.shapes import Bool, Int
 
 __all__ = [

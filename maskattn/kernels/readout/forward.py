@@ -24,7 +24,7 @@ from torch import Tensor
 from maskattn.kernels.language.scores import begin_scores, kept_factors, key_terms, query_terms, scores
 from maskattn.kernels.language.softmax import exponential, finite_or_zero, row_divisor, row_lse, softmax_update
 from maskattn.kernels.language.tiles import load_rows, sequence_base, sequence_bounds
-from maskattn.kernels.launch.arguments import VARYING
+from maskattn.kernels.launch.arguments import VARYING, empty_rest
 from maskattn.kernels.launch.tail import clear_tail
 from maskattn.kernels.readout.call import prepare
 from maskattn.kernels.readout.tiles import (
@@ -34,7 +34,7 @@ from maskattn.kernels.readout.tiles import (
     split_bounds,
     weighted_sum,
 )
-from maskattn.options import Options, empty_rest
+from maskattn.options import Options
 
 __all__ = ["combine_kernel", "readout_forward", "readout_kernel"]
 
@@ -216,7 +216,7 @@ def readout_forward(
     B, R, H, D = q.shape
     out = torch.empty((B, R, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, R, H), dtype=torch.float32, device=q.device)
-    rest = empty_rest(lse, "triton", options)
+    rest = empty_rest(lse, options)
     rows = torch.empty((R, H, k.shape[0] if need_rows else 0), dtype=torch.float32, device=q.device)
     if B * H == 0:
         return out, lse, rest, rows.zero_()

@@ -23,7 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from maskattn.kernels.language.bundles import ABSENT, Tokens
-from maskattn.kernels.language.scores import begin_scores, kept_factors, key_terms, query_terms, scores
+from maskattn.kernels.language.scores import (
+    begin_scores,
+    gradient_of_terms,
+    kept_factors,
+    key_terms,
+    query_terms,
+    scores,
+)
 from maskattn.kernels.language.tiles import load_rows, sequence_base, sequence_bounds, store_row_values, store_rows
 from maskattn.kernels.launch.arguments import VARYING
 from maskattn.kernels.launch.tail import clear_tail
@@ -39,7 +46,8 @@ from maskattn.kernels.readout.tiles import (
     weighted_sum,
     weights_of,
 )
-from maskattn.options import Gradients, Options
+from maskattn.operands import Gradients
+from maskattn.options import Options
 
 __all__ = ["readout_backward", "readout_gradient_kernel", "row_gradient_kernel"]
 
@@ -159,24 +167,25 @@ def readout_gradient_kernel(
         score = scores(products(k_tile, q_tile, BLOCK_R), scoring, of_queries, of_keys, True)
         values = tl.where(inside[:, None], score.tile, float("-inf"))
         p = weights_of(values, lse, lse_rest_ptr, offset, heads, queries, BLOCK_R)
-        ds = products(v_tile, dout_tile, BLOCK_R)
+        dp = products(v_tile, dout_tile, BLOCK_R)
         weights = p
         kept = kept_factors(scoring, 0, first, BLOCK_R, BLOCK_N, True)
         if kept.factors is not None:
-            weights, ds = p * kept.factors, ds * kept.factors
+            weights, dp = p * kept.factors, dp * kept.factors
         dv_tile = spread(weights, dout_tile, BLOCK_R)
         store_rows(dv_base_ptr, first, rows_N, dv.stride_t, inside, dv_tile, HEAD_WIDTH, BLOCK_D, False)
         if drows.ptr is not None:
-            ds += load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R, BLOCK_N)
+            dp += load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R, BLOCK_N)
         # Where p is 0 the rest may be NaN.
-        ds = tl.where(p > 0, p * (ds - delta[None, :]), 0.0)
+        ds = tl.where(p > 0, p * (dp - delta[None, :]), 0.0)
         if dbias.ptr is not None:
             store_row_values(dbias_base_ptr, first, rows_N, dbias.stride_t, inside, tl.sum(ds, 1), False)
-        if score.distances is not None:
-            dslope += ds * score.distances
-        dk_tile = spread(ds, q_tile, BLOCK_R) * terms.scale
+        back = gradient_of_terms(score, ds)
+        if back.slope is not None:
+            dslope += back.slope
+        dk_tile = spread(back.product, q_tile, BLOCK_R) * terms.scale
         store_rows(dk_base_ptr, first, rows_N, dk.stride_t, inside, dk_tile, HEAD_WIDTH, BLOCK_D, False)
-        dq += weighted_sum(ds, k_tile, BLOCK_R, SLOTS)
+        dq += weighted_sum(back.product, k_tile, BLOCK_R, SLOTS)
 
     if BLOCK_R == 1:
         dq = tl.sum(dq, 0, keep_dims=True)

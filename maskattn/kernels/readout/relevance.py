@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskattn.kernels.language.bundles import Tokens
-from maskattn.kernels.language.scores import begin_scores, key_terms, query_terms, scores
+from maskattn.kernels.language.scores import along_product, begin_scores, key_terms, query_terms, scores
 from maskattn.kernels.language.softmax import exponential
 from maskattn.kernels.language.tiles import load_rows, sequence_base, sequence_bounds
 from maskattn.kernels.launch.arguments import VARYING
@@ -131,7 +131,7 @@ def relevance_kernel(
             p = exponential(score.tile - lse[None, :])
             if key_origin.ptr is not None:
                 qk -= products(k0_tile, q_row, 1)
-            change = terms.scale * qk
+            change = along_product(score, terms.scale * qk)
 
             # [C, D]
             g_ptr = row_pointer(grad, sequence, head, r) + first_class.to(tl.int64) * stride_gc

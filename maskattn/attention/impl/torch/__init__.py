@@ -16,7 +16,7 @@ from maskattn.attention.impl.torch import sdpa
 from maskattn.attention.impl.torch.blocks import attend_in_blocks, differentiate_in_blocks
 from maskattn.attention.impl.torch.dense import DensePacking, gather
 from maskattn.attention.impl.torch.relevance import token_relevance
-from maskattn.attention.impl.torch.scores import as_packed, wide_dtype
+from maskattn.attention.impl.torch.scores import OPTIONS, as_packed, wide_dtype
 from maskattn.attention.impl.torch.sdpa import packed_forward
 from maskattn.operands import (
     QKV,
@@ -33,6 +33,7 @@ from maskattn.options import Options
 
 __all__ = [
     "OPTIONS",
+    "WITH_REST",
     "masked_backward",
     "masked_forward",
     "packed_backward",
@@ -43,7 +44,7 @@ __all__ = [
     "token_relevance",
 ]
 
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed"})
+WITH_REST: frozenset[str] = frozenset()
 
 
 def supports(q: Tensor, options: Options) -> str | None:
@@ -63,7 +64,7 @@ def masked_forward(qkv: QKV, where: Mask, options: Options, need_lse: bool) -> O
     packing, shape = DensePacking.of(qkv.q, where), tuple(qkv.q.shape)
     found = packed_forward(packing.packed(qkv), packing.sequences, packing.packed_options(options), need_lse)
     lse = packing.dense_lse(found.lse, shape) if need_lse else found.lse.new_empty((*shape[:2], 0))
-    return replace(found, out=packing.dense_out(found.out, shape), lse=lse)
+    return Outputs(packing.dense_out(found.out, shape), lse, found.lse_rest)
 
 
 def masked_backward(grads: OutputGradients, qkv: QKV, outputs: Outputs, where: Mask, options: Options) -> Gradients:

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskattn.attention.impl.torch.scores import as_packed, drop_factors, options_of, scores, wide_dtype
+from maskattn.attention.impl.torch.scores import (
+    ScoreDerivatives,
+    as_packed,
+    drop_factors,
+    options_of,
+    scores,
+    wide_dtype,
+)
 from maskattn.operands import QKV, Gradients, KeySequences, Sequences
 from maskattn.options import Options
 
@@ -66,15 +73,16 @@ def differentiate_in_blocks(
         if grad_lse is not None:
             delta = delta - grad_lse[:, queries, None].to(wide).masked_fill(block.lse_HQ[..., None].isinf(), 0)
         ds = block.p_HQK * (dp - delta)
-        dq[queries] = options.scale * torch.einsum("hqk,khd->qhd", ds, k[keys].to(wide))
-        dk[keys] += options.scale * torch.einsum("hqk,qhd->khd", ds, q[queries].to(wide))
+        dproduct = block.derivatives.along_product(ds)
+        dq[queries] = options.scale * torch.einsum("hqk,khd->qhd", dproduct, k[keys].to(wide))
+        dk[keys] += options.scale * torch.einsum("hqk,qhd->khd", dproduct, q[queries].to(wide))
         dv[keys] += torch.einsum("hqk,qhd->khd", block.dropped(block.p_HQK), dout)
         if dbias is not None:
             by_key = ds.sum(dim=1).T  # [K, H]
             dbias[keys] += by_key if dbias.ndim == 2 else by_key.sum(dim=1)
-        if dslopes is not None and block.distance_QK is not None:
+        if dslopes is not None and block.derivatives.distance_QK is not None:
             # Not a matrix product, whose one running sum would carry more rounding.
-            dslopes -= (ds * block.distance_QK).sum(dim=(1, 2))
+            dslopes -= (ds * block.derivatives.distance_QK).sum(dim=(1, 2))
     return Gradients(
         dq.to(q.dtype),
         dk.to(k.dtype),
@@ -103,7 +111,7 @@ class _Block:
     p_HQK: Tensor
     lse_HQ: Tensor
     rest_HQ: Tensor  # what rounding took from lse
-    distance_QK: Tensor | None
+    derivatives: ScoreDerivatives
     factors_HQK: Tensor | None
 
     def within(self, count: int) -> slice:
@@ -128,7 +136,7 @@ def blocks_of_queries(qkv: QKV, where: Sequences, options: Options) -> Iterator[
         step = max(1, _SCORES_AT_ONCE // (k.shape[1] * len(own_k)))
         for start in range(starts_q[b], starts_q[b + 1], step):
             queries = slice(start, min(start + step, starts_q[b + 1]))
-            score, distance = scores(q[queries].to(own_k.dtype), own_k, options_of(options, queries, keys))
+            score, derivatives = scores(q[queries].to(own_k.dtype), own_k, options_of(options, queries, keys))
             largest = score.amax(dim=-1, keepdim=True)
             # A query whose every key has a bias of −inf has no largest score to be relative to, and no weights.
             largest = largest.masked_fill(largest == float("-inf"), 0)
@@ -139,4 +147,4 @@ def blocks_of_queries(qkv: QKV, where: Sequences, options: Options) -> Iterator[
             rest = torch.where(total == 0, 0, largest - lse + logarithm)[..., 0]
             p /= total.masked_fill(total == 0, 1)
             factors = drop_factors(options, p, start - starts_q[b], b)
-            yield _Block(queries, keys, p, lse[..., 0], rest, distance, factors)
+            yield _Block(queries, keys, p, lse[..., 0], rest, derivatives, factors)

@@ -46,6 +46,8 @@ class DensePacking:
     def packed_options(self, options: Options) -> Options:
         """The options of the packed tensors."""
         coords_q, coords_k = options.coords_q, options.coords_k
+        if options.key_bias is None and coords_q is None and coords_k is None:
+            return options
         return replace(
             options,
             key_bias=self.packed_bias(options.key_bias),

@@ -35,9 +35,10 @@ def token_relevance(
             keys = slice(first, min(first + step, starts[b + 1]))
             moved_k, moved_v = _moved(k, origins.key_origin, keys), _moved(v, origins.value_origin, keys)
             own = options_of(packed_options, slice(b * R, (b + 1) * R), keys)
-            score_HRT = scores(q_RHD, k[keys].to(wide), own).score_HQK
+            score_HRT, derivatives = scores(q_RHD, k[keys].to(wide), own)
             p_RHT = (score_HRT - lse_HR1.masked_fill(lse_HR1.isinf(), 0)).exp().transpose(0, 1)
-            change_RHT = options.scale * torch.einsum("rhd,thd->rht", q_RHD, moved_k)
+            change_HRT = options.scale * torch.einsum("rhd,thd->hrt", q_RHD, moved_k)
+            change_RHT = derivatives.along_product(change_HRT).transpose(0, 1)
             from_score = torch.einsum("crhd,thd->crht", g_KRHD, v[keys].to(wide)) - read_KRH[..., None]
             from_value = torch.einsum("crhd,thd->crht", g_KRHD, moved_v)
             relevance[:, keys] = (p_RHT * (from_value + from_score * change_RHT)).sum((1, 2))

@@ -15,26 +15,33 @@ from maskattn.dropout import dropout_factors
 from maskattn.operands import QKV, KeySequences, Sequences
 from maskattn.options import Options
 
-__all__ = ["Scores", "as_packed", "drop_factors", "options_of", "scores", "wide_dtype"]
+__all__ = ["OPTIONS", "ScoreDerivatives", "as_packed", "drop_factors", "options_of", "scores", "wide_dtype"]
 
 
-class Scores(NamedTuple):
-    """The scores (H, Q, K), and the distances (Q, K) that entered them where there are slopes."""
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed"})
 
-    score_HQK: Tensor
+
+class ScoreDerivatives(NamedTuple):
+    """What the derivatives of scores by their terms are made of: the distances (Q, K), where there are slopes."""
+
     distance_QK: Tensor | None
 
+    def along_product(self, x_HQK: Tensor) -> Tensor:
+        """x times the derivative by the scaled products, which is 1: all other terms are added to these."""
+        return x_HQK
 
-def scores(q: Tensor, k: Tensor, options: Options) -> Scores:
-    """The scores of queries (Q, H, D) and keys (K, H, D), whose options these are; formula in ``reference.py``."""
+
+def scores(q: Tensor, k: Tensor, options: Options) -> tuple[Tensor, ScoreDerivatives]:
+    """The scores (H, Q, K) of queries (Q, H, D) and keys (K, H, D), whose options these are; see ``reference.py``."""
     score_HQK = options.scale * torch.einsum("qhd,khd->hqk", q, k)
     if options.key_bias is not None:
         bias = options.key_bias.to(score_HQK.dtype)
         score_HQK += (bias[None] if bias.ndim == 1 else bias.T)[:, None, :]
     if options.slopes is None or options.coords_q is None or options.coords_k is None:
-        return Scores(score_HQK, None)
+        return score_HQK, ScoreDerivatives(None)
     distance_QK = _distances(options.coords_q, options.coords_k).to(score_HQK.dtype)
-    return Scores(score_HQK - options.slopes[:, None, None].to(score_HQK.dtype) * distance_QK, distance_QK)
+    score_HQK -= options.slopes[:, None, None].to(score_HQK.dtype) * distance_QK
+    return score_HQK, ScoreDerivatives(distance_QK)
 
 
 def options_of(options: Options, queries: slice, keys: slice) -> Options:
@@ -62,9 +69,10 @@ def as_packed(qkv: QKV, where: KeySequences, options: Options) -> tuple[QKV, Seq
     """A readout of q (B, R, H, D) as packed attention with R queries in each sequence."""
     B, R = qkv.q.shape[:2]
     starts = torch.arange(0, (B + 1) * R, R, dtype=torch.int32, device=qkv.q.device)
-    coords_q = None if options.coords_q is None else options.coords_q.flatten(0, 1)
-    packed = replace(qkv, q=qkv.q.flatten(0, 1))
-    return packed, Sequences(starts, where.cu_seqlens, R, where.max_seqlen), replace(options, coords_q=coords_q)
+    if options.coords_q is not None:
+        options = replace(options, coords_q=options.coords_q.flatten(0, 1))
+    packed = QKV(qkv.q.flatten(0, 1), qkv.k, qkv.v)
+    return packed, Sequences(starts, where.cu_seqlens, R, where.max_seqlen), options
 
 
 def wide_dtype(q: Tensor) -> torch.dtype:

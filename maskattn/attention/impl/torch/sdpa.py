@@ -38,11 +38,11 @@ def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool)
     if need_lse or not _fits(options):
         out, lse = attend_in_blocks(qkv, where, options)
         return Outputs(out, lse if need_lse else unasked, none)
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    found = _Rows(q)
     for queries, keys, count in _slices(where):
         bias = None if options.key_bias is None else options.key_bias[keys]
-        out[queries] = _attend(q[queries], k[keys], v[keys], bias, options.scale, count)
-    return Outputs(out, unasked, none)
+        found.put(queries, _attend(q[queries], k[keys], v[keys], bias, options.scale, count))
+    return Outputs(found.all(), unasked, none)
 
 
 def packed_backward(grads: OutputGradients, qkv: QKV, where: Sequences, options: Options) -> Gradients:
@@ -50,7 +50,7 @@ def packed_backward(grads: OutputGradients, qkv: QKV, where: Sequences, options:
     if grads.grad_lse is not None or not _fits(options):
         return differentiate_in_blocks(grads.grad_out, grads.grad_lse, qkv, where, options)
     inputs = [x for x in (qkv.q, qkv.k, qkv.v, options.key_bias) if x is not None]
-    found = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    found = [_Rows(x) for x in inputs]
     for queries, keys, count in _slices(where):
 
         def attend(q_: Tensor, k_: Tensor, v_: Tensor, bias_: Tensor | None = None, count: int = count) -> Tensor:
@@ -60,8 +60,28 @@ def packed_backward(grads: OutputGradients, qkv: QKV, where: Sequences, options:
         # torch.func.vjp, because a custom op's body runs below autograd, where enable_grad records nothing.
         _, pull_back = torch.func.vjp(attend, *(x[tokens] for x, tokens in zip(inputs, own, strict=True)))[:2]
         for grad, tokens, piece in zip(found, own, pull_back(grads.grad_out[queries]), strict=True):
-            grad[tokens] = piece
-    return Gradients(*found)
+            grad.put(tokens, piece)
+    return Gradients(*(grad.all() for grad in found))
+
+
+class _Rows:
+    """A tensor like another that is put together of its rows, 0 where none were put; no copy of rows that are all."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._rows: Tensor | None = None
+
+    def put(self, tokens: slice, rows: Tensor) -> None:
+        if rows.shape == self._like.shape:
+            self._rows = rows
+        else:
+            self._rows = self.all()
+            self._rows[tokens] = rows
+
+    def all(self) -> Tensor:
+        if self._rows is None:
+            return torch.zeros_like(self._like, memory_format=torch.contiguous_format)
+        return self._rows
 
 
 def _slices(where: Sequences) -> Iterator[tuple[slice, slice, int]]:
@@ -80,8 +100,10 @@ def _slices(where: Sequences) -> Iterator[tuple[slice, slice, int]]:
 
 def _fits(options: Options) -> bool:
     """Whether torch's function, called as :func:`_attend` calls it, has the options that are given."""
-    if any(is_given(getattr(options, name), default) for name, default in _IN_BLOCKS):
-        return False
+    given = vars(options)
+    for name, default in _IN_BLOCKS:
+        if given[name] is not default and is_given(given[name], default):
+            return False
     if options.key_bias is None:
         return True
     # A larger one, added inside the dot product, would cost the products beside it their digits, or overflow.

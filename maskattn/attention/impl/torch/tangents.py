@@ -71,11 +71,12 @@ def _push(
         for a, b in ((tangents.q, k), (q, tangents.k)):
             if a is not None and b is not None:
                 score += s * torch.einsum("qhd,khd->hqk", a[queries].to(wide), b[keys].to(wide))
+        score = block.derivatives.along_product(score)
         if tangents.key_bias is not None:
             bias = tangents.key_bias[keys].to(wide)
             score += (bias[None] if bias.ndim == 1 else bias.T)[:, None, :]
-        if tangents.slopes is not None and block.distance_QK is not None:
-            score -= tangents.slopes[:, None, None].to(wide) * block.distance_QK
+        if tangents.slopes is not None and block.derivatives.distance_QK is not None:
+            score -= tangents.slopes[:, None, None].to(wide) * block.derivatives.distance_QK
         # Where p is 0 the score may move without bound.
         score = score.masked_fill(block.p_HQK == 0, 0)
         lse[:, queries] = (block.p_HQK * score).sum(dim=-1)
