@@ -22,19 +22,24 @@ if TYPE_CHECKING:
     from maskattn.nn.replace import replace_attention
     from maskattn.nn.slide_encoders import encode_placed_tiles, from_gigapath, from_titan
     from maskattn.nn.slide_model import SlideModel, SlideModelConfig
+    from maskattn.nn.slide_models.card import EncoderFacts, ModelCard
+    from maskattn.nn.slide_models.folder import load_two_stages, save_model
     from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
     from maskattn.nn.slide_models.head import SlideHead, TileGrid
     from maskattn.nn.slide_models.hipt import HIPTHead
     from maskattn.nn.slide_models.layouts import load_slide_head
     from maskattn.nn.slide_models.pooling import PooledHead
     from maskattn.nn.slide_models.transmil import TransMILHead
+    from maskattn.nn.slide_models.two_stage import TwoStageModel
     from maskattn.nn.slide_models.vit import ViTHead
     from maskattn.nn.vit import VisionTransformer
 
 __all__ = [
     "HIPT",
+    "EncoderFacts",
     "GatedAttentionHead",
     "HIPTHead",
+    "ModelCard",
     "MultiheadAttention",
     "PooledHead",
     "RegionModel",
@@ -44,6 +49,7 @@ __all__ = [
     "TileEncoder",
     "TileGrid",
     "TransMILHead",
+    "TwoStageModel",
     "ViTHead",
     "VisionTransformer",
     "drop_random_tokens",
@@ -57,15 +63,19 @@ __all__ = [
     "load_encoder",
     "load_hipt",
     "load_slide_head",
+    "load_two_stages",
     "load_vit",
     "register_attention",
     "replace_attention",
+    "save_model",
 ]
 
 _HOME = {
+    "EncoderFacts": "slide_models.card",
     "GatedAttentionHead": "slide_models.gated_attention",
     "HIPTHead": "slide_models.hipt",
     "HIPT": "hipt",
+    "ModelCard": "slide_models.card",
     "MultiheadAttention": "multihead",
     "PooledHead": "slide_models.pooling",
     "RegionModel": "region_model",
@@ -75,6 +85,7 @@ _HOME = {
     "TileEncoder": "encoders.tile_encoder",
     "TileGrid": "slide_models.head",
     "TransMILHead": "slide_models.transmil",
+    "TwoStageModel": "slide_models.two_stage",
     "ViTHead": "slide_models.vit",
     "VisionTransformer": "vit",
     "drop_random_tokens": "random_masks",
@@ -88,9 +99,11 @@ _HOME = {
     "load_encoder": "encoders.loading",
     "load_hipt": "hipt_checkpoints",
     "load_slide_head": "slide_models.layouts",
+    "load_two_stages": "slide_models.folder",
     "load_vit": "checkpoints",
     "register_attention": "adapters",
     "replace_attention": "replace",
+    "save_model": "slide_models.folder",
 }
 
 

@@ -78,6 +78,16 @@ class SlideModelConfig:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"a slide model's configuration must be JSON: {error}") from error
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SlideModelConfig:
+        """The configuration with these fields, as JSON has them.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        values = dict(values)
         known = {field.name for field in fields(cls)}
         required = {"name", "classes", "tile_px", "spacing_um", "tile_encoder", "slide_encoder"}
         unknown, missing = sorted(set(values) - known), sorted(required - set(values))
@@ -90,6 +100,10 @@ class SlideModelConfig:
             if name in values:
                 values[name] = tuple(values[name])
         return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, as JSON has them."""
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""
@@ -190,15 +204,27 @@ class SlideModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, impl: str | None = None, device: torch.device | str = "cpu") -> SlideModel:
-        """Read what :meth:`save` wrote, ready for inference.
+        """Read what :meth:`save` wrote, or a folder that :func:`maskattn.nn.save_model` wrote, ready for inference.
 
         Raises:
             FileNotFoundError: the weights or the configuration beside them are not there.
-            ValueError: the weights do not fit the configuration; the keys are named.
+            ValueError: the weights do not fit the configuration; the keys are named. Or the folder holds another kind.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        if path.is_dir() or ((folder / "config.json").is_file() and not path.with_suffix(".json").is_file()):
+            from maskattn.nn.slide_models.folder import load_model_folder
+
+            found, _ = load_model_folder(folder, impl)
+            if not isinstance(found, cls):
+                raise ValueError(
+                    f"a SlideModel must be a model with its own encoder, got a head of kind {found.kind!r} in "
+                    f"{folder}; load it with load_two_stages"
+                )
+            return found.to(device).eval()
         path = _weights_path(path)
         for part in (path, path.with_suffix(".json")):
             if not part.is_file():

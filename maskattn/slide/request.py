@@ -50,6 +50,8 @@ class RunSettings:
         exclude: GeoJSON outlines of what is left out, or a folder of them.
         exclude_classes: the classes in it that count; None as above.
         geojson: "tiles" or "tokens" writes them as QuPath's objects, "off" neither.
+        features_dir: folder of features of the slides' tiles, whatever tool wrote them, in place of encoding them.
+        other_encoder: go on where encoder, spacing or token mask are not what the slide model was trained with.
         regions: CLASS=VALUE or CLASS=PERCENT% each: where a class's relevance is so high, ``relevance.geojson`` has an
             annotation.
         ome_tiff: "values", "colours" or "both" writes each map as a pyramid on level 0, "off" none.
@@ -124,6 +126,19 @@ class RunSettings:
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Run finished slides again.", recorded=False, serves=None)
     )
+    features_dir: Path | None = field(
+        default=None,
+        metadata=asked("--features", "Folder of features of TRIDENT, CLAM, STAMP, slide2vec, AtlasPatch or extract."),
+    )
+    other_encoder: bool = field(
+        default=False,
+        # A slide that passed without it passes with it too.
+        metadata=asked(
+            "--other-encoder",
+            "Go on with another encoder, spacing or token mask than the slide model was trained with.",
+            serves=operator.le,
+        ),
+    )
     mask_classes: tuple[str, ...] | None = field(
         default=None,
         metadata=asked("--mask-class", "A class of a GeoJSON mask that means tissue (may be repeated)."),
@@ -184,6 +199,7 @@ def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked:
     method_named(settings.method, levels=True)
     check_outlines(settings)
     check_pyramids(settings)
+    _check_features(jobs, settings)
     given = [job for job in jobs if job.mask_path is not None]
     if given and not (settings.masked and model_masked):
         who = (
@@ -210,6 +226,24 @@ def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked:
         )
 
 
+def _check_features(jobs: Sequence[SlideJob], settings: RunSettings) -> None:
+    """Refuse a choice of tiles where features say which there are, and maps of what cannot be read."""
+    if settings.features_dir is None:
+        return
+    given = {
+        "--mask": next((job.mask_path for job in jobs if job.mask_path is not None), None),
+        "--roi": settings.roi,
+        "--exclude": settings.exclude,
+        "--no-mask": None if settings.masked else "glass",
+    }
+    beside = [f"{flag} ({value})" for flag, value in given.items() if value is not None]
+    if beside:
+        raise ManifestError(
+            f"features say which tiles take part, got {', '.join(beside)} beside --features {settings.features_dir}; "
+            "leave one of them out"
+        )
+
+
 def finds_tissue(job: SlideJob, settings: RunSettings, model_masked: bool) -> bool:
     """Whether the slide's tissue is sought: not where it is given, nor where glass is attended to too."""
     return settings.masked and model_masked and job.mask_path is None
@@ -229,6 +263,8 @@ def recorded(job: SlideJob, settings: RunSettings, model_masked: bool) -> dict[s
     record = recorded_fields(settings)
     # Rebuilt so that the mask stands after what it depends on.
     carried_out = {"masked": masked, "mask": None if mask_path is None else mask_path.name}
+    if settings.features_dir is not None:
+        record["features_dir"] = str(settings.features_dir.resolve())
     labels = {"mask_values": values, "mask_classes": classes}
     told = {name: None if given is None else list(given) for name, given in labels.items()}
     return {**carried_out, **record, "masked": masked, **told}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from maskattn.errors import SlideError
 from maskattn.nn.slide_model import SlideModel
+from maskattn.nn.slide_models.two_stage import TwoStageModel, two_stages
 from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.outlines.rules import check_region_classes
@@ -22,7 +23,7 @@ __all__ = ["RunProgress", "run_slides"]
 
 def run_slides(
     jobs: Sequence[SlideJob],
-    model: SlideModel,
+    model: SlideModel | TwoStageModel,
     settings: RunSettings,
     progress: RunProgress[SlideOutcome] | None = None,
 ) -> list[SlideOutcome]:
@@ -30,7 +31,7 @@ def run_slides(
 
     Args:
         jobs: the slides; their ids differ.
-        model: the slide model, on the device to use.
+        model: the slide model, or an encoder and a slide head, on the device to use.
         settings: how to run them.
         progress: told of every step.
 
@@ -41,7 +42,8 @@ def run_slides(
         ManifestError: some of what was asked for would have no effect.
         OutputError: the output folder, or its summary, cannot be written.
     """
-    check_request(jobs, settings, model.config.masked)
+    model = two_stages(model)
+    check_request(jobs, settings, model.leaves_out)
     check_region_classes(settings.regions, model.config.classes)
     identity = identify_model(model)
 
@@ -66,7 +68,7 @@ def run_slides(
 
 
 def _check_same_request(
-    finished: SlidePrediction, job: SlideJob, model: SlideModel, identity: ModelIdentity, settings: RunSettings
+    finished: SlidePrediction, job: SlideJob, model: TwoStageModel, identity: ModelIdentity, settings: RunSettings
 ) -> None:
     """Refuse to pass off the outputs of another request as this one's."""
     spacing_um = settings.spacing_um or job.spacing_um or finished.slide.spacing_um
@@ -77,7 +79,7 @@ def _check_same_request(
         ("spacing_um", finished.slide.spacing_um, spacing_um),
     ]
     other = [(name, found, asked) for name, found, asked in found_and_asked if found != asked]
-    for name, found, asked in (*other, *differences(finished, job, settings, model.config.masked)):
+    for name, found, asked in (*other, *differences(finished, job, settings, model.leaves_out)):
         raise SlideError(
             f"a finished slide must have been run as asked, got {name}: {found} in {settings.out_dir / job.slide_id} "
             f"and asked for {asked}; run it again with --overwrite or choose another --out"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskattn.nn.slide_model import SlideModel
+from maskattn.nn.slide_models.two_stage import TwoStageModel
 from maskattn.shapes import Bool, Float, Int, UInt8
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.manifest import SlideJob
@@ -30,13 +30,11 @@ class EncodedTiles:
     Attributes:
         embeddings_TC: (T, C), in the grid's order.
         rows_T: (T,) their indices among the grid's kept tiles.
-        keep_HW: (H, W) bool over the grid's cells: the kept tiles less those that could not be read.
         reason: why the first unreadable tile could not be read; None where all could.
     """
 
     embeddings_TC: Float[Tensor, "T C"]
     rows_T: Int[np.ndarray, " T"]
-    keep_HW: Bool[Tensor, "H W"]
     reason: str | None = None
 
 
@@ -93,9 +91,9 @@ class SlideRun:
 
     Args:
         job: the slide.
-        model: the slide model, on its device.
+        model: the tile encoder and the slide head, on their device.
         settings: how to run it.
-        reader: of the slide.
+        reader: of the slide; None where its features are all there is.
         stages: the clock.
         on_tiles: called with (tiles done, tiles to do) after every batch.
 
@@ -106,18 +104,39 @@ class SlideRun:
     def __init__(
         self,
         job: SlideJob,
-        model: SlideModel,
+        model: TwoStageModel,
         settings: RunSettings,
-        reader: SlideReader,
+        reader: SlideReader | None,
         stages: Stages,
         on_tiles: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.job, self.model, self.settings, self.reader, self.stages = job, model, settings, reader, stages
-        self.info: SlideInfo = reader.info
+        self.job, self.model, self.settings, self.stages = job, model, settings, stages
+        self._reader = reader
         self._on_tiles = on_tiles
         self._tiles_done = 0
         self.workers = 0
         """Processes that decoded tiles so far; 0 = this one alone."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether the slide's features are all there is."""
+        return self._reader is None
+
+    @property
+    def with_tokens(self) -> bool:
+        """Whether maps of tokens are asked for and can be made."""
+        return self.settings.tokens and not self.alone and not self.model.why_no_tokens
+
+    @property
+    def reader(self) -> SlideReader:
+        """Of the slide."""
+        assert self._reader is not None, "without a slide nothing is read from it"
+        return self._reader
+
+    @property
+    def info(self) -> SlideInfo:
+        """What the slide says of itself."""
+        return self.reader.info
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +160,7 @@ class SlideRun:
             yield from self._move(batches, grid, workers)
 
     def _move(self, batches: Iterator[TileBatch], grid: TokenGrid, workers: int) -> Iterator[ReadTiles]:
-        passes = 2 if self.settings.tokens else 1
+        passes = 2 if self.with_tokens and self.settings.features_dir is None else 1
         while True:
             with self.stages("read"):
                 batch = next(batches, None)

@@ -62,7 +62,10 @@ def relevance_table(
         file.attrs["method"] = f"{method}: raw signed scores, 0 where background"
         file.create_dataset("classes", data=list(classes), dtype=h5py.string_dtype())
         coords = file.create_dataset("coords", data=np.asarray(coords_T2, dtype=np.int64))
-        write_geometry(coords, header)
+        if None in (header.patch_size_px, header.patch_size_lv0, header.width_px, header.height_px):
+            coords.attrs.update({"name": header.slide_id, "patch_size_level0": header.patch_size_lv0 or 0})
+        else:
+            write_geometry(coords, header)
         file.create_dataset("tiles/relevance", data=np.asarray(relevance_KT, dtype=np.float32))
         file.create_dataset("tiles/attention", data=np.asarray(attention_T, dtype=np.float32))
         yield _no_tokens if tokens_hw is None else _token_datasets(file, len(classes), len(coords_T2), *tokens_hw)

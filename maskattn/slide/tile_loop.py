@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from maskattn.errors import SlideError
-from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap
+from maskattn.explain.hierarchical import RelevanceMap
 from maskattn.explain.map_check import MapCheck
 from maskattn.explain.methods import METHODS
+from maskattn.explain.slide_heads import SlideHeadCDAM
+from maskattn.nn.slide_models.vit import ViTHead
 from maskattn.slide.grid import TokenGrid
+from maskattn.slide.run_tiles import RunTiles
 from maskattn.slide.sinks import SINKS, ExplainedSlide, ExplainedTiles
 from maskattn.slide.slide_run import EncodedTiles, SlideRun
 
@@ -26,7 +29,7 @@ __all__ = ["encode_tiles", "feed_sinks"]
 
 
 def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
-    """The embeddings of a slide's tiles, in the grid's order; tiles that cannot be read are left out of its keep mask.
+    """The embeddings of a slide's tiles, in the grid's order, without those that cannot be read.
 
     Raises:
         SlideError: no tile can be read.
@@ -37,7 +40,8 @@ def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
     for batch in run.read(grid):
         with run.stages("encode"):
             with torch.inference_mode():
-                encoded_BC = run.model.encode_tiles(batch.tiles_BCHW, batch.keep_BHW).float()
+                keep_BHW = batch.keep_BHW if run.model.masks_tokens else None
+                encoded_BC = run.model.encode_tiles(batch.tiles_BCHW, keep_BHW).float()
             if embeddings_TC is None:
                 # Made outside inference mode: the relevance pass takes gradients with respect to it.
                 embeddings_TC = torch.zeros(grid.kept_tiles, encoded_BC.shape[1], device=run.device)
@@ -50,17 +54,13 @@ def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
             f"a slide must have tiles that can be read, got {grid.kept_tiles} of {grid.kept_tiles} unreadable in "
             f"{run.job.path}; the first because {reason}"
         )
-    keep_HW = np.zeros_like(grid.keep_HW)
-    keep_HW[tuple(np.argwhere(grid.keep_HW)[rows_T].T)] = True
-    return EncodedTiles(
-        embeddings_TC[torch.from_numpy(rows_T).to(run.device)], rows_T, torch.from_numpy(keep_HW), reason
-    )
+    return EncodedTiles(embeddings_TC[torch.from_numpy(rows_T).to(run.device)], rows_T, reason)
 
 
 def feed_sinks(
     folder: Path,
     run: SlideRun,
-    grid: TokenGrid,
+    tiles: RunTiles,
     encoded: EncodedTiles,
     relevance: RelevanceMap,
     scores: dict[str, float],
@@ -71,7 +71,7 @@ def feed_sinks(
     Args:
         folder: where to.
         run: the slide's run; with ``settings.tokens`` its tiles are read once more.
-        grid: of the slide.
+        tiles: of the slide.
         encoded: the embeddings.
         relevance: of the tiles; with its gradient, where tokens are asked for.
         scores: class → score.
@@ -80,9 +80,11 @@ def feed_sinks(
     Raises:
         OSError: a file cannot be written.
     """
+    grid, head = tiles.grid, run.model.head
     slide = ExplainedSlide(
         slide_id=run.job.slide_id,
-        reader=run.reader,
+        reader=None if run.alone else run.reader,
+        header=tiles.header,
         grid=grid,
         model=run.model.config,
         scores=scores,
@@ -92,20 +94,24 @@ def feed_sinks(
         features_TC=_numpy(encoded.embeddings_TC),
         relevance_KT=_numpy(relevance.relevance_KT),
         attention_T=_numpy(relevance.attention_T),
-        with_tokens=run.settings.tokens,
-        token_mask="tissue" if run.settings.masked and run.model.config.masked else "none",
+        with_tokens=run.with_tokens,
+        token_mask="tissue" if run.settings.masked and run.model.card.token_mask == "tissue" else "none",
         settings=run.settings,
+        encoder="" if run.model.card.encoder is None else run.model.card.encoder.name,
+        attention_of="the class token" if isinstance(head, ViTHead) else "the slide model",
     )
     batches = _with_tokens(run, grid, encoded, relevance) if slide.with_tokens else _tiles_alone(run, grid, encoded)
     with ExitStack() as opened:
         with run.stages("write"):
             takes = [
-                opened.enter_context(sink.open(folder, slide)) for sink in SINKS if sink.is_asked_for(run.settings)
+                opened.enter_context(sink.open(folder, slide))
+                for sink in SINKS
+                if sink.is_asked_for(run.settings) and (not run.alone or getattr(sink, "needs_no_slide", False))
             ]
-        for tiles in batches:
+        for batch in batches:
             with run.stages("write"):
                 for take in takes:
-                    take(tiles)
+                    take(batch)
         with run.stages("write"):
             opened.close()
 
@@ -122,13 +128,14 @@ def _with_tokens(
     run: SlideRun, grid: TokenGrid, encoded: EncodedTiles, relevance: RelevanceMap
 ) -> Iterator[ExplainedTiles]:
     """The tiles batch by batch, read once more for the maps of their tokens."""
-    explain = HierarchicalCDAM(run.model, run.settings.method)
+    explain = SlideHeadCDAM(run.model.head, run.model.encoder, run.settings.method)
     assert relevance.gradient_KTC is not None, "the pipeline takes the gradient wherever tokens are asked for"
     for batch in run.read(grid, encoded.rows_T):
         with run.stages("tokens"):
             tiles_B = np.searchsorted(encoded.rows_T, batch.rows_B)
             gradient_KBC = relevance.gradient_KTC[:, torch.from_numpy(tiles_B).to(run.device)]
-            maps = explain.tokens(batch.tiles_BCHW, batch.keep_BHW, gradient_KBC)
+            keep_BHW = batch.keep_BHW if run.model.masks_tokens else None
+            maps = explain.tokens(batch.tiles_BCHW, keep_BHW, gradient_KBC)
             # A tile that could be read once and not again has no map: its tokens stay unknown.
             keep_Bhw = batch.keep_BHW.cpu().numpy() & batch.readable_B[:, None, None]
             relevance_KBhw = _numpy(maps.relevance_KBHW) * keep_Bhw

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskattn.slide.layouts.tile_features import TileHeader
 from maskattn.slide.layouts.trident import feature_file
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
 
@@ -23,19 +23,13 @@ class Features:
     files = ("features.h5",)
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Always."""
-        return True
+        """Where they were not given."""
+        return settings.features_dir is None
 
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
         """Write the table; the batches add nothing to it."""
-        header = TileHeader.of_grid(
-            slide.slide_id,
-            slide.reader.info,
-            slide.grid,
-            encoder=slide.model.name,
-            token_mask=slide.token_mask,
-        )
+        header = replace(slide.header, encoder=slide.encoder or slide.model.name, token_mask=slide.token_mask)
         with feature_file(folder / "features.h5", header, slide.features_TC.shape[1]) as take:
             take(slide.features_TC, slide.coords_T2, None)
         yield _nothing_more

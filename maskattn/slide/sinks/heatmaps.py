@@ -42,8 +42,8 @@ class Heatmaps:
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
         """Paint the batches on one canvas, and write its maps when all have come."""
-        info = slide.reader.info
-        thumbnail = _thumbnail(slide.reader)
+        info = slide.slide_reader.info
+        thumbnail = _thumbnail(slide.slide_reader)
         slide_px = (info.height_px, info.width_px)
         canvas = MapCanvas(len(slide.model.classes) + 1, thumbnail.shape[:2], slide_px, slide.grid.tile_lv0)
 
@@ -65,13 +65,15 @@ def values_of(slide: ExplainedSlide, tiles: ExplainedTiles) -> Float[np.ndarray,
 def _write_heatmaps(
     folder: Path, slide: ExplainedSlide, thumbnail: UInt8[np.ndarray, "Y X 3"], canvas: MapCanvas
 ) -> None:
-    um_per_px = slide.reader.info.width_px * slide.reader.info.spacing_um / thumbnail.shape[1]
+    info = slide.slide_reader.info
+    um_per_px = info.width_px * info.spacing_um / thumbnail.shape[1]
     pictures = _pictures_of(slide)
-    for picture, values in zip(pictures, canvas.values_MYX, strict=True):
+    values_MYX = canvas.values_MYX[: len(pictures)]
+    for picture, values in zip(pictures, values_MYX, strict=True):
         path = folder / picture.file_name
         write_heatmap(path, thumbnail, values, picture.title, picture.label, picture.kind, um_per_px)
     if slide.settings.scale == "run":
-        keep_maps(folder, thumbnail, canvas.values_MYX, pictures, um_per_px)
+        keep_maps(folder, thumbnail, values_MYX, pictures, um_per_px)
 
 
 def _pictures_of(slide: ExplainedSlide) -> list[Picture]:
@@ -89,7 +91,9 @@ def _pictures_of(slide: ExplainedSlide) -> list[Picture]:
         warned = "" if verdict in ("passed", "skipped") else f"; map check: {verdict}"
         title = f"{of}relevance for class {named} by {slide.method}, score {slide.scores[name]:.3f}{warned}{by}"
         pictures.append(Picture(f"heatmap_{file_name}.png", title, "relevance (+ for, − against)", "diverging"))
-    title = f"{of}attention of the class token{by}"
+    if not slide.attention_T.any():
+        return pictures  # the slide model has none
+    title = f"{of}attention of {slide.attention_of}{by}"
     return [*pictures, Picture("attention.png", title, "attention", "sequential")]
 
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskattn.slide.layouts.tile_features import TileHeader
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
 from maskattn.slide.tables import relevance_table
 
@@ -21,6 +20,7 @@ class Relevance:
     """The scores of every tile for every class; those of tokens go to the file batch by batch."""
 
     files = ("relevance.h5",)
+    needs_no_slide = True
 
     def is_asked_for(self, settings: RunSettings) -> bool:
         """Always."""
@@ -36,7 +36,7 @@ class Relevance:
             slide.relevance_KT,
             slide.attention_T,
             slide.coords_T2,
-            TileHeader.of_grid(slide.slide_id, slide.reader.info, slide.grid),
+            slide.header,
             slide.method,
             tokens_hw,
         ) as write_tokens:

@@ -20,8 +20,9 @@ from maskattn.shapes import Bool, Float, Int
 
 if TYPE_CHECKING:
     from maskattn.nn.slide_model import SlideModelConfig
+    from maskattn.nn.slide_models.card import ModelCard
     from maskattn.slide.grid import TokenGrid
-    from maskattn.slide.layouts.tile_features import TokenMask
+    from maskattn.slide.layouts.tile_features import TileHeader, TokenMask
     from maskattn.slide.reader import SlideReader
     from maskattn.slide.request import RunSettings
 
@@ -34,7 +35,8 @@ class ExplainedSlide:
 
     Attributes:
         slide_id: the slide's id.
-        reader: of the slide, for its size and its thumbnail.
+        reader: of the slide, for its size and its thumbnail; None where its features are all there is.
+        header: what holds for all of its tiles.
         grid: of the slide; its kept tiles include those that could not be read.
         model: what the slide model says of itself.
         scores: class → softmax score.
@@ -47,12 +49,15 @@ class ExplainedSlide:
         with_tokens: whether the batches carry maps of tokens.
         token_mask: "tissue" where the model left background tokens out, "none" where every token of a tile took part.
         settings: what the run was asked for.
+        encoder: the name of the encoder of tiles; empty where it is not known.
+        attention_of: what the attention is of, in words.
     """
 
     slide_id: str
-    reader: SlideReader
+    reader: SlideReader | None
+    header: TileHeader
     grid: TokenGrid
-    model: SlideModelConfig
+    model: SlideModelConfig | ModelCard
     scores: Mapping[str, float]
     method: str
     verdicts: Mapping[str, str]
@@ -63,6 +68,14 @@ class ExplainedSlide:
     with_tokens: bool
     token_mask: TokenMask
     settings: RunSettings
+    encoder: str = ""
+    attention_of: str = "the class token"
+
+    @property
+    def slide_reader(self) -> SlideReader:
+        """Of the slide, for sinks that need it."""
+        assert self.reader is not None, "a sink that needs the slide is not opened without it"
+        return self.reader
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +99,7 @@ Take = Callable[[ExplainedTiles], None]
 
 
 class Sink(Protocol):
-    """One kind of output."""
+    """One kind of output; ``needs_no_slide`` = True where it is made from a slide's features alone too."""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -1,0 +1,187 @@
+"""A slide model's card: what it is, what it was trained on, and with which encoder of tiles; ``config.json`` has it.
+
+Nothing here imports torch, so that a card is printed at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["CONFIG", "README", "WEIGHTS", "EncoderFacts", "ModelCard", "mismatches", "read_card"]
+
+CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """Which encoder of tiles a slide model was trained with.
+
+    Attributes:
+        name: as ``maskattn encoders`` or the features' files have it.
+        width: of its features.
+        sha256: of its weights; empty where it is not known.
+    """
+
+    name: str
+    width: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a slide model says of itself.
+
+    Attributes:
+        name: how outputs call it.
+        kind: of its head, or "slide_model" for this package's own with its encoder.
+        classes: names of the K logits.
+        head: what builds the head anew.
+        encoder: of the tiles; None where it is not known.
+        tile_px: side of the image that the encoder sees; None where it is not known.
+        patch_px: side of a tile, in px of ``spacing_um``, before it becomes that image; None as above.
+        spacing_um: µm per px of a tile; None as above.
+        token_mask: "none" where the encoder saw every token of a tile, "tissue" where it saw those with tissue; None
+            where it is not known.
+        pixel_mean: per channel, of pixels scaled to [0, 1]; None as above.
+        pixel_std: likewise.
+        trained_on: in words.
+        metrics: name → value, of the data that they say.
+        layout: whose checkpoint it came from.
+        facts: what else that checkpoint said.
+        demonstration: the classes mean nothing outside the package's own synthetic slides.
+        note: a sentence for the outputs.
+        slide_model: the configuration of a :class:`maskattn.nn.SlideModel`, where it is one.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    head: dict[str, Any] = field(default_factory=dict)
+    encoder: EncoderFacts | None = None
+    tile_px: int | None = None
+    patch_px: int | None = None
+    spacing_um: float | None = None
+    token_mask: Literal["none", "tissue"] | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    trained_on: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    layout: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    demonstration: bool = False
+    note: str = ""
+    slide_model: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """The card as indented JSON."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "the configuration") -> ModelCard:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: it is no configuration of a slide model; the keys are named.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a slide model's {CONFIG} must be JSON, got {where}: {error}") from error
+        known = {one.name for one in fields(cls)} | {"format"}
+        keys = set(values) if isinstance(values, dict) else set()
+        unknown, missing = sorted(keys - known), sorted({"name", "kind", "classes"} - keys)
+        if unknown or missing:
+            raise ValueError(
+                f"a slide model's {CONFIG} must have name, kind and classes, got {where} with unknown keys {unknown}, "
+                f"which lacks {missing}; is it another tool's, or a later version's?"
+            )
+        if values.pop("format", _FORMAT) != _FORMAT:
+            raise ValueError(f"a slide model's {CONFIG} must be of format {_FORMAT}, got {where}; update maskattn")
+        if values.get("encoder") is not None:
+            values["encoder"] = EncoderFacts(**values["encoder"])
+        for name in ("classes", "pixel_mean", "pixel_std"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        return cls(**values)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What the card says, as (what, value) for people; what is not known is left out."""
+        yield "name", self.name
+        yield "kind", self.kind + (f" ({self.layout})" if self.layout else "")
+        yield "classes", ", ".join(self.classes)
+        if self.encoder is not None:
+            known = f", SHA-256 of its weights begins {self.encoder.sha256[:16]}" if self.encoder.sha256 else ""
+            yield "encoder", f"{self.encoder.name}, {self.encoder.width} channels{known}"
+        if self.patch_px is not None and self.spacing_um is not None:
+            seen = f", seen as {self.tile_px} px" if self.tile_px not in (None, self.patch_px) else ""
+            yield "tiles", f"{self.patch_px} px of {self.spacing_um:g} µm{seen}"
+        if self.token_mask is not None:
+            every = (
+                "every token of a tile takes part" if self.token_mask == "none" else "background tokens take no part"
+            )
+            yield "token mask", f"{self.token_mask}: {every}"
+        if self.pixel_mean is not None and self.pixel_std is not None:
+            mean, std = (" ".join(f"{x:g}" for x in values) for values in (self.pixel_mean, self.pixel_std))
+            yield "pixels", f"mean {mean}, standard deviation {std}"
+        if self.trained_on:
+            yield "trained on", self.trained_on
+        for name, value in self.metrics.items():
+            yield name, f"{value:g}"
+        yield from self.facts.items()
+        if self.demonstration:
+            yield "demonstration", "yes: its classes mean nothing on real tissue"
+        if self.note:
+            yield "note", self.note
+
+    def markdown(self) -> str:
+        """The card as the folder's README has it."""
+        rows = "\n".join(f"| {what} | {value} |" for what, value in list(self.lines())[1:])
+        return (
+            f"# {self.name}\n\nA slide model of maskattn: `maskattn infer SLIDE --model FOLDER`.\n\n"
+            f"| | |\n|---|---|\n{rows}\n"
+        )
+
+
+def read_card(folder: str | Path) -> ModelCard:
+    """The card of a model that is a folder.
+
+    Raises:
+        FileNotFoundError: the folder has no configuration.
+        ValueError: it is none of a slide model.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"a slide model is a folder with {CONFIG}, {WEIGHTS} and {README}, got {folder} without {CONFIG}"
+        )
+    return ModelCard.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def mismatches(trained: ModelCard, given: ModelCard) -> list[str]:
+    """In what a run differs from what the model was trained with; where either does not say, it does not."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if trained.encoder is not None and given.encoder is not None:
+        pairs.append(("encoder", _plain(trained.encoder.name), _plain(given.encoder.name)))
+        pairs.append(("width of features", trained.encoder.width, given.encoder.width))
+        if trained.encoder.sha256 and given.encoder.sha256:
+            pairs.append(("hash of the encoder's weights", trained.encoder.sha256[:16], given.encoder.sha256[:16]))
+    pairs.append(("token mask", trained.token_mask, given.token_mask))
+    if trained.spacing_um and given.spacing_um and abs(given.spacing_um / trained.spacing_um - 1) <= 0.05:
+        given = replace(given, spacing_um=trained.spacing_um)
+    pairs.append(("µm per pixel", trained.spacing_um, given.spacing_um))
+    pairs.append(("side of a tile in px", trained.patch_px, given.patch_px))
+    return [
+        f"{what} {found} instead of {expected}"
+        for what, expected, found in pairs
+        if expected is not None and found is not None and expected != found
+    ]
+
+
+def _plain(name: str) -> str:
+    """An encoder's name without where it came from and how it was spelt."""
+    return name.rpartition(":")[2].rpartition("/")[2].lower().replace("_", "-")

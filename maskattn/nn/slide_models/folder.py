@@ -1,0 +1,228 @@
+"""A slide model on disk: a folder with ``config.json``, ``model.safetensors`` and a card, ``README.md``.
+
+What else ``--model`` may name is loaded here too: this package's earlier pair of files, and other tools' checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskattn.files import replacing
+from maskattn.nn.encoders.tile_encoder import TileEncoder
+from maskattn.nn.slide_model import SlideModel, SlideModelConfig
+from maskattn.nn.slide_models.card import CONFIG, README, WEIGHTS, EncoderFacts, ModelCard, mismatches, read_card
+from maskattn.nn.slide_models.head import SlideHead
+from maskattn.nn.slide_models.two_stage import TwoStageModel, card_of, two_stages, with_encoder
+
+__all__ = ["HEADS", "load_model_folder", "load_two_stages", "save_model"]
+
+HEADS = {
+    "pooled": "pooling.PooledHead",
+    "gated_attention": "gated_attention.GatedAttentionHead",
+    "transmil": "transmil.TransMILHead",
+    "vit": "vit.ViTHead",
+    "stamp_alibi": "stamp.DistanceViTHead",
+    "titan": "titan.TitanHead",
+    "gigapath": "gigapath.GigaPathHead",
+    "hipt": "hipt.HIPTHead",
+}
+"""Kind → the head of that kind."""
+
+_WITH_IMPL = ("vit", "titan", "gigapath", "hipt")
+
+
+def save_model(
+    folder: str | Path, model: SlideModel | TwoStageModel | SlideHead, card: ModelCard | None = None
+) -> Path:
+    """Write a slide model as a folder; no file in it is left half-written, and the configuration comes last.
+
+    Args:
+        folder: where to; made if it is not there.
+        model: this package's own, an encoder with a head, or a head alone. Of the two latter the head is written, and
+            the encoder by its name and hash.
+        card: of the model; needed for a head alone.
+
+    Raises:
+        ValueError: a head has no card, or one that does not fit it.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    if isinstance(model, TwoStageModel):
+        card = card or model.card
+        model = model.whole[0] or model.head
+    if isinstance(model, SlideModel):
+        card, state = card or card_of(model), model.state_dict()
+    else:
+        if card is None:
+            raise ValueError("a slide head does not know its classes, got no card; give a ModelCard")
+        card, state = replace(card, kind=model.kind, head=model.arguments()), model.state_dict()
+        TwoStageModel(model, card)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        (WEIGHTS, save({key: x.detach().cpu().contiguous() for key, x in state.items()})),
+        (README, card.markdown().encode()),
+        (CONFIG, card.to_json().encode()),
+    ):
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
+    return folder
+
+
+def load_model_folder(folder: str | Path, impl: str | None = None) -> tuple[SlideModel | SlideHead, ModelCard]:
+    """Read what :func:`save_model` wrote, on the CPU and in eval mode.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the weights do not fit the configuration; keys and shapes are named.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder, card = Path(folder), read_card(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"a slide model is a folder with {CONFIG} and {WEIGHTS}, got {folder} without {WEIGHTS}"
+        )
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"a model's weights must be a whole .safetensors file, got {path}: {error}") from error
+    model: SlideModel | SlideHead
+    if card.kind == "slide_model":
+        model = SlideModel(SlideModelConfig.from_dict(card.slide_model or {}), impl)
+    elif card.kind in HEADS:
+        module, _, name = HEADS[card.kind].partition(".")
+        kind = getattr(importlib.import_module(f"maskattn.nn.slide_models.{module}"), name)
+        more = {"impl": impl} if card.kind in _WITH_IMPL else {}
+        try:
+            model = kind(**card.head, **more)
+        except TypeError as error:
+            raise ValueError(f"{folder / CONFIG} must have the arguments of a {card.kind} head: {error}") from error
+    else:
+        kinds = ", ".join(["slide_model", *HEADS])
+        raise ValueError(
+            f"a slide model must be of a kind that is known, {kinds}, got {card.kind!r} in {folder / CONFIG}; update "
+            "maskattn"
+        )
+    _check_state(path, state, model.state_dict())
+    dtype = next(x.dtype for x in state.values() if x.is_floating_point())
+    if isinstance(model, SlideHead):
+        model = model.to(dtype if dtype == torch.float64 else torch.float32)
+    model.load_state_dict(state)
+    return model.eval(), card
+
+
+def load_two_stages(
+    path: str | Path,
+    encoder: TileEncoder | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    patch_px: int | None = None,
+    spacing_um: float | None = None,
+    token_mask: str | None = None,
+    other_encoder: bool = False,
+    impl: str | None = None,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> TwoStageModel:
+    """Load whatever ``--model`` names: a folder, ``NAME.safetensors`` with ``NAME.json``, or a tool's checkpoint.
+
+    Args:
+        path: of the model.
+        encoder: of the tiles; this package's own models bring theirs.
+        classes: names of the logits, where the model has none.
+        patch_px: side of a tile, where the model's or the encoder's is not meant.
+        spacing_um: µm per px of a tile, likewise.
+        token_mask: "none" or "tissue", where the model does not say it.
+        other_encoder: go on with an encoder, a spacing or a mask that the model was not trained with.
+        impl: implementation of the attention; None takes the best.
+        device: where to.
+        options: of :func:`maskattn.nn.load_slide_head`, for a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it cannot be read, or was trained with something else than is given.
+    """
+    path = Path(path)
+    if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+        path = path.parent
+    if path.is_dir():
+        model, card = load_model_folder(path, impl)
+    elif path.suffix == ".safetensors" and path.with_suffix(".json").is_file():
+        own = SlideModel.load(path, impl=impl)
+        model, card = own, card_of(own)
+    elif path.suffix == ".safetensors" or path.exists():
+        model, card = _of_checkpoint(path, classes, {**options, "impl": impl})
+    else:
+        raise FileNotFoundError(
+            f"a slide model must be a folder, a checkpoint, or NAME.safetensors with NAME.json beside it, got no {path}"
+        )
+    if isinstance(model, SlideModel):
+        if encoder is not None:
+            raise ValueError(
+                f"{card.name} brings its own encoder of tiles, got {encoder.name} beside it; leave --encoder out"
+            )
+        if token_mask not in (None, card.token_mask):
+            raise ValueError(
+                f"{card.name} was trained with the token mask {card.token_mask!r}, got {token_mask!r}; leave "
+                "--token-mask out (--no-mask attends to glass too)"
+            )
+        return two_stages(model.to(device).eval())
+    if classes is not None:
+        card = replace(card, classes=tuple(classes))
+    if encoder is not None:
+        trained = card
+        card = with_encoder(card, encoder, patch_px=patch_px, spacing_um=spacing_um, token_mask=token_mask)
+        wrong = list(mismatches(trained, card))
+        if wrong and not other_encoder:
+            raise ValueError(
+                f"a slide model must be run with what it was trained with, got {'; '.join(wrong)} for {card.name}; "
+                "give what it was trained with, or go on with --other-encoder"
+            )
+        card = replace(card, encoder=EncoderFacts(encoder.name, encoder.embed_dim, encoder.sha256))
+        if card.token_mask == "tissue" and encoder.vit is None:
+            raise ValueError(
+                f"--token-mask tissue needs a packed vision transformer, got {encoder.name}: {encoder.why_not}; leave "
+                "it out"
+            )
+    return TwoStageModel(model, card, encoder).to(device).eval()
+
+
+def _of_checkpoint(path: Path, classes: Sequence[str] | None, options: dict[str, Any]) -> tuple[SlideHead, ModelCard]:
+    from maskattn.nn.slide_models.layouts import load_slide_head
+
+    found = load_slide_head(path, **options)
+    names = tuple(classes or found.classes or (f"class {k}" for k in range(found.head.num_classes)))
+    card = ModelCard(
+        name=path.stem,
+        kind=found.head.kind,
+        classes=names,
+        head=found.head.arguments(),
+        layout=found.layout,
+        facts=found.facts,
+    )
+    return found.head, card
+
+
+def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    wrong = [f"it has no {key}" for key in sorted(expected.keys() - state.keys())]
+    wrong += [f"{key} has no place" for key in sorted(state.keys() - expected.keys())]
+    wrong += [
+        f"{key} is {tuple(x.shape)} instead of {tuple(expected[key].shape)}"
+        for key, x in state.items()
+        if key in expected and x.shape != expected[key].shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise ValueError(
+            f"weights and configuration must come from the same model, got {path}: {'; '.join(wrong[:6])}{more}"
+        )

@@ -1,0 +1,160 @@
+"""An encoder of tiles and the slide head that reads its embeddings, as a run takes them.
+
+Dimension key: B tiles, T kept tiles, (h, w) tokens of a tile, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
+from maskattn.nn.slide_model import SlideModel, SlideModelConfig
+from maskattn.nn.slide_models.card import EncoderFacts, ModelCard
+from maskattn.nn.slide_models.head import SlideHead
+from maskattn.nn.slide_models.vit import ViTHead
+from maskattn.shapes import Bool, Float, UInt8
+
+__all__ = ["TwoStageModel", "card_of", "two_stages", "with_encoder"]
+
+
+class TwoStageModel(nn.Module):
+    """A tile encoder and a slide head.
+
+    Args:
+        head: in eval mode.
+        card: of the model; what it leaves open of the tiles is the encoder's.
+        encoder: of the tiles; None where features are given.
+        whole: the model that both were taken from, where there is one.
+
+    Raises:
+        ValueError: the encoder's features do not have the head's width, or there is not a name for each logit.
+    """
+
+    def __init__(
+        self, head: SlideHead, card: ModelCard, encoder: TileEncoder | None = None, whole: SlideModel | None = None
+    ) -> None:
+        super().__init__()
+        if len(card.classes) != head.num_classes:
+            raise ValueError(
+                f"a slide model must have a name for each class, got {len(card.classes)} names, "
+                f"{', '.join(card.classes)}, for {head.num_classes} logits; name them with --classes"
+            )
+        if encoder is not None and encoder.embed_dim != head.in_dim:
+            raise ValueError(
+                f"the encoder's features must be as wide as the slide model reads, got {encoder.embed_dim} channels of "
+                f"{encoder.name} and a model of {head.in_dim}; take the encoder that it was trained with"
+            )
+        self.head = head
+        self.encoder = encoder
+        self.whole = [whole]  # in a list, so that it is no module of this one too
+        self.card = card
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.head.parameters()).device
+
+    @property
+    def config(self) -> SlideModelConfig | ModelCard:
+        """What outputs read of it: its name, classes, and whether it is a demonstration."""
+        return self.card if self.whole[0] is None else self.whole[0].config
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether background is left out: by the tile, or by the token too."""
+        return self.whole[0] is None or self.whole[0].config.masked
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Whether the encoder is told which tokens take part."""
+        return self.whole[0] is not None or self.card.token_mask == "tissue"
+
+    @property
+    def token_px(self) -> int:
+        """Side of a token in px of a tile; the whole tile where there is no transformer."""
+        return self.encoder.token_px if self.encoder is not None else (self.card.tile_px or 1)
+
+    @property
+    def why_no_tokens(self) -> str:
+        """Why there can be no maps of tokens; empty where there can."""
+        if self.encoder is None:
+            return "no encoder of tiles was given"
+        if self.encoder.vit is not None:
+            return ""
+        return f"{self.encoder.name} is no packed vision transformer: {self.encoder.why_not}"
+
+    def encode_tiles(
+        self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None
+    ) -> Float[Tensor, "B C"]:
+        """Embed tiles."""
+        assert self.encoder is not None, "a run without an encoder has features"
+        return self.encoder.encode_tiles(tiles_BIXY, keep_BHW)
+
+    def identity(self) -> str:
+        """SHA-256 over configuration and weights: two models of one identity predict alike."""
+        if self.whole[0] is not None:
+            return self.whole[0].identity()
+        digest = hashlib.sha256(self.card.to_json().encode())
+        digest.update(b"" if self.encoder is None else self.encoder.sha256.encode())
+        for name, x in sorted(self.head.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def two_stages(model: SlideModel | TwoStageModel) -> TwoStageModel:
+    """The two parts of this package's own slide model; what has two parts already as it is."""
+    if isinstance(model, TwoStageModel):
+        return model
+    config = model.config
+    card = EncoderCard(
+        name=config.name,
+        pooling=model.tile_encoder.global_pool,
+        pixel_mean=config.pixel_mean,
+        pixel_std=config.pixel_std,
+        tile_px=config.tile_px,
+        patch_px=config.tile_px,
+        spacing_um=config.spacing_um,
+    )
+    encoder = TileEncoder(model.tile_encoder, card).to(model.pixel_mean.device, model.pixel_mean.dtype)
+    return TwoStageModel(ViTHead(model.slide_encoder), card_of(model), encoder.eval(), model).eval()
+
+
+def card_of(model: SlideModel) -> ModelCard:
+    """The card of this package's own slide model."""
+    config = model.config
+    return ModelCard(
+        name=config.name,
+        kind="slide_model",
+        classes=config.classes,
+        encoder=EncoderFacts(config.name, model.tile_encoder.embed_dim),
+        tile_px=config.tile_px,
+        patch_px=config.tile_px,
+        spacing_um=config.spacing_um,
+        token_mask="tissue" if config.masked else "none",
+        pixel_mean=config.pixel_mean,
+        pixel_std=config.pixel_std,
+        demonstration=config.demonstration,
+        note=config.note,
+        slide_model=config.as_dict(),
+    )
+
+
+def with_encoder(card: ModelCard, encoder: TileEncoder, **tiles: object) -> ModelCard:
+    """The card of a model that is run with an encoder: what it leaves open of the tiles is the encoder's."""
+    own = {
+        "encoder": EncoderFacts(encoder.name, encoder.embed_dim, encoder.sha256),
+        "tile_px": encoder.tile_px,
+        "patch_px": encoder.patch_px,
+        "spacing_um": encoder.spacing_um,
+        "token_mask": "none",
+        "pixel_mean": tuple(encoder.card.pixel_mean),
+        "pixel_std": tuple(encoder.card.pixel_std),
+    }
+    given = {name: value for name, value in tiles.items() if value is not None}
+    open_ones = {name: value for name, value in own.items() if getattr(card, name) is None}
+    return replace(card, **{**open_ones, **given})  # type: ignore[arg-type]  # fields of the card

@@ -1,0 +1,270 @@
+"""Which tiles of a slide a run takes: those of the model's own grid, those over the tissue, or those of given features.
+
+Dimension key: T tiles, C channels, H·W cells of the grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskattn.errors import SlideError, quoted
+from maskattn.nn.slide_model import SlideModelConfig
+from maskattn.nn.slide_models.card import EncoderFacts, ModelCard, mismatches
+from maskattn.nn.slide_models.head import TileGrid
+from maskattn.shapes import Float, Int
+from maskattn.slide.extract_request import MIN_TISSUE
+from maskattn.slide.grid import TokenGrid, make_grid
+from maskattn.slide.layouts import TileFeatures, TileHeader, find_features, grid_cells, read_features
+from maskattn.slide.names import as_text
+from maskattn.slide.request import finds_tissue
+from maskattn.slide.slide_run import SlideRun
+from maskattn.slide.tile_places import TilePlaces, lay_tiles, with_tokens
+from maskattn.slide.tissue import TissueMask, find_tissue, limit_tissue, load_mask
+from maskattn.slide.tissue.bright_field import require_bright_field
+
+__all__ = ["RunTiles", "find_run_tiles"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunTiles:
+    """The tiles of a slide that a run takes.
+
+    Attributes:
+        grid: where they lie, and their tokens; row-major.
+        header: what holds for all of them, for the files of outputs.
+        tissue: where the tissue is; None where it was not sought.
+        on_lattice: whether the grid's cells are the tiles' places: not where others' tiles lie on no lattice.
+        um_per_px: of the coordinates; None where it is not known.
+        features: as they were given; None where the tiles are encoded.
+    """
+
+    grid: TokenGrid
+    header: TileHeader
+    tissue: TissueMask | None = None
+    on_lattice: bool = True
+    um_per_px: float | None = None
+    features: TileFeatures | None = None
+
+    def places(self, rows_T: Int[np.ndarray, " T"]) -> tuple[Float[Tensor, "T 2"] | None, TileGrid | None]:
+        """The places of some of the tiles as slide heads take them: in µm, and their cells."""
+        coords_um = None
+        if self.um_per_px is not None:
+            coords_um = torch.from_numpy(self.grid.coords_lv0[rows_T] * self.um_per_px).float()
+        if not self.on_lattice:
+            return coords_um, None
+        keep_HW = self.grid.keep_HW
+        cells_T2 = torch.from_numpy(np.argwhere(keep_HW)[rows_T])
+        return coords_um, TileGrid(cells_T2[:, 0], cells_T2[:, 1], (keep_HW.shape[0], keep_HW.shape[1]))
+
+
+def find_run_tiles(run: SlideRun) -> RunTiles:
+    """The tiles of a slide.
+
+    Raises:
+        SlideError: there is no tissue, or the features that are given cannot be used.
+    """
+    if run.settings.features_dir is not None:
+        return _given(run)
+    with run.stages("tissue"):
+        tissue = _limited(run, _find_or_load_tissue(run))
+    with run.stages("grid"):
+        config = run.model.config
+        if isinstance(config, SlideModelConfig):
+            grid = _own_grid(run, config, tissue)
+            header = TileHeader.of_grid(run.job.slide_id, run.info, grid)
+        else:
+            grid, header = _laid(run, config, tissue)
+    return RunTiles(grid, header, tissue, True, run.info.spacing_um)
+
+
+def _find_or_load_tissue(run: SlideRun) -> TissueMask | None:
+    """The tissue, or None where the run attends to all of the slide."""
+    settings, model_masked = run.settings, run.model.leaves_out
+    if finds_tissue(run.job, settings, model_masked):
+        return find_tissue(run.reader, ink=settings.ink, force=settings.force)
+    if not settings.force:
+        require_bright_field(run.reader)
+    if run.job.mask_path is None or not (settings.masked and model_masked):
+        return None
+    classes = settings.mask_classes
+    return load_mask(run.job.mask_path, run.info, settings.mask_values, tissue_classes=classes, reader=run.reader)
+
+
+def _limited(run: SlideRun, tissue: TissueMask | None) -> TissueMask | None:
+    """The tissue within the region of interest, and without what is excluded."""
+    if tissue is None:
+        return None
+    settings = run.settings
+    roi, exclude = (settings.roi, settings.roi_classes), (settings.exclude, settings.exclude_classes)
+    return limit_tissue(tissue, run.info, run.job.slide_id, roi, exclude)
+
+
+def _own_grid(run: SlideRun, config: SlideModelConfig, tissue: TissueMask | None) -> TokenGrid:
+    """The grid of a model that reads tissue tokens: a tile with one of them takes part."""
+    grid = make_grid(
+        run.info,
+        tissue,
+        tile_px=config.tile_px,
+        token_px=config.token_px,
+        spacing_um=config.spacing_um,
+        min_token_fraction=config.min_token_fraction,
+        masked=tissue is not None,
+    )
+    if tissue is not None and grid.kept_tiles == 0:
+        raise SlideError(_without_tissue(run, tissue, f"a token of {config.token_px * config.spacing_um:g} µm"))
+    return grid
+
+
+def _laid(run: SlideRun, card: ModelCard, tissue: TissueMask | None) -> tuple[TokenGrid, TileHeader]:
+    """Tiles over the tissue, as ``maskattn extract`` lays them."""
+    assert card.tile_px is not None, "a model with an encoder knows its tiles"
+    assert card.patch_px is not None, "a model with an encoder knows its tiles"
+    if card.spacing_um is None:
+        raise SlideError(
+            "tiles must have a spacing, got none, and neither the model nor its encoder says one; give "
+            "--tile-spacing-um 0.5, or what the model was trained at"
+        )
+    info, token_px = run.info, run.model.token_px
+    spacing_um = card.spacing_um * card.patch_px / card.tile_px  # of the image that the encoder sees
+    if tissue is None:
+        grid = make_grid(info, None, tile_px=card.tile_px, token_px=token_px, spacing_um=spacing_um, masked=False)
+    else:
+        places = lay_tiles(
+            info,
+            tissue,
+            patch_px=card.patch_px,
+            overlap_px=0,
+            spacing_um=card.spacing_um,
+            tile_px=card.tile_px,
+            min_tissue=MIN_TISSUE,
+        )
+        if not places.kept_tiles:
+            raise SlideError(_without_tissue(run, tissue, f"a tile of {card.patch_px * card.spacing_um:g} µm"))
+        if card.token_mask == "tissue":
+            places = with_tokens(places, tissue, token_px)
+        cells_T2 = places.coords_lv0[:, ::-1] // places.tile_lv0
+        keep_HW = np.zeros(cells_T2.max(axis=0) + 1, bool)
+        keep_HW[tuple(cells_T2.T)] = True
+        grid = _as_grid(run, places, keep_HW, spacing_um)
+    header = TileHeader(
+        slide_id=run.job.slide_id,
+        patch_size_px=card.patch_px,
+        patch_size_lv0=grid.tile_lv0,
+        spacing_um=card.spacing_um,
+        width_px=info.width_px,
+        height_px=info.height_px,
+        spacing_lv0_um=info.spacing_um,
+        magnification=info.objective_power,
+        slide_path=info.path,
+    )
+    return grid, header
+
+
+def _as_grid(run: SlideRun, places: TilePlaces, keep_HW: np.ndarray, spacing_um: float) -> TokenGrid:
+    token_px = run.model.token_px if places.tile_px % run.model.token_px == 0 else places.tile_px
+    side = places.tile_px // token_px
+    keep_Thw = places.token_keep_THW
+    if keep_Thw is None:
+        keep_Thw = np.ones((places.kept_tiles, side, side), bool)
+    size = (0, 0) if run.alone else (run.info.width_px, run.info.height_px)
+    return TokenGrid(keep_HW, places.coords_lv0, keep_Thw, places.tile_px, token_px, spacing_um, places.tile_lv0, *size)
+
+
+def _given(run: SlideRun) -> RunTiles:
+    """The tiles whose features are given."""
+    job, folder, card = run.job, run.settings.features_dir, run.model.card
+    assert folder is not None, "asked for where features are given"
+    with run.stages("features"):
+        source: Path | None = job.path if run.alone else find_features(folder, job.slide_id)
+        if source is None:
+            raise SlideError(
+                f"a slide must have a file of features, got none for {job.slide_id!r} below {as_text(folder)}; check "
+                "the ids, or leave --features out"
+            )
+        named = (job.slide_id, job.path.stem)
+        tiles = read_features(source, slide=None if run.alone else run.info, named=named)
+    _check_features(run, tiles)
+    if tiles.patch_size_lv0 is None:
+        raise SlideError(
+            f"features must say how large their tiles are, got no side of them in {as_text(source)}; write them with a "
+            "tool that says it, or extract them again"
+        )
+    order = np.lexsort((tiles.coords_T2[:, 0], tiles.coords_T2[:, 1]))
+    on_lattice = True
+    try:
+        rows_T, columns_T, keep_HW = grid_cells(tiles)
+        order = np.lexsort((columns_T, rows_T))
+    except SlideError:
+        if run.model.head.reads_grid:
+            raise
+        keep_HW, on_lattice = np.ones((1, len(order)), bool), False
+    tissue = None
+    places = TilePlaces(
+        tiles.coords_T2[order], tiles.patch_size_lv0, card.tile_px or tiles.patch_size_px or 1, keep_HW.size
+    )
+    if run.settings.tokens and card.token_mask == "tissue" and not run.alone:
+        with run.stages("tissue"):
+            tissue = _limited(run, _find_or_load_tissue(run))
+        if tissue is not None:
+            places = with_tokens(places, tissue, run.model.token_px)
+    grid = _as_grid(run, places, keep_HW, tiles.spacing_um or 0.0)
+    um = tiles.spacing_lv0_um if run.alone else run.info.spacing_um
+    if not tiles.on_level0 and tiles.spacing_um is not None:
+        um = tiles.spacing_um
+    sorted_tiles = replace(tiles, coords_T2=tiles.coords_T2[order], features_TC=tiles.features_TC[order])
+    return RunTiles(grid, sorted_tiles, tissue, on_lattice, um, sorted_tiles)
+
+
+def _check_features(run: SlideRun, tiles: TileFeatures) -> None:
+    """Refuse features that the model was not trained with.
+
+    Raises:
+        SlideError: what differs is named.
+    """
+    head, card, where = run.model.head, run.model.card, as_text(tiles.source)
+    if not len(tiles.features_TC):
+        raise SlideError(f"a slide must have tiles, got no features in {where}; leave the slide out")
+    if tiles.features_TC.shape[1] != head.in_dim:
+        raise SlideError(
+            f"features must be as wide as the slide model reads, got {tiles.features_TC.shape[1]} channels in {where} "
+            f"and {head.in_dim} for {card.name}; take the encoder that it was trained with"
+        )
+    found = ModelCard(
+        name=card.name,
+        kind=card.kind,
+        classes=card.classes,
+        encoder=None if tiles.encoder is None else EncoderFacts(tiles.encoder, tiles.features_TC.shape[1]),
+        spacing_um=tiles.spacing_um,
+        patch_px=tiles.patch_size_px,
+        token_mask=tiles.token_mask,
+    )
+    wrong = mismatches(card, found)
+    if wrong and not run.settings.other_encoder:
+        raise SlideError(
+            f"a slide model must be run with what it was trained with, got {'; '.join(wrong)} in {where} for "
+            f"{card.name}; give such features, or go on with --other-encoder"
+        )
+
+
+def _without_tissue(run: SlideRun, tissue: TissueMask, filled: str) -> str:
+    """Why no tile is left, and what to do about it: another thing where the user gave a mask."""
+    mask_path = run.job.mask_path
+    notes = f" ({'; '.join(tissue.notes)})" if tissue.notes else ""
+    if mask_path is None:
+        by, given = tissue.method, ""
+        remedy = "where there is tissue, name it in a mask of your own (--mask, or mask_path in a manifest)"
+    else:
+        by, given = f"the mask {mask_path}", f" --mask {quoted(mask_path)}"
+        remedy = "correct the mask, or name the labels or classes that mean tissue (--mask-value, --mask-class)"
+    what = f"none by {by} in {run.job.path}{notes}"
+    if tissue.mask_HW.any():
+        what = f"too little by {by} in {run.job.path} to fill {filled}{notes}"
+    return (
+        f"a slide must show tissue, got {what}; look at it with `maskattn tissue {quoted(run.job.path)}{given}` and "
+        f"{remedy}"
+    )
