@@ -53,7 +53,7 @@ class Pyramids:
 
 
 def _write(folder: Path, slide: ExplainedSlide, lattice: MapLattice) -> None:
-    spacing_um, settings = slide.reader.info.spacing_um, slide.settings
+    spacing_um, settings = slide.slide_reader.info.spacing_um, slide.settings
     names = [*(f"relevance: {name}" for name in slide.model.classes), "attention"]
     of_class = [(f"heatmap_{name}", f"colours_{name}") for name in file_names_of(slide.model.classes)]
     for index, (values, in_colours) in enumerate([*of_class, ("attention", "attention_colours")]):
