@@ -37,14 +37,18 @@ def explain(
         typer.Option("--prompt", help="A text (may be repeated), where --model is a folder with its text tower."),
     ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="Of concepts and prompts: the factor of the cosine.")
-    ] = 100.0,
+        float | None,
+        typer.Option(
+            "--temperature",
+            help="Of concepts and prompts: the factor of the cosine; by default the file's or the model's own, or 100.",
+        ),
+    ] = None,
     keep: Annotated[
         Path | None, typer.Option("--keep", help="A mask image; tokens that are all black are left out.")
     ] = None,
     method: Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")] = DEFAULT_METHOD,
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not test the maps by dropping what they call relevant.")
+        bool, typer.Option("--no-check", help="Do not test the maps by showing the model what they call relevant.")
     ] = False,
     num_heads: Annotated[int | None, typer.Option("--num-heads", help="For a file, which does not say it.")] = None,
     pixel_mean: Annotated[
@@ -63,7 +67,7 @@ def explain(
     """Explain the classes of one image.
 
     A picture shows the image beside its attention and its class maps; the scores go to stdout.
-    Each map is tested by dropping what it calls relevant; the figures are in a JSON file beside the picture.
+    Each map is tested by showing the model what it calls relevant; the figures are in a JSON file beside the picture.
     """
     with errors_in_one_line(debug):
         import torch
@@ -71,7 +75,7 @@ def explain(
         from maskattn.explain import Concept
         from maskattn.explain import single_image as single
         from maskattn.explain.pictures import draw_explanation
-        from maskattn.explain.text_concepts import TextConcepts, encode_prompts, read_concepts
+        from maskattn.explain.text_concepts import TextConcepts, encode_prompts, read_concepts, temperature_of
         from maskattn.files import replacing
         from maskattn.lettering import drawable
         from maskattn.nn.checkpoints import load_vit
@@ -91,7 +95,7 @@ def explain(
         kept = None if keep is None else single.read_keep(keep, vit.patch_embed.grid_of(inputs))
         targets: list[int] | Concept | TextConcepts | None = target
         if concepts:
-            targets = read_concepts(concepts, temperature)
+            targets = read_concepts(concepts, temperature, temperature_of(Path(model)))
         if prompt:
             targets = encode_prompts(Path(model), prompt, temperature)
         if concept:

@@ -9,7 +9,7 @@ Dimension key: B images, M maps, T packed tokens, N = H·W grid tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -74,6 +74,12 @@ class Request:
         """The scores to explain."""
         return select_scores(self.model.predict(self.tokens), self.target)
 
+    def asking(self, target: Target) -> Request:
+        """The same images, explained for another target of the same model; what the backbone gave is not made again."""
+        other = replace(self, target=target)
+        vars(other).update({name: vars(self)[name] for name in ("embedded", "tokens") if name in vars(self)})
+        return other
+
 
 class Explainer(ABC):
     """A method of explanation: a subclass says what its maps are, and ``attribute`` is the same for all.
@@ -126,13 +132,22 @@ class Explainer(ABC):
             TypeError, ValueError: inputs, target or keep do not fit the model, it drops at random (train mode), or the
                 method has no convergence gap.
         """
-        check_explainable(self.model)
         model = without_head(self.model) if isinstance(target, Concept) else self.model
         request = Request(model, inputs.detach(), target, keep, generator)
         if return_convergence_gap:
+            check_explainable(self.model)
             maps_BMHW, gap_BM = self.maps_and_gap(request)
             return _squeezed(self._on_tissue(maps_BMHW, request), target), _squeezed(gap_BM, target)
-        return _squeezed(self._on_tissue(self.maps(request), request), target)
+        return _squeezed(self.answer(request), target)
+
+    def answer(self, request: Request) -> Float[Tensor, "B M H W"]:
+        """The maps that a request asks for, 0 on background: ``attribute``, where the caller goes on with the tokens.
+
+        Raises:
+            ValueError: the model drops at random (train mode), or the target does not fit it.
+        """
+        check_explainable(self.model)
+        return self._on_tissue(self.maps(request), request)
 
     @abstractmethod
     def maps(self, request: Request) -> Float[Tensor, "B M H W"]:

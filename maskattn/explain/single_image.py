@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from maskattn.errors import SlideError
-from maskattn.explain.attention_maps import AttentionMap
+from maskattn.explain.attention_maps import attend_from_class_token
 from maskattn.explain.concepts import Concept
+from maskattn.explain.explainer import Request, as_maps
 from maskattn.explain.map_check import MapCheck, check_tokens
 from maskattn.explain.methods import DEFAULT_METHOD, method_named
-from maskattn.explain.packed_model import without_head
-from maskattn.explain.targets import select_scores
+from maskattn.explain.packed_model import check_explainable, without_head
 from maskattn.explain.text_concepts import TextConcepts
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
@@ -37,6 +37,7 @@ __all__ = [
     "size_for",
 ]
 
+_DRAWS = 3  # of a map's check: every one is 0.4 of a prediction by the whole model
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -197,34 +198,43 @@ def explain_image(
             the largest logits.
         keep: (1, H, W) bool, True = the token takes part; None keeps all.
         method: a key of :data:`maskattn.explain.methods.METHODS`; what it draws at random comes from a fixed seed.
-        check: test each map by dropping the tokens that it calls most relevant.
+        check: test each map by what the model makes of the tokens that it calls most and least relevant.
 
     Raises:
         ValueError: there is no such method or class, or the model has no classes and there is no concept.
     """
     explainer = method_named(method)(model)
-    if isinstance(targets, TextConcepts):
-        with torch.no_grad():
-            scores, names = targets(model(inputs, keep))[0], targets.names
-    elif targets is None or not isinstance(targets, Concept):
-        if model.num_classes == 0:
-            raise ValueError("this model has no classes (num_classes=0); give example images of a concept instead")
-        with torch.no_grad():
-            logits = model(inputs, keep)
-        targets = logits[0].topk(min(3, model.num_classes)).indices.tolist() if targets is None else list(targets)
-        scores, names = select_scores(logits, targets)[0], tuple(f"class {c}" for c in targets)
-    else:
-        with torch.no_grad():
-            scores = select_scores(without_head(model)(inputs, keep), targets)[0]
-        names = ("concept",) if len(scores) == 1 else tuple(f"concept {i}" for i in range(len(scores)))
-    maps = explainer.attribute(inputs, targets, keep, generator=torch.Generator().manual_seed(0))
-    assert isinstance(maps, Tensor), "no gap was asked for"
-    attention = None if model.cls_token is None else AttentionMap(model).attribute(inputs, keep)[0]
-    maps_MHW = maps.view(-1, *maps.shape[-2:])
+    check_explainable(explainer.model)
+    request, names = _request(explainer.model, inputs, targets, keep)
+    maps_MHW = explainer.answer(request)[0]
+    scores_M, attention_HW = request.scores_BM[0], None
+    if request.model.cls_token is not None:
+        rows_HT = attend_from_class_token(request.model, request.tokens)
+        attention_HW = as_maps(rows_HT.mean(dim=0, keepdim=True), request.tokens)[0, 0]
     checks: tuple[MapCheck, ...] = ()
     if check:
-        of = without_head(model) if isinstance(targets, Concept) else model
-        with torch.no_grad():
-            tokens = of.embed(inputs, keep)
-        checks = tuple(check_tokens(of, tokens, targets, maps_MHW.flatten(1)))
-    return ImageExplanation(names, scores, maps_MHW, attention, method_named(method).title, checks)
+        told = request.model, request.embedded, request.target, maps_MHW.flatten(1)
+        checks = tuple(check_tokens(*told, shares=(), draws=_DRAWS))
+    return ImageExplanation(names, scores_M, maps_MHW, attention_HW, method_named(method).title, checks)
+
+
+def _request(
+    model: VisionTransformer,
+    inputs: Tensor,
+    targets: Sequence[int] | Concept | TextConcepts | None,
+    keep: Tensor | None,
+) -> tuple[Request, tuple[str, ...]]:
+    """What is asked of the model, whose backbone then runs once for everything, and the names of the targets."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(targets, TextConcepts):
+        return Request(model, inputs, targets, keep, generator), targets.names
+    if isinstance(targets, Concept):
+        request = Request(without_head(model), inputs, targets, keep, generator)
+        M = request.scores_BM.shape[1]
+        return request, ("concept",) if M == 1 else tuple(f"concept {i}" for i in range(M))
+    if model.num_classes == 0:
+        raise ValueError("this model has no classes (num_classes=0); give example images of a concept instead")
+    request = Request(model, inputs, "all", keep, generator)
+    likeliest = min(3, model.num_classes)
+    classes = request.scores_BM[0].topk(likeliest).indices.tolist() if targets is None else list(targets)
+    return request.asking(classes), tuple(f"class {c}" for c in classes)

@@ -9,6 +9,8 @@ Dimension key: B images, K concepts, C channels of the shared space.
 from __future__ import annotations
 
 import csv
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,11 @@ from torch import Tensor
 
 from maskattn.shapes import Float
 
-__all__ = ["DEFAULT_TEMPERATURE", "TextConcepts", "encode_prompts", "read_concepts"]
+__all__ = ["DEFAULT_TEMPERATURE", "TextConcepts", "encode_prompts", "read_concepts", "temperature_of"]
 
 DEFAULT_TEMPERATURE = 100.0
 _ENDINGS = (".npy", ".safetensors", ".csv")
+_SCALE = "logit_scale"  # CLIP and SigLIP keep the temperature's logarithm under this key
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +72,15 @@ class TextConcepts:
         return self.temperature * F.normalize(output_BC, dim=-1) @ directions.mT
 
 
-def read_concepts(path: Path, temperature: float = DEFAULT_TEMPERATURE) -> TextConcepts:
+def read_concepts(path: Path, temperature: float | None = None, of_model: float | None = None) -> TextConcepts:
     """Concepts from a file.
 
     Args:
         path: ``.npy``, (K, C), whose names are the lines of a ``.txt`` of the same name, or "concept 0" and so on;
             ``.safetensors``, a vector (C,) by each name; or ``.csv``, a row for each: name, then C numbers.
-        temperature: factor of the cosine.
+        temperature: factor of the cosine; None takes what a ``.safetensors`` says under ``logit_scale``, as CLIP keeps
+            it (its logarithm), then the model's, and CLIP's 100 where nothing is said.
+        of_model: the model's own, where it says one: see :func:`temperature_of`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -86,44 +91,77 @@ def read_concepts(path: Path, temperature: float = DEFAULT_TEMPERATURE) -> TextC
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of concepts {path}")
     try:
-        names, vectors = {".npy": _read_npy, ".safetensors": _read_safetensors, ".csv": _read_csv}[path.suffix](path)
-        return TextConcepts(tuple(names), torch.from_numpy(np.ascontiguousarray(vectors)).float(), temperature)
+        said: float | None = None
+        if path.suffix == ".safetensors":
+            names, vectors, said = _read_safetensors(path)
+        else:
+            names, vectors = {".npy": _read_npy, ".csv": _read_csv}[path.suffix](path)
+        factor = next((x for x in (temperature, said, of_model) if x is not None), DEFAULT_TEMPERATURE)
+        return TextConcepts(tuple(names), torch.from_numpy(np.ascontiguousarray(vectors)).float(), factor)
     except FileNotFoundError:
         raise
     except Exception as error:  # of numpy, safetensors and csv, each of its own kind
         raise ValueError(f"a file of concepts must hold a vector by each name, got {path}: {error}") from error
 
 
-def encode_prompts(folder: Path, prompts: Sequence[str], temperature: float = DEFAULT_TEMPERATURE) -> TextConcepts:
-    """Concepts from texts, by the text tower of a CLIP of transformers in a local folder.
+def encode_prompts(folder: Path, prompts: Sequence[str], temperature: float | None = None) -> TextConcepts:
+    """Concepts from texts, by the text tower of a CLIP or SigLIP of transformers in a local folder.
 
     Args:
-        folder: with ``config.json``, weights and the tokenizer's files.
+        folder: with ``config.json``, weights and the tokenizer's files; PLIP and QuiltNet are CLIPs.
         prompts: texts, distinct; each is its concept's name.
-        temperature: factor of the cosine.
+        temperature: factor of the cosine; None takes the folder's own.
 
     Raises:
-        ValueError: the folder holds no text tower with a projection, or no tokenizer.
+        ValueError: the folder holds no text tower, or no tokenizer.
     """
     import transformers
 
-    if not (folder / "config.json").is_file():
+    config = folder / "config.json"
+    if not config.is_file():
         raise ValueError(
-            f"prompts need a local folder of a CLIP of transformers, with its text tower, got {folder}; give vectors "
-            "with --concepts instead"
+            f"prompts need a local folder of a CLIP or SigLIP of transformers, with its text tower, got {folder}; give "
+            "vectors with --concepts instead"
         )
+    siglip = json.loads(config.read_text(encoding="utf-8")).get("model_type") == "siglip"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        tower = transformers.CLIPTextModelWithProjection.from_pretrained(folder, local_files_only=True).eval()
+        kind = transformers.SiglipTextModel if siglip else transformers.CLIPTextModelWithProjection
+        tower = kind.from_pretrained(folder, local_files_only=True).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
             f"prompts need a text tower and its tokenizer, and {folder} does not give them: {error}; give vectors with "
             "--concepts instead"
         ) from error
+    # SigLIP was trained on texts that are all padded to one length, without a mask.
+    asked = (
+        {"padding": "max_length", "max_length": tower.config.max_position_embeddings} if siglip else {"padding": True}
+    )
+    names = ("input_ids",) if siglip else ("input_ids", "attention_mask")
     with torch.no_grad():
-        tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-        vectors_KC = tower(**{name: tokens[name] for name in ("input_ids", "attention_mask")}).text_embeds
-    return TextConcepts(tuple(prompts), vectors_KC, temperature)
+        tokens = tokenizer(list(prompts), truncation=True, return_tensors="pt", **asked)
+        output = tower(**{name: tokens[name] for name in names})
+    vectors_KC = output.pooler_output if siglip else output.text_embeds
+    factor = next((x for x in (temperature, temperature_of(folder)) if x is not None), DEFAULT_TEMPERATURE)
+    return TextConcepts(tuple(prompts), vectors_KC, factor)
+
+
+def temperature_of(folder: Path) -> float | None:
+    """The temperature that a model's folder was trained with, where its weights say it (``logit_scale``).
+
+    Args:
+        folder: of transformers or open_clip; anything else says nothing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safe_open(path, framework="pt") as weights:
+                if _SCALE in weights.keys():  # noqa: SIM118 (no mapping, though it has keys)
+                    return math.exp(float(weights.get_tensor(_SCALE)))
+        except SafetensorError:
+            continue
+    return None
 
 
 def _read_npy(path: Path) -> tuple[list[str], np.ndarray]:
@@ -136,11 +174,13 @@ def _read_npy(path: Path) -> tuple[list[str], np.ndarray]:
     return [line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()], vectors
 
 
-def _read_safetensors(path: Path) -> tuple[list[str], np.ndarray]:
+def _read_safetensors(path: Path) -> tuple[list[str], np.ndarray, float | None]:
     from safetensors.numpy import load_file
 
     vectors = load_file(path)
-    return list(vectors), np.stack([vector.reshape(-1) for vector in vectors.values()])
+    scale = vectors.pop(_SCALE, None)
+    said = None if scale is None else math.exp(float(scale.reshape(())))
+    return list(vectors), np.stack([vector.reshape(-1) for vector in vectors.values()]), said
 
 
 def _read_csv(path: Path) -> tuple[list[str], np.ndarray]:

@@ -36,7 +36,7 @@ class RunSettings:
         mask_values: the labels of a user's mask that mean tissue; None = any but 0.
         tokens: also make relevance maps at the resolution of tokens, in a second pass over the slide.
         method: of explanation; see :data:`maskattn.explain.METHODS`.
-        check: test each map by dropping the tiles that it calls most relevant.
+        check: test each map by what the model makes of the tiles that it calls most and least relevant.
         ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
         force: run slides that were not scanned in bright field too.
         spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
@@ -84,7 +84,10 @@ class RunSettings:
         default=True,
         # A slide whose maps were tested has all that one without the test has.
         metadata=asked(
-            "--no-check", "Do not test the maps by dropping what they call relevant.", before=False, serves=operator.ge
+            "--no-check",
+            "Do not test the maps by showing the model what they call relevant.",
+            before=False,
+            serves=operator.ge,
         ),
     )
     ink: Literal["auto", "off"] = field(

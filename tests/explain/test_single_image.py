@@ -71,7 +71,7 @@ def test_the_command_writes_a_picture_and_prints_the_models_scores(vit, weights,
         assert figure["score"] == pytest.approx(logits[c].item(), rel=1e-4)
         assert figure["method"] == METHODS[DEFAULT_METHOD].title
         assert figure["map_check"] in ("passed", "weak", "contradicts")
-        assert len(figure["drop_most_relevant"]) == len(figure["drop_at_random"]) == 4
+        assert figure["spread_at_random"] > 0
     with Image.open(out) as picture:
         assert picture.size[0] > 800
 
@@ -149,10 +149,18 @@ def test_the_check_of_an_image_is_by_the_models_own_predictions_without_the_toke
     found = explain_image(vit, x, [4, 0], keep)
     for place, target in enumerate((4, 0)):
         order = found.maps_MHW[place].masked_fill(~keep[0], -torch.inf).flatten().argsort(descending=True)
-        for share, drop in zip(found.checks[place].shares, found.checks[place].drop_most_relevant, strict=True):
-            left = keep.flatten(1).clone()
-            left[0, order[: max(1, round(share * 12))]] = False
-            assert drop == pytest.approx((vit(x, keep) - vit(x, left))[0, target].item(), abs=1e-5)
+        check, most, least = found.checks[place], *torch.zeros(2, 1, 16, dtype=torch.bool)
+        most[0, order[:2]], least[0, order[10:12]] = True, True
+        assert check.most_relevant_alone == pytest.approx(vit(x, most)[0, target].item(), abs=1e-5)
+        assert check.least_relevant_alone == pytest.approx(vit(x, least)[0, target].item(), abs=1e-5)
+
+
+def test_the_backbone_runs_once_for_scores_maps_and_attention(vit, monkeypatch):
+    ran = []
+    whole = type(vit).before_last_block
+    monkeypatch.setattr(type(vit), "before_last_block", lambda self, tokens: ran.append(1) or whole(self, tokens))
+    explain_image(vit, torch.randn(1, 3, 64, 64), check=False)
+    assert len(ran) == 1
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ _READING = (
     "A map shows which tokens, or tiles, speak for a class (red) and against it (blue): the signed share of each in "
     "the class's score. Colours follow the square root of the value, and what is near zero is nearly transparent.",
     "Squares on a map mark the tiles that are shown beside it. Positions are pixels of the slide's level 0.",
-    "The map check drops the tiles that a map calls most relevant, and as many at random, and compares what the score "
-    "loses. A map that does not pass must not be taken for evidence.",
+    "The map check compares the score by the tiles that a map calls most relevant, alone, with the score by those that "
+    "it calls least relevant. A map that does not pass must not be taken for evidence.",
 )
 
 
