@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from aot.every_call import HEADS, OPERATIONS, Shape
+from aot.every_call import HEADS, ON_HOPPER, OPERATIONS, Shape, run
 from aot.stub import CAPABILITIES, StubDevice
 from bench.gpu.outcomes import Outcome, OutcomeLog, fingerprint
 
@@ -41,13 +41,14 @@ RANDOM_SHAPES = 8
 WORKSPACE = 2**21
 
 
-def cases(quick: bool) -> Iterator[tuple[str, str, Shape]]:
+def cases(quick: bool, target: str) -> Iterator[tuple[str, str, Shape]]:
     """(name, operation, shape): every operation by dtype, head width and options, the most used first."""
     widths = [64, 72] if quick else sorted(WIDTHS, key=lambda width: (width % 64 != 0, width % 16 != 0, width))
     for width in widths:
         for dtype in ["bf16"] if quick else DTYPES:
             for options in (False, True):
-                for operation in OPERATIONS:
+                on_hopper = ON_HOPPER if target == "sm90" and dtype != "fp32" else {}
+                for operation in OPERATIONS | on_hopper:
                     if quick and (operation.endswith(("of_every_query", "of_one_class")) or (options and width != 64)):
                         continue
                     name = f"{operation}, {dtype}, width {width}{', every option' if options else ''}"
@@ -70,7 +71,7 @@ def try_case(device: StubDevice, operation: str, shape: Shape, random_shapes: in
     """What is wrong with a case; empty where all is well."""
     before = device.compiled
     for one in (shape, *shapes_like(shape, random_shapes)):
-        OPERATIONS[operation](one)
+        run(operation, one)
     if device.refused:
         return "a launch passed a limit"
     variants = {name: count for name, count in (device.compiled - before).items() if count > MOST_VARIANTS}
@@ -178,7 +179,7 @@ def _run(device: StubDevice, log: OutcomeLog, given: argparse.Namespace) -> int:
     first, step = (int(x) for x in given.shard.split("/"))
     checks: dict[str, Callable[[], str]] = {
         name: lambda operation=operation, shape=shape: try_case(device, operation, shape, given.random_shapes)
-        for name, operation, shape in cases(given.quick)
+        for name, operation, shape in cases(given.quick, device.target)
     }
     checks |= {"tokens far apart": lambda: far_apart(device), "nothing is copied": allocates_little}
     checks = {name: check for name, check in checks.items() if given.cases in name}

@@ -16,7 +16,7 @@ import maskattn
 from aot.launches import Launch, recorded_launches
 from maskattn.kernels.attention.gather import gather_rows, scatter_rows
 
-__all__ = ["OPERATIONS", "Shape", "launches_of"]
+__all__ = ["ON_HOPPER", "OPERATIONS", "Shape", "launches_of", "run"]
 
 HEADS, CLASSES = 2, 3
 
@@ -57,17 +57,28 @@ def launches_of(operation: str, shapes: Sequence[Shape], target: str) -> list[La
     """What an operation and its backward launch, in order, called with one shape after the other."""
     with recorded_launches(target) as launches:
         for shape in shapes:
-            OPERATIONS[operation](shape)
+            run(operation, shape)
     return launches
 
 
-def packed_attention(shape: Shape) -> None:
+def run(operation: str, shape: Shape) -> None:
+    """Call an operation, and its backward."""
+    (OPERATIONS | ON_HOPPER)[operation](shape)
+
+
+def packed_attention(shape: Shape, impl: str = "triton") -> None:
     T = sum(shape.lengths)
     keywords = shape.keywords((T,) if shape.shared_bias else (T, HEADS), torch.zeros(T, 2))
+    if impl == "gluon":
+        keywords.pop("dropout_p", None)
     sequences = (shape.cu_seqlens,) * 2 + (max(shape.lengths),) * 2
     qkv = shape.leaves(3, T, HEADS, shape.head_width)
-    out, lse = maskattn.packed_attention(*qkv, *sequences, **keywords, return_lse=True, impl="triton")
+    out, lse = maskattn.packed_attention(*qkv, *sequences, **keywords, return_lse=True, impl=impl)
     (out.float().sum() + lse.sum()).backward()
+
+
+def packed_attention_in_gluon(shape: Shape) -> None:
+    packed_attention(shape, impl="gluon")
 
 
 def masked_attention(shape: Shape, skip_queries: bool = True) -> None:
@@ -138,3 +149,6 @@ OPERATIONS = {
         packing,
     )
 }
+
+# In half precision and for compute capability 9.0 alone.
+ON_HOPPER = {"packed_attention_in_gluon": packed_attention_in_gluon}

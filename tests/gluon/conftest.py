@@ -6,7 +6,7 @@ import pytest
 from poisoned_memory import poison_uninitialised_memory
 
 triton = pytest.importorskip("triton")
-if triton.knobs.runtime.interpret or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+if triton.knobs.runtime.interpret or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     collect_ignore_glob = ["*"]
 
 

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+import triton
 from simulated_launch import simulating
 
 import maskattn
@@ -49,6 +50,12 @@ def test_other_devices_are_refused(monkeypatch):
             ValueError, match=r"needs a GPU of compute capability 9\.0, got one that is served as sm100"
         ):
             maskattn.packed_attention(Q, Q, Q, ENDS, ENDS, 4, 4, impl="gluon")
+
+
+def test_an_older_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    with simulating(), pytest.raises(ValueError, match=r"impl='gluon' needs triton 3\.7 or later, got triton 3\.6\.0"):
+        choose("gluon", Q, Options(1.0))
 
 
 @pytest.mark.parametrize("operation", ["masked_attention", "readout"])

@@ -28,6 +28,7 @@ def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:
     ("target", "cases"),
     [
         ("sm90", "packed_attention, bf16, width 64"),
+        ("sm90", "packed_attention_in_gluon, bf16, width 72"),
         ("sm80", "readout_with_rows, bf16, width 64, every"),
         ("sm120", "relevance, bf16, width 64"),
         ("sm100", "packing"),

@@ -16,7 +16,7 @@ if triton.knobs.runtime.interpret:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
-from aot.every_call import OPERATIONS, Shape, launches_of  # noqa: E402 (bench/ must be on the path first)
+from aot.every_call import ON_HOPPER, OPERATIONS, Shape, launches_of  # noqa: E402 (bench/ must be on the path first)
 
 from maskattn.kernels.attention import masked  # noqa: E402 (likewise)
 
@@ -41,7 +41,9 @@ def test_whatever_numbers_the_launcher_takes_for_constants_the_kernels_compile(o
 
 # Of one kernel, for one operation and head shape: a stride that grows with the tokens may be 1 or a multiple of 16 or
 # neither, there is a schedule or none, and ``clear_tail_kernel`` follows three kernels.
-OF_ATTENTION = dict.fromkeys(("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"), 5)
+OF_ATTENTION = dict.fromkeys(
+    ("forward_kernel", "gluon_forward_kernel", "query_gradient_kernel", "key_gradient_kernel"), 5
+)
 AT_MOST = {**OF_ATTENTION, "readout_gradient_kernel": 3, "clear_tail_kernel": 7}
 
 
@@ -58,7 +60,7 @@ def random_lengths(generator: torch.Generator, longest: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("options", [{}, {"options": True}, {"options": True, "shared_bias": True}], ids=str)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", [*OPERATIONS, *ON_HOPPER])
 def test_lengths_and_sequences_may_vary_without_new_compilations(operation, options):
     generator = torch.Generator().manual_seed(0)
     shapes = [Shape(random_lengths(generator, 70), **options) for _ in range(200)]

@@ -35,8 +35,8 @@ def supports(q: Tensor, options: Options) -> str | None:
 @torch.compiler.assume_constant_result
 def _missing_on(device: torch.device) -> str | None:
     """What the installed triton or the device lacks; facts of the machine, which torch.compile need not trace."""
-    if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 6):
-        return f"needs triton 3.6 or later, got triton {triton.__version__}"
+    if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7):
+        return f"needs triton 3.7 or later, got triton {triton.__version__}"
     target = lookup.target_of(device)
     if target != "sm90":
         return f"needs a GPU of compute capability 9.0, got one that is served as {target}"
