@@ -126,12 +126,12 @@ def extract_slide(
     identity = identity or identify_encoder(encoder)
     stages = Stages(encoder.device)
     layout = _layout(settings, encoder)
-    with stages("open"):
+    with stages("open"), _slides_own_spacing():
         given = (job.spacing_um, "manifest")
         if settings.slide_spacing_um is not None:
             given = (settings.slide_spacing_um, "override")
         reader = SlideReader(job.path, *given, series=settings.series, isolated=True)
-    with reader:
+    with reader, _slides_own_spacing():
         found = find_tiles(job, reader, encoder, settings, stages)
         features = layout.path_of(settings.out_dir, found.header)
         _clear_leftovers(settings.out_dir, job.slide_id)
@@ -253,6 +253,15 @@ class _Encoded:
             )
         self.tiles += len(rows_B)
         return features, rows_B
+
+
+@contextlib.contextmanager
+def _slides_own_spacing() -> Iterator[None]:
+    """Messages name the option of a slide's spacing as this command has it; others call it ``--spacing-um``."""
+    try:
+        yield
+    except SlideError as error:
+        raise type(error)(str(error).replace("--spacing-um", "--slide-spacing-um")) from error
 
 
 @contextlib.contextmanager

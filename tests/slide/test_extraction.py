@@ -290,6 +290,40 @@ def test_a_users_mask_and_the_slides_spacing_are_heeded(slide: Path, encoder: Ti
     assert outcome.record.slide.spacing_source == "override"
 
 
+def test_a_slide_without_a_spacing_says_which_option_gives_it_here(encoder: TileEncoder, tmp_path: Path):
+    slide = write_slide(tmp_path / "bare.tiff", spacing_um=None)
+    outcome = extract(slide, encoder, tmp_path / "out")
+    assert "give the spacing with `--slide-spacing-um 0.5`" in outcome.reason
+    assert extract(slide, encoder, tmp_path / "out", slide_spacing_um=1.0).status == "ok"
+
+
+def test_a_run_that_is_broken_off_leaves_nothing_half_written_and_goes_on(
+    slide: Path, encoder: TileEncoder, tmp_path: Path
+):
+    class Stop:
+        def slide_started(self, job: SlideJob) -> None: ...
+
+        def slide_ended(self, outcome: ExtractionOutcome) -> None: ...
+
+        def tiles_done(self, done: int, total: int) -> None:
+            assert 0 < done < total
+            raise KeyboardInterrupt
+
+    settings = ExtractSettings(tmp_path, batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        extract_slides([SlideJob("disc", slide)], encoder, settings, Stop())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert extract(slide, encoder, tmp_path).status == "ok"
+
+
+def test_workers_and_batches_change_no_feature(slide: Path, encoder: TileEncoder, tmp_path: Path):
+    one = extract(slide, encoder, tmp_path / "a", batch_size=3, token_mask="tissue")
+    other = extract(slide, encoder, tmp_path / "b", batch_size=32, workers=1, token_mask="tissue")
+    a, b = (read_features(features_file(tmp_path / name, outcome)) for name, outcome in (("a", one), ("b", other)))
+    assert np.array_equal(a.coords_T2, b.coords_T2)
+    assert np.allclose(a.features_TC, b.features_TC, rtol=1e-4, atol=1e-5)
+
+
 def test_tiles_that_cannot_be_read_have_no_features(
     encoder: TileEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
