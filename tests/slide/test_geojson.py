@@ -6,6 +6,7 @@ import json
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -14,13 +15,15 @@ import pytest
 import shapely
 from small_slides import SHAPE
 
-from maskattn.errors import ManifestError
+from maskattn.errors import ManifestError, SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.outlines.merging import merged, rings_of
 from maskattn.slide.outlines.rules import parse_regions
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
+from maskattn.slide.sinks import ExplainedTiles
+from maskattn.slide.sinks.geojson import GeoJson
 
 
 def run(model: SlideModel, slide: Path, settings: RunSettings, **asked: Any) -> tuple[list[dict], h5py.File]:
@@ -183,3 +186,30 @@ def test_a_finished_slide_with_a_geojson_serves_a_run_without(
             [SlideJob("disc", slide)], model, replace(settings, tokens="tokens" in asked.values(), **asked)
         )
         assert again.status == status, again.reason
+
+
+def test_of_features_alone_tiles_are_written_where_tokens_have_no_maps(tmp_path: Path) -> None:
+    asked = RunSettings(tmp_path, tokens=True, geojson="tokens", regions=("a=0",))
+    header = SimpleNamespace(width_px=None, height_px=None, on_level0=True)
+    slide: Any = SimpleNamespace(
+        slide_id="s",
+        header=header,
+        grid=SimpleNamespace(tile_lv0=100, width_px=0, height_px=0),
+        model=SimpleNamespace(name="m", classes=("a",)),
+        scores={"a": 1.0},
+        method="CDAM",
+        coords_T2=np.array([[0, 0], [100, 0]]),
+        relevance_KT=np.array([[0.5, -0.5]]),
+        attention_T=np.zeros(2),
+        with_tokens=False,
+        settings=asked,
+    )
+    with GeoJson().open(tmp_path, slide) as take:
+        take(ExplainedTiles(np.arange(2), np.ones((2, 1, 1), bool)))
+    first, second, region = json.loads((tmp_path / "relevance.geojson").read_bytes())["features"]
+    assert [one["properties"]["objectType"] for one in (first, second, region)] == ["tile", "tile", "annotation"]
+    assert shapely.geometry.shape(second["geometry"]).bounds == (100, 0, 200, 100)
+    assert "attention" not in first["properties"]["measurements"]
+    header.on_level0 = False
+    with pytest.raises(SlideError, match="must be in pixels of level 0"), GeoJson().open(tmp_path, slide):
+        pass

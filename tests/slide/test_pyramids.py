@@ -153,8 +153,8 @@ def test_the_zarr_holds_the_tokens_and_where_they_lie(folder: Path) -> None:
 @pytest.mark.parametrize("token_lv0", [1.5, 6.5])
 def test_a_level_has_the_tokens_at_its_pixels_or_means_of_the_level_below(tmp_path: Path, token_lv0: float) -> None:
     rng = np.random.default_rng(0)
-    grid: Any = SimpleNamespace(token_lv0=token_lv0, width_px=1501, height_px=1203)
-    lattice = MapLattice(1, grid, tmp_path)
+    grid: Any = SimpleNamespace(token_lv0=token_lv0, tile_lv0=52, width_px=1501, height_px=1203)
+    lattice = MapLattice(1, grid, np.zeros((0, 2), np.int64), tmp_path)
     tokens = rng.normal(size=lattice.values_MRC.shape[1:]).astype(np.float32)
     tokens[:90, :100] = np.nan
     lattice.values_MRC[0] = tokens
@@ -216,3 +216,26 @@ def test_a_zarr_is_refused_at_once_where_the_package_is_missing(
 ) -> None:
     with pytest.raises(ManifestError, match=r"--zarr needs the package zarr, got none; pip install 'maskattn\[zarr\]'"):
         run_slides([SlideJob("disc", slide)], model, replace(settings, zarr=True))
+
+
+@pytest.mark.parametrize(("stride", "origin", "cell"), [(64, 0, 64), (32, 0, 32), (48, 16, 16), (51, 7, 4)])
+def test_tiles_that_overlap_or_begin_anywhere_lie_where_they_are(
+    tmp_path: Path, stride: int, origin: int, cell: float
+) -> None:
+    grid: Any = SimpleNamespace(token_lv0=64.0, tile_lv0=64, width_px=400, height_px=300)
+    xs = np.arange(origin, 300, stride)
+    coords = np.stack([xs, np.full(len(xs), origin)], axis=1)
+    lattice = MapLattice(1, grid, coords, tmp_path)
+    assert lattice.cell_lv0 == cell
+    values = np.arange(1.0, len(xs) + 1)
+    lattice.paint(coords, values[None, :, None, None], np.ones((len(xs), 1, 1), bool))
+    shown = lattice.sample(0, 0, 0, 0, (300, 400))
+    expected = np.full((300, 400), np.nan)
+    for x, value in zip(xs, values, strict=True):
+        expected[origin : origin + 64, x : x + 64] = value
+    lattice.close()
+    off = ~((shown == expected) | (np.isnan(shown) & np.isnan(expected)))
+    if stride != 51:
+        assert not off.any()
+    else:  # no more than half a cell at each edge
+        assert off.sum() <= 64 * 2 * 2 * len(xs) + 400 * 2 * 2

@@ -1,10 +1,14 @@
 """A map over the lattice of a slide's tokens, and the levels of its pyramid, block by block.
 
-Level l has one pixel for 2^l × 2^l pixels of level 0. Where a pixel is no larger than a token it has the value of the
-token at its centre; larger ones have the mean of the four below them. Only the lattice is held, in a file without a
-name, and of one map the levels that are coarser than it: memory does not grow with the slide's pixels.
+Level l has one pixel for 2^l × 2^l pixels of level 0. Where a pixel is no larger than a cell of the lattice it has the
+value of the cell at its centre; larger ones have the mean of the four below them. Only the lattice is held, in a file
+without a name, and of one map the levels that are coarser than it: memory does not grow with the slide's pixels.
 
-Dimension key: M maps, (R, C) the slide's tokens, B tiles of a batch, (h, w) tokens of a tile, (Y, X) pixels of a level.
+A cell is a token where tokens lie one beside the other. Where tiles overlap, or begin anywhere, it is what divides
+their places, but no less than a sixteenth of a token; where tiles overlap, the later one is seen.
+
+Dimension key: M maps, (R, C) the slide's cells, T tiles of a slide, B of a batch, (h, w) tokens of a tile, (Y, X) a
+level's pixels.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ __all__ = ["BLOCK_PX", "MapLattice", "halved"]
 
 BLOCK_PX = 512
 _BAND_PX = 256
+_MOST_CELLS = 16  # along a token's side
 
 
 class MapLattice:
@@ -31,13 +36,15 @@ class MapLattice:
     Args:
         maps: M, how many.
         grid: of the slide.
+        coords_T2: (T, 2) level-0 x, y of the top left corners of all tiles that will come.
         folder: where the file without a name may lie.
     """
 
-    def __init__(self, maps: int, grid: TokenGrid, folder: Path) -> None:
-        self.token_lv0 = grid.token_lv0
+    def __init__(self, maps: int, grid: TokenGrid, coords_T2: Int[np.ndarray, "T 2"], folder: Path) -> None:
+        self.cell_lv0 = _cell_lv0(grid, coords_T2)
         self.slide_px = grid.height_px, grid.width_px
-        rows, columns = (max(1, math.ceil(length / self.token_lv0)) for length in self.slide_px)
+        self._cells_of_tile = max(1, round(grid.tile_lv0 / self.cell_lv0))
+        rows, columns = (max(1, math.ceil(length / self.cell_lv0)) for length in self.slide_px)
         # The system keeps in memory what there is room for.
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- lives as long as the lattice
         self.values_MRC: Float[np.ndarray, "M R C"] = np.memmap(
@@ -60,19 +67,21 @@ class MapLattice:
         """Take in the kept tokens of some tiles.
 
         Args:
-            coords_B2: (B, 2) level-0 x, y of the tiles' top left corners, on the lattice.
+            coords_B2: (B, 2) level-0 x, y of the tiles' top left corners.
             values_MBhw: (M, B, h, w) a value per token, or (M, B, 1, 1) one per tile.
             keep_Bhw: (B, h, w) bool, which tokens are kept.
         """
         values_MBhw = np.broadcast_to(values_MBhw, (len(values_MBhw), *keep_Bhw.shape))
         _, rows, columns = self.values_MRC.shape
+        cell = np.arange(self._cells_of_tile) + 0.5
+        token = np.ix_(*((cell * tokens / self._cells_of_tile).astype(np.intp) for tokens in keep_Bhw.shape[1:]))
         for tile, corner in enumerate(coords_B2):
-            column, row = (round(float(at) / self.token_lv0) for at in corner)
-            kept = keep_Bhw[tile, : rows - row, : columns - column]
+            column, row = (round(float(at) / self.cell_lv0) for at in corner)
+            kept = keep_Bhw[tile][token][: rows - row, : columns - column]
             height, width = kept.shape
             for target, source in zip(self.values_MRC, values_MBhw[:, tile], strict=True):
                 part = target[row : row + height, column : column + width]
-                np.copyto(part, source[:height, :width], where=kept)
+                np.copyto(part, source[token][:height, :width], where=kept)
 
     def level_shapes(self) -> list[tuple[int, int]]:
         """(height, width) of every level, down to one that is a single block."""
@@ -83,8 +92,8 @@ class MapLattice:
         return shapes
 
     def sampled_levels(self) -> int:
-        """How many levels have pixels that are no larger than a token."""
-        return min(len(self.level_shapes()), 1 + max(0, math.floor(math.log2(self.token_lv0))))
+        """How many levels have pixels that are no larger than a cell."""
+        return min(len(self.level_shapes()), 1 + max(0, math.floor(math.log2(self.cell_lv0))))
 
     def coarse_levels(self, of_map: int) -> list[Float[np.ndarray, "Y X"]]:
         """The levels of a map after the sampled ones, whole: together they have fewer pixels than half the lattice."""
@@ -121,9 +130,9 @@ class MapLattice:
         return np.asarray(tokens)[np.ix_(rows - rows[0], columns - columns[0])]
 
     def _tokens(self, level: int, first: int, count: int, axis: int) -> np.ndarray:
-        """The token at the centre of each pixel along an axis; a pixel's centre beyond the edge is in the last one."""
+        """The cell at the centre of each pixel along an axis; a pixel's centre beyond the edge is in the last one."""
         pixels = np.arange(first, min(first + count, self.level_shapes()[level][axis]))
-        tokens: np.ndarray = np.floor((pixels + 0.5) * 2.0**level / self.token_lv0).astype(np.intp)
+        tokens: np.ndarray = np.floor((pixels + 0.5) * 2.0**level / self.cell_lv0).astype(np.intp)
         return tokens.clip(0, self.values_MRC.shape[1 + axis] - 1)
 
     def blocks(self, of_map: int, level: int, coarse: list[np.ndarray]) -> Iterator[Float[np.ndarray, "Y X"]]:
@@ -145,6 +154,15 @@ class MapLattice:
                 block = np.full((BLOCK_PX, BLOCK_PX), np.nan, np.float32)
                 block[: part.shape[0], : part.shape[1]] = part
                 yield block
+
+
+def _cell_lv0(grid: TokenGrid, coords_T2: Int[np.ndarray, "T 2"]) -> float:
+    """The side of a cell in level-0 pixels."""
+    steps = coords_T2 / grid.token_lv0
+    if not len(steps) or np.abs(steps - np.rint(steps)).max() < 1e-6:
+        return grid.token_lv0
+    divisor = math.gcd(grid.tile_lv0, int(np.gcd.reduce(coords_T2.astype(np.int64), axis=None)))
+    return float(max(divisor, grid.token_lv0 / _MOST_CELLS))
 
 
 def halved(values_YX: Float[np.ndarray, "Y X"]) -> Float[np.ndarray, "y x"]:

@@ -1,4 +1,4 @@
-"""Writing maps as OME-Zarr 0.5 (Zarr 3): a pixel for a token, and a transform to µm that lays it on the slide.
+"""Writing maps as OME-Zarr 0.5 (Zarr 3): a pixel for a cell of the lattice, and transforms to µm.
 
 The format has scales of its own, so that nothing is blown up to level 0. A pixel's place is that of its centre, as
 napari has it, and the centre of the slide's first pixel is 0.
@@ -23,12 +23,12 @@ _BAND_PX = 1024
 
 
 def write_ome_zarr(path: Path, lattice: MapLattice, names: Sequence[str], name: str, spacing_um: float) -> None:
-    """Write all maps as channels of one image.
+    """Write maps as channels of one image.
 
     Args:
         path: the folder to make.
         lattice: the maps.
-        names: M names, of the channels.
+        names: of the channels: of all maps, or of the first ones.
         name: of the image.
         spacing_um: µm per level-0 pixel.
 
@@ -37,7 +37,7 @@ def write_ome_zarr(path: Path, lattice: MapLattice, names: Sequence[str], name: 
     """
     import zarr
 
-    shape = lattice.values_MRC.shape
+    shape = (len(names), *lattice.values_MRC.shape[1:])
     shapes = [shape]
     while max(shapes[-1][1:]) > BLOCK_PX:
         shapes.append((shape[0], (shapes[-1][1] + 1) // 2, (shapes[-1][2] + 1) // 2))
@@ -66,7 +66,7 @@ def write_ome_zarr(path: Path, lattice: MapLattice, names: Sequence[str], name: 
 def _metadata(lattice: MapLattice, names: Sequence[str], name: str, spacing_um: float, levels: int) -> dict[str, Any]:
     datasets = []
     for level in range(levels):
-        pixel_lv0 = lattice.token_lv0 * 2**level
+        pixel_lv0 = lattice.cell_lv0 * 2**level
         scale, centre = pixel_lv0 * spacing_um, (pixel_lv0 - 1) / 2 * spacing_um
         transforms = [
             {"type": "scale", "scale": [1.0, scale, scale]},

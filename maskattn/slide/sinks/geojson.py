@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from maskattn.errors import SlideError
 from maskattn.shapes import Float
 from maskattn.slide.outlines.merging import merged, rings_of
 from maskattn.slide.outlines.rules import RegionRule, parse_regions
@@ -25,6 +27,7 @@ class GeoJson:
     """An object for each tile or token with its relevance, and an annotation for each region that is asked for."""
 
     files = ("relevance.geojson",)
+    needs_no_slide = True
 
     def is_asked_for(self, settings: RunSettings) -> bool:
         """Where ``--geojson`` asks for tiles or tokens."""
@@ -33,6 +36,11 @@ class GeoJson:
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
         """Write the batches as they come, and the regions when all have."""
+        if not getattr(slide.header, "on_level0", True):
+            raise SlideError(
+                "relevance.geojson must be in pixels of level 0, got features whose tiles do not lie on it; give the "
+                "slide beside its features, or leave --geojson out"
+            )
         about = {
             "slide_id": slide.slide_id,
             "model": slide.model.name,
@@ -54,13 +62,15 @@ class _Objects:
 
     def __init__(self, slide: ExplainedSlide, file: FeatureFile) -> None:
         self._slide, self._file = slide, file
-        self._of_tokens = slide.settings.geojson == "tokens"
+        # Of some models, and of features alone, there are no maps of tokens: the run's notes say why.
+        self._of_tokens = slide.settings.geojson == "tokens" and slide.with_tokens
         self._kind = "detection" if self._of_tokens else "tile"
         names = slide.model.classes
         self._classes = [ObjectClass(name, PALETTE[k % len(PALETTE)]).text for k, name in enumerate(names)]
         self._rules = [(rule, names.index(rule.class_name)) for rule in parse_regions(slide.settings.regions or ())]
         self._labels = [f"relevance: {name}" for name in names]
         self._scores = [(f"probability: {name}", slide.scores[name]) for name in names]
+        self._has_attention = bool(slide.attention_T.any())  # some slide models have none
         self._boxes: list[Float[np.ndarray, "N 4"]] = []
         self._relevance: list[Float[np.ndarray, "R N"]] = []
 
@@ -71,7 +81,7 @@ class _Objects:
         relevance_KBhw, attention_Bhw = slide.relevance_KT[:, tiles.tiles_B, None, None], attention_B11
         keep_Bhw = np.ones(attention_B11.shape, bool)
         if self._of_tokens:
-            assert tiles.relevance_KBhw is not None, "the request is refused where tokens are not asked for"
+            assert tiles.relevance_KBhw is not None, "batches carry maps of tokens"
             assert tiles.attention_Bhw is not None, "maps of tokens come together"
             relevance_KBhw, attention_Bhw = tiles.relevance_KBhw, tiles.attention_Bhw * attention_B11
             keep_Bhw = tiles.keep_Bhw
@@ -114,11 +124,14 @@ class _Objects:
 
         Neighbours in two tiles have the same numbers: shares of a tile are taken of whole numbers.
         """
-        grid = self._slide.grid
+        grid, header = self._slide.grid, self._slide.header
+        width, height = (
+            side or math.inf for side in (grid.width_px or header.width_px, grid.height_px or header.height_px)
+        )
         rows, columns = tokens
         xs = corner[0] + np.arange(columns + 1) * grid.tile_lv0 / columns
         ys = corner[1] + np.arange(rows + 1) * grid.tile_lv0 / rows
-        return np.clip(xs, 0, grid.width_px), np.clip(ys, 0, grid.height_px)
+        return np.clip(xs, 0, width), np.clip(ys, 0, height)
 
     def _write_objects(
         self,
@@ -137,5 +150,7 @@ class _Objects:
         ):
             box = xs[column], ys[row], xs[column + 1], ys[row + 1]
             of_class = self._classes[k] if values[k] > 0 else None
-            measurements = [*zip(self._labels, values, strict=True), ("attention", attention), *self._scores]
+            measurements = [*zip(self._labels, values, strict=True), *self._scores]
+            if self._has_attention:
+                measurements.append(("attention", attention))
             self._file.write_box(self._kind, box, of_class, measurements)

@@ -43,7 +43,7 @@ class Pyramids:
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
         """Lay the batches on a lattice of tokens, and write its pyramids when all have come."""
-        with closing(MapLattice(len(slide.model.classes) + 1, slide.grid, folder)) as lattice:
+        with closing(MapLattice(len(slide.model.classes) + 1, slide.grid, slide.coords_T2, folder)) as lattice:
 
             def take(tiles: ExplainedTiles) -> None:
                 lattice.paint(slide.coords_T2[tiles.tiles_B], values_of(slide, tiles), tiles.keep_Bhw)
@@ -54,13 +54,18 @@ class Pyramids:
 
 def _write(folder: Path, slide: ExplainedSlide, lattice: MapLattice) -> None:
     spacing_um, settings = slide.slide_reader.info.spacing_um, slide.settings
-    names = [*(f"relevance: {name}" for name in slide.model.classes), "attention"]
-    of_class = [(f"heatmap_{name}", f"colours_{name}") for name in file_names_of(slide.model.classes)]
-    for index, (values, in_colours) in enumerate([*of_class, ("attention", "attention_colours")]):
+    names = [f"relevance: {name}" for name in slide.model.classes]
+    files = [(f"heatmap_{name}", f"colours_{name}") for name in file_names_of(slide.model.classes)]
+    if slide.attention_T.any():  # some slide models have none
+        names.append("attention")
+        files.append(("attention", "attention_colours"))
+    for index, (values, in_colours) in enumerate(files):
         if settings.ome_tiff in ("values", "both"):
             write_ome_tiff(folder / f"{values}.ome.tiff", lattice, index, names[index], spacing_um)
         if settings.ome_tiff in ("colours", "both"):
-            paint = _painter(lattice.values_MRC[index], "diverging" if index < len(of_class) else "sequential")
+            paint = _painter(
+                lattice.values_MRC[index], "diverging" if index < len(slide.model.classes) else "sequential"
+            )
             write_ome_tiff(folder / f"{in_colours}.ome.tiff", lattice, index, names[index], spacing_um, paint)
     if settings.zarr:
         write_ome_zarr(folder / "relevance.zarr", lattice, names, slide.slide_id, spacing_um)
