@@ -63,9 +63,9 @@ def packed_attention(
         scale: factor of the scores, 1/√D if None.
         key_bias: (Tk,) or (Tk, H), added to the scores of its key; differentiable. A key with −inf takes no part;
             +inf and NaN make NaN of the queries that see the key.
-        coords: (T, 2), the place of each token, or a pair (Tq, 2), (Tk, 2) where queries and keys differ:
-            two-dimensional ALiBi, −slope·distance added to the scores. A token without a place (class token, register)
-            is a row of NaN and at distance 0 from all. Not differentiable.
+        coords: (T, 2), the position of each token, or a pair (Tq, 2), (Tk, 2) where queries and keys differ:
+            two-dimensional ALiBi, −slope·distance added to the scores. A token without a position (class token,
+            register) is a row of NaN and at distance 0 from all. Not differentiable.
         slopes: (H,), per unit of ``coords``; given with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1); drawn from torch's generator of the device.
         return_lse: also return the log-sum-exp of the scores, (H, Tq), differentiable.
@@ -89,8 +89,8 @@ def packed_attention(
     sequences = check_sequences(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     Tk, H, _ = k.shape
     check_bias(key_bias, q, ((Tk,), (Tk, H)), "(Tk,) or (Tk, H)")
-    places = check_coords(coords, slopes, q, H, (q.shape[0],), (Tk,))
-    options = _options(q, scale, key_bias, slopes, places, dropout_p)
+    positions = check_coords(coords, slopes, q, H, (q.shape[0],), (Tk,))
+    options = _options(q, scale, key_bias, slopes, positions, dropout_p)
     impl = choose(impl, q, options)
     out, lse, _ = operations.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
@@ -123,7 +123,7 @@ def masked_attention(
         keep: (B, N) bool, True = the token takes part.
         scale: factor of the scores, 1/√D if None.
         key_bias: (B, N) or (B, H, N), added to the scores of its key; differentiable. A key with −inf takes no part.
-        coords: (N, 2) or (B, N, 2), the place of each token, or a pair (of queries, of keys); see
+        coords: (N, 2) or (B, N, 2), the position of each token, or a pair (of queries, of keys); see
             :func:`packed_attention`.
         slopes: (H,), per unit of ``coords``; given with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1).
@@ -143,8 +143,8 @@ def masked_attention(
     check_keep(q, k, keep, skip_queries)
     B, H, N = k.shape[:3]
     check_bias(key_bias, q, ((B, N), (B, H, N)), "(B, N) or (B, H, N)")
-    places = check_coords(coords, slopes, q, H, (B, q.shape[2]), (B, N))
-    options = _options(q, scale, key_bias, slopes, places, dropout_p)
+    positions = check_coords(coords, slopes, q, H, (B, q.shape[2]), (B, N))
+    options = _options(q, scale, key_bias, slopes, positions, dropout_p)
     impl = choose(impl, q, options)
     out, lse, _ = operations.masked_attention(q, k, v, keep, skip_queries, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
@@ -172,15 +172,15 @@ def readout(
     Args:
         q: (B, R, H, D) float, 1 ≤ R ≤ 16.
         k, v: (T, H, D), of q's dtype and device.
-        cu_seqlens: (B + 1,) int32, the first row of each key sequence, ending with T.
+        cu_seqlens: (B + 1,) int32, the first token of each key sequence, ending with T.
         max_seqlen: no sequence is longer.
         scale: factor of the scores, 1/√D if None.
         key_bias: (T,) or (T, H), added to the scores of its key; differentiable. A key with −inf takes no part.
-        coords: the places of the queries (B, R, 2) and of the keys (T, 2), a pair; see :func:`packed_attention`.
+        coords: the positions of the queries (B, R, 2) and of the keys (T, 2), a pair; see :func:`packed_attention`.
         slopes: (H,), per unit of ``coords``; given with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1).
-        return_rows: also return the attention rows (R, H, T): the softmax weight of token t in row r of its sequence,
-            before dropout; differentiable.
+        return_rows: also return the attention rows (R, H, T): the softmax weight of token t for query r of its
+            sequence, before dropout; differentiable.
         return_lse: also return the log-sum-exp of the scores, (B, R, H), differentiable.
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
@@ -194,8 +194,8 @@ def readout(
     check_readout(q, k, v, cu_seqlens)
     B, R, H, _ = q.shape
     check_bias(key_bias, q, ((k.shape[0],), (k.shape[0], H)), "(T,) or (T, H)")
-    places = check_coords(coords, slopes, q, H, (B, R), (k.shape[0],))
-    options = _options(q, scale, key_bias, slopes, places, dropout_p)
+    positions = check_coords(coords, slopes, q, H, (B, R), (k.shape[0],))
+    options = _options(q, scale, key_bias, slopes, positions, dropout_p)
     impl = choose(impl, q, options)
     out, lse, _, rows = operations.readout(
         q, k, v, cu_seqlens, max_seqlen, *ops.flat_options(options), return_lse, return_rows, impl
@@ -264,8 +264,8 @@ def token_relevance(
                 f"got {name}.shape={tuple(origin.shape)}"
             )
     check_bias(key_bias, q, ((T,), (T, H)), "(T,) or (T, H)")
-    places = check_coords(coords, slopes, q, H, (B, R), (T,))
-    options = _options(q, scale, key_bias, slopes, places, 0.0)
+    positions = check_coords(coords, slopes, q, H, (B, R), (T,))
+    options = _options(q, scale, key_bias, slopes, positions, 0.0)
     tensors: tuple[Tensor | None, ...] = q, k, v, out, lse, grad_out.to(q.dtype), key_origin, value_origin, cu_seqlens
     impl = choose(impl, q, options)
     if not is_transformed(tensors):  # where a derivative is refused instead
@@ -278,14 +278,14 @@ def _options(
     scale: float | None,
     key_bias: Tensor | None,
     slopes: Tensor | None,
-    places: tuple[Tensor | None, Tensor | None],
+    positions: tuple[Tensor | None, Tensor | None],
     dropout_p: float,
 ) -> Options:
     if dropout_p != 0:
         check_numbers(dropout_p=dropout_p)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = new_seed(q.device) if dropout_p > 0 else None
-    return Options(scale, key_bias, slopes, *places, dropout_p, seed)
+    return Options(scale, key_bias, slopes, *positions, dropout_p, seed)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -164,10 +164,10 @@ def check_coords(
     slopes: Tensor | None,
     q: Tensor,
     heads: int,
-    places_q: tuple[int, ...],
-    places_k: tuple[int, ...],
+    positions_q: tuple[int, ...],
+    positions_k: tuple[int, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Places of queries and keys in float32 (float64 for float64), or None twice.
+    """Positions of queries and keys in float32 (float64 for float64), or None twice.
 
     Args:
         coords: of all tokens, where queries and keys are the same, or of queries and of keys; of dense tensors also
@@ -175,7 +175,7 @@ def check_coords(
         slopes: (H,).
         q: the queries.
         heads: H.
-        places_q, places_k: the shapes of the places, without their last axis of 2.
+        positions_q, positions_k: the shapes of the positions, without their last axis of 2.
     """
     if (coords is None) != (slopes is None):
         given, lacking = ("coords", "slopes") if slopes is None else ("slopes", "coords")
@@ -186,15 +186,15 @@ def check_coords(
     if slopes.shape != (heads,):
         raise ValueError(f"slopes must have shape (H,) = ({heads},), got slopes.shape={tuple(slopes.shape)}")
     if isinstance(coords, Tensor):
-        if places_q != places_k:
+        if positions_q != positions_k:
             raise ValueError(
-                f"queries {places_q} and keys {places_k} differ, so coords must be a pair, one for each; "
+                f"queries {positions_q} and keys {positions_k} differ, so coords must be a pair, one for each; "
                 f"got one tensor of shape {tuple(coords.shape)}"
             )
         coords = coords, coords
     if len(coords) != 2:
         raise ValueError(f"coords must be a tensor or a pair (of queries, of keys), got {len(coords)} tensors")
-    return _places("queries", coords[0], q, places_q), _places("keys", coords[1], q, places_k)
+    return _check_positions("queries", coords[0], q, positions_q), _check_positions("keys", coords[1], q, positions_k)
 
 
 def check_numbers(**options: float) -> None:
@@ -205,14 +205,14 @@ def check_numbers(**options: float) -> None:
             raise ValueError(f"{name} must be {rule.must_be}, got {name}={value}; {rule.remedy}")
 
 
-def _places(whose: str, coords: Tensor, q: Tensor, places: tuple[int, ...]) -> Tensor:
+def _check_positions(whose: str, coords: Tensor, q: Tensor, positions: tuple[int, ...]) -> Tensor:
     _check_floating("coords", coords, q)
-    if len(places) == 2 and coords.shape == (places[1], 2):
-        coords = coords.expand(*places, 2)
-    if coords.shape != (*places, 2):
+    if len(positions) == 2 and coords.shape == (positions[1], 2):
+        coords = coords.expand(*positions, 2)
+    if coords.shape != (*positions, 2):
         raise ValueError(
-            f"coords of the {whose} must have shape {(*places, 2)}, (x, y) of each token, "
-            f"got coords.shape={tuple(coords.shape)}; give tokens without a place NaN"
+            f"coords of the {whose} must have shape {(*positions, 2)}, (x, y) of each token, "
+            f"got coords.shape={tuple(coords.shape)}; give tokens without a position NaN"
         )
     # A derivative that torch.func asks for is refused, not 0.
     coords = coords if is_transformed((coords,)) else coords.detach()

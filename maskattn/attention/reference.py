@@ -1,13 +1,13 @@
 """The specification of the attention operations: eager torch, any dtype and device, differentiable by autograd.
 
-For query i and key j of one sequence and head, with scale s, key bias b, slope a and places x (2-D ALiBi), and dropout
-factors m, which are 0 or 1/(1 − dropout_p):
+For query i and key j of one sequence and head, with scale s, key bias b, slope a and positions x (2-D ALiBi), and
+dropout factors m, which are 0 or 1/(1 − dropout_p):
 
     score_ij = s · q_i·k_j + b_j − a·‖x_i − x_j‖      p_ij = exp(score_ij − lse_i)      out_i = Σ_j m_ij p_ij v_j
 
     lse_i = log Σ_j exp(score_ij)
 
-A token without a place (a row of NaN: class token, register) is at distance 0 from all. A query that has no key, or
+A token without a position (a row of NaN: class token, register) is at distance 0 from all. A query that has no key, or
 whose keys all have a bias of −inf, gives out = 0, lse = −inf and gradient 0. A finite bias is a number like another,
 the largest and the lowest of its dtype too: keys of equal scores have equal weights, and lse is the number nearest to
 the true one (±finfo.max where all scores of a row are). A bias of +inf or NaN on a key that takes part has no
@@ -92,13 +92,13 @@ def masked_attention(
         takes_part = takes_part & keep[:, None, :, None]
     probabilities, lse = _softmax_or_zero(scores, takes_part)
     if options.dropout_seed is not None:
-        place_BN = keep.cumsum(1) - keep.long()
+        position_BN = keep.cumsum(1) - keep.long()
         everyone = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
         factors = dropout_factors(
             options.dropout_seed,
             options.dropout_p,
-            (place_BN if skip_queries else everyone)[:, None, :, None],
-            place_BN[:, None, None, :],
+            (position_BN if skip_queries else everyone)[:, None, :, None],
+            position_BN[:, None, None, :],
             torch.arange(q.shape[1], device=q.device)[None, :, None, None],
             torch.arange(q.shape[0], device=q.device)[:, None, None, None],
         )
@@ -176,10 +176,10 @@ def token_relevance(
     return torch.cat(relevance, dim=1)
 
 
-def distances(places_q: Tensor, places_k: Tensor) -> Tensor:
-    """(..., Lq, 2), (..., Lk, 2) → (..., Lq, Lk), 0 for tokens without a place; in float32 at least."""
-    dtype = torch.promote_types(places_q.dtype, torch.float32)
-    difference = places_q[..., :, None, :].to(dtype) - places_k[..., None, :, :].to(dtype)
+def distances(positions_q: Tensor, positions_k: Tensor) -> Tensor:
+    """(..., Lq, 2), (..., Lk, 2) → (..., Lq, Lk), 0 for tokens without a position; in float32 at least."""
+    dtype = torch.promote_types(positions_q.dtype, torch.float32)
+    difference = positions_q[..., :, None, :].to(dtype) - positions_k[..., None, :, :].to(dtype)
     return difference.square().sum(-1).sqrt().nan_to_num(nan=0.0)
 
 

@@ -31,7 +31,7 @@ def rows(T: int = 5, H: int = 2, D: int = 16, dtype: torch.dtype = torch.float32
         ({"cu_seqlens_k": STARTS[:2]}, ValueError, "as many sequences, got 2 and 1"),
         ({"key_bias": torch.randn(4)}, ValueError, r"key_bias\.shape=\(4,\)"),
         ({"key_bias": torch.ones(5, dtype=torch.long)}, TypeError, "key_bias must be floating point"),
-        ({"impl": "cuda"}, ValueError, "impl must be one of triton, cpu, torch, reference"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of triton, gluon, cpu, torch, reference"),
         ({"k": rows().to("meta"), "v": rows().to("meta")}, ValueError, "must share a device"),
         ({"cu_seqlens_q": STARTS.to("meta")}, ValueError, "must lie on q's device"),
         ({"coords": torch.rand(5, 2)}, ValueError, "got coords without slopes"),
