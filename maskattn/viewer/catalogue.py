@@ -87,14 +87,18 @@ def read_catalogue(path: Path, slides_dir: Path | None = None) -> Catalogue:
     """What lies at a path: a folder of outputs, or a slide, a folder or a table of slides.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: neither is there, or no slide of it can be opened.
     """
     if is_folder(path):
         try:
             return _of_run(path, slides_dir)
         except FileNotFoundError:
             pass
-    entries = tuple(Entry(job.slide_id, _row_of(job), job=job) for job in collect_jobs([path]))
+    jobs = collect_jobs([path])
+    problems = [job.problem for job in jobs if job.problem is not None]
+    if len(problems) == len(jobs):
+        raise ValueError(problems[0])
+    entries = tuple(Entry(job.slide_id, _row_of(job), job=job) for job in jobs)
     columns = dict.fromkeys(name for entry in entries for name in entry.row)
     return Catalogue(as_text(path.resolve().name), tuple(columns), entries, slides_dir)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -105,6 +106,26 @@ def test_a_table_that_is_none_is_refused_and_the_callers_own_errors_are_not_rena
         pass
     with pytest.raises(KeyError, match="mine"), open_maps(drawn[0]):
         raise KeyError("mine")
+
+
+@pytest.mark.parametrize("way", ["external storage", "external link", "virtual"])
+def test_a_table_never_reads_another_file(way: str, tmp_path: Path, drawn: tuple[Path, dict[str, np.ndarray]]) -> None:
+    path = drawn[0]
+    other = tmp_path / "other"
+    other.write_bytes(b"secret!!" * 100)
+    with h5py.File(path, "r+") as file:
+        shape = file["tiles/attention"].shape
+        del file["tiles/attention"]
+        if way == "external storage":
+            file.create_dataset("tiles/attention", shape, np.float32, external=[(str(other), 0, 400)])
+        elif way == "external link":
+            file["tiles/attention"] = h5py.ExternalLink(str(other), "/x")
+        else:
+            layout = h5py.VirtualLayout(shape, np.float32)
+            layout[:] = h5py.VirtualSource(str(other), "x", shape)
+            file.create_virtual_dataset("tiles/attention", layout)
+    with pytest.raises(SlideError, match="lies in another file"), open_maps(path):
+        pass
 
 
 def test_zero_is_in_the_middle_of_signed_colours_and_the_ends_are_the_limits() -> None:

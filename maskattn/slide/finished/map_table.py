@@ -20,6 +20,7 @@ from maskattn.slide.names import as_text
 __all__ = ["MapTable", "TileTokens", "open_maps"]
 
 _TILES_AT_A_TIME = 512
+_TOKENS = ("tokens/relevance", "tokens/attention", "tokens/keep")
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,20 @@ def open_maps(path: Path) -> Iterator[MapTable]:
         yield table
 
 
+def _refuse_other_files(file: Any, name: str) -> None:
+    """A table of this package is whole in itself; HDF5 can also point to any file of the machine's."""
+    import h5py
+
+    way = name.split("/")
+    links = [file.get("/".join(way[:end]), getlink=True) for end in range(1, len(way) + 1)]
+    if not all(isinstance(link, h5py.HardLink) for link in links) or file[name].external or file[name].is_virtual:
+        raise ValueError(f"{name} lies in another file")
+
+
 def _table(file: Any) -> MapTable:
+    for name in ("coords", "classes", "tiles/relevance", "tiles/attention", *_TOKENS):
+        if name in file or name not in _TOKENS:
+            _refuse_other_files(file, name)
     attributes = file["coords"].attrs
     relevance = np.asarray(file["tiles/relevance"], dtype=np.float32)
     attention = np.asarray(file["tiles/attention"], dtype=np.float32)
