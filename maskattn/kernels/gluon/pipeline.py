@@ -25,9 +25,16 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def make_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """A ring of empty stages for the blocks that a descriptor reads."""
-    rows = gl.allocate_shared_memory(desc.dtype, [STAGES, desc.block_shape[0], desc.block_shape[1]], desc.layout)
+def make_ring(
+    DTYPE: gl.constexpr,
+    PADDED: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+):
+    """A ring of empty stages for blocks [N, D]."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, PADDED], DTYPE)
+    rows = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, PADDED], LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -43,6 +50,16 @@ def stage_of(block, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def describe_rows(base_ptr, length, stride_t, ring, HEAD: gl.constexpr):
+    """The descriptor of the rows of one sequence and head; what lies past its end, or past D, is read as 0."""
+    N: gl.constexpr = ring.rows.shape[1]
+    PADDED: gl.constexpr = ring.rows.shape[2]
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, PADDED], ring.rows.dtype)
+    # A descriptor may not be empty.
+    return tma.make_tensor_descriptor(base_ptr, [gl.maximum(length, 1), HEAD], [stride_t, 1], [N, PADDED], LAYOUT)
+
+
+@gluon.jit
 def fetch_block(desc, ring, block, is_there, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Have the copy engine write a block into its stage once that is empty; rows past the descriptor's bound are 0."""
     stage, parity = stage_of(block, STAGES)
@@ -55,8 +72,23 @@ def fetch_block(desc, ring, block, is_there, BLOCK_N: gl.constexpr, STAGES: gl.c
 
 
 @gluon.jit
-def fetch_blocks(k_desc, v_desc, k_ring, v_ring, blocks, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+def fetch_blocks(
+    k_base_ptr,
+    v_base_ptr,
+    k_stride_t,
+    v_stride_t,
+    k_length,
+    k_ring,
+    v_ring,
+    HEAD: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """The producer: all blocks in the order in which the consumers need them, keys one block ahead of values."""
+    # Made by the warp that uses them, because only who makes a descriptor visible to the copy engine may rely on it.
+    k_desc = describe_rows(k_base_ptr, k_length, k_stride_t, k_ring, HEAD)
+    v_desc = describe_rows(v_base_ptr, k_length, v_stride_t, v_ring, HEAD)
+    blocks = (k_length + BLOCK_N - 1) // BLOCK_N
     fetch_block(k_desc, k_ring, 0, blocks > 0, BLOCK_N, STAGES)
     for block in range(blocks):
         fetch_block(k_desc, k_ring, block + 1, block + 1 < blocks, BLOCK_N, STAGES)
