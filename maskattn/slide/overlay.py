@@ -27,6 +27,7 @@ __all__ = [
     "colour_limit",
     "colours",
     "round_length",
+    "smoothed",
     "write_heatmap",
     "write_mask_overlay",
 ]
@@ -143,6 +144,25 @@ def _opacity(values_N: Float[np.ndarray, " N"], limits: tuple[float, float]) -> 
     least, most = _OPACITY
     shares: np.ndarray = np.sqrt(np.clip(np.abs(values_N) / max(abs(limit) for limit in limits), 0, 1))
     return least + (most - least) * shares
+
+
+def smoothed(values_YX: Float[np.ndarray, "Y X"], sigma_px: float) -> Float[np.ndarray, "Y X"]:
+    """A map drawn without steps: each pixel is a weighted mean of those about it that are known; NaN stays NaN.
+
+    Args:
+        values_YX: (Y, X) the map.
+        sigma_px: standard deviation of the weights, a Gaussian, in pixels.
+    """
+    import cv2
+
+    known = np.isfinite(values_YX)
+    sums, weights = (
+        cv2.GaussianBlur(plane.astype(np.float32), (0, 0), max(sigma_px, 0.1), borderType=cv2.BORDER_CONSTANT)
+        for plane in (np.where(known, values_YX, 0.0), known)
+    )
+    drawn = np.full(values_YX.shape, np.nan, np.float32)
+    drawn[known] = sums[known] / weights[known]
+    return drawn
 
 
 def colours(values_N: Float[np.ndarray, " N"], limits: tuple[float, float], kind: Kind) -> UInt8[np.ndarray, "N 3"]:

@@ -57,6 +57,7 @@ class RunSettings:
         ome_tiff: "values", "colours" or "both" writes each map as a pyramid on level 0, "off" none.
         zarr: write the maps as OME-Zarr.
         scale: of the pictures' colours; "slide" = each slide's own, "run" = one for each class on all slides of a run.
+        smooth: draw the pictures without steps between tiles or tokens; tables and other files have the steps.
     """
 
     out_dir: Path = field(
@@ -184,6 +185,10 @@ class RunSettings:
     scale: Literal["slide", "run"] = field(
         default="slide",
         metadata=asked("--scale", "Of the pictures' colours: slide, or run for one scale on all of a run's slides."),
+    )
+    smooth: bool = field(
+        default=False,
+        metadata=asked("--smooth", "Draw the PNGs without steps between tiles or tokens; no table changes."),
     )
 
 

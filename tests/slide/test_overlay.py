@@ -14,6 +14,7 @@ from maskattn.slide.overlay import (
     colour_limit,
     colours,
     round_length,
+    smoothed,
     write_heatmap,
     write_mask_overlay,
 )
@@ -193,3 +194,13 @@ def test_limits_that_are_given_are_those_of_the_colours(thumbnail: np.ndarray, v
     own = blend(thumbnail, values, "diverging")
     known = np.isfinite(values)
     assert np.ptp(wide[known].astype(int), axis=1).mean() < np.ptp(own[known].astype(int), axis=1).mean() / 2
+
+
+def test_smoothing_takes_steps_away_and_leaves_background_and_flat_places_as_they_are() -> None:
+    values = np.full((60, 90), np.nan)
+    values[10:50, 5:45], values[10:50, 45:85] = 1.0, -1.0
+    drawn = smoothed(values, 5.0)
+    np.testing.assert_array_equal(np.isnan(drawn), np.isnan(values))
+    assert np.abs(np.diff(drawn[30, 5:85])).max() < 0.2
+    np.testing.assert_allclose(drawn[30, [5, 84]], [1, -1], atol=1e-3)
+    np.testing.assert_allclose(smoothed(np.where(np.isnan(values), np.nan, 3.0), 5.0)[10:50, 5:85], 3.0, rtol=1e-5)

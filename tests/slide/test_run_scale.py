@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from runs import names
@@ -82,3 +83,22 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_finished_slides_stay(
     with pytest.raises(OutputError, match="No space left on device; free space and run it again"):
         run_slides(jobs[:1], model, replace(settings, scale="run"))
     assert "prediction.json" in names(settings.out_dir / "s0")
+
+
+def test_smoothing_is_of_the_pictures_alone_and_they_say_so(
+    model: SlideModel, jobs: list[SlideJob], settings: RunSettings, tmp_path: Path
+) -> None:
+    kept, tables = [], []
+    for smooth in (False, True):
+        asked = replace(settings, out_dir=tmp_path / f"{smooth}", scale="run", smooth=smooth, tokens=True)
+        (outcome,) = run_slides(jobs[:1], model, asked)
+        assert outcome.status == "ok", outcome.reason
+        with np.load(asked.out_dir / "s0" / "heatmaps.npz") as maps:
+            kept.append(maps["values"])
+            assert ("smoothed in the drawing" in str(maps["pictures"])) == smooth
+        with h5py.File(asked.out_dir / "s0" / "relevance.h5") as table:
+            tables.append(table["tokens/relevance"][:])
+    np.testing.assert_array_equal(tables[0], tables[1])
+    np.testing.assert_array_equal(np.isnan(kept[0]), np.isnan(kept[1]))
+    steps = [np.nanmax(np.abs(np.diff(values, axis=2))) for values in kept]
+    assert steps[1] < 0.5 * steps[0]

@@ -6,6 +6,7 @@ import logging
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 from maskattn.errors import SlideError
 from maskattn.lettering import drawable
 from maskattn.shapes import Float, UInt8
-from maskattn.slide.overlay import MapCanvas, write_heatmap
+from maskattn.slide.overlay import MapCanvas, smoothed, write_heatmap
 from maskattn.slide.run_scale import KEPT_MAPS, Picture, keep_maps
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
 
@@ -69,6 +70,12 @@ def _write_heatmaps(
     um_per_px = info.width_px * info.spacing_um / thumbnail.shape[1]
     pictures = _pictures_of(slide)
     values_MYX = canvas.values_MYX[: len(pictures)]
+    if slide.settings.smooth:
+        grid = slide.grid
+        step_lv0 = grid.token_lv0 if slide.with_tokens else grid.tile_lv0
+        sigma_px = step_lv0 / 2 * thumbnail.shape[1] / info.width_px
+        values_MYX = np.stack([smoothed(values, sigma_px) for values in values_MYX])
+        pictures = [replace(picture, title=f"{picture.title}; smoothed in the drawing") for picture in pictures]
     for picture, values in zip(pictures, values_MYX, strict=True):
         path = folder / picture.file_name
         write_heatmap(path, thumbnail, values, picture.title, picture.label, picture.kind, um_per_px)
