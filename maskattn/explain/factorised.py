@@ -21,7 +21,7 @@ from torch import Tensor
 
 from maskattn.explain.attention_maps import attend_from_class_token
 from maskattn.nn.blocks import PackedTokens
-from maskattn.nn.hipt import HIPT
+from maskattn.nn.hipt import HIPT, PixelRegions
 from maskattn.nn.slide_models.hipt import HIPTHead
 from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing, unpack
@@ -51,7 +51,8 @@ class FactorisedAttention:
     """Attention maps of a HIPT, all three levels together.
 
     Args:
-        model: in eval mode; every level has a class token, or is HIPT's own slide level, whose pooling weights count.
+        model: in eval mode: a HIPT, or its two lower levels where :meth:`slide` is not asked for. Every level has a
+            class token, or is HIPT's own slide level, whose pooling weights count.
         gamma: γ in [0, 1], the weight of the levels that were trained for the task.
         trained: which of "patch" and "region" were; the slide level always was.
         scale: "rank" (share of the tokens that have no more, ties counted low) or "minmax".
@@ -60,7 +61,9 @@ class FactorisedAttention:
         ValueError: γ, a level or a scale that does not exist.
     """
 
-    def __init__(self, model: HIPT, gamma: float = 0.5, trained: Collection[str] = (), scale: str = "rank") -> None:
+    def __init__(
+        self, model: PixelRegions, gamma: float = 0.5, trained: Collection[str] = (), scale: str = "rank"
+    ) -> None:
         if not 0 <= gamma <= 1 or set(trained) - set(_LEVELS) or scale not in ("rank", "minmax"):
             raise ValueError(
                 "gamma must lie in [0, 1], trained name 'patch' or 'region', scale be 'rank' or 'minmax', got "
@@ -79,11 +82,13 @@ class FactorisedAttention:
             embeddings_TC: (T, C) from ``model.encode_regions``, row-major.
             keep_HW: (H, W) bool over the slide's regions.
         """
-        encoder = self.model.slide_encoder
+        model = self.model
+        assert isinstance(model, HIPT), "two levels have no slide"
+        encoder = model.slide_encoder
         if isinstance(encoder, HIPTHead):
-            packing = self.model.packed_regions(embeddings_TC, keep_HW)
+            packing = model.packed_regions(embeddings_TC, keep_HW)
             return normalise(encoder.attention(embeddings_TC)[0], packing, self.scale)
-        tokens = encoder.before_last_block(self.model.slide_tokens(embeddings_TC, keep_HW))
+        tokens = encoder.before_last_block(model.slide_tokens(embeddings_TC, keep_HW))
         rows_1T, packing = _grid_attention(encoder, tokens)
         return normalise(rows_1T, packing, self.scale)
 

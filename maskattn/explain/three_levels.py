@@ -27,11 +27,11 @@ from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.packed_model import check_explainable
 from maskattn.explain.pooled_level import explain_pooled_slide
 from maskattn.nn.blocks import PackedTokens
-from maskattn.nn.hipt import HIPT, RegionPatches
+from maskattn.nn.hipt import HIPT, PixelRegions, RegionPatches
 from maskattn.nn.slide_models.hipt import HIPTHead
 from maskattn.shapes import Bool, Float, Shaped
 
-__all__ = ["RegionMaps", "ThreeLevelCDAM"]
+__all__ = ["RegionMaps", "ThreeLevelCDAM", "explain_pixel_regions"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class ThreeLevelCDAM:
             return explain_pooled_slide(self.model, self.level, embeddings_TC, keep_HW)
         return explain_slide(self.model, self.level, embeddings_TC, keep_HW, gradient)
 
-    @torch.inference_mode(False)
     def regions(
         self,
         regions_BIXY: Shaped[Tensor, "B I X Y"],
@@ -99,48 +98,67 @@ class ThreeLevelCDAM:
         Raises:
             ValueError: the model drops at random (train mode).
         """
-        check_explainable(self.model)
-        model, encoder = self.model, self.model.region_encoder
-        patches = model.cut(regions_BIXY, keep_Bhw)
-        parts = [
-            self._patch_tokens(pixels, keep)
-            for pixels, keep in zip(
-                patches.pixels_TIpp.split(batch_size), patches.keep_Thw.split(batch_size), strict=True
-            )
-        ]
-        with torch.no_grad():
-            embeddings = torch.cat([model.patch_encoder.predict(tokens) for tokens in parts])
-        of_regions = products_with(gradient_KBC)
+        return explain_pixel_regions(self.model, self.level, regions_BIXY, keep_Bhw, gradient_KBC, batch_size)
 
-        def scores_of(at: Tensor) -> Tensor:
-            return of_regions(encoder.predict(encoder.before_last_block(model.region_tokens(at, patches)))).sum(dim=0)
 
-        gradient_KTC = self.level.gradient_at(scores_of, embeddings)
-        with torch.no_grad():
-            tokens = encoder.before_last_block(model.region_tokens(embeddings, patches))
-        patch_maps = as_maps(self.level.explain(encoder, tokens, of_regions)[0], tokens).transpose(0, 1)
-        token_maps, of_patches = [], []
-        for part, gradient in zip(parts, gradient_KTC.split(batch_size, dim=1), strict=True):
-            relevance, account = self.level.explain(model.patch_encoder, part, target := products_with(gradient))
-            token_maps.append(as_maps(relevance, part))  # [t, K, s, s]
-            if account is not None:
-                of_patches.append(unmapped(model.patch_encoder, part, target, account))
-        tokens_BhwK = join_patches(torch.cat(token_maps).movedim(1, 3), patches.packing, patches.grid_HW)
-        unmapped_KB = None
-        if self.level.method.complete:
-            unmapped_KB = self._of_empty_region(patches, of_regions)
-            unmapped_KB.index_add_(1, patches.packing.sequence_of_token, torch.cat(of_patches, dim=1))
-        return RegionMaps(patch_maps, tokens_BhwK.movedim(3, 0), unmapped_KB)
+@torch.inference_mode(False)
+def explain_pixel_regions(
+    model: PixelRegions,
+    level: LevelMethod,
+    regions_BIXY: Shaped[Tensor, "B I X Y"],
+    keep_Bhw: Bool[Tensor, "B h w"] | None,
+    gradient_KBC: Float[Tensor, "K B C"],
+    batch_size: int = 64,
+) -> RegionMaps:
+    """Pass 2, whatever reads the regions' embeddings. Arguments and errors as in :meth:`ThreeLevelCDAM.regions`.
 
-    @torch.no_grad()
-    def _of_empty_region(self, patches: RegionPatches, of_regions: Callable[[Tensor], Tensor]) -> Float[Tensor, "K B"]:
-        """The regions' scores where their patches' embeddings are 0."""
-        model = self.model
-        zeros = model.pixel_mean.new_zeros(len(patches.pixels_TIpp), model.patch_encoder.embed_dim)
-        encoder = model.region_encoder
-        tokens = encoder.before_last_block(model.region_tokens(zeros, patches))
-        return of_regions(encoder.predict(tokens)).T.contiguous()
+    Args:
+        model: the two lower levels.
+        level: the method.
+    """
+    check_explainable(model)
+    encoder = model.region_encoder
+    patches = model.cut(regions_BIXY, keep_Bhw)
+    parts = [
+        _patch_tokens(model, pixels, keep)
+        for pixels, keep in zip(patches.pixels_TIpp.split(batch_size), patches.keep_Thw.split(batch_size), strict=True)
+    ]
+    with torch.no_grad():
+        embeddings = torch.cat([model.patch_encoder.predict(tokens) for tokens in parts])
+    of_regions = products_with(gradient_KBC)
 
-    @torch.no_grad()
-    def _patch_tokens(self, pixels_TIpp: Tensor, keep_Tss: Tensor) -> PackedTokens:
-        return self.model.patch_encoder.before_last_block(self.model.patch_tokens(pixels_TIpp, keep_Tss))
+    def scores_of(at: Tensor) -> Tensor:
+        return of_regions(encoder.predict(encoder.before_last_block(model.region_tokens(at, patches)))).sum(dim=0)
+
+    gradient_KTC = level.gradient_at(scores_of, embeddings)
+    with torch.no_grad():
+        tokens = encoder.before_last_block(model.region_tokens(embeddings, patches))
+    patch_maps = as_maps(level.explain(encoder, tokens, of_regions)[0], tokens).transpose(0, 1)
+    token_maps, of_patches = [], []
+    for part, gradient in zip(parts, gradient_KTC.split(batch_size, dim=1), strict=True):
+        relevance, account = level.explain(model.patch_encoder, part, target := products_with(gradient))
+        token_maps.append(as_maps(relevance, part))  # [t, K, s, s]
+        if account is not None:
+            of_patches.append(unmapped(model.patch_encoder, part, target, account))
+    tokens_BhwK = join_patches(torch.cat(token_maps).movedim(1, 3), patches.packing, patches.grid_HW)
+    unmapped_KB = None
+    if level.method.complete:
+        unmapped_KB = _of_empty_region(model, patches, of_regions)
+        unmapped_KB.index_add_(1, patches.packing.sequence_of_token, torch.cat(of_patches, dim=1))
+    return RegionMaps(patch_maps, tokens_BhwK.movedim(3, 0), unmapped_KB)
+
+
+@torch.no_grad()
+def _of_empty_region(
+    model: PixelRegions, patches: RegionPatches, of_regions: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "K B"]:
+    """The regions' scores where their patches' embeddings are 0."""
+    zeros = model.pixel_mean.new_zeros(len(patches.pixels_TIpp), model.patch_encoder.embed_dim)
+    encoder = model.region_encoder
+    tokens = encoder.before_last_block(model.region_tokens(zeros, patches))
+    return of_regions(encoder.predict(tokens)).T.contiguous()
+
+
+@torch.no_grad()
+def _patch_tokens(model: PixelRegions, pixels_TIpp: Tensor, keep_Tss: Tensor) -> PackedTokens:
+    return model.patch_encoder.before_last_block(model.patch_tokens(pixels_TIpp, keep_Tss))

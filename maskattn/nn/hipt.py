@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from maskattn.nn.checkpoints import load_vit
 from maskattn.nn.encoders.pixels import tokens_of_tiles
 from maskattn.nn.packed_tokens import PackedTokens
-from maskattn.nn.region_model import RegionModel, check_widths
+from maskattn.nn.region_model import RegionModel, check_widths, pooled_regions
 from maskattn.nn.slide_models.hipt import HIPTHead
 from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing, pack
 from maskattn.shapes import Bool, Float, Shaped
 
-__all__ = ["HEADS", "HIPT", "PatchLevel", "RegionPatches", "slide_level"]
+__all__ = ["HEADS", "HIPT", "PatchLevel", "PixelRegions", "RegionPatches", "slide_level"]
 
 _HALF = (0.5, 0.5, 0.5)  # mean and deviation of HIPT's pixels
 HEADS = 6  # of HIPT's patch and region ViTs, which their weights do not say
@@ -155,7 +155,50 @@ class PatchLevel(nn.Module):
         return torch.cat(parts)
 
 
-class HIPT(PatchLevel, RegionModel):
+class PixelRegions(PatchLevel):
+    """HIPT's two lower levels, patch ViT → region ViT: pixels of regions in, their embeddings out.
+
+    Args:
+        patch_encoder: over pixels, without a head.
+        region_encoder: over the patch encoder's embeddings (patch_size 1), without a head.
+        patch_px, pixel_mean, pixel_std: as for :class:`PatchLevel`.
+
+    Raises:
+        ValueError: the two widths differ, or patch_px is no multiple of a token's side.
+    """
+
+    region_encoder: VisionTransformer
+
+    def __init__(
+        self,
+        patch_encoder: VisionTransformer,
+        region_encoder: VisionTransformer,
+        patch_px: int = 256,
+        pixel_mean: Sequence[float] = _HALF,
+        pixel_std: Sequence[float] = _HALF,
+    ) -> None:
+        check_widths(patch_encoder, region_encoder, "patch and region")
+        super().__init__(patch_encoder, patch_px, pixel_mean, pixel_std)
+        self.region_encoder = region_encoder
+
+    def region_tokens(self, embeddings_TC: Float[Tensor, "T C"], patches: RegionPatches) -> PackedTokens:
+        """The packed tokens with which the region encoder starts."""
+        return self.region_encoder.embed_patches(embeddings_TC, patches.packing, patches.grid_HW)
+
+    def encode_regions(
+        self, regions_BIXY: Shaped[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None = None
+    ) -> tuple[Float[Tensor, "T C"], Bool[Tensor, "B"]]:
+        """Embeddings of the regions that hold tissue. Arguments as in :meth:`cut`.
+
+        Returns:
+            (T, C), and (B,) bool, which of the regions they are.
+        """
+        patches = self.cut(regions_BIXY, keep_Bhw)
+        features_TC = self.encode_patches(patches)
+        return pooled_regions(self.region_encoder, features_TC, patches.packing, patches.grid_HW)
+
+
+class HIPT(PixelRegions, RegionModel):
     """Patch ViT → region ViT → slide level.
 
     Args:
@@ -220,21 +263,6 @@ class HIPT(PatchLevel, RegionModel):
             impl=impl,
         )
         return cls(patch, region, slide_level(192, num_classes, impl=impl))
-
-    def region_tokens(self, embeddings_TC: Float[Tensor, "T C"], patches: RegionPatches) -> PackedTokens:
-        """The packed tokens with which the region encoder starts."""
-        return self.region_encoder.embed_patches(embeddings_TC, patches.packing, patches.grid_HW)
-
-    def encode_regions(
-        self, regions_BIXY: Shaped[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None = None
-    ) -> tuple[Float[Tensor, "T C"], Bool[Tensor, "B"]]:
-        """Embeddings of the regions that hold tissue. Arguments as in :meth:`cut`.
-
-        Returns:
-            (T, C), and (B,) bool, which of the regions they are.
-        """
-        patches = self.cut(regions_BIXY, keep_Bhw)
-        return self._pooled(self.encode_patches(patches), patches.packing, patches.grid_HW)
 
 
 def slide_level(dim: int, num_classes: int, impl: str | None = None) -> VisionTransformer:

@@ -18,7 +18,7 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing, pack
 from maskattn.shapes import Bool, Float
 
-__all__ = ["RegionModel", "check_widths"]
+__all__ = ["RegionModel", "check_widths", "pooled_regions"]
 
 
 class RegionModel(nn.Module):
@@ -67,14 +67,7 @@ class RegionModel(nn.Module):
         packing = packing_of(
             None if keep_BN is None else keep_BN.unflatten(1, (side, side)), B, (side, side), features_BNC.device
         )
-        return self._pooled(pack(features_BNC, packing), packing, (side, side))
-
-    def _pooled(self, embeddings_TC: Tensor, packing: Packing, grid_HW: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The embeddings of the regions that have patches, and which these are."""
-        keep_B = packing.cu_seqlens.diff() > 0
-        if not packing.total:
-            return embeddings_TC.new_empty(0, self.region_encoder.embed_dim), keep_B
-        return self.region_encoder(self.region_encoder.embed_patches(embeddings_TC, packing, grid_HW))[keep_B], keep_B
+        return pooled_regions(self.region_encoder, pack(features_BNC, packing), packing, (side, side))
 
     def slide_tokens(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> PackedTokens:
         """Embeddings of the kept regions, row-major, to the packed tokens with which the slide's ViT starts.
@@ -115,6 +108,19 @@ class RegionModel(nn.Module):
                 f"{packing.total} kept regions"
             )
         return packing
+
+
+def pooled_regions(
+    region_encoder: VisionTransformer,
+    embeddings_TC: Float[Tensor, "T C"],
+    packing: Packing,
+    grid_HW: tuple[int, int],
+) -> tuple[Float[Tensor, "R C"], Bool[Tensor, "B"]]:
+    """The embeddings of the regions that have patches, from those of their patches, and which regions these are."""
+    keep_B = packing.cu_seqlens.diff() > 0
+    if not packing.total:
+        return embeddings_TC.new_empty(0, region_encoder.embed_dim), keep_B
+    return region_encoder(region_encoder.embed_patches(embeddings_TC, packing, grid_HW))[keep_B], keep_B
 
 
 def check_widths(below: VisionTransformer, above: VisionTransformer | HIPTHead, names: str) -> None:
