@@ -31,6 +31,8 @@ from maskattn.explain.hierarchical import (
 )
 from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.packed_model import check_explainable
+from maskattn.explain.region_tokens import explain_region_tokens
+from maskattn.nn.encoders.regions import RegionEncoder
 from maskattn.nn.encoders.tile_encoder import TileEncoder
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
 from maskattn.nn.slide_models.vit import ViTHead
@@ -129,6 +131,8 @@ class SlideHeadCDAM:
         if encoder is None or encoder.vit is None:
             why = "no tile encoder was given" if encoder is None else f"{encoder.name} is none: {encoder.why_not}"
             raise ValueError(f"maps of tokens need a tile encoder that is a packed vision transformer, and {why}")
+        if isinstance(encoder, RegionEncoder):
+            return explain_region_tokens(encoder, self.level, tiles_BIXY, keep_BHW, gradient_KBC)
         check_explainable(encoder)
         with torch.no_grad():
             tokens = encoder.tile_tokens(tiles_BIXY, keep_BHW)

@@ -134,6 +134,7 @@ def _laid(run: SlideRun, card: ModelCard, tissue: TissueMask | None) -> tuple[To
     if tissue is None:
         grid = make_grid(info, None, tile_px=card.tile_px, token_px=token_px, spacing_um=spacing_um, masked=False)
     else:
+        least = None if run.model.encoder is None else run.model.encoder.min_tissue
         places = lay_tiles(
             info,
             tissue,
@@ -141,7 +142,7 @@ def _laid(run: SlideRun, card: ModelCard, tissue: TissueMask | None) -> tuple[To
             overlap_px=0,
             spacing_um=card.spacing_um,
             tile_px=card.tile_px,
-            min_tissue=MIN_TISSUE,
+            min_tissue=MIN_TISSUE if least is None else least,
         )
         if not places.kept_tiles:
             raise SlideError(_without_tissue(run, tissue, f"a tile of {card.patch_px * card.spacing_um:g} µm"))

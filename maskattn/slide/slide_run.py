@@ -145,13 +145,14 @@ class SlideRun:
 
     def read(self, grid: TokenGrid, rows_T: Int[np.ndarray, " T"] | None = None) -> Iterator[ReadTiles]:
         """The grid's kept tiles, or those of some indices, batch by batch; waiting for them counts as "read"."""
-        settings = self.settings
+        settings, encoder = self.settings, self.model.encoder
+        batch_size = (None if encoder is None else encoder.tiles_at_once) or settings.batch_size
         tiles = grid.kept_tiles if rows_T is None else len(rows_T)
-        workers = count_workers(settings.workers, tiles, settings.batch_size)
+        workers = count_workers(settings.workers, tiles, batch_size)
         batches = stream_tiles(
             self.reader,
             grid,
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             workers=workers,
             rows=rows_T,
             pin_memory=self.device.type == "cuda",

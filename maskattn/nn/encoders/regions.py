@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ class RegionEncoder(TileEncoder):
     Raises:
         ValueError: the encoder of patches is none that runs packed, or the sides or widths do not fit.
     """
+
+    tiles_at_once: ClassVar[int | None] = 1
+    min_tissue: ClassVar[float | None] = 0.0
 
     def __init__(self, patches: TileEncoder, region_encoder: VisionTransformer, region_px: int = 4096) -> None:
         card = patches.card

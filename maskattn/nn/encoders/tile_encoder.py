@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +68,15 @@ class TileEncoder(nn.Module):
         vit: the packed transformer; None where there is none.
         module: the library's own network; None where there is a packed one.
         embed_dim: C.
+        tiles_at_once: how many tiles may be held; None leaves it to who runs it.
+        min_tissue: least share of tissue of a tile that is worth encoding; None, likewise.
 
     Raises:
         ValueError: the tiles' side and the network's tokens do not fit each other.
     """
+
+    tiles_at_once: ClassVar[int | None] = None
+    min_tissue: ClassVar[float | None] = None
 
     pixel_mean: Tensor
     pixel_std: Tensor

@@ -19,6 +19,7 @@ from maskattn.nn.encoders.tile_encoder import TileEncoder
 from maskattn.nn.slide_model import SlideModel, SlideModelConfig
 from maskattn.nn.slide_models.card import CONFIG, README, WEIGHTS, EncoderFacts, ModelCard, mismatches, read_card
 from maskattn.nn.slide_models.head import SlideHead
+from maskattn.nn.slide_models.reading import read_checkpoint, tensors_of
 from maskattn.nn.slide_models.two_stage import TwoStageModel, card_of, two_stages, with_encoder
 
 __all__ = ["HEADS", "load_model_folder", "load_two_stages", "save_model"]
@@ -140,7 +141,8 @@ def load_two_stages(
         path: of the model.
         encoder: of the tiles; this package's own models bring theirs.
         classes: names of the logits, where the model has none.
-        patch_px: side of a tile, where the model's or the encoder's is not meant.
+        patch_px: side of a tile, where the model's or the encoder's is not meant; of a region for HIPT's and soma's
+            models (4096), whose ``encoder`` is that of patches.
         spacing_um: µm per px of a tile, likewise.
         token_mask: "none" or "tissue", where the model does not say it.
         other_encoder: go on with an encoder, a spacing or a mask that the model was not trained with.
@@ -161,7 +163,11 @@ def load_two_stages(
         own = SlideModel.load(path, impl=impl)
         model, card = own, card_of(own)
     elif path.suffix == ".safetensors" or path.exists():
-        model, card = _of_checkpoint(path, classes, {**options, "impl": impl})
+        state = tensors_of(read_checkpoint(path))
+        if any(key.startswith("vit_region.") for key in state):
+            model, card, encoder = _of_regions(path, state, encoder, classes, patch_px, impl)
+        else:
+            model, card = _of_checkpoint(path, classes, {**options, "impl": impl})
     else:
         raise FileNotFoundError(
             f"a slide model must be a folder, a checkpoint, or NAME.safetensors with NAME.json beside it, got no {path}"
@@ -211,6 +217,36 @@ def _of_checkpoint(path: Path, classes: Sequence[str] | None, options: dict[str,
         facts=found.facts,
     )
     return found.head, card
+
+
+def _of_regions(
+    path: Path,
+    state: Mapping[str, Tensor],
+    patches: TileEncoder | None,
+    classes: Sequence[str] | None,
+    region_px: int | None,
+    impl: str | None,
+) -> tuple[SlideHead, ModelCard, TileEncoder]:
+    """HIPT's and soma's model: its region ViT joins the encoder of patches, and what reads regions is the head."""
+    from maskattn.nn.encoders.regions import RegionEncoder
+    from maskattn.nn.hipt_checkpoints import hipt_from_state_dict
+
+    if patches is None:
+        raise ValueError(
+            f"a model of regions must be run with the encoder of their patches, got none for {path}; give --encoder "
+            "hipt --weights vit256_small_dino.pth, or the one that it was trained with"
+        )
+    model = hipt_from_state_dict(state, name=str(path), impl=impl).float()
+    head = model.slide_encoder
+    assert isinstance(head, SlideHead), "a checkpoint of HIPT has HIPT's slide level"
+    card = ModelCard(
+        name=path.stem,
+        kind=head.kind,
+        classes=tuple(classes or (f"class {k}" for k in range(head.num_classes))),
+        head=head.arguments(),
+        layout="HIPT",
+    )
+    return head, card, RegionEncoder(patches, model.region_encoder, region_px or 4096)
 
 
 def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,164 @@
+"""A run with HIPT's own checkpoint: regions in the place of tiles, from the slide to predictions and maps of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from dense_vit import dense_masked_logits
+from original_hipt import LocalHIPT
+from runs import one_thread
+from small_slides import write_slide
+from torch import nn
+
+from maskattn.explain import ThreeLevelCDAM
+from maskattn.nn import HIPT, TileEncoder, VisionTransformer, load_two_stages
+from maskattn.nn.encoders import EncoderCard
+from maskattn.nn.encoders.regions import RegionEncoder
+from maskattn.nn.hipt_checkpoints import hipt_from_state_dict
+from maskattn.slide.layouts import read_features
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.prediction import read_prediction
+from maskattn.slide.reader import SlideReader
+from maskattn.slide.request import RunSettings
+from maskattn.slide.run import run_slides
+
+PATCH, REGION, CLASSES = 32, 128, ("benign", "low", "high")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def original() -> LocalHIPT:
+    torch.manual_seed(0)
+    model = LocalHIPT(classes=3)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def patches() -> TileEncoder:
+    vit = VisionTransformer(img_size=32, embed_dim=48, depth=2, num_heads=6, pos_embed_resample="dino")
+    for p in vit.parameters():
+        nn.init.normal_(p, std=0.2)
+    return TileEncoder(vit.eval(), EncoderCard("vit256", "token", (0.5,) * 3, (0.5,) * 3, PATCH, PATCH, 1.0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, original: LocalHIPT) -> Path:
+    folder = tmp_path_factory.mktemp("hipt")
+    write_slide(folder / "disc.tiff")
+    torch.save(original.state_dict(), folder / "best.pt")
+    return folder
+
+
+def test_unmasked_scores_of_a_run_are_those_of_the_original_layout(
+    folder: Path, original: LocalHIPT, patches: TileEncoder, tmp_path: Path
+) -> None:
+    model = load_two_stages(folder / "best.pt", patches, classes=CLASSES, patch_px=REGION)
+    assert isinstance(model.encoder, RegionEncoder)
+    (outcome,) = run_slides([SlideJob("disc", folder / "disc.tiff")], model, RunSettings(tmp_path, check=False))
+    assert outcome.status == "ok", outcome.reason
+    found = read_features(tmp_path / "disc" / "features.h5")
+    assert (found.patch_size_lv0, found.features_TC.shape[1]) == (REGION, 24)
+    features = []
+    every = torch.ones(16, 2, 2, dtype=torch.bool)
+    with SlideReader(folder / "disc.tiff") as reader, torch.no_grad():
+        for x, y in found.coords_T2.tolist():
+            pixels = torch.from_numpy(reader.read_region(x, y, (REGION, REGION), (REGION, REGION)).copy())
+            region = (pixels.permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+            cut = region.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 0, 3, 4).flatten(0, 1)
+            features.append(dense_masked_logits(patches.vit, cut, every))
+        expected = original(torch.stack(features))[0]
+    logits = outcome.prediction.logits
+    np.testing.assert_allclose([logits[name] for name in CLASSES], expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_masked_run_has_maps_of_tokens_that_are_those_of_three_levels(
+    folder: Path, original: LocalHIPT, patches: TileEncoder, tmp_path: Path
+) -> None:
+    model = load_two_stages(folder / "best.pt", patches, classes=CLASSES, patch_px=REGION, token_mask="tissue")
+    settings = RunSettings(tmp_path, tokens=True, batch_size=32)
+    jobs = [SlideJob("disc", folder / "disc.tiff")]
+    (outcome,) = run_slides(jobs, model, settings)
+    assert outcome.status == "ok", outcome.reason
+    whole = hipt_from_state_dict(original.state_dict(), patches.vit, patch_px=PATCH)
+    assert isinstance(whole, HIPT)
+    found = read_features(tmp_path / "disc" / "features.h5")
+    assert found.token_mask == "tissue"
+    with h5py.File(tmp_path / "disc" / "relevance.h5") as file:
+        keep, tokens = file["tokens/keep"][:], file["tokens/relevance"][:]
+        of_regions, attention = file["tiles/relevance"][:], file["tokens/attention"][:]
+    assert keep.shape == (len(found.coords_T2), 8, 8)
+    assert 0 < keep.mean() < 1
+    assert not tokens[:, ~keep].any()
+    assert not attention[~keep].any()
+    assert (attention[keep] > 0).all()
+    pixels = []
+    with SlideReader(folder / "disc.tiff") as reader:
+        for x, y in found.coords_T2.tolist():
+            pixels.append(reader.read_region(x, y, (REGION, REGION), (REGION, REGION)).transpose(2, 0, 1).copy())
+    regions, kept = torch.from_numpy(np.stack(pixels)), torch.from_numpy(keep)
+    embeddings, with_tissue = whole.encode_regions(regions, kept)
+    assert with_tissue.all()
+    np.testing.assert_allclose(found.features_TC, embeddings.detach().numpy(), rtol=1e-4, atol=1e-4)
+    cdam = ThreeLevelCDAM(whole)
+    slide = cdam.slide(embeddings, torch.ones(1, len(regions), dtype=torch.bool))
+    maps = cdam.regions(regions, kept, slide.gradient_KTC)
+    np.testing.assert_allclose(of_regions, slide.relevance_KT.numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(tokens, maps.tokens_KBhw.numpy(), rtol=1e-3, atol=1e-4)
+    for name in ("heatmap_high.png", "attention.png"):
+        assert (tmp_path / "disc" / name).is_file()
+    assert read_prediction(tmp_path / "disc" / "prediction.json").model.classes == CLASSES
+    (again,) = run_slides(jobs, model, settings)
+    assert again.status == "skipped"
+
+
+def test_one_region_is_read_at_a_time(
+    folder: Path, patches: TileEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_two_stages(folder / "best.pt", patches, classes=CLASSES, patch_px=REGION, token_mask="tissue")
+    held: list[int] = []
+    encode = RegionEncoder.encode_tiles
+
+    def counted(self, tiles, keep):
+        held.append(len(tiles))
+        return encode(self, tiles, keep)
+
+    monkeypatch.setattr(RegionEncoder, "encode_tiles", counted)
+    run_slides([SlideJob("disc", folder / "disc.tiff")], model, RunSettings(tmp_path, batch_size=32, check=False))
+    assert held
+    assert set(held) == {1}
+
+
+def test_a_model_of_regions_needs_the_encoder_of_their_patches(folder: Path, patches: TileEncoder) -> None:
+    with pytest.raises(ValueError, match=r"with the encoder of their patches, got none .*--encoder hipt --weights"):
+        load_two_stages(folder / "best.pt")
+    with pytest.raises(ValueError, match="two or more whole patches along, got 100 px of patches of 32 px; take 96"):
+        load_two_stages(folder / "best.pt", patches, patch_px=100)
+    resized = TileEncoder(patches.vit, EncoderCard("uni", "token", (0.5,) * 3, (0.5,) * 3, 32, 64, 0.5))
+    with pytest.raises(ValueError, match="sees all of a patch as it is cut, got uni: it resizes or crops"):
+        load_two_stages(folder / "best.pt", resized, patch_px=REGION)
+
+
+def test_regions_of_an_encoder_without_tissue_have_embeddings_of_zeros(patches: TileEncoder) -> None:
+    region = VisionTransformer(img_size=4, patch_size=1, in_chans=48, embed_dim=24, depth=1, num_heads=6)
+    encoder = RegionEncoder(patches, region.eval(), REGION)
+    assert (encoder.tile_px, encoder.token_px, encoder.embed_dim, encoder.spacing_um) == (REGION, 16, 24, 1.0)
+    tiles = torch.randint(0, 256, (2, 3, REGION, REGION), dtype=torch.uint8)
+    keep = torch.zeros(2, 8, 8, dtype=torch.bool)
+    keep[1, 3, 4] = True
+    with torch.no_grad():
+        found = encoder.encode_tiles(tiles, keep)
+    assert not found[0].any()
+    assert found[1].any()
+    assert encoder.sha256 != patches.sha256
