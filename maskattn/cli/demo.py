@@ -32,7 +32,7 @@ def demo(
         from maskattn.slide.request import RunSettings
 
         prepare_output(out)
-        model = slide_runs.load_model(slide_runs.BUNDLED, None, "auto")
+        model = slide_runs.load_model(slide_runs.Chosen(model=slide_runs.BUNDLED), None, "auto")
         slide = make_slide(seed)
         path = out / f"synthetic_{seed}.tiff"
         with replacing(path) as temporary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,7 +26,39 @@ def infer(
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", help="A slide model, NAME.safetensors; by default the demonstration's.")
+        Path | None,
+        typer.Option(
+            "--model",
+            help="A slide model: a folder, or a checkpoint of CLAM, ABMIL, TransMIL, STAMP, TITAN or GigaPath; by "
+            "default the demonstration's.",
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", help="Of the tiles, for a model without its own: see `maskattn encoders`."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="File of the encoder's weights; by default its hub's.")
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option("--num-heads", min=1, help="Of an encoder that is a file of weights alone.")
+    ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the code that an encoder's repository brings.")
+    ] = False,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Names of the model's classes, with commas, where it has none.")
+    ] = None,
+    token_mask: Annotated[
+        Literal["none", "tissue"] | None,
+        typer.Option("--token-mask", help="What of a tile the encoder sees; by default as the model was trained."),
+    ] = None,
+    patch_px: Annotated[
+        int | None, typer.Option("--patch-size", min=1, help="Side of a tile in px; by default the model's.")
+    ] = None,
+    tile_spacing_um: Annotated[
+        float | None,
+        typer.Option("--tile-spacing-um", min=0.02, max=40, help="µm per px of a tile; by default the model's."),
     ] = None,
     manifest: Annotated[
         Path | None,
@@ -41,6 +73,7 @@ def infer(
 ) -> None:
     """Predict slides and explain the predictions.
 
+    With --features the tiles' features are read, not made; without slides the outputs are scores and relevance.h5.
     Finished slides are skipped, broken ones are reported.
     """
     with errors_in_one_line(debug):
@@ -50,7 +83,10 @@ def infer(
         from maskattn.slide.request import check_request
 
         notes: list[str] = []
-        jobs = collect_jobs(slides or (), notes.append, manifest)
+        if settings.features_dir is not None and not slides and manifest is None:
+            jobs = slide_runs.jobs_of_features(settings.features_dir)
+        else:
+            jobs = collect_jobs(slides or (), notes.append, manifest)
         for note in notes:
             tell(note)
         if mask is not None and len(jobs) != 1:
@@ -59,7 +95,20 @@ def infer(
             jobs = [replace(jobs[0], mask_path=mask)]
         check_request(jobs, settings)  # once more when the model is there: it may leave nothing out
         prepare_output(settings.out_dir)
-        outcomes = slide_runs.run(jobs, slide_runs.load_model(model or slide_runs.BUNDLED, impl, device), settings)
+        chosen = slide_runs.Chosen(
+            model=model or slide_runs.BUNDLED,
+            encoder=encoder,
+            weights=weights,
+            num_heads=num_heads,
+            trust_code=trust_code,
+            classes=None if classes is None else tuple(name.strip() for name in classes.split(",")),
+            patch_px=patch_px,
+            spacing_um=tile_spacing_um,
+            token_mask=token_mask,
+            with_features=settings.features_dir is not None,
+            other_encoder=settings.other_encoder,
+        )
+        outcomes = slide_runs.run(jobs, slide_runs.load_model(chosen, impl, device), settings)
         if report:
             from maskattn.slide.report import write_report
 

@@ -1,26 +1,38 @@
-"""``maskattn info``: what a slide file says of itself."""
+"""``maskattn info``: what a slide file, or a slide model, says of itself."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskattn.cli.options import Debug, Series, Slide, Spacing
+from maskattn.cli.options import Debug, Series, Spacing
 from maskattn.cli.reporting import errors_in_one_line, say, say_json
+
+if TYPE_CHECKING:
+    from maskattn.nn.slide_models.card import ModelCard
 
 __all__ = ["info"]
 
 
 def info(
-    slide: Slide,
+    slide: Annotated[
+        Path, typer.Argument(help="A slide file, or a slide model.", metavar="SLIDE|MODEL", show_default=False)
+    ],
     spacing_um: Spacing = None,
     series: Series = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Print what a slide file says of itself."""
+    """Print what a slide file, or a slide model, says of itself."""
     with errors_in_one_line(debug):
+        from maskattn.nn.slide_models.card import card_at
+
+        if (card := card_at(slide)) is not None:
+            _print_card(card, as_json)
+            return
+
         from maskattn.slide.reader import SlideReader
 
         with SlideReader(slide, spacing_um, series=series, isolated=True) as reader:
@@ -37,3 +49,13 @@ def info(
             say(f"{name}: {'; '.join(map(str, value)) or 'none'}")
         else:
             say(f"{name}: {value}")
+
+
+def _print_card(card: ModelCard, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        say_json(asdict(card))
+        return
+    for what, value in card.lines():
+        say(f"{what}: {value}")

@@ -2,31 +2,96 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskattn.cli.reporting import tell
 
 if TYPE_CHECKING:
-    from maskattn.nn.slide_model import SlideModel
+    from maskattn.nn.slide_models.two_stage import TwoStageModel
     from maskattn.slide.manifest import SlideJob
     from maskattn.slide.prediction import SlideOutcome
     from maskattn.slide.request import RunSettings
 
-__all__ = ["BUNDLED", "device_named", "load_model", "run"]
+__all__ = ["BUNDLED", "Chosen", "device_named", "jobs_of_features", "load_model", "run"]
 
-BUNDLED = Path(__file__).parents[1] / "demo" / "model.safetensors"
+BUNDLED = Path(__file__).parents[1] / "demo" / "model"
 
 
-def load_model(path: Path, impl: str | None, device: str) -> SlideModel:
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Which model a command runs, and with which encoder of tiles.
+
+    Attributes:
+        model: a folder, a checkpoint, or NAME.safetensors.
+        encoder: as ``maskattn encoders`` has it; None is the model's own, or the one that it names.
+        weights: a file of the encoder's weights.
+        num_heads: of an encoder that is a file of weights alone.
+        trust_code: run the code that an encoder's repository brings.
+        classes: names of the logits, where the model has none.
+        patch_px: side of a tile.
+        spacing_um: µm per px of a tile.
+        token_mask: "none" or "tissue".
+        with_features: features are given, and an encoder is needed for maps of tokens alone.
+        other_encoder: go on with what the model was not trained with.
+    """
+
+    model: Path = BUNDLED
+    encoder: str | None = None
+    weights: Path | None = None
+    num_heads: int | None = None
+    trust_code: bool = False
+    classes: tuple[str, ...] | None = None
+    patch_px: int | None = None
+    spacing_um: float | None = None
+    token_mask: str | None = None
+    with_features: bool = False
+    other_encoder: bool = False
+
+
+def load_model(chosen: Chosen, impl: str | None, device: str) -> TwoStageModel:
     """The slide model on its device, after a trial of the attention it will use.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such model, device or implementation.
+        FileNotFoundError, ValueError: there is no such model, device or implementation; or no encoder for it.
     """
-    from maskattn.nn.slide_model import SlideModel
+    from maskattn.nn.encoders.loading import load_encoder
+    from maskattn.nn.slide_models.card import CONFIG, read_card
+    from maskattn.nn.slide_models.folder import load_two_stages
 
-    return SlideModel.load(path, impl=impl, device=device_named(device, impl))
+    device, name = device_named(device, impl), chosen.encoder
+    if name is None and not chosen.with_features and (chosen.model / CONFIG).is_file():
+        card = read_card(chosen.model)
+        if card.kind != "slide_model" and card.encoder is not None:
+            name = card.encoder.name
+    encoder = None
+    if name is not None:
+        encoder = load_encoder(
+            name,
+            device=device,
+            impl=impl,
+            weights=chosen.weights,
+            num_heads=chosen.num_heads,
+            trust_code=chosen.trust_code,
+        )
+    model = load_two_stages(
+        chosen.model,
+        encoder,
+        classes=chosen.classes,
+        patch_px=chosen.patch_px,
+        spacing_um=chosen.spacing_um,
+        token_mask=chosen.token_mask,
+        other_encoder=chosen.other_encoder,
+        impl=impl,
+        device=device,
+    )
+    if model.encoder is None and not chosen.with_features:
+        raise ValueError(
+            f"a slide model reads features of tiles, got none for {chosen.model}: name the encoder that it was trained "
+            "with (--encoder), or give a folder of its features (--features)"
+        )
+    return model
 
 
 def device_named(device: str, impl: str | None) -> str:
@@ -50,7 +115,19 @@ def device_named(device: str, impl: str | None) -> str:
     return device
 
 
-def run(jobs: list[SlideJob], model: SlideModel, settings: RunSettings) -> list[SlideOutcome]:
+def jobs_of_features(folder: Path) -> list[SlideJob]:
+    """A job for each slide that has features below a folder; the slides themselves are not read.
+
+    Raises:
+        SlideError: there is no such folder, or no features in it.
+    """
+    from maskattn.slide.layouts import list_features
+    from maskattn.slide.manifest import SlideJob
+
+    return [SlideJob(slide_id, path) for slide_id, path in list_features(folder).items()]
+
+
+def run(jobs: list[SlideJob], model: TwoStageModel, settings: RunSettings) -> list[SlideOutcome]:
     """Run the slides; a demonstration model says what it is."""
     from maskattn.cli.progress import ProgressBars, lines_of_prediction
     from maskattn.slide.run import run_slides

@@ -15,7 +15,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -27,10 +27,24 @@ from torch.nn import functional as F
 from maskattn.demo.samples import KINDS, TILE_PX, TOKEN_PX, sample_slide
 from maskattn.demo.synthetic import CLASSES, SPACING_UM
 from maskattn.nn.slide_model import SlideModel, SlideModelConfig
+from maskattn.nn.slide_models.card import ModelCard
+from maskattn.nn.slide_models.folder import save_model
+from maskattn.nn.slide_models.two_stage import card_of
 
-__all__ = ["BUNDLED_WEIGHTS", "FIRST_TRAINING_SEED", "Losses", "TrainingPlan", "main", "model_config", "train"]
+__all__ = [
+    "BUNDLED_MODEL",
+    "BUNDLED_WEIGHTS",
+    "FIRST_TRAINING_SEED",
+    "Losses",
+    "TrainingPlan",
+    "demo_card",
+    "main",
+    "model_config",
+    "train",
+]
 
-BUNDLED_WEIGHTS = Path(__file__).with_name("model.safetensors")
+BUNDLED_MODEL = Path(__file__).with_name("model")
+BUNDLED_WEIGHTS = BUNDLED_MODEL / "model.safetensors"
 FIRST_TRAINING_SEED = 1_000_000
 EMBED_DIM = 96
 GRID = 16
@@ -122,6 +136,15 @@ def model_config(masked: bool) -> SlideModelConfig:
         demonstration=True,
         note=NOTE,
     )
+
+
+def demo_card(model: SlideModel) -> ModelCard:
+    """The card of a model that was trained here."""
+    trained_on = (
+        "synthetic slides that python -m maskattn.demo.train draws: glass, tissue without a lesion, and lesions of two "
+        "textures; the slide's class is that of its lesion"
+    )
+    return replace(card_of(model), trained_on=trained_on)
 
 
 def train(plan: TrainingPlan, say: Callable[[str], None] = print) -> tuple[SlideModel, Losses]:
@@ -309,7 +332,9 @@ def random_like(rng: np.random.Generator, grid: Tensor) -> Tensor:
 def main(arguments: list[str] | None = None) -> None:
     """Train and write the weights, with the configuration beside them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=BUNDLED_WEIGHTS, help="where to write x.safetensors and x.json")
+    parser.add_argument(
+        "--out", type=Path, default=BUNDLED_MODEL, help="folder to write, or x.safetensors for a pair of files"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unmasked", action="store_true", help="train the twin that sees glass too")
     parser.add_argument("--tile-steps", type=int, default=TrainingPlan.tile_steps)
@@ -322,7 +347,10 @@ def main(arguments: list[str] | None = None) -> None:
         label_steps=options.label_steps,
     )
     model, _ = train(plan, say=lambda text: print(text, flush=True))
-    model.save(options.out, dtype=torch.float16)
+    if options.out.suffix == ".safetensors":
+        model.save(options.out, dtype=torch.float16)
+    else:
+        save_model(options.out, model, demo_card(model), dtype=torch.float16)
     print(f"written: {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -16,9 +16,17 @@ from sklearn.metrics import average_precision_score
 
 from maskattn.demo.samples import SlideSample, sample_slide
 from maskattn.demo.synthetic import CLASSES
-from maskattn.demo.train import BUNDLED_WEIGHTS, FIRST_TRAINING_SEED, TrainingPlan, model_config
+from maskattn.demo.train import (
+    BUNDLED_MODEL,
+    BUNDLED_WEIGHTS,
+    FIRST_TRAINING_SEED,
+    TrainingPlan,
+    demo_card,
+    model_config,
+)
 from maskattn.explain.hierarchical import HierarchicalCDAM, RelevanceMap
 from maskattn.nn.slide_model import SlideModel
+from maskattn.nn.slide_models.card import read_card
 
 FRESH_SEEDS = (2024, 2025, 2026)
 MIN_AVERAGE_PRECISION = 0.45  # the mean over fresh slides is 0.63 (bench/results/demo_figures.md)
@@ -44,6 +52,12 @@ def explained(model: SlideModel) -> list[tuple[SlideSample, RelevanceMap]]:
 
 def test_the_weights_are_at_most_two_megabytes() -> None:
     assert BUNDLED_WEIGHTS.stat().st_size <= 2e6
+
+
+def test_the_model_is_a_folder_whose_card_is_that_of_the_weights(model: SlideModel) -> None:
+    assert read_card(BUNDLED_MODEL) == demo_card(model)
+    assert (BUNDLED_MODEL / "README.md").read_text() == demo_card(model).markdown()
+    assert model.identity().startswith("4e0345eb9164c023")  # as predictions of earlier versions have it
 
 
 def test_the_weights_say_that_they_are_a_demonstration(model: SlideModel) -> None:

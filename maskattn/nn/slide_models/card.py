@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["CONFIG", "README", "WEIGHTS", "EncoderFacts", "ModelCard", "mismatches", "read_card"]
+__all__ = ["CONFIG", "README", "WEIGHTS", "EncoderFacts", "ModelCard", "card_at", "mismatches", "read_card"]
 
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
 _FORMAT = 1
@@ -160,6 +160,49 @@ def read_card(folder: str | Path) -> ModelCard:
             f"a slide model is a folder with {CONFIG}, {WEIGHTS} and {README}, got {folder} without {CONFIG}"
         )
     return ModelCard.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def card_at(path: str | Path) -> ModelCard | None:
+    """The card of whatever slide model lies there, a checkpoint of another tool among them; None where there is none.
+
+    Raises:
+        ValueError: there is one that cannot be read.
+    """
+    path = Path(path)
+    if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+        path = path.parent
+    if (path / CONFIG).is_file():
+        return read_card(path)
+    if path.suffix == ".safetensors" and path.with_suffix(".json").is_file():
+        return _card_of_pair(path)
+    if path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
+        from maskattn.nn.slide_models.folder import card_of_checkpoint  # which needs torch
+
+        return card_of_checkpoint(path)
+    return None
+
+
+def _card_of_pair(path: Path) -> ModelCard:
+    """The card of this package's earlier pair of files, NAME.safetensors and NAME.json."""
+    config = path.with_suffix(".json")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        return ModelCard(
+            name=values["name"],
+            kind="slide_model",
+            classes=tuple(values["classes"]),
+            tile_px=values["tile_px"],
+            patch_px=values["tile_px"],
+            spacing_um=values["spacing_um"],
+            token_mask="tissue" if values.get("masked", True) else "none",
+            demonstration=values.get("demonstration", False),
+            note=values.get("note", ""),
+            slide_model=values,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"a slide model's configuration must be whole, got {config}: {error!r}; copy it again"
+        ) from error
 
 
 def mismatches(trained: ModelCard, given: ModelCard) -> list[str]:

@@ -17,12 +17,12 @@ from torch import Tensor
 from maskattn.files import replacing
 from maskattn.nn.encoders.tile_encoder import TileEncoder
 from maskattn.nn.slide_model import SlideModel, SlideModelConfig
-from maskattn.nn.slide_models.card import CONFIG, README, WEIGHTS, EncoderFacts, ModelCard, mismatches, read_card
+from maskattn.nn.slide_models.card import CONFIG, README, WEIGHTS, ModelCard, mismatches, read_card
 from maskattn.nn.slide_models.head import SlideHead
 from maskattn.nn.slide_models.reading import read_checkpoint, tensors_of
 from maskattn.nn.slide_models.two_stage import TwoStageModel, card_of, two_stages, with_encoder
 
-__all__ = ["HEADS", "load_model_folder", "load_two_stages", "save_model"]
+__all__ = ["HEADS", "card_of_checkpoint", "load_model_folder", "load_two_stages", "save_model"]
 
 HEADS = {
     "pooled": "pooling.PooledHead",
@@ -40,7 +40,10 @@ _WITH_IMPL = ("vit", "titan", "gigapath", "hipt")
 
 
 def save_model(
-    folder: str | Path, model: SlideModel | TwoStageModel | SlideHead, card: ModelCard | None = None
+    folder: str | Path,
+    model: SlideModel | TwoStageModel | SlideHead,
+    card: ModelCard | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a slide model as a folder; no file in it is left half-written, and the configuration comes last.
 
@@ -49,6 +52,7 @@ def save_model(
         model: this package's own, an encoder with a head, or a head alone. Of the two latter the head is written, and
             the encoder by its name and hash.
         card: of the model; needed for a head alone.
+        dtype: of the stored weights; None stores them as they are.
 
     Raises:
         ValueError: a head has no card, or one that does not fit it.
@@ -68,7 +72,7 @@ def save_model(
         TwoStageModel(model, card)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (
-        (WEIGHTS, save({key: x.detach().cpu().contiguous() for key, x in state.items()})),
+        (WEIGHTS, save({key: x.detach().cpu().to(dtype or x.dtype).contiguous() for key, x in state.items()})),
         (README, card.markdown().encode()),
         (CONFIG, card.to_json().encode()),
     ):
@@ -194,13 +198,21 @@ def load_two_stages(
                 f"a slide model must be run with what it was trained with, got {'; '.join(wrong)} for {card.name}; "
                 "give what it was trained with, or go on with --other-encoder"
             )
-        card = replace(card, encoder=EncoderFacts(encoder.name, encoder.embed_dim, encoder.sha256))
         if card.token_mask == "tissue" and encoder.vit is None:
             raise ValueError(
                 f"--token-mask tissue needs a packed vision transformer, got {encoder.name}: {encoder.why_not}; leave "
                 "it out"
             )
     return TwoStageModel(model, card, encoder).to(device).eval()
+
+
+def card_of_checkpoint(path: Path) -> ModelCard:
+    """The card of another tool's checkpoint, as far as it says something.
+
+    Raises:
+        ValueError: its layout is unknown.
+    """
+    return _of_checkpoint(path, None, {})[1]
 
 
 def _of_checkpoint(path: Path, classes: Sequence[str] | None, options: dict[str, Any]) -> tuple[SlideHead, ModelCard]:

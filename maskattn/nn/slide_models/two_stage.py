@@ -145,9 +145,14 @@ def card_of(model: SlideModel) -> ModelCard:
 
 
 def with_encoder(card: ModelCard, encoder: TileEncoder, **tiles: object) -> ModelCard:
-    """The card of a model that is run with an encoder: what it leaves open of the tiles is the encoder's."""
+    """The card of a model that is run with an encoder: what it leaves open of the tiles is the encoder's.
+
+    Args:
+        card: of the model as it was trained.
+        encoder: what it is run with.
+        tiles: fields of the card that are asked for; None where they are not.
+    """
     own = {
-        "encoder": EncoderFacts(encoder.name, encoder.embed_dim, encoder.sha256),
         "tile_px": encoder.tile_px,
         "patch_px": encoder.patch_px,
         "spacing_um": encoder.spacing_um,
@@ -157,4 +162,5 @@ def with_encoder(card: ModelCard, encoder: TileEncoder, **tiles: object) -> Mode
     }
     given = {name: value for name, value in tiles.items() if value is not None}
     open_ones = {name: value for name, value in own.items() if getattr(card, name) is None}
-    return replace(card, **{**open_ones, **given})  # type: ignore[arg-type]  # fields of the card
+    facts = EncoderFacts(encoder.name, encoder.embed_dim, encoder.sha256)
+    return replace(card, **{"encoder": facts, **open_ones, **given})  # type: ignore[arg-type]  # fields of the card
