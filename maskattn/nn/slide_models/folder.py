@@ -166,7 +166,7 @@ def load_two_stages(
     elif path.suffix == ".safetensors" and path.with_suffix(".json").is_file():
         own = SlideModel.load(path, impl=impl)
         model, card = own, card_of(own)
-    elif path.suffix == ".safetensors" or path.exists():
+    elif path.is_file():
         state = tensors_of(read_checkpoint(path))
         if any(key.startswith("vit_region.") for key in state):
             model, card, encoder = _of_regions(path, state, encoder, classes, patch_px, impl)
