@@ -11,6 +11,7 @@ from simulated_launch import simulating
 
 import maskattn
 from maskattn.attention.implementation import IMPLS, choose, implementation
+from maskattn.doctor import try_attention
 from maskattn.kernels.gluon import support
 from maskattn.kernels.tables import lookup
 from maskattn.options import Options
@@ -76,6 +77,11 @@ def test_every_function_of_another_operation_refuses():
             function(*[None] * len(inspect.signature(function).parameters))
     with pytest.raises(ValueError, match="computes packed_attention alone, got token_relevance"):
         gluon.token_relevance(*[None] * 5)
+
+
+def test_the_doctor_tries_it():
+    with simulating():
+        assert "runs; differs from the reference by" in try_attention("gluon", "cpu")
 
 
 def test_it_is_chosen_by_name_only():
