@@ -1,14 +1,15 @@
 """The bundled demonstration model's figures on fresh synthetic slides: ``python -m bench.evidence.demo_figures``.
 
-On slides that neither training nor the choice of its recipe has seen, for the bundled model and its unmasked twin (same
-script, same seed, ``--unmasked``): accuracy; average precision (AP) with which the class map, by the default method and
-by plain CDAM, and attention alone, find the lesion's tokens; share of attention on background. Where ``--twin`` names no file the twin is trained first and kept
-there, which takes about ten minutes.
+On slides that neither training nor the choice of its recipe has seen, for the bundled model and its unmasked twin (one
+script and seed, ``--unmasked``): accuracy; average precision (AP) with which the class map, by the default method and
+by plain CDAM, and attention alone, find the lesion's tokens; share of attention on background. Where ``--twin`` names
+no file, the twin is trained first and kept there, which takes about ten minutes.
 
 Definitions. A token is lesion if at least half of its area is. The class map is that of tokens through both levels
-(``HierarchicalCDAM``), for the slide's true class. Attention of a token is the slide encoder's attention to its tile times the tile encoder's attention to it.
-Background is every token that the tissue finder leaves out. AP is taken over the tissue's tokens, the same for both
-models, and over all tokens of the slide (a masked token scores 0), each averaged over slides that have a lesion.
+(``HierarchicalCDAM``), for the slide's true class. Attention of a token is the slide encoder's attention to its tile
+times the tile encoder's attention to it. Background is every token that the tissue finder leaves out. AP is taken over
+the tissue's tokens, the same for both models, and over all tokens of the slide (a masked token scores 0), each averaged
+over slides that have a lesion.
 """
 
 from __future__ import annotations

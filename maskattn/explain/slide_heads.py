@@ -4,7 +4,7 @@ Pass 1. A head that is a vision transformer is explained at its last block, as e
 head the relevance of tile t for class c is r_ct = z_t·γ_ct: with CDAM γ is ∂f_c/∂z_t; with a complete method its mean
 along α·z, 0 ≤ α ≤ 1 (Integrated Gradients, 8 Gauss–Legendre nodes), so that Σ_t r_ct = f_c(z) − f_c(0), to a gap that
 is told. All of it is vector–Jacobian products, one per class and node: nothing of size T × T is made that the head
-itself does not make.
+itself does not make. A head whose logits are sums over tiles says itself what each tile adds (zero-shot scores).
 
 Pass 2 is that of :mod:`maskattn.explain.hierarchical`: tokens of a tile for the score z_t·γ_ct, γ held fixed.
 
@@ -92,6 +92,9 @@ class SlideHeadCDAM:
 
         with torch.no_grad():
             logits_K = scores_of(z)
+            of_tiles_KT = head.contributions(z)
+        if of_tiles_KT is not None:
+            return self._of_sums(logits_K, of_tiles_KT, z, gradient)
         with _recomputed(head, len(z) > _RECOMPUTE_ABOVE):
             gradient_KTC = self.level.gradient_at(scores_of, z) if gradient else None
             if isinstance(head, ViTHead):
@@ -143,6 +146,15 @@ class SlideHeadCDAM:
         # What the encoder crops away has no part in the score.
         sides = (margin,) * 4
         return TokenMaps(F.pad(maps.relevance_KBHW, sides), F.pad(maps.attention_BHW, sides), maps.unmapped_KB)
+
+    @torch.no_grad()
+    def _of_sums(self, logits_K: Tensor, of_tiles_KT: Tensor, z_TC: Tensor, gradient: bool) -> RelevanceMap:
+        """Of a head whose logits are sums over tiles: exact, by whatever method."""
+        attention_AT = self.head.attention(z_TC)
+        attention_T = z_TC.new_zeros(len(z_TC)) if attention_AT is None else attention_AT.mean(dim=0).to(z_TC)
+        sums = SumOfMap(logits_K, torch.zeros_like(logits_K), logits_K - of_tiles_KT.sum(dim=1))
+        gradient_KTC = self.head.linear_form(z_TC) if gradient else None
+        return RelevanceMap(logits_K, of_tiles_KT, attention_T, gradient_KTC, sums)
 
     def _at_last_block(
         self, head: ViTHead, z_TC: Tensor, grid: TileGrid | None

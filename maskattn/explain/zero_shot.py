@@ -22,10 +22,16 @@ from maskattn.explain.explainer import as_maps
 from maskattn.explain.hierarchical import LevelMethod
 from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.packed_model import check_explainable, packed_model
+from maskattn.explain.single_image import normalisation_of
 from maskattn.explain.text_concepts import TextConcepts
+from maskattn.nn.checkpoints import load_vit
+from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
+from maskattn.nn.slide_models.card import ModelCard
+from maskattn.nn.slide_models.two_stage import TwoStageModel, with_encoder
+from maskattn.nn.slide_models.zero_shot import ZeroShotHead
 from maskattn.shapes import Bool, Float
 
-__all__ = ["ZeroShotScores", "ZeroShotSlide"]
+__all__ = ["ZeroShotScores", "ZeroShotSlide", "zero_shot_head", "zero_shot_model"]
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,9 @@ class ZeroShotSlide:
         method: str = DEFAULT_METHOD,
         **options: Any,
     ) -> None:
-        if best is not None and best < 1:
-            raise ValueError(f"at least one tile must be pooled, got best={best}; None pools all")
         self.encoder = packed_model(encoder)
         self.concepts = concepts
-        self.best = best
+        self.head = zero_shot_head(concepts, best)
         self.level = LevelMethod.named(method, self.encoder, **options)
 
     @torch.no_grad()
@@ -94,9 +98,7 @@ class ZeroShotSlide:
         if not len(embeddings_TC):
             raise ValueError("a slide's scores are pooled from its tiles, got none")
         scores_KT = self.concepts(embeddings_TC).T
-        count = min(self.best or scores_KT.shape[1], scores_KT.shape[1])
-        pooled = scores_KT.topk(count, dim=1).indices
-        share_KT = torch.zeros_like(scores_KT).scatter_(1, pooled, 1 / count)
+        share_KT = self.head.shares(scores_KT)
         return ZeroShotScores((share_KT * scores_KT).sum(dim=1), scores_KT, share_KT)
 
     @torch.inference_mode(False)
@@ -121,3 +123,48 @@ class ZeroShotSlide:
             tokens = self.encoder.before_last_block(self.encoder.embed(tiles_BIXY, keep))
         relevance_KT, _ = self.level.explain(self.encoder, tokens, lambda z_BC: self.concepts(z_BC) * share_KB.T)
         return as_maps(relevance_KT, tokens).transpose(0, 1)
+
+
+def zero_shot_head(concepts: TextConcepts, best: int | None = None) -> ZeroShotHead:
+    """Concepts as a slide head, which reads embeddings of tiles in their space.
+
+    Args:
+        concepts: K of them.
+        best: how many tiles are pooled for each concept, the best; None pools all.
+    """
+    K, C = concepts.vectors_KC.shape
+    head = ZeroShotHead(C, K, best, concepts.temperature).to(concepts.vectors_KC.dtype).eval()
+    head.vectors.copy_(concepts.vectors_KC)
+    return head
+
+
+def zero_shot_model(
+    source: str, concepts: TextConcepts, best: int | None = None, *, spacing_um: float = 0.5, **options: Any
+) -> TwoStageModel:
+    """An image tower and concepts as a slide model: what a run of slides takes.
+
+    Args:
+        source: of the tower with its projection; see :func:`maskattn.nn.checkpoints.load_vit`.
+        concepts, best: see :func:`zero_shot_head`.
+        spacing_um: µm per px of the tiles, whose side is the tower's own.
+        options: of ``load_vit``.
+
+    Raises:
+        ValueError: the tower's output has another width than the concepts.
+    """
+    vit = load_vit(source, **options)
+    side = vit.grid_HW[0] * vit.patch_embed.patch_size
+    mean, std = (tuple(x) for x in normalisation_of(source))
+    name = source.rstrip("/").rpartition("/")[2]
+    card = EncoderCard(
+        name=name,
+        pooling=vit.global_pool,
+        pixel_mean=mean,  # type: ignore[arg-type]  # three channels
+        pixel_std=std,  # type: ignore[arg-type]
+        tile_px=side,
+        patch_px=side,
+        spacing_um=spacing_um,
+    )
+    encoder = TileEncoder(vit, card).eval()
+    about = ModelCard(name=f"zero-shot by {name}", kind="zero_shot", classes=concepts.names)
+    return TwoStageModel(zero_shot_head(concepts, best), with_encoder(about, encoder), encoder).eval()

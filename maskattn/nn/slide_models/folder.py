@@ -33,6 +33,7 @@ HEADS = {
     "titan": "titan.TitanHead",
     "gigapath": "gigapath.GigaPathHead",
     "hipt": "hipt.HIPTHead",
+    "zero_shot": "zero_shot.ZeroShotHead",
 }
 """Kind → the head of that kind."""
 

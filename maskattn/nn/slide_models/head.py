@@ -113,6 +113,14 @@ class SlideHead(nn.Module, ABC):
         """The weights with which it reads the tiles, a row per head or class; None where it has no such row."""
         return None
 
+    def contributions(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T"] | None:
+        """What each tile adds to each logit, where the logits are such sums; None where they are not."""
+        return None
+
+    def linear_form(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T C"] | None:
+        """γ (K, T, C) with z_t·γ_kt = :meth:`contributions`; None where there is no such form."""
+        return None
+
     def check(self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None) -> None:
         """Refuse what the head cannot read. Arguments and errors as in :meth:`forward`."""
         if embeddings_TC.ndim != 2 or embeddings_TC.shape[1] != self.in_dim or not len(embeddings_TC):

@@ -1,0 +1,90 @@
+"""Zero-shot scores of a slide: tiles pooled by their cosine with each concept's vector, as MI-Zero pools them.
+
+    s_tk = temperature · cos(z_t, w_k),      f_k = mean over concept k's pool of s_tk,
+
+the pool being all tiles, or the best few of each concept. With |z_t| held as it is, the score is linear in the tiles:
+f_k = Σ_t z_t·γ_kt with γ_kt = share_kt · temperature · ŵ_k / |z_t|, so that a tile's relevance is what it adds to the
+mean. (A gradient at z would say nothing: a cosine does not change with the length of z, and z·∂cos/∂z is 0.)
+
+Source: Lu et al., arXiv 2306.07831 (MI-Zero), for the pooling.
+
+Dimension key: T tiles, C channels of the shared space, K concepts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskattn.nn.slide_models.head import SlideHead, TileGrid
+from maskattn.shapes import Float
+
+__all__ = ["ZeroShotHead"]
+
+
+class ZeroShotHead(SlideHead):
+    """The mean, over all tiles or each concept's best, of their scores for K concepts.
+
+    Args:
+        in_dim: C.
+        num_classes: K.
+        best: how many tiles are pooled for each concept; None pools all.
+        temperature: factor of the cosine.
+
+    Attributes:
+        vectors: (K, C), of any length but 0.
+
+    Raises:
+        ValueError: no tile would be pooled.
+    """
+
+    kind: ClassVar[str] = "zero_shot"
+
+    def __init__(self, in_dim: int, num_classes: int, best: int | None = None, temperature: float = 100.0) -> None:
+        super().__init__(in_dim, num_classes)
+        if best is not None and best < 1:
+            raise ValueError(f"at least one tile must be pooled, got best={best}; None pools all")
+        self.best, self.temperature = best, temperature
+        self.vectors = nn.Parameter(torch.ones(num_classes, in_dim), requires_grad=False)
+
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+        return {
+            "in_dim": self.in_dim,
+            "num_classes": self.num_classes,
+            "best": self.best,
+            "temperature": self.temperature,
+        }
+
+    def tile_scores(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T"]:
+        """Each tile's own score for each concept."""
+        directions = F.normalize(self.vectors.to(embeddings_TC), dim=1)
+        return self.temperature * directions @ F.normalize(embeddings_TC, dim=1).mT
+
+    def shares(self, scores_KT: Float[Tensor, "K T"]) -> Float[Tensor, "K T"]:
+        """Each tile's share of the pool; those of a concept sum to 1."""
+        count = min(self.best or scores_KT.shape[1], scores_KT.shape[1])
+        pooled = scores_KT.detach().topk(count, dim=1).indices
+        return torch.zeros_like(scores_KT).scatter_(1, pooled, 1 / count)
+
+    def logits(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
+    ) -> Tensor:
+        scores_KT = self.tile_scores(embeddings_TC)
+        return (self.shares(scores_KT) * scores_KT).sum(dim=1)
+
+    def attention(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor | None:
+        return self.shares(self.tile_scores(embeddings_TC))
+
+    def contributions(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T"] | None:  # noqa: D102
+        scores_KT = self.tile_scores(embeddings_TC)
+        return self.shares(scores_KT) * scores_KT
+
+    def linear_form(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T C"] | None:  # noqa: D102
+        shares_KT = self.shares(self.tile_scores(embeddings_TC))
+        scale_KT = self.temperature * shares_KT / embeddings_TC.norm(dim=1).clamp(min=1e-12)
+        return scale_KT[..., None] * F.normalize(self.vectors.to(embeddings_TC), dim=1)[:, None]

@@ -1,0 +1,60 @@
+"""A slide's run with concepts in place of a trained slide model: scores of every concept, and maps, in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+
+from maskattn.explain.text_concepts import TextConcepts
+from maskattn.explain.zero_shot import zero_shot_model
+from maskattn.slide.layouts import read_features
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.prediction import read_prediction
+from maskattn.slide.request import RunSettings
+from maskattn.slide.run import run_slides
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A folder with a small random image tower of CLIP and its projection."""
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**small, image_size=64, patch_size=16, projection_dim=12)
+    transformers.CLIPVisionModelWithProjection(config).eval().save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_a_slides_scores_are_its_best_tiles_means_and_its_maps_sum_to_them(
+    clip: Path, slide: Path, settings: RunSettings
+) -> None:
+    words = TextConcepts(("gland", "fat"), torch.randn(2, 12, generator=torch.Generator().manual_seed(1)), 20.0)
+    model = zero_shot_model(str(clip), words, best=3, spacing_um=1.0)
+    (outcome,) = run_slides([SlideJob("disc", slide)], model, replace(settings, tokens=True))
+    assert outcome.status == "ok", outcome.reason
+    folder = settings.out_dir / "disc"
+    prediction = read_prediction(folder / "prediction.json")
+    z = torch.from_numpy(read_features(folder / "features.h5").features_TC)
+    cosines = F.cosine_similarity(z[None], words.vectors_KC[:, None], dim=2)
+    expected = 20 * cosines.sort(dim=1, descending=True).values[:, :3].mean(dim=1)
+    assert list(prediction.logits) == ["gland", "fat"]
+    torch.testing.assert_close(torch.tensor(list(prediction.logits.values())), expected, rtol=1e-4, atol=1e-4)
+    with h5py.File(folder / "relevance.h5") as file:
+        of_tiles = torch.from_numpy(file["tiles/relevance"][:])
+        assert "tokens" in file
+    torch.testing.assert_close(of_tiles.sum(dim=1).float(), expected, rtol=1e-3, atol=1e-3)
+    assert ((of_tiles != 0).sum(dim=1) == 3).all()
+    assert {of_map["map_check"] for of_map in prediction.maps.values()} <= {"passed", "weak", "contradicts"}
+
+
+def test_concepts_of_another_space_are_refused(clip: Path) -> None:
+    with pytest.raises(ValueError, match="12 channels of clip and a model of 5"):
+        zero_shot_model(str(clip), TextConcepts(("gland",), torch.ones(1, 5)))
