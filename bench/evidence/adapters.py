@@ -10,7 +10,6 @@ equal. Speed: float32, one process, original and ours in turns, medians; ratios 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +20,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "nn"))
 
-# A torchvision that was built for another torch keeps timm from being imported; the tests know the remedy.
-_spec = importlib.util.spec_from_file_location("tests_conftest", ROOT / "tests" / "conftest.py")
-assert _spec is not None
-assert _spec.loader is not None
-_conftest = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_conftest)
-
 from families import FAMILIES, Family, Size, timm_vit  # noqa: E402 (tests/nn must be on the path first)
 
+import bench.without_torchvision  # noqa: E402, F401 (before timm)
 from bench.timing import medians  # noqa: E402 (after the tests' own folder)
 from maskattn.nn import from_timm, from_transformers  # noqa: E402 (after the tests' own folder)
 

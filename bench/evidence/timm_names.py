@@ -10,7 +10,6 @@ rounding, wrong where it does not, and a fault where anything but ``UnsupportedM
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -19,17 +18,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import bench.without_torchvision  # noqa: F401 (before timm)
 from maskattn.nn import from_timm
 from maskattn.nn.adapters.conversion import UnsupportedModelError
-
-# A torchvision that was built for another torch keeps timm from being imported; the tests know the remedy.
-_spec = importlib.util.spec_from_file_location(
-    "tests_conftest", Path(__file__).resolve().parents[2] / "tests" / "conftest.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-_conftest = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_conftest)
 
 PATTERNS = ("*vit*", "deit*", "eva*", "beit*", "siglip*", "*dino*")
 # Where the models live that could convert; others are built without numbers, and refused for what they are.
