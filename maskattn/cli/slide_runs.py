@@ -119,12 +119,17 @@ def jobs_of_features(folder: Path) -> list[SlideJob]:
     """A job for each slide that has features below a folder; the slides themselves are not read.
 
     Raises:
-        SlideError: there is no such folder, or no features in it.
+        ManifestError: there is no such folder, or no features in it, or two slides of one id.
     """
+    from maskattn.errors import ManifestError, SlideError
     from maskattn.slide.layouts import list_features
     from maskattn.slide.manifest import SlideJob
 
-    return [SlideJob(slide_id, path) for slide_id, path in list_features(folder).items()]
+    try:
+        found = list_features(folder)
+    except SlideError as error:
+        raise ManifestError(str(error)) from error
+    return [SlideJob(slide_id, path) for slide_id, path in found.items()]
 
 
 def run(jobs: list[SlideJob], model: TwoStageModel, settings: RunSettings) -> list[SlideOutcome]:

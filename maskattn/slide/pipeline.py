@@ -261,6 +261,8 @@ def _notes(run: SlideRun, tiles: RunTiles, encoded: EncodedTiles) -> tuple[str, 
     notes = [] if run.alone else [note for note in run.reader.notes if note not in told]
     if encoded.reason is not None:
         notes.append(f"tiles were left out that cannot be read; the first because {encoded.reason}")
+    if run.alone:
+        notes.append("the slide itself was not given: there are scores and relevance.h5, and no pictures or outlines")
     if run.settings.tokens and not run.with_tokens:
         why = "the slide itself was not given" if run.alone else run.model.why_no_tokens
         notes.append(f"maps are of tiles, not of tokens: {why}")
