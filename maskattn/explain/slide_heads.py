@@ -119,6 +119,7 @@ class SlideHeadCDAM:
         tiles_BIXY: UInt8[Tensor, "B 3 X Y"],
         keep_BHW: Bool[Tensor, "B h w"] | None,
         gradient_KBC: Float[Tensor, "K B C"],
+        ranks_B: Float[Tensor, "B"] | None = None,
     ) -> TokenMaps:
         """Pass 2: the relevance of each token of some tiles.
 
@@ -126,6 +127,8 @@ class SlideHeadCDAM:
             tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
             keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
             gradient_KBC: these tiles' part of :attr:`RelevanceMap.gradient_KTC`.
+            ranks_B: (B,) the ranks of the head's attention to them, :func:`attention_ranks`: the factorised map of
+                regions counts them.
 
         Raises:
             ValueError: there is no tile encoder, or none that is a packed transformer; the reason is said.
@@ -135,7 +138,7 @@ class SlideHeadCDAM:
             why = "no tile encoder was given" if encoder is None else f"{encoder.name} is none: {encoder.why_not}"
             raise ValueError(f"maps of tokens need a tile encoder that is a packed vision transformer, and {why}")
         if isinstance(encoder, RegionEncoder):
-            return explain_region_tokens(encoder, self.level, tiles_BIXY, keep_BHW, gradient_KBC)
+            return explain_region_tokens(encoder, self.level, tiles_BIXY, keep_BHW, gradient_KBC, ranks_B)
         check_explainable(encoder)
         with torch.no_grad():
             tokens = encoder.tile_tokens(tiles_BIXY, keep_BHW)

@@ -18,7 +18,9 @@ from maskattn.errors import SlideError
 from maskattn.explain.hierarchical import RelevanceMap
 from maskattn.explain.map_check import MapCheck
 from maskattn.explain.methods import METHODS
+from maskattn.explain.region_tokens import attention_ranks
 from maskattn.explain.slide_heads import SlideHeadCDAM
+from maskattn.nn.encoders.regions import RegionEncoder
 from maskattn.nn.slide_models.vit import ViTHead
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.run_tiles import RunTiles
@@ -80,7 +82,7 @@ def feed_sinks(
     Raises:
         OSError: a file cannot be written.
     """
-    grid, head = tiles.grid, run.model.head
+    grid = tiles.grid
     slide = ExplainedSlide(
         slide_id=run.job.slide_id,
         reader=None if run.alone else run.reader,
@@ -98,7 +100,7 @@ def feed_sinks(
         token_mask="tissue" if run.settings.masked and run.model.card.token_mask == "tissue" else "none",
         settings=run.settings,
         encoder="" if run.model.card.encoder is None else run.model.card.encoder.name,
-        attention_of="the class token" if isinstance(head, ViTHead) else "the slide model",
+        attention_of=_attention_of(run),
     )
     batches = _with_tokens(run, grid, encoded, relevance) if slide.with_tokens else _tiles_alone(run, grid, encoded)
     with ExitStack() as opened:
@@ -116,6 +118,13 @@ def feed_sinks(
             opened.close()
 
 
+def _attention_of(run: SlideRun) -> str:
+    """What the map of attention is of, in words."""
+    if isinstance(run.model.encoder, RegionEncoder) and run.with_tokens:
+        return "patch, region and slide level"
+    return "the class token" if isinstance(run.model.head, ViTHead) else "the slide model"
+
+
 def _tiles_alone(run: SlideRun, grid: TokenGrid, encoded: EncodedTiles) -> Iterator[ExplainedTiles]:
     """The tiles batch by batch, without their pixels."""
     T, size = len(encoded.rows_T), run.settings.batch_size
@@ -130,12 +139,14 @@ def _with_tokens(
     """The tiles batch by batch, read once more for the maps of their tokens."""
     explain = SlideHeadCDAM(run.model.head, run.model.encoder, run.settings.method)
     assert relevance.gradient_KTC is not None, "the pipeline takes the gradient wherever tokens are asked for"
+    ranks_T = attention_ranks(relevance.attention_T)
     for batch in run.read(grid, encoded.rows_T):
         with run.stages("tokens"):
             tiles_B = np.searchsorted(encoded.rows_T, batch.rows_B)
-            gradient_KBC = relevance.gradient_KTC[:, torch.from_numpy(tiles_B).to(run.device)]
+            some = torch.from_numpy(tiles_B).to(run.device)
+            gradient_KBC = relevance.gradient_KTC[:, some]
             keep_BHW = batch.keep_BHW if run.model.masks_tokens else None
-            maps = explain.tokens(batch.tiles_BCHW, keep_BHW, gradient_KBC)
+            maps = explain.tokens(batch.tiles_BCHW, keep_BHW, gradient_KBC, ranks_T[some])
             # A tile that could be read once and not again has no map: its tokens stay unknown.
             keep_Bhw = batch.keep_BHW.cpu().numpy() & batch.readable_B[:, None, None]
             relevance_KBhw = _numpy(maps.relevance_KBHW) * keep_Bhw

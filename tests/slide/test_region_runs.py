@@ -15,7 +15,7 @@ from runs import one_thread
 from small_slides import write_slide
 from torch import nn
 
-from maskattn.explain import ThreeLevelCDAM
+from maskattn.explain import FactorisedAttention, ThreeLevelCDAM
 from maskattn.nn import HIPT, TileEncoder, VisionTransformer, load_two_stages
 from maskattn.nn.encoders import EncoderCard
 from maskattn.nn.encoders.regions import RegionEncoder
@@ -116,6 +116,10 @@ def test_a_masked_run_has_maps_of_tokens_that_are_those_of_three_levels(
     maps = cdam.regions(regions, kept, slide.gradient_KTC)
     np.testing.assert_allclose(of_regions, slide.relevance_KT.numpy(), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(tokens, maps.tokens_KBhw.numpy(), rtol=1e-3, atol=1e-4)
+    factorised = FactorisedAttention(whole)
+    of_slide = factorised.slide(embeddings, torch.ones(1, len(regions), dtype=torch.bool))
+    combined = factorised.regions(regions, kept, of_slide).combined_Bhw
+    np.testing.assert_allclose(attention, combined.numpy(), rtol=1e-3, atol=1e-4)
     for name in ("heatmap_high.png", "attention.png"):
         assert (tmp_path / "disc" / name).is_file()
     assert read_prediction(tmp_path / "disc" / "prediction.json").model.classes == CLASSES
