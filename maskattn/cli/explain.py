@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from maskattn.cli.concepts import read_words
 from maskattn.cli.options import Debug
 from maskattn.cli.pictures import picture_path, picture_written
 from maskattn.cli.reporting import errors_in_one_line, say
@@ -75,7 +76,7 @@ def explain(
         from maskattn.explain import Concept
         from maskattn.explain import single_image as single
         from maskattn.explain.pictures import draw_explanation
-        from maskattn.explain.text_concepts import TextConcepts, encode_prompts, read_concepts, temperature_of
+        from maskattn.explain.text_concepts import TextConcepts
         from maskattn.files import replacing
         from maskattn.lettering import drawable
         from maskattn.nn.checkpoints import load_vit
@@ -94,10 +95,8 @@ def explain(
         inputs = single.normalised(pixels, mean, std)
         kept = None if keep is None else single.read_keep(keep, vit.patch_embed.grid_of(inputs))
         targets: list[int] | Concept | TextConcepts | None = target
-        if concepts:
-            targets = read_concepts(concepts, temperature, temperature_of(Path(model)))
-        if prompt:
-            targets = encode_prompts(Path(model), prompt, temperature)
+        if concepts or prompt:
+            targets = read_words(concepts, prompt, model, temperature)
         if concept:
             own = tuple(side * vit.patch_embed.patch_size for side in vit.grid_HW)
             examples = [single.normalised(single.read_image(path, (own[0], own[1])), mean, std) for path in concept]

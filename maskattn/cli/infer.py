@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from maskattn.cli import slide_runs
+from maskattn.cli.concepts import load_concept_model, read_words
 from maskattn.cli.options import Debug, Mask, takes_settings
 from maskattn.cli.reporting import errors_in_one_line, map_warnings, say, tell
 from maskattn.slide.request import RunSettings
@@ -60,6 +61,25 @@ def infer(
         float | None,
         typer.Option("--tile-spacing-um", min=0.02, max=40, help="µm per px of a tile; by default the model's."),
     ] = None,
+    concepts: Annotated[
+        Path | None,
+        typer.Option(
+            "--concepts",
+            help="In place of --model: concepts in the space of the encoder's output, .npy, .safetensors or .csv.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="The same in words (may be repeated): --encoder is a folder with a text tower."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", help="Of concepts and prompts; by default the file's or the encoder's, or 100."),
+    ] = None,
+    best_tiles: Annotated[
+        int | None,
+        typer.Option("--best-tiles", min=1, help="Of concepts: tiles that are pooled for each; by default all."),
+    ] = None,
     manifest: Annotated[
         Path | None,
         typer.Option("--manifest", help="A table: slide_id,slide_path[,mask_path][,spacing_um]."),
@@ -108,7 +128,14 @@ def infer(
             with_features=settings.features_dir is not None,
             other_encoder=settings.other_encoder,
         )
-        outcomes = slide_runs.run(jobs, slide_runs.load_model(chosen, impl, device), settings)
+        if concepts is not None or prompt:
+            if model is not None:
+                raise ValueError("--model is a slide model, and concepts take its place; give one of them")
+            words = read_words(concepts, prompt, encoder, temperature)
+            runs = load_concept_model(words, best_tiles, chosen, impl, device)
+        else:
+            runs = slide_runs.load_model(chosen, impl, device)
+        outcomes = slide_runs.run(jobs, runs, settings)
         if report:
             from maskattn.slide.report import write_report
 

@@ -12,7 +12,7 @@ Dimension key: K concepts, T tiles of a slide, B tiles of a batch, h·w tokens o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,19 +139,33 @@ def zero_shot_head(concepts: TextConcepts, best: int | None = None) -> ZeroShotH
 
 
 def zero_shot_model(
-    source: str, concepts: TextConcepts, best: int | None = None, *, spacing_um: float = 0.5, **options: Any
+    source: str | None,
+    concepts: TextConcepts,
+    best: int | None = None,
+    *,
+    spacing_um: float = 0.5,
+    patch_px: int | None = None,
+    token_mask: str | None = None,
+    **options: Any,
 ) -> TwoStageModel:
     """An image tower and concepts as a slide model: what a run of slides takes.
 
     Args:
-        source: of the tower with its projection; see :func:`maskattn.nn.checkpoints.load_vit`.
+        source: of the tower with its projection, see :func:`maskattn.nn.checkpoints.load_vit`; None where features of
+            it are given.
         concepts, best: see :func:`zero_shot_head`.
-        spacing_um: µm per px of the tiles, whose side is the tower's own.
+        spacing_um: µm per px of the tiles.
+        patch_px: side of a tile; None takes the tower's own.
+        token_mask: "tissue" hides the glass of a tile from the tower; None is "none".
         options: of ``load_vit``.
 
     Raises:
         ValueError: the tower's output has another width than the concepts.
     """
+    head = zero_shot_head(concepts, best)
+    about = ModelCard(name="zero-shot", kind="zero_shot", classes=concepts.names, head=head.arguments())
+    if source is None:
+        return TwoStageModel(head, about).eval()
     vit = load_vit(source, **options)
     side = vit.grid_HW[0] * vit.patch_embed.patch_size
     mean, std = (tuple(x) for x in normalisation_of(source))
@@ -162,9 +176,9 @@ def zero_shot_model(
         pixel_mean=mean,  # type: ignore[arg-type]  # three channels
         pixel_std=std,  # type: ignore[arg-type]
         tile_px=side,
-        patch_px=side,
+        patch_px=patch_px or side,
         spacing_um=spacing_um,
     )
     encoder = TileEncoder(vit, card).eval()
-    about = ModelCard(name=f"zero-shot by {name}", kind="zero_shot", classes=concepts.names)
-    return TwoStageModel(zero_shot_head(concepts, best), with_encoder(about, encoder), encoder).eval()
+    of_run = with_encoder(replace(about, name=f"zero-shot by {name}"), encoder, token_mask=token_mask)
+    return TwoStageModel(head, of_run, encoder).eval()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 
 from maskattn.explain.text_concepts import TextConcepts
-from maskattn.explain.zero_shot import zero_shot_model
+from maskattn.explain.zero_shot import zero_shot_head, zero_shot_model
 from maskattn.slide.layouts import read_features
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.prediction import read_prediction
@@ -53,6 +54,30 @@ def test_a_slides_scores_are_its_best_tiles_means_and_its_maps_sum_to_them(
     torch.testing.assert_close(of_tiles.sum(dim=1).float(), expected, rtol=1e-3, atol=1e-3)
     assert ((of_tiles != 0).sum(dim=1) == 3).all()
     assert {of_map["map_check"] for of_map in prediction.maps.values()} <= {"passed", "weak", "contradicts"}
+
+
+def test_the_command_runs_concepts_and_says_what_is_missing(clip: Path, slide: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from maskattn.cli.app import app
+
+    vectors = torch.randn(2, 12, generator=torch.Generator().manual_seed(1)).numpy()
+    np.save(tmp_path / "words.npy", vectors)
+    (tmp_path / "words.txt").write_text("gland\nfat")
+    given = ["infer", str(slide), "--concepts", str(tmp_path / "words.npy"), "--out", str(tmp_path / "out")]
+    tiles = ["--encoder", str(clip), "--tile-spacing-um", "1", "--best-tiles", "3", "--temperature", "20"]
+    result = CliRunner().invoke(app, [*given, *tiles])
+    assert result.exit_code == 0, result.stderr
+    (found,) = (tmp_path / "out").glob("*/prediction.json")
+    words = TextConcepts(("gland", "fat"), torch.from_numpy(vectors), 20.0)
+    z = torch.from_numpy(read_features(found.parent / "features.h5").features_TC)
+    torch.testing.assert_close(
+        torch.tensor([*read_prediction(found).logits.values()]), zero_shot_head(words, 3)(z), rtol=1e-4, atol=1e-4
+    )
+    alone = CliRunner().invoke(app, given)
+    assert (alone.exit_code, "name it (--encoder)" in alone.stderr) == (2, True)
+    both = CliRunner().invoke(app, [*given, *tiles, "--model", str(clip)])
+    assert (both.exit_code, "give one of them" in both.stderr) == (2, True)
 
 
 def test_concepts_of_another_space_are_refused(clip: Path) -> None:

@@ -1,0 +1,68 @@
+"""Concepts in words, as the commands are given them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from maskattn.cli.slide_runs import Chosen
+    from maskattn.explain.text_concepts import TextConcepts
+    from maskattn.nn.slide_models.two_stage import TwoStageModel
+
+__all__ = ["load_concept_model", "read_words"]
+
+
+def read_words(
+    file: Path | None, prompts: Sequence[str] | None, model: str | None, temperature: float | None
+) -> TextConcepts:
+    """Concepts from a file of vectors, or from texts by the text tower in the model's folder.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or no text tower; or both are given.
+    """
+    from maskattn.explain.text_concepts import encode_prompts, read_concepts, temperature_of
+
+    if file is not None and prompts:
+        raise ValueError("--concepts and --prompt ask for different things; give one of them")
+    if prompts:
+        return encode_prompts(Path(model or ""), prompts, temperature)
+    assert file is not None, "one of the two is given"
+    return read_concepts(file, temperature, None if model is None else temperature_of(Path(model)))
+
+
+def load_concept_model(
+    words: TextConcepts, best: int | None, chosen: Chosen, impl: str | None, device: str
+) -> TwoStageModel:
+    """Concepts as the slide model of a run, with the image tower that ``--encoder`` names.
+
+    Args:
+        words: the concepts.
+        best: how many tiles are pooled for each; None pools all.
+        chosen: of the command; of the tower, and of the tiles.
+        impl, device: as for every run.
+
+    Raises:
+        ValueError: there is neither a tower nor features, or it gives another width than the concepts have.
+    """
+    from maskattn.cli.slide_runs import device_named
+    from maskattn.explain.zero_shot import zero_shot_model
+
+    if chosen.encoder is None and not chosen.with_features:
+        raise ValueError(
+            "concepts need the image tower that shares their space, got none: name it (--encoder), with its "
+            "projection, or give a folder of its features (--features)"
+        )
+    more = {} if chosen.num_heads is None else {"num_heads": chosen.num_heads}
+    model = zero_shot_model(
+        None if chosen.encoder is None else str(chosen.weights or chosen.encoder),
+        words,
+        best,
+        spacing_um=chosen.spacing_um or 0.5,
+        patch_px=chosen.patch_px,
+        token_mask=chosen.token_mask,
+        impl=impl,
+        **more,
+    )
+    return model.to(device_named(device, impl))
