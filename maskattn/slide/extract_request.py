@@ -21,8 +21,8 @@ MIN_TISSUE = 0.1
 
 _TOKEN_MASK_HELP = (
     "none: every token of a kept tile takes part, as the encoder was trained. tissue: background tokens are left out, "
-    "which is faster and changes the features of partly covered tiles: of a CLIP, cosine 0.96 where a half to three "
-    "quarters is tissue, 0.50 below a quarter (docs/extract.md)."
+    "which is faster and changes the features of partly covered tiles: of a CLIP, cosine 0.95 where a half to three "
+    "quarters is tissue, 0.37 below a quarter (docs/extract.md)."
 )
 
 
