@@ -117,7 +117,7 @@ def test_tile_relevance_is_the_embedding_times_its_gradient(name):
 def test_the_default_accounts_for_the_whole_score(name):
     # The pseudo-inverse of TransMIL's attention bends the path: it is explained where that is short.
     head, (um, grid), z = head_of(name), places(23), (0.02 if name == "TransMIL" else 0.3) * tiles(23)[0]
-    explain = SlideHeadCDAM(head, m=32)
+    explain = SlideHeadCDAM(head, m=128)
     found, alone = explain.tiles(z, um, grid), explain.tiles(z, um, grid, gradient=False)
     difference = found.logits_K - head(torch.zeros_like(z), um, grid)
     torch.testing.assert_close(torch.einsum("tc,ktc->k", z, found.gradient_KTC), difference, rtol=5e-3, atol=5e-3)
