@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskattn.cli.slide_runs import Chosen
@@ -54,9 +54,18 @@ def load_concept_model(
             "concepts need the image tower that shares their space, got none: name it (--encoder), with its "
             "projection, or give a folder of its features (--features)"
         )
-    more = {} if chosen.num_heads is None else {"num_heads": chosen.num_heads}
+    more: dict[str, Any] = {} if chosen.num_heads is None else {"num_heads": chosen.num_heads}
+    if chosen.weights is not None:
+        if not str(chosen.encoder).startswith("timm:"):
+            raise ValueError(
+                f"--weights fill a network that timm:NAME names, got --encoder {chosen.encoder}; a folder or a file is "
+                "given as --encoder itself"
+            )
+        # The projection into the space of the concepts is timm's classifier.
+        width = words.vectors_KC.shape[1]
+        more |= {"pretrained": False, "checkpoint_path": str(chosen.weights), "num_classes": width}
     model = zero_shot_model(
-        None if chosen.encoder is None else str(chosen.weights or chosen.encoder),
+        None if chosen.encoder is None else str(chosen.encoder),
         words,
         best,
         spacing_um=chosen.spacing_um or 0.5,

@@ -18,6 +18,7 @@ from maskattn.explain.zero_shot import zero_shot_head, zero_shot_model
 from maskattn.slide.layouts import read_features
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.prediction import read_prediction
+from maskattn.slide.reader import SlideReader
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 
@@ -78,6 +79,36 @@ def test_the_command_runs_concepts_and_says_what_is_missing(clip: Path, slide: P
     assert (alone.exit_code, "name it (--encoder)" in alone.stderr) == (2, True)
     both = CliRunner().invoke(app, [*given, *tiles, "--model", str(clip)])
     assert (both.exit_code, "give one of them" in both.stderr) == (2, True)
+
+
+def test_weights_fill_the_network_that_timm_names_with_its_projection(slide: Path, tmp_path: Path) -> None:
+    """Its own activation and pixel statistics too, which a file of weights does not tell."""
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+    from typer.testing import CliRunner
+
+    from maskattn.cli.app import app
+
+    torch.manual_seed(0)
+    name = "vit_tiny_patch16_224"
+    network = timm.create_model(name, num_classes=12).eval()
+    save_file(network.state_dict(), tmp_path / "tower.safetensors")
+    np.save(tmp_path / "words.npy", torch.randn(2, 12).numpy())
+    given = ["infer", str(slide), "--concepts", str(tmp_path / "words.npy"), "--out", str(tmp_path / "out")]
+    tiles = ["--tile-spacing-um", "1", "--weights", str(tmp_path / "tower.safetensors"), "--no-check"]
+    result = CliRunner().invoke(app, [*given, *tiles, "--encoder", f"timm:{name}"])
+    assert result.exit_code == 0, result.stderr
+    (found,) = (tmp_path / "out").glob("*/features.h5")
+    features = read_features(found)
+    with SlideReader(slide) as reader:
+        side = features.patch_size_lv0
+        x_lv0, y_lv0 = (int(x) for x in features.coords_T2[0])
+        pixels = torch.from_numpy(reader.read_region(x_lv0, y_lv0, (side, side), (224, 224)).copy())
+    x = (pixels.permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+    expected = network(x)[0].detach()
+    assert F.cosine_similarity(torch.from_numpy(features.features_TC[0]), expected, dim=0) > 0.98
+    refused = CliRunner().invoke(app, [*given, *tiles, "--encoder", str(tmp_path / "tower.safetensors")])
+    assert (refused.exit_code, "timm:NAME names" in refused.stderr) == (2, True)
 
 
 def test_concepts_of_another_space_are_refused(clip: Path) -> None:
