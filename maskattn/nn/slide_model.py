@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.encoders.pixels import tokens_of_tiles
+from maskattn.nn.fitting import joined, misfits
 from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing
 from maskattn.shapes import Bool, Float, UInt8
@@ -257,19 +258,11 @@ def _weights_path(path: str | Path) -> Path:
 
 
 def _check_state(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unexpected:
+    if wrong := misfits(state, expected):
         raise ValueError(
-            f"{path} does not fit its configuration: missing keys {missing}, unexpected keys {unexpected}; "
-            "the .safetensors and the .json must come from the same model"
+            f"{path} does not fit its configuration: {joined(wrong)}; the .safetensors and the .json must come from "
+            "the same model"
         )
-    wrong = [
-        f"{name} {tuple(x.shape)} instead of {tuple(expected[name].shape)}"
-        for name, x in state.items()
-        if x.shape != expected[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{path} does not fit its configuration: {'; '.join(wrong)}")
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maskattn.errors import ManifestError
 from maskattn.slide.asked import asked, recorded_fields
+from maskattn.slide.shared_requests import BATCH_SIZE, FORCE, INK, MASK_VALUES, SERIES, WORKERS, slide_spacing
 
 if TYPE_CHECKING:
     from maskattn.nn.encoders.tile_encoder import TileEncoder
@@ -96,45 +96,13 @@ class ExtractSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata=asked("--dtype", "In which the encoder computes; float16 is stored as such.")
     )
-    mask_values: tuple[int, ...] | None = field(
-        default=None, metadata=asked("--mask-value", "A label of the mask that means tissue (may be repeated).")
-    )
-    ink: Literal["auto", "off"] = field(
-        default="auto", metadata=asked("--ink", "auto leaves pen strokes out of the tissue, off keeps them.")
-    )
-    force: bool = field(
-        default=False,
-        # A slide that passed without force passes with it too.
-        metadata=asked("--force", "Go on where a slide was not scanned in bright field.", serves=operator.le),
-    )
-    slide_spacing_um: float | None = field(
-        default=None,
-        # Recorded and compared with the slide, whose spacing it becomes.
-        metadata=asked(
-            "--slide-spacing-um", "µm per level-0 pixel, in place of what the slide says.", recorded=False, serves=None
-        ),
-    )
-    series: int | None = field(
-        default=None,
-        metadata=asked(
-            "--series", "Series of a TIFF that holds several (see info); by default the largest.", minimum=0
-        ),
-    )
-    batch_size: int = field(
-        default=32,
-        metadata=asked("--batch-size", "Tiles at a time; bounds the memory.", minimum=1, maximum=65536, serves=None),
-    )
-    workers: int | None = field(
-        default=0,  # a script that starts processes must guard its entry, so that in Python they are asked for
-        metadata=asked(
-            "--workers",
-            "Processes that decode tiles; by default some for large slides.",
-            minimum=0,
-            maximum=512,
-            default=None,
-            serves=None,
-        ),
-    )
+    mask_values: tuple[int, ...] | None = field(default=None, metadata=MASK_VALUES)
+    ink: Literal["auto", "off"] = field(default="auto", metadata=INK)
+    force: bool = field(default=False, metadata=FORCE)
+    slide_spacing_um: float | None = field(default=None, metadata=slide_spacing("--slide-spacing-um"))
+    series: int | None = field(default=None, metadata=SERIES)
+    batch_size: int = field(default=32, metadata=BATCH_SIZE)
+    workers: int | None = field(default=0, metadata=WORKERS)
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Extract finished slides again.", recorded=False, serves=None)
     )

@@ -13,6 +13,7 @@ from maskattn.explain.methods import DEFAULT_METHOD, METHODS, method_named
 from maskattn.slide.asked import asked, recorded_fields, unlike
 from maskattn.slide.outlines.rules import check_areas, check_outlines
 from maskattn.slide.pyramids.rules import check_pyramids
+from maskattn.slide.shared_requests import BATCH_SIZE, FORCE, INK, MASK_VALUES, SERIES, WORKERS, slide_spacing
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
@@ -65,9 +66,7 @@ class RunSettings:
     )
     _: KW_ONLY
     masked: bool = field(default=True, metadata=asked("--no-mask", "Attend to glass too, for comparison."))
-    mask_values: tuple[int, ...] | None = field(
-        default=None, metadata=asked("--mask-value", "A label of the mask that means tissue (may be repeated).")
-    )
+    mask_values: tuple[int, ...] | None = field(default=None, metadata=MASK_VALUES)
     tokens: bool = field(
         default=False,
         # A slide that was run with tokens has all that one without them has.
@@ -91,42 +90,12 @@ class RunSettings:
             serves=operator.ge,
         ),
     )
-    ink: Literal["auto", "off"] = field(
-        default="auto", metadata=asked("--ink", "auto leaves pen strokes out of the tissue, off keeps them.")
-    )
-    force: bool = field(
-        default=False,
-        # A slide that passed without force passes with it too.
-        metadata=asked("--force", "Go on where a slide was not scanned in bright field.", serves=operator.le),
-    )
-    spacing_um: float | None = field(
-        default=None,
-        # Recorded and compared with the slide, whose spacing it becomes.
-        metadata=asked(
-            "--spacing-um", "µm per level-0 pixel, in place of what the slide says.", recorded=False, serves=None
-        ),
-    )
-    series: int | None = field(
-        default=None,
-        metadata=asked(
-            "--series", "Series of a TIFF that holds several (see info); by default the largest.", minimum=0
-        ),
-    )
-    batch_size: int = field(
-        default=32,
-        metadata=asked("--batch-size", "Tiles at a time; bounds the memory.", minimum=1, maximum=65536, serves=None),
-    )
-    workers: int | None = field(
-        default=0,  # a script that starts processes must guard its entry, so that in Python they are asked for
-        metadata=asked(
-            "--workers",
-            "Processes that decode tiles; by default some for large slides.",
-            minimum=0,
-            maximum=512,
-            default=None,
-            serves=None,
-        ),
-    )
+    ink: Literal["auto", "off"] = field(default="auto", metadata=INK)
+    force: bool = field(default=False, metadata=FORCE)
+    spacing_um: float | None = field(default=None, metadata=slide_spacing("--spacing-um"))
+    series: int | None = field(default=None, metadata=SERIES)
+    batch_size: int = field(default=32, metadata=BATCH_SIZE)
+    workers: int | None = field(default=0, metadata=WORKERS)
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Run finished slides again.", recorded=False, serves=None)
     )

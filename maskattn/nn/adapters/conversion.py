@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from maskattn.nn.blocks import Block
+from maskattn.nn.fitting import misfits
 from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["UnsupportedModelError", "build", "refuse"]
@@ -59,15 +60,7 @@ def build(
     # Nothing is initialised that is overwritten at once.
     with torch.device("meta"):
         model = VisionTransformer(**arguments, impl=impl)
-    expected = model.state_dict()
-    wrong = [f"it has no {key}" for key in sorted(expected.keys() - state.keys())]
-    wrong += [f"{key} has no place" for key in sorted(state.keys() - expected.keys())]
-    wrong += [
-        f"{key} is {tuple(x.shape)} instead of {tuple(expected[key].shape)}"
-        for key, x in state.items()
-        if key in expected and x.shape != expected[key].shape
-    ]
-    refuse(name, wrong)
+    refuse(name, misfits(state, model.state_dict()))
     first = next(iter(state.values()))
     model = model.to(first.dtype).to_empty(device=first.device)
     model.load_state_dict(dict(state))

@@ -10,6 +10,7 @@ from torch import nn
 from maskattn.nn.checkpoints import explained, read_weights
 from maskattn.nn.encoders.entry import EncoderEntry, Triple
 from maskattn.nn.encoders.tile_encoder import EncoderCard
+from maskattn.nn.fitting import joined, misfits
 
 __all__ = ["build_timm", "card_of_timm"]
 
@@ -106,16 +107,8 @@ def _fill(network: nn.Module, path: Path, name: str) -> None:
             state = state[wrapper]
     expected = network.state_dict()
     state = {key: x for key, x in state.items() if key in expected or not key.startswith(("head.", "fc."))}
-    wrong = [f"it has no {key}" for key in sorted(expected.keys() - state.keys())]
-    wrong += [f"{key} has no place" for key in sorted(state.keys() - expected.keys())]
-    wrong += [
-        f"{key} is {tuple(x.shape)} instead of {tuple(expected[key].shape)}"
-        for key, x in state.items()
-        if key in expected and x.shape != expected[key].shape
-    ]
-    if wrong:
-        shown = "; ".join(wrong[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else "")
-        raise ValueError(f"weights must be those of {name}, got {path}: {shown}")
+    if wrong := misfits(state, expected):
+        raise ValueError(f"weights must be those of {name}, got {path}: {joined(wrong)}")
     network.load_state_dict(state)
 
 

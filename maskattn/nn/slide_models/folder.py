@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskattn.files import replacing
 from maskattn.nn.encoders.tile_encoder import TileEncoder
+from maskattn.nn.fitting import joined, misfits
 from maskattn.nn.slide_model import SlideModel, SlideModelConfig
 from maskattn.nn.slide_models.card import CONFIG, README, WEIGHTS, ModelCard, mismatches, read_card
 from maskattn.nn.slide_models.head import SlideHead
@@ -263,15 +264,5 @@ def _of_regions(
 
 
 def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    wrong = [f"it has no {key}" for key in sorted(expected.keys() - state.keys())]
-    wrong += [f"{key} has no place" for key in sorted(state.keys() - expected.keys())]
-    wrong += [
-        f"{key} is {tuple(x.shape)} instead of {tuple(expected[key].shape)}"
-        for key, x in state.items()
-        if key in expected and x.shape != expected[key].shape
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise ValueError(
-            f"weights and configuration must come from the same model, got {path}: {'; '.join(wrong[:6])}{more}"
-        )
+    if wrong := misfits(state, expected):
+        raise ValueError(f"weights and configuration must come from the same model, got {path}: {joined(wrong)}")

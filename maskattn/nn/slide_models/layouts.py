@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from maskattn.nn.adapters.conversion import UnsupportedModelError, build
+from maskattn.nn.fitting import joined, misfits
 from maskattn.nn.slide_encoders import from_gigapath, from_titan
 from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
 from maskattn.nn.slide_models.gigapath import GigaPathHead
@@ -115,19 +116,9 @@ def _fill(head: SlideHead, state: Mapping[str, Tensor], layout: str, name: str) 
     Raises:
         UnsupportedModelError: keys or shapes do not fit; they are named.
     """
-    expected = head.state_dict()
-    wrong = [f"it has no {key}" for key in sorted(expected.keys() - state.keys())]
-    wrong += [f"{key} has no place" for key in sorted(state.keys() - expected.keys())]
-    wrong += [
-        f"{key} is {tuple(x.shape)} instead of {tuple(expected[key].shape)}"
-        for key, x in state.items()
-        if key in expected and x.shape != expected[key].shape
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
+    if wrong := misfits(state, head.state_dict()):
         raise UnsupportedModelError(
-            f"{name} does not fit the layout of {layout}: {'; '.join(wrong[:_MOST_NAMED])}{more}; is it another "
-            "version's?"
+            f"{name} does not fit the layout of {layout}: {joined(wrong, _MOST_NAMED)}; is it another version's?"
         )
     head = head.to(next(x.dtype for x in state.values() if x.is_floating_point()))
     head.load_state_dict(dict(state))
