@@ -219,3 +219,9 @@ def test_annotated_shapes_are_checked_and_true():
         checked(maskattn.unpack)(out, packing.indices)
     with pytest.raises(jaxtyping.TypeCheckError):
         checked(resample_position_embedding)(torch.randn(4, 8), (2, 2), (3, 3), "timm")
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """pytest would import the second as the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []

@@ -91,11 +91,12 @@ class Report:
 def tests(call: Call) -> Report:
     """Every kernel on the device, in the dtypes and widths of their tests."""
     groups = [["tests/kernels/test_kernel_configs.py"]] if call.dry else [["tests/kernels"], ["tests", "-m", "gpu"]]
+    environment = {"TRITON_INTERPRET": "1"} if call.dry else {}
     report, seen = Report(), set()
     for arguments in groups:
-        ids = [name for name in interleaved(collect(arguments, ROOT)) if name not in seen]
+        ids = [name for name in interleaved(collect(arguments, ROOT, environment)) if name not in seen]
         seen.update(ids)
-        left = run_tests(ids, arguments, call.log, call.shards, call.until, ROOT)
+        left = run_tests(ids, arguments, call.log, call.shards, call.until, ROOT, environment)
         _tell(report, f"tests of {' '.join(arguments)}", ids, left, call)
     return report
 
@@ -235,8 +236,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.time()
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if given.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
     sources = fingerprint(ROOT)
     commit = given.commit or sources
     log = OutcomeLog(out / "outcomes.jsonl", sources)

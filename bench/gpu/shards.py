@@ -25,8 +25,8 @@ GRACE_SECONDS = 45.0
 PLUGIN = ("-p", "bench.gpu.shard_plugin", "-p", "no:cacheprovider")
 
 
-def collect(arguments: Sequence[str], cwd: Path) -> list[str]:
-    """The node ids that pytest finds.
+def collect(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None) -> list[str]:
+    """The node ids that pytest finds, with something added to the environment.
 
     Raises:
         RuntimeError: pytest could not collect; with what it said.
@@ -34,7 +34,8 @@ def collect(arguments: Sequence[str], cwd: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder) / "ids.txt"
         command = [sys.executable, "-m", "pytest", *PLUGIN, "--collect-only", "-q", "--shard-write", str(ids)]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=cwd)
+        whole = {**os.environ, **(environment or {})}
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=cwd, env=whole)
         # 5: nothing was found.
         if done.returncode not in (0, 5):
             raise RuntimeError(
@@ -52,7 +53,13 @@ def interleaved(ids: Sequence[str]) -> list[str]:
 
 
 def run_tests(
-    ids: Sequence[str], arguments: Sequence[str], log: OutcomeLog, shards: int, until: float, cwd: Path
+    ids: Sequence[str],
+    arguments: Sequence[str],
+    log: OutcomeLog,
+    shards: int,
+    until: float,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Run tests in ``shards`` processes at a time.
 
@@ -66,6 +73,7 @@ def run_tests(
         shards: processes.
         until: begin no test after this time.
         cwd: where pytest runs.
+        environment: what is added to the environment.
 
     Returns:
         The ids for which no time was left.
@@ -75,7 +83,7 @@ def run_tests(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, shards)) as pool:
         of_shards = [left[first::shards] for first in range(min(shards, len(left)))]
         running = [
-            pool.submit(_run_shard, of_shard, arguments, log, until, cwd, Path(folder) / str(number))
+            pool.submit(_run_shard, of_shard, arguments, log, until, cwd, Path(folder) / str(number), environment)
             for number, of_shard in enumerate(of_shards)
         ]
         for shard in running:
@@ -84,7 +92,15 @@ def run_tests(
     return [name for name in left if name not in ended]
 
 
-def _run_shard(ids: list[str], arguments: Sequence[str], log: OutcomeLog, until: float, cwd: Path, stem: Path) -> None:
+def _run_shard(
+    ids: list[str],
+    arguments: Sequence[str],
+    log: OutcomeLog,
+    until: float,
+    cwd: Path,
+    stem: Path,
+    environment: Mapping[str, str] | None,
+) -> None:
     listed, said = stem.with_suffix(".ids"), stem.with_suffix(".log")
     while time.time() < until:
         ended = log.ended()
@@ -95,7 +111,7 @@ def _run_shard(ids: list[str], arguments: Sequence[str], log: OutcomeLog, until:
         command = [sys.executable, "-m", "pytest", *PLUGIN, "-q", "--shard-ids", str(listed), "--shard-of", log.of]
         command += ["--shard-log", str(log.path), "--shard-until", str(until), *arguments]
         with said.open("wb") as output:
-            process = _begin(command, output, cwd)
+            process = _begin(command, output, cwd, environment)
             outcome, reason = _end(process, until)
         latest = log.latest()
         caught = [name for name in left if name in latest and latest[name].outcome == "begun"]
