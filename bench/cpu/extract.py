@@ -201,8 +201,8 @@ def _head(arguments: argparse.Namespace) -> list[str]:
         "",
         f"`python -m bench.cpu.extract --threads {arguments.threads} --rounds {arguments.rounds}` on "
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}: {kind_of_time()}, medians of "
-        f"{arguments.rounds} rounds that take turns, 16 tiles of {TILE_PX} px for ViT-S, 8 for B and L, {BATCH} in a batch. Of "
-        f"the kept tiles' tokens {share:.3f} hold tissue, so that 1/f = {1 / share:.2f}.",
+        f"{arguments.rounds} rounds that take turns, 16 tiles of {TILE_PX} px for ViT-S, 8 for B and L, "
+        f"{BATCH} in a batch. Of the kept tiles' tokens {share:.3f} hold tissue, so that 1/f = {1 / share:.2f}.",
         "",
         "| network | what | dtype | ms a tile | times as fast as the loop | as its float32 | peak GiB |",
         "|---|---|---|---|---|---|---|",
