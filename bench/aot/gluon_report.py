@@ -139,7 +139,7 @@ def measure_gluon(case: GluonCase) -> GluonRow:
         case,
         config,
         read(compiled, 32),
-        tuple(x if x in registers else 0 for x in asked),  # type: ignore[arg-type]  # two of them
+        tuple(x if x in registers else 0 for x in asked),  # two of them
         ptx.count("cp.async.bulk.tensor"),
         _remarks(ptx),
     )

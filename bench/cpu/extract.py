@@ -119,8 +119,8 @@ def _calls(network: str, folder: Path, contenders: Sequence[str] = CONTENDERS) -
         for mask in masks:
             settings = ExtractSettings(
                 folder / f"{mask}_{dtype}",
-                token_mask=mask,  # type: ignore[arg-type]
-                dtype=dtype,  # type: ignore[arg-type]
+                token_mask=mask,
+                dtype=dtype,
                 batch_size=BATCH,
                 overwrite=True,
                 force=True,

@@ -42,7 +42,7 @@ def without_extension(call: Callable[[], Any]) -> Callable[[], Any]:
     has_extension = packing.has_extension
 
     def run() -> Any:
-        packing.has_extension = lambda: False  # type: ignore[assignment]  # put back below
+        packing.has_extension = lambda: False  # put back below
         try:
             return call()
         finally:

@@ -73,14 +73,14 @@ def verdicts_of(
 
     with torch.no_grad():
         tokens = model.embed(image_1IXY, keep_1HW)
-    checks: list[MapCheck] = check_tokens(model, tokens, scores, stack_MN, **how)  # type: ignore[arg-type]
+    checks: list[MapCheck] = check_tokens(model, tokens, scores, stack_MN, **how)
     own, other = (area[None] for area in areas)
     contrasts = [float(object_contrast(x, own, other)) for x in named.values()]
     return [Verdict(*row) for row in zip(named, contrasts, [check.map_check for check in checks], strict=True)]
 
 
 def _masked_maps(model: VisionTransformer, image: Tensor, keep_1HW: Tensor) -> dict[str, Tensor]:
-    maps = {name: METHODS[name](model).attribute(image, for_lesion, keep_1HW).detach() for name in JUDGED}  # type: ignore[union-attr]
+    maps = {name: METHODS[name](model).attribute(image, for_lesion, keep_1HW).detach() for name in JUDGED}
     seed = int(image.sum().abs() * 1000) % 2**31
     return maps | {"random": torch.randn(keep_1HW.shape, generator=torch.Generator().manual_seed(seed))}
 

@@ -74,7 +74,7 @@ def remembering(model: VisionTransformer) -> VisionTransformer:
             seen[key] = model.before_last_block(tokens)
         return seen[key]
 
-    twin.before_last_block = before_last_block  # type: ignore[method-assign]  # of this twin alone
+    twin.before_last_block = before_last_block  # of this twin alone
     return twin
 
 

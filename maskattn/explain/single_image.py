@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from maskattn.explain.map_check import MapCheck, check_tokens
 from maskattn.explain.methods import DEFAULT_METHOD, method_named
 from maskattn.explain.packed_model import check_explainable, without_head
 from maskattn.explain.text_concepts import TextConcepts
+from maskattn.nn.encoders.entry import Triple
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
 
@@ -133,7 +134,7 @@ def _bounds(tokens: int, size_px: int) -> list[tuple[int, int]]:
     return [(token * size_px // tokens, -(-(token + 1) * size_px // tokens)) for token in range(tokens)]
 
 
-def normalisation_of(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation_of(source: str) -> tuple[Triple, Triple]:
     """Mean and standard deviation of pixels that a model was trained with, where timm or its folder says; ImageNet's.
 
     Args:
@@ -143,13 +144,18 @@ def normalisation_of(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]
         import timm
 
         own = timm.get_pretrained_cfg(source.removeprefix("timm:"))
-        return (IMAGENET_MEAN, IMAGENET_STD) if own is None else (tuple(own.mean), tuple(own.std))
+        return (IMAGENET_MEAN, IMAGENET_STD) if own is None else (_triple(own.mean), _triple(own.std))
     for file, mean, std in (("preprocessor_config.json", "image_mean", "image_std"), ("config.json", "mean", "std")):
         said = _file_of_model(source, file)
         said = said.get("pretrained_cfg") or said  # timm's
         if said.get(mean) and said.get(std):
-            return tuple(said[mean]), tuple(said[std])
+            return _triple(said[mean]), _triple(said[std])
     return IMAGENET_MEAN, IMAGENET_STD
+
+
+def _triple(values: Iterable[float]) -> Triple:
+    red, green, blue = values
+    return float(red), float(green), float(blue)
 
 
 def _file_of_model(source: str, file: str) -> dict[str, Any]:

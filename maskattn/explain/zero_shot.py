@@ -168,13 +168,13 @@ def zero_shot_model(
         return TwoStageModel(head, about).eval()
     vit = load_vit(source, **options)
     side = vit.grid_HW[0] * vit.patch_embed.patch_size
-    mean, std = (tuple(x) for x in normalisation_of(source))
+    mean, std = normalisation_of(source)
     name = source.rstrip("/").rpartition("/")[2]
     card = EncoderCard(
         name=name,
         pooling=vit.global_pool,
-        pixel_mean=mean,  # type: ignore[arg-type]  # three channels
-        pixel_std=std,  # type: ignore[arg-type]
+        pixel_mean=mean,
+        pixel_std=std,
         tile_px=side,
         patch_px=patch_px or side,
         spacing_um=spacing_um,

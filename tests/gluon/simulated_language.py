@@ -142,7 +142,7 @@ class View:
 
     @property
     def barrier(self) -> Barrier:
-        found = machine().barriers.get(self.key)  # type: ignore[call-overload]
+        found = machine().barriers.get(self.key)
         if found is None:
             raise ProgramError("a barrier is used before it is made")
         return found
@@ -165,7 +165,7 @@ def fence_async_shared() -> None:
 
 
 def init(barrier: View, count: int) -> None:
-    machine().barriers[barrier.key] = Barrier(count)  # type: ignore[index]
+    machine().barriers[barrier.key] = Barrier(count)
 
 
 def expect(barrier: View, size: int, pred: Any = True) -> None:

@@ -51,7 +51,7 @@ class Value:
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> Value:
         return Value(self.data.view(dtype) if bitcast else self.data.to(dtype))
 
-    __hash__ = None  # type: ignore[assignment]  # == makes a tile
+    __hash__ = None  # == makes a tile
 
 
 def tensor_of(x: Any, like: torch.dtype | None = None) -> Tensor:
@@ -116,10 +116,10 @@ for _name, _function in {
 }.items():
     setattr(Value, f"__{_name}__", _arithmetic(_function))
     setattr(Value, f"__r{_name}__", _turned(_arithmetic(_function)))
-Value.__truediv__ = lambda self, other: Value(operator.truediv(*_meet(self, other)))  # type: ignore[attr-defined]
-Value.__rtruediv__ = lambda self, other: Value(operator.truediv(*_meet(other, self)))  # type: ignore[attr-defined]
-Value.__neg__ = lambda self: Value(-self.data)  # type: ignore[attr-defined]
-Value.__invert__ = lambda self: Value(~self.data)  # type: ignore[attr-defined]
+Value.__truediv__ = lambda self, other: Value(operator.truediv(*_meet(self, other)))
+Value.__rtruediv__ = lambda self, other: Value(operator.truediv(*_meet(other, self)))
+Value.__neg__ = lambda self: Value(-self.data)
+Value.__invert__ = lambda self: Value(~self.data)
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Value, f"__{_name}__", _comparison(getattr(operator, _name)))
 

@@ -238,7 +238,7 @@ def test_encoders_of_other_packages_run_as_those_build_them(name: str, package: 
     with pytest.raises(ModuleNotFoundError, match=package.split(".")[0]):
         load_encoder(name)
     module = ModuleType(package)
-    module.create_model_from_pretrained = lambda *_: (_Named(), None)  # type: ignore[attr-defined]
+    module.create_model_from_pretrained = lambda *_: (_Named(), None)
     monkeypatch.setitem(sys.modules, package.split(".")[0], ModuleType(package.split(".")[0]))
     monkeypatch.setitem(sys.modules, package, module)
     encoder = load_encoder(name)

@@ -60,7 +60,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def extract(slide: Path, encoder: TileEncoder, out: Path, **settings: object) -> ExtractionOutcome:
     job = SlideJob(slide.stem, slide)
-    (outcome,) = extract_slides([job], encoder, ExtractSettings(out, **settings))  # type: ignore[arg-type]
+    (outcome,) = extract_slides([job], encoder, ExtractSettings(out, **settings))
     return outcome
 
 
@@ -211,7 +211,7 @@ def test_a_broken_slide_leaves_the_others_unharmed_and_is_in_the_summary(
     glass = write_slide(tmp_path / "glass.tiff", np.full((300, 300, 3), 244, np.uint8))
     jobs = [SlideJob("broken", tmp_path / "broken.svs"), SlideJob("glass", glass), SlideJob("disc", slide)]
     outcomes = extract_slides(jobs, encoder, ExtractSettings(tmp_path / "out"))
-    assert statuses(outcomes) == {"broken": "failed", "glass": "failed", "disc": "ok"}  # type: ignore[arg-type]
+    assert statuses(outcomes) == {"broken": "failed", "glass": "failed", "disc": "ok"}
     assert "must show tissue, got none" in outcomes[1].reason
     rows = read_summary(tmp_path / "out" / "summary.csv")
     assert {name: row["status"] for name, row in rows.items()} == {"broken": "failed", "glass": "failed", "disc": "ok"}
@@ -334,7 +334,7 @@ def test_tiles_that_cannot_be_read_have_no_features(
     def torn(self: SlideReader, x: int, y: int, *args: object, **more: object) -> np.ndarray:
         if (x, y) == (192, 192) and args == ((64, 64), (64, 64)):
             raise SlideError("it is torn")
-        return read(self, x, y, *args, **more)  # type: ignore[arg-type]
+        return read(self, x, y, *args, **more)
 
     monkeypatch.setattr(SlideReader, "read_region", torn)
     outcome = extract(slide, encoder, tmp_path / "torn")

@@ -24,7 +24,7 @@ def test_loop_and_extraction_give_the_same_features_of_as_many_tokens_as_are_sai
         assert set(calls) == {f"{name}, {dtype}" for name in extract.CONTENDERS for dtype in extract.DTYPES}
         extract._check_same(tmp_path, calls)
         record = calls["tissue, float32"]()
-    assert (record.tiles, record.kept_tokens, record.tokens) == (3, 3 * extract.KEPT, 3 * 196)  # type: ignore[attr-defined]
+    assert (record.tiles, record.kept_tokens, record.tokens) == (3, 3 * extract.KEPT, 3 * 196)
 
 
 def test_the_bench_asks_for_what_the_contenders_need_alone(tmp_path: Path):
