@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from maskattn.explain.map_check import MapCheck, check_tokens
 from maskattn.explain.methods import DEFAULT_METHOD, method_named
 from maskattn.explain.packed_model import check_explainable, without_head
 from maskattn.explain.text_concepts import TextConcepts
-from maskattn.nn.encoders.entry import Triple
+from maskattn.nn.encoders.entry import IMAGENET, Triple, triple_of
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
 
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 _DRAWS = 3  # of a map's check: every one is 0.4 of a prediction by the whole model
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -144,18 +143,13 @@ def normalisation_of(source: str) -> tuple[Triple, Triple]:
         import timm
 
         own = timm.get_pretrained_cfg(source.removeprefix("timm:"))
-        return (IMAGENET_MEAN, IMAGENET_STD) if own is None else (_triple(own.mean), _triple(own.std))
+        return IMAGENET if own is None else (triple_of(own.mean), triple_of(own.std))
     for file, mean, std in (("preprocessor_config.json", "image_mean", "image_std"), ("config.json", "mean", "std")):
         said = _file_of_model(source, file)
         said = said.get("pretrained_cfg") or said  # timm's
         if said.get(mean) and said.get(std):
-            return _triple(said[mean]), _triple(said[std])
-    return IMAGENET_MEAN, IMAGENET_STD
-
-
-def _triple(values: Iterable[float]) -> Triple:
-    red, green, blue = values
-    return float(red), float(green), float(blue)
+            return triple_of(said[mean]), triple_of(said[std])
+    return IMAGENET
 
 
 def _file_of_model(source: str, file: str) -> dict[str, Any]:

@@ -5,15 +5,24 @@ Nothing here imports torch, so that the table can be listed at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["EncoderEntry", "Library", "Pooling", "Triple"]
+__all__ = ["IMAGENET", "EncoderEntry", "Library", "Pooling", "Triple", "triple_of"]
 
 Library = Literal["timm", "transformers", "clip", "open_clip", "conch", "none"]
 Pooling = Literal["token", "avg", "token_avg", "map", "own"]
 Triple = tuple[float, float, float]
+
+IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of its pixels, per channel."""
+
+
+def triple_of(values: Iterable[float]) -> Triple:
+    """A number for each of the three channels, as configurations list them."""
+    red, green, blue = values
+    return float(red), float(green), float(blue)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maskattn.nn.encoders.entry import Triple
+from maskattn.nn.encoders.entry import IMAGENET, triple_of
 from maskattn.nn.encoders.tile_encoder import EncoderCard
 
 __all__ = ["build_conch", "build_open_clip", "build_transformers", "card_of_transformers"]
@@ -81,10 +81,10 @@ def card_of_transformers(network: Any, source: str, name: str) -> EncoderCard:
     """How a network of transformers is fed: its processor's statistics, ImageNet's where it has none."""
     config = getattr(network, "config", None)
     processor = _processor_of(source)
-    mean, std = (_triple(processor.get(key)) for key in ("image_mean", "image_std"))
+    keys = ("image_mean", "image_std")
+    mean, std = (triple_of(processor.get(key) or own) for key, own in zip(keys, IMAGENET, strict=True))
     side = _side(processor.get("crop_size")) or _side(processor.get("size")) or int(getattr(config, "image_size", 224))
-    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return EncoderCard(name, "token", mean or imagenet[0], std or imagenet[1], side, side)
+    return EncoderCard(name, "token", mean, std, side, side)
 
 
 def _processor_of(source: str) -> dict[str, Any]:
@@ -104,10 +104,3 @@ def _side(size: Any) -> int | None:
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
     return int(size) if size else None
-
-
-def _triple(values: Any) -> Triple | None:
-    if not values:
-        return None
-    first, second, third = values
-    return float(first), float(second), float(third)

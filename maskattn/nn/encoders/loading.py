@@ -15,7 +15,7 @@ from maskattn.nn.adapters.conversion import UnsupportedModelError
 from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.adapters.transformers import from_transformers
 from maskattn.nn.checkpoints import explained, load_vit
-from maskattn.nn.encoders.entry import EncoderEntry
+from maskattn.nn.encoders.entry import IMAGENET, EncoderEntry
 from maskattn.nn.encoders.foreign import build_conch, build_open_clip, build_transformers
 from maskattn.nn.encoders.hipt import HIPT_PATCHES, load_hipt_patches
 from maskattn.nn.encoders.table import entry_named, entry_of_hub, nearest_names
@@ -23,8 +23,6 @@ from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
 from maskattn.nn.encoders.timm_network import build_timm, card_of_timm
 
 __all__ = ["load_encoder", "load_entry"]
-
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_encoder(
@@ -195,7 +193,7 @@ def _hub_config(hub_id: str) -> dict[str, Any]:
 def _load_timm(
     name: str, shown: str, impl: str | None, weights: str | Path | None, arguments: dict[str, Any]
 ) -> TileEncoder:
-    entry = EncoderEntry(shown, shown, "timm", "", 0, "token", *_IMAGENET, 0, 0, None, "", "", architecture=name)
+    entry = EncoderEntry(shown, shown, "timm", "", 0, "token", *IMAGENET, 0, 0, None, "", "", architecture=name)
     network = build_timm(entry, weights, arguments)
     return _packed_where_it_can_be(network, card_of_timm(network, shown), impl)
 
@@ -233,5 +231,5 @@ def _load_path(
         )
     vit = load_vit(path, num_heads=num_heads, impl=impl, **arguments)
     side = vit.grid_HW[0] * int(vit.patch_embed.patch_size)
-    card = EncoderCard(path.stem, vit.global_pool, *_IMAGENET, side, side)
+    card = EncoderCard(path.stem, vit.global_pool, *IMAGENET, side, side)
     return TileEncoder(vit, card)

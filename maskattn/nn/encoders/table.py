@@ -12,11 +12,10 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from maskattn.nn.encoders.entry import EncoderEntry, Triple
+from maskattn.nn.encoders.entry import IMAGENET, EncoderEntry, Triple
 
 __all__ = ["ENCODERS", "entry_named", "entry_of_hub", "nearest_names"]
 
-_IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _OPENAI: tuple[Triple, Triple] = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
@@ -89,16 +88,16 @@ def _general(name: str, title: str, architecture: str, embed_dim: int, pixels: t
 
 _MAHMOOD = "model card in mahmoodlab/UNI README; TRIDENT"
 _ROWS = (
-    _timm("uni", "UNI", "MahmoodLab/UNI", "vit_large_patch16_224", 1024, _IMAGENET, 0.5, _NC_ND, _MAHMOOD,
+    _timm("uni", "UNI", "MahmoodLab/UNI", "vit_large_patch16_224", 1024, IMAGENET, 0.5, _NC_ND, _MAHMOOD,
           patch_px=256, gated=True, arguments={"init_values": 1e-5}),
-    _timm("uni2-h", "UNI2-h", "MahmoodLab/UNI2-h", "vit_giant_patch14_224", 1536, _IMAGENET, 0.5, _NC_ND, _MAHMOOD,
+    _timm("uni2-h", "UNI2-h", "MahmoodLab/UNI2-h", "vit_giant_patch14_224", 1536, IMAGENET, 0.5, _NC_ND, _MAHMOOD,
           patch_px=256, gated=True, arguments={
               "patch_size": 14, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
               "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8, **_SWIGLU}),
-    _timm("virchow", "Virchow", "paige-ai/Virchow", "vit_huge_patch14_224", 2560, _IMAGENET, 0.5, "Apache-2.0",
+    _timm("virchow", "Virchow", "paige-ai/Virchow", "vit_huge_patch14_224", 2560, IMAGENET, 0.5, "Apache-2.0",
           "TRIDENT, STAMP (virchow_full)", pooling="token_avg", gated=True,
           arguments={"init_values": 1e-5, "mlp_ratio": 5.3375, "global_pool": "", **_SWIGLU}),
-    _timm("virchow2", "Virchow2", "paige-ai/Virchow2", "vit_huge_patch14_224", 2560, _IMAGENET, 0.5, _NC_ND,
+    _timm("virchow2", "Virchow2", "paige-ai/Virchow2", "vit_huge_patch14_224", 2560, IMAGENET, 0.5, _NC_ND,
           "TRIDENT, slide2vec", pooling="token_avg", gated=True,
           arguments={"init_values": 1e-5, "reg_tokens": 4, "mlp_ratio": 5.3375, "global_pool": "", **_SWIGLU}),
     _timm("h-optimus-0", "H-optimus-0", "bioptimus/H-optimus-0", "vit_giant_patch14_reg4_dinov2", 1536, _BIOPTIMUS, 0.5,
@@ -111,14 +110,14 @@ _ROWS = (
     _row("conch", "CONCH", "conch", "MahmoodLab/CONCH", 512, _OPENAI, 0.5, _NC_ND,
          "mahmoodlab/CONCH (conch_ViT-B-16.json, factory.py, vision_tower.py); TRIDENT", pooling="own", tile_px=448,
          patch_px=512, gated=True, why_not=_POOLS_ITSELF),
-    _row("conch-v1.5", "CONCH v1.5", "transformers", "MahmoodLab/TITAN", 768, _IMAGENET, 0.5, _NC_ND,
+    _row("conch-v1.5", "CONCH v1.5", "transformers", "MahmoodLab/TITAN", 768, IMAGENET, 0.5, _NC_ND,
          "TRIDENT (conchv1_5.py), STAMP", pooling="own", tile_px=448, patch_px=512, gated=True, remote_code=True,
          why_not=_POOLS_ITSELF),
-    _row("phikon", "Phikon", "transformers", "owkin/phikon", 768, _IMAGENET, 0.5, _OWKIN, "TRIDENT, slide2vec"),
-    _row("phikon-v2", "Phikon-v2", "transformers", "owkin/phikon-v2", 1024, _IMAGENET, 0.5, _OWKIN,
+    _row("phikon", "Phikon", "transformers", "owkin/phikon", 768, IMAGENET, 0.5, _OWKIN, "TRIDENT, slide2vec"),
+    _row("phikon-v2", "Phikon-v2", "transformers", "owkin/phikon-v2", 1024, IMAGENET, 0.5, _OWKIN,
          "TRIDENT, slide2vec"),
     _timm("gigapath", "Prov-GigaPath, tile encoder", "prov-gigapath/prov-gigapath", "vit_giant_patch14_dinov2", 1536,
-          _IMAGENET, 0.5, "Apache-2.0 with conditions", "prov-gigapath/prov-gigapath README; TRIDENT, slide2vec",
+          IMAGENET, 0.5, "Apache-2.0 with conditions", "prov-gigapath/prov-gigapath README; TRIDENT, slide2vec",
           tile_px=256, patch_px=256, crop_px=224, gated=True, arguments={
               "patch_size": 16, "embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 5.33334}),
     _row("hibou-b", "Hibou-B", "transformers", "histai/hibou-b", 768, _HIBOU, 0.5, "Apache-2.0",
@@ -138,9 +137,9 @@ _ROWS = (
           _LUNIT, 0.5, "Lunit non-commercial", "lunit-io/benchmark-ssl-pathology README; eva, LazySlide"),
     _timm("lunit-s8", "Lunit DINO ViT-S/8", "1aurent/vit_small_patch8_224.lunit_dino", "vit_small_patch8_224", 384,
           _LUNIT, 0.5, "Lunit non-commercial", "lunit-io/benchmark-ssl-pathology README; eva, TRIDENT, slide2vec"),
-    _row("ctranspath", "CTransPath", "none", "", 768, _IMAGENET, 1.0, "GPL-3.0", "TRIDENT, STAMP", pooling="avg",
+    _row("ctranspath", "CTransPath", "none", "", 768, IMAGENET, 1.0, "GPL-3.0", "TRIDENT, STAMP", pooling="avg",
          why_not="it is a Swin transformer with a convolutional stem, no plain vision transformer"),
-    _timm("gpfm", "GPFM", "majiabo/GPFM", "vit_large_patch14_dinov2", 1024, _IMAGENET, 0.5, _NC_ND,
+    _timm("gpfm", "GPFM", "majiabo/GPFM", "vit_large_patch14_dinov2", 1024, IMAGENET, 0.5, _NC_ND,
           "TRIDENT, slide2vec, LazySlide", file="GPFM.pth", arguments={"init_values": 1e-5}),
     _row("plip", "PLIP", "clip", "vinid/plip", 512, _OPENAI, None, "non-commercial",
          "STAMP, PathologyFoundation/plip README"),
@@ -150,10 +149,10 @@ _ROWS = (
     _row("quiltnet-b32", "QuiltNet-B-32", "open_clip", "wisdomik/QuiltNet-B-32", 512, _OPENAI, None, "MIT",
          "wisdomikezogwo/quilt1m README; LazySlide", pooling="own",
          why_not="open_clip builds its network, whose layout is not known here"),
-    _general("dinov2-s", "DINOv2 ViT-S/14", "vit_small_patch14_dinov2.lvd142m", 384, _IMAGENET),
-    _general("dinov2-b", "DINOv2 ViT-B/14", "vit_base_patch14_dinov2.lvd142m", 768, _IMAGENET),
-    _general("dinov2-l", "DINOv2 ViT-L/14", "vit_large_patch14_dinov2.lvd142m", 1024, _IMAGENET),
-    _general("dinov2-g", "DINOv2 ViT-g/14", "vit_giant_patch14_dinov2.lvd142m", 1536, _IMAGENET),
+    _general("dinov2-s", "DINOv2 ViT-S/14", "vit_small_patch14_dinov2.lvd142m", 384, IMAGENET),
+    _general("dinov2-b", "DINOv2 ViT-B/14", "vit_base_patch14_dinov2.lvd142m", 768, IMAGENET),
+    _general("dinov2-l", "DINOv2 ViT-L/14", "vit_large_patch14_dinov2.lvd142m", 1024, IMAGENET),
+    _general("dinov2-g", "DINOv2 ViT-g/14", "vit_giant_patch14_dinov2.lvd142m", 1536, IMAGENET),
     _general("clip-b16", "CLIP ViT-B/16", "vit_base_patch16_clip_quickgelu_224.openai", 768, _OPENAI),
     _general("clip-l14", "CLIP ViT-L/14", "vit_large_patch14_clip_quickgelu_224.openai", 1024, _OPENAI),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from maskattn.nn.checkpoints import explained, read_weights
-from maskattn.nn.encoders.entry import EncoderEntry, Triple
+from maskattn.nn.encoders.entry import EncoderEntry, triple_of
 from maskattn.nn.encoders.tile_encoder import EncoderCard
 from maskattn.nn.fitting import joined, misfits
 
@@ -66,13 +66,8 @@ def card_of_timm(network: Any, name: str) -> EncoderCard:
     config = getattr(network, "pretrained_cfg", None) or {}
     built_for = getattr(getattr(network, "patch_embed", None), "img_size", None)
     side = int(built_for[0] if built_for else config.get("input_size", (3, 224, 224))[1])
-    mean, std = (_triple(config.get(key), default) for key, default in (("mean", 0.5), ("std", 0.5)))
+    mean, std = (triple_of(config.get(key) or (0.5,) * 3) for key in ("mean", "std"))
     return EncoderCard(name, getattr(network, "global_pool", "own") or "token", mean, std, side, side)
-
-
-def _triple(values: Any, default: float) -> Triple:
-    first, second, third = values or (default,) * 3
-    return float(first), float(second), float(third)
 
 
 def _layers(arguments: dict[str, Any]) -> dict[str, Any]:
