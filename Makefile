@@ -53,9 +53,9 @@ sanitize:
 
 # timm asks for torchvision, whose own dependencies would replace the pinned torch.
 .venv/dev.installed: .venv/slide.installed
-	$(INSTALL) --editable '.[slide,zarr,view,hf,test,bench,dev]'
+	$(INSTALL) --editable '.[slide,zarr,view,hf,train,test,bench,dev]'
 	$(INSTALL) --no-deps torchvision timm
-	$(INSTALL) pyyaml huggingface_hub
+	$(INSTALL) huggingface_hub
 	touch $@
 
 clean:
