@@ -1,0 +1,228 @@
+"""What a model said of patients, beside what is true of them: one row a patient.
+
+Dimension key: P patients, K scores of each (classes, or one value or risk).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["TASKS", "Predictions", "Task", "some_of"]
+
+Task = Literal["binary", "multiclass", "ordinal", "regression", "survival"]
+TASKS: tuple[Task, ...] = ("binary", "multiclass", "ordinal", "regression", "survival")
+"""Ordinal classes stand in their order."""
+
+_SUM_TOLERANCE = 1e-3  # what four printed decimals leave
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predictions of patients and what is true of them.
+
+    Attributes:
+        task: one of :data:`TASKS`.
+        target: the name of what is predicted, the column of the labels.
+        patient_ids: P ids, each once.
+        scores_PK: (P, K) float64; probabilities of the classes, or one value (regression) or log risk (survival).
+        truth_P: (P,) index of the true class (int64), or the true value (float64); of survival, None.
+        classes: K names, in the order of the scores; of regression and survival, none.
+        predicted_P: (P,) index of the class that the model chose; where it is None, that of the highest score.
+        time_P: (P,) float64, of survival: until the event, or until the patient was last seen.
+        event_P: (P,) bool, of survival: whether the event was seen.
+        fold_P: (P,) int64, which fold's test part each patient was in; None where there are no folds.
+
+    Raises:
+        ValueError: shapes differ, a patient comes twice, a number is not finite, or scores are no probabilities.
+    """
+
+    task: Task
+    target: str
+    patient_ids: tuple[str, ...]
+    scores_PK: NDArray[np.float64]
+    truth_P: NDArray[Any] | None = None
+    classes: tuple[str, ...] = ()
+    predicted_P: NDArray[np.int64] | None = None
+    time_P: NDArray[np.float64] | None = None
+    event_P: NDArray[np.bool_] | None = None
+    fold_P: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"a task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        of_classes = self.task in ("binary", "multiclass", "ordinal")
+        kinds: dict[str, Any] = {"scores_PK": np.float64, "time_P": np.float64, "event_P": bool, "fold_P": np.int64}
+        kinds |= {"truth_P": np.int64 if of_classes else np.float64, "predicted_P": np.int64}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, np.asarray(value, dtype=kind))
+        object.__setattr__(self, "patient_ids", tuple(map(str, self.patient_ids)))
+        object.__setattr__(self, "classes", tuple(map(str, self.classes)))
+        self._check_shapes(of_classes)
+        self._check_patients()
+        if of_classes:
+            self._check_classes()
+            if self.predicted_P is None:
+                object.__setattr__(self, "predicted_P", self.scores_PK.argmax(1))
+        elif self.task == "survival" and self.times.min() < 0:
+            early = some_of([one for one, time in zip(self.patient_ids, self.times, strict=True) if time < 0])
+            raise ValueError(f"a time to an event must be 0 or more, got less of {early}; count it from one start")
+
+    @property
+    def patients(self) -> int:
+        """How many there are."""
+        return len(self.patient_ids)
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether there are classes."""
+        return bool(self.classes)
+
+    @property
+    def truth(self) -> NDArray[Any]:
+        """What is true, of a task that has one label."""
+        assert self.truth_P is not None
+        return self.truth_P
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """The index of the class that the model chose, of a task of classes."""
+        assert self.predicted_P is not None
+        return self.predicted_P
+
+    @property
+    def times(self) -> NDArray[np.float64]:
+        """Times of a survival task."""
+        assert self.time_P is not None
+        return self.time_P
+
+    @property
+    def events(self) -> NDArray[np.bool_]:
+        """Whether the event was seen, of a survival task."""
+        assert self.event_P is not None
+        return self.event_P
+
+    def of(self, rows: NDArray[Any] | Sequence[int]) -> Predictions:
+        """Those of some rows, in their order; rows are indices or a bool for each patient."""
+        indices = np.arange(self.patients)[np.asarray(rows)]
+        columns = ("scores_PK", "truth_P", "predicted_P", "time_P", "event_P", "fold_P")
+        given = {name: getattr(self, name) for name in columns}
+        kept: dict[str, Any] = {name: None if value is None else value[indices] for name, value in given.items()}
+        return replace(self, patient_ids=tuple(self.patient_ids[row] for row in indices), **kept)
+
+    def in_fold(self, fold: int) -> Predictions:
+        """The same predictions with the fold they belong to."""
+        return replace(self, fold_P=np.full(self.patients, fold))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Predictions of several folds as one.
+
+        Raises:
+            ValueError: their tasks, targets or classes differ, or a patient is in two of them.
+        """
+        first = parts[0]
+        for part in parts[1:]:
+            for name in ("task", "target", "classes"):
+                if getattr(part, name) != getattr(first, name):
+                    raise ValueError(
+                        f"predictions that are joined must have one {name}, got {getattr(first, name)!r} and "
+                        f"{getattr(part, name)!r}; join those of one run"
+                    )
+        columns = ("scores_PK", "truth_P", "predicted_P", "time_P", "event_P", "fold_P")
+        values = {name: [getattr(part, name) for part in parts] for name in columns}
+        joined: dict[str, Any] = {
+            name: None if any(x is None for x in some) else np.concatenate(some) for name, some in values.items()
+        }
+        return replace(first, patient_ids=tuple(one for part in parts for one in part.patient_ids), **joined)
+
+    def write_csv(self, path: Path) -> None:
+        """Write the table that STAMP's ``patient-preds.csv`` is; see :mod:`maskattn.evaluation.prediction_file`."""
+        from maskattn.evaluation.prediction_file import write_predictions
+
+        write_predictions(self, path)
+
+    @classmethod
+    def read_csv(cls, path: Path, task: Task | None = None, target: str | None = None) -> Predictions:
+        """Read such a table; see :func:`maskattn.evaluation.prediction_file.read_predictions`."""
+        from maskattn.evaluation.prediction_file import read_predictions
+
+        return read_predictions(path, task, target)
+
+    def _check_shapes(self, of_classes: bool) -> None:
+        patients = len(self.patient_ids)
+        width = len(self.classes) if of_classes else 1
+        if self.scores_PK.shape != (patients, width):
+            raise ValueError(
+                f"scores must be (patients, {'classes' if of_classes else '1'}) = {(patients, width)}, got "
+                f"{self.scores_PK.shape}"
+            )
+        needed = ("time_P", "event_P") if self.task == "survival" else ("truth_P",)
+        for name in ("truth_P", "predicted_P", "time_P", "event_P", "fold_P"):
+            value = getattr(self, name)
+            if name in needed and value is None:
+                raise ValueError(f"predictions of a {self.task} task must have {name}, got none")
+            if value is not None and value.shape != (patients,):
+                raise ValueError(f"{name} must have a value for each of {patients} patients, got {value.shape}")
+        if not patients:
+            raise ValueError("predictions must be of at least one patient, got none")
+
+    def _check_patients(self) -> None:
+        twice = [one for one, count in Counter(self.patient_ids).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"a patient must have one row, got several of {some_of(twice)}; "
+                "join a patient's slides into one prediction, or give each fold's file by itself"
+            )
+        numbers = [self.scores_PK.sum(1), self.truth_P, self.time_P]
+        strange = ~np.array([np.isfinite(one) for one in numbers if one is not None]).all(0)
+        if strange.any():
+            named = some_of([self.patient_ids[row] for row in np.flatnonzero(strange)])
+            raise ValueError(
+                f"labels and predictions must be finite numbers, got NaN, infinity or nothing of {named}; "
+                "drop these rows, or mend what wrote them"
+            )
+
+    def _check_classes(self) -> None:
+        classes = len(self.classes)
+        if len(set(self.classes)) < max(classes, 2) or (self.task == "binary" and classes != 2):
+            rule = "two" if self.task == "binary" else "two or more"
+            came = ", ".join(self.classes) or "none"
+            raise ValueError(f"a {self.task} task must have {rule} classes of different names, got {came}")
+        for name in ("truth_P", "predicted_P"):
+            value = getattr(self, name)
+            if value is not None and not ((value >= 0) & (value < classes)).all():
+                raise ValueError(f"{name} must be indices of {classes} classes, got {value.min()} to {value.max()}")
+        outside = ((self.scores_PK < -1e-6) | (self.scores_PK > 1 + 1e-6)).any(1)
+        if outside.any():
+            row = int(np.flatnonzero(outside)[0])
+            raise ValueError(
+                f"scores of classes must be probabilities from 0 to 1, got {_row(self.scores_PK[row])} of "
+                f"{self.patient_ids[row]} ({outside.sum()} of {self.patients} patients); give them after the softmax"
+            )
+        apart = abs(self.scores_PK.sum(1) - 1) > _SUM_TOLERANCE
+        if apart.any():
+            row = int(np.flatnonzero(apart)[0])
+            raise ValueError(
+                f"a patient's probabilities must sum to 1, got {self.scores_PK[row].sum():.4g} of "
+                f"{self.patient_ids[row]} ({apart.sum()} of {self.patients} patients); a column of a class may be "
+                "missing, or the scores may be no softmax"
+            )
+
+
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _row(scores: NDArray[np.float64]) -> str:
+    return "(" + ", ".join(f"{score:.4g}" for score in scores[:6]) + (", …)" if len(scores) > 6 else ")")
