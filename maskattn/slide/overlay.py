@@ -9,23 +9,21 @@ Dimension key: M maps, (Y, X) thumbnail pixels, B tiles of a batch, (h, w) token
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from maskattn.files import replacing
 from maskattn.lettering import families_of, wrapped
 from maskattn.shapes import Bool, Float, Int, UInt8
+from maskattn.slide.colours import COLOUR_MAPS, Kind, colour_limit, colour_scale, coloured, strengths_of
 
 if TYPE_CHECKING:
     from maskattn.slide.tissue import TissueMask
 
 __all__ = [
-    "Kind",
     "MapCanvas",
     "blend",
-    "colour_limit",
-    "colours",
     "round_length",
     "smoothed",
     "write_heatmap",
@@ -33,7 +31,6 @@ __all__ = [
 ]
 
 _OPACITY = (0.2, 0.8)  # of a map where it is 0, and at the ends of its scale
-_QUANTILE = 0.001
 _LUMINANCE = (0.299, 0.587, 0.114)
 _DPI = 100
 _BAR_PX = 110
@@ -42,11 +39,8 @@ _LINE_PX = 17
 _MARGIN_PX = 6
 _TITLE_PT, _LABEL_PT = 9, 8
 _MIN_BODY_PX = (420, 240)
-_COLOUR_MAPS = {"diverging": "RdBu_r", "sequential": "viridis"}
 _TICKS = (0.05, 0.25, 0.5, 1.0)  # of the colour bar, as shares of its end
 _TISSUE_COLOUR = (0, 150, 60)
-
-Kind = Literal["diverging", "sequential"]
 
 
 class MapCanvas:
@@ -99,21 +93,6 @@ class MapCanvas:
         return slice(first, last), token.clip(0, tokens - 1)
 
 
-def colour_limit(values_YX: Float[np.ndarray, "Y X"], kind: Kind) -> tuple[float, float]:
-    """The values at the ends of the colour map: the 0.1 and 99.9 % quantiles, made symmetric for a diverging map.
-
-    The clipping is for the picture only; the tables keep the raw scores.
-    """
-    known = values_YX[np.isfinite(values_YX)]
-    if not known.size:
-        return (-1.0, 1.0) if kind == "diverging" else (0.0, 1.0)
-    low, high = (float(value) for value in np.quantile(known, (_QUANTILE, 1 - _QUANTILE)))
-    if kind == "diverging":
-        reach = max(abs(low), abs(high)) or 1.0
-        return -reach, reach
-    return 0.0, high if high > 0 else 1.0
-
-
 def blend(
     thumbnail_YX3: UInt8[np.ndarray, "Y X 3"],
     values_YX: Float[np.ndarray, "Y X"],
@@ -126,24 +105,20 @@ def blend(
         thumbnail_YX3: (Y, X, 3) RGB.
         values_YX: (Y, X) the map.
         kind: of the map.
-        limits: the values at the ends of the colour map; None = the map's own, of :func:`colour_limit`.
+        limits: the values at the ends of the colour map; None = the map's own, of
+            :func:`maskattn.slide.colours.colour_limit`.
     """
     known = np.isfinite(values_YX)
     limits = limits or colour_limit(values_YX, kind)
-    shades = colours(values_YX[known], limits, kind)
-    opacity = _opacity(values_YX[known], limits)[:, None]
+    shades = coloured(values_YX[known], limits, COLOUR_MAPS[kind][0])
+    # Tissue that says little shows through.
+    least, most = _OPACITY
+    opacity = (least + (most - least) * strengths_of(values_YX[known], limits))[:, None]
     # Grey below the map, so that every hue is the map's and none the stain's.
     grey = thumbnail_YX3[known] @ np.array(_LUMINANCE)
     image = thumbnail_YX3.copy()
     image[known] = np.rint((1 - opacity) * grey[:, None] + opacity * shades).astype(np.uint8)
     return image
-
-
-def _opacity(values_N: Float[np.ndarray, " N"], limits: tuple[float, float]) -> Float[np.ndarray, " N"]:
-    """More where a value is larger, on the scale of the colours: tissue that says little shows through."""
-    least, most = _OPACITY
-    shares: np.ndarray = np.sqrt(np.clip(np.abs(values_N) / max(abs(limit) for limit in limits), 0, 1))
-    return least + (most - least) * shares
 
 
 def smoothed(values_YX: Float[np.ndarray, "Y X"], sigma_px: float) -> Float[np.ndarray, "Y X"]:
@@ -163,31 +138,6 @@ def smoothed(values_YX: Float[np.ndarray, "Y X"], sigma_px: float) -> Float[np.n
     drawn = np.full(values_YX.shape, np.nan, np.float32)
     drawn[known] = sums[known] / weights[known]
     return drawn
-
-
-def colours(values_N: Float[np.ndarray, " N"], limits: tuple[float, float], kind: Kind) -> UInt8[np.ndarray, "N 3"]:
-    """The colours of some values of a map, as its colour bar has them.
-
-    Args:
-        values_N: (N,) numbers; those beyond the limits have the colours of the ends.
-        limits: the values at the ends of the colour map, of :func:`colour_limit`.
-        kind: of the map.
-    """
-    import matplotlib
-
-    positions = _colour_scale(*limits)(np.clip(values_N, *limits))
-    shades: np.ndarray = matplotlib.colormaps[_COLOUR_MAPS[kind]](positions, bytes=True)[:, :3]
-    return shades
-
-
-def _colour_scale(low: float, high: float) -> Any:
-    """Values to positions on the colour map by signed square root; zero stays in the middle of a symmetric scale.
-
-    A few tokens hold most of the relevance, and a linear scale would leave all others pale.
-    """
-    from matplotlib.colors import FuncNorm
-
-    return FuncNorm((lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x)), low, high)
 
 
 def write_heatmap(
@@ -222,7 +172,7 @@ def write_heatmap(
     lines = wrapped(title, body[0] + _BAR_PX - 2 * _MARGIN_PX, _TITLE_PT, _DPI)
     head = 2 * _MARGIN_PX + _LINE_PX * len(lines)
     limits = limits or colour_limit(values_YX, kind)
-    image = _frame("\n".join(lines), head, body, limits, label, _COLOUR_MAPS[kind], um_per_px)
+    image = _frame("\n".join(lines), head, body, limits, label, COLOUR_MAPS[kind][0], um_per_px)
     image[head : head + height, :width] = blend(thumbnail_YX3, values_YX, kind, limits)
     _write_png(path, image)
 
@@ -284,7 +234,7 @@ def _frame(
     )
     shares = [*_TICKS, 0.0, *(-share for share in _TICKS if limits[0] < 0)]
     ticks = sorted(share * limits[1] for share in shares)
-    bar: Any = figure.colorbar(ScalarMappable(_colour_scale(*limits), colour_map), cax=axes, ticks=ticks)
+    bar: Any = figure.colorbar(ScalarMappable(colour_scale(limits), colour_map), cax=axes, ticks=ticks)
     bar.set_label("\n".join(wrapped(f"{label}; square-root scale", bar_height, _LABEL_PT, _DPI)), fontsize=_LABEL_PT)
     bar.ax.tick_params(labelsize=7)
     bar.formatter.set_powerlimits((-2, 3))

@@ -18,8 +18,9 @@ import numpy as np
 from maskattn.errors import OutputError
 from maskattn.files import replacing
 from maskattn.shapes import Float, UInt8
+from maskattn.slide.colours import Kind, colour_limit, widest
 from maskattn.slide.names import as_text
-from maskattn.slide.overlay import Kind, colour_limit, write_heatmap
+from maskattn.slide.overlay import write_heatmap
 
 __all__ = ["KEPT_MAPS", "Picture", "draw_on_one_scale", "keep_maps"]
 
@@ -82,17 +83,16 @@ def draw_on_one_scale(folders: Iterable[Path]) -> None:
     kept = [folder / KEPT_MAPS for folder in folders]
     kept = [path for path in kept if path.is_file()]
     try:
-        widest: dict[str, float] = {}
+        limits_of: dict[str, list[tuple[float, float]]] = {}
         for path in kept:
             with np.load(path) as maps:
                 for picture, limits in zip(_pictures_of(maps), maps["limits"].tolist(), strict=True):
-                    widest[picture.file_name] = max(widest.get(picture.file_name, 0.0), limits[1])
+                    limits_of.setdefault(picture.file_name, []).append(tuple(limits))
         for path in kept:
             with np.load(path) as maps:
                 thumbnail, um_per_px = maps["thumbnail"], float(maps["um_per_px"])
                 for picture, values in zip(_pictures_of(maps), maps["values"], strict=True):
-                    high = widest[picture.file_name]
-                    limits = (-high if picture.kind == "diverging" else 0.0, high)
+                    limits = widest(limits_of[picture.file_name], picture.kind)
                     title = f"{picture.title}; one scale for the run"
                     file = path.parent / picture.file_name
                     write_heatmap(file, thumbnail, values, title, picture.label, picture.kind, um_per_px, limits)

@@ -11,15 +11,15 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 import maskattn
 from maskattn.errors import SlideError
-from maskattn.slide.finished import COLOUR_MAPS, Mosaic, build_mosaic, colour_table
+from maskattn.slide.colours import COLOUR_MAPS, Kind, colour_limit, colour_table
+from maskattn.slide.finished import Mosaic, build_mosaic
 from maskattn.slide.names import as_text
-from maskattn.slide.overlay import colour_limit
 from maskattn.viewer.assets import read_assets
 from maskattn.viewer.bounded_cache import BoundedCache
 from maskattn.viewer.catalogue import Catalogue
@@ -148,7 +148,7 @@ class Answers:
     def _map(self, number: str, which: str) -> Answer:
         mosaic, index = self._mosaic(number, which), int(which)
         with self._opened(number).maps() as table:
-            kind: Literal["diverging", "sequential"] = "diverging" if index < len(table.classes) else "sequential"
+            kind: Kind = "diverging" if index < len(table.classes) else "sequential"
             values_T = table.values_MT[index]
             order = np.argsort(values_T, kind="stable")
             signed = {"for": order[::-1][:_STRONGEST], "against": order[: _STRONGEST if kind == "diverging" else 0]}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from maskattn.errors import SlideError
-from maskattn.slide.finished import build_mosaic, coloured, open_maps, positions_of
+from maskattn.slide.colours import coloured, positions_of
+from maskattn.slide.finished import build_mosaic, open_maps
 from maskattn.slide.layouts.tile_features import TileHeader
 from maskattn.slide.tables import relevance_table
 

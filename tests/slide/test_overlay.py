@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskattn.slide.colours import COLOUR_MAPS, colour_limit, coloured
 from maskattn.slide.outlines.writing import PALETTE
 from maskattn.slide.overlay import (
     MapCanvas,
     blend,
-    colour_limit,
-    colours,
     round_length,
     smoothed,
     write_heatmap,
@@ -153,8 +152,8 @@ def seen(rgb_N3: np.ndarray, sight: str) -> np.ndarray:
 def test_colours_are_told_apart_by_every_kind_of_sight(sight: str) -> None:
     values = np.array([-1.0, -0.2, 0.0, 0.2, 1.0])
     for shades, least in (
-        (colours(values, (-1, 1), "diverging"), 15),
-        (colours(values[2:], (0, 1), "sequential"), 15),
+        (coloured(values, (-1, 1), COLOUR_MAPS["diverging"][0]), 15),
+        (coloured(values[2:], (0, 1), COLOUR_MAPS["sequential"][0]), 15),
         (np.array(PALETTE), 10),
     ):
         lab = seen(shades, sight)

@@ -18,9 +18,10 @@ from small_slides import SHAPE, write_slide
 
 from maskattn.errors import ManifestError
 from maskattn.nn.slide_model import SlideModel
+from maskattn.slide.colours import COLOUR_MAPS, colour_limit, coloured
 from maskattn.slide.manifest import SlideJob
-from maskattn.slide.overlay import colour_limit, colours
-from maskattn.slide.pyramids.lattice import MapLattice, halved
+from maskattn.slide.pyramids.halving import halved
+from maskattn.slide.pyramids.lattice import MapLattice
 from maskattn.slide.pyramids.ome_tiff import write_ome_tiff
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
@@ -71,7 +72,7 @@ def test_colours_are_those_of_the_values_on_white(folder: Path) -> None:
     with tifffile.TiffFile(folder / "heatmap_benign.ome.tiff") as file:
         spacing = float(file.ome_metadata.split('PhysicalSizeX="')[1].split('"')[0])
     limits = colour_limit(_on_lattice(values, 16 / spacing), "diverging")
-    np.testing.assert_array_equal(shown[known], colours(values[known], limits, "diverging"))
+    np.testing.assert_array_equal(shown[known], coloured(values[known], limits, COLOUR_MAPS["diverging"][0]))
 
 
 def _on_lattice(values: np.ndarray, token_lv0: float) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 
 from maskattn.shapes import Float
 from maskattn.slide.finished.map_table import MapTable
+from maskattn.slide.pyramids.halving import halved, mean_of_known
 
 __all__ = ["Mosaic", "build_mosaic"]
 
@@ -70,23 +71,9 @@ def build_mosaic(table: MapTable, index: int, side: int = 256) -> Mosaic:
     cells_T2 = table.coords_T2 // table.tile_lv0
     for some, values_Bhw in table.batches(index):
         if by_tile:
-            values_Bhw = _mean_of_known(values_Bhw, axes=(1, 2))[:, None, None]
+            values_Bhw = mean_of_known(values_Bhw, axes=(1, 2))[:, None, None]
         values[cells_T2[some, 1], :, cells_T2[some, 0], :] = values_Bhw
     levels = [values.reshape(rows * h, columns * w)]
     while max(levels[-1].shape) > side:
-        levels.append(_halved(levels[-1]))
+        levels.append(halved(levels[-1]))
     return Mosaic(tuple(levels), table.tile_lv0 / h)
-
-
-def _halved(values_YX: np.ndarray) -> np.ndarray:
-    rows, columns = (math.ceil(size / 2) for size in values_YX.shape)
-    padded = np.full((2 * rows, 2 * columns), np.nan, np.float32)
-    padded[: values_YX.shape[0], : values_YX.shape[1]] = values_YX
-    return _mean_of_known(padded.reshape(rows, 2, columns, 2), axes=(1, 3))
-
-
-def _mean_of_known(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    known = np.isfinite(values)
-    count = known.sum(axis=axes)
-    total = np.where(known, values, np.float32(0)).sum(axis=axes)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)

@@ -22,8 +22,9 @@ import numpy as np
 
 from maskattn.shapes import Bool, Float, Int
 from maskattn.slide.grid import TokenGrid
+from maskattn.slide.pyramids.halving import halved
 
-__all__ = ["BLOCK_PX", "MapLattice", "halved"]
+__all__ = ["BLOCK_PX", "MapLattice"]
 
 BLOCK_PX = 512
 _BAND_PX = 256
@@ -163,16 +164,3 @@ def _cell_lv0(grid: TokenGrid, coords_T2: Int[np.ndarray, "T 2"]) -> float:
         return grid.token_lv0
     divisor = math.gcd(grid.tile_lv0, int(np.gcd.reduce(coords_T2.astype(np.int64), axis=None)))
     return float(max(divisor, grid.token_lv0 / _MOST_CELLS))
-
-
-def halved(values_YX: Float[np.ndarray, "Y X"]) -> Float[np.ndarray, "y x"]:
-    """The mean of each 2 × 2 pixels over those that are numbers; NaN where none is."""
-    height, width = values_YX.shape
-    padded = np.full((height + height % 2, width + width % 2), np.nan, np.float32)
-    padded[:height, :width] = values_YX
-    four = padded.reshape(padded.shape[0] // 2, 2, padded.shape[1] // 2, 2)
-    known = np.isfinite(four)
-    count = known.sum(axis=(1, 3), dtype=np.float32)
-    total = np.where(known, four, 0).sum(axis=(1, 3))
-    mean: np.ndarray = np.divide(total, count, out=np.full(count.shape, np.nan, np.float32), where=count > 0)
-    return mean

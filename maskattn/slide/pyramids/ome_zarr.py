@@ -15,7 +15,8 @@ import numpy as np
 
 from maskattn.files import replacing
 from maskattn.slide.names import as_text
-from maskattn.slide.pyramids.lattice import BLOCK_PX, MapLattice, halved
+from maskattn.slide.pyramids.halving import halved
+from maskattn.slide.pyramids.lattice import BLOCK_PX, MapLattice
 
 __all__ = ["write_ome_zarr"]
 

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 
 from maskattn.shapes import Bool, Float, UInt8
-from maskattn.slide.finished import Mosaic, coloured, positions_of
+from maskattn.slide.colours import colour_table, coloured, strengths_of
+from maskattn.slide.finished import Mosaic
 from maskattn.slide.report.markup import Markup, element
 
 __all__ = ["OVERVIEW_PX", "colour_bar", "map_over", "outlined", "picture", "sampled", "tile_with_map", "with_squares"]
@@ -71,7 +72,7 @@ def map_over(
 ) -> UInt8[np.ndarray, "Y X 3"]:
     """The thumbnail in grey with a map over it, the more opaque the further a value is from zero; glass as it is."""
     known = np.isfinite(values_YX)
-    far = np.abs(2 * positions_of(values_YX, limits) - 1) if limits[0] < 0 else positions_of(values_YX, limits)
+    far = strengths_of(values_YX, limits)
     opacity = (_LEAST_OPACITY + (_MOST_OPACITY - _LEAST_OPACITY) * far)[known][:, None]
     grey = cv2.cvtColor(thumbnail_YX3, cv2.COLOR_RGB2GRAY)[known][:, None]
     image = thumbnail_YX3.copy()
@@ -112,8 +113,6 @@ def with_squares(
 
 def colour_bar(limits: tuple[float, float], colours: str) -> Markup:
     """A scale with its ends and its middle in figures."""
-    from maskattn.slide.finished import colour_table
-
     stops = ", ".join("#" + bytes(colour_table(colours)[index].tolist()).hex() for index in range(0, 256, 15))
     bar = element("span", class_="bar", style=f"background: linear-gradient(to right, {stops})")
     middle = "0" if limits[0] < 0 else f"{limits[1] / 4:.3g}"

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from maskattn.errors import SlideError
+from maskattn.slide.colours import COLOUR_MAPS, colour_limit
 from maskattn.slide.finished import (
-    COLOUR_MAPS,
     FinishedSlide,
     MapTable,
     Mosaic,
@@ -17,7 +17,6 @@ from maskattn.slide.finished import (
     open_maps,
     open_slide,
 )
-from maskattn.slide.overlay import colour_limit
 from maskattn.slide.prediction import SlidePrediction
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.report.facts import facts_of, map_sentence, notes_of, score_table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maskattn.shapes import Float, UInt8
-from maskattn.slide.overlay import Kind, colour_limit, colours
+from maskattn.slide.colours import COLOUR_MAPS, Kind, colour_limit, coloured
 from maskattn.slide.pyramids.lattice import MapLattice
 from maskattn.slide.pyramids.ome_tiff import write_ome_tiff
 from maskattn.slide.pyramids.ome_zarr import write_ome_zarr
@@ -82,7 +82,7 @@ def _painter(
         image = np.full((*block_YX.shape, 3), _GLASS, np.uint8)
         # A block has few tokens and many pixels: each value is looked up once.
         values, which = np.unique(block_YX[known], return_inverse=True)
-        image[known] = colours(values, limits, kind)[which]
+        image[known] = coloured(values, limits, COLOUR_MAPS[kind][0])[which]
         return image
 
     return paint
