@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from maskattn.files import replacing
 from maskattn.shapes import Float, Int
+from maskattn.slide.h5_files import writing_h5
 from maskattn.slide.layouts.tile_features import TileHeader
 from maskattn.slide.layouts.trident import write_geometry
 
@@ -58,7 +58,7 @@ def relevance_table(
     """
     import h5py
 
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing_h5(path) as file:
         file.attrs["method"] = f"{method}: raw signed scores, 0 where background"
         file.create_dataset("classes", data=list(classes), dtype=h5py.string_dtype())
         coords = file.create_dataset("coords", data=np.asarray(coords_T2, dtype=np.int64))

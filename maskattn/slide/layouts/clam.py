@@ -28,6 +28,7 @@ import numpy as np
 
 from maskattn.errors import SlideError
 from maskattn.files import replacing
+from maskattn.slide.h5_files import writing_h5
 from maskattn.slide.layouts.checks import features_of, whole_coords
 from maskattn.slide.layouts.contents import FileContents, opened_h5
 from maskattn.slide.layouts.h5_tables import (
@@ -111,7 +112,6 @@ class Clam:
         self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
         """Write ``patches``, ``h5_files`` and, last, ``pt_files``; features are float32, whatever ``dtype`` says."""
-        import h5py
 
         slide_id, root = writable_id(header), Path(root)
         final = self.path_of(root, header)
@@ -120,10 +120,8 @@ class Clam:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            pt, h5, patches = [stack.enter_context(replacing(path)) for path in paths]
-            spool = stack.enter_context(TensorSpool(pt, channels, np.float32))
-            table_file = stack.enter_context(h5py.File(h5, "w"))
-            patch_file = stack.enter_context(h5py.File(patches, "w"))
+            spool = stack.enter_context(TensorSpool(stack.enter_context(replacing(paths[0])), channels, np.float32))
+            table_file, patch_file = [stack.enter_context(writing_h5(path)) for path in paths[1:]]
             features = growing_table(table_file, "features", channels, np.float32)
             coords = growing_table(table_file, "coords", 2, np.int32)
             places = growing_table(patch_file, "coords", 2, np.int64)

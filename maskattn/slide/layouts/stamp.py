@@ -23,7 +23,7 @@ import numpy as np
 
 import maskattn
 from maskattn.errors import SlideError
-from maskattn.files import replacing
+from maskattn.slide.h5_files import writing_h5
 from maskattn.slide.layouts.checks import features_of, whole_coords
 from maskattn.slide.layouts.contents import FileContents, opened_h5
 from maskattn.slide.layouts.h5_tables import (
@@ -112,7 +112,6 @@ class Stamp:
         self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
         """Write the feature file; features are float16, whatever ``dtype`` says."""
-        import h5py
 
         writable_id(header)
         side_px, spacing_um, spacing_lv0 = known_fields(
@@ -120,7 +119,7 @@ class Stamp:
         )
         final = self.path_of(Path(root), header)
         final.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(final) as temporary, h5py.File(temporary, "w") as file:
+        with writing_h5(final) as file:
             for name, value in _attributes(header, int(side_px), spacing_um).items():
                 if value is not None:
                     file.attrs[name] = value

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskattn.files import replacing
+from maskattn.slide.h5_files import writing_h5
 from maskattn.slide.layouts.checks import features_of, whole_coords
 from maskattn.slide.layouts.contents import FileContents, opened_h5
 from maskattn.slide.layouts.h5_tables import (
@@ -140,9 +140,8 @@ def feature_file(
         ValueError: the header lacks the tiles' size or the slide's.
         OSError: the file cannot be written.
     """
-    import h5py
 
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing_h5(path) as file:
         features = growing_table(file, "features", channels, dtype)
         features.attrs["name"] = header.slide_id
         if folder is not None:
@@ -162,9 +161,8 @@ def feature_file(
 
 @contextmanager
 def _coords_file(path: Path, header: TileHeader, folder: Path) -> Iterator[Any]:
-    import h5py
 
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing_h5(path) as file:
         coords = growing_table(file, "coords", 2, np.int64)
         write_geometry(coords, header, folder)
         yield lambda coords_B2: append_rows(coords, coords_B2)
