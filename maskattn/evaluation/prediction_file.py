@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,20 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            rows = [{key: (value or "").strip() for key, value in row.items() if key is not None} for row in reader]
-            header = [name.strip() for name in reader.fieldnames or ()]
+            records = [[field.strip() for field in record] for record in csv.reader(file)]
     except OSError as error:
         raise ValueError(f"a table must be a readable CSV file, got {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"a table must be a CSV file in UTF-8, got {path}: {error}; save it as CSV UTF-8 (comma delimited)"
         ) from error
+    header, *rows = [record for record in records if any(record)] or [[]]
     if not rows:
         raise ValueError(f"a table must have a header and rows, got none in {path}")
-    return header, [dict(zip(header, row.values(), strict=False)) for row in rows]
+    twice = [name for name, count in Counter(header).items() if count > 1 and name]
+    if twice:
+        raise ValueError(f"a table must have each column once, got several of {some_of(twice)} in {path}; drop one")
+    return header, [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
 
 
 def _lines(predictions: Predictions) -> Iterator[Sequence[Any]]:

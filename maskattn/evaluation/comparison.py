@@ -1,0 +1,110 @@
+"""Two models over the patients they share: a paired bootstrap of the difference.
+
+Each resample has the same patients for both, so that what makes a patient hard for both cancels out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from maskattn.evaluation.intervals import Estimate, distribution_of, draw_resamples, estimate_of
+from maskattn.evaluation.metrics import check_evaluable, metrics_of
+from maskattn.evaluation.predictions import Predictions, some_of
+
+__all__ = ["Difference", "compare", "shared_patients"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of two models.
+
+    Attributes:
+        metric: its name.
+        title: as the report has it.
+        first: the first model's value over the shared patients.
+        second: the second's.
+        difference: second less first, with its interval.
+        p: of the hypothesis that there is none, two-sided; None where there is no interval.
+    """
+
+    metric: str
+    title: str
+    first: float | None
+    second: float | None
+    difference: Estimate
+    p: float | None
+
+
+def shared_patients(first: Predictions, second: Predictions) -> tuple[Predictions, Predictions]:
+    """The predictions of the patients that both have, in one order.
+
+    Raises:
+        ValueError: the tasks, targets or classes differ, no patient is in both, or a patient's labels differ.
+    """
+    for name, what in (("task", "task"), ("target", "target"), ("classes", "classes, in one order")):
+        one, other = getattr(first, name), getattr(second, name)
+        if one != other:
+            raise ValueError(
+                f"models that are compared must have one {what}, got {one!r} and {other!r}; compare models that "
+                "predict the same"
+            )
+    row_of = {patient: row for row, patient in enumerate(second.patient_ids)}
+    rows = [row for row, patient in enumerate(first.patient_ids) if patient in row_of]
+    if len(rows) < 2:
+        raise ValueError(
+            f"models that are compared must share patients, got {len(rows)} of {first.patients} and "
+            f"{second.patients}; give predictions of the same test set"
+        )
+    left = first.of(rows)
+    right = second.of([row_of[patient] for patient in left.patient_ids])
+    for name in ("truth_P", "time_P", "event_P"):
+        one, other = getattr(left, name), getattr(right, name)
+        if one is not None and (one != other).any():
+            unlike = [patient for patient, same in zip(left.patient_ids, one == other, strict=True) if not same]
+            raise ValueError(
+                f"a patient must have one label in all tables, got two of {some_of(unlike)}; mend the labels"
+            )
+    return left, right
+
+
+def compare(
+    first: Predictions, second: Predictions, *, resamples: int = 1000, seed: int = 0, stratified: bool = False
+) -> list[Difference]:
+    """Every metric's difference over the shared patients, with its interval and p value.
+
+    Args:
+        first: what is compared with.
+        second: what is compared.
+        resamples: how many.
+        seed: of the draw.
+        stratified: draw within each class, or event.
+
+    Raises:
+        ValueError: as :func:`shared_patients` and :func:`~maskattn.evaluation.metrics.check_evaluable` say.
+    """
+    left, right = shared_patients(first, second)
+    check_evaluable(left)
+    strata = strata_for(left) if stratified else None
+    weights_BP = draw_resamples(left.patients, resamples, seed, strata)
+    found = []
+    for metric in metrics_of(left.task):
+        one = distribution_of(metric.prepared(left), weights_BP)
+        other = distribution_of(metric.prepared(right), weights_BP)
+        apart = other - one
+        told = estimate_of(apart)
+        p = None if told.low is None else apart.p_value()
+        found.append(Difference(metric.name, metric.title, _value(one.value), _value(other.value), told, p))
+    return found
+
+
+def strata_for(predictions: Predictions) -> np.ndarray | None:
+    """What a stratified bootstrap draws within: the class, or whether the event was seen; of values nothing."""
+    if predictions.is_classification:
+        return predictions.truth
+    return predictions.events.astype(np.int64) if predictions.task == "survival" else None
+
+
+def _value(value: float) -> float | None:
+    return value if np.isfinite(value) else None
