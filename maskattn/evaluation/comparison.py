@@ -13,7 +13,7 @@ from maskattn.evaluation.intervals import Estimate, distribution_of, draw_resamp
 from maskattn.evaluation.metrics import check_evaluable, metrics_of
 from maskattn.evaluation.predictions import Predictions, some_of
 
-__all__ = ["Difference", "compare", "shared_patients"]
+__all__ = ["Difference", "compare", "shared_patients", "strata_for"]
 
 
 @dataclass(frozen=True)

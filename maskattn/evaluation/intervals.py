@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from maskattn.evaluation.weighted import Values, Weighted
 
-__all__ = ["LEVEL", "Distribution", "Estimate", "distribution_of", "draw_resamples", "estimate"]
+__all__ = ["LEVEL", "Distribution", "Estimate", "distribution_of", "draw_resamples", "estimate", "estimate_of"]
 
 LEVEL = 0.95
 _MOST_GROUPS = 400  # left out one at a time for the acceleration

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "Values",
     "Weighted",
     "area_under_roc",
     "average_precision",
