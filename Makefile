@@ -38,7 +38,7 @@ gpu-dry: .venv/dev.installed
 	mkdir -p gpu_out
 	for target in $(DRY_TARGETS); do for shard in $(shell seq 0 $$(($(CORES) - 1))); do \
 	  echo "--target $$target --shard $$shard/$(CORES) --log gpu_out/dry_run.jsonl"; \
-	done; done | PYTHONPATH=bench:. OMP_NUM_THREADS=1 xargs -P $(CORES) -L 1 $(BIN)/python -m aot.dry_run
+	done; done | OMP_NUM_THREADS=1 xargs -P $(CORES) -L 1 $(BIN)/python -m bench.aot.dry_run
 
 sanitize:
 	$(MAKE) -j $(CORES) -f csrc/tests/Makefile

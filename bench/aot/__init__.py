@@ -1,1 +1,1 @@
-"""What the shipped kernel configurations compile to, without a GPU: ``python bench/aot_report.py``."""
+"""What the shipped kernel configurations compile to, without a GPU: ``python -m bench.aot.report``."""

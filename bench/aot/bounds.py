@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from aot.machine_code import MachineCode
+from bench.aot.machine_code import MachineCode
 from maskattn.kernels.tables.config import Config, Pass, Target
 
 # Bytes that one program may use.

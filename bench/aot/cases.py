@@ -10,8 +10,8 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
-from aot.intermediate import fingerprint
-from aot.targets import GPU_TARGETS
+from bench.aot.intermediate import fingerprint
+from bench.aot.targets import GPU_TARGETS
 from maskattn.kernels.attention.forward import forward_kernel
 from maskattn.kernels.attention.key_gradient import key_gradient_kernel
 from maskattn.kernels.attention.query_gradient import query_gradient_kernel

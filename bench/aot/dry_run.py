@@ -1,8 +1,8 @@
 """Every public operation on a GPU that is not there: compiled to machine code and launched, with nothing run.
 
     make gpu-dry                                         every target, all cores, until all is done
-    PYTHONPATH=bench:. python -m aot.dry_run --target sm90 --quick
-    PYTHONPATH=bench:. python -m aot.dry_run --target sm90 --host-time
+    python -m bench.aot.dry_run --target sm90 --quick
+    python -m bench.aot.dry_run --target sm90 --host-time
 
 Fails where a kernel does not compile, a launch passes a limit of the chip, a call copies what it was given, or
 sequences of other lengths make more variants of a kernel than :data:`MOST_VARIANTS`. What is done is kept in --log, and
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from aot.every_call import HEADS, ON_HOPPER, OPERATIONS, Shape, run
-from aot.stub import CAPABILITIES, StubDevice
+from bench.aot.every_call import HEADS, ON_HOPPER, OPERATIONS, Shape, run
+from bench.aot.stub import CAPABILITIES, StubDevice
 from bench.gpu.outcomes import Outcome, OutcomeLog, fingerprint
 
 __all__ = ["cases", "main"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import maskattn
-from aot.launches import Launch, recorded_launches
+from bench.aot.launches import Launch, recorded_launches
 from maskattn.kernels.attention.gather import gather_rows, scatter_rows
 
 __all__ = ["ON_HOPPER", "OPERATIONS", "Shape", "launches_of", "run"]

@@ -1,4 +1,10 @@
-"""What the Hopper kernel in Gluon compiles to, beside the Triton kernel of the same pass; no GPU involved."""
+"""Compile the Hopper kernel in Gluon without a GPU; write down what its machine code costs beside the Triton kernel's.
+
+    python -m bench.aot.gluon_report           writes bench/results/aot_gluon_<triton version>.csv and .md (minutes)
+
+Columns are those of ``report.py``. ``tests/kernels_aot/test_gluon_gate.py`` compiles a part of these cases and fails
+where one got worse than its row.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +21,11 @@ import torch
 import triton
 
 import maskattn
-from aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, pipe_cycles, resident_programs
-from aot.cases import Case
-from aot.launches import recorded_launches
-from aot.machine_code import CLASSES, MachineCode, nvidia_tool, read
-from aot.report import measure
+from bench.aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, pipe_cycles, resident_programs
+from bench.aot.cases import Case
+from bench.aot.launches import recorded_launches
+from bench.aot.machine_code import CLASSES, MachineCode, nvidia_tool, read
+from bench.aot.report import measure
 from maskattn.kernels.gluon.configs import GluonConfig, choose
 from maskattn.kernels.gluon.kernel import BLOCK_M
 from maskattn.options import Options
@@ -222,3 +228,7 @@ def _line(case: GluonCase, kernel: str, shape: str, columns: dict[str, Any], bou
         f"| {columns['shared_bytes'] / 1024:.0f} | {counts} | {cycles.tensor:.0f} | {cycles.mufu:.0f} "
         f"| {cycles.issue:.0f} | {bound.slowest} | {bound.overlapped_tflops:.0f} | {bound.series_tflops:.0f} |"
     )
+
+
+if __name__ == "__main__":
+    write_gluon_table()

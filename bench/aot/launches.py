@@ -17,8 +17,8 @@ import triton
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from aot.intermediate import fingerprint, intermediate_code
-from aot.targets import GPU_TARGETS
+from bench.aot.intermediate import fingerprint, intermediate_code
+from bench.aot.targets import GPU_TARGETS
 from maskattn.kernels.launch import support
 from maskattn.kernels.tables import lookup
 from maskattn.kernels.tables.config import Target

@@ -20,10 +20,10 @@ from unittest import mock
 import torch
 import triton
 
-from aot.cases import DTYPES
-from aot.launches import Launch, recorded_launches
-from aot.machine_code import MachineCode, read
-from aot.targets import GPU_TARGETS
+from bench.aot.cases import DTYPES
+from bench.aot.launches import Launch, recorded_launches
+from bench.aot.machine_code import MachineCode, read
+from bench.aot.targets import GPU_TARGETS
 from maskattn.kernels.readout import call, forward, gradient, relevance
 from maskattn.kernels.tables.config import Target
 from maskattn.options import Options

@@ -1,4 +1,13 @@
-"""The table of what every shipped configuration costs, and its rows for reading."""
+"""Compile every shipped kernel configuration without a GPU and write down what the machine code costs.
+
+    python -m bench.aot.report                 writes bench/results/aot_<triton version>.csv and .md (some minutes)
+
+A row has the registers, spilled bytes and shared memory of a kernel, and the instructions of its main loop *per score*:
+per lane and per element of the BLOCK_M × BLOCK_N tile of scores, so that tile sizes compare. For NVIDIA it
+also has the clocks that each pipe of an SM needs for a tile, the TFLOP/s that these allow, and how many programs an SM
+holds: ceilings, not time. ``tests/kernels_aot`` compiles a part of these cases and fails where one got worse than its
+row.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +20,10 @@ from pathlib import Path
 
 import triton
 
-from aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, bound_of
-from aot.cases import Case, all_cases, compile_case, fingerprint_of, shipped_config
-from aot.machine_code import CLASSES, MachineCode, read
-from aot.targets import GPU_TARGETS
+from bench.aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, bound_of
+from bench.aot.cases import Case, all_cases, compile_case, fingerprint_of, shipped_config
+from bench.aot.machine_code import CLASSES, MachineCode, read
+from bench.aot.targets import GPU_TARGETS
 from maskattn.kernels.tables.config import Config
 from maskattn.kernels.tables.lookup import split_width
 
@@ -184,9 +193,9 @@ def _backward_table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def main(description: str | None = None) -> None:
+def main() -> None:
     """Compile all cases and write the table."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="compilations side by side")
     arguments = parser.parse_args()
     with ProcessPoolExecutor(arguments.jobs) as pool:
@@ -200,3 +209,7 @@ def main(description: str | None = None) -> None:
     spilled = [row for row in rows if row.code.spilled_bytes]
     print(f"{len(rows)} kernels compiled, {len(spilled)} spill; table in {table_path()}")
     sys.exit(bool(spilled))
+
+
+if __name__ == "__main__":
+    main()

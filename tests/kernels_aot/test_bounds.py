@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-
-from aot import report  # noqa: E402 (bench/ must be on the path first)
-from aot.bounds import CHIPS, bound_of, pipe_cycles, resident_programs  # noqa: E402 (likewise)
-from aot.cases import Case  # noqa: E402 (likewise)
-from aot.machine_code import MachineCode  # noqa: E402 (likewise)
-
-from maskattn.kernels.tables.config import Config  # noqa: E402 (likewise)
+from bench.aot import report  # noqa: E402 (an interpreter skips before)
+from bench.aot.bounds import CHIPS, bound_of, pipe_cycles, resident_programs  # noqa: E402 (an interpreter skips before)
+from bench.aot.cases import Case  # noqa: E402 (an interpreter skips before)
+from bench.aot.machine_code import MachineCode  # noqa: E402 (an interpreter skips before)
+from maskattn.kernels.tables.config import Config  # noqa: E402 (an interpreter skips before)
 
 # A loop over tiles of 128 × 128 scores at width 64 by 8 warps, as counted for the fastest public Triton kernel.
 KNOWN_LOOP = (

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +12,11 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-
-from aot import report  # noqa: E402 (bench/ must be on the path first)
-from aot.bounds import SHARED_LIMITS, TENSOR_MEMORY_COLUMNS  # noqa: E402 (bench/ must be on the path first)
-from aot.cases import KERNELS, Case, all_cases, shipped_config  # noqa: E402 (bench/ must be on the path first)
-from aot.targets import GPU_TARGETS  # noqa: E402 (bench/ must be on the path first)
-
-from maskattn.kernels.tables.attention import TABLE  # noqa: E402 (bench/ must be on the path first)
+from bench.aot import report  # noqa: E402 (an interpreter skips before)
+from bench.aot.bounds import SHARED_LIMITS, TENSOR_MEMORY_COLUMNS  # noqa: E402 (an interpreter skips before)
+from bench.aot.cases import KERNELS, Case, all_cases, shipped_config  # noqa: E402 (an interpreter skips before)
+from bench.aot.targets import GPU_TARGETS  # noqa: E402 (an interpreter skips before)
+from maskattn.kernels.tables.attention import TABLE  # noqa: E402 (an interpreter skips before)
 
 # One compilation each; bench/aot/cases.py has all.
 CASES = [
@@ -55,7 +50,7 @@ def measured(case: Case) -> dict[str, Any]:
 def committed() -> dict[tuple[str, ...], dict[str, str]]:
     path = report.table_path()
     if not path.exists():
-        pytest.skip(f"no table for triton {triton.__version__}; python bench/aot_report.py writes one")
+        pytest.skip(f"no table for triton {triton.__version__}; python -m bench.aot.report writes one")
     return report.read_table(path)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +13,17 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-
-from aot.bounds import SHARED_LIMITS  # noqa: E402 (bench/ must be on the path first)
-from aot.gluon_report import (  # noqa: E402 (bench/ must be on the path first)
+from bench.aot.bounds import SHARED_LIMITS  # noqa: E402 (an interpreter skips before)
+from bench.aot.gluon_report import (  # noqa: E402 (an interpreter skips before)
     GluonCase,
     all_gluon_cases,
     gluon_table_path,
     measure_gluon,
     read_gluon_table,
 )
-from aot.report import regressions  # noqa: E402 (bench/ must be on the path first)
-
-from maskattn.kernels.gluon.configs import choose  # noqa: E402 (bench/ must be on the path first)
-from maskattn.options import Options  # noqa: E402 (bench/ must be on the path first)
+from bench.aot.report import regressions  # noqa: E402 (an interpreter skips before)
+from maskattn.kernels.gluon.configs import choose  # noqa: E402 (an interpreter skips before)
+from maskattn.options import Options  # noqa: E402 (an interpreter skips before)
 
 CASES = [GluonCase(64), GluonCase(128), GluonCase(64, bias=True), GluonCase(128, bias=True, alibi=True), GluonCase(256)]
 # Of a multiprocessor, and the threads of two consumers and of the producer, whose group of warps is rounded up.
@@ -48,7 +43,7 @@ def measured(case: GluonCase) -> dict[str, Any]:
 def committed() -> dict[tuple[str, ...], dict[str, str]]:
     path = gluon_table_path()
     if not path.exists():
-        pytest.skip(f"no table for triton {triton.__version__}; python bench/aot_gluon_report.py writes one")
+        pytest.skip(f"no table for triton {triton.__version__}; python -m bench.aot.gluon_report writes one")
     return read_gluon_table(path)
 
 

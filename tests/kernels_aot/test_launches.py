@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import collections
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +12,8 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-
-from aot.every_call import ON_HOPPER, OPERATIONS, Shape, launches_of  # noqa: E402 (bench/ must be on the path first)
-
-from maskattn.kernels.attention import masked  # noqa: E402 (likewise)
+from bench.aot.every_call import ON_HOPPER, OPERATIONS, Shape, launches_of  # noqa: E402 (an interpreter skips before)
+from maskattn.kernels.attention import masked  # noqa: E402 (an interpreter skips before)
 
 # Where a number is 1 or a multiple of 16 the launcher compiles anew, with the number or the factor known.
 SHAPES = {

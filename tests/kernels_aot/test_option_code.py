@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +10,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-
-from aot.cases import Case, compile_case, shipped_config  # noqa: E402 (bench/ must be on the path first)
+from bench.aot.cases import Case, compile_case, shipped_config  # noqa: E402 (an interpreter skips before)
 
 
 def ptx_of(case: Case) -> str:

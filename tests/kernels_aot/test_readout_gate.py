@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,10 +11,8 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-
-from aot.bounds import SHARED_LIMITS  # noqa: E402 (bench/ must be on the path first)
-from aot.readout_cases import (  # noqa: E402 (likewise)
+from bench.aot.bounds import SHARED_LIMITS  # noqa: E402 (an interpreter skips before)
+from bench.aot.readout_cases import (  # noqa: E402 (an interpreter skips before)
     KERNELS,
     ReadoutCase,
     measure_readout,

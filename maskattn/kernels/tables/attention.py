@@ -3,7 +3,7 @@
 Nothing here is measured yet. The rows started from what is published for the fastest kernels on an H100 and were then
 chosen with triton 3.7.1 by compiling for each target: the first of a list of candidates that, with and without a key
 bias and a gather, spills no register and fits in the chip's shared and tensor memory. Two chunks and descriptors are
-used where the bounds of ``bench/aot`` then allow more. ``bench/aot_report.py`` writes what each of them costs.
+used where the bounds of ``bench/aot`` then allow more. ``python -m bench.aot.report`` writes what each of them costs.
 """
 
 from __future__ import annotations
