@@ -42,7 +42,7 @@ def option(
 
     Args:
         named: how error messages speak of it; None for the field's own name.
-        differentiable: whether it has a gradient, then a field of :class:`~maskattn.operands.Gradients` and of
+        differentiable: whether it has a gradient, then a field of :class:`~maskattn.results.Gradients` and of
             ``Tangents`` too.
         operations: the operations that have it.
         rule: of an option that is a number.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from maskattn.attention import reference
-from maskattn.operands import Gradients
+from maskattn.operands import QKV
 from maskattn.options import Options
+from maskattn.results import Gradients, OutputGradients
 
 LENGTHS = (1, 15, 63, 64, 65, 111, 1000)
 # Whose rows are packed and unpacked bit for bit.
@@ -132,6 +133,16 @@ class Inputs:
     def options(self) -> Options:
         """What an implementation is given besides q, k and v."""
         return Options(**{field: getattr(self, field) for field in Options.__dataclass_fields__})
+
+    @property
+    def qkv(self) -> QKV:
+        """q, k and v as an implementation is given them."""
+        return QKV(self.q, self.k, self.v)
+
+    @property
+    def grads(self) -> OutputGradients:
+        """The gradients of the outputs as a backward is given them."""
+        return OutputGradients(self.grad_out, self.grad_lse)
 
     def leaves(self) -> dict[str, Tensor]:
         """Detached copies of what has a gradient, by name."""

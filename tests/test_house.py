@@ -24,6 +24,7 @@ FLOORS = [
         "shapes",
         "options",
         "operands",
+        "results",
         "dropout",
         "kernels",
         "extension",

@@ -26,7 +26,9 @@ from bench.aot.machine_code import MachineCode, read
 from bench.aot.targets import GPU_TARGETS
 from maskattn.kernels.readout import call, forward, gradient, relevance
 from maskattn.kernels.tables.config import Target
+from maskattn.operands import QKV, KeySequences
 from maskattn.options import Options
+from maskattn.results import Outputs, ReadoutGradients
 
 KERNELS = ("readout_kernel", "row_gradient_kernel", "readout_gradient_kernel", "relevance_kernel")
 
@@ -145,9 +147,9 @@ def _call(case: ReadoutCase) -> None:
         grad = tensor(case.classes, *q.shape, dtype=dtype)
         relevance.token_relevance(q, k, v, q, lse, grad, origin, origin, *sides, options)
     else:
-        gradient.readout_backward(
-            q, lse, rows, q, k, v, q, lse, lse if case.options else lse[:0].flatten(), *sides, options
-        )
+        outputs = Outputs(q, lse, lse if case.options else lse[:0].flatten())
+        given = ReadoutGradients(q, lse, rows), QKV(q, k, v), outputs, KeySequences(*sides)
+        gradient.readout_backward(*given, options)
 
 
 def readout_table_path() -> Path:

@@ -14,20 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from maskattn.operands import (
-    QKV,
-    ClassGradients,
-    Gradients,
-    KeySequences,
-    Mask,
-    Origins,
-    OutputGradients,
-    Outputs,
-    ReadoutGradients,
-    ReadoutOutputs,
-    Sequences,
-)
+from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, Sequences
 from maskattn.options import Options, is_given
+from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
 __all__ = ["IMPLS", "Implementation", "choose", "implementation", "keeps_rest", "refuse_missing"]
 

@@ -15,19 +15,9 @@ from maskattn.attention.impl.torch.blocks import rest_of_lse
 from maskattn.attention.impl.torch.tangents import masked_tangent, packed_tangent, readout_tangent
 from maskattn.attention.implementation import implementation
 from maskattn.attention.ops import Operation, register, register_without_derivative
-from maskattn.operands import (
-    QKV,
-    ClassGradients,
-    KeySequences,
-    Mask,
-    Origins,
-    OutputGradients,
-    Outputs,
-    ReadoutGradients,
-    ReadoutOutputs,
-    Sequences,
-)
+from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, Sequences
 from maskattn.options import Options
+from maskattn.results import OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
 __all__ = ["PACKED", "masked_attention", "packed_attention", "readout", "token_relevance"]
 

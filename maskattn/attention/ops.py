@@ -21,8 +21,9 @@ from torch import Tensor
 
 from maskattn.attention.implementation import Implementation, implementation, keeps_rest, refuse_missing
 from maskattn.attention.schema import Arguments, flat
-from maskattn.operands import QKV, Gradients, OutputGradients, Outputs, Tangents
+from maskattn.operands import QKV
 from maskattn.options import Options, differentiable, is_given
+from maskattn.results import Gradients, OutputGradients, Outputs, Tangents
 from maskattn.transforms import refuse, transformable
 
 __all__ = ["Operation", "flat_options", "is_autocast", "register", "register_without_derivative", "without_autocast"]

@@ -11,8 +11,9 @@ import torch
 
 from maskattn.attention.implementation import IMPLS, choose, implementation
 from maskattn.attention.schema import Arguments
-from maskattn.operands import QKV, Gradients, Sequences, Tangents
+from maskattn.operands import QKV, Sequences
 from maskattn.options import Options, differentiable, option
+from maskattn.results import Gradients, Tangents
 
 
 @dataclass(frozen=True)

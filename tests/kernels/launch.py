@@ -14,7 +14,8 @@ from maskattn.kernels.attention.backward import packed_backward
 from maskattn.kernels.attention.forward import packed_forward
 from maskattn.kernels.attention.masked import masked_backward, masked_forward
 from maskattn.kernels.tables.config import Config
-from maskattn.operands import Sequences
+from maskattn.operands import Mask, Sequences
+from maskattn.results import Outputs
 
 
 def run_packed(
@@ -23,17 +24,18 @@ def run_packed(
     """out, lse and every gradient of the packed launchers."""
     x = inputs.to(device)
     sequences = packed_sequences(lengths_q, lengths_k, device)
-    out, lse, rest = packed_forward(x.q, x.k, x.v, sequences, x.options)
-    grads = packed_backward(x.grad_out, x.grad_lse, x.q, x.k, x.v, out, lse, rest, sequences, x.options)
-    return _checked(x, named(x, out, lse, grads))
+    outputs = Outputs(*packed_forward(x.q, x.k, x.v, sequences, x.options))
+    grads = packed_backward(x.grads, x.qkv, outputs, sequences, x.options)
+    return _checked(x, named(x, outputs.out, outputs.lse, grads))
 
 
 def run_masked(inputs: Inputs, keep: Tensor, skip_queries: bool, device: str) -> Results:
     """out, lse and every gradient of the masked launchers."""
     x, keep = inputs.to(device), keep.to(device)
-    out, lse, rest = masked_forward(x.q, x.k, x.v, keep, skip_queries, x.options)
-    grads = masked_backward(x.grad_out, x.grad_lse, x.q, x.k, x.v, out, lse, rest, keep, skip_queries, x.options)
-    return _checked(x, named(x, out, lse, grads))
+    mask = Mask(keep, skip_queries)
+    outputs = masked_forward(x.qkv, mask, x.options)
+    grads = masked_backward(x.grads, x.qkv, outputs, mask, x.options)
+    return _checked(x, named(x, outputs.out, outputs.lse, grads))
 
 
 def packed_sequences(

@@ -24,6 +24,8 @@ from torch import Tensor
 from maskattn.attention import reference
 from maskattn.kernels.readout.forward import readout_forward
 from maskattn.kernels.readout.gradient import readout_backward
+from maskattn.operands import KeySequences
+from maskattn.results import Outputs, ReadoutGradients
 
 NAN = float("nan")
 
@@ -87,7 +89,8 @@ def run(readout: Readout, device: str) -> Results:
     x, sides = moved.inputs, moved.sides
     out, lse, rest, rows = readout_forward(x.q, x.k, x.v, *sides, x.options, True)
     assert (out.dtype, lse.dtype, rows.dtype) == (x.q.dtype, torch.float32, torch.float32)
-    grads = readout_backward(x.grad_out, x.grad_lse, moved.grad_rows, x.q, x.k, x.v, out, lse, rest, *sides, x.options)
+    given = ReadoutGradients(x.grad_out, x.grad_lse, moved.grad_rows)
+    grads = readout_backward(given, x.qkv, Outputs(out, lse, rest), KeySequences(*sides), x.options)
     results = named(x, out, lse, grads) | {"rows": rows}
     assert all(result.is_contiguous() for result in results.values())
     return results

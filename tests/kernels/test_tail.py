@@ -14,6 +14,8 @@ from maskattn.kernels.attention.forward import packed_forward
 from maskattn.kernels.readout.forward import readout_forward
 from maskattn.kernels.readout.gradient import readout_backward
 from maskattn.kernels.readout.relevance import token_relevance
+from maskattn.operands import QKV, KeySequences
+from maskattn.results import Outputs, ReadoutGradients
 
 
 @pytest.mark.parametrize("held", [[5, 7], [12], [0, 0], [12, 0, 3]], ids=str)
@@ -22,9 +24,7 @@ def test_rows_beyond_the_last_sequence_are_zero_and_change_nothing(held, bias, d
     buffer = with_alibi(packed_inputs([40], bias=bias, head_width=16)).to(device)
     sequences, n = packed_sequences(held, held, device), sum(held)
     out, lse, rest = packed_forward(buffer.q, buffer.k, buffer.v, sequences, buffer.options)
-    grads = packed_backward(
-        buffer.grad_out, buffer.grad_lse, buffer.q, buffer.k, buffer.v, out, lse, rest, sequences, buffer.options
-    )
+    grads = packed_backward(buffer.grads, buffer.qkv, Outputs(out, lse, rest), sequences, buffer.options)
     assert (out[n:] == 0).all()
     assert (lse[:, n:] == float("-inf")).all()
     for name in ("q", "k", "v", "key_bias"):
@@ -47,9 +47,8 @@ def test_keys_of_a_readout_beyond_the_last_sequence_are_zero(held, bias, queries
     x, (starts, longest) = case.inputs, case.sides
     sides, q = (starts[:-1].contiguous(), longest), x.q[:-1]
     out, lse, rest, rows = readout_forward(q, x.k, x.v, *sides, x.options, True)
-    grads = readout_backward(
-        x.grad_out[:-1], x.grad_lse[:-1], case.grad_rows, q, x.k, x.v, out, lse, rest, *sides, x.options
-    )
+    given = ReadoutGradients(x.grad_out[:-1], x.grad_lse[:-1], case.grad_rows)
+    grads = readout_backward(given, QKV(q, x.k, x.v), Outputs(out, lse, rest), KeySequences(*sides), x.options)
     relevance = token_relevance(q, x.k, x.v, out, lse, x.grad_out[:-1][None], None, None, *sides, x.options)
     tails = [rows[..., n:], relevance[:, n:], grads.k[n:], grads.v[n:]]
     if bias is not None:

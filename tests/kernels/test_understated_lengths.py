@@ -13,6 +13,7 @@ from maskattn.kernels.attention.forward import packed_forward
 from maskattn.kernels.readout.forward import readout_forward
 from maskattn.kernels.readout.relevance import token_relevance
 from maskattn.operands import Sequences
+from maskattn.results import Outputs
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_rows_of_longer_sequences_are_nan_and_nothing_else_is_written(announced,
     starts = cu_seqlens(lengths).to(device)
     sequences = Sequences(starts, starts, *announced)
     out, lse, rest = packed_forward(x.q, x.k, x.v, sequences, x.options)
-    grads = packed_backward(x.grad_out, x.grad_lse, x.q, x.k, x.v, out, lse, rest, sequences, x.options)
+    grads = packed_backward(x.grads, x.qkv, Outputs(out, lse, rest), sequences, x.options)
     red_zones.check()
     longer_q, longer_k = (
         torch.repeat_interleave(torch.tensor([n > most for n in lengths]), torch.tensor(lengths)).to(device)

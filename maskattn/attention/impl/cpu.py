@@ -15,33 +15,9 @@ import torch
 from torch import Tensor
 
 from maskattn.extension import extension
-from maskattn.operands import (
-    QKV,
-    ClassGradients,
-    Gradients,
-    KeySequences,
-    Mask,
-    Origins,
-    OutputGradients,
-    Outputs,
-    ReadoutGradients,
-    ReadoutOutputs,
-    Sequences,
-)
+from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, Sequences
 from maskattn.options import DIFFERENTIABLE, Options
-
-__all__ = [
-    "OPTIONS",
-    "WITH_REST",
-    "masked_backward",
-    "masked_forward",
-    "packed_backward",
-    "packed_forward",
-    "readout_backward",
-    "readout_forward",
-    "supports",
-    "token_relevance",
-]
+from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
 OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k"})
 WITH_REST = frozenset({"key_bias", "slopes"})

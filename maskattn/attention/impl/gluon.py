@@ -6,48 +6,21 @@ what its forward leaves. Every other operation is refused.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from maskattn.kernels.attention import backward
 from maskattn.kernels.gluon import support
 from maskattn.kernels.launch import arguments
-from maskattn.operands import (
-    QKV,
-    ClassGradients,
-    Gradients,
-    KeySequences,
-    Mask,
-    Origins,
-    OutputGradients,
-    Outputs,
-    ReadoutGradients,
-    ReadoutOutputs,
-    Sequences,
-)
+from maskattn.operands import QKV, Sequences
 from maskattn.options import Options
-
-__all__ = [
-    "OPTIONS",
-    "WITH_REST",
-    "masked_backward",
-    "masked_forward",
-    "packed_backward",
-    "packed_forward",
-    "readout_backward",
-    "readout_forward",
-    "supports",
-    "token_relevance",
-]
+from maskattn.results import Outputs
 
 OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k"})
 WITH_REST = arguments.WITH_REST
 
-
-def supports(q: Tensor, options: Options) -> str | None:
-    """Why the kernel cannot run a call, as the end of a sentence that names it; None if it can."""
-    return support.supports(q, options)
+supports = support.supports
+packed_backward = backward.packed_backward
 
 
 def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool) -> Outputs:
@@ -58,43 +31,15 @@ def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool)
     return Outputs(*forward.packed_forward(qkv.q, qkv.k, qkv.v, where, options))
 
 
-def packed_backward(
-    grads: OutputGradients, qkv: QKV, outputs: Outputs, where: Sequences, options: Options
-) -> Gradients:
-    """Gradients of :func:`packed_forward`, by the two passes of the Triton kernels."""
-    return backward.packed_backward(
-        grads.grad_out, grads.grad_lse, qkv.q, qkv.k, qkv.v, outputs.out, outputs.lse, outputs.lse_rest, where, options
-    )
+def _refused(operation: str) -> Callable[..., NoReturn]:
+    def refuse(*given: Any) -> NoReturn:
+        raise ValueError(
+            f"impl='gluon' computes packed_attention alone, got {operation}; pass impl=None or impl='triton'"
+        )
+
+    return refuse
 
 
-def masked_forward(qkv: QKV, where: Mask, options: Options, need_lse: bool) -> Outputs:
-    """Refused, as :func:`supports` says before."""
-    _refuse("masked_attention")
-
-
-def masked_backward(grads: OutputGradients, qkv: QKV, outputs: Outputs, where: Mask, options: Options) -> Gradients:
-    """Refused."""
-    _refuse("masked_attention")
-
-
-def readout_forward(qkv: QKV, where: KeySequences, options: Options, need_lse: bool, need_rows: bool) -> ReadoutOutputs:
-    """Refused."""
-    _refuse("readout")
-
-
-def readout_backward(
-    grads: ReadoutGradients, qkv: QKV, outputs: Outputs, where: KeySequences, options: Options
-) -> Gradients:
-    """Refused."""
-    _refuse("readout")
-
-
-def token_relevance(
-    qkv: QKV, classes: ClassGradients, origins: Origins, where: KeySequences, options: Options
-) -> Tensor:
-    """Refused."""
-    _refuse("token_relevance")
-
-
-def _refuse(operation: str) -> NoReturn:
-    raise ValueError(f"impl='gluon' computes packed_attention alone, got {operation}; pass impl=None or impl='triton'")
+masked_forward = masked_backward = _refused("masked_attention")
+readout_forward = readout_backward = _refused("readout")
+token_relevance = _refused("token_relevance")

@@ -14,33 +14,9 @@ import torch
 from torch import Tensor
 
 from maskattn.attention import reference
-from maskattn.operands import (
-    QKV,
-    ClassGradients,
-    Gradients,
-    KeySequences,
-    Mask,
-    Origins,
-    OutputGradients,
-    Outputs,
-    ReadoutGradients,
-    ReadoutOutputs,
-    Sequences,
-)
+from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, Sequences
 from maskattn.options import Options, differentiable
-
-__all__ = [
-    "OPTIONS",
-    "WITH_REST",
-    "masked_backward",
-    "masked_forward",
-    "packed_backward",
-    "packed_forward",
-    "readout_backward",
-    "readout_forward",
-    "supports",
-    "token_relevance",
-]
+from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
 OPTIONS = reference.OPTIONS
 WITH_REST: frozenset[str] = frozenset()

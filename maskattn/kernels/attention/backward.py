@@ -40,36 +40,25 @@ from maskattn.kernels.launch.rows import Rows, packed_rows_of, readable
 from maskattn.kernels.launch.schedule import plan_work
 from maskattn.kernels.launch.tail import clear_tail
 from maskattn.kernels.tables.lookup import choose
-from maskattn.operands import Gradients, Sequences
+from maskattn.operands import QKV, Sequences
 from maskattn.options import Options
+from maskattn.results import Gradients, OutputGradients, Outputs
 
 __all__ = ["completed", "differentiate", "packed_backward"]
 
 
 def packed_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor,
-    sequences: Sequences,
-    options: Options,
+    grads_out: OutputGradients, qkv: QKV, outputs: Outputs, sequences: Sequences, options: Options
 ) -> Gradients:
-    """Gradients of :func:`maskattn.kernels.attention.forward.packed_forward`.
+    """Contiguous gradients of :func:`maskattn.kernels.attention.forward.packed_forward`.
 
     Args:
-        grad_out: (Tq, H, D), any strides.
-        grad_lse: (H, Tq) or None for zeros.
-        q, k, v, sequences, options: what forward was given.
-        out, lse, lse_rest: what forward returned.
-
-    Returns:
-        Contiguous gradients.
+        grads_out: of out (Tq, H, D), with any strides, and of lse (H, Tq).
+        qkv, sequences, options: what forward was given.
+        outputs: what forward returned.
     """
-    grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
+    k = qkv.k
+    grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in vars(qkv).values()))
     dbias_HT = None
     if options.key_bias is not None:
         # Contiguous as (Tk, H) where that is the bias's own shape.
@@ -77,9 +66,8 @@ def packed_backward(
         shape = k.shape[:2] if per_head else (k.shape[1], k.shape[0])
         dbias = torch.empty(shape, dtype=torch.float32, device=k.device)
         dbias_HT = dbias.T if per_head else dbias
-    dslopes = differentiate(
-        grad_out, grad_lse, q, k, v, out, lse, lse_rest, *packed_rows_of(sequences, q, k), options, grads, dbias_HT
-    )
+    rows = packed_rows_of(sequences, qkv.q, k)
+    dslopes = differentiate(grads_out, qkv, outputs, *rows, options, grads, dbias_HT)
     of_keys = [(x, 0.0) for x in (grads.k, grads.v, dbias_HT if dbias_HT is None else dbias_HT.T) if x is not None]
     clear_tail(sequences.cu_seqlens_q, sequences.max_seqlen_q, (grads.q, 0.0))
     clear_tail(sequences.cu_seqlens_k, sequences.max_seqlen_k, *of_keys)
@@ -98,14 +86,9 @@ def completed(grads: Gradients, options: Options, dbias: Tensor | None, dslopes:
 
 
 def differentiate(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor,
+    grads_out: OutputGradients,
+    qkv: QKV,
+    outputs: Outputs,
     q_rows: Rows,
     k_rows: Rows,
     options: Options,
@@ -113,10 +96,10 @@ def differentiate(
     dbias: Tensor | None,
 ) -> Tensor | None:
     """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N); returns dslopes."""
-    q, k, v, out, grad_out = (readable(x) for x in (q, k, v, out, grad_out))
-    lse = lse.contiguous()
+    q, k, v, out, grad_out = (readable(x) for x in (*vars(qkv).values(), outputs.out, grads_out.grad_out))
+    lse, grad_lse = outputs.lse.contiguous(), grads_out.grad_lse
     delta, scaled_lse = torch.empty_like(lse), torch.empty_like(lse)
-    rest = rest_argument(lse_rest.contiguous())
+    rest = rest_argument(outputs.lse_rest.contiguous())
     head_width, heads = q.shape[-1], q.shape[1]
     inputs = tuple(tokens_argument(x) for x in (q, k, v))
     common = (

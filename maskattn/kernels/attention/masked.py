@@ -29,8 +29,9 @@ from maskattn.kernels.launch.compaction import (
     values_to_front,
 )
 from maskattn.kernels.launch.rows import Rows, kept_rows, whole_rows
-from maskattn.operands import Gradients
+from maskattn.operands import QKV, Mask
 from maskattn.options import Options
+from maskattn.results import Gradients, OutputGradients, Outputs
 
 __all__ = ["masked_backward", "masked_forward"]
 
@@ -39,29 +40,22 @@ __all__ = ["masked_backward", "masked_forward"]
 MOVED_FROM = 16_384
 
 
-def masked_forward(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, skip_queries: bool, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
+def masked_forward(qkv: QKV, mask: Mask, options: Options) -> Outputs:
     """Attention over the kept tokens.
 
     Args:
-        q: (B, H, Nq, D), any strides.
-        k, v: (B, H, N, D).
-        keep: (B, N) bool, True = the token takes part.
-        skip_queries: background queries give out 0 and lse −inf (then Nq = N); otherwise every query attends.
+        qkv: q (B, H, Nq, D) and k, v (B, H, N, D), any strides.
+        mask: which tokens take part.
         options: of dense tensors.
-
-    Returns:
-        out (B, H, Nq, D) in q's dtype, lse (B, H, Nq) float32 and its rest.
     """
-    kept = kept_rows(keep)
-    every = None if skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
+    q, k, v = vars(qkv).values()
+    kept, every, skip_queries = *_rows_of(q, mask), mask.skip_queries
     if kept.longest < MOVED_FROM:
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
         rest = empty_rest(lse, options).zero_()
         attend(q, k, v, options, out, lse, rest, every or kept, kept)
-        return out, lse, rest
+        return Outputs(out, lse, rest)
     front = front_rows(kept)
     own = options_to_front(options, kept if skip_queries else None, kept)
     q = to_front(q, kept) if skip_queries else q
@@ -71,80 +65,55 @@ def masked_forward(
     attend(q, to_front(k, kept), to_front(v, kept), own, out, lse, rest, every or front, front)
     if skip_queries:
         rest = values_from_front(rest, kept, 0.0) if rest.ndim > 1 else rest
-        return from_front(out, kept), values_from_front(lse, kept, -math.inf), rest
-    return out, lse, rest
+        return Outputs(from_front(out, kept), values_from_front(lse, kept, -math.inf), rest)
+    return Outputs(out, lse, rest)
 
 
-def masked_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor,
-    keep: Tensor,
-    skip_queries: bool,
-    options: Options,
-) -> Gradients:
-    """Gradients of :func:`masked_forward`; those of background tokens are 0.
+def masked_backward(grads_out: OutputGradients, qkv: QKV, outputs: Outputs, mask: Mask, options: Options) -> Gradients:
+    """Contiguous gradients of :func:`masked_forward`; those of background tokens are 0.
 
     Args:
-        grad_out: (B, H, Nq, D), any strides.
-        grad_lse: (B, H, Nq) or None for zeros.
-        q, k, v, keep, skip_queries, options: what forward was given.
-        out, lse, lse_rest: what forward returned.
-
-    Returns:
-        Contiguous gradients.
+        grads_out: of out (B, H, Nq, D), with any strides, and of lse (B, H, Nq).
+        qkv, mask, options: what forward was given.
+        outputs: what forward returned.
     """
-    kept = kept_rows(keep)
-    every = None if skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
+    kept, every = _rows_of(qkv.q, mask)
     if kept.longest < MOVED_FROM:
-        grads = Gradients(*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
-        dbias_BHN = _new_bias_gradient(k, options)
-        sides = every or kept, kept
-        dslopes = differentiate(grad_out, grad_lse, q, k, v, out, lse, lse_rest, *sides, options, grads, dbias_BHN)
+        grads = Gradients(*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in vars(qkv).values()))
+        dbias_BHN = _new_bias_gradient(qkv.k, options)
+        dslopes = differentiate(grads_out, qkv, outputs, every or kept, kept, options, grads, dbias_BHN)
     else:
-        grads, dbias_BHN, dslopes = _moved_backward(
-            grad_out, grad_lse, q, k, v, out, lse, lse_rest, kept, every, options
-        )
+        grads, dbias_BHN, dslopes = _moved_backward(grads_out, qkv, outputs, kept, every, options)
     if dbias_BHN is not None and options.key_bias is not None and options.key_bias.ndim == 2:
         dbias_BHN = dbias_BHN.sum(1)
     return completed(grads, options, dbias_BHN, dslopes)
 
 
 def _moved_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor,
-    kept: Rows,
-    every: Rows | None,
-    options: Options,
+    grads_out: OutputGradients, qkv: QKV, outputs: Outputs, kept: Rows, every: Rows | None, options: Options
 ) -> tuple[Gradients, Tensor | None, Tensor | None]:
     """Gradients of q, k and v, of the bias by head (B, H, N), and of the slopes."""
     front = front_rows(kept)
     own = options_to_front(options, kept if every is None else None, kept)
+    q, lse, rest, grad_lse = qkv.q, outputs.lse, outputs.lse_rest, grads_out.grad_lse
     if every is None:
-        q, out, grad_out = (to_front(x, kept) for x in (q, out, grad_out))
-        lse = values_to_front(lse, kept, 2)
-        lse_rest = values_to_front(lse_rest, kept, 2) if lse_rest.ndim > 1 else lse_rest
-        grad_lse = None if grad_lse is None else values_to_front(grad_lse, kept, 2)
-    k, v = to_front(k, kept), to_front(v, kept)
-    grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
-    dbias_BHN = _new_bias_gradient(k, options)
-    sides = every or front, front
-    dslopes = differentiate(grad_out, grad_lse, q, k, v, out, lse, lse_rest, *sides, own, grads, dbias_BHN)
+        q, out, grad_out = (to_front(x, kept) for x in (q, outputs.out, grads_out.grad_out))
+        rest = values_to_front(rest, kept, 2) if rest.ndim > 1 else rest
+        outputs = Outputs(out, values_to_front(lse, kept, 2), rest)
+        grads_out = OutputGradients(grad_out, None if grad_lse is None else values_to_front(grad_lse, kept, 2))
+    qkv = QKV(q, to_front(qkv.k, kept), to_front(qkv.v, kept))
+    grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in vars(qkv).values()))
+    dbias_BHN = _new_bias_gradient(qkv.k, options)
+    dslopes = differentiate(grads_out, qkv, outputs, every or front, front, own, grads, dbias_BHN)
     if dbias_BHN is not None:
         dbias_BHN = values_from_front(dbias_BHN, kept, 0.0)
     dq = from_front(grads.q, kept) if every is None else grads.q
     return replace(grads, q=dq, k=from_front(grads.k, kept), v=from_front(grads.v, kept)), dbias_BHN, dslopes
+
+
+def _rows_of(q: Tensor, mask: Mask) -> tuple[Rows, Rows | None]:
+    """The kept rows and, where every query attends, those of all queries."""
+    return kept_rows(mask.keep), None if mask.skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
 
 
 def _new_bias_gradient(k: Tensor, options: Options) -> Tensor | None:

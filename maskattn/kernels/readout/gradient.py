@@ -8,9 +8,8 @@ With dO, dlse and dw the gradients of out, lse and the attention rows, m the dro
     dslope = −Σ_rj dS_rj ‖x_r − x_j‖
 
 A key sees all R rows in one program, so that dk, dv and dbias are written once; dq and dslope are sums over a
-sequence's splits, which leave their parts to be added in a fixed order. K and V are read once and dk and dv written
-once. Where the rows have a gradient, Σ_j p_rj dw_rj must be known first and costs a pass over K: correcting dk for it
-afterwards would read and write dk again.
+sequence's splits, which leave their parts to be added in a fixed order. K and V are read once. Where the rows have a
+gradient, Σ_j p_rj dw_rj must be known first and costs a pass over K; correcting dk for it afterwards would cost more.
 
 Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width, S splits; N keys of a tile.
 """
@@ -46,8 +45,9 @@ from maskattn.kernels.readout.tiles import (
     weighted_sum,
     weights_of,
 )
-from maskattn.operands import Gradients
+from maskattn.operands import QKV, KeySequences
 from maskattn.options import Options
+from maskattn.results import Gradients, Outputs, ReadoutGradients
 
 __all__ = ["readout_backward", "readout_gradient_kernel", "row_gradient_kernel"]
 
@@ -200,31 +200,17 @@ def readout_gradient_kernel(
 
 
 def readout_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    grad_rows: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    options: Options,
+    grads: ReadoutGradients, qkv: QKV, outputs: Outputs, sequences: KeySequences, options: Options
 ) -> Gradients:
-    """Gradients of :func:`maskattn.kernels.readout.forward.readout_forward`.
+    """Contiguous gradients of :func:`maskattn.kernels.readout.forward.readout_forward`.
 
     Args:
-        grad_out: (B, R, H, D), any strides.
-        grad_lse: (B, R, H) or None for zeros.
-        grad_rows: (R, H, T) or None for zeros.
-        q, k, v, cu_seqlens, max_seqlen, options: what forward was given.
-        out, lse, lse_rest: what forward returned.
-
-    Returns:
-        Gradients like their inputs, contiguous.
+        grads: of out (B, R, H, D), with any strides, of lse (B, R, H) and of the rows (R, H, T).
+        qkv, sequences, options: what forward was given.
+        outputs: what forward returned; the rows are not needed.
     """
+    q, k, v = vars(qkv).values()
+    cu_seqlens, max_seqlen = sequences.cu_seqlens, sequences.max_seqlen
     B, R, H, D = q.shape
     bias, slopes = options.key_bias, options.slopes
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
@@ -245,13 +231,13 @@ def readout_backward(
     dtype = q.dtype if call.splits == 1 else torch.float32
     dq_parts = torch.empty((call.splits, B, R, H, D), dtype=dtype, device=q.device)
     dslopes_parts = None if slopes is None else torch.empty((call.splits, B, H), device=q.device)
-    lse = lse.contiguous()
-    rest = lse_rest.contiguous() if lse_rest.ndim > 1 else None
-    shift = _shift_of_delta(call, grad_lse, grad_rows, lse, rest)
+    lse = outputs.lse.contiguous()
+    rest = outputs.lse_rest.contiguous() if outputs.lse_rest.ndim > 1 else None
+    shift = _shift_of_delta(call, grads, lse, rest)
     with torch.cuda.device_of(q):
         readout_gradient_kernel[call.grid](
-            *call.arguments, readout_argument(out), readout_argument(grad_out), lse, rest, shift,
-            _rows_argument(grad_rows), dq_parts, _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias),
+            *call.arguments, readout_argument(outputs.out), readout_argument(grads.grad_out), lse, rest, shift,
+            _rows_argument(grads.grad_rows), dq_parts, _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias),
             dslopes_parts, call.splits, **call.widths, **call.launch_options,
         )  # fmt: skip
     of_bias = None if dbias is None or bias is None else (dbias.T if bias.ndim == 1 else dbias, 0.0)
@@ -265,12 +251,10 @@ def readout_backward(
     )
 
 
-def _shift_of_delta(
-    call: ReadoutCall, grad_lse: Tensor | None, grad_rows: Tensor | None, lse: Tensor, rest: Tensor | None
-) -> Tensor | None:
+def _shift_of_delta(call: ReadoutCall, grads: ReadoutGradients, lse: Tensor, rest: Tensor | None) -> Tensor | None:
     """Σ_j p_rj dw_rj − dlse_r, (B, R, H) float32 contiguous, or None for 0."""
-    shift = None if grad_lse is None else grad_lse.to(torch.float32).neg().contiguous()
-    if grad_rows is None:
+    shift = None if grads.grad_lse is None else grads.grad_lse.to(torch.float32).neg().contiguous()
+    if grads.grad_rows is None:
         return shift
     sums = torch.empty((call.splits, *lse.shape), dtype=torch.float32, device=lse.device)
     with torch.cuda.device_of(lse):
@@ -278,7 +262,7 @@ def _shift_of_delta(
             *call.arguments,
             lse,
             rest,
-            _rows_argument(grad_rows),
+            _rows_argument(grads.grad_rows),
             sums,
             call.splits,
             **call.widths,

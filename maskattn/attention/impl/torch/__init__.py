@@ -18,18 +18,9 @@ from maskattn.attention.impl.torch.dense import DensePacking, gather
 from maskattn.attention.impl.torch.relevance import token_relevance
 from maskattn.attention.impl.torch.scores import OPTIONS, as_packed, wide_dtype
 from maskattn.attention.impl.torch.sdpa import packed_forward
-from maskattn.operands import (
-    QKV,
-    Gradients,
-    KeySequences,
-    Mask,
-    OutputGradients,
-    Outputs,
-    ReadoutGradients,
-    ReadoutOutputs,
-    Sequences,
-)
+from maskattn.operands import QKV, KeySequences, Mask, Sequences
 from maskattn.options import Options
+from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
 __all__ = [
     "OPTIONS",

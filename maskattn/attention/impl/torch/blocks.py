@@ -27,8 +27,9 @@ from maskattn.attention.impl.torch.scores import (
     scores,
     wide_dtype,
 )
-from maskattn.operands import QKV, Gradients, KeySequences, Sequences
+from maskattn.operands import QKV, KeySequences, Sequences
 from maskattn.options import Options
+from maskattn.results import Gradients
 
 __all__ = ["attend_in_blocks", "blocks_of_queries", "differentiate_in_blocks", "rest_of_lse"]
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from maskattn.operands import QKV, Gradients, Mask, Sequences
+from maskattn.operands import QKV, Mask, Sequences
 from maskattn.options import Options
 from maskattn.packing import Packing
+from maskattn.results import Gradients
 
 __all__ = ["DensePacking", "gather"]
 

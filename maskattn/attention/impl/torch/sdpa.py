@@ -19,8 +19,9 @@ from torch import Tensor
 
 from maskattn.attention.impl.torch.blocks import attend_in_blocks, differentiate_in_blocks
 from maskattn.attention.impl.torch.scores import wide_dtype
-from maskattn.operands import QKV, Gradients, OutputGradients, Outputs, Sequences
+from maskattn.operands import QKV, Sequences
 from maskattn.options import Options, is_given
+from maskattn.results import Gradients, OutputGradients, Outputs
 
 __all__ = ["packed_backward", "packed_forward"]
 

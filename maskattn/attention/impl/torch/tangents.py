@@ -22,8 +22,9 @@ from torch import Tensor
 from maskattn.attention.impl.torch.blocks import blocks_of_queries
 from maskattn.attention.impl.torch.dense import DensePacking, gather
 from maskattn.attention.impl.torch.scores import as_packed, wide_dtype
-from maskattn.operands import QKV, KeySequences, Mask, Sequences, Tangents
+from maskattn.operands import QKV, KeySequences, Mask, Sequences
 from maskattn.options import Options
+from maskattn.results import Tangents
 
 __all__ = ["masked_tangent", "packed_tangent", "readout_tangent"]
 
