@@ -74,7 +74,11 @@ def test_file_is_whole_and_read_by_the_library_alone(tmp_path: Path) -> None:
 
 
 def test_error_of_the_writer_is_its_own_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="mine"), writing_h5(tmp_path / "table.h5") as file:
-        file.create_dataset("features", data=np.ones(9))
-        raise KeyError("mine")
+    def write_half() -> None:
+        with writing_h5(tmp_path / "table.h5") as file:
+            file.create_dataset("features", data=np.ones(9))
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        write_half()
     assert not list(tmp_path.iterdir())
