@@ -104,7 +104,7 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
     logits_K = relevance.logits_K.float().cpu()
     if not bool(logits_K.isfinite().all()):
         raise SlideError(f"a model's scores must be finite, got {logits_K.tolist()}; check the model's weights")
-    scores = dict(zip(model.config.classes, logits_K.softmax(dim=0).tolist(), strict=True))
+    scores = dict(zip(model.config.classes, model.scores(logits_K).tolist(), strict=True))
     checks: dict[str, MapCheck] = {}
     if run.settings.check:
         with stages("check"):

@@ -67,7 +67,7 @@ class SlidePrediction:
     Attributes:
         slide_id: the slide's id.
         prediction: the class with the highest score.
-        scores: class → softmax score; they sum to 1.
+        scores: class → softmax score; they sum to 1. Of regression and survival the value, or the log risk.
         logits: class → raw score.
         model: which model.
         slide: the slide as it was read.

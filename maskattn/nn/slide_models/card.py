@@ -56,6 +56,10 @@ class ModelCard:
         demonstration: the classes mean nothing outside the package's own synthetic slides.
         note: a sentence for the outputs.
         slide_model: the configuration of a :class:`maskattn.nn.SlideModel`, where it is one.
+        task: what was trained: of "regression" and "survival" the logit itself is the value or the log risk, of all
+            else the softmax of the logits are the scores; empty where it is not known.
+        target: what is predicted, as the labels call it.
+        temperature: by which the logits are divided before the softmax; fitted on validation cases.
     """
 
     name: str
@@ -76,6 +80,14 @@ class ModelCard:
     demonstration: bool = False
     note: str = ""
     slide_model: dict[str, Any] | None = None
+    task: str = ""
+    target: str = ""
+    temperature: float = 1.0
+
+    @property
+    def gives_values(self) -> bool:
+        """Whether its outputs are values, not scores of classes."""
+        return self.task in ("regression", "survival")
 
     def to_json(self) -> str:
         """The card as indented JSON."""
@@ -113,7 +125,11 @@ class ModelCard:
         """What the card says, as (what, value) for people; what is not known is left out."""
         yield "name", self.name
         yield "kind", self.kind + (f" ({self.layout})" if self.layout else "")
-        yield "classes", ", ".join(self.classes)
+        if self.task:
+            yield "task", f"{self.task} of {self.target}" if self.target else self.task
+        yield ("value" if self.gives_values else "classes"), ", ".join(self.classes)
+        if self.temperature != 1:
+            yield "temperature", f"{self.temperature:.4g}"
         if self.encoder is not None:
             known = f", SHA-256 of its weights begins {self.encoder.sha256[:16]}" if self.encoder.sha256 else ""
             yield "encoder", f"{self.encoder.name}, {self.encoder.width} channels{known}"

@@ -5,7 +5,6 @@ What else ``--model`` may name is loaded here too: this package's earlier pair o
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,26 +19,11 @@ from maskattn.nn.fitting import joined, misfits
 from maskattn.nn.slide_model import SlideModel, SlideModelConfig
 from maskattn.nn.slide_models.card import CONFIG, README, WEIGHTS, ModelCard, mismatches, read_card
 from maskattn.nn.slide_models.head import SlideHead
+from maskattn.nn.slide_models.kinds import HEADS, head_of_kind
 from maskattn.nn.slide_models.reading import read_checkpoint, tensors_of
 from maskattn.nn.slide_models.two_stage import TwoStageModel, card_of, two_stages, with_encoder
 
-__all__ = ["HEADS", "card_of_checkpoint", "load_model_folder", "load_two_stages", "save_model"]
-
-HEADS = {
-    "pooled": "pooling.PooledHead",
-    "gated_attention": "gated_attention.GatedAttentionHead",
-    "transmil": "transmil.TransMILHead",
-    "vit": "vit.ViTHead",
-    "stamp_alibi": "stamp.DistanceViTHead",
-    "titan": "titan.TitanHead",
-    "gigapath": "gigapath.GigaPathHead",
-    "hipt": "hipt.HIPTHead",
-    "zero_shot": "zero_shot.ZeroShotHead",
-}
-"""Kind → the head of that kind."""
-
-_WITH_IMPL = ("vit", "titan", "gigapath", "hipt")
-
+__all__ = ["card_of_checkpoint", "load_model_folder", "load_two_stages", "save_model"]
 
 def save_model(
     folder: str | Path,
@@ -107,11 +91,8 @@ def load_model_folder(folder: str | Path, impl: str | None = None) -> tuple[Slid
     if card.kind == "slide_model":
         model = SlideModel(SlideModelConfig.from_dict(card.slide_model or {}), impl)
     elif card.kind in HEADS:
-        module, _, name = HEADS[card.kind].partition(".")
-        kind = getattr(importlib.import_module(f"maskattn.nn.slide_models.{module}"), name)
-        more = {"impl": impl} if card.kind in _WITH_IMPL else {}
         try:
-            model = kind(**card.head, **more)
+            model = head_of_kind(card.kind, card.head, impl)
         except TypeError as error:
             raise ValueError(f"{folder / CONFIG} must have the arguments of a {card.kind} head: {error}") from error
     else:

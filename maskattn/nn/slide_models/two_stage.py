@@ -94,6 +94,10 @@ class TwoStageModel(nn.Module):
         assert self.encoder is not None, "a run without an encoder has features"
         return self.encoder.encode_tiles(tiles_BIXY, keep_BHW)
 
+    def scores(self, logits_K: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
+        """What outputs say of logits: probabilities of the classes; of regression and survival the values themselves."""
+        return logits_K if self.card.gives_values else (logits_K / self.card.temperature).softmax(dim=0)
+
     def identity(self) -> str:
         """SHA-256 over configuration and weights: two models of one identity predict alike."""
         if self.whole[0] is not None:

@@ -1,0 +1,44 @@
+"""The kinds of slide heads, and how one is built from what a model folder says of it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from maskattn.nn.slide_models.head import SlideHead
+
+__all__ = ["HEADS", "head_of_kind"]
+
+HEADS = {
+    "pooled": "pooling.PooledHead",
+    "gated_attention": "gated_attention.GatedAttentionHead",
+    "transmil": "transmil.TransMILHead",
+    "vit": "vit.ViTHead",
+    "stamp_alibi": "stamp.DistanceViTHead",
+    "titan": "titan.TitanHead",
+    "gigapath": "gigapath.GigaPathHead",
+    "hipt": "hipt.HIPTHead",
+    "zero_shot": "zero_shot.ZeroShotHead",
+    "ordinal": "ordinal.OrdinalHead",
+}
+"""Kind → the head of that kind."""
+
+_WITH_IMPL = ("vit", "titan", "gigapath", "hipt", "ordinal")
+
+
+def head_of_kind(kind: str, arguments: Mapping[str, Any], impl: str | None = None) -> SlideHead:
+    """Build a head.
+
+    Args:
+        kind: a key of :data:`HEADS`.
+        arguments: what :meth:`SlideHead.arguments` gave.
+        impl: implementation of the attention, of those that have one; None takes the best.
+
+    Raises:
+        TypeError: the arguments are not this head's.
+    """
+    module, _, name = HEADS[kind].partition(".")
+    built = getattr(importlib.import_module(f"maskattn.nn.slide_models.{module}"), name)
+    head: SlideHead = built(**arguments, **({"impl": impl} if kind in _WITH_IMPL else {}))
+    return head

@@ -1,0 +1,135 @@
+"""``run.yaml``: settings from a file and from flags, validated by pydantic, and written back as they took effect."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from maskattn.files import replacing
+from maskattn.slide.asked import asked_of
+
+__all__ = ["RUN_CONFIG", "as_yaml", "plain_values", "read_config", "settings_from", "write_config"]
+
+RUN_CONFIG = "run.yaml"
+_MOST_SHOWN = 200
+SettingsT = TypeVar("SettingsT")
+
+
+def read_config(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """The settings that a file has, by field.
+
+    Args:
+        path: a YAML file, of ``field: value``.
+        kind: the dataclass of the settings.
+
+    Raises:
+        ValueError: it cannot be read, is no mapping, or has a key that is no field; the nearest one is named.
+    """
+    import yaml
+
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--config must be a readable YAML file, got {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config must be YAML, field: value, got {path}: {' '.join(str(error).split())}") from error
+    if held is None:
+        return {}
+    if not isinstance(held, dict):
+        raise ValueError(f"--config must be YAML, field: value, got a {type(held).__name__} in {path}")
+    known = [one.name for one in fields(kind)]
+    values = {str(key).replace("-", "_"): value for key, value in held.items()}
+    unknown = [_suggested(key, known) for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"--config may have the keys {', '.join(known)}; got {'; '.join(unknown)} in {path}")
+    hints = get_type_hints(kind)
+    return {name: _as_meant(value, str(hints[name]), path.parent) for name, value in values.items()}
+
+
+def settings_from(kind: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
+    """Settings of these values, each of its field's type and within its bounds; what is not given is the default.
+
+    Raises:
+        ValueError: a value does not fit; every one is named, with what it must be.
+    """
+    from pydantic import ValidationError
+
+    try:
+        checked = _model_of(kind).model_validate(dict(values))
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(map(str, one['loc']))} {_lower_first(one['msg'])}, got {_shown(one.get('input'))}"
+            for one in error.errors(include_url=False)
+        ]
+        raise ValueError(f"the settings of a training must fit their fields: {'; '.join(wrong)}") from error
+    return kind(**{one.name: getattr(checked, one.name) for one in fields(kind)})  # type: ignore[arg-type]  # a dataclass
+
+
+def plain_values(settings: Any) -> dict[str, Any]:
+    """The settings as YAML and JSON have them, by field."""
+    values = {one.name: getattr(settings, one.name) for one in fields(settings)}
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
+
+
+def as_yaml(settings: Any) -> str:
+    """The settings as ``run.yaml`` has them; paths are absolute."""
+    import yaml
+
+    values = plain_values(settings)
+    for one in fields(settings):
+        given = getattr(settings, one.name)
+        if isinstance(given, Path):
+            values[one.name] = str(given.resolve())
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def write_config(path: Path, settings: Any) -> None:
+    """Write the settings as they took effect.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(as_yaml(settings), encoding="utf-8")
+
+
+@lru_cache
+def _model_of(kind: type[Any]) -> Any:
+    """The pydantic model of a dataclass of settings: its types, defaults and bounds."""
+    from pydantic import ConfigDict, Field, create_model
+
+    hints, described = get_type_hints(kind), {}
+    for one in fields(kind):
+        told = asked_of(one)
+        described[one.name] = (hints[one.name], Field(one.default, ge=told.minimum, le=told.maximum))
+    config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False, coerce_numbers_to_str=True)
+    return create_model(kind.__name__, __config__=config, **described)  # type: ignore[call-overload]  # of fields
+
+
+def _suggested(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    return f"{key!r}" + (f" (do you mean {near[0]!r}?)" if near else "")
+
+
+def _as_meant(value: Any, hint: str, folder: Path) -> Any:
+    """A path from the file's own folder; a number where a word is meant (``precision: 32``) as the word."""
+    if "Path" in hint and isinstance(value, str):
+        return str(folder / value)
+    return str(value) if "Literal" in hint and isinstance(value, int) else value
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
