@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 __all__ = ["errors_in_one_line", "map_warnings", "say", "say_json", "tell"]
 
 _EXTRAS = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf", "js_lib_leaflet": "view"}
+_EXTRAS |= dict.fromkeys(
+    ("pytorch_lightning", "torchmetrics", "pydantic", "yaml", "sklearn", "sksurv", "scipy"), "train"
+)
 # Packages that no extra of ours has.
 _ELSEWHERE = {
     "conch": "pip install git+https://github.com/Mahmoodlab/CONCH.git",
     "open_clip": "pip install open_clip_torch",
 }
-_GO_ON = "finished slides are kept, run the same command again to go on"
+_GO_ON = "{} are kept, run the same command again to go on"
 
 
 def say(text: str) -> None:
@@ -56,15 +59,20 @@ def tell(text: str) -> None:
 
 
 @contextmanager
-def errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Turn an error into one line on stderr and an exit code; with ``debug`` the traceback comes before it."""
+def errors_in_one_line(debug: bool, kept: str = "finished slides") -> Iterator[None]:
+    """Turn an error into one line on stderr and an exit code; with ``debug`` the traceback comes before it.
+
+    Args:
+        debug: whether it does.
+        kept: what an interrupted command has not lost.
+    """
     try:
         with _logs(debug), told_to_end():
             yield
     except Ended as end:
-        _fail(f"{end}; {_GO_ON}", 128 + end.signal)
+        _fail(f"{end}; {_GO_ON.format(kept)}", 128 + end.signal)
     except KeyboardInterrupt:
-        _fail(f"interrupted; {_GO_ON}", 130)
+        _fail(f"interrupted; {_GO_ON.format(kept)}", 130)
     except Exception as error:  # the last resort of a command line
         if debug:
             traceback.print_exc()

@@ -5,7 +5,7 @@ Dimension key: T tiles, C channels, H·W cells of the grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from maskattn.nn.slide_models.head import TileGrid
 from maskattn.shapes import Float, Int
 from maskattn.slide.extract_request import MIN_TISSUE
 from maskattn.slide.grid import TokenGrid, make_grid
-from maskattn.slide.layouts import TileFeatures, TileHeader, find_features, grid_cells, read_features
+from maskattn.slide.layouts import TileFeatures, TileHeader, find_features, in_reading_order, read_features
 from maskattn.slide.names import as_text
 from maskattn.slide.request import finds_tissue
 from maskattn.slide.slide_run import SlideRun
@@ -195,18 +195,12 @@ def _given(run: SlideRun) -> RunTiles:
             f"features must say how large their tiles are, got no side of them in {as_text(source)}; write them with a "
             "tool that says it, or extract them again"
         )
-    order = np.lexsort((tiles.coords_T2[:, 0], tiles.coords_T2[:, 1]))
-    on_lattice = True
-    try:
-        rows_T, columns_T, keep_HW = grid_cells(tiles)
-        order = np.lexsort((columns_T, rows_T))
-    except SlideError:
-        if run.model.head.reads_grid:
-            raise
-        keep_HW, on_lattice = np.ones((1, len(order)), bool), False
+    sorted_tiles, cells_HW = in_reading_order(tiles, run.model.head.reads_grid)
+    on_lattice = cells_HW is not None
+    keep_HW = np.ones((1, len(tiles.coords_T2)), bool) if cells_HW is None else cells_HW
     tissue = None
     places = TilePlaces(
-        tiles.coords_T2[order], tiles.patch_size_lv0, card.tile_px or tiles.patch_size_px or 1, keep_HW.size
+        sorted_tiles.coords_T2, tiles.patch_size_lv0, card.tile_px or tiles.patch_size_px or 1, keep_HW.size
     )
     if run.settings.tokens and card.token_mask == "tissue" and not run.alone:
         with run.stages("tissue"):
@@ -217,7 +211,6 @@ def _given(run: SlideRun) -> RunTiles:
     um = tiles.spacing_lv0_um if run.alone else run.info.spacing_um
     if not tiles.on_level0 and tiles.spacing_um is not None:
         um = tiles.spacing_um
-    sorted_tiles = replace(tiles, coords_T2=tiles.coords_T2[order], features_TC=tiles.features_TC[order])
     return RunTiles(grid, sorted_tiles, tissue, on_lattice, um, sorted_tiles)
 
 

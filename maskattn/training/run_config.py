@@ -60,7 +60,7 @@ def settings_from(kind: type[SettingsT], values: Mapping[str, Any]) -> SettingsT
     from pydantic import ValidationError
 
     try:
-        checked = _model_of(kind).model_validate(dict(values))
+        checked = _model_of(kind).model_validate(dict(values))  # type: ignore[arg-type]  # classes can be hashed
     except ValidationError as error:
         wrong = [
             f"{'.'.join(map(str, one['loc']))} {_lower_first(one['msg'])}, got {_shown(one.get('input'))}"

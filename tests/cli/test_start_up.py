@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "triton", "numpy", "cv2", "matplotlib", "h5py", "PIL", "tifffile", "openslide", "rich")
-COMMANDS = ("infer", "extract", "encoders", "demo", "report", "view", "tissue", "info", "explain", "doctor")
+HEAVY = ("torch", "triton", "numpy", "cv2", "matplotlib", "h5py", "PIL", "tifffile", "openslide", "rich", "pydantic")
+COMMANDS = ("infer", "extract", "encoders", "demo", "report", "view", "tissue", "train", "info", "explain", "doctor")
 
 
 def run(code: str, **environment: str) -> str:

@@ -25,6 +25,7 @@ from maskattn.nn.slide_models.two_stage import TwoStageModel, card_of, two_stage
 
 __all__ = ["card_of_checkpoint", "load_model_folder", "load_two_stages", "save_model"]
 
+
 def save_model(
     folder: str | Path,
     model: SlideModel | TwoStageModel | SlideHead,

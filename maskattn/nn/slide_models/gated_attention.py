@@ -6,7 +6,7 @@ With a branch per class (CLAM's MB) class c has its own row a_c and reads its ow
 
 Parameters are named as CLAM names them. Its clustering of instances is for training; its weights are kept, unread.
 
-Dimension key: T tiles, C channels, K classes, A branches (1 or K).
+Dimension key: T tiles, C channels, D channels of h, K classes, A branches (1 or K).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
+from maskattn.shapes import Float
 
 __all__ = ["GatedAttentionHead", "GatedScores"]
 
@@ -110,8 +111,11 @@ class GatedAttentionHead(SlideHead):
     def logits(  # noqa: D102 (as of SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
-        rows, weights_AT = self._rows_and_weights(embeddings_TC)
-        pooled = weights_AT @ rows
+        return self.classify(*self.rows_and_weights(embeddings_TC))
+
+    def classify(self, rows_TD: Float[Tensor, "T D"], weights_AT: Float[Tensor, "A T"]) -> Float[Tensor, "K"]:
+        """The logits from what :meth:`rows_and_weights` gives."""
+        pooled = weights_AT @ rows_TD
         if not self.branch_per_class:
             logits: Tensor = self.classifiers(pooled[0])
             return logits
@@ -121,8 +125,11 @@ class GatedAttentionHead(SlideHead):
     def attention(  # noqa: D102 (as of SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor | None:
-        return self._rows_and_weights(embeddings_TC)[1]
+        return self.rows_and_weights(embeddings_TC)[1]
 
-    def _rows_and_weights(self, embeddings_TC: Tensor) -> tuple[Tensor, Tensor]:
+    def rows_and_weights(
+        self, embeddings_TC: Float[Tensor, "T C"]
+    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "A T"]]:
+        """What is pooled, h, and the attention over it."""
         rows = self.attention_net[:-1](embeddings_TC)
         return rows, F.softmax(self.attention_net[-1](rows).T, dim=1)

@@ -95,7 +95,7 @@ class TwoStageModel(nn.Module):
         return self.encoder.encode_tiles(tiles_BIXY, keep_BHW)
 
     def scores(self, logits_K: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
-        """What outputs say of logits: probabilities of the classes; of regression and survival the values themselves."""
+        """What outputs say of logits: probabilities of the classes, or the values themselves (regression, survival)."""
         return logits_K if self.card.gives_values else (logits_K / self.card.temperature).softmax(dim=0)
 
     def identity(self) -> str:

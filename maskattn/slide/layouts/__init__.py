@@ -16,6 +16,7 @@ from maskattn.slide.layouts.feature_files import (
 )
 from maskattn.slide.layouts.lattice import grid_cells
 from maskattn.slide.layouts.layout import FeatureLayout, FeatureReader, TakeTiles
+from maskattn.slide.layouts.reading_order import in_reading_order
 from maskattn.slide.layouts.tile_features import TileCoords, TileFeatures, TileHeader, TokenMask
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "find_coords",
     "find_features",
     "grid_cells",
+    "in_reading_order",
     "list_features",
     "read_coords",
     "read_features",

@@ -50,18 +50,19 @@ class Record:
     problem: str | None = None
 
 
-def read_records(path: Path, is_known: Callable[[str], bool]) -> list[Record]:
+def read_records(path: Path, is_known: Callable[[str], bool], what: str = "a manifest") -> list[Record]:
     """The records of a table, the header first; blank ones are left out.
 
     Args:
         path: of the table.
         is_known: whether a column's name is one that the reader of the table uses. The delimiter that finds the most
             of them is the table's, and their fields have one line each: a quoted field of several is for others.
+        what: the table, as messages call it.
 
     Raises:
         ManifestError: the file cannot be read, or is no text.
     """
-    lines = _read_lines(path)
+    lines = _read_lines(path, what)
     told = re.fullmatch(r'"?sep=(.)"?', lines[0].strip(_SPACE.replace("\t", "")), re.IGNORECASE)
     index = 1 if told else 0
     while index < len(lines) and not lines[index].strip(_SPACE + _DELIMITERS + '"'):
@@ -81,23 +82,23 @@ def read_records(path: Path, is_known: Callable[[str], bool]) -> list[Record]:
     return records
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path, what: str) -> list[str]:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ManifestError(
-            f"a manifest must be a readable CSV text, got {as_text(path)}: {error.strerror or error}"
+            f"{what} must be a readable CSV text, got {as_text(path)}: {error.strerror or error}"
         ) from error
     kind = next((kind for start, kind in _NO_TEXTS.items() if data.startswith(start)), None)
     if kind is not None:
         raise ManifestError(
-            f"a manifest must be a readable CSV text, got {kind} in {as_text(path)}; save the table as "
+            f"{what} must be a readable CSV text, got {kind} in {as_text(path)}; save the table as "
             "CSV UTF-8 (comma delimited)"
         )
-    return re.split(r"\r\n|\r|\n", _decoded(data, path))
+    return re.split(r"\r\n|\r|\n", _decoded(data, path, what))
 
 
-def _decoded(data: bytes, path: Path) -> str:
+def _decoded(data: bytes, path: Path, what: str) -> str:
     mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
     encoding = _MARKS.get(mark)
     if encoding is None and len(data) > 1 and (data[1] == 0) != (data[0] == 0):
@@ -109,7 +110,7 @@ def _decoded(data: bytes, path: Path) -> str:
         return data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         raise ManifestError(
-            f"a manifest must be a readable CSV text, got {as_text(path)}, which starts as {encoding.upper()} does: "
+            f"{what} must be a readable CSV text, got {as_text(path)}, which starts as {encoding.upper()} does: "
             f"{error.reason}; save the table as CSV UTF-8 (comma delimited)"
         ) from error
 

@@ -1,0 +1,191 @@
+"""The cohort of a training: labels and features brought together, case by case, and what is wrong with either.
+
+A case is what gets one prediction: a patient with all slides, or, with ``fusion="none"``, one slide.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskattn.evaluation.predictions import Task, some_of
+from maskattn.slide.layouts import list_features
+from maskattn.slide.names import as_text
+from maskattn.training.labels import SlideLabel, SlideLabels, read_labels
+from maskattn.training.settings import TrainSettings
+from maskattn.training.truths import classes_of, read_truth
+
+__all__ = ["Case", "Cohort", "IncompleteCohortError", "cohort_of"]
+
+
+class IncompleteCohortError(ValueError):
+    """Slides lack features or a label; ``left_out`` is slide → why."""
+
+    def __init__(self, message: str, left_out: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.left_out = dict(left_out)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What gets one prediction.
+
+    Attributes:
+        case_id: the patient's id, or the slide's with ``fusion="none"``.
+        patient_id: the patient's.
+        slides: slide id → file of features.
+        truth: (class index,), (value,), or (time, event) of survival.
+    """
+
+    case_id: str
+    patient_id: str
+    slides: dict[str, Path]
+    truth: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The cases of a training.
+
+    Attributes:
+        cases: in the order of the labels.
+        task: one of :data:`maskattn.evaluation.TASKS`.
+        target: what is predicted.
+        classes: their names in order; of regression and survival none.
+        left_out: slide → why it takes no part.
+    """
+
+    cases: tuple[Case, ...]
+    task: Task
+    target: str
+    classes: tuple[str, ...]
+    left_out: dict[str, str]
+
+    @property
+    def slides(self) -> dict[str, Path]:
+        """Every slide → its file of features."""
+        return {slide: path for case in self.cases for slide, path in case.slides.items()}
+
+    @property
+    def patients(self) -> list[str]:
+        """The patient of each case."""
+        return [case.patient_id for case in self.cases]
+
+    @property
+    def strata(self) -> list[float]:
+        """What splits are stratified by, for each case: the class, the value, or whether the event was seen."""
+        return [case.truth[-1] for case in self.cases]
+
+    def of(self, patients: Sequence[str]) -> list[Case]:
+        """The cases of some patients.
+
+        Raises:
+            ValueError: a patient has none.
+        """
+        wanted = set(patients)
+        if lacking := sorted(wanted - set(self.patients)):
+            raise ValueError(
+                f"a split must have patients of the labels, got {some_of(lacking)}, who have no slide with features; "
+                "leave them out of the split"
+            )
+        return [case for case in self.cases if case.patient_id in wanted]
+
+
+def cohort_of(settings: TrainSettings, on_note: Callable[[str], None] | None = None) -> Cohort:
+    """Read the labels, list the features, and bring them together.
+
+    Args:
+        settings: which they are.
+        on_note: told, a sentence each, of what is passed over with ``skip_missing``.
+
+    Raises:
+        ValueError: something that is needed is not given, a column is not there, or there is one class only.
+        IncompleteCohortError: slides lack features or a label, and ``skip_missing`` is not asked for.
+    """
+    features, source, task = _needed(settings)
+    columns = [settings.time, settings.event] if task == "survival" else [settings.target]
+    labels = read_labels(source, [name for name in columns if name is not None], settings.slide_table)
+    files = list_features(features)
+    kept, left_out = _brought_together(labels, files, settings, on_note)
+    classes: tuple[str, ...] = ()
+    if task in ("binary", "multiclass", "ordinal"):
+        classes = classes_of(task, [row.values[labels.columns[0]] or "" for row in kept], settings, source)
+    cases = _cases(kept, files, labels, settings, classes)
+    target = settings.target or settings.event or task
+    return Cohort(tuple(cases), task, target, classes, left_out)
+
+
+def _needed(settings: TrainSettings) -> tuple[Path, Path, Task]:
+    """What every training must be given."""
+    needed = ["features", "labels", "task"]
+    needed += ["time", "event"] if settings.task == "survival" else ["target"]
+    if lacking := [f"--{name}" for name in needed if getattr(settings, name) is None]:
+        raise ValueError(
+            f"a training must have {', '.join(f'--{name}' for name in needed)}, got no {', '.join(lacking)}"
+        )
+    assert settings.features is not None
+    assert settings.labels is not None
+    assert settings.task is not None
+    useless = {"survival": ("classes",), "regression": ("classes", "time", "event")}
+    given = [name for name in useless.get(settings.task, ("time", "event")) if getattr(settings, name) is not None]
+    if given:
+        raise ValueError(f"a {settings.task} task has no use for {', '.join(given)}, got them; leave them out")
+    return settings.features, settings.labels, settings.task
+
+
+def _brought_together(
+    labels: SlideLabels, files: Mapping[str, Path], settings: TrainSettings, on_note: Callable[[str], None] | None
+) -> tuple[list[SlideLabel], dict[str, str]]:
+    """The rows that have a label and features; slide → why, of the others."""
+    named = {row.slide_id for row in labels.rows}
+    lacking = {
+        "have a label and no features": [row.slide_id for row in labels.rows if row.slide_id not in files],
+        "have features and no row of labels": [slide for slide in files if slide not in named],
+        f"have nothing, NaN or NA in {' or '.join(labels.columns)}": labels.without_label(),
+    }
+    left_out = {slide: why for why, slides in lacking.items() for slide in slides}
+    kept = [row for row in labels.rows if row.slide_id not in left_out]
+    told = "; ".join(f"{len(slides)} {why} ({some_of(slides, 3)})" for why, slides in lacking.items() if slides)
+    if not kept:
+        one, other = labels.rows[0].slide_id, next(iter(files))
+        near = difflib.get_close_matches(one, files, 1)
+        raise IncompleteCohortError(
+            f"slides must have a label and features, got none that has both: {told}; the labels have ids such as "
+            f"{one!r}, the features such as {(near or [other])[0]!r}: give them the same",
+            left_out,
+        )
+    if left_out and not settings.skip_missing:
+        raise IncompleteCohortError(
+            f"every slide must have a label and features, got {told}, of {len(named | set(files))} slides; complete "
+            "them, or go on without these slides with --skip-missing",
+            left_out,
+        )
+    if left_out and on_note is not None:
+        on_note(f"{len(left_out)} slides are left out: {told}")
+    return kept, left_out
+
+
+def _cases(
+    rows: Sequence[SlideLabel],
+    files: Mapping[str, Path],
+    labels: SlideLabels,
+    settings: TrainSettings,
+    classes: tuple[str, ...],
+) -> list[Case]:
+    assert settings.task is not None
+    found: dict[str, Case] = {}
+    for row in rows:
+        truth = read_truth(settings.task, [row.values[name] or "" for name in labels.columns], classes, row.slide_id)
+        name = row.slide_id if settings.fusion == "none" else row.patient_id
+        other = found.get(name)
+        if other is not None and other.truth != truth:
+            raise ValueError(
+                f"a patient must have one label, got different ones on the slides of {name!r} (the first that differs "
+                f"is {row.slide_id!r}) in {as_text(labels.source)}; correct them, or predict each slide by itself with "
+                "--fusion none"
+            )
+        slides = {} if other is None else other.slides
+        found[name] = Case(name, row.patient_id, {**slides, row.slide_id: files[row.slide_id]}, truth)
+    return list(found.values())

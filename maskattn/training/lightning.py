@@ -1,0 +1,71 @@
+"""Lightning, quiet, and importable beside a torchvision that was built for another torch.
+
+torchmetrics, which Lightning imports, imports torchvision where it is installed; and a torchvision whose compiled
+operators do not fit the torch that is there fails to import. Nothing here runs them; their names are all it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["pl", "quiet"]
+
+_OPERATORS = (
+    "nms",
+    "qnms",
+    "roi_align",
+    "_roi_align_backward",
+    "ps_roi_align",
+    "_ps_roi_align_backward",
+    "roi_pool",
+    "_roi_pool_backward",
+    "ps_roi_pool",
+    "_ps_roi_pool_backward",
+    "deform_conv2d",
+    "_deform_conv2d_backward",
+)
+
+
+def _names_for_torchvision() -> torch.library.Library | None:
+    if importlib.util.find_spec("torchvision") is None or "torchvision" in sys.modules:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except (RuntimeError, OSError, ImportError):
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in _OPERATORS:
+            if not hasattr(torch.ops.torchvision, name):
+                library.define(f"{name}(Tensor x) -> Tensor")
+        return library
+    return None
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of libraries, for their developers
+    _kept = _names_for_torchvision()  # the names go with the library that defined them
+    import pytorch_lightning as pl
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within, Lightning neither advises nor announces: what users must know is said by this package."""
+    levels = {name: logging.getLogger(name).level for name in ("pytorch_lightning", "lightning_fabric")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

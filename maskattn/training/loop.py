@@ -1,0 +1,266 @@
+"""The loop of every training here: Lightning's, with states after each epoch from which it goes on bit by bit.
+
+What is random in a step depends on the seed, the epoch and the step alone, and the order of the cases on the seed and
+the epoch. So the state of the end of an epoch is weights, optimiser, schedule and early stopping; a training that was
+killed anywhere goes on from the last such state and ends with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from maskattn.training.checkpoints import AtomicCheckpoints, read_state, write_state
+from maskattn.training.epoch_log import TensorBoard, write_log
+from maskattn.training.fit_settings import FitSettings
+from maskattn.training.lightning import pl, quiet
+from maskattn.training.module import TrainedModule
+
+__all__ = ["FitResult", "Progress", "fit", "loader_of"]
+
+_LAST, _BEST, _LOG = "last.ckpt", "best.ckpt", "log.csv"
+
+
+class Progress(Protocol):
+    """Told how a training goes."""
+
+    def looked_through(self, slide_id: str, done: int, slides: int) -> None:
+        """A file of features was looked through."""
+
+    def batch_done(self, epoch: int, done: int, batches: int) -> None:
+        """A batch was trained."""
+
+    def epoch_done(self, row: dict[str, float], best: bool) -> None:
+        """An epoch ended, with what it found, and whether it is the best so far."""
+
+
+@dataclass
+class FitResult:
+    """How a training went.
+
+    Attributes:
+        rows: of the log, an epoch each.
+        best_epoch: which of them was best on the validation cases; the last where there are none.
+        went_on: whether it began from the state of an earlier run.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    went_on: bool = False
+
+
+def fit(
+    module: TrainedModule,
+    training: DataLoader[Any],
+    validation: DataLoader[Any] | None,
+    *,
+    folder: Path | None = None,
+    metric: str | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Train a module, whose settings say how; at the end it has the weights of its best epoch.
+
+    Args:
+        module: what is trained.
+        training: its batches.
+        validation: of cases that it does not learn from; None: there are none, and the last epoch is the best.
+        folder: of states and log; None keeps neither.
+        metric: which of what validation finds must rise, with ``monitor="metric"``.
+        progress: told how it goes.
+
+    Raises:
+        OutputError: a state cannot be written; that of the epoch before is kept.
+        TrainingDivergedError: the loss is no number any more.
+        ValueError: there is no such device or precision.
+    """
+    record = _Record(module.settings, folder, metric if module.settings.monitor == "metric" else None, progress)
+    earlier = None if folder is None else read_state(folder / "state" / _LAST)
+    if earlier is not None:
+        record.take(earlier)
+    if earlier is None or not record.finished:
+        _run(module, training, validation, record, None if earlier is None else folder)
+    if folder is not None and validation is not None:
+        best = read_state(folder / "state" / _BEST)
+        assert best is not None, "a training that has ended has a best epoch"
+        module.load_state_dict(best["state_dict"])
+    elif record.best_weights is not None:
+        module.load_state_dict(record.best_weights)
+    elif earlier is not None and record.finished:
+        module.load_state_dict(earlier["state_dict"])
+    return FitResult(record.rows, record.best_epoch, earlier is not None)
+
+
+def _run(
+    module: TrainedModule,
+    training: DataLoader[Any],
+    validation: DataLoader[Any] | None,
+    record: _Record,
+    going_on: Path | None,
+) -> None:
+    settings = module.settings
+    callbacks: list[Any] = [record]
+    if validation is not None and settings.patience:
+        stopping = pl.callbacks.EarlyStopping(
+            record.monitored, patience=settings.patience, mode=record.mode, check_on_train_epoch_end=False
+        )
+        callbacks.insert(0, stopping)  # so that what it decided is in the state
+    where = _accelerator(settings)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        trainer = pl.Trainer(
+            **where,
+            max_epochs=settings.epochs,
+            precision=_precision(settings, where["accelerator"]),
+            accumulate_grad_batches=settings.accumulate,
+            gradient_clip_val=settings.clip or None,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpoints()],
+            limit_val_batches=0 if validation is None else None,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=str(record.folder or Path.cwd()),
+        )
+        state = None if going_on is None else str(going_on / "state" / _LAST)
+        try:
+            trainer.fit(module, training, validation, ckpt_path=state)
+        except SystemExit:
+            # Lightning ends the process on Ctrl-C; a caller decides here.
+            if record.interrupt is not None:
+                raise record.interrupt from None
+            raise
+
+
+class _Record(pl.Callback):
+    """Keeps the log, the best weights and the state of each epoch."""
+
+    def __init__(
+        self, settings: FitSettings, folder: Path | None, metric: str | None, progress: Progress | None
+    ) -> None:
+        self.settings, self.folder, self.progress = settings, folder, progress
+        self.monitored = f"validation_{metric or 'loss'}"
+        self.mode: Literal["min", "max"] = "max" if metric else "min"
+        self.rows: list[dict[str, float]] = []
+        self.best_epoch, self.finished = 0, False
+        self.best_weights: dict[str, Any] | None = None
+        self.interrupt: KeyboardInterrupt | None = None
+        self._board: TensorBoard | None = None
+        self._since, self._rate = time.perf_counter(), 0.0
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Go on from a state of an earlier run."""
+        own = state["maskattn"]
+        self.rows, self.best_epoch, self.finished = list(own["rows"]), own["best_epoch"], own["finished"]
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the log to a state."""
+        checkpoint["maskattn"] = {"rows": self.rows, "best_epoch": self.best_epoch, "finished": self.finished}
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """Remember what interrupted the training."""
+        if isinstance(exception, KeyboardInterrupt):
+            self.interrupt = exception
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Open TensorBoard's file."""
+        if self.folder is not None and trainer.is_global_zero:
+            self._board = TensorBoard(self.folder / "tensorboard", len(self.rows))
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Note the rate of this step."""
+        self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell how far the epoch is."""
+        if self.progress is not None and trainer.is_global_zero:
+            self.progress.batch_done(trainer.current_epoch, batch_idx + 1, int(trainer.num_training_batches))
+
+    def on_train_epoch_end(self, trainer: Any, module: TrainedModule) -> None:
+        """Log the epoch, keep its weights if they are the best, and write the state."""
+        row = self._row(trainer, module)
+        best = self._is_best(row)
+        self.rows.append(row)
+        self.finished = trainer.should_stop or trainer.current_epoch + 1 >= self.settings.epochs
+        if best:
+            self.best_epoch = trainer.current_epoch
+        if self.folder is None:
+            if best and self.monitored in row and trainer.is_global_zero:
+                self.best_weights = {name: x.detach().cpu().clone() for name, x in module.state_dict().items()}
+        else:
+            # The best before the last: what is killed between the two does this epoch again, and writes it again.
+            if best and trainer.is_global_zero:
+                write_state(self.folder / "state" / _BEST, {"state_dict": module.state_dict()})
+            trainer.save_checkpoint(self.folder / "state" / _LAST)
+            if trainer.is_global_zero:
+                write_log(self.folder / _LOG, self.rows)
+                if self._board is not None:
+                    self._board.add(row)
+        if self.progress is not None and trainer.is_global_zero:
+            self.progress.epoch_done(row, best)
+
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        """Close TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+    def _row(self, trainer: Any, module: TrainedModule) -> dict[str, float]:
+        losses = torch.stack(module.losses).double().mean().item() if module.losses else float("nan")
+        row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, "lr": self._rate}
+        row |= {"train_loss": losses} | {f"validation_{name}": value for name, value in module.found.items()}
+        return row | {"seconds": round(time.perf_counter() - self._since, 3)}
+
+    def _is_best(self, row: dict[str, float]) -> bool:
+        if self.monitored not in row or not self.rows:
+            return True
+        best, now = self.rows[self.best_epoch][self.monitored], row[self.monitored]
+        return now > best if self.mode == "max" else now < best
+
+
+def loader_of(dataset: Any, settings: FitSettings, **how: Any) -> DataLoader[Any]:
+    """A loader whose own random numbers are its own: nothing that it does moves torch's generator."""
+    workers = settings.workers
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+        persistent_workers=workers > 0,
+        prefetch_factor=2 if workers else None,
+        multiprocessing_context="spawn" if workers else None,
+        **how,
+    )
+
+
+def _accelerator(settings: FitSettings) -> dict[str, Any]:
+    """Which devices Lightning takes.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        there = "cpu, cuda" if torch.cuda.is_available() else "cpu: torch finds no GPU"
+        raise ValueError(f"--device must be auto or one that torch can use ({there}), got {settings.device!r}")
+    devices: Any = [int(index)] if index else settings.devices
+    strategy = "auto" if settings.devices == 1 else "ddp_find_unused_parameters_true"
+    return {"accelerator": "gpu" if kind == "cuda" else "cpu", "devices": devices, "strategy": strategy}
+
+
+def _precision(settings: FitSettings, accelerator: str) -> str:
+    if settings.precision == "16" and accelerator == "cpu":
+        raise ValueError("--precision 16 needs a GPU, got a CPU; take bf16 or 32")
+    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[settings.precision]
