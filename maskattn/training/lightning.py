@@ -13,6 +13,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def _names_for_torchvision() -> torch.library.Library | None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of libraries, for their developers
     _kept = _names_for_torchvision()  # the names go with the library that defined them
-    import pytorch_lightning as pl
+    pl: Any = importlib.import_module("pytorch_lightning")
 
 
 @contextlib.contextmanager

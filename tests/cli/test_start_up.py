@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "triton", "numpy", "cv2", "matplotlib", "h5py", "PIL", "tifffile", "openslide", "rich", "pydantic")
+HEAVY = ("torch", "triton", "numpy", "cv2", "matplotlib", "h5py", "PIL", "tifffile", "openslide", "rich")
 COMMANDS = ("infer", "extract", "encoders", "demo", "report", "view", "tissue", "train", "info", "explain", "doctor")
 
 
