@@ -75,6 +75,8 @@ class ProgressBars(Generic[OutcomeT]):
 def lines_of_prediction(outcome: SlideOutcome) -> list[str]:
     """What became of a slide that was to be predicted, and what is to be known of it."""
     if outcome.prediction is None:
+        if outcome.status == "skipped":
+            return []  # another process ran it, and has told so
         return [f"failed   {outcome.slide_id}: {outcome.reason}"]
     done = f"{outcome.status:<8} {outcome.slide_id}: {outcome.prediction.prediction}"
     lines = [f"{done} ({scores_of(outcome.prediction)}), {outcome.seconds:.1f} s"]

@@ -1,12 +1,12 @@
 """Each of many slides, one after another: one that fails leaves the others unharmed, and ``summary.csv`` names it.
 
-The summary has a slide's row as soon as the slide ends. Rows of other slides stay as they are, so that several runs may
-fill one output folder, also at once.
+Processes that were started with the same command share the slides (``fleet/``), and each slide is run by one of them.
+The summary has a slide's row as soon as the slide ends. Rows of other slides stay as they are, so that different runs
+may fill one output folder, also at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -15,18 +15,22 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
-from maskattn.errors import OutputError, SlideError
+from maskattn.errors import SlideError
+from maskattn.slide.fleet.claims import Claim, ClaimLostError
+from maskattn.slide.fleet.fleet import joined
+from maskattn.slide.fleet.sharing import Sharing, chosen_jobs
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text, problem_of_id
 from maskattn.slide.output_folder import are_one_name, prepare_output
-from maskattn.slide.summary import append_row, carried_into, read_summary, tidy_summary
+from maskattn.slide.summary import carried_into
 
 __all__ = ["OnTiles", "Outcome", "OutcomeT", "RunProgress", "run_each"]
 
 _logger = logging.getLogger(__name__)
 
+_MOST_ENDED = 5
 OnTiles = Callable[[int, int], None]
 
 
@@ -42,7 +46,15 @@ class Outcome(Protocol):
 
 
 OutcomeT = TypeVar("OutcomeT", bound=Outcome)
+_OutcomeOut = TypeVar("_OutcomeOut", bound=Outcome, covariant=True)
 _OutcomeIn = TypeVar("_OutcomeIn", bound=Outcome, contravariant=True)
+
+
+class Ended(Protocol, Generic[_OutcomeOut]):
+    """Makes the outcome of a slide that failed, or that another process ran."""
+
+    def __call__(self, job: SlideJob, status: Literal["skipped", "failed"], reason: str, seconds: float) -> _OutcomeOut:
+        """(the slide, how it ended, why, in how many seconds) → its outcome."""
 
 
 class RunProgress(Protocol, Generic[_OutcomeIn]):
@@ -61,47 +73,96 @@ class RunProgress(Protocol, Generic[_OutcomeIn]):
 def run_each(
     jobs: Sequence[SlideJob],
     out_dir: Path,
-    run_one: Callable[[SlideJob, OnTiles | None], OutcomeT],
-    failed: Callable[[SlideJob, str, float], OutcomeT],
+    run_one: Callable[[SlideJob, Claim, OnTiles | None], OutcomeT],
+    ended: Ended[OutcomeT],
     progress: RunProgress[OutcomeT] | None = None,
+    *,
+    sharing: Sharing,
+    request: str,
+    sweep: Callable[[], None],
+    at_end: Callable[[list[OutcomeT]], None] = lambda outcomes: None,
 ) -> list[OutcomeT]:
-    """Run slides and keep ``out_dir/summary.csv``.
+    """Run slides together with the other processes of the same command, and keep ``out_dir/summary.csv``.
 
     Args:
         jobs: the slides; their ids differ.
         out_dir: where outputs go to; made if it is not there.
-        run_one: (slide, what is told of tiles) → its outcome; what it raises is why the slide failed.
-        failed: (slide, why, seconds) → the outcome of a slide that failed.
+        run_one: (slide, its claim, what is told of tiles) → its outcome; what it raises is why the slide failed.
+        ended: (slide, status, why, seconds) → the outcome of a slide that failed, or that another process ran.
         progress: told of every step.
+        sharing: how the slides are shared.
+        request: what was asked for, in words; the same for all processes of a command.
+        sweep: removes what killed processes left half written; called where no other process is at work.
+        at_end: what the last process does with the outcomes when all slides have ended.
 
     Returns:
-        The outcome of each job, in order. A failed slide is an outcome, not an exception.
+        The outcome of each job, in order; with a limit, of those that were come to. A failed slide is an outcome, not
+        an exception, and so is one that another process ran, of which it says only that.
 
     Raises:
+        ManifestError: there is no such share of the slides.
         OutputError: the output folder, or its summary, cannot be written.
     """
     prepare_output(out_dir)
-    outcomes = []
-    on_tiles = None if progress is None else progress.tiles_done
-    with _summary_of(out_dir) as summary:
-        for job in _distinct_here(jobs, out_dir):
+    jobs = list(_distinct_here(chosen_jobs(jobs, sharing), out_dir))
+    outcomes: dict[int, OutcomeT] = {}
+    with joined(out_dir, jobs, sharing, request, sweep) as fleet:
+        for index, job, turn in fleet.turns(jobs):
             if progress is not None:
                 progress.slide_started(job)
-            start = time.perf_counter()
-            try:
-                problem = job.problem or problem_of_id(job.slide_id)
-                if problem is not None:
-                    raise SlideError(problem)
-                outcome = run_one(job, on_tiles)
-            except Exception as error:  # whatever befalls one slide, the others go on
-                _logger.debug("slide %s failed", job.slide_id, exc_info=True)
-                outcome = failed(job, _reason(error, out_dir), time.perf_counter() - start)
-            with _summary_errors(summary):
-                append_row(summary, carried_into(outcome.row(), job.carried))
-            outcomes.append(outcome)
+            if isinstance(turn, Claim):
+                try:
+                    outcomes[index] = _run(job, turn, run_one, ended, progress, out_dir)
+                except ClaimLostError:
+                    fleet.lose(index, job)
+                    continue
+                except BaseException:
+                    turn.release()
+                    raise
+                fleet.end(turn, carried_into(outcomes[index].row(), job.carried))
+            else:
+                failed = turn.status == "failed"
+                why = f"{turn.reason} ({turn.by})" if failed else f"run by {turn.by}"
+                outcomes[index] = ended(job, "failed" if failed else "skipped", why, 0.0)
             if progress is not None:
-                progress.slide_ended(outcome)
-    return outcomes
+                progress.slide_ended(outcomes[index])
+    in_order = [outcomes[index] for index in sorted(outcomes)]
+    if fleet.was_last:
+        at_end(in_order)
+    return in_order
+
+
+def _run(
+    job: SlideJob,
+    claim: Claim,
+    run_one: Callable[[SlideJob, Claim, OnTiles | None], OutcomeT],
+    ended: Ended[OutcomeT],
+    progress: RunProgress[OutcomeT] | None,
+    out_dir: Path,
+) -> OutcomeT:
+    """A slide's outcome; whatever befalls it, the others go on."""
+    start = time.perf_counter()
+    try:
+        problem = job.problem or problem_of_id(job.slide_id) or _problem_of(claim)
+        if problem is not None:
+            raise SlideError(problem)
+        return run_one(job, claim, None if progress is None else progress.tiles_done)
+    except ClaimLostError:
+        raise
+    except Exception as error:
+        _logger.debug("slide %s failed", job.slide_id, exc_info=True)
+        return ended(job, "failed", _reason(error, out_dir), time.perf_counter() - start)
+
+
+def _problem_of(claim: Claim) -> str | None:
+    """Why a slide is not tried once more, or None."""
+    if claim.number <= _MOST_ENDED:
+        return None
+    return (
+        f"a slide must not end the processes that run it, got {claim.number - 1} that ended while they were at work "
+        "on it: they were killed, most often for want of memory; run it alone, with a smaller --batch-size and "
+        "--workers 0"
+    )
 
 
 def _distinct_here(jobs: Sequence[SlideJob], out_dir: Path) -> Iterator[SlideJob]:
@@ -117,35 +178,6 @@ def _distinct_here(jobs: Sequence[SlideJob], out_dir: Path) -> Iterator[SlideJob
             )
         else:
             yield job
-
-
-@contextlib.contextmanager
-def _summary_of(out_dir: Path) -> Iterator[Path]:
-    """The run's summary: what cannot be read is found before the first slide, and it is tidied however the run ends."""
-    path = out_dir / "summary.csv"
-    with _summary_errors(path):
-        read_summary(path)
-    try:
-        yield path
-    except BaseException:
-        with contextlib.suppress(OSError, ValueError):
-            tidy_summary(path)
-        raise
-    with _summary_errors(path):
-        tidy_summary(path)
-
-
-@contextlib.contextmanager
-def _summary_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise OutputError(str(error)) from error
-    except OSError as error:
-        raise OutputError(
-            f"the summary must be a file that can be read and written, got {as_text(path)}: "
-            f"{error.strerror or error}; free space or move it away and run again, finished slides are skipped"
-        ) from error
 
 
 def _reason(error: Exception, out_dir: Path) -> str:

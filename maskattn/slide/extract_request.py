@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maskattn.errors import ManifestError
 from maskattn.slide.asked import asked, recorded_fields
-from maskattn.slide.shared_requests import BATCH_SIZE, FORCE, INK, MASK_VALUES, SERIES, WORKERS, slide_spacing
+from maskattn.slide.shared_requests import (
+    BATCH_SIZE,
+    CLAIM_TIMEOUT,
+    FORCE,
+    INK,
+    LIMIT,
+    MASK_VALUES,
+    ORDER,
+    RETRY_FAILED,
+    SERIES,
+    SHARD,
+    WORKERS,
+    slide_spacing,
+)
 
 if TYPE_CHECKING:
     from maskattn.nn.encoders.tile_encoder import TileEncoder
@@ -51,6 +64,11 @@ class ExtractSettings:
         overwrite: extract finished slides again.
         region_px: side of the regions that the tiles are the patches of, in their pixels; they are stored region by
             region. None = tiles of no regions.
+        claim_timeout_s: so long may a process that runs a slide give no sign before others take the slide over.
+        retry_failed: try slides again that failed in another process of the run before this one began.
+        shard: "I/N" = the I-th of N shares of the slides alone.
+        limit: run at most so many slides, and leave the rest.
+        order: of the slides, "given" or "large-first".
     """
 
     out_dir: Path = field(
@@ -103,6 +121,11 @@ class ExtractSettings:
     series: int | None = field(default=None, metadata=SERIES)
     batch_size: int = field(default=32, metadata=BATCH_SIZE)
     workers: int | None = field(default=0, metadata=WORKERS)
+    claim_timeout_s: float = field(default=300.0, metadata=CLAIM_TIMEOUT)
+    retry_failed: bool = field(default=False, metadata=RETRY_FAILED)
+    shard: str | None = field(default=None, metadata=SHARD)
+    limit: int | None = field(default=None, metadata=LIMIT)
+    order: Literal["given", "large-first"] = field(default="given", metadata=ORDER)
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Extract finished slides again.", recorded=False, serves=None)
     )

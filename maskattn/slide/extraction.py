@@ -11,14 +11,14 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from maskattn.errors import SlideError
 from maskattn.nn.encoders.tile_encoder import TileEncoder
-from maskattn.slide.asked import unlike
+from maskattn.slide.asked import recorded_fields, unlike
 from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
 from maskattn.slide.extract_request import ExtractSettings, check_extraction, recorded_extraction, tile_geometry
 from maskattn.slide.extraction_record import (
@@ -29,12 +29,14 @@ from maskattn.slide.extraction_record import (
     record_path,
 )
 from maskattn.slide.extraction_tiles import coords_file, find_tiles
+from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.layouts import FEATURE_LAYOUTS, FeatureLayout, TileHeader, read_coords
 from maskattn.slide.layouts.hierarchical import RegionLayout
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text
 from maskattn.slide.prediction import SlideFile
 from maskattn.slide.reader import SlideReader
+from maskattn.slide.shared_requests import sharing_of
 from maskattn.slide.slide_run import Stages, cores_left_to
 from maskattn.slide.stream import TileBatch, stream_tiles
 from maskattn.slide.tile_places import TilePlaces
@@ -83,19 +85,30 @@ def extract_slides(
     check_extraction(jobs, settings, encoder)
     identity = identify_encoder(encoder)
 
-    def run_one(job: SlideJob, on_tiles: OnTiles | None) -> ExtractionOutcome:
+    def run_one(job: SlideJob, claim: Claim, on_tiles: OnTiles | None) -> ExtractionOutcome:
         start = time.perf_counter()
+        if claim.ended:
+            _clear_leftovers(settings.out_dir, job.slide_id)
         finished = _finished(job, encoder, identity, settings)
         if finished is not None:
             seconds = time.perf_counter() - start
             return ExtractionOutcome(job.slide_id, "skipped", "finished by an earlier run", seconds, finished)
-        record = extract_slide(job, encoder, settings, on_tiles, identity)
+        record = extract_slide(job, encoder, settings, on_tiles, identity, claim)
         return ExtractionOutcome(job.slide_id, "ok", "", time.perf_counter() - start, record)
 
-    def failed(job: SlideJob, reason: str, seconds: float) -> ExtractionOutcome:
-        return ExtractionOutcome(job.slide_id, "failed", reason, seconds)
+    def ended(job: SlideJob, status: Literal["skipped", "failed"], reason: str, seconds: float) -> ExtractionOutcome:
+        return ExtractionOutcome(job.slide_id, status, reason, seconds)
 
-    return run_each(jobs, settings.out_dir, run_one, failed, progress)
+    return run_each(
+        jobs,
+        settings.out_dir,
+        run_one,
+        ended,
+        progress,
+        sharing=sharing_of(settings),
+        request=f"{identity} {recorded_fields(settings)}",
+        sweep=lambda: _clear_leftovers(settings.out_dir),
+    )
 
 
 def extract_slide(
@@ -104,6 +117,7 @@ def extract_slide(
     settings: ExtractSettings,
     on_tiles: OnTiles | None = None,
     identity: EncoderIdentity | None = None,
+    claim: Claim | None = None,
 ) -> ExtractionRecord:
     """Extract the features of one slide, and write them below ``settings.out_dir``, whole or not at all.
 
@@ -113,12 +127,14 @@ def extract_slide(
         settings: how to run it.
         on_tiles: called with (tiles done, tiles to do) after every batch.
         identity: ``identify_encoder(encoder)``, where the caller has it: it reads every weight.
+        claim: this process's claim of the slide, where several share the output folder.
 
     Returns:
         The record, as the file beside the features has it.
 
     Raises:
         SlideError: the slide, its mask or its coordinates cannot be used, or a feature is not finite.
+        ClaimLostError: another process took the slide over in the meantime.
         OSError: the features cannot be written.
     """
     if job.problem is not None:
@@ -134,7 +150,6 @@ def extract_slide(
     with reader, _slides_own_spacing():
         found = find_tiles(job, reader, encoder, settings, stages)
         features = layout.path_of(settings.out_dir, found.header)
-        _clear_leftovers(settings.out_dir, job.slide_id)
         dtype = np.float16 if settings.dtype == "float16" else np.float32
         with layout.writing(settings.out_dir, found.header, encoder.embed_dim, dtype) as take:
             encoded = _Encoded(reader, encoder, settings, stages, found.places, on_tiles)
@@ -160,6 +175,8 @@ def extract_slide(
                 timings_s={name: round(seconds, 4) for name, seconds in stages.seconds.items()},
                 versions=installed_versions("timm", "transformers"),
             )
+            if claim is not None:
+                claim.check()
             # Before the features have their names: where they are there without a record, they are not ours.
             features.unlink(missing_ok=True)
             record.write(record_path(features))
@@ -347,11 +364,11 @@ def _features_path(
     return layout.path_of(settings.out_dir, header)
 
 
-def _clear_leftovers(out_dir: Path, slide_id: str) -> None:
-    """Remove what a killed run left half written of a slide."""
-    ours = {f".{slide_id}{ending}" for ending in _ENDINGS}
+def _clear_leftovers(out_dir: Path, slide_id: str | None = None) -> None:
+    """Remove what killed runs left half written of a slide that no process is at work on; None is of all slides."""
     for path in out_dir.rglob(".*.partial"):
-        if path.name.removesuffix(".partial").rpartition(".")[0] in ours:
+        name = path.name.removesuffix(".partial").rpartition(".")[0]
+        if name in {f".{slide_id}{ending}" for ending in _ENDINGS} if slide_id else name.endswith(_ENDINGS):
             path.unlink(missing_ok=True)
 
 

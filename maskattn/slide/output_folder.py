@@ -1,31 +1,36 @@
 """The folder of outputs: a slide's own folder appears whole, under its final name, or not at all.
 
-Work goes on in ``OUT/.<slide_id>.partial``, which is renamed at the end. With ``--overwrite`` the finished folder steps
-aside as ``OUT/.<slide_id>.old`` for the moment of the renaming. A killed run may leave either; the next one clears up.
+Work goes on in ``OUT/.<slide_id>.<token>.partial``, which is renamed at the end; the token is that of the process. With
+``--overwrite`` the finished folder steps aside as ``OUT/.<slide_id>.<token>.old`` for the moment of the renaming. A
+killed process may leave either; whoever takes the slide over, or the next run, clears up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from maskattn.errors import OutputError, SlideError
 from maskattn.slide.file_checks import is_there
+from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.names import as_text
 from maskattn.slide.prediction import SlidePrediction, read_prediction
 from maskattn.slide.sinks import SINKS
 
-__all__ = ["are_one_name", "clear_leftovers", "find_finished", "prepare_output", "slide_folder"]
+__all__ = ["are_one_name", "clear_leftovers", "find_finished", "prepare_output", "slide_folder", "sweep"]
 
 # What any version wrote or writes.
 _OURS = ("prediction.json", *(name for sink in SINKS for name in sink.files), "heatmap_*", "relevance.geojson")
 # What systems leave in any folder: macOS' Finder, Windows' Explorer, NFS of a file that was removed while it was open.
 _LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".nfs*")
+_WORKING_NAME = re.compile(r"\.(?P<slide_id>.+)\.(?P<token>[0-9a-f]{12})\.(partial|old)", re.DOTALL)
 _PROBE_BYTES = 64 * 1024
 
 
@@ -47,15 +52,31 @@ def prepare_output(out_dir: Path) -> None:
         ) from error
 
 
-def clear_leftovers(out_dir: Path, slide_id: str) -> None:
-    """Remove what a killed run left of a slide; a finished folder that had stepped aside comes back."""
-    final, partial, old = _names(out_dir, slide_id)
-    _remove(partial)
-    if os.path.lexists(old):
-        if final.exists():
-            _remove(old)
-        else:
-            old.rename(final)
+def clear_leftovers(out_dir: Path, slide_id: str, tokens: Iterable[str] = ()) -> None:
+    """Remove what killed processes left of a slide; a finished folder that had stepped aside comes back.
+
+    Args:
+        out_dir: the folder of outputs.
+        slide_id: the slide, which no process is at work on.
+        tokens: of the processes; earlier versions had none.
+    """
+    final = out_dir / slide_id
+    for token in ("", *tokens):
+        partial, old = _working_names(out_dir, slide_id, token)
+        _remove(partial)
+        if os.path.lexists(old):
+            if final.exists():
+                _remove(old)
+            else:
+                old.rename(final)
+
+
+def sweep(out_dir: Path) -> None:
+    """Remove what killed processes left of any slide, where none is at work."""
+    for name in os.listdir(out_dir):
+        if found := _WORKING_NAME.fullmatch(name):
+            with contextlib.suppress(OSError):  # then the slide says so, if it is to be run
+                clear_leftovers(out_dir, found["slide_id"], [found["token"]])
 
 
 def find_finished(out_dir: Path, slide_id: str) -> SlidePrediction | None:
@@ -100,13 +121,25 @@ def are_one_name(out_dir: Path, one: str, other: str) -> bool:
 
 
 @contextlib.contextmanager
-def slide_folder(out_dir: Path, slide_id: str) -> Iterator[Path]:
-    """A folder to write a slide's outputs to; it takes its final name at the end, or is removed on any error."""
-    final, partial, old = _names(out_dir, slide_id)
-    clear_leftovers(out_dir, slide_id)
+def slide_folder(out_dir: Path, slide_id: str, claim: Claim | None = None) -> Iterator[Path]:
+    """A folder to write a slide's outputs to; it takes its final name at the end, or is removed on any error.
+
+    Args:
+        out_dir: the folder of outputs.
+        slide_id: the slide.
+        claim: this process's claim of it, where several share the folder.
+
+    Raises:
+        ClaimLostError: another process took the slide over in the meantime.
+    """
+    final = out_dir / slide_id
+    partial, old = _working_names(out_dir, slide_id, secrets.token_hex(6) if claim is None else claim.token)
+    clear_leftovers(out_dir, slide_id, () if claim is None else claim.ended)
     partial.mkdir(parents=True)
     try:
         yield partial
+        if claim is not None:
+            claim.check()
         if final.exists():
             final.rename(old)
         partial.rename(final)
@@ -120,8 +153,9 @@ def slide_folder(out_dir: Path, slide_id: str) -> Iterator[Path]:
         _remove(old)
 
 
-def _names(out_dir: Path, slide_id: str) -> tuple[Path, Path, Path]:
-    return out_dir / slide_id, out_dir / f".{slide_id}.partial", out_dir / f".{slide_id}.old"
+def _working_names(out_dir: Path, slide_id: str, token: str) -> tuple[Path, Path]:
+    stem = f".{slide_id}.{token}" if token else f".{slide_id}"
+    return out_dir / f"{stem}.partial", out_dir / f"{stem}.old"
 
 
 def _is_ours(name: str) -> bool:

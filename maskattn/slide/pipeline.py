@@ -26,6 +26,7 @@ from maskattn.nn.slide_model import SlideModel, SlideModelConfig
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
 from maskattn.nn.slide_models.two_stage import TwoStageModel, two_stages
 from maskattn.nn.slide_models.vit import ViTHead
+from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.output_folder import slide_folder
 from maskattn.slide.prediction import ModelIdentity, SlideCounts, SlideFile, SlidePrediction
@@ -49,6 +50,7 @@ def predict_slide(
     settings: RunSettings,
     on_tiles: Callable[[int, int], None] | None = None,
     identity: ModelIdentity | None = None,
+    claim: Claim | None = None,
 ) -> SlidePrediction:
     """Predict one slide and write its outputs to ``settings.out_dir/<slide_id>/``, whole or not at all.
 
@@ -58,12 +60,14 @@ def predict_slide(
         settings: how to run it.
         on_tiles: called with (tiles done, tiles to do) after every batch.
         identity: ``identify_model(model)``, where the caller has it: it reads every weight.
+        claim: this process's claim of the slide, where several share the output folder.
 
     Returns:
         The prediction, as ``prediction.json`` has it.
 
     Raises:
         SlideError: the slide, or its mask, cannot be used; the message says the rule, what came and the remedy.
+        ClaimLostError: another process took the slide over in the meantime.
         OSError: the outputs cannot be written.
     """
     if job.problem is not None:
@@ -79,7 +83,7 @@ def predict_slide(
                     given = (settings.spacing_um, "override")
                 reader = SlideReader(job.path, *given, series=settings.series, isolated=True)
             opened.enter_context(reader)
-        folder = opened.enter_context(slide_folder(settings.out_dir, job.slide_id))
+        folder = opened.enter_context(slide_folder(settings.out_dir, job.slide_id, claim))
         run = SlideRun(job, model, settings, reader, stages, on_tiles)
         prediction = _predict(run, identity, folder)
         prediction.write(folder / "prediction.json")

@@ -13,7 +13,20 @@ from maskattn.explain.methods import DEFAULT_METHOD, METHODS, method_named
 from maskattn.slide.asked import asked, recorded_fields, unlike
 from maskattn.slide.outlines.rules import check_areas, check_outlines
 from maskattn.slide.pyramids.rules import check_pyramids
-from maskattn.slide.shared_requests import BATCH_SIZE, FORCE, INK, MASK_VALUES, SERIES, WORKERS, slide_spacing
+from maskattn.slide.shared_requests import (
+    BATCH_SIZE,
+    CLAIM_TIMEOUT,
+    FORCE,
+    INK,
+    LIMIT,
+    MASK_VALUES,
+    ORDER,
+    RETRY_FAILED,
+    SERIES,
+    SHARD,
+    WORKERS,
+    slide_spacing,
+)
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
@@ -59,6 +72,11 @@ class RunSettings:
         zarr: write the maps as OME-Zarr.
         scale: of the pictures' colours; "slide" = each slide's own, "run" = one for each class on all slides of a run.
         smooth: draw the pictures without steps between tiles or tokens; tables and other files have the steps.
+        claim_timeout_s: so long may a process that runs a slide give no sign before others take the slide over.
+        retry_failed: try slides again that failed in another process of the run before this one began.
+        shard: "I/N" = the I-th of N shares of the slides alone.
+        limit: run at most so many slides, and leave the rest.
+        order: of the slides, "given" or "large-first".
     """
 
     out_dir: Path = field(
@@ -96,6 +114,11 @@ class RunSettings:
     series: int | None = field(default=None, metadata=SERIES)
     batch_size: int = field(default=32, metadata=BATCH_SIZE)
     workers: int | None = field(default=0, metadata=WORKERS)
+    claim_timeout_s: float = field(default=300.0, metadata=CLAIM_TIMEOUT)
+    retry_failed: bool = field(default=False, metadata=RETRY_FAILED)
+    shard: str | None = field(default=None, metadata=SHARD)
+    limit: int | None = field(default=None, metadata=LIMIT)
+    order: Literal["given", "large-first"] = field(default="given", metadata=ORDER)
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Run finished slides again.", recorded=False, serves=None)
     )

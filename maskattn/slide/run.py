@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from maskattn.errors import SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.nn.slide_models.two_stage import TwoStageModel, two_stages
+from maskattn.slide.asked import recorded_fields
 from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
+from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.outlines.rules import check_region_classes
-from maskattn.slide.output_folder import clear_leftovers, find_finished
+from maskattn.slide.output_folder import clear_leftovers, find_finished, sweep
 from maskattn.slide.pipeline import identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
 from maskattn.slide.request import RunSettings, check_request, differences
 from maskattn.slide.run_scale import draw_on_one_scale
+from maskattn.slide.shared_requests import sharing_of
 
 __all__ = ["RunProgress", "run_slides"]
 
@@ -28,6 +32,8 @@ def run_slides(
     progress: RunProgress[SlideOutcome] | None = None,
 ) -> list[SlideOutcome]:
     """Predict slides, skip those an earlier run finished, and keep ``settings.out_dir/summary.csv``.
+
+    Processes that were given the same output folder and settings share the slides.
 
     Args:
         jobs: the slides; their ids differ.
@@ -47,24 +53,35 @@ def run_slides(
     check_region_classes(settings.regions, model.config.classes)
     identity = identify_model(model)
 
-    def run_one(job: SlideJob, on_tiles: OnTiles | None) -> SlideOutcome:
+    def run_one(job: SlideJob, claim: Claim, on_tiles: OnTiles | None) -> SlideOutcome:
         start = time.perf_counter()
-        clear_leftovers(settings.out_dir, job.slide_id)
+        clear_leftovers(settings.out_dir, job.slide_id, claim.ended)
         finished = find_finished(settings.out_dir, job.slide_id)
         if finished is not None and not settings.overwrite:
             _check_same_request(finished, job, model, identity, settings)
             seconds = time.perf_counter() - start
             return SlideOutcome(job.slide_id, "skipped", "finished by an earlier run", seconds, finished)
-        prediction = predict_slide(job, model, settings, on_tiles, identity)
+        prediction = predict_slide(job, model, settings, on_tiles, identity, claim)
         return SlideOutcome(job.slide_id, "ok", "", time.perf_counter() - start, prediction)
 
-    def failed(job: SlideJob, reason: str, seconds: float) -> SlideOutcome:
-        return SlideOutcome(job.slide_id, "failed", reason, seconds)
+    def ended(job: SlideJob, status: Literal["skipped", "failed"], reason: str, seconds: float) -> SlideOutcome:
+        return SlideOutcome(job.slide_id, status, reason, seconds)
 
-    outcomes = run_each(jobs, settings.out_dir, run_one, failed, progress)
-    if settings.scale == "run":
-        draw_on_one_scale(settings.out_dir / one.slide_id for one in outcomes if one.status != "failed")
-    return outcomes
+    def draw_together(outcomes: list[SlideOutcome]) -> None:
+        if settings.scale == "run":
+            draw_on_one_scale(settings.out_dir / one.slide_id for one in outcomes if one.status != "failed")
+
+    return run_each(
+        jobs,
+        settings.out_dir,
+        run_one,
+        ended,
+        progress,
+        sharing=sharing_of(settings),
+        request=f"{identity} {recorded_fields(settings)}",
+        sweep=lambda: sweep(settings.out_dir),
+        at_end=draw_together,
+    )
 
 
 def _check_same_request(

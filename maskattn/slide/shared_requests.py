@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from maskattn.slide.asked import asked
+from maskattn.slide.fleet.sharing import Sharing
 
-__all__ = ["BATCH_SIZE", "FORCE", "INK", "MASK_VALUES", "SERIES", "WORKERS", "slide_spacing"]
+__all__ = [
+    "BATCH_SIZE",
+    "CLAIM_TIMEOUT",
+    "FORCE",
+    "INK",
+    "LIMIT",
+    "MASK_VALUES",
+    "ORDER",
+    "RETRY_FAILED",
+    "SERIES",
+    "SHARD",
+    "WORKERS",
+    "sharing_of",
+    "slide_spacing",
+]
 
 MASK_VALUES = asked("--mask-value", "A label of the mask that means tissue (may be repeated).")
 INK = asked("--ink", "auto leaves pen strokes out of the tissue, off keeps them.")
@@ -23,6 +39,28 @@ WORKERS = asked(
     default=None,
     serves=None,
 )
+# How slides are shared among processes, which changes nothing of what becomes of a slide.
+CLAIM_TIMEOUT = asked(
+    "--claim-timeout",
+    "Seconds without a sign after which a process has ended, and others take its slides over.",
+    minimum=1,
+    recorded=False,
+    serves=None,
+)
+RETRY_FAILED = asked(
+    "--retry-failed",
+    "Try slides again that failed in another process of this run, before this one began.",
+    recorded=False,
+    serves=None,
+)
+SHARD = asked("--shard", "I/N: run the I-th of N shares of the slides.", recorded=False, serves=None)
+LIMIT = asked("--limit", "Run at most so many slides, and leave the rest.", minimum=1, recorded=False, serves=None)
+ORDER = asked("--order", "Of the slides: given, or large-first.", recorded=False, serves=None)
+
+
+def sharing_of(settings: Any) -> Sharing:
+    """How a request's slides are to be shared."""
+    return Sharing(settings.claim_timeout_s, settings.retry_failed, settings.shard, settings.limit, settings.order)
 
 
 def slide_spacing(flag: str) -> dict[str, object]:

@@ -2,26 +2,25 @@
 
 A slide's row is appended when it ends, so that a row costs the same however long the table is. The table is written
 anew, whole, only where a row brings a column that it lacks and where a run ends: until then the row that a later one of
-the same slide replaces is still there, and the last one counts. One run writes at a time, and opens the file for each
-row, so that several may fill one table at once: on one machine, and on several that share a disk.
+the same slide replaces is still there, and the last one counts. One process writes at a time (``fleet/rows.py`` sees to
+that), and opens the file for each row, so that several may fill one table.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
+from maskattn.errors import OutputError
 from maskattn.files import replacing
 from maskattn.slide.names import as_text
 
-__all__ = ["append_row", "carried_into", "read_summary", "tidy_summary", "write_summary"]
+__all__ = ["append_row", "carried_into", "read_summary", "summary_errors", "tidy_summary", "write_summary"]
 
 _FIRST_COLUMNS = ("slide_id", "status", "reason", "prediction")
 _LAST_COLUMNS = ("model", "seconds")
@@ -77,15 +76,13 @@ def append_row(path: Path, row: Mapping[str, str]) -> None:
         OSError: it cannot be read or written.
     """
     row = _in_one_line(row)
-    done = False
-    while not done:
-        with _sole_writer(path) as file:
-            if file is None and not os.path.lexists(path):
-                done = _create(path, row)
-            else:
-                if file is None or not _append(file, row):
-                    write_summary(path, {**read_summary(path), row["slide_id"]: row}.values())
-                done = True
+    try:
+        with path.open("r+b", buffering=0) as file:
+            appended = _append(file, row)
+    except (FileNotFoundError, PermissionError):
+        appended = False
+    if not appended:
+        write_summary(path, {**read_summary(path), row["slide_id"]: row}.values())
 
 
 def tidy_summary(path: Path) -> None:
@@ -95,25 +92,26 @@ def tidy_summary(path: Path) -> None:
         ValueError: the file is no summary.
         OSError: it cannot be read or written.
     """
-    with _sole_writer(path):
-        rows = _read_rows(path)
-        latest = {row["slide_id"]: row for row in rows}
-        if len(latest) < len(rows):
-            write_summary(path, latest.values())
+    rows = _read_rows(path)
+    latest = {row["slide_id"]: row for row in rows}
+    if len(latest) < len(rows):
+        write_summary(path, latest.values())
 
 
-def _create(path: Path, row: Mapping[str, str]) -> bool:
-    """Write the table's first row; False where another run was quicker."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        first = Path(folder) / path.name
-        write_summary(first, [row])
-        try:
-            os.link(first, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system that has no hard links
-            os.replace(first, path)
-    return True
+@contextlib.contextmanager
+def summary_errors(path: Path) -> Iterator[None]:
+    """What befalls the summary within, as an :class:`OutputError` with its remedy."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except ValueError as error:
+        raise OutputError(str(error)) from error
+    except OSError as error:
+        raise OutputError(
+            f"the summary must be a file that can be read and written, got {as_text(path)}: "
+            f"{error.strerror or error}; free space or move it away and run again, finished slides are skipped"
+        ) from error
 
 
 def _append(file: FileIO, row: Mapping[str, str]) -> bool:
@@ -162,40 +160,3 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 def _in_one_line(row: Mapping[str, str]) -> dict[str, str]:
     """The row without what would break a line or has no encoding: a torn row is then known by its missing end."""
     return {as_text(name): as_text(value) for name, value in row.items()}
-
-
-@contextlib.contextmanager
-def _sole_writer(path: Path) -> Iterator[FileIO | None]:
-    """The table, open, while no other run writes to it; None where there is none, or none that can be added to.
-
-    The folder's lock is there before the table is. NFS has locks for files that are open for writing only: the table's
-    own, which is worth nothing once the table was written anew. Where a file system has neither, nobody waits.
-    """
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        _lock(folder)
-        with contextlib.ExitStack() as stack:
-            file = None
-            while file is None or not _is_still(path, file):
-                try:
-                    file = stack.enter_context(path.open("r+b", buffering=0))
-                except (FileNotFoundError, PermissionError):
-                    file = None
-                    break
-                _lock(file.fileno())
-            yield file
-    finally:
-        os.close(folder)
-
-
-def _lock(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-
-def _is_still(path: Path, file: FileIO) -> bool:
-    """Whether the open file is the one of that name."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False

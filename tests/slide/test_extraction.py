@@ -241,10 +241,10 @@ def test_features_that_are_not_finite_are_refused_and_nothing_is_left(slide: Pat
 
 def test_what_a_killed_run_left_half_written_is_cleared(slide: Path, encoder: TileEncoder, tmp_path: Path):
     path = features_file(tmp_path, extract(slide, encoder, tmp_path))
-    for name in (".disc.h5.1-0011aabb.partial", ".disc_patches.h5.1-0011aabb.partial", ".disc2.h5.1-0011aabb.partial"):
-        path.with_name(name).touch()
+    for name in (".disc.h5", ".disc_patches.h5", ".disc2.h5", ".notes.txt"):
+        path.with_name(f"{name}.1-0011aabb.partial").touch()
     assert extract(slide, encoder, tmp_path, overwrite=True).status == "ok"
-    assert [left.name for left in tmp_path.rglob("*.partial")] == [".disc2.h5.1-0011aabb.partial"]
+    assert [left.name for left in tmp_path.rglob("*.partial")] == [".notes.txt.1-0011aabb.partial"]
 
 
 def test_requests_that_contradict_themselves_are_refused_before_any_slide(

@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import csv
-import errno
-import fcntl
-import os
-import stat
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
 from small_slides import small_model
 
-from maskattn.slide import summary
+from maskattn.slide.fleet.claims import Claims
+from maskattn.slide.fleet.members import Member, Watch
+from maskattn.slide.fleet.rows import MemberRows
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.pipeline import RunSettings
 from maskattn.slide.run import run_slides
-from maskattn.slide.summary import append_row, read_summary, tidy_summary
+from maskattn.slide.summary import read_summary
 
 
-@pytest.fixture(params=["local", "NFS"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a local disk, or of one that several machines share: there, folders cannot be locked."""
-
-    def of_files_only(descriptor: int, how: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        fcntl.flock(descriptor, how)
-
-    if request.param == "NFS":
-        monkeypatch.setattr(summary, "fcntl", SimpleNamespace(flock=of_files_only, LOCK_EX=fcntl.LOCK_EX))
-    return tmp_path
-
-
-def test_no_run_loses_the_rows_of_another(disk: Path) -> None:
-    model, settings = small_model(), RunSettings(out_dir=disk / "out")
+def test_no_run_loses_the_rows_of_another(tmp_path: Path) -> None:
+    model, settings = small_model(), RunSettings(out_dir=tmp_path / "out")
     names = [[f"run{run}_{slide}" for slide in range(25)] for run in range(4)]
 
     def run(own: list[str]) -> None:
@@ -71,15 +53,19 @@ def test_table_is_whole_whenever_another_program_looks(tmp_path: Path) -> None:
     assert len(read_summary(tmp_path / "summary.csv")) == len(jobs)
 
 
-def test_table_that_is_written_anew_for_one_run_keeps_the_rows_of_the_others(disk: Path) -> None:
-    path = disk / "summary.csv"
+def test_table_that_is_written_anew_for_one_run_keeps_the_rows_of_the_others(tmp_path: Path) -> None:
+    path, fleet = tmp_path / "summary.csv", tmp_path / ".fleet"
 
     def run(number: int) -> None:
-        for slide in range(60):
-            scores = {f"score_{number}_{slide // 20}": "1"}
-            append_row(path, {"slide_id": f"{number}_{slide}", "status": "ok", "reason": "", "seconds": "0", **scores})
-            if slide % 25 == 24:
-                tidy_summary(path)
+        with Member(fleet / "members", 300.0, {}) as member:
+            claims = Claims(fleet, member.token, Watch(fleet / "members", 300.0))
+            rows = MemberRows(path, fleet / "rows", member.token, claims)
+            for slide in range(60):
+                scores = {f"score_{number}_{slide // 20}": "1"}
+                rows.add({"slide_id": f"{number}_{slide}", "status": "ok", "reason": "", "seconds": "0", **scores})
+                if slide % 25 == 24:
+                    rows.finish()
+            rows.finish()
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(run, range(4)))
@@ -87,4 +73,4 @@ def test_table_that_is_written_anew_for_one_run_keeps_the_rows_of_the_others(dis
     assert {
         name: [key for key, value in row.items() if key[:6] == "score_" and value] for name, row in rows.items()
     } == {f"{number}_{slide}": [f"score_{number}_{slide // 20}"] for number in range(4) for slide in range(60)}
-    assert [entry.name for entry in disk.iterdir()] == ["summary.csv"]
+    assert not list((fleet / "rows").iterdir())

@@ -1,0 +1,82 @@
+"""Which slides have ended while the fleet is at work, and how: a file each, whose name is enough for most.
+
+A mark counts for one request alone: members that were asked for something else look for themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskattn.slide.fleet.folders import write_text
+
+__all__ = ["EndedSlide", "EndedSlides", "ENDED_FOLDERS"]
+
+ENDED_FOLDERS = "ended-"
+_FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class EndedSlide:
+    """What became of a slide that a member ran.
+
+    Attributes:
+        slide_id: its id.
+        status: "ok", "skipped" or "failed".
+        reason: why it was skipped or failed.
+        by: who ran it.
+        token: of that member.
+    """
+
+    slide_id: str
+    status: str
+    reason: str
+    by: str
+    token: str
+
+
+class EndedSlides:
+    """The marks of one request.
+
+    Args:
+        root: the fleet's folder.
+        request: what was asked for, in words of any kind.
+    """
+
+    def __init__(self, root: Path, request: str) -> None:
+        self.folder = root / (ENDED_FOLDERS + hashlib.sha256(request.encode()).hexdigest()[:12])
+
+    def names(self) -> set[str]:
+        """The slides that have ended."""
+        try:
+            return {name.rpartition(".")[0] for name in os.listdir(self.folder) if not name.startswith(".")}
+        except FileNotFoundError:
+            return set()
+
+    def find(self, slide_id: str) -> EndedSlide | None:
+        """How a slide ended; None where it has not."""
+        for status in ("ok", "skipped", _FAILED):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found = json.loads((self.folder / f"{slide_id}.{status}").read_text(encoding="utf-8"))
+                return EndedSlide(slide_id, status, str(found["reason"]), str(found["by"]), str(found["token"]))
+        return None
+
+    def mark(self, slide: EndedSlide) -> None:
+        """Tell the others that a slide has ended.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        record = json.dumps({"reason": slide.reason, "by": slide.by, "token": slide.token})
+        write_text(self.folder / f"{slide.slide_id}.{slide.status}", record)
+
+    def forget_failed(self, kept: set[str]) -> None:
+        """Let slides be tried again that failed, but for those that members with these tokens tried."""
+        for slide_id in self.names():
+            slide = self.find(slide_id)
+            if slide is not None and slide.status == _FAILED and slide.token not in kept:
+                (self.folder / f"{slide_id}.{_FAILED}").unlink(missing_ok=True)

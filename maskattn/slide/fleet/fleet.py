@@ -1,0 +1,206 @@
+"""The fleet as one process sees it: which slide it runs next, and what it leaves behind when it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from maskattn.errors import OutputError
+from maskattn.slide.fleet.claims import Claim, Claims
+from maskattn.slide.fleet.ended import EndedSlide, EndedSlides
+from maskattn.slide.fleet.folders import remove_if_empty
+from maskattn.slide.fleet.lists import list_slides
+from maskattn.slide.fleet.members import Member, Watch, read_member
+from maskattn.slide.fleet.put_away import put_away
+from maskattn.slide.fleet.rows import MemberRows
+from maskattn.slide.fleet.sharing import Sharing
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.names import as_text, problem_of_id
+from maskattn.slide.summary import read_summary, summary_errors
+
+__all__ = ["FOLDER", "Fleet", "Turn", "joined"]
+
+FOLDER = ".fleet"
+_LOOK_AGAIN_AFTER_S = 0.5
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
+
+Turn = tuple[int, SlideJob, "Claim | EndedSlide"]
+
+
+@contextlib.contextmanager
+def joined(
+    out_dir: Path,
+    jobs: Sequence[SlideJob],
+    sharing: Sharing,
+    request: str,
+    sweep: Callable[[], None],
+) -> Iterator[Fleet]:
+    """Take part in running the slides of an output folder.
+
+    Args:
+        out_dir: the folder, which is there.
+        jobs: the slides of this process.
+        sharing: how they are shared.
+        request: what was asked for, in words: a slide has ended for those alone that asked for the same.
+        sweep: removes what killed processes left; called where no other process is at work.
+
+    Yields:
+        The fleet; its ``turns`` are the slides to run.
+
+    Raises:
+        OutputError: the summary, or a claim, cannot be written.
+    """
+    table = out_dir / "summary.csv"
+    with summary_errors(table):
+        read_summary(table)
+    root = out_dir / FOLDER
+    about = {"slides": list_slides(root, jobs), "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "done": 0}
+    try:
+        with Member(root / "members", sharing.claim_timeout_s, about) as member:
+            fleet = Fleet(root, table, member, sharing, request)
+            others = fleet.others()
+            if not others:
+                sweep()
+            fleet.ended.forget_failed(set() if sharing.retry_failed else set(others))
+            try:
+                yield fleet
+            except BaseException:
+                with contextlib.suppress(OutputError):
+                    fleet.leave()
+                raise
+            fleet.leave()
+    finally:
+        remove_if_empty(root / "claims", root / "members", root / "rows", root)
+
+
+class Fleet:
+    """A process's view of all that share an output folder.
+
+    Attributes:
+        ended: the slides that have ended.
+        was_last: whether no other process was at work when this one left.
+    """
+
+    def __init__(self, root: Path, table: Path, member: Member, sharing: Sharing, request: str) -> None:
+        self._root = root
+        self._member = member
+        self._sharing = sharing
+        self._watch = Watch(root / "members", sharing.claim_timeout_s)
+        self._claims = Claims(root / "claims", member.token, self._watch)
+        self._rows = MemberRows(table, root / "rows", member.token, Claims(root, member.token, self._watch))
+        self._began = time.monotonic()
+        self._ran = self._done = 0
+        self._lost: dict[int, SlideJob] = {}
+        self._table = table
+        self.was_last = False
+        self.ended = EndedSlides(root, request)
+
+    def others(self) -> list[str]:
+        """The other members that are at work and not about to leave, as far as this process knows."""
+        living = (token for token in self._watch.living() if token != self._member.token)
+        return [token for token in living if not (read_member(self._root / "members", token) or {}).get("leaving")]
+
+    def turns(self, jobs: Sequence[SlideJob]) -> Iterator[Turn]:
+        """The slides, each when it is this process's turn, or when another has ended it.
+
+        Waits for slides that others run, and takes over those whose owner ends; after ``Sharing.limit`` slides of its
+        own it waits for no one.
+
+        Yields:
+            (index of the job, the job, the claim to run it under or how it ended elsewhere).
+
+        Raises:
+            OutputError: a claim cannot be written.
+        """
+        left = dict(enumerate(jobs))
+        self._lost.clear()
+        misses, wait_s, looked_at = 0, _SHORTEST_WAIT_S, None
+        claimed: set[str] = set()
+        while left or self._lost:
+            left |= self._lost
+            self._lost.clear()
+            if misses or looked_at is None or time.monotonic() - looked_at > _LOOK_AGAIN_AFTER_S:
+                yield from self._ended_elsewhere(left)
+                claimed, looked_at = self._claims.claimed(), time.monotonic()
+            if self._sharing.limit is not None and self._ran >= self._sharing.limit:
+                return
+            free = [index for index, job in left.items() if _name(job) not in claimed]
+            # Where many meet at one slide, each goes on to one of its own.
+            tried = [free[random.randrange(min(len(free), 2**misses))]] if free else list(left)
+            turn = next(filter(None, (self._turn(index, left[index]) for index in tried)), None)
+            if turn is not None:
+                del left[turn[0]]
+                misses, wait_s = 0, _SHORTEST_WAIT_S
+                yield turn
+            elif free:
+                misses = min(misses + 1, 16)
+            elif left:
+                misses = 1
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S, self._sharing.claim_timeout_s / 4)
+
+    def end(self, claim: Claim, row: Mapping[str, str]) -> None:
+        """A slide has ended: put its row into the summary, mark it, and give its claim up.
+
+        Raises:
+            OutputError: the summary cannot be written.
+        """
+        with summary_errors(self._table):
+            self._rows.add(row)
+        by = str(self._member.process)
+        with contextlib.suppress(OSError):  # then the others look at the slide for themselves
+            self.ended.mark(EndedSlide(claim.name, row["status"], row["reason"], by, self._member.token))
+        claim.release()
+        self._done += 1
+        self._ran += row["status"] != "skipped"
+        self._member.tell(done=self._done, seconds=round(time.monotonic() - self._began, 3))
+
+    def lose(self, index: int, job: SlideJob) -> None:
+        """Another process took the slide over: it comes again, as a rule when it has ended there."""
+        self._lost[index] = job
+
+    def leave(self) -> None:
+        """Finish the summary; the last one takes in what killed members left, and puts the fleet's folder away.
+
+        Raises:
+            OutputError: the summary cannot be written.
+        """
+        self._member.tell(leaving=True)
+        with summary_errors(self._table):
+            if self.others():
+                self._rows.finish()
+                return
+            with self._rows.alone():
+                self._rows.take_in_all(self._watch)
+                self.was_last = not self.others()
+                if self.was_last:
+                    put_away(self._root, self._member.token, self._watch)
+
+    def _turn(self, index: int, job: SlideJob) -> Turn | None:
+        with summary_errors(self._table):
+            claim = self._claims.try_claim(_name(job))
+        if claim is None:
+            return None
+        slide = self.ended.find(_name(job))  # it may have ended just before it was claimed
+        if slide is None:
+            return index, job, claim
+        claim.release()
+        return index, job, slide
+
+    def _ended_elsewhere(self, left: dict[int, SlideJob]) -> Iterator[Turn]:
+        names = self.ended.names()
+        for index in [index for index, job in left.items() if _name(job) in names]:
+            slide = self.ended.find(_name(left[index]))
+            if slide is not None:
+                yield index, left.pop(index), slide
+
+
+def _name(job: SlideJob) -> str:
+    """The name of a slide's files in the fleet's folder; an id that can name none has one all the same."""
+    if job.problem is None and problem_of_id(job.slide_id) is None:
+        return job.slide_id
+    return "no-name-" + hashlib.sha256(as_text(job.slide_id).encode()).hexdigest()[:16]

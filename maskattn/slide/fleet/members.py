@@ -1,0 +1,137 @@
+"""Who takes part: a file for each process, which it touches as long as it lives.
+
+No clock of one machine is compared with another's, nor with the drive's: whoever looks remembers when it saw the file
+change last, and counts by its own clock, which no one can set. A process of the same machine is known to have ended
+at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from maskattn.slide.fleet.folders import write_text
+from maskattn.slide.fleet.process import Process
+
+__all__ = ["Member", "Watch", "members_of", "read_member"]
+
+_BEATS_IN_TIMEOUT = 10
+
+
+def members_of(folder: Path) -> Iterator[str]:
+    """The tokens of the members in a folder, living or not."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if name.endswith(".json") and not name.startswith("."):
+                yield name.removesuffix(".json")
+
+
+def read_member(folder: Path, token: str) -> dict[str, Any] | None:
+    """What a member's file says; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / f"{token}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+class Member:
+    """This process among those that share an output folder; a context manager.
+
+    Args:
+        folder: of the members' files.
+        claim_timeout_s: after so many seconds without a touch the others take it for ended.
+        about: what the others are told of it.
+
+    Attributes:
+        token: names it, and all that it leaves.
+        process: which process it is.
+    """
+
+    def __init__(self, folder: Path, claim_timeout_s: float, about: dict[str, Any]) -> None:
+        self.token = secrets.token_hex(6)
+        self.process = Process.current()
+        self._path = folder / f"{self.token}.json"
+        self._about = about
+        self._beat_s = claim_timeout_s / _BEATS_IN_TIMEOUT
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+
+    def __enter__(self) -> Member:
+        self.tell()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def tell(self, **about: Any) -> None:
+        """Tell the others more; nobody waits for it, so that a drive that refuses to take it does no harm."""
+        self._about |= about
+        with contextlib.suppress(OSError):
+            write_text(self._path, json.dumps({**self._about, "process": self.process.record()}))
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._beat_s):
+            try:
+                os.utime(self._path)
+            except FileNotFoundError:
+                self.tell()  # another one took this process for ended, and put its file away
+            except OSError:
+                pass  # the drive may come back
+
+
+class Watch:
+    """Which members have ended, as one process sees it.
+
+    Args:
+        folder: of the members' files.
+        claim_timeout_s: so long may a living member's file stay untouched.
+    """
+
+    def __init__(self, folder: Path, claim_timeout_s: float) -> None:
+        self._folder = folder
+        self._timeout_s = claim_timeout_s
+        self._seen: dict[Path, tuple[int, float]] = {}
+        self._processes: dict[str, Process] = {}
+
+    def has_ended(self, token: str) -> bool:
+        """Whether a member has left, is known to have ended, or was silent for too long."""
+        path = self._folder / f"{token}.json"
+        process = self._process(token)
+        if process is not None and process.has_ended():
+            return True
+        return self.is_silent(path)
+
+    def is_silent(self, path: Path) -> bool:
+        """Whether a file is not there, or was left untouched for the whole timeout while this process looked."""
+        try:
+            touched = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return True
+        now = time.monotonic()
+        was, since = self._seen.setdefault(path, (touched, now))
+        if was != touched:
+            self._seen[path] = (touched, now)
+            return False
+        return now - since > self._timeout_s
+
+    def living(self) -> list[str]:
+        """The members that have not ended, as far as this process knows."""
+        return [token for token in members_of(self._folder) if not self.has_ended(token)]
+
+    def _process(self, token: str) -> Process | None:
+        if token not in self._processes:
+            with contextlib.suppress(KeyError, ValueError, TypeError):
+                self._processes[token] = Process.of((read_member(self._folder, token) or {})["process"])
+        return self._processes.get(token)

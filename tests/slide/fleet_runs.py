@@ -1,0 +1,58 @@
+"""Slides that take milliseconds, run as the pipeline runs real ones; as a script, a process of a fleet.
+
+python tests/slide/fleet_runs.py OUT SLIDES
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from maskattn.slide.each_slide import OnTiles, run_each
+from maskattn.slide.fleet.claims import Claim
+from maskattn.slide.fleet.sharing import Sharing
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.output_folder import clear_leftovers, slide_folder, sweep
+from maskattn.slide.prediction import SlideOutcome
+
+
+def run_quickly(
+    out: Path,
+    jobs: Sequence[SlideJob],
+    sharing: Sharing,
+    run: Callable[[SlideJob], None] = lambda job: None,
+) -> list[SlideOutcome]:
+    """Run slides whose output is their name."""
+
+    def run_one(job: SlideJob, claim: Claim, _: OnTiles | None) -> SlideOutcome:
+        clear_leftovers(out, job.slide_id, claim.ended)
+        if (out / job.slide_id).exists():
+            return SlideOutcome(job.slide_id, "skipped", "finished by an earlier run", 0.0)
+        with slide_folder(out, job.slide_id, claim) as folder:
+            (folder / "prediction.json").write_text(f"{job.slide_id} ")
+            run(job)
+            with (folder / "prediction.json").open("a") as file:
+                file.write("whole")
+        return SlideOutcome(job.slide_id, "ok", "", 0.0)
+
+    def ended(job: SlideJob, status: Literal["skipped", "failed"], reason: str, seconds: float) -> SlideOutcome:
+        return SlideOutcome(job.slide_id, status, reason, seconds)
+
+    return run_each(jobs, out, run_one, ended, sharing=sharing, request="quick", sweep=lambda: sweep(out))
+
+
+def main(out: Path, count: int, hold: Path) -> None:
+    """Run slides as one of several processes."""
+
+    def run(_: SlideJob) -> None:
+        while hold.exists():
+            time.sleep(0.01)
+
+    run_quickly(out, [SlideJob(f"s{number:03d}", Path("none.svs")) for number in range(count)], Sharing(), run)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
