@@ -12,6 +12,7 @@ from maskattn.cli.extract import extract
 from maskattn.cli.infer import infer
 from maskattn.cli.info import info
 from maskattn.cli.report import report
+from maskattn.cli.status import status
 from maskattn.cli.tissue import tissue
 from maskattn.cli.train import train
 from maskattn.cli.view import view
@@ -24,5 +25,5 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: boxes would cost every command the import of rich
     pretty_exceptions_enable=False,
 )
-for command in (infer, extract, encoders, demo, report, view, tissue, train, info, explain, doctor):
+for command in (infer, extract, encoders, train, demo, status, report, view, tissue, info, explain, doctor):
     app.command()(command)

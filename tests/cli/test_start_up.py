@@ -9,7 +9,22 @@ import sys
 import pytest
 
 HEAVY = ("torch", "triton", "numpy", "cv2", "matplotlib", "h5py", "PIL", "tifffile", "openslide", "rich")
-COMMANDS = ("infer", "extract", "encoders", "demo", "report", "view", "tissue", "train", "info", "explain", "doctor")
+COMMANDS = (
+    *(
+        "infer",
+        "extract",
+        "encoders",
+        "train",
+        "demo",
+        "status",
+        "report",
+        "view",
+        "tissue",
+        "info",
+        "explain",
+        "doctor",
+    ),
+)
 
 
 def run(code: str, **environment: str) -> str:
