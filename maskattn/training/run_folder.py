@@ -58,6 +58,9 @@ def note_data(out: Path, settings: Any, sha256: str) -> None:
     """
     path = out / "state" / _DATA
     path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (out, path.parent):
+        for leftover in folder.glob(".*.partial"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
     if path.is_file():
         if json.loads(path.read_text(encoding="utf-8"))["sha256"] != sha256:
             raise ValueError(
