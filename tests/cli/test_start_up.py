@@ -9,7 +9,20 @@ import sys
 import pytest
 
 HEAVY = ("torch", "triton", "numpy", "cv2", "matplotlib", "h5py", "PIL", "tifffile", "openslide", "rich")
-COMMANDS = "infer extract encoders train demo status report view tissue info explain doctor".split()
+COMMANDS = [
+    "infer",
+    "extract",
+    "encoders",
+    "train",
+    "demo",
+    "status",
+    "report",
+    "view",
+    "tissue",
+    "info",
+    "explain",
+    "doctor",
+]
 
 
 def run(code: str, **environment: str) -> str:
