@@ -7,6 +7,7 @@ import typer
 from maskattn.cli.demo import demo
 from maskattn.cli.doctor import doctor
 from maskattn.cli.encoders import encoders
+from maskattn.cli.evaluate import evaluate
 from maskattn.cli.explain import explain
 from maskattn.cli.extract import extract
 from maskattn.cli.infer import infer
@@ -25,5 +26,5 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: boxes would cost every command the import of rich
     pretty_exceptions_enable=False,
 )
-for command in (infer, extract, encoders, train, demo, status, report, view, tissue, info, explain, doctor):
+for command in (infer, extract, encoders, train, evaluate, demo, status, report, view, tissue, info, explain, doctor):
     app.command()(command)

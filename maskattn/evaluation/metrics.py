@@ -90,10 +90,10 @@ def metrics_of_class(index: int) -> tuple[Metric, ...]:
     """The metrics of a class against the rest."""
     return (
         Metric("auc", "AUC", lambda p: _one_auc(p, index), "higher", ""),
-        Metric("average_precision", "average precision", lambda p: _one_precision(p, index), "higher", ""),
-        Metric("sensitivity", "sensitivity", lambda p: _of_cells(p, index, _sensitivity), "higher", ""),
-        Metric("specificity", "specificity", lambda p: _of_cells(p, index, _specificity), "higher", ""),
-        Metric("precision", "precision", lambda p: _of_cells(p, index, _precision), "higher", ""),
+        Metric("average_precision", "Average precision", lambda p: _one_precision(p, index), "higher", ""),
+        Metric("sensitivity", "Sensitivity", lambda p: _of_cells(p, index, _sensitivity), "higher", ""),
+        Metric("specificity", "Specificity", lambda p: _of_cells(p, index, _specificity), "higher", ""),
+        Metric("precision", "Precision", lambda p: _of_cells(p, index, _precision), "higher", ""),
         Metric("f1", "F1", lambda p: _of_cells(p, index, _f1), "higher", ""),
     )
 

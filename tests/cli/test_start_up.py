@@ -14,6 +14,7 @@ COMMANDS = [
     "extract",
     "encoders",
     "train",
+    "evaluate",
     "demo",
     "status",
     "report",

@@ -17,7 +17,7 @@ from maskattn.slide.report.facts import model_cards, run_table
 from maskattn.slide.report.markup import Markup, element, joined
 from maskattn.slide.report.slide_part import slide_part
 
-__all__ = ["style_sheet", "write_report"]
+__all__ = ["page_head", "style_sheet", "write_report"]
 
 _READING = (
     "A map shows which tokens, or tiles, speak for a class (red) and against it (blue): the signed share of each in "
@@ -95,6 +95,11 @@ def _head(run: FinishedRun) -> str:
     failed = sum(slide.status == "failed" for slide in run.slides)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     lines = f"{predicted} of {len(run.slides)} slides have outputs, {failed} failed. Written {now} by maskattn "
+    return page_head(title, f"{lines}{maskattn.__version__}.")
+
+
+def page_head(title: str, lines: str) -> str:
+    """A page's beginning, up to its first section: what a browser must know, the style, the title, a line below it."""
     metas = [
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -102,7 +107,7 @@ def _head(run: FinishedRun) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
     ]
     head = element("head", *metas, element("title", as_text(title)), style_sheet())
-    header = element("header", element("h1", title), element("p", f"{lines}{maskattn.__version__}."))
+    header = element("header", element("h1", title), element("p", lines))
     return f'<!DOCTYPE html>\n<html lang="en">{head}<body class="maskattn"><main>{header}'
 
 

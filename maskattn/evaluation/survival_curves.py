@@ -1,0 +1,95 @@
+"""Kaplan-Meier curves of patients at low and at high risk, and the log-rank test between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskattn.evaluation.predictions import Predictions
+from maskattn.evaluation.weighted import Values
+
+__all__ = ["RiskGroup", "log_rank", "risk_groups"]
+
+
+@dataclass(frozen=True)
+class RiskGroup:
+    """Patients of like risk.
+
+    Attributes:
+        name: "low risk" or "high risk".
+        times: (T,) each time at which something happened, from 0.
+        surviving: (T,) the share without the event after that time.
+        low, high: (T,) its 95 % interval, log-log.
+        observed: (P,) each patient's time.
+        patients: how many there are.
+        events: how many had the event.
+    """
+
+    name: str
+    times: Values
+    surviving: Values
+    low: Values
+    high: Values
+    observed: Values
+    patients: int
+    events: int
+
+    def at_risk(self, time: float) -> int:
+        """How many were still followed at a time."""
+        return int((self.observed >= time).sum())
+
+
+def high_risk(predictions: Predictions) -> NDArray[np.bool_]:
+    """(P,) whether a risk is above the median, of the patient's fold where there are folds."""
+    risk_P = predictions.scores_PK[:, 0]
+    folds = np.zeros(len(risk_P), dtype=np.int64) if predictions.fold_P is None else predictions.fold_P
+    high_P = np.zeros(len(risk_P), dtype=bool)
+    for fold in np.unique(folds):
+        members = folds == fold
+        high_P[members] = risk_P[members] > np.median(risk_P[members])
+    return high_P
+
+
+def risk_groups(predictions: Predictions) -> list[RiskGroup]:
+    """The patients at low and at high risk; none where all risks are equal."""
+    from sksurv.nonparametric import kaplan_meier_estimator
+
+    high_P = high_risk(predictions)
+    if not high_P.any():
+        return []
+    groups = []
+    for name, members in (("low risk", ~high_P), ("high risk", high_P)):
+        event, time = predictions.events[members], predictions.times[members]
+        at, share, (low, high) = kaplan_meier_estimator(event, time, conf_type="log-log")
+        # log-log has no interval where nobody had the event yet, and gives NaN there.
+        low, high = np.where(np.isfinite(low), low, share), np.where(np.isfinite(high), high, share)
+        one = np.ones(1)
+        groups.append(
+            RiskGroup(
+                name=name,
+                times=np.concatenate([[0.0], at]),
+                surviving=np.concatenate([one, share]),
+                low=np.concatenate([one, low]),
+                high=np.concatenate([one, high]),
+                observed=time,
+                patients=len(time),
+                events=int(event.sum()),
+            )
+        )
+    return groups
+
+
+def log_rank(predictions: Predictions) -> float | None:
+    """The p value of the log-rank test between them; None where there are no two groups or no event."""
+    from sksurv.compare import compare_survival
+
+    high_P = high_risk(predictions)
+    if not high_P.any() or not predictions.events.any():
+        return None
+    outcome = np.array(
+        list(zip(predictions.events, predictions.times, strict=True)), dtype=[("event", bool), ("time", float)]
+    )
+    _, p = compare_survival(outcome, high_P)
+    return float(p)
