@@ -48,6 +48,7 @@ def view(
                 "--port, or 0 for a free one"
             ) from error
         with server:
+            answers.open_first()
             say(f"viewer      {server.url} (Ctrl-C ends it)")
             if browser:
                 _open_browser(server.url)

@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maskattn.errors import ManifestError
 from maskattn.slide.asked import asked, recorded_fields
+from maskattn.slide.outlines.rules import check_areas
 from maskattn.slide.shared_requests import (
     BATCH_SIZE,
     CLAIM_TIMEOUT,
+    EXCLUDE,
+    EXCLUDE_CLASSES,
     FORCE,
     INK,
     LIMIT,
+    MASK_CLASSES,
     MASK_VALUES,
     ORDER,
     RETRY_FAILED,
+    ROI,
+    ROI_CLASSES,
     SERIES,
     SHARD,
     WORKERS,
@@ -55,6 +61,11 @@ class ExtractSettings:
         coords_dir: a folder of coordinates of tiles that another tool wrote; None = tiles are laid over the tissue.
         dtype: in which the encoder computes; others than float32 by autocast.
         mask_values: the labels of a user's mask that mean tissue; None = any but 0.
+        mask_classes: the classes of a mask of outlines that mean tissue; None = all but QuPath's "Ignore*".
+        roi: GeoJSON outlines of the region of interest, or a folder of them, one for each slide.
+        roi_classes: the classes in it that count; None as above.
+        exclude: GeoJSON outlines of what is left out, or a folder of them.
+        exclude_classes: the classes in it that count; None as above.
         ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
         force: run slides that were not scanned in bright field too.
         slide_spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
@@ -115,6 +126,11 @@ class ExtractSettings:
         default="float32", metadata=asked("--dtype", "In which the encoder computes; float16 is stored as such.")
     )
     mask_values: tuple[int, ...] | None = field(default=None, metadata=MASK_VALUES)
+    mask_classes: tuple[str, ...] | None = field(default=None, metadata=MASK_CLASSES)
+    roi: Path | None = field(default=None, metadata=ROI)
+    roi_classes: tuple[str, ...] | None = field(default=None, metadata=ROI_CLASSES)
+    exclude: Path | None = field(default=None, metadata=EXCLUDE)
+    exclude_classes: tuple[str, ...] | None = field(default=None, metadata=EXCLUDE_CLASSES)
     ink: Literal["auto", "off"] = field(default="auto", metadata=INK)
     force: bool = field(default=False, metadata=FORCE)
     slide_spacing_um: float | None = field(default=None, metadata=slide_spacing("--slide-spacing-um"))
@@ -219,7 +235,9 @@ def recorded_extraction(job: SlideJob, settings: ExtractSettings, encoder: TileE
     if settings.finds_tissue:
         record["mask"] = None if job.mask_path is None else job.mask_path.name
         record["ink"] = settings.ink if job.mask_path is None else "auto"
-    record["mask_values"] = None if settings.mask_values is None else list(settings.mask_values)
+    for name in ("mask_values", "mask_classes"):
+        labels = getattr(settings, name) if record["mask"] is not None else None
+        record[name] = None if labels is None else list(labels)
     return record
 
 
@@ -272,5 +290,7 @@ def _check_masks(jobs: Sequence[SlideJob], settings: ExtractSettings) -> None:
             f"--mask-value names labels of a mask, got {', '.join(map(str, settings.mask_values))} and no mask; give "
             "one with --mask or the manifest's mask_path, or leave the values out"
         )
+    why = "beside --coords, which say where tiles lie; leave it out, or give --token-mask tissue"
+    check_areas(settings, with_mask=bool(given), without_effect=None if settings.finds_tissue else why)
     if settings.ink == "off" and (not settings.finds_tissue or len(given) == len(jobs)):
         raise ManifestError("--ink says how tissue is found, got --ink off where none is sought; leave --ink out")

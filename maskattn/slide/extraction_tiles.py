@@ -16,7 +16,7 @@ from maskattn.slide.reader import SlideReader
 from maskattn.slide.region_places import lay_region_patches
 from maskattn.slide.slide_run import Stages
 from maskattn.slide.tile_places import TilePlaces, lay_tiles, with_tokens
-from maskattn.slide.tissue import TissueMask, find_tissue, load_mask
+from maskattn.slide.tissue import TissueMask, find_tissue, limit_tissue, load_mask
 from maskattn.slide.tissue.bright_field import require_bright_field
 
 __all__ = ["FoundTiles", "coords_file", "find_tiles"]
@@ -62,7 +62,8 @@ def find_tiles(
     tissue = None
     with stages("tissue"):
         if settings.finds_tissue:
-            tissue = _tissue_of(job, reader, settings)
+            roi, exclude = (settings.roi, settings.roi_classes), (settings.exclude, settings.exclude_classes)
+            tissue = limit_tissue(_tissue_of(job, reader, settings), reader.info, job.slide_id, roi, exclude)
         elif not settings.force:
             require_bright_field(reader)
     with stages("tiles"):
@@ -97,7 +98,8 @@ def _tissue_of(job: SlideJob, reader: SlideReader, settings: ExtractSettings) ->
         return find_tissue(reader, ink=settings.ink, force=settings.force)
     if not settings.force:
         require_bright_field(reader)
-    return load_mask(job.mask_path, reader.info, settings.mask_values, reader=reader)
+    classes = settings.mask_classes
+    return load_mask(job.mask_path, reader.info, settings.mask_values, tissue_classes=classes, reader=reader)
 
 
 def _laid(

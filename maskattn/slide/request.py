@@ -16,12 +16,17 @@ from maskattn.slide.pyramids.rules import check_pyramids
 from maskattn.slide.shared_requests import (
     BATCH_SIZE,
     CLAIM_TIMEOUT,
+    EXCLUDE,
+    EXCLUDE_CLASSES,
     FORCE,
     INK,
     LIMIT,
+    MASK_CLASSES,
     MASK_VALUES,
     ORDER,
     RETRY_FAILED,
+    ROI,
+    ROI_CLASSES,
     SERIES,
     SHARD,
     WORKERS,
@@ -135,23 +140,11 @@ class RunSettings:
             serves=operator.le,
         ),
     )
-    mask_classes: tuple[str, ...] | None = field(
-        default=None,
-        metadata=asked("--mask-class", "A class of a GeoJSON mask that means tissue (may be repeated)."),
-    )
-    roi: Path | None = field(
-        default=None,
-        metadata=asked("--roi", "Look only here: a GeoJSON file, or a folder with SLIDE_ID.geojson for each slide."),
-    )
-    roi_classes: tuple[str, ...] | None = field(
-        default=None, metadata=asked("--roi-class", "A class of --roi that counts (may be repeated).")
-    )
-    exclude: Path | None = field(
-        default=None, metadata=asked("--exclude", "Leave this out: a GeoJSON file, or a folder of them, as for --roi.")
-    )
-    exclude_classes: tuple[str, ...] | None = field(
-        default=None, metadata=asked("--exclude-class", "A class of --exclude that counts (may be repeated).")
-    )
+    mask_classes: tuple[str, ...] | None = field(default=None, metadata=MASK_CLASSES)
+    roi: Path | None = field(default=None, metadata=ROI)
+    roi_classes: tuple[str, ...] | None = field(default=None, metadata=ROI_CLASSES)
+    exclude: Path | None = field(default=None, metadata=EXCLUDE)
+    exclude_classes: tuple[str, ...] | None = field(default=None, metadata=EXCLUDE_CLASSES)
     geojson: Literal["off", "tiles", "tokens"] = field(
         default="off",
         metadata=asked("--geojson", "relevance.geojson for QuPath: off, tiles or tokens.", serves=_has_output),
@@ -218,7 +211,9 @@ def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked:
             f"--mask-value names labels of a mask, got {', '.join(map(str, settings.mask_values))} and no mask; "
             "give one with --mask or the manifest's mask_path, or leave the values out"
         )
-    check_areas(settings, masked=settings.masked and model_masked, with_mask=bool(given))
+    masked = settings.masked and model_masked
+    why = None if masked else "where all of a slide is attended to; leave it out, or --no-mask"
+    check_areas(settings, with_mask=bool(given), without_effect=why)
     if settings.ink == "off" and not any(finds_tissue(job, settings, model_masked) for job in jobs):
         why = "every slide has a mask" if settings.masked and model_masked else "glass is attended to too"
         raise ManifestError(

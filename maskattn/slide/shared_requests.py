@@ -21,10 +21,20 @@ __all__ = [
     "SHARD",
     "WORKERS",
     "sharing_of",
+    "EXCLUDE",
+    "EXCLUDE_CLASSES",
+    "MASK_CLASSES",
+    "ROI",
+    "ROI_CLASSES",
     "slide_spacing",
 ]
 
 MASK_VALUES = asked("--mask-value", "A label of the mask that means tissue (may be repeated).")
+MASK_CLASSES = asked("--mask-class", "A class of a GeoJSON mask that means tissue (may be repeated).")
+ROI = asked("--roi", "Look only here: a GeoJSON file, or a folder with SLIDE_ID.geojson for each slide.")
+ROI_CLASSES = asked("--roi-class", "A class of --roi that counts (may be repeated).")
+EXCLUDE = asked("--exclude", "Leave this out: a GeoJSON file, or a folder of them, as for --roi.")
+EXCLUDE_CLASSES = asked("--exclude-class", "A class of --exclude that counts (may be repeated).")
 INK = asked("--ink", "auto leaves pen strokes out of the tissue, off keeps them.")
 # A slide that passed without force passes with it too.
 FORCE = asked("--force", "Go on where a slide was not scanned in bright field.", serves=operator.le)

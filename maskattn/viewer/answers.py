@@ -9,7 +9,9 @@ import base64
 import json
 import re
 import secrets
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +98,14 @@ class Answers:
             return refusal(422, str(error))
         return refusal(404, "there is nothing at this address; the viewer's page is at /")
 
+    def open_first(self) -> None:
+        """Open the slide that the page shows first, in a thread of its own, so that it need not wait for it."""
+        threading.Thread(target=self._open_first, daemon=True).start()
+
+    def _open_first(self) -> None:
+        with suppress(SlideError):  # told where the slide is asked for
+            self._opened(str(self._catalogue.first))
+
     def close(self) -> None:
         """Close every slide."""
         self._slides.clear()
@@ -104,7 +114,12 @@ class Answers:
         entries, index = self._catalogue.entries, int(number)
         if index >= len(entries):
             raise IndexError(f"a slide must be 0 to {len(entries) - 1}, got {index}")
-        return self._slides.get(index, lambda: OpenedSlide(entries[index], self._catalogue.slides_dir))
+        return self._slides.get(index, lambda: self._open(index))
+
+    def _open(self, index: int) -> OpenedSlide:
+        opened = OpenedSlide(self._catalogue.entries[index], self._catalogue.slides_dir)
+        opened.look_over()
+        return opened
 
     def _mosaic(self, number: str, which: str) -> Mosaic:
         opened, index = self._opened(number), int(which)

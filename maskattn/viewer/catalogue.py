@@ -74,10 +74,16 @@ class Catalogue:
     entries: tuple[Entry, ...] = field(repr=False)
     slides_dir: Path | None = None
 
+    @property
+    def first(self) -> int:
+        """Which slide is shown where none is named: the first with maps."""
+        return next((index for index, entry in enumerate(self.entries) if entry.has_maps), 0)
+
     def as_json(self) -> dict[str, Any]:
         """The table."""
         return {
             "title": self.title,
+            "first": self.first,
             "columns": list(self.columns),
             "slides": [{"id": entry.slide_id, "maps": entry.has_maps, "row": entry.row} for entry in self.entries],
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -47,6 +47,7 @@ class OpenedSlide:
         self._slides_dir = slides_dir
         self._readers: queue.Queue[SlideReader | None] = queue.Queue()
         self._has_file = False
+        self._closed = False
         self._overview: np.ndarray | None = None
         self._overview_lock = threading.Lock()
         self._opened = ExitStack()
@@ -93,15 +94,26 @@ class OpenedSlide:
         with self._maps_lock:
             yield self.table
 
+    def look_over(self) -> None:
+        """Make the view of the whole slide, and open what reads beside it, before the first squares are asked for."""
+        if self._has_file:
+            threading.Thread(target=self._look_over, daemon=True).start()
+
+    def _look_over(self) -> None:
+        with suppress(SlideError):  # told where a square is asked for
+            self._whole()
+            for _ in range(_READERS):  # they come in turn
+                with self._reader():
+                    pass
+
     def close(self) -> None:
-        """Close its files; a thread that still reads finds them open again."""
-        while True:
-            try:
-                reader = self._readers.get_nowait()
-            except queue.Empty:
-                break
+        """Close its files; a thread that still reads opens them again for itself."""
+        self._closed = True
+        idle = [self._readers.get_nowait() for _ in range(self._readers.qsize())]
+        for reader in idle:
             if reader is not None:
                 reader.close()
+            self._readers.put(None)
         with self._maps_lock:
             self._opened.close()
             self.table = None
@@ -156,10 +168,18 @@ class OpenedSlide:
                 reader, _ = self.entry.open(self._slides_dir)
             yield reader
         finally:
+            if self._closed and reader is not None:
+                reader.close()
+                reader = None
             self._readers.put(reader)
 
     def _of_overview(self, level: int) -> np.ndarray:
         """A coarse level, from the one view of the whole slide."""
+        whole, size = self._whole(), self.pyramid.size_of(level)
+        return whole if size == whole.shape[1::-1] else cv2.resize(whole, size, interpolation=cv2.INTER_AREA)
+
+    def _whole(self) -> np.ndarray:
+        """The view of the whole slide, made once."""
         with self._overview_lock:
             if self._overview is None:
                 finest = max(
@@ -171,10 +191,7 @@ class OpenedSlide:
                     self._overview = reader.read_region(
                         0, 0, (width * shrink, height * shrink), (width, height), tolerant=True
                     )
-        size = self.pyramid.size_of(level)
-        if size == self._overview.shape[1::-1]:
             return self._overview
-        return cv2.resize(self._overview, size, interpolation=cv2.INTER_AREA)
 
 
 def _jpeg(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:

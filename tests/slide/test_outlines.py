@@ -294,7 +294,10 @@ def test_a_run_looks_only_into_its_region_and_says_so(
         ({"roi_classes": ("Tumor",)}, "give them with --roi, or"),
         ({"exclude_classes": ("Tumor",)}, "give them with --exclude, or"),
         ({"roi": Path("nowhere.geojson")}, "got nowhere.geojson, which does not exist"),
-        ({"exclude": Path(), "masked": False}, "--exclude says what of the background is left out"),
+        (
+            {"exclude": Path(), "masked": False},
+            "--exclude says what of the tissue takes part, got . where all of a slide is attended to",
+        ),
     ],
 )
 def test_what_would_have_no_effect_is_refused(

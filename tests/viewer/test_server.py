@@ -7,6 +7,8 @@ import http.client
 import io
 import json
 import socket
+import threading
+import time
 from pathlib import Path
 
 import h5py
@@ -18,9 +20,11 @@ from served import EVIL, serving
 from small_slides import SHAPE, write_slide
 
 from maskattn.slide.finished import build_mosaic, open_maps
+from maskattn.slide.manifest import SlideJob
 from maskattn.viewer.answers import CHUNK, Answers
 from maskattn.viewer.assets import read_assets
-from maskattn.viewer.catalogue import read_catalogue
+from maskattn.viewer.catalogue import Entry, read_catalogue
+from maskattn.viewer.opened_slide import OpenedSlide
 from maskattn.viewer.server import ViewerServer
 
 
@@ -241,3 +245,35 @@ def test_an_address_is_taken_as_written(viewer: ViewerServer) -> None:
             )[0]
             == 404
         )
+
+
+def test_a_small_answer_does_not_wait_for_its_head_to_be_acknowledged(viewer: ViewerServer) -> None:
+    took = []
+    connection = http.client.HTTPConnection("127.0.0.1", viewer.server_port, timeout=60)
+    for _ in range(40):
+        start = time.perf_counter()
+        connection.request("GET", "/nothing")
+        connection.getresponse().read()
+        took.append(time.perf_counter() - start)
+    connection.close()
+    # A delayed acknowledgement takes 40 ms at the least; a quarter of the requests meets a quiet moment.
+    assert sorted(took)[10] < 0.03
+
+
+def test_the_first_slide_is_open_before_it_is_asked_for(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = read_catalogue(out)
+    assert catalogue.entries[catalogue.first].has_maps
+    looked_over = threading.Event()
+    monkeypatch.setattr(OpenedSlide, "look_over", lambda opened: looked_over.set())
+    answers = Answers(catalogue)
+    answers.open_first()
+    assert looked_over.wait(60)
+    answers.close()
+
+
+def test_a_square_that_is_asked_for_while_its_slide_is_closed_comes_all_the_same(tmp_path: Path) -> None:
+    opened = OpenedSlide(Entry("disc", {}, job=SlideJob("disc", write_slide(tmp_path / "disc.tiff"))), None)
+    finest = opened.pyramid.levels - 1
+    before = opened.square(finest, 0, 0)
+    opened.close()
+    assert opened.square(finest, 0, 0) == before

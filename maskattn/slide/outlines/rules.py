@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from maskattn.shapes import Float
+    from maskattn.slide.extract_request import ExtractSettings
     from maskattn.slide.request import RunSettings
 
 __all__ = ["RegionRule", "check_areas", "check_classes_of", "check_outlines", "check_region_classes", "parse_regions"]
@@ -109,13 +110,13 @@ def check_classes_of(flag: str, classes: Sequence[str] | None, *, with_file: boo
         )
 
 
-def check_areas(settings: RunSettings, masked: bool, with_mask: bool) -> None:
+def check_areas(settings: RunSettings | ExtractSettings, *, with_mask: bool, without_effect: str | None) -> None:
     """Refuse areas that would have no effect, and classes of files that nobody gave.
 
     Args:
         settings: what is asked for.
-        masked: whether background is left out.
         with_mask: whether any slide has a mask of its own.
+        without_effect: why areas would have none, and the remedy; None where they have one.
 
     Raises:
         ManifestError: some of what was asked for would have no effect.
@@ -124,11 +125,8 @@ def check_areas(settings: RunSettings, masked: bool, with_mask: bool) -> None:
     check_classes_of("--roi-class", settings.roi_classes, with_file=settings.roi is not None)
     check_classes_of("--exclude-class", settings.exclude_classes, with_file=settings.exclude is not None)
     for flag, path in (("--roi", settings.roi), ("--exclude", settings.exclude)):
-        if path is not None and not masked:
-            raise ManifestError(
-                f"{flag} says what of the background is left out, got {shortened(path)} where all of a slide is "
-                "attended to; leave it out, or --no-mask"
-            )
+        if path is not None and without_effect is not None:
+            raise ManifestError(f"{flag} says what of the tissue takes part, got {shortened(path)} {without_effect}")
         problem = None if path is None or is_folder(path) else problem_of_file(path, f"file of {flag}")
         if problem is not None:
             raise ManifestError(problem)

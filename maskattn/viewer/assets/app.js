@@ -51,8 +51,7 @@ async function start() {
 async function follow() {
   const asked = new URLSearchParams(location.hash.slice(1));
   const found = run.slides.findIndex((slide) => slide.id === asked.get("slide"));
-  const first = run.slides.findIndex((slide) => slide.maps);
-  const index = found >= 0 ? found : Math.max(first, 0);
+  const index = found >= 0 ? found : run.first;
   const [x, y, zoom] = ["x", "y", "zoom"].map((name) => Number(asked.get(name) ?? NaN));
   const view = [x, y, zoom].every(Number.isFinite) ? { x, y, zoom } : null;
   await open(index, view, asked.get("map"));
@@ -85,9 +84,19 @@ async function open(index, view = null, mapName = null) {
   }
   if (view) board.setView([view.y, view.x], Math.min(Math.max(view.zoom, board.getMinZoom()), 3), { animate: false });
   const { slide } = state;
-  if (slide.maps.length === 0) return remember();
-  const wanted = slide.maps.indexOf(mapName ?? slide.prediction);
-  await choose(wanted >= 0 ? wanted : 0);
+  if (slide.maps.length === 0) {
+    remember();
+  } else {
+    const wanted = slide.maps.indexOf(mapName ?? slide.prediction);
+    await choose(wanted >= 0 ? wanted : 0);
+  }
+  if (turn === asked) setTimeout(() => openAhead(turn), 1500);
+}
+
+/** Have the server open the next slide while this one is looked at. */
+function openAhead(turn) {
+  const next = table.beside(1);
+  if (turn === asked && next !== state.index) fetch(`/api/slides/${next}`).catch(() => {});
 }
 
 function showNothing(index, sentence) {

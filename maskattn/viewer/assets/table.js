@@ -77,7 +77,7 @@ export class SlideTable {
     this.order = this.run.slides.map((_, index) => index);
     const { column, down } = this.sorted;
     if (column !== null) {
-      this.order.sort((one, other) => (down ? -1 : 1) * compared(text(one, column), text(other, column)));
+      this.order.sort((one, other) => compared(text(one, column), text(other, column), down));
     }
     if (asked) {
       this.order = this.order.filter((index) =>
@@ -107,9 +107,10 @@ export class SlideTable {
   }
 }
 
-function compared(one, other) {
+/** Which of two texts comes first; empty ones come last either way. */
+function compared(one, other, down) {
   if (one === "" || other === "") return (one === "") - (other === "");
   const [first, second] = [Number(one), Number(other)];
-  if (Number.isFinite(first) && Number.isFinite(second)) return first - second;
-  return one.localeCompare(other, "en", { numeric: true });
+  const both = Number.isFinite(first) && Number.isFinite(second);
+  return (down ? -1 : 1) * (both ? first - second : one.localeCompare(other, "en", { numeric: true }));
 }
