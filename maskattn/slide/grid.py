@@ -90,6 +90,7 @@ def make_grid(
     spacing_um: float,
     min_token_fraction: float = 0.0,
     masked: bool = True,
+    before: tuple[int, int] = (0, 0),
 ) -> TokenGrid:
     """Lay the grid over a slide and settle which tokens take part.
 
@@ -105,6 +106,7 @@ def make_grid(
         spacing_um: µm per pixel that the model was made for.
         min_token_fraction: least tissue fraction of a kept token, 0 to 1.
         masked: False keeps every cell, and every token in the slide.
+        before: (x, y), how many tokens, fewer than a tile has, the grid begins before the slide's corner.
 
     Raises:
         ValueError: an argument is out of range, or the mask is not this slide's.
@@ -121,7 +123,8 @@ def make_grid(
     side = tile_px // token_px
     token_lv0 = tile_lv0 * token_px / tile_px
     token_rows, token_cols = _tokens_within(info.height_px, token_lv0), _tokens_within(info.width_px, token_lv0)
-    rows, cols = math.ceil(token_rows / side), math.ceil(token_cols / side)
+    rows, cols = math.ceil((token_rows + before[1]) / side), math.ceil((token_cols + before[0]) / side)
+    left_lv0, top_lv0 = (tokens * token_lv0 for tokens in before)
     if rows * cols > _MAX_CELLS:
         raise SlideError(
             f"a grid may have up to {_MAX_CELLS:,} tiles, got {rows:,} × {cols:,} for a slide of {info.width_px} × "
@@ -133,9 +136,11 @@ def make_grid(
     band = max(1, _BAND_TOKENS // (cols * side * side))
     for top in range(0, rows, band):
         band_rows = min(band, rows - top)
-        keep = _inside(top * side, band_rows * side, token_rows)[:, None] & _inside(0, cols * side, token_cols)
+        keep = _inside(top * side - before[1], band_rows * side, token_rows)[:, None]
+        keep = keep & _inside(-before[0], cols * side, token_cols)
         if masked and tissue is not None:
-            fraction = tissue.token_fractions(0.0, float(top * tile_lv0), token_lv0, (keep.shape[0], keep.shape[1]))
+            corner_lv0 = -left_lv0, top * tile_lv0 - top_lv0
+            fraction = tissue.token_fractions(*corner_lv0, token_lv0, (keep.shape[0], keep.shape[1]))
             keep &= (fraction > 0) & (fraction >= min_token_fraction)
         tiles = keep.reshape(band_rows, side, cols, side).transpose(0, 2, 1, 3)  # (rows, cols, h, w)
         keep_HW[top : top + band_rows] = tiles.any(axis=(2, 3))
@@ -143,7 +148,7 @@ def make_grid(
     row, col = np.nonzero(keep_HW)
     return TokenGrid(
         keep_HW=keep_HW,
-        coords_lv0=np.stack((col, row), axis=1).astype(np.int64) * tile_lv0,
+        coords_lv0=np.stack((col, row), axis=1).astype(np.int64) * tile_lv0 - (round(left_lv0), round(top_lv0)),
         token_keep_THW=np.concatenate(kept_tokens),
         tile_px=tile_px,
         token_px=token_px,
@@ -160,7 +165,8 @@ def _tokens_within(length_px: int, token_lv0: float) -> int:
 
 
 def _inside(first: int, count: int, end: int) -> np.ndarray:
-    return np.arange(first, first + count) < end
+    tokens = np.arange(first, first + count)
+    return (tokens >= 0) & (tokens < end)
 
 
 def _check_arguments(

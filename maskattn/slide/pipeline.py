@@ -35,6 +35,7 @@ from maskattn.slide.request import RunSettings, recorded
 from maskattn.slide.run_tiles import RunTiles, find_run_tiles
 from maskattn.slide.slide_run import EncodedTiles, SlideRun, Stages
 from maskattn.slide.tile_loop import encode_tiles, feed_sinks
+from maskattn.slide.tilings import TilingMeans, averaged_tilings
 from maskattn.slide.tissue import TissueMask
 from maskattn.slide.versions import installed_versions
 
@@ -102,21 +103,24 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
     tiles = find_run_tiles(run)
     encoded = _encoded(run, tiles)
     coords_um_T2, grid = tiles.places(encoded.rows_T)
-    with stages("slide"):
-        explain = SlideHeadCDAM(model.head, model.encoder, run.settings.method)
-        relevance = explain.tiles(encoded.embeddings_TC, coords_um_T2, grid, gradient=run.with_tokens)
-    logits_K = relevance.logits_K.float().cpu()
-    if not bool(logits_K.isfinite().all()):
-        raise SlideError(f"a model's scores must be finite, got {logits_K.tolist()}; check the model's weights")
-    scores = dict(zip(model.config.classes, model.scores(logits_K).tolist(), strict=True))
-    checks: dict[str, MapCheck] = {}
-    if run.settings.check:
-        with stages("check"):
-            found = _check_maps(model.head, encoded.embeddings_TC, coords_um_T2, grid, relevance.relevance_KT)
-            checks = dict(zip(model.config.classes, found, strict=True))
-    feed_sinks(folder, run, tiles, encoded, relevance, scores, checks)
+    explain = SlideHeadCDAM(model.head, model.encoder, run.settings.method)
+    with averaged_tilings(run, tiles, encoded, explain, folder) as means:
+        with stages("slide"):
+            relevance = explain.tiles(encoded.embeddings_TC, coords_um_T2, grid, gradient=run.with_tokens)
+            if means is not None:
+                relevance = means.add_first(relevance)
+        logits_K = relevance.logits_K.float().cpu()
+        if not bool(logits_K.isfinite().all()):
+            raise SlideError(f"a model's scores must be finite, got {logits_K.tolist()}; check the model's weights")
+        scores = dict(zip(model.config.classes, model.scores(logits_K).tolist(), strict=True))
+        checks: dict[str, MapCheck] = {}
+        if run.settings.check:
+            with stages("check"):
+                found = _check_maps(model.head, encoded.embeddings_TC, coords_um_T2, grid, relevance.relevance_KT)
+                checks = dict(zip(model.config.classes, found, strict=True))
+        feed_sinks(folder, run, tiles, encoded, relevance, scores, checks, means)
     prediction = _prediction(run, identity, tiles, encoded, logits_K, scores)
-    return replace(prediction, maps=_describe_maps(run, relevance, checks))
+    return replace(prediction, maps=_describe_maps(run, relevance, checks, means))
 
 
 def _encoded(run: SlideRun, tiles: RunTiles) -> EncodedTiles:
@@ -156,7 +160,9 @@ def _logits_without(
     return logits
 
 
-def _describe_maps(run: SlideRun, relevance: RelevanceMap, checks: dict[str, MapCheck]) -> dict[str, dict[str, Any]]:
+def _describe_maps(
+    run: SlideRun, relevance: RelevanceMap, checks: dict[str, MapCheck], means: TilingMeans | None
+) -> dict[str, dict[str, Any]]:
     """Class → what is known of its map: by which method, what it sums to, whether it passed its test."""
     sums = relevance.sums
     described: dict[str, dict[str, Any]] = {}
@@ -168,6 +174,14 @@ def _describe_maps(run: SlideRun, relevance: RelevanceMap, checks: dict[str, Map
                 "on_class_token": float(sums.prefix_K[index]),
                 "score_less_baseline": float(sums.difference_K[index]),
                 "gap": float(sums.gap_K[index]),
+            }
+        if means is not None:
+            scores_S = [float(run.model.scores(logits_K)[index]) for logits_K in means.logits_SK]
+            described[name] |= {
+                "tilings": means.tilings,
+                "on_no_tile": float(means.outside_K[index]),
+                "lowest_score": min(scores_S),
+                "highest_score": max(scores_S),
             }
         described[name] |= checks[name].as_json() if name in checks else {"map_check": "not asked for"}
     return described
@@ -269,7 +283,8 @@ def _notes(run: SlideRun, tiles: RunTiles, encoded: EncodedTiles) -> tuple[str, 
         notes.append("the slide itself was not given: there are scores and relevance.h5, and no pictures or outlines")
     if run.settings.tokens and not run.with_tokens:
         why = "the slide itself was not given" if run.alone else run.model.why_no_tokens
-        notes.append(f"maps are of tiles, not of tokens: {why}")
+        besides = ", and do not overlap" if run.settings.overlap else ""
+        notes.append(f"maps are of tiles, not of tokens{besides}: {why}")
     if not tiles.on_lattice:
         notes.append("the tiles lie on no one grid, and the slide model needs none")
     return tuple(notes)

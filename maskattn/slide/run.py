@@ -16,6 +16,7 @@ from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.outlines.rules import check_region_classes
 from maskattn.slide.output_folder import clear_leftovers, find_finished, sweep
+from maskattn.slide.overlap import tilings_of
 from maskattn.slide.pipeline import identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
 from maskattn.slide.request import RunSettings, check_request, differences
@@ -51,6 +52,8 @@ def run_slides(
     model = two_stages(model)
     check_request(jobs, settings, model.leaves_out)
     check_region_classes(settings.regions, model.config.classes)
+    if settings.overlap and model.encoder is not None:
+        tilings_of(settings.overlap, model.encoder.tile_px // model.token_px)
     identity = identify_model(model)
 
     def run_one(job: SlideJob, claim: Claim, on_tiles: OnTiles | None) -> SlideOutcome:

@@ -5,7 +5,7 @@ Dimension key: T tiles, C channels, H·W cells of the grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from maskattn.slide.tile_places import TilePlaces, lay_tiles, with_tokens
 from maskattn.slide.tissue import TissueMask, find_tissue, limit_tissue, load_mask
 from maskattn.slide.tissue.bright_field import require_bright_field
 
-__all__ = ["RunTiles", "find_run_tiles"]
+__all__ = ["RunTiles", "find_run_tiles", "shifted_tiles"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +82,26 @@ def find_run_tiles(run: SlideRun) -> RunTiles:
     return RunTiles(grid, header, tissue, True, run.info.spacing_um)
 
 
+def shifted_tiles(run: SlideRun, tiles: RunTiles, before: tuple[int, int]) -> RunTiles | None:
+    """The tiles of another tiling of the same tissue; None where none has enough of it.
+
+    Args:
+        run: the slide's run.
+        tiles: those that begin at the slide's corner.
+        before: (x, y), how many tokens, fewer than a tile has, the other tiling begins before it.
+    """
+    config = run.model.config
+    with run.stages("grid"):
+        if isinstance(config, SlideModelConfig):
+            grid = _own_grid(run, config, tiles.tissue, before)
+            return replace(tiles, grid=grid)
+        try:
+            grid, header = _laid(run, config, tiles.tissue, before)
+        except SlideError:  # not for want of a spacing: the first tiling has one
+            return None
+    return replace(tiles, grid=grid, header=header)
+
+
 def _find_or_load_tissue(run: SlideRun) -> TissueMask | None:
     """The tissue, or None where the run attends to all of the slide."""
     settings, model_masked = run.settings, run.model.leaves_out
@@ -104,7 +124,9 @@ def _limited(run: SlideRun, tissue: TissueMask | None) -> TissueMask | None:
     return limit_tissue(tissue, run.info, run.job.slide_id, roi, exclude)
 
 
-def _own_grid(run: SlideRun, config: SlideModelConfig, tissue: TissueMask | None) -> TokenGrid:
+def _own_grid(
+    run: SlideRun, config: SlideModelConfig, tissue: TissueMask | None, before: tuple[int, int] = (0, 0)
+) -> TokenGrid:
     """The grid of a model that reads tissue tokens: a tile with one of them takes part."""
     grid = make_grid(
         run.info,
@@ -114,13 +136,16 @@ def _own_grid(run: SlideRun, config: SlideModelConfig, tissue: TissueMask | None
         spacing_um=config.spacing_um,
         min_token_fraction=config.min_token_fraction,
         masked=tissue is not None,
+        before=before,
     )
     if tissue is not None and grid.kept_tiles == 0:
         raise SlideError(_without_tissue(run, tissue, f"a token of {config.token_px * config.spacing_um:g} µm"))
     return grid
 
 
-def _laid(run: SlideRun, card: ModelCard, tissue: TissueMask | None) -> tuple[TokenGrid, TileHeader]:
+def _laid(
+    run: SlideRun, card: ModelCard, tissue: TissueMask | None, before: tuple[int, int] = (0, 0)
+) -> tuple[TokenGrid, TileHeader]:
     """Tiles over the tissue, as ``maskattn extract`` lays them."""
     assert card.tile_px is not None, "a model with an encoder knows its tiles"
     assert card.patch_px is not None, "a model with an encoder knows its tiles"
@@ -132,8 +157,13 @@ def _laid(run: SlideRun, card: ModelCard, tissue: TissueMask | None) -> tuple[To
     info, token_px = run.info, run.model.token_px
     spacing_um = card.spacing_um * card.patch_px / card.tile_px  # of the image that the encoder sees
     if tissue is None:
-        grid = make_grid(info, None, tile_px=card.tile_px, token_px=token_px, spacing_um=spacing_um, masked=False)
+        grid = make_grid(
+            info, None, tile_px=card.tile_px, token_px=token_px, spacing_um=spacing_um, masked=False, before=before
+        )
     else:
+        tile_lv0 = round(card.patch_px * card.spacing_um / info.spacing_um)
+        token_lv0 = tile_lv0 * token_px / card.tile_px
+        before_lv0 = round(before[0] * token_lv0), round(before[1] * token_lv0)
         least = None if run.model.encoder is None else run.model.encoder.min_tissue
         places = lay_tiles(
             info,
@@ -143,12 +173,13 @@ def _laid(run: SlideRun, card: ModelCard, tissue: TissueMask | None) -> tuple[To
             spacing_um=card.spacing_um,
             tile_px=card.tile_px,
             min_tissue=MIN_TISSUE if least is None else least,
+            before_lv0=before_lv0,
         )
         if not places.kept_tiles:
             raise SlideError(_without_tissue(run, tissue, f"a tile of {card.patch_px * card.spacing_um:g} µm"))
         if card.token_mask == "tissue":
             places = with_tokens(places, tissue, token_px)
-        cells_T2 = places.coords_lv0[:, ::-1] // places.tile_lv0
+        cells_T2 = (places.coords_lv0[:, ::-1] + before_lv0[::-1]) // places.tile_lv0
         keep_HW = np.zeros(cells_T2.max(axis=0) + 1, bool)
         keep_HW[tuple(cells_T2.T)] = True
         grid = _as_grid(run, places, keep_HW, spacing_um)

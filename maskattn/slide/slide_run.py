@@ -114,6 +114,8 @@ class SlideRun:
         self._reader = reader
         self._on_tiles = on_tiles
         self._tiles_done = 0
+        self.tilings = 1
+        """How often the tiles are laid over the slide anew, for the progress that is told."""
         self.workers = 0
         """Processes that decoded tiles so far; 0 = this one alone."""
 
@@ -161,7 +163,7 @@ class SlideRun:
             yield from self._move(batches, grid, workers)
 
     def _move(self, batches: Iterator[TileBatch], grid: TokenGrid, workers: int) -> Iterator[ReadTiles]:
-        passes = 2 if self.with_tokens and self.settings.features_dir is None else 1
+        passes = self.tilings * 2 if self.with_tokens and self.settings.features_dir is None else 1
         while True:
             with self.stages("read"):
                 batch = next(batches, None)
@@ -177,7 +179,7 @@ class SlideRun:
             yield ReadTiles(tiles_BCHW, keep_BHW.to(self.device), rows_B, batch.readable_B.numpy(), batch.reason)
             self._tiles_done += len(rows_B)
             if self._on_tiles is not None:
-                self._on_tiles(self._tiles_done, passes * grid.kept_tiles)
+                self._on_tiles(self._tiles_done, max(self._tiles_done, passes * grid.kept_tiles))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,7 +28,10 @@ from maskattn.slide.run_tiles import RunTiles
 from maskattn.slide.sinks import SINKS, ExplainedSlide, ExplainedTiles
 from maskattn.slide.slide_run import EncodedTiles, SlideRun
 
-__all__ = ["encode_tiles", "feed_sinks"]
+if TYPE_CHECKING:
+    from maskattn.slide.tilings import TilingMeans
+
+__all__ = ["encode_tiles", "explained_tokens", "feed_sinks"]
 
 
 def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
@@ -67,6 +71,7 @@ def feed_sinks(
     relevance: RelevanceMap,
     scores: dict[str, float],
     checks: dict[str, MapCheck],
+    means: TilingMeans | None = None,
 ) -> None:
     """Write every output that is asked for to a slide's folder, in one loop over its tiles.
 
@@ -78,6 +83,7 @@ def feed_sinks(
         relevance: of the tiles; with its gradient, where tokens are asked for.
         scores: class → score.
         checks: class → the test of its map; none where maps are not tested.
+        means: of several tilings, whose maps of tiles ``relevance`` has; None where tiles do not overlap.
 
     Raises:
         OSError: a file cannot be written.
@@ -102,7 +108,12 @@ def feed_sinks(
         encoder="" if run.model.card.encoder is None else run.model.card.encoder.name,
         attention_of=_attention_of(run),
     )
-    batches = _with_tokens(run, grid, encoded, relevance) if slide.with_tokens else _tiles_alone(run, grid, encoded)
+    if means is not None and means.first is not None:
+        batches = means.batches(explained_tokens(run, grid, encoded, means.first))
+    elif slide.with_tokens:
+        batches = explained_tokens(run, grid, encoded, relevance)
+    else:
+        batches = _tiles_alone(run, grid, encoded)
     with ExitStack() as opened:
         with run.stages("write"):
             takes = [
@@ -133,10 +144,17 @@ def _tiles_alone(run: SlideRun, grid: TokenGrid, encoded: EncodedTiles) -> Itera
         yield ExplainedTiles(tiles_B, grid.token_keep_THW[encoded.rows_T[tiles_B]])
 
 
-def _with_tokens(
+def explained_tokens(
     run: SlideRun, grid: TokenGrid, encoded: EncodedTiles, relevance: RelevanceMap
 ) -> Iterator[ExplainedTiles]:
-    """The tiles batch by batch, read once more for the maps of their tokens."""
+    """The tiles batch by batch, read once more for the maps of their tokens.
+
+    Args:
+        run: the slide's run.
+        grid: of the tiles.
+        encoded: their embeddings.
+        relevance: of the tiles, with its gradient.
+    """
     explain = SlideHeadCDAM(run.model.head, run.model.encoder, run.settings.method)
     assert relevance.gradient_KTC is not None, "the pipeline takes the gradient wherever tokens are asked for"
     ranks_T = attention_ranks(relevance.attention_T)

@@ -62,6 +62,7 @@ def lay_tiles(
     spacing_um: float,
     tile_px: int,
     min_tissue: float,
+    before_lv0: tuple[int, int] = (0, 0),
 ) -> TilePlaces:
     """Lay tiles over a slide from its level-0 corner, row by row, and keep those with enough tissue.
 
@@ -75,6 +76,7 @@ def lay_tiles(
         spacing_um: µm per pixel of a tile.
         tile_px: side of the image that a tile is read as.
         min_tissue: least share of a kept tile's area that is tissue, 0 to 1; 0 keeps any tissue.
+        before_lv0: (x, y), how far before that corner the tiles begin.
 
     Raises:
         SlideError: a tile would cover less than a level-0 pixel, or there would be more than 20 million.
@@ -86,13 +88,17 @@ def lay_tiles(
             f"{info.spacing_um:g} µm per pixel; check the slide's spacing (`--slide-spacing-um`)"
         )
     step = max(1, tile_lv0 - round(overlap_px * tile_lv0 / patch_px))
-    cols, rows = (1 + math.ceil(max(0, side - tile_lv0) / step) for side in (info.width_px, info.height_px))
+    cols, rows = (
+        1 + math.ceil(max(0, side + before - tile_lv0) / step)
+        for side, before in zip((info.width_px, info.height_px), before_lv0, strict=True)
+    )
     if rows * cols > _MAX_CELLS:
         raise SlideError(
             f"a slide may have up to {_MAX_CELLS:,} tiles, got {rows:,} × {cols:,} for {info.width_px} × "
             f"{info.height_px} px at {info.spacing_um:g} µm per pixel; check its spacing (`--slide-spacing-um`)"
         )
     coords_C2 = np.stack(np.meshgrid(np.arange(cols), np.arange(rows)), axis=-1).reshape(-1, 2).astype(np.int64) * step
+    coords_C2 -= before_lv0
     share_C = tissue_share(tissue, coords_C2, tile_lv0)[:, 0, 0]
     kept_C = (share_C > 0) & (share_C >= min_tissue)
     return TilePlaces(coords_C2[kept_C], tile_lv0, tile_px, rows * cols, share_C[kept_C])

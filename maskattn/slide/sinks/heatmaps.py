@@ -91,6 +91,8 @@ def _pictures_of(slide: ExplainedSlide) -> list[Picture]:
     about = [f"model {drawable(model.name)}"] if drawable(model.name) else []
     about += ["a demonstration model"] if model.demonstration else []
     by = f"; {', '.join(about)}" if about else ""
+    if slide.settings.overlap and slide.with_tokens:
+        by = f"; tiles overlap by {slide.settings.overlap:.0%}{by}"
     pictures = []
     for index, (name, file_name) in enumerate(zip(model.classes, file_names_of(model.classes), strict=True)):
         named = repr(drawable(name)) if drawable(name) else f"{index + 1} of {len(model.classes)}"
