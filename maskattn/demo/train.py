@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from maskattn.nn.slide_model import SlideModel, SlideModelConfig
 from maskattn.nn.slide_models.card import ModelCard
 from maskattn.nn.slide_models.folder import save_model
 from maskattn.nn.slide_models.two_stage import card_of
+from maskattn.training.fit_settings import FitSettings
 
 __all__ = [
     "BUNDLED_MODEL",
@@ -187,17 +188,16 @@ def train_tiles(
     report(f"stage 1: {len(tiles.tiles)} tiles of {plan.tile_slides} slides drawn")
     head = nn.Linear(EMBED_DIM, len(KINDS))
     encoder = nn.ModuleDict({"encoder": model.tile_encoder, "head": head}).train()
-    for step, take in enumerate(optimise(encoder, plan.tile_steps, rate=1e-3)):
+
+    def loss_of_step() -> Tensor:
         picked = torch.from_numpy(rng.integers(len(tiles.tiles), size=plan.tile_batch))
         pixels, keep, kinds = rotated(rng, tiles.tiles[picked], tiles.keep[picked], tiles.kinds[picked])
         keep = leave_out_tokens(rng, keep)
         weight = keep[:, None].float()
         shares = (kinds * weight).sum((2, 3)) / weight.sum((2, 3))
-        loss = (head(model.encode_tiles(pixels, keep)) - shares).square().sum(1).mean()
-        take(loss)
-        losses.append(loss.item())
-        if step % 100 == 99:
-            report(f"stage 1, step {step + 1}: loss {np.mean(losses[-100:]):.4f}")
+        return (head(model.encode_tiles(pixels, keep)) - shares).square().sum(1).mean()
+
+    _fit(encoder, loss_of_step, plan.tile_steps, _settings(plan, 1e-3), _kept("stage 1", losses, report))
     return head
 
 
@@ -222,36 +222,37 @@ def train_labels(
     slides = encode_slides(model.eval(), plan)
     report(f"stage 2: {plan.label_slides} slides drawn and encoded")
     encoder = model.slide_encoder.train()
-    for step, take in enumerate(optimise(encoder, plan.label_steps, rate=5e-4)):
+
+    def loss_of_step() -> Tensor:
         picked = torch.from_numpy(rng.integers(len(slides.labels), size=plan.label_batch))
         embeddings, keep = rotated(rng, slides.embeddings[picked], slides.keep[picked])
         embeddings, keep = shift(rng, embeddings, keep)
         embeddings, keep, labels = mix(rng, embeddings, keep, F.one_hot(slides.labels[picked], len(CLASSES)).float())
         keep &= random_like(rng, keep) > 0.9 * random_like(rng, keep[:, :1, :1])
-        loss = F.cross_entropy(encoder(embeddings, keep), labels)
-        take(loss)
-        losses.append(loss.item())
-        if step % 100 == 99:
-            report(f"stage 2, step {step + 1}: loss {np.mean(losses[-100:]):.4f}")
+        return F.cross_entropy(encoder(embeddings, keep), labels)
+
+    _fit(encoder, loss_of_step, plan.label_steps, _settings(plan, 5e-4), _kept("stage 2", losses, report))
 
 
-def optimise(module: nn.Module, steps: int, rate: float) -> Iterator[Callable[[Tensor], None]]:
-    """Yield for each step a function that takes its loss: AdamW, 5 % warm-up, cosine decay, clipped gradients."""
-    optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.5)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * step / steps))
-    )
+def _fit(network: nn.Module, loss_of_step: Callable[[], Tensor], steps: int, settings: FitSettings, keep: Any) -> None:
+    from maskattn.training.steps import fit_steps  # needs the extra train, which the bundled model does not
 
-    def take(loss: Tensor) -> None:
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+    fit_steps(network, loss_of_step, steps, settings, keep)
 
-    for _ in range(steps):
-        yield take
+
+def _settings(plan: TrainingPlan, rate: float) -> FitSettings:
+    return FitSettings(epochs=1, lr=rate, weight_decay=0.5, seed=plan.seed, device="cpu")
+
+
+def _kept(stage: str, losses: list[float], report: Callable[[str], None]) -> Callable[[float], None]:
+    """Takes a step's loss, and reports each hundred of them."""
+
+    def keep(loss: float) -> None:
+        losses.append(loss)
+        if len(losses) % 100 == 0:
+            report(f"{stage}, step {len(losses)}: loss {np.mean(losses[-100:]):.4f}")
+
+    return keep
 
 
 def draw_tiles(plan: TrainingPlan, rng: np.random.Generator) -> TileSet:
