@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from maskattn.training.fit_settings import FitSettings
 from maskattn.training.loop import fit
@@ -60,4 +60,8 @@ def fit_steps(
     Raises:
         TrainingDivergedError: the loss is no number any more.
     """
-    fit(_Steps(settings, network, loss_of_step, on_loss), DataLoader(range(steps), batch_size=None), None)
+    fit(
+        _Steps(settings, network, loss_of_step, on_loss),
+        DataLoader(cast(Dataset[int], range(steps)), batch_size=None),
+        None,
+    )
