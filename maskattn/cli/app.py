@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from maskattn.cli.crossval import crossval
 from maskattn.cli.demo import demo
 from maskattn.cli.doctor import doctor
 from maskattn.cli.encoders import encoders
@@ -26,5 +27,20 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: boxes would cost every command the import of rich
     pretty_exceptions_enable=False,
 )
-for command in (infer, extract, encoders, train, evaluate, demo, status, report, view, tissue, info, explain, doctor):
+for command in (
+    infer,
+    extract,
+    encoders,
+    train,
+    crossval,
+    evaluate,
+    demo,
+    status,
+    report,
+    view,
+    tissue,
+    info,
+    explain,
+    doctor,
+):
     app.command()(command)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from maskattn.evaluation.splits import Split
     from maskattn.training.cohort import Cohort
 
-__all__ = ["given_settings", "train"]
+__all__ = ["cohort_in", "given_settings", "patients_by_id", "train"]
 
 
 @takes_settings
@@ -40,19 +40,8 @@ def train(
             raise ValueError("a training must have a folder to write, got no --out; name one")
 
         from maskattn.cli.training_progress import TrainingProgress
-        from maskattn.slide.output_folder import prepare_output
-        from maskattn.training.cohort import IncompleteCohortError, cohort_of
-        from maskattn.training.left_out import write_left_out
 
-        try:
-            cohort = cohort_of(settings, tell)
-        except IncompleteCohortError as error:
-            prepare_output(settings.out)
-            listed = write_left_out(settings.out, error.left_out)
-            raise ValueError(f"{error}; all of them stand in {listed}") from error
-        prepare_output(settings.out)
-        if cohort.left_out:
-            write_left_out(settings.out, cohort.left_out)
+        cohort = cohort_in(settings)
         split = _split_of(settings, cohort)
 
         from maskattn.training.train import train_model
@@ -85,6 +74,35 @@ def given_settings(context: typer.Context, settings: TrainSettings, config: Path
     return settings_from(TrainSettings, values)
 
 
+def cohort_in(settings: TrainSettings) -> Cohort:
+    """The cohort of a run, whose folder is made and lists the slides that are left out.
+
+    Raises:
+        ValueError: as :func:`maskattn.training.cohort.cohort_of`; what slides lack is listed, too.
+    """
+    from maskattn.slide.output_folder import prepare_output
+    from maskattn.training.cohort import IncompleteCohortError, cohort_of
+    from maskattn.training.left_out import write_left_out
+
+    assert settings.out is not None
+    try:
+        cohort = cohort_of(settings, tell)
+    except IncompleteCohortError as error:
+        prepare_output(settings.out)
+        listed = write_left_out(settings.out, error.left_out)
+        raise ValueError(f"{error}; all of them stand in {listed}") from error
+    prepare_output(settings.out)
+    if cohort.left_out:
+        write_left_out(settings.out, cohort.left_out)
+    return cohort
+
+
+def patients_by_id(cohort: Cohort) -> dict[str, str]:
+    """Patient of every slide and of every patient: a table of splits may name either."""
+    patient_of = {case.patient_id: case.patient_id for case in cohort.cases}
+    return patient_of | {slide: case.patient_id for case in cohort.cases for slide in case.slides}
+
+
 def _split_of(settings: TrainSettings, cohort: Cohort) -> Split:
     """The parts of the patients: from a table, or drawn."""
     if settings.split is None:
@@ -93,9 +111,7 @@ def _split_of(settings: TrainSettings, cohort: Cohort) -> Split:
         return validation_split(cohort, settings.validation_share, settings.seed)
     from maskattn.evaluation.split_files import read_splits
 
-    patient_of = {case.patient_id: case.patient_id for case in cohort.cases}
-    patient_of |= {slide: case.patient_id for case in cohort.cases for slide in case.slides}
-    splits = read_splits(settings.split, patient_of)
+    splits = read_splits(settings.split, patients_by_id(cohort))
     if len(splits) != 1:
         raise ValueError(
             f"a training has one split, got {len(splits)} folds in {settings.split}; name the file of one, or train "

@@ -80,6 +80,8 @@ def evaluate_predictions(
     resamples: int = 1000,
     seed: int = 0,
     stratified: bool = False,
+    folds: Sequence[Predictions] | None = None,
+    notes: Sequence[str] = (),
 ) -> Evaluation:
     """Measure the predictions of a model.
 
@@ -90,6 +92,8 @@ def evaluate_predictions(
         resamples: of the bootstrap over patients.
         seed: of its draw.
         stratified: draw within each class, or event, so that each resample has as many of each.
+        folds: the predictions of each fold by themselves; None = those of ``fold_P``, where there are any.
+        notes: what else is to be known.
 
     Raises:
         ValueError: there is nothing to measure, or validation is of other classes or shares patients with the test.
@@ -105,13 +109,13 @@ def evaluate_predictions(
         predictions=predictions,
         metrics=metrics,
         by_class=_by_class(predictions, weights_BP),
-        by_fold=_by_fold(predictions),
+        by_fold=_by_fold(predictions, folds),
         temperature=temperature,
         calibrated={} if temperature is None else _calibrated(predictions, temperature, weights_BP),
         resamples=resamples,
         seed=seed,
         stratified=stratified,
-        notes=tuple(_notes(predictions, metrics)),
+        notes=(*_notes(predictions, metrics), *notes),
     )
 
 
@@ -180,14 +184,15 @@ def _by_class(predictions: Predictions, weights_BP: Values) -> tuple[ClassResult
     return tuple(results)
 
 
-def _by_fold(predictions: Predictions) -> tuple[FoldResult, ...]:
-    if predictions.fold_P is None:
-        return ()
+def _by_fold(predictions: Predictions, folds: Sequence[Predictions] | None) -> tuple[FoldResult, ...]:
+    fold_P = predictions.fold_P
+    numbers = list(range(len(folds or ()))) if fold_P is None else [int(fold) for fold in np.unique(fold_P)]
+    if folds is None:
+        folds = [] if fold_P is None else [predictions.of(fold_P == fold) for fold in numbers]
     results = []
-    for fold in np.unique(predictions.fold_P):
-        part = predictions.of(predictions.fold_P == fold)
+    for fold, part in zip(numbers, folds, strict=True):
         found = {one.name: _of_all(one, part, predictions) for one in metrics_of(predictions.task)}
-        results.append(FoldResult(int(fold), part.patients, found))
+        results.append(FoldResult(fold, part.patients, found))
     return tuple(results)
 
 

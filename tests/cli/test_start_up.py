@@ -14,6 +14,7 @@ COMMANDS = [
     "extract",
     "encoders",
     "train",
+    "crossval",
     "evaluate",
     "demo",
     "status",

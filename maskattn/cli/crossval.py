@@ -1,0 +1,134 @@
+"""``maskattn crossval``: a model for each fold, and a report on what they say of patients that they did not see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from maskattn.cli.options import Debug, takes_settings
+from maskattn.cli.reporting import errors_in_one_line, say, tell
+from maskattn.cli.train import cohort_in, given_settings, patients_by_id
+from maskattn.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from maskattn.evaluation.crossval import FoldOutcome
+    from maskattn.evaluation.splits import Split
+    from maskattn.training.cohort import Cohort
+
+__all__ = ["crossval"]
+
+
+@takes_settings
+def crossval(
+    context: typer.Context,
+    *,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="All of these as YAML, field: value; what is given beside it counts more."),
+    ] = None,
+    folds: Annotated[
+        int, typer.Option("--folds", help="How many, unless --split has them.", min=2, show_default=True)
+    ] = 5,
+    candidate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--candidate", help="YAML of what differs (may be repeated); in each fold the validation part chooses one."
+        ),
+    ] = None,
+    resamples: Annotated[int, typer.Option("--resamples", help="Of the bootstrap over patients.", min=100)] = 1000,
+    settings: TrainSettings,
+    debug: Debug = False,
+) -> None:
+    """Cross-validate a slide model: train, predict and report.
+
+    Folds are grouped by patient and stratified. A run that was killed goes on with the same command.
+    """
+    with errors_in_one_line(debug, "finished folds and epochs"):
+        settings = given_settings(context, settings, config)
+        if settings.out is None:
+            raise ValueError("a cross-validation must have a folder to write, got no --out; name one")
+
+        from maskattn.training.candidates import read_candidates
+
+        candidates = read_candidates(settings, candidate or ())
+        cohort = cohort_in(settings)
+        splits = _splits_of(settings, cohort, folds)
+
+        from maskattn.evaluation.crossval import cross_validate, pooled
+        from maskattn.evaluation.inputs import PREDICTIONS_CSV
+        from maskattn.evaluation.report import value_text, write_evaluation
+        from maskattn.evaluation.results import evaluate_predictions
+
+        trainer = _Training(candidates, cohort)
+        outcomes = cross_validate(trainer, list(candidates), splits, settings.out, _told)
+        whole, notes = pooled(outcomes)
+        whole.write_csv(settings.out / PREDICTIONS_CSV)
+        found = evaluate_predictions(
+            whole,
+            settings.out.resolve().name,
+            resamples=resamples,
+            seed=settings.seed,
+            folds=[outcome.predictions for outcome in outcomes],
+            notes=(*notes, *_chosen(outcomes)),
+        )
+        report = write_evaluation(settings.out, [found], title=f"Cross-validation: {cohort.target}")
+    for name, value in found.metrics.items():
+        say(f"{name:<26} {value_text(value)}")
+    for note in found.notes:
+        say(f"note: {note}")
+    say(f"report: {report}")
+
+
+class _Training:
+    """Trains the candidates, and predicts with what was trained."""
+
+    def __init__(self, candidates: Mapping[str, TrainSettings], cohort: Cohort) -> None:
+        self._candidates, self._cohort = candidates, cohort
+
+    def train(self, candidate: str, split: Split, folder: Path):  # type: ignore[no-untyped-def]  # a lazy import's
+        from maskattn.cli.training_progress import TrainingProgress
+        from maskattn.training.train import train_model
+
+        settings = self._candidates[candidate]
+        with TrainingProgress(settings.epochs) as progress:
+            return train_model(settings, self._cohort, split, folder, progress=progress).validation
+
+    def predict(self, folder: Path, patients):  # type: ignore[no-untyped-def]
+        from maskattn.training.train import predict
+
+        return predict(folder, self._cohort, patients)
+
+
+def _splits_of(settings: TrainSettings, cohort: Cohort, folds: int) -> list[Split]:
+    """The folds: from a table, or drawn; every part must have every class."""
+    from maskattn.evaluation.split_files import read_splits
+    from maskattn.evaluation.splits import check_classes, grouped_folds, strata_of
+
+    if settings.split is not None:
+        splits = read_splits(settings.split, patients_by_id(cohort))
+    else:
+        strata = strata_of(cohort.task, cohort.strata, folds)
+        splits = grouped_folds(cohort.patients, strata, folds, settings.seed, settings.validation_share)
+    if cohort.task != "regression":
+        label_of = {case.patient_id: case.truth[-1] for case in cohort.cases}
+        names = cohort.classes or ("no event", "the event")
+        for note in check_classes(splits, {patient: names[int(label)] for patient, label in label_of.items()}):
+            tell(f"{note}; metrics of that fold which need it are left out")
+    return splits
+
+
+def _told(outcome: FoldOutcome) -> None:
+    values = ", ".join(f"{name} {value:.3f}" for name, value in outcome.validation.items() if value is not None)
+    tell(f"fold {outcome.fold}: validation {values or 'has no value'}; {outcome.chosen} predicts the test part")
+
+
+def _chosen(outcomes: list[FoldOutcome]) -> tuple[str, ...]:
+    """Which candidate each fold chose, where there were several."""
+    if len(outcomes[0].validation) == 1:
+        return ()
+    told = ", ".join(f"{outcome.fold} {outcome.chosen}" for outcome in outcomes)
+    return (f"Each fold's model was chosen on its validation part: fold {told}.",)

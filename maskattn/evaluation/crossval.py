@@ -1,0 +1,200 @@
+"""Cross-validation: a model for each fold, chosen on the fold's own training patients, and judged on its test patients.
+
+Whoever trains stands above this room, and is given: :class:`Trainer`. A run that was killed goes on fold by fold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from maskattn.errors import OutputError
+from maskattn.evaluation.inputs import PREDICTIONS_CSV
+from maskattn.evaluation.metrics import metrics_of
+from maskattn.evaluation.predictions import Predictions
+from maskattn.evaluation.split_files import read_splits, write_splits
+from maskattn.evaluation.splits import Split
+from maskattn.files import replacing
+
+__all__ = ["CHOICE", "SPLITS", "FoldOutcome", "Trainer", "cross_validate", "pooled"]
+
+SPLITS, CHOICE = "splits.csv", "choice.json"
+
+
+class Trainer(Protocol):
+    """What trains and predicts; both go on where they were killed."""
+
+    def train(self, candidate: str, split: Split, folder: Path) -> Predictions:
+        """Train a candidate on a split, without its test part; what the model says of the validation part."""
+
+    def predict(self, folder: Path, patients: Sequence[str]) -> Predictions:
+        """What the model in a folder says of patients."""
+
+
+@dataclass(frozen=True)
+class FoldOutcome:
+    """What became of a fold.
+
+    Attributes:
+        fold: its number.
+        chosen: the candidate that validation chose.
+        model: the folder of its model.
+        validation: candidate → the task's first metric on the validation part; None where it is not defined.
+        predictions: of the test part, by the chosen model.
+    """
+
+    fold: int
+    chosen: str
+    model: Path
+    validation: dict[str, float | None]
+    predictions: Predictions
+
+
+def cross_validate(
+    trainer: Trainer,
+    candidates: Sequence[str],
+    splits: Sequence[Split],
+    out: Path,
+    on_fold: Callable[[FoldOutcome], None] | None = None,
+) -> list[FoldOutcome]:
+    """Train, choose and predict, fold by fold.
+
+    Args:
+        trainer: see :class:`Trainer`.
+        candidates: names of configurations; with several, each fold's validation part chooses one for the fold.
+        splits: of the folds; each must have a test part.
+        out: folder of ``splits.csv`` and of a folder ``split-K`` for each fold, with its model or models, the test
+            part's ``patient-preds.csv`` and ``choice.json``.
+        on_fold: called after each fold.
+
+    Raises:
+        ValueError: a fold has no test part, or the folder has a run with other splits.
+        OutputError: something cannot be written.
+    """
+    for fold, split in enumerate(splits):
+        if not split.test:
+            raise ValueError(f"every fold of a cross-validation must have a test part, got none in fold {fold}; add it")
+    _keep_splits(splits, out)
+    outcomes = []
+    for fold, split in enumerate(splits):
+        outcome = _run_fold(trainer, candidates, fold, split, out / f"split-{fold}")
+        outcomes.append(outcome)
+        if on_fold is not None:
+            on_fold(outcome)
+    return outcomes
+
+
+def pooled(outcomes: Sequence[FoldOutcome]) -> tuple[Predictions, tuple[str, ...]]:
+    """The test predictions of all folds as one table, and notes on it.
+
+    Where splits are drawn again and again (CLAM's are), a patient is in several test parts: then the patient's
+    probabilities or values are averaged over the models that did not learn from the patient.
+
+    Raises:
+        ValueError: patients of a survival task are in several test parts, whose models' risks have scales of their own.
+    """
+    parts = [outcome.predictions.in_fold(outcome.fold) for outcome in outcomes]
+    first = parts[0]
+    names = [name for part in parts for name in part.patient_ids]
+    if len(set(names)) == len(names):
+        return Predictions.joined(parts), ()
+    if first.task == "survival":
+        raise ValueError(
+            "test parts of a survival task must not share patients, as each model's risks have a scale of their own, "
+            f"got {len(names) - len(set(names))} that are tested again; give splits that test each patient once"
+        )
+    rows: dict[str, list[tuple[Predictions, int]]] = {}
+    for part in parts:
+        for row, name in enumerate(part.patient_ids):
+            rows.setdefault(name, []).append((part, row))
+    scores = np.array([np.mean([part.scores_PK[row] for part, row in found], axis=0) for found in rows.values()])
+    truth = np.array([found[0][0].truth[found[0][1]] for found in rows.values()])
+    again = sum(len(found) > 1 for found in rows.values())
+    note = (
+        f"{again} of {len(rows)} patients are in several folds' test parts; their scores are averaged over those "
+        "models, and a single model may be less good: see the table by fold."
+    )
+    one = replace(first, patient_ids=tuple(rows), scores_PK=scores, truth_P=truth, predicted_P=None, fold_P=None)
+    return one, (note,)
+
+
+def _keep_splits(splits: Sequence[Split], out: Path) -> None:
+    path = out / SPLITS
+    if path.is_file():
+        if _sets_of(read_splits(path, _Same())) != _sets_of(splits):
+            raise ValueError(
+                f"a cross-validation goes on with the splits that it began with, got others than those in {path}; give "
+                "the same labels, --folds, --seed and --split, or name another --out"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_splits(splits, path)
+
+
+class _Same(dict[str, str]):
+    """Every name stands for itself, also one that is no patient any more."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+def _sets_of(splits: Sequence[Split]) -> list[tuple[set[str], ...]]:
+    return [(set(split.train), set(split.validation), set(split.test)) for split in splits]
+
+
+def _run_fold(trainer: Trainer, candidates: Sequence[str], fold: int, split: Split, folder: Path) -> FoldOutcome:
+    folders = {name: folder / ("model" if len(candidates) == 1 else f"model-{name}") for name in candidates}
+    # A training that has ended is read, so that a run that goes on finds out here whether its settings changed.
+    said = {name: trainer.train(name, split, folders[name]) for name in candidates}
+    validation = {name: _first_metric(found) for name, found in said.items()}
+    chosen = _best(validation, said[candidates[0]])
+    path = folder / PREDICTIONS_CSV
+    before = _choice_of(folder)
+    if path.is_file() and before == chosen:
+        one = said[chosen]
+        predictions = Predictions.read_csv(path, one.task, None if one.task == "survival" else one.target)
+        predictions = replace(predictions, target=one.target)
+    else:
+        predictions = trainer.predict(folders[chosen], split.test)
+        predictions.write_csv(path)
+        _write_choice(folder, chosen, validation, said[chosen])
+    return FoldOutcome(fold, chosen, folders[chosen], validation, predictions)
+
+
+def _first_metric(predictions: Predictions) -> float | None:
+    metric = metrics_of(predictions.task)[0]
+    value = metric.prepared(predictions)(np.ones((1, predictions.patients)))[0]
+    return float(value) if np.isfinite(value) else None
+
+
+def _best(validation: Mapping[str, float | None], said: Predictions) -> str:
+    """The candidate with the best value; of equal ones the first, and one without a value last."""
+    sign = 1 if metrics_of(said.task)[0].better == "higher" else -1
+    known = {name: -np.inf if value is None else sign * value for name, value in validation.items()}
+    return max(known, key=known.__getitem__)
+
+
+def _choice_of(folder: Path) -> str | None:
+    path = folder / CHOICE
+    if not path.is_file():
+        return None
+    found: str = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+    return found
+
+
+def _write_choice(folder: Path, chosen: str, validation: Mapping[str, float | None], said: Predictions) -> None:
+    metric = metrics_of(said.task)[0].name
+    text = json.dumps({"chosen": chosen, "metric": metric, "validation": dict(validation)}, indent=2)
+    try:
+        with replacing(folder / CHOICE) as temporary:
+            temporary.write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{CHOICE} must be written whole, got {folder}: {error.strerror or error}") from error
