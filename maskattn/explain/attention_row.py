@@ -22,7 +22,7 @@ from maskattn.explain.explainer import TokenExplainer
 from maskattn.explain.last_block import reads_class_token_alone
 from maskattn.explain.norm_path import scores_of_reads
 from maskattn.explain.targets import Target
-from maskattn.explain.token_scores import gradients_of_scores
+from maskattn.explain.token_scores import gradients_of_reads
 from maskattn.explain.token_subsets import batches
 from maskattn.nn.blocks import ClassTokenAttention, PackedTokens
 from maskattn.nn.vit import VisionTransformer
@@ -85,7 +85,7 @@ class AttentionRow:
         out = out_BRHD.detach().requires_grad_()
         with torch.enable_grad():
             scores = scores_of_reads(self.model, self.tokens, out, self.target)
-        return torch.stack([gradient for (gradient,) in gradients_of_scores(scores, (out,))])
+        return gradients_of_reads(scores, out, self.target)
 
 
 class AttentionRowAblation(TokenExplainer):

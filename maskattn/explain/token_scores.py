@@ -31,12 +31,16 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float
 
 __all__ = [
+    "gradients_of_reads",
     "gradients_of_scores",
     "score_class_token_queries",
     "score_tokens",
     "score_tokens_by_autograd",
     "score_tokens_in_closed_form",
 ]
+
+_LEAST_TOGETHER = 4
+_NUMBERS_TOGETHER = 1 << 20
 
 
 def score_tokens(
@@ -71,7 +75,7 @@ def score_tokens_in_closed_form(
     fixed = tokens.with_rows(tokens.rows_TC.detach())
     with torch.enable_grad():
         scores_BM = select_scores(model.predict_from_class_token(block.finish(fixed, out)), target)
-    gradients = torch.stack([g for (g,) in gradients_of_scores(scores_BM, (out,))])  # [M, B, 1, H, D]
+    gradients = gradients_of_reads(scores_BM, out, target)
     relevance = token_relevance(
         read.q_B1HD,
         read.k_THD,
@@ -136,3 +140,29 @@ def gradients_of_scores(scores_BM: Float[Tensor, "B M"], leaves: Sequence[Tensor
             yield torch.autograd.grad(total, leaves, retain_graph=m + 1 < count, materialize_grads=True)
         else:
             yield tuple(torch.zeros_like(x) for x in leaves)
+
+
+def gradients_of_reads(
+    scores_BM: Float[Tensor, "B M"], read: Float[Tensor, "B R H D"], target: Target
+) -> Float[Tensor, "M B R H D"]:
+    """∂(Σ_b score_bm)/∂x of what class tokens read, for many targets in one backward.
+
+    Between a class token's reading and its scores lie a projection, an MLP and the head, on a few rows: a backward for
+    each of 1,000 classes would spend its time on calls. Targets go together as far as their rows do not fill memory; a
+    target function, which may hold anything, is differentiated one target after the other.
+
+    Args:
+        scores_BM: (B, M), computed from ``read``.
+        read: what was read, which the scores have a graph to.
+        target: what the scores are of.
+    """
+    count = scores_BM.shape[1]
+    if callable(target) or not scores_BM.requires_grad or count < _LEAST_TOGETHER:
+        return torch.stack([gradient for (gradient,) in gradients_of_scores(scores_BM, (read,))])
+    one_hot = torch.eye(count, dtype=scores_BM.dtype, device=scores_BM.device)[:, None].expand(-1, len(scores_BM), -1)
+    together = max(1, _NUMBERS_TOGETHER // max(1, read.numel()))
+    parts = [
+        torch.autograd.grad(scores_BM, read, part, retain_graph=True, is_grads_batched=True, materialize_grads=True)[0]
+        for part in one_hot.split(together)
+    ]
+    return torch.cat(parts)

@@ -27,7 +27,7 @@ from maskattn.attention.api import token_relevance
 from maskattn.explain.last_block import output_with_values, reads_class_token_alone, values_and_origin
 from maskattn.explain.norm_path import scores_of_reads
 from maskattn.explain.targets import Target, select_scores
-from maskattn.explain.token_scores import gradients_of_scores
+from maskattn.explain.token_scores import gradients_of_reads, gradients_of_scores
 from maskattn.explain.token_subsets import batches, repeat_tokens, target_of_copies
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
@@ -84,8 +84,7 @@ def _in_closed_form(
         leaf = out_BRHD.requires_grad_()
         with torch.enable_grad():
             scores = scores_of_reads(model, tokens, leaf, target)
-        of_part = [torch.einsum("brhd,r->bhd", g, weights_m[part]) for (g,) in gradients_of_scores(scores, (leaf,))]
-        mean_MBHD = mean_MBHD + torch.stack(of_part)
+        mean_MBHD = mean_MBHD + torch.einsum("mbrhd,r->mbhd", gradients_of_reads(scores, leaf, target), weights_m[part])
     assert isinstance(mean_MBHD, Tensor), "there is at least one node"
     return token_relevance(
         read.q_B1HD,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from maskattn.explain import CDAM, Concept, IntegratedCDAM, SmoothCDAM
 from maskattn.explain.attention_baselines import AttentionRow
+from maskattn.explain.attention_row import AttentionRowAblation
 from maskattn.explain.baselines import TokenAblation
 from maskattn.explain.token_scores import score_tokens_by_autograd, score_tokens_in_closed_form
 from maskattn.nn import VisionTransformer
@@ -76,6 +78,19 @@ def test_closed_form_equals_autograd(variant):
     is_grid = tokens.packing.indices % tokens.packing.num_tokens >= tokens.num_prefix
     torch.testing.assert_close(closed[:, is_grid], graph[:, is_grid])
     torch.testing.assert_close(logits, same_logits)
+
+
+@pytest.mark.parametrize("explain", [CDAM, partial(IntegratedCDAM, path="value"), AttentionRowAblation])
+def test_maps_of_many_classes_take_few_backwards_and_are_those_of_each_class(explain, monkeypatch):
+    model, (x, keep) = random_vit(num_classes=300), sample()
+    method, grad, calls = explain(model), torch.autograd.grad, []
+    each = torch.cat([method.attribute(x, [c], keep) for c in (0, 17, 299)], dim=1)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **named: calls.append(1) or grad(*given, **named))
+    maps = method.attribute(x, "all", keep)
+    assert len(calls) <= 16
+    torch.testing.assert_close(maps[:, [0, 17, 299]], each)
+    one_by_one = method.attribute(x, lambda logits: logits[:, [0, 17, 299]], keep)
+    torch.testing.assert_close(one_by_one, each)
 
 
 @pytest.mark.parametrize("variant", [{}, {"global_pool": "avg"}])
