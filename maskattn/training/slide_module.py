@@ -16,10 +16,9 @@ from maskattn.evaluation.predictions import Predictions
 from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
 from maskattn.nn.slide_models.head import SlideHead
 from maskattn.training.bags import Bag, CaseBags
-from maskattn.training.case_metrics import METRIC_OF, case_metrics
 from maskattn.training.clustering import clustering_loss
 from maskattn.training.cohort import Case, Cohort
-from maskattn.training.module import TrainedModule
+from maskattn.training.judged_module import JudgedModule
 from maskattn.training.settings import TrainSettings
 from maskattn.training.tasks import TrainedTask, ValueTask
 
@@ -29,7 +28,7 @@ __all__ = ["SlideTraining", "outputs_of_case", "predictions_of"]
 _RECOMPUTE_ABOVE = 20_000
 
 
-class SlideTraining(TrainedModule):
+class SlideTraining(JudgedModule):
     """A slide head, its task, and the cases that judge it.
 
     Args:
@@ -39,8 +38,6 @@ class SlideTraining(TrainedModule):
         cohort: whose task and classes they are.
         validation: the cases of the validation, in their dataset's order.
 
-    Attributes:
-        task: as given.
     """
 
     def __init__(
@@ -51,11 +48,10 @@ class SlideTraining(TrainedModule):
         cohort: Cohort,
         validation: Sequence[Case] = (),
     ) -> None:
-        super().__init__(settings)
+        super().__init__(settings, task, cohort, validation)
         self.head = head
-        self._settings, self.task, self._cohort, self._validation = settings, task, cohort, list(validation)
+        self._settings = settings
         self._clusters = isinstance(head, GatedAttentionHead) and hasattr(head, "instance_classifiers")
-        self._outputs: dict[int, Tensor] = {}
 
     def transfer_batch_to_device(self, batch: list[CaseBags], device: torch.device, dataloader_idx: int) -> Any:
         """The cases on the model's device."""
@@ -78,26 +74,10 @@ class SlideTraining(TrainedModule):
         share = self._settings.instance_weight
         return (1 - share) * loss + share * torch.stack(instances).mean()
 
-    def on_validation_epoch_start(self) -> None:
-        """Begin the outputs of this validation."""
-        self._outputs = {}
-
     def validation_step(self, batch: list[CaseBags], batch_idx: int) -> None:
         """The outputs of some cases."""
         for case in batch:
-            self._outputs[case.index] = outputs_of_case(self.head, self.task, case).float().cpu()
-
-    def judge(self) -> dict[str, float]:
-        """The loss of all validation cases in one, and the task's metrics."""
-        outputs = _of_all_processes(self._outputs)
-        outputs_PK = torch.stack([outputs[index] for index in range(len(self._validation))])
-        loss = self.task.loss(outputs_PK, [case.truth for case in self._validation])
-        return {"loss": float(loss), **case_metrics(self._cohort.task, outputs_PK, self._validation, self.task)}
-
-    @property
-    def metric(self) -> str:
-        """Which of the task's metrics must rise, where the metric says which epoch is best."""
-        return METRIC_OF[self._cohort.task]
+            self.validation_outputs[case.index] = outputs_of_case(self.head, self.task, case).float().cpu()
 
     def network(self) -> SlideHead:
         """The head."""
@@ -154,11 +134,3 @@ def predictions_of(
         return Predictions(cohort.task, cohort.target, names, scores_PK, time_P=time_P, event_P=event_P)
     truth_P = [case.truth[0] for case in cases]
     return Predictions(cohort.task, cohort.target, names, scores_PK, truth_P)
-
-
-def _of_all_processes(ours: dict[int, Tensor]) -> dict[int, Tensor]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return ours
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, ours)
-    return {index: output for part in every for index, output in part.items()}

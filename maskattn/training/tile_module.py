@@ -1,0 +1,117 @@
+"""The fine-tuning of a tile encoder: a linear layer on its features, and rates that fall towards its lowest layer.
+
+Dimension key: B patches, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.nn.blocks import Block, DropPath
+from maskattn.nn.encoders.tile_encoder import TileEncoder
+from maskattn.nn.optimizer_groups import layer_groups
+from maskattn.nn.slide_models.ordinal import ordinal_logits
+from maskattn.training.cohort import Case, Cohort
+from maskattn.training.judged_module import JudgedModule
+from maskattn.training.patches import PatchItem
+from maskattn.training.settings import TrainSettings
+from maskattn.training.tasks import TrainedTask
+
+__all__ = ["TileTraining", "prepared"]
+
+
+class TileTraining(JudgedModule):
+    """An encoder with a linear layer, its task, and the patches that judge it.
+
+    Args:
+        encoder: a packed transformer, as :func:`prepared` leaves it.
+        task: of the patches.
+        settings: of the training.
+        cohort: whose task and classes they are.
+        validation: the patches of the validation, in their dataset's order.
+    """
+
+    def __init__(
+        self,
+        encoder: TileEncoder,
+        task: TrainedTask,
+        settings: TrainSettings,
+        cohort: Cohort,
+        validation: Sequence[Case],
+    ) -> None:
+        super().__init__(settings, task, cohort, validation)
+        self.encoder = encoder
+        self._settings = settings
+        self.dropout = nn.Dropout(settings.dropout)
+        self.head = nn.Linear(encoder.embed_dim, task.num_classes - (cohort.task == "ordinal"))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The encoder's layers, each at its rate, and the linear layer at the full one."""
+        settings, vit = self._settings, self.encoder.vit
+        assert vit is not None, "a packed transformer"
+        lr, decay = settings.lr, settings.weight_decay
+        groups = layer_groups(vit, lr, layer_decay=settings.layer_decay, weight_decay=decay)
+        return [*groups, {"params": list(self.head.parameters()), "lr": lr, "weight_decay": decay}]
+
+    def transfer_batch_to_device(self, batch: list[PatchItem], device: torch.device, dataloader_idx: int) -> Any:
+        """The patches on the model's device."""
+        return [
+            PatchItem(
+                one.index,
+                one.pixels_3XY.to(device, non_blocking=True),
+                None if one.keep_HW is None else one.keep_HW.to(device, non_blocking=True),
+                one.truth,
+            )
+            for one in batch
+        ]
+
+    def outputs(self, batch: list[PatchItem]) -> Tensor:
+        """(B, K) outputs of some patches."""
+        pixels = torch.stack([one.pixels_3XY for one in batch])
+        masks = [one.keep_HW for one in batch if one.keep_HW is not None]
+        features_BC = self.encoder.encode_tiles(pixels, torch.stack(masks) if masks else None)
+        logits = cast(Tensor, self.head(self.dropout(features_BC)))
+        return ordinal_logits(logits) if self.cohort.task == "ordinal" else logits
+
+    def batch_loss(self, batch: list[PatchItem]) -> Tensor:
+        """The mean loss of some patches."""
+        return self.task.loss(self.outputs(batch), [one.truth for one in batch])
+
+    def validation_step(self, batch: list[PatchItem], batch_idx: int) -> None:
+        """The outputs of some patches."""
+        for one, output in zip(batch, self.outputs(batch), strict=True):
+            self.validation_outputs[one.index] = output.float().cpu()
+
+    def network(self) -> nn.Module:
+        """The encoder."""
+        return self.encoder
+
+
+def prepared(encoder: TileEncoder, settings: TrainSettings) -> TileEncoder:
+    """An encoder that is ready to learn: stochastic depth, frozen blocks, recomputation.
+
+    Raises:
+        ValueError: it is no packed transformer, or has fewer blocks than are to be frozen.
+    """
+    vit = encoder.vit
+    if vit is None:
+        raise ValueError(
+            f"--stage tile fine-tunes packed vision transformers, got {encoder.name}: {encoder.why_not}; choose another"
+        )
+    blocks = [cast(Block, block) for block in vit.blocks]
+    if settings.freeze > len(blocks):
+        raise ValueError(f"--freeze may be up to the encoder's {len(blocks)} blocks, got {settings.freeze}")
+    for index, block in enumerate(blocks):
+        share = settings.drop_path * index / max(1, len(blocks) - 1)
+        block.drop_path1, block.drop_path2 = DropPath(share), DropPath(share)
+    vit.requires_grad_(True)
+    if settings.freeze:
+        above = tuple(f"blocks.{index}." for index in range(settings.freeze, len(blocks)))
+        for name, weight in vit.named_parameters():
+            weight.requires_grad_(name.startswith((*above, "norm.", "fc_norm.", "attn_pool.", "head.")))
+    vit.grad_checkpointing = settings.recompute
+    return encoder.train()
