@@ -30,7 +30,7 @@ def train(
     settings: TrainSettings,
     debug: Debug = False,
 ) -> None:
-    """Train a slide model on features of tiles and a table of labels.
+    """Train a slide model on features and a table of labels, or a tile encoder on labelled patches (--stage tile).
 
     A run that was killed goes on with the same command. OUT becomes a model: maskattn infer --model OUT.
     """
@@ -41,16 +41,21 @@ def train(
 
         from maskattn.cli.training_progress import TrainingProgress
 
-        cohort = cohort_in(settings)
+        if settings.stage == "tile":
+            cohort = _patches_in(settings, settings.out)
+            from maskattn.training.train_tiles import train_tiles as trained
+        else:
+            cohort = cohort_in(settings)
+            from maskattn.training.train import train_model as trained
         split = _split_of(settings, cohort)
-
-        from maskattn.training.train import train_model
-
         with TrainingProgress(settings.epochs) as progress:
-            run = train_model(settings, cohort, split, settings.out, progress=progress)
+            run = trained(settings, cohort, split, settings.out, progress=progress)
     best = run.rows[run.best_epoch]
     found = ", ".join(f"{name[11:]} {value:.4g}" for name, value in best.items() if name.startswith("validation_"))
     say(f"best epoch {run.best_epoch + 1} of {len(run.rows)}: {found} on {run.validation.patients} validation cases")
+    if settings.stage == "tile":
+        say(f"encoder: --encoder {settings.encoder} --weights {quoted(run.folder / 'encoder.safetensors')}")
+        return
     say(
         f"model: {run.folder}; predict with `maskattn infer --model {quoted(run.folder)} --features FEATURES --out OUT`"
     )
@@ -85,6 +90,11 @@ def cohort_in(settings: TrainSettings) -> Cohort:
     from maskattn.training.left_out import write_left_out
 
     assert settings.out is not None
+    if settings.stage == "tile" or settings.patches is not None:
+        raise ValueError(
+            "a slide model reads --features, got --stage tile or --patches; leave them out, or fine-tune an encoder on "
+            "patches with maskattn train --stage tile"
+        )
     try:
         cohort = cohort_of(settings, tell)
     except IncompleteCohortError as error:
@@ -94,6 +104,23 @@ def cohort_in(settings: TrainSettings) -> Cohort:
     prepare_output(settings.out)
     if cohort.left_out:
         write_left_out(settings.out, cohort.left_out)
+    return cohort
+
+
+def _patches_in(settings: TrainSettings, out: Path) -> Cohort:
+    """The labelled patches of a run, whose folder is made.
+
+    Raises:
+        ValueError: something is asked for that is of slide models, or there are no patches of two classes.
+    """
+    from maskattn.slide.output_folder import prepare_output
+    from maskattn.training.patches import find_patches
+
+    given = [name for name in ("features", "labels", "slide_table", "time", "event") if getattr(settings, name)]
+    if given:
+        raise ValueError(f"--stage tile reads --patches, got {', '.join(given)} beside it; leave them out")
+    cohort = find_patches(settings)
+    prepare_output(out)
     return cohort
 
 
