@@ -1,7 +1,8 @@
 """Concepts in words: vectors in the space that a vision–language model shares between images and texts.
 
 An image's score for a concept is temperature · cos(image embedding, vector), the zero-shot logit of CLIP (Radford et
-al., arXiv 2103.00020); all concepts are explained in one pass, as the classes of a classifier are.
+al., arXiv 2103.00020); of SigLIP (Zhai et al., arXiv 2303.15343) that plus a bias, whose sigmoid is the probability
+that the text fits. All concepts are explained in one pass, as the classes of a classifier are.
 
 Dimension key: B images, K concepts, C channels of the shared space.
 """
@@ -26,7 +27,8 @@ __all__ = ["DEFAULT_TEMPERATURE", "TextConcepts", "encode_prompts", "read_concep
 
 DEFAULT_TEMPERATURE = 100.0
 _ENDINGS = (".npy", ".safetensors", ".csv")
-_SCALE = "logit_scale"  # CLIP and SigLIP keep the temperature's logarithm under this key
+# CLIP and SigLIP keep the temperature's logarithm under this key, and SigLIP its bias under the other.
+_SCALE, _BIAS = "logit_scale", "logit_bias"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +39,13 @@ class TextConcepts:
         names: of the K concepts, distinct.
         vectors_KC: (K, C), of any length.
         temperature: factor of the cosine.
+        bias: what is added, the same for all: SigLIP's; 0 for CLIP. It is on no token of any map.
     """
 
     names: tuple[str, ...]
     vectors_KC: Float[Tensor, "K C"]
     temperature: float = DEFAULT_TEMPERATURE
+    bias: float = 0.0
 
     def __post_init__(self) -> None:
         shape = tuple(self.vectors_KC.shape)
@@ -69,7 +73,7 @@ class TextConcepts:
                 f"channels and a model that gives {output_BC.shape[-1]}; load the image tower with its projection"
             )
         directions = F.normalize(self.vectors_KC.to(output_BC), dim=1)
-        return self.temperature * F.normalize(output_BC, dim=-1) @ directions.mT
+        return self.temperature * F.normalize(output_BC, dim=-1) @ directions.mT + self.bias
 
 
 def read_concepts(path: Path, temperature: float | None = None, of_model: float | None = None) -> TextConcepts:
@@ -143,7 +147,8 @@ def encode_prompts(folder: Path, prompts: Sequence[str], temperature: float | No
         output = tower(**{name: tokens[name] for name in names})
     vectors_KC = output.pooler_output if siglip else output.text_embeds
     factor = next((x for x in (temperature, temperature_of(folder)) if x is not None), DEFAULT_TEMPERATURE)
-    return TextConcepts(tuple(prompts), vectors_KC, factor)
+    bias = _number_in(folder, _BIAS) if siglip else None
+    return TextConcepts(tuple(prompts), vectors_KC, factor, bias or 0.0)
 
 
 def temperature_of(folder: Path) -> float | None:
@@ -152,13 +157,19 @@ def temperature_of(folder: Path) -> float | None:
     Args:
         folder: of transformers or open_clip; anything else says nothing.
     """
+    logarithm = _number_in(folder, _SCALE)
+    return None if logarithm is None else math.exp(logarithm)
+
+
+def _number_in(folder: Path, key: str) -> float | None:
+    """A number that a folder's weights hold."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         try:
             with safe_open(path, framework="pt") as weights:
-                if _SCALE in weights.keys():  # noqa: SIM118 (no mapping, though it has keys)
-                    return math.exp(float(weights.get_tensor(_SCALE)))
+                if key in weights.keys():  # noqa: SIM118 (no mapping, though it has keys)
+                    return float(weights.get_tensor(key))
         except SafetensorError:
             continue
     return None

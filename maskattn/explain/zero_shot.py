@@ -84,7 +84,7 @@ class ZeroShotSlide:
         **options: Any,
     ) -> None:
         self.encoder = packed_model(encoder)
-        self.concepts = concepts
+        self.concepts = replace(concepts, bias=0.0)
         self.head = zero_shot_head(concepts, best)
         self.level = LevelMethod.named(method, self.encoder, **options)
 

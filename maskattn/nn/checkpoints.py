@@ -1,7 +1,8 @@
 """Weights by name or from a file: timm's and Hugging Face's hubs, and the layouts of pathology checkpoints.
 
 A file says everything about its model but the number of heads. Its layout is recognised by its keys: timm's (UNI, UNI2,
-H-optimus, Virchow), DINO's and HIPT's (``teacher``, ``backbone.``, ``phi``) and DINOv2's own.
+H-optimus, Virchow), DINO's and HIPT's (``teacher``, ``backbone.``, ``phi``), DINOv2's own, and open_clip's image towers
+(CLIP, PLIP, QuiltNet, BiomedCLIP) with their projection.
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ from torch import Tensor
 
 from maskattn.nn.adapters.clip import CLIP_FAMILIES
 from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.adapters.open_clip import (
+    CONFIG,
+    WEIGHTS,
+    from_open_clip,
+    has_clip_tower,
+    said_by_config,
+    with_projection,
+)
+from maskattn.nn.adapters.siglip import SIGLIP_FAMILIES
 from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.adapters.transformers import from_transformers
 from maskattn.nn.vit import VisionTransformer
@@ -124,7 +134,10 @@ def from_state_dict(
         UnsupportedModelError: a ValueError that names every key that has no place, or is missing.
         ValueError: num_heads is missing.
     """
-    own = _own_keys(checkpoint, name)
+    inner = _unwrapped(checkpoint)
+    if has_clip_tower(inner):
+        return from_open_clip(inner, num_heads=num_heads, name=name, impl=impl, **arguments)
+    own = _own_keys(inner, name)
     state = _own_layout(own)
     inferred = _arguments(state, name, arguments.get("img_size"))
     inferred["pos_embed_resample"] = _convention(checkpoint)
@@ -165,12 +178,22 @@ def _load_from_hub(name: str, impl: str | None, arguments: dict[str, Any]) -> Vi
 
 def _load_folder(folder: Path, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
     path = folder / "config.json"
+    if not path.is_file() and (folder / CONFIG).is_file():
+        return _load_open_clip(folder, impl, arguments)
     if not path.is_file():
         raise FileNotFoundError(f"a model's folder has a config.json, and {folder} has none; pass the file of weights")
     config = json.loads(path.read_text(encoding="utf-8"))
     if "model_type" in config:
         return _load_transformers(str(folder), config, impl, arguments)
     return _load_timm(f"local-dir:{folder}", impl, arguments)
+
+
+def _load_open_clip(folder: Path, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise FileNotFoundError(f"a folder of open_clip holds {' or '.join(WEIGHTS)}, and {folder} has neither")
+    said = {**said_by_config(folder / CONFIG), **arguments}
+    return from_state_dict(read_weights(weights), name=str(folder), impl=impl, **said)
 
 
 def _load_transformers(
@@ -184,6 +207,8 @@ def _load_transformers(
         return from_transformers(tower, impl=impl)
     # AutoModel would leave a classifier's head out.
     classifies = any(kind.endswith("ForImageClassification") for kind in config.get("architectures") or ())
+    if config["model_type"] in SIGLIP_FAMILIES and not classifies:
+        return from_transformers(transformers.SiglipVisionModel.from_pretrained(name, **arguments), impl=impl)
     loader = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
     return from_transformers(loader.from_pretrained(name, **arguments), impl=impl)
 
@@ -228,11 +253,15 @@ def _convention(checkpoint: Mapping[str, Any], trained_by_dino: bool = False) ->
     return "dino" if trained_by_dino or any(map(_OF_DINO.search, keys)) else "timm"
 
 
-def _own_keys(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The encoder's tensors, without wrappers and prefixes."""
+def _unwrapped(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     for wrapper in _WRAPPERS:
         if isinstance(checkpoint.get(wrapper), Mapping):
-            return _own_keys(checkpoint[wrapper], name)
+            return _unwrapped(checkpoint[wrapper])
+    return checkpoint
+
+
+def _own_keys(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The encoder's tensors, without prefixes, and the projection of an image tower."""
     found = [(key.removesuffix(end), end) for key in checkpoint for end in _EMBEDDINGS if key.endswith(end)]
     if len(found) != 1:
         if any(key.endswith("embeddings.cls_token") for key in checkpoint):
@@ -245,11 +274,12 @@ def _own_keys(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
             ],
         )
     prefix = found[0][0]
-    return {
+    own = {
         key.removeprefix(prefix): x
         for key, x in checkpoint.items()
         if key.startswith(prefix) and isinstance(x, Tensor) and not _LEFT_OUT.match(key.removeprefix(prefix))
     }
+    return own | with_projection(checkpoint, prefix, name)
 
 
 def _own_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:

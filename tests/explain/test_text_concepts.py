@@ -152,3 +152,71 @@ def test_prompts_become_the_text_towers_embeddings_and_the_command_explains_them
     both = CliRunner().invoke(app, [*given, "--prompt", "fat", "--target", "1"])
     assert both.exit_code == 2
     assert "--target and --prompt ask for different things" in both.stderr
+
+
+def save_small_siglip(folder):
+    """A random SigLIP of transformers with a tokenizer of a few words."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: place for place, word in enumerate(["</s>", "<unk>", "malignant", "glands", "fat"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(words), "max_position_embeddings": 8, "projection_size": 32}
+    text |= {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    config = transformers.SiglipConfig(text_config=text, vision_config={**small, "image_size": 64, "patch_size": 16})
+    torch.manual_seed(0)
+    model = transformers.SiglipModel(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    with torch.no_grad():
+        model.logit_scale.fill_(1.7)
+        model.logit_bias.fill_(-2.5)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers' own imports
+def test_siglips_prompts_give_its_own_logits_with_scale_and_bias(tmp_path):
+    model = save_small_siglip(tmp_path)
+    from maskattn.nn import load_vit
+
+    prompts, x = ["malignant glands", "fat"], torch.randn(2, 3, 64, 64)
+    concepts = encode_prompts(tmp_path, prompts)
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokens = tokenizer(prompts, padding="max_length", max_length=8, return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(input_ids=tokens["input_ids"], pixel_values=x).logits_per_image
+        torch.testing.assert_close(concepts(load_vit(tmp_path)(x)), theirs, rtol=1e-4, atol=1e-4)
+    assert concepts.bias == pytest.approx(-2.5)
+    assert concepts.temperature == pytest.approx(float(np.exp(1.7)), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers' own imports
+def test_the_command_explains_siglips_prompts(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from maskattn.cli.app import app
+
+    save_small_siglip(tmp_path)
+    photo, out = tmp_path / "photo.png", tmp_path / "out.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(photo)
+    given = ["explain", str(photo), "--model", str(tmp_path), "--out", str(out)]
+    result = CliRunner().invoke(app, [*given, "--prompt", "malignant glands", "--prompt", "fat"])
+    assert result.exit_code == 0, result.stderr
+    assert out.is_file()
+
+
+def test_a_bias_moves_scores_and_no_map():
+    model, (x, keep) = random_vit(), sample(1)
+    plain = TextConcepts(NAMES, torch.from_numpy(vectors()), 5.0)
+    biased = TextConcepts(NAMES, torch.from_numpy(vectors()), 5.0, bias=-3.0)
+    one, other = (explain_image(model, x, concepts, keep) for concepts in (plain, biased))
+    torch.testing.assert_close(other.scores_M, one.scores_M - 3)
+    torch.testing.assert_close(other.maps_MHW, one.maps_MHW)

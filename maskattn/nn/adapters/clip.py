@@ -6,6 +6,7 @@ Dimension key: C channels of the tower, K of the space of texts.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from maskattn.nn.adapters.conversion import build, refuse
 from maskattn.nn.vit import VisionTransformer
 
-__all__ = ["CLIP_FAMILIES", "from_clip"]
+__all__ = ["CLIP_FAMILIES", "from_clip", "rename_tower"]
 
 CLIP_FAMILIES = ("clip", "clip_vision_model")
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
@@ -57,7 +58,8 @@ def from_clip(model: Any, *, impl: str | None = None) -> VisionTransformer:
     config = getattr(model.config, "vision_config", model.config)
     if config.hidden_act not in _ACTIVATIONS:
         refuse(kind, [f"activation {config.hidden_act!r}"])
-    state = _rename(tower.state_dict())
+    state = rename_tower(tower.state_dict(), _OUTSIDE)
+    state["cls_token"] = state["cls_token"].view(1, 1, -1)
     projection = getattr(model, "visual_projection", None)
     if isinstance(projection, nn.Linear):
         state["head.weight"] = projection.weight
@@ -80,12 +82,18 @@ def from_clip(model: Any, *, impl: str | None = None) -> VisionTransformer:
     return build(kind, arguments, state, training=model.training, impl=impl)
 
 
-def _rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_tower(theirs: Mapping[str, Tensor], outside: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state dict of an image tower of CLIP's kind under our names, q, k and v joined.
+
+    Args:
+        theirs: of transformers.
+        outside: our names for what lies outside the layers; what is in neither keeps its name, and is refused later.
+    """
     ours: dict[str, Tensor] = {}
     for name, x in theirs.items():
         in_layer = _LAYER.match(name)
         if in_layer is None:
-            ours[_OUTSIDE.get(name, name)] = x
+            ours[outside.get(name, name)] = x
             continue
         inner = in_layer[2]
         for begin, replacement in _IN_LAYER.items():
@@ -98,7 +106,6 @@ def _rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
             layer = name.removesuffix(f"self_attn.q_proj.{part}")
             joined = [ours.pop(f"{layer}self_attn.{which}_proj.{part}") for which in "qkv"]
             ours[f"{layer}attn.qkv.{part}"] = torch.cat(joined)
-    ours["cls_token"] = ours["cls_token"].view(1, 1, -1)
     ours["pos_embed"] = ours["pos_embed"][None]
     ours.pop("embeddings.position_ids", None)
     return ours

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from maskattn.attention.api import masked_attention, packed_attention
 from maskattn.nn.adapters.clip import CLIP_FAMILIES, from_clip
 from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.adapters.siglip import SIGLIP_FAMILIES, from_siglip
 from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["attend", "from_transformers", "position_convention", "register_attention"]
@@ -72,7 +73,8 @@ def from_transformers(
 
     Args:
         model: ViT, DINOv2, DINOv2 with registers, DINOv3-ViT or I-JEPA, with or without its ``ForImageClassification``
-            head; or CLIP, whose image tower is taken, with its projection as the head (``from_clip``).
+            head; or CLIP, whose image tower is taken, with its projection as the head (``from_clip``); or SigLIP, whose
+            image tower is taken with its attention pooling (``from_siglip``).
         global_pool: for an encoder without a classifier, another feature than its own: "token", "avg" (mean of the
             patches), "token_avg" or "" (every token).
         impl: implementation of the attention; None takes the best.
@@ -97,6 +99,8 @@ def from_transformers(
         if global_pool is not None:
             refuse(kind, [f"CLIP's image tower is read at its class token, got global_pool={global_pool!r}"])
         return from_clip(model, impl=impl)
+    if getattr(config, "model_type", None) in SIGLIP_FAMILIES:
+        return from_siglip(model, global_pool=global_pool, impl=impl)
     refuse(kind, _unknown_parts(model))
     backbone, head = _backbone_and_head(model)
     state = _rename(backbone.state_dict())
@@ -126,7 +130,9 @@ def _backbone_and_head(model: Any) -> tuple[Any, nn.Linear | None]:
 def _unknown_parts(model: Any) -> list[str]:
     config = model.config
     if config.model_type not in _FAMILIES:
-        return [f"model type {config.model_type!r} is none of {', '.join((*_FAMILIES, *CLIP_FAMILIES))}"]
+        return [
+            f"model type {config.model_type!r} is none of {', '.join((*_FAMILIES, *CLIP_FAMILIES, *SIGLIP_FAMILIES))}"
+        ]
     if not hasattr(model, "embeddings") and not hasattr(model, "classifier"):
         return ["only the encoder and its ForImageClassification are known"]
     if type(model).__name__.endswith("Backbone"):

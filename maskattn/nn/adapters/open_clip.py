@@ -1,0 +1,180 @@
+"""Checkpoints of open_clip and OpenAI's CLIP: the image tower, with its projection into the space of texts as the head.
+
+Three kinds of towers have these keys: CLIP's own vision transformer (``visual.class_embedding``,
+``visual.transformer.resblocks``), as CLIP, PLIP and QuiltNet have it; one of timm's (``visual.trunk``) below a linear
+projection (``visual.head.proj``), as BiomedCLIP has it; and others, which are refused by the part that ours has not:
+a ResNet, attention pooling of many queries (CoCa, CONCH).
+
+Read from open_clip's model.py, transformer.py and timm_model.py of version 2.
+
+Dimension key: C channels of the tower, O of the space of texts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.vit import VisionTransformer
+
+__all__ = ["CONFIG", "WEIGHTS", "from_open_clip", "has_clip_tower", "said_by_config", "with_projection"]
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_HEAD_WIDTH = 64  # of open_clip's towers, unless their configuration says another
+_LAYER = re.compile(r"^transformer\.resblocks\.(\d+)\.(.+)$")
+_IN_LAYER = {
+    "ln_1.": "norm1.",
+    "ln_2.": "norm2.",
+    "attn.in_proj_": "attn.qkv.",
+    "attn.out_proj.": "attn.proj.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+    "ls_1.": "ls1.",
+    "ls_2.": "ls2.",
+}
+_OUTSIDE = {
+    "class_embedding": "cls_token",
+    "positional_embedding": "pos_embed",
+    "conv1.weight": "patch_embed.proj.weight",
+    **{
+        f"{theirs}.{part}": f"{ours}.{part}"
+        for theirs, ours in (("ln_pre", "norm_pre"), ("ln_post", "norm"))
+        for part in ("weight", "bias")
+    },
+}
+_REFUSED = {
+    "attn_pool": "attention pooling of several queries (CoCa)",
+    "layer1.": "a ResNet for its image tower",
+}
+
+
+def has_clip_tower(keys: Mapping[str, Any]) -> bool:
+    """Whether these are the keys of a CLIP whose image tower is its own vision transformer or a ResNet."""
+    return any(key.endswith(("visual.class_embedding", "visual.layer1.0.conv1.weight")) for key in keys)
+
+
+def from_open_clip(
+    checkpoint: Mapping[str, Any],
+    *,
+    num_heads: int | None = None,
+    name: str = "the checkpoint",
+    impl: str | None = None,
+    **arguments: Any,
+) -> VisionTransformer:
+    """The image tower of a CLIP in open_clip's layout; its output is the image's embedding, not normalised.
+
+    Args:
+        checkpoint: a state dict whose keys have ``visual.`` in them; text towers are left out.
+        num_heads: None takes one for each 64 channels, as open_clip does.
+        name: what a message calls it.
+        impl: implementation of the attention; None takes the best.
+        arguments: of :class:`VisionTransformer`; ``act_layer`` has to be said: "quick_gelu" for OpenAI's weights and
+            what was trained on from them, "gelu" for others.
+
+    Raises:
+        UnsupportedModelError: a ValueError that names every part that ours has not.
+        ValueError: ``act_layer`` is missing.
+    """
+    mark = next(key for key in checkpoint if key.endswith(("visual.class_embedding", "visual.layer1.0.conv1.weight")))
+    prefix = mark[: mark.index("visual.") + len("visual.")]
+    tower = {key.removeprefix(prefix): x for key, x in checkpoint.items() if key.startswith(prefix)}
+    refuse(name, [what for begin, what in _REFUSED.items() if any(key.startswith(begin) for key in tower)])
+    if "act_layer" not in arguments:
+        raise ValueError(
+            f"weights of open_clip do not say their activation, and nothing said that of {name}; pass "
+            "act_layer='quick_gelu' for OpenAI's weights and what was trained on from them, 'gelu' for others"
+        )
+    state = _rename(tower)
+    weight = state["patch_embed.proj.weight"]
+    dim, in_chans, patch, _ = weight.shape
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
+    inferred = {
+        "img_size": side,
+        "patch_size": patch,
+        "in_chans": in_chans,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "embed_dim": dim,
+        "depth": 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=0),
+        "num_heads": num_heads or max(1, dim // _HEAD_WIDTH),
+        "mlp_ratio": (len(state.get("blocks.0.mlp.fc1.weight", weight)) + 0.5) / dim,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "pre_norm": "norm_pre.weight" in state,
+        "norm_eps": 1e-5,
+    }
+    return build(name, {**inferred, **arguments}, state, impl=impl).eval()
+
+
+def said_by_config(path: Path) -> dict[str, Any]:
+    """What ``open_clip_config.json`` says of the image tower and no tensor does.
+
+    Raises:
+        UnsupportedModelError: the tower is read otherwise than ours.
+    """
+    model = json.loads(path.read_text(encoding="utf-8")).get("model_cfg", {})
+    tower = model.get("vision_cfg", {})
+    if tower.get("timm_model_name"):
+        return {}
+    unknown = [f"{key}={tower[key]!r}" for key in ("attentional_pool", "final_ln_after_pool") if tower.get(key)]
+    if tower.get("pool_type", "tok") != "tok":
+        unknown.append(f"pool_type={tower['pool_type']!r}")
+    refuse(str(path.parent), unknown)
+    said: dict[str, Any] = {"act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+    if "head_width" in tower:
+        said["num_heads"] = tower["width"] // tower["head_width"]
+    return said
+
+
+def with_projection(checkpoint: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
+    """What lies between a tower of timm's (``visual.trunk.``) and the space of texts, as our head; {} for nothing.
+
+    Args:
+        checkpoint: all keys.
+        prefix: of the trunk's.
+        name: what a message calls it.
+
+    Raises:
+        UnsupportedModelError: it is more than a linear projection.
+    """
+    if not prefix.endswith("visual.trunk."):
+        return {}
+    visual = prefix.removesuffix("trunk.")
+    beside = {key.removeprefix(visual): x for key, x in checkpoint.items() if key.startswith(visual)}
+    beside = {key: x for key, x in beside.items() if not key.startswith("trunk.")}
+    known = {"head.proj.weight": "head.weight", "head.proj.bias": "head.bias"}
+    parts = sorted(
+        {
+            ".".join(key.split(".")[:2]) if key.startswith("head.") else key.split(".")[0]
+            for key in beside.keys() - known
+        }
+    )
+    refuse(name, [f"{part} between the image tower and the space of texts" for part in parts])
+    head = {known[key]: x for key, x in beside.items()}
+    if "head.weight" in head and "head.bias" not in head:
+        head["head.bias"] = head["head.weight"].new_zeros(len(head["head.weight"]))
+    return head
+
+
+def _rename(tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    ours: dict[str, Tensor] = {}
+    for key, x in tower.items():
+        in_layer = _LAYER.match(key)
+        if in_layer is None:
+            ours[_OUTSIDE.get(key, key)] = x
+            continue
+        inner = in_layer[2]
+        begin = next((begin for begin in _IN_LAYER if inner.startswith(begin)), "")
+        ours[f"blocks.{in_layer[1]}.{_IN_LAYER.get(begin, '')}{inner.removeprefix(begin)}"] = x
+    if "proj" in ours:
+        ours["head.weight"] = ours.pop("proj").T.contiguous()
+        ours["head.bias"] = torch.zeros_like(ours["head.weight"][:, 0])
+    ours["cls_token"] = ours["cls_token"].view(1, 1, -1)
+    ours["pos_embed"] = ours["pos_embed"][None]
+    return ours
