@@ -116,6 +116,7 @@ def experiments(reading: Reading, others: dict[str, Target]) -> dict[str, Tensor
         maps[f"CDAM's gradient at {scale} T"] = (normed * reading.gradient_at(scale)).sum(dim=1).detach()
     of_values, of_keys = reading.norm_path(8)
     maps |= {"path of T (norm)": of_values + of_keys, "its value part": of_values, "its key part": of_keys}
+    maps["path of T, told in weights"] = reading.by("integrated-weights")
     for name, target in others.items():
         maps[f"CDAM of the {name}"] = reading.by("cdam", target)
     sizes = reading.tokens.rows_TC.norm(dim=1)

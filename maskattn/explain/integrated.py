@@ -1,7 +1,8 @@
 """Integrated CDAM: CDAM averaged along a path from zero to the prediction.
 
-The backbone runs once. On the paths "norm" and "value" all steps read one set of keys and values
-(:mod:`maskattn.explain.norm_path`, :mod:`maskattn.explain.value_path`); elsewhere m steps cost m tails, run in batches.
+The backbone runs once. On the paths "norm", "weights" and "value" all steps read one set of keys and values
+(:mod:`maskattn.explain.norm_path`, :mod:`maskattn.explain.weights_path`, :mod:`maskattn.explain.value_path`); elsewhere
+m steps cost m tails, run in batches.
 
 Source: Brocki, Binda, Chung, arXiv 2312.02364, for the path "input"; the others are this package's.
 
@@ -34,17 +35,19 @@ __all__ = ["IntegratedCDAM", "gauss_legendre", "score_difference", "sum_of_all"]
 class IntegratedCDAM(TokenExplainer):
     """CDAM averaged along a straight path from zero to the prediction.
 
-    Three paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its norm; the
+    Four paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its norm; the
     norm undoes the scaling, so that T hardly moves and the map sums to nothing in particular. "norm" scales T itself,
     at the nodes of Gauss–Legendre quadrature, and is Integrated Gradients in T with a baseline of 0: the scores of all
     tokens sum to f(T) − f(0), which ``return_convergence_gap`` measures: f(T) − f(0) − Σ_i S_i over all tokens, prefix
-    tokens too. "value" holds the attention and scales what it reads, the values, from those of tokens of 0
+    tokens too. "weights" is the same path and has the same sum, but says how the attention's weights grow and not its
+    scores, so that it does not depend on where scores have their zero (:mod:`maskattn.explain.weights_path`). "value"
+    holds the attention and scales what it reads, the values, from those of tokens of 0
     (:mod:`maskattn.explain.value_path`): complete too, without the key's part, which has the sign of the raw scores.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
         m: steps of the path.
-        path: "input", "norm" or "value".
+        path: "input", "norm", "weights" or "value".
         internal_batch_size: copies of images in the last block at a time, at least one of the whole batch; bounds the
             memory, and leaves the result as it is but for rounding.
 
@@ -56,13 +59,13 @@ class IntegratedCDAM(TokenExplainer):
         self,
         model: nn.Module,
         m: int = 50,
-        path: Literal["input", "norm", "value"] = "input",
+        path: Literal["input", "norm", "weights", "value"] = "input",
         *,
         internal_batch_size: int = 64,
     ) -> None:
         check_counts(m, internal_batch_size)
-        if path not in ("input", "norm", "value"):
-            raise ValueError(f"path must be 'input', 'norm' or 'value', got path={path!r}")
+        if path not in ("input", "norm", "weights", "value"):
+            raise ValueError(f"path must be 'input', 'norm', 'weights' or 'value', got path={path!r}")
         super().__init__(model)
         self.m = m
         self.path = path
@@ -78,7 +81,7 @@ class IntegratedCDAM(TokenExplainer):
         return self._relevance(model, tokens, target, with_queries=False)[0]
 
     def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
-        """The scores and their sum, on the paths "norm" and "value". Arguments as in :meth:`relevance`.
+        """The scores and their sum, on every path but "input". Arguments as in :meth:`relevance`.
 
         Raises:
             ValueError: the path "input" has no such sum.
@@ -108,6 +111,8 @@ class IntegratedCDAM(TokenExplainer):
             return relevance, relevance.new_zeros(B, len(relevance))
         if self.path == "norm":
             return score_tokens_integrated(model, tokens, target, self.m, copies=size, with_queries=with_queries)
+        if self.path == "weights":  # what queries do is in the weights
+            return score_tokens_integrated(model, tokens, target, self.m, copies=size, in_weights=True)
         for part in batches(self.m, size):
             scales = torch.arange(part.start + 1, part.stop + 1, device=tokens.rows_TC.device) / self.m
             many = repeat_tokens(tokens, len(scales))
@@ -127,6 +132,7 @@ def score_tokens_integrated(
     *,
     copies: int = 64,
     with_queries: bool = False,
+    in_weights: bool = False,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
     """Integrated Gradients of the scores in T, with a baseline of 0, by m nodes of Gauss–Legendre quadrature.
 
@@ -137,13 +143,14 @@ def score_tokens_integrated(
         m: nodes.
         copies: nodes at a time.
         with_queries: also return the part of the class tokens' scores that goes through their queries.
+        in_weights: tell the attention in its weights: see :mod:`maskattn.explain.weights_path`.
 
     Returns:
         S (M, T), prefix tokens among the T, and the queries' part (B, M), 0 if it was not asked for.
     """
     alphas, weights = gauss_legendre(m, tokens.rows_TC)
     if reads_class_token_alone(model) and keys_are_proportional(model, tokens):
-        return score_tokens_on_norm_path(model, tokens, target, alphas, weights, copies, with_queries)
+        return score_tokens_on_norm_path(model, tokens, target, alphas, weights, copies, with_queries, in_weights)
     B = tokens.packing.batch_size
     with torch.no_grad():
         normed = input_of_attention(model, tokens)
@@ -153,7 +160,7 @@ def score_tokens_integrated(
         of_copies, scale = target_of_copies(target, B), (weights[part] / alphas[part]).to(normed)
         many = repeat_tokens(tokens, len(scale))
         scaled = torch.cat([alpha * normed for alpha in alphas[part]])
-        relevance, _ = score_tokens(model, many, of_copies, scaled)
+        relevance, _ = score_tokens(model, many, of_copies, scaled, in_weights)
         of_part = torch.einsum("m,cmt->ct", scale.to(relevance), relevance.unflatten(1, (len(scale), -1)))
         total = of_part if total is None else total + of_part
         if with_queries and reads_class_token_alone(model):

@@ -95,6 +95,16 @@ _LIST = (
         levels=True,
     ),
     Method(
+        "integrated-weights",
+        "Integrated CDAM, weights",
+        "the same path with the attention told in its weights and not in its scores, complete",
+        "maskattn.explain.integrated",
+        "IntegratedCDAM",
+        {"path": "weights", "m": 8},
+        complete=True,
+        levels=True,
+    ),
+    Method(
         "integrated-value",
         "Integrated CDAM, value",
         "Integrated Gradients of the values that the last attention reads, its weights held, complete",

@@ -75,7 +75,7 @@ def removal_curves(
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
-        inputs: (B, in_chans, H·p, W·p) images.
+        inputs: (B, in_chans, H·p, W·p) images; or one, to which all maps belong, whose common subsets are seen once.
         maps_BHW: (B, H, W), the relevance to be judged.
         target: one score of each image; a function must treat each row of the output for itself.
         keep: (B, H·W) or (B, H, W) bool; background takes no part in the order.
@@ -87,6 +87,9 @@ def removal_curves(
         ValueError: maps do not fit the images, the target has several scores, or there is no such perturbation.
     """
     model, keep_BN = _prepare(model, inputs, maps_BHW, target, keep)
+    B = len(maps_BHW)
+    source_B = torch.arange(len(inputs), device=inputs.device).expand(B)
+    keep_of_image_BN, keep_BN = keep_BN, keep_BN.expand(B, -1)
     share_Q = torch.linspace(0, 1, steps + 1, device=inputs.device)
     kept_B1 = keep_BN.sum(dim=1, keepdim=True)
     removed_BQ = (share_Q * kept_B1).round()
@@ -94,9 +97,11 @@ def removal_curves(
     rank_BN = relevance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     gone = rank_BN[:, None] < removed_BQ[..., None], (kept_B1 - 1 - rank_BN)[:, None] < removed_BQ[..., None]
     keep_SN = (keep_BN[:, None] & ~torch.stack(gone)).flatten(0, 2)  # [2 · B · Q, N]
-    source_S = torch.arange(len(inputs), device=inputs.device).repeat_interleave(steps + 1).repeat(2)
-    scores = _perturbed_scores(model, inputs, target, keep_BN, source_S, keep_SN, perturbation, internal_batch_size)
-    most, least = scores.view(2, len(inputs), steps + 1)
+    source_S = source_B.repeat_interleave(steps + 1).repeat(2)
+    scores = _perturbed_scores(
+        model, inputs, target, keep_of_image_BN, source_S, keep_SN, perturbation, internal_batch_size
+    )
+    most, least = scores.view(2, B, steps + 1)
     return RemovalCurves(share_Q, most, least)
 
 
@@ -197,7 +202,8 @@ def _prepare(
     vit = packed_model(model)
     vit = without_head(vit) if isinstance(target, Concept) else vit
     grid_HW = vit.patch_embed.grid_of(inputs)
-    if maps_BHW is not None and tuple(maps_BHW.shape) != (len(inputs), *grid_HW):
+    of_one_image = maps_BHW is not None and len(inputs) == 1 and tuple(maps_BHW.shape[1:]) == grid_HW
+    if maps_BHW is not None and not of_one_image and tuple(maps_BHW.shape) != (len(inputs), *grid_HW):
         raise ValueError(
             f"maps must have one value a token, (B, H, W) = {(len(inputs), *grid_HW)}, got {tuple(maps_BHW.shape)}; "
             "take the map of one class"
@@ -219,6 +225,9 @@ def _perturbed_scores(
     """Scores of images in which the kept tokens outside ``keep_SN`` are perturbed."""
     if perturbation not in ("drop", "blur", "mean"):
         raise ValueError(f"perturbation must be 'drop', 'blur' or 'mean', got perturbation={perturbation!r}")
+    # Curves begin and end alike: what is the same for several is seen once.
+    subsets, place_S = torch.unique(torch.cat([source_S[:, None], keep_SN.long()], 1), dim=0, return_inverse=True)
+    source_S, keep_SN = subsets[:, 0], subsets[:, 1:].bool()
     if perturbation == "drop":
         tokens = model.embed(inputs, keep_BN)
         scores_SM = predict_subsets(model, tokens, target, source_S, keep_SN, internal_batch_size)
@@ -235,7 +244,7 @@ def _perturbed_scores(
         scores_SM = torch.cat(parts)
     if scores_SM.shape[1] != 1:
         raise ValueError(f"a metric judges one score of each image, got a target with {scores_SM.shape[1]}")
-    return scores_SM[:, 0]
+    return scores_SM[place_S, 0]
 
 
 def blurred(images: Float[Tensor, "B I X Y"], radius_px: int = _BLUR_RADIUS_PX) -> Float[Tensor, "B I X Y"]:

@@ -11,12 +11,17 @@ the gradient of score c at o_α, the integrand of token i is
 the closed form of CDAM for the query α q_α. All steps are readout queries of one call, and keys and values are neither
 copied nor computed again: m steps cost m tails of one token and O(T·D·m·K).
 
+The path of weights (:mod:`maskattn.explain.weights_path`) is this path with other origins of the keys, which depend on
+the step: a pass over keys and values for each.
+
 It needs keys that are affine in their token with the same constant for all: no k norm, and no rotation of a bias.
 
 Dimension key: B images, R steps, T packed tokens, M maps, H heads, D head width, C channels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +30,7 @@ from maskattn.attention.api import readout, token_relevance
 from maskattn.explain.targets import Target, select_scores
 from maskattn.explain.token_scores import gradients_of_scores
 from maskattn.explain.token_subsets import batches, target_of_copies
+from maskattn.explain.weights_path import along, origin_of_weights
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float
@@ -52,6 +58,7 @@ def score_tokens_on_norm_path(
     weights_m: Float[Tensor, "m"],
     copies: int,
     with_queries: bool,
+    in_weights: bool = False,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
     """The integral by these nodes and weights. Arguments and results as in ``score_tokens_integrated``."""
     attn, packing = model.last_block.attn, tokens.packing
@@ -77,24 +84,43 @@ def score_tokens_on_norm_path(
         leaves = (read, first_BRC) if with_queries else (read,)
         gradients = list(gradients_of_scores(scores, leaves))
         grad_out = torch.stack([weights[:, None, None] * of_read for of_read, *_ in gradients])
-        of_part = token_relevance(
-            q_BRHD,
-            k,
-            v,
-            out,
-            lse,
-            grad_out,
-            *lengths,
-            key_origin=origins[0],
-            value_origin=value_origin,
-            impl=attn.impl,
-        )
-        relevance = of_part if relevance is None else relevance + of_part
+        origins_of_keys = _origins_of_weights(model, normed, alphas, q_BRHD, k) if in_weights else [origins[0]]
+        size = 1 if in_weights else len(alphas)
+        for steps, key_origin in zip(batches(len(alphas), size), origins_of_keys, strict=True):
+            of_part = token_relevance(
+                q_BRHD[:, steps],
+                k,
+                v,
+                out[:, steps],
+                lse[:, steps],
+                grad_out[:, :, steps],
+                *lengths,
+                key_origin=key_origin,
+                value_origin=value_origin,
+                impl=attn.impl,
+            )
+            relevance = of_part if relevance is None else relevance + of_part
         if with_queries:
             along = (weights[:, None] * normed.first()).detach()
             queries = queries + torch.stack([(along * of_first).sum(dim=(1, 2)) for _, of_first in gradients], dim=1)
     assert relevance is not None, "there is at least one node"
     return relevance, queries + relevance.new_zeros(packing.batch_size, len(relevance))
+
+
+def _origins_of_weights(
+    model: VisionTransformer, normed: PackedTokens, alphas_m: Tensor, q_BRHD: Tensor, k_THD: Tensor
+) -> Iterator[Tensor]:
+    """Keys' origins of the path of weights, step by step."""
+    attn, packing = model.last_block.attn, normed.packing
+    first_BRC = (alphas_m[:, None] * normed.first()).detach().requires_grad_()
+    with torch.enable_grad():
+        grown_BRHD = alphas_m[:, None, None] * along(attn.class_token_queries(first_BRC), first_BRC)
+    q_BRHD = q_BRHD.detach()
+    lengths = packing.cu_seqlens, packing.max_seqlen
+    for r in range(len(alphas_m)):
+        q_B1HD = q_BRHD[:, r : r + 1]
+        _, rows_1HT = readout(q_B1HD, k_THD, k_THD, *lengths, return_rows=True, impl=attn.impl)
+        yield origin_of_weights(q_BRHD[:, r], grown_BRHD[:, r], k_THD, k_THD, rows_1HT[0], packing)
 
 
 def scores_of_reads(

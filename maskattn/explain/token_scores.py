@@ -26,7 +26,8 @@ from torch import Tensor
 from maskattn.attention.api import readout, token_relevance
 from maskattn.explain.last_block import input_of_attention, output_from, reads_class_token_alone
 from maskattn.explain.targets import Target, select_scores
-from maskattn.nn.blocks import PackedTokens
+from maskattn.explain.weights_path import along, origin_of_weights, relevance_of_parts
+from maskattn.nn.blocks import ClassTokenAttention, PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float
 
@@ -48,6 +49,7 @@ def score_tokens(
     tokens: PackedTokens,
     target: Target,
     normed_TC: Float[Tensor, "T C"] | None = None,
+    in_weights: bool = False,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
     """Relevance of each packed token for each target, by whichever way covers the model.
 
@@ -56,21 +58,32 @@ def score_tokens(
         tokens: what ``model.before_last_block`` gave.
         target: see :func:`maskattn.explain.targets.select_scores`.
         normed_TC: (T, C), in place of T, what the first norm gives.
+        in_weights: tell the attention in its weights: see :mod:`maskattn.explain.weights_path`.
 
     Returns:
         S (M, T), prefix tokens among the T, and the scores (B, M) that were explained.
     """
+    if in_weights and not reads_class_token_alone(model):
+        normed_TC = input_of_attention(model, tokens) if normed_TC is None else normed_TC
+        return relevance_of_parts(model, tokens, target, normed_TC)
+    if in_weights:
+        return score_tokens_in_closed_form(model, tokens, target, normed_TC, in_weights=True)
     way = score_tokens_in_closed_form if reads_class_token_alone(model) else score_tokens_by_autograd
     return way(model, tokens, target, normed_TC)
 
 
 def score_tokens_in_closed_form(
-    model: VisionTransformer, tokens: PackedTokens, target: Target, normed_TC: Tensor | None = None
+    model: VisionTransformer,
+    tokens: PackedTokens,
+    target: Target,
+    normed_TC: Tensor | None = None,
+    in_weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The closed form above. Arguments and results as in :func:`score_tokens`."""
     block = model.last_block
     with torch.no_grad():
         read = block.read_attention(tokens, normed_TC)
+    key_origin = _origin_of_weights(model, tokens, read, normed_TC) if in_weights else read.key_origin
     out = read.out_B1HD.detach().requires_grad_()
     fixed = tokens.with_rows(tokens.rows_TC.detach())
     with torch.enable_grad():
@@ -85,11 +98,25 @@ def score_tokens_in_closed_form(
         gradients,
         tokens.packing.cu_seqlens,
         tokens.packing.max_seqlen,
-        key_origin=read.key_origin,
+        key_origin=key_origin,
         value_origin=read.value_origin,
         impl=block.attn.impl,
     )
     return relevance, scores_BM.detach()
+
+
+def _origin_of_weights(
+    model: VisionTransformer, tokens: PackedTokens, read: ClassTokenAttention, normed_TC: Tensor | None
+) -> Tensor:
+    block, packing = model.last_block, tokens.packing
+    normed = tokens.with_rows(block.norm1(tokens.rows_TC) if normed_TC is None else normed_TC)
+    first = normed.first().detach().requires_grad_()
+    with torch.enable_grad():
+        grown = along(block.attn.class_token_queries(first), first)
+    lengths = packing.cu_seqlens, packing.max_seqlen
+    _, rows_1HT = readout(read.q_B1HD, read.k_THD, read.v_THD, *lengths, return_rows=True, impl=block.attn.impl)
+    k_along = read.k_THD if read.key_origin is None else read.k_THD - read.key_origin
+    return origin_of_weights(read.q_B1HD[:, 0], grown[:, 0], read.k_THD, k_along, rows_1HT[0], packing)
 
 
 def score_tokens_by_autograd(

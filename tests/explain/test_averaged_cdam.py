@@ -107,7 +107,7 @@ def test_the_path_in_the_norm_is_captums_integrated_gradients_there(variant):
 
 
 @pytest.mark.parametrize("variant", MODELS + POOLED, ids=str)
-@pytest.mark.parametrize("path", ["norm", "value"])
+@pytest.mark.parametrize("path", ["norm", "weights", "value"])
 def test_on_complete_paths_scores_add_up_to_the_difference_of_the_ends(variant, path):
     model, (x, keep) = random_vit(**variant), sample()
     gaps = []
@@ -192,6 +192,7 @@ def test_results_do_not_depend_on_the_size_of_internal_batches(variant):
         ),
         lambda size: IntegratedCDAM(model, m=5, internal_batch_size=size).attribute(x, "all", keep),
         lambda size: IntegratedCDAM(model, m=5, path="norm", internal_batch_size=size).attribute(x, "all", keep),
+        lambda size: IntegratedCDAM(model, m=5, path="weights", internal_batch_size=size).attribute(x, "all", keep),
         lambda size: IntegratedCDAM(model, m=5, path="value", internal_batch_size=size).attribute(x, "all", keep),
     ):
         torch.testing.assert_close(explain(1), explain(100))
@@ -204,9 +205,10 @@ def test_results_do_not_depend_on_the_size_of_internal_batches(variant):
         lambda model, size: SmoothCDAM(model, m=5, internal_batch_size=size),
         lambda model, size: IntegratedCDAM(model, m=5, internal_batch_size=size),
         lambda model, size: IntegratedCDAM(model, m=5, path="norm", internal_batch_size=size),
+        lambda model, size: IntegratedCDAM(model, m=5, path="weights", internal_batch_size=size),
         lambda model, size: IntegratedCDAM(model, m=5, path="value", internal_batch_size=size),
     ],
-    ids=["smooth", "input", "norm", "value"],
+    ids=["smooth", "input", "norm", "weights", "value"],
 )
 def test_no_more_than_internal_batch_size_copies_are_in_the_head_at_a_time(explain, size, batches):
     model, (x, keep) = random_vit(), sample()

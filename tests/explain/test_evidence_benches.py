@@ -70,7 +70,15 @@ def test_a_measured_part_of_a_page_is_replaced_and_the_rest_stays(tmp_path):
 
 def test_every_method_of_the_last_block_has_a_price_beside_a_prediction():
     found = price(tokens=16, classes=2, rounds=1, limit=60.0, width=64)
-    assert {"block", "read", "cdam", "integrated-norm", "integrated-value", "row-ablation"} <= found.keys()
+    assert {
+        "block",
+        "read",
+        "cdam",
+        "integrated-norm",
+        "integrated-weights",
+        "integrated-value",
+        "row-ablation",
+    } <= found.keys()
     assert "token-ablation" not in found
     fixed = {"block": 1.0, "read": 1.0, "cdam": 1.2, "integrated-value": 6.0}
     lines = table({16: fixed, 4096: {name: 2 * seconds for name, seconds in fixed.items()}}, 2).splitlines()

@@ -169,7 +169,7 @@ def bytes_saved_for_backward(model: SlideModel, call) -> int:
     return most
 
 
-@pytest.mark.parametrize("method", ["cdam", "integrated-value"])
+@pytest.mark.parametrize("method", ["cdam", "integrated-weights", "integrated-value"])
 def test_memory_of_a_batch_of_tiles_grows_neither_with_their_tokens_nor_with_the_slide(method):
     model, (tiles, _, keep_HW) = random_model(), small_slide()
     every = torch.ones(4, 4, 4, dtype=torch.bool)

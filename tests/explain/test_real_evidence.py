@@ -18,9 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 from PIL import Image  # noqa: E402 (what may be missing is skipped first)
 
+from bench.evidence.real import of_tissue  # noqa: E402 (what may be missing is skipped first)
 from bench.evidence.real_images import composites, crops, normalised  # noqa: E402 (what may be missing is skipped first)
 from bench.evidence.real_judging import boxes_of, drops_of, in_bfloat16, maps_of, remembering  # noqa: E402 (what may be missing is skipped first)
 from bench.evidence.real_probes import Probes, leave_one_patient_out  # noqa: E402 (what may be missing is skipped first)
+from bench.evidence.real_progress import Progress  # noqa: E402 (what may be missing is skipped first)
+from bench.evidence.real_rows import Counts, tissue_rows  # noqa: E402 (what may be missing is skipped first)
 from bench.evidence.real_slide import BENIGN, GLASS, SICK, paste  # noqa: E402 (what may be missing is skipped first)
 from bench.evidence.row_experiments import Reading, experiments, facts  # noqa: E402 (what may be missing is skipped first)
 from maskattn.explain import METHODS  # noqa: E402 (what may be missing is skipped first)
@@ -99,13 +102,60 @@ def test_the_backbone_runs_once_for_all_methods_and_their_maps_are_the_methods_o
     model, image = small_vit(), torch.randn(1, 3, 64, 64)
     runs = []
     model.blocks[0].register_forward_hook(lambda *_: runs.append(1))
-    names = ["cdam", "integrated-norm", "integrated-value", "attention"]
+    names = ["cdam", "integrated-norm", "integrated-weights", "integrated-value", "attention"]
     direction = torch.randn(32)
-    maps = maps_of(remembering(model), image, lambda z: z @ direction, names)
+    maps = maps_of(remembering(model), in_bfloat16(model), image, lambda z: z @ direction, names)
     assert len(runs) == 1
     for name in names:
         torch.testing.assert_close(maps[name], METHODS[name](model).attribute(image, lambda z: z @ direction))
     assert list(maps) == [*names, "random"]
+
+
+def test_slow_methods_give_the_maps_that_they_give_in_float32_whatever_they_run_in():
+    model, image = small_vit(), torch.randn(1, 3, 64, 64)
+    direction = torch.randn(32)
+    names = ["token-ablation", "rise", "integrated-gradients", "smoothgrad"]
+    maps = maps_of(remembering(model), in_bfloat16(model), image, lambda z: z @ direction, names)
+    for name in names:
+        options = {"m": 200} if name == "rise" else {}
+        whole = METHODS[name](model, **options).attribute(
+            image, lambda z: z @ direction, generator=torch.Generator().manual_seed(0)
+        )
+        assert maps[name].dtype == torch.float32
+        assert torch.corrcoef(torch.stack([maps[name].flatten(), whole.flatten()]))[0, 1] > 0.99, name
+
+
+def test_a_run_goes_on_where_it_was_and_counts_its_time(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"contrast": {"cdam": 0.5}}
+
+    first = Progress(tmp_path, "tissue", "an encoder")
+    assert first.row("composite 0", make) == {"contrast": {"cdam": 0.5}}
+    again = Progress(tmp_path, "tissue", "an encoder")
+    assert again.row("composite 0", make) == {"contrast": {"cdam": 0.5}}
+    assert again.seconds == first.seconds >= 0
+    assert len(made) == 1
+    Progress(tmp_path, "tissue", "another encoder").row("composite 0", make)
+    assert len(made) == 2
+
+
+def test_tissue_is_judged_quickly_first_and_slowly_where_asked(real, tmp_path):
+    encoder, counts = "DINOv2 ViT-S/14", Counts(2, 2, dropped=1, boxed=1, boxes=6, slow=2, slides=0)
+    model = small_vit(img_size=224)
+    names = ["cdam", "integrated-norm", "token-ablation"]
+    judged = tissue_rows(real, tmp_path, encoder, model, names, counts)
+    contrast = judged.measure("contrast")
+    assert [set(row) for row in contrast] == [{"cdam", "integrated-norm", "random"}] * 2 + [{"token-ablation"}] * 2
+    assert len(judged.measure("correctness, drop")) == 2
+    assert set(judged.measure("correlation with token ablation")[0]) == {"cdam", "integrated-norm", "random"}
+    again = tissue_rows(real, tmp_path, encoder, model, names, counts)
+    assert again.rows == judged.rows
+    text = of_tissue(judged, encoder, names, counts)
+    assert "2 (2 for the slow methods)" in text
+    assert text.count("\n| ") == 5  # the head, three methods and noise
 
 
 def test_dropping_and_boxes_favour_the_map_that_knows():

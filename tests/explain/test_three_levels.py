@@ -89,7 +89,7 @@ def test_regions_patches_and_tokens_agree_with_the_gradient_of_the_whole_graph(o
 
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 1}, {"global_pool": "avg"}], ids=str)
-@pytest.mark.parametrize("method", ["integrated-norm", "integrated-value"])
+@pytest.mark.parametrize("method", ["integrated-norm", "integrated-weights", "integrated-value"])
 def test_tokens_of_all_regions_and_what_is_on_none_sum_to_the_slides_score_less_that_of_no_embeddings(method, options):
     model, (regions, keep) = random_hipt(**options), some_regions()
     embeddings, _ = model.encode_regions(regions, keep)
