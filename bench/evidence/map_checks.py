@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.evidence.real import STRENGTH, logit
 from bench.evidence.real_images import composites, crops, normalised
 from bench.evidence.real_judging import Target, features_of, maps_of, remembering
 from bench.evidence.real_probes import Probes
+from bench.evidence.real_rows import STRENGTH, logit
 from bench.evidence.real_weights import ENCODERS, load_encoder, missing
 from bench.evidence.slides import draw_slides, for_lesion, new_model
 from bench.evidence.table import write_section

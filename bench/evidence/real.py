@@ -5,169 +5,119 @@
 
 DIR holds material that cannot be kept with the package (real_images.py says what); what is not there is skipped by
 name. Probes are trained on GlaS's training images, without the patients that they are asked about; its test folder
-is read here and nowhere else. Seeded; at full counts within forty minutes on two cores.
-
-Dimension key: B images, H·W grid tokens, C channels.
+is read here and nowhere else. Seeded. What has been judged is kept in the cache image by image, so that a run that was
+broken off goes on where it was; processor minutes are counted there too, and stand on the page.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from bench.evidence.real_glass import attention_on_glass, edge_crops
-from bench.evidence.real_images import Crops, composites, crops, normalised, photographs, text_head
-from bench.evidence.real_judging import (
-    SLOW,
-    Target,
-    boxes_of,
-    contrasts,
-    drops_of,
-    features_of,
-    gathered,
-    in_bfloat16,
-    maps_of,
-    precision_of,
-    remembering,
-)
-from bench.evidence.real_probes import Probes, leave_one_patient_out
+from bench.evidence.real_judging import SLOW, gathered
+from bench.evidence.real_progress import processor_seconds
+from bench.evidence.real_rows import QUICK, Counts, Judged, photograph_rows, tissue_rows
 from bench.evidence.real_slide import judge_slides
 from bench.evidence.real_weights import ENCODERS, load_encoder, missing
-from bench.evidence.table import Row, markdown_table, write_section
+from bench.evidence.table import Row, markdown_table, mean_and_error, write_section
 from maskattn.explain import METHODS
-from maskattn.nn import VisionTransformer
 
-STRENGTH = {"CLIP ViT-B/16": 0.01, "DINOv2 ViT-S/14": 1.0}  # of the probes, the best of four leaving one patient out
-HIGHER = ("contrast", "right side", "correctness", "box", "gland")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many images of each kind; ``slow`` of them for methods that take many predictions."""
-
-    composites: int = 40
-    squares: int = 40
-    dropped: int = 12
-    boxed: int = 6
-    boxes: int = 60
-    slow: int = 4
-    slides: int = 4
+HIGHER = ("contrast", "right side", "correctness", "box", "gland", "compactness", "correlation")
+NOTEBOOK = {  # 1,000 ImageNet images, DINO ViT-S/8: compactness, correlation with token ablation
+    "cdam": (0.838, 0.44),
+    "token-ablation": (0.656, None),
+    "attention": (0.543, 0.10),
+    "relevance-propagation": (0.491, 0.34),
+}
 
 
-QUICK = Counts(composites=2, squares=2, dropped=1, boxed=1, boxes=4, slow=0, slides=1)
-
-
-def table_of(measures: dict[str, Sequence[dict[str, float]]], names: Sequence[str]) -> str:
+def table_of(judged: Judged, names: Sequence[str]) -> str:
     """A row for each method, a column for each measure."""
-    rows = []
+    contrast = judged.measure("contrast")
+    measures = {
+        "contrast": contrast,
+        "right side": [{name: float(value > 0) for name, value in row.items()} for row in contrast],
+    }
+    for name in ("correctness, drop", "box sensitivity", "gland AP", "compactness", "correlation with token ablation"):
+        if rows := judged.measure(name):
+            measures[name] = rows
+    lines = []
     for name in [*names, "random"]:
         title = METHODS[name].title if name in METHODS else name
-        rows.append(Row(title, {key: gathered(values, name) for key, values in measures.items()}))
-    return markdown_table(rows, HIGHER)
+        lines.append(Row(title, {key: gathered(rows, name) for key, rows in measures.items()}))
+    return markdown_table(lines, HIGHER)
 
 
-def right_side(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """1 where the contrast is above 0."""
-    return [{name: float(value > 0) for name, value in row.items()} for row in rows]
+def judged_images(judged: Judged, measure: str) -> str:
+    """How many images the quick methods were judged on, and the slow ones."""
+    rows = judged.measure(measure)
+    slow = sum(not set(SLOW).isdisjoint(row) for row in rows)
+    return f"{len(rows) - slow}{f' ({slow} for the slow methods)' if slow else ''}"
 
 
-def judge_photographs(real: Path, model: VisionTransformer, names: Sequence[str], counts: Counts, clip: str) -> str:
-    """Two animals in a picture: each one's log-probability among 171 texts."""
-    pictures = photographs(real)
-    text_KC, classes = text_head(real, model.projection)
-    areas = pictures.areas(model.patch_embed.grid_of(pictures.pixels_B3XY))
-    images = normalised(pictures.pixels_B3XY, ENCODERS[clip].mean, ENCODERS[clip].std)
-    explained, judge = remembering(model), in_bfloat16(model)
-    contrast, drops, boxes = [], [], []
-    for i, pair in list(enumerate(pictures.classes))[: counts.composites]:
-        for side, name in enumerate(pair):
-
-            def target(z: Tensor, index: int = classes.index(name)) -> Tensor:
-                projected = (z @ model.projection.T).norm(dim=1, keepdim=True)
-                return (100 * (z @ text_KC.T) / projected).log_softmax(dim=1)[:, index]
-
-            of_image = [*names, *(SLOW if i < counts.slow // 2 else ())]
-            maps = maps_of(explained, images[i : i + 1], target, of_image)
-            contrast.append(contrasts(maps, areas[i, side], areas[i, 1 - side]))
-            if len(drops) < counts.dropped:
-                drops.append(drops_of(judge, images[i : i + 1], maps, target))
-            if len(boxes) < counts.boxed:
-                boxes.append(boxes_of(judge, images[i : i + 1], maps, target, counts.boxes))
-    measures = {
-        "contrast": contrast,
-        "right side": right_side(contrast),
-        "correctness, drop": drops,
-        "box sensitivity": boxes,
-    }
-    said = [*names, *(SLOW if counts.slow else ())]
+def of_photographs(judged: Judged, encoder: str, names: Sequence[str], counts: Counts) -> str:
+    """The text of this part."""
     return (
-        f"### Two animals in a photograph, {clip}\n\n{len(contrast)} maps of {len(contrast) // 2} photographs, the "
-        f"animal's log-probability; {len(drops)} of them by dropping, {len(boxes)} by {counts.boxes} boxes.\n\n"
-        + table_of(measures, said)
+        f"### Two animals in a photograph, {encoder}\n\nThe animal's log-probability, two maps of each photograph; "
+        f"{judged_images(judged, 'contrast')} maps, {judged_images(judged, 'correctness, drop')} of them by dropping, "
+        f"{judged_images(judged, 'box sensitivity')} by {counts.boxes} boxes.\n\n" + table_of(judged, names)
     )
 
 
-def judge_glas(
-    real: Path, cache: Path, encoder: str, model: VisionTransformer, names: Sequence[str], counts: Counts
-) -> str:
-    """Benign beside malignant tissue, and the glands of single squares."""
-    how = ENCODERS[encoder]
-    training, test = crops(real, "train"), crops(real, "test")
-    features = features_of(model, normalised(training.pixels_B3XY, how.mean, how.std), cache)
-    probes = Probes(features, training.malignant_B, training.patients, STRENGTH[encoder])
-    accuracy, area = leave_one_patient_out(probes)
-    explained, judge = remembering(model), in_bfloat16(model)
-    pairs = composites(test, counts.composites, seed=1)
-    areas = pairs.areas(model.patch_embed.grid_of(pairs.pixels_B3XY))
-    contrast, drops, boxes, glands = [], [], [], []
-    for i, image in enumerate(normalised(pairs.pixels_B3XY, how.mean, how.std).split(1)):
-        maps = maps_of(
-            explained, image, logit(*probes.without(pairs.patients[i]), 1), [*names, *(SLOW if i < counts.slow else ())]
-        )
-        contrast.append(contrasts(maps, areas[i, 0], areas[i, 1]))
-    for i, image, target in _squares(test, probes, how.mean, how.std, counts.squares):
-        maps = maps_of(explained, image, target, names)
-        glands.append(precision_of(maps, test.glands(model.patch_embed.grid_of(image))[i]))
-        if len(drops) < counts.dropped:
-            drops.append(drops_of(judge, image, maps, target))
-        if len(boxes) < counts.boxed:
-            boxes.append(boxes_of(judge, image, maps, target, counts.boxes))
-    measures = {
-        "contrast": contrast,
-        "right side": right_side(contrast),
-        "correctness, drop": drops,
-        "box sensitivity": boxes,
-        "gland AP": glands,
-    }
-    said = [*names, *(SLOW if counts.slow else ())]
-    slow = f" ({counts.slow} for the four that take many predictions)" if counts.slow else ""
+def of_tissue(judged: Judged, encoder: str, names: Sequence[str], counts: Counts) -> str:
+    """The text of this part."""
+    assert judged.probe is not None, "tissue is judged through a probe"
+    accuracy, area = judged.probe
     return (
         f"### Colon tissue, {encoder}\n\nThe probe is right on {accuracy:.3f} of the training squares and has an area "
-        f"under the curve of {area:.3f}, each judged without its patient. {len(contrast)} composites of the test "
-        f"folder{slow}; correctness on {len(drops)} squares, {counts.boxes} boxes on {len(boxes)}, glands on "
-        f"{len(glands)}, always of the square's own class.\n\n" + table_of(measures, said)
+        f"under the curve of {area:.3f}, each judged without its patient. {judged_images(judged, 'contrast')} "
+        f"composites of the test folder, of two seeds; single squares, always of their own class: glands on "
+        f"{judged_images(judged, 'gland AP')}, correctness on {judged_images(judged, 'correctness, drop')}, "
+        f"{counts.boxes} boxes on {judged_images(judged, 'box sensitivity')}.\n\n" + table_of(judged, names)
     )
 
 
-def logit(weight_C: Tensor, bias: Tensor, sign: int) -> Target:
-    """The malignant logit, or with −1 the benign one."""
-    return lambda z: sign * (z @ weight_C + bias)
+def beside_the_notebook(parts: dict[str, Judged]) -> str:
+    """The published notebook's figures and ours."""
+    names = list(parts)
+    header = ["published", *names]
+    lines = [
+        "### Beside the published notebook\n",
+        "| | "
+        + " | ".join(f"{what}: {name}" for what in ("compactness", "like token ablation") for name in header)
+        + " |",
+        "|---" * (1 + 2 * len(header)) + "|",
+    ]
+    for method, published in NOTEBOOK.items():
+        cells = []
+        for number, measure in zip(published, ("compactness", "correlation with token ablation"), strict=True):
+            cells.append("" if number is None else f"{number}")
+            for name in names:
+                mean, error = mean_and_error(gathered(parts[name].measure(measure), method))
+                cells.append(f"{mean:.3f} ± {error:.3f}" if mean == mean else "")
+        lines.append(f"| {METHODS[method].title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def _squares(
-    test: Crops, probes: Probes, mean: tuple[float, ...], std: tuple[float, ...], count: int
-) -> Iterator[tuple[int, Tensor, Target]]:
-    """One square of each test image in a fixed random order, with the target of its own class."""
-    first = torch.arange(0, len(test.names), 2)
-    for i in first[torch.randperm(len(first), generator=torch.Generator().manual_seed(3))][:count].tolist():
-        image = normalised(test.pixels_B3XY[i : i + 1], mean, std)
-        yield i, image, logit(*probes.without([test.patients[i]]), 1 if test.malignant_B[i] else -1)
+def write_minutes(cache: Path, page: Path | None, minutes: dict[str, float]) -> None:
+    """Processor minutes of every part that was made with this cache."""
+    path = cache / "minutes.json"
+    known = {**(json.loads(path.read_text()) if path.exists() else {}), **minutes}
+    path.write_text(json.dumps(known))
+    lines = [
+        "| part | processor minutes |",
+        "|---|---|",
+        *(f"| {part} | {known[part]:.1f} |" for part in sorted(known)),
+    ]
+    text = "\n".join([*lines, f"| together | {sum(known.values()):.1f} |"])
+    print(text, flush=True)
+    if page is not None:
+        write_section(page, "real minutes", text)
 
 
 def main() -> None:
@@ -186,51 +136,68 @@ def main() -> None:
     counts = QUICK if arguments.quick else Counts()
     asked = {name: getattr(arguments, name) for name in vars(counts) if getattr(arguments, name) is not None}
     counts = replace(counts, **asked)
-    names = arguments.methods or [name for name in METHODS if name not in SLOW]
-    start = time.process_time()
+    names = arguments.methods or [name for name in METHODS if counts.slow or name not in SLOW]
+    page = None if arguments.quick else arguments.page
+    minutes, compared = {}, {}
     for part, make in _parts(arguments.real, arguments.cache, arguments.encoders, names, counts):
         if part.split(":")[0] not in arguments.parts:
             continue
-        text = make()
-        print(f"{part}: {time.process_time() - start:.0f} s of processor time so far\n\n{text}\n", flush=True)
-        if not arguments.quick:
-            write_section(arguments.page, f"real {part}", text)
+        text, minutes[part], judged = make()
+        if judged is not None:
+            compared[
+                {"photographs": "photographs, CLIP"}.get(part, f"tissue, {part.rpartition(':')[2].split()[0]}")
+            ] = judged
+        print(f"{part}: {minutes[part]:.1f} processor minutes\n\n{text}\n", flush=True)
+        if page is not None:
+            write_section(page, f"real {part}", text)
+    if len(compared) == 3 and page is not None:
+        write_section(page, "real notebook", beside_the_notebook(compared))
+    if minutes:
+        write_minutes(arguments.cache, page, minutes)
+
+
+Made = tuple[str, float, Judged | None]
 
 
 def _parts(
     real: Path, cache: Path, encoders: Sequence[str], names: Sequence[str], counts: Counts
-) -> Iterator[tuple[str, Callable[[], str]]]:
+) -> Iterator[tuple[str, Callable[[], Made]]]:
     """What can be judged here; what cannot is printed with its reason."""
     loaded = {name: (load_encoder(name, cache), ENCODERS[name]) for name in encoders if not missing(name, cache)}
+
+    def timed(make: Callable[[], str]) -> Made:
+        start = processor_seconds()
+        text = make()
+        return text, (processor_seconds() - start) / 60, None
+
+    def from_rows(rows_of: Callable[..., Judged], text_of: Callable[..., str], encoder: str) -> Made:
+        judged = rows_of(real, cache, encoder, loaded[encoder][0], names, counts)
+        return text_of(judged, encoder, names, counts), judged.minutes, judged
+
     if not (real / "sections").is_dir():
         print(f"skipped: attention on glass, {real} has no sections", flush=True)
     elif loaded:
-        yield (
-            "glass",
-            lambda: attention_on_glass(loaded, *edge_crops(real, 2 if counts.composites == QUICK.composites else 6)),
-        )
+        count = 2 if counts.composites == QUICK.composites else 6
+        yield "glass", partial(timed, lambda: attention_on_glass(loaded, *edge_crops(real, count)))
     for encoder in encoders:
         why = missing(encoder, cache)
         if why is not None:
             print(f"skipped: {encoder}, {why}", flush=True)
             continue
-        model = loaded[encoder][0]
         if encoder.startswith("CLIP"):
             if (real / "photos").is_dir() and (real / "text").is_dir():
-                yield "photographs", lambda m=model, e=encoder: judge_photographs(real, m, names, counts, e)
+                yield "photographs", partial(from_rows, photograph_rows, of_photographs, encoder)
             else:
                 print(f"skipped: photographs, {real} has no photos and text", flush=True)
         if not (real / "glas").is_dir():
             print(f"skipped: colon tissue and slides, {real} has no glas", flush=True)
             continue
-        yield (
-            f"glas:{encoder}",
-            lambda m=model, e=encoder: judge_glas(real, cache, e, m, names, counts),
-        )
+        yield f"glas:{encoder}", partial(from_rows, tissue_rows, of_tissue, encoder)
         if not (real / "sections").is_dir():
             print(f"skipped: slides, {real} has no sections", flush=True)
         elif encoder.startswith("CLIP"):
-            yield "slides", lambda m=model, e=encoder: judge_slides(real, m, ENCODERS[e], counts.slides, cache)
+            model, how = loaded[encoder]
+            yield "slides", partial(timed, partial(judge_slides, real, model, how, counts.slides, cache))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every method's maps of real images, from one pass of the backbone for each image, and what is held against them.
 
-What goes through the whole backbone again (dropped tokens, boxes) runs in bfloat16, maps in float32.
+What goes through the whole backbone again (dropped tokens, boxes, occluded and noisy images) runs in bfloat16, other
+maps in float32.
 
 Dimension key: B images, H·W grid tokens, C channels.
 """
@@ -19,7 +20,15 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from maskattn.explain import METHODS
-from maskattn.explain.metrics import box_changes, box_sensitivity, object_contrast, random_boxes, removal_curves
+from maskattn.explain.metrics import (
+    box_changes,
+    box_sensitivity,
+    compactness,
+    correlation_of_maps,
+    object_contrast,
+    random_boxes,
+    removal_curves,
+)
 from maskattn.nn import VisionTransformer
 from maskattn.nn.blocks import PackedTokens
 
@@ -27,9 +36,13 @@ __all__ = [
     "SLOW",
     "Target",
     "boxes_of",
+    "compactness_of",
     "contrasts",
     "drops_of",
+    "features_of",
+    "gathered",
     "in_bfloat16",
+    "likeness_of",
     "maps_of",
     "precision_of",
     "remembering",
@@ -38,6 +51,7 @@ __all__ = [
 Target = Callable[[Tensor], Tensor]
 SLOW = ("integrated-gradients", "smoothgrad", "rise", "token-ablation")
 """Methods that take tens or hundreds of predictions a map: judged on fewer images."""
+_IN_BFLOAT16 = ("integrated-gradients", "smoothgrad", "rise")  # token ablation is a difference too small for it
 _OPTIONS: dict[str, dict[str, Any]] = {"rise": {"m": 200}}
 _REMEMBERED = 64
 
@@ -79,25 +93,36 @@ def remembering(model: VisionTransformer) -> VisionTransformer:
 
 
 def in_bfloat16(model: VisionTransformer) -> VisionTransformer:
-    """A copy in bfloat16, for the many passes that judge."""
-    return copy.deepcopy(model).to(torch.bfloat16)
+    """A copy in bfloat16, for the many passes that judge; it takes images of any dtype."""
+    judge = copy.deepcopy(model).to(torch.bfloat16)
+    cut = judge.patch_embed.cut
+    judge.patch_embed.cut = lambda images, packing: cut(images.to(torch.bfloat16), packing)  # type: ignore[method-assign]
+    return judge
 
 
-def maps_of(model: VisionTransformer, image_1IXY: Tensor, target: Target, names: Sequence[str]) -> dict[str, Tensor]:
+def maps_of(
+    model: VisionTransformer,
+    judge: VisionTransformer,
+    image_1IXY: Tensor,
+    target: Target,
+    names: Sequence[str],
+) -> dict[str, Tensor]:
     """The map (1, H, W) of each method, and one of noise, "random".
 
     Args:
         model: a twin that remembers, its output the class token.
+        judge: the same in bfloat16, for the methods that occlude or blur with noise.
         image_1IXY: one image.
         target: of the output; one score a row.
         names: of :data:`maskattn.explain.METHODS`.
     """
     maps = {}
     for name in names:
-        explainer = METHODS[name](model, **_OPTIONS.get(name, {}))
-        relevance = explainer.attribute(image_1IXY, target, generator=torch.Generator().manual_seed(0))
+        explainer = METHODS[name](judge if name in _IN_BFLOAT16 else model, **_OPTIONS.get(name, {}))
+        of_output = _in_float(target) if name in _IN_BFLOAT16 else target
+        relevance = explainer.attribute(image_1IXY, of_output, generator=torch.Generator().manual_seed(0))
         assert isinstance(relevance, Tensor)
-        maps[name] = relevance.detach()
+        maps[name] = relevance.detach().float()
     seed = int.from_bytes(hashlib.sha1(image_1IXY.numpy().tobytes()).digest()[:4], "little")
     grid_HW = model.patch_embed.grid_of(image_1IXY)
     maps["random"] = torch.randn(1, *grid_HW, generator=torch.Generator().manual_seed(seed))
@@ -122,8 +147,7 @@ def drops_of(
 ) -> dict[str, float]:
     """Correctness of each method's map by dropping tokens, all methods in one call."""
     stack = torch.cat(list(maps.values()))
-    images = image_1IXY.to(torch.bfloat16).expand(len(stack), -1, -1, -1)
-    curves = removal_curves(judge, images, stack, _in_float(target), steps=steps, internal_batch_size=16)
+    curves = removal_curves(judge, image_1IXY, stack, _in_float(target), steps=steps, internal_batch_size=16)
     return dict(zip(maps, curves.correctness.tolist(), strict=True))
 
 
@@ -133,8 +157,18 @@ def boxes_of(
     """Box sensitivity of each method's map."""
     grid_HW = judge.patch_embed.grid_of(image_1IXY)
     boxes = random_boxes(grid_HW, count, torch.Generator().manual_seed(5))
-    changes = box_changes(judge, image_1IXY.to(torch.bfloat16), boxes, _in_float(target), internal_batch_size=16)
+    changes = box_changes(judge, image_1IXY, boxes, _in_float(target), internal_batch_size=16)
     return {name: float(box_sensitivity(x, boxes, changes)) for name, x in maps.items()}
+
+
+def likeness_of(maps: dict[str, Tensor], name: str = "token-ablation") -> dict[str, float]:
+    """Pearson correlation of each method's map with one method's."""
+    return {key: float(correlation_of_maps(x, maps[name])) for key, x in maps.items() if key != name}
+
+
+def compactness_of(maps: dict[str, Tensor]) -> dict[str, float]:
+    """Share of tokens with at most 5 % of the largest relevance, of each method's map."""
+    return {name: float(compactness(x)) for name, x in maps.items()}
 
 
 def _in_float(target: Target) -> Target:

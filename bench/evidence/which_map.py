@@ -4,7 +4,8 @@
 
 Every row of the tables changes one thing in CDAM; the figure is the contrast between the tokens that show the class
 and those that do not (−1 … 1), mean ± standard error over images. GlaS's test folder is not read. The small models of
-digits and slides are trained here once and kept in the cache.
+digits and slides are trained here, several of each from different seeds, and kept in the cache; their standard error is
+over trainings, each with the mean of its images.
 
 Dimension key: B images, H·W grid tokens, C channels.
 """
@@ -12,6 +13,7 @@ Dimension key: B images, H·W grid tokens, C channels.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,13 @@ from torch import Tensor
 from bench.evidence.digits import TRAINING_DIGITS, compose, load_glyphs
 from bench.evidence.digits import new_model as new_digits_model
 from bench.evidence.digits import train as train_digits
-from bench.evidence.real import STRENGTH
 from bench.evidence.real_images import composites, crops, normalised, photographs, text_head
 from bench.evidence.real_judging import drops_of, features_of, gathered, in_bfloat16
 from bench.evidence.real_probes import Probes
+from bench.evidence.real_rows import STRENGTH
 from bench.evidence.real_weights import ENCODERS, load_encoder, missing
 from bench.evidence.row_experiments import Reading, experiments, facts
-from bench.evidence.slides import draw_slides, for_lesion
+from bench.evidence.slides import Slides, draw_slides, for_lesion
 from bench.evidence.slides import new_model as new_slides_model
 from bench.evidence.slides import train as train_slides
 from bench.evidence.table import mean_and_error, write_section
@@ -42,6 +44,7 @@ _DROPPED = (
     "dropped from the row, first order",
     "path of values",
     "path of T (norm)",
+    "path of T, told in weights",
     "attention",
 )
 
@@ -117,11 +120,11 @@ def tissue_cases(real: Path, model: VisionTransformer, encoder: str, count: int,
         yield read(model, image, (areas[i, 0], areas[i, 1]), targets)
 
 
-def digit_cases(cache: Path, count: int, steps: int) -> Iterator[Case]:
+def digit_cases(folder: Path, count: int, steps: int, seed: int) -> Iterator[Case]:
     """Two digits on texture, the left one's logit; a model of three blocks, trained here."""
-    path = cache / "digits.pt"
+    path = folder / f"digits_{steps}_{seed}.pt"
     if not path.exists():
-        torch.save(train_digits(steps).state_dict(), path)
+        torch.save(train_digits(steps, seed).state_dict(), path)
     model = new_digits_model(0)
     model.load_state_dict(torch.load(path, weights_only=True))
     model.requires_grad_(False)
@@ -137,16 +140,20 @@ def digit_cases(cache: Path, count: int, steps: int) -> Iterator[Case]:
         yield read(model, scenes.images_BIXY[i : i + 1], (scenes.areas_B2HW[i, 0], scenes.areas_B2HW[i, 1]), targets)
 
 
-def slide_cases(cache: Path, count: int, steps: int) -> Iterator[Case]:
+@functools.cache
+def _drawn_slides(first_seed: int, count: int) -> Slides:
+    return draw_slides(first_seed, count, "low")
+
+
+def slide_cases(folder: Path, count: int, steps: int, seed: int) -> Iterator[Case]:
     """Synthetic slides seen whole, masked: a lesion against the tissue about it; a model of three blocks."""
-    path = cache / "synthetic_slides.pt"
+    path = folder / f"synthetic_slides_{steps}_{seed}.pt"
     if not path.exists():
-        training = draw_slides(0, 300, "low")
-        torch.save(train_slides(training, True, 0.0, 0, steps).state_dict(), path)
+        torch.save(train_slides(_drawn_slides(0, 300), True, 0.0, seed, steps).state_dict(), path)
     model = new_slides_model()
     model.load_state_dict(torch.load(path, weights_only=True))
     model.requires_grad_(False)
-    slides = draw_slides(500_001, 2 * count, "low")
+    slides = _drawn_slides(500_001, 2 * count)
     images = slides.images(torch.zeros(len(slides.label_B), dtype=torch.bool))
     for i in slides.label_B.nonzero()[:count, 0].tolist():
         keep = slides.keep_BHW[i : i + 1]
@@ -198,7 +205,10 @@ def drop_cases(
 
 
 def by_columns(columns: dict[str, dict[str, Tensor]], with_right_side: bool) -> str:
-    """A row for each experiment, a column for each set: mean ± standard error, and the share above 0."""
+    """A row for each experiment, a column for each set: mean ± standard error, and the share above 0.
+
+    Values are (B,), of images, or (S, B), of images by each of S trainings.
+    """
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
@@ -207,7 +217,7 @@ def by_columns(columns: dict[str, dict[str, Tensor]], with_right_side: bool) -> 
             if name not in column:
                 cells.append("")
                 continue
-            mean, error = mean_and_error(column[name])
+            mean, error = mean_and_error(column[name] if column[name].ndim == 1 else column[name].mean(dim=1))
             right = f" ({float((column[name] > 0).double().mean()):.0%})" if with_right_side else ""
             cells.append(f"{mean:.3f} ± {error:.3f}{right}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -221,6 +231,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "maskattn-evidence")
     parser.add_argument("--page", type=Path, default=Path("docs/which_map.md"))
     parser.add_argument("--sets", nargs="+", default=["CLIP", "DINOv2", "digits", "slides"], help="some of them")
+    parser.add_argument("--seeds", type=int, default=4, help="trainings of each small model")
     parser.add_argument("--images", type=int, default=40, help="of each set")
     parser.add_argument("--dropped", type=int, default=8, help="squares of tissue whose tokens are dropped")
     parser.add_argument("--steps", type=int, nargs=2, default=(1500, 500), help="training steps: digits, slides")
@@ -229,9 +240,10 @@ def main() -> None:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     count = 2 if arguments.quick else arguments.images
     contrast, known = {}, {}
-    for name, cases in _sets(arguments, count):
-        contrast[name], known[name] = judge(cases)
-        print(f"{name}: {len(next(iter(contrast[name].values())))} maps", flush=True)
+    for name, trainings in _sets(arguments, count):
+        judged = [judge(cases) for cases in trainings]
+        contrast[name], known[name] = (joined([one[i] for one in judged]) for i in range(2))
+        print(f"{name}: {counted(contrast[name])}", flush=True)
     dropped = {}
     for encoder in ENCODERS if arguments.real is not None and (arguments.real / "glas").is_dir() else ():
         if encoder.split()[0] in arguments.sets and missing(encoder, arguments.cache) is None:
@@ -240,7 +252,7 @@ def main() -> None:
             model, squares = load_encoder(encoder, arguments.cache), 1 if arguments.quick else arguments.dropped
             rows = list(drop_cases(arguments.real, model, encoder, squares, arguments.cache))
             dropped[f"{encoder}, {squares} squares"] = {name: gathered(rows, name) for name in rows[0]}
-    counts = ", ".join(f"{name}: {len(next(iter(x.values())))}" for name, x in contrast.items())
+    counts = ", ".join(f"{name}: {counted(x)}" for name, x in contrast.items())
     tables = {
         "experiments": f"Maps judged: {counts}. In brackets the share with a contrast above 0.\n\n"
         + by_columns(contrast, with_right_side=True),
@@ -253,7 +265,20 @@ def main() -> None:
             write_section(arguments.page, name, text)
 
 
-def _sets(arguments: argparse.Namespace, count: int) -> Iterator[tuple[str, Iterator[Case]]]:
+def joined(of_trainings: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Values (B,) of one model, or (S, B) of S trainings."""
+    if len(of_trainings) == 1:
+        return of_trainings[0]
+    return {name: torch.stack([one[name] for one in of_trainings]) for name in of_trainings[0]}
+
+
+def counted(values: dict[str, Tensor]) -> str:
+    """How many maps there are, in words."""
+    shape = next(iter(values.values())).shape
+    return f"{shape[0]}" if len(shape) == 1 else f"{shape[1]} by each of {shape[0]} trainings"
+
+
+def _sets(arguments: argparse.Namespace, count: int) -> Iterator[tuple[str, list[Iterator[Case]]]]:
     real, cache = arguments.real, arguments.cache
     for encoder in ENCODERS if real is not None else ():
         if encoder.split()[0] not in arguments.sets:
@@ -264,13 +289,16 @@ def _sets(arguments: argparse.Namespace, count: int) -> Iterator[tuple[str, Iter
             continue
         model = load_encoder(encoder, cache)
         if encoder.startswith("CLIP") and (real / "photos").is_dir():
-            yield f"photographs, {encoder}", photograph_cases(real, model, encoder, count)
+            yield f"photographs, {encoder}", [photograph_cases(real, model, encoder, count)]
         if (real / "glas").is_dir():
-            yield f"colon tissue, {encoder}", tissue_cases(real, model, encoder, count, cache)
+            yield f"colon tissue, {encoder}", [tissue_cases(real, model, encoder, count, cache)]
+    seeds = range(1 if arguments.quick else arguments.seeds)
     if "digits" in arguments.sets:
-        yield "two digits, a small ViT", digit_cases(cache, count, arguments.steps[0])
+        steps = arguments.steps[0]
+        yield "two digits, a small ViT", [digit_cases(cache, count, steps, seed) for seed in seeds]
     if "slides" in arguments.sets:
-        yield "synthetic slides, a small ViT", slide_cases(cache, count, arguments.steps[1])
+        steps = arguments.steps[1]
+        yield "synthetic slides, a small ViT", [slide_cases(cache, count, steps, seed) for seed in seeds]
 
 
 if __name__ == "__main__":
