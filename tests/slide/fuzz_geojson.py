@@ -7,6 +7,7 @@ a fault. A fault's file is printed; ``--only N`` makes that file alone.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import sys
@@ -103,13 +104,13 @@ def change_value(rng: Random, content: Any) -> Any:
             places.append((one, key))
             waiting.append(one[key])
     if not places:
-        return rng.choice(THINGS)
+        return copy.deepcopy(rng.choice(THINGS))
     holder, key = rng.choice(places)
     choice = rng.randrange(8)
     if choice == 0:
         del holder[key]
     elif choice == 1:
-        holder[key] = rng.choice(THINGS)
+        holder[key] = copy.deepcopy(rng.choice(THINGS))
     elif choice == 2:
         holder[key] = rng.choice(WORDS)
     elif choice == 3:

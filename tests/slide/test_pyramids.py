@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,19 @@ def _on_lattice(values: np.ndarray, token_lv0: float) -> np.ndarray:
         for n in values.shape
     ]
     return values[np.ix_(*centres)]
+
+
+@pytest.mark.skipif(not HAS_ZARR, reason="zarr is not installed")
+def test_channels_add_up_to_a_picture_in_which_each_class_has_its_colour(folder: Path) -> None:
+    told = json.loads((folder / "relevance.zarr" / "zarr.json").read_text())["attributes"]["ome"]["omero"]["channels"]
+    *classes, attention = told
+    assert [one["label"] for one in told] == ["relevance: benign", "relevance: low/high", "attention"]
+    assert len({one["color"] for one in classes}) == len(classes)
+    assert [one["active"] for one in told] == [True, True, False]
+    for one in told:
+        window = one["window"]
+        assert window["min"] <= window["start"] == 0 < window["end"] <= max(window["max"], 1.0)
+    assert attention["color"] == "FFFFFF"
 
 
 def test_the_metadata_is_what_ome_types_takes(folder: Path) -> None:

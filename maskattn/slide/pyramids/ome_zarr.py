@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 
 from maskattn.files import replacing
+from maskattn.slide.colours import colour_limit
 from maskattn.slide.names import as_text
+from maskattn.slide.outlines.writing import PALETTE
 from maskattn.slide.pyramids.halving import halved
 from maskattn.slide.pyramids.lattice import BLOCK_PX, MapLattice
 
-__all__ = ["write_ome_zarr"]
+__all__ = ["ATTENTION", "write_ome_zarr"]
+
+ATTENTION = "attention"
 
 _BAND_PX = 1024
 
@@ -76,10 +80,7 @@ def _metadata(lattice: MapLattice, names: Sequence[str], name: str, spacing_um: 
         datasets.append({"path": str(level), "coordinateTransformations": transforms})
     axes = [{"name": "c", "type": "channel"}]
     axes += [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
-    channels = [
-        {"label": as_text(label), "color": "FFFFFF", "active": True, "window": _window(lattice.values_MRC[index])}
-        for index, label in enumerate(names)
-    ]
+    channels = [_channel(label, index, lattice.values_MRC[index]) for index, label in enumerate(names)]
     return {
         "version": "0.5",
         "multiscales": [{"name": as_text(name), "axes": axes, "datasets": datasets}],
@@ -87,8 +88,15 @@ def _metadata(lattice: MapLattice, names: Sequence[str], name: str, spacing_um: 
     }
 
 
-def _window(values_RC: np.ndarray) -> dict[str, float]:
-    """The range that a viewer shows."""
+def _channel(label: str, index: int, values_RC: np.ndarray) -> dict[str, Any]:
+    """How a viewer shows a map at first: what speaks for each class in its colour on black, as one picture of all.
+
+    Viewers add the channels up: ranges that began below zero would add up to white.
+    """
     known = np.isfinite(values_RC)
     low, high = (float(pick(values_RC, where=known, initial=0.0)) for pick in (np.min, np.max))
-    return {"min": low, "max": high, "start": low, "end": high}
+    of_class = label != ATTENTION
+    colours = [colour for colour in PALETTE if any(colour)]  # black is none on black
+    colour = "".join(f"{part:02X}" for part in colours[index % len(colours)]) if of_class else "FFFFFF"
+    window = {"min": low, "max": high, "start": 0.0, "end": colour_limit(values_RC, "sequential")[1]}
+    return {"label": as_text(label), "color": colour, "active": of_class, "window": window}

@@ -13,7 +13,7 @@ from maskattn.shapes import Float, UInt8
 from maskattn.slide.colours import COLOUR_MAPS, Kind, colour_limit, coloured
 from maskattn.slide.pyramids.lattice import MapLattice
 from maskattn.slide.pyramids.ome_tiff import write_ome_tiff
-from maskattn.slide.pyramids.ome_zarr import write_ome_zarr
+from maskattn.slide.pyramids.ome_zarr import ATTENTION, write_ome_zarr
 from maskattn.slide.sinks.heatmaps import file_names_of, values_of
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
 
@@ -57,7 +57,7 @@ def _write(folder: Path, slide: ExplainedSlide, lattice: MapLattice) -> None:
     names = [f"relevance: {name}" for name in slide.model.classes]
     files = [(f"heatmap_{name}", f"colours_{name}") for name in file_names_of(slide.model.classes)]
     if slide.attention_T.any():  # some slide models have none
-        names.append("attention")
+        names.append(ATTENTION)
         files.append(("attention", "attention_colours"))
     for index, (values, in_colours) in enumerate(files):
         if settings.ome_tiff in ("values", "both"):
