@@ -6,8 +6,9 @@ for it. ``import maskattn.attention`` registers the operations with ``torch.libr
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from maskattn.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from maskattn.attention import masked_attention, packed_attention, readout, token_relevance
@@ -27,17 +28,8 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("masked_attention", "packed_attention", "readout", "token_relevance"), "maskattn.attention"),
-    **dict.fromkeys(("Packing", "pack", "unpack"), "maskattn.packing"),
+    **dict.fromkeys(("masked_attention", "packed_attention", "readout", "token_relevance"), "attention"),
+    **dict.fromkeys(("Packing", "pack", "unpack"), "packing"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = imported_on_first_use(__name__, _HOME)

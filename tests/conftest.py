@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,27 @@ _stub_torchvision_operators()
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small work is quickest on one thread, all the more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_bundle(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model in place of the bundled one, which is another test's concern."""
+    from small_slides import small_model
+
+    from maskattn.cli import slide_runs
+
+    bundle = tmp_path_factory.mktemp("bundle") / "model.safetensors"
+    small_model().save(bundle)
+    monkeypatch.setattr(slide_runs, "BUNDLED", bundle)
 
 
 @pytest.fixture(scope="session")

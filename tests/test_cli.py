@@ -5,38 +5,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-import torch
 from PIL import Image
-from small_slides import SHAPE, small_model, tissue_image, write_slide
+from small_slides import SHAPE, tissue_image, write_slide
 from typer.testing import CliRunner, Result
 
-from maskattn.cli import slide_runs
 from maskattn.cli.app import app
 from maskattn.cli.progress import ProgressBars
 from maskattn.demo import synthetic
 from maskattn.slide.summary import read_summary
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _small_bundle(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundled model is another test's concern: here a small one stands for it."""
-    bundle = tmp_path_factory.mktemp("bundle") / "model.safetensors"
-    small_model().save(bundle)
-    monkeypatch.setattr(slide_runs, "BUNDLED", bundle)
+pytestmark = pytest.mark.usefixtures("one_thread", "small_bundle")
 
 
 @pytest.fixture

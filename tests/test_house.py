@@ -17,6 +17,7 @@ FLOORS = [
         "errors",
         "leaves",
         "files",
+        "first_use",
         "lettering",
         "mask_images",
         "packing",

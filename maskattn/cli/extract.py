@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from maskattn.cli import slide_runs
-from maskattn.cli.options import Debug, Mask, takes_settings
-from maskattn.cli.reporting import errors_in_one_line, say, tell
+from maskattn.cli.options import (
+    Debug,
+    Device,
+    Impl,
+    Manifest,
+    Mask,
+    NumHeads,
+    Slides,
+    TrustCode,
+    Weights,
+    takes_settings,
+)
+from maskattn.cli.reporting import errors_in_one_line, tell
 from maskattn.slide.extract_request import ExtractSettings
 
 if TYPE_CHECKING:
@@ -22,35 +31,21 @@ __all__ = ["extract"]
 @takes_settings
 def extract(
     *,
-    slides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Slide files, folders, globs, or manifests (.csv).", metavar="SLIDE...", show_default=False
-        ),
-    ] = None,
+    slides: Slides = None,
     encoder: Annotated[
         str,
         typer.Option(
             "--encoder", help="A name that `maskattn encoders` lists, timm:NAME, hf-hub:ORG/NAME, a file or a folder."
         ),
     ],
-    weights: Annotated[
-        Path | None, typer.Option("--weights", help="File of the encoder's weights; by default its hub's.")
-    ] = None,
-    num_heads: Annotated[
-        int | None, typer.Option("--num-heads", min=1, help="Of an encoder that is a file of weights alone.")
-    ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the code that an encoder's repository brings.")
-    ] = False,
-    manifest: Annotated[
-        Path | None,
-        typer.Option("--manifest", help="A table: slide_id,slide_path[,mask_path][,spacing_um]."),
-    ] = None,
+    weights: Weights = None,
+    num_heads: NumHeads = None,
+    trust_code: TrustCode = False,
+    manifest: Manifest = None,
     mask: Mask = None,
     settings: ExtractSettings,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    impl: Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")] = None,
+    device: Device = "auto",
+    impl: Impl = None,
     debug: Debug = False,
 ) -> None:
     """Extract the features of slides' tiles by any encoder.
@@ -58,19 +53,10 @@ def extract(
     Background tiles are skipped. Finished slides are skipped, broken ones are reported.
     """
     with errors_in_one_line(debug):
-        from maskattn.errors import ManifestError
         from maskattn.slide.extract_request import check_extraction
-        from maskattn.slide.manifest import collect_jobs
         from maskattn.slide.output_folder import prepare_output
 
-        notes: list[str] = []
-        jobs = collect_jobs(slides or (), notes.append, manifest)
-        for note in notes:
-            tell(note)
-        if mask is not None and len(jobs) != 1:
-            raise ManifestError(f"--mask serves one slide, got {len(jobs)}; name masks in a manifest (mask_path)")
-        if mask is not None:
-            jobs = [replace(jobs[0], mask_path=mask)]
+        jobs, notes = slide_runs.jobs_asked_for(slides, manifest, mask)
         check_extraction(jobs, settings)  # once more when the encoder is there: it may have no spacing of its own
         prepare_output(settings.out_dir)
 
@@ -90,14 +76,7 @@ def extract(
         tell(_of_the_encoder(chosen.name, chosen.card.licence, chosen.why_not))
         with ProgressBars(len(jobs), _lines_of) as bars:
             outcomes = extract_slides(jobs, chosen, settings, bars)
-    failed = sum(outcome.status == "failed" for outcome in outcomes)
-    say(
-        f"{len(outcomes) - failed} of {len(outcomes)} slides have features; summary: {settings.out_dir / 'summary.csv'}"
-    )
-    for note in notes:
-        say(note)
-    if failed:
-        raise typer.Exit(1)
+    slide_runs.end(outcomes, settings.out_dir, "features", notes)
 
 
 def _of_the_encoder(name: str, licence: str, why_not: str) -> str:

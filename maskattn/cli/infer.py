@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +9,19 @@ import typer
 
 from maskattn.cli import slide_runs
 from maskattn.cli.concepts import load_concept_model, read_words
-from maskattn.cli.options import Debug, Mask, takes_settings
-from maskattn.cli.reporting import errors_in_one_line, map_warnings, say, tell
+from maskattn.cli.options import (
+    Debug,
+    Device,
+    Impl,
+    Manifest,
+    Mask,
+    NumHeads,
+    Slides,
+    TrustCode,
+    Weights,
+    takes_settings,
+)
+from maskattn.cli.reporting import errors_in_one_line, map_warnings, say
 from maskattn.slide.request import RunSettings
 
 __all__ = ["infer"]
@@ -20,12 +30,7 @@ __all__ = ["infer"]
 @takes_settings
 def infer(
     *,
-    slides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Slide files, folders, globs, or manifests (.csv).", metavar="SLIDE...", show_default=False
-        ),
-    ] = None,
+    slides: Slides = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -38,15 +43,9 @@ def infer(
         str | None,
         typer.Option("--encoder", help="Of the tiles, for a model without its own: see `maskattn encoders`."),
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option("--weights", help="File of the encoder's weights; by default its hub's.")
-    ] = None,
-    num_heads: Annotated[
-        int | None, typer.Option("--num-heads", min=1, help="Of an encoder that is a file of weights alone.")
-    ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the code that an encoder's repository brings.")
-    ] = False,
+    weights: Weights = None,
+    num_heads: NumHeads = None,
+    trust_code: TrustCode = False,
     classes: Annotated[
         str | None, typer.Option("--classes", help="Names of the model's classes, with commas, where it has none.")
     ] = None,
@@ -80,14 +79,11 @@ def infer(
         int | None,
         typer.Option("--best-tiles", min=1, help="Of concepts: tiles that are pooled for each; by default all."),
     ] = None,
-    manifest: Annotated[
-        Path | None,
-        typer.Option("--manifest", help="A table: slide_id,slide_path[,mask_path][,spacing_um]."),
-    ] = None,
+    manifest: Manifest = None,
     mask: Mask = None,
     settings: RunSettings,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    impl: Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")] = None,
+    device: Device = "auto",
+    impl: Impl = None,
     report: Annotated[bool, typer.Option("--report", help="Write OUT/report.html at the end.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -97,22 +93,10 @@ def infer(
     Finished slides are skipped, broken ones are reported.
     """
     with errors_in_one_line(debug):
-        from maskattn.errors import ManifestError
-        from maskattn.slide.manifest import collect_jobs
         from maskattn.slide.output_folder import prepare_output
         from maskattn.slide.request import check_request
 
-        notes: list[str] = []
-        if settings.features_dir is not None and not slides and manifest is None:
-            jobs = slide_runs.jobs_of_features(settings.features_dir)
-        else:
-            jobs = collect_jobs(slides or (), notes.append, manifest)
-        for note in notes:
-            tell(note)
-        if mask is not None and len(jobs) != 1:
-            raise ManifestError(f"--mask serves one slide, got {len(jobs)}; name masks in a manifest (mask_path)")
-        if mask is not None:
-            jobs = [replace(jobs[0], mask_path=mask)]
+        jobs, notes = slide_runs.jobs_asked_for(slides, manifest, mask, settings.features_dir)
         check_request(jobs, settings)  # once more when the model is there: it may leave nothing out
         prepare_output(settings.out_dir)
         chosen = slide_runs.Chosen(
@@ -140,11 +124,4 @@ def infer(
             from maskattn.slide.report import write_report
 
             say(f"report: {write_report(settings.out_dir)}")
-    failed = sum(outcome.status == "failed" for outcome in outcomes)
-    say(f"{len(outcomes) - failed} of {len(outcomes)} slides have outputs; summary: {settings.out_dir / 'summary.csv'}")
-    for line in map_warnings(outcomes):
-        say(line)
-    for note in notes:
-        say(note)
-    if failed:
-        raise typer.Exit(1)
+    slide_runs.end(outcomes, settings.out_dir, "outputs", (*map_warnings(outcomes), *notes))

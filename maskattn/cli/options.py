@@ -20,20 +20,27 @@ from maskattn.slide.request import RunSettings
 
 __all__ = [
     "Debug",
+    "Device",
     "Exclude",
     "ExcludeClasses",
     "Force",
+    "Impl",
     "Ink",
+    "Manifest",
     "Mask",
     "MaskClasses",
     "MaskValues",
+    "NumHeads",
     "Outputs",
     "Roi",
     "RoiClasses",
     "Series",
     "Slide",
+    "Slides",
     "SlidesFolder",
     "Spacing",
+    "TrustCode",
+    "Weights",
     "takes_settings",
 ]
 
@@ -72,6 +79,20 @@ def _option(field: Field[Any]) -> Any:
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Slide = Annotated[Path, typer.Argument(help="A slide file.", metavar="SLIDE", show_default=False)]
+Slides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Slide files, folders, globs, or manifests (.csv).", metavar="SLIDE...", show_default=False),
+]
+Manifest = Annotated[
+    Path | None, typer.Option("--manifest", help="A table: slide_id,slide_path[,mask_path][,spacing_um].")
+]
+Weights = Annotated[Path | None, typer.Option("--weights", help="File of the encoder's weights; by default its hub's.")]
+NumHeads = Annotated[
+    int | None, typer.Option("--num-heads", min=1, help="Of an encoder that is a file of weights alone.")
+]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that an encoder's repository brings.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Impl = Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")]
 Outputs = Annotated[
     Path, typer.Argument(help="A folder of outputs, the --out of infer or demo.", metavar="OUT", show_default=False)
 ]

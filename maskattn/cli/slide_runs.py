@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskattn.cli.reporting import tell
+import typer
+
+from maskattn.cli.reporting import say, tell
 
 if TYPE_CHECKING:
     from maskattn.nn.slide_models.two_stage import TwoStageModel
     from maskattn.slide.manifest import SlideJob
+    from maskattn.slide.outcome import Outcome
     from maskattn.slide.prediction import SlideOutcome
     from maskattn.slide.request import RunSettings
 
-__all__ = ["BUNDLED", "Chosen", "device_named", "jobs_of_features", "load_model", "run"]
+__all__ = ["BUNDLED", "Chosen", "device_named", "end", "jobs_asked_for", "load_model", "run"]
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "model"
 
@@ -115,7 +119,48 @@ def device_named(device: str, impl: str | None) -> str:
     return device
 
 
-def jobs_of_features(folder: Path) -> list[SlideJob]:
+def jobs_asked_for(
+    slides: list[str] | None, manifest: Path | None, mask: Path | None, features: Path | None = None
+) -> tuple[list[SlideJob], list[str]]:
+    """The slides that a command is to run, and what is to be told of how they were found, which is told here once.
+
+    Args:
+        slides: files, folders, globs or manifests.
+        manifest: one more manifest.
+        mask: of the one slide that there is.
+        features: a folder of features, whose slides are run where none are named.
+
+    Raises:
+        ManifestError: a slide or a manifest cannot be used, or there is a mask and not one slide.
+    """
+    from maskattn.errors import ManifestError
+    from maskattn.slide.manifest import collect_jobs
+
+    notes: list[str] = []
+    if features is not None and not slides and manifest is None:
+        jobs = _jobs_of_features(features)
+    else:
+        jobs = collect_jobs(slides or (), notes.append, manifest)
+    for note in notes:
+        tell(note)
+    if mask is None:
+        return jobs, notes
+    if len(jobs) != 1:
+        raise ManifestError(f"--mask serves one slide, got {len(jobs)}; name masks in a manifest (mask_path)")
+    return [replace(jobs[0], mask_path=mask)], notes
+
+
+def end(outcomes: Sequence[Outcome], out_dir: Path, what: str, notes: Iterable[str]) -> None:
+    """Say how many slides have ``what``, and the notes; ends the command with 1 where a slide failed."""
+    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    say(f"{len(outcomes) - failed} of {len(outcomes)} slides have {what}; summary: {out_dir / 'summary.csv'}")
+    for note in notes:
+        say(note)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _jobs_of_features(folder: Path) -> list[SlideJob]:
     """A job for each slide that has features below a folder; the slides themselves are not read.
 
     Raises:

@@ -5,8 +5,9 @@ The public names are imported when they are first used, so that the list of meth
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from maskattn.first_use import imported_on_first_use
 
 if TYPE_CHECKING:
     from maskattn.explain.attention_maps import AttentionMap
@@ -57,13 +58,4 @@ _HOME = {
     "TokenMaps": "hierarchical",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = imported_on_first_use(__name__, _HOME)

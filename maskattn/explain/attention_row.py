@@ -110,11 +110,7 @@ class AttentionRowAblation(TokenExplainer):
 
     @torch.no_grad()
     def relevance(  # noqa: D102 (as of TokenExplainer)
-        self,
-        model: VisionTransformer,
-        tokens: PackedTokens,
-        target: Target,
-        generator: torch.Generator | None = None,
+        self, model: VisionTransformer, tokens: PackedTokens, target: Target, generator: torch.Generator | None = None
     ) -> Tensor:
         row, P = AttentionRow.of(model, tokens, target), tokens.num_prefix
         out, B = row.read.out_B1HD, tokens.packing.batch_size

@@ -38,10 +38,6 @@ class CDAM(TokenExplainer):
     """
 
     def relevance(  # noqa: D102 (as of TokenExplainer)
-        self,
-        model: VisionTransformer,
-        tokens: PackedTokens,
-        target: Target,
-        generator: torch.Generator | None = None,
+        self, model: VisionTransformer, tokens: PackedTokens, target: Target, generator: torch.Generator | None = None
     ) -> Tensor:
         return score_tokens(model, tokens, target)[0]

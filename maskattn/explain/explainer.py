@@ -211,11 +211,7 @@ class TokenExplainer(Explainer):
 
     @abstractmethod
     def relevance(
-        self,
-        model: VisionTransformer,
-        tokens: PackedTokens,
-        target: Target,
-        generator: torch.Generator | None = None,
+        self, model: VisionTransformer, tokens: PackedTokens, target: Target, generator: torch.Generator | None = None
     ) -> Float[Tensor, "M T"]:
         """The scores of all packed tokens; those of prefix tokens are not looked at.
 

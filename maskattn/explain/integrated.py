@@ -72,11 +72,7 @@ class IntegratedCDAM(TokenExplainer):
         self.internal_batch_size = internal_batch_size
 
     def relevance(  # noqa: D102 (as of TokenExplainer)
-        self,
-        model: VisionTransformer,
-        tokens: PackedTokens,
-        target: Target,
-        generator: torch.Generator | None = None,
+        self, model: VisionTransformer, tokens: PackedTokens, target: Target, generator: torch.Generator | None = None
     ) -> Tensor:
         return self._relevance(model, tokens, target, with_queries=False)[0]
 

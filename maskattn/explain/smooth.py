@@ -50,11 +50,7 @@ class SmoothCDAM(TokenExplainer):
         self.internal_batch_size = internal_batch_size
 
     def relevance(  # noqa: D102 (as of TokenExplainer)
-        self,
-        model: VisionTransformer,
-        tokens: PackedTokens,
-        target: Target,
-        generator: torch.Generator | None = None,
+        self, model: VisionTransformer, tokens: PackedTokens, target: Target, generator: torch.Generator | None = None
     ) -> Tensor:
         B, x = tokens.packing.batch_size, tokens.rows_TC
         std_T1 = (self.noise * _range_of_images(tokens)).index_select(0, tokens.packing.sequence_of_token)[:, None]

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from maskattn.errors import SlideError
 from maskattn.slide.fleet.claims import Claim, ClaimLostError
@@ -23,10 +23,11 @@ from maskattn.slide.fleet.fleet import joined
 from maskattn.slide.fleet.sharing import Sharing, chosen_jobs
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text, problem_of_id
+from maskattn.slide.outcome import Outcome, Status
 from maskattn.slide.output_folder import are_one_name, prepare_output
 from maskattn.slide.summary import carried_into
 
-__all__ = ["OnTiles", "Outcome", "OutcomeT", "RunProgress", "run_each"]
+__all__ = ["OnTiles", "OutcomeT", "RunProgress", "run_each"]
 
 _logger = logging.getLogger(__name__)
 
@@ -34,27 +35,12 @@ _MOST_ENDED = 5
 OnTiles = Callable[[int, int], None]
 
 
-class Outcome(Protocol):
-    """What became of a slide."""
-
-    @property
-    def slide_id(self) -> str:
-        """The job's id."""
-
-    def row(self) -> dict[str, str]:
-        """The outcome as a row of ``summary.csv``."""
-
+_OK: tuple[Status, str] = ("ok", "")
+_SKIPPED: tuple[Status, str] = ("skipped", "finished by an earlier run")
 
 OutcomeT = TypeVar("OutcomeT", bound=Outcome)
-_OutcomeOut = TypeVar("_OutcomeOut", bound=Outcome, covariant=True)
+_Left = TypeVar("_Left")
 _OutcomeIn = TypeVar("_OutcomeIn", bound=Outcome, contravariant=True)
-
-
-class Ended(Protocol, Generic[_OutcomeOut]):
-    """Makes the outcome of a slide that failed, or that another process ran."""
-
-    def __call__(self, job: SlideJob, status: Literal["skipped", "failed"], reason: str, seconds: float) -> _OutcomeOut:
-        """(the slide, how it ended, why, in how many seconds) → its outcome."""
 
 
 class RunProgress(Protocol, Generic[_OutcomeIn]):
@@ -73,8 +59,9 @@ class RunProgress(Protocol, Generic[_OutcomeIn]):
 def run_each(
     jobs: Sequence[SlideJob],
     out_dir: Path,
-    run_one: Callable[[SlideJob, Claim, OnTiles | None], OutcomeT],
-    ended: Ended[OutcomeT],
+    outcome_of: Callable[[str, Status, str, float, _Left | None], OutcomeT],
+    finished: Callable[[SlideJob, Claim], _Left | None],
+    run: Callable[[SlideJob, Claim, OnTiles | None], _Left],
     progress: RunProgress[OutcomeT] | None = None,
     *,
     sharing: Sharing,
@@ -87,8 +74,9 @@ def run_each(
     Args:
         jobs: the slides; their ids differ.
         out_dir: where outputs go to; made if it is not there.
-        run_one: (slide, its claim, what is told of tiles) → its outcome; what it raises is why the slide failed.
-        ended: (slide, status, why, seconds) → the outcome of a slide that failed, or that another process ran.
+        outcome_of: makes an outcome of the fields of :class:`Outcome` and what this process has left of the slide.
+        finished: (slide, its claim) → what an earlier run left of it, and it is skipped; None where there is nothing.
+        run: (slide, its claim, what is told of tiles) → what is left of it. What these two raise is why it failed.
         progress: told of every step.
         sharing: how the slides are shared.
         request: what was asked for, in words; the same for all processes of a command.
@@ -106,13 +94,14 @@ def run_each(
     prepare_output(out_dir)
     jobs = list(_distinct_here(chosen_jobs(jobs, sharing), out_dir))
     outcomes: dict[int, OutcomeT] = {}
+    on_tiles = None if progress is None else progress.tiles_done
     with joined(out_dir, jobs, sharing, request, sweep) as fleet:
         for index, job, turn in fleet.turns(jobs):
             if progress is not None:
                 progress.slide_started(job)
             if isinstance(turn, Claim):
                 try:
-                    outcomes[index] = _run(job, turn, run_one, ended, progress, out_dir)
+                    outcomes[index] = _run(job, turn, outcome_of, finished, run, on_tiles, out_dir)
                 except ClaimLostError:
                     fleet.lose(index, job)
                     continue
@@ -123,7 +112,7 @@ def run_each(
             else:
                 failed = turn.status == "failed"
                 why = f"{turn.reason} ({turn.by})" if failed else f"run by {turn.by}"
-                outcomes[index] = ended(job, "failed" if failed else "skipped", why, 0.0)
+                outcomes[index] = outcome_of(job.slide_id, "failed" if failed else "skipped", why, 0.0, None)
             if progress is not None:
                 progress.slide_ended(outcomes[index])
     in_order = [outcomes[index] for index in sorted(outcomes)]
@@ -135,23 +124,28 @@ def run_each(
 def _run(
     job: SlideJob,
     claim: Claim,
-    run_one: Callable[[SlideJob, Claim, OnTiles | None], OutcomeT],
-    ended: Ended[OutcomeT],
-    progress: RunProgress[OutcomeT] | None,
+    outcome_of: Callable[[str, Status, str, float, _Left | None], OutcomeT],
+    finished: Callable[[SlideJob, Claim], _Left | None],
+    run: Callable[[SlideJob, Claim, OnTiles | None], _Left],
+    on_tiles: OnTiles | None,
     out_dir: Path,
 ) -> OutcomeT:
     """A slide's outcome; whatever befalls it, the others go on."""
-    start = time.perf_counter()
+    start, left = time.perf_counter(), None
     try:
         problem = job.problem or problem_of_id(job.slide_id) or _problem_of(claim)
         if problem is not None:
             raise SlideError(problem)
-        return run_one(job, claim, None if progress is None else progress.tiles_done)
+        left = finished(job, claim)
+        status, reason = _OK if left is None else _SKIPPED
+        if left is None:
+            left = run(job, claim, on_tiles)
     except ClaimLostError:
         raise
     except Exception as error:
         _logger.debug("slide %s failed", job.slide_id, exc_info=True)
-        return ended(job, "failed", _reason(error, out_dir), time.perf_counter() - start)
+        status, reason = "failed", _reason(error, out_dir)
+    return outcome_of(job.slide_id, status, reason, time.perf_counter() - start, left)
 
 
 def _problem_of(claim: Claim) -> str | None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,25 +84,17 @@ def extract_slides(
     check_extraction(jobs, settings, encoder)
     identity = identify_encoder(encoder)
 
-    def run_one(job: SlideJob, claim: Claim, on_tiles: OnTiles | None) -> ExtractionOutcome:
-        start = time.perf_counter()
+    def finished(job: SlideJob, claim: Claim) -> ExtractionRecord | None:
         if claim.ended:
             _clear_leftovers(settings.out_dir, job.slide_id)
-        finished = _finished(job, encoder, identity, settings)
-        if finished is not None:
-            seconds = time.perf_counter() - start
-            return ExtractionOutcome(job.slide_id, "skipped", "finished by an earlier run", seconds, finished)
-        record = extract_slide(job, encoder, settings, on_tiles, identity, claim)
-        return ExtractionOutcome(job.slide_id, "ok", "", time.perf_counter() - start, record)
-
-    def ended(job: SlideJob, status: Literal["skipped", "failed"], reason: str, seconds: float) -> ExtractionOutcome:
-        return ExtractionOutcome(job.slide_id, status, reason, seconds)
+        return _finished(job, encoder, identity, settings)
 
     return run_each(
         jobs,
         settings.out_dir,
-        run_one,
-        ended,
+        ExtractionOutcome,
+        finished,
+        lambda job, claim, on_tiles: extract_slide(job, encoder, settings, on_tiles, identity, claim),
         progress,
         sharing=sharing_of(settings),
         request=f"{identity} {recorded_fields(settings)}",
@@ -162,7 +153,7 @@ def extract_slide(
                 slide_id=job.slide_id,
                 features=os.path.relpath(features, settings.out_dir),
                 encoder=identity,
-                slide=_slide_file(job, reader),
+                slide=SlideFile.of(job.path, reader.info),
                 settings=recorded_extraction(job, settings, encoder)
                 | {"workers": encoded.workers, "device": str(encoder.device)},
                 tiles=encoded.tiles,
@@ -370,21 +361,6 @@ def _clear_leftovers(out_dir: Path, slide_id: str | None = None) -> None:
         name = path.name.removesuffix(".partial").rpartition(".")[0]
         if name in {f".{slide_id}{ending}" for ending in _ENDINGS} if slide_id else name.endswith(_ENDINGS):
             path.unlink(missing_ok=True)
-
-
-def _slide_file(job: SlideJob, reader: SlideReader) -> SlideFile:
-    info = reader.info
-    return SlideFile(
-        path=str(job.path),
-        bytes=job.path.stat().st_size,
-        vendor=info.vendor,
-        width_px=info.width_px,
-        height_px=info.height_px,
-        spacing_um=info.spacing_um,
-        spacing_source=info.spacing_source,
-        objective_power=info.objective_power,
-        reader=info.reader,
-    )
 
 
 def _notes(reader: SlideReader, reason: str | None) -> tuple[str, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from maskattn.files import replacing
+from maskattn.slide.outcome import Outcome
 from maskattn.slide.prediction import SlideFile
 
 __all__ = ["EncoderIdentity", "ExtractionOutcome", "ExtractionRecord", "read_record", "record_path"]
@@ -99,31 +100,18 @@ def read_record(path: Path) -> ExtractionRecord | None:
 
 
 @dataclass(frozen=True)
-class ExtractionOutcome:
-    """What became of a slide.
+class ExtractionOutcome(Outcome):
+    """With what the run left of the slide.
 
     Attributes:
-        slide_id: the job's id.
-        status: "ok", "skipped" (finished by an earlier run, whose record is read) or "failed".
-        reason: why it failed or was skipped; empty when ok.
-        seconds: wall time of this run.
         record: None when it failed.
     """
 
-    slide_id: str
-    status: Literal["ok", "skipped", "failed"]
-    reason: str
-    seconds: float
     record: ExtractionRecord | None = None
 
     def row(self) -> dict[str, str]:
         """The outcome as a row of ``summary.csv``."""
-        row = {
-            "slide_id": self.slide_id,
-            "status": self.status,
-            "reason": self.reason,
-            "seconds": f"{self.seconds:.2f}",
-        }
+        row = super().row()
         if self.record is not None:
             row |= {
                 "encoder": self.record.encoder.name,

@@ -239,18 +239,7 @@ def _slide_file(run: SlideRun, tiles: RunTiles) -> SlideFile:
             objective_power=header.magnification,
             reader="none: features alone",
         )
-    info = run.info
-    return SlideFile(
-        path=str(path),
-        bytes=path.stat().st_size,
-        vendor=info.vendor,
-        width_px=info.width_px,
-        height_px=info.height_px,
-        spacing_um=info.spacing_um,
-        spacing_source=info.spacing_source,
-        objective_power=info.objective_power,
-        reader=info.reader,
-    )
+    return SlideFile.of(path, run.info)
 
 
 def _tile_settings(run: SlideRun, tiles: RunTiles) -> dict[str, Any]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from maskattn.files import replacing
+from maskattn.slide.outcome import Outcome
+
+if TYPE_CHECKING:
+    from maskattn.slide.reader import SlideInfo
 
 __all__ = ["ModelIdentity", "SlideCounts", "SlideFile", "SlideOutcome", "SlidePrediction", "read_prediction"]
 
@@ -28,6 +32,12 @@ class SlideFile:
     spacing_source: str
     objective_power: float | None
     reader: str = ""
+
+    @classmethod
+    def of(cls, path: Path, info: SlideInfo) -> SlideFile:
+        """An open slide."""
+        names = ("vendor", "width_px", "height_px", "spacing_um", "spacing_source", "objective_power", "reader")
+        return cls(path=str(path), bytes=path.stat().st_size, **{name: getattr(info, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -125,31 +135,18 @@ def read_prediction(path: Path) -> SlidePrediction:
 
 
 @dataclass(frozen=True)
-class SlideOutcome:
-    """What became of a job.
+class SlideOutcome(Outcome):
+    """With what the run left of the slide.
 
     Attributes:
-        slide_id: the job's id.
-        status: "ok", "skipped" (finished by an earlier run; ``prediction`` is read from it) or "failed".
-        reason: why it failed or was skipped; empty when ok.
-        seconds: wall time of this run.
         prediction: None when it failed.
     """
 
-    slide_id: str
-    status: Literal["ok", "skipped", "failed"]
-    reason: str
-    seconds: float
     prediction: SlidePrediction | None = None
 
     def row(self) -> dict[str, str]:
         """The outcome as a row of ``summary.csv``."""
-        row = {
-            "slide_id": self.slide_id,
-            "status": self.status,
-            "reason": self.reason,
-            "seconds": f"{self.seconds:.2f}",
-        }
+        row = super().row()
         if self.prediction is not None:
             row |= {"prediction": self.prediction.prediction, "model": self.prediction.model.name}
             row |= {f"score_{name}": f"{score:.6f}" for name, score in self.prediction.scores.items()}

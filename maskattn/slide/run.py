@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from maskattn.errors import SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.nn.slide_models.two_stage import TwoStageModel, two_stages
 from maskattn.slide.asked import recorded_fields
-from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
+from maskattn.slide.each_slide import RunProgress, run_each
 from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.outlines.rules import check_region_classes
@@ -56,19 +54,13 @@ def run_slides(
         tilings_of(settings.overlap, model.encoder.tile_px // model.token_px)
     identity = identify_model(model)
 
-    def run_one(job: SlideJob, claim: Claim, on_tiles: OnTiles | None) -> SlideOutcome:
-        start = time.perf_counter()
+    def finished(job: SlideJob, claim: Claim) -> SlidePrediction | None:
         clear_leftovers(settings.out_dir, job.slide_id, claim.ended)
-        finished = find_finished(settings.out_dir, job.slide_id)
-        if finished is not None and not settings.overwrite:
-            _check_same_request(finished, job, model, identity, settings)
-            seconds = time.perf_counter() - start
-            return SlideOutcome(job.slide_id, "skipped", "finished by an earlier run", seconds, finished)
-        prediction = predict_slide(job, model, settings, on_tiles, identity, claim)
-        return SlideOutcome(job.slide_id, "ok", "", time.perf_counter() - start, prediction)
-
-    def ended(job: SlideJob, status: Literal["skipped", "failed"], reason: str, seconds: float) -> SlideOutcome:
-        return SlideOutcome(job.slide_id, status, reason, seconds)
+        found = find_finished(settings.out_dir, job.slide_id)
+        if found is None or settings.overwrite:
+            return None
+        _check_same_request(found, job, model, identity, settings)
+        return found
 
     def draw_together(outcomes: list[SlideOutcome]) -> None:
         if settings.scale == "run":
@@ -77,8 +69,9 @@ def run_slides(
     return run_each(
         jobs,
         settings.out_dir,
-        run_one,
-        ended,
+        SlideOutcome,
+        finished,
+        lambda job, claim, on_tiles: predict_slide(job, model, settings, on_tiles, identity, claim),
         progress,
         sharing=sharing_of(settings),
         request=f"{identity} {recorded_fields(settings)}",

@@ -5,21 +5,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 
+import oracles
 import pytest
 import torch
-from oracles import (
-    assert_meets_specification,
-    assert_within_budget,
-    cu_seqlens,
-    keep_mask,
-    masked_inputs,
-    packed_inputs,
-    run_reference,
-    specify_masked,
-    specify_packed,
-    with_alibi,
-    with_extreme_bias,
-)
 
 from maskattn import masked_attention, packed_attention, readout, token_relevance
 from maskattn.attention import reference
@@ -32,43 +20,45 @@ RUNS = [(impl, dtype) for impl in IMPLS for dtype in DTYPES if impl == "torch" o
     (impl, torch.bfloat16) for impl in IMPLS if impl == "cpu"
 ]
 LENGTHS = [16, 16, 16, 16, 5, 0, 150]
-STARTS = cu_seqlens(LENGTHS)
+STARTS = oracles.cu_seqlens(LENGTHS)
 
 
 @pytest.mark.parametrize("bias", ["shared", "per_head"])
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize(("impl", "dtype"), RUNS)
 def test_packed_attention_takes_biases_up_to_the_largest_float(impl, dtype, alibi, bias):
-    inputs = with_extreme_bias(packed_inputs(LENGTHS, bias=bias, dtype=dtype, head_width=16))
-    inputs = with_alibi(inputs) if alibi else inputs
+    inputs = oracles.with_extreme_bias(oracles.packed_inputs(LENGTHS, bias=bias, dtype=dtype, head_width=16))
+    inputs = oracles.with_alibi(inputs) if alibi else inputs
 
     def attend(q, k, v, options):
         return torch.ops.maskattn.packed_attention(
             q, k, v, STARTS, STARTS, 150, 150, *flat_options(options), True, impl
         )
 
-    results = run_reference(attend, inputs, dtype)
-    assert_meets_specification(results, inputs.to(dtype), specify_packed(STARTS, STARTS), carries=False)
+    results = oracles.run_reference(attend, inputs, dtype)
+    oracles.assert_meets_specification(results, inputs.to(dtype), oracles.specify_packed(STARTS, STARTS), carries=False)
 
 
 @pytest.mark.parametrize("skip_queries", [True, False])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_masked_attention_takes_biases_up_to_the_largest_float(impl, skip_queries):
-    keep, inputs = keep_mask("random", 4, 60), masked_inputs(4, 60, bias="per_head", head_width=16)
-    inputs = replace(inputs, key_bias=with_extreme_bias(replace(inputs, key_bias=inputs.key_bias[:, 0].T)).key_bias)
+    keep, inputs = oracles.keep_mask("random", 4, 60), oracles.masked_inputs(4, 60, bias="per_head", head_width=16)
+    inputs = replace(
+        inputs, key_bias=oracles.with_extreme_bias(replace(inputs, key_bias=inputs.key_bias[:, 0].T)).key_bias
+    )
     inputs = replace(inputs, key_bias=inputs.key_bias.T.contiguous())
 
     def attend(q, k, v, options):
         return torch.ops.maskattn.masked_attention(q, k, v, keep, skip_queries, *flat_options(options), True, impl)
 
-    results = run_reference(attend, inputs, torch.float32)
-    assert_meets_specification(results, inputs, specify_masked(keep, skip_queries), carries=False)
+    results = oracles.run_reference(attend, inputs, torch.float32)
+    oracles.assert_meets_specification(results, inputs, oracles.specify_masked(keep, skip_queries), carries=False)
 
 
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_readout_and_relevance_take_biases_up_to_the_largest_float(impl, queries):
-    x = with_extreme_bias(packed_inputs(LENGTHS, bias="per_head", head_width=16))
+    x = oracles.with_extreme_bias(oracles.packed_inputs(LENGTHS, bias="per_head", head_width=16))
     q, g = torch.randn(7, queries, 2, 16), torch.randn(3, 7, queries, 2, 16)
     grads = torch.randn(7, queries, 2, 16), torch.randn(queries, 2, len(x.k)), torch.randn(7, queries, 2)
 
@@ -92,14 +82,14 @@ def test_readout_and_relevance_take_biases_up_to_the_largest_float(impl, queries
     names = ("out", "rows", "lse", "relevance", "dq", "dk", "dv", "dbias")
     results = run(torch.float32, True), run(torch.float64, False), run(torch.float32, False)
     for name, *each in zip(names, *results, strict=True):
-        assert_within_budget(*each, name)
+        oracles.assert_within_budget(*each, name)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("extreme", [torch.finfo(torch.float32).max, torch.finfo(torch.float32).min])
 def test_keys_of_one_extreme_bias_have_equal_weights_and_an_lse_of_that_bias(impl, extreme):
     x = torch.randn(8, 1, 16)
-    starts = cu_seqlens([8])
+    starts = oracles.cu_seqlens([8])
     out, lse = packed_attention(
         x, x, x, starts, starts, 8, 8, key_bias=torch.full((8,), extreme), return_lse=True, impl=impl
     )
@@ -124,13 +114,13 @@ def test_an_offset_that_all_scores_share_costs_no_digits(impl, offset):
         return [out, dq, dk, dv, ds.sum((0, 1))]
 
     leaves = [x.requires_grad_() for x in (q, k, v, bias)]
-    starts = cu_seqlens([64])
+    starts = oracles.cu_seqlens([64])
     out = packed_attention(*leaves[:3], starts, starts, 64, 64, key_bias=bias, impl=impl)
     got = [out, *torch.autograd.grad((out * grad).sum(), leaves)]
     for name, *each in zip(
         ("out", "dq", "dk", "dv", "dbias"), got, specified(torch.float64), specified(torch.float32), strict=True
     ):
-        assert_within_budget(*each, name)
+        oracles.assert_within_budget(*each, name)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -139,7 +129,7 @@ def test_a_bias_without_a_softmax_makes_nan_of_the_queries_that_see_it_alone(imp
     bias = torch.zeros(12)
     bias[3] = wrong
     leaves = [torch.randn(12, 2, 16).requires_grad_() for _ in range(3)]
-    starts = cu_seqlens([5, 7])
+    starts = oracles.cu_seqlens([5, 7])
     out, lse = packed_attention(*leaves, starts, starts, 7, 7, key_bias=bias, return_lse=True, impl=impl)
     grads = torch.autograd.grad(out.sum() + lse.sum(), leaves)
     for x in (out, lse.T, *grads):

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 
+import oracles
 import pytest
 import torch
-from oracles import (
-    Inputs,
-    assert_meets_specification,
-    cu_seqlens,
-    keep_mask,
-    masked_inputs,
-    packed_inputs,
-    run_reference,
-    specify_masked,
-    specify_packed,
-)
 from torch import Tensor
 
 from maskattn import Packing, masked_attention, packed_attention, readout
@@ -32,7 +22,7 @@ BIASES = [None, "shared", "per_head"]
 
 def attend_packed(lengths_q: list[int], lengths_k: list[int], impl: str = "torch"):
     """The public operation, as oracles.run_reference calls an implementation."""
-    where = cu_seqlens(lengths_q), cu_seqlens(lengths_k), max(lengths_q), max(lengths_k)
+    where = oracles.cu_seqlens(lengths_q), oracles.cu_seqlens(lengths_k), max(lengths_q), max(lengths_k)
 
     def attend(q, k, v, options):
         arguments = q, k, v, *where, *flat_options(options), True, impl
@@ -41,42 +31,46 @@ def attend_packed(lengths_q: list[int], lengths_k: list[int], impl: str = "torch
     return attend
 
 
-def check_packed(inputs: Inputs, lengths_q: list[int], lengths_k: list[int]) -> None:
-    results = run_reference(attend_packed(lengths_q, lengths_k), inputs, inputs.q.dtype)
+def check_packed(inputs: oracles.Inputs, lengths_q: list[int], lengths_k: list[int]) -> None:
+    results = oracles.run_reference(attend_packed(lengths_q, lengths_k), inputs, inputs.q.dtype)
     inputs = inputs.to(inputs.q.dtype)  # the bias too, as the results above had it
-    assert_meets_specification(results, inputs, specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k)))
+    oracles.assert_meets_specification(
+        results, inputs, oracles.specify_packed(oracles.cu_seqlens(lengths_q), oracles.cu_seqlens(lengths_k))
+    )
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_torch_packed_attention_meets_the_specification(lengths, bias, dtype):
-    check_packed(packed_inputs(lengths, bias=bias, dtype=dtype, head_width=16), lengths, lengths)
+    check_packed(oracles.packed_inputs(lengths, bias=bias, dtype=dtype, head_width=16), lengths, lengths)
 
 
 @pytest.mark.parametrize("bias", [None, "per_head"])
 def test_torch_packed_attention_takes_keys_of_other_lengths_than_queries(bias):
     lengths_q, lengths_k = [5, 0, 9, 600], [7, 3, 0, 2]
-    check_packed(packed_inputs(lengths_q, lengths_k, bias=bias, scale=0.3), lengths_q, lengths_k)
+    check_packed(oracles.packed_inputs(lengths_q, lengths_k, bias=bias, scale=0.3), lengths_q, lengths_k)
 
 
 @pytest.mark.parametrize("skip_queries", [True, False])
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("kind", ["random", "blob", "all", "none", "one"])
 def test_torch_masked_attention_meets_the_specification(kind, bias, skip_queries):
-    inputs, keep = masked_inputs(3, 65, bias=bias, head_width=16), keep_mask(kind, 3, 65)
+    inputs, keep = oracles.masked_inputs(3, 65, bias=bias, head_width=16), oracles.keep_mask(kind, 3, 65)
 
     def attend(q, k, v, options):
         return torch.ops.maskattn.masked_attention(q, k, v, keep, skip_queries, *flat_options(options), True, "torch")
 
-    assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_masked(keep, skip_queries))
+    oracles.assert_meets_specification(
+        oracles.run_reference(attend, inputs, torch.float32), inputs, oracles.specify_masked(keep, skip_queries)
+    )
 
 
 @pytest.mark.parametrize("impl", [*FUSED, "reference"])
 @pytest.mark.parametrize("bias", BIASES)
 def test_readout_gives_output_rows_and_lse(impl, bias):
-    starts = cu_seqlens([4, 0, 70])
-    x = packed_inputs([4, 0, 70], bias=bias, head_width=16)
+    starts = oracles.cu_seqlens([4, 0, 70])
+    x = oracles.packed_inputs([4, 0, 70], bias=bias, head_width=16)
     q = torch.randn(3, 5, 2, 16)
     result = readout(q, x.k, x.v, starts, 70, key_bias=x.key_bias, return_rows=True, return_lse=True, impl=impl)
     exact = x.to(torch.float64)
@@ -89,7 +83,7 @@ def test_readout_gives_output_rows_and_lse(impl, bias):
 
 def test_readout_rows_are_differentiable():
     q, k, v = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 2, 2, 4), (5, 2, 4), (5, 2, 4)))
-    starts = cu_seqlens([2, 3])
+    starts = oracles.cu_seqlens([2, 3])
     assert torch.autograd.gradcheck(
         lambda q, k, v: readout(q, k, v, starts, 3, return_rows=True, return_lse=True, impl="torch"), (q, k, v)
     )
@@ -97,7 +91,10 @@ def test_readout_rows_are_differentiable():
 
 @pytest.mark.parametrize("impl", [*FUSED, "reference"])
 def test_a_query_without_keys_gives_zero_and_minus_infinity_and_no_gradient(impl):
-    inputs, where = packed_inputs([3, 4], [0, 2], bias="shared"), (cu_seqlens([3, 4]), cu_seqlens([0, 2]), 4, 2)
+    inputs, where = (
+        oracles.packed_inputs([3, 4], [0, 2], bias="shared"),
+        (oracles.cu_seqlens([3, 4]), oracles.cu_seqlens([0, 2]), 4, 2),
+    )
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.key_bias)]
     out, lse = packed_attention(*leaves[:3], *where, key_bias=leaves[3], return_lse=True, impl=impl)
     assert (out[:3] == 0).all()
@@ -144,7 +141,7 @@ def test_strides_do_not_matter(strided, impl):
         "every other channel": lambda: torch.randn(30, 2, 32)[..., ::2],
     }[strided]
     q, k, v = make(), make(), make()
-    where = (cu_seqlens([10, 20]), cu_seqlens([10, 20]), 20, 20)
+    where = (oracles.cu_seqlens([10, 20]), oracles.cu_seqlens([10, 20]), 20, 20)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     plain = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
     ours, theirs = packed_attention(*leaves, *where, impl=impl), packed_attention(*plain, *where, impl=impl)
@@ -155,21 +152,24 @@ def test_strides_do_not_matter(strided, impl):
 
 @pytest.mark.parametrize("impl", FUSED)
 def test_same_inputs_give_the_same_bits_forward_and_backward(impl):
-    inputs, attend = packed_inputs([300, 5, 200], bias="per_head"), attend_packed([300, 5, 200], [300, 5, 200], impl)
-    first = run_reference(attend, inputs, torch.float32)
+    inputs, attend = (
+        oracles.packed_inputs([300, 5, 200], bias="per_head"),
+        attend_packed([300, 5, 200], [300, 5, 200], impl),
+    )
+    first = oracles.run_reference(attend, inputs, torch.float32)
     for _ in range(3):
-        again = run_reference(attend, inputs, torch.float32)
+        again = oracles.run_reference(attend, inputs, torch.float32)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_lse_asked_for_or_not_the_output_is_the_same():
-    x, where = packed_inputs([30, 5]), (cu_seqlens([30, 5]), cu_seqlens([30, 5]), 30, 30)
+    x, where = oracles.packed_inputs([30, 5]), (oracles.cu_seqlens([30, 5]), oracles.cu_seqlens([30, 5]), 30, 30)
     with_lse, _ = packed_attention(x.q, x.k, x.v, *where, return_lse=True)
     torch.testing.assert_close(with_lse, packed_attention(x.q, x.k, x.v, *where))
 
 
 def test_gradient_of_the_lse_alone_is_the_softmax():
-    x, where = packed_inputs([6], [4]), (cu_seqlens([6]), cu_seqlens([4]), 6, 4)
+    x, where = oracles.packed_inputs([6], [4]), (oracles.cu_seqlens([6]), oracles.cu_seqlens([4]), 6, 4)
     bias = torch.zeros(4, 2, requires_grad=True)
     _, lse = packed_attention(x.q, x.k, x.v, *where, key_bias=bias, scale=0.5, return_lse=True, impl="torch")
     grad = torch.autograd.grad(lse.sum(), bias)[0]

@@ -5,22 +5,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 
+import oracles
 import pytest
 import torch
-from oracles import (
-    Inputs,
-    assert_meets_specification,
-    assert_within_budget,
-    cu_seqlens,
-    keep_mask,
-    masked_inputs,
-    packed_inputs,
-    run_reference,
-    specify_masked,
-    specify_packed,
-    with_alibi,
-    with_dropout,
-)
 
 from maskattn import packed_attention, readout, token_relevance
 from maskattn.attention import reference
@@ -33,39 +20,44 @@ IMPLS = ["torch", *(["cpu"] if importlib.util.find_spec("maskattn._native") else
 RUNS = [(impl, *options) for impl in IMPLS for options in COMBINATIONS if impl == "torch" or not options[2]]
 
 
-def combined(inputs: Inputs, alibi: int, dropout: int) -> Inputs:
-    inputs = with_alibi(inputs) if alibi else inputs
-    return with_dropout(inputs) if dropout else inputs
+def combined(inputs: oracles.Inputs, alibi: int, dropout: int) -> oracles.Inputs:
+    inputs = oracles.with_alibi(inputs) if alibi else inputs
+    return oracles.with_dropout(inputs) if dropout else inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS)
 def test_packed_attention_with_every_combination_of_options(impl, bias, alibi, dropout, dtype):
     lengths_q, lengths_k = [5, 0, 70, 3], [9, 4, 33, 0]
-    inputs = combined(packed_inputs(lengths_q, lengths_k, bias=bias, dtype=dtype), alibi, dropout)
-    starts = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
+    inputs = combined(oracles.packed_inputs(lengths_q, lengths_k, bias=bias, dtype=dtype), alibi, dropout)
+    starts = oracles.cu_seqlens(lengths_q), oracles.cu_seqlens(lengths_k)
 
     def attend(q, k, v, options):
         return torch.ops.maskattn.packed_attention(q, k, v, *starts, 70, 33, *flat_options(options), True, impl)
 
-    results = run_reference(attend, inputs, dtype)
-    assert_meets_specification(results, inputs.to(dtype), specify_packed(*starts))
+    results = oracles.run_reference(attend, inputs, dtype)
+    oracles.assert_meets_specification(results, inputs.to(dtype), oracles.specify_packed(*starts))
 
 
 @pytest.mark.parametrize("skip_queries", [True, False])
 @pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS)
 def test_masked_attention_with_every_combination_of_options(impl, bias, alibi, dropout, skip_queries):
-    inputs, keep = combined(masked_inputs(3, 40, bias=bias), alibi, dropout), keep_mask("random", 3, 40)
+    inputs, keep = combined(oracles.masked_inputs(3, 40, bias=bias), alibi, dropout), oracles.keep_mask("random", 3, 40)
 
     def attend(q, k, v, options):
         return torch.ops.maskattn.masked_attention(q, k, v, keep, skip_queries, *flat_options(options), True, impl)
 
-    assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_masked(keep, skip_queries))
+    oracles.assert_meets_specification(
+        oracles.run_reference(attend, inputs, torch.float32), inputs, oracles.specify_masked(keep, skip_queries)
+    )
 
 
 def test_many_blocks_of_queries_are_as_one(monkeypatch):
     lengths = [300, 7]
-    inputs, starts = with_dropout(with_alibi(packed_inputs(lengths, bias="shared"))), cu_seqlens(lengths)
+    inputs, starts = (
+        oracles.with_dropout(oracles.with_alibi(oracles.packed_inputs(lengths, bias="shared"))),
+        oracles.cu_seqlens(lengths),
+    )
 
     def attend(q, k, v, options):
         return torch.ops.maskattn.packed_attention(
@@ -73,12 +65,14 @@ def test_many_blocks_of_queries_are_as_one(monkeypatch):
         )
 
     monkeypatch.setattr("maskattn.attention.impl.torch.blocks._SCORES_AT_ONCE", 5_000)
-    assert_meets_specification(run_reference(attend, inputs, torch.float32), inputs, specify_packed(starts, starts))
+    oracles.assert_meets_specification(
+        oracles.run_reference(attend, inputs, torch.float32), inputs, oracles.specify_packed(starts, starts)
+    )
 
 
 def test_dropout_is_drawn_anew_and_by_torchs_seed():
     x = torch.randn(30, 2, 16)
-    call = x, x, x, cu_seqlens([30]), cu_seqlens([30]), 30, 30
+    call = x, x, x, oracles.cu_seqlens([30]), oracles.cu_seqlens([30]), 30, 30
     torch.manual_seed(0)
     first, second = packed_attention(*call, dropout_p=0.5), packed_attention(*call, dropout_p=0.5)
     torch.manual_seed(0)
@@ -89,7 +83,7 @@ def test_dropout_is_drawn_anew_and_by_torchs_seed():
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS)
 def test_readout_with_every_combination_of_options(impl, bias, alibi, dropout, queries):
-    starts, x = cu_seqlens([4, 0, 70]), packed_inputs([4, 0, 70], bias=bias, head_width=16)
+    starts, x = oracles.cu_seqlens([4, 0, 70]), oracles.packed_inputs([4, 0, 70], bias=bias, head_width=16)
     q = torch.randn(3, queries, 2, 16)
     x = combined(x, alibi, dropout)
     places_q = torch.rand(3, queries, 2) * 30 if alibi else None
@@ -109,7 +103,7 @@ def test_readout_with_every_combination_of_options(impl, bias, alibi, dropout, q
 
     exact, same = (differentiate(reference.readout, dtype) for dtype in (torch.float64, torch.float32))
     for number, (got, *expected) in enumerate(zip(differentiate(ours, torch.float32), exact, same, strict=True)):
-        assert_within_budget(got, *expected, f"output or gradient {number}")
+        oracles.assert_within_budget(got, *expected, f"output or gradient {number}")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -118,7 +112,10 @@ def test_readout_with_every_combination_of_options(impl, bias, alibi, dropout, q
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_relevance_meets_the_specification(impl, classes, each, dtype, monkeypatch):
     monkeypatch.setattr("maskattn.attention.impl.torch.relevance._PRODUCTS_AT_ONCE", 500)
-    starts, x = cu_seqlens([4, 0, 70]), with_alibi(packed_inputs([4, 0, 70], bias="shared", head_width=16, dtype=dtype))
+    starts, x = (
+        oracles.cu_seqlens([4, 0, 70]),
+        oracles.with_alibi(oracles.packed_inputs([4, 0, 70], bias="shared", head_width=16, dtype=dtype)),
+    )
     q, g = torch.randn(3, 2, 2, 16).to(dtype), torch.randn(classes, 3, 2, 2, 16).to(dtype)
     origins = torch.randn(2, *((74,) if each else ()), 2, 16).to(dtype)
     places_q = torch.rand(3, 2, 2) * 30
@@ -131,11 +128,11 @@ def test_token_relevance_meets_the_specification(impl, classes, each, dtype, mon
     given = {"key_bias": x.key_bias, "coords": (places_q, x.coords_k), "slopes": x.slopes, "impl": impl}
     out, lse = readout(q, x.k, x.v, starts, 70, return_lse=True, **given)
     got = token_relevance(q, x.k, x.v, out, lse, g, starts, 70, key_origin=origins[0], value_origin=origins[1], **given)
-    assert_within_budget(got, specified(torch.float64), specified(dtype))
+    oracles.assert_within_budget(got, specified(torch.float64), specified(dtype))
 
 
 def test_dropout_named_on_the_cpu_kernels_is_refused_and_otherwise_goes_to_torch():
-    x, starts = torch.randn(5, 2, 16), cu_seqlens([5])
+    x, starts = torch.randn(5, 2, 16), oracles.cu_seqlens([5])
     call = x, x, x, starts, starts, 5, 5
     if "cpu" in IMPLS:
         with pytest.raises(ValueError, match=r"impl='cpu' has no dropout, got dropout_p=0\.5"):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from small_slides import write_slide
 from typer.testing import CliRunner, Result
 
@@ -20,13 +18,7 @@ from maskattn.cli.app import app
 from maskattn.nn.encoders.table import ENCODERS
 from maskattn.slide.layouts import read_features
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import errno
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from PIL import Image
 from small_slides import small_model, write_slide
 from typer.testing import CliRunner, Result
 
-from maskattn.cli import slide_runs
 from maskattn.cli.app import app
 from maskattn.errors import ManifestError
 from maskattn.explain.single_image import read_keep
@@ -29,20 +27,7 @@ from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 from maskattn.slide.sinks import heatmaps
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _small_bundle(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = tmp_path_factory.mktemp("bundle") / "model.safetensors"
-    small_model().save(bundle)
-    monkeypatch.setattr(slide_runs, "BUNDLED", bundle)
+pytestmark = pytest.mark.usefixtures("one_thread", "small_bundle")
 
 
 @pytest.fixture

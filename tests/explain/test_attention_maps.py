@@ -3,17 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_vit import _dense_block, _dense_tokens
+from small_vits import random_vit
 
 from maskattn.explain import AttentionMap
-from maskattn.nn import VisionTransformer
-
-
-def random_vit(**arguments: object) -> VisionTransformer:
-    small = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 4}
-    model = VisionTransformer(**{**small, **arguments}).double().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
 
 
 def test_map_is_the_class_tokens_row_of_a_dense_masked_softmax():

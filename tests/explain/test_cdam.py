@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from small_vits import random_vit, sample
 from torch import Tensor
 
 from maskattn.explain import CDAM, Concept, IntegratedCDAM, SmoothCDAM
@@ -25,20 +26,6 @@ VARIANTS = [
     {"global_pool": "avg"},
     {"global_pool": "avg", "class_token": False, "init_values": 0.5},
 ]
-
-
-def random_vit(**arguments: object) -> VisionTransformer:
-    small = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 4}
-    model = VisionTransformer(**{**small, **arguments}).double().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
-
-
-def sample(B: int = 2) -> tuple[Tensor, Tensor]:
-    keep = torch.rand(B, 4, 4) > 0.4
-    keep[:, 0, 0] = True
-    return torch.randn(B, 3, 64, 64, dtype=torch.float64), keep
 
 
 @torch.no_grad()

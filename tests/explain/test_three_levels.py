@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_regions import SIDE, some_regions, with_random_weights
 from torch import Tensor, nn
 
 from maskattn.explain import CDAM, FactorisedAttention, ThreeLevelCDAM
 from maskattn.nn import HIPT, HIPTHead, VisionTransformer
 
-SIDE = 2  # tokens of 16 px along a patch of 32 px
 KEEP_HW = torch.tensor([[True, True], [False, True]])
 
 
@@ -19,19 +19,7 @@ def random_hipt(**options: object) -> HIPT:
         img_size=2, patch_size=1, in_chans=24, embed_dim=16, depth=2, num_heads=2, embed_act="gelu", **options
     )
     slide = VisionTransformer(img_size=1, patch_size=1, in_chans=16, num_classes=3, embed_dim=24, depth=2, num_heads=3)
-    model = HIPT(patch, region, slide, patch_px=32).double().eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return model
-
-
-def some_regions() -> tuple[Tensor, Tensor]:
-    """Four regions of 3 × 2 patches, row-major on the slide; the third holds no tissue, none holds it everywhere."""
-    keep = torch.rand(4, 3 * SIDE, 2 * SIDE) > 0.5
-    keep[:, 0, 0] = True
-    keep[:, 2:4, 2:4] = False
-    keep[2] = False
-    return torch.randn(4, 3, 96, 64, dtype=torch.float64), keep
+    return with_random_weights(HIPT(patch, region, slide, patch_px=32).double())
 
 
 def gradient_of_all_regions(gradient_KTC: Tensor) -> Tensor:
@@ -71,7 +59,7 @@ def by_whole_graph(model: HIPT, regions: Tensor, keep: Tensor, target: int) -> t
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 1}, {"global_pool": "avg"}], ids=str)
 @pytest.mark.parametrize("target", [0, 2])
 def test_regions_patches_and_tokens_agree_with_the_gradient_of_the_whole_graph(options, target):
-    model, (regions, keep) = random_hipt(**options), some_regions()
+    model, (regions, keep) = random_hipt(**options), some_regions(2, 0.5)
     embeddings, with_tissue = model.encode_regions(regions, keep)
     assert torch.equal(with_tissue, KEEP_HW.flatten())
     cdam = ThreeLevelCDAM(model, "cdam")
@@ -91,7 +79,7 @@ def test_regions_patches_and_tokens_agree_with_the_gradient_of_the_whole_graph(o
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 1}, {"global_pool": "avg"}], ids=str)
 @pytest.mark.parametrize("method", ["integrated-norm", "integrated-weights", "integrated-value"])
 def test_tokens_of_all_regions_and_what_is_on_none_sum_to_the_slides_score_less_that_of_no_embeddings(method, options):
-    model, (regions, keep) = random_hipt(**options), some_regions()
+    model, (regions, keep) = random_hipt(**options), some_regions(2, 0.5)
     embeddings, _ = model.encode_regions(regions, keep)
     difference = (model(embeddings, KEEP_HW) - model(torch.zeros_like(embeddings), KEEP_HW)).detach()
     gaps = []
@@ -107,7 +95,7 @@ def test_tokens_of_all_regions_and_what_is_on_none_sum_to_the_slides_score_less_
 
 
 def test_logits_are_the_models_and_nothing_is_left_behind():
-    model, (regions, keep) = random_hipt(), some_regions()
+    model, (regions, keep) = random_hipt(), some_regions(2, 0.5)
     with torch.inference_mode():
         embeddings, _ = model.encode_regions(regions, keep)
         slide = ThreeLevelCDAM(model).slide(embeddings, KEEP_HW)
@@ -120,7 +108,7 @@ def test_logits_are_the_models_and_nothing_is_left_behind():
 
 
 def test_regions_and_patches_may_be_explained_in_batches_of_any_size():
-    model, (regions, keep) = random_hipt(), some_regions()
+    model, (regions, keep) = random_hipt(), some_regions(2, 0.5)
     gradient = torch.randn(3, 4, 16, dtype=torch.float64)
     cdam = ThreeLevelCDAM(model)
     whole = cdam.regions(regions, keep, gradient)
@@ -136,7 +124,7 @@ def test_a_hipt_given_to_cdam_is_sent_here():
 
 
 def test_regions_of_glass_alone_have_maps_of_zeros():
-    model, (regions, keep) = random_hipt(), some_regions()
+    model, (regions, keep) = random_hipt(), some_regions(2, 0.5)
     maps = ThreeLevelCDAM(model).regions(regions[:2], torch.zeros_like(keep[:2]), torch.ones(3, 2, 16).double())
     assert maps.tokens_KBhw.shape == (3, 2, 6, 4)
     assert (maps.tokens_KBhw == 0).all()
@@ -144,7 +132,7 @@ def test_regions_of_glass_alone_have_maps_of_zeros():
 
 
 def test_a_model_that_drops_at_random_is_refused():
-    model, (regions, keep) = random_hipt(drop_path_rate=0.5).train(), some_regions()
+    model, (regions, keep) = random_hipt(drop_path_rate=0.5).train(), some_regions(2, 0.5)
     with pytest.raises(ValueError, match=r"patch_encoder.* drops"):
         ThreeLevelCDAM(model).regions(regions, keep, torch.ones(3, 4, 16, dtype=torch.float64))
 
@@ -159,7 +147,7 @@ def gated_hipt() -> HIPT:
 
 
 def test_regions_that_are_pooled_have_the_gradient_of_the_whole_slide_level():
-    model, (regions, keep) = gated_hipt(), some_regions()
+    model, (regions, keep) = gated_hipt(), some_regions(2, 0.5)
     embeddings, _ = model.encode_regions(regions, keep)
     leaf = embeddings.detach().requires_grad_()
     logits = model(leaf, KEEP_HW)
@@ -175,7 +163,7 @@ def test_regions_that_are_pooled_have_the_gradient_of_the_whole_slide_level():
 
 @pytest.mark.parametrize("target", [0, 2])
 def test_tokens_under_a_pooled_slide_agree_with_the_gradient_of_the_whole_graph(target):
-    model, (regions, keep) = gated_hipt(), some_regions()
+    model, (regions, keep) = gated_hipt(), some_regions(2, 0.5)
     patches, encoder = model.cut(regions, keep), model.patch_encoder
     tokens = encoder.before_last_block(encoder.embed(patches.pixels_TIpp, patches.keep_Thw))
     leaf = encoder.last_block.norm1(tokens.rows_TC).detach().requires_grad_()
@@ -193,7 +181,7 @@ def test_tokens_under_a_pooled_slide_agree_with_the_gradient_of_the_whole_graph(
 
 
 def test_under_a_pooled_slide_tokens_and_what_is_on_none_sum_to_the_score_less_that_of_no_embeddings():
-    model, (regions, keep) = gated_hipt(), some_regions()
+    model, (regions, keep) = gated_hipt(), some_regions(2, 0.5)
     embeddings, _ = model.encode_regions(regions, keep)
     difference = (model(embeddings, KEEP_HW) - model(torch.zeros_like(embeddings), KEEP_HW)).detach()
     gaps = []
@@ -209,7 +197,7 @@ def test_under_a_pooled_slide_tokens_and_what_is_on_none_sum_to_the_score_less_t
 
 
 def test_maps_of_pixels_are_those_of_the_same_pixels_normalised():
-    model, (_, keep) = gated_hipt(), some_regions()
+    model, (_, keep) = gated_hipt(), some_regions(2, 0.5)
     pixels = torch.randint(0, 256, (4, 3, 96, 64), dtype=torch.uint8)
     gradient = torch.randn(3, 4, 16, dtype=torch.float64)
     of_pixels = ThreeLevelCDAM(model).regions(pixels, keep, gradient)
@@ -224,7 +212,7 @@ def test_maps_of_pixels_are_those_of_the_same_pixels_normalised():
 
 
 def test_the_factorised_map_of_a_pooled_slide_counts_its_pooling_weights():
-    model, (regions, keep) = gated_hipt(), some_regions()
+    model, (regions, keep) = gated_hipt(), some_regions(2, 0.5)
     embeddings, _ = model.encode_regions(regions, keep)
     found = FactorisedAttention(model, scale="minmax").slide(embeddings, KEEP_HW)
     weights = model.slide_encoder.attention(embeddings)[0].detach()

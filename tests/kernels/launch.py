@@ -17,6 +17,22 @@ from maskattn.kernels.tables.config import Config
 from maskattn.operands import Mask, Sequences
 from maskattn.results import Outputs
 
+# Every width of a tile and widths between them, with dtypes in turn.
+WIDTHS_AND_DTYPES = [
+    (16, torch.float16),
+    (24, torch.float32),
+    (32, torch.bfloat16),
+    (48, torch.float16),
+    (48, torch.bfloat16),
+    (64, torch.float32),
+    (64, torch.float16),
+    (80, torch.float32),
+    (80, torch.bfloat16),
+    (128, torch.float32),
+    (128, torch.float16),
+    (256, torch.float16),
+]
+
 
 def run_packed(
     inputs: Inputs, lengths_q: collections.abc.Sequence[int], lengths_k: collections.abc.Sequence[int], device: str

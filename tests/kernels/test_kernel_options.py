@@ -5,23 +5,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import oracles
 import pytest
 import torch
 import triton
 import triton.language as tl
 from launch import force, run_masked, run_packed
-from oracles import (
-    Inputs,
-    assert_meets_specification,
-    cu_seqlens,
-    keep_mask,
-    masked_inputs,
-    packed_inputs,
-    specify_masked,
-    specify_packed,
-    with_alibi,
-    with_dropout,
-)
 from torch import Tensor
 
 from maskattn.dropout import dropout_factors as specified_factors
@@ -34,34 +23,34 @@ from maskattn.options import Options
 SETS_OF_OPTIONS = list(itertools.product([None, "shared", "per_head"], [False, True], [False, True]))
 
 
-def with_options(inputs: Inputs, alibi: bool, dropout: bool) -> Inputs:
-    inputs = with_alibi(inputs) if alibi else inputs
-    return with_dropout(inputs) if dropout else inputs
+def with_options(inputs: oracles.Inputs, alibi: bool, dropout: bool) -> oracles.Inputs:
+    inputs = oracles.with_alibi(inputs) if alibi else inputs
+    return oracles.with_dropout(inputs) if dropout else inputs
 
 
-def check_packed(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], device: str) -> None:
-    specify = specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k))
-    assert_meets_specification(run_packed(inputs, lengths_q, lengths_k, device), inputs, specify)
+def check_packed(inputs: oracles.Inputs, lengths_q: list[int], lengths_k: list[int], device: str) -> None:
+    specify = oracles.specify_packed(oracles.cu_seqlens(lengths_q), oracles.cu_seqlens(lengths_k))
+    oracles.assert_meets_specification(run_packed(inputs, lengths_q, lengths_k, device), inputs, specify)
 
 
-def check_masked(inputs: Inputs, keep: Tensor, skip_queries: bool, device: str) -> None:
-    assert_meets_specification(
-        run_masked(inputs, keep, skip_queries, device), inputs, specify_masked(keep, skip_queries)
+def check_masked(inputs: oracles.Inputs, keep: Tensor, skip_queries: bool, device: str) -> None:
+    oracles.assert_meets_specification(
+        run_masked(inputs, keep, skip_queries, device), inputs, oracles.specify_masked(keep, skip_queries)
     )
 
 
 @pytest.mark.parametrize(("bias", "alibi", "dropout"), SETS_OF_OPTIONS)
 def test_every_set_of_options_on_packed_sequences(bias, alibi, dropout, device):
     lengths_q, lengths_k = [37, 0, 3], [5, 7, 70]
-    inputs = with_options(packed_inputs(lengths_q, lengths_k, head_width=16, bias=bias), alibi, dropout)
+    inputs = with_options(oracles.packed_inputs(lengths_q, lengths_k, head_width=16, bias=bias), alibi, dropout)
     check_packed(inputs, lengths_q, lengths_k, device)
 
 
 @pytest.mark.parametrize(("bias", "alibi", "dropout"), SETS_OF_OPTIONS)
 @pytest.mark.parametrize("skip_queries", [True, False])
 def test_every_set_of_options_on_dense_tensors(skip_queries, bias, alibi, dropout, device):
-    inputs = with_options(masked_inputs(2, 70, heads=1, head_width=16, bias=bias), alibi, dropout)
-    check_masked(inputs, keep_mask("random", 2, 70), skip_queries, device)
+    inputs = with_options(oracles.masked_inputs(2, 70, heads=1, head_width=16, bias=bias), alibi, dropout)
+    check_masked(inputs, oracles.keep_mask("random", 2, 70), skip_queries, device)
 
 
 @pytest.mark.parametrize(
@@ -72,19 +61,19 @@ def test_every_set_of_options_on_dense_tensors(skip_queries, bias, alibi, dropou
 def test_head_widths_and_dtypes(head_width, dtype, device):
     lengths = [65, 3]
     inputs = with_options(
-        packed_inputs(lengths, heads=1, head_width=head_width, dtype=dtype, bias="per_head"), True, True
+        oracles.packed_inputs(lengths, heads=1, head_width=head_width, dtype=dtype, bias="per_head"), True, True
     )
     check_packed(inputs, lengths, lengths, device)
 
 
 def test_queries_with_places_of_their_own(device):
-    inputs = with_options(masked_inputs(2, 50, 20), True, True)
-    check_masked(inputs, keep_mask("blob", 2, 50), False, device)
+    inputs = with_options(oracles.masked_inputs(2, 50, 20), True, True)
+    check_masked(inputs, oracles.keep_mask("blob", 2, 50), False, device)
 
 
 def test_places_with_any_strides(device):
     lengths = [40, 30]
-    inputs = with_alibi(packed_inputs(lengths, heads=1, head_width=16))
+    inputs = oracles.with_alibi(oracles.packed_inputs(lengths, heads=1, head_width=16))
     apart = torch.stack([inputs.coords_q, inputs.coords_q + 1], dim=2).flip(0)
     inputs = replace(
         inputs,
@@ -97,13 +86,13 @@ def test_places_with_any_strides(device):
 
 def test_one_place_for_all(device):
     lengths = [40]
-    inputs = with_alibi(packed_inputs(lengths, heads=1, head_width=16))
+    inputs = oracles.with_alibi(oracles.packed_inputs(lengths, heads=1, head_width=16))
     inputs = replace(inputs, coords_q=inputs.coords_q[:1].expand(40, 2))
     check_packed(inputs, lengths, lengths, device)
 
 
 def test_nowhere_is_at_distance_zero(device):
-    inputs = with_alibi(packed_inputs([30], heads=1, head_width=16), unplaced=2.0)
+    inputs = oracles.with_alibi(oracles.packed_inputs([30], heads=1, head_width=16), unplaced=2.0)
     assert inputs.coords_q.isnan().all()
     results, plain = (run_packed(x, [30], [30], device) for x in (inputs, replace(inputs, slopes=None)))
     assert results["dslopes"].eq(0).all()
@@ -113,8 +102,8 @@ def test_nowhere_is_at_distance_zero(device):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("skip_queries", [True, False])
 def test_poisoned_background_never_reaches_an_output_or_a_gradient(skip_queries, poison, device):
-    keep = keep_mask("random", 2, 50)
-    clean = with_options(masked_inputs(2, 50, heads=1, head_width=16, bias="per_head"), True, True)
+    keep = oracles.keep_mask("random", 2, 50)
+    clean = with_options(oracles.masked_inputs(2, 50, heads=1, head_width=16, bias="per_head"), True, True)
     background_BHND = ~keep[:, None, :, None].expand_as(clean.k)
     bad = replace(
         clean,
@@ -130,7 +119,7 @@ def test_poisoned_background_never_reaches_an_output_or_a_gradient(skip_queries,
 
 def test_keys_biased_to_minus_infinity_are_as_if_absent(device):
     lengths = [70, 40]
-    inputs = with_options(packed_inputs(lengths, heads=1, head_width=16, bias="shared"), True, True)
+    inputs = with_options(oracles.packed_inputs(lengths, heads=1, head_width=16, bias="shared"), True, True)
     absent = torch.zeros(110, dtype=torch.bool)
     absent[:50], absent[55:60], absent[70:] = True, True, True
     inputs = replace(inputs, key_bias=inputs.key_bias.masked_fill(absent, float("-inf")))
@@ -138,7 +127,9 @@ def test_keys_biased_to_minus_infinity_are_as_if_absent(device):
 
 
 def test_the_same_result_every_time(device):
-    inputs = with_options(packed_inputs([40, 20], head_width=16, dtype=torch.float16, bias="shared"), True, True)
+    inputs = with_options(
+        oracles.packed_inputs([40, 20], head_width=16, dtype=torch.float16, bias="shared"), True, True
+    )
     first, second = (run_packed(inputs, [40, 20], [40, 20], device) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -147,12 +138,12 @@ def test_the_same_result_every_time(device):
 def test_any_tile_size(config, device, monkeypatch):
     force(config, monkeypatch)
     lengths_q, lengths_k = [33, 16], [66, 17]
-    inputs = with_options(packed_inputs(lengths_q, lengths_k, heads=1, head_width=16), True, True)
+    inputs = with_options(oracles.packed_inputs(lengths_q, lengths_k, heads=1, head_width=16), True, True)
     check_packed(inputs, lengths_q, lengths_k, device)
 
 
 def test_a_scale_below_zero_leaves_distances_as_they_are(device):
-    check_packed(with_alibi(packed_inputs([40], scale=-0.5)), [40], [40], device)
+    check_packed(oracles.with_alibi(oracles.packed_inputs([40], scale=-0.5)), [40], [40], device)
 
 
 @triton.jit

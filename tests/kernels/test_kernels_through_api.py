@@ -5,21 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import oracles
 import pytest
 import torch
-from oracles import (
-    Inputs,
-    Results,
-    assert_meets_specification,
-    cu_seqlens,
-    keep_mask,
-    masked_inputs,
-    packed_inputs,
-    run_reference,
-    specify_masked,
-    specify_packed,
-    with_alibi,
-)
 
 from maskattn import masked_attention, packed_attention, readout
 from maskattn.attention.ops import flat_options
@@ -34,42 +22,47 @@ def asked(options: Options) -> dict[str, Any]:
     return {"scale": options.scale, "key_bias": options.key_bias, **places}
 
 
-def run(attend, inputs: Inputs, device: str) -> Results:
+def run(attend, inputs: oracles.Inputs, device: str) -> oracles.Results:
     """As the reference is run: through autograd."""
-    return run_reference(attend, inputs.to(device), inputs.q.dtype)
+    return oracles.run_reference(attend, inputs.to(device), inputs.q.dtype)
 
 
 @pytest.mark.parametrize("bias", [None, "shared", "per_head"])
 @pytest.mark.parametrize("alibi", [False, True])
 def test_packed_attention(alibi, bias, device):
     lengths_q, lengths_k = [40, 0, 3], [7, 5, 65]
-    inputs = packed_inputs(lengths_q, lengths_k, head_width=16, bias=bias)
-    inputs = with_alibi(inputs) if alibi else inputs
-    sides = cu_seqlens(lengths_q).to(device), cu_seqlens(lengths_k).to(device), max(lengths_q), max(lengths_k)
+    inputs = oracles.packed_inputs(lengths_q, lengths_k, head_width=16, bias=bias)
+    inputs = oracles.with_alibi(inputs) if alibi else inputs
+    sides = (
+        oracles.cu_seqlens(lengths_q).to(device),
+        oracles.cu_seqlens(lengths_k).to(device),
+        max(lengths_q),
+        max(lengths_k),
+    )
 
     def attend(q, k, v, options):
         return packed_attention(q, k, v, *sides, **asked(options), return_lse=True, impl="triton")
 
-    specify = specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k))
-    assert_meets_specification(run(attend, inputs, device), inputs, specify)
+    specify = oracles.specify_packed(oracles.cu_seqlens(lengths_q), oracles.cu_seqlens(lengths_k))
+    oracles.assert_meets_specification(run(attend, inputs, device), inputs, specify)
 
 
 @pytest.mark.parametrize("skip_queries", [True, False])
 def test_masked_attention(skip_queries, device):
-    keep = keep_mask("random", 2, 50)
-    inputs = with_alibi(masked_inputs(2, 50, head_width=16, bias="shared"))
+    keep = oracles.keep_mask("random", 2, 50)
+    inputs = oracles.with_alibi(oracles.masked_inputs(2, 50, head_width=16, bias="shared"))
 
     def attend(q, k, v, options):
         return masked_attention(
             q, k, v, keep.to(device), **asked(options), skip_queries=skip_queries, return_lse=True, impl="triton"
         )
 
-    assert_meets_specification(run(attend, inputs, device), inputs, specify_masked(keep, skip_queries))
+    oracles.assert_meets_specification(run(attend, inputs, device), inputs, oracles.specify_masked(keep, skip_queries))
 
 
 def test_dropout_drops_the_same_weights_in_both_directions(device):
     # With v = 1 the output is Σ_j m_ij p_ij, and the gradient of v says which m_ij are 0.
-    starts, q = cu_seqlens([8]).to(device), torch.zeros(8, 1, 16, device=device)
+    starts, q = oracles.cu_seqlens([8]).to(device), torch.zeros(8, 1, 16, device=device)
     v = torch.ones(8, 1, 16, device=device, requires_grad=True)
     torch.manual_seed(0)
     out = packed_attention(q, q, v, starts, starts, 8, 8, dropout_p=0.5, impl="triton")
@@ -80,8 +73,8 @@ def test_dropout_drops_the_same_weights_in_both_directions(device):
 
 
 def test_the_output_alone_is_differentiable(device):
-    keep = keep_mask("random", 1, 30)
-    inputs = replace(masked_inputs(1, 30, head_width=16, grad_lse=False)).to(device)
+    keep = oracles.keep_mask("random", 1, 30)
+    inputs = replace(oracles.masked_inputs(1, 30, head_width=16, grad_lse=False)).to(device)
     q = inputs.q.requires_grad_()
     masked_attention(q, inputs.k, inputs.v, keep.to(device), impl="triton").sum().backward()
     assert q.grad.transpose(1, 2)[~keep.to(device)].eq(0).all()
@@ -109,7 +102,7 @@ def all_options(heads: int, tokens: tuple[int, ...], bias: tuple[int, ...], devi
 
 @pytest.mark.parametrize("given", [True, False])
 def test_packed_op_passes_opcheck(given, device):
-    tensors, starts = [leaf(9, 2, 16, device=device) for _ in range(3)], cu_seqlens([4, 5]).to(device)
+    tensors, starts = [leaf(9, 2, 16, device=device) for _ in range(3)], oracles.cu_seqlens([4, 5]).to(device)
     options = all_options(2, (9,), (9, 2), device) if given else flat_options(Options(0.25))
     torch.library.opcheck(
         torch.ops.maskattn.packed_attention.default, (*tensors, starts, starts, 5, 5, *options, True, "triton")
@@ -118,7 +111,7 @@ def test_packed_op_passes_opcheck(given, device):
 
 @pytest.mark.parametrize("skip_queries", [True, False])
 def test_masked_op_passes_opcheck(skip_queries, device):
-    tensors, keep = [leaf(2, 2, 7, 16, device=device) for _ in range(3)], keep_mask("random", 2, 7).to(device)
+    tensors, keep = [leaf(2, 2, 7, 16, device=device) for _ in range(3)], oracles.keep_mask("random", 2, 7).to(device)
     options = all_options(2, (2, 7), (2, 7), device)
     torch.library.opcheck(
         torch.ops.maskattn.masked_attention.default, (*tensors, keep, skip_queries, *options, True, "triton")
@@ -127,8 +120,8 @@ def test_masked_op_passes_opcheck(skip_queries, device):
 
 def test_compiles_whole_and_gives_the_eager_result_and_gradients(device):
     torch._dynamo.reset()
-    starts = cu_seqlens([4, 5]).to(device)
-    keep = keep_mask("random", 1, 9).to(device)
+    starts = oracles.cu_seqlens([4, 5]).to(device)
+    keep = oracles.keep_mask("random", 1, 9).to(device)
     x = torch.randn(9, 2, 16, device=device, requires_grad=True)
     bias = torch.randn(9, 2, device=device, requires_grad=True)
 

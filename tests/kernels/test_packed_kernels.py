@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
-from launch import force, run_packed
+from launch import WIDTHS_AND_DTYPES, force, run_packed
 from oracles import LENGTHS, Inputs, assert_meets_specification, cu_seqlens, packed_inputs, specify_packed
 from torch import Tensor
 
@@ -56,31 +56,11 @@ def test_no_sequences(device):
     }
 
 
-@pytest.mark.parametrize(
-    ("head_width", "dtype"),
-    [
-        (16, torch.float16),
-        (24, torch.float32),
-        (32, torch.bfloat16),
-        (48, torch.float16),
-        (48, torch.bfloat16),
-        (64, torch.float32),
-        (64, torch.float16),
-        (80, torch.float32),
-        (80, torch.bfloat16),
-        (128, torch.float32),
-        (128, torch.float16),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("head_width", "dtype"), WIDTHS_AND_DTYPES, ids=str)
 def test_head_widths_and_dtypes(head_width, dtype, device):
     lengths = [65, 3]
     inputs = packed_inputs(lengths, heads=1, head_width=head_width, dtype=dtype, bias="per_head")
     check(inputs, lengths, lengths, device)
-
-
-def test_the_widest_head(device):
-    check(packed_inputs([33], heads=1, head_width=256, dtype=torch.float16), [33], [33], device)
 
 
 @pytest.mark.parametrize("bias", [None, "shared"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
+from launch import WIDTHS_AND_DTYPES
 from oracles import LENGTHS, cu_seqlens
 from readout_cases import Readout, assert_meets_specification, check, make_readout, run
 
@@ -78,22 +79,6 @@ def test_options_go_together(pair, queries, device):
 def test_every_option_at_once(dtype, queries, device):
     options = {"bias": "per_head", "alibi": True, "dropout": True, "grad_rows": True, "scale": -0.3}
     check(make_readout([70, 0, 66, 41] * 2, queries, dtype=dtype, **options), device)
-
-
-WIDTHS_AND_DTYPES = [
-    (16, torch.float16),
-    (24, torch.float32),
-    (32, torch.bfloat16),
-    (48, torch.float16),
-    (48, torch.bfloat16),
-    (64, torch.float32),
-    (64, torch.float16),
-    (80, torch.float32),
-    (80, torch.bfloat16),
-    (128, torch.float32),
-    (128, torch.float16),
-    (256, torch.float16),
-]
 
 
 @pytest.mark.parametrize("queries", [1, 2])

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import triton
+from launch import WIDTHS_AND_DTYPES
 from oracles import LENGTHS, assert_within_budget
 from readout_cases import Readout, make_readout
 from torch import Tensor
@@ -125,20 +126,7 @@ def test_options_go_together(pair, classes, device):
 
 
 @pytest.mark.parametrize("classes", [1, 5])
-@pytest.mark.parametrize(
-    ("head_width", "dtype"),
-    [
-        (16, torch.float16),
-        (24, torch.float32),
-        (32, torch.bfloat16),
-        (48, torch.bfloat16),
-        (64, torch.float16),
-        (80, torch.float32),
-        (128, torch.bfloat16),
-        (256, torch.float16),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("head_width", "dtype"), WIDTHS_AND_DTYPES, ids=str)
 def test_head_widths_and_dtypes(head_width, dtype, classes, device):
     check(make_readout([65, 3], 2, heads=1, head_width=head_width, dtype=dtype), device, classes)
 

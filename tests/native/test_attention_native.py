@@ -8,24 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from native_attention import as_numpy, run_masked, run_packed
-from oracles import (
-    KEEP_KINDS,
-    LENGTHS,
-    Inputs,
-    Results,
-    assert_meets_specification,
-    cu_seqlens,
-    keep_mask,
-    masked_inputs,
-    packed_inputs,
-    specify_masked,
-    specify_packed,
-    with_alibi,
-    with_extreme_bias,
-)
 from torch import Tensor
 
 from maskattn import _native
@@ -40,17 +26,17 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def check_packed(inputs: Inputs, lengths_q: list[int], lengths_k: list[int], **how: Any) -> None:
-    specify = specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k))
-    assert_meets_specification(run_packed(inputs, lengths_q, lengths_k, **how), inputs, specify)
+def check_packed(inputs: oracles.Inputs, lengths_q: list[int], lengths_k: list[int], **how: Any) -> None:
+    specify = oracles.specify_packed(oracles.cu_seqlens(lengths_q), oracles.cu_seqlens(lengths_k))
+    oracles.assert_meets_specification(run_packed(inputs, lengths_q, lengths_k, **how), inputs, specify)
 
 
-def check_masked(inputs: Inputs, keep: Tensor, skip_queries: bool, **how: Any) -> None:
+def check_masked(inputs: oracles.Inputs, keep: Tensor, skip_queries: bool, **how: Any) -> None:
     results = run_masked(inputs, keep, skip_queries, **how)
-    assert_meets_specification(results, inputs, specify_masked(keep, skip_queries))
+    oracles.assert_meets_specification(results, inputs, oracles.specify_masked(keep, skip_queries))
 
 
-def assert_same_bits(a: Results, b: Results) -> None:
+def assert_same_bits(a: oracles.Results, b: oracles.Results) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
@@ -61,16 +47,16 @@ def test_the_portable_kernels_are_always_there():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", oracles.LENGTHS)
 def test_one_sequence_of_each_length(length, dtype, instruction_set):
-    inputs = packed_inputs([length], heads=1, head_width=16, dtype=dtype, bias="shared")
+    inputs = oracles.packed_inputs([length], heads=1, head_width=16, dtype=dtype, bias="shared")
     check_packed(inputs, [length], [length], instruction_set=instruction_set)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_number_of_keys_in_the_last_block(dtype, instruction_set):
     lengths = [*range(1, 34), *range(95, 100), *range(126, 131), 191, 192, 193]
-    inputs = packed_inputs(lengths, heads=1, head_width=16, dtype=dtype)
+    inputs = oracles.packed_inputs(lengths, heads=1, head_width=16, dtype=dtype)
     check_packed(inputs, lengths, lengths, instruction_set=instruction_set)
 
 
@@ -78,7 +64,9 @@ def test_every_number_of_keys_in_the_last_block(dtype, instruction_set):
 def test_lse_of_single_tokens_is_as_exact_as_the_reference(head_width, instruction_set):
     # Over many: that of one may be nearer to the oracle by luck, and with it the budget.
     lengths = [1] * 512
-    check_packed(packed_inputs(lengths, head_width=head_width), lengths, lengths, instruction_set=instruction_set)
+    check_packed(
+        oracles.packed_inputs(lengths, head_width=head_width), lengths, lengths, instruction_set=instruction_set
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,12 +85,12 @@ def test_lse_of_single_tokens_is_as_exact_as_the_reference(head_width, instructi
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sequences_of_unequal_lengths(lengths_q, lengths_k, bias, dtype, instruction_set):
-    inputs = packed_inputs(lengths_q, lengths_k, dtype=dtype, bias=bias)
+    inputs = oracles.packed_inputs(lengths_q, lengths_k, dtype=dtype, bias=bias)
     check_packed(inputs, lengths_q, lengths_k, instruction_set=instruction_set)
 
 
 def test_no_sequences():
-    results = run_packed(packed_inputs([], bias="shared"), [], [])
+    results = run_packed(oracles.packed_inputs([], bias="shared"), [], [])
     shapes = {name: tuple(x.shape) for name, x in results.items()}
     rows = dict.fromkeys(("out", "dq", "dk", "dv"), (0, 2, 32))
     assert shapes == rows | {"lse": (2, 0), "dkey_bias": (0,)}
@@ -112,7 +100,7 @@ def test_no_sequences():
 @pytest.mark.parametrize("head_width", [16, 24, 40, 48, 64, 80, 128, 136, 256])
 def test_head_widths(head_width, dtype, instruction_set):
     lengths = [65, 3, 300]
-    inputs = packed_inputs(lengths, heads=1, head_width=head_width, dtype=dtype, bias="per_head")
+    inputs = oracles.packed_inputs(lengths, heads=1, head_width=head_width, dtype=dtype, bias="per_head")
     check_packed(inputs, lengths, lengths, instruction_set=instruction_set)
 
 
@@ -120,18 +108,18 @@ def test_head_widths(head_width, dtype, instruction_set):
 @pytest.mark.parametrize("bias", BIASES)
 def test_alibi(bias, dtype, instruction_set):
     lengths_q, lengths_k = [70, 5, 0, 111], [300, 5, 9, 111]
-    inputs = with_alibi(packed_inputs(lengths_q, lengths_k, bias=bias, dtype=dtype))
+    inputs = oracles.with_alibi(oracles.packed_inputs(lengths_q, lengths_k, bias=bias, dtype=dtype))
     check_packed(inputs, lengths_q, lengths_k, instruction_set=instruction_set)
 
 
 @pytest.mark.parametrize("bias", [None, "shared"])
 def test_without_a_gradient_of_lse(bias):
-    check_packed(packed_inputs([40, 70], bias=bias, grad_lse=False), [40, 70], [40, 70])
+    check_packed(oracles.packed_inputs([40, 70], bias=bias, grad_lse=False), [40, 70], [40, 70])
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0, 40.0, -40.0])
 def test_any_scale(scale, instruction_set):
-    inputs = packed_inputs([70], bias="shared", scale=scale)
+    inputs = oracles.packed_inputs([70], bias="shared", scale=scale)
     check_packed(inputs, [70], [70], instruction_set=instruction_set)
     check_packed(replace(inputs, key_bias=None), [70], [70], instruction_set=instruction_set)
 
@@ -155,14 +143,14 @@ def sliced(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_do_not_matter(relayout, dtype):
     lengths = [70, 9]
-    inputs = packed_inputs(lengths, bias="per_head", dtype=dtype)
+    inputs = oracles.packed_inputs(lengths, bias="per_head", dtype=dtype)
     moved = replace(inputs, **{name: relayout(getattr(inputs, name)) for name in ("q", "k", "v", "grad_out")})
     moved = replace(moved, key_bias=inputs.key_bias.T.contiguous().T, grad_lse=inputs.grad_lse.T.contiguous().T)
     assert_same_bits(run_packed(inputs, lengths, lengths), run_packed(moved, lengths, lengths))
 
 
 def test_reversed_rows_and_outputs_with_gaps():
-    inputs, where = packed_inputs([70]), cu_seqlens([70]).numpy()
+    inputs, where = oracles.packed_inputs([70]), oracles.cu_seqlens([70]).numpy()
     plain = run_packed(inputs, [70], [70])
     q, k, v = (np.ascontiguousarray(as_numpy(x)[::-1])[::-1] for x in (inputs.q, inputs.k, inputs.v))
     wide_out, wide_lse = torch.full((70, 2, 40), 7.0), torch.full((2, 140), 7.0)
@@ -176,7 +164,7 @@ def test_reversed_rows_and_outputs_with_gaps():
 
 def test_expanded_inputs():
     lengths = [70, 9]
-    inputs = packed_inputs(lengths, bias="shared")
+    inputs = oracles.packed_inputs(lengths, bias="shared")
     inputs = replace(
         inputs,
         k=inputs.k[:, :1].expand_as(inputs.k),
@@ -188,7 +176,7 @@ def test_expanded_inputs():
 
 
 def test_rows_without_keys_are_zero_whatever_comes_back_to_them(instruction_set):
-    inputs = packed_inputs([70, 3], [0, 5], bias="shared")
+    inputs = oracles.packed_inputs([70, 3], [0, 5], bias="shared")
     inputs.grad_out[:70], inputs.grad_lse[:, :70] = float("nan"), float("nan")
     results = run_packed(inputs, [70, 3], [0, 5], instruction_set=instruction_set)
     assert results["out"][:70].eq(0).all()
@@ -200,7 +188,7 @@ def test_rows_without_keys_are_zero_whatever_comes_back_to_them(instruction_set)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_biased_to_minus_infinity_are_as_if_absent(dtype, instruction_set):
     lengths = [170, 40]
-    inputs = packed_inputs(lengths, bias="shared", dtype=dtype)
+    inputs = oracles.packed_inputs(lengths, bias="shared", dtype=dtype)
     # A whole first block, some later keys, and every key of the second sequence.
     absent = torch.zeros(210, dtype=torch.bool)
     absent[:70], absent[75:80], absent[170:] = True, True, True
@@ -213,12 +201,14 @@ def test_keys_biased_to_minus_infinity_are_as_if_absent(dtype, instruction_set):
         assert results[name][absent].eq(0).all()
         results[name] = results[name][~absent]
     shorter = [int((~absent[:170]).sum()), 0]
-    assert_meets_specification(results, present, specify_packed(cu_seqlens(lengths), cu_seqlens(shorter)))
+    oracles.assert_meets_specification(
+        results, present, oracles.specify_packed(oracles.cu_seqlens(lengths), oracles.cu_seqlens(shorter))
+    )
 
 
 @pytest.mark.parametrize("offset", [-200, 200])
 def test_scores_far_from_zero(offset, instruction_set):
-    inputs = packed_inputs([5, 40], bias="shared")
+    inputs = oracles.packed_inputs([5, 40], bias="shared")
     inputs = replace(inputs, key_bias=inputs.key_bias + offset)
     check_packed(inputs, [5, 40], [5, 40], instruction_set=instruction_set)
 
@@ -227,11 +217,11 @@ def test_scores_far_from_zero(offset, instruction_set):
 @pytest.mark.parametrize("alibi", [False, True])
 def test_biases_up_to_the_largest_float(alibi, dtype, instruction_set):
     lengths = [16, 16, 16, 16, 5, 0, 150]
-    inputs = with_extreme_bias(packed_inputs(lengths, bias="per_head", dtype=dtype))
-    inputs = with_alibi(inputs) if alibi else inputs
+    inputs = oracles.with_extreme_bias(oracles.packed_inputs(lengths, bias="per_head", dtype=dtype))
+    inputs = oracles.with_alibi(inputs) if alibi else inputs
     results = run_packed(inputs, lengths, lengths, instruction_set=instruction_set)
-    starts = cu_seqlens(lengths)
-    assert_meets_specification(results, inputs, specify_packed(starts, starts), carries=False)
+    starts = oracles.cu_seqlens(lengths)
+    oracles.assert_meets_specification(results, inputs, oracles.specify_packed(starts, starts), carries=False)
 
 
 def test_the_exponential_is_as_good_as_its_comment_says(instruction_set):
@@ -240,7 +230,7 @@ def test_the_exponential_is_as_good_as_its_comment_says(instruction_set):
     q, k, v = torch.zeros(4001, 1, 16), torch.zeros(2, 1, 16), torch.zeros(2, 1, 16)
     q[:, 0, 0], k[1, 0, 0], v[0, 0, 0], v[1, 0, 1] = x, 1.0, 1.0, 1.0
     out, lse = torch.empty_like(q), torch.empty(1, 4001)
-    starts = cu_seqlens([4001]).numpy(), cu_seqlens([2]).numpy()
+    starts = oracles.cu_seqlens([4001]).numpy(), oracles.cu_seqlens([2]).numpy()
     arrays = (as_numpy(t) for t in (q, k, v))
     _native.attention_forward(*arrays, *starts, out.numpy(), lse.numpy(), scale=1.0, instruction_set=instruction_set)
     ratio = (out[:, 0, 1] / out[:, 0, 0]).double()
@@ -251,30 +241,32 @@ def test_the_exponential_is_as_good_as_its_comment_says(instruction_set):
 
 @pytest.mark.parametrize("skip_queries", [True, False])
 @pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize("kind", KEEP_KINDS)
+@pytest.mark.parametrize("kind", oracles.KEEP_KINDS)
 def test_masked_attention(kind, bias, skip_queries, instruction_set):
-    inputs, keep = masked_inputs(3, 165, bias=bias, head_width=24), keep_mask(kind, 3, 165)
+    inputs, keep = oracles.masked_inputs(3, 165, bias=bias, head_width=24), oracles.keep_mask(kind, 3, 165)
     check_masked(inputs, keep, skip_queries, instruction_set=instruction_set)
 
 
 @pytest.mark.parametrize("skip_queries", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_masked_attention_with_alibi(dtype, skip_queries, instruction_set):
-    inputs = with_alibi(masked_inputs(2, 165, bias="shared", dtype=dtype))
-    check_masked(inputs, keep_mask("random", 2, 165), skip_queries, instruction_set=instruction_set)
+    inputs = oracles.with_alibi(oracles.masked_inputs(2, 165, bias="shared", dtype=dtype))
+    check_masked(inputs, oracles.keep_mask("random", 2, 165), skip_queries, instruction_set=instruction_set)
 
 
 def test_masked_attention_of_fewer_queries_than_keys():
-    check_masked(with_alibi(masked_inputs(2, 111, 7, bias="per_head")), keep_mask("blob", 2, 111), False)
+    check_masked(
+        oracles.with_alibi(oracles.masked_inputs(2, 111, 7, bias="per_head")), oracles.keep_mask("blob", 2, 111), False
+    )
 
 
 @pytest.mark.parametrize("poison", [float("nan"), INFINITY])
 @pytest.mark.parametrize("skip_queries", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_background_never_reaches_an_output_or_a_gradient(dtype, skip_queries, poison, instruction_set):
-    keep = keep_mask("random", 3, 165)
+    keep = oracles.keep_mask("random", 3, 165)
     keep[1] = False
-    clean = with_alibi(masked_inputs(3, 165, bias="shared", dtype=dtype))
+    clean = oracles.with_alibi(oracles.masked_inputs(3, 165, bias="shared", dtype=dtype))
     background = ~keep[:, None, :, None]
     names = ("q", "k", "v", "grad_out") if skip_queries else ("k", "v")
     dirty = replace(clean, **{name: getattr(clean, name).masked_fill(background, poison) for name in names})
@@ -290,7 +282,7 @@ def test_background_never_reaches_an_output_or_a_gradient(dtype, skip_queries, p
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_masked_and_packed_attention_are_one(dtype, instruction_set):
-    keep, dense = keep_mask("random", 1, 300), masked_inputs(1, 300, dtype=dtype)
+    keep, dense = oracles.keep_mask("random", 1, 300), oracles.masked_inputs(1, 300, dtype=dtype)
     kept = {name: getattr(dense, name)[0].transpose(0, 1)[keep[0]] for name in ("q", "k", "v", "grad_out")}
     packed = replace(dense, **kept, grad_lse=dense.grad_lse[0][:, keep[0]])
     lengths = [int(keep.sum())]
@@ -305,7 +297,7 @@ def test_masked_and_packed_attention_are_one(dtype, instruction_set):
 def test_the_number_of_threads_does_not_change_a_bit(dtype, instruction_set):
     # Long ones, which are cut in more pieces for more threads, and short ones, of which each goes to one thread.
     lengths = [1100, 1, 65, 0, 300, *[17] * 20]
-    inputs = with_alibi(packed_inputs(lengths, heads=1, bias="shared", dtype=dtype))
+    inputs = oracles.with_alibi(oracles.packed_inputs(lengths, heads=1, bias="shared", dtype=dtype))
     one = run_packed(inputs, lengths, lengths, threads=1, instruction_set=instruction_set)
     for threads in (0, 2, 5, 16):
         for _ in range(3):
@@ -316,21 +308,21 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype, instruction_set):
 
 def test_several_python_threads_at_once():
     lengths = [300, 65]
-    inputs = packed_inputs(lengths, bias="shared")
+    inputs = oracles.packed_inputs(lengths, bias="shared")
     alone = run_packed(inputs, lengths, lengths, threads=1)
     with ThreadPoolExecutor(4) as pool:
         for results in pool.map(lambda _: run_packed(inputs, lengths, lengths, threads=3), range(40)):
             assert_same_bits(alone, results)
 
 
-def _attend_in_child(connection: Any, inputs: Inputs) -> None:
+def _attend_in_child(connection: Any, inputs: oracles.Inputs) -> None:
     results = run_packed(inputs, [300, 65], [300, 65], threads=2)
     connection.send({name: x.numpy() for name, x in results.items()})
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # that is the point
 def test_a_forked_child_starts_threads_of_its_own():
-    inputs = packed_inputs([300, 65])
+    inputs = oracles.packed_inputs([300, 65])
     parent = run_packed(inputs, [300, 65], [300, 65], threads=2)
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_regions import SIDE, some_regions, with_random_weights
+from torch import Tensor
 
 from maskattn.explain import AttentionMap, FactorisedAttention
 from maskattn.explain.factorised import normalise
 from maskattn.nn import HIPT, VisionTransformer
 from maskattn.nn.hipt import slide_level
 from maskattn.packing import Packing
-
-SIDE = 2  # tokens of 16 px along a patch of 32 px
 
 
 def small_hipt() -> HIPT:
@@ -27,19 +26,7 @@ def small_hipt() -> HIPT:
         embed_act="gelu",
         pos_embed_resample="dino",
     )
-    model = HIPT(patch, region, slide_level(24, 3), patch_px=32).double().eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return model
-
-
-def some_regions() -> tuple[Tensor, Tensor]:
-    """Four regions of 3 × 4 patches; the third holds no tissue, and no region holds it everywhere."""
-    keep = torch.rand(4, 3 * SIDE, 4 * SIDE) > 0.7
-    keep[:, 0, 0] = True
-    keep[:, 2:4, 2:4] = False
-    keep[2] = False
-    return torch.randn(4, 3, 96, 128, dtype=torch.float64), keep
+    return with_random_weights(HIPT(patch, region, slide_level(24, 3), patch_px=32).double())
 
 
 def patches_of(region: Tensor, keep: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
@@ -62,7 +49,7 @@ def encode_region_by_hand(model: HIPT, region: Tensor, keep: Tensor) -> tuple[Te
 
 
 def test_regions_are_patches_encoded_one_by_one_without_those_of_glass():
-    model, (regions, keep) = small_hipt(), some_regions()
+    model, (regions, keep) = small_hipt(), some_regions(4, 0.7)
     embeddings, with_tissue = model.encode_regions(regions, keep)
     assert with_tissue.tolist() == [True, True, False, True]
     expected = torch.stack([encode_region_by_hand(model, regions[b], keep[b])[0] for b in (0, 1, 3)])
@@ -70,7 +57,7 @@ def test_regions_are_patches_encoded_one_by_one_without_those_of_glass():
 
 
 def test_a_region_without_a_mask_is_the_plain_hierarchy():
-    model, (regions, _) = small_hipt(), some_regions()
+    model, (regions, _) = small_hipt(), some_regions(4, 0.7)
     patches = regions.unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5)  # [B, n, m, 3, p, p]
     grid = model.patch_encoder(patches.flatten(0, 2)).unflatten(0, (4, 3, 4)).permute(0, 3, 1, 2)
     embeddings, with_tissue = model.encode_regions(regions)
@@ -79,7 +66,7 @@ def test_a_region_without_a_mask_is_the_plain_hierarchy():
 
 
 def test_slides_are_regions_with_tissue_and_the_whole_graph_has_gradients():
-    model, (regions, keep) = small_hipt(), some_regions()
+    model, (regions, keep) = small_hipt(), some_regions(4, 0.7)
     regions.requires_grad_()
     embeddings, with_tissue = model.encode_regions(regions, keep)
     logits = model(embeddings, with_tissue.view(2, 2))
@@ -94,14 +81,14 @@ def test_slides_are_regions_with_tissue_and_the_whole_graph_has_gradients():
 
 
 def test_glass_is_never_read_at_any_level():
-    model, (regions, keep) = small_hipt(), some_regions()
+    model, (regions, keep) = small_hipt(), some_regions(4, 0.7)
     glass = ~keep.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].expand_as(regions)
     expected, _ = model.encode_regions(regions, keep)
     assert torch.equal(model.encode_regions(regions.masked_fill(glass, float("nan")), keep)[0], expected)
 
 
 def test_regions_of_glass_alone_have_no_embedding():
-    model, (regions, keep) = small_hipt(), some_regions()
+    model, (regions, keep) = small_hipt(), some_regions(4, 0.7)
     embeddings, with_tissue = model.encode_regions(regions, torch.zeros_like(keep))
     assert embeddings.shape == (0, 24)
     assert not with_tissue.any()
@@ -117,7 +104,7 @@ def test_published_layouts_load(tmp_path):
         torch.save({"teacher": {**backbone, "module.head.mlp.0.weight": torch.zeros(1)}}, tmp_path / f"{name}.pth")
     loaded = HIPT.load(tmp_path / "patch.pth", tmp_path / "region.pth", num_classes=3)
     loaded = HIPT(loaded.patch_encoder, loaded.region_encoder, model.slide_encoder, patch_px=32).eval()
-    regions, keep = some_regions()
+    regions, keep = some_regions(4, 0.7)
     torch.testing.assert_close(loaded.encode_regions(regions, keep)[0], model.encode_regions(regions, keep)[0])
 
 
@@ -130,7 +117,7 @@ def test_the_published_sizes():
 
 
 def test_encoders_that_do_not_fit_and_wrong_regions_are_named():
-    model, (regions, keep) = small_hipt(), some_regions()
+    model, (regions, keep) = small_hipt(), some_regions(4, 0.7)
     with pytest.raises(ValueError, match="patch and region encoder must hand over"):
         HIPT(model.region_encoder, model.region_encoder, model.slide_encoder)
     with pytest.raises(ValueError, match="patch_px must be a multiple"):
@@ -163,7 +150,7 @@ def share_of_range(values: Tensor) -> Tensor:
     ],
 )
 def test_factorised_map_is_the_published_formula(trained, weights, scale, by_hand):
-    model, (regions, keep) = small_hipt(), some_regions()
+    model, (regions, keep) = small_hipt(), some_regions(4, 0.7)
     attention = FactorisedAttention(model, gamma=0.3, trained=trained, scale=scale)
     embeddings, with_tissue = model.encode_regions(regions, keep)
     slide_T = attention.slide(embeddings, with_tissue.view(2, 2))

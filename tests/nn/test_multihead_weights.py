@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from layer_pair import B, E, H, S, assert_alike, inputs_of, padding, pair
@@ -110,23 +112,29 @@ def test_a_readout_of_too_many_queries_is_refused():
         layer.readout(x, x, x)
 
 
-@pytest.mark.parametrize("way", ["fused", "fused, packed", "weights", "mask", "causal"])
+_CAUSAL = {"need_weights": False, "attn_mask": torch.ones(S, S).triu(1).bool()}
+WAYS: dict[str, dict[str, Any]] = {
+    "fused": {"need_weights": False},
+    "fused, packed": {"need_weights": False},
+    "weights": {"need_weights": True},
+    "mask": {**_CAUSAL, "is_causal": False},
+    "causal": {**_CAUSAL, "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_dropping_every_weight_gives_what_torch_gives(way):
     theirs, ours = pair(dropout=1.0)
+    options = WAYS[way]
     ours.impl = "torch" if way == "fused, packed" else None
-    options = {"need_weights": way == "weights"}
-    if way in ("mask", "causal"):
-        options |= {"attn_mask": torch.ones(S, S).triu(1).bool(), "is_causal": way == "causal"}
     assert_alike(theirs, ours, inputs_of(theirs, queries=S), **options)
 
 
-@pytest.mark.parametrize("way", ["fused", "fused, packed", "weights", "mask", "causal"])
+@pytest.mark.parametrize("way", WAYS)
 def test_dropout_acts_in_training_alone(way):
     theirs, ours = pair(dropout=0.5)
+    options = WAYS[way]
     ours.impl = "torch" if way == "fused, packed" else None
-    options = {"need_weights": way == "weights"}
-    if way in ("mask", "causal"):
-        options |= {"attn_mask": torch.ones(S, S).triu(1).bool(), "is_causal": way == "causal"}
     x = torch.randn(B, S, E, dtype=torch.float64)
     assert not torch.equal(ours(x, x, x, **options)[0], ours(x, x, x, **options)[0])
     assert_alike(theirs.eval(), ours.eval(), [x, x, x], **options)
@@ -160,13 +168,11 @@ def _attend_with(layer: MultiheadAttention, x: torch.Tensor, mask: torch.Tensor,
     return layer.out_proj((scores.softmax(-1) * factors @ v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("way", ["fused", "fused, packed", "weights", "mask", "causal"])
+@pytest.mark.parametrize("way", WAYS)
 def test_dropped_outputs_scatter_as_torchs_around_the_undropped_one(way):
     theirs, ours = pair(dropout=0.3)
+    options = WAYS[way]
     ours.impl = "torch" if way == "fused, packed" else None
-    options = {"need_weights": way == "weights"}
-    if way in ("mask", "causal"):
-        options |= {"attn_mask": torch.ones(S, S).triu(1).bool(), "is_causal": way == "causal"}
     many = 4000
     x = torch.randn(1, S, E, dtype=torch.float64).expand(many, S, E)
     with torch.no_grad():

@@ -60,22 +60,24 @@ def test_timm_weights_load_and_give_timms_outputs(variant):
     torch.testing.assert_close(ours.forward_features(x), theirs.forward_features(x))
 
 
+def assert_same_with_gradients(model: VisionTransformer, got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected)
+    for ours, theirs in zip(gradients(got, model), gradients(expected, model), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_a_dense_vit_with_masked_softmax_forward_and_gradient(variant):
     model, x, keep = random_vit(**variant), images(), random_keep(3, 4, 4)
     packed, dense = model(x, keep), dense_masked_logits(model, x, keep)
-    torch.testing.assert_close(packed, dense)
-    for ours, theirs in zip(gradients(packed, model), gradients(dense, model), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_same_with_gradients(model, packed, dense)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_a_plain_vit_without_the_background_tokens_forward_and_gradient(variant):
     model, x, keep = random_vit(**variant), images(), random_keep(3, 4, 4)
     packed, plain = model(x, keep), logits_without_background(model, x, keep)
-    torch.testing.assert_close(packed, plain)
-    for ours, theirs in zip(gradients(packed, model), gradients(plain, model), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_same_with_gradients(model, packed, plain)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -83,10 +85,8 @@ def test_keeping_everything_is_the_plain_vit_forward_and_gradient(variant):
     model, x = random_vit(**variant), images()
     everything = torch.ones(3, 4, 4, dtype=torch.bool)
     packed, plain = model(x, everything), dense_masked_logits(model, x, everything)
-    torch.testing.assert_close(packed, plain)
     assert torch.equal(packed, model(x))
-    for ours, theirs in zip(gradients(packed, model), gradients(plain, model), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert_same_with_gradients(model, packed, plain)
 
 
 def test_float32_agrees_to_float_rounding():

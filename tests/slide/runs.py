@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.prediction import SlideOutcome
@@ -15,15 +12,6 @@ from maskattn.slide.summary import read_summary
 OUTPUTS = {
     *("attention.png", "features.h5", "heatmap_benign.png", "heatmap_low_high.png", "prediction.json", "relevance.h5")
 }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small work is quickest on one thread, all the more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def names(folder: Path) -> set[str]:

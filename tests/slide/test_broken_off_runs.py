@@ -12,7 +12,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from runs import OUTPUTS, Watch, names, one_thread, statuses
+from runs import OUTPUTS, Watch, names, statuses
 
 from maskattn.errors import OutputError
 from maskattn.nn.slide_model import SlideModel
@@ -21,11 +21,7 @@ from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 from maskattn.slide.summary import read_summary
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_leftovers_of_a_killed_run_are_cleared_and_done_again(

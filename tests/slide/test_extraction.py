@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from runs import one_thread, statuses
+from runs import statuses
 from small_slides import tissue_image, write_slide
 from torch import nn
 
@@ -33,10 +32,7 @@ from maskattn.slide.tissue import find_tissue
 CARD = EncoderCard("small", "token", (0.5, 0.4, 0.6), (0.2, 0.3, 0.25), 64, 64, 1.0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_encoder(card: EncoderCard = CARD, seed: int = 0) -> TileEncoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from geojson_files import box, feature, polygon, write
-from runs import one_thread
 from small_slides import write_slide
 
 from maskattn.errors import ManifestError
@@ -26,10 +24,7 @@ from maskattn.slide.manifest import SlideJob
 CARD = EncoderCard("small", "token", (0.5, 0.4, 0.6), (0.2, 0.3, 0.25), 64, 64, 1.0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

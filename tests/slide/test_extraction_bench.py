@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import one_thread
 from small_slides import write_slide
 
 pytest.importorskip("timm")
@@ -16,14 +15,15 @@ from bench.evidence import token_mask
 from maskattn.nn import TileEncoder, VisionTransformer
 from maskattn.nn.encoders import EncoderCard
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_loop_and_extraction_give_the_same_features_of_as_many_tokens_as_are_said(tmp_path: Path):
-    with one_thread():
-        extract._draw(tmp_path, 3)
-        calls = extract._calls("vit_tiny_patch16_224", tmp_path)
-        assert set(calls) == {f"{name}, {dtype}" for name in extract.CONTENDERS for dtype in extract.DTYPES}
-        extract._check_same(tmp_path, calls)
-        record = calls["tissue, float32"]()
+    extract._draw(tmp_path, 3)
+    calls = extract._calls("vit_tiny_patch16_224", tmp_path)
+    assert set(calls) == {f"{name}, {dtype}" for name in extract.CONTENDERS for dtype in extract.DTYPES}
+    extract._check_same(tmp_path, calls)
+    record = calls["tissue, float32"]()
     assert (record.tiles, record.kept_tokens, record.tokens) == (3, 3 * extract.KEPT, 3 * 196)
 
 
@@ -36,8 +36,7 @@ def test_cosines_are_told_by_the_share_of_kept_tokens(tmp_path: Path):
     slide = write_slide(tmp_path / "disc.tiff")
     card = EncoderCard("small", "token", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 224, 224)
     vit = VisionTransformer(img_size=224, embed_dim=24, depth=2, num_heads=2)
-    with one_thread():
-        compared = token_mask._compare(str(slide), TileEncoder(vit.eval(), card), 8)
+    compared = token_mask._compare(str(slide), TileEncoder(vit.eval(), card), 8)
     share, cosine, own, nearest, _random = compared
     assert len(share) == len(cosine) == len(own) <= 8
     assert ((share > 0) & (share < 1)).all()

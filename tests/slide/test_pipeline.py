@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import OUTPUTS, names, one_thread
+from runs import OUTPUTS, names
 from slides import damage_tile, write_pyramid
 from small_slides import SHAPE, small_model, tissue_image, write_slide
 
@@ -31,11 +30,7 @@ from maskattn.slide.slide_run import Stages
 from maskattn.slide.stream import stream_tiles
 from maskattn.slide.tissue import find_tissue
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import one_thread, statuses
+from runs import statuses
 from small_slides import write_slide
 from torch import nn
 
@@ -26,10 +25,7 @@ from maskattn.slide.tissue import find_tissue
 PATCH, REGION = 32, 128
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -11,7 +10,6 @@ import pytest
 import torch
 from dense_vit import dense_masked_logits
 from original_hipt import LocalHIPT
-from runs import one_thread
 from small_slides import write_slide
 from torch import nn
 
@@ -30,10 +28,7 @@ from maskattn.slide.run import run_slides
 PATCH, REGION, CLASSES = 32, 128, ("benign", "low", "high")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

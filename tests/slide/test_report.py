@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from run_of_three import EVIL, write_run
 from small_slides import small_model, write_slide
 from typer.testing import CliRunner
 
@@ -26,8 +27,6 @@ from maskattn.slide.report import show, write_report
 from maskattn.slide.report.markup import element
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
-
-EVIL = "<img src=x onerror=alert(1)> & 'q' \"ü\" ]]>--><script>"
 
 
 class Page(HTMLParser):
@@ -51,13 +50,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reported")
-    slide = write_slide(folder / "disc.tiff")
-    broken = folder / "broken.tiff"
-    broken.write_bytes(b"no slide")
-    jobs = [SlideJob("plain", slide), SlideJob(EVIL, slide), SlideJob("broken", broken)]
-    run_slides(jobs, small_model(), RunSettings(folder / "out", tokens=True, batch_size=8))
-    return folder / "out"
+    return write_run(tmp_path_factory.mktemp("reported"))
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import OUTPUTS, Watch, names, one_thread, statuses
+from runs import OUTPUTS, Watch, names, statuses
 from small_slides import SHAPE, small_model, write_slide
 
 from maskattn.errors import OutputError
@@ -22,11 +21,7 @@ from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 from maskattn.slide.summary import read_summary
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def bad_jobs(folder: Path, slide: Path) -> list[SlideJob]:

@@ -6,24 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import EVIL, serving
-from small_slides import small_model, write_slide
+from run_of_three import write_run
+from served import serving
 
-from maskattn.slide.manifest import SlideJob
-from maskattn.slide.request import RunSettings
-from maskattn.slide.run import run_slides
 from maskattn.viewer.server import ViewerServer
 
 
 @pytest.fixture(scope="session")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("viewed")
-    slide = write_slide(folder / "disc.tiff")
-    broken = folder / "broken.tiff"
-    broken.write_bytes(b"no slide")
-    jobs = [SlideJob("plain", slide), SlideJob(EVIL, slide), SlideJob("broken", broken)]
-    run_slides(jobs, small_model(), RunSettings(folder / "out", tokens=True, batch_size=8))
-    return folder / "out"
+    return write_run(tmp_path_factory.mktemp("viewed"))
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ from maskattn.viewer.answers import Answers
 from maskattn.viewer.catalogue import read_catalogue
 from maskattn.viewer.server import ViewerServer
 
-EVIL = "<img src=x onerror=alert(1)> & 'q' \"ü\" --><script>"
-
 
 @contextmanager
 def serving(path: Path, slides_dir: Path | None = None) -> Iterator[ViewerServer]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import EVIL
+from run_of_three import EVIL
 
 from maskattn.slide.report import write_report
 from maskattn.viewer.server import ViewerServer

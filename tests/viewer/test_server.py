@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from fuzz_addresses import SECRET, answer_to, check
 from PIL import Image
-from served import EVIL, serving
+from run_of_three import EVIL
+from served import serving
 from small_slides import SHAPE, write_slide
 
 from maskattn.slide.finished import build_mosaic, open_maps

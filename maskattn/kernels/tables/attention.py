@@ -8,242 +8,43 @@ used where the bounds of ``bench/aot`` then allow more. ``python -m bench.aot.re
 
 from __future__ import annotations
 
-from maskattn.kernels.tables.config import Config, Family, Pass, Table
+from maskattn.kernels.tables.config import Config, Family, Pass, read_table
 
 __all__ = ["ATTENTION", "INTERPRETER", "TABLE"]
 
-TABLE: Table[Pass, Config] = {
-    ("sm80", "half"): {
-        "forward": {
-            16: Config(128, 64, 4, 3),
-            32: Config(128, 64, 4, 3),
-            64: Config(128, 64, 8, 3, split=True),
-            128: Config(128, 32, 8, 3, split=True),
-            256: Config(64, 64, 8, 2),
-        },
-        "query_gradient": {
-            16: Config(64, 64, 4, 3),
-            32: Config(64, 64, 4, 3),
-            64: Config(128, 32, 8, 2, split=True),
-            128: Config(128, 32, 8, 2, split=True),
-            256: Config(64, 32, 8, 2, split=True),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 8, 2),
-            32: Config(64, 128, 8, 2),
-            64: Config(32, 64, 4, 2, split=True),
-            128: Config(64, 64, 8, 2),
-            256: Config(32, 32, 8, 1),
-        },
-    },
-    ("sm80", "single"): {
-        "forward": {
-            16: Config(32, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(32, 32, 4, 1, split=True),
-            128: Config(32, 16, 4, 1, split=True),
-            256: Config(64, 16, 8, 1),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 8, 1),
-            32: Config(32, 32, 4, 1),
-            64: Config(32, 32, 4, 1, split=True),
-            128: Config(16, 32, 4, 1, split=True),
-            256: Config(32, 32, 16, 1),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 8, 1),
-            32: Config(32, 64, 8, 1),
-            64: Config(32, 32, 8, 1, split=True),
-            128: Config(16, 32, 8, 1, split=True),
-            256: Config(32, 32, 16, 1, split=True),
-        },
-    },
-    ("sm86", "half"): {
-        "forward": {
-            16: Config(128, 64, 4, 3),
-            32: Config(128, 64, 4, 3),
-            64: Config(128, 64, 8, 3, split=True),
-            128: Config(128, 32, 8, 3, split=True),
-            256: Config(64, 32, 8, 2),
-        },
-        "query_gradient": {
-            16: Config(64, 64, 4, 3),
-            32: Config(64, 64, 4, 3),
-            64: Config(128, 64, 8, 2, split=True),
-            128: Config(128, 32, 8, 2, split=True),
-            256: Config(64, 32, 8, 1),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 8, 2),
-            32: Config(64, 128, 8, 2),
-            64: Config(32, 64, 4, 2, split=True),
-            128: Config(64, 64, 8, 2),
-            256: Config(32, 32, 8, 1),
-        },
-    },
-    ("sm86", "single"): {
-        "forward": {
-            16: Config(32, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 8, 1, split=True),
-            128: Config(32, 16, 8, 1, split=True),
-            256: Config(32, 16, 8, 1, split=True),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 8, 1),
-            32: Config(32, 32, 4, 1),
-            64: Config(32, 32, 4, 1, split=True),
-            128: Config(16, 32, 8, 1, split=True),
-            256: Config(32, 16, 8, 1),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 8, 1),
-            32: Config(32, 64, 8, 1),
-            64: Config(32, 32, 8, 1, split=True),
-            128: Config(16, 16, 4, 1, split=True),
-            256: Config(16, 32, 8, 1, split=True),
-        },
-    },
-    ("sm90", "half"): {
-        "forward": {
-            16: Config(128, 64, 4, 3),
-            32: Config(128, 64, 4, 3, descriptors=True),
-            64: Config(128, 64, 4, 3, split=True, descriptors=True),
-            128: Config(128, 64, 8, 3, split=True, descriptors=True),
-            256: Config(64, 64, 8, 2, split=True, descriptors=True),
-        },
-        "query_gradient": {
-            16: Config(128, 64, 8, 3),
-            32: Config(128, 64, 8, 3, descriptors=True),
-            64: Config(128, 64, 8, 3, split=True, descriptors=True),
-            128: Config(128, 64, 8, 3, split=True, descriptors=True),
-            256: Config(128, 32, 8, 2, split=True),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 8, 3),
-            32: Config(64, 128, 8, 3, descriptors=True),
-            64: Config(64, 128, 8, 3, split=True, descriptors=True),
-            128: Config(64, 128, 8, 2, split=True, descriptors=True),
-            256: Config(32, 32, 8, 2, descriptors=True),
-        },
-    },
-    ("sm90", "single"): {
-        "forward": {
-            16: Config(64, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 8, 1, split=True),
-            128: Config(32, 16, 8, 1, split=True),
-            256: Config(32, 16, 8, 1),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 8, 1),
-            32: Config(32, 32, 4, 1),
-            64: Config(64, 32, 8, 1, split=True),
-            128: Config(32, 32, 8, 1, split=True),
-            256: Config(32, 32, 16, 1),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 8, 1),
-            32: Config(32, 64, 8, 1),
-            64: Config(32, 32, 8, 1, split=True),
-            128: Config(16, 32, 8, 1, split=True),
-            256: Config(16, 16, 8, 1),
-        },
-    },
-    ("sm100", "half"): {
-        "forward": {
-            16: Config(128, 64, 8, 3),
-            32: Config(128, 64, 8, 3),
-            64: Config(128, 32, 4, 3, descriptors=True),
-            128: Config(128, 64, 8, 3, descriptors=True),
-            256: Config(128, 32, 8, 2, split=True),
-        },
-        "query_gradient": {
-            16: Config(128, 64, 4, 2),
-            32: Config(128, 64, 8, 2, descriptors=True),
-            64: Config(128, 64, 4, 2, split=True, descriptors=True),
-            128: Config(128, 64, 8, 2, split=True),
-            256: Config(128, 32, 8, 1, split=True),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 8, 2),
-            32: Config(64, 128, 8, 2, descriptors=True),
-            64: Config(64, 128, 8, 2, descriptors=True),
-            128: Config(64, 128, 8, 2, split=True, descriptors=True),
-            256: Config(32, 64, 8, 1, split=True),
-        },
-    },
-    ("sm100", "single"): {
-        "forward": {
-            16: Config(64, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 8, 1, split=True),
-            128: Config(32, 16, 8, 1, split=True),
-            256: Config(32, 16, 8, 1, split=True),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 8, 1),
-            32: Config(64, 32, 8, 1),
-            64: Config(64, 32, 8, 1, split=True),
-            128: Config(32, 32, 8, 1, split=True),
-            256: Config(32, 32, 16, 1, split=True),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 8, 1),
-            32: Config(32, 64, 8, 1),
-            64: Config(16, 32, 4, 1, split=True),
-            128: Config(16, 32, 4, 1, split=True),
-            256: Config(16, 16, 8, 1, split=True),
-        },
-    },
-    ("gfx942", "half"): {
-        "forward": {
-            16: Config(128, 64, 4, 1),
-            32: Config(128, 64, 4, 1),
-            64: Config(128, 64, 4, 1),
-            128: Config(128, 64, 4, 1),
-            256: Config(64, 32, 4, 1, split=True),
-        },
-        "query_gradient": {
-            16: Config(128, 64, 4, 1),
-            32: Config(128, 64, 4, 1),
-            64: Config(128, 64, 4, 1),
-            128: Config(64, 64, 4, 1, split=True),
-            256: Config(64, 32, 4, 1, split=True),
-        },
-        "key_gradient": {
-            16: Config(64, 128, 4, 1),
-            32: Config(64, 128, 4, 1),
-            64: Config(32, 128, 4, 1),
-            128: Config(32, 64, 4, 1, split=True),
-            256: Config(16, 64, 8, 1),
-        },
-    },
-    ("gfx942", "single"): {
-        "forward": {
-            16: Config(64, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 4, 1, split=True),
-            128: Config(64, 32, 4, 1, split=True),
-            256: Config(64, 16, 4, 1, split=True),
-        },
-        "query_gradient": {
-            16: Config(64, 32, 4, 1),
-            32: Config(64, 32, 4, 1),
-            64: Config(64, 32, 4, 1, split=True),
-            128: Config(32, 32, 4, 1, split=True),
-            256: Config(16, 16, 4, 1, split=True),
-        },
-        "key_gradient": {
-            16: Config(32, 64, 4, 1),
-            32: Config(32, 64, 4, 1),
-            64: Config(32, 64, 4, 1, split=True),
-            128: Config(16, 32, 4, 1, split=True),
-            256: Config(16, 16, 4, 1, split=True),
-        },
-    },
-}
+TABLE = read_table("""
+target  precision  pass            16          32            64              128             256
+sm80    half       forward         128x64/4/3  128x64/4/3    128x64/8/3+s    128x32/8/3+s    64x64/8/2
+sm80    half       query_gradient  64x64/4/3   64x64/4/3     128x32/8/2+s    128x32/8/2+s    64x32/8/2+s
+sm80    half       key_gradient    64x128/8/2  64x128/8/2    32x64/4/2+s     64x64/8/2       32x32/8/1
+sm80    single     forward         32x32/4/1   64x32/4/1     32x32/4/1+s     32x16/4/1+s     64x16/8/1
+sm80    single     query_gradient  64x32/8/1   32x32/4/1     32x32/4/1+s     16x32/4/1+s     32x32/16/1
+sm80    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s     16x32/8/1+s     32x32/16/1+s
+sm86    half       forward         128x64/4/3  128x64/4/3    128x64/8/3+s    128x32/8/3+s    64x32/8/2
+sm86    half       query_gradient  64x64/4/3   64x64/4/3     128x64/8/2+s    128x32/8/2+s    64x32/8/1
+sm86    half       key_gradient    64x128/8/2  64x128/8/2    32x64/4/2+s     64x64/8/2       32x32/8/1
+sm86    single     forward         32x32/4/1   64x32/4/1     64x32/8/1+s     32x16/8/1+s     32x16/8/1+s
+sm86    single     query_gradient  64x32/8/1   32x32/4/1     32x32/4/1+s     16x32/8/1+s     32x16/8/1
+sm86    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s     16x16/4/1+s     16x32/8/1+s
+sm90    half       forward         128x64/4/3  128x64/4/3+d  128x64/4/3+s+d  128x64/8/3+s+d  64x64/8/2+s+d
+sm90    half       query_gradient  128x64/8/3  128x64/8/3+d  128x64/8/3+s+d  128x64/8/3+s+d  128x32/8/2+s
+sm90    half       key_gradient    64x128/8/3  64x128/8/3+d  64x128/8/3+s+d  64x128/8/2+s+d  32x32/8/2+d
+sm90    single     forward         64x32/4/1   64x32/4/1     64x32/8/1+s     32x16/8/1+s     32x16/8/1
+sm90    single     query_gradient  64x32/8/1   32x32/4/1     64x32/8/1+s     32x32/8/1+s     32x32/16/1
+sm90    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s     16x32/8/1+s     16x16/8/1
+sm100   half       forward         128x64/8/3  128x64/8/3    128x32/4/3+d    128x64/8/3+d    128x32/8/2+s
+sm100   half       query_gradient  128x64/4/2  128x64/8/2+d  128x64/4/2+s+d  128x64/8/2+s    128x32/8/1+s
+sm100   half       key_gradient    64x128/8/2  64x128/8/2+d  64x128/8/2+d    64x128/8/2+s+d  32x64/8/1+s
+sm100   single     forward         64x32/4/1   64x32/4/1     64x32/8/1+s     32x16/8/1+s     32x16/8/1+s
+sm100   single     query_gradient  64x32/8/1   64x32/8/1     64x32/8/1+s     32x32/8/1+s     32x32/16/1+s
+sm100   single     key_gradient    32x64/8/1   32x64/8/1     16x32/4/1+s     16x32/4/1+s     16x16/8/1+s
+gfx942  half       forward         128x64/4/1  128x64/4/1    128x64/4/1      128x64/4/1      64x32/4/1+s
+gfx942  half       query_gradient  128x64/4/1  128x64/4/1    128x64/4/1      64x64/4/1+s     64x32/4/1+s
+gfx942  half       key_gradient    64x128/4/1  64x128/4/1    32x128/4/1      32x64/4/1+s     16x64/8/1
+gfx942  single     forward         64x32/4/1   64x32/4/1     64x32/4/1+s     64x32/4/1+s     64x16/4/1+s
+gfx942  single     query_gradient  64x32/4/1   64x32/4/1     64x32/4/1+s     32x32/4/1+s     16x16/4/1+s
+gfx942  single     key_gradient    32x64/4/1   32x64/4/1     32x64/4/1+s     16x32/4/1+s     16x16/4/1+s
+""")
 
 # Few and large tiles: the interpreter pays for every operation, not for its size.
 INTERPRETER: dict[Pass, Config] = {

@@ -7,181 +7,42 @@ a list of candidates that spills nothing with all options and a gather.
 from __future__ import annotations
 
 from maskattn.kernels.tables.attention import INTERPRETER
-from maskattn.kernels.tables.config import Config, Family, Pass, Table
+from maskattn.kernels.tables.config import Family, read_table
 
 __all__ = ["ATTENTION_WITH_OPTIONS", "TABLE_WITH_OPTIONS"]
 
-TABLE_WITH_OPTIONS: Table[Pass, Config] = {
-    ("sm80", "half"): {
-        "forward": {
-            64: Config(128, 32, 8, 3, split=True),
-            128: Config(128, 16, 8, 3, split=True),
-            256: Config(64, 16, 8, 2),
-        },
-        "query_gradient": {
-            64: Config(128, 32, 8, 2, split=True),
-            128: Config(128, 16, 8, 2, split=True),
-            256: Config(64, 16, 8, 2, split=True),
-        },
-        "key_gradient": {
-            64: Config(16, 64, 8, 2, split=True),
-            128: Config(16, 64, 8, 2, split=True),
-            256: Config(16, 32, 8, 1),
-        },
-    },
-    ("sm80", "single"): {
-        "forward": {
-            64: Config(32, 16, 8, 1, split=True),
-            128: Config(16, 16, 8, 1, split=True),
-            256: Config(16, 16, 4, 1),
-        },
-        "query_gradient": {
-            64: Config(32, 32, 8, 1, split=True),
-            128: Config(16, 16, 8, 1, split=True),
-            256: Config(32, 16, 16, 1, split=True),
-        },
-        "key_gradient": {
-            64: Config(16, 32, 8, 1, split=True),
-            128: Config(16, 32, 8, 1, split=True),
-            256: Config(16, 32, 16, 1, split=True),
-        },
-    },
-    ("sm86", "half"): {
-        "forward": {
-            64: Config(128, 32, 8, 3, split=True),
-            128: Config(128, 16, 8, 3, split=True),
-            256: Config(64, 16, 8, 2),
-        },
-        "query_gradient": {
-            64: Config(128, 32, 8, 2, split=True),
-            128: Config(128, 16, 8, 2, split=True),
-            256: Config(64, 16, 8, 1),
-        },
-        "key_gradient": {
-            64: Config(16, 64, 8, 2, split=True),
-            128: Config(16, 64, 8, 2),
-            256: Config(16, 16, 8, 1),
-        },
-    },
-    ("sm86", "single"): {
-        "forward": {
-            64: Config(32, 16, 8, 1, split=True),
-            128: Config(16, 16, 8, 1, split=True),
-            256: Config(16, 16, 4, 1),
-        },
-        "query_gradient": {
-            64: Config(32, 16, 8, 1, split=True),
-            128: Config(16, 16, 8, 1, split=True),
-            256: Config(32, 16, 16, 1),
-        },
-        "key_gradient": {
-            64: Config(16, 32, 8, 1, split=True),
-            128: Config(16, 32, 8, 1, split=True),
-            256: Config(16, 32, 16, 1, split=True),
-        },
-    },
-    ("sm90", "half"): {
-        "forward": {
-            64: Config(128, 64, 8, 3, split=True, descriptors=True),
-            128: Config(128, 32, 8, 3, split=True, descriptors=True),
-            256: Config(64, 32, 8, 2, split=True, descriptors=True),
-        },
-        "query_gradient": {
-            64: Config(128, 64, 8, 3, split=True, descriptors=True),
-            128: Config(128, 32, 8, 3, split=True, descriptors=True),
-            256: Config(128, 16, 8, 2, split=True, descriptors=True),
-        },
-        "key_gradient": {
-            64: Config(32, 128, 8, 3, split=True, descriptors=True),
-            128: Config(16, 128, 8, 1, split=True, descriptors=True),
-            256: Config(32, 32, 8, 2, descriptors=True),
-        },
-    },
-    ("sm90", "single"): {
-        "forward": {
-            64: Config(64, 16, 8, 1, split=True),
-            128: Config(32, 16, 8, 1, split=True),
-            256: Config(32, 16, 8, 1),
-        },
-        "query_gradient": {
-            64: Config(64, 32, 8, 1, split=True),
-            128: Config(32, 16, 8, 1, split=True),
-            256: Config(32, 16, 16, 1),
-        },
-        "key_gradient": {
-            64: Config(16, 32, 8, 1, split=True),
-            128: Config(16, 16, 8, 1, split=True),
-            256: Config(16, 16, 8, 1),
-        },
-    },
-    ("sm100", "half"): {
-        "forward": {
-            64: Config(128, 32, 8, 3, descriptors=True),
-            128: Config(128, 32, 8, 3, descriptors=True),
-            256: Config(128, 16, 8, 2, split=True, descriptors=True),
-        },
-        "query_gradient": {
-            64: Config(128, 32, 8, 2, split=True, descriptors=True),
-            128: Config(128, 32, 8, 2, split=True, descriptors=True),
-            256: Config(64, 16, 8, 1, split=True, descriptors=True),
-        },
-        "key_gradient": {
-            64: Config(32, 128, 8, 2, descriptors=True),
-            128: Config(32, 128, 8, 2, split=True, descriptors=True),
-            256: Config(16, 64, 8, 1, split=True, descriptors=True),
-        },
-    },
-    ("sm100", "single"): {
-        "forward": {
-            64: Config(64, 16, 8, 1, split=True),
-            128: Config(32, 16, 8, 1, split=True),
-            256: Config(32, 16, 8, 1, split=True),
-        },
-        "query_gradient": {
-            64: Config(64, 32, 8, 1, split=True),
-            128: Config(32, 16, 8, 1, split=True),
-            256: Config(32, 16, 16, 1, split=True),
-        },
-        "key_gradient": {
-            64: Config(16, 32, 8, 1, split=True),
-            128: Config(16, 32, 8, 1, split=True),
-            256: Config(16, 16, 8, 1, split=True),
-        },
-    },
-    ("gfx942", "half"): {
-        "forward": {
-            64: Config(128, 32, 8, 1),
-            128: Config(128, 16, 8, 1),
-            256: Config(64, 16, 8, 1, split=True),
-        },
-        "query_gradient": {
-            64: Config(128, 16, 8, 1),
-            128: Config(64, 16, 8, 1, split=True),
-            256: Config(64, 16, 8, 1, split=True),
-        },
-        "key_gradient": {
-            64: Config(16, 128, 8, 1),
-            128: Config(16, 64, 8, 1, split=True),
-            256: Config(16, 32, 8, 1),
-        },
-    },
-    ("gfx942", "single"): {
-        "forward": {
-            64: Config(64, 32, 8, 1, split=True),
-            128: Config(64, 16, 8, 1, split=True),
-            256: Config(32, 16, 8, 1, split=True),
-        },
-        "query_gradient": {
-            64: Config(64, 16, 8, 1, split=True),
-            128: Config(32, 16, 8, 1, split=True),
-            256: Config(16, 16, 4, 1, split=True),
-        },
-        "key_gradient": {
-            64: Config(16, 64, 8, 1, split=True),
-            128: Config(16, 32, 8, 1, split=True),
-            256: Config(16, 16, 4, 1, split=True),
-        },
-    },
-}
+TABLE_WITH_OPTIONS = read_table("""
+target  precision  pass            64              128             256
+sm80    half       forward         128x32/8/3+s    128x16/8/3+s    64x16/8/2
+sm80    half       query_gradient  128x32/8/2+s    128x16/8/2+s    64x16/8/2+s
+sm80    half       key_gradient    16x64/8/2+s     16x64/8/2+s     16x32/8/1
+sm80    single     forward         32x16/8/1+s     16x16/8/1+s     16x16/4/1
+sm80    single     query_gradient  32x32/8/1+s     16x16/8/1+s     32x16/16/1+s
+sm80    single     key_gradient    16x32/8/1+s     16x32/8/1+s     16x32/16/1+s
+sm86    half       forward         128x32/8/3+s    128x16/8/3+s    64x16/8/2
+sm86    half       query_gradient  128x32/8/2+s    128x16/8/2+s    64x16/8/1
+sm86    half       key_gradient    16x64/8/2+s     16x64/8/2       16x16/8/1
+sm86    single     forward         32x16/8/1+s     16x16/8/1+s     16x16/4/1
+sm86    single     query_gradient  32x16/8/1+s     16x16/8/1+s     32x16/16/1
+sm86    single     key_gradient    16x32/8/1+s     16x32/8/1+s     16x32/16/1+s
+sm90    half       forward         128x64/8/3+s+d  128x32/8/3+s+d  64x32/8/2+s+d
+sm90    half       query_gradient  128x64/8/3+s+d  128x32/8/3+s+d  128x16/8/2+s+d
+sm90    half       key_gradient    32x128/8/3+s+d  16x128/8/1+s+d  32x32/8/2+d
+sm90    single     forward         64x16/8/1+s     32x16/8/1+s     32x16/8/1
+sm90    single     query_gradient  64x32/8/1+s     32x16/8/1+s     32x16/16/1
+sm90    single     key_gradient    16x32/8/1+s     16x16/8/1+s     16x16/8/1
+sm100   half       forward         128x32/8/3+d    128x32/8/3+d    128x16/8/2+s+d
+sm100   half       query_gradient  128x32/8/2+s+d  128x32/8/2+s+d  64x16/8/1+s+d
+sm100   half       key_gradient    32x128/8/2+d    32x128/8/2+s+d  16x64/8/1+s+d
+sm100   single     forward         64x16/8/1+s     32x16/8/1+s     32x16/8/1+s
+sm100   single     query_gradient  64x32/8/1+s     32x16/8/1+s     32x16/16/1+s
+sm100   single     key_gradient    16x32/8/1+s     16x32/8/1+s     16x16/8/1+s
+gfx942  half       forward         128x32/8/1      128x16/8/1      64x16/8/1+s
+gfx942  half       query_gradient  128x16/8/1      64x16/8/1+s     64x16/8/1+s
+gfx942  half       key_gradient    16x128/8/1      16x64/8/1+s     16x32/8/1
+gfx942  single     forward         64x32/8/1+s     64x16/8/1+s     32x16/8/1+s
+gfx942  single     query_gradient  64x16/8/1+s     32x16/8/1+s     16x16/4/1+s
+gfx942  single     key_gradient    16x64/8/1+s     16x32/8/1+s     16x16/4/1+s
+""")
 
 ATTENTION_WITH_OPTIONS = Family(TABLE_WITH_OPTIONS, INTERPRETER, narrowest=64)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["Config", "Family", "Pass", "Precision", "ReadoutConfig", "ReadoutPass", "Rows", "Table", "Target"]
+__all__ = [
+    "Config",
+    "Family",
+    "Pass",
+    "Precision",
+    "ReadoutConfig",
+    "ReadoutPass",
+    "Rows",
+    "Table",
+    "Target",
+    "read_table",
+]
 
 Pass = Literal["forward", "query_gradient", "key_gradient"]
 ReadoutPass = Literal["readout", "readout_gradient", "relevance"]
@@ -53,3 +65,23 @@ class Family(Generic[PassT, ConfigT]):
     table: Table[PassT, ConfigT]
     interpreter: dict[PassT, ConfigT]
     narrowest: int = 16
+
+
+def read_table(text: str) -> Table[Pass, Config]:
+    """A table of attention kernels, written as one.
+
+    Its head names the padded head widths; every other line has a target, a precision, a pass and for each width
+    queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` where heads are split and ``+d`` with descriptors.
+    """
+    (_, _, _, *widths), *lines = (line.split() for line in text.strip().splitlines())
+    table: dict[Any, Any] = {}
+    for target, precision, pass_, *cells in lines:
+        configs = map(_config, cells)
+        table.setdefault((target, precision), {})[pass_] = dict(zip(map(int, widths), configs, strict=True))
+    return table
+
+
+def _config(cell: str) -> Config:
+    sizes, *flags = cell.split("+")
+    block_m, block_n, warps, stages = map(int, re.split("[x/]", sizes))
+    return Config(block_m, block_n, warps, stages, split="s" in flags, descriptors="d" in flags)

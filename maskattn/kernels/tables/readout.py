@@ -13,70 +13,30 @@ from maskattn.kernels.tables.config import Family, ReadoutConfig, ReadoutPass, R
 
 __all__ = ["READOUT", "READOUT_TABLE"]
 
+_WIDTHS = (16, 32, 64, 128, 256)
+
+
+def _by_width(*configs: tuple[int, int, int, int]) -> dict[int, ReadoutConfig]:
+    """For each padded head width: keys of a tile, warps, stages, programs on a multiprocessor."""
+    return {width: ReadoutConfig(*config) for width, config in zip(_WIDTHS, configs, strict=True)}
+
+
 NVIDIA_HALF: Rows[ReadoutPass, ReadoutConfig] = {
-    "readout": {
-        16: ReadoutConfig(128, 4, 2, 4),
-        32: ReadoutConfig(128, 4, 2, 4),
-        64: ReadoutConfig(64, 4, 2, 4),
-        128: ReadoutConfig(32, 4, 2, 4),
-        256: ReadoutConfig(16, 4, 2, 4),
-    },
-    "readout_gradient": {
-        16: ReadoutConfig(64, 8, 2, 2),
-        32: ReadoutConfig(64, 8, 2, 2),
-        64: ReadoutConfig(64, 8, 2, 2),
-        128: ReadoutConfig(32, 8, 2, 2),
-        256: ReadoutConfig(16, 8, 2, 2),
-    },
-    "relevance": {
-        16: ReadoutConfig(64, 8, 2, 2),
-        32: ReadoutConfig(64, 8, 2, 2),
-        64: ReadoutConfig(32, 8, 2, 2),
-        128: ReadoutConfig(32, 8, 2, 2),
-        256: ReadoutConfig(16, 8, 1, 2),
-    },
+    "readout": _by_width((128, 4, 2, 4), (128, 4, 2, 4), (64, 4, 2, 4), (32, 4, 2, 4), (16, 4, 2, 4)),
+    "readout_gradient": _by_width((64, 8, 2, 2), (64, 8, 2, 2), (64, 8, 2, 2), (32, 8, 2, 2), (16, 8, 2, 2)),
+    "relevance": _by_width((64, 8, 2, 2), (64, 8, 2, 2), (32, 8, 2, 2), (32, 8, 2, 2), (16, 8, 1, 2)),
 }
 NVIDIA_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
-    "readout": {
-        16: ReadoutConfig(64, 8, 2, 2),
-        32: ReadoutConfig(64, 8, 2, 2),
-        64: ReadoutConfig(32, 8, 2, 2),
-        128: ReadoutConfig(16, 8, 2, 2),
-        256: ReadoutConfig(16, 8, 2, 2),
-    },
-    "readout_gradient": {
-        16: ReadoutConfig(32, 8, 2, 2),
-        32: ReadoutConfig(32, 8, 2, 2),
-        64: ReadoutConfig(32, 8, 2, 2),
-        128: ReadoutConfig(16, 8, 2, 2),
-        256: ReadoutConfig(16, 8, 2, 1),
-    },
-    "relevance": {
-        16: ReadoutConfig(16, 8, 1, 2),
-        32: ReadoutConfig(16, 8, 1, 2),
-        64: ReadoutConfig(32, 8, 1, 2),
-        128: ReadoutConfig(16, 8, 1, 2),
-        256: ReadoutConfig(16, 8, 1, 1),
-    },
+    "readout": _by_width((64, 8, 2, 2), (64, 8, 2, 2), (32, 8, 2, 2), (16, 8, 2, 2), (16, 8, 2, 2)),
+    "readout_gradient": _by_width((32, 8, 2, 2), (32, 8, 2, 2), (32, 8, 2, 2), (16, 8, 2, 2), (16, 8, 2, 1)),
+    "relevance": _by_width((16, 8, 1, 2), (16, 8, 1, 2), (32, 8, 1, 2), (16, 8, 1, 2), (16, 8, 1, 1)),
 }
 AMD_HALF: Rows[ReadoutPass, ReadoutConfig] = {
-    pass_: {
-        16: ReadoutConfig(128, 4, 1, 4),
-        32: ReadoutConfig(128, 4, 1, 4),
-        64: ReadoutConfig(64, 4, 1, 4),
-        128: ReadoutConfig(32, 4, 1, 4),
-        256: ReadoutConfig(16, 4, 1, 4),
-    }
+    pass_: _by_width((128, 4, 1, 4), (128, 4, 1, 4), (64, 4, 1, 4), (32, 4, 1, 4), (16, 4, 1, 4))
     for pass_ in ("readout", "readout_gradient", "relevance")
 }
 AMD_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
-    pass_: {
-        16: ReadoutConfig(64, 4, 1, 4),
-        32: ReadoutConfig(64, 4, 1, 4),
-        64: ReadoutConfig(32, 4, 1, 4),
-        128: ReadoutConfig(16, 4, 1, 4),
-        256: ReadoutConfig(16, 4, 1, 4),
-    }
+    pass_: _by_width((64, 4, 1, 4), (64, 4, 1, 4), (32, 4, 1, 4), (16, 4, 1, 4), (16, 4, 1, 4))
     for pass_ in ("readout", "readout_gradient", "relevance")
 }
 # Many classes of several queries spilled in the tiles above.

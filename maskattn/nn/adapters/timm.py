@@ -12,7 +12,7 @@ from torch import nn
 
 from maskattn.nn.adapters.conversion import build, refuse
 from maskattn.nn.adapters.timm_eva import eva_arguments, eva_state, own_name, unknown_in_eva
-from maskattn.nn.adapters.timm_parts import activation_of, mlp_layer_of
+from maskattn.nn.adapters.timm_parts import activation_of, mlp_layer_of, shared_arguments
 from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["from_timm"]
@@ -77,39 +77,17 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
 
 
 def _arguments(model: Any) -> dict[str, Any]:
-    block, patch = model.blocks[0], model.patch_embed
-    hidden = block.mlp.fc1_g if hasattr(block.mlp, "fc1_g") else block.mlp.fc1
-    class_token, registers = model.cls_token is not None, model.reg_token
+    block = model.blocks[0]
+    registers = model.reg_token
     return {
-        "img_size": tuple(patch.img_size),
-        "patch_size": patch.patch_size[0],
-        "in_chans": patch.proj.in_channels,
-        "num_classes": 0 if isinstance(model.head, nn.Identity) else model.head.out_features,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": block.attn.num_heads,
-        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
-        "mlp_ratio": (hidden.out_features + 0.5) / model.embed_dim,
+        **shared_arguments(model),
         "qkv_bias": block.attn.qkv.bias is not None,
-        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
-        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
-        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": None if isinstance(block.ls1, nn.Identity) else 1.0,
-        "class_token": class_token,
+        "class_token": model.cls_token is not None,
         "pos_embed": "none" if model.pos_embed is None else "learn",
-        "no_embed_class": model.no_embed_class,
         "reg_tokens": 0 if registers is None else registers.shape[1],
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "drop_rate": model.head_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
-        "proj_drop_rate": block.attn.proj_drop.p,
-        "attn_drop_rate": block.attn.attn_drop.p,
-        "act_layer": activation_of(block.mlp),
-        "mlp_layer": mlp_layer_of(block.mlp),
         "norm_eps": next(m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)),
     }
 

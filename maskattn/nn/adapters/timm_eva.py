@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskattn.nn.adapters.timm_parts import activation_of, mlp_layer_of
+from maskattn.nn.adapters.timm_parts import activation_of, mlp_layer_of, shared_arguments
 from maskattn.nn.positions import RotaryGrid
 
 __all__ = ["eva_arguments", "eva_state", "own_name", "unknown_in_eva"]
@@ -76,39 +76,17 @@ def _rotary_grid(rope: Any) -> RotaryGrid | None:
 
 def eva_arguments(model: Any) -> dict[str, Any]:
     """The arguments of our model."""
-    block, patch = model.blocks[0], model.patch_embed
+    block = model.blocks[0]
     kinds = [kind for kind, x in (("learn", model.pos_embed), ("rotary", model.rope)) if x is not None]
-    hidden = block.mlp.fc1_g if hasattr(block.mlp, "fc1_g") else block.mlp.fc1
     return {
-        "img_size": tuple(patch.img_size),
-        "patch_size": patch.patch_size[0],
-        "in_chans": patch.proj.in_channels,
-        "num_classes": 0 if isinstance(model.head, nn.Identity) else model.head.out_features,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": block.attn.num_heads,
-        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
-        "mlp_ratio": (hidden.out_features + 0.5) / model.embed_dim,
-        "mlp_layer": mlp_layer_of(block.mlp),
-        "act_layer": activation_of(block.mlp),
-        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
-        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+        **shared_arguments(model),
         "qkv_bias": (block.attn.q_bias if block.attn.q_proj is None else block.attn.q_proj.bias) is not None,
-        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "init_values": None if block.gamma_1 is None else 1.0,
         "class_token": model.cls_token is not None,
         "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
         "pos_embed": "_".join(kinds) or "none",
-        "no_embed_class": model.no_embed_class,
         "rope_theta": 100.0 if model.rope is None else model.rope.temperature,
         "rope_grid": _rotary_grid(model.rope),
-        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "drop_rate": model.head_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
-        "proj_drop_rate": block.attn.proj_drop.p,
-        "attn_drop_rate": block.attn.attn_drop.p,
         "norm_eps": block.norm1.eps,
     }
 

@@ -4,9 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["activation_of", "mlp_layer_of"]
+from torch import nn
+
+__all__ = ["activation_of", "mlp_layer_of", "shared_arguments"]
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu", "SiLU": "silu"}
+
+
+def shared_arguments(model: Any) -> dict[str, Any]:
+    """Those arguments of our model that are read in one way from timm's plain transformers and from EVA's."""
+    block, patch = model.blocks[0], model.patch_embed
+    hidden = block.mlp.fc1_g if hasattr(block.mlp, "fc1_g") else block.mlp.fc1
+    return {
+        "img_size": tuple(patch.img_size),
+        "patch_size": patch.patch_size[0],
+        "in_chans": patch.proj.in_channels,
+        "num_classes": 0 if isinstance(model.head, nn.Identity) else model.head.out_features,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
+        "mlp_ratio": (hidden.out_features + 0.5) / model.embed_dim,
+        "mlp_layer": mlp_layer_of(block.mlp),
+        "act_layer": activation_of(block.mlp),
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(block.attn.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(block.mlp.norm, nn.Identity),
+        "no_embed_class": model.no_embed_class,
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+    }
 
 
 def activation_of(mlp: Any) -> str | None:

@@ -29,16 +29,9 @@ import numpy as np
 from maskattn.errors import SlideError
 from maskattn.files import replacing
 from maskattn.slide.h5_files import writing_h5
+from maskattn.slide.layouts import h5_tables
 from maskattn.slide.layouts.checks import features_of, whole_coords
 from maskattn.slide.layouts.contents import FileContents, opened_h5
-from maskattn.slide.layouts.h5_tables import (
-    append_rows,
-    attribute_float,
-    attribute_int,
-    attribute_text,
-    growing_table,
-    rows_of,
-)
 from maskattn.slide.layouts.layout import TakeTiles, known_fields, writable_id
 from maskattn.slide.layouts.tensor_files import TensorSpool, read_tensor
 from maskattn.slide.layouts.tile_features import TileCoords, TileFeatures, TileHeader
@@ -86,14 +79,17 @@ class Clam:
         places = self.read_coords(path, slide)
         with opened_h5(path) as file:
             table = file["features"]
-            features_TC = rows_of(table, path, None if table.dtype == np.float16 else np.float32)
-            told = {"encoder": attribute_text(table.attrs, "encoder"), "token_mask": token_mask_of(table.attrs)}
+            features_TC = h5_tables.rows_of(table, path, None if table.dtype == np.float16 else np.float32)
+            told = {
+                "encoder": h5_tables.attribute_text(table.attrs, "encoder"),
+                "token_mask": token_mask_of(table.attrs),
+            }
         return features_of(places, features_TC, **told)
 
     def read_coords(self, path: Path, slide: SlideInfo | None) -> TileCoords:
         """Read ``patches/<id>.h5``, or the coordinates of a feature file with the geometry that lies beside it."""
         with opened_h5(path) as file:
-            coords_T2 = whole_coords(rows_of(file["coords"], path), path)
+            coords_T2 = whole_coords(h5_tables.rows_of(file["coords"], path), path)
             header = _header(path, file["coords"].attrs, slide)
         patches = path.parent.parent / "patches" / path.name
         if header is None and patches != path and patches.is_file():
@@ -122,9 +118,9 @@ class Clam:
         with ExitStack() as stack:
             spool = stack.enter_context(TensorSpool(stack.enter_context(replacing(paths[0])), channels, np.float32))
             table_file, patch_file = [stack.enter_context(writing_h5(path)) for path in paths[1:]]
-            features = growing_table(table_file, "features", channels, np.float32)
-            coords = growing_table(table_file, "coords", 2, np.int32)
-            places = growing_table(patch_file, "coords", 2, np.int64)
+            features = h5_tables.growing_table(table_file, "features", channels, np.float32)
+            coords = h5_tables.growing_table(table_file, "coords", 2, np.int32)
+            places = h5_tables.growing_table(patch_file, "coords", 2, np.int64)
             _write_geometry(places, header, root)
             features.attrs["encoder"] = header.encoder or "None"
             if header.token_mask is not None:
@@ -133,9 +129,9 @@ class Clam:
             def take(features_BC: np.ndarray, coords_B2: np.ndarray, tissue_B: np.ndarray | None = None) -> None:
                 features_BC = np.asarray(features_BC, dtype=np.float32)
                 coords_B2 = whole_coords(np.asarray(coords_B2), final)
-                append_rows(features, features_BC)
-                append_rows(coords, coords_B2.astype(np.int32))
-                append_rows(places, coords_B2)
+                h5_tables.append_rows(features, features_BC)
+                h5_tables.append_rows(coords, coords_B2.astype(np.int32))
+                h5_tables.append_rows(places, coords_B2)
                 spool.append(features_BC)
 
             yield take
@@ -144,10 +140,10 @@ class Clam:
 
 def _header(path: Path, attributes: Any, slide: SlideInfo | None) -> TileHeader | None:
     """What the attributes of ``patches`` say; None where there are none."""
-    side, level = attribute_int(attributes, "patch_size"), attribute_int(attributes, "patch_level")
+    side, level = h5_tables.attribute_int(attributes, "patch_size"), h5_tables.attribute_int(attributes, "patch_level")
     if side is None or level is None:
         return None
-    downsample = attribute_float(attributes, "downsample")
+    downsample = h5_tables.attribute_float(attributes, "downsample")
     if downsample is None and slide is not None and level < len(slide.level_downsamples):
         downsample = slide.level_downsamples[level][0]
     if downsample is None and level == 0:
@@ -158,17 +154,17 @@ def _header(path: Path, attributes: Any, slide: SlideInfo | None) -> TileHeader 
             f"{as_text(path)}; name the slide too"
         )
     # Older files say how much smaller than its level's the patch was made.
-    downsample *= attribute_float(attributes, "custom_downsample") or 1.0
-    spacing_lv0 = slide.spacing_um if slide is not None else attribute_float(attributes, "level0_spacing_um")
+    downsample *= h5_tables.attribute_float(attributes, "custom_downsample") or 1.0
+    spacing_lv0 = slide.spacing_um if slide is not None else h5_tables.attribute_float(attributes, "level0_spacing_um")
     side_lv0 = round(side * downsample)
-    spacing_um = attribute_float(attributes, "spacing_um")
+    spacing_um = h5_tables.attribute_float(attributes, "spacing_um")
     dimensions = np.asarray(attributes.get("level_dim", ())).ravel()
     return TileHeader(
-        slide_id=attribute_text(attributes, "name") or path.stem,
-        patch_size_px=attribute_int(attributes, "patch_size_px") or side,
+        slide_id=h5_tables.attribute_text(attributes, "name") or path.stem,
+        patch_size_px=h5_tables.attribute_int(attributes, "patch_size_px") or side,
         patch_size_lv0=side_lv0,
         spacing_um=spacing_um or (spacing_lv0 and spacing_lv0 * side_lv0 / side),
-        overlap_px=attribute_int(attributes, "overlap_px") or 0,
+        overlap_px=h5_tables.attribute_int(attributes, "overlap_px") or 0,
         width_px=int(dimensions[0]) if level == 0 and len(dimensions) == 2 else None,
         height_px=int(dimensions[1]) if level == 0 and len(dimensions) == 2 else None,
         spacing_lv0_um=spacing_lv0,

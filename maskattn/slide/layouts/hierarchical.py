@@ -12,23 +12,23 @@ Dimension key: T regions, N = n·n patches of a region, C channels, B regions of
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from maskattn.errors import SlideError
 from maskattn.files import replacing
 from maskattn.shapes import Bool, Float
-from maskattn.slide.layouts.checks import check_inside, check_same_slide, checked_features, whole_coords
-from maskattn.slide.layouts.contents import reading
-from maskattn.slide.layouts.hs2p import META_ENDING, NPZ_ENDING, read_hs2p_coords, tiling_metadata, write_npz
+from maskattn.slide.layouts import hs2p
+from maskattn.slide.layouts.checks import check_inside, check_same_slide, checked_features
+from maskattn.slide.layouts.hs2p import META_ENDING, NPZ_ENDING
 from maskattn.slide.layouts.layout import TakeTiles, known_fields, writable_id
+from maskattn.slide.layouts.slide2vec import meta_of, read_meta
 from maskattn.slide.layouts.tensor_files import TensorSpool, read_tensor
 from maskattn.slide.layouts.tile_features import TileCoords, TileHeader
 from maskattn.slide.layouts.trident import token_mask_of
@@ -81,16 +81,12 @@ def writing_regions(
     side = math.isqrt(patches)
     if side * side != patches or side < 2:
         raise ValueError(f"a region must have 2 × 2 patches or more in a square, got {patches}; choose another region")
-    slide_id, final = writable_id(header), regions_path(root, header.slide_id)
-    tiling_metadata(header, 0)
-    npz = Path(root) / "tiles" / f"{slide_id}{NPZ_ENDING}"
-    for path in (final, npz):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    coords: list[np.ndarray] = [np.empty((0, 2), np.int64)]
-    fractions: list[np.ndarray] = [np.empty(0, np.float32)]
+    final = regions_path(root, writable_id(header))
+    tiles = hs2p.WritingTiles(root, header)
+    final.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        pt, meta = stack.enter_context(replacing(final)), stack.enter_context(replacing(_meta_of(final)))
-        tiling = stack.enter_context(replacing(npz.with_name(slide_id + META_ENDING)))
+        pt, meta = (stack.enter_context(replacing(path)) for path in (final, meta_of(final)))
+        stack.enter_context(tiles)
         spool = stack.enter_context(TensorSpool(pt, patches * channels, dtype))
 
         def take(features_BNC: np.ndarray, coords_B2: np.ndarray, tissue_B: np.ndarray | None = None) -> None:
@@ -100,21 +96,12 @@ def writing_regions(
                     "each patch, of zeros where it was left out"
                 )
             spool.append(features_BNC.reshape(len(features_BNC), -1))
-            coords.append(whole_coords(np.asarray(coords_B2), final))
-            fractions.append(np.full(len(coords_B2), np.nan) if tissue_B is None else np.asarray(tissue_B))
+            tiles.append(coords_B2, tissue_B)
 
         yield take
-        coords_T2 = np.concatenate(coords)
-        order = np.lexsort((coords_T2[:, 1], coords_T2[:, 0]))
+        order = tiles.save()
         spool.save(order, (len(order), patches, channels))
-        meta.write_text(_metadata(header, side, channels, len(order), spool.dtype, npz), encoding="utf-8")
-        tiling.write_text(
-            json.dumps(tiling_metadata(header, len(order)), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-        if len(order):
-            write_npz(stack.enter_context(replacing(npz)), coords_T2[order], np.concatenate(fractions)[order])
-        else:
-            npz.unlink(missing_ok=True)
+        hs2p.write_json(meta, _metadata(header, side, channels, len(order), spool.dtype, tiles.path))
 
 
 @dataclass(frozen=True)
@@ -206,12 +193,9 @@ def read_regions(path: str | Path, *, slide: SlideInfo | None = None, named: Seq
             f"features of regions must be (regions, n·n patches, channels), got {held.shape} in {as_text(path)}; those "
             "of tiles lie in tile_embeddings"
         )
-    meta = {}
-    if _meta_of(path).is_file():
-        with reading(_meta_of(path)):
-            meta = dict(json.loads(_meta_of(path).read_text(encoding="utf-8")))
+    meta = read_meta(path)
     places = replace(
-        read_hs2p_coords(path.parent.parent / "tiles" / f"{path.stem}{NPZ_ENDING}", slide),
+        hs2p.read_hs2p_coords(path.parent.parent / "tiles" / f"{path.stem}{NPZ_ENDING}", slide),
         layout="slide2vec",
         source=path,
         encoder=meta.get("encoder_name") or None,
@@ -230,9 +214,9 @@ def read_regions(path: str | Path, *, slide: SlideInfo | None = None, named: Seq
     return RegionFeatures(**vars(places), features_TNC=features_TNC, keep_TN=keep_TN)
 
 
-def _metadata(header: TileHeader, side: int, channels: int, regions: int, dtype: np.dtype, npz: Path) -> str:
+def _metadata(header: TileHeader, side: int, channels: int, regions: int, dtype: np.dtype, npz: Path) -> dict[str, Any]:
     region_px, region_lv0 = int(header.patch_size_px or 0), int(header.patch_size_lv0 or 0)
-    record = {
+    return {
         "sample_id": header.slide_id,
         "artifact_type": "hierarchical_embeddings",
         "format": "pt",
@@ -257,8 +241,3 @@ def _metadata(header: TileHeader, side: int, channels: int, regions: int, dtype:
         "feature_dtype": "fp16" if dtype == np.float16 else "fp32",
         "token_mask": header.token_mask,
     }
-    return json.dumps(record, indent=2, sort_keys=True) + "\n"
-
-
-def _meta_of(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.meta.json")

@@ -13,12 +13,15 @@ known it is NaN.
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from maskattn.errors import SlideError
+from maskattn.files import replacing
 from maskattn.slide.layouts.checks import whole_coords
 from maskattn.slide.layouts.contents import FileContents, reading
 from maskattn.slide.layouts.layout import known_fields
@@ -28,7 +31,7 @@ from maskattn.slide.names import as_text
 if TYPE_CHECKING:
     from maskattn.slide.reader import SlideInfo
 
-__all__ = ["META_ENDING", "NPZ_ENDING", "header_of_meta", "is_hs2p", "read_hs2p_coords", "tiling_metadata", "write_npz"]
+__all__ = ["META_ENDING", "NPZ_ENDING", "WritingTiles", "header_of_meta", "is_hs2p", "read_hs2p_coords", "write_json"]
 
 NPZ_ENDING, META_ENDING = ".coordinates.npz", ".coordinates.meta.json"
 _SEGMENTATION = (
@@ -96,12 +99,66 @@ def header_of_meta(path: Path) -> TileHeader:
         )
 
 
-def write_npz(path: Path, coords_T2: np.ndarray, fractions_T: np.ndarray) -> None:
-    """Write the coordinates, which are in the order of x, then y.
+class WritingTiles:
+    """Writes hs2p's two files of a slide's tiles, which come in any order, a batch at a time; a context manager.
+
+    The files have their names when it ends, the one with the coordinates first. It is not there without tiles.
+
+    Args:
+        root: the folder below which ``tiles`` is made.
+        header: what holds for all tiles.
 
     Raises:
-        OSError: the file cannot be written.
+        ValueError: the header lacks what hs2p must have.
     """
+
+    def __init__(self, root: str | Path, header: TileHeader) -> None:
+        _metadata_of_tiles(header, 0)
+        self.path = Path(root) / "tiles" / f"{header.slide_id}{NPZ_ENDING}"
+        self._header = header
+        self._coords: list[np.ndarray] = [np.empty((0, 2), np.int64)]
+        self._fractions: list[np.ndarray] = [np.empty(0, np.float32)]
+        self._files = ExitStack()
+
+    @property
+    def taken(self) -> int:
+        """How many tiles have come."""
+        return sum(map(len, self._coords))
+
+    def __enter__(self) -> WritingTiles:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._meta = self._files.enter_context(replacing(self.path.with_name(self._header.slide_id + META_ENDING)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
+
+    def append(self, coords_B2: np.ndarray, tissue_B: np.ndarray | None) -> None:
+        """Take the coordinates of some tiles in level-0 pixels, and their fractions of tissue where they are known."""
+        self._coords.append(whole_coords(np.asarray(coords_B2), self.path))
+        self._fractions.append(np.full(len(coords_B2), np.nan) if tissue_B is None else np.asarray(tissue_B))
+
+    def save(self) -> np.ndarray:
+        """Write what has come; returns hs2p's order of the tiles, by x, then y, as indices (T,)."""
+        coords_T2 = np.concatenate(self._coords)
+        order = np.lexsort((coords_T2[:, 1], coords_T2[:, 0]))
+        write_json(self._meta, _metadata_of_tiles(self._header, len(order)))
+        if len(order):
+            npz = self._files.enter_context(replacing(self.path))
+            _write_npz(npz, coords_T2[order], np.concatenate(self._fractions)[order])
+        else:
+            self.path.unlink(missing_ok=True)
+        return order
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a ``.meta.json`` as hs2p and slide2vec do."""
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_npz(path: Path, coords_T2: np.ndarray, fractions_T: np.ndarray) -> None:
     with path.open("wb") as file:
         np.savez_compressed(
             file,
@@ -112,12 +169,8 @@ def write_npz(path: Path, coords_T2: np.ndarray, fractions_T: np.ndarray) -> Non
         )
 
 
-def tiling_metadata(header: TileHeader, tiles: int) -> dict[str, Any]:
-    """The ``.coordinates.meta.json`` of a slide's tiles.
-
-    Raises:
-        ValueError: the header lacks what hs2p must have.
-    """
+def _metadata_of_tiles(header: TileHeader, tiles: int) -> dict[str, Any]:
+    """The ``.coordinates.meta.json``; a ValueError where the header lacks what hs2p must have."""
     side_px, side_lv0, spacing_um, spacing_lv0, width, height = known_fields(
         *("slide2vec", header, "patch_size_px", "patch_size_lv0", "spacing_um", "spacing_lv0_um"),
         *("width_px", "height_px"),

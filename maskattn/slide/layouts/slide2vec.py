@@ -20,17 +20,10 @@ import numpy as np
 
 from maskattn.errors import SlideError
 from maskattn.files import replacing
-from maskattn.slide.layouts.checks import features_of, whole_coords
+from maskattn.slide.layouts import hs2p
+from maskattn.slide.layouts.checks import features_of
 from maskattn.slide.layouts.contents import FileContents, reading
-from maskattn.slide.layouts.hs2p import (
-    META_ENDING,
-    NPZ_ENDING,
-    header_of_meta,
-    is_hs2p,
-    read_hs2p_coords,
-    tiling_metadata,
-    write_npz,
-)
+from maskattn.slide.layouts.hs2p import META_ENDING, NPZ_ENDING
 from maskattn.slide.layouts.layout import TakeTiles, writable_id
 from maskattn.slide.layouts.tensor_files import TensorSpool, read_tensor
 from maskattn.slide.layouts.tile_features import TileCoords, TileFeatures, TileHeader
@@ -40,7 +33,7 @@ from maskattn.slide.names import as_text
 if TYPE_CHECKING:
     from maskattn.slide.reader import SlideInfo
 
-__all__ = ["Slide2Vec"]
+__all__ = ["Slide2Vec", "meta_of", "read_meta"]
 
 
 class Slide2Vec:
@@ -53,17 +46,17 @@ class Slide2Vec:
     def has_features(self, contents: FileContents) -> bool:
         """A tensor with its ``.meta.json``, or an archive with ``features``."""
         if contents.kind == "pt":
-            return _meta_of(contents.path).is_file() or contents.path.parent.name == "tile_embeddings"
+            return meta_of(contents.path).is_file() or contents.path.parent.name == "tile_embeddings"
         return contents.kind == "npz" and "features" in contents.names
 
     def has_coords(self, contents: FileContents) -> bool:
         """hs2p's archive."""
-        return is_hs2p(contents)
+        return hs2p.is_hs2p(contents)
 
     def read_features(self, path: Path, slide: SlideInfo | None, encoder: str | None) -> TileFeatures:
         """Read ``tile_embeddings/<id>.pt`` with its coordinates and ``.meta.json``."""
         places = self.read_coords(path, slide)
-        meta = _read_meta(path)
+        meta = read_meta(path)
         if path.suffix.lower() == ".npz":
             with reading(path), np.load(path, allow_pickle=False) as archive:
                 features_TC = archive["features"]
@@ -75,19 +68,19 @@ class Slide2Vec:
     def read_coords(self, path: Path, slide: SlideInfo | None) -> TileCoords:
         """Read hs2p's coordinates: the file itself, or the one that belongs to a file of features."""
         if path.name.endswith(NPZ_ENDING):
-            return read_hs2p_coords(path, slide)
-        meta = _read_meta(path)
+            return hs2p.read_hs2p_coords(path, slide)
+        meta = read_meta(path)
         slide_id = str(meta.get("sample_id") or path.stem)
         beside = _tiles_folder(path) / f"{slide_id}{NPZ_ENDING}"
         told = [beside, *(Path(str(meta[key])) for key in ("coordinates_npz_path",) if meta.get(key))]
         source = next((file for file in told if file.is_file()), None)
         if source is not None:
-            places = read_hs2p_coords(source, slide)
+            places = hs2p.read_hs2p_coords(source, slide)
             return TileCoords(**{**vars(places), "slide_id": slide_id, "layout": self.name, "source": path})
         # hs2p writes no coordinates where there are no tiles.
         empty = beside.with_name(slide_id + META_ENDING)
         if meta.get("num_tiles") == 0 and empty.is_file():
-            header = header_of_meta(empty)
+            header = hs2p.header_of_meta(empty)
             return TileCoords(**vars(header), coords_T2=np.empty((0, 2), np.int64), layout=self.name, source=path)
         raise SlideError(
             f"features of slide2vec must have their coordinates, got no file {as_text(beside)}; copy its folder "
@@ -105,39 +98,27 @@ class Slide2Vec:
         """Write coordinates, features and their ``.meta.json``; the rows are put into hs2p's order."""
         slide_id, root = writable_id(header), Path(root)
         final = self.path_of(root, header)
-        tiling_metadata(header, 0)
-        tiles = root / "tiles" / f"{slide_id}{NPZ_ENDING}"
-        for path in (final, tiles):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        coords: list[np.ndarray] = [np.empty((0, 2), np.int64)]
-        fractions: list[np.ndarray] = [np.empty(0, np.float32)]
+        tiles = hs2p.WritingTiles(root, header)
+        final.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             # What is entered first has its name last.
-            pt, meta = stack.enter_context(replacing(final)), stack.enter_context(replacing(_meta_of(final)))
-            tiling = stack.enter_context(replacing(tiles.with_name(slide_id + META_ENDING)))
+            pt, meta = (stack.enter_context(replacing(path)) for path in (final, meta_of(final)))
+            stack.enter_context(tiles)
             spool = stack.enter_context(TensorSpool(pt, channels, dtype))
 
             def take(features_BC: np.ndarray, coords_B2: np.ndarray, tissue_B: np.ndarray | None = None) -> None:
                 spool.append(np.asarray(features_BC))
-                coords.append(whole_coords(np.asarray(coords_B2), final))
-                fractions.append(np.full(len(coords_B2), np.nan) if tissue_B is None else np.asarray(tissue_B))
+                tiles.append(coords_B2, tissue_B)
 
             yield take
-            coords_T2 = np.concatenate(coords)
-            if len(coords_T2) != spool.rows:
+            if tiles.taken != spool.rows:
                 raise ValueError(
-                    f"a slide must have a place for each row of features, got {len(coords_T2)} coordinates for "
+                    f"a slide must have coordinates for each row of features, got {tiles.taken} coordinates for "
                     f"{spool.rows} rows of {slide_id!r}; give both of each batch"
                 )
-            order = np.lexsort((coords_T2[:, 1], coords_T2[:, 0]))
+            order = tiles.save()
             spool.save(order)
-            _write_json(meta, _metadata(header, channels, len(order), spool.dtype, tiles))
-            _write_json(tiling, tiling_metadata(header, len(order)))
-            if len(order):
-                npz = stack.enter_context(replacing(tiles))
-                write_npz(npz, coords_T2[order], np.concatenate(fractions)[order])
-            else:
-                tiles.unlink(missing_ok=True)
+            hs2p.write_json(meta, _metadata(header, channels, len(order), spool.dtype, tiles.path))
 
 
 def _metadata(header: TileHeader, channels: int, tiles: int, dtype: np.dtype, npz: Path) -> dict[str, Any]:
@@ -166,13 +147,14 @@ def _metadata(header: TileHeader, channels: int, tiles: int, dtype: np.dtype, np
     }
 
 
-def _meta_of(path: Path) -> Path:
+def meta_of(path: Path) -> Path:
+    """The ``.meta.json`` that belongs to a file of features."""
     return path.with_name(f"{path.stem}.meta.json")
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
     """The ``.meta.json`` of a file of features; nothing where there is none."""
-    meta_path = _meta_of(path)
+    meta_path = meta_of(path)
     if not meta_path.is_file():
         return {}
     with reading(meta_path):
@@ -188,7 +170,3 @@ def _tiles_folder(path: Path) -> Path:
     if folder.parent.name == "tile_embeddings":
         return folder.parent.parent / "tiles" / folder.name
     return folder.parent / "tiles"
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")

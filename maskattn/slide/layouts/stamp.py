@@ -24,16 +24,9 @@ import numpy as np
 import maskattn
 from maskattn.errors import SlideError
 from maskattn.slide.h5_files import writing_h5
+from maskattn.slide.layouts import h5_tables
 from maskattn.slide.layouts.checks import features_of, whole_coords
 from maskattn.slide.layouts.contents import FileContents, opened_h5
-from maskattn.slide.layouts.h5_tables import (
-    append_rows,
-    attribute_float,
-    attribute_int,
-    attribute_text,
-    growing_table,
-    rows_of,
-)
 from maskattn.slide.layouts.layout import TakeTiles, folder_name, known_fields, writable_id
 from maskattn.slide.layouts.tile_features import TileCoords, TileFeatures, TileHeader
 from maskattn.slide.layouts.trident import token_mask_of
@@ -68,17 +61,17 @@ class Stamp:
         places = self.read_coords(path, slide)
         with opened_h5(path) as file:
             table = file["feats"]
-            features_TC = rows_of(table, path, None if table.dtype == np.float16 else np.float32)
+            features_TC = h5_tables.rows_of(table, path, None if table.dtype == np.float16 else np.float32)
         return features_of(places, features_TC)
 
     def read_coords(self, path: Path, slide: SlideInfo | None) -> TileCoords:
         """Read the coordinates, in level-0 pixels where the slide's spacing is known."""
         with opened_h5(path) as file:
             attributes = file.attrs
-            coords_um = rows_of(file["coords"], path, np.float64)
+            coords_um = h5_tables.rows_of(file["coords"], path, np.float64)
             side_um, side_px, to_um = _tile_size(attributes, coords_um, path)
             spacing_um = side_um / side_px if side_px else None
-            spacing_lv0 = slide.spacing_um if slide else attribute_float(attributes, "level0_spacing_um")
+            spacing_lv0 = slide.spacing_um if slide else h5_tables.attribute_float(attributes, "level0_spacing_um")
             pixel_um = spacing_lv0 or spacing_um
             if pixel_um is None:
                 raise SlideError(
@@ -89,13 +82,13 @@ class Stamp:
             return TileCoords(
                 slide_id=path.stem,
                 patch_size_px=side_px,
-                patch_size_lv0=attribute_int(attributes, "patch_size_level0") or round(side_um / pixel_um),
+                patch_size_lv0=h5_tables.attribute_int(attributes, "patch_size_level0") or round(side_um / pixel_um),
                 spacing_um=spacing_um,
-                overlap_px=attribute_int(attributes, "overlap") or 0,
-                width_px=attribute_int(attributes, "level0_width"),
-                height_px=attribute_int(attributes, "level0_height"),
+                overlap_px=h5_tables.attribute_int(attributes, "overlap") or 0,
+                width_px=h5_tables.attribute_int(attributes, "level0_width"),
+                height_px=h5_tables.attribute_int(attributes, "level0_height"),
                 spacing_lv0_um=spacing_lv0,
-                encoder=attribute_text(attributes, "extractor"),
+                encoder=h5_tables.attribute_text(attributes, "extractor"),
                 token_mask=token_mask_of(attributes),
                 coords_T2=coords_T2,
                 on_level0=spacing_lv0 is not None,
@@ -123,12 +116,12 @@ class Stamp:
             for name, value in _attributes(header, int(side_px), spacing_um).items():
                 if value is not None:
                     file.attrs[name] = value
-            coords = growing_table(file, "coords", 2, np.float32)
-            features = growing_table(file, "feats", channels, np.float16)
+            coords = h5_tables.growing_table(file, "coords", 2, np.float32)
+            features = h5_tables.growing_table(file, "feats", channels, np.float16)
 
             def take(features_BC: np.ndarray, coords_B2: np.ndarray, tissue_B: np.ndarray | None = None) -> None:
-                append_rows(features, _halved(features_BC, header.slide_id))
-                append_rows(coords, (np.asarray(coords_B2) * spacing_lv0).astype(np.float32))
+                h5_tables.append_rows(features, _halved(features_BC, header.slide_id))
+                h5_tables.append_rows(coords, (np.asarray(coords_B2) * spacing_lv0).astype(np.float32))
 
             yield take
 
@@ -174,11 +167,11 @@ def _tile_size(attributes: Any, coords: np.ndarray, path: Path) -> tuple[float, 
     Raises:
         SlideError: the file does not say.
     """
-    side_px = attribute_int(attributes, "tile_size_px")
-    side = attribute_float(attributes, "tile_size")
-    if side and attribute_text(attributes, "unit") == "um":
+    side_px = h5_tables.attribute_int(attributes, "tile_size_px")
+    side = h5_tables.attribute_float(attributes, "tile_size")
+    if side and h5_tables.attribute_text(attributes, "unit") == "um":
         return side, side_px, 1.0
-    if side_um := attribute_float(attributes, "tile_size_um"):
+    if side_um := h5_tables.attribute_float(attributes, "tile_size_um"):
         return side_um, side_px, 1.0
     if round(_stride(coords) if side is None else side) == _HISTORIC_PX:
         return _HISTORIC_UM, _HISTORIC_PX, _HISTORIC_UM / _HISTORIC_PX

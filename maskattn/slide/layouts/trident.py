@@ -21,16 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maskattn.slide.h5_files import writing_h5
+from maskattn.slide.layouts import h5_tables
 from maskattn.slide.layouts.checks import features_of, whole_coords
 from maskattn.slide.layouts.contents import FileContents, opened_h5
-from maskattn.slide.layouts.h5_tables import (
-    append_rows,
-    attribute_float,
-    attribute_int,
-    attribute_text,
-    growing_table,
-    rows_of,
-)
 from maskattn.slide.layouts.layout import TakeTiles, folder_name, known_fields, writable_id
 from maskattn.slide.layouts.tile_features import TileCoords, TileFeatures, TileHeader, TokenMask
 
@@ -71,8 +64,8 @@ class Trident:
             table = file["features"]
             return features_of(
                 places,
-                rows_of(table, path, None if table.dtype == np.float16 else np.float32),
-                encoder=attribute_text(table.attrs, "encoder"),
+                h5_tables.rows_of(table, path, None if table.dtype == np.float16 else np.float32),
+                encoder=h5_tables.attribute_text(table.attrs, "encoder"),
                 token_mask=token_mask_of(table.attrs),
             )
 
@@ -80,18 +73,18 @@ class Trident:
         """Read ``patches/<id>_patches.h5``, or the coordinates of a feature file."""
         with opened_h5(path) as file:
             attributes = file["coords"].attrs
-            coords_T2 = whole_coords(rows_of(file["coords"], path), path)
-            target = attribute_float(attributes, "target_magnification")
+            coords_T2 = whole_coords(h5_tables.rows_of(file["coords"], path), path)
+            target = h5_tables.attribute_float(attributes, "target_magnification")
             return TileCoords(
-                slide_id=attribute_text(attributes, "name") or path.stem.removesuffix(_COORDS_ENDING),
-                patch_size_px=attribute_int(attributes, "patch_size"),
-                patch_size_lv0=attribute_int(attributes, "patch_size_level0"),
-                spacing_um=attribute_float(attributes, "spacing_um") or (10 / target if target else None),
-                overlap_px=attribute_int(attributes, "overlap") or 0,
-                width_px=attribute_int(attributes, "level0_width"),
-                height_px=attribute_int(attributes, "level0_height"),
-                spacing_lv0_um=attribute_float(attributes, "level0_spacing_um"),
-                magnification=attribute_float(attributes, "level0_magnification"),
+                slide_id=h5_tables.attribute_text(attributes, "name") or path.stem.removesuffix(_COORDS_ENDING),
+                patch_size_px=h5_tables.attribute_int(attributes, "patch_size"),
+                patch_size_lv0=h5_tables.attribute_int(attributes, "patch_size_level0"),
+                spacing_um=h5_tables.attribute_float(attributes, "spacing_um") or (10 / target if target else None),
+                overlap_px=h5_tables.attribute_int(attributes, "overlap") or 0,
+                width_px=h5_tables.attribute_int(attributes, "level0_width"),
+                height_px=h5_tables.attribute_int(attributes, "level0_height"),
+                spacing_lv0_um=h5_tables.attribute_float(attributes, "level0_spacing_um"),
+                magnification=h5_tables.attribute_float(attributes, "level0_magnification"),
                 coords_T2=coords_T2,
                 layout=self.name,
                 source=path,
@@ -142,19 +135,19 @@ def feature_file(
     """
 
     with writing_h5(path) as file:
-        features = growing_table(file, "features", channels, dtype)
+        features = h5_tables.growing_table(file, "features", channels, dtype)
         features.attrs["name"] = header.slide_id
         if folder is not None:
             features.attrs["savetodir"] = str(path.parent)
         features.attrs["encoder"] = header.encoder or "None"
         if header.token_mask is not None:
             features.attrs["token_mask"] = header.token_mask
-        coords = growing_table(file, "coords", 2, np.int64)
+        coords = h5_tables.growing_table(file, "coords", 2, np.int64)
         write_geometry(coords, header, folder)
 
         def take(features_BC: np.ndarray, coords_B2: np.ndarray, tissue_B: np.ndarray | None = None) -> None:
-            append_rows(features, np.asarray(features_BC, dtype=dtype))
-            append_rows(coords, whole_coords(np.asarray(coords_B2), path))
+            h5_tables.append_rows(features, np.asarray(features_BC, dtype=dtype))
+            h5_tables.append_rows(coords, whole_coords(np.asarray(coords_B2), path))
 
         yield take
 
@@ -163,9 +156,9 @@ def feature_file(
 def _coords_file(path: Path, header: TileHeader, folder: Path) -> Iterator[Any]:
 
     with writing_h5(path) as file:
-        coords = growing_table(file, "coords", 2, np.int64)
+        coords = h5_tables.growing_table(file, "coords", 2, np.int64)
         write_geometry(coords, header, folder)
-        yield lambda coords_B2: append_rows(coords, coords_B2)
+        yield lambda coords_B2: h5_tables.append_rows(coords, coords_B2)
 
 
 def write_geometry(coords: Any, header: TileHeader, folder: Path | None = None) -> None:
@@ -203,7 +196,7 @@ def write_geometry(coords: Any, header: TileHeader, folder: Path | None = None) 
 
 def token_mask_of(attributes: Any) -> TokenMask | None:
     """Which tokens took part, where the attributes say it."""
-    told = attribute_text(attributes, "token_mask") if "token_mask" in attributes else None
+    told = h5_tables.attribute_text(attributes, "token_mask") if "token_mask" in attributes else None
     return "none" if told == "none" else "tissue" if told == "tissue" else None
 
 

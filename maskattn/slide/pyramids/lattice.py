@@ -65,13 +65,7 @@ class MapLattice:
         values_MBhw: Float[np.ndarray, "M B h w"],
         keep_Bhw: Bool[np.ndarray, "B h w"],
     ) -> None:
-        """Take in the kept tokens of some tiles.
-
-        Args:
-            coords_B2: (B, 2) level-0 x, y of the tiles' top left corners.
-            values_MBhw: (M, B, h, w) a value per token, or (M, B, 1, 1) one per tile.
-            keep_Bhw: (B, h, w) bool, which tokens are kept.
-        """
+        """Take in the kept tokens of some tiles; arguments as of :meth:`maskattn.slide.overlay.MapCanvas.paint`."""
         values_MBhw = np.broadcast_to(values_MBhw, (len(values_MBhw), *keep_Bhw.shape))
         _, rows, columns = self.values_MRC.shape
         cell = np.arange(self._cells_of_tile) + 0.5

@@ -20,14 +20,7 @@ from foreign_writers import (
 )
 
 from maskattn.errors import SlideError
-from maskattn.slide.layouts import (
-    detect_layout,
-    find_coords,
-    find_features,
-    list_features,
-    read_coords,
-    read_features,
-)
+from maskattn.slide import layouts
 from maskattn.slide.reader import SlideInfo
 
 COORDS = np.array([[0, 0], [512, 0], [0, 512], [1024, 1536]], np.int64)
@@ -51,12 +44,12 @@ def slide_info(spacing_um: float = 0.25, size: tuple[int, int] = (20_000, 10_000
 
 def test_trident_features_and_coordinates(tmp_path: Path) -> None:
     path, places = write_as_trident(tmp_path, FEATURES, COORDS, overlap=16)
-    for found in (read_features(path), read_coords(places), read_coords(path)):
+    for found in (layouts.read_features(path), layouts.read_coords(places), layouts.read_coords(path)):
         np.testing.assert_array_equal(found.coords_T2, COORDS)
         assert (found.slide_id, found.layout, found.on_level0) == ("slide-1", "trident", True)
         assert (found.patch_size_px, found.patch_size_lv0, found.overlap_px, found.overlap_lv0) == (256, 512, 16, 32)
         assert (found.spacing_um, found.width_px, found.height_px, found.magnification) == (0.5, 20_000, 10_000, 40.0)
-    features = read_features(path)
+    features = layouts.read_features(path)
     np.testing.assert_array_equal(features.features_TC, FEATURES)
     assert (features.encoder, features.token_mask, features.features_TC.dtype) == ("uni_v1", None, np.float32)
 
@@ -64,14 +57,14 @@ def test_trident_features_and_coordinates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch", [(), (1,)])
 def test_a_leading_dimension_of_one_is_dropped(tmp_path: Path, batch: tuple[int, ...]) -> None:
     tables = {"features": FEATURES.reshape(*batch, 4, 3), "coords": COORDS.reshape(*batch, 4, 2)}
-    found = read_features(save_h5(tmp_path / "h5_files" / "slide-1.h5", tables))
+    found = layouts.read_features(save_h5(tmp_path / "h5_files" / "slide-1.h5", tables))
     assert (found.layout, found.patch_size_lv0, found.patch_size_px) == ("clam", 512, None)
     np.testing.assert_array_equal(found.features_TC, FEATURES)
 
 
 def test_clam_features_have_the_geometry_of_the_coordinates_beside_them(tmp_path: Path) -> None:
     path, tensor, places = write_as_clam(tmp_path, FEATURES, COORDS * 2)
-    for found in (read_features(path), read_features(tensor), read_coords(places)):
+    for found in (layouts.read_features(path), layouts.read_features(tensor), layouts.read_coords(places)):
         np.testing.assert_array_equal(found.coords_T2, COORDS * 2)
         assert (found.slide_id, found.layout, found.patch_size_px, found.patch_size_lv0) == (
             "slide-1",
@@ -80,14 +73,14 @@ def test_clam_features_have_the_geometry_of_the_coordinates_beside_them(tmp_path
             1024,
         )
         assert (found.spacing_um, found.width_px, found.height_px) == (None, None, None)
-    found = read_features(tensor, slide=slide_info())
+    found = layouts.read_features(tensor, slide=slide_info())
     np.testing.assert_array_equal(found.features_TC, FEATURES)
     assert (found.spacing_um, found.width_px, found.height_px) == (1.0, 20_000, 10_000)
 
 
 def test_clam_of_level_0_knows_its_slide(tmp_path: Path) -> None:
     *_, places = write_as_clam(tmp_path, FEATURES, COORDS, level=0, downsample=1.0)
-    found = read_coords(places, slide=slide_info())
+    found = layouts.read_coords(places, slide=slide_info())
     assert (found.patch_size_lv0, found.width_px, found.height_px, found.spacing_um) == (256, 20_000, 10_000, 0.25)
 
 
@@ -96,25 +89,25 @@ def test_clams_older_coordinates_take_their_levels_downsample_from_the_slide(tmp
     with h5py.File(places, "a") as file:
         del file["coords"].attrs["downsample"]
         file["coords"].attrs["custom_downsample"] = 2
-    assert read_coords(places, slide=slide_info()).patch_size_lv0 == 2048
+    assert layouts.read_coords(places, slide=slide_info()).patch_size_lv0 == 2048
     with pytest.raises(SlideError, match=r"got patch_level=1 alone .*; name the slide too"):
-        read_coords(places)
+        layouts.read_coords(places)
 
 
 def test_a_tensor_of_clams_is_read_with_the_coordinates_of_patches_where_there_is_no_table(tmp_path: Path) -> None:
     path, tensor, places = write_as_clam(tmp_path, FEATURES, COORDS)
     path.unlink()
-    np.testing.assert_array_equal(read_features(tensor).coords_T2, COORDS)
+    np.testing.assert_array_equal(layouts.read_features(tensor).coords_T2, COORDS)
     places.unlink()
     with pytest.raises(SlideError, match=r"must have their coordinates beside them.*copy CLAM's folder"):
-        read_features(tensor)
+        layouts.read_features(tensor)
 
 
 def test_stamps_micrometres_become_level_0_pixels_of_the_slide(tmp_path: Path) -> None:
     # STAMP's tiles are 256 µm: 1024 px of this slide, on a lattice that is not whole in its pixels.
     cells = np.array([[0, 0], [1, 0], [7, 3]])
     path = write_as_stamp(tmp_path / "slide-1.h5", FEATURES[:3], cells * 256.0, **STAMP_ATTRIBUTES)
-    found = read_features(path, slide=slide_info(spacing_um=0.2523))
+    found = layouts.read_features(path, slide=slide_info(spacing_um=0.2523))
     np.testing.assert_array_equal(found.coords_T2, np.round(cells * 256 / 0.2523))
     assert (found.layout, found.encoder, found.patch_size_px, found.patch_size_lv0) == ("stamp", "uni2", 224, 1015)
     assert (found.on_level0, found.spacing_um, found.spacing_lv0_um) == (True, 256 / 224, 0.2523)
@@ -133,7 +126,7 @@ def test_stamps_files_of_every_age_without_a_slide_are_in_the_pixels_of_their_ti
     tmp_path: Path, attributes: dict[str, object], step: float
 ) -> None:
     cells = np.array([[0, 0], [1, 0], [0, 2]])
-    found = read_features(write_as_stamp(tmp_path / "s.h5", FEATURES[:3], cells * step, **attributes))
+    found = layouts.read_features(write_as_stamp(tmp_path / "s.h5", FEATURES[:3], cells * step, **attributes))
     np.testing.assert_array_equal(found.coords_T2, cells * 224)
     assert (found.on_level0, found.patch_size_px, found.patch_size_lv0) == (False, 224, 224)
     assert found.spacing_um == pytest.approx(256 / 224)
@@ -143,7 +136,7 @@ def test_stamps_files_of_every_age_without_a_slide_are_in_the_pixels_of_their_ti
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_slide2vec_features_of_every_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     path = write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES).to(dtype), COORDS, overlap=0.25)
-    found = read_features(path)
+    found = layouts.read_features(path)
     np.testing.assert_array_equal(found.features_TC, FEATURES)
     assert found.features_TC.dtype == (np.float16 if dtype == torch.float16 else np.float32)
     np.testing.assert_array_equal(found.coords_T2, COORDS)
@@ -156,19 +149,19 @@ def test_slide2vecs_archives_are_read_as_its_tensors_are(tmp_path: Path) -> None
     path = write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
     path.unlink()
     np.savez_compressed(path.with_suffix(".npz"), features=FEATURES, tile_index=np.arange(4))
-    np.testing.assert_array_equal(read_features(path.with_suffix(".npz")).features_TC, FEATURES)
+    np.testing.assert_array_equal(layouts.read_features(path.with_suffix(".npz")).features_TC, FEATURES)
 
 
 def test_hs2ps_coordinates(tmp_path: Path) -> None:
     write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
-    found = read_coords(tmp_path / "tiles" / "slide-1.coordinates.npz")
+    found = layouts.read_coords(tmp_path / "tiles" / "slide-1.coordinates.npz")
     np.testing.assert_array_equal(found.coords_T2, COORDS)
     assert (found.layout, found.slide_id, found.patch_size_lv0) == ("hs2p", "slide-1", 512)
 
 
 def test_atlaspatch_features_of_the_encoder_that_is_asked_for(tmp_path: Path) -> None:
     path = write_as_atlaspatch(tmp_path, {"uni_v2": FEATURES, "resnet50": FEATURES + 1}, COORDS)
-    found = read_features(path, encoder="UNI_v2")
+    found = layouts.read_features(path, encoder="UNI_v2")
     np.testing.assert_array_equal(found.features_TC, FEATURES)
     np.testing.assert_array_equal(found.coords_T2, COORDS)
     assert (found.layout, found.encoder, found.slide_id) == ("atlaspatch", "uni_v2", "slide-1")
@@ -180,15 +173,15 @@ def test_atlaspatch_features_of_the_encoder_that_is_asked_for(tmp_path: Path) ->
     )
     for asked in (None, "conch"):
         with pytest.raises(SlideError, match=r"got those of resnet50, uni_v2 in .*; name one of them"):
-            read_features(path, encoder=asked)
+            layouts.read_features(path, encoder=asked)
 
 
 def test_atlaspatch_coordinates_before_any_features(tmp_path: Path) -> None:
     path = write_as_atlaspatch(tmp_path, {}, COORDS)
-    np.testing.assert_array_equal(read_coords(path).coords_T2, COORDS)
-    assert detect_layout(path).name == "atlaspatch"
+    np.testing.assert_array_equal(layouts.read_coords(path).coords_T2, COORDS)
+    assert layouts.detect_layout(path).name == "atlaspatch"
     with pytest.raises(SlideError, match="a feature file must hold coords and features"):
-        read_features(path)
+        layouts.read_features(path)
 
 
 def written(root: Path, layout: str) -> Path:
@@ -207,29 +200,29 @@ def written(root: Path, layout: str) -> Path:
 @pytest.mark.parametrize("layout", ["trident", "clam", "stamp", "slide2vec", "atlaspatch"])
 def test_a_slides_features_are_found_from_the_folder_that_users_name(layout: str, tmp_path: Path) -> None:
     path = written(tmp_path, layout)
-    assert detect_layout(path).name == layout
+    assert layouts.detect_layout(path).name == layout
     folders = [folder for folder in path.parents if tmp_path in (folder, *folder.parents)]
     assert len(folders) > 1
     for root in folders:
-        assert find_features(root, "slide-1") == path
-        assert list_features(root) == {"slide-1": path}
-        assert find_features(root, "slide-2") is None
+        assert layouts.find_features(root, "slide-1") == path
+        assert layouts.list_features(root) == {"slide-1": path}
+        assert layouts.find_features(root, "slide-2") is None
 
 
 @pytest.mark.parametrize("layout", ["trident", "clam", "slide2vec", "atlaspatch"])
 def test_a_slides_coordinates_are_found_from_the_folder_that_users_name(layout: str, tmp_path: Path) -> None:
     written(tmp_path, layout)
-    found = find_coords(tmp_path, "slide-1")
+    found = layouts.find_coords(tmp_path, "slide-1")
     assert found is not None
     assert found.parent.name in ("patches", "tiles")
-    np.testing.assert_array_equal(read_coords(found, slide=slide_info()).coords_T2, COORDS)
+    np.testing.assert_array_equal(layouts.read_coords(found, slide=slide_info()).coords_T2, COORDS)
 
 
 def test_our_own_features_are_found_in_a_runs_output(tmp_path: Path) -> None:
     write_as_trident(tmp_path / "elsewhere", FEATURES, COORDS)[0].rename(tmp_path / "features.h5")
     (tmp_path / "out" / "slide-1").mkdir(parents=True)
     path = (tmp_path / "features.h5").rename(tmp_path / "out" / "slide-1" / "features.h5")
-    assert list_features(tmp_path / "out") == {"slide-1": path}
+    assert layouts.list_features(tmp_path / "out") == {"slide-1": path}
 
 
 def test_features_of_earlier_versions_of_ours_stay_readable(tmp_path: Path) -> None:
@@ -237,12 +230,12 @@ def test_features_of_earlier_versions_of_ours_stay_readable(tmp_path: Path) -> N
     attributes = {name: value for name, value in trident_coords().items() if name != "savetodir"}
     attributes |= {"level0_magnification": 39.6, "target_magnification": 19.8, "description": "level-0 x, y"}
     save_h5(path, {"features": FEATURES, "coords": COORDS}, {"features": {"name": "slide-1"}, "coords": attributes})
-    found = read_features(path, slide=slide_info())
+    found = layouts.read_features(path, slide=slide_info())
     np.testing.assert_array_equal(found.features_TC, FEATURES)
     assert (found.slide_id, found.patch_size_lv0, found.encoder, found.token_mask) == ("slide-1", 512, None, None)
 
 
 def test_a_slides_name_with_signs_that_globs_use_is_found(tmp_path: Path) -> None:
     path = write_as_trident(tmp_path, FEATURES, COORDS, name="a[1]*")[0]
-    assert find_features(tmp_path, "a[1]*") == path
-    assert list_features(tmp_path) == {"a[1]*": path}
+    assert layouts.find_features(tmp_path, "a[1]*") == path
+    assert layouts.list_features(tmp_path) == {"a[1]*": path}

@@ -1,0 +1,36 @@
+"""What became of a slide in a run, and its row of ``summary.csv``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Outcome", "Status"]
+
+Status = Literal["ok", "skipped", "failed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a slide; a kind of run adds what it leaves of a slide that did not fail.
+
+    Attributes:
+        slide_id: the job's id.
+        status: "ok", "skipped" (finished by an earlier run, whose record is read) or "failed".
+        reason: why it failed or was skipped; empty when ok.
+        seconds: wall time of this run.
+    """
+
+    slide_id: str
+    status: Status
+    reason: str
+    seconds: float
+
+    def row(self) -> dict[str, str]:
+        """The outcome as a row of ``summary.csv``."""
+        return {
+            "slide_id": self.slide_id,
+            "status": self.status,
+            "reason": self.reason,
+            "seconds": f"{self.seconds:.2f}",
+        }
