@@ -48,12 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        slide = folder / f"composed_{arguments.side}.tiff"
-        if not slide.exists():
-            start = time.perf_counter()
-            compose(arguments.region, slide, arguments.side)
-            print(f"{slide.name}: {slide.stat().st_size / 1e6:.0f} MB composed in {time.perf_counter() - start:.0f} s")
+        slide = composed(arguments.region, folder, arguments.side)
         options = [] if arguments.workers is None else ["--workers", str(arguments.workers)]
         options += ["--tokens"] if arguments.tokens else []
         options += ["--model", str(arguments.model)] if arguments.model else []
@@ -62,6 +57,17 @@ def main() -> None:
             "unmasked": infer(slide, folder / "unmasked", [*options, "--no-mask"]),
         }
     report(arguments, runs)
+
+
+def composed(region: Path, folder: Path, side_px: int) -> Path:
+    """The slide that :func:`compose` writes, in a folder that may have it from before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slide = folder / f"composed_{side_px}.tiff"
+    if not slide.exists():
+        start = time.perf_counter()
+        compose(region, slide, side_px)
+        print(f"{slide.name}: {slide.stat().st_size / 1e6:.0f} MB composed in {time.perf_counter() - start:.0f} s")
+    return slide
 
 
 def compose(region: Path, path: Path, side_px: int) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from bench.cpu.gigapixel import compose, cpu_name
+from bench.cpu.gigapixel import composed, cpu_name
 from bench.pages import publish
 from maskattn.slide.layouts.tile_features import TileHeader
 from maskattn.slide.prediction import ModelIdentity, SlideCounts, SlideFile, SlidePrediction
@@ -54,10 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        slide = folder / f"composed_{arguments.side}.tiff"
-        if not slide.exists():
-            compose(arguments.region, slide, arguments.side)
+        slide = composed(arguments.region, folder, arguments.side)
         with SlideReader(slide) as reader:
             write_outputs(folder / "out" / "composed", reader.info)
         publish(table(folder / "out", arguments.views), RESULTS / "viewer_latency.md")

@@ -6,19 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskattn.cli import slide_runs
-from maskattn.cli.options import (
-    Debug,
-    Device,
-    Impl,
-    Manifest,
-    Mask,
-    NumHeads,
-    Slides,
-    TrustCode,
-    Weights,
-    takes_settings,
-)
+from maskattn.cli import options, slide_runs
 from maskattn.cli.reporting import errors_in_one_line, tell
 from maskattn.slide.extract_request import ExtractSettings
 
@@ -28,25 +16,25 @@ if TYPE_CHECKING:
 __all__ = ["extract"]
 
 
-@takes_settings
+@options.takes_settings
 def extract(
     *,
-    slides: Slides = None,
+    slides: options.Slides = None,
     encoder: Annotated[
         str,
         typer.Option(
             "--encoder", help="A name that `maskattn encoders` lists, timm:NAME, hf-hub:ORG/NAME, a file or a folder."
         ),
     ],
-    weights: Weights = None,
-    num_heads: NumHeads = None,
-    trust_code: TrustCode = False,
-    manifest: Manifest = None,
-    mask: Mask = None,
+    weights: options.Weights = None,
+    num_heads: options.NumHeads = None,
+    trust_code: options.TrustCode = False,
+    manifest: options.Manifest = None,
+    mask: options.Mask = None,
     settings: ExtractSettings,
-    device: Device = "auto",
-    impl: Impl = None,
-    debug: Debug = False,
+    device: options.Device = "auto",
+    impl: options.Impl = None,
+    debug: options.Debug = False,
 ) -> None:
     """Extract the features of slides' tiles by any encoder.
 

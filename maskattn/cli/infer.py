@@ -7,30 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from maskattn.cli import slide_runs
+from maskattn.cli import options, slide_runs
 from maskattn.cli.concepts import load_concept_model, read_words
-from maskattn.cli.options import (
-    Debug,
-    Device,
-    Impl,
-    Manifest,
-    Mask,
-    NumHeads,
-    Slides,
-    TrustCode,
-    Weights,
-    takes_settings,
-)
 from maskattn.cli.reporting import errors_in_one_line, map_warnings, say
 from maskattn.slide.request import RunSettings
 
 __all__ = ["infer"]
 
 
-@takes_settings
+@options.takes_settings
 def infer(
     *,
-    slides: Slides = None,
+    slides: options.Slides = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -43,9 +31,9 @@ def infer(
         str | None,
         typer.Option("--encoder", help="Of the tiles, for a model without its own: see `maskattn encoders`."),
     ] = None,
-    weights: Weights = None,
-    num_heads: NumHeads = None,
-    trust_code: TrustCode = False,
+    weights: options.Weights = None,
+    num_heads: options.NumHeads = None,
+    trust_code: options.TrustCode = False,
     classes: Annotated[
         str | None, typer.Option("--classes", help="Names of the model's classes, with commas, where it has none.")
     ] = None,
@@ -79,13 +67,13 @@ def infer(
         int | None,
         typer.Option("--best-tiles", min=1, help="Of concepts: tiles that are pooled for each; by default all."),
     ] = None,
-    manifest: Manifest = None,
-    mask: Mask = None,
+    manifest: options.Manifest = None,
+    mask: options.Mask = None,
     settings: RunSettings,
-    device: Device = "auto",
-    impl: Impl = None,
+    device: options.Device = "auto",
+    impl: options.Impl = None,
     report: Annotated[bool, typer.Option("--report", help="Write OUT/report.html at the end.")] = False,
-    debug: Debug = False,
+    debug: options.Debug = False,
 ) -> None:
     """Predict slides and explain the predictions.
 

@@ -28,9 +28,5 @@ class Outcome:
 
     def row(self) -> dict[str, str]:
         """The outcome as a row of ``summary.csv``."""
-        return {
-            "slide_id": self.slide_id,
-            "status": self.status,
-            "reason": self.reason,
-            "seconds": f"{self.seconds:.2f}",
-        }
+        seconds = f"{self.seconds:.2f}"
+        return {"slide_id": self.slide_id, "status": self.status, "reason": self.reason, "seconds": seconds}

@@ -88,9 +88,7 @@ def test_maps_equal_their_definition(variant, kind):
 
 @pytest.mark.parametrize("variant", MODELS + POOLED, ids=str)
 def test_the_path_in_the_norm_is_captums_integrated_gradients_there(variant):
-    captum = pytest.importorskip("captum.attr")
-    (model, single), (x, keep) = double_and_single(variant), sample()
-    got = IntegratedCDAM(single, m=6, path="norm", internal_batch_size=4).attribute(x.float(), 1, keep)
+    captum, (model, single), (x, keep) = pytest.importorskip("captum.attr"), double_and_single(variant), sample()
 
     def oracle(model: VisionTransformer, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -103,6 +101,7 @@ def test_the_path_in_the_norm_is_captums_integrated_gradients_there(variant):
         scores = captum.IntegratedGradients(logit).attribute(normed, n_steps=6, method="gausslegendre")[0].sum(dim=1)
         return as_maps(scores[None].detach().to(x.dtype), tokens)[:, 0]
 
+    got = IntegratedCDAM(single, m=6, path="norm", internal_batch_size=4).attribute(x.float(), 1, keep)
     assert_within_budget(got, oracle(model, x), oracle(single, x.float()), str(variant))
 
 
@@ -122,9 +121,7 @@ def test_on_complete_paths_scores_add_up_to_the_difference_of_the_ends(variant, 
 
 @pytest.mark.parametrize("variant", MODELS + POOLED, ids=str)
 def test_the_path_of_values_is_captums_integrated_gradients_of_them(variant):
-    captum = pytest.importorskip("captum.attr")
-    (model, single), (x, keep) = double_and_single(variant), sample()
-    got = IntegratedCDAM(single, m=6, path="value", internal_batch_size=4).attribute(x.float(), 1, keep)
+    captum, (model, single), (x, keep) = pytest.importorskip("captum.attr"), double_and_single(variant), sample()
 
     def oracle(model: VisionTransformer, x: Tensor) -> Tensor:
         block = model.last_block
@@ -150,6 +147,7 @@ def test_the_path_of_values_is_captums_integrated_gradients_of_them(variant):
         gradients = explain.attribute(v[None], baselines=bias[None, None], n_steps=6, method="gausslegendre")
         return as_maps(gradients[0].sum(dim=(1, 2))[None].detach().to(x.dtype), tokens)[:, 0]
 
+    got = IntegratedCDAM(single, m=6, path="value", internal_batch_size=4).attribute(x.float(), 1, keep)
     assert_within_budget(got, oracle(model, x), oracle(single, x.float()), str(variant))
 
 

@@ -18,19 +18,10 @@ from maskattn.operands import Mask, Sequences
 from maskattn.results import Outputs
 
 # Every width of a tile and widths between them, with dtypes in turn.
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 WIDTHS_AND_DTYPES = [
-    (16, torch.float16),
-    (24, torch.float32),
-    (32, torch.bfloat16),
-    (48, torch.float16),
-    (48, torch.bfloat16),
-    (64, torch.float32),
-    (64, torch.float16),
-    (80, torch.float32),
-    (80, torch.bfloat16),
-    (128, torch.float32),
-    (128, torch.float16),
-    (256, torch.float16),
+    *((16, HALF), (24, SINGLE), (32, BRAIN), (48, HALF), (48, BRAIN), (64, SINGLE), (64, HALF), (80, SINGLE)),
+    *((80, BRAIN), (128, SINGLE), (128, HALF), (256, HALF)),
 ]
 
 

@@ -5,7 +5,8 @@ Dimension key: B sequences, T packed keys, R readout queries, H heads, D head wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +52,11 @@ class Readout:
         """The same on another device."""
         grad_rows = None if self.grad_rows is None else self.grad_rows.to(device)
         return replace(self, inputs=self.inputs.to(device), grad_rows=grad_rows)
+
+
+def pairs_of(options: Collection[str]) -> list[tuple[str, str]]:
+    """Every two options that go together, by name."""
+    return [pair for pair in itertools.combinations(options, 2) if pair != ("bias", "bias_per_head")]
 
 
 def make_readout(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import oracles
 import pytest
 import torch
 from launch import run_masked, run_packed
+from oracles import (
+    assert_meets_specification,
+    cu_seqlens,
+    masked_inputs,
+    packed_inputs,
+    specify_masked,
+    specify_packed,
+    with_alibi,
+    with_dropout,
+    with_extreme_bias,
+)
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as st  # noqa: E402 (there may be no hypothesis)
 
-INPUTS = {
-    "head_width": st.sampled_from([16, 24, 40]),
-    "dtype": st.sampled_from([torch.float32, torch.float16]),
-    "bias": st.sampled_from([None, "shared", "per_head", "extreme"]),
-    "alibi": st.booleans(),
-    "dropout_p": st.sampled_from([0.0, 0.1, 0.7]),
-    "seed": st.integers(-(2**63), 2**63 - 1),
-}
+BIASES = st.sampled_from([None, "shared", "per_head", "extreme"])
+HEAD_WIDTHS = st.sampled_from([16, 24, 40])
+DTYPES = st.sampled_from([torch.float32, torch.float16])
+SEEDS = st.integers(-(2**63), 2**63 - 1)
 # Derandomized: a failure must not wait for a lucky night.
 quick = hypothesis.settings(
     max_examples=6,
@@ -33,8 +39,8 @@ def own_bias(bias):
 
 
 def with_options(inputs, alibi, dropout_p, seed):
-    inputs = oracles.with_alibi(inputs, unplaced=0.2) if alibi else inputs
-    return oracles.with_dropout(inputs, dropout_p, seed) if dropout_p else inputs
+    inputs = with_alibi(inputs, unplaced=0.2) if alibi else inputs
+    return with_dropout(inputs, dropout_p, seed) if dropout_p else inputs
 
 
 # What is computed past the end of a sequence of low biases overflows, and is thrown away.
@@ -43,18 +49,21 @@ def with_options(inputs, alibi, dropout_p, seed):
 @hypothesis.given(
     lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=4),
     heads=st.integers(1, 3),
-    **INPUTS,
+    head_width=HEAD_WIDTHS,
+    dtype=DTYPES,
+    bias=BIASES,
+    alibi=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.1, 0.7]),
+    seed=SEEDS,
 )
 def test_packed_sequences(lengths, heads, head_width, dtype, bias, alibi, dropout_p, seed, device):
     lengths_q, lengths_k = [q for q, _ in lengths], [k for _, k in lengths]
-    inputs = oracles.packed_inputs(
-        lengths_q, lengths_k, heads=heads, head_width=head_width, dtype=dtype, bias=own_bias(bias)
-    )
-    inputs = oracles.with_extreme_bias(inputs) if bias == "extreme" else inputs
+    inputs = packed_inputs(lengths_q, lengths_k, heads=heads, head_width=head_width, dtype=dtype, bias=own_bias(bias))
+    inputs = with_extreme_bias(inputs) if bias == "extreme" else inputs
     inputs = with_options(inputs, alibi, dropout_p, seed)
-    specify = oracles.specify_packed(oracles.cu_seqlens(lengths_q), oracles.cu_seqlens(lengths_k))
+    specify = specify_packed(cu_seqlens(lengths_q), cu_seqlens(lengths_k))
     results = run_packed(inputs, lengths_q, lengths_k, device)
-    oracles.assert_meets_specification(results, inputs, specify, carries=bias != "extreme")
+    assert_meets_specification(results, inputs, specify, carries=bias != "extreme")
 
 
 # What is computed past the end of a sequence of low biases overflows, and is thrown away.
@@ -65,14 +74,17 @@ def test_packed_sequences(lengths, heads, head_width, dtype, bias, alibi, dropou
         lambda tokens: st.lists(st.lists(st.booleans(), min_size=tokens, max_size=tokens), min_size=1, max_size=3)
     ),
     skip_queries=st.booleans(),
-    **INPUTS,
+    head_width=HEAD_WIDTHS,
+    dtype=DTYPES,
+    bias=BIASES,
+    alibi=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.1, 0.7]),
+    seed=SEEDS,
 )
 def test_masked_tensors(keep, skip_queries, head_width, dtype, bias, alibi, dropout_p, seed, device):
     keep_BN = torch.tensor(keep, dtype=torch.bool).reshape(len(keep), len(keep[0]))
-    inputs = oracles.masked_inputs(*keep_BN.shape, heads=1, head_width=head_width, dtype=dtype, bias=own_bias(bias))
-    inputs = oracles.with_extreme_bias(inputs) if bias == "extreme" else inputs
+    inputs = masked_inputs(*keep_BN.shape, heads=1, head_width=head_width, dtype=dtype, bias=own_bias(bias))
+    inputs = with_extreme_bias(inputs) if bias == "extreme" else inputs
     inputs = with_options(inputs, alibi, dropout_p, seed)
     results = run_masked(inputs, keep_BN, skip_queries, device)
-    oracles.assert_meets_specification(
-        results, inputs, oracles.specify_masked(keep_BN, skip_queries), carries=bias != "extreme"
-    )
+    assert_meets_specification(results, inputs, specify_masked(keep_BN, skip_queries), carries=bias != "extreme")

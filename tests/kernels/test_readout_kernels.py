@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 import triton
 from launch import WIDTHS_AND_DTYPES
 from oracles import LENGTHS, cu_seqlens
-from readout_cases import Readout, assert_meets_specification, check, make_readout, run
+from readout_cases import Readout, assert_meets_specification, check, make_readout, pairs_of, run
 
 from maskattn.kernels.launch.support import DTYPES, HEAD_WIDTHS
 from maskattn.kernels.readout import call, forward
@@ -63,11 +62,10 @@ OPTIONS: dict[str, dict] = {
     "rows": {"grad_rows": True},
     "negative_scale": {"scale": -0.7},
 }
-PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if pair != ("bias", "bias_per_head")]
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.parametrize("pair", pairs_of(OPTIONS), ids="+".join)
 def test_options_go_together(pair, queries, device):
     options = OPTIONS[pair[0]] | OPTIONS[pair[1]]
     # Of one short sequence the reference is now and then exact by luck, and the budget with it; of eight it is not.

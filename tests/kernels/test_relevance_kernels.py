@@ -9,7 +9,7 @@ import torch
 import triton
 from launch import WIDTHS_AND_DTYPES
 from oracles import LENGTHS, assert_within_budget
-from readout_cases import Readout, make_readout
+from readout_cases import Readout, make_readout, pairs_of
 from torch import Tensor
 
 from maskattn.attention import reference
@@ -116,11 +116,10 @@ OPTIONS: dict[str, dict] = {
     "alibi": {"alibi": True},
     "negative_scale": {"scale": -0.3},
 }
-PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if pair != ("bias", "bias_per_head")]
 
 
 @pytest.mark.parametrize("classes", [1, 3])
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.parametrize("pair", pairs_of(OPTIONS), ids="+".join)
 def test_options_go_together(pair, classes, device):
     check(make_readout([66], 2, head_width=16, **OPTIONS[pair[0]], **OPTIONS[pair[1]]), device, classes)
 

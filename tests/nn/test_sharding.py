@@ -20,13 +20,7 @@ WORLDS = [1, 2]
 def random_vit(global_pool: str) -> VisionTransformer:
     torch.manual_seed(7)
     model = VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=24,
-        depth=3,
-        num_heads=2,
-        num_classes=4,
-        global_pool=global_pool,
+        img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=4, global_pool=global_pool
     ).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)

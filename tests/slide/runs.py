@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 
+import pytest
+
+from maskattn.errors import ManifestError
+from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.prediction import SlideOutcome
+from maskattn.slide.request import RunSettings
+from maskattn.slide.run import run_slides
 from maskattn.slide.summary import read_summary
 
 OUTPUTS = {
@@ -20,6 +26,27 @@ def names(folder: Path) -> set[str]:
 
 def statuses(outcomes: list[SlideOutcome]) -> dict[str, str]:
     return {outcome.slide_id: outcome.status for outcome in outcomes}
+
+
+def lengths_given_to(kind: type, method: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How long the first argument of each call of a method is: what is held at a time."""
+    lengths: list[int] = []
+    called = getattr(kind, method)
+
+    def counted(self: object, given: Sized, *rest: object) -> object:
+        lengths.append(len(given))
+        return called(self, given, *rest)
+
+    monkeypatch.setattr(kind, method, counted)
+    return lengths
+
+
+def assert_refused(slide: Path, model: SlideModel, settings: RunSettings, words: str) -> None:
+    """A run of these settings would not do what they say, and is refused before it makes anything."""
+    with pytest.raises(ManifestError) as raised:
+        run_slides([SlideJob("disc", slide)], model, settings)
+    assert words in str(raised.value)
+    assert not settings.out_dir.exists()
 
 
 class Watch:

@@ -49,11 +49,6 @@ def encoder() -> TileEncoder:
     return small_encoder()
 
 
-@pytest.fixture(scope="module")
-def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_slide(tmp_path_factory.mktemp("slides") / "disc.tiff")
-
-
 def extract(slide: Path, encoder: TileEncoder, out: Path, **settings: object) -> ExtractionOutcome:
     job = SlideJob(slide.stem, slide)
     (outcome,) = extract_slides([job], encoder, ExtractSettings(out, **settings))

@@ -13,9 +13,10 @@ import h5py
 import numpy as np
 import pytest
 import shapely
+from runs import assert_refused
 from small_slides import SHAPE
 
-from maskattn.errors import ManifestError, SlideError
+from maskattn.errors import SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.outlines.merging import merged, rings_of
@@ -166,10 +167,7 @@ def test_a_region_with_a_hole_keeps_it_and_squares_that_meet_at_a_corner_stay_va
 def test_what_would_have_no_effect_is_refused(
     model: SlideModel, slide: Path, settings: RunSettings, given: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ManifestError) as raised:
-        run_slides([SlideJob("disc", slide)], model, replace(settings, **given))
-    assert words in str(raised.value)
-    assert not settings.out_dir.exists()
+    assert_refused(slide, model, replace(settings, **given), words)
 
 
 def test_a_class_may_have_signs_of_equality_in_its_name() -> None:

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from test_stains import BLUE, EOSIN, GREEN, HAEMATOXYLIN, HEIGHT, WIDTH, develop, dye, found_in, piece
 
-PENS = {
-    "black": (30, 30, 34),
-    "blue": (30, 60, 170),
-    "green": (25, 120, 70),
-    "red": (200, 30, 45),
-    "purple": (90, 40, 150),
-    "turquoise": (20, 140, 170),
-}
+from bench.evidence.tissue_slides import PENS
 
 
 def stroke(points: list[tuple[int, int]], width: int = 12) -> np.ndarray:

@@ -13,8 +13,9 @@ import shapely
 from geojson_files import box, feature, polygon, ring, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import assert_refused
 
-from maskattn.errors import ManifestError, SlideError
+from maskattn.errors import SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.grid import TokenGrid, make_grid
 from maskattn.slide.manifest import SlideJob
@@ -303,6 +304,4 @@ def test_a_run_looks_only_into_its_region_and_says_so(
 def test_what_would_have_no_effect_is_refused(
     model: SlideModel, slide: Path, settings: RunSettings, asked: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ManifestError) as raised:
-        run_slides([SlideJob("disc", slide)], model, replace(settings, **asked))
-    assert words in str(raised.value)
+    assert_refused(slide, model, replace(settings, **asked), words)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dense_vit import dense_masked_logits
 from original_hipt import LocalHIPT
+from runs import lengths_given_to
 from small_slides import write_slide
 from torch import nn
 
@@ -126,14 +127,7 @@ def test_one_region_is_read_at_a_time(
     folder: Path, patches: TileEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_two_stages(folder / "best.pt", patches, classes=CLASSES, patch_px=REGION, token_mask="tissue")
-    held: list[int] = []
-    encode = RegionEncoder.encode_tiles
-
-    def counted(self, tiles, keep):
-        held.append(len(tiles))
-        return encode(self, tiles, keep)
-
-    monkeypatch.setattr(RegionEncoder, "encode_tiles", counted)
+    held = lengths_given_to(RegionEncoder, "encode_tiles", monkeypatch)
     run_slides([SlideJob("disc", folder / "disc.tiff")], model, RunSettings(tmp_path, batch_size=32, check=False))
     assert held
     assert set(held) == {1}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from dense_vit import dense_masked_logits
 from original_hipt import LocalHIPT
+from runs import lengths_given_to
 from small_slides import tissue_image, write_slide
 from torch import nn
 
@@ -203,14 +204,7 @@ def test_a_slide_without_tissue_has_no_regions(tmp_path: Path) -> None:
 
 
 def test_one_region_is_held_at_a_time(reader: SlideReader, model: HIPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[int] = []
-    cut = HIPT.cut
-
-    def counted(self, regions, keep):
-        held.append(len(regions))
-        return cut(self, regions, keep)
-
-    monkeypatch.setattr(HIPT, "cut", counted)
+    held = lengths_given_to(HIPT, "cut", monkeypatch)
     grid = laid(reader, "tissue")
     done: list[tuple[int, int]] = []
     encode_regions(reader, grid, model, on_region=lambda *told: done.append(told))

@@ -7,27 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from slides import GLASS, STAIN, DrawnSlide, make_blank_slide, make_slide, write_pyramid
+from slides import GLASS, STAIN, DrawnSlide, make_blank_slide, write_pyramid
 
 import maskattn.slide.tissue.view as view_module
 from maskattn.errors import SlideError
-from maskattn.slide.reader import SlideInfo, SlideReader
+from maskattn.slide.reader import SlideReader
 from maskattn.slide.tissue import TissueMask, find_tissue
 from maskattn.slide.tissue.stain import stain_threshold
 
 
-@pytest.fixture(scope="module")
-def slide(tmp_path_factory: pytest.TempPathFactory) -> DrawnSlide:
-    return make_slide(tmp_path_factory.mktemp("slides") / "drawn.tif", 2048, 1536, spacing_um=1.0)
-
-
-@pytest.fixture(scope="module")
-def info(slide: DrawnSlide) -> SlideInfo:
-    return SlideReader(slide.path).info
-
-
-def at_level_zero(mask: TissueMask, slide: DrawnSlide) -> np.ndarray:
-    height, width = slide.tissue_HW.shape
+def at_level_zero(mask: TissueMask, drawn: DrawnSlide) -> np.ndarray:
+    height, width = drawn.tissue_HW.shape
     return cv2.resize(mask.mask_HW.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
 
 
@@ -39,10 +29,10 @@ def glass(height: int, width: int) -> np.ndarray:
     return np.clip(np.array(GLASS) + np.random.default_rng(0).integers(-3, 4, (height, width, 3)), 0, 255)
 
 
-def test_tissue_is_found_where_it_was_drawn(slide: DrawnSlide) -> None:
-    mask = find_tissue(SlideReader(slide.path))
-    found = at_level_zero(mask, slide)
-    overlap = (found & slide.tissue_HW).sum() / (found | slide.tissue_HW).sum()
+def test_tissue_is_found_where_it_was_drawn(drawn: DrawnSlide) -> None:
+    mask = find_tissue(SlideReader(drawn.path))
+    found = at_level_zero(mask, drawn)
+    overlap = (found & drawn.tissue_HW).sum() / (found | drawn.tissue_HW).sum()
     assert overlap > 0.97
     assert mask.mask_HW.shape == (192, 256)
     assert mask.px_lv0 == (8.0, 8.0)
@@ -52,19 +42,19 @@ def test_tissue_is_found_where_it_was_drawn(slide: DrawnSlide) -> None:
     assert mask.notes == ()
 
 
-def test_the_mask_covers_the_slide_exactly_at_any_spacing(slide: DrawnSlide) -> None:
-    mask = find_tissue(SlideReader(slide.path), spacing_um=7.3)
+def test_the_mask_covers_the_slide_exactly_at_any_spacing(drawn: DrawnSlide) -> None:
+    mask = find_tissue(SlideReader(drawn.path), spacing_um=7.3)
     height, width = mask.mask_HW.shape
     assert width * mask.px_lv0[0] == pytest.approx(2048)
     assert height * mask.px_lv0[1] == pytest.approx(1536)
-    coarse = find_tissue(SlideReader(slide.path, spacing_um=15.0), spacing_um=8.0)
+    coarse = find_tissue(SlideReader(drawn.path, spacing_um=15.0), spacing_um=8.0)
     assert coarse.px_lv0 == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("spacing_um", [0.0, -8.0, float("nan"), float("inf")])
-def test_an_impossible_spacing_is_refused(slide: DrawnSlide, spacing_um: float) -> None:
+def test_an_impossible_spacing_is_refused(drawn: DrawnSlide, spacing_um: float) -> None:
     with pytest.raises(ValueError, match="find_tissue needs a spacing above 0"):
-        find_tissue(SlideReader(slide.path), spacing_um=spacing_um)
+        find_tissue(SlideReader(drawn.path), spacing_um=spacing_um)
 
 
 def test_an_all_glass_slide_gives_an_empty_mask_that_says_so(tmp_path: Path) -> None:
@@ -136,9 +126,9 @@ def test_a_slide_of_one_pixel_of_tissue_view_is_still_tissue(tmp_path: Path) -> 
     assert mask.mask_HW.tolist() == [[True]]
 
 
-def test_a_gigantic_view_is_coarsened_and_says_so(slide: DrawnSlide, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gigantic_view_is_coarsened_and_says_so(drawn: DrawnSlide, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view_module, "_MAX_VIEW_PX", 10_000)
-    mask = find_tissue(SlideReader(slide.path))
+    mask = find_tissue(SlideReader(drawn.path))
     assert mask.mask_HW.size <= 10_100
     assert any("to bound the memory" in note for note in mask.notes)
 

@@ -80,6 +80,9 @@ def write_as_stamp(path: Path, features: np.ndarray, coords_um: np.ndarray, **at
     return path
 
 
+COORDS = np.array([[0, 0], [512, 0], [0, 512], [1024, 1536]], np.int64)
+FEATURES = np.arange(12, dtype=np.float32).reshape(4, 3) / 8
+
 STAMP_ATTRIBUTES = {
     "stamp_version": "2.5.0",
     "extractor": "uni2",

@@ -7,36 +7,28 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import foreign_writers
 import h5py
 import numpy as np
 import pytest
 import torch
-from foreign_writers import (
-    STAMP_ATTRIBUTES,
-    save_h5,
-    write_as_atlaspatch,
-    write_as_clam,
-    write_as_slide2vec,
-    write_as_stamp,
-    write_as_trident,
-)
+from foreign_writers import COORDS, FEATURES
 
 from maskattn.errors import SlideError
 from maskattn.slide.layouts import detect_layout, find_coords, find_features, list_features, read_coords, read_features
 from maskattn.slide.reader import SlideInfo
 
-COORDS = np.array([[0, 0], [512, 0], [0, 512], [1024, 1536]], np.int64)
-FEATURES = np.arange(12, dtype=np.float32).reshape(4, 3) / 8
-
 WRITERS: dict[str, Callable[[Path, np.ndarray, np.ndarray], Path]] = {
-    "trident": lambda root, features, coords: write_as_trident(root, features, coords)[0],
-    "clam": lambda root, features, coords: write_as_clam(root, features, coords)[0],
-    "clam's tensor": lambda root, features, coords: write_as_clam(root, features, coords)[1],
-    "stamp": lambda root, features, coords: write_as_stamp(
-        root / "slide-1.h5", features, coords * 0.25, **STAMP_ATTRIBUTES
+    "trident": lambda root, features, coords: foreign_writers.write_as_trident(root, features, coords)[0],
+    "clam": lambda root, features, coords: foreign_writers.write_as_clam(root, features, coords)[0],
+    "clam's tensor": lambda root, features, coords: foreign_writers.write_as_clam(root, features, coords)[1],
+    "stamp": lambda root, features, coords: foreign_writers.write_as_stamp(
+        root / "slide-1.h5", features, coords * 0.25, **foreign_writers.STAMP_ATTRIBUTES
     ),
-    "slide2vec": lambda root, features, coords: write_as_slide2vec(root, torch.from_numpy(features), coords),
-    "atlaspatch": lambda root, features, coords: write_as_atlaspatch(root, {"uni": features}, coords),
+    "slide2vec": lambda root, features, coords: foreign_writers.write_as_slide2vec(
+        root, torch.from_numpy(features), coords
+    ),
+    "atlaspatch": lambda root, features, coords: foreign_writers.write_as_atlaspatch(root, {"uni": features}, coords),
 }
 
 
@@ -77,9 +69,9 @@ def test_coordinates_outside_the_slide_are_refused(layout: str, tmp_path: Path) 
 def test_tiles_may_hang_over_the_edge_but_not_lie_beyond_it(x: int, tmp_path: Path) -> None:
     coords = COORDS.copy()
     coords[3] = (19_999, 9_999)
-    assert len(read_features(write_as_trident(tmp_path, FEATURES, coords)[0]).coords_T2) == 4
+    assert len(read_features(foreign_writers.write_as_trident(tmp_path, FEATURES, coords)[0]).coords_T2) == 4
     coords[3, 0] = x
-    path, places = write_as_trident(tmp_path, FEATURES, coords)
+    path, places = foreign_writers.write_as_trident(tmp_path, FEATURES, coords)
     for read in (lambda: read_features(path), lambda: read_coords(places)):
         with pytest.raises(SlideError, match=f"the first at x={x}, y=9999"):
             read()
@@ -101,11 +93,11 @@ def test_features_of_a_slide_of_another_name_are_refused(layout: str, tmp_path: 
 
 
 def test_a_file_that_was_copied_to_another_slides_name_is_found_out(tmp_path: Path) -> None:
-    path, _ = write_as_trident(tmp_path, FEATURES, COORDS)
+    path, _ = foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS)
     copied = path.rename(path.with_name("slide-2.h5"))
     with pytest.raises(SlideError, match="must be of the slide 'slide-2', got one of 'slide-1'"):
         read_features(copied, named=("slide-2",))
-    embeddings = write_as_slide2vec(tmp_path / "s2v", torch.from_numpy(FEATURES), COORDS)
+    embeddings = foreign_writers.write_as_slide2vec(tmp_path / "s2v", torch.from_numpy(FEATURES), COORDS)
     tiles = embeddings.parent.parent / "tiles"
     (tiles / "slide-1.coordinates.npz").rename(tiles / "slide-2.coordinates.npz")
     (tiles / "slide-1.coordinates.meta.json").rename(tiles / "slide-2.coordinates.meta.json")
@@ -137,7 +129,7 @@ def test_a_damaged_file_is_told_and_never_read_in_part(layout: str, damage: str,
 
 
 def test_a_damaged_sidecar_is_told(tmp_path: Path) -> None:
-    path = write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
+    path = foreign_writers.write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
     sidecar = tmp_path / "tiles" / "slide-1.coordinates.meta.json"
     whole = sidecar.read_text()
     for text in ("{", "[]", json.dumps({"provenance": {}}), whole.replace("10000", '"high"')):
@@ -179,7 +171,7 @@ def test_code_in_a_tensor_file_is_refused_and_never_runs(layout: str, zipped: bo
 
 
 def test_code_in_an_archive_is_refused_and_never_runs(tmp_path: Path) -> None:
-    path = write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
+    path = foreign_writers.write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
     mark = tmp_path / "it-ran"
     archive = path.with_suffix(".npz")
     np.savez(archive, features=np.array([Harmful(mark)], dtype=object), allow_pickle=True)
@@ -197,7 +189,7 @@ def test_code_in_an_archive_is_refused_and_never_runs(tmp_path: Path) -> None:
     ],
 )
 def test_a_tensor_file_of_something_else_is_refused(held: object, kind: str, tmp_path: Path) -> None:
-    path = write_as_clam(tmp_path, FEATURES, COORDS)[1]
+    path = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS)[1]
     torch.save(held, path)
     with pytest.raises(SlideError, match=f"must hold one tensor of floats, got {kind}"):
         read_features(path)
@@ -207,7 +199,7 @@ def test_a_tensor_without_a_home_is_refused(tmp_path: Path) -> None:
     torch.save(torch.from_numpy(FEATURES), tmp_path / "slide-1.pt")
     with pytest.raises(SlideError, match=r"must lie in CLAM's folder pt_files or slide2vec's tile_embeddings"):
         read_features(tmp_path / "slide-1.pt")
-    path = write_as_slide2vec(tmp_path / "s2v", torch.from_numpy(FEATURES), COORDS)
+    path = foreign_writers.write_as_slide2vec(tmp_path / "s2v", torch.from_numpy(FEATURES), COORDS)
     (tmp_path / "s2v" / "tiles" / "slide-1.coordinates.npz").unlink()
     with pytest.raises(SlideError, match=r"must have their coordinates, got no file .*copy its folder tiles too"):
         read_features(path)
@@ -229,7 +221,7 @@ def test_tables_that_are_no_layouts_are_refused_with_what_they_hold(
     tables: dict[str, np.ndarray], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(SlideError, match=message):
-        read_features(save_h5(tmp_path / "slide-1.h5", tables))
+        read_features(foreign_writers.save_h5(tmp_path / "slide-1.h5", tables))
 
 
 @pytest.mark.parametrize(("name", "message"), [("gone.h5", "must be there, got no file"), ("a.csv", "must end in .h5")])
@@ -241,10 +233,12 @@ def test_a_path_that_is_no_feature_file_is_refused(name: str, message: str, tmp_
 
 
 def test_two_files_of_one_slide_are_refused_with_both_names(tmp_path: Path) -> None:
-    path, places = write_as_trident(tmp_path, FEATURES, COORDS)
-    other = save_h5(tmp_path / "10x_256px_0px_overlap" / "features_uni_v1" / "x.h5", {}).parent / path.name
+    path, places = foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS)
+    other = (
+        foreign_writers.save_h5(tmp_path / "10x_256px_0px_overlap" / "features_uni_v1" / "x.h5", {}).parent / path.name
+    )
     path.with_name(path.name).replace(other)
-    write_as_trident(tmp_path, FEATURES, COORDS)
+    foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS)
     for find in (lambda: find_features(tmp_path, "slide-1"), lambda: list_features(tmp_path)):
         with pytest.raises(
             SlideError, match=r"one file of features .* got 2 for 'slide-1': .*10x_.*, .*20x_.*; name the folder"
@@ -260,7 +254,9 @@ def test_two_files_of_one_slide_are_refused_with_both_names(tmp_path: Path) -> N
 
 def test_two_slides_of_one_id_in_stamps_folders_are_refused(tmp_path: Path) -> None:
     for case in ("case-1", "case-2"):
-        write_as_stamp(tmp_path / case / "slide-1.h5", FEATURES, COORDS * 0.25, **STAMP_ATTRIBUTES)
+        foreign_writers.write_as_stamp(
+            tmp_path / case / "slide-1.h5", FEATURES, COORDS * 0.25, **foreign_writers.STAMP_ATTRIBUTES
+        )
     with pytest.raises(SlideError, match=r"got 2 for 'slide-1': .*case-1.*, .*case-2"):
         list_features(tmp_path)
 
@@ -273,7 +269,7 @@ def test_a_folder_without_features_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_half_written_feature_set_of_atlaspatch_is_not_one_of_its_encoders(tmp_path: Path) -> None:
-    path = write_as_atlaspatch(tmp_path, {"uni": FEATURES}, COORDS)
+    path = foreign_writers.write_as_atlaspatch(tmp_path, {"uni": FEATURES}, COORDS)
     with h5py.File(path, "a") as file:
         file["features"]["__tmp_conch"] = FEATURES[:2]
     assert read_features(path).encoder == "uni"

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import foreign_writers
 import h5py
 import numpy as np
 import pytest
 import torch
-from foreign_writers import (
-    STAMP_ATTRIBUTES,
-    save_h5,
-    trident_coords,
-    write_as_atlaspatch,
-    write_as_clam,
-    write_as_slide2vec,
-    write_as_stamp,
-    write_as_trident,
-)
+from foreign_writers import COORDS, FEATURES
 
 from maskattn.errors import SlideError
 from maskattn.slide import layouts
 from maskattn.slide.reader import SlideInfo
-
-COORDS = np.array([[0, 0], [512, 0], [0, 512], [1024, 1536]], np.int64)
-FEATURES = np.arange(12, dtype=np.float32).reshape(4, 3) / 8
 
 
 def slide_info(spacing_um: float = 0.25, size: tuple[int, int] = (20_000, 10_000)) -> SlideInfo:
@@ -43,7 +32,7 @@ def slide_info(spacing_um: float = 0.25, size: tuple[int, int] = (20_000, 10_000
 
 
 def test_trident_features_and_coordinates(tmp_path: Path) -> None:
-    path, places = write_as_trident(tmp_path, FEATURES, COORDS, overlap=16)
+    path, places = foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS, overlap=16)
     for found in (layouts.read_features(path), layouts.read_coords(places), layouts.read_coords(path)):
         np.testing.assert_array_equal(found.coords_T2, COORDS)
         assert (found.slide_id, found.layout, found.on_level0) == ("slide-1", "trident", True)
@@ -57,13 +46,13 @@ def test_trident_features_and_coordinates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch", [(), (1,)])
 def test_a_leading_dimension_of_one_is_dropped(tmp_path: Path, batch: tuple[int, ...]) -> None:
     tables = {"features": FEATURES.reshape(*batch, 4, 3), "coords": COORDS.reshape(*batch, 4, 2)}
-    found = layouts.read_features(save_h5(tmp_path / "h5_files" / "slide-1.h5", tables))
+    found = layouts.read_features(foreign_writers.save_h5(tmp_path / "h5_files" / "slide-1.h5", tables))
     assert (found.layout, found.patch_size_lv0, found.patch_size_px) == ("clam", 512, None)
     np.testing.assert_array_equal(found.features_TC, FEATURES)
 
 
 def test_clam_features_have_the_geometry_of_the_coordinates_beside_them(tmp_path: Path) -> None:
-    path, tensor, places = write_as_clam(tmp_path, FEATURES, COORDS * 2)
+    path, tensor, places = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS * 2)
     for found in (layouts.read_features(path), layouts.read_features(tensor), layouts.read_coords(places)):
         np.testing.assert_array_equal(found.coords_T2, COORDS * 2)
         assert (found.slide_id, found.layout, found.patch_size_px, found.patch_size_lv0) == (
@@ -79,13 +68,13 @@ def test_clam_features_have_the_geometry_of_the_coordinates_beside_them(tmp_path
 
 
 def test_clam_of_level_0_knows_its_slide(tmp_path: Path) -> None:
-    *_, places = write_as_clam(tmp_path, FEATURES, COORDS, level=0, downsample=1.0)
+    *_, places = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS, level=0, downsample=1.0)
     found = layouts.read_coords(places, slide=slide_info())
     assert (found.patch_size_lv0, found.width_px, found.height_px, found.spacing_um) == (256, 20_000, 10_000, 0.25)
 
 
 def test_clams_older_coordinates_take_their_levels_downsample_from_the_slide(tmp_path: Path) -> None:
-    *_, places = write_as_clam(tmp_path, FEATURES, COORDS)
+    *_, places = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS)
     with h5py.File(places, "a") as file:
         del file["coords"].attrs["downsample"]
         file["coords"].attrs["custom_downsample"] = 2
@@ -95,7 +84,7 @@ def test_clams_older_coordinates_take_their_levels_downsample_from_the_slide(tmp
 
 
 def test_a_tensor_of_clams_is_read_with_the_coordinates_of_patches_where_there_is_no_table(tmp_path: Path) -> None:
-    path, tensor, places = write_as_clam(tmp_path, FEATURES, COORDS)
+    path, tensor, places = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS)
     path.unlink()
     np.testing.assert_array_equal(layouts.read_features(tensor).coords_T2, COORDS)
     places.unlink()
@@ -106,7 +95,9 @@ def test_a_tensor_of_clams_is_read_with_the_coordinates_of_patches_where_there_i
 def test_stamps_micrometres_become_level_0_pixels_of_the_slide(tmp_path: Path) -> None:
     # STAMP's tiles are 256 µm: 1024 px of this slide, on a lattice that is not whole in its pixels.
     cells = np.array([[0, 0], [1, 0], [7, 3]])
-    path = write_as_stamp(tmp_path / "slide-1.h5", FEATURES[:3], cells * 256.0, **STAMP_ATTRIBUTES)
+    path = foreign_writers.write_as_stamp(
+        tmp_path / "slide-1.h5", FEATURES[:3], cells * 256.0, **foreign_writers.STAMP_ATTRIBUTES
+    )
     found = layouts.read_features(path, slide=slide_info(spacing_um=0.2523))
     np.testing.assert_array_equal(found.coords_T2, np.round(cells * 256 / 0.2523))
     assert (found.layout, found.encoder, found.patch_size_px, found.patch_size_lv0) == ("stamp", "uni2", 224, 1015)
@@ -117,7 +108,7 @@ def test_stamps_micrometres_become_level_0_pixels_of_the_slide(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("attributes", "step"),
     [
-        (STAMP_ATTRIBUTES, 256.0),
+        (foreign_writers.STAMP_ATTRIBUTES, 256.0),
         ({"tile_size": 256.0, "unit": "um", "tile_size_px": 224}, 256.0),
         ({}, 224.0),
     ],
@@ -126,7 +117,9 @@ def test_stamps_files_of_every_age_without_a_slide_are_in_the_pixels_of_their_ti
     tmp_path: Path, attributes: dict[str, object], step: float
 ) -> None:
     cells = np.array([[0, 0], [1, 0], [0, 2]])
-    found = layouts.read_features(write_as_stamp(tmp_path / "s.h5", FEATURES[:3], cells * step, **attributes))
+    found = layouts.read_features(
+        foreign_writers.write_as_stamp(tmp_path / "s.h5", FEATURES[:3], cells * step, **attributes)
+    )
     np.testing.assert_array_equal(found.coords_T2, cells * 224)
     assert (found.on_level0, found.patch_size_px, found.patch_size_lv0) == (False, 224, 224)
     assert found.spacing_um == pytest.approx(256 / 224)
@@ -135,7 +128,7 @@ def test_stamps_files_of_every_age_without_a_slide_are_in_the_pixels_of_their_ti
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_slide2vec_features_of_every_precision(tmp_path: Path, dtype: torch.dtype) -> None:
-    path = write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES).to(dtype), COORDS, overlap=0.25)
+    path = foreign_writers.write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES).to(dtype), COORDS, overlap=0.25)
     found = layouts.read_features(path)
     np.testing.assert_array_equal(found.features_TC, FEATURES)
     assert found.features_TC.dtype == (np.float16 if dtype == torch.float16 else np.float32)
@@ -146,21 +139,21 @@ def test_slide2vec_features_of_every_precision(tmp_path: Path, dtype: torch.dtyp
 
 
 def test_slide2vecs_archives_are_read_as_its_tensors_are(tmp_path: Path) -> None:
-    path = write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
+    path = foreign_writers.write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
     path.unlink()
     np.savez_compressed(path.with_suffix(".npz"), features=FEATURES, tile_index=np.arange(4))
     np.testing.assert_array_equal(layouts.read_features(path.with_suffix(".npz")).features_TC, FEATURES)
 
 
 def test_hs2ps_coordinates(tmp_path: Path) -> None:
-    write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
+    foreign_writers.write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
     found = layouts.read_coords(tmp_path / "tiles" / "slide-1.coordinates.npz")
     np.testing.assert_array_equal(found.coords_T2, COORDS)
     assert (found.layout, found.slide_id, found.patch_size_lv0) == ("hs2p", "slide-1", 512)
 
 
 def test_atlaspatch_features_of_the_encoder_that_is_asked_for(tmp_path: Path) -> None:
-    path = write_as_atlaspatch(tmp_path, {"uni_v2": FEATURES, "resnet50": FEATURES + 1}, COORDS)
+    path = foreign_writers.write_as_atlaspatch(tmp_path, {"uni_v2": FEATURES, "resnet50": FEATURES + 1}, COORDS)
     found = layouts.read_features(path, encoder="UNI_v2")
     np.testing.assert_array_equal(found.features_TC, FEATURES)
     np.testing.assert_array_equal(found.coords_T2, COORDS)
@@ -177,7 +170,7 @@ def test_atlaspatch_features_of_the_encoder_that_is_asked_for(tmp_path: Path) ->
 
 
 def test_atlaspatch_coordinates_before_any_features(tmp_path: Path) -> None:
-    path = write_as_atlaspatch(tmp_path, {}, COORDS)
+    path = foreign_writers.write_as_atlaspatch(tmp_path, {}, COORDS)
     np.testing.assert_array_equal(layouts.read_coords(path).coords_T2, COORDS)
     assert layouts.detect_layout(path).name == "atlaspatch"
     with pytest.raises(SlideError, match="a feature file must hold coords and features"):
@@ -187,14 +180,16 @@ def test_atlaspatch_coordinates_before_any_features(tmp_path: Path) -> None:
 def written(root: Path, layout: str) -> Path:
     """A feature file of a layout, in its own folder below the root."""
     if layout == "trident":
-        return write_as_trident(root, FEATURES, COORDS)[0]
+        return foreign_writers.write_as_trident(root, FEATURES, COORDS)[0]
     if layout == "clam":
-        return write_as_clam(root, FEATURES, COORDS)[0]
+        return foreign_writers.write_as_clam(root, FEATURES, COORDS)[0]
     if layout == "stamp":
-        return write_as_stamp(root / "uni2-0123abcd" / "slide-1.h5", FEATURES, COORDS / 2, **STAMP_ATTRIBUTES)
+        return foreign_writers.write_as_stamp(
+            root / "uni2-0123abcd" / "slide-1.h5", FEATURES, COORDS / 2, **foreign_writers.STAMP_ATTRIBUTES
+        )
     if layout == "slide2vec":
-        return write_as_slide2vec(root, torch.from_numpy(FEATURES), COORDS)
-    return write_as_atlaspatch(root, {"uni_v2": FEATURES}, COORDS)
+        return foreign_writers.write_as_slide2vec(root, torch.from_numpy(FEATURES), COORDS)
+    return foreign_writers.write_as_atlaspatch(root, {"uni_v2": FEATURES}, COORDS)
 
 
 @pytest.mark.parametrize("layout", ["trident", "clam", "stamp", "slide2vec", "atlaspatch"])
@@ -219,7 +214,7 @@ def test_a_slides_coordinates_are_found_from_the_folder_that_users_name(layout: 
 
 
 def test_our_own_features_are_found_in_a_runs_output(tmp_path: Path) -> None:
-    write_as_trident(tmp_path / "elsewhere", FEATURES, COORDS)[0].rename(tmp_path / "features.h5")
+    foreign_writers.write_as_trident(tmp_path / "elsewhere", FEATURES, COORDS)[0].rename(tmp_path / "features.h5")
     (tmp_path / "out" / "slide-1").mkdir(parents=True)
     path = (tmp_path / "features.h5").rename(tmp_path / "out" / "slide-1" / "features.h5")
     assert layouts.list_features(tmp_path / "out") == {"slide-1": path}
@@ -227,15 +222,17 @@ def test_our_own_features_are_found_in_a_runs_output(tmp_path: Path) -> None:
 
 def test_features_of_earlier_versions_of_ours_stay_readable(tmp_path: Path) -> None:
     path = tmp_path / "out" / "slide-1" / "features.h5"
-    attributes = {name: value for name, value in trident_coords().items() if name != "savetodir"}
+    attributes = {name: value for name, value in foreign_writers.trident_coords().items() if name != "savetodir"}
     attributes |= {"level0_magnification": 39.6, "target_magnification": 19.8, "description": "level-0 x, y"}
-    save_h5(path, {"features": FEATURES, "coords": COORDS}, {"features": {"name": "slide-1"}, "coords": attributes})
+    foreign_writers.save_h5(
+        path, {"features": FEATURES, "coords": COORDS}, {"features": {"name": "slide-1"}, "coords": attributes}
+    )
     found = layouts.read_features(path, slide=slide_info())
     np.testing.assert_array_equal(found.features_TC, FEATURES)
     assert (found.slide_id, found.patch_size_lv0, found.encoder, found.token_mask) == ("slide-1", 512, None, None)
 
 
 def test_a_slides_name_with_signs_that_globs_use_is_found(tmp_path: Path) -> None:
-    path = write_as_trident(tmp_path, FEATURES, COORDS, name="a[1]*")[0]
+    path = foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS, name="a[1]*")[0]
     assert layouts.find_features(tmp_path, "a[1]*") == path
     assert layouts.list_features(tmp_path) == {"a[1]*": path}
