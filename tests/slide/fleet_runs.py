@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from maskattn.slide.each_slide import OnTiles, run_each
 from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.fleet.sharing import Sharing
 from maskattn.slide.manifest import SlideJob
+from maskattn.slide.outcome import Status
 from maskattn.slide.output_folder import clear_leftovers, slide_folder, sweep
 from maskattn.slide.prediction import SlideOutcome
 
@@ -27,21 +27,22 @@ def run_quickly(
 ) -> list[SlideOutcome]:
     """Run slides whose output is their name."""
 
-    def run_one(job: SlideJob, claim: Claim, _: OnTiles | None) -> SlideOutcome:
+    def finished(job: SlideJob, claim: Claim) -> Path | None:
         clear_leftovers(out, job.slide_id, claim.ended)
-        if (out / job.slide_id).exists():
-            return SlideOutcome(job.slide_id, "skipped", "finished by an earlier run", 0.0)
+        return out / job.slide_id if (out / job.slide_id).exists() else None
+
+    def write(job: SlideJob, claim: Claim, _: OnTiles | None) -> Path:
         with slide_folder(out, job.slide_id, claim) as folder:
             (folder / "prediction.json").write_text(f"{job.slide_id} ")
             run(job)
             with (folder / "prediction.json").open("a") as file:
                 file.write("whole")
-        return SlideOutcome(job.slide_id, "ok", "", 0.0)
+        return out / job.slide_id
 
-    def ended(job: SlideJob, status: Literal["skipped", "failed"], reason: str, seconds: float) -> SlideOutcome:
-        return SlideOutcome(job.slide_id, status, reason, seconds)
+    def outcome_of(slide_id: str, status: Status, reason: str, seconds: float, folder: Path | None) -> SlideOutcome:
+        return SlideOutcome(slide_id, status, reason, seconds)
 
-    return run_each(jobs, out, run_one, ended, sharing=sharing, request="quick", sweep=lambda: sweep(out))
+    return run_each(jobs, out, outcome_of, finished, write, sharing=sharing, request="quick", sweep=lambda: sweep(out))
 
 
 def main(out: Path, count: int, hold: Path) -> None:
