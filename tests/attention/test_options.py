@@ -52,8 +52,8 @@ def test_masked_attention_with_every_combination_of_options(impl, bias, alibi, d
     )
 
 
-def test_many_blocks_of_queries_are_as_one(monkeypatch):
-    lengths = [300, 7]
+def test_many_blocks_of_queries_are_as_one():
+    lengths = [1500, 7]  # two heads of 1500 × 1500 scores are more than "torch" forms at once
     inputs, starts = (
         oracles.with_dropout(oracles.with_alibi(oracles.packed_inputs(lengths, bias="shared"))),
         oracles.cu_seqlens(lengths),
@@ -61,10 +61,9 @@ def test_many_blocks_of_queries_are_as_one(monkeypatch):
 
     def attend(q, k, v, options):
         return torch.ops.maskattn.packed_attention(
-            q, k, v, starts, starts, 300, 300, *flat_options(options), True, "torch"
+            q, k, v, starts, starts, 1500, 1500, *flat_options(options), True, "torch"
         )
 
-    monkeypatch.setattr("maskattn.attention.impl.torch.blocks._SCORES_AT_ONCE", 5_000)
     oracles.assert_meets_specification(
         oracles.run_reference(attend, inputs, torch.float32), inputs, oracles.specify_packed(starts, starts)
     )
@@ -110,8 +109,7 @@ def test_readout_with_every_combination_of_options(impl, bias, alibi, dropout, q
 @pytest.mark.parametrize("classes", [1, 7])
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_relevance_meets_the_specification(impl, classes, each, dtype, monkeypatch):
-    monkeypatch.setattr("maskattn.attention.impl.torch.relevance._PRODUCTS_AT_ONCE", 500)
+def test_token_relevance_meets_the_specification(impl, classes, each, dtype):
     starts, x = (
         oracles.cu_seqlens([4, 0, 70]),
         oracles.with_alibi(oracles.packed_inputs([4, 0, 70], bias="shared", head_width=16, dtype=dtype)),
@@ -129,6 +127,17 @@ def test_token_relevance_meets_the_specification(impl, classes, each, dtype, mon
     out, lse = readout(q, x.k, x.v, starts, 70, return_lse=True, **given)
     got = token_relevance(q, x.k, x.v, out, lse, g, starts, 70, key_origin=origins[0], value_origin=origins[1], **given)
     oracles.assert_within_budget(got, specified(torch.float64), specified(dtype))
+
+
+def test_relevance_for_many_classes_is_that_for_each():
+    """For so many classes "torch" takes the keys in several blocks."""
+    starts, x = oracles.cu_seqlens([700]), oracles.packed_inputs([700], head_width=16)
+    q, g = torch.randn(1, 16, 2, 16), torch.randn(300, 1, 16, 2, 16)
+    out, lse = readout(q, x.k, x.v, starts, 700, return_lse=True, impl="torch")
+    every = token_relevance(q, x.k, x.v, out, lse, g, starts, 700, impl="torch")
+    for c in (0, 299):
+        alone = token_relevance(q, x.k, x.v, out, lse, g[c : c + 1], starts, 700, impl="torch")
+        torch.testing.assert_close(every[c : c + 1], alone)
 
 
 def test_dropout_named_on_the_cpu_kernels_is_refused_and_otherwise_goes_to_torch():

@@ -12,7 +12,7 @@ from torch import Tensor
 from maskattn.kernels.attention import backward, forward
 from maskattn.kernels.attention.backward import packed_backward
 from maskattn.kernels.attention.forward import packed_forward
-from maskattn.kernels.attention.masked import masked_backward, masked_forward
+from maskattn.kernels.attention.masked import MOVED_FROM, masked_backward, masked_forward
 from maskattn.kernels.tables.config import Config
 from maskattn.operands import Mask, Sequences
 from maskattn.results import Outputs
@@ -36,12 +36,12 @@ def run_packed(
     return _checked(x, named(x, outputs.out, outputs.lse, grads))
 
 
-def run_masked(inputs: Inputs, keep: Tensor, skip_queries: bool, device: str) -> Results:
+def run_masked(inputs: Inputs, keep: Tensor, skip_queries: bool, device: str, moved_from: int = MOVED_FROM) -> Results:
     """out, lse and every gradient of the masked launchers."""
     x, keep = inputs.to(device), keep.to(device)
     mask = Mask(keep, skip_queries)
-    outputs = masked_forward(x.qkv, mask, x.options)
-    grads = masked_backward(x.grads, x.qkv, outputs, mask, x.options)
+    outputs = masked_forward(x.qkv, mask, x.options, moved_from)
+    grads = masked_backward(x.grads, x.qkv, outputs, mask, x.options, moved_from)
     return _checked(x, named(x, outputs.out, outputs.lse, grads))
 
 
@@ -58,7 +58,7 @@ def packed_sequences(
 
 
 def force(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every pass use one configuration."""
+    """Have every pass use one configuration: which one a device is given is the tables' business, all must be right."""
     for module in (forward, backward):
         monkeypatch.setattr(module, "choose", lambda *_: config)
 

@@ -30,7 +30,7 @@ DESCRIBED = Config(64, 32, 4, 1, split=True, descriptors=True)
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each launch used descriptors."""
+    """Whether each launch used descriptors, which no result tells: they are bit for bit those of pointers."""
     if not triton.knobs.runtime.interpret and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no copy engine")
     seen: list[bool] = []

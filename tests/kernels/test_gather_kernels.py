@@ -105,6 +105,7 @@ def test_nothing_and_everything_kept(shape, kept, device):
 
 
 def test_pack_and_unpack_are_one_launch_each(packing, device, monkeypatch):
+    # What a small call costs are its launches; the result would be the same of more.
     launches = []
     kernel = gather.gather_kernel
 

@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 from oracles import cu_seqlens
 
-from maskattn.kernels.launch import schedule
 from maskattn.kernels.launch.arguments import bounds_argument
 from maskattn.kernels.launch.rows import kept_rows, packed_rows, whole_rows
-from maskattn.kernels.launch.schedule import find_work, plan_work
+from maskattn.kernels.launch.schedule import CHUNK, find_work, plan_work
 
 
 @triton.jit
@@ -26,22 +25,21 @@ def work_kernel(found_ptr, items_ptr, span, tiles, heads, BLOCK: tl.constexpr):
     tl.store(found + 5, item)
 
 
-def work_of(own, other, heads, device):
+def work_of(own, other, heads, device, chunk=CHUNK):
     """Rows (tile, head, sequence, start, length, item) of the programs that have work, in order; and the items."""
-    work = plan_work(own, other, 16)
+    work = plan_work(own, other, 16, chunk)
     found = torch.zeros(work.items * heads, 6, dtype=torch.int32, device=device)
     work_kernel[(len(found),)](found, work.items_ptr, bounds_argument(own), work.tiles, heads, BLOCK=16)
     return [row for row in found.tolist() if row[0] * 16 < row[4]], work
 
 
-@pytest.mark.parametrize("chunk", [4, 1024])
+@pytest.mark.parametrize("chunk", [4, CHUNK])
 @pytest.mark.parametrize("lengths", [[5, 40, 0, 17, 16, 40], [33, 0], [0, 0, 0]])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_every_tile_is_found_once_and_the_longest_first(heads, lengths, chunk, device, monkeypatch):
-    monkeypatch.setattr(schedule, "CHUNK", chunk)
+def test_every_tile_is_found_once_and_the_longest_first(heads, lengths, chunk, device):
     starts = cu_seqlens(lengths).to(device)
     own, other = packed_rows(starts, 64, sum(lengths)), packed_rows(starts, 64)
-    rows, work = work_of(own, other, heads, device)
+    rows, work = work_of(own, other, heads, device, chunk)
     expected = {
         (tile, head, b, int(starts[b]), length)
         for b, length in enumerate(lengths)

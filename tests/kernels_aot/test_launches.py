@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench.aot.every_call import ON_HOPPER, OPERATIONS, Shape, launches_of  # noqa: E402 (an interpreter skips before)
+from maskattn.attention.impl import triton as in_triton  # noqa: E402 (an interpreter skips before)
 from maskattn.kernels.attention import masked  # noqa: E402 (an interpreter skips before)
 
 # Where a number is 1 or a multiple of 16 the launcher compiles anew, with the number or the factor known.
@@ -65,8 +67,10 @@ def test_lengths_and_sequences_may_vary_without_new_compilations(operation, opti
 
 
 def test_neither_do_lengths_of_rows_that_are_moved(monkeypatch):
-    monkeypatch.setattr(masked, "MOVED_FROM", 0)
+    # The public operation moves the rows of long sequences alone, and two hundred of these would take hours.
+    for home, name in ((masked, "masked_forward"), (in_triton, "masked_backward")):
+        monkeypatch.setattr(home, name, functools.partial(getattr(home, name), moved_from=0))
     generator = torch.Generator().manual_seed(0)
     counts = compilations_of("masked_attention", [Shape(random_lengths(generator, 70)) for _ in range(200)])
     # To the front and back again.
-    assert counts["move_kernel"] <= 2
+    assert 1 <= counts["move_kernel"] <= 2

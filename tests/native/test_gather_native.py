@@ -96,6 +96,7 @@ def test_rows_without_gaps_are_read_where_they_lie(layout, monkeypatch):
     places, calls = some_packing(), []
     x = relayout(numbers((123, 2, 6), torch.float32))
     rows = relayout(numbers((places.total, 2, 6), torch.float32))
+    # Where the extension is handed memory is the contract here: a copy would give the same values.
     native = native_packing._move
     monkeypatch.setattr(native_packing, "_move", lambda *args, **how: calls.append(args[0]) or native(*args, **how))
     gathered = packing.gather_rows(x, places.indices, places.row_of_token)

@@ -30,6 +30,7 @@ class LargestTensors(TorchDispatchMode):
 
 
 def use_blocks_of(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks as of far more tokens, beside torch's layer in float64, which would not hold the scores of so many."""
     monkeypatch.setattr(padded_attention, "_SCORES_IN_CACHE", scores)
     monkeypatch.setattr(padded_attention, "_SCORES_HELD", 0)
 

@@ -33,24 +33,25 @@ from maskattn.operands import QKV, Mask
 from maskattn.options import Options
 from maskattn.results import Gradients, OutputGradients, Outputs
 
-__all__ = ["masked_backward", "masked_forward"]
+__all__ = ["MOVED_FROM", "masked_backward", "masked_forward"]
 
 # Tokens of a sequence from which on the kept ones are moved. Not measured: published figures put the price of packing
 # at 12 % of the attention of 4,096 kept tokens and 3 % of 16,384, and f = 0.3 is common.
 MOVED_FROM = 16_384
 
 
-def masked_forward(qkv: QKV, mask: Mask, options: Options) -> Outputs:
+def masked_forward(qkv: QKV, mask: Mask, options: Options, moved_from: int = MOVED_FROM) -> Outputs:
     """Attention over the kept tokens.
 
     Args:
         qkv: q (B, H, Nq, D) and k, v (B, H, N, D), any strides.
         mask: which tokens take part.
         options: of dense tensors.
+        moved_from: tokens of a sequence from which on the kept ones are moved.
     """
     q, k, v = vars(qkv).values()
     kept, every, skip_queries = *_rows_of(q, mask), mask.skip_queries
-    if kept.longest < MOVED_FROM:
+    if kept.longest < moved_from:
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
         rest = empty_rest(lse, options).zero_()
@@ -69,16 +70,24 @@ def masked_forward(qkv: QKV, mask: Mask, options: Options) -> Outputs:
     return Outputs(out, lse, rest)
 
 
-def masked_backward(grads_out: OutputGradients, qkv: QKV, outputs: Outputs, mask: Mask, options: Options) -> Gradients:
+def masked_backward(
+    grads_out: OutputGradients,
+    qkv: QKV,
+    outputs: Outputs,
+    mask: Mask,
+    options: Options,
+    moved_from: int = MOVED_FROM,
+) -> Gradients:
     """Contiguous gradients of :func:`masked_forward`; those of background tokens are 0.
 
     Args:
         grads_out: of out (B, H, Nq, D), with any strides, and of lse (B, H, Nq).
         qkv, mask, options: what forward was given.
         outputs: what forward returned.
+        moved_from: as of forward.
     """
     kept, every = _rows_of(qkv.q, mask)
-    if kept.longest < MOVED_FROM:
+    if kept.longest < moved_from:
         grads = Gradients(*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in vars(qkv).values()))
         dbias_BHN = _new_bias_gradient(qkv.k, options)
         dslopes = differentiate(grads_out, qkv, outputs, every or kept, kept, options, grads, dbias_BHN)

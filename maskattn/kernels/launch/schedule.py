@@ -20,7 +20,7 @@ from maskattn.kernels.language.tiles import program_position, sequence_bounds
 from maskattn.kernels.launch.arguments import VARYING, bounds_argument
 from maskattn.kernels.launch.rows import Rows
 
-__all__ = ["Work", "find_work", "plan_work"]
+__all__ = ["CHUNK", "Work", "find_work", "plan_work"]
 
 # Sequences that a program compares with its own at a time.
 CHUNK = 1024
@@ -41,8 +41,8 @@ class Work(NamedTuple):
     items: int
 
 
-def plan_work(own: Rows, other: Rows, block: int) -> Work:
-    """Turns for tiles of ``block`` rows of ``own``, each of which takes as long as its sequence is on ``other``."""
+def plan_work(own: Rows, other: Rows, block: int, chunk: int = CHUNK) -> Work:
+    """The order of tiles of ``block`` rows of ``own``; each takes as long as its sequence is on ``other``."""
     batch, tiles = own.starts.shape[0], triton.cdiv(own.longest, block)
     if batch * tiles == 0:
         return Work(None, tiles, 0)
@@ -52,7 +52,7 @@ def plan_work(own: Rows, other: Rows, block: int) -> Work:
     table = torch.empty(items, 2, dtype=torch.int32, device=own.starts.device)
     with torch.cuda.device_of(table):
         schedule_kernel[(batch,)](
-            table, bounds_argument(own), bounds_argument(other), batch, tiles, items, BLOCK=block, CHUNK=CHUNK
+            table, bounds_argument(own), bounds_argument(other), batch, tiles, items, BLOCK=block, CHUNK=chunk
         )
     return Work(table, tiles, items)
 
