@@ -69,3 +69,5 @@ def test_a_labs_way_from_slides_to_a_model(lab: Path) -> None:
         assert result.exit_code == 0, f"{shlex.join(arguments)}\n{result.output}"
     assert len(list((lab / "predictions").glob("*/prediction.json"))) == 18
     assert (lab / "abmil_seed2" / "model.safetensors").is_file()
+    for report in ("cv_vit", "cv_abmil", "comparison"):
+        assert "Quadratic-weighted kappa" in (lab / report / "report.html").read_text(encoding="utf-8")
