@@ -273,6 +273,14 @@ def test_the_report_opens_and_prints_without_a_complaint(
         assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
         loaded = page.evaluate("() => [...document.images].every((image) => image.naturalWidth > 0)")
         assert loaded
+        narrowest = page.evaluate(
+            "() => Math.min(...[...document.querySelectorAll('.card dd')].map((dd) => dd.offsetWidth))"
+        )
+        assert narrowest > 120  # beside the longest term too
+        cut = page.evaluate(
+            "() => [...document.querySelectorAll('.slide .wide')].some((it) => it.scrollWidth > it.clientWidth)"
+        )
+        assert not cut
         if folder := os.environ.get("MASKATTN_SCREENSHOTS"):
             page.screenshot(path=Path(folder) / f"report_{size['width']}.png")
     data = page.pdf()
