@@ -36,6 +36,8 @@ ROW_DTYPES = (
     torch.complex128,
     torch.float8_e4m3fn,
 )
+# Lengths of queries and of keys, where one or both are not there.
+EMPTY_SIDES = [([0, 0], [3, 70]), ([3, 70], [0, 0]), ([0], [0])]
 KEEP_KINDS = ("random", "blob", "all", "none", "one")
 
 

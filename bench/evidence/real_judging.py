@@ -19,16 +19,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from maskattn.explain import METHODS
-from maskattn.explain.metrics import (
-    box_changes,
-    box_sensitivity,
-    compactness,
-    correlation_of_maps,
-    object_contrast,
-    random_boxes,
-    removal_curves,
-)
+from maskattn.explain import METHODS, metrics
 from maskattn.nn import VisionTransformer
 from maskattn.nn.blocks import PackedTokens
 
@@ -131,7 +122,7 @@ def maps_of(
 
 def contrasts(maps: dict[str, Tensor], own_HW: Tensor, other_HW: Tensor) -> dict[str, float]:
     """Object contrast of each method's map."""
-    return {name: float(object_contrast(x, own_HW[None], other_HW[None])) for name, x in maps.items()}
+    return {name: float(metrics.object_contrast(x, own_HW[None], other_HW[None])) for name, x in maps.items()}
 
 
 def precision_of(maps: dict[str, Tensor], wanted_HW: Tensor) -> dict[str, float]:
@@ -147,7 +138,7 @@ def drops_of(
 ) -> dict[str, float]:
     """Correctness of each method's map by dropping tokens, all methods in one call."""
     stack = torch.cat(list(maps.values()))
-    curves = removal_curves(judge, image_1IXY, stack, _in_float(target), steps=steps, internal_batch_size=16)
+    curves = metrics.removal_curves(judge, image_1IXY, stack, _in_float(target), steps=steps, internal_batch_size=16)
     return dict(zip(maps, curves.correctness.tolist(), strict=True))
 
 
@@ -156,19 +147,19 @@ def boxes_of(
 ) -> dict[str, float]:
     """Box sensitivity of each method's map."""
     grid_HW = judge.patch_embed.grid_of(image_1IXY)
-    boxes = random_boxes(grid_HW, count, torch.Generator().manual_seed(5))
-    changes = box_changes(judge, image_1IXY, boxes, _in_float(target), internal_batch_size=16)
-    return {name: float(box_sensitivity(x, boxes, changes)) for name, x in maps.items()}
+    boxes = metrics.random_boxes(grid_HW, count, torch.Generator().manual_seed(5))
+    changes = metrics.box_changes(judge, image_1IXY, boxes, _in_float(target), internal_batch_size=16)
+    return {name: float(metrics.box_sensitivity(x, boxes, changes)) for name, x in maps.items()}
 
 
 def likeness_of(maps: dict[str, Tensor], name: str = "token-ablation") -> dict[str, float]:
     """Pearson correlation of each method's map with one method's."""
-    return {key: float(correlation_of_maps(x, maps[name])) for key, x in maps.items() if key != name}
+    return {key: float(metrics.correlation_of_maps(x, maps[name])) for key, x in maps.items() if key != name}
 
 
 def compactness_of(maps: dict[str, Tensor]) -> dict[str, float]:
     """Share of tokens with at most 5 % of the largest relevance, of each method's map."""
-    return {name: float(compactness(x)) for name, x in maps.items()}
+    return {name: float(metrics.compactness(x)) for name, x in maps.items()}
 
 
 def _in_float(target: Target) -> Target:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from maskattn.cli.options import Debug, takes_settings
+from maskattn.cli.options import ConfigFile, Debug, takes_settings
 from maskattn.cli.reporting import errors_in_one_line, say, tell
 from maskattn.cli.train import cohort_in, given_settings, patients_by_id
 from maskattn.training.settings import TrainSettings
@@ -26,10 +26,7 @@ __all__ = ["crossval"]
 def crossval(
     context: typer.Context,
     *,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", help="All of these as YAML, field: value; what is given beside it counts more."),
-    ] = None,
+    config: ConfigFile = None,
     folds: Annotated[
         int, typer.Option("--folds", help="How many, unless --split has them.", min=2, show_default=True)
     ] = 5,

@@ -19,6 +19,7 @@ from maskattn.slide.asked import asked_of
 from maskattn.slide.request import RunSettings
 
 __all__ = [
+    "ConfigFile",
     "Debug",
     "Device",
     "Exclude",
@@ -77,6 +78,10 @@ def _option(field: Field[Any]) -> Any:
     )
 
 
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="All of these as YAML, field: value; what is given beside it counts more."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Slide = Annotated[Path, typer.Argument(help="A slide file.", metavar="SLIDE", show_default=False)]
 Slides = Annotated[

@@ -5,14 +5,10 @@ Where stderr is no terminal there are no bars, only the line per slide.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Generic
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from maskattn.cli.bars import Bars
 from maskattn.cli.streams import printable
 from maskattn.slide.each_slide import OutcomeT
 from maskattn.slide.manifest import SlideJob
@@ -21,7 +17,7 @@ from maskattn.slide.prediction import SlideOutcome, SlidePrediction
 __all__ = ["ProgressBars", "lines_of_prediction", "scores_of"]
 
 
-class ProgressBars(Generic[OutcomeT]):
+class ProgressBars(Bars, Generic[OutcomeT]):
     """Progress of :func:`maskattn.slide.each_slide.run_each`; a context manager.
 
     Args:
@@ -31,28 +27,9 @@ class ProgressBars(Generic[OutcomeT]):
 
     def __init__(self, slides: int, lines_of: Callable[[OutcomeT], list[str]]) -> None:
         self._lines_of = lines_of
-        console = Console(file=sys.stderr)  # named, so that its encoding is asked for
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        super().__init__()
         self._slides = self._progress.add_task("slides", total=slides)
         self._tiles = self._progress.add_task("tiles", total=None)
-
-    def __enter__(self) -> ProgressBars[OutcomeT]:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def slide_started(self, job: SlideJob) -> None:
         """Begin a slide's bar of tiles."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from maskattn.cli.options import Debug, takes_settings
+from maskattn.cli.options import ConfigFile, Debug, takes_settings
 from maskattn.cli.reporting import errors_in_one_line, say, tell
 from maskattn.errors import quoted
 from maskattn.training.settings import TrainSettings
@@ -23,10 +23,7 @@ __all__ = ["cohort_in", "given_settings", "patients_by_id", "train"]
 def train(
     context: typer.Context,
     *,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", help="All of these as YAML, field: value; what is given beside it counts more."),
-    ] = None,
+    config: ConfigFile = None,
     settings: TrainSettings,
     debug: Debug = False,
 ) -> None:

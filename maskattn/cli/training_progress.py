@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
-from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from maskattn.cli.bars import Bars
 from maskattn.cli.streams import printable
 
 __all__ = ["TrainingProgress"]
 
 
-class TrainingProgress:
+class TrainingProgress(Bars):
     """Progress of :func:`maskattn.training.loop.fit`; a context manager. Without a terminal there are no bars.
 
     Args:
@@ -22,28 +18,9 @@ class TrainingProgress:
     """
 
     def __init__(self, epochs: int) -> None:
-        console = Console(file=sys.stderr)
+        super().__init__(hidden=os.environ.get("LOCAL_RANK", "0") != "0")
         self._epochs = epochs
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal or os.environ.get("LOCAL_RANK", "0") != "0",
-        )
         self._bar = self._progress.add_task("features", total=None)
-
-    def __enter__(self) -> TrainingProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def looked_through(self, slide_id: str, done: int, slides: int) -> None:
         """Move the bar of files that are looked through."""

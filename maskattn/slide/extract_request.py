@@ -8,27 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from maskattn.errors import ManifestError
+from maskattn.slide import shared_requests
 from maskattn.slide.asked import asked, recorded_fields
 from maskattn.slide.outlines.rules import check_areas
-from maskattn.slide.shared_requests import (
-    BATCH_SIZE,
-    CLAIM_TIMEOUT,
-    EXCLUDE,
-    EXCLUDE_CLASSES,
-    FORCE,
-    INK,
-    LIMIT,
-    MASK_CLASSES,
-    MASK_VALUES,
-    ORDER,
-    RETRY_FAILED,
-    ROI,
-    ROI_CLASSES,
-    SERIES,
-    SHARD,
-    WORKERS,
-    slide_spacing,
-)
 
 if TYPE_CHECKING:
     from maskattn.nn.encoders.tile_encoder import TileEncoder
@@ -125,23 +107,23 @@ class ExtractSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata=asked("--dtype", "In which the encoder computes; float16 is stored as such.")
     )
-    mask_values: tuple[int, ...] | None = field(default=None, metadata=MASK_VALUES)
-    mask_classes: tuple[str, ...] | None = field(default=None, metadata=MASK_CLASSES)
-    roi: Path | None = field(default=None, metadata=ROI)
-    roi_classes: tuple[str, ...] | None = field(default=None, metadata=ROI_CLASSES)
-    exclude: Path | None = field(default=None, metadata=EXCLUDE)
-    exclude_classes: tuple[str, ...] | None = field(default=None, metadata=EXCLUDE_CLASSES)
-    ink: Literal["auto", "off"] = field(default="auto", metadata=INK)
-    force: bool = field(default=False, metadata=FORCE)
-    slide_spacing_um: float | None = field(default=None, metadata=slide_spacing("--slide-spacing-um"))
-    series: int | None = field(default=None, metadata=SERIES)
-    batch_size: int = field(default=32, metadata=BATCH_SIZE)
-    workers: int | None = field(default=0, metadata=WORKERS)
-    claim_timeout_s: float = field(default=300.0, metadata=CLAIM_TIMEOUT)
-    retry_failed: bool = field(default=False, metadata=RETRY_FAILED)
-    shard: str | None = field(default=None, metadata=SHARD)
-    limit: int | None = field(default=None, metadata=LIMIT)
-    order: Literal["given", "large-first"] = field(default="given", metadata=ORDER)
+    mask_values: tuple[int, ...] | None = field(default=None, metadata=shared_requests.MASK_VALUES)
+    mask_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.MASK_CLASSES)
+    roi: Path | None = field(default=None, metadata=shared_requests.ROI)
+    roi_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.ROI_CLASSES)
+    exclude: Path | None = field(default=None, metadata=shared_requests.EXCLUDE)
+    exclude_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.EXCLUDE_CLASSES)
+    ink: Literal["auto", "off"] = field(default="auto", metadata=shared_requests.INK)
+    force: bool = field(default=False, metadata=shared_requests.FORCE)
+    slide_spacing_um: float | None = field(default=None, metadata=shared_requests.slide_spacing("--slide-spacing-um"))
+    series: int | None = field(default=None, metadata=shared_requests.SERIES)
+    batch_size: int = field(default=32, metadata=shared_requests.BATCH_SIZE)
+    workers: int | None = field(default=0, metadata=shared_requests.WORKERS)
+    claim_timeout_s: float = field(default=300.0, metadata=shared_requests.CLAIM_TIMEOUT)
+    retry_failed: bool = field(default=False, metadata=shared_requests.RETRY_FAILED)
+    shard: str | None = field(default=None, metadata=shared_requests.SHARD)
+    limit: int | None = field(default=None, metadata=shared_requests.LIMIT)
+    order: Literal["given", "large-first"] = field(default="given", metadata=shared_requests.ORDER)
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Extract finished slides again.", recorded=False, serves=None)
     )

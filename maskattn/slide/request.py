@@ -10,29 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maskattn.errors import ManifestError
 from maskattn.explain.methods import DEFAULT_METHOD, METHODS, method_named
+from maskattn.slide import shared_requests
 from maskattn.slide.asked import asked, recorded_fields, unlike
 from maskattn.slide.outlines.rules import check_areas, check_outlines
 from maskattn.slide.overlap import check_overlap
 from maskattn.slide.pyramids.rules import check_pyramids
-from maskattn.slide.shared_requests import (
-    BATCH_SIZE,
-    CLAIM_TIMEOUT,
-    EXCLUDE,
-    EXCLUDE_CLASSES,
-    FORCE,
-    INK,
-    LIMIT,
-    MASK_CLASSES,
-    MASK_VALUES,
-    ORDER,
-    RETRY_FAILED,
-    ROI,
-    ROI_CLASSES,
-    SERIES,
-    SHARD,
-    WORKERS,
-    slide_spacing,
-)
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
@@ -92,7 +74,7 @@ class RunSettings:
     )
     _: KW_ONLY
     masked: bool = field(default=True, metadata=asked("--no-mask", "Attend to glass too, for comparison."))
-    mask_values: tuple[int, ...] | None = field(default=None, metadata=MASK_VALUES)
+    mask_values: tuple[int, ...] | None = field(default=None, metadata=shared_requests.MASK_VALUES)
     tokens: bool = field(
         default=False,
         # A slide that was run with tokens has all that one without them has.
@@ -116,17 +98,17 @@ class RunSettings:
             serves=operator.ge,
         ),
     )
-    ink: Literal["auto", "off"] = field(default="auto", metadata=INK)
-    force: bool = field(default=False, metadata=FORCE)
-    spacing_um: float | None = field(default=None, metadata=slide_spacing("--spacing-um"))
-    series: int | None = field(default=None, metadata=SERIES)
-    batch_size: int = field(default=32, metadata=BATCH_SIZE)
-    workers: int | None = field(default=0, metadata=WORKERS)
-    claim_timeout_s: float = field(default=300.0, metadata=CLAIM_TIMEOUT)
-    retry_failed: bool = field(default=False, metadata=RETRY_FAILED)
-    shard: str | None = field(default=None, metadata=SHARD)
-    limit: int | None = field(default=None, metadata=LIMIT)
-    order: Literal["given", "large-first"] = field(default="given", metadata=ORDER)
+    ink: Literal["auto", "off"] = field(default="auto", metadata=shared_requests.INK)
+    force: bool = field(default=False, metadata=shared_requests.FORCE)
+    spacing_um: float | None = field(default=None, metadata=shared_requests.slide_spacing("--spacing-um"))
+    series: int | None = field(default=None, metadata=shared_requests.SERIES)
+    batch_size: int = field(default=32, metadata=shared_requests.BATCH_SIZE)
+    workers: int | None = field(default=0, metadata=shared_requests.WORKERS)
+    claim_timeout_s: float = field(default=300.0, metadata=shared_requests.CLAIM_TIMEOUT)
+    retry_failed: bool = field(default=False, metadata=shared_requests.RETRY_FAILED)
+    shard: str | None = field(default=None, metadata=shared_requests.SHARD)
+    limit: int | None = field(default=None, metadata=shared_requests.LIMIT)
+    order: Literal["given", "large-first"] = field(default="given", metadata=shared_requests.ORDER)
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Run finished slides again.", recorded=False, serves=None)
     )
@@ -143,11 +125,11 @@ class RunSettings:
             serves=operator.le,
         ),
     )
-    mask_classes: tuple[str, ...] | None = field(default=None, metadata=MASK_CLASSES)
-    roi: Path | None = field(default=None, metadata=ROI)
-    roi_classes: tuple[str, ...] | None = field(default=None, metadata=ROI_CLASSES)
-    exclude: Path | None = field(default=None, metadata=EXCLUDE)
-    exclude_classes: tuple[str, ...] | None = field(default=None, metadata=EXCLUDE_CLASSES)
+    mask_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.MASK_CLASSES)
+    roi: Path | None = field(default=None, metadata=shared_requests.ROI)
+    roi_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.ROI_CLASSES)
+    exclude: Path | None = field(default=None, metadata=shared_requests.EXCLUDE)
+    exclude_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.EXCLUDE_CLASSES)
     geojson: Literal["off", "tiles", "tokens"] = field(
         default="off",
         metadata=asked("--geojson", "relevance.geojson for QuPath: off, tiles or tokens.", serves=_has_output),

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import (
+    EMPTY_SIDES,
     LENGTHS,
     assert_meets_specification,
     cu_seqlens,
@@ -46,9 +47,7 @@ def test_lengths_around_whole_blocks(head_width, length):
         ([15, 1, 165], [15, 1, 165]),
         ([64, 33, 1], [65, 15, 271]),
         ([5, 0, 33, 0], [0, 7, 64, 0]),
-        ([0, 0], [3, 70]),
-        ([3, 70], [0, 0]),
-        ([0], [0]),
+        *EMPTY_SIDES,
     ],
     ids=["unequal", "cross", "some_empty", "no_queries", "no_keys", "empty"],
 )

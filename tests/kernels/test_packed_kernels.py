@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 from launch import WIDTHS_AND_DTYPES, force, run_packed
-from oracles import LENGTHS, Inputs, assert_meets_specification, cu_seqlens, packed_inputs, specify_packed
+from oracles import EMPTY_SIDES, LENGTHS, Inputs, assert_meets_specification, cu_seqlens, packed_inputs, specify_packed
 from torch import Tensor
 
 from maskattn.kernels.attention import forward
@@ -36,9 +36,7 @@ def test_one_sequence_of_each_length(length, device, monkeypatch):
         ([15, 1, 65], [15, 1, 65]),
         ([64, 33, 1], [65, 15, 71]),
         ([5, 0, 33, 0], [0, 7, 64, 0]),
-        ([0, 0], [3, 70]),
-        ([3, 70], [0, 0]),
-        ([0], [0]),
+        *EMPTY_SIDES,
     ],
     ids=["unequal", "cross", "some_empty", "no_queries", "no_keys", "empty"],
 )

@@ -198,12 +198,13 @@ def test_timms_models_load_by_name():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+SMALL_HF = {"image_size": 64, "patch_size": 16, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+SMALL_HF["intermediate_size"] = 96
+
+
 def test_a_folder_of_transformers_loads(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        image_size=64, patch_size=16, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96
-    )
-    theirs = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    theirs = transformers.ViTModel(transformers.ViTConfig(**SMALL_HF), add_pooling_layer=False).eval()
     theirs.save_pretrained(tmp_path)
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(load_vit(tmp_path)(x), theirs(x).last_hidden_state[:, 0])
@@ -211,16 +212,7 @@ def test_a_folder_of_transformers_loads(tmp_path):
 
 def test_a_folder_of_a_transformers_classifier_keeps_its_head(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        image_size=64,
-        patch_size=16,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=96,
-        num_labels=5,
-    )
-    theirs = transformers.ViTForImageClassification(config).eval()
+    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL_HF, num_labels=5)).eval()
     theirs.save_pretrained(tmp_path)
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(load_vit(tmp_path)(x), theirs(x).logits)

@@ -15,17 +15,9 @@ from maskattn.packing import Packing
 
 
 def small_hipt() -> HIPT:
-    patch = VisionTransformer(img_size=64, embed_dim=48, depth=2, num_heads=6, pos_embed_resample="dino")
-    region = VisionTransformer(
-        img_size=2,
-        patch_size=1,
-        in_chans=48,
-        embed_dim=24,
-        depth=2,
-        num_heads=6,
-        embed_act="gelu",
-        pos_embed_resample="dino",
-    )
+    both = {"depth": 2, "num_heads": 6, "pos_embed_resample": "dino"}
+    patch = VisionTransformer(img_size=64, embed_dim=48, **both)
+    region = VisionTransformer(img_size=2, patch_size=1, in_chans=48, embed_dim=24, embed_act="gelu", **both)
     return with_random_weights(HIPT(patch, region, slide_level(24, 3), patch_px=32).double())
 
 

@@ -19,6 +19,14 @@ OUTPUTS = {
     *("attention.png", "features.h5", "heatmap_benign.png", "heatmap_low_high.png", "prediction.json", "relevance.h5")
 }
 
+# What is asked for of areas, and how it is refused.
+AREAS_WITHOUT_EFFECT = [
+    ({"mask_classes": ("Tumor",)}, "--mask-class names classes of outlines, got 'Tumor' and no outlines"),
+    ({"roi_classes": ("Tumor",)}, "give them with --roi, or"),
+    ({"exclude_classes": ("Tumor",)}, "give them with --exclude, or"),
+    ({"roi": Path("nowhere.geojson")}, "got nowhere.geojson, which does not exist"),
+]
+
 
 def names(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from geojson_files import box, feature, polygon, write
+from runs import AREAS_WITHOUT_EFFECT
 from small_slides import write_slide
 
 from maskattn.errors import ManifestError
@@ -124,10 +125,7 @@ def test_a_slide_without_its_region_fails_alone(slide: Path, encoder: TileEncode
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"mask_classes": ("Tumor",)}, "--mask-class names classes of outlines, got 'Tumor' and no outlines"),
-        ({"roi_classes": ("Tumor",)}, "give them with --roi, or"),
-        ({"exclude_classes": ("Tumor",)}, "give them with --exclude, or"),
-        ({"roi": Path("nowhere.geojson")}, "got nowhere.geojson, which does not exist"),
+        *AREAS_WITHOUT_EFFECT,
         ({"exclude": Path(), "coords_dir": Path()}, "got . beside --coords, which say where tiles lie"),
     ],
 )

@@ -13,7 +13,7 @@ import shapely
 from geojson_files import box, feature, polygon, ring, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import assert_refused
+from runs import AREAS_WITHOUT_EFFECT, assert_refused
 
 from maskattn.errors import SlideError
 from maskattn.nn.slide_model import SlideModel
@@ -291,10 +291,7 @@ def test_a_run_looks_only_into_its_region_and_says_so(
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"mask_classes": ("Tumor",)}, "--mask-class names classes of outlines, got 'Tumor' and no outlines"),
-        ({"roi_classes": ("Tumor",)}, "give them with --roi, or"),
-        ({"exclude_classes": ("Tumor",)}, "give them with --exclude, or"),
-        ({"roi": Path("nowhere.geojson")}, "got nowhere.geojson, which does not exist"),
+        *AREAS_WITHOUT_EFFECT,
         (
             {"exclude": Path(), "masked": False},
             "--exclude says what of the tissue takes part, got . where all of a slide is attended to",
