@@ -109,7 +109,7 @@ def _run(
             record.monitored, patience=settings.patience, mode=record.mode, check_on_train_epoch_end=False
         )
         callbacks.insert(0, stopping)  # so that what it decided is in the state
-    where = _accelerator(settings)
+    where = _accelerator(settings, module.some_unused)
     with quiet(), torch.random.fork_rng(devices=[]):
         trainer = pl.Trainer(
             **where,
@@ -215,7 +215,7 @@ class _Record(pl.Callback):
             self._board.close()
 
     def _row(self, trainer: Any, module: TrainedModule) -> dict[str, float]:
-        losses = torch.stack(module.losses).double().mean().item() if module.losses else float("nan")
+        losses = _mean_of_all_processes(module.losses)
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step, "lr": self._rate}
         row |= {"train_loss": losses} | {f"validation_{name}": value for name, value in module.found.items()}
         return row | {"seconds": round(time.perf_counter() - self._since, 3)}
@@ -225,6 +225,16 @@ class _Record(pl.Callback):
             return True
         best, now = self.rows[self.best_epoch][self.monitored], row[self.monitored]
         return now > best if self.mode == "max" else now < best
+
+
+def _mean_of_all_processes(losses: list[torch.Tensor]) -> float:
+    """The mean of the batches' losses."""
+    mean = torch.stack(losses).double().mean() if losses else torch.tensor(float("nan"))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        mean = mean.float()
+        torch.distributed.all_reduce(mean)
+        mean = mean / torch.distributed.get_world_size()
+    return float(mean)
 
 
 def loader_of(dataset: Any, settings: FitSettings, **how: Any) -> DataLoader[Any]:
@@ -242,8 +252,8 @@ def loader_of(dataset: Any, settings: FitSettings, **how: Any) -> DataLoader[Any
     )
 
 
-def _accelerator(settings: FitSettings) -> dict[str, Any]:
-    """Which devices Lightning takes.
+def _accelerator(settings: FitSettings, some_unused: bool) -> dict[str, Any]:
+    """Which devices Lightning takes, and how processes share the work.
 
     Raises:
         ValueError: there is no such device.
@@ -256,7 +266,8 @@ def _accelerator(settings: FitSettings) -> dict[str, Any]:
         there = "cpu, cuda" if torch.cuda.is_available() else "cpu: torch finds no GPU"
         raise ValueError(f"--device must be auto or one that torch can use ({there}), got {settings.device!r}")
     devices: Any = [int(index)] if index else settings.devices
-    strategy = "auto" if settings.devices == 1 else "ddp_find_unused_parameters_true"
+    strategy = "ddp_find_unused_parameters_true" if some_unused else "ddp"
+    strategy = strategy if settings.devices > 1 else "auto"
     return {"accelerator": "gpu" if kind == "cuda" else "cpu", "devices": devices, "strategy": strategy}
 
 

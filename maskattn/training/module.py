@@ -29,7 +29,11 @@ class TrainedModule(pl.LightningModule):
     Attributes:
         found: what the last validation found: "loss", and the task's own metrics.
         losses: of the batches of this epoch, as they came.
+        some_unused: whether a step may leave some parameters without a gradient, which processes that train together
+            must know.
     """
+
+    some_unused: bool = False
 
     def __init__(self, settings: FitSettings) -> None:
         super().__init__()

@@ -52,6 +52,7 @@ class SlideTraining(JudgedModule):
         self.head = head
         self._settings = settings
         self._clusters = isinstance(head, GatedAttentionHead) and hasattr(head, "instance_classifiers")
+        self.some_unused = self._clusters  # each step reads the instance classifiers of its own classes
 
     def transfer_batch_to_device(self, batch: list[CaseBags], device: torch.device, dataloader_idx: int) -> Any:
         """The cases on the model's device."""

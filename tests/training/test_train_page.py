@@ -16,6 +16,7 @@ pytest.importorskip("pytorch_lightning")
 pytest.importorskip("openslide")
 
 import timm
+from PIL import Image
 from safetensors.torch import save_file
 from small_cohorts import write_table
 from small_slides import tissue_image, write_slide
@@ -44,6 +45,12 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_slide(tmp_path / "slides" / f"s{index:03d}.tiff", darker, spacing_um=0.5)
         rows.append({"slide_id": f"s{index:03d}", "patient_id": f"p{index:02d}", "grade": grade})
     write_table(tmp_path / "labels.csv", rows)
+    for index in range(12):
+        folder = tmp_path / "patches" / ("benign", "tumour")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(tissue_image((64, 64), index))
+        image.save(folder / f"p{index:02d}_0.png")
+        Image.new("L", (64, 64), 255).save(folder / f"p{index:02d}_0_mask.png")
     save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "tiny.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
