@@ -70,7 +70,7 @@ def train_tiles(
     encoder = load_encoder(settings.encoder, impl=settings.impl, weights=settings.weights)
     with full_disk_in_words(out):
         if rank == 0:
-            note_data(out, settings, _digest(training, validation))
+            note_data(out, settings, _digest(training, validation, encoder.sha256))
         module, result = _fitted(settings, cohort, training, validation, encoder, out, progress)
         if rank:
             raise SystemExit(0)  # the first process alone writes what was learnt
@@ -126,6 +126,7 @@ def _finished(
     module.cpu().eval()
     encoder = module.encoder
     assert encoder.vit is not None, "a packed transformer was trained"
+    encoder.__dict__.pop("sha256", None)  # it was that of the weights to begin with
     dataset = PatchDataset(validation, encoder.tile_px, encoder.token_px, settings.token_mask == "tissue")
     outputs_PK = torch.cat([module.outputs([dataset[Draw(index, 0)]]).float() for index in range(len(dataset))])
     said = predictions_of(outputs_PK, validation, cohort, module.task)
@@ -162,7 +163,7 @@ def _head_of(module: TileTraining, cohort: Cohort) -> SlideHead:
     return OrdinalHead(pooled) if cohort.task == "ordinal" else pooled
 
 
-def _digest(training: Sequence[Case], validation: Sequence[Case]) -> str:
-    """SHA-256 over which patches are in which part, and what is true of them."""
+def _digest(training: Sequence[Case], validation: Sequence[Case], encoder: str) -> str:
+    """SHA-256 over which patches are in which part, what is true of them, and the weights to begin with."""
     told = [[(case.case_id, case.truth) for case in part] for part in (training, validation)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([told, encoder]).encode()).hexdigest()
