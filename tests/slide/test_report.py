@@ -167,7 +167,7 @@ def test_a_run_without_tokens_shows_its_tiles(tmp_path: Path) -> None:
 def test_a_notebook_is_handed_html_under_the_packages_own_name(out: Path) -> None:
     shown = maskattn.slide.show(out, "plain")
     assert shown._repr_html_() == shown.html
-    assert shown.html.startswith('<div class="maskattn"><style>')
+    assert shown.html.startswith('<div class="maskattn cell"><style>')
     assert repr(shown) == "ShownSlide('plain')"
     with pytest.raises(ValueError, match="got 'other'; it has 'plain'"):
         maskattn.slide.show(out, "other")

@@ -45,4 +45,4 @@ def show(
     """
     slide = read_run(Path(out_dir)).slide(slide_id)
     part = slide_part(slide, top, None if slides_dir is None else Path(slides_dir))
-    return ShownSlide(slide_id, element("div", style_sheet(), element("h2", slide_id), part, class_="maskattn"))
+    return ShownSlide(slide_id, element("div", style_sheet(), element("h2", slide_id), part, class_="maskattn cell"))
