@@ -70,7 +70,7 @@ def crossval(
             resamples=resamples,
             seed=settings.seed,
             folds=[outcome.predictions for outcome in outcomes],
-            notes=(*notes, *_chosen(outcomes)),
+            notes=(*notes, *_chosen(outcomes), *_of_slides(settings)),
         )
         report = write_evaluation(settings.out, [found], title=f"Cross-validation: {cohort.target}")
     for name, value in found.metrics.items():
@@ -91,6 +91,7 @@ class _Training:
         from maskattn.training.train import train_model
 
         settings = self._candidates[candidate]
+        tell(f"training {folder}")
         with TrainingProgress(settings.epochs) as progress:
             return train_model(settings, self._cohort, split, folder, progress=progress).validation
 
@@ -119,8 +120,16 @@ def _splits_of(settings: TrainSettings, cohort: Cohort, folds: int) -> list[Spli
 
 
 def _told(outcome: FoldOutcome) -> None:
-    values = ", ".join(f"{name} {value:.3f}" for name, value in outcome.validation.items() if value is not None)
-    tell(f"fold {outcome.fold}: validation {values or 'has no value'}; {outcome.chosen} predicts the test part")
+    from maskattn.evaluation.metrics import metrics_of
+
+    title = metrics_of(outcome.predictions.task)[0].title
+    values = [
+        f"{value:.3f}" if len(outcome.validation) == 1 else f"{name} {value:.3f}"
+        for name, value in outcome.validation.items()
+        if value is not None
+    ]
+    chosen = "" if len(outcome.validation) == 1 else f"; {outcome.chosen} is chosen"
+    tell(f"fold {outcome.fold}: {title} on its validation part: {', '.join(values) or 'not defined'}{chosen}")
 
 
 def _chosen(outcomes: list[FoldOutcome]) -> tuple[str, ...]:
@@ -129,3 +138,12 @@ def _chosen(outcomes: list[FoldOutcome]) -> tuple[str, ...]:
         return ()
     told = ", ".join(f"{outcome.fold} {outcome.chosen}" for outcome in outcomes)
     return (f"Each fold's model was chosen on its validation part: fold {told}.",)
+
+
+def _of_slides(settings: TrainSettings) -> tuple[str, ...]:
+    """What it means that slides are predicted by themselves."""
+    if settings.fusion != "none":
+        return ()
+    return (
+        "Each slide counts for itself, and intervals are over slides: where patients have several they are too narrow.",
+    )

@@ -224,7 +224,8 @@ def _fold_table(one: Evaluation) -> Markup:
     for metric in metrics:
         known = [value for result in one.by_fold if (value := result.metrics[metric.name]) is not None]
         enough = len(known) > 1
-        spread.append(f"{_number(statistics.mean(known))} ± {statistics.stdev(known):.3f}" if enough else "–")
+        beside = element("span", f"± {_number(statistics.stdev(known))}", class_="interval") if enough else ""
+        spread.append(joined([_number(statistics.mean(known)), beside]) if enough else "–")
     rows.append(["mean ± sd", "", *spread])
     return _table(["fold", "patients", *(metric.title for metric in metrics)], rows)
 

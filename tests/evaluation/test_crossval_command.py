@@ -85,6 +85,7 @@ def test_candidates_are_chosen_on_validation_and_may_not_change_the_cohort(tmp_p
         assert choice["validation"][choice["chosen"]] == max(choice["validation"].values())
     assert (tmp_path / "cv" / "split-0" / "model-still").is_dir()
     assert "Each fold's model was chosen on its validation part" in done.output
+    assert "fold 0: AUC on its validation part: still" in " ".join(done.output.split())
     (tmp_path / "other.yaml").write_text("target: value\n")
     done = of_grade(features, labels, tmp_path / "cv2", "--candidate", tmp_path / "other.yaml")
     assert done.exit_code == 2
