@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from maskattn import native_packing
+from maskattn.derived import known_lengths, note_lengths
 from maskattn.extension import has_extension
 from maskattn.leaves import leaf_function
 from maskattn.shapes import Bool, Int, Shaped
 from maskattn.transforms import is_mapped, take_one_by_one, transformable
 
-__all__ = ["Packing", "gather_rows", "is_jit_traced", "pack", "scatter_rows", "unpack"]
+__all__ = ["Packing", "gather_rows", "is_jit_traced", "pack", "packing_and_answer", "scatter_rows", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,13 @@ class Packing:
 
     def to(self, device: torch.device | str) -> Packing:
         """The same packing with its tensors on another device."""
-        row_of_token = self.row_of_token
+        row_of_token, cu_seqlens = self.row_of_token, self.cu_seqlens.to(device, non_blocking=True)
+        known = known_lengths(self.cu_seqlens)
+        if known is not None:
+            note_lengths(cu_seqlens, *known)
         return Packing(
             self.indices.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
+            cu_seqlens,
             self.max_seqlen,
             self.batch_size,
             self.num_tokens,
@@ -206,22 +210,39 @@ def scatter_rows(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
 @leaf_function
 def _read_mask(keep_BN: Tensor) -> Packing:
     """See :meth:`Packing.from_keep`; a function of its own, which ``torch.fx`` can name."""
+    return _pack_mask(keep_BN, None)[0]
+
+
+def packing_and_answer(keep_BN: Bool[Tensor, "B N"], question: Bool[Tensor, ""]) -> tuple[Packing, bool]:
+    """:meth:`Packing.from_keep` of a mask, and what a bool on its device says, with one wait for both."""
+    if torch.compiler.is_compiling():
+        return _read_mask(keep_BN), bool(question)
+    return _pack_mask(keep_BN, question)
+
+
+def _pack_mask(keep_BN: Tensor, question: Tensor | None) -> tuple[Packing, bool]:
+    """The packing of a mask, and the answer to a question, False to none."""
     _check_keep(keep_BN)
     if not torch.compiler.is_compiling() and has_extension():
         found = native_packing.kept_tokens(keep_BN)
         if found is not None:
             indices, cu_seqlens, max_seqlen, row_of_token = found
-            return Packing(indices, cu_seqlens, max_seqlen, keep_BN.shape[0], keep_BN.shape[1], row_of_token)
+            note_lengths(cu_seqlens, indices.shape[0], max_seqlen)
+            packing = Packing(indices, cu_seqlens, max_seqlen, keep_BN.shape[0], keep_BN.shape[1], row_of_token)
+            return packing, question is not None and bool(question)
     lengths = keep_BN.sum(dim=1, dtype=torch.int32)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     kept = keep_BN.reshape(-1)
     row = kept.cumsum(0, dtype=torch.int32) - 1
-    counts = _read(lengths, keep_BN)
+    asked = lengths if question is None else torch.cat([lengths, question[None].to(torch.int32)])
+    counts = _read(asked, keep_BN)
+    answer = question is not None and bool(counts.pop())
     total = sum(counts)
+    note_lengths(cu_seqlens, total, max(counts, default=0))
     # Like kept.nonzero(), which would wait for the device again; background goes to one row past the end.
     tokens = torch.arange(kept.shape[0], device=kept.device)
     indices = tokens.new_empty(total + 1).scatter_(0, row.where(kept, total).long(), tokens)[:total]
-    return Packing(
+    packing = Packing(
         indices=indices,
         cu_seqlens=cu_seqlens,
         max_seqlen=max(counts, default=0),
@@ -229,6 +250,7 @@ def _read_mask(keep_BN: Tensor) -> Packing:
         num_tokens=keep_BN.shape[1],
         row_of_token=row.where(kept, -1),
     )
+    return packing, answer
 
 
 def _has_kernels(device: torch.device) -> bool:

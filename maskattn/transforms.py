@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
@@ -98,11 +99,12 @@ def _any_tangent(args: tuple[Any, ...]) -> bool:
 def _refuse_tangents(operation: CustomOpDef) -> None:
     """Where torch would run the operation on a tensor that has a tangent, and drop this, raise instead."""
     for key in _AUTOGRAD_KEYS:
-        _library.impl(operation._qualname.partition("::")[2], _guarded(operation, key), key, with_keyset=True)
+        _library.impl(operation._qualname.partition("::")[2], _guarded(operation), key, with_keyset=True)
 
 
-def _guarded(operation: CustomOpDef, key: str) -> Call:
-    run = torch.library.get_kernel(operation._qualname, key).call_boxed
+def _guarded(operation: CustomOpDef) -> Call:
+    # What torch has there. To ask the dispatcher for it would turn all arguments to C++ and back once more.
+    run = make_autograd_impl(operation._opoverload, operation)
 
     def call(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         if _any_tangent(args):

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from bench.aot.every_call import HEADS, ON_HOPPER, OPERATIONS, Shape, run
+from bench.aot.repeated_calls import few_launches, nothing_is_left, same_as_the_launcher
 from bench.aot.stub import CAPABILITIES, StubDevice
 from bench.gpu.outcomes import Outcome, OutcomeLog, fingerprint
 
@@ -129,8 +130,10 @@ def host_microseconds(call: Callable[[], object]) -> float:
 
 
 def print_host_time() -> None:
-    """Of the operations, forward and with their gradients, bfloat16, head width 64."""
+    """Of the operations, forward and with their gradients, bfloat16, head width 64; torch's own part by operations
+    of the same schemas that only allocate."""
     import maskattn
+    from bench.aot.dispatch_floor import empty_attention
 
     for lengths in ((64,), (64,) * 4, (50, 64, 14)):
         tokens, starts = sum(lengths), torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
@@ -148,9 +151,22 @@ def print_host_time() -> None:
             first = q[: len(lengths), None]
             return maskattn.readout(first, k, v, starts, max(lengths), impl="triton")
 
+        def nothing(q=q, k=k, v=v, packing=packing) -> torch.Tensor:
+            where = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
+            return empty_attention(q, k, v, *where, 0.125, None, None, None, None, 0.0, None, False, "triton")[0]
+
+        def nothing_twice(nothing=nothing, leaves=(q, k, v), ones=ones) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(nothing(), leaves, ones)
+
         with torch.no_grad():
-            alone, few = host_microseconds(forward), host_microseconds(read)
-        taken = {"packed_attention": alone, "with gradients": host_microseconds(both), "readout": few}
+            alone, few, floor = (host_microseconds(call) for call in (forward, read, nothing))
+        taken = {
+            "packed_attention": alone,
+            "torch's part": floor,
+            "with gradients": host_microseconds(both),
+            "torch's part of both": host_microseconds(nothing_twice),
+            "readout": few,
+        }
         print(f"{len(lengths)} sequences: {', '.join(f'{name} {us:.0f} µs' for name, us in taken.items())}")
 
 
@@ -181,7 +197,13 @@ def _run(device: StubDevice, log: OutcomeLog, given: argparse.Namespace) -> int:
         name: lambda operation=operation, shape=shape: try_case(device, operation, shape, given.random_shapes)
         for name, operation, shape in cases(given.quick, device.target)
     }
-    checks |= {"tokens far apart": lambda: far_apart(device), "nothing is copied": allocates_little}
+    checks |= {
+        "tokens far apart": lambda: far_apart(device),
+        "nothing is copied": allocates_little,
+        "made again: few launches": lambda: few_launches(device),
+        "made again: as the launcher would": same_as_the_launcher,
+        "made again: nothing is left": nothing_is_left,
+    }
     checks = {name: check for name, check in checks.items() if given.cases in name}
     ended, until = log.ended(), time.time() + given.seconds
     mine = [name for name in list(checks)[first::step] if name not in ended]

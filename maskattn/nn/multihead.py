@@ -27,7 +27,7 @@ from maskattn.nn.padded_attention import (
     dropout_is_torchs,
 )
 from maskattn.nn.traced_attention import attend_to_all_tokens, is_traced
-from maskattn.packing import Packing, is_jit_traced
+from maskattn.packing import Packing, is_jit_traced, packing_and_answer
 
 __all__ = ["MultiheadAttention"]
 
@@ -368,12 +368,14 @@ def _read_padding_mask(mask: Tensor | None, key: Tensor, batched: bool) -> tuple
     if mask is None:
         return every_token(key.shape[0], key.shape[1], key.device), None
     keep_BS, bias_BS = _split_padding_mask(mask, key, batched)
-    keys = Packing.from_keep(keep_BS)
     if bias_BS is None:
-        return keys, None
-    bias = rows_of(bias_BS, keys)
-    # nn.TransformerEncoder turns bool masks into floats of 0 and −inf.
-    return keys, bias if mask.requires_grad or bool(bias.any()) else None
+        return Packing.from_keep(keep_BS), None
+    if mask.requires_grad:
+        keys, is_biased = Packing.from_keep(keep_BS), True
+    else:
+        # nn.TransformerEncoder turns bool masks into floats of 0 and −inf.
+        keys, is_biased = packing_and_answer(keep_BS, ((bias_BS != 0) & keep_BS).any())
+    return keys, rows_of(bias_BS, keys) if is_biased else None
 
 
 def _split_padding_mask(mask: Tensor, key: Tensor, batched: bool) -> tuple[Tensor, Tensor | None]:

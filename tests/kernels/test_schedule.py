@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from oracles import cu_seqlens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskattn.kernels.launch.arguments import bounds_argument
 from maskattn.kernels.launch.rows import kept_rows, packed_rows, whole_rows
@@ -81,3 +82,25 @@ def test_equal_lengths_need_no_order(device):
     assert plan_work(alone, alone, 16) == (None, 2, 2)
     assert plan_work(equal, unequal, 16).items_ptr is not None
     assert plan_work(kept, kept, 16).items_ptr is not None
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 200])
+def test_kept_rows_come_first_and_in_their_order_found_without_a_sort(tokens):
+    keep = torch.rand(5, tokens, generator=torch.Generator().manual_seed(tokens)) < 0.4
+    with CountedSorts() as counted:
+        rows = kept_rows(keep)
+    expected = [[*row.nonzero()[:, 0].tolist(), *(~row).nonzero()[:, 0].tolist()] for row in keep]
+    assert rows.index.view(5, tokens).tolist() == expected
+    assert (rows.ends - rows.starts).tolist() == keep.sum(1).tolist()
+    assert counted.names == []
+
+
+class CountedSorts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("sort", "nonzero", "_local_scalar_dense")):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -17,7 +17,9 @@ of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +34,12 @@ from maskattn.kernels.launch.arguments import (
     known_strides,
     rest_argument,
     row_values_argument,
+    tensors_of,
     terms_argument,
     tokens_argument,
 )
-from maskattn.kernels.launch.descriptors import describable, launch
+from maskattn.kernels.launch.descriptors import describable
+from maskattn.kernels.launch.prepared import Launch, launch_prepared
 from maskattn.kernels.launch.rows import Rows, packed_rows_of, readable
 from maskattn.kernels.launch.schedule import plan_work
 from maskattn.kernels.launch.tail import clear_tail
@@ -98,40 +102,90 @@ def differentiate(
     """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N); returns dslopes."""
     q, k, v, out, grad_out = (readable(x) for x in (*vars(qkv).values(), outputs.out, grads_out.grad_out))
     lse, grad_lse = outputs.lse.contiguous(), grads_out.grad_lse
-    delta, scaled_lse = torch.empty_like(lse), torch.empty_like(lse)
-    rest = rest_argument(outputs.lse_rest.contiguous())
-    head_width, heads = q.shape[-1], q.shape[1]
-    inputs = tuple(tokens_argument(x) for x in (q, k, v))
-    common = (
-        terms_argument(options, packed=q.ndim == 3, natural=keeps_rest(options)),
-        bounds_argument(q_rows),
-        bounds_argument(k_rows),
-        options.scale,
-    )
-    left = row_values_argument(delta), row_values_argument(scaled_lse)
+    left = torch.empty_like(lse), torch.empty_like(lse)
+    both = _Both(q, k, v, outputs.lse_rest.contiguous(), grad_out, *left, q_rows, k_rows, options)
+    dslopes = _differentiate_queries(both, out, lse, None if grad_lse is None else grad_lse.contiguous(), grads.q)
+    _differentiate_keys(both, grads.k, grads.v, dbias)
+    return dslopes
 
-    config = choose("query_gradient", q, options)
-    work = plan_work(q_rows, k_rows, config.block_m)
+
+class _Both(NamedTuple):
+    """What both passes are given."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse_rest: Tensor
+    grad_out: Tensor
+    delta: Tensor
+    scaled_lse: Tensor
+    q_rows: Rows
+    k_rows: Rows
+    options: Options
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them."""
+        return *self[:7], *tensors_of(self.options), *self.q_rows.tensors, *self.k_rows.tensors
+
+    @property
+    def numbers(self) -> tuple[Hashable, ...]:
+        """What the arguments have besides: head width, heads and what the options say in numbers."""
+        return self.q.shape[-1], self.q.shape[1], self.options.scale, self.options.dropout_p
+
+    def inputs(self) -> tuple[Tokens, ...]:
+        """The arguments that come first."""
+        return tuple(tokens_argument(x) for x in (self.q, self.k, self.v))
+
+    def common(self) -> tuple[Any, ...]:
+        """The arguments that come last, before the work."""
+        terms = terms_argument(self.options, packed=self.q.ndim == 3, natural=keeps_rest(self.options))
+        return terms, bounds_argument(self.q_rows), bounds_argument(self.k_rows), self.options.scale, self.q.shape[1]
+
+
+def _differentiate_queries(both: _Both, out: Tensor, lse: Tensor, grad_lse: Tensor | None, dq: Tensor) -> Tensor | None:
+    """Fill dq and what is left for the keys; returns dslopes."""
+    q, k, v, heads = both.q, both.k, both.v, both.q.shape[1]
+    config = choose("query_gradient", q, both.options)
+    work = plan_work(both.q_rows, both.k_rows, config.block_m)
     parts_of_dslopes = None
-    if options.slopes is not None:
+    if both.options.slopes is not None:
         parts_of_dslopes = torch.zeros(heads, work.items, dtype=torch.float32, device=q.device)
-    described = config.descriptors and describable(k, k_rows) and describable(v, k_rows)
-    launch(
-        query_gradient_kernel, work.items * heads, described, q, *inputs, tokens_argument(out),
-        row_values_argument(lse), rest, tokens_argument(grad_out),
-        row_values_argument(None if grad_lse is None else grad_lse.contiguous()), tokens_argument(grads.q),
-        parts_of_dslopes, *left, *common, heads, *work, **constant_arguments(head_width, config, described),
-    )  # fmt: skip
 
-    config = choose("key_gradient", q, options)
-    work = plan_work(k_rows, q_rows, config.block_n)
-    described = config.descriptors and describable(q, q_rows) and describable(grad_out, q_rows)
-    launch(
-        key_gradient_kernel, work.items * heads, described, q, *inputs, left[1], rest, tokens_argument(grad_out),
-        left[0], tokens_argument(grads.k), tokens_argument(grads.v), _dbias_argument(dbias), *common, heads, *work,
-        **constant_arguments(head_width, config, described),
-    )  # fmt: skip
+    def make() -> Launch:
+        described = config.descriptors and describable(k, both.k_rows) and describable(v, both.k_rows)
+        arguments = (
+            *both.inputs(), tokens_argument(out), row_values_argument(lse), rest_argument(both.lse_rest),
+            tokens_argument(both.grad_out), row_values_argument(grad_lse), tokens_argument(dq), parts_of_dslopes,
+            row_values_argument(both.delta), row_values_argument(both.scaled_lse), *both.common(), *work,
+        )  # fmt: skip
+        constants = constant_arguments(q.shape[-1], config, described)
+        return Launch(query_gradient_kernel, work.items * heads, described, arguments, constants)
+
+    known = query_gradient_kernel, config, *both.numbers, work.tiles, work.items
+    tensors = *both.tensors, out, lse, grad_lse, dq, parts_of_dslopes, work.items_ptr
+    launch_prepared(known, tensors, make, q)
     return None if parts_of_dslopes is None else parts_of_dslopes.sum(1)
+
+
+def _differentiate_keys(both: _Both, dk: Tensor, dv: Tensor, dbias: Tensor | None) -> None:
+    """Fill dk, dv and dbias."""
+    q, grad_out, heads = both.q, both.grad_out, both.q.shape[1]
+    config = choose("key_gradient", q, both.options)
+    work = plan_work(both.k_rows, both.q_rows, config.block_n)
+
+    def make() -> Launch:
+        described = config.descriptors and describable(q, both.q_rows) and describable(grad_out, both.q_rows)
+        arguments = (
+            *both.inputs(), row_values_argument(both.scaled_lse), rest_argument(both.lse_rest),
+            tokens_argument(grad_out), row_values_argument(both.delta), tokens_argument(dk), tokens_argument(dv),
+            _dbias_argument(dbias), *both.common(), *work,
+        )  # fmt: skip
+        constants = constant_arguments(q.shape[-1], config, described)
+        return Launch(key_gradient_kernel, work.items * heads, described, arguments, constants)
+
+    known = key_gradient_kernel, config, *both.numbers, work.tiles, work.items
+    launch_prepared(known, (*both.tensors, dk, dv, dbias, work.items_ptr), make, q)
 
 
 def _dbias_argument(dbias: Tensor | None) -> Tokens:

@@ -46,10 +46,12 @@ from maskattn.kernels.launch.arguments import (
     keeps_rest,
     rest_argument,
     row_values_argument,
+    tensors_of,
     terms_argument,
     tokens_argument,
 )
-from maskattn.kernels.launch.descriptors import describable, launch
+from maskattn.kernels.launch.descriptors import describable
+from maskattn.kernels.launch.prepared import Launch, launch_prepared
 from maskattn.kernels.launch.rows import Rows, packed_rows_of, readable
 from maskattn.kernels.launch.schedule import find_work, plan_work
 from maskattn.kernels.launch.tail import clear_tail
@@ -222,11 +224,17 @@ def attend(
     head_width, heads = q.shape[-1], q.shape[1]
     config = choose("forward", q, options)
     work = plan_work(q_rows, k_rows, config.block_m)
-    described = config.descriptors and describable(k, k_rows) and describable(v, k_rows)
-    packed, natural = q.ndim == 3, keeps_rest(options)
-    launch(
-        forward_kernel, work.items * heads, described, q,
-        tokens_argument(q), tokens_argument(k), tokens_argument(v), tokens_argument(out), row_values_argument(lse),
-        rest_argument(lse_rest), terms_argument(options, packed, natural, scale), bounds_argument(q_rows),
-        bounds_argument(k_rows), heads, *work, **constant_arguments(head_width, config, described),
-    )  # fmt: skip
+
+    def make() -> Launch:
+        described = config.descriptors and describable(k, k_rows) and describable(v, k_rows)
+        arguments = (
+            tokens_argument(q), tokens_argument(k), tokens_argument(v), tokens_argument(out), row_values_argument(lse),
+            rest_argument(lse_rest), terms_argument(options, q.ndim == 3, keeps_rest(options), scale),
+            bounds_argument(q_rows), bounds_argument(k_rows), heads, *work,
+        )  # fmt: skip
+        constants = constant_arguments(head_width, config, described)
+        return Launch(forward_kernel, work.items * heads, described, arguments, constants)
+
+    known = forward_kernel, config, head_width, heads, scale, options.dropout_p, work.tiles, work.items
+    tensors = q, k, v, out, lse, lse_rest, *tensors_of(options), *q_rows.tensors, *k_rows.tensors, work.items_ptr
+    launch_prepared(known, tensors, make, q)

@@ -41,6 +41,7 @@ __all__ = [
     "known_strides",
     "rest_argument",
     "row_values_argument",
+    "tensors_of",
     "terms_argument",
     "tokens_argument",
 ]
@@ -72,6 +73,11 @@ OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dro
 
 # With these, lse has a rest, and the scores of attention are natural.
 WITH_REST = frozenset({"key_bias"})
+
+
+def tensors_of(options: Options) -> tuple[Tensor | None, ...]:
+    """The options that are tensors, or would be."""
+    return options.key_bias, options.slopes, options.coords_q, options.coords_k, options.dropout_seed
 
 
 def keeps_rest(options: Options) -> bool:

@@ -31,27 +31,26 @@ def describable(x: Tensor, rows: Rows) -> bool:
     )
 
 
-def launch(kernel: Any, programs: int, described: bool, q: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Launch ``programs`` programs of a kernel on q's device; none is no launch.
+def launch(kernel: Any, programs: int, described: bool, q: Tensor, *arguments: Any, **constants: Any) -> Any:
+    """Launch ``programs`` programs of a kernel on q's device; none is no launch. Returns what Triton returns.
 
     Args:
         described: whether it needs memory for descriptors.
         arguments, constants: of the kernel.
     """
     if programs == 0:
-        return
+        return None
 
     with torch.cuda.device_of(q):
         if not described:
-            kernel[(programs,)](*arguments, **constants)
-            return
+            return kernel[(programs, 1, 1)](*arguments, **constants)
 
         def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
             return torch.empty(size, dtype=torch.int8, device=q.device)
 
-        def run() -> None:
+        def run() -> Any:
             triton.set_allocator(allocate)
-            kernel[(programs,)](*arguments, **constants)
+            return kernel[(programs, 1, 1)](*arguments, **constants)
 
         # In a context of its own, so that the allocator that a user has set stays theirs.
-        contextvars.copy_context().run(run)
+        return contextvars.copy_context().run(run)

@@ -35,10 +35,12 @@ class Rows:
     """The rows of the queries or of the keys: sequence b has the positions starts[b] to ends[b].
 
     Attributes:
-        starts, ends: (B,) int32.
+        starts: (B,) int32, or the (B + 1,) of packed sequences.
+        ends: (B,) int32.
         index: (B·N,) int32, the row of each position within its sequence, or None where the position is the row.
         longest: no sequence is longer than this; known without asking the device.
         total: positions of all sequences, or None where the host does not know.
+        cu_seqlens: of packed sequences, what the caller gave.
     """
 
     starts: Int[Tensor, "B"]
@@ -46,34 +48,50 @@ class Rows:
     index: Int[Tensor, "BN"] | None
     longest: int
     total: int | None = None
+    cu_seqlens: Int[Tensor, "B_plus_1"] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the kernels are given of it."""
+        return self.starts, self.ends, self.index
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.ends.shape[0]
 
     @property
     def all_equal(self) -> bool:
         """Whether the host knows all sequences to be as long as the longest."""
-        return self.total == self.longest * self.starts.shape[0]
+        return self.total == self.longest * self.batch
 
 
 def packed_rows(cu_seqlens: Int[Tensor, "B_plus_1"], max_seqlen: int, total: int | None = None) -> Rows:
     """Rows of packed sequences, end to end."""
     longest = max_seqlen if total is None else min(max_seqlen, total)
-    return Rows(cu_seqlens[:-1], cu_seqlens[1:], None, longest, total)
+    return Rows(cu_seqlens, cu_seqlens[1:], None, longest, total, cu_seqlens)
 
 
 def packed_rows_of(sequences: Sequences, q: Tensor, k: Tensor) -> tuple[Rows, Rows]:
     """Rows of the packed queries (Tq, H, D) and keys (Tk, H, D)."""
-    return (
-        packed_rows(sequences.cu_seqlens_q, sequences.max_seqlen_q, q.shape[0]),
-        packed_rows(sequences.cu_seqlens_k, sequences.max_seqlen_k, k.shape[0]),
-    )
+    of_queries = sequences.cu_seqlens_q, sequences.max_seqlen_q, q.shape[0]
+    of_keys = sequences.cu_seqlens_k, sequences.max_seqlen_k, k.shape[0]
+    rows = packed_rows(*of_queries)
+    same = of_keys[0] is of_queries[0] and of_keys[1:] == of_queries[1:]
+    return rows, rows if same else packed_rows(*of_keys)
 
 
 def kept_rows(keep_BN: Bool[Tensor, "B N"]) -> Rows:
     """Rows of the kept tokens of a dense batch, found without waiting for the device."""
     batch, tokens = keep_BN.shape
     starts = torch.arange(batch, dtype=torch.int32, device=keep_BN.device) * tokens
-    # Stable: the kept tokens come first and in their order. Not every torch sorts bools on a GPU.
-    index_BN = torch.argsort((~keep_BN).to(torch.uint8), dim=1, stable=True).to(torch.int32)
-    return Rows(starts, starts + keep_BN.sum(dim=1, dtype=torch.int32), index_BN.reshape(-1), tokens)
+    # The kept tokens come first and in their order, then the others in theirs.
+    earlier_BN, lengths = keep_BN.cumsum(dim=1), keep_BN.sum(dim=1, dtype=torch.int32)
+    token = torch.arange(tokens, device=keep_BN.device)
+    position_BN = torch.where(keep_BN, earlier_BN - 1, lengths[:, None] + token - earlier_BN)
+    index_BN = torch.empty(batch, tokens, dtype=torch.int32, device=keep_BN.device)
+    index_BN.scatter_(1, position_BN, token.to(torch.int32).expand(batch, tokens))
+    return Rows(starts, starts + lengths, index_BN.reshape(-1), tokens)
 
 
 def whole_rows(batch: int, tokens: int, device: torch.device) -> Rows:

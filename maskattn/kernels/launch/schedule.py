@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maskattn.derived import derived
 from maskattn.kernels.language.tiles import program_position, sequence_bounds
 from maskattn.kernels.launch.arguments import VARYING, bounds_argument
+from maskattn.kernels.launch.prepared import Launch, launch_prepared
 from maskattn.kernels.launch.rows import Rows
 
 __all__ = ["CHUNK", "Work", "find_work", "plan_work"]
@@ -43,18 +45,44 @@ class Work(NamedTuple):
 
 def plan_work(own: Rows, other: Rows, block: int, chunk: int = CHUNK) -> Work:
     """The order of tiles of ``block`` rows of ``own``; each takes as long as its sequence is on ``other``."""
-    batch, tiles = own.starts.shape[0], triton.cdiv(own.longest, block)
+    batch, tiles = own.batch, triton.cdiv(own.longest, block)
     if batch * tiles == 0:
         return Work(None, tiles, 0)
     if batch == 1 or (own.all_equal and other.all_equal):
         return Work(None, tiles, batch * tiles)
     items = batch * tiles if own.total is None else min(batch * tiles, own.total // block + batch)
-    table = torch.empty(items, 2, dtype=torch.int32, device=own.starts.device)
-    with torch.cuda.device_of(table):
-        schedule_kernel[(batch,)](
-            table, bounds_argument(own), bounds_argument(other), batch, tiles, items, BLOCK=block, CHUNK=chunk
+    return Work(_kept_table(own, other, block, chunk, tiles, items), tiles, items)
+
+
+def _kept_table(own: Rows, other: Rows, block: int, chunk: int, tiles: int, items: int) -> Tensor:
+    """The items in order, as another layer found them for the same lengths, on the same stream."""
+    if own.cu_seqlens is None or other.cu_seqlens is None:
+        return _make_table(own, other, block, chunk, tiles, items)
+    kept, of_other = derived(own.cu_seqlens), derived(other.cu_seqlens)
+    if kept is None or of_other is None:
+        return _make_table(own, other, block, chunk, tiles, items)
+    stream = torch.cuda.current_stream(own.starts.device).cuda_stream if own.starts.is_cuda else 0
+    key = "schedule", id(of_other), block, chunk, tiles, items, stream
+    found = kept.get(key)
+    # Held beside the table, so that its number stays its own; its lengths are those of before while it is the same.
+    if found is None:
+        found = kept[key] = (
+            _make_table(own, other, block, chunk, tiles, items),
+            of_other if of_other is not kept else None,
         )
-    return Work(table, tiles, items)
+    return found[0]
+
+
+def _make_table(own: Rows, other: Rows, block: int, chunk: int, tiles: int, items: int) -> Tensor:
+    table = torch.empty(items, 2, dtype=torch.int32, device=own.starts.device)
+    tensors = table, own.starts, own.ends, own.index, other.starts, other.ends, other.index
+
+    def make() -> Launch:
+        arguments = table, bounds_argument(own), bounds_argument(other), own.batch, tiles, items
+        return Launch(schedule_kernel, own.batch, False, arguments, {"BLOCK": block, "CHUNK": chunk})
+
+    launch_prepared((schedule_kernel, own.batch, tiles, items, block, chunk), tensors, make, table)
+    return table
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -2,7 +2,8 @@
 
 A packed buffer may be longer than what it holds, as one of a fixed size is: rows beyond the last sequence become what a
 row without keys has. And a sequence may be longer than ``max_seqlen`` says, which the host cannot know without waiting
-for the device: its rows become NaN. Where nothing is to be written the launch reads the lengths and returns.
+for the device: its rows become NaN. Where nothing is to be written the launch reads the lengths and
+returns; where the host has read them before, there is no launch.
 
 Dimension key: B sequences, T rows of the buffer, C numbers of each.
 """
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from maskattn.derived import known_lengths
 from maskattn.kernels.language.tiles import sequence_bounds
 from maskattn.kernels.launch.arguments import VARYING, known_strides
+from maskattn.kernels.launch.prepared import Launch, launch_prepared
 
 __all__ = ["clear_tail", "clear_tail_kernel"]
 
@@ -85,14 +87,21 @@ def clear_tail(cu_seqlens: Tensor, max_seqlen: int, *filled: tuple[Tensor, float
             stride, so that it is a view that is filled.
     """
     rows = filled[0][0].shape[0]
+    lengths = known_lengths(cu_seqlens)
+    if lengths is not None and lengths[0] == rows and lengths[1] <= max_seqlen:
+        return
     given = [(x.reshape(rows, -1), fill) for x, fill in filled if x.numel() > 0]
     if not given:
         return
     assert len(given) <= AT_ONCE
-    strides = [known_strides(*x.stride()) for x, _ in given]
-    cleared = [Cleared(x, s[0], s[1], x.shape[1], fill) for (x, fill), s in zip(given, strides, strict=True)]
-    cleared += [Cleared(None, 0, 0, 0, 0.0)] * (AT_ONCE - len(cleared))
-    with torch.cuda.device_of(cu_seqlens):
-        clear_tail_kernel[(min(rows, PROGRAMS),)](
-            cu_seqlens, cu_seqlens.shape[0] - 1, max_seqlen, rows, *cleared, BLOCK=BLOCK, num_warps=4
-        )
+    batch = cu_seqlens.shape[0] - 1
+
+    def make() -> Launch:
+        strides = [known_strides(*x.stride()) for x, _ in given]
+        cleared = [Cleared(x, s[0], s[1], x.shape[1], fill) for (x, fill), s in zip(given, strides, strict=True)]
+        cleared += [Cleared(None, 0, 0, 0, 0.0)] * (AT_ONCE - len(cleared))
+        arguments = cu_seqlens, batch, max_seqlen, rows, *cleared
+        return Launch(clear_tail_kernel, min(rows, PROGRAMS), False, arguments, {"BLOCK": BLOCK, "num_warps": 4})
+
+    known = clear_tail_kernel, batch, max_seqlen, rows, *((x.shape[1], fill) for x, fill in given)
+    launch_prepared(known, (cu_seqlens, *(x for x, _ in given)), make, cu_seqlens)

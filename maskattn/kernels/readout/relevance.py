@@ -192,7 +192,8 @@ def token_relevance(
     widths = {name: call.widths[name] for name in ("HEAD_WIDTH", "BLOCK_D", "BLOCK_N")}
     with torch.cuda.device_of(q):
         relevance_kernel[(class_tiles * tiles * B,)](
-            *call.arguments, readout_argument(out), lse.contiguous(), readout_argument(grad[0]), grad.stride(0),
+            *call.arguments, readout_argument(out), lse.contiguous(), readout_argument(grad[0])._replace(ptr=grad),
+            grad.stride(0),
             _origin_argument(key_origin, q.dtype), _origin_argument(value_origin, q.dtype), relevance,
             classes, class_tiles, tiles, **widths, BLOCK_C=block_c, QUERIES=R,
             KEY_ORIGIN_BY_TOKEN=key_origin is not None and key_origin.ndim == 3,

@@ -1,0 +1,77 @@
+"""No program reads or writes what is no element of its kernel's tensors; planted faults are seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from bench.aot.every_call import OPERATIONS, Shape, run
+
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="looks into the interpreter's memory")
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, read, written, stride, BLOCK: tl.constexpr):
+    row = tl.arange(0, BLOCK)
+    tl.store(y_ptr + row, tl.load(x_ptr + row * stride, mask=row < read, other=0.0), mask=row < written)
+
+
+@triton.jit
+def describe_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr):
+    x = tl.make_tensor_descriptor(x_ptr, [rows, 16], [16, 1], [BLOCK, 16]).load([0, 0])
+    tl.store(y_ptr + tl.arange(0, BLOCK), tl.sum(x, 1), mask=tl.arange(0, BLOCK) < 4)
+
+
+@pytest.fixture
+def memory():
+    from bench.aot.outside import checked_memory
+
+    with checked_memory() as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("read", "written", "what"), [(11, 10, "reads 1 el"), (10, 12, "writes 2 el"), (10, 10, None)], ids=str
+)
+def test_a_read_or_a_write_past_the_end_is_seen(read, written, what, memory):
+    x, y = torch.zeros(10), torch.zeros(10)
+    if what is None:
+        copy_kernel[(1,)](x, y, read, written, 1, BLOCK=16)
+    else:
+        with pytest.raises(InterpreterError, match=f"copy_kernel {what}"):
+            copy_kernel[(1,)](x, y, read, written, 1, BLOCK=16)
+
+
+def test_a_read_of_another_buffer_or_of_a_gap_is_seen(memory):
+    x, y, other = torch.zeros(10, 3), torch.zeros(10), torch.zeros(10)
+    copy_kernel[(1,)](x[:, 1], y, 10, 10, 3, BLOCK=16)
+    with pytest.raises(InterpreterError, match="reads 6 el"):
+        copy_kernel[(1,)](x[:, 1], y, 9, 9, 1, BLOCK=16)
+    apart = (other.data_ptr() - x.data_ptr()) // x.element_size()
+    with pytest.raises(InterpreterError, match="reads 1 el"):
+        copy_kernel[(1,)](x, y, 2, 2, apart, BLOCK=16)
+
+
+def test_so_is_one_of_a_descriptor(memory):
+    x, y = torch.zeros(4, 16), torch.zeros(4)
+    describe_kernel[(1,)](x, y, 4, BLOCK=8)
+    with pytest.raises(InterpreterError, match="reads 16 el"):
+        describe_kernel[(1,)](x, y, 5, BLOCK=8)
+
+
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_stays_within_its_tensors(operation, options, memory):
+    run(operation, Shape((3, 0, 17), queries=2, head_width=24, dtype=torch.float32, options=options))
+    assert memory.touched
+
+
+def test_so_do_rows_that_are_moved(memory):
+    from bench.aot.outside import rows_moved
+
+    with rows_moved():
+        run("masked_attention", Shape((1, 9), head_width=16, dtype=torch.float32, options=True))
+    assert "move_kernel" in memory.kernels
