@@ -27,9 +27,9 @@ def train(
     settings: TrainSettings,
     debug: Debug = False,
 ) -> None:
-    """Train a slide model on features and a table of labels, or a tile encoder on labelled patches (--stage tile).
+    """Train a slide model, or with --stage tile an encoder of tiles.
 
-    A run that was killed goes on with the same command. OUT becomes a model: maskattn infer --model OUT.
+    It learns from features of slides' tiles and a table of labels, an encoder from labelled patches. A run that was killed goes on with the same command. OUT becomes a model: maskattn infer --model OUT.
     """
     with errors_in_one_line(debug, "finished epochs"):
         settings = given_settings(context, settings, config)
