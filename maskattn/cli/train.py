@@ -29,7 +29,8 @@ def train(
 ) -> None:
     """Train a slide model, or with --stage tile an encoder of tiles.
 
-    It learns from features of slides' tiles and a table of labels, an encoder from labelled patches. A run that was killed goes on with the same command. OUT becomes a model: maskattn infer --model OUT.
+    It learns from features of slides' tiles and a table of labels, an encoder from labelled patches. A run that was
+    killed goes on with the same command. OUT becomes a model: maskattn infer --model OUT.
     """
     with errors_in_one_line(debug, "finished epochs"):
         settings = given_settings(context, settings, config)
