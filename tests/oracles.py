@@ -123,7 +123,7 @@ class Inputs:
     dropout_seed: Tensor | None = None
 
     def to(self, target: torch.dtype | str) -> Inputs:
-        """The same values on another device or in another dtype; places are float32 at least, seeds are ints."""
+        """The same values on another device or in another dtype; positions are float32 at least, seeds are ints."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         if isinstance(target, torch.dtype):
             tensors = {name: x for name, x in tensors.items() if x.is_floating_point()}
@@ -159,17 +159,17 @@ Attend = Callable[[Tensor, Tensor, Tensor, Options], tuple[Tensor, ...]]
 
 
 def with_alibi(inputs: Inputs, seed: int = 0, unplaced: float = 0.1) -> Inputs:
-    """The same inputs with slopes and places on a grid, a share ``unplaced`` of the tokens without a place."""
+    """The same inputs with slopes and positions on a grid, a share ``unplaced`` of the tokens without a position."""
     generator = torch.Generator().manual_seed(seed)
 
-    def places(x: Tensor) -> Tensor:
+    def positions(x: Tensor) -> Tensor:
         shape = x.shape[:1] if x.ndim == 3 else (x.shape[0], x.shape[2])
         grid = torch.randint(0, 40, (*shape, 2), generator=generator).float()
         return grid.masked_fill(torch.rand(*shape, 1, generator=generator) < unplaced, float("nan"))
 
     heads = inputs.q.shape[1]
-    coords_k = places(inputs.k)
-    coords_q = coords_k if inputs.q.shape == inputs.k.shape else places(inputs.q)
+    coords_k = positions(inputs.k)
+    coords_q = coords_k if inputs.q.shape == inputs.k.shape else positions(inputs.q)
     slopes = 0.2 * torch.rand(heads, generator=generator)
     return replace(inputs, slopes=slopes, coords_q=coords_q, coords_k=coords_k)
 

@@ -21,8 +21,7 @@ def read_model(path: Path, task: Task | None = None, target: str | None = None) 
     Args:
         path: a table of predictions, or a folder with ``patient-preds.csv`` or, as STAMP's and our cross-validation
             leave it, with ``split-0/patient-preds.csv``, ``split-1/patient-preds.csv`` and so on.
-        task: what the columns leave open.
-        target: likewise.
+        task, target: what the columns leave open.
 
     Raises:
         ValueError: there are no predictions, or a patient is in the test part of two folds.

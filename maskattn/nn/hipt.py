@@ -59,8 +59,7 @@ class PatchLevel(nn.Module):
     Args:
         patch_encoder: over pixels, without a head.
         patch_px: side of a patch, in px.
-        pixel_mean: per channel, of pixels scaled to [0, 1]: what uint8 pixels are normalised with.
-        pixel_std: likewise.
+        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1]: what uint8 pixels are normalised with.
 
     Raises:
         ValueError: patch_px is no multiple of a token's side.
@@ -207,8 +206,7 @@ class HIPT(PixelRegions, RegionModel):
         slide_encoder: over the region encoder's embeddings: a ViT (patch_size 1) whose head gives the slide's logits,
             or HIPT's own slide level.
         patch_px: side of a patch, in px.
-        pixel_mean: per channel, of pixels scaled to [0, 1]: what uint8 pixels are normalised with.
-        pixel_std: likewise.
+        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1]: what uint8 pixels are normalised with.
 
     Raises:
         ValueError: one encoder's width is not the next one's, or patch_px is no multiple of a token's side.

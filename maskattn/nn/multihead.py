@@ -236,7 +236,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 operands.q,
                 operands.k,
                 operands.v,
-                *operands.spans,
+                *operands.lengths,
                 key_bias=operands.key_bias,
                 dropout_p=0.0 if everything_dropped else dropout_p,
                 impl=self.impl,

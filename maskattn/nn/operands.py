@@ -36,7 +36,7 @@ class Operands:
     key_bias: Float[Tensor, "Tk"] | None
 
     @property
-    def spans(self) -> tuple[Tensor, Tensor, int, int]:
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
         """cu_seqlens and max_seqlen of queries and keys, as ``packed_attention`` takes them."""
         return self.queries.cu_seqlens, self.keys.cu_seqlens, self.queries.max_seqlen, self.keys.max_seqlen
 

@@ -95,7 +95,7 @@ class ExplainedRegion:
         index: which of the T regions it is.
         keep_hw: (h, w) bool, the tokens that take part.
         relevance: signed scores of its patches and tokens, with a batch dimension of 1.
-        attention: the factorised attention map, likewise.
+        attention: the factorised attention map, with a batch dimension of 1.
     """
 
     index: int

@@ -90,7 +90,7 @@ def test_wrong_arguments_of_token_relevance_are_named(change, message):
         token_relevance(**{**call, "cu_seqlens": STARTS, "max_seqlen": 3, **change})
 
 
-def test_queries_and_keys_that_differ_need_places_of_their_own():
+def test_queries_and_keys_that_differ_need_positions_of_their_own():
     starts = torch.tensor([0, 2, 4], dtype=torch.int32)
     call = rows(), rows(4), rows(4), STARTS, starts, 3, 2
     with pytest.raises(ValueError, match="coords must be a pair"):
@@ -99,10 +99,10 @@ def test_queries_and_keys_that_differ_need_places_of_their_own():
     assert out.shape == (5, 2, 16)
 
 
-def test_places_of_dense_tokens_may_be_shared_by_the_batch():
-    x, keep, places = torch.randn(2, 3, 4, 8), torch.rand(2, 4) > 0.3, torch.rand(4, 2)
+def test_positions_of_dense_tokens_may_be_shared_by_the_batch():
+    x, keep, positions = torch.randn(2, 3, 4, 8), torch.rand(2, 4) > 0.3, torch.rand(4, 2)
     shared, each = (
-        masked_attention(x, x, x, keep, coords=c, slopes=torch.ones(3)) for c in (places, places.expand(2, 4, 2))
+        masked_attention(x, x, x, keep, coords=c, slopes=torch.ones(3)) for c in (positions, positions.expand(2, 4, 2))
     )
     assert torch.equal(shared, each)
 

@@ -22,13 +22,13 @@ def starts(sequences: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operations_give_shapes_dtypes_and_gradients(impl, dtype):
     q, k, v, few = leaf(9, 2, 16), leaf(9, 2, 16), leaf(9, 2, 16), leaf(3, 1, 2, 16)
-    bias, slopes, places = leaf(9, 2), leaf(2), leaf(9, 2)
-    given = {"key_bias": bias, "coords": places, "slopes": slopes, "return_lse": True, "impl": impl}
+    bias, slopes, positions = leaf(9, 2), leaf(2), leaf(9, 2)
+    given = {"key_bias": bias, "coords": positions, "slopes": slopes, "return_lse": True, "impl": impl}
     rows = [x.to(dtype) for x in (q, k, v)]
     out, lse = packed_attention(*rows, starts(3), starts(3), 5, 5, **given)
     assert (out.shape, out.dtype, out.device, lse.shape) == (q.shape, dtype, META, (2, 9))
     assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(out.sum(), (q, bias)), (q, bias), strict=True))
-    given["coords"] = leaf(3, 1, 2), places
+    given["coords"] = leaf(3, 1, 2), positions
     read, weights, read_lse = readout(few.to(dtype), *rows[1:], starts(3), 5, return_rows=True, **given)
     assert (read.shape, weights.shape, read_lse.shape) == (few.shape, (1, 2, 9), (3, 1, 2))
     assert torch.autograd.grad(weights.sum(), k)[0].shape == k.shape

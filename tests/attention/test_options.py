@@ -85,13 +85,15 @@ def test_readout_with_every_combination_of_options(impl, bias, alibi, dropout, q
     starts, x = oracles.cu_seqlens([4, 0, 70]), oracles.packed_inputs([4, 0, 70], bias=bias, head_width=16)
     q = torch.randn(3, queries, 2, 16)
     x = combined(x, alibi, dropout)
-    places_q = torch.rand(3, queries, 2) * 30 if alibi else None
+    positions_q = torch.rand(3, queries, 2) * 30 if alibi else None
     grads = torch.randn(3, queries, 2, 16), torch.randn(3, queries, 2), torch.randn(queries, 2, 74)
 
     def differentiate(attend, dtype: torch.dtype) -> list[torch.Tensor]:
         own = replace(x, q=q).to(dtype)
         leaves = own.leaves()
-        options = replace(own.options, coords_q=places_q, key_bias=leaves.get("key_bias"), slopes=leaves.get("slopes"))
+        options = replace(
+            own.options, coords_q=positions_q, key_bias=leaves.get("key_bias"), slopes=leaves.get("slopes")
+        )
         outputs = attend(leaves["q"], leaves["k"], leaves["v"], starts, options)
         loss = sum((o.masked_fill(o.isinf(), 0) * g).sum() for o, g in zip(outputs, grads, strict=True))
         return [*outputs, *torch.autograd.grad(loss, list(leaves.values()))]
@@ -116,14 +118,14 @@ def test_token_relevance_meets_the_specification(impl, classes, each, dtype):
     )
     q, g = torch.randn(3, 2, 2, 16).to(dtype), torch.randn(classes, 3, 2, 2, 16).to(dtype)
     origins = torch.randn(2, *((74,) if each else ()), 2, 16).to(dtype)
-    places_q = torch.rand(3, 2, 2) * 30
+    positions_q = torch.rand(3, 2, 2) * 30
 
     def specified(to: torch.dtype) -> torch.Tensor:
         own = x.to(to)
-        options = Options(0.25, own.key_bias, own.slopes, places_q, own.coords_k)
+        options = Options(0.25, own.key_bias, own.slopes, positions_q, own.coords_k)
         return reference.token_relevance(*(t.to(to) for t in (q, own.k, own.v, g, *origins)), starts, options)
 
-    given = {"key_bias": x.key_bias, "coords": (places_q, x.coords_k), "slopes": x.slopes, "impl": impl}
+    given = {"key_bias": x.key_bias, "coords": (positions_q, x.coords_k), "slopes": x.slopes, "impl": impl}
     out, lse = readout(q, x.k, x.v, starts, 70, return_lse=True, **given)
     got = token_relevance(q, x.k, x.v, out, lse, g, starts, 70, key_origin=origins[0], value_origin=origins[1], **given)
     oracles.assert_within_budget(got, specified(torch.float64), specified(dtype))

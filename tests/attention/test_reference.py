@@ -39,15 +39,15 @@ def test_an_all_true_mask_is_plain_attention_bit_for_bit():
 
 def test_packed_attention_is_masked_attention_on_the_packed_rows():
     q, k, v = (double(3, 2, 6, 8) for _ in range(3))
-    bias, keep, places = double(3, 2, 6), torch.rand(3, 6) > 0.4, torch.rand(3, 6, 2)
-    places[0, 1] = NAN
+    bias, keep, positions = double(3, 2, 6), torch.rand(3, 6) > 0.4, torch.rand(3, 6, 2)
+    positions[0, 1] = NAN
     packing, seed = Packing.from_keep(keep), torch.tensor([7])
-    dense_options = Options(0.3, bias, double(2), places, places, 0.4, seed)
+    dense_options = Options(0.3, bias, double(2), positions, positions, 0.4, seed)
     dense, dense_lse = reference.masked_attention(q, k, v, keep, True, dense_options)
     rows = (pack(x.transpose(1, 2), packing) for x in (q, k, v))
     lengths = packing.cu_seqlens, packing.cu_seqlens
-    places = pack(places, packing)
-    options = Options(0.3, pack(bias.transpose(1, 2), packing), dense_options.slopes, places, places, 0.4, seed)
+    positions = pack(positions, packing)
+    options = Options(0.3, pack(bias.transpose(1, 2), packing), dense_options.slopes, positions, positions, 0.4, seed)
     out, lse = reference.packed_attention(*rows, *lengths, options)
     torch.testing.assert_close(out, pack(dense.transpose(1, 2), packing))
     torch.testing.assert_close(lse.T, pack(dense_lse.transpose(1, 2), packing))
@@ -63,12 +63,17 @@ def test_readout_rows_are_the_softmax_weights_that_make_the_output():
         torch.testing.assert_close(torch.einsum("rht,thd->rhd", rows[:, :, keys], v[keys]), out[b])
 
 
-def test_alibi_takes_slope_times_distance_from_the_scores_and_spares_tokens_without_a_place():
+def test_alibi_takes_slope_times_distance_from_the_scores_and_spares_tokens_without_a_position():
     q, k, v = double(3, 1, 8), double(4, 1, 8), double(4, 1, 8)
-    places_q, places_k = torch.tensor([[NAN, NAN], [0, 0], [3, 4]]), torch.tensor([[0.0, 0], [6, 8], [NAN, 1], [3, 4]])
+    positions_q, positions_k = (
+        torch.tensor([[NAN, NAN], [0, 0], [3, 4]]),
+        torch.tensor([[0.0, 0], [6, 8], [NAN, 1], [3, 4]]),
+    )
     distance = torch.tensor([[0.0, 0, 0, 0], [0, 10, 0, 5], [5, 5, 0, 0]], dtype=torch.float64)
     starts = torch.tensor([0, 3]), torch.tensor([0, 4])
-    out, _ = reference.packed_attention(q, k, v, *starts, Options(0.5, None, torch.tensor([0.7]), places_q, places_k))
+    out, _ = reference.packed_attention(
+        q, k, v, *starts, Options(0.5, None, torch.tensor([0.7]), positions_q, positions_k)
+    )
     by_hand = F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], attn_mask=-0.7 * distance, scale=0.5)
     torch.testing.assert_close(out[:, 0], by_hand, rtol=1e-6, atol=1e-6)  # 0.7 is a float32
 
@@ -97,19 +102,21 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert abs(((factors == 0) == (other == 0)).double().mean() - 0.58) < 0.01
 
 
-def options_of(key_bias: torch.Tensor, slopes: torch.Tensor, places_q: torch.Tensor, places_k: torch.Tensor) -> Options:
-    return Options(0.7, key_bias, slopes, places_q, places_k, 0.3, torch.tensor([5]))
+def options_of(
+    key_bias: torch.Tensor, slopes: torch.Tensor, positions_q: torch.Tensor, positions_k: torch.Tensor
+) -> Options:
+    return Options(0.7, key_bias, slopes, positions_q, positions_k, 0.3, torch.tensor([5]))
 
 
 @pytest.mark.parametrize("per_head", [False, True])
 def test_packed_attention_has_exact_gradients(per_head):
     q, k, v, bias = double(5, 2, 3), double(7, 2, 3), double(7, 2, 3), double(7, 2) if per_head else double(7)
     starts = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 4, 7])
-    places_q, places_k = torch.rand(5, 2), torch.rand(7, 2)
-    places_k[2] = NAN
+    positions_q, positions_k = torch.rand(5, 2), torch.rand(7, 2)
+    positions_k[2] = NAN
 
     def attend(q, k, v, bias, slopes):
-        return reference.packed_attention(q, k, v, *starts, options_of(bias, slopes, places_q, places_k))
+        return reference.packed_attention(q, k, v, *starts, options_of(bias, slopes, positions_q, positions_k))
 
     assert torch.autograd.gradcheck(attend, (q, k, v, bias, double(2)))
 
@@ -118,11 +125,11 @@ def test_packed_attention_has_exact_gradients(per_head):
 def test_masked_attention_has_exact_gradients(skip_queries):
     q, k, v, bias = double(2, 2, 4, 3), double(2, 2, 4, 3), double(2, 2, 4, 3), double(2, 4)
     keep = torch.tensor([[True, False, True, True], [False, True, False, False]])
-    places = torch.rand(2, 4, 2)
-    places[0, 1] = NAN
+    positions = torch.rand(2, 4, 2)
+    positions[0, 1] = NAN
 
     def attend(q, k, v, bias, slopes):
-        options = options_of(bias, slopes, places, places)
+        options = options_of(bias, slopes, positions, positions)
         out, lse = reference.masked_attention(q, k, v, keep, skip_queries, options)
         return out, lse.masked_fill(lse.isinf(), 0)
 
@@ -150,8 +157,8 @@ def test_token_relevance_is_the_derivative_along_each_token():
     x = double(tokens, 5)
     wk, wv, bk, bv = double(5, heads, width), double(5, heads, width), double(heads, width), double(heads, width)
     q, weights = double(2, 2, heads, width), double(classes, 2, 2, heads, width)
-    starts, places = torch.tensor([0, 4, 9]), torch.rand(tokens, 2)
-    options = Options(0.6, double(tokens), double(heads), torch.rand(2, 2, 2), places)
+    starts, positions = torch.tensor([0, 4, 9]), torch.rand(tokens, 2)
+    options = Options(0.6, double(tokens), double(heads), torch.rand(2, 2, 2), positions)
 
     def scores(factor):
         moved = factor[:, None] * x

@@ -23,10 +23,12 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, requires_grad=True)
 
 
-def options(heads: int, places_q: tuple[int, ...], places_k: tuple[int, ...], bias: tuple[int, ...], **change) -> tuple:
+def options(
+    heads: int, positions_q: tuple[int, ...], positions_k: tuple[int, ...], bias: tuple[int, ...], **change
+) -> tuple:
     """Every option, as the ops take them; named ones are left out when None."""
     everything = Options(
-        0.25, leaf(*bias), leaf(heads), torch.rand(*places_q, 2), torch.rand(*places_k, 2), 0.2, torch.tensor([3])
+        0.25, leaf(*bias), leaf(heads), torch.rand(*positions_q, 2), torch.rand(*positions_k, 2), 0.2, torch.tensor([3])
     )
     return flat_options(replace(everything, **change))
 
@@ -86,14 +88,14 @@ class EveryOperation(nn.Module):
 
     def forward(self, x_BNC: torch.Tensor, keep: torch.Tensor, packing: Packing) -> torch.Tensor:
         q, k, v = self.qkv(x_BNC).unflatten(-1, (3, 2, 16)).unbind(2)
-        places = x_BNC[..., :2]
+        positions = x_BNC[..., :2]
         given = {"slopes": self.slopes, "dropout_p": self.dropout_p}
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        dense = masked_attention(*heads_first, keep, key_bias=self.bias, coords=places, **given)
+        dense = masked_attention(*heads_first, keep, key_bias=self.bias, coords=positions, **given)
         rows = [pack(t, packing) for t in (q, k, v)]
-        places = pack(places, packing)
+        positions = pack(positions, packing)
         lengths = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
-        out, lse = packed_attention(*rows, *lengths, return_lse=True, coords=places, **given)
+        out, lse = packed_attention(*rows, *lengths, return_lse=True, coords=positions, **given)
         read, weights, read_lse = readout(
             q[:, :1], *rows[1:], packing.cu_seqlens, packing.max_seqlen, return_rows=True, return_lse=True
         )

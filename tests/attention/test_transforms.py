@@ -1,4 +1,4 @@
-"""torch.func and forward-mode AD: tangents, per-sample gradients, vmap, and what is refused by name."""
+"""torch.func and forward-mode AD: tangents, per-sample gradients, vmap, and what is refused."""
 
 from __future__ import annotations
 
@@ -236,16 +236,16 @@ def test_second_derivatives_are_refused_by_name_under_every_transform(operation)
 
 
 def test_places_have_no_tangent_and_relevance_no_derivative():
-    x, places = torch.randn(5, 2, 16), torch.rand(5, 2)
+    x, positions = torch.randn(5, 2, 16), torch.rand(5, 2)
     starts = cu_seqlens([5])
 
-    def of_places(places: Tensor) -> Tensor:
-        return packed_attention(x, x, x, starts, starts, 5, 5, coords=places, slopes=torch.ones(2))
+    def of_places(positions: Tensor) -> Tensor:
+        return packed_attention(x, x, x, starts, starts, 5, 5, coords=positions, slopes=torch.ones(2))
 
-    for transform in (grad(lambda places: of_places(places).sum()), lambda x: jvp(of_places, (x,), (x,))):
+    for transform in (grad(lambda positions: of_places(positions).sum()), lambda x: jvp(of_places, (x,), (x,))):
         with pytest.raises(NotImplementedError, match="coords have no derivative"):
-            transform(places)
-    placed = grad(lambda x: packed_attention(x, x, x, starts, starts, 5, 5, coords=places, slopes=x[0, :, 0]).sum())
+            transform(positions)
+    placed = grad(lambda x: packed_attention(x, x, x, starts, starts, 5, 5, coords=positions, slopes=x[0, :, 0]).sum())
     assert placed(x).isfinite().all()
     read, lse = readout(x[None, :1], x, x, starts, 5, return_lse=True)
 

@@ -16,10 +16,10 @@ from maskattn.options import Options
 
 def asked(options: Options) -> dict[str, Any]:
     """The options as the public functions take them."""
-    places = (
+    positions = (
         {} if options.slopes is None else {"coords": (options.coords_q, options.coords_k), "slopes": options.slopes}
     )
-    return {"scale": options.scale, "key_bias": options.key_bias, **places}
+    return {"scale": options.scale, "key_bias": options.key_bias, **positions}
 
 
 def run(attend, inputs: oracles.Inputs, device: str) -> oracles.Results:
@@ -93,10 +93,10 @@ def leaf(*shape: int, device: str) -> torch.Tensor:
 
 def all_options(heads: int, tokens: tuple[int, ...], bias: tuple[int, ...], device: str) -> tuple[Any, ...]:
     """Every option, as the ops take them."""
-    places = torch.rand(*tokens, 2, device=device)
+    positions = torch.rand(*tokens, 2, device=device)
     seed = torch.tensor([3], device=device)
     return flat_options(
-        Options(0.25, leaf(*bias, device=device), leaf(heads, device=device), places, places.clone(), 0.2, seed)
+        Options(0.25, leaf(*bias, device=device), leaf(heads, device=device), positions, positions.clone(), 0.2, seed)
     )
 
 

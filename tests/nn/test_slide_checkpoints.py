@@ -1,4 +1,4 @@
-"""Checkpoints of slide models as files: read without running code, and refused by name where they do not fit."""
+"""Checkpoints of slide models as files: no code of theirs runs, and what does not fit is refused."""
 
 from __future__ import annotations
 

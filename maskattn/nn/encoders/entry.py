@@ -38,8 +38,7 @@ class EncoderEntry:
         embed_dim: width of its features.
         pooling: "token" (class token), "avg" (mean of the patches), "token_avg" (both, side by side; registers left
             out), "map" (attention pooling) or "own" (what the library's module does).
-        pixel_mean: per channel, of pixels scaled to [0, 1].
-        pixel_std: likewise.
+        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1].
         tile_px: side of the images that the encoder takes.
         patch_px: side of the square that is cut from the slide, at ``spacing_um``, and resized to ``tile_px``.
         crop_px: side of such an image's centre that the network sees, where it does not see all of it.

@@ -39,8 +39,7 @@ def tokens_of_tiles(
         vit: the transformer.
         tiles_BIXY: (B, 3, X, Y) uint8, RGB.
         keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
-        pixel_mean: per channel, of pixels scaled to [0, 1].
-        pixel_std: likewise.
+        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1].
 
     Raises:
         TypeError, ValueError: the tiles are no RGB pixels, or the mask does not fit them.

@@ -33,8 +33,7 @@ class EncoderCard:
     Attributes:
         name: as outputs have it.
         pooling: of its tokens: "token", "avg", "token_avg", "map", or "own" where the library's module pools.
-        pixel_mean: per channel, of pixels scaled to [0, 1].
-        pixel_std: likewise.
+        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1].
         tile_px: side of the tiles that it takes.
         patch_px: side of the square that is cut from the slide at ``spacing_um`` and resized to ``tile_px``.
         spacing_um: µm per pixel of that square; None where the encoder has none of its own.
@@ -69,7 +68,7 @@ class TileEncoder(nn.Module):
         module: the library's own network; None where there is a packed one.
         embed_dim: C.
         tiles_at_once: how many tiles may be held; None leaves it to who runs it.
-        min_tissue: least share of tissue of a tile that is worth encoding; None, likewise.
+        min_tissue: least share of tissue of a tile that is worth encoding; None leaves it to who runs it.
 
     Raises:
         ValueError: the tiles' side and the network's tokens do not fit each other.

@@ -47,8 +47,7 @@ class ModelCard:
         spacing_um: µm per px of a tile; None as above.
         token_mask: "none" where the encoder saw every token of a tile, "tissue" where it saw those with tissue; None
             where it is not known.
-        pixel_mean: per channel, of pixels scaled to [0, 1]; None as above.
-        pixel_std: likewise.
+        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1]; None as above.
         trained_on: in words.
         metrics: name → value, of the data that they say.
         layout: whose checkpoint it came from.

@@ -131,7 +131,7 @@ def load_two_stages(
         classes: names of the logits, where the model has none.
         patch_px: side of a tile, where the model's or the encoder's is not meant; of a region for HIPT's and soma's
             models (4096), whose ``encoder`` is that of patches.
-        spacing_um: µm per px of a tile, likewise.
+        spacing_um: µm per px of a tile, where the model's or the encoder's is not meant.
         token_mask: "none" or "tissue", where the model does not say it.
         other_encoder: go on with an encoder, a spacing or a mask that the model was not trained with.
         impl: implementation of the attention; None takes the best.

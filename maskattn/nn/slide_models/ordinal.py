@@ -31,7 +31,7 @@ class OrdinalHead(SlideHead):
     Args:
         below: the head, of K − 1 outputs; or its arguments.
         below_kind: of which kind it is, where ``below`` are arguments.
-        impl: implementation of its attention, likewise; None takes the best.
+        impl: implementation of its attention, where ``below`` are arguments; None takes the best.
     """
 
     kind: ClassVar[str] = "ordinal"

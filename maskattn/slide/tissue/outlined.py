@@ -128,7 +128,7 @@ def limit_tissue(
         info: the slide.
         slide_id: its id, by which a folder of files has its own, ``<slide_id>.geojson``.
         roi: a GeoJSON file or a folder of them, and the classes in it that count.
-        exclude: likewise, of what is left out; a folder may lack a slide's file.
+        exclude: the same of what is left out; a folder may lack a slide's file.
 
     Raises:
         SlideError: a file cannot be read as outlines on this slide, or the folder lacks this slide's.
