@@ -93,6 +93,29 @@ def clam(branches: bool, gate: bool = True, at: int = 3) -> Case:
     return Case(state, logits)
 
 
+def best_instance(classes: int, earlier: bool = False) -> Case:
+    """CLAM's MIL_fc (two classes) and MIL_fc_mc (more): as they are now, and as they were with dropout."""
+    state: State = {}
+    first, several = "fc.0", classes > 2
+    if earlier and not several:
+        first = "classifier.0"
+    add_linear(state, first, 16, C)
+    lasts = ["classifiers" if several else "classifier"]
+    if earlier:
+        lasts = [f"classifiers.{c}" for c in range(classes)] if several else ["classifier.3"]
+    for last in lasts:
+        add_linear(state, last, classes // len(lasts), 16)
+
+    def logits(z: Tensor, um: Tensor, cells: Tensor) -> Tensor:
+        h = linear(state, first, z).clamp(min=0)
+        of_tiles = torch.cat([linear(state, last, h) for last in lasts], dim=1)
+        shares = of_tiles.exp() / of_tiles.exp().sum(1, keepdim=True)
+        best = max(range(len(z)), key=lambda t: (shares[t].max() if several else shares[t, 1]).item())
+        return of_tiles[best]
+
+    return Case(state, logits)
+
+
 def deep_mil() -> Case:
     state: State = {}
     add_linear(state, "attention_V.0", 8, C)
@@ -344,6 +367,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "CLAM_SB without a gate": lambda: clam(branches=False, gate=False),
     "CLAM_MB of an earlier version": lambda: clam(branches=True, at=2),
     "CLAM_SB of an earlier version, without a gate": lambda: clam(branches=False, gate=False, at=2),
+    "MIL_fc": lambda: best_instance(2),
+    "MIL_fc of an earlier version": lambda: best_instance(2, earlier=True),
+    "MIL_fc_mc": lambda: best_instance(K),
+    "MIL_fc_mc of an earlier version": lambda: best_instance(K, earlier=True),
     "AttentionDeepMIL": deep_mil,
     "TransMIL": transmil,
     "STAMP vit": lambda: stamp_vit(alibi=False),

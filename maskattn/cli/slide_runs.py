@@ -91,10 +91,7 @@ def load_model(chosen: Chosen, impl: str | None, device: str) -> TwoStageModel:
         device=device,
     )
     if model.encoder is None and not chosen.with_features:
-        raise ValueError(
-            f"a slide model reads features of tiles, got none for {chosen.model}: name the encoder that it was trained "
-            "with (--encoder), or give a folder of its features (--features)"
-        )
+        raise ValueError(model.why_no_tiles)
     return model
 
 
@@ -168,12 +165,15 @@ def _jobs_of_features(folder: Path) -> list[SlideJob]:
     """
     from maskattn.errors import ManifestError, SlideError
     from maskattn.slide.layouts import list_features
+    from maskattn.slide.layouts.hierarchical import list_regions
     from maskattn.slide.manifest import SlideJob
 
+    found = list_regions(folder)
     try:
-        found = list_features(folder)
+        found |= list_features(folder)
     except SlideError as error:
-        raise ManifestError(str(error)) from error
+        if not found:
+            raise ManifestError(str(error)) from error
     return [SlideJob(slide_id, path) for slide_id, path in found.items()]
 
 

@@ -15,7 +15,7 @@ Dimension key: K classes, T kept tiles, B tiles of a batch, h·w tokens of a til
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from maskattn.explain.attention_maps import attend_from_class_token
+from maskattn.explain.embedding_path import PathGradient, gradient_alone, mean_gradient
 from maskattn.explain.explainer import Account, TokenExplainer, as_maps
-from maskattn.explain.integrated import gauss_legendre
 from maskattn.explain.methods import DEFAULT_METHOD, Method, method_named
 from maskattn.explain.packed_model import check_explainable
 from maskattn.nn.blocks import PackedTokens
@@ -36,12 +36,14 @@ from maskattn.shapes import Bool, Float, UInt8
 __all__ = [
     "HierarchicalCDAM",
     "LevelMethod",
+    "PathSum",
     "RelevanceMap",
     "SumOfMap",
     "TokenMaps",
     "explain_slide",
     "explain_tokens",
     "mean_attention",
+    "path_sum",
     "products_with",
     "unmapped",
 ]
@@ -63,6 +65,19 @@ class SumOfMap:
 
 
 @dataclass(frozen=True)
+class PathSum:
+    """How well γ, the mean gradient along the path of embeddings, accounts for the scores.
+
+    Attributes:
+        nodes: gradients of each score that were taken.
+        gap_K: (K,), f(z) − f(0) − Σ z·γ.
+    """
+
+    nodes: int
+    gap_K: Float[Tensor, "K"]
+
+
+@dataclass(frozen=True)
 class RelevanceMap:
     """What pass 1 says of the kept tiles of a slide, row-major.
 
@@ -72,6 +87,7 @@ class RelevanceMap:
         attention_T: (T,), the slide encoder's class-token row, mean over heads; 0 where there is no class token.
         gradient_KTC: (K, T, C), γ, which pass 2 takes; None where it was not asked for.
         sums: what the maps sum to; None where the method promises nothing.
+        path: of γ; None where none was taken.
     """
 
     logits_K: Float[Tensor, "K"]
@@ -79,6 +95,7 @@ class RelevanceMap:
     attention_T: Float[Tensor, "T"]
     gradient_KTC: Float[Tensor, "K T C"] | None
     sums: SumOfMap | None = None
+    path: PathSum | None = None
 
 
 @dataclass(frozen=True)
@@ -104,12 +121,12 @@ class LevelMethod:
     Attributes:
         method: of the list.
         explainer: made for some encoder, and told which one to explain; None where no level is a transformer.
-        steps: of the path, where the method has one.
+        steps: nodes of the path of embeddings, where the method has one; None as many as it takes.
     """
 
     method: Method
     explainer: TokenExplainer | None
-    steps: int = 8
+    steps: int | None = None
 
     @classmethod
     def named(cls, name: str, encoder: VisionTransformer | None, **options: Any) -> LevelMethod:
@@ -123,7 +140,7 @@ class LevelMethod:
         assert explainer is None or isinstance(explainer, TokenExplainer), (
             "methods for levels read the last block alone"
         )
-        return cls(method, explainer, int({**method.options, **options}.get("m", 8)))
+        return cls(method, explainer, options.get("m"))
 
     def explain(
         self, encoder: VisionTransformer, tokens: PackedTokens, target: Any
@@ -135,46 +152,19 @@ class LevelMethod:
         account = self.explainer.account(encoder, tokens, target)
         return account.relevance_MT, account
 
-    def gradient_at(
-        self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"]
-    ) -> Float[Tensor, "K T C"]:
-        """γ: the gradient of each score at z, or, for a complete method, its mean along the path from 0 to z."""
-        mean: Tensor | None = None
-        for K, c, weight, gradient in self._gradients(scores_of, z_TC):
-            if mean is None:
-                mean = gradient.new_zeros(K, *gradient.shape)
-            mean[c].add_(gradient, alpha=weight)
-        assert mean is not None, "a path has at least one step"
-        return mean
+    def path(
+        self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"], *, keep: bool = True
+    ) -> PathGradient:
+        """γ: the gradient of each score at z, or, for a complete method, its mean along the path from 0 to z.
 
-    def products_at(
-        self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"]
-    ) -> Float[Tensor, "K T"]:
-        """z·γ of each row, without holding γ."""
-        products: Tensor | None = None
-        for K, c, weight, gradient in self._gradients(scores_of, z_TC):
-            if products is None:
-                products = gradient.new_zeros(K, len(gradient))
-            products[c].add_(torch.einsum("tc,tc->t", z_TC.detach(), gradient), alpha=weight)
-        assert products is not None, "a path has at least one step"
-        return products
-
-    def _gradients(
-        self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"]
-    ) -> Iterator[tuple[int, int, float, Float[Tensor, "T C"]]]:
-        """(K, class, weight of the step, gradient of the class's score there), one after another."""
-        z, path = z_TC.detach(), [(1.0, 1.0)]
-        if self.method.complete:
-            nodes, weights = gauss_legendre(self.steps, z.new_zeros((), dtype=torch.float64))
-            path = list(zip(nodes.tolist(), weights.tolist(), strict=True))
-        for node, weight in path:
-            leaf = (node * z).requires_grad_()
-            with torch.enable_grad():
-                scores_K = scores_of(leaf)
-            for c in range(len(scores_K)):
-                more = c + 1 < len(scores_K)
-                (gradient,) = torch.autograd.grad(scores_K[c], leaf, retain_graph=more, materialize_grads=True)
-                yield len(scores_K), c, weight, gradient
+        Args:
+            scores_of: embeddings → scores (K,).
+            z_TC: the embeddings.
+            keep: whether γ is kept, and not only z·γ of each row.
+        """
+        if not self.method.complete:
+            return gradient_alone(scores_of, z_TC, keep=keep)
+        return mean_gradient(scores_of, z_TC, nodes=self.steps, keep=keep)
 
 
 class HierarchicalCDAM:
@@ -269,13 +259,19 @@ def explain_slide(
     with torch.no_grad():
         tokens = encoder.before_last_block(model.slide_tokens(z, keep_HW))
         logits_K = encoder.predict(tokens)[0]
-    gradient_KTC = None
+    gradient_KTC = path = None
     if gradient:
-        gradient_KTC = level.gradient_at(lambda at: encoder(model.slide_tokens(at, keep_HW))[0], z)
+        found = level.path(lambda at: encoder(model.slide_tokens(at, keep_HW))[0], z)
+        gradient_KTC, path = found.gradient_KTC, path_sum(found)
     relevance_KT, account = level.explain(encoder, tokens, "all")
     P = tokens.num_prefix
     sums = None if account is None else SumOfMap(account.difference_BM[0], account.prefix_BM[0], account.gap_BM[0])
-    return RelevanceMap(logits_K, relevance_KT[:, P:], mean_attention(encoder, tokens)[P:], gradient_KTC, sums)
+    return RelevanceMap(logits_K, relevance_KT[:, P:], mean_attention(encoder, tokens)[P:], gradient_KTC, sums, path)
+
+
+def path_sum(found: PathGradient) -> PathSum | None:
+    """How well γ accounts for the scores; None of a gradient at z alone."""
+    return PathSum(found.nodes, found.gap_K) if found.nodes else None
 
 
 def products_with(gradient_KBC: Float[Tensor, "K B C"]) -> Callable[[Tensor], Tensor]:

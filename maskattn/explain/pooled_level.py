@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskattn.explain.hierarchical import LevelMethod, RelevanceMap, SumOfMap
+from maskattn.explain.hierarchical import LevelMethod, RelevanceMap, SumOfMap, path_sum
 from maskattn.explain.packed_model import check_explainable
 from maskattn.nn.region_model import RegionModel
 from maskattn.nn.slide_models.hipt import HIPTHead
@@ -42,13 +42,8 @@ def explain_pooled_slide(
     slide_level = model.slide_encoder
     assert isinstance(slide_level, HIPTHead), "a ViT is explained at its last block"
     z = embeddings_TC.detach().clone()
-    gradient_KTC = level.gradient_at(lambda at: model(at, keep_HW), z)
-    relevance_KT = torch.einsum("tc,ktc->kt", z, gradient_KTC)
+    found = level.path(lambda at: model(at, keep_HW), z)
     with torch.no_grad():
         logits_K, attention_T = model(z, keep_HW), slide_level.attention(z)[0]
-        sums = None
-        if level.method.complete:
-            difference_K = logits_K - model(torch.zeros_like(z), keep_HW)
-            gap_K = difference_K - relevance_KT.sum(dim=1)
-            sums = SumOfMap(difference_K, torch.zeros_like(gap_K), gap_K)
-    return RelevanceMap(logits_K, relevance_KT, attention_T, gradient_KTC, sums)
+    sums = SumOfMap(found.difference_K, torch.zeros_like(logits_K), found.gap_K) if level.method.complete else None
+    return RelevanceMap(logits_K, found.products_KT, attention_T, found.gradient_KTC, sums, path_sum(found))

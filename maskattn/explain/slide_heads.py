@@ -2,9 +2,10 @@
 
 Pass 1. A head that is a vision transformer is explained at its last block, as every transformer here is. Of any other
 head the relevance of tile t for class c is r_ct = z_t·γ_ct: with CDAM γ is ∂f_c/∂z_t; with a complete method its mean
-along α·z, 0 ≤ α ≤ 1 (Integrated Gradients, 8 Gauss–Legendre nodes), so that Σ_t r_ct = f_c(z) − f_c(0), to a gap that
-is told. All of it is vector–Jacobian products, one per class and node: nothing of size T × T is made that the head
-itself does not make. A head whose logits are sums over tiles says itself what each tile adds (zero-shot scores).
+along α·z, 0 ≤ α ≤ 1 (Integrated Gradients, with as many nodes as the path takes:
+:mod:`maskattn.explain.embedding_path`), so that Σ_t r_ct = f_c(z) − f_c(0), to a gap that is told. All of it is
+vector–Jacobian products, one per class and node: nothing of size T × T is made that the head itself does not make. A
+head whose logits are sums over tiles says itself what each tile adds (zero-shot scores).
 
 Pass 2 is that of :mod:`maskattn.explain.hierarchical`: tokens of a tile for the score z_t·γ_ct, γ held fixed.
 
@@ -13,8 +14,10 @@ Dimension key: T tiles, B tiles of a batch, C channels, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,15 +31,18 @@ from maskattn.explain.hierarchical import (
     TokenMaps,
     explain_tokens,
     mean_attention,
+    path_sum,
 )
 from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.packed_model import check_explainable
 from maskattn.explain.region_tokens import explain_region_tokens
 from maskattn.nn.encoders.regions import RegionEncoder
 from maskattn.nn.encoders.tile_encoder import TileEncoder
+from maskattn.nn.kept_tokens import packing_of
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
 from maskattn.nn.slide_models.vit import ViTHead
 from maskattn.nn.vit import VisionTransformer
+from maskattn.packing import pack
 from maskattn.shapes import Bool, Float, UInt8
 
 __all__ = ["SlideHeadCDAM"]
@@ -52,6 +58,7 @@ class SlideHeadCDAM:
         head: in eval mode.
         encoder: of the tiles, for pass 2; None where tiles alone are explained.
         method: of :data:`maskattn.explain.METHODS`, one that explains slide models; "cdam" is the paper's.
+        region_level: what embeds the tiles, where they are regions whose patches have stored features.
         options: of the method (``m``).
 
     Raises:
@@ -59,11 +66,18 @@ class SlideHeadCDAM:
     """
 
     def __init__(
-        self, head: SlideHead, encoder: TileEncoder | None = None, method: str = DEFAULT_METHOD, **options: Any
+        self,
+        head: SlideHead,
+        encoder: TileEncoder | None = None,
+        method: str = DEFAULT_METHOD,
+        *,
+        region_level: VisionTransformer | None = None,
+        **options: Any,
     ) -> None:
         self.head = head
         self.encoder = encoder
-        some = head.vit if isinstance(head, ViTHead) else None if encoder is None else encoder.vit
+        self.region_level = region_level
+        some = head.vit if isinstance(head, ViTHead) else region_level if encoder is None else encoder.vit
         self.level = LevelMethod.named(method, some, **options)
 
     @torch.inference_mode(False)
@@ -74,44 +88,62 @@ class SlideHeadCDAM:
         grid: TileGrid | None = None,
         *,
         gradient: bool = True,
+        rollout: bool = False,
     ) -> RelevanceMap:
         """Pass 1: the slide's logits and the relevance of each tile, in the order of the embeddings.
 
         Args:
             embeddings_TC, coords_um_T2, grid: as the head takes them.
             gradient: also give γ, which pass 2 needs: (K, T, C) numbers.
+            rollout: of attention, give that carried down through all layers of the head.
 
         Raises:
-            ValueError: the head cannot read them, or drops at random (train mode).
+            ValueError: the head cannot read them, or drops at random (train mode); or it has no rollout.
         """
+        found = self._tiles(embeddings_TC, coords_um_T2, grid, gradient)
+        if not rollout:
+            return found
+        with torch.no_grad():
+            rolled_T = self.head.rollout(embeddings_TC.detach(), coords_um_T2, grid)
+        if rolled_T is None:
+            raise ValueError(
+                f"rollout goes through layers whose weights sum to 1, got a slide model ({self.head.kind}) without "
+                "any; leave it out (--attention last)"
+            )
+        return replace(found, attention_T=rolled_T.to(embeddings_TC))
+
+    def _tiles(
+        self,
+        embeddings_TC: Float[Tensor, "T C"],
+        coords_um_T2: Float[Tensor, "T 2"] | None,
+        grid: TileGrid | None,
+        gradient: bool,
+    ) -> RelevanceMap:
         check_explainable(self.head)
         head, z = self.head, embeddings_TC.detach().clone()
 
-        def scores_of(at_TC: Tensor) -> Tensor:
-            return head(at_TC, coords_um_T2, grid)
-
         with torch.no_grad():
-            logits_K = scores_of(z)
+            logits_K = head(z, coords_um_T2, grid)
             of_tiles_KT = head.contributions(z)
         if of_tiles_KT is not None:
             return self._of_sums(logits_K, of_tiles_KT, z, gradient)
         with _recomputed(head, len(z) > _RECOMPUTE_ABOVE):
-            gradient_KTC = self.level.gradient_at(scores_of, z) if gradient else None
+            found = None
+            if gradient or not isinstance(head, ViTHead):
+                found = self.level.path(head.along_path(z, coords_um_T2, grid), z, keep=gradient)
             if isinstance(head, ViTHead):
                 relevance_KT, attention_T, sums = self._at_last_block(head, z, grid)
-                return RelevanceMap(logits_K, relevance_KT, attention_T, gradient_KTC, sums)
-            if gradient_KTC is None:
-                relevance_KT = self.level.products_at(scores_of, z)
-            else:
-                relevance_KT = torch.einsum("tc,ktc->kt", z, gradient_KTC)
+                path = None if found is None else path_sum(found)
+                gradient_KTC = None if found is None else found.gradient_KTC
+                return RelevanceMap(logits_K, relevance_KT, attention_T, gradient_KTC, sums, path)
+        assert found is not None, "a head that is no transformer is explained by its path"
         with torch.no_grad():
             attention_AT = head.attention(z, coords_um_T2, grid)
-            difference_K = logits_K - scores_of(torch.zeros_like(z))
         attention_T = z.new_zeros(len(z)) if attention_AT is None else attention_AT.mean(dim=0).to(z)
-        sums = SumOfMap(difference_K, torch.zeros_like(logits_K), difference_K - relevance_KT.sum(dim=1))
-        if not self.level.method.complete:
-            sums = None
-        return RelevanceMap(logits_K, relevance_KT, attention_T, gradient_KTC, sums)
+        sums = None
+        if self.level.method.complete:
+            sums = SumOfMap(found.difference_K, torch.zeros_like(logits_K), found.gap_K)
+        return RelevanceMap(logits_K, found.products_KT, attention_T, found.gradient_KTC, sums, path_sum(found))
 
     @torch.inference_mode(False)
     def tokens(
@@ -149,6 +181,32 @@ class SlideHeadCDAM:
         # What the encoder crops away has no part in the score.
         sides = (margin,) * 4
         return TokenMaps(F.pad(maps.relevance_KBHW, sides), F.pad(maps.attention_BHW, sides), maps.unmapped_KB)
+
+    def patches(
+        self,
+        features_BNC: Float[Tensor, "B N C"],
+        keep_BN: Bool[Tensor, "B N"],
+        gradient_KBC: Float[Tensor, "K B D"],
+    ) -> TokenMaps:
+        """Pass 2 of stored regions: the relevance of each of their patches, which are the tokens of the region level.
+
+        Args:
+            features_BNC: (B, n·n, C), each region's patches row-major.
+            keep_BN: (B, n·n) bool, the patches that have features.
+            gradient_KBC: these regions' part of :attr:`RelevanceMap.gradient_KTC`.
+
+        Raises:
+            ValueError: there is no region level, or it drops at random (train mode).
+        """
+        level = self.region_level
+        if level is None:
+            raise ValueError("maps of patches need the level of regions, got none; give region_level")
+        check_explainable(level)
+        side = math.isqrt(features_BNC.shape[1])
+        packing = packing_of(keep_BN.unflatten(1, (side, side)), len(keep_BN), (side, side), features_BNC.device)
+        with torch.no_grad():
+            tokens = level.embed_patches(pack(features_BNC, packing), packing, (side, side))
+        return explain_tokens(level, self.level, tokens, gradient_KBC)
 
     @torch.no_grad()
     def _of_sums(self, logits_K: Tensor, of_tiles_KT: Tensor, z_TC: Tensor, gradient: bool) -> RelevanceMap:

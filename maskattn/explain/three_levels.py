@@ -130,7 +130,8 @@ def explain_pixel_regions(
     def scores_of(at: Tensor) -> Tensor:
         return of_regions(encoder.predict(encoder.before_last_block(model.region_tokens(at, patches)))).sum(dim=0)
 
-    gradient_KTC = level.gradient_at(scores_of, embeddings)
+    gradient_KTC = level.path(scores_of, embeddings).gradient_KTC
+    assert gradient_KTC is not None, "it is kept"
     with torch.no_grad():
         tokens = encoder.before_last_block(model.region_tokens(embeddings, patches))
     patch_maps = as_maps(level.explain(encoder, tokens, of_regions)[0], tokens).transpose(0, 1)

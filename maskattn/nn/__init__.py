@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from maskattn.nn.replace import replace_attention
     from maskattn.nn.slide_encoders import encode_placed_tiles, from_gigapath, from_titan
     from maskattn.nn.slide_model import SlideModel, SlideModelConfig
+    from maskattn.nn.slide_models.best_instance import BestInstanceHead
     from maskattn.nn.slide_models.card import EncoderFacts, ModelCard
     from maskattn.nn.slide_models.folder import load_two_stages, save_model
     from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HIPT",
     "EncoderFacts",
+    "BestInstanceHead",
     "GatedAttentionHead",
     "HIPTHead",
     "ModelCard",
@@ -73,6 +75,7 @@ __all__ = [
 
 _HOME = {
     "EncoderFacts": "slide_models.card",
+    "BestInstanceHead": "slide_models.best_instance",
     "GatedAttentionHead": "slide_models.gated_attention",
     "HIPTHead": "slide_models.hipt",
     "HIPT": "hipt",

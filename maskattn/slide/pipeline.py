@@ -106,7 +106,13 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
     explain = SlideHeadCDAM(model.head, model.encoder, run.settings.method)
     with averaged_tilings(run, tiles, encoded, explain, folder) as means:
         with stages("slide"):
-            relevance = explain.tiles(encoded.embeddings_TC, coords_um_T2, grid, gradient=run.with_tokens)
+            relevance = explain.tiles(
+                encoded.embeddings_TC,
+                coords_um_T2,
+                grid,
+                gradient=run.with_tokens,
+                rollout=run.settings.attention == "rollout",
+            )
             if means is not None:
                 relevance = means.add_first(relevance)
         logits_K = relevance.logits_K.float().cpu()
@@ -174,6 +180,11 @@ def _describe_maps(
                 "on_class_token": float(sums.prefix_K[index]),
                 "score_less_baseline": float(sums.difference_K[index]),
                 "gap": float(sums.gap_K[index]),
+            }
+        if relevance.path is not None:
+            described[name] |= {
+                "path_nodes": relevance.path.nodes,
+                "path_gap": float(relevance.path.gap_K[index]),
             }
         if means is not None:
             scores_S = [float(run.model.scores(logits_K)[index]) for logits_K in means.logits_SK]
@@ -270,7 +281,12 @@ def _notes(run: SlideRun, tiles: RunTiles, encoded: EncodedTiles) -> tuple[str, 
         notes.append(f"tiles were left out that cannot be read; the first because {encoded.reason}")
     if run.alone:
         notes.append("the slide itself was not given: there are scores and relevance.h5, and no pictures or outlines")
-    if run.settings.tokens and not run.with_tokens:
+    if run.has_patches:
+        notes.append(
+            "maps are of regions and their patches, whose features were given; maps of tokens need the pixels: give "
+            "the slides and the encoder of patches (--encoder, --weights) too"
+        )
+    elif run.settings.tokens and not run.with_tokens:
         why = "the slide itself was not given" if run.alone else run.model.why_no_tokens
         besides = ", and do not overlap" if run.settings.overlap else ""
         notes.append(f"maps are of tiles, not of tokens{besides}: {why}")

@@ -39,6 +39,8 @@ class RunSettings:
         tokens: also make relevance maps at the resolution of tokens, in a second pass over the slide.
         method: of explanation; see :data:`maskattn.explain.METHODS`.
         check: test each map by what the model makes of the tiles that it calls most and least relevant.
+        attention: of the slide model, as it is mapped: "last", what its last layer or pooling reads with; "rollout",
+            that carried down through all of its layers, in time quadratic in the tiles.
         ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
         force: run slides that were not scanned in bright field too.
         spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
@@ -97,6 +99,10 @@ class RunSettings:
             before=False,
             serves=operator.ge,
         ),
+    )
+    attention: Literal["last", "rollout"] = field(
+        default="last",
+        metadata=asked("--attention", "Of the slide model, as mapped: last, its last row; or rollout, of all layers."),
     )
     ink: Literal["auto", "off"] = field(default="auto", metadata=shared_requests.INK)
     force: bool = field(default=False, metadata=shared_requests.FORCE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskattn.errors import SlideError
+from maskattn.errors import ManifestError, SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.nn.slide_models.two_stage import TwoStageModel, two_stages
 from maskattn.slide.asked import recorded_fields
@@ -52,6 +52,13 @@ def run_slides(
     check_region_classes(settings.regions, model.config.classes)
     if settings.overlap and model.encoder is not None:
         tilings_of(settings.overlap, model.encoder.tile_px // model.token_px)
+    if settings.features_dir is None and model.why_no_tiles:
+        raise ManifestError(model.why_no_tiles)
+    if settings.attention == "rollout" and not model.head.has_layers:
+        raise ManifestError(
+            f"--attention rollout goes through a slide model's layers of attention, got {model.card.name} "
+            f"({model.head.kind}), which has none; leave it out"
+        )
     identity = identify_model(model)
 
     def finished(job: SlideJob, claim: Claim) -> SlidePrediction | None:

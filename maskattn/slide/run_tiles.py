@@ -23,6 +23,7 @@ from maskattn.slide.layouts import TileFeatures, TileHeader, find_features, in_r
 from maskattn.slide.names import as_text
 from maskattn.slide.request import finds_tissue
 from maskattn.slide.slide_run import SlideRun
+from maskattn.slide.stored_regions import StoredRegions, read_stored_regions, regions_file
 from maskattn.slide.tile_places import TilePlaces, lay_tiles, with_tokens
 from maskattn.slide.tissue import TissueMask, find_tissue, limit_tissue, load_mask
 from maskattn.slide.tissue.bright_field import require_bright_field
@@ -41,6 +42,7 @@ class RunTiles:
         on_lattice: whether the grid's cells are the tiles' places: not where others' tiles lie on no lattice.
         um_per_px: of the coordinates; None where it is not known.
         features: as they were given; None where the tiles are encoded.
+        stored: the patches of regions whose features were given; None where tiles are encoded, or have features.
     """
 
     grid: TokenGrid
@@ -49,6 +51,7 @@ class RunTiles:
     on_lattice: bool = True
     um_per_px: float | None = None
     features: TileFeatures | None = None
+    stored: StoredRegions | None = None
 
     def places(self, rows_T: Int[np.ndarray, " T"]) -> tuple[Float[Tensor, "T 2"] | None, TileGrid | None]:
         """The places of some of the tiles as slide heads take them: in µm, and their cells."""
@@ -212,13 +215,17 @@ def _given(run: SlideRun) -> RunTiles:
     job, folder, card = run.job, run.settings.features_dir, run.model.card
     assert folder is not None, "asked for where features are given"
     with run.stages("features"):
+        named = (job.slide_id, job.path.stem)
+        regions = regions_file(run.model, folder, job.slide_id, job.path if run.alone else None)
+        if regions is not None:
+            stored = read_stored_regions(regions, run.model, None if run.alone else run.info, named)
+            return _of_stored(run, stored)
         source: Path | None = job.path if run.alone else find_features(folder, job.slide_id)
         if source is None:
             raise SlideError(
                 f"a slide must have a file of features, got none for {job.slide_id!r} below {as_text(folder)}; check "
                 "the ids, or leave --features out"
             )
-        named = (job.slide_id, job.path.stem)
         tiles = read_features(source, slide=None if run.alone else run.info, named=named)
     _check_features(run, tiles)
     if tiles.patch_size_lv0 is None:
@@ -243,6 +250,43 @@ def _given(run: SlideRun) -> RunTiles:
     if not tiles.on_level0 and tiles.spacing_um is not None:
         um = tiles.spacing_um
     return RunTiles(grid, sorted_tiles, tissue, on_lattice, um, sorted_tiles)
+
+
+def _of_stored(run: SlideRun, stored: StoredRegions) -> RunTiles:
+    """Regions as tiles: their tokens are patches, or with pixels at hand what the encoder of patches reads."""
+    regions, card = stored.regions, run.model.card
+    _check_features(run, regions)
+    region_px, tissue, um = regions.patch_size_px, None, regions.spacing_lv0_um
+    assert region_px is not None, "hs2p says the side of its tiles"
+    assert regions.patch_size_lv0 is not None, "hs2p says the side of its tiles"
+    if not run.alone:
+        um = run.info.spacing_um
+    if not run.with_tokens:
+        run.has_patches = run.settings.tokens
+        grid = TokenGrid(
+            stored.keep_HW,
+            regions.coords_T2,
+            stored.keep_Tnn(),
+            region_px,
+            region_px // stored.side,
+            regions.spacing_um or 0.0,
+            regions.patch_size_lv0,
+            *((0, 0) if run.alone else (run.info.width_px, run.info.height_px)),
+        )
+        return RunTiles(grid, regions, None, True, um, regions, stored)
+    if card.tile_px != region_px:
+        raise SlideError(
+            f"regions must have the side that their features were made with, got {card.tile_px} px asked for and "
+            f"{region_px} px in {as_text(regions.source)}; give --patch-size {region_px}"
+        )
+    places = TilePlaces(regions.coords_T2, regions.patch_size_lv0, region_px, stored.keep_HW.size)
+    if card.token_mask == "tissue":
+        with run.stages("tissue"):
+            tissue = _limited(run, _find_or_load_tissue(run))
+        if tissue is not None:
+            places = with_tokens(places, tissue, run.model.token_px)
+    grid = _as_grid(run, places, stored.keep_HW, regions.spacing_um or 0.0)
+    return RunTiles(grid, regions, tissue, True, um, regions, stored)
 
 
 def _check_features(run: SlideRun, tiles: TileFeatures) -> None:

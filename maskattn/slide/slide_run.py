@@ -118,6 +118,8 @@ class SlideRun:
         """How often the tiles are laid over the slide anew, for the progress that is told."""
         self.workers = 0
         """Processes that decoded tiles so far; 0 = this one alone."""
+        self.has_patches = False
+        """Whether maps are made of regions' patches, from their stored features."""
 
     @property
     def alone(self) -> bool:
@@ -126,7 +128,9 @@ class SlideRun:
 
     @property
     def with_tokens(self) -> bool:
-        """Whether maps of tokens are asked for and can be made."""
+        """Whether maps of tokens are asked for and can be made; of stored regions the tokens are their patches."""
+        if self.has_patches:
+            return True
         return self.settings.tokens and not self.alone and not self.model.why_no_tokens
 
     @property

@@ -27,11 +27,14 @@ from maskattn.slide.grid import TokenGrid
 from maskattn.slide.run_tiles import RunTiles
 from maskattn.slide.sinks import SINKS, ExplainedSlide, ExplainedTiles
 from maskattn.slide.slide_run import EncodedTiles, SlideRun
+from maskattn.slide.stored_regions import StoredRegions
 
 if TYPE_CHECKING:
     from maskattn.slide.tilings import TilingMeans
 
 __all__ = ["encode_tiles", "explained_tokens", "feed_sinks"]
+
+_REGIONS_AT_ONCE = 8
 
 
 def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
@@ -108,7 +111,10 @@ def feed_sinks(
         encoder="" if run.model.card.encoder is None else run.model.card.encoder.name,
         attention_of=_attention_of(run),
     )
-    if means is not None and means.first is not None:
+    if run.has_patches:
+        assert tiles.stored is not None, "patches come from stored regions"
+        batches = _with_patches(run, grid, tiles.stored, relevance)
+    elif means is not None and means.first is not None:
         batches = means.batches(explained_tokens(run, grid, encoded, means.first))
     elif slide.with_tokens:
         batches = explained_tokens(run, grid, encoded, relevance)
@@ -131,8 +137,12 @@ def feed_sinks(
 
 def _attention_of(run: SlideRun) -> str:
     """What the map of attention is of, in words."""
+    if run.has_patches:
+        return "region and slide level"
     if isinstance(run.model.encoder, RegionEncoder) and run.with_tokens:
         return "patch, region and slide level"
+    if run.settings.attention == "rollout":
+        return "all layers of the slide model (rollout)"
     return "the class token" if isinstance(run.model.head, ViTHead) else "the slide model"
 
 
@@ -170,6 +180,23 @@ def explained_tokens(
             relevance_KBhw = _numpy(maps.relevance_KBHW) * keep_Bhw
             attention_Bhw = _numpy(maps.attention_BHW) * keep_Bhw
         yield ExplainedTiles(tiles_B, keep_Bhw, relevance_KBhw, attention_Bhw)
+
+
+def _with_patches(
+    run: SlideRun, grid: TokenGrid, stored: StoredRegions, relevance: RelevanceMap
+) -> Iterator[ExplainedTiles]:
+    """Regions batch by batch, with the maps of their patches, from the features of these."""
+    level = run.model.region_level
+    assert level is not None, "a run over stored regions has their level"
+    explain = SlideHeadCDAM(run.model.head, None, run.settings.method, region_level=level)
+    assert relevance.gradient_KTC is not None, "the pipeline takes the gradient wherever tokens are asked for"
+    for tiles_B, features_BNC, keep_BN in stored.batches(_REGIONS_AT_ONCE, run.device):
+        with run.stages("tokens"):
+            gradient_KBC = relevance.gradient_KTC[:, torch.from_numpy(tiles_B).to(run.device)]
+            maps = explain.patches(features_BNC, keep_BN, gradient_KBC)
+        yield ExplainedTiles(
+            tiles_B, grid.token_keep_THW[tiles_B], _numpy(maps.relevance_KBHW), _numpy(maps.attention_BHW)
+        )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -228,7 +228,8 @@ def _add_tiling(
         return
     tiling = _Tiling.of(tiles.grid, before)
     with run.stages("slide"):
-        relevance = explain.tiles(encoded.embeddings_TC, *tiles.places(encoded.rows_T), gradient=True)
+        rollout = run.settings.attention == "rollout"
+        relevance = explain.tiles(encoded.embeddings_TC, *tiles.places(encoded.rows_T), gradient=True, rollout=rollout)
         means.add_tiles(tiling, encoded.rows_T, relevance)
     attention_T = relevance.attention_T.float().cpu().numpy()
     for batch in explained_tokens(run, tiles.grid, encoded, relevance):

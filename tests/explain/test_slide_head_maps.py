@@ -10,6 +10,7 @@ import torch
 from slide_checkpoints import CASES, C, tiles
 from torch import Tensor
 
+from maskattn.explain.embedding_path import MOST_NODES, TOLERANCE
 from maskattn.explain.hierarchical import HierarchicalCDAM
 from maskattn.explain.slide_heads import SlideHeadCDAM
 from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
@@ -128,6 +129,22 @@ def test_the_default_accounts_for_the_whole_score(name):
         assert found.sums.gap_K.abs().max() < 5e-3
     torch.testing.assert_close(alone.relevance_KT, found.relevance_KT)
     assert alone.gradient_KTC is None
+
+
+@pytest.mark.parametrize("name", ["TransMIL", "TITAN", "ours", "CLAM_SB", "MIL_fc"])
+def test_the_path_takes_nodes_until_its_gap_is_small_and_tells_it(name):
+    # Where TransMIL's embeddings are large its pseudo-inverse bends the path without end, and the bound is reached.
+    head, (um, grid), z = head_of(name), places(23), (0.1 if name == "TransMIL" else 1) * tiles(23)[0]
+    found, eight = SlideHeadCDAM(head).tiles(z, um, grid), SlideHeadCDAM(head, m=8).tiles(z, um, grid)
+    difference = head(z, um, grid) - head(torch.zeros_like(z), um, grid)
+    told = difference - torch.einsum("tc,ktc->k", z, found.gradient_KTC)
+    torch.testing.assert_close(found.path.gap_K, told, rtol=1e-6, atol=1e-9)
+    assert found.path.gap_K.abs().max() < TOLERANCE * difference.abs().max()
+    assert eight.path.nodes == 8 <= found.path.nodes <= MOST_NODES
+    assert found.path.gap_K.abs().max() <= eight.path.gap_K.abs().max()
+    if name == "TransMIL":  # whose pseudo-inverse bends the path
+        assert found.path.nodes > 8
+    assert SlideHeadCDAM(head, method="cdam").tiles(z, um, grid).path is None
 
 
 @pytest.mark.parametrize("name", ["CLAM_MB", "STAMP vit", "ours", "TITAN"])

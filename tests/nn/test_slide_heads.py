@@ -57,7 +57,8 @@ def test_the_order_of_the_tiles_means_nothing_but_to_transmil(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [("CLAM_SB", 1), ("CLAM_MB", K), ("AttentionDeepMIL", 1), ("STAMP vit", 4), ("STAMP mlp", 1)]
+    ("name", "rows"),
+    [("CLAM_SB", 1), ("CLAM_MB", K), ("MIL_fc", 1), ("AttentionDeepMIL", 1), ("STAMP vit", 4), ("STAMP mlp", 1)],
 )
 def test_attention_has_a_row_per_branch_or_head(name, rows):
     case, (z, um, cells) = CASES[name](), tiles()
@@ -73,6 +74,19 @@ def test_maximum_pooling_is_channel_by_channel():
     expected = torch.stack([column.sort().values[-1] for column in z.T]) @ head.mlp[0].weight.T + head.mlp[0].bias
     torch.testing.assert_close(head(z), expected)
     assert head.attention(z) is None
+
+
+def test_of_the_best_instance_alone_the_others_are_not_read():
+    torch.manual_seed(0)
+    head, (z, um, cells) = head_of("MIL_fc_mc"), tiles()
+    best = int(head.attention(z)[0].argmax())
+    assert head.attention(z)[0].sum() == 1
+    torch.testing.assert_close(head(z[best : best + 1]), head(z))
+    other = (best + 1) % len(z)
+    changed = z.clone()
+    changed[other] *= 0.99
+    torch.testing.assert_close(head(changed), head(z))
+    torch.testing.assert_close(head.along_path(z, um, grid_of(cells))(0 * z), head(0 * z))
 
 
 def head_of(name: str) -> SlideHead:

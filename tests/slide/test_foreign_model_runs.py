@@ -12,12 +12,14 @@ import torch
 from runs import names
 from small_slides import small_model, write_slide
 
+from maskattn.errors import ManifestError
 from maskattn.explain.slide_heads import SlideHeadCDAM
 from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
 from maskattn.nn.slide_models.card import EncoderFacts, read_card
 from maskattn.nn.slide_models.folder import load_two_stages, save_model
 from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
 from maskattn.nn.slide_models.head import TileGrid
+from maskattn.nn.slide_models.transmil import TransMILHead
 from maskattn.nn.slide_models.two_stage import TwoStageModel
 from maskattn.nn.slide_models.vit import ViTHead
 from maskattn.nn.vit import VisionTransformer
@@ -156,6 +158,26 @@ def test_a_transformer_over_the_grid_reads_the_cells_of_the_features(
     grid = TileGrid(cells[:, 1], cells[:, 0], (20, 20))
     expected = head.eval()(torch.from_numpy(tiles.features_TC), None, grid).tolist()
     assert list(prediction.logits.values()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_rollout_goes_through_all_layers_where_it_is_asked_for(
+    features: Path, clam: Path, settings: RunSettings, tmp_path: Path
+) -> None:
+    torch.manual_seed(2)
+    head = TransMILHead(C, 2, dim=32)
+    folder = save_model(tmp_path / "model", head, loaded_card())
+    (file,) = features.rglob("disc.h5")
+    z, head = torch.from_numpy(read_features(file).features_TC), head.eval()
+    for how, expected in (("last", head.attention(z).mean(0)), ("rollout", head.rollout(z))):
+        one = replace(settings, out_dir=tmp_path / how, features_dir=features, attention=how)
+        assert run_one(file, load_two_stages(folder), one).settings["attention"] == how
+        with h5py.File(tmp_path / how / "disc" / "relevance.h5") as table:
+            np.testing.assert_allclose(table["tiles/attention"][:], expected.detach().numpy(), rtol=1e-4, atol=1e-6)
+    (skipped,) = run_slides([SlideJob("disc", file)], load_two_stages(folder), replace(one, attention="last"))
+    assert skipped.status == "failed"
+    assert "got attention: rollout" in skipped.reason
+    with pytest.raises(ManifestError, match=r"--attention rollout goes through .* \(gated_attention\), which has none"):
+        run_slides([SlideJob("disc", file)], loaded(clam), replace(one, out_dir=tmp_path / "none"))
 
 
 def loaded_card():

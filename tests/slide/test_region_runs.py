@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -14,15 +16,23 @@ from runs import lengths_given_to
 from small_slides import write_slide
 from torch import nn
 
+from maskattn.errors import ManifestError
 from maskattn.explain import FactorisedAttention, ThreeLevelCDAM
+from maskattn.explain.slide_heads import SlideHeadCDAM
 from maskattn.nn import HIPT, TileEncoder, VisionTransformer, load_two_stages
 from maskattn.nn.encoders import EncoderCard
 from maskattn.nn.encoders.regions import RegionEncoder
 from maskattn.nn.hipt_checkpoints import hipt_from_state_dict
+from maskattn.nn.slide_models.pooling import PooledHead
+from maskattn.nn.slide_models.two_stage import TwoStageModel
+from maskattn.slide.extract_request import ExtractSettings
+from maskattn.slide.extraction import extract_slides
 from maskattn.slide.layouts import read_features
+from maskattn.slide.layouts.hierarchical import read_regions
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.prediction import read_prediction
 from maskattn.slide.reader import SlideReader
+from maskattn.slide.regions import encode_stored_regions
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 
@@ -133,9 +143,87 @@ def test_one_region_is_read_at_a_time(
     assert set(held) == {1}
 
 
-def test_a_model_of_regions_needs_the_encoder_of_their_patches(folder: Path, patches: TileEncoder) -> None:
-    with pytest.raises(ValueError, match=r"with the encoder of their patches, got none .*--encoder hipt --weights"):
-        load_two_stages(folder / "best.pt")
+@pytest.fixture(scope="module", params=["none", "tissue"])
+def stored(request, folder: Path, patches: TileEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stored")
+    settings = ExtractSettings(out, layout="slide2vec", region_px=REGION, token_mask=request.param)
+    (outcome,) = extract_slides([SlideJob("disc", folder / "disc.tiff")], patches, settings)
+    assert outcome.status == "ok", outcome.reason
+    return out
+
+
+def test_stored_features_of_patches_give_the_scores_and_the_maps_of_their_patches(
+    stored: Path, folder: Path, original: LocalHIPT, tmp_path: Path
+) -> None:
+    (file,) = (stored / "hierarchical_embeddings").glob("*.pt")
+    model, whole = load_two_stages(folder / "best.pt", classes=CLASSES), hipt_from_state_dict(original.state_dict())
+    settings = RunSettings(tmp_path / "alone", features_dir=stored, tokens=True)
+    (outcome,) = run_slides([SlideJob("disc", file)], model, settings)
+    assert outcome.status == "ok", outcome.reason
+    held = read_regions(file)
+    encoded = encode_stored_regions(held, whole)
+    expected = whole(encoded.embeddings_TC, encoded.keep_HW)
+    logits = [outcome.prediction.logits[name] for name in CLASSES]
+    np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+    cdam = SlideHeadCDAM(whole.slide_encoder, region_level=whole.region_encoder)
+    of_regions = cdam.tiles(encoded.embeddings_TC)
+    features, keep = torch.from_numpy(held.features_TNC), torch.from_numpy(held.keep_TN)
+    features, keep = features[encoded.rows_T], keep[encoded.rows_T]
+    maps = cdam.patches(features, keep, of_regions.gradient_KTC)
+    with h5py.File(tmp_path / "alone" / "disc" / "relevance.h5") as table:
+        np.testing.assert_allclose(table["tiles/relevance"][:], of_regions.relevance_KT.numpy(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(table["tokens/relevance"][:], maps.relevance_KBHW.numpy(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_array_equal(table["tokens/keep"][:].reshape(keep.shape), keep.numpy())
+    # Regions' scores are what their patches and what is on none sum to.
+    total = maps.relevance_KBHW.sum((2, 3)) + maps.unmapped_KB
+    torch.testing.assert_close(total, of_regions.relevance_KT, rtol=1e-2, atol=1e-3)
+    assert any("maps of tokens need the pixels" in note for note in outcome.prediction.notes)
+    # With the slide there are pictures, and the scores are the same.
+    settings = RunSettings(tmp_path / "both", features_dir=stored, tokens=True)
+    (shown,) = run_slides([SlideJob("disc", folder / "disc.tiff")], model, settings)
+    assert shown.status == "ok", shown.reason
+    assert shown.prediction.logits == pytest.approx(outcome.prediction.logits, abs=1e-5)
+    assert (tmp_path / "both" / "disc" / "heatmap_high.png").is_file()
+
+
+def test_stored_features_with_the_slide_and_the_encoder_give_the_maps_of_tokens_of_a_whole_run(
+    stored: Path, folder: Path, patches: TileEncoder, tmp_path: Path
+) -> None:
+    mask = read_regions(next((stored / "hierarchical_embeddings").glob("*.pt"))).token_mask
+    model = load_two_stages(folder / "best.pt", patches, classes=CLASSES, patch_px=REGION, token_mask=mask)
+    jobs, found = [SlideJob("disc", folder / "disc.tiff")], []
+    for name, features in (("given", stored), ("made", None)):
+        (outcome,) = run_slides(jobs, model, RunSettings(tmp_path / name, features_dir=features, tokens=True))
+        assert outcome.status == "ok", outcome.reason
+        with h5py.File(tmp_path / name / "disc" / "relevance.h5") as table:
+            found.append((outcome.prediction.logits, table["tokens/relevance"][:], table["coords"][:]))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    np.testing.assert_array_equal(found[0][2], found[1][2])
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-2, atol=1e-4)
+
+
+def test_stored_features_that_do_not_fit_the_model_are_refused(stored: Path, folder: Path, tmp_path: Path) -> None:
+    (file,) = (stored / "hierarchical_embeddings").glob("*.pt")
+    torch.manual_seed(0)
+    wide = {"img_size": 4, "patch_size": 1, "in_chans": 40, "embed_dim": 24, "depth": 1, "num_heads": 6}
+    of_regions = load_two_stages(folder / "best.pt", classes=CLASSES)
+    narrow = TwoStageModel(of_regions.head, of_regions.card, region_level=VisionTransformer(**wide)).eval()
+    of_tiles = TwoStageModel(PooledHead(24, 3), replace(of_regions.card, kind="pooled")).eval()
+    for model, message in (
+        (narrow, "as wide as the region level reads, got 48 channels in .* and 40 for best"),
+        (of_tiles, r"need a model with a region level \(vit_region\), got best \(pooled\)"),
+    ):
+        (outcome,) = run_slides([SlideJob("disc", file)], model, RunSettings(tmp_path, features_dir=stored))
+        assert outcome.status == "failed"
+        assert re.search(message, outcome.reason), outcome.reason
+        assert not (tmp_path / "disc").exists()
+
+
+def test_a_model_of_regions_needs_the_encoder_of_their_patches_or_their_features(
+    folder: Path, patches: TileEncoder, tmp_path: Path
+) -> None:
+    with pytest.raises(ManifestError, match=r"with the encoder of their patches, got none .*--encoder hipt --weights"):
+        run_slides([SlideJob("disc", folder / "disc.tiff")], load_two_stages(folder / "best.pt"), RunSettings(tmp_path))
     with pytest.raises(ValueError, match="two or more whole patches along, got 100 px of patches of 32 px; take 96"):
         load_two_stages(folder / "best.pt", patches, patch_px=100)
     resized = TileEncoder(patches.vit, EncoderCard("uni", "token", (0.5,) * 3, (0.5,) * 3, 32, 64, 0.5))

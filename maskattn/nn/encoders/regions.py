@@ -19,7 +19,12 @@ from maskattn.nn.hipt import PixelRegions
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
 
-__all__ = ["RegionEncoder"]
+__all__ = ["RegionEncoder", "name_in_regions"]
+
+
+def name_in_regions(patches: str, region_px: int) -> str:
+    """What outputs call the encoder of regions that an encoder of patches is part of."""
+    return f"{patches} in regions of {region_px} px"
 
 
 class RegionEncoder(TileEncoder):
@@ -56,7 +61,7 @@ class RegionEncoder(TileEncoder):
         super().__init__(
             patches.vit,
             EncoderCard(
-                f"{card.name} in regions of {region_px} px",
+                name_in_regions(card.name, region_px),
                 "token",
                 mean,
                 std,

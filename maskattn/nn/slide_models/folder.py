@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maskattn.files import replacing
+from maskattn.nn.encoders.regions import RegionEncoder
 from maskattn.nn.encoders.tile_encoder import TileEncoder
 from maskattn.nn.fitting import joined, misfits
 from maskattn.nn.slide_model import SlideModel, SlideModelConfig
@@ -22,6 +23,7 @@ from maskattn.nn.slide_models.head import SlideHead
 from maskattn.nn.slide_models.kinds import HEADS, head_of_kind
 from maskattn.nn.slide_models.reading import read_checkpoint, tensors_of
 from maskattn.nn.slide_models.two_stage import TwoStageModel, card_of, two_stages, with_encoder
+from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["card_of_checkpoint", "load_model_folder", "load_two_stages", "save_model"]
 
@@ -130,7 +132,7 @@ def load_two_stages(
         encoder: of the tiles; this package's own models bring theirs.
         classes: names of the logits, where the model has none.
         patch_px: side of a tile, where the model's or the encoder's is not meant; of a region for HIPT's and soma's
-            models (4096), whose ``encoder`` is that of patches.
+            models (4096), whose ``encoder`` is that of patches; without one they read stored features of patches.
         spacing_um: µm per px of a tile, where the model's or the encoder's is not meant.
         token_mask: "none" or "tissue", where the model does not say it.
         other_encoder: go on with an encoder, a spacing or a mask that the model was not trained with.
@@ -142,7 +144,7 @@ def load_two_stages(
         FileNotFoundError: there is no such model.
         ValueError: it cannot be read, or was trained with something else than is given.
     """
-    path = Path(path)
+    path, region_level = Path(path), None
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         path = path.parent
     if path.is_dir():
@@ -153,7 +155,9 @@ def load_two_stages(
     elif path.is_file():
         state = tensors_of(read_checkpoint(path))
         if any(key.startswith("vit_region.") for key in state):
-            model, card, encoder = _of_regions(path, state, encoder, classes, patch_px, impl)
+            model, card, region_level = _of_regions(path, state, classes, impl)
+            if encoder is not None:
+                encoder, region_level = RegionEncoder(encoder, region_level, patch_px or 4096), None
         else:
             model, card = _of_checkpoint(path, classes, {**options, "impl": impl})
     else:
@@ -187,7 +191,7 @@ def load_two_stages(
                 f"--token-mask tissue needs a packed vision transformer, got {encoder.name}: {encoder.why_not}; leave "
                 "it out"
             )
-    return TwoStageModel(model, card, encoder).to(device).eval()
+    return TwoStageModel(model, card, encoder, region_level=region_level).to(device).eval()
 
 
 def card_of_checkpoint(path: Path) -> ModelCard:
@@ -218,20 +222,12 @@ def _of_checkpoint(path: Path, classes: Sequence[str] | None, options: dict[str,
 def _of_regions(
     path: Path,
     state: Mapping[str, Tensor],
-    patches: TileEncoder | None,
     classes: Sequence[str] | None,
-    region_px: int | None,
     impl: str | None,
-) -> tuple[SlideHead, ModelCard, TileEncoder]:
-    """HIPT's and soma's model: its region ViT joins the encoder of patches, and what reads regions is the head."""
-    from maskattn.nn.encoders.regions import RegionEncoder
+) -> tuple[SlideHead, ModelCard, VisionTransformer]:
+    """HIPT's and soma's model: what reads regions is the head, and its region ViT is handed on apart."""
     from maskattn.nn.hipt_checkpoints import hipt_from_state_dict
 
-    if patches is None:
-        raise ValueError(
-            f"a model of regions must be run with the encoder of their patches, got none for {path}; give --encoder "
-            "hipt --weights vit256_small_dino.pth, or the one that it was trained with"
-        )
     model = hipt_from_state_dict(state, name=str(path), impl=impl).float()
     head = model.slide_encoder
     assert isinstance(head, SlideHead), "a checkpoint of HIPT has HIPT's slide level"
@@ -242,7 +238,7 @@ def _of_regions(
         head=head.arguments(),
         layout="HIPT",
     )
-    return head, card, RegionEncoder(patches, model.region_encoder, region_px or 4096)
+    return head, card, model.region_encoder
 
 
 def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,8 @@ The class token (or the mean of the tiles) after each of some layers, 0 being th
 side they are what the head reads. Every tile attends to every other: where GigaPath's LongNet attends in dilated
 segments, outputs differ on slides of more tiles than its first segment, 1,024, has.
 
+Its attention is the class token's row of the last layer that is read.
+
 Dimension key: T tiles, C channels, K classes.
 """
 
@@ -15,9 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from maskattn.nn.blocks import Block
 from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.slide_models.attention_rows import rolled_out
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
-from maskattn.nn.slide_models.vit import tokens_on_grid
+from maskattn.nn.slide_models.vit import first_row, tokens_on_grid
 from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["GigaPathHead"]
@@ -37,6 +41,7 @@ class GigaPathHead(SlideHead):
     """
 
     kind: ClassVar[str] = "gigapath"
+    has_layers = True
     reads_grid = True
 
     def __init__(
@@ -71,6 +76,28 @@ class GigaPathHead(SlideHead):
             pooled[number] = self._pooled(tokens)
         logits: Tensor = self.classifier(torch.cat([pooled[layer] for layer in self.layers]))
         return logits
+
+    def attention(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor | None:
+        last = max(self.layers)
+        if self.vit.global_pool != "token" or not last:
+            return None
+        tokens, order_T = tokens_on_grid(self.vit, embeddings_TC, grid)
+        tokens, block = self.vit.run_blocks(tokens, slice(last - 1)), self.vit.blocks[last - 1]
+        assert isinstance(block, Block), "a transformer is made of blocks"
+        rows_AT = block.read_weights(tokens)[:, tokens.num_prefix :]
+        return torch.empty_like(rows_AT).index_copy_(1, order_T, rows_AT)
+
+    def rollout(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor | None:
+        if not max(self.layers):
+            return None
+        tokens, order_T = tokens_on_grid(self.vit, embeddings_TC, grid)
+        row_N = first_row(tokens, self.vit.global_pool == "token")
+        row_T = rolled_out(self.vit, tokens, row_N, max(self.layers))[tokens.num_prefix :]
+        return torch.empty_like(row_T).index_copy_(0, order_T, row_T)
 
     def _pooled(self, tokens: PackedTokens) -> Tensor:
         rows = tokens.rows_TC

@@ -6,6 +6,7 @@ Dimension key: T tiles, C channels of their embeddings, K classes, A attention r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -63,11 +64,13 @@ class SlideHead(nn.Module, ABC):
         kind: how folders of models call it.
         reads_grid: its logits depend on the cells of the tiles.
         reads_um: they depend on the tiles' places in µm.
+        has_layers: it has layers of attention whose weights sum to 1, which :meth:`rollout` goes through.
     """
 
     kind: ClassVar[str]
     reads_grid: bool = False
     reads_um: bool = False
+    has_layers: bool = False
 
     def __init__(self, in_dim: int, num_classes: int) -> None:
         super().__init__()
@@ -112,6 +115,24 @@ class SlideHead(nn.Module, ABC):
     ) -> Float[Tensor, "A T"] | None:
         """The weights with which it reads the tiles, a row per head or class; None where it has no such row."""
         return None
+
+    def rollout(
+        self,
+        embeddings_TC: Float[Tensor, "T C"],
+        coords_um_T2: Float[Tensor, "T 2"] | None = None,
+        grid: TileGrid | None = None,
+    ) -> Float[Tensor, "T"] | None:
+        """Attention carried through all layers to the tiles; None where no layer has weights that sum to 1."""
+        return None
+
+    def along_path(
+        self,
+        embeddings_TC: Float[Tensor, "T C"],
+        coords_um_T2: Float[Tensor, "T 2"] | None,
+        grid: TileGrid | None,
+    ) -> Callable[[Tensor], Float[Tensor, "K"]]:
+        """What a path that ends at these embeddings explains: its logits, with what it chooses there chosen."""
+        return lambda at_TC: self(at_TC, coords_um_T2, grid)
 
     def contributions(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T"] | None:
         """What each tile adds to each logit, where the logits are such sums; None where they are not."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskattn.nn.multihead import MultiheadAttention
+from maskattn.nn.slide_models.attention_rows import carry_down
 from maskattn.nn.slide_models.gated_attention import GatedScores
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
 
@@ -43,6 +44,7 @@ class HIPTHead(SlideHead):
     """
 
     kind: ClassVar[str] = "hipt"
+    has_layers = True
 
     def __init__(
         self,
@@ -78,6 +80,17 @@ class HIPTHead(SlideHead):
     ) -> Tensor:
         return self._rows_and_weights(embeddings_TC)[1]
 
+    def rollout(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor:
+        row_T = self.attention(embeddings_TC)[0]
+        inputs = [self.global_phi(embeddings_TC)]
+        for layer in self.global_transformer.layers:
+            inputs.append(layer(inputs[-1]))
+        for layer, rows_TD in reversed(list(zip(self.global_transformer.layers, inputs, strict=False))):
+            row_T = (row_T + carry_down(row_T, *layer.queries_and_keys(rows_TD))) / 2
+        return row_T
+
     def _rows_and_weights(self, embeddings_TC: Tensor) -> tuple[Tensor, Tensor]:
         rows_TD = self.global_transformer(self.global_phi(embeddings_TC))
         return rows_TD, F.softmax(self.global_attn_pool(rows_TD).T, dim=1)
@@ -103,6 +116,13 @@ class _PostNormLayer(nn.Module):
         self.linear1, self.linear2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
+
+    def queries_and_keys(self, rows_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, D) → (H, T, D / H) each."""
+        attention = self.self_attn
+        qkv = F.linear(rows_TD, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, _ = qkv.unflatten(1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
+        return q, k
 
     def forward(self, rows_TD: Tensor) -> Tensor:
         sequence = rows_TD[None]

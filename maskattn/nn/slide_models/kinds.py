@@ -13,6 +13,7 @@ __all__ = ["HEADS", "head_of_kind"]
 HEADS = {
     "pooled": "pooling.PooledHead",
     "gated_attention": "gated_attention.GatedAttentionHead",
+    "best_instance": "best_instance.BestInstanceHead",
     "transmil": "transmil.TransMILHead",
     "vit": "vit.ViTHead",
     "stamp_alibi": "stamp.DistanceViTHead",

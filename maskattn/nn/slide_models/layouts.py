@@ -1,8 +1,8 @@
 """The layouts of slide models' checkpoints: recognised by their keys and turned into heads.
 
-CLAM (``s_k_checkpoint.pt``: CLAM_SB and CLAM_MB), AttentionDeepMIL, TransMIL, STAMP 2's Lightning checkpoints (vit,
-trans_mil, mlp, linear), TITAN and Prov-GigaPath with the linear head of their fine-tuning, HIPT's and soma's slide
-level.
+CLAM (``s_k_checkpoint.pt``: CLAM_SB, CLAM_MB, MIL_fc, MIL_fc_mc), AttentionDeepMIL, TransMIL, STAMP 2's Lightning
+checkpoints (vit, trans_mil, mlp, linear), TITAN and Prov-GigaPath with the linear head of their fine-tuning, HIPT's and
+soma's slide level.
 
 Dimension key: C width of the embeddings, K classes.
 """
@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from maskattn.nn.adapters.conversion import UnsupportedModelError, build
-from maskattn.nn.fitting import joined, misfits
 from maskattn.nn.slide_encoders import from_gigapath, from_titan
-from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
+from maskattn.nn.slide_models.checkpoint import MOST_NAMED, Checkpoint, HeadFile, filled
+from maskattn.nn.slide_models.clam_layouts import read_best_instance, read_clam, read_deep_mil
 from maskattn.nn.slide_models.gigapath import GigaPathHead
 from maskattn.nn.slide_models.head import SlideHead
 from maskattn.nn.slide_models.hipt import HIPTHead
@@ -33,45 +31,6 @@ from maskattn.nn.slide_models.transmil import TransMILHead
 from maskattn.nn.slide_models.vit import ViTHead
 
 __all__ = ["HeadFile", "head_from_checkpoint", "load_slide_head"]
-
-_MOST_NAMED = 6
-
-
-@dataclass(frozen=True)
-class HeadFile:
-    """A slide head, and what its checkpoint says of it.
-
-    Attributes:
-        head: in eval mode.
-        layout: whose checkpoint it was.
-        classes: names of the K logits; None where the checkpoint has none.
-        facts: what else it says, for the model's card.
-    """
-
-    head: SlideHead
-    layout: str
-    classes: tuple[str, ...] | None = None
-    facts: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """What the readers of layouts read."""
-
-    name: str
-    state: dict[str, Tensor]
-    hyper: Mapping[str, Any]
-    options: Mapping[str, Any]
-
-    def width(self, key: str, axis: int = 0) -> int:
-        """A side of a tensor that the layout must have."""
-        if key not in self.state:
-            raise UnsupportedModelError(f"{self.name} must have the key {key}, and has none of that name")
-        return int(self.state[key].shape[axis])
-
-    def below(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose keys begin so, without it."""
-        return {key.removeprefix(prefix): x for key, x in self.state.items() if key.startswith(prefix)}
 
 
 def load_slide_head(path: str | Path, **options: Any) -> HeadFile:
@@ -97,103 +56,25 @@ def head_from_checkpoint(checkpoint: Mapping[str, Any], *, name: str = "the chec
     if any(key.startswith("model.") for key in state) and not any("vision_encoder." in key for key in state):
         # Lightning's modules keep the network as ``model``, and metrics and weights of the loss beside it.
         state = {key.removeprefix("model."): x for key, x in state.items() if key.startswith("model.")}
-    given = _Checkpoint(name, state, hyper if isinstance(hyper, Mapping) else {}, options)
+    given = Checkpoint(name, state, hyper if isinstance(hyper, Mapping) else {}, options)
     for known, read in _LAYOUTS:
         if any(re.search(known, key) for key in state):
             found = read(given)
             return HeadFile(found.head.eval(), found.layout, found.classes, found.facts)
-    shown = ", ".join(sorted(state)[:_MOST_NAMED]) or "no tensors"
+    shown = ", ".join(sorted(state)[:MOST_NAMED]) or "no tensors"
     raise UnsupportedModelError(
         "a slide model's checkpoint must be one of CLAM, AttentionDeepMIL, TransMIL, STAMP, TITAN, Prov-GigaPath or "
-        f"HIPT, got keys {shown}{', ...' if len(state) > _MOST_NAMED else ''} in {name}; build its head in Python "
+        f"HIPT, got keys {shown}{', ...' if len(state) > MOST_NAMED else ''} in {name}; build its head in Python "
         "(maskattn.nn.SlideHead) and save it as a folder"
     )
 
 
-def _fill(head: SlideHead, state: Mapping[str, Tensor], layout: str, name: str) -> SlideHead:
-    """The head with these weights, in their dtype.
-
-    Raises:
-        UnsupportedModelError: keys or shapes do not fit; they are named.
-    """
-    if wrong := misfits(state, head.state_dict()):
-        raise UnsupportedModelError(
-            f"{name} does not fit the layout of {layout}: {joined(wrong, _MOST_NAMED)}; is it another version's?"
-        )
-    head = head.to(next(x.dtype for x in state.values() if x.is_floating_point()))
-    head.load_state_dict(dict(state))
-    return head
-
-
-def _clam(given: _Checkpoint) -> HeadFile:
-    """CLAM_SB, CLAM_MB: the attention is at 3, or at 2 where an earlier version trained without dropout."""
-    state = {
-        key.replace("attention_net.module.", "attention_net."): x  # spread over several GPUs, it was wrapped
-        for key, x in given.state.items()
-        if "instance_loss_fn" not in key
-    }
-    at = next(
-        (key.split(".")[1] for key in state if re.search(r"^attention_net\.\d+\.(attention_c|module)\.", key)), ""
-    )
-    state = {re.sub(rf"^attention_net\.{at}\.", "attention_net.3.", key) if at else key: x for key, x in state.items()}
-    # Without dropout the last layer of the plain attention moves up too.
-    gate = any(".attention_c." in key for key in state)
-    if not gate:
-        state = {key.replace("attention_net.3.module.2.", "attention_net.3.module.3."): x for key, x in state.items()}
-    checked = _Checkpoint(given.name, state, {}, {})
-    branches = any(key.startswith("classifiers.0.") for key in state)
-    classes = len({key.split(".")[1] for key in state if re.match(r"classifiers\.\d+\.", key)})
-    head = GatedAttentionHead(
-        checked.width("attention_net.0.weight", 1),
-        classes if branches else checked.width("classifiers.weight"),
-        hidden=checked.width("attention_net.0.weight"),
-        attention_dim=checked.width(
-            "attention_net.3.attention_a.0.weight" if gate else "attention_net.3.module.0.weight"
-        ),
-        branch_per_class=branches,
-        gate=gate,
-        instances=any(key.startswith("instance_classifiers.") for key in state),
-    )
-    layout = "CLAM_MB" if branches else "CLAM_SB"
-    return HeadFile(_fill(head, state, layout, given.name), layout)
-
-
-def _deep_mil(given: _Checkpoint) -> HeadFile:
-    """AttentionDeepMIL's gated attention over features as they are; its one logit is that of the second class."""
-    names = {
-        "attention_V.0": "attention_net.3.attention_a.0",
-        "attention_U.0": "attention_net.3.attention_b.0",
-        "attention_w": "attention_net.3.attention_c",
-        "classifier.0": "classifiers",
-        "classifier": "classifiers",
-    }
-    gate = any(key.startswith("attention_U.") for key in given.state)
-    if not gate:
-        names |= {"attention_V.0": "attention_net.3.module.0", "attention_w": "attention_net.3.module.3"}
-    state = {}
-    for key, x in given.state.items():
-        part, _, end = key.rpartition(".")
-        state[f"{names.get(part, part)}.{end}"] = x
-    for end in ("weight", "bias"):
-        last = state.get(f"classifiers.{end}")
-        if last is not None and len(last) == 1:
-            state[f"classifiers.{end}"] = torch.cat([torch.zeros_like(last), last])
-    head = GatedAttentionHead(
-        given.width("attention_V.0.weight", 1),
-        int(state["classifiers.weight"].shape[0]) if "classifiers.weight" in state else 2,
-        hidden=None,
-        attention_dim=given.width("attention_V.0.weight"),
-        gate=gate,
-    )
-    return HeadFile(_fill(head, state, "AttentionDeepMIL", given.name), "AttentionDeepMIL")
-
-
-def _transmil(given: _Checkpoint) -> HeadFile:
+def _transmil(given: Checkpoint) -> HeadFile:
     head = TransMILHead(given.width("_fc1.0.weight", 1), given.width("_fc2.weight"), given.width("_fc1.0.weight"))
-    return _of_stamp(given, _fill(head, given.state, "TransMIL", given.name), "TransMIL")
+    return _of_stamp(given, filled(head, given.state, "TransMIL", given.name), "TransMIL")
 
 
-def _stamp_vit(given: _Checkpoint) -> HeadFile:
+def _stamp_vit(given: Checkpoint) -> HeadFile:
     """STAMP's transformer: with ALiBi as it is, without as this package's own."""
     state = given.state
     dim, in_dim, classes = (
@@ -206,7 +87,7 @@ def _stamp_vit(given: _Checkpoint) -> HeadFile:
     if any(".mhsa.query_encoders." in key for key in state):
         heads = len({key.split(".")[6] for key in state if ".0.0.mhsa.query_encoders." in key})
         head: SlideHead = DistanceViTHead(in_dim, classes, dim, depth, heads, hidden)
-        return _of_stamp(given, _fill(head, state, "STAMP's vit with ALiBi", given.name), "STAMP vit, ALiBi")
+        return _of_stamp(given, filled(head, state, "STAMP's vit with ALiBi", given.name), "STAMP vit, ALiBi")
     arguments = {
         "img_size": 1,
         "patch_size": 1,
@@ -257,17 +138,17 @@ _STAMP = [
 ]
 
 
-def _stamp_mlp(given: _Checkpoint) -> HeadFile:
+def _stamp_mlp(given: Checkpoint) -> HeadFile:
     """STAMP's MLP and linear layer over the mean of the tiles."""
     state = {re.sub(r"^fc\.", "mlp.0.", key): x for key, x in given.state.items()}
     layers = sorted({int(key.split(".")[1]) for key in state if re.match(r"mlp\.\d+\.weight", key)})
-    checked = _Checkpoint(given.name, state, {}, {})
+    checked = Checkpoint(given.name, state, {}, {})
     widths = [checked.width(f"mlp.{layer}.weight") for layer in layers]
     head = PooledHead(checked.width(f"mlp.{layers[0]}.weight", 1), widths[-1], hidden=widths[:-1])
-    return _of_stamp(given, _fill(head, state, "STAMP's mlp", given.name), "STAMP mlp")
+    return _of_stamp(given, filled(head, state, "STAMP's mlp", given.name), "STAMP mlp")
 
 
-def _of_stamp(given: _Checkpoint, head: SlideHead, layout: str) -> HeadFile:
+def _of_stamp(given: Checkpoint, head: SlideHead, layout: str) -> HeadFile:
     """What STAMP's hyperparameters say of a head.
 
     Raises:
@@ -295,7 +176,7 @@ def _of_stamp(given: _Checkpoint, head: SlideHead, layout: str) -> HeadFile:
     return HeadFile(head, layout, classes, facts)
 
 
-def _titan(given: _Checkpoint) -> HeadFile:
+def _titan(given: Checkpoint) -> HeadFile:
     """TITAN's fine-tuned model: the vision encoder, its pooling, and one linear layer."""
     encoder_state = given.below(
         next(key for key in given.state if "vision_encoder." in key).split("vision_encoder.")[0]
@@ -321,10 +202,10 @@ def _titan(given: _Checkpoint) -> HeadFile:
     state = {f"vit.{key}": x for key, x in vit.state_dict().items()}
     state |= {key: x for key, x in vision.items() if key.startswith(poolers)}
     state |= {f"head.{key}": x for key, x in given.below(head_key).items()}
-    return HeadFile(_fill(head, state, "TITAN", given.name), "TITAN")
+    return HeadFile(filled(head, state, "TITAN", given.name), "TITAN")
 
 
-def _gigapath(given: _Checkpoint) -> HeadFile:
+def _gigapath(given: Checkpoint) -> HeadFile:
     """GigaPath's fine-tuned model: ``slide_encoder`` and ``classifier.0``."""
     layers = given.options.get("layers") or (11,)
     vit = from_gigapath(
@@ -342,10 +223,10 @@ def _gigapath(given: _Checkpoint) -> HeadFile:
     head = GigaPathHead(vit, given.width("classifier.0.weight"), layers)
     state = {f"vit.{key}": x for key, x in vit.state_dict().items()}
     state |= {f"classifier.{key}": x for key, x in given.below("classifier.").items()}
-    return HeadFile(_fill(head, state, "Prov-GigaPath", given.name), "Prov-GigaPath")
+    return HeadFile(filled(head, state, "Prov-GigaPath", given.name), "Prov-GigaPath")
 
 
-def _hipt(given: _Checkpoint) -> HeadFile:
+def _hipt(given: Checkpoint) -> HeadFile:
     """HIPT's and soma's slide level, over embeddings of regions."""
     if given.below("vit_region."):
         raise UnsupportedModelError(
@@ -361,17 +242,18 @@ def _hipt(given: _Checkpoint) -> HeadFile:
         len(layers),
         impl=given.options.get("impl"),
     )
-    return HeadFile(_fill(head, given.state, "HIPT", given.name), "HIPT")
+    return HeadFile(filled(head, given.state, "HIPT", given.name), "HIPT")
 
 
-_LAYOUTS: tuple[tuple[str, Callable[[_Checkpoint], HeadFile]], ...] = (
+_LAYOUTS: tuple[tuple[str, Callable[[Checkpoint], HeadFile]], ...] = (
     (r"^vit_region\.|^global_phi\.", _hipt),
-    (r"^attention_net\.", _clam),
-    (r"^attention_V\.", _deep_mil),
+    (r"^attention_net\.", read_clam),
+    (r"^attention_V\.", read_deep_mil),
     (r"vision_encoder\.", _titan),
     (r"^slide_encoder\.encoder\.layers\.", _gigapath),
     (r"^layer1\.attn\.to_qkv\.", _transmil),
     (r"^project_features\.0\.", _stamp_vit),
     (r"^mlp\.\d+\.weight$|^fc\.weight$", _stamp_mlp),
+    (r"^fc\.(?:module\.)?0\.weight$|^classifier\.(?:module\.)?0\.weight$", read_best_instance),
 )
 """A key that only the layout has, and what reads it."""

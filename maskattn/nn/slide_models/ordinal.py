@@ -12,7 +12,7 @@ Dimension key: T tiles, C channels, K classes, A attention rows, J = K − 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +42,7 @@ class OrdinalHead(SlideHead):
         built = below if isinstance(below, SlideHead) else head_of_kind(below_kind or "", below, impl)
         super().__init__(built.in_dim, built.num_classes + 1)
         self.below = built
-        self.reads_grid, self.reads_um = built.reads_grid, built.reads_um
+        self.reads_grid, self.reads_um, self.has_layers = built.reads_grid, built.reads_um, built.has_layers
 
     def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
         return {"below_kind": self.below.kind, "below": self.below.arguments()}
@@ -56,6 +56,17 @@ class OrdinalHead(SlideHead):
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor | None:
         return self.below.attention(embeddings_TC, coords_um_T2, grid)
+
+    def rollout(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor | None:
+        return self.below.rollout(embeddings_TC, coords_um_T2, grid)
+
+    def along_path(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
+    ) -> Callable[[Tensor], Tensor]:
+        of_below = self.below.along_path(embeddings_TC, coords_um_T2, grid)
+        return lambda at_TC: ordinal_logits(of_below(at_TC))
 
 
 def ordinal_logits(going_on_J: Tensor) -> Tensor:

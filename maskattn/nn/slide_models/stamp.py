@@ -89,6 +89,16 @@ class DistanceAttention(nn.Module):
         rows: Tensor = self.fc(torch.cat(parts, dim=1).transpose(0, 1).flatten(1))
         return rows
 
+    def row(self, x_NC: Tensor, coords_N2: Tensor) -> Tensor:
+        """(N, C), (N, 2) in µm → (H, N): the weights of the first token's query, penalty and all."""
+        rows = []
+        distance_N = (coords_N2 - coords_N2[0]).square().sum(dim=1).sqrt()
+        for query, key, part in zip(self.query_encoders, self.key_encoders, self.attentions, strict=True):
+            q_D, k_ND = query(x_NC[0]), key(x_NC)
+            weights_N = (k_ND @ q_D * len(q_D) ** -0.5).softmax(dim=0)
+            rows.append(weights_N - cast(DistancePenalty, part).factor() * distance_N)
+        return torch.stack(rows)
+
 
 def _penalised(q: Tensor, k: Tensor, v: Tensor, at_R2: Tensor, coords_N2: Tensor, factor_H: Tensor) -> Tensor:
     distances_RN = torch.cdist(at_R2, coords_N2, compute_mode="donot_use_mm_for_euclid_dist")
@@ -174,3 +184,17 @@ class DistanceViTHead(SlideHead):
             x_NC = block(x_NC, coords_N2)
         logits: Tensor = self.mlp_head(transformer.norm(x_NC[0]))
         return logits
+
+    def attention(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor:
+        self.check(embeddings_TC, coords_um_T2, grid)
+        assert coords_um_T2 is not None, "it has been checked that there are places"
+        coords_N2 = F.pad(coords_um_T2.to(embeddings_TC), (0, 0, 1, 0))
+        x_NC = torch.cat([self.class_token[None], self.project_features(embeddings_TC)])
+        layers: Any = self.transformer.layers
+        for block in layers[:-1]:
+            x_NC = block(x_NC, coords_N2)
+        attention = layers[-1][0]
+        rows_AN: Tensor = attention.mhsa.row(attention.norm(x_NC), coords_N2)
+        return rows_AN[:, 1:]

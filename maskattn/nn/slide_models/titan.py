@@ -4,6 +4,9 @@ The transformer with 2-D ALiBi gives every token after the last norm; a learnt q
 e = MultiheadAttention(LayerNorm(query), LayerNorm(tokens)), 8 heads; logits = W e + b. ("Parallel" pooling; where it is
 a "cascade", the query reads what 128 other queries have read.) Features are CONCH v1.5's of tiles of 512 px at 20x.
 
+Its attention is that of the pooling: a row per head of the last query, in a cascade through the 128, whose weights are
+the mean over their heads.
+
 Dimension key: T tiles, N tokens with the class token, C channels, K classes, Q queries.
 """
 
@@ -11,9 +14,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.slide_models.attention_rows import rolled_out
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
 from maskattn.nn.slide_models.vit import tokens_on_grid
 from maskattn.nn.vit import VisionTransformer
@@ -43,6 +49,12 @@ class AttentionalPooler(nn.Module):
         read: Tensor = self.attn(self.ln_q(self.query), keys, keys, need_weights=False)[0]
         return read
 
+    def weights(self, tokens_NC: Tensor) -> Tensor:
+        """(N, C) → (H, Q, N): what each query's read is made of."""
+        keys = self.ln_k(tokens_NC)
+        weights: Tensor = self.attn(self.ln_q(self.query), keys, keys, average_attn_weights=False)[1]
+        return weights
+
 
 class TitanHead(SlideHead):
     """TITAN's slide encoder, its pooling and a linear head.
@@ -60,6 +72,7 @@ class TitanHead(SlideHead):
     """
 
     kind: ClassVar[str] = "titan"
+    has_layers = True
     reads_grid = True
 
     def __init__(
@@ -88,9 +101,34 @@ class TitanHead(SlideHead):
     def logits(  # noqa: D102 (as of SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
-        tokens = self.vit.run_blocks(tokens_on_grid(self.vit, embeddings_TC, grid)[0])
-        rows = self.vit.norm(tokens.rows_TC)
+        rows = self._normed(tokens_on_grid(self.vit, embeddings_TC, grid)[0])
         if self.attn_pool is not None:
             rows = self.attn_pool(rows)
         logits: Tensor = self.head(self.attn_pool_contrastive(rows)[0])
         return logits
+
+    def attention(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor:
+        tokens, order_T = tokens_on_grid(self.vit, embeddings_TC, grid)
+        rows_AT = self._pooling(self._normed(tokens))[:, tokens.num_prefix :]
+        return torch.empty_like(rows_AT).index_copy_(1, order_T, rows_AT)
+
+    def rollout(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor:
+        tokens, order_T = tokens_on_grid(self.vit, embeddings_TC, grid)
+        row_N = self._pooling(self._normed(tokens)).mean(dim=0)
+        row_T = rolled_out(self.vit, tokens, row_N)[tokens.num_prefix :]
+        return torch.empty_like(row_T).index_copy_(0, order_T, row_T)
+
+    def _normed(self, tokens: PackedTokens) -> Tensor:
+        rows: Tensor = self.vit.norm(self.vit.run_blocks(tokens).rows_TC)
+        return rows
+
+    def _pooling(self, rows_NC: Tensor) -> Tensor:
+        """(N, C) → (A, N): the weights of the last query's heads; in a cascade through those of the queries between."""
+        if self.attn_pool is None:
+            return self.attn_pool_contrastive.weights(rows_NC)[:, 0]
+        last_AQ = self.attn_pool_contrastive.weights(self.attn_pool(rows_NC))[:, 0]
+        return last_AQ @ self.attn_pool.weights(rows_NC).mean(dim=0)

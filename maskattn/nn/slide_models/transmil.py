@@ -7,7 +7,8 @@ conv5(x) + conv3(x), depthwise; the second layer; logits = W (LayerNorm(class to
 Nyström attention (Xiong et al., AAAI 2021) with m landmarks, means of consecutive tokens: zeros are put before the
 sequence until m divides it, and  S(q k̃ᵀ) · pinv(S(q̃ k̃ᵀ)) · S(q̃ kᵀ) v + conv33(v),  S the softmax over rows and pinv six
 steps of Razavi's iteration. Both outer factors are attention of few queries or over few keys: nothing of size N × N
-exists, and they are never written down.
+exists, and they are never written down. The class token's row of that product, below 0 in places since a pseudo-inverse
+is, is the second layer's attention; rollout passes the convolutions over, as it does MLPs.
 
 Parameters are named as TransMIL's, and STAMP's version of it.
 
@@ -54,17 +55,42 @@ class NystromAttention(nn.Module):
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """(N, C) → (N, C)."""
-        N, m = len(x_NC), self.landmarks
-        x_NC = F.pad(x_NC, (0, 0, -N % m, 0))
-        q, k, v = self.to_qkv(x_NC).unflatten(1, (3, _HEADS, -1)).permute(1, 2, 0, 3)[:, None]  # [1, H, N, D] each
-        q_of_groups, k_of_groups = (x.unflatten(2, (m, -1)).mean(dim=3) for x in (q, k))
-        scale = q.shape[-1] ** -0.5
-        between = (scale * q_of_groups @ k_of_groups.transpose(2, 3)).softmax(dim=-1)  # [1, H, m, m]
+        q, k, v, q_of_groups, k_of_groups = self._operands(x_NC)
         read = F.scaled_dot_product_attention(q_of_groups, k, v)
-        out = F.scaled_dot_product_attention(q, k_of_groups, _pseudo_inverse(between) @ read)
+        out = F.scaled_dot_product_attention(q, k_of_groups, self._between(q_of_groups, k_of_groups) @ read)
         out = out + self.res_conv(v)
         rows: Tensor = self.to_out(out[0].transpose(0, 1).flatten(1))
-        return rows[len(rows) - N :]
+        return rows[len(rows) - len(x_NC) :]
+
+    def carried(self, x_NC: Tensor, row_N: Tensor) -> Tensor:
+        """(N, C), (N,) → (H, N): a row over the outputs through each head's weights, of which m rows exist at a time.
+
+        The weights are those of the product of three; the convolution of the values is no part of them, and what falls
+        on the zeros before the sequence is left out.
+        """
+        q, k, _, q_of_groups, k_of_groups = self._operands(x_NC)
+        between, scale = self._between(q_of_groups, k_of_groups)[0], q.shape[-1] ** -0.5
+        padded_N = F.pad(row_N, (q.shape[2] - len(row_N), 0))
+        some = padded_N.nonzero()[:, 0]
+        rows = []
+        for h in range(_HEADS):
+            first = (scale * q[0, h, some] @ k_of_groups[0, h].T).softmax(dim=-1)  # [queries, m]
+            last = (scale * q_of_groups[0, h] @ k[0, h].T).softmax(dim=-1)  # [m, N]
+            rows.append(padded_N[some] @ first @ between[h] @ last)
+        return torch.stack(rows)[:, q.shape[2] - len(row_N) :]
+
+    def _operands(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v (1, H, N, D), with zeros before the sequence, and the landmarks of q and k (1, H, m, D)."""
+        m = self.landmarks
+        x_NC = F.pad(x_NC, (0, 0, -len(x_NC) % m, 0))
+        q, k, v = self.to_qkv(x_NC).unflatten(1, (3, _HEADS, -1)).permute(1, 2, 0, 3)[:, None]
+        q_of_groups, k_of_groups = (x.unflatten(2, (m, -1)).mean(dim=3) for x in (q, k))
+        return q, k, v, q_of_groups, k_of_groups
+
+    def _between(self, q_of_groups: Tensor, k_of_groups: Tensor) -> Tensor:
+        """The pseudo-inverse (1, H, m, m) of the landmarks' weights."""
+        scale = q_of_groups.shape[-1] ** -0.5
+        return _pseudo_inverse((scale * q_of_groups @ k_of_groups.transpose(2, 3)).softmax(dim=-1))
 
 
 def _pseudo_inverse(x: Tensor) -> Tensor:
@@ -88,6 +114,17 @@ class NystromLayer(nn.Module):
     def forward(self, x_NC: Tensor) -> Tensor:
         """(N, C) → (N, C)."""
         return x_NC + cast(Tensor, self.attn(self.norm(x_NC)))
+
+    def carried(self, x_NC: Tensor, row_N: Tensor) -> Tensor:
+        """A row (N,) through the attention's weights: :meth:`NystromAttention.carried`."""
+        return self.attn.carried(self.norm(x_NC), row_N)
+
+
+def _unit(x_NC: Tensor) -> Tensor:
+    """The row (N,) of the class token alone."""
+    row_N = x_NC.new_zeros(len(x_NC))
+    row_N[0] = 1
+    return row_N
 
 
 class SquareConvolutions(nn.Module):
@@ -116,6 +153,7 @@ class TransMILHead(SlideHead):
     """
 
     kind: ClassVar[str] = "transmil"
+    has_layers = True
 
     def __init__(self, in_dim: int, num_classes: int, dim: int = 512) -> None:
         super().__init__(in_dim, num_classes)
@@ -136,13 +174,41 @@ class TransMILHead(SlideHead):
     def logits(  # noqa: D102 (as of SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
-        rows = self._fc1(embeddings_TC)
-        side = math.isqrt(len(rows) - 1) + 1
-        x = torch.cat([self.cls_token[0], rows, rows[: side * side - len(rows)]])
+        x, side = self._tokens(embeddings_TC)
         x = self._run(self.layer1, x)
         x = self._run(self.layer2, self._run(self.pos_layer, x, side))
         logits: Tensor = self._fc2(self.norm(x[0]))
         return logits
+
+    def attention(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor:
+        x, side = self._tokens(embeddings_TC)
+        x = self.pos_layer(self.layer1(x), side)
+        return self._of_tiles(self.layer2.carried(x, _unit(x)), len(embeddings_TC))
+
+    def rollout(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor:
+        before_first, side = self._tokens(embeddings_TC)
+        before_second = self.pos_layer(self.layer1(before_first), side)
+        row_N = _unit(before_first)
+        for layer, x_NC in ((self.layer2, before_second), (self.layer1, before_first)):
+            row_N = (row_N + layer.carried(x_NC, row_N).mean(dim=0)) / 2
+        return self._of_tiles(row_N[None], len(embeddings_TC))[0]
+
+    def _tokens(self, embeddings_TC: Tensor) -> tuple[Tensor, int]:
+        """The class token, the tiles and the repeats that fill the square; and its side."""
+        rows = self._fc1(embeddings_TC)
+        side = math.isqrt(len(rows) - 1) + 1
+        return torch.cat([self.cls_token[0], rows, rows[: side * side - len(rows)]]), side
+
+    @staticmethod
+    def _of_tiles(rows_AN: Tensor, tiles: int) -> Tensor:
+        """Rows over tokens as rows over tiles: a repeat counts for its tile."""
+        of_tiles, repeats = rows_AN[:, 1 : 1 + tiles].clone(), rows_AN[:, 1 + tiles :]
+        of_tiles[:, : repeats.shape[1]] += repeats
+        return of_tiles
 
     def _run(self, layer: nn.Module, x_NC: Tensor, *more: int) -> Tensor:
         if len(x_NC) > _RECOMPUTE_ABOVE and torch.is_grad_enabled():

@@ -11,11 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from maskattn.nn.encoders.regions import RegionEncoder
 from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
 from maskattn.nn.slide_model import SlideModel, SlideModelConfig
 from maskattn.nn.slide_models.card import EncoderFacts, ModelCard
 from maskattn.nn.slide_models.head import SlideHead
 from maskattn.nn.slide_models.vit import ViTHead
+from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
 
 __all__ = ["TwoStageModel", "card_of", "two_stages", "with_encoder"]
@@ -29,13 +31,20 @@ class TwoStageModel(nn.Module):
         card: of the model; what it leaves open of the tiles is the encoder's.
         encoder: of the tiles; None where features are given.
         whole: the model that both were taken from, where there is one.
+        region_level: what embeds regions for the head from features of their patches, where these may be given; None
+            takes the encoder's, where that is one of regions.
 
     Raises:
         ValueError: the encoder's features do not have the head's width, or there is not a name for each logit.
     """
 
     def __init__(
-        self, head: SlideHead, card: ModelCard, encoder: TileEncoder | None = None, whole: SlideModel | None = None
+        self,
+        head: SlideHead,
+        card: ModelCard,
+        encoder: TileEncoder | None = None,
+        whole: SlideModel | None = None,
+        region_level: VisionTransformer | None = None,
     ) -> None:
         super().__init__()
         if len(card.classes) != head.num_classes:
@@ -52,6 +61,30 @@ class TwoStageModel(nn.Module):
         self.encoder = encoder
         self.whole = [whole]  # in a list, so that it is no module of this one too
         self.card = card
+        self._region_level = region_level
+
+    @property
+    def region_level(self) -> VisionTransformer | None:
+        """What embeds regions for the head from features of their patches; None where it reads tiles."""
+        if self._region_level is None and isinstance(self.encoder, RegionEncoder):
+            return self.encoder.levels.region_encoder
+        return self._region_level
+
+    @property
+    def why_no_tiles(self) -> str:
+        """Why tiles cannot be encoded, with the remedy; empty where they can."""
+        if self.encoder is not None:
+            return ""
+        if self._region_level is not None:
+            return (
+                f"a model of regions must be run with the encoder of their patches, got none for {self.card.name}; "
+                "give --encoder hipt --weights vit256_small_dino.pth, or the one that it was trained with, or a folder "
+                "of stored features of patches (--features)"
+            )
+        return (
+            f"a slide model reads features of tiles, got none for {self.card.name}: name the encoder that it was "
+            "trained with (--encoder), or give a folder of its features (--features)"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +137,10 @@ class TwoStageModel(nn.Module):
             return self.whole[0].identity()
         digest = hashlib.sha256(self.card.to_json().encode())
         digest.update(b"" if self.encoder is None else self.encoder.sha256.encode())
-        for name, x in sorted(self.head.state_dict().items()):
+        state = self.head.state_dict()
+        if self._region_level is not None:
+            state |= {f"region_level.{name}": x for name, x in self._region_level.state_dict().items()}
+        for name, x in sorted(state.items()):
             digest.update(name.encode())
             digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.slide_models.attention_rows import rolled_out
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float, Int
 
-__all__ = ["ViTHead", "tokens_on_grid"]
+__all__ = ["ViTHead", "first_row", "tokens_on_grid"]
 
 
 class ViTHead(SlideHead):
@@ -33,6 +34,7 @@ class ViTHead(SlideHead):
     """
 
     kind: ClassVar[str] = "vit"
+    has_layers = True
 
     def __init__(self, vit: VisionTransformer | dict[str, Any], impl: str | None = None) -> None:
         encoder = VisionTransformer(**{**vit, "impl": impl}) if isinstance(vit, dict) else vit
@@ -68,6 +70,24 @@ class ViTHead(SlideHead):
         tokens, order_T = self.tokens(embeddings_TC, grid)
         rows_AT = self.vit.last_block.read_weights(self.vit.before_last_block(tokens))[:, tokens.num_prefix :]
         return torch.empty_like(rows_AT).index_copy_(1, order_T, rows_AT)
+
+    def rollout(  # noqa: D102 (as of SlideHead)
+        self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
+    ) -> Tensor:
+        tokens, order_T = self.tokens(embeddings_TC, grid)
+        row_N = first_row(tokens, self.vit.global_pool == "token")
+        row_T = rolled_out(self.vit, tokens, row_N)[tokens.num_prefix :]
+        return torch.empty_like(row_T).index_copy_(0, order_T, row_T)
+
+
+def first_row(tokens: PackedTokens, of_class_token: bool) -> Float[Tensor, "N"]:
+    """Where rollout begins: at the class token, or evenly at all tiles."""
+    row_N = tokens.rows_TC.new_zeros(len(tokens.rows_TC))
+    if of_class_token:
+        row_N[0] = 1
+    else:
+        row_N[tokens.num_prefix :] = 1 / (len(row_N) - tokens.num_prefix)
+    return row_N
 
 
 def tokens_on_grid(

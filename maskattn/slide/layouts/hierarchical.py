@@ -37,7 +37,18 @@ from maskattn.slide.names import as_text
 if TYPE_CHECKING:
     from maskattn.slide.reader import SlideInfo
 
-__all__ = ["RegionFeatures", "RegionLayout", "TakeRegions", "read_regions", "regions_path", "writing_regions"]
+__all__ = [
+    "RegionFeatures",
+    "RegionLayout",
+    "TakeRegions",
+    "find_regions",
+    "list_regions",
+    "read_regions",
+    "regions_path",
+    "writing_regions",
+]
+
+_FOLDER = "hierarchical_embeddings"
 
 TakeRegions = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], None]
 """Takes features (B, N, C), coordinates (B, 2) in level-0 pixels and the regions' fractions of tissue (B,) or None."""
@@ -58,7 +69,19 @@ class RegionFeatures(TileCoords):
 
 def regions_path(root: str | Path, slide_id: str) -> Path:
     """Where a slide's features of regions lie below a folder."""
-    return Path(root) / "hierarchical_embeddings" / f"{slide_id}.pt"
+    return Path(root) / _FOLDER / f"{slide_id}.pt"
+
+
+def find_regions(root: str | Path, slide_id: str) -> Path | None:
+    """The file of a slide's regions below a folder that a user named, or in it; None where there is none."""
+    return list_regions(root).get(slide_id)
+
+
+def list_regions(root: str | Path) -> dict[str, Path]:
+    """The files of regions below a folder, or in it, by the ids of their slides."""
+    root = Path(root)
+    folder = root if root.name == _FOLDER else root / _FOLDER
+    return {path.stem: path for path in sorted(folder.glob("*.pt"))}
 
 
 @contextmanager
