@@ -109,7 +109,7 @@ def _calls(network: str, folder: Path, contenders: Sequence[str] = CONTENDERS) -
     calls: dict[str, Callable[[], object]] = {}
     masks = [name for name in contenders if name != "timm"]
     if masks:
-        ours = TileEncoder(from_timm(theirs), card)
+        ours = TileEncoder(from_timm(theirs, copy="timm" in contenders), card)  # else taken over, as load_encoder does
         job, identity = SlideJob("slide", folder / "slide.tiff", mask_path=folder / "mask.png"), identify_encoder(ours)
     if "timm" not in contenders:
         del theirs

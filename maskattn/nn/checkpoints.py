@@ -84,7 +84,7 @@ def load_vit(
         return _load_from_hub(name.removeprefix("hf-hub:"), impl, arguments).eval()
     if Path(source).is_dir():
         return _load_folder(Path(source), impl, arguments).eval()
-    return from_state_dict(read_weights(source), num_heads=num_heads, name=name, impl=impl, **arguments)
+    return from_state_dict(read_weights(source), num_heads=num_heads, name=name, impl=impl, copy=False, **arguments)
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -100,14 +100,25 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             f"there is no file {path}; a name begins with timm: or hf-hub:, e.g. hf-hub:MahmoodLab/UNI2-h"
         )
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        return _read_safetensors(path)
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(f"weights end in .safetensors, .pt, .pth, .bin or .ckpt, got {path}")
     # DINO and HIPT keep the arguments of their training beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors of a file, mapped one at a time: what is mapped counts as memory until it is let go."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+    state = {}
+    for key in keys:
+        with safe_open(path, "pt") as file:
+            state[key] = file.get_tensor(key).clone()
+    return state
 
 
 def from_state_dict(
@@ -116,6 +127,7 @@ def from_state_dict(
     num_heads: int | None = None,
     name: str = "the checkpoint",
     impl: str | None = None,
+    copy: bool = True,
     **arguments: Any,
 ) -> VisionTransformer:
     """Build a packed vision transformer from a checkpoint's tensors.
@@ -125,6 +137,7 @@ def from_state_dict(
         num_heads: which no tensor says, but for models with a q/k norm.
         name: what a message calls it.
         impl: implementation of the attention; None takes the best.
+        copy: False takes the checkpoint's own tensors, where they are not needed afterwards.
         arguments: of :class:`VisionTransformer`, where they differ from what the tensors say (``global_pool``,
             ``act_layer``, ``norm_eps``, ``img_size`` of a grid that is not square), or to differ from what the layout's
             own library does (``pos_embed_resample``: "dino" for training checkpoints of DINO, HIPT's and DINOv2's
@@ -150,7 +163,7 @@ def from_state_dict(
             f"weights do not say how many heads share the {inferred['embed_dim']} channels of {name}; pass num_heads "
             f"(ViTs of 64 channels a head have {inferred['embed_dim'] // 64})"
         )
-    return build(name, {**inferred, "num_heads": num_heads, **arguments}, state, impl=impl)
+    return build(name, {**inferred, "num_heads": num_heads, **arguments}, state, impl=impl, copy=copy)
 
 
 def _load_timm(name: str, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
@@ -161,7 +174,7 @@ def _load_timm(name: str, impl: str | None, arguments: dict[str, Any]) -> Vision
     except Exception as error:
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
         raise explained(error, getattr(config, "hf_hub_id", None) or name) from error
-    return from_timm(model, impl=impl)
+    return from_timm(model, impl=impl, copy=False)
 
 
 def _load_from_hub(name: str, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
@@ -204,13 +217,13 @@ def _load_transformers(
     if config["model_type"] in CLIP_FAMILIES:
         # AutoModel would leave the projection out.
         tower = transformers.CLIPVisionModelWithProjection.from_pretrained(name, **arguments)
-        return from_transformers(tower, impl=impl)
+        return from_transformers(tower, impl=impl, copy=False)
     # AutoModel would leave a classifier's head out.
     classifies = any(kind.endswith("ForImageClassification") for kind in config.get("architectures") or ())
     if config["model_type"] in SIGLIP_FAMILIES and not classifies:
         return from_transformers(transformers.SiglipVisionModel.from_pretrained(name, **arguments), impl=impl)
     loader = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
-    return from_transformers(loader.from_pretrained(name, **arguments), impl=impl)
+    return from_transformers(loader.from_pretrained(name, **arguments), impl=impl, copy=False)
 
 
 def explained(error: Exception, name: str) -> Exception:

@@ -21,7 +21,7 @@ import timm
 import transformers
 from safetensors.torch import save_file
 
-from maskattn.nn import TileEncoder, VisionTransformer, load_encoder
+from maskattn.nn import TileEncoder, VisionTransformer, from_timm, load_encoder
 from maskattn.nn.encoders import EncoderCard, load_entry
 from maskattn.nn.encoders.entry import EncoderEntry
 from maskattn.nn.encoders.table import ENCODERS, entry_named, entry_of_hub, nearest_names
@@ -311,3 +311,24 @@ def test_sides_that_are_no_whole_tokens_are_refused():
         TileEncoder(VisionTransformer(img_size=64, embed_dim=24, depth=1, num_heads=2), card)
     with pytest.raises(TypeError, match="uint8 RGB pixels"):
         load_encoder("timm:vit_tiny_patch16_224", pretrained=False).encode_tiles(torch.rand(1, 3, 224, 224))
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_weights_are_held_once_while_a_network_is_loaded(ending: str, tmp_path: Path):
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0).eval()
+    path = tmp_path / f"tiny.{ending}"
+    save_file(theirs.state_dict(), path) if ending == "safetensors" else torch.save(theirs.state_dict(), path)
+    entry = EncoderEntry("tiny", "", "timm", "", 192, "token", (0.5,) * 3, (0.5,) * 3, 224, 224, None, "", "",
+                         architecture="vit_tiny_patch16_224", arguments={"depth": 1})  # fmt: skip
+    network = build_timm(entry, path, {})
+    assert not any(x.is_meta for x in (*network.parameters(), *network.buffers()))
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    taken = {name: x.data_ptr() for name, x in network.named_parameters()}
+    ours, copied = from_timm(network, copy=False), from_timm(network)
+    assert {name: x.data_ptr() for name, x in ours.named_parameters()} == taken
+    assert not set(taken.values()) & {x.data_ptr() for x in copied.parameters()}
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(network(images), theirs(images))
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours(images), copied(images))

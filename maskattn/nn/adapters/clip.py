@@ -37,7 +37,7 @@ _OUTSIDE = {
 }
 
 
-def from_clip(model: Any, *, impl: str | None = None) -> VisionTransformer:
+def from_clip(model: Any, *, impl: str | None = None, copy: bool = True) -> VisionTransformer:
     """The image tower of a CLIP of transformers, with the same outputs in eval mode.
 
     With a projection (``CLIPModel``, ``CLIPVisionModelWithProjection``) the output is the image's embedding in the
@@ -47,6 +47,7 @@ def from_clip(model: Any, *, impl: str | None = None) -> VisionTransformer:
     Args:
         model: of transformers.
         impl: implementation of the attention; None takes the best.
+        copy: False takes the model's own weights, where it is not needed afterwards.
 
     Raises:
         UnsupportedModelError: a ValueError that names every part that ours has not.
@@ -79,7 +80,7 @@ def from_clip(model: Any, *, impl: str | None = None) -> VisionTransformer:
         "attn_drop_rate": config.attention_dropout,
         "norm_eps": config.layer_norm_eps,
     }
-    return build(kind, arguments, state, training=model.training, impl=impl)
+    return build(kind, arguments, state, training=model.training, impl=impl, copy=copy)
 
 
 def rename_tower(theirs: Mapping[str, Tensor], outside: Mapping[str, str]) -> dict[str, Tensor]:

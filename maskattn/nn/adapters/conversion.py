@@ -42,8 +42,9 @@ def build(
     drop_paths: Sequence[float] = (),
     training: bool = False,
     impl: str | None = None,
+    copy: bool = True,
 ) -> VisionTransformer:
-    """Our model with these arguments and weights, copied, on their device and in their dtype.
+    """Our model with these arguments and weights, on their device and in the dtype of the first.
 
     Args:
         name: what a message calls the model converted.
@@ -53,6 +54,7 @@ def build(
         drop_paths: stochastic depth of each block; none where empty.
         training: whether it is in train mode.
         impl: implementation of the attention.
+        copy: whether the weights are copied; else they are taken over as they are, and nothing is held twice.
 
     Raises:
         UnsupportedModelError: keys or shapes do not fit; they are named.
@@ -62,8 +64,12 @@ def build(
         model = VisionTransformer(**arguments, impl=impl)
     refuse(name, misfits(state, model.state_dict()))
     first = next(iter(state.values()))
-    model = model.to(first.dtype).to_empty(device=first.device)
-    model.load_state_dict(dict(state))
+    model = model.to(first.dtype)
+    if copy:
+        model = model.to_empty(device=first.device)
+        model.load_state_dict(dict(state))
+    else:
+        model.load_state_dict({key: x.detach().to(first).contiguous() for key, x in state.items()}, assign=True)
     for block, share in zip(model.blocks, drop_paths, strict=bool(drop_paths)):
         for drop_path in (cast(Block, block).drop_path1, cast(Block, block).drop_path2):
             drop_path.share = share

@@ -33,7 +33,9 @@ _IN_POOL = {
 }
 
 
-def from_siglip(model: Any, *, global_pool: str | None = None, impl: str | None = None) -> VisionTransformer:
+def from_siglip(
+    model: Any, *, global_pool: str | None = None, impl: str | None = None, copy: bool = True
+) -> VisionTransformer:
     """The image tower of a SigLIP of transformers, with the same outputs in eval mode.
 
     The output of ``SiglipModel`` and ``SiglipVisionModel`` is the image's embedding in the space of texts, not
@@ -44,6 +46,7 @@ def from_siglip(model: Any, *, global_pool: str | None = None, impl: str | None 
         model: of transformers.
         global_pool: for a tower without its attention pooling (``vision_use_head=False``): "avg" or "".
         impl: implementation of the attention; None takes the best.
+        copy: False takes the model's own weights, where it is not needed afterwards.
 
     Raises:
         UnsupportedModelError: a ValueError that names every part that ours has not.
@@ -89,7 +92,7 @@ def from_siglip(model: Any, *, global_pool: str | None = None, impl: str | None 
         "attn_drop_rate": config.attention_dropout,
         "norm_eps": config.layer_norm_eps,
     }
-    return build(kind, arguments, state, training=model.training, impl=impl)
+    return build(kind, arguments, state, training=model.training, impl=impl, copy=copy)
 
 
 def _pool(theirs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,11 +18,13 @@ from maskattn.nn.vit import VisionTransformer
 __all__ = ["from_timm"]
 
 
-def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | None = None) -> VisionTransformer:
+def from_timm(
+    model: nn.Module, *, global_pool: str | None = None, impl: str | None = None, copy: bool = True
+) -> VisionTransformer:
     """Turn a timm ``VisionTransformer`` into ours.
 
-    Weights are copied; device, dtype, train or eval mode and frozen parameters are kept. ``dynamic_img_size`` becomes
-    True: other image sizes resample the position embedding, as timm does with that option.
+    Weights are copied, unless ``copy=False``; device, dtype, train or eval mode and frozen parameters are kept.
+    ``dynamic_img_size`` becomes True: other image sizes resample the position embedding, as timm does with that option.
 
     Args:
         model: a ``timm.models.VisionTransformer``, or an ``Eva`` (EVA, EVA-02, DINOv3): class token or not, registers,
@@ -30,6 +32,7 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
         global_pool: another pool than the model's: "token", "avg", "map", "token_avg" or ""; for backbones without a
             head, as Virchow2, whose users join class token and mean ("token_avg").
         impl: implementation of the attention; None takes the best.
+        copy: False takes the model's own weights, where it is not needed afterwards: they are not held twice.
 
     Raises:
         UnsupportedModelError: a ValueError that names every part that ours has not (other rotary or relative positions,
@@ -71,7 +74,9 @@ def from_timm(model: nn.Module, *, global_pool: str | None = None, impl: str | N
         arguments = {**arguments, "global_pool": global_pool}
     trains = {own_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
     shares = [getattr(block.drop_path1, "drop_prob", 0.0) for block in cast(Any, model).blocks]
-    ours = build(kind, arguments, state, trains=trains, drop_paths=shares, training=model.training, impl=impl)
+    ours = build(
+        kind, arguments, state, trains=trains, drop_paths=shares, training=model.training, impl=impl, copy=copy
+    )
     ours.pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     return ours
 

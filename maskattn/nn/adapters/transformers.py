@@ -62,14 +62,14 @@ _LEFT_OUT = re.compile(r"^(?:embeddings\.mask_token|pooler\.|rope_embeddings\.)"
 
 
 def from_transformers(
-    model: nn.Module, *, global_pool: str | None = None, impl: str | None = None
+    model: nn.Module, *, global_pool: str | None = None, impl: str | None = None, copy: bool = True
 ) -> VisionTransformer:
     """Turn a transformers encoder into ours, with the same outputs in eval mode.
 
     Without a classifier its output is the class token after the last norm, ``last_hidden_state[:, 0]``, or for I-JEPA,
     which has none, the mean of all tokens; ``forward_features`` gives ``last_hidden_state``. With one it is the logits.
-    ViT's pooler (a dense layer and tanh after the class token) is left out. Weights are copied; device, dtype and mode
-    are kept. DINOv3's random shifts of positions in training are not done.
+    ViT's pooler (a dense layer and tanh after the class token) is left out. Weights are copied, unless
+    ``copy=False``; device, dtype and mode are kept. DINOv3's random shifts of positions in training are not done.
 
     Args:
         model: ViT, DINOv2, DINOv2 with registers, DINOv3-ViT or I-JEPA, with or without its ``ForImageClassification``
@@ -78,6 +78,8 @@ def from_transformers(
         global_pool: for an encoder without a classifier, another feature than its own: "token", "avg" (mean of the
             patches), "token_avg" or "" (every token).
         impl: implementation of the attention; None takes the best.
+        copy: False takes the model's own weights, where it is not needed afterwards; queries, keys and values alone,
+            which are joined, are held twice meanwhile.
 
     Raises:
         UnsupportedModelError: a ValueError that names every part that ours has not.
@@ -98,9 +100,9 @@ def from_transformers(
     if getattr(config, "model_type", None) in CLIP_FAMILIES:
         if global_pool is not None:
             refuse(kind, [f"CLIP's image tower is read at its class token, got global_pool={global_pool!r}"])
-        return from_clip(model, impl=impl)
+        return from_clip(model, impl=impl, copy=copy)
     if getattr(config, "model_type", None) in SIGLIP_FAMILIES:
-        return from_siglip(model, global_pool=global_pool, impl=impl)
+        return from_siglip(model, global_pool=global_pool, impl=impl, copy=copy)
     refuse(kind, _unknown_parts(model))
     backbone, head = _backbone_and_head(model)
     state = _rename(backbone.state_dict())
@@ -117,7 +119,7 @@ def from_transformers(
         state["pos_embed"] = state["pos_embed"][:, 1:]
     depth = arguments["depth"]
     drop_paths = [float(getattr(config, "drop_path_rate", 0.0))] * depth
-    return build(kind, arguments, state, drop_paths=drop_paths, training=model.training, impl=impl)
+    return build(kind, arguments, state, drop_paths=drop_paths, training=model.training, impl=impl, copy=copy)
 
 
 def _backbone_and_head(model: Any) -> tuple[Any, nn.Linear | None]:

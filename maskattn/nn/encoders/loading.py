@@ -157,7 +157,7 @@ def _packed_where_it_can_be(
         own = getattr(network, "global_pool", None)
         clip = getattr(getattr(network, "config", None), "model_type", "").startswith("clip")
         asked = None if clip or card.pooling in (own, "own") else card.pooling
-        return TileEncoder(convert(network, global_pool=asked, impl=impl), card)
+        return TileEncoder(convert(network, global_pool=asked, impl=impl, copy=False), card)
     except UnsupportedModelError as error:
         width = embed_dim or getattr(network, "num_features", None)
         return TileEncoder(network, replace(card, why_not=str(error)), width)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from maskattn.nn.checkpoints import explained, read_weights
@@ -96,15 +97,26 @@ def _file_of_hub(entry: EncoderEntry) -> str:
 
 def _fill(network: nn.Module, path: Path, name: str) -> None:
     """Load weights that must fit; a classifier's are left out."""
+    _let_go(network)  # what will be overwritten is not held beside what is read
     state: dict[str, Any] = read_weights(path)
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    expected = network.state_dict()
+    expected = {key: torch.empty_like(x, device="meta") for key, x in network.state_dict().items()}
     state = {key: x for key, x in state.items() if key in expected or not key.startswith(("head.", "fc."))}
     if wrong := misfits(state, expected):
         raise ValueError(f"weights must be those of {name}, got {path}: {joined(wrong)}")
-    network.load_state_dict(state)
+    dtype = next(x.dtype for x in expected.values() if x.is_floating_point())
+    state = {key: x.to(dtype) if x.is_floating_point() else x for key, x in state.items()}
+    network.load_state_dict(state, assign=True)
+
+
+def _let_go(network: nn.Module) -> None:
+    """Parameters without memory in the place of a network's own."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.empty_like(parameter, device="meta")
+            module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
 
 
 def _of_timm(error: Exception, architecture: str) -> Exception:
