@@ -221,7 +221,9 @@ def _load_transformers(
     # AutoModel would leave a classifier's head out.
     classifies = any(kind.endswith("ForImageClassification") for kind in config.get("architectures") or ())
     if config["model_type"] in SIGLIP_FAMILIES and not classifies:
-        return from_transformers(transformers.SiglipVisionModel.from_pretrained(name, **arguments), impl=impl)
+        return from_transformers(
+            transformers.SiglipVisionModel.from_pretrained(name, **arguments), impl=impl, copy=False
+        )
     loader = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
     return from_transformers(loader.from_pretrained(name, **arguments), impl=impl, copy=False)
 
