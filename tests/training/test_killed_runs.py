@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from small_cohorts import read_table, write_cohort
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
@@ -25,6 +26,7 @@ def run(features: Path, labels: Path, *runs: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_bit_by_bit_as_an_undisturbed_one(tmp_path: Path) -> None:
     features, labels = write_cohort(tmp_path, patients=15, classes=3, slides_each=2, tiles=15)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
