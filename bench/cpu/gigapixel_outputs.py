@@ -125,7 +125,8 @@ def table(
         f"{slide.width_px:,} × {slide.height_px:,} px, {counts.kept_tokens:,} tokens in {counts.kept_tiles:,} tiles, "
         f"{len(prediction.scores)} classes and attention; model {prediction.model.name} ({prediction.model.sha256}). "
         f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.0f}, "
-        f"{torch.get_num_threads()} torch threads. `python -m bench.cpu.gigapixel_outputs CMU-1-Small-Region.svs --side {max(slide.width_px, slide.height_px)}`"
+        f"{torch.get_num_threads()} torch threads. "
+        f"`python -m bench.cpu.gigapixel_outputs CMU-1-Small-Region.svs --side {max(slide.width_px, slide.height_px)}`"
     )
     yield ""
     yield "| output | processor time, s | MB | peak memory of all processes, MiB |"
