@@ -4,8 +4,8 @@
 
 Every row of the tables changes one thing in CDAM; the figure is the contrast between the tokens that show the class
 and those that do not (−1 … 1), mean ± standard error over images. GlaS's test folder is not read. The small models of
-digits and slides are trained here, several of each from different seeds, and kept in the cache; their standard error is
-over trainings, each with the mean of its images.
+digits and slides are trained here, several of each from different seeds; their standard error is over trainings, each with the mean of its images.
+They are kept in the cache, and so is what was judged.
 
 Dimension key: B images, H·W grid tokens, C channels.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import maskattn.explain
 from bench.evidence.digits import TRAINING_DIGITS, compose, load_glyphs
 from bench.evidence.digits import new_model as new_digits_model
 from bench.evidence.digits import train as train_digits
@@ -36,8 +38,10 @@ from bench.evidence.slides import new_model as new_slides_model
 from bench.evidence.slides import train as train_slides
 from bench.evidence.table import mean_and_error, write_section
 from maskattn.explain.metrics import object_contrast
+from maskattn.files import replacing
 from maskattn.nn import VisionTransformer
 
+_EXPLAIN = Path(maskattn.explain.__file__).parent
 _DROPPED = (
     "CDAM",
     "its value term alone",
@@ -180,6 +184,19 @@ def judge(cases: Iterator[Case]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {k: torch.tensor(v) for k, v in contrast.items()}, {k: torch.tensor(v) for k, v in known.items()}
 
 
+def kept(folder: Path, what: str, cases: Iterator[Case]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What was judged, from one run to the next, under a digest of the sources that it depends on."""
+    digest = hashlib.sha1(what.encode())
+    for path in sorted([Path(__file__), *Path(__file__).parent.glob("row_experiments.py"), *_EXPLAIN.glob("*.py")]):
+        digest.update(path.read_bytes())
+    path = folder / f"which_{digest.hexdigest()[:16]}.pt"
+    if not path.exists():
+        with replacing(path) as partial:
+            torch.save(judge(cases), partial)
+    found: tuple[dict[str, Tensor], dict[str, Tensor]] = torch.load(path, weights_only=True)
+    return found
+
+
 def drop_cases(
     real: Path, model: VisionTransformer, encoder: str, count: int, cache: Path
 ) -> Iterator[dict[str, float]]:
@@ -241,7 +258,7 @@ def main() -> None:
     count = 2 if arguments.quick else arguments.images
     contrast, known = {}, {}
     for name, trainings in _sets(arguments, count):
-        judged = [judge(cases) for cases in trainings]
+        judged = [kept(arguments.cache, f"{name}, {count}, {i}", cases) for i, cases in enumerate(trainings)]
         contrast[name], known[name] = (joined([one[i] for one in judged]) for i in range(2))
         print(f"{name}: {counted(contrast[name])}", flush=True)
     dropped = {}
