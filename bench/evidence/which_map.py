@@ -4,8 +4,8 @@
 
 Every row of the tables changes one thing in CDAM; the figure is the contrast between the tokens that show the class
 and those that do not (−1 … 1), mean ± standard error over images. GlaS's test folder is not read. The small models of
-digits and slides are trained here, several of each from different seeds; their standard error is over trainings, each with the mean of its images.
-They are kept in the cache, and so is what was judged.
+digits and slides are trained here, several of each from different seeds; their standard error is over trainings, each
+with the mean of its images. They are kept in the cache, and so is what was judged.
 
 Dimension key: B images, H·W grid tokens, C channels.
 """
