@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from maskattn.slide.asked import asked_of
+from maskattn.slide.asked import asked_of, fields_of
 from maskattn.slide.request import RunSettings
 
 __all__ = [
@@ -121,7 +121,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each field of its parameter ``settings``, in that parameter's place."""
     signature = inspect.signature(command, eval_str=True)
     kind = signature.parameters["settings"].annotation
-    asked_for = {field.name: field for field in fields(kind)}
+    asked_for = {field.name: field for field in fields_of(kind)}
 
     @functools.wraps(command)
     def filled(**given: Any) -> None:

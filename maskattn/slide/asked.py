@@ -14,7 +14,7 @@ from typing import Any
 
 from maskattn.slide.names import as_text
 
-__all__ = ["Asked", "asked", "asked_of", "recorded_fields", "unlike"]
+__all__ = ["Asked", "asked", "asked_of", "fields_of", "recorded_fields", "unlike"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,15 @@ def asked_of(field: Field[Any]) -> Asked:
     return told
 
 
+def fields_of(request: Any) -> list[Field[Any]]:
+    """The fields of a request, or of its class: its own, then those that it shares with others."""
+    kind = request if isinstance(request, type) else type(request)
+    return sorted(fields(kind), key=lambda field: field.name not in kind.__annotations__)
+
+
 def recorded_fields(settings: Any) -> dict[str, Any]:
     """The fields of a request that the record of a slide has, by name, as JSON has them."""
-    return {one.name: _as_json(getattr(settings, one.name)) for one in fields(settings) if asked_of(one).recorded}
+    return {one.name: _as_json(getattr(settings, one.name)) for one in fields_of(settings) if asked_of(one).recorded}
 
 
 def unlike(found: Mapping[str, Any], asked_for: Mapping[str, Any], settings: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from maskattn.errors import ManifestError
-from maskattn.slide import shared_requests
 from maskattn.slide.asked import asked, recorded_fields
 from maskattn.slide.outlines.rules import check_areas
+from maskattn.slide.shared_requests import SharedSettings, slide_spacing
 
 if TYPE_CHECKING:
     from maskattn.nn.encoders.tile_encoder import TileEncoder
@@ -28,8 +28,8 @@ _TOKEN_MASK_HELP = (
 
 
 @dataclass(frozen=True)
-class ExtractSettings:
-    """How features are extracted.
+class ExtractSettings(SharedSettings):
+    """How features are extracted: beside what :class:`SharedSettings` says, this.
 
     Attributes:
         out_dir: the folder below which the layout's folders are made.
@@ -42,26 +42,10 @@ class ExtractSettings:
         min_tissue: least share of a kept tile's area that is tissue; None = 0.1, or all tiles where they are given.
         coords_dir: a folder of coordinates of tiles that another tool wrote; None = tiles are laid over the tissue.
         dtype: in which the encoder computes; others than float32 by autocast.
-        mask_values: the labels of a user's mask that mean tissue; None = any but 0.
-        mask_classes: the classes of a mask of outlines that mean tissue; None = all but QuPath's "Ignore*".
-        roi: GeoJSON outlines of the region of interest, or a folder of them, one for each slide.
-        roi_classes: the classes in it that count; None as above.
-        exclude: GeoJSON outlines of what is left out, or a folder of them.
-        exclude_classes: the classes in it that count; None as above.
-        ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
-        force: run slides that were not scanned in bright field too.
         slide_spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
-        series: which series of files that hold several; None = the largest.
-        batch_size: tiles encoded at a time; bounds the memory.
-        workers: processes that decode tiles; 0 = decode in this one; None = some, where a slide is large enough.
         overwrite: extract finished slides again.
         region_px: side of the regions that the tiles are the patches of, in their pixels; they are stored region by
             region. None = tiles of no regions.
-        claim_timeout_s: so long may a process that runs a slide give no sign before others take the slide over.
-        retry_failed: try slides again that failed in another process of the run before this one began.
-        shard: "I/N" = the I-th of N shares of the slides alone.
-        limit: run at most so many slides, and leave the rest.
-        order: of the slides, "given" or "large-first".
     """
 
     out_dir: Path = field(
@@ -107,23 +91,7 @@ class ExtractSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata=asked("--dtype", "In which the encoder computes; float16 is stored as such.")
     )
-    mask_values: tuple[int, ...] | None = field(default=None, metadata=shared_requests.MASK_VALUES)
-    mask_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.MASK_CLASSES)
-    roi: Path | None = field(default=None, metadata=shared_requests.ROI)
-    roi_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.ROI_CLASSES)
-    exclude: Path | None = field(default=None, metadata=shared_requests.EXCLUDE)
-    exclude_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.EXCLUDE_CLASSES)
-    ink: Literal["auto", "off"] = field(default="auto", metadata=shared_requests.INK)
-    force: bool = field(default=False, metadata=shared_requests.FORCE)
-    slide_spacing_um: float | None = field(default=None, metadata=shared_requests.slide_spacing("--slide-spacing-um"))
-    series: int | None = field(default=None, metadata=shared_requests.SERIES)
-    batch_size: int = field(default=32, metadata=shared_requests.BATCH_SIZE)
-    workers: int | None = field(default=0, metadata=shared_requests.WORKERS)
-    claim_timeout_s: float = field(default=300.0, metadata=shared_requests.CLAIM_TIMEOUT)
-    retry_failed: bool = field(default=False, metadata=shared_requests.RETRY_FAILED)
-    shard: str | None = field(default=None, metadata=shared_requests.SHARD)
-    limit: int | None = field(default=None, metadata=shared_requests.LIMIT)
-    order: Literal["given", "large-first"] = field(default="given", metadata=shared_requests.ORDER)
+    slide_spacing_um: float | None = field(default=None, metadata=slide_spacing("--slide-spacing-um"))
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Extract finished slides again.", recorded=False, serves=None)
     )

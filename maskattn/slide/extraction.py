@@ -35,7 +35,6 @@ from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text
 from maskattn.slide.prediction import SlideFile
 from maskattn.slide.reader import SlideReader
-from maskattn.slide.shared_requests import sharing_of
 from maskattn.slide.slide_run import Stages, cores_left_to
 from maskattn.slide.stream import TileBatch, stream_tiles
 from maskattn.slide.tile_places import TilePlaces
@@ -96,7 +95,7 @@ def extract_slides(
         finished,
         lambda job, claim, on_tiles: extract_slide(job, encoder, settings, on_tiles, identity, claim),
         progress,
-        sharing=sharing_of(settings),
+        sharing=settings.sharing,
         request=f"{identity} {recorded_fields(settings)}",
         sweep=lambda: _clear_leftovers(settings.out_dir),
     )

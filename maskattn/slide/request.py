@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maskattn.errors import ManifestError
 from maskattn.explain.methods import DEFAULT_METHOD, METHODS, method_named
-from maskattn.slide import shared_requests
 from maskattn.slide.asked import asked, recorded_fields, unlike
 from maskattn.slide.outlines.rules import check_areas, check_outlines
 from maskattn.slide.overlap import check_overlap
 from maskattn.slide.pyramids.rules import check_pyramids
+from maskattn.slide.shared_requests import SharedSettings, slide_spacing
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
@@ -29,30 +29,19 @@ def _has_output(found: Any, asked: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """How slides are run.
+class RunSettings(SharedSettings):
+    """How slides are run: beside what :class:`SharedSettings` says, this.
 
     Attributes:
         out_dir: each slide's outputs go to ``out_dir/<slide_id>/``.
         masked: False attends to glass too, for comparison.
-        mask_values: the labels of a user's mask that mean tissue; None = any but 0.
         tokens: also make relevance maps at the resolution of tokens, in a second pass over the slide.
         method: of explanation; see :data:`maskattn.explain.METHODS`.
         check: test each map by what the model makes of the tiles that it calls most and least relevant.
         attention: of the slide model, as it is mapped: "last", what its last layer or pooling reads with; "rollout",
             that carried down through all of its layers, in time quadratic in the tiles.
-        ink: "auto" takes pen strokes out of the tissue that is found, "off" keeps them.
-        force: run slides that were not scanned in bright field too.
         spacing_um: µm per level-0 pixel of every slide, in place of what manifest and files say.
-        series: which series of files that hold several; None = the largest.
-        batch_size: tiles encoded at a time; bounds the memory.
-        workers: processes that decode tiles; 0 = decode in this one; None = some, where a slide is large enough.
         overwrite: run finished slides again.
-        mask_classes: the classes of a mask of outlines that mean tissue; None = all but QuPath's "Ignore*".
-        roi: GeoJSON outlines of the region of interest, or a folder of them, one for each slide.
-        roi_classes: the classes in it that count; None as above.
-        exclude: GeoJSON outlines of what is left out, or a folder of them.
-        exclude_classes: the classes in it that count; None as above.
         geojson: "tiles" or "tokens" writes them as QuPath's objects, "off" neither.
         features_dir: folder of features of the slides' tiles, whatever tool wrote them, in place of encoding them.
         other_encoder: go on where encoder, spacing or token mask are not what the slide model was trained with.
@@ -62,11 +51,6 @@ class RunSettings:
         zarr: write the maps as OME-Zarr.
         scale: of the pictures' colours; "slide" = each slide's own, "run" = one for each class on all slides of a run.
         smooth: draw the pictures without steps between tiles or tokens; tables and other files have the steps.
-        claim_timeout_s: so long may a process that runs a slide give no sign before others take the slide over.
-        retry_failed: try slides again that failed in another process of the run before this one began.
-        shard: "I/N" = the I-th of N shares of the slides alone.
-        limit: run at most so many slides, and leave the rest.
-        order: of the slides, "given" or "large-first".
         overlap: the share of its side by which a tile overlaps the next where maps of tokens are made, 1 − 1/n for n²
             tilings, whose maps are averaged; scores and features are those of tiles side by side.
     """
@@ -76,7 +60,6 @@ class RunSettings:
     )
     _: KW_ONLY
     masked: bool = field(default=True, metadata=asked("--no-mask", "Attend to glass too, for comparison."))
-    mask_values: tuple[int, ...] | None = field(default=None, metadata=shared_requests.MASK_VALUES)
     tokens: bool = field(
         default=False,
         # A slide that was run with tokens has all that one without them has.
@@ -104,17 +87,7 @@ class RunSettings:
         default="last",
         metadata=asked("--attention", "Of the slide model, as mapped: last, its last row; or rollout, of all layers."),
     )
-    ink: Literal["auto", "off"] = field(default="auto", metadata=shared_requests.INK)
-    force: bool = field(default=False, metadata=shared_requests.FORCE)
-    spacing_um: float | None = field(default=None, metadata=shared_requests.slide_spacing("--spacing-um"))
-    series: int | None = field(default=None, metadata=shared_requests.SERIES)
-    batch_size: int = field(default=32, metadata=shared_requests.BATCH_SIZE)
-    workers: int | None = field(default=0, metadata=shared_requests.WORKERS)
-    claim_timeout_s: float = field(default=300.0, metadata=shared_requests.CLAIM_TIMEOUT)
-    retry_failed: bool = field(default=False, metadata=shared_requests.RETRY_FAILED)
-    shard: str | None = field(default=None, metadata=shared_requests.SHARD)
-    limit: int | None = field(default=None, metadata=shared_requests.LIMIT)
-    order: Literal["given", "large-first"] = field(default="given", metadata=shared_requests.ORDER)
+    spacing_um: float | None = field(default=None, metadata=slide_spacing("--spacing-um"))
     overwrite: bool = field(
         default=False, metadata=asked("--overwrite", "Run finished slides again.", recorded=False, serves=None)
     )
@@ -131,11 +104,6 @@ class RunSettings:
             serves=operator.le,
         ),
     )
-    mask_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.MASK_CLASSES)
-    roi: Path | None = field(default=None, metadata=shared_requests.ROI)
-    roi_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.ROI_CLASSES)
-    exclude: Path | None = field(default=None, metadata=shared_requests.EXCLUDE)
-    exclude_classes: tuple[str, ...] | None = field(default=None, metadata=shared_requests.EXCLUDE_CLASSES)
     geojson: Literal["off", "tiles", "tokens"] = field(
         default="off",
         metadata=asked("--geojson", "relevance.geojson for QuPath: off, tiles or tokens.", serves=_has_output),

@@ -19,7 +19,6 @@ from maskattn.slide.pipeline import identify_model, predict_slide
 from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
 from maskattn.slide.request import RunSettings, check_request, differences
 from maskattn.slide.run_scale import draw_on_one_scale
-from maskattn.slide.shared_requests import sharing_of
 
 __all__ = ["RunProgress", "run_slides"]
 
@@ -80,7 +79,7 @@ def run_slides(
         finished,
         lambda job, claim, on_tiles: predict_slide(job, model, settings, on_tiles, identity, claim),
         progress,
-        sharing=sharing_of(settings),
+        sharing=settings.sharing,
         request=f"{identity} {recorded_fields(settings)}",
         sweep=lambda: sweep(settings.out_dir),
         at_end=draw_together,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from maskattn.cli.app import app
 from maskattn.nn.slide_model import SlideModel
-from maskattn.slide.asked import asked_of
+from maskattn.slide.asked import asked_of, fields_of
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
@@ -43,7 +43,7 @@ def test_every_recorded_field_is_in_prediction_json_in_order(
 ) -> None:
     run_slides([SlideJob("disc", slide)], model, settings)
     record = json.loads((settings.out_dir / "disc" / "prediction.json").read_text())["settings"]
-    ours = [field.name for field in fields(RunSettings) if asked_of(field).recorded]
+    ours = [field.name for field in fields_of(RunSettings) if asked_of(field).recorded]
     assert [name for name in record if name in ours] == ours
     assert {"mask", "device", "tile_px"} <= record.keys()
 
