@@ -9,22 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# torchvision's wheel is built for CUDA torch; on a CPU torch its compiled operators are missing and it fails to
-# import, and timm with it. Their names are all that timm needs, so that no test runs them.
-_TORCHVISION_OPERATORS = (
-    "nms",
-    "qnms",
-    "roi_align",
-    "_roi_align_backward",
-    "ps_roi_align",
-    "_ps_roi_align_backward",
-    "roi_pool",
-    "_roi_pool_backward",
-    "ps_roi_pool",
-    "_ps_roi_pool_backward",
-    "deform_conv2d",
-    "_deform_conv2d_backward",
-)
+from maskattn.torchvision_names import name_operators
 
 
 def _missing(*modules: str) -> bool:
@@ -43,17 +28,9 @@ if _missing("pydicom"):
 if _missing("hypothesis"):
     collect_ignore_glob += ["native/*", "slide/*", "test_packing.py"]
 
-_stubs = torch.library.Library("torchvision", "FRAGMENT")
-
-
-def _stub_torchvision_operators() -> None:
-    if _missing("torchvision") or torch.cuda.is_available():
-        return
-    for name in _TORCHVISION_OPERATORS:
-        _stubs.define(f"{name}(Tensor x) -> Tensor")
-
-
-_stub_torchvision_operators()
+# torchvision's wheel is built for CUDA torch; on a CPU torch neither it nor timm can be imported. The
+# names go with what holds them.
+_names = None if _missing("torchvision") or torch.cuda.is_available() else name_operators()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Lightning, quiet, and importable beside a torchvision that was built for another torch.
 
 torchmetrics, which Lightning imports, imports torchvision where it is installed; and a torchvision whose compiled
-operators do not fit the torch that is there fails to import. Nothing here runs them; their names are all it takes.
+operators do not fit the torch that is there fails to import (:mod:`maskattn.torchvision_names`).
 """
 
 from __future__ import annotations
@@ -17,22 +17,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["pl", "quiet"]
+from maskattn.torchvision_names import name_operators
 
-_OPERATORS = (
-    "nms",
-    "qnms",
-    "roi_align",
-    "_roi_align_backward",
-    "ps_roi_align",
-    "_ps_roi_align_backward",
-    "roi_pool",
-    "_roi_pool_backward",
-    "ps_roi_pool",
-    "_ps_roi_pool_backward",
-    "deform_conv2d",
-    "_deform_conv2d_backward",
-)
+__all__ = ["pl", "quiet"]
 
 
 def _names_for_torchvision() -> torch.library.Library | None:
@@ -43,11 +30,7 @@ def _names_for_torchvision() -> torch.library.Library | None:
     except (RuntimeError, OSError, ImportError):
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in _OPERATORS:
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor x) -> Tensor")
-        return library
+        return name_operators()
     return None
 
 
