@@ -1,4 +1,4 @@
-"""Run the launchers on the inputs of ``oracles`` and name their results as the reference's are named."""
+"""Run the kernel launchers on the inputs of ``oracles`` and name their results as the reference does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from maskattn.kernels.tables.config import Config
 from maskattn.operands import Mask, Sequences
 from maskattn.results import Outputs
 
-# Every width of a tile and widths between them, with dtypes in turn.
+# Every tile width and widths between them, cycling through the dtypes.
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 WIDTHS_AND_DTYPES = [
     *((16, HALF), (24, SINGLE), (32, BRAIN), (48, HALF), (48, BRAIN), (64, SINGLE), (64, HALF), (80, SINGLE)),
@@ -48,7 +48,7 @@ def run_masked(inputs: Inputs, keep: Tensor, skip_queries: bool, device: str, mo
 def packed_sequences(
     lengths_q: collections.abc.Sequence[int], lengths_k: collections.abc.Sequence[int], device: str
 ) -> Sequences:
-    """Where sequences of these lengths lie."""
+    """The sequences of these lengths, one after another."""
     return Sequences(
         cu_seqlens(lengths_q).to(device),
         cu_seqlens(lengths_k).to(device),
@@ -58,13 +58,13 @@ def packed_sequences(
 
 
 def force(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every pass use one configuration: which one a device is given is the tables' business, all must be right."""
+    """Make every pass use one configuration. The tables choose one for a device, but each of them must be correct."""
     for module in (forward, backward):
         monkeypatch.setattr(module, "choose", lambda *_: config)
 
 
 def _checked(x: Inputs, results: Results) -> Results:
-    """The results, contiguous and of the right dtype."""
+    """Check that the results are contiguous and have the expected dtype."""
     assert (results["out"].dtype, results["lse"].dtype) == (x.q.dtype, torch.float32)
     assert all(result.is_contiguous() for result in results.values())
     return results

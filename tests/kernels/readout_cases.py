@@ -1,4 +1,4 @@
-"""Inputs of a readout, what the specification makes of them, and the launchers' results held against it.
+"""Inputs of a readout, the specification's results for them, and a comparison with those of the launchers.
 
 Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width.
 """
@@ -33,7 +33,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Readout:
-    """Inputs (q and grad_out (B, R, H, D), grad_lse (B, R, H)), the gradient of the rows, lengths of the sequences."""
+    """Inputs (q and grad_out (B, R, H, D), grad_lse (B, R, H)), the attention rows' gradient, and the lengths."""
 
     inputs: Inputs
     grad_rows: Tensor | None
@@ -45,17 +45,17 @@ class Readout:
         return cu_seqlens(self.lengths).to(self.inputs.q.device), max(self.lengths, default=0)
 
     def with_inputs(self, **changes: Tensor | float | None) -> Readout:
-        """Other values for some of the inputs."""
+        """A copy with other values for some of the inputs."""
         return replace(self, inputs=replace(self.inputs, **changes))
 
     def to(self, device: str) -> Readout:
-        """The same on another device."""
+        """A copy on another device."""
         grad_rows = None if self.grad_rows is None else self.grad_rows.to(device)
         return replace(self, inputs=self.inputs.to(device), grad_rows=grad_rows)
 
 
 def pairs_of(options: Collection[str]) -> list[tuple[str, str]]:
-    """Every two options that go together, by name."""
+    """The names of every two options that can be combined."""
     return [pair for pair in itertools.combinations(options, 2) if pair != ("bias", "bias_per_head")]
 
 
@@ -90,7 +90,7 @@ def make_readout(
 
 
 def run(readout: Readout, device: str) -> Results:
-    """out, lse, the rows and every gradient of the launchers."""
+    """The launchers' out, lse, attention rows and gradients."""
     moved = readout.to(device)
     x, sides = moved.inputs, moved.sides
     out, lse, rest, rows = readout_forward(x.q, x.k, x.v, *sides, x.options, True)
@@ -103,7 +103,7 @@ def run(readout: Readout, device: str) -> Results:
 
 
 def assert_meets_specification(results: Results, readout: Readout) -> None:
-    """Every output and gradient is within the budget of ``oracles``; lse and rows are judged as float32."""
+    """Check that outputs and gradients are within the budget of ``oracles``; lse and rows are judged as float32."""
     __tracebackhide__ = True
     dtype = readout.inputs.q.dtype
     exact, same, single = (_specify(readout, x) for x in (torch.float64, dtype, torch.float32))
@@ -118,16 +118,16 @@ def assert_meets_specification(results: Results, readout: Readout) -> None:
 
 
 def check(readout: Readout, device: str) -> None:
-    """Run the launchers and hold their results against the specification."""
+    """Run the launchers and compare their results with the specification's."""
     __tracebackhide__ = True
     assert_meets_specification(run(readout, device), readout)
 
 
 def _specify(readout: Readout, dtype: torch.dtype) -> Results:
-    """out, lse, rows and every gradient of the reference, run in ``dtype``."""
+    """The reference's out, lse, attention rows and gradients, computed in ``dtype``."""
     (out, lse, rows), leaves = _attend(readout, dtype)
     x = readout.inputs.to(dtype)
-    # lse is −inf and constant where a row has no key.
+    # lse is constant, −inf, for a query without keys.
     outputs = [(out, x.grad_out), (lse.masked_fill(lse.isinf(), 0), x.grad_lse)]
     if readout.grad_rows is not None:
         outputs.append((rows, readout.grad_rows.to(dtype)))
@@ -155,7 +155,7 @@ def _rounded_between_passes(readout: Readout) -> Results:
 
 
 def _attend(readout: Readout, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """The reference's outputs and the leaves that they depend on."""
+    """The reference's outputs and the leaf tensors that they depend on."""
     x = readout.inputs.to(dtype)
     leaves = x.leaves()
     options = replace(x.options, key_bias=leaves.get("key_bias"), slopes=leaves.get("slopes"))

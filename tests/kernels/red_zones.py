@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["RedZones"]
 
-# Elements on each side of a buffer; no tile of the interpreter's configurations is larger.
+# Elements before and after a buffer; no tile in the interpreter's configurations is larger.
 WIDTH = 1 << 14
 
 
@@ -32,7 +32,7 @@ class RedZones:
         return inside
 
     def check(self) -> None:
-        """No zone was written to."""
+        """Check that no zone was written to."""
         assert self._zones
         for zone, before in self._zones:
             assert torch.equal(zone.view(torch.uint8), before.view(torch.uint8))

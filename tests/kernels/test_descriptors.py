@@ -1,4 +1,4 @@
-"""Tiles that descriptors read: the same results, only where tensors allow it, and no trace left in triton."""
+"""Tiles read by descriptors: the same results, used only where tensors allow it, and triton's state is restored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DESCRIBED = Config(64, 32, 4, 1, split=True, descriptors=True)
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each launch used descriptors, which no result tells: they are bit for bit those of pointers."""
+    """Whether each launch used descriptors; the results cannot tell, as they equal those of pointers bit for bit."""
     if not triton.knobs.runtime.interpret and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no copy engine")
     seen: list[bool] = []
@@ -113,7 +113,7 @@ def test_which_rows_a_descriptor_covers():
     assert not describable(x, kept_rows(torch.ones(2, 10, dtype=torch.bool)))
 
 
-def test_the_allocator_of_the_user_stays(device, monkeypatch):
+def test_the_users_allocator_is_left_in_place(device, monkeypatch):
     from triton.runtime import _allocation
 
     before = _allocation._allocator.get()

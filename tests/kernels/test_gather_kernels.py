@@ -105,7 +105,7 @@ def test_nothing_and_everything_kept(shape, kept, device):
 
 
 def test_pack_and_unpack_are_one_launch_each(packing, device, monkeypatch):
-    # What a small call costs are its launches; the result would be the same of more.
+    # Launches dominate the cost of a small call; more of them would give the same result.
     launches = []
     kernel = gather.gather_kernel
 

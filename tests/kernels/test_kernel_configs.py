@@ -72,7 +72,7 @@ def test_supported_calls(device):
         (torch.zeros(3, 2, 64), torch.zeros(3, dtype=torch.int32), "floating key_bias"),
     ],
 )
-def test_an_unsupported_call_is_told_why(q, key_bias, reason):
+def test_an_unsupported_call_gets_the_reason(q, key_bias, reason):
     assert reason in support.supports(q, Options(1.0, key_bias))
 
 

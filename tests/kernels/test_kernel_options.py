@@ -66,12 +66,12 @@ def test_head_widths_and_dtypes(head_width, dtype, device):
     check_packed(inputs, lengths, lengths, device)
 
 
-def test_queries_with_places_of_their_own(device):
+def test_queries_with_positions_of_their_own(device):
     inputs = with_options(oracles.masked_inputs(2, 50, 20), True, True)
     check_masked(inputs, oracles.keep_mask("blob", 2, 50), False, device)
 
 
-def test_places_with_any_strides(device):
+def test_positions_with_any_strides(device):
     lengths = [40, 30]
     inputs = oracles.with_alibi(oracles.packed_inputs(lengths, heads=1, head_width=16))
     apart = torch.stack([inputs.coords_q, inputs.coords_q + 1], dim=2).flip(0)
@@ -84,14 +84,14 @@ def test_places_with_any_strides(device):
     check_packed(inputs, lengths, lengths, device)
 
 
-def test_one_place_for_all(device):
+def test_one_position_for_all_tokens(device):
     lengths = [40]
     inputs = oracles.with_alibi(oracles.packed_inputs(lengths, heads=1, head_width=16))
     inputs = replace(inputs, coords_q=inputs.coords_q[:1].expand(40, 2))
     check_packed(inputs, lengths, lengths, device)
 
 
-def test_nowhere_is_at_distance_zero(device):
+def test_tokens_without_a_position_are_at_distance_zero(device):
     inputs = oracles.with_alibi(oracles.packed_inputs([30], heads=1, head_width=16), unplaced=2.0)
     assert inputs.coords_q.isnan().all()
     results, plain = (run_packed(x, [30], [30], device) for x in (inputs, replace(inputs, slopes=None)))
@@ -142,7 +142,7 @@ def test_any_tile_size(config, device, monkeypatch):
     check_packed(inputs, lengths_q, lengths_k, device)
 
 
-def test_a_scale_below_zero_leaves_distances_as_they_are(device):
+def test_a_negative_scale_does_not_change_the_distance_term(device):
     check_packed(oracles.with_alibi(oracles.packed_inputs([40], scale=-0.5)), [40], [40], device)
 
 

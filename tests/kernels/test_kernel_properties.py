@@ -43,7 +43,7 @@ def with_options(inputs, alibi, dropout_p, seed):
     return with_dropout(inputs, dropout_p, seed) if dropout_p else inputs
 
 
-# What is computed past the end of a sequence of low biases overflows, and is thrown away.
+# With low biases, values computed past the end of a sequence overflow; they are discarded.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @quick
 @hypothesis.given(
@@ -66,7 +66,7 @@ def test_packed_sequences(lengths, heads, head_width, dtype, bias, alibi, dropou
     assert_meets_specification(results, inputs, specify, carries=bias != "extreme")
 
 
-# What is computed past the end of a sequence of low biases overflows, and is thrown away.
+# With low biases, values computed past the end of a sequence overflow; they are discarded.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @quick
 @hypothesis.given(

@@ -1,4 +1,4 @@
-"""The public functions with impl="triton": the same contracts, through torch.library and autograd."""
+"""The public functions with impl="triton" fulfil the same contracts, through torch.library and autograd."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def asked(options: Options) -> dict[str, Any]:
 
 
 def run(attend, inputs: oracles.Inputs, device: str) -> oracles.Results:
-    """As the reference is run: through autograd."""
+    """Run through autograd, as the reference is."""
     return oracles.run_reference(attend, inputs.to(device), inputs.q.dtype)
 
 
@@ -118,7 +118,7 @@ def test_masked_op_passes_opcheck(skip_queries, device):
     )
 
 
-def test_compiles_whole_and_gives_the_eager_result_and_gradients(device):
+def test_compiles_without_graph_breaks_and_gives_the_eager_result_and_gradients(device):
     torch._dynamo.reset()
     starts = oracles.cu_seqlens([4, 5]).to(device)
     keep = oracles.keep_mask("random", 1, 9).to(device)

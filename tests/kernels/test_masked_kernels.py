@@ -1,4 +1,4 @@
-"""masked_forward and masked_backward against the specification: the kept tokens of dense tensors, read in place."""
+"""masked_forward and masked_backward against the specification; kept tokens of dense tensors are read in place."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_autocast_runs_the_kernels_in_its_dtype():
     assert torch.autograd.grad(out.float().sum(), q)[0].dtype == torch.float32
 
 
-def test_packing_a_mask_of_the_cpu_waits_for_nothing():
+def test_packing_a_cpu_mask_does_not_synchronise():
     keep = torch.rand(4, 500) < 0.3
     x = torch.randn(4, 500, 32, device="cuda", requires_grad=True)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""No program reads or writes what is no element of its kernel's tensors; planted faults are seen."""
+"""No program reads or writes outside its kernel's tensors; faults planted on purpose are detected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def memory():
 @pytest.mark.parametrize(
     ("read", "written", "what"), [(11, 10, "reads 1 el"), (10, 12, "writes 2 el"), (10, 10, None)], ids=str
 )
-def test_a_read_or_a_write_past_the_end_is_seen(read, written, what, memory):
+def test_a_read_or_a_write_past_the_end_is_detected(read, written, what, memory):
     x, y = torch.zeros(10), torch.zeros(10)
     if what is None:
         copy_kernel[(1,)](x, y, read, written, 1, BLOCK=16)
@@ -45,7 +45,7 @@ def test_a_read_or_a_write_past_the_end_is_seen(read, written, what, memory):
             copy_kernel[(1,)](x, y, read, written, 1, BLOCK=16)
 
 
-def test_a_read_of_another_buffer_or_of_a_gap_is_seen(memory):
+def test_a_read_of_another_buffer_or_of_a_gap_is_detected(memory):
     x, y, other = torch.zeros(10, 3), torch.zeros(10), torch.zeros(10)
     copy_kernel[(1,)](x[:, 1], y, 10, 10, 3, BLOCK=16)
     with pytest.raises(InterpreterError, match="reads 6 el"):
@@ -55,7 +55,7 @@ def test_a_read_of_another_buffer_or_of_a_gap_is_seen(memory):
         copy_kernel[(1,)](x, y, 2, 2, apart, BLOCK=16)
 
 
-def test_so_is_one_of_a_descriptor(memory):
+def test_a_descriptor_outside_its_tensor_is_detected(memory):
     x, y = torch.zeros(4, 16), torch.zeros(4)
     describe_kernel[(1,)](x, y, 4, BLOCK=8)
     with pytest.raises(InterpreterError, match="reads 16 el"):
@@ -69,7 +69,7 @@ def test_every_operation_stays_within_its_tensors(operation, options, memory):
     assert memory.touched
 
 
-def test_so_do_rows_that_are_moved(memory):
+def test_moving_rows_stays_within_its_tensors(memory):
     from bench.aot.outside import rows_moved
 
     with rows_moved():

@@ -118,7 +118,7 @@ def test_expanded_inputs(device):
     check(inputs, lengths, lengths, device)
 
 
-def test_rows_without_keys_are_zero_and_their_lse_minus_infinity(device):
+def test_queries_without_keys_give_zero_and_an_lse_of_minus_infinity(device):
     inputs = packed_inputs([70, 3], [0, 5], bias="shared")
     results = run_packed(inputs, [70, 3], [0, 5], device)
     assert results["out"][:70].eq(0).all()
@@ -127,7 +127,7 @@ def test_rows_without_keys_are_zero_and_their_lse_minus_infinity(device):
     assert all(result.isnan().sum() == 0 for result in results.values())
 
 
-def test_a_gradient_of_nan_to_a_row_without_keys_goes_nowhere(device):
+def test_a_nan_gradient_at_a_query_without_keys_does_not_spread(device):
     inputs = packed_inputs([70, 3], [0, 5], bias="shared")
     inputs.grad_out[:70], inputs.grad_lse[:, :70] = float("nan"), float("nan")
     results = run_packed(inputs, [70, 3], [0, 5], device)
@@ -137,11 +137,11 @@ def test_a_gradient_of_nan_to_a_row_without_keys_goes_nowhere(device):
 def test_keys_biased_to_minus_infinity_are_as_if_absent(device):
     lengths = [70, 40]
     inputs = packed_inputs(lengths, bias="shared")
-    # A whole first tile, some later keys, and every key of the second sequence.
+    # The complete first tile, some later keys, and every key of the second sequence.
     absent = torch.zeros(110, dtype=torch.bool)
     absent[:50], absent[55:60], absent[70:] = True, True, True
     inputs = replace(inputs, key_bias=inputs.key_bias.masked_fill(absent, float("-inf")))
-    # lse is −inf there, and what comes back to it may well be NaN.
+    # lse is −inf there, and the gradient that arrives at it may well be NaN.
     inputs.grad_lse[:, 70:] = float("nan")
     present = replace(inputs, k=inputs.k[~absent], v=inputs.v[~absent], key_bias=inputs.key_bias[~absent])
     results = run_packed(inputs, lengths, lengths, device)
@@ -156,10 +156,10 @@ def test_large_scores_neither_overflow_nor_vanish(scale, device):
     check(packed_inputs(lengths, scale=scale), lengths, lengths, device)
 
 
-# What is computed past the end overflows, and is thrown away.
+# Values computed past the end overflow; they are discarded.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("offset", [-200, 200])
-def test_scores_far_from_zero_do_not_let_the_end_of_a_sequence_in(offset, device):
+def test_scores_far_from_zero_do_not_leak_from_beyond_the_end_of_a_sequence(offset, device):
     # Past the end q, k, dO and the bias count as 0, so that some 2^(score − lse) is infinite there.
     inputs = packed_inputs([5, 40], bias="shared")
     inputs = replace(inputs, key_bias=inputs.key_bias + offset)

@@ -68,7 +68,7 @@ OPTIONS: dict[str, dict] = {
 @pytest.mark.parametrize("pair", pairs_of(OPTIONS), ids="+".join)
 def test_options_go_together(pair, queries, device):
     options = OPTIONS[pair[0]] | OPTIONS[pair[1]]
-    # Of one short sequence the reference is now and then exact by luck, and the budget with it; of eight it is not.
+    # With one short sequence the reference may be exact by chance, which makes the budget zero; with eight it is not.
     check(make_readout([66, 41, 66, 9] * 2, queries, heads=2, head_width=16, **options), device)
 
 
@@ -113,7 +113,7 @@ def test_rows_longer_than_one_program_normalises(device, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_rows_only_where_asked(count, device, monkeypatch):
+def test_attention_rows_are_computed_only_on_request(count, device, monkeypatch):
     force_splits(count, monkeypatch)
     readout = make_readout([70, 3], 2).to(device)
     x = readout.inputs
@@ -174,7 +174,7 @@ def test_expanded_inputs(device):
 
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_sequence_without_keys_gives_zero_whatever_comes_back_to_it(queries, count, device, monkeypatch):
+def test_a_sequence_without_keys_gives_zero_whatever_gradient_arrives(queries, count, device, monkeypatch):
     force_splits(count, monkeypatch)
     readout = make_readout([0, 5], queries, bias="shared", alibi=True, grad_rows=True)
     readout.inputs.grad_out[0], readout.inputs.grad_lse[0] = float("nan"), float("nan")
@@ -190,12 +190,12 @@ def test_a_sequence_without_keys_gives_zero_whatever_comes_back_to_it(queries, c
 def test_keys_biased_to_minus_infinity_are_as_if_absent(queries, count, device, monkeypatch):
     force_splits(count, monkeypatch)
     readout = make_readout([140, 40], queries, heads=1, head_width=16, bias="shared", grad_rows=True)
-    # A whole first tile, some later keys, and every key of the second sequence.
+    # The complete first tile, some later keys, and every key of the second sequence.
     absent = torch.zeros(180, dtype=torch.bool)
     absent[:70], absent[75:80], absent[140:] = True, True, True
     x = readout.inputs
     readout = readout.with_inputs(key_bias=x.key_bias.masked_fill(absent, float("-inf")))
-    # What comes back to a row without keys, and to a weight that is always 0, may well be NaN.
+    # The gradient of a row without keys, or of a weight that is always 0, may well be NaN.
     x.grad_out[1], x.grad_lse[1] = float("nan"), float("nan")
     readout.grad_rows[:, :, absent] = float("nan")
     results = run(readout, device)
@@ -218,11 +218,11 @@ def test_large_scores_neither_overflow_nor_vanish(scale, queries, device):
     check(make_readout([70], queries, scale=scale), device)
 
 
-# What is computed past the end overflows, and is thrown away.
+# Values computed past the end overflow; they are discarded.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("offset", [-200, 200])
 @pytest.mark.parametrize("queries", [1, 2])
-def test_scores_far_from_zero_do_not_let_the_end_of_a_sequence_in(offset, queries, device):
+def test_scores_far_from_zero_do_not_leak_from_beyond_the_end_of_a_sequence(offset, queries, device):
     readout = make_readout([5, 70], queries, bias="shared", grad_rows=True)
     check(readout.with_inputs(key_bias=readout.inputs.key_bias + offset), device)
 
@@ -249,7 +249,7 @@ def test_every_supported_head_width_has_a_configuration(target, dtype):
         for pass_ in ("readout", "readout_gradient", "relevance"):
             config = look_up(pass_, target, head_width, dtype)
             assert config.block_n % call.slots(config, head_width, dtype) == 0
-            # Dropout draws four words at a time, and products want 16 terms.
+            # Dropout draws four words at a time, and matrix products need at least 16 terms.
             assert config.block_n % 16 == 0
 
 

@@ -1,4 +1,4 @@
-"""Every tile is worked on once, those that take longest first."""
+"""Every tile is processed exactly once, and those that take longest come first."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_tile_is_found_once_and_the_longest_first(heads, lengths, chunk, d
     )
 
 
-def test_the_side_that_passes_by_decides_what_takes_long(device):
+def test_the_length_of_the_inner_loop_decides_what_takes_longest(device):
     own = packed_rows(cu_seqlens([40, 20]).to(device), 40, 60)
     other = packed_rows(cu_seqlens([3, 300]).to(device), 300, 303)
     rows, _ = work_of(own, other, 1, device)

@@ -1,4 +1,4 @@
-"""Rows of a packed buffer beyond its last sequence are as rows without keys, in outputs and gradients."""
+"""Rows of a packed buffer beyond its last sequence are treated as queries without keys, in outputs and gradients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_rows_beyond_the_last_sequence_are_zero_and_change_nothing(held, bias, d
 @pytest.mark.parametrize("queries", [1, 3])
 def test_keys_of_a_readout_beyond_the_last_sequence_are_zero(held, bias, queries, device):
     n = sum(held)
-    # A sequence more than is held: its keys are what lies beyond.
+    # One sequence more than the buffer holds: its keys are the rows beyond the last sequence.
     case = make_readout((*held, 9), queries, head_width=16, bias=bias, grad_rows=True).to(device)
     x, (starts, longest) = case.inputs, case.sides
     sides, q = (starts[:-1].contiguous(), longest), x.q[:-1]

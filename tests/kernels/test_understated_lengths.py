@@ -1,4 +1,4 @@
-"""A ``max_seqlen`` that is too small, which only the device could know: NaN, and never a write elsewhere."""
+"""A ``max_seqlen`` that is too small, which only the device can find out, gives NaN and never a stray write."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_rows_of_longer_sequences_are_nan_and_nothing_else_is_written(announced,
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_so_are_a_readouts_rows_and_relevance(queries, device, red_zones):
+def test_rows_and_relevance_of_longer_sequences_are_nan_in_a_readout(queries, device, red_zones):
     lengths = (1100, 40)
     case = make_readout(lengths, queries, head_width=16, bias="shared").to(device)
     x, starts = case.inputs, case.sides[0]
     out, lse, _, rows = readout_forward(x.q, x.k, x.v, starts, 50, x.options, True)
     relevance = token_relevance(x.q, x.k, x.v, out, lse, x.grad_out[None], None, None, starts, 50, x.options)
     red_zones.check()
-    # These do not depend on what is announced.
+    # These do not depend on the stated length.
     assert out.isfinite().all()
     assert lse.isfinite().all()
     for result in (rows.flatten(0, 1).T, relevance.T):
@@ -59,7 +59,7 @@ def test_so_are_a_readouts_rows_and_relevance(queries, device, red_zones):
         assert result[1100:].isfinite().all()
 
 
-def test_what_is_read_or_written_outside_of_a_buffer_is_found(red_zones):
+def test_reads_and_writes_outside_a_buffer_are_found(red_zones):
     x = torch.zeros(4)
     red_zones.check()
     assert torch.as_strided(x, (8,), (1,), x.storage_offset())[4:].isnan().all()

@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import as_strided
 
 Call = dict[str, Any]
 
-MEMORY = 4 * 2**30  # more than any right call here takes: what asks for it gets a MemoryError
+MEMORY = 4 * 2**30  # more than any valid call here needs: whatever asks for more gets a MemoryError
 SIZES = (0, 1, 2, 3, 7)
 HEAD_WIDTHS = (16, 24, 40, 64)
 
@@ -91,7 +91,7 @@ def readout(rng: Random, backward: bool) -> Call:
 
 
 def finish(rng: Random, call: Call, given: Call, backward: bool) -> Call:
-    """What both passes take, and the gradients of the backward pass."""
+    """The arguments of both passes, and the gradients that the backward pass takes."""
     if backward:
         grads = {f"d{name}": np.empty_like(call[name]) for name in "qkv"}
         call |= {"grad_out": rows(rng, call["q"].dtype == np.uint16, *call["q"].shape), **grads}
@@ -177,7 +177,7 @@ def with_other_shape(rng: Random, x: np.ndarray) -> np.ndarray:
 
 
 def with_huge_shape(rng: Random, x: np.ndarray) -> np.ndarray:
-    """An axis of no stride that is as long as can be, or a long one beside an empty one."""
+    """An axis of stride 0 and the greatest length, or a long axis next to an empty one."""
     shape, strides = list(x.shape), list(x.strides)
     axis = rng.randrange(x.ndim)
     shape[axis], strides[axis] = rng.choice([2**31 - 1, 2**31, 2**33, 2**40]), 0
@@ -192,7 +192,7 @@ def with_huge_shape(rng: Random, x: np.ndarray) -> np.ndarray:
 
 
 def with_other_strides(rng: Random, x: np.ndarray) -> np.ndarray:
-    """The same shape and dtype."""
+    """An array of the same shape and dtype."""
     axis = rng.randrange(x.ndim)
     flat = [n * rng.choice([1, 2, 3]) for n in x.shape]
     wide = np.zeros(flat, x.dtype)[
@@ -251,7 +251,7 @@ def described(call: Call) -> str:
 
 
 def huge_and_empty(native: Any) -> None:
-    """Sizes whose products overflow, of arrays without an element."""
+    """Sizes whose products overflow, for arrays without elements."""
     for huge in (2**31, 2**33, 2**40, 2**50):
         for half in (np.float32, np.uint16):
             q, row = np.empty((0, 2, huge, 16), half), np.empty((0, huge, 16), half)

@@ -21,7 +21,7 @@ def as_numpy(x: Tensor | None) -> np.ndarray | None:
 
 
 def unwritten(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What torch.empty may hold at its worst."""
+    """The worst that torch.empty may hold."""
     return torch.full(tuple(shape), float("nan"), dtype=dtype)
 
 

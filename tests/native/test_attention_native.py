@@ -62,7 +62,7 @@ def test_every_number_of_keys_in_the_last_block(dtype, instruction_set):
 
 @pytest.mark.parametrize("head_width", [80, 136])
 def test_lse_of_single_tokens_is_as_exact_as_the_reference(head_width, instruction_set):
-    # Over many: that of one may be nearer to the oracle by luck, and with it the budget.
+    # Over many: a single one may be close to the oracle by chance, which would shrink the budget.
     lengths = [1] * 512
     check_packed(
         oracles.packed_inputs(lengths, head_width=head_width), lengths, lengths, instruction_set=instruction_set
@@ -173,7 +173,7 @@ def test_expanded_inputs():
     check_packed(inputs, lengths, lengths)
 
 
-def test_rows_without_keys_are_zero_whatever_comes_back_to_them(instruction_set):
+def test_queries_without_keys_give_zero_whatever_gradient_arrives(instruction_set):
     inputs = oracles.packed_inputs([70, 3], [0, 5], bias="shared")
     inputs.grad_out[:70], inputs.grad_lse[:, :70] = float("nan"), float("nan")
     results = run_packed(inputs, [70, 3], [0, 5], instruction_set=instruction_set)
@@ -187,11 +187,11 @@ def test_rows_without_keys_are_zero_whatever_comes_back_to_them(instruction_set)
 def test_keys_biased_to_minus_infinity_are_as_if_absent(dtype, instruction_set):
     lengths = [170, 40]
     inputs = oracles.packed_inputs(lengths, bias="shared", dtype=dtype)
-    # A whole first block, some later keys, and every key of the second sequence.
+    # The complete first block, some later keys, and every key of the second sequence.
     absent = torch.zeros(210, dtype=torch.bool)
     absent[:70], absent[75:80], absent[170:] = True, True, True
     inputs = replace(inputs, key_bias=inputs.key_bias.masked_fill(absent, -INFINITY))
-    # lse is −inf there, and what comes back to it may well be NaN.
+    # lse is −inf there, and the gradient that arrives at it may well be NaN.
     inputs.grad_lse[:, 170:] = float("nan")
     present = replace(inputs, k=inputs.k[~absent], v=inputs.v[~absent], key_bias=inputs.key_bias[~absent])
     results = run_packed(inputs, lengths, lengths, instruction_set=instruction_set)
@@ -279,7 +279,7 @@ def test_background_never_reaches_an_output_or_a_gradient(dtype, skip_queries, p
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_and_packed_attention_are_one(dtype, instruction_set):
+def test_masked_and_packed_attention_agree(dtype, instruction_set):
     keep, dense = oracles.keep_mask("random", 1, 300), oracles.masked_inputs(1, 300, dtype=dtype)
     kept = {name: getattr(dense, name)[0].transpose(0, 1)[keep[0]] for name in ("q", "k", "v", "grad_out")}
     packed = replace(dense, **kept, grad_lse=dense.grad_lse[0][:, keep[0]])
@@ -293,7 +293,7 @@ def test_masked_and_packed_attention_are_one(dtype, instruction_set):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_does_not_change_a_bit(dtype, instruction_set):
-    # Long ones, which are cut in more pieces for more threads, and short ones, of which each goes to one thread.
+    # Long sequences are cut into more pieces for more threads; each short one goes to a single thread.
     lengths = [1100, 1, 65, 0, 300, *[17] * 20]
     inputs = oracles.with_alibi(oracles.packed_inputs(lengths, heads=1, bias="shared", dtype=dtype))
     one = run_packed(inputs, lengths, lengths, threads=1, instruction_set=instruction_set)

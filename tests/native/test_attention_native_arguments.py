@@ -1,4 +1,4 @@
-"""What the C++ attention refuses, and how it says so."""
+"""Arguments that the C++ attention refuses, and the messages with which it does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INFINITY = float("inf")
 
 
 def arguments(**changed: Any) -> dict[str, Any]:
-    """A good call of attention_forward, some arguments of which are changed."""
+    """A valid call of attention_forward with some of its arguments changed."""
     x, starts = np.zeros((5, 2, 16), np.float32), np.array([0, 2, 5], np.int32)
     good = {"q": x, "k": x, "v": x, "cu_seqlens_q": starts, "cu_seqlens_k": starts, "out": x.copy(), "scale": 1.0}
     return good | {"lse": np.zeros((2, 5), np.float32)} | changed
@@ -80,20 +80,20 @@ BAD_VALUES = [
 
 
 def dense_arguments(**more: Any) -> dict[str, Any]:
-    """A good call of masked_attention_forward."""
+    """A valid call of masked_attention_forward."""
     x, keep = rows(2, 3, 5, 16), rows(2, 5, dtype=bool)
     return {"q": x, "k": x, "v": x, "keep": keep, "out": x.copy(), "lse": rows(2, 3, 5), "scale": 1.0} | more
 
 
 def readout_arguments(**more: Any) -> dict[str, Any]:
-    """A good call of readout_forward."""
+    """A valid call of readout_forward."""
     q, x, starts = rows(1, 1, 2, 16), rows(5, 2, 16), np.array([0, 5], np.int32)
     good = {"q": q, "k": x, "v": x, "cu_seqlens": starts, "out": q.copy(), "lse": rows(1, 1, 2), "scale": 1.0}
     return good | more
 
 
 def gradients(call: dict[str, Any]) -> dict[str, Any]:
-    """The same call of the backward pass."""
+    """The same call for the backward pass."""
     return call | {"grad_out": call["q"]} | {f"d{name}": np.zeros_like(call[name]) for name in "qkv"}
 
 

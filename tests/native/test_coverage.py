@@ -29,7 +29,7 @@ def slow_coverage(
     rows: int,
     cols: int,
 ) -> np.ndarray:
-    """The specification: per token and mask pixel, the area that both share. Pairs are (x, y)."""
+    """The specification: for each token and mask pixel, the area that they share. Tuples of two are (x, y)."""
     over_y = overlaps(origin[1] / px[1], token[1] / px[1], rows, mask.shape[0])
     over_x = overlaps(origin[0] / px[0], token[0] / px[0], cols, mask.shape[1])
     area = np.einsum("ry,yx,cx->rc", over_y, (mask != 0).astype(np.float64), over_x)
@@ -71,7 +71,7 @@ def test_tokens_smaller_than_a_mask_pixel_are_exact() -> None:
     fraction = token_coverage(mask, 10, 10, 0, 0, 3, 3, 7, 7)
     np.testing.assert_allclose(fraction, slow_coverage(mask, (10, 10), (0, 0), (3, 3), 7, 7), atol=1e-7)
     assert fraction[0, 0] == 1.0
-    assert fraction[3, 0] == pytest.approx(1 / 3)  # from 9 to 12, of which 9 to 10 is tissue
+    assert fraction[3, 0] == pytest.approx(1 / 3)  # spans 9 to 12, of which 9 to 10 is tissue
 
 
 def test_tokens_over_the_edge_count_the_outside_as_glass() -> None:

@@ -18,13 +18,13 @@ from maskattn import Packing, _native, native_packing, pack, packing, unpack
 
 @pytest.fixture(autouse=True)
 def no_thresholds(monkeypatch):
-    """Let the extension have what torch would be quicker with."""
+    """Give the extension even the calls at which torch would be quicker."""
     for name in ("ROW_BYTES", "GATHER_BYTES", "SCATTER_ROWS"):
         monkeypatch.setattr(native_packing, name, 0)
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Any bits at all, NaN among them, where the dtype has so many."""
+    """Arbitrary bits, NaN included, for a dtype that has so many."""
     if dtype == torch.bool:
         return torch.rand(shape) > 0.5
     wide = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8)
@@ -77,7 +77,7 @@ def test_whatever_follows_the_tokens(rest):
     assert same_bits(dense, torch.zeros_like(dense).index_copy_(0, places.indices, rows))
 
 
-# Of (rows, 2, 6), and whether the extension reads them in place.
+# Views of (rows, 2, 6), and whether the extension reads them in place.
 LAYOUTS = {
     "of_three": (lambda x: torch.stack([x, x + 1, x + 2], dim=1)[:, 1], True),
     "every_other_row": (lambda x: torch.stack([x, x + 1], dim=1).flatten(0, 1)[::2], True),
@@ -96,7 +96,7 @@ def test_rows_without_gaps_are_read_where_they_lie(layout, monkeypatch):
     places, calls = some_packing(), []
     x = relayout(numbers((123, 2, 6), torch.float32))
     rows = relayout(numbers((places.total, 2, 6), torch.float32))
-    # Where the extension is handed memory is the contract here: a copy would give the same values.
+    # The contract here is which memory the extension gets: a copy would give the same values.
     native = native_packing._move
     monkeypatch.setattr(native_packing, "_move", lambda *args, **how: calls.append(args[0]) or native(*args, **how))
     gathered = packing.gather_rows(x, places.indices, places.row_of_token)
@@ -148,7 +148,7 @@ def test_large_results_begin_as_fresh_pages(monkeypatch):
     large = unpack(pack(x, places), places)
     assert torch.equal(large, small)
     assert large.data_ptr() % native_packing.ALIGNMENT == 0
-    large.mul_(2)  # and are as good as any
+    large.mul_(2)  # and hold the same values
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])

@@ -26,7 +26,7 @@ OPTIONS = ("plain", "bias", "bias of each head", "places", "all")
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a readout and the gradients of its outputs; those of token relevance besides."""
+    """Inputs of a readout and the gradients of its outputs, together with the inputs of token relevance."""
 
     starts: Tensor
     q: Tensor
@@ -118,7 +118,7 @@ def specify(case: Case, dtype: torch.dtype, row_gradients: bool = True) -> dict[
 
 
 def carried_by_outputs(case: Case, row_gradients: bool) -> dict[str, Tensor]:
-    """What the gradients carry of the rounding of out and lse; a row's gradient counts as one more channel of out."""
+    """The error that rounding out and lse causes in gradients; a row's gradient counts as one more channel of out."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         out, lse, rows = reference.readout(q, k, v, case.starts, options)
@@ -222,7 +222,7 @@ def test_the_number_of_threads_changes_no_bit(dtype, lengths):
 
 
 def class_inputs(case: Case, classes: int, each: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """g of every class and both origins, of each token or shared."""
+    """g of every class and both origins, per token or shared."""
     generator = torch.Generator().manual_seed(classes)
     T, H, D = case.k.shape
     shape = (T, H, D) if each else (H, D)
@@ -255,7 +255,7 @@ def specified_relevance(case: Case, classes: int, each: bool, origins: bool, dty
 
 
 def carried_by_lse(case: Case, classes: int, each: bool, origins: bool) -> Tensor:
-    """What relevance carries of the rounding of lse: a factor of the share of each query and head."""
+    """The error that rounding lse leaves in relevance: a factor on the share of each query and head."""
     own, (g, *where) = case.floats(torch.float64), (x.double() for x in class_inputs(case, classes, each))
     where = where if origins else [None, None]
     _, R, H, _ = own.q.shape

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: a small model, a small slide, and settings for a folder of their own."""
+"""Fixtures of the tests of complete runs: a small model, a small slide, and settings for a temporary folder."""
 
 from __future__ import annotations
 

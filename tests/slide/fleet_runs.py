@@ -1,4 +1,4 @@
-"""Slides that take milliseconds, run as the pipeline runs real ones; as a script, a process of a fleet.
+"""Slides that take milliseconds, run as the pipeline runs real ones; run as a script, this is one process of a fleet.
 
 python tests/slide/fleet_runs.py OUT SLIDES
 """

@@ -1,7 +1,7 @@
 """Where the vulnerable parts of a slide file lie: fields of TIFF directories, markers of JPEG, text, DICOM elements.
 
-A part is a run of bytes with the kind of thing that it holds. What cannot be understood is passed over, so that damaged
-files can be taken apart too.
+A ``Part`` is a run of bytes and the kind of thing that it holds. Anything that cannot be parsed is skipped, so that
+damaged files can be taken apart too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Part:
 
 
 def find_parts(data: bytes) -> list[Part]:
-    """The parts of a TIFF or DICOM file; none of anything else."""
+    """The parts of a TIFF or DICOM file; any other file has none."""
     try:
         if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return tiff_parts(data)

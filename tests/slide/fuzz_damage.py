@@ -1,4 +1,4 @@
-"""Damage to a file's bytes: anywhere, or aimed at a part that a reader trusts. The same seed does the same damage."""
+"""Damage to a file's bytes, anywhere or aimed at a part that a reader trusts. The same seed does the same damage."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def damage(rng: Random, data: bytes) -> tuple[bytes, list[str]]:
 
 
 def choose_part(rng: Random, parts: list[Part]) -> Part:
-    """Any part; as often one of the few fields outside the tiles, and as often one of a kind that is rare here."""
+    """A part of a field outside the tiles, a part that holds a kind of value chosen evenly among kinds, or any part."""
     way, among = rng.random(), parts
     if way < 0.5:
         fields = sorted({part.field for part in parts if not part.in_tile})
@@ -55,7 +55,7 @@ def choose_part(rng: Random, parts: list[Part]) -> Part:
 
 
 def spoil_part(rng: Random, data: bytearray, part: Part) -> str:
-    """Damage of the kind that suits what the part holds."""
+    """Apply damage of a kind that suits what the part holds."""
     place = slice(part.start, part.start + part.size)
     before = bytes(data[place])
     if part.holds == "number":
@@ -80,7 +80,7 @@ def spoil_part(rng: Random, data: bytearray, part: Part) -> str:
 
 
 def plant_bomb(rng: Random, data: bytearray, parts: list[Part]) -> str:
-    """Point a tile to a few megabytes behind all others, which inflate to more than a machine should be asked for."""
+    """Point a tile to a few megabytes after all others, which inflate to more memory than anybody should allocate."""
     named = {part.name: part for part in parts}
     starts = [name for name in named if "tag 324: value " in name and name.replace("tag 324", "tag 325") in named]
     if not starts:
@@ -104,7 +104,7 @@ def inflating_stream() -> bytes:
 
 
 def other_number(rng: Random, before: bytes, part: Part, file_size: int) -> bytes:
-    """A number of the same width: a limit, a neighbour, a multiple, a place in the file or beyond, or any."""
+    """A number of the same width: a limit, a neighbour, a multiple, an offset in the file or beyond, or any."""
     order, bits = ("little" if part.order == "<" else "big"), 8 * len(before)
     old = int.from_bytes(before, order)
     value = rng.choice(
@@ -215,7 +215,7 @@ def copy_over(rng: Random, data: bytearray) -> str:
 
 
 def lose_blocks(rng: Random, data: bytearray) -> str:
-    """Blocks of a disk or of a transfer that never came."""
+    """Blocks lost by a disk or by a broken transfer."""
     block = rng.choice((512, 4096))
     count = max(1, len(data) // block)
     lost = [rng.randrange(count) for _ in range(rng.choice((1, 2, 8)))]

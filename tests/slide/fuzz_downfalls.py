@@ -1,4 +1,4 @@
-"""A task that ends as it is told, for the tests of ``fuzz_pool.py``; light, because each new process loads it anew."""
+"""A task that ends in a given way, for the tests of ``fuzz_pool.py``; small, as each new process imports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users do with a slide file, done with one that may be damaged, and what may come of it.
+"""What users do with a slide file, done with one that may be damaged, and the outcomes that are allowed.
 
 A file may be read, or refused in one sentence of the form "rule, got what came; remedy". Whatever else comes of it is a
 fault: another exception, an unclear message, an output that is not whole, a file left over, memory out of proportion.
@@ -44,7 +44,7 @@ CLEAR = re.compile(r"[^\n]+[,;] got [^\n]+; [^\n]+")
 
 @dataclass(frozen=True)
 class Examination:
-    """What is to be done: open ``path``, and predict it too; ``work`` is an empty folder for whatever is written."""
+    """The task: open ``path``, and predict it too if asked; ``work`` is an empty folder for whatever is written."""
 
     path: Path
     work: Path
@@ -65,7 +65,7 @@ class Finding:
 
 
 class FaultError(Exception):
-    """Something that must not come of any file."""
+    """An outcome that no file may have."""
 
     def __init__(self, outcome: str, detail: str) -> None:
         super().__init__(detail)
@@ -73,7 +73,7 @@ class FaultError(Exception):
 
 
 def examine(task: Examination) -> Finding:
-    """Do with a file what users do, and say what came of it."""
+    """Do with a file what users do, and return the outcome."""
     torch.set_num_threads(1)
     held, reaped = start_of_memory(), ended_peak_mb()
     temporary, out = task.work / "tmp", task.work / "out"
@@ -103,7 +103,7 @@ def examine(task: Examination) -> Finding:
 
 
 def use(task: Examination, out: Path, stages: list[str]) -> str:
-    """Every stage; returns why the file was refused, empty where all of it could be used."""
+    """Run every stage; return why the file was refused, or an empty string if all of it could be used."""
     refusals = []
     spacing_um = None
     try:
@@ -228,7 +228,7 @@ def start_of_memory() -> int:
 
 
 def memory_mb(name: str) -> int:
-    """Of this process and those it started."""
+    """The memory of this process and those it started."""
     said = [Path(f"/proc/{pid}/status").read_text() for pid in family(os.getpid())]
     return sum(int(kilobytes) for text in said for kilobytes in re.findall(rf"{name}:\s+(\d+) kB", text)) // 1024
 

@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a case."""
+    """The outcome of a case."""
 
     case: Case
     outcome: str
@@ -99,7 +99,7 @@ def make_case(number: int, seed: int, sources: list[Source], folder: Path) -> Ca
 
 
 def kept_cases(kept: Path, folder: Path) -> Iterator[Case]:
-    """Cases that ``keep_case`` has kept, as they are."""
+    """Cases that ``keep_case`` has kept, unchanged."""
     for note in sorted(kept.glob("*/case.json")):
         said = json.loads(note.read_text())
         place = folder / note.parent.name
@@ -111,7 +111,7 @@ def kept_cases(kept: Path, folder: Path) -> Iterator[Case]:
 def run_cases(
     cases: Iterable[Case], seed: int, folder: Path, processes: int, limits: Limits, always_predict: bool = False
 ) -> Iterator[Verdict]:
-    """What comes of each case, in the order in which they end; a case's folder goes when the next is asked for."""
+    """Outcomes of the cases, in the order in which they end; a case's folder is removed when the next is asked for."""
     waiting: dict[Path, Case] = {}
 
     def tasks() -> Iterator[Task]:
@@ -163,7 +163,7 @@ def keep_case(verdict: Verdict, seed: int, folder: Path) -> None:
 
 
 def table(verdicts: list[Verdict], by: str) -> str:
-    """Counts of outcomes, a row per kind or per slide."""
+    """Counts of outcomes, in one row per kind or per slide."""
     names = {"kind": lambda verdict: verdict.case.source.kind, "slide": lambda verdict: verdict.case.source.name}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for verdict in verdicts:
@@ -204,7 +204,7 @@ def contained(verdicts: list[Verdict]) -> str:
 
 
 def report(verdicts: list[Verdict], arguments: argparse.Namespace, given: list[Source], seconds: float) -> str:
-    """What was run, on what, and what came of it, as a page of ``bench/results``."""
+    """The run, its machine and its outcome, as a page of ``bench/results``."""
     command = f"python tests/slide/fuzz_files.py --files {len(verdicts)} --seed {arguments.seed}"
     command += " --given SLIDES" if given else ""
     versions = [f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in VERSIONED)]

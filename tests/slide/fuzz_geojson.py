@@ -1,4 +1,4 @@
-"""Hand damaged GeoJSON to what reads it: each file is read, or refused in a sentence, and none crashes or hangs it.
+"""Read damaged GeoJSON: each file is read or refused in a sentence, and none crashes or hangs the reader.
 
 ``python tests/slide/fuzz_geojson.py --files 10000 --seed 0`` prints counts by outcome, and ends with 1 where there was
 a fault. A fault's file is printed; ``--only N`` makes that file alone.
@@ -56,7 +56,7 @@ BYTES = (
 
 
 def sources() -> list[Any]:
-    """Files that are right: holes, several areas, QuPath's and TRIDENT's ways, a map of tokens."""
+    """Valid files: holes, several areas, QuPath's and TRIDENT's variants, a map of tokens."""
     holed = polygon(box(100, 100, 300, 300), box(150, 150, 250, 250))
     several = {"type": "MultiPolygon", "coordinates": [[box(400, 100, 500, 200)], [box(600, 100, 700, 200)]]}
     collection = {"type": "GeometryCollection", "geometries": [holed, {"type": "Point", "coordinates": [1, 2]}]}
@@ -172,7 +172,7 @@ def examine(data: bytes, folder: Path) -> tuple[str, str]:
 
 
 def fuzz(numbers: range, seed: int) -> tuple[Counter[str], list[str]]:
-    """Counts by outcome, and what was at fault."""
+    """Counts by outcome, and the faults."""
     counts: Counter[str] = Counter()
     faults = []
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ TASKS_PER_PROCESS = 1000
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one task: processor and wall seconds, and the address space that it may add to its process's."""
+    """The limits of one task: processor and wall seconds, and the address space that it may add to its process's."""
 
     processor_s: float = 20.0
     wall_s: float = 200.0
@@ -83,7 +83,7 @@ def run_tasks(
         process = context.Process(target=_serve, args=(theirs, function, log, limits), daemon=True)
         process.start()
         theirs.close()
-        ours.recv()  # ready: what it loads counts for no task
+        ours.recv()  # ready: the time that loading takes counts for no task
         return _Worker(process, ours, log)
 
     try:
@@ -154,7 +154,7 @@ def family(pid: int) -> list[int]:
 
 
 def processor_seconds(pid: int) -> float:
-    """Of a process and its descendants, those included that have ended."""
+    """The processor time of a process and its descendants, including those that have ended."""
     ticks = 0
     for one in family(pid):
         with contextlib.suppress(OSError):

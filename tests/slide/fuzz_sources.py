@@ -27,7 +27,7 @@ SPACING_UM = 1.0
 
 @dataclass(frozen=True)
 class Source:
-    """A whole slide: the file that is opened, and those that belong to it and lie beside it."""
+    """A slide: the file that is opened, and the files next to it that belong to it."""
 
     kind: str
     name: str
@@ -89,7 +89,7 @@ def tiff(of: Callable[[np.ndarray], np.ndarray] = np.asarray, **how: Any) -> Cal
 
 
 def ome_tiff(folder: Path, rgb: np.ndarray) -> list[Path]:
-    """An OME-TIFF: its smaller level is a SubIFD, its spacing stands in XML."""
+    """An OME-TIFF: its smaller level is a SubIFD, and XML gives its spacing."""
     path = folder / "slide.ome.tiff"
     metadata = {"axes": "YXS", "PhysicalSizeX": SPACING_UM, "PhysicalSizeXUnit": "µm"}
     metadata |= {"PhysicalSizeY": SPACING_UM, "PhysicalSizeYUnit": "µm", "UUID": "urn:uuid:" + "0" * 32}

@@ -20,7 +20,7 @@ def polygon(*rings: list[list[float]]) -> dict[str, Any]:
 
 
 def feature(geometry: Any, of_class: Any = None, **properties: Any) -> dict[str, Any]:
-    """As QuPath writes an annotation."""
+    """An annotation as QuPath writes it."""
     if of_class is not None:
         properties["classification"] = {"name": of_class, "color": [200, 0, 0]} if type(of_class) is str else of_class
     return {

@@ -1,4 +1,4 @@
-"""How tests look at runs: what a folder holds, how each slide ended, and a progress that steps in."""
+"""Helpers for tests of runs: a folder's contents, each slide's outcome, and a progress object that interferes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUTPUTS = {
     *("attention.png", "features.h5", "heatmap_benign.png", "heatmap_low_high.png", "prediction.json", "relevance.h5")
 }
 
-# What is asked for of areas, and how it is refused.
+# Requests about areas, and the messages with which they are refused.
 AREAS_WITHOUT_EFFECT = [
     ({"mask_classes": ("Tumor",)}, "--mask-class names classes of outlines, got 'Tumor' and no outlines"),
     ({"roi_classes": ("Tumor",)}, "give them with --roi, or"),
@@ -37,7 +37,7 @@ def statuses(outcomes: list[SlideOutcome]) -> dict[str, str]:
 
 
 def lengths_given_to(kind: type, method: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How long the first argument of each call of a method is: what is held at a time."""
+    """The length of the first argument in each call of a method, which is how much is held at a time."""
     lengths: list[int] = []
     called = getattr(kind, method)
 
@@ -50,7 +50,7 @@ def lengths_given_to(kind: type, method: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def assert_refused(slide: Path, model: SlideModel, settings: RunSettings, words: str) -> None:
-    """A run of these settings would not do what they say, and is refused before it makes anything."""
+    """Check that a run of settings that would have no effect is refused before it writes anything."""
     with pytest.raises(ManifestError) as raised:
         run_slides([SlideJob("disc", slide)], model, settings)
     assert words in str(raised.value)

@@ -15,7 +15,7 @@ STAIN = (205, 120, 170)
 
 @dataclass(frozen=True)
 class DrawnSlide:
-    """A slide on disk and what was drawn on it: rgb_HW3 is its level 0, tissue_HW where the stain is."""
+    """A slide on disk and what was drawn on it: rgb_HW3 is its level 0, tissue_HW is True where the stain is."""
 
     path: Path
     rgb_HW3: np.ndarray
@@ -23,7 +23,7 @@ class DrawnSlide:
 
 
 def draw_tissue(width: int, height: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two stained blobs on noisy glass: (H, W, 3) uint8 and where they are, (H, W) bool."""
+    """Two stained blobs on noisy glass, (H, W, 3) uint8, and their mask, (H, W) bool."""
     rng = np.random.default_rng(seed)
     tissue = np.zeros((height, width), np.uint8)
     side = min(width, height)
@@ -82,7 +82,7 @@ def make_slide(
 
 
 def make_blank_slide(path: Path, width: int = 1024, height: int = 768, spacing_um: float = 0.5) -> Path:
-    """A slide of nothing but noisy glass."""
+    """A slide that shows only noisy glass."""
     rng = np.random.default_rng(0)
     rgb = np.clip(np.array(GLASS) + rng.integers(-3, 4, (height, width, 3)), 0, 255).astype(np.uint8)
     return write_pyramid(path, rgb, spacing_um, downsamples=(4,))

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or out of room: nothing half is left, and the next run goes on."""
+"""Runs that are killed, interrupted or out of disk space leave nothing half-written, and the next run continues."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_leftovers_of_a_killed_run_are_cleared_and_done_again(
     assert names(out) == {"kept", "half", "new", "summary.csv"}
 
 
-def test_interrupt_leaves_nothing_half(model: SlideModel, slide: Path, settings: RunSettings) -> None:
+def test_interrupt_leaves_nothing_half_written(model: SlideModel, slide: Path, settings: RunSettings) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -50,7 +50,9 @@ def test_interrupt_leaves_nothing_half(model: SlideModel, slide: Path, settings:
     assert list(read_summary(settings.out_dir / "summary.csv")) == ["a"]
 
 
-def test_killed_run_goes_on_where_it_was(model: SlideModel, slide: Path, settings: RunSettings, tmp_path: Path) -> None:
+def test_killed_run_continues_where_it_was(
+    model: SlideModel, slide: Path, settings: RunSettings, tmp_path: Path
+) -> None:
     model.save(tmp_path / "model.safetensors")
     script = f"""
 import os, signal, sys
@@ -83,7 +85,7 @@ run_slides(jobs, SlideModel.load(model), RunSettings(out, batch_size=8, workers=
     assert all(names(settings.out_dir / name) == OUTPUTS for name in "abc")
 
 
-def test_full_disk_fails_the_slide_and_leaves_room_for_the_rest(
+def test_full_disk_fails_the_slide_and_leaves_space_for_the_rest(
     model: SlideModel, slide: Path, settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     progress, opened = Watch(settings.out_dir), h5py.File

@@ -1,4 +1,4 @@
-"""Damage: what a finer level can give in its stead is read there, and what no level can give is named by its place."""
+"""Damaged pixels are read from a finer level where one has them; otherwise the error says where they are."""
 
 from __future__ import annotations
 
@@ -66,21 +66,21 @@ def test_a_slide_whose_coarse_levels_are_all_bad_is_read_from_level_zero(slide: 
 
 
 @pytest.mark.parametrize("tile", [0, 5, 95, 107])
-def test_the_place_that_fails_is_named_to_the_tile(slide: Path, tile: int) -> None:
+def test_the_error_names_the_tile_that_fails(slide: Path, tile: int) -> None:
     damage_level(slide, 0, [tile])  # 12 × 9 tiles
     row, column = divmod(tile, 12)
     with pytest.raises(SlideError, match=rf"got x={column * 256}, y={row * 256} at level 0 of .* fails with '.*ZIP"):
         SlideReader(slide).read_region(0, 0, (3000, 2200), (3000, 2200))
 
 
-def test_the_place_is_named_in_the_frame_of_level_zero_when_a_coarse_level_and_level_zero_are_bad(slide: Path) -> None:
+def test_the_error_gives_level_zero_coordinates_when_a_coarse_level_and_level_zero_are_bad(slide: Path) -> None:
     damage_level(slide, 0, [107])
     damage_level(slide, 1, None)
     with pytest.raises(SlideError, match=r"got x=2816, y=2048 at level 0 of .*; the file is damaged there"):
         SlideReader(slide).read_region(2560, 1536, (440, 664), (220, 332))
 
 
-def test_a_view_leaves_white_what_no_level_can_give_and_says_so(slide: Path) -> None:
+def test_a_view_is_white_where_no_level_can_be_read_and_says_so(slide: Path) -> None:
     whole = SlideReader(slide).thumbnail(750)
     for page, tiles in ((0, None), (1, None), (2, [4])):
         damage_level(slide, page, tiles)
@@ -121,7 +121,7 @@ def test_a_reader_that_met_damage_can_still_be_pickled(slide: Path) -> None:
 
 
 @pytest.mark.parametrize("tile", [(256, 256), (240, 512), (1000, 7)])
-def test_halves_are_cut_between_tiles_and_make_the_whole(tile: tuple[int, int]) -> None:
+def test_halves_are_cut_between_tiles_and_cover_the_complete_region(tile: tuple[int, int]) -> None:
     pieces, wholes = [Rectangle(37, 500, 1411, 1299)], []
     while pieces:
         piece = pieces.pop()

@@ -1,4 +1,4 @@
-"""No damaged slide brings a run down: see ``fuzz_files.py``. What would be a fault is seen: see ``fuzz_pool.py``."""
+"""No damaged slide crashes a run (see ``fuzz_files.py``), and faults would be detected (see ``fuzz_pool.py``)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_damaged_files_do_no_harm():
     assert min(map(int, counts)) >= 3, f"read, in part, refused: {counts}; the damage is too tame or too rough"
 
 
-def test_the_slides_that_are_damaged_are_read_whole_before(sources, tmp_path):
+def test_the_slides_can_be_read_completely_before_they_are_damaged(sources, tmp_path):
     assert {source.kind for source in sources} == set(KINDS)
     for number, source in enumerate(sources):
         work = tmp_path / str(number)
@@ -82,7 +82,7 @@ def named(sources: list[Source], name: str) -> Source:
 
 
 @pytest.mark.parametrize("tag", [322, 323])
-def test_tiles_that_no_memory_holds_are_not_asked_of_openslide(sources, tmp_path, tag):
+def test_openslide_is_not_asked_for_tiles_that_fit_no_memory(sources, tmp_path, tag):
     data = bytearray(named(sources, "TIFF deflate").path.read_bytes())
     part = next(part for part in find_parts(bytes(data)) if part.name.endswith(f"tag {tag}: its value or offset"))
     data[part.start : part.start + 4] = (2**31 - 1).to_bytes(4, "little")
@@ -99,7 +99,7 @@ def test_more_samples_than_colours_are_refused(sources, tmp_path):
         refusal_of(tmp_path / "slide.tiff")
 
 
-def test_a_decoder_s_words_are_shown_in_signs_that_can_be_printed(sources, tmp_path):
+def test_a_decoders_message_is_shown_in_printable_characters(sources, tmp_path):
     source = named(sources, "DICOM JPEG")
     data = bytearray(source.path.read_bytes())
     part = next(part for part in find_parts(bytes(data)) if "(0008,0060)" in part.name and part.name.endswith("VR"))
@@ -108,7 +108,7 @@ def test_a_decoder_s_words_are_shown_in_signs_that_can_be_printed(sources, tmp_p
     assert "%06%07" in refusal_of(tmp_path / source.path.name)
 
 
-def test_a_uid_that_is_said_to_be_longer_than_any_is_not_shown(sources, tmp_path):
+def test_a_uid_with_an_impossible_length_is_not_shown(sources, tmp_path):
     source = named(sources, "DICOM JPEG")
     for element in ("(0002,0002)", "(0002,0010)"):
         data = bytearray(source.path.read_bytes())
@@ -118,7 +118,7 @@ def test_a_uid_that_is_said_to_be_longer_than_any_is_not_shown(sources, tmp_path
         assert "PYDICOM" not in refusal_of(tmp_path / source.path.name)
 
 
-def test_a_property_whose_name_is_no_text_is_passed_over(sources, tmp_path):
+def test_a_property_whose_name_is_not_text_is_skipped(sources, tmp_path):
     data = named(sources, "SVS JPEG").path.read_bytes()
     (tmp_path / "slide.svs").write_bytes(data.replace(b"|AppMag = 20|Stripe", b"|AppMag = 20|S\xff\xfeipe"))
     with SlideReader(tmp_path / "slide.svs") as reader:
@@ -126,7 +126,7 @@ def test_a_property_whose_name_is_no_text_is_passed_over(sources, tmp_path):
         assert not any("ipeWidth" in name for name in reader.info.properties)
 
 
-def test_crashes_and_hangs_are_seen_and_the_next_file_has_its_turn(tmp_path):
+def test_crashes_and_hangs_are_detected_and_the_next_file_is_examined(tmp_path):
     tasks = iter(["first", "abort", "second", "work", "exit", "third", "wait", "fourth"])
     limits = Limits(processor_s=0.3, wall_s=4.0)
     results = {result.task: result for result in run_tasks(end_as_told, tasks, tmp_path, 1, limits)}

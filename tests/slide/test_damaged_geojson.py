@@ -1,4 +1,4 @@
-"""The first of the files that ``fuzz_geojson.py`` makes: read, or refused in a sentence."""
+"""The first files that ``fuzz_geojson.py`` makes are read, or refused in a sentence."""
 
 from __future__ import annotations
 

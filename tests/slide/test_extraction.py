@@ -1,4 +1,4 @@
-"""Extraction: features equal a plain loop over the same coordinates, and every bad input has its message."""
+"""Extracted features equal those of a plain loop over the same coordinates, and every bad input has its message."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def features_file(out: Path, outcome: ExtractionOutcome) -> Path:
 
 
 def plain_loop(slide: Path, encoder: TileEncoder, coords: np.ndarray, side_lv0: int, tile_px: int = 64) -> torch.Tensor:
-    """Tile by tile through the transformer as any image, by torchvision's arithmetic, without a mask."""
+    """Each tile through the transformer as a plain image, by torchvision's arithmetic and without a mask."""
     assert encoder.vit is not None
     mean, std = (torch.tensor(values)[:, None, None] for values in (encoder.card.pixel_mean, encoder.card.pixel_std))
     features = []
@@ -117,7 +117,7 @@ def test_tiles_are_cut_resized_and_overlapped_as_asked(slide: Path, encoder: Til
     assert torch.cosine_similarity(torch.from_numpy(read.features_TC), expected).min() > 1 - 1e-6
 
 
-def test_coordinates_of_another_run_take_the_place_of_the_search(
+def test_coordinates_of_another_run_replace_the_search(
     slide: Path, encoder: TileEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     first = extract(slide, encoder, tmp_path / "a", patch_px=32)
@@ -230,7 +230,7 @@ def test_features_that_are_not_finite_are_refused_and_nothing_is_left(slide: Pat
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"summary.csv"}
 
 
-def test_what_a_killed_run_left_half_written_is_cleared(slide: Path, encoder: TileEncoder, tmp_path: Path):
+def test_half_written_files_of_a_killed_run_are_removed(slide: Path, encoder: TileEncoder, tmp_path: Path):
     path = features_file(tmp_path, extract(slide, encoder, tmp_path))
     for name in (".disc.h5", ".disc_patches.h5", ".disc2.h5", ".notes.txt"):
         path.with_name(f"{name}.1-0011aabb.partial").touch()
@@ -264,7 +264,7 @@ def test_requests_that_contradict_themselves_are_refused_before_any_slide(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_users_mask_and_the_slides_spacing_are_heeded(slide: Path, encoder: TileEncoder, tmp_path: Path):
+def test_a_users_mask_and_the_slides_spacing_are_respected(slide: Path, encoder: TileEncoder, tmp_path: Path):
     from PIL import Image
 
     labels = np.zeros((42, 56), np.uint8)
@@ -288,7 +288,7 @@ def test_a_slide_without_a_spacing_says_which_option_gives_it_here(encoder: Tile
     assert extract(slide, encoder, tmp_path / "out", slide_spacing_um=1.0).status == "ok"
 
 
-def test_a_run_that_is_broken_off_leaves_nothing_half_written_and_goes_on(
+def test_an_aborted_run_leaves_nothing_half_written_and_can_be_continued(
     slide: Path, encoder: TileEncoder, tmp_path: Path
 ):
     class Stop:

@@ -102,7 +102,7 @@ def test_the_classes_of_a_mask_of_outlines_say_what_is_tissue(
     assert "got mask_classes: ['Tumor']" in extracted(slide, encoder, every, mask_path=mask).reason
 
 
-def test_tokens_outside_the_region_take_no_part(slide: Path, encoder: TileEncoder, tmp_path: Path) -> None:
+def test_tokens_outside_the_region_are_dropped(slide: Path, encoder: TileEncoder, tmp_path: Path) -> None:
     settings = ExtractSettings(tmp_path / "whole", token_mask="tissue")
     whole = extracted(slide, encoder, settings).record
     roi = write(tmp_path / "roi.geojson", feature(polygon(box(0, 0, 288, 420))))

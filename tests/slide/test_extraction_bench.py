@@ -1,4 +1,4 @@
-"""The benches of extraction: what is timed is the same work, and the tables say what was measured."""
+"""The benches of extraction time the same work, and their tables say what was measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maskattn.nn.encoders import EncoderCard
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_loop_and_extraction_give_the_same_features_of_as_many_tokens_as_are_said(tmp_path: Path):
+def test_loop_and_extraction_give_the_same_features_for_the_stated_number_of_tokens(tmp_path: Path):
     extract._draw(tmp_path, 3)
     calls = extract._calls("vit_tiny_patch16_224", tmp_path)
     assert set(calls) == {f"{name}, {dtype}" for name in extract.CONTENDERS for dtype in extract.DTYPES}
@@ -27,12 +27,12 @@ def test_loop_and_extraction_give_the_same_features_of_as_many_tokens_as_are_sai
     assert (record.tiles, record.kept_tokens, record.tokens) == (3, 3 * extract.KEPT, 3 * 196)
 
 
-def test_the_bench_asks_for_what_the_contenders_need_alone(tmp_path: Path):
+def test_the_bench_requires_only_what_the_contenders_need(tmp_path: Path):
     extract._draw(tmp_path, 1)
     assert set(extract._calls("vit_tiny_patch16_224", tmp_path, ["timm"])) == {"timm, float32", "timm, bfloat16"}
 
 
-def test_cosines_are_told_by_the_share_of_kept_tokens(tmp_path: Path):
+def test_cosines_are_listed_by_the_share_of_kept_tokens(tmp_path: Path):
     slide = write_slide(tmp_path / "disc.tiff")
     card = EncoderCard("small", "token", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 224, 224)
     vit = VisionTransformer(img_size=224, embed_dim=24, depth=2, num_heads=2)

@@ -1,4 +1,4 @@
-"""Whatever stands in a slide's place has a reason in words, and never an exception."""
+"""Whatever is found where a slide should be gets a reason in words, never an exception."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ STRANGE: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("words", STRANGE)
-def test_strange_path_is_told_by_its_cause(tmp_path: Path, words: str) -> None:
+def test_strange_path_is_reported_with_its_cause(tmp_path: Path, words: str) -> None:
     problem = problem_of_file(STRANGE[words](tmp_path), "slide", "line 2 of m.csv")
     assert problem is not None
     assert words in problem
@@ -83,7 +83,7 @@ def test_file_and_link_to_a_file_have_no_problem(tmp_path: Path) -> None:
     ("number", "words"),
     [(errno.EACCES, "may not search"), (errno.EIO, "cannot be reached (Input/output error)"), (errno.ESTALE, "Stale")],
 )
-def test_answer_of_the_file_system_is_told(
+def test_error_of_the_file_system_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
     def refuse(path: object) -> None:
@@ -103,7 +103,7 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to give up rights, one must have them")
-def test_what_another_user_may_not_read_is_told(open_folder: Path) -> None:
+def test_file_that_another_user_may_not_read_is_reported(open_folder: Path) -> None:
     (open_folder / "closed").mkdir()
     (open_folder / "closed" / "a.svs").touch()
     (open_folder / "closed").chmod(0)

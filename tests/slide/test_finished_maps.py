@@ -1,4 +1,4 @@
-"""Maps read back: at token resolution, where they lie on the slide, and seen from afar."""
+"""Maps are read back at token resolution, at their position on the slide, and at coarser levels."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_mosaic_has_every_value_where_its_token_lies(drawn: tuple[Path, dict[s
             assert table.step_lv0 == TILE / side
 
 
-def test_coarser_levels_are_means_of_what_took_part(drawn: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_coarser_levels_are_means_of_the_kept_tokens(drawn: tuple[Path, dict[str, np.ndarray]]) -> None:
     with open_maps(drawn[0]) as table:
         mosaic = build_mosaic(table, 0, side=1)
     for finer, coarser in zip(mosaic.levels, mosaic.levels[1:], strict=False):
@@ -91,7 +91,7 @@ def test_a_chunk_is_a_window_that_ends_in_nothing(drawn: tuple[Path, dict[str, n
             mosaic.chunk(level, column, row, 64)
 
 
-def test_the_tile_at_a_place_is_the_one_that_covers_it(drawn: tuple[Path, dict[str, np.ndarray]]) -> None:
+def test_the_tile_at_a_position_is_the_one_that_covers_it(drawn: tuple[Path, dict[str, np.ndarray]]) -> None:
     with open_maps(drawn[0]) as table:
         assert table.tile_at(0, 0) == 0
         assert table.tile_at(TILE - 0.01, 10) == 0
@@ -100,7 +100,7 @@ def test_the_tile_at_a_place_is_the_one_that_covers_it(drawn: tuple[Path, dict[s
         assert table.tile_at(float("nan"), 0) is None
 
 
-def test_a_table_that_is_none_is_refused_and_the_callers_own_errors_are_not_renamed(
+def test_a_file_that_is_no_table_is_refused_and_the_callers_own_errors_are_not_renamed(
     tmp_path: Path, drawn: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
     with pytest.raises(SlideError, match="must be a relevance"), open_maps(tmp_path / "absent.h5"):

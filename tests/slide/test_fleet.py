@@ -1,4 +1,4 @@
-"""Processes that share an output folder: each slide is run by one, whatever befalls the others."""
+"""Processes share an output folder: each slide is run by exactly one, whatever happens to the others."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def member(root: Path, timeout_s: float = 300.0) -> Iterator[tuple[Member, Claim
 
 
 def ended_process() -> Process:
-    """A process of this machine that is no more."""
+    """A process of this machine that has ended."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     return replace(Process.current(), pid=child.pid)
 
 
 def silent_member(root: Path, process: Process) -> Claims:
-    """The claims of a member that gives no sign."""
+    """The claims of a member that shows no sign of life."""
     one = Member(root / "members", 300.0, {})
     one.process = process
     one.tell()
@@ -104,13 +104,13 @@ def test_process_of_another_machine_is_waited_for_until_the_timeout(tmp_path: Pa
         assert claimed(ours, "a").number == 2
 
 
-def test_clock_that_is_set_back_or_forward_ends_no_one(tmp_path: Path) -> None:
+def test_clock_that_is_set_back_or_forward_makes_no_process_count_as_ended(tmp_path: Path) -> None:
     with member(tmp_path, timeout_s=0.5) as (owner, theirs), member(tmp_path, timeout_s=0.5) as (_, ours):
         claimed(theirs, "a")
         for hours in (-48, 48, 0):
             os.utime(tmp_path / "members" / f"{owner.token}.json", (time.time() + 3600 * hours,) * 2)
             assert ours.try_claim("a") is None
-        time.sleep(1.0)  # it goes on giving signs
+        time.sleep(1.0)  # it keeps showing signs of life
         assert ours.try_claim("a") is None
 
 
@@ -127,13 +127,13 @@ def test_release_leaves_what_another_has_claimed_since(tmp_path: Path) -> None:
     claim = claimed(silent_member(tmp_path, ended_process()), "a")
     with member(tmp_path) as (_, ours):
         mine = claimed(ours, "a")
-        claim.release()  # it was only asleep
+        claim.release()  # it was only suspended
         mine.check()
         with member(tmp_path) as (_, third):
             assert third.try_claim("a") is None
 
 
-def test_mark_of_another_request_does_not_count(tmp_path: Path) -> None:
+def test_failure_mark_of_another_request_does_not_count(tmp_path: Path) -> None:
     EndedSlides(tmp_path, "tokens").mark(EndedSlide("a.b", "failed", 'it said "no"', "process 1 on x", "f" * 12))
     assert EndedSlides(tmp_path, "no tokens").names() == set()
     ended = EndedSlides(tmp_path, "tokens")
@@ -156,7 +156,7 @@ def test_shards_are_all_slides_once() -> None:
 
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "1/0", "a/b", "-1/3", "1/3/5"])
-def test_share_that_is_none_is_refused(shard: str) -> None:
+def test_invalid_share_is_refused(shard: str) -> None:
     with pytest.raises(ManifestError, match=r"--shard takes I/N.*got .*give 1/4"):
         chosen_jobs(jobs(3), Sharing(shard=shard))
 
@@ -209,7 +209,7 @@ def test_slide_that_kills_its_processes_fails_in_the_end_and_the_others_are_done
     assert not (tmp_path / ".fleet").exists()
 
 
-def test_work_of_an_owner_that_was_only_asleep_is_given_up(tmp_path: Path) -> None:
+def test_work_of_an_owner_that_was_only_suspended_is_discarded(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def run(job: SlideJob) -> None:
@@ -225,7 +225,7 @@ def test_work_of_an_owner_that_was_only_asleep_is_given_up(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"s000", "s001", "summary.csv"}
 
 
-def test_rows_and_leftovers_of_killed_processes_are_taken_in(tmp_path: Path) -> None:
+def test_rows_and_leftovers_of_killed_processes_are_collected(tmp_path: Path) -> None:
     dead = silent_member(tmp_path / ".fleet", ended_process())
     token = claimed(dead, "gone").token
     (tmp_path / f".gone.{token}.partial").mkdir()

@@ -1,4 +1,4 @@
-"""``maskattn status``: what a run's folder tells while it runs, after it, and when its processes were killed."""
+"""``maskattn status`` on a run's folder: during the run, after it, and after its processes were killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskattn.slide.manifest import SlideJob
 JOBS = [SlideJob(name, Path("none.svs")) for name in ("a", "b", "broken", "c", "d")]
 
 
-def test_run_tells_how_it_stands_while_it_runs(tmp_path: Path) -> None:
+def test_run_reports_its_progress_while_it_runs(tmp_path: Path) -> None:
     seen: list[RunStatus] = []
 
     def run(job: SlideJob) -> None:
@@ -59,7 +59,7 @@ def test_process_that_was_killed_is_named_with_the_slide_it_held(tmp_path: Path)
     assert "left     1 slides; no process is at work, run the same command again" in told.stdout
 
 
-def test_command_tells_it_in_lines_and_as_json(tmp_path: Path) -> None:
+def test_command_reports_it_in_lines_and_as_json(tmp_path: Path) -> None:
     lines: list[str] = []
 
     def run(job: SlideJob) -> None:

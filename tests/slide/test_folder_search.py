@@ -1,4 +1,4 @@
-"""What a folder or a glob gives: every slide in it, and a sentence on the rest."""
+"""A search of a folder or a glob finds every slide in it and says in a sentence what else it holds."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_broken_link_and_loop_of_links_are_slides_that_fail(tmp_path: Path, sour
     assert jobs["here"].problem is None
 
 
-def test_link_that_leads_nowhere_and_has_a_globs_signs_is_no_glob(tmp_path: Path) -> None:
+def test_broken_link_with_a_globs_characters_is_not_taken_for_a_glob(tmp_path: Path) -> None:
     (tmp_path / "s[1].tif").symlink_to("/gone.tif")
     jobs, _ = collected(tmp_path / "s[1].tif")
     assert "a link to /gone.tif" in str(jobs["s[1]"].problem)
@@ -63,7 +63,7 @@ def test_link_that_leads_nowhere_and_has_a_globs_signs_is_no_glob(tmp_path: Path
         (["a.txt", "x/b.svs", "y/b.svs"], "1 file that is no slide: 1 .txt; 2 folders in it"),
     ],
 )
-def test_what_a_search_passes_over_is_counted_and_said(tmp_path: Path, names: list[str], note: str) -> None:
+def test_skipped_files_are_counted_and_reported(tmp_path: Path, names: list[str], note: str) -> None:
     touch(tmp_path, "here.tif", *names)
     jobs, notes = collected(tmp_path)
     assert list(jobs) == ["here"]
@@ -83,7 +83,7 @@ def test_folder_of_an_mrxs_slide_belongs_to_it(tmp_path: Path) -> None:
     assert collected(tmp_path)[1] == []
 
 
-def test_hidden_files_are_no_slides_and_no_failures(tmp_path: Path) -> None:
+def test_hidden_files_are_neither_slides_nor_failures(tmp_path: Path) -> None:
     touch(tmp_path, "s1.tif", "._s1.tif", ".DS_Store", ".cache/x.svs")
     assert collected(tmp_path)[0].keys() == {"s1"}
     assert collected(tmp_path / "*")[0].keys() == {"s1"}
@@ -152,7 +152,7 @@ def test_folder_in_which_a_glob_may_not_look_is_a_failing_job(
     assert jobs.keys() & {"one", "two"}
 
 
-def test_name_that_is_no_utf8_is_a_slide_with_an_id_that_is_text(tmp_path: Path) -> None:
+def test_name_that_is_not_utf8_is_a_slide_with_an_id_that_is_text(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"Gef\xe4\xdf.tif")).touch()
     (job,) = collect_jobs([tmp_path])
     assert (job.slide_id, job.problem) == ("Gef%E4%DF", None)
@@ -217,7 +217,7 @@ def test_dicom_file_says_its_series_and_its_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:150], lambda data: b"II*\0" + data, lambda data: b"", len])
-def test_what_is_no_dicom_file_says_nothing(tmp_path: Path, spoil: Callable[[bytes], object]) -> None:
+def test_file_that_is_not_dicom_has_no_series(tmp_path: Path, spoil: Callable[[bytes], object]) -> None:
     path = write_dicom(tmp_path / "a.dcm", "1.2.3", 46000)
     spoilt = spoil(path.read_bytes())
     path.write_bytes(spoilt if isinstance(spoilt, bytes) else bytes(range(256)) * 20)

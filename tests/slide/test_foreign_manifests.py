@@ -1,4 +1,4 @@
-"""Other tools' tables: what names their slides, where these lie, and what becomes of the other columns."""
+"""Other tools' tables: which column names the slides, where these lie, and what happens to the other columns."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def test_a_row_whose_slide_is_not_found_fails_alone(folder: Path, header: str, r
     assert re.search(message, str(failing.problem)), failing.problem
 
 
-def test_columns_of_one_name_are_all_carried(folder: Path) -> None:
+def test_columns_with_the_same_name_are_all_kept(folder: Path) -> None:
     (job,) = read_manifest(table(folder, "slide_id,slide_path,label,label", "one,../slides/a.svs,x,y"))
     assert job.carried == (("label", "x"), ("label_2", "y"))
 
 
-def test_the_manifests_other_columns_stand_in_the_summary_unchanged(tmp_path: Path) -> None:
+def test_the_manifests_other_columns_are_copied_to_the_summary(tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "disc.tiff")
     path = tmp_path / "list.csv"
     path.write_text(

@@ -1,4 +1,4 @@
-"""Other tools' slide models through the slide door: from slides with an encoder, or from features; refusals by name."""
+"""Other tools' slide models run on slides with an encoder, or on features; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_maps_of_tokens_are_those_of_the_explanation(
     assert np.abs(tokens).max() > 1e-3
 
 
-def test_an_encoder_that_is_no_transformer_gives_tile_maps_and_says_why(
+def test_an_encoder_that_is_not_a_transformer_gives_tile_maps_and_says_why(
     slide: Path, clam: Path, settings: RunSettings
 ) -> None:
     model = loaded(clam, encoder_of("flat", why_not="it is one linear layer"))
@@ -257,7 +257,7 @@ def test_features_that_the_model_was_not_trained_with_fail_their_slide_alone(
     assert "got none for 'another'" in outcome.reason
 
 
-def test_what_says_which_tiles_take_part_is_refused_beside_features(
+def test_options_that_select_tiles_are_refused_with_stored_features(
     slide: Path, clam: Path, features: Path, settings: RunSettings
 ) -> None:
     given = replace(settings, features_dir=features)

@@ -1,4 +1,4 @@
-"""relevance.geojson: what QuPath reads, checked by json and shapely against relevance.h5."""
+"""relevance.geojson, as QuPath reads it, checked with json and shapely against relevance.h5."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_feature_is_what_qupath_reads(model: SlideModel, slide: Path, sett
             assert all(type(part) is int and 0 <= part < 256 for part in properties["classification"]["color"])
 
 
-def test_tiles_have_the_tables_numbers_at_the_tables_places(
+def test_tiles_have_the_tables_numbers_at_the_tables_positions(
     model: SlideModel, slide: Path, settings: RunSettings
 ) -> None:
     features, table = run(model, slide, settings, geojson="tiles")
@@ -186,7 +186,7 @@ def test_a_finished_slide_with_a_geojson_serves_a_run_without(
         assert again.status == status, again.reason
 
 
-def test_of_features_alone_tiles_are_written_where_tokens_have_no_maps(tmp_path: Path) -> None:
+def test_runs_on_features_alone_write_tiles_as_there_are_no_token_maps(tmp_path: Path) -> None:
     asked = RunSettings(tmp_path, tokens=True, geojson="tokens", regions=("a=0",))
     header = SimpleNamespace(width_px=None, height_px=None, on_level0=True)
     slide: Any = SimpleNamespace(

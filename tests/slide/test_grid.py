@@ -56,8 +56,8 @@ def test_the_order_is_row_major() -> None:
 def test_tokens_are_kept_by_their_area_of_tissue() -> None:
     info = info_of(64, 64)
     mask = np.zeros((64, 64), bool)
-    mask[:, :8] = True  # half of the first column of tokens
-    mask[0, 16] = True  # a 256th of one token
+    mask[:, :8] = True  # half of the first column of tokens is tissue
+    mask[0, 16] = True  # a 256th of one token is tissue
     tissue = tissue_of(mask, info)
 
     def kept(min_token_fraction: float) -> list[list[int]]:
@@ -72,7 +72,7 @@ def test_tokens_are_kept_by_their_area_of_tissue() -> None:
     assert kept(0.51) == []
 
 
-def test_a_token_wholly_within_tissue_is_kept_at_any_fraction() -> None:
+def test_a_token_entirely_within_tissue_is_kept_at_any_fraction() -> None:
     info = info_of(2220, 2967, spacing_um=0.499)
     grid = make_grid(info, everywhere(info), tile_px=128, token_px=16, spacing_um=1.0, min_token_fraction=1.0)
     assert grid.kept_tokens == int(2220 / 32.125) * int(2967 / 32.125)

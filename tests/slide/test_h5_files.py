@@ -1,4 +1,4 @@
-"""HDF5 files on a disk that fills up: an error and no file, wherever in the writing it happens, and no crash."""
+"""HDF5 files on a disk that fills up give an error and no file, wherever in the writing it happens, and no crash."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_disk_that_fills_up_anywhere_is_an_error_and_leaves_nothing(tmp_path: Pa
     assert 40 < int(ended.stdout) < whole // 997
 
 
-def test_file_is_whole_and_read_by_the_library_alone(tmp_path: Path) -> None:
+def test_file_is_complete_and_read_by_the_library_alone(tmp_path: Path) -> None:
     rows = np.arange(600, dtype=np.float32).reshape(60, 10)
     with writing_h5(tmp_path / "table.h5") as file:
         table = file.create_dataset("features", (0, 10), np.float32, maxshape=(None, 10), chunks=(7, 10))

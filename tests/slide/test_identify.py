@@ -1,4 +1,4 @@
-"""What is no slide, or of a kind that is not read, is named for what it is, with a remedy that fits."""
+"""A file that is not a slide, or is of an unsupported kind, is identified, and the remedy fits."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
     [(".zattrs", "a Zarr store"), ("zarr.json", "a Zarr store"), ("Slidedat.ini", "name the file beside it: it.mrxs"),
      ("1.dcm", "a folder of DICOM files; name one of the full-resolution"), ("x", "a folder; check the path")],
 )  # fmt: skip
-def test_a_folder_is_named_by_what_lies_in_it(tmp_path: Path, inside: str, what: str) -> None:
+def test_a_folder_is_identified_by_its_contents(tmp_path: Path, inside: str, what: str) -> None:
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / inside).touch()
     assert what in refusal_of(tmp_path / "it")
@@ -123,7 +123,7 @@ def test_a_czi_is_named_with_its_dimensions(tmp_path: Path) -> None:
     assert "which is a Zeiss CZI" in refusal_of(path)
 
 
-def test_dicom_that_is_not_read_is_named_with_its_transfer_syntax(tmp_path: Path) -> None:
+def test_unsupported_dicom_is_named_with_its_transfer_syntax(tmp_path: Path) -> None:
     path = tmp_path / "a.dcm"
     write_dicom(path, 0.0005, TransferSyntaxUID="1.2.840.10008.1.2.4.80")
     message = refusal_of(path)

@@ -1,4 +1,4 @@
-"""Pen strokes; drawn at 8 µm per pixel, the view that tissue is sought on."""
+"""Pen strokes, drawn at 8 µm per pixel, the resolution at which tissue is searched."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ink(cover: np.ndarray, pen: str) -> np.ndarray:
 
 @pytest.mark.parametrize("pen", PENS)
 @pytest.mark.parametrize("width", [4, 12])
-def test_a_stroke_on_glass_is_taken_out(tmp_path: Path, pen: str, width: int) -> None:
+def test_a_stroke_on_glass_is_removed(tmp_path: Path, pen: str, width: int) -> None:
     tissue, cover = piece(120, 250, 0.3), stroke([(20, 10), (50, 60), (40, 120), (80, 170)], width)
     density = dye(tissue, EOSIN, 0.5) + dye(tissue, HAEMATOXYLIN, 0.2) + ink(cover, pen)
     mask = found_in(tmp_path / "ink.tif", develop(density))
@@ -40,7 +40,7 @@ def test_a_stroke_on_glass_is_taken_out(tmp_path: Path, pen: str, width: int) ->
 
 
 @pytest.mark.parametrize("pen", PENS)
-def test_a_stroke_across_tissue_is_taken_out_where_it_lies_on_glass(tmp_path: Path, pen: str) -> None:
+def test_a_stroke_across_tissue_is_removed_where_it_lies_on_glass(tmp_path: Path, pen: str) -> None:
     tissue, cover = piece(120, 250, 0.3), stroke([(10, 60), (90, 80), (180, 90)])
     mask = found_in(tmp_path / "ink.tif", develop(dye(tissue, EOSIN, 0.5) + ink(cover, pen)))
     assert not mask.mask_HW[:, :110].any()
@@ -49,7 +49,7 @@ def test_a_stroke_across_tissue_is_taken_out_where_it_lies_on_glass(tmp_path: Pa
 
 
 @pytest.mark.parametrize("pen", ["blue", "black"])
-def test_a_ring_drawn_about_tissue_is_taken_out_and_what_it_holds_stays(tmp_path: Path, pen: str) -> None:
+def test_a_ring_drawn_around_tissue_is_removed_and_the_tissue_in_it_stays(tmp_path: Path, pen: str) -> None:
     tissue, cover = piece(90, 170, 0.3), np.zeros((HEIGHT, WIDTH), np.uint8)
     cv2.ellipse(cover, (130, 90), (100, 82), 0, 0, 360, 255, 8)
     mask = found_in(tmp_path / "ring.tif", develop(dye(tissue, EOSIN, 0.5) + ink(cover / 255, pen)))
@@ -59,7 +59,7 @@ def test_a_ring_drawn_about_tissue_is_taken_out_and_what_it_holds_stays(tmp_path
 
 @pytest.mark.parametrize("pen", PENS)
 @pytest.mark.parametrize("radius", [6, 40])
-def test_a_blot_on_glass_is_taken_out(tmp_path: Path, pen: str, radius: int) -> None:
+def test_a_blot_on_glass_is_removed(tmp_path: Path, pen: str, radius: int) -> None:
     tissue, cover = piece(130, 250, 0.3), np.zeros((HEIGHT, WIDTH), np.uint8)
     cv2.circle(cover, (60, 90), radius, 255, -1)
     cover = cv2.GaussianBlur(cover, (0, 0), 0.7)
@@ -70,7 +70,7 @@ def test_a_blot_on_glass_is_taken_out(tmp_path: Path, pen: str, radius: int) -> 
 
 
 @pytest.mark.parametrize(("pen", "stain"), [("blue", BLUE), ("green", GREEN)])
-def test_a_stroke_beside_tissue_of_its_own_colour_is_taken_out(
+def test_a_stroke_next_to_tissue_of_its_own_colour_is_removed(
     tmp_path: Path, pen: str, stain: tuple[float, float, float]
 ) -> None:
     tissue, cover = piece(120, 250, 0.3), stroke([(20, 10), (50, 60), (40, 120), (80, 170)])
@@ -80,7 +80,7 @@ def test_a_stroke_beside_tissue_of_its_own_colour_is_taken_out(
 
 
 @pytest.mark.parametrize("stain", [BLUE, GREEN, HAEMATOXYLIN])
-def test_a_core_of_tissue_as_narrow_as_a_stroke_is_told_by_its_texture(
+def test_a_core_of_tissue_as_narrow_as_a_stroke_is_recognised_by_its_texture(
     tmp_path: Path, stain: tuple[float, float, float]
 ) -> None:
     core = stroke([(20, 30), (120, 90), (240, 140)])
@@ -99,7 +99,7 @@ def test_black_pigment_within_tissue_is_no_ink(tmp_path: Path) -> None:
     assert mask.notes == ()
 
 
-def test_a_small_stroke_on_a_small_slide_is_taken_out(tmp_path: Path) -> None:
+def test_a_small_stroke_on_a_small_slide_is_removed(tmp_path: Path) -> None:
     rgb = np.full((50, 70, 3), 244, np.uint8)
     rgb[5:45, 40:47] = PENS["blue"]
     mask = found_in(tmp_path / "small.tif", rgb)

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own: the same pixels, and a crash or a hang harms nothing but its slide."""
+"""Decoding in a separate process gives the same pixels, and a crash or a hang harms nothing but its slide."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_isolated_reader_sees_what_a_plain_one_sees(slide: DrawnSlide) -> Non
         np.testing.assert_array_equal(copy.thumbnail(100), plain.thumbnail(100))
 
 
-def test_a_relative_path_is_of_the_folder_that_this_process_is_in(slide: DrawnSlide, monkeypatch) -> None:
+def test_a_relative_path_starts_at_the_working_directory_of_this_process(slide: DrawnSlide, monkeypatch) -> None:
     with SlideReader(slide.path, isolated=True) as first:  # starts the server of decoding processes, if none is yet
         expected = first.info
     monkeypatch.chdir(slide.path.parent)
@@ -70,7 +70,7 @@ def test_a_relative_path_is_of_the_folder_that_this_process_is_in(slide: DrawnSl
         assert reader.info.width_px == expected.width_px
 
 
-def test_pixels_that_shared_memory_cannot_hold_come_all_the_same(
+def test_pixels_that_do_not_fit_into_shared_memory_still_arrive(
     slide: DrawnSlide, process: list[DecodingProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for bytes_ in (1000, None):
@@ -91,7 +91,7 @@ def test_pixels_that_shared_memory_cannot_hold_come_all_the_same(
     assert len(process) == 2
 
 
-def test_what_cannot_be_opened_says_so_in_the_same_words(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_gives_the_same_message(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("no slide")
     for path in (tmp_path / "text.svs", tmp_path / "gone.svs", tmp_path):
         said = []

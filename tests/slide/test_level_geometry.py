@@ -41,7 +41,7 @@ def write_levels(path: Path, level_sizes: tuple[tuple[int, int], ...]) -> list[n
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_whole_level_comes_back_as_it_was_drawn(tmp_path: Path, sizes: tuple[tuple[int, int], ...]) -> None:
+def test_a_complete_level_is_read_as_it_was_drawn(tmp_path: Path, sizes: tuple[tuple[int, int], ...]) -> None:
     levels = write_levels(tmp_path / "s.tif", sizes)
     region = SlideReader(tmp_path / "s.tif").read_region(0, 0, sizes[0], sizes[1])
     assert np.abs(region.astype(int) - levels[1]).max() <= 3
@@ -49,7 +49,7 @@ def test_a_whole_level_comes_back_as_it_was_drawn(tmp_path: Path, sizes: tuple[t
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("corner", ["left upper", "right upper", "left lower", "right lower"])
-def test_a_coarse_level_is_read_at_its_own_place(
+def test_a_coarse_level_is_read_at_the_right_position(
     tmp_path: Path, sizes: tuple[tuple[int, int], ...], corner: str
 ) -> None:
     levels = write_levels(tmp_path / "s.tif", sizes)

@@ -108,7 +108,9 @@ def test_malformed_manifest_is_an_error_that_names_the_fault(
         (b"\xff\xfe\x00\xd8a\x00", "starts as UTF-16-LE does"),
     ],
 )
-def test_manifest_that_is_no_text_is_an_error_that_says_what_to_save(folder: Path, content: bytes, words: str) -> None:
+def test_manifest_that_is_not_text_is_an_error_that_says_how_to_save_it(
+    folder: Path, content: bytes, words: str
+) -> None:
     (folder / "slides.csv").write_bytes(content)
     with pytest.raises(ManifestError, match=f"readable CSV text, .*{words}.*save the table as CSV UTF-8"):
         collect_jobs([folder / "slides.csv"])
@@ -141,7 +143,7 @@ def test_source_without_slides_is_an_error(tmp_path: Path, source: str) -> None:
         collect_jobs([tmp_path / source])
 
 
-def test_nothing_asked_is_an_error() -> None:
+def test_a_request_without_slides_is_an_error() -> None:
     with pytest.raises(ManifestError, match="at least one slide"):
         collect_jobs([])
 
@@ -221,7 +223,7 @@ def test_table_of_trident_names_slides_by_their_files(folder: Path) -> None:
     assert summed_up(jobs) == [("a", "a.tiff", None, 0.5, None), ("b", "b.svs", None, None, None)]
 
 
-def test_columns_that_are_not_ours_are_carried_and_those_without_a_name_passed_over(folder: Path) -> None:
+def test_columns_that_are_not_ours_are_kept_and_those_without_a_name_skipped(folder: Path) -> None:
     notes: list[str] = []
     path = write(folder, ",case_id,slide_id,label,slide_path,note,", '0,c,one,1,a.tiff,"two\nlines, ""all""",')
     (job,) = read_manifest(path, notes.append)
@@ -301,14 +303,14 @@ def test_one_line_in_another_code_page_does_not_garble_the_others(folder: Path) 
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_accents_that_a_disk_spells_in_another_way_are_found(folder: Path, forms: tuple[str, str]) -> None:
+def test_names_whose_accents_the_disk_encodes_differently_are_found(folder: Path, forms: tuple[str, str]) -> None:
     in_table, on_disk = (unicodedata.normalize(form, "Gefäß é.svs") for form in forms)
     (folder / on_disk).touch()
     (job,) = read_manifest(write(folder, "slide_id,slide_path", f"one,{in_table}"))
     assert (job.problem, job.path.name) == (None, on_disk)
 
 
-def test_backslash_that_a_file_has_is_its_own(folder: Path) -> None:
+def test_backslash_in_a_file_name_is_not_a_separator(folder: Path) -> None:
     (folder / "more").mkdir()
     for path in (folder / "more" / "c.svs", folder / "more\\c.svs"):
         path.touch()
@@ -316,7 +318,7 @@ def test_backslash_that_a_file_has_is_its_own(folder: Path) -> None:
     assert job.path == folder / "more\\c.svs"
 
 
-def test_manifest_option_takes_any_ending_and_refuses_what_is_none(folder: Path) -> None:
+def test_manifest_option_takes_any_file_extension_and_refuses_other_files(folder: Path) -> None:
     path = write(folder, "slide_id,slide_path", "one,a.tiff").rename(folder / "list.of.slides")
     assert [job.slide_id for job in collect_jobs([folder / "b.svs"], manifest=path)] == ["b", "one"]
     with pytest.raises(ManifestError, match="must have the columns"):
@@ -339,7 +341,7 @@ def test_what_two_sources_say_of_one_slide_must_agree(folder: Path) -> None:
 
 @settings(deadline=None)
 @given(st.binary(max_size=300))
-def test_no_bytes_are_more_than_a_manifest_error(data: bytes) -> None:
+def test_arbitrary_bytes_give_at_worst_a_manifest_error(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.csv"
         path.write_bytes(b"slide_id,slide_path\n" * (len(data) % 2) + data)

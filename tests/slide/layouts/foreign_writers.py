@@ -11,7 +11,7 @@ import torch
 
 
 def save_h5(path: Path, assets: dict[str, np.ndarray], attributes: dict[str, dict[str, object]] | None = None) -> Path:
-    """As TRIDENT and CLAM do."""
+    """Save arrays as TRIDENT and CLAM do."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         for key, value in assets.items():

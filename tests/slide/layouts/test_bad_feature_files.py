@@ -1,4 +1,4 @@
-"""What is wrong with files of features and coordinates is told in one sentence; code that is in them never runs."""
+"""Broken files of features and coordinates are refused with one sentence, and code in them never runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_features_of_another_number_than_the_coordinates_are_refused(layout: str
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("layout", WRITERS)
-def test_features_that_are_no_numbers_are_refused(layout: str, value: float, tmp_path: Path) -> None:
+def test_features_that_are_not_numbers_are_refused(layout: str, value: float, tmp_path: Path) -> None:
     features = FEATURES.copy()
     features[2:, 1] = value
     path = WRITERS[layout](tmp_path, features, COORDS)
@@ -107,7 +107,7 @@ def test_a_file_that_was_copied_to_another_slides_name_is_found_out(tmp_path: Pa
 
 @pytest.mark.parametrize("layout", WRITERS)
 @pytest.mark.parametrize("damage", ["cut short", "no such format", "empty", "zeros within"])
-def test_a_damaged_file_is_told_and_never_read_in_part(layout: str, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_and_never_read_partially(layout: str, damage: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     cells = np.arange(3000)
     coords = np.stack((cells % 60, cells // 60), axis=1).astype(np.int64) * 512 // 4
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_told_and_never_read_in_part(layout: str, damage: str,
     assert len(str(told.value)) < 800
 
 
-def test_a_damaged_sidecar_is_told(tmp_path: Path) -> None:
+def test_a_damaged_sidecar_is_reported(tmp_path: Path) -> None:
     path = foreign_writers.write_as_slide2vec(tmp_path, torch.from_numpy(FEATURES), COORDS)
     sidecar = tmp_path / "tiles" / "slide-1.coordinates.meta.json"
     whole = sidecar.read_text()
@@ -217,7 +217,7 @@ def test_a_tensor_without_a_home_is_refused(tmp_path: Path) -> None:
         ({"feats": FEATURES, "coords": COORDS}, "tell tile_size_um or have a stride of 224 px"),
     ],
 )
-def test_tables_that_are_no_layouts_are_refused_with_what_they_hold(
+def test_tables_of_no_known_layout_are_refused_with_a_list_of_their_contents(
     tables: dict[str, np.ndarray], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(SlideError, match=message):
@@ -225,7 +225,7 @@ def test_tables_that_are_no_layouts_are_refused_with_what_they_hold(
 
 
 @pytest.mark.parametrize(("name", "message"), [("gone.h5", "must be there, got no file"), ("a.csv", "must end in .h5")])
-def test_a_path_that_is_no_feature_file_is_refused(name: str, message: str, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_feature_file_is_refused(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
     for read in (read_features, read_coords, detect_layout):
         with pytest.raises(SlideError, match=message):

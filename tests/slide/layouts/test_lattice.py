@@ -37,7 +37,7 @@ def test_tiles_on_a_lattice_have_their_rows_and_columns_in_the_order_they_came(
     np.testing.assert_array_equal(np.argwhere(keep_HW), np.array(sorted(zip(row, column, strict=True))))
 
 
-def test_whole_cells_before_the_first_tile_count(tmp_path: Path) -> None:
+def test_complete_cells_before_the_first_tile_count(tmp_path: Path) -> None:
     row, column = cells()
     coords = np.stack((column + 7, row + 11), axis=1) * 512 + 3
     found_row, found_column, keep_HW = grid_cells(placed(coords, patch_size_lv0=512))
@@ -47,7 +47,7 @@ def test_whole_cells_before_the_first_tile_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_step_that_is_not_whole_is_fitted_along_the_whole_slide(seed: int) -> None:
+def test_a_step_that_is_not_an_integer_is_fitted_over_the_complete_slide(seed: int) -> None:
     # 256 µm at 0.2523 µm: each tile rounds the step of 1014.66 px, which drifts by 30 px over 90 tiles of 1015.
     row, column = cells(seed)
     coords = np.round(np.stack((column, row), axis=1) * (256 / 0.2523)).astype(np.int64)
@@ -79,7 +79,7 @@ def test_a_tile_that_comes_twice_is_refused() -> None:
         grid_cells(placed(coords, patch_size_lv0=512))
 
 
-def test_a_grid_beyond_all_slides_is_refused() -> None:
+def test_a_grid_larger_than_any_slide_is_refused() -> None:
     coords = np.array([[0, 0], [1, 0], [0, 50_000_000]])
     with pytest.raises(SlideError, match=r"up to 20,000,000 cells.*check that the coordinates are level-0 pixels"):
         grid_cells(placed(coords))

@@ -113,7 +113,7 @@ def test_stamps_micrometres_become_level_0_pixels_of_the_slide(tmp_path: Path) -
         ({}, 224.0),
     ],
 )
-def test_stamps_files_of_every_age_without_a_slide_are_in_the_pixels_of_their_tiles(
+def test_stamps_files_of_every_version_without_a_slide_are_in_the_pixels_of_their_tiles(
     tmp_path: Path, attributes: dict[str, object], step: float
 ) -> None:
     cells = np.array([[0, 0], [1, 0], [0, 2]])
@@ -232,7 +232,7 @@ def test_features_of_earlier_versions_of_ours_stay_readable(tmp_path: Path) -> N
     assert (found.slide_id, found.patch_size_lv0, found.encoder, found.token_mask) == ("slide-1", 512, None, None)
 
 
-def test_a_slides_name_with_signs_that_globs_use_is_found(tmp_path: Path) -> None:
+def test_a_slides_name_with_characters_that_globs_use_is_found(tmp_path: Path) -> None:
     path = foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS, name="a[1]*")[0]
     assert layouts.find_features(tmp_path, "a[1]*") == path
     assert layouts.list_features(tmp_path) == {"a[1]*": path}

@@ -42,7 +42,7 @@ READERS: dict[str, Callable[[Path], Read]] = {
 
 
 def drawn(tiles: int = 37, channels: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features and level-0 places on a grid of 507 px, row-major."""
+    """Features and level-0 positions on a grid of 507 px, row-major."""
     rng = np.random.default_rng(seed)
     cells = np.sort(rng.choice(19 * 39, tiles, replace=False))
     coords = np.stack((cells % 39, cells // 39), axis=1) * 507
@@ -79,7 +79,7 @@ def test_slide2vecs_tissue_fractions_are_those_of_the_tiles_and_nan_where_none_a
 
 
 @pytest.mark.parametrize("layout", READERS)
-def test_what_is_written_comes_back_with_all_that_is_known_of_it(layout: str, tmp_path: Path) -> None:
+def test_what_is_written_is_read_back_with_all_its_metadata(layout: str, tmp_path: Path) -> None:
     features, coords = drawn()
     whole = TileFeatures(
         **vars(HEADER), features_TC=features, coords_T2=coords, layout="trident", source=tmp_path / "none"
@@ -91,7 +91,7 @@ def test_what_is_written_comes_back_with_all_that_is_known_of_it(layout: str, tm
     assert (found.layout, found.source, found.on_level0, found.coords_T2.dtype) == (layout, path, True, np.int64)
     told = {name: getattr(found, name) for name in vars(HEADER)}
     unsaid = {"trident": {"slide_path"}, "stamp": {"slide_path", "magnification"}, "slide2vec": {"magnification"}}
-    # CLAM's tensor has nothing beside it but where the tiles lie.
+    # CLAM's tensor comes with nothing but the coordinates of its tiles.
     unsaid["clam"] = {"slide_path", "magnification", "encoder", "token_mask"}
     assert told == {name: None if name in unsaid[layout] else value for name, value in vars(HEADER).items()}
 
@@ -105,7 +105,7 @@ def test_clams_table_tells_the_encoder_and_the_token_mask_where_the_tensor_canno
 
 
 @pytest.mark.parametrize("layout", READERS)
-def test_overlap_is_told_in_each_projects_words(layout: str, tmp_path: Path) -> None:
+def test_overlap_is_recorded_in_each_projects_words(layout: str, tmp_path: Path) -> None:
     features, coords = drawn()
     header = replace(HEADER, overlap_px=32)
     with FEATURE_LAYOUTS[layout].writing(tmp_path, header, 5) as take:
@@ -124,7 +124,7 @@ def test_a_slide_without_tiles_has_a_file_that_says_so(layout: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("layout", READERS)
-def test_a_run_that_breaks_off_leaves_the_old_files_and_no_others(layout: str, tmp_path: Path) -> None:
+def test_an_aborted_run_leaves_the_old_files_and_no_others(layout: str, tmp_path: Path) -> None:
     features, coords = drawn()
     with FEATURE_LAYOUTS[layout].writing(tmp_path, HEADER, 5) as take:
         take(features, coords, None)
@@ -240,9 +240,7 @@ print(base, streamed, peak(), tiles * channels * 4 / 2**20)
 
 
 @pytest.mark.parametrize("layout", READERS)
-def test_memory_is_that_of_a_batch_while_writing_and_of_the_features_once_while_reading(
-    layout: str, tmp_path: Path
-) -> None:
+def test_writing_holds_one_batch_in_memory_and_reading_the_features_once(layout: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURED, layout, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
