@@ -1,4 +1,4 @@
-"""What a chip allows: how fast each of its pipes gets through a kernel's main loop, and how many programs fit.
+"""The bounds that a chip sets: the rate of each of its pipes in a kernel's main loop, and how many programs fit.
 
 One item of the main loop is one tile of BLOCK_M × BLOCK_N scores of one program. Of each pipe of an SM, the cycles for
 a tile are the results that its instructions ask for over the results per clock that it gives. If everything overlaps
@@ -37,7 +37,7 @@ PRODUCTS: dict[Pass, int] = {"forward": 2, "query_gradient": 3, "key_gradient": 
 
 @dataclass(frozen=True)
 class Chip:
-    """One SM's rates per clock, its room, and the SMs and clock at which TFLOP/s are quoted.
+    """One SM's rates per clock and its capacities, and the SMs and clock at which TFLOP/s are quoted.
 
     ``tensor_flop`` is the data sheet's dense bfloat16 rate over SMs and clock; lanes are results per clock from the
     table of arithmetic throughput in NVIDIA's CUDA C++ Programming Guide, in which minimum, maximum, comparison and
@@ -62,7 +62,7 @@ class Chip:
 
     @property
     def dense_tflops(self) -> float:
-        """What the tensor cores do when nothing holds them up."""
+        """The tensor cores' rate when nothing stalls them."""
         return self.tflops(self.tensor_flop)
 
     def tflops(self, flop_per_clock: float) -> float:
@@ -95,7 +95,7 @@ class Cycles:
 
     @property
     def of_pipes(self) -> dict[str, float]:
-        """The same by pipe, with shared memory's two users added up."""
+        """The same by pipe, with the two uses of shared memory added up."""
         return {
             "tensor": self.tensor,
             "mufu": self.mufu,
@@ -107,19 +107,19 @@ class Cycles:
 
     @property
     def overlapped(self) -> float:
-        """All pipes at once: the slowest."""
+        """The time if all pipes overlap: that of the slowest."""
         return max(self.of_pipes.values())
 
     @property
     def series(self) -> float:
-        """The products, then the slowest of everything else."""
+        """The time if products and other work alternate: the products, then the slowest of the rest."""
         others = max(self.mufu, self.fp32, self.integer, self.load_store, self.issue)
         return max(self.tensor, self.operands) + others
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What the pipes allow one case; TFLOP/s count a pass's own products at the true head width."""
+    """The bounds of one case; TFLOP/s count a pass's own products at the true head width."""
 
     cycles: Cycles
     slowest: str
@@ -128,7 +128,7 @@ class Bound:
     resident_programs: int
 
     def columns(self) -> dict[str, object]:
-        """The bound as the table has it; clocks of one SM for one tile."""
+        """The bound in the form of the table; clocks of one SM for one tile."""
         return {
             **{f"{name}_cycles": round(value) for name, value in asdict(self.cycles).items()},
             "slowest": self.slowest,
@@ -144,8 +144,8 @@ def bound_of(code: MachineCode, config: Config, pass_: Pass, target: Target, hea
     Args:
         code: its machine code, for an NVIDIA target.
         config: the tile and warps that it was compiled with.
-        pass_, target: what it does, and for which chip.
-        head_width: D, which is paid for.
+        pass_, target: the pass that it computes, and the chip.
+        head_width: D, the columns that count as work.
         tile_width: columns that the tile computes, padding included; used where opcodes do not name a product's shape.
     """
     chip, scores = CHIPS[target], config.block_m * config.block_n
@@ -167,7 +167,7 @@ def pipe_cycles(loop: Sequence[str], num_warps: int, chip: Chip, flop_without_sh
     Args:
         loop: instructions that each of the program's warps issues for a tile.
         num_warps: warps of the program.
-        chip: whose rates.
+        chip: the chip whose rates apply.
         flop_without_shape: of the tensor cores, if an opcode is there that does not tell (``UTCHMMA``).
     """
     results = dict.fromkeys(("mufu", "fp32", "integer"), 0.0)
@@ -196,7 +196,7 @@ def pipe_cycles(loop: Sequence[str], num_warps: int, chip: Chip, flop_without_sh
 
 def resident_programs(code: MachineCode, num_warps: int, chip: Chip) -> int:
     """Programs that one SM holds at a time, by registers, shared and tensor memory and the chip's own limits."""
-    # A scheduler has its own registers and hands them out to a warp by 256.
+    # A scheduler has its own registers and allocates them to a warp in units of 256.
     of_warp = -(-code.registers * 32 // 256) * 256
     warps = min(chip.warps, chip.schedulers * (chip.registers // chip.schedulers // of_warp))
     limits = [chip.programs, warps // num_warps, chip.shared_bytes // (code.shared_bytes + RESERVED_SHARED)]
@@ -206,7 +206,7 @@ def resident_programs(code: MachineCode, num_warps: int, chip: Chip) -> int:
 
 
 def _flop_per_warp(opcode: str) -> float:
-    """Of the tensor cores, a warp's share of an instruction whose opcode names its shape."""
+    """A warp's share of the tensor cores' work in an instruction whose opcode names its shape."""
     if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):
         m, n, k = map(int, match.groups())
         # Four warps issue one product together.
@@ -217,7 +217,7 @@ def _flop_per_warp(opcode: str) -> float:
 
 
 def _operand_bytes_per_warp(instruction: str) -> float:
-    """That a product reads from shared memory itself, a warp's share."""
+    """A warp's share of the bytes that a product itself reads from shared memory."""
     match = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction)
     if match is None:
         return 0.0
@@ -228,7 +228,7 @@ def _operand_bytes_per_warp(instruction: str) -> float:
 
 
 def _bytes_per_warp(opcode: str) -> float:
-    """That an instruction of one warp moves through shared memory and L1."""
+    """The bytes that an instruction of one warp moves through shared memory and L1."""
     if match := re.match(r"LDSM\.16\.\w+\.(\d)", opcode):
         return 128.0 * int(match.group(1))
     if re.match(r"(LD|ST)[GSL]|LDGSTS|ATOM|RED", opcode) and not re.match(r"LDGDEPBAR|REDUX", opcode):

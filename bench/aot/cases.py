@@ -56,17 +56,17 @@ class Case:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What names its row in the table."""
+        """The values that identify its row in the table."""
         return tuple(str(value) for value in asdict(self).values())
 
 
 def shipped_config(case: Case) -> Config:
-    """What a call of this case would be launched with."""
+    """The configuration with which a call of this case would be launched."""
     return look_up(case.pass_, case.target, case.head_width, DTYPES[case.dtype], case.alibi or case.dropout)
 
 
 def all_cases() -> Iterator[Case]:
-    """Every shipped configuration: the plain kernels, and with what adds to their code."""
+    """Every shipped configuration of the plain kernels and of those with features that add to their code."""
     for target in GPU_TARGETS:
         for pass_ in KERNELS:
             for width in (32, 48, 64, 80, 96, 128, 192, 256):
@@ -90,7 +90,7 @@ def compile_case(case: Case, config: Config) -> Any:
 
 
 def fingerprint_of(case: Case, config: Config) -> str:
-    """Of the intermediate code of one case."""
+    """A hash of the intermediate code of one case."""
     return fingerprint(source_of(case, config), GPU_TARGETS[case.target], options_of(config))
 
 
@@ -100,7 +100,7 @@ def options_of(config: Config) -> dict[str, int]:
 
 
 def source_of(case: Case, config: Config) -> ASTSource:
-    """What the compiler takes for a packed call (or, gathering, a masked one) of contiguous tensors."""
+    """The compiler's arguments for a packed call (or, gathering, a masked one) of contiguous tensors."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}

@@ -1,4 +1,4 @@
-"""What torch itself takes for a call: operations with the schemas of packed attention that only allocate.
+"""The time that torch itself needs for a call: operations with packed attention's schemas that only allocate.
 
 They are registered as those are, forward and backward each an operation of its own; a call of one goes through torch's
 dispatcher and autograd as a call of packed attention does, and computes nothing.

@@ -1,4 +1,4 @@
-"""Every public operation on a GPU that is not there: compiled to machine code and launched, with nothing run.
+"""Every public operation on a simulated GPU: compiled to machine code and launched, without running anything.
 
     make gpu-dry                                         every target, all cores, until all is done
     python -m bench.aot.dry_run --target sm90 --quick
@@ -69,7 +69,7 @@ def shapes_like(shape: Shape, count: int) -> Iterator[Shape]:
 
 
 def try_case(device: StubDevice, operation: str, shape: Shape, random_shapes: int) -> str:
-    """What is wrong with a case; empty where all is well."""
+    """The faults of a case; empty if there are none."""
     before = device.compiled
     for one in (shape, *shapes_like(shape, random_shapes)):
         run(operation, one)
@@ -80,7 +80,7 @@ def try_case(device: StubDevice, operation: str, shape: Shape, random_shapes: in
 
 
 def far_apart(device: StubDevice) -> str:
-    """Tokens that lie more than 2^31 elements apart: memory that is asked for and never touched."""
+    """Tokens that lie more than 2^31 elements apart, in memory that is allocated and never touched."""
     import maskattn
 
     tokens, width = 20, 64
@@ -130,8 +130,10 @@ def host_microseconds(call: Callable[[], object]) -> float:
 
 
 def print_host_time() -> None:
-    """Of the operations, forward and with their gradients, bfloat16, head width 64; torch's own part by operations
-    of the same schemas that only allocate."""
+    """Host times of the operations, forward and with gradients, in bfloat16 with head width 64.
+
+    torch's own share is measured by operations of the same schemas that only allocate.
+    """
     import maskattn
     from bench.aot.dispatch_floor import empty_attention
 
@@ -215,7 +217,7 @@ def _run(device: StubDevice, log: OutcomeLog, given: argparse.Namespace) -> int:
         began = time.time()
         try:
             wrong = checks[name]()
-        except Exception as error:  # the cases after it are worth knowing too
+        except Exception as error:  # the remaining cases are informative too
             wrong = f"{type(error).__name__}: {error}"
         log.add(Outcome(name, "failed" if wrong else "passed", round(time.time() - began, 1), wrong[:1500]))
         print(f"{'FAILED' if wrong else 'ok'} {given.target}: {name}, {time.time() - began:.0f} s. {wrong}", flush=True)

@@ -54,7 +54,7 @@ class Shape:
 
 
 def launches_of(operation: str, shapes: Sequence[Shape], target: str) -> list[Launch]:
-    """What an operation and its backward launch, in order, called with one shape after the other."""
+    """The launches of an operation and its backward, in order, called with one shape after the other."""
     with recorded_launches(target) as launches:
         for shape in shapes:
             run(operation, shape)
@@ -150,5 +150,5 @@ OPERATIONS = {
     )
 }
 
-# In half precision and for compute capability 9.0 alone.
+# Only in half precision and for compute capability 9.0.
 ON_HOPPER = {"packed_attention_in_gluon": packed_attention_in_gluon}

@@ -142,7 +142,7 @@ def _main_loop(
             back = target.search(match.group(2))
             if back and re.match(branch, match.group(1)) and back.group(1) in places:
                 body = instructions[places[back.group(1)] :]
-                # A slow path behind the end of the kernel jumps back too; it is no loop.
+                # A slow path after the end of the kernel jumps back too; it is not a loop.
                 if not any(re.match(r"EXIT|RET|s_endpgm", each) for each in body):
                     bounds.append((places[back.group(1)], len(instructions)))
 

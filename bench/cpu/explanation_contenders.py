@@ -1,4 +1,4 @@
-"""Who takes part in bench/cpu/explanation_speed.py: CDAM, and the graphs through which autograd computes the same maps.
+"""The contenders of bench/cpu/explanation_speed.py: CDAM, and graphs through which autograd computes the same maps.
 
 A graph is built by one forward and then explains classes one by one, a backward for each: S from the gradient at the
 last block's first norm. What K classes cost is thus one forward and K backwards.
@@ -46,7 +46,7 @@ class ExplainClass(Protocol):
 
 @dataclass(frozen=True)
 class Repeated:
-    """What a contender repeats.
+    """The work that a contender repeats.
 
     Attributes:
         graph: its name in :func:`graphs`.
@@ -64,9 +64,9 @@ class Contender:
 
     Attributes:
         name: as in the table.
-        classes: how many it explains.
+        classes: the number of classes that it explains.
         call: all of its work.
-        repeated: what that work is the repetition of; None where it is not.
+        repeated: the unit that this work repeats; None if it repeats nothing.
     """
 
     name: str
@@ -191,5 +191,5 @@ def contenders(model: VisionTransformer, x: Tensor, class_counts: Sequence[int],
 
 @torch.no_grad()
 def _tokens(model: VisionTransformer, x: Tensor) -> PackedTokens:
-    """Where tails start: what is in the tokens does not change their time."""
+    """The tokens that tails start from; their values do not change the time."""
     return model.embed(x)

@@ -1,4 +1,4 @@
-"""What a map costs beside the prediction that it explains: every method of the last block, all classes at once.
+"""The cost of a map relative to the prediction that it explains: every method of the last block, all classes at once.
 
     OMP_WAIT_POLICY=passive python -m bench.cpu.explanation_price --page docs/methods.md
 

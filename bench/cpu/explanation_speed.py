@@ -54,7 +54,7 @@ Key: TypeAlias = "tuple[str, int]"  # a contender and its number of classes; a g
 
 @dataclass(frozen=True)
 class Figure:
-    """A cell of the table; ``counted`` where the time was not measured whole."""
+    """A cell of the table; ``counted`` if the time was extrapolated instead of measured."""
 
     seconds: float
     mebibytes: float
@@ -63,12 +63,12 @@ class Figure:
 
 @dataclass
 class Measured:
-    """What was found at one length.
+    """The results at one length.
 
     Attributes:
         figures: seconds and extra MiB by contender and number of classes.
-        differences: of counted seconds from whole ones, as a share, where there are both.
-        left_out: why, likewise.
+        differences: relative difference of extrapolated from measured seconds, where there are both.
+        left_out: reasons by contender and number of classes.
     """
 
     figures: dict[Key, Figure] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Measured:
 
 
 class Guard:
-    """Judges by the length before what is not to be run: time grows at most as tokens², memory as tokens.
+    """Decides from the previous length what not to run: time grows at most as tokens², memory as tokens.
 
     Args:
         longest: seconds that a single call may take.
@@ -145,7 +145,7 @@ def _forward_and_backwards(build: Callable[[], ExplainClass], short: float) -> I
 
 
 def free_mebibytes(device: str) -> float:
-    """What can be allocated, once measured calls have given theirs back."""
+    """The memory that can be allocated once measured calls have freed theirs."""
     return torch.cuda.mem_get_info()[0] / 2**20 if device == "cuda" else _kibibytes("meminfo", "MemAvailable") / 1024
 
 
@@ -167,7 +167,7 @@ class Turns:
     """The runs of one length, from which its figures are taken.
 
     Args:
-        builds: what builds a graph, by name.
+        builds: functions that build a graph, by name.
         contestants: whose graphs are among these.
         limit: seconds up to which what can be counted is measured whole; a quarter is too long to be repeated.
     """
@@ -186,7 +186,7 @@ class Turns:
         self.left_out: dict[Key, str] = {}
 
     def turn(self, tokens: int, guard: Guard, device: str) -> None:
-        """Run once what is not too long to be repeated, or to be measured whole, and what the guard lets through."""
+        """Run once what is short enough to be repeated or measured completely, and what the guard permits."""
         for key, steps in self.steps.items():
             if key in self.runs:
                 if sum(self.runs[key][-1]) > self.limit / 4:
@@ -208,7 +208,7 @@ class Turns:
         return tuple(map(min, *runs[1:])) if len(runs) > 2 else runs[-1]
 
     def counted(self, key: Key) -> float | None:
-        """Seconds of what a contender repeats, as often as it does."""
+        """The extrapolated seconds of a contender: those of its unit times its repetitions."""
         way = self.repeated[key]
         if way is None or (way.graph, 0) not in self.runs:
             return None
@@ -216,7 +216,7 @@ class Turns:
         return way.forwards * forward + way.backwards * backward
 
     def measured(self) -> Measured:
-        """Whole where it was run, else counted, else left out."""
+        """The measured figure if the contender was run, else the extrapolated one, else none."""
         found = Measured()
         for key, way in self.repeated.items():
             counted = self.counted(key)
@@ -237,7 +237,7 @@ def run(arguments: argparse.Namespace) -> dict[int, Measured]:
     guard = Guard(arguments.longest, lambda: free_mebibytes(arguments.device))
     results = {}
     sides = sorted({round((length - 1) ** 0.5) for length in arguments.tokens})
-    # What is long from the start has nothing to be judged by: a shorter one goes before it, and is not shown.
+    # A first length that is long has no predecessor to judge by, so a shorter one is run first and not shown.
     for side in [min(32, sides[0]), *sides]:
         tokens = side * side + 1
         if tokens in results:

@@ -1,11 +1,11 @@
-"""Extraction beside a plain timm loop over the same tiles: time and peak memory for ViT-S, B and L.
+"""Extraction compared with a plain timm loop over the same tiles: time and peak memory for ViT-S, B and L.
 
     python -m bench.cpu.extract [--threads 1] [--rounds 3] [--quick]
 
 A slide is drawn whose mask holds 30 % of every tile, so that as many of the tokens of kept tiles take part. The plain
-loop reads the same tiles by the same reader, runs timm's network, and writes the features; extraction runs whole, from
-opening the slide to closing the file: with every token (``none``) and with masked attention (``tissue``), in float32
-and in bfloat16. Weights are random. Peak memory is that of a process of each contender's own. Writes
+loop reads the same tiles by the same reader, runs timm's network, and writes the features; extraction runs in full,
+from opening the slide to closing the file: with every token (``none``) and with masked attention (``tissue``), in
+float32 and in bfloat16. Weights are random. Peak memory is that of a process of each contender's own. Writes
 bench/results/extract.md.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
             timed = medians(calls, 1 if arguments.quick else arguments.rounds)
         seconds[title] = {name: taken / tiles for name, taken in timed.items()}
         _write(arguments, seconds, memory)
-    # Later, since it takes long: what has been timed is there by then.
+    # Last, as it takes long: by then the timings are recorded.
     for title, (network, _tiles) in networks.items():
         with tempfile.TemporaryDirectory() as folder:
             _draw(Path(folder), BATCH)
@@ -100,7 +100,7 @@ def _draw(folder: Path, tiles: int) -> None:
 
 
 def _calls(network: str, folder: Path, contenders: Sequence[str] = CONTENDERS) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; of the networks no more is kept than the contenders need."""
+    """The functions to time, by name; only the networks that the contenders need are kept."""
     import timm  # here, after torchvision was seen to
 
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def _plain_loop(theirs: torch.nn.Module, folder: Path, dtype: str) -> Callable[[
 
 
 def _check_same(folder: Path, calls: dict[str, Callable[[], object]]) -> None:
-    """The features that are timed are the same, before they are timed."""
+    """Check that the contenders' features agree before they are timed."""
     for name in ("timm, float32", "none, float32"):
         calls[name]()
     with h5py.File(folder / "timm_float32.h5") as file:

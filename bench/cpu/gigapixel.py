@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def composed(region: Path, folder: Path, side_px: int) -> Path:
-    """The slide that :func:`compose` writes, in a folder that may have it from before."""
+    """The slide that :func:`compose` writes, reused if the folder has it already."""
     folder.mkdir(parents=True, exist_ok=True)
     slide = folder / f"composed_{side_px}.tiff"
     if not slide.exists():
@@ -122,7 +122,7 @@ def infer(slide: Path, out: Path, options: list[str]) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
     prediction = json.loads((out / slide.stem / "prediction.json").read_text())
-    prediction["slide"]["path"] = slide.name  # where it lay on this machine is nobody's business
+    prediction["slide"]["path"] = slide.name  # its path on this machine does not belong in the result
     return {"wall_s": seconds, "peak_bytes": peak, "prediction": prediction}
 
 

@@ -57,7 +57,7 @@ class TimedSink:
 
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
-        """As the sink's, timed."""
+        """Open the sink and measure what each call takes."""
         context: AbstractContextManager[Take] = self.sink.open(folder, slide)
         with self._timed():
             take = context.__enter__()
@@ -117,7 +117,7 @@ def page(slide: Path, out: Path) -> Iterator[str]:
 def table(
     prediction: SlidePrediction, seconds: float, timed: tuple[TimedSink, ...], folder: Path, peak_mib: float
 ) -> Iterator[str]:
-    """What each output took."""
+    """The costs of each output."""
     counts, slide = prediction.counts, prediction.slide
     yield "# Every output of a composed slide"
     yield ""

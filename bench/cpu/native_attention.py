@@ -1,4 +1,4 @@
-"""The C++ attention beside torch's, on the CPU.
+"""The C++ attention compared with torch's, on the CPU.
 
     python -m bench.cpu.native_attention --out bench/results/native_attention.md       some minutes on two cores
 

@@ -1,4 +1,4 @@
-"""The C++ readout and token relevance beside what the machine copies, and beside torch.
+"""The C++ readout and token relevance compared with plain copies in memory, and with torch.
 
     python -m bench.cpu.native_readout --out bench/results/native_readout.md      about two minutes
 
@@ -29,7 +29,7 @@ Calls = dict[str, tuple[Callable[[], object], float]]
 
 
 def array(x: Tensor) -> np.ndarray:
-    """The same memory; bfloat16 as its bits."""
+    """An array on the same memory; bfloat16 as its bits."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 

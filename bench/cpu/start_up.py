@@ -50,7 +50,7 @@ def processor_s(arguments: list[str], sources: Path) -> float:
 
 
 def settings(sources: Path) -> dict[str, object]:
-    """Away from any checkout, whose folder would come before the sources that are meant."""
+    """Arguments for a process outside any checkout, whose package would be imported before the intended sources."""
     return {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONPATH": str(sources), "PYTHONSAFEPATH": "1"}}
 
 
@@ -70,7 +70,7 @@ def dearest_packages(arguments: list[str], sources: Path) -> str:
 
 
 def table(before: Path | None) -> str:
-    """A row per command, as Markdown."""
+    """The table in Markdown, with a row for each command."""
     columns = ["command", *(["before, s"] if before else []), "processor time, s", "dearest to import, ms"]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 2) + "---|"]
     for name, arguments in COMMANDS.items():

@@ -98,21 +98,21 @@ def _in_its_own_process(folder: Path, arguments: argparse.Namespace) -> dict[str
 
 
 class Clock:
-    """Processor time at the ends of the parts of a training."""
+    """Processor time at the end of each phase of a training."""
 
     def __init__(self) -> None:
         self.marks = {"start": time.process_time()}
 
     def looked_through(self, slide_id: str, done: int, slides: int) -> None:
-        """The features are known."""
+        """Mark that the features have been found."""
         self.marks["features"] = time.process_time()
 
     def batch_done(self, epoch: int, done: int, batches: int) -> None:
-        """A batch was trained."""
+        """Mark that a batch was trained."""
         self.marks["batches"] = time.process_time()
 
     def epoch_done(self, row: dict[str, float], best: bool) -> None:
-        """The epoch was judged."""
+        """Mark that the epoch was validated."""
         self.marks["epoch"] = time.process_time()
 
 

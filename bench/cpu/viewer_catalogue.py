@@ -152,7 +152,7 @@ def next_slides(tab: Any) -> tuple[list[float], float]:
         tab.wait_for_function("() => document.title.startsWith(document.getElementById('slide-name').textContent)")
         tab.wait_for_function(_LOADED)
         took.append(time.perf_counter() - start)
-        tab.wait_for_timeout(4000)  # somebody looks at it
+        tab.wait_for_timeout(4000)  # as if somebody looked at it
     return took, (processor_s(without="chrom") - before) / STEPS
 
 

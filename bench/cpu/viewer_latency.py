@@ -162,15 +162,15 @@ def whole_view(port: int, name: str) -> str:
 
 
 def squares_of_view(about: dict[str, int], level: int, shrink: int, rng: np.random.Generator) -> list[str]:
-    """What a window at a random place asks for."""
-    spans = [
+    """The requests of a window at a random position."""
+    ranges = [
         range(first, min(first + math.ceil(window / SQUARE_PX) + 1, math.ceil(size / 2**shrink / SQUARE_PX)))
         for size, window in zip((about["width"], about["height"]), WINDOW, strict=True)
         for first in [
             int(rng.integers(max(1, math.ceil(size / 2**shrink / SQUARE_PX) - math.ceil(window / SQUARE_PX))))
         ]
     ]
-    return [f"/api/slides/0/squares/{level}/{column}_{row}.jpg" for row in spans[1] for column in spans[0]]
+    return [f"/api/slides/0/squares/{level}/{column}_{row}.jpg" for row in ranges[1] for column in ranges[0]]
 
 
 def row(port: int, name: str, views: list[list[str]]) -> str:

@@ -65,7 +65,7 @@ def header(size: Size, batch: int) -> str:
 
 
 def keep_share(batch: int, side: int, share: float) -> Tensor:
-    """(B, side, side) bool with the same number of tokens kept in each image, at random places."""
+    """(B, side, side) bool with the same number of tokens kept in each image, at random positions."""
     count = max(1, round(share * side * side))
     keep = torch.zeros(batch, side * side, dtype=torch.bool)
     return keep.scatter(1, torch.rand(batch, side * side).argsort(1)[:, :count], True).view(batch, side, side)

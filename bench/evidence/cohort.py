@@ -61,7 +61,7 @@ _FREE_PX = 12  # of marks from tissue: no token that holds tissue holds a mark
 
 @dataclass(frozen=True)
 class Scanner:
-    """How slides look that pass it.
+    """How a scanner renders slides.
 
     Attributes:
         tint: (2, 3) changes of the optical densities of haematoxylin and eosin.
@@ -84,7 +84,7 @@ SCANNERS = {
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides with their answers.
+    """Slides and their ground truth.
 
     Attributes:
         images_S3XY: (S, 3, X, Y) uint8 RGB.
@@ -121,7 +121,7 @@ def draw_cohort(
 
     Args:
         seed: of every choice; tissue does not depend on the other arguments but for their number.
-        patients: how many.
+        patients: number of patients.
         scanner: a key of :data:`SCANNERS`.
         marks_tell: whether pen marks go with the grade.
         over_tissue: pens run over the tissue too, in place of the glass alone.

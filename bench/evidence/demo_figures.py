@@ -48,7 +48,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class SlideFigures:
-    """What one model makes of one slide; AP is None where there is no lesion to find."""
+    """One model's results on one slide; AP is None where there is no lesion to find."""
 
     correct: bool
     map_ap_tissue: float | None

@@ -34,7 +34,7 @@ QUICK = Plan(patients=6, test_patients=6, patch_steps=3, slide_steps=3, patch_ba
 
 
 def results_in(folder: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, Any]]]:
-    """What is there: by arm and seed."""
+    """The results that exist, by arm and seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for arm in ARMS:
         for seed in seeds:

@@ -1,6 +1,6 @@
-"""The arms of the grading experiment: what each is trained on and with which mask, and one seed of one of them.
+"""The arms of the grading experiment: the training data and mask of each, and how one seed of an arm is run.
 
-An arm's result is kept as soon as it is there, so that a run that was cut short goes on where it stood.
+An arm's result is kept as soon as it is known, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Arm:
     Attributes:
         name: in tables.
         encoder: "masked", "plain" or "white" (plain, and glass set to white).
-        training: at which levels background takes no part in training.
-        inference: likewise in prediction.
+        training: levels at which background takes no part in training.
+        inference: levels at which it takes no part in prediction.
         marks: of the training cohort: "telling", "silent" (they go with nothing) or "over tissue" (they tell, and run
             over tissue too, in the test cohorts as well).
         longer: times the plan's steps of stage 2.
@@ -88,7 +88,7 @@ MAIN = ("plain", "masked")
 
 
 def slug(name: str) -> str:
-    """A name as a file's."""
+    """The file name for an arm's name."""
     return re.sub(r"\W+", "_", name)
 
 

@@ -1,4 +1,4 @@
-"""What the graders' maps find of the planted patterns, and how much of the attention lies on glass.
+"""How well the graders' maps find the planted patterns, and how much of the attention lies on glass.
 
 Dimension key: S slides, R regions, N patches of a region, h·w tokens of a region, H·W tokens of a slide, K outputs.
 """
@@ -115,7 +115,7 @@ def maps_of_slide(model: HIPT, image_3XY: Tensor, keep_HW: Tensor) -> dict[str, 
 
 
 def _questions(cohort: Cohort, slide: int, tumour: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
-    """What a map is asked: a name, the output it explains, and the tokens that are right."""
+    """A question to a map: a name, the output that it explains, and the tokens that are the right answer."""
     if tumour[slide].any():
         yield "tumour", TUMOUR, tumour[slide]
     if 2 <= cohort.grades_S[slide] <= 4 and b[slide].any():
@@ -131,7 +131,7 @@ def judge_maps(model: HIPT, cohort: Cohort, levels: Levels, count: int) -> dict[
     Args:
         model: in eval mode.
         cohort: grades in turn, two slides a patient.
-        levels: at which background takes no part; all or none.
+        levels: those at which background takes no part; all or none.
         count: slides.
     """
     found: dict[str, list[float]] = {}

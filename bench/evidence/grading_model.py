@@ -54,7 +54,7 @@ _WHITE = 246  # of glass under the inside scanner, about
 
 @dataclass(frozen=True)
 class Levels:
-    """At which levels background takes no part."""
+    """The levels at which background takes no part."""
 
     tokens: bool
     patches: bool
@@ -66,11 +66,11 @@ MASKED, PLAIN = Levels(True, True, True), Levels(False, False, False)
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is drawn and how long each stage runs.
+    """The sizes of the cohorts and the lengths of the stages.
 
     Attributes:
-        patients: of the training cohort.
-        test_patients: of each test cohort.
+        patients: number in the training cohort.
+        test_patients: number in each test cohort.
         patch_steps, patch_batch: of stage 1.
         slide_steps, slide_batch: of stage 2.
         explained: slides whose maps are judged, of each test cohort.
@@ -87,7 +87,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Tensors:
-    """A cohort as the model takes it.
+    """A cohort in the model's input format.
 
     Attributes:
         pixels_SRN3pp: (S, R, N, 3, 32, 32) uint8.
@@ -113,7 +113,7 @@ class Tensors:
 
 
 def regions_of(images_S3XY: Tensor, side: int) -> Tensor:
-    """(S, 3, X, Y) to (S, R, 3, side, side), row-major; masks and maps likewise."""
+    """(S, 3, X, Y) to (S, R, 3, side, side), row-major, for images, masks and maps."""
     cut = images_S3XY.unflatten(2, (-1, side)).unflatten(4, (-1, side))  # [S, 3, n, side, m, side]
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 

@@ -42,7 +42,7 @@ VERDICTS = ("passed", "weak", "contradicts")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One map's.
+    """The verdict on one map.
 
     Attributes:
         name: of the method; or "noise".

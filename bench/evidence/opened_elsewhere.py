@@ -1,7 +1,7 @@
-"""The outputs of a slide, opened by programs of others: what each one says of its file.
+"""The outputs of a slide, opened by other projects' programs, with what each reports of its file.
 
-It runs in an environment of its own, without this package: only what others wrote reads the files. A reader that is not
-installed is named as missing. Values are compared with `tifffile`'s and `h5py`'s, which are readers of others too.
+It runs in an environment of its own, without this package: only other projects' code reads the files. A reader that is
+not installed is named as missing. Values are compared with `tifffile`'s and `h5py`'s, which are not ours either.
 
     maskattn infer SLIDE --out OUT --tokens --geojson tokens --ome-tiff both --zarr
     python -m venv elsewhere
@@ -92,7 +92,7 @@ def page(folder: Path, bioformats: Path | None, pictures: Path | None) -> Iterat
 
 
 def version_of(name: str, bioformats: Path | None) -> str:
-    """Of a package; of Bio-Formats, what its jar says."""
+    """The version of a package; that of Bio-Formats is what its jar states."""
     if name == "Bio-Formats":
         return "" if bioformats is None else manifest_of(bioformats).get("Implementation-Version", "")
     try:

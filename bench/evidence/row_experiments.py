@@ -66,7 +66,7 @@ class Reading:
 
     @torch.no_grad()
     def dropped(self) -> Tensor:
-        """What the score loses when a token is dropped from the row (T,): the others' weights grow by 1 / (1 − a)."""
+        """The loss of score when a token is dropped from the row (T,): the others' weights grow by 1 / (1 − a)."""
         a, read = self.parts[0][..., None], self.row.read
         without = (read.out_B1HD[0] - a * read.v_THD) / (1 - a)
         return (self.row.scores(read.out_B1HD) - self.row.scores(without[None]))[0, :, 0]
@@ -141,7 +141,7 @@ def experiments(reading: Reading, others: dict[str, Target]) -> dict[str, Tensor
 
 
 def facts(reading: Reading) -> dict[str, float]:
-    """Numbers that say what the row is like."""
+    """Numbers that describe the row."""
     a, x, v, vg, g = reading.parts
     P = reading.tokens.num_prefix
     value, key = (a * torch.einsum("thd,hd->th", v, g)).sum(dim=1)[P:], (a * x * vg).sum(dim=1)[P:]

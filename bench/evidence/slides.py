@@ -1,4 +1,4 @@
-"""What masking background does for a slide classifier: accuracy, and where its maps point.
+"""The effect of masking background on a slide classifier: its accuracy, and where its maps point.
 
     python -m bench.evidence.slides            # draws slides, trains, judges, writes the table and the figure
 

@@ -72,7 +72,7 @@ Seen on the overlays (`--overlays`), looked at on 28 November 2026:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one way on one slide: the share of the tissue that was found, of the glass that was taken, and Dice's."""
+    """A method's scores on a slide: the shares of the tissue found and of the glass taken for tissue, and Dice's."""
 
     found: float
     taken: float
@@ -97,7 +97,7 @@ def masks_of(reader: SlideReader) -> dict[str, np.ndarray]:
 
 
 def judge(slide: DrawnSlide) -> dict[str, Score]:
-    """Every way's score; where either answer is right nothing is judged."""
+    """Every method's score; pixels where either answer is right are not judged."""
     masks = masks_of(in_memory(slide.image_HW3, slide.spacing_um))
     size = masks[WAYS[0]].shape[::-1]
     open_HW = np.zeros_like(slide.tissue_HW) if slide.open_HW is None else slide.open_HW

@@ -41,7 +41,7 @@ CONGO_RED = (0.10, 0.82, 0.56)
 
 @dataclass(frozen=True)
 class DrawnSlide:
-    """A slide and its answer.
+    """A slide and its ground truth.
 
     Attributes:
         name: what is drawn.
@@ -143,7 +143,7 @@ def dyed(seed: int, stain: Stain) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Plate:
-    """A slide while it is drawn: the density on it, and the light that falls through it."""
+    """A slide while it is being drawn: the density on it, and the light that falls through it."""
 
     density: np.ndarray
     tissue: np.ndarray

@@ -1,4 +1,4 @@
-"""What leaving background tokens out does to the features of a frozen encoder, by how much of a tile is kept.
+"""The effect of dropping background tokens on a frozen encoder's features, by the share of a tile that is kept.
 
     python -m bench.evidence.token_mask --slide CMU-1-Small-Region.svs --slide section.jpg=2.0 --cache DIR
 

@@ -57,6 +57,6 @@ class DeviceClock:
         return statistics.median(self._host) if self._host else float("nan")
 
     def reset(self) -> None:
-        """Forget the rounds of a case, also one that raised between the two calls."""
+        """Forget the rounds of a case, even one that raised between the two calls."""
         self._start = None
         self._host = []

@@ -1,4 +1,4 @@
-"""How the benches are run: on which device, which grid of sizes, how long, and where the rows go.
+"""How the benches are run: the device, the grid of sizes, the time limit, and the file for the rows.
 
 pytest bench                                                       on this CPU, some minutes
 pytest bench --bench-device cuda --bench-grid full --bench-csv rows.csv --bench-seconds 540
@@ -137,7 +137,7 @@ def _give_up(config: pytest.Config, case: Case, contender: str, error: Exception
 
 
 def _context_is_lost() -> bool:
-    """After an illegal access every call fails, whoever made it."""
+    """Whether the GPU is unusable: after an illegal access every further call fails."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -152,7 +152,7 @@ def _once(call: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def _peak_mib(call: Callable[[], object]) -> float:
-    """What a call takes at its most, beyond what lies there already."""
+    """The peak memory of a call, beyond what was allocated before it."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     result = call()
@@ -162,6 +162,6 @@ def _peak_mib(call: Callable[[], object]) -> float:
 
 
 def _rounds(seconds: float, device: str) -> int:
-    """As many as fit into a third of a second on a GPU and a whole one on a CPU, but some; fewer of the slowest."""
+    """As many rounds as fit into a third of a second on a GPU or one second on a CPU, with a minimum for slow calls."""
     budget, most = (0.3, 100) if device == "cuda" else (1.0, 30)
     return int(min(max(budget / max(seconds, 1e-6), 5 if seconds < 1 else 3), most))

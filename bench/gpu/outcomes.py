@@ -1,4 +1,4 @@
-"""What became of each test or command: a log that many processes append to, and that a later call goes on from."""
+"""The outcome of each test or command: a log that many processes append to and that a later call continues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Outcome", "OutcomeLog", "fingerprint"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one test or command.
+    """The outcome of one test or command.
 
     Attributes:
         name: its node id, or the command's name.
@@ -33,7 +33,7 @@ class OutcomeLog:
     """A file of outcomes, a line of JSON each; those of other sources are passed over.
 
     Args:
-        path: of the file; it need not be there.
+        path: path of the file, which need not exist.
         of: the fingerprint of the sources that are tested.
     """
 
@@ -58,7 +58,7 @@ class OutcomeLog:
             try:
                 values = json.loads(line)
             except json.JSONDecodeError:
-                # The last line of a machine that was taken away.
+                # The last line before a machine was shut down.
                 continue
             if values.pop("of") == self.of:
                 outcome = Outcome(**values)
@@ -66,7 +66,7 @@ class OutcomeLog:
         return found
 
     def ended(self) -> dict[str, Outcome]:
-        """Those of :meth:`latest` that ended."""
+        """The outcomes of :meth:`latest` that ended."""
         return {name: outcome for name, outcome in self.latest().items() if outcome.outcome != "begun"}
 
 

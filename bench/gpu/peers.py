@@ -1,4 +1,4 @@
-"""What a user would pick instead, by name, beside ours; each raises :class:`UnsupportedError` for what it cannot do.
+"""The alternatives that users have, and our own; each raises :class:`UnsupportedError` for what it cannot do.
 
 A contender turns a problem into a function of some tensors and those tensors, with all the work that a model does once
 (packing, block masks, compilation) already done unless its name says otherwise.
@@ -24,7 +24,7 @@ __all__ = ["IMPLS", "PEERS", "UnsupportedError", "attention_of", "contenders", "
 
 Attention = tuple[Callable[..., Tensor], list[Tensor]]
 
-# Of ours, on each device.
+# Our implementations on each device.
 IMPLS = {"cpu": ("cpu", "torch"), "cuda": ("triton",)}
 
 # N×N scores of all heads that may be held at once.
@@ -36,13 +36,13 @@ class UnsupportedError(Exception):
 
 
 def _ours_packed(problem: Problem, impl: str) -> Attention:
-    """Inside a model that packed its tokens before the first block."""
-    spans = problem.spans
-    return lambda q, k, v: packed_attention(q, k, v, *spans, impl=impl), problem.rows
+    """Our attention as a model calls it that packed its tokens before the first block."""
+    bounds = problem.bounds
+    return lambda q, k, v: packed_attention(q, k, v, *bounds, impl=impl), problem.rows
 
 
 def _ours_masked(problem: Problem, impl: str) -> Attention:
-    """On dense tensors and a mask, as a single layer is called."""
+    """Our attention on dense tensors and a mask, as a single layer calls it."""
     keep = problem.keep
     return lambda q, k, v: masked_attention(q, k, v, keep, impl=impl), problem.dense
 
@@ -59,12 +59,12 @@ def _sdpa_bool_mask(problem: Problem, backend: SDPBackend) -> Attention:
 
 
 def _sdpa_unmasked(problem: Problem) -> Attention:
-    """All tokens, background included: what ignoring the mask costs."""
+    """Attention over all tokens, background included: the cost of ignoring the mask."""
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v), problem.dense
 
 
 def _sdpa_per_sequence(problem: Problem, backend: SDPBackend) -> Attention:
-    """On packed tokens: one batched call where the sequences are of one length, else one call each."""
+    """On packed tokens: one batched call if all sequences have the same length, else one call each."""
     _backend_exists(problem, backend)
     lengths, batch = problem.lengths, problem.point.batch
     if backend == SDPBackend.CUDNN_ATTENTION and len(set(lengths)) > 16:
@@ -90,8 +90,8 @@ def _varlen_attn(problem: Problem) -> Attention:
     _only(problem, "cuda", "runs on CUDA alone")
     from torch.nn.attention.varlen import varlen_attn
 
-    spans = problem.spans
-    return lambda q, k, v: varlen_attn(q, k, v, *spans), problem.rows
+    bounds = problem.bounds
+    return lambda q, k, v: varlen_attn(q, k, v, *bounds), problem.rows
 
 
 @lru_cache(maxsize=1)
@@ -145,10 +145,10 @@ def _nested(problem: Problem) -> Attention:
 def _flash_attn(problem: Problem, package: str) -> Attention:
     _needs(package)
     attend = importlib.import_module(package).flash_attn_varlen_func
-    spans = problem.spans
+    bounds = problem.bounds
 
     def first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(q, k, v, *spans)
+        out = attend(q, k, v, *bounds)
         return out[0] if isinstance(out, tuple) else out
 
     return first, problem.rows
@@ -182,12 +182,12 @@ PEERS: dict[str, Callable[[Problem], Attention]] = {
 
 
 def ours(kind: str, impls: tuple[str, ...]) -> list[str]:
-    """Names of ours, one for each impl: "maskattn packed, triton"."""
+    """Our contenders' names, one for each impl: "maskattn packed, triton"."""
     return [f"maskattn {kind}, {impl}" for impl in impls]
 
 
 def contenders(impls: tuple[str, ...]) -> list[str]:
-    """Ours and every peer."""
+    """Our contenders and every peer."""
     return [*ours("packed", impls), *ours("masked", impls), *PEERS]
 
 
@@ -204,7 +204,7 @@ def attention_of(contender: str, problem: Problem) -> Attention:
 
 
 def is_packed(inputs: list[Tensor]) -> bool:
-    """Whether a contender's tensors are rows of kept tokens."""
+    """Whether a contender takes packed tensors."""
     return inputs[0].ndim == 3
 
 

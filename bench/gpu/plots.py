@@ -132,9 +132,9 @@ def cost_of_options(rows: list[Row], folder: Path) -> list[Path]:
             here = {(row.variant, row.contender): row.p50_ms for row in group if row.direction == direction}
             variants = list(dict.fromkeys(variant for variant, _ in here if variant != "plain"))
             names = list(dict.fromkeys(name for _, name in here))
-            for place, name in enumerate(names):
+            for number, name in enumerate(names):
                 ratios = [here.get((variant, name), 0) / here["plain", name] for variant in variants]
-                offsets = [i + 0.8 * (place + 0.5) / len(names) - 0.4 for i in range(len(variants))]
+                offsets = [i + 0.8 * (number + 0.5) / len(names) - 0.4 for i in range(len(variants))]
                 bars = axes.barh(offsets, ratios, 0.8 / len(names), color=STYLES[name][0], label=name)
                 axes.bar_label(bars, [f"{ratio:.3g}×" for ratio in ratios], padding=2, fontsize=8)
             axes.axvline(1, color="black", linewidth=1)
@@ -187,7 +187,7 @@ def _ticks(axes: Axes, labels: dict[float, str]) -> None:
 
 
 def _save(figure: plt.Figure, title: str, row: Row, path: Path) -> Path:
-    """With one legend for all panels, and the machine and versions below."""
+    """Write the figure with one legend for all panels, and the machine and versions below."""
     labels: dict[str, object] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

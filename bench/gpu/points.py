@@ -1,4 +1,4 @@
-"""Which sizes are measured, most important first, and the tensors of one.
+"""The sizes that are measured, most important first, and the tensors of each.
 
 Dimension key: B sequences, N tokens of each, T kept tokens of all, H heads, D head width.
 """
@@ -35,7 +35,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Case:
-    """What one row measures, whoever does it; rows of lower rank are measured first."""
+    """What one row measures, for any contender; rows of lower rank are measured first."""
 
     family: str
     direction: str
@@ -100,7 +100,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of queries, keys and values."""
+        """The dtype of queries, keys and values."""
         return DTYPES[self.point.dtype]
 
     @cached_property
@@ -113,7 +113,7 @@ class Problem:
 
     @cached_property
     def packing(self) -> Packing:
-        """Of ``keep``."""
+        """The packing of ``keep``."""
         return Packing.from_keep(self.keep)
 
     @cached_property
@@ -122,7 +122,7 @@ class Problem:
         return self.keep.sum(1).tolist()
 
     @property
-    def spans(self) -> tuple[Tensor, Tensor, int, int]:
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
         """cu_seqlens and max_seqlen of queries and keys, as the packed operations take them."""
         packing = self.packing
         return packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
@@ -164,5 +164,5 @@ class Problem:
 
 @lru_cache(maxsize=1)
 def problem_of(point: Point, device: str) -> Problem:
-    """The tensors of a point; those of the point before are let go."""
+    """The tensors of a point; those of the previous point are freed."""
     return Problem(point, device)

@@ -54,8 +54,8 @@ class Row:
     commit: str = ""
 
     @property
-    def place(self) -> tuple[object, ...]:
-        """What it is compared within."""
+    def key(self) -> tuple[object, ...]:
+        """The group of rows that it is compared with."""
         return tuple(getattr(self, field.name) for field in fields(Row)[:9])
 
 
@@ -68,9 +68,9 @@ class Recorder:
     """Collects rows and appends each to a CSV at once, so that a run that is cut short keeps what it measured.
 
     Args:
-        path: of the CSV. Where it is there, its rows are kept, but for those that were left out for want of time.
+        path: path of the CSV. If it exists, its rows are kept, except those that were left out for lack of time.
         device: "cpu" or "cuda".
-        commit: what is measured, where the checkout has no git history.
+        commit: name of the measured sources, where the checkout has no git history.
     """
 
     def __init__(self, path: Path | None, device: str, commit: str = ""):
@@ -90,7 +90,7 @@ class Recorder:
         """Whether an earlier call recorded it, of the same sources on the same device."""
         wanted = (case.family, case.direction, case.variant, *asdict(case.point).values())
         return any(
-            row.place == wanted
+            row.key == wanted
             and row.contender == contender
             and all(getattr(row, name) == value for name, value in self._versions.items())
             for row in self.rows
@@ -155,20 +155,20 @@ def read_rows(path: Path) -> list[Row]:
 def table(rows: Iterable[Row]) -> str:
     """In Markdown: each point's best of ours and best peer, the peer's time over ours, and what was not measured."""
     rows = list(rows)
-    places: dict[tuple[object, ...], list[Row]] = {}
+    groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.status == "ok":
-            places.setdefault(row.place, []).append(row)
+            groups.setdefault(row.key, []).append(row)
     where = {f"{row.device}; torch {row.torch}, triton {row.triton}, maskattn {row.commit}" for row in rows}
     lines = [*sorted(where), "", "| ours | p50 ms | TFLOP/s | best peer | p50 ms | peer / ours | where |"]
     lines.append("|---|---:|---:|---|---:|---:|---|")
-    for place, group in places.items():
+    for key, group in groups.items():
         ours = min((row for row in group if is_ours(row.contender)), key=_p50, default=None)
         peer = min((row for row in group if _is_peer(row)), key=_p50, default=None)
         ratio = f"{_p50(peer) / _p50(ours):.2f}×" if ours and peer else "–"
         cells = [ours.contender, f"{_p50(ours):.4g}", _number(ours.tflops)] if ours else ["–"] * 3
         cells += [peer.contender, f"{_p50(peer):.4g}"] if peer else ["–"] * 2
-        lines.append(f"| {' | '.join([*cells, ratio, _where(place)])} |")
+        lines.append(f"| {' | '.join([*cells, ratio, _where(key)])} |")
     for status in ("failed", "left out", "skipped"):
         missing = [row for row in rows if row.status == status]
         if missing:
@@ -182,7 +182,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _is_peer(row: Row) -> bool:
-    """Attention that ignores the mask is no peer: it computes something else."""
+    """Whether it is a peer: attention that ignores the mask computes something else."""
     return not is_ours(row.contender) and (row.contender != "sdpa unmasked" or row.kept == 1.0)
 
 
@@ -195,8 +195,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _where(place: tuple[object, ...]) -> str:
-    family, direction, variant, batch, tokens, kept, heads, width, dtype = place
+def _where(key: tuple[object, ...]) -> str:
+    family, direction, variant, batch, tokens, kept, heads, width, dtype = key
     what = ", ".join(str(x) for x in (family, direction, variant) if x)
     return f"{what}: {batch}×{tokens}, f={kept:g}, H={heads}, D={width}, {dtype}"
 

@@ -34,7 +34,7 @@ __all__ = ["STEPS", "Call", "Report", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Of the benches: which files, and in which step.
+# The files of the benches in each step.
 SUITES = {
     "bench": ("test_attention.py", "test_options.py", "test_readout.py", "test_packing.py"),
     "models": ("test_multihead.py", "test_vit.py"),
@@ -48,7 +48,7 @@ GRACE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of the command may do.
+    """The settings of one call of the command.
 
     Attributes:
         out: the folder that is kept between calls.
@@ -56,8 +56,8 @@ class Call:
         shards: processes at a time, where nothing is timed.
         device: "cuda", or "cpu" for a dry run on small sizes.
         grid: of the benches.
-        commit: what is measured, for the rows.
-        log: what became of each test and command.
+        commit: name of the measured sources, for the rows.
+        log: the outcome of each test and command.
     """
 
     out: Path
@@ -75,13 +75,13 @@ class Call:
 
     @property
     def seconds_left(self) -> float:
-        """Until nothing may begin."""
+        """Seconds until nothing new may begin."""
         return self.until - time.time()
 
 
 @dataclass
 class Report:
-    """What a step did: sentences for the table, and how many items failed or were left for want of time."""
+    """The result of a step: sentences for the table, and how many items failed or were left for lack of time."""
 
     lines: list[str] = field(default_factory=list)
     failed: int = 0
@@ -102,7 +102,7 @@ def tests(call: Call) -> Report:
 
 
 def sanitize(call: Call) -> Report:
-    """Small cases under memcheck and racecheck; compiled before, since the compiler is slow under neither's eyes."""
+    """Small cases under memcheck and racecheck; compiled before, as the compiler would be slow under either."""
     small = [sys.executable, "-m", "bench.gpu.small_cases", "--device", call.device]
     cases = {
         f"{dtype}, width {width}": ["--widths", str(width), "--dtypes", dtype] for width in WIDTHS for dtype in DTYPES
@@ -143,14 +143,14 @@ STEPS: dict[str, Callable[[Call], Report]] = {"tests": tests, "sanitize": saniti
 
 
 def _suites(call: Call, step: str) -> Report:
-    """Compile on all cores what is timed afterwards in one process, which has the device to itself."""
+    """Compile on all cores the kernels that are timed afterwards in one process, which has the device to itself."""
     paths = [f"bench/gpu/{name}" for name in SUITES[step]]
     options = ["--bench-device", call.device, "--bench-grid", "smoke" if call.dry else call.grid]
     options += ["--bench-impls", "torch"] if call.dry else []
     report = Report()
     compiled = OutcomeLog(call.log.path, f"{call.log.of}, compiled")
     ours = [name for name in collect([*paths, *options], ROOT) if "maskattn" in name]
-    # Whether they are right is not asked here: what fails will fail again when it is timed.
+    # Failures are ignored here: they will occur again when the kernels are timed.
     left = run_tests(ours, [*paths, *options, "--benchmark-disable"], compiled, call.shards, call.until, ROOT)
     if left:
         report.lines.append(f"compiling: {len(left)} of {len(ours)} cases are left")
@@ -174,7 +174,7 @@ def _suites(call: Call, step: str) -> Report:
 
 
 def _tell(report: Report, what: str, names: Sequence[str] | dict[str, object], left: list[str], call: Call) -> None:
-    """Add to a report what became of some tests or commands."""
+    """Add the outcomes of some tests or commands to a report."""
     ended = call.log.ended()
     outcomes = [ended[name] for name in names if name in ended]
     counts: dict[str, int] = {}
@@ -189,13 +189,13 @@ def _tell(report: Report, what: str, names: Sequence[str] | dict[str, object], l
 
 
 def _sanitizer() -> str | None:
-    places = ["/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer"]
-    found = [path for place in places for path in glob.glob(f"{place}/compute-sanitizer") if os.path.isfile(path)]
+    patterns = ["/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer"]
+    found = [path for pattern in patterns for path in glob.glob(f"{pattern}/compute-sanitizer") if os.path.isfile(path)]
     return shutil.which("compute-sanitizer") or next(iter(found), None)
 
 
 def versions(commit: str) -> str:
-    """What a figure is meaningless without."""
+    """The facts without which a figure is meaningless."""
     import torch
 
     lines = [f"python {sys.version.split()[0]} on {platform.platform()}", f"commit {commit}"]
@@ -264,7 +264,7 @@ def _take(call: Call, steps: Sequence[str]) -> dict[str, Report]:
         began = time.time()
         try:
             reports[step] = STEPS[step](call)
-        except Exception as error:  # the steps after it are worth knowing too
+        except Exception as error:  # the remaining steps are informative too
             reports[step] = Report([f"{type(error).__name__}: {error}"], failed=1)
         reports[step].lines.append(f"{time.time() - began:.0f} s")
         print("\n".join(reports[step].lines), flush=True)

@@ -1,4 +1,4 @@
-"""A plugin of pytest: run the listed tests in the order of the list, until time is up, and log what became of each.
+"""A plugin of pytest: run the listed tests in the order of the list until time is up, and log the outcome of each.
 
 pytest -p bench.gpu.shard_plugin --shard-ids ids.txt --shard-log outcomes.jsonl --shard-until 1790000000 tests/kernels
 pytest -p bench.gpu.shard_plugin --collect-only --shard-write ids.txt tests/kernels
@@ -18,7 +18,7 @@ import pytest
 
 from bench.gpu.outcomes import Outcome, OutcomeLog
 
-# Of what pytest says of a failure; a line of the log must be written at once.
+# Characters kept of pytest's report of a failure; a line of the log must be written at once.
 LONGEST_REASON = 1500
 
 

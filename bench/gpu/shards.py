@@ -1,4 +1,4 @@
-"""Tests and commands on all cores, until time is up. What has ended is not begun again by a later call."""
+"""Tests and commands on all cores until time is up. A later call does not repeat those that have ended."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def collect(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str] 
 
 
 def interleaved(ids: Sequence[str]) -> list[str]:
-    """The first test of every file, then the second, and so on: what is broken altogether is seen at once."""
+    """The first test of every file, then the second, and so on: a file that fails entirely is noticed at once."""
     by_file: dict[str, list[str]] = {}
     for name in ids:
         by_file.setdefault(name.split("::")[0], []).append(name)
@@ -69,7 +69,7 @@ def run_tests(
     Args:
         ids: of the tests, in order; those that the log has the end of are not run.
         arguments: of pytest: the paths that the ids are found in, and options.
-        log: where what became of each is appended.
+        log: the log to which the outcomes are appended.
         shards: processes.
         until: begin no test after this time.
         cwd: where pytest runs.
@@ -138,7 +138,7 @@ def _end(process: subprocess.Popen[bytes], until: float) -> tuple[str, str]:
     try:
         process.wait(max(1.0, until + GRACE_SECONDS - time.time()))
     except subprocess.TimeoutExpired:
-        # With what it started: a process that is left would keep the GPU.
+        # Its children too: a process that stays would keep the GPU.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return "timed out", f"killed {GRACE_SECONDS:.0f} s after the time was up"
@@ -157,7 +157,7 @@ def run_commands(
 
     Args:
         commands: name → command; those whose end the log has are not run.
-        log: where what became of each is appended, with the end of what it said where it failed.
+        log: the log to which the outcomes are appended, with the end of a failed command's output.
         at_once: how many run at a time.
         until: begin none after this time.
         cwd: where they run.

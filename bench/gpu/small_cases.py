@@ -1,4 +1,4 @@
-"""Every operation with every option once, small: what compute-sanitizer watches.
+"""Every operation with every option once, on small inputs, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m bench.gpu.small_cases
     python -m bench.gpu.small_cases --device cpu --impl torch
@@ -51,7 +51,7 @@ def few_queries(problem: Problem, impl: str) -> list[Tensor]:
 
 
 def main() -> None:
-    """Run all and report what is not finite or raises."""
+    """Run all cases and report results that are not finite and errors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--impl", default="triton")
@@ -68,7 +68,7 @@ def main() -> None:
                 try:
                     bad = sum(int((~x.isfinite()).sum()) for x in call(problem, arguments.impl))
                     problem_found = f"{bad} values are not finite" if bad else ""
-                except Exception as error:  # the cases after it are worth knowing too
+                except Exception as error:  # the remaining cases are informative too
                     problem_found = f"{type(error).__name__}: {error}"
                 if problem_found:
                     failures += 1

@@ -20,7 +20,7 @@ FLEX_POINTS = 3
 
 
 def impls_of(config: pytest.Config) -> tuple[str, ...]:
-    """Which of ours are measured."""
+    """Our contenders that are measured."""
     given = config.getoption("--bench-impls")
     return tuple(given.split(",")) if given else IMPLS[config.getoption("--bench-device")]
 
@@ -60,7 +60,7 @@ def test_attention(measure, case: Case, contender: str, problem: Problem):
 
 
 def step_of(direction: str, attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], object]:
-    """What is timed: the call, the gradients of all its inputs from a graph that stays, or both."""
+    """The function to time: the call, the gradients of all its inputs from a graph that is kept, or both."""
     if direction == "forward":
 
         def forward() -> object:

@@ -1,4 +1,4 @@
-"""The layer against torch's own, whole: projections, attention, output. ``pytest bench/gpu/test_multihead.py``.
+"""The complete layer against torch's own: projections, attention, output. ``pytest bench/gpu/test_multihead.py``.
 
 Both get the same ``key_padding_mask`` and weights; torch's layer in evaluation takes its fast path.
 """

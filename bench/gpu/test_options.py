@@ -1,4 +1,4 @@
-"""What each option of our attention costs, beside what a user would write for it.
+"""The cost of each option of our attention, compared with what a user would write for it.
 
 pytest bench/gpu/test_options.py
 """
@@ -47,8 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     points = points_of(config.getoption("--bench-grid"), config.getoption("--bench-device"))
     pairs = [
         # After the first point of the plain attention, then between its later ones.
-        (Case("options", direction, point, 1.5 + 3 * place + 0.1 * number, variant), contender)
-        for place, point in enumerate(points)
+        (Case("options", direction, point, 1.5 + 3 * position + 0.1 * number, variant), contender)
+        for position, point in enumerate(points)
         for direction in ("forward", "both")
         for number, variant in enumerate(VARIANTS)
         for contender in (*names, *PEERS.get(variant, ()))
@@ -75,14 +75,14 @@ def bias_of(variant: str, problem: Problem) -> Tensor | None:
     return problem.normal((p.batch, p.heads, p.tokens), 5) if variant in ("key_bias per head", "all") else None
 
 
-def places_of(variant: str, problem: Problem) -> Tensor | None:
+def coords_of(variant: str, problem: Problem) -> Tensor | None:
     """(B, N, 2) float32, tokens of a square grid; or None."""
     if variant not in ("coords", "all"):
         return None
     p = problem.point
-    place = torch.arange(p.tokens, device=problem.device)
+    position = torch.arange(p.tokens, device=problem.device)
     side = math.isqrt(p.tokens - 1) + 1
-    return torch.stack([place // side, place % side], -1).float().expand(p.batch, -1, -1)
+    return torch.stack([position // side, position % side], -1).float().expand(p.batch, -1, -1)
 
 
 def slopes_of(problem: Problem) -> Tensor:
@@ -96,25 +96,25 @@ def _flags(variant: str) -> dict[str, object]:
 
 def packed(variant: str, problem: Problem, impl: str) -> Attention:
     """``packed_attention`` with the options of a variant; a bias is differentiated too."""
-    bias, places = bias_of(variant, problem), places_of(variant, problem)
-    indices, spans = problem.packing.indices, problem.spans
+    bias, coords = bias_of(variant, problem), coords_of(variant, problem)
+    indices, bounds = problem.packing.indices, problem.bounds
     located = {}
-    if places is not None:
-        located = {"coords": places.flatten(0, 1)[indices], "slopes": slopes_of(problem)}
+    if coords is not None:
+        located = {"coords": coords.flatten(0, 1)[indices], "slopes": slopes_of(problem)}
     inputs = list(problem.rows)
     if bias is not None:
         inputs.append((bias if bias.ndim == 2 else bias.transpose(1, 2)).flatten(0, 1)[indices])
 
     def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> object:
-        return packed_attention(q, k, v, *spans, key_bias=key_bias, impl=impl, **located, **_flags(variant))
+        return packed_attention(q, k, v, *bounds, key_bias=key_bias, impl=impl, **located, **_flags(variant))
 
     return attend, inputs
 
 
 def masked(variant: str, problem: Problem, impl: str) -> Attention:
     """``masked_attention`` with the options of a variant."""
-    bias, places, keep = bias_of(variant, problem), places_of(variant, problem), problem.keep
-    located = {} if places is None else {"coords": places, "slopes": slopes_of(problem)}
+    bias, coords, keep = bias_of(variant, problem), coords_of(variant, problem), problem.keep
+    located = {} if coords is None else {"coords": coords, "slopes": slopes_of(problem)}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> object:
         return masked_attention(q, k, v, keep, key_bias=key_bias, impl=impl, **located, **_flags(variant))
@@ -133,8 +133,8 @@ def peer(contender: str, variant: str, problem: Problem) -> Attention:
         mask = bias_BHQN.masked_fill(~keep_B11N, -math.inf)
     else:
         needs_scores(problem, copies=4)
-        places, slopes = places_of(variant, problem), slopes_of(problem)
-        mask = -slopes[:, None, None] * torch.cdist(places[:1], places[:1])[:, None]
+        coords, slopes = coords_of(variant, problem), slopes_of(problem)
+        mask = -slopes[:, None, None] * torch.cdist(coords[:1], coords[:1])[:, None]
         mask = mask.to(problem.dtype).masked_fill(~keep_B11N, -math.inf)
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask), problem.dense
 

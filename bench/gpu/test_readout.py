@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def bytes_of(problem: Problem) -> float:
-    """K and V, once."""
+    """Bytes of K and V, read once."""
     return 2.0 * sum(problem.lengths) * problem.point.heads * problem.point.width * problem.dtype.itemsize
 
 
@@ -90,7 +90,7 @@ def test_readout(measure, case: Case, contender: str, problem: Problem):
 
 
 def readout_peer(contender: str, problem: Problem, q: Tensor, rows: bool) -> tuple[Callable[..., object], list[Tensor]]:
-    """What torch offers for a few queries; only the eager one has rows to give."""
+    """torch's alternatives for a few queries; only the eager one can return attention rows."""
     if rows and contender != "eager":
         raise UnsupportedError("gives no attention rows")
     if contender == "varlen_attn":

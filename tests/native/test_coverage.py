@@ -138,12 +138,12 @@ def test_calls_from_several_threads_agree() -> None:
 
 def test_python_runs_on_meanwhile() -> None:
     mask = np.ones((4000, 4000), bool)
-    span: dict[str, float] = {}
+    times: dict[str, float] = {}
 
     def cover() -> None:
-        span["start"] = time.perf_counter()
+        times["start"] = time.perf_counter()
         token_coverage(mask, 1, 1, 0, 0, 4000, 0.02, 200_000, 1, 1)
-        span["end"] = time.perf_counter()
+        times["end"] = time.perf_counter()
 
     thread = threading.Thread(target=cover)
     ticks = []
@@ -151,8 +151,8 @@ def test_python_runs_on_meanwhile() -> None:
     while thread.is_alive():
         time.sleep(0.001)
         ticks.append(time.perf_counter())
-    within = [tick for tick in ticks if span["start"] < tick < span["end"]]
-    assert len(within) >= 5, f"{len(within)} ticks in {span['end'] - span['start']:.3f} s: the GIL was held"
+    within = [tick for tick in ticks if times["start"] < tick < times["end"]]
+    assert len(within) >= 5, f"{len(within)} ticks in {times['end'] - times['start']:.3f} s: the GIL was held"
 
 
 def test_a_large_mask_in_one_call() -> None:

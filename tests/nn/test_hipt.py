@@ -128,8 +128,8 @@ def rank(values: Tensor) -> Tensor:
 
 
 def share_of_range(values: Tensor) -> Tensor:
-    span = values.max() - values.min()
-    return (values - values.min()) / span if span > 0 else torch.ones_like(values)
+    extent = values.max() - values.min()
+    return (values - values.min()) / extent if extent > 0 else torch.ones_like(values)
 
 
 @pytest.mark.parametrize(("scale", "by_hand"), [("rank", rank), ("minmax", share_of_range)])

@@ -1,4 +1,4 @@
-"""Triton's own compiler and launcher over a driver that runs nothing: what a call does on a GPU until it is there.
+"""Triton's own compiler and launcher on a driver that runs nothing: all that a call does up to the GPU itself.
 
 Interpretation and the tables of compiled kernels see the kernels one by one; here every public call goes through the
 code that a user's call goes through, with tensors on the CPU whose addresses pass for the device's.
@@ -17,7 +17,7 @@ __all__ = ["CAPABILITIES", "StubDevice"]
 
 CAPABILITIES = {"sm80": (8, 0), "sm86": (8, 6), "sm90": (9, 0), "sm100": (10, 0), "sm120": (12, 0)}
 
-# Of an H100 or H200.
+# That of an H100 or H200.
 PROCESSORS = 132
 
 
@@ -72,7 +72,7 @@ def build(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
         partial = folder / f"libcuda.{os.getpid()}.partial"
-        # By its name a process that has loaded it finds it again.
+        # A process that has loaded it finds it again by its name.
         options = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libcuda.so.1"]
         subprocess.run([os.environ.get("CC", "cc"), *options, "-o", str(partial), str(source)], check=True)
         os.replace(partial, library)
@@ -97,7 +97,7 @@ def _drive(capability: tuple[int, int]) -> None:
 
 
 def _believe(capability: tuple[int, int]) -> None:
-    """Answer what the package asks of a tensor's device, which is the CPU here, as the GPU would have it answered."""
+    """Answer the package's questions about a tensor's device, which is the CPU here, as for the GPU."""
     from maskattn.kernels.launch import support
     from maskattn.kernels.readout import call
     from maskattn.kernels.tables import lookup
