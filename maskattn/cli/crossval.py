@@ -141,7 +141,7 @@ def _chosen(outcomes: list[FoldOutcome]) -> tuple[str, ...]:
 
 
 def _of_slides(settings: TrainSettings) -> tuple[str, ...]:
-    """What it means that slides are predicted by themselves."""
+    """A remark on intervals where slides are predicted one by one."""
     if settings.fusion != "none":
         return ()
     return (

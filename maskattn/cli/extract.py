@@ -73,7 +73,7 @@ def _of_the_encoder(name: str, licence: str, why_not: str) -> str:
 
 
 def _lines_of(outcome: ExtractionOutcome) -> list[str]:
-    """What became of a slide, and what is to be known of it."""
+    """The outcome of a slide, and what the user should know of it."""
     record = outcome.record
     if record is None:
         return [f"failed   {outcome.slide_id}: {outcome.reason}"]

@@ -1,4 +1,4 @@
-"""Where a command's picture goes, settled and tried before any work, and what is said when it cannot be written."""
+"""The path of a command's picture, tested before any work, and the message when it cannot be written."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class ProgressBars(Bars, Generic[OutcomeT]):
 
 
 def lines_of_prediction(outcome: SlideOutcome) -> list[str]:
-    """What became of a slide that was to be predicted, and what is to be known of it."""
+    """The outcome of a slide's prediction, and what the user should know of it."""
     if outcome.prediction is None:
         if outcome.status == "skipped":
             return []  # another process ran it, and has told so

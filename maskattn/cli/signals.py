@@ -1,4 +1,4 @@
-"""A command that is told to end: SIGTERM and SIGHUP as Ctrl-C, and an end that is sure to come.
+"""End a command on request: SIGTERM and SIGHUP act as Ctrl-C, and the command is sure to end.
 
 Python runs a signal's handler between its own steps. A decoder that does not return would keep it waiting, so that a
 thread watches: what has not unwound after half a minute is ended as it stands, and the next run clears up.

@@ -119,7 +119,7 @@ def device_named(device: str, impl: str | None) -> str:
 def jobs_asked_for(
     slides: list[str] | None, manifest: Path | None, mask: Path | None, features: Path | None = None
 ) -> tuple[list[SlideJob], list[str]]:
-    """The slides that a command is to run, and what is to be told of how they were found, which is told here once.
+    """The slides that a command is to run; notes on how they were found are printed here, once.
 
     Args:
         slides: files, folders, globs or manifests.

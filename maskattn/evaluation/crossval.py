@@ -27,18 +27,18 @@ SPLITS, CHOICE = "splits.csv", "choice.json"
 
 
 class Trainer(Protocol):
-    """What trains and predicts; both go on where they were killed."""
+    """The functions that train and predict; both continue where they were killed."""
 
     def train(self, candidate: str, split: Split, folder: Path) -> Predictions:
         """Train a candidate on a split, without its test part; what the model says of the validation part."""
 
     def predict(self, folder: Path, patients: Sequence[str]) -> Predictions:
-        """What the model in a folder says of patients."""
+        """The predictions of a folder's model for patients."""
 
 
 @dataclass(frozen=True)
 class FoldOutcome:
-    """What became of a fold.
+    """The outcome of a fold.
 
     Attributes:
         fold: its number.

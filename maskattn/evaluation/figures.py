@@ -66,7 +66,7 @@ def draw_figures(evaluations: Sequence[Evaluation]) -> list[Drawn]:
 
 
 def _file_name(model: str, kind: str) -> str:
-    """Of a figure: what a model's name has of letters and digits, and the kind."""
+    """The file name of a figure: the letters and digits of the model's name, and the kind."""
     return "-".join(filter(None, (re.sub(r"[^\w.]+", "-", model).strip("-."), kind)))
 
 

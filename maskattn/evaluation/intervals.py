@@ -48,7 +48,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Distribution:
-    """What the bootstrap found of a metric.
+    """The bootstrap's results for a metric.
 
     Attributes:
         value: of the patients.
@@ -94,7 +94,7 @@ class Distribution:
         return float(low), float(high)
 
     def p_value(self) -> float:
-        """Of the hypothesis that the value is 0: the level at which an end of the interval meets 0, two-sided."""
+        """The two-sided p-value of the value being 0: the level at which an end of the interval meets 0."""
         from scipy.special import ndtr, ndtri
 
         bias, acceleration = self.correction

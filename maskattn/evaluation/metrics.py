@@ -154,7 +154,7 @@ def _one_precision(predictions: Predictions, index: int) -> Weighted:
 
 
 def _positive_or_mean(one: Callable[[Predictions, int], Weighted]) -> Callable[[Predictions], Weighted]:
-    """Of two classes that of the second; of more the mean over those that patients have."""
+    """For two classes that of the second; for more the mean over the classes that patients have."""
 
     def prepared(predictions: Predictions) -> Weighted:
         if len(predictions.classes) == 2:

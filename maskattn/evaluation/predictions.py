@@ -1,4 +1,4 @@
-"""What a model said of patients, beside what is true of them: one row a patient.
+"""A model's predictions for patients with the true labels, one row per patient.
 
 Dimension key: P patients, K scores of each (classes, or one value or risk).
 """
@@ -78,7 +78,7 @@ class Predictions:
 
     @property
     def patients(self) -> int:
-        """How many there are."""
+        """The number of patients."""
         return len(self.patient_ids)
 
     @property
@@ -88,7 +88,7 @@ class Predictions:
 
     @property
     def truth(self) -> NDArray[Any]:
-        """What is true, of a task that has one label."""
+        """The true labels of a task with one label."""
         assert self.truth_P is not None
         return self.truth_P
 

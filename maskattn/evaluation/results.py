@@ -43,7 +43,7 @@ class FoldResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a model.
+    """The measurements of a model.
 
     Attributes:
         name: of the model.
@@ -144,7 +144,7 @@ def with_positive(predictions: Predictions, positive: str) -> Predictions:
 def as_json(
     evaluations: Sequence[Evaluation], comparisons: Sequence[tuple[str, str, list[Difference]]]
 ) -> dict[str, Any]:
-    """What ``metrics.json`` holds."""
+    """The contents of ``metrics.json``."""
     return {
         "interval": LEVEL,
         "method": "BCa bootstrap over patients",

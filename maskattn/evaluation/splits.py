@@ -1,4 +1,4 @@
-"""How patients are parted for training, for choosing the model, and for the test: never one patient in two parts."""
+"""Splits of the patients for training, validation and test; no patient is in two of them."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class RiskGroup:
     events: int
 
     def at_risk(self, time: float) -> int:
-        """How many were still followed at a time."""
+        """The number of patients still followed at a time."""
         return int((self.observed >= time).sum())
 
 

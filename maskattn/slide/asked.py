@@ -19,7 +19,7 @@ __all__ = ["Asked", "asked", "asked_of", "fields_of", "recorded_fields", "unlike
 
 @dataclass(frozen=True)
 class Asked:
-    """How a field of a request is given, recorded and compared.
+    """The rules by which a field of a request is given, recorded and compared.
 
     Attributes:
         flag: its option on the command line; of a bool, the option that reverses its default.
@@ -49,7 +49,7 @@ def asked(flag: str, help: str, **more: Any) -> dict[str, Asked]:
 
 
 def asked_of(field: Field[Any]) -> Asked:
-    """What a field of a request says of itself."""
+    """The metadata of a request's field."""
     told: Asked = field.metadata["asked"]
     return told
 
@@ -66,7 +66,7 @@ def recorded_fields(settings: Any) -> dict[str, Any]:
 
 
 def unlike(found: Mapping[str, Any], asked_for: Mapping[str, Any], settings: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Where a finished slide was run otherwise than is asked for: (name, what was found, what is asked for).
+    """The settings in which a finished slide differs from the request: (name, what was found, what is asked for).
 
     What an earlier version did not record was not asked for then, and has its default, or what was done before.
 

@@ -94,7 +94,7 @@ class Damage:
 
 @dataclass
 class DamageLog:
-    """What a reader met that it could not decode, told once per level and outcome."""
+    """A log of what a reader could not decode, with one entry per level and outcome."""
 
     _regions: dict[tuple[int, bool], dict[Rectangle, Damage]] = field(default_factory=dict)
 
@@ -109,7 +109,7 @@ class DamageLog:
                 self.add(damage, white)
 
     def take(self) -> DamageLog | None:
-        """What was noted since the last time, or None; this log is empty afterwards."""
+        """The notes since the last call, or None; the log is empty afterwards."""
         if not self._regions:
             return None
         taken, self._regions = DamageLog(self._regions), {}

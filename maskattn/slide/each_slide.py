@@ -44,7 +44,7 @@ _OutcomeIn = TypeVar("_OutcomeIn", bound=Outcome, contravariant=True)
 
 
 class RunProgress(Protocol, Generic[_OutcomeIn]):
-    """What a run tells while it runs."""
+    """The progress that a run reports."""
 
     def slide_started(self, job: SlideJob) -> None:
         """A slide is about to be run."""
@@ -76,7 +76,7 @@ def run_each(
         out_dir: where outputs go to; made if it is not there.
         outcome_of: makes an outcome of the fields of :class:`Outcome` and what this process has left of the slide.
         finished: (slide, its claim) → what an earlier run left of it, and it is skipped; None where there is nothing.
-        run: (slide, its claim, what is told of tiles) → what is left of it. What these two raise is why it failed.
+        run: (slide, its claim, progress of its tiles) → its outcome. An error of these two is the reason of failure.
         progress: told of every step.
         sharing: how the slides are shared.
         request: what was asked for, in words; the same for all processes of a command.

@@ -101,7 +101,7 @@ def read_record(path: Path) -> ExtractionRecord | None:
 
 @dataclass(frozen=True)
 class ExtractionOutcome(Outcome):
-    """With what the run left of the slide.
+    """An outcome with what the run recorded of the slide.
 
     Attributes:
         record: None when it failed.

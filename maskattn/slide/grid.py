@@ -160,7 +160,7 @@ def make_grid(
 
 
 def _tokens_within(length_px: int, token_lv0: float) -> int:
-    """How many tokens of a row have their centre in the slide; at least one."""
+    """The number of tokens in a row whose centre is in the slide; at least one."""
     return max(1, math.floor(length_px / token_lv0 + 0.5))
 
 

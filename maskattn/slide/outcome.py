@@ -1,4 +1,4 @@
-"""What became of a slide in a run, and its row of ``summary.csv``."""
+"""The outcome of a slide in a run, and its row of ``summary.csv``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Status = Literal["ok", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a slide; a kind of run adds what it leaves of a slide that did not fail.
+    """The outcome of a slide; each kind of run adds what it records of a slide that did not fail.
 
     Attributes:
         slide_id: the job's id.

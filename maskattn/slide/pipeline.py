@@ -254,7 +254,7 @@ def _slide_file(run: SlideRun, tiles: RunTiles) -> SlideFile:
 
 
 def _tile_settings(run: SlideRun, tiles: RunTiles) -> dict[str, Any]:
-    """How the tiles were cut."""
+    """The settings with which the tiles were cut."""
     grid, config = tiles.grid, run.model.config
     if isinstance(config, SlideModelConfig) and tiles.features is None:
         return {
@@ -274,7 +274,7 @@ def _tile_settings(run: SlideRun, tiles: RunTiles) -> dict[str, Any]:
 
 
 def _notes(run: SlideRun, tiles: RunTiles, encoded: EncodedTiles) -> tuple[str, ...]:
-    """What the user should know of how the slide was read, beyond the notes on its tissue."""
+    """Notes for the user on how the slide was read, beyond those on its tissue."""
     told = () if tiles.tissue is None else tiles.tissue.notes
     notes = [] if run.alone else [note for note in run.reader.notes if note not in told]
     if encoded.reason is not None:

@@ -136,7 +136,7 @@ def read_prediction(path: Path) -> SlidePrediction:
 
 @dataclass(frozen=True)
 class SlideOutcome(Outcome):
-    """With what the run left of the slide.
+    """An outcome with what the run recorded of the slide.
 
     Attributes:
         prediction: None when it failed.

@@ -42,7 +42,7 @@ _LEVEL_TOLERANCE = 1.01
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What is known of a slide once its spacing is settled.
+    """The facts about a slide once its spacing is settled.
 
     Attributes:
         path: the file.
@@ -141,11 +141,11 @@ class SlideReader:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What could not be decoded so far, and what stands in its stead."""
+        """Notes on what could not be decoded so far, and on what was used instead."""
         return self.damages.notes()
 
     def describe(self) -> dict[str, Any]:
-        """What the file says of itself, in the order to show it; works without a spacing."""
+        """The file's metadata, in the order to show it; works without a spacing."""
         width, height = self._dimensions
         try:
             spacing = self._spacing()
@@ -372,7 +372,7 @@ class SlideReader:
 
 @dataclass
 class _Patience:
-    """How much trouble one read takes with what cannot be decoded, and what came of it.
+    """The effort that one read spends on what cannot be decoded, and the outcome.
 
     Attributes:
         tolerant: what no level can give is left white.

@@ -238,7 +238,7 @@ def recorded(job: SlideJob, settings: RunSettings, model_masked: bool) -> dict[s
 def differences(
     finished: SlidePrediction, job: SlideJob, settings: RunSettings, model_masked: bool
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Where a finished slide was run otherwise than is asked for: (name, what was found, what is asked for).
+    """The settings in which a finished slide differs from the request: (name, what was found, what is asked for).
 
     What an earlier version did not record was not asked for then, and has its default, or what was done before.
 

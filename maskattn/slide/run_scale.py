@@ -29,7 +29,7 @@ KEPT_MAPS = "heatmaps.npz"
 
 @dataclass(frozen=True)
 class Picture:
-    """What a picture of a map says.
+    """The description of a map's picture.
 
     Attributes:
         file_name: of the PNG.

@@ -87,7 +87,7 @@ class Stages:
 
 
 class SlideRun:
-    """What the stages of one slide's run share.
+    """The state that the stages of one slide's run share.
 
     Args:
         job: the slide.
@@ -115,7 +115,7 @@ class SlideRun:
         self._on_tiles = on_tiles
         self._tiles_done = 0
         self.tilings = 1
-        """How often the tiles are laid over the slide anew, for the progress that is told."""
+        """The number of tilings of the slide, for the progress report."""
         self.workers = 0
         """Processes that decoded tiles so far; 0 = this one alone."""
         self.has_patches = False
@@ -141,12 +141,12 @@ class SlideRun:
 
     @property
     def info(self) -> SlideInfo:
-        """What the slide says of itself."""
+        """The slide's own metadata."""
         return self.reader.info
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """The model's device."""
         return self.model.device
 
     def read(self, grid: TokenGrid, rows_T: Int[np.ndarray, " T"] | None = None) -> Iterator[ReadTiles]:

@@ -86,7 +86,7 @@ def resolve_spacing(
 
 
 def _remedy(x_um: float, y_um: float, size_px: tuple[int, int] | None) -> str:
-    """What to do about a spacing out of range, by what it tells."""
+    """The remedy for a spacing out of range, depending on the value."""
     dots = 25_400 / x_um if x_um > 0 and math.isfinite(x_um) else 0.0
     if any(abs(dots - common) < 0.002 * common for common in _DOTS_PER_INCH):
         return f"{dots:.0f} dots per inch are a screen's or a printer's resolution, not the slide's: {_REMEDY}"

@@ -169,7 +169,7 @@ def _started(tiles: _Tiles, workers: int, settings: dict[str, Any]) -> Iterator[
 
 
 class _Tiles(Dataset[TileBatch]):
-    """The kept tiles of a grid, fetched a batch at a time into one tensor; ``heartbeat`` is told of every tile."""
+    """The kept tiles of a grid, fetched a batch at a time into one tensor; ``heartbeat`` is called for every tile."""
 
     def __init__(self, reader: SlideReader, grid: Tiles, rows: np.ndarray, heartbeat: Heartbeat | None = None):
         self._reader = reader

@@ -100,7 +100,7 @@ def tidy_summary(path: Path) -> None:
 
 @contextlib.contextmanager
 def summary_errors(path: Path) -> Iterator[None]:
-    """What befalls the summary within, as an :class:`OutputError` with its remedy."""
+    """Turn errors of the summary within the block into an :class:`OutputError` with its remedy."""
     try:
         yield
     except OutputError:

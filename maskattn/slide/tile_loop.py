@@ -136,7 +136,7 @@ def feed_sinks(
 
 
 def _attention_of(run: SlideRun) -> str:
-    """What the map of attention is of, in words."""
+    """A description of what the map of attention shows."""
     if run.has_patches:
         return "region and slide level"
     if isinstance(run.model.encoder, RegionEncoder) and run.with_tokens:

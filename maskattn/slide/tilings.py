@@ -87,7 +87,7 @@ class TilingMeans:
         self._tiles_MT = np.zeros((classes + 1, len(rows_T)))
         self._sums: list[SumOfMap] = []
         self.first: RelevanceMap | None = None
-        """Of the first tiling, as it is by itself."""
+        """The map of the first tiling by itself."""
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- lives as long as the sums
         shape = classes + 1, len(rows_T) * self._side**2
         # Not written, hence no room taken, where nothing is added. The system keeps in memory what there is room for.

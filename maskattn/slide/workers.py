@@ -35,7 +35,7 @@ class WorkersUnavailable(Exception):  # noqa: N818 -- no error: the stream goes 
 
 
 def count_workers(workers: int | None, tiles: int, batch_size: int) -> int:
-    """How many decoding processes serve so many tiles; None lets the machine's cores decide."""
+    """The number of decoding processes for so many tiles; None lets the machine's cores decide."""
     if workers is None:
         workers = min(_MOST_WORKERS, _cores() // 2) if tiles >= _TILES_WORTH_A_WORKER else 0
     return min(workers, _cores(), -(-tiles // batch_size))
@@ -113,7 +113,7 @@ def _ended(path: Path) -> str:
 
 
 def worker_settings() -> dict[str, Any]:
-    """What a DataLoader with workers is made with."""
+    """The arguments of a DataLoader with workers."""
     return {
         "multiprocessing_context": _context(),
         "prefetch_factor": _PREFETCHED_BATCHES,

@@ -60,7 +60,7 @@ class CaseBags:
 
     @property
     def tiles(self) -> int:
-        """How many there are in all bags."""
+        """The number of tiles in all bags."""
         return sum(len(bag.embeddings_TC) for bag in self.bags)
 
     def to(self, device: torch.device) -> CaseBags:

@@ -1,4 +1,4 @@
-"""What is told of the validation cases after each epoch, by torchmetrics and scikit-survival.
+"""Metrics of the validation cases after each epoch, by torchmetrics and scikit-survival.
 
 The report of a finished model has more, with intervals: :mod:`maskattn.evaluation`.
 

@@ -30,7 +30,7 @@ class IncompleteCohortError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """What gets one prediction.
+    """A case: the unit that gets one prediction.
 
     Attributes:
         case_id: the patient's id, or the slide's with ``fusion="none"``.
@@ -118,7 +118,7 @@ def cohort_of(settings: TrainSettings, on_note: Callable[[str], None] | None = N
 
 
 def _needed(settings: TrainSettings) -> tuple[Path, Path, Task]:
-    """What every training must be given."""
+    """The settings that every training requires."""
     needed = ["features", "labels", "task"]
     needed += ["time", "event"] if settings.task == "survival" else ["target"]
     if lacking := [f"--{name}" for name in needed if getattr(settings, name) is None]:

@@ -1,4 +1,4 @@
-"""What the features of a cohort say of themselves, looked through once before anything is trained.
+"""The metadata of a cohort's features, read once before anything is trained.
 
 Every file is read whole, so that one with NaN, or of another encoder, is found now and not in the third hour.
 """
@@ -22,7 +22,7 @@ __all__ = ["FeatureFacts", "facts_of_cohort", "look_through"]
 
 @dataclass(frozen=True)
 class FeatureFacts:
-    """What a file of features says.
+    """The metadata of a file of features.
 
     Attributes:
         tiles: how many there are.
@@ -41,7 +41,7 @@ class FeatureFacts:
     token_mask: Literal["none", "tissue"] | None
 
     def card(self) -> ModelCard:
-        """The same as a card, which knows how to compare itself."""
+        """The facts as a card, which can be compared."""
         return ModelCard(
             name="features",
             kind="features",
@@ -56,7 +56,7 @@ class FeatureFacts:
 def look_through(
     files: Mapping[str, Path], encoder: str | None = None, on_slide: Callable[[str, int, int], None] | None = None
 ) -> dict[str, FeatureFacts]:
-    """What each slide's features say.
+    """The metadata of each slide's features.
 
     Args:
         files: slide → file.

@@ -21,7 +21,7 @@ __all__ = ["JudgedModule"]
 
 
 class JudgedModule(TrainedModule):
-    """What is trained, with the cases that judge it.
+    """A module that is trained, with its validation cases.
 
     Args:
         settings: of the loop and the optimiser.

@@ -149,7 +149,7 @@ def _check_rows(rows: list[SlideLabel], path: Path) -> None:
 
 
 def _column(header: Sequence[str], name: str, path: Path) -> int:
-    """Where a column is that the user named.
+    """The index of a column that the user named.
 
     Raises:
         ValueError: there is none, or there are several.

@@ -41,7 +41,7 @@ class Progress(Protocol):
 
 @dataclass
 class FitResult:
-    """How a training went.
+    """The outcome of a training.
 
     Attributes:
         rows: of the log, an epoch each.

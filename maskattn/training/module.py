@@ -21,7 +21,7 @@ class TrainingDivergedError(ValueError):
 
 
 class TrainedModule(pl.LightningModule):
-    """What is trained.
+    """The module that is trained.
 
     Args:
         settings: of the loop and the optimiser.

@@ -111,7 +111,7 @@ def outputs_of_case(head: SlideHead, task: TrainedTask, case: CaseBags) -> Tenso
 def predictions_of(
     outputs_PK: Tensor, cases: Sequence[Case], cohort: Cohort, task: TrainedTask, temperature: float = 1.0
 ) -> Predictions:
-    """What outputs say of cases.
+    """The predictions for cases.
 
     Args:
         outputs_PK: a row for each case.

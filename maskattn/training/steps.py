@@ -37,7 +37,7 @@ class _Steps(TrainedModule):
         return loss
 
     def network(self) -> nn.Module:
-        """What is trained."""
+        """The network that is trained."""
         return self.trained
 
 

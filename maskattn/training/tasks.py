@@ -24,7 +24,7 @@ __all__ = ["ClassTask", "SurvivalTask", "TrainedTask", "ValueTask", "cox_loss", 
 
 
 class TrainedTask(ABC):
-    """What is predicted of a case.
+    """The target that is predicted for a case.
 
     Attributes:
         num_classes: K, the outputs of a head that stands for it.

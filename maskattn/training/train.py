@@ -118,7 +118,7 @@ def train_model(
 
 @dataclass(frozen=True)
 class Data:
-    """What a model is trained on: the cases of either part, and what their features say together."""
+    """The data of a training: the cases of both splits, and the metadata that their features share."""
 
     cohort: Cohort
     training: Sequence[Case]
@@ -199,7 +199,7 @@ def _finished(settings: TrainSettings, data: Data, out: Path, module: SlideTrain
 
 
 def predict(folder: Path, cohort: Cohort, patients: Sequence[str] | None = None) -> Predictions:
-    """What a trained model says of patients.
+    """A trained model's predictions for patients.
 
     Args:
         folder: of the model, as :func:`train_model` wrote it.

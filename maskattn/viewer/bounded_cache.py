@@ -1,4 +1,4 @@
-"""What was made last, as long as it fits into so many bytes; what two threads ask for at once is made once."""
+"""The latest results that fit into so many bytes; what two threads ask for at once is made once."""
 
 from __future__ import annotations
 

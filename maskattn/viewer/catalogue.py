@@ -1,4 +1,4 @@
-"""What there is to see: the slides of a folder of outputs, or slides alone, each with a number."""
+"""The catalogue: the slides of a folder of outputs, or slides alone, each with a number."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Pyramid:
 
     @property
     def levels(self) -> int:
-        """How many; the finest is the last."""
+        """The number of levels; the finest is the last."""
         return math.ceil(math.log2(max(self.width_px, self.height_px))) + 1
 
     def size_of(self, level: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The viewer's server: on the loopback address alone, for requests that name it, from pages of its own.
 
 A page of another site can make a browser send requests here, and can have its own name resolve to this address. The
-former are told by ``Sec-Fetch-Site``, the latter by ``Host``, and both are refused. The port is not compared, so that a
+former show in ``Sec-Fetch-Site``, the latter in ``Host``, and both are refused. The port is not compared, so that a
 tunnel may have another.
 """
 
@@ -54,7 +54,7 @@ class ViewerServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """The page's address."""
         return f"http://127.0.0.1:{self.server_port}/"
 
     def server_close(self) -> None:
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What is no request of this server's: a sentence, like every other error."""
+        """Answer an invalid request with a sentence, like every other error."""
         status = {501: 405, 505: 400}.get(int(code), int(code))  # it is the request that is at fault
         answer = refusal(status, f"the viewer takes GET and HEAD of HTTP/1.1, got {message or 'something else'}")
         self.close_connection = True

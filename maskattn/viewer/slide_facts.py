@@ -1,4 +1,4 @@
-"""What the page is told of a slide: its size and spacing, its scores, the verdicts on its maps, and notes."""
+"""The facts about a slide for the page: its size and spacing, its scores, the verdicts on its maps, and notes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Mosaic:
 
     @property
     def nbytes(self) -> int:
-        """Of all levels."""
+        """Bytes of all levels."""
         return sum(level.nbytes for level in self.levels)
 
     def chunk(self, level: int, column: int, row: int, side: int) -> Float[np.ndarray, "s s"]:

@@ -39,7 +39,7 @@ class FinishedSlide:
 
     @property
     def maps_path(self) -> Path:
-        """Of its table of relevance."""
+        """The path of its table of relevance."""
         return self.folder / "relevance.h5"
 
 
@@ -71,7 +71,7 @@ class FinishedRun:
 
 
 def read_run(out_dir: Path) -> FinishedRun:
-    """What runs left in a folder of outputs.
+    """The results in a folder of outputs.
 
     Raises:
         ValueError: the folder is not there, or holds no outputs.

@@ -22,7 +22,7 @@ _FAILED = "failed"
 
 @dataclass(frozen=True)
 class EndedSlide:
-    """What became of a slide that a member ran.
+    """The outcome of a slide that a member ran.
 
     Attributes:
         slide_id: its id.

@@ -1,4 +1,4 @@
-"""The fleet as one process sees it: which slide it runs next, and what it leaves behind when it goes."""
+"""The fleet as one process sees it: which slide it runs next, and what it leaves when it ends."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Member:
     Args:
         folder: of the members' files.
         claim_timeout_s: after so many seconds without a touch the others take it for ended.
-        about: what the others are told of it.
+        about: the description that other members read.
 
     Attributes:
         token: names it, and all that it leaves.

@@ -48,7 +48,7 @@ class Process:
         return cls(host, boot, namespace, int(str(record["pid"])), started)
 
     def record(self) -> dict[str, object]:
-        """As JSON has it."""
+        """The process as JSON."""
         return asdict(self)
 
     def has_ended(self) -> bool:

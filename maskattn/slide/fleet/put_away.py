@@ -1,4 +1,4 @@
-"""What the last process removes of the fleet's folder; what a new one has just put there stays."""
+"""The last process removes the fleet's folder, except for what a new process has just put there."""
 
 from __future__ import annotations
 

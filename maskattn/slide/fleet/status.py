@@ -1,4 +1,4 @@
-"""How a run stands, read from its output folder alone: while it runs, and when all its processes were killed."""
+"""The progress of a run, read from its output folder alone, even after all its processes were killed."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ class RunStatus:
 
     @property
     def slides_per_hour(self) -> float:
-        """Of all processes that are at work."""
+        """The rate of all running processes together."""
         return sum(one.slides_per_hour or 0.0 for one in self.processes if not one.ended)
 
 
 def run_status(out_dir: Path) -> RunStatus:
-    """How the run of an output folder stands.
+    """Report the progress of the run in an output folder.
 
     Args:
         out_dir: the folder, the ``--out`` of infer or extract.

@@ -1,4 +1,4 @@
-"""What a Zeiss CZI holds that OpenSlide does not open, from the directory of its pieces."""
+"""The contents of a Zeiss CZI that OpenSlide does not open, from the directory of its pieces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = {"S": "scenes", "C": "channels", "Z": "focal planes", "T": "points in t
 
 
 def describe_czi(path: Path) -> NotRead:
-    """What a CZI holds, as far as its directory can be read.
+    """The contents of a CZI, as far as its directory can be read.
 
     Raises:
         OSError: the file cannot be read.

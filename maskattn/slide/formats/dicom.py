@@ -1,4 +1,4 @@
-"""What a DICOM file is that OpenSlide does not open, told by its file meta information."""
+"""Identify a DICOM file that OpenSlide does not open, by its file meta information."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file is that no decoder opens, told by its leading bytes, its name and what lies beside it."""
+"""Identify a file that no decoder opens, by its leading bytes, its name and the files next to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_tiff(path: Path) -> bool:
 
 
 def identify_file(path: Path, known: bool = False) -> NotRead | None:
-    """What a file is that no decoder opens; None where its bytes tell nothing.
+    """The kind of a file that no decoder opens; None if its bytes do not identify it.
 
     Args:
         path: the file.
@@ -55,7 +55,7 @@ def identify_file(path: Path, known: bool = False) -> NotRead | None:
 
 
 def identify_folder(path: Path) -> NotRead:
-    """What a folder is that was named as a slide."""
+    """The kind of a folder that was given as a slide."""
     names = {entry.name for entry in os.scandir(path)}
     if names & {".zattrs", ".zgroup", ".zarray", "zarr.json"}:
         return NotRead(

@@ -1,4 +1,4 @@
-"""What a slide's decoder offers: levels that are read in their own pixels.
+"""The interface of a slide's decoder: levels that are read in their own pixels.
 
 Level choice, resampling and what becomes of damage are :class:`maskattn.slide.reader.SlideReader`'s, once for all
 formats.

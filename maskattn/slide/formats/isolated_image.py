@@ -126,7 +126,7 @@ class IsolatedImage:
             raise
 
     def _ask(self, request: str, *arguments: Any) -> Any:
-        """The process's answer; what it does not survive is told to ``decoding``."""
+        """The process's answer; if the process dies, ``decoding`` is informed."""
         assert self._process is not None, "the image is closed"
         try:
             return self._process.ask(request, *arguments)

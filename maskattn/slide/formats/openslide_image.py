@@ -89,7 +89,7 @@ class OpenSlideImage:
 
 
 def _properties(slide: openslide.OpenSlide) -> dict[str, str]:
-    """What the file says of itself, but for names that are no text: OpenSlide's binding does not know them again."""
+    """The file's properties, except those whose names are not text, which OpenSlide's binding cannot look up."""
     said = {}
     for name in slide.properties:
         with contextlib.suppress(KeyError, UnicodeError):

@@ -1,4 +1,4 @@
-"""What helps against a decoder's reason: copy what is missing, convert what is not read, replace what is damaged."""
+"""Remedies for a decoder's error: copy missing files, convert unsupported ones, replace damaged ones."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class TiffImage:
         return segment
 
     def _as_rgb(self, samples: np.ndarray) -> np.ndarray:
-        """Samples of 8 or 16 bits to 8-bit RGB, or to RGBA where alpha is told."""
+        """Samples of 8 or 16 bits to 8-bit RGB, or to RGBA where the file declares alpha."""
         if samples.dtype != np.uint8:
             wide = samples.astype(np.uint32)
             samples = np.minimum((wide * 255 + self._white // 2) // self._white, 255).astype(np.uint8)

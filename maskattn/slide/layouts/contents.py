@@ -1,4 +1,4 @@
-"""What a file holds, seen once, for layouts to recognise theirs by; and what goes wrong in reading, in plain words."""
+"""A file's contents, read once, from which layouts recognise their files; and errors of reading in plain words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SUFFIXES = (*_H5_SUFFIXES, ".pt", ".npz")
 
 @dataclass(frozen=True)
 class FileContents:
-    """What a file holds, apart from its numbers.
+    """The contents of a file, apart from its numbers.
 
     Attributes:
         path: the file.
@@ -40,7 +40,7 @@ class FileContents:
 
 
 def look_into(path: Path) -> FileContents:
-    """What a file holds.
+    """Look at the contents of a file.
 
     Raises:
         SlideError: it is not there, is of another kind, or cannot be read.

@@ -122,7 +122,7 @@ class WritingTiles:
 
     @property
     def taken(self) -> int:
-        """How many tiles have come."""
+        """The number of tiles so far."""
         return sum(map(len, self._coords))
 
     def __enter__(self) -> WritingTiles:

@@ -35,7 +35,7 @@ class FeatureReader(Protocol):
 
     @property
     def name(self) -> str:
-        """How users call it."""
+        """The name that users give."""
 
     @property
     def feature_patterns(self) -> tuple[str, ...]:

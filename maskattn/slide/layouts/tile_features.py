@@ -27,7 +27,7 @@ TokenMask = Literal["none", "tissue"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TileHeader:
-    """What holds for all tiles of a slide.
+    """The facts that hold for all tiles of a slide.
 
     Attributes:
         slide_id: the slide's id.

@@ -83,7 +83,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _told(others: Counter[str], folders: int, below: Path) -> str:
-    """What a search left out, in words."""
+    """Describe what a search left out."""
     parts = []
     if others:
         count = others.total()

@@ -29,7 +29,7 @@ from maskattn.slide.names import as_text, problem_of_id, shortened
 __all__ = ["SLIDE_SUFFIXES", "SlideJob", "collect_jobs", "read_manifest"]
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
-"""What is read as a manifest; of the workbooks it is told how to save them as one."""
+"""The kinds of files that are read as a manifest, and workbooks, for which the error says how to save them as one."""
 
 
 def collect_jobs(

@@ -46,7 +46,7 @@ class Outlines:
 
 @dataclass(eq=False)
 class _Found:
-    """What was met in a file: its polygons, and how many features were passed over or put right."""
+    """The polygons of a file, and how many of its features were skipped or repaired."""
 
     polygons: list[Any] = field(default_factory=list)
     classes: dict[str, None] = field(default_factory=dict)

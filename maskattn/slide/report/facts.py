@@ -24,7 +24,7 @@ _FIGURES = frozenset(("score", "logit", "sum over tiles", "tiles", "tokens kept"
 
 
 def map_sentence(prediction: SlidePrediction, name: str) -> str:
-    """What is known of a class's map."""
+    """The facts about a class's map in a few sentences."""
     about = prediction.maps.get(name, {})
     verdict = str(about.get("map_check", "not recorded"))
     z = f" (z = {about['z']:.1f})" if verdict in ("passed", "weak", "contradicts") and "z" in about else ""

@@ -41,7 +41,7 @@ _FOR, _AGAINST = (178, 24, 43), (33, 102, 172)
 
 @dataclass(frozen=True, eq=False)
 class _Shown:
-    """What the pictures of one slide are made from."""
+    """The data from which the pictures of one slide are made."""
 
     reader: SlideReader
     table: MapTable

@@ -23,7 +23,7 @@ class Features:
     files = ("features.h5",)
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Where they were not given."""
+        """Whether features are to be written: only where they were not given."""
         return settings.features_dir is None
 
     @contextmanager

@@ -30,7 +30,7 @@ class GeoJson:
     needs_no_slide = True
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Where ``--geojson`` asks for tiles or tokens."""
+        """Whether ``--geojson`` asks for tiles or tokens."""
         return settings.geojson != "off"
 
     @contextmanager

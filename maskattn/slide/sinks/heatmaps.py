@@ -84,7 +84,7 @@ def _write_heatmaps(
 
 
 def _pictures_of(slide: ExplainedSlide) -> list[Picture]:
-    """What the picture of each class's map, and that of attention, says."""
+    """The pictures of each class's map and of attention, with their captions."""
     model = slide.model
     # Where no font has a name's signs, the name of the file and its folder has to do.
     of = f"{slide_id}: " if (slide_id := drawable(slide.slide_id)) else ""
@@ -107,7 +107,7 @@ def _pictures_of(slide: ExplainedSlide) -> list[Picture]:
 
 
 def file_names_of(classes: Sequence[str]) -> list[str]:
-    """What stands for each class in the names of its files: distinct on every file system, and short enough."""
+    """The part of the file names that denotes each class: distinct on every file system, and short enough."""
     names = []
     for name in classes:
         plain = "".join("_" if sign in "/\\" or not sign.isprintable() else sign for sign in name)

@@ -37,7 +37,7 @@ class Pyramids:
     )
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Where ``--ome-tiff`` or ``--zarr`` asks for a pyramid."""
+        """Whether ``--ome-tiff`` or ``--zarr`` asks for a pyramid."""
         return settings.ome_tiff != "off" or settings.zarr
 
     @contextmanager

@@ -31,7 +31,7 @@ __all__ = ["ExplainedSlide", "ExplainedTiles", "Sink", "Take"]
 
 @dataclass(frozen=True, eq=False)
 class ExplainedSlide:
-    """What is known of a slide once the model has seen all of its tiles.
+    """A slide's results once the model has seen all of its tiles.
 
     Attributes:
         slide_id: the slide's id.
@@ -73,7 +73,7 @@ class ExplainedSlide:
 
     @property
     def slide_reader(self) -> SlideReader:
-        """Of the slide, for sinks that need it."""
+        """The slide's reader, for sinks that need it."""
         assert self.reader is not None, "a sink that needs the slide is not opened without it"
         return self.reader
 

@@ -80,7 +80,7 @@ def find_tissue(
 
 
 def _notes(rgb: np.ndarray, mask: np.ndarray, strokes: np.ndarray, rough: np.ndarray, px_um: float) -> list[str]:
-    """What was left out, and what a slide without tissue shows."""
+    """Notes on what was left out, and on what a slide without tissue shows."""
     notes = []
     if strokes.any():
         notes.append(f"ink was taken out: {strokes.mean():.2%} of the slide; --ink off keeps it")

@@ -66,7 +66,7 @@ class _OutlinedTissue(TissueMask):
     def token_fractions(
         self, x_lv0: float, y_lv0: float, token_lv0: float, shape: tuple[int, int]
     ) -> Float[np.ndarray, "R C"]:
-        """As of a mask, of the outline itself."""
+        """As for a mask, computed from the outline itself."""
         return self.area.shares(x_lv0, y_lv0, (token_lv0, token_lv0), shape)
 
 
@@ -81,7 +81,7 @@ class _LimitedTissue(TissueMask):
     def token_fractions(
         self, x_lv0: float, y_lv0: float, token_lv0: float, shape: tuple[int, int]
     ) -> Float[np.ndarray, "R C"]:
-        """As of a mask, 0 for the tokens that do not take part."""
+        """As for a mask, and 0 for tokens that do not take part."""
         fraction = self.whole.token_fractions(x_lv0, y_lv0, token_lv0, shape).copy()
         side = token_lv0, token_lv0
         if self.within is not None:

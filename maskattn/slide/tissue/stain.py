@@ -32,7 +32,7 @@ _REGROWN_UM = 24.0
 
 @dataclass(frozen=True, eq=False)
 class Stained:
-    """What is stained.
+    """The stained tissue.
 
     Attributes:
         stained_HW: (H, W) bool, tissue and ink alike.
