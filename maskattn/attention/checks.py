@@ -1,4 +1,4 @@
-"""What callers may pass: each check says the rule, then what came, then the remedy."""
+"""Checks of the callers' arguments: each error states the rule, then what came, then the remedy."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ IMPLS = ("triton", "gluon", "cpu", "torch", "reference")
 
 
 class Implementation(Protocol):
-    """What a module of ``impl/`` has.
+    """The interface of a module in ``impl/``.
 
     The arguments of its functions are checked before: shapes, dtypes and devices fit, sequences follow each other, and
     no option is given beyond ``OPTIONS``. Nothing is said of strides. Results lie on the device of the inputs. Formulas
@@ -176,7 +176,7 @@ def keeps_rest(impl: str, options: Options) -> bool:
 
 
 def _lacking(impl: str, q: Tensor, options: Options) -> str | None:
-    """What the implementation lacks for a call, as the end of a sentence that names it."""
+    """What the implementation lacks for a call, as the end of a sentence that begins with its name."""
     not_here = _not_installed(impl)
     if not_here is not None:
         return not_here

@@ -35,7 +35,7 @@ _NO_CONTEXT = nullcontext()
 
 @dataclass(frozen=True)
 class Operation:
-    """What sets an operation apart.
+    """The properties in which an operation differs from the others.
 
     Attributes:
         name: of the op, of its backward and in error messages.

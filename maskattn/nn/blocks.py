@@ -62,10 +62,10 @@ class ClassTokenAttention:
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What a block may have besides its width and heads; named as timm names it.
+    """Options of a block besides its width and heads, under timm's names.
 
     Attributes:
-        attention: of its attention.
+        attention: options of its attention.
         mlp_ratio: hidden features of the MLP per channel.
         mlp_layer: a key of :data:`maskattn.nn.mlps.MLPS`.
         act_layer: a key of :data:`maskattn.nn.mlps.ACTIVATIONS`.
@@ -193,7 +193,7 @@ class Block(nn.Module):
         return rows_1HT[0]
 
     def _input_of_attention(self, tokens: PackedTokens) -> Float[Tensor, "T C"]:
-        """What the attention is given when the block is called, with all that hangs on it."""
+        """The attention's input when the block is called, after all hooks and adapters."""
         seen: list[Tensor] = []
         if type(self.attn) is not Attention or "forward" in self.attn.__dict__:
             raise ValueError(

@@ -316,7 +316,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return more
 
     def _with_appended_keys(self, operands: Operands) -> Operands:
-        """With these at the end of every sequence."""
+        """The operands with the appended keys at the end of every sequence."""
         for k, v in self._appended_keys():
             operands = operands.with_keys_appended(k, v)
         return operands

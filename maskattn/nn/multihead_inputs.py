@@ -1,4 +1,4 @@
-"""What goes into a multi-head attention layer: its checks, and its projections from the weights that torch's layer has.
+"""The inputs of a multi-head attention layer: checks, and projections with the weights that torch's layer has.
 
 Dimension key: Tq and Tk packed queries and keys, E channels, H heads, D head width.
 """
@@ -61,7 +61,7 @@ def check_inputs(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value
 
 
 def check_masks_agree(key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> None:
-    """What torch's layer raises and warns of, before shapes are known."""
+    """Raise and warn as torch's layer does before shapes are known."""
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
             raise TypeError(

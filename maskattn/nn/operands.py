@@ -19,7 +19,7 @@ __all__ = ["Operands", "is_full", "left_aligned", "rows_of", "scatter_rows"]
 
 @dataclass(frozen=True)
 class Operands:
-    """What an attention operation reads.
+    """The inputs of an attention operation.
 
     Attributes:
         q: (Tq, H, D).

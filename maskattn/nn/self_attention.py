@@ -24,7 +24,7 @@ __all__ = ["Attention", "AttentionOptions"]
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a self-attention layer may have besides its width and heads; named as timm names it.
+    """Options of a self-attention layer besides its width and heads, under timm's names.
 
     Attributes:
         qkv_bias, proj_bias: whether the projections have biases.
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def project(self, out: Tensor) -> Tensor:
-        """What was read per head (..., H, D) → (..., C)."""
+        """The attention's output per head (..., H, D) → (..., C)."""
         return self.proj_drop(self.proj(self.norm(out.flatten(-2))))
 
     def class_token_queries(self, normed_BRC: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class SlideModelConfig:
-    """What a slide model needs to know of itself.
+    """The configuration of a slide model.
 
     Attributes:
         name: how outputs name the model.
@@ -147,7 +147,7 @@ class SlideModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return self.pixel_mean.device
 
     def tile_tokens(

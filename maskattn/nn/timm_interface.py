@@ -1,4 +1,4 @@
-"""What users of timm's vision transformers call, on ours: features of inner blocks, heads that are exchanged, the card.
+"""The interface of timm's vision transformers on ours: features of inner blocks, replaceable heads, the card.
 
 Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class token, registers), T packed tokens,
 C channels, K classes.

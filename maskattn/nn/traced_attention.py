@@ -94,7 +94,7 @@ def blanked(x_BSC: Float[Tensor, "B S C"], keep_BS: Bool[Tensor, "B S"] | None) 
 def _added(
     q: Tensor, padding: tuple[Tensor | None, Tensor | None], mask_bhLS: Tensor | None, num_appended: int
 ) -> Float[Tensor, "b h L S"] | None:
-    """What is added to the scores: −inf for keys that take no part, biases and the mask."""
+    """The term added to the scores: −inf for keys that take no part, biases and the mask."""
     keep_BS, bias_BS = padding
     added = None if mask_bhLS is None else mask_bhLS.to(q.dtype)
     if keep_BS is None:

@@ -293,7 +293,7 @@ class VisionTransformer(TimmInterface):
         return self.classify(self.norm(token_B1C[:, 0]))
 
     def classify(self, pooled: Tensor, pre_logits: bool = False) -> Tensor:
-        """What comes after the pooling: a norm where it stands there, and the head unless ``pre_logits``."""
+        """The layers after the pooling: a norm if the model has one there, and the head unless ``pre_logits``."""
         read = self.head_drop(self.fc_norm(pooled))
         return read if pre_logits else self.head(read)
 

@@ -172,7 +172,7 @@ def _starts(where: Sequences) -> tuple[Any, Any]:
 
 
 def _given(grads: OutputGradients, qkv: QKV, outputs: Outputs) -> tuple[Any, ...]:
-    """What every backward is given first."""
+    """The first arguments of every backward."""
     return *_strided(grads.grad_out, qkv.q, qkv.k, qkv.v, outputs.out), _array(outputs.lse)
 
 

@@ -81,7 +81,7 @@ def packed_backward(
 
 
 def completed(grads: Gradients, options: Options, dbias: Tensor | None, dslopes: Tensor | None) -> Gradients:
-    """With the gradients of the options, summed in float32, in their dtypes."""
+    """Add the gradients of the options, which are summed in float32, in the options' dtypes."""
     if dbias is not None and options.key_bias is not None:
         grads = replace(grads, key_bias=dbias.to(options.key_bias.dtype))
     if dslopes is not None and options.slopes is not None:
@@ -110,7 +110,7 @@ def differentiate(
 
 
 class _Both(NamedTuple):
-    """What both passes are given."""
+    """The arguments of both passes."""
 
     q: Tensor
     k: Tensor
@@ -130,7 +130,7 @@ class _Both(NamedTuple):
 
     @property
     def numbers(self) -> tuple[Hashable, ...]:
-        """What the arguments have besides: head width, heads and what the options say in numbers."""
+        """The remaining arguments: head width, heads and the numbers among the options."""
         return self.q.shape[-1], self.q.shape[1], self.options.scale, self.options.dropout_p
 
     def inputs(self) -> tuple[Tokens, ...]:
@@ -189,7 +189,7 @@ def _differentiate_keys(both: _Both, dk: Tensor, dv: Tensor, dbias: Tensor | Non
 
 
 def _dbias_argument(dbias: Tensor | None) -> Tokens:
-    """Of a (H, Tk) or (B, H, N) tensor."""
+    """The argument for a (H, Tk) or (B, H, N) tensor."""
     if dbias is None:
         return ABSENT
     return Tokens(dbias, *known_strides(*((0, *dbias.stride()) if dbias.ndim == 2 else dbias.stride())))

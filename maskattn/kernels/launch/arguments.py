@@ -96,17 +96,17 @@ def known_strides(*strides: int) -> tuple[Any, ...]:
 
 
 def tokens_argument(x: Tensor) -> Tokens:
-    """Of a packed (T, H, D) or a dense (B, H, N, D) tensor."""
+    """The argument for a packed (T, H, D) or a dense (B, H, N, D) tensor."""
     return Tokens(x, *known_strides(*strides_bht(x)))
 
 
 def row_values_argument(x: Tensor | None) -> RowValues:
-    """Of a contiguous (H, Tq) or (B, H, Nq) tensor."""
+    """The argument for a contiguous (H, Tq) or (B, H, Nq) tensor."""
     return RowValues(None, 0, 0) if x is None else RowValues(x, *known_strides(*lse_strides_bh(x)))
 
 
 def rest_argument(x: Tensor) -> RowValues:
-    """Of the rest of lse, shaped as that is; absent where the implementation keeps none."""
+    """The argument for the rest of lse, shaped like lse; absent where the implementation keeps none."""
     return row_values_argument(x if x.ndim > 1 else None)
 
 
@@ -131,30 +131,30 @@ def terms_argument(options: Options, packed: bool, natural: bool, scale: float |
 
 
 def bias_argument(key_bias: Tensor | None, packed: bool) -> Tokens:
-    """Of a key bias: (Tk,) or (Tk, H) of packed tensors, (B, N) or (B, H, N) of dense ones."""
+    """The argument for a key bias: (Tk,) or (Tk, H) of packed tensors, (B, N) or (B, H, N) of dense ones."""
     return Tokens(key_bias, *known_strides(*bias_strides_bht(key_bias, packed)))
 
 
 def positions_argument(coords: Tensor | None) -> Positions:
-    """Of (T, 2) or (B, N, 2) coordinates."""
+    """The argument for (T, 2) or (B, N, 2) coordinates."""
     if coords is None:
         return NO_POSITIONS
     if coords.stride(-2) * MAX_BLOCK >= 2**31:
         coords = coords.contiguous()
     stride_b = 0 if coords.ndim == 2 else coords.stride(0)
     if coords.stride()[-2:] == (2, 1):
-        # As nearly all coordinates lie, so these strides need not be arguments.
+        # The layout of nearly all coordinates, for which these strides need not be arguments.
         return Positions(coords, known_strides(stride_b)[0], tl.constexpr(2), 1)
     return Positions(coords, *known_strides(stride_b, *coords.stride()[-2:]))
 
 
 def bounds_argument(rows: Rows) -> Bounds:
-    """Of the rows of the queries or of the keys."""
+    """The argument for the rows of the queries or of the keys."""
     return Bounds(rows.starts, rows.ends, rows.index)
 
 
 def dropout_argument(options: Options) -> Dropout:
-    """Of the options; its seed is None where nothing is dropped."""
+    """The argument for dropout; its seed is None where nothing is dropped."""
     threshold = dropout_threshold(options.dropout_p)
     # The same bits whatever the share, so that no share has a kernel of its own.
     signed = threshold - 2**32 if threshold >= 2**31 else threshold
@@ -163,7 +163,7 @@ def dropout_argument(options: Options) -> Dropout:
 
 @functools.cache
 def constant_arguments(head_width: int, config: Config, described: bool) -> Mapping[str, Any]:
-    """What a kernel is compiled for, by name, and how it is launched."""
+    """A kernel's constants by name, and its launch parameters."""
     return {
         # Each head width has code of its own.
         "WIDTH": Width(*(tl.constexpr(x) for x in (head_width, *split_width(head_width, config)))),

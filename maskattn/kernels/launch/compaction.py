@@ -71,7 +71,7 @@ def move_kernel(
 
 
 def front_rows(kept: Rows) -> Rows:
-    """Where the kept rows lie once they are at the front."""
+    """The rows' description once the kept ones have been moved to the front."""
     return Rows(torch.zeros_like(kept.starts), kept.ends - kept.starts, None, kept.longest)
 
 

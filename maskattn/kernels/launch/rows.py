@@ -39,8 +39,8 @@ class Rows:
         ends: (B,) int32.
         index: (B·N,) int32, the row of each position within its sequence, or None where the position is the row.
         longest: no sequence is longer than this; known without asking the device.
-        total: positions of all sequences, or None where the host does not know.
-        cu_seqlens: of packed sequences, what the caller gave.
+        total: positions of all sequences, or None where the host does not know them.
+        cu_seqlens: for packed sequences, the tensor that the caller gave.
     """
 
     starts: Int[Tensor, "B"]
@@ -52,7 +52,7 @@ class Rows:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What the kernels are given of it."""
+        """The tensors that the kernels are given."""
         return self.starts, self.ends, self.index
 
     @property

@@ -36,7 +36,7 @@ def supports(q: Tensor, options: Options) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _missing_on(device: torch.device) -> str | None:
-    """What the device lacks; a fact of the machine, which torch.compile need not trace."""
+    """What the device lacks, or None; this is fixed for a machine, so torch.compile need not trace it."""
     if triton.knobs.runtime.interpret:
         return None
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""What every launch of a readout kernel hands over, prepared once a call.
+"""The arguments of every launch of a readout kernel, prepared once per call.
 
 Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width.
 """
@@ -80,7 +80,7 @@ def prepare(
 
 
 def readout_argument(x: Tensor) -> Tokens:
-    """Of a (B, R, H, D) tensor, copied if the elements of a row are not side by side."""
+    """The argument for a (B, R, H, D) tensor, copied if the elements of a row are not adjacent."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     return Tokens(x, x.stride(0), x.stride(2), x.stride(1))
 

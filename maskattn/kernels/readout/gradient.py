@@ -273,17 +273,17 @@ def _shift_of_delta(call: ReadoutCall, grads: ReadoutGradients, lse: Tensor, res
 
 
 def _rows_argument(grad_rows: Tensor | None) -> Tokens:
-    """Of the (R, H, T) gradient of the rows: R takes the place of the sequences."""
+    """The argument for the (R, H, T) gradient of the attention rows: R replaces the sequences."""
     return ABSENT if grad_rows is None else Tokens(grad_rows, *grad_rows.stride())
 
 
 def _by_token(x: Tensor) -> Tokens:
-    """Of a (T, H, D) tensor."""
+    """The argument for a (T, H, D) tensor."""
     return Tokens(x, 0, x.stride(1), x.stride(0))
 
 
 def _dbias_argument(dbias: Tensor | None, bias: Tensor | None) -> Tokens:
-    """Of the parts of a bias' gradient: (H, T) where the heads share it, else (T, H)."""
+    """The argument for the terms of a bias gradient: (H, T) where the heads share it, else (T, H)."""
     if dbias is None or bias is None:
         return ABSENT
     return Tokens(dbias, 0, *(dbias.stride() if bias.ndim == 1 else dbias.stride()[::-1]))

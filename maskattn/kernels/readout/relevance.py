@@ -204,7 +204,7 @@ def token_relevance(
 
 
 def _origin_argument(origin: Tensor | None, dtype: torch.dtype) -> Tokens:
-    """Of an (H, D) or (T, H, D) tensor, in the dtype of what it is the origin of."""
+    """The argument for an (H, D) or (T, H, D) origin, in the dtype of the keys or values that it belongs to."""
     if origin is None:
         return Tokens(None, 0, 0, 0)
     if origin.ndim == 3:

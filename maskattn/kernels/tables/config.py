@@ -1,4 +1,4 @@
-"""What a configuration of a kernel is, for each family of kernels."""
+"""The fields of a kernel's configuration, for each family of kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every conversion does once the other library's model has been read: build ours and take the weights over."""
+"""The last step of every conversion, once the original model has been read: build ours and copy the weights."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def from_open_clip(
 
 
 def said_by_config(path: Path) -> dict[str, Any]:
-    """What ``open_clip_config.json`` says of the image tower and no tensor does.
+    """The facts about the image tower that only ``open_clip_config.json`` states.
 
     Raises:
         UnsupportedModelError: the tower is read otherwise than ours.
@@ -133,7 +133,7 @@ def said_by_config(path: Path) -> dict[str, Any]:
 
 
 def with_projection(checkpoint: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
-    """What lies between a tower of timm's (``visual.trunk.``) and the space of texts, as our head; {} for nothing.
+    """The layers between a timm tower (``visual.trunk.``) and the space of texts, as our head; {} for none.
 
     Args:
         checkpoint: all keys.

@@ -98,7 +98,7 @@ def _arguments(model: Any) -> dict[str, Any]:
 
 
 def _unknown_parts(model: Any) -> list[str]:
-    """What this model has and ours has not, in words."""
+    """Descriptions of the parts of this model that ours does not have."""
     from timm.layers import AttentionPoolLatent, LayerNorm, PatchEmbed
 
     unknown = []

@@ -20,7 +20,7 @@ __all__ = ["eva_arguments", "eva_state", "own_name", "unknown_in_eva"]
 
 
 def unknown_in_eva(model: Any) -> list[str]:
-    """What this ``Eva`` has and ours has not, in words."""
+    """Descriptions of the parts of this ``Eva`` that our model does not have."""
     from timm.layers import PatchEmbed
     from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
     from timm.models.eva import EvaAttention, EvaBlock
@@ -65,7 +65,7 @@ def _unknown_in_rope(rope: Any) -> list[str]:
 
 
 def _rotary_grid(rope: Any) -> RotaryGrid | None:
-    """What ours calls the grid of EVA-02's positions; None for DINOv3's."""
+    """Our name for the grid of EVA-02's positions; None for DINOv3's."""
     from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
 
     if type(rope) is not RotaryEmbeddingCat:

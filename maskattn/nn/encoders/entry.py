@@ -1,4 +1,4 @@
-"""What the table of encoders says of one: where its weights are, how its network is built, and how it is fed.
+"""An entry of the table of encoders: where the weights are, how the network is built, and how it is fed.
 
 Nothing here imports torch, so that the table can be listed at once.
 """
@@ -30,8 +30,8 @@ class EncoderEntry:
     """One encoder of tiles.
 
     Attributes:
-        name: how users call it.
-        title: how its authors call it.
+        name: the name that users give.
+        title: the authors' name for it.
         library: what builds its network: "timm"; "transformers", or "clip" for a CLIP of transformers; "open_clip" or
             "conch", packages of these names; "none" where nothing here runs it.
         hub_id: its repository on Hugging Face's hub; empty where it has none.

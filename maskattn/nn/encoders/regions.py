@@ -23,7 +23,7 @@ __all__ = ["RegionEncoder", "name_in_regions"]
 
 
 def name_in_regions(patches: str, region_px: int) -> str:
-    """What outputs call the encoder of regions that an encoder of patches is part of."""
+    """The name, in outputs, of the encoder of regions that is built on an encoder of patches."""
     return f"{patches} in regions of {region_px} px"
 
 

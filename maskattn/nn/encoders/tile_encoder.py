@@ -28,7 +28,7 @@ __all__ = ["EncoderCard", "TileEncoder"]
 
 @dataclass(frozen=True)
 class EncoderCard:
-    """What a tile encoder says of itself.
+    """The metadata of a tile encoder.
 
     Attributes:
         name: as outputs have it.
@@ -99,7 +99,7 @@ class TileEncoder(nn.Module):
 
     @property
     def name(self) -> str:
-        """As outputs have it."""
+        """Its name in outputs."""
         return self.card.name
 
     @property
@@ -134,7 +134,7 @@ class TileEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return self.pixel_mean.device
 
     @cached_property

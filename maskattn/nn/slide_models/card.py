@@ -34,7 +34,7 @@ class EncoderFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a slide model says of itself.
+    """The metadata of a slide model.
 
     Attributes:
         name: how outputs call it.
@@ -121,7 +121,7 @@ class ModelCard:
         return cls(**values)
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """What the card says, as (what, value) for people; what is not known is left out."""
+        """The card as readable (name, value) pairs, without what is not known."""
         yield "name", self.name
         yield "kind", self.kind + (f" ({self.layout})" if self.layout else "")
         if self.task:

@@ -1,4 +1,4 @@
-"""What a slide model's checkpoint holds, as the readers of layouts take it, and the head that they make of it."""
+"""The contents of a slide model's checkpoint for the readers of layouts, and the head that they build from it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HeadFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the readers of layouts read."""
+    """A checkpoint as the readers of layouts receive it."""
 
     name: str
     state: dict[str, Tensor]

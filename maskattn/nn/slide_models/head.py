@@ -54,7 +54,7 @@ class TileGrid:
 
 
 class SlideHead(nn.Module, ABC):
-    """What turns the embeddings of a slide's tiles into logits.
+    """A slide head: it turns the embeddings of a slide's tiles into logits.
 
     Args:
         in_dim: C.
@@ -79,13 +79,13 @@ class SlideHead(nn.Module, ABC):
 
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """What builds it anew, as JSON can hold it."""
+        """The arguments that rebuild it, as JSON can hold them."""
 
     @abstractmethod
     def logits(
         self, embeddings_TC: Float[Tensor, "T C"], coords_um_T2: Float[Tensor, "T 2"] | None, grid: TileGrid | None
     ) -> Float[Tensor, "K"]:
-        """What :meth:`forward` gives, of arguments that it has checked."""
+        """The result of :meth:`forward`, for arguments that it has checked."""
 
     def forward(
         self,

@@ -38,7 +38,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 class Unread(dict):  # a dict, so that a pickle can fill it
-    """What a checkpoint has pickled and nobody ran.
+    """An object that a checkpoint has pickled and that was not run.
 
     Attributes:
         of: the full name of the class or function.
@@ -73,7 +73,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _InertPickle:
-    """As much of the module ``pickle`` as ``torch.load`` asks for."""
+    """The subset of the module ``pickle`` that ``torch.load`` uses."""
 
     __name__ = "maskattn.nn.slide_models.reading"
     Unpickler = _Unpickler

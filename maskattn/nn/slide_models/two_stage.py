@@ -65,7 +65,7 @@ class TwoStageModel(nn.Module):
 
     @property
     def region_level(self) -> VisionTransformer | None:
-        """What embeds regions for the head from features of their patches; None where it reads tiles."""
+        """The encoder that embeds regions from features of their patches; None where the head reads tiles."""
         if self._region_level is None and isinstance(self.encoder, RegionEncoder):
             return self.encoder.levels.region_encoder
         return self._region_level
@@ -88,12 +88,12 @@ class TwoStageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return next(self.head.parameters()).device
 
     @property
     def config(self) -> SlideModelConfig | ModelCard:
-        """What outputs read of it: its name, classes, and whether it is a demonstration."""
+        """The facts that outputs record: its name, classes, and whether it is a demonstration."""
         return self.card if self.whole[0] is None else self.whole[0].config
 
     @property
@@ -103,7 +103,7 @@ class TwoStageModel(nn.Module):
 
     @property
     def masks_tokens(self) -> bool:
-        """Whether the encoder is told which tokens take part."""
+        """Whether the encoder gets a mask of the tokens that take part."""
         return self.whole[0] is not None or self.card.token_mask == "tissue"
 
     @property

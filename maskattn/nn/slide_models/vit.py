@@ -81,7 +81,7 @@ class ViTHead(SlideHead):
 
 
 def first_row(tokens: PackedTokens, of_class_token: bool) -> Float[Tensor, "N"]:
-    """Where rollout begins: at the class token, or evenly at all tiles."""
+    """The start of rollout: the class token, or all tiles evenly."""
     row_N = tokens.rows_TC.new_zeros(len(tokens.rows_TC))
     if of_class_token:
         row_N[0] = 1

@@ -28,7 +28,7 @@ class DensePacking:
 
     @classmethod
     def of(cls, q: Tensor, where: Mask) -> DensePacking:
-        """Of q (B, H, Nq, D); without ``skip_queries`` every query takes part."""
+        """The packings of q (B, H, Nq, D) and of the keys; without ``skip_queries`` every query takes part."""
         keys = Packing.from_keep(where.keep)
         if where.skip_queries:
             return cls(keys, keys)
@@ -37,7 +37,7 @@ class DensePacking:
 
     @property
     def sequences(self) -> Sequences:
-        """Where the packed sequences lie."""
+        """The packed sequences' offsets and lengths."""
         return Sequences(self.queries.cu_seqlens, self.keys.cu_seqlens, self.queries.max_seqlen, self.keys.max_seqlen)
 
     def packed(self, qkv: QKV) -> QKV:

@@ -30,13 +30,13 @@ __all__ = ["masked_tangent", "packed_tangent", "readout_tangent"]
 
 
 def packed_tangent(qkv: QKV, where: Sequences, options: Options, tangents: Tangents) -> tuple[Tensor, Tensor]:
-    """Of out (Tq, H, D) and lse (H, Tq)."""
+    """The tangents of out (Tq, H, D) and lse (H, Tq)."""
     out, lse, _ = _push(qkv, where, options, tangents)
     return out, lse
 
 
 def masked_tangent(qkv: QKV, where: Mask, options: Options, tangents: Tangents) -> tuple[Tensor, Tensor]:
-    """Of out (B, H, Nq, D) and lse (B, H, Nq), 0 at background positions."""
+    """The tangents of out (B, H, Nq, D) and lse (B, H, Nq), 0 at background positions."""
     packing, shape = DensePacking.of(qkv.q, where), tuple(qkv.q.shape)
     of_tokens = {"q": packing.queries, "k": packing.keys, "v": packing.keys}
     moved = {name: gather(x, each) for name, each in of_tokens.items() if (x := getattr(tangents, name)) is not None}
@@ -49,7 +49,7 @@ def masked_tangent(qkv: QKV, where: Mask, options: Options, tangents: Tangents) 
 def readout_tangent(
     qkv: QKV, where: KeySequences, options: Options, tangents: Tangents
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of out (B, R, H, D), lse (B, R, H) and rows (R, H, T)."""
+    """The tangents of out (B, R, H, D), lse (B, R, H) and rows (R, H, T)."""
     B, R, H, _ = qkv.q.shape
     own = replace(tangents, q=None if tangents.q is None else tangents.q.flatten(0, 1))
     rows = torch.zeros((R, H, qkv.k.shape[0]), dtype=wide_dtype(qkv.q), device=qkv.q.device)
