@@ -116,6 +116,12 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
             + (how or f"pip install 'maskattn[{extra}]'"),
             2,
         )
+    if isinstance(error, RuntimeError) and "operator torchvision::" in text:  # timm and transformers import it
+        return (
+            f"torchvision must be built for the torch that is installed, got one that fails to import ({text[:200]}); "
+            "install both from one index, as https://pytorch.org/get-started shows",
+            2,
+        )
     if isinstance(error, SlideError):
         return text, 1
     if isinstance(error, OSError | ValueError):

@@ -90,7 +90,7 @@ def load_model(chosen: Chosen, impl: str | None, device: str) -> TwoStageModel:
         impl=impl,
         device=device,
     )
-    if model.encoder is None and not chosen.with_features:
+    if model.why_no_tiles and not chosen.with_features:
         raise ValueError(model.why_no_tiles)
     return model
 

@@ -33,7 +33,7 @@ from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.adapters.transformers import from_transformers
 from maskattn.nn.vit import VisionTransformer
 
-__all__ = ["explained", "from_state_dict", "load_vit", "read_weights"]
+__all__ = ["explained", "from_state_dict", "hub_id_of", "load_vit", "read_weights"]
 
 # What a training checkpoint calls the weights, the ones to use first.
 _WRAPPERS = ("teacher", "state_dict", "model_state_dict", "model", "student")
@@ -92,7 +92,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is of another kind.
+        ValueError: it is of another kind, is damaged, or holds what only running code in it could build.
     """
     path = Path(path)
     if not path.is_file():
@@ -104,16 +104,41 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(f"weights end in .safetensors, .pt, .pth, .bin or .ckpt, got {path}")
     # DINO and HIPT keep the arguments of their training beside the weights.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is no pickle can fail in any way
+        raise _unreadable(path, error) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"weights must be tensors by name, got a {type(content).__name__} in {path}; save model.state_dict()"
+        )
+    return content
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    """Why a file of weights cannot be read: for code that its pickle names, or because it is damaged."""
+    told = " ".join(str(error).split())
+    if code := re.search(r"GLOBAL ([A-Za-z_][\w.]*)", told):
+        return ValueError(
+            f"weights must be tensors by name, got the code {code[1]} pickled in {path}, and no code in a file is run "
+            "here; save model.state_dict() where it was trained"
+        )
+    return ValueError(
+        f"weights must be a whole file that torch.save or safetensors wrote, got {path}: {type(error).__name__}: "
+        f"{told[:200] or 'it ends too early'}; copy it again"
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """The tensors of a file, mapped one at a time: what is mapped counts as memory until it is let go."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        keys = list(file.keys())
+    try:
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+    except SafetensorError as error:
+        raise _unreadable(path, error) from error
     state = {}
     for key in keys:
         with safe_open(path, "pt") as file:
@@ -172,9 +197,17 @@ def _load_timm(name: str, impl: str | None, arguments: dict[str, Any]) -> Vision
     try:
         model = timm.create_model(name, **{"pretrained": True, **arguments})
     except Exception as error:
-        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-        raise explained(error, getattr(config, "hf_hub_id", None) or name) from error
+        raise explained(error, hub_id_of(name)) from error
     return from_timm(model, impl=impl, copy=False)
+
+
+def hub_id_of(name: str) -> str:
+    """Where the hub has the weights of a model of timm; the name itself where timm does not say."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    hub_id: str = getattr(config, "hf_hub_id", None) or name
+    return f"{hub_id}{name}" if hub_id.endswith("/") else hub_id
 
 
 def _load_from_hub(name: str, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:

@@ -152,11 +152,7 @@ def _laid(
     """Tiles over the tissue, as ``maskattn extract`` lays them."""
     assert card.tile_px is not None, "a model with an encoder knows its tiles"
     assert card.patch_px is not None, "a model with an encoder knows its tiles"
-    if card.spacing_um is None:
-        raise SlideError(
-            "tiles must have a spacing, got none, and neither the model nor its encoder says one; give "
-            "--tile-spacing-um 0.5, or what the model was trained at"
-        )
+    assert card.spacing_um is not None, "a run without one is refused before it begins"
     info, token_px = run.info, run.model.token_px
     spacing_um = card.spacing_um * card.patch_px / card.tile_px  # of the image that the encoder sees
     if tissue is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskattn.nn import VisionTransformer, from_state_dict, load_vit
@@ -184,8 +185,28 @@ def test_code_in_a_file_is_not_run(tmp_path):
             return print, ("run",)
 
     torch.save({"model": Code()}, tmp_path / "bad.pt")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"got the code print pickled in .*bad\.pt, .* save model\.state_dict\(\)"):
         load_vit(tmp_path / "bad.pt", num_heads=3)
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match=r"got the code torch\.nn\.modules\.linear\.Linear pickled in .*whole\.pt"):
+        load_vit(tmp_path / "whole.pt", num_heads=3)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:3000], lambda whole: b"x" * 5000])
+def test_damaged_weights_are_named(suffix, damage, tmp_path):
+    whole, path = tmp_path / f"whole{suffix}", tmp_path / f"damaged{suffix}"
+    save = torch.save if suffix == ".pt" else save_file
+    save(random_vit().state_dict(), whole)
+    path.write_bytes(damage(whole.read_bytes()))
+    with pytest.raises(ValueError, match=r"must be a whole file .*, got .*damaged\..*: \w+Error: \S.*; copy it again"):
+        load_vit(path, num_heads=3)
+
+
+def test_weights_that_are_no_tensors_by_name_are_refused(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=r"tensors by name, got a list in .*list\.pt"):
+        load_vit(tmp_path / "list.pt", num_heads=3)
 
 
 def test_timms_models_load_by_name():

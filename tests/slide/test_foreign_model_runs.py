@@ -233,6 +233,29 @@ def test_another_encoder_than_the_models_is_refused_unless_told_to_go_on(tmp_pat
         load_two_stages(tmp_path / "none")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_head_that_was_saved_in_another_precision_reads_float32_features(
+    dtype: torch.dtype, clam: Path, features: Path, settings: RunSettings, tmp_path: Path
+) -> None:
+    (file,) = features.rglob("disc.h5")
+    as_saved = {key: x.to(dtype) for key, x in torch.load(clam, weights_only=True).items()}
+    torch.save(as_saved, tmp_path / "saved.pt")
+    found = run_one(file, loaded(tmp_path / "saved.pt"), replace(settings, features_dir=features))
+    expected = loaded(clam).head(torch.from_numpy(read_features(file).features_TC)).tolist()
+    tolerance = 0.05 if dtype == torch.float16 else 1e-5  # of weights with 11 bits
+    assert list(found.logits.values()) == pytest.approx(expected, abs=tolerance)
+
+
+def test_a_model_and_an_encoder_without_a_spacing_are_refused_before_a_slide_is_opened(
+    slide: Path, clam: Path, settings: RunSettings
+) -> None:
+    encoder = encoder_of()
+    encoder.card = replace(encoder.card, spacing_um=None)
+    with pytest.raises(ManifestError, match=r"a spacing, got none, and neither \S+ nor small says one; give --tile-sp"):
+        run_slides([SlideJob("disc", slide)], loaded(clam, encoder), settings)
+    assert not settings.out_dir.exists()
+
+
 def failure(path: Path, model: TwoStageModel, settings: RunSettings) -> str:
     (outcome,) = run_slides([SlideJob("disc", path)], model, settings)
     assert outcome.status == "failed"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskattn.nn.checkpoints import explained, read_weights
+from maskattn.nn.checkpoints import explained, hub_id_of, read_weights
 from maskattn.nn.encoders.entry import EncoderEntry, triple_of
 from maskattn.nn.encoders.tile_encoder import EncoderCard
 from maskattn.nn.fitting import joined, misfits
@@ -44,7 +44,9 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
         try:
             return timm.create_model(source, **{**arguments, "pretrained": True}).eval()
         except Exception as error:
-            raise _of_timm(explained(error, entry.hub_id or source), entry.architecture) from error
+            raise _of_timm(
+                explained(error, entry.hub_id or hub_id_of(entry.architecture)), entry.architecture
+            ) from error
     if not entry.architecture:
         raise ValueError(
             f"the network of {entry.name} is described in its hub's config.json alone, got a file of weights; run `hf "
@@ -68,7 +70,9 @@ def card_of_timm(network: Any, name: str) -> EncoderCard:
     built_for = getattr(getattr(network, "patch_embed", None), "img_size", None)
     side = int(built_for[0] if built_for else config.get("input_size", (3, 224, 224))[1])
     mean, std = (triple_of(config.get(key) or (0.5,) * 3) for key in ("mean", "std"))
-    return EncoderCard(name, getattr(network, "global_pool", "own") or "token", mean, std, side, side)
+    pooling = getattr(network, "global_pool", "own") or "token"
+    # A convolutional network's is a module of its own.
+    return EncoderCard(name, pooling if isinstance(pooling, str) else "own", mean, std, side, side)
 
 
 def _layers(arguments: dict[str, Any]) -> dict[str, Any]:

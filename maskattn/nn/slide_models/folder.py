@@ -191,7 +191,8 @@ def load_two_stages(
                 f"--token-mask tissue needs a packed vision transformer, got {encoder.name}: {encoder.why_not}; leave "
                 "it out"
             )
-    return TwoStageModel(model, card, encoder, region_level=region_level).to(device).eval()
+    # Stored in whatever precision, a head reads the float32 embeddings of a run.
+    return TwoStageModel(model.float(), card, encoder, region_level=region_level).to(device).eval()
 
 
 def card_of_checkpoint(path: Path) -> ModelCard:

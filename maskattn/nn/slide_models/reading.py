@@ -104,7 +104,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", pickle_module=_InertPickle, weights_only=False)
     except Exception as error:  # a file that is no pickle can fail in any way
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or "it ends too early"
         raise ValueError(
             f"a checkpoint must be one that torch.save wrote, got {path}: {type(error).__name__}: {reason}; copy it "
             "again, or save model.state_dict()"

@@ -73,8 +73,13 @@ class TwoStageModel(nn.Module):
     @property
     def why_no_tiles(self) -> str:
         """Why tiles cannot be encoded, with the remedy; empty where they can."""
-        if self.encoder is not None:
+        if self.encoder is not None and self.card.spacing_um is not None:
             return ""
+        if self.encoder is not None:
+            return (
+                f"tiles must have a spacing, got none, and neither {self.card.name} nor {self.encoder.name} says one; "
+                "give --tile-spacing-um 0.5, or what the model was trained at"
+            )
         if self._region_level is not None:
             return (
                 f"a model of regions must be run with the encoder of their patches, got none for {self.card.name}; "

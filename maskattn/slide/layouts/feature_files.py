@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -44,6 +45,8 @@ FEATURE_READERS: tuple[FeatureReader, ...] = (*FEATURE_LAYOUTS.values(), AtlasPa
 """The layouts that are read."""
 
 _ROWS_AT_ONCE = 4096
+# Folders that a layout has for features and nothing else.
+_FEATURES_ALONE = re.compile(r"(?:^|/)(?:(?:patch_)?features_\*|h5_files|pt_files|tile_embeddings)/")
 _TilesT = TypeVar("_TilesT", bound=TileCoords)
 
 
@@ -118,6 +121,9 @@ def find_coords(root: str | Path, slide_id: str) -> Path | None:
 def list_features(root: str | Path) -> dict[str, Path]:
     """The feature files below a folder, by the ids that their names tell.
 
+    A file that cannot be read is among them, and so is any that lies where a layout has nothing but features: reading
+    it says what is wrong with it, and the other slides are not held up.
+
     Raises:
         SlideError: there is no such folder, it has none, or two slides have one id.
     """
@@ -129,7 +135,7 @@ def list_features(root: str | Path) -> dict[str, Path]:
         for pattern in reader.feature_patterns:
             for path in root.glob(pattern.format(id="*")):
                 ids.add(path.parent.name if pattern.startswith("{id}/") else path.stem)
-    seen: dict[Path, FileContents] = {}
+    seen: dict[Path, FileContents | None] = {}
     found = {slide_id: _find(root, slide_id, features=True, seen=seen) for slide_id in sorted(ids)}
     files = {slide_id: path for slide_id, path in found.items() if path is not None}
     if not files:
@@ -186,21 +192,20 @@ def _checked(tiles: _TilesT, slide: SlideInfo | None, named: Sequence[str]) -> _
     return tiles
 
 
-def _find(root: Path, slide_id: str, *, features: bool, seen: dict[Path, FileContents] | None = None) -> Path | None:
+def _find(
+    root: Path, slide_id: str, *, features: bool, seen: dict[Path, FileContents | None] | None = None
+) -> Path | None:
     """The one file of a slide: of the first pattern of a layout that matches any that are the layout's.
 
-    Files that were looked into are remembered in ``seen``.
+    Files that were looked into are remembered in ``seen``, None for one that cannot be read.
     """
     seen = {} if seen is None else seen
     found: dict[Path, None] = {}
     for reader in FEATURE_READERS:
         for pattern in reader.feature_patterns if features else reader.coords_patterns:
             has = reader.has_features if features else reader.has_coords
-            ours = []
-            for name in sorted(glob.glob(_pattern_of(root, pattern, slide_id))):
-                path = Path(name)
-                if path.is_file() and has(seen.get(path) or seen.setdefault(path, look_into(path))):
-                    ours.append(path)
+            matching = map(Path, sorted(glob.glob(_pattern_of(root, pattern, slide_id))))
+            ours = [path for path in matching if path.is_file() and _is_taken(path, pattern, has, seen)]
             if ours:
                 found |= dict.fromkeys(ours)
                 break
@@ -211,6 +216,19 @@ def _find(root: Path, slide_id: str, *, features: bool, seen: dict[Path, FileCon
             f"{len(found)} for {shortened(slide_id)!r}: {told}; name the folder of one of them"
         )
     return next(iter(found), None)
+
+
+def _is_taken(
+    path: Path, pattern: str, has: Callable[[FileContents], bool], seen: dict[Path, FileContents | None]
+) -> bool:
+    """Whether a file that matches a pattern is the slide's: what has no other place there is, whatever it holds."""
+    if path not in seen:
+        try:
+            seen[path] = look_into(path)
+        except SlideError:
+            seen[path] = None
+    contents = seen[path]
+    return contents is None or has(contents) or _FEATURES_ALONE.search(pattern) is not None
 
 
 def _pattern_of(root: Path, pattern: str, slide_id: str) -> str:

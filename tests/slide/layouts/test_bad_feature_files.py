@@ -261,6 +261,25 @@ def test_two_slides_of_one_id_in_stamps_folders_are_refused(tmp_path: Path) -> N
         list_features(tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["trident", "stamp", "atlaspatch", "clam"])
+def test_a_file_that_cannot_be_read_holds_no_other_slide_up(layout: str, tmp_path: Path) -> None:
+    path = WRITERS[layout](tmp_path, FEATURES, COORDS)
+    broken = path.with_name("slide-2.h5")
+    broken.write_bytes(path.read_bytes()[:100])
+    assert list_features(tmp_path) == {"slide-1": path, "slide-2": broken}
+    assert find_features(tmp_path, "slide-2") == broken
+    with pytest.raises(SlideError, match=r"must be whole and readable, got .*slide-2\.h5"):
+        read_features(broken)
+
+
+def test_a_file_without_coordinates_among_features_is_not_passed_over(tmp_path: Path) -> None:
+    path = WRITERS["trident"](tmp_path, FEATURES, COORDS)
+    lone = foreign_writers.save_h5(path.with_name("slide-2.h5"), {"features": FEATURES})
+    assert list_features(tmp_path) == {"slide-1": path, "slide-2": lone}
+    with pytest.raises(SlideError, match=r"must hold coords and features .*, got features in .*slide-2\.h5"):
+        read_features(lone)
+
+
 def test_a_folder_without_features_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match="got none in"):
         list_features(tmp_path)
