@@ -1,4 +1,4 @@
-"""Explanations of models on whose parts something hangs: they explain what the model does, or refuse."""
+"""Explanations of models with hooks, adapters or patches: they explain what the model computes, or refuse."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ VARIANTS = [{}, {"global_pool": "avg"}, {"pos_embed": "rotary", "qk_norm": True,
 
 
 def by_autograd(model: VisionTransformer, x: Tensor, keep: Tensor, target: int) -> Tensor:
-    """CDAM as defined, every token's part of the score, the class token's query among them."""
+    """CDAM by its definition: every token's share of the score, including the class token's query."""
     tokens = model.before_last_block(model.embed(x, keep))
     normed = model.last_block.norm1(tokens.rows_TC).detach().requires_grad_()
     scores = model.pool(model.last_block.mix(tokens, normed))[:, target]
@@ -102,7 +102,7 @@ def test_a_hook_that_changes_the_block_changes_the_map():
     model, (x, keep) = random_vit(), sample()
     plain = CDAM(model).attribute(x, 1, keep)
     model.blocks[-1].register_forward_hook(lambda module, inputs, output: 3 * output)
-    # The norm behind the block takes the factor back but for its ε.
+    # The norm after the block undoes the factor, except for its ε.
     torch.testing.assert_close(CDAM(model).attribute(x, 1, keep), plain, rtol=1e-3, atol=1e-3 * plain.abs().max())
     model.norm = nn.Identity()
     tripled = CDAM(model).attribute(x, 1, keep)
@@ -139,7 +139,7 @@ def test_a_parametrised_block_is_explained_by_the_weight_it_stands_for():
 
 
 @pytest.mark.parametrize("way", ["hook", "pre-hook", "patched"])
-def test_what_hangs_on_the_models_own_forward_is_refused(way):
+def test_hooks_and_patches_on_the_models_own_forward_are_refused(way):
     model, (x, keep) = random_vit(), sample()
     if way == "patched":
         model.forward = types.MethodType(lambda self, x, keep=None: x, model)
@@ -196,7 +196,7 @@ def test_a_block_without_a_first_norm_is_refused():
         CDAM(model).attribute(x, 1, keep)
 
 
-def test_the_input_put_in_is_the_one_that_counts():
+def test_the_replaced_input_is_the_one_that_is_explained():
     (adapted, merged), (x, keep) = adapted_and_merged(), sample()
     tokens = adapted.before_last_block(adapted.embed(x, keep))
     normed = input_of_attention(adapted, tokens)

@@ -32,7 +32,7 @@ def test_background_gets_exactly_no_attention_and_each_row_sums_to_one_with_its_
     assert (AttentionMap(model).attribute(x)[~keep] > 0).all()
 
 
-def test_models_without_class_token_and_wrong_heads_are_refused_by_name():
+def test_models_without_class_token_and_wrong_heads_are_refused_and_named():
     with pytest.raises(ValueError, match="class_token=False"):
         AttentionMap(random_vit(global_pool="avg", class_token=False))
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)

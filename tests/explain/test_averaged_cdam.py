@@ -152,7 +152,7 @@ def test_the_path_of_values_is_captums_integrated_gradients_of_them(variant):
 
 
 def distance_bias(model: VisionTransformer, tokens, present: Tensor) -> Tensor:
-    """ALiBi's part of the scores (B, H, L, L), 0 for tokens without a place."""
+    """ALiBi's term of the scores (B, H, L, L), 0 for tokens without a position."""
     if tokens.coords_T2 is None:
         return torch.zeros((), dtype=tokens.rows_TC.dtype)
     places = unpack(tokens.coords_T2.nan_to_num(nan=1e6), tokens.packing)
@@ -169,7 +169,7 @@ def test_the_path_at_the_input_has_no_gap_to_report():
         IntegratedCDAM(model, m=2).attribute(x, 0, keep, return_convergence_gap=True)
 
 
-def test_the_class_tokens_whole_score_is_that_of_its_key_and_value_and_that_of_its_query():
+def test_the_class_tokens_score_is_the_sum_of_its_key_and_value_term_and_its_query_term():
     model, (x, keep) = random_vit(reg_tokens=1), sample()
     with torch.no_grad():
         tokens = model.before_last_block(model.embed(x, keep))
@@ -247,7 +247,7 @@ def test_targets_are_those_of_cdam(explain):
     torch.testing.assert_close(maps(lambda z: (z * weights).sum(1)), torch.einsum("bkhw,bk->bhw", every, weights))
 
 
-def test_background_stays_zero_and_nothing_is_left_behind():
+def test_background_stays_zero_and_the_model_is_left_unchanged():
     model, (x, keep) = random_vit(), sample()
     for explain in (SmoothCDAM(model, m=2), IntegratedCDAM(model, m=2), IntegratedCDAM(model, m=2, path="norm")):
         maps = explain.attribute(x, 0, keep)

@@ -1,4 +1,4 @@
-"""The CDAM family under captum's and Quantus's hands: their calls give what our own calls give."""
+"""The CDAM family called by captum and Quantus: their calls give the results of our own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths of embeddings: nodes where the path bends, the gap told, and a bound on what they cost."""
+"""Paths of embeddings: nodes where the path bends, the gap reported, and a bound on their number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts behind docs/evidence.md: their data are what they say, their contenders compute the same."""
+"""The scripts that make docs/evidence.md: their data are as described, and their contenders agree."""
 
 from __future__ import annotations
 

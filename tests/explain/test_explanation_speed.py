@@ -1,4 +1,4 @@
-"""bench/cpu/explanation_speed.py: its contenders compute the same, and its figures are what they are said to be."""
+"""bench/cpu/explanation_speed.py: its contenders agree, and its figures mean what the table says."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_contenders_explain_as_many_classes_as_they_say():
 
 
 @pytest.mark.parametrize("limit", [60.0, 50.0])
-def test_what_is_repeated_is_measured_whole_within_the_limit_and_counted_beyond(limit, clock):
+def test_repetitions_are_measured_completely_within_the_limit_and_extrapolated_beyond(limit, clock):
     turns = Turns({"graph": clock.build_graph}, [clock.contender(10)], limit)
     turns.turn(17, no_guard(), "cpu")
     found = turns.measured()
@@ -148,7 +148,7 @@ def test_the_first_run_is_a_trial_and_what_is_long_is_run_once(clock):
     assert turns.measured().figures["long", 1].seconds == 11
 
 
-def test_what_would_not_fit_is_left_out_by_name_with_the_prediction(clock):
+def test_contenders_that_would_not_fit_are_left_out_and_named_with_the_prediction(clock):
     guard = Guard(longest=1e9, free=lambda: 1000.0)
     guard.last = {("graph", 0): (17, 0.1, 200.0), ("ours", 1): (17, 0.1, 10.0)}
     ours = Contender("ours", 1, lambda: None)
@@ -161,7 +161,7 @@ def test_what_would_not_fit_is_left_out_by_name_with_the_prediction(clock):
     assert "theirs at 85 tokens and 2 classes (it would need about 1,000 MiB, and 1,000 MiB were free)" in text
 
 
-def test_what_would_take_too_long_is_left_out_by_name():
+def test_contenders_that_would_take_too_long_are_left_out_and_named():
     guard = Guard(longest=10, free=lambda: 1e9)
     guard.last = {("ours", 1): (10, 1.0, 1.0)}
     assert guard.objection(("ours", 1), 30) is None

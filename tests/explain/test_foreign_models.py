@@ -104,12 +104,12 @@ def test_models_of_other_libraries_keep_their_mode_and_get_every_explanation(nam
     assert model.training == mode
 
 
-def test_other_models_are_refused_by_name():
+def test_other_models_are_refused_and_named():
     with pytest.raises(TypeError, match="got Linear"):
         CDAM(nn.Linear(2, 2))
 
 
-def test_what_is_done_to_a_converted_model_later_is_not_seen():
+def test_later_changes_of_a_converted_model_have_no_effect():
     model, _, _ = prepared("timm, class token")
     x = torch.randn(1, 3, 64, 64)
     cdam = CDAM(model)

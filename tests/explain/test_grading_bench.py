@@ -201,7 +201,7 @@ def _threads_as_before():
 
 
 @pytest.mark.usefixtures("_threads_as_before")
-def test_the_bench_runs_whole_and_goes_on_where_it_stood(tmp_path, monkeypatch, capsys):
+def test_the_bench_runs_to_the_end_and_resumes_where_it_stopped(tmp_path, monkeypatch, capsys):
     def lines(*more: str) -> list[str]:
         names = ["plain", "masked", "masked at inference alone"]
         command = ["grading", "--quick", "--run", str(tmp_path), "--seeds", "0", "1", "--arms", *names, *more]

@@ -126,7 +126,7 @@ def test_logits_are_the_models_and_maps_are_zero_on_glass():
     assert 0 < relevance.attention_T.sum() < 1
 
 
-def test_the_gradient_may_be_left_out_and_changes_nothing_else():
+def test_the_gradient_can_be_left_out_without_changing_anything_else():
     model, (tiles, keep_Thw, keep_HW) = random_model(), small_slide()
     embeddings = model.encode_tiles(tiles, keep_Thw)
     whole = HierarchicalCDAM(model).tiles(embeddings, keep_HW)
@@ -149,7 +149,7 @@ def test_tiles_may_be_explained_in_batches_of_any_size():
 
 
 def bytes_saved_for_backward(model: SlideModel, call) -> int:
-    """The most that lies saved at a time while ``call`` runs, weights left out."""
+    """The most memory that is saved for backward at a time while ``call`` runs, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     alive: dict[int, int] = {}
     most = 0

@@ -1,4 +1,4 @@
-"""The test of a map: a map of what makes the score passes, its opposite contradicts, noise mostly does neither."""
+"""The check of a map: a map of what makes the score passes, its opposite contradicts, noise mostly does neither."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ N = 200
 
 
 def additive(seed: int):
-    """A score that is the sum of what its tokens are worth: (worth, keep, scores of subsets, those asked for)."""
+    """A score that is the sum of its tokens' worth: (worth, keep, scores of subsets, those asked for)."""
     generator = torch.Generator().manual_seed(seed)
     worth = torch.randn(2, N, generator=generator)
     asked = []
@@ -33,7 +33,7 @@ def test_the_worth_of_tokens_passes_and_its_opposite_contradicts():
         assert checks[0].passed == (sign == 1)
 
 
-def test_fifths_are_seen_alone_and_the_most_relevant_dropped_and_as_many_at_random():
+def test_fifths_are_shown_alone_and_the_most_relevant_tokens_dropped_and_as_many_at_random():
     worth, keep, scores_of, asked = additive(1)
     (check, _) = check_maps(worth, keep, scores_of, draws=3)
     (subsets,) = asked

@@ -1,4 +1,4 @@
-"""The list of methods: each has the one interface, and what reads the list says what it says."""
+"""The list of methods: each has the common interface, and readers of the list agree with it."""
 
 from __future__ import annotations
 

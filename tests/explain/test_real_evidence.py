@@ -1,4 +1,4 @@
-"""The scripts that judge maps on real material, on material drawn here: what they read, leave out and compute."""
+"""The scripts that judge maps on real images, run on drawn ones: what they read, skip and compute."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_slow_methods_give_the_maps_that_they_give_in_float32_whatever_they_run_
         assert torch.corrcoef(torch.stack([maps[name].flatten(), whole.flatten()]))[0, 1] > 0.99, name
 
 
-def test_a_run_goes_on_where_it_was_and_counts_its_time(tmp_path):
+def test_a_run_resumes_where_it_was_and_counts_its_time(tmp_path):
     made = []
 
     def make():
@@ -224,7 +224,7 @@ def test_pasted_slides_hold_what_their_cells_say(real):
     assert means[truth.cells_SS == SICK].max() < means[truth.cells_SS == BENIGN].min()
 
 
-def test_what_is_not_there_is_skipped_by_name(tmp_path):
+def test_missing_material_is_skipped_and_named(tmp_path):
     command = [sys.executable, "-m", "bench.evidence.real", "--real", str(tmp_path), "--encoders", "--quick"]
     found = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=found)

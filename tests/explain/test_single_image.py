@@ -1,4 +1,4 @@
-"""``maskattn explain``: a picture and scores of one image, and what its figures hold."""
+"""``maskattn explain``: a picture and scores of one image, and the contents of its figures."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_tokens_of_all_regions_and_what_is_on_none_sum_to_the_slides_score_less_
     assert gaps[1] < 0.1 * gaps[0]
 
 
-def test_logits_are_the_models_and_nothing_is_left_behind():
+def test_logits_are_the_models_and_the_model_is_left_unchanged():
     model, (regions, keep) = random_hipt(), some_regions(2, 0.5)
     with torch.inference_mode():
         embeddings, _ = model.encode_regions(regions, keep)

@@ -1,4 +1,4 @@
-"""The tutorial's code cells run in order, and show what the text around them says."""
+"""The tutorial's code cells run in order, and their outputs agree with the text."""
 
 from __future__ import annotations
 

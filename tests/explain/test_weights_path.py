@@ -1,4 +1,4 @@
-"""The path of weights: the map against its definition written out, its sum, and what it does not depend on."""
+"""The path of weights: the map against its definition written out, its sum, and its invariances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Concepts as a slide head: the scores pooled by hand, what tiles and tokens add to them, and a whole slide's run."""
+"""Concepts as a slide head: scores pooled by hand, the shares of tiles and tokens in them, and a complete run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families of other libraries' models with random weights: how to build one, convert it, and run it on kept tokens.
+"""Families of other libraries' models with random weights: build one, convert it, and run it on kept tokens.
 
 ``kept_output`` is the original's own code on the tokens that are left when background is dropped after the position
 embedding: what a packed model must equal.
@@ -23,7 +23,7 @@ __all__ = ["EVA", "FAMILIES", "TIMM", "TRANSFORMERS", "Family", "Size", "timm_ev
 
 @dataclass(frozen=True)
 class Size:
-    """How large a family's model is."""
+    """The sizes of a family's model."""
 
     img_size: int = 64
     patch_size: int = 16
@@ -38,10 +38,10 @@ class Family:
     """A kind of model.
 
     Attributes:
-        name: what it is called in tables.
+        name: its name in tables.
         original: builds the other library's model.
         convert: turns it into ours.
-        output: what it says of images, as ours does.
+        output: its output for images, in the form of ours.
         kept_output: the same of one image (1, 3, H, W) from its kept tokens (N,) alone.
     """
 
@@ -133,7 +133,7 @@ TIMM = [
     _of_timm("DeiT-3-like", no_embed_class=True, init_values=1e-6),
     _of_timm("ViT, mean pool", global_pool="avg"),
     _of_timm("ViT, mean pool, no class token", global_pool="avg", class_token=False),
-    _of_timm("ViT, norm behind the class token", fc_norm=True),
+    _of_timm("ViT, norm after the class token", fc_norm=True),
     _of_timm("DINOv2 with registers", reg_tokens=4, no_embed_class=True, init_values=1e-5, dynamic_img_size=True),
     _of_timm("UNI2-h-like", _swiglu_packed, reg_tokens=8, no_embed_class=True, dynamic_img_size=True, num_classes=0),
     _of_timm("H-optimus-like", _swiglu_packed, reg_tokens=4, num_classes=0),

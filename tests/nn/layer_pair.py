@@ -1,4 +1,4 @@
-"""torch's attention layer and ours with the same weights, and how to run both on the same inputs."""
+"""torch's attention layer and ours with the same weights, run on the same inputs."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_mode_frozen_parameters_and_dtype_are_taken_over_and_weights_are_copied(
     assert (theirs.head.weight != 0).any()
 
 
-def test_a_model_that_gives_all_tokens_gives_them_at_their_places():
+def test_a_model_that_returns_all_tokens_returns_them_at_their_positions():
     theirs = timm_vit(Size(), global_pool="", num_classes=0, reg_tokens=2).double().eval()
     ours, (x, keep) = from_timm(theirs), sample()
     torch.testing.assert_close(ours(x), theirs(x))
@@ -187,7 +187,7 @@ def test_a_model_that_gives_all_tokens_gives_them_at_their_places():
 
 
 @pytest.mark.parametrize("name", ["ViT", "DINOv2 with registers", "DINOv3-ViT"])
-def test_encoders_of_transformers_may_be_pooled_otherwise(name):
+def test_encoders_of_transformers_can_be_pooled_in_other_ways(name):
     family = next(family for family in TRANSFORMERS if family.name == f"transformers {name}")
     theirs, _ = random_pair(family)
     x = sample()[0]
@@ -230,7 +230,7 @@ def test_a_classifier_of_transformers_keeps_its_pool():
         ("resnet18", {}, "only timm.models.VisionTransformer"),
     ],
 )
-def test_what_timm_has_and_ours_has_not_is_refused_by_name(name, arguments, part):
+def test_timm_parts_that_ours_lacks_are_refused_and_named(name, arguments, part):
     import timm
 
     with pytest.raises(ValueError, match=part):
@@ -250,7 +250,7 @@ def test_other_blocks_and_pools_of_trained_heads_are_refused():
         from_timm("vit_tiny_patch16_224")
 
 
-def test_what_transformers_has_and_ours_has_not_is_refused_by_name():
+def test_transformers_parts_that_ours_lacks_are_refused_and_named():
     import transformers
 
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

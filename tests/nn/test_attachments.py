@@ -1,4 +1,4 @@
-"""What is hung on a model's parts takes effect: hooks, adapters, parametrisations, quantisation, patched forwards.
+"""Attachments to a model's parts take effect: hooks, adapters, parametrisations, quantisation, patched forwards.
 
 A class-token model's last block and every patch embedding read weights instead of calling layers, which would go round
 all of these; so would methods that run an encoder's parts.
@@ -91,7 +91,7 @@ def test_hooks_of_every_kind_fire_and_change_nothing(part):
 
 
 @pytest.mark.parametrize("part", CALLED_FOR_EVERY_ROW)
-def test_a_hooked_part_of_any_block_sees_every_row(part):
+def test_a_hooked_layer_of_any_block_sees_every_token(part):
     model, (x, keep) = random_vit(), sample()
     seen: list[Tensor] = []
     model.get_submodule(part).register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -250,7 +250,7 @@ def test_a_patched_forward_is_called(part, way, monkeypatch):
     assert any(each is module for each in called)
 
 
-def test_the_shortcut_is_taken_again_when_nothing_hangs_on_the_model():
+def test_the_shortcut_is_taken_again_once_all_attachments_are_removed():
     model, inputs = random_vit(), sample()
     short = numbers_made(model, *inputs)
     handle = model.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: None)

@@ -73,7 +73,7 @@ def test_dinos_training_checkpoint_gives_the_teachers_backbone(tmp_path):
     assert_same(from_state_dict({"model": released}, num_heads=3), teacher)
 
 
-def test_dinov2s_own_layout_inserts_registers_behind_the_positions():
+def test_dinov2s_own_layout_inserts_registers_after_the_positions_are_added():
     expected = random_vit(
         reg_tokens=4, no_embed_class=True, init_values=0.1, mlp_layer="swiglu_packed", act_layer="silu"
     )
@@ -153,7 +153,7 @@ def test_a_region_vit_with_phi_is_an_encoder_of_embeddings():
     )
 
 
-def test_what_a_file_lacks_is_said():
+def test_missing_and_unexpected_tensors_of_a_file_are_named():
     state = random_vit().state_dict()
     with pytest.raises(ValueError, match="pass num_heads"):
         from_state_dict(state)

@@ -1,4 +1,4 @@
-"""Encoders by name: features equal those of the library's own network, and what cannot be had says what to do."""
+"""Encoders by name: features equal those of the library's own network; unavailable ones say what to do."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_tables_arguments_build_a_network_of_the_tables_width(entry: Encoder
 
 
 @torch.inference_mode()
-def test_registers_have_no_part_in_virchow2s_mean():
+def test_registers_are_left_out_of_virchow2s_mean():
     entry = shallow(ENCODERS["virchow2"])
     theirs: Any = with_random_weights(build_timm(entry, None, {"pretrained": False}))
     tokens = theirs.forward_features(images(entry, pixels := tiles(224)))
@@ -114,7 +114,7 @@ def test_general_networks_have_timms_statistics_and_licences():
             assert entry.spacing_um is None
 
 
-def test_every_row_is_whole_and_names_its_source():
+def test_every_row_is_complete_and_names_its_source():
     for name, entry in ENCODERS.items():
         assert entry_named(name) is entry
         assert entry.licence, name
@@ -262,7 +262,7 @@ def test_code_of_a_hub_is_run_only_where_that_is_allowed():
             load_encoder(name)
 
 
-def test_an_encoder_that_nothing_here_runs_says_where_to_go():
+def test_an_encoder_that_cannot_be_run_here_says_where_to_find_it():
     with pytest.raises(ValueError, match=r"ctranspath: it is a Swin transformer .*TRIDENT or STAMP"):
         load_encoder("ctranspath")
 
@@ -305,7 +305,7 @@ def test_a_file_alone_needs_its_number_of_heads(tmp_path: Path):
     assert_same_features(ours.encode_tiles(pixels), theirs(images(entry, pixels)))
 
 
-def test_sides_that_are_no_whole_tokens_are_refused():
+def test_sides_that_are_not_a_multiple_of_the_token_are_refused():
     card = EncoderCard("mine", "token", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 60, 60)
     with pytest.raises(ValueError, match=r"whole tokens of 16 px.*tile_px=60.*nearest sides are 48 and 64"):
         TileEncoder(VisionTransformer(img_size=64, embed_dim=24, depth=1, num_heads=2), card)

@@ -1,4 +1,4 @@
-"""HIPT, level by level against its parts run one patch and one region at a time."""
+"""HIPT, level by level, against its levels run one patch and one region at a time."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_factorised_map_is_the_published_formula(trained, weights, scale, by_han
     assert (maps.combined_Bhw[keep] <= 1).all()
 
 
-def test_ties_take_the_lowest_rank_and_equal_values_the_whole_range():
+def test_ties_take_the_lowest_rank_and_equal_values_the_full_range():
     values, packing = (
         torch.tensor([2.0, 1.0, 2.0, 5.0, 5.0]),
         Packing.from_keep(torch.tensor([[True] * 3, [True, True, False]])),

@@ -61,7 +61,7 @@ def test_masked_logits_are_those_of_the_originals_masked_attention(registers: in
         assert with_tissue.all()
         logits = model(embeddings, torch.ones(2, 3, dtype=torch.bool))
         torch.testing.assert_close(logits, original(features, pct)[0], rtol=1e-5, atol=1e-5)
-        # What lies in patches of glass changes nothing, bit for bit.
+        # The pixels of glass patches change nothing, bit for bit.
         other = torch.where(keep[:, :, None], features, torch.nan)
         assert torch.equal(model.embed_regions(other, keep)[0], embeddings)
 

@@ -150,7 +150,7 @@ def test_the_layer_can_be_copied_pickled_and_saved():
         torch.testing.assert_close(twin(x, x, x, mask), ours(x, x, x, mask))
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_arguments_that_do_not_fit_are_refused_and_named():
     x = torch.randn(B, S, E)
     layer = MultiheadAttention(E, H, batch_first=True)
     with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_by_name():
         MultiheadAttention(0, H)
 
 
-def test_an_implementation_that_lacks_what_is_asked_for_is_refused():
+def test_an_implementation_that_lacks_a_requested_option_is_refused():
     x = torch.randn(B, S, E)
     layer = MultiheadAttention(E, H, batch_first=True, impl="reference")
     expected = MultiheadAttention(E, H, batch_first=True)

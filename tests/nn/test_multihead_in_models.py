@@ -71,7 +71,7 @@ def test_an_encoder_computes_the_same_and_through_our_forward(training, norm_fir
 @pytest.mark.parametrize("mask", ["none", "scattered", "padding on the right"])
 # torch's encoder makes nested tensors of right-padded batches, which warn of themselves once.
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
-def test_torchs_fast_path_does_not_go_round_our_forward(context, mask, forwards):
+def test_torchs_fast_path_does_not_bypass_our_forward(context, mask, forwards):
     theirs, ours = (model.eval() for model in swapped(encoder()))
     x = torch.randn(B, S, E, dtype=torch.float64)
     ignored = {"none": None, "scattered": padding(), "padding on the right": right_padding()}[mask]
@@ -175,7 +175,7 @@ def test_biases_may_have_a_precision_of_their_own(widths):
     torch.testing.assert_close(got, theirs(*inputs)[0])
 
 
-def test_swapping_keeps_parameters_sharing_hooks_mode_and_place(forwards):
+def test_swapping_keeps_parameters_sharing_hooks_mode_and_position(forwards):
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""What our layer promises where torch's has nothing to compare: keys that are not read, rows without a key."""
+"""Guarantees of our layer that torch's does not give: keys that are not read, queries without a key."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class LargestTensors(TorchDispatchMode):
 
 
 def use_blocks_of(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks as of far more tokens, beside torch's layer in float64, which would not hold the scores of so many."""
+    """Block sizes as for far more tokens, judged by torch's layer in float64, which could not hold so many scores."""
     monkeypatch.setattr(padded_attention, "_SCORES_IN_CACHE", scores)
     monkeypatch.setattr(padded_attention, "_SCORES_HELD", 0)
 
@@ -53,7 +53,7 @@ def test_blocks_of_queries_join_without_a_seam(average, masked, dense, scores, m
             torch.testing.assert_close(got, expected)
 
 
-def test_without_a_graph_nothing_of_the_weights_size_is_made_but_they(monkeypatch):
+def test_without_a_graph_the_weights_are_the_only_tensor_of_their_size(monkeypatch):
     use_blocks_of(1 << 12, monkeypatch)
     layer, N = MultiheadAttention(E, H, batch_first=True), 256
     x = torch.randn(1, N, E)
@@ -81,7 +81,7 @@ def test_a_graph_holds_no_block_of_scores(monkeypatch):
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("kind", ["none", "bool", "float"])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_a_readout_is_the_first_rows_of_the_whole(arguments, average, kind, queries):
+def test_a_readout_equals_the_first_rows_of_the_full_weights(arguments, average, kind, queries):
     theirs, ours = pair(**arguments)
     ours.skip_queries = True
     x = inputs_of(theirs)[1]

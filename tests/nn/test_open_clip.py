@@ -1,4 +1,4 @@
-"""Checkpoints in open_clip's layout, beside the tower written out plainly in torch's own modules."""
+"""Checkpoints in open_clip's layout, compared with the tower written out in torch's own modules."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_tower_of_timms_loads_with_the_linear_projection_above_it():
         from_state_dict(state | {"visual.head.mlp.fc1.weight": torch.randn(8, 48)}, num_heads=4)
 
 
-def test_what_ours_has_not_is_named():
+def test_parts_that_ours_lacks_are_named():
     state = checkpoint(PlainTower())
     with pytest.raises(ValueError, match="do not say their activation"):
         from_state_dict(state, name="clip.pt")

@@ -1,4 +1,4 @@
-"""Each layout's positions on another grid, beside the output of the library that wrote them."""
+"""Each layout's positions on another grid, compared with the output of the library that wrote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's ``fully_shard`` on each block and on the whole, the usual recipe: outputs and gradients of one process."""
+"""torch's ``fully_shard`` on each block and on the model, the usual recipe: outputs and gradients as on one process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _train_a_share(rank: int, world: int, port: int, global_pool: str, results: 
 
 @pytest.mark.parametrize("global_pool", ["token", "avg"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_model_sharded_block_by_block_trains_as_the_whole_does(world, global_pool, tmp_path):
+def test_a_model_sharded_block_by_block_trains_as_an_unsharded_one(world, global_pool, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -71,7 +71,7 @@ def test_other_sizes_of_images_agree_with_transformers_interpolation():
         torch.testing.assert_close(from_transformers(model)(x), theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_masked_patches_are_as_if_they_had_never_been_there():
+def test_masked_patches_are_as_if_absent():
     ours, x = from_transformers(random_tower()), torch.randn(1, 3, 64, 64)
     keep = torch.rand(1, 4, 4) > 0.4
     keep[0, 0, 0] = True
@@ -84,7 +84,7 @@ def test_masked_patches_are_as_if_they_had_never_been_there():
     assert (maps[~keep] == 0).all()
 
 
-def test_what_ours_has_not_is_named():
+def test_parts_that_ours_lacks_are_named():
     with pytest.raises(ValueError, match="activation 'relu'"):
         from_transformers(random_tower(hidden_act="relu"))
     with pytest.raises(ValueError, match=r"vision_use_head=False.*pass global_pool='avg'"):

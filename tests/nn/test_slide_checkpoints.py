@@ -1,4 +1,4 @@
-"""Checkpoints of slide models as files: no code of theirs runs, and what does not fit is refused."""
+"""Checkpoint files of slide models: none of their code runs, and what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Trained:
 
 
 class Calls:
-    """What runs a function when it is unpickled."""
+    """An object that runs a function when it is unpickled."""
 
     def __reduce__(self) -> tuple:
         return run_me, ("on reading",)
@@ -73,7 +73,7 @@ def test_what_a_training_program_pickled_beside_the_weights_is_neither_imported_
     assert hyper["train_patients"] == {"one", "two"}
 
 
-def test_the_old_kind_of_file_is_read_too(tmp_path):
+def test_torchs_older_file_format_is_read_too(tmp_path):
     case = clam(branches=False)
     torch.save(case.checkpoint, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert load_slide_head(tmp_path / "old.pt").layout == "CLAM_SB"
@@ -93,7 +93,7 @@ def test_a_pickled_model_is_refused_and_not_run(tmp_path):
         load_slide_head(tmp_path / "list.pt")
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path):
+def test_files_that_are_not_checkpoints_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*none\.pt"):
         load_slide_head(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
@@ -131,7 +131,7 @@ def test_keys_and_shapes_that_do_not_fit_are_named():
         head_from_checkpoint(case.checkpoint)
 
 
-def test_models_that_do_something_else_are_refused_by_what_they_do():
+def test_models_of_another_kind_are_refused_with_what_they_do():
     case = stamp_mlp()
     case.checkpoint["hyper_parameters"]["task"] = "survival"
     with pytest.raises(ValueError, match="STAMP's task 'survival' on 'tile' features"):

@@ -164,7 +164,7 @@ def test_cdam_of_slide_encoders_in_closed_form_is_autograds(build):
     torch.testing.assert_close(closed[:, 1:], graph[:, 1:])
 
 
-def test_the_order_of_tiles_means_nothing_and_with_alibi_nor_does_the_origin():
+def test_the_order_of_tiles_does_not_matter_nor_with_alibi_does_the_origin():
     x, coords = tiles()
     encoder = from_titan(titan_state(), num_heads=HEADS)
     expected = encode_placed_tiles(encoder, x, coords, 256)
@@ -203,7 +203,7 @@ def test_wrong_coordinates_are_named():
         place_tiles(x, coords - 9999, 256)
 
 
-def test_keys_without_a_place_are_named():
+def test_unexpected_keys_are_named():
     state = gigapath_state()
     state["encoder.layers.0.moe.gate"] = normal(3)
     with pytest.raises(ValueError, match=r"encoder\.layers\.0\.moe\.gate has no place"):

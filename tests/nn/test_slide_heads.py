@@ -36,7 +36,7 @@ def test_logits_and_gradients_are_those_of_the_layouts_model_written_out(name, c
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_head_is_built_anew_from_its_arguments_and_weights(name):
+def test_a_head_can_be_rebuilt_from_its_arguments_and_weights(name):
     case, (z, um, cells) = CASES[name](), tiles()
     head = head_from_checkpoint(case.checkpoint, **case.options).head
     twin = type(head)(**head.arguments()).double().eval()
@@ -45,7 +45,7 @@ def test_a_head_is_built_anew_from_its_arguments_and_weights(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"TransMIL"}))
-def test_the_order_of_the_tiles_means_nothing_but_to_transmil(name):
+def test_the_order_of_the_tiles_matters_only_to_transmil(name):
     case, (z, um, cells) = CASES[name](), tiles()
     head = head_from_checkpoint(case.checkpoint, **case.options).head
     order = torch.randperm(len(z))
@@ -94,7 +94,7 @@ def head_of(name: str) -> SlideHead:
     return head_from_checkpoint(case.checkpoint, **case.options).head
 
 
-def test_wrong_embeddings_and_missing_places_are_named():
+def test_wrong_embeddings_and_missing_coordinates_are_named():
     z, um, cells = tiles()
     with pytest.raises(ValueError, match=r"reads \(T, 24\) embeddings of T ≥ 1 tiles, got \(23, 20\)"):
         head_of("CLAM_SB")(z[:, :20])

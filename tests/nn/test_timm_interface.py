@@ -1,4 +1,4 @@
-"""What timm's users call, on converted models: the same values as timm's, and masks beside them."""
+"""timm's interface on converted models: the same values as timm's, and masks in addition."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_card_of_the_model_comes_along():
 
 
 @pytest.mark.parametrize("variant", [{}, {"global_pool": "avg"}, {"global_pool": "map", "class_token": False}], ids=str)
-def test_sides_that_are_no_multiple_of_the_token_lose_what_timm_loses(variant):
+def test_sides_that_are_not_a_multiple_of_the_token_are_cropped_as_in_timm(variant):
     theirs = timm_vit(Size(img_size=70), **variant).double().eval()
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.2)

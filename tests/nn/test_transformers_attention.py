@@ -72,7 +72,7 @@ def test_masked_keys_are_left_out_as_in_eager_attention(name):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_causal_models_and_masks_of_queries_are_refused_by_name():
+def test_causal_models_and_masks_of_queries_are_refused_and_named():
     name = register_attention()
     config = transformers.GPT2Config(n_embd=48, n_layer=1, n_head=3, vocab_size=50)
     gpt = transformers.GPT2Model(config).eval()
@@ -96,7 +96,7 @@ def test_dropout_of_weights_is_taken_in_training():
 
 
 @pytest.mark.parametrize("kind", ["SiglipVision", "ViT", "CLIPVision"])
-def test_attention_weights_are_refused_also_where_the_model_does_not_hand_the_wish_on(kind):
+def test_attention_weights_are_refused_even_where_the_model_does_not_pass_the_request_on(kind):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = getattr(transformers, f"{kind}Config")(image_size=32, patch_size=8, **sizes)
     model = getattr(transformers, f"{kind}Model")(config).eval()

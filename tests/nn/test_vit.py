@@ -25,7 +25,7 @@ VARIANTS = [
 
 
 def random_vit(**arguments: object) -> VisionTransformer:
-    """Weights of a size at which every part of the model matters to the output."""
+    """Weights of a size at which every layer matters to the output."""
     model = VisionTransformer(**{**SMALL, **arguments}).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -96,7 +96,7 @@ def test_float32_agrees_to_float_rounding():
     assert (single - exact).abs().max() / exact.abs().max() < 64 * torch.finfo(torch.float32).eps
 
 
-def test_reading_the_class_token_alone_equals_running_the_whole_last_block():
+def test_reading_the_class_token_alone_equals_running_the_full_last_block():
     model, x, keep = random_vit(reg_tokens=2), images(), random_keep(3, 4, 4)
     tokens = model.before_last_block(model.embed(x, keep))
     torch.testing.assert_close(
@@ -271,7 +271,7 @@ MORE_VARIANTS = [
 
 
 @pytest.mark.parametrize("variant", MORE_VARIANTS)
-def test_an_image_says_the_same_alone_and_in_a_batch_and_its_background_says_nothing(variant):
+def test_an_images_output_is_the_same_alone_and_in_a_batch_and_ignores_its_background(variant):
     model, x, keep = random_vit(**variant), images(), random_keep(3, 4, 4)
     background = ~keep.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None].expand_as(x)
     together = model(x.masked_fill(background, float("nan")), keep)
@@ -289,7 +289,7 @@ def test_an_image_without_tissue_gives_a_finite_constant_in_every_variant(varian
 
 
 def dense_bias_and_angles(model: VisionTransformer) -> tuple[Tensor, Tensor]:
-    """ALiBi's N×N biases and DINOv3's angles of a 4 × 4 grid behind the prefix, written out."""
+    """ALiBi's N×N biases and DINOv3's angles of a 4 × 4 grid after the prefix, written out."""
     row, column = torch.arange(16) // 4, torch.arange(16) % 4
     places = torch.stack([row, column], dim=1).double()
     P, heads = model.num_prefix_tokens, model.last_block.attn.num_heads
@@ -303,7 +303,7 @@ def dense_bias_and_angles(model: VisionTransformer) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("position", ["alibi", "rotary"])
-def test_attention_with_places_is_the_dense_formula(position):
+def test_attention_with_positions_is_the_dense_formula(position):
     model = random_vit(pos_embed=position, reg_tokens=2)
     tokens = model.embed(images(1), torch.ones(1, 4, 4, dtype=torch.bool))
     attn = model.blocks[0].attn
@@ -343,7 +343,7 @@ def test_alibi_slopes_of_counts_that_are_no_power_of_two():
     torch.testing.assert_close(alibi_slopes(12, like), torch.cat([below, between]))
 
 
-def test_a_bfloat16_model_keeps_its_places_in_float32():
+def test_a_bfloat16_model_keeps_its_positions_in_float32():
     model, x, keep = random_vit(pos_embed="alibi", num_heads=12), images(), random_keep(3, 4, 4)
     exact = model(x, keep)
     tokens = model.bfloat16().embed(x.bfloat16(), keep)

@@ -1,4 +1,4 @@
-"""A layer asks the device no more often for numbers than it must."""
+"""A layer reads numbers from the device no more often than necessary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskattn import native_packing
 from maskattn.nn import MultiheadAttention
 from maskattn.packing import Packing, packing_and_answer
 
-# What waits for a device: numbers that the host reads, and results whose size depends on numbers.
+# Operations that wait for a device: reads by the host, and results whose size depends on values.
 WAITS = frozenset({"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "unique"})
 
 
@@ -53,7 +53,7 @@ def test_a_float_mask_waits_no_more_often_than_a_bool_mask(bias):
 
 @pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("answer", [False, True])
-def test_a_packing_is_read_with_an_answer_in_one_wait(answer):
+def test_a_packing_and_an_answer_are_read_in_one_wait(answer):
     keep = torch.tensor([[True, False, True], [False, False, False]])
     with CountedWaits() as counted:
         packing, found = packing_and_answer(keep, torch.tensor(answer))

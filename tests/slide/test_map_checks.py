@@ -1,4 +1,4 @@
-"""Tests of a slide's maps: in its prediction, in the summary, in the titles of its pictures, and by hand."""
+"""Checks of a slide's maps: in its prediction, the summary, the titles of its pictures, and by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from maskattn.slide.sinks import heatmaps
 from maskattn.slide.summary import read_summary
 
 
-def test_a_prediction_tells_of_each_map_its_method_its_sum_and_what_dropping_tiles_does(
+def test_a_prediction_records_each_maps_method_sum_and_effect_of_dropping_tiles(
     model: SlideModel, slide: Path, settings: RunSettings
 ) -> None:
     (outcome,) = run_slides([SlideJob("disc", slide)], model, settings)
@@ -53,7 +53,7 @@ def test_a_prediction_tells_of_each_map_its_method_its_sum_and_what_dropping_til
 
 
 @pytest.mark.parametrize("verdict", ["passed", "weak", "contradicts"])
-def test_titles_summary_and_the_last_lines_say_where_a_map_did_not_pass(
+def test_titles_summary_and_the_last_lines_say_which_maps_did_not_pass(
     model: SlideModel, slide: Path, settings: RunSettings, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles = []

@@ -59,7 +59,7 @@ def test_colour_palette_and_one_bit_masks_are_read(tmp_path: Path, drawn_info: S
         np.testing.assert_array_equal(load_mask(path, drawn_info).mask_HW, plane > 0)
 
 
-def test_of_a_pyramidal_mask_the_coarsest_level_that_is_fine_enough_is_read(
+def test_the_coarsest_level_of_a_pyramidal_mask_that_is_fine_enough_is_read(
     tmp_path: Path, drawn_info: SlideInfo
 ) -> None:
     plane = np.zeros((1536, 2048), np.uint8)
@@ -92,7 +92,7 @@ def test_a_mask_out_of_proportion_is_refused(tmp_path: Path, drawn_info: SlideIn
         load_mask(path, drawn_info)
 
 
-def test_what_is_no_mask_is_refused_with_its_reason(tmp_path: Path, drawn_info: SlideInfo) -> None:
+def test_files_that_are_not_masks_are_refused_with_the_reason(tmp_path: Path, drawn_info: SlideInfo) -> None:
     text = tmp_path / "text.png"
     text.write_text("not an image")
     whole = save(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 2, (192, 256), np.uint8))
@@ -143,7 +143,7 @@ def test_the_inverted_mask_can_be_turned_by_its_value(tmp_path: Path, drawn_info
         np.testing.assert_array_equal(load_mask(save(tmp_path / name, plane), drawn_info, (0,)).mask_HW, plane == 0)
 
 
-def test_of_a_pyramid_in_sub_ifds_a_coarse_level_is_read(tmp_path: Path, drawn_info: SlideInfo) -> None:
+def test_a_coarse_level_of_a_pyramid_in_sub_ifds_is_read(tmp_path: Path, drawn_info: SlideInfo) -> None:
     plane = np.zeros((1536, 2048), np.uint16)
     plane[400:800, 400:800] = 300
     path = tmp_path / "pyramid.ome.tif"

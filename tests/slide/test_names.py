@@ -51,7 +51,7 @@ def test_id_of_a_file_is_its_name_without_its_ending(name: str, slide_id: str) -
 
 
 @pytest.mark.parametrize("slide_id", ["a", "Gefäß 1.2 (copy)", "summary", "x" * 200, "CON", "a.partial"])
-def test_id_that_names_a_folder_is_taken(slide_id: str) -> None:
+def test_id_that_can_name_a_folder_is_accepted(slide_id: str) -> None:
     assert problem_of_id(slide_id) is None
 
 
@@ -72,7 +72,7 @@ def test_id_that_names_a_folder_is_taken(slide_id: str) -> None:
         ("Summary.CSV", "run's own table"),
     ],
 )
-def test_id_that_names_none_is_refused_in_one_short_line(slide_id: str, words: str) -> None:
+def test_id_that_cannot_name_a_folder_is_refused_in_one_short_line(slide_id: str, words: str) -> None:
     problem = problem_of_id(slide_id)
     assert problem is not None
     assert words in problem

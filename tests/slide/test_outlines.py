@@ -152,7 +152,7 @@ def test_a_geometry_or_a_feature_alone_is_read(tmp_path: Path, content: dict[str
     assert read_outlines(path, info_of()).area.area == 81
 
 
-def test_an_outline_that_crosses_itself_holds_what_it_goes_round(tmp_path: Path) -> None:
+def test_an_outline_that_crosses_itself_contains_what_it_encloses(tmp_path: Path) -> None:
     bow_tie = polygon(ring((0, 0), (100, 100), (100, 0), (0, 100)))
     twice = polygon(ring((200, 0), (300, 0), (300, 100), (200, 100), (200, 0), (300, 0), (300, 100), (200, 100)))
     outlines = read_outlines(write(tmp_path / "x.geojson", feature(bow_tie), feature(twice)), info_of())
@@ -161,7 +161,7 @@ def test_an_outline_that_crosses_itself_holds_what_it_goes_round(tmp_path: Path)
     assert note.startswith("2 of 2 outlines cross or touch themselves and were mended; the first: Self-intersection[50")
 
 
-def test_an_open_ring_is_closed_and_a_third_number_is_passed_over(tmp_path: Path) -> None:
+def test_an_open_ring_is_closed_and_a_third_number_is_ignored(tmp_path: Path) -> None:
     path = write(tmp_path / "open.geojson", feature(polygon([[0, 0, 5], [10, 0], [10, 10, 5], [0, 10, 5]])))
     assert read_outlines(path, info_of()).area.area == 100
 
@@ -204,7 +204,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("content", "words"), WRONG)
-def test_what_is_no_outline_is_refused_with_the_rule_the_value_and_a_remedy(
+def test_files_that_are_not_outlines_are_refused_with_the_rule_the_value_and_a_remedy(
     tmp_path: Path, content: Any, words: str
 ) -> None:
     path = tmp_path / "wrong.geojson"
@@ -242,7 +242,7 @@ def test_labels_are_of_images_and_classes_of_outlines(tmp_path: Path) -> None:
         load_mask(tmp_path / "mask.png", info_of(), tissue_classes=["Tumor"])
 
 
-def test_a_token_takes_part_by_half_within_a_region_and_less_than_half_in_an_exclusion(tmp_path: Path) -> None:
+def test_a_token_takes_part_if_half_of_it_is_in_the_region_and_less_than_half_is_excluded(tmp_path: Path) -> None:
     info = info_of(160, 160)
     everywhere = TissueMask(np.ones((16, 16), bool), 10.0, (10.0, 10.0), "file", 1.0)
     roi = write(tmp_path / "roi.geojson", feature(polygon(box(0, 0, 72, 160))))
@@ -254,8 +254,8 @@ def test_a_token_takes_part_by_half_within_a_region_and_less_than_half_in_an_exc
     limited = limit_tissue(everywhere, info, "s", (roi, None), (out, ["Pen"]))
     grid = grid_of(limited, info, tile_px=16, token_px=16)
     rows, columns = np.nonzero(grid.keep_HW)
-    assert (columns.min(), columns.max()) == (0, 4)  # the fifth column lies in the region by half
-    assert (rows.min(), rows.max()) == (1, 9)  # of the second row less than half is left out
+    assert (columns.min(), columns.max()) == (0, 4)  # half of the fifth column lies in the region
+    assert (rows.min(), rows.max()) == (1, 9)  # less than half of the second row is excluded
     assert limited.method == "file within roi.geojson without out.geojson"
     assert limit_tissue(everywhere, info, "s") is everywhere
 

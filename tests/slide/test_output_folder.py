@@ -1,4 +1,4 @@
-"""A slide's folder of outputs: whatever stands in its place is that slide's failure only, and is never harmed."""
+"""A slide's folder of outputs: anything else at its path fails only that slide, and is never damaged."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def folder_for_prediction(out: Path) -> None:
         (folder_for_prediction, "must be readable"),
     ],
 )
-def test_what_is_not_ours_fails_that_slide_alone_and_stays(
-    tmp_path: Path, make: Callable[[Path], None], words: str
-) -> None:
+def test_foreign_files_fail_that_slide_alone_and_stay(tmp_path: Path, make: Callable[[Path], None], words: str) -> None:
     make(tmp_path)
     before = sorted(path.name for path in tmp_path.rglob("*"))
     with pytest.raises(SlideError, match=f"a slide's output.*{words}.*move it away"):
@@ -85,7 +83,7 @@ def test_folder_that_cannot_be_read_fails_that_slide_alone(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("litter", [".DS_Store", "._prediction.json", "Thumbs.db", "desktop.ini", ".nfs00000001"])
-def test_litter_of_the_system_is_no_strange_file(tmp_path: Path, litter: str) -> None:
+def test_litter_of_the_system_is_not_a_foreign_file(tmp_path: Path, litter: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / litter).touch()
     assert find_finished(tmp_path, "a") is None
@@ -162,7 +160,7 @@ def test_ids_that_differ_in_case_alone_are_two_slides_where_case_counts(tmp_path
 
 
 @pytest.mark.parametrize("slide_id", ["summary.csv", "../up", ".hidden", "x" * 201])
-def test_id_that_names_no_folder_fails_that_slide_alone(tmp_path: Path, slide_id: str) -> None:
+def test_id_that_cannot_name_a_folder_fails_that_slide_alone(tmp_path: Path, slide_id: str) -> None:
     jobs = [SlideJob(slide_id, tmp_path / "a.svs"), SlideJob("b", tmp_path / "b.svs")]
     a, b = run_slides(jobs, small_model(), RunSettings(tmp_path / "out"))
     assert "a slide_id must" in a.reason

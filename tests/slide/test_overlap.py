@@ -57,7 +57,7 @@ def on_the_slide(folder: Path, name: str, before: tuple[int, int] = (0, 0)) -> n
 
 
 def padded(folder: Path, before: tuple[int, int]) -> SlideJob:
-    """The slide and its mask, moved right and down by so many tokens."""
+    """The slide and its mask, shifted right and down by so many tokens."""
     folder.mkdir()
     by = ((before[1] * TOKEN_PX, 0), (before[0] * TOKEN_PX, 0))
     image = np.pad(tissue_image(), (*by, (0, 0)), constant_values=255)
@@ -125,7 +125,7 @@ class Sum(SlideHead):
 
 
 def summing_model(seam: float = 0.0) -> TwoStageModel:
-    """A token's part in the score depends on its own pixels alone: even attention, no norm after it, a sum at the end.
+    """A token's share of the score depends on its own pixels alone: even attention, no norm after it, a sum at the end.
 
     A seam adds so much to what the tokens of a tile's first column say.
     """
@@ -223,7 +223,7 @@ def test_a_finished_slide_serves_where_its_tiles_overlap_alike(
         ({"overlap": 0.4, "tokens": True}, "tiles of 4 tokens along must overlap"),
     ],
 )
-def test_an_overlap_that_cannot_be_is_refused(
+def test_impossible_overlaps_are_refused(
     model: SlideModel, tmp_path: Path, settings: RunSettings, asked: dict[str, Any], words: str
 ) -> None:
     slide = write_slide(tmp_path / "disc.tiff")

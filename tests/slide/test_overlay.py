@@ -140,7 +140,7 @@ SIGHT = {
 
 
 def seen(rgb_N3: np.ndarray, sight: str) -> np.ndarray:
-    """Colours in CIELAB as somebody with this sight sees them."""
+    """Colours in CIELAB as somebody with this colour vision sees them."""
     srgb = rgb_N3.astype(np.float64) / 255
     light = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4) @ np.array(SIGHT[sight]).T
     light = light.clip(0, 1)
@@ -149,7 +149,7 @@ def seen(rgb_N3: np.ndarray, sight: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sight", SIGHT)
-def test_colours_are_told_apart_by_every_kind_of_sight(sight: str) -> None:
+def test_colours_can_be_told_apart_with_every_kind_of_colour_vision(sight: str) -> None:
     values = np.array([-1.0, -0.2, 0.0, 0.2, 1.0])
     for shades, least in (
         (coloured(values, (-1, 1), COLOUR_MAPS["diverging"][0]), 15),
@@ -195,7 +195,7 @@ def test_limits_that_are_given_are_those_of_the_colours(thumbnail: np.ndarray, v
     assert np.ptp(wide[known].astype(int), axis=1).mean() < np.ptp(own[known].astype(int), axis=1).mean() / 2
 
 
-def test_smoothing_takes_steps_away_and_leaves_background_and_flat_places_as_they_are() -> None:
+def test_smoothing_removes_steps_and_leaves_background_and_flat_areas_unchanged() -> None:
     values = np.full((60, 90), np.nan)
     values[10:50, 5:45], values[10:50, 45:85] = 1.0, -1.0
     drawn = smoothed(values, 5.0)

@@ -1,4 +1,4 @@
-"""One slide: every output, the numbers of its parts, and what is left out of them."""
+"""One slide: every output, its figures, and what is left out of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def finished(model: SlideModel, slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outputs of one slide, tokens included; for tests that only look."""
+    """The outputs of one slide, tokens included, for tests that only read them."""
     out = tmp_path_factory.mktemp("finished")
     (outcome,) = run_slides([SlideJob("disc", slide)], model, RunSettings(out, batch_size=8, tokens=True))
     assert outcome.status == "ok", outcome.reason
@@ -43,7 +43,7 @@ def finished(model: SlideModel, slide: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def by_hand(model: SlideModel, slide: Path) -> dict[str, object]:
-    """The same slide through the same rooms in one batch."""
+    """The same slide through the same modules in one batch."""
     with SlideReader(slide) as reader:
         grid = make_grid(reader.info, find_tissue(reader), tile_px=64, token_px=16, spacing_um=1.0)
         (batch,) = stream_tiles(reader, grid, batch_size=1000)
@@ -57,7 +57,7 @@ def by_hand(model: SlideModel, slide: Path) -> dict[str, object]:
     return {"grid": grid, "embeddings": embeddings, "logits": logits, "tiles": tiles, "tokens": tokens}
 
 
-def test_slide_gives_every_output_and_the_numbers_of_its_parts(finished: Path, model: SlideModel, slide: Path) -> None:
+def test_slide_gives_every_output_and_its_figures(finished: Path, model: SlideModel, slide: Path) -> None:
     assert names(finished) == OUTPUTS
     assert names(finished.parent) == {"disc", "summary.csv"}
     hand = by_hand(model, slide)

@@ -234,7 +234,7 @@ def test_a_zarr_is_refused_at_once_where_the_package_is_missing(
 
 
 @pytest.mark.parametrize(("stride", "origin", "cell"), [(64, 0, 64), (32, 0, 32), (48, 16, 16), (51, 7, 4)])
-def test_tiles_that_overlap_or_begin_anywhere_lie_where_they_are(
+def test_tiles_that_overlap_or_begin_anywhere_are_placed_correctly(
     tmp_path: Path, stride: int, origin: int, cell: float
 ) -> None:
     grid: Any = SimpleNamespace(token_lv0=64.0, tile_lv0=64, width_px=400, height_px=300)

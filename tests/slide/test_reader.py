@@ -26,7 +26,7 @@ def wave(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return 128 + 100 * (np.cos(start * turn) - np.cos(end * turn)) / (turn * (end - start))
 
 
-def test_info_tells_the_geometry_and_the_spacing(slide: DrawnSlide) -> None:
+def test_info_gives_the_geometry_and_the_spacing(slide: DrawnSlide) -> None:
     with SlideReader(slide.path) as reader:
         info = reader.info
     assert (info.width_px, info.height_px) == (1024, 768)
@@ -73,7 +73,7 @@ def test_geometry_holds_at_sub_pixel_positions_of_a_level(
     assert np.abs(region[..., 1] - wave(y + edges[:-1], y + edges[1:])[:, None]).max() < 4
 
 
-def test_what_lies_outside_the_slide_is_white(slide: DrawnSlide) -> None:
+def test_pixels_outside_the_slide_are_white(slide: DrawnSlide) -> None:
     reader = SlideReader(slide.path)
     region = reader.read_region(-50, 700, (150, 150), (150, 150))
     np.testing.assert_array_equal(region[:68, 50:], slide.rgb_HW3[700:, :100])
@@ -210,7 +210,7 @@ def test_describe_says_what_the_file_says(slide: DrawnSlide) -> None:
     assert said["properties"]["openslide.vendor"] == "generic-tiff"
 
 
-def test_what_is_no_slide_is_refused_with_its_reason(tmp_path: Path) -> None:
+def test_files_that_are_not_slides_are_refused_with_the_reason(tmp_path: Path) -> None:
     text = tmp_path / "text.svs"
     text.write_text("not a slide")
     empty = tmp_path / "empty.svs"

@@ -114,7 +114,7 @@ def test_finished_regions_are_skipped_and_other_requests_refused(
         ({"region_px": 32}, "got --region-size 32 of patches of 32 px; take 64"),
     ],
 )
-def test_regions_that_cannot_be_are_refused(
+def test_impossible_regions_are_refused(
     change: dict[str, object], message: str, encoder: TileEncoder, slide: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ManifestError, match=message):

@@ -1,4 +1,4 @@
-"""A run with HIPT's own checkpoint: regions in the place of tiles, from the slide to predictions and maps of tokens."""
+"""A run with HIPT's own checkpoint: regions instead of tiles, from the slide to predictions and maps of tokens."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_stored_features_of_patches_give_the_scores_and_the_maps_of_their_patche
         np.testing.assert_allclose(table["tiles/relevance"][:], of_regions.relevance_KT.numpy(), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(table["tokens/relevance"][:], maps.relevance_KBHW.numpy(), rtol=1e-3, atol=1e-5)
         np.testing.assert_array_equal(table["tokens/keep"][:].reshape(keep.shape), keep.numpy())
-    # Regions' scores are what their patches and what is on none sum to.
+    # Regions' scores are the sums over their patches plus what lies on none.
     total = maps.relevance_KBHW.sum((2, 3)) + maps.unmapped_KB
     torch.testing.assert_close(total, of_regions.relevance_KT, rtol=1e-2, atol=1e-3)
     assert any("maps of tokens need the pixels" in note for note in outcome.prediction.notes)
@@ -186,7 +186,7 @@ def test_stored_features_of_patches_give_the_scores_and_the_maps_of_their_patche
     assert (tmp_path / "both" / "disc" / "heatmap_high.png").is_file()
 
 
-def test_stored_features_with_the_slide_and_the_encoder_give_the_maps_of_tokens_of_a_whole_run(
+def test_stored_features_with_the_slide_and_the_encoder_give_the_token_maps_of_a_complete_run(
     stored: Path, folder: Path, patches: TileEncoder, tmp_path: Path
 ) -> None:
     mask = read_regions(next((stored / "hierarchical_embeddings").glob("*.pt"))).token_mask

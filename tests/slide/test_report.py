@@ -1,4 +1,4 @@
-"""The report: it stands alone, says what became of every slide, shows the right tiles, and takes no name for markup."""
+"""The report is self-contained, gives every slide's outcome, shows the right tiles, and escapes names."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_slide_that_failed_is_there_with_its_reason(page: Page, out: Path) -> 
     assert page.text.count(reason) == 2
 
 
-def test_scores_verdicts_counts_versions_and_the_model_are_told(page: Page, out: Path) -> None:
+def test_scores_verdicts_counts_versions_and_the_model_are_reported(page: Page, out: Path) -> None:
     said = json.loads((out / "plain" / "prediction.json").read_text())
     for name, score in said["scores"].items():
         assert f"{name}{score:.4f}" in page.text
@@ -149,7 +149,7 @@ def test_a_slide_of_another_size_is_not_shown_under_these_maps(out: Path, tmp_pa
     assert "a slide must be the one that was run, got 128 × 128 px" in html
 
 
-def test_maps_that_are_broken_are_said_to_be(out: Path, tmp_path: Path) -> None:
+def test_broken_maps_are_reported_as_broken(out: Path, tmp_path: Path) -> None:
     copy = tmp_path / "out"
     shutil.copytree(out, copy)
     (copy / "plain" / "relevance.h5").write_bytes(b"half")
@@ -173,7 +173,7 @@ def test_a_notebook_is_handed_html_under_the_packages_own_name(out: Path) -> Non
         maskattn.slide.show(out, "other")
 
 
-def test_a_folder_without_outputs_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_outputs_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got neither in"):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="which is none"):
@@ -189,7 +189,7 @@ def test_ids_of_a_summary_never_lead_out_of_the_folder(tmp_path: Path) -> None:
     assert [slide.slide_id for slide in read_run(folder).slides] == ["plain"]
 
 
-def test_the_report_is_a_page_or_nothing(out: Path, tmp_path: Path) -> None:
+def test_the_report_is_complete_or_absent(out: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="whose name ends in"):
         write_report(out, out / "summary.csv")
     assert write_report(out, tmp_path).name == "report.html"

@@ -1,4 +1,4 @@
-"""The request: what one dataclass says of a field holds for the command line, prediction.json and finished slides."""
+"""The request: a field's metadata in one dataclass applies to the command line, prediction.json and finished slides."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(RunSettings)])
-def test_every_field_has_an_option_with_its_words(name: str) -> None:
+def test_every_field_has_an_option_with_its_help_text(name: str) -> None:
     (asked,) = (asked_of(field) for field in fields(RunSettings) if field.name == name)
     text = CliRunner().invoke(app, ["infer", "--help"]).stdout
     assert any(line.startswith(f"  {asked.flag} ") for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""Many slides: what fails stays one slide's failure, what is finished is skipped, another request is refused."""
+"""Many slides: a failure stays that of one slide, finished slides are skipped, another request is refused."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_outputs_of_another_request_are_not_passed_off_as_this_one(
     assert names(settings.out_dir / "a") == OUTPUTS
 
 
-def test_folder_that_is_not_ours_is_never_touched(model: SlideModel, slide: Path, settings: RunSettings) -> None:
+def test_foreign_folder_is_never_touched(model: SlideModel, slide: Path, settings: RunSettings) -> None:
     (settings.out_dir / "a").mkdir(parents=True)
     (settings.out_dir / "a" / "thesis.txt").write_text("years of work")
     (settings.out_dir / "b").write_text("a file")

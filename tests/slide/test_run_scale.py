@@ -1,4 +1,4 @@
-"""Pictures of a run on one scale: drawn when all slides are done, and anew when slides are added."""
+"""Pictures of a run on one scale: drawn when all slides are done, and again when slides are added."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_without_it_nothing_is_kept_and_no_picture_is_drawn_twice(
     assert "heatmaps.npz" not in names(settings.out_dir / "s0")
 
 
-def test_a_disk_that_is_full_at_the_end_is_told_and_finished_slides_stay(
+def test_a_disk_that_is_full_at_the_end_is_reported_and_finished_slides_stay(
     model: SlideModel, jobs: list[SlideJob], settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*given: Any) -> None:

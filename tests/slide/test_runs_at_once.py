@@ -32,7 +32,7 @@ def test_no_run_loses_the_rows_of_another(tmp_path: Path) -> None:
     assert {row["reason"] for row in rows.values()} == {"there is no such file"}
 
 
-def test_table_is_whole_whenever_another_program_looks(tmp_path: Path) -> None:
+def test_table_is_complete_whenever_another_program_reads_it(tmp_path: Path) -> None:
     model, settings = small_model(), RunSettings(out_dir=tmp_path)
     jobs = [SlideJob(f"s{slide}", Path("gone.svs"), problem='it said "no", twice') for slide in range(400)]
     seen: list[int] = []
@@ -53,7 +53,7 @@ def test_table_is_whole_whenever_another_program_looks(tmp_path: Path) -> None:
     assert len(read_summary(tmp_path / "summary.csv")) == len(jobs)
 
 
-def test_table_that_is_written_anew_for_one_run_keeps_the_rows_of_the_others(tmp_path: Path) -> None:
+def test_table_that_one_run_rewrites_keeps_the_rows_of_the_others(tmp_path: Path) -> None:
     path, fleet = tmp_path / "summary.csv", tmp_path / ".fleet"
 
     def run(number: int) -> None:

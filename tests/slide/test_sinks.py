@@ -1,4 +1,4 @@
-"""Sinks: each is fed every tile once, in order, if it is asked for, and names all the files that it writes."""
+"""Each sink that is asked for gets every tile once, in order, and names all the files that it writes."""
 
 from __future__ import annotations
 

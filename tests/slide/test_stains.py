@@ -1,4 +1,4 @@
-"""Tissue of many stains, on many kinds of glass; drawn at 8 µm per pixel, the view that tissue is sought on."""
+"""Tissue of many stains, on many kinds of glass, drawn at 8 µm per pixel, the resolution of the tissue search."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_pale_half_of_an_immunostained_section_is_tissue(tmp_path: Path, tex
     assert mask.notes == ()
 
 
-def test_a_thin_place_within_pale_tissue_does_not_make_glass_of_it(tmp_path: Path) -> None:
+def test_a_thin_spot_within_pale_tissue_is_not_taken_for_glass(tmp_path: Path) -> None:
     thin = np.zeros((HEIGHT, WIDTH), np.float32)
     cv2.circle(thin, (150, 90), 12, 0.85, -1)
     tissue = piece(20, 240, 0.1)
@@ -99,7 +99,7 @@ def test_the_tint_of_the_glass_is_not_stain(tmp_path: Path, light: tuple[int, in
 
 
 @pytest.mark.parametrize("tint", [(246, 244, 245), (250, 238, 215)])
-def test_light_that_falls_off_is_not_stain(tmp_path: Path, tint: tuple[int, int, int]) -> None:
+def test_vignetting_is_not_stain(tmp_path: Path, tint: tuple[int, int, int]) -> None:
     y, x = np.mgrid[-1 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j]
     light = (1 - 0.3 * (x**2 + y**2) / 2)[..., None] * np.array(tint)
     pale, positive = piece(20, 130, 0.2), piece(130, 240, 0.2)
@@ -142,7 +142,7 @@ def test_the_edge_of_the_mounting_medium_is_not_tissue(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stain", [EOSIN, BLUE, DAB, PAS])
-def test_a_slide_that_is_all_tissue_is_kept_whole(tmp_path: Path, stain: tuple[float, float, float]) -> None:
+def test_a_slide_that_is_all_tissue_is_kept_completely(tmp_path: Path, stain: tuple[float, float, float]) -> None:
     thickness = np.random.default_rng(2).normal(1, 0.2, (HEIGHT, WIDTH)).clip(0.3)
     thickness[:, :100] *= 0.4
     mask = found_in(tmp_path / "full.tif", develop(dye(thickness, stain, 0.5)))

@@ -152,7 +152,7 @@ def test_no_more_workers_than_cores_or_batches(
     assert asked == [min(len(os.sched_getaffinity(0)), 88), 1]
 
 
-def test_pinning_without_a_gpu_is_passed_over_in_silence(reader: SlideReader, grid: TokenGrid) -> None:
+def test_pinning_without_a_gpu_is_silently_skipped(reader: SlideReader, grid: TokenGrid) -> None:
     batch = next(stream_tiles(reader, grid, batch_size=2, pin_memory=True))
     assert batch.tiles_BCHW.is_pinned() == torch.cuda.is_available()
 
@@ -183,6 +183,6 @@ def test_real_slides_that_are_tiny_or_do_not_decode(shared_slides: Path) -> None
         assert (batch.tiles_BCHW[..., :16, :16] == 255).all().item() is not readable
 
 
-def test_workers_are_started_by_themselves_only_where_a_slide_is_large(monkeypatch):
+def test_workers_are_started_automatically_only_for_large_slides(monkeypatch):
     monkeypatch.setattr(workers_module, "_cores", lambda: 8)
     assert [count_workers(None, tiles, 32) for tiles in (10, 1999, 2000, 50_000)] == [0, 0, 4, 4]

@@ -1,4 +1,4 @@
-"""The table of a run, ``summary.csv``: whole at any moment, at a cost that grows with its rows alone."""
+"""The table of a run, ``summary.csv``, is complete at any moment, at a cost that grows only with its rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def rewrites(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each writing of the whole table had."""
+    """The number of rows at each writing of the complete table."""
     sizes: list[int] = []
     write = summary.write_summary
 
@@ -64,7 +64,7 @@ def test_every_class_that_occurs_has_a_column(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_appended_rows_give_the_same_file_as_a_table_written_whole(path: Path, tmp_path: Path) -> None:
+def test_appended_rows_give_the_same_file_as_a_table_written_at_once(path: Path, tmp_path: Path) -> None:
     rows = [row("x"), row("y", "ok", score_a="1", model="m"), row("z", "ok", score_b="1"), row('ä, "q"')]
     for one in rows:
         append_row(path, one)
@@ -99,7 +99,7 @@ def test_last_row_of_a_slide_counts_and_keeps_its_position(path: Path, rewrites:
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 3))
-def test_row_that_a_killed_run_tore_is_dropped_and_the_next_one_is_whole(path: Path, cut: int) -> None:
+def test_row_that_a_killed_run_tore_is_dropped_and_the_next_one_is_complete(path: Path, cut: int) -> None:
     append_row(path, row("whole"))
     append_row(path, row("törn", reason='so "said", wörds'))
     lines = path.read_bytes().splitlines(keepends=True)
@@ -125,7 +125,7 @@ def test_disk_that_fills_in_the_middle_of_a_row_leaves_the_rows_before(path: Pat
 
 
 @pytest.mark.parametrize("saved", ["\ufeff{}", "{}\r\n", "{}"])
-def test_table_that_a_spreadsheet_program_saved_goes_on(path: Path, saved: str) -> None:
+def test_table_that_a_spreadsheet_program_saved_is_continued(path: Path, saved: str) -> None:
     text = "slide_id,status,reason,prediction,model,seconds,mine\na,ok,,x,m,1,keep it"
     path.write_text(saved.format(text), encoding="utf-8", newline="")
     append_row(path, row("b"))
@@ -133,13 +133,13 @@ def test_table_that_a_spreadsheet_program_saved_goes_on(path: Path, saved: str) 
     assert {slide_id: cells["mine"] for slide_id, cells in found.items()} == {"a": "keep it", "b": ""}
 
 
-def test_signs_that_break_lines_or_have_no_encoding_are_written_out(path: Path) -> None:
+def test_characters_that_break_lines_or_have_no_encoding_are_escaped(path: Path) -> None:
     append_row(path, row("a\nb\0c", reason="Gef\udce4\x1b[31m µm"))
     assert len(path.read_bytes().splitlines()) == 2
     assert read_summary(path)["a%0Ab%00c"]["reason"] == "Gef%E4%1B[31m µm"
 
 
-def test_table_that_may_not_be_added_to_is_written_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_that_may_not_be_appended_to_is_rewritten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append_row(path, row("a"))
     opened = Path.open
 

@@ -94,7 +94,7 @@ def test_prediction_comes_back(tmp_path: Path) -> None:
     assert read_prediction(tmp_path / "prediction.json") == PREDICTION
 
 
-def test_a_prediction_of_an_earlier_version_does_not_tell_its_reader(tmp_path: Path) -> None:
+def test_a_prediction_of_an_earlier_version_does_not_name_its_reader(tmp_path: Path) -> None:
     path = tmp_path / "prediction.json"
     PREDICTION.write(path)
     fields = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""TIFFs that tifffile decodes: what they hold, that it is what OpenSlide would show, and how little is decoded."""
+"""TIFFs that tifffile decodes: their contents are those that OpenSlide shows, and as little as possible is decoded."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_forked_process_opens_the_file_for_itself(tmp_path: Path) -> None:
     answers = context.Queue()
 
     def read_in_child() -> None:
-        # A shared file would have a shared place: what one seeks, the other reads.
+        # A shared file would have a shared offset: a seek of one process would move the other's reads.
         answers.put((np.array_equal(read_corner(reader), expected), reader._image is parents))
 
     child = context.Process(target=read_in_child)

@@ -1,4 +1,4 @@
-"""Which TIFFs are read as slides: series, qptiff, spacing from OME-XML; and what is refused by its name."""
+"""TIFFs that are read as slides: series, qptiff, spacing from OME-XML; and those that are refused and named."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_largest_series_is_read_unless_another_is_asked_for(several: tuple[P
         SlideReader(path, series=3)
 
 
-def test_series_of_what_holds_none_is_refused(tmp_path: Path) -> None:
+def test_series_of_a_file_without_series_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(SlideError, match="no TIFF, but asked for series 1; leave --series out"):
         SlideReader(tmp_path / "no.png", series=1)
@@ -145,7 +145,7 @@ def test_brightfield_qptiff_is_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(reader.read_region(10, 20, (600, 500), (600, 500)), rgb[20:520, 10:610])
 
 
-def test_multiplex_qptiff_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_multiplex_qptiff_is_refused_and_named(tmp_path: Path) -> None:
     write_qptiff(tmp_path / "s.qptiff", [draw(seed=seed)[..., 0] for seed in range(5)], rgb=False)
     with pytest.raises(SlideError, match="fluorescence or multiplex image of 5 channels; only brightfield RGB is read"):
         SlideReader(tmp_path / "s.qptiff")
@@ -184,7 +184,7 @@ def write_tiff(path: Path, pixels: np.ndarray, **options: Any) -> None:
         (draw() > 99, {"photometric": "minisblack", "tile": None}, "an image of 1-bit integer samples"),
     ],
 )
-def test_samples_that_are_not_read_are_named(tmp_path: Path, pixels: np.ndarray, options: dict, reason: str) -> None:
+def test_unsupported_samples_are_named(tmp_path: Path, pixels: np.ndarray, options: dict, reason: str) -> None:
     pixels = pixels.transpose(2, 0, 1) if "planarconfig" in options else pixels
     pixels = pixels[..., 0] if options.get("photometric") == "minisblack" else pixels
     write_tiff(tmp_path / "s.tif", pixels, **options)
@@ -212,7 +212,7 @@ def test_a_stack_of_focal_planes_is_named(tmp_path: Path) -> None:
         SlideReader(tmp_path / "s.ome.tif", series=0)
 
 
-def test_one_strip_of_the_whole_slide_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+def test_one_strip_of_the_complete_slide_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     pixels = np.zeros((9000, 9000, 3), np.uint8)
     write_tiff(tmp_path / "s.tif", pixels, tile=None, rowsperstrip=9000, compression="zstd")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Where tiles lie: lattices with and without overlap, and exact shares of tissue."""
+"""Positions of tiles: lattices with and without overlap, and exact shares of tissue."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_tiles_with_too_little_tissue_are_left_out(info: SlideInfo) -> None:
     assert [columns(share) for share in (0, 0.375, 0.38, 1)] == [5, 5, 4, 4]
 
 
-def test_sizes_that_cannot_be_are_refused(info: SlideInfo, tissue: TissueMask) -> None:
+def test_impossible_sizes_are_refused(info: SlideInfo, tissue: TissueMask) -> None:
     with pytest.raises(SlideError, match=r"at least one level-0 pixel, got 8 px at 0.05 µm"):
         lay_tiles(info, tissue, patch_px=8, overlap_px=0, spacing_um=0.05, tile_px=64, min_tissue=0)
     tiny = SlideInfo(**{**vars(info), "width_px": 10_000_000, "height_px": 10_000_000})

@@ -70,7 +70,7 @@ def test_plain_glass_of_any_tint_is_not_tissue(tmp_path: Path, colour: tuple[int
     assert not mask.mask_HW.any()
 
 
-def test_an_all_tissue_slide_keeps_all_of_it(tmp_path: Path) -> None:
+def test_an_all_tissue_slide_is_kept_completely(tmp_path: Path) -> None:
     # Pale stroma and dark sheets of nuclei: Otsu alone would throw the stroma away.
     rgb = np.empty((128, 160, 3))
     rgb[:] = (225, 180, 205)
@@ -106,7 +106,7 @@ def test_dust_is_dropped_and_small_holes_are_filled_by_area(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("ink", [(20, 120, 60), (30, 70, 190), (15, 15, 18)])
-def test_ink_is_taken_out(tmp_path: Path, ink: tuple[int, int, int]) -> None:
+def test_ink_is_removed(tmp_path: Path, ink: tuple[int, int, int]) -> None:
     rgb = glass(200, 300)
     rgb[60:150, 150:270] = STAIN
     rgb[20:180, 40:60] = ink
@@ -126,7 +126,9 @@ def test_a_slide_of_one_pixel_of_tissue_view_is_still_tissue(tmp_path: Path) -> 
     assert mask.mask_HW.tolist() == [[True]]
 
 
-def test_a_gigantic_view_is_coarsened_and_says_so(drawn: DrawnSlide, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gigantic_slide_is_viewed_more_coarsely_with_a_note(
+    drawn: DrawnSlide, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(view_module, "_MAX_VIEW_PX", 10_000)
     mask = find_tissue(SlideReader(drawn.path))
     assert mask.mask_HW.size <= 10_100

@@ -1,4 +1,4 @@
-"""Decoding workers that cannot be had, die or hang: the run goes on without them, or the slide fails and says why."""
+"""Decoding workers that cannot start, die or hang: the run continues without them, or the slide fails with a reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from maskattn.slide.stream import stream_tiles
 
 
 class Deadly(SlideReader):
-    """Kills the worker that reads with it."""
+    """A reader that kills its worker."""
 
     def read_region(self, *arguments: object, **options: object) -> np.ndarray:
         if multiprocessing.parent_process() is not None:
@@ -37,7 +37,7 @@ class Deadly(SlideReader):
 
 
 class Hanging(SlideReader):
-    """Never comes back, in a worker."""
+    """A reader that never returns, in a worker."""
 
     def read_region(self, *arguments: object, **options: object) -> np.ndarray:
         time.sleep(3600)
@@ -45,7 +45,7 @@ class Hanging(SlideReader):
 
 
 class Slow(SlideReader):
-    """Takes its time for every tile."""
+    """A reader that is slow for every tile."""
 
     def read_region(self, *arguments: object, **options: object) -> np.ndarray:
         time.sleep(0.4)
@@ -53,7 +53,7 @@ class Slow(SlideReader):
 
 
 class Faulty(SlideReader):
-    """Has a bug of its own."""
+    """A reader with a bug."""
 
     def read_region(self, *arguments: object, **options: object) -> np.ndarray:
         raise KeyError("a bug")
@@ -87,13 +87,15 @@ def test_a_worker_that_hangs_fails_the_slide_in_bounded_time(path: Path, monkeyp
     assert time.monotonic() - start < 60
 
 
-def test_a_batch_that_takes_longer_than_a_look_comes_all_the_same(path: Path) -> None:
+def test_a_batch_that_takes_longer_than_one_poll_still_arrives(path: Path) -> None:
     batches = list(stream_tiles(Slow(path), whole_grid(path), batch_size=8, workers=1))  # 3.2 s a batch
     assert [batch.rows_B.tolist() for batch in batches] == [list(range(8)), list(range(8, 16))]
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_slow_is_told_from_hung_by_the_tiles_that_come(alive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_workers_are_told_from_hung_ones_by_the_tiles_that_arrive(
+    alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers, "_STALLED_AFTER_S", 1.0)
     heartbeat = workers.Heartbeat()
 

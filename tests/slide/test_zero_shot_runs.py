@@ -82,7 +82,7 @@ def test_the_command_runs_concepts_and_says_what_is_missing(clip: Path, slide: P
 
 
 def test_weights_fill_the_network_that_timm_names_with_its_projection(slide: Path, tmp_path: Path) -> None:
-    """Its own activation and pixel statistics too, which a file of weights does not tell."""
+    """Its own activation and pixel statistics too, which a file of weights does not contain."""
     timm = pytest.importorskip("timm")
     from safetensors.torch import save_file
     from typer.testing import CliRunner
@@ -111,6 +111,6 @@ def test_weights_fill_the_network_that_timm_names_with_its_projection(slide: Pat
     assert (refused.exit_code, "timm:NAME names" in refused.stderr) == (2, True)
 
 
-def test_concepts_of_another_space_are_refused(clip: Path) -> None:
+def test_concepts_of_another_embedding_space_are_refused(clip: Path) -> None:
     with pytest.raises(ValueError, match="12 channels of clip and a model of 5"):
         zero_shot_model(str(clip), TextConcepts(("gland",), torch.ones(1, 5)))
