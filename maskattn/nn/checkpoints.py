@@ -52,9 +52,8 @@ def load_vit(
     """Load a vision transformer as a packed one.
 
     Args:
-        source: ``"timm:NAME"``, a model of timm; ``"hf-hub:ORG/NAME"``, a model of timm or transformers on Hugging
-            Face's hub; or a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, or a folder with
-            ``config.json``.
+        source: ``"timm:NAME"``, a model of timm; ``"hf-hub:ORG/NAME"``, one of timm or transformers on Hugging Face's
+            hub; or a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, or a folder with ``config.json``.
         num_heads: for a file, which does not say it; refused where the model says it.
         impl: implementation of the attention; None takes the best.
         arguments: for timm, those of ``timm.create_model`` (``pretrained=False`` for random weights); for
