@@ -1,4 +1,4 @@
-"""What ``torch.func`` and forward-mode AD need of a registered operation: a tangent, a vmap, a refusal by name.
+"""The rules for ``torch.func`` and forward-mode AD of a registered operation: tangent, vmap, or a refusal.
 
 torch runs a ``torch.library`` operation under neither: forward-mode AD would give tangents of 0 without a word. While
 one of them is at work the operation is called as a ``torch.autograd.Function`` that has both; otherwise, and in what

@@ -73,7 +73,7 @@ def _of_the_encoder(name: str, licence: str, why_not: str) -> str:
 
 
 def _lines_of(outcome: ExtractionOutcome) -> list[str]:
-    """The outcome of a slide, and what the user should know of it."""
+    """Lines on a slide's outcome and on what the user should know of it."""
     record = outcome.record
     if record is None:
         return [f"failed   {outcome.slide_id}: {outcome.reason}"]

@@ -22,7 +22,7 @@ class ProgressBars(Bars, Generic[OutcomeT]):
 
     Args:
         slides: how many slides there are.
-        lines_of: the lines that say what became of a slide.
+        lines_of: the lines that report a slide's outcome.
     """
 
     def __init__(self, slides: int, lines_of: Callable[[OutcomeT], list[str]]) -> None:
@@ -50,10 +50,10 @@ class ProgressBars(Bars, Generic[OutcomeT]):
 
 
 def lines_of_prediction(outcome: SlideOutcome) -> list[str]:
-    """The outcome of a slide's prediction, and what the user should know of it."""
+    """Lines on the outcome of a prediction and on what the user should know of it."""
     if outcome.prediction is None:
         if outcome.status == "skipped":
-            return []  # another process ran it, and has told so
+            return []  # another process ran it and has reported it
         return [f"failed   {outcome.slide_id}: {outcome.reason}"]
     done = f"{outcome.status:<8} {outcome.slide_id}: {outcome.prediction.prediction}"
     lines = [f"{done} ({scores_of(outcome.prediction)}), {outcome.seconds:.1f} s"]

@@ -77,7 +77,7 @@ def run_each(
         outcome_of: makes an outcome of the fields of :class:`Outcome` and what this process has left of the slide.
         finished: (slide, its claim) → what an earlier run left of it, and it is skipped; None where there is nothing.
         run: (slide, its claim, progress of its tiles) → its outcome. An error of these two is the reason of failure.
-        progress: told of every step.
+        progress: called at every step.
         sharing: how the slides are shared.
         request: what was asked for, in words; the same for all processes of a command.
         sweep: removes what killed processes left half written; called where no other process is at work.

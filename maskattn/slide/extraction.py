@@ -71,7 +71,7 @@ def extract_slides(
         jobs: the slides; their ids differ.
         encoder: on the device to use.
         settings: how to run them.
-        progress: told of every step.
+        progress: called at every step.
 
     Returns:
         The outcome of each job, in order. A failed slide is an outcome, not an exception.

@@ -37,7 +37,7 @@ def run_slides(
         jobs: the slides; their ids differ.
         model: the slide model, or an encoder and a slide head, on the device to use.
         settings: how to run them.
-        progress: told of every step.
+        progress: called at every step.
 
     Returns:
         The outcome of each job, in order. A failed slide is an outcome, not an exception.

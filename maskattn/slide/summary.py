@@ -1,4 +1,4 @@
-"""``summary.csv``: what became of every slide, a row each, readable at any moment of a run.
+"""``summary.csv``: the outcome of every slide in a row of its own, readable at any moment of a run.
 
 A slide's row is appended when it ends, so that a row costs the same however long the table is. The table is written
 anew, whole, only where a row brings a column that it lacks and where a run ends: until then the row that a later one of

@@ -37,7 +37,7 @@ class TilePlaces:
         tile_px: side of the image that a tile is read as.
         cells: tiles of the lattice, kept or not; T where the places were given.
         tissue_T: (T,) the share of each tile that is tissue; None where no tissue was sought.
-        token_keep_THW: (T, h, w) bool, the kept tokens of each tile; None where tokens are not told apart.
+        token_keep_THW: (T, h, w) bool, the kept tokens of each tile; None where tokens are not distinguished.
     """
 
     coords_lv0: Int[np.ndarray, "T 2"]

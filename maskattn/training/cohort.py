@@ -98,7 +98,7 @@ def cohort_of(settings: TrainSettings, on_note: Callable[[str], None] | None = N
 
     Args:
         settings: which they are.
-        on_note: told, a sentence each, of what is passed over with ``skip_missing``.
+        on_note: called with a sentence for each thing that ``skip_missing`` skips.
 
     Raises:
         ValueError: something that is needed is not given, a column is not there, or there is one class only.

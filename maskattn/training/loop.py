@@ -27,7 +27,7 @@ _LAST, _BEST, _LOG = "last.ckpt", "best.ckpt", "log.csv"
 
 
 class Progress(Protocol):
-    """Told how a training goes."""
+    """The interface of a training's progress report."""
 
     def looked_through(self, slide_id: str, done: int, slides: int) -> None:
         """A file of features was looked through."""
@@ -71,7 +71,7 @@ def fit(
         validation: of cases that it does not learn from; None: there are none, and the last epoch is the best.
         folder: of states and log; None keeps neither.
         metric: which of what validation finds must rise, with ``monitor="metric"``.
-        progress: told how it goes.
+        progress: gets the progress of the training.
 
     Raises:
         OutputError: a state cannot be written; that of the epoch before is kept.

@@ -83,7 +83,7 @@ def train_model(
         cohort: its cases, as :func:`maskattn.training.cohort.cohort_of` reads them.
         split: which patients teach and which judge; the test part is not touched.
         out: folder of the run and the model.
-        progress: told how it goes.
+        progress: gets the progress of the training.
 
     Raises:
         SlideError: features cannot be used, or are of several encoders.

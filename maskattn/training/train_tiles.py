@@ -51,7 +51,7 @@ def train_tiles(
         cohort: the patches, as :func:`maskattn.training.patches.find_patches` finds them.
         split: which patients' patches teach and which judge.
         out: folder of the run.
-        progress: told how it goes.
+        progress: gets the progress of the training.
 
     Raises:
         SlideError: a patch or its mask cannot be read.

@@ -103,7 +103,7 @@ class Answers:
         threading.Thread(target=self._open_first, daemon=True).start()
 
     def _open_first(self) -> None:
-        with suppress(SlideError):  # told where the slide is asked for
+        with suppress(SlideError):  # reported when the slide is requested
             self._opened(str(self._catalogue.first))
 
     def close(self) -> None:

@@ -100,7 +100,7 @@ class OpenedSlide:
             threading.Thread(target=self._look_over, daemon=True).start()
 
     def _look_over(self) -> None:
-        with suppress(SlideError):  # told where a square is asked for
+        with suppress(SlideError):  # reported when a square is requested
             self._whole()
             for _ in range(_READERS):  # they come in turn
                 with self._reader():

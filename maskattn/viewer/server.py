@@ -125,4 +125,4 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(answer)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Requests are not told: a terminal has better things to show."""
+        """Requests are not logged: they would flood the terminal."""

@@ -52,7 +52,7 @@ def encoder_with(pool: str) -> TileEncoder:
     return TileEncoder(vit, EncoderCard("small", pool, (0.5,) * 3, (0.25,) * 3, 32, 32)).double().eval()
 
 
-def places(count: int = COUNT) -> tuple[Tensor, TileGrid]:
+def tile_coords(count: int = COUNT) -> tuple[Tensor, TileGrid]:
     _, um, cells = tiles(count)
     return um, TileGrid(cells[:, 1], cells[:, 0], (6, 7))
 
@@ -67,7 +67,7 @@ def pixels() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("pool", ["token", "avg", "token_avg"])
 @pytest.mark.parametrize("name", NAMES)
 def test_token_relevance_is_the_gradient_of_the_whole_graph(name, pool):
-    head, encoder, (um, grid), (images, keep) = head_of(name), encoder_with(pool), places(), pixels()
+    head, encoder, (um, grid), (images, keep) = head_of(name), encoder_with(pool), tile_coords(), pixels()
     seen: list[Tensor] = []
 
     def remember(module: object, inputs: object, output: Tensor) -> Tensor:
@@ -78,11 +78,11 @@ def test_token_relevance_is_the_gradient_of_the_whole_graph(name, pool):
     logits = head(encoder.encode_tiles(images, keep), um, grid)  # tiles and tokens in one graph
     handle.remove()
     expected = torch.zeros(len(logits), *keep.shape, dtype=torch.float64)
-    place = keep.flatten().nonzero()[:, 0]
+    kept_index = keep.flatten().nonzero()[:, 0]
     of_grid = torch.cat([torch.arange(3, 3 + int(k.sum())) + at for k, at in zip(keep, _starts(keep), strict=True)])
     for c in range(len(logits)):
         (gradient,) = torch.autograd.grad(logits[c], seen[0], retain_graph=True)
-        expected[c].view(-1)[place] = (seen[0] * gradient).sum(1)[of_grid].detach()
+        expected[c].view(-1)[kept_index] = (seen[0] * gradient).sum(1)[of_grid].detach()
 
     explain = SlideHeadCDAM(head, encoder, method="cdam")
     with torch.no_grad():
@@ -102,7 +102,7 @@ def _starts(keep: Tensor) -> list[int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tile_relevance_is_the_embedding_times_its_gradient(name):
-    head, (um, grid) = head_of(name), places(23)
+    head, (um, grid) = head_of(name), tile_coords(23)
     z = tiles(23)[0].requires_grad_()
     logits = head(z, um, grid)
     gradients = torch.stack([torch.autograd.grad(logit, z, retain_graph=True)[0] for logit in logits])
@@ -117,7 +117,7 @@ def test_tile_relevance_is_the_embedding_times_its_gradient(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_default_accounts_for_the_whole_score(name):
     # The pseudo-inverse of TransMIL's attention bends the path: it is explained where that is short.
-    head, (um, grid), z = head_of(name), places(23), (0.02 if name == "TransMIL" else 0.3) * tiles(23)[0]
+    head, (um, grid), z = head_of(name), tile_coords(23), (0.02 if name == "TransMIL" else 0.3) * tiles(23)[0]
     explain = SlideHeadCDAM(head, m=128)
     found, alone = explain.tiles(z, um, grid), explain.tiles(z, um, grid, gradient=False)
     difference = found.logits_K - head(torch.zeros_like(z), um, grid)
@@ -134,7 +134,7 @@ def test_the_default_accounts_for_the_whole_score(name):
 @pytest.mark.parametrize("name", ["TransMIL", "TITAN", "ours", "CLAM_SB", "MIL_fc"])
 def test_the_path_takes_nodes_until_its_gap_is_small_and_tells_it(name):
     # Where TransMIL's embeddings are large its pseudo-inverse bends the path without end, and the bound is reached.
-    head, (um, grid), z = head_of(name), places(23), (0.1 if name == "TransMIL" else 1) * tiles(23)[0]
+    head, (um, grid), z = head_of(name), tile_coords(23), (0.1 if name == "TransMIL" else 1) * tiles(23)[0]
     found, eight = SlideHeadCDAM(head).tiles(z, um, grid), SlideHeadCDAM(head, m=8).tiles(z, um, grid)
     difference = head(z, um, grid) - head(torch.zeros_like(z), um, grid)
     told = difference - torch.einsum("tc,ktc->k", z, found.gradient_KTC)
@@ -149,7 +149,7 @@ def test_the_path_takes_nodes_until_its_gap_is_small_and_tells_it(name):
 
 @pytest.mark.parametrize("name", ["CLAM_MB", "STAMP vit", "ours", "TITAN"])
 def test_maps_follow_the_tiles_whatever_their_order(name):
-    head, z, (um, grid) = head_of(name), tiles(23)[0], places(23)
+    head, z, (um, grid) = head_of(name), tiles(23)[0], tile_coords(23)
     explain, order = SlideHeadCDAM(head), torch.randperm(23)
     found = explain.tiles(z, um, grid)
     moved = TileGrid(grid.rows_T[order], grid.columns_T[order], grid.shape_HW)

@@ -188,12 +188,12 @@ def test_swapping_keeps_parameters_sharing_hooks_mode_and_position(forwards):
     called = []
     model.attention.register_forward_hook(lambda module, inputs, output: called.append(module))
     model.inner["list"][0].in_proj_weight.requires_grad_(False)
-    before, places = dict(model.named_parameters()), list(model.state_dict())
+    before, keys = dict(model.named_parameters()), list(model.state_dict())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     assert replace_attention(model, skip_queries=False, impl="torch") is model
     assert all(isinstance(layer, MultiheadAttention) for layer in (model.attention, model.inner["list"][0]))
     assert model.attention is model.again
-    assert list(model.state_dict()) == places
+    assert list(model.state_dict()) == keys
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert (model.attention.impl, model.mine.impl, model.mine.skip_queries) == ("torch", None, True)
     assert (model.attention.training, model.inner["list"][0].training) == (False, True)

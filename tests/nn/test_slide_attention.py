@@ -43,7 +43,7 @@ def matrices_of_vit(head: SlideHead, z: Tensor, grid: TileGrid) -> tuple[list[Te
     """Of every block the full weights (H, N, N), and its output; the tiles' order; the prefix tokens."""
     tokens, order = tokens_on_grid(head.vit, z, grid)
     P = tokens.num_prefix
-    place = torch.stack([grid.rows_T, grid.columns_T], 1)[order].double()
+    cells = torch.stack([grid.rows_T, grid.columns_T], 1)[order].double()
     weights, outputs = [], []
     for block in head.vit.blocks:
         x = block.norm1(tokens.rows_TC)
@@ -51,7 +51,7 @@ def matrices_of_vit(head: SlideHead, z: Tensor, grid: TileGrid) -> tuple[list[Te
         q, k, _ = block.attn.qkv(x).unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)
         scores = torch.einsum("hqd,hkd->hqk", q, k) / math.sqrt(q.shape[-1])
         if tokens.coords_T2 is not None:
-            far = (place[:, None] - place[None]).norm(dim=2)
+            far = (cells[:, None] - cells[None]).norm(dim=2)
             for h in range(heads):
                 scores[h, P:, P:] -= 2 ** (-8 * (h + 1) / heads) * far
         weights.append(scores.exp() / scores.exp().sum(2, keepdim=True))
@@ -151,14 +151,14 @@ def test_transmils_row_and_rollout_are_those_of_the_full_product(count):
 
 def test_stamps_row_has_the_penalty_of_distance():
     head, (z, um, grid) = head_of("STAMP vit, ALiBi"), slide()
-    places = torch.cat([um.new_zeros(1, 2), um])
+    coords = torch.cat([um.new_zeros(1, 2), um])
     x = torch.cat([head.class_token[None], head.project_features(z)])
-    x = head.transformer.layers[0](x, places)
+    x = head.transformer.layers[0](x, coords)
     attention, heads = head.transformer.layers[1][0], []
     x = attention.norm(x)
     for h in range(4):
         q, k = (getattr(attention.mhsa, f"{part}_encoders")[h](x) for part in ("query", "key"))
-        far = (places[:, None] - places[None]).norm(dim=2)
+        far = (coords[:, None] - coords[None]).norm(dim=2)
         heads.append((q @ k.T / math.sqrt(q.shape[1])).softmax(1) - attention.mhsa.attentions[h].factor() * far)
     torch.testing.assert_close(head.attention(z, um, grid), torch.stack(heads)[:, 0, 1:])
     assert head.rollout(z, um, grid) is None

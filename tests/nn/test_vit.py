@@ -291,13 +291,13 @@ def test_an_image_without_tissue_gives_a_finite_constant_in_every_variant(varian
 def dense_bias_and_angles(model: VisionTransformer) -> tuple[Tensor, Tensor]:
     """ALiBi's N×N biases and DINOv3's angles of a 4 × 4 grid after the prefix, written out."""
     row, column = torch.arange(16) // 4, torch.arange(16) % 4
-    places = torch.stack([row, column], dim=1).double()
+    coords = torch.stack([row, column], dim=1).double()
     P, heads = model.num_prefix_tokens, model.last_block.attn.num_heads
     slopes = torch.tensor([2 ** (-8 / 2), 2 ** (-8.0), 2 ** (-8 / 4)], dtype=torch.float64)  # of 2 heads, then of 4
     bias = torch.zeros(heads, P + 16, P + 16, dtype=torch.float64)
-    bias[:, P:, P:] = -slopes[:, None, None] * torch.cdist(places, places)
+    bias[:, P:, P:] = -slopes[:, None, None] * torch.cdist(coords, coords)
     frequencies = 100 ** (-torch.arange(4, dtype=torch.float64) / 4)
-    centres = 2 * math.pi * (2 * (places + 0.5) / 4 - 1)
+    centres = 2 * math.pi * (2 * (coords + 0.5) / 4 - 1)
     angles = (centres[:, :, None] * frequencies).flatten(1)
     return bias, torch.cat([torch.zeros(P, 8, dtype=torch.float64), angles])
 

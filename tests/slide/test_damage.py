@@ -27,9 +27,9 @@ def damage_level(path: Path, page: int, tiles: list[int] | None) -> None:
     with tifffile.TiffFile(path) as file:
         level = file.pages[page]
         spoilt = range(len(level.dataoffsets)) if tiles is None else tiles
-        places = [(level.dataoffsets[tile], level.databytecounts[tile]) for tile in spoilt]
+        segments = [(level.dataoffsets[tile], level.databytecounts[tile]) for tile in spoilt]
     with path.open("r+b") as file:
-        for offset, size in places:
+        for offset, size in segments:
             file.seek(offset)
             file.write(b"\xff" * size)
 

@@ -99,10 +99,10 @@ def test_a_run_on_the_tokens_of_a_run_keeps_those_tokens(
     for name in before.prediction.scores:
         assert after.prediction.scores[name] == pytest.approx(before.prediction.scores[name], abs=1e-6)
 
-    def places(of: Path) -> list[Any]:
+    def kept_squares(of: Path) -> list[Any]:
         return [one["geometry"] for one in json.loads((of / "disc" / "relevance.geojson").read_text())["features"]]
 
-    assert places(first.out_dir) == places(second.out_dir)
+    assert kept_squares(first.out_dir) == kept_squares(second.out_dir)
 
 
 def test_holes_multipolygons_and_collections_count_with_their_area(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ HAS_ZARR = importlib.util.find_spec("zarr") is not None
 @pytest.fixture(scope="module", params=[1.0, 0.7])
 def folder(request: Any, tmp_path_factory: pytest.TempPathFactory, model: SlideModel) -> Path:
     """The outputs of a slide; at 0.7 µm its tokens are no whole number of pixels."""
-    place = tmp_path_factory.mktemp("run")
-    slide = write_slide(place / "disc.tiff", spacing_um=request.param)
-    settings = RunSettings(place / "out", batch_size=8, tokens=True, ome_tiff="both", zarr=HAS_ZARR)
+    run_dir = tmp_path_factory.mktemp("run")
+    slide = write_slide(run_dir / "disc.tiff", spacing_um=request.param)
+    settings = RunSettings(run_dir / "out", batch_size=8, tokens=True, ome_tiff="both", zarr=HAS_ZARR)
     (outcome,) = run_slides([SlideJob("disc", slide)], model, settings)
     assert outcome.status == "ok", outcome.reason
     return settings.out_dir / "disc"
@@ -159,8 +159,8 @@ def test_the_zarr_holds_the_tokens_and_where_they_lie(folder: Path) -> None:
         expected = expected_map(folder, of_class)
         # The pixel of level 0 in the middle of each token.
         row, column = np.indices(values.shape[1:])
-        places = [(index * scale[1] + translation[1]) / spacing + 0.2 for index in (row, column)]
-        y, x = (np.rint(place).astype(int) for place in places)
+        pixels = [(index * scale[1] + translation[1]) / spacing + 0.2 for index in (row, column)]
+        y, x = (np.rint(pixel).astype(int) for pixel in pixels)
         inside = (y < SHAPE[0]) & (x < SHAPE[1])
         np.testing.assert_array_equal(values[channel][inside], expected[y[inside], x[inside]])
 
@@ -181,11 +181,11 @@ def test_a_level_has_the_tokens_at_its_pixels_or_means_of_the_level_below(tmp_pa
     assert [level.shape for level in levels] == [(1203, 1501), (602, 751), (301, 376)]
     for level, shown in enumerate(levels):
         if 2**level <= token_lv0:
-            places = [
+            indices = [
                 np.minimum(((np.arange(length) + 0.5) * 2**level / token_lv0).astype(int), count - 1)
                 for length, count in zip(shown.shape, tokens.shape, strict=True)
             ]
-            np.testing.assert_array_equal(shown, tokens[np.ix_(*places)])
+            np.testing.assert_array_equal(shown, tokens[np.ix_(*indices)])
         else:
             np.testing.assert_array_equal(shown, halved(levels[level - 1]))
 

@@ -161,9 +161,9 @@ def test_stored_patches_are_as_slide2vec_has_them_and_give_the_same_logits(
     regions = read_regions(path, slide=reader.info, named=("slide",))
     assert (regions.patch_size_lv0, regions.token_mask, regions.encoder) == (REGION, "tissue", "vit256")
     tissue = grid.token_keep_THW.reshape(-1, SIDE, 2, SIDE, 2).any(axis=(2, 4)).reshape(-1, 16)
-    by_place = {tuple(place): keep for place, keep in zip(grid.coords_lv0.tolist(), tissue, strict=True)}
-    for place, keep in zip(regions.coords_T2.tolist(), regions.keep_TN, strict=True):
-        np.testing.assert_array_equal(keep, by_place[tuple(place)])
+    by_coords = {tuple(xy): keep for xy, keep in zip(grid.coords_lv0.tolist(), tissue, strict=True)}
+    for xy, keep in zip(regions.coords_T2.tolist(), regions.keep_TN, strict=True):
+        np.testing.assert_array_equal(keep, by_coords[tuple(xy)])
     again = encode_stored_regions(regions, model, batch_size=3)
     encoded = encode_regions(reader, grid, model)
     torch.testing.assert_close(again.embeddings_TC, encoded.embeddings_TC, rtol=1e-5, atol=1e-5)

@@ -53,13 +53,13 @@ def test_a_lattice_without_overlap_is_the_grid_of_slide_models(info: SlideInfo, 
     assert laid.tile_lv0 == grid.tile_lv0 == 64
     kept = {tuple(xy) for xy in laid.coords_lv0}
     assert {tuple(xy) for xy in grid.coords_lv0} <= kept
-    places = with_tokens(laid, tissue, 16)
-    assert places.token_keep_THW is not None
+    tiles = with_tokens(laid, tissue, 16)
+    assert tiles.token_keep_THW is not None
     of_grid = {tuple(xy): keep for xy, keep in zip(grid.coords_lv0, grid.token_keep_THW, strict=True)}
-    for xy, keep in zip(places.coords_lv0, places.token_keep_THW, strict=True):
+    for xy, keep in zip(tiles.coords_lv0, tiles.token_keep_THW, strict=True):
         if max(xy) < 384:  # away from the edge, where the grid drops tokens whose centre lies outside
             assert np.array_equal(keep, of_grid[tuple(xy)])
-    assert places.tissue_T == pytest.approx(laid.tissue_T, abs=1e-5)
+    assert tiles.tissue_T == pytest.approx(laid.tissue_T, abs=1e-5)
 
 
 def test_overlapping_tiles_are_their_side_less_the_overlap_apart(info: SlideInfo) -> None:

@@ -209,7 +209,7 @@ def _send(connection: Connection, answer: Any, memory: np.ndarray | None) -> Non
 def _end_with_owner(handle: int) -> None:
     """A decoder that hangs must not outlive the process that asked it."""
     poll = select.poll()
-    poll.register(handle, 0)  # a hang-up is always told
+    poll.register(handle, 0)  # a hang-up is always reported
     while not any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll()):
         pass
     os._exit(0)

@@ -87,7 +87,7 @@ class IsolatedImage:
     """A slide open in another process; see :class:`maskattn.slide.formats.image.SlideImage`.
 
     Args:
-        decoding: told of crashes and stalls.
+        decoding: informed of crashes and stalls.
         path: the slide file.
         arguments: more of :func:`maskattn.slide.formats.opening.open_image`'s.
     """

@@ -28,7 +28,7 @@ def search_folder(folder: Path, on_note: Callable[[str], None]) -> list[Path]:
 
     Args:
         folder: to search.
-        on_note: told, in one sentence, what is passed over: files of other endings, and subfolders.
+        on_note: called with one sentence on what is skipped: files with other extensions, and subfolders.
 
     Raises:
         OSError: the folder cannot be read.
@@ -77,7 +77,7 @@ def _closed_folders(pattern: Path) -> list[Path]:
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.is_dir()  # of most entries the folder itself has told it
+        return entry.is_dir()  # for most entries the folder's listing has said so already
     except OSError:
         return False
 

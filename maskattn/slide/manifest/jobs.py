@@ -41,7 +41,7 @@ def collect_jobs(
 
     Args:
         sources: what the user named; ``.csv``, ``.tsv`` and ``.txt`` are manifests.
-        on_note: told, a sentence each, of what was passed over: other files of a folder, other columns of a manifest.
+        on_note: called with a sentence on each thing skipped: other files of a folder, other columns of a manifest.
         manifest: one more manifest, whatever its ending; it must be one.
 
     Raises:
@@ -88,7 +88,7 @@ def read_manifest(
 
     Args:
         path: of the table.
-        on_note: told of the columns that are carried to the summary, and of those that are passed over.
+        on_note: called with a sentence on the columns that are copied to the summary, and on those that are skipped.
         folders: where slides lie, beside the table's own folder, that the table names by id or file alone.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where the tissue of a slide lies: found on a coarse view of it, or told by the user's own mask."""
+"""The tissue of a slide: found on a coarse view of it, or given by the user's own mask."""
 
 from maskattn.slide.tissue.finding import InkRule, find_tissue
 from maskattn.slide.tissue.mask import TissueMask

@@ -1,4 +1,4 @@
-"""Pen marks: told from stain by their shape and their evenness, for pens and stains come in the same colours.
+"""Pen marks, distinguished from stain by their shape and evenness, as pens and stains come in the same colours.
 
 A stroke is long for its width, even in colour, and lies on glass for a good part of its outline. A blot is not long,
 but smaller, still more even, of a deep colour, and lies on glass alone. What is as green or as blue but large, or has

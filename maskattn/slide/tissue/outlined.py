@@ -124,7 +124,7 @@ def limit_tissue(
     A token takes part where at least half of it lies in the one, and less than half in the other.
 
     Args:
-        tissue: found or told.
+        tissue: found by the package or given by the user.
         info: the slide.
         slide_id: its id, by which a folder of files has its own, ``<slide_id>.geojson``.
         roi: a GeoJSON file or a folder of them, and the classes in it that count.

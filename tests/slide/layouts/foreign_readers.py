@@ -49,7 +49,7 @@ def read_as_trident_does(job_dir: Path, name: str, encoder: str, mag: int, patch
 def read_as_clam_does(feat_dir: Path, slide_id: str, level_downsamples: tuple[float, ...] = (1.0,)) -> Read:
     with h5py.File(feat_dir / "patches" / f"{slide_id}.h5", "r") as f:  # Whole_Slide_Bag_FP, StitchCoords
         attrs = dict(f["coords"].attrs)
-        places = f["coords"][:]
+        stored = f["coords"][:]
         assert f["coords"].dtype == np.int64
     assert set(attrs) >= {
         *("patch_size", "patch_level", "downsample", "downsampled_level_dim", "level_dim", "name", "save_path"),
@@ -59,7 +59,7 @@ def read_as_clam_does(feat_dir: Path, slide_id: str, level_downsamples: tuple[fl
     with h5py.File(feat_dir / "h5_files" / f"{slide_id}.h5", "r") as f:  # Generic_MIL_Dataset with use_h5
         features, coords = f["features"][:], f["coords"][:]
     assert (features.dtype, coords.dtype) == (np.float32, np.int32)
-    np.testing.assert_array_equal(coords, places)
+    np.testing.assert_array_equal(coords, stored)
     bag = torch.load(feat_dir / "pt_files" / f"{slide_id}.pt", weights_only=True)  # Generic_MIL_Dataset
     assert (bag.dtype, bag.is_contiguous()) == (torch.float32, True)
     np.testing.assert_array_equal(bag.numpy(), features)

@@ -44,10 +44,10 @@ def write_as_trident(job: Path, features: np.ndarray, coords: np.ndarray, **chan
     name = str(attributes["name"])
     folder = job / "20x_256px_0px_overlap"
     told = {"name": name, "savetodir": str(folder / "features_uni_v1"), "encoder": "uni_v1"}
-    places = save_h5(folder / "patches" / f"{name}_patches.h5", {"coords": coords}, {"coords": attributes})
+    coords_file = save_h5(folder / "patches" / f"{name}_patches.h5", {"coords": coords}, {"coords": attributes})
     both = {"features": features, "coords": coords}
     path = save_h5(folder / "features_uni_v1" / f"{name}.h5", both, {"features": told, "coords": attributes})
-    return path, places
+    return path, coords_file
 
 
 def write_as_clam(
@@ -64,12 +64,12 @@ def write_as_clam(
         "name": "slide-1",
         "save_path": str(root / "patches"),
     }
-    places = save_h5(root / "patches" / "slide-1.h5", {"coords": coords}, {"coords": attributes})
+    coords_file = save_h5(root / "patches" / "slide-1.h5", {"coords": coords}, {"coords": attributes})
     both = {"features": features.astype(np.float32), "coords": coords.astype(np.int32)}
     path = save_h5(root / "h5_files" / "slide-1.h5", both)
     (root / "pt_files").mkdir()
     torch.save(torch.from_numpy(both["features"]), root / "pt_files" / "slide-1.pt")
-    return path, root / "pt_files" / "slide-1.pt", places
+    return path, root / "pt_files" / "slide-1.pt", coords_file
 
 
 def write_as_stamp(path: Path, features: np.ndarray, coords_um: np.ndarray, **attributes: object) -> Path:

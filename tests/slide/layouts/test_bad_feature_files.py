@@ -71,8 +71,8 @@ def test_tiles_may_hang_over_the_edge_but_not_lie_beyond_it(x: int, tmp_path: Pa
     coords[3] = (19_999, 9_999)
     assert len(read_features(foreign_writers.write_as_trident(tmp_path, FEATURES, coords)[0]).coords_T2) == 4
     coords[3, 0] = x
-    path, places = foreign_writers.write_as_trident(tmp_path, FEATURES, coords)
-    for read in (lambda: read_features(path), lambda: read_coords(places)):
+    path, coords_file = foreign_writers.write_as_trident(tmp_path, FEATURES, coords)
+    for read in (lambda: read_features(path), lambda: read_coords(coords_file)):
         with pytest.raises(SlideError, match=f"the first at x={x}, y=9999"):
             read()
 
@@ -233,7 +233,7 @@ def test_a_path_that_is_not_a_feature_file_is_refused(name: str, message: str, t
 
 
 def test_two_files_of_one_slide_are_refused_with_both_names(tmp_path: Path) -> None:
-    path, places = foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS)
+    path, coords_file = foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS)
     other = (
         foreign_writers.save_h5(tmp_path / "10x_256px_0px_overlap" / "features_uni_v1" / "x.h5", {}).parent / path.name
     )
@@ -245,9 +245,9 @@ def test_two_files_of_one_slide_are_refused_with_both_names(tmp_path: Path) -> N
         ):
             find()
     assert find_features(path.parent, "slide-1") == path
-    twice = tmp_path / "10x_256px_0px_overlap" / "patches" / places.name
+    twice = tmp_path / "10x_256px_0px_overlap" / "patches" / coords_file.name
     twice.parent.mkdir()
-    twice.write_bytes(places.read_bytes())
+    twice.write_bytes(coords_file.read_bytes())
     with pytest.raises(SlideError, match="one file of coordinates"):
         find_coords(tmp_path, "slide-1")
 

@@ -32,8 +32,8 @@ def slide_info(spacing_um: float = 0.25, size: tuple[int, int] = (20_000, 10_000
 
 
 def test_trident_features_and_coordinates(tmp_path: Path) -> None:
-    path, places = foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS, overlap=16)
-    for found in (layouts.read_features(path), layouts.read_coords(places), layouts.read_coords(path)):
+    path, coords_file = foreign_writers.write_as_trident(tmp_path, FEATURES, COORDS, overlap=16)
+    for found in (layouts.read_features(path), layouts.read_coords(coords_file), layouts.read_coords(path)):
         np.testing.assert_array_equal(found.coords_T2, COORDS)
         assert (found.slide_id, found.layout, found.on_level0) == ("slide-1", "trident", True)
         assert (found.patch_size_px, found.patch_size_lv0, found.overlap_px, found.overlap_lv0) == (256, 512, 16, 32)
@@ -52,8 +52,8 @@ def test_a_leading_dimension_of_one_is_dropped(tmp_path: Path, batch: tuple[int,
 
 
 def test_clam_features_have_the_geometry_of_the_coordinates_beside_them(tmp_path: Path) -> None:
-    path, tensor, places = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS * 2)
-    for found in (layouts.read_features(path), layouts.read_features(tensor), layouts.read_coords(places)):
+    path, tensor, coords_file = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS * 2)
+    for found in (layouts.read_features(path), layouts.read_features(tensor), layouts.read_coords(coords_file)):
         np.testing.assert_array_equal(found.coords_T2, COORDS * 2)
         assert (found.slide_id, found.layout, found.patch_size_px, found.patch_size_lv0) == (
             "slide-1",
@@ -68,26 +68,26 @@ def test_clam_features_have_the_geometry_of_the_coordinates_beside_them(tmp_path
 
 
 def test_clam_of_level_0_knows_its_slide(tmp_path: Path) -> None:
-    *_, places = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS, level=0, downsample=1.0)
-    found = layouts.read_coords(places, slide=slide_info())
+    *_, coords_file = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS, level=0, downsample=1.0)
+    found = layouts.read_coords(coords_file, slide=slide_info())
     assert (found.patch_size_lv0, found.width_px, found.height_px, found.spacing_um) == (256, 20_000, 10_000, 0.25)
 
 
 def test_clams_older_coordinates_take_their_levels_downsample_from_the_slide(tmp_path: Path) -> None:
-    *_, places = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS)
-    with h5py.File(places, "a") as file:
+    *_, coords_file = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS)
+    with h5py.File(coords_file, "a") as file:
         del file["coords"].attrs["downsample"]
         file["coords"].attrs["custom_downsample"] = 2
-    assert layouts.read_coords(places, slide=slide_info()).patch_size_lv0 == 2048
+    assert layouts.read_coords(coords_file, slide=slide_info()).patch_size_lv0 == 2048
     with pytest.raises(SlideError, match=r"got patch_level=1 alone .*; name the slide too"):
-        layouts.read_coords(places)
+        layouts.read_coords(coords_file)
 
 
 def test_a_tensor_of_clams_is_read_with_the_coordinates_of_patches_where_there_is_no_table(tmp_path: Path) -> None:
-    path, tensor, places = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS)
+    path, tensor, coords_file = foreign_writers.write_as_clam(tmp_path, FEATURES, COORDS)
     path.unlink()
     np.testing.assert_array_equal(layouts.read_features(tensor).coords_T2, COORDS)
-    places.unlink()
+    coords_file.unlink()
     with pytest.raises(SlideError, match=r"must have their coordinates beside them.*copy CLAM's folder"):
         layouts.read_features(tensor)
 

@@ -230,8 +230,8 @@ with FEATURE_LAYOUTS[layout].writing(Path(root), header, channels) as take:
     base = peak()
     for first in range(0, tiles, 500):
         rows = np.arange(first, first + 500)
-        places = np.stack((rows % 200, rows // 200), axis=1) * 256
-        take(np.broadcast_to((rows % 7).astype(np.float32)[:, None], (500, channels)), places, None)
+        coords = np.stack((rows % 200, rows // 200), axis=1) * 256
+        take(np.broadcast_to((rows % 7).astype(np.float32)[:, None], (500, channels)), coords, None)
     streamed = peak()
 found = read_features(FEATURE_LAYOUTS[layout].path_of(Path(root), header))
 assert found.features_TC.shape == (tiles, channels)
