@@ -21,6 +21,7 @@ __all__ = [
     "colour_scale",
     "colour_table",
     "coloured",
+    "kind_of_attention",
     "positions_of",
     "strengths_of",
     "widest",
@@ -49,6 +50,14 @@ def colour_limit(values_YX: Float[np.ndarray, "Y X"], kind: Kind) -> tuple[float
     if kind == "diverging":
         return _up_to(max(abs(low), abs(high)) or 1.0, kind)
     return _up_to(high if high > 0 else 1.0, kind)
+
+
+def kind_of_attention(values: Float[np.ndarray, "*shape"]) -> Kind:
+    """How a map of attention is coloured: on both sides of zero where a model's weights are not all above it.
+
+    TransMIL's pseudo-inverse gives such weights, and so does STAMP's ALiBi, where a far tile may count negatively.
+    """
+    return "diverging" if np.nanmin(values, initial=0.0) < 0 else "sequential"
 
 
 def widest(limits: Iterable[tuple[float, float]], kind: Kind) -> tuple[float, float]:

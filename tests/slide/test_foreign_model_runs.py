@@ -23,6 +23,7 @@ from maskattn.nn.slide_models.transmil import TransMILHead
 from maskattn.nn.slide_models.two_stage import TwoStageModel
 from maskattn.nn.slide_models.vit import ViTHead
 from maskattn.nn.vit import VisionTransformer
+from maskattn.slide.colours import colour_limit
 from maskattn.slide.extract_request import ExtractSettings
 from maskattn.slide.extraction import extract_slides
 from maskattn.slide.layouts import read_features
@@ -178,6 +179,27 @@ def test_rollout_goes_through_all_layers_where_it_is_asked_for(
     assert "got attention: rollout" in skipped.reason
     with pytest.raises(ManifestError, match=r"--attention rollout goes through .* \(gated_attention\), which has none"):
         run_slides([SlideJob("disc", file)], loaded(clam), replace(one, out_dir=tmp_path / "none"))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_attention_below_zero_is_drawn_on_both_sides_of_zero(
+    sign: int, slide: Path, features: Path, clam: Path, settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+    monkeypatch.setattr(
+        "maskattn.slide.sinks.heatmaps.write_heatmap",
+        lambda path, thumbnail, values, title, label, kind, *rest: drawn.update({path.name: (label, kind, values)}),
+    )
+    rows = GatedAttentionHead.attention
+    monkeypatch.setattr(GatedAttentionHead, "attention", lambda *args: sign * rows(*args))
+    run_one(slide, loaded(clam), replace(settings, features_dir=features))
+    label, kind, values = drawn["attention.png"]
+    assert (kind, label) == (
+        ("sequential", "attention") if sign > 0 else ("diverging", "attention (this model's may be below 0)")
+    )
+    low, high = colour_limit(values, kind)
+    assert low <= np.nanmin(values) * 0.99
+    assert high > 0
 
 
 def loaded_card():

@@ -138,7 +138,8 @@ _ROWS = (
     _timm("lunit-s8", "Lunit DINO ViT-S/8", "1aurent/vit_small_patch8_224.lunit_dino", "vit_small_patch8_224", 384,
           _LUNIT, 0.5, "Lunit non-commercial", "lunit-io/benchmark-ssl-pathology README; eva, TRIDENT, slide2vec"),
     _row("ctranspath", "CTransPath", "none", "", 768, IMAGENET, 1.0, "GPL-3.0", "TRIDENT, STAMP", pooling="avg",
-         why_not="it is a Swin transformer with a convolutional stem, no plain vision transformer"),
+         why_not="it is a Swin transformer whose checkpoint begins with a stem of three convolutions and two "
+         "batch norms (patch_embed.proj.0 to .6), where timm's has one convolution (patch_embed.proj)"),
     _timm("gpfm", "GPFM", "majiabo/GPFM", "vit_large_patch14_dinov2", 1024, IMAGENET, 0.5, _NC_ND,
           "TRIDENT, slide2vec, LazySlide", file="GPFM.pth", arguments={"init_values": 1e-5}),
     _row("plip", "PLIP", "clip", "vinid/plip", 512, _OPENAI, None, "non-commercial",

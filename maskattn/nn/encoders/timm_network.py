@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskattn.nn.checkpoints import explained, hub_id_of, read_weights
+from maskattn.nn.checkpoints import explained, hub_id_of
 from maskattn.nn.encoders.entry import EncoderEntry, triple_of
 from maskattn.nn.encoders.tile_encoder import EncoderCard
 from maskattn.nn.fitting import joined, misfits
+from maskattn.nn.weight_files import read_weights
 
 __all__ = ["build_timm", "card_of_timm"]
 

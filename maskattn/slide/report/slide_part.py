@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from maskattn.errors import SlideError
-from maskattn.slide.colours import COLOUR_MAPS, colour_limit
+from maskattn.slide.colours import COLOUR_MAPS, colour_limit, kind_of_attention
 from maskattn.slide.finished import (
     FinishedSlide,
     MapTable,
@@ -99,8 +99,8 @@ def _pictures(slide: FinishedSlide, top: int, slides_dir: Path | None) -> Markup
             picture(outlined(shown.thumbnail, np.isfinite(values)), f"Thumbnail of {slide.slide_id}"),
             element("figcaption", f"The slide; the line is around the {what} that took part."),
         )
-        limits = colour_limit(values, "sequential")
-        colours = COLOUR_MAPS["sequential"][0]
+        kind = kind_of_attention(values)
+        limits, colours = colour_limit(values, kind), COLOUR_MAPS[kind][0]
         attended = element(
             "figure",
             picture(map_over(shown.thumbnail, values, limits, colours), "Map of attention"),

@@ -15,6 +15,7 @@ import numpy as np
 from maskattn.errors import SlideError
 from maskattn.lettering import drawable
 from maskattn.shapes import Float, UInt8
+from maskattn.slide.colours import kind_of_attention
 from maskattn.slide.overlay import MapCanvas, smoothed, write_heatmap
 from maskattn.slide.run_scale import KEPT_MAPS, Picture, keep_maps
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
@@ -103,7 +104,9 @@ def _pictures_of(slide: ExplainedSlide) -> list[Picture]:
     if not slide.attention_T.any():
         return pictures  # the slide model has none
     title = f"{of}attention of {slide.attention_of}{by}"
-    return [*pictures, Picture("attention.png", title, "attention", "sequential")]
+    kind = kind_of_attention(slide.attention_T)
+    label = "attention" if kind == "sequential" else "attention (this model's may be below 0)"
+    return [*pictures, Picture("attention.png", title, label, kind)]
 
 
 def file_names_of(classes: Sequence[str]) -> list[str]:
