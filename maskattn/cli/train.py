@@ -13,10 +13,15 @@ from maskattn.errors import quoted
 from maskattn.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from maskattn.evaluation.splits import Split
     from maskattn.training.cohort import Cohort
+    from maskattn.training.slide_tiles import LaidSlides
 
 __all__ = ["cohort_in", "given_settings", "patients_by_id", "train"]
+
+_OF_SLIDES_ALONE = ("spacing_um", "patch_px", "validation_tiles")
 
 
 @takes_settings
@@ -29,8 +34,8 @@ def train(
 ) -> None:
     """Train a slide model, or with --stage tile an encoder of tiles.
 
-    It learns from features of slides' tiles and a table of labels, an encoder from labelled patches. A run that was
-    killed goes on with the same command. OUT becomes a model: maskattn infer --model OUT.
+    It learns from features of slides' tiles and a table of labels, an encoder from labelled patches or slides. A run
+    that was killed goes on with the same command. OUT becomes a model: maskattn infer --model OUT.
     """
     with errors_in_one_line(debug, "finished epochs"):
         settings = given_settings(context, settings, config)
@@ -39,15 +44,23 @@ def train(
 
         from maskattn.cli.training_progress import TrainingProgress
 
-        if settings.stage == "tile":
-            cohort = _patches_in(settings, settings.out)
-            from maskattn.training.train_tiles import train_tiles as trained
-        else:
+        laid = None
+        if settings.stage == "slide":
             cohort = cohort_in(settings)
-            from maskattn.training.train import train_model as trained
+        elif settings.slides is None:
+            cohort = _patches_in(settings, settings.out)
+        else:
+            cohort, laid = _slides_in(settings, settings.out)
         split = _split_of(settings, cohort)
         with TrainingProgress(settings.epochs) as progress:
-            run = trained(settings, cohort, split, settings.out, progress=progress)
+            if settings.stage == "slide":
+                from maskattn.training.train import train_model
+
+                run = train_model(settings, cohort, split, settings.out, progress=progress)
+            else:
+                from maskattn.training.train_tiles import train_tiles
+
+                run = train_tiles(settings, cohort, split, settings.out, laid=laid, progress=progress)
     best = run.rows[run.best_epoch]
     found = ", ".join(f"{name[11:]} {value:.4g}" for name, value in best.items() if name.startswith("validation_"))
     say(f"best epoch {run.best_epoch + 1} of {len(run.rows)}: {found} on {run.validation.patients} validation cases")
@@ -93,6 +106,7 @@ def cohort_in(settings: TrainSettings) -> Cohort:
             "a slide model reads --features, got --stage tile or --patches; leave them out, or fine-tune an encoder on "
             "patches with maskattn train --stage tile"
         )
+    _refuse(settings, ("slides", *_OF_SLIDES_ALONE), "a slide model reads --features")
     try:
         cohort = cohort_of(settings, tell)
     except IncompleteCohortError as error:
@@ -114,12 +128,54 @@ def _patches_in(settings: TrainSettings, out: Path) -> Cohort:
     from maskattn.slide.output_folder import prepare_output
     from maskattn.training.patches import find_patches
 
-    given = [name for name in ("features", "labels", "slide_table", "time", "event") if getattr(settings, name)]
-    if given:
-        raise ValueError(f"--stage tile reads --patches, got {', '.join(given)} beside it; leave them out")
+    strange = ("features", "labels", "slide_table", "time", "event", "tiles_per_slide", *_OF_SLIDES_ALONE)
+    _refuse(settings, strange, "--stage tile reads --patches")
     cohort = find_patches(settings)
     prepare_output(out)
     return cohort
+
+
+def _slides_in(settings: TrainSettings, out: Path) -> tuple[Cohort, LaidSlides]:
+    """The labelled slides of a run and their tiles; the run's folder is made, and lists the slides that are left out.
+
+    Raises:
+        ValueError: as :mod:`maskattn.training.weak_labels`; what slides lack is listed, too.
+    """
+    from maskattn.cli.training_progress import TrainingProgress
+    from maskattn.evaluation.predictions import some_of
+    from maskattn.slide.output_folder import prepare_output
+    from maskattn.training.cohort import IncompleteCohortError
+    from maskattn.training.left_out import write_left_out
+    from maskattn.training.run_folder import check_run
+    from maskattn.training.weak_labels import labelled_slides, with_tiles
+
+    strange = ("features", "patches", "patient_pattern", "time", "event")
+    _refuse(settings, strange, "--stage tile reads --slides and their --labels")
+    check_run(out, settings)
+    try:
+        cohort, jobs = labelled_slides(settings, tell)
+    except IncompleteCohortError as error:
+        prepare_output(out)
+        listed = write_left_out(out, error.left_out)
+        raise ValueError(f"{error}; all of them stand in {listed}") from error
+    with TrainingProgress(settings.epochs) as progress:
+        cohort, laid = with_tiles(cohort, jobs, settings, progress.looked_through)
+    prepare_output(out)
+    if cohort.left_out:
+        listed = write_left_out(out, cohort.left_out)
+        if laid.unusable:
+            tell(
+                f"{len(laid.unusable)} slides cannot be used and are left out ({some_of(list(laid.unusable))}); why "
+                f"stands in {listed}"
+            )
+    return cohort, laid
+
+
+def _refuse(settings: TrainSettings, names: Sequence[str], rule: str) -> None:
+    """Refuse what would have no effect."""
+    given = [name for name in names if getattr(settings, name) is not None]
+    if given:
+        raise ValueError(f"{rule}, got {', '.join(given)} beside it; leave them out")
 
 
 def patients_by_id(cohort: Cohort) -> dict[str, str]:

@@ -23,8 +23,10 @@ class TrainingProgress(Bars):
         self._bar = self._progress.add_task("features", total=None)
 
     def looked_through(self, slide_id: str, done: int, slides: int) -> None:
-        """Move the bar of files that are looked through."""
-        self._progress.update(self._bar, completed=done, total=slides, description=printable(f"features of {slide_id}"))
+        """Move the bar of files or slides that are looked through."""
+        self._progress.update(
+            self._bar, completed=done, total=slides, description=printable(f"looking through {slide_id}")
+        )
 
     def batch_done(self, epoch: int, done: int, batches: int) -> None:
         """Move the epoch's bar."""

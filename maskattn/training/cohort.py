@@ -17,7 +17,7 @@ from maskattn.training.labels import SlideLabel, SlideLabels, read_labels
 from maskattn.training.settings import TrainSettings
 from maskattn.training.truths import classes_of, read_truth
 
-__all__ = ["Case", "Cohort", "IncompleteCohortError", "cohort_of"]
+__all__ = ["Case", "Cohort", "IncompleteCohortError", "cohort_from", "cohort_of"]
 
 
 class IncompleteCohortError(ValueError):
@@ -35,7 +35,7 @@ class Case:
     Attributes:
         case_id: the patient's id, or the slide's with ``fusion="none"``.
         patient_id: the patient's.
-        slides: slide id → file of features.
+        slides: slide id → file of features, or of the slide itself.
         truth: (class index,), (value,), or (time, event) of survival.
     """
 
@@ -107,12 +107,36 @@ def cohort_of(settings: TrainSettings, on_note: Callable[[str], None] | None = N
     features, source, task = _needed(settings)
     columns = [settings.time, settings.event] if task == "survival" else [settings.target]
     labels = read_labels(source, [name for name in columns if name is not None], settings.slide_table)
-    files = list_features(features)
-    kept, left_out = _brought_together(labels, files, settings, on_note)
+    return cohort_from(settings, task, labels, list_features(features), on_note)
+
+
+def cohort_from(
+    settings: TrainSettings,
+    task: Task,
+    labels: SlideLabels,
+    files: Mapping[str, Path],
+    on_note: Callable[[str], None] | None = None,
+    what: str = "features",
+) -> Cohort:
+    """Bring labels and files together.
+
+    Args:
+        settings: of the training.
+        task: what is predicted.
+        labels: of the slides.
+        files: slide → its file.
+        on_note: told, a sentence each, of what is passed over with ``skip_missing``.
+        what: a file is called, for messages.
+
+    Raises:
+        ValueError: there is one class only, or a patient's labels contradict each other.
+        IncompleteCohortError: slides lack a file or a label, and ``skip_missing`` is not asked for.
+    """
+    kept, left_out = _brought_together(labels, files, settings, on_note, what)
     classes: tuple[str, ...] = ()
     if task in ("binary", "multiclass", "ordinal"):
-        classes = classes_of(task, [row.values[labels.columns[0]] or "" for row in kept], settings, source)
-    cases = _cases(kept, files, labels, settings, classes)
+        classes = classes_of(task, [row.values[labels.columns[0]] or "" for row in kept], settings, labels.source)
+    cases = _cases(kept, files, labels, settings, classes, task)
     target = settings.target or settings.event or task
     return Cohort(tuple(cases), task, target, classes, left_out)
 
@@ -136,13 +160,17 @@ def _needed(settings: TrainSettings) -> tuple[Path, Path, Task]:
 
 
 def _brought_together(
-    labels: SlideLabels, files: Mapping[str, Path], settings: TrainSettings, on_note: Callable[[str], None] | None
+    labels: SlideLabels,
+    files: Mapping[str, Path],
+    settings: TrainSettings,
+    on_note: Callable[[str], None] | None,
+    what: str,
 ) -> tuple[list[SlideLabel], dict[str, str]]:
-    """The rows that have a label and features; slide → why, of the others."""
+    """The rows that have a label and a file; slide → why, of the others."""
     named = {row.slide_id for row in labels.rows}
     lacking = {
-        "have a label and no features": [row.slide_id for row in labels.rows if row.slide_id not in files],
-        "have features and no row of labels": [slide for slide in files if slide not in named],
+        f"have a label and no {what}": [row.slide_id for row in labels.rows if row.slide_id not in files],
+        f"have {what} and no row of labels": [slide for slide in files if slide not in named],
         f"have nothing, NaN or NA in {' or '.join(labels.columns)}": labels.without_label(),
     }
     left_out = {slide: why for why, slides in lacking.items() for slide in slides}
@@ -152,13 +180,13 @@ def _brought_together(
         one, other = labels.rows[0].slide_id, next(iter(files))
         near = difflib.get_close_matches(one, files, 1)
         raise IncompleteCohortError(
-            f"slides must have a label and features, got none that has both: {told}; the labels have ids such as "
-            f"{one!r}, the features such as {(near or [other])[0]!r}: give them the same",
+            f"slides must have a label and {what}, got none that has both: {told}; the labels have ids such as "
+            f"{one!r}, the {what} such as {(near or [other])[0]!r}: give them the same",
             left_out,
         )
     if left_out and not settings.skip_missing:
         raise IncompleteCohortError(
-            f"every slide must have a label and features, got {told}, of {len(named | set(files))} slides; complete "
+            f"every slide must have a label and {what}, got {told}, of {len(named | set(files))} slides; complete "
             "them, or go on without these slides with --skip-missing",
             left_out,
         )
@@ -173,11 +201,11 @@ def _cases(
     labels: SlideLabels,
     settings: TrainSettings,
     classes: tuple[str, ...],
+    task: Task,
 ) -> list[Case]:
-    assert settings.task is not None
     found: dict[str, Case] = {}
     for row in rows:
-        truth = read_truth(settings.task, [row.values[name] or "" for name in labels.columns], classes, row.slide_id)
+        truth = read_truth(task, [row.values[name] or "" for name in labels.columns], classes, row.slide_id)
         name = row.slide_id if settings.fusion == "none" else row.patient_id
         other = found.get(name)
         if other is not None and other.truth != truth:

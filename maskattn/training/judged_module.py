@@ -17,7 +17,7 @@ from maskattn.training.fit_settings import FitSettings
 from maskattn.training.module import TrainedModule
 from maskattn.training.tasks import TrainedTask
 
-__all__ = ["JudgedModule"]
+__all__ = ["JudgedModule", "added"]
 
 
 class JudgedModule(TrainedModule):
@@ -60,9 +60,22 @@ class JudgedModule(TrainedModule):
         return METRIC_OF[self.cohort.task]
 
 
+def added(ours: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Sums by index, those of all processes added."""
+    total: dict[int, Tensor] = {}
+    for part in _every_process(ours):
+        for index, one in part.items():
+            total[index] = total[index] + one if index in total else one
+    return total
+
+
 def _of_all_processes(ours: dict[int, Tensor]) -> dict[int, Tensor]:
+    return {index: output for part in _every_process(ours) for index, output in part.items()}
+
+
+def _every_process(ours: dict[int, Tensor]) -> list[dict[int, Tensor]]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return ours
+        return [ours]
     every: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every, ours)
-    return {index: output for part in every for index, output in part.items()}
+    return every

@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 
 from maskattn.errors import SlideError
 from maskattn.evaluation.predictions import some_of
-from maskattn.nn.random_masks import drop_random_tokens
 from maskattn.shapes import Bool, UInt8
 from maskattn.slide.names import as_text
+from maskattn.training.augmentation import varied
 from maskattn.training.bags import Draw
 from maskattn.training.cohort import Case, Cohort
 from maskattn.training.settings import TrainSettings
@@ -86,10 +86,10 @@ def _patient_of(path: Path, name: str, settings: TrainSettings) -> str:
 
 @dataclass(frozen=True, eq=False)
 class PatchItem:
-    """A patch as the encoder takes it.
+    """A patch, or a tile of a slide, as the encoder takes it.
 
     Attributes:
-        index: of the patch in its dataset.
+        index: of what it is judged with: the patch itself, or the bag of a slide's or a patient's tiles.
         pixels_3XY: uint8, RGB.
         keep_HW: the tokens that take part; None = all.
         truth: (class index,).
@@ -141,15 +141,8 @@ class PatchDataset(Dataset[PatchItem]):
         if self._seed is None:
             return PatchItem(draw.index, pixels, keep, case.truth)
         rng = np.random.default_rng([self._seed, draw.epoch, draw.index])
-        side = self._tile_px // self._token_px
-        if keep is None and self._drop:
-            keep = torch.ones(side, side, dtype=torch.bool)
-        quarter, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-        pixels, keep = _turned(pixels, quarter, mirrored), None if keep is None else _turned(keep, quarter, mirrored)
-        if keep is not None and self._drop:
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            keep = drop_random_tokens(keep[None], self._drop, generator)[0]
-        return PatchItem(draw.index, pixels.contiguous(), keep, case.truth)
+        pixels, keep = varied(pixels, keep, self._tile_px // self._token_px, self._drop, rng)
+        return PatchItem(draw.index, pixels, keep, case.truth)
 
     def _keep_of(self, path: Path) -> Bool[Tensor, "h w"]:
         mask = next((other for other in _masks_of(path) if other.is_file()), None)
@@ -168,11 +161,6 @@ class PatchDataset(Dataset[PatchItem]):
 
 def _masks_of(path: Path) -> list[Path]:
     return [path.with_name(f"{path.stem}{_MASK}{ending}") for ending in (".png", path.suffix)]
-
-
-def _turned(image: Tensor, quarter: int, mirrored: bool) -> Tensor:
-    turned = torch.rot90(image, quarter, (-2, -1))
-    return turned.flip(-1) if mirrored else turned
 
 
 def _read(path: Path, mode: str, side_px: int) -> np.ndarray:

@@ -41,7 +41,8 @@ class SlideSettings:
         heads: of its attention.
         positions: of the vision transformer.
         dropout: in the model's layers.
-        tiles_per_slide: how many of a slide's tiles training reads each time; None reads all, as validation does.
+        tiles_per_slide: how many of a slide's tiles training reads each time; None reads all, as validation does, or,
+            of slides that an encoder is trained on, 32.
         drop_tokens: share of the tiles read that are left out of the attention, at random.
         instance_weight: share of CLAM's clustering loss.
         instances: tiles of highest and of lowest attention that it clusters.

@@ -1,11 +1,11 @@
 """The fine-tuning of a tile encoder: a linear layer on its features, and rates that fall towards its lowest layer.
 
-Dimension key: B patches, K classes.
+Dimension key: B patches or tiles, P cases, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,8 @@ from maskattn.nn.encoders.tile_encoder import TileEncoder
 from maskattn.nn.optimizer_groups import layer_groups
 from maskattn.nn.slide_models.ordinal import ordinal_logits
 from maskattn.training.cohort import Case, Cohort
-from maskattn.training.judged_module import JudgedModule
+from maskattn.training.encoder_to_tune import packed_of
+from maskattn.training.judged_module import JudgedModule, added
 from maskattn.training.patches import PatchItem
 from maskattn.training.settings import TrainSettings
 from maskattn.training.tasks import TrainedTask
@@ -32,7 +33,8 @@ class TileTraining(JudgedModule):
         task: of the patches.
         settings: of the training.
         cohort: whose task and classes they are.
-        validation: the patches of the validation, in their dataset's order.
+        validation: the cases of the validation.
+        case_of_bag: index of the case of each bag, whose tiles are averaged; None: a bag is a case.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class TileTraining(JudgedModule):
         settings: TrainSettings,
         cohort: Cohort,
         validation: Sequence[Case],
+        case_of_bag: Sequence[int] | None = None,
     ) -> None:
         super().__init__(settings, task, cohort, validation)
         self.encoder = encoder
         self._settings = settings
+        self._case_of_bag = list(range(len(validation)) if case_of_bag is None else case_of_bag)
         self.dropout = nn.Dropout(settings.dropout)
         self.head = nn.Linear(encoder.embed_dim, task.num_classes - (cohort.task == "ordinal"))
 
@@ -69,22 +73,41 @@ class TileTraining(JudgedModule):
             for one in batch
         ]
 
-    def outputs(self, batch: list[PatchItem]) -> Tensor:
-        """(B, K) outputs of some patches."""
+    def logits(self, batch: list[PatchItem]) -> Tensor:
+        """What the linear layer says of some patches."""
         pixels = torch.stack([one.pixels_3XY for one in batch])
         masks = [one.keep_HW for one in batch if one.keep_HW is not None]
         features_BC = self.encoder.encode_tiles(pixels, torch.stack(masks) if masks else None)
-        logits = cast(Tensor, self.head(self.dropout(features_BC)))
-        return ordinal_logits(logits) if self.cohort.task == "ordinal" else logits
+        return cast(Tensor, self.head(self.dropout(features_BC)))
 
     def batch_loss(self, batch: list[PatchItem]) -> Tensor:
         """The mean loss of some patches."""
-        return self.task.loss(self.outputs(batch), [one.truth for one in batch])
+        return self.task.loss(self._of_classes(self.logits(batch)), [one.truth for one in batch])
 
     def validation_step(self, batch: list[PatchItem], batch_idx: int) -> None:
-        """The outputs of some patches."""
-        for one, output in zip(batch, self.outputs(batch), strict=True):
-            self.validation_outputs[one.index] = output.float().cpu()
+        """Add what is said of some patches to the sums of their bags, whose last number is how many there are."""
+        for one, said in zip(batch, self.logits(batch).double().cpu(), strict=True):
+            counted = torch.cat([said, said.new_ones(1)])
+            self.validation_outputs[one.index] = self.validation_outputs.get(one.index, 0) + counted
+
+    def all_outputs(self) -> Tensor:
+        """(P, K) outputs of the cases: a bag's are those of its tiles' mean, as a slide model has them."""
+        sums = torch.stack([one for _, one in sorted(added(self.validation_outputs).items())])
+        bags = self._of_classes((sums[:, :-1] / sums[:, -1:]).float())
+        case_of_bag = torch.tensor(self._case_of_bag)
+        return torch.stack([self.task.fuse(bags[case_of_bag == index]) for index in range(len(self.validation))])
+
+    @torch.no_grad()
+    def outputs_of(self, batches: Iterable[list[PatchItem]], device: torch.device) -> Tensor:
+        """(P, K) outputs of the validation cases, without Lightning."""
+        self.to(device).eval()
+        self.on_validation_epoch_start()
+        for index, batch in enumerate(batches):
+            self.validation_step(self.transfer_batch_to_device(batch, device, 0), index)
+        return self.all_outputs()
+
+    def _of_classes(self, logits: Tensor) -> Tensor:
+        return ordinal_logits(logits) if self.cohort.task == "ordinal" else logits
 
     def network(self) -> nn.Module:
         """The encoder."""
@@ -97,11 +120,7 @@ def prepared(encoder: TileEncoder, settings: TrainSettings) -> TileEncoder:
     Raises:
         ValueError: it is no packed transformer, or has fewer blocks than are to be frozen.
     """
-    vit = encoder.vit
-    if vit is None:
-        raise ValueError(
-            f"--stage tile fine-tunes packed vision transformers, got {encoder.name}: {encoder.why_not}; choose another"
-        )
+    vit = packed_of(encoder)
     blocks = [cast(Block, block) for block in vit.blocks]
     if settings.freeze > len(blocks):
         raise ValueError(f"--freeze may be up to the encoder's {len(blocks)} blocks, got {settings.freeze}")

@@ -1,11 +1,11 @@
-"""Fine-tune a tile encoder on labelled patches."""
+"""Fine-tune a tile encoder on labelled patches, or on tiles of labelled slides."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,21 +13,22 @@ import torch
 from maskattn.evaluation.calibration import fit_temperature, with_temperature
 from maskattn.evaluation.splits import Split, check_classes
 from maskattn.files import replacing
-from maskattn.nn.encoders.loading import load_encoder
 from maskattn.nn.encoders.tile_encoder import TileEncoder
 from maskattn.nn.slide_models.card import EncoderFacts, ModelCard
 from maskattn.nn.slide_models.folder import save_model
 from maskattn.nn.slide_models.head import SlideHead
 from maskattn.nn.slide_models.ordinal import OrdinalHead
 from maskattn.nn.slide_models.pooling import PooledHead
-from maskattn.training.bags import Draw
 from maskattn.training.batches import CaseBatches, InOrder
 from maskattn.training.cohort import Case, Cohort
+from maskattn.training.encoder_to_tune import encoder_to_tune
 from maskattn.training.loop import FitResult, Progress, fit, loader_of
 from maskattn.training.patches import PatchDataset
 from maskattn.training.run_folder import check_run, full_disk_in_words, note_data, place_of_process
 from maskattn.training.settings import TrainSettings
 from maskattn.training.slide_module import predictions_of
+from maskattn.training.slide_tile_data import SlideTileDataset, bags_of
+from maskattn.training.slide_tiles import LaidSlides
 from maskattn.training.tasks import task_of
 from maskattn.training.tile_module import TileTraining, prepared
 from maskattn.training.train import PREDICTIONS, TrainedRun
@@ -36,10 +37,17 @@ __all__ = ["ENCODER", "train_tiles"]
 
 ENCODER = "encoder.safetensors"
 _BATCH_SIZE = 32
+_TILES_PER_SLIDE = 32
 
 
 def train_tiles(
-    settings: TrainSettings, cohort: Cohort, split: Split, out: Path, *, progress: Progress | None = None
+    settings: TrainSettings,
+    cohort: Cohort,
+    split: Split,
+    out: Path,
+    *,
+    laid: LaidSlides | None = None,
+    progress: Progress | None = None,
 ) -> TrainedRun:
     """Fine-tune an encoder: a run that was killed goes on.
 
@@ -48,10 +56,11 @@ def train_tiles(
 
     Args:
         settings: of the training.
-        cohort: the patches, as :func:`maskattn.training.patches.find_patches` finds them.
+        cohort: the patches, as :func:`maskattn.training.patches.find_patches` finds them, or the slides.
         split: which patients' patches teach and which judge.
         out: folder of the run.
         progress: gets the progress of the training.
+        laid: the slides' tiles, as :func:`maskattn.training.weak_labels.with_tiles` lays them; None: there are patches.
 
     Raises:
         SlideError: a patch or its mask cannot be read.
@@ -59,51 +68,80 @@ def train_tiles(
             configuration.
         OutputError: the run cannot be written; what was there is kept.
     """
-    if settings.encoder is None:
-        raise ValueError(
-            "--stage tile must have --encoder, which is fine-tuned, got none; `maskattn encoders` lists them"
-        )
     check_run(out, settings)
     training, validation = cohort.of(split.train), cohort.of(split.validation)
     check_classes([replace(split, test=())], {case.patient_id: case.truth[0] for case in training + validation})
     rank, _ = place_of_process(settings)
-    encoder = load_encoder(settings.encoder, impl=settings.impl, weights=settings.weights)
+    encoder = encoder_to_tune(settings) if laid is None else laid.encoder
+    data = _Data(settings, cohort, training, validation, encoder, laid)
     with full_disk_in_words(out):
         if rank == 0:
-            note_data(out, settings, _digest(training, validation, encoder.sha256))
-        module, result = _fitted(settings, cohort, training, validation, encoder, out, progress)
+            note_data(out, settings, _digest(data))
+        module, result = _fitted(data, out, progress)
         if rank:
             raise SystemExit(0)  # the first process alone writes what was learnt
-        return _finished(settings, cohort, validation, out, module, result)
+        return _finished(data, out, module, result)
 
 
-def _fitted(
-    settings: TrainSettings,
-    cohort: Cohort,
-    training: Sequence[Case],
-    validation: Sequence[Case],
-    encoder: TileEncoder,
-    out: Path,
-    progress: Progress | None,
-) -> tuple[TileTraining, FitResult]:
+@dataclass(frozen=True)
+class _Data:
+    """What is read, as patches or as tiles of slides."""
+
+    settings: TrainSettings
+    cohort: Cohort
+    training: Sequence[Case]
+    validation: Sequence[Case]
+    encoder: TileEncoder
+    laid: LaidSlides | None
+
+    def learnt(self) -> PatchDataset | SlideTileDataset:
+        """What teaches."""
+        settings, laid = self.settings, self.laid
+        if laid is None:
+            return PatchDataset(self.training, *self._shape, settings.seed, settings.drop_tokens)
+        most = settings.tiles_per_slide or _TILES_PER_SLIDE
+        return SlideTileDataset(self.training, laid.tiles, settings.fusion, most, settings.seed, settings.drop_tokens)
+
+    def judged(self) -> PatchDataset | SlideTileDataset:
+        """What judges."""
+        if self.laid is None:
+            return PatchDataset(self.validation, *self._shape)
+        settings = self.settings
+        return SlideTileDataset(self.validation, self.laid.tiles, settings.fusion, settings.validation_tiles)
+
+    @property
+    def count(self) -> str:
+        """How many patches or slides there are."""
+        count = sum(len(case.slides) for case in self.cohort.cases)
+        return f"{count} {'labelled patches' if self.laid is None else 'slides, each tile with the label of its slide'}"
+
+    @property
+    def case_of_bag(self) -> list[int] | None:
+        """Which validation case each bag is of; None: each case is one patch."""
+        if self.laid is None:
+            return None
+        return [case for case, _ in bags_of(self.validation, self.settings.fusion)]
+
+    @property
+    def _shape(self) -> tuple[int, int, bool]:
+        return self.encoder.tile_px, self.encoder.token_px, self.settings.token_mask == "tissue"
+
+
+def _fitted(data: _Data, out: Path, progress: Progress | None) -> tuple[TileTraining, FitResult]:
+    settings, cohort = data.settings, data.cohort
     rank, processes = place_of_process(settings)
-    task = task_of(cohort.task, len(cohort.classes), training, settings.class_weights)
+    task = task_of(cohort.task, len(cohort.classes), data.training, settings.class_weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        module = TileTraining(prepared(encoder, settings), task, settings, cohort, validation)
+        encoder = prepared(data.encoder, settings)
+        module = TileTraining(encoder, task, settings, cohort, data.validation, data.case_of_bag)
     batch_size = settings.batch_size or _BATCH_SIZE
-    batches = CaseBatches(len(training), batch_size * processes, settings.seed, None, rank, processes)
-    shape = (encoder.tile_px, encoder.token_px, settings.token_mask == "tissue")
-    learnt = PatchDataset(training, *shape, settings.seed, settings.drop_tokens)
+    learnt, judged = data.learnt(), data.judged()
+    batches = CaseBatches(len(learnt), batch_size * processes, settings.seed, None, rank, processes)
     result = fit(
         module,
         loader_of(learnt, settings, batch_sampler=batches),
-        loader_of(
-            PatchDataset(validation, *shape),
-            settings,
-            sampler=InOrder(len(validation), rank, processes),
-            batch_size=batch_size,
-        ),
+        loader_of(judged, settings, sampler=InOrder(len(judged), rank, processes), batch_size=batch_size),
         folder=out,
         metric=module.metric,
         progress=progress,
@@ -111,25 +149,22 @@ def _fitted(
     return module, result
 
 
-@torch.no_grad()
-def _finished(
-    settings: TrainSettings,
-    cohort: Cohort,
-    validation: Sequence[Case],
-    out: Path,
-    module: TileTraining,
-    result: FitResult,
-) -> TrainedRun:
-    """Write the encoder, the linear layer as a slide model, and what they say of the validation patches."""
+def _finished(data: _Data, out: Path, module: TileTraining, result: FitResult) -> TrainedRun:
+    """Write the encoder, the linear layer as a slide model, and what they say of the validation cases."""
     from safetensors.torch import save
 
-    module.cpu().eval()
+    settings, cohort = data.settings, data.cohort
+    judged, device = data.judged(), settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    order = InOrder(len(judged))
+    batches = loader_of(judged, settings, sampler=order, batch_size=settings.batch_size or _BATCH_SIZE)
+    outputs_PK = module.outputs_of(batches, torch.device(device))
+    module.cpu()
     encoder = module.encoder
     assert encoder.vit is not None, "a packed transformer was trained"
     encoder.__dict__.pop("sha256", None)  # it was that of the weights to begin with
-    dataset = PatchDataset(validation, encoder.tile_px, encoder.token_px, settings.token_mask == "tissue")
-    outputs_PK = torch.cat([module.outputs([dataset[Draw(index, 0)]]).float() for index in range(len(dataset))])
-    said = predictions_of(outputs_PK, validation, cohort, module.task)
+    said = predictions_of(outputs_PK, data.validation, cohort, module.task)
     temperature = fit_temperature(said)
     said = with_temperature(said, temperature)
     best = result.rows[result.best_epoch]
@@ -139,10 +174,10 @@ def _finished(
         classes=cohort.classes,
         encoder=EncoderFacts(encoder.name, encoder.embed_dim, encoder.sha256),
         tile_px=encoder.tile_px,
-        patch_px=encoder.patch_px,
-        spacing_um=encoder.spacing_um,
+        patch_px=encoder.patch_px if data.laid is None else data.laid.patch_px,
+        spacing_um=encoder.spacing_um if data.laid is None else data.laid.spacing_um,
         token_mask=settings.token_mask or "none",
-        trained_on=f"{len(cohort.cases)} labelled patches, with the encoder; it reads the mean of a slide's tiles",
+        trained_on=f"{data.count}, with the encoder; it reads the mean of a slide's tiles",
         metrics={name: value for name, value in best.items() if name.startswith(("train_", "validation_"))},
         facts={"epoch": str(result.best_epoch), "encoder's weights": ENCODER},
         task=cohort.task,
@@ -163,7 +198,11 @@ def _head_of(module: TileTraining, cohort: Cohort) -> SlideHead:
     return OrdinalHead(pooled) if cohort.task == "ordinal" else pooled
 
 
-def _digest(training: Sequence[Case], validation: Sequence[Case], encoder: str) -> str:
-    """SHA-256 over which patches are in which part, what is true of them, and the weights to begin with."""
-    told = [[(case.case_id, case.truth) for case in part] for part in (training, validation)]
-    return hashlib.sha256(json.dumps([told, encoder]).encode()).hexdigest()
+def _digest(data: _Data) -> str:
+    """SHA-256 over which patches or tiles are in which part, what is true of them, and the weights to begin with."""
+    told = [[(case.case_id, case.truth) for case in part] for part in (data.training, data.validation)]
+    read = [told, data.encoder.sha256]
+    if data.laid is not None:
+        cases = [*data.training, *data.validation]
+        read.append([(slide, data.laid.tiles[slide].digest()) for case in cases for slide in case.slides])
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()
