@@ -22,15 +22,24 @@ def test_the_page_is_served_until_the_command_is_told_to_end(out: Path, number: 
     command = [sys.executable, "-m", "maskattn", "view", str(out), "--port", "0", "--no-browser"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A suite that a shell runs in the background is started with Ctrl-C ignored, and so would be its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        assert process.stdout is not None
-        url = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
-        assert url is not None
-        with urllib.request.urlopen(url[0], timeout=30) as answer:
-            assert b"<title>maskattn</title>" in answer.read()
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            url = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
+            assert url is not None
+            with urllib.request.urlopen(url[0], timeout=30) as answer:
+                assert b"<title>maskattn</title>" in answer.read()
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == code, errors
     assert "Traceback" not in errors
 
