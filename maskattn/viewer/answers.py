@@ -35,6 +35,7 @@ CHUNK = 256
 _MOST_OPEN_SLIDES = 4
 _MOST_JPEG_BYTES = 64 << 20
 _MOST_MOSAIC_BYTES = 384 << 20
+_MOST_WAIT_S = 60.0  # for a picture that is being decoded when the viewer ends
 _STRONGEST = 12
 _JSON = "application/json; charset=utf-8"
 
@@ -64,6 +65,7 @@ class Answers:
         self._slides: BoundedCache[OpenedSlide] = BoundedCache(
             _MOST_OPEN_SLIDES, lambda slide: 1, lambda slide: slide.close()
         )
+        self._ahead: list[threading.Thread] = []
         self._squares: BoundedCache[bytes] = BoundedCache(_MOST_JPEG_BYTES, len)
         self._mosaics: BoundedCache[Mosaic] = BoundedCache(_MOST_MOSAIC_BYTES, lambda mosaic: mosaic.nbytes)
         whole, place = r"(0|[1-9][0-9]{0,8})", r"(-?[0-9]{1,9}(?:\.[0-9]{1,6})?)"
@@ -100,15 +102,23 @@ class Answers:
 
     def open_first(self) -> None:
         """Open the slide that the page shows first, in a thread of its own, so that it need not wait for it."""
-        threading.Thread(target=self._open_first, daemon=True).start()
+        self._in_background(self._open_first)
 
     def _open_first(self) -> None:
         with suppress(SlideError):  # reported when the slide is requested
             self._opened(str(self._catalogue.first))
 
     def close(self) -> None:
-        """Close every slide."""
+        """Close every slide, and wait for what is still being read ahead: a process must not end under its decoders."""
         self._slides.clear()
+        while self._ahead:
+            self._ahead.pop().join(_MOST_WAIT_S)
+            self._slides.clear()  # what was opened meanwhile
+
+    def _in_background(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        self._ahead = [one for one in self._ahead if one.is_alive()] + [thread]
+        thread.start()
 
     def _opened(self, number: str) -> OpenedSlide:
         entries, index = self._catalogue.entries, int(number)
@@ -118,7 +128,7 @@ class Answers:
 
     def _open(self, index: int) -> OpenedSlide:
         opened = OpenedSlide(self._catalogue.entries[index], self._catalogue.slides_dir)
-        opened.look_over()
+        self._in_background(opened.look_over)
         return opened
 
     def _mosaic(self, number: str, which: str) -> Mosaic:

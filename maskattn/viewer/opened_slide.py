@@ -96,13 +96,13 @@ class OpenedSlide:
 
     def look_over(self) -> None:
         """Make the view of the whole slide, and open what reads beside it, before the first squares are asked for."""
-        if self._has_file:
-            threading.Thread(target=self._look_over, daemon=True).start()
-
-    def _look_over(self) -> None:
+        if not self._has_file:
+            return
         with suppress(SlideError):  # reported when a square is requested
             self._whole()
             for _ in range(_READERS):  # they come in turn
+                if self._closed:
+                    return
                 with self._reader():
                     pass
 
