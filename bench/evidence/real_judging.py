@@ -87,7 +87,7 @@ def in_bfloat16(model: VisionTransformer) -> VisionTransformer:
     """A copy in bfloat16, for the many passes that judge; it takes images of any dtype."""
     judge = copy.deepcopy(model).to(torch.bfloat16)
     cut = judge.patch_embed.cut
-    judge.patch_embed.cut = lambda images, packing: cut(images.to(torch.bfloat16), packing)  # type: ignore[method-assign]
+    judge.patch_embed.cut = lambda images, packing: cut(images.to(torch.bfloat16), packing)
     return judge
 
 

@@ -13,9 +13,10 @@ from maskattn.cli.train import cohort_in, given_settings, patients_by_id
 from maskattn.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from maskattn.evaluation.crossval import FoldOutcome
+    from maskattn.evaluation.predictions import Predictions
     from maskattn.evaluation.splits import Split
     from maskattn.training.cohort import Cohort
 
@@ -86,7 +87,7 @@ class _Training:
     def __init__(self, candidates: Mapping[str, TrainSettings], cohort: Cohort) -> None:
         self._candidates, self._cohort = candidates, cohort
 
-    def train(self, candidate: str, split: Split, folder: Path):  # type: ignore[no-untyped-def]  # a lazy import's
+    def train(self, candidate: str, split: Split, folder: Path) -> Predictions:
         from maskattn.cli.training_progress import TrainingProgress
         from maskattn.training.train import train_model
 
@@ -95,7 +96,7 @@ class _Training:
         with TrainingProgress(settings.epochs) as progress:
             return train_model(settings, self._cohort, split, folder, progress=progress).validation
 
-    def predict(self, folder: Path, patients):  # type: ignore[no-untyped-def]
+    def predict(self, folder: Path, patients: Sequence[str]) -> Predictions:
         from maskattn.training.train import predict
 
         return predict(folder, self._cohort, patients)

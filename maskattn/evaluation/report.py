@@ -100,7 +100,9 @@ def _inline(svg: str, alt: str) -> Markup:
     """A drawing of matplotlib's inside a page: its ink follows the page's, its letters have the page's font."""
     drawing = svg[svg.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing).groups()  # type: ignore[union-attr]
+    view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing)
+    assert view is not None, "matplotlib gives each drawing its size"
+    width, height = view.groups()
     opening = element("svg", viewBox=f"0 0 {width} {height}", role="img", aria_label=as_text(alt), class_="drawing")
     drawing = re.sub(r"<svg.*?>", lambda _: opening.removesuffix("</svg>"), drawing, count=1, flags=re.DOTALL)
     drawing = drawing.replace(INK, "var(--ink)")

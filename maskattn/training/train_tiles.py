@@ -59,8 +59,8 @@ def train_tiles(
         cohort: the patches, as :func:`maskattn.training.patches.find_patches` finds them, or the slides.
         split: which patients' patches teach and which judge.
         out: folder of the run.
-        progress: gets the progress of the training.
         laid: the slides' tiles, as :func:`maskattn.training.weak_labels.with_tiles` lays them; None: there are patches.
+        progress: gets the progress of the training.
 
     Raises:
         SlideError: a patch or its mask cannot be read.

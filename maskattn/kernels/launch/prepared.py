@@ -91,7 +91,7 @@ def launch_prepared(
     """
     addresses = [None if x is None else x.data_ptr() for x in tensors]
     layouts = [
-        None if x is None else (x.dtype, x.stride(), address & 15)  # type: ignore[operator]
+        None if x is None or address is None else (x.dtype, x.stride(), address & 15)
         for x, address in zip(tensors, addresses, strict=True)
     ]
     # Which of them are one tensor given twice, since a template has one place for it.

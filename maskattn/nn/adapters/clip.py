@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.adapters.conversion import build, refuse, rename_layers
 from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["CLIP_FAMILIES", "from_clip", "rename_tower"]
@@ -90,18 +90,7 @@ def rename_tower(theirs: Mapping[str, Tensor], outside: Mapping[str, str]) -> di
         theirs: of transformers.
         outside: our names for what lies outside the layers; what is in neither keeps its name, and is refused later.
     """
-    ours: dict[str, Tensor] = {}
-    for name, x in theirs.items():
-        in_layer = _LAYER.match(name)
-        if in_layer is None:
-            ours[outside.get(name, name)] = x
-            continue
-        inner = in_layer[2]
-        for begin, replacement in _IN_LAYER.items():
-            if inner.startswith(begin):
-                inner = replacement + inner.removeprefix(begin)
-                break
-        ours[f"blocks.{in_layer[1]}.{inner}"] = x
+    ours = rename_layers(theirs, _LAYER, _IN_LAYER, outside)
     for part in ("weight", "bias"):
         for name in [name for name in ours if name.endswith(f".self_attn.q_proj.{part}")]:
             layer = name.removesuffix(f"self_attn.q_proj.{part}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from maskattn.nn.blocks import Block
 from maskattn.nn.fitting import misfits
 from maskattn.nn.vit import VisionTransformer
 
-__all__ = ["UnsupportedModelError", "build", "refuse"]
+__all__ = ["UnsupportedModelError", "build", "refuse", "rename_layers"]
 
 
 class UnsupportedModelError(ValueError):
@@ -76,3 +77,25 @@ def build(
     for key, parameter in model.named_parameters():
         parameter.requires_grad_((trains or {}).get(key, True))
     return model.train(training)
+
+
+def rename_layers(
+    theirs: Mapping[str, Tensor], layer: re.Pattern[str], in_layer: Mapping[str, str], outside: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """A state dict under our names, as far as names alone differ.
+
+    Args:
+        theirs: of the other library.
+        layer: matches the name of a layer's tensor; its groups are the layer's number and the rest of the name.
+        in_layer: our beginnings of that rest, by theirs.
+        outside: our names for tensors outside the layers. A name that is in neither stays, and is refused later.
+    """
+    ours: dict[str, Tensor] = {}
+    for name, x in theirs.items():
+        found = layer.match(name)
+        if found is None:
+            ours[outside.get(name, name)] = x
+            continue
+        begin = next((begin for begin in in_layer if found[2].startswith(begin)), "")
+        ours[f"blocks.{found[1]}.{in_layer.get(begin, '')}{found[2].removeprefix(begin)}"] = x
+    return ours

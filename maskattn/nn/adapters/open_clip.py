@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskattn.nn.adapters.conversion import build, refuse
+from maskattn.nn.adapters.conversion import build, refuse, rename_layers
 from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["CONFIG", "WEIGHTS", "from_open_clip", "has_clip_tower", "said_by_config", "with_projection"]
@@ -163,15 +163,7 @@ def with_projection(checkpoint: Mapping[str, Any], prefix: str, name: str) -> di
 
 
 def _rename(tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {}
-    for key, x in tower.items():
-        in_layer = _LAYER.match(key)
-        if in_layer is None:
-            ours[_OUTSIDE.get(key, key)] = x
-            continue
-        inner = in_layer[2]
-        begin = next((begin for begin in _IN_LAYER if inner.startswith(begin)), "")
-        ours[f"blocks.{in_layer[1]}.{_IN_LAYER.get(begin, '')}{inner.removeprefix(begin)}"] = x
+    ours = rename_layers(tower, _LAYER, _IN_LAYER, _OUTSIDE)
     if "proj" in ours:
         ours["head.weight"] = ours.pop("proj").T.contiguous()
         ours["head.bias"] = torch.zeros_like(ours["head.weight"][:, 0])

@@ -104,7 +104,7 @@ def _pictures(slide: FinishedSlide, top: int, slides_dir: Path | None) -> Markup
         attended = element(
             "figure",
             picture(map_over(shown.thumbnail, values, limits, colours), "Map of attention"),
-            element("figcaption", "Attention of the class token. ", colour_bar(limits, colours)),
+            element("figcaption", "Attention of the slide model. ", colour_bar(limits, colours)),
         )
         ranked = sorted(prediction.scores, key=prediction.scores.__getitem__, reverse=True)
         classes = [name for name in ranked if name in table.classes]
