@@ -1,10 +1,10 @@
-"""Every explanation method on one model and some images, in one table.
+"""A table of every explanation method on one model and some images.
 
     python -m bench.evidence.explanations IMAGE... --model timm:vit_tiny_patch16_224 --classes 207 281
     python -m bench.evidence.explanations --model timm:vit_tiny_patch16_224 --offline        # random weights and images
 
-Ours and theirs share one interface; the two classes of each image give class correlation. Where it is known which
-tokens show which class (bench/evidence/digits.py), two-object contrast too.
+The two classes of each image give the class correlation. If it is known which tokens show which class
+(bench/evidence/digits.py), the two-object contrast is computed, too.
 
 Dimension key: B images, H·W grid tokens.
 """
@@ -46,7 +46,7 @@ BENCH_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def methods(model: VisionTransformer) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Every method of the registry by title: (images, (B,) classes) → (B, H, W)."""
+    """Return every method of the registry by title, as a function (images, (B,) classes) → (B, H, W)."""
     calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     for method in METHODS.values():
         explainer = method(model, **BENCH_OPTIONS.get(method.name, {}))
@@ -61,9 +61,9 @@ def methods(model: VisionTransformer) -> dict[str, Callable[[Tensor, Tensor], Te
 
 
 def in_batches(explain: Callable[[Tensor, Tensor], Tensor], images: Tensor, classes: Tensor, size: int = 25) -> Tensor:
-    """Maps of many images, (B, H, W)."""
-    parts = zip(images.split(size), classes.split(size), strict=True)
-    return torch.cat([explain(x, target) for x, target in parts])
+    """Explain many images in batches, (B, H, W)."""
+    batches = zip(images.split(size), classes.split(size), strict=True)
+    return torch.cat([explain(x, target) for x, target in batches])
 
 
 def judge(
@@ -75,15 +75,15 @@ def judge(
     perturbations: Sequence[str] = ("drop",),
     names: Sequence[str] | None = None,
 ) -> tuple[list[Row], dict[str, Tensor]]:
-    """Every metric of every method, and the maps (B, 2, H, W).
+    """Compute every metric of every method, and the maps (B, 2, H, W).
 
     Args:
-        model: with a class token.
+        model: a model with a class token.
         x: (B, I, X, Y) images.
-        classes_B2: (B, 2) the classes to explain; correctness, boxes and compactness judge the first.
-        areas_B2HW: (B, 2, H, W) bool, the tokens that show each; None: no two-object contrast.
+        classes_B2: (B, 2), the classes to explain; correctness, boxes and compactness judge the first.
+        areas_B2HW: (B, 2, H, W) bool, the tokens that show each class; None omits the two-object contrast.
         perturbations: ways to remove tokens.
-        names: methods; None for all. A map of noise comes last.
+        names: titles of methods; None takes all. A map of noise comes last.
     """
     left, right = classes_B2.unbind(1)
     grid_HW = model.patch_embed.grid_of(x)

@@ -3,10 +3,10 @@
     python -m bench.evidence.real --real DIR            # writes the first part of docs/evidence.md
     python -m bench.evidence.real --real DIR --quick    # two images of each kind, a trial of the bench alone
 
-DIR holds material that cannot be kept with the package (real_images.py says what); what is not there is skipped by
-name. Probes are trained on GlaS's training images, without the patients that they are asked about; its test folder
-is read here and nowhere else. Seeded. What has been judged is kept in the cache image by image, so that a run that was
-broken off goes on where it was; processor minutes are counted there too, and stand on the page.
+DIR holds material that cannot be distributed with the package (real_images.py describes it); missing material is
+skipped and reported. Probes are trained on GlaS's training images, without the patients they are evaluated on; its test
+folder is read only here. Everything is seeded. Results are cached image by image, so that an interrupted run resumes;
+processor minutes are recorded there, too, and reported on the page.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NOTEBOOK = {  # 1,000 ImageNet images, DINO ViT-S/8: compactness, correlation wi
 
 
 def table_of(judged: Judged, names: Sequence[str]) -> str:
-    """A row for each method, a column for each measure."""
+    """Return a table with a row for each method and a column for each measure."""
     contrast = judged.measure("contrast")
     measures = {
         "contrast": contrast,
@@ -54,14 +54,14 @@ def table_of(judged: Judged, names: Sequence[str]) -> str:
 
 
 def judged_images(judged: Judged, measure: str) -> str:
-    """How many images the quick methods were judged on, and the slow ones."""
+    """Return the number of images that the quick methods, and the slow ones, were judged on, in words."""
     rows = judged.measure(measure)
     slow = sum(not set(SLOW).isdisjoint(row) for row in rows)
     return f"{len(rows) - slow}{f' ({slow} for the slow methods)' if slow else ''}"
 
 
 def of_photographs(judged: Judged, encoder: str, names: Sequence[str], counts: Counts) -> str:
-    """The text of this part."""
+    """Return the page's section on photographs."""
     return (
         f"### Two animals in a photograph, {encoder}\n\nThe animal's log-probability, two maps of each photograph; "
         f"{judged_images(judged, 'contrast')} maps, {judged_images(judged, 'correctness, drop')} of them by dropping, "
@@ -70,7 +70,7 @@ def of_photographs(judged: Judged, encoder: str, names: Sequence[str], counts: C
 
 
 def of_tissue(judged: Judged, encoder: str, names: Sequence[str], counts: Counts) -> str:
-    """The text of this part."""
+    """Return the page's section on tissue."""
     assert judged.probe is not None, "tissue is judged through a probe"
     accuracy, area = judged.probe
     return (
@@ -83,7 +83,7 @@ def of_tissue(judged: Judged, encoder: str, names: Sequence[str], counts: Counts
 
 
 def beside_the_notebook(parts: dict[str, Judged]) -> str:
-    """The published notebook's figures and ours."""
+    """Return a table of the published notebook's figures and this package's."""
     names = list(parts)
     header = ["published", *names]
     lines = [
@@ -105,7 +105,7 @@ def beside_the_notebook(parts: dict[str, Judged]) -> str:
 
 
 def write_minutes(cache: Path, page: Path | None, minutes: dict[str, float]) -> None:
-    """Processor minutes of every part that was made with this cache."""
+    """Write the processor minutes of every part that was computed with this cache."""
     path = cache / "minutes.json"
     known = {**(json.loads(path.read_text()) if path.exists() else {}), **minutes}
     path.write_text(json.dumps(known))
@@ -121,7 +121,7 @@ def write_minutes(cache: Path, page: Path | None, minutes: dict[str, float]) -> 
 
 
 def main() -> None:
-    """Judge what is there, and write it."""
+    """Judge the material that is present, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--real", type=Path, required=True, help="folder of real material")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "maskattn-evidence")
@@ -162,7 +162,7 @@ Made = tuple[str, float, Judged | None]
 def _parts(
     real: Path, cache: Path, encoders: Sequence[str], names: Sequence[str], counts: Counts
 ) -> Iterator[tuple[str, Callable[[], Made]]]:
-    """What can be judged here; what cannot is printed with its reason."""
+    """Yield the parts that can be judged here, and print the reason for each one that cannot."""
     loaded = {name: (load_encoder(name, cache), ENCODERS[name]) for name in encoders if not missing(name, cache)}
 
     def timed(make: Callable[[], str]) -> Made:

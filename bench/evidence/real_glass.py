@@ -1,6 +1,7 @@
-"""How much of the class token's attention lies on glass, plain and masked, with pretrained encoders.
+"""The share of the class token's attention on glass, plain and masked, with pretrained encoders.
 
-Crops of whole sections at a fourth of their size, a fifth of each tissue; the tissue is found by the package.
+The images are crops of whole sections at a quarter of their size, each about a fifth tissue; the tissue is found by
+the package.
 
 Dimension key: B crops, H·W grid tokens.
 """
@@ -29,7 +30,7 @@ _STAINED = 0.06  # range of the colour channels, of 1, above which a pixel is ta
 
 
 def edge_crops(folder: Path, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Crops (B, 3, 224, 224) with 15 to 30 % of tissue, and the tissue (B, 224, 224) bool."""
+    """Return crops (B, 3, 224, 224) with 15 to 30 % of tissue, and their tissue (B, 224, 224) bool."""
     rng, pixels, tissue = np.random.default_rng(seed), [], []
     paths = sorted((folder / "sections").glob("*.jpg"))
     for path in paths:
@@ -61,7 +62,7 @@ def edge_crops(folder: Path, count: int, seed: int = 0) -> tuple[Tensor, Tensor]
 def attention_on_glass(
     encoders: dict[str, tuple[VisionTransformer, Encoder]], pixels: Tensor, tissue_BXY: Tensor
 ) -> str:
-    """Share of the class token's last attention row on tokens without tissue, of its whole on the grid."""
+    """Return the page's section: the share of the class token's attention to the grid that is on tokens of glass."""
     rows, share = [], 0.0
     for name, (model, how) in encoders.items():
         images = normalised(pixels, how.mean, how.std)

@@ -1,7 +1,7 @@
-"""Real images with known answers: photographs of two animals, and colon tissue with its grade and its glands.
+"""Real images with ground truth: photographs of two animals, and colon tissue with its grade and its glands.
 
-The folder is one's own and is only read: ``photos/*.png`` and ``text/`` for the photographs; ``glas/*.jpg`` with
-``grades.csv`` and gland masks (GlaS, MICCAI 2015: research only). Crops are 224 px squares, values 0 … 1.
+The folder is supplied by the user and only read: ``photos/*.png`` and ``text/`` for the photographs; ``glas/*.jpg``
+with ``grades.csv`` and gland masks (GlaS, MICCAI 2015: research only). Crops are squares of 224 px, with values 0 … 1.
 
 Dimension key: B images, K classes, H·W grid tokens, C channels.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 __all__ = ["Composites", "Crops", "Photographs", "composites", "crops", "normalised", "photographs", "text_head"]
 
 SIDE_PX = 224
-# Where each animal is, as shares of the picture's width and height: left, top, right, bottom. Drawn by hand.
+# The box of each animal, drawn by hand, in shares of the picture's width and height: left, top, right, bottom.
 _ANIMALS = {
     "catdog": {"dog": (0.34, 0.04, 0.75, 0.55), "cat": (0.20, 0.56, 0.90, 0.99)},
     "dogbird": {"bird": (0.03, 0.19, 0.46, 1.0), "dog": (0.47, 0.0, 0.98, 1.0)},
@@ -38,10 +38,10 @@ class Photographs:
     """Pictures of two animals.
 
     Attributes:
-        names: of the files.
+        names: names of the files.
         pixels_B3XY: (B, 3, 224, 224) in 0 … 1.
-        classes: the two names of each.
-        boxes_B24: (B, 2, 4) shares: left, top, right, bottom.
+        classes: the two animals in each picture.
+        boxes_B24: (B, 2, 4), left, top, right and bottom as shares of the picture.
     """
 
     names: list[str]
@@ -50,11 +50,11 @@ class Photographs:
     boxes_B24: Tensor
 
     def areas(self, grid_HW: tuple[int, int]) -> Tensor:
-        """(B, 2, H, W) bool: tokens whose centre lies in each animal's box."""
+        """Return (B, 2, H, W) bool: the tokens whose centre is in each animal's box."""
         height, width = grid_HW
         y = ((torch.arange(height) + 0.5) / height)[:, None]
         x = ((torch.arange(width) + 0.5) / width)[None]
-        left, top, right, bottom = (part[..., None, None] for part in self.boxes_B24.unbind(-1))
+        left, top, right, bottom = (edge[..., None, None] for edge in self.boxes_B24.unbind(-1))
         return (x >= left) & (x < right) & (y >= top) & (y < bottom)
 
 
@@ -63,7 +63,7 @@ class Crops:
     """Squares of tissue.
 
     Attributes:
-        names, patients: of each crop's image.
+        names, patients: name and patient of each crop's image.
         pixels_B3XY: (B, 3, 224, 224).
         malignant_B: (B,) bool.
         glands_BXY: (B, 224, 224) bool.
@@ -76,7 +76,7 @@ class Crops:
     glands_BXY: Tensor
 
     def glands(self, grid_HW: tuple[int, int]) -> Tensor:
-        """(B, H, W) bool: tokens at least half gland."""
+        """Return (B, H, W) bool: the tokens at least half covered by gland."""
         return F.adaptive_avg_pool2d(self.glands_BXY[:, None].float(), grid_HW)[:, 0] >= 0.5
 
 
@@ -87,7 +87,7 @@ class Composites:
     Attributes:
         pixels_B3XY: (B, 3, 224, 224).
         malignant_left_B: (B,) bool.
-        patients: of each, whose images its probe may not have seen.
+        patients: the two patients of each composite, whose images its probe must not have seen.
     """
 
     pixels_B3XY: Tensor
@@ -95,7 +95,7 @@ class Composites:
     patients: list[tuple[str, str]]
 
     def areas(self, grid_HW: tuple[int, int]) -> Tensor:
-        """(B, 2, H, W) bool: tokens of the malignant half, and of the benign one."""
+        """Return (B, 2, H, W) bool: the tokens of the malignant half, and of the benign one."""
         left = torch.arange(grid_HW[1]) < grid_HW[1] / 2
         left_BHW = left.expand(len(self.malignant_left_B), *grid_HW)
         malignant = left_BHW == self.malignant_left_B[:, None, None]
@@ -103,13 +103,13 @@ class Composites:
 
 
 def normalised(pixels_B3XY: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Pixels in 0 … 1 as an encoder takes them."""
+    """Normalise pixels in 0 … 1 with an encoder's mean and standard deviation."""
     shape = (3, 1, 1)
     return (pixels_B3XY - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 def photographs(folder: Path) -> Photographs:
-    """The pictures whose animals are known, each squeezed to a square."""
+    """Read the pictures whose animals are known, each resized to a square."""
     pictures, classes, boxes = [], [], []
     for name, animals in _ANIMALS.items():
         with Image.open(folder / "photos" / f"{name}.png") as image:
@@ -121,9 +121,10 @@ def photographs(folder: Path) -> Photographs:
 
 
 def text_head(folder: Path, projection_OC: Tensor) -> tuple[Tensor, list[str]]:
-    """Directions of the text classes in the class token's space, (K, C), unit length before the projection; names.
+    """Return the text classes' directions in the class token's space, (K, C), and their names.
 
-    The projected class token has to be divided by its length: logits are 100 · cosine.
+    Directions have unit length before the projection. The projected class token must be divided by its length, so that
+    logits are 100 · cosine.
     """
     vectors = torch.from_numpy(np.load(folder / "text" / "coco_stuff_171_clip_vitb16.npy").astype(np.float32))
     names = (folder / "text" / "coco_stuff_171_classes.txt").read_text().split("\n")[: len(vectors)]
@@ -131,7 +132,7 @@ def text_head(folder: Path, projection_OC: Tensor) -> tuple[Tensor, list[str]]:
 
 
 def crops(folder: Path, part: str) -> Crops:
-    """Two squares of each image, at its left and its right edge.
+    """Cut two squares from each image, at its left and its right edge.
 
     Args:
         folder: with ``glas/``.
@@ -158,12 +159,12 @@ def crops(folder: Path, part: str) -> Crops:
 
 
 def composites(squares: Crops, count: int, seed: int) -> Composites:
-    """Halves of a benign and of a malignant square of two patients, sides in turn.
+    """Join halves of a benign and of a malignant square of two patients, the malignant one left in every other image.
 
     Args:
-        squares: what to take them from.
+        squares: the squares to choose from.
         count: B.
-        seed: of the choice.
+        seed: seed of the choice.
     """
     rng = np.random.default_rng(seed)
     benign, malignant = ((squares.malignant_B == wanted).nonzero()[:, 0].numpy() for wanted in (False, True))
@@ -185,6 +186,6 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def _at_least(image: Image.Image, how: Image.Resampling) -> Image.Image:
-    """Enlarged, where a side is less than a square's."""
+    """Enlarge an image with a side below that of a square."""
     factor = max(1.0, SIDE_PX / min(image.size))
     return image if factor == 1 else image.resize((round(image.width * factor), round(image.height * factor)), how)

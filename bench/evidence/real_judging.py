@@ -1,7 +1,7 @@
-"""Every method's maps of real images, from one pass of the backbone for each image, and what is held against them.
+"""Every method's maps of real images, from one pass of the backbone for each image, and the measures of these maps.
 
-What goes through the whole backbone again (dropped tokens, boxes, occluded and noisy images) runs in bfloat16, other
-maps in float32.
+Predictions by the entire backbone (dropped tokens, boxes, occluded and noisy images) run in bfloat16, other maps in
+float32.
 
 Dimension key: B images, H·W grid tokens, C channels.
 """
@@ -41,14 +41,14 @@ __all__ = [
 
 Target = Callable[[Tensor], Tensor]
 SLOW = ("integrated-gradients", "smoothgrad", "rise", "token-ablation")
-"""Methods that take tens or hundreds of predictions a map: judged on fewer images."""
-_IN_BFLOAT16 = ("integrated-gradients", "smoothgrad", "rise")  # token ablation is a difference too small for it
+"""Methods that need tens or hundreds of predictions for each map, judged on fewer images."""
+_IN_BFLOAT16 = ("integrated-gradients", "smoothgrad", "rise")  # token ablation takes differences too small for it
 _OPTIONS: dict[str, dict[str, Any]] = {"rise": {"m": 200}}
 _REMEMBERED = 64
 
 
 def features_of(model: VisionTransformer, images: Tensor, cache: Path | None = None) -> Tensor:
-    """Class tokens (B, C), kept in a folder from one run to the next."""
+    """Compute class tokens (B, C), cached in a folder."""
     digest = hashlib.sha1(images.numpy().tobytes())
     digest.update(model.norm.weight.detach().numpy().tobytes())
     path = None if cache is None else cache / f"features_{digest.hexdigest()[:16]}.pt"
@@ -64,7 +64,7 @@ def features_of(model: VisionTransformer, images: Tensor, cache: Path | None = N
 
 
 def remembering(model: VisionTransformer) -> VisionTransformer:
-    """A twin, weights shared, that runs its backbone once for each batch of tokens, whatever the number of methods."""
+    """Return a twin with shared weights that runs its backbone once for each batch, whatever the number of methods."""
     twin = copy.copy(model)
     seen: dict[bytes, PackedTokens] = {}
 
@@ -84,7 +84,7 @@ def remembering(model: VisionTransformer) -> VisionTransformer:
 
 
 def in_bfloat16(model: VisionTransformer) -> VisionTransformer:
-    """A copy in bfloat16, for the many passes that judge; it takes images of any dtype."""
+    """Return a copy in bfloat16 for the many predictions of the measures; it takes images of any dtype."""
     judge = copy.deepcopy(model).to(torch.bfloat16)
     cut = judge.patch_embed.cut
     judge.patch_embed.cut = lambda images, packing: cut(images.to(torch.bfloat16), packing)
@@ -98,14 +98,14 @@ def maps_of(
     target: Target,
     names: Sequence[str],
 ) -> dict[str, Tensor]:
-    """The map (1, H, W) of each method, and one of noise, "random".
+    """Compute the map (1, H, W) of each method, and one of noise, "random".
 
     Args:
-        model: a twin that remembers, its output the class token.
-        judge: the same in bfloat16, for the methods that occlude or blur with noise.
+        model: a twin from :func:`remembering`, whose output is the class token.
+        judge: the same model in bfloat16, for methods that predict occluded, noisy or interpolated images.
         image_1IXY: one image.
-        target: of the output; one score a row.
-        names: of :data:`maskattn.explain.METHODS`.
+        target: a function of the output that returns one score for each row.
+        names: keys of :data:`maskattn.explain.METHODS`.
     """
     maps = {}
     for name in names:
@@ -121,12 +121,12 @@ def maps_of(
 
 
 def contrasts(maps: dict[str, Tensor], own_HW: Tensor, other_HW: Tensor) -> dict[str, float]:
-    """Object contrast of each method's map."""
+    """Compute the object contrast of each method's map."""
     return {name: float(metrics.object_contrast(x, own_HW[None], other_HW[None])) for name, x in maps.items()}
 
 
 def precision_of(maps: dict[str, Tensor], wanted_HW: Tensor) -> dict[str, float]:
-    """Average precision of each method's map against tokens; nothing where all or none are wanted."""
+    """Compute the average precision of each method's map against tokens; {} if all or none of them are wanted."""
     truth = wanted_HW.flatten().numpy()
     if truth.all() or not truth.any():
         return {}
@@ -136,7 +136,7 @@ def precision_of(maps: dict[str, Tensor], wanted_HW: Tensor) -> dict[str, float]
 def drops_of(
     judge: VisionTransformer, image_1IXY: Tensor, maps: dict[str, Tensor], target: Target, steps: int = 4
 ) -> dict[str, float]:
-    """Correctness of each method's map by dropping tokens, all methods in one call."""
+    """Compute the correctness of each method's map by dropping tokens, for all methods in one call."""
     stack = torch.cat(list(maps.values()))
     curves = metrics.removal_curves(judge, image_1IXY, stack, _in_float(target), steps=steps, internal_batch_size=16)
     return dict(zip(maps, curves.correctness.tolist(), strict=True))
@@ -145,7 +145,7 @@ def drops_of(
 def boxes_of(
     judge: VisionTransformer, image_1IXY: Tensor, maps: dict[str, Tensor], target: Target, count: int
 ) -> dict[str, float]:
-    """Box sensitivity of each method's map."""
+    """Compute the box sensitivity of each method's map."""
     grid_HW = judge.patch_embed.grid_of(image_1IXY)
     boxes = metrics.random_boxes(grid_HW, count, torch.Generator().manual_seed(5))
     changes = metrics.box_changes(judge, image_1IXY, boxes, _in_float(target), internal_batch_size=16)
@@ -153,12 +153,12 @@ def boxes_of(
 
 
 def likeness_of(maps: dict[str, Tensor], name: str = "token-ablation") -> dict[str, float]:
-    """Pearson correlation of each method's map with one method's."""
+    """Compute the Pearson correlation of each method's map with one method's."""
     return {key: float(metrics.correlation_of_maps(x, maps[name])) for key, x in maps.items() if key != name}
 
 
 def compactness_of(maps: dict[str, Tensor]) -> dict[str, float]:
-    """Share of tokens with at most 5 % of the largest relevance, of each method's map."""
+    """Compute the share of tokens with at most 5 % of the largest relevance, for each method's map."""
     return {name: float(metrics.compactness(x)) for name, x in maps.items()}
 
 
@@ -167,5 +167,5 @@ def _in_float(target: Target) -> Target:
 
 
 def gathered(rows: Sequence[dict[str, float]], name: str) -> Tensor:
-    """A method's values, NaN where it was not judged."""
+    """Return a method's values, (B,) float64; NaN where it was not judged."""
     return torch.tensor([row.get(name, np.nan) for row in rows], dtype=torch.float64)

@@ -1,9 +1,10 @@
-"""README's first picture: real skin, where a pretrained encoder looks, and where it looks when glass is masked.
+"""README's first picture: attention of a pretrained encoder on real skin, plain and with glass masked.
 
     python -m bench.evidence.real_picture CMU-1-Small-Region.svs  # OpenSlide data, CC0; writes docs/images/real.png
 
-CLIP's image tower sees the slide whole at a fourth of its size. The class map is of "epidermis rather than dermis": the
-difference of the mean class tokens of four squares of each, at the places below, none of it trained on skin.
+CLIP's image tower sees the entire slide at a quarter of its size. The class map explains "epidermis rather than
+dermis": the difference of the mean class tokens of four squares of each, at the positions below. Nothing is trained on
+skin.
 
 Dimension key: H·W grid tokens, C channels.
 """
@@ -31,13 +32,13 @@ from maskattn.slide.reader import SlideReader
 from maskattn.slide.tissue import find_tissue
 
 _ENCODER, _REDUCTION, _TOKEN_PX = "CLIP ViT-B/16", 4, 16
-# Centres of squares of one tissue, level-0 px.
+# Centres of the squares of each tissue, level-0 px.
 _EPIDERMIS = ((1170, 990), (1237, 2276), (709, 2606), (1154, 1848))
 _DERMIS = ((990, 1320), (990, 2045), (957, 2804), (1452, 2112))
 
 
 def squares(reader: SlideReader, centres: tuple[tuple[int, int], ...]) -> Tensor:
-    """(B, 3, 224, 224) pixels in 0 … 1 at full size."""
+    """Read squares at full resolution, (B, 3, 224, 224) in 0 … 1."""
     half = SIDE_PX // 2
     read = [reader.read_region(x - half, y - half, (SIDE_PX, SIDE_PX), (SIDE_PX, SIDE_PX)) for x, y in centres]
     return torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2).float() / 255
@@ -53,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     why = missing(_ENCODER, arguments.cache)
     if why is not None:
-        raise SystemExit(f"{_ENCODER} cannot be had: {why}")
+        raise SystemExit(f"{_ENCODER} is not available: {why}")
     model, how = load_encoder(_ENCODER, arguments.cache), ENCODERS[_ENCODER]
     with SlideReader(arguments.slide) as reader:
         info = reader.info
@@ -62,12 +63,12 @@ def main() -> None:
         size = (columns * _TOKEN_PX, rows * _TOKEN_PX)
         pixels = reader.read_region(0, 0, (columns * step, rows * step), size)
         mask = find_tissue(reader).mask_HW.astype(np.float32)
-        # The mask has the slide's corners; the tokens leave a strip of less than one at its right and lower edges.
-        whole = cv2.resize(
+        # The mask covers the entire slide; the token grid omits less than one token at the right and lower edges.
+        reduced = cv2.resize(
             mask, (info.width_px // _REDUCTION, info.height_px // _REDUCTION), interpolation=cv2.INTER_AREA
         )
-        tissue = cv2.resize(whole[: size[1], : size[0]], (columns, rows), interpolation=cv2.INTER_AREA)
-        own, other = (normalised(squares(reader, places), how.mean, how.std) for places in (_EPIDERMIS, _DERMIS))
+        tissue = cv2.resize(reduced[: size[1], : size[0]], (columns, rows), interpolation=cv2.INTER_AREA)
+        own, other = (normalised(squares(reader, centres), how.mean, how.std) for centres in (_EPIDERMIS, _DERMIS))
     keep = torch.from_numpy(tissue > 0)[None]
     image = normalised(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255, how.mean, how.std)
     with torch.no_grad():

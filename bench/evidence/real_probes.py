@@ -1,4 +1,4 @@
-"""Linear probes by patient: whoever is explained, or lies beside, has no image in the probe's training set.
+"""Linear probes by patient: no patient of an explained image has an image in the probe's training set.
 
 Dimension key: B crops, C channels.
 """
@@ -16,13 +16,13 @@ __all__ = ["Probes", "leave_one_patient_out", "with_head"]
 
 
 class Probes:
-    """Probes of benign against malignant, one for each set of patients that it may not have seen.
+    """Probes of malignant against benign, one for each set of patients left out of training.
 
     Args:
         features_BC: (B, C), class tokens of the training crops.
         malignant_B: (B,) bool.
-        patients: of the crops.
-        strength: inverse of the penalty, for features of unit variance.
+        patients: the patient of each crop.
+        strength: inverse of the L2 penalty, for features of unit variance.
     """
 
     def __init__(self, features_BC: Tensor, malignant_B: Tensor, patients: list[str], strength: float = 1.0) -> None:
@@ -32,7 +32,7 @@ class Probes:
         self._fitted: dict[frozenset[str], tuple[Tensor, Tensor]] = {}
 
     def without(self, patients: Iterable[str]) -> tuple[Tensor, Tensor]:
-        """Weight (C,) and bias () of the malignant logit."""
+        """Fit without these patients, and return weight (C,) and bias () of the malignant logit."""
         unseen = frozenset(patients)
         if unseen not in self._fitted:
             rows = ~np.isin(self.patients, list(unseen))
@@ -46,7 +46,7 @@ class Probes:
 
 
 def leave_one_patient_out(probes: Probes) -> tuple[float, float]:
-    """Accuracy and area under the curve over the training crops, each judged without its patient."""
+    """Compute accuracy and area under the ROC curve over the training crops, each judged without its patient."""
     from sklearn.metrics import roc_auc_score
 
     scores = np.zeros(len(probes.labels))
@@ -58,7 +58,7 @@ def leave_one_patient_out(probes: Probes) -> tuple[float, float]:
 
 
 def with_head(head: nn.Linear, weight_C: Tensor, bias: Tensor) -> None:
-    """Put a probe into a head of two outputs, benign and malignant, of opposite sign."""
+    """Load a probe into a head with two outputs of opposite sign, benign and malignant."""
     with torch.no_grad():
         head.weight.copy_(torch.stack([-weight_C, weight_C]) / 2)
         head.bias.copy_(torch.stack([-bias, bias]) / 2)

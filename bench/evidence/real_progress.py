@@ -1,7 +1,8 @@
-"""What has been judged is kept, image by image, so that a run that was broken off goes on where it was.
+"""A cache of results, image by image, so that an interrupted run of the evidence resumes.
 
-A file holds the rows of one part of the evidence, under a digest of the sources that make them and of all that they
-depend on; a row is a measure's value for each method. Seconds are of the processor, children among them.
+Each file holds the rows of one part of the evidence, under a digest of the sources that compute them and of everything
+else they depend on. A row maps each measure to its value for each method. Seconds are processor time, children
+included.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ _SOURCES = (
 
 
 def processor_seconds() -> float:
-    """Seconds of this process and of its children that have ended."""
+    """Return the processor seconds of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 class Progress:
-    """The rows of a part.
+    """The cached rows of one part of the evidence.
 
     Args:
-        folder: of the cache.
-        part: its name.
-        depends_on: what the rows depend on, beside the sources, in words and numbers.
+        folder: folder of the cache.
+        part: the name of the part.
+        depends_on: everything apart from the sources that the rows depend on, as a string.
     """
 
     def __init__(self, folder: Path, part: str, depends_on: str) -> None:
@@ -50,7 +51,7 @@ class Progress:
         self.seconds: float = kept["seconds"]
 
     def row(self, key: str, make: Callable[[], Measures]) -> Measures:
-        """The measures of one image, made where they are not kept."""
+        """Return the measures of one image, computing them if they are not cached."""
         if key not in self.rows:
             start = processor_seconds()
             self.rows[key] = make()
@@ -59,7 +60,7 @@ class Progress:
         return self.rows[key]
 
     def spent(self, seconds: float) -> None:
-        """Count work that is no row, once."""
+        """Add the processor seconds of work that is not part of a row."""
         self.seconds += seconds
         self._keep()
 

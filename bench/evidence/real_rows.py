@@ -1,7 +1,7 @@
-"""The images on which maps are judged, one after the other, and every measure of each: what the tables are made of.
+"""The rows of the evidence tables: the images on which maps are judged, and every measure of each.
 
-Each image is judged by the methods that take about a prediction, and some also by those that take tens or hundreds,
-in rows of their own that come last. All methods share one pass of the backbone.
+Each image is explained by the methods that cost about one prediction, and some also by those that cost tens or
+hundreds, in separate rows that come last. All methods share one pass of the backbone.
 
 Dimension key: B images, H·W grid tokens, C channels.
 """
@@ -37,8 +37,9 @@ from maskattn.nn import VisionTransformer
 
 __all__ = ["QUICK", "STRENGTH", "Counts", "Judged", "logit", "photograph_rows", "tissue_rows"]
 
-STRENGTH = {"CLIP ViT-B/16": 0.01, "DINOv2 ViT-S/14": 1.0}  # of the probes, the best of four leaving one patient out
-SEEDS = (1, 2)  # of the composites, half of them from each
+# Inverse penalty of the probes, the best of four values by leave-one-patient-out validation.
+STRENGTH = {"CLIP ViT-B/16": 0.01, "DINOv2 ViT-S/14": 1.0}
+SEEDS = (1, 2)  # seeds of the composites, half of them from each
 _CONTRAST, _DROP, _BOX = "contrast", "correctness, drop", "box sensitivity"
 _GLAND, _COMPACT, _LIKE = "gland AP", "compactness", "correlation with token ablation"
 
@@ -47,7 +48,7 @@ Measures = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images of each kind; ``slow`` of them for methods that take many predictions."""
+    """The number of images of each kind; ``slow`` counts those for methods that need many predictions."""
 
     composites: int = 40
     squares: int = 40
@@ -63,12 +64,12 @@ QUICK = Counts(composites=2, squares=2, dropped=1, boxed=1, boxes=4, slow=0, sli
 
 @dataclass(frozen=True)
 class Judged:
-    """The rows of a part.
+    """The rows of one part of the evidence.
 
     Attributes:
-        rows: of each image, measure → method → value.
-        probe: accuracy and area under the curve of the probe; None where there is none.
-        minutes: of the processor.
+        rows: measure → method → value, for each image.
+        probe: the probe's accuracy and area under the ROC curve; None without a probe.
+        minutes: processor minutes.
     """
 
     rows: list[Measures]
@@ -76,13 +77,13 @@ class Judged:
     minutes: float
 
     def measure(self, name: str) -> list[dict[str, float]]:
-        """The rows that have a measure."""
+        """Return the values of a measure from the rows that have it."""
         return [row[name] for row in self.rows if row.get(name)]
 
 
 @dataclass(frozen=True)
 class _Judge:
-    """An encoder, and the measures of an image's maps."""
+    """An encoder, which computes an image's maps and their measures."""
 
     model: VisionTransformer
     in_bfloat16: VisionTransformer
@@ -102,22 +103,22 @@ class _Judge:
         glands: Tensor | None = None,
         single: int | None = None,
     ) -> Measures:
-        """Every measure of the quick methods' maps, or of the slow ones'.
+        """Compute every measure of the quick methods' maps, or of the slow ones'.
 
         Args:
             image: (1, 3, X, Y).
             target: the score.
-            slow: judge the slow methods.
-            areas: tokens that show the class, and tokens that show the other.
-            glands: tokens to be found.
-            single: which of the images this is that are judged by dropping and by boxes; None is none of them.
+            slow: whether the slow methods are judged.
+            areas: the tokens that show the class, and those that show the other.
+            glands: the tokens that a map should find.
+            single: the image's index among those that are judged by dropping and by boxes; None if it is not one.
         """
         judge, counts = self.in_bfloat16, self.counts
         quick = [name for name in self.names if name not in SLOW]
-        beside = single is not None and slow and "token-ablation" in self.names
+        compared = single is not None and slow and "token-ablation" in self.names
         asked = [name for name in self.names if name in SLOW] if slow else quick
-        maps = maps_of(self.model, judge, image, target, [*asked, *(quick if beside else ())])
-        found: Measures = {_LIKE: likeness_of(maps)} if beside else {}
+        maps = maps_of(self.model, judge, image, target, [*asked, *(quick if compared else ())])
+        found: Measures = {_LIKE: likeness_of(maps)} if compared else {}
         if slow:
             maps = {name: maps[name] for name in asked}
         if areas is not None:
@@ -137,7 +138,7 @@ Task = tuple[str, Callable[[bool], Measures]]
 
 
 def _judged(progress: Progress, tasks: Sequence[tuple[Task, bool]], probe: tuple[float, float] | None) -> Judged:
-    """Each task's rows: of the quick methods for all, then of the slow ones for those that are marked."""
+    """Compute the rows of all tasks by the quick methods, then of the marked ones by the slow methods."""
     rows = []
     for slow in (False, True):
         for (key, make), also_slow in tasks:
@@ -149,22 +150,22 @@ def _judged(progress: Progress, tasks: Sequence[tuple[Task, bool]], probe: tuple
 def photograph_rows(
     real: Path, cache: Path, encoder: str, model: VisionTransformer, names: Sequence[str], counts: Counts
 ) -> Judged:
-    """Two animals in a picture: each one's log-probability among 171 texts."""
+    """Judge pictures of two animals by each animal's log-probability among 171 texts."""
     pictures = photographs(real)
     text_KC, classes = text_head(real, model.projection)
     areas = pictures.areas(model.patch_embed.grid_of(pictures.pixels_B3XY))
     images = normalised(pictures.pixels_B3XY, ENCODERS[encoder].mean, ENCODERS[encoder].std)
     judge, tasks = _Judge.of(model, names, counts), []
-    for i, pair in list(enumerate(pictures.classes))[: counts.composites]:
-        for side, name in enumerate(pair):
+    for i, animals in list(enumerate(pictures.classes))[: counts.composites]:
+        for which, name in enumerate(animals):
 
             def target(z: Tensor, index: int = classes.index(name)) -> Tensor:
                 projected = (z @ model.projection.T).norm(dim=1, keepdim=True)
                 return (100 * (z @ text_KC.T) / projected).log_softmax(dim=1)[:, index]
 
-            def make(slow: bool, i: int = i, side: int = side, target: Target = target) -> Measures:
-                own, other = areas[i, side], areas[i, 1 - side]
-                return judge.measures(images[i : i + 1], target, slow, (own, other), single=2 * i + side)
+            def make(slow: bool, i: int = i, which: int = which, target: Target = target) -> Measures:
+                own, other = areas[i, which], areas[i, 1 - which]
+                return judge.measures(images[i : i + 1], target, slow, (own, other), single=2 * i + which)
 
             tasks.append(((f"{pictures.names[i]}, {name}", make), i < counts.slow // 2))
     return _judged(Progress(cache, "photographs", _terms(encoder, names, counts)), tasks, None)
@@ -173,7 +174,7 @@ def photograph_rows(
 def tissue_rows(
     real: Path, cache: Path, encoder: str, model: VisionTransformer, names: Sequence[str], counts: Counts
 ) -> Judged:
-    """Benign beside malignant tissue, and single squares, of the test folder."""
+    """Judge composites of benign and malignant tissue, and single squares, from the test folder."""
     how, progress = ENCODERS[encoder], Progress(cache, "tissue", _terms(encoder, names, counts))
     training, test = crops(real, "train"), crops(real, "test")
     features = features_of(model, normalised(training.pixels_B3XY, how.mean, how.std), cache)
@@ -194,27 +195,27 @@ def tissue_rows(
                 return judge.measures(image, logit(*probes.without(patients), 1), slow, (own, other))
 
             tasks.append(((f"composite {seed}.{i}", of_composite), i < counts.slow // len(SEEDS)))
-    for place, (i, image, target) in enumerate(_squares(test, probes, how.mean, how.std, counts.squares)):
+    for index, (i, image, target) in enumerate(_squares(test, probes, how.mean, how.std, counts.squares)):
 
         def of_square(
-            slow: bool, i: int = i, place: int = place, image: Tensor = image, target: Target = target
+            slow: bool, i: int = i, index: int = index, image: Tensor = image, target: Target = target
         ) -> Measures:
             glands = test.glands(model.patch_embed.grid_of(image))[i]
-            return judge.measures(image, target, slow, glands=glands, single=place)
+            return judge.measures(image, target, slow, glands=glands, single=index)
 
-        tasks.append(((f"square {test.names[i]}", of_square), place < counts.slow))
+        tasks.append(((f"square {test.names[i]}", of_square), index < counts.slow))
     return _judged(progress, tasks, leave_one_patient_out(probes))
 
 
 def logit(weight_C: Tensor, bias: Tensor, sign: int) -> Target:
-    """The malignant logit, or with −1 the benign one."""
+    """Return the malignant logit as a target, or the benign one for a sign of −1."""
     return lambda z: sign * (z @ weight_C + bias)
 
 
 def _squares(
     test: Crops, probes: Probes, mean: tuple[float, ...], std: tuple[float, ...], count: int
 ) -> Iterator[tuple[int, Tensor, Target]]:
-    """One square of each test image in a fixed random order, with the target of its own class."""
+    """Yield one square of each test image in a fixed random order, with the target of its own class."""
     first = torch.arange(0, len(test.names), 2)
     for i in first[torch.randperm(len(first), generator=torch.Generator().manual_seed(3))][:count].tolist():
         image = normalised(test.pixels_B3XY[i : i + 1], mean, std)

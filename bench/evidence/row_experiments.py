@@ -1,7 +1,8 @@
-"""Why a map points where it points: the last attention row of a prediction, taken apart.
+"""Experiments that decompose the last attention row of a prediction.
 
-With a the class token's attention, x its scores q·(k − b_k)/√D, v the values, o = Σ a v what is read and g the score's
-gradient at o, CDAM of a token is a·[(v − b_v)·g + ((v − o)·g)·x], summed over heads: a value term and a key term.
+Let a be the class token's attention, x its scores q·(k − b_k)/√D, v the values, o = Σ a v the attention output and g
+the score's gradient at o. CDAM of a token is a·[(v − b_v)·g + ((v − o)·g)·x], summed over heads: a value term and a key
+term.
 
 Dimension key: T tokens of one image, P prefix tokens first, H heads, D head width, C channels.
 """
@@ -33,9 +34,9 @@ class Reading:
     """One image's prediction at its last attention.
 
     Attributes:
-        model: whose output the target reads, through the class token alone.
-        tokens: the last block's input, of one image.
-        target: one score of each row of the output.
+        model: a model whose prediction reads only the class token.
+        tokens: the last block's input for one image.
+        target: a function of the output that returns one score for each row.
     """
 
     model: VisionTransformer
@@ -59,27 +60,27 @@ class Reading:
         return a, x, v, torch.einsum("thd,hd->th", read.v_THD - read.out_B1HD[0, 0], g), g
 
     def by(self, name: str, target: Target | None = None) -> Tensor:
-        """A method's scores (T,)."""
+        """Compute a method's scores (T,)."""
         explainer = METHODS[name](self.model)
         assert isinstance(explainer, TokenExplainer)
         return explainer.relevance(self.model, self.tokens, target or self.target)[0]
 
     @torch.no_grad()
     def dropped(self) -> Tensor:
-        """The loss of score when a token is dropped from the row (T,): the others' weights grow by 1 / (1 − a)."""
+        """Compute the loss of score (T,) when a token is dropped: the other weights grow by 1 / (1 − a)."""
         a, read = self.parts[0][..., None], self.row.read
         without = (read.out_B1HD[0] - a * read.v_THD) / (1 - a)
         return (self.row.scores(read.out_B1HD) - self.row.scores(without[None]))[0, :, 0]
 
     def gradient_at(self, scale: float) -> Tensor:
-        """∂f/∂T (T, C), at a multiple of T."""
+        """Compute ∂f/∂T (T, C) at a multiple of T."""
         normed = (scale * input_of_attention(self.model, self.tokens)).detach().requires_grad_()
         with torch.enable_grad():
             score = self.target(output_from(self.model, self.tokens, normed)).sum()
         return torch.autograd.grad(score, normed)[0]
 
     def norm_path(self, steps: int) -> tuple[Tensor, Tensor]:
-        """The value part and the key part (T,) of the integral over α·T."""
+        """Compute the value part and the key part (T,) of the integral over α·T."""
         read, attn = self.row.read, self.model.last_block.attn
         bias = attn.qkv.bias.chunk(3)[0].view(read.q_B1HD.shape[2:]) if attn.qkv.bias is not None else 0
         _, _, v, _, _ = self.parts
@@ -100,7 +101,7 @@ class Reading:
 
 
 def experiments(reading: Reading, others: dict[str, Target]) -> dict[str, Tensor]:
-    """Maps (T,) by what was changed; ``others`` are targets in place of the reading's own."""
+    """Compute maps (N,) over grid tokens by the name of the change; ``others`` are targets to try instead."""
     a, x, v, vg, g = reading.parts
     P, T = reading.tokens.num_prefix, len(a)
     value, key = (a * torch.einsum("thd,hd->th", v, g)).sum(dim=1), (a * x * vg).sum(dim=1)
@@ -141,7 +142,7 @@ def experiments(reading: Reading, others: dict[str, Target]) -> dict[str, Tensor
 
 
 def facts(reading: Reading) -> dict[str, float]:
-    """Numbers that describe the row."""
+    """Compute numbers that describe the row."""
     a, x, v, vg, g = reading.parts
     P = reading.tokens.num_prefix
     value, key = (a * torch.einsum("thd,hd->th", v, g)).sum(dim=1)[P:], (a * x * vg).sum(dim=1)[P:]

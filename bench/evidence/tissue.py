@@ -1,11 +1,12 @@
-"""How much of the tissue is found, and how much glass is taken for it: ``python -m bench.evidence.tissue``.
+"""The accuracy of tissue detection: the share of tissue found, and of glass taken for tissue.
 
     python -m bench.evidence.tissue --real ../shared/real --slides ../shared/slides
 
-Four ways side by side (``tissue_contenders.py`` describes the other three) on slides that are drawn with known tissue
-(``tissue_slides.py``), on the demonstration's slides, on real tissue laid on glass, and on real slides, of which two
-have an outline by hand. What is not there is left out by name. Everything is seeded; about ten minutes.
-``--demo`` says on how many fresh slides the demonstration's predictions are compared; ``--overlays`` keeps pictures.
+Compares four methods (``tissue_contenders.py`` describes the other three) on drawn slides with known tissue
+(``tissue_slides.py``), on the demonstration's slides, on real tissue pasted onto glass, and on real slides, two of
+which were outlined by hand. Missing material is skipped and reported. Everything is seeded; a run takes about ten
+minutes. ``--demo`` is the number of fresh slides on which the demonstration's predictions are compared; ``--overlays``
+writes pictures.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ WAYS = ("this package", *OTHERS)
 # The thresholds were set while looking at seeds 1 to 5.
 SEEDS = (11, 12, 13)
 FIRST_SYNTHETIC, FIRST_DEMO = 3000, 4000
-# An estimate: the files say nothing, and the pitch of the printed dots is taken for 200 µm.
+# An estimate: the files give no spacing, and the pitch of the printed dots is assumed to be 200 µm.
 SECTION_UM = 0.70
 # The sections' outlines, drawn by hand with a straight edge: x and y as thousandths of the width and height.
 OUTLINES = {
@@ -72,7 +73,7 @@ Seen on the overlays (`--overlays`), looked at on 28 November 2026:
 
 @dataclass(frozen=True)
 class Score:
-    """A method's scores on a slide: the shares of the tissue found and of the glass taken for tissue, and Dice's."""
+    """A method's scores on a slide: shares of tissue found and of glass taken for tissue, and the Dice coefficient."""
 
     found: float
     taken: float
@@ -97,7 +98,7 @@ def masks_of(reader: SlideReader) -> dict[str, np.ndarray]:
 
 
 def judge(slide: DrawnSlide) -> dict[str, Score]:
-    """Every method's score; pixels where either answer is right are not judged."""
+    """Compute every method's score; pixels where either answer is right are not judged."""
     masks = masks_of(in_memory(slide.image_HW3, slide.spacing_um))
     size = masks[WAYS[0]].shape[::-1]
     open_HW = np.zeros_like(slide.tissue_HW) if slide.open_HW is None else slide.open_HW
@@ -179,7 +180,7 @@ def write_overlay(path: Path, rgb: np.ndarray, mask: np.ndarray) -> None:
 
 
 def time_table(readers: dict[str, SlideReader]) -> list[str]:
-    """CPU time, medians of five, one thread: what follows the reading of the view, before and now."""
+    """CPU time of the steps after reading the view, one thread, medians of five: the former method and this one."""
     views = {name: read_view(reader, VIEW_UM).rgb_HW3 for name, reader in readers.items()}
     if views:
         largest = max(views.values(), key=lambda rgb: rgb.size)
@@ -197,7 +198,7 @@ def time_table(readers: dict[str, SlideReader]) -> list[str]:
 
 
 def demo_lines(count: int, say: Callable[[str], None]) -> list[str]:
-    """The bundled model on fresh slides whose tissue either way has found."""
+    """Compare the bundled model's predictions on fresh slides under the former and the present tissue detection."""
     model = SlideModel.load(BUNDLED_WEIGHTS)
     right = {"saturation, one threshold": 0, "this package": 0}
     same, shift = 0, 0.0
@@ -213,7 +214,7 @@ def demo_lines(count: int, say: Callable[[str], None]) -> list[str]:
             tiles = torch.from_numpy(cut_tiles(reader, grid)).split(64)
             keeps = torch.from_numpy(grid.token_keep_THW).split(64)
             with torch.no_grad():
-                embeddings = torch.cat([model.encode_tiles(*part) for part in zip(tiles, keeps, strict=True)])
+                embeddings = torch.cat([model.encode_tiles(*chunk) for chunk in zip(tiles, keeps, strict=True)])
             logits = HierarchicalCDAM(model).tiles(embeddings, torch.from_numpy(grid.keep_HW)).logits_K
             scores[name] = logits.softmax(0).numpy()
             right[name] += int(scores[name].argmax() == slide.label)

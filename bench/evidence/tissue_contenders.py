@@ -1,11 +1,11 @@
-"""Ways of finding tissue that ``tissue.py`` sets beside this package's: on a view of 8 µm per pixel, (H, W, 3).
+"""Methods of tissue detection that ``tissue.py`` compares with this package's, on a view of 8 µm per pixel, (H, W, 3).
 
-*saturation*: what this package did before: one threshold of saturation for the slide, ink by its hue.
-*CLAM*: as its description has it (Lu et al. 2021; the defaults of its patching script): median blur of the saturation
-by 7, threshold 8, closing by 4, pieces under 100 and holes under 16 patches of 512 px at 0.25 µm dropped.
-*TRIDENT, Otsu*: as its classical segmenter works (Zhang et al. 2025), in tiles of 512 px at 8 µm: what is nearly grey
-or dark turns white, then Otsu's threshold of the brightness twice, without objects up to 60 px and holes up to 5,000.
-All are written anew from their descriptions; none of their code is used.
+*saturation*: this package's former method: one threshold of the saturation for the slide, ink excluded by its hue.
+*CLAM*: as described by Lu et al. 2021, with the defaults of its patching script: median blur of the saturation by 7,
+threshold 8, closing by 4, and removal of pieces under 100 and holes under 16 patches of 512 px at 0.25 µm.
+*TRIDENT, Otsu*: its classical segmenter as described by Zhang et al. 2025, in tiles of 512 px at 8 µm: nearly grey and
+dark pixels become white, then Otsu's threshold of the brightness is applied twice, without objects up to 60 px and
+holes up to 5,000 px. All are written anew from their descriptions; none of their code is used.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["VIEW_UM", "clam", "saturation", "trident_otsu"]
 
 VIEW_UM = 8.0
 _CLAM_UM, _CLAM_PATCH_MM2 = 16.0, (512 * 0.25e-3) ** 2
-# A slide smaller than this is not what CLAM's smallest piece (1.6 mm²) is meant for: there every piece stays.
+# CLAM's smallest piece (1.6 mm²) is not meant for slides smaller than this: there, every piece stays.
 _CLAM_LEAST_SLIDE_MM2 = 25.0
 
 
 def pieces(mask: np.ndarray, keeps: Callable[[np.ndarray], np.ndarray], connectivity: int = 8) -> np.ndarray:
-    """The connected pieces whose areas, in px, ``keeps`` says true to."""
+    """Return the connected pieces of a mask for whose areas, in px, ``keeps`` is true."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=connectivity)
     stays = keeps(stats[:, cv2.CC_STAT_AREA])
     stays[0] = False
@@ -32,7 +32,7 @@ def pieces(mask: np.ndarray, keeps: Callable[[np.ndarray], np.ndarray], connecti
 
 
 def saturation(rgb: np.ndarray) -> np.ndarray:
-    """One threshold of saturation for all of the slide, ink taken out by its hue."""
+    """Find tissue by one threshold of the saturation for the entire slide, with ink excluded by its hue."""
     hue, level, value = cv2.split(cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV))
     green, blue = (hue >= 35) & (hue <= 95) & (level >= 40), (hue >= 96) & (hue <= 118) & (level >= 130)
     ink = cv2.morphologyEx((green | blue | (value < 40)).astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
@@ -62,7 +62,7 @@ def ellipse(radius: int) -> np.ndarray:
 
 
 def clam(rgb: np.ndarray) -> np.ndarray:
-    """CLAM's: a fixed threshold of the saturation, at 16 µm per pixel (64 times 0.25 µm)."""
+    """Find tissue as CLAM does, by a fixed threshold of the saturation at 16 µm per pixel (64 times 0.25 µm)."""
     size = (max(1, round(rgb.shape[1] / 2)), max(1, round(rgb.shape[0] / 2)))
     small = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
     level = cv2.medianBlur(cv2.cvtColor(small, cv2.COLOR_RGB2HSV)[..., 1], 7)
@@ -75,13 +75,13 @@ def clam(rgb: np.ndarray) -> np.ndarray:
 
 
 def enclosed(background: np.ndarray) -> np.ndarray:
-    """The background that does not hang together with the picture's edge."""
+    """Return the background that is not connected to the edge of the picture."""
     _, labels = cv2.connectedComponents(np.pad(background, 1, constant_values=True).astype(np.uint8), connectivity=4)
     return (labels > 0)[1:-1, 1:-1] & (labels != labels[0, 0])[1:-1, 1:-1]
 
 
 def trident_otsu(rgb: np.ndarray) -> np.ndarray:
-    """TRIDENT's classical one, tile by tile."""
+    """Find tissue as TRIDENT's classical segmenter does, tile by tile."""
     mask = np.zeros(rgb.shape[:2], bool)
     for top in range(0, rgb.shape[0], 512):
         for left in range(0, rgb.shape[1], 512):

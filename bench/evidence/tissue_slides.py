@@ -1,7 +1,7 @@
-"""Slides that are drawn with known tissue, for ``bench/evidence/tissue.py``: stains, glass and marks of many kinds.
+"""Drawn slides with known tissue, for ``bench/evidence/tissue.py``: stains, glass and marks of many kinds.
 
-Tissue has the synthetic slides' stroma, glands and nuclei (``maskattn.demo.synthetic``), drawn at 1 µm and used at 2 µm
-per pixel. Stains are laid on by the Beer-Lambert law; glass has a tint, uneven light, and whatever lies on it.
+Tissue has the stroma, glands and nuclei of the synthetic slides (``maskattn.demo.synthetic``), drawn at 1 µm and used
+at 2 µm per pixel. Stains follow the Beer–Lambert law. Glass may be tinted, unevenly lit or littered.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class DrawnSlide:
     """A slide and its ground truth.
 
     Attributes:
-        name: what is drawn.
+        name: the kind of slide.
         image_HW3: (H, W, 3) uint8 RGB.
-        tissue_HW: (H, W) bool, where tissue is; lumens belong to it.
+        tissue_HW: (H, W) bool, the tissue, lumens included.
         spacing_um: µm per pixel.
-        open_HW: (H, W) bool, where either answer is right; None = nowhere.
+        open_HW: (H, W) bool, pixels where either answer is right; None if there are none.
     """
 
     name: str
@@ -60,9 +60,9 @@ class DrawnSlide:
 
 @dataclass(frozen=True)
 class Stain:
-    """How nuclei and matrix take a stain, each an optical density of the darkest place that occurs.
+    """The optical density of nuclei and matrix in a stain, at its darkest.
 
-    ``patch`` replaces the matrix' stain in patches that cover about ``share`` of the tissue.
+    ``patch`` replaces the matrix's stain in patches that cover about ``share`` of the tissue.
     """
 
     nuclei: tuple[float, ...]
@@ -112,7 +112,7 @@ PENS = {
 
 @lru_cache(maxsize=4)
 def anatomy(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tissue (bool), nuclei, matrix (0 to 1) and a smooth field that cuts the tissue into patches; all (H, W)."""
+    """Draw tissue (bool), nuclei, matrix (0 to 1) and a smooth field that divides it into patches; all (H, W)."""
     rng = np.random.default_rng(seed)
     tissue = draw_tissue(rng, DRAWN_PX)
     canvas = paint_stroma(rng, tissue)
@@ -130,7 +130,7 @@ def anatomy(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def dyed(seed: int, stain: Stain) -> tuple[np.ndarray, np.ndarray]:
-    """The optical density (H, W, 3) of stained tissue, and the tissue."""
+    """Return the optical density (H, W, 3) of stained tissue, and the tissue (H, W)."""
     tissue, nuclei, matrix, field_HW = anatomy(seed)
     density = nuclei[..., None] * np.array(stain.nuclei, np.float32)
     kinds = np.broadcast_to(np.array(stain.matrix, np.float32), density.shape)
@@ -143,7 +143,7 @@ def dyed(seed: int, stain: Stain) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Plate:
-    """A slide while it is being drawn: the density on it, and the light that falls through it."""
+    """A slide while it is being drawn: its optical density, and the light that passes through it."""
 
     density: np.ndarray
     tissue: np.ndarray
@@ -171,10 +171,10 @@ def plate(seed: int, stain: str | None = "H&E") -> Plate:
 
 
 def stroke(rng: np.random.Generator, width_px: int) -> np.ndarray:
-    """(H, W) bool, one curved pen stroke somewhere."""
+    """Draw one curved pen stroke at a random position, (H, W) bool."""
     t = np.linspace(-1, 1, 60)
-    reach, bend, angle = rng.uniform(0.3, 0.5) * SIZE_PX, rng.uniform(-0.25, 0.25) * SIZE_PX, rng.uniform(0, np.pi)
-    x, y = t * reach, bend * (t**2 - 0.5)
+    length, bend, angle = rng.uniform(0.3, 0.5) * SIZE_PX, rng.uniform(-0.25, 0.25) * SIZE_PX, rng.uniform(0, np.pi)
+    x, y = t * length, bend * (t**2 - 0.5)
     centre = rng.uniform(0.3, 0.7, 2) * SIZE_PX
     points = np.stack([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], 1) + centre
     cover = np.zeros((SIZE_PX, SIZE_PX), np.uint8)
@@ -183,7 +183,7 @@ def stroke(rng: np.random.Generator, width_px: int) -> np.ndarray:
 
 
 def ink(drawn: Plate, pen: str, *, across: bool, width_um: float = 120.0) -> Plate:
-    """A pen's stroke on glass alone, or across the tissue, where both answers are right."""
+    """Draw a pen stroke on glass only, or across the tissue, where either answer is right."""
     away = cv2.dilate(drawn.tissue.astype(np.uint8), np.ones((31, 31), np.uint8)) > 0
     best, best_fit = None, -1.0
     for _ in range(60):
@@ -209,7 +209,7 @@ def tinted(drawn: Plate, light: tuple[float, float, float]) -> Plate:
 
 
 def uneven(drawn: Plate, fall: float, *, radial: bool) -> Plate:
-    """Light that falls off by a share, from side to side or from the middle to the corners."""
+    """Let the light fall off by a share, from left to right or from the centre to the corners."""
     y, x = np.mgrid[-1 : 1 : SIZE_PX * 1j, -1 : 1 : SIZE_PX * 1j].astype(np.float32)
     share = (x**2 + y**2) / 2 if radial else (x + 1) / 2
     drawn.light = drawn.light * (1 - fall * share)[..., None]
@@ -217,22 +217,22 @@ def uneven(drawn: Plate, fall: float, *, radial: bool) -> Plate:
 
 
 def bleeding(drawn: Plate) -> Plate:
-    """Eosin that ran out of the tissue and fades over the glass."""
+    """Add eosin that has run out of the tissue and fades over the glass."""
     run = cv2.GaussianBlur(drawn.tissue.astype(np.float32), (0, 0), 110)
     drawn.density = drawn.density + (run / run.max() * 0.10)[..., None] * np.array(EOSIN, np.float32)
     return drawn
 
 
 def littered(drawn: Plate) -> Plate:
-    """Dust, coverslip edges, an air bubble's rim, a blurred shadow and an array's dots, on glass and over tissue."""
+    """Add dust, coverslip edges, an air bubble's rim, a blurred shadow and an array's dots, on glass and tissue."""
     rng, layer = drawn.rng, np.zeros((SIZE_PX, SIZE_PX), np.float32)
     for _ in range(150):
         centre = tuple(rng.integers(0, SIZE_PX, 2).tolist())
         cv2.circle(layer, centre, int(rng.integers(1, 9)), float(rng.uniform(0.1, 0.6)), -1)
     for heading in (0.02, np.pi / 2 + 0.03):
         middle = rng.uniform(0.1, 0.9, 2) * SIZE_PX
-        reach = 2 * SIZE_PX * np.array([np.cos(heading), np.sin(heading)])
-        ends = [np.rint(middle + sign * reach).astype(int).tolist() for sign in (-1, 1)]
+        offset = 2 * SIZE_PX * np.array([np.cos(heading), np.sin(heading)])
+        ends = [np.rint(middle + sign * offset).astype(int).tolist() for sign in (-1, 1)]
         cv2.line(layer, *ends, 0.3, int(rng.integers(3, 10)), cv2.LINE_AA)
     cv2.circle(layer, tuple(rng.integers(150, SIZE_PX - 150, 2).tolist()), 110, 0.35, 7, cv2.LINE_AA)
     shadow = np.zeros_like(layer)
@@ -251,21 +251,21 @@ def blurred(drawn: Plate, sigma_px: float) -> Plate:
 
 
 def filled(seed: int, stain: str) -> Plate:
-    """A slide that is all tissue: the inside of a piece, mirrored outwards."""
+    """Draw a slide that is all tissue: the inside of a piece, continued by mirroring."""
     drawn = plate(seed, stain)
     depth = cv2.distanceTransform(drawn.tissue.astype(np.uint8), cv2.DIST_L2, 3)
     y, x = np.unravel_index(int(depth.argmax()), depth.shape)
     half = int(depth.max() / 2**0.5) - 2
-    part = drawn.density[y - half : y + half, x - half : x + half]
+    inside = drawn.density[y - half : y + half, x - half : x + half]
     pad = SIZE_PX - 2 * half
     borders = (pad // 2, pad - pad // 2, pad // 2, pad - pad // 2)
-    drawn.density = cv2.copyMakeBorder(part, *borders, cv2.BORDER_REFLECT)
+    drawn.density = cv2.copyMakeBorder(inside, *borders, cv2.BORDER_REFLECT)
     drawn.tissue = np.ones_like(drawn.tissue)
     return drawn
 
 
 def drawn_slides(seed: int) -> dict[str, Callable[[], DrawnSlide]]:
-    """Name → how to draw the slide, for one seed; the same seed draws the same slides."""
+    """Return functions that draw the slides of one seed, by name; the same seed draws the same slides."""
     plates: dict[str, Callable[[], Plate]] = {}
     for stain in STAINS:
         plates[stain] = lambda stain=stain: plate(seed, stain)
@@ -302,7 +302,7 @@ def drawn_slides(seed: int) -> dict[str, Callable[[], DrawnSlide]]:
 
 
 def synthetic_slides(count: int, first_seed: int) -> list[Callable[[], DrawnSlide]]:
-    """The demonstration's own slides, with their dust, coverslip edges and pen marks."""
+    """Return functions that draw the demonstration's slides, with their dust, coverslip edges and pen marks."""
 
     def draw(seed: int) -> DrawnSlide:
         slide = make_slide(seed)
@@ -312,9 +312,9 @@ def synthetic_slides(count: int, first_seed: int) -> list[Callable[[], DrawnSlid
 
 
 def glas_composites(folder: Path, count: int) -> list[Callable[[], DrawnSlide]]:
-    """Real H&E tissue cut to rounded shapes and laid on drawn glass, at 1.24 µm per pixel.
+    """Return functions that paste elliptical pieces of real H&E tissue onto drawn glass, at 1.24 µm per pixel.
 
-    Where the picture itself shows bare glass in a lumen, either answer is right.
+    Either answer is right where the picture itself shows bare glass in a lumen.
     """
     paths = sorted(path for path in folder.glob("*.jpg"))
 
@@ -330,10 +330,10 @@ def glas_composites(folder: Path, count: int) -> list[Callable[[], DrawnSlide]]:
             shape = np.zeros((rows, cols), np.uint8)
             cv2.ellipse(shape, (cols // 2, rows // 2), (cols // 2 - 12, rows // 2 - 12), 0, 0, 360, 255, -1)
             cover = cv2.GaussianBlur(shape, (0, 0), 2).astype(np.float32)[..., None] / 255
-            part = (slice(y, y + rows), slice(x, x + cols))
-            glass[part] += cover * (picture - glass[part])
-            tissue[part] |= shape > 0
-            lumen[part] |= (shape > 0) & (cv2.GaussianBlur(picture, (0, 0), 2).min(axis=2) > 205)
+            window = (slice(y, y + rows), slice(x, x + cols))
+            glass[window] += cover * (picture - glass[window])
+            tissue[window] |= shape > 0
+            lumen[window] |= (shape > 0) & (cv2.GaussianBlur(picture, (0, 0), 2).min(axis=2) > 205)
         wide = cv2.dilate(lumen.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
         return DrawnSlide("GlaS on glass", np.clip(glass, 0, 255).astype(np.uint8), tissue, 1.24, wide & tissue)
 

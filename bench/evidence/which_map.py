@@ -1,11 +1,11 @@
-"""Why one map is right and another wrong: experiments on the last attention row, written into docs/which_map.md.
+"""Experiments on the last attention row that show why maps differ, written into docs/which_map.md.
 
     python -m bench.evidence.which_map --real DIR  # GlaS's training images, photographs, digits, synthetic slides
 
-Every row of the tables changes one thing in CDAM; the figure is the contrast between the tokens that show the class
-and those that do not (−1 … 1), mean ± standard error over images. GlaS's test folder is not read. The small models of
+Every row of the tables changes one thing in CDAM. Its value is the contrast between the tokens that show the class and
+those that do not (−1 … 1), mean ± standard error over images. GlaS's test folder is not read. The small models of
 digits and slides are trained here, several of each from different seeds; their standard error is over trainings, each
-with the mean of its images. They are kept in the cache, and so is what was judged.
+represented by the mean over its images. Models and results are cached.
 
 Dimension key: B images, H·W grid tokens, C channels.
 """
@@ -59,9 +59,9 @@ class Case:
 
     Attributes:
         reading: its last attention row.
-        own_HW, other_HW: tokens that show the class, and tokens that do not.
-        others: targets to try in place of its own.
-        keep_N: grid tokens that take part.
+        own_HW, other_HW: (H, W) bool, tokens that show the class, and tokens that do not.
+        others: targets to try instead of the reading's own.
+        keep_N: (N,) bool, grid tokens that take part.
     """
 
     reading: Reading
@@ -78,7 +78,7 @@ def read(
     targets: Sequence[tuple[str, Callable[[Tensor], Tensor]]],
     keep_1HW: Tensor | None = None,
 ) -> Case:
-    """A case of an image; the first target is explained."""
+    """Build the case of an image; the first target is explained, the others are tried in its place."""
     with torch.no_grad():
         tokens = model.before_last_block(model.embed(image_1IXY, keep_1HW))
     kept = torch.ones_like(areas[0]) if keep_1HW is None else keep_1HW[0]
@@ -86,7 +86,7 @@ def read(
 
 
 def photograph_cases(real: Path, model: VisionTransformer, encoder: str, count: int) -> Iterator[Case]:
-    """Two animals in a picture, each one's logit among 171 texts."""
+    """Yield the cases of pictures of two animals, each explained by its logit among 171 texts."""
     pictures = photographs(real)
     text_KC, classes = text_head(real, model.projection)
     images = normalised(pictures.pixels_B3XY, ENCODERS[encoder].mean, ENCODERS[encoder].std)
@@ -95,8 +95,8 @@ def photograph_cases(real: Path, model: VisionTransformer, encoder: str, count: 
     def logits(z: Tensor) -> Tensor:
         return 100 * (z @ text_KC.T) / (z @ model.projection.T).norm(dim=1, keepdim=True)
 
-    for i, pair in list(enumerate(pictures.classes))[:count]:
-        for side, name in enumerate(pair):
+    for i, animals in list(enumerate(pictures.classes))[:count]:
+        for which, name in enumerate(animals):
             k = classes.index(name)
             targets = (
                 ("raw logit", lambda z, k=k: logits(z)[:, k]),
@@ -104,11 +104,11 @@ def photograph_cases(real: Path, model: VisionTransformer, encoder: str, count: 
                 ("probability", lambda z, k=k: logits(z).softmax(dim=1)[:, k]),
                 ("logit less the classes' mean", lambda z, k=k: logits(z)[:, k] - logits(z).mean(dim=1)),
             )
-            yield read(model, images[i : i + 1], (areas[i, side], areas[i, 1 - side]), targets)
+            yield read(model, images[i : i + 1], (areas[i, which], areas[i, 1 - which]), targets)
 
 
 def tissue_cases(real: Path, model: VisionTransformer, encoder: str, count: int, cache: Path) -> Iterator[Case]:
-    """Benign beside malignant tissue of the training images; the probe has seen neither patient."""
+    """Yield composites of benign and malignant tissue from training images; the probe has seen neither patient."""
     training, how = crops(real, "train"), ENCODERS[encoder]
     features = features_of(model, normalised(training.pixels_B3XY, how.mean, how.std), cache)
     probes = Probes(features, training.malignant_B, training.patients, STRENGTH[encoder])
@@ -125,7 +125,7 @@ def tissue_cases(real: Path, model: VisionTransformer, encoder: str, count: int,
 
 
 def digit_cases(folder: Path, count: int, steps: int, seed: int) -> Iterator[Case]:
-    """Two digits on texture, the left one's logit; a model of three blocks, trained here."""
+    """Yield scenes of two digits on texture, explained by the left one's logit; trains a model of three blocks."""
     path = folder / f"digits_{steps}_{seed}.pt"
     if not path.exists():
         torch.save(train_digits(steps, seed).state_dict(), path)
@@ -150,7 +150,7 @@ def _drawn_slides(first_seed: int, count: int) -> Slides:
 
 
 def slide_cases(folder: Path, count: int, steps: int, seed: int) -> Iterator[Case]:
-    """Synthetic slides seen whole, masked: a lesion against the tissue about it; a model of three blocks."""
+    """Yield entire synthetic slides, masked: a lesion against the other tissue; trains a model of three blocks."""
     path = folder / f"synthetic_slides_{steps}_{seed}.pt"
     if not path.exists():
         torch.save(train_slides(_drawn_slides(0, 300), True, 0.0, seed, steps).state_dict(), path)
@@ -171,7 +171,7 @@ def slide_cases(folder: Path, count: int, steps: int, seed: int) -> Iterator[Cas
 
 
 def judge(cases: Iterator[Case]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Contrast of every experiment, and the facts of every row, one value an image."""
+    """Compute the contrast of every experiment and the facts of every row, one value for each image."""
     contrast: dict[str, list[float]] = {}
     known: dict[str, list[float]] = {}
     for case in cases:
@@ -185,7 +185,7 @@ def judge(cases: Iterator[Case]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def kept(folder: Path, what: str, cases: Iterator[Case]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What was judged, from one run to the next, under a digest of the sources that it depends on."""
+    """Return the cached results of these cases, under a digest of the sources that they depend on."""
     digest = hashlib.sha1(what.encode())
     for path in sorted([Path(__file__), *Path(__file__).parent.glob("row_experiments.py"), *_EXPLAIN.glob("*.py")]):
         digest.update(path.read_bytes())
@@ -200,7 +200,7 @@ def kept(folder: Path, what: str, cases: Iterator[Case]) -> tuple[dict[str, Tens
 def drop_cases(
     real: Path, model: VisionTransformer, encoder: str, count: int, cache: Path
 ) -> Iterator[dict[str, float]]:
-    """Correctness by dropping tokens of single squares of training tissue, for some of the experiments."""
+    """Yield the correctness by dropping tokens of single squares of training tissue, for some experiments."""
     training, how = crops(real, "train"), ENCODERS[encoder]
     features = features_of(model, normalised(training.pixels_B3XY, how.mean, how.std), cache)
     probes, judging = Probes(features, training.malignant_B, training.patients, STRENGTH[encoder]), in_bfloat16(model)
@@ -222,9 +222,9 @@ def drop_cases(
 
 
 def by_columns(columns: dict[str, dict[str, Tensor]], with_right_side: bool) -> str:
-    """A row for each experiment, a column for each set: mean ± standard error, and the share above 0.
+    """Return a table with a row for each experiment and a column for each set: mean ± standard error, share above 0.
 
-    Values are (B,), of images, or (S, B), of images by each of S trainings.
+    Values are (B,) over images, or (S, B) over images for each of S trainings.
     """
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -242,7 +242,7 @@ def by_columns(columns: dict[str, dict[str, Tensor]], with_right_side: bool) -> 
 
 
 def main() -> None:
-    """Run every experiment on every set that is there, and write the page's tables."""
+    """Run every experiment on every set that is present, and write the page's tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--real", type=Path, help="folder of real material; without it the toy sets alone")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "maskattn-evidence")
@@ -283,14 +283,14 @@ def main() -> None:
 
 
 def joined(of_trainings: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Values (B,) of one model, or (S, B) of S trainings."""
+    """Join the results of trainings: (B,) for one model, (S, B) for S trainings."""
     if len(of_trainings) == 1:
         return of_trainings[0]
     return {name: torch.stack([one[name] for one in of_trainings]) for name in of_trainings[0]}
 
 
 def counted(values: dict[str, Tensor]) -> str:
-    """How many maps there are, in words."""
+    """Return the number of maps in words."""
     shape = next(iter(values.values())).shape
     return f"{shape[0]}" if len(shape) == 1 else f"{shape[1]} by each of {shape[0]} trainings"
 

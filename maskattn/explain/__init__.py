@@ -1,6 +1,6 @@
 """Explanations: attention maps, class-discriminative attention maps, and their hierarchical form for slides.
 
-The public names are imported when they are first used, so that the list of methods is read without torch.
+The public names are imported on first use, so that the list of methods can be read without importing torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Methods of comparison that read attention matrices: the last row, rollout and relevance propagation.
+"""Baselines that read attention matrices: the last row, rollout and relevance propagation.
 
-The last two need every block's N×N weights, which they compute densely: memory grows as blocks × heads × N².
+The last two need the N×N weights of every block and compute them densely, so memory grows as blocks × heads × N².
 
 Sources: Abnar and Zuidema, arXiv 2005.00928 (rollout); Chefer et al., arXiv 2103.15679 (relevance propagation).
 
@@ -30,7 +30,7 @@ __all__ = ["AttentionRollout", "AttentionRow", "RelevancePropagation"]
 
 
 class AttentionRow(Explainer):
-    """:class:`maskattn.explain.AttentionMap` with the common interface: the same map for every target."""
+    """:class:`maskattn.explain.AttentionMap` with the common interface. The map is the same for every target."""
 
     multiplies_by_inputs = False
 
@@ -44,7 +44,10 @@ class AttentionRow(Explainer):
 
 
 class AttentionRollout(Explainer):
-    """The product over blocks of ½·(head mean + identity), read where the model reads; the same for every target."""
+    """Attention rollout: the product over blocks of ½·(head mean + identity), read at the tokens that the model pools.
+
+    The map is the same for every target. Source: Abnar and Zuidema, arXiv 2005.00928.
+    """
 
     multiplies_by_inputs = False
 
@@ -58,7 +61,11 @@ class AttentionRollout(Explainer):
 
 
 class RelevancePropagation(Explainer):
-    """R = I; for each block Ā = mean over heads of max(∇A ⊙ A, 0), R ← R + Ā·R; read where the model reads."""
+    """Relevance propagation, read at the tokens that the model pools.
+
+    R starts as the identity; each block updates R ← R + Ā·R, with Ā the mean over heads of max(∇A ⊙ A, 0).
+    Source: Chefer et al., arXiv 2103.15679.
+    """
 
     multiplies_by_inputs = False
 
@@ -84,10 +91,10 @@ def _for_every_score(maps_BHW: Tensor, request: Request) -> Float[Tensor, "B M H
 def _with_weights(
     model: VisionTransformer, tokens: PackedTokens
 ) -> tuple[PackedTokens, list[Float[Tensor, "B H L L"]]]:
-    """All blocks, and the attention weights of each; rows and columns of dropped tokens hold 0."""
+    """Run all blocks and return the attention weights of each; rows and columns of dropped tokens hold 0."""
     if model.position_kind == "alibi":
         raise ValueError(
-            "rollout and relevance propagation know no ALiBi, got a model with pos_embed='alibi'; use CDAM, or "
+            "rollout and relevance propagation do not support ALiBi, got a model with pos_embed='alibi'; use CDAM, or "
             "AttentionMap for the class token's row"
         )
     weights = []
@@ -105,12 +112,12 @@ _CALLED_BY_PARTS = forwards_of((Block, Attention))
 
 
 def _check_is_called_by_parts(block: Block) -> None:
-    """Both are written out here, so that what hangs on them would be left out; what hangs on their parts is not."""
-    if not (all(is_plain(part, _CALLED_BY_PARTS, itself=True) for part in (block, block.attn))):
+    """Refuse a block or an attention with hooks of its own: both are written out here, so their hooks would not run."""
+    if not (all(is_plain(module, _CALLED_BY_PARTS, itself=True) for module in (block, block.attn))):
         raise ValueError(
             "rollout and relevance propagation need every block's weights, and a block or its attention has been "
-            f"replaced, patched or hooked, got {type(block).__name__} with {type(block.attn).__name__}; take the hooks "
-            "off, or use CDAM"
+            f"replaced, patched or hooked, got {type(block).__name__} with {type(block.attn).__name__}; remove the "
+            "hooks, or use CDAM"
         )
 
 
@@ -131,7 +138,7 @@ def _identity(weights_BHLL: Tensor) -> Float[Tensor, "B L L"]:
 
 
 def _read(model: VisionTransformer, tokens: PackedTokens, matrix_BLL: Tensor) -> Float[Tensor, "B H W"]:
-    """The class token's row where the model pools that, else the mean over the kept grid tokens' rows."""
+    """Return the class token's row if the model pools it, else the mean over the kept grid tokens' rows."""
     P = tokens.num_prefix
     if model.global_pool == "token":
         return matrix_BLL[:, 0, P:].unflatten(1, tokens.grid_HW)

@@ -22,15 +22,15 @@ __all__ = ["AttentionMap", "attend_from_class_token", "check_class_token"]
 
 
 class AttentionMap:
-    """How the class token's attention in the last block is spread over the grid.
+    """The class token's attention in the last block, as a map over the grid.
 
-    Background tokens have exactly 0. A map sums to 1 less what the class token and the registers keep to themselves.
+    Background tokens are exactly 0. A map sums to 1 minus the attention to the class token itself and the registers.
 
     Args:
-        model: with a class token; see :func:`maskattn.explain.packed_model.packed_model`.
+        model: a model with a class token; see :func:`maskattn.explain.packed_model.packed_model`.
 
     Raises:
-        TypeError, ValueError: the model is none of these, or has no class token.
+        TypeError, ValueError: the model is of an unsupported kind, or has no class token.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,10 +52,10 @@ class AttentionMap:
             heads: None for the mean over heads, "all", or a list of head indices.
 
         Returns:
-            (B, H, W), or (B, heads, H, W) where heads are named.
+            (B, H, W), or (B, heads, H, W) if ``heads`` is given.
 
         Raises:
-            TypeError, ValueError: inputs, keep or heads do not fit the model, or it drops at random (train mode).
+            TypeError, ValueError: inputs, keep or heads do not fit the model, or dropout is active (train mode).
         """
         check_explainable(self.model)
         count = self.model.last_block.attn.num_heads
@@ -69,10 +69,10 @@ class AttentionMap:
 
 
 def check_class_token(model: VisionTransformer) -> None:
-    """Refuse a model whose attention map there is not.
+    """Refuse a model without a class token, which has no attention map.
 
     Raises:
-        ValueError: it has no class token.
+        ValueError: the model has no class token.
     """
     if model.cls_token is None:
         raise ValueError(
@@ -85,8 +85,8 @@ def attend_from_class_token(model: VisionTransformer, tokens: PackedTokens) -> F
     """The class token's attention in the last block, per head and packed token.
 
     Args:
-        model: with a class token.
-        tokens: what ``model.before_last_block`` gave.
+        model: a model with a class token.
+        tokens: the output of ``model.before_last_block``.
     """
     return model.last_block.read_weights(tokens)
 

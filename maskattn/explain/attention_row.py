@@ -1,9 +1,9 @@
-"""What a score loses when a token is dropped from the class token's last attention row.
+"""Row ablation: the loss of score when a token is dropped from the class token's last attention row.
 
-With a_hi head h's weight of token i, v its values and o = Σ_i a_hi v_hi what the class token reads, the row without
-some tokens is the row of those that stay, divided by their sum: exactly what the softmax gives. So a set of tokens S,
-beside the prefix tokens, which always stay, reads o_S = Σ_{i ∈ S} a_i v_i / Σ_{i ∈ S} a_i, and scores f(o_S), f being
-the tail (projection, MLP, norm and head of one token). No keys, no queries and no backbone are computed again.
+Let a_hi be head h's weight of token i, v_hi the token's value and o_h = Σ_i a_hi v_hi the class token's attention
+output. Dropping tokens renormalises the remaining weights of the row, exactly as the softmax would. A set S of tokens
+(the prefix tokens always stay) therefore gives o_S = Σ_{i ∈ S} a_i v_i / Σ_{i ∈ S} a_i and the score f(o_S), where f is
+the tail: projection, MLP, norm and head of one token. Keys, queries and the backbone are not computed again.
 
 Dimension key: B images, R variants of a row, L = P + N tokens, P prefix tokens, N grid tokens, T packed tokens, M maps,
 H heads, D head width.
@@ -37,8 +37,8 @@ class AttentionRow:
     """The class tokens' last attention row.
 
     Attributes:
-        model, tokens, target: of which it is.
-        read: queries, keys, values and what was read.
+        model, tokens, target: the arguments of :meth:`of`.
+        read: queries, keys, values and the attention output.
         weights_HT: (H, T), the softmax weight of each token.
     """
 
@@ -51,10 +51,10 @@ class AttentionRow:
     @classmethod
     @torch.no_grad()
     def of(cls, model: VisionTransformer, tokens: PackedTokens, target: Target) -> AttentionRow:
-        """The row of a model's class tokens. Arguments as in :meth:`TokenExplainer.relevance`.
+        """Compute the row of a model's class tokens. Arguments as in :meth:`TokenExplainer.relevance`.
 
         Raises:
-            ValueError: the prediction reads more than this row.
+            ValueError: the prediction depends on more than this row.
         """
         if not reads_class_token_alone(model):
             raise ValueError(
@@ -68,20 +68,20 @@ class AttentionRow:
         return cls(model, tokens, target, read, rows[0])
 
     def packed(self, of_grid_BNM: Float[Tensor, "B N M"]) -> Float[Tensor, "M T"]:
-        """Values of grid tokens as rows of all packed tokens; 0 at prefix tokens."""
+        """Return values of grid tokens as values of all packed tokens; 0 at prefix tokens."""
         return pack(F.pad(of_grid_BNM, (0, 0, self.tokens.num_prefix, 0)), self.tokens.packing).T
 
     def dense(self, of_tokens: Float[Tensor, "T ..."]) -> Float[Tensor, "B L ..."]:
-        """Values of packed tokens in their places, 0 where there is none."""
+        """Return values of packed tokens at their positions in the sequence; 0 where a token was dropped."""
         return unpack(of_tokens, self.tokens.packing)
 
     def scores(self, out_BRHD: Float[Tensor, "B R H D"]) -> Float[Tensor, "B R M"]:
-        """The scores of rows that read this."""
+        """Return the scores for R variants of the attention output."""
         scores = scores_of_reads(self.model, self.tokens, out_BRHD, self.target)
         return scores.unflatten(0, (out_BRHD.shape[1], len(out_BRHD))).transpose(0, 1)
 
     def gradients(self, out_BRHD: Float[Tensor, "B R H D"]) -> Float[Tensor, "M B R H D"]:
-        """The gradient of each score of each row at what it reads."""
+        """Return the gradient of each score with respect to each variant of the attention output."""
         out = out_BRHD.detach().requires_grad_()
         with torch.enable_grad():
             scores = scores_of_reads(self.model, self.tokens, out, self.target)
@@ -89,16 +89,16 @@ class AttentionRow:
 
 
 class AttentionRowAblation(TokenExplainer):
-    """What a score loses when a token is dropped from the last block: f(o) − f(o without i), exactly.
+    """The exact loss of score when a token is dropped from the last block: f(o) − f(o without i).
 
-    o without i is (o − a_i v_i)/(1 − a_i), head by head; its tail is computed for every token, in batches, for all
-    targets at once. Without a token the rest of the last block is as if it had never been there; the blocks before have
-    seen it.
+    o without i is (o − a_i v_i)/(1 − a_i), head by head. The tail is computed for every token, in batches, for all
+    targets at once. The last block then behaves as if the token had never been there; earlier blocks have seen it.
 
     Args:
-        model: as for every :class:`maskattn.explain.explainer.Explainer`; its prediction reads the class token alone.
-        first_order: take f to first order at o instead: Σ_h a_hi/(1 − a_hi) (v_hi − o_h) · ∂f/∂o_h.
-        internal_batch_size: rows in the tail at a time.
+        model: as for every :class:`maskattn.explain.explainer.Explainer`; its prediction must read only the class
+            token.
+        first_order: use the first-order expansion of f at o instead: Σ_h a_hi/(1 − a_hi) (v_hi − o_h) · ∂f/∂o_h.
+        internal_batch_size: rows that go through the tail at a time.
     """
 
     multiplies_by_inputs = False
@@ -120,25 +120,25 @@ class AttentionRowAblation(TokenExplainer):
             share = weights / (1 - weights).clamp(min=torch.finfo(weights.dtype).eps)
             along = torch.einsum("blhd,mbhd->mblh", values - out, gradients)
             return row.packed(torch.einsum("mblh,blh->blm", along, share))
-        whole, parts = row.scores(out), []
+        full_score, losses = row.scores(out), []
         largest, without_largest = self._without_largest(row)
-        for part in batches(weights.shape[1], max(1, self.internal_batch_size // max(B, 1))):
-            a, v = weights[:, part, :, None], values[:, part]
+        for chunk in batches(weights.shape[1], max(1, self.internal_batch_size // max(B, 1))):
+            a, v = weights[:, chunk, :, None], values[:, chunk]
             without = (out - a * v) / (1 - a)
-            # Where a token has most of a head's weight, the difference would cancel: the row is read again.
-            places = torch.arange(part.start, part.stop, device=a.device) + P
-            is_largest = (largest[:, None] == places[:, None])[..., None]
+            # The difference cancels if a token holds most of a head's weight, so that output is computed anew.
+            positions = torch.arange(chunk.start, chunk.stop, device=a.device) + P
+            is_largest = (largest[:, None] == positions[:, None])[..., None]
             without = torch.where(is_largest & (a > 0.5), without_largest, without)
-            parts.append(whole - row.scores(without))
-        return row.packed(torch.cat(parts, dim=1))
+            losses.append(full_score - row.scores(without))
+        return row.packed(torch.cat(losses, dim=1))
 
     @staticmethod
     def _without_largest(row: AttentionRow) -> tuple[Tensor, Tensor]:
-        """Where each head's heaviest token lies, (B, H), and what the head reads without it, (B, 1, H, D)."""
+        """Return the position of each head's heaviest token, (B, H), and the output without it, (B, 1, H, D)."""
         tokens, read = row.tokens, row.read
         largest = row.dense(row.weights_HT.T).argmax(dim=1)  # [B, H]
-        place = tokens.packing.indices % tokens.packing.num_tokens
-        gone_TH = place[:, None] == largest[tokens.packing.sequence_of_token]
+        position = tokens.packing.indices % tokens.packing.num_tokens
+        gone_TH = position[:, None] == largest[tokens.packing.sequence_of_token]
         out = readout(
             read.q_B1HD,
             read.k_THD,

@@ -1,8 +1,8 @@
-"""What users compare CDAM with, all with its interface: gradients at the pixels, occlusion and ablation.
+"""Baselines with the interface of CDAM: gradients with respect to the pixels, occlusion and ablation.
 
-captum computes what it has (Input×Gradient, Integrated Gradients, SmoothGrad); its layer-wise relevance propagation has
-no rule for attention, so that partial LRP is not offered here. Pixels' relevance is summed over each token.
-The methods that read attention matrices are in :mod:`maskattn.explain.attention_baselines`.
+captum computes Input×Gradient, Integrated Gradients and SmoothGrad. Its layer-wise relevance propagation has no rule
+for attention, so partial LRP is not offered here. The relevance of pixels is summed over each token.
+Baselines that read attention matrices are in :mod:`maskattn.explain.attention_baselines`.
 
 Sources: Sundararajan et al., arXiv 1703.01365 (Integrated Gradients); Smilkov et al., arXiv 1706.03825 (SmoothGrad);
 Petsiuk et al., arXiv 1806.07421 (RISE).
@@ -27,7 +27,7 @@ __all__ = ["RISE", "InputXGradient", "IntegratedGradients", "SmoothGrad", "Token
 
 
 class InputXGradient(Explainer):
-    """Pixels times their gradients, by captum."""
+    """Input×Gradient: pixels times their gradients, computed by captum."""
 
     def maps(self, request: Request) -> Tensor:  # noqa: D102 (as of Explainer)
         from captum.attr import InputXGradient as Captum
@@ -36,12 +36,12 @@ class InputXGradient(Explainer):
 
 
 class IntegratedGradients(Explainer):
-    """Integrated Gradients from a zero image, by captum.
+    """Integrated Gradients with a baseline of zeros, computed by captum.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
-        m: steps of the path.
-        internal_batch_size: images in the model at a time, at least the batch.
+        m: number of steps along the path.
+        internal_batch_size: images that go through the model at a time, at least the batch.
     """
 
     def __init__(self, model: nn.Module, m: int = 50, *, internal_batch_size: int = 64) -> None:
@@ -62,15 +62,16 @@ class IntegratedGradients(Explainer):
 
 
 class SmoothGrad(Explainer):
-    """The mean gradient at noisy copies of an image, by captum, times the image, so that it is signed.
+    """SmoothGrad: the mean gradient over noisy copies of an image, computed by captum, times the image.
 
-    captum draws from torch's own generator; it is seeded with a number drawn from the caller's, and its state put back.
+    The product with the image makes the map signed. captum draws from torch's default generator, which is seeded from
+    the caller's generator for the call and restored afterwards.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
-        m: noisy copies.
-        noise: standard deviation, as a share of an image's range.
-        internal_batch_size: copies in the model at a time.
+        m: number of noisy copies.
+        noise: standard deviation, as a fraction of an image's range.
+        internal_batch_size: copies that go through the model at a time.
     """
 
     def __init__(self, model: nn.Module, m: int = 50, noise: float = 0.15, *, internal_batch_size: int = 64) -> None:
@@ -88,7 +89,7 @@ class SmoothGrad(Explainer):
 
         def explain(score: Callable[..., Tensor], x: Tensor, rows: Tensor) -> Tensor:
             x, tunnel, gradients = x.detach(), NoiseTunnel(Saliency(score)), []
-            # captum takes one standard deviation for a whole batch, so that images go one by one.
+            # captum takes one standard deviation for a whole batch, so images are explained one by one.
             for b in range(len(x)):
                 torch.manual_seed(seed)
                 gradient = tunnel.attribute(
@@ -108,11 +109,11 @@ class SmoothGrad(Explainer):
 
 
 class TokenAblation(Explainer):
-    """What a score loses when a token is dropped: f(x) − f(x without token i), by N packed predictions.
+    """The loss of score when a token is dropped: f(x) − f(x without token i), by N packed predictions.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
-        internal_batch_size: ablated images in the model at a time.
+        internal_batch_size: ablated images that go through the model at a time.
     """
 
     multiplies_by_inputs = False
@@ -137,17 +138,17 @@ class TokenAblation(Explainer):
 
 
 class RISE(Explainer):
-    """The mean of random occluding masks, weighted by the score of the occluded image.
+    """RISE: the mean of random occlusion masks, weighted by the score of the occluded image.
 
-    The score's own mean is taken off first: raw scores, unlike the probabilities of the paper, have no zero of their
-    own, and a constant would only add the noise of the masks.
+    The mean score is subtracted first. Raw scores, unlike the probabilities of the paper, have no natural zero, and a
+    constant offset would only add the noise of the masks.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
-        m: masks, the same for all images.
-        cells: of the coarse grid along the longer side.
+        m: number of masks, the same for all images.
+        cells: cells of the coarse grid along the longer side.
         visible: share of visible cells.
-        internal_batch_size: occluded images in the model at a time.
+        internal_batch_size: occluded images that go through the model at a time.
     """
 
     multiplies_by_inputs = False
@@ -168,8 +169,8 @@ class RISE(Explainer):
         scores = []
         for b in range(len(inputs)):
             of_image = target_of(request.target, torch.tensor([b], device=inputs.device))
-            for part in batches(self.m, self.internal_batch_size):
-                occluded = inputs[b] * masks_S1XY[part]
+            for chunk in batches(self.m, self.internal_batch_size):
+                occluded = inputs[b] * masks_S1XY[chunk]
                 one = of_image.expand(len(occluded)) if isinstance(of_image, Tensor) else of_image
                 output = model(occluded, keep_BN[b].expand(len(occluded), -1))
                 scores.append(select_scores(output, one))
@@ -179,26 +180,26 @@ class RISE(Explainer):
         return torch.einsum("bsm,shw->bmhw", centred, visible_SHW) / (self.m * self.visible)
 
     def _masks(self, size: tuple[int, int], generator: torch.Generator | None) -> Float[Tensor, "S 1 X Y"]:
-        """Coarse random grids, enlarged smoothly and cut at random offsets."""
+        """Draw coarse random grids, upsample them bilinearly and crop at random offsets."""
         device = "cpu" if generator is None else generator.device
         cell = -(-max(size) // self.cells)
         coarse = [-(-side // cell) + 1 for side in size]
         grids = (torch.rand(self.m, 1, *coarse, generator=generator, device=device).cpu() < self.visible).float()
         offsets = torch.randint(cell, (self.m, 2), generator=generator, device=device).tolist()
         masks = torch.empty(self.m, 1, *size)
-        for part in batches(self.m, 256):
-            large = F.interpolate(grids[part], scale_factor=cell, mode="bilinear", align_corners=False)
-            for mask, whole, (top, left) in zip(masks[part], large, offsets[part], strict=True):
-                mask.copy_(whole[:, top : top + size[0], left : left + size[1]])
+        for chunk in batches(self.m, 256):
+            large = F.interpolate(grids[chunk], scale_factor=cell, mode="bilinear", align_corners=False)
+            for mask, enlarged, (top, left) in zip(masks[chunk], large, offsets[chunk], strict=True):
+                mask.copy_(enlarged[:, top : top + size[0], left : left + size[1]])
         return masks
 
 
 def _by_captum(
     request: Request, explain: Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
 ) -> Float[Tensor, "B M H W"]:
-    """One call of captum for each map; ``explain(score, x, rows)`` gives relevance of pixels.
+    """Call captum once for each map; ``explain(score, x, rows)`` returns the relevance of pixels.
 
-    captum repeats ``rows``, the indices of the images, as it repeats the images: keep and target follow them.
+    captum repeats ``rows``, the indices of the images, together with the images, so keep and target follow them.
     """
     model, inputs, maps = request.model, request.inputs, []
     for m in range(request.scores_BM.shape[1]):

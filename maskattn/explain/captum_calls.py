@@ -1,6 +1,6 @@
-"""How captum's users call an explanation: tuples of inputs, ``additional_forward_args``, and ``NoiseTunnel`` around it.
+"""Captum's calling conventions: tuples of inputs, ``additional_forward_args`` and wrapping in ``NoiseTunnel``.
 
-Nothing of captum is imported: its tools ask of a method what stands here and in :mod:`maskattn.explain.explainer`.
+captum is not imported. All that its tools require of a method is here and in :mod:`maskattn.explain.explainer`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Attribute = TypeVar("Attribute", bound=Callable[..., Any])
 
 
 def as_captum_calls(attribute: Attribute) -> Attribute:
-    """``attribute(inputs, target, keep)`` that also takes images in a tuple, and ``keep`` as additional_forward_args.
+    """Let ``attribute(inputs, target, keep)`` also take images in a tuple, and ``keep`` as additional_forward_args.
 
-    A tuple comes back where a tuple came in.
+    If the inputs are a tuple, so is the result.
     """
 
     @functools.wraps(attribute)
@@ -29,14 +29,14 @@ def as_captum_calls(attribute: Attribute) -> Attribute:
         as_tuple = isinstance(inputs, tuple)
         if as_tuple and len(inputs) != 1:
             raise ValueError(
-                f"an explanation takes images, one tensor or a tuple of one, got {len(inputs)}; a mask is handed over "
-                "as keep, or as additional_forward_args"
+                f"an explanation takes images as one tensor or a tuple of one, got {len(inputs)}; pass a mask as keep, "
+                "or as additional_forward_args"
             )
         more = tuple(x for x in (more if isinstance(more, tuple) else (more,)) if x is not None)
         if len(more) > 1 or (more and keep is not None):
             raise ValueError(
-                f"additional_forward_args is the mask keep, once, got {len(more)} of them"
-                f"{' beside keep' if keep is not None else ''}"
+                f"additional_forward_args may only hold the mask keep, once, got {len(more)} of them"
+                f"{' in addition to keep' if keep is not None else ''}"
             )
         with torch.inference_mode(False):
             result = attribute(self, inputs[0] if as_tuple else inputs, target, more[0] if more else keep, **options)
@@ -44,7 +44,7 @@ def as_captum_calls(attribute: Attribute) -> Attribute:
 
     @functools.wraps(call)
     def outer(*arguments: Any, **options: Any) -> Any:
-        # captum's NoiseTunnel takes one wrapper off, where its own methods have one that counts calls.
+        # captum's NoiseTunnel unwraps one layer, because its own methods have a wrapper that logs usage.
         return call(*arguments, **options)
 
     return cast(Attribute, outer)

@@ -1,4 +1,4 @@
-"""Class-discriminative attention maps (CDAM): which tokens speak for a class, and which against it.
+"""Class-discriminative attention maps (CDAM): signed relevance of each token for a class.
 
 Source: Brocki, Binda, Chung, *Class-Discriminative Attention Maps for Vision Transformers*, arXiv 2312.02364.
 
@@ -22,10 +22,10 @@ __all__ = ["CDAM"]
 class CDAM(TokenExplainer):
     """Relevance maps of a vision transformer, signed and not normalised: S_i = Σ_j T_ij · ∂f/∂T_ij.
 
-    T is the input of the last block's attention. Positive supports the target, negative speaks against it; background
-    tokens are 0. Class-token models take the closed form, at the price of one attention row whatever the number of
-    targets; mean-pooled ones, and those with a hook or an adapter on their last block, go through autograd. The
-    backbone runs once, without a graph; nothing is left behind on the model.
+    T is the input of the last block's attention. Positive values support the target, negative values oppose it;
+    background tokens are 0. Class-token models use a closed form that costs one attention row, whatever the number of
+    targets. Mean-pooled models, and those with a hook or an adapter on their last block, go through autograd. The
+    backbone runs once, without a graph, and the model is left unchanged.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.

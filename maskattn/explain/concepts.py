@@ -1,9 +1,9 @@
-"""Concepts as targets: how near an image is to what some example images have in common.
+"""Concepts as targets: the similarity of an image to a set of example images.
 
-The concept is the mean feature of the examples, what the head would read of them; an image's score is the dot product
-of its own feature with it, or their cosine.
+The concept is the mean feature of the examples, that is, of the head's input. An image's score is the dot product or
+the cosine of its own feature with the concept.
 
-Source: Brocki, Binda, Chung, arXiv 2312.02364, whose concept vectors these are; the cosine is a further choice.
+Source: Brocki, Binda, Chung, arXiv 2312.02364, for the concept vectors; the cosine is an addition of this package.
 
 Dimension key: B images, C channels, M concepts.
 """
@@ -24,14 +24,14 @@ __all__ = ["Concept"]
 
 
 class Concept:
-    """A target for models with or without a head: the head is left out for it.
+    """A target for models with or without a head; the head is not used.
 
     Args:
         direction: (C,), or (M, C) for several concepts at once.
         similarity: "dot" or "cosine".
 
     Raises:
-        ValueError: the direction has another shape, or the similarity is neither.
+        ValueError: the direction has another shape, or there is no such similarity.
 
     Example:
         >>> from maskattn.explain import CDAM
@@ -61,7 +61,7 @@ class Concept:
         similarity: Literal["dot", "cosine"] = "dot",
         batch_size: int = 32,
     ) -> Concept:
-        """The mean feature of example images.
+        """Build a concept from the mean feature of example images.
 
         Args:
             model: the model to be explained; see :func:`maskattn.explain.packed_model.packed_model`.
@@ -71,10 +71,10 @@ class Concept:
             batch_size: images that go through the model at a time.
 
         Raises:
-            TypeError, ValueError: images or keep do not fit the model, there is no image, or the model drops at random.
+            TypeError, ValueError: images or keep do not fit the model, there is no image, or dropout is active.
         """
         if len(images) == 0:
-            raise ValueError("a concept is the mean of example images and there is none, got B=0")
+            raise ValueError("a concept is the mean of at least one example image, got B=0")
         encoder = without_head(packed_model(model))
         check_explainable(encoder)
         keeps: Sequence[Tensor | None] = (
@@ -84,7 +84,11 @@ class Concept:
         return cls(torch.cat([encoder(x, kept) for x, kept in batches]).mean(dim=0), similarity)
 
     def __call__(self, features_BC: Float[Tensor, "B C"]) -> Float[Tensor, "..."]:
-        """(B, C) features → (B,) scores, or (B, M) for several concepts."""
+        """Map (B, C) features to (B,) scores, or (B, M) for several concepts.
+
+        Raises:
+            ValueError: the features have another width than the concept.
+        """
         if features_BC.shape[-1] != self.direction.shape[-1]:
             raise ValueError(
                 f"this concept has {self.direction.shape[-1]} channels and the model's features {features_BC.shape[-1]}"

@@ -1,11 +1,12 @@
-"""The mean gradient γ of scores along α·z, 0 ≤ α ≤ 1, with more nodes where the path bends.
+"""The mean gradient γ of scores along α·z, 0 ≤ α ≤ 1, by adaptive Gauss–Legendre quadrature.
 
-Σ_t z_t·γ_kt = f_k(z) − f_k(0), and over a part of the path likewise: Σ_t z_t·∫_a^b ∂f_k/∂z (αz) dα = f_k(bz) − f_k(az),
-which two predictions tell. So a part that 8 Gauss–Legendre nodes miss is seen, and is halved: until all parts together
-are within 1 % of the largest |f_k(z) − f_k(0)|, or 256 nodes are spent. The gap that stays is told.
+Σ_t z_t·γ_kt = f_k(z) − f_k(0), and the same holds on every interval of the path:
+Σ_t z_t·∫_a^b ∂f_k/∂z (αz) dα = f_k(bz) − f_k(az), which two predictions give. An interval on which 8 nodes are not
+accurate enough is therefore detected and halved, until the error of all intervals together is within 1 % of the largest
+|f_k(z) − f_k(0)| or 256 nodes have been used. The gap that remains is reported.
 
-A head with norms over projections without biases jumps near α = 0, and pseudo-inverses bend everywhere; there equal
-steps would not do. A path that 8 nodes follow costs those and two predictions.
+Equal steps would not suffice: a head with norms over projections without biases changes abruptly near α = 0, and
+pseudo-inverses are curved everywhere. A path on which 8 nodes suffice costs these and two predictions.
 
 Dimension key: K scores, T embeddings, C channels.
 """
@@ -24,17 +25,17 @@ from maskattn.shapes import Float
 __all__ = ["MOST_NODES", "NODES", "TOLERANCE", "PathGradient", "gradient_alone", "mean_gradient"]
 
 NODES = 8
-"""Nodes of each part."""
+"""Nodes of each interval."""
 TOLERANCE = 0.01
-"""Of the gap, as a share of the largest difference of scores."""
+"""Tolerance of the gap, as a share of the largest difference of scores."""
 MOST_NODES = 256
 
 Scores = Callable[[Tensor], Float[Tensor, "K"]]
 
-# A difference below this share of the scores themselves is rounding: no part is halved for it.
+# A difference below this share of the scores themselves is rounding error: no interval is halved for it.
 _ROUNDING = 1e-4
 _SHORTEST = 2.0**-16
-# Parts get their share of the tolerance by length, and none less than this.
+# An interval's share of the tolerance is its length, but at least this.
 _LEAST_SHARE = 1 / 16
 
 
@@ -46,7 +47,7 @@ class PathGradient:
         gradient_KTC: γ; None where it was not asked for.
         products_KT: z·γ of each row.
         difference_K: f(z) − f(0).
-        nodes: how many gradients of each score were taken, those of parts that were halved too.
+        nodes: number of gradients computed for each score, including those of intervals that were halved.
     """
 
     gradient_KTC: Float[Tensor, "K T C"] | None
@@ -63,67 +64,70 @@ class PathGradient:
 def mean_gradient(
     scores_of: Scores, z_TC: Float[Tensor, "T C"], *, nodes: int | None = None, keep: bool = True
 ) -> PathGradient:
-    """γ along the whole path.
+    """Compute γ along the whole path.
 
     Args:
         scores_of: embeddings (T, C) → scores (K,), differentiable.
-        z_TC: where the path ends.
-        nodes: of the whole path, which is then not halved; None as many as it takes.
-        keep: whether γ is kept, (K, T, C) numbers, twice that where the path is halved.
+        z_TC: the end of the path.
+        nodes: nodes of the whole path, which is then not halved; None uses as many as necessary.
+        keep: whether γ is kept: (K, T, C) numbers, and twice as many while intervals are halved.
     """
     z = z_TC.detach()
     with torch.no_grad():
         start_K, end_K = scores_of(torch.zeros_like(z)), scores_of(z)
     difference_K = end_K - start_K
     allowed = TOLERANCE * float(torch.maximum(difference_K.abs().max(), _ROUNDING * end_K.abs().max()))
-    spent, total = 0, _Part(None, z.new_zeros(len(end_K), len(z)))
+    spent, total = 0, _Sums(None, z.new_zeros(len(end_K), len(z)))
     waiting = [(0.0, 1.0, start_K, end_K)]
     while waiting:
         begin, end, before_K, after_K = waiting.pop()
-        part = _sum(scores_of, z, _nodes(begin, end, nodes or NODES, z), keep)
+        interval = _sum(scores_of, z, _nodes(begin, end, nodes or NODES, z), keep)
         spent += nodes or NODES
-        gap = float((after_K - before_K - part.products_KT.sum(dim=1)).abs().max())
+        gap = float((after_K - before_K - interval.products_KT.sum(dim=1)).abs().max())
         affordable = nodes is None and spent + NODES * (len(waiting) + 2) <= MOST_NODES
         if gap > allowed * max(end - begin, _LEAST_SHARE) and affordable and end - begin > _SHORTEST:
-            del part  # before the next is made
+            del interval  # frees its memory before the next one is computed
             middle = (begin + end) / 2
             with torch.no_grad():
                 middle_K = scores_of(middle * z)
             waiting += [(middle, end, middle_K, after_K), (begin, middle, before_K, middle_K)]
         else:
-            total = total.plus(part)
+            total = total.plus(interval)
     return PathGradient(total.gradient_KTC, total.products_KT, difference_K, spent)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What a part of the path adds."""
+class _Sums:
+    """The sums over one or several intervals of the path."""
 
     gradient_KTC: Tensor | None
     products_KT: Tensor
 
-    def plus(self, other: _Part) -> _Part:
+    def plus(self, other: _Sums) -> _Sums:
         products_KT = self.products_KT + other.products_KT
         if self.gradient_KTC is None or other.gradient_KTC is None:
-            return _Part(other.gradient_KTC, products_KT)
-        return _Part(self.gradient_KTC.add_(other.gradient_KTC), products_KT)
+            return _Sums(other.gradient_KTC, products_KT)
+        return _Sums(self.gradient_KTC.add_(other.gradient_KTC), products_KT)
 
 
 def gradient_alone(scores_of: Scores, z_TC: Float[Tensor, "T C"], *, keep: bool = True) -> PathGradient:
-    """The gradient at z, which accounts for no difference. Arguments as for :func:`mean_gradient`."""
+    """Compute the gradient at z alone; its products do not sum to a difference. Arguments as in :func:`mean_gradient`.
+
+    ``difference_K`` is the sum of the products and ``nodes`` is 0, so that the gap is 0.
+    """
     found = _sum(scores_of, z_TC.detach(), [(1.0, 1.0)], keep)
     return PathGradient(found.gradient_KTC, found.products_KT, found.products_KT.sum(dim=1), 0)
 
 
 def _nodes(begin: float, end: float, count: int, like: Tensor) -> list[tuple[float, float]]:
-    """Nodes and weights of the quadrature on [begin, end]."""
+    """Return the nodes and weights of the quadrature on [begin, end]."""
     at, weights = gauss_legendre(count, like.new_zeros((), dtype=torch.float64))
     length = end - begin
     return list(zip((begin + length * at).tolist(), (length * weights).tolist(), strict=True))
 
 
-def _sum(scores_of: Scores, z_TC: Tensor, nodes: list[tuple[float, float]], keep: bool) -> _Part:
-    """Σ weight · ∂f/∂z (node · z), class after class: the gradient of one class exists at a time beside the sums."""
+def _sum(scores_of: Scores, z_TC: Tensor, nodes: list[tuple[float, float]], keep: bool) -> _Sums:
+    """Sum weight · ∂f/∂z (node · z) one class at a time, so that only one class's gradient is held with the sums."""
     gradient_KTC: Tensor | None = None
     products_KT: Tensor | None = None
     for node, weight in nodes:
@@ -140,4 +144,4 @@ def _sum(scores_of: Scores, z_TC: Tensor, nodes: list[tuple[float, float]], keep
             if gradient_KTC is not None:
                 gradient_KTC[c].add_(gradient_TC, alpha=weight)
     assert products_KT is not None, "there is a node, and a score"
-    return _Part(gradient_KTC, products_KT)
+    return _Sums(gradient_KTC, products_KT)

@@ -1,7 +1,7 @@
-"""What every explanation shares: ``attribute``, written once, and the request that a method's ``maps`` answer.
+"""The common interface of explanations: ``attribute``, and the request that a method's ``maps`` answers.
 
-A method says what its maps are; how it is called, which model and tokens the target is a function of, captum's ways of
-calling, where randomness comes from and what stands on background is said here.
+A method defines its maps. This module defines how it is called (captum's conventions included), which model and tokens
+the target is a function of, where random numbers come from and what the maps hold at background.
 
 Dimension key: B images, M maps, T packed tokens, N = H·W grid tokens.
 """
@@ -30,14 +30,14 @@ __all__ = ["Account", "Explainer", "Request", "TokenExplainer", "as_maps", "sum_
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is to be explained; tokens and scores are computed when a method first reads them, without a graph.
+    """A prediction to explain. Tokens and scores are computed on first use, without a graph.
 
     Attributes:
-        model: the model that the target is a function of: without its head for a concept.
+        model: the model that the target is a function of, without its head for a concept.
         inputs: (B, in_chans, X, Y) images.
         target: see :func:`maskattn.explain.targets.select_scores`.
-        keep: as the caller gave it, or None.
-        generator: source of randomness; None is torch's own.
+        keep: the mask as the caller gave it, or None.
+        generator: source of randomness; None is torch's default generator.
     """
 
     model: VisionTransformer
@@ -48,18 +48,18 @@ class Request:
 
     @cached_property
     def grid_HW(self) -> tuple[int, int]:  # noqa: N802 (a dimension key)
-        """Rows and columns of tokens."""
+        """Rows and columns of the token grid."""
         return self.model.patch_embed.grid_of(self.inputs)
 
     @cached_property
     def keep_BN(self) -> Bool[Tensor, "B N"]:  # noqa: N802 (a dimension key)
-        """The grid tokens that take part."""
+        """(B, N) bool, the grid tokens that take part."""
         return keep_per_token(self.keep, len(self.inputs), self.grid_HW, self.inputs.device)
 
     @cached_property
     @torch.no_grad()
     def embedded(self) -> PackedTokens:
-        """The tokens with which the first block starts."""
+        """The first block's input."""
         return self.model.embed(self.inputs, self.keep)
 
     @cached_property
@@ -71,29 +71,29 @@ class Request:
     @cached_property
     @torch.no_grad()
     def scores_BM(self) -> Float[Tensor, "B M"]:  # noqa: N802 (a dimension key)
-        """The scores to explain."""
+        """(B, M), the scores to explain."""
         return select_scores(self.model.predict(self.tokens), self.target)
 
     def asking(self, target: Target) -> Request:
-        """The same images, explained for another target of the same model; what the backbone gave is not made again."""
+        """Return a request for another target of the same model and images, which reuses the backbone's output."""
         other = replace(self, target=target)
         vars(other).update({name: vars(self)[name] for name in ("embedded", "tokens") if name in vars(self)})
         return other
 
 
 class Explainer(ABC):
-    """A method of explanation: a subclass says what its maps are, and ``attribute`` is the same for all.
+    """A method of explanation. A subclass defines its maps; ``attribute`` is the same for all.
 
     Args:
         model: a :class:`maskattn.nn.VisionTransformer` in eval mode, or a vision transformer of timm or transformers,
             which is converted: see :func:`maskattn.explain.packed_model.packed_model`.
 
     Attributes:
-        model: what is explained.
-        multiplies_by_inputs: for captum: maps are products of a token, or of pixels, and its gradient.
+        model: the explained model.
+        multiplies_by_inputs: for captum: whether maps are products of the tokens, or pixels, and their gradients.
 
     Raises:
-        TypeError, ValueError: the model is none of these, or cannot be converted.
+        TypeError, ValueError: the model is of an unsupported kind, or cannot be converted.
     """
 
     multiplies_by_inputs = True
@@ -114,22 +114,23 @@ class Explainer(ABC):
         """Explain a prediction.
 
         Args:
-            inputs: (B, in_chans, H·p, W·p) images, or a tuple of one such tensor, for captum.
+            inputs: (B, in_chans, H·p, W·p) images, or a tuple of one such tensor, as captum passes them.
             target: a class index; a (B,) tensor with one for each image; a list of indices; "all"; a function of
                 the model's output that returns (B,) or (B, M) scores, each row of it from the same row of the output;
                 or a :class:`maskattn.explain.Concept`.
             keep: (B, H·W) or (B, H, W) bool over grid tokens, True = the token takes part; None keeps all.
-                captum's ``additional_forward_args`` is the same.
-            generator: where a method draws at random, its source, on any device; None takes torch's own.
-            return_convergence_gap: also return what the map leaves over, by methods that are complete in the limit:
-                (B,), or (B, M) for several maps.
+                captum may pass it as ``additional_forward_args``.
+            generator: source of random numbers, on any device, for methods that draw them; None takes torch's default
+                generator.
+            return_convergence_gap: also return the gap that the map leaves unexplained, for methods that are complete
+                in the limit: (B,), or (B, M) for several maps.
 
         Returns:
-            Signed relevance, not normalised, 0 on background: (B, H, W), or (B, M, H, W) for a list, "all" and
+            Signed relevance, not normalised, 0 at background: (B, H, W), or (B, M, H, W) for a list, "all" and
             functions with several scores.
 
         Raises:
-            TypeError, ValueError: inputs, target or keep do not fit the model, it drops at random (train mode), or the
+            TypeError, ValueError: inputs, target or keep do not fit the model, dropout is active (train mode), or the
                 method has no convergence gap.
         """
         model = without_head(self.model) if isinstance(target, Concept) else self.model
@@ -141,23 +142,25 @@ class Explainer(ABC):
         return _squeezed(self.answer(request), target)
 
     def answer(self, request: Request) -> Float[Tensor, "B M H W"]:
-        """The maps that a request asks for, 0 on background: ``attribute``, where the caller goes on with the tokens.
+        """Return the (B, M, H, W) maps of a request, 0 at background.
+
+        Unlike ``attribute``, this leaves the request's tokens and scores to the caller for further use.
 
         Raises:
-            ValueError: the model drops at random (train mode), or the target does not fit it.
+            ValueError: dropout is active (train mode), or the target does not fit the model.
         """
         check_explainable(self.model)
         return self._on_tissue(self.maps(request), request)
 
     @abstractmethod
     def maps(self, request: Request) -> Float[Tensor, "B M H W"]:
-        """The maps of all scores; what they hold on background does not matter."""
+        """Compute the maps of all scores; their values at background are ignored."""
 
     def maps_and_gap(self, request: Request) -> tuple[Float[Tensor, "B M H W"], Float[Tensor, "B M"]]:
-        """The maps, and the difference of scores less what they and the prefix tokens account for.
+        """Compute the maps, and the difference of scores minus what they and the prefix tokens account for.
 
         Raises:
-            ValueError: the method promises no such sum.
+            ValueError: the method's maps have no such sum.
         """
         raise ValueError(
             f"a convergence gap belongs to methods whose maps sum to a difference of scores, got "
@@ -165,12 +168,12 @@ class Explainer(ABC):
         )
 
     def has_convergence_delta(self) -> bool:
-        """Whether captum may ask for a ``convergence_delta``: no; ``return_convergence_gap`` is ours."""
+        """Tell captum not to ask for a ``convergence_delta``; use ``return_convergence_gap`` instead."""
         return False
 
     @property
     def forward_func(self) -> nn.Module:
-        """The model, by captum's name."""
+        """The model, under captum's name for it."""
         return self.model
 
     @staticmethod
@@ -182,13 +185,13 @@ class Explainer(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Account:
-    """What a complete method accounts for: f − f(baseline) = Σ of the grid tokens + the prefix tokens' part + gap.
+    """The terms of a complete method: f − f(baseline) = sum over grid tokens + share of the prefix tokens + gap.
 
     Attributes:
-        relevance_MT: (M, T), the scores of packed tokens; those of prefix tokens are no part of a map.
-        prefix_BM: (B, M), what class token and registers account for, by their keys, values and queries.
+        relevance_MT: (M, T), the scores of packed tokens; those of prefix tokens appear in no map.
+        prefix_BM: (B, M), the share of class token and registers through their keys, values and queries.
         difference_BM: (B, M), f − f(baseline).
-        gap_BM: (B, M), what is left over; 0 in the limit of many steps.
+        gap_BM: (B, M), the remainder; 0 in the limit of many steps.
     """
 
     relevance_MT: Float[Tensor, "M T"]
@@ -198,10 +201,10 @@ class Account:
 
 
 class TokenExplainer(Explainer):
-    """A method that reads the last block's input alone, so that it serves at every level of a slide model."""
+    """A method that reads only the last block's input, so that it applies to every level of a slide model."""
 
     def maps(self, request: Request) -> Tensor:
-        """The relevance of the grid tokens."""
+        """Compute the relevance of the grid tokens, (B, M, H, W)."""
         relevance_MT = self.relevance(request.model, request.tokens, request.target, request.generator)
         return as_maps(relevance_MT, request.tokens)
 
@@ -213,20 +216,20 @@ class TokenExplainer(Explainer):
     def relevance(
         self, model: VisionTransformer, tokens: PackedTokens, target: Target, generator: torch.Generator | None = None
     ) -> Float[Tensor, "M T"]:
-        """The scores of all packed tokens; those of prefix tokens are not looked at.
+        """Compute the scores of all packed tokens; those of prefix tokens are ignored.
 
         Args:
-            model: that the target is a function of.
-            tokens: what ``model.before_last_block`` gave.
+            model: the model that the target is a function of.
+            tokens: the output of ``model.before_last_block``.
             target: see :func:`maskattn.explain.targets.select_scores`.
-            generator: source of randomness.
+            generator: source of randomness; None is torch's default generator.
         """
 
     def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
-        """The same scores, and what they sum to. Arguments as in :meth:`relevance`.
+        """Compute the same scores and the terms of their sum. Arguments as in :meth:`relevance`.
 
         Raises:
-            ValueError: the method promises no such sum.
+            ValueError: the method's maps have no such sum.
         """
         raise ValueError(
             f"a convergence gap belongs to methods whose maps sum to a difference of scores, got "
@@ -235,18 +238,18 @@ class TokenExplainer(Explainer):
 
 
 def as_maps(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M H W"]:
-    """Values of packed tokens as maps over the grid; prefix tokens are dropped, background is 0."""
+    """Return values of packed tokens as maps over the grid; prefix tokens are dropped, background is 0."""
     dense_BNM = unpack(values_MT.T, tokens.packing)[:, tokens.num_prefix :]
     return dense_BNM.transpose(1, 2).unflatten(2, tokens.grid_HW)
 
 
 def sum_of_grid(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M"]:
-    """The sum over each image's grid tokens."""
+    """Return the sum over each image's grid tokens."""
     of_grid = values_MT.masked_fill(tokens.packing.indices % tokens.packing.num_tokens < tokens.num_prefix, 0)
     sums = values_MT.new_zeros(tokens.packing.batch_size, len(values_MT))
     return sums.index_add_(0, tokens.packing.sequence_of_token, of_grid.T)
 
 
 def _squeezed(of_maps: Float[Tensor, "B M ..."], target: Target) -> Float[Tensor, "..."]:
-    """Without the axis M, where the target is one score of each image."""
+    """Remove the axis M if the target is one score of each image."""
     return of_maps[:, 0] if gives_one_map(target, of_maps.shape[1]) else of_maps

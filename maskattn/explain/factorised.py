@@ -1,11 +1,11 @@
-"""The factorised attention map of a three-level model: where patch, region and slide attend, in one map of tokens.
+"""The factorised attention map of a three-level model: attention of patch, region and slide level in one token map.
 
-Each level's class-token row (last block, mean over heads) is normalised over what takes part, within its patch, its
-region or the slide, and the three are combined with a weight γ that says how much task-trained levels count:
+Each level's class-token row (last block, mean over heads) is normalised over the tokens that take part, within its
+patch, its region or the slide. The three are combined with γ, the weight of the levels trained for the task:
 
     (w_R · R + w_P · P + γ · S) / (n (1 − γ) + (3 − n) γ),
 
-w = 1 − γ for a frozen (task-blind) encoder and γ for a trained one, n the number of frozen ones among the two.
+where w is 1 − γ for a frozen encoder and γ for a trained one, and n is the number of frozen encoders of the two.
 Background is exactly 0. Source: Grisi et al., arXiv 2404.18152, after HIPT (arXiv 2206.02647).
 
 Dimension key: B regions, T kept patches or regions, h·w tokens of a region, H·W regions of a slide.
@@ -34,12 +34,13 @@ _LEVELS = ("patch", "region")
 
 @dataclass(frozen=True)
 class FactorisedMaps:
-    """Attention of B regions, token by token; 0 at background.
+    """Attention to each token of B regions; 0 at background.
 
     Attributes:
-        combined_Bhw: (B, h, w), the three levels in one, in [0, 1].
-        patch_Bhw: (B, h, w), the patch encoder's, normalised within each patch.
-        region_Bhw: (B, h, w), the region encoder's, normalised within each region, each patch's over its tokens.
+        combined_Bhw: (B, h, w), the three levels combined, in [0, 1].
+        patch_Bhw: (B, h, w), the patch encoder's attention, normalised within each patch.
+        region_Bhw: (B, h, w), the region encoder's attention, normalised within each region; every token of a patch
+            has the patch's value.
     """
 
     combined_Bhw: Float[Tensor, "B h w"]
@@ -48,17 +49,17 @@ class FactorisedMaps:
 
 
 class FactorisedAttention:
-    """Attention maps of a HIPT, all three levels together.
+    """Attention maps of all three levels of a HIPT.
 
     Args:
-        model: in eval mode: a HIPT, or its two lower levels where :meth:`slide` is not asked for. Every level has a
-            class token, or is HIPT's own slide level, whose pooling weights count.
+        model: a HIPT in eval mode, or its two lower levels if :meth:`slide` is not called. Every level has a class
+            token, or is HIPT's own slide level, whose pooling weights are used instead.
         gamma: γ in [0, 1], the weight of the levels that were trained for the task.
-        trained: which of "patch" and "region" were; the slide level always was.
-        scale: "rank" (share of the tokens that have no more, ties counted low) or "minmax".
+        trained: which of "patch" and "region" were trained for the task; the slide level always is.
+        scale: "rank" (a token's rank divided by the number of tokens, ties taking their lowest rank) or "minmax".
 
     Raises:
-        ValueError: γ, a level or a scale that does not exist.
+        ValueError: γ is out of range, or there is no such level or scale.
     """
 
     def __init__(
@@ -66,20 +67,23 @@ class FactorisedAttention:
     ) -> None:
         if not 0 <= gamma <= 1 or set(trained) - set(_LEVELS) or scale not in ("rank", "minmax"):
             raise ValueError(
-                "gamma must lie in [0, 1], trained name 'patch' or 'region', scale be 'rank' or 'minmax', got "
+                "gamma must be in [0, 1], trained must name 'patch' or 'region', scale must be 'rank' or 'minmax', got "
                 f"gamma={gamma}, trained={trained!r}, scale={scale!r}"
             )
         self.model, self.gamma, self.scale = model, gamma, scale
         self.patch_weight, self.region_weight = (gamma if level in trained else 1 - gamma for level in _LEVELS)
         if self.patch_weight + self.region_weight + gamma == 0:
-            raise ValueError("gamma=0 counts frozen levels alone, and with both encoders trained there are none")
+            raise ValueError(
+                "gamma=0 counts only frozen levels, so one encoder must be frozen, got trained='patch' and 'region'; "
+                "use a larger gamma"
+            )
 
     @torch.no_grad()
     def slide(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "T"]:
-        """The slide level's attention to each kept region, normalised over them.
+        """Return the slide level's attention to each kept region, normalised over the kept regions.
 
         Args:
-            embeddings_TC: (T, C) from ``model.encode_regions``, row-major.
+            embeddings_TC: (T, C) from ``model.encode_regions``, in row-major order.
             keep_HW: (H, W) bool over the slide's regions.
         """
         model = self.model
@@ -99,11 +103,11 @@ class FactorisedAttention:
         keep_Bhw: Bool[Tensor, "B h w"] | None,
         slide_B: Float[Tensor, "B"],
     ) -> FactorisedMaps:
-        """The maps of some regions.
+        """Compute the maps of some regions.
 
         Args:
-            regions_BIXY, keep_Bhw: as ``model.encode_regions`` takes them.
-            slide_B: (B,), what :meth:`slide` said of these regions; anything for those without tissue.
+            regions_BIXY, keep_Bhw: as in ``model.encode_regions``.
+            slide_B: (B,), the values of :meth:`slide` for these regions; ignored for regions without tissue.
         """
         model = self.model
         patches = model.cut(regions_BIXY, keep_Bhw)
@@ -120,7 +124,7 @@ class FactorisedAttention:
         return FactorisedMaps(*(join_patches(x, patches.packing, patches.grid_HW) for x in maps))
 
     def _patches(self, pixels_TIpp: Tensor, keep_Tss: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-        """Embeddings of patches, and their normalised attention (T, s, s)."""
+        """Return the embeddings of patches and their normalised attention (T, s, s)."""
         encoder = self.model.patch_encoder
         side = self.model.patch_px // self.model.token_px
         embeddings = [self.model.pixel_mean.new_empty(0, encoder.embed_dim)]
@@ -136,13 +140,13 @@ class FactorisedAttention:
 
 
 def normalise(values_T: Float[Tensor, "T"], packing: Packing, scale: str) -> Float[Tensor, "T"]:
-    """Values within each sequence as ranks or shares of their range, in [0, 1].
+    """Scale the values of each sequence to [0, 1], by ranks or by their range.
 
     Args:
         values_T: (T,), one for each packed token.
-        packing: of the tokens.
-        scale: "rank": the share of the sequence's tokens up to and with the first of equal value; "minmax": 0 for the
-            least, 1 for the largest, and 1 where all are equal.
+        packing: the packing of the tokens.
+        scale: "rank": the rank divided by the sequence's length, ties taking their lowest rank; "minmax": 0 for the
+            smallest value, 1 for the largest, and 1 if all are equal.
     """
     result = torch.empty_like(values_T)
     for start, end in zip(packing.cu_seqlens[:-1].tolist(), packing.cu_seqlens[1:].tolist(), strict=True):
@@ -158,7 +162,7 @@ def normalise(values_T: Float[Tensor, "T"], packing: Packing, scale: str) -> Flo
 
 
 def _grid_attention(encoder: VisionTransformer, tokens: PackedTokens) -> tuple[Tensor, Packing]:
-    """The class-token row over grid tokens, mean over heads (T,), and their packing."""
+    """Return the class-token row over grid tokens, mean over heads (T,), and the packing of the grid tokens."""
     rows_T1 = attend_from_class_token(encoder, tokens).mean(dim=0)[:, None]
     grid_T1, packing = tokens.with_rows(rows_T1).grid_rows()
     return grid_T1[:, 0], packing
@@ -167,12 +171,12 @@ def _grid_attention(encoder: VisionTransformer, tokens: PackedTokens) -> tuple[T
 def join_patches(
     values_Tss: Float[Tensor, "T s s *values"], packing: Packing, grid_HW: tuple[int, int]
 ) -> Float[Tensor, "B h w *values"]:
-    """Maps of patches at their places in maps of regions; 0 where no patch was kept.
+    """Assemble maps of patches into maps of their regions; 0 where no patch was kept.
 
     Args:
-        values_Tss: (T, s, s), of the kept patches; further axes stay last.
-        packing: where the patches lie in (B, n·m).
-        grid_HW: (n, m).
+        values_Tss: (T, s, s), maps of the kept patches; further axes stay last.
+        packing: the positions of the patches in (B, n·m).
+        grid_HW: (n, m), rows and columns of patches in a region.
     """
     dense = unpack(values_Tss, packing).unflatten(1, grid_HW)  # [B, n, m, s, s]
     return dense.transpose(2, 3).flatten(3, 4).flatten(1, 2)

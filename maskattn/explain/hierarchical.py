@@ -1,14 +1,14 @@
 """Explanations of a slide model: relevance of tiles for a slide's classes, and of tokens inside any tile.
 
-Pass 1 gives the tiles' relevance at the slide encoder, by any method that reads a last block, and the gradient γ_tc of
-slide logit f_c at tile embedding z_t. Pass 2 explains, in any tile, the score z_t·γ_tc with γ held fixed, by the same
-method. Nothing holds a graph over the slide, and the cost is linear in tiles, tile by tile.
+Pass 1 computes the tiles' relevance at the slide encoder, by any method that reads a last block, and the gradient γ_tc
+of slide logit f_c at tile embedding z_t. Pass 2 explains, in any tile, the score z_t·γ_tc with γ held fixed, by the
+same method. No graph spans the slide, and the cost is linear in the number of tiles.
 
-With CDAM γ is ∂f_c/∂z_t, and the tokens' relevance is the exact chain rule. With a complete method it is the mean of
-that gradient along α·z, 0 ≤ α ≤ 1, so that Σ_t z_t·γ_tc = f_c(z) − f_c(0); and in each tile z_t·γ_tc is the sum of its
-tokens' relevance and of what is on no token: the class token's own, and the score with which the path begins. So the
-sums of all tokens of all tiles, and of these, are f_c(slide) − f_c(slide of embeddings 0), to a gap that shrinks as the
-steps grow.
+With CDAM, γ is ∂f_c/∂z_t, and the tokens' relevance is the exact chain rule. With a complete method, γ is the mean of
+that gradient along α·z, 0 ≤ α ≤ 1, so that Σ_t z_t·γ_tc = f_c(z) − f_c(0). In each tile z_t·γ_tc is the sum of its
+tokens' relevance and of an unmapped remainder: the class token's own share and the score at the start of the path.
+Summed over all tiles, tokens and remainders give f_c(slide) − f_c(slide of zero embeddings), up to a gap that shrinks
+as the number of steps grows.
 
 Dimension key: K classes, T kept tiles, B tiles of a batch, h·w tokens of a tile, H·W cells of the slide, C channels.
 """
@@ -51,12 +51,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SumOfMap:
-    """What the map of each class sums to: Σ of the map = f − f(baseline) − prefix − gap.
+    """The terms of each class's sum: Σ of the map = f − f(baseline) − prefix − gap.
 
     Attributes:
         difference_K: (K,), f − f(baseline).
-        prefix_K: (K,), the part of class token and registers, which no map shows.
-        gap_K: (K,), what is left over: the error of the path's steps.
+        prefix_K: (K,), the share of class token and registers, which no map shows.
+        gap_K: (K,), the remainder: the error of the path's quadrature.
     """
 
     difference_K: Float[Tensor, "K"]
@@ -66,10 +66,10 @@ class SumOfMap:
 
 @dataclass(frozen=True)
 class PathSum:
-    """How well γ, the mean gradient along the path of embeddings, accounts for the scores.
+    """The accuracy of γ, the mean gradient along the path of embeddings.
 
     Attributes:
-        nodes: gradients of each score that were taken.
+        nodes: number of gradients computed for each score.
         gap_K: (K,), f(z) − f(0) − Σ z·γ.
     """
 
@@ -79,15 +79,15 @@ class PathSum:
 
 @dataclass(frozen=True)
 class RelevanceMap:
-    """What pass 1 says of the kept tiles of a slide, row-major.
+    """The result of pass 1: relevance of a slide's kept tiles, in row-major order.
 
     Attributes:
         logits_K: (K,), the slide's logits.
         relevance_KT: (K, T), signed scores of the tiles.
-        attention_T: (T,), the slide encoder's class-token row, mean over heads; 0 where there is no class token.
-        gradient_KTC: (K, T, C), γ, which pass 2 takes; None where it was not asked for.
-        sums: what the maps sum to; None where the method promises nothing.
-        path: of γ; None where none was taken.
+        attention_T: (T,), the slide encoder's class-token row, mean over heads; 0 without a class token.
+        gradient_KTC: (K, T, C), γ, the input of pass 2; None if it was not requested.
+        sums: the terms that the maps sum to; None if the method is not complete.
+        path: the accuracy of γ; None if no path was computed.
     """
 
     logits_K: Float[Tensor, "K"]
@@ -100,13 +100,13 @@ class RelevanceMap:
 
 @dataclass(frozen=True)
 class TokenMaps:
-    """What pass 2 says of the tokens of B tiles; 0 at background.
+    """The result of pass 2: relevance of the tokens of B tiles; 0 at background.
 
     Attributes:
         relevance_KBHW: (K, B, h, w), signed scores for the slide's classes.
         attention_BHW: (B, h, w), the tile encoder's class-token row, mean over heads; 0 without a class token.
-        unmapped_KB: (K, B), the part of z_t·γ_tc that is on no token: the tile's own class token and registers, and
-            the score with which the path begins; None where the method promises no sum.
+        unmapped_KB: (K, B), the remainder of z_t·γ_tc that no token holds: the share of the tile's class token and
+            registers, and the score at the start of the path; None if the method is not complete.
     """
 
     relevance_KBHW: Float[Tensor, "K B h w"]
@@ -116,12 +116,12 @@ class TokenMaps:
 
 @dataclass(frozen=True)
 class LevelMethod:
-    """A method as every level of a slide model uses it.
+    """A method as applied at every level of a slide model.
 
     Attributes:
-        method: of the list.
-        explainer: made for some encoder, and told which one to explain; None where no level is a transformer.
-        steps: nodes of the path of embeddings, where the method has one; None as many as it takes.
+        method: an entry of :data:`maskattn.explain.METHODS`.
+        explainer: the method's explainer, which takes the encoder as an argument; None if no level is a transformer.
+        steps: nodes of the path of embeddings, if the method has one; None uses as many as necessary.
     """
 
     method: Method
@@ -130,22 +130,20 @@ class LevelMethod:
 
     @classmethod
     def named(cls, name: str, encoder: VisionTransformer | None, **options: Any) -> LevelMethod:
-        """The method of this name.
+        """Look up a method by name.
 
         Raises:
-            ValueError: there is none for slide models.
+            ValueError: there is no such method for slide models.
         """
         method = method_named(name, levels=True)
         explainer = None if encoder is None else method(encoder, **options)
-        assert explainer is None or isinstance(explainer, TokenExplainer), (
-            "methods for levels read the last block alone"
-        )
+        assert explainer is None or isinstance(explainer, TokenExplainer), "methods for levels read only the last block"
         return cls(method, explainer, options.get("m"))
 
     def explain(
         self, encoder: VisionTransformer, tokens: PackedTokens, target: Any
     ) -> tuple[Float[Tensor, "M T"], Account | None]:
-        """The relevance of all packed tokens, and what it sums to, where the method is complete."""
+        """Return the relevance of all packed tokens, and the terms of its sum if the method is complete, else None."""
         assert self.explainer is not None, "a level that is a transformer has an explainer"
         if not self.method.complete:
             return self.explainer.relevance(encoder, tokens, target), None
@@ -155,12 +153,12 @@ class LevelMethod:
     def path(
         self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"], *, keep: bool = True
     ) -> PathGradient:
-        """γ: the gradient of each score at z, or, for a complete method, its mean along the path from 0 to z.
+        """Compute γ: the gradient of each score at z, or, for a complete method, its mean along the path from 0 to z.
 
         Args:
             scores_of: embeddings → scores (K,).
-            z_TC: the embeddings.
-            keep: whether γ is kept, and not only z·γ of each row.
+            z_TC: (T, C), the embeddings.
+            keep: whether γ itself is kept, or only z·γ of each row.
         """
         if not self.method.complete:
             return gradient_alone(scores_of, z_TC, keep=keep)
@@ -168,12 +166,12 @@ class LevelMethod:
 
 
 class HierarchicalCDAM:
-    """Explanations of a slide model, for all its classes at once. For a HIPT: :class:`maskattn.explain.ThreeLevelCDAM`.
+    """Explanations of a slide model for all its classes; for a HIPT, see :class:`maskattn.explain.ThreeLevelCDAM`.
 
     Args:
-        model: in eval mode.
-        method: of :data:`maskattn.explain.METHODS`, one that explains slide models; "cdam" is the paper's.
-        options: of the method (``m``).
+        model: a slide model in eval mode.
+        method: a key of :data:`maskattn.explain.METHODS` that explains slide models; "cdam" is the paper's method.
+        options: options of the method (``m``).
 
     Raises:
         ValueError: there is no such method for slide models.
@@ -186,13 +184,16 @@ class HierarchicalCDAM:
     def tiles(
         self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], *, gradient: bool = True
     ) -> RelevanceMap:
-        """Pass 1: the slide's logits and the relevance of each tile.
+        """Pass 1: compute the slide's logits and the relevance of each tile.
 
         Args:
-            embeddings_TC: (T, C) from ``model.encode_tiles``, a row for each kept cell, row-major.
+            embeddings_TC: (T, C) from ``model.encode_tiles``, a row for each kept cell, in row-major order.
             keep_HW: (H, W) bool over the slide's cells.
-            gradient: also take the gradient that pass 2 needs: a backward through the slide encoder for each class,
-                at each step of the path.
+            gradient: also compute the gradient that pass 2 needs: a backward pass through the slide encoder for each
+                class, at each step of the path.
+
+        Raises:
+            ValueError: dropout is active (train mode), or embeddings and kept cells do not match.
         """
         return explain_slide(self.model, self.level, embeddings_TC, keep_HW, gradient)
 
@@ -203,15 +204,15 @@ class HierarchicalCDAM:
         keep_BHW: Bool[Tensor, "B h w"] | None,
         gradient_KBC: Float[Tensor, "K B C"],
     ) -> TokenMaps:
-        """Pass 2: the relevance of each token of some tiles.
+        """Pass 2: compute the relevance of each token of some tiles.
 
         Args:
             tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
             keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
-            gradient_KBC: these tiles' part of :attr:`RelevanceMap.gradient_KTC`.
+            gradient_KBC: (K, B, C), the rows of :attr:`RelevanceMap.gradient_KTC` for these tiles.
 
         Raises:
-            ValueError: the model drops at random (train mode).
+            ValueError: dropout is active (train mode).
         """
         check_explainable(self.model)
         with torch.no_grad():
@@ -223,13 +224,13 @@ class HierarchicalCDAM:
 def explain_tokens(
     encoder: VisionTransformer, level: LevelMethod, tokens: PackedTokens, gradient_KBC: Float[Tensor, "K B C"]
 ) -> TokenMaps:
-    """Pass 2, for tiles as a tile encoder starts with them.
+    """Run pass 2 on tokens of tiles.
 
     Args:
         encoder: the tile encoder, whose output is the tiles' embeddings.
         level: the method.
-        tokens: with which its first block starts, made without a graph.
-        gradient_KBC: γ of these tiles.
+        tokens: the input of the encoder's first block, computed without a graph.
+        gradient_KBC: (K, B, C), γ of these tiles.
     """
     target = products_with(gradient_KBC)
     with torch.no_grad():
@@ -248,10 +249,10 @@ def explain_slide(
     keep_HW: Bool[Tensor, "H W"],
     gradient: bool,
 ) -> RelevanceMap:
-    """Pass 1, over tiles or regions. Arguments as in :meth:`HierarchicalCDAM.tiles`.
+    """Run pass 1 over tiles or regions. Arguments as in :meth:`HierarchicalCDAM.tiles`.
 
     Raises:
-        ValueError: the model drops at random (train mode), or embeddings and kept cells do not match.
+        ValueError: dropout is active (train mode), or embeddings and kept cells do not match.
     """
     check_explainable(model)
     encoder, z = model.slide_encoder, embeddings_TC.detach().clone()
@@ -270,12 +271,12 @@ def explain_slide(
 
 
 def path_sum(found: PathGradient) -> PathSum | None:
-    """How well γ accounts for the scores; None of a gradient at z alone."""
+    """Return the accuracy of γ; None for the gradient at z alone."""
     return PathSum(found.nodes, found.gap_K) if found.nodes else None
 
 
 def products_with(gradient_KBC: Float[Tensor, "K B C"]) -> Callable[[Tensor], Tensor]:
-    """The target whose scores (B, K) are the products of embeddings (B, C) with a gradient that is held fixed."""
+    """Return a target whose scores (B, K) are the products of embeddings (B, C) with a fixed gradient."""
     fixed_KBC = gradient_KBC.detach().clone()
     return lambda z_BC: torch.einsum("bc,kbc->bk", z_BC, fixed_KBC)
 
@@ -284,13 +285,13 @@ def products_with(gradient_KBC: Float[Tensor, "K B C"]) -> Callable[[Tensor], Te
 def unmapped(
     encoder: VisionTransformer, tokens: PackedTokens, target: Callable[[Tensor], Tensor], account: Account
 ) -> Float[Tensor, "K B"]:
-    """What of each score is on no token: the prefix tokens' part, and the score with which the path begins."""
+    """Return the part of each score that no token holds: the prefix tokens' share and the score at the path's start."""
     score_BK = target(encoder.predict(tokens))
     return (score_BK - account.difference_BM + account.prefix_BM).T
 
 
 def mean_attention(encoder: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, "T"]:
-    """The class-token row of the last block, mean over heads; 0 without a class token."""
+    """Return the class-token row of the last block, mean over heads; 0 without a class token."""
     if encoder.cls_token is None:
         return tokens.rows_TC.new_zeros(len(tokens.rows_TC))
     return attend_from_class_token(encoder, tokens).mean(dim=0)

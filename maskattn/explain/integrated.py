@@ -1,10 +1,10 @@
 """Integrated CDAM: CDAM averaged along a path from zero to the prediction.
 
-The backbone runs once. On the paths "norm", "weights" and "value" all steps read one set of keys and values
-(:mod:`maskattn.explain.norm_path`, :mod:`maskattn.explain.weights_path`, :mod:`maskattn.explain.value_path`); elsewhere
-m steps cost m tails, run in batches.
+The backbone runs once. On the paths "norm", "weights" and "value" all steps share one set of keys and values
+(:mod:`maskattn.explain.norm_path`, :mod:`maskattn.explain.weights_path`, :mod:`maskattn.explain.value_path`).
+Otherwise each of the m steps runs the tail (last block, norm, head), in batches.
 
-Source: Brocki, Binda, Chung, arXiv 2312.02364, for the path "input"; the others are this package's.
+Source: Brocki, Binda, Chung, arXiv 2312.02364, for the path "input"; the other paths are this package's.
 
 Dimension key: B images, T packed tokens, M maps, m steps, C channels.
 """
@@ -35,21 +35,22 @@ __all__ = ["IntegratedCDAM", "gauss_legendre", "score_difference", "sum_of_all"]
 class IntegratedCDAM(TokenExplainer):
     """CDAM averaged along a straight path from zero to the prediction.
 
-    Four paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its norm; the
-    norm undoes the scaling, so that T hardly moves and the map sums to nothing in particular. "norm" scales T itself,
-    at the nodes of Gauss–Legendre quadrature, and is Integrated Gradients in T with a baseline of 0: the scores of all
-    tokens sum to f(T) − f(0), which ``return_convergence_gap`` measures: f(T) − f(0) − Σ_i S_i over all tokens, prefix
-    tokens too. "weights" is the same path and has the same sum, but says how the attention's weights grow and not its
-    scores, so that it does not depend on where scores have their zero (:mod:`maskattn.explain.weights_path`). "value"
-    holds the attention and scales what it reads, the values, from those of tokens of 0
-    (:mod:`maskattn.explain.value_path`): complete too, without the key's part, which has the sign of the raw scores.
+    There are four paths. "input" is the authors': the last block's input is scaled by k/m, k = 1 … m, and T is its
+    norm. The norm undoes the scaling, so that T hardly moves and the map has no meaningful sum. "norm" scales T itself,
+    at the nodes of Gauss–Legendre quadrature. It is Integrated Gradients in T with a baseline of 0: the scores of all
+    tokens sum to f(T) − f(0). ``return_convergence_gap`` measures the error f(T) − f(0) − Σ_i S_i over all tokens,
+    prefix tokens included. "weights" follows the same path and has the same sum, but attributes changes of attention
+    weights instead of attention scores, so that it does not depend on the zero of the scores
+    (:mod:`maskattn.explain.weights_path`). "value" holds the attention fixed and scales the values, starting from those
+    of tokens of 0 (:mod:`maskattn.explain.value_path`). It is complete as well, and omits CDAM's key term, which has
+    the sign of the raw scores.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
-        m: steps of the path.
+        m: number of steps along the path.
         path: "input", "norm", "weights" or "value".
-        internal_batch_size: copies of images in the last block at a time, at least one of the whole batch; bounds the
-            memory, and leaves the result as it is but for rounding.
+        internal_batch_size: copies of images that go through the last block at a time, at least one copy of the whole
+            batch. It bounds the memory and does not change the result beyond rounding.
 
     Raises:
         TypeError, ValueError: the model cannot be explained, a number is out of range, or there is no such path.
@@ -77,10 +78,10 @@ class IntegratedCDAM(TokenExplainer):
         return self._relevance(model, tokens, target, with_queries=False)[0]
 
     def account(self, model: VisionTransformer, tokens: PackedTokens, target: Target) -> Account:
-        """The scores and their sum, on every path but "input". Arguments as in :meth:`relevance`.
+        """Compute the scores and the terms of their sum. Arguments as in :meth:`relevance`.
 
         Raises:
-            ValueError: the path "input" has no such sum.
+            ValueError: the path is "input", which has no such sum.
         """
         if self.path == "input":
             raise ValueError(
@@ -97,7 +98,7 @@ class IntegratedCDAM(TokenExplainer):
     def _relevance(
         self, model: VisionTransformer, tokens: PackedTokens, target: Target, with_queries: bool
     ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
-        """The scores of all tokens, and, if asked, the class tokens' part through their queries."""
+        """Return the scores of all tokens, and the class tokens' share through their queries if requested, else 0."""
         B, total = tokens.packing.batch_size, None
         size = max(1, self.internal_batch_size // max(B, 1))
         if self.path == "value":
@@ -107,10 +108,10 @@ class IntegratedCDAM(TokenExplainer):
             return relevance, relevance.new_zeros(B, len(relevance))
         if self.path == "norm":
             return score_tokens_integrated(model, tokens, target, self.m, copies=size, with_queries=with_queries)
-        if self.path == "weights":  # what queries do is in the weights
+        if self.path == "weights":  # the weights include the effect of the queries
             return score_tokens_integrated(model, tokens, target, self.m, copies=size, in_weights=True)
-        for part in batches(self.m, size):
-            scales = torch.arange(part.start + 1, part.stop + 1, device=tokens.rows_TC.device) / self.m
+        for chunk in batches(self.m, size):
+            scales = torch.arange(chunk.start + 1, chunk.stop + 1, device=tokens.rows_TC.device) / self.m
             many = repeat_tokens(tokens, len(scales))
             many = many.with_rows(torch.cat([scale * tokens.rows_TC for scale in scales.to(tokens.rows_TC)]))
             relevance, _ = score_tokens(model, many, target_of_copies(target, B))
@@ -130,19 +131,19 @@ def score_tokens_integrated(
     with_queries: bool = False,
     in_weights: bool = False,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
-    """Integrated Gradients of the scores in T, with a baseline of 0, by m nodes of Gauss–Legendre quadrature.
+    """Compute Integrated Gradients of the scores in T, with a baseline of 0, by m nodes of Gauss–Legendre quadrature.
 
     Args:
         model: the vision transformer.
-        tokens: what ``model.before_last_block`` gave.
+        tokens: the output of ``model.before_last_block``.
         target: see :func:`maskattn.explain.targets.select_scores`.
-        m: nodes.
-        copies: nodes at a time.
-        with_queries: also return the part of the class tokens' scores that goes through their queries.
-        in_weights: tell the attention in its weights: see :mod:`maskattn.explain.weights_path`.
+        m: number of nodes.
+        copies: number of nodes computed at a time.
+        with_queries: also return the share of the class tokens' scores that goes through their queries.
+        in_weights: attribute changes of attention weights, see :mod:`maskattn.explain.weights_path`.
 
     Returns:
-        S (M, T), prefix tokens among the T, and the queries' part (B, M), 0 if it was not asked for.
+        S (M, T), prefix tokens included, and the queries' share (B, M), 0 if it was not requested.
     """
     alphas, weights = gauss_legendre(m, tokens.rows_TC)
     if reads_class_token_alone(model) and keys_are_proportional(model, tokens):
@@ -152,29 +153,29 @@ def score_tokens_integrated(
         normed = input_of_attention(model, tokens)
     total: Tensor | None = None
     queries: Tensor | float = 0.0
-    for part in batches(m, copies):
-        of_copies, scale = target_of_copies(target, B), (weights[part] / alphas[part]).to(normed)
+    for chunk in batches(m, copies):
+        of_copies, scale = target_of_copies(target, B), (weights[chunk] / alphas[chunk]).to(normed)
         many = repeat_tokens(tokens, len(scale))
-        scaled = torch.cat([alpha * normed for alpha in alphas[part]])
+        scaled = torch.cat([alpha * normed for alpha in alphas[chunk]])
         relevance, _ = score_tokens(model, many, of_copies, scaled, in_weights)
-        of_part = torch.einsum("m,cmt->ct", scale.to(relevance), relevance.unflatten(1, (len(scale), -1)))
-        total = of_part if total is None else total + of_part
+        of_chunk = torch.einsum("m,cmt->ct", scale.to(relevance), relevance.unflatten(1, (len(scale), -1)))
+        total = of_chunk if total is None else total + of_chunk
         if with_queries and reads_class_token_alone(model):
-            parts = score_class_token_queries(model, many, of_copies, scaled).unflatten(0, (len(scale), B))
-            queries = queries + torch.einsum("m,mbc->bc", scale.to(parts), parts)
+            of_queries = score_class_token_queries(model, many, of_copies, scaled).unflatten(0, (len(scale), B))
+            queries = queries + torch.einsum("m,mbc->bc", scale.to(of_queries), of_queries)
     assert total is not None, "m is at least 1"
     return total, queries + total.new_zeros(B, len(total))
 
 
 def gauss_legendre(m: int, like: Tensor) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
-    """Nodes and weights of the quadrature on [0, 1], as ``like`` holds numbers."""
+    """Return the nodes and weights of the quadrature on [0, 1], (m,) each, with the dtype and device of ``like``."""
     at, weight = np.polynomial.legendre.leggauss(m)
     return torch.from_numpy((at + 1) / 2).to(like), torch.from_numpy(weight / 2).to(like)
 
 
 @torch.no_grad()
 def score_difference(model: VisionTransformer, tokens: PackedTokens, target: Target) -> Float[Tensor, "B M"]:
-    """f(T) − f(0): what the scores of all tokens sum to on the path "norm"."""
+    """Compute f(T) − f(0), the sum of the scores of all tokens on the paths "norm" and "weights"."""
     normed = input_of_attention(model, tokens)
 
     def scores(at: Tensor) -> Tensor:
@@ -188,6 +189,6 @@ def score_difference(model: VisionTransformer, tokens: PackedTokens, target: Tar
 
 
 def sum_of_all(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M"]:
-    """The sum over each image's packed tokens, prefix tokens too."""
+    """Return the sum over each image's packed tokens, prefix tokens included."""
     sums = values_MT.new_zeros(tokens.packing.batch_size, len(values_MT))
     return sums.index_add_(0, tokens.packing.sequence_of_token, values_MT.T)

@@ -1,7 +1,7 @@
-"""The last block as explanations take it: from the input T of its attention on.
+"""The last block as a function of T, the input of its attention.
 
-Where the block is as it was built, its own methods do this. Where something hangs on it (a hook, an adapter, a
-parametrisation), the block is called, and T is put in the place of what its first norm gives.
+If the block is as it was built, its own methods compute this. If it has been changed (by a hook, an adapter or a
+parametrisation), the block is called, and T replaces the output of its first norm.
 
 Dimension key: B images, T packed tokens, K outputs, C channels.
 """
@@ -21,16 +21,19 @@ __all__ = ["input_of_attention", "output_from", "output_with_values", "reads_cla
 
 
 def reads_class_token_alone(model: VisionTransformer) -> bool:
-    """Whether the prediction is a function of one attention row of the last block, read from its weights."""
+    """Return whether the prediction depends only on the class token's attention row in an unmodified last block."""
     return model.global_pool == "token" and is_as_built(model.last_block)
 
 
 def input_of_attention(model: VisionTransformer, tokens: PackedTokens) -> Float[Tensor, "T C"]:
-    """T: what the last block's first norm gives.
+    """Compute T, the output of the last block's first norm.
 
     Args:
         model: the vision transformer.
-        tokens: what ``model.before_last_block`` gave.
+        tokens: the output of ``model.before_last_block``.
+
+    Raises:
+        ValueError: the last block has been replaced by one without that norm, or that does not call it once.
     """
     block = model.last_block
     if is_as_built(block):
@@ -43,7 +46,10 @@ def input_of_attention(model: VisionTransformer, tokens: PackedTokens) -> Float[
 def output_from(
     model: VisionTransformer, tokens: PackedTokens, normed_TC: Float[Tensor, "T C"]
 ) -> Float[Tensor, "B K"]:
-    """The model's output with ``normed_TC`` for T, every row of it differentiable. Arguments as above."""
+    """Compute the model's output with ``normed_TC`` for T, differentiable in every row.
+
+    Other arguments and errors are as in :func:`input_of_attention`.
+    """
     block = model.last_block
     if is_as_built(block):
         return model.pool(block.mix(tokens, normed_TC))
@@ -53,7 +59,10 @@ def output_from(
 def values_and_origin(
     model: VisionTransformer, tokens: PackedTokens
 ) -> tuple[Float[Tensor, "T C"], Float[Tensor, "1 C"]]:
-    """The last attention's values, and what they are where a token is 0. Arguments as above."""
+    """Compute the last attention's values, and the value of a token of 0.
+
+    Arguments and errors are as in :func:`input_of_attention`.
+    """
     seen: list[Tensor] = []
     _call(model.last_block, tokens, lambda module, inputs, output: seen.append(output), part="attn.qkv")
     qkv = model.last_block.attn.qkv
@@ -64,7 +73,10 @@ def values_and_origin(
 def output_with_values(
     model: VisionTransformer, tokens: PackedTokens, values_TC: Float[Tensor, "T C"]
 ) -> Float[Tensor, "B K"]:
-    """The model's output with other values in its last attention, whose weights stay; differentiable in them."""
+    """Compute the model's output with ``values_TC`` in its last attention, whose weights stay; differentiable in them.
+
+    Other arguments and errors are as in :func:`input_of_attention`.
+    """
 
     def put_in(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return torch.cat([output[:, : 2 * values_TC.shape[1]], values_TC], dim=1)
@@ -76,11 +88,11 @@ _WHERE = {"norm1": "first norm, norm1", "attn.qkv": "attention's projection, att
 
 
 def _call(block: nn.Module, tokens: PackedTokens, hook: Any, part: str = "norm1") -> Tensor:
-    """The block's output, with a hook on one of its parts after all others that hang there."""
-    norm: Any = block
+    """Return the block's output, with a hook on one of its submodules that runs after all others there."""
+    submodule: Any = block
     for name in part.split("."):
-        norm = getattr(norm, name, None)
-    if not isinstance(norm, nn.Module):
+        submodule = getattr(submodule, name, None)
+    if not isinstance(submodule, nn.Module):
         raise ValueError(
             f"an explanation differentiates at the last block's {_WHERE[part]}, and this model's last block "
             f"{type(block).__name__} has none; explain the model before its blocks are replaced"
@@ -91,7 +103,7 @@ def _call(block: nn.Module, tokens: PackedTokens, hook: Any, part: str = "norm1"
         called.append(True)
         return hook(module, inputs, output)
 
-    handle = norm.register_forward_hook(counted)
+    handle = submodule.register_forward_hook(counted)
     try:
         output = block(tokens.rows_TC, tokens)
     finally:

@@ -1,18 +1,18 @@
-"""Whether a map can be trusted: is the score higher by what it calls important than by what it calls unimportant?
+"""The map check: does the score agree with the map about what is important and what is not?
 
-The model sees the most relevant fifth of the kept tokens (of a slide, tiles) alone, and the least relevant fifth alone.
-Packing makes this exact, for the model sees nothing in place of the others, and cheap, since a prediction costs what
-its tokens cost: a map takes 0.4 of one. With f the score, and D the same difference between two fifths that are drawn
-at random, R times over,
+The model sees only the most relevant fifth of the kept tokens (of a slide: tiles), then only the least relevant fifth.
+Packing makes this exact, because nothing is put in place of the other tokens, and cheap, because a prediction costs
+what its tokens cost: a map takes 0.4 predictions. Let f be the score and D the same difference between two random
+fifths, drawn R times. Then
 
     z = (f(most relevant fifth) − f(least relevant fifth)) / √mean(D²),
     passed: z ≥ 1.5,      contradicts: z ≤ −1.5,      weak: between.
 
-The rule was chosen on maps whose truth is known (``bench/evidence/map_checks.py``). Dropping what is relevant from the
-whole tells less where a model is sure, since no single part is needed then.
+The rule was chosen on maps with known ground truth (``bench/evidence/map_checks.py``). Dropping the most relevant
+tokens is less informative for a confident model, whose prediction needs no single one of them.
 
-Where predictions are cheap, as a slide's are from its tiles, what the score loses when the most relevant 1, 5, 10 and
-20 % are dropped, and as many at random, is told beside it.
+If predictions are cheap, as a slide's are from its tiles, the loss of score when the most relevant 1, 5, 10 and 20 %
+are dropped, and when as many are dropped at random, is reported as well.
 
 Dimension key: M maps, N tokens or tiles of the grid, S subsets, R draws, Q shares.
 """
@@ -42,17 +42,17 @@ _TOKENS_AT_A_TIME = 8192
 
 @dataclass(frozen=True)
 class MapCheck:
-    """The test of one map.
+    """The check of one map.
 
     Attributes:
-        map_check: the verdict; "skipped" where there are fewer than three tokens.
+        map_check: the verdict; "skipped" if there are fewer than three tokens.
         most_relevant_alone: the score from the most relevant fifth.
         least_relevant_alone: the score from the least relevant fifth.
-        spread_at_random: the same difference between two fifths at random, root mean square over the draws.
-        z: the difference in these.
-        shares: of the kept tokens that were dropped too; none where predictions are dear.
-        drop_most_relevant: what the score lost each time, f − f(without), when they were the most relevant.
-        drop_at_random: the same for as many at random, mean over the draws.
+        spread_at_random: root mean square, over the draws, of the difference between two random fifths.
+        z: the difference between the two scores, in units of ``spread_at_random``.
+        shares: shares of the kept tokens that were dropped; empty if predictions are expensive.
+        drop_most_relevant: loss of score f − f(without) for each share, dropping the most relevant tokens.
+        drop_at_random: the same loss for as many random tokens, mean over the draws.
     """
 
     map_check: Literal["passed", "weak", "contradicts", "skipped"]
@@ -66,11 +66,11 @@ class MapCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing has to be said."""
+        """Whether the map needs no warning: the verdict is "passed" or "skipped"."""
         return self.map_check in ("passed", "skipped")
 
     def as_json(self) -> dict[str, Any]:
-        """The test as outputs carry it."""
+        """Return the check as a JSON object."""
         return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
 
 
@@ -84,27 +84,27 @@ def check_maps(
     draws: int = 8,
     seed: int = 0,
 ) -> list[MapCheck]:
-    """The test of each map.
+    """Check each map.
 
     Args:
         relevance_MN: (M, N), the maps.
-        keep_N: (N,) bool, what takes part.
-        scores_of: the scores of subsets of it, (S, N) bool → (S, M), each map's score in its column.
-        shares: that are dropped too; none of them, and each map and draw takes 0.4 predictions.
-        draws: R, at least 1; they serve all maps.
-        seed: of the draws.
+        keep_N: (N,) bool, the tokens that take part.
+        scores_of: the scores of subsets of the kept tokens, (S, N) bool → (S, M), each map's score in its column.
+        shares: shares to drop as well; without any, each map and draw takes 0.4 predictions.
+        draws: R, at least 1; all maps share them.
+        seed: seed of the draws.
     """
     M, kept = len(relevance_MN), int(keep_N.sum())
     if round(_FIFTH * kept) < 1:
         return [MapCheck("skipped")] * M
     generator = torch.Generator().manual_seed(seed)
-    places = keep_N.nonzero()[:, 0]
-    by_relevance = relevance_MN[:, places].argsort(dim=1, descending=True, stable=True).to(places.device)
-    at_random = torch.stack([torch.randperm(kept, generator=generator) for _ in range(draws)]).to(places.device)
-    orders = [_subsets(keep_N, places[order], shares) for order in torch.cat([by_relevance, at_random])]
-    whole = [keep_N] if shares else []
-    scores = scores_of(torch.stack([*whole, *(subset for order in orders for subset in order)])).double().cpu()
-    of_orders = scores[len(whole) :].unflatten(0, (M + draws, -1))  # [M + R, 2 + Q, M]
+    positions = keep_N.nonzero()[:, 0]
+    by_relevance = relevance_MN[:, positions].argsort(dim=1, descending=True, stable=True).to(positions.device)
+    at_random = torch.stack([torch.randperm(kept, generator=generator) for _ in range(draws)]).to(positions.device)
+    orders = [_subsets(keep_N, positions[order], shares) for order in torch.cat([by_relevance, at_random])]
+    everything = [keep_N] if shares else []
+    scores = scores_of(torch.stack([*everything, *(subset for order in orders for subset in order)])).double().cpu()
+    of_orders = scores[len(everything) :].unflatten(0, (M + draws, -1))  # [M + R, 2 + Q, M]
     first, last = of_orders[:, 0], of_orders[:, 1]
     drops = scores[:1, None] - of_orders[:, 2:]  # [M + R, Q, M]
     spread_M = (first - last)[M:].square().mean(dim=0).sqrt()
@@ -127,13 +127,13 @@ def check_tokens(
     draws: int = 8,
     seed: int = 0,
 ) -> list[MapCheck]:
-    """The test of the maps of one image, or of one slide's tiles, by the model's own predictions.
+    """Check the maps of one image, or of one slide's tiles, by the model's own predictions.
 
     Args:
         model: the vision transformer, or slide encoder.
-        tokens: one sequence, with which its first block starts.
+        tokens: one sequence, the input of the model's first block.
         target: see :func:`maskattn.explain.targets.select_scores`; M scores.
-        relevance_MN: (M, N), the maps, background among the N.
+        relevance_MN: (M, N), the maps, background included.
         shares, draws, seed: see :func:`check_maps`.
     """
     present_L = cast(Tensor, tokens.packing.row_of_token).view(-1) >= 0
@@ -148,18 +148,18 @@ def check_tokens(
 
 
 def _subsets(keep_N: Tensor, ordered: Tensor, shares: Sequence[float]) -> list[Tensor]:
-    """The first fifth of an order alone, its last fifth alone, and all without as many of the first as shares say."""
+    """Return the first fifth of an order, its last fifth, and, for each share, all but that share of the first ones."""
     fifth = round(_FIFTH * len(ordered))
-    parts = []
+    subsets = []
     for alone in (ordered[:fifth], ordered[-fifth:]):
-        part = torch.zeros_like(keep_N)
-        part[alone] = True
-        parts.append(part)
+        subset = torch.zeros_like(keep_N)
+        subset[alone] = True
+        subsets.append(subset)
     for share in shares:
-        part = keep_N.clone()
-        part[ordered[: max(1, round(share * len(ordered)))]] = False
-        parts.append(part)
-    return parts
+        subset = keep_N.clone()
+        subset[ordered[: max(1, round(share * len(ordered)))]] = False
+        subsets.append(subset)
+    return subsets
 
 
 def _verdict(z: float) -> Literal["passed", "weak", "contradicts"]:

@@ -1,7 +1,7 @@
-"""The methods of explanation by name: the one list that the command line, the tables and the pages read.
+"""The registry of explanation methods, which the command line, the benchmarks and the documentation share.
 
-Nothing here imports torch, so that help and completion answer at once; a method's class is imported when it is made.
-To add one, write a subclass of :class:`maskattn.explain.explainer.Explainer` and a line below.
+This module does not import torch, so that help and completion are fast; a method's class is imported on first use.
+To add a method, write a subclass of :class:`maskattn.explain.explainer.Explainer` and add an entry below.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Method:
     """A method of explanation.
 
     Attributes:
-        name: as it is typed.
-        title: in tables, pictures and files.
-        what: a clause on what its map says of a token.
-        module, kind: of the class, a subclass of ``Explainer``.
-        options: of the class, that this name stands for.
-        compared: it is there for comparison alone.
-        draws: its maps depend on a generator.
-        complete: its map sums to a difference of scores, to a gap that it can tell.
-        levels: it explains slide models too, at each of their levels.
+        name: the name on the command line.
+        title: the name in tables, pictures and files.
+        what: a clause that describes the value of a token in its map.
+        module, kind: module and name of the class, a subclass of ``Explainer``.
+        options: options of the class that this method sets.
+        compared: whether the method is only there for comparison.
+        draws: whether its maps depend on random numbers.
+        complete: whether its map sums to a difference of scores, up to a gap that it reports.
+        levels: whether it also explains slide models, at each of their levels.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Method:
 
     @property
     def class_token_alone(self) -> bool:
-        """Whether it explains class-token models only."""
+        """Whether the method explains only class-token models."""
         return self.module == _ROW
 
     def __call__(self, model: nn.Module, **options: Any) -> Explainer:
-        """The explainer of a model; ``options`` of the class go before the method's own."""
+        """Build the explainer of a model; ``options`` of the class override the method's own."""
         explainer: Explainer = getattr(importlib.import_module(self.module), self.kind)(
             model, **{**self.options, **options}
         )
@@ -97,7 +97,7 @@ _LIST = (
     Method(
         "integrated-weights",
         "Integrated CDAM, weights",
-        "the same path with the attention told in its weights and not in its scores, complete",
+        "the same path, attributing changes of attention weights instead of scores, complete",
         "maskattn.explain.integrated",
         "IntegratedCDAM",
         {"path": "weights", "m": 8},
@@ -107,7 +107,7 @@ _LIST = (
     Method(
         "integrated-value",
         "Integrated CDAM, value",
-        "Integrated Gradients of the values that the last attention reads, its weights held, complete",
+        "Integrated Gradients of the values in the last attention, its weights held fixed, complete",
         "maskattn.explain.integrated",
         "IntegratedCDAM",
         {"path": "value", "m": 8},
@@ -117,14 +117,14 @@ _LIST = (
     Method(
         "row-ablation",
         "row ablation",
-        "what the score loses when the token is dropped from the last attention row, exactly",
+        "the exact loss of score when the token is dropped from the last attention row",
         _ROW,
         "AttentionRowAblation",
     ),
     Method(
         "row-ablation-linear",
         "row ablation, first order",
-        "the same to first order in what the class token reads",
+        "the same loss, to first order in the class token's attention output",
         _ROW,
         "AttentionRowAblation",
         {"first_order": True},
@@ -190,7 +190,7 @@ _LIST = (
     Method(
         "token-ablation",
         "token ablation",
-        "what the score loses when the token is dropped, a prediction for each",
+        "the loss of score when the token is dropped, one prediction for each token",
         _BASELINES,
         "TokenAblation",
         compared=True,
@@ -202,14 +202,14 @@ DEFAULT_METHOD = "integrated-norm"
 
 
 def method_named(name: str, levels: bool = False) -> Method:
-    """A method by its name.
+    """Look up a method by its name.
 
     Args:
-        name: of the method.
-        levels: it has to explain slide models.
+        name: the method's name.
+        levels: whether it has to explain slide models.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such method.
     """
     known = [method.name for method in METHODS.values() if method.levels or not levels]
     if name not in known:

@@ -1,7 +1,7 @@
-"""How good a map is: does the score follow it, how compact is it, does it tell classes apart.
+"""Metrics of maps: agreement with the score, compactness and separation of classes.
 
-Perturbed images go through the model many at a time. With "drop" they are packed subsets of the tokens, which is exact
-and needs no substitute pixels; "blur" and "mean" put a blurred image or each channel's mean in the tokens' places.
+Perturbed images go through the model in batches. With "drop" they are packed subsets of the tokens, which is exact and
+needs no substitute pixels; "blur" and "mean" replace the tokens by a blurred image or by each channel's mean.
 
 Dimension key: B images, S perturbed images, Q shares removed, H·W = N grid tokens, X·Y px.
 """
@@ -42,12 +42,12 @@ _BLUR_RADIUS_PX = 14
 
 @dataclass(frozen=True)
 class RemovalCurves:
-    """Scores as tokens are removed, in the order of their relevance.
+    """Scores as tokens are removed in the order of their relevance.
 
     Attributes:
         share_Q: (Q,), share of the kept tokens removed, 0 … 1.
         most_first_BQ: (B, Q), scores with the most relevant tokens removed first (MIF).
-        least_first_BQ: (B, Q), with the least relevant removed first (LIF).
+        least_first_BQ: (B, Q), scores with the least relevant tokens removed first (LIF).
     """
 
     share_Q: Float[Tensor, "Q"]
@@ -71,17 +71,18 @@ def removal_curves(
     steps: int = 16,
     internal_batch_size: int = 64,
 ) -> RemovalCurves:
-    """Remove tokens by relevance and follow the score.
+    """Remove tokens in the order of their relevance and record the score.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
-        inputs: (B, in_chans, H·p, W·p) images; or one, to which all maps belong, whose common subsets are seen once.
-        maps_BHW: (B, H, W), the relevance to be judged.
-        target: one score of each image; a function must treat each row of the output for itself.
-        keep: (B, H·W) or (B, H, W) bool; background takes no part in the order.
-        perturbation: "drop", "blur" or "mean"; the last two need finite pixels on background too.
+        inputs: (B, in_chans, H·p, W·p) images; or a single image that all maps belong to, whose common subsets are
+            predicted once.
+        maps_BHW: (B, H, W), the relevance to evaluate.
+        target: one score of each image; a function must treat each row of the output independently.
+        keep: (B, H·W) or (B, H, W) bool; background is not part of the order.
+        perturbation: "drop", "blur" or "mean"; the last two need finite pixels at background, too.
         steps: Q − 1, equal steps of the share removed.
-        internal_batch_size: perturbed images in the model at a time.
+        internal_batch_size: perturbed images that go through the model at a time.
 
     Raises:
         ValueError: maps do not fit the images, the target has several scores, or there is no such perturbation.
@@ -106,20 +107,20 @@ def removal_curves(
 
 
 def random_boxes(grid_HW: tuple[int, int], count: int, generator: torch.Generator) -> Bool[Tensor, "S H W"]:
-    """Random boxes of tokens, from one token to half of each side.
+    """Draw random boxes of tokens, whose sides range from one token to half of the grid's.
 
     Args:
         grid_HW: rows and columns of tokens.
-        count: S.
-        generator: on the CPU.
+        count: S, the number of boxes.
+        generator: source of randomness, on the CPU.
     """
-    sides = []
+    extents = []
     for size in grid_HW:
         length = torch.randint(1, max(size // 2, 1) + 1, (count, 1), generator=generator)
         start = (torch.rand(count, 1, generator=generator) * (size - length + 1)).long()
-        place = torch.arange(size)
-        sides.append((place >= start) & (place < start + length))
-    return sides[0][:, :, None] & sides[1][:, None, :]
+        position = torch.arange(size)
+        extents.append((position >= start) & (position < start + length))
+    return extents[0][:, :, None] & extents[1][:, None, :]
 
 
 def box_changes(
@@ -132,9 +133,9 @@ def box_changes(
     perturbation: Perturbation = "drop",
     internal_batch_size: int = 64,
 ) -> Float[Tensor, "B S"]:
-    """What each image's score loses when a box is perturbed, (B, S); it serves every map of these images.
+    """Compute each image's loss of score when a box is perturbed, (B, S), which all maps of these images can share.
 
-    Arguments as in :func:`removal_curves`; ``boxes_SHW`` from :func:`random_boxes`.
+    Arguments and errors as in :func:`removal_curves`; ``boxes_SHW`` comes from :func:`random_boxes`.
     """
     model, keep_BN = _prepare(model, inputs, None, target, keep)
     count = len(boxes_SHW) + 1
@@ -150,13 +151,13 @@ def box_changes(
 def box_sensitivity(
     maps_BHW: Float[Tensor, "B H W"], boxes_SHW: Bool[Tensor, "S H W"], changes_BS: Float[Tensor, "B S"]
 ) -> Float[Tensor, "B"]:
-    """Pearson correlation of the relevance in the boxes with what :func:`box_changes` gave, (B,); 0 for flat maps."""
+    """Compute the Pearson correlation of the relevance in boxes with :func:`box_changes`, (B,); 0 for flat maps."""
     inside_BS = torch.einsum("bhw,shw->bs", maps_BHW, boxes_SHW.to(maps_BHW))
     return _correlation(inside_BS, changes_BS.to(inside_BS))
 
 
 def compactness(maps_BHW: Float[Tensor, "B H W"], keep_BHW: Bool[Tensor, "B H W"] | None = None) -> Float[Tensor, "B"]:
-    """Share of kept tokens whose |relevance| is at most 5 % of the map's largest, (B,)."""
+    """Compute the share of kept tokens whose |relevance| is at most 5 % of the map's largest, (B,)."""
     size = maps_BHW.flatten(1).abs()
     small = size <= 0.05 * size.amax(dim=1, keepdim=True)
     kept = torch.ones_like(small) if keep_BHW is None else keep_BHW.flatten(1)
@@ -164,21 +165,21 @@ def compactness(maps_BHW: Float[Tensor, "B H W"], keep_BHW: Bool[Tensor, "B H W"
 
 
 def correlation_of_maps(one_BHW: Float[Tensor, "B H W"], other_BHW: Float[Tensor, "B H W"]) -> Float[Tensor, "B"]:
-    """Pearson correlation of two classes' maps of each image, (B,): class sensitivity, lower is better."""
+    """Compute the Pearson correlation of two classes' maps of each image, (B,): class sensitivity, lower is better."""
     return _correlation(one_BHW.flatten(1), other_BHW.flatten(1))
 
 
 def object_contrast(
     maps_BHW: Float[Tensor, "B H W"], own_BHW: Bool[Tensor, "B H W"], other_BHW: Bool[Tensor, "B H W"]
 ) -> Float[Tensor, "B"]:
-    """How much more of a class's relevance lies on its own object than on the other, (B,), in [−1, 1].
+    """Compute how much more relevance is on a class's own object than on the other one, (B,), in [−1, 1].
 
-    (s̄_own − s̄_other) / (mean |s| on own + mean |s| on other). A map that does not know its class has 0 on average over
-    the two classes of an image.
+    The contrast is (s̄_own − s̄_other) / (mean |s| on own + mean |s| on other). A map that does not depend on the class
+    scores 0 on average over the two classes of an image.
 
     Args:
         maps_BHW: (B, H, W), the class's map.
-        own_BHW, other_BHW: (B, H, W) bool, the tokens of its object and of the other.
+        own_BHW, other_BHW: (B, H, W) bool, the tokens of the class's object and of the other.
     """
 
     def mean(x: Tensor, area: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ def object_contrast(
 
 
 def background_mass(maps_BHW: Float[Tensor, "B H W"], background_BHW: Bool[Tensor, "B H W"]) -> Float[Tensor, "B"]:
-    """Share of attention, or of |relevance|, on background tokens, (B,); 0 for a map of zeros."""
+    """Compute the share of attention, or of |relevance|, on background tokens, (B,); 0 for a map of zeros."""
     size = maps_BHW.abs().double()
     total = size.sum(dim=(1, 2))
     return torch.where(total > 0, (size * background_BHW).sum(dim=(1, 2)) / total.where(total > 0, 1), 0)
@@ -205,8 +206,8 @@ def _prepare(
     of_one_image = maps_BHW is not None and len(inputs) == 1 and tuple(maps_BHW.shape[1:]) == grid_HW
     if maps_BHW is not None and not of_one_image and tuple(maps_BHW.shape) != (len(inputs), *grid_HW):
         raise ValueError(
-            f"maps must have one value a token, (B, H, W) = {(len(inputs), *grid_HW)}, got {tuple(maps_BHW.shape)}; "
-            "take the map of one class"
+            f"maps must have one value for each token, (B, H, W) = {(len(inputs), *grid_HW)}, got "
+            f"{tuple(maps_BHW.shape)}; pass the map of one class"
         )
     return vit, keep_per_token(keep, len(inputs), grid_HW, inputs.device)
 
@@ -222,11 +223,11 @@ def _perturbed_scores(
     perturbation: Perturbation,
     internal_batch_size: int,
 ) -> Float[Tensor, "S"]:
-    """Scores of images in which the kept tokens outside ``keep_SN`` are perturbed."""
+    """Compute the scores of images in which the kept tokens outside ``keep_SN`` are perturbed."""
     if perturbation not in ("drop", "blur", "mean"):
         raise ValueError(f"perturbation must be 'drop', 'blur' or 'mean', got perturbation={perturbation!r}")
-    # Curves begin and end alike: what is the same for several is seen once.
-    subsets, place_S = torch.unique(torch.cat([source_S[:, None], keep_SN.long()], 1), dim=0, return_inverse=True)
+    # All curves of an image share their first and last subsets: equal subsets are predicted once.
+    subsets, index_S = torch.unique(torch.cat([source_S[:, None], keep_SN.long()], 1), dim=0, return_inverse=True)
     source_S, keep_SN = subsets[:, 0], subsets[:, 1:].bool()
     if perturbation == "drop":
         tokens = model.embed(inputs, keep_BN)
@@ -235,24 +236,24 @@ def _perturbed_scores(
         inputs = model.patch_embed.whole_patches(inputs)
         substitute = blurred(inputs) if perturbation == "blur" else inputs.mean(dim=(2, 3), keepdim=True)
         substitute = substitute.expand_as(inputs)
-        p, grid_HW, parts = model.patch_embed.patch_size, model.patch_embed.grid_of(inputs), []
-        for part in batches(len(source_S), internal_batch_size):
-            seen = keep_SN[part].view(-1, 1, *grid_HW).repeat_interleave(p, 2).repeat_interleave(p, 3)
-            image = source_S[part]
+        p, grid_HW, scores = model.patch_embed.patch_size, model.patch_embed.grid_of(inputs), []
+        for chunk in batches(len(source_S), internal_batch_size):
+            seen = keep_SN[chunk].view(-1, 1, *grid_HW).repeat_interleave(p, 2).repeat_interleave(p, 3)
+            image = source_S[chunk]
             output = model(torch.where(seen, inputs[image], substitute[image]), keep_BN[image])
-            parts.append(select_scores(output, target_of(target, image)))
-        scores_SM = torch.cat(parts)
+            scores.append(select_scores(output, target_of(target, image)))
+        scores_SM = torch.cat(scores)
     if scores_SM.shape[1] != 1:
-        raise ValueError(f"a metric judges one score of each image, got a target with {scores_SM.shape[1]}")
-    return scores_SM[place_S, 0]
+        raise ValueError(f"a metric evaluates one score of each image, got a target with {scores_SM.shape[1]}")
+    return scores_SM[index_S, 0]
 
 
 def blurred(images: Float[Tensor, "B I X Y"], radius_px: int = _BLUR_RADIUS_PX) -> Float[Tensor, "B I X Y"]:
-    """Images under a Gaussian of this standard deviation, edges continued."""
-    reach = 3 * radius_px
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / radius_px) ** 2).to(images)
+    """Blur images by a Gaussian with a standard deviation of ``radius_px``, replicating the edges."""
+    half = 3 * radius_px
+    kernel = torch.exp(-0.5 * (torch.arange(-half, half + 1, device=images.device) / radius_px) ** 2).to(images)
     kernel = kernel / kernel.sum()
-    rows = F.pad(images.flatten(0, 1)[:, None], (reach,) * 4, mode="replicate")
+    rows = F.pad(images.flatten(0, 1)[:, None], (half,) * 4, mode="replicate")
     rows = F.conv2d(F.conv2d(rows, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
     return rows.view_as(images)
 

@@ -1,20 +1,20 @@
-"""The path α·T, 0 ≤ α ≤ 1, in one pass over keys and values, for models whose prediction reads the class token alone.
+"""The path α·T, 0 ≤ α ≤ 1, in one pass over keys and values, for models whose prediction reads only the class token.
 
 T is the input of the last block's attention. Along the path keys and values are affine in α: k_α = α(k − b_k) + b_k,
-and v_α in the same way. In the class token's scores q_α·k_α = (α q_α)·k + (1 − α) q_α·b_k the last term is the same for
+and the same for v_α. In the class token's scores q_α·k_α = (α q_α)·k + (1 − α) q_α·b_k the last term is the same for
 every token and drops out of the softmax, so that the attention row at α is a readout of the *unscaled* keys by the
-query α q_α; and the output is o_α = α(o − b_v) + b_v, o being what that readout reads of the unscaled values. With g_c
-the gradient of score c at o_α, the integrand of token i is
+query α q_α. The output is o_α = α(o − b_v) + b_v, where o is the readout of the unscaled values. With g_c the gradient
+of score c at o_α, the integrand of token i is
 
-    a_i · [ (v_i − b_v)·g_c + ((v_i − o)·g_c) · ((k_i − b_k)·α q_α) ]   (a head's part; scores scaled by 1/√D),
+    a_i · [ (v_i − b_v)·g_c + ((v_i − o)·g_c) · ((k_i − b_k)·α q_α) ]   (for one head; scores scaled by 1/√D),
 
 the closed form of CDAM for the query α q_α. All steps are readout queries of one call, and keys and values are neither
-copied nor computed again: m steps cost m tails of one token and O(T·D·m·K).
+copied nor recomputed: m steps cost m tails of one token and O(T·D·m·K) operations.
 
-The path of weights (:mod:`maskattn.explain.weights_path`) is this path with other origins of the keys, which depend on
-the step: a pass over keys and values for each.
+The path of weights (:mod:`maskattn.explain.weights_path`) is this path with other origins of the keys. These depend on
+the step, so each step takes a pass over keys and values.
 
-It needs keys that are affine in their token with the same constant for all: no k norm, and no rotation of a bias.
+Keys must be affine in their token with the same constant for all tokens: no k norm, and no rotation of a bias.
 
 Dimension key: B images, R steps, T packed tokens, M maps, H heads, D head width, C channels.
 """
@@ -38,11 +38,11 @@ from maskattn.shapes import Float
 __all__ = ["MOST_QUERIES", "keys_are_proportional", "score_tokens_on_norm_path", "scores_of_reads"]
 
 MOST_QUERIES = 16
-"""Readout queries of a call."""
+"""Readout queries in one call."""
 
 
 def keys_are_proportional(model: VisionTransformer, tokens: PackedTokens) -> bool:
-    """Whether the last block's keys, less one constant, are proportional to their token."""
+    """Return whether the last block's keys, minus a common constant, are linear in their token."""
     attn = model.last_block.attn
     if not isinstance(attn.k_norm, nn.Identity):
         return False
@@ -60,7 +60,7 @@ def score_tokens_on_norm_path(
     with_queries: bool,
     in_weights: bool = False,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
-    """The integral by these nodes and weights. Arguments and results as in ``score_tokens_integrated``."""
+    """Compute the integral with these nodes and weights. Arguments and results as in ``score_tokens_integrated``."""
     attn, packing = model.last_block.attn, tokens.packing
     with torch.no_grad():
         normed = tokens.with_rows(model.last_block.norm1(tokens.rows_TC))
@@ -70,8 +70,8 @@ def score_tokens_on_norm_path(
     lengths = packing.cu_seqlens, packing.max_seqlen
     relevance: Tensor | None = None
     queries: Tensor | float = 0.0
-    for part in batches(len(alphas_m), min(copies, MOST_QUERIES)):
-        alphas, weights = alphas_m[part], weights_m[part]
+    for chunk in batches(len(alphas_m), min(copies, MOST_QUERIES)):
+        alphas, weights = alphas_m[chunk], weights_m[chunk]
         first_BRC = (alphas[:, None] * normed.first()).requires_grad_(with_queries)
         with torch.set_grad_enabled(with_queries):
             q_BRHD = alphas[:, None, None] * attn.class_token_queries(first_BRC)
@@ -87,7 +87,7 @@ def score_tokens_on_norm_path(
         origins_of_keys = _origins_of_weights(model, normed, alphas, q_BRHD, k) if in_weights else [origins[0]]
         size = 1 if in_weights else len(alphas)
         for steps, key_origin in zip(batches(len(alphas), size), origins_of_keys, strict=True):
-            of_part = token_relevance(
+            of_steps = token_relevance(
                 q_BRHD[:, steps],
                 k,
                 v,
@@ -99,7 +99,7 @@ def score_tokens_on_norm_path(
                 value_origin=value_origin,
                 impl=attn.impl,
             )
-            relevance = of_part if relevance is None else relevance + of_part
+            relevance = of_steps if relevance is None else relevance + of_steps
         if with_queries:
             along = (weights[:, None] * normed.first()).detach()
             queries = queries + torch.stack([(along * of_first).sum(dim=(1, 2)) for _, of_first in gradients], dim=1)
@@ -110,7 +110,7 @@ def score_tokens_on_norm_path(
 def _origins_of_weights(
     model: VisionTransformer, normed: PackedTokens, alphas_m: Tensor, q_BRHD: Tensor, k_THD: Tensor
 ) -> Iterator[Tensor]:
-    """Keys' origins of the path of weights, step by step."""
+    """Yield the keys' origins for each step of the path of weights."""
     attn, packing = model.last_block.attn, normed.packing
     first_BRC = (alphas_m[:, None] * normed.first()).detach().requires_grad_()
     with torch.enable_grad():
@@ -126,12 +126,12 @@ def _origins_of_weights(
 def scores_of_reads(
     model: VisionTransformer, tokens: PackedTokens, out_BRHD: Float[Tensor, "B R H D"], target: Target
 ) -> Float[Tensor, "R_B M"]:
-    """The scores of R variants of what each class token reads, variant after variant.
+    """Compute the scores of R variants of each class token's attention output, (R·B, M), one variant after the other.
 
     Args:
-        model: whose prediction reads the class token alone.
+        model: a model whose prediction reads only the class token.
         tokens: the last block's input.
-        out_BRHD: what the class tokens read.
+        out_BRHD: (B, R, H, D), the variants of the attention output.
         target: see :func:`maskattn.explain.targets.select_scores`.
     """
     token_BRC = model.last_block.finish(tokens.with_rows(tokens.rows_TC.detach()), out_BRHD)

@@ -1,4 +1,4 @@
-"""The model that an explanation reads: ours as it is, timm's and transformers' converted."""
+"""The model that an explanation reads: this package's own as it is, those of timm and transformers converted."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["check_explainable", "packed_model", "without_head"]
 
 
 def packed_model(model: nn.Module) -> VisionTransformer:
-    """A packed vision transformer with the outputs of the given model.
+    """Return a packed vision transformer with the outputs of the given model.
 
-    Ours is returned itself. Others are converted once, in eval mode, with copies of their weights: what is done to the
-    model afterwards is not seen.
+    This package's own model is returned itself. Others are converted once, in eval mode, with copies of their weights,
+    so later changes to the original have no effect.
 
     Args:
         model: :class:`maskattn.nn.VisionTransformer`, or a vision transformer of timm or transformers.
 
     Raises:
-        TypeError: it is another kind of model.
-        ValueError: it has parts that ours has not; they are named.
+        TypeError: the model is of another kind.
+        ValueError: the model has modules that this package's model lacks; the error names them.
     """
     if isinstance(model, VisionTransformer):
         return model
@@ -45,33 +45,35 @@ def packed_model(model: nn.Module) -> VisionTransformer:
 
 
 def check_explainable(model: nn.Module) -> None:
-    """Refuse a model whose map would be that of another model.
+    """Refuse a model for which the map would not explain its actual prediction.
 
-    Explanations take a vision transformer apart: they run its blocks, norm and head, and not its own forward.
+    Explanations run a vision transformer's blocks, norm and head, but not its own forward.
 
     Raises:
-        ValueError: some of its parts drop at random (train mode), or a vision transformer's forward has been replaced,
-            patched or hooked; the first is named.
+        ValueError: dropout is active (train mode), or a vision transformer's forward has been replaced, patched or
+            hooked; the error names the first such module.
     """
-    for name, part in model.named_modules():
-        if isinstance(part, VisionTransformer) and not is_plain(
-            part, {type(part): VisionTransformer.forward}, itself=True
+    for name, module in model.named_modules():
+        if isinstance(module, VisionTransformer) and not is_plain(
+            module, {type(module): VisionTransformer.forward}, itself=True
         ):
             raise ValueError(
-                "an explanation runs a vision transformer's parts, so nothing may hang on its own forward, got "
-                f"{name or 'the model'}, a {type(part).__name__}, with hooks or another forward; take them off, or put "
-                "what they do into a target function"
+                "an explanation runs a vision transformer's modules, not its forward, which must therefore be "
+                f"unmodified, got {name or 'the model'}, a {type(module).__name__}, with hooks or another forward; "
+                "remove them, or put what they do into a target function"
             )
-    for name, part in model.named_modules():
-        share = part.p if isinstance(part, nn.Dropout) else part.share if isinstance(part, DropPath) else 0
-        if isinstance(part, Attention):
-            share = part.dropout_p
-        if part.training and share > 0:
-            raise ValueError(f"a model must be in eval mode to be explained, got one whose {name} drops; call eval()")
+    for name, module in model.named_modules():
+        rate = module.p if isinstance(module, nn.Dropout) else module.share if isinstance(module, DropPath) else 0
+        if isinstance(module, Attention):
+            rate = module.dropout_p
+        if module.training and rate > 0:
+            raise ValueError(
+                f"a model must be in eval mode to be explained, got one whose {name} has active dropout; call eval()"
+            )
 
 
 def without_head(model: VisionTransformer) -> VisionTransformer:
-    """The same model, weights shared, whose output is what its head would read."""
+    """Return the same model with shared weights whose output is the input of its head."""
     twin = copy.copy(model)
     twin._modules = {**model._modules, "head": nn.Identity()}
     twin.num_classes = 0

@@ -1,6 +1,6 @@
-"""Figures of explanations: an image beside its attention and its class maps, each with its colour bar.
+"""Figures of explanations: an image, its attention map and its class maps, each with a colour bar.
 
-The clipping to the 0.1 and 99.9 % quantiles is for the picture only. No pyplot, hence no global state.
+Values are clipped to the 0.1 and 99.9 % quantiles for display only. pyplot is not used, so there is no global state.
 
 Dimension key: M maps, H·W grid tokens, Y·X px.
 """
@@ -35,14 +35,14 @@ def draw_explanation(
     *,
     keep_HW: Bool[Tensor, "H W"] | None = None,
 ) -> Figure:
-    """A panel: the image, its attention map, and a signed map for each class.
+    """Draw the image, its attention map, and a signed map for each class, side by side.
 
     Args:
         image_YX3: (Y, X, 3) RGB, uint8 or float in [0, 1].
-        attention_HW: (H, W), at least 0; None: no attention panel.
-        maps: (H, W) signed relevance by the title it is to have; red speaks for it, blue against it.
-        title: of the whole figure.
-        keep_HW: (H, W) bool; background tokens are left uncoloured. None: there are none.
+        attention_HW: (H, W), at least 0; None omits the attention panel.
+        maps: title → (H, W) signed relevance; red supports the class, blue opposes it.
+        title: title of the figure.
+        keep_HW: (H, W) bool; background tokens are left uncoloured. None keeps all.
 
     Returns:
         A matplotlib figure; ``figure.savefig(path)`` writes it.
@@ -72,15 +72,15 @@ def draw_explanation(
     for axis, (name, values) in zip(axes[1:], {**named, **maps}.items(), strict=False):
         draw_map(axis, image_YX3, values, signed=name in maps, keep_HW=keep_HW)
         axis.set_title(**_lettering(name, _PANEL_INCH * 0.8, 9))
-    for place, axis in enumerate(axes):
-        axis.set_axis_off() if place >= count else axis.set(xticks=[], yticks=[])
+    for index, axis in enumerate(axes):
+        axis.set_axis_off() if index >= count else axis.set(xticks=[], yticks=[])
     if title:
         figure.suptitle(heading.pop("label"), **heading)
     return figure
 
 
 def _lettering(text: str, width_inch: float, size_pt: float) -> dict[str, Any]:
-    """The arguments of a title that stays within a width, in fonts that have its signs."""
+    """Return the arguments of a title that is wrapped to a width, in fonts that have its characters."""
     lines = wrapped(text, width_inch * 100, size_pt, 100)
     return {
         "label": "\n".join(lines),
@@ -98,14 +98,14 @@ def draw_map(
     signed: bool,
     keep_HW: Bool[Tensor, "H W"] | None = None,
 ) -> None:
-    """A map over the grey image, with a colour bar.
+    """Draw a map over the grey image, with a colour bar.
 
     Args:
         axis: a matplotlib axis.
         image_YX3: (Y, X, 3) RGB, uint8 or float in [0, 1].
-        values_HW: (H, W).
-        signed: relevance, on a scale that is symmetric about 0 and diverges; else attention, from 0 on.
-        keep_HW: (H, W) bool; background tokens are left uncoloured. None: there are none.
+        values_HW: (H, W), the map.
+        signed: whether the map is relevance, on a diverging scale symmetric about 0, or attention, on a scale from 0.
+        keep_HW: (H, W) bool; background tokens are left uncoloured. None keeps all.
     """
     height, width = image_YX3.shape[:2]
     extent = (0, width, height, 0)
@@ -113,11 +113,11 @@ def draw_map(
     axis.imshow(grey, cmap="gray", vmin=0, vmax=255 if image_YX3.dtype == np.uint8 else 1, extent=extent)
     values = values_HW.detach().double().cpu().numpy()
     low, high = np.quantile(values, (0.001, 0.999))
-    reach = max(abs(low), abs(high)) or 1.0
-    scale = {"cmap": "RdBu_r", "vmin": -reach} if signed else {"cmap": "viridis", "vmin": 0}
+    limit = max(abs(low), abs(high)) or 1.0
+    scale = {"cmap": "RdBu_r", "vmin": -limit} if signed else {"cmap": "viridis", "vmin": 0}
     if keep_HW is not None:
         values = np.ma.masked_array(values, ~keep_HW.cpu().numpy())
-    drawn = axis.imshow(values, alpha=_OPACITY, interpolation="nearest", extent=extent, vmax=reach, **scale)
+    drawn = axis.imshow(values, alpha=_OPACITY, interpolation="nearest", extent=extent, vmax=limit, **scale)
     bar = axis.figure.colorbar(drawn, ax=axis, shrink=0.85, pad=0.02)
     bar.solids.set_alpha(1)
     bar.set_label("relevance (+ for, − against)" if signed else "attention", fontsize=7)

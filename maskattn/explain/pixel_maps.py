@@ -1,6 +1,6 @@
-"""Maps at the resolution of the pixels, from a function: what toolkits that judge explanations call.
+"""Maps at pixel resolution, from one function, as toolkits that evaluate explanations expect.
 
-Quantus calls ``explain_func(model=…, inputs=…, targets=…, **explain_func_kwargs)`` with arrays and takes an array of
+Quantus calls ``explain_func(model=…, inputs=…, targets=…, **explain_func_kwargs)`` with arrays and expects an array of
 the inputs' height and width.
 
 Dimension key: B images, I channels, X·Y px.
@@ -31,18 +31,18 @@ def explain_pixels(
     device: object = None,
     **attribute_options: Any,
 ) -> Float[np.ndarray, "B 1 X Y"]:
-    """One map for each image, every pixel of a token holding the token's relevance over the token's area.
+    """Compute one map for each image, in which every pixel holds its token's relevance divided by the token's area.
 
-    The sum over pixels is that over tokens, so that toolkits that add up relevance see the same total.
+    The sum over pixels equals the sum over tokens, so that toolkits that add up relevance see the same total.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
         inputs: (B, in_chans, X, Y) images.
         targets: a class index, or (B,) with one for each image.
-        method: a class with the interface of CDAM: our three, or a baseline.
-        method_options: for the class (``m``, ``path``).
-        device: Quantus passes one; the model's own is used.
-        attribute_options: for ``attribute`` (``keep``, ``generator``).
+        method: a class with the interface of :class:`CDAM`.
+        method_options: options of the class (``m``, ``path``).
+        device: passed by Quantus and ignored; the model's own device is used.
+        attribute_options: options of ``attribute`` (``keep``, ``generator``).
 
     Raises:
         TypeError, ValueError: the arguments do not fit the model.

@@ -1,10 +1,10 @@
-"""Relevance of a slide's regions where they are pooled by gated attention: from the gradient of the whole slide level.
+"""Relevance of a slide's regions that are pooled by gated attention, from the gradient of the entire slide level:
 
     r_rc = z_r · γ_rc,
 
-γ the gradient of logit f_c at embedding z_r, or, for a complete method, its mean along the path from 0 to z, so that
-Σ_r r_rc = f_c(z) − f_c(0) to the gap of the path's steps. Other methods read the last block of a ViT, which is not
-there: at this level they are this product.
+where γ is the gradient of logit f_c at embedding z_r, or, for a complete method, its mean along the path from 0 to z,
+so that Σ_r r_rc = f_c(z) − f_c(0) up to the error of the quadrature. All other methods use this product at this level,
+because they read the last block of a ViT, which does not exist here.
 
 Dimension key: K classes, T kept regions, C channels.
 """
@@ -27,16 +27,16 @@ __all__ = ["explain_pooled_slide"]
 def explain_pooled_slide(
     model: RegionModel, level: LevelMethod, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]
 ) -> RelevanceMap:
-    """Pass 1 over regions that are pooled; its attention is the pooling's.
+    """Run pass 1 over regions that are pooled; the attention is that of the pooling.
 
     Args:
-        model: in eval mode, with a :class:`HIPTHead`.
+        model: a model in eval mode, with a :class:`HIPTHead`.
         level: the method.
         embeddings_TC: (T, C), a row for each kept region.
         keep_HW: (H, W) bool over the slide's regions.
 
     Raises:
-        ValueError: the model drops at random (train mode), or embeddings and kept regions do not match.
+        ValueError: dropout is active (train mode), or embeddings and kept regions do not match.
     """
     check_explainable(model)
     slide_level = model.slide_encoder

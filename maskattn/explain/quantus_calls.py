@@ -1,4 +1,4 @@
-"""CDAM and its family as the ``explain_func`` of Quantus, which judges explanations by their maps of pixels.
+"""CDAM and its variants as the ``explain_func`` of Quantus, which evaluates maps at pixel resolution.
 
 Dimension key: B images, X·Y pixels, H·W grid tokens, p pixels of a token's side.
 """
@@ -29,9 +29,9 @@ def explain_for_quantus(
     keep: Bool[Tensor, "..."] | None = None,
     **options: Any,
 ) -> Float[np.ndarray, "B 1 X Y"]:
-    """Maps of pixels for Quantus: ``explain_func=explain_for_quantus``.
+    """Compute maps at pixel resolution for Quantus: ``explain_func=explain_for_quantus``.
 
-    The model is read anew in each call, since Quantus changes its weights between calls.
+    The model is converted anew in each call, since Quantus changes its weights between calls.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
@@ -40,10 +40,10 @@ def explain_for_quantus(
         method: class of the explanation, :class:`CDAM`, :class:`SmoothCDAM` or :class:`IntegratedCDAM`; called as
             method(model).
         keep: (B, N) or (B, H, W) bool over grid tokens; None keeps all.
-        options: what else Quantus hands over (``device``) is not needed: the model says where it is.
+        options: further arguments of Quantus (``device``), ignored; the model's own device is used.
 
     Returns:
-        (B, 1, X, Y): the value of a pixel is that of its token; 0 beyond the last whole token.
+        (B, 1, X, Y): the value of a pixel is that of its token; 0 beyond the last complete token.
 
     Raises:
         TypeError, ValueError: the model cannot be explained, or inputs or targets do not fit it.

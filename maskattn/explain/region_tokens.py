@@ -1,6 +1,7 @@
-"""Tokens of a slide's regions, where an encoder of regions stands in the place of an encoder of tiles.
+"""Token maps of a slide's regions, for models whose tile encoder is a region encoder.
 
-Relevance is that of :mod:`maskattn.explain.three_levels`, attention the factorised map of the three levels by ranks.
+Relevance is computed as in :mod:`maskattn.explain.three_levels`. Attention is the factorised map of the three levels,
+scaled by ranks.
 
 Dimension key: B regions, (h, w) their tokens, K classes, C channels.
 """
@@ -21,7 +22,7 @@ __all__ = ["attention_ranks", "explain_region_tokens"]
 
 
 def attention_ranks(attention_T: Float[Tensor, "T"]) -> Float[Tensor, "T"]:
-    """The share of a slide's tiles up to and with the first of equal attention, as the factorised map counts them."""
+    """Return (T,) ranks of the attention to a slide's tiles divided by T, ties taking their lowest rank."""
     packing = Packing.from_keep(torch.ones(1, len(attention_T), dtype=torch.bool, device=attention_T.device))
     return normalise(attention_T, packing, "rank")
 
@@ -34,18 +35,18 @@ def explain_region_tokens(
     gradient_KBC: Float[Tensor, "K B C"],
     ranks_B: Float[Tensor, "B"] | None = None,
 ) -> TokenMaps:
-    """The maps of some regions' tokens.
+    """Compute the token maps of some regions.
 
     Args:
-        encoder: in eval mode.
+        encoder: the region encoder, in eval mode.
         level: the method.
         regions_BIXY: (B, 3, region_px, region_px) uint8, RGB.
         keep_Bhw: (B, h, w) bool over their tokens; None keeps all.
-        gradient_KBC: the gradient of the slide's logits at the regions' embeddings.
-        ranks_B: (B,) the ranks of the slide's attention to them; None counts none.
+        gradient_KBC: (K, B, C), the gradient of the slide's logits at the regions' embeddings.
+        ranks_B: (B,), the ranks of the slide's attention to them; None counts them as 0.
 
     Raises:
-        ValueError: the model drops at random (train mode).
+        ValueError: dropout is active (train mode).
     """
     maps = explain_pixel_regions(encoder.levels, level, regions_BIXY, keep_Bhw, gradient_KBC)
     if ranks_B is None:

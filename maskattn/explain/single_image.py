@@ -1,4 +1,4 @@
-"""One image from a file, explained: what ``maskattn explain`` does.
+"""Explanations of one image from a file, for ``maskattn explain``.
 
 Dimension key: M maps, H·W grid tokens, Y·X px, C channels.
 """
@@ -38,20 +38,20 @@ __all__ = [
     "size_for",
 ]
 
-_DRAWS = 3  # of a map's check: every one is 0.4 of a prediction by the whole model
+_DRAWS = 3  # random draws of a map check: each costs 0.4 predictions of the full model
 
 
 @dataclass(frozen=True)
 class ImageExplanation:
-    """What was found in one image.
+    """The explanation of one image.
 
     Attributes:
-        names: of the M targets.
-        scores_M: (M,), what the model gives for each: logits, or similarity to the concept.
+        names: names of the M targets.
+        scores_M: (M,), the model's score of each target: logits, or similarity to the concept.
         maps_MHW: (M, H, W), signed relevance.
         attention_HW: (H, W), the class token's row, mean over heads; None for models without a class token.
         method: the title of the method.
-        checks: of the M maps, their tests; empty where they were not tested.
+        checks: the checks of the M maps; empty if they were not checked.
     """
 
     names: tuple[str, ...]
@@ -62,26 +62,29 @@ class ImageExplanation:
     checks: tuple[MapCheck, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Scores and tests, as the file beside the picture has them."""
+        """Return scores and map checks as the JSON object that is written next to the picture."""
         maps = {}
-        for place, name in enumerate(self.names):
-            of_map: dict[str, Any] = {"score": float(self.scores_M[place]), "method": self.method}
-            maps[name] = of_map | (self.checks[place].as_json() if self.checks else {"map_check": "not asked for"})
+        for index, name in enumerate(self.names):
+            of_map: dict[str, Any] = {"score": float(self.scores_M[index]), "method": self.method}
+            maps[name] = of_map | (self.checks[index].as_json() if self.checks else {"map_check": "not asked for"})
         return {"maps": maps}
 
     def titles(self) -> list[str]:
-        """What a picture writes over each map: name and score, and the verdict where it has to be said."""
+        """Return the title of each map: name and score, and the verdict of the map check unless it passed."""
         titles = [f"{name}: {score:.3g}" for name, score in zip(self.names, self.scores_M.tolist(), strict=True)]
-        for place, check in enumerate(self.checks):
-            titles[place] += "" if check.passed else f" (map check: {check.map_check})"
+        for index, check in enumerate(self.checks):
+            titles[index] += "" if check.passed else f" (map check: {check.map_check})"
         return titles
 
 
 def size_for(model: VisionTransformer, path: Path) -> tuple[int, int]:
-    """Height and width, in px, at which a model sees an image file.
+    """Return the height and width, in px, to which an image file is resized for a model.
 
-    The shorter side becomes the model's own, the longer one follows, rounded to tokens; models of
-    one size alone (dynamic_img_size=False) see the image distorted.
+    The shorter side becomes the model's own and the longer one is scaled with it, rounded to a multiple of the token
+    size. Models with a fixed size (dynamic_img_size=False) see the image distorted.
+
+    Raises:
+        OSError: the file does not exist or is not an image.
     """
     from PIL import Image
 
@@ -96,10 +99,10 @@ def size_for(model: VisionTransformer, path: Path) -> tuple[int, int]:
 
 
 def read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "Y X 3"]:
-    """An image file as RGB of this height and width.
+    """Read an image file as RGB, resized to this height and width.
 
     Raises:
-        OSError: the file is not there or no image.
+        OSError: the file does not exist or is not an image.
     """
     from PIL import Image
 
@@ -109,10 +112,12 @@ def read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "Y X 3"]:
 
 
 def read_keep(path: Path, grid_HW: tuple[int, int]) -> Bool[Tensor, "1 H W"]:
-    """A mask file as tokens: those of whose area some is tissue, as a slide's mask is read.
+    """Read a mask file as (1, H, W) bool over tokens: True where any of the token's area is tissue.
+
+    Pixels are interpreted as those of a slide's mask.
 
     Raises:
-        ValueError: the file is not there, is no image, or does not say which of its pixels count.
+        ValueError: the file does not exist, is not an image, is all background, or its pixel values are ambiguous.
     """
     from maskattn.mask_images.decoding import read_mask_image
     from maskattn.mask_images.meaning import tissue_of
@@ -129,15 +134,17 @@ def read_keep(path: Path, grid_HW: tuple[int, int]) -> Bool[Tensor, "1 H W"]:
 
 
 def _bounds(tokens: int, size_px: int) -> list[tuple[int, int]]:
-    """The pixels that each token shares some area with, along one axis."""
+    """Return the range of pixels that overlap each token along one axis."""
     return [(token * size_px // tokens, -(-(token + 1) * size_px // tokens)) for token in range(tokens)]
 
 
 def normalisation_of(source: str) -> tuple[Triple, Triple]:
-    """Mean and standard deviation of pixels that a model was trained with, where timm or its folder says; ImageNet's.
+    """Return the mean and standard deviation of the pixels that a model was trained with.
+
+    They are read from timm or from the model's folder or repository; without an entry there, they are ImageNet's.
 
     Args:
-        source: what :func:`maskattn.nn.checkpoints.load_vit` was given.
+        source: the model's source as :func:`maskattn.nn.checkpoints.load_vit` takes it.
     """
     if source.startswith("timm:"):
         import timm
@@ -145,15 +152,15 @@ def normalisation_of(source: str) -> tuple[Triple, Triple]:
         own = timm.get_pretrained_cfg(source.removeprefix("timm:"))
         return IMAGENET if own is None else (triple_of(own.mean), triple_of(own.std))
     for file, mean, std in (("preprocessor_config.json", "image_mean", "image_std"), ("config.json", "mean", "std")):
-        said = _file_of_model(source, file)
-        said = said.get("pretrained_cfg") or said  # timm's
-        if said.get(mean) and said.get(std):
-            return triple_of(said[mean]), triple_of(said[std])
+        config = _file_of_model(source, file)
+        config = config.get("pretrained_cfg") or config  # timm nests its own
+        if config.get(mean) and config.get(std):
+            return triple_of(config[mean]), triple_of(config[std])
     return IMAGENET
 
 
 def _file_of_model(source: str, file: str) -> dict[str, Any]:
-    """A JSON file of a model's folder or of its repository on the hub; nothing where there is none."""
+    """Read a JSON file of a model's folder or of its repository on the hub; {} if it does not exist."""
     path = Path(source) / file
     if source.startswith("hf-hub:"):
         from huggingface_hub import hf_hub_download
@@ -167,15 +174,15 @@ def _file_of_model(source: str, file: str) -> dict[str, Any]:
 
 
 def normalised(image_YX3: UInt8[np.ndarray, "Y X 3"], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(1, 3, Y, X) float: pixels in [0, 1], less ``mean``, over ``std``.
+    """Return (1, 3, Y, X) float: pixels scaled to [0, 1], minus ``mean``, divided by ``std``.
 
     Raises:
-        ValueError: a mean is not finite, or a deviation is not above 0.
+        ValueError: a mean is not finite, or a standard deviation is not above 0.
     """
     if not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
         raise ValueError(
-            f"pixels need finite means and deviations above 0 to be normalised, got mean={tuple(mean)} and "
-            f"std={tuple(std)}; they are of pixels scaled to [0, 1]"
+            "normalisation needs finite means and standard deviations above 0, got "
+            f"mean={tuple(mean)} and std={tuple(std)}; give those of pixels scaled to [0, 1]"
         )
     pixels = torch.from_numpy(image_YX3.copy()).permute(2, 0, 1)[None].float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -189,19 +196,19 @@ def explain_image(
     method: str = DEFAULT_METHOD,
     check: bool = True,
 ) -> ImageExplanation:
-    """Attention and class maps of one image.
+    """Compute attention and class maps of one image.
 
     Args:
-        model: in eval mode.
-        inputs: (1, 3, Y, X).
-        targets: class indices; a concept; concepts in words, of the model's output; None for the three classes with
-            the largest logits.
+        model: a vision transformer in eval mode.
+        inputs: (1, 3, Y, X) normalised pixels.
+        targets: class indices; a concept; text concepts in the space of the model's output; None for the three classes
+            with the largest logits.
         keep: (1, H, W) bool, True = the token takes part; None keeps all.
-        method: a key of :data:`maskattn.explain.methods.METHODS`; what it draws at random comes from a fixed seed.
-        check: test each map by what the model makes of the tokens that it calls most and least relevant.
+        method: a key of :data:`maskattn.explain.methods.METHODS`; its random numbers have a fixed seed.
+        check: check each map by the scores of its most and of its least relevant tokens alone.
 
     Raises:
-        ValueError: there is no such method or class, or the model has no classes and there is no concept.
+        ValueError: there is no such method or class, or the model has no classes and no concept is given.
     """
     explainer = method_named(method)(model)
     check_explainable(explainer.model)
@@ -213,8 +220,8 @@ def explain_image(
         attention_HW = as_maps(rows_HT.mean(dim=0, keepdim=True), request.tokens)[0, 0]
     checks: tuple[MapCheck, ...] = ()
     if check:
-        told = request.model, request.embedded, request.target, maps_MHW.flatten(1)
-        checks = tuple(check_tokens(*told, shares=(), draws=_DRAWS))
+        maps_MN = maps_MHW.flatten(1)
+        checks = tuple(check_tokens(request.model, request.embedded, request.target, maps_MN, shares=(), draws=_DRAWS))
     return ImageExplanation(names, scores_M, maps_MHW, attention_HW, method_named(method).title, checks)
 
 
@@ -224,7 +231,7 @@ def _request(
     targets: Sequence[int] | Concept | TextConcepts | None,
     keep: Tensor | None,
 ) -> tuple[Request, tuple[str, ...]]:
-    """What is asked of the model, whose backbone then runs once for everything, and the names of the targets."""
+    """Return one request, for which the backbone runs only once, and the names of the targets."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(targets, TextConcepts):
         return Request(model, inputs, targets, keep, generator), targets.names
@@ -233,7 +240,9 @@ def _request(
         M = request.scores_BM.shape[1]
         return request, ("concept",) if M == 1 else tuple(f"concept {i}" for i in range(M))
     if model.num_classes == 0:
-        raise ValueError("this model has no classes (num_classes=0); give example images of a concept instead")
+        raise ValueError(
+            "a class map needs a model with classes, got num_classes=0; give example images of a concept instead"
+        )
     request = Request(model, inputs, "all", keep, generator)
     likeliest = min(3, model.num_classes)
     classes = request.scores_BM[0].topk(likeliest).indices.tolist() if targets is None else list(targets)

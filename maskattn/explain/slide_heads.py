@@ -1,13 +1,14 @@
-"""Explanations of any slide model: which tiles speak for a class, and, through the tile encoder, which tokens.
+"""Explanations of any slide model: relevance of tiles, and of tokens by way of the tile encoder.
 
-Pass 1. A head that is a vision transformer is explained at its last block, as every transformer here is. Of any other
-head the relevance of tile t for class c is r_ct = z_t·γ_ct: with CDAM γ is ∂f_c/∂z_t; with a complete method its mean
-along α·z, 0 ≤ α ≤ 1 (Integrated Gradients, with as many nodes as the path takes:
-:mod:`maskattn.explain.embedding_path`), so that Σ_t r_ct = f_c(z) − f_c(0), to a gap that is told. All of it is
-vector–Jacobian products, one per class and node: nothing of size T × T is made that the head itself does not make. A
-head whose logits are sums over tiles says itself what each tile adds (zero-shot scores).
+Pass 1. A head that is a vision transformer is explained at its last block, like every transformer here. For any other
+head the relevance of tile t for class c is r_ct = z_t·γ_ct. With CDAM, γ is ∂f_c/∂z_t. With a complete method, it is
+the mean of that gradient along α·z, 0 ≤ α ≤ 1 (Integrated Gradients with adaptive nodes, see
+:mod:`maskattn.explain.embedding_path`), so that Σ_t r_ct = f_c(z) − f_c(0), up to a gap that is reported. Only
+vector–Jacobian products are computed, one for each class and node, so no T × T array arises beyond those of the head
+itself. A head whose logits are sums over tiles supplies each tile's contribution itself (zero-shot scores).
 
-Pass 2 is that of :mod:`maskattn.explain.hierarchical`: tokens of a tile for the score z_t·γ_ct, γ held fixed.
+Pass 2 is that of :mod:`maskattn.explain.hierarchical`: tokens of a tile are explained by the score z_t·γ_ct, with γ
+held fixed.
 
 Dimension key: T tiles, B tiles of a batch, C channels, K classes.
 """
@@ -47,19 +48,19 @@ from maskattn.shapes import Bool, Float, UInt8
 
 __all__ = ["SlideHeadCDAM"]
 
-# Above this many tiles a transformer's blocks are run again in the backward pass instead of keeping what they computed.
+# Above this many tiles, transformer blocks are recomputed in the backward pass instead of storing their activations.
 _RECOMPUTE_ABOVE = 4096
 
 
 class SlideHeadCDAM:
-    """Explanations of a slide head and its tile encoder, for all classes at once.
+    """Explanations of a slide head and its tile encoder, for all classes.
 
     Args:
-        head: in eval mode.
-        encoder: of the tiles, for pass 2; None where tiles alone are explained.
-        method: of :data:`maskattn.explain.METHODS`, one that explains slide models; "cdam" is the paper's.
-        region_level: what embeds the tiles, where they are regions whose patches have stored features.
-        options: of the method (``m``).
+        head: a slide head in eval mode.
+        encoder: the tile encoder, for pass 2; None if only tiles are explained.
+        method: a key of :data:`maskattn.explain.METHODS` that explains slide models; "cdam" is the paper's method.
+        region_level: the encoder of the tiles, if they are regions whose patches have stored features.
+        options: options of the method (``m``).
 
     Raises:
         ValueError: there is no such method for slide models.
@@ -90,15 +91,15 @@ class SlideHeadCDAM:
         gradient: bool = True,
         rollout: bool = False,
     ) -> RelevanceMap:
-        """Pass 1: the slide's logits and the relevance of each tile, in the order of the embeddings.
+        """Pass 1: compute the slide's logits and the relevance of each tile, in the order of the embeddings.
 
         Args:
-            embeddings_TC, coords_um_T2, grid: as the head takes them.
-            gradient: also give γ, which pass 2 needs: (K, T, C) numbers.
-            rollout: of attention, give that carried down through all layers of the head.
+            embeddings_TC, coords_um_T2, grid: as in the head's forward.
+            gradient: also return γ, which pass 2 needs: (K, T, C) numbers.
+            rollout: return attention rolled out through all layers of the head instead of the last layer's.
 
         Raises:
-            ValueError: the head cannot read them, or drops at random (train mode); or it has no rollout.
+            ValueError: the head cannot read the input, dropout is active (train mode), or the head has no rollout.
         """
         found = self._tiles(embeddings_TC, coords_um_T2, grid, gradient)
         if not rollout:
@@ -107,8 +108,8 @@ class SlideHeadCDAM:
             rolled_T = self.head.rollout(embeddings_TC.detach(), coords_um_T2, grid)
         if rolled_T is None:
             raise ValueError(
-                f"rollout goes through layers whose weights sum to 1, got a slide model ({self.head.kind}) without "
-                "any; leave it out (--attention last)"
+                "rollout needs layers whose attention weights sum to 1, got a slide model "
+                f"({self.head.kind}) without any; leave it out (--attention last)"
             )
         return replace(found, attention_T=rolled_T.to(embeddings_TC))
 
@@ -153,22 +154,23 @@ class SlideHeadCDAM:
         gradient_KBC: Float[Tensor, "K B C"],
         ranks_B: Float[Tensor, "B"] | None = None,
     ) -> TokenMaps:
-        """Pass 2: the relevance of each token of some tiles.
+        """Pass 2: compute the relevance of each token of some tiles.
 
         Args:
             tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
             keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
-            gradient_KBC: these tiles' part of :attr:`RelevanceMap.gradient_KTC`.
-            ranks_B: (B,) the ranks of the head's attention to them, :func:`attention_ranks`: the factorised map of
-                regions counts them.
+            gradient_KBC: (K, B, C), the rows of :attr:`RelevanceMap.gradient_KTC` for these tiles.
+            ranks_B: (B,), the ranks of the head's attention to them from :func:`attention_ranks`, used by the
+                factorised attention map of regions.
 
         Raises:
-            ValueError: there is no tile encoder, or none that is a packed transformer; the reason is said.
+            ValueError: there is no tile encoder, it is not a packed transformer (the error gives the reason), or
+                dropout is active (train mode).
         """
         encoder = self.encoder
         if encoder is None or encoder.vit is None:
-            why = "no tile encoder was given" if encoder is None else f"{encoder.name} is none: {encoder.why_not}"
-            raise ValueError(f"maps of tokens need a tile encoder that is a packed vision transformer, and {why}")
+            why = "none" if encoder is None else f"{encoder.name}, which is not one: {encoder.why_not}"
+            raise ValueError(f"token maps need a tile encoder that is a packed vision transformer, got {why}")
         if isinstance(encoder, RegionEncoder):
             return explain_region_tokens(encoder, self.level, tiles_BIXY, keep_BHW, gradient_KBC, ranks_B)
         check_explainable(encoder)
@@ -178,9 +180,9 @@ class SlideHeadCDAM:
         margin = (encoder.tile_px - (encoder.card.crop_px or encoder.tile_px)) // (2 * encoder.token_px)
         if not margin:
             return maps
-        # What the encoder crops away has no part in the score.
-        sides = (margin,) * 4
-        return TokenMaps(F.pad(maps.relevance_KBHW, sides), F.pad(maps.attention_BHW, sides), maps.unmapped_KB)
+        # The margin that the encoder crops away does not contribute to the score.
+        padding = (margin,) * 4
+        return TokenMaps(F.pad(maps.relevance_KBHW, padding), F.pad(maps.attention_BHW, padding), maps.unmapped_KB)
 
     def patches(
         self,
@@ -188,19 +190,19 @@ class SlideHeadCDAM:
         keep_BN: Bool[Tensor, "B N"],
         gradient_KBC: Float[Tensor, "K B D"],
     ) -> TokenMaps:
-        """Pass 2 of stored regions: the relevance of each of their patches, which are the tokens of the region level.
+        """Pass 2 of stored regions: compute the relevance of their patches, the tokens of the region level.
 
         Args:
-            features_BNC: (B, n·n, C), each region's patches row-major.
+            features_BNC: (B, n·n, C), each region's patches in row-major order.
             keep_BN: (B, n·n) bool, the patches that have features.
-            gradient_KBC: these regions' part of :attr:`RelevanceMap.gradient_KTC`.
+            gradient_KBC: (K, B, D), the rows of :attr:`RelevanceMap.gradient_KTC` for these regions.
 
         Raises:
-            ValueError: there is no region level, or it drops at random (train mode).
+            ValueError: there is no region level, or dropout is active (train mode).
         """
         level = self.region_level
         if level is None:
-            raise ValueError("maps of patches need the level of regions, got none; give region_level")
+            raise ValueError("patch maps need the region level, got none; pass region_level")
         check_explainable(level)
         side = math.isqrt(features_BNC.shape[1])
         packing = packing_of(keep_BN.unflatten(1, (side, side)), len(keep_BN), (side, side), features_BNC.device)
@@ -210,7 +212,7 @@ class SlideHeadCDAM:
 
     @torch.no_grad()
     def _of_sums(self, logits_K: Tensor, of_tiles_KT: Tensor, z_TC: Tensor, gradient: bool) -> RelevanceMap:
-        """Of a head whose logits are sums over tiles: exact, by whatever method."""
+        """Explain a head whose logits are sums over tiles; the result is exact and the same for every method."""
         attention_AT = self.head.attention(z_TC)
         attention_T = z_TC.new_zeros(len(z_TC)) if attention_AT is None else attention_AT.mean(dim=0).to(z_TC)
         sums = SumOfMap(logits_K, torch.zeros_like(logits_K), logits_K - of_tiles_KT.sum(dim=1))
@@ -233,13 +235,13 @@ class SlideHeadCDAM:
 
 @contextmanager
 def _recomputed(head: nn.Module, wanted: bool) -> Iterator[None]:
-    """A graph over many tiles without what the blocks of transformers computed."""
-    parts = [part for part in head.modules() if isinstance(part, VisionTransformer)] if wanted else []
-    before = [part.grad_checkpointing for part in parts]
-    for part in parts:
-        part.grad_checkpointing = True
+    """Turn on activation checkpointing in the head's vision transformers, if wanted."""
+    transformers = [module for module in head.modules() if isinstance(module, VisionTransformer)] if wanted else []
+    before = [transformer.grad_checkpointing for transformer in transformers]
+    for transformer in transformers:
+        transformer.grad_checkpointing = True
     try:
         yield
     finally:
-        for part, was in zip(parts, before, strict=True):
-            part.grad_checkpointing = was
+        for transformer, was in zip(transformers, before, strict=True):
+            transformer.grad_checkpointing = was

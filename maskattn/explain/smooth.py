@@ -1,6 +1,6 @@
 """Smooth CDAM: the mean CDAM of noisy copies of the last block's input.
 
-The backbone runs once. What varies lies after it, so m copies cost m tails (last block, norm, head), run in batches.
+The backbone runs once. Noise is added after it, so m copies cost m tails (last block, norm, head), run in batches.
 
 Source: Brocki, Binda, Chung, arXiv 2312.02364.
 
@@ -26,15 +26,15 @@ __all__ = ["SmoothCDAM", "check_counts"]
 class SmoothCDAM(TokenExplainer):
     """The mean CDAM of m noisy copies of the last block's input.
 
-    The noise is Gaussian, on all tokens, its standard deviation ``noise`` times the range (max − min) of an image's
-    values there.
+    Gaussian noise is added to all tokens. Its standard deviation is ``noise`` times the range (max − min) of the
+    image's values in that input.
 
     Args:
         model: as for every :class:`maskattn.explain.explainer.Explainer`.
-        m: noisy copies.
-        noise: standard deviation, as a share of the range.
-        internal_batch_size: copies of images in the last block at a time, at least one of the whole batch; bounds the
-            memory, and leaves the result as it is but for rounding.
+        m: number of noisy copies.
+        noise: standard deviation, as a fraction of the range.
+        internal_batch_size: copies of images that go through the last block at a time, at least one copy of the whole
+            batch. It bounds the memory and does not change the result beyond rounding.
 
     Raises:
         TypeError, ValueError: the model cannot be explained, or a number is out of range.
@@ -43,7 +43,7 @@ class SmoothCDAM(TokenExplainer):
     def __init__(self, model: nn.Module, m: int = 50, noise: float = 0.05, *, internal_batch_size: int = 64) -> None:
         check_counts(m, internal_batch_size)
         if noise < 0:
-            raise ValueError(f"noise must be a share of the range, at least 0, got noise={noise}")
+            raise ValueError(f"noise must be a fraction of the range, at least 0, got noise={noise}")
         super().__init__(model)
         self.m = m
         self.noise = noise
@@ -56,8 +56,8 @@ class SmoothCDAM(TokenExplainer):
         std_T1 = (self.noise * _range_of_images(tokens)).index_select(0, tokens.packing.sequence_of_token)[:, None]
         device = x.device if generator is None else generator.device
         total: Tensor | None = None
-        for part in batches(self.m, max(1, self.internal_batch_size // max(B, 1))):
-            copies = part.stop - part.start
+        for chunk in batches(self.m, max(1, self.internal_batch_size // max(B, 1))):
+            copies = chunk.stop - chunk.start
             # One draw for each copy, so that the noise does not depend on the size of the batches.
             draws = [torch.randn(x.shape, generator=generator, device=device).to(x) for _ in range(copies)]
             noisy = torch.cat([x + std_T1 * draw for draw in draws])
@@ -70,10 +70,10 @@ class SmoothCDAM(TokenExplainer):
 
 
 def check_counts(m: int, internal_batch_size: int) -> None:
-    """Refuse numbers of copies that are none.
+    """Refuse numbers of copies below 1.
 
     Raises:
-        ValueError: one is below 1.
+        ValueError: one of them is below 1.
     """
     if m < 1 or internal_batch_size < 1:
         raise ValueError(
@@ -82,7 +82,7 @@ def check_counts(m: int, internal_batch_size: int) -> None:
 
 
 def _range_of_images(tokens: PackedTokens) -> Float[Tensor, "B"]:
-    """max − min of each image's packed values."""
+    """Return max − min of each image's packed values."""
     x, image = tokens.rows_TC, tokens.packing.sequence_of_token
     largest, smallest = (
         x.new_zeros(tokens.packing.batch_size).scatter_reduce(0, image, values, how, include_self=False)

@@ -1,4 +1,4 @@
-"""What an explanation is of: from a caller's ``target`` to the scores that are differentiated.
+"""Targets of explanations: from a caller's ``target`` to the scores that are differentiated.
 
 Dimension key: B images, K outputs of the model, M maps.
 """
@@ -21,20 +21,20 @@ Target: TypeAlias = "int | Tensor | Sequence[int] | str | Callable[[Tensor], Ten
 
 
 def select_scores(output_BK: Float[Tensor, "B K"], target: Target) -> Float[Tensor, "B M"]:
-    """The scores to explain, one column a map.
+    """Select the scores to explain, one column for each map.
 
     Args:
-        output_BK: the model's output: raw logits, or features where it has no head.
+        output_BK: the model's output: raw logits, or features if it has no head.
         target: a class index, of Python, numpy or torch; a (B,) tensor with one for each image; a list of indices
             (M maps); "all" (K maps); or a function of the output that returns (B,) or (B, M).
 
     Raises:
-        TypeError, ValueError: the target is none of these, or out of range.
+        TypeError, ValueError: the target is of another kind, or out of range.
     """
     if output_BK.ndim != 2:
         raise ValueError(
-            f"an explanation needs scores of each image, (B, K), and the model gives {tuple(output_BK.shape)}; convert "
-            "or build it with another global_pool than ''"
+            "an explanation needs an output of scores for each image, (B, K), got shape "
+            f"{tuple(output_BK.shape)}; convert or build the model with another global_pool than ''"
         )
     B, K = output_BK.shape
     if callable(target):
@@ -46,7 +46,7 @@ def select_scores(output_BK: Float[Tensor, "B K"], target: Target) -> Float[Tens
         return scores[:, None] if scores.ndim == 1 else scores
     if isinstance(target, str):
         if target != "all":
-            raise ValueError(f"a target in words must be 'all', got target={target!r}; name a class by its index")
+            raise ValueError(f"a target string must be 'all', got target={target!r}; give a class by its index")
         return output_BK
     if is_index(target):
         classes = [operator.index(target)]  # type: ignore[arg-type]  # is_index made sure
@@ -70,14 +70,14 @@ def select_scores(output_BK: Float[Tensor, "B K"], target: Target) -> Float[Tens
 
 
 def gives_one_map(target: Target, count: int) -> bool:
-    """Whether the result is (B, H, W) without an axis for several maps, where the target has ``count`` scores."""
+    """Return whether the result is (B, H, W), without an axis for maps; ``count`` is the number of the scores."""
     if callable(target):
         return count == 1
     return is_index(target) or isinstance(target, Tensor)
 
 
 def is_index(target: object) -> bool:
-    """Whether this is one class index: an integer of Python or numpy, or an integer tensor without axes."""
+    """Return whether this is one class index: a Python or NumPy integer, or a 0-dimensional integer tensor."""
     if isinstance(target, Tensor):
         return target.ndim == 0 and not (target.dtype.is_floating_point or target.dtype == torch.bool)
     return isinstance(target, SupportsIndex) and not isinstance(target, (bool, np.ndarray))
@@ -86,4 +86,4 @@ def is_index(target: object) -> bool:
 def _check_range(classes: Sequence[int], K: int) -> None:
     wrong = [c for c in classes if not 0 <= c < K]
     if wrong:
-        raise ValueError(f"target must lie in 0 … {K - 1}, the model's outputs, got {wrong[0]}")
+        raise ValueError(f"target must be in 0 … {K - 1}, the indices of the model's outputs, got {wrong[0]}")

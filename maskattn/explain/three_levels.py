@@ -1,11 +1,11 @@
 """Hierarchical CDAM on three levels: relevance of a slide's regions, of their patches, and of the patches' tokens.
 
-Pass 1 is that of two levels: the regions' relevance and the gradient γ_rc of slide logit f_c at region embedding z_r.
-Pass 2 explains the score z_r·γ_rc in a region, γ held fixed: first its patches at the region encoder, whose gradient
-δ_pc at the patch embeddings e_p then gives the tokens' score e_p·δ_pc. With CDAM it is the exact chain rule twice over;
-a complete method takes its path at every level, with γ and δ the means of gradients along the paths of the embeddings,
-and says what is on no token. The graphs that are held are the region encoder's over some regions and the tail of some
-patches' last block.
+Pass 1 is that of two levels: it computes the regions' relevance and the gradient γ_rc of slide logit f_c at region
+embedding z_r. Pass 2 explains the score z_r·γ_rc in a region, with γ held fixed: first the region's patches at the
+region encoder, whose gradient δ_pc at the patch embeddings e_p then defines the score e_p·δ_pc of the tokens. With
+CDAM this is the exact chain rule, applied twice. A complete method follows its path at every level, with γ and δ the
+mean gradients along the paths of the embeddings, and reports the remainder that no token holds. The only graphs are
+those of the region encoder over some regions and of the tail of some patches' last block.
 
 Dimension key: K classes, T kept regions or patches, B regions of a batch, n·m patches and h·w tokens of a region,
 s·s tokens of a patch, C channels, H·W regions of the slide.
@@ -36,13 +36,13 @@ __all__ = ["RegionMaps", "ThreeLevelCDAM", "explain_pixel_regions"]
 
 @dataclass(frozen=True)
 class RegionMaps:
-    """What pass 2 says of B regions; 0 at background.
+    """The result of pass 2: relevance in B regions; 0 at background.
 
     Attributes:
         patches_KBnm: (K, B, n, m), signed scores of the patches for the slide's classes.
         tokens_KBhw: (K, B, h, w), signed scores of their tokens.
-        unmapped_KB: (K, B), the part of z_r·γ_rc that is on no token: what the class tokens and registers of region
-            and patches account for, and the scores with which the paths begin; None where the method promises no sum.
+        unmapped_KB: (K, B), the remainder of z_r·γ_rc that no token holds: the share of the class tokens and registers
+            of region and patches, and the scores at the start of the paths; None if the method is not complete.
     """
 
     patches_KBnm: Float[Tensor, "K B n m"]
@@ -51,12 +51,12 @@ class RegionMaps:
 
 
 class ThreeLevelCDAM:
-    """Explanations of a HIPT, for all its classes at once.
+    """Explanations of a HIPT for all its classes.
 
     Args:
-        model: in eval mode.
-        method: of :data:`maskattn.explain.METHODS`, one that explains slide models; "cdam" is the paper's.
-        options: of the method (``m``).
+        model: a HIPT in eval mode.
+        method: a key of :data:`maskattn.explain.METHODS` that explains slide models; "cdam" is the paper's method.
+        options: options of the method (``m``).
 
     Raises:
         ValueError: there is no such method for slide models.
@@ -69,12 +69,15 @@ class ThreeLevelCDAM:
     def slide(
         self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], *, gradient: bool = True
     ) -> RelevanceMap:
-        """Pass 1: the slide's logits and the relevance of each region.
+        """Pass 1: compute the slide's logits and the relevance of each region.
 
         Args:
-            embeddings_TC: (T, C) from ``model.encode_regions``, row-major.
+            embeddings_TC: (T, C) from ``model.encode_regions``, in row-major order.
             keep_HW: (H, W) bool over the slide's regions.
-            gradient: also take the gradient that pass 2 needs.
+            gradient: also compute the gradient that pass 2 needs.
+
+        Raises:
+            ValueError: dropout is active (train mode), or embeddings and kept regions do not match.
         """
         if isinstance(self.model.slide_encoder, HIPTHead):
             return explain_pooled_slide(self.model, self.level, embeddings_TC, keep_HW)
@@ -88,15 +91,16 @@ class ThreeLevelCDAM:
         *,
         batch_size: int = 64,
     ) -> RegionMaps:
-        """Pass 2: the relevance of each patch and token of some regions.
+        """Pass 2: compute the relevance of each patch and token of some regions.
 
         Args:
-            regions_BIXY, keep_Bhw: as ``model.encode_regions`` takes them.
-            gradient_KBC: these regions' part of :attr:`RelevanceMap.gradient_KTC`; anything for those without tissue.
-            batch_size: patches in the patch encoder at a time.
+            regions_BIXY, keep_Bhw: as in ``model.encode_regions``.
+            gradient_KBC: (K, B, C), the rows of :attr:`RelevanceMap.gradient_KTC` for these regions; ignored for
+                regions without tissue.
+            batch_size: patches that go through the patch encoder at a time.
 
         Raises:
-            ValueError: the model drops at random (train mode).
+            ValueError: dropout is active (train mode).
         """
         return explain_pixel_regions(self.model, self.level, regions_BIXY, keep_Bhw, gradient_KBC, batch_size)
 
@@ -110,7 +114,7 @@ def explain_pixel_regions(
     gradient_KBC: Float[Tensor, "K B C"],
     batch_size: int = 64,
 ) -> RegionMaps:
-    """Pass 2, whatever reads the regions' embeddings. Arguments and errors as in :meth:`ThreeLevelCDAM.regions`.
+    """Run pass 2, independent of the slide level. Other arguments and errors as in :meth:`ThreeLevelCDAM.regions`.
 
     Args:
         model: the two lower levels.
@@ -119,28 +123,28 @@ def explain_pixel_regions(
     check_explainable(model)
     encoder = model.region_encoder
     patches = model.cut(regions_BIXY, keep_Bhw)
-    parts = [
+    chunks = [
         _patch_tokens(model, pixels, keep)
         for pixels, keep in zip(patches.pixels_TIpp.split(batch_size), patches.keep_Thw.split(batch_size), strict=True)
     ]
     with torch.no_grad():
-        embeddings = torch.cat([model.patch_encoder.predict(tokens) for tokens in parts])
+        embeddings = torch.cat([model.patch_encoder.predict(tokens) for tokens in chunks])
     of_regions = products_with(gradient_KBC)
 
     def scores_of(at: Tensor) -> Tensor:
         return of_regions(encoder.predict(encoder.before_last_block(model.region_tokens(at, patches)))).sum(dim=0)
 
     gradient_KTC = level.path(scores_of, embeddings).gradient_KTC
-    assert gradient_KTC is not None, "it is kept"
+    assert gradient_KTC is not None, "path() keeps it by default"
     with torch.no_grad():
         tokens = encoder.before_last_block(model.region_tokens(embeddings, patches))
     patch_maps = as_maps(level.explain(encoder, tokens, of_regions)[0], tokens).transpose(0, 1)
     token_maps, of_patches = [], []
-    for part, gradient in zip(parts, gradient_KTC.split(batch_size, dim=1), strict=True):
-        relevance, account = level.explain(model.patch_encoder, part, target := products_with(gradient))
-        token_maps.append(as_maps(relevance, part))  # [t, K, s, s]
+    for chunk, gradient in zip(chunks, gradient_KTC.split(batch_size, dim=1), strict=True):
+        relevance, account = level.explain(model.patch_encoder, chunk, target := products_with(gradient))
+        token_maps.append(as_maps(relevance, chunk))  # [t, K, s, s]
         if account is not None:
-            of_patches.append(unmapped(model.patch_encoder, part, target, account))
+            of_patches.append(unmapped(model.patch_encoder, chunk, target, account))
     tokens_BhwK = join_patches(torch.cat(token_maps).movedim(1, 3), patches.packing, patches.grid_HW)
     unmapped_KB = None
     if level.method.complete:
@@ -153,7 +157,7 @@ def explain_pixel_regions(
 def _of_empty_region(
     model: PixelRegions, patches: RegionPatches, of_regions: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "K B"]:
-    """The regions' scores where their patches' embeddings are 0."""
+    """Compute the regions' scores (K, B) with all patch embeddings set to 0."""
     zeros = model.pixel_mean.new_zeros(len(patches.pixels_TIpp), model.patch_encoder.embed_dim)
     encoder = model.region_encoder
     tokens = encoder.before_last_block(model.region_tokens(zeros, patches))

@@ -1,14 +1,15 @@
 """The score of every token for every target: S_i = Σ_j T_ij · ∂f/∂T_ij, T the input of the last block's attention.
 
-Two ways to the same number:
+There are two ways to compute the same number:
 
-- closed form, for models that read the class token alone: a backward through one token's projection, MLP and head
-  for each target, then ``token_relevance`` for all of them in one pass over keys and values. It takes the derivatives
-  of k and v along T: k − b_k and v − b_v where both are affine in T, through the k norm and the rotation where not.
-- autograd through the last block, for mean-pooled models, whose prediction reads every token, and for models on
-  whose last block something hangs (a hook, an adapter such as LoRA), whose weights alone do not say what it does.
+- The closed form, for models that read only the class token, takes a backward pass through one token's projection, MLP
+  and head for each target, then ``token_relevance`` for all of them in one pass over keys and values. It needs the
+  derivatives of k and v along T. These are k − b_k and v − b_v if both are affine in T; otherwise they are taken
+  through the k norm and the rotation.
+- Autograd through the last block, for mean-pooled models, whose prediction reads every token, and for models whose last
+  block has a hook or an adapter such as LoRA, because its weights alone do not determine its output.
 
-The closed form leaves out what a class token does as a query; ``score_class_token_queries`` is that part.
+The closed form omits the class token's share as a query, which ``score_class_token_queries`` computes.
 
 Source: Brocki, Binda, Chung, arXiv 2312.02364, for S; the closed form is this package's.
 
@@ -51,17 +52,17 @@ def score_tokens(
     normed_TC: Float[Tensor, "T C"] | None = None,
     in_weights: bool = False,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
-    """Relevance of each packed token for each target, by whichever way covers the model.
+    """Compute the relevance of each packed token for each target, in the closed form if the model allows it.
 
     Args:
         model: the vision transformer.
-        tokens: what ``model.before_last_block`` gave.
+        tokens: the output of ``model.before_last_block``.
         target: see :func:`maskattn.explain.targets.select_scores`.
-        normed_TC: (T, C), in place of T, what the first norm gives.
-        in_weights: tell the attention in its weights: see :mod:`maskattn.explain.weights_path`.
+        normed_TC: (T, C), replaces T, the output of the first norm.
+        in_weights: attribute changes of attention weights, see :mod:`maskattn.explain.weights_path`.
 
     Returns:
-        S (M, T), prefix tokens among the T, and the scores (B, M) that were explained.
+        S (M, T), prefix tokens included, and the scores (B, M) that were explained.
     """
     if in_weights and not reads_class_token_alone(model):
         normed_TC = input_of_attention(model, tokens) if normed_TC is None else normed_TC
@@ -79,7 +80,7 @@ def score_tokens_in_closed_form(
     normed_TC: Tensor | None = None,
     in_weights: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The closed form above. Arguments and results as in :func:`score_tokens`."""
+    """Compute S in the closed form. Arguments and results as in :func:`score_tokens`."""
     block = model.last_block
     with torch.no_grad():
         read = block.read_attention(tokens, normed_TC)
@@ -122,7 +123,7 @@ def _origin_of_weights(
 def score_tokens_by_autograd(
     model: VisionTransformer, tokens: PackedTokens, target: Target, normed_TC: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A backward through the last block for each target. Arguments and results as in :func:`score_tokens`."""
+    """Compute S by a backward pass through the last block for each target; see :func:`score_tokens`."""
     tokens = tokens.with_rows(tokens.rows_TC.detach())
     with torch.enable_grad():
         normed = input_of_attention(model, tokens) if normed_TC is None else normed_TC
@@ -137,7 +138,7 @@ def score_tokens_by_autograd(
 def score_class_token_queries(
     model: VisionTransformer, tokens: PackedTokens, target: Target, normed_TC: Float[Tensor, "T C"]
 ) -> Float[Tensor, "B M"]:
-    """The part of the class tokens' scores that goes through their queries; it is no part of any map.
+    """Compute the share of the class tokens' scores that goes through their queries and appears in no map.
 
     Arguments as in :func:`score_tokens`.
     """
@@ -155,9 +156,10 @@ def score_class_token_queries(
 
 
 def gradients_of_scores(scores_BM: Float[Tensor, "B M"], leaves: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """∂(Σ_b score_bm)/∂x of each leaf x, one target m after the other; images do not mix, so the sum keeps them apart.
+    """Yield ∂(Σ_b score_bm)/∂x for each leaf x, one target m at a time.
 
-    A target function that does not depend on the output gives zeros.
+    Images are independent, so the sum over images does not mix their gradients. A target function that does not depend
+    on the output gives zeros.
     """
     count = scores_BM.shape[1]
     for m in range(count):
@@ -172,24 +174,24 @@ def gradients_of_scores(scores_BM: Float[Tensor, "B M"], leaves: Sequence[Tensor
 def gradients_of_reads(
     scores_BM: Float[Tensor, "B M"], read: Float[Tensor, "B R H D"], target: Target
 ) -> Float[Tensor, "M B R H D"]:
-    """∂(Σ_b score_bm)/∂x of what class tokens read, for many targets in one backward.
+    """Compute ∂(Σ_b score_bm)/∂x for the class tokens' attention output x, many targets in one backward pass.
 
-    Between a class token's reading and its scores lie a projection, an MLP and the head, on a few rows: a backward for
-    each of 1,000 classes would spend its time on calls. Targets go together as far as their rows do not fill memory; a
-    target function, which may hold anything, is differentiated one target after the other.
+    From the attention output to the scores there are only a projection, an MLP and the head, on a few rows, so separate
+    backward passes for 1,000 classes would be dominated by call overhead. Targets are batched as far as memory allows.
+    A target function, which may do anything, is differentiated one target at a time.
 
     Args:
         scores_BM: (B, M), computed from ``read``.
-        read: what was read, which the scores have a graph to.
-        target: what the scores are of.
+        read: (B, R, H, D), the attention output, a leaf of the scores' graph.
+        target: the target that the scores belong to.
     """
     count = scores_BM.shape[1]
     if callable(target) or not scores_BM.requires_grad or count < _LEAST_TOGETHER:
         return torch.stack([gradient for (gradient,) in gradients_of_scores(scores_BM, (read,))])
     one_hot = torch.eye(count, dtype=scores_BM.dtype, device=scores_BM.device)[:, None].expand(-1, len(scores_BM), -1)
     together = max(1, _NUMBERS_TOGETHER // max(1, read.numel()))
-    parts = [
-        torch.autograd.grad(scores_BM, read, part, retain_graph=True, is_grads_batched=True, materialize_grads=True)[0]
-        for part in one_hot.split(together)
+    gradients = [
+        torch.autograd.grad(scores_BM, read, chunk, retain_graph=True, is_grads_batched=True, materialize_grads=True)[0]
+        for chunk in one_hot.split(together)
     ]
-    return torch.cat(parts)
+    return torch.cat(gradients)

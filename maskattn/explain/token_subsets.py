@@ -1,7 +1,7 @@
-"""Many variants of a batch's tokens as one packed batch: copies, and subsets of the grid tokens.
+"""Variants of a batch's tokens as one packed batch: copies, and subsets of the grid tokens.
 
 The prediction from a subset is exactly that of an image whose other tokens are dropped after the position embedding,
-so a whole set of perturbed inputs is one call without padding.
+so a set of perturbed inputs is one call without padding.
 
 Dimension key: B images, S sequences made of them, P prefix tokens, N grid tokens, T packed tokens, C channels.
 """
@@ -25,12 +25,12 @@ __all__ = ["batches", "predict_subsets", "repeat_tokens", "take_subsets", "targe
 def take_subsets(
     tokens: PackedTokens, source_S: Int[Tensor, "S"], keep_SN: Bool[Tensor, "S N"] | None = None
 ) -> PackedTokens:
-    """S sequences, each with some tokens of one image.
+    """Return S sequences, each with a subset of one image's tokens.
 
     Args:
-        tokens: of B images.
+        tokens: the tokens of B images.
         source_S: (S,) int64, the image of each sequence.
-        keep_SN: (S, N) bool over grid tokens; what the image itself does not have stays out. None takes all it has.
+        keep_SN: (S, N) bool over grid tokens; tokens that the image itself lacks stay out. None takes all its tokens.
     """
     width = tokens.packing.num_tokens
     row_S = tokens.packing.row_of_token.view(-1, width)[source_S]  # type: ignore[union-attr]  # made by Packing itself
@@ -55,7 +55,7 @@ def take_subsets(
 
 
 def repeat_tokens(tokens: PackedTokens, copies: int) -> PackedTokens:
-    """The batch, ``copies`` times over, one copy after the other."""
+    """Return the batch repeated ``copies`` times, one copy after the other."""
     B = tokens.packing.batch_size
     return take_subsets(tokens, torch.arange(B, device=tokens.rows_TC.device).repeat(copies))
 
@@ -69,30 +69,30 @@ def predict_subsets(
     keep_SN: Bool[Tensor, "S N"],
     internal_batch_size: int = 64,
 ) -> Float[Tensor, "S M"]:
-    """The target's scores from subsets of the tokens.
+    """Predict the target's scores (S, M) from subsets of the tokens.
 
     Args:
         model: the vision transformer.
-        tokens: what ``model.embed`` gave.
-        target: see :func:`maskattn.explain.targets.select_scores`; a function must treat each row for itself.
+        tokens: the output of ``model.embed``.
+        target: see :func:`maskattn.explain.targets.select_scores`; a function must treat each row independently.
         source_S, keep_SN: see :func:`take_subsets`.
         internal_batch_size: sequences that go through the model at a time.
     """
     scores = []
-    for part in batches(len(source_S), internal_batch_size):
-        subset = take_subsets(tokens, source_S[part], keep_SN[part])
+    for chunk in batches(len(source_S), internal_batch_size):
+        subset = take_subsets(tokens, source_S[chunk], keep_SN[chunk])
         output = model.predict(model.before_last_block(subset))
-        scores.append(select_scores(output, target_of(target, source_S[part])))
+        scores.append(select_scores(output, target_of(target, source_S[chunk])))
     return torch.cat(scores)
 
 
 def target_of(target: Target, source_S: Int[Tensor, "S"]) -> Target:
-    """The target of sequences made of the images ``source_S``: one class for each image follows its image."""
+    """Return the target of sequences made from the images ``source_S``; a class given per image follows its image."""
     return target.to(source_S.device)[source_S] if isinstance(target, Tensor) and target.ndim else target
 
 
 def target_of_copies(target: Target, batch_size: int) -> Target:
-    """The target of each copy of a batch, where copies lie one after the other."""
+    """Return the target of a batch that is repeated, one copy after the other."""
 
     def scores(output: Tensor) -> Tensor:
         return torch.cat([select_scores(copy, target) for copy in output.split(batch_size)])
@@ -101,5 +101,5 @@ def target_of_copies(target: Target, batch_size: int) -> Target:
 
 
 def batches(total: int, size: int) -> Iterator[slice]:
-    """0 … total in slices of at most ``size``."""
+    """Split 0 … total into slices of at most ``size``."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))

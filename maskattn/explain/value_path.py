@@ -1,18 +1,17 @@
-"""The path of values: attention stands still, and what it reads grows from tokens of zero to what they are.
+"""The path of values: attention weights are held fixed, and the values grow from those of zero tokens to their own.
 
-With v the last attention's values and b_v what they are where a token is 0, the path is v_β = b_v + β(v − b_v),
-0 ≤ β ≤ 1, at the attention weights of the prediction. What the class token reads is linear in the values, so that it
-moves along a straight line, o_β = b_v + β(o − b_v), and the path integral of token i is
+Let v be the last attention's values and b_v the value of a token of 0. The path is v_β = b_v + β(v − b_v), 0 ≤ β ≤ 1,
+at the attention weights of the prediction. The class token's attention output is linear in the values, so it moves
+along a straight line, o_β = b_v + β(o − b_v), and the path integral of token i is
 
     S_i = Σ_h a_hi (v_hi − b_v) · ∫ ∂f/∂o at o_β dβ,
 
 the value term of CDAM's closed form with the gradient averaged over the path. It is complete: all tokens sum to
-f − f(b_v). CDAM's other term, through the key, is left out with reason: it compares a token with one whose score
-q·k is 0, which is no absent token (its score would be −∞), so that its sign is that of the raw score, of which the
-softmax knows no zero.
+f − f(b_v). CDAM's key term is omitted on purpose: it compares a token with one whose score q·k is 0, which is not an
+absent token (whose score would be −∞). Its sign is that of the raw score, although the softmax has no natural zero.
 
-A step costs a tail of one token, and no attention; keys and values are passed over once, whatever the number of steps.
-Where the prediction reads more than the class token, or something hangs on the last block, each step is a backward
+A step costs a tail of one token and no attention; keys and values are read once, whatever the number of steps. If the
+prediction reads more than the class token, or the last block has hooks or adapters, each step is a backward pass
 through the block.
 
 Dimension key: B images, R steps, T packed tokens, M maps, H heads, D head width, C channels.
@@ -44,14 +43,14 @@ def score_tokens_on_value_path(
     weights_m: Float[Tensor, "m"],
     copies: int,
 ) -> Float[Tensor, "M T"]:
-    """S of all packed tokens, prefix tokens among them.
+    """Compute S (M, T) of all packed tokens, prefix tokens included.
 
     Args:
         model: the vision transformer.
-        tokens: what ``model.before_last_block`` gave.
+        tokens: the output of ``model.before_last_block``.
         target: see :func:`maskattn.explain.targets.select_scores`.
-        betas_m, weights_m: nodes and weights of the integral.
-        copies: nodes at a time.
+        betas_m, weights_m: (m,) each, nodes and weights of the quadrature.
+        copies: number of nodes computed at a time.
     """
     way = _in_closed_form if reads_class_token_alone(model) else _by_autograd
     return way(model, tokens, target, betas_m, weights_m, copies)
@@ -59,7 +58,7 @@ def score_tokens_on_value_path(
 
 @torch.no_grad()
 def value_path_difference(model: VisionTransformer, tokens: PackedTokens, target: Target) -> Float[Tensor, "B M"]:
-    """f − f(b_v): what the scores of all tokens sum to."""
+    """Compute f − f(b_v), (B, M), the sum of the scores of all tokens."""
     if reads_class_token_alone(model):
         read = model.last_block.read_attention(tokens)
         start = (
@@ -78,13 +77,14 @@ def _in_closed_form(
     read = model.last_block.read_attention(tokens)
     origin = read.value_origin
     mean_MBHD: Tensor | float = 0.0
-    for part in batches(len(betas_m), copies):
-        betas = betas_m[part, None, None]
+    for chunk in batches(len(betas_m), copies):
+        betas = betas_m[chunk, None, None]
         out_BRHD = betas * read.out_B1HD if origin is None else origin + betas * (read.out_B1HD - origin)
         leaf = out_BRHD.requires_grad_()
         with torch.enable_grad():
             scores = scores_of_reads(model, tokens, leaf, target)
-        mean_MBHD = mean_MBHD + torch.einsum("mbrhd,r->mbhd", gradients_of_reads(scores, leaf, target), weights_m[part])
+        gradients = gradients_of_reads(scores, leaf, target)
+        mean_MBHD = mean_MBHD + torch.einsum("mbrhd,r->mbhd", gradients, weights_m[chunk])
     assert isinstance(mean_MBHD, Tensor), "there is at least one node"
     return token_relevance(
         read.q_B1HD,
@@ -95,7 +95,7 @@ def _in_closed_form(
         mean_MBHD[:, :, None],
         tokens.packing.cu_seqlens,
         tokens.packing.max_seqlen,
-        key_origin=read.k_THD,  # keys stand still
+        key_origin=read.k_THD,  # keys do not move along the path
         value_origin=origin,
         impl=model.last_block.attn.impl,
     )
@@ -108,8 +108,8 @@ def _by_autograd(
     with torch.no_grad():
         values_TC, origin_1C = values_and_origin(model, tokens)
     relevance: Tensor | None = None
-    for part in batches(len(betas_m), copies):
-        betas, weights = betas_m[part, None, None], weights_m[part]
+    for chunk in batches(len(betas_m), copies):
+        betas, weights = betas_m[chunk, None, None], weights_m[chunk]
         leaf = (origin_1C + betas * (values_TC - origin_1C)).flatten(0, 1).requires_grad_()
         many = repeat_tokens(tokens, len(weights))
         with torch.enable_grad():

@@ -1,27 +1,27 @@
-"""The path of weights: the norm path, with the attention told in its weights and not in its scores.
+"""The path of weights: the norm path, attributing changes of attention weights instead of attention scores.
 
-Along the path α·T of :mod:`maskattn.explain.norm_path` a query reads o = Σ_i a_i v_i, a its softmax weights and v the
-values, and with g = ∂f/∂o the score moves by
+Along the path α·T of :mod:`maskattn.explain.norm_path` a query's attention output is o = Σ_i a_i v_i, with a its
+softmax weights and v the values. With g = ∂f/∂o the score changes by
 
     df/dα = g·do/dα = Σ_i [ a_i v̇_i·g + ȧ_i v_i·g ].
 
-Weights sum to 1, so that Σ_i ȧ_i = 0, and v_i in the second term may be counted from any vector that all tokens share.
-Counted from what is read, o, the term says what it brings to move weight to token i. That is the map:
+Weights sum to 1, so Σ_i ȧ_i = 0, and any vector common to all tokens may be subtracted from v_i in the second term.
+With the output o subtracted, the term is the effect of moving weight to token i. That is the map:
 
     S_i = ∫ Σ_j [ a_ji v̇_i·g_j + ȧ_ji (v_i − o_j)·g_j ] dα,    ȧ_ji = a_ji (ṡ_ji − Σ_l a_jl ṡ_jl),
 
-summed over heads, j the queries that are read, s_ji = k_i·q_j/√D the scores and ṡ = (k̇_i·q_j + k_i·q̇_j)/√D. It is
-complete, Σ_i S_i = f(T) − f(0), without a part for queries: what a query's growth does to the weights is in ȧ.
+summed over heads, with j the queries that are read, s_ji = k_i·q_j/√D the scores and ṡ = (k̇_i·q_j + k_i·q̇_j)/√D. It is
+complete, Σ_i S_i = f(T) − f(0), without a separate share of the queries: their effect on the weights is in ȧ.
 
-Integrated Gradients in T (the path "norm") has the same first term, and a_i (v_i − o)·g · k̇_i·q/√D in the place of the
-second: the token's score as it grows from 0, not its weight. Softmax knows no zero of its scores. A constant added to
-all of them leaves the model, f along the path, and S here as they are, and moves that map at will by multiples of
-a_i (v_i − o)·g, which sum to 0. The value term alone sums to nothing; the term in ȧ is what completes it.
+Integrated Gradients in T (the path "norm") has the same first term, but a_i (v_i − o)·g · k̇_i·q/√D as the second: it
+attributes the growth of the token's score from 0, not of its weight. The softmax has no natural zero. A constant added
+to all scores changes neither the model, nor f along the path, nor S here, but it changes that map by multiples of
+a_i (v_i − o)·g, which sum to 0. The value term alone is not complete; the term in ȧ completes it.
 
-In the closed form of a model that reads the class token alone, ``token_relevance`` is given, for each step, keys'
-origins such that (k − origin)·q/√D = ṡ − Σ a ṡ. Where every token is read, the sums over queries are gradients of the
-attention with respect to more channels of the keys, 0 in all of them, whose queries hold q̇ and the mean of ṡ: nothing
-of size T × T is made.
+In the closed form of a model that reads only the class token, ``token_relevance`` takes, for each step, key origins
+such that (k − origin)·q/√D = ṡ − Σ a ṡ. If every token is read, the sums over queries are gradients of the attention
+with respect to additional channels of the keys, which are all 0 and whose queries hold q̇ and the mean of ṡ, so no
+T × T array is formed.
 
 Dimension key: B images, T packed tokens, H heads, D head width, C channels, M maps.
 """
@@ -46,13 +46,13 @@ from maskattn.shapes import Float
 
 __all__ = ["along", "origin_of_weights", "relevance_of_parts"]
 
-_MEAN = 8  # channels for the mean of ṡ: implementations take head widths that are multiples of 8
+_MEAN = 8  # channels for the mean of ṡ: implementations need head widths that are multiples of 8
 
 
 def along(x: Tensor, leaf: Tensor, retain_graph: bool = True) -> Tensor:
-    """The derivative of ``x``, a function of ``leaf``, as ``leaf`` is scaled, by two backwards.
+    """Compute the derivative of ``x``, a function of ``leaf``, as ``leaf`` is scaled, by two backward passes.
 
-    uᵀ(∂x/∂leaf) is linear in u, and its derivative along the leaf is (∂x/∂leaf)·leaf.
+    uᵀ(∂x/∂leaf)·leaf is linear in u, and its derivative with respect to u is (∂x/∂leaf)·leaf.
     """
     with torch.enable_grad():
         u = torch.zeros_like(x).requires_grad_()
@@ -70,13 +70,13 @@ def origin_of_weights(
     weights_HT: Float[Tensor, "H T"],
     packing: Packing,
 ) -> Float[Tensor, "T H D"]:
-    """Origins of the keys with which ``token_relevance`` gives S of one step, for class tokens that read.
+    """Compute the key origins (T, H, D) with which ``token_relevance`` returns S of one step, for class-token queries.
 
     Args:
-        q_BHD, q_along_BHD: their queries, and the derivative of these along the path.
-        k_THD, k_along_THD: keys and their derivative; a vector that all tokens of an image share may be left in either.
-        weights_HT: softmax weights.
-        packing: of the tokens.
+        q_BHD, q_along_BHD: the class tokens' queries and their derivative along the path.
+        k_THD, k_along_THD: keys and their derivative; either may include a vector common to all tokens of an image.
+        weights_HT: (H, T), the softmax weights.
+        packing: the packing of the tokens.
     """
     sequence = packing.sequence_of_token
     q, q_along = (x.index_select(0, sequence) if packing.batch_size > 1 else x for x in (q_BHD, q_along_BHD))
@@ -84,20 +84,23 @@ def origin_of_weights(
     mean_BH = moved_TH.new_zeros(q_BHD.shape[:2]).index_add_(0, sequence, weights_HT.T.to(moved_TH) * moved_TH)
     moved_TH = moved_TH - mean_BH.index_select(0, sequence)
     length = q.square().sum(dim=-1, keepdim=True)
-    # A query of zeros with a derivative of zeros: no weight moves.
+    # If a query and its derivative are zero, no weight moves.
     return k_THD - moved_TH[..., None] * q / length.where(length > 0, 1)
 
 
 def relevance_of_parts(
     model: VisionTransformer, tokens: PackedTokens, target: Target, normed_TC: Float[Tensor, "T C"]
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
-    """S of one step by autograd, times α, and the scores: for models that read every token, or a changed last block.
+    """Compute S of one step by autograd, for models that read every token or whose last block has been changed.
 
     Args:
         model: the vision transformer.
-        tokens: what ``model.before_last_block`` gave.
+        tokens: the output of ``model.before_last_block``.
         target: see :func:`maskattn.explain.targets.select_scores`.
-        normed_TC: α·T.
+        normed_TC: (T, C), α·T.
+
+    Returns:
+        α·S (M, T), prefix tokens included, and the scores (B, M).
 
     Raises:
         ValueError: the last block's attention is not this package's.
@@ -121,9 +124,9 @@ def _gradients_at(scores_BM: Tensor, out_TC: Tensor) -> Iterator[Tensor]:
 
 
 class _AttentionOfLastBlock:
-    """Queries, keys, values and what was read in a last block that is called within this context.
+    """A context that records queries, keys, values and the attention output of a call of the last block.
 
-    Whatever hangs on its projections (adapters, hooks) is in what is seen.
+    The records include the effect of adapters and hooks on its projections.
     """
 
     def __init__(self, model: VisionTransformer, tokens: PackedTokens) -> None:
@@ -139,12 +142,12 @@ class _AttentionOfLastBlock:
 
     def __enter__(self) -> _AttentionOfLastBlock:
         for name in ("qkv", "q_norm", "k_norm", "norm"):
-            part = cast(nn.Module, getattr(self.attn, name))
+            module = cast(nn.Module, getattr(self.attn, name))
 
             def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
                 self._seen[name] = inputs[0] if name == "norm" else output
 
-            self._handles.append(part.register_forward_hook(keep))
+            self._handles.append(module.register_forward_hook(keep))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -153,11 +156,11 @@ class _AttentionOfLastBlock:
 
     @property
     def out_TC(self) -> Float[Tensor, "T C"]:  # noqa: N802 (a dimension key)
-        """What every token read, all heads, in the graph of the block's call."""
+        """The attention output of every token, all heads, in the graph of the block's call."""
         return self._seen["norm"]
 
     def relevance(self, normed_TC: Tensor) -> Callable[[Tensor], Float[Tensor, "T"]]:
-        """From the gradient at :attr:`out_TC` to what is summed over steps; the path scales ``normed_TC``."""
+        """Return a function from the gradient at :attr:`out_TC` to the summand of one step; the path scales T."""
         attn, packing = self.attn, self.tokens.packing
         (q, dq), (k, dk), (v, dv) = ((x.detach(), along(x, normed_TC)) for x in self._operands())
         D = q.shape[-1]
@@ -189,7 +192,7 @@ class _AttentionOfLastBlock:
         return relevance_of
 
     def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (T, H, D), in the graph of the block's call."""
+        """Return q, k and v, (T, H, D) each, in the graph of the block's call."""
         q, k = self._seen["q_norm"], self._seen["k_norm"]
         v = self._seen["qkv"].unflatten(-1, (3, self.attn.num_heads, -1))[:, 2]
         if self.tokens.rotation is not None:

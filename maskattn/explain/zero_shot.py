@@ -1,9 +1,9 @@
-"""A slide's zero-shot scores for concepts in words, and maps of them: tiles pooled, as MI-Zero pools them.
+"""A slide's zero-shot scores for text concepts, and their maps, with the tile pooling of MI-Zero.
 
-Each tile's score for concept k is temperature · cos(z_t, w_k), z_t the tile's embedding by the image tower with its
-projection. The slide's score is the mean over all tiles, or over the concept's own k best. It is linear in the tiles'
-scores, so that a tile's relevance is its score times its share of the pool, and sums to the slide's score exactly; a
-tile's tokens are explained by the score of their tile times that share.
+Each tile's score for concept k is temperature · cos(z_t, w_k), with z_t the tile's embedding by the image tower and its
+projection. The slide's score is the mean over all tiles, or over the best ones for each concept. It is linear in the
+tiles' scores: a tile's relevance is its score times its share of the pool, and the sum is exactly the slide's score.
+The tokens of a tile are explained by the score of their tile times that share.
 
 Source: Lu et al., arXiv 2306.07831 (MI-Zero), for the pooling.
 
@@ -36,11 +36,11 @@ __all__ = ["ZeroShotScores", "ZeroShotSlide", "zero_shot_head", "zero_shot_model
 
 @dataclass(frozen=True)
 class ZeroShotScores:
-    """What the tiles of a slide say of each concept.
+    """The scores of a slide and of its tiles for each concept.
 
     Attributes:
-        scores_K: (K,), the slide's.
-        tile_scores_KT: (K, T), each tile's own.
+        scores_K: (K,), the slide's scores.
+        tile_scores_KT: (K, T), each tile's score.
         share_KT: (K, T), each tile's share of the pool; the shares of a concept sum to 1.
     """
 
@@ -50,7 +50,7 @@ class ZeroShotScores:
 
     @property
     def relevance_KT(self) -> Float[Tensor, "K T"]:  # noqa: N802 (a dimension key)
-        """(K, T), what each tile adds to the slide's score."""
+        """(K, T), each tile's contribution to the slide's score."""
         return self.share_KT * self.tile_scores_KT
 
 
@@ -58,11 +58,11 @@ class ZeroShotSlide:
     """Zero-shot scores of a slide, and their maps.
 
     Args:
-        encoder: the image tower with its projection; see ``load_vit``.
-        concepts: in the space of its output.
-        best: how many tiles are pooled for each concept, the best; None pools all.
-        method: of :data:`maskattn.explain.METHODS`, one that explains every level.
-        options: of the method (``m``).
+        encoder: the image tower with its projection; see :func:`maskattn.nn.checkpoints.load_vit`.
+        concepts: concepts in the space of its output.
+        best: number of highest-scoring tiles that are pooled for each concept; None pools all.
+        method: a key of :data:`maskattn.explain.METHODS` that explains slide models.
+        options: options of the method (``m``).
 
     Raises:
         TypeError, ValueError: the encoder cannot be explained, or there is no such method or number of tiles.
@@ -90,13 +90,15 @@ class ZeroShotSlide:
 
     @torch.no_grad()
     def tiles(self, embeddings_TC: Float[Tensor, "T C"]) -> ZeroShotScores:
-        """The slide's scores, from the encoder's output for each tile.
+        """Compute the slide's scores from the encoder's output for each tile.
 
         Raises:
             ValueError: there is no tile, or the embeddings have another width than the concepts.
         """
         if not len(embeddings_TC):
-            raise ValueError("a slide's scores are pooled from its tiles, got none")
+            raise ValueError(
+                "a slide's scores are pooled from its tiles, of which there must be at least one, got none"
+            )
         scores_KT = self.concepts(embeddings_TC).T
         share_KT = self.head.shares(scores_KT)
         return ZeroShotScores((share_KT * scores_KT).sum(dim=1), scores_KT, share_KT)
@@ -108,15 +110,15 @@ class ZeroShotSlide:
         share_KB: Float[Tensor, "K B"],
         keep: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "K B h w"]:
-        """The relevance of the tokens of some tiles for the slide's scores; 0 for tiles outside a concept's pool.
+        """Compute the relevance of some tiles' tokens for the slide's scores; 0 for tiles outside a concept's pool.
 
         Args:
-            tiles_BIXY: (B, in_chans, X, Y), normalised as the encoder takes them.
-            share_KB: these tiles' part of :attr:`ZeroShotScores.share_KT`.
+            tiles_BIXY: (B, in_chans, X, Y), normalised as the encoder expects.
+            share_KB: (K, B), the columns of :attr:`ZeroShotScores.share_KT` for these tiles.
             keep: (B, h·w) or (B, h, w) bool over each tile's tokens; None keeps all.
 
         Raises:
-            ValueError: the encoder drops at random (train mode), or tiles or keep do not fit it.
+            ValueError: dropout is active (train mode), or tiles or keep do not fit the encoder.
         """
         check_explainable(self.encoder)
         with torch.no_grad():
@@ -126,11 +128,11 @@ class ZeroShotSlide:
 
 
 def zero_shot_head(concepts: TextConcepts, best: int | None = None) -> ZeroShotHead:
-    """Concepts as a slide head, which reads embeddings of tiles in their space.
+    """Build a slide head from concepts; it reads tile embeddings in their space.
 
     Args:
-        concepts: K of them.
-        best: how many tiles are pooled for each concept, the best; None pools all.
+        concepts: the K concepts.
+        best: number of highest-scoring tiles that are pooled for each concept; None pools all.
     """
     K, C = concepts.vectors_KC.shape
     head = ZeroShotHead(C, K, best, concepts.temperature).to(concepts.vectors_KC.dtype).eval()
@@ -148,16 +150,16 @@ def zero_shot_model(
     token_mask: str | None = None,
     **options: Any,
 ) -> TwoStageModel:
-    """An image tower and concepts as a slide model: what a run of slides takes.
+    """Build a slide model from an image tower and concepts.
 
     Args:
-        source: of the tower with its projection, see :func:`maskattn.nn.checkpoints.load_vit`; None where features of
-            it are given.
+        source: source of the tower with its projection, see :func:`maskattn.nn.checkpoints.load_vit`; None if stored
+            features are used instead.
         concepts, best: see :func:`zero_shot_head`.
         spacing_um: µm per px of the tiles.
-        patch_px: side of a tile; None takes the tower's own.
-        token_mask: "tissue" hides the glass of a tile from the tower; None is "none".
-        options: of ``load_vit``.
+        patch_px: side of a tile in px; None takes the tower's own.
+        token_mask: "tissue" masks a tile's glass tokens in the tower; None is "none".
+        options: options of ``load_vit``.
 
     Raises:
         ValueError: the tower's output has another width than the concepts.

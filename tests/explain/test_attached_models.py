@@ -147,7 +147,7 @@ def test_hooks_and_patches_on_the_models_own_forward_are_refused(way):
         model.register_forward_hook(lambda module, inputs, output: 2 * output)
     else:
         model.register_forward_pre_hook(lambda module, inputs: inputs)
-    with pytest.raises(ValueError, match="nothing may hang on its own forward"):
+    with pytest.raises(ValueError, match="its forward, which must therefore be unmodified"):
         CDAM(model).attribute(x, 1, keep)
 
 
@@ -171,7 +171,7 @@ def test_a_subclass_with_another_forward_is_refused_and_one_without_is_explained
 def test_attention_of_another_kind_and_hooked_blocks_are_refused_where_weights_are_read():
     model, (x, keep) = random_vit(), sample()
     handle = model.blocks[0].register_forward_hook(lambda module, inputs, output: output)
-    with pytest.raises(ValueError, match="take the hooks off, or use CDAM"):
+    with pytest.raises(ValueError, match="remove the hooks, or use CDAM"):
         AttentionRollout(model).attribute(x, 1, keep)
     handle.remove()
     original = model.blocks[-1].attn.forward

@@ -62,7 +62,7 @@ def test_maps_are_made_under_inference_mode_and_by_noise_tunnel_there_too():
     [
         (lambda x, keep: (x, keep), {}, "a tuple of one, got 2"),
         (lambda x, keep: x, {"additional_forward_args": (torch.ones(1), torch.ones(1))}, "once, got 2"),
-        (lambda x, keep: x, {"additional_forward_args": torch.ones(1), "keep": torch.ones(1)}, "beside keep"),
+        (lambda x, keep: x, {"additional_forward_args": torch.ones(1), "keep": torch.ones(1)}, "in addition to keep"),
     ],
 )
 def test_what_does_not_fit_is_named(inputs, options, message):

@@ -125,14 +125,14 @@ def test_no_images_have_no_maps(target):
 def test_a_model_that_drops_at_random_is_refused_until_it_is_in_eval_mode(explain, option, part):
     model, (x, keep) = random_vit(**{option: 0.5}), sample()
     model.train()
-    with pytest.raises(ValueError, match=f"{part}.* drops"):
+    with pytest.raises(ValueError, match=f"{part}.* has active dropout"):
         explain(model).attribute(x, 0, keep)
     assert explain(model.eval()).attribute(x, 0, keep).shape == (2, 4, 4)
 
 
 def test_a_concept_is_not_made_of_what_a_model_drops_at_random():
     model, (x, _) = random_vit(drop_path_rate=0.5), sample()
-    with pytest.raises(ValueError, match=r"drop_path1.* drops"):
+    with pytest.raises(ValueError, match=r"drop_path1.* has active dropout"):
         Concept.from_images(model.train(), x)
 
 

@@ -122,5 +122,5 @@ def test_concepts_can_be_judged_and_wrong_arguments_are_named():
         metrics.removal_curves(model, x, maps, 0, keep, perturbation="noise")
     with pytest.raises(ValueError, match="a target with 4"):
         metrics.removal_curves(model, x, maps, "all", keep)
-    with pytest.raises(ValueError, match="take the map of one class"):
+    with pytest.raises(ValueError, match="pass the map of one class"):
         metrics.removal_curves(model, x, maps[:, None], 0, keep)

@@ -195,11 +195,11 @@ def test_what_an_encoder_crops_away_is_nothing_on_the_map():
 
 def test_token_maps_without_a_transformer_are_refused_with_the_reason():
     gradient = torch.ones(2, COUNT, C)
-    with pytest.raises(ValueError, match="no tile encoder was given"):
+    with pytest.raises(ValueError, match="packed vision transformer, got none"):
         SlideHeadCDAM(PooledHead(C, 2)).tokens(pixels()[0], None, gradient)
     card = EncoderCard("resnet", "own", (0.5,) * 3, (0.25,) * 3, 32, 32, why_not="it is a convolutional network")
     encoder = TileEncoder(torch.nn.Flatten(), card, C)
-    with pytest.raises(ValueError, match="resnet is none: it is a convolutional network"):
+    with pytest.raises(ValueError, match="resnet, which is not one: it is a convolutional network"):
         SlideHeadCDAM(PooledHead(C, 2), encoder).tokens(pixels()[0], None, gradient)
     with pytest.raises(ValueError, match="eval mode"):
         SlideHeadCDAM(PooledHead(C, 2, hidden=(4,), dropout=0.5).train()).tiles(torch.ones(3, C))

@@ -72,19 +72,22 @@ def test_scores_are_the_temperature_times_the_cosine_and_maps_are_those_of_their
     ("make", "message"),
     [
         (lambda p: read_concepts(p / "c.pt"), r"\.npy, \.safetensors, \.csv, got"),
-        (lambda p: np.save(p / "c.npy", np.zeros(3)) or read_concepts(p / "c.npy"), r"\(K, C\) is needed"),
+        (lambda p: np.save(p / "c.npy", np.zeros(3)) or read_concepts(p / "c.npy"), r"\(K, C\), got shape"),
         (lambda p: np.save(p / "c.npy", np.full((2, 3), np.nan)) or read_concepts(p / "c.npy"), "finite"),
-        (lambda p: (p / "c.csv").write_text("a,1,2\nb,1\n") and read_concepts(p / "c.csv"), "a vector by each name"),
-        (lambda p: (p / "c.csv").write_text("a,1,2\na,2,1\n") and read_concepts(p / "c.csv"), "name of its own"),
+        (lambda p: (p / "c.csv").write_text("a,1,2\nb,1\n") and read_concepts(p / "c.csv"), "a vector for each name"),
+        (
+            lambda p: (p / "c.csv").write_text("a,1,2\na,2,1\n") and read_concepts(p / "c.csv"),
+            "must have a distinct name",
+        ),
         (lambda p: (p / "c.csv").write_text("a,0,0\n") and read_concepts(p / "c.csv"), "direction"),
-        (lambda p: (p / "c.csv").write_text("") or read_concepts(p / "c.csv"), "must hold a vector by each name"),
+        (lambda p: (p / "c.csv").write_text("") or read_concepts(p / "c.csv"), "must hold a vector for each name"),
         (
             lambda p: (p / "c.safetensors").write_bytes(b"nothing") and read_concepts(p / "c.safetensors"),
-            "by each name",
+            "for each name",
         ),
         (lambda p: TextConcepts(("a",), torch.ones(1, 3), 0.0), "temperature=0.0"),
-        (lambda p: TextConcepts(("a",), torch.ones(1, 3))(torch.ones(1, 4)), "3 channels and a model that gives 4"),
-        (lambda p: encode_prompts(p, ["a gland"]), "local folder of a CLIP"),
+        (lambda p: TextConcepts(("a",), torch.ones(1, 3))(torch.ones(1, 4)), "3 channels and an output of 4"),
+        (lambda p: encode_prompts(p, ["a gland"]), "local folder with a CLIP"),
     ],
 )
 def test_wrong_files_and_numbers_are_named(make, message, tmp_path):

@@ -133,7 +133,7 @@ def test_regions_of_glass_alone_have_maps_of_zeros():
 
 def test_a_model_that_drops_at_random_is_refused():
     model, (regions, keep) = random_hipt(drop_path_rate=0.5).train(), some_regions(2, 0.5)
-    with pytest.raises(ValueError, match=r"patch_encoder.* drops"):
+    with pytest.raises(ValueError, match=r"patch_encoder.* has active dropout"):
         ThreeLevelCDAM(model).regions(regions, keep, torch.ones(3, 4, 16, dtype=torch.float64))
 
 

@@ -48,7 +48,7 @@ def test_wrong_requests_are_named():
         ZeroShotSlide(random_vit(), concepts(), 0)
     with pytest.raises(ValueError, match="got none"):
         ZeroShotSlide(random_vit(), concepts()).tiles(torch.zeros(0, 4))
-    with pytest.raises(ValueError, match="4 channels and a model that gives 5"):
+    with pytest.raises(ValueError, match="4 channels and an output of 5"):
         ZeroShotSlide(random_vit(), concepts()).tiles(torch.zeros(2, 5))
     with pytest.raises(ValueError, match="method of a slide model"):
         ZeroShotSlide(random_vit(), concepts(), method="rise")
