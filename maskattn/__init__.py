@@ -1,7 +1,7 @@
-"""Fused token-masked attention for vision transformers: background costs nothing and counts for nothing.
+"""Fused token-masked attention for vision transformers: background tokens cost nothing and have no effect.
 
-The public names are imported when they are first used, so that what needs no torch (``maskattn info``) does not wait
-for it. ``import maskattn.attention`` registers the operations with ``torch.library`` at once.
+The public names are imported on first use, so that commands without torch (``maskattn info``) do not wait for its
+import. ``import maskattn.attention`` registers the operations with ``torch.library`` immediately.
 """
 
 from __future__ import annotations

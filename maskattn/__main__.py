@@ -1,4 +1,4 @@
-"""``python -m maskattn`` is the command line."""
+"""The command line as ``python -m maskattn``."""
 
 from maskattn.cli import main
 

@@ -1,8 +1,8 @@
-"""What follows from the numbers of a tensor, kept for as long as they are the same.
+"""A cache of values derived from the contents of a tensor, valid while these do not change.
 
-The lengths of a batch are read by every layer, and what a launch makes of them (a schedule) or the host knows of them
-(their sum) is the same for all layers. It is kept beside the tensor, not in it, and forgotten with it: when the tensor
-is gone, was written to, or has other memory.
+Every layer reads the lengths of a batch, and the schedule that a launch derives from them, or their sum as known to the
+host, is the same for all layers. Such values are cached outside the tensor and discarded when the tensor is freed, has
+been written to, or refers to other memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["derived", "known_lengths", "note_lengths"]
 
 
 class _Kept:
-    """What is kept of one tensor, and what it must still be for that to hold."""
+    """The cached values of one tensor, and the version and address for which they are valid."""
 
     __slots__ = ("address", "found", "of", "version")
 
@@ -28,23 +28,23 @@ class _Kept:
         self.begin(x)
 
     def begin(self, x: Tensor) -> None:
-        """Know nothing yet of the numbers that the tensor has now."""
+        """Start an empty cache for the tensor's present contents."""
         self.version, self.address = x._version, x.data_ptr()
         self.found: dict[Any, Any] = {}
 
 
 _KEPT: dict[int, _Kept] = {}
 
-# Of one tensor; with more, such as schedules beside the lengths of many others, it begins anew.
+# Largest number of cached values of one tensor; beyond it, its cache is cleared.
 MOST = 64
 
 
 def derived(x: Tensor) -> dict[Any, Any] | None:
-    """A dictionary that is the tensor's while its numbers stay; None where nobody could tell that they do.
+    """Return the cache of a tensor, a dictionary; None if changes of its contents cannot be detected.
 
-    That is in inference mode, whose tensors do not count what is written to them, while a CUDA graph is captured, which
-    is replayed with other numbers, and under ``torch.func``. What a graph's replay, or a kernel of one's own, writes to
-    a tensor is not counted either: whoever calls with it outside of the graph needs a new tensor.
+    That is the case in inference mode, whose tensors have no version counter, while a CUDA graph is captured, which is
+    replayed with other contents, under ``torch.compile`` and under ``torch.func``. Writes by the replay of a graph or
+    by a custom kernel are not detected: outside the graph, pass a new tensor.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_inference() or is_transformed((x,)):
         return None
@@ -62,19 +62,19 @@ def derived(x: Tensor) -> dict[Any, Any] | None:
 
 
 def _forget(key: int, kept: _Kept) -> None:
-    # Another tensor may have the number by now.
+    # Another tensor may have the same id by now.
     if _KEPT.get(key) is kept:
         del _KEPT[key]
 
 
 def note_lengths(cu_seqlens: Tensor, total: int, longest: int) -> None:
-    """Note what the host has read of a tensor of lengths: their sum, which is its last entry, and the longest."""
+    """Cache what the host knows of a tensor of lengths: their sum, which is its last entry, and the longest."""
     found = derived(cu_seqlens)
     if found is not None:
         found["lengths"] = total, longest
 
 
 def known_lengths(cu_seqlens: Tensor) -> tuple[int, int] | None:
-    """What :func:`note_lengths` noted, where it still holds."""
+    """Return (total, longest) as cached by :func:`note_lengths`; None if unknown or no longer valid."""
     found = derived(cu_seqlens)
     return None if found is None else found.get("lengths")

@@ -1,4 +1,4 @@
-"""Doctor: what this machine offers the package, found by trying it, and how to get what is missing."""
+"""The doctor: tries what this machine offers the package, and names the remedy for what is missing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["Finding", "examine", "try_attention"]
 
 _SLIDE = "pip install 'maskattn[slide]'"
 _PACKAGES = {
-    # module: (distribution, how to get it)
-    "triton": ("triton", "pip install triton (Linux; it serves GPUs)"),
+    # module: (distribution, how to install it)
+    "triton": ("triton", "pip install triton (Linux; for GPUs)"),
     "openslide": ("openslide-python", _SLIDE),
     "cv2": ("opencv-python-headless", _SLIDE),
     "tifffile": ("tifffile", _SLIDE),
@@ -28,8 +28,8 @@ _PACKAGES = {
     "PIL": ("pillow", _SLIDE),
     "matplotlib": ("matplotlib", _SLIDE),
     "safetensors": ("safetensors", _SLIDE),
-    "timm": ("timm", "pip install 'maskattn[timm]' (only to take over timm's models)"),
-    "transformers": ("transformers", "pip install 'maskattn[hf]' (only to take over Hugging Face's models)"),
+    "timm": ("timm", "pip install 'maskattn[timm]' (only to convert timm's models)"),
+    "transformers": ("transformers", "pip install 'maskattn[hf]' (only to convert Hugging Face's models)"),
 }
 _SLOW_TO_IMPORT = ("timm", "transformers")
 _NATIVE = "install a C++ compiler (Debian: apt install g++) and install maskattn again"
@@ -37,13 +37,13 @@ _NATIVE = "install a C++ compiler (Debian: apt install g++) and install maskattn
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.
+    """The result of one check.
 
     Attributes:
-        subject: what was looked at.
+        subject: what was checked.
         works: whether it can be used here.
-        detail: its version, or why it cannot be used.
-        remedy: how to get it; empty where nothing is missing or nothing helps.
+        detail: its version, or the reason why it cannot be used.
+        remedy: how to install it; empty if it works or there is no remedy.
     """
 
     subject: str
@@ -53,7 +53,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at the interpreter, packages, extension, devices and attention implementations."""
+    """Check the interpreter, packages, the extension, devices and attention implementations."""
     findings = [
         Finding("python", True, f"{platform.python_version()} ({sys.executable})"),
         Finding("maskattn", True, maskattn.__version__),
@@ -67,7 +67,7 @@ def examine() -> list[Finding]:
         devices.append(f"cuda:{index}")
         findings.append(Finding(devices[-1], True, torch.cuda.get_device_name(index)))
     if len(devices) == 1:
-        findings.append(Finding("cuda", False, "no GPU that torch can use; the CPU serves"))
+        findings.append(Finding("cuda", False, "no GPU that torch can use; the CPU is used instead"))
     for device in devices:
         for impl in _impls():
             findings.append(_attempt(f"impl {impl!r} on {device}", functools.partial(try_attention, impl, device)))
@@ -86,7 +86,7 @@ def _package(module: str, distribution: str, remedy: str) -> Finding:
 def _attempt(subject: str, trial: Callable[[], str], remedy: str = "") -> Finding:
     try:
         return Finding(subject, True, trial())
-    except Exception as error:  # whatever goes wrong is what was to be found out
+    except Exception as error:  # any failure is a finding
         text = " ".join(str(error).split()) or type(error).__name__
         return Finding(subject, False, text[:200], remedy)
 
@@ -98,7 +98,7 @@ def _run_native() -> str:
     fraction = native.token_coverage(np.ones((2, 2), dtype=bool), 1.0, 1.0, 0.0, 0.0, 2.0, 2.0, 1, 1)
     if float(fraction[0, 0]) != 1.0:
         raise RuntimeError(f"token coverage of full tissue must be 1, got {float(fraction[0, 0])}")
-    return f"token coverage runs; the best instruction set of attention here is {native.instruction_sets()[0]}"
+    return f"token coverage runs; attention's best instruction set here is {native.instruction_sets()[0]}"
 
 
 def _impls() -> tuple[str, ...]:
@@ -108,13 +108,13 @@ def _impls() -> tuple[str, ...]:
 
 
 def try_attention(impl: str, device: str) -> str:
-    """Run a tiny packed attention and compare it with the reference; returns what was found.
+    """Run a tiny packed attention, compare it with the reference, and return the result in words.
 
     Raises:
-        ValueError: there is no such implementation, or it does not run there.
-        RuntimeError: it runs and is wrong.
+        ValueError: there is no such implementation, or it does not support the device.
+        RuntimeError: it runs, but its result is wrong.
     """
-    # Which multiplies in half precision only.
+    # "gluon" multiplies only in half precision.
     dtype = torch.float16 if impl == "gluon" else torch.float32
     q = torch.randn(5, 2, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     lengths = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Which attention weights are dropped: a function of their place alone, so that every pass and tile size agrees.
+"""Dropout of attention weights as a function of their position alone, so that all passes and tile sizes agree.
 
 The random word of query i and key j (positions within their sequence; of a dense tensor, among the tokens that take
 part), head h and sequence b is word j mod 4 of Philox-4×32-10 with the counter (i, j div 4, h, b) and the 64-bit seed
@@ -20,27 +20,27 @@ _WORD = 0xFFFFFFFF
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """(1,) int64 from torch's generator of the device; no wait for it, and recorded by CUDA graphs."""
+    """Draw a seed, (1,) int64, from torch's generator of the device, without synchronising; CUDA graphs record it."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """Words below this are dropped."""
+    """Return the threshold below which a random word drops its weight."""
     return min(round(dropout_p * 2**32), _WORD)
 
 
 def dropout_factors(
     seed: Tensor, dropout_p: float, queries: Tensor, keys: Tensor, heads: Tensor, sequence: Tensor
 ) -> Tensor:
-    """Factors of the attention weights, 0 or 1/(1 − dropout_p), float64.
+    """Compute the factors of the attention weights, 0 or 1/(1 − dropout_p), in float64 and the broadcast shape.
 
     Args:
         seed: (1,) int64.
-        dropout_p: in [0, 1).
+        dropout_p: share of the weights that are dropped, in [0, 1).
         queries, keys, heads, sequence: ints ≥ 0 that broadcast against each other.
     """
-    place = torch.broadcast_tensors(queries, keys, heads, sequence)
-    query, key, head, batch = (x.to(torch.int64) for x in place)
+    position = torch.broadcast_tensors(queries, keys, heads, sequence)
+    query, key, head, batch = (x.to(torch.int64) for x in position)
     words = torch.stack(_philox(seed, query, key // 4, head, batch), dim=-1)
     word = words.gather(-1, (key % 4)[..., None])[..., 0]
     return (word >= dropout_threshold(dropout_p)).double() / (1 - dropout_p)
@@ -57,7 +57,7 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tup
 
 
 def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a product of two 32-bit words, in halves that 64 signed bits hold."""
+    """Return the high and low word of a product of two 32-bit words, in halves that fit into 64 signed bits."""
     low_half = factor * (x & 0xFFFF)
     high_half = factor * (x >> 16) + (low_half >> 16)
     return high_half >> 16, ((high_half & 0xFFFF) << 16) | (low_half & 0xFFFF)

@@ -1,6 +1,6 @@
-"""The exceptions that callers meet besides ``ValueError`` and ``TypeError``, and how a message names a file.
+"""The package's own exceptions, and the quoting of file names in messages.
 
-A message says the rule, then what came, then the remedy.
+A message states the rule, then what came, then the remedy.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ class SlideError(ValueError):
 
 
 class ReadingStopped(SlideError):  # noqa: N818 -- named for what happened
-    """Nothing more can be read of a slide: its decoder hangs, or crashes again and again."""
+    """Nothing more can be read from a slide: its decoder hangs, or crashes repeatedly."""
 
 
 class ManifestError(ValueError):
-    """What was asked for is no list of slides."""
+    """The request does not describe a valid list of slides."""
 
 
 class OutputError(OSError):
@@ -28,7 +28,7 @@ class OutputError(OSError):
 
 
 def quoted(path: str | os.PathLike[str]) -> str:
-    """A path as a shell takes it, for the commands that messages propose: one word on one line, and never an option.
+    """Quote a path for a shell, for commands that messages propose: one word on one line, and never an option.
 
     Example:
         >>> print(f"maskattn tissue {quoted('my slides/a.svs')}")
@@ -39,7 +39,7 @@ def quoted(path: str | os.PathLike[str]) -> str:
         text = f"./{text}"
     if text.isprintable():
         return shlex.quote(text)
-    # Line ends, controls and bytes that are no text: the quotes that bash, zsh and ksh read escapes in.
+    # For line ends, control characters and undecodable bytes: bash, zsh and ksh read escapes in these quotes.
     return "$'" + "".join(_escaped(character) for character in text) + "'"
 
 

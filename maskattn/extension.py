@@ -1,4 +1,4 @@
-"""The C++ extension ``maskattn._native``, loaded once and put on torch's own threads."""
+"""The C++ extension ``maskattn._native``, loaded once and run on torch's own threads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["extension", "has_extension"]
 
 @functools.cache
 def extension() -> Any:
-    """The extension; its kernels run on torch's OpenMP threads where these can be found.
+    """Load the extension; its kernels run on torch's OpenMP threads if their library is found.
 
     Raises:
-        ImportError: it was not built.
+        ImportError: the extension was not built.
     """
     import maskattn._native
 
-    # Torch's OpenMP threads spin after each of its operations; threads of our own would share the cores with them.
+    # Torch's OpenMP threads spin after each of its operations; separate threads would compete with them for the cores.
     for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"):
         for library in sorted(folder.glob("libgomp*.so*")):
             if maskattn._native.share_team(str(library)):
@@ -30,7 +30,7 @@ def extension() -> Any:
 
 @functools.cache
 def has_extension() -> bool:
-    """Whether the extension was built and loads."""
+    """Return whether the extension was built and can be loaded."""
     try:
         extension()
     except ImportError:

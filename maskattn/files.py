@@ -1,4 +1,4 @@
-"""Files that appear whole, under their final name, or not at all."""
+"""Atomic writing: a file appears complete, under its final name, or not at all."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["replacing"]
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to: it becomes ``path`` at the end, or is removed on any error."""
-    # No other thread, and no process of another machine on the same disk, may have the name.
+    """Yield a temporary path in the same folder, which is renamed to ``path`` at the end, or removed on any error."""
+    # The name must be unique among threads, and among processes of other machines on the same file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield temporary

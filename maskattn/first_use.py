@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first used, so that nobody waits for what is not used."""
+"""Lazy imports: public names of a package that are imported on first use."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["imported_on_first_use"]
 def imported_on_first_use(
     package: str, modules: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The ``__getattr__`` and the ``__dir__`` of a package.
+    """Return the ``__getattr__`` and the ``__dir__`` of a package.
 
     Args:
-        package: its ``__name__``.
-        modules: of each public name, the module of the package that defines it.
+        package: the package's ``__name__``.
+        modules: maps each public name to the module of the package that defines it.
     """
 
     def get(name: str) -> Any:

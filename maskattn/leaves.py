@@ -1,6 +1,6 @@
-"""Functions and modules that ``torch.fx`` writes down as one node, as it does with torch's own.
+"""Functions and modules that ``torch.fx`` records as one node, like torch's own.
 
-A symbolic trace has no shapes and no masks to read, so that what is inside a layer or an operation cannot be traced.
+A symbolic trace has neither shapes nor masks to read, so the inside of a layer or an operation cannot be traced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def leaf_function(function: Function) -> Function:
-    """The function, or, where an argument is a proxy of ``torch.fx``, a node that calls it."""
+    """Wrap a function so that it records a node that calls it if an argument is a proxy of ``torch.fx``."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
@@ -32,16 +32,16 @@ def leaf_function(function: Function) -> Function:
 
 
 def leaf_module(module: nn.Module, first: torch.fx.Proxy, *rest: Any) -> Any:
-    """A node that calls the module with these arguments.
+    """Record a node that calls the module with these arguments.
 
     Raises:
-        TypeError: the module is all that is traced, so that there would be nothing around the node.
+        TypeError: the module is the root of the trace, which a node cannot represent.
     """
     tracer = cast(torch.fx.Tracer, first.tracer)
     path = tracer.path_of_module(module)
     if not path:
         raise TypeError(
-            f"torch.fx takes a {type(module).__name__} as one node of a larger model, got it as the whole model; use "
+            f"torch.fx records a {type(module).__name__} as one node of a larger model, got it as the root; use "
             "forward hooks, or torch.export"
         )
     return tracer.create_proxy("call_module", path, (first, *rest), {})

@@ -1,8 +1,8 @@
-"""Names in pictures: drawn where a font of this machine has their signs, left out where none has, never as boxes.
+"""Text in pictures: drawn if a font of this machine has its characters, otherwise omitted, never drawn as boxes.
 
-Matplotlib's own font, DejaVu Sans, has the scripts of Europe. Others are looked for among the machine's fonts, once for
-each script and only where a name asks for it. Scripts whose letters join, stack or run from right to left need a
-matplotlib that shapes text (3.11 and later, with libraqm); without it such a name is left out.
+Matplotlib's own font, DejaVu Sans, covers the scripts of Europe. Other scripts are searched for among the machine's
+fonts, once for each script and only when a name needs it. Scripts whose letters join, stack or run from right to left
+need a matplotlib that shapes text (3.11 and later, with libraqm); without it such a name is omitted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["drawable", "families_of", "legible", "wrapped"]
 
 _OWN = "DejaVu Sans"
-# Fonts of many scripts, looked into first; others follow, those that draw boxes never.
+# Fonts that cover many scripts are searched first, then all others except those that draw boxes.
 _LIKELY = (
     "noto sans",
     "source han sans",
@@ -34,7 +34,7 @@ _MOST_LINES = 4
 
 
 def drawable(name: str) -> str:
-    """A name as it can be drawn: without controls, on one line; empty where a sign of it cannot be drawn here."""
+    """Return a name on one line, without control characters; empty if one of its characters cannot be drawn here."""
     text = _cleaned(name)
     if not _is_shaped() and any(map(_needs_shaping, text)):
         return ""
@@ -42,7 +42,7 @@ def drawable(name: str) -> str:
 
 
 def legible(text: str) -> str:
-    """A text with a question mark in the place of each sign that cannot be drawn here."""
+    """Return a text with each character that cannot be drawn here replaced by a question mark."""
     text = _cleaned(text)
     families = _fonts().family_of(text)
     shaped = _is_shaped()
@@ -50,18 +50,18 @@ def legible(text: str) -> str:
 
 
 def families_of(text: str) -> list[str]:
-    """Families of fonts that have the signs of a text, as matplotlib's ``fontfamily`` takes them, its own first."""
+    """Return the font families that cover a text, for matplotlib's ``fontfamily``, starting with its own font."""
     found = _fonts().family_of(text).values()
     return list(dict.fromkeys([_OWN, *(family for family in found if family)]))
 
 
 def wrapped(text: str, width_px: float, size_pt: float, dpi: float = 100.0) -> list[str]:
-    """A legible text in lines that fit a width, at most four; what does not fit ends in an ellipsis.
+    """Wrap a text into at most four legible lines of a given width; a longer text ends in an ellipsis.
 
     Args:
-        text: it is broken at spaces, and within a word that fits no line.
-        width_px: of a line.
-        size_pt: of the letters.
+        text: the text, which is broken at spaces, and within a word that is too long for a line.
+        width_px: width of a line in px.
+        size_pt: font size in points.
         dpi: pixels per inch.
     """
     lines, line = [], ""
@@ -86,13 +86,13 @@ def wrapped(text: str, width_px: float, size_pt: float, dpi: float = 100.0) -> l
 
 
 def _cleaned(text: str) -> str:
-    """Composed, without controls, marks of direction, halves of surrogates and signs that no standard gives a form."""
+    """Compose a text and remove control, direction, surrogate, private-use and unassigned characters."""
     spaced = "".join(" " if sign.isspace() else sign for sign in unicodedata.normalize("NFC", text))
     kept = (sign for sign in spaced if sign in "\u200c\u200d" or unicodedata.category(sign) not in _FORMLESS)
     return " ".join("".join(sign for sign in kept if not "\ufe00" <= sign <= "\ufe0f").split(" ")).strip()
 
 
-# Without it a line that begins with a name from the right would run from there as a whole.
+# Without this mark, a line that begins with right-to-left text would be laid out entirely from right to left.
 _FROM_LEFT = "\u200e"
 _FORMLESS = frozenset(("Cc", "Cf", "Cs", "Co", "Cn"))
 
@@ -117,7 +117,7 @@ def _is_shaped() -> bool:
 
 
 class _Fonts:
-    """The machine's fonts, as far as names have asked for them."""
+    """The machine's fonts, loaded as far as names have needed them."""
 
     def __init__(self) -> None:
         from matplotlib import font_manager
@@ -128,7 +128,7 @@ class _Fonts:
         self._absent: set[str] = set()
 
     def family_of(self, signs: Iterable[str]) -> dict[str, str]:
-        """The first family that has each sign; empty where none has."""
+        """Return the first family that has each character; empty if none has."""
         signs = set(signs)
         for sign in signs - self._family.keys():
             for family, font in self._useful:
@@ -141,15 +141,15 @@ class _Fonts:
         return {sign: self._family.get(sign, "") for sign in signs}
 
     def advance_px(self, sign: str, size_pt: float, dpi: float) -> float:
-        """How far a sign moves the pen."""
+        """Return the advance width of a character in px."""
         family = self.family_of(sign)[sign]
         font = next((font for name, font in self._useful if name == family), self._own)
         font.set_size(size_pt, dpi)
         glyph = font.load_char(ord(sign))
-        return math.ceil(glyph.linearHoriAdvance / 65536)  # hinting rounds to whole pixels, up at most
+        return math.ceil(glyph.linearHoriAdvance / 65536)  # hinting rounds to integer pixels, up at most
 
     def _look_for(self, unknown: set[str]) -> None:
-        """Look through all fonts until every sign is found; a script of which none is found is not sought again."""
+        """Search all fonts until every character is found; a script without any match is not searched again."""
         scripts = {_script(sign) for sign in unknown}
         for entry in self._candidates():
             if not unknown:
@@ -190,7 +190,10 @@ class _Fonts:
 
     @staticmethod
     def _can_draw(entry: Any, font: Any, signs: set[str]) -> bool:
-        """Whether matplotlib takes this file for the family, and the signs are outlines: colour fonts have none."""
+        """Return whether matplotlib resolves the family to this file, and the characters have outlines.
+
+        Colour fonts have none.
+        """
         from matplotlib import font_manager
 
         try:
@@ -225,7 +228,7 @@ def _width_px(text: str, size_pt: float, dpi: float) -> float:
 
 
 def _signs_that_fit(text: str, width_px: float, size_pt: float, dpi: float) -> int:
-    """How many of the first signs fit; at least one, and no mark is parted from its letter."""
+    """Return how many leading characters fit: at least one, without separating a mark from its letter."""
     fits = 1
     while fits < len(text) and _width_px(text[: fits + 1], size_pt, dpi) <= width_px:
         fits += 1

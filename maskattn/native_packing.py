@@ -1,6 +1,6 @@
-"""Packing on the CPU by the C++ extension: rows moved by index, and where the kept tokens of a mask lie.
+"""Packing on the CPU by the C++ extension: moving rows by index, and finding the kept tokens of a mask.
 
-Rows travel as their bytes, so that every dtype is treated alike and bit for bit.
+Rows are moved as bytes, so that every dtype is supported and copied bit for bit.
 
 Dimension key: B sequences, N tokens of each, T packed tokens.
 """
@@ -19,10 +19,10 @@ from maskattn.extension import extension
 
 __all__ = ["gather_rows", "gathers", "kept_tokens", "scatter_rows", "scatters"]
 
-# From this size on malloc maps fresh pages, which the system has cleared, and makes one by one unless asked for large.
+# From this size on, malloc maps fresh pages, which the system has zeroed.
 FRESH_BYTES = 1 << 25
-# Less than this torch's own functions move as soon or sooner: they are called in less time, and narrow rows cost them
-# no branch each.
+# Below these limits torch's own functions are at least as fast: their calls cost less, and narrow rows cost them no
+# branch each.
 GATHER_BYTES = FRESH_BYTES
 SCATTER_ROWS = 64
 ROW_BYTES = 256
@@ -30,7 +30,7 @@ ALIGNMENT = 64
 
 
 def gathers(x: Tensor, count: int) -> bool:
-    """Whether :func:`gather_rows` takes so many rows of ``x``, and sooner than torch's index_select."""
+    """Return whether :func:`gather_rows` supports ``x`` and is faster than torch's index_select for ``count`` rows."""
     if x.nbytes < GATHER_BYTES:
         return False
     row = _row_bytes(x)
@@ -38,15 +38,15 @@ def gathers(x: Tensor, count: int) -> bool:
 
 
 def scatters(rows: Tensor) -> bool:
-    """Whether :func:`scatter_rows` takes these rows, and sooner than torch's zeros and index_copy."""
+    """Return whether :func:`scatter_rows` supports these rows and is faster than torch's zeros and index_copy."""
     return rows.shape[0] >= SCATTER_ROWS and _row_bytes(rows) >= ROW_BYTES and _has_whole_rows(rows)
 
 
 def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
-    """The rows of ``x`` (rows, ...) at ``indices`` (T,) int64 → (T, ...), contiguous; other rows are not read.
+    """Gather the rows of ``x`` (rows, ...) at ``indices`` (T,) int64 → (T, ...), contiguous; other rows are not read.
 
     Raises:
-        ValueError: an index is not one of a row.
+        ValueError: an index is out of range.
     """
     result = x.new_empty((indices.shape[0], *x.shape[1:]))
     _move(x, indices, result)
@@ -54,10 +54,10 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def scatter_rows(rows: Tensor, row_of_token: Tensor) -> Tensor:
-    """Rows (T, ...) put to their places among the tokens, whose rows are ``row_of_token``, int32, −1 for zeros.
+    """Scatter rows (T, ...) to tokens (rows, ...): token i is row ``row_of_token[i]``, int32, or zeros if that is −1.
 
     Raises:
-        ValueError: an entry is neither −1 nor one of a row.
+        ValueError: an entry is neither −1 nor the index of a row.
     """
     shape = (row_of_token.shape[0], *rows.shape[1:])
     fresh = shape[0] * _row_bytes(rows) >= FRESH_BYTES
@@ -77,7 +77,7 @@ def _move(source: Tensor, index: Tensor, result: Tensor, result_is_zero: bool = 
 
 
 def _fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that nobody has written: numpy's are calloc's, torch's are filled in."""
+    """Return zeros whose pages have not been touched: numpy uses calloc, whereas torch fills its memory."""
     count = math.prod(shape) * dtype.itemsize
     bytes_ = np.zeros(count + ALIGNMENT, np.uint8)
     first = -bytes_.ctypes.data % ALIGNMENT
@@ -89,7 +89,7 @@ def _row_bytes(x: Tensor) -> int:
 
 
 def _has_whole_rows(x: Tensor) -> bool:
-    """Whether each row lies in the CPU's memory without gaps."""
+    """Return whether each row is contiguous in CPU memory."""
     if x.device.type != "cpu" or x.layout != torch.strided:
         return False
     if x.is_contiguous():
@@ -103,7 +103,7 @@ def _has_whole_rows(x: Tensor) -> bool:
 
 
 def _bytes(x: Tensor) -> Any:
-    """(rows, bytes of a row) of the same memory."""
+    """Return a view of the same memory as an array (rows, bytes of a row) of uint8."""
     rows = x.detach()
     if not (x.is_contiguous() and x.stride(-1) == 1):
         rows = rows.as_strided((x.shape[0], math.prod(x.shape[1:])), (x.stride(0), 1))
@@ -111,9 +111,9 @@ def _bytes(x: Tensor) -> Any:
 
 
 def kept_tokens(keep_BN: Tensor) -> tuple[Tensor, Tensor, int, Tensor] | None:
-    """What a Packing is made of: indices (T,), cu_seqlens (B + 1,), max_seqlen and row_of_token (B·N,).
+    """Compute the fields of a Packing: indices (T,), cu_seqlens (B + 1,), max_seqlen and row_of_token (B·N,).
 
-    None where the mask is not on the CPU, or is being traced, which reading its memory would hide.
+    Returns None if the mask is not on the CPU, or is being traced, because a trace cannot record reads of its memory.
     """
     if keep_BN.device.type != "cpu" or type(keep_BN) is not Tensor or is_in_torch_dispatch_mode():
         return None

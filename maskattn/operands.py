@@ -1,7 +1,8 @@
-"""What an implementation of an attention operation is given; ``results.py`` has what it gives back.
+"""The inputs of an implementation of an attention operation; its outputs are in ``results.py``.
 
-Each is a frozen dataclass, so that an operation has a handful of arguments. The arguments of the registered ops are the
-fields of these and of :class:`~maskattn.options.Options`, in order. On the lowest floor, because the kernels take them.
+They are grouped into frozen dataclasses, so that an operation has only a few arguments. The arguments of the registered
+ops are the fields of these and of :class:`~maskattn.options.Options`, in order. The module is on the lowest level,
+because the kernels import it.
 
 Dimension key: B sequences, N grid tokens (Nq of the queries), Tq and Tk packed query and key tokens, R readout queries,
 H heads, D head width, K classes.
@@ -34,11 +35,11 @@ class QKV:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where the sequences of packed queries and keys begin and end.
+    """The boundaries of the sequences of packed queries and keys.
 
     Attributes:
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, the first token of each sequence, ending with Tq or Tk.
-        max_seqlen_q, max_seqlen_k: no sequence is longer.
+        max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths.
     """
 
     cu_seqlens_q: Int[Tensor, "B_plus_1"]
@@ -49,11 +50,11 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Mask:
-    """Which tokens of dense tensors take part.
+    """The tokens of dense tensors that take part.
 
     Attributes:
         keep: (B, N) bool, True = the token takes part.
-        skip_queries: only kept tokens ask, which needs Nq = N; otherwise every query attends to the kept keys.
+        skip_queries: whether only kept tokens are queries (then Nq = N), or every query attends to the kept keys.
     """
 
     keep: Bool[Tensor, "B N"]
@@ -62,11 +63,11 @@ class Mask:
 
 @dataclass(frozen=True)
 class KeySequences:
-    """Where the sequences of a readout's packed keys begin and end; each has R queries.
+    """The boundaries of the sequences of a readout's packed keys; each sequence has R queries.
 
     Attributes:
         cu_seqlens: (B + 1,) int32, the first token of each sequence, ending with Tk.
-        max_seqlen: no sequence is longer.
+        max_seqlen: an upper bound of the sequences' lengths.
     """
 
     cu_seqlens: Int[Tensor, "B_plus_1"]
@@ -78,8 +79,8 @@ class ClassGradients:
     """A readout, and the gradient of each class's score with respect to it.
 
     Attributes:
-        out, lse: (B, R, H, D) and (B, R, H), what the readout returned.
-        grad_out: (K, B, R, H, D).
+        out, lse: (B, R, H, D) and (B, R, H), the results of the readout.
+        grad_out: (K, B, R, H, D), the gradients.
     """
 
     out: Float[Tensor, "B R H D"]
@@ -89,7 +90,7 @@ class ClassGradients:
 
 @dataclass(frozen=True)
 class Origins:
-    """What keys and values are where the tokens they are made of are 0: (H, D) or (T, H, D), None for 0."""
+    """The keys and values of tokens of 0: (H, D) or (T, H, D), None for 0."""
 
     key_origin: Float[Tensor, "..."] | None = None
     value_origin: Float[Tensor, "..."] | None = None

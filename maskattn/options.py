@@ -1,8 +1,8 @@
-"""The options of the attention operations: one list, which everything else reads.
+"""The options of the attention operations, in one list that everything else derives from.
 
-The schemas of the registered ops, what is saved for backward, which gradients come back and in which order, and what an
-implementation is refused for lacking all follow from the fields of :class:`Options`. It lies on the lowest floor,
-because the kernels take it.
+The schemas of the registered ops, the tensors saved for backward, the gradients and their order, and the features that
+an implementation must support all follow from the fields of :class:`Options`. The module is on the lowest level,
+because the kernels import it.
 
 Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, R readout queries, H heads.
 """
@@ -24,7 +24,7 @@ EVERYWHERE = (*ATTENTION, "token_relevance")
 
 
 class Rule(NamedTuple):
-    """What a number must be: ``must_be`` in words, whether one ``holds``, and the ``remedy`` where it does not."""
+    """The rule for a number: ``must_be`` in words, the predicate ``holds``, and the ``remedy`` for a violation."""
 
     must_be: str
     holds: Callable[[float], bool]
@@ -38,14 +38,14 @@ def option(
     operations: tuple[str, ...] = EVERYWHERE,
     rule: Rule | None = None,
 ) -> dict[str, Any]:
-    """What there is to know of a field of :class:`Options`; its default is the value with which nothing is asked for.
+    """Return the metadata of a field of :class:`Options`; the field's default is the value that has no effect.
 
     Args:
-        named: how error messages speak of it; None for the field's own name.
-        differentiable: whether it has a gradient, then a field of :class:`~maskattn.results.Gradients` and of
-            ``Tangents`` too.
-        operations: the operations that have it.
-        rule: of an option that is a number.
+        named: its name in error messages; None for the field's own name.
+        differentiable: whether it has a gradient, and thus a field of :class:`~maskattn.results.Gradients` and of
+            :class:`~maskattn.results.Tangents`.
+        operations: the operations that have the option.
+        rule: the rule for an option that is a number.
     """
     return {"named": named, "differentiable": differentiable, "operations": operations, "rule": rule}
 
@@ -55,16 +55,16 @@ _SHARE = Rule("in [0, 1)", lambda x: 0 <= x < 1, "0 drops nothing")
 
 @dataclass(frozen=True)
 class Options:
-    """How scores are made of q·k, and which weights are dropped.
+    """The terms of the scores besides q·k, and the dropout of the weights.
 
     Attributes:
-        scale: multiplies q·k.
-        key_bias: added to the scores of its key: (Tk,) or (Tk, H); of dense tensors (B, N) or (B, H, N).
-        slopes: (H,), the heads' slopes of two-dimensional ALiBi; None for none.
-        coords_q, coords_k: positions of the tokens, given with ``slopes``: (Tq, 2) and (Tk, 2), of dense tensors
-            (B, Nq, 2) and (B, N, 2), of a readout's queries (B, R, 2). NaN stands for a token without a position (class
-            token, register), at distance 0 from all.
-        dropout_p: share of the weights that count as 0, in [0, 1); the others are divided by 1 − dropout_p.
+        scale: factor of q·k.
+        key_bias: added to the scores of its key: (Tk,) or (Tk, H); for dense tensors (B, N) or (B, H, N).
+        slopes: (H,), the heads' slopes of two-dimensional ALiBi; None disables it.
+        coords_q, coords_k: positions of the tokens, given with ``slopes``: (Tq, 2) and (Tk, 2), for dense tensors
+            (B, Nq, 2) and (B, N, 2), for a readout's queries (B, R, 2). NaN marks a token without a position (class
+            token, register), which has distance 0 from all tokens.
+        dropout_p: share of the weights that are set to 0, in [0, 1); the others are divided by 1 − dropout_p.
         dropout_seed: (1,) int64 on q's device, given with ``dropout_p`` > 0; see ``maskattn.dropout``.
     """
 
@@ -81,7 +81,7 @@ RULES: dict[str, Rule] = {x.name: x.metadata["rule"] for x in fields(Options) if
 
 
 def differentiable(kind: type[Options] = Options) -> tuple[str, ...]:
-    """Names of the options that have a gradient, in their order."""
+    """Return the names of the options that have a gradient, in their order."""
     return tuple(x.name for x in fields(kind) if x.metadata.get("differentiable"))
 
 
@@ -89,5 +89,5 @@ DIFFERENTIABLE = differentiable()
 
 
 def is_given(value: Any, default: Any) -> bool:
-    """Whether an option asks for something: a tensor always does."""
+    """Return whether an option differs from its default; a tensor always does."""
     return value is not default and (isinstance(value, Tensor) or value != default)

@@ -1,11 +1,12 @@
 """Packing: from a ``keep`` mask to the rows of the tokens that take part, and back.
 
-A batch of B sequences of N tokens is *packed* by laying the kept tokens of all sequences end to end as T rows. The
-spelling of ``cu_seqlens`` and ``max_seqlen`` is the flash-attention family's. Packing and unpacking are one launch each
-on a GPU and one pass of the C++ extension on the CPU, or torch's own functions where these are quicker or the extension
-was not built; registered as ``maskattn::gather_rows`` and ``maskattn::scatter_rows``, each the gradient of the other.
+A batch of B sequences of N tokens is *packed* by concatenating the kept tokens of all sequences into T rows. The names
+``cu_seqlens`` and ``max_seqlen`` are those of FlashAttention. Packing and unpacking each take one kernel launch on a
+GPU and one pass of the C++ extension on the CPU; torch's own functions are used where they are faster or the extension
+was not built. They are registered as ``maskattn::gather_rows`` and ``maskattn::scatter_rows``, each the gradient of the
+other.
 
-Dimension key: B sequences, N tokens of each, T packed tokens, C whatever follows (channels, or heads and width).
+Dimension key: B sequences, N tokens of each, T packed tokens.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ __all__ = ["Packing", "gather_rows", "is_jit_traced", "pack", "packing_and_answe
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the kept tokens of a batch lie.
+    """The positions of the kept tokens of a batch.
 
     Attributes:
         indices: (T,) int64, the row of each kept token in the batch flattened to (B·N, ...), ascending.
-        cu_seqlens: (B + 1,) int32, where each sequence starts among the T rows; the last entry is T.
-        max_seqlen: the longest sequence, in tokens.
+        cu_seqlens: (B + 1,) int32, the first of the T rows of each sequence; the last entry is T.
+        max_seqlen: length of the longest sequence, in tokens.
         batch_size: B.
         num_tokens: N, tokens of each sequence before packing.
-        row_of_token: (B·N,) int32, the inverse of ``indices``: which of the T rows each token is, −1 if it is not kept.
-            Made from ``indices`` where it is not given, without waiting for the device.
+        row_of_token: (B·N,) int32, the inverse of ``indices``: the row of each token among the T, −1 if it is not kept.
+            Computed from ``indices`` if it is not given, without synchronising with the device.
     """
 
     indices: Int[Tensor, "T"]
@@ -57,19 +58,19 @@ class Packing:
 
     @classmethod
     def from_keep(cls, keep_BN: Bool[Tensor, "B N"]) -> Packing:
-        """Read a mask of kept tokens.
+        """Build the packing of a mask of kept tokens.
 
-        A CUDA mask costs one wait for the device: the number of kept tokens, which is the size of ``indices``, and the
-        longest sequence, which launches need. Nothing else here or in :func:`pack` and :func:`unpack` waits. A mask
-        born on the CPU can be packed there and moved with :meth:`to` without a wait.
+        A CUDA mask costs one synchronisation with the device, which reads the number of kept tokens (the size of
+        ``indices``) and the longest sequence (which launches need). Nothing else here or in :func:`pack` and
+        :func:`unpack` synchronises. A mask on the CPU can be packed there and moved with :meth:`to` without one.
 
         Args:
             keep_BN: (B, N) bool, True = the token takes part.
 
         Raises:
             TypeError: the mask is not boolean.
-            ValueError: the mask has not two dimensions, or no numbers (meta device, ``torch.vmap``), or
-                ``torch.jit.trace`` would freeze them.
+            ValueError: the mask does not have two dimensions, has no values to read (meta device, ``torch.vmap``), or
+                is traced by ``torch.jit.trace``, which would freeze them.
         """
         return _read_mask(keep_BN)
 
@@ -80,11 +81,11 @@ class Packing:
 
     @property
     def sequence_of_token(self) -> Int[Tensor, "T"]:
-        """(T,) int64, the sequence to which each packed row belongs; no wait for the device."""
+        """(T,) int64, the sequence of each packed row; computed without synchronising with the device."""
         return torch.div(self.indices, self.num_tokens, rounding_mode="floor")
 
     def to(self, device: torch.device | str) -> Packing:
-        """The same packing with its tensors on another device."""
+        """Return the same packing with its tensors on another device."""
         row_of_token, cu_seqlens = self.row_of_token, self.cu_seqlens.to(device, non_blocking=True)
         known = known_lengths(self.cu_seqlens)
         if known is not None:
@@ -110,7 +111,7 @@ def pack(x: Shaped[Tensor, "B N *rest"], packing: Packing) -> Shaped[Tensor, "T 
     """
     if tuple(x.shape[:2]) != (packing.batch_size, packing.num_tokens):
         raise ValueError(
-            f"pack needs x of shape (B, N, ...) = ({packing.batch_size}, {packing.num_tokens}, ...) as the packing "
+            f"pack needs x of shape (B, N, ...) = ({packing.batch_size}, {packing.num_tokens}, ...), as the packing "
             f"was made for, got x.shape={tuple(x.shape)}; build the Packing from this batch's own keep mask"
         )
     return gather_rows(x.flatten(0, 1), packing.indices, _rows_of_tokens(packing))
@@ -118,10 +119,10 @@ def pack(x: Shaped[Tensor, "B N *rest"], packing: Packing) -> Shaped[Tensor, "T 
 
 @leaf_function
 def unpack(rows: Shaped[Tensor, "T *rest"], packing: Packing) -> Shaped[Tensor, "B N *rest"]:
-    """Scatter T packed rows to their places in the batch: (T, ...) → (B, N, ...); every other row is 0.
+    """Scatter T packed rows to their positions in the batch: (T, ...) → (B, N, ...); every other row is 0.
 
     Raises:
-        ValueError: ``rows`` has not one row for each kept token.
+        ValueError: ``rows`` does not have one row for each kept token.
     """
     if rows.shape[0] != packing.total:
         raise ValueError(
@@ -164,7 +165,7 @@ def _(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     return rows.new_empty((row_of_token.shape[0], *rows.shape[1:]))
 
 
-def _save_places(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save_positions(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
@@ -184,44 +185,44 @@ def _scatter_tangent(ctx: Any, moved: Tensor, *_: None) -> Tensor:
     return scatter_rows(moved, *ctx.saved_tensors)
 
 
-def _map_rows(call: Any, info: Any, in_dims: tuple[int | None, ...], x: Tensor, *places: Tensor) -> tuple[Tensor, int]:
-    """Samples that share their places are channels of the rows; others are taken one by one."""
+def _map_rows(call: Any, info: Any, in_dims: tuple[int | None, ...], x: Tensor, *shared: Tensor) -> tuple[Tensor, int]:
+    """Treat samples with the same positions as channels of the rows, and process others one by one."""
     if in_dims[0] is not None and in_dims[1:] == (None, None):
-        return call(x.movedim(in_dims[0], 1), *places), 1
-    return take_one_by_one(call, info, in_dims, x, *places)
+        return call(x.movedim(in_dims[0], 1), *shared), 1
+    return take_one_by_one(call, info, in_dims, x, *shared)
 
 
-_gather.register_autograd(_gather_back, setup_context=_save_places)
-_scatter.register_autograd(_scatter_back, setup_context=_save_places)
-_gather_transformable = transformable(_gather, _save_places, _gather_back, _gather_tangent, _map_rows)
-_scatter_transformable = transformable(_scatter, _save_places, _scatter_back, _scatter_tangent, _map_rows)
+_gather.register_autograd(_gather_back, setup_context=_save_positions)
+_scatter.register_autograd(_scatter_back, setup_context=_save_positions)
+_gather_transformable = transformable(_gather, _save_positions, _gather_back, _gather_tangent, _map_rows)
+_scatter_transformable = transformable(_scatter, _save_positions, _scatter_back, _scatter_tangent, _map_rows)
 
 
 def gather_rows(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
-    """(rows, ...) → (T, ...): the rows at ``indices`` (T,), whose inverse is ``row_of_token`` (rows,)."""
+    """Gather the rows at ``indices`` (T,), whose inverse is ``row_of_token`` (rows,): (rows, ...) → (T, ...)."""
     return _gather_transformable(x, indices, row_of_token)
 
 
 def scatter_rows(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
-    """(T, ...) → (rows, ...): the rows put to ``indices`` (T,), whose inverse is ``row_of_token``; zeros elsewhere."""
+    """Scatter rows to ``indices`` (T,), whose inverse is ``row_of_token``: (T, ...) → (rows, ...); zeros elsewhere."""
     return _scatter_transformable(rows, indices, row_of_token)
 
 
 @leaf_function
 def _read_mask(keep_BN: Tensor) -> Packing:
-    """See :meth:`Packing.from_keep`; a function of its own, which ``torch.fx`` can name."""
+    """Implement :meth:`Packing.from_keep` as a module-level function, which ``torch.fx`` can name."""
     return _pack_mask(keep_BN, None)[0]
 
 
 def packing_and_answer(keep_BN: Bool[Tensor, "B N"], question: Bool[Tensor, ""]) -> tuple[Packing, bool]:
-    """:meth:`Packing.from_keep` of a mask, and what a bool on its device says, with one wait for both."""
+    """Build the packing of a mask, and read a bool on its device, with one synchronisation for both."""
     if torch.compiler.is_compiling():
         return _read_mask(keep_BN), bool(question)
     return _pack_mask(keep_BN, question)
 
 
 def _pack_mask(keep_BN: Tensor, question: Tensor | None) -> tuple[Packing, bool]:
-    """The packing of a mask, and the answer to a question, False to none."""
+    """Return the packing of a mask and the answer to ``question``; False without a question."""
     _check_keep(keep_BN)
     if not torch.compiler.is_compiling() and has_extension():
         found = native_packing.kept_tokens(keep_BN)
@@ -239,7 +240,7 @@ def _pack_mask(keep_BN: Tensor, question: Tensor | None) -> tuple[Packing, bool]
     answer = question is not None and bool(counts.pop())
     total = sum(counts)
     note_lengths(cu_seqlens, total, max(counts, default=0))
-    # Like kept.nonzero(), which would wait for the device again; background goes to one row past the end.
+    # Like kept.nonzero(), which would synchronise again; background is written to one row past the end.
     tokens = torch.arange(kept.shape[0], device=kept.device)
     indices = tokens.new_empty(total + 1).scatter_(0, row.where(kept, total).long(), tokens)[:total]
     packing = Packing(
@@ -254,7 +255,7 @@ def _pack_mask(keep_BN: Tensor, question: Tensor | None) -> tuple[Packing, bool]
 
 
 def _has_kernels(device: torch.device) -> bool:
-    """Whether the kernels run there: on a GPU, or on the CPU where someone has imported Triton to interpret them."""
+    """Return whether the kernels run there: on a GPU, or on the CPU if Triton has been imported to interpret them."""
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return False
@@ -266,18 +267,18 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _rows_of_tokens(packing: Packing) -> Tensor:
-    assert packing.row_of_token is not None  # made with the packing
+    assert packing.row_of_token is not None  # __post_init__ sets it
     return packing.row_of_token
 
 
 def _read(lengths: Tensor, keep_BN: Tensor) -> list[int]:
-    """The number of kept tokens of each sequence; it is data, which the meta device and torch.vmap do not have."""
+    """Read lengths on the host, which is impossible on the meta device and under torch.vmap."""
     meta = keep_BN.device.type == "meta"
     if not torch.compiler.is_compiling() and (meta or is_mapped(lengths)):
         where = "keep.device=meta" if meta else "a mask that torch.vmap maps over"
         raise ValueError(
             f"Packing.from_keep needs to read the mask, because its kept tokens become rows, got {where}; "
-            "make the Packing outside, or use masked_attention, which takes the mask itself"
+            "build the Packing outside, or use masked_attention, which takes the mask itself"
         )
     return lengths.tolist()
 
@@ -292,11 +293,12 @@ def _check_keep(keep_BN: Tensor) -> None:
         raise ValueError(f"keep must have shape (B, N), got keep.shape={tuple(keep_BN.shape)}; flatten the grid first")
     if is_jit_traced():
         raise ValueError(
-            "the kept tokens become rows, whose number torch.jit.trace would freeze, got a mask under it; export the "
-            "model with torch.export, use masked_attention, which takes the mask itself, or trace without a mask"
+            "a mask cannot be packed under torch.jit.trace, which would freeze the number of kept tokens, got one; "
+            "export the model with torch.export, use masked_attention, which takes the mask itself, or trace without a "
+            "mask"
         )
 
 
 def is_jit_traced() -> bool:
-    """Whether ``torch.jit.trace`` is at work."""
+    """Return whether ``torch.jit.trace`` is active."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""What an implementation of an attention operation gives back, and how results and inputs change together.
+"""The outputs of an implementation of an attention operation, and the gradients and tangents of outputs and inputs.
 
-Each is a frozen dataclass, as those of ``operands.py``.
+They are grouped into frozen dataclasses, like the inputs in ``operands.py``.
 
 Dimension key: B sequences, Nq queries of dense tensors, Tq packed queries, T packed tokens, R readout queries, H heads.
 """
@@ -18,14 +18,14 @@ __all__ = ["Gradients", "OutputGradients", "Outputs", "ReadoutGradients", "Reado
 
 @dataclass(frozen=True)
 class Outputs:
-    """What forward returns, and leaves for backward.
+    """The results of forward, some of which backward needs.
 
     Attributes:
-        out: of q's shape and dtype; 0 for a query without keys.
+        out: the output, of q's shape and dtype; 0 for a query without keys.
         lse: the log-sum-exp of each query's scores, −inf for a query without keys, in float32 (float64 for float64):
-            (H, Tq), (B, H, Nq), or of a readout (B, R, H).
-        lse_rest: of lse's shape and dtype, what rounding took from lse, where the implementation's ``WITH_REST`` says
-            so; of no elements otherwise.
+            (H, Tq), (B, H, Nq), or (B, R, H) for a readout.
+        lse_rest: the rounding error of lse, of the same shape and dtype, for calls with an option in the
+            implementation's ``WITH_REST``; otherwise a tensor without elements.
     """
 
     out: Float[Tensor, "..."]
@@ -35,14 +35,14 @@ class Outputs:
 
 @dataclass(frozen=True)
 class ReadoutOutputs(Outputs):
-    """With the attention rows (R, H, T), the softmax weights before dropout; (R, H, 0) where not asked for."""
+    """The results of a readout; ``rows`` (R, H, T) are the softmax weights before dropout, (R, H, 0) if unwanted."""
 
     rows: Float[Tensor, "R H T"]
 
 
 @dataclass(frozen=True)
 class OutputGradients:
-    """Gradients of what forward returned, shaped as :class:`Outputs` are; None for zeros."""
+    """Gradients of the results of forward, of the shapes in :class:`Outputs`; None stands for zeros."""
 
     grad_out: Float[Tensor, "..."]
     grad_lse: Float[Tensor, "..."] | None
@@ -50,16 +50,16 @@ class OutputGradients:
 
 @dataclass(frozen=True)
 class ReadoutGradients(OutputGradients):
-    """With the gradient of the attention rows (R, H, T); None for zeros."""
+    """Gradients of the results of a readout: also of the attention rows (R, H, T); None stands for zeros."""
 
     grad_rows: Float[Tensor, "R H T"] | None
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of an operation's inputs, shaped as these are; None for what was not given.
+    """Gradients of an operation's inputs, of the inputs' shapes; None for inputs that were not given.
 
-    After q, k and v come the differentiable fields of :class:`~maskattn.options.Options`, by their names.
+    The fields after q, k and v are the differentiable fields of :class:`~maskattn.options.Options`.
     """
 
     q: Float[Tensor, "..."]
@@ -71,7 +71,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Tangents:
-    """Tangents of an operation's inputs, with the fields of :class:`Gradients`; None for what does not move."""
+    """Tangents of an operation's inputs, with the fields of :class:`Gradients`; None stands for zeros."""
 
     q: Float[Tensor, "..."] | None = None
     k: Float[Tensor, "..."] | None = None

@@ -1,7 +1,7 @@
-"""Shape annotations: jaxtyping's where it is installed, the bare array type where it is not.
+"""Shape annotations: jaxtyping's if it is installed, otherwise the bare array type.
 
-``Float[Tensor, "T H D"]`` documents and, under the tests, checks dtype family and shape. The core needs torch and
-numpy alone, so without jaxtyping the subscript gives back its first argument.
+``Float[Tensor, "T H D"]`` documents dtype family and shape, and the tests check them. The core needs only torch and
+numpy, so without jaxtyping the subscript returns its first argument.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The names of torchvision's compiled operators, for where a torchvision is installed that another torch was built for.
+"""The names of torchvision's compiled operators, for a torchvision that was built for another version of torch.
 
-Such a torchvision fails to import, and timm and torchmetrics with it, since torch does not know its operators. Nothing
-here or there runs them: their names are all that an import takes.
+Importing such a torchvision fails, and timm and torchmetrics with it, since torch does not know its operators. The
+operators are not called, so defining their names is enough for the import.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OPERATORS = (
 
 
 def name_operators() -> torch.library.Library:
-    """Make the names known to torch that it does not know; they go with the library that is returned."""
+    """Define the operators that torch does not know; they exist as long as the returned library."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in _OPERATORS:
         if not hasattr(torch.ops.torchvision, name):

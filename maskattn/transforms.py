@@ -1,9 +1,9 @@
-"""The rules for ``torch.func`` and forward-mode AD of a registered operation: tangent, vmap, or a refusal.
+"""Support of registered operations for ``torch.func`` and forward-mode AD: tangent, vmap, or a refusal.
 
-torch runs a ``torch.library`` operation under neither: forward-mode AD would give tangents of 0 without a word. While
-one of them is at work the operation is called as a ``torch.autograd.Function`` that has both; otherwise, and in what
-``torch.compile`` traces, as it is. A tangent that reaches the operation itself, called through ``torch.ops`` or in
-compiled code, is refused.
+A ``torch.library`` operation supports neither; forward-mode AD would silently give tangents of 0. While one of them is
+active, the operation is therefore called as a ``torch.autograd.Function`` that supports both; otherwise, and in traces
+of ``torch.compile``, it is called directly. A tangent that reaches the operation itself, called through ``torch.ops``
+or in compiled code, is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["is_mapped", "is_transformed", "refuse", "take_one_by_one", "transfor
 
 Call = Callable[..., Any]
 
-# Where a tangent can still be seen. The alias "Autograd" has torch's own kernel, which stays there, unchanged.
+# The keys at which a tangent is still visible. The alias "Autograd" keeps torch's own kernel.
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradXPU", "AutogradMPS", "AutogradPrivateUse1")
 _library = Library("maskattn", "FRAGMENT")
 
@@ -35,15 +35,16 @@ def transformable(
     tangent: Call,
     vmap: Call | None = None,
 ) -> Call:
-    """The operation, also under ``torch.func`` and forward-mode AD.
+    """Return the operation with support for ``torch.func`` and forward-mode AD.
 
     Args:
-        operation: takes tensors and constants, returns a tensor or a tuple of tensors.
-        save: called as save(ctx, inputs, output), as ``torch.library.register_autograd`` has it.
-        backward: called as backward(ctx, *gradients of the outputs), as an autograd function's is.
-        tangent: called as tangent(ctx, *tangents of the inputs), None for those without; returns the outputs'.
-        vmap: called as vmap(call, info, in_dims, *inputs), see ``torch.library.register_vmap``; None takes the samples
-            one after another.
+        operation: a function of tensors and constants that returns a tensor or a tuple of tensors.
+        save: called as save(ctx, inputs, output), as in ``torch.library.register_autograd``.
+        backward: called as backward(ctx, *gradients of the outputs), as in an autograd function.
+        tangent: called as tangent(ctx, *tangents of the inputs), with None for inputs without one; returns the tangents
+            of the outputs.
+        vmap: called as vmap(call, info, in_dims, *inputs), see ``torch.library.register_vmap``; None processes the
+            samples one by one.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -54,22 +55,22 @@ def transformable(
 
 
 def refuse(operation: Call, reason: Call, always: bool = False) -> Call:
-    """The operation as one whose derivative is refused.
+    """Return the operation with a derivative that raises.
 
     Args:
-        operation: as for :func:`transformable`.
-        reason: raises; called with anything.
-        always: also outside of transforms.
+        operation: as in :func:`transformable`.
+        reason: a function of any arguments that raises the error.
+        always: whether the operation runs as an autograd function outside of transforms, too.
     """
 
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is needed to refuse."""
+        """Save nothing, because the derivative is refused."""
 
     return _routed(operation, save_nothing, reason, reason, None, None if always else operation)
 
 
 def is_transformed(args: tuple[Any, ...]) -> bool:
-    """Whether ``torch.func`` is at work, or one of the tensors has a tangent."""
+    """Return whether a transform of ``torch.func`` is active, or one of the tensors has a tangent."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():
@@ -78,7 +79,7 @@ def is_transformed(args: tuple[Any, ...]) -> bool:
 
 
 def is_mapped(x: Tensor) -> bool:
-    """Whether ``torch.vmap`` maps over the tensor, so that its numbers cannot be read."""
+    """Return whether ``torch.vmap`` maps over the tensor, so that its values cannot be read."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
@@ -90,27 +91,27 @@ def is_mapped(x: Tensor) -> bool:
 
 
 def _any_tangent(args: tuple[Any, ...]) -> bool:
-    # Outside of every level there is none: most calls end here.
+    # Without an active level there are no tangents: most calls end here.
     return forward_ad._current_level >= 0 and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
     )
 
 
 def _refuse_tangents(operation: CustomOpDef) -> None:
-    """Where torch would run the operation on a tensor that has a tangent, and drop this, raise instead."""
+    """Make direct calls of the operation raise for a tensor with a tangent, which torch would silently drop."""
     for key in _AUTOGRAD_KEYS:
         _library.impl(operation._qualname.partition("::")[2], _guarded(operation), key, with_keyset=True)
 
 
 def _guarded(operation: CustomOpDef) -> Call:
-    # What torch has there. To ask the dispatcher for it would turn all arguments to C++ and back once more.
+    # torch's own kernel. Calling it through the dispatcher would convert all arguments to C++ and back once more.
     run = make_autograd_impl(operation._opoverload, operation)
 
     def call(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         if _any_tangent(args):
             raise NotImplementedError(
                 "an operation called through torch.ops or under torch.compile has no forward-mode derivative, got a "
-                f"tangent in {operation._qualname}; call the functions of maskattn, uncompiled"
+                f"tangent in {operation._qualname}; call the functions of maskattn without torch.compile"
             )
         return run(keys, *args)
 
@@ -148,7 +149,7 @@ def _routed(
 
 
 def take_one_by_one(call: Call, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    """The vmap of a call that is made once for each sample."""
+    """Implement vmap by one call for each sample."""
     samples = [
         call(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)

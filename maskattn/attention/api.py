@@ -49,24 +49,24 @@ def packed_attention(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "Tq H D"] | tuple[Float[Tensor, "Tq H D"], Float[Tensor, "H Tq"]]:
-    """Attention within each of B packed sequences; query and key sequences may differ in length, and be empty.
+    """Attention within each of B packed sequences; query and key sequences may differ in length or be empty.
 
     A query whose sequence has no key gives 0, lse −inf and gradient 0. Under ``torch.autocast`` q, k and v are cast to
-    its dtype, as torch casts those of ``scaled_dot_product_attention``.
+    its dtype, as for ``scaled_dot_product_attention``.
 
     Args:
         q: (Tq, H, D) float.
         k, v: (Tk, H, D), of q's dtype and device.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, the first token of each sequence, ending with Tq or Tk. In place of
-            these and of the two below: the ``Packing`` of queries and keys, or a pair of one for each.
-        max_seqlen_q, max_seqlen_k: no sequence is longer.
-        scale: factor of the scores, 1/√D if None.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, the first token of each sequence, ending with Tq or Tk. A
+            ``Packing`` of queries and keys, or a pair with one for each, replaces these and the two below.
+        max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths.
+        scale: factor of the scores; None is 1/√D.
         key_bias: (Tk,) or (Tk, H), added to the scores of its key; differentiable. A key with −inf takes no part;
-            +inf and NaN make NaN of the queries that see the key.
-        coords: (T, 2), the position of each token, or a pair (Tq, 2), (Tk, 2) where queries and keys differ:
-            two-dimensional ALiBi, −slope·distance added to the scores. A token without a position (class token,
-            register) is a row of NaN and at distance 0 from all. Not differentiable.
-        slopes: (H,), per unit of ``coords``; given with them; differentiable.
+            +inf and NaN give NaN for all queries that see the key.
+        coords: (T, 2), the position of each token, or a pair (Tq, 2), (Tk, 2) if queries and keys differ:
+            two-dimensional ALiBi, which adds −slope·distance to the scores. A token without a position (class token,
+            register) is a row of NaN and has distance 0 from all tokens. Not differentiable.
+        slopes: (H,), per unit of ``coords``; required with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1); drawn from torch's generator of the device.
         return_lse: also return the log-sum-exp of the scores, (H, Tq), differentiable.
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
@@ -112,7 +112,7 @@ def masked_attention(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "B H Nq D"] | tuple[Float[Tensor, "B H Nq D"], Float[Tensor, "B H Nq"]]:
-    """Attention over the kept keys of dense tensors, laid out as for torch's ``scaled_dot_product_attention``.
+    """Attention over the kept keys of dense tensors, in the layout of torch's ``scaled_dot_product_attention``.
 
     Background rows of k and v (and of q, if ``skip_queries``) are never read; their outputs and gradients are 0. Under
     ``torch.autocast`` q, k and v are cast to its dtype.
@@ -121,14 +121,14 @@ def masked_attention(
         q: (B, H, Nq, D) float; Nq = N if ``skip_queries``.
         k, v: (B, H, N, D), of q's dtype and device.
         keep: (B, N) bool, True = the token takes part.
-        scale: factor of the scores, 1/√D if None.
+        scale: factor of the scores; None is 1/√D.
         key_bias: (B, N) or (B, H, N), added to the scores of its key; differentiable. A key with −inf takes no part.
         coords: (N, 2) or (B, N, 2), the position of each token, or a pair (of queries, of keys); see
             :func:`packed_attention`.
-        slopes: (H,), per unit of ``coords``; given with them; differentiable.
+        slopes: (H,), per unit of ``coords``; required with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1).
-        skip_queries: background queries give 0 and lse −inf. False: every query attends to the kept keys, as
-            ``nn.MultiheadAttention`` has it with ``key_padding_mask``.
+        skip_queries: whether background queries are skipped (output 0, lse −inf) or attend to the kept keys like all
+            others, as in ``nn.MultiheadAttention`` with ``key_padding_mask``.
         return_lse: also return the log-sum-exp of the scores, (B, H, Nq), differentiable.
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
@@ -173,11 +173,11 @@ def readout(
         q: (B, R, H, D) float, 1 ≤ R ≤ 16.
         k, v: (T, H, D), of q's dtype and device.
         cu_seqlens: (B + 1,) int32, the first token of each key sequence, ending with T.
-        max_seqlen: no sequence is longer.
-        scale: factor of the scores, 1/√D if None.
+        max_seqlen: an upper bound of the sequences' lengths.
+        scale: factor of the scores; None is 1/√D.
         key_bias: (T,) or (T, H), added to the scores of its key; differentiable. A key with −inf takes no part.
-        coords: the positions of the queries (B, R, 2) and of the keys (T, 2), a pair; see :func:`packed_attention`.
-        slopes: (H,), per unit of ``coords``; given with them; differentiable.
+        coords: a pair, the positions of the queries (B, R, 2) and of the keys (T, 2); see :func:`packed_attention`.
+        slopes: (H,), per unit of ``coords``; required with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1).
         return_rows: also return the attention rows (R, H, T): the softmax weight of token t for query r of its
             sequence, before dropout; differentiable.
@@ -185,7 +185,7 @@ def readout(
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
     Returns:
-        out (B, R, H, D); followed by rows and lse, in this order, where asked.
+        out (B, R, H, D), followed by rows and lse, in this order, if requested.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``impl`` lacks a feature of the call.
@@ -224,18 +224,19 @@ def token_relevance(
     slopes: Float[Tensor, "H"] | None = None,
     impl: str | None = None,
 ) -> Float[Tensor, "K T"]:
-    """The relevance of every token for every class, where the classes' scores read a :func:`readout` alone.
+    """The relevance of every token for every class, for scores that depend only on a :func:`readout`.
 
-    It is the derivative of score c as token t is scaled, S_ct = Σ_j x_tj ∂f_c/∂x_tj for the x whose keys and values
-    these are, in closed form: one pass over k and v for all classes, no graph. Not differentiable.
+    It is the derivative of score c as token t is scaled, S_ct = Σ_j x_tj ∂f_c/∂x_tj, where x are the tokens from which
+    keys and values are computed. The closed form takes one pass over k and v for all classes, and no graph. Not
+    differentiable.
 
     Args:
-        q, k, v, cu_seqlens, max_seqlen, scale, key_bias, coords, slopes: what the readout was given.
-        out, lse: what it returned, (B, R, H, D) and (B, R, H). What float32 rounds away of an lse beyond ±128 is
-            computed again for tensors on the CPU; elsewhere weights are then off by a factor of up to e^(2⁻²⁴·|lse|).
+        q, k, v, cu_seqlens, max_seqlen, scale, key_bias, coords, slopes: the arguments of the readout.
+        out, lse: the results of the readout, (B, R, H, D) and (B, R, H). For an lse beyond ±128, the rounding error of
+            float32 is corrected on the CPU; on other devices weights are then off by a factor of up to e^(2⁻²⁴·|lse|).
         grad_out: (K, B, R, H, D), the gradient of each class's score with respect to ``out``.
-        key_origin, value_origin: (H, D) or (T, H, D), what keys and values are where x is 0: the biases of affine maps.
-            In general k minus the derivative of k along x. None for 0.
+        key_origin, value_origin: (H, D) or (T, H, D), keys and values of tokens x = 0: the biases of affine maps. In
+            general, k minus the derivative of k along x. None for 0.
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
     Returns:
@@ -251,7 +252,7 @@ def token_relevance(
     T = k.shape[0]
     for name, x, shape in (("out", out, (B, R, H, D)), ("lse", lse, (B, R, H))):
         if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must be what readout returned, {shape}, got {name}.shape={tuple(x.shape)}")
+            raise ValueError(f"{name} must be readout's, of shape {shape}, got {name}.shape={tuple(x.shape)}")
     if grad_out.ndim != 5 or tuple(grad_out.shape[1:]) != (B, R, H, D):
         raise ValueError(
             f"grad_out must have shape (K, B, R, H, D) = (K, {B}, {R}, {H}, {D}), got {tuple(grad_out.shape)}; "
@@ -268,7 +269,7 @@ def token_relevance(
     options = _options(q, scale, key_bias, slopes, positions, 0.0)
     tensors: tuple[Tensor | None, ...] = q, k, v, out, lse, grad_out.to(q.dtype), key_origin, value_origin, cu_seqlens
     impl = choose(impl, q, options)
-    if not is_transformed(tensors):  # where a derivative is refused instead
+    if not is_transformed(tensors):  # under a transform, a derivative is refused instead
         tensors = tuple(None if x is None else x.detach() for x in tensors)
     return operations.token_relevance(*tensors, max_seqlen, *ops.flat_options(options), impl)
 
@@ -289,7 +290,7 @@ def _options(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as ``torch.autocast`` casts what goes into torch's attention; float64 stays."""
+    """The tensors cast as ``torch.autocast`` casts the inputs of torch's attention; float64 stays."""
     kind = tensors[0].device.type
     if not ops.is_autocast(kind):
         return tensors

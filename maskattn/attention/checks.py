@@ -1,4 +1,4 @@
-"""Checks of the callers' arguments: each error states the rule, then what came, then the remedy."""
+"""Checks of the callers' arguments. Each error states the rule, then what came, then the remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_READOUT_QUERIES = 16
 
 
 def check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q (Tq, H, D), k and v (Tk, H, D)."""
+    """Check packed tensors: q (Tq, H, D), k and v (Tk, H, D)."""
     if q.ndim != 3 or k.shape != v.shape or k.shape[1:] != q.shape[1:]:
         raise ValueError(
             "packed attention needs q (Tq, H, D) and k, v (Tk, H, D), "
@@ -39,7 +39,7 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_dense(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q (B, H, Nq, D), k and v (B, H, N, D)."""
+    """Check dense tensors: q (B, H, Nq, D), k and v (B, H, N, D)."""
     if q.ndim != 4 or k.shape != v.shape or (k.shape[:2], k.shape[3:]) != (q.shape[:2], q.shape[3:]):
         raise ValueError(
             "masked_attention needs q (B, H, Nq, D) and k, v (B, H, N, D), "
@@ -49,7 +49,7 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_readout(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
-    """q (B, R, H, D), k and v (T, H, D), cu_seqlens (B + 1,)."""
+    """Check a readout's tensors: q (B, R, H, D), k and v (T, H, D), cu_seqlens (B + 1,)."""
     if q.ndim != 4 or not 1 <= q.shape[1] <= MAX_READOUT_QUERIES:
         raise ValueError(
             f"readout needs q (B, R, H, D) with 1 ≤ R ≤ {MAX_READOUT_QUERIES}, got q.shape={tuple(q.shape)}; "
@@ -64,29 +64,29 @@ def check_readout(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
 
 
 def check_keep(q: Tensor, k: Tensor, keep: Tensor, skip_queries: bool) -> None:
-    """keep (B, N) bool; with ``skip_queries`` the queries are the same tokens."""
+    """Check a mask: keep (B, N) bool; with ``skip_queries`` the queries are the same tokens."""
     B, N = k.shape[0], k.shape[2]
     if keep.dtype != torch.bool:
         raise TypeError(f"keep must be bool (True = the token takes part), got keep.dtype={keep.dtype}")
     if keep.shape != (B, N):
         raise ValueError(f"keep must have shape (B, N) = ({B}, {N}), got keep.shape={tuple(keep.shape)}")
     if keep.device != q.device:
-        raise ValueError(f"keep must lie on q's device {q.device}, got {keep.device}; move it with keep.to(q.device)")
+        raise ValueError(f"keep must be on q's device {q.device}, got {keep.device}; move it with keep.to(q.device)")
     if skip_queries and q.shape[2] != N:
         raise ValueError(
-            f"skip_queries=True reads keep for the queries too, so Nq must equal N={N}, got q.shape={tuple(q.shape)}; "
-            "pass skip_queries=False for cross-attention"
+            f"skip_queries=True applies keep to the queries, too, so Nq must equal N={N}, got "
+            f"q.shape={tuple(q.shape)}; pass skip_queries=False for cross-attention"
         )
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
-    """(B + 1,) int32 on q's device."""
+    """Check offsets: (B + 1,) int32 on q's device."""
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {cu_seqlens.dtype}; use Packing.cu_seqlens, or .to(torch.int32)")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} must have shape (B + 1,), got {name}.shape={tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != q.device:
-        raise ValueError(f"{name} must lie on q's device {q.device}, got {cu_seqlens.device}")
+        raise ValueError(f"{name} must be on q's device {q.device}, got {cu_seqlens.device}")
 
 
 def check_sequences(
@@ -96,10 +96,10 @@ def check_sequences(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
 ) -> tuple[Tensor, Tensor, int, int]:
-    """The four lengths, also of a Packing or of a pair of them (of queries, of keys)."""
+    """Return cu_seqlens and max_seqlen of queries and keys, given as such, as a Packing, or as a pair of Packings."""
     if not isinstance(cu_seqlens_q, Tensor):
         if not (cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None):
-            raise ValueError("a Packing has all four lengths, got others beside it; pass the Packing alone")
+            raise ValueError("a Packing includes all four lengths, got others in addition; pass only the Packing")
         of_queries, of_keys = (cu_seqlens_q, cu_seqlens_q) if isinstance(cu_seqlens_q, Packing) else cu_seqlens_q
         cu_seqlens_q, cu_seqlens_k = of_queries.cu_seqlens, of_keys.cu_seqlens
         max_seqlen_q, max_seqlen_k = of_queries.max_seqlen, of_keys.max_seqlen
@@ -108,23 +108,23 @@ def check_sequences(
         lacking = ", ".join(name for name, x in given.items() if x is None)
         raise TypeError(
             "packed_attention needs cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k, or a Packing, got no "
-            f"{lacking}; pass the Packing in their place"
+            f"{lacking}; pass the Packing instead"
         )
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     if cu_seqlens_k is not cu_seqlens_q:
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
-                "cu_seqlens_q and cu_seqlens_k must describe as many sequences, got "
+                "cu_seqlens_q and cu_seqlens_k must describe the same number of sequences, got "
                 f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}; give a sequence without keys length 0"
             )
     return cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 
 
 def check_lengths(name: str, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> None:
-    """Sequences that start at 0, follow each other, end with the last row, and are no longer than announced.
+    """Check that sequences start at 0, do not overlap, end with the last row, and are no longer than ``max_seqlen``.
 
-    For tensors on the CPU, whatever implementation runs; elsewhere reading them would wait for the device.
+    Only tensors on the CPU are checked, whatever the implementation; reading others would synchronise with the device.
     """
     if cu_seqlens.device.type != "cpu":
         return
@@ -140,18 +140,18 @@ def check_lengths(name: str, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> 
         )
     if starts[-1] != rows:
         raise ValueError(
-            f"{name} must end with the {rows} rows that it divides, got {name}[{len(lengths)}]={starts[-1]}; "
-            "give the rows that remain a sequence of their own, or cut them off"
+            f"{name} must end with the number of rows, {rows}, got {name}[{len(lengths)}]={starts[-1]}; "
+            "make the remaining rows a sequence of their own, or cut them off"
         )
     if max(lengths, default=0) > max_seqlen:
         raise ValueError(
-            f"max_seqlen must be no less than the longest sequence of {name}, {max(lengths)} rows, "
+            f"max_seqlen must be at least the longest sequence of {name}, {max(lengths)} rows, "
             f"got {max_seqlen}; use Packing.max_seqlen"
         )
 
 
 def check_bias(key_bias: Tensor | None, q: Tensor, shapes: tuple[tuple[int, ...], ...], names: str) -> None:
-    """A floating bias of one of the shapes."""
+    """Check that a key bias, if given, is floating point and has one of the shapes."""
     if key_bias is None:
         return
     _check_floating("key_bias", key_bias, q)
@@ -167,15 +167,15 @@ def check_coords(
     positions_q: tuple[int, ...],
     positions_k: tuple[int, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Positions of queries and keys in float32 (float64 for float64), or None twice.
+    """Return the positions of queries and keys in float32 (float64 for float64), or None twice.
 
     Args:
-        coords: of all tokens, where queries and keys are the same, or of queries and of keys; of dense tensors also
-            without B, for all sequences.
+        coords: positions of all tokens, if queries and keys are the same, or a pair for queries and keys; for dense
+            tensors the axis B may be omitted, for positions common to all sequences.
         slopes: (H,).
         q: the queries.
         heads: H.
-        positions_q, positions_k: the shapes of the positions, without their last axis of 2.
+        positions_q, positions_k: the expected shapes of the positions, without their last axis of 2.
     """
     if (coords is None) != (slopes is None):
         given, lacking = ("coords", "slopes") if slopes is None else ("slopes", "coords")
@@ -198,7 +198,7 @@ def check_coords(
 
 
 def check_numbers(**options: float) -> None:
-    """Options that are numbers, by the rules that they are declared with."""
+    """Check options that are numbers by the rules in their declaration."""
     for name, value in options.items():
         rule = RULES[name]
         if not rule.holds(value):
@@ -214,7 +214,7 @@ def _check_positions(whose: str, coords: Tensor, q: Tensor, positions: tuple[int
             f"coords of the {whose} must have shape {(*positions, 2)}, (x, y) of each token, "
             f"got coords.shape={tuple(coords.shape)}; give tokens without a position NaN"
         )
-    # A derivative that torch.func asks for is refused, not 0.
+    # Under a transform the tensor stays attached, so that its derivative is refused instead of being 0.
     coords = coords if is_transformed((coords,)) else coords.detach()
     return coords.to(torch.promote_types(q.dtype, torch.float32))
 
@@ -223,7 +223,7 @@ def _check_floating(name: str, x: Tensor, q: Tensor) -> None:
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {name}.dtype={x.dtype}; convert it with {name}.float()")
     if x.device != q.device:
-        raise ValueError(f"{name} must lie on q's device {q.device}, got {x.device}; move it with {name}.to(q.device)")
+        raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}; move it with {name}.to(q.device)")
 
 
 def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""The implementations of attention, what each promises, and which one runs a call.
+"""The implementations of attention: their interface, and the choice of one for a call.
 
-An implementation is a module of ``impl/`` under the name that a caller gives as ``impl``. It has the functions of
+An implementation is a module in ``impl/``, named like the argument ``impl``. It has the functions of
 :class:`Implementation`, and imports no other implementation.
 """
 
@@ -26,36 +26,37 @@ IMPLS = ("triton", "gluon", "cpu", "torch", "reference")
 class Implementation(Protocol):
     """The interface of a module in ``impl/``.
 
-    The arguments of its functions are checked before: shapes, dtypes and devices fit, sequences follow each other, and
-    no option is given beyond ``OPTIONS``. Nothing is said of strides. Results lie on the device of the inputs. Formulas
-    are those of ``impl/reference.py``, with which every implementation has these rules in common:
+    The arguments of its functions have been checked: shapes, dtypes and devices match, sequences are contiguous, and no
+    option outside ``OPTIONS`` is given. Strides are arbitrary. Results are on the device of the inputs. The formulas
+    are those of ``maskattn/attention/reference.py``, and every implementation obeys these rules:
 
     - A query without keys gives out 0, lse −inf and gradients of 0.
-    - Tokens that take no part are never read: NaN in them reaches no result.
+    - Tokens that take no part are never read, so NaN in them does not propagate.
     - The same inputs give the same bits.
 
     Attributes:
-        OPTIONS: names of the fields of :class:`~maskattn.options.Options` that it computes. Calls with others are
-            refused, so that an option is never left out in silence.
-        WITH_REST: names of the options with which it leaves its backward more of lse than a float32 holds. Scores may
-            be large where something is added to them. lse does not tell then how many keys share the largest score, and
-            weights made of it alone would be off by a factor for each query; its *rest*, what rounding took, does.
+        OPTIONS: names of the fields of :class:`~maskattn.options.Options` that it supports. Calls with others are
+            refused, so that an option is never silently ignored.
+        WITH_REST: names of the options with which forward also returns the *rest* of lse, its rounding error, for
+            backward. These options add terms to the scores, which may then be large. A float32 lse alone would no
+            longer resolve how many keys share the largest score, and recomputed weights would be off by a factor for
+            each query.
     """
 
     OPTIONS: frozenset[str]
     WITH_REST: frozenset[str]
 
     def supports(self, q: Tensor, options: Options) -> str | None:
-        """Why it cannot run a call with these queries, as the end of a sentence that names it; None if it can.
+        """The reason why it cannot run a call with these queries, as the end of a sentence; None if it can.
 
-        Device, dtype and head width are judged here, and not whether it has the options.
+        This covers device, dtype and head width, but not which options it has.
         """
 
     def packed_forward(self, qkv: QKV, where: Sequences, options: Options, need_lse: bool) -> Outputs:
         """Attention of each packed sequence.
 
-        Given q (Tq, H, D) and k, v (Tk, H, D), it returns out (Tq, H, D), lse (H, Tq) and its rest. Without
-        ``need_lse`` an implementation that pays extra for lse may return it as (H, 0); only "torch" does.
+        For q (Tq, H, D) and k, v (Tk, H, D), it returns out (Tq, H, D), lse (H, Tq) and its rest. Without
+        ``need_lse`` an implementation for which lse costs extra may return it as (H, 0); only "torch" does.
         """
 
     def packed_backward(
@@ -63,14 +64,14 @@ class Implementation(Protocol):
     ) -> Gradients:
         """Gradients of :meth:`packed_forward`, of the shapes and dtypes of q, k, v and of the options that are given.
 
-        It is given what forward was given and what forward returned.
+        Its arguments include those of forward and the results of forward.
         """
 
     def masked_forward(self, qkv: QKV, where: Mask, options: Options, need_lse: bool) -> Outputs:
         """Attention of dense tensors over their kept keys.
 
-        Given q (B, H, Nq, D) and k, v (B, H, N, D), it returns out (B, H, Nq, D), lse (B, H, Nq) and its rest; lse
-        may be (B, H, 0) as in :meth:`packed_forward`. Queries that are skipped give out 0 and lse −inf.
+        For q (B, H, Nq, D) and k, v (B, H, N, D), it returns out (B, H, Nq, D), lse (B, H, Nq) and its rest; lse
+        may be (B, H, 0) as in :meth:`packed_forward`. Skipped queries give out 0 and lse −inf.
         """
 
     def masked_backward(
@@ -83,9 +84,8 @@ class Implementation(Protocol):
     ) -> ReadoutOutputs:
         """Attention of R ≤ 16 queries of each sequence over its packed keys.
 
-        Given q (B, R, H, D) and k, v (T, H, D), it returns out (B, R, H, D), lse (B, R, H) and its rest, and rows
-        (R, H, T), which without ``need_rows`` are (R, H, 0). Without ``need_lse`` and ``need_rows`` lse may be
-        (B, R, 0).
+        For q (B, R, H, D) and k, v (T, H, D), it returns out (B, R, H, D), lse (B, R, H) and its rest, and rows
+        (R, H, T), or (R, H, 0) without ``need_rows``. Without ``need_lse`` and ``need_rows`` lse may be (B, R, 0).
         """
 
     def readout_backward(
@@ -96,18 +96,18 @@ class Implementation(Protocol):
     def token_relevance(
         self, qkv: QKV, classes: ClassGradients, origins: Origins, where: KeySequences, options: Options
     ) -> Tensor:
-        """The relevance (K, T) of every token for every class, where their scores read a readout; without dropout."""
+        """The relevance (K, T) of every token for every class, for scores that read a readout; without dropout."""
 
 
 _LOADED: dict[str, Implementation] = {}
 
 
 def implementation(impl: str) -> Implementation:
-    """The module of an implementation, imported when it is first asked for."""
+    """The module of an implementation, imported on first use."""
     found = _LOADED.get(impl)
     if found is None:
         found = _load(impl)
-        # A statement of import takes a tenth of a small call; torch.compile would take the store for an effect.
+        # An import statement takes a tenth of a small call. torch.compile would treat the store as a side effect.
         if not torch.compiler.is_compiling():
             _LOADED[impl] = found
     return found
@@ -139,12 +139,12 @@ def choose(impl: str | None, q: Tensor, options: Options) -> str:
     """The name of the implementation that runs a call.
 
     Args:
-        impl: a name, or None for the best that supports the call on q's device.
+        impl: a name, or None for the best implementation that supports the call on q's device.
         q: the queries.
-        options: of the call.
+        options: the options of the call.
 
     Raises:
-        ValueError: there is no such implementation, or it lacks what the call needs.
+        ValueError: there is no such implementation, or it does not support the call.
     """
     if impl is None:
         best = "triton" if q.is_cuda else "cpu"
@@ -160,10 +160,10 @@ def choose(impl: str | None, q: Tensor, options: Options) -> str:
 
 
 def refuse_missing(impl: str, options: Options) -> None:
-    """Raise where an implementation has never heard of an option that is given.
+    """Refuse an option that an implementation does not support.
 
     Raises:
-        ValueError: it says which.
+        ValueError: such an option is given; the error names it.
     """
     lacks = _missing_option(impl, options)
     if lacks is not None:
@@ -171,12 +171,12 @@ def refuse_missing(impl: str, options: Options) -> None:
 
 
 def keeps_rest(impl: str, options: Options) -> bool:
-    """Whether an implementation leaves its backward the rest of lse."""
+    """Whether an implementation returns the rest of lse for its backward with these options."""
     return any(getattr(options, name) is not None for name in implementation(impl).WITH_REST)
 
 
 def _lacking(impl: str, q: Tensor, options: Options) -> str | None:
-    """What the implementation lacks for a call, as the end of a sentence that begins with its name."""
+    """The reason why the implementation cannot run a call, as the end of a sentence that begins with its name."""
     not_here = _not_installed(impl)
     if not_here is not None:
         return not_here
@@ -196,12 +196,12 @@ def _remedy(options: Options) -> str:
     if _missing_option("torch", options) is None:
         return "pass impl=None to let the package choose, or impl='torch'"
     if _missing_option("reference", options) is None:
-        return "pass impl='reference', which has it and is slow"
-    return "no implementation has it, so leave it out"
+        return "pass impl='reference', which supports it but is slow"
+    return "no implementation supports it, so leave it out"
 
 
 def _undeclared(impl: str, kind: type[Options]) -> tuple[tuple[str, str, Any], ...]:
-    """The options that an implementation does not declare: name of the field, its name in messages, its default."""
+    """The options that an implementation does not support: name of the field, name in messages, default."""
     return _compared(impl, kind)  # type: ignore[arg-type]  # mypy does not take a class for a hashable
 
 
@@ -216,20 +216,20 @@ def _compared(impl: str, kind: type[Options]) -> tuple[tuple[str, str, Any], ...
 
 
 def _not_installed(impl: str) -> str | None:
-    """A fact of the machine, which torch.compile need not trace."""
+    """The reason why an implementation is not installed, or None; a constant that torch.compile need not trace."""
     return _looked_for(impl)
 
 
 @functools.cache
 def _looked_for(impl: str) -> str | None:
-    """Looked for once, because finding a module takes longer than a small call."""
+    """The same, cached, because finding a module takes longer than a small call."""
     if impl in ("triton", "gluon") and importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
     if impl == "cpu" and importlib.util.find_spec("maskattn._native") is None:
-        return "needs the C++ extension, which was not built (`maskattn doctor` says why)"
+        return "needs the C++ extension, which was not built (see `maskattn doctor`)"
     return None
 
 
-# What torch.compiler.assume_constant_result does; but that imports the whole compiler, which takes as long as torch.
+# As torch.compiler.assume_constant_result does, which however imports the entire compiler and takes as long as torch.
 for _constant in (_not_installed, _undeclared):
     setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010 (a name that mypy does not know)

@@ -28,7 +28,7 @@ def _check_sequences(qkv: QKV, where: Sequences) -> None:
     of_queries = where.cu_seqlens_q, qkv.q.shape[0], where.max_seqlen_q
     of_keys = where.cu_seqlens_k, qkv.k.shape[0], where.max_seqlen_k
     check_lengths("cu_seqlens_q", *of_queries)
-    # Reading them twice would cost a small call of self-attention its time.
+    # Self-attention passes the same lengths twice; checking them once saves time in small calls.
     if of_keys[0] is not of_queries[0] or of_keys[1:] != of_queries[1:]:
         check_lengths("cu_seqlens_k", *of_keys)
 
@@ -92,14 +92,14 @@ def _run_relevance(
     """S (K, T), float32 or wider."""
     _check_key_sequences(qkv, where)
     if impl != "reference" and _is_large(classes.lse):
-        # Relevance is linear in the gradients of each query, as it is in what the query's weights are divided by.
+        # Relevance is linear in each query's gradients, so these can absorb the factor by which its weights are off.
         factor = rest_of_lse(qkv, classes.lse, where, options).neg().exp()[..., None]
         classes = replace(classes, grad_out=(classes.grad_out * factor).to(classes.grad_out.dtype))
     return implementation(impl).token_relevance(qkv, classes, origins, where, options)
 
 
 def _is_large(lse: Tensor) -> bool:
-    """Whether weights that are made of a float32 lse alone would be off, as far as it costs no wait for the device."""
+    """Whether weights from a float32 lse alone would be inaccurate; False on a device that would have to be awaited."""
     return lse.device.type == "cpu" and bool((lse.abs().masked_fill(lse.isinf(), 0) > LARGE_LSE).any())
 
 
@@ -108,6 +108,6 @@ token_relevance = register_without_derivative(
     (QKV, ClassGradients, Origins, KeySequences),
     _run_relevance,
     lambda qkv, classes, *_: (classes.grad_out.shape[0], qkv.k.shape[0]),
-    "token_relevance has no derivative, got one asked for by torch.func or forward-mode AD; detach its inputs, or use "
-    "reference.token_relevance of maskattn.attention, which torch differentiates",
+    "token_relevance has no derivative, got one requested by torch.func or forward-mode AD; detach its inputs, or use "
+    "token_relevance of maskattn.attention.reference, which torch can differentiate",
 )

@@ -1,9 +1,9 @@
-"""The attention operations as torch sees them: ``torch.library`` schemas, fake kernels and autograd.
+"""Registration of the attention operations with torch: ``torch.library`` schemas, fake kernels and autograd.
 
-:func:`register` makes an op of an :class:`Operation`, which says what sets it apart; all else follows from the fields
-of the dataclasses that an implementation is given. The implementation's name is an argument of the op. The backward is
-an op of its own, so that ``torch.compile`` keeps both opaque and whole; its own derivative is refused.
-``maskattn.transforms`` has what ``torch.func`` and forward-mode AD need besides.
+:func:`register` registers an :class:`Operation`, which describes how it differs from the others; everything else
+follows from the fields of the dataclasses that an implementation takes. The implementation's name is an argument of
+the op. The backward is a separate op, so that both are opaque to ``torch.compile``; its own derivative is refused.
+``maskattn.transforms`` adds support for ``torch.func`` and forward-mode AD.
 
 Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head
 width, K classes.
@@ -38,16 +38,17 @@ class Operation:
     """The properties in which an operation differs from the others.
 
     Attributes:
-        name: of the op, of its backward and in error messages.
-        where: the dataclass that says which queries see which keys.
-        asked: outputs besides ``out`` that a call may do without: each has an argument ``need_…``.
-        outputs: what forward returns.
-        gradients: what backward is given.
-        forward, backward: the implementation's functions.
-        tangent: called as tangent(qkv, where, options, tangents), returns those of ``out`` and of what is ``asked``.
-        lse_shape: of q, the shape of lse.
-        check: called as check(qkv, where); raises where numbers that only the op can read do not fit.
-        options: their dataclass.
+        name: the name of the op, in the name of its backward and in error messages.
+        where: the dataclass that defines which queries see which keys.
+        asked: the optional outputs besides ``out``; each has an argument ``need_…``.
+        outputs: the dataclass that forward returns.
+        gradients: the dataclass of gradients that backward takes.
+        forward, backward: select the implementation's functions.
+        tangent: called as tangent(qkv, where, options, tangents); returns the tangents of ``out`` and of the optional
+            outputs.
+        lse_shape: q → the shape of lse.
+        check: called as check(qkv, where); raises if values that only the op can read are invalid.
+        options: the dataclass of the options.
     """
 
     name: str
@@ -76,7 +77,7 @@ def register(operation: Operation) -> Call:
 
     def run(*given: Any) -> tuple[Tensor, ...]:
         qkv, where, options, *asked, impl = arguments.grouped(given)
-        # Here, where torch.compile and transforms have real numbers.
+        # Checked inside the op, where tensors have values under torch.compile and transforms, too.
         operation.check(qkv, where)
         refuse_missing(impl, options)
         with without_autocast(qkv.q):
@@ -85,7 +86,7 @@ def register(operation: Operation) -> Call:
 
     def fake(*given: Any) -> tuple[Tensor, ...]:
         qkv, _, options, *asked, impl = arguments.grouped(given)
-        # impl "torch" pays extra for lse, and leaves it out where nothing that needs it is asked for.
+        # For impl "torch" lse costs extra, so it is omitted unless an optional output needs it.
         shape = operation.lse_shape(qkv.q)
         shape = shape if any(asked) or impl != "torch" else (*shape[:-1], 0)
         lse = qkv.q.new_empty(shape, dtype=_sum_dtype(qkv.q, impl))
@@ -104,7 +105,7 @@ def register(operation: Operation) -> Call:
 
 
 def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
-    """What keeps the arguments for backward, and backward itself, which runs an op of its own."""
+    """The function that saves the arguments for backward, and backward itself, which runs a separate op."""
     own = Arguments((operation.gradients, QKV, Outputs, operation.where, operation.options), ("str impl",))
     learnt = [x.name for x in fields(QKV)] + list(differentiable(operation.options))
     positions = [arguments.names.index(name) for name in learnt]
@@ -119,7 +120,7 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
         refuse_missing(impl, options)
         with without_autocast(qkv.q):
             found = operation.backward(implementation(impl))(grads, qkv, results, where, options)
-        # An op returns contiguous tensors only, so an absent gradient is one of no elements.
+        # An op can only return tensors, so an absent gradient is a tensor without elements.
         each = [getattr(found, name) for name in learnt]
         return tuple([qkv.q.new_empty(0) if x is None else x.contiguous() for x in each])
 
@@ -156,7 +157,7 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
 
 
 def _tangent(operation: Operation, arguments: Arguments) -> Call:
-    """The tangents of the outputs, called with those of the arguments."""
+    """The function from the tangents of the arguments to those of the outputs."""
     own = Arguments((QKV, operation.where, operation.options, Tangents))
     positions = [arguments.names.index(x.name) for x in fields(Tangents)]
     constant = _without_derivative(operation.options, arguments)
@@ -164,7 +165,7 @@ def _tangent(operation: Operation, arguments: Arguments) -> Call:
     def run(*given: Any) -> tuple[Tensor, ...]:
         return operation.tangent(*own.grouped(given))
 
-    # An operation of its own, so that torch.func maps over it.
+    # Wrapped as a separate operation, so that torch.func can map over it.
     tangent = refuse(run, no_second_derivative(operation.name), always=True)
 
     def push(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, ...]:
@@ -172,7 +173,7 @@ def _tangent(operation: Operation, arguments: Arguments) -> Call:
         _refuse_derivative(constant, [x is not None for x in moved])
         inputs, (*needed, _) = given[: -len(operation.asked) - 1], given[-len(operation.asked) - 1 :]
         out_moved, lse_moved, *rows_moved = tangent(*inputs, *(moved[i] for i in positions))
-        # In the dtype of lse, which has no elements where it was not asked for.
+        # The tangent needs lse's dtype and shape; lse has no elements if it was not requested.
         lse_moved = lse_moved.to(lse.dtype) if lse_moved.shape == lse.shape else torch.zeros_like(lse)
         rows_moved = [x if needed[-1] else x[..., :0].contiguous() for x in rows_moved]
         return out_moved, lse_moved, torch.zeros_like(lse_rest), *rows_moved
@@ -186,11 +187,11 @@ def register_without_derivative(
     """Register an operation that returns one tensor and has no derivative.
 
     Args:
-        name: of the op.
-        groups: the dataclasses that ``run`` is given, QKV first, without the options.
+        name: the name of the op.
+        groups: the dataclasses that ``run`` takes, QKV first, without the options.
         run: called as run(implementation's name, *groups, options).
-        shape: called as shape(*groups), the shape of the result.
-        reason: what asking for the derivative raises.
+        shape: called as shape(*groups); returns the shape of the result.
+        reason: the message of the error for a requested derivative.
     """
     arguments = Arguments((*groups, Options), ("str impl",))
 
@@ -215,37 +216,37 @@ def register_without_derivative(
 
 
 def flat_options(options: Options) -> Collection[Any]:
-    """The options as the ops take them."""
+    """The options as flat arguments of the ops."""
     return flat(options)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Inside an op dtypes are what the caller chose; autocast would turn float32 sums into halves."""
+    """A context without autocast, which would change the dtypes inside an op and form sums in half precision."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if is_autocast(kind) else _NO_CONTEXT
 
 
 def is_autocast(kind: str) -> bool:
-    """Whether ``torch.autocast`` is on for a device type; there are some, like meta, that it does not know."""
+    """Whether ``torch.autocast`` is enabled for a device type; it does not know some types, such as meta."""
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)
 
 
 def no_second_derivative(name: str) -> Call:
-    """What a derivative's own derivative is: a refusal that says what to do instead."""
+    """A function that refuses a second derivative and names the alternative."""
 
     def raise_it(*_: Any) -> Any:
         raise NotImplementedError(
-            f"{name} has no second derivative (a backward with create_graph=True, or a transform of torch.func, was "
-            "differentiated); use the functions of maskattn.attention.reference, which torch differentiates any "
-            "number of times"
+            f"{name} has no second derivative, got one requested (by a backward with create_graph=True, or by nested "
+            "transforms of torch.func); use the functions of maskattn.attention.reference, which torch can "
+            "differentiate any number of times"
         )
 
     return raise_it
 
 
 def _without_derivative(kind: type[Options], arguments: Arguments) -> list[tuple[int, str]]:
-    """Position and name of the options that are tensors of numbers without a derivative, such as coordinates."""
+    """Position and name of the options that are tensors without a derivative, such as coordinates."""
     tensors = {arguments.names[i]: i for i in arguments.tensors}
     constant = [x for x in fields(kind) if x.name in tensors and not x.metadata.get("differentiable")]
     return [(tensors[x.name], x.metadata.get("named") or x.name) for x in constant]
@@ -255,14 +256,13 @@ def _refuse_derivative(of: list[tuple[int, str]], asked: Sequence[bool]) -> None
     for position, name in of:
         if asked[position]:
             raise NotImplementedError(
-                f"{name} {'have' if name.endswith('s') else 'has'} no derivative, got one asked for by torch.func or "
-                "forward-mode AD; compute them from what has none, or use the functions of "
-                "maskattn.attention.reference"
+                f"{name} {'have' if name.endswith('s') else 'has'} no derivative, got one requested by torch.func or "
+                "forward-mode AD; detach the tensor, or use the functions of maskattn.attention.reference"
             )
 
 
 def _refuse_foreign(operation: str, options: Options) -> None:
-    """Raise where the options say more than the operation can take."""
+    """Refuse options that the operation does not have."""
     for x in fields(options):
         if operation not in x.metadata.get("operations", (operation,)) and is_given(
             getattr(options, x.name), x.default
@@ -272,9 +272,9 @@ def _refuse_foreign(operation: str, options: Options) -> None:
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Nothing is needed to refuse."""
+    """Save nothing, because the derivative is refused."""
 
 
 def _sum_dtype(q: Tensor, impl: str) -> torch.dtype:
-    """float32 or wider, but the specification computes in q's own dtype."""
+    """The dtype of sums: float32 or wider, but q's own for the specification."""
     return q.dtype if impl == "reference" else torch.promote_types(q.dtype, torch.float32)

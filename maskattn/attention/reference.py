@@ -7,12 +7,12 @@ dropout factors m, which are 0 or 1/(1 − dropout_p):
 
     lse_i = log Σ_j exp(score_ij)
 
-A token without a position (a row of NaN: class token, register) is at distance 0 from all. A query that has no key, or
-whose keys all have a bias of −inf, gives out = 0, lse = −inf and gradient 0. A finite bias is a number like another,
-the largest and the lowest of its dtype too: keys of equal scores have equal weights, and lse is the number nearest to
-the true one (±finfo.max where all scores of a row are). A bias of +inf or NaN on a key that takes part has no
-softmax: every query that sees the key gives NaN, in out, lse and gradients. Every other implementation is tested
-against these functions in float64. They may hold an N×N matrix; nothing else in the package does.
+A token without a position (a row of NaN: class token, register) has distance 0 from all tokens. A query without keys,
+or whose keys all have a bias of −inf, gives out = 0, lse = −inf and gradient 0. Any finite bias is valid, up to the
+largest and smallest of its dtype: keys of equal scores have equal weights, and lse is the number nearest to the true
+one (±finfo.max if all scores of a row are). A bias of +inf or NaN on a key that takes part gives NaN in out, lse and
+gradients of every query that sees the key. Every other implementation is tested against these functions in float64.
+They may hold an N×N matrix; nothing else in the package does.
 
 Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head width,
 K classes.
@@ -36,13 +36,13 @@ OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dro
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Attention of packed sequences, one after another.
+    """Attention of packed sequences, one sequence at a time.
 
     Args:
         q: (Tq, H, D).
         k, v: (Tk, H, D).
         cu_seqlens_q, cu_seqlens_k: (B + 1,) ints; sequence b has query rows cu_seqlens_q[b] to cu_seqlens_q[b + 1].
-        options: of packed tensors.
+        options: the options, in the shapes for packed tensors.
 
     Returns:
         out (Tq, H, D) and lse (H, Tq).
@@ -68,12 +68,12 @@ def masked_attention(
         k, v: (B, H, N, D).
         keep: (B, N) bool, True = the token takes part.
         skip_queries: background queries give 0 (then Nq = N); otherwise every query attends to the kept keys.
-        options: of dense tensors.
+        options: the options, in the shapes for dense tensors.
 
     Returns:
         out (B, H, Nq, D) and lse (B, H, Nq).
     """
-    # Zeros in place of background rows: 0 · NaN would poison sums over the keys, and autograd through them.
+    # Background rows are set to 0: 0 · NaN would spoil sums over the keys, and autograd through them.
     keep_B1N1 = keep[:, None, :, None]
     k, v = k.masked_fill(~keep_B1N1, 0), v.masked_fill(~keep_B1N1, 0)
     if skip_queries:
@@ -113,11 +113,11 @@ def readout(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: Option
         q: (B, R, H, D).
         k, v: (T, H, D).
         cu_seqlens: (B + 1,) ints, the key sequences.
-        options: of packed tensors; coords_q is (B, R, 2).
+        options: the options, in the shapes for packed tensors; coords_q is (B, R, 2).
 
     Returns:
         out (B, R, H, D), lse (B, R, H) and rows (R, H, T): rows[r, h, t] is the softmax weight of token t in row r of
-        the sequence to which t belongs, before dropout.
+        t's sequence, before dropout.
     """
     starts = cu_seqlens.tolist()
     outs, lses, rows = [], [], []
@@ -140,9 +140,9 @@ def token_relevance(
     cu_seqlens: Tensor,
     options: Options,
 ) -> Tensor:
-    """The derivative of every class's score along every token, where the score reads a readout alone.
+    """Directional derivative of every class's score along every token, for scores that depend only on a readout.
 
-    With key and value of token t moving as k̇ = k − key_origin and v̇ = v − value_origin, o the readout, g_c = ∂f_c/∂o:
+    With k̇ = k − key_origin and v̇ = v − value_origin the derivatives of key and value, o the readout and g_c = ∂f_c/∂o:
 
         S_ct = Σ_r Σ_h p_rht · [ v̇_th·g_crh + ((v_th − o_rh)·g_crh) · s (k̇_th·q_rh) ]
 
@@ -152,10 +152,10 @@ def token_relevance(
         grad_out: (K, B, R, H, D), the g of each class.
         key_origin, value_origin: (H, D) or (T, H, D), or None for 0. For affine k and v they are the biases.
         cu_seqlens: (B + 1,) ints, the key sequences.
-        options: of packed tensors, without dropout; coords_q is (B, R, 2).
+        options: the options, in the shapes for packed tensors, without dropout; coords_q is (B, R, 2).
 
     Returns:
-        S (K, T), in the class's order.
+        S (K, T), in the order of the classes.
 
     Source: the closed form of Brocki, Binda, Chung, arXiv 2312.02364, equation for S.
     """
@@ -177,14 +177,17 @@ def token_relevance(
 
 
 def distances(positions_q: Tensor, positions_k: Tensor) -> Tensor:
-    """(..., Lq, 2), (..., Lk, 2) → (..., Lq, Lk), 0 for tokens without a position; in float32 at least."""
+    """Distances of positions, (..., Lq, 2) and (..., Lk, 2) → (..., Lq, Lk), in float32 or wider.
+
+    They are 0 for tokens without a position.
+    """
     dtype = torch.promote_types(positions_q.dtype, torch.float32)
     difference = positions_q[..., :, None, :].to(dtype) - positions_k[..., None, :, :].to(dtype)
     return difference.square().sum(-1).sqrt().nan_to_num(nan=0.0)
 
 
 def _without_background(options: Options, keep: Tensor, skip_queries: bool) -> Options:
-    """The options of dense tensors with zeros in place of what belongs to the background."""
+    """The options of dense tensors, with the values of background tokens set to 0."""
 
     def kept(x: Tensor | None, keep_shape: tuple[int, ...]) -> Tensor | None:
         return None if x is None else x.masked_fill(~keep.reshape(keep_shape), 0)
@@ -245,7 +248,7 @@ def _softmax_or_zero(scores: Tensor, takes_part: Tensor) -> tuple[Tensor, Tensor
     takes_part = takes_part & (scores != float("-inf"))
     empty = ~takes_part.any(dim=-1, keepdim=True)
     finite = scores.masked_fill(~takes_part, float("-inf")).masked_fill(empty, 0)
-    # The largest score is subtracted before anything is rounded, and is a constant: it is added again.
+    # The largest score, a constant for autograd, is subtracted before the exponential and added to the logarithm.
     largest = finite.detach().amax(dim=-1, keepdim=True)
     lse = largest + (finite - largest).exp().sum(dim=-1, keepdim=True).log()
     probabilities = finite.softmax(dim=-1).masked_fill(~takes_part, 0)

@@ -1,8 +1,8 @@
-"""The arguments of a registered op: the fields of the dataclasses that an implementation is given, one after another.
+"""The arguments of a registered op: the fields of the dataclasses that an implementation takes, in order.
 
-``torch.library`` takes tensors and numbers alone. So an op has the fields as its arguments, and makes the dataclasses
-of them again. Nothing here knows one field from another: what is added to a dataclass is an argument of every op that
-has it.
+``torch.library`` supports only tensors and numbers, so an op takes the fields as its arguments and rebuilds the
+dataclasses from them. This module treats all fields alike: a field that is added to a dataclass becomes an argument of
+every op that uses the dataclass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def flat(group: Any) -> Collection[Any]:
 
 
 def _type_of(annotation: str | type) -> str:
-    """A field's annotation as a schema has it: ``Float[Tensor, "H"] | None`` is ``Tensor?``."""
+    """The schema type of a field's annotation: ``Float[Tensor, "H"] | None`` becomes ``Tensor?``."""
     annotation = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     present = annotation.removesuffix("| None").rstrip()
     name = "Tensor" if "Tensor" in present else _NUMBERS[present]
@@ -38,8 +38,8 @@ class Arguments:
     """The arguments of an op.
 
     Attributes:
-        groups: dataclasses, whose fields come first.
-        further: arguments after these, as a schema has them: ``bool need_lse``.
+        groups: dataclasses, whose fields are the first arguments.
+        further: arguments after these, in the syntax of a schema: ``bool need_lse``.
     """
 
     groups: tuple[type, ...]
@@ -53,7 +53,7 @@ class Arguments:
 
     @property
     def schema(self) -> str:
-        """The arguments as ``torch.library`` has them, with their parentheses."""
+        """The arguments in the syntax of ``torch.library``, in parentheses."""
         return f"({', '.join(f'{kind} {name}' for kind, name in self.declared)})"
 
     @cached_property
@@ -63,12 +63,12 @@ class Arguments:
 
     @cached_property
     def tensors(self) -> list[int]:
-        """Which arguments are tensors, or may be."""
+        """Indices of the arguments that are tensors or optional tensors."""
         return [i for i, (kind, _) in enumerate(self.declared) if kind.startswith("Tensor")]
 
     @cached_property
     def constants(self) -> list[int]:
-        """Which arguments are not."""
+        """Indices of the other arguments."""
         return [i for i in range(len(self.declared)) if i not in self.tensors]
 
     @cached_property
@@ -81,28 +81,28 @@ class Arguments:
         return found
 
     def grouped(self, given: tuple[Any, ...]) -> list[Any]:
-        """The dataclasses and the further arguments, of all arguments."""
+        """The dataclasses and the further arguments, from the flat arguments."""
         slices = self._slices
         return [*[group(*given[own]) for group, own in slices], *given[slices[-1][1].stop :]]
 
     @cached_property
     def _split(self) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., tuple[Any, ...]]]:
-        """Takes the tensors, and the constants, out of the arguments."""
+        """Functions that select the tensors, and the constants, from the arguments."""
         return itemgetter(*self.tensors), itemgetter(*self.constants)
 
     @cached_property
     def _joined(self) -> Callable[..., tuple[Any, ...]]:
-        """Takes the arguments in their order out of the tensors with the constants after them."""
+        """A function that restores the order of the arguments from the tensors followed by the constants."""
         order = self.tensors + self.constants
         return itemgetter(*sorted(range(len(order)), key=order.__getitem__))
 
     def save(self, ctx: Any, given: tuple[Any, ...], *further: torch.Tensor) -> None:
-        """Keep all arguments and some tensors for a derivative."""
+        """Save all arguments and some further tensors for a derivative."""
         tensors, constants = self._split
         ctx.save_for_backward(*tensors(given), *further)
         ctx.constants = constants(given)
 
     def saved(self, ctx: Any) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
-        """The arguments and the tensors that :meth:`save` kept."""
+        """The arguments and the further tensors that :meth:`save` has saved."""
         tensors, count = ctx.saved_tensors, len(self.tensors)
         return self._joined((*tensors[:count], *ctx.constants)), tensors[count:]

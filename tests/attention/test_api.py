@@ -28,12 +28,12 @@ def rows(T: int = 5, H: int = 2, D: int = 16, dtype: torch.dtype = torch.float32
         ({"q": rows().long(), "k": rows().long(), "v": rows().long()}, TypeError, r"q\.dtype=torch\.int64"),
         ({"cu_seqlens_q": STARTS.long()}, TypeError, "cu_seqlens_q must be int32"),
         ({"cu_seqlens_k": STARTS[None]}, ValueError, r"cu_seqlens_k\.shape=\(1, 3\)"),
-        ({"cu_seqlens_k": STARTS[:2]}, ValueError, "as many sequences, got 2 and 1"),
+        ({"cu_seqlens_k": STARTS[:2]}, ValueError, "the same number of sequences, got 2 and 1"),
         ({"key_bias": torch.randn(4)}, ValueError, r"key_bias\.shape=\(4,\)"),
         ({"key_bias": torch.ones(5, dtype=torch.long)}, TypeError, "key_bias must be floating point"),
         ({"impl": "cuda"}, ValueError, "impl must be one of triton, gluon, cpu, torch, reference"),
         ({"k": rows().to("meta"), "v": rows().to("meta")}, ValueError, "must share a device"),
-        ({"cu_seqlens_q": STARTS.to("meta")}, ValueError, "must lie on q's device"),
+        ({"cu_seqlens_q": STARTS.to("meta")}, ValueError, "must be on q's device"),
         ({"coords": torch.rand(5, 2)}, ValueError, "got coords without slopes"),
         ({"slopes": torch.rand(2)}, ValueError, "got slopes without coords"),
         ({"coords": torch.rand(5, 2), "slopes": torch.rand(3)}, ValueError, r"slopes\.shape=\(3,\)"),
@@ -149,7 +149,7 @@ def test_a_packing_stands_for_the_four_lengths():
     assert torch.equal(packed_attention(q, k, k, (of_queries, of_keys)), packed_attention(q, k, k, *lengths))
     own = of_queries.cu_seqlens, of_queries.cu_seqlens, of_queries.max_seqlen, of_queries.max_seqlen
     assert torch.equal(packed_attention(q, q, q, of_queries), packed_attention(q, q, q, *own))
-    with pytest.raises(ValueError, match="pass the Packing alone"):
+    with pytest.raises(ValueError, match="pass only the Packing"):
         packed_attention(q, q, q, of_queries, of_queries.cu_seqlens)
     with pytest.raises(TypeError, match="got no max_seqlen_q, max_seqlen_k; pass the Packing"):
         packed_attention(q, q, q, STARTS, STARTS)

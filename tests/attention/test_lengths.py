@@ -12,11 +12,11 @@ from maskattn import packed_attention, readout, token_relevance
 IMPLS = [None, "torch", "reference", *(["cpu"] if importlib.util.find_spec("maskattn._native") else [])]
 WRONG = [
     ([0, 7, 5, 12], 12, r"never decrease, got {name}\[2\]=5 after 7"),
-    ([0, 5, 9], 12, r"end with the 12 rows that it divides, got {name}\[2\]=9"),
-    ([0, 5, 20], 20, r"end with the 12 rows that it divides, got {name}\[2\]=20"),
+    ([0, 5, 9], 12, r"end with the number of rows, 12, got {name}\[2\]=9"),
+    ([0, 5, 20], 20, r"end with the number of rows, 12, got {name}\[2\]=20"),
     ([2, 5, 12], 12, r"start at 0, got {name}\[0\]=2"),
     ([0, 5, 12], 6, r"longest sequence of {name}, 7 rows, got 6"),
-    ([0], 12, r"end with the 12 rows that it divides, got {name}\[0\]=0"),
+    ([0], 12, r"end with the number of rows, 12, got {name}\[0\]=0"),
 ]
 
 
@@ -52,5 +52,5 @@ def test_compiled_calls_are_checked_too():
     torch._dynamo.reset()
     x, wrong = torch.randn(12, 2, 16), torch.tensor([0, 5, 9], dtype=torch.int32)
     compiled = torch.compile(lambda x, starts: packed_attention(x, x, x, starts, starts, 12, 12), backend="aot_eager")
-    with pytest.raises(ValueError, match="end with the 12 rows"):
+    with pytest.raises(ValueError, match="end with the number of rows, 12"):
         compiled(x, wrong)

@@ -203,7 +203,9 @@ def test_padding_masks_are_mapped_over():
 
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: lambda keep: grad(lambda s: f(keep) * s)(torch.ones(()))])
 def test_a_mask_that_is_mapped_over_cannot_be_packed_and_the_error_says_so(wrap):
-    with pytest.raises(ValueError, match=r"a mask that torch\.vmap maps over; make the Packing outside, or use masked"):
+    with pytest.raises(
+        ValueError, match=r"a mask that torch\.vmap maps over; build the Packing outside, or use masked"
+    ):
         vmap(wrap(lambda keep: Packing.from_keep(keep).indices.sum()))(torch.rand(3, 2, 7) > 0.4)
 
 

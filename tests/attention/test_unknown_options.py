@@ -33,7 +33,9 @@ def test_an_implementation_refuses_an_option_that_it_has_never_heard_of(impl):
         pytest.importorskip("maskattn._native")
     q = torch.randn(5, 2, 16)
     assert choose(impl, q, WithCap(0.25)) == impl
-    with pytest.raises(ValueError, match=rf"impl='{impl}' has no softcap, got softcap=30\.0; no implementation has it"):
+    with pytest.raises(
+        ValueError, match=rf"impl='{impl}' has no softcap, got softcap=30\.0; no implementation supports it"
+    ):
         choose(impl, q, WithCap(0.25, softcap=30.0))
     with pytest.raises(ValueError, match=rf"impl='{impl}' has no sinks, got sinks of shape \(2,\)"):
         choose(impl, q, WithCap(0.25, sinks=torch.zeros(2)))

@@ -31,7 +31,7 @@ def test_it_runs_half_precision_of_every_head_width_of_the_kernels_on_hopper():
     ("q", "options", "reason"),
     [
         (Q.float(), {}, r"needs float16 or bfloat16, got q\.dtype=torch\.float32"),
-        (Q[None], {}, r"computes packed_attention alone, got queries of shape \(1, 4, 2, 64\)"),
+        (Q[None], {}, r"computes only packed_attention, got queries of shape \(1, 4, 2, 64\)"),
         (Q[..., :12], {}, "needs a head width of 16 to 256 in steps of 8, got D=12"),
         (Q, {"dropout_p": 0.1, "dropout_seed": ENDS[:1].long()}, r"has no dropout, got dropout_p=0\.1"),
     ],
@@ -66,16 +66,16 @@ def test_other_operations_are_refused_and_not_run_by_others(operation):
         "masked_attention": lambda: maskattn.masked_attention(dense, dense, dense, keep, impl="gluon"),
         "readout": lambda: maskattn.readout(Q[None, :1], Q, Q, ENDS, 4, impl="gluon"),
     }
-    with simulating(), pytest.raises(ValueError, match="impl='gluon' computes packed_attention alone"):
+    with simulating(), pytest.raises(ValueError, match="impl='gluon' computes only packed_attention"):
         calls[operation]()
 
 
 def test_every_function_of_another_operation_refuses():
     gluon = implementation("gluon")
     for function in (gluon.masked_forward, gluon.masked_backward, gluon.readout_forward, gluon.readout_backward):
-        with pytest.raises(ValueError, match=r"computes packed_attention alone, got (masked_attention|readout);"):
+        with pytest.raises(ValueError, match=r"computes only packed_attention, got (masked_attention|readout);"):
             function(*[None] * len(inspect.signature(function).parameters))
-    with pytest.raises(ValueError, match="computes packed_attention alone, got token_relevance"):
+    with pytest.raises(ValueError, match="computes only packed_attention, got token_relevance"):
         gluon.token_relevance(*[None] * 5)
 
 

@@ -1,6 +1,6 @@
-"""impl "cpu": the C++ kernels of csrc/, handed torch's memory as numpy arrays without a copy.
+"""impl "cpu": the C++ kernels of csrc/, which take torch's memory as numpy arrays without a copy.
 
-bfloat16 travels as its bits (uint16). The extension checks every shape, stride and dtype; threads follow torch's.
+bfloat16 is passed as uint16. The extension checks every shape, stride and dtype, and uses as many threads as torch.
 
 Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head
 width, K classes.
@@ -26,7 +26,7 @@ HEAD_WIDTHS = range(16, 257, 8)
 
 
 def supports(q: Tensor, options: Options) -> str | None:
-    """Why the kernels cannot run a call, as the end of a sentence that names them; None if they can."""
+    """The reason why the kernels cannot run a call, as the end of a sentence; None if they can."""
     if q.device.type != "cpu":
         return f"needs tensors on the CPU, got q.device={q.device}"
     if q.dtype not in (torch.float32, torch.bfloat16):
@@ -181,7 +181,7 @@ def _rest(outputs: Outputs) -> dict[str, Any]:
 
 
 def _score_arguments(options: Options) -> dict[str, Any]:
-    """The options under their own names, and how many threads."""
+    """The options and the number of threads, as keyword arguments of the extension."""
     given: dict[str, Any] = {"threads": torch.get_num_threads()}
     for name in OPTIONS:
         x = getattr(options, name)
@@ -196,19 +196,19 @@ def _empty_outputs(q: Tensor, lse_shape: tuple[int, ...], options: Options) -> O
 
 
 def _empty_gradients(qkv: QKV, options: Options) -> tuple[Gradients, dict[str, Any]]:
-    """Gradients to be filled, those of options in float32 as the kernels sum them, and the latter as arguments."""
+    """Uninitialised gradients, those of options in float32 as the kernels sum them, and the latter as arguments."""
     given = ((name, getattr(options, name)) for name in DIFFERENTIABLE)
     sums = {name: torch.empty(x.shape) for name, x in given if x is not None}
     arrays = {_GRADIENT_OF[name]: _array(x) for name, x in sums.items()}
     return Gradients(_empty(qkv.q), _empty(qkv.k), _empty(qkv.v), **sums), arrays
 
 
-# What the extension calls the gradients of options.
+# The extension's names of the options' gradients.
 _GRADIENT_OF = {"key_bias": "dbias", "slopes": "dslopes"}
 
 
 def _in_dtypes(found: Gradients, options: Options) -> Gradients:
-    """The gradients, those of options in these' dtypes."""
+    """The gradients, with those of options cast to the options' dtypes."""
     for name in DIFFERENTIABLE:
         sums, given = getattr(found, name), getattr(options, name)
         if sums is not None:

@@ -1,4 +1,4 @@
-"""impl "gluon": ``packed_attention`` by the Hopper kernel of ``maskattn/kernels/gluon``, chosen by name only.
+"""impl "gluon": ``packed_attention`` by the Hopper kernel of ``maskattn/kernels/gluon``, used only on request.
 
 No GPU has run it: it is simulated and compiled ahead of time. Its gradients are those of the Triton kernels, which read
 what its forward leaves. Every other operation is refused.
@@ -34,7 +34,7 @@ def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool)
 def _refused(operation: str) -> Callable[..., NoReturn]:
     def refuse(*given: Any) -> NoReturn:
         raise ValueError(
-            f"impl='gluon' computes packed_attention alone, got {operation}; pass impl=None or impl='triton'"
+            f"impl='gluon' computes only packed_attention, got {operation}; pass impl=None or impl='triton'"
         )
 
     return refuse

@@ -1,7 +1,7 @@
 """impl "reference": the specification of ``maskattn/attention/reference.py``, with derivatives by torch.
 
-torch.func differentiates, because the body of a registered operation runs below autograd. What forward left is not
-needed, and lse has no rest: each backward starts from the inputs.
+Derivatives come from torch.func, because the body of a registered operation runs below autograd. Each backward starts
+from the inputs, so the results of forward are not needed and lse has no rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WITH_REST: frozenset[str] = frozenset()
 
 
 def supports(q: Tensor, options: Options) -> str | None:
-    """It runs everywhere."""
+    """None: it runs everywhere."""
     return None
 
 
@@ -75,7 +75,7 @@ def token_relevance(
 def _differentiate(
     attend: Callable[[QKV, Options], Outputs], qkv: QKV, options: Options, grads: OutputGradients
 ) -> Gradients:
-    """Gradients of an operation for those of its outputs, which are out, lse and of a readout the rows."""
+    """Gradients of an operation from those of its outputs: out, lse and, for a readout, the rows."""
     learnt = {name: x for name in differentiable() if (x := getattr(options, name)) is not None}
 
     def of_tensors(q: Tensor, k: Tensor, v: Tensor, *of_options: Tensor) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ def supports(q: Tensor, options: Options) -> str | None:
         options: what it is called with.
     """
     if q.ndim != 3:
-        return f"computes packed_attention alone, got queries of shape {tuple(q.shape)}"
+        return f"computes only packed_attention, got queries of shape {tuple(q.shape)}"
     if q.dtype not in DTYPES:
         return f"needs float16 or bfloat16, got q.dtype={q.dtype}"
     return support.supports(q, options) or _missing_on(q.device)

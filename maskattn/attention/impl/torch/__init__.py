@@ -1,6 +1,6 @@
-"""impl "torch": every operation in torch's own functions; any device, nothing to build.
+"""impl "torch": every operation in torch's own functions, on any device and without compiled code.
 
-What forward left is not needed by the backwards, for torch's own start from the inputs; lse has no rest.
+The backward functions start from the inputs, as torch's own do, and need no results of forward; lse has no rest.
 
 Dimension key: B sequences, N grid tokens, T packed tokens, R readout queries, H heads, D head width, K classes.
 """
@@ -39,7 +39,7 @@ WITH_REST: frozenset[str] = frozenset()
 
 
 def supports(q: Tensor, options: Options) -> str | None:
-    """It runs everywhere."""
+    """None: it runs everywhere."""
     return None
 
 

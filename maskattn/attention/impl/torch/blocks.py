@@ -1,8 +1,8 @@
-"""Packed attention in eager torch, a bounded number of queries at a time: every option, and the log-sum-exp.
+"""Packed attention in eager torch with every option and the log-sum-exp, a bounded number of queries at a time.
 
-Where torch's own ``scaled_dot_product_attention`` lacks an option, impl "torch" comes here. Arithmetic is float32
-(float64 for float64); nothing of size N×N is held. Formulas: ``reference.py`` forward, with dropout factors m, dO and
-dlse:
+Impl "torch" uses it for options that torch's own ``scaled_dot_product_attention`` lacks. Arithmetic is float32
+(float64 for float64), and no N×N array is held. Forward follows ``reference.py``. The gradients, with dropout factors m
+and the gradients dO of out and dlse of lse, are
 
     dP_ij = m_ij dO_i·v_j      dS_ij = p_ij (dP_ij − Σ_j p_ij dP_ij + dlse_i)      dslope = −Σ_ij dS_ij ‖x_i − x_j‖
 
@@ -37,7 +37,7 @@ _SCORES_AT_ONCE = 1 << 20  # 4 MiB of float32
 
 
 def attend_in_blocks(qkv: QKV, where: Sequences, options: Options, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """out (Tq, H, D) and lse (H, Tq); fills ``rows`` (R, H, Tk), the weights before dropout of R queries a sequence."""
+    """Compute out (Tq, H, D) and lse (H, Tq); fill ``rows`` (R, H, Tk), the weights of R queries before dropout."""
     q, v = qkv.q, qkv.v
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=wide_dtype(q))
@@ -58,7 +58,7 @@ def differentiate_in_blocks(
     options: Options,
     grad_rows: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of :func:`attend_in_blocks`, P recomputed block by block."""
+    """Gradients of :func:`attend_in_blocks`; the weights are recomputed block by block."""
     q, k, v, wide = qkv.q, qkv.k, qkv.v, wide_dtype(qkv.q)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     bias, slopes = options.key_bias, options.slopes
@@ -82,7 +82,7 @@ def differentiate_in_blocks(
             by_key = ds.sum(dim=1).T  # [K, H]
             dbias[keys] += by_key if dbias.ndim == 2 else by_key.sum(dim=1)
         if dslopes is not None and block.derivatives.distance_QK is not None:
-            # Not a matrix product, whose one running sum would carry more rounding.
+            # A matrix product would round more, because it forms a single running sum.
             dslopes -= (ds * block.derivatives.distance_QK).sum(dim=(1, 2))
     return Gradients(
         dq.to(q.dtype),
@@ -94,7 +94,7 @@ def differentiate_in_blocks(
 
 
 def rest_of_lse(qkv: QKV, lse: Tensor, where: KeySequences, options: Options) -> Tensor:
-    """What rounding took from the lse (B, R, H) of a readout of q (B, R, H, D), from its scores again."""
+    """The rounding error of the lse (B, R, H) of a readout of q (B, R, H, D), from recomputed scores."""
     rest = torch.zeros_like(lse)
     flat_rest, flat_lse = rest.view(-1, lse.shape[-1]), lse.flatten(0, 1)
     for block in blocks_of_queries(*as_packed(qkv, where, options)):
@@ -105,28 +105,28 @@ def rest_of_lse(qkv: QKV, lse: Tensor, where: KeySequences, options: Options) ->
 
 @dataclass(frozen=True)
 class _Block:
-    """Some queries of a sequence against all its keys."""
+    """The weights of some queries of a sequence over all its keys."""
 
     queries: slice
     keys: slice
     p_HQK: Tensor
     lse_HQ: Tensor
-    rest_HQ: Tensor  # what rounding took from lse
+    rest_HQ: Tensor  # the rounding error of lse
     derivatives: ScoreDerivatives
     factors_HQK: Tensor | None
 
     def within(self, count: int) -> slice:
-        """The queries' positions within their sequence, where every sequence has ``count`` of them."""
+        """The queries' positions within their sequence, for sequences of ``count`` queries each."""
         first = self.queries.start % count
         return slice(first, first + self.queries.stop - self.queries.start)
 
     def dropped(self, x_HQK: Tensor) -> Tensor:
-        """The weights' factors multiplied in, both ways."""
+        """x times the dropout factors of the weights, in forward and backward alike."""
         return x_HQK if self.factors_HQK is None else x_HQK * self.factors_HQK
 
 
 def blocks_of_queries(qkv: QKV, where: Sequences, options: Options) -> Iterator[_Block]:
-    """The weights of all queries, sequence after sequence and so many at a time that little memory is held."""
+    """Yield the weights of all queries, sequence by sequence, in blocks of bounded memory."""
     q, k = qkv.q, qkv.k
     starts_q, starts_k = where.cu_seqlens_q.tolist(), where.cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
@@ -139,7 +139,7 @@ def blocks_of_queries(qkv: QKV, where: Sequences, options: Options) -> Iterator[
             queries = slice(start, min(start + step, starts_q[b + 1]))
             score, derivatives = scores(q[queries].to(own_k.dtype), own_k, options_of(options, queries, keys))
             largest = score.amax(dim=-1, keepdim=True)
-            # A query whose every key has a bias of −inf has no largest score to be relative to, and no weights.
+            # A query whose keys all have a bias of −inf has no finite largest score, and no weights.
             largest = largest.masked_fill(largest == float("-inf"), 0)
             p = score.sub_(largest).exp_()
             total = p.sum(dim=-1, keepdim=True)

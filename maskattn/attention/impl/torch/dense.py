@@ -1,4 +1,4 @@
-"""From dense tensors and a mask to packed ones and back.
+"""Conversion of dense tensors with a mask to packed tensors, and back.
 
 Dimension key: B sequences, N grid tokens (Nq of the queries), Tq and Tk packed query and key tokens, H heads, D head
 width.
@@ -21,14 +21,14 @@ __all__ = ["DensePacking", "gather"]
 
 @dataclass(frozen=True)
 class DensePacking:
-    """Which of the dense queries and keys take part."""
+    """The packings of the queries and of the keys of dense tensors."""
 
     queries: Packing
     keys: Packing
 
     @classmethod
     def of(cls, q: Tensor, where: Mask) -> DensePacking:
-        """The packings of q (B, H, Nq, D) and of the keys; without ``skip_queries`` every query takes part."""
+        """Build the packings for q (B, H, Nq, D) and a mask; without ``skip_queries`` every query takes part."""
         keys = Packing.from_keep(where.keep)
         if where.skip_queries:
             return cls(keys, keys)
@@ -73,7 +73,7 @@ class DensePacking:
         return lse_BHN
 
     def dense_gradients(self, grads: Gradients, qkv: QKV, options: Options) -> Gradients:
-        """Gradients of packed tensors → of dense ones, 0 at background positions."""
+        """Gradients of the dense tensors from those of the packed ones, 0 at background positions."""
         bias = options.key_bias
         dbias = grads.key_bias
         if bias is not None and dbias is not None and bias.ndim == 2:

@@ -1,4 +1,4 @@
-"""The relevance of tokens in eager torch, a bounded number of keys at a time; formula in ``reference.py``.
+"""The relevance of tokens in eager torch, a bounded number of keys at a time; ``reference.py`` has the formula.
 
 Dimension key: B sequences, T packed tokens, R readout queries, H heads, D head width, K classes.
 """
@@ -46,7 +46,7 @@ def token_relevance(
 
 
 def _moved(x: Tensor, origin: Tensor | None, keys: slice) -> Tensor:
-    """How some keys or values change as their tokens are scaled."""
+    """The derivative of some keys or values as their tokens are scaled."""
     wide = wide_dtype(x)
     own = x[keys].to(wide)
     return own if origin is None else own - (origin[keys] if origin.ndim == 3 else origin).to(wide)

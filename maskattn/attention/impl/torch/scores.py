@@ -1,4 +1,4 @@
-"""The scores of impl "torch" and their softmax, and which options belong to which queries and keys.
+"""The scores of impl "torch", and the options of given queries and keys.
 
 Dimension key: Q queries and K keys of one sequence, H heads, D head width.
 """
@@ -22,17 +22,17 @@ OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dro
 
 
 class ScoreDerivatives(NamedTuple):
-    """What the derivatives of scores by their terms are made of: the distances (Q, K), where there are slopes."""
+    """The terms of the scores' derivatives: the distances (Q, K), None without slopes."""
 
     distance_QK: Tensor | None
 
     def along_product(self, x_HQK: Tensor) -> Tensor:
-        """x times the derivative by the scaled products, which is 1: all other terms are added to these."""
+        """x times the scores' derivative with respect to the scaled products, which is 1, as all terms are added."""
         return x_HQK
 
 
 def scores(q: Tensor, k: Tensor, options: Options) -> tuple[Tensor, ScoreDerivatives]:
-    """The scores (H, Q, K) of queries (Q, H, D) and keys (K, H, D), whose options these are; see ``reference.py``."""
+    """The scores (H, Q, K) of queries (Q, H, D) and keys (K, H, D) with their options; see ``reference.py``."""
     score_HQK = options.scale * torch.einsum("qhd,khd->hqk", q, k)
     if options.key_bias is not None:
         bias = options.key_bias.to(score_HQK.dtype)
@@ -56,7 +56,7 @@ def options_of(options: Options, queries: slice, keys: slice) -> Options:
 
 
 def drop_factors(options: Options, like_HQK: Tensor, first_query: int, sequence: int) -> Tensor | None:
-    """The factors of the weights of a sequence's queries from ``first_query`` on; None without dropout."""
+    """The dropout factors of the weights of a sequence's queries from ``first_query`` on; None without dropout."""
     if options.dropout_seed is None:
         return None
     heads, queries, keys = (torch.arange(n, device=like_HQK.device) for n in like_HQK.shape)
@@ -76,7 +76,7 @@ def as_packed(qkv: QKV, where: KeySequences, options: Options) -> tuple[QKV, Seq
 
 
 def wide_dtype(q: Tensor) -> torch.dtype:
-    """float32, or float64 for float64: what sums are formed in."""
+    """The dtype of sums: float32, or float64 for float64."""
     return torch.promote_types(q.dtype, torch.float32)
 
 

@@ -1,9 +1,9 @@
-"""Packed attention by torch's own ``scaled_dot_product_attention``, one packed sequence after another.
+"""Packed attention by torch's own ``scaled_dot_product_attention``, one packed sequence at a time.
 
-Sequences of one length go through in one batched call, others one by one; either way nothing of size N×N is held.
-(Padding short sequences into one masked call was measured on a CPU: 1.5 to 5 times slower forward.) A key bias rides
-inside the dot product, as one more column of width ``[q, 1/s]·[k, b]``, so that its gradient comes from the same fused
-backward. torch hands out neither the log-sum-exp nor takes the other options: ``blocks.py`` has them.
+Sequences of equal length go through in one batched call, others one by one; in neither case is an N×N array held.
+(Padding short sequences into one masked call was measured on a CPU: 1.5 to 5 times slower forward.) A key bias is an
+additional column of the dot product, ``[q, 1/s]·[k, b]``, so that the same fused backward gives its gradient. torch
+neither returns the log-sum-exp nor supports the other options; ``blocks.py`` does.
 
 Dimension key: L tokens of a sequence, Tq and Tk packed query and key tokens, H heads, D head width.
 """
@@ -27,7 +27,7 @@ __all__ = ["packed_backward", "packed_forward"]
 
 LARGEST_RIDING_BIAS = 64.0
 
-# Options that torch's function lacks, with their defaults: all but those that ride inside the dot product.
+# Options that torch's function lacks, with their defaults: all but the scale and the bias in the dot product.
 _IN_BLOCKS = [(x.name, x.default) for x in fields(Options) if x.name not in ("scale", "key_bias")]
 
 
@@ -47,7 +47,7 @@ def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool)
 
 
 def packed_backward(grads: OutputGradients, qkv: QKV, where: Sequences, options: Options) -> Gradients:
-    """Gradients of :func:`packed_forward`; the forward is run again, sequence by sequence."""
+    """Gradients of :func:`packed_forward`; forward is recomputed, sequence by sequence."""
     if grads.grad_lse is not None or not _fits(options):
         return differentiate_in_blocks(grads.grad_out, grads.grad_lse, qkv, where, options)
     inputs = [x for x in (qkv.q, qkv.k, qkv.v, options.key_bias) if x is not None]
@@ -66,7 +66,7 @@ def packed_backward(grads: OutputGradients, qkv: QKV, where: Sequences, options:
 
 
 class _Rows:
-    """A tensor like another that is put together of its rows, 0 where none were put; no copy of rows that are all."""
+    """A tensor like another that is assembled from rows, 0 elsewhere; rows that make up all of it are not copied."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
@@ -86,7 +86,7 @@ class _Rows:
 
 
 def _slices(where: Sequences) -> Iterator[tuple[slice, slice, int]]:
-    """Queries, keys and how many sequences they are: all at once where all have one length."""
+    """Yield slices of queries and keys, and their number of sequences: a single slice if all have one length."""
     starts_q, starts_k = where.cu_seqlens_q.tolist(), where.cu_seqlens_k.tolist()
     count = len(starts_q) - 1
     lengths = {(starts_q[b + 1] - starts_q[b], starts_k[b + 1] - starts_k[b]) for b in range(count)}
@@ -100,19 +100,19 @@ def _slices(where: Sequences) -> Iterator[tuple[slice, slice, int]]:
 
 
 def _fits(options: Options) -> bool:
-    """Whether torch's function, called as :func:`_attend` calls it, has the options that are given."""
+    """Whether :func:`_attend` supports the options that are given."""
     given = vars(options)
     for name, default in _IN_BLOCKS:
         if given[name] is not default and is_given(given[name], default):
             return False
     if options.key_bias is None:
         return True
-    # A larger one, added inside the dot product, would cost the products beside it their digits, or overflow.
+    # Inside the dot product a larger bias would cost the other terms precision, or overflow.
     return options.scale != 0 and bool((options.key_bias.abs() <= LARGEST_RIDING_BIAS).all())
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, count: int) -> Tensor:
-    """``count`` sequences of one query and one key length, end to end: (count·Lq, H, D) → (count·Lq, H, D)."""
+    """Attention of ``count`` consecutive sequences of equal lengths: (count·Lq, H, D) → (count·Lq, H, D)."""
     width = q.shape[-1]
     if bias is not None:
         bias_TH1 = (bias[:, None] if bias.ndim == 1 else bias)[..., None].expand(-1, k.shape[1], 1)

@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of the attention operations, in eager torch whatever the implementation.
+"""Forward-mode derivatives of the attention operations, in eager torch for every implementation.
 
 With ṡ the tangent of a score and m the dropout factors, the tangent of attention is
 
@@ -6,7 +6,7 @@ With ṡ the tangent of a score and m the dropout factors, the tangent of attent
 
     ouṫ_i = Σ_j m_ij (ṗ_ij v_j + p_ij v̇_j)
 
-A bounded number of queries at a time, as ``blocks.py`` has it; nothing of size N×N is held.
+They are computed for a bounded number of queries at a time, as in ``blocks.py``; no N×N array is held.
 
 Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head
 width.
@@ -60,7 +60,7 @@ def readout_tangent(
 def _push(
     qkv: QKV, where: Sequences, options: Options, tangents: Tangents, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tangents of out and lse of packed tokens, and of the weights of R queries a sequence where ``rows`` is given."""
+    """Tangents of out and lse of packed tokens, and of the weights of R queries per sequence if ``rows`` is given."""
     q, k, v = qkv.q, qkv.k, qkv.v
     wide, s = wide_dtype(q), options.scale
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -78,7 +78,7 @@ def _push(
             score += (bias[None] if bias.ndim == 1 else bias.T)[:, None, :]
         if tangents.slopes is not None and block.derivatives.distance_QK is not None:
             score -= tangents.slopes[:, None, None].to(wide) * block.derivatives.distance_QK
-        # Where p is 0 the score may move without bound.
+        # The tangent of a score may be infinite or NaN where p is 0.
         score = score.masked_fill(block.p_HQK == 0, 0)
         lse[:, queries] = (block.p_HQK * score).sum(dim=-1)
         p = block.p_HQK * (score - lse[:, queries, None])
