@@ -177,7 +177,7 @@ def test_broken_files_fail_with_one_line_and_leave_nothing(
         (("gone-*.svs",), "no match"),
         (("gone.csv",), "readable CSV"),
         ((), "at least one slide"),
-        (("{slide}", "{copy}", "--mask", "m.png"), "--mask serves one slide, got 2"),
+        (("{slide}", "{copy}", "--mask", "m.png"), "--mask is for one slide, got 2"),
         (("{slide}", "--model", "gone.safetensors"), "no gone.safetensors"),
         (("{slide}", "--impl", "magic"), "impl='magic'"),
         (("{slide}", "--device", "abacus"), "'abacus'"),
@@ -321,7 +321,7 @@ def test_ink_off_where_no_tissue_is_sought_is_refused(slide: Path, tmp_path: Pat
     mask = tmp_path / "mask.png"
     Image.fromarray(np.ones((42, 56), dtype=np.uint8)).save(mask)
     for command, why in (
-        (("tissue", slide, "--mask", mask), f"beside a mask, {mask}"),
+        (("tissue", slide, "--mask", mask), f"with the mask {mask}"),
         (("infer", slide, "--out", tmp_path / "out", "--mask", mask), "every slide has a mask"),
         (("infer", slide, "--out", tmp_path / "out", "--no-mask"), "glass is attended to too"),
     ):

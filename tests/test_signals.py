@@ -85,7 +85,7 @@ def test_a_run_that_is_told_to_end_leaves_nothing_behind(
     _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     lines = [line for line in errors.splitlines() if "Random weights" not in line]
-    assert lines == [f"maskattn: {words}; finished slides are kept, run the same command again to go on"]
+    assert lines == [f"maskattn: {words}; finished slides are kept; run the same command again to resume"]
     assert list(out.iterdir()) == []
     assert group_is_gone(process.pid, within_s=60)
 
@@ -112,4 +112,4 @@ def test_what_hangs_in_a_library_is_ended_all_the_same(number: int, code: int) -
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
-    assert errors == "maskattn: what was running did not end within 1 s and was ended\n"
+    assert errors == "maskattn: the command did not end within 1 s and was terminated\n"

@@ -1,6 +1,6 @@
-"""The command line's door: ``maskattn infer | extract | encoders | demo | ...``, a file per command.
+"""The entry point of the command line: ``maskattn infer | extract | encoders | demo | ...``, one file per command.
 
-This module only needs the standard library, so that it can say what to install where the extra ``slide`` is missing.
+This module needs only the standard library, so that it can name what to install if the extra ``slide`` is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line; exits with 0 = ok, 1 = some slide failed, 2 = wrong usage or unwritable output."""
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # of libraries, for their developers; -W shows them
+        warnings.simplefilter("ignore")  # warnings of libraries are for developers; -W shows them
     with lasting_streams():
         _run()
 

@@ -1,4 +1,4 @@
-"""The commands of ``maskattn``, put together; what a command needs beyond typer it imports when it runs."""
+"""The application: all commands of ``maskattn``. A command imports what it needs beyond typer when it runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskattn.cli.view import view
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Slide in, prediction and heat maps out; background costs nothing and counts for nothing.",
+    help="Slide in, prediction and heat maps out; background costs nothing and has no effect.",
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: boxes would cost every command the import of rich
     pretty_exceptions_enable=False,

@@ -1,4 +1,4 @@
-"""Bars of progress on stderr, which are gone when what they show has ended; without a terminal there are none."""
+"""Progress bars on stderr, which disappear when the work has ended; without a terminal there are none."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BarsT = TypeVar("BarsT", bound="Bars")
 
 
 class Bars:
-    """A context manager whose ``_progress`` has the bars.
+    """A context manager that shows the bars of its ``_progress``.
 
     Args:
-        hidden: no bars, whatever stderr is.
+        hidden: show no bars, whether or not stderr is a terminal.
     """
 
     def __init__(self, hidden: bool = False) -> None:
-        console = Console(file=sys.stderr)  # named, so that its encoding is asked for
+        console = Console(file=sys.stderr)  # the explicit file makes rich query its encoding
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

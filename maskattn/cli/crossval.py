@@ -1,4 +1,4 @@
-"""``maskattn crossval``: a model for each fold, and a report on what they say of patients that they did not see."""
+"""``maskattn crossval``: trains a model for each fold, and reports predictions for patients not seen in training."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ def crossval(
     *,
     config: ConfigFile = None,
     folds: Annotated[
-        int, typer.Option("--folds", help="How many, unless --split has them.", min=2, show_default=True)
+        int, typer.Option("--folds", help="Number of folds, unless --split has them.", min=2, show_default=True)
     ] = 5,
     candidate: Annotated[
         list[Path] | None,
         typer.Option(
-            "--candidate", help="YAML of what differs (may be repeated); in each fold the validation part chooses one."
+            "--candidate",
+            help="YAML of differing settings (may be repeated); each fold chooses one on its validation part.",
         ),
     ] = None,
-    resamples: Annotated[int, typer.Option("--resamples", help="Of the bootstrap over patients.", min=100)] = 1000,
+    resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples of patients.", min=100)] = 1000,
     settings: TrainSettings,
     debug: Debug = False,
 ) -> None:
     """Cross-validate a slide model: train, predict and report.
 
-    Folds are grouped by patient and stratified. A run that was killed goes on with the same command.
+    Folds are grouped by patient and stratified. To resume an interrupted run, repeat the same command.
     """
     with errors_in_one_line(debug, "finished folds and epochs"):
         settings = given_settings(context, settings, config)
         if settings.out is None:
-            raise ValueError("a cross-validation must have a folder to write, got no --out; name one")
+            raise ValueError("a cross-validation must have an output folder, got no --out; name one")
 
         from maskattn.training.candidates import read_candidates
 
@@ -62,11 +63,11 @@ def crossval(
         from maskattn.evaluation.results import evaluate_predictions
 
         trainer = _Training(candidates, cohort)
-        outcomes = cross_validate(trainer, list(candidates), splits, settings.out, _told)
-        whole, notes = pooled(outcomes)
-        whole.write_csv(settings.out / PREDICTIONS_CSV)
+        outcomes = cross_validate(trainer, list(candidates), splits, settings.out, _report_fold)
+        predictions, notes = pooled(outcomes)
+        predictions.write_csv(settings.out / PREDICTIONS_CSV)
         found = evaluate_predictions(
-            whole,
+            predictions,
             settings.out.resolve().name,
             resamples=resamples,
             seed=settings.seed,
@@ -82,7 +83,7 @@ def crossval(
 
 
 class _Training:
-    """Trains the candidates, and predicts with what was trained."""
+    """Trains the candidates, and predicts with the trained models."""
 
     def __init__(self, candidates: Mapping[str, TrainSettings], cohort: Cohort) -> None:
         self._candidates, self._cohort = candidates, cohort
@@ -103,7 +104,7 @@ class _Training:
 
 
 def _splits_of(settings: TrainSettings, cohort: Cohort, folds: int) -> list[Split]:
-    """The folds: from a table, or drawn; every part must have every class."""
+    """Return the folds, read from a table or drawn; every part must have every class."""
     from maskattn.evaluation.split_files import read_splits
     from maskattn.evaluation.splits import check_classes, grouped_folds, strata_of
 
@@ -120,7 +121,7 @@ def _splits_of(settings: TrainSettings, cohort: Cohort, folds: int) -> list[Spli
     return splits
 
 
-def _told(outcome: FoldOutcome) -> None:
+def _report_fold(outcome: FoldOutcome) -> None:
     from maskattn.evaluation.metrics import metrics_of
 
     title = metrics_of(outcome.predictions.task)[0].title
@@ -134,17 +135,17 @@ def _told(outcome: FoldOutcome) -> None:
 
 
 def _chosen(outcomes: list[FoldOutcome]) -> tuple[str, ...]:
-    """Which candidate each fold chose, where there were several."""
+    """Return a note on each fold's chosen candidate, if there were several."""
     if len(outcomes[0].validation) == 1:
         return ()
-    told = ", ".join(f"{outcome.fold} {outcome.chosen}" for outcome in outcomes)
-    return (f"Each fold's model was chosen on its validation part: fold {told}.",)
+    chosen = ", ".join(f"{outcome.fold} {outcome.chosen}" for outcome in outcomes)
+    return (f"Each fold's model was chosen on its validation part: fold {chosen}.",)
 
 
 def _of_slides(settings: TrainSettings) -> tuple[str, ...]:
-    """A remark on intervals where slides are predicted one by one."""
+    """Return a note on intervals if slides are predicted one by one."""
     if settings.fusion != "none":
         return ()
     return (
-        "Each slide counts for itself, and intervals are over slides: where patients have several they are too narrow.",
+        "Slides are predicted one by one, and intervals are over slides: they are too narrow if patients have several.",
     )

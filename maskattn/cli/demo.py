@@ -1,4 +1,4 @@
-"""``maskattn demo``: a slide with a known answer through the bundled model."""
+"""``maskattn demo``: predicts a slide with a known answer with the bundled model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ __all__ = ["demo"]
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder of outputs; made if it is not there.")] = Path("demo_out"),
-    seed: Annotated[int, typer.Option("--seed", help="Which slide to draw.", min=0)] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder of outputs; created if it does not exist.")] = Path(
+        "demo_out"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the slide that is drawn.", min=0)] = 0,
     debug: Debug = False,
 ) -> None:
     """Predict a synthetic slide with a known answer.
 
-    The slide is drawn afresh, the bundled model predicts it, and every output is written.
+    The slide is drawn, the bundled model predicts it, and every output is written.
     """
     with errors_in_one_line(debug):
         from maskattn.cli.progress import scores_of

@@ -1,4 +1,4 @@
-"""``maskattn doctor``: what runs on this machine."""
+"""``maskattn doctor``: checks what runs on this machine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["doctor"]
 
 
 def doctor(debug: Debug = False) -> None:
-    """Say what runs on this machine.
+    """Check what runs on this machine.
 
-    Everything is found out by trying it; what is missing is listed with how to get it.
+    Everything is tested by running it; missing components are listed with the way to install them.
     """
     with errors_in_one_line(debug):
         from maskattn.doctor import examine

@@ -1,4 +1,4 @@
-"""``maskattn encoders``: the table of encoders, and all that is known of one."""
+"""``maskattn encoders``: prints the table of encoders, or all that is known about one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["encoders"]
 
 def encoders(
     name: Annotated[
-        str | None, typer.Argument(help="One of them, to see all that is known of it.", show_default=False)
+        str | None, typer.Argument(help="An encoder, to print all that is known about it.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """List the encoders that have a short name.
 
-    Any other of timm or Hugging Face's hub is named timm:NAME or hf-hub:ORG/NAME, one's own by its file or folder.
+    Name any other encoder of timm or the Hugging Face hub as timm:NAME or hf-hub:ORG/NAME, your own by file or folder.
     """
     with errors_in_one_line(debug):
         from maskattn.nn.encoders.table import ENCODERS, entry_named, nearest_names

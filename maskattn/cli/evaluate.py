@@ -1,4 +1,4 @@
-"""``maskattn evaluate``: predictions of patients to metrics, figures and a report."""
+"""``maskattn evaluate``: computes metrics, figures and a report from predictions of patients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def evaluate(
     predictions: Annotated[
         list[Path],
         typer.Argument(
-            help="Tables as STAMP's patient-preds.csv, or folders of folds; each is compared with the first.",
+            help="Tables like STAMP's patient-preds.csv, or folders of folds; each is compared with the first.",
             metavar="PREDICTIONS.csv...",
             show_default=False,
         ),
@@ -25,26 +25,26 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Folder for report.html, metrics.json and figures.")],
     task: Annotated[
         Literal["binary", "multiclass", "ordinal", "regression", "survival"] | None,
-        typer.Option("--task", help="What is predicted, where the columns leave it open."),
+        typer.Option("--task", help="The kind of prediction, if the columns do not determine it."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help="Column of what is true, where there are several.")
+        str | None, typer.Option("--target", help="Column of the ground truth, if there are several.")
     ] = None,
     positive: Annotated[
-        str | None, typer.Option("--positive", help="Of two classes the one looked for; by default the second.")
+        str | None, typer.Option("--positive", help="The positive one of two classes; by default the second.")
     ] = None,
     validation: Annotated[
         Path | None,
         typer.Option("--validation", help="The first model's predictions of other patients, to fit a temperature on."),
     ] = None,
-    resamples: Annotated[int, typer.Option("--resamples", help="Of the bootstrap over patients.", min=100)] = 1000,
-    seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.", min=0)] = 0,
+    resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples of patients.", min=100)] = 1000,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap.", min=0)] = 0,
     stratified: Annotated[
-        bool, typer.Option("--stratified", help="Draw as many patients of each class, or event, as there are.")
+        bool, typer.Option("--stratified", help="Resample within each class, or with and without event.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure predictions of patients, with intervals and figures.
+    """Evaluate predictions of patients, with intervals and figures.
 
     Several models are compared by a paired bootstrap over the patients they share.
     """

@@ -1,4 +1,4 @@
-"""``maskattn explain``: one image beside its attention and its class maps."""
+"""``maskattn explain``: draws one image with its attention and class maps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def explain(
         typer.Option("--model", help="timm:NAME, hf-hub:ORG/NAME, or a file or folder of weights.", show_default=False),
     ],
     target: Annotated[
-        list[int] | None, typer.Option("--target", help="A class (may be repeated); by default the three likeliest.")
+        list[int] | None, typer.Option("--target", help="A class (may be repeated); by default the three most likely.")
     ] = None,
     concept: Annotated[
         list[Path] | None, typer.Option("--concept", help="An example image of a concept (may be repeated).")
@@ -35,30 +35,32 @@ def explain(
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="A text (may be repeated), where --model is a folder with its text tower."),
+        typer.Option("--prompt", help="A text (may be repeated), if --model is a folder with a text tower."),
     ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
             "--temperature",
-            help="Of concepts and prompts: the factor of the cosine; by default the file's or the model's own, or 100.",
+            help="Factor of the cosine for concepts and prompts; by default the file's or the model's own, or 100.",
         ),
     ] = None,
     keep: Annotated[
-        Path | None, typer.Option("--keep", help="A mask image; tokens that are all black are left out.")
+        Path | None, typer.Option("--keep", help="A mask image; tokens that are entirely black are left out.")
     ] = None,
     method: Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")] = DEFAULT_METHOD,
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not test the maps by showing the model what they call relevant.")
+        bool, typer.Option("--no-check", help="Do not check the maps by predictions from their most relevant tokens.")
     ] = False,
-    num_heads: Annotated[int | None, typer.Option("--num-heads", help="For a file, which does not say it.")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option("--num-heads", help="Attention heads, for a file of weights alone.")
+    ] = None,
     pixel_mean: Annotated[
         tuple[float, float, float] | None,
-        typer.Option("--pixel-mean", help="By default the model's own, or ImageNet's."),
+        typer.Option("--pixel-mean", help="Mean of the pixels; by default the model's own, or ImageNet's."),
     ] = None,
     pixel_std: Annotated[
         tuple[float, float, float] | None,
-        typer.Option("--pixel-std", help="By default the model's own, or ImageNet's."),
+        typer.Option("--pixel-std", help="Standard deviation; by default the model's own, or ImageNet's."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="PNG, or folder for it; by default IMAGE_explained.png in this folder.")
@@ -67,8 +69,9 @@ def explain(
 ) -> None:
     """Explain the classes of one image.
 
-    A picture shows the image beside its attention and its class maps; the scores go to stdout.
-    Each map is tested by showing the model what it calls relevant; the figures are in a JSON file beside the picture.
+    A picture shows the image, its attention and its class maps; the scores go to stdout.
+    Each map is checked by predictions from its most relevant tokens; a JSON file with the picture's name has the
+    results.
     """
     with errors_in_one_line(debug):
         import torch
@@ -84,7 +87,9 @@ def explain(
         asked = {"--target": target, "--concept": concept, "--concepts": concepts, "--prompt": prompt}
         given = [flag for flag, value in asked.items() if value]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} ask for different things; give one of them")
+            raise ValueError(
+                f"only one of {', '.join(asked)} may be given, got {' and '.join(given)}; leave the others out"
+            )
         if method not in METHODS:
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         path = picture_path(out, f"{image.stem}_explained.png", [image, *(concept or ()), *([keep] if keep else [])])
@@ -98,12 +103,12 @@ def explain(
         if concepts or prompt:
             targets = read_words(concepts, prompt, model, temperature)
         if concept:
-            own = tuple(side * vit.patch_embed.patch_size for side in vit.grid_HW)
+            own = tuple(tokens * vit.patch_embed.patch_size for tokens in vit.grid_HW)
             examples = [single.normalised(single.read_image(path, (own[0], own[1])), mean, std) for path in concept]
             targets = Concept.from_images(vit, torch.cat(examples))
         found = single.explain_image(vit, inputs, targets, kept, method, check=not no_check)
         maps = dict(zip(found.titles(), found.maps_MHW, strict=True))
-        # Where no font has a name's signs, the names of the files have to do.
+        # Names that no font can draw are left out of the title.
         title = ", ".join(filter(None, (drawable(image.name), drawable(model), METHODS[method].title)))
         figure = draw_explanation(pixels, found.attention_HW, maps, title, keep_HW=None if kept is None else kept[0])
         about = {"image": image.name, "model": model, **found.as_json()}

@@ -1,4 +1,4 @@
-"""``maskattn extract``: a folder of slides to the features of their tiles."""
+"""``maskattn extract``: extracts the features of the tiles of slides."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def extract(
         from maskattn.slide.output_folder import prepare_output
 
         jobs, notes = slide_runs.jobs_asked_for(slides, manifest, mask)
-        check_extraction(jobs, settings)  # once more when the encoder is there: it may have no spacing of its own
+        check_extraction(jobs, settings)  # checked again with the encoder, which may have no spacing of its own
         prepare_output(settings.out_dir)
 
         from maskattn.cli.progress import ProgressBars
@@ -69,11 +69,11 @@ def extract(
 
 def _of_the_encoder(name: str, licence: str, why_not: str) -> str:
     how = f"runs as its library built it ({why_not})" if why_not else "runs packed"
-    return f"{name} {how}; licence of its weights: {licence or 'not known'}"
+    return f"{name} {how}; licence of its weights: {licence or 'unknown'}"
 
 
 def _lines_of(outcome: ExtractionOutcome) -> list[str]:
-    """Lines on a slide's outcome and on what the user should know of it."""
+    """Return the lines that report a slide's outcome and the notes on it."""
     record = outcome.record
     if record is None:
         return [f"failed   {outcome.slide_id}: {outcome.reason}"]
@@ -81,6 +81,6 @@ def _lines_of(outcome: ExtractionOutcome) -> list[str]:
     tiles = f"{record.tiles:,} of {record.cells:,} tiles{tokens}"
     lines = [f"{outcome.status:<8} {outcome.slide_id}: {tiles}, {record.features}, {outcome.seconds:.1f} s"]
     if outcome.status == "ok":
-        told = [] if record.tissue is None else record.tissue["notes"]
-        lines += [f"note     {outcome.slide_id}: {note}" for note in dict.fromkeys((*told, *record.notes))]
+        of_tissue = [] if record.tissue is None else record.tissue["notes"]
+        lines += [f"note     {outcome.slide_id}: {note}" for note in dict.fromkeys((*of_tissue, *record.notes))]
     return lines

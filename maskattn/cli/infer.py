@@ -1,4 +1,4 @@
-"""``maskattn infer``: a folder of slides to predictions and maps."""
+"""``maskattn infer``: predicts slides and writes maps that explain the predictions."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def infer(
         from maskattn.slide.request import check_request
 
         jobs, notes = slide_runs.jobs_asked_for(slides, manifest, mask, settings.features_dir)
-        check_request(jobs, settings)  # once more when the model is there: it may leave nothing out
+        check_request(jobs, settings)  # checked again with the model
         prepare_output(settings.out_dir)
         chosen = slide_runs.Chosen(
             model=model or slide_runs.BUNDLED,
@@ -102,7 +102,7 @@ def infer(
         )
         if concepts is not None or prompt:
             if model is not None:
-                raise ValueError("--model is a slide model, and concepts take its place; give one of them")
+                raise ValueError("concepts replace the slide model, got --model in addition; give one of them")
             words = read_words(concepts, prompt, encoder, temperature)
             runs = load_concept_model(words, best_tiles, chosen, impl, device)
         else:

@@ -1,4 +1,4 @@
-"""``maskattn info``: what a slide file, or a slide model, says of itself."""
+"""``maskattn info``: prints the metadata of a slide file or a slide model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Print what a slide file, or a slide model, says of itself."""
+    """Print the metadata of a slide file or a slide model."""
     with errors_in_one_line(debug):
         from maskattn.nn.slide_models.card import card_at
 
@@ -57,5 +57,5 @@ def _print_card(card: ModelCard, as_json: bool) -> None:
     if as_json:
         say_json(asdict(card))
         return
-    for what, value in card.lines():
-        say(f"{what}: {value}")
+    for name, value in card.lines():
+        say(f"{name}: {value}")

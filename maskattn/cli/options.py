@@ -1,7 +1,7 @@
-"""Options that several commands share, and those that fill a run's settings: their words stand at the settings' fields.
+"""Options that several commands share, and options that are derived from the fields of a run's settings.
 
-A command that takes ``settings``, of a dataclass of requests such as ``RunSettings``, and is decorated with
-:func:`takes_settings` has an option for every field of theirs.
+A command with a parameter ``settings`` of a request dataclass such as ``RunSettings`` that is decorated with
+:func:`takes_settings` has an option for every field of the dataclass, with the help text that the field declares.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _plausible_spacing(spacing_um: float | None) -> float | None:
     return spacing_um
 
 
-# Those of a slide's own spacing, under whichever name a command has it.
+# Checks of a slide's own spacing, under both names of the option.
 _CHECKS = {"spacing_um": _plausible_spacing, "slide_spacing_um": _plausible_spacing}
 
 
@@ -66,7 +66,7 @@ def _field(settings: Any, name: str) -> Field[Any]:
 
 
 def _option(field: Field[Any]) -> Any:
-    """The option that fills a field of a request."""
+    """Return the option that sets a field of a request."""
     asked = asked_of(field)
     return typer.Option(
         asked.flag,
@@ -80,7 +80,7 @@ def _option(field: Field[Any]) -> Any:
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="All of these as YAML, field: value; what is given beside it counts more."),
+    typer.Option("--config", help="All of these as YAML, field: value; options on the command line take precedence."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Slide = Annotated[Path, typer.Argument(help="A slide file.", metavar="SLIDE", show_default=False)]
@@ -93,16 +93,16 @@ Manifest = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option("--weights", help="File of the encoder's weights; by default its hub's.")]
 NumHeads = Annotated[
-    int | None, typer.Option("--num-heads", min=1, help="Of an encoder that is a file of weights alone.")
+    int | None, typer.Option("--num-heads", min=1, help="Attention heads, for an encoder that is a file of weights.")
 ]
-TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that an encoder's repository brings.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code in an encoder's repository.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Impl = Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")]
 Outputs = Annotated[
     Path, typer.Argument(help="A folder of outputs, the --out of infer or demo.", metavar="OUT", show_default=False)
 ]
 SlidesFolder = Annotated[
-    Path | None, typer.Option("--slides", help="Folder to look for the slides in, where they have moved.")
+    Path | None, typer.Option("--slides", help="Folder in which to look for slides that have been moved.")
 ]
 Mask = Annotated[Path | None, typer.Option("--mask", help="Your own tissue mask of this slide, at any spacing.")]
 Spacing = Annotated[float | None, _option(_field(RunSettings, "spacing_um"))]
@@ -118,7 +118,7 @@ ExcludeClasses = Annotated[list[str] | None, _option(_field(RunSettings, "exclud
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each field of its parameter ``settings``, in that parameter's place."""
+    """Replace a command's parameter ``settings`` by an option for each of its fields."""
     signature = inspect.signature(command, eval_str=True)
     kind = signature.parameters["settings"].annotation
     asked_for = {field.name: field for field in fields_of(kind)}
@@ -141,7 +141,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(settings: Any, field: Field[Any]) -> inspect.Parameter:
-    """A field of a request as the parameter of a command; a bool's is whether the option was given."""
+    """Return a field of a request as the parameter of a command; that of a bool is whether the option was given."""
     kind: Any = get_type_hints(settings)[field.name]
     default = field.default if asked_of(field).default is ... else asked_of(field).default
     if kind is bool:
@@ -154,7 +154,7 @@ def _parameter(settings: Any, field: Field[Any]) -> inspect.Parameter:
 
 
 def _value(field: Field[Any], given: Any) -> Any:
-    """The field's value from that of its option."""
+    """Return the field's value for a value of its option."""
     if isinstance(field.default, bool):
         return field.default ^ given
     if isinstance(given, list):

@@ -1,4 +1,4 @@
-"""The path of a command's picture, tested before any work, and the message when it cannot be written."""
+"""The path of a command's picture, checked before any work, and the error if the picture cannot be written."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _OTHER_PICTURES = frozenset(
 
 
 def picture_path(out: Path | None, name: str, inputs: list[Path]) -> Path:
-    """The PNG to write: ``out`` itself where it ends in .png, else ``name`` in the folder ``out``, which is made.
+    """Return the PNG to write: ``out`` if it ends in .png, otherwise ``name`` in the folder ``out``, which is created.
 
     Args:
-        out: what the user named; None for the current folder.
-        name: the picture's own name.
+        out: the user's choice; None for the current folder.
+        name: default name of the picture.
         inputs: files that it must not replace.
 
     Raises:
         ValueError: ``out`` is a picture of another kind, or one of the inputs.
-        OutputError: the folder cannot be made or written.
+        OutputError: the folder cannot be created or written.
     """
     from maskattn.slide.output_folder import prepare_output
 
@@ -38,24 +38,24 @@ def picture_path(out: Path | None, name: str, inputs: list[Path]) -> Path:
             raise ValueError(f"--out must be a PNG, or a folder for it, got the file {out}; choose another name")
     path = out if ending == ".png" and not out.is_dir() else out / name
     if any(path.exists() and other.exists() and path.samefile(other) for other in inputs):
-        raise ValueError(f"--out must not replace what is read, got {path}; choose another name")
+        raise ValueError(f"--out must not replace an input, got {path}; choose another name")
     if path.is_dir():
-        raise ValueError(f"--out must leave room for the picture {path}, got a folder of that name; choose another")
+        raise ValueError(f"--out must not make {path} the picture, got a folder of that name; choose another name")
     prepare_output(path.parent)
     return path
 
 
 @contextlib.contextmanager
 def picture_written(path: Path) -> Iterator[None]:
-    """Say which picture it was where it cannot be written within.
+    """Turn an error while a picture is written into one that names it.
 
     Raises:
-        OutputError: the disk is full, or the like.
+        OutputError: the picture cannot be written, for example because the disk is full.
     """
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"the picture must be written whole, got {path}: {error.strerror or error}; free space or choose another "
-            "--out"
+            f"the picture must be written completely, got {path}: {error.strerror or error}; free space or choose "
+            "another --out"
         ) from error

@@ -1,6 +1,6 @@
-"""What a run shows while it runs: a bar over slides and one over the current slide's tiles, on stderr.
+"""Progress of a run on stderr: a bar over slides and one over the current slide's tiles.
 
-Where stderr is no terminal there are no bars, only the line per slide.
+If stderr is not a terminal, only one line for each slide is printed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class ProgressBars(Bars, Generic[OutcomeT]):
     """Progress of :func:`maskattn.slide.each_slide.run_each`; a context manager.
 
     Args:
-        slides: how many slides there are.
-        lines_of: the lines that report a slide's outcome.
+        slides: number of slides.
+        lines_of: returns the lines that report a slide's outcome.
     """
 
     def __init__(self, slides: int, lines_of: Callable[[OutcomeT], list[str]]) -> None:
@@ -32,15 +32,15 @@ class ProgressBars(Bars, Generic[OutcomeT]):
         self._tiles = self._progress.add_task("tiles", total=None)
 
     def slide_started(self, job: SlideJob) -> None:
-        """Begin a slide's bar of tiles."""
+        """Start the bar of tiles for a slide."""
         self._progress.reset(self._tiles, total=None, description=printable(f"tiles of {job.slide_id}"))
 
     def tiles_done(self, done: int, total: int) -> None:
-        """Move the bar of tiles."""
+        """Advance the bar of tiles."""
         self._progress.update(self._tiles, completed=done, total=total)
 
     def slide_ended(self, outcome: OutcomeT) -> None:
-        """Print the slide's lines and move the bar of slides."""
+        """Print the slide's lines and advance the bar of slides."""
         for line in self._lines_of(outcome):
             self._print(line)
         self._progress.advance(self._slides)
@@ -50,7 +50,7 @@ class ProgressBars(Bars, Generic[OutcomeT]):
 
 
 def lines_of_prediction(outcome: SlideOutcome) -> list[str]:
-    """Lines on the outcome of a prediction and on what the user should know of it."""
+    """Return the lines that report the outcome of a prediction and the notes on it."""
     if outcome.prediction is None:
         if outcome.status == "skipped":
             return []  # another process ran it and has reported it
@@ -64,6 +64,6 @@ def lines_of_prediction(outcome: SlideOutcome) -> list[str]:
 
 
 def scores_of(prediction: SlidePrediction) -> str:
-    """The scores in one line, highest first."""
+    """Return the scores in one line, highest first."""
     ordered = sorted(prediction.scores.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {score:.3f}" for name, score in ordered)

@@ -1,4 +1,4 @@
-"""``maskattn report``: a folder of outputs as one page."""
+"""``maskattn report``: writes a folder of outputs as one page."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def report(
         Path | None, typer.Option("--out", help="The HTML file; by default report.html in the folder of outputs.")
     ] = None,
     top: Annotated[
-        int, typer.Option("--top", help="Tiles to show for each class, and against it.", min=0, max=100)
+        int, typer.Option("--top", help="Number of tiles shown for each class, and against it.", min=0, max=100)
     ] = 4,
     slides: SlidesFolder = None,
     debug: Debug = False,
 ) -> None:
     """Write a report of a run.
 
-    It is one HTML file that needs no other, with every slide's maps and the tiles that spoke most.
+    It is a single self-contained HTML file with every slide's maps and its most relevant tiles.
     """
     with errors_in_one_line(debug):
         from maskattn.slide.report import write_report

@@ -1,8 +1,8 @@
-"""How a command ends: one line that says what went wrong, and the exit code.
+"""The output and the end of a command: one line for an error, and the exit code.
 
 Exit codes: 0 = ok, 1 = a slide failed, 2 = wrong usage or an output that cannot be written, 130 = interrupted,
 143 and 129 = ended by SIGTERM and SIGHUP.
-What a command is asked for goes to stdout; progress and errors go to stderr.
+Results go to stdout; progress and errors go to stderr.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _EXTRAS = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf", "js_li
 _EXTRAS |= dict.fromkeys(
     ("pytorch_lightning", "torchmetrics", "pydantic", "yaml", "sklearn", "sksurv", "scipy"), "train"
 )
-# Packages that no extra of ours has.
+# Packages that are in none of this package's extras.
 _ELSEWHERE = {
     "conch": "pip install git+https://github.com/Mahmoodlab/CONCH.git",
     "open_clip": "pip install open_clip_torch",
 }
-_GO_ON = "{} are kept, run the same command again to go on"
+_GO_ON = "{} are kept; run the same command again to resume"
 
 
 def say(text: str) -> None:
-    """A line of what was asked for, on stdout."""
+    """Print a line of a result on stdout."""
     print(printable(text))  # typer.echo would send UTF-8 to a terminal of ASCII
 
 
 def say_json(value: Any) -> None:
-    """JSON on stdout, in ASCII where the terminal's encoding is too narrow for the text."""
+    """Print JSON on stdout, in ASCII if the terminal's encoding cannot represent the text."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -54,17 +54,17 @@ def say_json(value: Any) -> None:
 
 
 def tell(text: str) -> None:
-    """A line on stderr, beside what was asked for."""
+    """Print a line on stderr."""
     print(f"maskattn: {printable(text)}", file=sys.stderr)
 
 
 @contextmanager
 def errors_in_one_line(debug: bool, kept: str = "finished slides") -> Iterator[None]:
-    """Turn an error into one line on stderr and an exit code; with ``debug`` the traceback comes before it.
+    """Turn an error into one line on stderr and an exit code.
 
     Args:
-        debug: whether it does.
-        kept: what an interrupted command has not lost.
+        debug: print the traceback before the line.
+        kept: the results that an interrupted command keeps, in words.
     """
     try:
         with _logs(debug), told_to_end():
@@ -99,14 +99,14 @@ def _logs(debug: bool) -> Iterator[None]:
 
 
 class _Line(logging.Handler):
-    """A warning as one line on stderr."""
+    """A handler that prints a warning as one line on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tell(" ".join(record.getMessage().split()))
 
 
 def _in_one_line(error: Exception) -> tuple[str, int]:
-    """What to tell the user, and the exit code."""
+    """Return the message for the user and the exit code."""
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         how = _ELSEWHERE.get(error.name.split(".")[0])
@@ -135,7 +135,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def map_warnings(outcomes: Iterable[SlideOutcome]) -> list[str]:
-    """A line for each verdict on the predicted class's map that is not that it passed."""
+    """Return a line for each verdict other than "passed" on the maps of the predicted classes."""
     by_verdict: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.prediction is not None:

@@ -1,7 +1,7 @@
-"""End a command on request: SIGTERM and SIGHUP act as Ctrl-C, and the command is sure to end.
+"""Termination on request: SIGTERM and SIGHUP act like Ctrl-C, and the command is guaranteed to end.
 
-Python runs a signal's handler between its own steps. A decoder that does not return would keep it waiting, so that a
-thread watches: what has not unwound after half a minute is ended as it stands, and the next run clears up.
+Python runs a signal's handler only between its own instructions, so a decoder that does not return would block it. A
+thread therefore watches: a process that has not unwound after half a minute is ended, and the next run cleans up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LIKE_AN_INTERRUPT = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Ended(KeyboardInterrupt):
-    """A signal other than Ctrl-C's asked the command to end; ``signal`` is which."""
+    """A signal other than that of Ctrl-C asked the command to end; it is in ``signal``."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -31,11 +31,11 @@ class Ended(KeyboardInterrupt):
 
 @contextmanager
 def told_to_end() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP raise :class:`Ended`; they and Ctrl-C end the process if that does not."""
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+    """Let SIGTERM and SIGHUP raise :class:`Ended`; they and Ctrl-C end the process if it does not unwind."""
+    if threading.current_thread() is not threading.main_thread():  # handlers can only be set in the main thread
         yield
         return
-    # A caller that ignores a signal (nohup) is obeyed.
+    # A signal that the caller ignores (nohup) stays ignored.
     ours = [number for number in _LIKE_AN_INTERRUPT if signal.getsignal(number) is signal.SIG_DFL]
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -56,12 +56,12 @@ def told_to_end() -> Iterator[None]:
 
 
 def _raise(number: int, _frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not cut short what clears up after the first
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the clean-up after the first
     raise Ended(number)
 
 
 def _end_for_certain(read_end: int) -> None:
-    """Wait for a signal that ends; then give the command time to unwind, which closes the pipe."""
+    """Wait for a terminating signal, then give the command time to unwind, which closes the pipe."""
     number = 0
     while number not in (*_LIKE_AN_INTERRUPT, signal.SIGINT):
         data = os.read(read_end, 1)
@@ -72,5 +72,5 @@ def _end_for_certain(read_end: int) -> None:
     while (left_s := deadline - time.monotonic()) > 0:
         if select.select([read_end], [], [], left_s)[0] and not os.read(read_end, 64):
             return
-    os.write(2, f"maskattn: what was running did not end within {_UNWOUND_AFTER_S:.0f} s and was ended\n".encode())
+    os.write(2, f"maskattn: the command did not end within {_UNWOUND_AFTER_S:.0f} s and was terminated\n".encode())
     os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""What the commands that predict slides share: the model, and the run under progress bars."""
+"""Functions shared by the commands that run slides: loading the model, and the run under progress bars."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ BUNDLED = Path(__file__).parents[1] / "demo" / "model"
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Which model a command runs, and with which encoder of tiles.
+    """The choice of a slide model and a tile encoder for a command.
 
     Attributes:
         model: a folder, a checkpoint, or NAME.safetensors.
-        encoder: as ``maskattn encoders`` has it; None is the model's own, or the one that it names.
+        encoder: as listed by ``maskattn encoders``; None is the model's own, or the one that it names.
         weights: a file of the encoder's weights.
-        num_heads: of an encoder that is a file of weights alone.
-        trust_code: run the code that an encoder's repository brings.
-        classes: names of the logits, where the model has none.
-        patch_px: side of a tile.
+        num_heads: attention heads of an encoder that is a file of weights.
+        trust_code: run the code in an encoder's repository.
+        classes: names of the logits, for a model without them.
+        patch_px: side of a tile in px.
         spacing_um: µm per px of a tile.
         token_mask: "none" or "tissue".
-        with_features: features are given, and an encoder is needed for maps of tokens alone.
-        other_encoder: go on with what the model was not trained with.
+        with_features: features are given, so that an encoder is needed only for token maps.
+        other_encoder: accept an encoder other than the one that the model was trained with.
     """
 
     model: Path = BUNDLED
@@ -55,10 +55,10 @@ class Chosen:
 
 
 def load_model(chosen: Chosen, impl: str | None, device: str) -> TwoStageModel:
-    """The slide model on its device, after a trial of the attention it will use.
+    """Load the slide model on its device, after testing the attention implementation there.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such model, device or implementation; or no encoder for it.
+        FileNotFoundError, ValueError: there is no such model, device or implementation, or no encoder for the model.
     """
     from maskattn.nn.encoders.loading import load_encoder
     from maskattn.nn.slide_models.card import CONFIG, read_card
@@ -96,7 +96,7 @@ def load_model(chosen: Chosen, impl: str | None, device: str) -> TwoStageModel:
 
 
 def device_named(device: str, impl: str | None) -> str:
-    """The device that is asked for, after a trial of it and of the attention that is to run there.
+    """Return the requested device, after testing it and the attention implementation on it.
 
     Raises:
         ValueError: there is no such device or implementation.
@@ -119,16 +119,16 @@ def device_named(device: str, impl: str | None) -> str:
 def jobs_asked_for(
     slides: list[str] | None, manifest: Path | None, mask: Path | None, features: Path | None = None
 ) -> tuple[list[SlideJob], list[str]]:
-    """The slides that a command is to run; notes on how they were found are printed here, once.
+    """Return the jobs of a command's slides, and the notes on finding them, which are also printed.
 
     Args:
         slides: files, folders, globs or manifests.
-        manifest: one more manifest.
-        mask: of the one slide that there is.
-        features: a folder of features, whose slides are run where none are named.
+        manifest: an additional manifest.
+        mask: a mask, if there is exactly one slide.
+        features: a folder of features, whose slides are run if no others are named.
 
     Raises:
-        ManifestError: a slide or a manifest cannot be used, or there is a mask and not one slide.
+        ManifestError: a slide or a manifest cannot be used, or a mask is given for more or less than one slide.
     """
     from maskattn.errors import ManifestError
     from maskattn.slide.manifest import collect_jobs
@@ -143,12 +143,12 @@ def jobs_asked_for(
     if mask is None:
         return jobs, notes
     if len(jobs) != 1:
-        raise ManifestError(f"--mask serves one slide, got {len(jobs)}; name masks in a manifest (mask_path)")
+        raise ManifestError(f"--mask is for one slide, got {len(jobs)}; name masks in a manifest (mask_path)")
     return [replace(jobs[0], mask_path=mask)], notes
 
 
 def end(outcomes: Sequence[Outcome], out_dir: Path, what: str, notes: Iterable[str]) -> None:
-    """Say how many slides have ``what``, and the notes; ends the command with 1 where a slide failed."""
+    """Print how many slides have ``what``, and the notes; end the command with exit code 1 if a slide failed."""
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     say(f"{len(outcomes) - failed} of {len(outcomes)} slides have {what}; summary: {out_dir / 'summary.csv'}")
     for note in notes:
@@ -158,10 +158,10 @@ def end(outcomes: Sequence[Outcome], out_dir: Path, what: str, notes: Iterable[s
 
 
 def _jobs_of_features(folder: Path) -> list[SlideJob]:
-    """A job for each slide that has features below a folder; the slides themselves are not read.
+    """Return a job for each slide that has features in a folder; the slides themselves are not read.
 
     Raises:
-        ManifestError: there is no such folder, or no features in it, or two slides of one id.
+        ManifestError: there is no such folder, it has no features, or two slides have the same id.
     """
     from maskattn.errors import ManifestError, SlideError
     from maskattn.slide.layouts import list_features
@@ -178,7 +178,7 @@ def _jobs_of_features(folder: Path) -> list[SlideJob]:
 
 
 def run(jobs: list[SlideJob], model: TwoStageModel, settings: RunSettings) -> list[SlideOutcome]:
-    """Run the slides; a demonstration model says what it is."""
+    """Run the slides; for a demonstration model, print its note first."""
     from maskattn.cli.progress import ProgressBars, lines_of_prediction
     from maskattn.slide.run import run_slides
 

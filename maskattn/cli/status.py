@@ -1,4 +1,4 @@
-"""``maskattn status``: how a run stands, while it runs too."""
+"""``maskattn status``: prints the progress of a run, even while it is running."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["status"]
 def status(
     out: Outputs,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything that is known as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Tell how a run stands, while it runs too.
+    """Print the progress of a run, even while it is running.
 
-    What is done, what is running where and since when, what failed and why, what is left, and how fast it goes.
+    Lists what is done, what is running where and since when, what failed and why, what is left, and the pace.
     """
     from dataclasses import asdict
 

@@ -1,8 +1,8 @@
-"""Standard output and errors of the command line: never a traceback, whatever becomes of them.
+"""Standard output and standard error of the command line, whose failures never cause a traceback.
 
-A write that fails is remembered and the rest dropped, so that a run goes on to its end and its outputs are whole. What
-was asked for and could not be printed ends in exit code 2 and one line; a reader that has gone (``| head``) ends in 141
-and silence, as a program ends that SIGPIPE stops. What fails on standard error is passed over.
+After a write has failed, further output is discarded, so that a run finishes and its files are complete. If standard
+output cannot be written, the command ends with one line and exit code 2. If its reader has gone (``| head``), the
+command ends silently with exit code 141, like a program stopped by SIGPIPE. Failures of standard error are ignored.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _HANDLER, _CODEC = "maskattn-plain", "maskattn_ascii"
 
 
 def printable(text: str) -> str:
-    """A text of others on a terminal: one that cannot move the cursor or colour the rest, line ends and tabs apart."""
+    """Escape the control characters of a text, except line ends and tabs, so that it is safe on a terminal."""
     return "".join(sign if sign.isprintable() or sign in "\n\t" else _as_escape(sign) for sign in text)
 
 
 def _as_escape(sign: str) -> str:
-    if "\udc80" <= sign <= "\udcff":  # a byte of a file name that is no text
+    if "\udc80" <= sign <= "\udcff":  # an undecodable byte of a file name
         return f"\\x{ord(sign) - 0xDC00:02x}"
     return sign.encode("unicode_escape").decode()
 
 
 def _in_plain_signs(error: UnicodeError) -> tuple[str, int]:
-    """What a terminal's encoding lacks: our units in ASCII, everything else escaped."""
+    """Replace characters that a terminal's encoding lacks: units by ASCII, everything else by escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -43,7 +43,7 @@ def _in_plain_signs(error: UnicodeError) -> tuple[str, int]:
 
 
 def _ascii_by_another_name(name: str) -> codecs.CodecInfo | None:
-    """The codec of ASCII; by its own name click takes a stream for a mistake and writes UTF-8 past it."""
+    """Return the ASCII codec under another name: click bypasses a stream whose encoding is named ASCII with UTF-8."""
     if name != _CODEC:
         return None
     plain = codecs.lookup("ascii")
@@ -59,7 +59,7 @@ def _ascii_by_another_name(name: str) -> codecs.CodecInfo | None:
 
 
 class _Descriptor(io.RawIOBase):
-    """A file descriptor to write to, which remembers its first error and drops what comes after it."""
+    """A writable file descriptor that records its first error and discards all later output."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -88,10 +88,10 @@ class _Descriptor(io.RawIOBase):
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Run a command within; its ``SystemExit`` becomes that of an output that could not be written.
+    """Replace the standard streams for a command, and set its exit code if standard output could not be written.
 
     Raises:
-        SystemExit: with the command's code, or 2, or 141.
+        SystemExit: always, with the command's code, or with 2 or 141.
     """
     codecs.register_error(_HANDLER, _in_plain_signs)
     codecs.register(_ascii_by_another_name)
@@ -126,12 +126,12 @@ def _text(raw: _Descriptor, like: TextIO | None) -> TextIO:
 
 
 def _open_missing_descriptors() -> None:
-    """Put something in the place of closed descriptors, or the next file that is opened would become the output."""
+    """Reopen closed standard descriptors, because otherwise the next opened file would become standard output."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            # Opened to be read, so that writing to it fails as it does on a closed one.
+            # Opened read-only, so that writing to it fails as on a closed descriptor.
             opened = os.open(os.devnull, os.O_RDONLY)
             if opened != descriptor:
                 os.dup2(opened, descriptor)

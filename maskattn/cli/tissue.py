@@ -1,4 +1,4 @@
-"""``maskattn tissue``: where the tissue of a slide is."""
+"""``maskattn tissue``: finds the tissue of a slide and draws it."""
 
 from __future__ import annotations
 
@@ -67,8 +67,7 @@ def tissue(
             )
         if ink == "off" and mask is not None:
             raise ValueError(
-                f"--ink says how tissue is found, got --ink off beside a mask, {mask}, where none is sought; leave out "
-                "one of the two"
+                f"--ink says how tissue is found, got --ink off with the mask {mask}; leave out one of the two"
             )
         for flag, classes, of in (
             ("--mask-class", mask_class, mask),

@@ -1,4 +1,4 @@
-"""``maskattn train``: features of tiles and a table of labels to a slide model."""
+"""``maskattn train``: trains a slide model on features of tiles and a table of labels, or a tile encoder."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def train(
     settings: TrainSettings,
     debug: Debug = False,
 ) -> None:
-    """Train a slide model, or with --stage tile an encoder of tiles.
+    """Train a slide model, or with --stage tile a tile encoder.
 
-    It learns from features of slides' tiles and a table of labels, an encoder from labelled patches or slides. A run
-    that was killed goes on with the same command. OUT becomes a model: maskattn infer --model OUT.
+    A slide model learns from features of tiles and a table of labels, an encoder from labelled patches or slides. To
+    resume an interrupted run, repeat the same command. OUT becomes a model: maskattn infer --model OUT.
     """
     with errors_in_one_line(debug, "finished epochs"):
         settings = given_settings(context, settings, config)
         if settings.out is None:
-            raise ValueError("a training must have a folder to write, got no --out; name one")
+            raise ValueError("a training must have an output folder, got no --out; name one")
 
         from maskattn.cli.training_progress import TrainingProgress
 
@@ -73,7 +73,7 @@ def train(
 
 
 def given_settings(context: typer.Context, settings: TrainSettings, config: Path | None) -> TrainSettings:
-    """The settings of a command: its flags before what the file says, and that before the defaults.
+    """Return the settings of a command: its flags override the file, and the file overrides the defaults.
 
     Raises:
         ValueError: a key of the file is unknown, or a value does not fit its field.
@@ -91,10 +91,10 @@ def given_settings(context: typer.Context, settings: TrainSettings, config: Path
 
 
 def cohort_in(settings: TrainSettings) -> Cohort:
-    """The cohort of a run, whose folder is made and lists the slides that are left out.
+    """Read the cohort of a run; create the run's folder, with a list of the slides that are left out.
 
     Raises:
-        ValueError: as :func:`maskattn.training.cohort.cohort_of`; what slides lack is listed, too.
+        ValueError: see :func:`maskattn.training.cohort.cohort_of`; slides that lack something are listed in a file.
     """
     from maskattn.slide.output_folder import prepare_output
     from maskattn.training.cohort import IncompleteCohortError, cohort_of
@@ -112,7 +112,7 @@ def cohort_in(settings: TrainSettings) -> Cohort:
     except IncompleteCohortError as error:
         prepare_output(settings.out)
         listed = write_left_out(settings.out, error.left_out)
-        raise ValueError(f"{error}; all of them stand in {listed}") from error
+        raise ValueError(f"{error}; all of them are listed in {listed}") from error
     prepare_output(settings.out)
     if cohort.left_out:
         write_left_out(settings.out, cohort.left_out)
@@ -120,26 +120,26 @@ def cohort_in(settings: TrainSettings) -> Cohort:
 
 
 def _patches_in(settings: TrainSettings, out: Path) -> Cohort:
-    """The labelled patches of a run, whose folder is made.
+    """Read the labelled patches of a run; create the run's folder.
 
     Raises:
-        ValueError: something is asked for that is of slide models, or there are no patches of two classes.
+        ValueError: an option of slide models is given, or there are no patches of two classes.
     """
     from maskattn.slide.output_folder import prepare_output
     from maskattn.training.patches import find_patches
 
-    strange = ("features", "labels", "slide_table", "time", "event", "tiles_per_slide", *_OF_SLIDES_ALONE)
-    _refuse(settings, strange, "--stage tile reads --patches")
+    foreign = ("features", "labels", "slide_table", "time", "event", "tiles_per_slide", *_OF_SLIDES_ALONE)
+    _refuse(settings, foreign, "--stage tile reads --patches")
     cohort = find_patches(settings)
     prepare_output(out)
     return cohort
 
 
 def _slides_in(settings: TrainSettings, out: Path) -> tuple[Cohort, LaidSlides]:
-    """The labelled slides of a run and their tiles; the run's folder is made, and lists the slides that are left out.
+    """Read the labelled slides of a run and their tiles; create the run's folder, with a list of the left-out slides.
 
     Raises:
-        ValueError: as :mod:`maskattn.training.weak_labels`; what slides lack is listed, too.
+        ValueError: see :mod:`maskattn.training.weak_labels`; slides that lack something are listed in a file.
     """
     from maskattn.cli.training_progress import TrainingProgress
     from maskattn.evaluation.predictions import some_of
@@ -149,15 +149,15 @@ def _slides_in(settings: TrainSettings, out: Path) -> tuple[Cohort, LaidSlides]:
     from maskattn.training.run_folder import check_run
     from maskattn.training.weak_labels import labelled_slides, with_tiles
 
-    strange = ("features", "patches", "patient_pattern", "time", "event")
-    _refuse(settings, strange, "--stage tile reads --slides and their --labels")
+    foreign = ("features", "patches", "patient_pattern", "time", "event")
+    _refuse(settings, foreign, "--stage tile reads --slides and their --labels")
     check_run(out, settings)
     try:
         cohort, jobs = labelled_slides(settings, tell)
     except IncompleteCohortError as error:
         prepare_output(out)
         listed = write_left_out(out, error.left_out)
-        raise ValueError(f"{error}; all of them stand in {listed}") from error
+        raise ValueError(f"{error}; all of them are listed in {listed}") from error
     with TrainingProgress(settings.epochs) as progress:
         cohort, laid = with_tiles(cohort, jobs, settings, progress.looked_through)
     prepare_output(out)
@@ -165,27 +165,27 @@ def _slides_in(settings: TrainSettings, out: Path) -> tuple[Cohort, LaidSlides]:
         listed = write_left_out(out, cohort.left_out)
         if laid.unusable:
             tell(
-                f"{len(laid.unusable)} slides cannot be used and are left out ({some_of(list(laid.unusable))}); why "
-                f"stands in {listed}"
+                f"{len(laid.unusable)} slides cannot be used and are left out ({some_of(list(laid.unusable))}); "
+                f"{listed} gives the reasons"
             )
     return cohort, laid
 
 
 def _refuse(settings: TrainSettings, names: Sequence[str], rule: str) -> None:
-    """Refuse what would have no effect."""
+    """Refuse options that would have no effect."""
     given = [name for name in names if getattr(settings, name) is not None]
     if given:
-        raise ValueError(f"{rule}, got {', '.join(given)} beside it; leave them out")
+        raise ValueError(f"{rule}, got {', '.join(given)} in addition; leave them out")
 
 
 def patients_by_id(cohort: Cohort) -> dict[str, str]:
-    """Patient of every slide and of every patient: a table of splits may name either."""
+    """Map every slide and every patient to the patient, because a table of splits may name either."""
     patient_of = {case.patient_id: case.patient_id for case in cohort.cases}
     return patient_of | {slide: case.patient_id for case in cohort.cases for slide in case.slides}
 
 
 def _split_of(settings: TrainSettings, cohort: Cohort) -> Split:
-    """The parts of the patients: from a table, or drawn."""
+    """Return the split of the patients, read from a table or drawn."""
     if settings.split is None:
         from maskattn.training.train import validation_split
 

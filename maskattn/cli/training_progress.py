@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a bar over the batches of an epoch, and a line for each epoch, on stderr."""
+"""Progress of a training on stderr: a bar over the batches of an epoch, and a line for each epoch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TrainingProgress(Bars):
     """Progress of :func:`maskattn.training.loop.fit`; a context manager. Without a terminal there are no bars.
 
     Args:
-        epochs: how many there are at most.
+        epochs: largest number of epochs.
     """
 
     def __init__(self, epochs: int) -> None:
@@ -23,13 +23,11 @@ class TrainingProgress(Bars):
         self._bar = self._progress.add_task("features", total=None)
 
     def looked_through(self, slide_id: str, done: int, slides: int) -> None:
-        """Move the bar of files or slides that are looked through."""
-        self._progress.update(
-            self._bar, completed=done, total=slides, description=printable(f"looking through {slide_id}")
-        )
+        """Advance the bar of the files or slides that are scanned."""
+        self._progress.update(self._bar, completed=done, total=slides, description=printable(f"scanning {slide_id}"))
 
     def batch_done(self, epoch: int, done: int, batches: int) -> None:
-        """Move the epoch's bar."""
+        """Advance the epoch's bar."""
         self._progress.update(
             self._bar, completed=done, total=batches, description=f"epoch {epoch + 1} of {self._epochs}"
         )

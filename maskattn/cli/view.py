@@ -1,4 +1,4 @@
-"""``maskattn view``: slides and their maps in a browser."""
+"""``maskattn view``: shows slides and their maps in a browser."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def view(
         ),
     ],
     port: Annotated[
-        int, typer.Option("--port", help="Of the loopback address; 0 takes a free one.", min=0, max=65535)
+        int, typer.Option("--port", help="Port on the loopback address; 0 takes a free one.", min=0, max=65535)
     ] = 8651,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser there.")] = True,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
     slides: SlidesFolder = None,
     debug: Debug = False,
 ) -> None:
-    """Look at slides and their maps in a browser.
+    """View slides and their maps in a browser.
 
-    The page is served on this machine's loopback address alone, and needs no network. Ctrl-C ends it.
+    The page is served only on this machine's loopback address and needs no network. Press Ctrl-C to end.
     """
     with errors_in_one_line(debug):
         from maskattn.viewer.answers import Answers
@@ -44,8 +44,8 @@ def view(
             server = ViewerServer(answers, port)
         except OSError as error:
             raise ValueError(
-                f"the viewer needs a port of its own, got {port}: {error.strerror or error}; choose another with "
-                "--port, or 0 for a free one"
+                f"the viewer needs a free port, got {port}: {error.strerror or error}; choose another with --port, or "
+                "0 for any free one"
             ) from error
         with server:
             answers.open_first()
@@ -61,7 +61,7 @@ def view(
 
 
 def _open_browser(url: str) -> None:
-    """Open the page where there is a screen; a browser within the terminal would take it over."""
+    """Open the page if there is a display; a text browser would take over the terminal."""
     import os
     import sys
     import webbrowser

@@ -57,7 +57,7 @@ def test_features_come_out_and_a_second_run_skips(slide: Path, weights: Path, tm
     asked += ("--spacing-um", 1, "--patch-size", 64)
     result = maskattn(*asked)
     assert result.exit_code == 0, result.output
-    assert "timm:vit_tiny_patch16_224 runs packed; licence of its weights: not known" in result.stderr
+    assert "timm:vit_tiny_patch16_224 runs packed; licence of its weights: unknown" in result.stderr
     assert "ok       disc: " in result.stderr
     assert "1 of 1 slides have features" in result.stdout
     (path,) = (tmp_path / "out").rglob("features_*/disc.h5")

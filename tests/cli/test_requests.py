@@ -62,9 +62,9 @@ EXPLAIN = "explain @photo.png --model @vit.pt --num-heads 2 --out @p"
         ("tissue @disc.tiff --out @v.jpg", "--out must be a PNG, or a folder for it, got"),
         ("tissue @disc.tiff --out @v.tif", "name it"),
         ("tissue @disc.tiff --out @mask.csv", "choose another name"),
-        ("tissue @disc.tiff --mask @mask.png --out @mask.png", "must not replace what is read"),
+        ("tissue @disc.tiff --mask @mask.png --out @mask.png", "must not replace an input"),
         (f"{EXPLAIN}.jpg", "--out must be a PNG"),
-        ("explain @photo.png --model @vit.pt --num-heads 2 --out @photo.png", "must not replace what is read"),
+        ("explain @photo.png --model @vit.pt --num-heads 2 --out @photo.png", "must not replace an input"),
         (f"{EXPLAIN} --pixel-std 0 1 1", "deviations above 0"),
         (f"{EXPLAIN} --pixel-mean nan 1 1", "finite means"),
         ("explain @photo.png --model timm:vit_tiny_patch16_224 --num-heads 3", "leave it out"),
@@ -170,8 +170,8 @@ def test_a_disk_that_fills_while_a_picture_is_written_is_one_line(
     result = maskattn(f"{command} --out @views/x.png", folder)
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
-        f"maskattn: the picture must be written whole, got {folder}/views/x.png: No space left on device; free space "
-        "or choose another --out"
+        f"maskattn: the picture must be written completely, got {folder}/views/x.png: No space left on device; "
+        "free space or choose another --out"
     ]
     assert list((folder / "views").iterdir()) == []
 
@@ -191,7 +191,7 @@ with picture_written(path):
     write_mask_overlay(path, noise, tissue, 560)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "OutputError: the picture must be written whole, got" in done.stderr
+    assert "OutputError: the picture must be written completely, got" in done.stderr
     assert "views.png: File too large; free space or choose another --out" in done.stderr
     assert list(tmp_path.iterdir()) == []
 

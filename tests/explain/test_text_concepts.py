@@ -154,7 +154,7 @@ def test_prompts_become_the_text_towers_embeddings_and_the_command_explains_them
     assert same.stdout.splitlines()[:2] == result.stdout.splitlines()[:2]
     both = CliRunner().invoke(app, [*given, "--prompt", "fat", "--target", "1"])
     assert both.exit_code == 2
-    assert "--target and --prompt ask for different things" in both.stderr
+    assert "got --target and --prompt; leave the others out" in both.stderr
 
 
 def save_small_siglip(folder):

@@ -225,8 +225,8 @@ def test_too_few_readable_slides_of_a_class_are_told(lab: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--features", "."), "--stage tile reads --slides and their --labels, got features beside it"),
-        (("--patches", "."), "got patches beside it; leave them out"),
+        (("--features", "."), "--stage tile reads --slides and their --labels, got features in addition"),
+        (("--patches", "."), "got patches in addition; leave them out"),
         (("--task", "regression"), "an encoder learns classes from slides, got --task regression"),
         (("--target", "stage"), "must have the column 'stage'"),
         ((), "was trained at none that is known"),
@@ -246,7 +246,7 @@ def test_slides_need_labels_and_patches_take_nothing_of_slides(lab: Path, tmp_pa
     result = CliRunner().invoke(app, [*base, "--slides", str(lab / "slides")])
     assert "got no --labels and --target" in result.stderr
     result = CliRunner().invoke(app, [*base, "--patches", str(lab), "--tiles-per-slide", "4", "--patch-size", "64"])
-    assert "--stage tile reads --patches, got tiles_per_slide, patch_px beside it" in result.stderr
+    assert "--stage tile reads --patches, got tiles_per_slide, patch_px in addition" in result.stderr
     result = maskattn(
         lab, "--labels", write_table(tmp_path / "l.csv", [{"slide_id": "s0", "grade": 1}]), "--out", tmp_path
     )

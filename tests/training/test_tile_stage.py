@@ -135,7 +135,7 @@ def test_patches_that_cannot_be_used_are_named(files: tuple[Path, Path], tmp_pat
 def test_what_is_of_slide_models_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     result = maskattn("--patches", files[0], "--features", tmp_path, "--out", tmp_path / "run")
     assert result.exit_code == 2
-    assert "--stage tile reads --patches, got features beside it" in result.stderr
+    assert "--stage tile reads --patches, got features in addition" in result.stderr
     result = maskattn("--patches", files[0], "--out", tmp_path / "run")
     assert "must have --encoder" in result.stderr
 

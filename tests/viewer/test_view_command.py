@@ -51,7 +51,7 @@ def test_a_port_that_is_taken_is_said_to_be(out: Path) -> None:
         port = other.getsockname()[1]
         done = CliRunner().invoke(app, ["view", str(out), "--port", str(port), "--no-browser"])
     assert done.exit_code == 2
-    assert f"the viewer needs a port of its own, got {port}" in done.stderr
+    assert f"the viewer needs a free port, got {port}" in done.stderr
 
 
 def test_a_path_that_shows_nothing_is_said_to(tmp_path: Path) -> None:
