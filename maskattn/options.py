@@ -24,10 +24,10 @@ EVERYWHERE = (*ATTENTION, "token_relevance")
 
 
 class Rule(NamedTuple):
-    """The rule for a number: ``must_be`` in words, the predicate ``holds``, and the ``remedy`` for a violation."""
+    """The rule for a number or a word: ``must_be`` in words, the predicate ``holds``, and the ``remedy`` for a violation."""
 
     must_be: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
     remedy: str
 
 
@@ -45,12 +45,15 @@ def option(
         differentiable: whether it has a gradient, and thus a field of :class:`~maskattn.results.Gradients` and of
             :class:`~maskattn.results.Tangents`.
         operations: the operations that have the option.
-        rule: the rule for an option that is a number.
+        rule: the rule for an option that is a number or a word.
     """
     return {"named": named, "differentiable": differentiable, "operations": operations, "rule": rule}
 
 
 _SHARE = Rule("in [0, 1)", lambda x: 0 <= x < 1, "0 drops nothing")
+_PRECISION = Rule(
+    "'ieee' or 'tf32x3'", lambda x: x in ("ieee", "tf32x3"), "both have float32's error, and 'ieee' asks for nothing"
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class Options:
             token, register), which has distance 0 from all tokens.
         dropout_p: share of the weights that are set to 0, in [0, 1); the others are divided by 1 − dropout_p.
         dropout_seed: (1,) int64 on q's device, given with ``dropout_p`` > 0; see ``maskattn.dropout``.
+        precision: how float32 is multiplied: "ieee", or "tf32x3", which also allows three products of TensorFloat-32 in
+            place of each. An implementation that multiplies float32 as it is in any case has the option too: what is
+            allowed need not be done.
     """
 
     scale: float
@@ -75,6 +81,7 @@ class Options:
     coords_k: Float[Tensor, "... 2"] | None = field(default=None, metadata=option(named="coords"))
     dropout_p: float = field(default=0.0, metadata=option(named="dropout", operations=ATTENTION, rule=_SHARE))
     dropout_seed: Int[Tensor, "1"] | None = field(default=None, metadata=option(named="dropout", operations=ATTENTION))
+    precision: str = field(default="ieee", metadata=option(operations=ATTENTION[:2], rule=_PRECISION))
 
 
 RULES: dict[str, Rule] = {x.name: x.metadata["rule"] for x in fields(Options) if x.metadata.get("rule")}

@@ -121,6 +121,7 @@ class Inputs:
     coords_k: Tensor | None = None
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    precision: str = "ieee"
 
     def to(self, target: torch.dtype | str) -> Inputs:
         """The same values on another device or in another dtype; positions are float32 at least, seeds are ints."""

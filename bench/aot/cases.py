@@ -38,7 +38,13 @@ KERNELS: dict[Pass, Any] = {
 TOKENS = ("q_tokens", "k_tokens", "v_tokens", "out_tokens", "dout_tokens", "dq_tokens", "dk_tokens", "dv_tokens")
 ROW_VALUES = ("lse_values", "dlse_values", "delta_values", "scaled_lse_values")
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Single precision on tensor cores has tiles of its own.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32x3": torch.float32}
+
+
+def precision_of(dtype: str) -> str:
+    """How a call of the dtype asks for float32 to be multiplied."""
+    return "tf32x3" if dtype == "tf32x3" else "ieee"
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,9 @@ class Case:
 
 def shipped_config(case: Case) -> Config:
     """The configuration with which a call of this case would be launched."""
-    return look_up(case.pass_, case.target, case.head_width, DTYPES[case.dtype], case.alibi or case.dropout)
+    with_options = case.alibi or case.dropout
+    dtype = DTYPES[case.dtype]
+    return look_up(case.pass_, case.target, case.head_width, dtype, with_options, precision_of(case.dtype))
 
 
 def all_cases() -> Iterator[Case]:
@@ -138,7 +146,7 @@ def _arguments(case: Case, config: Config) -> dict[str, Any]:
     """Every argument of every kernel as the launchers give it, by name; packed tensors have no stride of sequences."""
     single, index = Varying("*fp32"), Varying("*i32") if case.gather else None
     stride_b = STRIDE if case.gather else 0
-    element = Tokens(Varying("*" + case.dtype), stride_b, STRIDE, STRIDE)
+    element = Tokens(Varying("*" + case.dtype.replace("tf32x3", "fp32")), stride_b, STRIDE, STRIDE)
     bias = Tokens(single, stride_b, 0, 1) if case.bias else ABSENT
     dbias = Tokens(single, stride_b, STRIDE, 1) if case.bias else ABSENT
     positions = Positions(single, stride_b, 2, 1) if case.alibi else NO_POSITIONS
@@ -158,7 +166,7 @@ def _arguments(case: Case, config: Config) -> dict[str, Any]:
         # Sequences of unequal lengths.
         "items_ptr": Varying("*i32"),
         "dbias_tokens": dbias,
-        "WIDTH": Width(case.head_width, *split_width(case.head_width, config)),
+        "WIDTH": Width(case.head_width, *split_width(case.head_width, config), config.precision),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "DESCRIBED": config.descriptors and not case.gather,

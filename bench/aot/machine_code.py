@@ -80,27 +80,41 @@ def nvidia_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_nvidia(compiled: Any) -> tuple[int, int, list[str], str]:
-    """Registers, spilled bytes, instructions of the main loop and the tensor-core instruction of a cubin."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [nvidia_tool("cuobjdump"), "--dump-resource-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-        code = subprocess.run([nvidia_tool("nvdisasm"), path], capture_output=True, text=True, check=True).stdout
+def registers_and_spills(compiled: Any) -> tuple[int, int]:
+    """Registers of a thread of a cubin, and the bytes that it spills."""
+    usage = _run_on_cubin(compiled, "cuobjdump", "--dump-resource-usage")
     match = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if match is None:
         raise RuntimeError(f"cuobjdump's resource usage has no REG, STACK and LOCAL: {usage!r}")
     registers, stack, local = map(int, match.groups())
-    ptx = compiled.asm["ptx"]
-    tensor_instruction = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "none")
+    return registers, stack + local
+
+
+def tensor_instruction_of(compiled: Any) -> str:
+    """The instruction with which a cubin's kernel uses the tensor cores, "none" where it does not."""
+    return next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in compiled.asm["ptx"]), "none")
+
+
+def _run_on_cubin(compiled: Any, *command: str) -> str:
+    """What a program of the CUDA toolkit prints of a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        name, *options = command
+        return subprocess.run([nvidia_tool(name), *options, path], capture_output=True, text=True, check=True).stdout
+
+
+def _read_nvidia(compiled: Any) -> tuple[int, int, list[str], str]:
+    """Registers, spilled bytes, instructions of the main loop and the tensor-core instruction of a cubin."""
+    registers, spilled = registers_and_spills(compiled)
+    code = _run_on_cubin(compiled, "nvdisasm")
     instructions = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
     # Warps that wait for a partition to run do so in a loop around all of them.
     loop = _main_loop(
-        code, re.compile(r"^\s*\.(L_x_\d+):"), instructions, re.compile(r"\.(L_x_\d+)"), "BRA", "setmaxnreg" in ptx
-    )
-    return registers, stack + local, loop, tensor_instruction
+        code, re.compile(r"^\s*\.(L_x_\d+):"), instructions, re.compile(r"\.(L_x_\d+)"), "BRA",
+        "setmaxnreg" in compiled.asm["ptx"],
+    )  # fmt: skip
+    return registers, spilled, loop, tensor_instruction_of(compiled)
 
 
 def _read_amd(compiled: Any) -> tuple[int, int, list[str], str]:

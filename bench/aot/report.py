@@ -1,6 +1,7 @@
 """Compile every shipped kernel configuration without a GPU and write down what the machine code costs.
 
     python -m bench.aot.report                 writes bench/results/aot_<triton version>.csv and .md (some minutes)
+    python -m bench.aot.report --all-widths    what every head width takes and spills (hours; goes on where it was)
 
 A row has the registers, spilled bytes and shared memory of a kernel, and the instructions of its main loop *per score*:
 per lane and per element of the BLOCK_M × BLOCK_N tile of scores, so that tile sizes compare. For NVIDIA it
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import triton
 
+from bench.aot import widths
 from bench.aot.bounds import CHIPS, PRODUCTS, Bound, Cycles, bound_of
 from bench.aot.cases import Case, all_cases, compile_case, fingerprint_of, shipped_config
 from bench.aot.machine_code import CLASSES, MachineCode, read
@@ -197,7 +199,10 @@ def main() -> None:
     """Compile all cases and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="compilations side by side")
+    parser.add_argument("--all-widths", action="store_true", help="every head width instead; see bench/aot/widths.py")
     arguments = parser.parse_args()
+    if arguments.all_widths:
+        sys.exit(widths.main([]))
     with ProcessPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(measure, all_cases()))
     before = read_table(table_path()) if table_path().exists() else {}

@@ -6,6 +6,9 @@ from triton.backends.compiler import GPUTarget
 
 from maskattn.kernels.tables.config import Target
 
+# Compute capability 12.0 is launched with the tiles of 8.6, and has limits of its own.
+SM120 = GPUTarget("cuda", 120, 32)
+
 GPU_TARGETS: dict[Target, GPUTarget] = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm86": GPUTarget("cuda", 86, 32),

@@ -15,10 +15,10 @@ from maskattn.attention.checks import (
     check_coords,
     check_dense,
     check_keep,
-    check_numbers,
     check_packed,
     check_readout,
     check_sequences,
+    check_values,
 )
 from maskattn.attention.implementation import choose
 from maskattn.dropout import new_seed
@@ -46,6 +46,7 @@ def packed_attention(
     coords: Float[Tensor, "T 2"] | tuple[Float[Tensor, "Tq 2"], Float[Tensor, "Tk 2"]] | None = None,
     slopes: Float[Tensor, "H"] | None = None,
     dropout_p: float = 0.0,
+    precision: str = "ieee",
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "Tq H D"] | tuple[Float[Tensor, "Tq H D"], Float[Tensor, "H Tq"]]:
@@ -68,6 +69,9 @@ def packed_attention(
             register) is a row of NaN and has distance 0 from all tokens. Not differentiable.
         slopes: (H,), per unit of ``coords``; required with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1); drawn from torch's generator of the device.
+        precision: how float32 is multiplied. "ieee": as it is, which tensor cores cannot. "tf32x3" also allows three
+            products of TensorFloat-32 on tensor cores in place of each, within the error budget of float32; impl
+            "triton" does so on NVIDIA's GPUs, and the others, which are no less exact, take it for "ieee".
         return_lse: also return the log-sum-exp of the scores, (H, Tq), differentiable.
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
@@ -90,7 +94,7 @@ def packed_attention(
     Tk, H, _ = k.shape
     check_bias(key_bias, q, ((Tk,), (Tk, H)), "(Tk,) or (Tk, H)")
     positions = check_coords(coords, slopes, q, H, (q.shape[0],), (Tk,))
-    options = _options(q, scale, key_bias, slopes, positions, dropout_p)
+    options = _options(q, scale, key_bias, slopes, positions, dropout_p, precision)
     impl = choose(impl, q, options)
     out, lse, _ = operations.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
@@ -108,6 +112,7 @@ def masked_attention(
     coords: Float[Tensor, "..."] | tuple[Float[Tensor, "..."], Float[Tensor, "..."]] | None = None,
     slopes: Float[Tensor, "H"] | None = None,
     dropout_p: float = 0.0,
+    precision: str = "ieee",
     skip_queries: bool = True,
     return_lse: bool = False,
     impl: str | None = None,
@@ -127,6 +132,7 @@ def masked_attention(
             :func:`packed_attention`.
         slopes: (H,), per unit of ``coords``; required with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1).
+        precision: "ieee" or "tf32x3"; see :func:`packed_attention`.
         skip_queries: whether background queries are skipped (output 0, lse −inf) or attend to the kept keys like all
             others, as in ``nn.MultiheadAttention`` with ``key_padding_mask``.
         return_lse: also return the log-sum-exp of the scores, (B, H, Nq), differentiable.
@@ -144,7 +150,7 @@ def masked_attention(
     B, H, N = k.shape[:3]
     check_bias(key_bias, q, ((B, N), (B, H, N)), "(B, N) or (B, H, N)")
     positions = check_coords(coords, slopes, q, H, (B, q.shape[2]), (B, N))
-    options = _options(q, scale, key_bias, slopes, positions, dropout_p)
+    options = _options(q, scale, key_bias, slopes, positions, dropout_p, precision)
     impl = choose(impl, q, options)
     out, lse, _ = operations.masked_attention(q, k, v, keep, skip_queries, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
@@ -281,12 +287,15 @@ def _options(
     slopes: Tensor | None,
     positions: tuple[Tensor | None, Tensor | None],
     dropout_p: float,
+    precision: str = "ieee",
 ) -> Options:
     if dropout_p != 0:
-        check_numbers(dropout_p=dropout_p)
+        check_values(dropout_p=dropout_p)
+    if precision != "ieee":
+        check_values(precision=precision)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = new_seed(q.device) if dropout_p > 0 else None
-    return Options(scale, key_bias, slopes, *positions, dropout_p, seed)
+    return Options(scale, key_bias, slopes, *positions, dropout_p, seed, precision)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ __all__ = [
     "check_dense",
     "check_keep",
     "check_lengths",
-    "check_numbers",
+    "check_values",
     "check_packed",
     "check_readout",
     "check_sequences",
@@ -197,12 +197,12 @@ def check_coords(
     return _check_positions("queries", coords[0], q, positions_q), _check_positions("keys", coords[1], q, positions_k)
 
 
-def check_numbers(**options: float) -> None:
-    """Check options that are numbers by the rules in their declaration."""
+def check_values(**options: float | str) -> None:
+    """Check options that are numbers or words by the rules in their declaration."""
     for name, value in options.items():
         rule = RULES[name]
         if not rule.holds(value):
-            raise ValueError(f"{name} must be {rule.must_be}, got {name}={value}; {rule.remedy}")
+            raise ValueError(f"{name} must be {rule.must_be}, got {name}={value!r}; {rule.remedy}")
 
 
 def _check_positions(whose: str, coords: Tensor, q: Tensor, positions: tuple[int, ...]) -> Tensor:

@@ -11,9 +11,10 @@ width, K classes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def register(operation: Operation) -> Call:
         qkv, where, options, *asked, impl = arguments.grouped(given)
         # Checked inside the op, where tensors have values under torch.compile and transforms, too.
         operation.check(qkv, where)
+        _refuse_foreign(operation.name, options)
         refuse_missing(impl, options)
         with without_autocast(qkv.q):
             results = operation.forward(implementation(impl))(qkv, where, options, *asked)
@@ -263,12 +265,17 @@ def _refuse_derivative(of: list[tuple[int, str]], asked: Sequence[bool]) -> None
 
 def _refuse_foreign(operation: str, options: Options) -> None:
     """Refuse options that the operation does not have."""
-    for x in fields(options):
-        if operation not in x.metadata.get("operations", (operation,)) and is_given(
-            getattr(options, x.name), x.default
-        ):
+    for x in _foreign(operation, type(options)):  # type: ignore[arg-type]  # mypy does not take a class for a hashable
+        if is_given(getattr(options, x.name), x.default):
             name = x.metadata.get("named") or x.name
             raise ValueError(f"{operation} has no {name}, got {x.name}={getattr(options, x.name)}; leave it out")
+
+
+@functools.cache
+def _foreign(operation: str, kind: type[Options]) -> tuple[Field[Any], ...]:
+    """The options that an operation lacks; one that is registered under a name of its own is taken to have all."""
+    known = {name for x in fields(kind) for name in x.metadata.get("operations", ())}
+    return tuple(x for x in fields(kind) if operation in known - set(x.metadata.get("operations", known)))
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -30,7 +30,7 @@ from maskattn.options import Options
 
 __all__ = ["OPTIONS", "packed_attention", "masked_attention", "readout", "token_relevance", "distances"]
 
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed"})
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed", "precision"})
 
 
 def packed_attention(

@@ -17,7 +17,7 @@ import torch
 
 __all__ = ["Arguments", "flat"]
 
-_NUMBERS = {"int": "SymInt", "float": "float", "bool": "bool"}
+_NUMBERS = {"int": "SymInt", "float": "float", "bool": "bool", "str": "str"}
 
 
 def flat(group: Any) -> Collection[Any]:

@@ -153,3 +153,30 @@ def test_a_packing_stands_for_the_four_lengths():
         packed_attention(q, q, q, of_queries, of_queries.cu_seqlens)
     with pytest.raises(TypeError, match="got no max_seqlen_q, max_seqlen_k; pass the Packing"):
         packed_attention(q, q, q, STARTS, STARTS)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "torch", "reference"])
+def test_what_multiplies_float32_as_it_is_takes_an_allowance_not_to(impl):
+    if impl == "cpu":
+        pytest.importorskip("maskattn._native")
+    q, keep = torch.randn(5, 2, 16), torch.tensor([[True, True, False, True, True]])
+    packing = Packing.from_keep(torch.ones(1, 5, dtype=torch.bool))
+    dense = q.transpose(0, 1)[None]
+    for precision in ("ieee", "tf32x3"):
+        packed = packed_attention(q, q, q, packing, precision=precision, impl=impl)
+        assert torch.equal(packed, packed_attention(q, q, q, packing, impl=impl))
+        masked = masked_attention(dense, dense, dense, keep, precision=precision, impl=impl)
+        assert torch.equal(masked, masked_attention(dense, dense, dense, keep, impl=impl))
+
+
+def test_a_precision_that_is_none_is_named():
+    q, packing = torch.randn(3, 2, 16), Packing.from_keep(torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"precision must be 'ieee' or 'tf32x3', got precision='tf32'"):
+        packed_attention(q, q, q, packing, precision="tf32")
+
+
+def test_operations_bound_by_memory_have_no_precision():
+    given = flat_options(Options(0.25, precision="tf32x3"))
+    q, starts = torch.randn(1, 2, 2, 16), torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"readout has no precision, got precision=tf32x3; leave it out"):
+        torch.ops.maskattn.readout(q, *torch.randn(2, 5, 2, 16), starts, 5, *given, True, False, "reference")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from bench.aot.cases import Case, compile_case, shipped_config  # noqa: E402 (an interpreter skips before)
+from bench.aot.machine_code import registers_and_spills  # noqa: E402 (an interpreter skips before)
 
 
 def ptx_of(case: Case) -> str:
@@ -31,3 +33,33 @@ def test_descriptors_are_copied_by_the_copy_engine(pass_):
     assert "cp.async.bulk.tensor.2d" in ptx
     # Gathered rows are not.
     assert "cp.async.bulk" not in ptx_of(Case(pass_, "sm90", 64, "bf16", gather=True))
+
+
+TF32_PRODUCTS = {"sm80": r"mma\.sync\.aligned\.m16n8k8\S*\.tf32\.tf32", "sm90": r"wgmma\.mma_async\S*\.tf32\.tf32"}
+
+
+@pytest.mark.parametrize("target", TF32_PRODUCTS)
+@pytest.mark.parametrize("pass_", ["forward", "query_gradient", "key_gradient"])
+def test_float32_goes_to_the_tensor_cores_in_three_products_where_that_is_allowed(pass_, target):
+    case = Case(pass_, target, 64, "tf32x3")
+    assert shipped_config(case).precision == "tf32x3"
+    compiled = compile_case(case, shipped_config(case))
+    assert re.search(TF32_PRODUCTS[target], compiled.asm["ptx"])
+    assert registers_and_spills(compiled)[1] == 0
+
+
+def test_float32_stays_off_the_tensor_cores_where_it_is_not():
+    assert "tf32" not in ptx_of(Case("forward", "sm90", 64, "fp32"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("forward", "sm90", 128, "tf32x3"),
+        Case("forward", "sm90", 64, "tf32x3", alibi=True),
+        Case("forward", "gfx942", 64, "tf32x3"),
+    ],
+    ids=str,
+)
+def test_what_has_no_tiles_for_three_products_multiplies_float32_as_it_is(case):
+    assert shipped_config(case) == shipped_config(replace(case, dtype="fp32"))

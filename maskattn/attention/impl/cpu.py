@@ -19,7 +19,8 @@ from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, 
 from maskattn.options import DIFFERENTIABLE, Options
 from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k"})
+# Of precision there is nothing to hand on: float32 is multiplied as it is.
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "precision"})
 WITH_REST = frozenset({"key_bias", "slopes"})
 
 HEAD_WIDTHS = range(16, 257, 8)
@@ -183,7 +184,7 @@ def _rest(outputs: Outputs) -> dict[str, Any]:
 def _score_arguments(options: Options) -> dict[str, Any]:
     """The options and the number of threads, as keyword arguments of the extension."""
     given: dict[str, Any] = {"threads": torch.get_num_threads()}
-    for name in OPTIONS:
+    for name in OPTIONS - {"precision"}:
         x = getattr(options, name)
         given[name] = _floats(x) if isinstance(x, Tensor) else x
     return given

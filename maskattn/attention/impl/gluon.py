@@ -16,7 +16,7 @@ from maskattn.operands import QKV, Sequences
 from maskattn.options import Options
 from maskattn.results import Outputs
 
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k"})
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "precision"})
 WITH_REST = arguments.WITH_REST
 
 supports = support.supports

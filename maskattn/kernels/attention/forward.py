@@ -32,6 +32,7 @@ from maskattn.kernels.language.scores import (
 )
 from maskattn.kernels.language.softmax import row_divisor, row_lse, softmax_update
 from maskattn.kernels.language.tiles import (
+    aligned,
     row_values_base,
     sequence_bounds,
     store_row_values,
@@ -134,6 +135,9 @@ def forward_kernel(
     if first >= q_length:
         return
     k_start, k_length = sequence_bounds(k_bounds.starts_ptr, k_bounds.ends_ptr, sequence)
+    q_tokens, k_tokens, v_tokens, out_tokens = (
+        aligned(q_tokens), aligned(k_tokens), aligned(v_tokens), aligned(out_tokens)
+    )  # fmt: skip
     k_base_ptr = tokens_base(k_tokens, sequence, head, k_start, INDEX_K)
     v_base_ptr = tokens_base(v_tokens, sequence, head, k_start, INDEX_K)
 

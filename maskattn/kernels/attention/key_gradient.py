@@ -28,6 +28,7 @@ from maskattn.kernels.language.scores import (
 )
 from maskattn.kernels.language.tiles import (
     LOG2_E,
+    aligned,
     load_row_values,
     row_values_base,
     sequence_bounds,
@@ -131,6 +132,8 @@ def key_gradient_kernel(
     if first >= k_length:
         return
     q_start, q_length = sequence_bounds(q_bounds.starts_ptr, q_bounds.ends_ptr, sequence)
+    q_tokens, k_tokens, v_tokens = aligned(q_tokens), aligned(k_tokens), aligned(v_tokens)
+    dout_tokens, dk_tokens, dv_tokens = aligned(dout_tokens), aligned(dk_tokens), aligned(dv_tokens)
 
     # [N]
     inside = first + tl.arange(0, BLOCK_N) < k_length

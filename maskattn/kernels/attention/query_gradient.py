@@ -30,6 +30,7 @@ from maskattn.kernels.language.scores import (
 )
 from maskattn.kernels.language.tiles import (
     LOG2_E,
+    aligned,
     load_row_values,
     row_values_base,
     sequence_bounds,
@@ -135,6 +136,8 @@ def query_gradient_kernel(
     if first >= q_length:
         return
     k_start, k_length = sequence_bounds(k_bounds.starts_ptr, k_bounds.ends_ptr, sequence)
+    q_tokens, k_tokens, v_tokens = aligned(q_tokens), aligned(k_tokens), aligned(v_tokens)
+    out_tokens, dout_tokens, dq_tokens = aligned(out_tokens), aligned(dout_tokens), aligned(dq_tokens)
 
     # [M]
     inside = first + tl.arange(0, BLOCK_M) < q_length

@@ -25,12 +25,17 @@ __all__ = [
 
 
 class Tokens(NamedTuple):
-    """A tensor by sequence, head and token; what lies along the head width is contiguous."""
+    """A tensor by sequence, head and token; what lies along the head width is contiguous.
+
+    ``multiple`` is a number that all strides are multiples of, known when a kernel is compiled, or None where the
+    launcher finds it out by itself or there is none.
+    """
 
     ptr: Any
     stride_b: Any
     stride_h: Any
     stride_t: Any
+    multiple: Any = None
 
 
 class RowValues(NamedTuple):
@@ -78,11 +83,15 @@ class Noise(NamedTuple):
 
 
 class Width(NamedTuple):
-    """Columns of a tile: HEAD count; they lie in a chunk of FIRST and, unless SECOND is 0, one of SECOND columns."""
+    """Columns of a tile: HEAD count; they lie in a chunk of FIRST and, unless SECOND is 0, one of SECOND columns.
+
+    PRECISION is how products along or of them are computed where they are float32, in ``tl.dot``'s words.
+    """
 
     HEAD: Any
     FIRST: Any
     SECOND: Any
+    PRECISION: Any
 
 
 class Keys(NamedTuple):

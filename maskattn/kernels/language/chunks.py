@@ -115,9 +115,9 @@ def scale_chunks(chunks, factor, WIDTH):
 @triton.jit
 def dot_rows(a, b, WIDTH):
     """Products of the rows of a with those of b, [rows of a, rows of b]."""
-    product = dot(a[0], tl.trans(b[0]))
+    product = dot(a[0], tl.trans(b[0]), WIDTH.PRECISION)
     if WIDTH.SECOND:
-        product = dot_add(a[1], tl.trans(b[1]), product)
+        product = dot_add(a[1], tl.trans(b[1]), product, WIDTH.PRECISION)
     return product
 
 
@@ -125,8 +125,8 @@ def dot_rows(a, b, WIDTH):
 def add_weighted_rows(weights, rows, total, WIDTH):
     """total + weights @ rows, the weights rounded to the dtype of the rows."""
     rounded = weights.to(rows[0].dtype)
-    first = dot_add(rounded, rows[0], total[0])
-    return (first, dot_add(rounded, rows[1], total[1])) if WIDTH.SECOND else (first,)
+    first = dot_add(rounded, rows[0], total[0], WIDTH.PRECISION)
+    return (first, dot_add(rounded, rows[1], total[1], WIDTH.PRECISION)) if WIDTH.SECOND else (first,)
 
 
 @triton.jit

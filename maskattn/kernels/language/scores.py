@@ -126,7 +126,7 @@ def begin_scores(
         key_positions = Positions(k_ptr, 0, terms.coords_k.stride_t, terms.coords_k.stride_c)
     if terms.dropout.seed_ptr is not None:
         noise = load_noise(terms.dropout, head, sequence)
-    bias = Tokens(bias_ptr, 0, 0, terms.key_bias.stride_t)
+    bias = Tokens(bias_ptr, 0, 0, terms.key_bias.stride_t, None)
     return Scoring(terms.scale, slope, bias, query_positions, key_positions, noise)
 
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from maskattn.kernels.language.bundles import Tokens
+
 __all__ = [
     "INTERPRETING",
     "LN_2",
     "LOG2_E",
+    "aligned",
     "dot",
     "dot_add",
     "load_row_values",
@@ -38,20 +41,20 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b in float32; float32 operands stay float32 (no TF32)."""
+def dot(a, b, PRECISION: tl.constexpr = "ieee"):
+    """a @ b in float32; float32 operands stay float32, or with "tf32x3" are three products of TF32."""
     if INTERPRETING and a.dtype == tl.bfloat16:
         # The interpreter multiplies bfloat16 operands as raw integers; their products are exact in float32.
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
-def dot_add(a, b, total):
+def dot_add(a, b, total, PRECISION: tl.constexpr):
     """total + a @ b, in the accumulator of the tensor core."""
     if INTERPRETING and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -76,6 +79,23 @@ def sequence_base(ptr, sequence, head, start, stride_b, stride_h, stride_t, INDE
     if not INDEXED:
         base += start.to(tl.int64) * stride_t
     return base
+
+
+@triton.jit
+def aligned(tokens):
+    """The same tensor, with strides of which the compiler knows that they are multiples of ``tokens.multiple``.
+
+    Else it takes a row of a head of width 72, say, for one that may begin anywhere, and reads it element by element.
+    """
+    if tokens.multiple is not None:
+        tokens = Tokens(
+            tokens.ptr,
+            tokens.stride_b // tokens.multiple * tokens.multiple,
+            tokens.stride_h // tokens.multiple * tokens.multiple,
+            tokens.stride_t // tokens.multiple * tokens.multiple,
+            tokens.multiple,
+        )
+    return tokens
 
 
 @triton.jit

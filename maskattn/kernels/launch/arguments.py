@@ -38,6 +38,7 @@ __all__ = [
     "dropout_argument",
     "empty_rest",
     "keeps_rest",
+    "known_multiple",
     "known_strides",
     "rest_argument",
     "row_values_argument",
@@ -67,9 +68,10 @@ VARYING = (
 
 
 _KNOWN_ZERO = tl.constexpr(0)
+_EIGHT = tl.constexpr(8)
 
 # The options that terms_argument has.
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed"})
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed", "precision"})
 
 # With these, lse has a rest, and the scores of attention are natural.
 WITH_REST = frozenset({"key_bias"})
@@ -95,9 +97,20 @@ def known_strides(*strides: int) -> tuple[Any, ...]:
     return tuple([stride or _KNOWN_ZERO for stride in strides])
 
 
+def known_multiple(*strides: int) -> Any:
+    """The multiple that strides are of where Triton's launcher, which looks for 16, does not see it; else None.
+
+    Heads of a width like 72 lie so; eight elements are what a thread reads at once.
+    """
+    eights = all(stride % 8 == 0 for stride in strides)
+    return _EIGHT if eights and any(stride % 16 for stride in strides) else None
+
+
 def tokens_argument(x: Tensor) -> Tokens:
     """The argument for a packed (T, H, D) or a dense (B, H, N, D) tensor."""
-    return Tokens(x, *known_strides(*strides_bht(x)))
+    strides = strides_bht(x)
+    stride_b, stride_h, stride_t = known_strides(*strides)
+    return Tokens(x, stride_b, stride_h, stride_t, known_multiple(*strides))
 
 
 def row_values_argument(x: Tensor | None) -> RowValues:
@@ -166,7 +179,7 @@ def constant_arguments(head_width: int, config: Config, described: bool) -> Mapp
     """A kernel's constants by name, and its launch parameters."""
     return {
         # Each head width has code of its own.
-        "WIDTH": Width(*(tl.constexpr(x) for x in (head_width, *split_width(head_width, config)))),
+        "WIDTH": Width(*(tl.constexpr(x) for x in (head_width, *split_width(head_width, config), config.precision))),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "DESCRIBED": described,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskattn.kernels.language.tiles import load_rows, sequence_bounds, store_rows, tile_rows, tokens_base
+from maskattn.kernels.language.tiles import aligned, load_rows, sequence_bounds, store_rows, tile_rows, tokens_base
 from maskattn.kernels.launch.arguments import VARYING, bounds_argument, tokens_argument
 from maskattn.kernels.launch.rows import Rows, readable
 from maskattn.options import Options
@@ -53,6 +53,7 @@ def move_kernel(
     first = tile * BLOCK
     if first >= length:
         return
+    source_tokens, result_tokens = aligned(source_tokens), aligned(result_tokens)
     inside = first + tl.arange(0, BLOCK) < length
     position = tile_rows(bounds.index_ptr, start, first, inside, BLOCK, True, True)
     in_order = tl.arange(0, BLOCK)

@@ -14,6 +14,7 @@ from torch import Tensor
 from maskattn.kernels.language.bundles import Tokens
 from maskattn.kernels.launch.arguments import (
     bounds_argument,
+    known_multiple,
     terms_argument,
     tokens_argument,
 )
@@ -82,7 +83,8 @@ def prepare(
 def readout_argument(x: Tensor) -> Tokens:
     """The argument for a (B, R, H, D) tensor, copied if the elements of a row are not adjacent."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return Tokens(x, x.stride(0), x.stride(2), x.stride(1))
+    strides = x.stride(0), x.stride(2), x.stride(1)
+    return Tokens(x, *strides, known_multiple(*strides))
 
 
 def number_of_splits(config: ReadoutConfig, max_seqlen: int, sequences_and_heads: int, device: torch.device) -> int:

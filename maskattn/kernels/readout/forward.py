@@ -23,7 +23,7 @@ from torch import Tensor
 
 from maskattn.kernels.language.scores import begin_scores, kept_factors, key_terms, query_terms, scores
 from maskattn.kernels.language.softmax import exponential, finite_or_zero, row_divisor, row_lse, softmax_update
-from maskattn.kernels.language.tiles import load_rows, sequence_base, sequence_bounds
+from maskattn.kernels.language.tiles import aligned, load_rows, sequence_base, sequence_bounds
 from maskattn.kernels.launch.arguments import VARYING, empty_rest
 from maskattn.kernels.launch.tail import clear_tail
 from maskattn.kernels.readout.call import prepare
@@ -83,6 +83,7 @@ def readout_kernel(
     head, split, sequence = readout_position(heads, splits)
     start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
     begin, end = split_bounds(length, split, splits, BLOCK_N)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
     v_base_ptr = sequence_base(v.ptr, sequence, head, start, 0, v.stride_h, v.stride_t, False)
     # [R, D]

@@ -30,8 +30,15 @@ from maskattn.kernels.language.scores import (
     query_terms,
     scores,
 )
-from maskattn.kernels.language.tiles import load_rows, sequence_base, sequence_bounds, store_row_values, store_rows
-from maskattn.kernels.launch.arguments import VARYING
+from maskattn.kernels.language.tiles import (
+    aligned,
+    load_rows,
+    sequence_base,
+    sequence_bounds,
+    store_row_values,
+    store_rows,
+)
+from maskattn.kernels.launch.arguments import VARYING, known_multiple
 from maskattn.kernels.launch.tail import clear_tail
 from maskattn.kernels.readout.call import ReadoutCall, prepare, readout_argument
 from maskattn.kernels.readout.tiles import (
@@ -78,6 +85,7 @@ def row_gradient_kernel(
     head, split, sequence = readout_position(heads, splits)
     start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
     begin, end = split_bounds(length, split, splits, BLOCK_N)
+    q, k = aligned(q), aligned(k)
     k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
     q_tile = load_readout(q, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     offset = sequence * queries * heads + head
@@ -136,6 +144,8 @@ def readout_gradient_kernel(
     head, split, sequence = readout_position(heads, splits)
     start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
     begin, end = split_bounds(length, split, splits, BLOCK_N)
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    out, dout, dk, dv = aligned(out), aligned(dout), aligned(dk), aligned(dv)
     k_base_ptr = sequence_base(k.ptr, sequence, head, start, 0, k.stride_h, k.stride_t, False)
     v_base_ptr = sequence_base(v.ptr, sequence, head, start, 0, v.stride_h, v.stride_t, False)
     dk_base_ptr = sequence_base(dk.ptr, sequence, head, start, 0, dk.stride_h, dk.stride_t, False)
@@ -279,7 +289,7 @@ def _rows_argument(grad_rows: Tensor | None) -> Tokens:
 
 def _by_token(x: Tensor) -> Tokens:
     """The argument for a (T, H, D) tensor."""
-    return Tokens(x, 0, x.stride(1), x.stride(0))
+    return Tokens(x, 0, x.stride(1), x.stride(0), known_multiple(*x.stride()[:2]))
 
 
 def _dbias_argument(dbias: Tensor | None, bias: Tensor | None) -> Tokens:

@@ -25,8 +25,8 @@ from torch import Tensor
 from maskattn.kernels.language.bundles import Tokens
 from maskattn.kernels.language.scores import along_product, begin_scores, key_terms, query_terms, scores
 from maskattn.kernels.language.softmax import exponential
-from maskattn.kernels.language.tiles import load_rows, sequence_base, sequence_bounds
-from maskattn.kernels.launch.arguments import VARYING
+from maskattn.kernels.language.tiles import aligned, load_rows, sequence_base, sequence_bounds
+from maskattn.kernels.launch.arguments import VARYING, known_multiple
 from maskattn.kernels.launch.rows import readable
 from maskattn.kernels.launch.tail import clear_tail
 from maskattn.kernels.readout.call import class_tile, prepare, readout_argument
@@ -95,6 +95,10 @@ def relevance_kernel(
     first = tile * BLOCK_N
     if first >= length:
         return
+    q, k, v, out, grad = aligned(q), aligned(k), aligned(v), aligned(out), aligned(grad)
+    key_origin, value_origin = aligned(key_origin), aligned(value_origin)
+    if grad.multiple is not None:
+        stride_gc = stride_gc // grad.multiple * grad.multiple
     rows_N, rows_C = tl.arange(0, BLOCK_N), first_class + tl.arange(0, BLOCK_C)
     inside, known = first + rows_N < length, rows_C < classes
     relevance = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
@@ -187,12 +191,13 @@ def token_relevance(
     call = prepare("relevance", q, k, v, cu_seqlens, max_seqlen, options)
     grad = grad_out.to(q.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    of_first, multiple = readout_argument(grad[0]), known_multiple(*grad.stride()[:-1])
     block_c = class_tile(classes, D, q.dtype)
     class_tiles, tiles = triton.cdiv(classes, block_c), triton.cdiv(max_seqlen, call.widths["BLOCK_N"])
     widths = {name: call.widths[name] for name in ("HEAD_WIDTH", "BLOCK_D", "BLOCK_N")}
     with torch.cuda.device_of(q):
         relevance_kernel[(class_tiles * tiles * B,)](
-            *call.arguments, readout_argument(out), lse.contiguous(), readout_argument(grad[0])._replace(ptr=grad),
+            *call.arguments, readout_argument(out), lse.contiguous(), of_first._replace(ptr=grad, multiple=multiple),
             grad.stride(0),
             _origin_argument(key_origin, q.dtype), _origin_argument(value_origin, q.dtype), relevance,
             classes, class_tiles, tiles, **widths, BLOCK_C=block_c, QUERIES=R,
@@ -209,6 +214,6 @@ def _origin_argument(origin: Tensor | None, dtype: torch.dtype) -> Tokens:
         return Tokens(None, 0, 0, 0)
     if origin.ndim == 3:
         origin = readable(origin.to(dtype))
-        return Tokens(origin, 0, origin.stride(1), origin.stride(0))
+        return Tokens(origin, 0, origin.stride(1), origin.stride(0), known_multiple(*origin.stride()[:2]))
     origin = origin.to(dtype).contiguous()
-    return Tokens(origin, 0, origin.stride(0), 0)
+    return Tokens(origin, 0, origin.stride(0), 0, known_multiple(origin.stride(0)))

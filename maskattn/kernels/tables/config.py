@@ -31,6 +31,7 @@ class Config:
 
     ``split``: a head width between two powers of two is taken in two chunks instead of being padded to the next.
     ``descriptors``: the copy engine reads the tiles that pass by, where the tensors allow it.
+    ``precision``: how tiles of float32 are multiplied, in ``tl.dot``'s words.
     """
 
     block_m: int
@@ -39,6 +40,7 @@ class Config:
     num_stages: int
     split: bool = False
     descriptors: bool = False
+    precision: str = "ieee"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Dimension key: D head width.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any, get_args, overload
 
 import torch
@@ -13,6 +14,7 @@ import triton
 from torch import Tensor
 
 from maskattn.kernels.tables.attention import ATTENTION
+from maskattn.kernels.tables.attention_tf32x3 import tf32x3_config
 from maskattn.kernels.tables.attention_with_options import ATTENTION_WITH_OPTIONS
 from maskattn.kernels.tables.config import Config, Family, Pass, Precision, ReadoutConfig, ReadoutPass, Target
 from maskattn.kernels.tables.readout import READOUT
@@ -42,28 +44,47 @@ def split_width(head_width: int, config: Config) -> tuple[int, int]:
 
 @overload
 def look_up(
-    pass_: Pass, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = ...
+    pass_: Pass, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = ..., precision: str = ...
 ) -> Config: ...
 @overload
 def look_up(
-    pass_: ReadoutPass, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = ...
+    pass_: ReadoutPass,
+    target: Target,
+    head_width: int,
+    dtype: torch.dtype,
+    alibi_or_dropout: bool = ...,
+    precision: str = ...,
 ) -> ReadoutConfig: ...
 @functools.cache
 def look_up(
-    pass_: Any, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = False
+    pass_: Any,
+    target: Target,
+    head_width: int,
+    dtype: torch.dtype,
+    alibi_or_dropout: bool = False,
+    precision: str = "ieee",
 ) -> Config | ReadoutConfig:
     """The configuration of a pass on a target.
+
+    Args:
+        precision: of the options. What it allows is done where there are tiles for it.
 
     Raises:
         KeyError: there is none; ``supports`` of ``launch/support.py`` says why before it comes to this.
     """
+    on_tensor_cores = precision == "tf32x3" and dtype == torch.float32 and pass_ in get_args(Pass)
+    if on_tensor_cores and target == "interpreter":
+        return replace(ATTENTION.interpreter[pass_], precision=precision)
+    width = padded_width(head_width)
+    if on_tensor_cores and not alibi_or_dropout and (found := tf32x3_config(pass_, target, width)):
+        return found
     family: Family[Any, Any] = ATTENTION_WITH_OPTIONS if alibi_or_dropout else ATTENTION
     if pass_ in get_args(ReadoutPass):
         family = READOUT
     if target == "interpreter":
         return family.interpreter[pass_]
-    precision: Precision = "single" if dtype == torch.float32 else "half"
-    return family.table[target, precision][pass_][max(family.narrowest, padded_width(head_width))]
+    size: Precision = "single" if dtype == torch.float32 else "half"
+    return family.table[target, size][pass_][max(family.narrowest, width)]
 
 
 @overload
@@ -73,7 +94,7 @@ def choose(pass_: ReadoutPass, q: Tensor, options: Options) -> ReadoutConfig: ..
 def choose(pass_: Any, q: Tensor, options: Options) -> Config | ReadoutConfig:
     """The configuration of a pass for queries (..., D)."""
     alibi_or_dropout = options.slopes is not None or options.dropout_seed is not None
-    return look_up(pass_, target_of(q.device), q.shape[-1], q.dtype, alibi_or_dropout)
+    return look_up(pass_, target_of(q.device), q.shape[-1], q.dtype, alibi_or_dropout, options.precision)
 
 
 def target_of(device: torch.device) -> Target:

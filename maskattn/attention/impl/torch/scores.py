@@ -18,7 +18,7 @@ from maskattn.options import Options
 __all__ = ["OPTIONS", "ScoreDerivatives", "as_packed", "drop_factors", "options_of", "scores", "wide_dtype"]
 
 
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed"})
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed", "precision"})
 
 
 class ScoreDerivatives(NamedTuple):
