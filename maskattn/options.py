@@ -24,7 +24,7 @@ EVERYWHERE = (*ATTENTION, "token_relevance")
 
 
 class Rule(NamedTuple):
-    """The rule for a number or a word: ``must_be`` in words, the predicate ``holds``, and the ``remedy`` for a violation."""
+    """The rule for a value: ``must_be`` in words, the predicate ``holds``, and the ``remedy`` for a violation."""
 
     must_be: str
     holds: Callable[[Any], bool]
