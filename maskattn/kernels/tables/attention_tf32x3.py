@@ -20,7 +20,7 @@ sm80    single     query_gradient  128x32/8/2  64x32/8/2   32x32/8/1+s
 sm80    single     key_gradient    32x64/8/2   32x64/8/2   16x32/8/1+s
 sm86    single     forward         128x64/8/2  128x32/8/2  64x16/8/1+s
 sm86    single     query_gradient  128x32/8/2  64x32/8/2   32x32/8/1+s
-sm86    single     key_gradient    32x64/8/2   32x64/8/2   16x32/8/1+s
+sm86    single     key_gradient    32x64/8/2   32x64/8/2   16x32/8/2+s
 sm90    single     forward         128x64/8/2  128x64/8/2  128x32/8/2+s
 sm90    single     query_gradient  128x32/8/2  128x32/8/2  128x32/8/2+s
 sm90    single     key_gradient    32x128/8/2  32x128/8/2  32x128/8/2+s
