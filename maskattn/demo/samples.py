@@ -1,7 +1,7 @@
-"""Training samples: synthetic slides cut into tiles by the rules that inference uses.
+"""Training samples: synthetic slides cut into tiles by the rules of inference.
 
-A slide is held in memory by :class:`ArrayReader`, which answers like ``maskattn.slide.reader.SlideReader``, so that
-the tissue finder and the token grid are the pipeline's own.
+:class:`ArrayReader` holds a slide in memory and has the interface of :class:`maskattn.slide.reader.SlideReader`, so
+that tissue detection and the token grid are those of the pipeline.
 
 Dimension key: T kept tiles of a slide, (H, W) its grid of tiles, (h, w) the tokens of a tile.
 """
@@ -52,7 +52,7 @@ class ArrayReader:
     def read_region(
         self, x_lv0: int, y_lv0: int, size_lv0: tuple[int, int], out_px: tuple[int, int], *, tolerant: bool = False
     ) -> UInt8[np.ndarray, "H W 3"]:
-        """(H, W, 3) uint8 of the rectangle; white outside the slide."""
+        """Read a rectangle as (H, W, 3) uint8 RGB; white outside the slide."""
         region = np.full((size_lv0[1], size_lv0[0], 3), 255, np.uint8)
         inside = self.image_HW3[max(y_lv0, 0) : y_lv0 + size_lv0[1], max(x_lv0, 0) : x_lv0 + size_lv0[0]]
         top, left = max(-y_lv0, 0), max(-x_lv0, 0)
@@ -62,14 +62,14 @@ class ArrayReader:
 
 @dataclass(frozen=True)
 class SlideSample:
-    """A slide as the model sees it, and its answer.
+    """A slide as the model sees it, with its ground truth.
 
     Attributes:
         grid: the tiles and tokens that take part.
         tiles_TCHW: (T, 3, 128, 128) uint8, the kept tiles in row-major order.
-        kinds_TKHW: (T, 4, h, w) share of each of :data:`KINDS` in each token; they sum to 1.
-        lesion_THW: (T, h, w) share of each token that is lesion.
-        label: the slide's class.
+        kinds_TKHW: (T, 4, h, w), share of each of :data:`KINDS` in each token; they sum to 1.
+        lesion_THW: (T, h, w), share of each token that is lesion.
+        label: the slide's class, an index into ``CLASSES``.
     """
 
     grid: TokenGrid
@@ -80,10 +80,10 @@ class SlideSample:
 
 
 def sample_slide(seed: int, *, masked: bool = True, label: int | None = None) -> SlideSample:
-    """Draw a synthetic slide and cut it as ``maskattn infer`` would; ``masked=False`` keeps all tiles and tokens."""
+    """Draw a synthetic slide and cut it as ``maskattn infer`` does; ``masked=False`` keeps all tiles and tokens."""
     slide = make_slide(seed, label)
     reader = ArrayReader(slide)
-    tissue = find_tissue(cast(SlideReader, reader))  # it asks for info and one region, which both readers give
+    tissue = find_tissue(cast(SlideReader, reader))  # it uses only info and read_region, which both readers have
     grid = make_grid(
         reader.info, tissue, tile_px=TILE_PX, token_px=TOKEN_PX, spacing_um=slide.spacing_um, masked=masked
     )
@@ -96,7 +96,7 @@ def sample_slide(seed: int, *, masked: bool = True, label: int | None = None) ->
 
 
 def cut_tiles(reader: ArrayReader, grid: TokenGrid) -> UInt8[np.ndarray, "T 3 P P"]:
-    """The kept tiles of a slide at the model's spacing, channels first."""
+    """Return the kept tiles of a slide at the model's spacing, channels first."""
     size = (grid.tile_lv0, grid.tile_lv0)
     tiles = np.empty((len(grid.coords_lv0), 3, TILE_PX, TILE_PX), np.uint8)
     for tile, (x, y) in zip(tiles, grid.coords_lv0.tolist(), strict=True):
@@ -105,12 +105,12 @@ def cut_tiles(reader: ArrayReader, grid: TokenGrid) -> UInt8[np.ndarray, "T 3 P 
 
 
 def token_shares(mask_HW: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "rows cols"]:
-    """Share of each 16 px token square that the mask covers; squares over the edge count what lies outside as 0."""
+    """Compute the share of each 16 px token that the mask covers; pixels beyond the slide's edge count as 0."""
     height, width = mask_HW.shape
     rows, cols = -(-height // TILE_PX) * TILE_PX, -(-width // TILE_PX) * TILE_PX
-    whole = np.zeros((rows, cols), np.uint8)
-    whole[:height, :width] = mask_HW.astype(np.uint8) * 255
-    shares = cv2.resize(whole, (cols // TOKEN_PX, rows // TOKEN_PX), interpolation=cv2.INTER_AREA)
+    padded = np.zeros((rows, cols), np.uint8)
+    padded[:height, :width] = mask_HW.astype(np.uint8) * 255
+    shares = cv2.resize(padded, (cols // TOKEN_PX, rows // TOKEN_PX), interpolation=cv2.INTER_AREA)
     return shares.astype(np.float32) / 255
 
 

@@ -1,9 +1,10 @@
 """Synthetic H&E slides with a known answer, at 1 µm per pixel.
 
-Three classes. *benign*: large round glands with an open lumen and one regular ring of nuclei. *low*: benign tissue
-with regions of small, crowded, fused glands with more nuclei. *high*: benign tissue with regions that have no lumen,
-sheets and cords of large, dark, uneven nuclei. Stain, brightness, inflammation, dust, pen marks and coverslip edges
-are drawn independently of the class, and marks lie on glass only: nothing but the lesion gives the class away.
+There are three classes. *benign* has large round glands with an open lumen and one regular ring of nuclei. *low* is
+benign tissue with regions of small, crowded, fused glands with more nuclei. *high* is benign tissue with regions
+without lumens, of sheets and cords of large, dark, uneven nuclei. Stain, brightness, inflammation, dust, pen marks and
+coverslip edges are drawn independently of the class, and marks are only on glass, so that only the lesion reveals the
+class.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ PENS = ((30, 60, 170), (25, 120, 70), (35, 35, 40))
 
 @dataclass(frozen=True)
 class SyntheticSlide:
-    """A slide and its answer.
+    """A slide and its ground truth.
 
     Attributes:
         image_HW3: (H, W, 3) uint8 RGB.
-        tissue_HW: (H, W) bool, True on tissue; lumens belong to it.
-        lesion_HW: (H, W) bool, True in lesions; all False when the label is benign.
+        tissue_HW: (H, W) bool, True on tissue, lumens included.
+        lesion_HW: (H, W) bool, True in lesions; all False if the label is benign.
         label: index into :data:`CLASSES`.
         spacing_um: µm per pixel.
     """
@@ -87,7 +88,7 @@ def make_slide(seed: int, label: int | None = None, size_px: int = 2048) -> Synt
 
     Args:
         seed: seed of every random choice.
-        label: index into :data:`CLASSES`; drawn at random when None.
+        label: index into :data:`CLASSES`; None draws it at random.
         size_px: width and height in pixels.
 
     Raises:
@@ -103,7 +104,7 @@ def make_slide(seed: int, label: int | None = None, size_px: int = 2048) -> Synt
     drawn = int(rng.integers(len(CLASSES)))
     label = drawn if label is None else label
     tissue = draw_tissue(rng, size_px)
-    # drawn for every class, so that what follows does not depend on the class through the generator's state
+    # drawn for every class, so that the generator's state afterwards does not depend on the class
     lesion = draw_lesions(rng, tissue)
     if label == 0:
         lesion[:] = 0
@@ -119,7 +120,7 @@ def make_slide(seed: int, label: int | None = None, size_px: int = 2048) -> Synt
 
 
 def draw_tissue(rng: np.random.Generator, size: int) -> ByteArray:
-    """(H, W) uint8, 255 on one to four pieces of tissue that cover 20 to 45 % of the slide."""
+    """Draw (H, W) uint8, 255 on one to four pieces of tissue that cover 20 to 45 % of the slide."""
     small = size // 8
     while True:
         coarse = np.zeros((small, small), np.uint8)
@@ -137,7 +138,7 @@ def draw_tissue(rng: np.random.Generator, size: int) -> ByteArray:
 
 
 def draw_lesions(rng: np.random.Generator, tissue: ByteArray) -> ByteArray:
-    """(H, W) uint8, 255 in one to three regions well inside the tissue, at most half of it."""
+    """Draw (H, W) uint8, 255 in one to three regions well inside the tissue that cover at most half of it."""
     size = tissue.shape[0]
     lesion = np.zeros_like(tissue)
     depth = cv2.distanceTransform(tissue[::8, ::8], cv2.DIST_L2, 3) * 8
@@ -154,7 +155,7 @@ def draw_lesions(rng: np.random.Generator, tissue: ByteArray) -> ByteArray:
 
 
 def paint_stroma(rng: np.random.Generator, tissue: ByteArray) -> Canvas:
-    """Connective tissue: wavy pink fibres, spindle nuclei along them, patches of inflammation, a few clefts."""
+    """Paint connective tissue: wavy pink fibres, spindle nuclei along them, patches of inflammation, a few clefts."""
     height, width = tissue.shape
     canvas = Canvas.blank(height, width)
     strands, direction = fibres(rng, height, width)
@@ -179,7 +180,7 @@ def paint_stroma(rng: np.random.Generator, tissue: ByteArray) -> Canvas:
 
 
 def paint_benign(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray, lesion: ByteArray) -> None:
-    """Large glands over the tissue outside lesions, with stretches of bare stroma between them."""
+    """Paint large glands over the tissue outside lesions, with stretches of bare stroma between them."""
     height, width = tissue.shape
     room = cv2.distanceTransform(np.where(lesion > 0, 0, tissue)[::4, ::4].astype(np.uint8), cv2.DIST_L2, 3) * 4
     bare = smooth_noise(rng, height, width, 300) < -0.7
@@ -190,14 +191,14 @@ def paint_benign(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray, le
 
 
 def paint_low(rng: np.random.Generator, canvas: Canvas, lesion: ByteArray) -> None:
-    """Small crowded glands that touch and fuse, over the lesion."""
+    """Paint small crowded glands that touch and fuse over the lesion."""
     for centre in hexagonal_points(rng, lesion.shape[0], lesion.shape[1], 43, 0.2):
         if at(lesion, centre[None])[0]:
             paint_gland(rng, canvas, centre, rng.uniform(*LOW_GLAND.radius), LOW_GLAND)
 
 
 def paint_high(rng: np.random.Generator, canvas: Canvas, lesion: ByteArray) -> None:
-    """Sheets and cords of large, dark, uneven nuclei without lumens, over the lesion."""
+    """Paint sheets and cords of large, dark, uneven nuclei without lumens over the lesion."""
     height, width = lesion.shape
     bands = smooth_noise(rng, height, width, 55) + 0.4 * smooth_noise(rng, height, width, 18)
     sheet = (lesion > 0) & (bands > -0.75)
@@ -221,7 +222,7 @@ def paint_high(rng: np.random.Generator, canvas: Canvas, lesion: ByteArray) -> N
 
 
 def develop(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray) -> ByteArray:
-    """Lay chromatin texture and unevenness on the canvas, cut it to the tissue and stain it: (H, W, 3) uint8."""
+    """Add chromatin texture and unevenness to the canvas, clip it to the tissue and stain it: (H, W, 3) uint8."""
     height, width = tissue.shape
     grain = rng.integers(190, 256, (height, width), dtype=np.uint8)
     nuclei = cv2.GaussianBlur(cv2.multiply(canvas.nuclei, grain, scale=1 / 235), (0, 0), 0.8)
@@ -240,7 +241,7 @@ def develop(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray) -> Byte
 
 
 def mark_glass(rng: np.random.Generator, image: ByteArray, tissue: ByteArray) -> None:
-    """Dust, coverslip edges and pen marks, on glass only; the image is changed in place."""
+    """Draw dust, coverslip edges and pen marks on glass only; the image is changed in place."""
     height, width = tissue.shape
     glass = cv2.dilate(tissue, np.ones((41, 41), np.uint8)) == 0
     shade = np.full((height, width), 255, np.uint8)
@@ -250,8 +251,8 @@ def mark_glass(rng: np.random.Generator, image: ByteArray, tissue: ByteArray) ->
     paint_nuclei(shade, specks.astype(np.float32), axes, angles, rng.uniform(60, 210, len(specks)))
     for _ in range(rng.integers(0, 3)):
         start, heading = rng.uniform(0, 1, 2) * (width, height), rng.normal(0, 0.06) + rng.choice([0, np.pi / 2])
-        reach = 2 * max(height, width) * np.array([np.cos(heading), np.sin(heading)])
-        line = [np.rint(end).astype(int).tolist() for end in (start - reach, start + reach)]
+        offset = 2 * max(height, width) * np.array([np.cos(heading), np.sin(heading)])
+        line = [np.rint(end).astype(int).tolist() for end in (start - offset, start + offset)]
         cv2.line(shade, line[0], line[1], int(rng.integers(150, 205)), int(rng.integers(3, 8)), cv2.LINE_AA)
         cv2.line(shade, line[0], line[1], 235, 1, cv2.LINE_AA)
     shade = cv2.GaussianBlur(shade, (0, 0), 0.9)
@@ -267,7 +268,7 @@ def mark_glass(rng: np.random.Generator, image: ByteArray, tissue: ByteArray) ->
 
 
 def draw_stroke(rng: np.random.Generator, glass: Bool[np.ndarray, "H W"]) -> ByteArray:
-    """(H, W) uint8, the ink of one curved pen stroke that stays on glass; empty where no room was found."""
+    """Draw (H, W) uint8, the ink of one curved pen stroke that stays on glass; all 0 if there is no room for one."""
     height, width = glass.shape
     for _ in range(12):
         angle = np.linspace(0, rng.uniform(0.4, 4.5), 60)[:, None]
@@ -284,16 +285,16 @@ def draw_stroke(rng: np.random.Generator, glass: Bool[np.ndarray, "H W"]) -> Byt
 
 
 def at(layer: np.ndarray, points: FloatArray) -> np.ndarray:
-    """(M,) values of a layer (H, W) at (M, 2) points."""
+    """Return the (M,) values of a layer (H, W) at (M, 2) points."""
     rows = np.clip(points[:, 1].astype(int), 0, layer.shape[0] - 1)
     cols = np.clip(points[:, 0].astype(int), 0, layer.shape[1] - 1)
     return layer[rows, cols]
 
 
 def write_slide(slide: SyntheticSlide, path: Path | str, levels: int = 3) -> Path:
-    """Write a tiled pyramidal TIFF that openslide reads; each level halves the one before.
+    """Write a tiled pyramidal TIFF that openslide reads, in which each level has half the size of the one before.
 
-    Deflate keeps every pixel and needs nothing beyond tifffile. The resolution tags carry the spacing.
+    Deflate is lossless and needs no package besides tifffile. The resolution tags hold the spacing.
     """
     path = Path(path)
     image = slide.image_HW3

@@ -1,7 +1,7 @@
 """Textures of synthetic H&E slides: stain densities, tissue shapes, glands, nuclei and the marks on the glass.
 
 Everything is painted as two stain densities, haematoxylin (nuclei, blue-violet) and eosin (everything else, pink), and
-turned into RGB by the Beer-Lambert law in :func:`stain`. 1 px is 1 µm; shapes are (H, W); points are (x, y).
+converted to RGB by the Beer–Lambert law in :func:`stain`. 1 px is 1 µm; shapes are (H, W); points are (x, y).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FloatArray = NDArray[np.float32]
 ByteArray = NDArray[np.uint8]
 Points = NDArray[np.floating]
 
-# optical densities per unit of stain, RGB (Ruifrok and Johnston's vectors, unit length)
+# optical densities per unit of stain in red, green and blue (Ruifrok and Johnston's vectors, unit length)
 HAEMATOXYLIN_OD = np.array([0.65, 0.70, 0.29])
 EOSIN_OD = np.array([0.07, 0.99, 0.11])
 SUBPIXEL_BITS = 4
@@ -40,10 +40,10 @@ SUBPIXEL_BITS = 4
 
 @dataclass(frozen=True)
 class Canvas:
-    """Stain densities under the painter's hand, each (H, W) uint8: 255 is the densest stain that occurs.
+    """The stain densities of a slide while it is painted, each (H, W) uint8: 255 is the densest stain that occurs.
 
     Attributes:
-        nuclei: haematoxylin of nuclei alone, so that chromatin texture can be laid on them later.
+        nuclei: haematoxylin of the nuclei, kept apart so that chromatin texture can be added to them later.
         haematoxylin: haematoxylin of everything else.
         eosin: eosin.
     """
@@ -54,19 +54,19 @@ class Canvas:
 
     @classmethod
     def blank(cls, height: int, width: int) -> Canvas:
-        """A canvas without any stain."""
+        """Return a canvas without any stain."""
         return cls(*(np.zeros((height, width), np.uint8) for _ in range(3)))
 
 
 @dataclass(frozen=True)
 class Gland:
-    """How glands of one kind look; lengths in px (= µm); two numbers are (smallest, largest).
+    """The appearance of one kind of gland; lengths in px (= µm); two numbers are (smallest, largest).
 
     Attributes:
         radius: outer radius.
         lumen: radius of the open lumen as a share of the outer radius.
         waviness: relative amplitude of the outline's waves.
-        rows: rings of nuclei, as shares of the way from the outline (0) to the lumen (1).
+        rows: positions of the rings of nuclei between the outline (0) and the lumen (1).
         nucleus_spacing: distance between neighbouring nuclei of a ring.
         nucleus: half axes of a nucleus, along and across the radius.
         irregularity: relative scatter of the nuclei's size and position.
@@ -86,8 +86,8 @@ class Gland:
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cell_px: float) -> FloatArray:
-    """(H, W) noise of mean 0 and standard deviation about 1 whose features are about ``cell_px`` wide."""
-    # a smooth field needs no cubic steps at full size: quarter size first is several times quicker
+    """Draw (H, W) noise of mean 0 and standard deviation about 1 whose features are about ``cell_px`` wide."""
+    # cubic interpolation at a quarter of the size is several times faster, and accurate enough for a smooth field
     shrink = 4 if cell_px >= 16 else 1
     step = cell_px / shrink
     inner = (-(-height // shrink), -(-width // shrink))
@@ -99,18 +99,18 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cell_px: flo
 
 
 def blob(rng: np.random.Generator, radius: float, elongation: float = 1.0, roughness: float = 0.25) -> FloatArray:
-    """(96, 2) outline of a rounded random shape about (0, 0)."""
+    """Draw the (96, 2) outline of a rounded random shape around (0, 0)."""
     angle = np.linspace(0, 2 * np.pi, 96, endpoint=False)
     waves = np.arange(1, 8)
     amplitude = roughness * rng.standard_normal(7) / waves**1.1
     phase = rng.uniform(0, 2 * np.pi, 7)
-    reach = radius * np.exp((amplitude * np.cos(angle[:, None] * waves + phase)).sum(1))
-    points = np.stack([reach * np.cos(angle) * elongation**0.5, reach * np.sin(angle) / elongation**0.5], 1)
+    distance = radius * np.exp((amplitude * np.cos(angle[:, None] * waves + phase)).sum(1))
+    points = np.stack([distance * np.cos(angle) * elongation**0.5, distance * np.sin(angle) / elongation**0.5], 1)
     return (points @ rotation(rng.uniform(0, np.pi))).astype(np.float32)
 
 
 def rotation(angle: float) -> NDArray[np.float64]:
-    """(2, 2) matrix that rotates row vectors by ``angle`` radians."""
+    """Return the (2, 2) matrix that rotates row vectors by ``angle`` radians."""
     return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
@@ -120,7 +120,7 @@ def fill(layer: ByteArray, points: NDArray[np.floating], value: int) -> None:
 
 
 def fibres(rng: np.random.Generator, height: int, width: int) -> tuple[FloatArray, FloatArray]:
-    """Wavy collagen: (H, W) noise stretched along a slowly turning direction, and that direction in radians."""
+    """Draw wavy collagen: (H, W) noise stretched along a slowly varying direction, and that direction in radians."""
     side = 512
     strands = cv2.GaussianBlur(rng.standard_normal((side, side), dtype=np.float32), (0, 0), sigmaX=14, sigmaY=1.2)
     strands /= strands.std()
@@ -140,13 +140,13 @@ def fibres(rng: np.random.Generator, height: int, width: int) -> tuple[FloatArra
 
 
 def hexagonal_points(rng: np.random.Generator, height: int, width: int, spacing: float, jitter: float) -> FloatArray:
-    """(M, 2) positions about ``spacing`` apart that cover the area, each moved by up to ``jitter`` · spacing.
+    """Draw (M, 2) positions about ``spacing`` apart that cover the area, each moved by up to ``jitter`` · spacing.
 
-    The lattice lies at a random angle: one in step with the token grid would tell tokens apart by their position.
+    The lattice has a random angle: if it were aligned with the token grid, tokens would differ by their position.
     """
-    reach = np.hypot(height, width) / 2 + 2 * spacing
-    side = np.arange(-reach, reach, spacing)
-    x, y = np.meshgrid(side, side * 0.866)
+    extent = np.hypot(height, width) / 2 + 2 * spacing
+    steps = np.arange(-extent, extent, spacing)
+    x, y = np.meshgrid(steps, steps * 0.866)
     x[::2] += spacing / 2
     points = np.stack([x, y], -1).reshape(-1, 2) + rng.uniform(0, spacing, 2)
     points = points @ rotation(rng.uniform(0, np.pi)) + (width / 2, height / 2)
@@ -192,7 +192,7 @@ def paint_gland(rng: np.random.Generator, canvas: Canvas, centre: FloatArray, ra
 def paint_ring(
     rng: np.random.Generator, layer: ByteArray, outline: Points, lumen: Points, row: float, kind: Gland
 ) -> None:
-    """Paint nuclei along the line that lies ``row`` of the way from the outline to the lumen."""
+    """Paint nuclei along the line at position ``row`` between the outline (0) and the lumen (1)."""
     inset = min(0.9, (kind.nucleus[0] + 1.0) / max(8.0, float(np.linalg.norm(outline - lumen, axis=1).mean())))
     line = outline + (lumen - outline) * (inset + row * (1 - 2 * inset))
     step = np.roll(line, -1, 0) - line
@@ -229,5 +229,5 @@ def stain(
 
 
 def transmission(density: NDArray[np.floating]) -> ByteArray:
-    """(256, 3) optical densities to a (1, 256, 3) table of the light that passes, 255 = all of it."""
+    """Convert (256, 3) optical densities to a (1, 256, 3) table of the transmitted light, 255 = all of it."""
     return np.rint(255 * np.exp(-np.maximum(density, 0) * np.log(10) * 0.5)).astype(np.uint8)[None]

@@ -1,9 +1,9 @@
-"""How the bundled model was trained: ``python -m maskattn.demo.train``.
+"""Training of the bundled model: ``python -m maskattn.demo.train``.
 
-Stage 1 trains the tile encoder to tell what a tile is made of: a temporary linear head gives the shares of glass,
-benign, low and high in the tokens that take part, while random tokens are left out. Stage 2 draws other slides,
-encodes them once, and trains the slide encoder on slide labels alone, on slides thinned out and mixed with one another.
-Leaving out and mixing make the answer a matter of degree: a model that is sure after one lesion tile would have a flat
+Stage 1 trains the tile encoder to predict the composition of a tile: a temporary linear head gives the shares of glass,
+benign, low and high in the tokens that take part, while random tokens are left out. Stage 2 draws other slides, encodes
+them once, and trains the slide encoder on slide labels only, with random tiles left out and slides mixed with one
+another. Both make the answer a matter of degree: a model that is certain after one lesion tile would have a flat
 gradient at all others, and its class map would show noise.
 
 Every slide is drawn from its seed; seeds below :data:`FIRST_TRAINING_SEED` are never trained on.
@@ -57,7 +57,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How much is drawn and how long each stage runs; the defaults made the bundled weights.
+    """The amount of data and the length of each stage; the defaults produced the bundled weights.
 
     Attributes:
         masked: False trains the unmasked twin, which sees all tiles and tokens.
@@ -87,7 +87,7 @@ class TrainingPlan:
 
 @dataclass
 class Losses:
-    """Training losses in order of steps."""
+    """Training losses of both stages, in the order of the steps."""
 
     tiles: list[float] = field(default_factory=list)
     labels: list[float] = field(default_factory=list)
@@ -112,7 +112,7 @@ class EncodedSlides:
 
 
 def model_config(masked: bool) -> SlideModelConfig:
-    """The bundled model's architecture: 0.7 million weights."""
+    """Return the bundled model's architecture: 0.7 million weights."""
     return SlideModelConfig(
         name="maskattn-demo" if masked else "maskattn-demo-unmasked",
         classes=CLASSES,
@@ -140,7 +140,7 @@ def model_config(masked: bool) -> SlideModelConfig:
 
 
 def demo_card(model: SlideModel) -> ModelCard:
-    """The card of a model that was trained here."""
+    """Return the card of a model that was trained by this module."""
     trained_on = (
         "synthetic slides that python -m maskattn.demo.train draws: glass, tissue without a lesion, and lesions of two "
         "textures; the slide's class is that of its lesion"
@@ -149,7 +149,7 @@ def demo_card(model: SlideModel) -> ModelCard:
 
 
 def train(plan: TrainingPlan, say: Callable[[str], None] = print) -> tuple[SlideModel, Losses]:
-    """Train a model from nothing; the same plan on the same machine gives the same weights."""
+    """Train a model from scratch; the same plan on the same machine gives the same weights."""
     torch.manual_seed(plan.seed)
     rng = np.random.default_rng(plan.seed)
     model = SlideModel(model_config(plan.masked))
@@ -171,7 +171,7 @@ def train(plan: TrainingPlan, say: Callable[[str], None] = print) -> tuple[Slide
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread, for weights that do not depend on how many cores there are; so small a model gains little by more."""
+    """Use one thread, so that weights do not depend on the number of cores; so small a model gains little from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -183,7 +183,7 @@ def one_thread() -> Iterator[None]:
 def train_tiles(
     model: SlideModel, plan: TrainingPlan, rng: np.random.Generator, losses: list[float], report: Callable[[str], None]
 ) -> nn.Linear:
-    """Stage 1: the tile encoder under a temporary head learns what tiles are made of; returns the head."""
+    """Stage 1: train the tile encoder and a temporary head to predict the composition of tiles; return the head."""
     tiles = draw_tiles(plan, rng)
     report(f"stage 1: {len(tiles.tiles)} tiles of {plan.tile_slides} slides drawn")
     head = nn.Linear(EMBED_DIM, len(KINDS))
@@ -202,10 +202,10 @@ def train_tiles(
 
 
 def read_kinds(model: SlideModel, head: nn.Linear) -> None:
-    """Let the slide encoder read embeddings through the head's kinds alone, by a projection that stays as it is.
+    """Restrict the slide encoder's input to the head's predictions, by a fixed projection of the embeddings.
 
-    Directions in which no embedding of the training slides varies would keep their random weights, and every token's
-    relevance would carry their noise. Shares sum to 1, so the mean over kinds is such a direction too.
+    Directions in which no embedding of the training slides varies would keep their random weights and add noise to
+    every token's relevance. Shares sum to 1, so the mean over kinds is such a direction, too.
     """
     projection = model.slide_encoder.patch_embed.proj
     spread = torch.linalg.qr(torch.randn(EMBED_DIM, len(KINDS)))[0] * EMBED_DIM**0.5 / 2
@@ -218,7 +218,7 @@ def read_kinds(model: SlideModel, head: nn.Linear) -> None:
 def train_labels(
     model: SlideModel, plan: TrainingPlan, rng: np.random.Generator, losses: list[float], report: Callable[[str], None]
 ) -> None:
-    """Stage 2: the slide encoder learns slide labels from the embeddings of fresh slides."""
+    """Stage 2: train the slide encoder on slide labels, from the embeddings of other slides."""
     slides = encode_slides(model.eval(), plan)
     report(f"stage 2: {plan.label_slides} slides drawn and encoded")
     encoder = model.slide_encoder.train()
@@ -235,7 +235,7 @@ def train_labels(
 
 
 def _fit(network: nn.Module, loss_of_step: Callable[[], Tensor], steps: int, settings: FitSettings, keep: Any) -> None:
-    from maskattn.training.steps import fit_steps  # needs the extra train, which the bundled model does not
+    from maskattn.training.steps import fit_steps  # needs the extra "train", which using the bundled model does not
 
     fit_steps(network, loss_of_step, steps, settings, keep)
 
@@ -245,7 +245,7 @@ def _settings(plan: TrainingPlan, rate: float) -> FitSettings:
 
 
 def _kept(stage: str, losses: list[float], report: Callable[[str], None]) -> Callable[[float], None]:
-    """Takes a step's loss, and reports each hundred of them."""
+    """Return a function that records a step's loss and reports the mean of every hundred."""
 
     def keep(loss: float) -> None:
         losses.append(loss)
@@ -256,7 +256,7 @@ def _kept(stage: str, losses: list[float], report: Callable[[str], None]) -> Cal
 
 
 def draw_tiles(plan: TrainingPlan, rng: np.random.Generator) -> TileSet:
-    """Tiles for stage 1, half of them chosen where a lesion is, so that the rare kinds are seen."""
+    """Draw tiles for stage 1, half of them from lesions, so that the rare kinds are represented."""
     tiles, keeps, kinds = [], [], []
     for index in range(plan.tile_slides):
         sample = sample_slide(plan.first_slide_seed + index, masked=plan.masked)
@@ -267,12 +267,12 @@ def draw_tiles(plan: TrainingPlan, rng: np.random.Generator) -> TileSet:
         tiles.append(sample.tiles_TCHW[chosen])
         keeps.append(sample.grid.token_keep_THW[chosen])
         kinds.append(sample.kinds_TKHW[chosen])
-    return TileSet(*(torch.from_numpy(np.concatenate(part)) for part in (tiles, keeps, kinds)))
+    return TileSet(*(torch.from_numpy(np.concatenate(arrays)) for arrays in (tiles, keeps, kinds)))
 
 
 @torch.no_grad()
 def encode_slides(model: SlideModel, plan: TrainingPlan) -> EncodedSlides:
-    """Slides for stage 2, with classes in turn; none of them was used in stage 1."""
+    """Draw and encode slides for stage 2, cycling through the classes; none of them was used in stage 1."""
     embeddings = torch.zeros(plan.label_slides, EMBED_DIM, GRID, GRID)
     keep = torch.zeros(plan.label_slides, GRID, GRID, dtype=torch.bool)
     labels = torch.arange(plan.label_slides) % len(CLASSES)
@@ -281,26 +281,26 @@ def encode_slides(model: SlideModel, plan: TrainingPlan) -> EncodedSlides:
         sample = sample_slide(first + index, masked=plan.masked, label=int(labels[index]))
         keep[index] = torch.from_numpy(sample.grid.keep_HW)
         tiles, tokens = torch.from_numpy(sample.tiles_TCHW), torch.from_numpy(sample.grid.token_keep_THW)
-        rows = [model.encode_tiles(*part) for part in zip(tiles.split(64), tokens.split(64), strict=True)]
+        rows = [model.encode_tiles(*chunk) for chunk in zip(tiles.split(64), tokens.split(64), strict=True)]
         embeddings[index][:, keep[index]] = torch.cat(rows).T
     return EncodedSlides(embeddings, keep, labels)
 
 
 def rotated(rng: np.random.Generator, *grids: Tensor) -> list[Tensor]:
-    """Rotate and mirror batches of square grids (B, ..., H, W), all by the same symmetry."""
+    """Rotate and mirror batches of square grids (B, ..., H, W), all in the same way."""
     quarter, mirrored = int(rng.integers(4)), rng.random() < 0.5
     turned = [torch.rot90(grid, quarter, (-2, -1)) for grid in grids]
     return [(grid.flip(-1) if mirrored else grid).contiguous() for grid in turned]
 
 
 def shift(rng: np.random.Generator, grid: Tensor, keep: Tensor, furthest: int = 3) -> tuple[Tensor, Tensor]:
-    """Roll a batch of tile grids by a few tiles, so that the slide encoder does not learn positions by heart."""
+    """Roll a batch of tile grids by a few tiles, so that the slide encoder does not memorise positions."""
     by = tuple(int(step) for step in rng.integers(-furthest, furthest + 1, 2))
     return torch.roll(grid, by, (-2, -1)), torch.roll(keep, by, (-2, -1))
 
 
 def leave_out_tokens(rng: np.random.Generator, keep: Tensor) -> Tensor:
-    """Leave out up to nine tenths of each tile's tokens (B, h, w), singly or in patches; never all of them."""
+    """Drop up to nine tenths of each tile's tokens (B, h, w), singly or in patches, but never all of them."""
     singly = random_like(rng, keep)
     patches = F.interpolate(random_like(rng, keep[:, None, :3, :3]), keep.shape[1:], mode="bilinear")[:, 0]
     level = torch.where(random_like(rng, keep[:, :1, :1]) < 0.5, singly, patches)
@@ -309,9 +309,9 @@ def leave_out_tokens(rng: np.random.Generator, keep: Tensor) -> Tensor:
 
 
 def mix(rng: np.random.Generator, grid: Tensor, keep: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In three of ten slides replace a random share of cells by another slide's; labels (B, K) follow the share.
+    """Replace a random share of the cells of three in ten slides by another slide's; labels (B, K) follow the share.
 
-    CutMix (Yun et al., arXiv 1905.04899) on grids of tile embeddings, cell by cell.
+    This is CutMix (Yun et al., arXiv 1905.04899) on grids of tile embeddings, cell by cell.
     """
     other = torch.from_numpy(rng.permutation(len(grid)))
     share = random_like(rng, keep[:, :1, :1]) * (random_like(rng, keep[:, :1, :1]) < 0.3)
@@ -326,18 +326,18 @@ def mix(rng: np.random.Generator, grid: Tensor, keep: Tensor, labels: Tensor) ->
 
 
 def random_like(rng: np.random.Generator, grid: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) of a tensor's shape."""
+    """Draw uniform numbers in [0, 1) of a tensor's shape."""
     return torch.from_numpy(rng.random(grid.shape, dtype=np.float32))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train and write the weights, with the configuration beside them."""
+    """Train, and write the weights and the configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", type=Path, default=BUNDLED_MODEL, help="folder to write, or x.safetensors for a pair of files"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--unmasked", action="store_true", help="train the twin that sees glass too")
+    parser.add_argument("--unmasked", action="store_true", help="train the unmasked twin, which also sees glass")
     parser.add_argument("--tile-steps", type=int, default=TrainingPlan.tile_steps)
     parser.add_argument("--label-steps", type=int, default=TrainingPlan.label_steps)
     options = parser.parse_args(arguments)

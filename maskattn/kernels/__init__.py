@@ -1,5 +1,6 @@
 """Triton kernels.
 
-``language/`` is what every kernel is written with, the score and the softmax among it; ``attention/`` and ``readout/``
-are the kernels, an operation a file with its launcher; ``launch/`` is what launchers share; ``tables/`` has tile sizes.
+``language/`` holds the device functions that all kernels share, such as the score and the softmax. ``attention/`` and
+``readout/`` hold the kernels, one file for each operation, with its launcher. ``launch/`` holds what the launchers
+share, and ``tables/`` the tile sizes.
 """

@@ -1,1 +1,1 @@
-"""Masks that users draw: image files, decoded as they are, and what their values, colours and alpha say of tissue."""
+"""Masks drawn by users: lossless decoding of image files, and interpretation of their values, colours and alpha."""

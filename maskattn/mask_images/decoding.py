@@ -1,4 +1,4 @@
-"""Decoding a mask file to its own samples: no colours mixed, no bits lost, and of a pyramid only the level asked for.
+"""Decoding of mask files to their own samples: no mixed colours, no lost bits, and only one level of a pyramid.
 
 Dimension key: (H, W) pixels of the level that was read, C channels.
 """
@@ -22,7 +22,7 @@ from maskattn.shapes import Shaped, UInt8
 __all__ = ["MaskImage", "coarsest_level", "read_mask_image"]
 
 LevelChoice: TypeAlias = "Callable[[list[tuple[int, int]]], int]"
-"""From the (width, height) of all pages, the one to read."""
+"""Chooses the page to read from the (width, height) of all pages."""
 
 _MAX_PX = 1 << 28
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -34,14 +34,14 @@ _OUTLINES = (  # GeoJSON, and the XML of annotation programs
 
 @dataclass(frozen=True, eq=False)
 class MaskImage:
-    """A mask as its file holds it.
+    """A mask as stored in its file.
 
     Attributes:
         samples: (H, W), labels or the indices of a palette; or (H, W, 3), colours.
-        alpha_HW: (H, W), 0 = transparent; None where the file has none.
-        palette_N4: (N, 4) RGBA of each index; None where there is no palette.
-        lossy: the compression that changes values, "JPEG" or "WebP"; empty where they are exact.
-        notes: what of the file was passed over.
+        alpha_HW: (H, W), 0 = transparent; None if the file has no alpha channel.
+        palette_N4: (N, 4) RGBA of each index; None if there is no palette.
+        lossy: the compression that changes values, "JPEG" or "WebP"; empty if they are exact.
+        notes: the parts of the file that were ignored, in words.
     """
 
     samples: Shaped[np.ndarray, "H W ..."]
@@ -56,16 +56,16 @@ def read_mask_image(
     is_fine_enough: Callable[[int], bool],
     check_size: Callable[[int, int], None] = lambda width, height: None,
 ) -> MaskImage:
-    """Decode a mask: PNG, TIFF (pyramids, any depth), NumPy's .npy or whatever else Pillow opens.
+    """Decode a mask: PNG, TIFF (pyramids, any depth), NumPy's .npy or any other format that Pillow opens.
 
     Args:
         path: the mask file.
-        is_fine_enough: whether a level of this width in pixels will do; of a pyramid's levels that do, the coarsest
-            is read, else the finest.
-        check_size: called with the width and height of what is to be read, before it is decoded; may raise SlideError.
+        is_fine_enough: whether a level of this width in pixels is fine enough; the coarsest such level of a pyramid is
+            read, or the finest level if there is none.
+        check_size: called with the width and height of the level before it is decoded; may raise SlideError.
 
     Raises:
-        SlideError: the file is missing, is no image, cannot be decoded whole, or is too large to decode at once.
+        SlideError: the file is missing, is not an image, cannot be decoded completely, or is too large.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,8 +79,8 @@ def read_mask_image(
     except SlideError:
         raise
     except MemoryError as error:
-        raise _too_large(path, "more than this machine's memory holds") from error
-    # Pillow's plugins let struct.error, KeyError and others through where a file is broken.
+        raise _too_large(path, "more than this machine's memory can hold") from error
+    # Pillow's plugins raise struct.error, KeyError and others for a broken file.
     except Exception as error:
         raise SlideError(
             f"a mask must be an image that Pillow reads, got path='{path}', which fails with '{error}'; "
@@ -105,7 +105,12 @@ def _decode(path: Path, level_of: LevelChoice) -> MaskImage:
 
 
 def coarsest_level(sizes: list[tuple[int, int]], is_fine_enough: Callable[[int], bool]) -> int:
-    """Of the (width, height) of pages, the one to read: the coarsest with the first one's view that is fine enough."""
+    """Return the index of the page to read: the coarsest that is fine enough and has the first page's aspect ratio.
+
+    Args:
+        sizes: (width, height) of each page, in px.
+        is_fine_enough: whether a page of this width is fine enough.
+    """
     first_width, first_height = sizes[0]
     best, best_width = 0, first_width
     for page, (width, height) in enumerate(sizes):
@@ -132,7 +137,7 @@ def _checked_level(
 def _too_large(path: Path, what: str) -> SlideError:
     return SlideError(
         f"a mask may have up to {_MAX_PX:,} pixels, got {what} in '{path}'; save it at a coarser spacing (2 to 8 µm "
-        "per pixel serves well), or as a pyramidal TIFF"
+        "per pixel is sufficient), or as a pyramidal TIFF"
     )
 
 
@@ -214,7 +219,7 @@ def _palette(image: Image.Image, transparent: int | bytes | None) -> np.ndarray:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether the file has 16 bits a sample, of which Pillow would keep eight: small labels would be lost."""
+    """Return whether the file has 16 bits per sample, of which Pillow would keep only the upper eight."""
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
     return any(";16" in mode for mode in raw_modes)
 
@@ -231,7 +236,7 @@ def _read_16_bit_colours(path: Path, upper_bits: np.ndarray) -> tuple[np.ndarray
     alpha_HW = samples[..., 3] if samples.ndim == 3 and samples.shape[2] == 4 else None
     if samples.ndim == 3:
         samples = samples[..., 2::-1]
-    # Of a damaged file OpenCV hands over what it has.
+    # OpenCV returns a damaged file as far as it was decoded.
     seen = upper_bits if upper_bits.ndim == 2 else upper_bits[..., : 1 if upper_bits.shape[2] == 2 else 3]
     if not np.array_equal(samples >> 8, np.broadcast_to(seen, samples.shape)):
         raise ValueError("its pixels do not decode to the end")
@@ -240,7 +245,7 @@ def _read_16_bit_colours(path: Path, upper_bits: np.ndarray) -> tuple[np.ndarray
 
 @contextmanager
 def _large_images_allowed() -> Iterator[None]:
-    """Lift Pillow's guard against huge images: it is meant for uploads, and the size is checked here."""
+    """Lift Pillow's limit on image sizes, which is meant for uploads; this module checks the size itself."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:

@@ -1,7 +1,7 @@
-"""What a mask image says of tissue: by labels, by colour against black, by alpha, or at half of a lossy mask's range.
+"""Interpretation of a mask image: tissue by labels, by colour other than black, by alpha, or by a threshold.
 
-Labels are whole numbers, of which 0 is background. Where a file cannot hold labels (JPEG, edges smoothed by an export),
-the mask is one of two values and is cut halfway between them; a lossy file of anything else is refused.
+Labels are integers, of which 0 is background. If a file cannot hold labels (JPEG, edges smoothed by an export), the
+mask must have two values and is thresholded halfway between them; a lossy file with other values is refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from maskattn.shapes import Bool, Shaped
 
 __all__ = ["tissue_of"]
 
-# Ringing stays within the block of pixels that JPEG compresses together: 8, or 16 where colours are halved.
+# Ringing stays within a JPEG block: 8 px, or 16 px if chroma is subsampled.
 _REACH_PX, _LOSSY_REACH_PX = 8, 16
-# Between its two values a mask has ramps of many shades; a file with fewer holds labels.
+# A mask of two values with smooth edges has many shades between them; a file with fewer holds labels.
 _LEAST_SHADES = 16
 _MANY_LABELS = 64
 _LEAST_CONTRAST = 128
@@ -29,16 +29,16 @@ _DRIFT = 6
 def tissue_of(
     image: MaskImage, name: str, tissue_values: Sequence[int] | None = None
 ) -> tuple[Bool[np.ndarray, "H W"], list[str]]:
-    """Which pixels are tissue, and what the user should know of how that was read.
+    """Return the tissue pixels (H, W), and notes for the user on the interpretation.
 
     Args:
         image: the decoded mask.
-        name: what messages call it.
-        tissue_values: labels that are tissue; by default every label but 0, every colour but black, and whatever alpha
-            does not hide.
+        name: its name in messages.
+        tissue_values: labels that are tissue; by default every label but 0, every colour but black, and everything that
+            is not transparent.
 
     Raises:
-        SlideError: values are asked for that the mask's kind does not have, or it is lossy and not of two values, or
+        SlideError: labels are requested from a mask without labels, the mask is lossy and does not have two values, or
             its numbers are neither labels nor shares.
     """
     notes = list(image.notes)
@@ -51,24 +51,24 @@ def tissue_of(
         plane = np.where(_above_half(plane, image.lossy, name), 255, 0)
     elif plane.dtype.kind == "f" and (plane[np.isfinite(plane)] % 1 != 0).any():
         raise SlideError(
-            f"--mask-value names labels, which are whole numbers, got a mask of fractions in '{name}'; leave it out, "
-            "and shares of 0.5 and more are tissue"
+            f"--mask-value names labels, which are integers, got a mask of fractions in '{name}'; leave it out, and "
+            "shares of 0.5 and more are tissue"
         )
     mask = np.isin(plane, np.asarray(tissue_values))
     if not mask.any():
         found = np.unique(plane)
         wanted = ", ".join(map(str, tissue_values))
-        held = ", ".join(f"{value:g}" for value in found[:10]) + (" and more" if len(found) > 10 else "")
-        notes.append(f"the mask holds none of the tissue values {wanted}; it holds {held}")
+        present = ", ".join(f"{value:g}" for value in found[:10]) + (" and more" if len(found) > 10 else "")
+        notes.append(f"the mask holds none of the tissue values {wanted}; it holds {present}")
     return mask, notes
 
 
 def _labels(image: MaskImage, name: str) -> Shaped[np.ndarray, "H W"]:
-    """The plane that label values are looked up in."""
+    """Return the plane that holds the labels."""
     if image.alpha_HW is not None and image.alpha_HW.min() != image.alpha_HW.max():
         raise SlideError(
-            f"--mask-value names labels, got a mask whose transparency tells in '{name}'; leave it out, or save the "
-            "labels as a grey PNG without transparency"
+            f"--mask-value names labels, got a mask with transparency in '{name}'; leave it out, or save the labels as "
+            "a grey PNG without transparency"
         )
     if image.samples.ndim == 2:
         return image.samples
@@ -83,7 +83,7 @@ def _labels(image: MaskImage, name: str) -> Shaped[np.ndarray, "H W"]:
 
 
 def _shown(image: MaskImage) -> tuple[np.ndarray, list[str]]:
-    """One plane, 0 where the mask shows background."""
+    """Return one plane that is 0 where the mask shows background, and notes."""
     alpha_HW, samples, notes = image.alpha_HW, image.samples, []
     if image.palette_N4 is not None:
         used, _ = _histogram(samples)
@@ -116,7 +116,7 @@ def _by_default(plane: np.ndarray, lossy: str, name: str) -> tuple[np.ndarray, l
     if plane.dtype.kind == "f":
         numbers = np.isfinite(plane)
         if not numbers.all():
-            notes.append(f"{(~numbers).mean():.2%} of the mask is no number (NaN or infinite) and counts as background")
+            notes.append(f"{(~numbers).mean():.2%} of the mask is NaN or infinite and counts as background")
             plane = np.where(numbers, plane, 0)
         if (plane % 1 != 0).any():
             return _shares(plane, name), [*notes, "the mask's fractions were taken as shares of tissue, cut at a half"]
@@ -143,32 +143,32 @@ def _shares(plane: np.ndarray, name: str) -> np.ndarray:
     if low < 0 or high > 1:
         raise SlideError(
             "a mask of fractions must hold shares of tissue between 0 and 1, got values from "
-            f"{low:g} to {high:g} in '{name}'; save labels as whole numbers"
+            f"{low:g} to {high:g} in '{name}'; save labels as integers"
         )
     return plane >= 0.5
 
 
 def _above_half(plane: np.ndarray, lossy: str, name: str) -> np.ndarray:
-    """A lossy mask of two values, cut between them.
+    """Threshold a lossy mask of two values halfway between them.
 
     Raises:
-        SlideError: it has other values too, or they are close together.
+        SlideError: it has other values, too, or the two are too close together.
     """
     if plane.max() == 0:
         return plane > 0
     low, high = _ends(plane)
-    # JPEG decodes flat blocks to one and the same value, so that even a label beside 0 is seen; WebP's drift.
+    # JPEG decodes flat blocks to a single value, so that even a label close to 0 is detected; those of WebP drift.
     drift = 0 if lossy == "JPEG" else _DRIFT
     if high - low < _LEAST_CONTRAST or not _is_two_valued(plane, _LOSSY_REACH_PX, drift):
         raise SlideError(
-            f"a lossy mask ({lossy}) must be black and white, got other values too, which the compression blurs into "
-            f"one another, in '{name}'; save the mask as a PNG"
+            f"a lossy mask ({lossy}) must be black and white, got other values, too, which the compression blurs, in "
+            f"'{name}'; save the mask as a PNG"
         )
     return plane > _half(plane)
 
 
 def _histogram(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different values, ascending, and how often each comes."""
+    """Return the distinct values, ascending, and the number of pixels with each."""
     if plane.dtype.kind != "u" or plane.dtype.itemsize > 2:
         return np.unique(plane, return_counts=True)
     counts = np.zeros(1 << (8 * plane.dtype.itemsize), np.int64)
@@ -179,7 +179,7 @@ def _histogram(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ends(plane: np.ndarray) -> tuple[float, float]:
-    """The commonest value of the lower half of the range and that of the upper half; 0 where there is no lower."""
+    """Return the most frequent values of the lower and the upper half of the range; 0 if the lower half is empty."""
     values, counts = _histogram(plane)
     upper = values >= values[-1] / 2
     low = float(values[~upper][counts[~upper].argmax()]) if not upper.all() else 0.0
@@ -191,7 +191,7 @@ def _half(plane: np.ndarray) -> float:
 
 
 def _is_two_valued(plane: np.ndarray, reach_px: int, drift: int = 0) -> bool:
-    """Whether most pixels have one of two values, give or take ``drift``, and the others lie where those meet."""
+    """Return whether most pixels have one of two values, within ``drift``, and all others are near their border."""
     import cv2
 
     if plane.min() < 0:

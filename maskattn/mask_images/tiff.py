@@ -1,4 +1,4 @@
-"""Decoding a TIFF mask with tifffile: samples of any depth, and pyramids of pages or of subordinate pages."""
+"""Decoding of TIFF masks with tifffile: samples of any depth, and pyramids of pages or of SubIFDs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class TiffMask:
 
     Attributes:
         samples: (H, W), or (H, W, C).
-        alpha: the channel after grey or RGB is alpha.
-        palette_N4: (N, 4) RGBA of each index; None where there is no palette.
-        jpeg: it is compressed by JPEG.
-        equal_pages: pages of the size of the first, that one included.
+        alpha: whether the channel after grey or RGB is alpha.
+        palette_N4: (N, 4) RGBA of each index; None if there is no palette.
+        jpeg: whether the page is compressed by JPEG.
+        equal_pages: number of pages of the same size as the first, including the first.
     """
 
     samples: Shaped[np.ndarray, "H W ..."]
@@ -39,11 +39,11 @@ class TiffMask:
 
 
 def read_tiff(path: Path, level_of: Callable[[list[tuple[int, int]]], int]) -> TiffMask | None:
-    """Decode the page that ``level_of`` chooses from the (width, height) of all; None where this is left to Pillow.
+    """Decode the page that ``level_of`` chooses from the (width, height) of all pages.
 
-    That is the case for compressions whose decoders are a package of its own (imagecodecs): it need not be installed,
-    and ends the process on some damaged files, so that it is asked only where Pillow would lose bits or a level. It is
-    the case too for colours that are neither grey, palette, RGB nor YCbCr.
+    Returns None if Pillow should decode the file. That is the case for compressions that need the package imagecodecs,
+    which may be missing and crashes on some damaged files, so that it is used only where Pillow would lose bits or a
+    level; and for colours that are neither grey, palette, RGB nor YCbCr.
     """
     import tifffile
 
@@ -83,5 +83,5 @@ def read_tiff(path: Path, level_of: Callable[[list[tuple[int, int]]], int]) -> T
 
 
 def _is_whole_in_pillow(page: Any) -> bool:
-    """Whether Pillow keeps every bit of the page's samples."""
+    """Return whether Pillow keeps every bit of the page's samples."""
     return page.dtype is None or page.dtype.itemsize == 1 or (page.dtype == np.uint16 and page.samplesperpixel == 1)

@@ -1,5 +1,5 @@
-"""The viewer: slides and their maps in a browser, served on the loopback address alone.
+"""The viewer: slides and their maps in a browser, served only on the loopback address.
 
-A request goes through ``server.py``, which refuses other hosts, to ``answers.py``, which knows the addresses; these
-name slides by number, so that no part of an address ever becomes part of a path. ``assets/`` is the page.
+``server.py`` checks a request's origin and passes it to ``answers.py``, which handles the URLs. These identify slides
+by number, so that no part of a URL ever becomes part of a file path. ``assets/`` holds the page.
 """

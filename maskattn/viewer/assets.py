@@ -1,4 +1,4 @@
-"""The files of the page, read once when the viewer starts: this package's own, and Leaflet's from its wheel."""
+"""The files of the page, read once at the start of the viewer: this package's own, and Leaflet's from its wheel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LEAFLET = "js_lib_leaflet"
 
 
 def read_assets() -> dict[str, tuple[str, bytes]]:
-    """Path of the address → type and bytes.
+    """Return the content type and the bytes of each file, by the path of its URL.
 
     Raises:
         ModuleNotFoundError: the extra ``view`` is not installed.
@@ -27,7 +27,7 @@ def read_assets() -> dict[str, tuple[str, bytes]]:
 
 
 def _leaflet() -> Path:
-    # Found, not imported: the package's code is for Django, and only its files are of use here.
+    # The package is located but not imported: its code is for Django, and only its files are needed here.
     spec = importlib.util.find_spec(_LEAFLET)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"No module named '{_LEAFLET}'", name=_LEAFLET)

@@ -1,4 +1,4 @@
-"""The latest results that fit into so many bytes; what two threads ask for at once is made once."""
+"""A bounded least-recently-used cache, in which concurrent requests for a value compute it only once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Value = TypeVar("Value")
 
 
 class BoundedCache(Generic[Value]):
-    """Values by key; the ones that were not asked for longest go first, the last made always stays.
+    """Values by key. The least recently used are dropped first; the newest value always stays.
 
     Args:
-        most: of what ``size_of`` measures.
-        size_of: the size of a value.
-        on_drop: called with a value that goes.
+        most: largest total size of the values, in the units of ``size_of``.
+        size_of: returns the size of a value.
+        on_drop: called with each value that is dropped.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class BoundedCache(Generic[Value]):
         self._making: dict[Hashable, threading.Lock] = {}
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of a key, made where it is not there."""
+        """Return the value of a key, computing it with ``make`` if it is not cached."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
@@ -50,7 +50,7 @@ class BoundedCache(Generic[Value]):
         return value
 
     def clear(self) -> None:
-        """Let everything go."""
+        """Drop all values."""
         with self._lock:
             values = list(self._values.values())
             self._values.clear()

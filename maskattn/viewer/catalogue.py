@@ -1,4 +1,4 @@
-"""The catalogue: the slides of a folder of outputs, or slides alone, each with a number."""
+"""The catalogue: the slides of a folder of outputs, or slides without outputs, each with a number."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Catalogue", "Entry", "read_catalogue"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A slide to see.
+    """A slide to show.
 
     Attributes:
         slide_id: its id.
-        row: what the table shows of it, by column.
-        finished: its outputs; None of a slide alone.
-        job: of a slide alone.
+        row: its row of the table, by column.
+        finished: its outputs; None for a slide without outputs.
+        job: its job; None for a slide with outputs.
     """
 
     slide_id: str
@@ -34,14 +34,14 @@ class Entry:
 
     @property
     def has_maps(self) -> bool:
-        """Whether there are outputs beside it."""
+        """Whether the slide has maps."""
         return self.finished is not None and self.finished.prediction is not None
 
     def open(self, slides_dir: Path | None) -> tuple[SlideReader, float | None]:
-        """The slide's file, and its spacing in µm per level-0 pixel where that is known.
+        """Open the slide's file; return a reader and the spacing in µm per level-0 pixel, None if unknown.
 
         Raises:
-            SlideError: it cannot be read.
+            SlideError: the file cannot be read.
         """
         if self.finished is not None:
             reader = open_slide(self.finished, slides_dir)
@@ -53,20 +53,20 @@ class Entry:
         try:
             return reader, reader.info.spacing_um
         except SlideError:
-            # To be looked at, a slide need not know its spacing.
+            # A slide can be viewed without a known spacing.
             reader.close()
             return SlideReader(self.job.path, 1.0, isolated=True), None
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The slides, and where their files may be.
+    """The slides to show.
 
     Attributes:
-        title: of the page.
-        columns: of the table.
-        entries: by number.
-        slides_dir: where to look for slides' files by name.
+        title: title of the page.
+        columns: columns of the table.
+        entries: the slides; a slide's index is its number.
+        slides_dir: a folder in which to look for slides' files by name.
     """
 
     title: str
@@ -76,11 +76,11 @@ class Catalogue:
 
     @property
     def first(self) -> int:
-        """Which slide is shown where none is named: the first with maps."""
+        """The number of the slide that is shown first: the first with maps, or 0."""
         return next((index for index, entry in enumerate(self.entries) if entry.has_maps), 0)
 
     def as_json(self) -> dict[str, Any]:
-        """The table."""
+        """Return the table as a JSON object."""
         return {
             "title": self.title,
             "first": self.first,
@@ -90,10 +90,10 @@ class Catalogue:
 
 
 def read_catalogue(path: Path, slides_dir: Path | None = None) -> Catalogue:
-    """What lies at a path: a folder of outputs, or a slide, a folder or a table of slides.
+    """Read the catalogue of a path: a folder of outputs, a slide, or a folder or table of slides.
 
     Raises:
-        ValueError: neither is there, or no slide of it can be opened.
+        ValueError: the path is none of these, or none of its slides can be opened.
     """
     if is_folder(path):
         try:
@@ -115,7 +115,7 @@ def _of_run(path: Path, slides_dir: Path | None) -> Catalogue:
     run = read_run(path)
     rows = [_row_of_finished(slide) for slide in run.slides]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    # Long texts and less asked-for columns come last.
+    # Columns with long texts come last.
     columns.sort(key=lambda name: name in ("reason", "model"))
     entries = tuple(Entry(slide.slide_id, row, slide) for slide, row in zip(run.slides, rows, strict=True))
     return Catalogue(as_text(path.resolve().name), tuple(columns), entries, slides_dir)

@@ -1,4 +1,4 @@
-"""A slide while it is looked at: readers that decode side by side, squares of the pyramid as JPEG, its maps."""
+"""An open slide: readers that decode in parallel, squares of the pyramid as JPEG, and the slide's maps."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from maskattn.viewer.pyramid import Pyramid
 __all__ = ["OpenedSlide"]
 
 _READERS = 2
-# Levels up to this size are cut from one view of the whole slide.
+# Levels up to this size are derived from one overview of the slide.
 _OVERVIEW_PX = 2048
 _QUALITY = 85
 _SIDE_OF_TILE_PX = 256
 
 
 class OpenedSlide:
-    """One slide, open.
+    """An open slide.
 
     Args:
         entry: the slide.
-        slides_dir: where to look for its file by name.
+        slides_dir: a folder in which to look for its file by name.
 
     Raises:
         SlideError: neither its file nor its maps can be read.
@@ -41,7 +41,7 @@ class OpenedSlide:
     def __init__(self, entry: Entry, slides_dir: Path | None) -> None:
         self.entry = entry
         self.problem = ""
-        """Why the slide's pixels, or its maps, cannot be shown; empty where all can."""
+        """The reason why the slide's pixels, or its maps, cannot be shown; empty if they can."""
         self.spacing_um: float | None = None
         self.table: MapTable | None = None
         self._slides_dir = slides_dir
@@ -61,7 +61,7 @@ class OpenedSlide:
         self.pyramid = Pyramid(*size)
 
     def _open_file(self) -> tuple[int, int] | None:
-        """The slide's size; None where its file cannot be read."""
+        """Open the slide's file and return its width and height in px; None if it cannot be read."""
         try:
             reader, self.spacing_um = self.entry.open(self._slides_dir)
         except (SlideError, OSError) as error:
@@ -70,7 +70,7 @@ class OpenedSlide:
         self._has_file = True
         self._readers.put(reader)
         for _ in range(_READERS - 1):
-            self._readers.put(None)  # opened when it is needed
+            self._readers.put(None)  # opened on first use
         return reader.info.width_px, reader.info.height_px
 
     def _open_maps(self) -> None:
@@ -84,30 +84,30 @@ class OpenedSlide:
 
     @contextmanager
     def maps(self) -> Iterator[MapTable]:
-        """The slide's maps, for one thread at a time.
+        """Yield the slide's maps, to one thread at a time.
 
         Raises:
-            SlideError: there are none.
+            SlideError: the slide has no maps.
         """
         if self.table is None:
-            raise SlideError(f"a slide must have maps to be asked for them, got none for {self.entry.slide_id!r}")
+            raise SlideError(f"the slide must have maps, got none for {self.entry.slide_id!r}; run maskattn infer")
         with self._maps_lock:
             yield self.table
 
     def look_over(self) -> None:
-        """Make the view of the whole slide, and open what reads beside it, before the first squares are asked for."""
+        """Prepare the overview and open the other readers before the first squares are requested."""
         if not self._has_file:
             return
         with suppress(SlideError):  # reported when a square is requested
-            self._whole()
-            for _ in range(_READERS):  # they come in turn
+            self._overview_of_slide()
+            for _ in range(_READERS):  # the queue yields each reader once
                 if self._closed:
                     return
                 with self._reader():
                     pass
 
     def close(self) -> None:
-        """Close its files; a thread that still reads opens them again for itself."""
+        """Close the slide's files; a thread that still needs one opens it again for itself."""
         self._closed = True
         idle = [self._readers.get_nowait() for _ in range(self._readers.qsize())]
         for reader in idle:
@@ -119,7 +119,7 @@ class OpenedSlide:
             self.table = None
 
     def square(self, level: int, column: int, row: int) -> bytes:
-        """A square of the pyramid as JPEG; hatched where it cannot be decoded.
+        """Return a square of the pyramid as JPEG, hatched if it cannot be decoded.
 
         Raises:
             IndexError: there is no such square.
@@ -140,11 +140,11 @@ class OpenedSlide:
         return _jpeg(pixels)
 
     def tile(self, tile: int) -> bytes:
-        """A tile of the model's grid as JPEG; hatched where it cannot be decoded.
+        """Return a tile of the model's grid as JPEG, hatched if it cannot be decoded.
 
         Raises:
             IndexError: there is no such tile.
-            SlideError: the slide has no maps, hence no tiles.
+            SlideError: the slide has no maps and therefore no tiles.
         """
         with self.maps() as table:
             if not 0 <= tile < table.tiles:
@@ -159,7 +159,7 @@ class OpenedSlide:
 
     @contextmanager
     def _reader(self) -> Iterator[SlideReader]:
-        """A reader that no other thread uses meanwhile."""
+        """Yield a reader that no other thread uses at the same time."""
         if not self._has_file:
             raise SlideError(self.problem)
         reader = self._readers.get(timeout=150)
@@ -174,12 +174,12 @@ class OpenedSlide:
             self._readers.put(reader)
 
     def _of_overview(self, level: int) -> np.ndarray:
-        """A coarse level, from the one view of the whole slide."""
-        whole, size = self._whole(), self.pyramid.size_of(level)
-        return whole if size == whole.shape[1::-1] else cv2.resize(whole, size, interpolation=cv2.INTER_AREA)
+        """Return a coarse level, derived from the overview."""
+        overview, size = self._overview_of_slide(), self.pyramid.size_of(level)
+        return overview if size == overview.shape[1::-1] else cv2.resize(overview, size, interpolation=cv2.INTER_AREA)
 
-    def _whole(self) -> np.ndarray:
-        """The view of the whole slide, made once."""
+    def _overview_of_slide(self) -> np.ndarray:
+        """Return an overview of the entire slide, read once."""
         with self._overview_lock:
             if self._overview is None:
                 finest = max(
@@ -200,7 +200,7 @@ def _jpeg(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
 
 
 def _hatched(size_px: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """What is shown in place of pixels that cannot be decoded."""
+    """Return a hatched picture, which replaces pixels that cannot be decoded."""
     rows, columns = np.mgrid[: size_px[1], : size_px[0]]
     stripes = ((rows + columns) // 8 % 4 == 0)[..., None]
     return np.where(stripes, np.uint8(200), np.uint8(232)).repeat(3, axis=2)

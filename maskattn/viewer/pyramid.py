@@ -1,9 +1,9 @@
-"""The pyramid of a deep-zoom image: levels that halve, cut into squares.
+"""The pyramid of a deep-zoom image: levels that double in size, divided into squares.
 
-Level 0 is a single pixel and the last level the slide's own pixels, as in Deep Zoom's format and OpenSlide's
-``DeepZoomGenerator``. That class reads through OpenSlide alone and takes all of a level into memory where a slide has
-no coarser one; :class:`maskattn.slide.reader.SlideReader` reads every format of this package, in bounded memory, and
-goes round what is damaged. So the geometry is Deep Zoom's, and the pixels are the reader's.
+Level 0 is a single pixel and the last level has the slide's own pixels, as in the Deep Zoom format and OpenSlide's
+``DeepZoomGenerator``. That class reads only through OpenSlide and loads a complete level into memory if a slide has no
+coarser one. :class:`maskattn.slide.reader.SlideReader` reads every format of this package in bounded memory and
+tolerates damage, so only the geometry is that of Deep Zoom.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Square:
     """A square of a level: less than :data:`TILE_PX` wide or high at the slide's edges.
 
     Attributes:
-        x_px: its left edge in the level's pixels.
-        y_px: its top edge.
-        width_px: of what lies in the level.
-        height_px: of what lies in the level.
+        x_px: its left edge, in pixels of the level.
+        y_px: its top edge, in pixels of the level.
+        width_px: its width within the level.
+        height_px: its height within the level.
         lv0_per_px: level-0 pixels per pixel of the level.
     """
 
@@ -40,8 +40,8 @@ class Pyramid:
     """The levels of a slide.
 
     Attributes:
-        width_px: of the slide's level 0.
-        height_px: of the slide's level 0.
+        width_px: width of the slide's level 0.
+        height_px: height of the slide's level 0.
     """
 
     width_px: int
@@ -53,20 +53,20 @@ class Pyramid:
         return math.ceil(math.log2(max(self.width_px, self.height_px))) + 1
 
     def size_of(self, level: int) -> tuple[int, int]:
-        """Width and height of a level in its own pixels."""
+        """Return the width and height of a level in its own pixels."""
         shrink = 1 << (self.levels - 1 - level)
         return -(-self.width_px // shrink), -(-self.height_px // shrink)
 
     def square(self, level: int, column: int, row: int) -> Square:
-        """One square.
+        """Return one square.
 
         Raises:
-            IndexError: there is none.
+            IndexError: there is no such level or square.
         """
         if not 0 <= level < self.levels:
             raise IndexError(f"a level must be 0 to {self.levels - 1}, got {level}")
         width, height = self.size_of(level)
         x, y = column * TILE_PX, row * TILE_PX
         if not (0 <= x < width and 0 <= y < height):
-            raise IndexError(f"a square must lie in the slide, got column {column} and row {row} of level {level}")
+            raise IndexError(f"a square must be within the slide, got column {column} and row {row} of level {level}")
         return Square(x, y, min(TILE_PX, width - x), min(TILE_PX, height - y), 1 << (self.levels - 1 - level))

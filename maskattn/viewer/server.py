@@ -1,8 +1,8 @@
-"""The viewer's server: on the loopback address alone, for requests that name it, from pages of its own.
+"""The viewer's server: it listens only on the loopback address and answers only its own page.
 
-A page of another site can make a browser send requests here, and can have its own name resolve to this address. The
-former show in ``Sec-Fetch-Site``, the latter in ``Host``, and both are refused. The port is not compared, so that a
-tunnel may have another.
+A page of another site can make a browser send requests here, or have its own host name resolve to this address. The
+former is visible in ``Sec-Fetch-Site``, the latter in ``Host``, and both are refused. The port is not compared, so that
+a tunnel may use another one.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _HEADERS = {
 
 
 class ViewerServer(ThreadingHTTPServer):
-    """Serves a viewer's answers at ``url``.
+    """Serves the viewer's answers at ``url``.
 
     Args:
-        answers: what to serve; closed with the server.
-        port: of the loopback address; 0 takes a free one.
+        answers: the answers to serve, which are closed together with the server.
+        port: port on the loopback address; 0 takes a free one.
 
     Raises:
         OSError: the port is taken.
@@ -54,7 +54,7 @@ class ViewerServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """The page's address."""
+        """The page's URL."""
         return f"http://127.0.0.1:{self.server_port}/"
 
     def server_close(self) -> None:
@@ -63,7 +63,7 @@ class ViewerServer(ThreadingHTTPServer):
         self.answers.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke off is no error of the viewer's."""
+        """Log a broken connection at debug level only: it is not an error of the viewer."""
         _logger.debug("a connection ended early", exc_info=True)
 
 
@@ -72,9 +72,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = f"maskattn/{maskattn.__version__}"
     sys_version = ""
-    # A small body must not wait until the head before it is acknowledged, which takes 40 ms.
+    # Nagle's algorithm would delay a small body until the header is acknowledged, by 40 ms.
     disable_nagle_algorithm = True
-    timeout = 60.0  # a connection that is left open must not keep its thread for ever
+    timeout = 60.0  # an idle connection must not block its thread for ever
 
     def do_GET(self) -> None:
         self._send(self._answer())
@@ -88,26 +88,26 @@ class _Handler(BaseHTTPRequestHandler):
             return refusal(*problem)
         try:
             return self.server.answers.answer(path)
-        except Exception as error:  # whatever befalls one request, the others are answered
+        except Exception as error:  # a failed request must not affect others
             _logger.warning("%s could not be answered: %s: %s", ascii(path[:200]), type(error).__name__, error)
-            return refusal(500, f"this could not be answered: {type(error).__name__}; the terminal says more")
+            return refusal(500, f"this could not be answered: {type(error).__name__}; see the terminal for details")
 
     def _problem_of_request(self, path: str) -> tuple[int, str] | None:
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not _OWN_HOST.fullmatch(hosts[0].strip()):
             return 403, "a request must name this machine as its host, 127.0.0.1 or localhost; open the viewer there"
         site, mode = self.headers.get("Sec-Fetch-Site", "none"), self.headers.get("Sec-Fetch-Mode", "")
-        # A link elsewhere may lead here; nothing else of another page may ask for anything.
+        # Another page may link to the viewer's page, but must not send any other request.
         if site not in ("none", "same-origin") and not (path == "/" and mode == "navigate"):
-            return 403, "a request must come from the viewer's own page; open the viewer's address itself"
+            return 403, "a request must come from the viewer's own page; open the viewer's URL itself"
         return None
 
     def _send(self, answer: Answer) -> None:
-        self.request_version = "HTTP/1.1"  # an answer without a head, as HTTP 0.9 has them, says nothing of its kind
+        self.request_version = "HTTP/1.1"  # HTTP 0.9 would send the body without headers
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.kind)
         self.send_header("Content-Length", str(len(answer.body)))
-        # Addresses name slides by number, so that another run must not meet what is kept of this one.
+        # URLs identify slides by number, so another run must not receive what was cached from this one.
         self.send_header("Cache-Control", "private, max-age=3600" if answer.lasting else "no-store")
         for name, value in _HEADERS.items():
             self.send_header(name, value)
@@ -117,12 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer an invalid request with a sentence, like every other error."""
-        status = {501: 405, 505: 400}.get(int(code), int(code))  # it is the request that is at fault
+        status = {501: 405, 505: 400}.get(int(code), int(code))  # the error is the client's
         answer = refusal(status, f"the viewer takes GET and HEAD of HTTP/1.1, got {message or 'something else'}")
         self.close_connection = True
-        # A request that was not understood has not set what an answer is made from.
+        # The attributes that a response needs are not set if the request could not be parsed.
         self.command, self.requestline = getattr(self, "command", None) or "GET", ""
         self._send(answer)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Requests are not logged: they would flood the terminal."""
+        """Do not log requests, which would flood the terminal."""

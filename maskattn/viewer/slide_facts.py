@@ -12,7 +12,7 @@ __all__ = ["about_slide", "finite"]
 
 
 def about_slide(opened: OpenedSlide) -> dict[str, Any]:
-    """The slide as the page needs it, in terms of JSON."""
+    """Return the facts about the slide for the page, as a JSON object."""
     pyramid, entry, table = opened.pyramid, opened.entry, opened.table
     about: dict[str, Any] = {
         "id": as_text(entry.slide_id),
@@ -28,10 +28,10 @@ def about_slide(opened: OpenedSlide) -> dict[str, Any]:
     }
     prediction = None if entry.finished is None else entry.finished.prediction
     if prediction is not None:
-        told = (*prediction.tissue.get("notes", ()), *prediction.notes)
+        notes = (*prediction.tissue.get("notes", ()), *prediction.notes)
         about |= {
             "spacing_um": prediction.slide.spacing_um,
-            "notes": [as_text(str(note)) for note in told],
+            "notes": [as_text(str(note)) for note in notes],
             "scores": {name: finite(score) for name, score in prediction.scores.items()},
             "prediction": prediction.prediction,
             "verdicts": {name: str(one.get("map_check", "")) for name, one in prediction.maps.items()},
@@ -49,6 +49,6 @@ def about_slide(opened: OpenedSlide) -> dict[str, Any]:
 
 
 def finite(value: float) -> float | None:
-    """A number as JSON has it; none where it is not finite."""
+    """Return a number for JSON; None if it is not finite."""
     number = float(value)
     return number if math.isfinite(number) else None

@@ -48,7 +48,7 @@ def test_other_devices_are_refused(monkeypatch):
     with simulating():
         monkeypatch.setattr(lookup, "target_of", lambda device: "sm100")
         with pytest.raises(
-            ValueError, match=r"needs a GPU of compute capability 9\.0, got one that is served as sm100"
+            ValueError, match=r"needs a GPU of compute capability 9\.0, got one that is treated as sm100"
         ):
             maskattn.packed_attention(Q, Q, Q, ENDS, ENDS, 4, 4, impl="gluon")
 

@@ -1,4 +1,4 @@
-"""What the kernel is compiled with, by head width and options: what fits and spills nothing, for none was measured.
+"""Configurations of the Gluon kernel by head width and options: they fit and spill nothing, but were not measured.
 
 Dimension key: D head width.
 """
@@ -15,14 +15,14 @@ __all__ = ["GluonConfig", "choose"]
 
 @dataclass(frozen=True)
 class GluonConfig:
-    """How a launch is cut up.
+    """The configuration of a launch.
 
     Attributes:
         block_n: keys of a block.
         stages: blocks of keys, and of values, that shared memory holds.
-        unroll: blocks that the main loop takes at a time, 1 or 2.
-        consumer_registers: of a thread of a consumer; the warps of the kernel have 168 each between them.
-        producer_registers: of a thread of the producer.
+        unroll: blocks that the main loop processes at a time, 1 or 2.
+        consumer_registers: registers of a consumer's thread; the kernel has 168 for each thread on average.
+        producer_registers: registers of the producer's thread.
     """
 
     block_n: int

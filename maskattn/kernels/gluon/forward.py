@@ -1,4 +1,4 @@
-"""Launches the Hopper kernel for packed sequences. No GPU has run it: simulated, and compiled ahead of time.
+"""The launcher of the Hopper kernel for packed sequences, which no GPU has run: simulated and compiled ahead of time.
 
 Dimension key: B sequences, Tq and Tk packed query and key tokens, H heads, D head width.
 """
@@ -29,7 +29,7 @@ from maskattn.options import Options
 
 __all__ = ["packed_forward"]
 
-# Of each consumer, which are a warp group; the producer's one warp comes besides.
+# Warps of each consumer, a warp group; the producer has one more warp.
 WARPS = 4
 
 
@@ -41,8 +41,8 @@ def packed_forward(
     Args:
         q: (Tq, H, D) in float16 or bfloat16, any strides.
         k, v: (Tk, H, D).
-        sequences: where they lie.
-        options: of packed tensors, without dropout.
+        sequences: the boundaries of the sequences.
+        options: the options, in the shapes for packed tensors, without dropout.
 
     Returns:
         out (Tq, H, D) in q's dtype, lse (H, Tq) float32 and its rest.
@@ -52,7 +52,7 @@ def packed_forward(
     rest = empty_rest(lse, options)
     scale, natural = options.scale, keeps_rest(options)
     if scale < 0:
-        # The kernel takes the maximum before it scales.
+        # The kernel takes the maximum before scaling, which needs a scale of at least 0.
         q, scale = -q, -scale
     q_rows, k_rows = packed_rows_of(sequences, q, k)
     q, k, v = readable(q), described(k, k_rows), described(v, k_rows)
@@ -71,5 +71,5 @@ def packed_forward(
 
 
 def described(x: Tensor, rows: Rows) -> Tensor:
-    """``x`` itself, or a copy where the copy engine cannot read its rows."""
+    """``x`` itself, or a copy if the copy engine cannot read its rows."""
     return x if x.stride(-1) == 1 and describable(x, rows) else x.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Which calls the kernel can run.
+"""The conditions under which the Gluon kernel can run a call.
 
 Dimension key: D head width.
 """
@@ -19,11 +19,11 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def supports(q: Tensor, options: Options) -> str | None:
-    """Why the kernel cannot run a call, as the end of a sentence that names it; None if it can.
+    """The reason why the kernel cannot run a call, as the end of a sentence; None if it can.
 
     Args:
         q: (Tq, H, D), the queries; those of the other operations have four axes.
-        options: what it is called with.
+        options: the options of the call.
     """
     if q.ndim != 3:
         return f"computes only packed_attention, got queries of shape {tuple(q.shape)}"
@@ -34,10 +34,10 @@ def supports(q: Tensor, options: Options) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _missing_on(device: torch.device) -> str | None:
-    """What the installed triton or the device lacks; facts of the machine, which torch.compile need not trace."""
+    """What the installed triton or the device lacks, or None; constants that torch.compile need not trace."""
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7):
         return f"needs triton 3.7 or later, got triton {triton.__version__}"
     target = lookup.target_of(device)
     if target != "sm90":
-        return f"needs a GPU of compute capability 9.0, got one that is served as {target}"
+        return f"needs a GPU of compute capability 9.0, got one that is treated as {target}"
     return None

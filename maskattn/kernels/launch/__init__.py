@@ -1,1 +1,1 @@
-"""Between a call and its kernels: arguments, where rows lie, the schedule, and what runs before and after."""
+"""The launchers' common parts: kernel arguments, positions of rows, the schedule, and steps before and after."""

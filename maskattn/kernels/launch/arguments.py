@@ -1,4 +1,4 @@
-"""What the launchers hand to the kernels: tensors with their strides, bundled so that each is one argument.
+"""The arguments of the kernels: tensors with their strides, bundled so that each is one argument.
 
 Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H heads, D head width.
 """
@@ -48,8 +48,8 @@ __all__ = [
 ]
 
 
-# Numbers of the kernels that change from call to call; Triton would compile anew where one is 1 or a multiple of 16.
-# Tuples cannot be listed here: their strides are looked at one by one, of which few change with the lengths.
+# Numbers that change from call to call; Triton would compile again if one became 1 or a multiple of 16.
+# Tuples cannot be listed here: Triton specialises on each of their strides, few of which depend on the lengths.
 VARYING = (
     "batch",
     "class_tiles",
@@ -78,22 +78,22 @@ WITH_REST = frozenset({"key_bias"})
 
 
 def tensors_of(options: Options) -> tuple[Tensor | None, ...]:
-    """The options that are tensors, or would be."""
+    """The options that are tensors, None for those that are not given."""
     return options.key_bias, options.slopes, options.coords_q, options.coords_k, options.dropout_seed
 
 
 def keeps_rest(options: Options) -> bool:
-    """Whether forward leaves the rest of lse to backward."""
+    """Whether forward returns the rest of lse for backward."""
     return any(getattr(options, name) is not None for name in WITH_REST)
 
 
 def empty_rest(lse: Tensor, options: Options) -> Tensor:
-    """Room for the rest of lse, shaped as that; one axis of no elements where none is kept."""
+    """An uninitialised tensor for the rest of lse, of lse's shape; one axis without elements if it is not kept."""
     return lse.new_empty(lse.shape if keeps_rest(options) else 0)
 
 
 def known_strides(*strides: int) -> tuple[Any, ...]:
-    """The strides, those of 0 (no such dimension, or one that is shared) known when a kernel is compiled."""
+    """The strides, with those of 0 (a missing or shared dimension) as compile-time constants."""
     return tuple([stride or _KNOWN_ZERO for stride in strides])
 
 
@@ -119,18 +119,18 @@ def row_values_argument(x: Tensor | None) -> RowValues:
 
 
 def rest_argument(x: Tensor) -> RowValues:
-    """The argument for the rest of lse, shaped like lse; absent where the implementation keeps none."""
+    """The argument for the rest of lse, of lse's shape; absent if it is not kept."""
     return row_values_argument(x if x.ndim > 1 else None)
 
 
 def terms_argument(options: Options, packed: bool, natural: bool, scale: float | None = None) -> Terms:
-    """Everything that makes scores of q·k.
+    """The argument for the terms of the scores besides q·k.
 
     Args:
-        options: of the call.
-        packed: whether the tensors are, else they are dense.
-        natural: whether scores are kept as they are, else in units of log2, which the scale then has in it.
-        scale: another than the options'.
+        options: the options of the call.
+        packed: whether the tensors are packed or dense.
+        natural: whether scores are in natural units; otherwise they are in units of log2, and the scale includes it.
+        scale: a scale that replaces the options'.
     """
     scale = options.scale if scale is None else scale
     return Terms(
@@ -156,7 +156,7 @@ def positions_argument(coords: Tensor | None) -> Positions:
         coords = coords.contiguous()
     stride_b = 0 if coords.ndim == 2 else coords.stride(0)
     if coords.stride()[-2:] == (2, 1):
-        # The layout of nearly all coordinates, for which these strides need not be arguments.
+        # The layout of nearly all coordinates; its strides are constants.
         return Positions(coords, known_strides(stride_b)[0], tl.constexpr(2), 1)
     return Positions(coords, *known_strides(stride_b, *coords.stride()[-2:]))
 
@@ -167,9 +167,9 @@ def bounds_argument(rows: Rows) -> Bounds:
 
 
 def dropout_argument(options: Options) -> Dropout:
-    """The argument for dropout; its seed is None where nothing is dropped."""
+    """The argument for dropout; its seed is None without dropout."""
     threshold = dropout_threshold(options.dropout_p)
-    # The same bits whatever the share, so that no share has a kernel of its own.
+    # A signed 32-bit number with the same bits for every share, so that the kernel is not compiled for each.
     signed = threshold - 2**32 if threshold >= 2**31 else threshold
     return Dropout(options.dropout_seed, signed, 1 / (1 - options.dropout_p))
 
@@ -178,7 +178,7 @@ def dropout_argument(options: Options) -> Dropout:
 def constant_arguments(head_width: int, config: Config, described: bool) -> Mapping[str, Any]:
     """A kernel's constants by name, and its launch parameters."""
     return {
-        # Each head width has code of its own.
+        # Each head width is compiled separately.
         "WIDTH": Width(*(tl.constexpr(x) for x in (head_width, *split_width(head_width, config), config.precision))),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

@@ -1,4 +1,4 @@
-"""When tiles may be read by the copy engine (TMA), and launches with memory for a kernel's descriptors."""
+"""Tile reads by the copy engine (TMA): their conditions, and launches with memory for a kernel's descriptors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskattn.kernels.launch.rows import Rows, strides_bht
 
 __all__ = ["describable", "launch"]
 
-# Bytes; every row and every sequence's first row must start at a multiple.
+# Alignment in bytes that every row must have, and the first row of every sequence.
 ALIGNMENT = 16
 
 
@@ -22,7 +22,7 @@ def describable(x: Tensor, rows: Rows) -> bool:
 
     Args:
         x: (T, H, D) or (B, H, N, D) with contiguous D.
-        rows: of the sequences.
+        rows: the rows of the sequences.
     """
     if rows.index is not None or strides_bht(x)[2] < x.shape[-1]:
         return False
@@ -32,11 +32,14 @@ def describable(x: Tensor, rows: Rows) -> bool:
 
 
 def launch(kernel: Any, programs: int, described: bool, q: Tensor, *arguments: Any, **constants: Any) -> Any:
-    """Launch ``programs`` programs of a kernel on q's device; none is no launch. Returns what Triton returns.
+    """Launch ``programs`` programs of a kernel on q's device, unless there are none. Returns what Triton returns.
 
     Args:
-        described: whether it needs memory for descriptors.
-        arguments, constants: of the kernel.
+        kernel: the kernel.
+        programs: number of programs.
+        described: whether the kernel needs memory for descriptors.
+        q: a tensor on the device.
+        arguments, constants: arguments of the kernel.
     """
     if programs == 0:
         return None
@@ -52,5 +55,5 @@ def launch(kernel: Any, programs: int, described: bool, q: Tensor, *arguments: A
             triton.set_allocator(allocate)
             return kernel[(programs, 1, 1)](*arguments, **constants)
 
-        # In a context of its own, so that the allocator that a user has set stays theirs.
+        # The allocator is set in a copied context, so that a user's own allocator is not replaced.
         return contextvars.copy_context().run(run)

@@ -1,12 +1,12 @@
-"""Launches that are made again: past the look-ups with which Triton's launcher finds the compiled kernel every time.
+"""Repeated launches, which skip the look-ups by which Triton's launcher finds the compiled kernel every time.
 
-The launcher looks at each argument of each launch: of a tensor it takes the dtype and whether its address is a
-multiple of 16, of a number whether it is 1 or a multiple of 16. A launch with the same numbers, and with tensors of the
-same dtypes, strides and alignment, gets the same compiled kernel and the same arguments but for the addresses. So the
-first one goes through the launcher, and is kept as a template into which later ones put their addresses. Nothing that
-is kept holds a tensor.
+The launcher inspects each argument of each launch: the dtype of a tensor and whether its address is a multiple of 16,
+and whether a number is 1 or a multiple of 16. Launches with the same numbers, and with tensors of the same dtypes,
+strides and alignment, use the same compiled kernel and the same arguments except for the addresses. The first of them
+goes through the launcher and is kept as a template, in which later ones replace the addresses. Templates hold no
+tensors.
 
-On NVIDIA alone: for AMD the launcher also looks at the size of a tensor's memory.
+This is done only on NVIDIA GPUs, because for AMD the launcher also inspects the size of a tensor's memory.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from maskattn.kernels.launch.descriptors import launch
 
 __all__ = ["Launch", "launch_prepared"]
 
-# Templates that are kept; beyond it all are made anew, so that lengths that never come again take no memory.
+# Largest number of templates; beyond it all are discarded, so that lengths that never recur take no memory.
 MOST = 4096
 
 
 class Launch(NamedTuple):
-    """A launch as Triton's launcher is given it; ``described`` as in :func:`launch`."""
+    """A launch in the form that Triton's launcher takes; ``described`` as in :func:`launch`."""
 
     kernel: Any
     programs: int
@@ -37,7 +37,7 @@ class Launch(NamedTuple):
 
 
 class _Template:
-    """The arguments of a launch, to be filled with addresses, and the compiled kernel that takes them."""
+    """A compiled kernel and the arguments of its launch, in which addresses are replaced."""
 
     def __init__(self, made: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]) -> None:
         self.programs, self.described, self.compiled = made.programs, made.described, compiled
@@ -53,7 +53,7 @@ class _Template:
         del self._positions
 
     def _shape_of(self, argument: Any, constants: list[Any]) -> Any:
-        """The position in the pool of an argument, or a list of those of a tuple's items."""
+        """The position of an argument in the pool, or a list of those of a tuple's items."""
         if isinstance(argument, Tensor):
             return self._positions[id(argument)]
         if isinstance(argument, tuple) and _has_tensor(argument):
@@ -62,7 +62,7 @@ class _Template:
         return self._count + len(constants) - 1
 
     def _compose(self, shape: list[Any], size: int) -> int:
-        """Add what makes a tuple of the pool; returns the position of the tuple in the pool, which is its new end."""
+        """Add the getter that builds a tuple from the pool; return the tuple's position, the new end of the pool."""
         positions = [self._compose(x, size) if isinstance(x, list) else x for x in shape]
         self._getters.append(itemgetter(*positions))
         return size + len(self._getters) - 1
@@ -81,20 +81,20 @@ _TEMPLATES: dict[Hashable, _Template] = {}
 def launch_prepared(
     known: tuple[Hashable, ...], tensors: tuple[Tensor | None, ...], make: Callable[[], Launch], q: Tensor
 ) -> None:
-    """Launch a kernel as ``make`` says, or as it said for a launch like this one.
+    """Launch a kernel with the arguments of ``make``, or from the template of an equal earlier launch.
 
     Args:
-        known: every number of the launch's arguments that does not follow from the strides of the tensors.
-        tensors: all that the arguments have, None for those that are absent.
-        make: called where no such launch was made before.
-        q: a tensor of the device.
+        known: every number in the arguments that does not follow from the strides of the tensors.
+        tensors: all tensors in the arguments, None for absent ones.
+        make: returns the launch; called if there is no template for it.
+        q: a tensor on the device.
     """
     addresses = [None if x is None else x.data_ptr() for x in tensors]
     layouts = [
         None if x is None or address is None else (x.dtype, x.stride(), address & 15)
         for x, address in zip(tensors, addresses, strict=True)
     ]
-    # Which of them are one tensor given twice, since a template has one place for it.
+    # The key includes which tensors are identical, since a template has only one position for them.
     identities = [id(x) for x in tensors]
     key = (*known, q.device, *layouts, *map(identities.index, identities))
     template = _TEMPLATES.get(key)
@@ -110,7 +110,7 @@ def launch_prepared(
 
 
 def _can_be_kept(compiled: Any, arguments: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether there is a compiled kernel, not in the interpreter, and every tensor of the arguments was given."""
+    """Whether a kernel was compiled (the interpreter compiles none), and every tensor in the arguments was given."""
     from triton.compiler import CompiledKernel
 
     if not isinstance(compiled, CompiledKernel) or torch.version.hip is not None:

@@ -1,4 +1,4 @@
-"""Where the rows of each sequence lie, in the one form that the kernels read.
+"""The positions of each sequence's rows, in the single form that the kernels read.
 
 Dimension key: B sequences, N tokens, T packed tokens, H heads, D head width.
 """
@@ -37,10 +37,10 @@ class Rows:
     Attributes:
         starts: (B,) int32, or the (B + 1,) of packed sequences.
         ends: (B,) int32.
-        index: (B·N,) int32, the row of each position within its sequence, or None where the position is the row.
-        longest: no sequence is longer than this; known without asking the device.
-        total: positions of all sequences, or None where the host does not know them.
-        cu_seqlens: for packed sequences, the tensor that the caller gave.
+        index: (B·N,) int32, the row of each position within its sequence, or None if the position is the row.
+        longest: an upper bound of the sequences' lengths, known without synchronising with the device.
+        total: number of positions of all sequences, or None if the host does not know it.
+        cu_seqlens: for packed sequences, the caller's tensor.
     """
 
     starts: Int[Tensor, "B"]
@@ -52,7 +52,7 @@ class Rows:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors that the kernels are given."""
+        """The tensors among the kernels' arguments."""
         return self.starts, self.ends, self.index
 
     @property
@@ -82,10 +82,10 @@ def packed_rows_of(sequences: Sequences, q: Tensor, k: Tensor) -> tuple[Rows, Ro
 
 
 def kept_rows(keep_BN: Bool[Tensor, "B N"]) -> Rows:
-    """Rows of the kept tokens of a dense batch, found without waiting for the device."""
+    """Rows of the kept tokens of a dense batch, found without synchronising with the device."""
     batch, tokens = keep_BN.shape
     starts = torch.arange(batch, dtype=torch.int32, device=keep_BN.device) * tokens
-    # The kept tokens come first and in their order, then the others in theirs.
+    # The kept tokens come first, then the others, each in their order.
     earlier_BN, lengths = keep_BN.cumsum(dim=1), keep_BN.sum(dim=1, dtype=torch.int32)
     token = torch.arange(tokens, device=keep_BN.device)
     position_BN = torch.where(keep_BN, earlier_BN - 1, lengths[:, None] + token - earlier_BN)
@@ -108,7 +108,7 @@ def strides_bht(x: Tensor) -> tuple[int, int, int]:
 
 
 def bias_strides_bht(key_bias: Tensor | None, packed: bool) -> tuple[int, int, int]:
-    """Strides of sequence, head and token of a key bias, (Tk,), (Tk, H), (B, N) or (B, H, N); 0 where it is shared."""
+    """Strides of sequence, head and token of a key bias, (Tk,), (Tk, H), (B, N) or (B, H, N); 0 for a shared axis."""
     if key_bias is None:
         return 0, 0, 0
     if packed:
@@ -124,6 +124,6 @@ def lse_strides_bh(lse: Tensor) -> tuple[int, int]:
 
 
 def readable(x: Tensor) -> Tensor:
-    """``x`` itself, or a copy where its rows are not contiguous or so far apart that a tile's offsets pass 32 bits."""
+    """``x`` itself, or a copy if its rows are not contiguous, or so far apart that a tile's offsets exceed 32 bits."""
     near = strides_bht(x)[2] * MAX_BLOCK < 2**31
     return x if x.stride(-1) == 1 and near else x.contiguous()

@@ -1,4 +1,4 @@
-"""Which calls the kernels can run.
+"""The conditions under which the kernels can run a call.
 
 Dimension key: D head width.
 """
@@ -18,11 +18,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def supports(q: Tensor, options: Options) -> str | None:
-    """Why the kernels cannot run a call, as the end of a sentence that names them; None if they can.
+    """The reason why the kernels cannot run a call, as the end of a sentence; None if they can.
 
     Args:
         q: (..., D), the queries.
-        options: what it is called with.
+        options: the options of the call.
     """
     if q.dtype not in DTYPES:
         return f"needs float32, float16 or bfloat16, got q.dtype={q.dtype}"
@@ -36,7 +36,7 @@ def supports(q: Tensor, options: Options) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _missing_on(device: torch.device) -> str | None:
-    """What the device lacks, or None; this is fixed for a machine, so torch.compile need not trace it."""
+    """What the device lacks, or None; a constant that torch.compile need not trace."""
     if triton.knobs.runtime.interpret:
         return None
     if device.type != "cuda":

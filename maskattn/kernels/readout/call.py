@@ -25,7 +25,7 @@ from maskattn.options import Options
 
 __all__ = ["ReadoutCall", "class_tile", "number_of_splits", "prepare", "readout_argument", "slots"]
 
-# One row is multiplied element by element; more are padded to what a tensor core takes.
+# One row is multiplied element by element; more are padded to the size of a tensor core's operand.
 PADDED_ROWS = 16
 
 
@@ -33,8 +33,8 @@ class ReadoutCall(NamedTuple):
     """The arguments that the readout's kernels have in common.
 
     Attributes:
-        arguments: q, k, v, the terms of the scores, where the sequences lie, B, H, R and T, in this order.
-        widths: constexprs.
+        arguments: q, k, v, the terms of the scores, the bounds of the sequences, B, H, R and T, in this order.
+        widths: compile-time constants.
         grid: one program per head, split and sequence.
         splits: programs that share the keys of one sequence and head.
         launch_options: warps and stages.
@@ -50,7 +50,7 @@ class ReadoutCall(NamedTuple):
 def prepare(
     pass_: ReadoutPass, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: Options
 ) -> ReadoutCall:
-    """The common arguments of a pass; copies nothing that the kernels can read where it lies."""
+    """The common arguments of a pass; copies only tensors that the kernels cannot read in place."""
     B, R, H, D = q.shape
     config = choose(pass_, q, options)
     splits = number_of_splits(config, max_seqlen, B * H, q.device)
@@ -75,7 +75,7 @@ def prepare(
         },
         grid=(H * splits * B,),
         splits=splits,
-        # One row reads its tiles straight into registers, where there is nothing to pipeline.
+        # One row reads its tiles directly into registers, so there is nothing to pipeline.
         launch_options={"num_warps": config.num_warps, "num_stages": 1 if R == 1 else config.num_stages},
     )
 
@@ -88,14 +88,18 @@ def readout_argument(x: Tensor) -> Tokens:
 
 
 def number_of_splits(config: ReadoutConfig, max_seqlen: int, sequences_and_heads: int, device: torch.device) -> int:
-    """Programs that share the keys of one sequence and head: as many as fit on the chip at a time, of a tile each at
-    least. Known without asking the device.
+    """Number of programs that share the keys of one sequence and head, known without synchronising with the device.
+
+    It is as large as fits on the chip at a time, with at least one tile for each program.
 
     Args:
+        config: the configuration of the pass.
+        max_seqlen: an upper bound of the sequences' lengths.
         sequences_and_heads: B·H.
+        device: the device of the launch.
     """
-    room = processors_of(device) * config.programs // max(sequences_and_heads, 1)
-    return max(1, min(room, triton.cdiv(max_seqlen, config.block_n)))
+    available = processors_of(device) * config.programs // max(sequences_and_heads, 1)
+    return max(1, min(available, triton.cdiv(max_seqlen, config.block_n)))
 
 
 def processors_of(device: torch.device) -> int:
@@ -104,18 +108,18 @@ def processors_of(device: torch.device) -> int:
 
 
 def class_tile(classes: int, head_width: int, dtype: torch.dtype) -> int:
-    """Classes that one program of token relevance serves: one is multiplied element by element, more fill a tile."""
+    """Number of classes in one program of token relevance: one is multiplied element by element, more fill a tile."""
     if classes == 1:
         return 1
     wide = padded_width(head_width) * dtype.itemsize > 256
     if dtype == torch.float32:
-        # Its products are unrolled into registers: wider tiles spill, and wide heads take one class at a time.
+        # float32 products are unrolled into registers: wider tiles would spill, so wide heads take a class at a time.
         return 1 if wide else 16
     return min(32 if wide else 64, max(16, triton.next_power_of_2(classes)))
 
 
 def slots(config: ReadoutConfig, head_width: int, dtype: torch.dtype) -> int:
-    """Rows of a tile that a program's threads hold side by side, 16 bytes a thread; ``tiles.py`` has the use."""
+    """Number of a tile's rows that a program's threads hold at once, 16 bytes per thread; see ``tiles.py``."""
     lanes = 64 if torch.version.hip is not None else 32
     threads_of_row = min(lanes, padded_width(head_width) * dtype.itemsize // 16)
     return min(config.block_n, config.num_warps * lanes // threads_of_row)

@@ -27,11 +27,15 @@ Precision = Literal["half", "single"]
 
 @dataclass(frozen=True)
 class Config:
-    """Queries and keys of a tile, warps of a program, stages of the software pipeline.
+    """The configuration of an attention kernel.
 
-    ``split``: a head width between two powers of two is taken in two chunks instead of being padded to the next.
-    ``descriptors``: the copy engine reads the tiles that pass by, where the tensors allow it.
-    ``precision``: how tiles of float32 are multiplied, in ``tl.dot``'s words.
+    Attributes:
+        block_m, block_n: queries and keys of a tile.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline.
+        split: whether a head width between two powers of two is split into two chunks instead of padded.
+        descriptors: whether the copy engine reads the streamed tiles, if the tensors allow it.
+        precision: how float32 tiles are multiplied, the ``input_precision`` of ``tl.dot``.
     """
 
     block_m: int
@@ -45,7 +49,14 @@ class Config:
 
 @dataclass(frozen=True)
 class ReadoutConfig:
-    """Keys of a tile, warps of a program, stages of the software pipeline, programs that fit on a multiprocessor."""
+    """The configuration of a readout kernel.
+
+    Attributes:
+        block_n: keys of a tile.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline.
+        programs: programs that fit on a multiprocessor.
+    """
 
     block_n: int
     num_warps: int
@@ -62,7 +73,7 @@ Table = dict[tuple[Target, Precision], Rows[PassT, ConfigT]]
 
 @dataclass(frozen=True)
 class Family(Generic[PassT, ConfigT]):
-    """A family of kernels: its table, what the interpreter gets, and the narrowest head width with a row."""
+    """A family of kernels: its table, the interpreter's configurations, and the narrowest head width in the table."""
 
     table: Table[PassT, ConfigT]
     interpreter: dict[PassT, ConfigT]
@@ -70,10 +81,10 @@ class Family(Generic[PassT, ConfigT]):
 
 
 def read_table(text: str) -> Table[Pass, Config]:
-    """A table of attention kernels, written as one.
+    """Parse the table of attention kernels.
 
-    Its head names the padded head widths; every other line has a target, a precision, a pass and for each width
-    queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` where heads are split and ``+d`` with descriptors.
+    Its header names the padded head widths. Every other line has a target, a precision, a pass and, for each width,
+    queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` if heads are split and ``+d`` for descriptors.
     """
     (_, _, _, *widths), *lines = (line.split() for line in text.strip().splitlines())
     table: dict[Any, Any] = {}

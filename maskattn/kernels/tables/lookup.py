@@ -1,4 +1,4 @@
-"""The one way to look up a configuration: by pass, target, head width, dtype and options.
+"""Look-up of a kernel's configuration by pass, target, head width, dtype and options.
 
 Dimension key: D head width.
 """
@@ -35,7 +35,7 @@ def padded_width(head_width: int) -> int:
 
 
 def split_width(head_width: int, config: Config) -> tuple[int, int]:
-    """Columns of the two chunks of a tile, powers of two; the second is 0 where one chunk is no wider than two."""
+    """Columns of the two chunks of a tile, powers of two; the second is 0 unless two chunks are narrower than one."""
     padded = padded_width(head_width)
     first = padded // 2
     second = max(16, padded_width(head_width - first)) if head_width > 32 else first
@@ -70,7 +70,7 @@ def look_up(
         precision: of the options. What it allows is done where there are tiles for it.
 
     Raises:
-        KeyError: there is none; ``supports`` of ``launch/support.py`` says why before it comes to this.
+        KeyError: there is none; ``supports`` of ``launch/support.py`` refuses such calls beforehand.
     """
     on_tensor_cores = precision == "tf32x3" and dtype == torch.float32 and pass_ in get_args(Pass)
     if on_tensor_cores and target == "interpreter":
@@ -108,6 +108,6 @@ def target_of(device: torch.device) -> Target:
 
 @functools.cache
 def _target_of_capability(major: int, minor: int) -> Target:
-    """The row of the table for a CUDA GPU; the one with the least shared memory where there is none of its own."""
+    """The row of the table for a CUDA GPU; the one with the least shared memory if it has no row of its own."""
     targets: dict[tuple[int, int], Target] = {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
     return targets.get((major, minor), "sm86")
