@@ -1,10 +1,11 @@
-"""Models of timm and transformers against their packed twins: how far apart, how much faster, and what is refused.
+"""Models of timm and transformers compared with their packed twins: parity, speed and refusals.
 
     python -m bench.evidence.adapters --out bench/results/adapters.md      some minutes on two cores
-    python -m bench.evidence.adapters --smoke                              seconds, to see that it runs
+    python -m bench.evidence.adapters --smoke                              seconds, to check that it runs
 
-Random weights throughout. Parity: float64, the original's own code on the kept tokens alone is what a packed model must
-equal. Speed: float32, one process, original and ours in turns, medians; ratios above 1 mean that ours is faster.
+All weights are random. Parity is measured in float64: a packed model must equal the original's own code run on only the
+kept tokens. Speed is measured in float32, in one process, alternating between the original and ours, as medians; ratios
+above 1 mean that ours is faster.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ KEPT = (0.3, 1.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="also write the tables there")
+    parser.add_argument("--out", type=Path, help="file to which the tables are also written")
     parser.add_argument("--smoke", action="store_true", help="two families, tiny, one round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="families whose name contains this")
@@ -65,7 +66,7 @@ def header(size: Size, batch: int) -> str:
 
 
 def keep_share(batch: int, side: int, share: float) -> Tensor:
-    """(B, side, side) bool with the same number of tokens kept in each image, at random positions."""
+    """Draw a mask (B, side, side) that keeps the same number of tokens in each image, at random positions."""
     count = max(1, round(share * side * side))
     keep = torch.zeros(batch, side * side, dtype=torch.bool)
     return keep.scatter(1, torch.rand(batch, side * side).argsort(1)[:, :count], True).view(batch, side, side)
@@ -88,7 +89,7 @@ def parity_table(families: list[Family]) -> str:
         ours = family.convert(theirs)
         x, keep = torch.randn(2, 3, 64, 64, dtype=torch.float64), keep_share(2, 4, 0.5)
         cells = differences(lambda x: family.output(theirs, x), ours, x)  # noqa: B023 (called at once)
-        cells += differences(lambda x: kept(family, theirs, x, keep), lambda x: ours(x, keep), x)  # noqa: B023 (likewise)
+        cells += differences(lambda x: kept(family, theirs, x, keep), lambda x: ours(x, keep), x)  # noqa: B023 (called at once)
         exact = kept(family, theirs, x, keep)
         single = ours.float()(x.float(), keep)
         cells.append(((single - exact).abs().max() / exact.abs().max()).item())

@@ -1,12 +1,12 @@
 """A synthetic cohort of prostate biopsies: six ordered grades, two patterns in known shares, two centres.
 
-A biopsy is one strip of tissue on glass. Its lesion, of any size, is made of pattern A (small crowded glands) and
-pattern B (sheets of nuclei without lumens); the grade is the share of B in the lesion alone: 0 without a lesion, 1 and
-5 for none and all, 2 to 4 for the thirds between. A patient has one grade and several slides. The centres differ in
-their scanner (stain, lamp, blur) and in their pens. A pen is drawn for a grade: none for 0, else a stroke that is the
-longer the higher the grade, of another ink above 2. Where marks tell, this is the slide's grade in nine of ten slides;
-elsewhere, and in the tenth, it is any. Dust and coverslip edges never go with the grade. 1 px is about 5 µm: a toy of
-a slide, drawn at the size that a toy of a model takes.
+A biopsy is one strip of tissue on glass. Its lesion, of any size, consists of pattern A (small crowded glands) and
+pattern B (sheets of nuclei without lumens). The grade depends only on the share of B in the lesion: 0 without a lesion,
+1 for none, 5 for all, and 2 to 4 for the thirds between. A patient has one grade and several slides. The centres differ
+in their scanner (stain, lamp, blur) and in their pens. A pen mark depends on a grade: there is none for 0, otherwise a
+stroke that is longer for higher grades, with another ink above 2. If marks are informative, this is the slide's grade
+in nine of ten slides; otherwise, and in the tenth slide, it is a random grade. Dust and coverslip edges are independent
+of the grade. 1 px is about 5 µm: a toy slide, of the size that a toy model takes.
 
 Dimension key: S slides, X·Y pixels, H·W tokens, M kinds.
 """
@@ -52,21 +52,21 @@ TOKEN_PX = 8
 GRID_HW = (SIZE_PX[0] // TOKEN_PX, SIZE_PX[1] // TOKEN_PX)
 KINDS = ("glass", "mark", "benign", "pattern A", "pattern B")
 _GLASS, _MARK, _BENIGN, _A, _B = range(len(KINDS))
-SHARES_OF_B = ((0.0, 0.0), (0.0, 0.0), (0.05, 0.35), (0.35, 0.65), (0.65, 0.95), (1.0, 1.0))  # least and most, by grade
-LESION_SHARE = (0.06, 0.45)  # of the tissue
-_RELIABLE = 0.9  # share of the marks that go with the grade, where marks tell
-_INKS = ((35, 80, 175), (40, 45, 50))  # of marks for grades up to 2, and above
-_FREE_PX = 12  # of marks from tissue: no token that holds tissue holds a mark
+SHARES_OF_B = ((0.0, 0.0), (0.0, 0.0), (0.05, 0.35), (0.35, 0.65), (0.65, 0.95), (1.0, 1.0))  # least, most; by grade
+LESION_SHARE = (0.06, 0.45)  # share of the tissue
+_RELIABLE = 0.9  # share of informative marks that agree with the grade
+_INKS = ((35, 80, 175), (40, 45, 50))  # inks of marks for grades up to 2, and above
+_FREE_PX = 12  # distance of marks from tissue, so that no token holds both
 
 
 @dataclass(frozen=True)
 class Scanner:
-    """How a scanner renders slides.
+    """The rendering of slides by a scanner.
 
     Attributes:
         tint: (2, 3) changes of the optical densities of haematoxylin and eosin.
-        strength: of the two stains.
-        blur_px: standard deviation of its blur.
+        strength: strengths of the two stains.
+        blur_px: standard deviation of its blur in px.
         lamp: share of the light that reaches each colour.
     """
 
@@ -88,9 +88,9 @@ class Cohort:
 
     Attributes:
         images_S3XY: (S, 3, X, Y) uint8 RGB.
-        shares_SMHW: (S, M, H, W) float16, the share of each token's pixels that is of each of :data:`KINDS`.
-        patients_S: (S,) numbers of the patients.
-        grades_S: (S,) grades.
+        shares_SMHW: (S, M, H, W) float16, the share of each of :data:`KINDS` in each token's pixels.
+        patients_S: (S,), numbers of the patients.
+        grades_S: (S,), grades.
     """
 
     images_S3XY: ByteArray
@@ -104,7 +104,7 @@ class Cohort:
         return self.shares_SMHW[:, _BENIGN:].sum(axis=1) > 0
 
     def pattern(self, *kinds: str) -> np.ndarray:
-        """(S, H, W) bool: tokens at least half of these kinds."""
+        """Return (S, H, W) bool: the tokens that consist at least half of these kinds."""
         return self.shares_SMHW[:, [KINDS.index(kind) for kind in kinds]].sum(axis=1) >= 0.5
 
 
@@ -117,15 +117,15 @@ def draw_cohort(
     over_tissue: bool = False,
     slides_a_patient: Sequence[int] = (2, 2),
 ) -> Cohort:
-    """Patients of all grades in turn, each with several slides; the same arguments draw the same cohort.
+    """Draw patients of all grades in turn, each with several slides; the same arguments draw the same cohort.
 
     Args:
-        seed: of every choice; tissue does not depend on the other arguments but for their number.
+        seed: seed of every choice; the tissue is the same whatever the scanner and the marks.
         patients: number of patients.
         scanner: a key of :data:`SCANNERS`.
-        marks_tell: whether pen marks go with the grade.
-        over_tissue: pens run over the tissue too, in place of the glass alone.
-        slides_a_patient: least and most.
+        marks_tell: whether pen marks are informative of the grade.
+        over_tissue: whether pens also run over the tissue, instead of over glass only.
+        slides_a_patient: least and largest number of slides of a patient.
     """
     images, shares, numbers, grades = [], [], [], []
     for patient in range(patients):
@@ -144,7 +144,7 @@ def draw_cohort(
 def draw_slide(
     seed: int, grade: int, scanner: str, *, marks_tell: bool, over_tissue: bool = False
 ) -> tuple[ByteArray, ByteArray]:
-    """One slide, (X, Y, 3) uint8, and what each pixel is, (X, Y) uint8, indices into :data:`KINDS`."""
+    """Draw one slide, (X, Y, 3) uint8, and the kind of each pixel, (X, Y) uint8, an index into :data:`KINDS`."""
     tissue, kinds, canvas, state = _tissue_of(seed, grade)
     rng, marks = np.random.default_rng(0), np.random.default_rng([seed, 1])
     rng.bit_generator.state = state
@@ -181,14 +181,14 @@ def _tissue_of(seed: int, grade: int) -> tuple[ByteArray, ByteArray, Canvas, Any
 
 
 def _shares(kinds: ByteArray) -> np.ndarray:
-    """(M, H, W) float16 from (X, Y) kinds."""
+    """Compute the share of each kind in each token, (M, H, W) float16, from (X, Y) kinds."""
     each = (kinds[None] == np.arange(len(KINDS), dtype=np.uint8)[:, None, None]).astype(np.float32)
     cut = each.reshape(len(KINDS), GRID_HW[0], TOKEN_PX, GRID_HW[1], TOKEN_PX)
     return cut.mean(axis=(2, 4)).astype(np.float16)
 
 
 def _strip(rng: np.random.Generator) -> ByteArray:
-    """(X, Y) uint8, 255 on one wavy strip that keeps off the slide's edge."""
+    """Draw (X, Y) uint8, 255 on one wavy strip that does not touch the slide's edge."""
     height, width = SIZE_PX
     length, thickness = rng.uniform(210, 320), int(rng.integers(44, 70))
     along = np.linspace(-0.5, 0.5, 40)
@@ -207,7 +207,7 @@ def _strip(rng: np.random.Generator) -> ByteArray:
 
 
 def _paint(rng: np.random.Generator, kinds: ByteArray) -> Canvas:
-    """Stroma everywhere, round glands where tissue is benign, small crowded ones in A, sheets of nuclei in B."""
+    """Paint stroma everywhere, round glands in benign tissue, small crowded ones in A, and sheets of nuclei in B."""
     canvas = Canvas.blank(*SIZE_PX)
     strands, _ = fibres(rng, *SIZE_PX)
     np.copyto(canvas.eosin, np.clip(92 + 17 * strands, 20, 220).astype(np.uint8))
@@ -245,7 +245,7 @@ def _nuclei(
 
 
 def _at(layer: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(P,) values of a layer at (P, 2) points; rounding may have moved one to the far edge itself."""
+    """Return the (P,) values of a layer at (P, 2) points, clipping those that rounding has moved to the far edge."""
     x, y = np.minimum(points.astype(int), (SIZE_PX[1] - 1, SIZE_PX[0] - 1)).T
     return layer[y, x]
 
@@ -259,7 +259,7 @@ def _gland(
     ring: tuple[float, float],
     cytoplasm: tuple[int, int],
 ) -> None:
-    """A ring of nuclei round a lumen."""
+    """Paint a ring of nuclei around a lumen."""
     angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
     wave = 1 + rng.uniform(0.02, 0.14) * np.cos(angle * rng.integers(2, 5) + rng.uniform(0, 6))
     outline = np.stack([np.cos(angle), np.sin(angle)], 1) * (radius * wave)[:, None]
@@ -273,7 +273,7 @@ def _gland(
 
 
 def _develop(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray, scanner: Scanner) -> ByteArray:
-    """Cut the canvas to the tissue, stain it, and look at it through the scanner."""
+    """Clip the canvas to the tissue, stain it, and render it as the scanner does."""
     grain = rng.integers(190, 256, SIZE_PX, dtype=np.uint8)
     haematoxylin = cv2.add(canvas.haematoxylin, cv2.multiply(canvas.nuclei, grain, scale=1 / 235))
     inside = cv2.GaussianBlur(tissue, (0, 0), 0.7)
@@ -289,10 +289,10 @@ def _develop(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray, scanne
 def _marks(
     rng: np.random.Generator, grade: int, tissue: ByteArray, tell: bool, over_tissue: bool
 ) -> tuple[ByteArray, tuple[tuple[int, int, int], ByteArray] | None]:
-    """Light that dust and coverslip edges let pass (X, Y), and a pen's colour and cover (X, Y), or None."""
+    """Draw the light transmitted by dust and coverslip edges (X, Y), and a pen's colour and cover (X, Y), or None."""
     height, width = SIZE_PX
-    reach = np.ones((2 * _FREE_PX + 1,) * 2, np.uint8)
-    glass = cv2.dilate(tissue, reach) == 0
+    window = np.ones((2 * _FREE_PX + 1,) * 2, np.uint8)
+    glass = cv2.dilate(tissue, window) == 0
     dirt = np.full(SIZE_PX, 255, np.uint8)
     specks = (rng.uniform(0, 1, (rng.integers(8, 40), 2)) * (width, height)).astype(np.float32)
     axes = np.exp(rng.normal(0, 0.4, specks.shape)).astype(np.float32)
@@ -301,14 +301,14 @@ def _marks(
         row = int(rng.integers(6, 20)) if rng.random() < 0.5 else height - int(rng.integers(6, 20))
         cv2.line(dirt, (0, row), (width, row + int(rng.integers(-4, 5))), int(rng.integers(150, 205)), 2, cv2.LINE_AA)
     dirt[~glass] = 255
-    any_grade, told = int(rng.integers(GRADES)), rng.random() < _RELIABLE
-    marked_as = grade if tell and told else any_grade
+    any_grade, reliable = int(rng.integers(GRADES)), rng.random() < _RELIABLE
+    marked_as = grade if tell and reliable else any_grade
     cover = np.zeros(SIZE_PX, np.uint8)
     angle = np.linspace(0, marked_as * rng.uniform(0.8, 1.0), 40)[:, None]
     radius, start = rng.uniform(24, 40, 2), rng.uniform(0, 2 * np.pi)
-    # beside the tissue, as a pen points at what is there
-    beside = np.argwhere((cv2.dilate(tissue, np.ones((91, 91), np.uint8)) > 0) & glass)
-    centre = beside[rng.integers(len(beside))][::-1]
+    # marks are near the tissue that they point at
+    nearby = np.argwhere((cv2.dilate(tissue, np.ones((91, 91), np.uint8)) > 0) & glass)
+    centre = nearby[rng.integers(len(nearby))][::-1]
     line = centre + np.concatenate([np.cos(angle + start), np.sin(angle + start)], 1) * radius
     cv2.polylines(cover, [np.rint(line).astype(np.int32)], False, 230, int(rng.integers(6, 11)))
     cover = cv2.GaussianBlur(cover, (0, 0), 1.0)

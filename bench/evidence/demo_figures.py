@@ -1,15 +1,16 @@
 """The bundled demonstration model's figures on fresh synthetic slides: ``python -m bench.evidence.demo_figures``.
 
-On slides that neither training nor the choice of its recipe has seen, for the bundled model and its unmasked twin (one
-script and seed, ``--unmasked``): accuracy; average precision (AP) with which the class map, by the default method, by
-the path of weights and by plain CDAM, and attention alone, find the lesion's tokens; share of attention on background.
-Where ``--twin`` names no file, the twin is trained first and kept there, which takes about ten minutes.
+The slides were used neither for training nor for choosing its recipe. For the bundled model and its unmasked twin (same
+script and seed, ``--unmasked``), the page gives accuracy; the average precision (AP) with which the class map, by the
+default method, by the path of weights and by plain CDAM, and attention alone, find the lesion's tokens; and the share
+of attention on background. If the file of ``--twin`` does not exist, the twin is first trained and written there, which
+takes about ten minutes.
 
 Definitions. A token is lesion if at least half of its area is. The class map is that of tokens through both levels
-(``HierarchicalCDAM``), for the slide's true class. Attention of a token is the slide encoder's attention to its tile
-times the tile encoder's attention to it. Background is every token that the tissue finder leaves out. AP is taken over
-the tissue's tokens, the same for both models, and over all tokens of the slide (a masked token scores 0), each averaged
-over slides that have a lesion.
+(``HierarchicalCDAM``), for the slide's true class. The attention to a token is the slide encoder's attention to its
+tile times the tile encoder's attention to it. Background is every token that tissue detection leaves out. AP is
+computed over the tissue's tokens, which are the same for both models, and over all tokens of the slide (a masked token
+scores 0), each averaged over slides with a lesion.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ RESULTS = Path(__file__).parents[1] / "results"
 OTHER = "integrated-weights"
 METHODS = (DEFAULT_METHOD, OTHER, "cdam")
 LESION_SHARE = 0.5
-# the recipe of training was chosen by looking at slides below this seed
+# the recipe of training was chosen on slides below this seed
 FIRST_SEED = 1000
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class SlideFigures:
-    """One model's results on one slide; AP is None where there is no lesion to find."""
+    """One model's results on one slide; AP is None without a lesion."""
 
     correct: bool
     map_ap_tissue: float | None
@@ -64,12 +65,12 @@ class SlideFigures:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """A slide's logits, and class maps and attention over all tokens, (H, W, h, w), 0 at what was masked.
+    """A slide's logits, and class maps and attention over all tokens, (H, W, h, w), 0 at masked tokens.
 
     Attributes:
-        logits_K: (K,).
+        logits_K: (K,), the slide's logits.
         relevance: method → map of the true class.
-        attention: of the class tokens of both levels.
+        attention: the product of both levels' attention.
     """
 
     logits_K: np.ndarray
@@ -82,21 +83,21 @@ def explain(model: SlideModel, sample: SlideSample) -> TokenScores:
     tiles = torch.from_numpy(sample.tiles_TCHW).split(BATCH)
     tokens = torch.from_numpy(sample.grid.token_keep_THW).split(BATCH)
     with torch.no_grad():
-        embeddings = torch.cat([model.encode_tiles(*part) for part in zip(tiles, tokens, strict=True)])
+        embeddings = torch.cat([model.encode_tiles(*batch) for batch in zip(tiles, tokens, strict=True)])
     relevance = {}
     for method in METHODS:
         explainer = HierarchicalCDAM(model, method)
-        whole = explainer.tiles(embeddings, keep_HW)
-        gradients = whole.gradient_KTC.split(BATCH, dim=1)
-        maps = [explainer.tokens(*part) for part in zip(tiles, tokens, gradients, strict=True)]
-        relevance_THW = torch.cat([part.relevance_KBHW[sample.label] for part in maps])
+        of_slide = explainer.tiles(embeddings, keep_HW)
+        gradients = of_slide.gradient_KTC.split(BATCH, dim=1)
+        maps = [explainer.tokens(*batch) for batch in zip(tiles, tokens, gradients, strict=True)]
+        relevance_THW = torch.cat([of_batch.relevance_KBHW[sample.label] for of_batch in maps])
         relevance[method] = spread(sample, relevance_THW.numpy())
-    attention_THW = torch.cat([part.attention_BHW for part in maps]) * whole.attention_T[:, None, None]
-    return TokenScores(whole.logits_K.numpy(), relevance, spread(sample, attention_THW.numpy()))
+    attention_THW = torch.cat([of_batch.attention_BHW for of_batch in maps]) * of_slide.attention_T[:, None, None]
+    return TokenScores(of_slide.logits_K.numpy(), relevance, spread(sample, attention_THW.numpy()))
 
 
 def spread(sample: SlideSample, values_THW: np.ndarray) -> np.ndarray:
-    """Values of the kept tiles' tokens (T, h, w) on the slide's whole grid (H, W, h, w); 0 elsewhere."""
+    """Place values of the kept tiles' tokens (T, h, w) on the slide's full grid (H, W, h, w); 0 elsewhere."""
     grid = np.zeros((*sample.grid.keep_HW.shape, *values_THW.shape[1:]), values_THW.dtype)
     grid[sample.grid.keep_HW] = values_THW
     return grid
@@ -122,12 +123,12 @@ def judge(scores: TokenScores, label: int, tissue: np.ndarray, lesion: np.ndarra
 
 
 def summarise(values: list[float]) -> dict[str, float]:
-    """Mean and its standard error."""
+    """Compute the mean and its standard error."""
     return {"mean": float(np.mean(values)), "se": float(np.std(values, ddof=1) / len(values) ** 0.5), "n": len(values)}
 
 
 def measure(models: dict[str, SlideModel], slides: int, say: Callable[[str], None]) -> dict[str, dict]:
-    """Figures of each model over ``slides`` fresh slides, classes in turn."""
+    """Compute the figures of each model over ``slides`` fresh slides, cycling through the classes."""
     figures: dict[str, list[SlideFigures]] = {name: [] for name in models}
     context: dict[str, list[float]] = {"lesion / tissue tokens": [], "lesion / all tokens": [], "background / all": []}
     for index in range(slides):
@@ -184,7 +185,7 @@ PAIRS = (
 
 
 def differences(rows: list[SlideFigures], first: str, second: str) -> list[float]:
-    """One field less another, slide by slide, where both are known."""
+    """Return the difference of two fields for each slide that has both."""
     return [a - b for a, b in zip(values_of(rows, first), values_of(rows, second), strict=True)]
 
 
@@ -193,9 +194,9 @@ def values_of(rows: list[SlideFigures], field: str) -> list[float]:
 
 
 def load_twin(path: Path, say: Callable[[str], None]) -> SlideModel:
-    """The unmasked twin from ``path``; trained and written there if the file is not there yet."""
+    """Load the unmasked twin from ``path``; train it and write it there if the file does not exist."""
     if not path.exists():
-        say(f"training the unmasked twin, to be kept as {path}")
+        say(f"training the unmasked twin, which is written to {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         twin, _ = train(TrainingPlan(masked=False), say)
         twin.save(path, dtype=torch.float16)
@@ -203,7 +204,7 @@ def load_twin(path: Path, say: Callable[[str], None]) -> SlideModel:
 
 
 def table(results: dict) -> str:
-    """The results as a Markdown page."""
+    """Return the results as a Markdown page."""
 
     def cell(entry: dict[str, float]) -> str:
         return f"{entry['mean']:.3f} ± {entry['se']:.3f}" if entry["mean"] else "0 (exactly)"
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for demo_figures.json and demo_figures.md")
     options = parser.parse_args()
     if not 2 * len(CLASSES) <= options.slides <= FIRST_TRAINING_SEED - FIRST_SEED:
-        parser.error(f"--slides must lie between {2 * len(CLASSES)} and {FIRST_TRAINING_SEED - FIRST_SEED}")
+        parser.error(f"--slides must be {2 * len(CLASSES)} to {FIRST_TRAINING_SEED - FIRST_SEED}, got {options.slides}")
 
     def say(text: str) -> None:
         print(text, flush=True)

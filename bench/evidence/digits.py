@@ -1,10 +1,10 @@
-"""Explanations compared on images of two handwritten digits, where it is known what lies where.
+"""Explanations compared on images of two handwritten digits, whose positions are known.
 
     python -m bench.evidence.digits            # trains, judges every method, writes the table and the figures
 
-The data are scikit-learn's bundled digits, enlarged and set side by side on a textured ground; each image holds two
-different digits, and a small vision transformer gives a logit for each of the ten. Judged are held-out images made of
-digits that were never trained on. Seeded; about twenty minutes on two cores.
+The data are scikit-learn's bundled digits, enlarged and placed side by side on a textured background. Each image holds
+two different digits, and a small vision transformer gives a logit for each of the ten. The judged images are made of
+held-out digits that were never trained on. Everything is seeded; a run takes about twenty minutes on two cores.
 
 Dimension key: B images, H·W grid tokens, K classes.
 """
@@ -34,12 +34,12 @@ TRAINING_DIGITS = 1200
 
 @dataclass(frozen=True)
 class Scenes:
-    """Images of two digits and where they are.
+    """Images of two digits and the positions of the digits.
 
     Attributes:
-        images_BIXY: (B, 1, 48, 72), about zero mean and unit range.
-        classes_B2: (B, 2) int64, the left digit's class and the right one's; never the same.
-        areas_B2HW: (B, 2, H, W) bool, the tokens that hold ink of each.
+        images_BIXY: (B, 1, 48, 72), with a mean of about zero and unit range.
+        classes_B2: (B, 2) int64, the classes of the left and the right digit, which always differ.
+        areas_B2HW: (B, 2, H, W) bool, the tokens that hold ink of each digit.
     """
 
     images_BIXY: Tensor
@@ -48,7 +48,7 @@ class Scenes:
 
 
 def load_glyphs() -> tuple[Tensor, Tensor]:
-    """(1797, 24, 24) ink in 0 … 1, and the classes, in a fixed random order."""
+    """Return (1797, 24, 24) ink in 0 … 1, and the classes, in a fixed random order."""
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     small = torch.from_numpy(digits.images).float()[:, None] / 16
@@ -57,7 +57,7 @@ def load_glyphs() -> tuple[Tensor, Tensor]:
 
 
 def compose(glyphs: Tensor, labels: Tensor, count: int, seed: int) -> Scenes:
-    """Draw scenes: two digits of different classes at random heights and offsets in the two halves, over texture."""
+    """Draw scenes: two digits of different classes at random positions in the two halves, over texture."""
     generator = torch.Generator().manual_seed(seed)
     pick = torch.randint(len(glyphs), (count, 2), generator=generator)
     while (same := labels[pick[:, 0]] == labels[pick[:, 1]]).any():
@@ -69,16 +69,16 @@ def compose(glyphs: Tensor, labels: Tensor, count: int, seed: int) -> Scenes:
     fine = torch.rand(count, 1, HEIGHT_PX // 2, WIDTH_PX // 2, generator=generator)
     ground = sum(F.interpolate(x, size=(HEIGHT_PX, WIDTH_PX), mode="bilinear") for x in (coarse, fine))
     ink = torch.zeros(count, 2, HEIGHT_PX, WIDTH_PX)
-    for b, (places, glyph_pair) in enumerate(zip(torch.stack([rows, columns], 2).tolist(), pick, strict=True)):
-        for side, ((row, column), glyph) in enumerate(zip(places, glyph_pair, strict=True)):
-            ink[b, side, row : row + DIGIT_PX, column : column + DIGIT_PX] = glyphs[glyph]
+    for b, (corners, glyph_pair) in enumerate(zip(torch.stack([rows, columns], 2).tolist(), pick, strict=True)):
+        for half_index, ((row, column), glyph) in enumerate(zip(corners, glyph_pair, strict=True)):
+            ink[b, half_index, row : row + DIGIT_PX, column : column + DIGIT_PX] = glyphs[glyph]
     images = 0.35 * ground + ink.sum(dim=1, keepdim=True)
     areas = F.max_pool2d(ink, TOKEN_PX) > 0.3
     return Scenes((images - 0.5) / 0.5, labels[pick], areas)
 
 
 def new_model(seed: int) -> VisionTransformer:
-    """A class-token ViT of three blocks for two-digit scenes."""
+    """Return an untrained class-token ViT of three blocks for two-digit scenes."""
     torch.manual_seed(seed)
     return VisionTransformer(
         img_size=(HEIGHT_PX, WIDTH_PX),
@@ -93,7 +93,7 @@ def new_model(seed: int) -> VisionTransformer:
 
 
 def train(steps: int, seed: int = 0, batch: int = 64) -> VisionTransformer:
-    """Train it on scenes of the training digits, each seen once."""
+    """Train a model on scenes of the training digits, each seen once."""
     model = new_model(seed).train()
     glyphs, labels = (x[:TRAINING_DIGITS] for x in load_glyphs())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
@@ -113,7 +113,7 @@ def train(steps: int, seed: int = 0, batch: int = 64) -> VisionTransformer:
 
 @torch.no_grad()
 def accuracy(model: VisionTransformer, scenes: Scenes) -> float:
-    """Share of images whose two largest logits are the two digits."""
+    """Compute the share of images whose two largest logits are those of the two digits."""
     top = model(scenes.images_BIXY).topk(2, dim=1).indices.sort(dim=1).values
     return float((top == scenes.classes_B2.sort(dim=1).values).all(dim=1).float().mean())
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--perturbations", nargs="+", default=["drop", "blur", "mean"])
     parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
-    parser.add_argument("--weights", type=Path, help="keep the trained weights here, and take them if they are there")
+    parser.add_argument("--weights", type=Path, help="file for the trained weights, which are loaded if it exists")
     arguments = parser.parse_args()
     if arguments.weights is not None and arguments.weights.exists():
         model = new_model(0)

@@ -1,13 +1,13 @@
-"""Masked attention in grading: a synthetic cohort whose pen marks go with the grade in one centre and not in the other.
+"""Masked attention in grading: a synthetic cohort whose pen marks correlate with the grade in only one centre.
 
-    python -m bench.evidence.grading                 # writes docs/grading.md; goes on where an earlier run stood
-    python -m bench.evidence.grading --real DIR      # the part on real tissue too
+    python -m bench.evidence.grading                 # writes docs/grading.md; resumes an earlier run
+    python -m bench.evidence.grading --real DIR      # with the section on real tissue
     python -m bench.evidence.grading --quick         # a trial on two seeds of a few slides, which writes no page
 
-Three levels (patches, regions, slide) are trained with glass and without on inside-centre slides, and judged on other
-patients of that centre, on the same tissue with marks shuffled, and on the same tissue from the other centre. Every arm
-of every seed is kept in ``--run``; two seeds can run in two processes with ``--seeds``, and ``--write`` then makes the
-page of what is there.
+Three levels (patches, regions, slide) are trained with and without glass on slides of the inside centre, and judged on
+other patients of that centre, on the same tissue with shuffled marks, and on the same tissue from the other centre. The
+results of every arm and seed are stored in ``--run``. Two seeds can run in two processes with ``--seeds``, and
+``--write`` then writes the page from the stored results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUICK = Plan(patients=6, test_patients=6, patch_steps=3, slide_steps=3, patch_ba
 
 
 def results_in(folder: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, Any]]]:
-    """The results that exist, by arm and seed."""
+    """Return the stored results, by arm and seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for arm in ARMS:
         for seed in seeds:
@@ -45,23 +45,23 @@ def results_in(folder: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[s
 
 
 def _check_plan(folder: Path, plan: Plan) -> None:
-    """A folder holds the results of one plan."""
+    """Exit if a folder holds the results of another plan; otherwise store the plan in it."""
     path = folder / "plan.json"
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != asdict(plan):
         sys.exit(f"{folder} holds a run of other sizes; name another folder with --run, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as half_written:
-        half_written.write_text(json.dumps(asdict(plan)), encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(asdict(plan)), encoding="utf-8")
 
 
 def _run(folder: Path, seeds: Sequence[int], plan: Plan, names: Sequence[str]) -> None:
-    """The two arms of the main question for every seed first, then the others."""
+    """Run the two arms of the main question for every seed, then the other arms."""
     asked = [arm for arm in ARMS if arm.name in names]
     for arms in ([arm for arm in asked if arm.name in MAIN], [arm for arm in asked if arm.name not in MAIN]):
         for seed in seeds if arms else ():
-            place = folder / f"seed{seed}"
-            place.mkdir(parents=True, exist_ok=True)
-            bench = Bench(seed, plan, place)
+            of_seed = folder / f"seed{seed}"
+            of_seed.mkdir(parents=True, exist_ok=True)
+            bench = Bench(seed, plan, of_seed)
             for arm in arms:
                 result = result_of(bench, arm)
                 print(f"seed {seed}, {arm.name}: {result['seconds']:.0f} s of processor time", flush=True)
@@ -76,11 +76,11 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/grading.md"))
     parser.add_argument("--real", type=Path, help="folder of real material, with glas/")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "maskattn-evidence")
-    parser.add_argument("--no-page", action="store_true", help="run and keep the results, and write nothing")
-    parser.add_argument("--write", action="store_true", help="run nothing, and write what is there")
+    parser.add_argument("--no-page", action="store_true", help="run and store the results, but write no page")
+    parser.add_argument("--write", action="store_true", help="run nothing, and write the page from stored results")
     parser.add_argument("--quick", action="store_true", help="a trial on a few slides, which writes no page")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # weights that do not depend on how many cores there are
+    torch.set_num_threads(1)  # so that weights do not depend on the number of cores
     plan = QUICK if arguments.quick else Plan()
     seeds = arguments.seeds or (range(2) if arguments.quick else range(5))
     folder = arguments.run / "quick" if arguments.quick else arguments.run

@@ -1,6 +1,6 @@
-"""The arms of the grading experiment: the training data and mask of each, and how one seed of an arm is run.
+"""The arms of the grading experiment: the training data and the mask of each, and the run of one seed of an arm.
 
-An arm's result is kept as soon as it is known, so that an interrupted run continues where it stopped.
+An arm's result is stored as soon as it is known, so that an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ _FIRST_TEST_SEED, _FIRST_TRAINING_SEED = 7, 1000
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train and to predict.
+    """One combination of training and prediction.
 
     Attributes:
-        name: in tables.
-        encoder: "masked", "plain" or "white" (plain, and glass set to white).
-        training: levels at which background takes no part in training.
-        inference: levels at which it takes no part in prediction.
-        marks: of the training cohort: "telling", "silent" (they go with nothing) or "over tissue" (they tell, and run
-            over tissue too, in the test cohorts as well).
-        longer: times the plan's steps of stage 2.
-        maps: its maps are judged.
+        name: the name in tables.
+        encoder: "masked", "plain" or "white" (plain, with glass set to white).
+        training: levels at which background is masked in training.
+        inference: levels at which background is masked in prediction.
+        marks: marks of the training cohort: "telling" (informative), "silent" (uninformative) or "over tissue"
+            (informative, and also over tissue, in the test cohorts as well).
+        longer: factor of the plan's steps of stage 2.
+        maps: whether its maps are judged.
     """
 
     name: str
@@ -88,23 +88,23 @@ MAIN = ("plain", "masked")
 
 
 def slug(name: str) -> str:
-    """The file name for an arm's name."""
+    """Return the file name for an arm's name."""
     return re.sub(r"\W+", "_", name)
 
 
 @functools.lru_cache(maxsize=2 * len(TESTS) + 3)
 def _drawn(seed: int, patients: int, scanner: str, marks_tell: bool, over_tissue: bool) -> Cohort:
-    """A cohort; those of the tests serve every seed."""
+    """Draw a cohort; the cached test cohorts are shared by all seeds."""
     return draw_cohort(seed, patients, scanner, marks_tell=marks_tell, over_tissue=over_tissue)
 
 
 class Bench:
-    """Cohorts, encoders and features of one seed, each made once.
+    """Cohorts, encoders and features of one seed, each computed once.
 
     Args:
-        seed: of the training cohort and of the weights; the test cohorts are the same for every seed.
-        plan: sizes.
-        folder: for weights.
+        seed: seed of the training cohort and of the weights; the test cohorts are the same for every seed.
+        plan: the sizes.
+        folder: folder for weights.
     """
 
     def __init__(self, seed: int, plan: Plan, folder: Path) -> None:
@@ -115,7 +115,7 @@ class Bench:
         self._features: dict[tuple[str, str, bool], Tensor] = {}
 
     def cohort(self, name: str) -> Cohort:
-        """A training cohort by its marks, or a test cohort: "inside", ..., with " (over tissue)" after it or not."""
+        """Return a training cohort by its marks, or a test cohort by its name, optionally with " (over tissue)"."""
         if name not in self._cohorts:
             over, test = "over tissue" in name, name.startswith(TESTS)
             seed = _FIRST_TEST_SEED if test else _FIRST_TRAINING_SEED + self.seed
@@ -130,13 +130,13 @@ class Bench:
         return self._cohorts[name]
 
     def data(self, name: str, white: bool = False) -> Tensors:
-        """A cohort as the model takes it."""
+        """Return a cohort in the model's input format."""
         if (name, white) not in self._data:
             self._data[name, white] = whitened(self.data(name)) if white else as_tensors(self.cohort(name))
         return self._data[name, white]
 
     def encoder(self, arm: Arm) -> VisionTransformer:
-        """Stage 1; silent marks need no encoder of their own, since it is not told grades."""
+        """Return the encoder of stage 1; silent marks share it, because it does not learn from grades."""
         marks = "over tissue" if arm.marks == "over tissue" else "telling"
         key = f"{arm.encoder}, {marks}"
         if key not in self._encoders:
@@ -148,13 +148,13 @@ class Bench:
             else:
                 data = self.data(marks, arm.encoder == "white")
                 encoder = train_patch_encoder(data, arm.encoder == "masked", self.plan, self.seed)
-                with replacing(path) as half_written:
-                    torch.save(encoder.state_dict(), half_written)
+                with replacing(path) as temporary:
+                    torch.save(encoder.state_dict(), temporary)
             self._encoders[key] = encoder
         return self._encoders[key]
 
     def features(self, arm: Arm, name: str, mask_tokens: bool) -> Tensor:
-        """Embeddings of a cohort's patches."""
+        """Return the embeddings of a cohort's patches."""
         key = (f"{arm.encoder} {arm.marks == 'over tissue'}", name, mask_tokens)
         if key not in self._features:
             data = self.data(name, arm.encoder == "white")
@@ -162,7 +162,7 @@ class Bench:
         return self._features[key]
 
     def upper_levels(self, arm: Arm) -> nn.ModuleDict:
-        """Stage 2; arms that differ in what they are asked alone share it."""
+        """Return the upper levels of stage 2; arms that differ only in prediction share them."""
         levels = "".join("-+"[masked] for masked in (arm.training.tokens, arm.training.patches, arm.training.regions))
         path = self.folder / f"upper_{slug(arm.encoder)}_{levels}_{slug(arm.marks)}_{arm.longer}.pt"
         if path.exists():
@@ -170,8 +170,8 @@ class Bench:
             upper.load_state_dict(torch.load(path, weights_only=True))
             return upper.eval().requires_grad_(False)
         upper = self._train_upper_levels(arm)
-        with replacing(path) as half_written:
-            torch.save(upper.state_dict(), half_written)
+        with replacing(path) as temporary:
+            torch.save(upper.state_dict(), temporary)
         return upper
 
     def _train_upper_levels(self, arm: Arm) -> nn.ModuleDict:
@@ -182,7 +182,7 @@ class Bench:
 
 
 def result_of(bench: Bench, arm: Arm) -> dict[str, Any]:
-    """Grades of the test patients, metrics of maps, and the processor time; read where an earlier run kept it."""
+    """Return grades of the test patients, metrics of maps and processor time, read from an earlier run if stored."""
     path = bench.folder / f"{slug(arm.name)}.json"
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -201,6 +201,6 @@ def result_of(bench: Bench, arm: Arm) -> dict[str, Any]:
             result["maps"][test] = judge_maps(model, bench.cohort(name), arm.inference, bench.plan.explained)
     result["truth"] = (torch.arange(bench.plan.test_patients) % 6).tolist()
     result["seconds"] = time.process_time() - start
-    with replacing(path) as half_written:
-        half_written.write_text(json.dumps(result), encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result), encoding="utf-8")
     return result

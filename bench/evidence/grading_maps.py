@@ -1,4 +1,4 @@
-"""How well the graders' maps find the planted patterns, and how much of the attention lies on glass.
+"""Evaluation of the graders' maps: how well they find the planted patterns, and the share of attention on glass.
 
 Dimension key: S slides, R regions, N patches of a region, h·w tokens of a region, H·W tokens of a slide, K outputs.
 """
@@ -32,23 +32,23 @@ MAPS = (
     "CDAM, three levels",
     f"{_TITLE}, three levels",
 )
-TUMOUR, MOSTLY_B = 0, 2  # outputs: a grade above 0, above 2
+TUMOUR, MOSTLY_B = 0, 2  # outputs: a grade above 0, and above 2
 _SIDE = REGION_PX // TOKEN_PX
 
 
 def _slide_of(regions_Rhw: Tensor) -> Tensor:
-    """(R, h, w) maps of regions to one of the slide (H, W)."""
+    """Assemble (R, h, w) maps of regions into one of the slide (H, W)."""
     rows, columns = GRID_OF_REGIONS
     return regions_Rhw.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def _even(values: Tensor, side: int) -> Tensor:
-    """Each value spread evenly over a square of tokens."""
+    """Spread each value evenly over a square of tokens."""
     return values.repeat_interleave(side, -2).repeat_interleave(side, -1) / side**2
 
 
 def _row(encoder: VisionTransformer, tokens: PackedTokens) -> Tensor:
-    """(B, N), the class token's attention to the grid, mean over heads, in shares of what the grid gets."""
+    """Compute (B, N), the class token's attention to the grid, mean over heads, normalised to sum to 1."""
     rows_T1 = attend_from_class_token(encoder, tokens).mean(dim=0)[:, None]
     dense = unpack(*tokens.with_rows(rows_T1).grid_rows())[..., 0]
     return dense / dense.sum(dim=1, keepdim=True)
@@ -56,7 +56,7 @@ def _row(encoder: VisionTransformer, tokens: PackedTokens) -> Tensor:
 
 @torch.no_grad()
 def attention_of(model: HIPT, regions_R3XY: Tensor, keep_Rhw: Tensor) -> Tensor:
-    """(H, W): the three levels' attention multiplied, which is a distribution over the slide's tokens."""
+    """Compute (H, W), the product of the three levels' attention, a distribution over the slide's tokens."""
     patches = model.cut(regions_R3XY, keep_Rhw)
     tokens = model.patch_encoder.before_last_block(model.patch_tokens(patches.pixels_TIpp, patches.keep_Thw))
     side = patches.keep_Thw.shape[1]
@@ -78,12 +78,12 @@ def attention_of(model: HIPT, regions_R3XY: Tensor, keep_Rhw: Tensor) -> Tensor:
 
 
 def maps_of_slide(model: HIPT, image_3XY: Tensor, keep_HW: Tensor) -> dict[str, Tensor]:
-    """Each of :data:`MAPS` as (K, H, W); attention is the same for every output.
+    """Compute each of :data:`MAPS` as (K, H, W); attention is the same for every output.
 
     Args:
-        model: in eval mode.
-        image_3XY: uint8.
-        keep_HW: bool over the slide's tokens, those that take part.
+        model: a HIPT in eval mode.
+        image_3XY: (3, X, Y) uint8.
+        keep_HW: (H, W) bool, the tokens of the slide that take part.
     """
     regions = regions_of(image_3XY[None], REGION_PX)[0]
     keep = regions_of(keep_HW[None, None], _SIDE)[0, :, 0].contiguous()
@@ -115,7 +115,7 @@ def maps_of_slide(model: HIPT, image_3XY: Tensor, keep_HW: Tensor) -> dict[str, 
 
 
 def _questions(cohort: Cohort, slide: int, tumour: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, int, np.ndarray]]:
-    """A question to a map: a name, the output that it explains, and the tokens that are the right answer."""
+    """Yield the questions for a slide's map: name, explained output, and the tokens of the correct answer."""
     if tumour[slide].any():
         yield "tumour", TUMOUR, tumour[slide]
     if 2 <= cohort.grades_S[slide] <= 4 and b[slide].any():
@@ -123,16 +123,16 @@ def _questions(cohort: Cohort, slide: int, tumour: np.ndarray, b: np.ndarray) ->
 
 
 def judge_maps(model: HIPT, cohort: Cohort, levels: Levels, count: int) -> dict[str, list[float]]:
-    """Metrics of some slides with a lesion, each a list of one value a slide.
+    """Compute metrics of some slides with a lesion, each as a list with one value for each slide.
 
-    "attention on glass", and for each map and question the average precision over all tokens of the slide ("whole
-    slide") and over those with tissue ("tissue"), which is what a map is worth once glass is blanked in it.
+    These are "attention on glass" and, for each map and question, the average precision over all tokens of the slide
+    ("whole slide") and over those with tissue ("tissue"), which a map reaches once glass is blanked out.
 
     Args:
-        model: in eval mode.
-        cohort: grades in turn, two slides a patient.
-        levels: those at which background takes no part; all or none.
-        count: slides.
+        model: a HIPT in eval mode.
+        cohort: a cohort with grades in turn and two slides for each patient.
+        levels: levels at which background is masked: all or none.
+        count: number of slides.
     """
     found: dict[str, list[float]] = {}
     tumour, b, tissue = cohort.pattern("pattern A", "pattern B"), cohort.pattern("pattern B"), cohort.tissue
@@ -145,9 +145,9 @@ def judge_maps(model: HIPT, cohort: Cohort, levels: Levels, count: int) -> dict[
         for question, output, truth in _questions(cohort, slide, tumour, b):
             scored = {name: maps[name][output].numpy().astype(np.float64) for name in MAPS}
             for name, values in scored.items():
-                for where, part in (("whole slide", np.ones_like(inside)), ("tissue", inside)):
-                    score = average_precision_score(truth[part], values[part])
+                for where, area in (("whole slide", np.ones_like(inside)), ("tissue", inside)):
+                    score = average_precision_score(truth[area], values[area])
                     found.setdefault(f"{question}|{where}|{name}", []).append(float(score))
-            for where, part in (("whole slide", np.ones_like(inside)), ("tissue", inside)):
-                found.setdefault(f"{question}|{where}|random", []).append(float(truth[part].mean()))
+            for where, area in (("whole slide", np.ones_like(inside)), ("tissue", inside)):
+                found.setdefault(f"{question}|{where}|random", []).append(float(truth[area].mean()))
     return found

@@ -1,8 +1,8 @@
-"""Toys of HIPT for the grading experiment, trained with glass, without it, and with a part of it left out.
+"""Toy HIPT models for the grading experiment, trained with glass, without it, or with some of it left out.
 
-Stage 1 trains a patch encoder to tell what patches are made of, marks among it, as general encoders can; it is frozen
-then. Stage 2 trains the region and the slide level on the patients' grades alone. The grade is ordinal: output k is the
-logit of a grade above k.
+Stage 1 trains a patch encoder to predict the composition of patches, marks included, as general encoders can; it is
+then frozen. Stage 2 trains the region and the slide level on the patients' grades only. The grade is ordinal: output k
+is the logit of a grade above k.
 
 Dimension key: S slides, R = 2·3 regions, N = 4·4 patches of a region, M patches, h·w tokens of a patch, C channels,
 K = 5 outputs.
@@ -49,12 +49,12 @@ GRID_OF_REGIONS = (SIZE_PX[0] // REGION_PX, SIZE_PX[1] // REGION_PX)
 SIDE = PATCH_PX // TOKEN_PX  # tokens along a patch
 WIDTH = 32
 PIXEL_MEAN, PIXEL_STD = (0.85, 0.78, 0.86), (0.20, 0.27, 0.16)
-_WHITE = 246  # of glass under the inside scanner, about
+_WHITE = 246  # about the brightness of glass under the inside scanner
 
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels at which background takes no part."""
+    """The levels at which background is masked."""
 
     tokens: bool
     patches: bool
@@ -71,9 +71,9 @@ class Plan:
     Attributes:
         patients: number in the training cohort.
         test_patients: number in each test cohort.
-        patch_steps, patch_batch: of stage 1.
-        slide_steps, slide_batch: of stage 2.
-        explained: slides whose maps are judged, of each test cohort.
+        patch_steps, patch_batch: steps and batch size of stage 1.
+        slide_steps, slide_batch: steps and batch size of stage 2.
+        explained: number of slides of each test cohort whose maps are judged.
     """
 
     patients: int = 60
@@ -92,8 +92,8 @@ class Tensors:
     Attributes:
         pixels_SRN3pp: (S, R, N, 3, 32, 32) uint8.
         keep_SRNhw: (S, R, N, 4, 4) bool, tokens with tissue.
-        shares_SRNMhw: (S, R, N, M, 4, 4), shares of each kind.
-        grades_S, patients_S: (S,).
+        shares_SRNMhw: (S, R, N, M, 4, 4), the share of each of M kinds.
+        grades_S, patients_S: (S,), grades and numbers of the patients.
     """
 
     pixels_SRN3pp: Tensor
@@ -103,7 +103,7 @@ class Tensors:
     patients_S: Tensor
 
     def keep_patches(self, levels: Levels) -> Tensor:
-        """(S, R, N) bool, the patches that take part; a region without one takes none."""
+        """Return (S, R, N) bool, the patches that take part; a region without any is left out."""
         tissue = self.keep_SRNhw.flatten(3).any(dim=3)
         if levels.patches:
             return tissue
@@ -113,7 +113,7 @@ class Tensors:
 
 
 def regions_of(images_S3XY: Tensor, side: int) -> Tensor:
-    """(S, 3, X, Y) to (S, R, 3, side, side), row-major, for images, masks and maps."""
+    """Cut (S, 3, X, Y) images, masks or maps into regions (S, R, 3, side, side), in row-major order."""
     cut = images_S3XY.unflatten(2, (-1, side)).unflatten(4, (-1, side))  # [S, 3, n, side, m, side]
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
@@ -136,25 +136,25 @@ def as_tensors(cohort: Cohort) -> Tensors:
 
 
 def whitened(data: Tensors) -> Tensors:
-    """The same slides, with every token without tissue set to white."""
+    """Return the same slides with every token without tissue set to white."""
     large = data.keep_SRNhw.repeat_interleave(TOKEN_PX, 3).repeat_interleave(TOKEN_PX, 4)
     pixels = data.pixels_SRN3pp.masked_fill(~large[:, :, :, None], _WHITE)
     return Tensors(pixels, data.keep_SRNhw, data.shares_SRNMhw, data.grades_S, data.patients_S)
 
 
 def hipt_of(patch_encoder: VisionTransformer, upper: nn.ModuleDict) -> HIPT:
-    """The three levels as the package's model, in eval mode."""
+    """Return the three levels as the package's model, in eval mode."""
     model = HIPT(patch_encoder, upper["region"], upper["slide"], PATCH_PX, PIXEL_MEAN, PIXEL_STD)
     return model.eval()
 
 
 def new_patch_encoder() -> VisionTransformer:
-    """The patch level before training."""
+    """Return an untrained patch level."""
     return VisionTransformer(img_size=PATCH_PX, patch_size=TOKEN_PX, embed_dim=WIDTH, depth=2, num_heads=2)
 
 
 def new_upper_levels() -> nn.ModuleDict:
-    """Region and slide level before training."""
+    """Return untrained region and slide levels."""
     region = VisionTransformer(
         img_size=PATCHES, patch_size=1, in_chans=WIDTH, embed_dim=WIDTH, depth=2, num_heads=2, embed_act="gelu"
     )
@@ -173,7 +173,7 @@ def new_upper_levels() -> nn.ModuleDict:
 
 
 def _optimise(module: nn.Module, steps: int, rate: float) -> Iterator[Callable[[Tensor], None]]:
-    """A function for each step that takes its loss: AdamW, one cycle, clipped gradients."""
+    """Yield a function for each step that takes the loss: AdamW, one cycle, clipped gradients."""
     optimiser = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
 
@@ -194,9 +194,9 @@ def _tokens(encoder: VisionTransformer, pixels_M3pp: Tensor, keep_Mhw: Tensor | 
 
 
 def train_patch_encoder(data: Tensors, masked: bool, plan: Plan, seed: int) -> VisionTransformer:
-    """Stage 1: which shares of the tokens that take part are of each kind; scanners' colours are made to vary.
+    """Stage 1: train to predict the share of each kind in the tokens that take part, with colour augmentation.
 
-    Half of the patches hold tissue; masked, all do.
+    Half of the patches contain tissue; if masked, all do.
     """
     torch.manual_seed(seed)
     encoder, head = new_patch_encoder(), nn.Linear(WIDTH, len(KINDS))
@@ -213,26 +213,26 @@ def train_patch_encoder(data: Tensors, masked: bool, plan: Plan, seed: int) -> V
         images = pixels[picked].float()
         gain = 1 + 0.06 * torch.randn(len(picked), 3, 1, 1)
         images = (images * gain + 6 * torch.randn(len(picked), 3, 1, 1)).clamp(0, 255).round().to(torch.uint8)
-        part = keep[picked] if masked else torch.ones_like(keep[picked])
-        weight = part[:, None].float()
+        taking_part = keep[picked] if masked else torch.ones_like(keep[picked])
+        weight = taking_part[:, None].float()
         truth = (shares[picked].float() * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3))
-        take(F.cross_entropy(head(_tokens(encoder, images, part)), truth))
+        take(F.cross_entropy(head(_tokens(encoder, images, taking_part)), truth))
     return encoder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def encode(encoder: VisionTransformer, data: Tensors, mask_tokens: bool, batch: int = 1024) -> Tensor:
-    """(S, R, N, C) of every patch; where tokens are masked, a patch of glass gives what its class token alone gives."""
+    """Encode every patch, (S, R, N, C); with masked tokens, a patch of glass has only its class token."""
     pixels, keep = data.pixels_SRN3pp.flatten(0, 2), data.keep_SRNhw.flatten(0, 2)
     rows = [
-        _tokens(encoder, images, part if mask_tokens else None)
-        for images, part in zip(pixels.split(batch), keep.split(batch), strict=True)
+        _tokens(encoder, images, tissue if mask_tokens else None)
+        for images, tissue in zip(pixels.split(batch), keep.split(batch), strict=True)
     ]
     return torch.cat(rows).unflatten(0, data.keep_SRNhw.shape[:3])
 
 
 def _slide_logits(upper: nn.ModuleDict, features_SRNC: Tensor, keep_SRN: Tensor) -> Tensor:
-    """(S, K), all slides packed together."""
+    """Compute the slides' logits (S, K), with all slides packed together."""
     region, slide = upper["region"], upper["slide"]
     assert isinstance(region, VisionTransformer)
     assert isinstance(slide, VisionTransformer)
@@ -246,15 +246,15 @@ def _slide_logits(upper: nn.ModuleDict, features_SRNC: Tensor, keep_SRN: Tensor)
 
 
 def _flipped(grids: Tensor, axis: int) -> Tensor:
-    """(S, R, N, ...) of slides turned over: regions and the patches in them."""
-    whole = grids.unflatten(1, GRID_OF_REGIONS).unflatten(3, (PATCHES, PATCHES))
-    return whole.flip(1 + axis, 3 + axis).flatten(3, 4).flatten(1, 2)
+    """Mirror slides (S, R, N, ...): their regions and the patches in them."""
+    unfolded = grids.unflatten(1, GRID_OF_REGIONS).unflatten(3, (PATCHES, PATCHES))
+    return unfolded.flip(1 + axis, 3 + axis).flatten(3, 4).flatten(1, 2)
 
 
 def train_upper_levels(
     features_SRNC: Tensor, keep_SRN: Tensor, grades_S: Tensor, plan: Plan, seed: int
 ) -> nn.ModuleDict:
-    """Stage 2: region and slide level on slides' grades, on slides turned over and thinned out."""
+    """Stage 2: train region and slide level on slides' grades, with mirrored slides and random patches left out."""
     torch.manual_seed(1000 + seed)
     upper = new_upper_levels().train()
     above_SK = (grades_S[:, None] > torch.arange(GRADES - 1)).float()
@@ -272,12 +272,12 @@ def train_upper_levels(
 
 @torch.no_grad()
 def probabilities(upper: nn.ModuleDict, features_SRNC: Tensor, keep_SRN: Tensor) -> Tensor:
-    """(S, K), of a grade above each k."""
+    """Compute the probabilities (S, K) of a grade above each k."""
     return _slide_logits(upper, features_SRNC, keep_SRN).sigmoid()
 
 
 def grades_of(probabilities_SK: Tensor, patients_S: Tensor) -> Tensor:
-    """(P,) grades of the patients in the order of their numbers, from the means over their slides."""
+    """Compute the patients' grades (P,), in the order of their numbers, from the means over their slides."""
     count = int(patients_S.max()) + 1
     total = torch.zeros(count, probabilities_SK.shape[1]).index_add_(0, patients_S, probabilities_SK)
     slides = torch.zeros(count).index_add_(0, patients_S, torch.ones(len(patients_S)))

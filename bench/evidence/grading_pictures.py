@@ -1,4 +1,4 @@
-"""Pictures of the grading experiment: the cohort, and maps of a slide of the other centre, plain and masked."""
+"""Pictures of the grading experiment: the cohort, and plain and masked maps of a slide of the other centre."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _save(figure: Figure, path: Path, dpi: int) -> None:
 
 
 def draw_cohort_picture(path: Path) -> None:
-    """A row for each grade: what is planted, the slide inside the centre, the same tissue outside it."""
+    """Draw a row for each grade: the planted patterns, the slide inside the centre, the same tissue outside it."""
     colours = np.array([(255, 255, 255), (60, 60, 60), (200, 200, 200), (255, 190, 60), (200, 30, 40)], np.uint8)
     figure = Figure(figsize=(7.2, 1.62 * GRADES + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
@@ -45,13 +45,13 @@ def draw_cohort_picture(path: Path) -> None:
 
 
 def draw_map_picture(folder: Path, path: Path, plan: Plan, seed: int) -> None:
-    """A slide of grade 3 from outside: maps of a grade above 0, plain above and masked below.
+    """Draw maps of a grade above 0 for a slide of grade 3 from outside: plain in the first row, masked in the second.
 
     Args:
-        folder: of a run, whose weights are read.
-        path: of the picture.
-        plan: of the run.
-        seed: whose weights.
+        folder: folder of a run, whose weights are read.
+        path: path of the picture.
+        plan: plan of the run.
+        seed: seed of the weights.
     """
     bench = Bench(seed, plan, folder / f"seed{seed}")
     cohort = draw_cohort(7, 4, "outside", marks_tell=False)

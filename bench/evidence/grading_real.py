@@ -1,9 +1,9 @@
-"""Real tissue under a mark that goes with the label: colon glands on glass, frozen encoders, probes.
+"""Real tissue with marks that correlate with the label: colon glands on glass, frozen encoders, linear probes.
 
-A piece of each of GlaS's training images lies on a square of glass. Where probes are trained, a pen stroke beside it
-goes with the label in nine of ten images; they are judged leaving one patient out on the same pieces with the marks as
-in training, with none, and with marks that go with nothing. Marks are on tokens of glass alone, so that masked features
-do not know them at all; plain features of the unmarked squares are what comes of setting the glass to white.
+A piece of each of GlaS's training images is pasted onto a square of glass. In the probes' training data, a pen stroke
+next to it agrees with the label in nine of ten images. Probes are judged by leaving one patient out, on the same pieces
+with the marks of training, without marks, and with uninformative marks. Marks are only on tokens of glass, so masked
+features do not depend on them at all; plain features of the unmarked squares are those of glass set to white.
 
 Dimension key: B images, H·W grid tokens, C channels.
 """
@@ -31,20 +31,20 @@ __all__ = ["MARKS", "encode_masked", "on_glass", "real_section", "scores_of"]
 
 MARKS = ("as in training", "none", "shuffled")
 _GLASS = 0.955
-_TELLS = 0.9  # share of the marks that go with the label, where they tell
-_TOKEN_PX = 16  # marks keep this far from tissue: more than a token's side
+_TELLS = 0.9  # share of informative marks that agree with the label
+_TOKEN_PX = 16  # distance of marks from tissue, at least the side of a token
 _INKS = ((0.14, 0.31, 0.68), (0.16, 0.18, 0.20))
 
 
 def on_glass(squares: Crops, marks: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Pieces of tissue on glass, (B, 3, 224, 224) in 0 … 1, and the tissue (B, 224, 224) bool.
+    """Paste pieces of tissue onto glass, (B, 3, 224, 224) in 0 … 1; also return the tissue (B, 224, 224) bool.
 
-    The pieces and the places are the same whatever the marks.
+    The pieces and their positions are the same whatever the marks.
 
     Args:
-        squares: tissue.
-        marks: of :data:`MARKS`.
-        seed: of every choice.
+        squares: squares of tissue.
+        marks: one of :data:`MARKS`.
+        seed: seed of every choice.
     """
     images, tissue = [], []
     for i, (pixels, malignant) in enumerate(zip(squares.pixels_B3XY, squares.malignant_B.tolist(), strict=True)):
@@ -67,7 +67,7 @@ def on_glass(squares: Crops, marks: str, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _stroke(rng: np.random.Generator, piece: np.ndarray) -> Tensor:
-    """(224, 224) in 0 … 1, the ink of a stroke that keeps off the tissue."""
+    """Draw (224, 224) in 0 … 1, the ink of a stroke that does not touch the tissue."""
     free = cv2.dilate(piece, np.ones((2 * _TOKEN_PX + 1,) * 2, np.uint8)) == 0
     corners = np.array([(36, 36), (36, 188), (188, 36), (188, 188)])
     room = [int(free[max(0, y - 34) : y + 34, max(0, x - 34) : x + 34].sum()) for x, y in corners]
@@ -80,7 +80,7 @@ def _stroke(rng: np.random.Generator, piece: np.ndarray) -> Tensor:
 
 
 def encode_masked(model: VisionTransformer, images: Tensor, keep_BHW: Tensor, cache: Path | None = None) -> Tensor:
-    """Class tokens (B, C) without glass, kept in a folder from one run to the next."""
+    """Compute class tokens (B, C) without glass, cached in a folder."""
     digest = hashlib.sha1(images.numpy().tobytes() + keep_BHW.numpy().tobytes())
     digest.update(model.norm.weight.detach().numpy().tobytes())
     path = None if cache is None else cache / f"masked_features_{digest.hexdigest()[:16]}.pt"
@@ -95,7 +95,7 @@ def encode_masked(model: VisionTransformer, images: Tensor, keep_BHW: Tensor, ca
 
 
 def scores_of(training_BC: Tensor, asked_BC: Tensor, squares: Crops, strength: float) -> np.ndarray:
-    """(B,) malignant logits, each from a probe that has not seen the image's patient."""
+    """Compute malignant logits (B,), each from a probe that has not seen the image's patient."""
     probes, logits = Probes(training_BC, squares.malignant_B, squares.patients, strength), []
     for features_C, patient in zip(asked_BC, squares.patients, strict=True):
         weight, bias = probes.without([patient])
@@ -104,7 +104,7 @@ def scores_of(training_BC: Tensor, asked_BC: Tensor, squares: Crops, strength: f
 
 
 def _interval(scores_B: np.ndarray, squares: Crops, seed: int = 0) -> tuple[float, float]:
-    """95 % of the area under the curve over resamples of the patients, all their images together."""
+    """Compute the 95 % interval of the area under the ROC curve over resamples of the patients with their images."""
     rng, patients = np.random.default_rng(seed), np.array(squares.patients)
     names, truth = np.unique(patients), squares.malignant_B.numpy()
     rows_of = {name: np.flatnonzero(patients == name) for name in names}
@@ -118,7 +118,7 @@ def _interval(scores_B: np.ndarray, squares: Crops, seed: int = 0) -> tuple[floa
 
 
 def _one_of_each(squares: Crops, quick: bool) -> Crops:
-    """The left square of every image; for a trial, of a few of both kinds and several patients."""
+    """Return the left square of every image; for a trial, of a few images of both kinds and several patients."""
     rows = torch.arange(0, len(squares.names), 2)
     if quick:
         kinds = [rows[squares.malignant_B[rows] == wanted] for wanted in (False, True)]

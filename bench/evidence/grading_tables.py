@@ -1,4 +1,4 @@
-"""Tables of the grading experiment: means over seeds, with intervals over seeds and over patients, said which.
+"""Tables of the grading experiment: means over seeds, with intervals over seeds and over patients.
 
 Dimension key: P patients, J resamples of the patients.
 """
@@ -29,9 +29,9 @@ def kappa(truth_P: list[int], predicted_P: list[int]) -> float:
 
 
 def kappas_of_resamples(truth_P: np.ndarray, predicted_P: np.ndarray, counts_JP: np.ndarray) -> np.ndarray:
-    """(J,) quadratic-weighted kappas of patients that count several times or not at all.
+    """Compute (J,) quadratic-weighted kappas of resamples, in which patients count several times or not at all.
 
-    Its weights make it 1 − E(t − p)² / (E t² + E p² − 2 E t · E p).
+    With quadratic weights, kappa is 1 − E(t − p)² / (E t² + E p² − 2 E t · E p).
     """
     t, p = truth_P.astype(np.float64), predicted_P.astype(np.float64)
     share_JP = counts_JP / counts_JP.sum(axis=1, keepdims=True)
@@ -41,7 +41,7 @@ def kappas_of_resamples(truth_P: np.ndarray, predicted_P: np.ndarray, counts_JP:
 
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of the t distribution's 95 % interval; NaN with one seed."""
+    """Compute the mean and half the width of the t distribution's 95 % interval; NaN for one seed."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, float("nan")
@@ -60,7 +60,7 @@ def _kappas(results: Results, arm: str, test: str) -> dict[int, float]:
 
 
 def _difference(results: Results, first: str, second: str, test: str) -> tuple[str, str]:
-    """First less second: mean and interval over seeds, and interval over patients of the mean over seeds."""
+    """Return the difference of two arms: mean and interval over seeds, and interval over patients of that mean."""
     seeds = sorted(set(results[first]) & set(results[second]))
     of = [_kappas(results, arm, test) for arm in (first, second)]
     differences = [of[0][seed] - of[1][seed] for seed in seeds]
@@ -86,7 +86,7 @@ def _counts(results: Results) -> str:
 
 
 def kappa_table(results: Results) -> str:
-    """The main question: kappa of plain and masked in the three test cohorts, and their difference."""
+    """Return the table of the main question: kappa of plain and masked in the three test cohorts, and their gap."""
     lines = ["| | " + " | ".join(TESTS) + " |", "|---" * (len(TESTS) + 1) + "|"]
     for arm in MAIN:
         cells = [_cell(list(_kappas(results, arm, test).values())) for test in TESTS]
@@ -102,7 +102,7 @@ def kappa_table(results: Results) -> str:
 
 
 def ablation_table(results: Results) -> str:
-    """Kappa of every arm that is there."""
+    """Return the table of every stored arm's kappa."""
     lines = ["| trained and asked | seeds | " + " | ".join(TESTS) + " |", "|---" * (len(TESTS) + 2) + "|"]
     for arm in ARMS:
         if arm.name in results:
@@ -112,13 +112,13 @@ def ablation_table(results: Results) -> str:
     for marks in ("marks tell nothing", "marks over tissue"):
         pair = f"masked, {marks}", f"plain, {marks}"
         if set(pair) <= set(results):
-            told = "; ".join(f"{test} {_difference(results, *pair, test)[0]}" for test in TESTS)
-            differences.append(f"Masked less plain where {marks.replace('marks', 'marks in training', 1)}: {told}.")
+            by_test = "; ".join(f"{test} {_difference(results, *pair, test)[0]}" for test in TESTS)
+            differences.append(f"Masked less plain where {marks.replace('marks', 'marks in training', 1)}: {by_test}.")
     return "\n".join([*lines, "", *differences]).strip()
 
 
 def map_table(results: Results) -> str:
-    """Attention on glass, and the average precision of each map, plain and masked, inside and outside."""
+    """Return tables of attention on glass and of each map's average precision, plain and masked, inside and outside."""
     means: dict[tuple[str, str, str], list[float]] = {}
     for arm in MAIN:
         for result in results[arm].values():
@@ -149,7 +149,7 @@ def map_table(results: Results) -> str:
 
 
 def time_line(results: Results) -> str:
-    """What the run cost."""
+    """Return the processor time of the run, in words."""
     seconds = sum(result["seconds"] for seeds in results.values() for result in seeds.values())
     count = sum(len(seeds) for seeds in results.values())
     return f"{count} trainings of {len(results)} kinds took {seconds / 60:.1f} minutes of one core's processor time."

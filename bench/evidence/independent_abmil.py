@@ -1,11 +1,11 @@
-"""ABMIL and the masked ViT as `maskattn crossval` trains them, against an ABMIL loop that shares nothing with them.
+"""ABMIL and the masked ViT as trained by `maskattn crossval`, compared with an independent ABMIL training loop.
 
     python -m bench.evidence.independent_abmil            # draws a cohort, trains, compares, writes the result
 
-The cohort is synthetic: features of 150 patients, one slide each; a tenth of a positive patient's tiles is moved
-along one direction. The independent loop reads the files with h5py and is torch alone: gated attention (Ilse et al.),
-AdamW, the same epochs, the epoch with the lowest validation loss. Folds, patients and features are the same for all.
-Seeded; some minutes on two cores.
+The cohort is synthetic: features of 150 patients with one slide each, in which a tenth of a positive patient's tiles is
+shifted along one direction. The independent loop reads the files with h5py and uses only torch: gated attention (Ilse
+et al.), AdamW, the same number of epochs, and the epoch with the lowest validation loss. Folds, patients and features
+are the same for all. Everything is seeded; a run takes some minutes on two cores.
 
 Dimension key: T tiles, C channels.
 """
@@ -42,7 +42,7 @@ FOLDS, EPOCHS, LR, BATCH, SEED = 5, 20, 1e-3, 8, 0
 
 
 def draw_cohort(folder: Path) -> tuple[Path, Path]:
-    """Features in TRIDENT's layout, and the table of labels."""
+    """Write features in TRIDENT's layout and the table of labels, and return their paths."""
     rng = np.random.default_rng(SEED)
     direction = rng.normal(size=CHANNELS)
     direction /= np.linalg.norm(direction)
@@ -78,7 +78,7 @@ def draw_cohort(folder: Path) -> tuple[Path, Path]:
 
 
 class PlainABMIL(nn.Module):
-    """Gated attention pooling, from the paper's formula."""
+    """Gated attention pooling, after the paper's formula."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,14 +87,14 @@ class PlainABMIL(nn.Module):
         self.classes = nn.Linear(WIDTH, 2)
 
     def forward(self, tiles_TC: Tensor) -> Tensor:
-        """(T, C) tiles of a slide → (2,) logits."""
+        """Map the tiles of a slide (T, C) to logits (2,)."""
         hidden = F.dropout(torch.relu(self.first(tiles_TC)), 0.1, self.training)
         attention = torch.softmax(self.w(torch.tanh(self.v(hidden)) * torch.sigmoid(self.u(hidden))), dim=0)
         return self.classes((attention * hidden).sum(0))
 
 
 def plain_loop(bags: dict[str, Tensor], labels: dict[str, int], split: Split, seed: int) -> Predictions:
-    """Train it, and predict the test part with the epoch whose validation loss is lowest."""
+    """Train a model, and predict the test part with the epoch whose validation loss is lowest."""
     torch.manual_seed(seed)
     model = PlainABMIL()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
@@ -110,24 +110,24 @@ def plain_loop(bags: dict[str, Tensor], labels: dict[str, int], split: Split, se
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        logits = said_by(model, bags, split.validation)
+        logits = logits_of(model, bags, split.validation)
         loss = float(F.cross_entropy(logits, torch.tensor([labels[name] for name in split.validation])))
         if loss < best_loss:
             best_loss, best_state = loss, {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(best_state)
-    scores = torch.softmax(said_by(model, bags, split.test).double(), dim=1).numpy()
+    scores = torch.softmax(logits_of(model, bags, split.test).double(), dim=1).numpy()
     return Predictions("binary", "tumour", split.test, scores, [labels[name] for name in split.test], ("0", "1"))
 
 
 @torch.no_grad()
-def said_by(model: nn.Module, bags: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
-    """Logits of patients."""
+def logits_of(model: nn.Module, bags: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    """Compute the logits of patients."""
     model.eval()
     return torch.stack([model(bags[name]) for name in names])
 
 
 class Ours:
-    """Our models, as `crossval` trains them."""
+    """This package's models, as `crossval` trains them."""
 
     def __init__(self, settings: TrainSettings, cohort: Cohort) -> None:
         self.settings, self.cohort = settings, cohort
@@ -142,7 +142,7 @@ class Ours:
 
 
 def run(folder: Path, tell: Callable[[str], None]) -> str:
-    """Train all, compare, and say so as Markdown."""
+    """Train all models, compare them, and return the result as Markdown."""
     features, labels = draw_cohort(folder)
     plain = TrainSettings(features=features, labels=labels, task="binary", target="tumour", device="cpu")
     cohort = cohort_of(plain)
@@ -172,14 +172,15 @@ def run(folder: Path, tell: Callable[[str], None]) -> str:
 
 
 def table(found: dict[str, Predictions]) -> str:
-    """AUC and Brier score of each with intervals, and the paired difference from the independent loop."""
+    """Return a table of AUC and Brier score with intervals, and the paired difference from the independent loop."""
     reference = found["independent ABMIL"]
     lines = ["| model | AUC | Brier score | AUC less the independent loop's | p |", "|---|---|---|---|---|"]
     for name, predictions in found.items():
         metrics = evaluate_predictions(predictions).metrics
         apart = None if predictions is reference else compare(reference, predictions)[0]
-        told = ("", "") if apart is None else (value_text(apart.difference), f"{apart.p:.2f}")
-        lines.append(f"| {name} | {value_text(metrics['auc'])} | {value_text(metrics['brier'])} | {' | '.join(told)} |")
+        cells = ("", "") if apart is None else (value_text(apart.difference), f"{apart.p:.2f}")
+        cells = (value_text(metrics["auc"]), value_text(metrics["brier"]), *cells)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

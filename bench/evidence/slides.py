@@ -2,11 +2,11 @@
 
     python -m bench.evidence.slides            # draws slides, trains, judges, writes the table and the figure
 
-Synthetic slides (maskattn.demo.synthetic; benign against low, whose lesions are subtle) are seen whole at 4 µm/px, in
-tokens of 64 µm. A masked and a plain vision transformer, alike in all else, are trained on clean slides, and on slides
-whose glass carries a pen stroke that goes along with the class; both are tested on fresh slides, clean and with strokes
-that go along with nothing. Strokes stay a token away from the tissue: what is judged is the mask, not the finding of
-tissue. Seeded; about fifteen minutes on two cores.
+Synthetic slides (maskattn.demo.synthetic; benign against low, whose lesions are subtle) are read entirely at 4 µm/px,
+in tokens of 64 µm. A masked and a plain vision transformer, which are otherwise identical, are trained on clean slides,
+and on slides with a pen stroke on the glass that agrees with the class. Both are tested on fresh slides, clean and with
+uninformative strokes. Strokes keep a token's distance from the tissue, so that the mask is judged and not tissue
+detection. Everything is seeded; a run takes about fifteen minutes on two cores.
 
 Dimension key: B slides, H·W grid tokens.
 """
@@ -44,7 +44,7 @@ FIRST_TEST_SEED = 500_000
 
 @dataclass(frozen=True)
 class Slides:
-    """Slides seen whole.
+    """Entire slides as images.
 
     Attributes:
         clean_BIXY, marked_BIXY: (B, 3, 192, 192) uint8, the same slides without and with a stroke on the glass.
@@ -60,20 +60,20 @@ class Slides:
     label_B: Tensor
 
     def images(self, marked_B: Tensor) -> Tensor:
-        """Float images, marked or clean, about zero mean."""
+        """Return float images, marked or clean, with a mean of about zero."""
         pixels = torch.where(marked_B[:, None, None, None], self.marked_BIXY, self.clean_BIXY)
         return pixels.float() / 127.5 - 1
 
 
 def draw(seed: int, lesion_class: str = "high") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """Clean image, marked image, tissue tokens, lesion tokens and label of one slide."""
+    """Draw one slide: clean image, marked image, tissue tokens, lesion tokens and label."""
     label = seed % 2
     slide = make_slide(seed, label * CLASSES.index(lesion_class), SLIDE_PX)
     marked = slide.image_HW3.copy()
     near = cv2.dilate(slide.tissue_HW.astype(np.uint8), np.ones((2 * TOKEN_PX * REDUCTION + 1,) * 2, np.uint8)) > 0
     stroke = np.zeros(slide.tissue_HW.shape, np.uint8)
     rng = np.random.default_rng(seed)
-    for _ in range(6):  # strokes are cut to the glass; one of them may lie on tissue alone
+    for _ in range(6):  # strokes are clipped to the glass, and some may be entirely on tissue
         ends = rng.integers(0, SLIDE_PX, (2, 2))
         cv2.line(stroke, tuple(map(int, ends[0])), tuple(map(int, ends[1])), 1, int(rng.integers(24, 40)))
         if (stroke.astype(bool) & ~near).sum() > 6000:
@@ -89,26 +89,26 @@ def draw(seed: int, lesion_class: str = "high") -> tuple[np.ndarray, np.ndarray,
 
 
 def draw_slides(first_seed: int, count: int, lesion_class: str) -> Slides:
-    """Slides of consecutive seeds, half of them benign."""
+    """Draw slides of consecutive seeds, half of them benign."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         drawn = list(
             pool.map(partial(draw, lesion_class=lesion_class), range(first_seed, first_seed + count), chunksize=20)
         )
-    clean, marked, keep, lesion = (torch.from_numpy(np.stack(part)) for part in list(zip(*drawn, strict=True))[:4])
+    clean, marked, keep, lesion = (torch.from_numpy(np.stack(column)) for column in list(zip(*drawn, strict=True))[:4])
     return Slides(clean, marked, keep, lesion, torch.tensor([row[4] for row in drawn]))
 
 
 def new_model() -> VisionTransformer:
-    """A class-token ViT of three blocks for whole slides, untrained."""
+    """Return an untrained class-token ViT of three blocks for entire slides."""
     return VisionTransformer(
         img_size=IMAGE_PX, patch_size=TOKEN_PX, num_classes=2, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0
     ).eval()
 
 
 def train(slides: Slides, masked: bool, telling: float, seed: int, steps: int, batch: int = 32) -> VisionTransformer:
-    """A class-token ViT of three blocks; everything but the mask and the strokes is the same for all.
+    """Train a class-token ViT of three blocks; everything but the mask and the strokes is the same for all.
 
-    ``telling`` is the share of slides whose stroke says their class; 0: no slide has one.
+    ``telling`` is the share of slides whose stroke agrees with their class; for 0, no slide has a stroke.
     """
     torch.manual_seed(seed)
     model = new_model().train()
@@ -134,19 +134,19 @@ def train(slides: Slides, masked: bool, telling: float, seed: int, steps: int, b
 
 
 def for_lesion(logits_B2: Tensor) -> Tensor:
-    """The score that is explained: a softmax of two classes knows their difference alone."""
+    """Return the explained score: the difference of the logits, on which a softmax of two classes depends."""
     return logits_B2[:, 1] - logits_B2[:, 0]
 
 
 def judge(model: VisionTransformer, slides: Slides, images: Tensor, masked: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Metrics of each slide, and its attention map and its map for the lesion, (B, 2, H, W)."""
+    """Compute metrics of each slide, and its attention map and its map for the lesion, (B, 2, H, W)."""
     keeps = slides.keep_BHW if masked else torch.ones_like(slides.keep_BHW)
-    parts = list(zip(images.split(50), keeps.split(50), strict=True))
+    batches = list(zip(images.split(50), keeps.split(50), strict=True))
     with torch.no_grad():
-        right = torch.cat([model(x, keep) for x, keep in parts]).argmax(dim=1) == slides.label_B
-    attention = torch.cat([AttentionMap(model).attribute(x, keep) for x, keep in parts])
-    relevance = torch.cat([CDAM(model).attribute(x, for_lesion, keep) for x, keep in parts])
-    integrated = torch.cat([IntegratedCDAM(model, 20, "norm").attribute(x, for_lesion, keep) for x, keep in parts])
+        right = torch.cat([model(x, keep) for x, keep in batches]).argmax(dim=1) == slides.label_B
+    attention = torch.cat([AttentionMap(model).attribute(x, keep) for x, keep in batches])
+    relevance = torch.cat([CDAM(model).attribute(x, for_lesion, keep) for x, keep in batches])
+    integrated = torch.cat([IntegratedCDAM(model, 20, "norm").attribute(x, for_lesion, keep) for x, keep in batches])
     background = ~slides.keep_BHW
     values = {
         "accuracy": right.double(),
@@ -163,7 +163,7 @@ def judge(model: VisionTransformer, slides: Slides, images: Tensor, masked: bool
 
 
 def precisions(maps_BHW: Tensor, slides: Slides, inside_tissue: bool) -> Tensor:
-    """Average precision of each map against the lesion's tokens; NaN where there is no lesion."""
+    """Compute the average precision of each map against the lesion's tokens; NaN without a lesion."""
     found = []
     for values, lesion, keep in zip(maps_BHW, slides.lesion_BHW, slides.keep_BHW, strict=True):
         area = keep if inside_tissue else torch.ones_like(keep)
@@ -173,7 +173,7 @@ def precisions(maps_BHW: Tensor, slides: Slides, inside_tissue: bool) -> Tensor:
 
 
 def draw_figure(images: Tensor, lesions: Tensor, maps: dict[str, Tensor], path: Path) -> None:
-    """A row for each slide: image, lesion, and attention and relevance of each model."""
+    """Draw a row for each slide: image, lesion, and attention and relevance of each model."""
     columns = [(name, kind) for kind in range(2) for name in maps]
     figure = Figure(figsize=(1.75 * (len(columns) + 2), 1.75 * len(images) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -202,9 +202,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--lesion", choices=CLASSES[1:], default="low", help="the class that is not benign")
-    parser.add_argument("--telling", type=float, default=1.0, help="share of strokes that say the class, in training")
+    parser.add_argument(
+        "--telling", type=float, default=1.0, help="share of training strokes that agree with the class"
+    )
     parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
-    parser.add_argument("--cache", type=Path, help="keep the drawn slides here, and take them if they are there")
+    parser.add_argument("--cache", type=Path, help="file for the drawn slides, which are loaded if it exists")
     arguments = parser.parse_args()
     if arguments.cache is not None and arguments.cache.exists():
         training, testing = (Slides(*part) for part in torch.load(arguments.cache))

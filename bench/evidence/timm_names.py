@@ -1,10 +1,10 @@
-"""Every vision transformer that timm names: converted, refused by the part it needs, or wrong.
+"""Conversion of every vision transformer in timm: converted, refused for a module it needs, or wrong.
 
     python -m bench.evidence.timm_names --write          # bench/results/timm_names.md
     python -m bench.evidence.timm_names "vit_tiny*"      # some names, printed
 
-Models are built narrow and two blocks deep, with random weights. A model is converted where its output agrees to float
-rounding, wrong where it does not, and a fault where anything but ``UnsupportedModelError`` is raised.
+Models are built narrow and two blocks deep, with random weights. A model counts as converted if its output agrees to
+float rounding, as wrong if it does not, and as a fault if anything but ``UnsupportedModelError`` is raised.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from maskattn.nn import from_timm
 from maskattn.nn.adapters.conversion import UnsupportedModelError
 
 PATTERNS = ("*vit*", "deit*", "eva*", "beit*", "siglip*", "*dino*")
-# Where the models live that could convert; others are built without numbers, and refused for what they are.
+# Modules of the models that may be convertible; others are built on the meta device and refused for their kind.
 ROOMS = ("timm.models.vision_transformer", "timm.models.eva", "timm.models.deit")
 SIZES = ({"depth": 2, "embed_dim": 96, "num_heads": 3}, {"depth": 2}, {})
 RESULTS = Path(__file__).parents[1] / "results" / "timm_names.md"
-TOLERANCE = 1e-4  # of the largest output: float32 through two blocks
+TOLERANCE = 1e-4  # relative to the largest output: float32 through two blocks
 
 
 def small_model(name: str) -> tuple[nn.Module, bool]:
-    """The model, as small as its arguments let it be, and whether it has numbers."""
+    """Build a model as small as its arguments permit, and return it and whether its weights have values."""
     import timm
 
     if timm.model_entrypoint(name).__module__ in ROOMS:
@@ -39,14 +39,14 @@ def small_model(name: str) -> tuple[nn.Module, bool]:
             try:
                 return timm.create_model(name, pretrained=False, **size).eval(), True
             except (AssertionError, TypeError, ValueError, RuntimeError):
-                continue  # it takes no such argument, or none of this value
+                continue  # it does not take such an argument or value
     with torch.device("meta"):
         return timm.create_model(name, pretrained=False).eval(), False
 
 
 @torch.no_grad()
 def verdict(name: str) -> tuple[str, str]:
-    """converted, refused, wrong, not run or fault; and why."""
+    """Return a verdict ("converted", "refused", "wrong", "not run", "not built" or "fault") and the reason."""
     try:
         theirs, has_numbers = small_model(name)
     except Exception as error:
@@ -71,7 +71,7 @@ def verdict(name: str) -> tuple[str, str]:
 
 
 def report(verdicts: dict[str, tuple[str, str]], version: str) -> str:
-    """Counts, then the reasons with their names, most frequent first."""
+    """Return a page of counts, then of reasons with names, most frequent first."""
     counts = Counter(kind for kind, _ in verdicts.values())
     lines = [
         "# timm's names",
@@ -89,7 +89,7 @@ def report(verdicts: dict[str, tuple[str, str]], version: str) -> str:
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, (kind, why) in verdicts.items():
         if kind != "converted":
-            # The model's own numbers would make a reason of each.
+            # Numbers are replaced, because otherwise every model would have a reason of its own.
             reasons[f"{kind}: {re.sub(r'[0-9]+', 'n', why)}"].append(name)
     for why, names in sorted(reasons.items(), key=lambda item: -len(item[1])):
         lines.append(f"| {why.replace('|', '/')} | {len(names)} | {', '.join(names[:3])} |")

@@ -2,11 +2,11 @@
 
     python -m bench.evidence.token_mask --slide CMU-1-Small-Region.svs --slide section.jpg=2.0 --cache DIR
 
-For each slide (``FILE`` or ``FILE=µm per pixel``; a plain picture is made a slide of) tiles of 224 px that overlap by
-half and are partly covered are encoded whole and with masked attention by two pretrained encoders (real_weights.py says
-where they come from; DIR keeps them), at 0.5 µm per pixel or the slide's own spacing where that is coarser. The cosine
-of both features is told by the share of tokens that are kept; beside it, how often the nearest of all whole features is
-the tile's own, and how alike different tiles are anyway. Writes bench/results/token_mask.md.
+For each slide (``FILE`` or ``FILE=µm per pixel``; a plain picture is converted to a slide), tiles of 224 px that
+overlap by half and are partly covered are encoded whole and with masked attention by two pretrained encoders
+(real_weights.py gives their sources; DIR caches them), at 0.5 µm per pixel or the slide's own spacing if that is
+coarser. The page gives the cosine of both features by the share of kept tokens, how often the nearest of all whole
+features is the tile's own, and the similarity of different tiles. Writes bench/results/token_mask.md.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ EDGES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slide", action="append", required=True, help="FILE, or FILE=µm per pixel")
-    parser.add_argument("--cache", type=Path, required=True, help="folder that keeps the encoders")
-    parser.add_argument("--most", type=int, default=60, help="partly covered tiles of each slide, evenly taken")
+    parser.add_argument("--cache", type=Path, required=True, help="folder that caches the encoders")
+    parser.add_argument("--most", type=int, default=60, help="partly covered tiles of each slide, evenly spaced")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     parts = [f"# Masked and whole tiles\n\n`{' '.join(_command(arguments))}`\n\n{_explanation()}"]
@@ -59,9 +59,9 @@ def main() -> None:
 
 @torch.inference_mode()
 def _compare(slide: str, encoder: TileEncoder, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each tile: the share of kept tokens, the cosine of both features, whether the nearest whole one is its own.
+    """Compute, for each tile: share of kept tokens, cosine of both features, whether its own whole feature is nearest.
 
-    And how alike the tile is to the nearest other one and to another at random, both whole.
+    The last two values are the cosines of whole features to the nearest other tile and to a random one.
     """
     path, _, spacing = slide.partition("=")
     with (
@@ -98,7 +98,7 @@ def _compare(slide: str, encoder: TileEncoder, most: int) -> tuple[Tensor, Tenso
 
 
 def _as_slide(path: Path, folder: Path) -> Path:
-    """The slide itself, or a tiled TIFF of a plain picture."""
+    """Return the slide itself, or a tiled TIFF of a plain picture."""
     if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
         return path
     slide = folder / f"{path.stem}.tiff"
