@@ -1,1 +1,1 @@
-"""What the shipped kernel configurations compile to, without a GPU: ``python -m bench.aot.report``."""
+"""Ahead-of-time compilation of the shipped kernel configurations, without a GPU: ``python -m bench.aot.report``."""

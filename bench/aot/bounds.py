@@ -1,10 +1,10 @@
-"""The bounds that a chip sets: the rate of each of its pipes in a kernel's main loop, and how many programs fit.
+"""Upper bounds set by a chip: the rate of each of its pipes in a kernel's main loop, and how many programs fit.
 
-One item of the main loop is one tile of BLOCK_M × BLOCK_N scores of one program. Of each pipe of an SM, the cycles for
-a tile are the results that its instructions ask for over the results per clock that it gives. If everything overlaps
-(resident programs, or stages within one), the slowest pipe is the bound; if a program's products and its other work
-take turns and nothing fills the gaps, the products and the slowest of the rest add up. Latencies, memory, tails and
-launches are not in it, nor what TMA and tcgen05 move through shared memory: the numbers are ceilings, not forecasts.
+One item of the main loop is one tile of BLOCK_M × BLOCK_N scores of one program. For each pipe of an SM, the cycles for
+a tile are the results that its instructions request, divided by the pipe's results per clock. If everything overlaps
+(resident programs, or stages within one), the slowest pipe is the bound. If a program's products and its other work
+alternate and nothing fills the gaps, the products and the slowest of the rest add up. Latencies, memory, tails and
+launches are not included, nor is the shared-memory traffic of TMA and tcgen05: the numbers are ceilings, not forecasts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from bench.aot.machine_code import MachineCode
 from maskattn.kernels.tables.config import Config, Pass, Target
 
-# Bytes that one program may use.
+# Largest shared memory of one program in bytes.
 SHARED_LIMITS: dict[Target, int] = {
     "sm80": 163 * 1024,
     "sm86": 99 * 1024,
@@ -25,13 +25,13 @@ SHARED_LIMITS: dict[Target, int] = {
     "gfx942": 64 * 1024,
 }
 
-# Of Blackwell's tensor memory, per SM.
+# Columns of Blackwell's tensor memory, per SM.
 TENSOR_MEMORY_COLUMNS = 512
 
-# Bytes that the driver takes beside each program's own.
+# Bytes that the driver reserves in addition to each program's own.
 RESERVED_SHARED = 1024
 
-# Products of (M, D) by (D, N) shape, or as much work, for one tile.
+# Number of products of shape (M, D) by (D, N), or of the same amount of work, for one tile.
 PRODUCTS: dict[Pass, int] = {"forward": 2, "query_gradient": 3, "key_gradient": 4}
 
 
@@ -62,11 +62,11 @@ class Chip:
 
     @property
     def dense_tflops(self) -> float:
-        """The tensor cores' rate when nothing stalls them."""
+        """The tensor cores' rate without stalls, in TFLOP/s."""
         return self.tflops(self.tensor_flop)
 
     def tflops(self, flop_per_clock: float) -> float:
-        """The whole chip's TFLOP/s when each SM does this many per clock."""
+        """The chip's TFLOP/s if each SM does this many per clock."""
         return flop_per_clock * self.sms * self.clock_ghz / 1e3
 
 
@@ -80,9 +80,9 @@ CHIPS: dict[Target, Chip] = {
 
 @dataclass(frozen=True)
 class Cycles:
-    """Clocks that each pipe of one SM is busy for one tile.
+    """Clocks for which each pipe of one SM is busy with one tile.
 
-    Shared memory serves ``load_store`` (loads, stores and shuffles) and ``operands`` (what wgmma reads there itself).
+    Shared memory is used by ``load_store`` (loads, stores and shuffles) and ``operands`` (direct reads by wgmma).
     """
 
     tensor: float
@@ -95,7 +95,7 @@ class Cycles:
 
     @property
     def of_pipes(self) -> dict[str, float]:
-        """The same by pipe, with the two uses of shared memory added up."""
+        """The clocks by pipe, with the two uses of shared memory added up."""
         return {
             "tensor": self.tensor,
             "mufu": self.mufu,
@@ -128,7 +128,7 @@ class Bound:
     resident_programs: int
 
     def columns(self) -> dict[str, object]:
-        """The bound in the form of the table; clocks of one SM for one tile."""
+        """Return the table's columns; clocks are those of one SM for one tile."""
         return {
             **{f"{name}_cycles": round(value) for name, value in asdict(self.cycles).items()},
             "slowest": self.slowest,
@@ -139,14 +139,14 @@ class Bound:
 
 
 def bound_of(code: MachineCode, config: Config, pass_: Pass, target: Target, head_width: int, tile_width: int) -> Bound:
-    """The bound of one compiled case.
+    """Compute the bound of one compiled case.
 
     Args:
         code: its machine code, for an NVIDIA target.
-        config: the tile and warps that it was compiled with.
-        pass_, target: the pass that it computes, and the chip.
+        config: the tile and warps of the compilation.
+        pass_, target: its pass and chip.
         head_width: D, the columns that count as work.
-        tile_width: columns that the tile computes, padding included; used where opcodes do not name a product's shape.
+        tile_width: columns that the tile computes, padding included; used if opcodes do not name a product's shape.
     """
     chip, scores = CHIPS[target], config.block_m * config.block_n
     flop_at_tile_width = 2.0 * PRODUCTS[pass_] * scores * tile_width
@@ -162,13 +162,13 @@ def bound_of(code: MachineCode, config: Config, pass_: Pass, target: Target, hea
 
 
 def pipe_cycles(loop: Sequence[str], num_warps: int, chip: Chip, flop_without_shape: float = 0.0) -> Cycles:
-    """Clocks of one SM's pipes for one tile.
+    """Compute the clocks of one SM's pipes for one tile.
 
     Args:
         loop: instructions that each of the program's warps issues for a tile.
         num_warps: warps of the program.
         chip: the chip whose rates apply.
-        flop_without_shape: of the tensor cores, if an opcode is there that does not tell (``UTCHMMA``).
+        flop_without_shape: the tensor cores' work, used if an opcode does not name its shape (``UTCHMMA``).
     """
     results = dict.fromkeys(("mufu", "fp32", "integer"), 0.0)
     tensor_flop = operand_bytes = bytes_moved = shuffles = 0.0
@@ -195,8 +195,8 @@ def pipe_cycles(loop: Sequence[str], num_warps: int, chip: Chip, flop_without_sh
 
 
 def resident_programs(code: MachineCode, num_warps: int, chip: Chip) -> int:
-    """Programs that one SM holds at a time, by registers, shared and tensor memory and the chip's own limits."""
-    # A scheduler has its own registers and allocates them to a warp in units of 256.
+    """Compute how many programs one SM holds, by registers, shared and tensor memory and the chip's own limits."""
+    # Each scheduler has its own registers and allocates them to warps in units of 256.
     of_warp = -(-code.registers * 32 // 256) * 256
     warps = min(chip.warps, chip.schedulers * (chip.registers // chip.schedulers // of_warp))
     limits = [chip.programs, warps // num_warps, chip.shared_bytes // (code.shared_bytes + RESERVED_SHARED)]
@@ -206,7 +206,7 @@ def resident_programs(code: MachineCode, num_warps: int, chip: Chip) -> int:
 
 
 def _flop_per_warp(opcode: str) -> float:
-    """A warp's share of the tensor cores' work in an instruction whose opcode names its shape."""
+    """Return a warp's share of the tensor cores' work in an instruction whose opcode names its shape."""
     if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):
         m, n, k = map(int, match.groups())
         # Four warps issue one product together.
@@ -217,7 +217,7 @@ def _flop_per_warp(opcode: str) -> float:
 
 
 def _operand_bytes_per_warp(instruction: str) -> float:
-    """A warp's share of the bytes that a product itself reads from shared memory."""
+    """Return a warp's share of the bytes that a product itself reads from shared memory."""
     match = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction)
     if match is None:
         return 0.0
@@ -228,7 +228,7 @@ def _operand_bytes_per_warp(instruction: str) -> float:
 
 
 def _bytes_per_warp(opcode: str) -> float:
-    """The bytes that an instruction of one warp moves through shared memory and L1."""
+    """Return the bytes that an instruction of one warp moves through shared memory and L1."""
     if match := re.match(r"LDSM\.16\.\w+\.(\d)", opcode):
         return 128.0 * int(match.group(1))
     if re.match(r"(LD|ST)[GSL]|LDGSTS|ATOM|RED", opcode) and not re.match(r"LDGDEPBAR|REDUX", opcode):
@@ -239,7 +239,7 @@ def _bytes_per_warp(opcode: str) -> float:
 
 
 def _pipe(opcode: str) -> tuple[str, float]:
-    """The pipe that an opcode keeps busy and the results it asks of it for one warp; "" for one that only issues."""
+    """Return the pipe that an opcode uses and its number of results for one warp; "" for one that only issues."""
     if opcode.startswith("MUFU"):
         return "mufu", 32.0
     if re.match(r"F(ADD|MUL|FMA)2", opcode):
@@ -247,9 +247,9 @@ def _pipe(opcode: str) -> tuple[str, float]:
     if re.match(r"F(ADD|MUL|FMA)|H(ADD|MUL|FMA)2", opcode):
         return "fp32", 32.0
     if re.match(r"IMAD", opcode):
-        # Half of the multiply-add lanes take integers.
+        # Only half of the multiply-add lanes support integers.
         return "fp32", 64.0
-    # The uniform datapath (U…) works for a whole warp at once, beside these lanes.
+    # The uniform datapath (U…) computes once for a warp, independently of these lanes.
     if re.match(r"F(MNMX|SEL|SETP|CHK|2)|I(2F|ADD|SETP|MNMX|ABS)|LEA|LOP|SHF\b|PRMT|MOV\b|SEL|VI|PLOP|SGXT", opcode):
         return "integer", 32.0
     return "", 0.0

@@ -1,4 +1,4 @@
-"""Every compilation that the report makes: which kernels, targets, features, signatures and constants."""
+"""The compilations of the report: kernels, targets, features, signatures and constants."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 
 def precision_of(dtype: str) -> str:
-    """How a call of the dtype asks for float32 to be multiplied."""
+    """Return the precision that a call of the dtype requests."""
     return "tf32x3" if dtype == "tf32x3" else "ieee"
 
 
@@ -62,19 +62,19 @@ class Case:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The values that identify its row in the table."""
+        """The values that identify the case's row in the table."""
         return tuple(str(value) for value in asdict(self).values())
 
 
 def shipped_config(case: Case) -> Config:
-    """The configuration with which a call of this case would be launched."""
+    """Return the configuration with which a call of this case would be launched."""
     with_options = case.alibi or case.dropout
     dtype = DTYPES[case.dtype]
     return look_up(case.pass_, case.target, case.head_width, dtype, with_options, precision_of(case.dtype))
 
 
 def all_cases() -> Iterator[Case]:
-    """Every shipped configuration of the plain kernels and of those with features that add to their code."""
+    """Yield every shipped configuration of the plain kernels and of those with features that add to their code."""
     for target in GPU_TARGETS:
         for pass_ in KERNELS:
             for width in (32, 48, 64, 80, 96, 128, 192, 256):
@@ -98,17 +98,17 @@ def compile_case(case: Case, config: Config) -> Any:
 
 
 def fingerprint_of(case: Case, config: Config) -> str:
-    """A hash of the intermediate code of one case."""
+    """Return a hash of the intermediate code of one case."""
     return fingerprint(source_of(case, config), GPU_TARGETS[case.target], options_of(config))
 
 
 def options_of(config: Config) -> dict[str, int]:
-    """The compiler's options."""
+    """Return the compiler's options."""
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def source_of(case: Case, config: Config) -> ASTSource:
-    """The compiler's arguments for a packed call (or, gathering, a masked one) of contiguous tensors."""
+    """Return the compiler's input for a packed call (or, with a gather, a masked one) of contiguous tensors."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -131,7 +131,7 @@ def source_of(case: Case, config: Config) -> ASTSource:
 
 @dataclass(frozen=True)
 class Varying:
-    """A leaf of a kernel's arguments that is not known when it is compiled; ``aligned``: a multiple of 16."""
+    """A leaf of a kernel's arguments that is unknown at compile time; ``aligned`` means a multiple of 16."""
 
     type: str
     aligned: bool = True
@@ -143,7 +143,10 @@ SCALE = Varying("fp32", aligned=False)
 
 
 def _arguments(case: Case, config: Config) -> dict[str, Any]:
-    """Every argument of every kernel as the launchers give it, by name; packed tensors have no stride of sequences."""
+    """Return every argument of every kernel by name, as the launchers pass it.
+
+    Packed tensors have no stride of sequences.
+    """
     single, index = Varying("*fp32"), Varying("*i32") if case.gather else None
     stride_b = STRIDE if case.gather else 0
     element = Tokens(Varying("*" + case.dtype.replace("tf32x3", "fp32")), stride_b, STRIDE, STRIDE)

@@ -1,7 +1,7 @@
-"""The time that torch itself needs for a call: operations with packed attention's schemas that only allocate.
+"""Operations with the schemas of packed attention that only allocate, to measure torch's own time for a call.
 
-They are registered as those are, forward and backward each an operation of its own; a call of one goes through torch's
-dispatcher and autograd as a call of packed attention does, and computes nothing.
+They are registered like those of packed attention, forward and backward as separate operations. A call goes through
+torch's dispatcher and autograd in the same way, but computes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FORWARD, _BACKWARD = (
 
 
 def _schema_of(operation: Any) -> str:
-    """Without the operation's name."""
+    """Return an operation's schema without its name."""
     text = str(operation._schema)
     return text[text.index("(") :]
 

@@ -4,9 +4,9 @@
     python -m bench.aot.dry_run --target sm90 --quick
     python -m bench.aot.dry_run --target sm90 --host-time
 
-Fails where a kernel does not compile, a launch passes a limit of the chip, a call copies what it was given, or
-sequences of other lengths make more variants of a kernel than :data:`MOST_VARIANTS`. What is done is kept in --log, and
-not done again while the sources are the same.
+It fails if a kernel does not compile, a launch exceeds a limit of the chip, a call copies its inputs, or sequences of
+other lengths cause more variants of a kernel than :data:`MOST_VARIANTS`. Results are stored in --log and reused while
+the sources are unchanged.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = range(16, 257, 8)
 
-# Of one kernel, by one operation with one head width, dtype and set of options; tests/kernels_aot/test_launches.py
-# says why some have more than one.
+# Largest number of variants of one kernel in one operation with one head width, dtype and set of options;
+# tests/kernels_aot/test_launches.py explains why some have more than one.
 MOST_VARIANTS = 7
 RANDOM_SHAPES = 8
 
-# Bytes that a call may allocate beyond its results: schedules, descriptors, sums of splits.
+# Bytes that a call may allocate in addition to its results: schedules, descriptors, sums of splits.
 WORKSPACE = 2**21
 
 
 def cases(quick: bool, target: str) -> Iterator[tuple[str, str, Shape]]:
-    """(name, operation, shape): every operation by dtype, head width and options, the most used first."""
+    """Yield (name, operation, shape): every operation by dtype, head width and options, the most common first."""
     widths = [64, 72] if quick else sorted(WIDTHS, key=lambda width: (width % 64 != 0, width % 16 != 0, width))
     for width in widths:
         for dtype in ["bf16"] if quick else DTYPES:
@@ -57,7 +57,7 @@ def cases(quick: bool, target: str) -> Iterator[tuple[str, str, Shape]]:
 
 
 def shapes_like(shape: Shape, count: int) -> Iterator[Shape]:
-    """The corner cases of the launcher, which makes constants of 1 and notes multiples of 16; then random lengths."""
+    """Yield corner cases of the launcher, which specialises on 1 and on multiples of 16; then random lengths."""
     yield replace(shape, lengths=(1,))
     yield replace(shape, lengths=(48,), queries=16)
     yield replace(shape, lengths=(16,) * 16, queries=3)
@@ -69,18 +69,18 @@ def shapes_like(shape: Shape, count: int) -> Iterator[Shape]:
 
 
 def try_case(device: StubDevice, operation: str, shape: Shape, random_shapes: int) -> str:
-    """The faults of a case; empty if there are none."""
+    """Run a case and return its faults in words; empty if there are none."""
     before = device.compiled
     for one in (shape, *shapes_like(shape, random_shapes)):
         run(operation, one)
     if device.refused:
-        return "a launch passed a limit"
+        return "a launch exceeded a limit"
     variants = {name: count for name, count in (device.compiled - before).items() if count > MOST_VARIANTS}
-    return f"lengths made variants: {variants}" if variants else ""
+    return f"lengths caused variants: {variants}" if variants else ""
 
 
 def far_apart(device: StubDevice) -> str:
-    """Tokens that lie more than 2^31 elements apart, in memory that is allocated and never touched."""
+    """Check tokens that are more than 2^31 elements apart, in memory that is allocated and never touched."""
     import maskattn
 
     tokens, width = 20, 64
@@ -89,11 +89,11 @@ def far_apart(device: StubDevice) -> str:
     starts = torch.tensor([0, tokens], dtype=torch.int32)
     out = maskattn.packed_attention(q, q, q, starts, starts, tokens, tokens, impl="triton")
     maskattn.readout(out[None, :1], q, q, starts, tokens, impl="triton")
-    return "a launch passed a limit" if device.refused else ""
+    return "a launch exceeded a limit" if device.refused else ""
 
 
 def allocates_little() -> str:
-    """Bytes of a call of many tokens beyond what it returns: nothing that it was given may be copied."""
+    """Check that a call of many tokens allocates little in addition to its results, and so copies no input."""
     import maskattn
 
     tokens, width = 20_000, 64
@@ -113,12 +113,12 @@ def allocates_little() -> str:
             call()
         taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
         if taken > results + WORKSPACE:
-            return f"{call.__name__} allocates {taken} bytes and returns {results}"
+            return f"{call.__name__} allocates {taken} bytes, its results have {results}"
     return ""
 
 
 def host_microseconds(call: Callable[[], object]) -> float:
-    """Median of the processor time that a call takes until it returns; nothing runs on the device."""
+    """Measure the median processor time of a call until it returns, in µs; nothing runs on the device."""
     call()
     rounds = []
     for _ in range(15):
@@ -130,7 +130,7 @@ def host_microseconds(call: Callable[[], object]) -> float:
 
 
 def print_host_time() -> None:
-    """Host times of the operations, forward and with gradients, in bfloat16 with head width 64.
+    """Print host times of the operations, forward and with gradients, in bfloat16 with head width 64.
 
     torch's own share is measured by operations of the same schemas that only allocate.
     """
@@ -164,9 +164,9 @@ def print_host_time() -> None:
             alone, few, floor = (host_microseconds(call) for call in (forward, read, nothing))
         taken = {
             "packed_attention": alone,
-            "torch's part": floor,
+            "torch's share": floor,
             "with gradients": host_microseconds(both),
-            "torch's part of both": host_microseconds(nothing_twice),
+            "torch's share of both": host_microseconds(nothing_twice),
             "readout": few,
         }
         print(f"{len(lengths)} sequences: {', '.join(f'{name} {us:.0f} µs' for name, us in taken.items())}")
@@ -177,12 +177,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=CAPABILITIES, default="sm90")
     parser.add_argument("--quick", action="store_true", help="two head widths in bfloat16")
-    parser.add_argument("--cases", default="", help="only those that have this in their names")
+    parser.add_argument("--cases", default="", help="run only cases whose names contain this")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th case from the I-th")
-    parser.add_argument("--random-shapes", type=int, default=RANDOM_SHAPES, help="of each case")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
-    parser.add_argument("--log", type=Path, default=None, help="keeps what was done between calls")
-    parser.add_argument("--host-time", action="store_true", help="print what calls take until they return")
+    parser.add_argument("--random-shapes", type=int, default=RANDOM_SHAPES, help="random shapes of each case")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this time")
+    parser.add_argument("--log", type=Path, default=None, help="file that stores results between runs")
+    parser.add_argument("--host-time", action="store_true", help="print the time of calls until they return")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         device = StubDevice(given.target, Path(folder))

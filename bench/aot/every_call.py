@@ -1,4 +1,4 @@
-"""Every public operation with its gradients, called with tensors on the CPU, whose launches run nothing.
+"""Calls of every public operation with its gradients, with tensors on the CPU and launches that run nothing.
 
 Dimension key: B sequences, T packed tokens, R readout queries, H heads, D head width, K classes.
 """
@@ -34,15 +34,15 @@ class Shape:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """(B + 1,) int32."""
+        """(B + 1,) int32, the first token of each sequence, ending with T."""
         return torch.tensor([0, *torch.tensor(self.lengths).cumsum(0)], dtype=torch.int32)
 
     def leaves(self, count: int, *shape: int) -> list[Tensor]:
-        """Tensors of the dtype that want a gradient."""
+        """Return tensors of the dtype that require a gradient."""
         return [torch.zeros(shape, dtype=self.dtype, requires_grad=True) for _ in range(count)]
 
     def keywords(self, bias_shape: tuple[int, ...], coords: Any) -> dict[str, Any]:
-        """The options of a call."""
+        """Return the options of a call."""
         if not self.options:
             return {}
         return {
@@ -54,7 +54,7 @@ class Shape:
 
 
 def launches_of(operation: str, shapes: Sequence[Shape], target: str) -> list[Launch]:
-    """The launches of an operation and its backward, in order, called with one shape after the other."""
+    """Return the launches of an operation and its backward, in order, for calls with each of the shapes."""
     with recorded_launches(target) as launches:
         for shape in shapes:
             run(operation, shape)
@@ -62,7 +62,7 @@ def launches_of(operation: str, shapes: Sequence[Shape], target: str) -> list[La
 
 
 def run(operation: str, shape: Shape) -> None:
-    """Call an operation, and its backward."""
+    """Call an operation and its backward."""
     (OPERATIONS | ON_HOPPER)[operation](shape)
 
 
@@ -150,5 +150,5 @@ OPERATIONS = {
     )
 }
 
-# Only in half precision and for compute capability 9.0.
+# Operations that exist only in half precision and for compute capability 9.0.
 ON_HOPPER = {"packed_attention_in_gluon": packed_attention_in_gluon}

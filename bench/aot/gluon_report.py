@@ -1,9 +1,9 @@
-"""Compile the Hopper kernel in Gluon without a GPU; write down what its machine code costs beside the Triton kernel's.
+"""Compile the Hopper kernel in Gluon without a GPU, and compare the cost of its machine code with the Triton kernel's.
 
     python -m bench.aot.gluon_report           writes bench/results/aot_gluon_<triton version>.csv and .md (minutes)
 
-Columns are those of ``report.py``. ``tests/kernels_aot/test_gluon_gate.py`` compiles a part of these cases and fails
-where one got worse than its row.
+The columns are those of ``report.py``. ``tests/kernels_aot/test_gluon_gate.py`` compiles some of these cases and fails
+if one is worse than its row.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class GluonCase:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What names its row in the table."""
+        """The values that identify the case's row in the table."""
         return tuple(str(value) for value in asdict(self).values())
 
     @property
     def as_triton(self) -> Case:
-        """The Triton kernel's case with the same features."""
+        """The case of the Triton kernel with the same features."""
         return Case("forward", "sm90", self.head_width, self.dtype, bias=self.bias, alibi=self.alibi)
 
 
 def all_gluon_cases() -> Iterator[GluonCase]:
-    """Every tile width, plain and with each option; float16 once."""
+    """Yield every tile width, plain and with each option, and float16 for two widths."""
     for width in (32, 64, 80, 128, 256):
         for bias in (False, True):
             for alibi in (False, True):
@@ -68,11 +68,11 @@ def all_gluon_cases() -> Iterator[GluonCase]:
 
 @dataclass(frozen=True)
 class GluonRow:
-    """What one case compiles to.
+    """The result of compiling one case.
 
     Attributes:
-        loop_registers: that the warps of a consumer and of the producer ask for with setmaxnreg.
-        remarks: of ptxas on its own work, where it says that products are done one after another.
+        loop_registers: registers that the warps of a consumer and of the producer request with setmaxnreg.
+        remarks: codes of ptxas's warnings on lost performance, such as serialised products.
     """
 
     case: GluonCase
@@ -84,7 +84,7 @@ class GluonRow:
 
     @property
     def bound(self) -> Bound:
-        """What the chip's pipes allow: both consumers on one block of keys."""
+        """The bound by the chip's pipes, for both consumers on one block of keys."""
         chip, width = CHIPS["sm90"], self.case.head_width
         consumers = CONSUMERS * WARPS_OF_A_CONSUMER
         of_loop = pipe_cycles(self.code.loop, consumers, chip)
@@ -99,7 +99,7 @@ class GluonRow:
         )
 
     def columns(self) -> dict[str, object]:
-        """The row as the table has it."""
+        """Return the table's columns."""
         scores = BLOCK_M * self.config.block_n * self.config.unroll
         code = self.code
         return {
@@ -120,7 +120,7 @@ class GluonRow:
 
 
 def compile_gluon(case: GluonCase) -> Any:
-    """Compile what a call of ``packed_attention`` launches."""
+    """Compile the kernel that a call of ``packed_attention`` launches."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
     q = torch.zeros(TOKENS, HEADS, case.head_width, dtype=dtype)
     ends = torch.tensor([0, 20, TOKENS], dtype=torch.int32)
@@ -145,36 +145,36 @@ def measure_gluon(case: GluonCase) -> GluonRow:
         case,
         config,
         read(compiled, 32),
-        tuple(x if x in registers else 0 for x in asked),  # two of them
+        tuple(x if x in registers else 0 for x in asked),
         ptx.count("cp.async.bulk.tensor"),
         _remarks(ptx),
     )
 
 
 def _remarks(ptx: str) -> str:
-    """The codes of what ptxas has to say of lost performance."""
+    """Return the codes of ptxas's warnings on lost performance."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         command = [nvidia_tool("ptxas"), "-v", "--gpu-name", "sm_90a", source, "-o", Path(folder) / "kernel.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return " ".join(sorted(set(re.findall(r"\((C\d+)\) Potential Performance Loss", said))))
+        messages = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return " ".join(sorted(set(re.findall(r"\((C\d+)\) Potential Performance Loss", messages))))
 
 
 def gluon_table_path() -> Path:
-    """The committed table of the installed triton."""
+    """Return the path of the committed table for the installed triton."""
     return Path(__file__).parents[1] / "results" / f"aot_gluon_{triton.__version__}.csv"
 
 
 def read_gluon_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """Rows of a table by their case."""
+    """Read the rows of a table by their case."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {tuple(row[field.name] for field in fields(GluonCase)): row for row in rows}
 
 
 def write_gluon_table() -> None:
-    """Compile all cases; write the table and its summary."""
+    """Compile all cases, and write the table and its summary."""
     rows = [measure_gluon(case) for case in all_gluon_cases()]
     with gluon_table_path().open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0].columns()), lineterminator="\n")

@@ -1,7 +1,7 @@
-"""Triton's intermediate code: all of a compilation that depends on the kernels' Python, in a fraction of the time.
+"""Triton's intermediate code: the part of a compilation that depends on the kernels' Python, in a fraction of the time.
 
-What follows it depends on the target, the options and Triton alone, so a row of a table stands as long as the
-fingerprint of its intermediate code does.
+The later stages depend only on it, the target, the options and Triton, so a row of a table is valid as long as the
+fingerprint of its intermediate code is unchanged.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from triton.compiler import ASTSource, make_backend
 
 __all__ = ["fingerprint", "intermediate_code"]
 
-# Of values: what an operation, a loop, or a region begins with.
+# Definitions of values: at the start of an operation, a loop or a region.
 DEFINITIONS = re.compile(r"(?:^\s*|scf\.for |\(|, )(%\w+)(?::\d+)?(?= =|: \w+[,)])")
 
 
 def intermediate_code(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> str:
-    """The code after Triton's own simplifications."""
+    """Return the code after Triton's own simplifications."""
     backend = make_backend(target)
     parsed = backend.parse_options(dict(options))
     context = ir.context()
@@ -34,13 +34,13 @@ def intermediate_code(source: ASTSource, target: GPUTarget, options: dict[str, i
 
 
 def fingerprint(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> str:
-    """Twelve hexadecimal digits for what a kernel computes and how it is compiled, whatever its arguments' names."""
+    """Return a hash of a kernel's code and its compiler options, independent of names, as twelve hexadecimal digits."""
     code = _without_names(intermediate_code(source, target, options))
     return hashlib.sha256(f"{code}{sorted(options.items())}".encode()).hexdigest()[:12]
 
 
 def _without_names(code: str) -> str:
-    """The operations, with constants in place and values named by the order in which they are used."""
+    """Return the operations with constants inlined and values named in the order of their use."""
     code = re.sub(r"(?m)^#loc.*\n?", "", re.sub(r" ?loc\((?:[^()\"]|\"[^\"]*\"|\([^()]*\))*\)", "", code))
     head, body = code.split(" attributes {noinline = false} {\n", 1)
     meaning = {name: what.strip() for name, what in re.findall(r"(%\w+): ([^%]+?),? ?(?=%|\)$)", head)}
@@ -50,7 +50,7 @@ def _without_names(code: str) -> str:
     count = 0
     lines = []
     for line in constants.sub("", body).splitlines():
-        # Regions side by side may use a name again, so every definition has a number of its own.
+        # Sibling regions may reuse a name, so every definition gets a number of its own.
         defined = set(DEFINITIONS.findall(line))
         renamed = []
         for piece in re.split(r"(%\w+)", line):

@@ -1,8 +1,8 @@
-"""What a call launches, with no GPU: Triton's own launcher decides the signatures, and nothing is compiled or run.
+"""Recording of a call's launches without a GPU: Triton's launcher decides the signatures, and nothing is compiled.
 
-The launcher makes constants of numbers that are 1 and of what is absent, and notes which pointers and numbers are
-multiples of 16; each combination is a compilation of its own, here a :class:`Launch`. The tensors of the call may lie
-on the CPU.
+The launcher turns absent arguments and numbers equal to 1 into constants, and records which pointers and numbers are
+multiples of 16. Each combination is a separate compilation, here a :class:`Launch`. The tensors of the call may be on
+the CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Launch", "recorded_launches"]
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as the launcher would have it compiled."""
+    """A kernel with the signature, constants and attributes that the launcher would compile it with."""
 
     target: Target
     kernel: Any
@@ -46,12 +46,12 @@ class Launch:
 
     @property
     def constants_by_name(self) -> dict[str, Any]:
-        """Its constants, those of a tuple's fields left out."""
+        """The constants by name, without those of tuples' fields."""
         return {self.kernel.arg_names[path[0]]: x for path, x in self.constants.items() if len(path) == 1}
 
     @property
     def source(self) -> ASTSource:
-        """What the compiler takes."""
+        """The compiler's input."""
         kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
         return kind(self.kernel, self.signature, self.constants, self.attributes)
 
@@ -61,20 +61,20 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def compile(self) -> Any:
-        """The compiled kernel, down to machine code."""
+        """Compile the kernel to machine code."""
         return triton.compile(self.source, target=GPU_TARGETS[self.target], options=self.options)
 
     def intermediate_code(self) -> str:
-        """Triton's intermediate code, in a fraction of a compilation's time."""
+        """Return Triton's intermediate code, in a fraction of a compilation's time."""
         return intermediate_code(self.source, GPU_TARGETS[self.target], self.options)
 
     def fingerprint(self) -> str:
-        """Of the intermediate code."""
+        """Return the fingerprint of the intermediate code."""
         return fingerprint(self.source, GPU_TARGETS[self.target], self.options)
 
 
 class _NoDevice:
-    """Stands where Triton's driver stands; each target has a cache of signatures of its own."""
+    """A replacement of Triton's driver; each target has its own cache of signatures."""
 
     def __init__(self, target: Target) -> None:
         self.target = target

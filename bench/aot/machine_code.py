@@ -1,4 +1,4 @@
-"""Read compiled kernels: registers, spills, shared memory, and the instructions of the main loop by class."""
+"""Properties of compiled kernels: registers, spills, shared memory, and the instructions of the main loop by class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import triton
 
-# First match wins; what matches nothing (barriers, branches, waits) is "control".
+# The first match counts; an instruction without a match (barriers, branches, waits) is "control".
 NVIDIA_CLASSES = (
     ("tensor", r"HGMMA|HMMA|UTC\w*MMA"),
     ("mufu", r"MUFU"),
@@ -38,7 +38,7 @@ CLASSES = ("tensor", "mufu", "fp32", "convert", "integer", "load", "shuffle", "c
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What a compiled kernel needs, and the instructions that one warp issues for one tile in its main loop."""
+    """The resources of a compiled kernel, and the instructions that one warp issues for one tile in its main loop."""
 
     registers: int
     spilled_bytes: int
@@ -49,7 +49,7 @@ class MachineCode:
     loop: tuple[str, ...]
 
     def instructions_per_score(self, scores: int, num_warps: int) -> dict[str, float]:
-        """By class and together ("per_score"), for each lane and each of the tile's ``scores``."""
+        """Count instructions by class and in total ("per_score"), per lane and per score of the tile."""
         scores_per_lane = scores / (num_warps * self.lanes)
         classes = AMD_CLASSES if self.lanes == 64 else NVIDIA_CLASSES
         counts = Counter(_classify(instruction, classes) for instruction in self.loop)
@@ -58,7 +58,7 @@ class MachineCode:
 
 
 def read(compiled: Any, lanes: int) -> MachineCode:
-    """The machine code of a compiled kernel; warps of 64 lanes are AMD's."""
+    """Read the machine code of a compiled kernel; 64 lanes are those of AMD's warps."""
     registers, spilled, loop, tensor_instruction = _read_amd(compiled) if lanes == 64 else _read_nvidia(compiled)
     return MachineCode(
         registers=registers,
@@ -76,7 +76,7 @@ def _classify(instruction: str, classes: Iterable[tuple[str, str]]) -> str:
 
 
 def nvidia_tool(name: str) -> str:
-    """The path of a program of the CUDA toolkit that triton's wheel carries."""
+    """Return the path of a program of the CUDA toolkit in triton's wheel."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
@@ -105,11 +105,11 @@ def _run_on_cubin(compiled: Any, *command: str) -> str:
 
 
 def _read_nvidia(compiled: Any) -> tuple[int, int, list[str], str]:
-    """Registers, spilled bytes, instructions of the main loop and the tensor-core instruction of a cubin."""
+    """Read registers, spilled bytes, instructions of the main loop and the tensor-core instruction of a cubin."""
     registers, spilled = registers_and_spills(compiled)
     code = _run_on_cubin(compiled, "nvdisasm")
     instructions = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
-    # Warps that wait for a partition to run do so in a loop around all of them.
+    # In warp-specialised kernels, warps wait for a partition in a loop around all partitions.
     loop = _main_loop(
         code, re.compile(r"^\s*\.(L_x_\d+):"), instructions, re.compile(r"\.(L_x_\d+)"), "BRA",
         "setmaxnreg" in compiled.asm["ptx"],
@@ -118,7 +118,7 @@ def _read_nvidia(compiled: Any) -> tuple[int, int, list[str], str]:
 
 
 def _read_amd(compiled: Any) -> tuple[int, int, list[str], str]:
-    """The same of AMD's assembly, whose metadata has the counts."""
+    """Read the same from AMD's assembly, whose metadata has the counts."""
     code = compiled.asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -141,26 +141,26 @@ def _main_loop(
     branch: str,
     innermost: bool = False,
 ) -> list[str]:
-    """Instructions of the loop with the most products; of several (a full and a masked tail tile), the shortest.
+    """Return the loop with the most products; of several (for full and masked tail tiles), the shortest.
 
-    ``innermost``: a loop around another with products does not count.
+    With ``innermost``, a loop around another with products does not count.
     """
     instructions: list[str] = []
-    places: dict[str, int] = {}
+    starts: dict[str, int] = {}
     bounds: list[tuple[int, int]] = []
     for line in code.splitlines():
         if match := label.match(line):
-            places[match.group(1)] = len(instructions)
+            starts[match.group(1)] = len(instructions)
         elif match := instruction.search(line):
             instructions.append(match.group(1) + match.group(2))
             back = target.search(match.group(2))
-            if back and re.match(branch, match.group(1)) and back.group(1) in places:
-                body = instructions[places[back.group(1)] :]
-                # A slow path after the end of the kernel jumps back too; it is not a loop.
+            if back and re.match(branch, match.group(1)) and back.group(1) in starts:
+                body = instructions[starts[back.group(1)] :]
+                # A slow path after the end of the kernel also jumps back, but is not a loop.
                 if not any(re.match(r"EXIT|RET|s_endpgm", each) for each in body):
-                    bounds.append((places[back.group(1)], len(instructions)))
+                    bounds.append((starts[back.group(1)], len(instructions)))
 
-    # Multiply-adds of the lanes are products only where there are no others: distances have them too.
+    # Multiply-adds of the lanes count as products only without tensor-core products: distances use them, too.
     tensor = r"HGMMA|HMMA|UTC\w*MMA|v_mfma"
     product = tensor if any(re.match(tensor, each) for each in instructions) else r"FFMA|v_(pk_)?fmac?_f32"
 

@@ -1,11 +1,11 @@
-"""Every operation in Triton's interpreter, where each read and write is held against the tensors of its launch.
+"""Every operation in Triton's interpreter, with each read and write checked against the tensors of its launch.
 
     TRITON_INTERPRET=1 python -m bench.aot.outside --quick
     TRITON_INTERPRET=1 python -m bench.aot.outside --shapes 8
 
-A program may touch the elements of the tensors that its kernel was given, and no other byte: neither what lies before,
-behind or in the gaps of a view, nor another buffer, since all lie far apart. Inputs, outputs and scratch memory alike;
-the operations with their gradients, schedules and moved rows. The shapes are those of the dry run.
+A program may access the elements of its kernel's tensors, and no other byte: neither memory before, after or in the
+gaps of a view, nor another buffer (all buffers are far apart). This holds for inputs, outputs and scratch memory alike,
+and covers the operations with their gradients, schedules and moved rows. The shapes are those of the dry run.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from maskattn.kernels.attention import masked
 
 __all__ = ["OutsideError", "checked_memory", "main", "rows_moved"]
 
-# Elements on each side of a buffer, more than the largest tile of the interpreter's configurations has.
+# Unused elements on each side of a buffer, more than the largest tile of the interpreter's configurations.
 ZONE = 1 << 14
 
 
 class OutsideError(Exception):
-    """A program read or wrote what is no element of its kernel's tensors."""
+    """A program read or wrote memory outside the elements of its kernel's tensors."""
 
 
 class _CheckedMemory:
-    """Stands where the interpreter's memory stands."""
+    """A replacement of the interpreter's memory that checks every access."""
 
     def __init__(self, plain: Any) -> None:
         self._plain = plain
@@ -72,7 +72,7 @@ class _CheckedMemory:
         at = np.minimum(np.searchsorted(self.allowed, found), max(self.allowed.size - 1, 0))
         if self.allowed.size == 0 or (self.allowed[at] != found).any():
             wrong = found if self.allowed.size == 0 else found[self.allowed[at] != found]
-            raise OutsideError(f"{self.kernel} {what} {wrong.size} elements that no tensor of its has")
+            raise OutsideError(f"{self.kernel} {what} {wrong.size} elements outside its tensors")
 
 
 def _tensors_in(argument: Any) -> Iterator[Tensor]:
@@ -84,7 +84,7 @@ def _tensors_in(argument: Any) -> Iterator[Tensor]:
 
 
 def _elements(x: Tensor) -> Any:
-    """The address of each element."""
+    """Return the address of each element."""
     offsets = np.zeros(1, np.int64)
     for size, stride in zip(x.shape, x.stride(), strict=True):
         offsets = (offsets[:, None] + np.arange(size) * stride).ravel()
@@ -92,14 +92,14 @@ def _elements(x: Tensor) -> Any:
 
 
 def _apart(allocate: Callable[..., Tensor], empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function of torch, whose result lies in the middle of memory of its own."""
+    """Wrap a function of torch so that its result is in the middle of a larger, separate buffer."""
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         x = allocate(*args, **kwargs)
         if type(x) is not Tensor or x.numel() == 0 or x.device.type != "cpu" or not x.is_contiguous():
             return x
-        whole = empty(x.numel() + 2 * ZONE, dtype=x.dtype)
-        inside = whole[ZONE : ZONE + x.numel()].view(x.shape)
+        buffer = empty(x.numel() + 2 * ZONE, dtype=x.dtype)
+        inside = buffer[ZONE : ZONE + x.numel()].view(x.shape)
         with torch.no_grad():
             inside.copy_(x)
         return inside.requires_grad_(x.requires_grad)
@@ -109,7 +109,7 @@ def _apart(allocate: Callable[..., Tensor], empty: Callable[..., Tensor]) -> Cal
 
 @contextmanager
 def checked_memory() -> Iterator[_CheckedMemory]:
-    """Launches in here raise :class:`OutsideError`, in what the interpreter raises, where they leave their tensors."""
+    """Let launches that access memory outside their tensors raise :class:`OutsideError`, wrapped by the interpreter."""
     memory = _CheckedMemory(interpreter._interpreter)
     launch = interpreter.GridExecutor.__call__
 
@@ -130,7 +130,7 @@ def checked_memory() -> Iterator[_CheckedMemory]:
 
 @contextmanager
 def rows_moved() -> Iterator[None]:
-    """Kept rows of dense tensors are moved to the front, however few they are."""
+    """Let kept rows of dense tensors be moved to the front, however few they are."""
     with ExitStack() as patches:
         for home, name in ((masked, "masked_forward"), (triton_impl, "masked_backward")):
             moving = functools.partial(getattr(home, name), moved_from=0)
@@ -139,7 +139,7 @@ def rows_moved() -> Iterator[None]:
 
 
 def cases(quick: bool, count: int) -> Iterator[tuple[str, Shape, bool]]:
-    """(operation, shape, whether kept rows are moved to the front), the small widths first."""
+    """Yield (operation, shape, whether kept rows are moved to the front), the small widths first."""
     for width in (24,) if quick else (16, 24, 48, 72, 80):
         for dtype in (torch.float32,) if quick else DTYPES.values():
             for options in (True,) if quick else (False, True):
@@ -156,8 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the cases; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape of each operation with every option")
-    parser.add_argument("--shapes", type=int, default=4, help="random ones of each operation, width and dtype")
-    parser.add_argument("--cases", default="", help="only operations that have this in their names")
+    parser.add_argument("--shapes", type=int, default=4, help="random shapes of each operation, width and dtype")
+    parser.add_argument("--cases", default="", help="run only operations whose names contain this")
     given = parser.parse_args(arguments)
     if not triton.knobs.runtime.interpret:
         parser.error("set TRITON_INTERPRET=1 before Python starts")
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 run(operation, shape)
                 wrong = "" if memory.touched else "nothing was touched"
-            except Exception as error:  # the cases after it are worth knowing too
+            except Exception as error:  # the remaining cases are informative, too
                 wrong = f"{type(error).__name__}: {error}"
         done, failed = done + 1, failed + bool(wrong)
         if wrong:

@@ -1,7 +1,7 @@
-"""Compilations of the readout's kernels, and what one key costs in each.
+"""Compilations of the readout's kernels, and the cost of one key in each.
 
-The launchers run and their launches are recorded, so that the signatures are a real call's (``launches.py``). All of
-these kernels are bound by memory; their instructions and bytes are counted per key and head, not per score.
+The launchers run and their launches are recorded, so that the signatures are those of a real call (``launches.py``).
+All of these kernels are bound by memory; their instructions and bytes are counted per key and head, not per score.
 
 Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width, K classes.
 """
@@ -32,7 +32,7 @@ from maskattn.results import Outputs, ReadoutGradients
 
 KERNELS = ("readout_kernel", "row_gradient_kernel", "readout_gradient_kernel", "relevance_kernel")
 
-# A call of a slide's size: keys and values are two of three tensors interleaved, as a qkv projection leaves them.
+# A call of a slide's size; keys and values are interleaved with the queries, as in the output of a qkv projection.
 BATCH, TOKENS, LONGEST, HEADS, SPLITS = 3, 10007, 4097, 6, 8
 
 
@@ -51,7 +51,7 @@ class ReadoutCase:
 
 @dataclass(frozen=True)
 class ReadoutRow:
-    """What one case costs."""
+    """The cost of one case."""
 
     case: ReadoutCase
     keys: int
@@ -61,7 +61,7 @@ class ReadoutRow:
 
     @property
     def load_bits(self) -> int:
-        """Of the widest load of one thread in the main loop (on NVIDIA's chips; 0 on others)."""
+        """Bits of one thread's widest load in the main loop (on NVIDIA's chips; 0 on others)."""
         widths = [0]
         for instruction in self.code.loop:
             if match := re.match(r"LDG\S*?\.(64|128)\b|LDGSTS\S*?\.(64|128)\b", instruction):
@@ -70,14 +70,14 @@ class ReadoutRow:
 
     @property
     def bytes_per_key(self) -> int:
-        """That a key costs in memory: K and V, the gradient's dk and dv, attention rows and relevance."""
+        """Memory traffic of one key in bytes: K and V, the gradient's dk and dv, attention rows and relevance."""
         case, size = self.case, DTYPES[self.case.dtype].itemsize
         tensors = {"readout_kernel": 2, "row_gradient_kernel": 1, "readout_gradient_kernel": 4, "relevance_kernel": 2}
         rows = case.queries * 4 * (case.kernel == "row_gradient_kernel" or case.options)
         return tensors[case.kernel] * case.head_width * size + rows
 
     def columns(self) -> dict[str, object]:
-        """The row as the table has it; instructions are of one warp."""
+        """Return the table's columns; instructions are those of one warp."""
         return {
             **asdict(self.case),
             "keys": self.keys,
@@ -95,7 +95,7 @@ class ReadoutRow:
 
 
 def readout_cases() -> Iterator[ReadoutCase]:
-    """Every shipped configuration, plain and with every option, of one query and of several."""
+    """Yield every shipped configuration: with one query and no option, and with several queries and every option."""
     for target in GPU_TARGETS:
         for kernel in KERNELS:
             for dtype, width in (("bf16", 32), ("bf16", 64), ("bf16", 80), ("bf16", 256), ("fp32", 64), ("fp32", 256)):
@@ -114,7 +114,7 @@ def measure_readout(case: ReadoutCase) -> ReadoutRow:
 
 
 def launch_of(case: ReadoutCase) -> Launch:
-    """The launch of the case's kernel."""
+    """Return the launch of the case's kernel."""
     with (
         recorded_launches(case.target) as launches,
         mock.patch.object(call, "number_of_splits", return_value=SPLITS),
@@ -124,7 +124,7 @@ def launch_of(case: ReadoutCase) -> Launch:
 
 
 def _call(case: ReadoutCase) -> None:
-    """Call the launcher on tensors that nothing is written to."""
+    """Call the launcher on tensors to which nothing is written."""
     dtype, R, D = DTYPES[case.dtype], case.queries, case.head_width
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -134,26 +134,26 @@ def _call(case: ReadoutCase) -> None:
     k, v, lse = qkv[:, 1], qkv[:, 2], tensor(BATCH, R, HEADS)
     options, rows, origin = Options(0.1), None, tensor(HEADS, D, dtype=dtype)
     if case.options:
-        places = tensor(BATCH, R, 2), tensor(TOKENS, 2)
+        positions = tensor(BATCH, R, 2), tensor(TOKENS, 2)
         seed = tensor(1, dtype=torch.int64)
-        options = Options(0.1, tensor(TOKENS, HEADS), tensor(HEADS), *places, 0.1, seed)
+        options = Options(0.1, tensor(TOKENS, HEADS), tensor(HEADS), *positions, 0.1, seed)
         rows, origin = tensor(R, HEADS, TOKENS), tensor(TOKENS, HEADS, D, dtype=dtype)
     if case.kernel == "row_gradient_kernel":
         rows = tensor(R, HEADS, TOKENS)
-    sides = tensor(BATCH + 1, dtype=torch.int32), LONGEST
+    lengths = tensor(BATCH + 1, dtype=torch.int32), LONGEST
     if case.kernel == "readout_kernel":
-        forward.readout_forward(q, k, v, *sides, options, case.options)
+        forward.readout_forward(q, k, v, *lengths, options, case.options)
     elif case.kernel == "relevance_kernel":
         grad = tensor(case.classes, *q.shape, dtype=dtype)
-        relevance.token_relevance(q, k, v, q, lse, grad, origin, origin, *sides, options)
+        relevance.token_relevance(q, k, v, q, lse, grad, origin, origin, *lengths, options)
     else:
         outputs = Outputs(q, lse, lse if case.options else lse[:0].flatten())
-        given = ReadoutGradients(q, lse, rows), QKV(q, k, v), outputs, KeySequences(*sides)
+        given = ReadoutGradients(q, lse, rows), QKV(q, k, v), outputs, KeySequences(*lengths)
         gradient.readout_backward(*given, options)
 
 
 def readout_table_path() -> Path:
-    """The committed table of the installed triton."""
+    """Return the path of the committed table for the installed triton."""
     return Path(__file__).parents[1] / "results" / f"aot_readout_{triton.__version__}.csv"
 
 

@@ -1,6 +1,6 @@
-"""Calls that are made again, on a GPU that is not there: what is launched, looked up and kept.
+"""Checks of repeated calls on a simulated GPU: what they launch, look up and keep.
 
-Each check returns what is wrong, empty where all is well.
+Each check returns the fault in words, empty if there is none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIDTH = 64
 
 
 def same_as_the_launcher() -> str:
-    """Whether every launch that is made again has the kernel and the arguments that Triton's launcher would take."""
+    """Check that every repeated launch has the kernel and the arguments that Triton's launcher would use."""
     seen = Counter[str]()
     with _judged(seen):
         for operation, shape in _shapes():
@@ -38,13 +38,13 @@ def same_as_the_launcher() -> str:
             run(operation, shape)
         q, k, v = (torch.zeros(40, HEADS, WIDTH, dtype=torch.bfloat16) for _ in range(3))
         ours, theirs = (torch.tensor([0, *lengths], dtype=torch.int32) for lengths in ((7, 40), (30, 40)))
-        # A tensor that is given twice, then two of the same layout, and rows that begin off a multiple of 16 bytes.
+        # The same tensor twice, then two of the same layout, then rows that are not aligned to 16 bytes.
         for keys, values, starts in ((q, q, ours), (k, v, ours), (k, v, theirs)):
             maskattn.packed_attention(q, keys, values, ours, starts, 40, 40, impl="triton")
         shifted = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
         maskattn.packed_attention(shifted, k, v, ours, theirs, 40, 40, impl="triton")
     lacking = {"forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "clear_tail_kernel"} - set(seen)
-    return f"nothing of {sorted(lacking)} was made again" if lacking else ""
+    return f"no launch of {sorted(lacking)} was repeated" if lacking else ""
 
 
 def _shapes() -> Iterator[tuple[str, Shape]]:
@@ -56,7 +56,7 @@ def _shapes() -> Iterator[tuple[str, Shape]]:
 
 @contextmanager
 def _judged(seen: Counter[str]) -> Iterator[None]:
-    """Fail where a launch from a template differs from what the launcher makes of the same arguments."""
+    """Fail if a launch from a template differs from the launcher's own for the same arguments."""
     plain, launch = prepared.launch_prepared, prepared.launch
 
     def judge(known: Any, tensors: Any, make: Callable[[], prepared.Launch], q: Tensor) -> None:
@@ -91,7 +91,7 @@ def _with_addresses(argument: Any) -> Any:
 
 
 def few_launches(device: StubDevice) -> str:
-    """What a call that was made before launches, and that nothing of it is looked up again."""
+    """Check what a repeated call launches, and that it looks up nothing again."""
     lengths = torch.tensor([50, 64, 14])
     packing = maskattn.Packing.from_keep(torch.arange(64) < lengths[:, None])
     q, k, v = (torch.zeros(128, HEADS, WIDTH, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -139,7 +139,7 @@ def few_launches(device: StubDevice) -> str:
 
 
 def nothing_is_left() -> str:
-    """Whether tensors of calls and lengths that are gone are held by anything that is kept of them."""
+    """Check that no cache holds tensors or lengths of earlier calls."""
     gc.collect()
     before = len(derived._KEPT)
     tensors = []

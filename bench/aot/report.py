@@ -1,12 +1,12 @@
-"""Compile every shipped kernel configuration without a GPU and write down what the machine code costs.
+"""Compile every shipped kernel configuration without a GPU, and report the cost of its machine code.
 
     python -m bench.aot.report                 writes bench/results/aot_<triton version>.csv and .md (some minutes)
     python -m bench.aot.report --all-widths    what every head width takes and spills (hours; goes on where it was)
 
 A row has the registers, spilled bytes and shared memory of a kernel, and the instructions of its main loop *per score*:
-per lane and per element of the BLOCK_M × BLOCK_N tile of scores, so that tile sizes compare. For NVIDIA it
-also has the clocks that each pipe of an SM needs for a tile, the TFLOP/s that these allow, and how many programs an SM
-holds: ceilings, not time. ``tests/kernels_aot`` compiles a part of these cases and fails where one got worse than its
+per lane and per element of the BLOCK_M × BLOCK_N tile of scores, so that tile sizes can be compared. For NVIDIA it also
+has the clocks that each pipe of an SM needs for a tile, the TFLOP/s that these allow, and the number of programs that
+an SM holds: ceilings, not times. ``tests/kernels_aot`` compiles some of these cases and fails if one is worse than its
 row.
 """
 
@@ -29,7 +29,7 @@ from bench.aot.targets import GPU_TARGETS
 from maskattn.kernels.tables.config import Config
 from maskattn.kernels.tables.lookup import split_width
 
-# What of the machine code goes to the table as it is.
+# Attributes of the machine code that are columns of the table.
 RESOURCES = ("registers", "spilled_bytes", "shared_bytes", "tensor_memory", "tensor_instruction")
 
 BOUNDS = (
@@ -43,7 +43,7 @@ BOUNDS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one case costs in one configuration."""
+    """The cost of one case in one configuration."""
 
     case: Case
     config: Config
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def bound(self) -> Bound | None:
-        """What the chip's pipes allow; None for AMD, whose pipes are not counted, and for passes without tiles."""
+        """The bound by the chip's pipes; None for AMD, whose pipes are not counted, and for passes without tiles."""
         case = self.case
         if case.target not in CHIPS or case.pass_ not in PRODUCTS:
             return None
@@ -59,7 +59,7 @@ class Row:
         return bound_of(self.code, self.config, case.pass_, case.target, case.head_width, tile_width)
 
     def columns(self) -> dict[str, object]:
-        """The row as the table has it; instruction counts are per score and lane, cycles per tile and SM."""
+        """Return the table's columns; instruction counts are per score and lane, cycles per tile and SM."""
         bound = self.bound
         return {
             **asdict(self.case),
@@ -78,20 +78,20 @@ def measure(case: Case, config: Config | None = None) -> Row:
 
 
 def table_path() -> Path:
-    """The committed table of the installed triton."""
+    """Return the path of the committed table for the installed triton."""
     return Path(__file__).parents[1] / "results" / f"aot_{triton.__version__}.csv"
 
 
 def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """Rows of a table by their case; an option that the table is too old to know was off."""
+    """Read the rows of a table by their case; an option that an older table lacks was off."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {tuple(row.get(field.name, str(field.default)) for field in fields(Case)): row for row in rows}
 
 
 def regressions(columns: dict[str, object], before: dict[str, str]) -> list[str]:
-    """In what a row is worse than the table's row of its case."""
-    # A few registers more or less decide nothing until they spill or cost a resident program.
+    """Return the respects in which a row is worse than the table's row of the same case."""
+    # A few registers more or less do not matter until they spill or cost a resident program.
     slack = {"spilled_bytes": 0, "shared_bytes": 0, "tensor_memory": 0, "per_score": 0, "registers": 8}
     worse = [name for name, more in slack.items() if columns[name] > float(before[name]) + more]
     if columns["slowest"] is not None:
@@ -111,7 +111,7 @@ def write_table(rows: list[Row], path: Path) -> None:
 
 
 def write_summary(rows: list[Row], path: Path) -> None:
-    """The rows that matter most, for reading."""
+    """Write the most important rows as a page."""
     plain = [row for row in rows if _is_plain(row.case)]
     path.write_text("\n".join([*_instruction_table(plain), "", *_bound_table(plain), "", *_backward_table(plain), ""]))
 
@@ -170,7 +170,7 @@ def _bound_table(rows: list[Row]) -> list[str]:
 
 
 def _backward_table(rows: list[Row]) -> list[str]:
-    """Both passes of the backward together, at the 2.5 times forward that everybody quotes."""
+    """Return a table of both passes of the backward together, at the usual count of 2.5 times forward."""
     lines = [
         "## The backward as benchmarks count it",
         "",
@@ -198,7 +198,7 @@ def _backward_table(rows: list[Row]) -> list[str]:
 def main() -> None:
     """Compile all cases and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="compilations side by side")
+    parser.add_argument("--jobs", type=int, default=2, help="number of parallel compilations")
     parser.add_argument("--all-widths", action="store_true", help="every head width instead; see bench/aot/widths.py")
     arguments = parser.parse_args()
     if arguments.all_widths:
@@ -210,7 +210,7 @@ def main() -> None:
     write_summary(rows, table_path().with_suffix(".md"))
     for row in rows:
         if worse := regressions(row.columns(), before[row.case.key]) if row.case.key in before else []:
-            print(f"worse than in the table before: {' '.join(row.case.key)}: {'; '.join(worse)}")
+            print(f"worse than in the previous table: {' '.join(row.case.key)}: {'; '.join(worse)}")
     spilled = [row for row in rows if row.code.spilled_bytes]
     print(f"{len(rows)} kernels compiled, {len(spilled)} spill; table in {table_path()}")
     sys.exit(bool(spilled))

@@ -163,9 +163,9 @@ def draw_slide(
 
 @functools.lru_cache(maxsize=512)
 def _tissue_of(seed: int, grade: int) -> tuple[ByteArray, ByteArray, Canvas, Any]:
-    """Where tissue is (X, Y), what each pixel is, its stains, and the state that the generator is left in.
+    """Draw the tissue (X, Y), the kind of each pixel and its stains; also return the generator's state afterwards.
 
-    Kept, since a slide is drawn for several scanners and pens.
+    Results are cached, since a slide is drawn for several scanners and pens.
     """
     rng = np.random.default_rng([seed, 0])
     tissue = _strip(rng)

@@ -1,4 +1,4 @@
-"""Pictures of the evidence: images beside the maps of every method."""
+"""Pictures of the evidence: images and the maps of every method."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ __all__ = ["draw_maps", "lay_over"]
 
 
 def lay_over(axis: object, image_YX: np.ndarray, map_HW: np.ndarray, signed: bool) -> None:
-    """A map over a pale grey image; clipped to its 0.1 and 99.9 % quantiles, symmetric about 0 where signed."""
+    """Draw a map over a pale grey image, clipped to its 0.1 and 99.9 % quantiles, symmetric about 0 if signed."""
     height, width = image_YX.shape[:2]
     axis.imshow(image_YX, cmap="gray", extent=(0, width, height, 0))
     low, high = np.quantile(map_HW, (0.001, 0.999))
-    reach = max(abs(low), abs(high)) or 1.0
+    limit = max(abs(low), abs(high)) or 1.0
     limits = (
-        {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if signed else {"cmap": "viridis", "vmin": 0, "vmax": high}
+        {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "viridis", "vmin": 0, "vmax": high}
     )
     axis.imshow(map_HW, extent=(0, width, height, 0), alpha=0.7, interpolation="nearest", **limits)
 
 
 def draw_maps(images_BXY: np.ndarray, classes_B2: Sequence[Sequence[int]], maps: dict[str, Tensor], path: Path) -> None:
-    """A row for each image and class, a column for each method; red speaks for the class, blue against it."""
+    """Draw a row for each image and class and a column for each method; red supports the class, blue opposes it."""
     names = list(maps)
     count = 2 * len(images_BXY)
     figure = Figure(figsize=(1.35 * (len(names) + 1), 1.0 * count + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(count, len(names) + 1, squeeze=False)
     for row in range(count):
-        image, side = divmod(row, 2)
+        image, which = divmod(row, 2)
         axes[row, 0].imshow(images_BXY[image], cmap="gray")
-        axes[row, 0].set_ylabel(f"for {classes_B2[image][side]}", fontsize=8)
+        axes[row, 0].set_ylabel(f"for {classes_B2[image][which]}", fontsize=8)
         for axis, name in zip(axes[row, 1:], names, strict=True):
-            values = maps[name][image, side].numpy()
+            values = maps[name][image, which].numpy()
             lay_over(axis, images_BXY[image], values, bool((values < 0).any()))
     for axis, name in zip(axes[0], ["image", *names], strict=True):
         axis.set_title(name.replace(", ", ",\n").replace(" ", "\n", 1), fontsize=7)

@@ -1,6 +1,6 @@
-"""Rows of metrics as Markdown, and a page whose measured parts the scripts write.
+"""Tables of metrics as Markdown, and pages whose measured sections are written by scripts.
 
-A page marks such a part with ``<!-- measured: NAME -->`` and ``<!-- end -->``; what lies between is replaced.
+A page marks such a section with ``<!-- measured: NAME -->`` and ``<!-- end -->``; the text between them is replaced.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Row:
     """One contender's metrics.
 
     Attributes:
-        name: the contender's.
-        values: (B,) values of each metric, one an image.
-        costs: numbers without a spread.
+        name: name of the contender.
+        values: (B,) values of each metric, one for each image.
+        costs: single numbers, without a standard error.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Row:
 
 
 def mean_and_error(values_B: Tensor) -> tuple[float, float]:
-    """Mean and standard error; values that are not finite do not count."""
+    """Compute the mean and the standard error of the finite values."""
     values = values_B.double()[values_B.isfinite()]
     if len(values) == 0:
         return float("nan"), float("nan")
@@ -41,11 +41,11 @@ def mean_and_error(values_B: Tensor) -> tuple[float, float]:
 
 
 def markdown_table(rows: Sequence[Row], higher: Sequence[str] = (), lower: Sequence[str] = ()) -> str:
-    """Contenders by metrics; the best of a column in bold, "random" left out of the competition.
+    """Return a table of contenders by metrics, with the best of each column (except "random") in bold.
 
     Args:
-        rows: they share their metrics.
-        higher, lower: beginnings of the metrics for which more, or less, is better.
+        rows: the contenders, all with the same metrics.
+        higher, lower: prefixes of the metrics for which higher, or lower, is better.
     """
     metrics = [*rows[0].values, *rows[0].costs]
     lines = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
@@ -75,7 +75,7 @@ def markdown_table(rows: Sequence[Row], higher: Sequence[str] = (), lower: Seque
 
 
 def bar_figure(rows: Sequence[Row], path: Path) -> None:
-    """A panel for each metric, a bar for each contender, with standard errors."""
+    """Draw a panel for each metric with a bar for each contender, with standard errors."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,15 +86,15 @@ def bar_figure(rows: Sequence[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(panels, columns, sharey=True, squeeze=False)
     names = [row.name for row in rows]
-    for place, axis in enumerate(axes.flat):
-        if place >= len(metrics):
+    for index, axis in enumerate(axes.flat):
+        if index >= len(metrics):
             axis.set_visible(False)
             continue
-        spread = [mean_and_error(row.values[metrics[place]]) for row in rows]
+        spread = [mean_and_error(row.values[metrics[index]]) for row in rows]
         colours = ["#b2182b" if "CDAM" in name else "#999999" for name in names]
         axis.barh(names, [mean for mean, _ in spread], xerr=[error for _, error in spread], color=colours)
         axis.axvline(0, color="black", linewidth=0.6)
-        axis.set_title(metrics[place], fontsize=9)
+        axis.set_title(metrics[index], fontsize=9)
         axis.tick_params(labelsize=8)
     axes[0, 0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def bar_figure(rows: Sequence[Row], path: Path) -> None:
 
 
 def write_section(page: Path, name: str, text: str) -> None:
-    """Replace the measured part NAME of a page; a page without it gets it at its end."""
+    """Replace the measured section ``name`` of a page, or append it if the page does not have it."""
     start, end = f"<!-- measured: {name} -->", "<!-- end -->"
     content = page.read_text() if page.exists() else ""
     section = f"{start}\n\n{text.strip()}\n\n{end}"
@@ -116,5 +116,5 @@ def write_section(page: Path, name: str, text: str) -> None:
 
 
 def as_tensor(values: Sequence[float]) -> Tensor:
-    """A row's values from plain numbers."""
+    """Return a row's values as a float64 tensor."""
     return torch.tensor(values, dtype=torch.float64)

@@ -69,9 +69,10 @@ def packed_attention(
             register) is a row of NaN and has distance 0 from all tokens. Not differentiable.
         slopes: (H,), per unit of ``coords``; required with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1); drawn from torch's generator of the device.
-        precision: how float32 is multiplied. "ieee": as it is, which tensor cores cannot. "tf32x3" also allows three
-            products of TensorFloat-32 on tensor cores in place of each, within the error budget of float32; impl
-            "triton" does so on NVIDIA's GPUs, and the others, which are no less exact, take it for "ieee".
+        precision: the multiplication of float32. "ieee" multiplies it as it is, which tensor cores cannot. "tf32x3"
+            also allows three products of TensorFloat-32 on tensor cores instead of each, within the error budget of
+            float32; impl "triton" uses them on NVIDIA's GPUs, and the others, which are no less exact, treat it as
+            "ieee".
         return_lse: also return the log-sum-exp of the scores, (H, Tq), differentiable.
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 

@@ -29,17 +29,17 @@ def infer(
     ] = None,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", help="Of the tiles, for a model without its own: see `maskattn encoders`."),
+        typer.Option("--encoder", help="Tile encoder, for a model without its own: see `maskattn encoders`."),
     ] = None,
     weights: options.Weights = None,
     num_heads: options.NumHeads = None,
     trust_code: options.TrustCode = False,
     classes: Annotated[
-        str | None, typer.Option("--classes", help="Names of the model's classes, with commas, where it has none.")
+        str | None, typer.Option("--classes", help="Names of the classes, with commas, for a model without them.")
     ] = None,
     token_mask: Annotated[
         Literal["none", "tissue"] | None,
-        typer.Option("--token-mask", help="What of a tile the encoder sees; by default as the model was trained."),
+        typer.Option("--token-mask", help="Tokens of a tile that the encoder sees; by default as in training."),
     ] = None,
     patch_px: Annotated[
         int | None, typer.Option("--patch-size", min=1, help="Side of a tile in px; by default the model's.")
@@ -52,20 +52,20 @@ def infer(
         Path | None,
         typer.Option(
             "--concepts",
-            help="In place of --model: concepts in the space of the encoder's output, .npy, .safetensors or .csv.",
+            help="Instead of --model: concepts in the space of the encoder's output, .npy, .safetensors or .csv.",
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="The same in words (may be repeated): --encoder is a folder with a text tower."),
+        typer.Option("--prompt", help="The same as a text (may be repeated), if --encoder has a text tower."),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", help="Of concepts and prompts; by default the file's or the encoder's, or 100."),
+        typer.Option("--temperature", help="Factor of the cosine; by default the file's or the encoder's own, or 100."),
     ] = None,
     best_tiles: Annotated[
         int | None,
-        typer.Option("--best-tiles", min=1, help="Of concepts: tiles that are pooled for each; by default all."),
+        typer.Option("--best-tiles", min=1, help="Number of best tiles pooled for each concept; by default all."),
     ] = None,
     manifest: options.Manifest = None,
     mask: options.Mask = None,

@@ -19,7 +19,7 @@ from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, 
 from maskattn.options import DIFFERENTIABLE, Options
 from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
-# Of precision there is nothing to hand on: float32 is multiplied as it is.
+# The kernels take no precision: they always multiply float32 as it is.
 OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "precision"})
 WITH_REST = frozenset({"key_bias", "slopes"})
 

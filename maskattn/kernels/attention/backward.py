@@ -57,9 +57,9 @@ def packed_backward(
     """Contiguous gradients of :func:`maskattn.kernels.attention.forward.packed_forward`.
 
     Args:
-        grads_out: of out (Tq, H, D), with any strides, and of lse (H, Tq).
-        qkv, sequences, options: what forward was given.
-        outputs: what forward returned.
+        grads_out: gradients of out (Tq, H, D), with any strides, and of lse (H, Tq).
+        qkv, sequences, options: the arguments of forward.
+        outputs: the results of forward.
     """
     k = qkv.k
     grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in vars(qkv).values()))

@@ -45,9 +45,9 @@ def masked_forward(qkv: QKV, mask: Mask, options: Options, moved_from: int = MOV
 
     Args:
         qkv: q (B, H, Nq, D) and k, v (B, H, N, D), any strides.
-        mask: which tokens take part.
-        options: of dense tensors.
-        moved_from: tokens of a sequence from which on the kept ones are moved.
+        mask: the tokens that take part.
+        options: the options, in the shapes for dense tensors.
+        moved_from: length of a sequence, in tokens, from which on the kept ones are moved.
     """
     q, k, v = vars(qkv).values()
     kept, every, skip_queries = *_rows_of(q, mask), mask.skip_queries
@@ -81,10 +81,10 @@ def masked_backward(
     """Contiguous gradients of :func:`masked_forward`; those of background tokens are 0.
 
     Args:
-        grads_out: of out (B, H, Nq, D), with any strides, and of lse (B, H, Nq).
-        qkv, mask, options: what forward was given.
-        outputs: what forward returned.
-        moved_from: as of forward.
+        grads_out: gradients of out (B, H, Nq, D), with any strides, and of lse (B, H, Nq).
+        qkv, mask, options: the arguments of forward.
+        outputs: the results of forward.
+        moved_from: as in forward.
     """
     kept, every = _rows_of(qkv.q, mask)
     if kept.longest < moved_from:

@@ -32,7 +32,7 @@ class GluonConfig:
     producer_registers: int = 24
 
 
-# By padded head width.
+# Configurations by padded head width.
 PLAIN = {
     16: GluonConfig(128, 4, 2),
     32: GluonConfig(128, 4, 2),

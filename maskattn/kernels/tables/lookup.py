@@ -67,7 +67,7 @@ def look_up(
     """The configuration of a pass on a target.
 
     Args:
-        precision: of the options. What it allows is done where there are tiles for it.
+        precision: the precision of the options, used if there are tiles for it.
 
     Raises:
         KeyError: there is none; ``supports`` of ``launch/support.py`` refuses such calls beforehand.
