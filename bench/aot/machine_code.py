@@ -81,7 +81,9 @@ def nvidia_tool(name: str) -> str:
 
 
 def registers_and_spills(compiled: Any) -> tuple[int, int]:
-    """Registers of a thread of a cubin, and the bytes that it spills."""
+    """Registers of a thread, and the bytes that it spills."""
+    if "amdgcn" in compiled.asm:
+        return _read_amd(compiled)[:2]
     usage = _run_on_cubin(compiled, "cuobjdump", "--dump-resource-usage")
     match = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if match is None:
@@ -91,7 +93,9 @@ def registers_and_spills(compiled: Any) -> tuple[int, int]:
 
 
 def tensor_instruction_of(compiled: Any) -> str:
-    """The instruction with which a cubin's kernel uses the tensor cores, "none" where it does not."""
+    """The instruction with which a kernel uses the tensor cores, "none" where it does not."""
+    if "amdgcn" in compiled.asm:
+        return "mfma" if "v_mfma" in compiled.asm["amdgcn"] else "none"
     return next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in compiled.asm["ptx"]), "none")
 
 
@@ -130,7 +134,7 @@ def _read_amd(compiled: Any) -> tuple[int, int, list[str], str]:
     spilled = 4 * number("vgpr_spill_count") + number("private_segment_fixed_size")
     instructions = re.compile(r"^\s+([a-z]\w+)(.*)")
     loop = _main_loop(code, re.compile(r"^\.(LBB\d+_\d+):"), instructions, re.compile(r"\.(LBB\d+_\d+)"), r"s_c?branch")
-    return number("vgpr_count"), spilled, loop, "mfma" if "v_mfma" in code else "none"
+    return number("vgpr_count"), spilled, loop, tensor_instruction_of(compiled)
 
 
 def _main_loop(

@@ -6,8 +6,12 @@ from triton.backends.compiler import GPUTarget
 
 from maskattn.kernels.tables.config import Target
 
-# Compute capability 12.0 is launched with the tiles of 8.6, and has limits of its own.
-SM120 = GPUTarget("cuda", 120, 32)
+# Chips that are launched with another's tiles: compute capability 12.0 with those of 8.6.
+SIBLINGS: dict[str, tuple[Target, GPUTarget]] = {
+    "sm120": ("sm86", GPUTarget("cuda", 120, 32)),
+    "gfx90a": ("gfx942", GPUTarget("hip", "gfx90a", 64)),
+    "gfx950": ("gfx942", GPUTarget("hip", "gfx950", 64)),
+}
 
 GPU_TARGETS: dict[Target, GPUTarget] = {
     "sm80": GPUTarget("cuda", 80, 32),

@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 
 import maskattn
 from bench.aot.bounds import SHARED_LIMITS, TENSOR_MEMORY_COLUMNS
@@ -34,9 +35,11 @@ from bench.aot.cases import DTYPES, precision_of
 from bench.aot.intermediate import fingerprint
 from bench.aot.launches import Launch, recorded_launches
 from bench.aot.machine_code import registers_and_spills, tensor_instruction_of
-from bench.aot.targets import GPU_TARGETS, SM120
+from bench.aot.targets import GPU_TARGETS, SIBLINGS
 from maskattn.kernels.launch.support import HEAD_WIDTHS
 from maskattn.kernels.readout import call
+from maskattn.kernels.tables.config import Target
+from maskattn.kernels.tables.lookup import look_up
 
 __all__ = [
     "REPRESENTATIVE",
@@ -67,8 +70,10 @@ KERNELS = {
     ("relevance", "plain"): ("relevance_kernel",),
     ("relevance", "every"): ("relevance_kernel",),
 }
-TARGETS = {"sm80": GPU_TARGETS["sm80"], "sm86": GPU_TARGETS["sm86"], "sm90": GPU_TARGETS["sm90"]}
-TARGETS |= {"sm100": GPU_TARGETS["sm100"], "sm120": SM120}
+
+# Each chip, and the row of the tables with whose tiles it is launched.
+TARGETS: dict[str, GPUTarget] = {**GPU_TARGETS, **{name: target for name, (_, target) in SIBLINGS.items()}}
+ROWS: dict[str, Target] = {name: name for name in GPU_TARGETS} | {name: row for name, (row, _) in SIBLINGS.items()}
 
 
 @dataclass(frozen=True)
@@ -109,22 +114,30 @@ class WidthRow:
 def width_cases() -> Iterator[WidthCase]:
     """Every case, the most used first: half precision before single, 9.0 before others."""
     for dtype in ("bf16", "tf32x3", "fp32"):
-        # Products of a few rows of float32 are always float32's.
-        for operation in ("attention",) if dtype == "tf32x3" else ("attention", "readout", "relevance"):
-            for target in ("sm90", "sm80", "sm100", "sm86", "sm120"):
+        for operation in ("attention", "readout", "relevance"):
+            for target in ("sm90", "sm80", "sm100", "sm86", "sm120", "gfx942", "gfx90a", "gfx950"):
                 for width in HEAD_WIDTHS:
                     for options in ("plain", "every", "bias"):
                         for kernel in KERNELS.get((operation, options), ()):
-                            yield WidthCase(kernel, target, width, dtype, options)
+                            case = WidthCase(kernel, target, width, dtype, options)
+                            if dtype != "tf32x3" or _takes_three_products(case):
+                                yield case
+
+
+def _takes_three_products(case: WidthCase) -> bool:
+    """Whether float32 goes to the tensor cores where it may; else the case is that of float32."""
+    pass_: Any = case.kernel.removesuffix("_kernel")
+    if case.operation != "attention":
+        return False
+    config = look_up(pass_, ROWS[case.target], case.head_width, torch.float32, case.options == "every", "tf32x3")
+    return config.precision == "tf32x3"
 
 
 @functools.lru_cache(maxsize=8)
 def _launches(operation: str, target: str, head_width: int, dtype: str, options: str) -> tuple[Launch, ...]:
     """The launches of one call of an operation and its backward."""
-    # Compute capability 12.0 has no row of its own; maskattn.kernels.tables.lookup says which it has.
-    row = "sm86" if target == "sm120" else target
     with (
-        recorded_launches(row) as launches,
+        recorded_launches(ROWS[target]) as launches,
         mock.patch.object(call, "number_of_splits", return_value=SPLITS),
     ):
         {"attention": _attend, "readout": _read, "relevance": _relate}[operation](head_width, dtype, options)
@@ -225,7 +238,7 @@ def measure_width(case: WidthCase) -> WidthRow:
 
 def faults(row: WidthRow) -> list[str]:
     """What keeps a kernel from running, or from running well."""
-    limit = SHARED_LIMITS["sm86" if row.case.target == "sm120" else row.case.target]  # type: ignore[index]
+    limit = SHARED_LIMITS[ROWS[row.case.target]]
     found = [f"spills {row.spilled_bytes} bytes"] if row.spilled_bytes else []
     found += [f"takes {row.shared_bytes} bytes of shared memory of {limit}"] if row.shared_bytes > limit else []
     columns = row.tensor_memory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -90,6 +92,19 @@ def test_old_gpus_are_refused(capability, reason, monkeypatch):
     monkeypatch.setattr(type(q), "device", torch.device("cuda", 0), raising=False)
     answer = support.supports(q, Options(1.0))
     assert answer is None if reason is None else reason in answer
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("gfx90a:sramecc+:xnack-", None), ("gfx950", None), ("gfx1100", "gfx1100")]
+)
+def test_amd_gpus_for_which_there_are_no_tiles_are_refused(name, reason, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    q = torch.zeros(3, 2, 64, device="meta")
+    monkeypatch.setattr(type(q), "device", torch.device("cuda", 0), raising=False)
+    answer = support.supports(q, Options(1.0))
+    assert answer is None if reason is None else answer.endswith(f"got {reason}")
 
 
 @triton.jit

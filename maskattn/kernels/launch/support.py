@@ -14,6 +14,9 @@ from maskattn.options import Options
 __all__ = ["DTYPES", "HEAD_WIDTHS", "supports"]
 
 HEAD_WIDTHS = range(16, 257, 8)
+# Their warps have 64 lanes of 512 registers. On gfx1100, with 32 lanes of 256, even tiles of 16 × 16 spill at the
+# head width 128.
+AMD_CHIPS = ("gfx90a", "gfx942", "gfx950")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,7 +44,10 @@ def _missing_on(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"needs a CUDA or ROCm GPU (or Triton's interpreter), got q.device={device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return None if name in AMD_CHIPS else f"needs one of AMD's {', '.join(AMD_CHIPS)}, got {name}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
     return None

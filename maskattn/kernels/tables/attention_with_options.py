@@ -18,7 +18,7 @@ sm80    half       query_gradient  128x32/8/2+s    128x16/8/2+s    64x16/8/2+s
 sm80    half       key_gradient    16x64/8/2+s     16x64/8/1+s     16x32/8/2
 sm80    single     forward         32x16/8/1+s     16x16/8/1+s     16x16/4/1
 sm80    single     query_gradient  32x32/8/1+s     16x16/8/1+s     32x16/16/1+s
-sm80    single     key_gradient    16x32/8/1+s     16x32/8/1+s     16x32/16/1+s
+sm80    single     key_gradient    16x32/8/1+s     16x32/16/1+s    16x32/16/1+s
 sm86    half       forward         128x32/8/3+s    128x16/8/3+s    64x16/8/2
 sm86    half       query_gradient  128x32/8/2+s    128x16/8/1+s    64x16/8/1
 sm86    half       key_gradient    16x64/8/2+s     16x64/8/2       16x16/8/1
@@ -29,7 +29,7 @@ sm90    half       forward         128x64/8/3+s+d  128x32/8/3+s+d  64x32/8/2+s+d
 sm90    half       query_gradient  128x64/8/3+s+d  128x32/8/3+s+d  128x16/8/2+s+d
 sm90    half       key_gradient    32x128/8/3+s+d  16x128/8/2+s+d  32x32/8/2+d
 sm90    single     forward         64x16/8/1+s     32x16/8/1+s     32x16/8/1
-sm90    single     query_gradient  64x32/8/1+s     32x16/8/1+s     32x16/16/1
+sm90    single     query_gradient  64x32/8/1+s     32x16/16/1+s    32x16/16/1
 sm90    single     key_gradient    16x32/8/1+s     16x16/8/1+s     16x16/8/1
 sm100   half       forward         128x32/8/3+d    128x32/8/3+d    128x16/8/2+s+d
 sm100   half       query_gradient  128x32/8/2+s+d  128x32/8/2+s+d  64x16/8/1+s+d
