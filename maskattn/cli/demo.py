@@ -26,7 +26,7 @@ def demo(
     The slide is drawn, the bundled model predicts it, and every output is written.
     """
     with errors_in_one_line(debug):
-        from maskattn.cli.progress import scores_of
+        from maskattn.cli.progress import lines_of_prediction, scores_of
         from maskattn.demo.synthetic import CLASSES, make_slide, write_slide
         from maskattn.files import replacing
         from maskattn.slide.manifest import SlideJob
@@ -34,12 +34,13 @@ def demo(
         from maskattn.slide.request import RunSettings
 
         prepare_output(out)
-        model = slide_runs.load_model(slide_runs.Chosen(model=slide_runs.BUNDLED), None, "auto")
         slide = make_slide(seed)
         path = out / f"synthetic_{seed}.tiff"
         with replacing(path) as temporary:
             write_slide(slide, temporary)
-        outcome = slide_runs.run([SlideJob(path.stem, path)], model, RunSettings(out, tokens=True, overwrite=True))[0]
+        settings = RunSettings(out, tokens=True, overwrite=True)
+        work = slide_runs.Inference([SlideJob(path.stem, path)], slide_runs.Chosen(), settings)
+        outcome = slide_runs.run(work, "auto", None, lines_of_prediction)[0]
     if outcome.prediction is None:
         raise typer.Exit(1)
     say(f"slide       {path}")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from maskattn.cli import options, slide_runs
-from maskattn.cli.reporting import errors_in_one_line, tell
+from maskattn.cli.reporting import errors_in_one_line
 from maskattn.slide.extract_request import ExtractSettings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from maskattn.cli.device_member import Run
     from maskattn.slide.extraction_record import ExtractionOutcome
+    from maskattn.slide.manifest import SlideJob
 
 __all__ = ["extract"]
 
@@ -33,6 +38,7 @@ def extract(
     mask: options.Mask = None,
     settings: ExtractSettings,
     device: options.Device = "auto",
+    devices: options.Devices = None,
     impl: options.Impl = None,
     debug: options.Debug = False,
 ) -> None:
@@ -48,23 +54,44 @@ def extract(
         check_extraction(jobs, settings)  # checked again with the encoder, which may have no spacing of its own
         prepare_output(settings.out_dir)
 
-        from maskattn.cli.progress import ProgressBars
+        work = _Extraction(jobs, encoder, weights, num_heads, trust_code, impl, settings)
+        outcomes = slide_runs.run(work, device, devices, _lines_of)
+    slide_runs.end(outcomes, settings.out_dir, "features", notes)
+
+
+@dataclass(frozen=True)
+class _Extraction:
+    """The work of the command on one device."""
+
+    jobs: list[SlideJob]
+    encoder: str
+    weights: Path | None
+    num_heads: int | None
+    trust_code: bool
+    impl: str | None
+    settings: ExtractSettings
+
+    def under(self, settings: ExtractSettings) -> _Extraction:
+        """The same work under other settings."""
+        return replace(self, settings=settings)
+
+    def on(self, device: str) -> tuple[str, Run[ExtractionOutcome]]:
+        """Load the encoder."""
         from maskattn.nn.encoders import load_encoder
+        from maskattn.slide.extract_request import check_extraction
         from maskattn.slide.extraction import extract_slides
 
         chosen = load_encoder(
-            encoder,
-            device=slide_runs.device_named(device, impl),
-            impl=impl,
-            weights=weights,
-            num_heads=num_heads,
-            trust_code=trust_code,
+            self.encoder,
+            device=slide_runs.device_named(device, self.impl),
+            impl=self.impl,
+            weights=self.weights,
+            num_heads=self.num_heads,
+            trust_code=self.trust_code,
         )
-        check_extraction(jobs, settings, chosen)
-        tell(_of_the_encoder(chosen.name, chosen.card.licence, chosen.why_not))
-        with ProgressBars(len(jobs), _lines_of) as bars:
-            outcomes = extract_slides(jobs, chosen, settings, bars)
-    slide_runs.end(outcomes, settings.out_dir, "features", notes)
+        check_extraction(self.jobs, self.settings, chosen)
+        note = _of_the_encoder(chosen.name, chosen.card.licence, chosen.why_not)
+        return note, lambda progress: extract_slides(self.jobs, chosen, self.settings, progress)
 
 
 def _of_the_encoder(name: str, licence: str, why_not: str) -> str:
@@ -76,6 +103,8 @@ def _lines_of(outcome: ExtractionOutcome) -> list[str]:
     """Return the lines that report a slide's outcome and the notes on it."""
     record = outcome.record
     if record is None:
+        if outcome.status == "skipped":
+            return []  # another process ran it and has reported it
         return [f"failed   {outcome.slide_id}: {outcome.reason}"]
     tokens = f", {record.kept_tokens / max(1, record.tokens):.0%} of their tokens" if record.tokens else ""
     tiles = f"{record.tiles:,} of {record.cells:,} tiles{tokens}"

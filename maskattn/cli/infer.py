@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from maskattn.cli import options, slide_runs
-from maskattn.cli.concepts import load_concept_model, read_words
+from maskattn.cli.concepts import read_words
 from maskattn.cli.reporting import errors_in_one_line, map_warnings, say
 from maskattn.slide.request import RunSettings
 
@@ -71,6 +71,7 @@ def infer(
     mask: options.Mask = None,
     settings: RunSettings,
     device: options.Device = "auto",
+    devices: options.Devices = None,
     impl: options.Impl = None,
     report: Annotated[bool, typer.Option("--report", help="Write OUT/report.html at the end.")] = False,
     debug: options.Debug = False,
@@ -81,6 +82,7 @@ def infer(
     Finished slides are skipped, broken ones are reported.
     """
     with errors_in_one_line(debug):
+        from maskattn.cli.progress import lines_of_prediction
         from maskattn.slide.output_folder import prepare_output
         from maskattn.slide.request import check_request
 
@@ -104,10 +106,10 @@ def infer(
             if model is not None:
                 raise ValueError("concepts replace the slide model, got --model in addition; give one of them")
             words = read_words(concepts, prompt, encoder, temperature)
-            runs = load_concept_model(words, best_tiles, chosen, impl, device)
         else:
-            runs = slide_runs.load_model(chosen, impl, device)
-        outcomes = slide_runs.run(jobs, runs, settings)
+            words = None
+        work = slide_runs.Inference(jobs, chosen, settings, words, best_tiles, impl)
+        outcomes = slide_runs.run(work, device, devices, lines_of_prediction)
         if report:
             from maskattn.slide.report import write_report
 

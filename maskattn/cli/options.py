@@ -22,6 +22,7 @@ __all__ = [
     "ConfigFile",
     "Debug",
     "Device",
+    "Devices",
     "Exclude",
     "ExcludeClasses",
     "Force",
@@ -97,6 +98,13 @@ NumHeads = Annotated[
 ]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code in an encoder's repository.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        help="In place of --device: a process for each of these, which share the slides: all, 0,1 (GPUs) or cpu:4.",
+    ),
+]
 Impl = Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")]
 Outputs = Annotated[
     Path, typer.Argument(help="A folder of outputs, the --out of infer or demo.", metavar="OUT", show_default=False)

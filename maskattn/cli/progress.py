@@ -23,21 +23,22 @@ class ProgressBars(Bars, Generic[OutcomeT]):
     Args:
         slides: number of slides.
         lines_of: returns the lines that report a slide's outcome.
+        bars_of_tiles: number of slides that are run at once.
     """
 
-    def __init__(self, slides: int, lines_of: Callable[[OutcomeT], list[str]]) -> None:
+    def __init__(self, slides: int, lines_of: Callable[[OutcomeT], list[str]], bars_of_tiles: int = 1) -> None:
         self._lines_of = lines_of
         super().__init__()
         self._slides = self._progress.add_task("slides", total=slides)
-        self._tiles = self._progress.add_task("tiles", total=None)
+        self._tiles = [self._progress.add_task("tiles", total=None) for _ in range(bars_of_tiles)]
 
-    def slide_started(self, job: SlideJob) -> None:
-        """Start the bar of tiles for a slide."""
-        self._progress.reset(self._tiles, total=None, description=printable(f"tiles of {job.slide_id}"))
+    def slide_started(self, job: SlideJob, bar: int = 0) -> None:
+        """Start a bar of tiles for a slide."""
+        self._progress.reset(self._tiles[bar], total=None, description=printable(f"tiles of {job.slide_id}"))
 
-    def tiles_done(self, done: int, total: int) -> None:
-        """Advance the bar of tiles."""
-        self._progress.update(self._tiles, completed=done, total=total)
+    def tiles_done(self, done: int, total: int, bar: int = 0) -> None:
+        """Advance a bar of tiles."""
+        self._progress.update(self._tiles[bar], completed=done, total=total)
 
     def slide_ended(self, outcome: OutcomeT) -> None:
         """Print the slide's lines and advance the bar of slides."""

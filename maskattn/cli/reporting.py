@@ -24,7 +24,7 @@ from maskattn.errors import SlideError
 if TYPE_CHECKING:
     from maskattn.slide.prediction import SlideOutcome
 
-__all__ = ["errors_in_one_line", "map_warnings", "say", "say_json", "tell"]
+__all__ = ["errors_in_one_line", "in_one_line", "map_warnings", "say", "say_json", "tell"]
 
 _EXTRAS = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf", "js_lib_leaflet": "view"}
 _EXTRAS |= dict.fromkeys(
@@ -76,7 +76,7 @@ def errors_in_one_line(debug: bool, kept: str = "finished slides") -> Iterator[N
     except Exception as error:  # the last resort of a command line
         if debug:
             traceback.print_exc()
-        _fail(*_in_one_line(error))
+        _fail(*in_one_line(error))
 
 
 @contextmanager
@@ -105,7 +105,7 @@ class _Line(logging.Handler):
         tell(" ".join(record.getMessage().split()))
 
 
-def _in_one_line(error: Exception) -> tuple[str, int]:
+def in_one_line(error: Exception) -> tuple[str, int]:
     """Return the message for the user and the exit code."""
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name is not None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from maskattn.cli.concepts import load_concept_model
 from maskattn.cli.reporting import say, tell
 
 if TYPE_CHECKING:
+    from maskattn.cli.device_member import Run, Work
+    from maskattn.explain.text_concepts import TextConcepts
     from maskattn.nn.slide_models.two_stage import TwoStageModel
+    from maskattn.slide.each_slide import OutcomeT
     from maskattn.slide.manifest import SlideJob
     from maskattn.slide.outcome import Outcome
     from maskattn.slide.prediction import SlideOutcome
     from maskattn.slide.request import RunSettings
 
-__all__ = ["BUNDLED", "Chosen", "device_named", "end", "jobs_asked_for", "load_model", "run"]
+__all__ = ["BUNDLED", "Chosen", "Inference", "device_named", "end", "jobs_asked_for", "load_model", "run"]
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "model"
 
@@ -177,13 +181,71 @@ def _jobs_of_features(folder: Path) -> list[SlideJob]:
     return [SlideJob(slide_id, path) for slide_id, path in found.items()]
 
 
-def run(jobs: list[SlideJob], model: TwoStageModel, settings: RunSettings) -> list[SlideOutcome]:
-    """Run the slides; for a demonstration model, print its note first."""
-    from maskattn.cli.progress import ProgressBars, lines_of_prediction
-    from maskattn.slide.run import run_slides
+@dataclass(frozen=True)
+class Inference:
+    """The prediction of slides by a model, on any device.
 
-    config = model.config
-    if config.demonstration:
-        tell(f"{config.name}: {config.note}")
-    with ProgressBars(len(jobs), lines_of_prediction) as bars:
-        return run_slides(jobs, model, settings, bars)
+    Attributes:
+        jobs: the slides.
+        chosen: the model.
+        settings: how to run them.
+        words: concepts that replace the model.
+        best_tiles: of concepts, how many tiles are pooled for each.
+        impl: the attention implementation; None = the best.
+    """
+
+    jobs: list[SlideJob]
+    chosen: Chosen
+    settings: RunSettings
+    words: TextConcepts | None = None
+    best_tiles: int | None = None
+    impl: str | None = None
+
+    def under(self, settings: RunSettings) -> Inference:
+        """The same work under other settings."""
+        return replace(self, settings=settings)
+
+    def on(self, device: str) -> tuple[str, Run[SlideOutcome]]:
+        """Load the model on a device; return the note of a demonstration model, and what runs the slides."""
+        from maskattn.slide.run import run_slides
+
+        if self.words is not None:
+            model = load_concept_model(self.words, self.best_tiles, self.chosen, self.impl, device)
+        else:
+            model = load_model(self.chosen, self.impl, device)
+        config = model.config
+        note = f"{config.name}: {config.note}" if config.demonstration else ""
+        return note, lambda progress: run_slides(self.jobs, model, self.settings, progress)
+
+
+def run(
+    work: Work[OutcomeT], device: str, devices: str | None, lines_of: Callable[[OutcomeT], list[str]]
+) -> list[OutcomeT]:
+    """Run the slides of a command under progress bars: on one device, or in a process for each of several.
+
+    Args:
+        work: what is run.
+        device: of --device.
+        devices: of --devices.
+        lines_of: returns the lines that report a slide's outcome.
+
+    Raises:
+        ValueError: there is no such device, or both options are given.
+    """
+    from maskattn.cli.progress import ProgressBars
+
+    if devices is not None:
+        from maskattn.cli.devices import devices_named, run_on_devices
+
+        if device != "auto":
+            raise ValueError(
+                f"--devices replaces --device, got --device {device} and --devices {devices}; give one of them"
+            )
+        named = devices_named(devices)
+        with ProgressBars(len(work.jobs), lines_of, len(named)) as bars:
+            return run_on_devices(named, work, [job.slide_id for job in work.jobs], bars)
+    note, run_all = work.on(device)
+    if note:
+        tell(note)
+    with ProgressBars(len(work.jobs), lines_of) as bars:
+        return run_all(bars)

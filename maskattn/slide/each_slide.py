@@ -112,7 +112,8 @@ def run_each(
             else:
                 failed = turn.status == "failed"
                 why = f"{turn.reason} ({turn.by})" if failed else f"run by {turn.by}"
-                outcomes[index] = outcome_of(job.slide_id, "failed" if failed else "skipped", why, 0.0, None)
+                there = outcome_of(job.slide_id, "failed" if failed else "skipped", why, 0.0, None)
+                outcomes[index] = replace(there, elsewhere=True)
             if progress is not None:
                 progress.slide_ended(outcomes[index])
     in_order = [outcomes[index] for index in sorted(outcomes)]

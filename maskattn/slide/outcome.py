@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 __all__ = ["Outcome", "Status"]
@@ -19,12 +19,14 @@ class Outcome:
         status: "ok", "skipped" (finished by an earlier run, whose record is read) or "failed".
         reason: why it failed or was skipped; empty when ok.
         seconds: wall time of this run.
+        elsewhere: whether another process ran it, so that nothing more is known of it here.
     """
 
     slide_id: str
     status: Status
     reason: str
     seconds: float
+    elsewhere: bool = field(default=False, kw_only=True)
 
     def row(self) -> dict[str, str]:
         """The outcome as a row of ``summary.csv``."""

@@ -33,7 +33,7 @@ class SharedSettings:
         retry_failed: try slides again that failed in another process of the run before this one began.
         shard: "I/N" = the I-th of N shares of the slides alone.
         limit: run at most so many slides, and leave the rest.
-        order: of the slides, "given" or "large-first".
+        order: of the slides, "given" or "large-first"; None = as given.
     """
 
     mask_values: tuple[int, ...] | None = field(
@@ -117,14 +117,20 @@ class SharedSettings:
             "--limit", "Run at most so many slides, and leave the rest.", minimum=1, recorded=False, serves=None
         ),
     )
-    order: Literal["given", "large-first"] = field(
-        default="given", metadata=asked("--order", "Of the slides: given, or large-first.", recorded=False, serves=None)
+    order: Literal["given", "large-first"] | None = field(
+        default=None,
+        metadata=asked(
+            "--order",
+            "Of the slides: given, or large-first; by default as given, and with --devices large-first.",
+            recorded=False,
+            serves=None,
+        ),
     )
 
     @property
     def sharing(self) -> Sharing:
         """How the slides are to be shared."""
-        return Sharing(self.claim_timeout_s, self.retry_failed, self.shard, self.limit, self.order)
+        return Sharing(self.claim_timeout_s, self.retry_failed, self.shard, self.limit, self.order or "given")
 
 
 def slide_spacing(flag: str) -> dict[str, object]:

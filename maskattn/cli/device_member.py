@@ -1,0 +1,123 @@
+"""The process of one device: it loads the model there, runs slides, and reports to the command that started it."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, Protocol
+
+from maskattn.cli.signals import Ended, told_to_end
+from maskattn.slide.each_slide import OutcomeT, RunProgress
+
+if TYPE_CHECKING:
+    from maskattn.slide.manifest import SlideJob
+    from maskattn.slide.outcome import Outcome
+    from maskattn.slide.shared_requests import SharedSettings
+
+__all__ = ["Run", "Work", "run_member"]
+
+Run = Callable[[RunProgress[OutcomeT]], list[OutcomeT]]
+
+
+class Work(Protocol[OutcomeT]):
+    """What a command does on a device; a dataclass that can be pickled."""
+
+    @property
+    def jobs(self) -> list[SlideJob]:
+        """All slides."""
+
+    @property
+    def settings(self) -> SharedSettings:
+        """The request."""
+
+    def under(self, settings: Any) -> Work[OutcomeT]:
+        """The same work under other settings."""
+
+    def on(self, device: str) -> tuple[str, Run[OutcomeT]]:
+        """Load the model on a device; returns a note on it ("" is none), and what runs the slides."""
+
+
+def run_member(reports: Connection, device: str, cores: tuple[int, ...]) -> None:
+    """Run slides in this process, which was started for it.
+
+    Args:
+        reports: receives the :class:`Work`; sends (kind, what) for whatever happens.
+        device: where the model is loaded.
+        cores: the ones that this process and its decoding workers may use; () leaves that to the system.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the command, which passes it on
+    if cores:
+        os.sched_setaffinity(0, cores)
+    try:
+        with told_to_end():
+            _keep_threads_within(len(cores))
+            work: Work[Outcome] = reports.recv()  # it imports what counts the cores
+            logging.getLogger("maskattn").addHandler(_AsNotes(reports))
+            note, run = work.on(device)
+            if note:
+                reports.send(("note", note))
+            run(_Reporter(reports))
+            reports.send(("done",))
+    except Ended as end:
+        raise SystemExit(128 + end.signal) from None
+    except Exception as error:
+        reports.send(("error", _sendable(error)))
+        raise SystemExit(1) from None
+
+
+def _keep_threads_within(cores: int) -> None:
+    import torch
+
+    if cores:
+        torch.set_num_threads(min(torch.get_num_threads(), cores))
+
+
+class _Reporter:
+    """The progress of a run, sent to the command."""
+
+    def __init__(self, reports: Connection) -> None:
+        self._reports = reports
+
+    def slide_started(self, job: SlideJob) -> None:
+        self._reports.send(("started", job))
+
+    def tiles_done(self, done: int, total: int) -> None:
+        self._reports.send(("tiles", done, total))
+
+    def slide_ended(self, outcome: Outcome) -> None:
+        self._reports.send(("ended", outcome))
+
+
+class _AsNotes(logging.Handler):
+    """The package's own warnings, sent to the command."""
+
+    def __init__(self, reports: Connection) -> None:
+        super().__init__(logging.WARNING)
+        self._reports = reports
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._reports.send(("note", " ".join(record.getMessage().split())))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or its words where it is of a kind that does not travel."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _end_with_parent() -> None:
+    """End with the command, also when it is killed; the slide's claim is then free at once."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

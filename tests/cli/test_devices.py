@@ -1,0 +1,183 @@
+"""``--devices``: a process for each device, which share the slides and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_slides import small_model, tissue_image, write_slide
+from typer.testing import CliRunner
+
+from maskattn.cli.app import app
+from maskattn.cli.devices import devices_named, settings_of_member, shares_of_cores
+from maskattn.slide.request import RunSettings
+from maskattn.slide.summary import read_summary
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [
+        ("cpu:3", ["cpu"] * 3),
+        ("cpu", ["cpu"]),
+        ("0,1", ["cuda:0", "cuda:1"]),
+        ("cuda:1, 1", ["cuda:1", "cuda:1"]),
+        ("0,cpu:2", ["cuda:0", "cpu", "cpu"]),
+        ("all", ["cuda:0", "cuda:1"]),
+    ],
+)
+def test_devices_are_named_one_for_each_process(text: str, devices: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices_named(text) == devices
+
+
+def test_all_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices_named("all") == ["cpu"]
+    with pytest.raises(ValueError, match=r"names GPUs of this machine, got cuda:0 where it has 0; count from 0"):
+        devices_named("cpu:2,0")
+
+
+@pytest.mark.parametrize("text", ["", "cpu:0", "gpu", "cpu:x", "0,,1", "-1", "cuda:", "all,0", "tpu:1"])
+def test_names_of_no_device_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--devices takes all, or names with commas.*got .*; name the devices"):
+        devices_named(text)
+
+
+def test_cores_are_shared_out_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 8, 9, 10}, raising=False)
+    assert shares_of_cores(3) == [(0, 1), (2, 3, 8), (9, 10)]
+    assert shares_of_cores(9) == [(core,) for core in (0, 1, 2, 3, 8, 9, 10, 0, 1)]
+
+
+def test_members_share_the_limit_and_take_large_slides_first(tmp_path: Path) -> None:
+    members = [settings_of_member(RunSettings(tmp_path, limit=5, retry_failed=True), one, 3) for one in range(3)]
+    assert [one.limit for one in members] == [2, 2, 1]
+    assert [one.retry_failed for one in members] == [True, False, False]
+    assert {one.order for one in members} == {"large-first"}
+    assert settings_of_member(RunSettings(tmp_path, order="given"), 0, 2).order == "given"
+
+
+def asked(folder: Path, slides: int, model: str = "model.safetensors") -> list[str]:
+    """The arguments of a run over one slide under many names, and one that is broken."""
+    slide = write_slide(folder / "disc.tiff", tissue_image())
+    small_model().save(folder / "model.safetensors")
+    (folder / "broken.svs").write_text("no slide")
+    rows = [f"s{number:03d},{slide}" for number in range(slides)] + [f"broken,{folder / 'broken.svs'}"]
+    (folder / "slides.csv").write_text("\n".join(["slide_id,slide_path", *rows, ""]))
+    return ["infer", str(folder / "slides.csv"), "--model", str(folder / model), "--workers", "0", "--out"]
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    """All outputs but the times of stages."""
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.glob("*/*")}
+    for name in [name for name in found if name.endswith("prediction.json")]:
+        found[name] = json.dumps({**json.loads(found[name]), "timings_s": None}).encode()
+    return found
+
+
+def test_processes_publish_what_one_does_and_report_each_slide_once(tmp_path: Path) -> None:
+    arguments = asked(tmp_path, 5)
+    alone = CliRunner().invoke(app, [*arguments, str(tmp_path / "alone")])
+    begun = CliRunner().invoke(app, [*arguments, str(tmp_path / "together"), "--devices", "cpu:3", "--limit", "1"])
+    assert len(read_summary(tmp_path / "together" / "summary.csv")) == 1, begun.output
+    together = CliRunner().invoke(app, [*arguments, str(tmp_path / "together"), "--devices", "cpu:2"])
+    assert (alone.exit_code, together.exit_code) == (1, 1), together.output
+    assert outputs(tmp_path / "alone") == outputs(tmp_path / "together") != {}
+    lines = together.stderr.splitlines()
+    names = sorted(line.split()[1].rstrip(":") for line in lines if line.startswith(("ok ", "skipped ", "failed ")))
+    assert names == ["broken", *(f"s{number:03d}" for number in range(5))]
+    assert sum("Random weights." in line for line in lines) == 1
+    assert together.stdout.startswith("5 of 6 slides have outputs; summary: ")
+    statuses = {name: row["status"] for name, row in read_summary(tmp_path / "together" / "summary.csv").items()}
+    assert statuses.pop("broken") == "failed"
+    assert sorted(statuses.values()) == ["ok"] * 4 + ["skipped"]
+
+
+def test_errors_of_all_processes_are_one_line(tmp_path: Path) -> None:
+    arguments = [*asked(tmp_path, 1, "none.safetensors"), str(tmp_path / "out")]
+    both = CliRunner().invoke(app, [*arguments, "--devices", "cpu", "--device", "cpu"])
+    assert (both.exit_code, both.stderr.count("\n")) == (2, 1)
+    assert "--devices replaces --device, got --device cpu and --devices cpu; give one of them" in both.stderr
+    missing = CliRunner().invoke(app, [*arguments, "--devices", "cpu:2"])
+    alone = CliRunner().invoke(app, arguments)
+    assert (missing.exit_code, missing.stderr) == (alone.exit_code, alone.stderr)
+    assert missing.exit_code == 2
+
+
+def started(arguments: list[str]) -> subprocess.Popen[str]:
+    """A run in a process group of its own, both of whose members are at work."""
+    out = Path(arguments[-1])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "maskattn", *arguments, "--devices", "cpu:2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while len(members(out)) < 2 or not list(out.glob("s*/prediction.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def members(out: Path) -> list[int]:
+    """The processes that take part."""
+    pids = []
+    for path in (out / ".fleet" / "members").glob("*.json"):
+        try:
+            pids.append(json.loads(path.read_text())["process"]["pid"])
+        except (OSError, ValueError):
+            continue
+    return pids
+
+
+def group_is_gone(group: int, within_s: float = 60) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_processes_end_with_the_command_and_give_their_slides_back(tmp_path: Path, number: int, code: int) -> None:
+    out = tmp_path / "out"
+    process = started([*asked(tmp_path, 400), str(out)])
+    os.killpg(process.pid, number)  # to all, as SLURM and a terminal send it
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert errors.splitlines()[-1].endswith("finished slides are kept; run the same command again to resume")
+    assert group_is_gone(process.pid)
+    finished = {path.parent.name for path in out.glob("s*/prediction.json")}
+    assert {path.name for path in out.iterdir()} - {"summary.csv"} == finished
+
+
+def test_no_process_outlives_a_command_that_is_killed(tmp_path: Path) -> None:
+    process = started([*asked(tmp_path, 400), str(tmp_path / "out")])
+    process.kill()
+    process.communicate(timeout=120)
+    assert group_is_gone(process.pid)
+
+
+def test_process_that_is_killed_is_started_again_and_loses_no_slide(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = started([*asked(tmp_path, 20), str(out)])
+    os.kill(members(out)[0], signal.SIGKILL)
+    told, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "the process of cpu was killed by SIGKILL; it is started again" in errors
+    assert told.startswith("20 of 21 slides have outputs")
+    assert {path.name for path in out.iterdir()} == {"summary.csv", *(f"s{number:03d}" for number in range(20))}
