@@ -76,7 +76,7 @@ def test_the_command_runs_concepts_and_says_what_is_missing(clip: Path, slide: P
         torch.tensor([*read_prediction(found).logits.values()]), zero_shot_head(words, 3)(z), rtol=1e-4, atol=1e-4
     )
     alone = CliRunner().invoke(app, given)
-    assert (alone.exit_code, "name it (--encoder)" in alone.stderr) == (2, True)
+    assert (alone.exit_code, "name it with --encoder" in alone.stderr) == (2, True)
     both = CliRunner().invoke(app, [*given, *tiles, "--model", str(clip)])
     assert (both.exit_code, "give one of them" in both.stderr) == (2, True)
 
@@ -108,7 +108,7 @@ def test_weights_fill_the_network_that_timm_names_with_its_projection(slide: Pat
     expected = network(x)[0].detach()
     assert F.cosine_similarity(torch.from_numpy(features.features_TC[0]), expected, dim=0) > 0.98
     refused = CliRunner().invoke(app, [*given, *tiles, "--encoder", str(tmp_path / "tower.safetensors")])
-    assert (refused.exit_code, "timm:NAME names" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "--weights needs --encoder timm:NAME" in refused.stderr) == (2, True)
 
 
 def test_concepts_of_another_embedding_space_are_refused(clip: Path) -> None:
