@@ -55,6 +55,9 @@ class ReadTiles:
 class Stages:
     """Seconds per stage; on a GPU each stage waits for its own work to end. A stage within another stops its clock.
 
+    A stage of a loop over batches that may run ahead waits for its previous batch alone, so that a GPU has work while
+    the next batch is read; what is left of the last batch counts as the stage that waits for it.
+
     Args:
         device: the model's.
     """
@@ -64,19 +67,35 @@ class Stages:
         self._device = device
         self._running: list[str] = []
         self._since = 0.0
+        self._previous: dict[str, torch.cuda.Event] = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time what is done within, and add it to the stage's seconds."""
+    def __call__(self, name: str, *, runs_ahead: bool = False) -> Iterator[None]:
+        """Time what is done within, and add it to the stage's seconds.
+
+        Args:
+            name: of the stage.
+            runs_ahead: leave the GPU at work on this batch, after its work on the previous one has ended.
+        """
         self._charge()
         self._running.append(name)
         try:
             yield
         finally:
-            if self._device.type == "cuda":
+            if self._device.type == "cuda" and runs_ahead:
+                self._wait_for_previous(name)
+            elif self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._charge()
             self._running.pop()
+
+    def _wait_for_previous(self, name: str) -> None:
+        """Wait for what was asked of the GPU when this stage last ended: memory of at most two batches is in use."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        if name in self._previous:
+            self._previous[name].synchronize()
+        self._previous[name] = event
 
     def _charge(self) -> None:
         now = time.perf_counter()
@@ -169,7 +188,7 @@ class SlideRun:
     def _move(self, batches: Iterator[TileBatch], grid: TokenGrid, workers: int) -> Iterator[ReadTiles]:
         passes = self.tilings * 2 if self.with_tokens and self.settings.features_dir is None else 1
         while True:
-            with self.stages("read"):
+            with self.stages("read", runs_ahead=True):
                 batch = next(batches, None)
             if batch is None:
                 return

@@ -47,7 +47,7 @@ def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
     readable_T = np.zeros(grid.kept_tiles, dtype=bool)
     reason: str | None = None
     for batch in run.read(grid):
-        with run.stages("encode"):
+        with run.stages("encode", runs_ahead=True):
             with torch.inference_mode():
                 keep_BHW = batch.keep_BHW if run.model.masks_tokens else None
                 encoded_BC = run.model.encode_tiles(batch.tiles_BCHW, keep_BHW).float()

@@ -124,6 +124,30 @@ def test_stage_within_a_stage_is_not_counted_twice() -> None:
     assert sum(stages.seconds.values()) <= time.perf_counter() - start
 
 
+def test_gpu_is_at_work_on_a_batch_while_the_next_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Event:
+        def record(self, stream: str) -> None:
+            self.batch = stream
+
+        def synchronize(self) -> None:
+            told.append(f"wait for {self.batch}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: told.append("wait for all"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: f"what batch {batch} asked for")
+    stages = Stages(torch.device("cuda"))
+    for batch in range(3):
+        with stages("encode", runs_ahead=True):
+            told.append(f"batch {batch}")
+    assert told[:3] == ["batch 0", "batch 1", "wait for what batch 0 asked for"]
+    assert told[3:] == ["batch 2", "wait for what batch 1 asked for"]
+    with stages("slide"):
+        pass
+    assert told[5:] == ["wait for all"]
+
+
 def test_without_tokens_the_map_is_of_tiles(model: SlideModel, slide: Path, settings: RunSettings) -> None:
     prediction = predict_slide(SlideJob("disc", slide), model, replace(settings, out_dir=settings.out_dir.parent))
     folder = settings.out_dir.parent / "disc"
