@@ -26,7 +26,7 @@ Run = Callable[[RunProgress[OutcomeT]], list[OutcomeT]]
 
 
 class Work(Protocol[OutcomeT]):
-    """What a command does on a device; a dataclass that can be pickled."""
+    """The work of a command on a device; a dataclass that can be pickled."""
 
     @property
     def jobs(self) -> list[SlideJob]:
@@ -37,19 +37,19 @@ class Work(Protocol[OutcomeT]):
         """The request."""
 
     def under(self, settings: Any) -> Work[OutcomeT]:
-        """The same work under other settings."""
+        """Return the same work with other settings."""
 
     def on(self, device: str) -> tuple[str, Run[OutcomeT]]:
-        """Load the model on a device; returns a note on it ("" is none), and what runs the slides."""
+        """Load the model on a device; return a note on it ("" for none), and the function that runs the slides."""
 
 
 def run_member(reports: Connection, device: str, cores: tuple[int, ...]) -> None:
-    """Run slides in this process, which was started for it.
+    """Run slides in this process, which was started for this purpose.
 
     Args:
-        reports: receives the :class:`Work`; sends (kind, what) for whatever happens.
-        device: where the model is loaded.
-        cores: the ones that this process and its decoding workers may use; () leaves that to the system.
+        reports: the connection that receives the :class:`Work` and sends a tuple (kind, ...) for each event.
+        device: the device on which the model is loaded.
+        cores: the cores that this process and its decoding workers may use; () leaves the choice to the system.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the command, which passes it on
@@ -58,7 +58,7 @@ def run_member(reports: Connection, device: str, cores: tuple[int, ...]) -> None
     try:
         with told_to_end():
             _keep_threads_within(len(cores))
-            work: Work[Outcome] = reports.recv()  # it imports what counts the cores
+            work: Work[Outcome] = reports.recv()  # unpickling imports modules that count the cores
             logging.getLogger("maskattn").addHandler(_AsNotes(reports))
             note, run = work.on(device)
             if note:
@@ -80,7 +80,7 @@ def _keep_threads_within(cores: int) -> None:
 
 
 class _Reporter:
-    """The progress of a run, sent to the command."""
+    """Sends the progress of a run to the command."""
 
     def __init__(self, reports: Connection) -> None:
         self._reports = reports
@@ -96,7 +96,7 @@ class _Reporter:
 
 
 class _AsNotes(logging.Handler):
-    """The package's own warnings, sent to the command."""
+    """Sends the package's own warnings to the command."""
 
     def __init__(self, reports: Connection) -> None:
         super().__init__(logging.WARNING)
@@ -107,7 +107,7 @@ class _AsNotes(logging.Handler):
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error, or its words where it is of a kind that does not travel."""
+    """Return the error, or a ``RuntimeError`` with its message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -116,7 +116,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """End with the command, also when it is killed; the slide's claim is then free at once."""
+    """End together with the command, even if that is killed, so that the slide's claim is free immediately."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

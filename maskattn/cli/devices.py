@@ -1,8 +1,7 @@
-"""``--devices``: a process with a model of its own on each device of this machine, all of them members of one fleet.
+"""``--devices``: a process with its own model on each device of this machine, all of them members of one fleet.
 
-The command itself computes nothing then: it starts the members, gives each a share of the cores, shows what they
-report, and passes the signal on that ends it. Which member runs which slide is settled by their claims, as between
-machines.
+The command itself then computes nothing: it starts the members, assigns each a share of the cores, shows their reports,
+and forwards the signal that ends it. Claims decide which member runs which slide, as between machines.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ _UNWOUND_AFTER_S = 35.0  # a member ends itself after half a minute
 
 
 def devices_named(text: str) -> list[str]:
-    """The devices of ``--devices``, one for each process.
+    """Return the devices of ``--devices``, one for each process.
 
     Args:
-        text: "all" = every GPU, or the CPU where there is none; else names with commas: N or cuda:N is a GPU, cpu is
-            one process on the CPU and cpu:N are N of them. A GPU that is named twice is given two processes.
+        text: "all" is every GPU, or the CPU without one. Otherwise names separated by commas: N or cuda:N is a GPU,
+            cpu is one process on the CPU, and cpu:N are N of them. A GPU that is named twice gets two processes.
 
     Raises:
-        ValueError: it names no device, or a GPU that this machine has not.
+        ValueError: it names no device, or a GPU that this machine does not have.
     """
     devices: list[str] = []
     for name in text.split(","):
@@ -73,9 +72,9 @@ def devices_named(text: str) -> list[str]:
 
 
 def shares_of_cores(members: int) -> list[tuple[int, ...]]:
-    """The cores that each of some processes may use; () where the system cannot bind a process to cores.
+    """Divide the cores among processes; a share is () if the system cannot bind a process to cores.
 
-    No core is in two shares, unless there are more processes than cores.
+    Shares do not overlap unless there are more processes than cores.
     """
     if not hasattr(os, "sched_getaffinity"):
         return [()] * members
@@ -87,20 +86,20 @@ def shares_of_cores(members: int) -> list[tuple[int, ...]]:
 
 
 def settings_of_member(settings: SharedSettings, member: int, members: int) -> SharedSettings:
-    """The settings of one of several processes: its part of the limit, and the largest slides first by default."""
+    """Return the settings of one of several processes: its share of the limit, and by default largest slides first."""
     limit = settings.limit
     return replace(
         settings,
         order=settings.order or "large-first",
         limit=None if limit is None else limit // members + (member < limit % members),
-        # Two that begin at the same time would each let the other's failures be tried again.
+        # Two processes that start at the same time would each retry the other's failures.
         retry_failed=settings.retry_failed and member == 0,
     )
 
 
 @dataclass
 class _Member(Generic[OutcomeT]):
-    """A process of a device, and what is known of it."""
+    """The process of one device, and its state."""
 
     number: int
     device: str
@@ -113,7 +112,7 @@ class _Member(Generic[OutcomeT]):
     error: Exception | None = None
 
     def start(self) -> Connection:
-        """Start the process; returns where its reports come from."""
+        """Start the process and return the connection for its reports."""
         ours, theirs = multiprocessing.Pipe()
         limit = self.work.settings.limit
         work = self.work
@@ -121,20 +120,20 @@ class _Member(Generic[OutcomeT]):
             left = None if limit is None else max(1, limit - self.ran)
             work = work.under(replace(work.settings, limit=left, retry_failed=False))
         self.starts += 1
-        # A fork would inherit this process's threads' locks and its GPU.
+        # A fork would inherit the locks of this process's threads, and its GPU.
         self.process = multiprocessing.get_context("spawn").Process(
             target=run_member, args=(theirs, self.device, self.cores), name=self.device
         )
         self.process.start()
         theirs.close()
-        with contextlib.suppress(OSError):  # it ended at once, which its exit code tells
+        with contextlib.suppress(OSError):  # it ended immediately, which its exit code reports
             ours.send(work)
         return ours
 
 
 @dataclass
 class _Reports(Generic[OutcomeT]):
-    """What the members have reported of the slides."""
+    """The reports of the members on the slides."""
 
     bars: ProgressBars[OutcomeT]
     own: dict[str, OutcomeT] = field(default_factory=dict)
@@ -142,7 +141,7 @@ class _Reports(Generic[OutcomeT]):
     told: set[str] = field(default_factory=set)
 
     def take(self, member: _Member[OutcomeT], kind: str, *what: Any) -> None:
-        """Take in a report of a member."""
+        """Process a report of a member."""
         if kind == "started":
             self.bars.slide_started(what[0], member.number)
         elif kind == "tiles":
@@ -163,7 +162,7 @@ class _Reports(Generic[OutcomeT]):
             member.done = True
 
     def tell(self, text: str) -> None:
-        """Print a line that several members may report, once."""
+        """Print a line that several members may report, but only once."""
         if text not in self.told:
             self.told.add(text)
             tell(text)
@@ -181,17 +180,17 @@ def run_on_devices(
     """Run slides in a process for each device.
 
     Args:
-        devices: as :func:`devices_named` returns them.
-        work: what each process loads and runs.
+        devices: the devices, from :func:`devices_named`.
+        work: the work that each process loads and runs.
         slides: the ids of all slides, in the order of the outcomes.
-        bars: shows the progress, with a bar of tiles for each device.
+        bars: the progress bars, with a bar of tiles for each device.
 
     Returns:
-        The outcome of each slide that was come to.
+        The outcome of each slide that was reached.
 
     Raises:
-        Exception: no process could do its work: the error of the first that failed.
-        SlideError: all processes were killed, again and again.
+        Exception: no process could do its work; this is the error of the first that failed.
+        SlideError: all processes were killed repeatedly.
     """
     count = len(devices) if work.settings.limit is None else min(len(devices), work.settings.limit)
     cores = shares_of_cores(count)
@@ -218,7 +217,7 @@ def run_on_devices(
 
 
 def _listen(members: Sequence[_Member[OutcomeT]], reports: _Reports[OutcomeT]) -> None:
-    """Take in what the members report until all have ended; one that is killed is started again."""
+    """Process the members' reports until all have ended; restart a member that is killed."""
     running = {member.start(): member for member in members}
     while running:
         for connection in wait(list(running)):
@@ -234,7 +233,7 @@ def _listen(members: Sequence[_Member[OutcomeT]], reports: _Reports[OutcomeT]) -
             member.process.join()
             if member.done or member.error is not None:
                 continue
-            # Whoever is done has seen all slides end.
+            # A member is done only when all slides have ended.
             again = member.starts < _MOST_STARTS and not any(other.done for other in members)
             how = _how_it_ended(member.process.exitcode or 0)
             tell(f"the process of {member.device} {how}" + ("; it is started again" if again else ""))
@@ -248,7 +247,7 @@ def _how_it_ended(code: int) -> str:
 
 @contextlib.contextmanager
 def _ended_together(members: Sequence[_Member[Any]]) -> Iterator[None]:
-    """Whatever ends this process within ends the members too, each of which gives its slide back."""
+    """End the members together with this process, whatever ends it; each of them releases its slide."""
     try:
         yield
     finally:

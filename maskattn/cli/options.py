@@ -102,7 +102,7 @@ Devices = Annotated[
     str | None,
     typer.Option(
         "--devices",
-        help="In place of --device: a process for each of these, which share the slides: all, 0,1 (GPUs) or cpu:4.",
+        help="Instead of --device: a process for each of these, which share the slides: all, 0,1 (GPUs) or cpu:4.",
     ),
 ]
 Impl = Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")]

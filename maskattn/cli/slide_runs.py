@@ -187,11 +187,11 @@ class Inference:
 
     Attributes:
         jobs: the slides.
-        chosen: the model.
-        settings: how to run them.
-        words: concepts that replace the model.
-        best_tiles: of concepts, how many tiles are pooled for each.
-        impl: the attention implementation; None = the best.
+        chosen: the choice of the model.
+        settings: the settings of the run.
+        words: concepts that replace the model, or None.
+        best_tiles: number of highest-scoring tiles that are pooled for each concept; None pools all.
+        impl: the attention implementation; None takes the best.
     """
 
     jobs: list[SlideJob]
@@ -202,7 +202,7 @@ class Inference:
     impl: str | None = None
 
     def under(self, settings: RunSettings) -> Inference:
-        """The same work under other settings."""
+        """Return the same work with other settings."""
         return replace(self, settings=settings)
 
     def on(self, device: str) -> tuple[str, Run[SlideOutcome]]:
@@ -224,9 +224,9 @@ def run(
     """Run the slides of a command under progress bars: on one device, or in a process for each of several.
 
     Args:
-        work: what is run.
-        device: of --device.
-        devices: of --devices.
+        work: the work to run.
+        device: value of --device.
+        devices: value of --devices, or None.
         lines_of: returns the lines that report a slide's outcome.
 
     Raises:
