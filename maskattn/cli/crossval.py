@@ -72,7 +72,7 @@ def crossval(
             resamples=resamples,
             seed=settings.seed,
             folds=[outcome.predictions for outcome in outcomes],
-            notes=(*notes, *_chosen(outcomes), *_of_slides(settings)),
+            notes=(*notes, *_chosen(outcomes)),
         )
         report = write_evaluation(settings.out, [found], title=f"Cross-validation: {cohort.target}")
     for name, value in found.metrics.items():
@@ -140,12 +140,3 @@ def _chosen(outcomes: list[FoldOutcome]) -> tuple[str, ...]:
         return ()
     chosen = ", ".join(f"{outcome.fold} {outcome.chosen}" for outcome in outcomes)
     return (f"Each fold's model was chosen on its validation part: fold {chosen}.",)
-
-
-def _of_slides(settings: TrainSettings) -> tuple[str, ...]:
-    """Return a note on intervals if slides are predicted one by one."""
-    if settings.fusion != "none":
-        return ()
-    return (
-        "Slides are predicted one by one, and intervals are over slides: they are too narrow if patients have several.",
-    )

@@ -52,7 +52,7 @@ def evaluate(
         from maskattn.evaluation.comparison import compare
         from maskattn.evaluation.inputs import model_names, read_model
         from maskattn.evaluation.metrics import metrics_of
-        from maskattn.evaluation.report import value_text, write_evaluation
+        from maskattn.evaluation.report import counted, value_text, write_evaluation
         from maskattn.evaluation.results import evaluate_predictions, with_positive
 
         models = [read_model(path, task, target) for path in predictions]
@@ -78,7 +78,7 @@ def evaluate(
         ]
         report = write_evaluation(out, evaluations, comparisons)
     for one in evaluations:
-        say(f"{one.name}: {one.predictions.task}, {one.predictions.patients:,} patients")
+        say(f"{one.name}: {one.predictions.task}, {counted(one.predictions)}")
         for metric in metrics_of(one.predictions.task):
             say(f"  {metric.title:<26} {value_text(one.metrics[metric.name])}")
         for note in one.notes:

@@ -63,7 +63,7 @@ def train(
                 run = train_tiles(settings, cohort, split, settings.out, laid=laid, progress=progress)
     best = run.rows[run.best_epoch]
     found = ", ".join(f"{name[11:]} {value:.4g}" for name, value in best.items() if name.startswith("validation_"))
-    say(f"best epoch {run.best_epoch + 1} of {len(run.rows)}: {found} on {run.validation.patients} validation cases")
+    say(f"best epoch {run.best_epoch + 1} of {len(run.rows)}: {found} on {run.validation.rows} validation cases")
     if settings.stage == "tile":
         say(f"encoder: --encoder {settings.encoder} --weights {quoted(run.folder / 'encoder.safetensors')}")
         return

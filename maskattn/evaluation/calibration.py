@@ -29,7 +29,7 @@ class Reliability:
     Attributes:
         confidence: the mean confidence.
         right: the share that is right.
-        low, high: Wilson's 95 % interval of that share.
+        low, high: Wilson's 95 % interval of that share, as if all rows of a patient were one.
         patients: how many there are.
     """
 
@@ -80,7 +80,8 @@ def reliability_of(predictions: Predictions) -> Reliability:
     confidence_P, right_P = confidence_of(predictions)
     bin_P = np.searchsorted(np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1], confidence_P, side="right")
     there = np.unique(bin_P)
-    patients = np.array([(bin_P == one).sum() for one in there])
+    owners = np.array(predictions.owners)
+    patients = np.array([len(np.unique(owners[bin_P == one])) for one in there])
     share = np.array([right_P[bin_P == one].mean() for one in there])
     low, high = _wilson(share, patients)
     return Reliability(np.array([confidence_P[bin_P == one].mean() for one in there]), share, low, high, patients)

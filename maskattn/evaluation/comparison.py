@@ -1,11 +1,12 @@
 """Two models over the patients they share: a paired bootstrap of the difference.
 
-Each resample has the same patients for both, so that what makes a patient hard for both cancels out.
+Each resample has the same patients for both, so that what makes a patient hard for both cancels out. A patient's
+slides, where each has a row, are drawn together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,8 +55,8 @@ def shared_patients(first: Predictions, second: Predictions) -> tuple[Prediction
     rows = [row for row, patient in enumerate(first.patient_ids) if patient in row_of]
     if len(rows) < 2:
         raise ValueError(
-            f"models that are compared must share patients, got {len(rows)} of {first.patients} and "
-            f"{second.patients}; give predictions of the same test set"
+            f"models that are compared must share patients, got {len(rows)} of {first.rows} and "
+            f"{second.rows}; give predictions of the same test set"
         )
     left = first.of(rows)
     right = second.of([row_of[patient] for patient in left.patient_ids])
@@ -66,6 +67,15 @@ def shared_patients(first: Predictions, second: Predictions) -> tuple[Prediction
             raise ValueError(
                 f"a patient must have one label in all tables, got two of {some_of(unlike)}; mend the labels"
             )
+    if left.patient_of is None or right.patient_of is None:
+        known = left.patient_of or right.patient_of
+        return replace(left, patient_of=known), replace(right, patient_of=known)
+    if left.patient_of != right.patient_of:
+        pairs = zip(left.patient_ids, left.patient_of, right.patient_of, strict=True)
+        unlike = [name for name, one, other in pairs if one != other]
+        raise ValueError(
+            f"a row must be of one patient in all tables, got two of {some_of(unlike)}; mend the column PATIENT"
+        )
     return left, right
 
 
@@ -87,11 +97,12 @@ def compare(
     left, right = shared_patients(first, second)
     check_evaluable(left)
     strata = strata_for(left) if stratified else None
-    weights_BP = draw_resamples(left.patients, resamples, seed, strata)
+    cluster_P = left.clusters
+    weights_BP = draw_resamples(left.rows, resamples, seed, strata, cluster_P)
     found = []
     for metric in metrics_of(left.task):
-        one = distribution_of(metric.prepared(left), weights_BP)
-        other = distribution_of(metric.prepared(right), weights_BP)
+        one = distribution_of(metric.prepared(left), weights_BP, cluster_P)
+        other = distribution_of(metric.prepared(right), weights_BP, cluster_P)
         apart = other - one
         told = estimate_of(apart)
         p = None if told.low is None else apart.p_value()

@@ -119,7 +119,16 @@ def pooled(outcomes: Sequence[FoldOutcome]) -> tuple[Predictions, tuple[str, ...
         f"{again} of {len(rows)} patients are in several folds' test parts; their scores are averaged over those "
         "models, and a single model may be less good: see the table by fold."
     )
-    one = replace(first, patient_ids=tuple(rows), scores_PK=scores, truth_P=truth, predicted_P=None, fold_P=None)
+    owners = tuple(found[0][0].owners[found[0][1]] for found in rows.values())
+    one = replace(
+        first,
+        patient_ids=tuple(rows),
+        scores_PK=scores,
+        truth_P=truth,
+        predicted_P=None,
+        fold_P=None,
+        patient_of=owners if any(part.patient_of is not None for part in parts) else None,
+    )
     return one, (note,)
 
 
@@ -171,7 +180,7 @@ def _run_fold(trainer: Trainer, candidates: Sequence[str], fold: int, split: Spl
 
 def _first_metric(predictions: Predictions) -> float | None:
     metric = metrics_of(predictions.task)[0]
-    value = metric.prepared(predictions)(np.ones((1, predictions.patients)))[0]
+    value = metric.prepared(predictions)(np.ones((1, predictions.rows)))[0]
     return float(value) if np.isfinite(value) else None
 
 

@@ -222,7 +222,8 @@ def _confusion(one: Evaluation) -> Drawn:
         text = f"{counts[row, column]:,}\n{share[row, column]:.0%}" if counts[row, column] else "0"
         ink = "#ffffff" if share[row, column] > 0.7 else "#1b1b1b"  # on a colour of its own, light page or dark
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
-    title = f"Confusion: {one.name}. Patients, and their share of the true class."
+    counted = "Patients" if one.predictions.patient_of is None else "Slides or patches"
+    title = f"Confusion: {one.name}. {counted}, and their share of the true class."
     return Drawn(_file_name(one.name, "confusion"), title, f"Confusion matrix of {one.name}", figure)
 
 

@@ -5,7 +5,8 @@
 
 Efron, Better bootstrap confidence intervals, JASA 1987; as scipy.stats.bootstrap has it. A percentile interval covers
 too little where a metric is skewed near 1. A resample in which a metric is not defined, as where it lacks a class, is
-left out and counted.
+left out and counted. Rows of one patient, as of a patient's slides, are a cluster: drawn together, and left out
+together.
 
 Dimension key: B resamples, P patients.
 """
@@ -105,7 +106,13 @@ class Distribution:
         return float(np.clip(2 * ndtr(-abs(z)), 2 / (count + 1), 1))
 
 
-def draw_resamples(patients: int, count: int, seed: int, strata: NDArray[np.int64] | None = None) -> Values:
+def draw_resamples(
+    patients: int,
+    count: int,
+    seed: int,
+    strata: NDArray[np.int64] | None = None,
+    cluster_P: NDArray[np.int64] | None = None,
+) -> Values:
     """(B, P) how often each patient is drawn in each resample.
 
     Args:
@@ -113,7 +120,13 @@ def draw_resamples(patients: int, count: int, seed: int, strata: NDArray[np.int6
         count: B.
         seed: of the draw.
         strata: (P,) what to draw within, so that each resample has as many of each; None = all together.
+        cluster_P: (P,) from 0, which rows are drawn together, as many times each; their strata together are the
+            cluster's. None: each row is drawn by itself.
     """
+    if cluster_P is not None:
+        clusters = int(cluster_P.max()) + 1
+        kinds = None if strata is None else _kinds_of(clusters, cluster_P, strata)
+        return draw_resamples(clusters, count, seed, kinds)[:, cluster_P]
     draw = np.random.default_rng(seed)
     weights_BP = np.empty((count, patients))
     kinds = np.zeros(patients, dtype=np.int64) if strata is None else strata
@@ -124,25 +137,42 @@ def draw_resamples(patients: int, count: int, seed: int, strata: NDArray[np.int6
     return weights_BP
 
 
-def distribution_of(of: Weighted, weights_BP: Values) -> Distribution:
-    """The metric of the patients, of their resamples (NaN where it is not defined), and without each group."""
+def _kinds_of(clusters: int, cluster_P: NDArray[np.int64], strata: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The stratum of each cluster: which of the rows' strata it has."""
+    has = np.zeros((clusters, int(strata.max()) + 1), dtype=bool)
+    has[cluster_P, strata] = True
+    return np.unique(has, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def distribution_of(of: Weighted, weights_BP: Values, cluster_P: NDArray[np.int64] | None = None) -> Distribution:
+    """The metric of the patients, of their resamples (NaN where it is not defined), and without each group.
+
+    Args:
+        of: the metric of resamples.
+        weights_BP: the resamples, of :func:`draw_resamples`.
+        cluster_P: as it was given there.
+    """
     patients = weights_BP.shape[1]
-    groups = min(patients, _MOST_GROUPS)
+    number_P = np.arange(patients) if cluster_P is None else cluster_P
+    groups = min(int(number_P.max()) + 1, _MOST_GROUPS)
     # Neighbours in a table are alike, so that a group is of patients far from one another.
-    left_out = np.arange(patients) % groups
+    left_out = number_P % groups
     without_GP = (left_out != np.arange(groups)[:, None]).astype(np.float64)
     return Distribution(float(of(np.ones((1, patients)))[0]), _in_blocks(of, weights_BP), _in_blocks(of, without_GP), 0)
 
 
-def estimate(of: Weighted, weights_BP: Values, level: float = LEVEL) -> Estimate:
+def estimate(
+    of: Weighted, weights_BP: Values, level: float = LEVEL, cluster_P: NDArray[np.int64] | None = None
+) -> Estimate:
     """A metric with its interval.
 
     Args:
         of: the metric of resamples.
         weights_BP: the resamples, of :func:`draw_resamples`.
         level: of the interval.
+        cluster_P: as it was given there.
     """
-    return estimate_of(distribution_of(of, weights_BP), level)
+    return estimate_of(distribution_of(of, weights_BP, cluster_P), level)
 
 
 def estimate_of(found: Distribution, level: float = LEVEL) -> Estimate:

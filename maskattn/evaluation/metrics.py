@@ -69,7 +69,7 @@ def check_evaluable(predictions: Predictions) -> None:
                 f"an evaluation must have patients of different {predictions.target}, got {predictions.truth[0]:g} of "
                 f"all {predictions.patients}; add others"
             )
-    elif np.isnan(_concordance(predictions)(np.ones((1, predictions.patients)))[0]):
+    elif np.isnan(_concordance(predictions)(np.ones((1, predictions.rows)))[0]):
         raise ValueError(
             "an evaluation of survival must have two patients who can be compared, the one with the shorter time with "
             f"the event, got {predictions.events.sum()} events in {predictions.patients} patients; add patients"

@@ -8,6 +8,7 @@ regression     ``PATIENT``, the target, ``pred``, ``loss``
 survival       ``PATIENT``, ``pred_score`` (earlier ``pred_risk``), ``time``, ``event``
 ============== ====================================================================================
 
+Where rows are a patient's slides or patches, ``PATIENT`` may come again and again, and ``sample_id`` names the row.
 ``loss`` is the cross entropy of the row, or its absolute error. Read from STAMP 2.4's ``modeling/deploy.py``, whose
 rows are sorted by it; ours keep their order.
 """
@@ -34,6 +35,7 @@ CLASS_TASKS: tuple[Task, ...] = ("binary", "multiclass", "ordinal")
 _PATIENT = ("PATIENT", "patient_id", "case_id", "patient")
 _RISK = ("pred_score", "pred_risk")
 _FOLD = "fold"
+_SAMPLE = ("sample_id", "slide_id", "SLIDE")
 _TRUE = {"1": True, "1.0": True, "true": True, "event": True, "dead": True, "yes": True}
 _FALSE = {"0": False, "0.0": False, "false": False, "censored": False, "alive": False, "no": False}
 
@@ -106,16 +108,18 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _lines(predictions: Predictions) -> Iterator[Sequence[Any]]:
-    folds = predictions.fold_P
-    fold_name = [] if folds is None else [_FOLD]
+    folds, owners = predictions.fold_P, predictions.patient_of
+    further = [] if folds is None else [_FOLD]
+    further += [] if owners is None else [_SAMPLE[0]]
     if predictions.task == "survival":
-        yield ["PATIENT", _RISK[0], "time", "event", *fold_name]
+        yield ["PATIENT", _RISK[0], "time", "event", *further]
     else:
         columns = [f"{predictions.target}_{name}" for name in predictions.classes]
-        yield ["PATIENT", predictions.target, "pred", *columns, "loss", *fold_name]
-    for row, patient in enumerate(predictions.patient_ids):
+        yield ["PATIENT", predictions.target, "pred", *columns, "loss", *further]
+    for row, patient in enumerate(predictions.owners):
         scores = [float(score) for score in predictions.scores_PK[row]]
-        last = [] if folds is None else [int(folds[row])]
+        last: list[Any] = [] if folds is None else [int(folds[row])]
+        last += [] if owners is None else [predictions.patient_ids[row]]
         if predictions.task == "survival":
             yield [patient, *scores, float(predictions.times[row]), int(predictions.events[row]), *last]
         elif predictions.task == "regression":
@@ -170,7 +174,7 @@ def _of_classes(
     return Predictions(
         task=task,
         target=target,
-        patient_ids=tuple(row[patient] for row in rows),
+        **_names(header, rows, patient),
         scores_PK=np.array([[_number(row[name]) for name in columns] for row in rows]),
         truth_P=np.array([_class_of(row[target], index, row[patient], target) for row in rows]),
         classes=tuple(classes),
@@ -186,7 +190,7 @@ def _of_classes(
 def _regression(
     header: Sequence[str], rows: Sequence[Mapping[str, str]], patient: str, target: str | None
 ) -> Predictions:
-    others = [name for name in header if name and name not in (patient, "pred", "loss", _FOLD)]
+    others = [name for name in header if name and name not in (patient, "pred", "loss", _FOLD, *_SAMPLE)]
     if "pred" not in header or (target is None and len(others) != 1) or (target is not None and target not in header):
         raise ValueError(
             "predictions must have the columns PATIENT, <target>, pred and, of classes, <target>_<class> for each; of "
@@ -197,7 +201,7 @@ def _regression(
     return Predictions(
         task="regression",
         target=target,
-        patient_ids=tuple(row[patient] for row in rows),
+        **_names(header, rows, patient),
         scores_PK=np.array([[_number(row["pred"])] for row in rows]),
         truth_P=np.array([_number(row[target]) for row in rows]),
         fold_P=_folds(header, rows),
@@ -221,12 +225,21 @@ def _survival(
     return Predictions(
         task="survival",
         target=target or "event",
-        patient_ids=tuple(row[patient] for row in rows),
+        **_names(header, rows, patient),
         scores_PK=np.array([[_number(row[risk])] for row in rows]),
         time_P=np.array([_number(row["time"]) for row in rows]),
         event_P=np.array(events),
         fold_P=_folds(header, rows),
     )
+
+
+def _names(header: Sequence[str], rows: Sequence[Mapping[str, str]], patient: str) -> dict[str, Any]:
+    """What each row is called and, where rows are slides or patches, whose they are."""
+    patients = tuple(row[patient] for row in rows)
+    sample = next((name for name in _SAMPLE if name in header), None)
+    if sample is None:
+        return {"patient_ids": patients}
+    return {"patient_ids": tuple(row[sample] for row in rows), "patient_of": patients}
 
 
 def _number(text: str) -> float:

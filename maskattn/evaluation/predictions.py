@@ -1,6 +1,6 @@
-"""A model's predictions for patients with the true labels, one row per patient.
+"""A model's predictions with the true labels: a row for each patient, or for each of a patient's slides or patches.
 
-Dimension key: P patients, K scores of each (classes, or one value or risk).
+Dimension key: P rows, K scores of each (classes, or one value or risk).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Predictions:
     Attributes:
         task: one of :data:`TASKS`.
         target: the name of what is predicted, the column of the labels.
-        patient_ids: P ids, each once.
+        patient_ids: P ids, each once; of patients or, beside ``patient_of``, of their slides or patches.
         scores_PK: (P, K) float64; probabilities of the classes, or one value (regression) or log risk (survival).
         truth_P: (P,) index of the true class (int64), or the true value (float64); of survival, None.
         classes: K names, in the order of the scores; of regression and survival, none.
@@ -38,6 +38,8 @@ class Predictions:
         time_P: (P,) float64, of survival: until the event, or until the patient was last seen.
         event_P: (P,) bool, of survival: whether the event was seen.
         fold_P: (P,) int64, which fold's test part each patient was in; None where there are no folds.
+        patient_of: P ids, the patient of each slide or patch; None where each row is a patient. Rows of one patient
+            are alike, so that the bootstrap draws them together.
 
     Raises:
         ValueError: shapes differ, a patient comes twice, a number is not finite, or scores are no probabilities.
@@ -53,6 +55,7 @@ class Predictions:
     time_P: NDArray[np.float64] | None = None
     event_P: NDArray[np.bool_] | None = None
     fold_P: NDArray[np.int64] | None = None
+    patient_of: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -66,6 +69,8 @@ class Predictions:
                 object.__setattr__(self, name, np.asarray(value, dtype=kind))
         object.__setattr__(self, "patient_ids", tuple(map(str, self.patient_ids)))
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))
+        if self.patient_of is not None:
+            object.__setattr__(self, "patient_of", tuple(map(str, self.patient_of)))
         self._check_shapes(of_classes)
         self._check_patients()
         if of_classes:
@@ -77,9 +82,27 @@ class Predictions:
             raise ValueError(f"a time to an event must be 0 or more, got less of {early}; count it from one start")
 
     @property
-    def patients(self) -> int:
-        """The number of patients."""
+    def rows(self) -> int:
+        """P, the number of rows."""
         return len(self.patient_ids)
+
+    @property
+    def patients(self) -> int:
+        """The number of patients, who may have several rows each."""
+        return len(set(self.owners))
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The patient of each row."""
+        return self.patient_ids if self.patient_of is None else self.patient_of
+
+    @property
+    def clusters(self) -> NDArray[np.int64] | None:
+        """(P,) which rows are one patient's, counted as patients first come; None where each row is a patient."""
+        if self.patient_of is None:
+            return None
+        number = {patient: index for index, patient in enumerate(dict.fromkeys(self.patient_of))}
+        return np.array([number[patient] for patient in self.patient_of])
 
     @property
     def is_classification(self) -> bool:
@@ -112,15 +135,17 @@ class Predictions:
 
     def of(self, rows: NDArray[Any] | Sequence[int]) -> Predictions:
         """Those of some rows, in their order; rows are indices or a bool for each patient."""
-        indices = np.arange(self.patients)[np.asarray(rows)]
+        indices = np.arange(self.rows)[np.asarray(rows)]
         columns = ("scores_PK", "truth_P", "predicted_P", "time_P", "event_P", "fold_P")
         given = {name: getattr(self, name) for name in columns}
         kept: dict[str, Any] = {name: None if value is None else value[indices] for name, value in given.items()}
-        return replace(self, patient_ids=tuple(self.patient_ids[row] for row in indices), **kept)
+        names = tuple(self.patient_ids[row] for row in indices)
+        owners = None if self.patient_of is None else tuple(self.patient_of[row] for row in indices)
+        return replace(self, patient_ids=names, patient_of=owners, **kept)
 
     def in_fold(self, fold: int) -> Predictions:
         """The same predictions with the fold they belong to."""
-        return replace(self, fold_P=np.full(self.patients, fold))
+        return replace(self, fold_P=np.full(self.rows, fold))
 
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
@@ -142,7 +167,10 @@ class Predictions:
         joined: dict[str, Any] = {
             name: None if any(x is None for x in some) else np.concatenate(some) for name, some in values.items()
         }
-        return replace(first, patient_ids=tuple(one for part in parts for one in part.patient_ids), **joined)
+        names = tuple(one for part in parts for one in part.patient_ids)
+        owners = tuple(one for part in parts for one in part.owners)
+        apart = any(part.patient_of is not None for part in parts)
+        return replace(first, patient_ids=names, patient_of=owners if apart else None, **joined)
 
     def write_csv(self, path: Path) -> None:
         """Write the table that STAMP's ``patient-preds.csv`` is; see :mod:`maskattn.evaluation.prediction_file`."""
@@ -158,7 +186,7 @@ class Predictions:
         return read_predictions(path, task, target)
 
     def _check_shapes(self, of_classes: bool) -> None:
-        patients = len(self.patient_ids)
+        patients = self.rows
         width = len(self.classes) if of_classes else 1
         if self.scores_PK.shape != (patients, width):
             raise ValueError(
@@ -172,6 +200,8 @@ class Predictions:
                 raise ValueError(f"predictions of a {self.task} task must have {name}, got none")
             if value is not None and value.shape != (patients,):
                 raise ValueError(f"{name} must have a value for each of {patients} patients, got {value.shape}")
+        if self.patient_of is not None and len(self.patient_of) != patients:
+            raise ValueError(f"patient_of must name a patient for each of {patients} rows, got {len(self.patient_of)}")
         if not patients:
             raise ValueError("predictions must be of at least one patient, got none")
 
@@ -180,7 +210,8 @@ class Predictions:
         if twice:
             raise ValueError(
                 f"a patient must have one row, got several of {some_of(twice)}; "
-                "join a patient's slides into one prediction, or give each fold's file by itself"
+                "join a patient's slides into one prediction, name each in a column sample_id, or give each fold's "
+                "file by itself"
             )
         numbers = [self.scores_PK.sum(1), self.truth_P, self.time_P]
         strange = ~np.array([np.isfinite(one) for one in numbers if one is not None]).all(0)
@@ -206,14 +237,14 @@ class Predictions:
             row = int(np.flatnonzero(outside)[0])
             raise ValueError(
                 f"scores of classes must be probabilities from 0 to 1, got {_row(self.scores_PK[row])} of "
-                f"{self.patient_ids[row]} ({outside.sum()} of {self.patients} patients); give them after the softmax"
+                f"{self.patient_ids[row]} ({outside.sum()} of {self.rows} patients); give them after the softmax"
             )
         apart = abs(self.scores_PK.sum(1) - 1) > _SUM_TOLERANCE
         if apart.any():
             row = int(np.flatnonzero(apart)[0])
             raise ValueError(
                 f"a patient's probabilities must sum to 1, got {self.scores_PK[row].sum():.4g} of "
-                f"{self.patient_ids[row]} ({apart.sum()} of {self.patients} patients); a column of a class may be "
+                f"{self.patient_ids[row]} ({apart.sum()} of {self.rows} patients); a column of a class may be "
                 "missing, or the scores may be no softmax"
             )
 

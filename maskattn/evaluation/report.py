@@ -18,13 +18,14 @@ from maskattn.evaluation.comparison import Difference
 from maskattn.evaluation.figures import INK, Drawn, draw_figures, p_text
 from maskattn.evaluation.intervals import Estimate
 from maskattn.evaluation.metrics import metrics_of, metrics_of_class
+from maskattn.evaluation.predictions import Predictions
 from maskattn.evaluation.results import Evaluation, as_json
 from maskattn.files import replacing
 from maskattn.slide.names import as_text
 from maskattn.slide.report.markup import Markup, element, joined
 from maskattn.slide.report.page import page_head
 
-__all__ = ["Comparison", "value_text", "write_evaluation"]
+__all__ = ["Comparison", "counted", "value_text", "write_evaluation"]
 
 Comparison = tuple[str, str, list[Difference]]
 _DPI = 200
@@ -71,6 +72,12 @@ def value_text(found: Estimate) -> str:
     return f"{_number(found.value)}{interval}"
 
 
+def counted(predictions: Predictions) -> str:
+    """How many patients there are and, where each has several, how many rows."""
+    patients = f"{predictions.patients:,} patients"
+    return patients if predictions.patient_of is None else f"{predictions.rows:,} slides or patches of {patients}"
+
+
 def _number(value: float, signed: bool = False) -> str:
     """Three decimals; of values beyond 100 fewer, of a table's width."""
     decimals = 3 if abs(value) < 100 else 1
@@ -114,9 +121,9 @@ def _head(evaluations: Sequence[Evaluation], title: str) -> Markup:
     title = title or f"Evaluation: {one.target}"
     models = ", ".join(evaluation.name for evaluation in evaluations)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    patients = " and ".join(dict.fromkeys(f"{evaluation.predictions.patients:,}" for evaluation in evaluations))
+    patients = " and ".join(dict.fromkeys(counted(evaluation.predictions) for evaluation in evaluations))
     version = maskattn.__version__
-    line = f"{models}. {one.task.capitalize()} task, {patients} patients. Written {now} by maskattn {version}."
+    line = f"{models}. {one.task.capitalize()} task, {patients}. Written {now} by maskattn {version}."
     return Markup(page_head(title, line))
 
 

@@ -101,8 +101,9 @@ def evaluate_predictions(
     check_evaluable(predictions)
     if resamples < 100:
         raise ValueError(f"a bootstrap must have 100 resamples or more, got {resamples}; 1,000 are usual")
-    weights_BP = draw_resamples(predictions.patients, resamples, seed, strata_for(predictions) if stratified else None)
-    metrics = {one.name: estimate(one.prepared(predictions), weights_BP) for one in metrics_of(predictions.task)}
+    strata = strata_for(predictions) if stratified else None
+    weights_BP = draw_resamples(predictions.rows, resamples, seed, strata, predictions.clusters)
+    metrics = {one.name: _estimate(one, predictions, weights_BP) for one in metrics_of(predictions.task)}
     temperature = _temperature(predictions, validation)
     return Evaluation(
         name=name,
@@ -162,6 +163,7 @@ def _one_as_json(one: Evaluation) -> dict[str, Any]:
         "task": one.predictions.task,
         "target": one.predictions.target,
         "patients": one.predictions.patients,
+        "rows": one.predictions.rows,
         "classes": list(one.predictions.classes),
         "resamples": one.resamples,
         "seed": one.seed,
@@ -174,13 +176,22 @@ def _one_as_json(one: Evaluation) -> dict[str, Any]:
     }
 
 
+def _estimate(metric: Metric, predictions: Predictions, weights_BP: Values) -> Estimate:
+    return estimate(metric.prepared(predictions), weights_BP, cluster_P=predictions.clusters)
+
+
+def _patients_of(predictions: Predictions, index: int) -> int:
+    """How many patients have a class, on a slide or on several."""
+    return len({predictions.owners[row] for row in np.flatnonzero(predictions.truth == index)})
+
+
 def _by_class(predictions: Predictions, weights_BP: Values) -> tuple[ClassResult, ...]:
     if not predictions.is_classification:
         return ()
     results = []
     for index, name in enumerate(predictions.classes):
-        found = {one.name: estimate(one.prepared(predictions), weights_BP) for one in metrics_of_class(index)}
-        results.append(ClassResult(name, int((predictions.truth == index).sum()), found))
+        found = {one.name: _estimate(one, predictions, weights_BP) for one in metrics_of_class(index)}
+        results.append(ClassResult(name, _patients_of(predictions, index), found))
     return tuple(results)
 
 
@@ -200,7 +211,7 @@ def _of_all(metric: Metric, part: Predictions, whole: Predictions) -> float | No
     """The metric of a fold, of the classes that all folds have together."""
     if part.is_classification and present_classes(part) != present_classes(whole) and metric.name in _NEEDS_CLASSES:
         return None
-    value = metric.prepared(part)(np.ones((1, part.patients)))[0]
+    value = metric.prepared(part)(np.ones((1, part.rows)))[0]
     return float(value) if np.isfinite(value) else None
 
 
@@ -215,7 +226,7 @@ def _temperature(predictions: Predictions, validation: Predictions | None) -> fl
             f"validation must have the classes of the test, got {', '.join(validation.classes) or 'none'} and "
             f"{', '.join(predictions.classes) or 'none'}; give predictions of the same model"
         )
-    both = sorted(set(validation.patient_ids) & set(predictions.patient_ids))
+    both = sorted(set(validation.owners) & set(predictions.owners))
     if both:
         raise ValueError(
             f"validation must be of other patients than the test, got {some_of(both)} in both; a temperature that is "
@@ -227,13 +238,18 @@ def _temperature(predictions: Predictions, validation: Predictions | None) -> fl
 def _calibrated(predictions: Predictions, temperature: float, weights_BP: Values) -> dict[str, Estimate]:
     scaled = with_temperature(predictions, temperature)
     asked = [one for one in metrics_of(predictions.task) if one.name in _OF_CALIBRATION]
-    return {one.name: estimate(one.prepared(scaled), weights_BP) for one in asked}
+    return {one.name: _estimate(one, scaled, weights_BP) for one in asked}
 
 
 def _notes(predictions: Predictions, metrics: dict[str, Estimate]) -> list[str]:
     notes = []
+    if predictions.patient_of is not None:
+        notes.append(
+            f"Each of {predictions.rows:,} slides or patches counts by itself; intervals are over the "
+            f"{predictions.patients:,} patients, whose rows are drawn together."
+        )
     if predictions.is_classification:
-        counts = np.bincount(predictions.truth, minlength=len(predictions.classes))
+        counts = [_patients_of(predictions, index) for index in range(len(predictions.classes))]
         absent = [name for name, count in zip(predictions.classes, counts, strict=True) if not count]
         if absent:
             notes.append(f"No patient is of {some_of(absent)}; means over classes leave it out.")

@@ -1,8 +1,11 @@
-"""Kaplan-Meier curves of patients at low and at high risk, and the log-rank test between them."""
+"""Kaplan-Meier curves of patients at low and at high risk, and the log-rank test between them.
+
+A patient whose slides have a row each is one patient here, of the slides' mean risk.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +44,16 @@ class RiskGroup:
         return int((self.observed >= time).sum())
 
 
+def _of_patients(predictions: Predictions) -> Predictions:
+    """A row for each patient: the time and the event of the first slide, the mean of the slides' risks."""
+    cluster_P = predictions.clusters
+    if cluster_P is None:
+        return predictions
+    first = np.unique(cluster_P, return_index=True)[1]
+    risk_P = np.bincount(cluster_P, predictions.scores_PK[:, 0]) / np.bincount(cluster_P)
+    return replace(predictions.of(first), scores_PK=risk_P[:, None], patient_of=None)
+
+
 def high_risk(predictions: Predictions) -> NDArray[np.bool_]:
     """(P,) whether a risk is above the median, of the patient's fold where there are folds."""
     risk_P = predictions.scores_PK[:, 0]
@@ -56,6 +69,7 @@ def risk_groups(predictions: Predictions) -> list[RiskGroup]:
     """The patients at low and at high risk; none where all risks are equal."""
     from sksurv.nonparametric import kaplan_meier_estimator
 
+    predictions = _of_patients(predictions)
     high_P = high_risk(predictions)
     if not high_P.any():
         return []
@@ -85,6 +99,7 @@ def log_rank(predictions: Predictions) -> float | None:
     """The p value of the log-rank test between them; None where there are no two groups or no event."""
     from sksurv.compare import compare_survival
 
+    predictions = _of_patients(predictions)
     high_P = high_risk(predictions)
     if not high_P.any() or not predictions.events.any():
         return None

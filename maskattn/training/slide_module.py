@@ -121,17 +121,21 @@ def predictions_of(
         temperature: by which the logits of classes are divided.
     """
     names = tuple(case.case_id for case in cases)
+    apart = any(case.case_id != case.patient_id for case in cohort.cases)
+    owners = tuple(case.patient_id for case in cases) if apart else None
     outputs_PK = outputs_PK.double()
     if isinstance(task, ValueTask):
         outputs_PK = outputs_PK * task.std + task.mean
     if cohort.classes:
         scores_PK = (outputs_PK / temperature).softmax(dim=1).numpy()
         truth_P: Any = [int(case.truth[0]) for case in cases]
-        return Predictions(cohort.task, cohort.target, names, scores_PK, truth_P, cohort.classes)
+        return Predictions(cohort.task, cohort.target, names, scores_PK, truth_P, cohort.classes, patient_of=owners)
     scores_PK = outputs_PK.numpy()
     if cohort.task == "survival":
         time_P: Any = [case.truth[0] for case in cases]
         event_P: Any = [case.truth[1] > 0 for case in cases]
-        return Predictions(cohort.task, cohort.target, names, scores_PK, time_P=time_P, event_P=event_P)
+        return Predictions(
+            cohort.task, cohort.target, names, scores_PK, time_P=time_P, event_P=event_P, patient_of=owners
+        )
     truth_P = [case.truth[0] for case in cases]
-    return Predictions(cohort.task, cohort.target, names, scores_PK, truth_P)
+    return Predictions(cohort.task, cohort.target, names, scores_PK, truth_P, patient_of=owners)

@@ -95,6 +95,49 @@ def test_of_two_models_that_are_alike_5_of_100_comparisons_find_a_difference():
     assert 0.025 <= rejected / 400 <= 0.08, rejected
 
 
+def slides_of(predictions, slides):
+    """Each patient's row again and again, as slides whose predictions are alike."""
+    rows = np.repeat(np.arange(predictions.rows), slides)
+    names = [f"s{index}" for index in range(len(rows))]
+    owners = [predictions.patient_ids[row] for row in rows]
+    return Predictions(
+        predictions.task,
+        predictions.target,
+        names,
+        predictions.scores_PK[rows],
+        predictions.truth[rows],
+        predictions.classes,
+        patient_of=owners,
+    )
+
+
+def test_slides_that_repeat_their_patient_give_the_patients_intervals_and_p():
+    one = well_calibrated(150, classes=2)
+    other = noisier(one, 0.7, 1)
+    plain, repeated = compare(one, other), compare(slides_of(one, 4), slides_of(other, 4))
+    for patients, slides in zip(plain, repeated, strict=True):
+        assert slides.difference.value == pytest.approx(patients.difference.value)
+        assert slides.difference.low == pytest.approx(patients.difference.low)
+        assert slides.difference.high == pytest.approx(patients.difference.high)
+        assert slides.p == pytest.approx(patients.p)
+
+
+def test_rows_of_two_patients_in_two_tables_are_told():
+    one = slides_of(well_calibrated(30), 2)
+    moved = Predictions(
+        one.task, one.target, one.patient_ids, one.scores_PK, one.truth, one.classes, patient_of=one.owners[::-1]
+    )
+    with pytest.raises(ValueError, match="one patient in all tables, got two of s0, s1, s2"):
+        compare(one, moved)
+
+
+def test_reliability_takes_a_patients_slides_for_one():
+    one = well_calibrated(400, classes=2)
+    patients, slides = reliability_of(one), reliability_of(slides_of(one, 3))
+    assert np.array_equal(slides.patients, patients.patients)
+    assert np.allclose(slides.high - slides.low, patients.high - patients.low)
+
+
 def test_a_model_does_not_differ_from_itself():
     found = compare(well_calibrated(60), well_calibrated(60))
     assert all(one.difference.value == 0 and one.difference.low is None and one.p is None for one in found)

@@ -50,6 +50,22 @@ def test_folds_models_predictions_and_a_report_are_left_and_read_by_evaluate(tmp
     assert [fold["fold"] for fold in told["by_fold"]] == [0, 1, 2]
 
 
+def test_slides_that_count_for_themselves_have_intervals_over_their_patients(tmp_path):
+    features, labels = write_cohort(tmp_path, patients=18, slides_each=2)
+    out = tmp_path / "cv"
+    done = of_grade(features, labels, out, "--folds", 3, "--fusion", "none")
+    assert done.exit_code == 0, done.output
+    assert "intervals are over the 18 patients" in " ".join(done.output.split())
+    assert auc_of(out)["low"] < auc_of(out)["high"]
+    read = Predictions.read_csv(out / "patient-preds.csv")
+    assert (read.rows, read.patients) == (36, 18)
+    assert all(name[1:3] == owner[1:] for name, owner in zip(read.patient_ids, read.owners, strict=True))
+    evaluated = CliRunner().invoke(app, ["evaluate", str(out), "--out", str(tmp_path / "cv2"), "--resamples", "200"])
+    assert "36 slides or patches of 18 patients" in evaluated.output
+    told = json.loads((tmp_path / "cv2" / "metrics.json").read_text())["models"]["cv"]
+    assert told["metrics"]["auc"] == pytest.approx(auc_of(out))
+
+
 def test_the_same_command_goes_on_and_other_settings_are_refused(tmp_path):
     features, labels = write_cohort(tmp_path, patients=16)
     assert of_grade(features, labels, tmp_path / "cv", "--folds", 2).exit_code == 0

@@ -81,6 +81,66 @@ def test_intervals_cover_the_truth_in_93_to_97_of_100_simulations(kind):
     assert 0.93 <= covered / SIMULATIONS <= 0.97, covered
 
 
+class SlidesOfPatients:
+    """Patients of one to five slides, whose errors are alike: what is hard of one slide is hard of all."""
+
+    patients = 100
+
+    def drawn(self, draw):
+        slides = draw.integers(1, 6, self.patients)
+        patient_P = np.repeat(np.arange(self.patients), slides)
+        return patient_P, draw.normal(size=self.patients)[patient_P], draw.normal(size=len(patient_P))
+
+
+class AccuracyOfSlides(SlidesOfPatients):
+    truth = stats.norm.cdf(0.8)
+
+    def found(self, draw):
+        patient_P, shared_P, own_P = self.drawn(draw)
+        return patient_P, weighted.mean_of((0.8 + 0.9 * shared_P + np.sqrt(0.19) * own_P > 0).astype(float))
+
+
+class AreaOfSlides(SlidesOfPatients):
+    truth = stats.norm.cdf(1.2 / np.sqrt(2))
+
+    def found(self, draw):
+        patient_P, shared_P, own_P = self.drawn(draw)
+        positive = (draw.random(self.patients) < 0.4)[patient_P]
+        return patient_P, weighted.area_under_roc(positive, 1.2 * positive + 0.9 * shared_P + np.sqrt(0.19) * own_P)
+
+
+@pytest.mark.parametrize("kind", [AccuracyOfSlides, AreaOfSlides], ids=lambda one: one.__name__)
+def test_intervals_over_patients_cover_the_truth_where_slides_are_rows_and_intervals_over_slides_do_not(kind):
+    cohort, draw = kind(), np.random.default_rng(21)
+    over_patients = over_slides = 0
+    for simulation in range(SIMULATIONS):
+        patient_P, of = cohort.found(draw)
+        rows = len(patient_P)
+        together = draw_resamples(rows, RESAMPLES, simulation, cluster_P=patient_P)
+        found = estimate(of, together, cluster_P=patient_P)
+        over_patients += found.low <= cohort.truth <= found.high
+        if simulation < 250:
+            naive = estimate(of, draw_resamples(rows, RESAMPLES, simulation))
+            over_slides += naive.low <= cohort.truth <= naive.high
+    assert 0.93 <= over_patients / SIMULATIONS <= 0.97, over_patients
+    assert over_slides / 250 < 0.9, over_slides
+
+
+def test_all_rows_of_a_cluster_are_drawn_as_often_and_strata_count_clusters():
+    clusters = np.array([0, 0, 0, 1, 2, 2, 3, 4, 4, 4])
+    weights = draw_resamples(10, 300, 4, cluster_P=clusters)
+    first = np.unique(clusters, return_index=True)[1]
+    assert np.array_equal(weights, weights[:, first][:, clusters])
+    assert (weights[:, first].sum(1) == 5).all()
+    assert np.array_equal(weights[:, first], draw_resamples(5, 300, 4))
+    # A patient with slides of both classes is of a stratum of its own.
+    classes = np.array([0, 0, 0, 1, 0, 1, 0, 1, 1, 1])
+    within = draw_resamples(10, 300, 4, classes, clusters)[:, first]
+    assert (within[:, [0, 3]].sum(1) == 2).all()
+    assert (within[:, [1, 4]].sum(1) == 2).all()
+    assert (within[:, 2] == 1).all()
+
+
 def test_limits_are_those_of_scipys_bootstrap():
     values = np.random.default_rng(1).exponential(size=60)
     found = estimate(weighted.mean_of(values), draw_resamples(60, 20_000, seed=0))

@@ -34,6 +34,11 @@ def of_survival(**changes):
     return Predictions(**(given | changes))
 
 
+def of_values(**changes):
+    given = {"task": "regression", "target": "age", "patient_ids": ("a", "b"), "scores_PK": [[1.5], [2.0]]}
+    return Predictions(**(given | {"truth_P": [1.0, 2.5]} | changes))
+
+
 def same(one: Predictions, other: Predictions) -> bool:
     plain = all(getattr(one, name) == getattr(other, name) for name in ("task", "patient_ids", "classes"))
     columns = ("scores_PK", "truth_P", "predicted_P", "time_P", "event_P", "fold_P")
@@ -72,6 +77,29 @@ def test_folds_are_one_more_column(tmp_path):
     whole.write_csv(path)
     assert columns_of(path)[-1] == "fold"
     assert Predictions.read_csv(path).fold_P.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_slides_of_a_patient_are_rows_that_say_whose_they_are(tmp_path):
+    path = tmp_path / "preds.csv"
+    slides = of_classes(patient_of=("p1", "p1", "p2"))
+    assert (slides.rows, slides.patients) == (3, 2)
+    assert slides.clusters.tolist() == [0, 0, 1]
+    slides.in_fold(1).write_csv(path)
+    assert columns_of(path)[-2:] == ["fold", "sample_id"]
+    assert [line.split(",")[0] for line in path.read_text().splitlines()[1:]] == ["p1", "p1", "p2"]
+    read = Predictions.read_csv(path)
+    assert same(read, slides.in_fold(1))
+    assert read.owners == slides.owners
+    assert slides.of([2, 0]).owners == ("p2", "p1")
+    joined = Predictions.joined([slides, of_classes(patient_ids=("4", "5", "6"))])
+    assert joined.owners == ("p1", "p1", "p2", "4", "5", "6")
+    for other in (of_survival(patient_of=("p", "p")), of_values(patient_of=("p", "p"))):
+        other.write_csv(path)
+        again = Predictions.read_csv(path)
+        assert same(again, other)
+        assert again.owners == ("p", "p")
+    with pytest.raises(ValueError, match="a patient for each of 3 rows, got 1"):
+        of_classes(patient_of=("p1",))
 
 
 def test_tables_that_stamp_wrote_earlier_are_read(tmp_path):

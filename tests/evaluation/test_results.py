@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,6 +52,30 @@ def test_the_seed_decides():
     assert evaluate_predictions(graded()).metrics == one.metrics
     assert evaluate_predictions(graded(), seed=1).metrics != one.metrics
     assert evaluate_predictions(graded(), stratified=True).metrics != one.metrics
+
+
+def test_slides_of_a_patient_are_counted_and_drawn_together():
+    plain = evaluate_predictions(graded((140, 120)))
+    rows = np.repeat(np.arange(260), 3)
+    one = graded((140, 120))
+    slides = replace(
+        one.of(np.arange(260)),
+        patient_ids=tuple(f"s{index}" for index in range(len(rows))),
+        patient_of=tuple(one.patient_ids[row] for row in rows),
+        scores_PK=one.scores_PK[rows],
+        truth_P=one.truth[rows],
+        predicted_P=one.predicted[rows],
+    )
+    found = evaluate_predictions(slides)
+    for name, value in plain.metrics.items():
+        assert (found.metrics[name].low, found.metrics[name].high) == pytest.approx((value.low, value.high)), name
+    assert [result.patients for result in found.by_class] == [140, 120]
+    assert "Each of 780 slides or patches counts by itself; intervals are over the 260 patients" in found.notes[0]
+    told = as_json([found], [])["models"]["model"]
+    assert (told["patients"], told["rows"]) == (260, 780)
+    others_slides = replace(slides, patient_ids=tuple(f"v{name}" for name in slides.patient_ids))
+    with pytest.raises(ValueError, match="other patients than the test"):
+        evaluate_predictions(slides, validation=others_slides)
 
 
 def test_a_temperature_of_validation_mends_calibration_on_the_test():

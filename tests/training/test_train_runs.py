@@ -140,9 +140,11 @@ def test_several_slides_of_a_patient(fusion: str, tmp_path: Path) -> None:
         share=0.5,
     )
     cases = 4 * (2 if fusion == "none" else 1)
-    assert run.validation.patients == cases
+    assert run.validation.rows == cases
+    assert run.validation.patients == 4
     patients = {row["patient_id"] for row in read_table(files[1])}
     assert (set(run.validation.patient_ids) <= patients) == (fusion != "none")
+    assert set(run.validation.owners) <= patients
 
 
 def test_a_survival_model_is_trained_with_censored_patients(cohort_files: tuple[Path, Path], tmp_path: Path) -> None:
