@@ -16,14 +16,14 @@ __all__ = ["TF32X3", "tf32x3_config"]
 _TABLE = read_table("""
 target  precision  pass            16          32          64
 sm80    single     forward         128x64/8/2  128x32/8/2  64x16/8/1+s
-sm80    single     query_gradient  128x32/8/2  64x32/8/2   32x32/8/1+s
-sm80    single     key_gradient    32x64/8/2   32x64/8/2   16x32/8/1+s
-sm86    single     forward         128x64/8/2  128x32/8/2  64x16/8/1+s
-sm86    single     query_gradient  128x32/8/2  64x32/8/2   32x32/8/1+s
-sm86    single     key_gradient    32x64/8/2   32x64/8/2   16x32/8/2+s
+sm80    single     query_gradient  128x32/8/2  64x32/8/2   none
+sm80    single     key_gradient    32x64/8/2   32x64/8/2   none
+sm86    single     forward         128x64/8/2  128x32/8/2  none
+sm86    single     query_gradient  128x32/8/2  none        none
+sm86    single     key_gradient    32x64/8/2   none        none
 sm90    single     forward         128x64/8/2  128x64/8/2  128x32/8/2+s
 sm90    single     query_gradient  128x32/8/2  128x32/8/2  128x32/8/2+s
-sm90    single     key_gradient    32x128/8/2  32x128/8/2  32x128/8/2+s
+sm90    single     key_gradient    32x128/8/2  32x128/8/2  16x128/8/2+s
 """)
 
 TF32X3: dict[tuple[Target, Pass, int], Config] = {

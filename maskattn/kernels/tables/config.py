@@ -84,13 +84,14 @@ def read_table(text: str) -> Table[Pass, Config]:
     """Parse the table of attention kernels.
 
     Its header names the padded head widths. Every other line has a target, a precision, a pass and, for each width,
-    queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` if heads are split and ``+d`` for descriptors.
+    queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` if heads are split and ``+d`` for descriptors, or ``none``.
     """
     (_, _, _, *widths), *lines = (line.split() for line in text.strip().splitlines())
     table: dict[Any, Any] = {}
     for target, precision, pass_, *cells in lines:
-        configs = map(_config, cells)
-        table.setdefault((target, precision), {})[pass_] = dict(zip(map(int, widths), configs, strict=True))
+        by_width = dict(zip(map(int, widths), cells, strict=True))
+        configs = {width: _config(cell) for width, cell in by_width.items() if cell != "none"}
+        table.setdefault((target, precision), {})[pass_] = configs
     return table
 
 
