@@ -71,8 +71,8 @@ def packed_attention(
         dropout_p: share of the attention weights dropped, in [0, 1); drawn from torch's generator of the device.
         precision: the multiplication of float32. "ieee" multiplies it as it is, which tensor cores cannot. "tf32x3"
             also allows three products of TensorFloat-32 on tensor cores instead of each, within the error budget of
-            float32; impl "triton" uses them on NVIDIA's GPUs, and the others, which are no less exact, treat it as
-            "ieee".
+            float32; impl "triton" uses them on compute capability 8.x, 9.0 and 12.0 for head widths of at most 64,
+            without ALiBi and dropout. All else is no less exact and treats it as "ieee".
         return_lse: also return the log-sum-exp of the scores, (H, Tq), differentiable.
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 

@@ -1,7 +1,8 @@
 """Tiles of the attention kernels for float32 as three products of TensorFloat-32 on tensor cores.
 
-Each operand takes the registers of two. So there are rows only where a tile of 16 by 32 scores or more spills nothing,
-with and without a key bias and a gather, and none for ALiBi and dropout; elsewhere float32 is multiplied as it is.
+Each operand takes the registers of two. So there are rows only where a tile of 16 by 32 scores or more spills nothing
+at any head width that it serves, with and without a key bias and a gather, and none for ALiBi and dropout; elsewhere
+float32 is multiplied as it is.
 Nothing here is measured on a GPU; chosen with triton 3.7.1 as those of ``attention.py`` were.
 """
 

@@ -84,7 +84,8 @@ def read_table(text: str) -> Table[Pass, Config]:
     """Parse the table of attention kernels.
 
     Its header names the padded head widths. Every other line has a target, a precision, a pass and, for each width,
-    queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` if heads are split and ``+d`` for descriptors, or ``none``.
+    queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` if heads are split and ``+d`` for descriptors; or
+    ``none``.
     """
     (_, _, _, *widths), *lines = (line.split() for line in text.strip().splitlines())
     table: dict[Any, Any] = {}
