@@ -19,7 +19,7 @@ import numpy as np
 
 import maskattn
 from maskattn.errors import SlideError
-from maskattn.slide.colours import COLOUR_MAPS, Kind, colour_limit, colour_table
+from maskattn.slide.colours import COLOUR_MAPS, Kind, colour_limit, colour_table, kind_of_attention
 from maskattn.slide.finished import Mosaic, build_mosaic
 from maskattn.slide.names import as_text
 from maskattn.viewer.assets import read_assets
@@ -173,8 +173,9 @@ class Answers:
     def _map(self, number: str, which: str) -> Answer:
         mosaic, index = self._mosaic(number, which), int(which)
         with self._opened(number).maps() as table:
-            kind: Kind = "diverging" if index < len(table.classes) else "sequential"
             values_T = table.values_MT[index]
+            of_class = index < len(table.classes)
+            kind: Kind = "diverging" if of_class else kind_of_attention(values_T)
             order = np.argsort(values_T, kind="stable")
             signed = {"for": order[::-1][:_STRONGEST], "against": order[: _STRONGEST if kind == "diverging" else 0]}
             strongest = {
@@ -188,6 +189,7 @@ class Answers:
         return _json(
             {
                 "kind": kind,
+                "of_class": of_class,
                 "limits": colour_limit(mosaic.levels[0], kind),
                 "step": mosaic.step_lv0,
                 "levels": [list(level.shape[::-1]) for level in mosaic.levels],

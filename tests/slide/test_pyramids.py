@@ -24,6 +24,7 @@ from maskattn.slide.manifest import SlideJob
 from maskattn.slide.pyramids.halving import halved
 from maskattn.slide.pyramids.lattice import MapLattice
 from maskattn.slide.pyramids.ome_tiff import write_ome_tiff
+from maskattn.slide.pyramids.ome_zarr import write_ome_zarr
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 
@@ -95,6 +96,23 @@ def test_channels_add_up_to_a_picture_in_which_each_class_has_its_colour(folder:
         window = one["window"]
         assert window["min"] <= window["start"] == 0 < window["end"] <= max(window["max"], 1.0)
     assert attention["color"] == "FFFFFF"
+
+
+@pytest.mark.skipif(not HAS_ZARR, reason="zarr is not installed")
+def test_attention_below_zero_is_shown_on_both_sides_of_zero(tmp_path: Path) -> None:
+    grid = SimpleNamespace(tile_lv0=32, token_lv0=16.0, width_px=64, height_px=32)
+    coords = np.array([[0, 0], [32, 0]])
+    lattice = MapLattice(2, grid, coords, tmp_path)
+    values = np.array([[[-1.0, 2.0]], [[-0.5, 0.25]]], np.float32)  # (M, 1, T)
+    for tile in range(2):
+        lattice.paint(coords[tile : tile + 1], values[:, :, tile, None, None], np.ones((1, 2, 2), bool))
+    write_ome_zarr(tmp_path / "maps.zarr", lattice, ["relevance: tumour", "attention"], "maps", 0.5)
+    lattice.close()
+    told = json.loads((tmp_path / "maps.zarr" / "zarr.json").read_text())["attributes"]["ome"]["omero"]["channels"]
+    (of_class, attention) = (channel["window"] for channel in told)
+    assert (of_class["start"], attention["start"]) == (0.0, -attention["end"])
+    assert attention["end"] == pytest.approx(0.5, rel=1e-2)
+    assert (attention["min"], attention["max"]) == (-0.5, 0.25)
 
 
 def test_the_metadata_is_what_ome_types_takes(folder: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import io
 import json
+import shutil
 import socket
 import threading
 import time
@@ -130,6 +131,19 @@ def test_the_strongest_tiles_are_those_of_the_table(viewer: ViewerServer, out: P
     assert (relevance_KT > 0).any()
     assert (relevance_KT < 0).any()
     assert not get_json(viewer, "/api/slides/0/maps/2")["strongest"]["against"]
+
+
+def test_attention_below_zero_is_shown_on_both_sides_of_zero(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "out")
+    with h5py.File(tmp_path / "out" / "plain" / "relevance.h5", "r+") as file:
+        attention_T = file["tiles/attention"][:]
+        attention_T[3] = -2 * attention_T.max()
+        file["tiles/attention"][:] = attention_T
+    with serving(tmp_path / "out") as server:
+        about = get_json(server, "/api/slides/0/maps/2")
+    assert (about["kind"], about["of_class"]) == ("diverging", False)
+    assert about["limits"][0] == -about["limits"][1] < 0
+    assert [tile["tile"] for tile in about["strongest"]["against"]] == [3]
 
 
 def test_a_tile_is_shown_as_the_slide_has_it(viewer: ViewerServer) -> None:

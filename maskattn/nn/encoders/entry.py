@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 __all__ = ["IMAGENET", "EncoderEntry", "Library", "Pooling", "Triple", "triple_of"]
 
-Library = Literal["timm", "transformers", "clip", "open_clip", "conch", "none"]
+Library = Literal["timm", "transformers", "clip", "open_clip", "conch"]
 Pooling = Literal["token", "avg", "token_avg", "map", "own"]
 Triple = tuple[float, float, float]
 
@@ -33,7 +33,7 @@ class EncoderEntry:
         name: the name that users give.
         title: the authors' name for it.
         library: what builds its network: "timm"; "transformers", or "clip" for a CLIP of transformers; "open_clip" or
-            "conch", packages of these names; "none" where nothing here runs it.
+            "conch", packages of these names.
         hub_id: its repository on Hugging Face's hub; empty where it has none.
         embed_dim: width of its features.
         pooling: "token" (class token), "avg" (mean of the patches), "token_avg" (both, side by side; registers left
@@ -49,6 +49,7 @@ class EncoderEntry:
         architecture: timm's name of the network, for weights that come as a file; empty where only the hub says it.
         arguments: of ``timm.create_model``, where they differ from the architecture's; layers by name.
         file: name of the weights in the hub's repository, where they are not a model that timm knows how to load.
+        weights_at: where a file of the weights can be had, for encoders that no hub has.
         remote_code: whether its network is code that the hub's repository brings.
         why_not: why its network does not become a packed vision transformer; empty where it does.
     """
@@ -71,5 +72,6 @@ class EncoderEntry:
     architecture: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""
+    weights_at: str = ""
     remote_code: bool = False
     why_not: str = ""

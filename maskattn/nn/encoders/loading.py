@@ -89,11 +89,6 @@ def load_entry(
     **arguments: Any,
 ) -> TileEncoder:
     """Load an encoder of the table, on the CPU. Arguments and errors as in :func:`load_encoder`."""
-    if entry.library == "none":
-        raise ValueError(
-            f"an encoder must be one that can be run here, got {entry.name}: {entry.why_not}, and its weights are in "
-            "no hub; extract its features with TRIDENT or STAMP, whose files `infer --features` reads"
-        )
     if entry.remote_code and not trust_code:
         raise PermissionError(
             f"{entry.name} is code that {entry.hub_id} brings, which is run when it is loaded; read it at "

@@ -29,6 +29,7 @@ _NC_ND = "CC-BY-NC-ND-4.0"
 _KAIKO = "Kaiko Non-Commercial Public License"
 _OWKIN = "Owkin non-commercial"
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
+_MERGES_TOKENS = "it is a Swin transformer, whose tokens attend within windows and are merged from stage to stage"
 _POOLS_ITSELF = "it pools its tokens by an attention pooler of its own, which the packed transformer has not"
 
 
@@ -137,9 +138,9 @@ _ROWS = (
           _LUNIT, 0.5, "Lunit non-commercial", "lunit-io/benchmark-ssl-pathology README; eva, LazySlide"),
     _timm("lunit-s8", "Lunit DINO ViT-S/8", "1aurent/vit_small_patch8_224.lunit_dino", "vit_small_patch8_224", 384,
           _LUNIT, 0.5, "Lunit non-commercial", "lunit-io/benchmark-ssl-pathology README; eva, TRIDENT, slide2vec"),
-    _row("ctranspath", "CTransPath", "none", "", 768, IMAGENET, 1.0, "GPL-3.0", "TRIDENT, STAMP", pooling="avg",
-         why_not="it is a Swin transformer whose checkpoint begins with a stem of three convolutions and two "
-         "batch norms (patch_embed.proj.0 to .6), where timm's has one convolution (patch_embed.proj)"),
+    _row("ctranspath", "CTransPath", "timm", "", 768, IMAGENET, 1.0, "GPL-3.0", "TRIDENT, STAMP; Xiyue-Wang/TransPath",
+         pooling="avg", architecture="swin_tiny_patch4_window7_224", arguments={"embed_layer": "ConvolutionalStem"},
+         weights_at="https://github.com/Xiyue-Wang/TransPath (ctranspath.pth)", why_not=_MERGES_TOKENS),
     _timm("gpfm", "GPFM", "majiabo/GPFM", "vit_large_patch14_dinov2", 1024, IMAGENET, 0.5, _NC_ND,
           "TRIDENT, slide2vec, LazySlide", file="GPFM.pth", arguments={"init_values": 1e-5}),
     _row("plip", "PLIP", "clip", "vinid/plip", 512, _OPENAI, None, "non-commercial",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from maskattn.nn.checkpoints import explained, hub_id_of
+from maskattn.nn.encoders.convolutional_stem import ConvolutionalStem
 from maskattn.nn.encoders.entry import EncoderEntry, triple_of
 from maskattn.nn.encoders.tile_encoder import EncoderCard
 from maskattn.nn.fitting import joined, misfits
@@ -35,6 +36,11 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
     """
     import timm
 
+    if weights is None and entry.weights_at and more.get("pretrained", True):
+        raise FileNotFoundError(
+            f"the weights of {entry.name} are in no hub, got no file of them; download them from {entry.weights_at} "
+            "and give the file with --weights (weights=)"
+        )
     arguments = {"num_classes": 0, **_layers(dict(entry.arguments)), **more}
     if weights is None and entry.file and arguments.get("pretrained", True):
         weights = _file_of_hub(entry)
@@ -84,6 +90,8 @@ def _layers(arguments: dict[str, Any]) -> dict[str, Any]:
         if key in arguments:
             name = arguments[key]
             arguments[key] = getattr(timm.layers, name, None) or getattr(nn, name)
+    if arguments.get("embed_layer") == ConvolutionalStem.__name__:
+        arguments["embed_layer"] = ConvolutionalStem
     return arguments
 
 
@@ -107,6 +115,7 @@ def _fill(network: nn.Module, path: Path, name: str) -> None:
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    state = _of_this_timm(network, state)
     expected = {key: torch.empty_like(x, device="meta") for key, x in network.state_dict().items()}
     state = {key: x for key, x in state.items() if key in expected or not key.startswith(("head.", "fc."))}
     if wrong := misfits(state, expected):
@@ -114,6 +123,18 @@ def _fill(network: nn.Module, path: Path, name: str) -> None:
     dtype = next(x.dtype for x in expected.values() if x.is_floating_point())
     state = {key: x.to(dtype) if x.is_floating_point() else x for key, x in state.items()}
     network.load_state_dict(state, assign=True)
+
+
+def _of_this_timm(network: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Weights by the names of the timm that is installed.
+
+    A Swin transformer's first files merge tokens at the end of a stage, timm at the beginning of the next.
+    """
+    from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
+
+    if not isinstance(network, SwinTransformer) or "layers.0.downsample.reduction.weight" not in state:
+        return state
+    return dict(checkpoint_filter_fn(state, network))
 
 
 def _let_go(network: nn.Module) -> None:

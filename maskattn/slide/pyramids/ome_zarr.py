@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from maskattn.files import replacing
-from maskattn.slide.colours import colour_limit
+from maskattn.slide.colours import colour_limit, kind_of_attention
 from maskattn.slide.names import as_text
 from maskattn.slide.outlines.writing import PALETTE
 from maskattn.slide.pyramids.halving import halved
@@ -98,5 +98,7 @@ def _channel(label: str, index: int, values_RC: np.ndarray) -> dict[str, Any]:
     of_class = label != ATTENTION
     colours = [colour for colour in PALETTE if any(colour)]  # black is none on black
     colour = "".join(f"{part:02X}" for part in colours[index % len(colours)]) if of_class else "FFFFFF"
-    window = {"min": low, "max": high, "start": 0.0, "end": colour_limit(values_RC, "sequential")[1]}
+    # Attention is not shown at first, so that it may begin below zero, where a model gives such weights.
+    start, end = colour_limit(values_RC, "sequential" if of_class else kind_of_attention(values_RC))
+    window = {"min": low, "max": high, "start": start, "end": end}
     return {"label": as_text(label), "color": colour, "active": of_class, "window": window}

@@ -211,8 +211,9 @@ function listStrongest(strongest, name) {
   for (const [key, tiles] of Object.entries(strongest)) {
     if (tiles.length === 0) continue;
     const head = document.createElement("h3");
-    const attended = state.map.kind === "sequential";
-    head.textContent = attended ? "Most attended" : `${key === "for" ? "For" : "Against"} ${name}`;
+    const signed = `${key === "for" ? "For" : "Against"} ${name}`;
+    const attended = key === "for" ? "Most attended" : "Most negative attention";
+    head.textContent = state.map.of_class ? signed : attended;
     const list = document.createElement("ol");
     for (const tile of tiles) {
       const button = document.createElement("button");
