@@ -15,6 +15,7 @@ PAGE = Path(__file__).with_name("api.md")
 MODULES = {
     "maskattn": "The operations on packed and masked tokens, and packing.",
     "maskattn.attention": "The same operations, with their specification as `reference`.",
+    "maskattn.distributed": "The operations over a process group: one slide over several devices.",
     "maskattn.nn": "Layers, models and how others' models become ours.",
     "maskattn.explain": "Explanations; `METHODS` lists those that the command line offers.",
     "maskattn.explain.baselines": "What explanations are compared with.",

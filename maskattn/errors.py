@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 
-__all__ = ["ManifestError", "OutputError", "ReadingStopped", "SlideError", "quoted"]
+__all__ = ["GroupError", "ManifestError", "OutputError", "ReadingStopped", "SlideError", "quoted"]
 
 
 class SlideError(ValueError):
@@ -25,6 +25,10 @@ class ManifestError(ValueError):
 
 class OutputError(OSError):
     """The output folder, or a file in it, cannot be written."""
+
+
+class GroupError(RuntimeError):
+    """A call over a process group cannot go on: its processes disagree, or one of them does not answer."""
 
 
 def quoted(path: str | os.PathLike[str]) -> str:

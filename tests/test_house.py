@@ -32,6 +32,7 @@ FLOORS = [
         "_native",
     },
     {"attention"},
+    {"distributed"},
     {"nn"},
     {"explain"},
     {"slide"},

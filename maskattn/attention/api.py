@@ -6,10 +6,10 @@ width, K classes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from maskattn.attention import operations, ops
+from maskattn.attention.calls import as_autocast, options_of_call
 from maskattn.attention.checks import (
     check_bias,
     check_coords,
@@ -17,13 +17,11 @@ from maskattn.attention.checks import (
     check_keep,
     check_packed,
     check_readout,
+    check_relevance,
     check_sequences,
-    check_values,
 )
 from maskattn.attention.implementation import choose
-from maskattn.dropout import new_seed
 from maskattn.leaves import leaf_function
-from maskattn.options import Options
 from maskattn.packing import Packing
 from maskattn.shapes import Bool, Float, Int
 from maskattn.transforms import is_transformed
@@ -89,13 +87,13 @@ def packed_attention(
         >>> packed_attention(x, x, x, packing).shape
         torch.Size([3, 2, 16])
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     check_packed(q, k, v)
     sequences = check_sequences(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     Tk, H, _ = k.shape
     check_bias(key_bias, q, ((Tk,), (Tk, H)), "(Tk,) or (Tk, H)")
     positions = check_coords(coords, slopes, q, H, (q.shape[0],), (Tk,))
-    options = _options(q, scale, key_bias, slopes, positions, dropout_p, precision)
+    options = options_of_call(q, scale, key_bias, slopes, positions, dropout_p, precision)
     impl = choose(impl, q, options)
     out, lse, _ = operations.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
@@ -145,13 +143,13 @@ def masked_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``impl`` lacks a feature of the call.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     check_dense(q, k, v)
     check_keep(q, k, keep, skip_queries)
     B, H, N = k.shape[:3]
     check_bias(key_bias, q, ((B, N), (B, H, N)), "(B, N) or (B, H, N)")
     positions = check_coords(coords, slopes, q, H, (B, q.shape[2]), (B, N))
-    options = _options(q, scale, key_bias, slopes, positions, dropout_p, precision)
+    options = options_of_call(q, scale, key_bias, slopes, positions, dropout_p, precision)
     impl = choose(impl, q, options)
     out, lse, _ = operations.masked_attention(q, k, v, keep, skip_queries, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
@@ -197,12 +195,12 @@ def readout(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``impl`` lacks a feature of the call.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     check_readout(q, k, v, cu_seqlens)
     B, R, H, _ = q.shape
     check_bias(key_bias, q, ((k.shape[0],), (k.shape[0], H)), "(T,) or (T, H)")
     positions = check_coords(coords, slopes, q, H, (B, R), (k.shape[0],))
-    options = _options(q, scale, key_bias, slopes, positions, dropout_p)
+    options = options_of_call(q, scale, key_bias, slopes, positions, dropout_p)
     impl = choose(impl, q, options)
     out, lse, _, rows = operations.readout(
         q, k, v, cu_seqlens, max_seqlen, *ops.flat_options(options), return_lse, return_rows, impl
@@ -255,55 +253,13 @@ def token_relevance(
     Source: arXiv 2312.02364 for S; the closed form is this package's.
     """
     check_readout(q, k, v, cu_seqlens)
-    B, R, H, D = q.shape
-    T = k.shape[0]
-    for name, x, shape in (("out", out, (B, R, H, D)), ("lse", lse, (B, R, H))):
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must be readout's, of shape {shape}, got {name}.shape={tuple(x.shape)}")
-    if grad_out.ndim != 5 or tuple(grad_out.shape[1:]) != (B, R, H, D):
-        raise ValueError(
-            f"grad_out must have shape (K, B, R, H, D) = (K, {B}, {R}, {H}, {D}), got {tuple(grad_out.shape)}; "
-            "give a single class an axis of its own, grad_out[None]"
-        )
-    for name, origin in (("key_origin", key_origin), ("value_origin", value_origin)):
-        if origin is not None and tuple(origin.shape) not in ((H, D), (T, H, D)):
-            raise ValueError(
-                f"{name} must have shape (H, D) or (T, H, D), here ({H}, {D}) or ({T}, {H}, {D}), "
-                f"got {name}.shape={tuple(origin.shape)}"
-            )
+    (B, R, H, _), T = q.shape, k.shape[0]
+    check_relevance(q, k, out, lse, grad_out, key_origin, value_origin)
     check_bias(key_bias, q, ((T,), (T, H)), "(T,) or (T, H)")
     positions = check_coords(coords, slopes, q, H, (B, R), (T,))
-    options = _options(q, scale, key_bias, slopes, positions, 0.0)
+    options = options_of_call(q, scale, key_bias, slopes, positions, 0.0)
     tensors: tuple[Tensor | None, ...] = q, k, v, out, lse, grad_out.to(q.dtype), key_origin, value_origin, cu_seqlens
     impl = choose(impl, q, options)
     if not is_transformed(tensors):  # under a transform, a derivative is refused instead
         tensors = tuple(None if x is None else x.detach() for x in tensors)
     return operations.token_relevance(*tensors, max_seqlen, *ops.flat_options(options), impl)
-
-
-def _options(
-    q: Tensor,
-    scale: float | None,
-    key_bias: Tensor | None,
-    slopes: Tensor | None,
-    positions: tuple[Tensor | None, Tensor | None],
-    dropout_p: float,
-    precision: str = "ieee",
-) -> Options:
-    if dropout_p != 0:
-        check_values(dropout_p=dropout_p)
-    if precision != "ieee":
-        check_values(precision=precision)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    seed = new_seed(q.device) if dropout_p > 0 else None
-    return Options(scale, key_bias, slopes, *positions, dropout_p, seed, precision)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors cast as ``torch.autocast`` casts the inputs of torch's attention; float64 stays."""
-    kind = tensors[0].device.type
-    if not ops.is_autocast(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    narrow = (torch.float32, torch.float16, torch.bfloat16)
-    return tuple(x.to(dtype) if x.dtype in narrow else x for x in tensors)

@@ -22,6 +22,7 @@ __all__ = [
     "check_values",
     "check_packed",
     "check_readout",
+    "check_relevance",
     "check_sequences",
 ]
 
@@ -61,6 +62,33 @@ def check_readout(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
             f"cu_seqlens must have B + 1 = {q.shape[0] + 1} entries, got cu_seqlens.shape={tuple(cu_seqlens.shape)}"
         )
     check_packed(q.flatten(0, 1), k, v)
+
+
+def check_relevance(
+    q: Tensor,
+    k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    key_origin: Tensor | None,
+    value_origin: Tensor | None,
+) -> None:
+    """What a readout of q and k returned, gradients of it for each class, and origins (H, D) or (T, H, D)."""
+    (B, R, H, D), T = q.shape, k.shape[0]
+    for name, x, shape in (("out", out, (B, R, H, D)), ("lse", lse, (B, R, H))):
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} must be readout's, of shape {shape}, got {name}.shape={tuple(x.shape)}")
+    if grad_out.ndim != 5 or tuple(grad_out.shape[1:]) != (B, R, H, D):
+        raise ValueError(
+            f"grad_out must have shape (K, B, R, H, D) = (K, {B}, {R}, {H}, {D}), got {tuple(grad_out.shape)}; "
+            "give a single class an axis of its own, grad_out[None]"
+        )
+    for name, origin in (("key_origin", key_origin), ("value_origin", value_origin)):
+        if origin is not None and tuple(origin.shape) not in ((H, D), (T, H, D)):
+            raise ValueError(
+                f"{name} must have shape (H, D) or (T, H, D), here ({H}, {D}) or ({T}, {H}, {D}), "
+                f"got {name}.shape={tuple(origin.shape)}"
+            )
 
 
 def check_keep(q: Tensor, k: Tensor, keep: Tensor, skip_queries: bool) -> None:

@@ -41,10 +41,14 @@ class Implementation(Protocol):
             backward. These options add terms to the scores, which may then be large. A float32 lse alone would no
             longer resolve how many keys share the largest score, and recomputed weights would be off by a factor for
             each query.
+        READS_OUTPUTS: whether backward recomputes the weights from the lse, and reads the out, that it is given. If so,
+            it also differentiates some of a sequence's keys, given lse and out over all of them. An implementation that
+            starts again from q, k and v does not.
     """
 
     OPTIONS: frozenset[str]
     WITH_REST: frozenset[str]
+    READS_OUTPUTS: bool
 
     def supports(self, q: Tensor, options: Options) -> str | None:
         """The reason why it cannot run a call with these queries, as the end of a sentence; None if it can.

@@ -19,7 +19,7 @@ from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, 
 from maskattn.options import Options
 from maskattn.results import OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
-__all__ = ["PACKED", "masked_attention", "packed_attention", "readout", "token_relevance"]
+__all__ = ["PACKED", "is_large", "masked_attention", "packed_attention", "readout", "token_relevance"]
 
 LARGE_LSE = 128.0
 
@@ -91,14 +91,14 @@ def _run_relevance(
 ) -> Tensor:
     """S (K, T), float32 or wider."""
     _check_key_sequences(qkv, where)
-    if impl != "reference" and _is_large(classes.lse):
+    if impl != "reference" and is_large(classes.lse):
         # Relevance is linear in each query's gradients, so these can absorb the factor by which its weights are off.
         factor = rest_of_lse(qkv, classes.lse, where, options).neg().exp()[..., None]
         classes = replace(classes, grad_out=(classes.grad_out * factor).to(classes.grad_out.dtype))
     return implementation(impl).token_relevance(qkv, classes, origins, where, options)
 
 
-def _is_large(lse: Tensor) -> bool:
+def is_large(lse: Tensor) -> bool:
     """Whether weights from a float32 lse alone would be inaccurate; False on a device that would have to be awaited."""
     return lse.device.type == "cpu" and bool((lse.abs().masked_fill(lse.isinf(), 0) > LARGE_LSE).any())
 

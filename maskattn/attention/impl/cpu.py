@@ -22,6 +22,7 @@ from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradien
 # The kernels take no precision: they always multiply float32 as it is.
 OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "precision"})
 WITH_REST = frozenset({"key_bias", "slopes"})
+READS_OUTPUTS = True
 
 HEAD_WIDTHS = range(16, 257, 8)
 

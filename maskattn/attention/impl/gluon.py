@@ -18,6 +18,7 @@ from maskattn.results import Outputs
 
 OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "precision"})
 WITH_REST = arguments.WITH_REST
+READS_OUTPUTS = True
 
 supports = support.supports
 packed_backward = backward.packed_backward

@@ -20,6 +20,7 @@ from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradien
 
 OPTIONS = reference.OPTIONS
 WITH_REST: frozenset[str] = frozenset()
+READS_OUTPUTS = False
 
 
 def supports(q: Tensor, options: Options) -> str | None:

@@ -17,6 +17,7 @@ from maskattn.results import Outputs, ReadoutOutputs
 
 OPTIONS = arguments.OPTIONS
 WITH_REST = arguments.WITH_REST
+READS_OUTPUTS = True
 
 
 supports = support.supports

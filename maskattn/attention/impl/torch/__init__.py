@@ -24,6 +24,7 @@ from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradien
 
 __all__ = [
     "OPTIONS",
+    "READS_OUTPUTS",
     "WITH_REST",
     "masked_backward",
     "masked_forward",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 WITH_REST: frozenset[str] = frozenset()
+READS_OUTPUTS = False
 
 
 def supports(q: Tensor, options: Options) -> str | None:

@@ -1,0 +1,164 @@
+"""The gathered exchange: each process gets all keys of the sequences that it has queries of, then attends once.
+
+It sends no key that the other has no query for: sequences that lie whole in one process cost nothing. In the backward
+the keys are gathered again, and their gradients are sent home, where they are added up in float32, in the order of the
+processes.
+
+Dimension key: Tq queries and Tk keys of this process, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from maskattn.attention.implementation import implementation
+from maskattn.distributed.partial import Keys, attend, differentiate, wide
+from maskattn.distributed.shards import Shards, starts_of
+from maskattn.distributed.transport import Transfer
+from maskattn.operands import Sequences
+from maskattn.options import Options
+from maskattn.results import Gradients, Outputs
+
+__all__ = ["backward", "forward", "gathered_rows"]
+
+
+def forward(
+    q: Tensor, own: Keys, queries: Shards, keys: Shards, options: Options, need_lse: bool, impl: str
+) -> Outputs:
+    """Attention of this process's queries over the keys of all."""
+    plan = _plan(queries, keys)
+    need_lse = need_lse or implementation(impl).READS_OUTPUTS
+    return attend(q, own.with_tensors(plan.gather(own.tensors)), plan.where, options, impl, need_lse)
+
+
+def backward(
+    grads: tuple[Tensor, Tensor | None],
+    q: Tensor,
+    own: Keys,
+    outputs: Outputs,
+    queries: Shards,
+    keys: Shards,
+    options: Options,
+    impl: str,
+) -> Gradients:
+    """Gradients of :func:`forward`; that of slopes is the part of this process's queries."""
+    plan = _plan(queries, keys)
+    gathered = own.with_tensors(plan.gather(own.tensors))
+    found = differentiate(grads, q, gathered, outputs, plan.where, options, impl, of_all_keys=True)
+    of_keys = [x for x in (found.k, found.v, found.key_bias) if x is not None]
+    dk, dv, *dbias = plan.send_home(of_keys)
+    return replace(found, k=dk, v=dv, key_bias=dbias[0] if dbias else None)
+
+
+def gathered_rows(queries: Shards, keys: Shards, process: int) -> tuple[int, int]:
+    """How many keys a process holds after the exchange, and how many of them come from others."""
+    needed = _needed(queries, process)
+    held = sum(keys.total[b] for b in needed)
+    return held, held - sum(keys.lengths[process][b] for b in needed)
+
+
+def _needed(queries: Shards, process: int) -> list[int]:
+    """The sequences of which a process has queries."""
+    return [b for b, count in enumerate(queries.lengths[process]) if count]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who sends what to whom.
+
+    Attributes:
+        keys: how the keys are divided.
+        sent: for each process, which rows of this process's keys it gets; a slice where it is all of them.
+        received: for each process, how many of its rows come here.
+        order: which of the received rows, process after process, each row of the sequences is; None where the orders
+            are one.
+        where: this process's queries, and the sequences of gathered keys.
+    """
+
+    keys: Shards
+    sent: list[Tensor | slice]
+    received: list[int]
+    order: Tensor | None
+    where: Sequences
+
+    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All rows of the sequences that this process has queries of, sequence after sequence."""
+        own, others = self.keys.rank, self._others()
+        found = [x.new_empty((sum(self.received), *x.shape[1:])) for x in tensors]
+        pieces = [x.split(self.received) for x in found]
+        sends = ((process, x[self.sent[process]]) for process in others for x in tensors)
+        receives = ((process, each[process]) for process in others for each in pieces)
+        transfer = Transfer(sends, receives, self.keys.group)
+        for x, each in zip(tensors, pieces, strict=True):
+            each[own].copy_(x[self.sent[own]])
+        transfer.wait()
+        return found if self.order is None else [x[self.order] for x in found]
+
+    def send_home(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over all processes of the gradients of this process's rows; the reverse of :meth:`gather`."""
+        own, others = self.keys.rank, self._others()
+        if self.order is not None:
+            grads = [torch.empty_like(x).index_copy_(0, self.order, x) for x in grads]
+        pieces = [x.split(self.received) for x in grads]
+        counts = [self._rows_sent(process) for process in range(self.keys.size)]
+        coming = {p: [x.new_empty((counts[p], *x.shape[1:])) for x in grads] for p in others}
+        sends = ((process, each[process]) for process in others for each in pieces)
+        receives = ((process, x) for process in others for x in coming[process])
+        Transfer(sends, receives, self.keys.group).wait()
+        coming[own] = [each[own] for each in pieces]
+        sums = [x.new_zeros((self.keys.rows, *x.shape[1:]), dtype=wide(x)) for x in grads]
+        for process in range(self.keys.size):
+            for total, part in zip(sums, coming[process], strict=True):
+                total[self.sent[process]] += part
+        return [total.to(x.dtype) for total, x in zip(sums, grads, strict=True)]
+
+    def _others(self) -> list[int]:
+        return [process for process in range(self.keys.size) if process != self.keys.rank]
+
+    def _rows_sent(self, process: int) -> int:
+        rows = self.sent[process]
+        return self.keys.rows if isinstance(rows, slice) else len(rows)
+
+
+def _plan(queries: Shards, keys: Shards) -> _Plan:
+    """Made once, for the layers of a model ask for it again and again."""
+    known: dict[Shards, _Plan] = queries.plans
+    if keys not in known:
+        known[keys] = _made(queries, keys)
+    return known[keys]
+
+
+def _made(queries: Shards, keys: Shards) -> _Plan:
+    lengths = keys.lengths
+    own_starts = starts_of(lengths[keys.rank], torch.device("cpu")).tolist()
+    sent: list[Tensor | slice] = []
+    for process in range(keys.size):
+        needed = _needed(queries, process)
+        parts = [torch.arange(own_starts[b], own_starts[b + 1]) for b in needed]
+        rows = torch.cat([*parts, torch.empty(0, dtype=torch.int64)])
+        sent.append(slice(None) if len(rows) == keys.rows else rows.to(keys.device))
+    needed = _needed(queries, queries.rank)
+    received = [sum(each[b] for b in needed) for each in lengths]
+    total = [keys.total[b] if b in needed else 0 for b in range(keys.batch_size)]
+    where = Sequences(queries.cu_seqlens, starts_of(total, keys.device), queries.max_seqlen, max(total, default=0))
+    return _Plan(keys, sent, received, _order(lengths, needed, keys.device), where)
+
+
+def _order(lengths: tuple[tuple[int, ...], ...], needed: list[int], device: torch.device) -> Tensor | None:
+    if len(needed) < 2:
+        return None
+    begin, at = {}, 0
+    for process, each in enumerate(lengths):
+        for b in needed:
+            begin[process, b] = at
+            at += each[b]
+    parts = [
+        torch.arange(begin[process, b], begin[process, b] + each[b])
+        for b in needed
+        for process, each in enumerate(lengths)
+    ]
+    return torch.cat(parts).to(device)

@@ -1,0 +1,167 @@
+"""Attention of this process's queries over some of the keys, by the registered ops, and how such parts become one.
+
+With l_i and o_i the log-sum-exp and the output over part i of the keys:
+
+    lse = log Σ_i exp(l_i)        out = Σ_i exp(l_i − lse) o_i
+
+The derivatives of a part follow in either of two ways. An implementation that makes the weights of the lse it is given
+takes those of all keys, and gives the part's share. One that starts again from q, k and v is given the part's own lse
+and output, and with w = exp(l_i − lse) the gradients  w dO  of o_i and  w (dO·(o_i − out) + dlse)  of l_i.
+
+lse is added up in float64 with the rest that its rounding left: a shift common to all parts would show otherwise.
+
+Dimension key: Tq queries, Tk keys of a part, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskattn.attention import operations
+from maskattn.attention.implementation import implementation, keeps_rest
+from maskattn.attention.ops import flat_options
+from maskattn.operands import Sequences
+from maskattn.options import DIFFERENTIABLE, Options
+from maskattn.results import Gradients, Outputs
+
+__all__ = ["Keys", "Whole", "attend", "differentiate", "share_of", "wide"]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Some keys, with all that belongs to a key.
+
+    Attributes:
+        k, v: (Tk, H, D).
+        key_bias, coords_k: see :class:`~maskattn.options.Options`; None where not given.
+    """
+
+    k: Tensor
+    v: Tensor
+    key_bias: Tensor | None
+    coords_k: Tensor | None
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, options: Options) -> Keys:
+        """The keys of a call."""
+        return cls(k, v, options.key_bias, options.coords_k)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is given, in order."""
+        return [x for x in vars(self).values() if x is not None]
+
+    def with_tensors(self, tensors: list[Tensor]) -> Keys:
+        """Other tensors in the place of :attr:`tensors`."""
+        left = iter(tensors)
+        return Keys(*(None if x is None else next(left) for x in vars(self).values()))  # type: ignore[arg-type]
+
+    def options(self, of_call: Options) -> Options:
+        """The options of a call, for these keys."""
+        return replace(of_call, key_bias=self.key_bias, coords_k=self.coords_k)
+
+    @property
+    def nbytes_of_row(self) -> int:
+        """What a key and all that belongs to it takes."""
+        return sum(x.element_size() * x[:1].numel() if len(x) else x.element_size() * _row(x) for x in self.tensors)
+
+
+def _row(x: Tensor) -> int:
+    count = 1
+    for side in x.shape[1:]:
+        count *= side
+    return count
+
+
+def attend(q: Tensor, keys: Keys, where: Sequences, options: Options, impl: str, need_lse: bool = True) -> Outputs:
+    """out (Tq, H, D), lse (H, Tq) and its rest, over these keys alone."""
+    own = flat_options(keys.options(options))
+    return Outputs(*operations.packed_attention(q, keys.k, keys.v, *vars(where).values(), *own, need_lse, impl))
+
+
+def differentiate(
+    grads: tuple[Tensor, Tensor | None],
+    q: Tensor,
+    keys: Keys,
+    whole: Outputs,
+    where: Sequences,
+    options: Options,
+    impl: str,
+    of_all_keys: bool = False,
+) -> Gradients:
+    """What these keys add to the gradients of q and of slopes, and the gradients of themselves.
+
+    Args:
+        grads: of out and of lse over all keys; None for zeros.
+        q, keys, where, options, impl: as :func:`attend` took them.
+        whole: out and lse over all keys.
+        of_all_keys: these are all.
+    """
+    if not of_all_keys and not implementation(impl).READS_OUTPUTS:
+        part = attend(q, keys, where, options, impl)
+        grads, whole = share_of(grads, part, whole), part
+    given = q, keys.k, keys.v, *vars(whole).values(), *vars(where).values(), *flat_options(keys.options(options))
+    found = torch.ops.maskattn.packed_attention_backward(*grads, *given, impl)
+    names = [x.name for x in fields(Gradients)]
+    each: dict[str, Any] = dict(zip(names, found, strict=True))
+    for name in DIFFERENTIABLE:
+        if getattr(keys.options(options), name) is None:
+            each[name] = None
+    return Gradients(**each)
+
+
+def share_of(grads: tuple[Tensor, Tensor | None], part: Outputs, whole: Outputs) -> tuple[Tensor, Tensor]:
+    """The gradients of a part's own out and lse."""
+    grad_out, grad_lse = grads
+    kind = wide(grad_out)
+    weight_HQ = (_exact(part) - _exact(whole).masked_fill(whole.lse.isinf(), 0)).exp().to(kind)
+    wide_out = grad_out.to(kind)
+    along_HQ = (wide_out * (part.out.to(kind) - whole.out.to(kind))).sum(-1).T
+    if grad_lse is not None:
+        along_HQ = along_HQ + grad_lse.to(kind)
+    share = (wide_out * weight_HQ.T[..., None]).to(grad_out.dtype)
+    return share.contiguous(), (weight_HQ * along_HQ).to(part.lse.dtype).contiguous()
+
+
+class Whole:
+    """Parts added up as they come.
+
+    Args:
+        q: the queries, whose dtype the result has.
+    """
+
+    def __init__(self, q: Tensor) -> None:
+        self._q = q
+        self._out = torch.zeros(q.shape, dtype=wide(q), device=q.device)
+        self._lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float64, device=q.device)
+
+    def add(self, part: Outputs) -> None:
+        """One more part."""
+        own = _exact(part)
+        lse = torch.logaddexp(self._lse, own)
+        at = lse.masked_fill(lse == -torch.inf, 0)
+        before, now = ((x - at).exp().to(self._out.dtype).T[..., None] for x in (self._lse, own))
+        self._out = self._out.mul_(before).addcmul_(part.out.to(self._out.dtype), now)
+        self._lse = lse
+
+    def outputs(self, impl: str, options: Options) -> Outputs:
+        """out, lse and its rest, as ``impl`` would have left them for its backward."""
+        lse = self._lse.to(wide(self._q) if impl != "reference" else self._q.dtype)
+        rest = lse.new_empty(0)
+        if keeps_rest(impl, options):
+            rest = (self._lse - lse.double()).masked_fill(self._lse.isinf(), 0).to(lse.dtype)
+        return Outputs(self._out.to(self._q.dtype), lse, rest)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _exact(outputs: Outputs) -> Tensor:
+    lse = outputs.lse.double()
+    return lse + outputs.lse_rest.double() if outputs.lse_rest.numel() else lse

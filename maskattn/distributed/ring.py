@@ -1,0 +1,108 @@
+"""The ring: keys and values go round, one step after another, and each process holds two processes' keys at a time.
+
+In step i process r attends to the keys of process r − i, while those of process r − i − 1 are on their way to it. In
+the backward the keys go round again, and their gradients with them, added up in float32, until they are home.
+
+Dimension key: W processes, Tq queries of this process, Tk keys of a process, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from maskattn.distributed.partial import Keys, Whole, attend, differentiate, wide
+from maskattn.distributed.shards import Shards
+from maskattn.distributed.transport import Transfer, ordered
+from maskattn.operands import Sequences
+from maskattn.options import Options
+from maskattn.results import Gradients, Outputs
+
+__all__ = ["backward", "forward"]
+
+
+def forward(
+    q: Tensor, own: Keys, queries: Shards, keys: Shards, options: Options, need_lse: bool, impl: str
+) -> Outputs:
+    """Attention of this process's queries over the keys of all."""
+    whole = Whole(q)
+    for source, block in _round(own, keys):
+        if _meet(queries, keys, source):
+            whole.add(attend(q, block, _where(queries, keys, source), options, impl))
+    return whole.outputs(impl, options)
+
+
+def backward(
+    grads: tuple[Tensor, Tensor | None],
+    q: Tensor,
+    own: Keys,
+    outputs: Outputs,
+    queries: Shards,
+    keys: Shards,
+    options: Options,
+    impl: str,
+) -> Gradients:
+    """Gradients of :func:`forward`; that of slopes is the part of this process's queries."""
+    dq = torch.zeros(q.shape, dtype=wide(q), device=q.device)
+    slopes = options.slopes
+    dslopes = None if slopes is None else torch.zeros(slopes.shape, dtype=wide(q), device=q.device)
+    # Of the keys that lie here in this step.
+    sums = [torch.zeros(x.shape, dtype=wide(x), device=x.device) for x in _differentiable(own)]
+    for source, block in _round(own, keys):
+        if _meet(queries, keys, source):
+            found = differentiate(grads, q, block, outputs, _where(queries, keys, source), options, impl)
+            dq += found.q
+            if dslopes is not None and found.slopes is not None:
+                dslopes += found.slopes
+            of_keys = (x for x in (found.k, found.v, found.key_bias) if x is not None)
+            for total, part in zip(sums, of_keys, strict=True):
+                total += part
+        sums = _passed_on(sums, keys, source)
+    dk, dv, *dbias = (x.to(like.dtype) for x, like in zip(sums, _differentiable(own), strict=True))
+    gradients = Gradients(dq.to(q.dtype), dk, dv, *dbias)
+    return gradients if slopes is None or dslopes is None else replace(gradients, slopes=dslopes.to(slopes.dtype))
+
+
+def _differentiable(keys: Keys) -> list[Tensor]:
+    return [x for x in (keys.k, keys.v, keys.key_bias) if x is not None]
+
+
+def _round(own: Keys, keys: Shards) -> Iterator[tuple[int, Keys]]:
+    """The keys of each process, this one's first; the next are on their way while a caller works on these."""
+    block, sources = own, list(ordered(keys.rank, keys.size))
+    for source, following in zip(sources, [*sources[1:], None], strict=True):
+        coming = None if following is None else _empty_rows(block.tensors, sum(keys.lengths[following]))
+        transfer = None if coming is None else _pass(block.tensors, coming, keys)
+        yield source, block
+        if transfer is not None and coming is not None:
+            transfer.wait()
+            block = block.with_tensors(coming)
+
+
+def _passed_on(sums: list[Tensor], keys: Shards, source: int) -> list[Tensor]:
+    """To the next process, for those of the process before."""
+    coming = _empty_rows(sums, sum(keys.lengths[(source - 1) % keys.size]))
+    _pass(sums, coming, keys).wait()
+    return coming
+
+
+def _pass(sent: list[Tensor], coming: list[Tensor], keys: Shards) -> Transfer:
+    following, before = (keys.rank + 1) % keys.size, (keys.rank - 1) % keys.size
+    return Transfer(((following, x) for x in sent), ((before, x) for x in coming), keys.group)
+
+
+def _empty_rows(like: list[Tensor], rows: int) -> list[Tensor]:
+    return [x.new_empty((rows, *x.shape[1:])) for x in like]
+
+
+def _meet(queries: Shards, keys: Shards, source: int) -> bool:
+    """Whether any query of this process and any key of another are of one sequence."""
+    return any(m and n for m, n in zip(queries.lengths[queries.rank], keys.lengths[source], strict=True))
+
+
+def _where(queries: Shards, keys: Shards, source: int) -> Sequences:
+    longest = max(keys.lengths[source], default=0)
+    return Sequences(queries.cu_seqlens, keys.cu_seqlens_of(source), queries.max_seqlen, longest)

@@ -1,0 +1,170 @@
+"""How the rows of a batch of sequences are divided among the processes of a group.
+
+Every process holds a part of each sequence, end to end as packed tokens are, of any length and also of none. A sequence
+is the parts of all processes one after another, those of process 0 first. The parts of one long sequence may be chosen
+freely: attention asks where a token is of its position alone, not of its row.
+
+Dimension key: W processes, B sequences, T rows of this process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from maskattn.attention.checks import check_lengths
+from maskattn.distributed.agreement import agree
+from maskattn.distributed.transport import gather_numbers
+from maskattn.packing import Packing
+from maskattn.shapes import Int
+
+__all__ = ["Shards", "even_slice", "starts_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """The parts of B sequences that each process of a group holds; made by :meth:`of`, in all of them at once.
+
+    Attributes:
+        group: the processes.
+        rank: which of them this is, counted within the group.
+        lengths: W tuples of B numbers, rows of each sequence in each process.
+        device: where the rows lie.
+        checked: compare every call among the processes before it runs, so that shapes that differ are an error in all
+            of them; on a GPU this waits for the device. False trusts the program.
+        plans: what operations have worked out for these parts and others.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    lengths: tuple[tuple[int, ...], ...]
+    device: torch.device
+    checked: bool = True
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls, rows: Packing | Int[Tensor, "B_plus_1"], group: dist.ProcessGroup | None = None, *, checked: bool = True
+    ) -> Shards:
+        """Tell the other processes which rows lie here. All processes of the group call it.
+
+        Args:
+            rows: the packing of this process's rows, or their cu_seqlens, (B + 1,) int32: a sequence of which nothing
+                lies here has length 0.
+            group: of ``torch.distributed``; None is the default group.
+            checked: see :class:`Shards`.
+
+        Raises:
+            GroupError: the processes have different numbers of sequences, or one of them does not answer.
+            ValueError: cu_seqlens do not start at 0 or decrease.
+            RuntimeError: ``torch.distributed`` has no default group.
+
+        Example:
+            >>> shards = Shards.of(torch.tensor([0, 3], dtype=torch.int32))  # doctest: +SKIP
+        """
+        group = _default_group() if group is None else group
+        cu_seqlens = rows.cu_seqlens if isinstance(rows, Packing) else rows
+        starts, problem = _starts(cu_seqlens)
+        agree("Shards.of", {"number of sequences": len(starts) - 1}, problem, group, cu_seqlens.device)
+        own = [end - start for start, end in pairwise(starts)]
+        lengths = tuple(tuple(each) for each in gather_numbers(own, group, cu_seqlens.device)) if own else ()
+        return cls(group, group.rank(), lengths or ((),) * group.size(), cu_seqlens.device, checked)
+
+    @property
+    def size(self) -> int:
+        """W, the number of processes."""
+        return len(self.lengths)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.lengths[0])
+
+    @property
+    def rows(self) -> int:
+        """T, the rows of this process."""
+        return sum(self.lengths[self.rank])
+
+    @cached_property
+    def total(self) -> tuple[int, ...]:
+        """Rows of each sequence in all processes together."""
+        return tuple(map(sum, zip(*self.lengths, strict=True)))
+
+    @property
+    def cu_seqlens(self) -> Int[Tensor, "B_plus_1"]:
+        """(B + 1,) int32, where the parts of this process begin among its rows, and where they end."""
+        return self.cu_seqlens_of(self.rank)
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest part of this process."""
+        return max(self.lengths[self.rank], default=0)
+
+    def cu_seqlens_of(self, process: int) -> Int[Tensor, "B_plus_1"]:
+        """(B + 1,) int32 of another process's rows."""
+        return self._cu_seqlens[process]
+
+    @cached_property
+    def _cu_seqlens(self) -> list[Tensor]:
+        return [starts_of(each, self.device) for each in self.lengths]
+
+    @cached_property
+    def positions(self) -> Int[Tensor, "T"]:
+        """(T,) int64, the row of each of this process's rows where whole sequences are laid end to end."""
+        starts = starts_of(self.total, torch.device("cpu")).tolist()
+        before = [sum(each[b] for each in self.lengths[: self.rank]) for b in range(self.batch_size)]
+        parts = [
+            torch.arange(starts[b] + before[b], starts[b] + before[b] + self.lengths[self.rank][b])
+            for b in range(self.batch_size)
+        ]
+        return torch.cat([*parts, torch.empty(0, dtype=torch.int64)]).to(self.device)
+
+
+def even_slice(total: int, group: dist.ProcessGroup | None = None) -> slice:
+    """The rows of ``total`` that this process takes where all take as many as each other, give or take one.
+
+    Example:
+        >>> even_slice(10)  # doctest: +SKIP
+        slice(0, 5, None)
+    """
+    group = _default_group() if group is None else group
+    rank, size = group.rank(), group.size()
+    return slice(total * rank // size, total * (rank + 1) // size)
+
+
+def starts_of(lengths: tuple[int, ...] | list[int], device: torch.device) -> Tensor:
+    """cu_seqlens (B + 1,) int32 of lengths."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def _default_group() -> dist.ProcessGroup:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "a call over a process group needs one, and torch.distributed has no default group; call "
+            "torch.distributed.init_process_group first, or start the program with torchrun and call it there"
+        )
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _starts(cu_seqlens: Tensor) -> tuple[list[int], Exception | None]:
+    """The numbers of cu_seqlens, and what is wrong with them."""
+    try:
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not len(cu_seqlens):
+            raise ValueError(
+                f"cu_seqlens must be (B + 1,) int32, got shape {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}; use a "
+                "Packing's"
+            )
+        starts: list[int] = cu_seqlens.tolist()
+        on_cpu = cu_seqlens.cpu()
+        check_lengths("cu_seqlens", on_cpu, starts[-1], max(starts))
+    except ValueError as error:
+        return [0], error
+    return starts, None
