@@ -1,6 +1,6 @@
-"""Every address of the viewer, and what it answers.
+"""The viewer's URLs and their responses.
 
-Slides, maps, squares and tiles are numbers; nothing else of an address is looked at, and none of it becomes a path.
+Slides, maps, squares and tiles are identified by numbers; no part of a URL becomes part of a file path.
 """
 
 from __future__ import annotations
@@ -35,14 +35,21 @@ CHUNK = 256
 _MOST_OPEN_SLIDES = 4
 _MOST_JPEG_BYTES = 64 << 20
 _MOST_MOSAIC_BYTES = 384 << 20
-_MOST_WAIT_S = 60.0  # for a picture that is being decoded when the viewer ends
+_MOST_WAIT_S = 60.0  # for a region that is being decoded when the viewer ends
 _STRONGEST = 12
 _JSON = "application/json; charset=utf-8"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes back: the status of HTTP, the type of the body, the body, and whether a browser may keep it."""
+    """A response.
+
+    Attributes:
+        status: the HTTP status.
+        kind: the content type of the body.
+        body: the body.
+        lasting: whether a browser may cache it.
+    """
 
     status: int
     kind: str
@@ -51,15 +58,15 @@ class Answer:
 
 
 class Answers:
-    """Answers requests for what a catalogue has.
+    """Answers requests for the slides of a catalogue.
 
     Args:
-        catalogue: what there is to see.
+        catalogue: the slides to show.
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
-        # Part of what the page asks for, so that nothing that a browser kept of another run comes back.
+        # Part of the page's URLs, so that a browser does not use what it has cached from another run.
         self._start = secrets.token_hex(4)
         self._assets = read_assets()
         self._slides: BoundedCache[OpenedSlide] = BoundedCache(
@@ -68,23 +75,23 @@ class Answers:
         self._ahead: list[threading.Thread] = []
         self._squares: BoundedCache[bytes] = BoundedCache(_MOST_JPEG_BYTES, len)
         self._mosaics: BoundedCache[Mosaic] = BoundedCache(_MOST_MOSAIC_BYTES, lambda mosaic: mosaic.nbytes)
-        whole, place = r"(0|[1-9][0-9]{0,8})", r"(-?[0-9]{1,9}(?:\.[0-9]{1,6})?)"
+        index, position = r"(0|[1-9][0-9]{0,8})", r"(-?[0-9]{1,9}(?:\.[0-9]{1,6})?)"
         routes: dict[str, Callable[..., Answer]] = {
             "/api/run": self._run,
-            f"/api/slides/{whole}": self._slide,
-            f"/api/slides/{whole}/squares/{whole}/{whole}_{whole}\\.jpg": self._square,
-            f"/api/slides/{whole}/maps/{whole}": self._map,
-            f"/api/slides/{whole}/maps/{whole}/{whole}/{whole}_{whole}\\.f32": self._chunk,
-            f"/api/slides/{whole}/at/{place}_{place}": self._at,
-            f"/api/slides/{whole}/tiles/{whole}\\.jpg": self._tile,
+            f"/api/slides/{index}": self._slide,
+            f"/api/slides/{index}/squares/{index}/{index}_{index}\\.jpg": self._square,
+            f"/api/slides/{index}/maps/{index}": self._map,
+            f"/api/slides/{index}/maps/{index}/{index}/{index}_{index}\\.f32": self._chunk,
+            f"/api/slides/{index}/at/{position}_{position}": self._at,
+            f"/api/slides/{index}/tiles/{index}\\.jpg": self._tile,
         }
         self._routes = [(re.compile(pattern), answer) for pattern, answer in routes.items()]
 
     def answer(self, path: str) -> Answer:
-        """What a path answers; an error is an answer too, with a sentence.
+        """Return the response to a request; errors are responses with a sentence.
 
         Args:
-            path: of the address, without what comes after ``?``.
+            path: path of the URL, without the query.
         """
         asset = self._assets.get(path)
         if asset is not None:
@@ -98,10 +105,10 @@ class Answers:
             return refusal(404, str(error))
         except SlideError as error:
             return refusal(422, str(error))
-        return refusal(404, "there is nothing at this address; the viewer's page is at /")
+        return refusal(404, "there is nothing at this URL; the viewer's page is at /")
 
     def open_first(self) -> None:
-        """Open the slide that the page shows first, in a thread of its own, so that it need not wait for it."""
+        """Open the slide that the page shows first, in a background thread, so that the page need not wait for it."""
         self._in_background(self._open_first)
 
     def _open_first(self) -> None:
@@ -109,11 +116,11 @@ class Answers:
             self._opened(str(self._catalogue.first))
 
     def close(self) -> None:
-        """Close every slide, and wait for what is still being read ahead: a process must not end under its decoders."""
+        """Close every slide, and wait for background reads: the process must not end while a decoder is running."""
         self._slides.clear()
         while self._ahead:
             self._ahead.pop().join(_MOST_WAIT_S)
-            self._slides.clear()  # what was opened meanwhile
+            self._slides.clear()  # closes slides that were opened in the meantime
 
     def _in_background(self, work: Callable[[], None]) -> None:
         thread = threading.Thread(target=work, daemon=True)
@@ -202,10 +209,10 @@ class Answers:
         return Answer(200, "application/octet-stream", chunk.astype("<f4").tobytes(), lasting=True)
 
     def _at(self, number: str, x: str, y: str) -> Answer:
-        """All that is known of a place: its tile, and the values of the tile and of its token in every map."""
-        place = float(x), float(y)
+        """Describe a position: its tile, and the values of the tile and of its token in every map."""
+        position = float(x), float(y)
         with self._opened(number).maps() as table:
-            tile = table.tile_at(*place)
+            tile = table.tile_at(*position)
             if tile is None:
                 return _json({"tile": None})
             corner = [int(value) for value in table.coords_T2[tile]]
@@ -220,7 +227,7 @@ class Answers:
                 h, w = tokens.keep_hw.shape
                 row, column = (
                     min(int((at - start) * count / table.tile_lv0), count - 1)
-                    for at, start, count in zip(reversed(place), reversed(corner), (h, w), strict=True)
+                    for at, start, count in zip(reversed(position), reversed(corner), (h, w), strict=True)
                 )
                 about["token"] = {
                     "row": row,
@@ -240,7 +247,7 @@ class Answers:
 
 
 def refusal(status: int, sentence: str) -> Answer:
-    """An error with its sentence."""
+    """Return an error response with a sentence."""
     return _json({"error": sentence}, status)
 
 
