@@ -93,10 +93,31 @@ class PlainABMIL(nn.Module):
         return self.classes((attention * hidden).sum(0))
 
 
-def plain_loop(bags: dict[str, Tensor], labels: dict[str, int], split: Split, seed: int) -> Predictions:
+class PlainViT(nn.Module):
+    """torch's own pre-norm transformer encoder with a class token, of the size that `train` gives a ViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(CHANNELS, WIDTH)
+        self.class_token = nn.Parameter(torch.zeros(1, WIDTH))
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 1, 4 * WIDTH, dropout=0.1, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.classes = nn.Linear(WIDTH, 2)
+
+    def forward(self, tiles_TC: Tensor) -> Tensor:
+        """(T, C) tiles of a slide → (2,) logits."""
+        tokens = torch.cat([self.class_token, self.first(tiles_TC)])
+        return self.classes(self.blocks(tokens[None])[0, 0])
+
+
+def plain_loop(
+    make: Callable[[], nn.Module], bags: dict[str, Tensor], labels: dict[str, int], split: Split, seed: int
+) -> Predictions:
     """Train a model, and predict the test part with the epoch whose validation loss is lowest."""
     torch.manual_seed(seed)
-    model = PlainABMIL()
+    model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     best_loss, best_state = float("inf"), model.state_dict()
     for _ in range(EPOCHS):
@@ -153,12 +174,12 @@ def run(folder: Path, tell: Callable[[str], None]) -> str:
         for path in case.slides.values():
             with h5py.File(path) as file:
                 bags[case.patient_id] = torch.from_numpy(file["features"][:]).reshape(-1, CHANNELS)
-    found = {
-        "independent ABMIL": Predictions.joined(
-            [plain_loop(bags, label_of, split, SEED + fold).in_fold(fold) for fold, split in enumerate(splits)]
+    found = {}
+    for name, make in (("independent ABMIL", PlainABMIL), ("independent ViT", PlainViT)):
+        found[name] = Predictions.joined(
+            [plain_loop(make, bags, label_of, split, SEED + fold).in_fold(fold) for fold, split in enumerate(splits)]
         )
-    }
-    tell("the independent loop has ended")
+        tell(f"the {name} has ended")
     for model in ("abmil", "vit"):
         settings = TrainSettings(
             features=features, labels=labels, task="binary", target="tumour", device="cpu", model=model,
