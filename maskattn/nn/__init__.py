@@ -1,6 +1,6 @@
-"""Layers and models that stay packed: multi-head attention, the vision transformer, encoders of tiles, the slide model.
+"""Layers and models that work on packed tokens: multi-head attention, vision transformers, tile encoders, slide models.
 
-The public names are imported when they are first used, so that the table of encoders is read without torch.
+The public names are imported on first use, so that the table of encoders can be read without torch.
 """
 
 from __future__ import annotations

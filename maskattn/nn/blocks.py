@@ -1,9 +1,9 @@
-"""The parts of a vision transformer, over packed tokens.
+"""The building blocks of a vision transformer, over packed tokens.
 
-Module and parameter names are timm's, so that state-dict keys are too.
+Modules and parameters have timm's names, and therefore timm's state-dict keys.
 
 Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class token, registers), T packed tokens
-(prefix tokens among them), R tokens that are read, K numbers of a flattened patch, C channels, H heads, D head width.
+(prefix tokens included), R tokens that are read, K values of a flattened patch, C channels, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ClassTokenAttention:
-    """One block's attention as the class tokens see it.
+    """The attention of one block's class tokens to all tokens.
 
     Attributes:
-        q_B1HD: (B, 1, H, D), their queries, unscaled.
-        k_THD, v_THD: (T, H, D), keys and values of all tokens.
-        out_B1HD: (B, 1, H, D), what they read.
+        q_B1HD: (B, 1, H, D), the queries of the class tokens, unscaled.
+        k_THD, v_THD: (T, H, D), the keys and values of all tokens.
+        out_B1HD: (B, 1, H, D), the attention output at the class tokens.
         lse_B1H: (B, 1, H), the log-sum-exp of their scores.
-        key_origin, value_origin: k and v less their derivatives as their token is scaled, (H, D) or (T, H, D); None
-            for 0.
+        key_origin, value_origin: k and v minus their derivatives with respect to the scale of their token, (H, D) or
+            (T, H, D); None for 0.
     """
 
     q_B1HD: Float[Tensor, "B 1 H D"]
@@ -62,15 +62,15 @@ class ClassTokenAttention:
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """Options of a block besides its width and heads, under timm's names.
+    """The options of a block other than its width and its number of heads, under timm's names.
 
     Attributes:
-        attention: options of its attention.
-        mlp_ratio: hidden features of the MLP per channel.
+        attention: the options of its attention layer.
+        mlp_ratio: the number of the MLP's hidden features per channel.
         mlp_layer: a key of :data:`maskattn.nn.mlps.MLPS`.
         act_layer: a key of :data:`maskattn.nn.mlps.ACTIVATIONS`.
-        scale_mlp_norm: the MLP's hidden features are normalised.
-        init_values: start of LayerScale; None: no LayerScale.
+        scale_mlp_norm: whether the MLP's hidden features are normalised.
+        init_values: the initial value of LayerScale; None leaves LayerScale out.
     """
 
     attention: AttentionOptions = field(default_factory=AttentionOptions)
@@ -89,15 +89,15 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), init))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) → (..., C)."""
+        """Scale the channels, (..., C) → (..., C)."""
         return x * self.gamma
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, a residual branch is left out for a whole image, as timm has it.
+    """Stochastic depth: in training, the residual branch of some images is dropped for all of their tokens, as in timm.
 
     Args:
-        share: of images whose branch is left out; the others' is divided by 1 − share.
+        share: the probability that an image's branch is dropped; branches that stay are divided by 1 − share.
     """
 
     def __init__(self, share: float) -> None:
@@ -105,7 +105,7 @@ class DropPath(nn.Module):
         self.share = share
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """Packed rows (T, C), or one block of rows for each image (B, R, C)."""
+        """Drop the branches of some images; ``x`` has packed rows (T, C) or R rows per image (B, R, C)."""
         if not self.training or self.share == 0:
             return x
         stays = 1 - self.share
@@ -121,7 +121,7 @@ class Block(nn.Module):
     Args:
         dim, num_heads: C and H.
         options: see :class:`BlockOptions`.
-        drop_path: share of images for which a residual branch is left out in training.
+        drop_path: the probability that an image's residual branch is dropped in training.
     """
 
     def __init__(self, dim: int, num_heads: int, options: BlockOptions, drop_path: float = 0.0) -> None:
@@ -145,11 +145,11 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, rows_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"]:
-        """(T, C) → (T, C); ``tokens`` says where the rows lie, its own are not read."""
+        """Run the block, (T, C) → (T, C); ``tokens`` gives the layout of the rows, and its own rows are not read."""
         return self._mixed(rows_TC, self.norm1(rows_TC), tokens)
 
     def mix(self, tokens: PackedTokens, normed_TC: Float[Tensor, "T C"]) -> PackedTokens:
-        """The block from the input of its attention on; explanations differentiate with respect to ``normed_TC``."""
+        """Run the block from its attention's input on; explanations differentiate with respect to ``normed_TC``."""
         return tokens.with_rows(self._mixed(tokens.rows_TC, normed_TC, tokens))
 
     def _mixed(self, rows_TC: Tensor, normed_TC: Tensor, tokens: PackedTokens) -> Tensor:
@@ -157,9 +157,9 @@ class Block(nn.Module):
         return self.feed_forward(rows_TC + self.drop_path1(update, tokens.packing), tokens.packing)
 
     def read(self, tokens: PackedTokens) -> Float[Tensor, "B 1 C"]:
-        """The block's output at the class token alone: one attention row, and no MLP for any other token.
+        """Compute the block's output at the class token alone: one attention row, and no MLP for any other token.
 
-        Reads weights, so that it stands for a call only where :func:`is_as_built`.
+        It reads the layers' weights instead of calling them, so it equals a call only if :func:`is_as_built`.
         """
         operands = self._class_token_operands(self._normed(tokens))
         out = self._read(*operands, tokens.packing, dropout_p=self.attn.dropout_p)
@@ -168,9 +168,9 @@ class Block(nn.Module):
     def read_attention(
         self, tokens: PackedTokens, normed_TC: Float[Tensor, "T C"] | None = None
     ) -> ClassTokenAttention:
-        """The class token's attention with all that its derivatives need; ``normed_TC`` replaces the first norm's.
+        """Compute the class token's attention with everything that its derivatives need.
 
-        Reads weights, as :meth:`read` does.
+        It reads the layers' weights, as :meth:`read` does. ``normed_TC`` replaces the output of the first norm.
         """
         normed = self._normed(tokens) if normed_TC is None else tokens.with_rows(normed_TC)
         q, k, v = self._class_token_operands(normed)
@@ -179,10 +179,10 @@ class Block(nn.Module):
         return ClassTokenAttention(q, k, v, out, lse, *origins)
 
     def read_weights(self, tokens: PackedTokens) -> Float[Tensor, "H T"]:
-        """The softmax weight of each token in its sequence's class-token row.
+        """Compute the softmax weight of each token in the attention row of its sequence's class token.
 
         Raises:
-            ValueError: the attention is not this package's any more.
+            ValueError: the attention layer has been replaced or patched.
         """
         if is_as_built(self):
             operands = self._class_token_operands(self._normed(tokens))
@@ -193,12 +193,12 @@ class Block(nn.Module):
         return rows_1HT[0]
 
     def _input_of_attention(self, tokens: PackedTokens) -> Float[Tensor, "T C"]:
-        """The attention's input when the block is called, after all hooks and adapters."""
+        """Return the attention's input when the block is called, after all hooks and adapters."""
         seen: list[Tensor] = []
         if type(self.attn) is not Attention or "forward" in self.attn.__dict__:
             raise ValueError(
-                "an attention row is read from this package's own attention, and the last block's has been replaced or "
-                f"patched, got {type(self.attn).__name__}; read it before, or use CDAM"
+                "an attention row is read from this package's own attention layer, and the last block's has been "
+                f"replaced or patched, got {type(self.attn).__name__}; read the row before that, or use CDAM"
             )
         hook = self.attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
@@ -211,25 +211,25 @@ class Block(nn.Module):
         return tokens.with_rows(self.norm1(tokens.rows_TC))
 
     def _class_token_operands(self, normed: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, 1, H, D) of the class tokens, unscaled, and k, v (T, H, D) of all tokens."""
+        """Return q (B, 1, H, D) of the class tokens, unscaled, and k, v (T, H, D) of all tokens."""
         return self.attn.class_token_queries(normed.first()), *self.attn.keys_and_values(normed)
 
     def finish(self, tokens: PackedTokens, out_B1HD: Float[Tensor, "B 1 H D"]) -> Float[Tensor, "B 1 C"]:
-        """From the class tokens' attention output per head to the block's output there.
+        """Compute the block's output at the class tokens from their attention output per head.
 
         Args:
             tokens: the block's input.
-            out_B1HD: what the class tokens read.
+            out_B1HD: the attention output at the class tokens.
         """
         update = self.ls1(self.attn.project(out_B1HD))
         return self.feed_forward(tokens.first() + self.drop_path1(update, tokens.packing), tokens.packing)
 
     def feed_forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """The block's second half, token by token."""
+        """Run the block's second half, token by token: norm, MLP and residual."""
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), packing)
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, **options: Any) -> Any:
-        # A class token has no place: ALiBi adds nothing to its row.
+        # A class token has no position, so ALiBi adds nothing to its row.
         return readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=self.attn.impl, **options)
 
 
@@ -239,19 +239,19 @@ _BLOCK_PARTS = forwards_of(
 
 
 def is_as_built(block: nn.Module) -> bool:
-    """Whether nothing hangs on a block or its parts, so that the class token may be read from its weights.
+    """Return whether a block is unmodified, so that its output at the class token may be computed from its weights.
 
-    A hook, a parametrisation, an adapter, a replaced, quantised or sharded layer needs every row, and its call.
+    A hook, a parametrisation, an adapter, and a replaced, quantised or sharded layer must be called, with every row.
     """
     return is_plain(block, _BLOCK_PARTS) and has_plain_parameters(cast(Block, block).attn.qkv)
 
 
 class AttentionPool(nn.Module):
-    """A learnt query reads the grid tokens, then an MLP: timm's ``AttentionPoolLatent`` with one latent.
+    """Attention pooling by one learnt query over the grid tokens, then an MLP: timm's ``AttentionPoolLatent``.
 
     Args:
         dim, num_heads: C and H.
-        options: of the blocks, whose MLP ratio, activation and ε it shares.
+        options: the blocks' options; the pool shares their MLP ratio, activation and ε.
     """
 
     def __init__(self, dim: int, num_heads: int, options: BlockOptions) -> None:
@@ -266,7 +266,7 @@ class AttentionPool(nn.Module):
         self.mlp = Mlp(dim, int(dim * options.mlp_ratio), options.act_layer)
 
     def forward(self, rows_TC: Float[Tensor, "T C"], packing: Packing) -> Float[Tensor, "B C"]:
-        """Packed grid tokens (T, C) → (B, C)."""
+        """Pool packed grid tokens, (T, C) → (B, C)."""
         q = self.q(self.latent).unflatten(-1, (self.num_heads, -1)).expand(packing.batch_size, -1, -1, -1)
         k, v = self.kv(rows_TC).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         out = cast(Tensor, readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=self.impl))
@@ -278,14 +278,14 @@ _CONVOLUTION = forwards_of([nn.Conv2d])
 
 
 class PatchEmbedding(nn.Module):
-    """A linear layer on each patch, kept as timm's convolution ``proj`` so that its weights load.
+    """A linear layer on each patch, stored as timm's convolution ``proj`` so that timm's weights load.
 
     Args:
-        patch_size: side of a patch, in px.
-        in_chans: channels of the images.
+        patch_size: the side of a patch, in px.
+        in_chans: the number of image channels.
         dim: C.
-        bias: whether the layer has one.
-        act: an activation after it, as encoders of embeddings have; None: no.
+        bias: whether the layer has a bias.
+        act: the activation after the layer, as in encoders of embeddings; None has none.
     """
 
     def __init__(self, patch_size: int, in_chans: int, dim: int, bias: bool = True, act: str | None = None) -> None:
@@ -296,7 +296,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, bias=bias)
 
     def forward(self, patches_TK: Float[Tensor, "T K"]) -> Float[Tensor, "T C"]:
-        """Flattened patches (T, in_chans·p·p) → (T, C)."""
+        """Embed flattened patches, (T, in_chans·p·p) → (T, C)."""
         if is_plain(self.proj, _CONVOLUTION) and has_plain_parameters(self.proj):
             rows = F.linear(patches_TK, self.proj.weight.flatten(1), self.proj.bias)
         else:
@@ -304,20 +304,21 @@ class PatchEmbedding(nn.Module):
         return rows if self.act is None else ACTIVATIONS[self.act](rows)
 
     def cut(self, images_BIHW: Tensor, packing: Packing) -> Float[Tensor, "T K"]:
-        """(B, in_chans, X, Y) images to their kept patches (T, in_chans·p·p); background pixels are not read."""
+        """Cut (B, in_chans, X, Y) images into their kept patches (T, in_chans·p·p); background pixels are not read."""
         height, width = self.grid_of(images_BIHW)
         B, channels = images_BIHW.shape[:2]
         p = self.patch_size
-        whole = self.whole_patches(images_BIHW)
-        patches = whole.reshape(B, channels, height, p, width, p).permute(0, 2, 4, 1, 3, 5)  # [B, H, W, I, p, p]
+        images = self.whole_patches(images_BIHW)
+        patches = images.reshape(B, channels, height, p, width, p).permute(0, 2, 4, 1, 3, 5)  # [B, H, W, I, p, p]
         token = packing.indices % packing.num_tokens
         return patches[packing.sequence_of_token, token // width, token % width].flatten(1)
 
     def grid_of(self, images_BIHW: Tensor) -> tuple[int, int]:
-        """Rows and columns of tokens in these images; what lies beyond the last whole patch is dropped, as timm does.
+        """Return the rows and columns of tokens in these images; pixels past the last complete patch do not count.
+
 
         Raises:
-            ValueError: they are not (B, in_chans, X, Y), or smaller than a patch.
+            ValueError: the images are not (B, in_chans, X, Y), or are smaller than a patch.
         """
         shape, p = tuple(images_BIHW.shape), self.patch_size
         if len(shape) != 4 or shape[1] != self.in_chans or min(shape[2:]) < p:
@@ -327,6 +328,6 @@ class PatchEmbedding(nn.Module):
         return shape[2] // p, shape[3] // p
 
     def whole_patches(self, images_BIXY: Tensor) -> Float[Tensor, "B I X Y"]:
-        """The images without the rows and columns beyond the last whole patch."""
+        """Return the images without the rows and columns past the last complete patch."""
         height, width = self.grid_of(images_BIXY)
         return images_BIXY[:, :, : height * self.patch_size, : width * self.patch_size]

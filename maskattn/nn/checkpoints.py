@@ -1,8 +1,8 @@
-"""Weights by name or from a file: timm's and Hugging Face's hubs, and the layouts of pathology checkpoints.
+"""Vision transformers from timm, from Hugging Face's hub and from files in the layouts of pathology checkpoints.
 
-A file says everything about its model but the number of heads. Its layout is recognised by its keys: timm's (UNI, UNI2,
-H-optimus, Virchow), DINO's and HIPT's (``teacher``, ``backbone.``, ``phi``), DINOv2's own, and open_clip's image towers
-(CLIP, PLIP, QuiltNet, BiomedCLIP) with their projection.
+A file determines everything about its model except the number of heads. Its layout is recognised by its keys: timm's
+(UNI, UNI2, H-optimus, Virchow), DINO's and HIPT's (``teacher``, ``backbone.``, ``phi``), DINOv2's own, and open_clip's
+image towers (CLIP, PLIP, QuiltNet, BiomedCLIP) with their projection.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from maskattn.nn.weight_files import read_weights
 
 __all__ = ["explained", "from_state_dict", "hub_id_of", "load_vit"]
 
-# What a training checkpoint calls the weights, the ones to use first.
+# The keys under which training checkpoints hold the weights, preferred ones first.
 _WRAPPERS = ("teacher", "state_dict", "model_state_dict", "model", "student")
-# Where a model's own keys begin; what lies elsewhere (projection heads, text towers) is not the encoder's.
+# The prefix of these keys is the encoder's; other prefixes belong to projection heads and text towers.
 _EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.0.weight", "phi.0.weight")
-# Keys that only DINO and its descendants have: tokens for what training hides, projection heads, blocks in chunks, phi.
+# Keys that only DINO and its descendants have: mask tokens, projection heads, blocks in chunks, phi.
 _OF_DINO = re.compile(
     r"(?:^|\.)(?:mask_token|masked_embed|\w*head\.last_layer\..+|phi\.0\.weight|blocks\.\d+\.\d+\..+|mlp\.w12\.weight)$"
 )
@@ -48,33 +48,33 @@ _LEFT_OUT = re.compile(r"^(?:mask_token|masked_embed|head\.(?:mlp|last_layer|pro
 def load_vit(
     source: str | Path, *, num_heads: int | None = None, impl: str | None = None, **arguments: Any
 ) -> VisionTransformer:
-    """Load a vision transformer as a packed one.
+    """Load a vision transformer as a packed :class:`VisionTransformer`.
 
     Args:
-        source: ``"timm:NAME"``, a model of timm; ``"hf-hub:ORG/NAME"``, one of timm or transformers on Hugging Face's
-            hub; or a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, or a folder with ``config.json``.
-        num_heads: for a file, which does not say it; refused where the model says it.
-        impl: implementation of the attention; None takes the best.
+        source: ``"timm:NAME"``, a timm model; ``"hf-hub:ORG/NAME"``, a model of timm or transformers on Hugging Face's
+            hub; a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file; or a folder with ``config.json``.
+        num_heads: the number of heads, needed for a file, which does not record it; refused for other sources.
+        impl: the implementation of attention; None takes the best.
         arguments: for timm, those of ``timm.create_model`` (``pretrained=False`` for random weights); for
             transformers, those of ``from_pretrained``; for a file, those of :class:`VisionTransformer` that differ
             from what its keys say.
 
     Returns:
-        The model, in eval mode; with its classifier where it was saved with one, and of a vision–language model the
-        image tower with its projection into the space of texts as the head.
+        The model, in eval mode, with its classifier if it was saved with one. Of a vision–language model it is the
+        image tower, with the projection into the joint embedding space as its head.
 
     Raises:
-        ValueError: ``num_heads`` is missing, or is given where the model says it.
+        ValueError: ``num_heads`` is missing, or is given where the source records it.
         FileNotFoundError: there is no such file.
         PermissionError: the hub wants an agreement or a login first; the message says what to do.
         ConnectionError: the hub cannot be reached and the model is not in the cache; the message says what to do.
-        UnsupportedModelError: a ValueError that names every part that ours has not.
+        UnsupportedModelError: a ValueError that names every part that the packed model does not have.
     """
     name = str(source)
     if num_heads is not None and (name.startswith(("timm:", "hf-hub:")) or Path(source).is_dir()):
         raise ValueError(
-            f"num_heads is for a file of weights, which does not say it, got num_heads={num_heads} for {name}, which "
-            "says it itself; leave it out"
+            f"num_heads is for a file of weights, which does not record it, got num_heads={num_heads} for {name}, "
+            "which does; leave it out"
         )
     if name.startswith("timm:"):
         return _load_timm(name.removeprefix("timm:"), impl, arguments).eval()
@@ -98,17 +98,17 @@ def from_state_dict(
 
     Args:
         checkpoint: a state dict, or a training checkpoint that holds one (``teacher``, ``state_dict``, ``model``).
-        num_heads: which no tensor says, but for models with a q/k norm.
-        name: what a message calls it.
-        impl: implementation of the attention; None takes the best.
-        copy: False takes the checkpoint's own tensors, where they are not needed afterwards.
-        arguments: of :class:`VisionTransformer`, where they differ from what the tensors say (``global_pool``,
-            ``act_layer``, ``norm_eps``, ``img_size`` of a grid that is not square), or to differ from what the layout's
-            own library does (``pos_embed_resample``: "dino" for training checkpoints of DINO, HIPT's and DINOv2's
-            layouts, else "timm"; a file of DINO's backbone alone has no mark of its own and needs "dino").
+        num_heads: the number of heads, which the tensors determine only for models with a q/k norm.
+        name: the checkpoint's name in error messages.
+        impl: the implementation of attention; None takes the best.
+        copy: whether the tensors are copied; False uses the checkpoint's own, which must then not be used elsewhere.
+        arguments: arguments of :class:`VisionTransformer` that the tensors do not determine (``global_pool``,
+            ``act_layer``, ``norm_eps``, ``img_size`` of a grid that is not square), or that are to differ from the
+            layout's own library (``pos_embed_resample``: "dino" for training checkpoints of DINO, HIPT's and DINOv2's
+            layouts, else "timm"; a file of DINO's backbone alone cannot be told from timm's and needs "dino").
 
     Raises:
-        UnsupportedModelError: a ValueError that names every key that has no place, or is missing.
+        UnsupportedModelError: a ValueError that names every unexpected or missing key.
         ValueError: num_heads is missing.
     """
     inner = _unwrapped(checkpoint)
@@ -124,8 +124,9 @@ def from_state_dict(
         num_heads = inferred["embed_dim"] // len(state["blocks.0.attn.q_norm.weight"])
     if num_heads is None:
         raise ValueError(
-            f"weights do not say how many heads share the {inferred['embed_dim']} channels of {name}; pass num_heads "
-            f"(ViTs of 64 channels a head have {inferred['embed_dim'] // 64})"
+            f"num_heads must be given for a file of weights, which does not record it, got None for {name} with "
+            f"{inferred['embed_dim']} channels; pass num_heads (ViTs of 64 channels a head have "
+            f"{inferred['embed_dim'] // 64})"
         )
     return build(name, {**inferred, "num_heads": num_heads, **arguments}, state, impl=impl, copy=copy)
 
@@ -141,7 +142,7 @@ def _load_timm(name: str, impl: str | None, arguments: dict[str, Any]) -> Vision
 
 
 def hub_id_of(name: str) -> str:
-    """Where the hub has the weights of a model of timm; the name itself where timm does not say."""
+    """Return the hub's repository with the weights of a timm model; the name itself if timm records none."""
     import timm
 
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
@@ -177,8 +178,8 @@ def _load_open_clip(folder: Path, impl: str | None, arguments: dict[str, Any]) -
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"a folder of open_clip holds {' or '.join(WEIGHTS)}, and {folder} has neither")
-    said = {**said_by_config(folder / CONFIG), **arguments}
-    return from_state_dict(read_weights(weights), name=str(folder), impl=impl, **said)
+    arguments = {**said_by_config(folder / CONFIG), **arguments}
+    return from_state_dict(read_weights(weights), name=str(folder), impl=impl, **arguments)
 
 
 def _load_transformers(
@@ -201,21 +202,21 @@ def _load_transformers(
 
 
 def explained(error: Exception, name: str) -> Exception:
-    """An error of a hub with its remedy; any other as it is."""
+    """Return an error of the hub with its remedy added; any other error is returned unchanged."""
     name = name.removeprefix("hf-hub:")
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    # By name: the hub's client has changed its HTTP library, and with it the classes, between versions.
+    # Compared by class name, because the hub's client changed its HTTP library, and so the classes, between versions.
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
     if "GatedRepoError" in kinds:
         return PermissionError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login` or "
-            "set HF_TOKEN; or download its weights elsewhere and pass the file"
+            "set HF_TOKEN; or download its weights on another machine and pass the file"
         )
     if "RepositoryNotFoundError" in kinds:
         return FileNotFoundError(
-            f"Hugging Face's hub knows no {name}, or shows it only to those who are logged in (`hf auth login`)"
+            f"Hugging Face's hub has no {name}, or shows it only to users who are logged in (`hf auth login`)"
         )
     if kinds & {"LocalEntryNotFoundError", "ConnectionError", "ConnectError", "TimeoutException", "URLError"}:
         return ConnectionError(
@@ -226,10 +227,10 @@ def explained(error: Exception, name: str) -> Exception:
 
 
 def _convention(checkpoint: Mapping[str, Any], trained_by_dino: bool = False) -> str:
-    """How the library that wrote these keys resamples positions: see :mod:`maskattn.nn.positions`.
+    """Return how the library that wrote these keys resamples positions (see :mod:`maskattn.nn.positions`).
 
-    DINO, iBOT, HIPT and DINOv2 shift by 0.1 token; the DINOv2 models with registers that were released, and timm,
-    smooth instead. A file that DINO wrote for its backbone alone looks like timm's, and is taken for that.
+    DINO, iBOT, HIPT and DINOv2 shift by 0.1 token; timm, and the released DINOv2 models with registers, antialias
+    instead. A file that DINO wrote for its backbone alone looks like timm's and is treated as such.
     """
     for wrapper in _WRAPPERS:
         if isinstance(checkpoint.get(wrapper), Mapping):
@@ -248,7 +249,7 @@ def _unwrapped(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _own_keys(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The encoder's tensors, without prefixes, and the projection of an image tower."""
+    """Return the encoder's tensors, without prefixes, and the projection of an image tower."""
     found = [(key.removesuffix(end), end) for key in checkpoint for end in _EMBEDDINGS if key.endswith(end)]
     if len(found) != 1:
         if any(key.endswith("embeddings.cls_token") for key in checkpoint):
@@ -256,7 +257,7 @@ def _own_keys(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
         refuse(
             name,
             [
-                f"an encoder has one key that ends in {', '.join(_EMBEDDINGS)}, and here are "
+                f"an encoder must have one key that ends in {', '.join(_EMBEDDINGS)}, got "
                 f"{[prefix + end for prefix, end in found]}"
             ],
         )
@@ -270,7 +271,7 @@ def _own_keys(checkpoint: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 
 def _own_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names for those of DINOv2's code, HIPT and encoders of embeddings."""
+    """Rename the keys of DINOv2's code, HIPT and encoders of embeddings to timm's."""
     renamed = {}
     for key, x in state.items():
         key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)  # DINOv2 saves blocks in chunks
@@ -281,7 +282,7 @@ def _own_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if weight.ndim == 2:
         renamed["patch_embed.proj.weight"] = weight[:, :, None, None]
     if "register_tokens" in state:
-        # DINOv2 adds positions before it inserts registers: the class token takes its own along.
+        # DINOv2 adds positions before it inserts registers, so the class token's position is added to the token here.
         renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
         renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
     return renamed
@@ -309,7 +310,7 @@ def _arguments(state: dict[str, Tensor], name: str, img_size: int | tuple[int, i
         "global_pool": pool,
         "embed_dim": dim,
         "depth": 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
+        # Half a feature is added so that int(dim · ratio) gives this count however the division rounds.
         "mlp_ratio": (len(hidden) + 0.5) / dim,
         "mlp_layer": "swiglu" if gated else "swiglu_packed" if packed else "mlp",
         "act_layer": "silu" if gated or packed else "gelu",
@@ -330,11 +331,12 @@ def _arguments(state: dict[str, Tensor], name: str, img_size: int | tuple[int, i
 
 
 def _square_side(positions: int, num_prefix: int, name: str) -> int:
-    """Side of the square grid that so many positions make, with those of the prefix tokens or without."""
+    """Return the side of the square grid of these positions, which may include those of the prefix tokens."""
     for count in (positions - num_prefix, positions):
         if count > 0 and math.isqrt(count) ** 2 == count:
             return math.isqrt(count)
     refuse(
-        name, [f"{positions} positions are no square grid, with {num_prefix} prefix tokens or without; pass img_size"]
+        name,
+        [f"{positions} positions do not form a square grid, with or without {num_prefix} prefix tokens; pass img_size"],
     )
     raise AssertionError("refuse raises")

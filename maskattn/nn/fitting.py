@@ -1,4 +1,4 @@
-"""Whether weights are those of a network: what is missing, what has no place, what has another shape."""
+"""Comparison of a state dict with a network: keys that are missing, unexpected, or of another shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["joined", "misfits"]
 
 
 def misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """A clause for each key that does not fit; none where all do.
+    """Return a clause for each key that does not fit; an empty list if all do.
 
     Args:
         state: the weights.
@@ -26,5 +26,5 @@ def misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list
 
 
 def joined(clauses: Sequence[str], most: int = 6) -> str:
-    """The first of some clauses, and how many more there are."""
+    """Join the first ``most`` clauses, and add how many more there are."""
     return "; ".join(clauses[:most]) + (f"; and {len(clauses) - most} more" if len(clauses) > most else "")

@@ -1,15 +1,16 @@
-"""HIPT: patches of a region, regions of a slide, slides; background takes no part at any of the three levels.
+"""HIPT with background masked at all three levels: the patches of a region, the regions of a slide, the slide.
 
-The patch ViT reads the tissue tokens (16 px) of patches (256 px), the region ViT the patches with tissue of regions
-(4096 px), the slide ViT the regions with tissue. A patch without tissue would give a constant; it is left out of its
-region, as a region without tissue is of its slide.
+The patch ViT reads the tissue tokens (16 px) of patches (256 px), the region ViT reads those patches of regions
+(4096 px) that hold tissue, and the slide level reads the regions that hold tissue. The embedding of a patch without
+tissue would be a constant, so the patch is left out of its region. A region without tissue is left out of its slide for
+the same reason.
 
-Source: Chen et al., CVPR 2022 (arXiv 2206.02647) for the hierarchy and its weights; Grisi et al., arXiv 2404.18152,
-for masking. HIPT trains its slide level for each task: :func:`maskattn.nn.load_hipt` reads what it trained, and
-``slide_level`` is ours to be trained, two blocks over the regions' embeddings.
+Sources: Chen et al., CVPR 2022 (arXiv 2206.02647), for the hierarchy and its weights; Grisi et al., arXiv 2404.18152,
+for masking. HIPT trains its slide level for each task. :func:`maskattn.nn.load_hipt` reads such checkpoints;
+``slide_level`` builds an untrained slide level of this package, two blocks over the regions' embeddings.
 
-Dimension key: B regions, X·Y their pixels, n·m patches of a region, h·w tokens of a region, T kept patches or regions,
-C channels, H·W regions of a slide, K classes.
+Dimension key: B regions, X·Y pixels of a region, n·m patches of a region, h·w tokens of a region, T kept patches or
+regions, C channels, H·W regions of a slide, K classes.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from maskattn.shapes import Bool, Float, Shaped
 
 __all__ = ["HEADS", "HIPT", "PatchLevel", "PixelRegions", "RegionPatches", "slide_level"]
 
-_HALF = (0.5, 0.5, 0.5)  # mean and deviation of HIPT's pixels
-HEADS = 6  # of HIPT's patch and region ViTs, which their weights do not say
+_HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of HIPT's pixels
+HEADS = 6  # of HIPT's patch and region ViTs, whose weights do not record it
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class RegionPatches:
     """The kept patches of some regions.
 
     Attributes:
-        pixels_TIpp: (T, 3, p, p), region by region, row-major, as the regions came.
-        keep_Thw: (T, p/16, p/16), the tokens of each that take part.
-        packing: where the patches lie in (B, n·m).
+        pixels_TIpp: (T, 3, p, p), region by region, row-major, in the regions' dtype.
+        keep_Thw: (T, p/16, p/16) bool, the tokens of each patch that take part.
+        packing: the positions of the patches in (B, n·m).
         grid_HW: (n, m).
     """
 
@@ -54,15 +55,16 @@ class RegionPatches:
 
 
 class PatchLevel(nn.Module):
-    """HIPT's patch ViT, and how regions are cut into patches for it.
+    """HIPT's patch ViT, with the cutting of regions into patches.
 
     Args:
-        patch_encoder: over pixels, without a head.
-        patch_px: side of a patch, in px.
-        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1]: what uint8 pixels are normalised with.
+        patch_encoder: a ViT over pixels, without a head.
+        patch_px: the side of a patch, in px.
+        pixel_mean, pixel_std: the statistics per channel, of pixels scaled to [0, 1], that uint8 pixels are normalised
+            with.
 
     Raises:
-        ValueError: patch_px is no multiple of a token's side.
+        ValueError: patch_px is not a multiple of the token's side.
     """
 
     pixel_mean: Tensor
@@ -99,15 +101,15 @@ class PatchLevel(nn.Module):
 
     @property
     def token_px(self) -> int:
-        """Side of a token, in px."""
+        """The side of a token, in px."""
         return self.patch_encoder.patch_embed.patch_size
 
     def cut(self, regions_BIXY: Shaped[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None) -> RegionPatches:
-        """The patches of some regions that hold a kept token; other pixels are not read.
+        """Cut out the patches of some regions that hold a kept token; other pixels are not read.
 
         Args:
-            regions_BIXY: (B, 3, X, Y), sides multiples of ``patch_px``: uint8 RGB, or floats as the patch encoder takes
-                them.
+            regions_BIXY: (B, 3, X, Y), X and Y multiples of ``patch_px``; uint8 RGB, or floats normalised for the patch
+                encoder.
             keep_Bhw: (B, X/16, Y/16) bool over the regions' tokens; None keeps all.
 
         Raises:
@@ -128,42 +130,42 @@ class PatchLevel(nn.Module):
         tokens = keep.unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3).flatten(1, 2)  # [B, n·m, s, s]
         packing = Packing.from_keep(tokens.flatten(2).any(dim=2))
         cut = regions_BIXY.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # [B, 3, n, p, m, p]
-        place, sequence = packing.indices % packing.num_tokens, packing.sequence_of_token
-        row, column = torch.div(place, grid_HW[1], rounding_mode="floor"), place % grid_HW[1]
+        position, sequence = packing.indices % packing.num_tokens, packing.sequence_of_token
+        row, column = torch.div(position, grid_HW[1], rounding_mode="floor"), position % grid_HW[1]
         return RegionPatches(cut[sequence, :, row, :, column], pack(tokens, packing), packing, grid_HW)
 
     def patch_tokens(
         self, pixels_TIpp: Shaped[Tensor, "T 3 p p"], keep_Tss: Bool[Tensor, "T s s"] | None
     ) -> PackedTokens:
-        """The packed tokens with which the patch encoder starts; only kept pixels are converted.
+        """Embed the tokens of patches as packed tokens for the patch encoder's blocks; only kept pixels are converted.
 
         Args:
-            pixels_TIpp: (T, 3, p, p), patches as :meth:`cut` gives them.
-            keep_Tss: (T, s, s) bool, their tokens that take part; None keeps all.
+            pixels_TIpp: (T, 3, p, p), patches as :meth:`cut` returns them.
+            keep_Tss: (T, s, s) bool, the tokens that take part; None keeps all.
         """
         if pixels_TIpp.dtype != torch.uint8:
             return self.patch_encoder.embed(pixels_TIpp, keep_Tss)
         return tokens_of_tiles(self.patch_encoder, pixels_TIpp, keep_Tss, self.pixel_mean, self.pixel_std)
 
     def encode_patches(self, patches: RegionPatches, batch_size: int = 64) -> Float[Tensor, "T C"]:
-        """Embeddings of patches, ``batch_size`` at a time."""
-        parts = [self.pixel_mean.new_empty(0, self.patch_encoder.embed_dim)]
+        """Embed patches, ``batch_size`` at a time."""
+        embeddings = [self.pixel_mean.new_empty(0, self.patch_encoder.embed_dim)]
         for pixels, keep in zip(patches.pixels_TIpp.split(batch_size), patches.keep_Thw.split(batch_size), strict=True):
             if len(pixels):
-                parts.append(self.patch_encoder(self.patch_tokens(pixels, keep)))
-        return torch.cat(parts)
+                embeddings.append(self.patch_encoder(self.patch_tokens(pixels, keep)))
+        return torch.cat(embeddings)
 
 
 class PixelRegions(PatchLevel):
-    """HIPT's two lower levels, patch ViT → region ViT: pixels of regions in, their embeddings out.
+    """HIPT's two lower levels, patch ViT → region ViT, which embed regions from their pixels.
 
     Args:
-        patch_encoder: over pixels, without a head.
-        region_encoder: over the patch encoder's embeddings (patch_size 1), without a head.
+        patch_encoder: a ViT over pixels, without a head.
+        region_encoder: a ViT over the patch encoder's embeddings (patch_size 1), without a head.
         patch_px, pixel_mean, pixel_std: as for :class:`PatchLevel`.
 
     Raises:
-        ValueError: the two widths differ, or patch_px is no multiple of a token's side.
+        ValueError: the two widths differ, or patch_px is not a multiple of the token's side.
     """
 
     region_encoder: VisionTransformer
@@ -181,16 +183,16 @@ class PixelRegions(PatchLevel):
         self.region_encoder = region_encoder
 
     def region_tokens(self, embeddings_TC: Float[Tensor, "T C"], patches: RegionPatches) -> PackedTokens:
-        """The packed tokens with which the region encoder starts."""
+        """Embed patch embeddings (T, C) as packed tokens for the region encoder's blocks."""
         return self.region_encoder.embed_patches(embeddings_TC, patches.packing, patches.grid_HW)
 
     def encode_regions(
         self, regions_BIXY: Shaped[Tensor, "B I X Y"], keep_Bhw: Bool[Tensor, "B h w"] | None = None
     ) -> tuple[Float[Tensor, "T C"], Bool[Tensor, "B"]]:
-        """Embeddings of the regions that hold tissue. Arguments as in :meth:`cut`.
+        """Embed the regions that hold tissue. Arguments as in :meth:`cut`.
 
         Returns:
-            (T, C), and (B,) bool, which of the regions they are.
+            The embeddings (T, C), and (B,) bool, True for the regions that have one.
         """
         patches = self.cut(regions_BIXY, keep_Bhw)
         features_TC = self.encode_patches(patches)
@@ -198,18 +200,17 @@ class PixelRegions(PatchLevel):
 
 
 class HIPT(PixelRegions, RegionModel):
-    """Patch ViT → region ViT → slide level.
+    """The three levels of HIPT: patch ViT → region ViT → slide level.
 
     Args:
-        patch_encoder: over pixels, without a head.
-        region_encoder: over the patch encoder's embeddings (patch_size 1), without a head.
-        slide_encoder: over the region encoder's embeddings: a ViT (patch_size 1) whose head gives the slide's logits,
-            or HIPT's own slide level.
-        patch_px: side of a patch, in px.
-        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1]: what uint8 pixels are normalised with.
+        patch_encoder: a ViT over pixels, without a head.
+        region_encoder: a ViT over the patch encoder's embeddings (patch_size 1), without a head.
+        slide_encoder: the slide level over the region encoder's embeddings: a ViT (patch_size 1) whose head gives the
+            slide's logits, or HIPT's own slide level.
+        patch_px, pixel_mean, pixel_std: as for :class:`PatchLevel`.
 
     Raises:
-        ValueError: one encoder's width is not the next one's, or patch_px is no multiple of a token's side.
+        ValueError: one encoder's width is not the next one's, or patch_px is not a multiple of the token's side.
     """
 
     def __init__(
@@ -222,7 +223,7 @@ class HIPT(PixelRegions, RegionModel):
         pixel_std: Sequence[float] = _HALF,
     ) -> None:
         check_widths(patch_encoder, region_encoder, "patch and region")
-        nn.Module.__init__(self)  # each level registers itself, from below
+        nn.Module.__init__(self)  # the two setters below register each level, lowest first
         self._set_patch_level(patch_encoder, patch_px, pixel_mean, pixel_std)
         self._set_upper_levels(region_encoder, slide_encoder)
 
@@ -230,13 +231,13 @@ class HIPT(PixelRegions, RegionModel):
     def load(
         cls, patch_weights: str | Path, region_weights: str | Path, num_classes: int, impl: str | None = None
     ) -> HIPT:
-        """HIPT's two pretrained ViTs (ViT-256, ViT-4096) under a slide level to be trained.
+        """Load HIPT's two pretrained ViTs (ViT-256, ViT-4096) and put an untrained slide level on top.
 
         Args:
             patch_weights: ``vit256_small_dino.pth``, or a file of that layout.
-            region_weights: ``vit4k_xs_dino.pth``, in the same way.
+            region_weights: ``vit4k_xs_dino.pth``, or a file of that layout.
             num_classes: K.
-            impl: implementation of the attention; None takes the best.
+            impl: the implementation of attention; None takes the best.
 
         Raises:
             FileNotFoundError, UnsupportedModelError: as :func:`maskattn.nn.load_vit` raises them.
@@ -247,7 +248,7 @@ class HIPT(PixelRegions, RegionModel):
 
     @classmethod
     def random(cls, num_classes: int, impl: str | None = None) -> HIPT:
-        """HIPT's published sizes with random weights: ViT-S/16 at 256 px, 6 blocks of 192 channels, 2 at the slide."""
+        """Build HIPT with random weights in its published sizes: a ViT-S/16, then 6 and 2 blocks of 192 channels."""
         patch = VisionTransformer(embed_dim=384, num_heads=HEADS, pos_embed_resample="dino", impl=impl)
         region = VisionTransformer(
             img_size=14,
@@ -264,7 +265,7 @@ class HIPT(PixelRegions, RegionModel):
 
 
 def slide_level(dim: int, num_classes: int, impl: str | None = None) -> VisionTransformer:
-    """HIPT's slide level as a masked ViT: a projection with ReLU, two blocks of three heads, no positions."""
+    """Build HIPT's slide level as a masked ViT: a projection with ReLU, two blocks of three heads, no positions."""
     return VisionTransformer(
         img_size=1,
         patch_size=1,

@@ -1,11 +1,10 @@
-"""Checkpoints of HIPT and soma: a region ViT and the slide level over it, or the slide level alone.
+"""Checkpoints of HIPT and soma: a region ViT with the slide level above it, or the slide level alone.
 
-Keys: ``vit_region.*`` (where the checkpoint is of the local model), ``global_phi.0``,
-``global_transformer.layers.i``, ``global_attn_pool.attention_{a,b}.0``, ``global_attn_pool.attention_c``,
-``global_rho.0``, ``classifier``. The patch ViT is never among them: it is frozen, and its weights are a file of their
-own.
+Keys: ``vit_region.*`` (in checkpoints of the local model), ``global_phi.0``, ``global_transformer.layers.i``,
+``global_attn_pool.attention_{a,b}.0``, ``global_attn_pool.attention_c``, ``global_rho.0``, ``classifier``. A checkpoint
+never contains the patch ViT, which is frozen and has its weights in a file of its own.
 
-As in clemsgrs/hipt, commit 648ec04 (``src/models/hipt.py``: LocalHIPT, GlobalHIPT).
+Source: clemsgrs/hipt, commit 648ec04 (``src/models/hipt.py``: LocalHIPT, GlobalHIPT).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from maskattn.nn.vit import VisionTransformer
 
 __all__ = ["hipt_from_state_dict", "load_hipt"]
 
-# This code resamples positions to the exact size, where DINO's and the first HIPT's shift them by 0.1 token.
+# That code resamples positions to the exact size, where DINO and the original HIPT shift them by 0.1 token.
 _RESAMPLE = "transformers"
 
 
@@ -38,30 +37,30 @@ def load_hipt(
     impl: str | None = None,
     **arguments: Any,
 ) -> RegionModel:
-    """Load what HIPT or soma trained; no code in the file is run.
+    """Load a checkpoint that HIPT or soma trained; no code in the file is run.
 
     Args:
-        checkpoint: of the local model (``vit_region.*`` and the slide level) or of the global one (the slide level).
-        patch_encoder: the ViT whose embeddings the region ViT reads; None where these come from files.
-        region_weights: of the region ViT (``vit4k_xs_dino.pth``), for a checkpoint of the global model.
-        num_heads: of the region ViT.
-        impl: implementation of the attention; None takes the best.
-        arguments: of :class:`HIPT` (``patch_px``, ``pixel_mean``, ``pixel_std``).
+        checkpoint: a file of the local model (``vit_region.*`` and the slide level) or the global (the slide level).
+        patch_encoder: the ViT whose embeddings the region ViT reads; None if they come from files.
+        region_weights: the weights of the region ViT (``vit4k_xs_dino.pth``), for a checkpoint of the global model.
+        num_heads: the number of heads of the region ViT.
+        impl: the implementation of attention; None takes the best.
+        arguments: arguments of :class:`HIPT` (``patch_px``, ``pixel_mean``, ``pixel_std``).
 
     Returns:
-        A :class:`HIPT` with a patch encoder, else the two upper levels; in eval mode.
+        A :class:`HIPT` if there is a patch encoder, else the two upper levels; in eval mode.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UnsupportedModelError: a ValueError that names keys that are missing or have no place, and shapes that differ.
-        ValueError: it is no checkpoint, or its widths are not the patch encoder's.
+        UnsupportedModelError: a ValueError that names missing and unexpected keys and differing shapes.
+        ValueError: the file is not a checkpoint, or its widths do not fit the patch encoder.
     """
-    held = read_checkpoint(checkpoint)
+    content = read_checkpoint(checkpoint)
     region = None
     if region_weights is not None:
         region = load_vit(region_weights, num_heads=num_heads, impl=impl, pos_embed_resample=_RESAMPLE)
     return hipt_from_state_dict(
-        held, patch_encoder, region, name=str(checkpoint), num_heads=num_heads, impl=impl, **arguments
+        content, patch_encoder, region, name=str(checkpoint), num_heads=num_heads, impl=impl, **arguments
     )
 
 
@@ -75,12 +74,12 @@ def hipt_from_state_dict(
     impl: str | None = None,
     **arguments: Any,
 ) -> RegionModel:
-    """The model in a checkpoint's tensors. Arguments and errors as in :func:`load_hipt`.
+    """Build the model from a checkpoint's tensors. Other arguments and errors are those of :func:`load_hipt`.
 
     Args:
         checkpoint: a state dict, or a training checkpoint that holds one.
-        region_encoder: for a checkpoint of the global model.
-        name: what a message calls it.
+        region_encoder: the region ViT, for a checkpoint of the global model.
+        name: the checkpoint's name in error messages.
     """
     state = tensors_of(checkpoint)
     of_region = {key.removeprefix("vit_region."): x for key, x in state.items() if key.startswith("vit_region.")}
@@ -90,8 +89,8 @@ def hipt_from_state_dict(
     slide_level = head_from_checkpoint(of_slide, name=name, impl=impl).head
     if not isinstance(slide_level, HIPTHead):
         raise UnsupportedModelError(
-            f"a checkpoint of HIPT or soma must have global_phi.0.weight, got one of {slide_level.kind} in {name}; "
-            "load it with load_slide_head"
+            f"a checkpoint of HIPT or soma must have global_phi.0.weight, got one of kind {slide_level.kind} in "
+            f"{name}; load it with load_slide_head"
         )
     if of_region:
         region_encoder = from_state_dict(
@@ -99,7 +98,7 @@ def hipt_from_state_dict(
         )
     if region_encoder is None:
         raise ValueError(
-            f"a checkpoint without vit_region must be given the region ViT's own weights, got none for {name}; pass "
+            f"a checkpoint without vit_region needs the region ViT's own weights, got none for {name}; pass "
             "region_weights (vit4k_xs_dino.pth)"
         )
     dtype = slide_level.classifier.weight.dtype

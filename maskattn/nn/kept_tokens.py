@@ -1,7 +1,7 @@
-"""From a mask of kept tokens to where their rows lie, also where a mask has no numbers yet.
+"""The packing of a mask of kept tokens, also for a mask that has no values yet.
 
-The kept tokens become rows, so that their number is data: read from the mask, or, where a program is exported, a size
-that is known when it runs.
+The number of kept tokens is data: it is read from the mask or, in an exported program, is a size that is known when the
+program runs.
 
 Dimension key: B sequences, N tokens of each.
 """
@@ -20,10 +20,10 @@ __all__ = ["every_token", "keep_per_token", "packing_of"]
 def keep_per_token(
     keep: Tensor | None, batch_size: int, grid_HW: tuple[int, int], device: torch.device
 ) -> Bool[Tensor, "B N"]:
-    """A caller's ``keep``, (B, N), (B, H, W) or None for all, as (B, N) on ``device``.
+    """Return a caller's ``keep``, (B, N), (B, H, W) or None for all, as (B, N) on ``device``.
 
     Raises:
-        TypeError, ValueError: it is not boolean, or has another shape.
+        TypeError, ValueError: the mask is not boolean, or has another shape.
     """
     flat = (batch_size, grid_HW[0] * grid_HW[1])
     if keep is None:
@@ -44,9 +44,9 @@ def keep_per_token(
 def packing_of(
     keep: Bool[Tensor, "..."] | None, batch_size: int, grid_HW: tuple[int, int], device: torch.device
 ) -> Packing:
-    """The packing of a caller's ``keep``, as :func:`keep_per_token` takes it.
+    """Return the packing of a caller's ``keep``, which may have any form that :func:`keep_per_token` takes.
 
-    On the meta device, where a mask has no numbers, every token is taken to be kept: outputs have the same shapes.
+    On the meta device, where a mask has no values, every token counts as kept; outputs have the same shapes.
 
     Raises:
         TypeError, ValueError: the mask does not fit, or ``torch.jit.trace`` would freeze it.
@@ -60,7 +60,7 @@ def packing_of(
 
 
 def every_token(batch_size: int, num_tokens: int, device: torch.device) -> Packing:
-    """The packing in which every token takes part; no wait for the device."""
+    """Return the packing in which every token takes part, without synchronising with the device."""
     return Packing(
         torch.arange(batch_size * num_tokens, device=device),
         torch.arange(batch_size + 1, dtype=torch.int32, device=device) * num_tokens,
@@ -71,7 +71,7 @@ def every_token(batch_size: int, num_tokens: int, device: torch.device) -> Packi
 
 
 def _symbolic(keep_BN: Tensor) -> Packing:
-    """The packing of a mask that is an input of the program; nothing is read from it, N bounds the longest sequence."""
+    """Return the packing of a mask that is a program's input: no value is read, and N bounds the longest sequence."""
     kept = keep_BN.flatten()
     ends = keep_BN.sum(dim=1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return Packing(

@@ -1,4 +1,4 @@
-"""The token-wise half of a block: plain and gated MLPs, with timm's class and parameter names.
+"""The MLP of a block, plain and gated, with timm's class and parameter names.
 
 Dimension key: C channels, F hidden features.
 """
@@ -32,15 +32,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Mlp(nn.Module):
-    """``fc2(norm(act(fc1(x))))``.
+    """A two-layer MLP: ``fc2(norm(act(fc1(x))))``.
 
     Args:
         dim: C.
         hidden: F.
         act: a key of :data:`ACTIVATIONS`.
-        bias: of both layers.
-        norm_eps: of a norm before fc2; None: no such norm.
-        drop: share of features dropped after the activation and after fc2, in training.
+        bias: whether both layers have biases.
+        norm_eps: ε of the norm before fc2; None leaves the norm out.
+        drop: the share of features dropped after the activation and after fc2, in training.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) → (..., C)."""
+        """Apply the layers, (..., C) → (..., C)."""
         hidden = self.drop(ACTIVATIONS[self.act](self.fc1(x)))
         return self.drop(self.fc2(self.norm(hidden)))
 
 
 class SwiGLUPacked(nn.Module):
-    """``fc2(norm(act(gate) · value))`` with gate and value the two halves of ``fc1(x)``; ``hidden`` counts both."""
+    """A gated MLP whose ``fc1`` gives gate and value: ``fc2(norm(act(gate) · value))``; ``hidden`` counts both."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class SwiGLUPacked(nn.Module):
         super().__init__()
         if hidden % 2:
             raise ValueError(
-                f"a packed SwiGLU halves its hidden features, got {hidden}; choose mlp_ratio so that they are even"
+                f"a packed SwiGLU needs an even number of hidden features, got {hidden}; choose mlp_ratio so that it is even"
             )
         self.act = act
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
@@ -89,14 +89,14 @@ class SwiGLUPacked(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) → (..., C)."""
+        """Apply the layers, (..., C) → (..., C)."""
         gate, value = self.fc1(x).chunk(2, dim=-1)
         hidden = self.drop(ACTIVATIONS[self.act](gate) * value)
         return self.drop(self.fc2(self.norm(hidden)))
 
 
 class SwiGLU(nn.Module):
-    """``fc2(norm(act(fc1_g(x)) · fc1_x(x)))``: gate and value in layers of their own."""
+    """A gated MLP with separate layers for gate and value: ``fc2(norm(act(fc1_g(x)) · fc1_x(x)))``."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class SwiGLU(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) → (..., C)."""
+        """Apply the layers, (..., C) → (..., C)."""
         hidden = self.drop(ACTIVATIONS[self.act](self.fc1_g(x)) * self.fc1_x(x))
         return self.drop(self.fc2(self.norm(hidden)))
 

@@ -1,6 +1,6 @@
 """``nn.MultiheadAttention`` with masked keys packed away: the layer to swap into a model that has torch's.
 
-The only place where PyTorch's polarity (``key_padding_mask``, True = ignore) is turned into the package's ``keep``.
+PyTorch's polarity (``key_padding_mask``, True = ignore) is converted to the package's ``keep`` here and nowhere else.
 
 Dimension key: B sequences, L queries and S keys of each, R ≤ 16 queries of a readout, Tq and Tk packed queries and
 keys, E channels, H heads (h is 1 or H, b is 1 or B), D head width.
@@ -33,32 +33,33 @@ __all__ = ["MultiheadAttention"]
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """torch's layer, with its arguments, parameters, initialisation and state-dict keys, over the kept keys alone.
+    """A drop-in ``torch.nn.MultiheadAttention`` that attends to the kept keys alone.
 
-    Masked keys are packed away before the projections: they cost nothing and are never read. A mask of keys alone goes
-    through the fused kernels; ``attn_mask`` and ``is_causal`` go through torch's ``scaled_dot_product_attention`` over
-    the kept keys; weights are computed in blocks of queries. Nested tensors are taken for self-attention.
+    Arguments, parameters, initialisation and state-dict keys are torch's. Masked keys are removed before the
+    projections: they cost nothing and are never read. Calls whose only mask is ``key_padding_mask`` use the fused
+    kernels; ``attn_mask`` and ``is_causal`` use torch's ``scaled_dot_product_attention`` over the kept keys; weights
+    are computed in blocks of queries. Nested tensors are accepted for self-attention.
 
-    It differs from torch's layer in this:
+    It differs from torch's layer in the following:
 
     - A query without any key to attend to gives 0 before the output projection, and weights of 0, where torch gives
       NaN or, in evaluation, values that depend on its path.
     - A key whose float ``key_padding_mask`` is −inf, or the lowest finite value of the mask's dtype, is not read at
       all: NaN in it reaches neither an output nor a gradient.
     - A float mask need not have the dtype of the query.
-    - Arguments that do not fit raise ValueError or TypeError, where torch has AssertionError or RuntimeError too.
-    - ``torch.jit.script`` cannot compile it; ``torch.compile`` can. What ``torch.export`` and ``torch.jit.trace`` write
-      down are torch's own operations over all tokens: masks stay inputs, and masked keys cost what others do.
+    - Invalid arguments raise ValueError or TypeError, where torch may also raise AssertionError or RuntimeError.
+    - ``torch.jit.script`` cannot compile it; ``torch.compile`` can. ``torch.export`` and ``torch.jit.trace`` record
+      torch's own operations over all tokens: masks stay inputs, and masked keys cost as much as kept ones.
 
     Args:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
-            torch.nn.MultiheadAttention has them.
-        skip_queries: for self-attention, masked positions are not queries either; their output is 0.
-        impl: implementation of the attention; None takes the best. Only "torch" (or None) has ``attn_mask``,
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
+            torch.nn.MultiheadAttention.
+        skip_queries: for self-attention: masked positions are not queries either, and their output is 0.
+        impl: the implementation of attention; None takes the best. Only "torch" (or None) supports ``attn_mask``,
             ``is_causal`` and ``need_weights=True``.
 
     Raises:
-        ValueError, AssertionError: the sizes do not fit, as torch has it.
+        ValueError, AssertionError: the sizes do not fit, as in torch.
 
     Example:
         >>> layer = MultiheadAttention(32, 4, batch_first=True)
@@ -100,7 +101,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._set_masking(skip_queries, impl)
 
     def _set_masking(self, skip_queries: bool, impl: str | None) -> None:
-        """Set what this layer has beyond torch's, and keep torch's encoder layer from going round its forward."""
+        """Set the options that torch's layer does not have, and keep torch's encoder layer from bypassing forward."""
         self.skip_queries = skip_queries
         self.impl = impl
         if _announce_forward not in self._forward_pre_hooks.values():
@@ -117,28 +118,28 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend. Arguments and results as torch.nn.MultiheadAttention has them.
+        """Compute attention. Arguments and results are those of torch.nn.MultiheadAttention.
 
         Args:
             query: (L, B, E), or (B, L, E) if ``batch_first``, or (L, E).
-            key, value: laid out as the query, with S tokens of width kdim or vdim.
-            key_padding_mask: (B, S), or (S,); bool, True = ignore the key; or float, added to its scores,
+            key, value: laid out like the query, with S tokens of width kdim and vdim.
+            key_padding_mask: (B, S), or (S,); bool, True = ignore the key; or float, added to the key's scores,
                 differentiable.
-            need_weights: also return the attention weights, the one thing here of size L·S; ask for False otherwise,
-                or use :meth:`readout` for the rows of a few queries.
-            average_attn_weights: their mean over heads, (B, L, S), instead of (B, H, L, S).
+            need_weights: whether to return the attention weights too, the only tensor of size L·S here; pass False if
+                they are not needed, or use :meth:`readout` for the rows of a few queries.
+            average_attn_weights: return the mean of the weights over heads, (B, L, S), instead of (B, H, L, S).
             attn_mask: (L, S), or (B·H, L, S); bool, True = this query ignores this key; or float, added to the scores,
                 differentiable.
             is_causal: a hint that ``attn_mask`` is the causal mask, which must be given too.
 
         Returns:
-            The output, shaped as ``query``, and the weights or None. In training the weights are those after dropout;
-            those of a nested query are padded with 0 to the longest sequence.
-            Each appended key (``add_bias_kv``, ``add_zero_attn``) is one more column of the weights.
+            The output, shaped like ``query``, and the weights or None. In training the weights are those after dropout;
+            those of a nested query are padded with 0 to the longest sequence. Each appended key (``add_bias_kv``,
+            ``add_zero_attn``) adds a column to the weights.
 
         Raises:
-            TypeError, ValueError: shapes or dtypes that do not fit, or ``impl`` lacks what is asked for.
-            RuntimeError: ``is_causal`` without ``attn_mask``, as torch has it.
+            TypeError, ValueError: shapes or dtypes do not fit, or ``impl`` does not support an argument.
+            RuntimeError: ``is_causal`` without ``attn_mask``, as in torch.
         """
         if isinstance(query, torch.fx.Proxy):
             masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -147,8 +148,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             masked = key_padding_mask is not None or attn_mask is not None
             if masked or key is not query or value is not query:
                 raise ValueError(
-                    "a nested query is taken for self-attention without masks alone, got other keys or values, or a "
-                    "mask; pad it with query.to_padded_tensor(0)"
+                    "a nested query must be key and value too, without masks, got other keys or values, or a mask; pad "
+                    "it with query.to_padded_tensor(0)"
                 )
             return self._attend_nested(query, need_weights, average_attn_weights)
         check_masks_agree(key_padding_mask, attn_mask, is_causal)
@@ -183,21 +184,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         *,
         average_attn_weights: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of at most 16 queries with their weights: the class token's row without the other N·N.
+        """Compute attention of at most 16 queries with their weights, e.g. a class token's row without an N × N matrix.
 
-        ``layer.readout(x[:, :1], x, x, mask)`` is ``layer(x, x, x, mask)`` at the first token (``batch_first``), one
-        pass over keys and values. All queries take part, whatever ``skip_queries`` says.
+        ``layer.readout(x[:, :1], x, x, mask)`` equals ``layer(x, x, x, mask)`` at the first token (``batch_first``) and
+        takes one pass over keys and values. All queries take part, whatever ``skip_queries`` is.
 
         Args:
             query: (R, B, E), or (B, R, E) if ``batch_first``, or (R, E); 1 ≤ R ≤ 16.
-            key, value, key_padding_mask, average_attn_weights: as :meth:`forward` has them.
+            key, value, key_padding_mask, average_attn_weights: as in :meth:`forward`.
 
         Returns:
-            The output, shaped as ``query``, and the weights before dropout, (B, R, S), or (B, H, R, S) without
-            ``average_attn_weights``; without B where the inputs have none. Both differentiable.
+            The output, shaped like ``query``, and the weights before dropout, (B, R, S), or (B, H, R, S) without
+            ``average_attn_weights``; there is no B if the inputs have none. Both are differentiable.
 
         Raises:
-            TypeError, ValueError: shapes or dtypes that do not fit.
+            TypeError, ValueError: shapes or dtypes do not fit.
         """
         if is_traced(query, key_padding_mask):
             inputs, masks = (query, key, value), (key_padding_mask, None)
@@ -226,7 +227,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self._as_caller_has_it(self.out_proj(out.flatten(2)), batched), weights if batched else weights[0]
 
     def _attend(self, operands: Operands, dropout_p: float) -> Tensor:
-        """The fused operation: (Tq, H, D)."""
+        """Run the fused operation, or torch's where that has the faster dropout; returns (Tq, H, D)."""
         if dropout_p > 0 and self.impl is None and dropout_is_torchs(operands):
             return attend_under_mask(operands, None, dropout_p)
         everything_dropped = dropout_p == 1
@@ -265,8 +266,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
         skip_queries: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """:meth:`forward` over all tokens; see :mod:`maskattn.nn.traced_attention`."""
-        if not is_jit_traced():  # which would warn of every comparison
+        """Compute :meth:`forward` over all tokens; see :mod:`maskattn.nn.traced_attention`."""
+        if not is_jit_traced():  # torch.jit.trace would warn of every comparison
             check_inputs(self, *inputs)
         batched = inputs[0].ndim == 3
         dense = {id(x): self._batch_first(x, batched) for x in inputs}
@@ -286,7 +287,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _operands(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, skip_queries: bool
     ) -> tuple[Operands, bool]:
-        """Projected rows of the tokens that take part, and whether the caller has batches."""
+        """Return the projected rows of the tokens that take part, and whether the inputs are batched."""
         batched = query.ndim == 3
         check_inputs(self, query, key, value)
         is_self, key_is_value = query is key, key is value
@@ -306,7 +307,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return Operands(*project(self, rows_q, rows_k, rows_v), queries, keys, key_bias), batched
 
     def _appended_keys(self) -> list[tuple[Tensor, Tensor]]:
-        """The key and value that ``add_bias_kv`` learns and the zeros of ``add_zero_attn``, (1, H, D) each."""
+        """Return the key and value that ``add_bias_kv`` learns and the zeros of ``add_zero_attn``, (1, H, D) each."""
         shape, more = (1, self.num_heads, self.head_dim), []
         if self.bias_k is not None and self.bias_v is not None:
             more.append((self.bias_k.view(shape), self.bias_v.view(shape)))
@@ -316,20 +317,20 @@ class MultiheadAttention(nn.MultiheadAttention):
         return more
 
     def _with_appended_keys(self, operands: Operands) -> Operands:
-        """The operands with the appended keys at the end of every sequence."""
+        """Return the operands with the appended keys at the end of every sequence."""
         for k, v in self._appended_keys():
             operands = operands.with_keys_appended(k, v)
         return operands
 
     def _read_mask(self, mask: Tensor, query: Tensor, key: Tensor, batched: bool) -> Tensor:
-        """torch's ``attn_mask`` to (b, h, L, S), −inf where a query ignores a key; 0 for appended keys."""
+        """Convert torch's ``attn_mask`` to (b, h, L, S), −inf where a query ignores a key, with 0 for appended keys."""
         first = batched and self.batch_first
         B, H = query.shape[0 if first else 1] if batched else 1, self.num_heads
         plain = (query.shape[int(first)], key.shape[int(first)])
         if not is_jit_traced() and tuple(mask.shape) not in (plain, (B * H, *plain)):
             raise ValueError(
                 f"attn_mask must have shape (L, S) = {plain} or ({'B·H' if batched else 'H'}, L, S) = "
-                f"{(B * H, *plain)}, got attn_mask.shape={tuple(mask.shape)}; a mask of keys alone is key_padding_mask"
+                f"{(B * H, *plain)}, got attn_mask.shape={tuple(mask.shape)}; pass a mask of keys as key_padding_mask"
             )
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, float("-inf"))
@@ -342,29 +343,29 @@ class MultiheadAttention(nn.MultiheadAttention):
             return
         lacks = "need_weights=True" if need_weights else "attn_mask"
         raise ValueError(
-            f"impl={self.impl!r} has no {lacks}, which only impl='torch' has; pass need_weights=False (readout() has "
-            "the rows of a few queries), mask keys by key_padding_mask, or make the layer with impl=None"
+            f"only impl='torch' supports {lacks}, got impl={self.impl!r}; pass need_weights=False (readout() returns "
+            "the rows of a few queries), mask keys with key_padding_mask, or build the layer with impl=None"
         )
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
-        """(B, L, E) from whatever the caller has."""
+        """Convert an input from the caller's layout to (B, L, E)."""
         if not batched:
             return x[None]
         return x if self.batch_first else x.transpose(0, 1)
 
     def _as_caller_has_it(self, x_BLE: Tensor, batched: bool) -> Tensor:
-        """The layout of :meth:`_batch_first` undone; contiguous, as callers who use ``view`` expect."""
+        """Convert (B, L, E) back to the caller's layout; contiguous, as callers who use ``view`` expect."""
         if not batched:
             return x_BLE[0]
         return x_BLE if self.batch_first else x_BLE.transpose(0, 1).contiguous()
 
 
 def _announce_forward(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """A hook that does nothing: ``nn.TransformerEncoderLayer`` reads a hooked layer's output, not its weights."""
+    """Do nothing: ``nn.TransformerEncoderLayer`` calls a layer that has a hook, instead of reading its weights."""
 
 
 def _read_padding_mask(mask: Tensor | None, key: Tensor, batched: bool) -> tuple[Packing, Tensor | None]:
-    """PyTorch's mask to the kept keys and the bias (Tk,) of a float mask, if any."""
+    """Convert PyTorch's mask to the packing of the kept keys and the bias (Tk,) of a float mask, if any."""
     if mask is None:
         return every_token(key.shape[0], key.shape[1], key.device), None
     keep_BS, bias_BS = _split_padding_mask(mask, key, batched)
@@ -379,7 +380,7 @@ def _read_padding_mask(mask: Tensor | None, key: Tensor, batched: bool) -> tuple
 
 
 def _split_padding_mask(mask: Tensor, key: Tensor, batched: bool) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's mask, True or −inf = ignore, to the package's ``keep`` (B, S), and the bias (B, S) of a float mask."""
+    """Convert PyTorch's mask (True or −inf = ignore) to ``keep`` (B, S) and the bias (B, S) of a float mask."""
     wanted = tuple(key.shape[:2] if batched else key.shape[1:2])
     if not is_jit_traced() and tuple(mask.shape) != wanted:
         raise ValueError(
@@ -389,5 +390,5 @@ def _split_padding_mask(mask: Tensor, key: Tensor, batched: bool) -> tuple[Tenso
     mask_BS = mask if batched else mask[None]
     if mask.dtype == torch.bool:
         return ~mask_BS, None
-    # NaN is kept: it is the caller's to find.
+    # A NaN in the mask is kept, so that it shows in the output instead of hiding a mistake.
     return ~(mask_BS <= torch.finfo(mask.dtype).min), mask_BS

@@ -1,4 +1,4 @@
-"""The inputs of a multi-head attention layer: checks, and projections with the weights that torch's layer has.
+"""Checks and projections of the inputs of a multi-head attention layer, with the weights of torch's layer.
 
 Dimension key: Tq and Tk packed queries and keys, E channels, H heads, D head width.
 """
@@ -15,10 +15,10 @@ __all__ = ["check_inputs", "check_masks_agree", "project"]
 
 
 def project(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed rows (T, E) → q (Tq, H, D), k and v (Tk, H, D); one product for what is projected together."""
+    """Project packed rows (T, E) to q (Tq, H, D), k and v (Tk, H, D); inputs that are one tensor share one product."""
     weight, E, H = layer.in_proj_weight, layer.embed_dim, layer.num_heads
     dtype = (layer.q_proj_weight if weight is None else weight).dtype
-    # A layer may keep its biases in another precision; torch's product of rows takes one.
+    # A layer may store its biases in another dtype than its weights, and F.linear takes one dtype.
     bias = None if layer.in_proj_bias is None else layer.in_proj_bias.to(dtype)
     biases = (None, None, None) if bias is None else bias.chunk(3)
     if weight is None:
@@ -39,7 +39,7 @@ def project(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Ten
 
 
 def check_inputs(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Queries, keys and values that fit the layer and each other.
+    """Check that query, key and value fit the layer and each other.
 
     Raises:
         ValueError: they do not.
@@ -61,7 +61,7 @@ def check_inputs(layer: nn.MultiheadAttention, query: Tensor, key: Tensor, value
 
 
 def check_masks_agree(key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Raise and warn as torch's layer does before shapes are known."""
+    """Raise and warn as torch's layer does, as far as dtypes and the arguments given decide it."""
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
             raise TypeError(

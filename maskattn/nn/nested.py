@@ -1,6 +1,6 @@
-"""torch's nested tensors are packed rows already: how to read their rows and how to give rows back in their form.
+"""Conversion between torch's nested tensors and packed rows.
 
-``nn.TransformerEncoder`` makes them in evaluation of a batch that is padded on the right.
+In evaluation, ``nn.TransformerEncoder`` makes a nested tensor of a batch that is padded on the right.
 
 Dimension key: B sequences, T rows of all of them.
 """
@@ -16,10 +16,10 @@ __all__ = ["nested_like", "nested_rows"]
 
 
 def nested_rows(x: Tensor) -> tuple[Tensor, Packing]:
-    """The (T, C) rows of a nested (B, ·, C), and where they lie in (B, longest).
+    """Return the (T, C) rows of a nested (B, ·, C), and their packing in (B, longest).
 
     Raises:
-        ValueError: there is no sequence, whose width would say C.
+        ValueError: the tensor holds no sequence, so that C is unknown.
     """
     pieces = x.unbind()
     if not pieces:
@@ -33,7 +33,7 @@ def nested_rows(x: Tensor) -> tuple[Tensor, Packing]:
 
 
 def nested_like(rows: Tensor, x: Tensor, packing: Packing) -> Tensor:
-    """(T, C) rows as a nested tensor of the same sequences as ``x``."""
+    """Return (T, C) rows as a nested tensor with the sequences and layout of ``x``."""
     if x.layout == torch.jagged:
         return torch.nested.nested_tensor_from_jagged(rows, offsets=x.offsets())  # type: ignore[attr-defined]
     lengths = packing.cu_seqlens.diff().tolist()

@@ -1,4 +1,4 @@
-"""Packed queries, keys and values on their way into an attention operation, and where their rows lie.
+"""Packed queries, keys and values for an attention operation, with their packings.
 
 Dimension key: B sequences, L queries and S keys of each, M rows of the longest sequence, Tq and Tk packed queries and
 keys, H heads, D head width.
@@ -22,10 +22,10 @@ class Operands:
     """The inputs of an attention operation.
 
     Attributes:
-        q: (Tq, H, D).
-        k, v: (Tk, H, D).
-        queries, keys: where their rows lie in (B, L) and (B, S).
-        key_bias: (Tk,), added to the scores of its key, or None.
+        q: (Tq, H, D), the queries.
+        k, v: (Tk, H, D), the keys and values.
+        queries, keys: the packings of their rows in (B, L) and (B, S).
+        key_bias: (Tk,), added to the scores of each key, or None.
     """
 
     q: Float[Tensor, "Tq H D"]
@@ -37,11 +37,11 @@ class Operands:
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
-        """cu_seqlens and max_seqlen of queries and keys, as ``packed_attention`` takes them."""
+        """cu_seqlens and max_seqlen of queries and keys, in the order of ``packed_attention``'s arguments."""
         return self.queries.cu_seqlens, self.keys.cu_seqlens, self.queries.max_seqlen, self.keys.max_seqlen
 
     def with_keys_appended(self, more_k: Float[Tensor, "n H D"], more_v: Float[Tensor, "n H D"]) -> Operands:
-        """The same with n more keys at the end of every sequence, without bias."""
+        """Return the operands with n more keys, without bias, at the end of every sequence."""
         count, keys, device = more_k.shape[0], self.keys, self.k.device
         B, S = keys.batch_size, keys.num_tokens + count
         ends = torch.arange(B, device=device)[:, None] * S + torch.arange(keys.num_tokens, S, device=device)
@@ -62,27 +62,27 @@ class Operands:
 
 
 def is_full(packing: Packing) -> bool:
-    """Whether every token takes part."""
+    """Return whether every token takes part."""
     return packing.total == packing.batch_size * packing.num_tokens
 
 
 def rows_of(x: Tensor, packing: Packing) -> Tensor:
-    """(B, N, ...) → (T, ...), without a copy where every token takes part."""
+    """Pack (B, N, ...) into (T, ...), without a copy if every token takes part."""
     return x.flatten(0, 1) if is_full(packing) else pack(x, packing)
 
 
 def scatter_rows(rows: Tensor, packing: Packing) -> Tensor:
-    """(T, ...) → (B, N, ...), 0 elsewhere; without a copy where every token takes part."""
+    """Unpack (T, ...) into (B, N, ...), 0 at other tokens; without a copy if every token takes part."""
     if is_full(packing):
         return rows.unflatten(0, (packing.batch_size, packing.num_tokens))
     return unpack(rows, packing)
 
 
 def left_aligned(packing: Packing) -> Packing:
-    """The same rows, each sequence moved to the front of (B, M); M is 1 where there is no row at all."""
+    """Return the packing of the same rows with each sequence moved to the front of (B, M); without rows, M is 1."""
     if is_full(packing) and packing.num_tokens:
         return packing
     sequence = packing.sequence_of_token
-    place = torch.arange(packing.total, device=sequence.device) - packing.cu_seqlens[sequence]
+    position = torch.arange(packing.total, device=sequence.device) - packing.cu_seqlens[sequence]
     M = max(packing.max_seqlen, 1)
-    return Packing(sequence * M + place, packing.cu_seqlens, packing.max_seqlen, packing.batch_size, M)
+    return Packing(sequence * M + position, packing.cu_seqlens, packing.max_seqlen, packing.batch_size, M)

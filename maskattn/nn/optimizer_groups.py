@@ -1,6 +1,6 @@
 """Parameter groups for fine-tuning: lower learning rates for lower layers, no decay for norms, biases and tokens.
 
-The same groups as ``timm.optim.param_groups_layer_decay`` makes of a packed model, without timm.
+The groups are those that ``timm.optim.param_groups_layer_decay`` makes of a packed model; timm is not needed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 def layer_groups(
     model: VisionTransformer, lr: float, *, layer_decay: float = 0.75, weight_decay: float = 0.05
 ) -> list[dict[str, Any]]:
-    """Groups of parameters for an optimizer.
+    """Return groups of parameters for an optimizer, with a learning rate that decays from layer to layer.
 
-    The top layer learns at ``lr``, each below at ``layer_decay`` times the rate above it. Layers are, from the top: the
-    head and what pools (where there are), the last block with the last norm, the other blocks, embeddings and tokens.
+    The top layer learns at ``lr``, each layer below it at ``layer_decay`` times the rate of the next higher one. The
+    layers are, from the top: the head and the attention pool (if there are any), the last block with the last norm, the
+    other blocks, embeddings and prefix tokens.
 
     Args:
         model: a packed vision transformer; parameters that take no gradient are left out.
-        lr: learning rate of the top layer.
-        layer_decay: factor from layer to layer, in (0, 1].
-        weight_decay: of matrices; vectors, positions and tokens have none.
+        lr: the learning rate of the top layer.
+        layer_decay: the factor from layer to layer, in (0, 1].
+        weight_decay: the weight decay of matrices; vectors, positions and tokens have none.
 
     Returns:
-        Groups with ``params``, ``lr``, ``lr_scale`` and ``weight_decay``, from the lowest layer on.
+        Groups with ``params``, ``lr``, ``lr_scale`` and ``weight_decay``, from the lowest layer to the highest.
 
     Raises:
-        ValueError: layer_decay lies outside (0, 1].
+        ValueError: layer_decay is outside (0, 1].
 
     Example:
         >>> vit = VisionTransformer(img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=2)
@@ -45,7 +46,7 @@ def layer_groups(
         True
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
     without_decay = model.no_weight_decay()
     depth = len(model.blocks)
     top = max(_layer(name, depth) for name, _ in model.named_parameters())
@@ -66,7 +67,7 @@ def layer_groups(
 
 
 def _layer(name: str, depth: int) -> int:
-    """0 for the stem, 1 … depth for the blocks, the last norm with the last, depth + 1 for the rest."""
+    """Return a parameter's layer: 0 for the stem, 1 … depth for blocks, depth for the norm, depth + 1 for the head."""
     if _STEM.match(name):
         return 0
     block = _BLOCK.match(name)

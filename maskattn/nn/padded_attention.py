@@ -1,12 +1,13 @@
-"""Attention with a dense mask, or with its weights: what the fused operations do not hand out.
+"""Attention with a dense mask, or with its weights, which the fused operations do not support.
 
-The kept keys of each sequence are moved to its front and padded to the longest, M; whatever is masked by key is never
-read. Then it is torch's own ``scaled_dot_product_attention``, or, for the weights, blocks of queries:
+The kept keys of each sequence are moved to its front and padded to the longest sequence, M; keys that the padding mask
+leaves out are never read. Attention is then torch's ``scaled_dot_product_attention`` or, if the weights are wanted,
+computed in blocks of queries:
 
     P = softmax(s·QKᵀ + added)      out = dropout(P) V      the weights are dropout(P), as torch's layer has them
 
-Dimension key: B sequences, L queries and S keys of each, Lm and M of the longest sequence after packing, Tq packed
-queries, H heads (h is 1 or H, b is 1 or B), D head width.
+Dimension key: B sequences, L queries and S keys of each, Lm queries and M keys of the longest sequence after packing,
+Tq packed queries, H heads (h is 1 or H, b is 1 or B), D head width.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from maskattn.shapes import Float
 
 __all__ = ["attend_causally", "attend_under_mask", "attend_with_weights", "dropout_is_torchs"]
 
-_SCORES_IN_CACHE = 1 << 20  # 4 MiB of float32, on a CPU
-_SCORES_IN_MEMORY = 1 << 26  # 256 MiB, elsewhere: enough work for each launch
-_SCORES_HELD = 1 << 24  # so many are kept for backward rather than computed again
-_SCORES_DROPPED = 1 << 26  # so many at the most go through torch's own dropout, which holds them
+_SCORES_IN_CACHE = 1 << 20  # the block on a CPU: 4 MiB of float32, which fit in the cache
+_SCORES_IN_MEMORY = 1 << 26  # the block on other devices: 256 MiB, enough work for each launch
+_SCORES_HELD = 1 << 24  # up to this number of scores, backward keeps them instead of computing them again
+_SCORES_DROPPED = 1 << 26  # up to this number of scores, dropout is left to torch, which stores them all
 
 
 def attend_causally(operands: Operands, dropout_p: float) -> Float[Tensor, "Tq H D"]:
-    """Query i attends to keys 0 … i, as torch's ``is_causal`` has it; every token takes part."""
+    """Compute attention of query i to keys 0 … i, as with torch's ``is_causal``; every token takes part."""
     padded = _Padded.of(operands, None)
     out = F.scaled_dot_product_attention(padded.q, padded.k, padded.v, dropout_p=dropout_p, is_causal=True)
     return padded.packed_queries(out)
 
 
 def dropout_is_torchs(operands: Operands) -> bool:
-    """Whether dropout is best left to torch: on a CPU, whose kernels have none, while the scores are few.
+    """Return whether dropout is best left to torch: on a CPU, whose kernels have no dropout, if there are few scores.
 
-    Measured there, 8 × 197 tokens, forward and backward: torch's takes a fifth of the time of the packed operation's.
+    Measured on a CPU for 8 × 197 tokens, forward and backward: torch takes a fifth of the packed operation's time.
     """
     _, _, longest_q, longest_k = operands.lengths
     scores = operands.keys.batch_size * operands.q.shape[1] * longest_q * longest_k
@@ -51,7 +52,7 @@ def dropout_is_torchs(operands: Operands) -> bool:
 def attend_under_mask(
     operands: Operands, mask: Float[Tensor, "b h L S"] | None, dropout_p: float
 ) -> Float[Tensor, "Tq H D"]:
-    """Attention with ``mask`` added to the scores, if there is one; a query without a key gives 0."""
+    """Compute attention with ``mask``, if there is one, added to the scores; a query without a key gives 0."""
     padded = _Padded.of(operands, mask)
     out = F.scaled_dot_product_attention(padded.q, padded.k, padded.v, padded.added, dropout_p)
     return padded.packed_queries(out if padded.without_key is None else out.masked_fill(padded.without_key, 0))
@@ -60,16 +61,16 @@ def attend_under_mask(
 def attend_with_weights(
     operands: Operands, mask: Float[Tensor, "b h L S"] | None, dropout_p: float, average: bool
 ) -> tuple[Float[Tensor, "Tq H D"], Float[Tensor, "..."]]:
-    """The output and the attention weights, a bounded number of scores at a time.
+    """Compute the output and the attention weights, a bounded number of scores at a time.
 
-    Beside the weights no more than a bounded number of scores is held: a backward computes the others again. Weights
-    are 0 at masked keys, and in the rows of queries without a key or not among ``operands.queries``.
+    Apart from the weights, only a bounded number of scores is in memory; the backward pass computes the others again.
+    Weights are 0 at masked keys, and in the rows of queries that have no key or are not among ``operands.queries``.
 
     Args:
         operands: queries, keys and values.
-        mask: added to the scores, or None.
-        dropout_p: share of the weights dropped.
-        average: the mean over heads, (B, L, S), instead of (B, H, L, S).
+        mask: the mask that is added to the scores, or None.
+        dropout_p: the share of the weights that is dropped.
+        average: whether to return the mean of the weights over heads, (B, L, S), instead of (B, H, L, S).
 
     Returns:
         The output (Tq, H, D) and the weights.
@@ -95,14 +96,14 @@ def attend_with_weights(
 
 @dataclass(frozen=True)
 class _Padded:
-    """Operands as one batch.
+    """Operands padded to one batch.
 
     Attributes:
         q, k, v: (B, H, Lm, D) and (B, H, M, D), 0 after a sequence's end.
         added: (b, h, Lm or 1, M), added to the scores, −inf after a sequence's end; finite in rows without a key.
-        without_key: (b, h, Lm or 1, 1), the rows in which no key takes part; None with ``added``.
-        aligned_queries: where packed rows lie in (B, Lm).
-        key_BM: the key of each column, 0 after a sequence's end; None where it is the column itself.
+        without_key: (b, h, Lm or 1, 1) bool, the rows in which no key takes part; None if ``added`` is.
+        aligned_queries: the packing of the queries in (B, Lm).
+        key_BM: (B, M), the index of each column's key, 0 after a sequence's end; None if it is the column's own.
         num_keys: S.
     """
 
@@ -146,12 +147,12 @@ class _Padded:
         return self.q.shape[:3].numel() * self.k.shape[2]
 
     def packed_queries(self, out_BHLD: Tensor) -> Tensor:
-        """(B, H, Lm, D) → (Tq, H, D)."""
+        """Pack the output, (B, H, Lm, D) → (Tq, H, D)."""
         return rows_of(out_BHLD.transpose(1, 2), self.aligned_queries)
 
 
 def _gathered(mask: Tensor, query_BL: Tensor | None, key_BM: Tensor | None) -> Tensor:
-    """The rows and columns of a (b, h, L, S) mask that take part: (B, h, Lm, M), or the mask itself."""
+    """Gather the rows and columns of a (b, h, L, S) mask that take part: (B, h, Lm, M), or the mask unchanged."""
     for index, dim in ((query_BL, 2), (key_BM, 3)):
         if index is not None:
             shape = [index.shape[0], *mask.shape[1:]]
@@ -161,11 +162,11 @@ def _gathered(mask: Tensor, query_BL: Tensor | None, key_BM: Tensor | None) -> T
     return mask
 
 
-_Block = tuple[slice, slice]  # of sequences, of their queries
+_Block = tuple[slice, slice]  # a slice of the sequences and one of their queries
 
 
 def _blocks(padded: _Padded, scores_at_once: int) -> list[_Block]:
-    """Whole sequences where several fit, else some queries of one; in the order of the rows."""
+    """Split the queries into blocks of several sequences if these fit, else of some queries of one, in row order."""
     B, H, Lm, _ = padded.q.shape
     M = padded.k.shape[2]
     sequences = min(max(1, scores_at_once // max(1, H * Lm * M)), max(B, 1))
@@ -178,12 +179,12 @@ def _blocks(padded: _Padded, scores_at_once: int) -> list[_Block]:
 
 
 def _attend_block(padded: _Padded, block: _Block, dropout_p: float, average: bool) -> tuple[Tensor, Tensor]:
-    """Some queries' output (b, Q, H, D) and weights (b, Q, S) or (b, Q, H, S)."""
+    """Compute a block's output (b, Q, H, D) and weights, (b, Q, S) or (b, Q, H, S)."""
     sequences, rows = block
     scores = (padded.q[sequences, :, rows] * padded.q.shape[-1] ** -0.5) @ padded.k[sequences].transpose(-2, -1)
     without_key = None
     if padded.added is not None and padded.without_key is not None:
-        added, without_key = (_part(x, block) for x in (padded.added, padded.without_key))
+        added, without_key = (_block_of(x, block) for x in (padded.added, padded.without_key))
         scores = scores + added
     weights = scores.softmax(dim=-1)
     if without_key is not None:
@@ -195,20 +196,20 @@ def _attend_block(padded: _Padded, block: _Block, dropout_p: float, average: boo
         key_bM = padded.key_BM[sequences]
         index = key_bM[:, None] if average else key_bM[:, None, None]
         columns = weights.new_zeros((*weights.shape[:-1], padded.num_keys))
-        # Added, because the columns after a sequence's end are 0 and share an index with a key.
+        # Columns after a sequence's end have weight 0 and share index 0 with a key, so they are added, not assigned.
         weights = columns.scatter_add(-1, index.expand(weights.shape), weights)
     return out.transpose(1, 2), weights
 
 
-def _part(x: Tensor, block: _Block) -> Tensor:
-    """A block of (b, h, Lm, ·), where b and Lm may be 1 for all."""
+def _block_of(x: Tensor, block: _Block) -> Tensor:
+    """Return a block of (b, h, Lm, ·), where b and Lm may be 1 to broadcast."""
     sequences, rows = block
     x = x if x.shape[0] == 1 else x[sequences]
     return x if x.shape[2] == 1 else x[:, :, rows]
 
 
 def _joined(blocks: list[_Block], pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The blocks' results side by side: queries of a sequence along axis 1, then sequences along axis 0."""
+    """Concatenate the blocks' results: the queries of a sequence along axis 1, then the sequences along axis 0."""
     of_sequences: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for (sequences, _), piece in zip(blocks, pieces, strict=True):
         of_sequences.setdefault(sequences.start, []).append(piece)
@@ -220,12 +221,12 @@ def _joined(blocks: list[_Block], pieces: list[tuple[Tensor, Tensor]]) -> tuple[
 def _filled(
     attend: Callable[[_Block], tuple[Tensor, Tensor]], blocks: list[_Block], batch_size: int, queries: int
 ) -> list[Tensor]:
-    """The blocks' results side by side, each written to its place as it comes."""
-    whole: list[Tensor] = []
+    """Compute the blocks one after another, and write each result into its slice of the output."""
+    filled: list[Tensor] = []
     for block in blocks:
         pieces = attend(block)
-        if not whole:
-            whole = [x.new_empty((batch_size, queries, *x.shape[2:])) for x in pieces]
-        for x, piece in zip(whole, pieces, strict=True):
+        if not filled:
+            filled = [x.new_empty((batch_size, queries, *x.shape[2:])) for x in pieces]
+        for x, piece in zip(filled, pieces, strict=True):
             x[block] = piece
-    return whole
+    return filled

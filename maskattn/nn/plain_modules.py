@@ -1,7 +1,7 @@
-"""Whether a module is still what it was built as, so that its weights may be read instead of calling it.
+"""Checks that a module is unmodified, so that its weights may be read instead of calling it.
 
-Reading a weight saves work where few of a layer's outputs are needed, and goes round whatever has been put on the layer
-since: hooks, parametrisations, adapters, quantisation, sharding. So a caller asks first, on every call.
+Reading a weight saves work if few of a layer's outputs are needed, but bypasses whatever was attached to the layer
+later: hooks, parametrisations, adapters, quantisation, sharding. Callers therefore check on every call.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ Forwards = Mapping[type[nn.Module], Callable[..., Any]]
 
 
 def forwards_of(kinds: Iterable[type[nn.Module]]) -> Forwards:
-    """The forward of each class, by which one that is patched later is recognised."""
+    """Return the forward of each class, from which a class that is patched later is recognised."""
     return {kind: kind.forward for kind in kinds}
 
 
 def is_plain(module: nn.Module, forwards: Forwards, *, itself: bool = False) -> bool:
-    """Whether a module and all that it holds are of known classes, with nothing put on them.
+    """Return whether a module and its submodules are of known classes and have nothing attached.
 
-    It is asked on every forward, and so written for speed.
+    It runs in every forward and is therefore written for speed.
 
     Args:
         module: the root.
-        forwards: the known classes and their forwards; a subclass, as parametrisation and sharding make, is unknown.
-        itself: ask of the module alone, not of what it holds.
+        forwards: the known classes and their forwards; subclasses, as parametrisation and sharding create, are unknown.
+        itself: whether to check the module alone, without its submodules.
     """
     if torch_module._has_any_global_hook():
         return False
     waiting = [module]
-    for each in waiting:  # which grows
+    for each in waiting:  # the list grows during the loop
         own, kind = each.__dict__, type(each)
         if (
             forwards.get(kind) is not kind.forward
@@ -55,8 +55,8 @@ def is_plain(module: nn.Module, forwards: Forwards, *, itself: bool = False) -> 
 
 
 def has_plain_parameters(module: nn.Module) -> bool:
-    """Whether weight and bias are ordinary tensors: not sharded, not quantised, not offloaded."""
-    if torch.compiler.is_exporting():  # where every parameter stands for one
+    """Return whether weight and bias are ordinary tensors: not sharded, quantised or offloaded."""
+    if torch.compiler.is_exporting():  # every parameter is then a fake tensor
         return True
     parameters = module._parameters
     return type(parameters.get("weight")) in _PLAIN_TENSORS and type(parameters.get("bias")) in _PLAIN_TENSORS

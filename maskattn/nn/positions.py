@@ -1,7 +1,7 @@
-"""Where a token is: learnt embeddings read on another grid, sines, rotations and the slopes of ALiBi.
+"""The positions of tokens: learnt embeddings resampled to another grid, sines, rotations and the slopes of ALiBi.
 
-Three conventions exist for learnt embeddings in the wild, and they differ by more than rounding, so the caller names
-one:
+Three conventions for resampling learnt embeddings are in use, and they differ by more than rounding, so the caller
+chooses one:
 
 - ``"timm"``: bicubic with antialiasing to the exact target size (timm's ``resample_abs_pos_embed``, and DINOv2 with
   registers in transformers);
@@ -10,9 +10,9 @@ one:
 - ``"transformers"``: bicubic without antialiasing to the exact target size (transformers' ViT, DeiT, BEiT, CLIP,
   SigLIP, I-JEPA and DINOv2 without registers).
 
-One set of weights may therefore give three outputs: a DINOv2 ViT-S/14 of 37×37 positions, read at 224×224, has the
-features of DINOv2's own code to 5e-6 under ``"dino"``, is off by 0.03 under ``"transformers"`` and by 0.06 under
-``"timm"`` (of values up to 8.2). Each layout loads with the convention of the library that wrote it.
+One set of weights may therefore give three outputs: the features of a DINOv2 ViT-S/14 with 37×37 positions, run at
+224×224 px, agree with DINOv2's own code to 5e-6 under ``"dino"``, and differ by 0.03 under ``"transformers"`` and by
+0.06 under ``"timm"`` (of values up to 8.2). Each layout loads with the convention of the library that wrote it.
 
 Dimension key: P prefix tokens, N tokens of the learnt grid, T packed tokens, C channels, H and W of the target grid
 (in ``rotate``: H heads), D head width.
@@ -45,15 +45,18 @@ CONVENTIONS = ("timm", "dino", "transformers")
 def resample_position_embedding(
     grid_1NC: Float[Tensor, "1 N C"], learnt_HW: tuple[int, int], target_HW: tuple[int, int], convention: str
 ) -> Float[Tensor, "1 M C"]:
-    """Bicubic interpolation of a grid of position embeddings, (1, N, C) → (1, H·W, C).
+    """Interpolate a grid of position embeddings bicubically, (1, N, C) → (1, H·W, C).
 
-    A grid of its own size is returned as it is, in all conventions.
+    A grid that already has the target size is returned unchanged, in all conventions.
 
     Args:
         grid_1NC: the embeddings of the grid tokens, without those of prefix tokens.
-        learnt_HW: rows and columns of the learnt grid.
-        target_HW: rows and columns wanted.
+        learnt_HW: the rows and columns of the learnt grid.
+        target_HW: the rows and columns of the target grid.
         convention: "timm", "dino" or "transformers".
+
+    Raises:
+        ValueError: the DINO convention gives another size than the target's.
     """
     if learnt_HW == target_HW:
         return grid_1NC
@@ -62,7 +65,7 @@ def resample_position_embedding(
         factors = [(target + 0.1) / learnt for target, learnt in zip(target_HW, learnt_HW, strict=True)]
         if [math.floor(f * n) for f, n in zip(factors, learnt_HW, strict=True)] != list(target_HW):
             raise ValueError(
-                f"the DINO convention cannot reach a {target_HW} grid from {learnt_HW}; pass pos_embed_resample='timm'"
+                f"the DINO convention cannot resample a {learnt_HW} grid to {target_HW}; pass pos_embed_resample='timm'"
             )
         image = F.interpolate(image, scale_factor=factors, mode="bicubic")
     else:
@@ -73,14 +76,14 @@ def resample_position_embedding(
 def sine_positions(
     row_T: Int[Tensor, "T"], column_T: Int[Tensor, "T"], grid_HW: tuple[int, int], dim: int
 ) -> Float[Tensor, "T C"]:
-    """Absolute 2-D sine embeddings (T, C): half the channels for the row, half for the column, sines before cosines.
+    """Compute absolute 2-D sine embeddings (T, C): half the channels for the row, half for the column, sines first.
 
-    Angular frequencies are 10000^(−i/(C/4)). MAE's formula; rows come first, as Prov-GigaPath's slide encoder has them.
+    Angular frequencies are 10000^(−i/(C/4)), as in MAE; rows come first, as in Prov-GigaPath's slide encoder.
     """
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device=row_T.device) / (dim / 4))
 
     def table(length: int) -> Tensor:
-        # In float64: an angle of 1000 cells is off by 6e-5 in float32.
+        # In float64, because the angle at cell 1000 is off by 6e-5 in float32.
         angles = torch.arange(length, dtype=torch.float64, device=row_T.device)[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1).to(torch.get_default_dtype())
 
@@ -89,14 +92,14 @@ def sine_positions(
 
 @dataclass(frozen=True)
 class RotaryGrid:
-    """Rotary positions that count tokens, as EVA-02 and the Perception Encoder have them.
+    """Rotary positions in units of tokens, as in EVA-02 and the Perception Encoder.
 
-    Token i of n along a side of the grid is at (i + offset) · reference / n, or at i + offset without a reference.
+    Token i of n along an axis of the grid is at (i + offset) · reference / n, or at i + offset without a reference.
 
     Attributes:
-        offset: of the first token.
-        reference_HW: rows and columns of the grid that the positions were learnt on, to which others are scaled.
-        columns_first: the column's angles come before the row's.
+        offset: the position of the first token.
+        reference_HW: the rows and columns of the grid that the model was trained on, to which other grids are scaled.
+        columns_first: whether the column's angles come before the row's.
     """
 
     offset: float = 0.0
@@ -112,21 +115,22 @@ def rotary_angles(
     theta: float,
     grid: RotaryGrid | None = None,
 ) -> Float[Tensor, "T E"]:
-    """Angles (T, D/2) of rotary positions, D/4 for the row and D/4 for the column: position · theta^(−i/(D/4)).
+    """Compute the angles (T, D/2) of rotary positions, D/4 for the row and D/4 for the column.
 
-    Without ``grid`` a position is that of the token's centre, −2π … 2π over each side, as DINOv3 has it.
+    Angle i is position · theta^(−i/(D/4)). Without ``grid``, the position is the token's centre on a scale of −2π … 2π
+    along each axis, as in DINOv3.
     """
     frequencies = 1 / theta ** torch.arange(0, 1, 4 / width, dtype=torch.float32, device=row_T.device)
 
-    def table(side: int) -> Tensor:
-        length = grid_HW[side]
+    def table(axis: int) -> Tensor:
+        length = grid_HW[axis]
         if grid is None:
             centres = torch.arange(0.5, length, dtype=torch.float32, device=row_T.device) / length
             return (2 * math.pi * (2 * centres - 1))[:, None] * frequencies
         positions = torch.arange(length, dtype=torch.float32, device=row_T.device) + grid.offset
         if grid.reference_HW is not None:
-            positions = positions / length * grid.reference_HW[side]
-        # In float64: an angle grows with the grid.
+            positions = positions / length * grid.reference_HW[axis]
+            # In float64, because the angles grow with the grid.
         return positions.double()[:, None] * frequencies
 
     angles = [table(0)[row_T], table(1)[column_T]]
@@ -138,21 +142,21 @@ def rotate(x_THD: Float[Tensor, "T H D"], rotation: tuple[Tensor, Tensor]) -> Fl
 
     Args:
         x_THD: queries or keys.
-        rotation: cosines and sines, (T, D/2) each.
+        rotation: the cosines and sines, (T, D/2) each.
     """
-    cos, sin = (part[:, None] for part in rotation)  # [T, 1, D/2]
+    cos, sin = (x[:, None] for x in rotation)  # [T, 1, D/2]
     first, second = x_THD.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THD.dtype)
 
 
 def alibi_slopes(num_heads: int, like: Tensor) -> Float[Tensor, "H"]:
-    """ALiBi's slope of each head (Press et al., arXiv 2108.12409): 2^(−8h/H), h = 1 … H, where H is a power of two.
+    """Return ALiBi's slope of each head (Press et al., arXiv 2108.12409): 2^(−8h/H), h = 1 … H, for a power of two H.
 
-    Other counts take the powers of two below, then every other slope of the next power.
+    Other head counts take the slopes of the next lower power of two, then every other slope of the next higher one.
 
     Args:
         num_heads: H.
-        like: a float tensor whose device and dtype they take, so that a bfloat16 model keeps them whole.
+        like: a float tensor whose device and dtype the slopes take; coordinates stay float32 in a bfloat16 model.
     """
     below = 2 ** int(math.log2(num_heads))
     exact = torch.arange(1, below + 1, device=like.device, dtype=like.dtype) * (8 / below)

@@ -1,6 +1,6 @@
-"""The two upper levels of HIPT: the region ViT over embeddings of patches, and the slide level over those of regions.
+"""The two upper levels of HIPT: the region ViT over patch embeddings, and the slide level over region embeddings.
 
-This is all that is needed where patches were encoded before, as slide2vec's ``hierarchical_embeddings`` are.
+No more is needed if the patches were encoded earlier, as in slide2vec's ``hierarchical_embeddings``.
 
 Dimension key: B regions, N = n·n patches of a region, T kept regions, C channels, H·W regions of a slide, K classes.
 """
@@ -22,12 +22,12 @@ __all__ = ["RegionModel", "check_widths", "pooled_regions"]
 
 
 class RegionModel(nn.Module):
-    """Region ViT → slide level.
+    """HIPT without its patch level: region ViT → slide level.
 
     Args:
-        region_encoder: over embeddings of patches (patch_size 1), without a head.
-        slide_encoder: over the region encoder's embeddings: a ViT (patch_size 1) with the classes as its head, or
-            HIPT's own slide level.
+        region_encoder: a ViT over patch embeddings (patch_size 1), without a head.
+        slide_encoder: the slide level over the region encoder's embeddings: a ViT (patch_size 1) whose head gives the
+            slide's logits, or HIPT's own slide level.
 
     Raises:
         ValueError: one level's width is not the next one's.
@@ -45,17 +45,17 @@ class RegionModel(nn.Module):
     def embed_regions(
         self, features_BNC: Float[Tensor, "B N C"], keep_BN: Bool[Tensor, "B N"] | None = None
     ) -> tuple[Float[Tensor, "T C"], Bool[Tensor, "B"]]:
-        """Embeddings of the regions that have a kept patch, from embeddings of their patches.
+        """Embed the regions that have a kept patch, from their patches' embeddings.
 
         Args:
             features_BNC: (B, n·n, C), each region's patches row-major.
             keep_BN: (B, n·n) bool, the patches that take part; None keeps all.
 
         Returns:
-            (T, C), and (B,) bool, which of the regions they are.
+            The embeddings (T, C), and (B,) bool, True for the regions that have one.
 
         Raises:
-            ValueError: the patches of a region are no square, or have another width.
+            ValueError: the patches of a region do not form a square, or have another width.
         """
         B, N, C = features_BNC.shape
         side, width = math.isqrt(N), self.region_encoder.patch_embed.in_chans
@@ -70,28 +70,28 @@ class RegionModel(nn.Module):
         return pooled_regions(self.region_encoder, pack(features_BNC, packing), packing, (side, side))
 
     def slide_tokens(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> PackedTokens:
-        """Embeddings of the kept regions, row-major, to the packed tokens with which the slide's ViT starts.
+        """Embed the kept regions, row-major, as packed tokens for the blocks of the slide's ViT.
 
         Raises:
-            ValueError: there are not as many embeddings as kept regions, or the slide level is no ViT.
+            ValueError: the numbers of embeddings and of kept regions differ, or the slide level is not a ViT.
         """
         if not isinstance(self.slide_encoder, VisionTransformer):
             raise ValueError(
-                f"tokens of a slide are those of a ViT, got a {type(self.slide_encoder).__name__} as the slide level; "
+                f"only a ViT has slide tokens, got a {type(self.slide_encoder).__name__} as the slide level; "
                 "call the model itself"
             )
         packing = self.packed_regions(embeddings_TC, keep_HW)
         return self.slide_encoder.embed_patches(embeddings_TC, packing, (keep_HW.shape[0], keep_HW.shape[1]))
 
     def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "K"]:
-        """The slide's logits (K,) from its kept regions' embeddings.
+        """Compute the slide's logits (K,) from the embeddings of its kept regions.
 
         Args:
             embeddings_TC: (T, C), a row for each kept region, row-major.
-            keep_HW: (H, W) bool over the slide's regions. HIPT's own slide level does not read where they lie.
+            keep_HW: (H, W) bool over the slide's regions. HIPT's own slide level ignores the regions' positions.
 
         Raises:
-            ValueError: there are not as many embeddings as kept regions, or none.
+            ValueError: the numbers of embeddings and of kept regions differ, or there are none.
         """
         if isinstance(self.slide_encoder, HIPTHead):
             self.packed_regions(embeddings_TC, keep_HW)
@@ -100,7 +100,7 @@ class RegionModel(nn.Module):
         return self.slide_encoder(self.slide_tokens(embeddings_TC, keep_HW))[0]
 
     def packed_regions(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Packing:
-        """Where the kept regions lie among the slide's. Arguments and errors as in :meth:`forward`."""
+        """Return the packing of the kept regions in (1, H·W). Arguments and errors as in :meth:`forward`."""
         packing = Packing.from_keep(keep_HW.to(embeddings_TC.device).flatten()[None])
         if packing.total != len(embeddings_TC):
             raise ValueError(
@@ -116,7 +116,7 @@ def pooled_regions(
     packing: Packing,
     grid_HW: tuple[int, int],
 ) -> tuple[Float[Tensor, "R C"], Bool[Tensor, "B"]]:
-    """The embeddings of the regions that have patches, from those of their patches, and which regions these are."""
+    """Embed the regions that have patches, from the patches' embeddings; (B,) bool marks these regions."""
     keep_B = packing.cu_seqlens.diff() > 0
     if not packing.total:
         return embeddings_TC.new_empty(0, region_encoder.embed_dim), keep_B
@@ -124,7 +124,7 @@ def pooled_regions(
 
 
 def check_widths(below: VisionTransformer, above: VisionTransformer | HIPTHead, names: str) -> None:
-    """Make sure that one level hands over what the next one reads.
+    """Check that one level outputs embeddings of the width that the next one reads.
 
     Raises:
         ValueError: it does not.
@@ -132,6 +132,6 @@ def check_widths(below: VisionTransformer, above: VisionTransformer | HIPTHead, 
     in_chans = above.in_dim if isinstance(above, HIPTHead) else above.patch_embed.in_chans
     if below.num_classes or below.embed_dim != in_chans:
         raise ValueError(
-            f"the {names} encoder must hand over embeddings of one width without a head, got num_classes="
-            f"{below.num_classes}, width {below.embed_dim} and in_chans={in_chans}"
+            f"the {names} encoder must agree: the lower one without a head, and as wide as the upper one's in_chans, "
+            f"got num_classes={below.num_classes}, width {below.embed_dim} and in_chans={in_chans}"
         )

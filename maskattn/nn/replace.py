@@ -1,4 +1,4 @@
-"""Swap torch's attention layers for ours in a model that exists."""
+"""Replacement of torch's attention layers in an existing model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Model = TypeVar("Model", bound=nn.Module)
 def replace_attention(model: Model, *, skip_queries: bool = False, impl: str | None = None) -> Model:
     """Turn every ``torch.nn.MultiheadAttention`` of a model into a ``maskattn.nn.MultiheadAttention``, in place.
 
-    The module objects stay and only change their class, so that parameters, buffers, hooks, training mode, device,
-    dtype, sharing and whatever an optimizer holds are untouched. Layers that are ours already are left as they are,
-    and so are subclasses of torch's layer, with a warning: their forward may be another.
+    Only the class of the module objects changes, so that parameters, buffers, hooks, training mode, device, dtype,
+    sharing and an optimizer's references are untouched. Layers that are already this package's are left unchanged, and
+    so, with a warning, are subclasses of torch's layer, whose forward may differ.
 
     Args:
-        model: any module, itself an attention layer or holding some.
-        skip_queries, impl: as :class:`maskattn.nn.MultiheadAttention` has them, for all layers. ``skip_queries`` is for
+        model: any module: an attention layer, or one that contains some.
+        skip_queries, impl: as in :class:`maskattn.nn.MultiheadAttention`, for all layers. ``skip_queries`` is for
             models whose layers are all self-attention.
 
     Returns:
@@ -43,7 +43,7 @@ def replace_attention(model: Model, *, skip_queries: bool = False, impl: str | N
             unknown.append(f"{name or 'the model itself'} ({type(module).__name__})")
     if unknown:
         warnings.warn(
-            f"replace_attention swaps torch.nn.MultiheadAttention alone and left its subclasses as they are: "
+            f"replace_attention replaces only torch.nn.MultiheadAttention itself and left these subclasses unchanged: "
             f"{', '.join(unknown)}",
             stacklevel=2,
         )

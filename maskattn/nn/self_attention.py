@@ -1,7 +1,7 @@
 """Multi-head self-attention over packed tokens, with timm's parameters.
 
-A key is affine in its token, then normalised where the model has a q/k norm, then rotated where it has rotary
-positions. Explanations need the derivative of the key as its token is scaled, which goes through all three.
+A key is an affine function of its token, then normalised if the model has a q/k norm, then rotated if it has rotary
+positions. Explanations need the derivative of the key with respect to the scale of its token, through all three steps.
 
 Dimension key: B images, T packed tokens, R tokens that are read, C channels, H heads, D head width.
 """
@@ -24,15 +24,15 @@ __all__ = ["Attention", "AttentionOptions"]
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """Options of a self-attention layer besides its width and heads, under timm's names.
+    """The options of a self-attention layer other than its width and its number of heads, under timm's names.
 
     Attributes:
         qkv_bias, proj_bias: whether the projections have biases.
-        qk_norm: queries and keys are normalised, head by head.
-        scale_attn_norm: the output is normalised before the projection.
+        qk_norm: whether queries and keys are normalised, head by head.
+        scale_attn_norm: whether the output is normalised before the projection.
         norm_eps: ε of these norms.
-        attn_drop_rate, proj_drop_rate: shares of weights, and of output features, dropped in training.
-        impl: implementation; None takes the best.
+        attn_drop_rate, proj_drop_rate: the shares of weights, and of output features, dropped in training.
+        impl: the implementation of attention; None takes the best.
     """
 
     qkv_bias: bool = True
@@ -63,11 +63,11 @@ class Attention(nn.Module):
 
     @property
     def dropout_p(self) -> float:
-        """The share of attention weights dropped now: 0 in eval mode."""
+        """The share of attention weights that the next call drops: 0 in eval mode."""
         return self.attn_drop_rate if self.training else 0.0
 
     def forward(self, normed_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"]:
-        """Normalised rows (T, C) → (T, C), each sequence within itself; ``tokens`` says where they lie."""
+        """Attend within each sequence, normalised rows (T, C) → (T, C); ``tokens`` gives the layout of the rows."""
         q, k, v = self.queries_keys_and_values(normed_TC, tokens)
         packing = tokens.packing
         out = packed_attention(
@@ -85,7 +85,7 @@ class Attention(nn.Module):
     def queries_keys_and_values(
         self, normed_TC: Float[Tensor, "T C"], tokens: PackedTokens
     ) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T H D"], Float[Tensor, "T H D"]]:
-        """Normalised rows (T, C) → q, unscaled, k and v of all tokens, (T, H, D) each; the modules are called."""
+        """Compute q, unscaled, k and v of all tokens, (T, H, D) each, by calling the modules on normalised rows."""
         q, k, v = self.qkv(normed_TC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D]
         q, k = self.q_norm(q), self.k_norm(k)
         if tokens.rotation is not None:
@@ -93,22 +93,22 @@ class Attention(nn.Module):
         return q, k, v
 
     def project(self, out: Tensor) -> Tensor:
-        """The attention's output per head (..., H, D) → (..., C)."""
+        """Project the attention's output per head, (..., H, D) → (..., C)."""
         return self.proj_drop(self.proj(self.norm(out.flatten(-2))))
 
     def class_token_queries(self, normed_BRC: Tensor) -> Tensor:
-        """(B, R, C) → q (B, R, H, D), unscaled, of tokens without a place (no rotation, no ALiBi), from the weights."""
+        """Compute q (B, R, H, D), unscaled, of tokens (B, R, C) without a position (no rotation), from the weights."""
         return self.q_norm(self._project(normed_BRC, slice(self.qkv.in_features)).unflatten(-1, (self.num_heads, -1)))
 
     def keys_and_values(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-        """Normalised tokens (T, C) → k and v alone, (T, H, D) each, from the weights."""
+        """Compute k and v alone, (T, H, D) each, of normalised tokens (T, C), from the weights."""
         k, v = self._keys_and_values_before_norm(tokens)
         return self._finish_keys(k, tokens), v
 
     def key_and_value_origins(self, tokens: PackedTokens) -> tuple[Tensor | None, Tensor | None]:
-        """k and v less their derivatives as their token is scaled: what ``token_relevance`` takes as origins.
+        """Return the origins for ``token_relevance``: k and v minus their derivatives in the scale of their token.
 
-        (H, D) each where they are affine in the token, else (T, H, D) for k; None without biases.
+        They are (H, D) each if k is affine in the token, else (T, H, D) for k; None for 0.
         """
         bias_k = bias_v = None
         if self.qkv.bias is not None:
@@ -136,8 +136,8 @@ class Attention(nn.Module):
 
 
 def _along_layer_norm(norm: nn.LayerNorm, x: Tensor, direction: Tensor) -> Tensor:
-    """The derivative of ``norm`` at ``x`` along ``direction``: w/σ · (d − mean d − x̂ · mean(x̂ d))."""
-    # Not torch.func.jvp, which compiles its decompositions with the deprecated torch.jit.script.
+    """Compute the derivative of ``norm`` at ``x`` along ``direction`` d: w/σ · (d − mean d − x̂ · mean(x̂ d))."""
+    # Written out, because torch.func.jvp compiles its decompositions with the deprecated torch.jit.script.
     centred = x - x.mean(-1, keepdim=True)
     inverse_std = (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
     x_hat = centred * inverse_std

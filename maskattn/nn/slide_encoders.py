@@ -1,8 +1,8 @@
-"""Slide encoders: transformers over the embeddings of a slide's tiles, by the layout of their checkpoints.
+"""Slide encoders: transformers over the embeddings of a slide's tiles, loaded from published checkpoints.
 
-Two kinds of position: absolute 2-D sines (Prov-GigaPath, Xu et al., Nature 2024) and 2-D ALiBi (TITAN, Ding et al.,
-arXiv 2411.19666), whose biases the kernels compute from the tiles' coordinates, so that no N × N matrix exists. Every
-tile attends to every other: where GigaPath's LongNet attends in dilated segments, outputs differ.
+Positions are absolute 2-D sines (Prov-GigaPath, Xu et al., Nature 2024) or 2-D ALiBi (TITAN, Ding et al., arXiv
+2411.19666), whose biases the kernels compute from the tiles' coordinates, without an N × N matrix. Every tile attends
+to every other; GigaPath's LongNet attends in dilated segments, so its outputs differ.
 
 Dimension key: T tiles, C channels of their embeddings, H·W cells of the slide's grid.
 """
@@ -25,7 +25,7 @@ from maskattn.shapes import Float
 
 __all__ = ["encode_placed_tiles", "from_gigapath", "from_titan", "place_tiles"]
 
-# torchscale's names in Prov-GigaPath's encoder, and ours.
+# torchscale's names in Prov-GigaPath's encoder, and the names here.
 _GIGAPATH = [
     (re.compile(pattern), ours)
     for pattern, ours in (
@@ -40,27 +40,27 @@ _GIGAPATH = [
         (r"^encoder\.layer_norm\.", "norm."),
     )
 ]
-# TITAN's pooling for captions, after the encoder.
+# TITAN's pooling after the encoder, which aligns it with captions.
 _TITAN_LEFT_OUT = re.compile(r"(?:^|\.)(?:attn_pool|attn_pool_contrastive)\.|(?:^|\.)proj$")
 
 
 def from_gigapath(
     checkpoint: Mapping[str, Any], *, num_heads: int = 16, global_pool: str = "token", impl: str | None = None
 ) -> VisionTransformer:
-    """Prov-GigaPath's slide encoder, with full attention instead of dilated.
+    """Build Prov-GigaPath's slide encoder, with full instead of dilated attention.
 
     Args:
-        checkpoint: its state dict, or a dict that holds it.
-        num_heads: 16 in the published encoder.
-        global_pool: "token", or "avg" for its ``global_pool=True``.
-        impl: implementation of the attention; None takes the best.
+        checkpoint: the encoder's state dict, or a dict that holds it.
+        num_heads: the number of heads, 16 in the published encoder.
+        global_pool: "token", or "avg" for GigaPath's ``global_pool=True``.
+        impl: the implementation of attention; None takes the best.
 
     Returns:
-        An encoder of tile embeddings (patch_size 1, sines of the tiles' cells), normalised before and after pooling;
-        run it with :func:`encode_placed_tiles`.
+        An encoder of tile embeddings (patch_size 1, sine positions of the tiles' cells), normalised before and after
+        pooling; run it with :func:`encode_placed_tiles`.
 
     Raises:
-        UnsupportedModelError: a ValueError that names the keys that have no place.
+        UnsupportedModelError: a ValueError that names the unexpected and missing keys.
     """
     state = dict(checkpoint.get("model", checkpoint))
     state.pop("pos_embed", None)  # a table of sines
@@ -72,11 +72,11 @@ def from_gigapath(
                 break
         renamed[key] = x
     for key in [key for key in renamed if re.search(r"attn\.q\.(weight|bias)$", key)]:
-        parts = [renamed.pop(key.replace("attn.q.", f"attn.{part}.")) for part in "qkv"]
-        renamed[key.replace("attn.q.", "attn.qkv.")] = torch.cat(parts)
+        qkv = [renamed.pop(key.replace("attn.q.", f"attn.{name}.")) for name in "qkv"]
+        renamed[key.replace("attn.q.", "attn.qkv.")] = torch.cat(qkv)
     if "fc_norm.weight" not in renamed or "fc_norm.bias" not in renamed:
         refuse("GigaPath's slide encoder", ["it has no norm"])
-    after_pool = {part: renamed.pop(f"fc_norm.{part}") for part in ("weight", "bias")}
+    after_pool = {name: renamed.pop(f"fc_norm.{name}") for name in ("weight", "bias")}
     model = from_state_dict(
         renamed,
         num_heads=num_heads,
@@ -88,25 +88,25 @@ def from_gigapath(
         fc_norm=False,
     )
     weight = after_pool["weight"]
-    # Its own norm has timm's ε, those of torchscale's layers their own.
+    # GigaPath builds this norm itself, with another ε than those in torchscale's layers.
     model.fc_norm = nn.LayerNorm(len(weight), eps=1e-6, device=weight.device, dtype=weight.dtype)
     model.fc_norm.load_state_dict(after_pool)
     return model
 
 
 def from_titan(checkpoint: Mapping[str, Any], *, num_heads: int = 12, impl: str | None = None) -> VisionTransformer:
-    """TITAN's vision encoder: tile embeddings, class token, 2-D ALiBi.
+    """Build TITAN's vision encoder: tile embeddings, class token, 2-D ALiBi.
 
-    The attention pooling and projection after it, which align it with text, are left out: the output is the class
-    token after the last norm.
+    The attention pooling and the projection that align it with text are left out: the output is the class token after
+    the last norm.
 
     Args:
-        checkpoint: its state dict, with or without the ``vision_encoder.`` prefix.
-        num_heads: 12 in the published encoder.
-        impl: implementation of the attention; None takes the best.
+        checkpoint: the encoder's state dict, with or without the ``vision_encoder.`` prefix.
+        num_heads: the number of heads, 12 in the published encoder.
+        impl: the implementation of attention; None takes the best.
 
     Raises:
-        UnsupportedModelError: a ValueError that names the keys that have no place.
+        UnsupportedModelError: a ValueError that names the unexpected and missing keys.
     """
     # TITAN keeps its blocks in a list of a module.
     state = {
@@ -120,18 +120,18 @@ def from_titan(checkpoint: Mapping[str, Any], *, num_heads: int = 12, impl: str 
 def place_tiles(
     embeddings_TC: Float[Tensor, "T C"], coords_T2: Tensor, tile_size: float
 ) -> tuple[Float[Tensor, "T C"], Packing, tuple[int, int]]:
-    """Lay tiles out on the slide's grid, row by row.
+    """Place tiles on the slide's grid, row by row.
 
     Args:
         embeddings_TC: (T, C), in any order.
-        coords_T2: (T, 2), x and y of each tile's upper left corner, not negative, on any level.
-        tile_size: side of a tile on that level.
+        coords_T2: (T, 2), x and y ≥ 0 of each tile's upper left corner, in px of any level.
+        tile_size: the side of a tile, in px of the same level.
 
     Returns:
         The embeddings in the grid's order, their packing in (1, H·W), and (H, W).
 
     Raises:
-        ValueError: shapes do not fit, a coordinate is negative, or two tiles lie in one cell.
+        ValueError: shapes do not fit, a coordinate is negative, or two tiles are in one cell.
     """
     if coords_T2.shape != (len(embeddings_TC), 2) or len(embeddings_TC) == 0 or (coords_T2 < 0).any():
         raise ValueError(
@@ -141,25 +141,33 @@ def place_tiles(
     cell = torch.div(coords_T2.to(embeddings_TC.device), tile_size, rounding_mode="floor").long()
     column, row = cell.unbind(1)
     grid_HW = int(row.max()) + 1, int(column.max()) + 1
-    place, order = (row * grid_HW[1] + column).sort()
-    if (place.diff() == 0).any():
+    index, order = (row * grid_HW[1] + column).sort()
+    if (index.diff() == 0).any():
         raise ValueError(
-            f"every tile must have a cell of its own, and {int((place.diff() == 0).sum())} share one with tile_size="
-            f"{tile_size}; is it the tiles' side on the coordinates' level?"
+            f"every tile must have a cell of its own, got {int((index.diff() == 0).sum())} that share one with "
+            f"tile_size={tile_size}; pass the tiles' side in px of the coordinates' level"
         )
-    total = len(place)
-    starts = torch.tensor([0, total], dtype=torch.int32, device=place.device)
-    return embeddings_TC[order], Packing(place, starts, total, 1, grid_HW[0] * grid_HW[1]), grid_HW
+    total = len(index)
+    starts = torch.tensor([0, total], dtype=torch.int32, device=index.device)
+    return embeddings_TC[order], Packing(index, starts, total, 1, grid_HW[0] * grid_HW[1]), grid_HW
 
 
 def encode_placed_tiles(
     encoder: VisionTransformer, embeddings_TC: Float[Tensor, "T C"], coords_T2: Tensor, tile_size: float
 ) -> Float[Tensor, "K"]:
-    """A slide's embedding (or logits) from its tiles' embeddings and coordinates.
+    """Compute a slide's embedding (or its logits, if the encoder has a head) from tile embeddings and coordinates.
 
     Args:
         encoder: a slide encoder: patch_size 1, in_chans C.
-        embeddings_TC, coords_T2, tile_size: as :func:`place_tiles` takes them.
+        embeddings_TC: (T, C), in any order.
+        coords_T2: (T, 2), x and y ≥ 0 of each tile's upper left corner, in px of any level.
+        tile_size: the side of a tile, in px of the same level.
+
+    Returns:
+        (K,), the encoder's output.
+
+    Raises:
+        ValueError: shapes do not fit, a coordinate is negative, or two tiles are in one cell.
 
     Example:
         >>> encoder = VisionTransformer(img_size=1, patch_size=1, in_chans=32, embed_dim=24, depth=2, num_heads=3,
@@ -173,6 +181,6 @@ def encode_placed_tiles(
 def placed_tokens(
     encoder: VisionTransformer, embeddings_TC: Float[Tensor, "T C"], coords_T2: Tensor, tile_size: float
 ) -> PackedTokens:
-    """The packed tokens with which the encoder starts. Arguments as in :func:`encode_placed_tiles`."""
+    """Embed tiles as packed tokens for the encoder's blocks. Arguments as in :func:`encode_placed_tiles`."""
     rows_TC, packing, grid_HW = place_tiles(embeddings_TC, coords_T2, tile_size)
     return encoder.embed_patches(rows_TC, packing, grid_HW)

@@ -1,8 +1,8 @@
-"""The slide model: tile encoder → slide encoder → head, and how it is kept on disk.
+"""The slide model, tile encoder → slide encoder → head, with its configuration and its files.
 
-The tile encoder is a vision transformer over the pixels of a tile, of which it reads the tissue tokens alone. The
-slide encoder is one over the tiles' embeddings at their grid positions, of which it reads the tissue tiles alone; its
-head gives the slide's logits. (A hierarchy as in HIPT; masking at every level, after Grisi et al., arXiv 2404.18152.)
+The tile encoder is a vision transformer over the pixels of a tile and reads only its tissue tokens. The slide encoder
+is a vision transformer over the tiles' embeddings at their grid positions and reads only tiles with tissue; its head
+gives the slide's logits. (A hierarchy as in HIPT; masking at every level as in Grisi et al., arXiv 2404.18152.)
 
 Dimension key: B tiles, h·w tokens of a tile, T kept tiles, H·W grid cells of a slide, C channels, K classes.
 """
@@ -36,18 +36,18 @@ class SlideModelConfig:
     """The configuration of a slide model.
 
     Attributes:
-        name: how outputs name the model.
-        classes: names of the K logits.
-        tile_px: side of a tile as the tile encoder sees it.
-        spacing_um: µm per pixel of such a tile.
-        tile_encoder: arguments of its :class:`VisionTransformer` (num_classes must stay 0).
-        slide_encoder: arguments of the slide encoder; patch_size 1, in_chans the tile encoder's width and num_classes
-            K are filled in.
-        masked: background takes no part; False makes the plain twin, which attends to the glass.
+        name: the model's name in outputs.
+        classes: the names of the K logits.
+        tile_px: the side of a tile in the tile encoder's input, in px.
+        spacing_um: the pixel size of these tiles, in µm.
+        tile_encoder: the arguments of the tile encoder's :class:`VisionTransformer` (num_classes must stay 0).
+        slide_encoder: the arguments of the slide encoder's :class:`VisionTransformer`; patch_size (1), in_chans (the
+            tile encoder's width) and num_classes (K) are filled in.
+        masked: whether background is masked; False gives the same model without masks, which attends to the glass too.
         min_token_fraction: a token is kept if more than this share of its area is tissue.
-        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1].
-        demonstration: the classes mean nothing outside the package's own synthetic slides.
-        note: a sentence for the outputs.
+        pixel_mean, pixel_std: the statistics per channel, of pixels scaled to [0, 1].
+        demonstration: whether the classes mean nothing outside the package's own synthetic slides.
+        note: a sentence that outputs carry.
     """
 
     name: str
@@ -65,15 +65,15 @@ class SlideModelConfig:
 
     @property
     def token_px(self) -> int:
-        """Side of a token of the tile encoder, in px of the tile."""
+        """The side of the tile encoder's token, in px of the tile."""
         return int(self.tile_encoder.get("patch_size", 16))
 
     @classmethod
     def from_json(cls, text: str) -> SlideModelConfig:
-        """Read what :meth:`to_json` wrote.
+        """Read a configuration that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: not JSON, or a key is missing or unknown.
+            ValueError: the text is not JSON, or a key is missing or unknown.
         """
         try:
             values = json.loads(text)
@@ -83,7 +83,7 @@ class SlideModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SlideModelConfig:
-        """The configuration with these fields, as JSON has them.
+        """Build the configuration from its fields as read from JSON.
 
         Raises:
             ValueError: a key is missing or unknown.
@@ -94,8 +94,8 @@ class SlideModelConfig:
         unknown, missing = sorted(set(values) - known), sorted(required - set(values))
         if unknown or missing:
             raise ValueError(
-                f"a slide model's configuration has unknown keys {unknown} and lacks {missing}; it must have "
-                f"{sorted(required)} and may have {sorted(known - required)}"
+                f"a slide model's configuration must have {sorted(required)} and may have {sorted(known - required)}, "
+                f"got unknown keys {unknown} and no {missing}; correct the JSON file"
             )
         for name in ("classes", "pixel_mean", "pixel_std"):
             if name in values:
@@ -103,20 +103,20 @@ class SlideModelConfig:
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, as JSON has them."""
+        """Return the fields as JSON's types."""
         return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
 
     def to_json(self) -> str:
-        """The configuration as indented JSON."""
+        """Return the configuration as indented JSON."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
 class SlideModel(nn.Module):
-    """Tile encoder → slide encoder → head.
+    """A model of a slide: tile encoder → slide encoder → head.
 
     Args:
         config: see :class:`SlideModelConfig`.
-        impl: implementation of the attention in both encoders; None takes the best.
+        impl: the implementation of attention in both encoders; None takes the best.
 
     Raises:
         ValueError: the configuration contradicts itself.
@@ -153,7 +153,7 @@ class SlideModel(nn.Module):
     def tile_tokens(
         self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None
     ) -> PackedTokens:
-        """Tiles of pixels to the packed tokens with which the tile encoder starts; only kept pixels are converted.
+        """Embed the tokens of tiles as packed tokens for the tile encoder's blocks; only kept pixels are converted.
 
         Args:
             tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
@@ -168,14 +168,14 @@ class SlideModel(nn.Module):
         return self.tile_encoder(self.tile_tokens(tiles_BIXY, keep_BHW))
 
     def slide_tokens(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> PackedTokens:
-        """Embeddings of the kept tiles to the packed tokens with which the slide encoder starts.
+        """Embed the kept tiles as packed tokens for the slide encoder's blocks.
 
         Args:
             embeddings_TC: (T, C), a row for each kept cell, row-major.
             keep_HW: (H, W) bool over the slide's grid cells.
 
         Raises:
-            ValueError: there are not as many embeddings as kept cells.
+            ValueError: the numbers of embeddings and of kept cells differ.
         """
         packing = Packing.from_keep(keep_HW.to(embeddings_TC.device).flatten()[None])
         if packing.total != embeddings_TC.shape[0]:
@@ -186,15 +186,15 @@ class SlideModel(nn.Module):
         return self.slide_encoder.embed_patches(embeddings_TC, packing, (keep_HW.shape[0], keep_HW.shape[1]))
 
     def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "K"]:
-        """The slide's logits (K,). Arguments as in :meth:`slide_tokens`."""
+        """Compute the slide's logits (K,). Arguments as in :meth:`slide_tokens`."""
         return self.slide_encoder(self.slide_tokens(embeddings_TC, keep_HW))[0]
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write ``NAME.safetensors`` and, beside it, ``NAME.json``; neither is left half-written.
+        """Write ``NAME.safetensors`` and ``NAME.json`` in the same folder; neither is left half-written.
 
         Args:
-            path: must end in .safetensors.
-            dtype: of the stored weights; None stores them as they are.
+            path: the path of the weights, which must end in .safetensors.
+            dtype: the dtype of the stored weights; None keeps the model's.
         """
         from safetensors.torch import save
 
@@ -205,11 +205,12 @@ class SlideModel(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, impl: str | None = None, device: torch.device | str = "cpu") -> SlideModel:
-        """Read what :meth:`save` wrote, or a folder that :func:`maskattn.nn.save_model` wrote, ready for inference.
+        """Load a model that :meth:`save` wrote, or a folder that :func:`maskattn.nn.save_model` wrote, in eval mode.
 
         Raises:
-            FileNotFoundError: the weights or the configuration beside them are not there.
-            ValueError: the weights do not fit the configuration; the keys are named. Or the folder holds another kind.
+            FileNotFoundError: the weights or their configuration do not exist.
+            ValueError: the weights do not fit the configuration (the message names the keys), or the folder holds
+                another kind of model.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -222,15 +223,15 @@ class SlideModel(nn.Module):
             found, _ = load_model_folder(folder, impl)
             if not isinstance(found, cls):
                 raise ValueError(
-                    f"a SlideModel must be a model with its own encoder, got a head of kind {found.kind!r} in "
-                    f"{folder}; load it with load_two_stages"
+                    f"a SlideModel's folder must hold a model with its own encoder, got a head of kind {found.kind!r} "
+                    f"in {folder}; load it with load_two_stages"
                 )
             return found.to(device).eval()
         path = _weights_path(path)
-        for part in (path, path.with_suffix(".json")):
-            if not part.is_file():
+        for file in (path, path.with_suffix(".json")):
+            if not file.is_file():
                 raise FileNotFoundError(
-                    f"a slide model is NAME.safetensors with NAME.json beside it; there is no {part}"
+                    f"a slide model is NAME.safetensors and NAME.json in one folder; there is no {file}"
                 )
         model = cls(SlideModelConfig.from_json(path.with_suffix(".json").read_text()), impl)
         try:
@@ -242,7 +243,7 @@ class SlideModel(nn.Module):
         return model.to(device).eval()
 
     def identity(self) -> str:
-        """SHA-256 over the configuration and the weights: two models of one identity predict alike."""
+        """Return the SHA-256 of configuration and weights; models with the same identity give the same predictions."""
         digest = hashlib.sha256(self.config.to_json().encode())
         for name, x in sorted(self.state_dict().items()):
             digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""The interface of timm's vision transformers on ours: features of inner blocks, replaceable heads, the card.
+"""The interface of timm's vision transformers: features of inner blocks, replaceable heads, the pretrained config.
 
 Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class token, registers), T packed tokens,
 C channels, K classes.
@@ -20,10 +20,10 @@ __all__ = ["TimmInterface"]
 
 
 class TimmInterface(nn.Module):
-    """timm's methods, for a vision transformer that has the parts they name.
+    """A mixin with timm's methods, for a vision transformer that has the attributes annotated here.
 
     Attributes:
-        pretrained_cfg: the model's card in timm (mean, std, input size and more), where it was converted from there.
+        pretrained_cfg: timm's configuration of a model converted from timm: mean, std, input size and more.
     """
 
     embed_dim: int
@@ -41,36 +41,36 @@ class TimmInterface(nn.Module):
 
     @property
     def default_cfg(self) -> dict[str, Any]:
-        """timm's older name of ``pretrained_cfg``."""
+        """An alias of ``pretrained_cfg``, timm's older name."""
         return self.pretrained_cfg
 
     @property
     def num_features(self) -> int:
-        """C, channels of the tokens."""
+        """C, the number of channels of a token."""
         return self.embed_dim
 
     @property
     def head_hidden_size(self) -> int:
-        """Channels of what the head reads: 2·C for global_pool="token_avg"."""
+        """The number of channels that the head reads: C, or 2·C for global_pool="token_avg"."""
         return self.embed_dim * (2 if self.global_pool == "token_avg" else 1)
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new head on, initialised, on the device and in the dtype of the model.
+        """Replace the head with a newly initialised one, on the device and in the dtype of the model.
 
         Args:
-            num_classes: its outputs; 0: no head.
-            global_pool: another pool; None keeps the one there is. Norms stay where they are, as in timm.
+            num_classes: the number of the head's outputs; 0 removes the head.
+            global_pool: the new pool; None keeps the present one. Norms stay where they are, as in timm.
 
         Raises:
-            ValueError: the model has not what the pool needs, or a norm of another width stands after the pool.
+            ValueError: the model lacks what the pool needs, or the norm after the pool has another width.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in ("token", "avg", "map", "token_avg", ""):
-            raise ValueError(f"global_pool must be 'token', 'avg', 'map', 'token_avg' or '', got {pool!r}")
+            raise ValueError(f"global_pool must be 'token', 'avg', 'map', 'token_avg' or '', got global_pool={pool!r}")
         if pool in ("token", "token_avg") and getattr(self, "cls_token", None) is None:
             raise ValueError(f"global_pool={pool!r} reads the class token, and this model has none; use 'avg'")
         if pool == "map" and self.attn_pool is None:
@@ -94,12 +94,12 @@ class TimmInterface(nn.Module):
     def forward_head(
         self, x: Float[Tensor, "B M C"], pre_logits: bool = False, keep: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "..."]:
-        """Pooling and head, from what ``forward_features`` gave.
+        """Apply pooling and head to the output of ``forward_features``.
 
         Args:
             x: (B, P + N, C), all tokens after the last norm.
-            pre_logits: what the head would read, (B, C), instead of its logits (B, K).
-            keep: the mask that ``forward_features`` was given.
+            pre_logits: return the head's input (B, C) instead of its logits (B, K).
+            keep: the mask that ``forward_features`` was called with.
 
         Raises:
             TypeError, ValueError: the mask does not fit the tokens.
@@ -125,21 +125,21 @@ class TimmInterface(nn.Module):
         *,
         keep: Bool[Tensor, "..."] | None = None,
     ) -> Any:
-        """Features of inner blocks, 0 at background tokens. Arguments and results are timm's.
+        """Return the features of inner blocks, 0 at background tokens. Arguments and results are timm's.
 
         Args:
             x: (B, in_chans, X, Y) images.
-            indices: the last n blocks, or these blocks, negative ones from the end; None takes all.
-            return_prefix_tokens: pairs of grid tokens and prefix tokens (B, P, C).
-            norm: through the last norm.
-            stop_early: run no block above the last one wanted.
+            indices: the number of last blocks to take, or the blocks' indices, negative from the end; None takes all.
+            return_prefix_tokens: return tuples of grid tokens and prefix tokens (B, P, C) instead of grid tokens alone.
+            norm: apply the last norm to the features.
+            stop_early: run no block after the last one that is taken.
             output_fmt: "NCHW", grid tokens (B, C, H, W), or "NLC", (B, N, C).
-            intermediates_only: a list of the features alone, instead of (final features (B, P + N, C), list).
-            output_dict: a dict with ``image_features``, ``image_intermediates`` and ``image_intermediates_prefix``.
+            intermediates_only: return the list of features alone, instead of (final features (B, P + N, C), list).
+            output_dict: return a dict with ``image_features``, ``image_intermediates``, ``image_intermediates_prefix``.
             keep: (B, N) or (B, H, W) bool over grid tokens, True = the token takes part; None keeps all.
 
         Raises:
-            TypeError, ValueError: there are no such blocks, no such format, or images or keep do not fit.
+            TypeError, ValueError: a block or the format does not exist, or images or keep do not fit.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got output_fmt={output_fmt!r}")
@@ -175,12 +175,12 @@ class TimmInterface(nn.Module):
         *,
         keep: Bool[Tensor, "..."] | None = None,
     ) -> list[Any]:
-        """DINO's name for :meth:`forward_intermediates`, features alone.
+        """Return the features of inner blocks, as DINO's method of this name does.
 
         Args:
-            x, return_prefix_tokens, norm, keep: see there.
-            n: the last n blocks, or these.
-            reshape: (B, C, H, W) instead of (B, N, C).
+            x, return_prefix_tokens, norm, keep: as in :meth:`forward_intermediates`.
+            n: the number of last blocks to take, or the blocks' indices.
+            reshape: return (B, C, H, W) instead of (B, N, C).
         """
         form = "NCHW" if reshape else "NLC"
         features: list[Any] = self.forward_intermediates(

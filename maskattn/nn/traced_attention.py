@@ -1,9 +1,9 @@
-"""Attention over all tokens, for programs that are traced or exported and for tensors without numbers.
+"""Attention over all tokens, for programs that are traced or exported and for tensors without values.
 
-Packing reads the mask: the number of kept tokens is data, which ``torch.jit.trace`` would freeze, the meta device
-does not have and ``torch.vmap`` over masks has once for each sample. Here a mask stays an input of the program, and
-every operation is torch's own, so that what was exported runs without this package. Masked keys cost what the others
-do, but are set to 0 before anything reads them:
+Packing reads the mask: the number of kept tokens is data, which ``torch.jit.trace`` would freeze, which does not exist
+on the meta device, and which differs between the samples of ``torch.vmap`` over masks. Here the mask stays an input of
+the program, and every operation is torch's own, so that an exported program runs without this package. Masked keys cost
+as much as kept ones, but are set to 0 before anything reads them:
 
     P = softmax(s·QKᵀ + added)      out = dropout(P) V
 
@@ -27,7 +27,7 @@ __all__ = ["attend_to_all_tokens", "is_traced"]
 
 
 def is_traced(x: Tensor, mask: Tensor | None = None) -> bool:
-    """Whether an operation is written down rather than run: traced, exported, or x or the mask has no numbers."""
+    """Return whether the call is traced or exported, or x or the mask has no values of its own (meta, vmap)."""
     if is_jit_traced() or torch.compiler.is_exporting() or x.device.type == "meta":
         return True
     return mask is not None and is_mapped(mask)
@@ -44,17 +44,20 @@ def attend_to_all_tokens(
     causal: bool,
     need_weights: bool,
 ) -> tuple[Float[Tensor, "B L C"], Float[Tensor, "B H L S"] | None]:
-    """A layer's output, and the weights that the values were summed with, or None.
+    """Compute a layer's output, and the attention weights if they are wanted.
 
     Args:
-        layer: whose weights these are.
+        layer: the layer, for its projections, heads and dropout.
         inputs: query (B, L, C), key and value (B, S, ·).
-        padding: the keys that take part (B, S) bool, and the bias of each (B, S); None for all, and for none.
-        mask_bhLS: added to the scores, or None; it has a column for each appended key too.
-        appended: keys and values (1, H, D) at the end of every sequence.
-        skip_queries: tokens that are no keys are no queries either.
-        causal: query i attends to keys 0 … i; without padding, mask and weights.
+        padding: the keys that take part (B, S) bool, None for all, and their biases (B, S), None for none.
+        mask_bhLS: the mask that is added to the scores, or None; it includes a column for each appended key.
+        appended: the keys and values (1, H, D) that are added at the end of every sequence.
+        skip_queries: tokens that are not keys are not queries either.
+        causal: query i attends to keys 0 … i; excludes padding, mask and weights.
         need_weights: return the weights.
+
+    Returns:
+        The output, and the weights after dropout or None.
     """
     keep_BS = padding[0]
     query, key, value = inputs
@@ -87,14 +90,14 @@ def attend_to_all_tokens(
 
 
 def blanked(x_BSC: Float[Tensor, "B S C"], keep_BS: Bool[Tensor, "B S"] | None) -> Float[Tensor, "B S C"]:
-    """x with 0 for tokens that take no part, so that NaN there reaches neither an output nor a gradient."""
+    """Set tokens that take no part to 0, so that NaN in them reaches neither an output nor a gradient."""
     return x_BSC if keep_BS is None else x_BSC.masked_fill(~keep_BS[:, :, None], 0)
 
 
 def _added(
     q: Tensor, padding: tuple[Tensor | None, Tensor | None], mask_bhLS: Tensor | None, num_appended: int
 ) -> Float[Tensor, "b h L S"] | None:
-    """The term added to the scores: −inf for keys that take no part, biases and the mask."""
+    """Return the term that is added to the scores: −inf for keys that take no part, the biases and the mask."""
     keep_BS, bias_BS = padding
     added = None if mask_bhLS is None else mask_bhLS.to(q.dtype)
     if keep_BS is None:
@@ -107,7 +110,7 @@ def _added(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, dropout_p: float, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """0, and weights of 0, where a query has no key."""
+    """Compute attention; the output and the weights of a query without a key are 0."""
     without_key = None
     if added is not None:
         without_key = added.detach().isneginf().all(dim=-1, keepdim=True)

@@ -1,12 +1,12 @@
-"""A thin vision transformer that stays packed: background tokens skip attention, MLPs and norms alike.
+"""A vision transformer over packed tokens: background tokens skip attention, MLPs and norms.
 
-Argument names are timm's, state-dict keys are those of timm, DINO and HIPT, so their weights load as they are. Kept
-patches are gathered before the patch embedding; background pixels are never read, not even when they hold NaN. What
-comes out equals a dense ViT with a softmax over the kept keys, and a plain ViT from which the background tokens were
+Argument names are timm's, and state-dict keys are those of timm, DINO and HIPT, so their weights load unchanged. Kept
+patches are gathered before the patch embedding, so background pixels are never read, even if they are NaN. The output
+equals that of a dense ViT with a softmax over the kept keys, and that of a plain ViT whose background tokens are
 dropped after the position embedding (Grisi et al., arXiv 2404.18152).
 
 Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class token, registers), T packed tokens
-(prefix tokens among them), K classes, C channels.
+(prefix tokens included), K classes, C channels.
 """
 
 from __future__ import annotations
@@ -40,45 +40,48 @@ POSITIONS = ("learn", "none", "sine", "rotary", "learn_rotary", "alibi")
 
 
 class VisionTransformer(TimmInterface):
-    """A vision transformer in which background tokens cost nothing and count for nothing.
+    """A vision transformer in which background tokens cost nothing and have no effect.
 
-    Arguments are named as in ``timm.models.VisionTransformer`` and mean the same, where both have them.
+    Arguments that ``timm.models.VisionTransformer`` has too have the same name and meaning.
 
     Args:
-        img_size: side of the images for which the position embedding is sized, in px, or (height, width).
-        patch_size: side of a token, in px.
-        in_chans: channels of the images.
-        num_classes: outputs of the head; 0: no head, pooled features come out.
+        img_size: the side of the images that the position embedding is sized for, in px, or (height, width).
+        patch_size: the side of a token, in px.
+        in_chans: the number of image channels.
+        num_classes: the number of the head's outputs; 0: no head, and pooled features are returned.
         global_pool: "token" (class token), "avg" (mean of the kept grid tokens), "map" (attention pooling of the kept
             grid tokens), "token_avg" (class token and mean, side by side) or "" (every token, (B, P + N, ...)).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, proj_bias: as in timm's
             ``VisionTransformer``.
-        scale_attn_norm, scale_mlp_norm: a norm before the attention's projection, before the MLP's second layer.
-        init_values: start of LayerScale; None: no LayerScale.
-        class_token: whether there is one; needed for global_pool="token" and "token_avg".
+        scale_attn_norm, scale_mlp_norm: whether there is a norm before the attention's projection, and before the MLP's
+            second layer.
+        init_values: the initial value of LayerScale; None: no LayerScale.
+        class_token: whether there is a class token; needed for global_pool="token" and "token_avg".
         no_embed_class: the position embedding has entries for grid tokens only.
-        reg_tokens: number of register tokens.
+        reg_tokens: the number of register tokens.
         pre_norm: normalise before the blocks; the patch embedding then has no bias.
         final_norm: whether there is a norm after the blocks.
-        fc_norm: normalise after pooling instead of before it; None: where global_pool is "avg", as timm does.
+        fc_norm: normalise after pooling instead of before it; None: if global_pool is "avg", as in timm.
         pos_embed: "learn", "none", "sine" (absolute 2-D sines), "rotary", "learn_rotary" (both) or "alibi" (2-D ALiBi).
-        pos_embed_resample: convention for other grids: "timm", "dino" or "transformers" (:mod:`maskattn.nn.positions`).
-        rope_theta: base of the rotary frequencies.
-        rope_grid: rotary positions that count tokens (:class:`maskattn.nn.positions.RotaryGrid`); None: DINOv3's.
-        dynamic_img_size: take images of any size; False: of img_size alone.
-        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: dropout before the head, after the
-            positions, after projections, of attention weights; stochastic depth, growing to this share.
+        pos_embed_resample: the convention for other grids: "timm", "dino" or "transformers"
+            (:mod:`maskattn.nn.positions`).
+        rope_theta: the base of the rotary frequencies.
+        rope_grid: rotary positions in units of tokens (:class:`maskattn.nn.positions.RotaryGrid`); None: DINOv3's.
+        dynamic_img_size: accept images of any size; False: only of img_size.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: the dropout rates before the head, after the
+            positions, after projections, and of attention weights.
+        drop_path_rate: the rate of stochastic depth in the last block, growing linearly from 0 in the first.
         act_layer: "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu".
         mlp_layer: "mlp", "swiglu_packed" (timm's SwiGLUPacked; mlp_ratio counts both halves) or "swiglu".
         norm_eps: ε of every norm.
-        embed_act: an activation after the patch embedding, as encoders of embeddings have; None: no.
-        impl: implementation of the attention; None takes the best.
+        embed_act: the activation after the patch embedding, as in encoders of embeddings; None: none.
+        impl: the implementation of attention; None takes the best.
 
     Attributes:
-        arguments: by name, as it was built.
+        arguments: the constructor's arguments, by name.
 
     Raises:
-        ValueError: an argument has a value that the model does not know.
+        ValueError: an argument has a value that is not supported.
     """
 
     def __init__(
@@ -181,11 +184,11 @@ class VisionTransformer(TimmInterface):
     def forward(
         self, x: Float[Tensor, "B I X Y"] | PackedTokens, keep: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "B K"]:
-        """Predict.
+        """Compute logits, or pooled features.
 
         Args:
-            x: (B, in_chans, X, Y) images; rows and columns beyond the last whole patch are dropped. Or what
-                :meth:`embed` or :meth:`embed_patches` made of them, without ``keep``.
+            x: (B, in_chans, X, Y) images, whose rows and columns past the last complete patch are dropped; or the
+                packed tokens that :meth:`embed` or :meth:`embed_patches` returned, without ``keep``.
             keep: (B, H·W) or (B, H, W) bool over grid tokens, True = the token takes part; None keeps all.
 
         Returns:
@@ -202,12 +205,12 @@ class VisionTransformer(TimmInterface):
     def forward_features(
         self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "B M C"]:
-        """All tokens after the last norm, (B, P + N, C); rows of background tokens are 0. Arguments as in forward."""
+        """Return all tokens after the last norm, (B, P + N, C), 0 at background tokens. Arguments as in forward."""
         tokens = self._run(self.last_block, self.before_last_block(self.embed(x, keep)))
         return unpack(self.norm(tokens.rows_TC), tokens.packing)
 
     def embed(self, x: Float[Tensor, "B I X Y"], keep: Bool[Tensor, "..."] | None = None) -> PackedTokens:
-        """Images to packed tokens with positions. Arguments as in forward."""
+        """Embed images as packed tokens with positions. Arguments as in forward."""
         grid_HW = self.patch_embed.grid_of(x)
         if not self.dynamic_img_size and grid_HW != self.grid_HW:
             raise ValueError(
@@ -220,17 +223,17 @@ class VisionTransformer(TimmInterface):
     def embed_patches(
         self, patches_TK: Float[Tensor, "T K"], packing: Packing, grid_HW: tuple[int, int]
     ) -> PackedTokens:
-        """Kept patches alone to packed tokens with positions.
+        """Embed kept patches as packed tokens with positions.
 
         Args:
             patches_TK: (T, in_chans·p·p), the kept patches, image by image, row-major.
-            packing: where they lie in (B, H·W).
-            grid_HW: rows and columns of the token grid.
+            packing: the patches' packing in (B, H·W).
+            grid_HW: the rows and columns of the token grid.
         """
         rows_TC = self.patch_embed(patches_TK)
         prefix_1PC, positions_1NC = self._positions(grid_HW)
         if positions_1NC is not None:
-            # Expanded and packed, not indexed: an indexing's backward adds with atomics, this one does not.
+            # Expanded and packed, because the backward of indexing adds with atomics.
             rows_TC = rows_TC + pack(positions_1NC.expand(packing.batch_size, -1, -1), packing).to(rows_TC.dtype)
         elif self.position_kind == "sine":
             sines_TC = sine_positions(*rows_and_columns(packing, grid_HW), grid_HW, self.embed_dim)
@@ -252,11 +255,11 @@ class VisionTransformer(TimmInterface):
         return PackedTokens(rows_TC, packing, grid_HW, P, coords_T2, rotation)
 
     def before_last_block(self, tokens: PackedTokens) -> PackedTokens:
-        """Through all blocks but the last: the backbone that explanations run once."""
+        """Run all blocks but the last, which explanations need only once."""
         return self.run_blocks(tokens, slice(0, -1))
 
     def run_blocks(self, tokens: PackedTokens, which: slice = slice(None)) -> PackedTokens:
-        """Through all blocks, or those of a slice."""
+        """Run all blocks, or those of a slice."""
         for block in self.blocks[which]:
             tokens = self._run(block, tokens)
         return tokens
@@ -267,46 +270,46 @@ class VisionTransformer(TimmInterface):
         return cast(Block, self.blocks[-1])
 
     def predict(self, tokens: PackedTokens) -> Float[Tensor, "B K"]:
-        """Last block, norm, pooling and head; a class-token model computes one attention row of the last block."""
+        """Run the last block, norm, pooling and head; with "token" pooling the block computes one attention row."""
         if self.global_pool == "token" and is_as_built(self.last_block):
             return self.predict_from_class_token(self.last_block.read(tokens))
         return self.pool(self._run(self.last_block, tokens))
 
     def pool(self, tokens: PackedTokens) -> Float[Tensor, "B K"]:
-        """Norm, pooling and head, from the last block's output at every token."""
+        """Apply norm, pooling and head to the last block's output at every token."""
         if self.global_pool == "token":
             return self.predict_from_class_token(tokens.first())
         return self.pool_normed(tokens.with_rows(self.norm(tokens.rows_TC)))
 
     def pool_normed(self, tokens: PackedTokens, pre_logits: bool = False) -> Float[Tensor, "B K"]:
-        """Pooling and head, from tokens after the last norm; or, ``pre_logits``, what the head would read."""
+        """Apply pooling and head to tokens after the last norm; with ``pre_logits``, return the head's input."""
         if self.global_pool == "":
             return unpack(self.classify(tokens.rows_TC, pre_logits), tokens.packing)
         if self.attn_pool is not None:
             return self.classify(self.attn_pool(*tokens.grid_rows()), pre_logits)
-        parts = [] if self.global_pool == "avg" else [tokens.first()[:, 0]]
-        parts += [] if self.global_pool == "token" else [_mean_of_grid(tokens)]
-        return self.classify(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], pre_logits)
+        pooled = [] if self.global_pool == "avg" else [tokens.first()[:, 0]]
+        pooled += [] if self.global_pool == "token" else [_mean_of_grid(tokens)]
+        return self.classify(torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0], pre_logits)
 
     def predict_from_class_token(self, token_B1C: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B K"]:
-        """Norm and head, from the last block's output at the class token."""
+        """Apply norm and head to the last block's output at the class token."""
         return self.classify(self.norm(token_B1C[:, 0]))
 
     def classify(self, pooled: Tensor, pre_logits: bool = False) -> Tensor:
-        """The layers after the pooling: a norm if the model has one there, and the head unless ``pre_logits``."""
-        read = self.head_drop(self.fc_norm(pooled))
-        return read if pre_logits else self.head(read)
+        """Apply the layers after pooling: the norm, if the model has one there, and the head unless ``pre_logits``."""
+        features = self.head_drop(self.fc_norm(pooled))
+        return features if pre_logits else self.head(features)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are run again in the backward pass instead of keeping what they computed."""
+        """Turn activation checkpointing on or off: with it, backward runs each block again instead of storing it."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that no weight should decay, as timm's optimizer factories ask."""
+        """Return the parameters that take no weight decay, for timm's optimizer factories."""
         return {"pos_embed", "cls_token", "reg_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Which parameters lie in which layer, as timm's layer-wise decay asks."""
+        """Return the patterns that assign parameters to layers, for timm's layer-wise decay."""
         return {
             "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
@@ -320,7 +323,7 @@ class VisionTransformer(TimmInterface):
     def _places(
         self, packing: Packing, grid_HW: tuple[int, int], dtype: torch.dtype
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """ALiBi's coordinates (T, 2) and rotary positions' cosines and sines (T, D/2) of grid tokens, or None."""
+        """Return the grid tokens' ALiBi coordinates (T, 2) and rotary cosines and sines (T, D/2), None if unused."""
         if self.position_kind not in ("alibi", "rotary", "learn_rotary"):
             return None, None
         row_T, column_T = rows_and_columns(packing, grid_HW)
@@ -332,9 +335,9 @@ class VisionTransformer(TimmInterface):
         return None, (angles.cos(), angles.sin())
 
     def _positions(self, grid_HW: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """Prefix tokens with their positions (1, P, C), and the grid's positions (1, N, C); None for none."""
-        parts: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        prefix = torch.cat(parts, dim=1) if parts else None
+        """Return prefix tokens with positions (1, P, C) and the grid's positions (1, N, C), None if there are none."""
+        tokens: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = torch.cat(tokens, dim=1) if tokens else None
         if self.pos_embed is None:
             return prefix, None
         P = 0 if self.no_embed_class else self.num_prefix_tokens
@@ -345,7 +348,7 @@ class VisionTransformer(TimmInterface):
         )
 
     def _initialise(self) -> None:
-        """timm's scheme: truncated normals of standard deviation 0.02, biases 0, tokens near 0."""
+        """Initialise as timm does: truncated normals of standard deviation 0.02, biases 0, prefix tokens near 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

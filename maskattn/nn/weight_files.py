@@ -1,4 +1,4 @@
-"""Files of an encoder's weights: read without running code in them, and refused by name where they cannot be read."""
+"""Reading of weight files without running code in them, with errors that name the file and the reason."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ __all__ = ["read_weights"]
 def read_weights(path: str | Path) -> dict[str, Any]:
     """Read a file of tensors; no code in it is run.
 
+    Returns:
+        The file's content: a state dict, or a training checkpoint.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is of another kind, is damaged, or holds what only running code in it could build.
+        ValueError: the file is of another kind, is damaged, or holds objects that only running code could build.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}; a name begins with timm: or hf-hub:, e.g. hf-hub:MahmoodLab/UNI2-h"
+            f"there is no file {path}; a model's name must begin with timm: or hf-hub:, e.g. hf-hub:MahmoodLab/UNI2-h"
         )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
-        raise ValueError(f"weights end in .safetensors, .pt, .pth, .bin or .ckpt, got {path}")
-    # DINO and HIPT keep the arguments of their training beside the weights.
+        raise ValueError(f"a file of weights must end in .safetensors, .pt, .pth, .bin or .ckpt, got {path}")
+    # DINO and HIPT store the arguments of their training with the weights.
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no pickle can fail in any way
+    except Exception as error:  # a file that is not a pickle can fail with any error
         raise _unreadable(path, error) from error
     if not isinstance(content, dict):
         raise ValueError(
@@ -42,21 +45,21 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    """Why a file of weights cannot be read: for code that its pickle names, or because it is damaged."""
-    told = " ".join(str(error).split())
-    if code := re.search(r"GLOBAL ([A-Za-z_][\w.]*)", told):
+    """Return the error for a file that cannot be read: its pickle names code, or it is damaged."""
+    message = " ".join(str(error).split())
+    if code := re.search(r"GLOBAL ([A-Za-z_][\w.]*)", message):
         return ValueError(
-            f"weights must be tensors by name, got the code {code[1]} pickled in {path}, and no code in a file is run "
-            "here; save model.state_dict() where it was trained"
+            f"weights must be tensors by name, got the code {code[1]} pickled in {path}, and code in files is never "
+            "run; save model.state_dict() where the model was trained"
         )
     return ValueError(
-        f"weights must be a whole file that torch.save or safetensors wrote, got {path}: {type(error).__name__}: "
-        f"{told[:200] or 'it ends too early'}; copy it again"
+        f"weights must be a complete file that torch.save or safetensors wrote, got {path}: {type(error).__name__}: "
+        f"{message[:200] or 'it ends too early'}; copy it again"
     )
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors of a file, mapped one at a time: what is mapped counts as memory until it is let go."""
+    """Read the tensors of a file, opening it anew for each: mapped pages count as memory until the file is closed."""
     from safetensors import SafetensorError, safe_open
 
     try:

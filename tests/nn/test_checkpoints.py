@@ -159,7 +159,7 @@ def test_missing_and_unexpected_tensors_of_a_file_are_named():
         from_state_dict(state)
     with pytest.raises(ValueError, match=r"blocks\.0\.extra has no place"):
         from_state_dict({**state, "blocks.0.extra": torch.zeros(1)}, num_heads=3)
-    with pytest.raises(ValueError, match="an encoder has one key that ends in"):
+    with pytest.raises(ValueError, match="an encoder must have one key that ends in"):
         from_state_dict({"weight": torch.zeros(1)}, num_heads=3)
     with pytest.raises(ValueError, match="its keys are transformers'"):
         from_state_dict({"vit.embeddings.cls_token": torch.zeros(1)}, num_heads=3)
@@ -170,10 +170,10 @@ def test_missing_and_unexpected_tensors_of_a_file_are_named():
 
 
 def test_files_that_are_not_there_or_of_another_kind_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="a name begins with timm:"):
+    with pytest.raises(FileNotFoundError, match="name must begin with timm:"):
         load_vit("vit_small_patch16_224")
     (tmp_path / "weights.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"weights end in \.safetensors"):
+    with pytest.raises(ValueError, match=r"weights must end in \.safetensors"):
         load_vit(tmp_path / "weights.npz")
     with pytest.raises(FileNotFoundError, match=r"has a config\.json"):
         load_vit(tmp_path)
@@ -199,7 +199,9 @@ def test_damaged_weights_are_named(suffix, damage, tmp_path):
     save = torch.save if suffix == ".pt" else save_file
     save(random_vit().state_dict(), whole)
     path.write_bytes(damage(whole.read_bytes()))
-    with pytest.raises(ValueError, match=r"must be a whole file .*, got .*damaged\..*: \w+Error: \S.*; copy it again"):
+    with pytest.raises(
+        ValueError, match=r"must be a complete file .*, got .*damaged\..*: \w+Error: \S.*; copy it again"
+    ):
         load_vit(path, num_heads=3)
 
 

@@ -110,7 +110,7 @@ def test_the_published_sizes():
 
 def test_encoders_that_do_not_fit_and_wrong_regions_are_named():
     model, (regions, keep) = small_hipt(), some_regions(4, 0.7)
-    with pytest.raises(ValueError, match="patch and region encoder must hand over"):
+    with pytest.raises(ValueError, match="patch and region encoder must agree"):
         HIPT(model.region_encoder, model.region_encoder, model.slide_encoder)
     with pytest.raises(ValueError, match="patch_px must be a multiple"):
         HIPT(model.patch_encoder, model.region_encoder, model.slide_encoder, patch_px=40)

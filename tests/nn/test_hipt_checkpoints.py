@@ -97,7 +97,7 @@ def test_the_global_model_takes_the_region_vits_own_weights(tmp_path: Path) -> N
     with torch.no_grad():
         logits = model(model.embed_regions(features)[0], torch.ones(2, 2, dtype=torch.bool))
         torch.testing.assert_close(logits, original(local.regions(features))[0], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="must be given the region ViT's own weights, got none"):
+    with pytest.raises(ValueError, match="needs the region ViT's own weights, got none"):
         load_hipt(path)
     with pytest.raises(ValueError, match="got both"):
         load_hipt(saved(tmp_path, local), region_weights=tmp_path / "vit4k_xs_dino.pth")

@@ -101,7 +101,7 @@ def test_wrong_shapes_are_named(tmp_path):
 
 
 def test_unknown_and_missing_configuration_keys_are_named():
-    with pytest.raises(ValueError, match=r"unknown keys \['colour'\] and lacks \['classes', 'name'"):
+    with pytest.raises(ValueError, match=r"unknown keys \['colour'\] and no \['classes', 'name'"):
         SlideModelConfig.from_json('{"colour": 1, "tile_px": 64}')
     with pytest.raises(ValueError, match="must be JSON"):
         SlideModelConfig.from_json("{")

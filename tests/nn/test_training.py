@@ -178,7 +178,7 @@ def test_random_masks_leave_out_a_share_of_the_kept_tokens_of_each_image():
     assert torch.equal(drop_random_tokens(keep, 0.0), keep)
     share = torch.stack([drop_random_tokens(keep[:5], 0.5) for _ in range(300)]).float().mean(dim=0)[keep[:5]]
     assert share.min() > 0.35
-    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\)"):
         drop_random_tokens(keep, 1.0)
     with pytest.raises(TypeError, match="bool mask"):
         drop_random_tokens(keep.float(), 0.5)
@@ -210,7 +210,7 @@ def test_layer_groups_are_timms(variant):
     ours = layer_groups(model, lr=2.0, layer_decay=0.6, weight_decay=0.1)
     assert described(ours, 0.1) == described(theirs, 0.1)
     assert all(group["lr"] == 2.0 * group["lr_scale"] for group in ours)
-    with pytest.raises(ValueError, match="layer_decay must lie in"):
+    with pytest.raises(ValueError, match="layer_decay must be in"):
         layer_groups(model, lr=1.0, layer_decay=0.0)
 
 

@@ -131,5 +131,5 @@ def test_hipts_patch_encoder_is_loaded_from_its_file(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = vit.eval()((tiles / 255.0 - 0.5) / 0.5)
         torch.testing.assert_close(encoder.encode_tiles(tiles), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"in no hub, got none; give --weights vit256_small_dino\.pth"):
+    with pytest.raises(ValueError, match=r"on no hub, got none; give --weights vit256_small_dino\.pth"):
         load_encoder("hipt")

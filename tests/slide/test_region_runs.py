@@ -224,7 +224,9 @@ def test_a_model_of_regions_needs_the_encoder_of_their_patches_or_their_features
 ) -> None:
     with pytest.raises(ManifestError, match=r"with the encoder of their patches, got none .*--encoder hipt --weights"):
         run_slides([SlideJob("disc", folder / "disc.tiff")], load_two_stages(folder / "best.pt"), RunSettings(tmp_path))
-    with pytest.raises(ValueError, match="two or more whole patches along, got 100 px of patches of 32 px; take 96"):
+    with pytest.raises(
+        ValueError, match="a multiple of the patch's, at least two, got 100 px of patches of 32 px; take 96"
+    ):
         load_two_stages(folder / "best.pt", patches, patch_px=100)
     resized = TileEncoder(patches.vit, EncoderCard("uni", "token", (0.5,) * 3, (0.5,) * 3, 32, 64, 0.5))
     with pytest.raises(ValueError, match="sees all of a patch as it is cut, got uni: it resizes or crops"):

@@ -1,6 +1,6 @@
-"""Encoders of tiles by name: the table of pathology's, and how they, timm's, the hub's and one's own are loaded.
+"""Tile encoders by name: a table of pathology encoders, and loading of these, of timm's, the hub's and local files.
 
-The table imports no torch; what loads is imported where it is asked for.
+The table does not import torch; the functions that load encoders are imported on first use.
 """
 
 from __future__ import annotations

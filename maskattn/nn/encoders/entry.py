@@ -1,6 +1,6 @@
-"""An entry of the table of encoders: where the weights are, how the network is built, and how it is fed.
+"""An entry of the table of encoders: the source of its weights, its architecture, and the input that it expects.
 
-Nothing here imports torch, so that the table can be listed at once.
+Nothing here imports torch, so that the table can be listed without delay.
 """
 
 from __future__ import annotations
@@ -16,42 +16,43 @@ Pooling = Literal["token", "avg", "token_avg", "map", "own"]
 Triple = tuple[float, float, float]
 
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation of its pixels, per channel."""
+"""The mean and the standard deviation of ImageNet's pixels, per channel, of pixels scaled to [0, 1]."""
 
 
 def triple_of(values: Iterable[float]) -> Triple:
-    """A number for each of the three channels, as configurations list them."""
+    """Convert a configuration's list of three numbers, one for each channel, to a tuple of floats."""
     red, green, blue = values
     return float(red), float(green), float(blue)
 
 
 @dataclass(frozen=True)
 class EncoderEntry:
-    """One encoder of tiles.
+    """One tile encoder.
 
     Attributes:
-        name: the name that users give.
-        title: the authors' name for it.
-        library: what builds its network: "timm"; "transformers", or "clip" for a CLIP of transformers; "open_clip" or
-            "conch", packages of these names.
-        hub_id: its repository on Hugging Face's hub; empty where it has none.
-        embed_dim: width of its features.
-        pooling: "token" (class token), "avg" (mean of the patches), "token_avg" (both, side by side; registers left
-            out), "map" (attention pooling) or "own" (what the library's module does).
-        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1].
-        tile_px: side of the images that the encoder takes.
-        patch_px: side of the square that is cut from the slide, at ``spacing_um``, and resized to ``tile_px``.
-        crop_px: side of such an image's centre that the network sees, where it does not see all of it.
-        spacing_um: µm per pixel of the square that is cut; None where its authors name none.
-        licence: of the weights.
-        gated: whether the hub wants an agreement first.
-        source: where these facts were read.
-        architecture: timm's name of the network, for weights that come as a file; empty where only the hub says it.
-        arguments: of ``timm.create_model``, where they differ from the architecture's; layers by name.
-        file: name of the weights in the hub's repository, where they are not a model that timm knows how to load.
-        weights_at: where a file of the weights can be had, for encoders that no hub has.
-        remote_code: whether its network is code that the hub's repository brings.
-        why_not: why its network does not become a packed vision transformer; empty where it does.
+        name: the name that users type.
+        title: the authors' name for the encoder.
+        library: the package that builds the network: "timm"; "transformers", or "clip" for a CLIP of transformers;
+            "open_clip" or "conch", packages of these names.
+        hub_id: the encoder's repository on Hugging Face's hub; empty if it has none.
+        embed_dim: the width of the features.
+        pooling: "token" (class token), "avg" (mean of the patches), "token_avg" (both, concatenated; registers left
+            out), "map" (attention pooling) or "own" (the library's module pools).
+        pixel_mean, pixel_std: the statistics per channel, of pixels scaled to [0, 1].
+        tile_px: the side of the encoder's input image, in px.
+        patch_px: the side of the square that is cut from the slide, in px at ``spacing_um``, then resized to
+            ``tile_px``.
+        crop_px: the side of the centre crop that the network sees, in px; None if it sees the entire image.
+        spacing_um: the pixel size of the square that is cut, in µm; None if the authors name none.
+        licence: the licence of the weights.
+        gated: whether the hub requires an agreement first.
+        source: the sources of these facts.
+        architecture: timm's name of the network, for weights in a file; empty if only the hub's configuration has it.
+        arguments: the arguments of ``timm.create_model`` that differ from the architecture's; layers by name.
+        file: the file of weights in the hub's repository, if timm cannot load the repository as a model.
+        weights_at: the address of a file of the weights, for encoders that are on no hub.
+        remote_code: whether the network is code in the hub's repository.
+        why_not: the reason why the network cannot become a packed vision transformer; empty if it can.
     """
 
     name: str

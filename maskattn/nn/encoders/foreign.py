@@ -1,4 +1,4 @@
-"""Networks of transformers, open_clip and CONCH; those that are not packed go from normalised images to (B, C)."""
+"""Networks of transformers, open_clip and CONCH; unpacked ones map normalised images (B, 3, X, Y) to (B, C)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["build_conch", "build_open_clip", "build_transformers", "card_of_tran
 
 
 class _Pooled(nn.Module):
-    """A network whose features are one of its methods' results.
+    """A network wrapped so that its forward returns the features that one of its methods computes.
 
     Args:
-        network: the library's own.
-        method: which of its methods; None calls it.
-        arguments: of the call.
+        network: the library's network.
+        method: the name of the method; None calls the network itself.
+        arguments: the keyword arguments of the call.
     """
 
     def __init__(self, network: nn.Module, method: str | None = None, **arguments: Any) -> None:
@@ -30,7 +30,7 @@ class _Pooled(nn.Module):
         self._arguments = arguments
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, X, Y) → (B, C)."""
+        """Compute the features of images, (B, 3, X, Y) → (B, C)."""
         call = self.network if self._method is None else getattr(self.network, self._method)
         output = call(images, **self._arguments)
         if isinstance(output, Tensor):
@@ -40,9 +40,9 @@ class _Pooled(nn.Module):
 
 
 def build_transformers(source: str, trust_code: bool, arguments: dict[str, Any]) -> nn.Module:
-    """A network of transformers, from its hub or a folder; of a CLIP the image tower with its projection.
+    """Build a network of transformers, from the hub or a folder; of a CLIP, the image tower with its projection.
 
-    A network that is code of its repository comes as a module of pooled features; TITAN's repository gives CONCH v1.5.
+    A network that is code in its repository is wrapped to return pooled features; TITAN's repository gives CONCH v1.5.
     """
     import transformers
 
@@ -62,7 +62,7 @@ def build_transformers(source: str, trust_code: bool, arguments: dict[str, Any])
 
 
 def build_open_clip(hub_id: str) -> nn.Module:
-    """The image features of a model of open_clip, not normalised."""
+    """Build an open_clip model as a module that returns image features, not normalised."""
     import open_clip
 
     network = open_clip.create_model_from_pretrained(f"hf-hub:{hub_id}")[0]
@@ -70,7 +70,7 @@ def build_open_clip(hub_id: str) -> nn.Module:
 
 
 def build_conch(hub_id: str) -> nn.Module:
-    """CONCH's image features before the projection into the space of texts, as its authors advise for images alone."""
+    """Build CONCH as a module of image features before the projection, as its authors advise for images alone."""
     from conch.open_clip_custom import create_model_from_pretrained
 
     network = create_model_from_pretrained("conch_ViT-B-16", f"hf_hub:{hub_id}")[0]
@@ -78,13 +78,14 @@ def build_conch(hub_id: str) -> nn.Module:
 
 
 def card_of_transformers(network: Any, source: str, name: str) -> EncoderCard:
-    """How a network of transformers is fed: its processor's statistics, ImageNet's where it has none."""
+    """Return the card of a network of transformers, with the pixel statistics of its processor, else ImageNet's."""
     config = getattr(network, "config", None)
     processor = _processor_of(source)
     keys = ("image_mean", "image_std")
     mean, std = (triple_of(processor.get(key) or own) for key, own in zip(keys, IMAGENET, strict=True))
-    side = _side(processor.get("crop_size")) or _side(processor.get("size")) or int(getattr(config, "image_size", 224))
-    return EncoderCard(name, "token", mean, std, side, side)
+    tile_px = _side(processor.get("crop_size")) or _side(processor.get("size"))
+    tile_px = tile_px or int(getattr(config, "image_size", 224))
+    return EncoderCard(name, "token", mean, std, tile_px, tile_px)
 
 
 def _processor_of(source: str) -> dict[str, Any]:

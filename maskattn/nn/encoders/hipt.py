@@ -1,7 +1,7 @@
-"""HIPT's patch ViT (ViT-256) as an encoder of tiles: ViT-S/16 over patches of 256 px at 0.5 µm, trained by DINO.
+"""HIPT's patch ViT (ViT-256) as a tile encoder: a ViT-S/16 over patches of 256 px at 0.5 µm, trained with DINO.
 
-Its weights (``vit256_small_dino.pth``) are in no hub and are given as a file. Pixels are normalised with halves, as
-HIPT's own ``eval_transforms`` does. Source: Chen et al., CVPR 2022 (arXiv 2206.02647).
+Its weights (``vit256_small_dino.pth``) are on no hub and are given as a file. Pixels are normalised with mean and
+standard deviation 0.5, as in HIPT's ``eval_transforms``. Source: Chen et al., CVPR 2022 (arXiv 2206.02647).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _PATCH_PX, _SPACING_UM = 256, 0.5
 
 
 def load_hipt_patches(weights: str | Path | None, impl: str | None = None) -> TileEncoder:
-    """HIPT's patch ViT from its file of weights.
+    """Load HIPT's patch ViT from its file of weights.
 
     Raises:
         ValueError: no file is given.
-        FileNotFoundError, UnsupportedModelError: as :func:`maskattn.nn.load_vit` raises them.
+        FileNotFoundError, UnsupportedModelError: as in :func:`maskattn.nn.load_vit`.
     """
     if weights is None:
         raise ValueError(
-            f"the encoder {HIPT_PATCHES} must be given the file of its weights, which are in no hub, got none; give "
+            f"the encoder {HIPT_PATCHES} needs the file of its weights, which are on no hub, got none; give "
             "--weights vit256_small_dino.pth (weights=...)"
         )
     vit = load_vit(weights, num_heads=_HEADS, impl=impl, pos_embed_resample="dino")

@@ -1,4 +1,4 @@
-"""Encoders by name: of the table, of timm, of Hugging Face's hub, or of a file or folder on this machine."""
+"""Loading of tile encoders by name: from the table, timm, Hugging Face's hub, or a local file or folder."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def load_encoder(
     trust_code: bool = False,
     **arguments: Any,
 ) -> TileEncoder:
-    """Load an encoder of tiles, ready for inference.
+    """Load a tile encoder in eval mode.
 
     Args:
         name: a name of the table (``maskattn encoders``), ``timm:NAME``, ``hf-hub:ORG/NAME``, ``hipt`` with its
-            ``weights``, or a file of weights or a folder with ``config.json``.
-        device: where to.
-        impl: implementation of the attention; None takes the best.
-        weights: a file of weights for a network that ``name`` says how to build; None asks its hub. A folder is given
-            as ``name``.
-        num_heads: of a file of weights that is given as ``name``, which does not say it.
-        trust_code: run code that a hub's repository brings, where an encoder is such code.
-        arguments: of ``timm.create_model`` (``pretrained=False`` for random weights), or of :func:`load_vit` for a
-            file.
+            ``weights``, a file of weights, or a folder with ``config.json``.
+        device: the device of the weights.
+        impl: the implementation of attention; None takes the best.
+        weights: a file of weights for the network that ``name`` identifies; None downloads them from its hub. A folder
+            is given as ``name``.
+        num_heads: the number of heads, for a file of weights as ``name``, which does not record it.
+        trust_code: whether code in a hub's repository may be run, for encoders that are such code.
+        arguments: arguments of ``timm.create_model`` (``pretrained=False`` for random weights), or of :func:`load_vit`
+            for a file.
 
     Raises:
-        ValueError: there is no such encoder, and the nearest names are said; or nothing here can run it.
+        ValueError: there is no such encoder (the message lists the nearest names), or it cannot be run here.
         ModuleNotFoundError: a package that it needs is not installed.
         FileNotFoundError: there is no such file.
-        PermissionError, ConnectionError: the hub wants an agreement or cannot be reached; the message says what to do.
+        PermissionError, ConnectionError: the hub requires an agreement or is not reachable; the message has the remedy.
     """
     text = str(name)
     hub_id = text.removeprefix("hf-hub:") if text.startswith("hf-hub:") else None
@@ -67,10 +67,12 @@ def load_encoder(
         encoder = _load_named(text, hub_id, impl, weights, trust_code, arguments)
     elif path.exists():
         if weights is not None:
-            raise ValueError(f"weights are for a name that says how to build a network, got {weights} beside {path}")
+            raise ValueError(
+                f"weights must go with a network's name, got weights={weights} and the path {path}; give one of them"
+            )
         encoder = _load_path(path, impl, num_heads, trust_code, arguments)
     elif path.suffix or len(path.parts) > 1:
-        raise FileNotFoundError(f"an encoder that is a path must be there, got {path}; check its folder and spelling")
+        raise FileNotFoundError(f"an encoder that is a path must exist, got {path}; check its folder and spelling")
     else:
         close = ", ".join(nearest_names(text)) or "none like it"
         raise ValueError(
@@ -88,10 +90,10 @@ def load_entry(
     trust_code: bool = False,
     **arguments: Any,
 ) -> TileEncoder:
-    """Load an encoder of the table, on the CPU. Arguments and errors as in :func:`load_encoder`."""
+    """Load an encoder of the table on the CPU. Arguments and errors as in :func:`load_encoder`."""
     if entry.remote_code and not trust_code:
         raise PermissionError(
-            f"{entry.name} is code that {entry.hub_id} brings, which is run when it is loaded; read it at "
+            f"{entry.name} is code in the repository {entry.hub_id}, and loading it runs that code; read it at "
             f"https://huggingface.co/{entry.hub_id} and allow it with --trust-code (trust_code=True)"
         )
     card = EncoderCard(
@@ -112,8 +114,8 @@ def load_entry(
     encoder = _packed_where_it_can_be(network, card, impl, entry.embed_dim)
     if encoder.embed_dim != entry.embed_dim:
         raise ValueError(
-            f"{entry.name} has features of width {entry.embed_dim}, got a network of {encoder.embed_dim}; are the "
-            "weights another encoder's?"
+            f"{entry.name} has features of width {entry.embed_dim}, got a network of {encoder.embed_dim}; give the "
+            "weights of this encoder"
         )
     return encoder
 
@@ -121,13 +123,13 @@ def load_entry(
 def _network_of(
     entry: EncoderEntry, weights: str | Path | None, trust_code: bool, arguments: dict[str, Any]
 ) -> nn.Module:
-    """The library's own network of an entry, with its weights."""
+    """Build an entry's network with the library's own code, and load its weights."""
     if entry.library == "timm":
         return build_timm(entry, weights, arguments)
     if weights is not None:
         raise ValueError(
             f"{entry.name} is loaded by {entry.library}, which takes a folder, got the file {weights}; run `hf "
-            f"download {entry.hub_id}` where there is a network, copy the folder here, and give it as the encoder"
+            f"download {entry.hub_id}` on a machine with a network, copy the folder here, and give it as the encoder"
         )
     build: Callable[[], nn.Module] = {
         "transformers": lambda: build_transformers(entry.hub_id, trust_code, arguments),
@@ -144,11 +146,11 @@ def _network_of(
 def _packed_where_it_can_be(
     network: nn.Module, card: EncoderCard, impl: str | None, embed_dim: int | None = None
 ) -> TileEncoder:
-    """The packed transformer of a library's network; the network itself, with the reason, where it is none."""
+    """Convert a library's network to a packed transformer; if it cannot be, use the network itself and record why."""
     convert = from_timm if hasattr(network, "forward_head") else from_transformers
     try:
         if convert is from_transformers and not hasattr(network, "config"):
-            raise UnsupportedModelError(f"{type(network).__name__} is of no library that is known here")
+            raise UnsupportedModelError(f"{type(network).__name__} belongs to no supported library")
         own = getattr(network, "global_pool", None)
         clip = getattr(getattr(network, "config", None), "model_type", "").startswith("clip")
         asked = None if clip or card.pooling in (own, "own") else card.pooling
@@ -166,7 +168,7 @@ def _load_named(
     trust_code: bool,
     arguments: dict[str, Any],
 ) -> TileEncoder:
-    """A model of timm or of the hub that the table does not have: its own card says how it is fed."""
+    """Load a model of timm or the hub that is not in the table, with the input that its own configuration states."""
     if hub_id is not None:
         try:
             config = _hub_config(hub_id)
@@ -209,11 +211,11 @@ def _load_transformers(
 def _load_path(
     path: Path, impl: str | None, num_heads: int | None, trust_code: bool, arguments: dict[str, Any]
 ) -> TileEncoder:
-    """A folder in timm's or transformers' layout, or a file of weights, which is taken for ImageNet's pixels."""
+    """Load a folder in timm's or transformers' layout, or a file of weights with ImageNet's pixel statistics."""
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
-                f"an encoder's folder has a config.json, got none in {path}; give the file of weights"
+                f"an encoder's folder must have a config.json, got none in {path}; give the file of weights"
             )
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "model_type" in config:
@@ -221,10 +223,10 @@ def _load_path(
         return _load_timm(f"local-dir:{path}", path.name, impl, None, arguments)
     if num_heads is None:
         raise ValueError(
-            f"a file of weights does not say how many heads its network has, got {path} alone; name the network, "
+            f"a file of weights needs a network or its number of heads, got {path} alone; name the network, "
             f"`--encoder timm:NAME --weights {path}` or a name of the table, or give --num-heads"
         )
     vit = load_vit(path, num_heads=num_heads, impl=impl, **arguments)
-    side = vit.grid_HW[0] * int(vit.patch_embed.patch_size)
-    card = EncoderCard(path.stem, vit.global_pool, *IMAGENET, side, side)
+    tile_px = vit.grid_HW[0] * int(vit.patch_embed.patch_size)
+    card = EncoderCard(path.stem, vit.global_pool, *IMAGENET, tile_px, tile_px)
     return TileEncoder(vit, card)

@@ -1,4 +1,4 @@
-"""From a tile's pixels to what a network starts with: scaled, normalised, and under a mask the kept patches alone."""
+"""Preparation of a tile's pixels for a network: checked, scaled, normalised and, under a mask, cut to kept patches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ __all__ = ["centre_of", "check_pixels", "normalised", "tokens_of_tiles"]
 
 
 def check_pixels(tiles_BIXY: Tensor) -> None:
-    """Refuse what is no batch of RGB pixels.
+    """Check that tiles are a batch of RGB pixels.
 
     Raises:
         TypeError: the tiles are not uint8.
-        ValueError: they are not (B, 3, X, Y).
+        ValueError: the tiles are not (B, 3, X, Y).
     """
     if tiles_BIXY.dtype != torch.uint8:
-        raise TypeError(f"tiles must be uint8 RGB pixels, got dtype {tiles_BIXY.dtype}; the model itself scales them")
+        raise TypeError(
+            f"tiles must be uint8 RGB pixels, got dtype {tiles_BIXY.dtype}; pass them unscaled, the model scales them"
+        )
     if tiles_BIXY.ndim != 4 or tiles_BIXY.shape[1] != 3:
         raise ValueError(f"tiles must be (B, 3, X, Y) RGB pixels, got tiles.shape={tuple(tiles_BIXY.shape)}")
 
@@ -33,16 +35,16 @@ def tokens_of_tiles(
     pixel_mean: Float[Tensor, "3"],
     pixel_std: Float[Tensor, "3"],
 ) -> PackedTokens:
-    """The packed tokens with which a transformer starts; only kept pixels are converted.
+    """Embed the tokens of tiles as packed tokens for a transformer's blocks; only kept pixels are converted.
 
     Args:
         vit: the transformer.
         tiles_BIXY: (B, 3, X, Y) uint8, RGB.
         keep_BHW: (B, h, w) bool over each tile's tokens; None keeps all.
-        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1].
+        pixel_mean, pixel_std: the statistics per channel, of pixels scaled to [0, 1].
 
     Raises:
-        TypeError, ValueError: the tiles are no RGB pixels, or the mask does not fit them.
+        TypeError, ValueError: the tiles are not RGB pixels, or the mask does not fit them.
     """
     check_pixels(tiles_BIXY)
     grid_HW = vit.patch_embed.grid_of(tiles_BIXY)
@@ -55,18 +57,18 @@ def tokens_of_tiles(
 def normalised(
     tiles_BIXY: UInt8[Tensor, "B 3 X Y"], pixel_mean: Float[Tensor, "3"], pixel_std: Float[Tensor, "3"]
 ) -> Float[Tensor, "B 3 X Y"]:
-    """Tiles as the libraries' own networks take them. Arguments as in :func:`tokens_of_tiles`."""
+    """Normalise tiles for the libraries' own networks. Arguments and errors as in :func:`tokens_of_tiles`."""
     check_pixels(tiles_BIXY)
     return (tiles_BIXY.to(pixel_mean.dtype) / 255 - pixel_mean[:, None, None]) / pixel_std[:, None, None]
 
 
 def centre_of(images: Tensor, side: int) -> Tensor:
-    """The square of this side in the middle of the two last dimensions.
+    """Crop the central square of this side from the last two dimensions.
 
     Raises:
-        ValueError: it does not fit in.
+        ValueError: the square is larger than the image.
     """
     top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
     if top < 0 or left < 0:
-        raise ValueError(f"a centre of {side} px must fit into its image, got images.shape={tuple(images.shape)}")
+        raise ValueError(f"a centre crop of {side} px must fit into its image, got images.shape={tuple(images.shape)}")
     return images[..., top : top + side, left : left + side]

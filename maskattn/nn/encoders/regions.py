@@ -1,6 +1,6 @@
-"""An encoder whose tiles are regions: HIPT's patch ViT and region ViT together, one region at a time.
+"""A tile encoder whose tiles are regions: HIPT's patch ViT and region ViT together, one region at a time.
 
-It is an encoder of tiles like any other: ``maskattn extract`` stores what it gives, and a slide head reads it.
+It is used like any other tile encoder: ``maskattn extract`` stores its features, and a slide head reads them.
 
 Dimension key: B regions, (h, w) tokens of a region, C channels.
 """
@@ -23,23 +23,23 @@ __all__ = ["RegionEncoder", "name_in_regions"]
 
 
 def name_in_regions(patches: str, region_px: int) -> str:
-    """The name, in outputs, of the encoder of regions that is built on an encoder of patches."""
+    """Return the name, in outputs, of the region encoder that is built on an encoder of patches."""
     return f"{patches} in regions of {region_px} px"
 
 
 class RegionEncoder(TileEncoder):
-    """The embeddings of regions.
+    """A tile encoder that embeds regions by a patch ViT and a region ViT.
 
     Args:
-        patches: the encoder of patches: a packed transformer that sees all of what is cut from the slide.
-        region_encoder: over its embeddings (patch_size 1), without a head.
-        region_px: side of a region, in px at the patches' spacing.
+        patches: the encoder of patches: a packed transformer that neither resizes nor crops the patches of a slide.
+        region_encoder: a ViT over the patches' embeddings (patch_size 1), without a head.
+        region_px: the side of a region, in px at the patches' spacing.
 
     Attributes:
         levels: both transformers.
 
     Raises:
-        ValueError: the encoder of patches is none that runs packed, or the sides or widths do not fit.
+        ValueError: the encoder of patches does not run packed, or the sides or widths do not fit.
     """
 
     tiles_at_once: ClassVar[int | None] = 1
@@ -49,13 +49,13 @@ class RegionEncoder(TileEncoder):
         card = patches.card
         if patches.vit is None or card.crop_px is not None or card.patch_px != card.tile_px:
             raise ValueError(
-                f"regions need an encoder of patches that runs packed and sees all of a patch as it is cut, got "
+                f"regions need an encoder of patches that runs packed and neither resizes nor crops them, got "
                 f"{card.name}: {card.why_not or 'it resizes or crops'}; take HIPT's"
             )
         if region_px % card.tile_px or region_px < 2 * card.tile_px:
             raise ValueError(
-                f"a region must be two or more whole patches along, got {region_px} px of patches of {card.tile_px} "
-                f"px; take {max(2, round(region_px / card.tile_px)) * card.tile_px}"
+                f"a region's side must be a multiple of the patch's, at least two, got {region_px} px of patches of "
+                f"{card.tile_px} px; take {max(2, round(region_px / card.tile_px)) * card.tile_px}"
             )
         mean, std = card.pixel_mean, card.pixel_std
         super().__init__(
@@ -76,7 +76,7 @@ class RegionEncoder(TileEncoder):
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 over names and values of the weights of both transformers."""
+        """The SHA-256 of the names and values of both transformers' weights."""
         digest = hashlib.sha256()
         for name, x in sorted(self.levels.state_dict().items()):
             digest.update(name.encode())
@@ -86,7 +86,7 @@ class RegionEncoder(TileEncoder):
     def encode_tiles(
         self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None
     ) -> Float[Tensor, "B C"]:
-        """Embeddings of regions, one at a time; zeros of one without a kept token.
+        """Embed regions, one at a time; a region without a kept token gives zeros.
 
         Args:
             tiles_BIXY: (B, 3, region_px, region_px) uint8, RGB.

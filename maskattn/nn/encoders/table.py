@@ -1,8 +1,8 @@
-"""The table of encoders: pathology's, by the names that users know, and plain vision transformers beside them.
+"""The table of encoders: pathology encoders under the names that users know, and general vision transformers.
 
-Each fact was read where the row's ``source`` says, in November 2026: TRIDENT (mahmoodlab/TRIDENT a91fa84),
-STAMP (KatherLab/STAMP c54ce06), slide2vec (clemsgrs/slide2vec 7cfa6bf), eva (kaiko-ai/eva) and LazySlide's models
-(rendeirolab/lazyslide-models 0127beb, which also has the licences), and the authors' own repositories.
+Each fact was read in November 2026 in the sources that the row's ``source`` names: TRIDENT (mahmoodlab/TRIDENT
+a91fa84), STAMP (KatherLab/STAMP c54ce06), slide2vec (clemsgrs/slide2vec 7cfa6bf), eva (kaiko-ai/eva), LazySlide's
+models (rendeirolab/lazyslide-models 0127beb, also for the licences), and the authors' own repositories.
 
 Nothing here imports torch.
 """
@@ -30,7 +30,7 @@ _KAIKO = "Kaiko Non-Commercial Public License"
 _OWKIN = "Owkin non-commercial"
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
 _MERGES_TOKENS = "it is a Swin transformer, whose tokens attend within windows and are merged from stage to stage"
-_POOLS_ITSELF = "it pools its tokens by an attention pooler of its own, which the packed transformer has not"
+_POOLS_ITSELF = "it pools its tokens with an attention pooler of its own, which the packed transformer does not have"
 
 
 def _row(
@@ -81,7 +81,7 @@ def _kaiko(name: str, size: str, architecture: str, embed_dim: int, **more: Any)
 
 
 def _general(name: str, title: str, architecture: str, embed_dim: int, pixels: tuple[Triple, Triple]) -> EncoderEntry:
-    """A model of timm that was trained on photographs: no spacing is its own."""
+    """Return the entry of a timm model that was trained on photographs, and therefore has no spacing."""
     licence = ("Apache-2.0", "timm's registry") if "dinov2" in architecture else ("MIT", "timm's registry; openai/CLIP")
     facts = (pixels, None, *licence)
     return _timm(name, title, f"timm/{architecture}", architecture, embed_dim, *facts)
@@ -160,9 +160,9 @@ _ROWS = (
 )  # fmt: skip
 
 ENCODERS: dict[str, EncoderEntry] = {entry.name: entry for entry in _ROWS}
-"""Name → what is known of the encoder."""
+"""The entries by name."""
 
-# How TRIDENT, STAMP and slide2vec call them.
+# The names of TRIDENT, STAMP and slide2vec.
 _ALIASES = {
     "uni-v1": "uni", "uni2": "uni2-h", "uni-v2": "uni2-h", "virchow-full": "virchow", "hoptimus0": "h-optimus-0",
     "hoptimus1": "h-optimus-1", "h0mini": "h0-mini", "conch-v1": "conch", "conch-v15": "conch-v1.5",
@@ -174,18 +174,18 @@ _ALIASES = {
 
 
 def entry_named(name: str) -> EncoderEntry | None:
-    """The row of a name, as users and other tools spell it; None where there is none."""
+    """Return the entry of a name in any spelling that users and other tools have for it; None if there is none."""
     plain = name.lower().replace("_", "-")
     return ENCODERS.get(_ALIASES.get(plain, plain))
 
 
 def entry_of_hub(hub_id: str) -> EncoderEntry | None:
-    """The row of a repository of Hugging Face's hub; None where the table does not have it."""
+    """Return the entry of a repository on Hugging Face's hub; None if the table does not have it."""
     return next((entry for entry in _ROWS if entry.hub_id and entry.hub_id.lower() == hub_id.lower()), None)
 
 
 def nearest_names(name: str) -> list[str]:
-    """Names of the table that look most like one that is not in it."""
+    """Return the names of the table that are most similar to one that is not in it."""
     plain = name.lower().replace("_", "-")
     close = difflib.get_close_matches(plain, [*ENCODERS, *_ALIASES], n=4, cutoff=0.5)
     close += [known for known in ENCODERS if plain and (known.startswith(plain[:4]) or plain in known)]

@@ -1,10 +1,10 @@
-"""A tile encoder: pixels of tiles in, a feature vector of each out, with or without its background tokens.
+"""A tile encoder: it maps the pixels of tiles to feature vectors, with or without their background tokens.
 
-Where the network is a vision transformer that becomes a packed one, that runs, whether tokens are masked or not:
-without a mask its features equal the library's to float rounding. Any other network runs as its library built it,
-without masks.
+A network that can be converted to a packed vision transformer runs as one, whether tokens are masked or not; without
+a mask its features equal the library's to float rounding. Any other network runs as its library built it, without
+masks.
 
-Dimension key: B tiles, (h, w) tokens of a tile, C width of the features.
+Dimension key: B tiles, (h, w) tokens of a tile, C features.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ class EncoderCard:
     """The metadata of a tile encoder.
 
     Attributes:
-        name: as outputs have it.
-        pooling: of its tokens: "token", "avg", "token_avg", "map", or "own" where the library's module pools.
-        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1].
-        tile_px: side of the tiles that it takes.
-        patch_px: side of the square that is cut from the slide at ``spacing_um`` and resized to ``tile_px``.
-        spacing_um: µm per pixel of that square; None where the encoder has none of its own.
-        crop_px: side of the tile's centre that the network sees; None where it sees all.
-        licence: of the weights; empty where it is not known.
-        why_not: why there is no packed transformer; empty where there is one.
+        name: the encoder's name in outputs.
+        pooling: the pooling of its tokens: "token", "avg", "token_avg", "map", or "own" if the library's module pools.
+        pixel_mean, pixel_std: the statistics per channel, of pixels scaled to [0, 1].
+        tile_px: the side of the encoder's input image, in px.
+        patch_px: the side of the square that is cut from the slide, in px at ``spacing_um``, then resized to
+            ``tile_px``.
+        spacing_um: the pixel size of that square, in µm; None if the encoder has none of its own.
+        crop_px: the side of the centre crop that the network sees, in px; None if it sees the entire tile.
+        licence: the licence of the weights; empty if unknown.
+        why_not: the reason why there is no packed transformer; empty if there is one.
     """
 
     name: str
@@ -55,20 +56,20 @@ class EncoderCard:
 
 
 class TileEncoder(nn.Module):
-    """A network that turns tiles into features, with what has to be known to feed it.
+    """A network that computes features of tiles, with its metadata.
 
     Args:
         network: a packed :class:`VisionTransformer`, or any module from normalised images (B, 3, X, Y) to (B, C).
-        card: what it says of itself.
-        embed_dim: C; None asks the packed transformer.
+        card: the encoder's metadata.
+        embed_dim: C; None takes the packed transformer's.
 
     Attributes:
         card: as given.
-        vit: the packed transformer; None where there is none.
-        module: the library's own network; None where there is a packed one.
+        vit: the packed transformer; None if there is none.
+        module: the library's own network; None if there is a packed transformer.
         embed_dim: C.
-        tiles_at_once: how many tiles may be held; None leaves it to who runs it.
-        min_tissue: least share of tissue of a tile that is worth encoding; None leaves it to who runs it.
+        tiles_at_once: the largest number of tiles in memory; None leaves it to the caller.
+        min_tissue: the smallest share of tissue of a tile that is encoded; None leaves it to the caller.
 
     Raises:
         ValueError: the tiles' side and the network's tokens do not fit each other.
@@ -91,7 +92,7 @@ class TileEncoder(nn.Module):
             embed_dim = self.vit.num_classes or self.vit.head_hidden_size
         if embed_dim is None:
             raise ValueError(
-                f"a library's own module does not say its width, got no embed_dim for {card.name}; give it"
+                f"embed_dim must be given for a library's own module, got None for {card.name}; give its width"
             )
         self.embed_dim = embed_dim
         self.register_buffer("pixel_mean", torch.tensor(card.pixel_mean), persistent=False)
@@ -99,37 +100,37 @@ class TileEncoder(nn.Module):
 
     @property
     def name(self) -> str:
-        """Its name in outputs."""
+        """The encoder's name in outputs."""
         return self.card.name
 
     @property
     def pooling(self) -> str:
-        """How tokens become one feature vector: see :class:`EncoderCard`."""
+        """The pooling of tokens into one feature vector: see :class:`EncoderCard`."""
         return self.card.pooling
 
     @property
     def tile_px(self) -> int:
-        """Side of the tiles that it takes."""
+        """The side of the encoder's input image, in px."""
         return self.card.tile_px
 
     @property
     def patch_px(self) -> int:
-        """Side of the square that is cut from the slide, at ``spacing_um``, and resized to ``tile_px``."""
+        """The side of the square that is cut from the slide, in px at ``spacing_um``, and resized to ``tile_px``."""
         return self.card.patch_px
 
     @property
     def spacing_um(self) -> float | None:
-        """µm per pixel of that square; None where the encoder has none of its own."""
+        """The pixel size of that square, in µm; None if the encoder has none of its own."""
         return self.card.spacing_um
 
     @property
     def why_not(self) -> str:
-        """Why there is no packed transformer; empty where there is one."""
+        """The reason why there is no packed transformer; empty if there is one."""
         return self.card.why_not
 
     @property
     def token_px(self) -> int:
-        """Side of a token in px of the tile; the whole tile where nothing is known of tokens."""
+        """The side of a token, in px of the tile; the tile's own side if there is no packed transformer."""
         return self.card.tile_px if self.vit is None else int(self.vit.patch_embed.patch_size)
 
     @property
@@ -139,7 +140,7 @@ class TileEncoder(nn.Module):
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 over names and values of the weights: two encoders of one digest give the same features."""
+        """The SHA-256 of the names and values of the weights; encoders with the same digest give the same features."""
         digest = hashlib.sha256()
         for name, x in sorted((self.vit or self.module).state_dict().items()):  # type: ignore[union-attr]  # one is there
             digest.update(name.encode())
@@ -149,7 +150,7 @@ class TileEncoder(nn.Module):
     def tile_tokens(
         self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None
     ) -> PackedTokens:
-        """Tiles to the packed tokens with which the transformer starts; only kept pixels are converted.
+        """Embed the tokens of tiles as packed tokens for the transformer's blocks; only kept pixels are converted.
 
         Args:
             tiles_BIXY: (B, 3, tile_px, tile_px) uint8, RGB.
@@ -160,7 +161,7 @@ class TileEncoder(nn.Module):
             TypeError: the tiles are not uint8.
         """
         if self.vit is None:
-            raise ValueError(f"tokens need a packed vision transformer, and {self.name} is none: {self.why_not}")
+            raise ValueError(f"only a packed vision transformer has tokens, and {self.name} is none: {self.why_not}")
         crop = self.card.crop_px
         if crop is not None:
             tiles_BIXY = centre_of(tiles_BIXY, crop)
@@ -170,24 +171,24 @@ class TileEncoder(nn.Module):
     def encode_tiles(
         self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None = None
     ) -> Float[Tensor, "B C"]:
-        """Features of tiles. Arguments and errors as in :meth:`tile_tokens`; without a mask any network serves."""
+        """Compute features of tiles; any network can do so without a mask. Arguments as in :meth:`tile_tokens`."""
         if self.vit is not None:
             features: Tensor = self.vit(self.tile_tokens(tiles_BIXY, keep_BHW))
             return features
         if keep_BHW is not None:
             raise ValueError(
                 f"masked attention needs a packed vision transformer, and {self.name} is none: {self.why_not}; encode "
-                "its tiles whole (keep=None, --token-mask none)"
+                "all tokens of its tiles (keep=None, --token-mask none)"
             )
         assert self.module is not None, "a network is one or the other"
         tiles_BIXY = tiles_BIXY if self.card.crop_px is None else centre_of(tiles_BIXY, self.card.crop_px)
-        own: Tensor = self.module(normalised(tiles_BIXY, self.pixel_mean, self.pixel_std))
-        if own.shape != (len(tiles_BIXY), self.embed_dim):
+        pooled: Tensor = self.module(normalised(tiles_BIXY, self.pixel_mean, self.pixel_std))
+        if pooled.shape != (len(tiles_BIXY), self.embed_dim):
             raise ValueError(
-                f"{self.name} must give ({len(tiles_BIXY)}, {self.embed_dim}) features of as many tiles, got "
-                f"{tuple(own.shape)}; name a network that pools"
+                f"{self.name} must give ({len(tiles_BIXY)}, {self.embed_dim}) features for as many tiles, got "
+                f"{tuple(pooled.shape)}; name a network that pools"
             )
-        return own
+        return pooled
 
     forward = encode_tiles
 
@@ -196,7 +197,7 @@ def _check_sides(card: EncoderCard, token_px: int) -> None:
     margin = 0 if card.crop_px is None else card.tile_px - card.crop_px
     if card.tile_px % token_px or margin % (2 * token_px):
         raise ValueError(
-            f"a tile must be whole tokens of {token_px} px, and so must what its centre leaves out, got tile_px="
-            f"{card.tile_px}, crop_px={card.crop_px} for {card.name}; the nearest sides are "
+            f"a tile's side, and each margin around its centre crop, must be a multiple of the token's {token_px} px, "
+            f"got tile_px={card.tile_px}, crop_px={card.crop_px} for {card.name}; the nearest sides are "
             f"{card.tile_px // token_px * token_px} and {(card.tile_px // token_px + 1) * token_px}"
         )

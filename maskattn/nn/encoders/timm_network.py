@@ -1,4 +1,4 @@
-"""timm's networks for encoders: built as the table says, with weights from the hub or from a file."""
+"""timm's networks for encoders: built with the table's arguments, with weights from the hub or from a file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from maskattn.nn.weight_files import read_weights
 
 __all__ = ["build_timm", "card_of_timm"]
 
-# What training checkpoints call the weights.
+# The keys under which training checkpoints hold the weights.
 _WRAPPERS = ("state_dict", "model", "teacher")
 
 
 def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, Any]) -> nn.Module:
-    """The network of an entry, without a classifier.
+    """Build the network of an entry, without a classifier, in eval mode.
 
     Args:
-        entry: of the table, or one whose ``architecture`` is a name that timm knows.
-        weights: a file of weights; None asks the hub.
-        more: arguments of ``timm.create_model`` that go before the entry's.
+        entry: an entry of the table, or one whose ``architecture`` is a name that timm knows.
+        weights: a file of weights; None takes the hub's.
+        more: arguments of ``timm.create_model`` that take precedence over the entry's.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
-        ValueError: the weights do not fit the network; the keys are named. Or nothing says how the network is built.
-        PermissionError, ConnectionError, FileNotFoundError: the weights cannot be had; the message says what to do.
+        ValueError: the weights do not fit the network (the message names the keys), or its architecture is unknown.
+        PermissionError, ConnectionError, FileNotFoundError: the weights are not available; the message has the remedy.
     """
     import timm
 
@@ -56,7 +56,7 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
             ) from error
     if not entry.architecture:
         raise ValueError(
-            f"the network of {entry.name} is described in its hub's config.json alone, got a file of weights; run `hf "
+            f"the network of {entry.name} is described only in its hub's config.json, got a file of weights; run `hf "
             f"download {entry.hub_id}`, copy the folder here and give it as the encoder"
         )
     arguments = {**arguments, "pretrained": False}
@@ -72,18 +72,18 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
 
 
 def card_of_timm(network: Any, name: str) -> EncoderCard:
-    """How a network of timm is fed, as its own configuration says; of spacings that knows nothing."""
+    """Return the card of a timm network from its own configuration, which has no spacing."""
     config = getattr(network, "pretrained_cfg", None) or {}
     built_for = getattr(getattr(network, "patch_embed", None), "img_size", None)
-    side = int(built_for[0] if built_for else config.get("input_size", (3, 224, 224))[1])
+    tile_px = int(built_for[0] if built_for else config.get("input_size", (3, 224, 224))[1])
     mean, std = (triple_of(config.get(key) or (0.5,) * 3) for key in ("mean", "std"))
     pooling = getattr(network, "global_pool", "own") or "token"
-    # A convolutional network's is a module of its own.
-    return EncoderCard(name, pooling if isinstance(pooling, str) else "own", mean, std, side, side)
+    # The global_pool of a convolutional network is a module, not a name.
+    return EncoderCard(name, pooling if isinstance(pooling, str) else "own", mean, std, tile_px, tile_px)
 
 
 def _layers(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The table's arguments with the layers that it names."""
+    """Replace the names of layers in the table's arguments by timm's or torch's classes."""
     import timm.layers
 
     for key in ("mlp_layer", "act_layer"):
@@ -109,8 +109,8 @@ def _file_of_hub(entry: EncoderEntry) -> str:
 
 
 def _fill(network: nn.Module, path: Path, name: str) -> None:
-    """Load weights that must fit; a classifier's are left out."""
-    _let_go(network)  # what will be overwritten is not held beside what is read
+    """Load weights, which must fit the network; a classifier's weights are left out."""
+    _let_go(network)  # so that initial and loaded weights are never in memory together
     state: dict[str, Any] = read_weights(path)
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), dict):
@@ -138,7 +138,7 @@ def _of_this_timm(network: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _let_go(network: nn.Module) -> None:
-    """Parameters without memory in the place of a network's own."""
+    """Replace a network's parameters by ones on the meta device, which take no memory."""
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             empty = torch.empty_like(parameter, device="meta")
@@ -146,7 +146,7 @@ def _let_go(network: nn.Module) -> None:
 
 
 def _of_timm(error: Exception, architecture: str) -> Exception:
-    """An unknown name of timm's with the nearest that it has; any other error as it is."""
+    """Return an error that lists the nearest names if timm does not know the name; any other error unchanged."""
     if "Unknown model" not in str(error):
         return error
     import difflib
@@ -155,5 +155,5 @@ def _of_timm(error: Exception, architecture: str) -> Exception:
 
     close = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
     return ValueError(
-        f"timm must have a model of this name, got {architecture!r}; the nearest: {', '.join(close) or 'none like it'}"
+        f"timm must have a model of this name, got {architecture!r}; the nearest: {', '.join(close) or 'none'}"
     )
