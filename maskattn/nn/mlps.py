@@ -80,7 +80,7 @@ class SwiGLUPacked(nn.Module):
         super().__init__()
         if hidden % 2:
             raise ValueError(
-                f"a packed SwiGLU needs an even number of hidden features, got {hidden}; choose mlp_ratio so that it is even"
+                f"a packed SwiGLU needs an even number of hidden features, got {hidden}; choose mlp_ratio accordingly"
             )
         self.act = act
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
