@@ -103,7 +103,7 @@ def test_weights_that_cannot_be_read_are_named(slide: Path, weights: Path, tmp_p
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:5000])
     torch.save(torch.nn.Identity(), tmp_path / "code.pt")
     for name, told in (
-        ("cut.safetensors", "must be a whole file"),
+        ("cut.safetensors", "must be a complete file"),
         ("code.pt", "got the code torch.nn.modules.linear"),
     ):
         asked = ("--encoder", "timm:vit_tiny_patch16_224", "--weights", tmp_path / name, "--spacing-um", 1)

@@ -229,7 +229,7 @@ def test_a_model_of_regions_needs_the_encoder_of_their_patches_or_their_features
     ):
         load_two_stages(folder / "best.pt", patches, patch_px=100)
     resized = TileEncoder(patches.vit, EncoderCard("uni", "token", (0.5,) * 3, (0.5,) * 3, 32, 64, 0.5))
-    with pytest.raises(ValueError, match="sees all of a patch as it is cut, got uni: it resizes or crops"):
+    with pytest.raises(ValueError, match="neither resizes nor crops them, got uni: it resizes or crops"):
         load_two_stages(folder / "best.pt", resized, patch_px=REGION)
 
 
