@@ -9,6 +9,7 @@ import typer
 
 from maskattn.cli.options import Debug, Series, Spacing
 from maskattn.cli.reporting import errors_in_one_line, say, say_json
+from maskattn.errors import SlideError
 
 if TYPE_CHECKING:
     from maskattn.nn.slide_models.card import ModelCard
@@ -27,7 +28,7 @@ def info(
 ) -> None:
     """Print the metadata of a slide file or a slide model."""
     with errors_in_one_line(debug):
-        from maskattn.nn.slide_models.card import card_at
+        from maskattn.nn.slide_models.card import CONFIG, card_at
 
         if (card := card_at(slide)) is not None:
             _print_card(card, as_json)
@@ -35,8 +36,14 @@ def info(
 
         from maskattn.slide.reader import SlideReader
 
-        with SlideReader(slide, spacing_um, series=series, isolated=True) as reader:
-            facts = reader.describe()
+        _check_exists(slide)
+        try:
+            with SlideReader(slide, spacing_um, series=series, isolated=True) as reader:
+                facts = reader.describe()
+        except SlideError as error:
+            if slide.is_dir():
+                raise SlideError(f"{error} (a slide model's folder holds {CONFIG}, which this one lacks)") from error
+            raise
     if as_json:
         say_json(facts)
         return
@@ -49,6 +56,14 @@ def info(
             say(f"{name}: {'; '.join(map(str, value)) or 'none'}")
         else:
             say(f"{name}: {value}")
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise SlideError(
+            f"maskattn info needs a slide file, a slide model's folder or a checkpoint, got path='{path}', which does "
+            "not exist; check the path"
+        )
 
 
 def _print_card(card: ModelCard, as_json: bool) -> None:

@@ -55,8 +55,8 @@ def run_slides(
         raise ManifestError(model.why_no_tiles)
     if settings.attention == "rollout" and not model.head.has_layers:
         raise ManifestError(
-            f"--attention rollout goes through a slide model's layers of attention, got {model.card.name} "
-            f"({model.head.kind}), which has none; leave it out"
+            f"--attention rollout needs layers of attention whose weights sum to 1, got {model.card.name} "
+            f"({model.head.kind}), {model.head.why_no_rollout}; use --attention last"
         )
     identity = identify_model(model)
 

@@ -50,6 +50,19 @@ def test_the_earlier_pair_and_other_tools_checkpoints_have_a_card_too(tmp_path: 
     assert "must have name, kind and classes" in result.stderr
 
 
+def test_a_path_with_neither_a_slide_nor_a_model_is_named_as_such(tmp_path: Path) -> None:
+    gone = maskattn("info", tmp_path / "models" / "gone")
+    assert gone.exit_code == 1
+    assert "needs a slide file, a slide model's folder or a checkpoint, got path=" in gone.stderr
+    assert "which does not exist" in gone.stderr
+    folder = maskattn("info", tmp_path)
+    assert folder.exit_code == 1
+    assert (
+        "which is a folder; check the path (a slide model's folder holds config.json, which this one lacks)"
+        in folder.stderr
+    )
+
+
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
     """A slide, a checkpoint and an encoder."""

@@ -19,6 +19,8 @@ from maskattn.nn.slide_models.card import EncoderFacts, read_card
 from maskattn.nn.slide_models.folder import load_two_stages, save_model
 from maskattn.nn.slide_models.gated_attention import GatedAttentionHead
 from maskattn.nn.slide_models.head import TileGrid
+from maskattn.nn.slide_models.ordinal import OrdinalHead
+from maskattn.nn.slide_models.stamp import DistanceViTHead
 from maskattn.nn.slide_models.transmil import TransMILHead
 from maskattn.nn.slide_models.two_stage import TwoStageModel
 from maskattn.nn.slide_models.vit import ViTHead
@@ -177,8 +179,24 @@ def test_rollout_goes_through_all_layers_where_it_is_asked_for(
     (skipped,) = run_slides([SlideJob("disc", file)], load_two_stages(folder), replace(one, attention="last"))
     assert skipped.status == "failed"
     assert "got attention: rollout" in skipped.reason
-    with pytest.raises(ManifestError, match=r"--attention rollout goes through .* \(gated_attention\), which has none"):
+    with pytest.raises(
+        ManifestError, match=r"got s_0_checkpoint \(gated_attention\), which has no layers of attention"
+    ):
         run_slides([SlideJob("disc", file)], loaded(clam), replace(one, out_dir=tmp_path / "none"))
+
+
+@pytest.mark.parametrize("ordinal", [False, True])
+def test_rollout_of_stamps_alibi_is_refused_because_its_weights_do_not_sum_to_one(
+    ordinal: bool, features: Path, settings: RunSettings, tmp_path: Path
+) -> None:
+    head = DistanceViTHead(C, 1 if ordinal else 2, dim=16, num_heads=2, hidden=16)
+    folder = save_model(tmp_path / "model", OrdinalHead(head) if ordinal else head, loaded_card())
+    (file,) = features.rglob("disc.h5")
+    asked = replace(settings, features_dir=features, attention="rollout")
+    with pytest.raises(
+        ManifestError, match=r"whose weights do not sum to 1: .* after the softmax; use --attention last"
+    ):
+        run_slides([SlideJob("disc", file)], load_two_stages(folder), asked)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -65,12 +65,14 @@ class SlideHead(nn.Module, ABC):
         reads_grid: its logits depend on the cells of the tiles.
         reads_um: they depend on the tiles' places in µm.
         has_layers: it has layers of attention whose weights sum to 1, which :meth:`rollout` goes through.
+        why_no_rollout: without such layers, the reason, as a clause about the model.
     """
 
     kind: ClassVar[str]
     reads_grid: bool = False
     reads_um: bool = False
     has_layers: bool = False
+    why_no_rollout: str = "which has no layers of attention"
 
     def __init__(self, in_dim: int, num_classes: int) -> None:
         super().__init__()

@@ -42,7 +42,8 @@ class OrdinalHead(SlideHead):
         built = below if isinstance(below, SlideHead) else head_of_kind(below_kind or "", below, impl)
         super().__init__(built.in_dim, built.num_classes + 1)
         self.below = built
-        self.reads_grid, self.reads_um, self.has_layers = built.reads_grid, built.reads_um, built.has_layers
+        self.reads_grid, self.reads_um = built.reads_grid, built.reads_um
+        self.has_layers, self.why_no_rollout = built.has_layers, built.why_no_rollout
 
     def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
         return {"below_kind": self.below.kind, "below": self.below.arguments()}

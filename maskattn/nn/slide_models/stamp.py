@@ -148,6 +148,7 @@ class DistanceViTHead(SlideHead):
 
     kind: ClassVar[str] = "stamp_alibi"
     reads_um = True
+    why_no_rollout = "whose weights do not sum to 1: it subtracts a penalty of distance after the softmax"
 
     def __init__(
         self,
