@@ -52,7 +52,7 @@ def refusal_of(path: Path, **how: float) -> str:
         ("a.tif", b"II*\x00\x00\x10\x00\x00" + bytes(100), "a TIFF that is cut short", "copy it again to its end"),
         ("a.tif", b"II+\x00\x08\x00\x00\x00" + struct.pack("<Q", 1 << 40), "a TIFF that is cut short", "copy it again"),
         ("a.svs", b"MM\x00*", "a TIFF that is cut short", "copy it again"),
-        ("a.mrxs", b"\xff\xd8\xff\xe0rest", "a MIRAX slide, whose folder is missing", "folder 'a' must lie beside it"),
+        ("a.mrxs", b"\xff\xd8\xff\xe0rest", "a MIRAX slide, whose folder is missing", "folder 'a' must be next to it"),
         ("a.dat", bytes(range(1, 200)), "a format that neither knows", "convert it to a tiled pyramidal TIFF"),
     ],
 )
@@ -84,7 +84,7 @@ def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("inside", "what"),
-    [(".zattrs", "a Zarr store"), ("zarr.json", "a Zarr store"), ("Slidedat.ini", "name the file beside it: it.mrxs"),
+    [(".zattrs", "a Zarr store"), ("zarr.json", "a Zarr store"), ("Slidedat.ini", "name the file next to it: it.mrxs"),
      ("1.dcm", "a folder of DICOM files; name one of the full-resolution"), ("x", "a folder; check the path")],
 )  # fmt: skip
 def test_a_folder_is_identified_by_its_contents(tmp_path: Path, inside: str, what: str) -> None:

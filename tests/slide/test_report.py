@@ -176,7 +176,7 @@ def test_a_notebook_is_handed_html_under_the_packages_own_name(out: Path) -> Non
 def test_a_folder_without_outputs_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got neither in"):
         write_report(tmp_path)
-    with pytest.raises(ValueError, match="which is none"):
+    with pytest.raises(ValueError, match="which is not a folder"):
         write_report(tmp_path / "absent")
 
 

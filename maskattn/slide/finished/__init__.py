@@ -1,4 +1,4 @@
-"""The results in a run's folder of outputs, read back for reports and the viewer. Nothing here imports torch."""
+"""Read the results in a run's output folder back for reports and the viewer. Nothing here imports torch."""
 
 from maskattn.slide.finished.map_table import MapTable, open_maps
 from maskattn.slide.finished.mosaic import Mosaic, build_mosaic

@@ -1,4 +1,4 @@
-"""``relevance.h5`` read back: the maps of a slide's tiles, and of their tokens where the run made them.
+"""Read ``relevance.h5``: the maps of a slide's tiles and, where the run made them, of their tokens.
 
 Dimension key: T tiles, K classes, M = K + 1 maps (the classes', then attention), (h, w) tokens of a tile.
 """
@@ -28,8 +28,8 @@ class TileTokens:
     """The token maps of one tile.
 
     Attributes:
-        values_Mhw: (M, h, w), those of the classes and that of attention; NaN where a token is background.
-        keep_hw: (h, w) bool, the tokens that take part.
+        values_Mhw: (M, h, w) relevance for each class, then attention; NaN where a token is background.
+        keep_hw: (h, w) bool, True for kept tokens.
     """
 
     values_Mhw: Float[np.ndarray, "M h w"]
@@ -41,15 +41,15 @@ class MapTable:
     """The maps of one slide.
 
     Attributes:
-        classes: K names.
-        method: of explanation, in words.
-        coords_T2: (T, 2) level-0 x, y of each tile's top left corner.
-        values_MT: (M, T) the tiles' relevance for each class, and their attention.
+        classes: K class names.
+        method: the method of explanation, in words.
+        coords_T2: (T, 2) level-0 x and y of each tile's top left corner.
+        values_MT: (M, T) the tiles' relevance for each class, then their attention.
         tile_lv0: side of a tile in level-0 pixels.
         tile_px: side of a tile in pixels, as the model sees it.
-        width_px: of the slide's level 0.
-        height_px: of the slide's level 0.
-        tokens_hw: rows and columns of a tile's tokens; None where the run made no maps of tokens.
+        width_px: width of the slide in level-0 pixels.
+        height_px: height of the slide in level-0 pixels.
+        tokens_hw: rows and columns of a tile's tokens; None if the run made no token maps.
     """
 
     classes: tuple[str, ...]
@@ -65,22 +65,22 @@ class MapTable:
 
     @property
     def tiles(self) -> int:
-        """T."""
+        """The number of tiles, T."""
         return len(self.coords_T2)
 
     @property
     def step_lv0(self) -> float:
-        """Side in level-0 pixels of what has a value of its own: a token, or a tile."""
+        """Side in level-0 pixels of the smallest area with a value: a token, or a tile without token maps."""
         return self.tile_lv0 / (self.tokens_hw[0] if self.tokens_hw else 1)
 
     def tile_at(self, x_lv0: float, y_lv0: float) -> int | None:
-        """The tile that covers a place; None where none does."""
+        """Return the index of the tile that covers a level-0 position, or None."""
         inside = (self.coords_T2 <= (x_lv0, y_lv0)) & (self.coords_T2 + self.tile_lv0 > (x_lv0, y_lv0))
         found = np.flatnonzero(inside.all(axis=1))
         return int(found[-1]) if len(found) else None
 
     def tokens_of(self, tile: int) -> TileTokens | None:
-        """The token maps of a tile; None where the run made none."""
+        """Return the token maps of a tile, or None if the run made none."""
         if self.tokens_hw is None:
             return None
         values = np.concatenate(
@@ -93,29 +93,29 @@ class MapTable:
         return TileTokens(np.where(keep, values, np.nan).astype(np.float32), keep)
 
     def batches(self, index: int) -> Iterator[tuple[slice, Float[np.ndarray, "B h w"]]]:
-        """One map tile by tile, some at a time: which tiles, and (B, h, w) values, NaN at background.
+        """Yield one map in batches of tiles: a slice of the tiles, and their (B, h, w) values, NaN at background.
 
         Args:
-            index: of the map; K is attention.
+            index: index of the map, 0 to K; K is attention.
         """
         for first in range(0, self.tiles, _TILES_AT_A_TIME):
-            some = slice(first, min(first + _TILES_AT_A_TIME, self.tiles))
+            batch = slice(first, min(first + _TILES_AT_A_TIME, self.tiles))
             if self.tokens_hw is None:
-                yield some, self.values_MT[index, some, None, None]
+                yield batch, self.values_MT[index, batch, None, None]
                 continue
             if index < len(self.classes):
-                values = self._file["tokens/relevance"][index, some]
+                values = self._file["tokens/relevance"][index, batch]
             else:
-                values = self._file["tokens/attention"][some] * self.values_MT[-1, some, None, None]
-            yield some, np.where(self._file["tokens/keep"][some], values, np.float32(np.nan))
+                values = self._file["tokens/attention"][batch] * self.values_MT[-1, batch, None, None]
+            yield batch, np.where(self._file["tokens/keep"][batch], values, np.float32(np.nan))
 
 
 @contextmanager
 def open_maps(path: Path) -> Iterator[MapTable]:
-    """The table of relevance of a slide, which the maps of tokens are read from as they are asked for.
+    """Open a slide's ``relevance.h5``; token maps are read from the file on demand while it is open.
 
     Raises:
-        SlideError: there is none, or it is not whole.
+        SlideError: the file is missing or incomplete.
     """
     import h5py
 
@@ -131,11 +131,11 @@ def open_maps(path: Path) -> Iterator[MapTable]:
 
 
 def _refuse_other_files(file: Any, name: str) -> None:
-    """A table of this package is whole in itself; HDF5 can also point to any file of the machine's."""
+    """Refuse links and external storage: HDF5 can point to any other file, and tables of this package never do."""
     import h5py
 
-    way = name.split("/")
-    links = [file.get("/".join(way[:end]), getlink=True) for end in range(1, len(way) + 1)]
+    steps = name.split("/")
+    links = [file.get("/".join(steps[:end]), getlink=True) for end in range(1, len(steps) + 1)]
     if not all(isinstance(link, h5py.HardLink) for link in links) or file[name].external or file[name].is_virtual:
         raise ValueError(f"{name} lies in another file")
 

@@ -1,4 +1,4 @@
-"""A map as a picture of numbers: a value per token over all of the slide, and coarser ones to look at from afar.
+"""Assemble a map of a slide as a pyramid of arrays: a value per token over the whole slide, then coarser levels.
 
 Dimension key: (Y, X) tokens of the slide's lattice, (h, w) tokens of a tile, T tiles.
 """
@@ -16,17 +16,18 @@ from maskattn.slide.pyramids.halving import halved, mean_of_known
 
 __all__ = ["Mosaic", "build_mosaic"]
 
-# A quarter of a gigabyte; a slide with more tokens than that has a value per tile.
+# A quarter of a gigabyte; a slide with more tokens gets one value per tile.
 _MOST_VALUES = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Mosaic:
-    """A map in levels, each half as fine as the one before it.
+    """A pyramid of a map, each level at half the resolution of the one before it.
 
     Attributes:
-        levels: (Y, X) float32 each; NaN where no token takes part, the mean of those that do in a coarser value.
-        step_lv0: side of a value of the finest level, in level-0 pixels.
+        levels: (Y, X) float32 arrays, the finest first; NaN where no token is kept. A coarser value is the mean of the
+            kept tokens that it covers.
+        step_lv0: side of a cell of the finest level, in level-0 pixels.
     """
 
     levels: tuple[Float[np.ndarray, "Y X"], ...]
@@ -34,33 +35,33 @@ class Mosaic:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all levels."""
+        """Bytes that all levels take."""
         return sum(level.nbytes for level in self.levels)
 
     def chunk(self, level: int, column: int, row: int, side: int) -> Float[np.ndarray, "s s"]:
-        """(side, side) values of a level, those at ``column · side`` and ``row · side`` first; NaN beyond the edge.
+        """Return the (side, side) chunk of a level at a column and a row of chunks; NaN beyond the level's edge.
 
         Raises:
-            IndexError: there is no such level, or nothing of it is there.
+            IndexError: the level does not exist, or the chunk lies outside it.
         """
         if not 0 <= level < len(self.levels):
             raise IndexError(f"a level must be 0 to {len(self.levels) - 1}, got {level}")
         values = self.levels[level]
         if not (0 <= column * side < values.shape[1] and 0 <= row * side < values.shape[0]):
-            raise IndexError(f"a part must lie in the map, got column {column} and row {row}")
-        part = values[row * side : (row + 1) * side, column * side : (column + 1) * side]
-        whole = np.full((side, side), np.nan, np.float32)
-        whole[: part.shape[0], : part.shape[1]] = part
-        return whole
+            raise IndexError(f"a chunk must lie in the map, got column {column} and row {row}")
+        inside = values[row * side : (row + 1) * side, column * side : (column + 1) * side]
+        chunk = np.full((side, side), np.nan, np.float32)
+        chunk[: inside.shape[0], : inside.shape[1]] = inside
+        return chunk
 
 
 def build_mosaic(table: MapTable, index: int, side: int = 256) -> Mosaic:
-    """Lay a map's tiles out over the slide, and halve it until it is no larger than ``side``.
+    """Place a map's tiles on the slide, and halve the result until it is no larger than ``side``.
 
     Args:
         table: the slide's maps.
-        index: which; the number of classes is attention.
-        side: of the coarsest level, at most.
+        index: index of the map, 0 to K; K, the number of classes, is attention.
+        side: greatest width and height of the coarsest level, in cells.
     """
     h, w = table.tokens_hw or (1, 1)
     rows, columns = math.ceil(table.height_px / table.tile_lv0), math.ceil(table.width_px / table.tile_lv0)
@@ -69,10 +70,10 @@ def build_mosaic(table: MapTable, index: int, side: int = 256) -> Mosaic:
         h, w = 1, 1
     values = np.full((rows, h, columns, w), np.nan, np.float32)
     cells_T2 = table.coords_T2 // table.tile_lv0
-    for some, values_Bhw in table.batches(index):
+    for batch, values_Bhw in table.batches(index):
         if by_tile:
             values_Bhw = mean_of_known(values_Bhw, axes=(1, 2))[:, None, None]
-        values[cells_T2[some, 1], :, cells_T2[some, 0], :] = values_Bhw
+        values[cells_T2[batch, 1], :, cells_T2[batch, 0], :] = values_Bhw
     levels = [values.reshape(rows * h, columns * w)]
     while max(levels[-1].shape) > side:
         levels.append(halved(levels[-1]))

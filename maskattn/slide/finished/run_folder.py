@@ -1,4 +1,4 @@
-"""A folder of outputs as a whole: which slides it has, how each ended, and where the slide's own file is now."""
+"""Read a run's output folder: its slides, how each of them ended, and the slide file that each was made from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class FinishedSlide:
 
     Attributes:
         slide_id: the slide's id.
-        folder: of its outputs; need not be there.
-        status: of the last run: "ok", "skipped" or "failed"; "unknown" where the summary does not have the slide.
+        folder: the folder of its outputs, which need not exist.
+        status: how it ended in the last run: "ok", "skipped" or "failed"; "unknown" if the summary has no row of it.
         reason: why it failed or was skipped.
-        seconds: of the last run, as the summary has them.
-        prediction: None where it has no outputs.
-        row: all that the summary has of it; empty where it does not have the slide.
+        seconds: duration in the last run, as the summary writes it.
+        prediction: its prediction; None if it has no outputs.
+        row: its row of the summary; empty if there is none.
     """
 
     slide_id: str
@@ -39,27 +39,27 @@ class FinishedSlide:
 
     @property
     def maps_path(self) -> Path:
-        """The path of its table of relevance."""
+        """The path of its ``relevance.h5``."""
         return self.folder / "relevance.h5"
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """All slides of a folder of outputs.
+    """All slides of an output folder.
 
     Attributes:
         out_dir: the folder.
-        slides: in the order of the summary; those that it does not have come last, by name.
+        slides: the slides in the order of the summary, then those without a row, sorted by id.
     """
 
     out_dir: Path
     slides: tuple[FinishedSlide, ...] = field(repr=False)
 
     def slide(self, slide_id: str) -> FinishedSlide:
-        """The slide of an id.
+        """Return the slide with an id.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the run has no such slide.
         """
         for slide in self.slides:
             if slide.slide_id == slide_id:
@@ -71,15 +71,15 @@ class FinishedRun:
 
 
 def read_run(out_dir: Path) -> FinishedRun:
-    """The results in a folder of outputs.
+    """Read the results in an output folder.
 
     Raises:
-        ValueError: the folder is not there, or holds no outputs.
-        OSError: it cannot be read.
+        ValueError: the folder does not exist, or holds no outputs.
+        OSError: the folder cannot be read.
     """
     if not is_folder(out_dir):
         raise ValueError(
-            f"outputs must lie in a folder, got {as_text(out_dir)}, which is none; name the --out of "
+            f"outputs must be in a folder, got {as_text(out_dir)}, which is not a folder; name the --out of "
             "`maskattn infer` or `maskattn demo`"
         )
     rows = read_summary(out_dir / "summary.csv")
@@ -110,20 +110,21 @@ def _slide(folder: Path, row: dict[str, str] | None) -> FinishedSlide:
 
 
 def open_slide(slide: FinishedSlide, slides_dir: Path | None = None, *, isolated: bool = True) -> SlideReader:
-    """The slide's own file, with the spacing and the series that the run used.
+    """Open the slide file of a finished slide, with the spacing and the series that the run used.
 
     Args:
         slide: a slide that has a prediction.
-        slides_dir: where to look for the file by its name before the path that the run recorded.
-        isolated: decode in a process of its own.
+        slides_dir: a folder to search for the file's name before the path that the run recorded is tried.
+        isolated: decode in a separate process.
 
     Raises:
-        SlideError: the file is not there any more, cannot be read, or is of another size than the one that was run.
+        SlideError: the slide has no prediction, or its file is missing, cannot be read, or differs in size from the
+            one that was run.
     """
     prediction = slide.prediction
     if prediction is None:
         raise SlideError(
-            f"a slide must have outputs to be shown beside them, got none for {slide.slide_id!r}: {slide.reason}"
+            f"a slide must have outputs to be shown with them, got none for {slide.slide_id!r}: {slide.reason}"
         )
     path = Path(prediction.slide.path)
     if slides_dir is not None and (slides_dir / path.name).is_file():

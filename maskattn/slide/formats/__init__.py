@@ -1,3 +1,3 @@
-"""Formats: one file per decoder of slides, each with the interface of :mod:`maskattn.slide.formats.image`."""
+"""Decoders of slide formats, one file each, with the interface of :mod:`maskattn.slide.formats.image`."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The contents of a Zeiss CZI that OpenSlide does not open, from the directory of its pieces."""
+"""Describe a Zeiss CZI file that OpenSlide does not open, from its subblock directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = {"S": "scenes", "C": "channels", "Z": "focal planes", "T": "points in t
 
 
 def describe_czi(path: Path) -> NotRead:
-    """The contents of a CZI, as far as its directory can be read.
+    """Describe the contents of a CZI file, as far as its directory can be read.
 
     Raises:
         OSError: the file cannot be read.
@@ -38,7 +38,7 @@ def describe_czi(path: Path) -> NotRead:
 
 
 def _extents(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """First and last position along each dimension over all full-resolution pieces."""
+    """Return the first position and the end along each dimension, over all subblocks of the directory."""
     head = file.read(_SEGMENT_HEAD + 80)
     (directory,) = struct.unpack_from("<q", head, _SEGMENT_HEAD + 52)
     file.seek(directory)

@@ -1,8 +1,8 @@
-"""A process that opens and decodes one slide at a time for another: what crashes or hangs in it harms nobody else.
+"""A process that opens and decodes one slide at a time for another process, which survives its crashes and hangs.
 
-Decoders are C libraries that see files from scanners, network drives and broken copies. A damaged file can make one
+Decoders are C libraries that read files from scanners, network drives and broken copies. A damaged file can make one
 crash (a wrong offset table of a DICOM slide) or run out of memory, which no ``except`` catches. The process imports the
-decoders and nothing else, and takes its owner's own ``sys.path``: no script needs a guard around its entry.
+decoders and nothing else, and takes over its owner's ``sys.path``, so a script needs no ``__main__`` guard.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from maskattn.slide.formats.remedies import said_by
 __all__ = ["DecoderCrashed", "DecoderStalled", "DecodingProcess", "serve"]
 
 _SERVE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve({handle}, {shared})"
-# Pixels come through memory that both processes see; more than fit there, or where there is none, through the socket.
+# Pixels come through memory that both processes share; if they do not fit, or there is none, through the socket.
 _SHARED_BYTES = 64 << 20
 _ENDS_WITHIN_S = 5.0
 _LAST_WORDS_BYTES = 2000
 
 
 class DecoderCrashed(Exception):  # noqa: N818 -- named for what happened
-    """The process ended; the text is how, and the last line that it wrote."""
+    """The process ended; the message says how, with the last line that it wrote."""
 
 
-class DecoderStalled(Exception):  # noqa: N818 -- named for what happened, too
-    """The process did not answer in time, and was ended."""
+class DecoderStalled(Exception):  # noqa: N818 -- named for what happened
+    """The process did not answer in time and was killed."""
 
 
 class DecodingProcess:
-    """The other end of :func:`serve`, in a process of its own, which ends with this object or with its owner.
+    """A client of :func:`serve` running in a separate process, which ends with this object or with its owner.
 
     Args:
-        answers_within_s: how long one answer may take.
+        answers_within_s: the time that an answer may take, in seconds.
     """
 
     def __init__(self, answers_within_s: float) -> None:
@@ -75,15 +75,15 @@ class DecodingProcess:
         self.end = weakref.finalize(self, _end, self._process, self._connection, self._written)
 
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """Return whether the process is still running."""
         return self._process.poll() is None
 
     def ask(self, request: str, *arguments: Any) -> Any:
-        """The answer to a request; an error that answers it is raised here.
+        """Send a request and return its answer; an exception that comes as the answer is raised here.
 
         Raises:
             DecoderCrashed: the process ended.
-            DecoderStalled: it did not answer in time.
+            DecoderStalled: the process did not answer in time.
         """
         try:
             self._connection.send((request, arguments))
@@ -121,14 +121,14 @@ class DecodingProcess:
 
 @dataclass(frozen=True)
 class _Pixels:
-    """An answer that is an array: it lies in the shared memory, or comes next through the socket."""
+    """An answer that is an array: it is in the shared memory, or follows through the socket."""
 
     shape: tuple[int, ...]
     shared: bool
 
 
 def _shared_file() -> int | None:
-    """Memory without a name, which no full ``/dev/shm`` can refuse; None where the system has none."""
+    """Return the descriptor of anonymous memory, which a full ``/dev/shm`` cannot refuse; None on other systems."""
     if not hasattr(os, "memfd_create"):
         return None
     handle = os.memfd_create("maskattn pixels")
@@ -154,8 +154,8 @@ def serve(handle: int, shared: int | None) -> None:
     """Answer the requests that come through a socket until its other end is closed.
 
     Args:
-        handle: the socket's file descriptor.
-        shared: that of the shared memory, or None.
+        handle: file descriptor of the socket.
+        shared: file descriptor of the shared memory, or None.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # its owner ends it
         signal.signal(number, signal.SIG_IGN)
@@ -180,7 +180,7 @@ def serve(handle: int, shared: int | None) -> None:
             elif request == "read":
                 assert image is not None
                 answer = np.ascontiguousarray(image.read(*arguments))
-        except Exception as error:  # whatever it is, it is the owner's to deal with
+        except Exception as error:  # the owner handles it, whatever it is
             answer = error
         _send(connection, answer, memory)
 
@@ -207,7 +207,7 @@ def _send(connection: Connection, answer: Any, memory: np.ndarray | None) -> Non
 
 
 def _end_with_owner(handle: int) -> None:
-    """A decoder that hangs must not outlive the process that asked it."""
+    """End this process when its owner's end of the socket closes, so that a hanging decoder never outlives it."""
     poll = select.poll()
     poll.register(handle, 0)  # a hang-up is always reported
     while not any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll()):

@@ -39,10 +39,10 @@ _MOST_UID_BYTES = 64
 
 
 def describe_dicom(path: Path) -> NotRead | None:
-    """Why OpenSlide does not open a DICOM file; None where its meta information does not tell.
+    """Return why OpenSlide does not open a DICOM file; None if its meta information does not say.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     meta = _file_meta(path)
     kind, syntax = meta.get((2, 2)), meta.get((2, 16))

@@ -19,19 +19,19 @@ _TIFF_HEADS = {b"II*\x00": "<", b"MM\x00*": ">", b"II+\x00": "<", b"MM\x00+": ">
 
 
 def is_tiff(path: Path) -> bool:
-    """Whether the file begins as a TIFF does."""
+    """Return whether the file begins with a TIFF header."""
     return _head(path)[:4] in _TIFF_HEADS
 
 
 def identify_file(path: Path, known: bool = False) -> NotRead | None:
-    """The kind of a file that no decoder opens; None if its bytes do not identify it.
+    """Identify a file that no decoder opens; None if its bytes do not show what it is.
 
     Args:
         path: the file.
-        known: whether a decoder knows the format, and only fails to open it: its first bytes are as they should be.
+        known: whether a decoder recognises the format; the signatures of other formats are then not searched.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     head, size = _head(path), path.stat().st_size
     if not size:
@@ -55,14 +55,14 @@ def identify_file(path: Path, known: bool = False) -> NotRead | None:
 
 
 def identify_folder(path: Path) -> NotRead:
-    """The kind of a folder that was given as a slide."""
+    """Identify a folder that was given as a slide."""
     names = {entry.name for entry in os.scandir(path)}
     if names & {".zattrs", ".zgroup", ".zarray", "zarr.json"}:
         return NotRead(
             "a Zarr store", f"OME-Zarr is not read: export it as OME-TIFF, e.g. with raw2ometiff, or {CONVERT}"
         )
     if "Slidedat.ini" in names:
-        return NotRead("the folder of a MIRAX slide", f"name the file beside it: {path.name}.mrxs")
+        return NotRead("the folder of a MIRAX slide", f"name the file next to it: {path.name}.mrxs")
     if any(name.lower().endswith(".dcm") for name in names):
         return NotRead("a folder of DICOM files", "name one of the full-resolution level's files")
     return NotRead("a folder", "check the path")
@@ -78,7 +78,7 @@ def _mirax(path: Path) -> NotRead | None:
     if not folder.is_dir():
         return NotRead(
             "the first file of a MIRAX slide, whose folder is missing",
-            f"its folder '{folder.name}' must lie beside it: copy both",
+            f"its folder '{folder.name}' must be next to it: copy both",
         )
     if not (folder / "Slidedat.ini").is_file():
         return NotRead(
@@ -88,7 +88,7 @@ def _mirax(path: Path) -> NotRead | None:
 
 
 def _tiff(head: bytes, size: int) -> NotRead | None:
-    """A TIFF whose directory lies beyond its end was cut short."""
+    """Identify a TIFF that was cut short: its directory would begin after the end of the file."""
     order = _TIFF_HEADS[head[:4]]
     big = head[2:4] in (b"+\x00", b"\x00+")
     try:

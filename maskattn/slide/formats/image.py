@@ -1,7 +1,6 @@
-"""The interface of a slide's decoder: levels that are read in their own pixels.
+"""The interface of slide decoders: levels, each read in its own pixels.
 
-Level choice, resampling and what becomes of damage are :class:`maskattn.slide.reader.SlideReader`'s, once for all
-formats.
+:class:`maskattn.slide.reader.SlideReader` chooses levels, resamples and handles damage for all formats.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ class DecodeError(Exception):
     """A region of a level cannot be decoded; the message is the decoder's own reason."""
 
 
-class NotRead(Exception):  # noqa: N818 (no error of the file's)
-    """A file, or what was asked of it, is of a kind that is not read.
+class NotRead(Exception):  # noqa: N818 (not an error in the file)
+    """A file, or the requested image in it, is of a kind that is not read.
 
     Args:
-        what: what it is, as it stands after "got".
-        remedy: what to do.
+        what: a noun phrase that says what it is, which follows "which is" in the message.
+        remedy: what the user can do.
     """
 
     def __init__(self, what: str, remedy: str) -> None:
@@ -36,14 +35,14 @@ class SlideImage(Protocol):
     """An open slide file.
 
     Attributes:
-        decoder: name and version of the library that decodes it.
+        decoder: name and version of the library that decodes the file.
         vendor: the format, e.g. "aperio" or "ome-tiff".
-        series: a line for each series of a file that may hold several; empty where there is one.
+        series: a line of text for each series; empty if the file holds only one.
         level_dimensions: (width, height) of each level in its own pixels, the finest first.
         level_downsamples: level-0 pixels per pixel of each level, along x and along y.
-        level_tiles: (width, height) of the pieces in which each level is decoded, in its own pixels.
-        properties: everything the file says of itself.
-        associated_images: names of the label, the macro image and the like.
+        level_tiles: (width, height) of the tiles or strips in which each level is decoded, in its own pixels.
+        properties: the metadata of the file, by name.
+        associated_images: names of the associated images, such as the label and the macro image.
     """
 
     decoder: str
@@ -62,7 +61,7 @@ class SlideImage(Protocol):
             (height, width, 4) uint8 RGBA, not premultiplied, or (height, width, 3) RGB.
 
         Raises:
-            DecodeError: it cannot be decoded; the image must be closed and opened again.
+            DecodeError: the region cannot be decoded; the image must be closed and opened again.
         """
 
     def close(self) -> None:
@@ -72,23 +71,24 @@ class SlideImage(Protocol):
 def axis_downsamples(
     level_dimensions: tuple[tuple[int, int], ...], stated: tuple[float, ...] | None = None
 ) -> tuple[tuple[float, float], ...]:
-    """Level-0 pixels per pixel of each level, along x and along y.
+    """Return the level-0 pixels per pixel of each level, along x and along y.
 
-    Each axis has its own ratio: a side of 375 px quartered to 93 px is scaled by 4.03, its neighbour of 16,000 by 4.
-    Where the format states a whole number that explains both sides within a pixel, the last pixel was cut off instead.
+    Each axis has its own ratio: a height of 375 px reduced to 93 px is scaled by 4.03, a width of 16,000 px by 4.
+    If the format states an integer that explains both sizes within a pixel, the last pixel was cut off, and the
+    integer is the ratio of both axes.
 
     Args:
-        level_dimensions: (width, height) of each level.
-        stated: the format's own single number for each level.
+        level_dimensions: (width, height) of each level, in pixels.
+        stated: the downsample that the format itself states for each level; None if it states none.
     """
     width, height = level_dimensions[0]
     ratios = []
     for level, (level_width, level_height) in enumerate(level_dimensions):
         ratio = (width / level_width, height / level_height)
         if stated is not None:
-            whole = stated[level]
-            fits = abs(width / whole - level_width) < 1 and abs(height / whole - level_height) < 1
-            if whole == round(whole) and fits:
-                ratio = (whole, whole)
+            single = stated[level]
+            fits = abs(width / single - level_width) < 1 and abs(height / single - level_height) < 1
+            if single == round(single) and fits:
+                ratio = (single, single)
         ratios.append(ratio)
     return tuple(ratios)

@@ -1,4 +1,4 @@
-"""A slide's image that is decoded in a process of its own; see :mod:`maskattn.slide.formats.decoding_process`."""
+"""A slide image that is decoded in a separate process; see :mod:`maskattn.slide.formats.decoding_process`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["IsolatedDecoding", "IsolatedImage"]
 _ANSWERS_WITHIN_S = 120.0
 _MOST_CRASHES = 16
 
-# A process that has served one slide serves the next: starting one takes a fifth of a second.
+# A process that has finished with one slide is reused for the next, because starting one takes a fifth of a second.
 _idle: list[DecodingProcess] = []
 
 
 class IsolatedDecoding:
-    """Opens one slide's image as often as needed, and counts how often its decoder crashed.
+    """Opens one slide's image as often as needed, and counts the crashes of its decoder.
 
-    A crash is damage of the region that was read: the reader goes on with the next. A decoder that crashes again and
-    again, or once does not answer within two minutes, stops the slide.
+    A crash counts as damage of the region that was read, and the reader goes on with the next region. Reading the slide
+    stops at the 16th crash, at a crash while opening, or when the decoder once fails to answer within two minutes.
     """
 
     def __init__(self) -> None:
@@ -37,17 +37,17 @@ class IsolatedDecoding:
         """Open the slide, with the arguments of :func:`maskattn.slide.formats.opening.open_image`.
 
         Raises:
-            SlideError: it cannot be opened; in the words of that function.
-            ReadingStopped: its decoder crashed while opening or too often, or does not answer.
+            SlideError: the slide cannot be opened; the message is that function's.
+            ReadingStopped: the decoder crashed while opening or too often, or did not answer.
         """
         self.check()
         return IsolatedImage(self, path, *arguments)
 
     def check(self) -> None:
-        """Whether the slide may still be read.
+        """Check that the slide may still be read.
 
         Raises:
-            ReadingStopped: it was stopped, in the words with which it was.
+            ReadingStopped: reading was stopped before; the message is the one it was stopped with.
         """
         if self._stopped is not None:
             raise ReadingStopped(self._stopped)
@@ -55,8 +55,13 @@ class IsolatedDecoding:
     def crashed(self, path: Path, how: str, *, opening: bool) -> None:
         """Count a crash.
 
+        Args:
+            path: the slide file, for the message.
+            how: the signal or exit code, and the decoder's last words.
+            opening: whether the file was being opened.
+
         Raises:
-            ReadingStopped: it is one too many.
+            ReadingStopped: it happened while opening, or is one too many.
         """
         self._crashes += 1
         if opening or self._crashes >= _MOST_CRASHES:
@@ -67,7 +72,7 @@ class IsolatedDecoding:
             )
 
     def stalled(self, path: Path) -> None:
-        """The decoder did not answer.
+        """Stop the slide, because its decoder did not answer.
 
         Raises:
             ReadingStopped: always.
@@ -87,9 +92,9 @@ class IsolatedImage:
     """A slide open in another process; see :class:`maskattn.slide.formats.image.SlideImage`.
 
     Args:
-        decoding: informed of crashes and stalls.
+        decoding: the slide's record of crashes and stalls.
         path: the slide file.
-        arguments: more of :func:`maskattn.slide.formats.opening.open_image`'s.
+        arguments: further arguments of :func:`maskattn.slide.formats.opening.open_image`.
     """
 
     decoder: str
@@ -102,7 +107,7 @@ class IsolatedImage:
     associated_images: tuple[str, ...]
 
     def __init__(self, decoding: IsolatedDecoding, path: Path, *arguments: Any) -> None:
-        # The decoding process stays where the first of its kind was started, whatever folder this one is in by now.
+        # The decoding process keeps its working directory, whatever this process has changed to since it started.
         self._decoding, self._path, self._arguments = decoding, path.absolute(), arguments
         self._process: DecodingProcess | None = None
         self._open()
@@ -111,7 +116,7 @@ class IsolatedImage:
         """Decode a rectangle of a level, in its own pixels."""
         self._decoding.check()
         assert self._process is not None, "the image is closed"
-        if not self._process.alive():  # it was ended while it waited, for want of memory perhaps
+        if not self._process.alive():  # it was killed while idle, perhaps for lack of memory
             self._process.end()
             self._open()
         pixels: np.ndarray = self._ask("read", level, x, y, width, height)
@@ -126,7 +131,7 @@ class IsolatedImage:
             raise
 
     def _ask(self, request: str, *arguments: Any) -> Any:
-        """The process's answer; if the process dies, ``decoding`` is informed."""
+        """Return the process's answer; report its crash or stall to ``decoding``."""
         assert self._process is not None, "the image is closed"
         try:
             return self._process.ask(request, *arguments)
@@ -140,7 +145,7 @@ class IsolatedImage:
             raise
 
     def close(self) -> None:
-        """Close the file; its process waits for the next one."""
+        """Close the file; its process is kept for the next one."""
         process, self._process = self._process, None
         if process is None or process.owner != os.getpid():
             return
@@ -157,6 +162,6 @@ class IsolatedImage:
 def _process() -> DecodingProcess:
     while _idle:
         process = _idle.pop()
-        if process.owner == os.getpid() and process.alive():  # a fork has its parent's list, but not its processes
+        if process.owner == os.getpid() and process.alive():  # a fork inherits the list, but must not use its processes
             return process
     return DecodingProcess(_ANSWERS_WITHIN_S)

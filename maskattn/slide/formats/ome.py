@@ -1,4 +1,4 @@
-"""OME-XML, as OME-TIFF files carry it in their first description: the images, their spacing and their channels."""
+"""Read the OME-XML in the first description of an OME-TIFF: its images, their spacing and their channels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 __all__ = ["OmeImage", "ome_properties", "read_ome"]
 
-# µm per unit; "pixel" and "reference frame" are no lengths.
+# µm per unit; "pixel" and "reference frame" are not lengths.
 _UM_PER_UNIT = {
     "pm": 1e-6,
     "Å": 1e-4,
@@ -33,15 +33,15 @@ _PURE_COLOURS = {0xFF0000: "red", 0x00FF00: "green", 0x0000FF: "blue"}
 
 @dataclass(frozen=True)
 class OmeImage:
-    """One image of an OME-XML.
+    """An image element of OME-XML.
 
     Attributes:
-        name: its name, or "".
-        spacing_um: µm per pixel along x and y, or None where they are not given as lengths.
-        objective_power: nominal magnification of its objective.
-        channels: what each channel is called: its name, its pure colour, or "".
-        fluorescence: whether a channel says that it is one of fluorescence.
-        significant_bits: bits of each sample that are used, or None.
+        name: the image's name, or "".
+        spacing_um: µm per pixel along x and y; None if they are not given as lengths.
+        objective_power: nominal magnification of the objective; None if it is not given.
+        channels: each channel's name, else its colour if that is pure red, green or blue, else "".
+        fluorescence: whether any channel is declared as fluorescence.
+        significant_bits: bits of each sample that are used; None if it is not given.
     """
 
     name: str
@@ -53,7 +53,7 @@ class OmeImage:
 
 
 def read_ome(description: str | None) -> tuple[OmeImage, ...]:
-    """The images of an OME-XML in order; none where the text is something else, or broken."""
+    """Return the images of an OME-XML text in order; none if the text is not OME-XML or is malformed."""
     if not description or "<OME" not in description[:4096] or "<!ENTITY" in description:
         return ()
     try:
@@ -69,16 +69,16 @@ def read_ome(description: str | None) -> tuple[OmeImage, ...]:
 
 
 def ome_properties(description: str | None, series: int = 0) -> dict[str, str]:
-    """What the OME-XML says of one of its images, as properties: ``ome.mpp-x``, ``ome.mpp-y``, and the objective."""
+    """Return the spacing and magnification of an image: ``ome.mpp-x``, ``ome.mpp-y`` and ``ome.objective-power``."""
     images = read_ome(description)
     if series >= len(images):
         return {}
-    image, said = images[series], {}
+    image, properties = images[series], {}
     if image.spacing_um is not None:
-        said["ome.mpp-x"], said["ome.mpp-y"] = (f"{um:.10g}" for um in image.spacing_um)
+        properties["ome.mpp-x"], properties["ome.mpp-y"] = (f"{um:.10g}" for um in image.spacing_um)
     if image.objective_power is not None:
-        said["ome.objective-power"] = f"{image.objective_power:g}"
-    return said
+        properties["ome.objective-power"] = f"{image.objective_power:g}"
+    return properties
 
 
 def _image(element: ElementTree.Element, powers: dict[str | None, float | None]) -> OmeImage:
@@ -92,7 +92,7 @@ def _image(element: ElementTree.Element, powers: dict[str | None, float | None])
         objective_power=None if settings is None else powers.get(settings.get("ID")),
         channels=tuple(_called(channel) for channel in channels),
         fluorescence=any(_fluoresces(channel) for channel in channels),
-        significant_bits=_whole(pixels.get("SignificantBits")),
+        significant_bits=_integer(pixels.get("SignificantBits")),
     )
 
 
@@ -104,7 +104,7 @@ def _spacing(pixels: ElementTree.Element) -> tuple[float, float] | None:
 
 def _length_um(text: str | None, unit: str | None) -> float | None:
     value = _number(text)
-    # The standard's micro sign, the Greek letter that many write for it, and what a wrong code page makes of it.
+    # Besides the standard's micro sign, files have the Greek letter mu, and the micro sign in a wrong code page.
     unit = "µm" if unit is None else unit.strip().replace("μ", "µ").replace("Âµ", "µ")
     factor = _UM_PER_UNIT.get(unit, _UM_PER_UNIT.get(unit.lower()))
     if value is None or factor is None or not value > 0:
@@ -114,18 +114,18 @@ def _length_um(text: str | None, unit: str | None) -> float | None:
 
 def _called(channel: ElementTree.Element) -> str:
     name = channel.get("Name", "")
-    colour = _whole(channel.get("Color"))
+    colour = _integer(channel.get("Color"))
     if name or colour is None:
         return name
     return _PURE_COLOURS.get((colour & 0xFFFFFFFF) >> 8, "")
 
 
 def _fluoresces(channel: ElementTree.Element) -> bool:
-    said = channel.attrib
+    attributes = channel.attrib
     return (
-        said.get("ContrastMethod", "").lower() == "fluorescence"
-        or bool(said.get("Fluor"))
-        or "EmissionWavelength" in said
+        attributes.get("ContrastMethod", "").lower() == "fluorescence"
+        or bool(attributes.get("Fluor"))
+        or "EmissionWavelength" in attributes
     )
 
 
@@ -137,6 +137,6 @@ def _number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _whole(text: str | None) -> int | None:
+def _integer(text: str | None) -> int | None:
     value = _number(text)
     return None if value is None else int(value)

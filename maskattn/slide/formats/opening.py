@@ -1,7 +1,7 @@
-"""Which decoder opens a slide file, and what the file is called where none does.
+"""Choose the decoder that opens a slide file, and explain why where none does.
 
-OpenSlide comes first. tifffile takes the TIFFs that OpenSlide does not open, and those of which it would show less than
-there is: levels in SubIFDs, a page per colour, series.
+OpenSlide comes first. tifffile takes the TIFFs that OpenSlide does not open, and those with content that OpenSlide
+would miss: levels in SubIFDs, a page per colour, several series.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def open_image(path: Path, series: int | None = None) -> SlideImage:
 
     Args:
         path: the slide file.
-        series: which series of a TIFF that holds several; None takes the largest.
+        series: index of a series in a TIFF that holds several; None takes the largest.
 
     Raises:
-        SlideError: the file is missing, is no slide, or nothing here reads it; the message says what it is.
-        ModuleNotFoundError: it needs tifffile or imagecodecs, which are not installed.
+        SlideError: the file is missing, is not a slide, or no decoder reads it; the message says what it is.
+        ModuleNotFoundError: the file needs tifffile or imagecodecs, which are not installed.
     """
     try:
         if path.is_dir():

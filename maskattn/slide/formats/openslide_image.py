@@ -1,7 +1,7 @@
 """Slides that OpenSlide decodes.
 
-OpenSlide takes a position in level-0 pixels and divides it by one number per level, the mean of both axes' ratios. This
-adapter reverses that, so that the pixels of a level come back that were asked for.
+OpenSlide takes a position in level-0 pixels and divides it by one number per level, the mean of the ratios of both
+axes. This adapter multiplies by that number first, so that exactly the requested pixels of a level are read.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from maskattn.slide.formats.remedies import said_by
 
 __all__ = ["OpenSlideImage"]
 
-# Decoded tiles kept for the neighbours that share them: two or three rows of 256 px tiles across 50,000 px.
+# Decoded tiles are kept for neighbouring regions that share them: two or three rows of 256 px tiles across 50,000 px.
 _CACHE_BYTES = 128 << 20
-# Where the format does not say the size of its tiles.
+# Assumed where the format does not give the size of its tiles.
 _COMMON_TILE_PX = 256
-# OpenSlide decodes tiles whole, and ends the process where there is no memory for one.
+# OpenSlide decodes whole tiles, and aborts the process if there is no memory for one.
 _MOST_TILE_PX = 64 << 20
-# OpenSlide paints in squares of this side and rounds each one's corner down to a level-0 pixel.
+# OpenSlide paints in squares of this size and rounds the corner of each down to a level-0 pixel.
 _PAINTED_PX = 4096
 
 
@@ -75,8 +75,8 @@ class OpenSlideImage:
         self._slide.close()
 
     def _tile_of(self, level: int) -> tuple[int, int]:
-        said = (self.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
-        width, height = (int(text) if text else _COMMON_TILE_PX for text in said)
+        stated = (self.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
+        width, height = (int(text) if text else _COMMON_TILE_PX for text in stated)
         return width, height
 
     def _paint(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
@@ -89,9 +89,9 @@ class OpenSlideImage:
 
 
 def _properties(slide: openslide.OpenSlide) -> dict[str, str]:
-    """The file's properties, except those whose names are not text, which OpenSlide's binding cannot look up."""
-    said = {}
+    """Return the file's properties, except those with names that OpenSlide's binding cannot encode and look up."""
+    properties = {}
     for name in slide.properties:
         with contextlib.suppress(KeyError, UnicodeError):
-            said[name] = slide.properties[name]
-    return said
+            properties[name] = slide.properties[name]
+    return properties

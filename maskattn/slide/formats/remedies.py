@@ -1,4 +1,4 @@
-"""Remedies for a decoder's error: copy missing files, convert unsupported ones, replace damaged ones."""
+"""Find the remedy for a decoder's error: copy missing files, convert unsupported ones, replace damaged ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CONVERT = (
 )
 _DAMAGED = "the file is damaged there: copy it again, or rescan the slide"
 
-# Words of OpenSlide's, libtiff's and imagecodecs' messages.
+# Phrases in the messages of OpenSlide, libtiff and imagecodecs.
 _MISSING = ("couldn't open", "can't open", "no such file", "could not open", "failed to open")
 _UNSUPPORTED = (
     "can not handle images with",
@@ -26,17 +26,17 @@ _TRANSIENT = ("input/output error", "stale file handle", "connection", "permissi
 
 
 def said_by(error: BaseException | str) -> str:
-    """A decoder's or a file's own words in one line, with what cannot be printed as ``%XX``."""
+    """Return a decoder's message in one line, with unprintable characters as ``%XX``."""
     return as_text(" ".join(str(error).split()))
 
 
 def remedy_for(reason: str) -> str:
-    """The remedy for a reason that a decoder gave."""
-    said = reason.lower()
-    if any(words in said for words in _TRANSIENT):
+    """Return the remedy for an error message of a decoder."""
+    message = reason.lower()
+    if any(phrase in message for phrase in _TRANSIENT):
         return "check the disk or the network drive, and who may read the file"
-    if any(words in said for words in _MISSING):
+    if any(phrase in message for phrase in _MISSING):
         return "a file of the slide is missing: copy the slide again with all its files and folders"
-    if any(words in said for words in _UNSUPPORTED):
+    if any(phrase in message for phrase in _UNSUPPORTED):
         return f"the file is not damaged, but this kind of image is not read: {CONVERT}"
     return _DAMAGED

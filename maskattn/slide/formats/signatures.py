@@ -1,4 +1,4 @@
-"""Leading bytes of files that are no slides, or slides of formats that are not read, each with its name and remedy."""
+"""Leading bytes of files that are not slides, or not in a format that is read, each with its name and remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_IMAGE = "name the slide file itself"
 
 
 class Signature(NamedTuple):
-    """Bytes at an offset of the file, what they show it to be, and what to do about it."""
+    """Bytes at an offset of a file, the kind of file that they identify, and what the user can do."""
 
     offset: int
     magic: bytes

@@ -1,6 +1,6 @@
 """Slides in TIFF that tifffile and imagecodecs decode: pyramids in SubIFDs, planar samples, series, qptiff.
 
-Only the tiles, or strips, under a region are decoded; the last ones are kept for the neighbours that share them.
+Only the tiles or strips under a region are decoded; the most recent ones are kept for neighbouring regions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from maskattn.slide.formats.tiff_series import Plane, TiffLevel, describe_series
 
 __all__ = ["TiffImage"]
 
-# tifffile tells of what it finds odd in a file by its logger, which unheard goes to the terminal.
+# tifffile logs oddities of a file; without a handler, Python would print them on the terminal.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _RESOLUTION_UNITS = {2: "inch", 3: "centimeter"}
@@ -35,11 +35,11 @@ class TiffImage:
 
     Args:
         path: the slide file.
-        series: which of its series; None takes the largest.
+        series: index of the series; None takes the largest.
 
     Raises:
-        NotRead: it has no such series, or one that is not brightfield RGB.
-        tifffile.TiffFileError, OSError: it is no TIFF, or cannot be read.
+        NotRead: the file has no such series, or the series is not brightfield RGB.
+        tifffile.TiffFileError, OSError: the file is not a TIFF, or cannot be read.
     """
 
     def __init__(self, path: Path, series: int | None = None) -> None:
@@ -85,7 +85,7 @@ class TiffImage:
         self._file.close()
 
     def _read_plane(self, level: TiffLevel, plane: Plane, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """The samples of one plane, (height, width, samples of the plane)."""
+        """Read the samples of one plane, (height, width, samples of the plane)."""
         step_x, step_y = level.segment
         keyframe = plane.page.keyframe
         samples = keyframe.samplesperpixel if int(keyframe.planarconfig) == 1 else 1
@@ -116,7 +116,7 @@ class TiffImage:
         return segment
 
     def _as_rgb(self, samples: np.ndarray) -> np.ndarray:
-        """Samples of 8 or 16 bits to 8-bit RGB, or to RGBA where the file declares alpha."""
+        """Convert samples of 8 or 16 bits to 8-bit RGB, or to RGBA if the file declares alpha."""
         if samples.dtype != np.uint8:
             wide = samples.astype(np.uint32)
             samples = np.minimum((wide * 255 + self._white // 2) // self._white, 255).astype(np.uint8)
@@ -141,7 +141,7 @@ def _choose(found: Any, series: int | None) -> int:
 
 
 def _white_of(keyframe: Any, image: OmeImage | None) -> int:
-    """The value of white: a camera may use 12 or 14 of 16 bits, which OME-XML tells."""
+    """Return the value of white; OME-XML states it if a camera uses only 12 or 14 of 16 bits."""
     bits = 8 * keyframe.dtype.itemsize
     if bits == 16 and image is not None and image.significant_bits is not None and 8 < image.significant_bits < 16:
         bits = image.significant_bits
@@ -149,21 +149,21 @@ def _white_of(keyframe: Any, image: OmeImage | None) -> int:
 
 
 def _alpha_of(keyframe: Any) -> str:
-    """Whether the fourth sample is alpha: "associated" (colours are multiplied by it), "unassociated" or ""."""
+    """Return the kind of the fourth sample: "associated" alpha (premultiplied), "unassociated" alpha, or ""."""
     if keyframe.samplesperpixel < 4 or not keyframe.extrasamples:
         return ""
     return {1: "associated", 2: "unassociated"}.get(int(keyframe.extrasamples[0]), "")
 
 
 def _properties(first: Any, keyframe: Any) -> dict[str, str]:
-    """What the tags say, under the names that OpenSlide gives them."""
-    said = {f"tiff.{name}": str(first.tags.valueof(name)) for name in _TEXT_TAGS if name in first.tags}
+    """Return the values of the tags, under the names that OpenSlide gives them."""
+    properties = {f"tiff.{name}": str(first.tags.valueof(name)) for name in _TEXT_TAGS if name in first.tags}
     tags = keyframe.tags
     unit = _RESOLUTION_UNITS.get(int(tags.valueof("ResolutionUnit", 2)))
     for name in ("XResolution", "YResolution"):
         numerator, denominator = tags.valueof(name, (0, 0))
         if numerator and denominator and unit is not None:
-            said |= {f"tiff.{name}": f"{numerator / denominator:.10g}", "tiff.ResolutionUnit": unit}
-    said["tiff.Compression"] = keyframe.compression.name
-    said["tiff.PhotometricInterpretation"] = keyframe.photometric.name
-    return said
+            properties |= {f"tiff.{name}": f"{numerator / denominator:.10g}", "tiff.ResolutionUnit": unit}
+    properties["tiff.Compression"] = keyframe.compression.name
+    properties["tiff.PhotometricInterpretation"] = keyframe.photometric.name
+    return properties

@@ -1,4 +1,4 @@
-"""Segments of a TIFF, its tiles or strips: read, decoded, and the last of them kept."""
+"""Read, decode and cache the segments of a TIFF: its tiles or strips."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ _HEAD_BYTES = 4096
 
 
 class SegmentCache:
-    """Decoded segments, the least recently used dropped first."""
+    """A cache of decoded segments, limited in bytes, that drops the least recently used first."""
 
     def __init__(self) -> None:
         self._held: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()
         self._bytes = 0
 
     def get(self, key: tuple[int, ...]) -> np.ndarray | None:
-        """A segment that is held, now the most recent."""
+        """Return a cached segment and mark it as the most recently used; None if it is not cached."""
         segment = self._held.get(key)
         if segment is not None:
             self._held.move_to_end(key)
         return segment
 
     def put(self, key: tuple[int, ...], segment: np.ndarray) -> None:
-        """Hold a segment, and drop others until all fit."""
+        """Cache a segment, and drop others until all fit."""
         self._held[key] = segment
         self._bytes += segment.nbytes
         while self._bytes > _CACHE_BYTES and len(self._held) > 1:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
-        """Drop them all."""
+        """Drop all segments."""
         self._held.clear()
         self._bytes = 0
 
 
 def raw_rows(level: TiffLevel, plane: Plane, strip: int) -> np.ndarray:
-    """Some uncompressed rows, (rows, width, samples)."""
+    """Read the uncompressed rows of a strip, (rows, width, samples)."""
     page, keyframe = plane.page, plane.page.keyframe
     samples = keyframe.samplesperpixel if len(level.planes) == 1 else 1
     dtype = np.dtype(page.parent.byteorder + keyframe.dtype.char)
@@ -58,7 +58,7 @@ def raw_rows(level: TiffLevel, plane: Plane, strip: int) -> np.ndarray:
 
 
 def decode(level: TiffLevel, plane: Plane, row: int, column: int) -> np.ndarray | None:
-    """A tile or strip, (rows, columns, samples); None where none was written."""
+    """Decode a tile or strip, (rows, columns, samples); None if it was never written."""
     page, keyframe = plane.page, plane.page.keyframe
     index = plane.first + row * level.columns + column
     offset, size = page.dataoffsets[index], page.databytecounts[index]
@@ -83,7 +83,7 @@ def _bytes_at(page: Any, offset: int, size: int) -> bytes:
 
 
 def _check_stated_size(data: bytes, segment: tuple[int, int]) -> None:
-    """Refuse a JPEG or JPEG 2000 that would unfold to far more than its segment, which may not fit into memory."""
+    """Refuse a JPEG or JPEG 2000 that would decode to far more than its segment, which may not fit into memory."""
     stated = _jpeg_size(data) or _jpeg_2000_size(data[:_HEAD_BYTES])
     if stated is not None and stated[0] * stated[1] > 4 * segment[0] * segment[1]:
         raise ValueError(f"a segment of {segment[0]} x {segment[1]} px states a size of {stated[0]} x {stated[1]}")

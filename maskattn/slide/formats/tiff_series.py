@@ -1,7 +1,7 @@
-"""The series of a TIFF and their levels, as tifffile finds them, and which of them are read as brightfield RGB.
+"""List the series of a TIFF and their levels, as tifffile finds them, and select those that are brightfield RGB.
 
-Read: 8-bit RGB, and 16-bit RGB, which is scaled to 8; tiled or in strips; chunky, planar, or a page per colour; levels
-in SubIFDs or as reduced pages. Everything else is refused by its name.
+Accepted are 8-bit RGB and 16-bit RGB, which is scaled to 8 bits; in tiles or strips; chunky, planar, or a page per
+colour; with levels in SubIFDs or as reduced pages. Everything else is refused with a message that says what it is.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from maskattn.slide.formats.remedies import CONVERT
 
 __all__ = ["Plane", "TiffLevel", "check_sample_format", "describe_series", "is_better_in_tifffile", "levels_of"]
 
-# A tile or strip is decoded whole, so a region of a few pixels may cost as much as the largest.
+# A tile or strip is always decoded completely, so a region of a few pixels may cost as much as the largest one.
 _MOST_SEGMENT_PX = 32 << 20
 _MOST_SAMPLES = 16
 _RAW_STRIP_PX = 1 << 20
-# None, LZW, JPEG, deflate (both numbers), PackBits, JPEG 2000 (all numbers), Zstandard: what they unfold to is known.
+# None, LZW, JPEG, deflate (both codes), PackBits, JPEG 2000 (all codes), Zstandard: their decoded size is known.
 _COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 33003, 33004, 33005, 34712, 50000}
 _KINDS_READ = {"ome", "qpi", "svs", "generic", "uniform", "shaped", "imagej"}
-_WHAT_IS_NO_RGB = {
+_NOT_RGB = {
     0: "greyscale",
     1: "greyscale",
     3: "a colour palette",
@@ -44,12 +44,12 @@ _WHAT_IS_NO_RGB = {
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """Where the segments of one or several samples lie.
+    """The position in the file of the segments of one or several samples.
 
     Attributes:
         page: tifffile's page.
-        first: index of the plane's first segment among the page's.
-        raw_offset: where the plane's uncompressed rows begin, without a gap between them; None = in segments.
+        first: index of the plane's first segment in the page.
+        raw_offset: byte offset of the plane's rows if they are uncompressed and contiguous; None if they are not.
     """
 
     page: Any
@@ -62,9 +62,9 @@ class TiffLevel:
     """A level: its size, the size of its segments (tiles, or strips as wide as the level), and its planes.
 
     Attributes:
-        size: (width, height).
-        segment: (width, height) of a segment.
-        planes: one with all samples (chunky), or one per sample.
+        size: (width, height) of the level, in pixels.
+        segment: (width, height) of a segment, in pixels.
+        planes: one plane with all samples (chunky), or one per sample.
     """
 
     size: tuple[int, int]
@@ -73,15 +73,15 @@ class TiffLevel:
 
     @property
     def columns(self) -> int:
-        """Segments along x."""
+        """The number of segments along x."""
         return -(-self.size[0] // self.segment[0])
 
 
 def is_better_in_tifffile(path: Path) -> bool:
-    """Whether OpenSlide would show less of a TIFF than there is: its SubIFDs, series or colours are not seen there.
+    """Return whether a TIFF has content that OpenSlide would miss: SubIFDs, several series, or a page per colour.
 
     Raises:
-        NotRead: its samples are of a kind that neither reads.
+        NotRead: its samples are of a kind that neither library reads.
     """
     with tifffile.TiffFile(path) as file:
         page = file.pages.first
@@ -94,7 +94,7 @@ def is_better_in_tifffile(path: Path) -> bool:
 
 
 def describe_series(series: Sequence[Any], images: Sequence[OmeImage]) -> tuple[str, ...]:
-    """A line for each series: its name, size and kind."""
+    """Return a line of text for each series: its name, size and kind."""
     lines = []
     for number, one in enumerate(series):
         name = images[number].name if number < len(images) else one.name
@@ -109,12 +109,12 @@ def describe_series(series: Sequence[Any], images: Sequence[OmeImage]) -> tuple[
 
 
 def levels_of(series: Any, pages: Sequence[Any], image: OmeImage | None) -> tuple[TiffLevel, ...]:
-    """The levels of a series, the finest first.
+    """Return the levels of a series, the finest first.
 
     Args:
         series: tifffile's series.
         pages: all pages of the file's main chain; reduced copies among them are levels too.
-        image: what the OME-XML says of the series, if there is one.
+        image: the series' entry in the OME-XML, or None.
 
     Raises:
         NotRead: the series is not of a kind that is read.
@@ -128,14 +128,14 @@ def levels_of(series: Any, pages: Sequence[Any], image: OmeImage | None) -> tupl
         try:
             level = _level(one, image)
         except (NotRead, ValueError):
-            continue  # a coarse level of another kind, or a damaged one, is no loss: the finer ones show the same
+            continue  # a coarse level of another kind, or a damaged one, can be left out: finer ones show the same
         if len(level.planes) == len(base.planes) and _same_view(base.size, level.size):
             levels.append(level)
     return tuple(sorted(levels, key=lambda level: -level.size[0]))
 
 
 def _reduced_pages(series: Any, pages: Sequence[Any]) -> list[_OnePage]:
-    """Pages of the main chain that are reduced copies of a series of one page."""
+    """Return the pages of the main chain that are reduced copies of a series of one page."""
     own = series.pages[0]
     if len(series.pages) != 1:
         return []
@@ -148,7 +148,7 @@ def _is_reduced(page: Any) -> bool:
 
 
 class _OnePage:
-    """A page with the few attributes of a series that are used here."""
+    """A page with the attributes of a series that are used here."""
 
     def __init__(self, page: Any) -> None:
         self.pages = [page]
@@ -157,7 +157,7 @@ class _OnePage:
 
 
 def _same_view(base: tuple[int, int], level: tuple[int, int]) -> bool:
-    """Whether a size is the other's, scaled: each side within 2 px of what the other side calls for, or 2 %."""
+    """Return whether two sizes have the same aspect ratio, to within 2 px or 2 % of a level's sides."""
     width, height = base[0] * level[1] / base[1], base[1] * level[0] / base[0]
     return abs(width - level[0]) <= max(2, 0.02 * level[0]) or abs(height - level[1]) <= max(2, 0.02 * level[1])
 
@@ -179,15 +179,15 @@ def _level(series: Any, image: OmeImage | None) -> TiffLevel:
         segment = page.imagewidth, min(page.rowsperstrip, page.imagelength)
     _check_structure(page, segment, planes)
     if segment[0] * segment[1] > _MOST_SEGMENT_PX:
-        raise NotRead(f"an image in pieces of {segment[0]} × {segment[1]} px, each to be decoded whole", CONVERT)
+        raise NotRead(f"an image in tiles or strips of {segment[0]} × {segment[1]} px, too large to decode", CONVERT)
     return TiffLevel((page.imagewidth, page.imagelength), segment, planes)
 
 
 def check_sample_format(page: Any) -> None:
-    """Refuse samples that are no integers of 8 or 16 bits.
+    """Check that samples are integers of 8 or 16 bits.
 
     Raises:
-        NotRead: they are something else.
+        NotRead: they are not.
     """
     kinds = {1: "integer", 2: "signed integer", 3: "floating-point", 5: "complex", 6: "complex floating-point"}
     bits, kind = page.bitspersample, int(page.sampleformat)
@@ -226,8 +226,8 @@ def _planes(series: Any, sides: dict[str, int], image: OmeImage | None) -> tuple
             return _planes_of_page(page)
         if photometric == 6:
             raise NotRead("an image of YCbCr samples that are not compressed as JPEG", CONVERT)
-        if photometric in _WHAT_IS_NO_RGB and photometric > 1:
-            raise NotRead(f"an image of {_WHAT_IS_NO_RGB[photometric]} samples", CONVERT)
+        if photometric in _NOT_RGB and photometric > 1:
+            raise NotRead(f"an image of {_NOT_RGB[photometric]} samples", CONVERT)
     channels = max(sides.get("C", 1), sides.get("S", 1), samples)
     names = [name for name in (image.channels if image is not None else ()) if name]
     if image is not None and image.fluorescence:
@@ -244,12 +244,12 @@ def _planes(series: Any, sides: dict[str, int], image: OmeImage | None) -> tuple
             f"a fluorescence or multiplex image of {channels} channels{called}",
             "only brightfield RGB is read: no stain of these channels is what a brightfield model has learnt",
         )
-    what = _WHAT_IS_NO_RGB.get(int(page.photometric), "one channel")
+    what = _NOT_RGB.get(int(page.photometric), "one channel")
     raise NotRead(f"an image of one channel{called}, {what}", f"only brightfield RGB is read; {CONVERT}")
 
 
 def _order_of(names: Sequence[str]) -> tuple[int, ...] | None:
-    """Which of three channels are red, green and blue; None where their names are those of something else."""
+    """Return the indices of the red, green and blue channels; None if their names are not those of colours."""
     if not names:
         return (0, 1, 2)
     first = [name.strip().lower()[:1] for name in names]
