@@ -83,7 +83,7 @@ def card_of_timm(network: Any, name: str) -> EncoderCard:
 
 
 def _layers(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Replace the names of layers in the table's arguments by timm's or torch's classes."""
+    """Replace the names of layers in the table's arguments by classes of timm, torch or this package."""
     import timm.layers
 
     for key in ("mlp_layer", "act_layer"):
