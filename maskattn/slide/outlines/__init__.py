@@ -1,1 +1,1 @@
-"""GeoJSON as QuPath and TRIDENT write it, in level-0 pixels: read as masks, and written as the objects of a map."""
+"""Read GeoJSON of QuPath and TRIDENT as masks, and write maps as objects for QuPath; all in level-0 pixels."""

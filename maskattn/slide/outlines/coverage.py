@@ -1,8 +1,8 @@
-"""How much of each square of a lattice an area covers, exactly: by Green's theorem over the edges of its outline.
+"""Compute the share of each square of a lattice that an area covers, by Green's theorem over the outline's edges.
 
-An edge that goes down by dy within a square covers dy of every square at its right in that row, and of its own the part
-that lies right of the edge. Edges are split where they cross the lattice's lines; what they add up to is exact but for
-the rounding of float64. Work and memory follow the number of edges and squares, not pixels.
+An edge that descends by dy within a square contributes dy to every square to its right in that row, and to its own
+square in proportion to the area right of the edge. Edges are split where they cross the lattice's lines; their sum is
+exact up to float64 rounding. Time and memory grow with the numbers of edges and squares, not with pixels.
 
 Dimension key: E edges, each (x, y) to (x, y); (R, C) squares.
 """
@@ -19,13 +19,13 @@ __all__ = ["edges_of", "share_covered"]
 
 
 def edges_of(area: Any) -> Float[np.ndarray, "E 4"]:
-    """The edges of a valid polygon or several, of holes too: x and y where each begins and where it ends.
+    """Return the edges of a valid polygon or multipolygon, holes included: x and y of the start, then of the end.
 
-    Outlines go round one way and holes the other, so that edges say on which side the area lies.
+    Outlines and holes have opposite orientations, so that the direction of an edge shows where the area is.
     """
     import shapely
 
-    # In an image y grows downwards: what is clockwise to shapely has its area at the right of edges that go down.
+    # In an image y grows downwards, so in shapely's clockwise rings the area is to the right of descending edges.
     rings = shapely.get_rings(shapely.orient_polygons(shapely.get_parts(area), exterior_cw=False))
     points, ring = shapely.get_coordinates(rings, return_index=True)
     within = ring[1:] == ring[:-1]
@@ -35,14 +35,14 @@ def edges_of(area: Any) -> Float[np.ndarray, "E 4"]:
 def share_covered(
     edges_E4: Float[np.ndarray, "E 4"], x: float, y: float, side: tuple[float, float], shape: tuple[int, int]
 ) -> Float[np.ndarray, "R C"]:
-    """The share of each square that the area covers.
+    """Return the share of each square that the area covers, 0 to 1.
 
     Args:
-        edges_E4: of :func:`edges_of`.
-        x: left edge of the lattice.
-        y: its upper edge.
+        edges_E4: (E, 4) the edges from :func:`edges_of`.
+        x: left edge of the lattice, in the unit of the edges.
+        y: upper edge of the lattice.
         side: width and height of a square.
-        shape: (R, C), rows and columns.
+        shape: (R, C), rows and columns of squares.
     """
     rows, columns = shape
     edges = (edges_E4 - (x, y, x, y)) / (*side, *side)
@@ -51,7 +51,7 @@ def share_covered(
     edges = _split(edges, 1)
     middle_y = (edges[:, 1] + edges[:, 3]) / 2
     edges = edges[(middle_y > 0) & (middle_y < rows)]
-    # What lies left of the lattice covers all of a row, and what lies right of it nothing.
+    # An edge left of the lattice covers the complete row, and one right of it covers nothing.
     edges = _split(edges, 0)
     x_middle = ((edges[:, 0] + edges[:, 2]) / 2).clip(0, columns)
     row = np.floor((edges[:, 1] + edges[:, 3]) / 2).astype(np.intp).clip(0, rows - 1)
@@ -64,7 +64,7 @@ def share_covered(
 
 
 def _split(edges_E4: np.ndarray, axis: int) -> np.ndarray:
-    """The edges cut at the whole numbers that they cross along an axis, 0 for x and 1 for y."""
+    """Cut the edges at the integers that they cross along an axis, 0 for x and 1 for y."""
     start, end = edges_E4[:, axis], edges_E4[:, axis + 2]
     low, high = np.minimum(start, end), np.maximum(start, end)
     first = np.floor(low) + 1
@@ -83,7 +83,7 @@ def _split(edges_E4: np.ndarray, axis: int) -> np.ndarray:
     cut = np.empty_like(of)
     cut[:, axis], cut[:, axis + 2] = begins, ends
     for column, at, is_end in ((other, begins, is_first), (other + 2, ends, is_last)):
-        # An end is the edge's own: of a share by division it would be off by a rounding, or by more on a tiny edge.
+        # The ends of an edge are copied: interpolation would add a rounding error, a large one on a tiny edge.
         share = np.divide(at - of[:, axis], length, out=np.zeros(len(of)), where=~is_end)
         cut[:, column] = np.where(is_end, of[:, column], of[:, other] + across * share)
     return np.where(downwards, cut[:, [2, 3, 0, 1]], cut)

@@ -1,7 +1,7 @@
-"""The features of a GeoJSON file, one at a time: the file is held as text, and its objects are never held together.
+"""Iterate over the features of a GeoJSON file: the text is in memory, but only one decoded feature at a time.
 
-QuPath writes a FeatureCollection, or a bare list of features; children that it nests in a feature's properties follow
-their parent. A feature or a geometry alone is read too.
+QuPath writes a FeatureCollection, or a bare list of features; children nested in a feature's properties are yielded
+after their parent. A single feature or geometry is read too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EXPORT = "export it anew, in QuPath with File > Export objects as GeoJSON"
 
 
 def is_json(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as JSON does; False where it cannot be read."""
+    """Return whether a file begins like JSON, with a brace or a bracket; False if it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             start = file.read(256)
@@ -34,10 +34,10 @@ def is_json(path: str | os.PathLike[str]) -> bool:
 
 
 def read_features(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Whatever stands in a GeoJSON file where a feature should be, in order; a bare geometry as a feature that has it.
+    """Yield the features of a GeoJSON file in order, unchecked; a bare geometry is wrapped in a feature.
 
     Raises:
-        SlideError: there is no such file, it is no JSON in UTF-8, or larger than memory.
+        SlideError: the file is missing, is not JSON in UTF-8, or does not fit into memory.
     """
     path = Path(path)
     problem = problem_of_file(path, "mask of outlines")
@@ -57,7 +57,7 @@ def read_features(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise _no_json(path, "it needs more memory than there is") from error
     except SlideError:
         raise
-    except ValueError as error:  # a whole number of thousands of digits
+    except ValueError as error:  # an integer of thousands of digits
         raise _no_json(path, f"a number is too long ({error})") from error
     except OSError as error:
         raise _no_json(path, error.strerror or str(error)) from error
@@ -100,7 +100,7 @@ def _features(text: str) -> Iterator[Any]:
 
 
 def _members(text: str, at: int, decode: Any, own: dict[str, Any]) -> Generator[Any, None, int]:
-    """The features of an object that begins at ``at``; its other members go to ``own``. Returns where it ends."""
+    """Yield the features of the object at offset ``at``; store its other members in ``own``. Return where it ends."""
     at = _after_space(text, at + 1)
     if text[at : at + 1] == "}":
         return at + 1
@@ -120,7 +120,7 @@ def _members(text: str, at: int, decode: Any, own: dict[str, Any]) -> Generator[
 
 
 def _elements(text: str, at: int, decode: Any) -> Generator[Any, None, int]:
-    """The elements of a list that begins at ``at``; returns where it ends."""
+    """Yield the elements of the list at offset ``at``. Return where it ends."""
     at = _after_space(text, at + 1)
     if text[at : at + 1] == "]":
         return at + 1

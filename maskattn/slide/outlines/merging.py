@@ -1,4 +1,4 @@
-"""Regions: squares of a map that meet become polygons, with holes where none lie.
+"""Merge adjacent squares of a map into polygons, with holes where squares are missing.
 
 Dimension key: N squares.
 """
@@ -15,16 +15,16 @@ __all__ = ["merged", "rings_of"]
 
 
 def merged(boxes_N4: Float[np.ndarray, "N 4"]) -> list[Any]:
-    """The regions that some rectangles make, as shapely's polygons, from top to bottom.
+    """Merge rectangles into shapely polygons, ordered from top to bottom.
 
     Args:
-        boxes_N4: (N, 4) left, top, right and bottom; neighbours share their edges' very numbers.
+        boxes_N4: (N, 4) left, top, right and bottom; the shared edges of neighbours must be exactly equal.
     """
     import shapely
 
     if not len(boxes_N4):
         return []
-    # Rows of squares are joined first: a few long boxes are united sooner than many squares.
+    # Squares are joined along rows first, because the union of few long boxes is faster than that of many squares.
     boxes = boxes_N4[np.lexsort((boxes_N4[:, 0], boxes_N4[:, 3], boxes_N4[:, 1]))]
     goes_on = (boxes[1:, 0] == boxes[:-1, 2]) & (boxes[1:, [1, 3]] == boxes[:-1, [1, 3]]).all(axis=1)
     first = np.flatnonzero(np.concatenate([[True], ~goes_on]))
@@ -36,5 +36,5 @@ def merged(boxes_N4: Float[np.ndarray, "N 4"]) -> list[Any]:
 
 
 def rings_of(polygon: Any) -> list[list[tuple[float, float]]]:
-    """The closed rings of a shapely polygon: its outline, then its holes."""
+    """Return the closed rings of a shapely polygon: its outline, then its holes."""
     return [list(ring.coords) for ring in (polygon.exterior, *polygon.interiors)]

@@ -1,4 +1,4 @@
-"""Names that a user has mistyped, and those that are nearest to them."""
+"""Suggest known names for one that a user has mistyped."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _MOST_NAMED = 10
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """What to write in place of a name that is not known: those nearest to it, else all that there are.
+    """Return a hint for an unknown name: the known names most similar to it, else the first ten known names.
 
     Args:
-        name: as it was given.
-        known: the names that there are; at least one.
+        name: the name as the user gave it.
+        known: the known names, at least one.
     """
     folded = {other.casefold(): other for other in reversed(known)}
     close = [folded[other] for other in difflib.get_close_matches(name.casefold(), list(folded), n=3, cutoff=0.6)]

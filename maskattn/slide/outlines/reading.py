@@ -1,7 +1,8 @@
-"""Outlines of areas on a slide, from GeoJSON: annotations of QuPath, contours of TRIDENT, objects of a map of ours.
+"""Read outlines of areas on a slide from GeoJSON: QuPath's annotations, TRIDENT's contours, this package's maps.
 
-Polygons count, also in MultiPolygons and collections, with their holes; points and lines hold no area. An outline that
-crosses itself is mended so that it holds what it goes round; what lies beyond the slide's edge is cut off.
+Polygons with their holes are read, also in MultiPolygons and GeometryCollections; points and lines have no area. An
+outline that crosses itself is repaired so that it contains everything that it encloses; areas beyond the slide's edge
+are cut off.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Outlines", "read_outlines"]
 
-# Who draws along the edge of a slide oversteps it by a little; more is another slide, or another unit.
+# Outlines drawn along the edge of a slide overstep it slightly; more means another slide, or another unit.
 _OVERSTEP = 0.05
 _MOST_NESTED = 20
 _FLAT = ("Point", "MultiPoint", "LineString", "MultiLineString")
@@ -36,8 +37,8 @@ class Outlines:
     """The area that a file outlines on a slide.
 
     Attributes:
-        area: shapely's Polygon or MultiPolygon in level-0 pixels, within the slide.
-        notes: what the user should know of how the file was read.
+        area: a shapely Polygon or MultiPolygon in level-0 pixels, within the slide.
+        notes: sentences for the user about repairs and omissions.
     """
 
     area: Any
@@ -61,12 +62,12 @@ def read_outlines(path: str | os.PathLike[str], info: SlideInfo, classes: Sequen
 
     Args:
         path: the file.
-        info: the slide that it belongs to.
-        classes: names of the classifications that count; by default all but QuPath's "Ignore*".
+        info: the slide that the file belongs to.
+        classes: names of the classifications to read; None reads all but QuPath's "Ignore*".
 
     Raises:
-        SlideError: the file is missing or no GeoJSON, no polygon counts, one is not on the slide, or no feature has one
-            of the classes.
+        SlideError: the file is missing or is not GeoJSON, it has no polygon of these classes, a polygon is not on the
+            slide, or no feature has one of the classes.
     """
     import shapely
 
@@ -88,20 +89,20 @@ def read_outlines(path: str | os.PathLike[str], info: SlideInfo, classes: Sequen
             f"outlines must be polygons that can be united, got {as_text(path)}, which fails with '{error}'; "
             "draw anew what crosses itself"
         ) from error
-    parts = shapely.get_parts(within)
-    parts = parts[(shapely.get_type_id(parts) == 3) & (shapely.area(parts) > 0)]
-    if not len(parts):
+    pieces = shapely.get_parts(within)
+    pieces = pieces[(shapely.get_type_id(pieces) == 3) & (shapely.area(pieces) > 0)]
+    if not len(pieces):
         of = f" of class {' or '.join(map(repr, classes))}" if classes else ""
         what = f"{found.features} features{of} without any" if found.features else "no feature"
         raise SlideError(
             f"a file of outlines must hold a polygon with an area, got {what} in {as_text(path)}; "
             "draw an area and export it"
         )
-    return Outlines(shapely.union_all(parts), tuple(notes))
+    return Outlines(shapely.union_all(pieces), tuple(notes))
 
 
 def _counts(feature: Any, classes: Sequence[str] | None, found: _Found, where: str) -> bool:
-    """Whether a feature is of the classes that count; its own class is remembered."""
+    """Return whether a feature is of the requested classes, and record its class in ``found``."""
     if not isinstance(feature, dict):
         raise SlideError(
             f"a feature of GeoJSON must be an object, got {shortened(repr(feature))} as {where}; export the file anew"
@@ -118,13 +119,13 @@ def _counts(feature: Any, classes: Sequence[str] | None, found: _Found, where: s
 
 
 def _class_of(feature: dict[str, Any]) -> str | None:
-    """The name of a feature's class, in whichever way QuPath's versions wrote it; None where it has none."""
+    """Return the name of a feature's class, as any version of QuPath writes it; None if it has no class."""
     properties = feature.get("properties")
-    told = properties.get("classification") if isinstance(properties, dict) else None
-    if isinstance(told, dict):
-        names = told.get("names")
-        told = ": ".join(map(str, names)) if isinstance(names, list) else told.get("name")
-    return told if isinstance(told, str) and told else None
+    stated = properties.get("classification") if isinstance(properties, dict) else None
+    if isinstance(stated, dict):
+        names = stated.get("names")
+        stated = ": ".join(map(str, names)) if isinstance(names, list) else stated.get("name")
+    return stated if isinstance(stated, str) and stated else None
 
 
 def _polygons(geometry: Any, info: SlideInfo, found: _Found, where: str, depth: int = 0) -> Iterator[Any]:
@@ -158,7 +159,7 @@ def _polygon(rings: Any, info: SlideInfo, found: _Found, where: str) -> Any:
 
 
 def _ring(ring: Any, info: SlideInfo, found: _Found, where: str) -> np.ndarray:
-    """The corners of a ring, closed."""
+    """Return the closed ring as an array of corners, (N, 2), after checking that it is on the slide."""
     points = _positions(ring)
     if points is None:
         raise SlideError(
@@ -186,7 +187,7 @@ def _ring(ring: Any, info: SlideInfo, found: _Found, where: str) -> np.ndarray:
 
 
 def _positions(ring: Any) -> np.ndarray | None:
-    """The numbers of a ring, (N, 2 or more); None where it holds anything else."""
+    """Return the positions of a ring, (N, 2 or more); None if it contains anything else."""
     try:
         points = np.asarray(ring)
     except ValueError:  # some positions have more numbers than others
@@ -207,7 +208,7 @@ def _check_classes(path: Path, found: _Found, classes: Sequence[str] | None) -> 
 
 
 def _mended(polygons: list[Any]) -> tuple[np.ndarray, list[str]]:
-    """Polygons that are valid: where one crosses itself, each part that it goes round is inside."""
+    """Repair invalid polygons: where one crosses itself, every area that it encloses is inside."""
     import shapely
 
     mended = np.array(polygons, dtype=object)
@@ -222,9 +223,9 @@ def _mended(polygons: list[Any]) -> tuple[np.ndarray, list[str]]:
 
 
 def _notes(found: _Found) -> list[str]:
-    told = {
+    notes = {
         "{} outlines reach beyond the slide's edge; what lies beyond was cut off": found.beyond,
         "{} features are points, lines or empty, and hold no area": found.without_area,
         "{} features of the class Ignore* were left out": found.ignored,
     }
-    return [text.format(count) for text, count in told.items() if count]
+    return [text.format(count) for text, count in notes.items() if count]

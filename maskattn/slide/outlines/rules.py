@@ -1,6 +1,6 @@
-"""What a run asks of outlines: thresholds of relevance that make regions, read and checked before any slide is.
+"""Parse and check a run's options for outlines and regions of high relevance, before any slide is read.
 
-Nothing here imports what is slow to load: the command line reads the rules at its start.
+Nothing here imports slow packages, because the command line imports these rules at its start.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["RegionRule", "check_areas", "check_classes_of", "check_outlines", "c
 
 @dataclass(frozen=True)
 class RegionRule:
-    """Where a region of a class begins.
+    """The threshold of relevance above which tiles or tokens belong to a region of a class.
 
     Attributes:
-        class_name: of the slide model.
-        value: least relevance; or a percentile of the relevance of all tiles or tokens, in percent.
-        is_percentile: which of both ``value`` is.
+        class_name: a class of the slide model.
+        value: the least relevance, or a percentile of the relevance of all tiles or tokens, 0 to 100.
+        is_percentile: whether ``value`` is a percentile.
     """
 
     class_name: str
@@ -40,7 +40,7 @@ class RegionRule:
     is_percentile: bool
 
     def threshold(self, relevance_N: Float[np.ndarray, " N"]) -> float:
-        """The least relevance of what belongs to a region; by a percentile never below 0.
+        """Return the least relevance of a region's tiles or tokens; a percentile gives no threshold below 0.
 
         Args:
             relevance_N: (N,) relevance of all tiles or tokens for the class.
@@ -53,10 +53,10 @@ class RegionRule:
 
 
 def parse_regions(texts: Sequence[str]) -> tuple[RegionRule, ...]:
-    """The rules that ``--region CLASS=VALUE`` and ``--region CLASS=PERCENT%`` give.
+    """Parse the values of ``--region``, each ``CLASS=VALUE`` or ``CLASS=PERCENT%``.
 
     Raises:
-        ManifestError: one of them is no rule, or a class has two.
+        ManifestError: a value is not a rule, or a class has two rules.
     """
     rules = []
     for text in texts:
@@ -80,10 +80,10 @@ def parse_regions(texts: Sequence[str]) -> tuple[RegionRule, ...]:
 
 
 def check_region_classes(texts: Sequence[str] | None, classes: Sequence[str]) -> None:
-    """Refuse regions of a class that the model does not have.
+    """Check that every class named by ``--region`` is a class of the model.
 
     Raises:
-        ManifestError: there is no such class.
+        ManifestError: the model lacks a class.
     """
     for rule in parse_regions(texts or ()):
         if rule.class_name not in classes:
@@ -93,15 +93,15 @@ def check_region_classes(texts: Sequence[str] | None, classes: Sequence[str]) ->
 
 
 def check_classes_of(flag: str, classes: Sequence[str] | None, *, with_file: bool) -> None:
-    """Refuse classes of outlines that nobody gave.
+    """Check that classes of outlines are named only if outlines are given.
 
     Args:
-        flag: the option that names the classes: that of the outlines, and "-class".
-        classes: their names.
-        with_file: whether there are outlines.
+        flag: the option that names the classes: the outlines' own option followed by "-class".
+        classes: the names of the classes; None if there are none.
+        with_file: whether outlines are given.
 
     Raises:
-        ManifestError: there are classes and no outlines.
+        ManifestError: classes are named without outlines.
     """
     if classes and not with_file:
         raise ManifestError(
@@ -111,15 +111,15 @@ def check_classes_of(flag: str, classes: Sequence[str] | None, *, with_file: boo
 
 
 def check_areas(settings: RunSettings | ExtractSettings, *, with_mask: bool, without_effect: str | None) -> None:
-    """Refuse areas that would have no effect, and classes of files that nobody gave.
+    """Check that the requested areas would have an effect, and that their files can be read.
 
     Args:
-        settings: what is asked for.
+        settings: the settings of the run.
         with_mask: whether any slide has a mask of its own.
-        without_effect: why areas would have none, and the remedy; None where they have one.
+        without_effect: why areas would have no effect, with the remedy; None if they have one.
 
     Raises:
-        ManifestError: some of what was asked for would have no effect.
+        ManifestError: an option would have no effect, or a file cannot be read.
     """
     check_classes_of("--mask-class", settings.mask_classes, with_file=with_mask)
     check_classes_of("--roi-class", settings.roi_classes, with_file=settings.roi is not None)
@@ -133,10 +133,10 @@ def check_areas(settings: RunSettings | ExtractSettings, *, with_mask: bool, wit
 
 
 def check_outlines(settings: RunSettings) -> None:
-    """Refuse outlines of tokens that nobody asked for, and regions of a file that is not written.
+    """Check that ``--geojson tokens`` comes with ``--tokens``, and ``--region`` with ``--geojson``.
 
     Raises:
-        ManifestError: some of what was asked for would have no effect.
+        ManifestError: an option lacks the one that it needs.
     """
     if settings.geojson == "tokens" and not settings.tokens:
         raise ManifestError(

@@ -1,8 +1,8 @@
-"""Writing GeoJSON as QuPath reads it: a FeatureCollection of closed polygons in level-0 pixels, one object a line.
+"""Write GeoJSON as QuPath reads it: a FeatureCollection of closed polygons in level-0 pixels, one object per line.
 
 The keys are those of QuPath's own type adapters (since version 0.4): a UUID as ``id``, ``objectType``,
 ``classification`` with a name and a colour, ``isLocked``, and ``measurements`` as a dictionary of numbers. Objects go
-to the file as they come, so that memory does not grow with their number.
+the file one by one, so that memory does not grow with their number.
 
 Dimension key: N objects.
 """
@@ -22,7 +22,7 @@ from maskattn.files import replacing
 
 __all__ = ["PALETTE", "FeatureFile", "ObjectClass", "feature_collection", "number"]
 
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart.
+# The palette of Okabe and Ito, which people with any kind of colour vision can distinguish.
 PALETTE = (
     (213, 94, 0),
     (0, 114, 178),
@@ -42,8 +42,8 @@ class ObjectClass:
     """A class as QuPath shows it.
 
     Attributes:
-        name: of the class.
-        rgb: its colour, each part 0 to 255.
+        name: the name of the class.
+        rgb: red, green and blue of its colour, 0 to 255.
     """
 
     name: str
@@ -59,8 +59,9 @@ class FeatureFile:
     """An open FeatureCollection.
 
     Args:
-        file: where to.
-        of: what the ids follow from, beside an object's kind and place: the same map gives the same ids.
+        file: the file to write to.
+        of: a text that identifies the map. Ids are derived from it and from an object's kind, class and geometry, so
+            that the same map gives the same ids.
     """
 
     def __init__(self, file: TextIO, of: str) -> None:
@@ -80,9 +81,9 @@ class FeatureFile:
 
         Args:
             kind: "tile" or "detection".
-            box: left, top, right and bottom as :func:`number` writes them.
-            of_class: an :class:`ObjectClass` as text; None = unclassified.
-            measurements: names and numbers; those that are not finite are left out.
+            box: left, top, right and bottom in level-0 pixels, formatted by :func:`number`.
+            of_class: the JSON of an :class:`ObjectClass`; None for an unclassified object.
+            measurements: names and values; values that are not finite are left out.
         """
         left, top, right, bottom = box
         ring = f"[[[{left},{top}],[{right},{top}],[{right},{bottom}],[{left},{bottom}],[{left},{top}]]]"
@@ -94,10 +95,10 @@ class FeatureFile:
         """Write a polygon as a locked annotation.
 
         Args:
-            rings: closed; the first is the outline, the others are its holes.
-            of_class: an :class:`ObjectClass` as text.
-            name: of the annotation.
-            measurements: names and numbers; those that are not finite are left out.
+            rings: closed rings of level-0 x and y; the first is the outline, the others are its holes.
+            of_class: the JSON of an :class:`ObjectClass`.
+            name: the annotation's name.
+            measurements: names and values; values that are not finite are left out.
         """
         text = ",".join("[" + ",".join(f"[{number(x)},{number(y)}]" for x, y in ring) + "]" for ring in rings)
         more = f',"name":{json.dumps(name)},"isLocked":true'
@@ -123,12 +124,12 @@ class FeatureFile:
 
 @contextmanager
 def feature_collection(path: Path, about: Mapping[str, Any], of: str) -> Iterator[FeatureFile]:
-    """A FeatureCollection that is written object by object, whole when the context ends.
+    """Open a FeatureCollection to write object by object; the file appears when the context ends without an error.
 
     Args:
-        path: where to.
-        about: what the file says of itself, under "maskattn".
-        of: what the objects' ids follow from.
+        path: the file to write.
+        about: metadata of the file, stored under the key "maskattn".
+        of: a text that identifies the map, from which the objects' ids are derived.
 
     Raises:
         OSError: the file cannot be written.
@@ -140,7 +141,7 @@ def feature_collection(path: Path, about: Mapping[str, Any], of: str) -> Iterato
 
 
 def number(value: float) -> str:
-    """A coordinate: whole where it is, else to a ten-thousandth of a pixel.
+    """Format a coordinate: as an integer if it is one, else with four decimals.
 
     Example:
         >>> number(64.0), number(133.33333)

@@ -1,1 +1,1 @@
-"""Maps as pyramids of images that lie on a slide's level 0: OME-TIFF and OME-Zarr."""
+"""Write maps as image pyramids in the frame of a slide's level 0: OME-TIFF and OME-Zarr."""

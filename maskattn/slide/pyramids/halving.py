@@ -1,4 +1,4 @@
-"""Means of the numbers in an array that leave out NaN, as the coarser levels of a map's pyramid have them."""
+"""Compute means that ignore NaN, for the coarser levels of a map's pyramid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["halved", "mean_of_known"]
 
 
 def halved(values_YX: Float[np.ndarray, "Y X"]) -> Float[np.ndarray, "y x"]:
-    """The mean of each 2 × 2 pixels over those that are numbers; NaN where none is."""
+    """Return the mean of each 2 × 2 pixels over the finite ones; NaN if none is finite."""
     rows, columns = ((size + 1) // 2 for size in values_YX.shape)
     padded = np.full((2 * rows, 2 * columns), np.nan, np.float32)
     padded[: values_YX.shape[0], : values_YX.shape[1]] = values_YX
@@ -18,7 +18,7 @@ def halved(values_YX: Float[np.ndarray, "Y X"]) -> Float[np.ndarray, "y x"]:
 
 
 def mean_of_known(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The float32 mean along axes over what is a number; NaN where nothing is."""
+    """Return the float32 mean of the finite values along axes; NaN if none is finite."""
     known = np.isfinite(values)
     count = known.sum(axis=axes, dtype=np.float32)
     total = np.where(known, values, np.float32(0)).sum(axis=axes)

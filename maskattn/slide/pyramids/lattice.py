@@ -1,11 +1,11 @@
-"""A map over the lattice of a slide's tokens, and the levels of its pyramid, block by block.
+"""Maps over the lattice of a slide's tokens, and the levels of their pyramids, block by block.
 
-Level l has one pixel for 2^l × 2^l pixels of level 0. Where a pixel is no larger than a cell of the lattice it has the
-value of the cell at its centre; larger ones have the mean of the four below them. Only the lattice is held, in a file
-without a name, and of one map the levels that are coarser than it: memory does not grow with the slide's pixels.
+Level l has one pixel for 2^l × 2^l pixels of level 0. A pixel no larger than a cell of the lattice has the value of the
+cell at its centre; a larger one has the mean of the four pixels of the next finer level. Only the lattice is kept, in
+an unnamed temporary file, and the coarser levels of one map: memory does not grow with the slide's pixels.
 
-A cell is a token where tokens lie one beside the other. Where tiles overlap, or begin anywhere, it is what divides
-their places, but no less than a sixteenth of a token; where tiles overlap, the later one is seen.
+A cell is a token if the tokens of all tiles form one lattice. Otherwise its side is the greatest common divisor of the
+tiles' positions and size, but at least a sixteenth of a token. Where tiles overlap, the last one painted is shown.
 
 Dimension key: M maps, (R, C) the slide's cells, T tiles of a slide, B of a batch, (h, w) tokens of a tile, (Y, X) a
 level's pixels.
@@ -35,10 +35,10 @@ class MapLattice:
     """Maps at the resolution of tokens; NaN where none is kept.
 
     Args:
-        maps: M, how many.
-        grid: of the slide.
-        coords_T2: (T, 2) level-0 x, y of the top left corners of all tiles that will come.
-        folder: where the file without a name may lie.
+        maps: M, the number of maps.
+        grid: the slide's token grid.
+        coords_T2: (T, 2) level-0 x, y of the top left corners of all tiles that will be painted.
+        folder: the folder in whose file system the temporary file is made.
     """
 
     def __init__(self, maps: int, grid: TokenGrid, coords_T2: Int[np.ndarray, "T 2"], folder: Path) -> None:
@@ -46,7 +46,7 @@ class MapLattice:
         self.slide_px = grid.height_px, grid.width_px
         self._cells_of_tile = max(1, round(grid.tile_lv0 / self.cell_lv0))
         rows, columns = (max(1, math.ceil(length / self.cell_lv0)) for length in self.slide_px)
-        # The system keeps in memory what there is room for.
+        # The operating system caches as much of the file as memory allows.
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- lives as long as the lattice
         self.values_MRC: Float[np.ndarray, "M R C"] = np.memmap(
             self._file, np.float32, "w+", shape=(maps, rows, columns)
@@ -55,7 +55,7 @@ class MapLattice:
             self.values_MRC[:, row : row + _BAND_PX] = np.nan
 
     def close(self) -> None:
-        """Give the file back."""
+        """Delete the temporary file."""
         del self.values_MRC
         self._file.close()
 
@@ -65,7 +65,7 @@ class MapLattice:
         values_MBhw: Float[np.ndarray, "M B h w"],
         keep_Bhw: Bool[np.ndarray, "B h w"],
     ) -> None:
-        """Take in the kept tokens of some tiles; arguments as of :meth:`maskattn.slide.overlay.MapCanvas.paint`."""
+        """Paint the kept tokens of tiles; arguments as for :meth:`maskattn.slide.overlay.MapCanvas.paint`."""
         values_MBhw = np.broadcast_to(values_MBhw, (len(values_MBhw), *keep_Bhw.shape))
         _, rows, columns = self.values_MRC.shape
         cell = np.arange(self._cells_of_tile) + 0.5
@@ -75,11 +75,11 @@ class MapLattice:
             kept = keep_Bhw[tile][token][: rows - row, : columns - column]
             height, width = kept.shape
             for target, source in zip(self.values_MRC, values_MBhw[:, tile], strict=True):
-                part = target[row : row + height, column : column + width]
-                np.copyto(part, source[token][:height, :width], where=kept)
+                window = target[row : row + height, column : column + width]
+                np.copyto(window, source[token][:height, :width], where=kept)
 
     def level_shapes(self) -> list[tuple[int, int]]:
-        """(height, width) of every level, down to one that is a single block."""
+        """Return the (height, width) of every level, down to the first that fits into a block."""
         shapes = [self.slide_px]
         while max(shapes[-1]) > BLOCK_PX:
             height, width = shapes[-1]
@@ -87,11 +87,11 @@ class MapLattice:
         return shapes
 
     def sampled_levels(self) -> int:
-        """How many levels have pixels that are no larger than a cell."""
+        """Return the number of levels whose pixels are no larger than a cell."""
         return min(len(self.level_shapes()), 1 + max(0, math.floor(math.log2(self.cell_lv0))))
 
     def coarse_levels(self, of_map: int) -> list[Float[np.ndarray, "Y X"]]:
-        """The levels of a map after the sampled ones, whole: together they have fewer pixels than half the lattice."""
+        """Return the levels of a map after the sampled ones: together fewer pixels than half the lattice."""
         shapes, first = self.level_shapes(), self.sampled_levels()
         levels: list[np.ndarray] = []
         for height, width in shapes[first:]:
@@ -106,11 +106,11 @@ class MapLattice:
         return levels
 
     def sample(self, of_map: int, level: int, top: int, left: int, size: tuple[int, int]) -> Float[np.ndarray, "Y X"]:
-        """A rectangle of a sampled level, cut at the level's edges.
+        """Return a rectangle of a sampled level, clipped to the level.
 
         Args:
-            of_map: which map.
-            level: which level.
+            of_map: index of the map.
+            level: index of the level.
             top: first row.
             left: first column.
             size: rows and columns.
@@ -125,34 +125,34 @@ class MapLattice:
         return np.asarray(tokens)[np.ix_(rows - rows[0], columns - columns[0])]
 
     def _tokens(self, level: int, first: int, count: int, axis: int) -> np.ndarray:
-        """The cell at the centre of each pixel along an axis; a pixel's centre beyond the edge is in the last one."""
+        """Return the cell at the centre of each pixel along an axis; centres beyond the edge are in the last cell."""
         pixels = np.arange(first, min(first + count, self.level_shapes()[level][axis]))
         tokens: np.ndarray = np.floor((pixels + 0.5) * 2.0**level / self.cell_lv0).astype(np.intp)
         return tokens.clip(0, self.values_MRC.shape[1 + axis] - 1)
 
     def blocks(self, of_map: int, level: int, coarse: list[np.ndarray]) -> Iterator[Float[np.ndarray, "Y X"]]:
-        """The blocks of a level, row by row; those at its edges are filled up with NaN.
+        """Yield the blocks of a level row by row, padded with NaN at its edges.
 
         Args:
-            of_map: which map.
-            level: which level.
-            coarse: the map's levels after the sampled ones.
+            of_map: index of the map.
+            level: index of the level.
+            coarse: the map's levels after the sampled ones, from :meth:`coarse_levels`.
         """
         height, width = self.level_shapes()[level]
         sampled = self.sampled_levels()
         for top in range(0, height, BLOCK_PX):
             for left in range(0, width, BLOCK_PX):
                 if level < sampled:
-                    part = self.sample(of_map, level, top, left, (BLOCK_PX, BLOCK_PX))
+                    inside = self.sample(of_map, level, top, left, (BLOCK_PX, BLOCK_PX))
                 else:
-                    part = coarse[level - sampled][top : top + BLOCK_PX, left : left + BLOCK_PX]
+                    inside = coarse[level - sampled][top : top + BLOCK_PX, left : left + BLOCK_PX]
                 block = np.full((BLOCK_PX, BLOCK_PX), np.nan, np.float32)
-                block[: part.shape[0], : part.shape[1]] = part
+                block[: inside.shape[0], : inside.shape[1]] = inside
                 yield block
 
 
 def _cell_lv0(grid: TokenGrid, coords_T2: Int[np.ndarray, "T 2"]) -> float:
-    """The side of a cell in level-0 pixels."""
+    """Return the side of a cell in level-0 pixels."""
     steps = coords_T2 / grid.token_lv0
     if not len(steps) or np.abs(steps - np.rint(steps)).max() < 1e-6:
         return grid.token_lv0

@@ -1,6 +1,6 @@
-"""Writing a map as OME-TIFF: tiled, with its pyramid in SubIFDs, as large as the slide's level 0 so that it lies on it.
+"""Write a map as a tiled OME-TIFF of the size of the slide's level 0, with its pyramid in SubIFDs.
 
-Blocks are compressed one at a time as they go to the file; that of nothing but background is compressed once.
+Blocks are compressed one at a time as they are written; the block of nothing but background is compressed once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maskattn.slide.pyramids.lattice import BLOCK_PX, MapLattice
 
 __all__ = ["write_ome_tiff"]
 
-_LEVEL = 1  # of deflate: flat squares fold away at once
+_LEVEL = 1  # of deflate, which is enough for uniform squares
 
 
 def write_ome_tiff(
@@ -31,12 +31,12 @@ def write_ome_tiff(
     """Write one map.
 
     Args:
-        path: where to.
+        path: the file to write.
         lattice: the maps.
-        of_map: which of them.
-        name: of the image and of its one channel.
+        of_map: index of the map.
+        name: the name of the image and of its one channel.
         spacing_um: µm per level-0 pixel.
-        paint: values to colours, for a picture in RGB; None writes the values, as float32 with NaN for background.
+        paint: maps values to RGB for a picture; None writes the values, as float32 with NaN for background.
 
     Raises:
         OSError: the file cannot be written.

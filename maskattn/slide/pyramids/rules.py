@@ -1,4 +1,4 @@
-"""What a run that asks for pyramids needs, checked before any slide is read."""
+"""Check the requirements of pyramids before any slide is read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["check_pyramids"]
 
 
 def check_pyramids(settings: RunSettings) -> None:
-    """Refuse OME-Zarr where zarr is not installed.
+    """Check that zarr is installed if OME-Zarr is requested.
 
     Raises:
-        ManifestError: a package is missing that the outputs need.
+        ManifestError: zarr is missing.
     """
     if settings.zarr and importlib.util.find_spec("zarr") is None:
         raise ManifestError(

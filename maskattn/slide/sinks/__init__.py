@@ -1,4 +1,4 @@
-"""Outputs of a slide, a file each: :data:`SINKS` lists them all, and nothing else has to know of one."""
+"""Outputs of a slide, one module per output. :data:`SINKS` lists them, and no other module names one."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ class Features:
     files = ("features.h5",)
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Whether features are to be written: only where they were not given."""
+        """Return whether features are written: they are unless the run was given features."""
         return settings.features_dir is None
 
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
-        """Write the table; the batches add nothing to it."""
+        """Write the table at once; the batches add nothing to it."""
         header = replace(slide.header, encoder=slide.encoder or slide.model.name, token_mask=slide.token_mask)
         with feature_file(folder / "features.h5", header, slide.features_TC.shape[1]) as take:
             take(slide.features_TC, slide.coords_T2, None)
@@ -36,4 +36,4 @@ class Features:
 
 
 def _nothing_more(tiles: ExplainedTiles) -> None:
-    """The embeddings of a slide are held together: its slide encoder has read them all."""
+    """Ignore the batch: the embeddings of all tiles have been written already."""

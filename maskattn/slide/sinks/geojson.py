@@ -24,18 +24,18 @@ __all__ = ["GeoJson"]
 
 
 class GeoJson:
-    """An object for each tile or token with its relevance, and an annotation for each region that is asked for."""
+    """An object for each tile or token with its relevance, and an annotation for each requested region."""
 
     files = ("relevance.geojson",)
     needs_no_slide = True
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Whether ``--geojson`` asks for tiles or tokens."""
+        """Return whether ``--geojson`` asks for tiles or tokens."""
         return settings.geojson != "off"
 
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
-        """Write the batches as they come, and the regions when all have."""
+        """Write each batch when it comes, and the regions after the last one."""
         if not getattr(slide.header, "on_level0", True):
             raise SlideError(
                 "relevance.geojson must be in pixels of level 0, got features whose tiles do not lie on it; give the "
@@ -55,14 +55,14 @@ class GeoJson:
 
 
 class _Objects:
-    """Writes what the batches hold, and keeps of each class with regions what these are made of.
+    """Writes the objects of the batches, and keeps boxes and relevance of the classes that have regions.
 
     Dimension key: B tiles of a batch, (h, w) tokens of a tile, K classes, R rules of regions, N tiles or tokens.
     """
 
     def __init__(self, slide: ExplainedSlide, file: FeatureFile) -> None:
         self._slide, self._file = slide, file
-        # Of some models, and of features alone, there are no maps of tokens: the run's notes say why.
+        # Some models have no token maps, and neither have features without slides; the run's notes say why.
         self._of_tokens = slide.settings.geojson == "tokens" and slide.with_tokens
         self._kind = "detection" if self._of_tokens else "tile"
         names = slide.model.classes
@@ -75,7 +75,7 @@ class _Objects:
         self._relevance: list[Float[np.ndarray, "R N"]] = []
 
     def write(self, tiles: ExplainedTiles) -> None:
-        """An object for each tile, or each kept token, of a batch."""
+        """Write an object for each tile, or each kept token, of a batch."""
         slide = self._slide
         attention_B11 = slide.attention_T[tiles.tiles_B, None, None]
         relevance_KBhw, attention_Bhw = slide.relevance_KT[:, tiles.tiles_B, None, None], attention_B11
@@ -95,7 +95,7 @@ class _Objects:
                 self._relevance.append(relevance_KN[[k for _, k in self._rules]])
 
     def write_regions(self) -> None:
-        """An annotation for each connected region of what reaches a class's threshold."""
+        """Write an annotation for each connected region whose tiles or tokens reach a class's threshold."""
         if not self._rules or not self._boxes:
             return
         boxes_N4, relevance_RN = np.concatenate(self._boxes), np.concatenate(self._relevance, axis=1)
@@ -120,9 +120,9 @@ class _Objects:
             self._file.write_region(rings_of(region), self._classes[k], name, measurements)
 
     def _edges(self, corner: np.ndarray, tokens: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """The x and the y of the edges of a tile, or of its tokens; what hangs over the slide is cut off.
+        """Return the x and the y of the edges of a tile's tokens, or of the tile, clipped to the slide.
 
-        Neighbours in two tiles have the same numbers: shares of a tile are taken of whole numbers.
+        Neighbouring tokens of two tiles have exactly equal edges, because offsets are divided last.
         """
         grid, header = self._slide.grid, self._slide.header
         width, height = (
@@ -136,15 +136,15 @@ class _Objects:
     def _write_objects(
         self,
         edges: tuple[np.ndarray, np.ndarray],
-        places: tuple[np.ndarray, np.ndarray],
+        positions: tuple[np.ndarray, np.ndarray],
         relevance_KN: np.ndarray,
         attention_N: np.ndarray,
     ) -> None:
-        """Classified by the class that each object speaks for most; one that speaks for none is unclassified."""
+        """Write objects, each in its class of highest relevance; one without positive relevance is unclassified."""
         xs, ys = ([number(edge) for edge in axis.tolist()] for axis in edges)
         highest_N = relevance_KN.argmax(axis=0).tolist()
         values_NK = relevance_KN.T.tolist()
-        rows, columns = (place.tolist() for place in places)
+        rows, columns = (indices.tolist() for indices in positions)
         for row, column, k, values, attention in zip(
             rows, columns, highest_N, values_NK, attention_N.tolist(), strict=True
         ):

@@ -1,4 +1,4 @@
-"""``heatmap_<class>.png`` and ``attention.png``: maps over the slide's thumbnail, of tokens where asked for."""
+"""``heatmap_<class>.png`` and ``attention.png``: maps over the slide's thumbnail, of tokens if they are requested."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Heatmaps:
     files = ("heatmap_*.png", "attention.png", KEPT_MAPS)
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Always."""
+        """Return True: every run writes heatmaps."""
         return True
 
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
-        """Paint the batches on one canvas, and write its maps when all have come."""
+        """Paint the batches on one canvas, and write its maps after the last batch."""
         info = slide.slide_reader.info
         thumbnail = _thumbnail(slide.slide_reader)
         slide_px = (info.height_px, info.width_px)
@@ -57,7 +57,7 @@ class Heatmaps:
 
 
 def values_of(slide: ExplainedSlide, tiles: ExplainedTiles) -> Float[np.ndarray, "M B h w"]:
-    """The maps of some tiles, those of the K classes and that of attention: a value per token, or one per tile."""
+    """Return the M = K + 1 maps of a batch, attention last: a value per token, or (h, w) = (1, 1) per tile."""
     attention_B11 = slide.attention_T[tiles.tiles_B, None, None]
     if tiles.relevance_KBhw is None or tiles.attention_Bhw is None:
         return np.concatenate([slide.relevance_KT[:, tiles.tiles_B, None, None], attention_B11[None]])
@@ -85,9 +85,9 @@ def _write_heatmaps(
 
 
 def _pictures_of(slide: ExplainedSlide) -> list[Picture]:
-    """The pictures of each class's map and of attention, with their captions."""
+    """Return the file name, caption and colours of the picture of each class's map and of attention."""
     model = slide.model
-    # Where no font has a name's signs, the name of the file and its folder has to do.
+    # A name with characters that the font lacks is left out; the file and its folder still identify the map.
     of = f"{slide_id}: " if (slide_id := drawable(slide.slide_id)) else ""
     about = [f"model {drawable(model.name)}"] if drawable(model.name) else []
     about += ["a demonstration model"] if model.demonstration else []
@@ -110,7 +110,7 @@ def _pictures_of(slide: ExplainedSlide) -> list[Picture]:
 
 
 def file_names_of(classes: Sequence[str]) -> list[str]:
-    """The part of the file names that denotes each class: distinct on every file system, and short enough."""
+    """Return the part of the file names that denotes each class: distinct on every file system, and short enough."""
     names = []
     for name in classes:
         plain = "".join("_" if sign in "/\\" or not sign.isprintable() else sign for sign in name)
@@ -121,7 +121,7 @@ def file_names_of(classes: Sequence[str]) -> list[str]:
 
 
 def _thumbnail(reader: SlideReader) -> UInt8[np.ndarray, "Y X 3"]:
-    """The slide's thumbnail, or white where a damaged slide gives none: its good tiles still have a map."""
+    """Return the slide's thumbnail, or a white one if damage prevents it: the readable tiles still have a map."""
     info = reader.info
     try:
         return reader.thumbnail(THUMBNAIL_PX)

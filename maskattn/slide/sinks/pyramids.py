@@ -1,4 +1,4 @@
-"""``heatmap_<class>.ome.tiff``, ``attention.ome.tiff`` and ``relevance.zarr``: maps that open over the slide."""
+"""``heatmap_<class>.ome.tiff``, ``attention.ome.tiff`` and ``relevance.zarr``: maps to overlay on the slide."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Pyramids:
     )
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Whether ``--ome-tiff`` or ``--zarr`` asks for a pyramid."""
+        """Return whether ``--ome-tiff`` or ``--zarr`` asks for a pyramid."""
         return settings.ome_tiff != "off" or settings.zarr
 
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
-        """Lay the batches on a lattice of tokens, and write its pyramids when all have come."""
+        """Place the batches on a lattice of tokens, and write its pyramids after the last batch."""
         with closing(MapLattice(len(slide.model.classes) + 1, slide.grid, slide.coords_T2, folder)) as lattice:
 
             def take(tiles: ExplainedTiles) -> None:
@@ -74,15 +74,15 @@ def _write(folder: Path, slide: ExplainedSlide, lattice: MapLattice) -> None:
 def _painter(
     values_RC: Float[np.ndarray, "R C"], kind: Kind
 ) -> Callable[[Float[np.ndarray, "Y X"]], UInt8[np.ndarray, "Y X 3"]]:
-    """Values to the colours of the PNG of the same map, on white."""
+    """Return a function that maps values to the colours of the same map's PNG, on white."""
     limits = colour_limit(values_RC, kind)
 
     def paint(block_YX: Float[np.ndarray, "Y X"]) -> UInt8[np.ndarray, "Y X 3"]:
         known = np.isfinite(block_YX)
         image = np.full((*block_YX.shape, 3), _GLASS, np.uint8)
-        # A block has few tokens and many pixels: each value is looked up once.
-        values, which = np.unique(block_YX[known], return_inverse=True)
-        image[known] = coloured(values, limits, COLOUR_MAPS[kind][0])[which]
+        # A block has few tokens and many pixels, so each distinct value is looked up once.
+        values, inverse = np.unique(block_YX[known], return_inverse=True)
+        image[known] = coloured(values, limits, COLOUR_MAPS[kind][0])[inverse]
         return image
 
     return paint

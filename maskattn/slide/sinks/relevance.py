@@ -1,4 +1,4 @@
-"""``relevance.h5``: raw signed relevance of tiles and, where asked for, of tokens."""
+"""``relevance.h5``: raw signed relevance of tiles and, if requested, of tokens."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Relevance"]
 
 
 class Relevance:
-    """The scores of every tile for every class; those of tokens go to the file batch by batch."""
+    """The relevance of every tile for every class; that of tokens is written batch by batch."""
 
     files = ("relevance.h5",)
     needs_no_slide = True
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Always."""
+        """Return True: every run writes the table."""
         return True
 
     @contextmanager
     def open(self, folder: Path, slide: ExplainedSlide) -> Iterator[Take]:
-        """Write the tiles' scores at once, and their tokens' as they come."""
+        """Write the tiles' relevance at once, and that of their tokens with each batch."""
         tokens_hw = slide.grid.token_keep_THW.shape[1:] if slide.with_tokens else None
         with relevance_table(
             folder / "relevance.h5",

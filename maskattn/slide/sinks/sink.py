@@ -1,7 +1,7 @@
-"""The contract of a sink: what makes one kind of output from the tiles of an explained slide.
+"""The contract of a sink, which makes one kind of output from the tiles of an explained slide.
 
-A sink is opened for a slide, takes its tiles batch by batch in the grid's order, and is closed when all have come.
-Nothing here imports torch: the names of the files are asked for where no model runs.
+A sink is opened for a slide, takes its tiles batch by batch in the grid's order, and is closed after the last batch.
+Nothing here imports torch, because code that runs no model asks for the names of the files.
 
 Dimension key: T tiles that could be read, B tiles of a batch, (h, w) tokens of a tile, K classes, C channels.
 """
@@ -35,22 +35,22 @@ class ExplainedSlide:
 
     Attributes:
         slide_id: the slide's id.
-        reader: of the slide, for its size and its thumbnail; None where its features are all there is.
-        header: what holds for all of its tiles.
-        grid: of the slide; its kept tiles include those that could not be read.
-        model: what the slide model says of itself.
-        scores: class → softmax score.
+        reader: the slide's reader, for its size and its thumbnail; None if only features are given.
+        header: the metadata that all of its tiles share.
+        grid: the slide's token grid; its kept tiles include those that could not be read.
+        model: the metadata of the slide model.
+        scores: the softmax score of each class.
         method: the title of the method of explanation.
-        verdicts: class → verdict of the test of its map; empty where maps are not tested.
+        verdicts: the verdict of the map check of each class; empty if maps are not tested.
         coords_T2: (T, 2) level-0 x, y of each tile's top left corner.
         features_TC: (T, C) embeddings.
         relevance_KT: (K, T) signed score of each tile for each class.
         attention_T: (T,) attention of the slide's class token to each tile.
         with_tokens: whether the batches carry maps of tokens.
         token_mask: "tissue" where the model left background tokens out, "none" where every token of a tile took part.
-        settings: what the run was asked for.
-        encoder: the name of the encoder of tiles; empty where it is not known.
-        attention_of: what the attention is of, in words.
+        settings: the settings of the run.
+        encoder: the name of the tile encoder; empty if it is not known.
+        attention_of: a noun phrase for captions that says whose attention is mapped.
     """
 
     slide_id: str
@@ -83,10 +83,10 @@ class ExplainedTiles:
     """A batch of an explained slide's tiles.
 
     Attributes:
-        tiles_B: (B,) which of the slide's T tiles they are.
-        keep_Bhw: (B, h, w) bool, the tokens that are kept, less those of a tile that could not be read again.
-        relevance_KBhw: (K, B, h, w) signed score of each token, 0 at background; None where tokens were not asked for.
-        attention_Bhw: (B, h, w) attention of the tile's class token to each token; None as above.
+        tiles_B: (B,) indices into the slide's T tiles.
+        keep_Bhw: (B, h, w) bool, the kept tokens, without those of a tile that could not be read a second time.
+        relevance_KBhw: (K, B, h, w) signed score of each token, 0 at background; None without token maps.
+        attention_Bhw: (B, h, w) attention of the tile's class token to each token; None without token maps.
     """
 
     tiles_B: Int[np.ndarray, " B"]
@@ -99,24 +99,24 @@ Take = Callable[[ExplainedTiles], None]
 
 
 class Sink(Protocol):
-    """One kind of output; ``needs_no_slide`` = True where it is made from a slide's features alone too."""
+    """One kind of output; its attribute ``needs_no_slide`` is True if features without the slide suffice for it."""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Patterns, as a shell's, of the names of all the files that it writes."""
+        """Shell patterns that match the names of all files that it may write."""
 
     def is_asked_for(self, settings: RunSettings) -> bool:
-        """Whether a run makes this output."""
+        """Return whether a run with these settings makes this output."""
 
     def open(self, folder: Path, slide: ExplainedSlide) -> AbstractContextManager[Take]:
         """Write the output of a slide to its folder.
 
-        The context gives the function that takes a batch. When it ends the files are whole; when it ends by an error
-        they are not there.
+        The context yields the function that takes a batch. The files are complete when the context ends; if it ends
+        with an error, no file is left.
 
         Args:
-            folder: where to.
-            slide: the slide.
+            folder: the slide's output folder.
+            slide: the slide's results.
 
         Raises:
             OSError: a file cannot be written.

@@ -1,4 +1,4 @@
-"""The tissue of a slide: found on a coarse view of it, or given by the user's own mask."""
+"""Find the tissue of a slide on a coarse view of it, or read the user's own mask."""
 
 from maskattn.slide.tissue.finding import InkRule, find_tissue
 from maskattn.slide.tissue.mask import TissueMask

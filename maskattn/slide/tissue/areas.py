@@ -1,4 +1,4 @@
-"""Areas of a mask: closing, opening and dropping pieces, in µm."""
+"""Morphology of masks: closing, opening and dropping small pieces, with sizes in pixels."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["closed", "disc", "opened", "without_pieces_below"]
 
 
 def disc(radius_px: float) -> np.ndarray:
-    """A structuring element, at least 3 × 3."""
+    """Return a round structuring element, at least 3 × 3."""
     side = 2 * max(1, round(radius_px)) + 1
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
 
 
 def closed(mask_HW: Bool[np.ndarray, "H W"], radius_px: float) -> Bool[np.ndarray, "H W"]:
-    """Close gaps; the slide's edge neither stops it nor counts as tissue."""
+    """Close gaps narrower than a disc; the mask is continued beyond the slide's edge."""
     return _morphed(mask_HW, cv2.MORPH_CLOSE, radius_px)
 
 
 def opened(mask_HW: Bool[np.ndarray, "H W"], radius_px: float) -> Bool[np.ndarray, "H W"]:
-    """Drop what is narrower than the disc; what meets the slide's edge goes on beyond it."""
+    """Drop what is narrower than a disc; the mask is continued beyond the slide's edge."""
     return _morphed(mask_HW, cv2.MORPH_OPEN, radius_px)
 
 
@@ -35,7 +35,7 @@ def _morphed(mask_HW: np.ndarray, operation: int, radius_px: float) -> np.ndarra
 
 
 def without_pieces_below(mask_HW: Bool[np.ndarray, "H W"], least_px: float) -> Bool[np.ndarray, "H W"]:
-    """The mask without its connected pieces of fewer than ``least_px`` pixels."""
+    """Return the mask without its connected components of fewer than ``least_px`` pixels."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask_HW.astype(np.uint8), connectivity=8)
     stays = stats[:, cv2.CC_STAT_AREA] >= least_px
     stays[0] = False

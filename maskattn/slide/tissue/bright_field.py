@@ -1,7 +1,7 @@
-"""Whether a slide is what the rest of the package takes it for: a stained section, scanned in bright field.
+"""Check that a slide is a stained section scanned in bright field, as the rest of the package assumes.
 
-Stain darkens bright glass. In dark field and in fluorescence the background is dark and tissue shines, so that what is
-learnt from stained sections means nothing there; a label mask that was given in place of its slide is no scan at all.
+Stain darkens bright glass. In dark field and fluorescence the background is dark and tissue is bright, so models of
+stained sections do not apply; and a label mask that was given in place of its slide is not a scan.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from maskattn.slide.tissue.glass import FLAT_LEVELS, local_variance
 __all__ = ["refuse_other_than_bright_field", "require_bright_field"]
 
 _THUMBNAIL_PX = 512
-# Where the coarsest level is larger than this, looking at all of the slide takes too long.
+# If the coarsest level is larger than this, reading all of it takes too long.
 _MAX_LEVEL_PX = 64 << 20
 _DARK, _BRIGHT = 60, 150
 _DARK_SHARE = 0.5
 _GLASS_SHARE = 0.05
-# The brightest hundredth of a section in bright field is brighter than this.
+# At least a hundredth of a bright-field scan is at least this bright.
 _DIM = 110
-# A scan within padding fills its rectangle, as cells within a dark background do not.
+# A scan within padding fills its bounding rectangle; cells on a dark background do not.
 _RECTANGLE_SHARE = 0.9
 _MAX_LABELS, _LABEL_SHARE, _LABEL_VALUE = 8, 0.8, 64
 
 
 def require_bright_field(reader: SlideReader) -> None:
-    """Refuse a slide that was not scanned in bright field, where a thumbnail is quick to read and can be read.
+    """Refuse a slide that was not scanned in bright field, if its thumbnail can be read and is quick to read.
 
     Raises:
         SlideError: the background is dark, or the picture is a label mask.
@@ -42,7 +42,7 @@ def require_bright_field(reader: SlideReader) -> None:
         return
     try:
         rgb_HW3 = reader.thumbnail(_THUMBNAIL_PX)
-    except SlideError:  # damaged there; who reads its tiles says so
+    except SlideError:  # damaged: reading its tiles reports it
         return
     refuse_other_than_bright_field(rgb_HW3, reader.info.path)
 
@@ -53,12 +53,12 @@ def refuse_other_than_bright_field(
     """Refuse a slide that was not scanned in bright field.
 
     Args:
-        rgb_HW3: (H, W, 3) the whole slide.
+        rgb_HW3: (H, W, 3) uint8 RGB of the whole slide.
         path: the slide's file, for the message.
-        force: note what is wrong instead.
+        force: return a note instead of raising.
 
     Returns:
-        The notes.
+        The notes; empty if the slide passes.
 
     Raises:
         SlideError: the background is dark, or the picture is a label mask.
@@ -82,7 +82,7 @@ def refuse_other_than_bright_field(
 
 
 def _labels(rgb_HW3: np.ndarray) -> list[int]:
-    """The values of a label mask, ascending; empty where the picture is none."""
+    """Return the values of a label mask in ascending order; empty if the picture is not a label mask."""
     red, green, blue = cv2.split(rgb_HW3)
     if not (np.array_equal(red, green) and np.array_equal(green, blue)):
         return []
@@ -103,7 +103,7 @@ def _is_dark(rgb_HW3: np.ndarray) -> bool:
     glass = (brightness >= _BRIGHT) & (local_variance(brightness) < FLAT_LEVELS**2)
     if np.count_nonzero(glass) >= _GLASS_SHARE * brightness.size:
         return False
-    # Black may be padding about a scan that shows no glass: then what is not black is bright, and fills a rectangle.
+    # Black may be padding around a scan without glass: then the other pixels are bright, and fill a rectangle.
     shown = brightness > 0
     _, _, width, height = cv2.boundingRect(shown.astype(np.uint8))
     fills = np.count_nonzero(shown) >= _RECTANGLE_SHARE * width * height

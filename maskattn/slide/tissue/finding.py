@@ -1,8 +1,8 @@
-"""Where the tissue lies, found on a coarse view of the slide.
+"""Find the tissue on a coarse view of a slide.
 
-The view is measured as optical density over the slide's own glass (``glass.py``); strong, pale and grey stain are told
-from glass (``stain.py``); pen strokes are taken out by their shape (``ink.py``); gaps are closed, and small pieces and
-holes go by their area in µm².
+The view is converted to optical density over the slide's own glass (``glass.py``); strong, pale and grey stain are
+distinguished from glass (``stain.py``); pen strokes are removed by their shape (``ink.py``); gaps are closed, and small
+pieces and holes are removed by their area in µm².
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["InkRule", "TissueMask", "find_tissue"]
 InkRule = Literal["auto", "off"]
 
 _CLOSING_UM = 40.0
-# Texture this near to tissue is its edge, blurred or frayed.
+# Texture within this distance of tissue is its blurred or frayed edge.
 _EDGE_UM = 40.0
-# What has texture and is left out is worth a note from this share of the slide, and of the tissue found, on.
+# Textured areas that are left out are noted from this share of the slide, and of the tissue found.
 _NOTED_SHARE, _NOTED_PER_TISSUE = 0.002, 0.05
 
 
@@ -44,16 +44,16 @@ def find_tissue(
 ) -> TissueMask:
     """Find the tissue of a stained slide.
 
-    A slide without tissue gives an empty mask, and a note that says what it shows instead. Pen strokes are taken out
-    with a margin of 24 µm: even in colour, long for their width, and on glass for a good part of their outline.
+    A slide without tissue gives an empty mask, and a note that says what it shows instead. Pen strokes are removed
+    with a margin of 24 µm: marks of even colour, long for their width, with much of their outline on glass.
 
     Args:
         reader: the slide.
-        spacing_um: µm per pixel of the view to work on; a slide that is coarser is used as it is.
-        min_tissue_um2: smaller pieces of tissue are dropped as dust; on a tiny slide at most half its area.
+        spacing_um: µm per pixel of the view on which tissue is sought; a coarser slide is used at its own spacing.
+        min_tissue_um2: smaller pieces of tissue are dropped as dust. Both areas are limited to half of the slide.
         max_hole_um2: smaller holes in the tissue are filled.
-        ink: "auto" takes out pen strokes, "off" keeps them.
-        force: go on where the slide was not scanned in bright field.
+        ink: "auto" removes pen strokes, "off" keeps them.
+        force: accept a slide that was not scanned in bright field.
 
     Raises:
         ValueError: ``spacing_um`` is not above 0, or ``ink`` is neither "auto" nor "off".
@@ -80,7 +80,7 @@ def find_tissue(
 
 
 def _notes(rgb: np.ndarray, mask: np.ndarray, strokes: np.ndarray, rough: np.ndarray, px_um: float) -> list[str]:
-    """Notes on what was left out, and on what a slide without tissue shows."""
+    """Return notes on what was left out, and on what a slide without tissue shows."""
     notes = []
     if strokes.any():
         notes.append(f"ink was taken out: {strokes.mean():.2%} of the slide; --ink off keeps it")

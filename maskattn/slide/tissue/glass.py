@@ -1,8 +1,8 @@
-"""What glass looks like on a slide: its colour, and how that colour changes from place to place.
+"""Estimate the colour of the glass across a slide, and the optical density of everything over it.
 
-Optical density is measured from the slide's own glass, so that a warm lamp or a tinted slide is no stain:
-density = log10(glass / pixel), per channel. Where light falls off, or stain ran out of the tissue and fades over the
-glass, the glass is followed from its palest part through gentle slopes; an edge of tissue, however pale, is steep.
+Density is measured against the slide's own glass, so that a warm lamp or a tinted slide does not count as stain:
+density = log10(glass / pixel), per channel. Where illumination falls off, or stain has leaked from the tissue and fades
+over the glass, the glass is followed from its palest area along gentle slopes; an edge of tissue, even pale, is steep.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from maskattn.shapes import Bool, Float, UInt8
 
 __all__ = ["DENSITY_STEP", "FLAT_LEVELS", "StainView", "chroma_of", "glass_colour", "local_variance", "measure_stain"]
 
-# Optical density per level of the 8-bit density planes, and that of the glass in them before it is taken off: what is
-# brighter than the glass' colour, in the middle of uneven light, keeps its stain. They end darker than any threshold.
+# Optical density per level of the 8-bit density planes, and an offset that is the density of the glass until it is
+# subtracted: under uneven light, pixels brighter than the glass colour keep their stain. The range exceeds every
+# threshold.
 DENSITY_STEP = 0.003
 _GLASS_DENSITY = 0.09
 
-# Glass varies less than this within 5 × 5 pixels, in grey levels.
+# The standard deviation of glass within 5 × 5 pixels is below this, in grey levels.
 FLAT_LEVELS = 2.5
 _BRIGHT = 150
 _LEAST_SHARE = 0.005
-# Of the colour that could be glass: its chroma against white. Pale stroma on a slide without glass lies above.
+# The greatest chroma of glass against white. Pale stroma on a slide without glass exceeds it.
 _MAX_TINT = 0.075
 _WHITE = (250.0, 250.0, 250.0)
 
@@ -40,10 +41,10 @@ class StainView:
     """A view of a slide as optical density over its glass, in steps of :data:`DENSITY_STEP`.
 
     Attributes:
-        chroma_HW: (H, W) uint8, the densest channel less the palest: colour. Shadows and dust have none.
+        chroma_HW: (H, W) uint8, the densest channel minus the palest, which is about 0 for shadows and dust.
         density_HW: (H, W) uint8, the mean of the channels.
-        glass_HW: (H, W) bool, what was followed as glass.
-        edge_HW: (H, W) bool, where density changes steeply, as it does at the edge of tissue.
+        glass_HW: (H, W) bool, True where glass was followed.
+        edge_HW: (H, W) bool, True where density changes steeply, as it does at the edge of tissue.
         colour: red, green and blue of the glass, 0 to 255.
     """
 
@@ -58,7 +59,7 @@ def measure_stain(rgb_HW3: UInt8[np.ndarray, "H W 3"], px_um: float) -> StainVie
     """Measure a view against its own glass.
 
     Args:
-        rgb_HW3: (H, W, 3) the whole slide.
+        rgb_HW3: (H, W, 3) uint8 RGB of the whole slide.
         px_um: µm per pixel.
     """
     colour = glass_colour(rgb_HW3)
@@ -75,9 +76,9 @@ def measure_stain(rgb_HW3: UInt8[np.ndarray, "H W 3"], px_um: float) -> StainVie
 
 
 def glass_colour(rgb_HW3: UInt8[np.ndarray, "H W 3"]) -> tuple[float, float, float]:
-    """The colour of the glass: the brightest flat part that is common and could be glass, or else white.
+    """Return the colour of the glass: that of the brightest common flat areas if it could be glass, else white.
 
-    Padding, exactly white where nothing was scanned, does not count while there is glass beside it.
+    Padding, which is exactly white where nothing was scanned, is ignored.
     """
     brightness_HW = cv2.cvtColor(rgb_HW3, cv2.COLOR_RGB2GRAY)
     variance_HW = local_variance(brightness_HW)
@@ -98,12 +99,12 @@ def glass_colour(rgb_HW3: UInt8[np.ndarray, "H W 3"]) -> tuple[float, float, flo
 
 
 def chroma_of(colour: tuple[float, float, float]) -> float:
-    """The chroma of a colour in optical density, against white."""
+    """Return the chroma of a colour in optical density, against white."""
     return float(np.log10(max(colour) / max(min(colour), 1.0)))
 
 
 def local_variance(plane_HW: UInt8[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
-    """The variance within 5 × 5 pixels."""
+    """Return the variance within 5 × 5 pixels, in squared grey levels."""
     mean = cv2.boxFilter(plane_HW, cv2.CV_32F, (5, 5), borderType=cv2.BORDER_REPLICATE)
     square = cv2.sqrBoxFilter(plane_HW, cv2.CV_32F, (5, 5), borderType=cv2.BORDER_REPLICATE)
     return cv2.subtract(square, cv2.multiply(mean, mean, dst=mean), dst=square)
@@ -132,7 +133,7 @@ def _chroma_and_mean(density_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _follow_glass(density_HW3: np.ndarray, px_um: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The glass' own density (h, w, 3), continued below the tissue, where it was seen, and edges; about 16 µm/px."""
+    """Return the glass density (h, w, 3), continued under tissue, and masks of glass and edges; at about 16 µm/px."""
     height, width = density_HW3.shape[:2]
     shrink = max(1.0, _FIELD_UM / px_um)
     size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
@@ -149,7 +150,7 @@ def _follow_glass(density_HW3: np.ndarray, px_um: float) -> tuple[np.ndarray, np
 
 
 def _slope(plane_hw3: np.ndarray) -> np.ndarray:
-    """Change per pixel, of the channel that changes most."""
+    """Return the change per pixel of the channel that changes most."""
     across, down = (
         cv2.split(cv2.Scharr(plane_hw3, cv2.CV_32F, *axis, scale=1 / 32, borderType=cv2.BORDER_REPLICATE))
         for axis in ((1, 0), (0, 1))
@@ -159,7 +160,7 @@ def _slope(plane_hw3: np.ndarray) -> np.ndarray:
 
 
 def _grow(seed_hw: np.ndarray, through_hw: np.ndarray) -> np.ndarray:
-    """All of ``through`` that hangs together with a seed by more than a narrow gap."""
+    """Return the pixels of ``through`` that are connected with a seed by more than a narrow bridge."""
     wide = cv2.erode(through_hw.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=1)
     _, labels = cv2.connectedComponents(wide, connectivity=4)
     reached = np.zeros(int(labels.max()) + 1, bool)
@@ -170,7 +171,7 @@ def _grow(seed_hw: np.ndarray, through_hw: np.ndarray) -> np.ndarray:
 
 
 def _continue(values_hw3: np.ndarray, known_hw: np.ndarray) -> np.ndarray:
-    """Smooth the known values and continue them over the rest, from coarse to fine; plain glass where none is known."""
+    """Smooth the known values and extrapolate them from coarse to fine; the glass's density if none is known."""
     weight = known_hw.astype(np.float32)
     levels = [(values_hw3 * weight[..., None], weight)]
     while max(levels[-1][1].shape) > 2:
@@ -183,7 +184,7 @@ def _continue(values_hw3: np.ndarray, known_hw: np.ndarray) -> np.ndarray:
     for total, weight in reversed(levels[:-1]):
         size = (weight.shape[1], weight.shape[0])
         coarse = cv2.resize(field, size, interpolation=cv2.INTER_LINEAR).reshape(total.shape)
-        # A pixel counts in full only where all of it was seen: the rest leans on the coarser level.
+        # A pixel has full weight only if all of it is known; the rest of its weight comes from the coarser level.
         trust = np.minimum(weight, 1.0)[..., None]
         field = total + (1 - trust) * coarse
     return cv2.GaussianBlur(field, (0, 0), 2.0, borderType=cv2.BORDER_REPLICATE).reshape(values_hw3.shape)

@@ -1,8 +1,8 @@
-"""Pen marks, distinguished from stain by their shape and evenness, as pens and stains come in the same colours.
+"""Find pen marks by their shape and evenness, because pens and stains come in the same colours.
 
-A stroke is long for its width, even in colour, and lies on glass for a good part of its outline. A blot is not long,
-but smaller, still more even, of a deep colour, and lies on glass alone. What is as green or as blue but large, or has
-the texture of tissue, is a stain: the collagen of a trichrome, the ground of a silver stain.
+A stroke is long for its width, even in colour, and much of its outline is on glass. A blot is not long, but smaller,
+more even still, of a deep colour, and almost entirely surrounded by glass. Areas of the same colours that are large, or
+have the texture of tissue, are stain, such as the collagen of a trichrome or the background of a silver stain.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from maskattn.slide.tissue.areas import disc
 __all__ = ["find_ink"]
 
 _BLACK_VALUE = 60
-# Colours that a pen can have, by OpenCV's hue (0 to 179), saturation and value (0 to 255): lowest, highest.
+# Ranges of a pen's colours, lowest and highest, in OpenCV's hue (0 to 179), saturation and value (0 to 255).
 _COLOURS = {
     "green": ((35, 40, 0), (95, 255, 255)),
     "blue": ((96, 130, 0), (128, 255, 255)),
@@ -30,10 +30,10 @@ _LENGTH_PER_WIDTH = 2.2
 _PORE_UM2 = 100_000.0
 _EVEN_LEVELS = 8.0
 _GLASS_SHARE = 0.3
-# A stroke of few pixels' width is less even or, thinner still, has no core; but it lies on glass alone.
+# A stroke a few pixels wide is less even and, if thinner still, has no core; but it is surrounded by glass.
 _HAIRLINE_LENGTH, _HAIRLINE_GLASS = 6.0, 0.85
 _THIN_UM, _THIN_EVEN_LEVELS, _HAIRLINE_UM = 80.0, 20.0, 45.0
-# A blot; the chroma is an optical density, deeper than that of most stains.
+# Limits of a blot. Its chroma, an optical density, is higher than that of most stains.
 _BLOT_MOST_UM2, _BLOT_EVEN_LEVELS, _BLOT_GLASS, _BLOT_CHROMA = 5e6, 5.0, 0.9, 0.55
 _MARGIN_UM = 24.0
 _RING_UM = (24.0, 48.0)
@@ -45,8 +45,8 @@ def find_ink(
     """Find pen strokes and blots, with a margin of 24 µm.
 
     Args:
-        rgb_HW3: (H, W, 3) the slide.
-        stained_HW: (H, W) what is not glass, strokes included.
+        rgb_HW3: (H, W, 3) uint8 RGB of the slide.
+        stained_HW: (H, W) bool, everything that is not glass, strokes included.
         px_um: µm per pixel.
     """
     hsv_HW3 = cv2.cvtColor(rgb_HW3, cv2.COLOR_RGB2HSV)
@@ -61,8 +61,8 @@ def find_ink(
 def _inked(
     coloured_HW: np.ndarray, rgb_HW3: np.ndarray, stained_HW: np.ndarray, px_um: float
 ) -> UInt8[np.ndarray, "H W"]:
-    """The pieces of one colour that are ink."""
-    # Single pixels are noise of the compression, not a pen's stroke.
+    """Return the connected pieces of one colour that are ink."""
+    # Single pixels are compression noise, not a pen's stroke.
     coloured_HW = cv2.morphologyEx(coloured_HW, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
     coloured_HW = cv2.morphologyEx(coloured_HW, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     inked_HW = np.zeros_like(coloured_HW)
@@ -110,17 +110,17 @@ def _is_deep(rgb_N3: np.ndarray) -> bool:
 
 
 def _without_pores(piece_hw: np.ndarray, most_px: float) -> np.ndarray:
-    """The piece with its small holes filled: lumens do not make it narrow; the inside of a ring about tissue does."""
+    """Fill the small holes of a piece: a lumen must not make it narrow, but the inside of a ring around tissue must."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(np.pad(~piece_hw, 1, constant_values=True).astype(np.uint8))
     pore = stats[:, cv2.CC_STAT_AREA] < most_px
-    pore[[0, labels[0, 0]]] = True, False  # the piece itself; what lies around it
+    pore[[0, labels[0, 0]]] = True, False  # the piece itself, and its surroundings
     return pore[labels[1:-1, 1:-1]]
 
 
 def _variance_within(plane_hw: np.ndarray, mask_hw: np.ndarray) -> np.ndarray:
-    """The variance within 7 × 7 pixels, of the mask's pixels alone."""
+    """Return the variance within 7 × 7 pixels over the mask's pixels only."""
     weight = mask_hw.astype(np.float32)
     plane = plane_hw.astype(np.float32) * weight
-    share, mean, square = (cv2.blur(part, (7, 7)) for part in (weight, plane, plane * plane))
+    share, mean, square = (cv2.blur(one, (7, 7)) for one in (weight, plane, plane * plane))
     share = np.maximum(share, 1e-6)
     return square / share - (mean / share) ** 2

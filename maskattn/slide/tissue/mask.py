@@ -1,4 +1,4 @@
-"""The tissue mask that finding and the user's own file both give, as grids and pictures take it."""
+"""The tissue mask of a slide, whether it was found, read from a file or outlined."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["TissueMask", "mask_of_slide"]
 
 @dataclass(frozen=True, eq=False)
 class TissueMask:
-    """Which parts of a slide are tissue. The mask covers the slide exactly: its corners are the slide's.
+    """The tissue of a slide as a mask that covers the slide exactly, corner to corner.
 
     Attributes:
         mask_HW: (H, W) bool, True = tissue.
         spacing_um: µm per mask pixel, the mean of both axes.
         px_lv0: width and height of a mask pixel in level-0 pixels.
-        method: how it was made: "optical density", "file" or "outlines".
-        tissue_fraction: tissue pixels / all pixels.
-        notes: what the user should know of it, e.g. that no tissue was found.
+        method: how it was made: "optical density", "file" or "outlines", with the names of files that limit it.
+        tissue_fraction: the share of the slide that is tissue, 0 to 1.
+        notes: sentences for the user, e.g. that no tissue was found.
     """
 
     mask_HW: Bool[np.ndarray, "H W"]
@@ -36,11 +36,11 @@ class TissueMask:
     def token_fractions(
         self, x_lv0: float, y_lv0: float, token_lv0: float, shape: tuple[int, int]
     ) -> Float[np.ndarray, "R C"]:
-        """The share of each token's area that is tissue.
+        """Return the share of each token's area that is tissue, 0 to 1.
 
         Args:
             x_lv0: left edge of the lattice of tokens in level-0 pixels.
-            y_lv0: its upper edge.
+            y_lv0: upper edge of the lattice in level-0 pixels.
             token_lv0: side of a token in level-0 pixels.
             shape: (R, C), rows and columns of tokens.
 
@@ -59,13 +59,13 @@ class TissueMask:
 
 
 def mask_of_slide(mask_HW: Bool[np.ndarray, "H W"], info: SlideInfo, method: str, notes: Sequence[str]) -> TissueMask:
-    """The mask with its geometry, and a note where hardly any glass is left.
+    """Build a :class:`TissueMask` from a mask of the whole slide, with a note if hardly any glass is left.
 
     Args:
-        mask_HW: (H, W) bool over all of the slide.
+        mask_HW: (H, W) bool over the whole slide.
         info: the slide.
         method: how the mask was made.
-        notes: what is known of it already.
+        notes: the notes so far.
     """
     height, width = mask_HW.shape
     px_lv0 = (info.width_px / width, info.height_px / height)

@@ -1,6 +1,6 @@
-"""The user's own mask of a slide: an image file, read to one plane of labels and then to tissue.
+"""Read the user's own mask of a slide: an image of labels, or outlines.
 
-Of a pyramid the coarsest level is read that is still fine enough for tokens.
+In a pyramid, the coarsest level that is fine enough for tokens is read.
 """
 
 from __future__ import annotations
@@ -40,24 +40,23 @@ def load_mask(
     tissue_classes: Sequence[str] | None = None,
     reader: SlideReader | None = None,
 ) -> TissueMask:
-    """Read the user's own mask: PNG, TIFF (pyramids too), .npy or whatever else Pillow opens, at any spacing.
+    """Read the user's own mask: GeoJSON outlines, PNG, TIFF, .npy or any other image that Pillow opens.
 
-    GeoJSON outlines in level-0 pixels are read too (:mod:`maskattn.slide.outlines.reading`); what follows is of images.
-    The mask must cover the whole slide: its sides must be in the slide's proportion, within 1 % or one mask pixel.
-    Of a palette image the indices are the labels. Of a colour image every colour but black is tissue, and where alpha
-    varies, what it hides is not. A lossy mask, or one with smooth edges, is cut at half of its range.
+    Outlines are in level-0 pixels (:mod:`maskattn.slide.outlines.reading`). An image may have any spacing, but must
+    cover the whole slide: its aspect ratio must be the slide's, within 1 % or one mask pixel. In a palette image the
+    indices are the labels. In a colour image every colour but black is tissue, except where varying alpha is
+    transparent. A lossy mask, or one with smooth edges, is thresholded at half of its range.
 
     Args:
         path: the mask file.
-        info: the slide that it belongs to.
-        tissue_values: the label values that are tissue; by default every value but 0.
-        tissue_classes: of outlines, the classes that are tissue; by default all but QuPath's "Ignore*".
-        reader: of the slide, to see whether the mask looks inverted; None does not look.
+        info: the slide that the mask belongs to.
+        tissue_values: the label values that are tissue; None takes every value but 0.
+        tissue_classes: the classes of outlines that are tissue; None takes all but QuPath's "Ignore*".
+        reader: the slide's reader, to check whether the mask looks inverted; None skips this check.
 
     Raises:
-        SlideError: the file is missing, is no image or is too large, or is lossy and holds more than two values; or
-            the mask is not in the slide's proportion, or has no labels to look ``tissue_values`` up in, or no
-            ``tissue_classes``.
+        SlideError: the file is missing, is not a mask, is too large, or is lossy with more than two values; the mask
+            has another aspect ratio than the slide; or ``tissue_values`` or ``tissue_classes`` do not apply to it.
     """
     if is_json(path):
         return _of_outlines(path, info, tissue_values, tissue_classes, reader)
@@ -104,13 +103,13 @@ def _of_outlines(
 
 
 def _looks_inverted(mask_HW: np.ndarray, reader: SlideReader) -> bool:
-    """Whether hardly anything inside the mask is stained, and most outside is."""
+    """Return whether hardly anything inside the mask is stained, and most of the outside is."""
     width, height = reader.info.level_dimensions[-1]
     if mask_HW.all() or width * height > _MAX_VIEWED_PX:
         return False
     try:
         view_YX3: UInt8[np.ndarray, "Y X 3"] = reader.thumbnail(_VIEW_PX)
-    except SlideError:  # damaged there; who reads its tiles says so
+    except SlideError:  # damaged: reading its tiles reports it
         return False
     _, saturation, value = cv2.split(cv2.cvtColor(view_YX3, cv2.COLOR_RGB2HSV))
     stained = (cv2.medianBlur(saturation, 3) > _STAINED_SATURATION) | (value < _STAINED_VALUE)
@@ -121,7 +120,7 @@ def _looks_inverted(mask_HW: np.ndarray, reader: SlideReader) -> bool:
 
 
 def _in_proportion(mask_px: tuple[int, int], slide_px: tuple[int, int]) -> bool:
-    """Whether a side of the mask is what its other side calls for, within 1 % or one pixel."""
+    """Return whether the mask has the slide's aspect ratio, to within 1 % or one pixel of a side."""
     (width, height), (slide_width, slide_height) = mask_px, slide_px
     height_off = abs(width * slide_height / slide_width - height)
     width_off = abs(height * slide_width / slide_height - width)

@@ -1,7 +1,8 @@
-"""Tissue that outlines tell: a mask of polygons, a region of interest, and what is to be left out.
+"""Tissue given or limited by outlines: a mask of polygons, a region of interest, and excluded areas.
 
-Shares of tokens are taken from the outlines themselves and not from a picture of them, so that an outline along the
-lattice of tokens, as ``relevance.geojson`` has it, gives back the very tokens. The picture (``mask_HW``) is to look at.
+The tissue shares of tokens are computed from the outlines, not from a raster of them, so that an outline along the
+lattice of tokens, as in ``relevance.geojson``, gives back exactly those tokens.
+The raster, ``mask_HW``, is for display.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ __all__ = ["limit_tissue", "load_outlines"]
 
 _VIEW_UM = 8.0
 _MOST_VIEW_PX = 4096
-_BAND_PX = 256  # rows of the picture that are made at once
-# QuPath writes two decimals: an edge may lie off the line that it was drawn on by as much as that leaves out.
+_BAND_PX = 256  # rows of the raster that are computed at once
+# QuPath writes two decimals, so an edge may be off its line by the rounding.
 _ROUNDED_LV0 = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class _Area:
-    """An area by its edges."""
+    """An area, given by the edges of its outline."""
 
     edges_E4: Float[np.ndarray, "E 4"]
 
     def shares(
         self, x_lv0: float, y_lv0: float, side_lv0: tuple[float, float], shape: tuple[int, int]
     ) -> Float[np.ndarray, "R C"]:
-        """The share of each square that is covered; what only rounding has put there, or taken away, is not counted."""
+        """Return the share of each square that is covered, with slivers that come from rounding set to 0 or 1."""
         share_RC = share_covered(self.edges_E4, x_lv0, y_lv0, side_lv0, shape)
         sliver = 2 * _ROUNDED_LV0 / min(side_lv0)
         share_RC[share_RC <= sliver] = 0.0
@@ -48,7 +49,7 @@ class _Area:
         return share_RC
 
     def picture(self, info: SlideInfo, shape: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-        """Where at least half of a pixel is covered."""
+        """Return a raster of the slide, True where at least half of a pixel is covered."""
         side = info.width_px / shape[1], info.height_px / shape[0]
         shown = np.zeros(shape, bool)
         for top in range(0, shape[0], _BAND_PX):
@@ -59,20 +60,20 @@ class _Area:
 
 @dataclass(frozen=True, eq=False)
 class _OutlinedTissue(TissueMask):
-    """Tissue by its outline."""
+    """Tissue that is given by outlines."""
 
     area: _Area = field(kw_only=True)
 
     def token_fractions(
         self, x_lv0: float, y_lv0: float, token_lv0: float, shape: tuple[int, int]
     ) -> Float[np.ndarray, "R C"]:
-        """As for a mask, computed from the outline itself."""
+        """Return the share of each token that is tissue, computed from the outlines."""
         return self.area.shares(x_lv0, y_lv0, (token_lv0, token_lv0), shape)
 
 
 @dataclass(frozen=True, eq=False)
 class _LimitedTissue(TissueMask):
-    """Tissue of which only the tokens take part that lie in an area by half or more, or outside of it."""
+    """Tissue limited to tokens with at least half of their area in one area, and less than half in another."""
 
     whole: TissueMask = field(kw_only=True)
     within: _Area | None = field(kw_only=True)
@@ -81,7 +82,7 @@ class _LimitedTissue(TissueMask):
     def token_fractions(
         self, x_lv0: float, y_lv0: float, token_lv0: float, shape: tuple[int, int]
     ) -> Float[np.ndarray, "R C"]:
-        """As for a mask, and 0 for tokens that do not take part."""
+        """Return the share of each token that is tissue, and 0 for tokens outside of the limits."""
         fraction = self.whole.token_fractions(x_lv0, y_lv0, token_lv0, shape).copy()
         side = token_lv0, token_lv0
         if self.within is not None:
@@ -92,12 +93,12 @@ class _LimitedTissue(TissueMask):
 
 
 def load_outlines(path: str | os.PathLike[str], info: SlideInfo, classes: Sequence[str] | None = None) -> TissueMask:
-    """The tissue that a GeoJSON file outlines.
+    """Read the tissue that a GeoJSON file outlines.
 
     Args:
         path: the file, in level-0 pixels.
-        info: the slide that it belongs to.
-        classes: names of the classifications that are tissue; by default all but QuPath's "Ignore*".
+        info: the slide that the file belongs to.
+        classes: names of the classifications that are tissue; None takes all but QuPath's "Ignore*".
 
     Raises:
         SlideError: see :func:`maskattn.slide.outlines.reading.read_outlines`.
@@ -119,19 +120,19 @@ def limit_tissue(
     roi: tuple[Path | None, Sequence[str] | None] = (None, None),
     exclude: tuple[Path | None, Sequence[str] | None] = (None, None),
 ) -> TissueMask:
-    """The tissue within a region of interest, and without what is excluded.
+    """Limit tissue to a region of interest, and remove excluded areas from it.
 
-    A token takes part where at least half of it lies in the one, and less than half in the other.
+    A token is kept if at least half of it is in the region, and less than half in excluded areas.
 
     Args:
-        tissue: found by the package or given by the user.
+        tissue: the tissue of the slide.
         info: the slide.
-        slide_id: its id, by which a folder of files has its own, ``<slide_id>.geojson``.
-        roi: a GeoJSON file or a folder of them, and the classes in it that count.
-        exclude: the same of what is left out; a folder may lack a slide's file.
+        slide_id: the slide's id; in a folder of files the slide's own is ``<slide_id>.geojson``.
+        roi: the region: a GeoJSON file or a folder of them, and the classes to read; None for no limit.
+        exclude: the excluded areas, given like ``roi``; a folder may lack a slide's file.
 
     Raises:
-        SlideError: a file cannot be read as outlines on this slide, or the folder lacks this slide's.
+        SlideError: a file cannot be read as outlines on this slide, or the folder of regions lacks this slide's file.
     """
     within_path, without_path = _of_slide(roi[0], slide_id, needed=True), _of_slide(exclude[0], slide_id, needed=False)
     if within_path is None and without_path is None:
@@ -141,14 +142,14 @@ def limit_tissue(
     within = without = None
     method = tissue.method
     if within_path is not None:
-        within, told = _read_area(within_path, info, roi[1])
+        within, read_notes = _read_area(within_path, info, roi[1])
         mask_HW &= within.picture(info, shape)
-        notes += [f"region of interest: {note}" for note in told]
+        notes += [f"region of interest: {note}" for note in read_notes]
         method += f" within {as_text(within_path.name)}"
     if without_path is not None:
-        without, told = _read_area(without_path, info, exclude[1])
+        without, read_notes = _read_area(without_path, info, exclude[1])
         mask_HW &= ~without.picture(info, shape)
-        notes += [f"exclusion: {note}" for note in told]
+        notes += [f"exclusion: {note}" for note in read_notes]
         method += f" without {as_text(without_path.name)}"
     limited = mask_of_slide(mask_HW, info, method, notes)
     return _LimitedTissue(**_fields(limited), whole=tissue, within=within, without=without)
@@ -160,7 +161,7 @@ def _read_area(path: Path, info: SlideInfo, classes: Sequence[str] | None) -> tu
 
 
 def _of_slide(path: Path | None, slide_id: str, needed: bool) -> Path | None:
-    """The slide's own file, where a folder of them was named."""
+    """Return the slide's own file if ``path`` is a folder of files, else ``path``."""
     if path is None or not path.is_dir():
         return path
     own = path / f"{slide_id}.geojson"

@@ -1,8 +1,8 @@
-"""Which parts of a slide are stained: strongly, palely, or in grey.
+"""Find the stained areas of a slide: strong, pale and grey stain.
 
-Strong stain lies above Otsu's threshold of the slide's chroma. A slide can hold a second, far paler tissue, such as the
-part of an immunostained section that has no antigen; so among the rest, what is paler counts where it is an area with
-texture, or with a steep edge to the glass. Silver and pigment are grey: they count where they have texture.
+Strong stain exceeds Otsu's threshold of the slide's chroma. A slide may also have far paler tissue, such as the areas
+of an immunostained section without antigen, so a paler area counts as stained if it has texture or a steep edge to the
+glass. Silver and pigment are grey, and count as stained where they have texture.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from maskattn.slide.tissue.glass import DENSITY_STEP, StainView, local_variance
 
 __all__ = ["Stained", "find_stain", "stain_threshold"]
 
-# Chroma in optical density. Glass with dirt on it stays below the ceiling; stains seldom below the floor.
+# Chroma in optical density. Dirty glass is below the ceiling; stain is rarely below the floor.
 _FLOOR, _CEILING = 0.021, 0.075
 _OTSU_CONTRAST = 0.018
 _PALE_EVEN, _PALE_TEXTURED = 0.030, 0.018
 _GREY, _OPAQUE, _BLACK = 0.05, 0.25, 0.45
-# Texture: the standard deviation of the density within 5 × 5 pixels; roughness has no slope in it.
+# Texture is the standard deviation of the density within 5 × 5 pixels; roughness ignores slopes.
 _TEXTURE_OF_PALE, _TEXTURE_OF_GREY, _ROUGH = 0.008, 0.020, 0.024
 _TEXTURED_SHARE, _STEEP_SHARE, _BLACK_GLASS_SHARE = 0.3, 0.5, 0.5
 _PALE_RADIUS_UM, _GREY_RADIUS_UM, _GREY_GAP_UM, _LEFT_RADIUS_UM = 20.0, 50.0, 20.0, 80.0
@@ -32,11 +32,11 @@ _REGROWN_UM = 24.0
 
 @dataclass(frozen=True, eq=False)
 class Stained:
-    """The stained tissue.
+    """The stained areas of a slide.
 
     Attributes:
-        stained_HW: (H, W) bool, tissue and ink alike.
-        opaque_HW: (H, W) bool, anything that lets little light through, stained or not.
+        stained_HW: (H, W) bool, stained tissue and ink.
+        opaque_HW: (H, W) bool, areas that transmit little light, stained or not.
         rough_HW: (H, W) bool, areas with texture, stained or not.
     """
 
@@ -46,10 +46,10 @@ class Stained:
 
 
 def find_stain(view: StainView, px_um: float) -> Stained:
-    """Find what is stained.
+    """Find the stained areas.
 
     Args:
-        view: the slide, measured against its glass.
+        view: the slide's optical density over its glass.
         px_um: µm per pixel.
     """
     chroma_HW = cv2.medianBlur(view.chroma_HW, 3)
@@ -68,11 +68,11 @@ def find_stain(view: StainView, px_um: float) -> Stained:
 
 
 def stain_threshold(histogram_256: Int[np.ndarray, " 256"]) -> int:
-    """Otsu's threshold of a histogram of chroma, held within bounds: above it is stained.
+    """Return Otsu's threshold of a histogram of chroma, clamped to bounds; pixels above it are stained.
 
-    Otsu splits any picture in two, an all-glass and an all-tissue one too. Where his two classes differ by less than
-    0.018 in their means, the slide is of one material, and only its height tells which: it is stained above the
-    ceiling. Source: N. Otsu, IEEE Trans. SMC 9(1), 1979.
+    Otsu's method splits every picture in two, even one of only glass or only tissue. If the means of its two classes
+    differ by less than 0.018, the slide is of one material, and the threshold is the upper bound: only chroma above it
+    is stain. Source: N. Otsu, IEEE Trans. SMC 9(1), 1979.
 
     Args:
         histogram_256: (256,) pixels per level of chroma, in steps of ``DENSITY_STEP``.
@@ -85,7 +85,7 @@ def stain_threshold(histogram_256: Int[np.ndarray, " 256"]) -> int:
     with np.errstate(divide="ignore", invalid="ignore"):
         contrast = (mass[-1] - mass) / above - mass / below
     variance = np.nan_to_num(below * above * contrast**2)
-    # Between two separate classes every threshold is as good: take the middle.
+    # Every threshold between two separate classes is equally good, so the middle is taken.
     best = np.flatnonzero(variance == variance.max())
     threshold = int(best[(len(best) - 1) // 2])
     if not contrast[threshold] >= _OTSU_CONTRAST / DENSITY_STEP:
@@ -96,10 +96,10 @@ def stain_threshold(histogram_256: Int[np.ndarray, " 256"]) -> int:
 def _pale(
     view: StainView, chroma_HW: np.ndarray, textured_HW: np.ndarray, strong_HW: np.ndarray, px_um: float
 ) -> np.ndarray:
-    """Areas among what is not strong that stand clear of the glass: by their texture, or by a steep edge to it."""
+    """Return pale areas, without strong stain, that texture or a steep edge distinguishes from the glass."""
     clear_HW = (chroma_HW > _PALE_EVEN / DENSITY_STEP) | textured_HW
     rest_HW = clear_HW & ~strong_HW
-    # The rim of strong stain is pale too, but narrow.
+    # The rim of strong stain is also pale, but narrow.
     wide_HW = opened(rest_HW, _PALE_RADIUS_UM / px_um).astype(np.uint8)
     rest_HW &= cv2.dilate(wide_HW, disc(_REGROWN_UM / px_um)) > 0
     count, labels = cv2.connectedComponents(rest_HW.astype(np.uint8), connectivity=8)
@@ -116,16 +116,16 @@ def _pale(
 
 
 def _grey(view: StainView, variance_HW: np.ndarray, px_um: float) -> np.ndarray:
-    """Wide areas that are dense and have texture, of whatever colour: dust and the edges of coverslips are narrow."""
+    """Return wide, dense, textured areas of any colour; dust and the edges of coverslips are too narrow."""
     dense_HW = view.density_HW > _GREY / DENSITY_STEP
     textured_HW = closed(dense_HW & _textured(variance_HW, _TEXTURE_OF_GREY), _GREY_GAP_UM / px_um)
     return opened(textured_HW, _GREY_RADIUS_UM / px_um) & dense_HW
 
 
 def _black_within(stained_HW: np.ndarray, black_HW: np.ndarray) -> np.ndarray:
-    """Black pieces that border on stain more than on glass: pigment, or stain so dense that it has no colour left.
+    """Return black pieces that border more on stain than on glass: pigment, or stain too dense to show its colour.
 
-    At the slide's edge black may be padding.
+    Pieces at the slide's edge are left out, since they may be padding.
     """
     rest = (black_HW & ~stained_HW).astype(np.uint8)
     count, labels = cv2.connectedComponents(rest, connectivity=8)

@@ -1,4 +1,4 @@
-"""The whole of a slide at a coarse spacing, on which tissue is sought."""
+"""Read the whole slide at a coarse spacing, as a view for finding tissue."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MAX_VIEW_PX = 32 << 20
 
 @dataclass(frozen=True, eq=False)
 class CoarseView:
-    """A view of all of a slide.
+    """A view of the whole slide.
 
     Attributes:
         rgb_HW3: (H, W, 3) uint8 RGB.
         px_um: µm per pixel, the mean of both axes.
-        notes: that the view is coarser than it was asked for, and what of the slide could not be read.
+        notes: sentences for the user if the view is coarser than requested, or regions could not be read.
     """
 
     rgb_HW3: UInt8[np.ndarray, "H W 3"]
@@ -31,7 +31,7 @@ class CoarseView:
 
 
 def read_view(reader: SlideReader, spacing_um: float) -> CoarseView:
-    """Read all of a slide at about ``spacing_um``, or at its own spacing if that is coarser.
+    """Read the whole slide at about ``spacing_um`` µm per pixel, or at its own spacing if that is coarser.
 
     Raises:
         SlideError: the slide has no plausible spacing, or cannot be read.
