@@ -1,4 +1,4 @@
-"""CLAM's maximum over instances (MIL_fc and MIL_fc_mc): one tile speaks for its slide.
+"""CLAM's maximum over instances (MIL_fc and MIL_fc_mc): the most confident tile predicts for its slide.
 
 h_t = ReLU(V z_t + a); l_t = W h_t + b; the slide's logits are those of one tile, l_s: with two classes that whose
 probability of the second is highest, else that which is surest of any class.
@@ -25,7 +25,7 @@ __all__ = ["BestInstanceHead"]
 
 
 class BestInstanceHead(SlideHead):
-    """The logits of the tile that is surest.
+    """The logits of the most confident tile.
 
     Args:
         in_dim: C.
@@ -70,6 +70,6 @@ class BestInstanceHead(SlideHead):
         return lambda at_TC: self.classifiers(self.fc(at_TC[best]))
 
     def _best(self, logits_TK: Tensor) -> Tensor:
-        """The index of the tile that speaks."""
+        """Return the index of the tile whose logits are the slide's."""
         share_TK = logits_TK.detach().softmax(dim=1)
         return share_TK[:, 1].argmax() if self.num_classes == 2 else share_TK.amax(dim=1).argmax()

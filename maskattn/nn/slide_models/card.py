@@ -85,11 +85,11 @@ class ModelCard:
 
     @property
     def gives_values(self) -> bool:
-        """Whether its outputs are values, not scores of classes."""
+        """Whether the outputs are values rather than class scores."""
         return self.task in ("regression", "survival")
 
     def to_json(self) -> str:
-        """The card as indented JSON."""
+        """Return the card as indented JSON."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -121,7 +121,7 @@ class ModelCard:
         return cls(**values)
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """The card as readable (name, value) pairs, without what is not known."""
+        """Return the card as readable (name, value) pairs; unknown facts are left out."""
         yield "name", self.name
         yield "kind", self.kind + (f" ({self.layout})" if self.layout else "")
         if self.task:
@@ -154,7 +154,7 @@ class ModelCard:
             yield "note", self.note
 
     def markdown(self) -> str:
-        """The card as the folder's README has it."""
+        """Return the card as the Markdown of the folder's README."""
         rows = "\n".join(f"| {what} | {value} |" for what, value in list(self.lines())[1:])
         return (
             f"# {self.name}\n\nA slide model of maskattn: `maskattn infer SLIDE --model FOLDER`.\n\n"
@@ -163,7 +163,7 @@ class ModelCard:
 
 
 def read_card(folder: str | Path) -> ModelCard:
-    """The card of a model that is a folder.
+    """Read the card of a model that is a folder.
 
     Raises:
         FileNotFoundError: the folder has no configuration.
@@ -178,7 +178,7 @@ def read_card(folder: str | Path) -> ModelCard:
 
 
 def card_at(path: str | Path) -> ModelCard | None:
-    """The card of whatever slide model lies there, a checkpoint of another tool among them; None where there is none.
+    """Read the card of a slide model of any kind, other tools' checkpoints included; None if it is not a slide model.
 
     Raises:
         ValueError: there is one that cannot be read.
@@ -198,7 +198,7 @@ def card_at(path: str | Path) -> ModelCard | None:
 
 
 def _card_of_pair(path: Path) -> ModelCard:
-    """The card of this package's earlier pair of files, NAME.safetensors and NAME.json."""
+    """Read the card of this package's earlier pair of files, NAME.safetensors and NAME.json."""
     config = path.with_suffix(".json")
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
@@ -221,7 +221,7 @@ def _card_of_pair(path: Path) -> ModelCard:
 
 
 def mismatches(trained: ModelCard, given: ModelCard) -> list[str]:
-    """In what a run differs from what the model was trained with; where either does not say, it does not."""
+    """List the differences between a run and the model's training; facts that either lacks are not compared."""
     pairs: list[tuple[str, Any, Any]] = []
     if trained.encoder is not None and given.encoder is not None:
         pairs.append(("encoder", _plain(trained.encoder.name), _plain(given.encoder.name)))
@@ -241,5 +241,5 @@ def mismatches(trained: ModelCard, given: ModelCard) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """An encoder's name without where it came from and how it was spelt."""
+    """Return an encoder's name without its source prefix and in one spelling."""
     return name.rpartition(":")[2].rpartition("/")[2].lower().replace("_", "-")

@@ -44,13 +44,13 @@ class Checkpoint:
     options: Mapping[str, Any]
 
     def width(self, key: str, axis: int = 0) -> int:
-        """A side of a tensor that the layout must have."""
+        """Return one dimension of a tensor that the layout requires."""
         if key not in self.state:
             raise UnsupportedModelError(f"{self.name} must have the key {key}, and has none of that name")
         return int(self.state[key].shape[axis])
 
     def below(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose keys begin so, without it."""
+        """Return the tensors whose keys start with a prefix, under keys without it."""
         return {key.removeprefix(prefix): x for key, x in self.state.items() if key.startswith(prefix)}
 
 

@@ -114,7 +114,7 @@ class GatedAttentionHead(SlideHead):
         return self.classify(*self.rows_and_weights(embeddings_TC))
 
     def classify(self, rows_TD: Float[Tensor, "T D"], weights_AT: Float[Tensor, "A T"]) -> Float[Tensor, "K"]:
-        """The logits from what :meth:`rows_and_weights` gives."""
+        """Return the logits, given the results of :meth:`rows_and_weights`."""
         pooled = weights_AT @ rows_TD
         if not self.branch_per_class:
             logits: Tensor = self.classifiers(pooled[0])
@@ -130,6 +130,6 @@ class GatedAttentionHead(SlideHead):
     def rows_and_weights(
         self, embeddings_TC: Float[Tensor, "T C"]
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "A T"]]:
-        """What is pooled, h, and the attention over it."""
+        """Return the rows h that are pooled, and the attention over them."""
         rows = self.attention_net[:-1](embeddings_TC)
         return rows, F.softmax(self.attention_net[-1](rows).T, dim=1)

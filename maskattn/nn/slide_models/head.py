@@ -21,7 +21,7 @@ __all__ = ["SlideHead", "TileGrid"]
 
 @dataclass(frozen=True, eq=False)
 class TileGrid:
-    """The cell of each tile in the grid that all tiles of a slide lie on.
+    """The cell of each tile in the slide's grid of tiles.
 
     Attributes:
         rows_T: (T,) int64, from the top.
@@ -35,7 +35,7 @@ class TileGrid:
 
     @classmethod
     def from_keep(cls, keep_HW: Bool[Tensor, "H W"]) -> TileGrid:
-        """The grid of the kept cells, row-major."""
+        """Return the grid of the kept cells, row-major."""
         rows_T, columns_T = keep_HW.nonzero().unbind(1)
         return cls(rows_T, columns_T, (keep_HW.shape[0], keep_HW.shape[1]))
 
@@ -81,13 +81,13 @@ class SlideHead(nn.Module, ABC):
 
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """The arguments that rebuild it, as JSON can hold them."""
+        """The arguments that rebuild the head, as JSON values."""
 
     @abstractmethod
     def logits(
         self, embeddings_TC: Float[Tensor, "T C"], coords_um_T2: Float[Tensor, "T 2"] | None, grid: TileGrid | None
     ) -> Float[Tensor, "K"]:
-        """The result of :meth:`forward`, for arguments that it has checked."""
+        """Compute the result of :meth:`forward`, for checked arguments."""
 
     def forward(
         self,
@@ -95,7 +95,7 @@ class SlideHead(nn.Module, ABC):
         coords_um_T2: Float[Tensor, "T 2"] | None = None,
         grid: TileGrid | None = None,
     ) -> Float[Tensor, "K"]:
-        """The slide's logits.
+        """Compute the slide's logits.
 
         Args:
             embeddings_TC: (T, C), one row per tile, in any order.
@@ -115,7 +115,7 @@ class SlideHead(nn.Module, ABC):
         coords_um_T2: Float[Tensor, "T 2"] | None = None,
         grid: TileGrid | None = None,
     ) -> Float[Tensor, "A T"] | None:
-        """The weights with which it reads the tiles, a row per head or class; None where it has no such row."""
+        """Return the attention over the tiles, a row for each head or class; None if the head has no such row."""
         return None
 
     def rollout(
@@ -124,7 +124,7 @@ class SlideHead(nn.Module, ABC):
         coords_um_T2: Float[Tensor, "T 2"] | None = None,
         grid: TileGrid | None = None,
     ) -> Float[Tensor, "T"] | None:
-        """Attention carried through all layers to the tiles; None where no layer has weights that sum to 1."""
+        """Return attention propagated through all layers to the tiles; None if no layer has weights that sum to 1."""
         return None
 
     def along_path(
@@ -133,11 +133,11 @@ class SlideHead(nn.Module, ABC):
         coords_um_T2: Float[Tensor, "T 2"] | None,
         grid: TileGrid | None,
     ) -> Callable[[Tensor], Float[Tensor, "K"]]:
-        """What a path that ends at these embeddings explains: its logits, with what it chooses there chosen."""
+        """Return the function that a path to these embeddings explains: the logits, the choices made there held fixed."""
         return lambda at_TC: self(at_TC, coords_um_T2, grid)
 
     def contributions(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T"] | None:
-        """What each tile adds to each logit, where the logits are such sums; None where they are not."""
+        """Return each tile's addend of each logit; None if the logits are not such sums."""
         return None
 
     def linear_form(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T C"] | None:
@@ -145,7 +145,7 @@ class SlideHead(nn.Module, ABC):
         return None
 
     def check(self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None) -> None:
-        """Refuse what the head cannot read. Arguments and errors as in :meth:`forward`."""
+        """Refuse input that the head cannot read. Arguments and errors as in :meth:`forward`."""
         if embeddings_TC.ndim != 2 or embeddings_TC.shape[1] != self.in_dim or not len(embeddings_TC):
             raise ValueError(
                 f"a slide model reads (T, {self.in_dim}) embeddings of T ≥ 1 tiles, got {tuple(embeddings_TC.shape)}; "

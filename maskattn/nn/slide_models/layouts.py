@@ -50,7 +50,7 @@ def load_slide_head(path: str | Path, **options: Any) -> HeadFile:
 
 
 def head_from_checkpoint(checkpoint: Mapping[str, Any], *, name: str = "the checkpoint", **options: Any) -> HeadFile:
-    """The head in a checkpoint. Arguments and errors as in :func:`load_slide_head`."""
+    """Return the head in a checkpoint. Arguments and errors as in :func:`load_slide_head`."""
     hyper = checkpoint.get("hyper_parameters")
     state = tensors_of(checkpoint)
     if any(key.startswith("model.") for key in state) and not any("vision_encoder." in key for key in state):
@@ -75,7 +75,7 @@ def _transmil(given: Checkpoint) -> HeadFile:
 
 
 def _stamp_vit(given: Checkpoint) -> HeadFile:
-    """STAMP's transformer: with ALiBi as it is, without as this package's own."""
+    """Read STAMP's transformer: with ALiBi as STAMP's own head, without as this package's."""
     state = given.state
     dim, in_dim, classes = (
         given.width("class_token"),
@@ -139,7 +139,7 @@ _STAMP = [
 
 
 def _stamp_mlp(given: Checkpoint) -> HeadFile:
-    """STAMP's MLP and linear layer over the mean of the tiles."""
+    """Read STAMP's MLP and linear layer over the mean of the tiles."""
     state = {re.sub(r"^fc\.", "mlp.0.", key): x for key, x in given.state.items()}
     layers = sorted({int(key.split(".")[1]) for key in state if re.match(r"mlp\.\d+\.weight", key)})
     checked = Checkpoint(given.name, state, {}, {})
@@ -149,7 +149,7 @@ def _stamp_mlp(given: Checkpoint) -> HeadFile:
 
 
 def _of_stamp(given: Checkpoint, head: SlideHead, layout: str) -> HeadFile:
-    """What STAMP's hyperparameters say of a head.
+    """Read the arguments of a head from STAMP's hyperparameters.
 
     Raises:
         UnsupportedModelError: the model does something else than classify slides by their tiles.
@@ -256,4 +256,4 @@ _LAYOUTS: tuple[tuple[str, Callable[[Checkpoint], HeadFile]], ...] = (
     (r"^mlp\.\d+\.weight$|^fc\.weight$", _stamp_mlp),
     (r"^fc\.(?:module\.)?0\.weight$|^classifier\.(?:module\.)?0\.weight$", read_best_instance),
 )
-"""A key that only the layout has, and what reads it."""
+"""A key that is unique to each layout → the function that reads the layout."""

@@ -119,7 +119,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
 
 def tensors_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint, without what wraps them and what data-parallel training puts before their names."""
+    """Return the weights in a checkpoint, without wrappers and the prefixes of data-parallel training."""
     for wrapper in _WRAPPERS:
         if isinstance(checkpoint.get(wrapper), Mapping):
             return tensors_of(checkpoint[wrapper])

@@ -121,7 +121,7 @@ class NystromLayer(nn.Module):
 
 
 def _unit(x_NC: Tensor) -> Tensor:
-    """The row (N,) of the class token alone."""
+    """Return the row (N,) that is 1 at the class token and 0 elsewhere."""
     row_N = x_NC.new_zeros(len(x_NC))
     row_N[0] = 1
     return row_N

@@ -72,7 +72,7 @@ class TwoStageModel(nn.Module):
 
     @property
     def why_no_tiles(self) -> str:
-        """Why tiles cannot be encoded, with the remedy; empty where they can."""
+        """Why tiles cannot be encoded, with the remedy; empty if they can."""
         if self.encoder is not None and self.card.spacing_um is not None:
             return ""
         if self.encoder is not None:
@@ -103,7 +103,7 @@ class TwoStageModel(nn.Module):
 
     @property
     def leaves_out(self) -> bool:
-        """Whether background is left out: by the tile, or by the token too."""
+        """Whether background is left out, by the tile or by the token."""
         return self.whole[0] is None or self.whole[0].config.masked
 
     @property
@@ -113,12 +113,12 @@ class TwoStageModel(nn.Module):
 
     @property
     def token_px(self) -> int:
-        """Side of a token in px of a tile; the whole tile where there is no transformer."""
+        """Side of a token in px of a tile; the side of the tile if there is no transformer."""
         return self.encoder.token_px if self.encoder is not None else (self.card.tile_px or 1)
 
     @property
     def why_no_tokens(self) -> str:
-        """Why there can be no maps of tokens; empty where there can."""
+        """Why there are no token maps; empty if there are."""
         if self.encoder is None:
             return "no encoder of tiles was given"
         if self.encoder.vit is not None:
@@ -133,7 +133,7 @@ class TwoStageModel(nn.Module):
         return self.encoder.encode_tiles(tiles_BIXY, keep_BHW)
 
     def scores(self, logits_K: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
-        """What outputs say of logits: probabilities of the classes, or the values themselves (regression, survival)."""
+        """Turn logits into scores: probabilities of the classes, or the values themselves (regression, survival)."""
         return logits_K if self.card.gives_values else (logits_K / self.card.temperature).softmax(dim=0)
 
     def identity(self) -> str:

@@ -53,7 +53,7 @@ class ViTHead(SlideHead):
     def tokens(
         self, embeddings_TC: Float[Tensor, "T C"], grid: TileGrid | None
     ) -> tuple[PackedTokens, Int[Tensor, "T"]]:
-        """The packed tokens with which the transformer starts, and which tile each token of the grid is."""
+        """Return the packed tokens at the transformer's input, and the tile index of each grid token."""
         return tokens_on_grid(self.vit, embeddings_TC, grid)
 
     def logits(  # noqa: D102 (as of SlideHead)
@@ -81,7 +81,7 @@ class ViTHead(SlideHead):
 
 
 def first_row(tokens: PackedTokens, of_class_token: bool) -> Float[Tensor, "N"]:
-    """The start of rollout: the class token, or all tiles evenly."""
+    """Return the first row of rollout: the class token, or all tiles evenly."""
     row_N = tokens.rows_TC.new_zeros(len(tokens.rows_TC))
     if of_class_token:
         row_N[0] = 1

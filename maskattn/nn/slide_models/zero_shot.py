@@ -59,12 +59,12 @@ class ZeroShotHead(SlideHead):
         }
 
     def tile_scores(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T"]:
-        """Each tile's own score for each concept."""
+        """Return each tile's own score for each concept."""
         directions = F.normalize(self.vectors.to(embeddings_TC), dim=1)
         return self.temperature * directions @ F.normalize(embeddings_TC, dim=1).mT
 
     def shares(self, scores_KT: Float[Tensor, "K T"]) -> Float[Tensor, "K T"]:
-        """Each tile's share of the pool; those of a concept sum to 1."""
+        """Return each tile's weight in the pool; the weights of a concept sum to 1."""
         count = min(self.best or scores_KT.shape[1], scores_KT.shape[1])
         pooled = scores_KT.detach().topk(count, dim=1).indices
         return torch.zeros_like(scores_KT).scatter_(1, pooled, 1 / count)
