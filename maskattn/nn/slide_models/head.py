@@ -133,7 +133,7 @@ class SlideHead(nn.Module, ABC):
         coords_um_T2: Float[Tensor, "T 2"] | None,
         grid: TileGrid | None,
     ) -> Callable[[Tensor], Float[Tensor, "K"]]:
-        """Return the function that a path to these embeddings explains: the logits, with choices made there held fixed."""
+        """Return the function that a path to these embeddings explains: the logits, with choices held as made there."""
         return lambda at_TC: self(at_TC, coords_um_T2, grid)
 
     def contributions(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T"] | None:
