@@ -101,7 +101,7 @@ def test_infer_runs_a_checkpoint_with_an_encoder_and_with_features(given: Path) 
         ("infer @disc.tiff --model @s_0_checkpoint.pt --encoder nothing", "the nearest names"),
         ("infer @disc.tiff --encoder @vit.pt --num-heads 2", "brings its own encoder of tiles, got vit beside it"),
         ("infer @disc.tiff --model @vit.pt", "must be one of CLAM, AttentionDeepMIL, TransMIL, STAMP, TITAN"),
-        ("infer --features @nowhere --model @s_0_checkpoint.pt", "features must lie in a folder"),
+        ("infer --features @nowhere --model @s_0_checkpoint.pt", "features must be in a folder"),
         ("infer @disc.tiff --token-mask none", "was trained with the token mask 'tissue', got 'none'"),
     ],
 )

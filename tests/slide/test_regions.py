@@ -177,9 +177,9 @@ def test_features_of_regions_that_do_not_fit_are_refused(reader: SlideReader, mo
     path = stored(tmp_path, reader, laid(reader, "tissue"), model)
     held = torch.load(path, weights_only=True)
     for broken, message in (
-        (held[1:], "a place for each region"),
+        (held[1:], "coordinates of each region"),
         (held[:, :15], "must be \\(regions, n·n patches, channels\\)"),
-        (held[:, 0], "those of tiles lie in tile_embeddings"),
+        (held[:, 0], "those of tiles are in tile_embeddings"),
         (torch.where(held == held[0, 5, 3], torch.nan, held), "must be finite"),
     ):
         torch.save(broken.clone(), path)

@@ -1,9 +1,9 @@
-"""AtlasPatch's layout, which is read.
+"""AtlasPatch's layout, which is read and not written.
 
 ``ROOT/patches/<stem>.h5`` has ``coords`` (T, 5) int32: x and y in level-0 pixels, the width and height that are read
 and the level they are read from; the group ``features`` has a dataset (T, C) float32 for each encoder. The geometry
 is in the file's attributes: ``patch_size, patch_size_level0, level0_magnification, target_magnification, overlap,
-level0_width, level0_height, wsi_path, filename`` and, where the slide has it, ``mpp``. As in version 1.0.0.post5
+level0_width, level0_height, wsi_path, filename`` and, if the slide states it, ``mpp``. Source: version 1.0.0.post5
 (AtlasAnalyticsLab/AtlasPatch, commit 31146af: ``atlas_patch/services/storage.py``, ``extraction.py``).
 """
 
@@ -37,15 +37,15 @@ class AtlasPatch:
     coords_patterns = ("patches/{id}.h5", "{id}.h5")
 
     def has_features(self, contents: FileContents) -> bool:
-        """``coords`` of five columns and the group ``features``."""
+        """Return whether the file has ``coords`` of five columns and the group ``features``."""
         return contents.coords_columns == _COLUMNS and "features" in contents.groups
 
     def has_coords(self, contents: FileContents) -> bool:
-        """``coords`` of five columns alone."""
+        """Return whether the file has ``coords`` of five columns and no features."""
         return contents.coords_columns == _COLUMNS and "features" not in contents.names
 
     def read_features(self, path: Path, slide: SlideInfo | None, encoder: str | None) -> TileFeatures:
-        """Read the features of one encoder; it must be named where the file has several."""
+        """Read the features of one encoder, which must be named if the file has several."""
         places = self.read_coords(path, slide)
         with opened_h5(path) as file:
             encoders = sorted(name for name in file["features"] if not name.startswith("__tmp_"))

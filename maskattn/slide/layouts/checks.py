@@ -1,4 +1,4 @@
-"""Checks of what was read: as many features as places, numbers that are numbers, places within the slide."""
+"""Check tile features and coordinates: equal numbers of both, finite features, positions within the slide."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ROWS_AT_ONCE = 4096
 
 
 def whole_coords(coords: np.ndarray, path: Path) -> np.ndarray:
-    """Coordinates (T, 2) as int64.
+    """Return coordinates (T, 2) as int64.
 
     Raises:
-        SlideError: they are not whole numbers.
+        SlideError: they have another shape, or are not integers.
     """
     if coords.ndim != 2 or coords.shape[1] != 2:
         raise SlideError(
@@ -36,10 +36,10 @@ def whole_coords(coords: np.ndarray, path: Path) -> np.ndarray:
 
 
 def checked_features(features_TC: np.ndarray, tiles: int, path: Path) -> np.ndarray:
-    """Features (T, C) as float32 or float16, after a check that there is a finite row for each tile.
+    """Return features (T, C) as float32 or float16, after checking that there is a finite row for each tile.
 
     Raises:
-        SlideError: they are of another number than the coordinates, or some are NaN or infinite.
+        SlideError: their number differs from that of the coordinates, or some are NaN or infinite.
     """
     if features_TC.ndim != 2 or len(features_TC) != tiles:
         raise SlideError(
@@ -62,10 +62,10 @@ def checked_features(features_TC: np.ndarray, tiles: int, path: Path) -> np.ndar
 
 
 def check_inside(tiles: TileCoords) -> None:
-    """Make sure that every tile overlaps its slide, where the slide's size is known.
+    """Check that every tile overlaps its slide, if the slide's size is known.
 
     Raises:
-        SlideError: some lie outside.
+        SlideError: some tiles are outside.
     """
     if tiles.width_px is None or tiles.height_px is None or not tiles.on_level0 or not len(tiles.coords_T2):
         return
@@ -82,21 +82,20 @@ def check_inside(tiles: TileCoords) -> None:
 
 
 def check_same_slide(tiles: TileCoords, named: tuple[str, ...], size: tuple[int, int] | None) -> None:
-    """Make sure that a file is of the slide that is asked for, by what the file says of itself.
+    """Check that a file belongs to the requested slide, by the id and the size that the file states.
 
     Args:
-        tiles: what was read.
-        named: names that the slide goes by; none = any.
-        size: (width, height) of the slide's level 0; None = not known.
+        tiles: the coordinates or features that were read.
+        named: the accepted names of the slide; an empty tuple accepts any.
+        size: (width, height) of the slide's level 0; None if it is not known.
 
     Raises:
         SlideError: the file is of another slide.
     """
-    told = tiles.slide_id
-    if named and told not in named:
+    if named and tiles.slide_id not in named:
         raise SlideError(
             f"a file of features or coordinates must be of the slide {shortened(named[0])!r}, got one of "
-            f"{shortened(told)!r} in {as_text(tiles.source)}; name the file of this slide"
+            f"{shortened(tiles.slide_id)!r} in {as_text(tiles.source)}; name the file of this slide"
         )
     if size is not None and None not in (tiles.width_px, tiles.height_px) and size != (tiles.width_px, tiles.height_px):
         raise SlideError(
@@ -107,10 +106,10 @@ def check_same_slide(tiles: TileCoords, named: tuple[str, ...], size: tuple[int,
 
 
 def features_of(places: TileCoords, features_TC: np.ndarray, **header: object) -> TileFeatures:
-    """Features at the places of a slide's tiles, with what else the file says of them.
+    """Combine coordinates and features, with further fields of the header.
 
     Raises:
-        SlideError: they do not fit one another.
+        SlideError: there is not one finite row of features for each tile.
     """
     features_TC = checked_features(features_TC, len(places.coords_T2), places.source)
     return TileFeatures(**{**vars(places), **header, "features_TC": features_TC})

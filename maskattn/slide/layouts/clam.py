@@ -6,14 +6,13 @@ float32 and ``coords`` (T, 2) int32, without attributes; ``ROOT/pt_files/<id>.pt
 Names, dtypes and attributes as in mahmoodlab/CLAM, commit 53e2409 (``wsi_core/WholeSlideImage.py``,
 ``extract_features_fp.py``), which has no version number.
 
-CLAM cuts ``patch_size`` pixels out of the level ``patch_level`` and resizes them for the encoder. Ours are written as
-patches of level 0, which names every tile exactly; in attributes of ours, which CLAM passes over, ``coords`` of
-``patches`` has ``patch_size_px``, ``spacing_um`` and ``level0_spacing_um``, and ``features`` has ``encoder`` and
-``token_mask``.
+CLAM cuts ``patch_size`` pixels out of the level ``patch_level`` and resizes them for the encoder. This package writes
+patches of level 0, which gives the exact position of every tile; additional attributes, which CLAM ignores, are
+``patch_size_px``, ``spacing_um`` and ``level0_spacing_um`` of ``coords`` in ``patches``, and ``encoder`` and
+``token_mask`` of ``features``.
 
-CLAM's feature files do not say how large a tile is. Where the slide's file of ``patches`` lies beside their folder,
-it does; else a tile is as large as the smallest step from one to the next, as CLAM's own step is unless it is told
-another.
+CLAM's feature files do not state the size of a tile. It is read from the slide's file in ``patches`` next to their
+folder; without that file it is the smallest step between tiles, which is CLAM's default step.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Clam:
     coords_patterns = ("patches/{id}.h5", "{id}.h5")
 
     def has_features(self, contents: FileContents) -> bool:
-        """``features`` and ``coords`` without attributes, or a tensor in ``pt_files``."""
+        """Return whether the file has ``features``, and ``coords`` without a tile's size, or is in ``pt_files``."""
         if contents.kind == "pt":
             return contents.path.parent.name == "pt_files"
         return (
@@ -62,32 +61,32 @@ class Clam:
         )
 
     def has_coords(self, contents: FileContents) -> bool:
-        """``coords`` alone, with the attribute ``patch_level``."""
+        """Return whether the file has ``coords`` with the attribute ``patch_level``, and no features."""
         return "features" not in contents.names and "patch_level" in contents.coords_attributes
 
     def read_features(self, path: Path, slide: SlideInfo | None, encoder: str | None) -> TileFeatures:
-        """Read ``h5_files/<id>.h5``, or ``pt_files/<id>.pt`` with the coordinates that lie beside it."""
+        """Read ``h5_files/<id>.h5``, or ``pt_files/<id>.pt`` with the coordinates in the folders next to it."""
         if path.suffix.lower() == ".pt":
-            beside = [path.parent.parent / folder / f"{path.stem}.h5" for folder in ("h5_files", "patches")]
-            source = next((file for file in beside if file.is_file()), None)
+            candidates = [path.parent.parent / folder / f"{path.stem}.h5" for folder in ("h5_files", "patches")]
+            source = next((file for file in candidates if file.is_file()), None)
             if source is None:
                 raise SlideError(
-                    f"features in a .pt file must have their coordinates beside them, got neither "
-                    f"{as_text(beside[0])} nor {as_text(beside[1])}; copy CLAM's folder h5_files or patches too"
+                    f"features in a .pt file need a file of their coordinates, got neither {as_text(candidates[0])} "
+                    f"nor {as_text(candidates[1])}; copy CLAM's folder h5_files or patches too"
                 )
             return features_of(replace(self.read_coords(source, slide), source=path), read_tensor(path))
         places = self.read_coords(path, slide)
         with opened_h5(path) as file:
             table = file["features"]
             features_TC = h5_tables.rows_of(table, path, None if table.dtype == np.float16 else np.float32)
-            told = {
+            header = {
                 "encoder": h5_tables.attribute_text(table.attrs, "encoder"),
                 "token_mask": token_mask_of(table.attrs),
             }
-        return features_of(places, features_TC, **told)
+        return features_of(places, features_TC, **header)
 
     def read_coords(self, path: Path, slide: SlideInfo | None) -> TileCoords:
-        """Read ``patches/<id>.h5``, or the coordinates of a feature file with the geometry that lies beside it."""
+        """Read ``patches/<id>.h5``, or the coordinates of a feature file with the geometry from ``patches``."""
         with opened_h5(path) as file:
             coords_T2 = whole_coords(h5_tables.rows_of(file["coords"], path), path)
             header = _header(path, file["coords"].attrs, slide)
@@ -139,7 +138,7 @@ class Clam:
 
 
 def _header(path: Path, attributes: Any, slide: SlideInfo | None) -> TileHeader | None:
-    """What the attributes of ``patches`` say; None where there are none."""
+    """Return the header that the attributes in ``patches`` state; None if they are missing."""
     side, level = h5_tables.attribute_int(attributes, "patch_size"), h5_tables.attribute_int(attributes, "patch_level")
     if side is None or level is None:
         return None
@@ -153,7 +152,7 @@ def _header(path: Path, attributes: Any, slide: SlideInfo | None) -> TileHeader 
             f"coordinates of CLAM must say what their level's downsample is, got patch_level={level} alone in "
             f"{as_text(path)}; name the slide too"
         )
-    # Older files say how much smaller than its level's the patch was made.
+    # Older files state a further downsample of the patch relative to its level.
     downsample *= h5_tables.attribute_float(attributes, "custom_downsample") or 1.0
     spacing_lv0 = slide.spacing_um if slide is not None else h5_tables.attribute_float(attributes, "level0_spacing_um")
     side_lv0 = round(side * downsample)
@@ -192,6 +191,6 @@ def _write_geometry(coords: Any, header: TileHeader, root: Path) -> None:
 
 
 def _smallest_step(coords_T2: np.ndarray) -> int | None:
-    """The smallest step from one tile to the next along an axis; None where there is none."""
+    """Return the smallest step between tiles along either axis; None if there is only one tile."""
     steps = np.concatenate([np.diff(np.unique(coords_T2[:, axis])) for axis in (0, 1)])
     return int(steps.min()) if len(steps) else None

@@ -1,4 +1,4 @@
-"""A file's contents, read once, from which layouts recognise their files; and errors of reading in plain words."""
+"""List a file's contents, by which layouts recognise their files, and turn reading errors into :class:`SlideError`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SUFFIXES = (*_H5_SUFFIXES, ".pt", ".npz")
 
 @dataclass(frozen=True)
 class FileContents:
-    """The contents of a file, apart from its numbers.
+    """The structure of a file.
 
     Attributes:
         path: the file.
         kind: "h5", "pt" or "npz".
-        names: of its datasets and groups, or of its arrays; none of a ``.pt``, which is not opened.
-        groups: those of ``names`` that are groups.
-        coords_columns: columns of ``coords``, 0 where there are none.
+        names: names of its datasets and groups, or of its arrays; empty for a ``.pt`` file, which is not opened.
+        groups: the subset of ``names`` that are groups.
+        coords_columns: the number of columns of ``coords``; 0 if it has none.
         coords_attributes: names of the attributes of ``coords``.
     """
 
@@ -40,14 +40,14 @@ class FileContents:
 
 
 def look_into(path: Path) -> FileContents:
-    """Look at the contents of a file.
+    """List the contents of a file.
 
     Raises:
-        SlideError: it is not there, is of another kind, or cannot be read.
+        SlideError: the file is missing, is of another kind, or cannot be read.
     """
     if not path.is_file():
         raise SlideError(
-            f"a file of features or coordinates must be there, got no file {as_text(path)}; check the folder, or "
+            f"a file of features or coordinates must exist, got no file {as_text(path)}; check the folder, or "
             "extract the slide first"
         )
     suffix = path.suffix.lower()
@@ -78,10 +78,10 @@ def look_into(path: Path) -> FileContents:
 
 @contextlib.contextmanager
 def opened_h5(path: Path) -> Iterator[Any]:
-    """An HDF5 file to read.
+    """Open an HDF5 file for reading.
 
     Raises:
-        SlideError: it cannot be read, also where that shows within the context.
+        SlideError: the file cannot be read, whether on opening or later within the context.
     """
     import h5py
 
@@ -91,7 +91,7 @@ def opened_h5(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Tell whatever a library finds wrong with a file as a :class:`SlideError`.
+    """Raise a library's error about a file as a :class:`SlideError`.
 
     Raises:
         SlideError: the file cannot be read.
@@ -101,8 +101,8 @@ def reading(path: Path) -> Iterator[None]:
     except SlideError:
         raise
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        told = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise SlideError(
-            f"a file of features or coordinates must be whole and readable, got {as_text(path)}: {told}; copy it "
+            f"a file of features or coordinates must be complete and readable, got {as_text(path)}: {reason}; copy it "
             "again, or extract the slide again"
         ) from error

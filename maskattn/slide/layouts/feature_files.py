@@ -1,4 +1,4 @@
-"""Feature files and files of coordinates, whatever tool wrote them: recognised, found, read and checked."""
+"""Recognise, find, read and check feature files and files of coordinates of any supported tool."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ __all__ = [
 FEATURE_LAYOUTS: dict[str, FeatureLayout] = {
     layout.name: layout for layout in (Trident(), Clam(), Stamp(), Slide2Vec())
 }
-"""The layouts that features are written in, by name."""
+"""The layouts that can be written, by name; all of them can be read too."""
 
 FEATURE_READERS: tuple[FeatureReader, ...] = (*FEATURE_LAYOUTS.values(), AtlasPatch())
-"""The layouts that are read."""
+"""All layouts that can be read."""
 
 _ROWS_AT_ONCE = 4096
-# Folders that a layout has for features and nothing else.
+# Folders in which layouts keep nothing but features.
 _FEATURES_ALONE = re.compile(r"(?:^|/)(?:(?:patch_)?features_\*|h5_files|pt_files|tile_embeddings)/")
 _TilesT = TypeVar("_TilesT", bound=TileCoords)
 
 
 def detect_layout(path: str | Path) -> FeatureReader:
-    """Whose file of features or coordinates this is.
+    """Return the layout of a file of features or coordinates.
 
     Raises:
-        SlideError: it cannot be read, or is none of those that are known.
+        SlideError: the file cannot be read, or has no known layout.
     """
     contents = look_into(Path(path))
     for reader in FEATURE_READERS:
@@ -66,17 +66,17 @@ def detect_layout(path: str | Path) -> FeatureReader:
 def read_features(
     path: str | Path, *, slide: SlideInfo | None = None, encoder: str | None = None, named: Sequence[str] = ()
 ) -> TileFeatures:
-    """Read tile features, whichever tool wrote them.
+    """Read tile features in any known layout.
 
     Args:
-        path: of the file.
-        slide: the slide they are of: fills in what the file leaves open, and is held against what it says.
-        encoder: whose features, where the file holds those of several.
-        named: the names that the slide goes by (its id, its file's name); a file that says another is refused.
+        path: the feature file.
+        slide: the slide of the features; it completes the file's metadata, and must agree with them.
+        encoder: the name of the encoder, if the file has features of several.
+        named: accepted names of the slide (its id, its file's name); a file that states another is refused.
 
     Raises:
-        SlideError: the file cannot be read or is none of those that are known, is of another slide, has other than one
-            finite row of features per tile, or coordinates outside the slide.
+        SlideError: the file cannot be read, has no known layout, belongs to another slide, lacks one finite row of
+            features per tile, or has coordinates outside the slide.
     """
     path = Path(path)
     contents = look_into(path)
@@ -87,21 +87,22 @@ def read_features(
 
 
 def read_coords(path: str | Path, *, slide: SlideInfo | None = None, named: Sequence[str] = ()) -> TileCoords:
-    """Read where a slide's tiles lie: from a file of coordinates of TRIDENT, CLAM, hs2p or AtlasPatch, or of features.
+    """Read the positions of a slide's tiles from a feature file, or a file of coordinates in any known layout.
 
     Args:
-        path: of the file.
+        path: the file.
         slide: the slide, as for :func:`read_features`.
-        named: the names that the slide goes by.
+        named: accepted names of the slide, as for :func:`read_features`.
 
     Raises:
-        SlideError: the file cannot be used.
+        SlideError: the file cannot be read, has no known layout, belongs to another slide, or has coordinates outside
+            the slide.
     """
     return _checked(detect_layout(path).read_coords(Path(path), slide), slide, named)
 
 
 def find_features(root: str | Path, slide_id: str) -> Path | None:
-    """The feature file of a slide below a folder that a user named; None where there is none.
+    """Find the feature file of a slide below a folder; None if there is none.
 
     Raises:
         SlideError: there are several.
@@ -110,7 +111,7 @@ def find_features(root: str | Path, slide_id: str) -> Path | None:
 
 
 def find_coords(root: str | Path, slide_id: str) -> Path | None:
-    """The file of a slide's coordinates below a folder, or else its feature file, which has them too.
+    """Find a slide's file of coordinates below a folder, else its feature file, which has coordinates too.
 
     Raises:
         SlideError: there are several.
@@ -119,17 +120,17 @@ def find_coords(root: str | Path, slide_id: str) -> Path | None:
 
 
 def list_features(root: str | Path) -> dict[str, Path]:
-    """The feature files below a folder, by the ids that their names tell.
+    """List the feature files below a folder by the slides' ids, which are taken from the files' names.
 
-    A file that cannot be read is among them, and so is any that lies where a layout has nothing but features: reading
-    it says what is wrong with it, and the other slides are not held up.
+    Unreadable files are listed, as is every file in a folder where a layout keeps nothing but features: the error
+    comes when that file is read, and does not stop the other slides.
 
     Raises:
-        SlideError: there is no such folder, it has none, or two slides have one id.
+        SlideError: the folder does not exist, has no feature files, or has several of one slide.
     """
     root = Path(root)
     if not root.is_dir():
-        raise SlideError(f"features must lie in a folder, got no folder {as_text(root)}; check its name")
+        raise SlideError(f"features must be in a folder, got no folder {as_text(root)}; check its name")
     ids: set[str] = set()
     for reader in FEATURE_READERS:
         for pattern in reader.feature_patterns:
@@ -147,18 +148,18 @@ def list_features(root: str | Path) -> dict[str, Path]:
 
 
 def write_features(layout: str, root: str | Path, features: TileFeatures) -> Path:
-    """Write a slide's features, held in memory, in a layout.
+    """Write a slide's features from memory in a layout.
 
     Args:
-        layout: its name, a key of :data:`FEATURE_LAYOUTS`.
+        layout: the name of the layout, a key of :data:`FEATURE_LAYOUTS`.
         root: the folder below which the layout's folders are made.
-        features: what to write.
+        features: the features with their coordinates and metadata.
 
     Returns:
-        The file that is there when all is.
+        The path of the feature file, the last file to appear.
 
     Raises:
-        ValueError: there is no such layout, or ``features`` lacks what it must have.
+        ValueError: the layout is unknown, or ``features`` lacks metadata that it requires.
         OSError: a file cannot be written.
     """
     if layout not in FEATURE_LAYOUTS:

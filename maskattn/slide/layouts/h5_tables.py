@@ -1,4 +1,4 @@
-"""HDF5 tables that grow batch by batch, and their rows in one read, without a second copy in memory."""
+"""HDF5 tables that grow batch by batch, and reading all rows at once without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _BYTES_PER_CHUNK = 1 << 18
 
 
 def growing_table(file: Any, name: str, columns: int, dtype: np.dtype | type) -> Any:
-    """An empty dataset (0, columns) that rows are appended to."""
+    """Create an empty dataset (0, columns) to which rows can be appended."""
     row_bytes = max(1, columns) * np.dtype(dtype).itemsize
     chunk = (max(1, min(1024, _BYTES_PER_CHUNK // row_bytes)), columns)
     return file.create_dataset(name, (0, columns), dtype, maxshape=(None, columns), chunks=chunk)
 
 
 def append_rows(table: Any, rows_BC: np.ndarray) -> None:
-    """Write rows below those that the dataset has.
+    """Append rows to a dataset.
 
     Raises:
         ValueError: the rows have another number of columns.
@@ -39,15 +39,15 @@ def append_rows(table: Any, rows_BC: np.ndarray) -> None:
 
 
 def rows_of(table: Any, path: Path, dtype: np.dtype | type | None = None) -> np.ndarray:
-    """A dataset (T, columns) in one read; a leading dimension of 1, which some versions keep, is dropped.
+    """Read a dataset (T, columns) at once; a leading dimension of 1, which some versions write, is dropped.
 
     Args:
         table: the dataset.
-        path: of its file, for the message.
-        dtype: to read it as; None keeps its own.
+        path: its file, for the message.
+        dtype: the dtype of the result; None keeps the dataset's own.
 
     Raises:
-        SlideError: it has another shape.
+        SlideError: the dataset has another shape.
     """
     shape = table.shape
     if len(shape) == 3 and shape[0] == 1:
@@ -64,13 +64,13 @@ def rows_of(table: Any, path: Path, dtype: np.dtype | type | None = None) -> np.
 
 
 def attribute_int(attributes: Any, name: str) -> int | None:
-    """An attribute as a whole number, None where it is not there or says "None"."""
+    """Return an attribute rounded to an integer; None if it is missing or is not a number."""
     number = attribute_float(attributes, name)
     return None if number is None else round(number)
 
 
 def attribute_float(attributes: Any, name: str) -> float | None:
-    """An attribute as a number, the first where it is several; None where it is not there or is no number."""
+    """Return an attribute as a number, the first of several; None if it is missing or is not a finite number."""
     value = np.asarray(attributes.get(name, "")).ravel()[:1]
     try:
         number = float(value[0])
@@ -80,7 +80,7 @@ def attribute_float(attributes: Any, name: str) -> float | None:
 
 
 def attribute_text(attributes: Any, name: str) -> str | None:
-    """An attribute as text, None where it is not there, is empty or says "None"."""
+    """Return an attribute as text; None if it is missing, empty or "None"."""
     value = attributes.get(name)
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     return None if text in ("", "None") else text

@@ -1,11 +1,11 @@
-"""slide2vec's ``hierarchical_embeddings``: features of patches, region by region, as HIPT's upper levels read them.
+"""slide2vec's ``hierarchical_embeddings``: features of patches grouped by region, as HIPT's upper levels read them.
 
-``ROOT/hierarchical_embeddings/<id>.pt`` is one tensor (T, n·n, C), patches row-major in their region, with
-``<id>.meta.json`` beside it; ``ROOT/tiles/<id>.coordinates.npz`` and ``.meta.json`` are hs2p's coordinates of the
-regions, in whose order the rows are: x, then y. As in version 5.7.0 (clemsgrs/slide2vec: ``slide2vec/artifacts.py``,
+``ROOT/hierarchical_embeddings/<id>.pt`` is one tensor (T, n·n, C), patches row-major in their region, next to
+``<id>.meta.json``; ``ROOT/tiles/<id>.coordinates.npz`` and ``.meta.json`` are hs2p's coordinates of the regions, in the
+order of the tensor: by x, then y. Source: version 5.7.0 (clemsgrs/slide2vec: ``slide2vec/artifacts.py``,
 ``slide2vec/runtime/embedding.py``, ``docs/hierarchical.rst``).
 
-A patch that was left out, for it shows no tissue, is a row of zeros, which no encoder gives.
+A patch that was left out because it shows no tissue is a row of zeros, which no encoder returns.
 
 Dimension key: T regions, N = n·n patches of a region, C channels, B regions of a batch.
 """
@@ -60,7 +60,7 @@ class RegionFeatures(TileCoords):
 
     Attributes:
         features_TNC: (T, N, C) float32 or float16, finite.
-        keep_TN: (T, N) bool, the patches that have features.
+        keep_TN: (T, N) bool, True for patches that have features.
     """
 
     features_TNC: Float[np.ndarray, "T N C"]
@@ -68,17 +68,17 @@ class RegionFeatures(TileCoords):
 
 
 def regions_path(root: str | Path, slide_id: str) -> Path:
-    """Where a slide's features of regions lie below a folder."""
+    """Return the path of a slide's features of regions below a folder."""
     return Path(root) / _FOLDER / f"{slide_id}.pt"
 
 
 def find_regions(root: str | Path, slide_id: str) -> Path | None:
-    """The file of a slide's regions below a folder that a user named, or in it; None where there is none."""
+    """Find a slide's features of regions below or in a folder; None if there are none."""
     return list_regions(root).get(slide_id)
 
 
 def list_regions(root: str | Path) -> dict[str, Path]:
-    """The files of regions below a folder, or in it, by the ids of their slides."""
+    """List the files of regions below or in a folder, by the ids of their slides."""
     root = Path(root)
     folder = root if root.name == _FOLDER else root / _FOLDER
     return {path.stem: path for path in sorted(folder.glob("*.pt"))}
@@ -88,17 +88,17 @@ def list_regions(root: str | Path) -> dict[str, Path]:
 def writing_regions(
     root: str | Path, header: TileHeader, patches: int, channels: int, dtype: np.dtype | type = np.float32
 ) -> Iterator[TakeRegions]:
-    """Write features region by region; the context gives the function that takes some regions.
+    """Write features region by region; the context yields a function that takes a batch of regions.
 
     Args:
         root: the folder below which slide2vec's folders are made.
-        header: what holds for all regions: ``patch_size_px`` and ``patch_size_lv0`` are their sides.
-        patches: N, a square.
+        header: the metadata of all regions; ``patch_size_px`` and ``patch_size_lv0`` are the sides of a region.
+        patches: N, a square number.
         channels: C.
         dtype: float32 or float16.
 
     Raises:
-        ValueError: N is no square, or the header lacks what hs2p must have.
+        ValueError: N is not a square number, or the header lacks a field that hs2p requires.
         OSError: a file cannot be written.
     """
     side = math.isqrt(patches)
@@ -129,32 +129,32 @@ def writing_regions(
 
 @dataclass(frozen=True)
 class RegionLayout:
-    """Writes tiles as the patches of regions: a layout as :data:`maskattn.slide.layouts.FEATURE_LAYOUTS` has them.
+    """A layout, like those of :data:`maskattn.slide.layouts.FEATURE_LAYOUTS`, that writes tiles as patches of regions.
 
-    Tiles come region by region, in any number at a time; those that do not come are rows of zeros.
+    Tiles must come region by region, in batches of any size; missing tiles become rows of zeros.
 
     Attributes:
-        side: patches along a region.
+        side: the number of patches along a side of a region.
     """
 
     side: int
 
     def region_lv0(self, header: TileHeader) -> int:
-        """Side of a region in level-0 pixels, whose patches have this header."""
+        """Return the side of a region in level-0 pixels, given the header of its patches."""
         patch_px, spacing_um, spacing_lv0 = known_fields(
             "slide2vec", header, "patch_size_px", "spacing_um", "spacing_lv0_um"
         )
         return round(self.side * patch_px * spacing_um / spacing_lv0)
 
     def path_of(self, root: Path, header: TileHeader) -> Path:
-        """``hierarchical_embeddings/<id>.pt``."""
+        """Return the path ``hierarchical_embeddings/<id>.pt`` below ``root``."""
         return regions_path(root, header.slide_id)
 
     @contextmanager
     def writing(
         self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
-        """Write a slide's features; the context gives the function that takes a batch of tiles."""
+        """Write a slide's features; the context yields a function that takes a batch of tiles."""
         region_lv0, N = self.region_lv0(header), self.side**2
         of_regions = replace(header, patch_size_px=(header.patch_size_px or 0) * self.side, patch_size_lv0=region_lv0)
         with writing_regions(root, of_regions, N, channels, dtype) as take_regions:
@@ -172,7 +172,7 @@ class RegionLayout:
 
 
 class _Region:
-    """The region whose patches are coming: it is handed on when one of another comes."""
+    """A buffer for the patches of one region, which passes it on when a patch of another region comes."""
 
     def __init__(self, take: TakeRegions, patches: int, channels: int, dtype: np.dtype) -> None:
         self._take, self._features_NC = take, np.zeros((patches, channels), dtype)
@@ -180,7 +180,7 @@ class _Region:
         self._tissue: float | None = 0.0
 
     def put(self, corner: np.ndarray, patch: int, features_C: np.ndarray, tissue: float | None) -> None:
-        """Take one patch."""
+        """Store one patch."""
         if self._corner is None or (corner != self._corner).any():
             self.close()
             self._corner, self._tissue = corner, 0.0
@@ -188,7 +188,7 @@ class _Region:
         self._tissue = None if tissue is None or self._tissue is None else self._tissue + tissue
 
     def close(self) -> None:
-        """Hand on what has come."""
+        """Pass the buffered region on."""
         if self._corner is not None:
             tissue = None if self._tissue is None else np.array([self._tissue / len(self._features_NC)])
             self._take(self._features_NC[None], self._corner[None], tissue)
@@ -199,22 +199,22 @@ def read_regions(path: str | Path, *, slide: SlideInfo | None = None, named: Seq
     """Read ``hierarchical_embeddings/<id>.pt`` with its coordinates.
 
     Args:
-        path: of the tensor.
-        slide: the slide they are of: it is held against what the files say.
-        named: the names that the slide goes by; files that say another are refused.
+        path: the file of the tensor.
+        slide: the slide of the features, which must agree with the files' metadata.
+        named: accepted names of the slide; files that state another are refused.
 
     Raises:
-        SlideError: a file cannot be used, is of another slide, or the numbers of regions differ.
+        SlideError: a file cannot be used, belongs to another slide, or the numbers of regions differ.
     """
     path = Path(path)
     if not path.is_file():
-        raise SlideError(f"features of regions must be there, got no file {as_text(path)}; extract the slide first")
+        raise SlideError(f"features of regions must exist, got no file {as_text(path)}; extract the slide first")
     held = read_tensor(path)
     side = math.isqrt(held.shape[1]) if held.ndim == 3 else 0
     if held.ndim != 3 or side * side != held.shape[1]:
         raise SlideError(
             f"features of regions must be (regions, n·n patches, channels), got {held.shape} in {as_text(path)}; those "
-            "of tiles lie in tile_embeddings"
+            "of tiles are in tile_embeddings"
         )
     meta = read_meta(path)
     places = replace(
@@ -227,7 +227,7 @@ def read_regions(path: str | Path, *, slide: SlideInfo | None = None, named: Seq
     T, N, C = held.shape
     if len(places.coords_T2) != T:
         raise SlideError(
-            f"features of regions must have a place for each region, got {T} regions and {len(places.coords_T2)} "
+            f"features of regions must have coordinates of each region, got {T} regions and {len(places.coords_T2)} "
             f"coordinates for {as_text(path)}; extract the slide again"
         )
     features_TNC = checked_features(held.reshape(T, N * C), T, path).reshape(T, N, C)

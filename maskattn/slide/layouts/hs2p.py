@@ -1,13 +1,12 @@
 """hs2p's files of coordinates, which slide2vec and soma read.
 
 ``tiles/<id>.coordinates.npz`` has ``tile_index`` int32, ``x`` and ``y`` int64 in level-0 pixels and
-``tissue_fractions`` float32; ``tiles/<id>.coordinates.meta.json`` beside it has the sections ``provenance, slide,
-tiling, segmentation, filtering, artifact`` with exactly the keys below: hs2p refuses a file with others. Tiles are in
-the order of x, then y. As in version 4.4.1 (clemsgrs/hs2p, commit 8520c06: ``hs2p/tiling/io.py``,
+``tissue_fractions`` float32; ``tiles/<id>.coordinates.meta.json`` next to it has the sections ``provenance, slide,
+tiling, segmentation, filtering, artifact`` with exactly the keys below: hs2p refuses a file with others. Tiles are
+sorted by x, then y. Source: version 4.4.1 (clemsgrs/hs2p, commit 8520c06: ``hs2p/tiling/io.py``,
 ``docs/artifacts.md``).
 
-What hs2p records of how it found tissue has no counterpart here and is null. Where a tile's fraction of tissue is not
-known it is NaN.
+The settings of hs2p's tissue segmentation have no counterpart here and are null. An unknown fraction of tissue is NaN.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ _FILTERING = (
 
 
 def is_hs2p(contents: FileContents) -> bool:
-    """Whether an archive holds hs2p's coordinates."""
+    """Return whether a file is an archive of hs2p's coordinates."""
     return contents.kind == "npz" and {"tile_index", "x", "y"} <= contents.names
 
 
 def read_hs2p_coords(path: Path, slide: SlideInfo | None) -> TileCoords:
-    """Read coordinates with the ``.meta.json`` beside them.
+    """Read coordinates and the ``.meta.json`` next to them.
 
     Raises:
-        SlideError: either cannot be used.
+        SlideError: either file cannot be used.
     """
     slide_id = path.name.removesuffix(NPZ_ENDING).removesuffix(".npz")
     with reading(path), np.load(path, allow_pickle=False) as archive:
@@ -69,17 +68,17 @@ def read_hs2p_coords(path: Path, slide: SlideInfo | None) -> TileCoords:
     header = header_of_meta(path.with_name(slide_id + META_ENDING))
     if header.slide_id != slide_id:
         raise SlideError(
-            f"hs2p's coordinates must have the .meta.json of their slide, got one of {header.slide_id!r} beside "
+            f"hs2p's coordinates must have the .meta.json of their slide, got one of {header.slide_id!r} next to "
             f"{as_text(path)}; copy the one of {slide_id!r}"
         )
     return TileCoords(**vars(header), coords_T2=coords_T2, layout="hs2p", source=path)
 
 
 def header_of_meta(path: Path) -> TileHeader:
-    """What a ``.coordinates.meta.json`` says of the tiles.
+    """Read the header of tiles from a ``.coordinates.meta.json``.
 
     Raises:
-        SlideError: it cannot be used.
+        SlideError: the file cannot be used.
     """
     with reading(path):
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -100,16 +99,16 @@ def header_of_meta(path: Path) -> TileHeader:
 
 
 class WritingTiles:
-    """Writes hs2p's two files of a slide's tiles, which come in any order, a batch at a time; a context manager.
+    """A context manager that writes hs2p's two files from batches of tiles in any order.
 
-    The files have their names when it ends, the one with the coordinates first. It is not there without tiles.
+    The files appear when the context ends, the coordinates first. Without tiles there is no file of coordinates.
 
     Args:
         root: the folder below which ``tiles`` is made.
-        header: what holds for all tiles.
+        header: the metadata of all tiles.
 
     Raises:
-        ValueError: the header lacks what hs2p must have.
+        ValueError: the header lacks a field that hs2p requires.
     """
 
     def __init__(self, root: str | Path, header: TileHeader) -> None:
@@ -122,7 +121,7 @@ class WritingTiles:
 
     @property
     def taken(self) -> int:
-        """The number of tiles so far."""
+        """The number of tiles appended so far."""
         return sum(map(len, self._coords))
 
     def __enter__(self) -> WritingTiles:
@@ -136,12 +135,12 @@ class WritingTiles:
         self._files.__exit__(kind, error, trace)
 
     def append(self, coords_B2: np.ndarray, tissue_B: np.ndarray | None) -> None:
-        """Take the coordinates of some tiles in level-0 pixels, and their fractions of tissue where they are known."""
+        """Append tiles: (B, 2) coordinates in level-0 pixels and, if known, (B,) fractions of tissue."""
         self._coords.append(whole_coords(np.asarray(coords_B2), self.path))
         self._fractions.append(np.full(len(coords_B2), np.nan) if tissue_B is None else np.asarray(tissue_B))
 
     def save(self) -> np.ndarray:
-        """Write what has come; returns hs2p's order of the tiles, by x, then y, as indices (T,)."""
+        """Write both files; return the indices (T,) that sort the tiles in hs2p's order, by x, then y."""
         coords_T2 = np.concatenate(self._coords)
         order = np.lexsort((coords_T2[:, 1], coords_T2[:, 0]))
         write_json(self._meta, _metadata_of_tiles(self._header, len(order)))
@@ -154,7 +153,7 @@ class WritingTiles:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a ``.meta.json`` as hs2p and slide2vec do."""
+    """Write a ``.meta.json`` in the format of hs2p and slide2vec."""
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -170,7 +169,7 @@ def _write_npz(path: Path, coords_T2: np.ndarray, fractions_T: np.ndarray) -> No
 
 
 def _metadata_of_tiles(header: TileHeader, tiles: int) -> dict[str, Any]:
-    """The ``.coordinates.meta.json``; a ValueError where the header lacks what hs2p must have."""
+    """Return the contents of ``.coordinates.meta.json``; raise ValueError if the header lacks a required field."""
     side_px, side_lv0, spacing_um, spacing_lv0, width, height = known_fields(
         *("slide2vec", header, "patch_size_px", "patch_size_lv0", "spacing_um", "spacing_lv0_um"),
         *("width_px", "height_px"),

@@ -1,7 +1,7 @@
-"""From coordinates to a grid: the row and column of each tile, where the tiles lie on one square lattice.
+"""Find the row and column of each tile, if all tiles are on one lattice.
 
-The step of the lattice is fitted to the coordinates, as µm rounded to pixels (STAMP) make a step that is not whole.
-CLAM lays a lattice of its own into each piece of tissue: then there is no grid, and that is said.
+The step of the lattice is fitted to the coordinates, because µm rounded to pixels (STAMP) give a fractional step. CLAM
+uses a separate lattice for each piece of tissue: then there is no common grid, which is an error.
 
 Dimension key: T tiles; H, W cells of the grid.
 """
@@ -27,17 +27,17 @@ _MOST_CELLS = 20_000_000
 def grid_cells(
     tiles: TileCoords,
 ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"], Bool[np.ndarray, "H W"]]:
-    """The place of each tile in the grid that all of them lie on.
+    """Return the row and column of each tile in a grid of the whole slide.
 
     Args:
-        tiles: where the tiles lie; their order is kept.
+        tiles: the tiles, in any order, which is kept.
 
     Returns:
-        (T,) rows, (T,) columns, and (H, W) bool, which cells have a tile. The grid starts in the slide's corner and
-        ends with the slide, or with the last tile where the slide's size is not known.
+        (T,) rows, (T,) columns, and (H, W) bool, True for cells with a tile. The grid starts at the slide's corner and
+        ends with the slide, or with the last tile if the slide's size is not known.
 
     Raises:
-        SlideError: the tiles do not lie on one lattice, or several on one cell of it.
+        SlideError: the tiles are not on one lattice, several are in one cell, or the grid would be too large.
     """
     coords_T2 = tiles.coords_T2
     if not len(coords_T2):
@@ -51,10 +51,10 @@ def grid_cells(
         x, y = coords_T2[stray]
         raise SlideError(
             f"tiles must lie on one lattice to have rows and columns, got the tile at x={x}, y={y}, "
-            f"{off_T2.max():.0f} px off the lattice of {step:g} px, in {as_text(tiles.source)}; CLAM lays a lattice "
-            "into each piece of tissue: write coordinates of one grid, or take a model that needs no grid"
+            f"{off_T2.max():.0f} px off the lattice of {step:g} px, in {as_text(tiles.source)}; CLAM uses a lattice "
+            "for each piece of tissue: write coordinates of one grid, or take a model that needs no grid"
         )
-    # Whole cells of the lattice may lie between the slide's corner and the first tile.
+    # There may be empty cells between the slide's corner and the first tile.
     cells_T2 = cells_T2.astype(np.int64)
     first = np.array(
         [math.floor(origin / width + _OFF_PX / width) for origin, width in zip(origins, steps, strict=True)]
@@ -81,7 +81,7 @@ def grid_cells(
 
 
 def _step(tiles: TileCoords) -> float:
-    """About what lies between neighbouring tiles: from their size and overlap, or else from the coordinates."""
+    """Estimate the step between neighbouring tiles from their size and overlap, or else from the coordinates."""
     if tiles.patch_size_lv0 is not None and tiles.overlap_lv0 is not None and tiles.patch_size_lv0 > tiles.overlap_lv0:
         return float(tiles.patch_size_lv0 - tiles.overlap_lv0)
     steps = np.concatenate([np.diff(np.unique(tiles.coords_T2[:, axis])) for axis in (0, 1)])
@@ -89,14 +89,14 @@ def _step(tiles: TileCoords) -> float:
 
 
 def _fit(positions_T: np.ndarray, step: float) -> tuple[float, float]:
-    """Origin and step of the lattice that positions along an axis lie on, by least squares from an estimated step."""
-    places = np.unique(positions_T).astype(np.float64)
-    # Counted from gap to gap, an error of the estimate does not add up along the slide.
-    index = np.concatenate([[0.0], np.cumsum(np.rint(np.diff(places) / step))])
-    if len(places) < 2 or index[-1] == 0:
-        return float(places[0]), step
-    fitted, origin = np.polyfit(index, places, 1)
-    # Where the step is whole, the fit finds it but for rounding.
-    if np.abs(places - (places[0] + index * round(fitted))).max() == 0:
-        return float(places[0]), float(round(fitted))
+    """Fit the origin and the step of a lattice to positions along an axis, by least squares from an estimated step."""
+    distinct = np.unique(positions_T).astype(np.float64)
+    # Steps are counted gap by gap, so that an error of the estimate does not add up along the slide.
+    index = np.concatenate([[0.0], np.cumsum(np.rint(np.diff(distinct) / step))])
+    if len(distinct) < 2 or index[-1] == 0:
+        return float(distinct[0]), step
+    fitted, origin = np.polyfit(index, distinct, 1)
+    # An integer step is fitted up to rounding, so it is taken exactly if it explains all positions.
+    if np.abs(distinct - (distinct[0] + index * round(fitted))).max() == 0:
+        return float(distinct[0]), float(round(fitted))
     return float(origin), float(fitted)

@@ -1,8 +1,8 @@
-"""The contract of a layout: whose folders, names, dtypes and attributes a file of tile features has.
+"""The contract of a layout: the folders, names, dtypes and attributes of a tool's files of tile features.
 
-A layout recognises files by what they hold, reads them, says where under a folder they lie, and, where ours are
-written in it, writes them as a stream: batches of tiles come in any number, memory is that of a batch, and the files
-have their names when all have come, those that other tools look for last.
+A layout recognises files by their contents, finds them below a folder, and reads them. One that is also written takes
+a stream of batches of tiles, in the memory of one batch; the files appear after the last batch, and those that other
+tools look for appear last.
 
 Dimension key: T tiles of the slide, B tiles of a batch, C channels.
 """
@@ -31,40 +31,40 @@ TakeTiles = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], None]
 
 
 class FeatureReader(Protocol):
-    """A layout that is read."""
+    """A layout that can be read."""
 
     @property
     def name(self) -> str:
-        """The name that users give."""
+        """The name by which users choose the layout."""
 
     @property
     def feature_patterns(self) -> tuple[str, ...]:
-        """Where feature files lie below a folder that users name, ``{id}`` for the slide's id, the first ones first."""
+        """Glob patterns of feature files below a folder, with ``{id}`` for the slide's id, in order of preference."""
 
     @property
     def coords_patterns(self) -> tuple[str, ...]:
-        """Where files of coordinates lie; feature files, which have theirs, are not among them."""
+        """Glob patterns of files of coordinates; feature files, which have coordinates too, are not included."""
 
     def has_features(self, contents: FileContents) -> bool:
-        """Whether this is a feature file of the layout."""
+        """Return whether this is a feature file of the layout."""
 
     def has_coords(self, contents: FileContents) -> bool:
-        """Whether this is a file of coordinates of the layout, without features."""
+        """Return whether this is a file of coordinates of the layout, without features."""
 
     def read_features(self, path: Path, slide: SlideInfo | None, encoder: str | None) -> TileFeatures:
         """Read a feature file.
 
         Args:
-            path: of the file.
-            slide: the slide, for what the file leaves open.
-            encoder: whose features, where the file holds those of several.
+            path: the file.
+            slide: the slide, to complete metadata that the file lacks.
+            encoder: the name of the encoder, if the file has features of several.
 
         Raises:
             SlideError: the file cannot be used.
         """
 
     def read_coords(self, path: Path, slide: SlideInfo | None) -> TileCoords:
-        """Read a file of coordinates, or those of a feature file.
+        """Read a file of coordinates, or the coordinates of a feature file.
 
         Raises:
             SlideError: the file cannot be used.
@@ -72,38 +72,38 @@ class FeatureReader(Protocol):
 
 
 class FeatureLayout(FeatureReader, Protocol):
-    """A layout that is read and written."""
+    """A layout that can be read and written."""
 
     def path_of(self, root: Path, header: TileHeader) -> Path:
-        """Where a slide's features are written: the file that is there when all is."""
+        """Return the path of a slide's feature file, the last file to appear."""
 
     def writing(
         self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> AbstractContextManager[TakeTiles]:
-        """Write a slide's features; the context gives the function that takes a batch of tiles.
+        """Write a slide's features; the context yields a function that takes a batch of tiles.
 
         Args:
             root: the folder below which the layout's folders are made.
-            header: what holds for all tiles.
+            header: the metadata of all tiles.
             channels: C.
-            dtype: of the features, float32 or float16, where the layout leaves it open.
+            dtype: dtype of the features, float32 or float16; ignored by layouts that prescribe one.
 
         Raises:
-            ValueError: the header lacks what the layout must have.
+            ValueError: the header lacks a field that the layout requires.
             OSError: a file cannot be written.
         """
 
 
 def folder_name(encoder: str | None) -> str:
-    """An encoder's name as part of a folder's: signs that file systems have a use for become ``_``."""
+    """Return an encoder's name for use in a folder's name: characters special to file systems become ``_``."""
     return re.sub(r"[^\w.+-]", "_", encoder or "unknown")
 
 
 def writable_id(header: TileHeader) -> str:
-    """The slide's id, which the files are named after.
+    """Return the slide's id after checking that it can name a file.
 
     Raises:
-        ValueError: it cannot name a file.
+        ValueError: it cannot.
     """
     problem = problem_of_id(header.slide_id) or ("" if header.slide_id else "a slide_id must not be empty, got ''")
     if problem:
@@ -112,10 +112,10 @@ def writable_id(header: TileHeader) -> str:
 
 
 def known_fields(layout: str, header: TileHeader, *fields: str) -> tuple[float, ...]:
-    """Fields of the header that a layout cannot do without.
+    """Return fields of the header that a layout requires.
 
     Raises:
-        ValueError: one is None.
+        ValueError: a field is None.
     """
     missing = [field for field in fields if getattr(header, field) is None]
     if missing:

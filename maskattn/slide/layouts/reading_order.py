@@ -1,4 +1,4 @@
-"""A slide's tiles in the one order in which every run and every training reads them: row by row.
+"""Sort a slide's tiles row by row, the order in which every run and every training reads them.
 
 Dimension key: T tiles, H·W cells of the grid.
 """
@@ -18,14 +18,14 @@ __all__ = ["in_reading_order"]
 
 
 def in_reading_order(tiles: TileFeatures, needs_grid: bool) -> tuple[TileFeatures, Bool[np.ndarray, "H W"] | None]:
-    """The tiles row by row, and the cells of their grid; None where they lie on no lattice.
+    """Return the tiles sorted row by row, and (H, W) bool, the cells of their grid, or None if they are on no lattice.
 
     Args:
-        tiles: in any order.
-        needs_grid: whether tiles on no lattice are an error.
+        tiles: the tiles, in any order.
+        needs_grid: raise an error if the tiles are not on one lattice.
 
     Raises:
-        SlideError: they lie on no lattice, and are read by what needs one.
+        SlideError: the tiles are not on one lattice, and ``needs_grid`` is True.
     """
     order = np.lexsort((tiles.coords_T2[:, 0], tiles.coords_T2[:, 1]))
     keep_HW: np.ndarray | None = None

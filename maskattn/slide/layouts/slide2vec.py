@@ -1,11 +1,11 @@
 """slide2vec's layout.
 
-``ROOT/tile_embeddings/<id>.pt`` is one tensor (T, C) of float32 or float16 with ``<id>.meta.json`` beside it;
-``ROOT/tiles/<id>.coordinates.npz`` and ``.meta.json`` are hs2p's coordinates, in whose order the rows are: x, then y.
-In place of the tensor there may be ``<id>.npz`` with ``features``. As in version 5.7.0 (clemsgrs/slide2vec:
+``ROOT/tile_embeddings/<id>.pt`` is one tensor (T, C) of float32 or float16, next to ``<id>.meta.json``;
+``ROOT/tiles/<id>.coordinates.npz`` and ``.meta.json`` are hs2p's coordinates, in the order of the tensor: by x, then y.
+Instead of the tensor there may be ``<id>.npz`` with ``features``. Source: version 5.7.0 (clemsgrs/slide2vec:
 ``slide2vec/artifacts.py``, ``slide2vec/runtime/embedding.py``, ``docs/output-layout.rst``).
 
-``.meta.json`` has ``token_mask`` beside the keys that are slide2vec's own.
+This package adds the key ``token_mask`` to ``.meta.json``.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Slide2Vec:
     coords_patterns = (f"tiles/{{id}}{NPZ_ENDING}", f"{{id}}{NPZ_ENDING}")
 
     def has_features(self, contents: FileContents) -> bool:
-        """A tensor with its ``.meta.json``, or an archive with ``features``."""
+        """Return whether it is a tensor with ``.meta.json`` or in ``tile_embeddings``, or an archive of features."""
         if contents.kind == "pt":
             return meta_of(contents.path).is_file() or contents.path.parent.name == "tile_embeddings"
         return contents.kind == "npz" and "features" in contents.names
 
     def has_coords(self, contents: FileContents) -> bool:
-        """hs2p's archive."""
+        """Return whether the file is an archive of hs2p's coordinates."""
         return hs2p.is_hs2p(contents)
 
     def read_features(self, path: Path, slide: SlideInfo | None, encoder: str | None) -> TileFeatures:
@@ -62,46 +62,46 @@ class Slide2Vec:
                 features_TC = archive["features"]
         else:
             features_TC = read_tensor(path)
-        told = {"encoder": meta.get("encoder_name") or None, "token_mask": token_mask_of(meta)}
-        return features_of(places, features_TC, **told)
+        header = {"encoder": meta.get("encoder_name") or None, "token_mask": token_mask_of(meta)}
+        return features_of(places, features_TC, **header)
 
     def read_coords(self, path: Path, slide: SlideInfo | None) -> TileCoords:
-        """Read hs2p's coordinates: the file itself, or the one that belongs to a file of features."""
+        """Read hs2p's coordinates from the file itself, or from the one that belongs to a feature file."""
         if path.name.endswith(NPZ_ENDING):
             return hs2p.read_hs2p_coords(path, slide)
         meta = read_meta(path)
         slide_id = str(meta.get("sample_id") or path.stem)
-        beside = _tiles_folder(path) / f"{slide_id}{NPZ_ENDING}"
-        told = [beside, *(Path(str(meta[key])) for key in ("coordinates_npz_path",) if meta.get(key))]
-        source = next((file for file in told if file.is_file()), None)
+        expected = _tiles_folder(path) / f"{slide_id}{NPZ_ENDING}"
+        candidates = [expected, *(Path(str(meta[key])) for key in ("coordinates_npz_path",) if meta.get(key))]
+        source = next((file for file in candidates if file.is_file()), None)
         if source is not None:
             places = hs2p.read_hs2p_coords(source, slide)
             return TileCoords(**{**vars(places), "slide_id": slide_id, "layout": self.name, "source": path})
-        # hs2p writes no coordinates where there are no tiles.
-        empty = beside.with_name(slide_id + META_ENDING)
+        # hs2p writes no file of coordinates if there are no tiles.
+        empty = expected.with_name(slide_id + META_ENDING)
         if meta.get("num_tiles") == 0 and empty.is_file():
             header = hs2p.header_of_meta(empty)
             return TileCoords(**vars(header), coords_T2=np.empty((0, 2), np.int64), layout=self.name, source=path)
         raise SlideError(
-            f"features of slide2vec must have their coordinates, got no file {as_text(beside)}; copy its folder "
+            f"features of slide2vec must have their coordinates, got no file {as_text(expected)}; copy its folder "
             "tiles too"
         )
 
     def path_of(self, root: Path, header: TileHeader) -> Path:
-        """``tile_embeddings/<id>.pt``."""
+        """Return the path ``tile_embeddings/<id>.pt`` below ``root``."""
         return root / "tile_embeddings" / f"{header.slide_id}.pt"
 
     @contextmanager
     def writing(
         self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
-        """Write coordinates, features and their ``.meta.json``; the rows are put into hs2p's order."""
+        """Write coordinates, features and their ``.meta.json``, with the rows in hs2p's order."""
         slide_id, root = writable_id(header), Path(root)
         final = self.path_of(root, header)
         tiles = hs2p.WritingTiles(root, header)
         final.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            # What is entered first has its name last.
+            # The file whose context is entered first appears last.
             pt, meta = (stack.enter_context(replacing(path)) for path in (final, meta_of(final)))
             stack.enter_context(tiles)
             spool = stack.enter_context(TensorSpool(pt, channels, dtype))
@@ -148,12 +148,12 @@ def _metadata(header: TileHeader, channels: int, tiles: int, dtype: np.dtype, np
 
 
 def meta_of(path: Path) -> Path:
-    """The ``.meta.json`` that belongs to a file of features."""
+    """Return the path of the ``.meta.json`` that belongs to a feature file."""
     return path.with_name(f"{path.stem}.meta.json")
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The ``.meta.json`` of a file of features; nothing where there is none."""
+    """Read the ``.meta.json`` of a feature file; return an empty dictionary if there is none."""
     meta_path = meta_of(path)
     if not meta_path.is_file():
         return {}
@@ -165,7 +165,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def _tiles_folder(path: Path) -> Path:
-    """The folder of coordinates: below ``tile_embeddings`` classes of annotations have a folder each."""
+    """Return the folder of coordinates; ``tile_embeddings`` may have a subfolder for each class of annotations."""
     folder = path.parent
     if folder.parent.name == "tile_embeddings":
         return folder.parent.parent / "tiles" / folder.name

@@ -4,12 +4,12 @@
 the file's attributes are ``stamp_version, extractor, unit ("um"), tile_size_um, tile_size_px, code_hash, feat_type
 ("tile")``. Names, dtypes and attributes as in version 2.5.0 (KatherLab/STAMP, commit c54ce06:
 ``stamp/preprocessing/__init__.py``, ``stamp/modeling/data.py``). STAMP refuses a ``stamp_version`` above its own, so
-ours is 2.1.0, the first with these attributes. Older files are read: ``tile_size`` in µm (2.0), and a stride of 224
-that stands for 256 µm (1.x).
+2.1.0 is written, the first with these attributes. Older files are read: ``tile_size`` in µm (2.0), and a stride of 224
+that means 256 µm (1.x).
 
-STAMP's files do not know the slide's pixels. Ours say its spacing and size in attributes that STAMP passes over
-(``level0_spacing_um``, ``level0_width``, ``level0_height``, ``overlap``, ``token_mask``); of others' files the slide
-gives them. Without it, coordinates are in pixels of the tiles' own spacing: ``TileCoords.on_level0`` is False.
+STAMP's files do not state the slide's spacing and size. This package adds attributes that STAMP ignores
+(``level0_spacing_um``, ``level0_width``, ``level0_height``, ``overlap``, ``token_mask``); for other files the slide
+itself is asked. Without it, coordinates are in pixels of the tiles' own spacing: ``TileCoords.on_level0`` is False.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Stamp:
     coords_patterns = ()
 
     def has_features(self, contents: FileContents) -> bool:
-        """``feats`` and ``coords``."""
+        """Return whether the file has ``feats`` and ``coords``."""
         return {"feats", "coords"} <= contents.names
 
     def has_coords(self, contents: FileContents) -> bool:
-        """STAMP writes coordinates with features alone."""
+        """Return False: STAMP writes no coordinates without features."""
         return False
 
     def read_features(self, path: Path, slide: SlideInfo | None, encoder: str | None) -> TileFeatures:
@@ -65,7 +65,7 @@ class Stamp:
         return features_of(places, features_TC)
 
     def read_coords(self, path: Path, slide: SlideInfo | None) -> TileCoords:
-        """Read the coordinates, in level-0 pixels where the slide's spacing is known."""
+        """Read the coordinates, in level-0 pixels if the slide's spacing is known."""
         with opened_h5(path) as file:
             attributes = file.attrs
             coords_um = h5_tables.rows_of(file["coords"], path, np.float64)
@@ -97,14 +97,14 @@ class Stamp:
             )
 
     def path_of(self, root: Path, header: TileHeader) -> Path:
-        """``<encoder>/<id>.h5``."""
+        """Return the path ``<encoder>/<id>.h5`` below ``root``."""
         return root / folder_name(header.encoder) / f"{header.slide_id}.h5"
 
     @contextmanager
     def writing(
         self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
-        """Write the feature file; features are float16, whatever ``dtype`` says."""
+        """Write the feature file; features are float16 and ``dtype`` is ignored."""
 
         writable_id(header)
         side_px, spacing_um, spacing_lv0 = known_fields(
@@ -145,10 +145,10 @@ def _attributes(header: TileHeader, side_px: int, spacing_um: float) -> dict[str
 
 
 def _halved(features_BC: np.ndarray, slide_id: str) -> np.ndarray:
-    """Features as STAMP holds them.
+    """Convert features to float16, as STAMP stores them.
 
     Raises:
-        ValueError: half precision has no room for them.
+        ValueError: a finite value would overflow.
     """
     features_BC = np.asarray(features_BC)
     with np.errstate(over="ignore"):
@@ -162,10 +162,10 @@ def _halved(features_BC: np.ndarray, slide_id: str) -> np.ndarray:
 
 
 def _tile_size(attributes: Any, coords: np.ndarray, path: Path) -> tuple[float, int | None, float]:
-    """A tile's side in µm and in pixels, and how many µm one unit of the coordinates is.
+    """Return a tile's side in µm and in pixels, and the µm per unit of the coordinates.
 
     Raises:
-        SlideError: the file does not say.
+        SlideError: the file does not state them.
     """
     side_px = h5_tables.attribute_int(attributes, "tile_size_px")
     side = h5_tables.attribute_float(attributes, "tile_size")
@@ -176,12 +176,12 @@ def _tile_size(attributes: Any, coords: np.ndarray, path: Path) -> tuple[float, 
     if round(_stride(coords) if side is None else side) == _HISTORIC_PX:
         return _HISTORIC_UM, _HISTORIC_PX, _HISTORIC_UM / _HISTORIC_PX
     raise SlideError(
-        f"a STAMP file must tell tile_size_um or have a stride of 224 px, got neither in {as_text(path)}; extract the "
+        f"a STAMP file must state tile_size_um or have a stride of 224 px, got neither in {as_text(path)}; extract the "
         "slide again"
     )
 
 
 def _stride(coords: np.ndarray) -> float:
-    """The smallest step between two coordinates, 0 where there is none."""
+    """Return the smallest step between two coordinates along either axis; 0 for a single tile."""
     steps = np.concatenate([np.diff(np.unique(coords[:, axis])) for axis in (0, 1)])
     return float(steps.min()) if len(steps) else 0.0

@@ -1,4 +1,4 @@
-"""``.pt`` files of one tensor: read without running code that is in them, written without a copy in memory."""
+"""Read ``.pt`` files of one tensor without running code that they contain, and write them without a copy in memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ROWS_AT_ONCE = 4096
 
 
 def read_tensor(path: Path) -> np.ndarray:
-    """The tensor of a ``.pt`` file, mapped into memory rather than copied where it can be; bfloat16 becomes float32.
+    """Read the tensor of a ``.pt`` file, memory-mapped if possible; bfloat16 is converted to float32.
 
     Raises:
-        SlideError: the file cannot be read, holds something else, or would run code.
+        SlideError: the file cannot be read, does not contain a tensor of floats, or would run code.
     """
     import torch
 
@@ -45,11 +45,11 @@ def read_tensor(path: Path) -> np.ndarray:
 
 
 class TensorSpool:
-    """Rows that become the tensor of a ``.pt`` file: they wait on disk, beside it, until all have come.
+    """A context manager that spools rows to disk, next to the ``.pt`` file, and then writes them as one tensor.
 
     Args:
-        path: of the file.
-        channels: columns of the tensor.
+        path: the ``.pt`` file.
+        channels: the number of columns.
         dtype: float32 or float16.
     """
 
@@ -58,7 +58,7 @@ class TensorSpool:
         self.rows = 0
 
     def __enter__(self) -> TensorSpool:
-        # Named as what is not finished is, so that who clears up after a killed run finds them.
+        # Unfinished files end in .partial, so that the cleanup after a killed run finds them.
         name = self.path.name.removesuffix(".partial")
         self._raw, self._ordered = (self.path.with_name(f"{name}-{kind}.partial") for kind in ("rows", "ordered"))
         self._file = self._raw.open("wb")
@@ -72,7 +72,7 @@ class TensorSpool:
             path.unlink(missing_ok=True)
 
     def append(self, rows_BC: np.ndarray) -> None:
-        """Add rows below the others.
+        """Append rows (B, channels).
 
         Raises:
             ValueError: they have another number of columns.
@@ -89,8 +89,8 @@ class TensorSpool:
         """Write the ``.pt`` file.
 
         Args:
-            order: the order that the rows get; None = that in which they came.
-            shape: of the tensor; None = (rows, channels).
+            order: indices that sort the rows; None keeps the order in which they were appended.
+            shape: the shape of the tensor; None = (rows, channels).
         """
         import torch
 
@@ -98,7 +98,7 @@ class TensorSpool:
         raw = self._raw if order is None else self._reordered(order)
         dtype = torch.float16 if self.dtype == np.float16 else torch.float32
         size = self.rows * self.channels
-        # The file is mapped, so that the tensor's pages come and go as it is written.
+        # The tensor is memory-mapped, so that it need not fit into memory.
         tensor = torch.from_file(str(raw), False, size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
         torch.save(tensor.reshape(shape or (self.rows, self.channels)), self.path)
 

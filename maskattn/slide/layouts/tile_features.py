@@ -1,7 +1,7 @@
-"""What a file of tile features holds, whichever tool wrote it: the header, places and features of a slide's tiles.
+"""The metadata, coordinates and features of a slide's tiles, in one form for the files of all tools.
 
-Coordinates are level-0 pixels, x before y, of each tile's top left corner, and int64; features are float32 or
-float16. Where a file leaves something open, the field is None: nothing is made up.
+Coordinates are int64 level-0 pixels, x before y, of each tile's top left corner; features are float32 or float16. A
+field that a file does not state is None: no default is assumed.
 
 Dimension key: T tiles, C channels.
 """
@@ -27,21 +27,21 @@ TokenMask = Literal["none", "tissue"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TileHeader:
-    """The facts that hold for all tiles of a slide.
+    """The metadata that all tiles of a slide share.
 
     Attributes:
         slide_id: the slide's id.
         patch_size_px: side of a tile in pixels, as it was cut out for the encoder.
         patch_size_lv0: side of a tile in level-0 pixels.
         spacing_um: µm per pixel of a tile, as it was cut out.
-        overlap_px: of neighbouring tiles, in a tile's pixels.
-        width_px: width of the slide's level 0.
-        height_px: height of the slide's level 0.
-        spacing_lv0_um: µm per pixel of the slide's level 0.
-        magnification: of the objective that scanned the slide.
+        overlap_px: overlap of neighbouring tiles, in pixels of a tile.
+        width_px: width of the slide in level-0 pixels.
+        height_px: height of the slide in level-0 pixels.
+        spacing_lv0_um: µm per level-0 pixel.
+        magnification: magnification of the objective that scanned the slide.
         encoder: the name of the encoder.
-        token_mask: "none" where every token of a tile took part, "tissue" where background tokens were left out; None
-            where the file does not say it, as no other tool's does.
+        token_mask: "none" if every token of a tile took part, "tissue" if background tokens were left out; None if the
+            file does not say, as with all other tools.
         slide_path: the slide's file.
     """
 
@@ -68,7 +68,7 @@ class TileHeader:
         encoder: str | None = None,
         token_mask: TokenMask | None = None,
     ) -> TileHeader:
-        """The header of the tiles of a slide's grid."""
+        """Return the header of the tiles of a slide's grid."""
         return cls(
             slide_id=slide_id,
             patch_size_px=grid.tile_px,
@@ -95,14 +95,14 @@ class TileHeader:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TileCoords(TileHeader):
-    """Where a slide's tiles lie.
+    """The positions of a slide's tiles.
 
     Attributes:
         coords_T2: (T, 2) int64, x and y of each tile's top left corner.
-        on_level0: True = ``coords_T2`` and ``patch_size_lv0`` are pixels of the slide's level 0. False = they are
-            pixels of ``spacing_um``: the file has µm alone, as STAMP's have, and the slide was not given.
-        layout: whose file it was.
-        source: the file.
+        on_level0: True if ``coords_T2`` and ``patch_size_lv0`` are in level-0 pixels. False if they are in pixels of
+            ``spacing_um``, because the file states only µm, as STAMP's do, and the slide was not given.
+        layout: the name of the file's layout.
+        source: the path of the file.
     """
 
     coords_T2: Int[np.ndarray, "T 2"]
@@ -113,7 +113,7 @@ class TileCoords(TileHeader):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TileFeatures(TileCoords):
-    """Tile features with their places.
+    """Tile features with their positions.
 
     Attributes:
         features_TC: (T, C) float32 or float16, finite.

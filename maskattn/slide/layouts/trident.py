@@ -1,14 +1,14 @@
-"""TRIDENT's layout, and that of our own ``features.h5``.
+"""TRIDENT's layout, which is also that of this package's ``features.h5``.
 
 ``ROOT/{mag}x_{px}px_{overlap}px_overlap/patches/<id>_patches.h5`` has ``coords`` (T, 2) int64 in level-0 pixels with
 the geometry as attributes; ``.../features_<encoder>/<id>.h5`` has ``features`` (T, C) and the same ``coords``. Names,
 dtypes and attributes as in version 0.3.0 (mahmoodlab/TRIDENT, commit a91fa84: ``trident/IO.py``,
 ``trident/wsi_objects/WSI.py``).
 
-TRIDENT knows of magnifications alone and reads a tile of ``round(patch_size · level0_magnification /
-target_magnification)`` level-0 pixels: ours are written so that this is the tile's side exactly. In attributes of
-ours, which TRIDENT passes over, ``coords`` has ``spacing_um`` and ``level0_spacing_um``, and ``features`` has
-``token_mask``.
+TRIDENT records magnifications, not spacings, and reads a tile of ``round(patch_size · level0_magnification /
+target_magnification)`` level-0 pixels. Magnifications are written so that this is exactly the tile's side. Additional
+attributes, which TRIDENT ignores, are ``spacing_um`` and ``level0_spacing_um`` of ``coords``, and ``token_mask`` of
+``features``.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Trident:
     coords_patterns = ("{id}_patches.h5", "patches/{id}_patches.h5", "*/patches/{id}_patches.h5")
 
     def has_features(self, contents: FileContents) -> bool:
-        """``features`` and ``coords``, whose attributes say how large a tile is in level-0 pixels."""
+        """Return whether the file has ``features``, and ``coords`` with the attribute ``patch_size_level0``."""
         return "features" in contents.names - contents.groups and "patch_size_level0" in contents.coords_attributes
 
     def has_coords(self, contents: FileContents) -> bool:
-        """``coords`` alone, with that attribute."""
+        """Return whether the file has ``coords`` with the attribute ``patch_size_level0``, and no features."""
         return "features" not in contents.names and "patch_size_level0" in contents.coords_attributes
 
     def read_features(self, path: Path, slide: SlideInfo | None, encoder: str | None) -> TileFeatures:
@@ -91,14 +91,14 @@ class Trident:
             )
 
     def path_of(self, root: Path, header: TileHeader) -> Path:
-        """``{mag}x_{px}px_{overlap}px_overlap/features_<encoder>/<id>.h5``."""
+        """Return the path ``{mag}x_{px}px_{overlap}px_overlap/features_<encoder>/<id>.h5`` below ``root``."""
         return _coords_folder(root, header) / f"features_{folder_name(header.encoder)}" / f"{header.slide_id}.h5"
 
     @contextmanager
     def writing(
         self, root: str | Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32
     ) -> Iterator[TakeTiles]:
-        """Write the feature file, and that of the coordinates, which is there first."""
+        """Write the file of coordinates, which appears first, and the feature file."""
         slide_id, root = writable_id(header), Path(root)
         final = self.path_of(root, header)
         patches = _coords_folder(root, header) / "patches" / f"{slide_id}{_COORDS_ENDING}.h5"
@@ -120,17 +120,17 @@ class Trident:
 def feature_file(
     path: Path, header: TileHeader, channels: int, dtype: np.dtype | type = np.float32, folder: Path | None = None
 ) -> Iterator[TakeTiles]:
-    """Write one feature file, wherever it lies; the context gives the function that takes a batch of tiles.
+    """Write one feature file at any path; the context yields a function that takes a batch of tiles.
 
     Args:
-        path: where to; it is there when the context ends.
-        header: what holds for all tiles.
+        path: the file to write, which appears when the context ends.
+        header: the metadata of all tiles.
         channels: C.
-        dtype: of the features.
-        folder: TRIDENT's folder of the coordinates, which both files name; None leaves it out.
+        dtype: dtype of the features.
+        folder: TRIDENT's folder of coordinates, stored as ``savetodir``; None omits the attribute.
 
     Raises:
-        ValueError: the header lacks the tiles' size or the slide's.
+        ValueError: the header lacks the size of the tiles or of the slide.
         OSError: the file cannot be written.
     """
 
@@ -166,11 +166,11 @@ def write_geometry(coords: Any, header: TileHeader, folder: Path | None = None) 
 
     Args:
         coords: the dataset.
-        header: what holds for all tiles.
-        folder: what TRIDENT calls ``savetodir``; None leaves it out.
+        header: the metadata of all tiles.
+        folder: the value of TRIDENT's attribute ``savetodir``; None omits it.
 
     Raises:
-        ValueError: the header lacks the tiles' size or the slide's.
+        ValueError: the header lacks the size of the tiles or of the slide.
     """
     side_px, side_lv0, width, height = known_fields(
         "trident", header, "patch_size_px", "patch_size_lv0", "width_px", "height_px"
@@ -179,8 +179,8 @@ def write_geometry(coords: Any, header: TileHeader, folder: Path | None = None) 
     geometry = {
         "patch_size": side_px,
         "patch_size_level0": side_lv0,
-        "level0_magnification": _whole(magnification),
-        "target_magnification": _whole(magnification * side_px / side_lv0),
+        "level0_magnification": _integer_if_equal(magnification),
+        "target_magnification": _integer_if_equal(magnification * side_px / side_lv0),
         "overlap": header.overlap_px,
         "name": header.slide_id,
         "savetodir": None if folder is None else str(folder),
@@ -195,9 +195,9 @@ def write_geometry(coords: Any, header: TileHeader, folder: Path | None = None) 
 
 
 def token_mask_of(attributes: Any) -> TokenMask | None:
-    """Which tokens took part, where the attributes say it."""
-    told = h5_tables.attribute_text(attributes, "token_mask") if "token_mask" in attributes else None
-    return "none" if told == "none" else "tissue" if told == "tissue" else None
+    """Return the token mask that the attributes state; None if they state none."""
+    stated = h5_tables.attribute_text(attributes, "token_mask") if "token_mask" in attributes else None
+    return "none" if stated == "none" else "tissue" if stated == "tissue" else None
 
 
 def _coords_folder(root: Path, header: TileHeader) -> Path:
@@ -212,5 +212,5 @@ def _spacing_lv0(header: TileHeader) -> float:
     return spacing_um * side_px / side_lv0
 
 
-def _whole(number: float) -> float | int:
+def _integer_if_equal(number: float) -> float | int:
     return int(number) if float(number).is_integer() else float(number)

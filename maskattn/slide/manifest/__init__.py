@@ -1,4 +1,4 @@
-"""What a user named (files, folders, globs, tables) → a job per slide."""
+"""Turn the files, folders, globs and tables that a user names into one job per slide."""
 
 from maskattn.slide.manifest.folder_search import SLIDE_SUFFIXES
 from maskattn.slide.manifest.jobs import SlideJob, collect_jobs, read_manifest

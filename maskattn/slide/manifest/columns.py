@@ -1,9 +1,9 @@
-"""The columns of a manifest: our names, those of other tools' tables, and what is a misspelling of one.
+"""Locate the columns of a manifest by this package's names and those of other tools, and detect misspellings.
 
-A column of another name is carried to the summary as it is. Two kinds are refused instead, as passing over them would
-change what is computed: one that speaks of spacing or of a mask and is none that is known (``spacing_umm``, ``masks``),
-and one that is all but spelt as a column of ours which the table lacks (``slide_pth``). Where the table names no files,
-a column that may hold them (``path``, ``image``) is refused too.
+A column with an unknown name is copied to the summary. Two kinds are refused instead, because ignoring them would
+change the result: an unknown name about spacing or masks (``spacing_umm``, ``masks``), and a name almost equal to a
+column that the table lacks (``slide_pth``). If the table names no files, a column that may hold them (``path``,
+``image``) is refused too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ _NAMES = {
     "spacing_um": ("spacing_um", "mpp", "spacing_at_level_0"),
     "slide_file": ("filename",),
 }
-"""Ours, then those of other tools' tables: slide2vec's and hs2p's (sample_id, image_path, spacing_at_level_0),
-TRIDENT's (wsi, mpp) and STAMP's (FILENAME, of the slide's features). CLAM's (case_id, slide_id, label) has no files."""
+"""Our name → accepted names, those of other tools included: slide2vec and hs2p (sample_id, image_path,
+spacing_at_level_0), TRIDENT (wsi, mpp) and STAMP (FILENAME, of the slide's features). CLAM's tables (case_id, slide_id,
+label) name no files."""
 
 _OURS = {other.replace("_", ""): ours for ours, others in _NAMES.items() for other in others}
-# A column that speaks of these changes what is computed: where its name is not known, it must not be passed over.
+# A column about these changes the result, so one with an unknown name must not be ignored.
 _WEIGHTY = re.compile("spacing|mpp|micron|mask")
-# What hs2p's process_list.csv has of them that changes nothing.
+# Such columns of hs2p's process_list.csv that do not change the result.
 _WEIGHTLESS = {"maskpreviewpath", "maskbackend", "requestedmaskbackend"}
 _OF_FILES = re.compile("path|file|wsi|image|url|location")
 _ALIKE = 0.8
@@ -41,14 +42,14 @@ _ALIKE = 0.8
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the columns of a table are.
+    """The positions of the columns of a table.
 
     Attributes:
         ours: our name → index: ``slide_id``, ``slide_path``, ``mask_path``, ``spacing_um``, ``slide_file``.
-        carried: name, as the table has it → index, of the columns that are carried to the summary.
-        nameless: how many have no name, and are passed over.
-        by_name: whether the slides are named by their files, as TRIDENT's ``wsi`` does, or by their ids alone, so that
-            they may lie in a folder that is named beside the table.
+        carried: name in the table → index, for the columns that are copied to the summary.
+        nameless: the number of columns without a name, which are ignored.
+        by_name: whether the table gives only file names (TRIDENT's ``wsi``) or ids, so that the slides may be in a
+            folder that is named along with the table.
     """
 
     ours: dict[str, int]
@@ -58,15 +59,15 @@ class Columns:
 
 
 def is_known_column(name: str) -> bool:
-    """Whether a column of this name is read; case, spaces and hyphens do not matter."""
+    """Return whether a column of this name is read; case, spaces, hyphens and underscores do not matter."""
     return _plain(name) in _OURS
 
 
 def locate_columns(header: Sequence[str], manifest: Path) -> Columns:
-    """Where a table's columns are.
+    """Locate the columns of a table.
 
     Raises:
-        ManifestError: a column is missing, comes twice, or seems to be a misspelling of ours.
+        ManifestError: a column is missing, comes twice, or seems to be misspelt.
     """
     plain = [_plain(name) for name in header]
     named = {_OURS[name] for name in plain if name in _OURS}
@@ -76,7 +77,7 @@ def locate_columns(header: Sequence[str], manifest: Path) -> Columns:
     twice, misspelt, nameless = [], [], 0
     for index, name in enumerate(header):
         our_name = _OURS.get(plain[index])
-        # STAMP's FILENAME is of a file of features: a path of the slide is worth more.
+        # STAMP's FILENAME is a file of features, so a path of the slide takes precedence.
         if our_name == "slide_file" and with_paths:
             our_name = None
         if our_name in ours:
@@ -99,22 +100,22 @@ def locate_columns(header: Sequence[str], manifest: Path) -> Columns:
     if missing:
         faults["unknown"] = misspelt + [name or "(no name)" for name in carried]
     if any(faults.values()):
-        told = "; ".join(f"{fault}: {', '.join(map(as_text, names))}" for fault, names in faults.items() if names)
+        found = "; ".join(f"{fault}: {', '.join(map(as_text, names))}" for fault, names in faults.items() if names)
         raise ManifestError(
             "a manifest must have the columns slide_id, slide_path and may have mask_path, spacing_um, each once; got "
-            f"{shortened(', '.join(header)) or 'no header'} in {as_text(manifest)}; {told}"
+            f"{shortened(', '.join(header)) or 'no header'} in {as_text(manifest)}; {found}"
             + ("" if missing else "; give each the name of what it is, or drop it")
         )
     return Columns(ours, carried, nameless, by_name=wsi or not with_paths)
 
 
 def last_named(header: Sequence[str]) -> int:
-    """Where the header's last name is: fields beyond it have no column. -1 = nowhere."""
+    """Return the index of the header's last name, beyond which fields have no column; -1 if there are no names."""
     return max((index for index, name in enumerate(header) if name), default=-1)
 
 
 def _seems_misspelt(name: str, named: set[str], with_paths: bool) -> bool:
-    """Whether a column that is not known must not be passed over."""
+    """Return whether an unknown column must be refused instead of ignored."""
     if _WEIGHTY.search(name) and name not in _WEIGHTLESS:
         return True
     if not with_paths and _OF_FILES.search(name):
@@ -124,7 +125,7 @@ def _seems_misspelt(name: str, named: set[str], with_paths: bool) -> bool:
 
 
 def _distinct(name: str, taken: dict[str, int]) -> str:
-    """The name, or one with a number where another column has it."""
+    """Return the name, with a number appended if another column has it already."""
     number = 2
     distinct = name
     while distinct in taken:
@@ -133,5 +134,5 @@ def _distinct(name: str, taken: dict[str, int]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A column's name without what does not tell columns apart; the sign for micro is a u."""
+    """Return a column's name without case, spaces, hyphens and underscores, and with u for the micro sign."""
     return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name).casefold()).replace("μ", "u")

@@ -1,7 +1,7 @@
-"""DICOM series: a slide is many ``.dcm`` files in one folder, a file or more per level, with one Series Instance UID.
+"""Group ``.dcm`` files into slides: a DICOM slide has one or more files per level, with one Series Instance UID.
 
-OpenSlide opens any of them and finds the others. Of a series that was found whole, the file of the largest level stands
-for the slide. Only the few elements that say so are read, from the part of a file that precedes the pixels.
+OpenSlide opens any of these files and finds the others in the folder. The file of the largest level represents the
+slide. Only the few elements needed for this are read, from the part of a file that precedes the pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ _MOST_BYTES = 1024
 
 @dataclass(frozen=True)
 class SeriesFile:
-    """What one file says of the series that it belongs to: its UID, its total width, and whether it is a level."""
+    """A file of a DICOM series.
+
+    Attributes:
+        series_uid: the Series Instance UID.
+        columns: total width of the file's pixel matrix, in pixels.
+        is_level: whether the file is a level of the slide, and not a label or an overview.
+    """
 
     series_uid: str
     columns: int
@@ -36,9 +42,10 @@ class SeriesFile:
 
 
 def one_per_series(paths: Sequence[Path]) -> dict[Path, str]:
-    """The paths, with one ``.dcm`` file for each series that several of them make up, and the ids that they have.
+    """Return the paths with their slides' ids, reduced to one ``.dcm`` file per series.
 
-    A series that is all there is of its folder has the folder's name: names of DICOM files are rarely a slide's.
+    A series that makes up its whole folder gets the folder's name as id, because DICOM files are rarely named after the
+    slide.
     """
     paths = list(dict.fromkeys(paths))
     per_folder = Counter(path.parent for path in paths)
@@ -60,7 +67,7 @@ def one_per_series(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_series_file(path: Path) -> SeriesFile | None:
-    """What the file says of its series; None where it is no DICOM file of a kind that OpenSlide reads."""
+    """Read the file's series; None if it is not a DICOM file of a kind that OpenSlide reads."""
     wanted = {_IMAGE_TYPE: b"", _SERIES_UID: b"", _TOTAL_COLUMNS: b""}
     try:
         with path.open("rb") as file:
@@ -81,11 +88,11 @@ def read_series_file(path: Path) -> SeriesFile | None:
 
 
 def _elements(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The elements of a data set with their values, those of sequences and of long ones left out: explicit VRs only.
+    """Yield the tags and values of a data set in explicit VR; sequences and long values are yielded empty.
 
     Raises:
-        ValueError: this is no data set.
-        struct.error: it ends in the middle of an element.
+        ValueError: the bytes are not a data set in explicit VR.
+        struct.error: the data set ends in the middle of an element.
     """
     while True:
         group, element = struct.unpack("<HH", file.read(4))
@@ -109,7 +116,7 @@ def _elements(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _skip_items(file: BinaryIO) -> None:
-    """Pass over the items of a sequence that does not tell its length."""
+    """Skip the items of a sequence of undefined length."""
     while True:
         group, element, length = struct.unpack("<HHI", file.read(8))
         tag = group << 16 | element

@@ -1,4 +1,4 @@
-"""Folder search: the slides of a folder, what a glob matches, and a note on what was passed over."""
+"""Find the slides of a folder or of a glob, with a note on what was skipped."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SLIDE_SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".qptiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu"),
     *(".svslide", ".dcm"),
 )
-"""What a folder is searched for; ``.ome.tif`` and the like are among them. A DICOM slide is many ``.dcm`` files."""
+"""The suffixes of slides in a folder; ``.tif`` includes ``.ome.tif``. A DICOM slide has many ``.dcm`` files."""
 
 _NO_SUFFIX = "without an ending"
 
 
 def search_folder(folder: Path, on_note: Callable[[str], None]) -> list[Path]:
-    """The folder's own slides by name, broken links included; not those of subfolders, and no hidden files.
+    """Return the slides in a folder, sorted by name, with broken links, but without subfolders and hidden files.
 
     Args:
-        folder: to search.
-        on_note: called with one sentence on what is skipped: files with other extensions, and subfolders.
+        folder: the folder to search.
+        on_note: called with one sentence on skipped files with other suffixes and skipped subfolders, if there are any.
 
     Raises:
         OSError: the folder cannot be read.
@@ -56,42 +56,44 @@ def search_folder(folder: Path, on_note: Callable[[str], None]) -> list[Path]:
 
 
 def match_glob(pattern: Path) -> list[Path]:
-    """The files and folders that a glob matches, by name, broken links included, and the folders that hide matches.
+    """Return the files and folders that a glob matches, sorted by name, and the folders that it cannot look into.
 
-    Folders that ``**`` matches are left out, as the files in them are matched on their own account; those on the way
-    that this user may not list, which :func:`glob.glob` passes over, are there, so that they are found to be so.
+    Folders matched by ``**`` are left out, because the glob matches the files in them too. Folders along the pattern
+    that this user may not list, which :func:`glob.glob` silently skips, are appended, so that they are reported.
     """
     found = map(Path, sorted(glob.glob(os.fspath(pattern), recursive=True)))
     return [path for path in found if "**" not in pattern.parts or not is_folder(path)] + _closed_folders(pattern)
 
 
 def _closed_folders(pattern: Path) -> list[Path]:
-    """The folders that a glob would look into and that this user may not list."""
-    on_the_way = {
+    """Return the folders that a glob would look into and that this user may not list."""
+    along_pattern = {
         folder
         for parts in range(1, len(pattern.parts))
         for folder in glob.glob(os.path.join(*pattern.parts[:parts]), recursive=True)
     }
-    return [Path(folder) for folder in sorted(on_the_way) if is_folder(folder) and not may_read(folder)]
+    return [Path(folder) for folder in sorted(along_pattern) if is_folder(folder) and not may_read(folder)]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.is_dir()  # for most entries the folder's listing has said so already
+        return entry.is_dir()  # which for most entries needs no further system call
     except OSError:
         return False
 
 
 def _told(others: Counter[str], folders: int, below: Path) -> str:
-    """Describe what a search left out."""
-    parts = []
+    """Describe the files and folders that a search skipped."""
+    kinds_skipped = []
     if others:
         count = others.total()
         kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(others.items(), key=lambda kind: -kind[1]))
-        parts.append(f"{_count(count, 'file')} that {'is no slide' if count == 1 else 'are no slides'}: {kinds}")
+        kinds_skipped.append(
+            f"{_count(count, 'file')} that {'is no slide' if count == 1 else 'are no slides'}: {kinds}"
+        )
     if folders:
-        parts.append(f"{_count(folders, 'folder')} in it (to search all below it: {quoted(below)})")
-    return "; ".join(parts)
+        kinds_skipped.append(f"{_count(folders, 'folder')} in it (to search all below it: {quoted(below)})")
+    return "; ".join(kinds_skipped)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""A slide to run, as every source of slides hands it on."""
+"""The job of one slide, as every source of slides produces it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class SlideJob:
     """One slide to predict.
 
     Attributes:
-        slide_id: names the slide's folder of outputs and its row of the summary.
+        slide_id: the slide's id, which names its output folder and its row of the summary.
         path: the slide file.
-        mask_path: the user's own tissue mask; None = find the tissue.
-        spacing_um: µm per level-0 pixel as the manifest has it; None = ask the file.
-        problem: why this job cannot run, found while the jobs were collected; None = it can.
-        carried: name and value of the manifest's other columns, for the summary.
+        mask_path: the user's own tissue mask; None to find the tissue.
+        spacing_um: µm per level-0 pixel according to the manifest; None to read it from the file.
+        problem: why this job cannot run, found while the jobs were collected; None if it can.
+        carried: names and values of the manifest's other columns, for the summary.
     """
 
     slide_id: str

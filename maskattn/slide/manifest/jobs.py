@@ -1,11 +1,11 @@
-"""Manifest: what a user named (paths, globs, folders, tables) → one job per slide.
+"""Turn the paths, globs, folders and tables that a user names into one job per slide.
 
 A table has a header ``slide_id,slide_path[,mask_path][,spacing_um]``; relative paths start at the table's own folder.
-Other tools' tables are understood too, also those that name slides by id or file alone (CLAM's, STAMP's, TRIDENT's):
-then the slides lie in the table's folder, or in a folder that is named beside it and is not a source of its own.
-Columns that are not ours are carried to the summary. A mistake in what was asked as a whole (no such column, the same
-``slide_id`` twice) is an error before anything runs. A mistake in one row, or a path that is not there, becomes a job
-that carries its ``problem``: it fails in the summary and the others go on.
+Tables of other tools are read too, also those that give only ids or file names (CLAM, STAMP, TRIDENT): their slides are
+in the table's folder, or in a folder named along with it, which then is not a source of its own. Other columns are
+copied to the summary. A mistake in the request (a missing column, a repeated ``slide_id``) is an error before anything
+runs. A mistake in one row, or a missing file, becomes a job with a ``problem``: it fails in the summary, and the others
+run.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from maskattn.slide.names import as_text, problem_of_id, shortened
 __all__ = ["SLIDE_SUFFIXES", "SlideJob", "collect_jobs", "read_manifest"]
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
-"""The kinds of files that are read as a manifest, and workbooks, for which the error says how to save them as one."""
+"""The suffixes of manifests, and of workbooks, which are refused with advice on how to save them as CSV."""
 
 
 def collect_jobs(
     sources: Sequence[str | Path], on_note: Callable[[str], None] | None = None, manifest: Path | None = None
 ) -> list[SlideJob]:
-    """Jobs from slide paths, globs, folders (their own slides, not those of subfolders) and manifests, in order.
+    """Collect jobs from slide paths, globs, folders (without their subfolders) and manifests, in order.
 
-    A slide that two sources name is one job. A source that gives no slide, among others that do, is a job that fails.
+    A slide that two sources name is one job. A source without slides, among others with slides, is a job that fails.
 
     Args:
         sources: what the user named; ``.csv``, ``.tsv`` and ``.txt`` are manifests.
-        on_note: called with a sentence on each thing skipped: other files of a folder, other columns of a manifest.
-        manifest: one more manifest, whatever its ending; it must be one.
+        on_note: called with a sentence on everything skipped: other files of a folder, other columns of a manifest.
+        manifest: one more manifest, which may have any suffix.
 
     Raises:
-        ManifestError: nothing was named, no source gives a slide, two different slides have the same ``slide_id``, or
-            ``manifest`` is none.
+        ManifestError: nothing was named, no source has a slide, two different slides have the same ``slide_id``, or
+            ``manifest`` is not a manifest.
     """
     on_note = on_note or _keep_quiet
     matches = [match for source in sources for match in _matches_of(Path(source))]
@@ -58,13 +58,13 @@ def collect_jobs(
         )
     named: dict[int, Sequence[SlideJob | Path]] = {}
     errors: list[ManifestError] = []
-    # Tables first: they may say that a folder is where their slides lie, and no source.
+    # Tables come first: a folder that holds a table's slides is not a source of its own.
     for index in sorted(range(len(matches)), key=lambda index: not _is_table(matches[index])):
         path = matches[index]
         try:
             if _is_table(path):
-                named[index], places = _read_table(path, on_note, folders)
-                looked_in |= places
+                named[index], table_folders = _read_table(path, on_note, folders)
+                looked_in |= table_folders
             elif path not in looked_in:
                 named[index] = _slides_of(path, on_note)
         except ManifestError as error:
@@ -81,19 +81,19 @@ def collect_jobs(
 def read_manifest(
     path: Path, on_note: Callable[[str], None] | None = None, folders: Sequence[Path] = ()
 ) -> list[SlideJob]:
-    """Jobs from a manifest, a row each; empty rows are left out.
+    """Read the jobs of a manifest, one per row; empty rows are skipped.
 
-    The table may be as a spreadsheet program or another tool saved it: with commas, semicolons or tabs, in UTF-8,
-    UTF-16 or Windows' code page, with decimal commas, and with further columns.
+    The table may come from a spreadsheet program or another tool: with commas, semicolons or tabs, in UTF-8, UTF-16 or
+    Windows' code page, with decimal commas, and with further columns.
 
     Args:
-        path: of the table.
-        on_note: called with a sentence on the columns that are copied to the summary, and on those that are skipped.
-        folders: where slides lie, beside the table's own folder, that the table names by id or file alone.
+        path: the table.
+        on_note: called with a sentence on columns that are copied to the summary, and on those that are skipped.
+        folders: further folders to search for slides that the table names only by id or file name.
 
     Raises:
-        ManifestError: the file cannot be read, a column is missing or misspelt, it has no rows, or a ``slide_id`` comes
-            twice.
+        ManifestError: the file cannot be read, a column is missing or misspelt, there are no rows, or a ``slide_id``
+            is repeated.
     """
     return _read_table(path, on_note or _keep_quiet, folders)[0]
 
@@ -101,7 +101,7 @@ def read_manifest(
 def _read_table(
     path: Path, on_note: Callable[[str], None], folders: Sequence[Path]
 ) -> tuple[list[SlideJob], set[Path]]:
-    """The jobs of a table, and those of the folders that it takes for the places of its slides."""
+    """Read the jobs of a table; return them with those of ``folders`` that are searched for its slides."""
     records = read_records(path, is_known_column)
     header = records[0].fields if records else ()
     columns = locate_columns(header, path)
@@ -131,11 +131,11 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _keep_quiet(note: str) -> None:
-    """For callers who want no notes."""
+    """Ignore a note."""
 
 
 def _matches_of(source: Path) -> list[Path]:
-    """What a source matches, where it is a glob; else itself."""
+    """Return the matches of a source that is a glob, else the source itself."""
     return (match_glob(source) if _is_glob(source) else []) or [source]
 
 
@@ -144,7 +144,7 @@ def _is_glob(path: Path) -> bool:
 
 
 def _slides_of(path: Path, on_note: Callable[[str], None]) -> Sequence[Path]:
-    """The slides of a folder, or the path itself."""
+    """Return the slides of a folder, or the path itself."""
     if is_folder(path):
         return _slides_of_folder(path, on_note)
     if _is_glob(path):
@@ -155,7 +155,7 @@ def _slides_of(path: Path, on_note: Callable[[str], None]) -> Sequence[Path]:
 
 
 def _is_table(path: Path) -> bool:
-    """Whether a source is read as a manifest."""
+    """Return whether a source is read as a manifest."""
     return path.suffix.lower() in _TABLE_SUFFIXES and not is_folder(path) and not _is_glob(path)
 
 
@@ -175,7 +175,7 @@ def _slides_of_folder(folder: Path, on_note: Callable[[str], None]) -> list[Path
 
 
 def _job_of_path(path: Path, slide_id: str | None) -> SlideJob | None:
-    """The job of a path that has no manifest; None where another file of its series has the id."""
+    """Return the job of a path from no manifest; None if another file of its series represents the slide."""
     if slide_id is None:
         return None
     return SlideJob(shortened(slide_id), path, problem=problem_of_file(path, "slide") or problem_of_id(slide_id))
@@ -197,16 +197,16 @@ def _unique(jobs: Iterable[SlideJob]) -> list[SlideJob]:
 
 
 def _merged(one: SlideJob, other: SlideJob) -> SlideJob:
-    """One slide that two sources name: what either says of it holds.
+    """Merge two jobs of one slide, with the fields that either states.
 
     Raises:
         ManifestError: they contradict each other.
     """
     for name in ("mask_path", "spacing_um"):
-        said = {getattr(job, name) for job in (one, other)} - {None}
-        if len(said) > 1:
+        stated = {getattr(job, name) for job in (one, other)} - {None}
+        if len(stated) > 1:
             raise ManifestError(
-                f"a slide that is named twice must have one {name}, got {' and '.join(sorted(map(str, said)))} for "
+                f"a slide that is named twice must have one {name}, got {' and '.join(sorted(map(str, stated)))} for "
                 f"{one.slide_id!r}; name it once"
             )
     return replace(

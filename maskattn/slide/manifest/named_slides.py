@@ -1,4 +1,4 @@
-"""Slides that a table names by id or by file alone: where they lie, in its own folder or in one named beside it."""
+"""Find slides that a table names only by id or file name, in its own folder or in one named along with it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MOST_FOLDERS = 5
 
 
 class NamedSlides:
-    """The slides of some folders by name; a folder is listed when the first name is looked for in it.
+    """An index of the slides in folders; a folder is listed when it is first searched.
 
     Args:
-        folders: where slides may lie, the first that has one wins.
+        folders: the folders to search, in order; the first that has a slide is taken.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -27,10 +27,10 @@ class NamedSlides:
         self._listed: dict[Path, dict[str, list[Path]]] = {}
 
     def find(self, name: str, where: str) -> tuple[Path, str | None]:
-        """The file of a slide, and why there is none that can be taken, or None.
+        """Return the file of a slide, and why it cannot be taken, or None if it can.
 
         Args:
-            name: the slide's id, or its file's name, also with folders before it.
+            name: the slide's id or its file's name, which may be preceded by folders.
             where: the line of the table, for the message.
         """
         for folder in self._folders:
@@ -41,16 +41,17 @@ class NamedSlides:
             if len(found) == 1:
                 return found[0], None
             if found:
-                told = " and ".join(as_text(each.name) for each in found)
+                names = " and ".join(as_text(each.name) for each in found)
                 return path, (
-                    f"a slide's id must name one file, got {told} for {shortened(name)!r} in {where}; give the table a "
-                    "column slide_path"
+                    f"a slide's id must name one file, got {names} for {shortened(name)!r} in {where}; give the table "
+                    "a column slide_path"
                 )
-        told = ", ".join(map(as_text, self._folders[:_MOST_FOLDERS])) + (", ..." * (len(self._folders) > _MOST_FOLDERS))
+        searched = ", ".join(map(as_text, self._folders[:_MOST_FOLDERS]))
+        searched += ", ..." * (len(self._folders) > _MOST_FOLDERS)
         return self._folders[0] / name, (
-            f"a slide that a table names must lie in its folder or in one named beside it, got no slide "
-            f"{shortened(name)!r} ({where}) in {told}; name its folder on the command line, or give the table a column "
-            "slide_path"
+            f"a slide that a table names must be in its folder or in one named along with it, got no slide "
+            f"{shortened(name)!r} ({where}) in {searched}; name its folder on the command line, or give the table "
+            "a column slide_path"
         )
 
     def _by_id(self, folder: Path) -> dict[str, list[Path]]:
@@ -68,6 +69,6 @@ class NamedSlides:
 
 
 def id_of_features(filename: str) -> str:
-    """The slide, with folders before it, whose file of features STAMP's FILENAME is: the name without ``.h5``."""
+    """Return the slide that STAMP's FILENAME, a file of features, belongs to: the path without ``.h5``."""
     path = PurePosixPath(filename.replace("\\", "/"))
     return str(path.with_suffix("") if path.suffix.lower() in (".h5", ".hdf5") else path)

@@ -1,4 +1,4 @@
-"""The rows of a manifest → jobs. What is wrong with one row becomes its job's problem, and the others go on."""
+"""Turn the rows of a manifest into jobs. A mistake in a row becomes its job's problem, and the others run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class TableRows:
     """Makes the jobs of a table's rows.
 
     Args:
-        manifest: the table.
-        columns: where its columns are.
-        width: how many fields a row may have.
-        folders: where slides lie, beside the table's own folder, that the table names by id or file alone.
+        manifest: the path of the table.
+        columns: the positions of its columns.
+        width: the number of fields that a row may have.
+        folders: further folders to search for slides that the table names only by id or file name.
     """
 
     def __init__(self, manifest: Path, columns: Columns, width: int, folders: Sequence[Path]) -> None:
@@ -35,10 +35,10 @@ class TableRows:
         self._named = NamedSlides([manifest.parent, *self._folders])
         self._with_paths = "slide_path" in columns.ours
         self.looked_in: set[Path] = set() if self._with_paths else set(self._folders)
-        """Those of the folders that are the places of the table's slides."""
+        """The folders that are searched for the table's slides."""
 
     def job(self, record: Record) -> SlideJob:
-        """The job of one row; missing fields are empty, and so must be those beyond the header's last name."""
+        """Return the job of a row; missing fields count as empty, and fields beyond the header's last name must be."""
         where = f"line {record.line} of {as_text(self._manifest.name)}"
         cells = {name: _field(record, index) for name, index in self._columns.ours.items()}
         problem: str | None
@@ -59,7 +59,7 @@ class TableRows:
         return SlideJob(shortened(slide_id), path, mask_path, spacing_um, problem or problem_of_id(slide_id), carried)
 
     def _slide(self, cells: Mapping[str, str], where: str) -> tuple[str, Path, str | None]:
-        """The id and the file of a row's slide, and what the row lacks."""
+        """Return the id and the file of a row's slide, and what the row lacks or None."""
         slide_id, lack = cells.get("slide_id", ""), None
         if "slide_id" in cells and not slide_id:
             lack = f"a row must have a slide_id, got none in {where}"

@@ -54,22 +54,22 @@ def read_records(path: Path, is_known: Callable[[str], bool], what: str = "a man
     """The records of a table, the header first; blank ones are left out.
 
     Args:
-        path: of the table.
+        path: the table.
         is_known: whether a column's name is one that the reader of the table uses. The delimiter that finds the most
             of them is the table's, and their fields have one line each: a quoted field of several is for others.
         what: the table, as messages call it.
 
     Raises:
-        ManifestError: the file cannot be read, or is no text.
+        ManifestError: the file cannot be read, or is not text.
     """
     lines = _read_lines(path, what)
-    told = re.fullmatch(r'"?sep=(.)"?', lines[0].strip(_SPACE.replace("\t", "")), re.IGNORECASE)
-    index = 1 if told else 0
+    stated = re.fullmatch(r'"?sep=(.)"?', lines[0].strip(_SPACE.replace("\t", "")), re.IGNORECASE)
+    index = 1 if stated else 0
     while index < len(lines) and not lines[index].strip(_SPACE + _DELIMITERS + '"'):
         index += 1
     if index == len(lines):
         return []
-    headers = {sign: _record_at(lines, index, sign) for sign in (told[1] if told else _DELIMITERS)}
+    headers = {sign: _record_at(lines, index, sign) for sign in (stated[1] if stated else _DELIMITERS)}
     delimiter = max(headers, key=lambda sign: sum(map(is_known, headers[sign][0].fields)))
     records = []
     known: frozenset[int] = frozenset()
@@ -104,7 +104,7 @@ def _decoded(data: bytes, path: Path, what: str) -> str:
     if encoding is None and len(data) > 1 and (data[1] == 0) != (data[0] == 0):
         encoding = "utf-16-le" if data[1] == 0 else "utf-16-be"
     if encoding is None or encoding == "utf-8":
-        # bytes.splitlines knows the three line ends of CSV and no other.
+        # bytes.splitlines splits at the three line ends of CSV and at no others.
         return "".join(map(_line_decoded, data[len(mark) :].splitlines(keepends=True)))
     try:
         return data[len(mark) :].decode(encoding)
@@ -128,9 +128,9 @@ def _line_decoded(line: bytes) -> str:
 def _record_at(
     lines: Sequence[str], index: int, delimiter: str, known: frozenset[int] = frozenset()
 ) -> tuple[Record, int]:
-    """The record that starts on a line, and how many lines it takes."""
+    """Return the record that starts on a line, and the number of its lines."""
     window = range(index, min(index + _MOST_LINES_PER_RECORD, len(lines)))
-    # A line beyond the last: csv takes it only where a quote is still open, which csv itself does not mind.
+    # An extra empty line: csv reads it only if a quote is still open, which is no error for csv itself.
     text = chain((f"{lines[number]}\n" for number in window), ("",))
     reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True)
     try:

@@ -1,4 +1,4 @@
-"""The report: one HTML file that stands alone, with every slide of a folder of outputs, and a slide's part of it."""
+"""Write the report on a run as one self-contained HTML file, or show one slide's section in a notebook."""
 
 from maskattn.slide.report.page import write_report
 from maskattn.slide.report.shown_slide import ShownSlide, show

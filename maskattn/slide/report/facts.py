@@ -1,4 +1,4 @@
-"""What the report says in words and tables: scores, verdicts, what was skipped, settings, versions, the model."""
+"""The report's text and tables: scores, verdicts, skipped areas, settings, versions and models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIGURES = frozenset(("score", "logit", "sum over tiles", "tiles", "tokens kept"
 
 
 def map_sentence(prediction: SlidePrediction, name: str) -> str:
-    """The facts about a class's map in a few sentences."""
+    """Return sentences on the method and the map check of a class's map."""
     about = prediction.maps.get(name, {})
     verdict = str(about.get("map_check", "not recorded"))
     z = f" (z = {about['z']:.1f})" if verdict in ("passed", "weak", "contradicts") and "z" in about else ""
@@ -33,7 +33,7 @@ def map_sentence(prediction: SlidePrediction, name: str) -> str:
 
 
 def score_table(prediction: SlidePrediction) -> Markup:
-    """Every class with its score, the map check's verdict, and what its map sums to."""
+    """Return a table of the classes with score, logit, verdict of the map check and sum over the map's tiles."""
     ranked = sorted(prediction.scores, key=prediction.scores.__getitem__, reverse=True)
     rows = []
     for name in ranked:
@@ -54,19 +54,24 @@ def score_table(prediction: SlidePrediction) -> Markup:
 
 
 def run_table(run: FinishedRun, anchors: Mapping[str, str]) -> Markup:
-    """A row for every slide, which leads to its part."""
+    """Return a table with a row for every slide, linked to its section.
+
+    Args:
+        run: the finished run.
+        anchors: the HTML id of each slide's section, by slide id.
+    """
     rows = []
     for slide in run.slides:
         prediction = slide.prediction
         link = element("th", element("a", slide.slide_id, href=f"#{anchors[slide.slide_id]}"), scope="row")
-        told = [element("td", slide.status, class_=f"status {slide.status}" if slide.status.isalpha() else "status")]
+        cells = [element("td", slide.status, class_=f"status {slide.status}" if slide.status.isalpha() else "status")]
         if prediction is None:
-            rows.append(element("tr", link, *told, element("td", slide.reason, colspan=6, class_="reason")))
+            rows.append(element("tr", link, *cells, element("td", slide.reason, colspan=6, class_="reason")))
             continue
         counts = prediction.counts
         share = counts.kept_tokens / max(counts.kept_tokens + counts.skipped_tokens, 1)
         verdict = str(prediction.maps.get(prediction.prediction, {}).get("map_check", ""))
-        told += [
+        cells += [
             element("td", prediction.prediction),
             _figure(f"{prediction.scores[prediction.prediction]:.3f}"),
             element("td", verdict, class_=f"verdict {verdict}" if verdict in _VERDICTS else "verdict"),
@@ -74,12 +79,12 @@ def run_table(run: FinishedRun, anchors: Mapping[str, str]) -> Markup:
             _figure(f"{share:.1%}"),
             _figure(slide.seconds),
         ]
-        rows.append(element("tr", link, *told))
+        rows.append(element("tr", link, *cells))
     return _table(("slide", "status", "prediction", "score", "map check", "tiles", "tokens kept", "seconds"), rows)
 
 
 def notes_of(slide: FinishedSlide) -> Markup:
-    """What was skipped and why, and every other note of the run."""
+    """Return a list of what was skipped and why, with the run's other notes on the slide."""
     prediction = slide.prediction
     assert prediction is not None
     counts = prediction.counts
@@ -98,7 +103,7 @@ def notes_of(slide: FinishedSlide) -> Markup:
 
 
 def facts_of(prediction: SlidePrediction) -> Markup:
-    """The slide's file, settings, timings and versions, folded away."""
+    """Return the slide's file, settings, timings and versions, in a collapsed section."""
     slide = {name: value for name, value in vars(prediction.slide).items() if value not in (None, "")}
     versions: dict[str, Any] = prediction.versions
     groups = {
@@ -114,7 +119,7 @@ def facts_of(prediction: SlidePrediction) -> Markup:
 
 
 def model_cards(run: FinishedRun) -> Markup:
-    """A card for every model that predicted slides of the run."""
+    """Return a card for every model that predicted slides of the run."""
     by_model: dict[str, list[SlidePrediction]] = {}
     for slide in run.slides:
         if slide.prediction is not None:
@@ -137,7 +142,7 @@ def model_cards(run: FinishedRun) -> Markup:
 
 
 def pairs(facts: Mapping[str, Any]) -> Markup:
-    """Names and values."""
+    """Return a definition list of names and values."""
     terms = (
         joined([element("dt", name.replace("_", " ")), element("dd", _said(value))]) for name, value in facts.items()
     )

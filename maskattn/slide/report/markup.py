@@ -1,4 +1,4 @@
-"""HTML that is escaped by construction: what is no :class:`Markup` is text, whatever it holds."""
+"""Build HTML that is escaped by construction: every string that is not :class:`Markup` is treated as text."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ class Markup(str):
 
 
 def element(name: str, /, *children: str, **attributes: str | int | bool) -> Markup:
-    """An element.
+    """Return an element.
 
     Args:
-        name: of the element.
-        children: what it holds; text is escaped, Markup stands as it is.
-        attributes: by name, an underscore at the end is dropped and others are hyphens; False leaves one out.
+        name: the element's tag name.
+        children: the contents; text is escaped, Markup is kept.
+        attributes: attributes by name, without a trailing underscore and with hyphens for other underscores; False
+            omits an attribute, and True writes it without a value.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{_escaped(str(value))}"' if value is not True else f" {key}"
@@ -37,7 +38,7 @@ def element(name: str, /, *children: str, **attributes: str | int | bool) -> Mar
 
 
 def joined(children: Iterable[str]) -> Markup:
-    """Children one after another."""
+    """Concatenate children, with text escaped."""
     return Markup("".join(child if isinstance(child, Markup) else _escaped(child) for child in children))
 
 

@@ -1,4 +1,4 @@
-"""The report as a page: the run's table, a part for every slide, the models, and how to read it all."""
+"""Write the report as a page: a table of the run, a section for every slide, the models, and how to read the maps."""
 
 from __future__ import annotations
 
@@ -36,28 +36,27 @@ def write_report(
     slides_dir: Path | None = None,
     on_slide: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write the report of a folder of outputs: one HTML file, which needs no other.
+    """Write the report on an output folder as one self-contained HTML file.
 
     Args:
-        out_dir: the folder of outputs of :func:`maskattn.slide.run.run_slides`.
-        path: where to, a name that ends in .html or a folder; ``out_dir/report.html`` where it is None.
-        top: how many tiles to show for each class, and against it.
-        slides_dir: where to look for the slides' files by name, before the paths that the run recorded.
+        out_dir: the output folder of :func:`maskattn.slide.run.run_slides`.
+        path: the report's path, which ends in .html, or a folder; None writes ``out_dir/report.html``.
+        top: the number of tiles to show for each class, and against it.
+        slides_dir: a folder to search for the slides' files by name, before the paths that the run recorded are tried.
         on_slide: called with (slides done, slides to do).
 
     Returns:
-        Where it is.
+        The path of the report.
 
     Raises:
-        ValueError: there is no such folder, it holds no outputs, or the path is that of another kind of file.
+        ValueError: the folder does not exist, it holds no outputs, or the path is that of another kind of file.
         OutputError: the report cannot be written.
     """
     run = read_run(out_dir)
-    anchors = {slide.slide_id: f"slide-{index}" for index, slide in enumerate(run.slides)}
     path = _page_path(out_dir, path)
     anchors = {slide.slide_id: f"slide-{index}" for index, slide in enumerate(run.slides)}
     try:
-        # A slide at a time: the pictures of a large run need not fit into memory.
+        # Slides are written one at a time, because the pictures of a large run need not fit into memory.
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(_head(run))
             file.write(element("section", element("h2", "The run"), run_table(run, anchors), class_="run"))
@@ -84,7 +83,7 @@ def _page_path(out_dir: Path, path: Path | None) -> Path:
 
 
 def style_sheet() -> Markup:
-    """The report's style, for a page or a notebook: it touches nothing outside elements of class ``maskattn``."""
+    """Return the report's style sheet, which affects only elements within the class ``maskattn``."""
     text = importlib.resources.files("maskattn.slide.report").joinpath("style.css").read_text(encoding="utf-8")
     return Markup(f"<style>\n{text}</style>")
 
@@ -99,7 +98,7 @@ def _head(run: FinishedRun) -> str:
 
 
 def page_head(title: str, lines: str) -> str:
-    """A page's beginning, up to its first section: what a browser must know, the style, the title, a line below it."""
+    """Return the beginning of a page, up to its first section: metadata, style, title and a line below the title."""
     metas = [
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -122,7 +121,7 @@ def _end(run: FinishedRun) -> Markup:
     )
 
 
-# Even a name that slipped through could load or run nothing.
+# A second defence: even markup that was not escaped could not load or run anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 

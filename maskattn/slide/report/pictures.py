@@ -1,4 +1,4 @@
-"""The report's pictures, as data URIs: the slide with what took part, its maps, and tiles beside their token maps.
+"""Draw the report's pictures as data URIs: the slide with its kept tissue outlined, maps, and tiles with token maps.
 
 Dimension key: (Y, X) pixels of a picture, (h, w) tokens of a tile, M maps.
 """
@@ -26,7 +26,7 @@ _QUALITY = 82
 
 
 def picture(rgb_YX3: UInt8[np.ndarray, "Y X 3"], alt: str) -> Markup:
-    """An image element that carries its own bytes."""
+    """Return an image element with the JPEG embedded as a data URI."""
     from PIL import Image
 
     data = io.BytesIO()
@@ -36,11 +36,11 @@ def picture(rgb_YX3: UInt8[np.ndarray, "Y X 3"], alt: str) -> Markup:
 
 
 def sampled(mosaic: Mosaic, size_lv0: tuple[int, int], shape_px: tuple[int, int]) -> Float[np.ndarray, "Y X"]:
-    """A map at the pixels of a picture of the whole slide: the value that each pixel's centre lies in.
+    """Sample a map at the centres of the pixels of a picture of the whole slide.
 
     Args:
         mosaic: the map.
-        size_lv0: width and height of the slide.
+        size_lv0: width and height of the slide in level-0 pixels.
         shape_px: rows and columns of the picture.
     """
     per_px = size_lv0[0] / shape_px[1], size_lv0[1] / shape_px[0]
@@ -57,7 +57,7 @@ def sampled(mosaic: Mosaic, size_lv0: tuple[int, int], shape_px: tuple[int, int]
 
 
 def outlined(thumbnail_YX3: UInt8[np.ndarray, "Y X 3"], part_YX: Bool[np.ndarray, "Y X"]) -> UInt8[np.ndarray, "Y X 3"]:
-    """The thumbnail with a line around what took part."""
+    """Return the thumbnail with a line around the area that took part."""
     image = thumbnail_YX3.copy()
     contours, _ = cv2.findContours(part_YX.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(image, contours, -1, _OUTLINE, 1)
@@ -70,7 +70,7 @@ def map_over(
     limits: tuple[float, float],
     colours: str,
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """The thumbnail in grey with a map over it, the more opaque the further a value is from zero; glass as it is."""
+    """Return the thumbnail, grey where the map has values, under the map; opacity grows with distance from zero."""
     known = np.isfinite(values_YX)
     far = strengths_of(values_YX, limits)
     opacity = (_LEAST_OPACITY + (_MOST_OPACITY - _LEAST_OPACITY) * far)[known][:, None]
@@ -87,7 +87,7 @@ def tile_with_map(
     limits: tuple[float, float],
     colours: str,
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """A tile with the map of its tokens over it."""
+    """Return a tile with its token map over it."""
     size = tile_YX3.shape[1], tile_YX3.shape[0]
     values = cv2.resize(values_hw.astype(np.float32), size, interpolation=cv2.INTER_NEAREST)
     return map_over(tile_YX3, values, limits, colours)
@@ -100,7 +100,7 @@ def with_squares(
     lv0_per_px: float,
     colour: tuple[int, int, int],
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """A picture of the whole slide with squares around some tiles, none smaller than nine pixels."""
+    """Return a picture of the whole slide with squares around tiles, each at least nine pixels wide."""
     image = image_YX3.copy()
     for x_lv0, y_lv0 in corners_lv0:
         centre = (x_lv0 + side_lv0 / 2) / lv0_per_px, (y_lv0 + side_lv0 / 2) / lv0_per_px
@@ -112,7 +112,7 @@ def with_squares(
 
 
 def colour_bar(limits: tuple[float, float], colours: str) -> Markup:
-    """A scale with its ends and its middle in figures."""
+    """Return a colour scale labelled with its ends and its middle."""
     stops = ", ".join("#" + bytes(colour_table(colours)[index].tolist()).hex() for index in range(0, 256, 15))
     bar = element("span", class_="bar", style=f"background: linear-gradient(to right, {stops})")
     middle = "0" if limits[0] < 0 else f"{limits[1] / 4:.3g}"

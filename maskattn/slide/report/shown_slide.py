@@ -1,4 +1,4 @@
-"""A slide of a finished run in a notebook."""
+"""Show a slide of a finished run in a notebook."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ShownSlide", "show"]
 
 
 class ShownSlide:
-    """A slide's part of the report, which notebooks display; ``html`` is its text."""
+    """A slide's section of the report, which notebooks display; ``html`` is its markup."""
 
     def __init__(self, slide_id: str, html: Markup) -> None:
         self.slide_id, self.html = slide_id, html
@@ -29,16 +29,16 @@ class ShownSlide:
 def show(
     out_dir: str | os.PathLike[str], slide_id: str, *, top: int = 4, slides_dir: str | os.PathLike[str] | None = None
 ) -> ShownSlide:
-    """Show a slide of a finished run in a notebook: its scores, maps, and the tiles that spoke most.
+    """Show a slide of a finished run in a notebook: its scores, maps, and its most relevant tiles.
 
     Args:
-        out_dir: the folder of outputs.
-        slide_id: the slide's id, as ``summary.csv`` has it.
-        top: how many tiles to show for each class, and against it.
-        slides_dir: where to look for the slide's file by name, before the path that the run recorded.
+        out_dir: the output folder.
+        slide_id: the slide's id in ``summary.csv``.
+        top: the number of tiles to show for each class, and against it.
+        slides_dir: a folder to search for the slide's file by name, before the path that the run recorded is tried.
 
     Raises:
-        ValueError: there is no such folder or slide.
+        ValueError: the folder or the slide does not exist.
 
     Example:
         >>> maskattn.slide.show("out", "case_7")  # doctest: +SKIP

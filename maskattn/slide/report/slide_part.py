@@ -1,4 +1,4 @@
-"""A slide's part of the report: its pictures, scores, the tiles that spoke most for and against a class, and notes."""
+"""Build a slide's section of the report: scores, pictures, the most relevant tiles of each class, and notes."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class _Shown:
 
 
 def slide_part(slide: FinishedSlide, top: int, slides_dir: Path | None) -> Markup:
-    """The part of one slide, without its heading.
+    """Return the section of one slide, without its heading.
 
     Args:
         slide: the slide.
-        top: how many tiles to show for each class, and against it.
-        slides_dir: where to look for the slide's file first.
+        top: the number of tiles to show for each class, and against it.
+        slides_dir: a folder to search for the slide's file first.
     """
     if slide.prediction is None:
         return element("p", f"There are no outputs: {slide.reason or 'no reason is recorded'}.", class_="failed")
@@ -115,7 +115,7 @@ def _pictures(slide: FinishedSlide, top: int, slides_dir: Path | None) -> Markup
 
 
 def _class_part(shown: _Shown, prediction: SlidePrediction, name: str) -> Markup:
-    """The map of a class over the slide, and the tiles that speak most for and against it."""
+    """Return the map of a class over the slide, and the tiles with most relevance for and against it."""
     table, index = shown.table, shown.table.classes.index(name)
     mosaic = build_mosaic(table, index)
     limits, colours = colour_limit(mosaic.levels[0], "diverging"), COLOUR_MAPS["diverging"][0]

@@ -121,7 +121,7 @@ def test_a_damaged_file_is_reported_and_never_read_partially(layout: str, damage
     }
     path.write_bytes(damaged[damage])
     with pytest.raises(
-        SlideError, match=r"must (be whole and readable|hold a tensor and nothing that runs code)"
+        SlideError, match=r"must (be complete and readable|hold a tensor and nothing that runs code)"
     ) as told:
         read_features(path)
     assert str(path) in str(told.value)
@@ -134,14 +134,14 @@ def test_a_damaged_sidecar_is_reported(tmp_path: Path) -> None:
     whole = sidecar.read_text()
     for text in ("{", "[]", json.dumps({"provenance": {}}), whole.replace("10000", '"high"')):
         sidecar.write_text(text)
-        with pytest.raises(SlideError, match=r"whole and readable, got .*slide-1.coordinates.meta.json"):
+        with pytest.raises(SlideError, match=r"complete and readable, got .*slide-1.coordinates.meta.json"):
             read_features(path)
     sidecar.unlink()
     with pytest.raises(SlideError, match="No such file"):
         read_features(path)
     sidecar.write_text(whole)
     (tmp_path / "tile_embeddings" / "slide-1.meta.json").write_text("no json")
-    with pytest.raises(SlideError, match=r"whole and readable, got .*tile_embeddings"):
+    with pytest.raises(SlideError, match=r"complete and readable, got .*tile_embeddings"):
         read_features(path)
 
 
@@ -214,7 +214,7 @@ def test_a_tensor_without_a_home_is_refused(tmp_path: Path) -> None:
         ({"features": FEATURES[0], "coords": COORDS}, "must have rows and columns, got features.shape"),
         ({"features": FEATURES, "coords": COORDS + 0.5}, "must be whole level-0 pixels, got 0.5"),
         ({"features": FEATURES, "coords": COORDS * np.nan}, "must be whole level-0 pixels, got nan"),
-        ({"feats": FEATURES, "coords": COORDS}, "tell tile_size_um or have a stride of 224 px"),
+        ({"feats": FEATURES, "coords": COORDS}, "state tile_size_um or have a stride of 224 px"),
     ],
 )
 def test_tables_of_no_known_layout_are_refused_with_a_list_of_their_contents(
@@ -224,7 +224,7 @@ def test_tables_of_no_known_layout_are_refused_with_a_list_of_their_contents(
         read_features(foreign_writers.save_h5(tmp_path / "slide-1.h5", tables))
 
 
-@pytest.mark.parametrize(("name", "message"), [("gone.h5", "must be there, got no file"), ("a.csv", "must end in .h5")])
+@pytest.mark.parametrize(("name", "message"), [("gone.h5", "must exist, got no file"), ("a.csv", "must end in .h5")])
 def test_a_path_that_is_not_a_feature_file_is_refused(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
     for read in (read_features, read_coords, detect_layout):
@@ -268,7 +268,7 @@ def test_a_file_that_cannot_be_read_holds_no_other_slide_up(layout: str, tmp_pat
     broken.write_bytes(path.read_bytes()[:100])
     assert list_features(tmp_path) == {"slide-1": path, "slide-2": broken}
     assert find_features(tmp_path, "slide-2") == broken
-    with pytest.raises(SlideError, match=r"must be whole and readable, got .*slide-2\.h5"):
+    with pytest.raises(SlideError, match=r"must be complete and readable, got .*slide-2\.h5"):
         read_features(broken)
 
 

@@ -69,7 +69,7 @@ def test_two_lattices_are_no_grid() -> None:
     row, column = cells()
     coords = np.stack((column, row), axis=1) * 512
     coords[30:] += 131
-    with pytest.raises(SlideError, match=r"must lie on one lattice .* off the lattice of 512 px, in s.h5; CLAM lays"):
+    with pytest.raises(SlideError, match=r"must lie on one lattice .* off the lattice of 512 px, in s.h5; CLAM uses"):
         grid_cells(placed(coords, patch_size_lv0=512))
 
 

@@ -88,7 +88,7 @@ def test_a_tensor_of_clams_is_read_with_the_coordinates_of_patches_where_there_i
     path.unlink()
     np.testing.assert_array_equal(layouts.read_features(tensor).coords_T2, COORDS)
     coords_file.unlink()
-    with pytest.raises(SlideError, match=r"must have their coordinates beside them.*copy CLAM's folder"):
+    with pytest.raises(SlideError, match=r"need a file of their coordinates.*copy CLAM's folder"):
         layouts.read_features(tensor)
 
 
