@@ -168,7 +168,7 @@ def test_the_backbone_runs_once_for_scores_maps_and_attention(vit, monkeypatch):
     [
         (("--target", "9"), "0 … 4"),
         (("--method", "lime"), "got 'lime'"),
-        (("--target", "1", "--concept", "PHOTO"), "give one of them"),
+        (("--target", "1", "--concept", "PHOTO"), "got --target and --concept; leave the others out"),
     ],
 )
 def test_wrong_requests_are_one_line_and_leave_no_picture(weights, photo, tmp_path, options, message):
