@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from process_groups import group_is_gone
 from small_slides import small_model, tissue_image, write_slide
 
 SLOW = """
@@ -53,17 +54,6 @@ def started(arguments: list[str], pause: float) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "a batch\n", process.communicate()[1]
     return process
-
-
-def group_is_gone(group: int, within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 @pytest.mark.parametrize(

@@ -257,11 +257,11 @@ def read_widths(path: Path) -> dict[WidthCase, WidthRow]:
     rows = {}
     with path.open(newline="") as file:
         for columns in csv.DictReader(file):
-            case = WidthCase(**{f.name: columns[f.name] for f in fields(WidthCase)})  # type: ignore[arg-type]
+            case = WidthCase(**{f.name: columns[f.name] for f in fields(WidthCase)})
             case = replace(case, head_width=int(case.head_width))
             own = {f.name: columns[f.name] for f in fields(WidthRow)[1:]}
             numbers = {name: int(own[name]) for name in own if name.endswith(("registers", "bytes", "memory"))}
-            rows[case] = WidthRow(case, **(own | numbers))  # type: ignore[arg-type]
+            rows[case] = WidthRow(case, **(own | numbers))
     return rows
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from maskattn.attention import operations, ops
-from maskattn.attention.calls import as_autocast, options_of_call
+from maskattn.attention.calls import as_asked, as_autocast, options_of_call
 from maskattn.attention.checks import (
     check_bias,
     check_coords,
@@ -205,9 +205,7 @@ def readout(
     out, lse, _, rows = operations.readout(
         q, k, v, cu_seqlens, max_seqlen, *ops.flat_options(options), return_lse, return_rows, impl
     )
-    if not (return_rows or return_lse):
-        return out
-    return (out, *((rows,) if return_rows else ()), *((lse,) if return_lse else ()))
+    return as_asked(out, rows, lse, return_rows, return_lse)
 
 
 @leaf_function

@@ -1,4 +1,4 @@
-"""What every public operation does with its arguments after their checks: the options of the call, and autocast.
+"""What public operations do around their work: the options of a call, autocast, and which results are returned.
 
 Dimension key: H heads.
 """
@@ -13,7 +13,7 @@ from maskattn.attention.ops import is_autocast
 from maskattn.dropout import new_seed
 from maskattn.options import Options
 
-__all__ = ["as_autocast", "options_of_call"]
+__all__ = ["as_asked", "as_autocast", "options_of_call"]
 
 
 def options_of_call(
@@ -43,3 +43,12 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.get_autocast_dtype(kind)
     narrow = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(x.to(dtype) if x.dtype in narrow else x for x in tensors)
+
+
+def as_asked(
+    out: Tensor, rows: Tensor, lse: Tensor, return_rows: bool, return_lse: bool
+) -> Tensor | tuple[Tensor, ...]:
+    """The results of a readout: ``out``, followed by rows and lse, in this order, where asked."""
+    if not (return_rows or return_lse):
+        return out
+    return (out, *((rows,) if return_rows else ()), *((lse,) if return_lse else ()))

@@ -57,8 +57,8 @@ class Keys:
 
     def with_tensors(self, tensors: list[Tensor]) -> Keys:
         """Other tensors in the place of :attr:`tensors`."""
-        left = iter(tensors)
-        return Keys(*(None if x is None else next(left) for x in vars(self).values()))  # type: ignore[arg-type]
+        given = [name for name, x in vars(self).items() if x is not None]
+        return replace(self, **dict(zip(given, tensors, strict=True)))
 
     def options(self, of_call: Options) -> Options:
         """The options of a call, for these keys."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskattn.attention import operations
-from maskattn.attention.calls import as_autocast, options_of_call
+from maskattn.attention.calls import as_asked, as_autocast, options_of_call
 from maskattn.attention.checks import check_bias, check_coords, check_readout, check_relevance
 from maskattn.attention.implementation import choose
 from maskattn.attention.ops import flat_options
@@ -85,9 +85,7 @@ def readout(
 
     given, options, chosen = together("readout", shards, prepare, description)
     out, lse, rows = _read(given, shards, options, return_rows, chosen)
-    if not (return_rows or return_lse):
-        return out
-    return (out, *((rows,) if return_rows else ()), *((lse,) if return_lse else ()))
+    return as_asked(out, rows, lse, return_rows, return_lse)
 
 
 def token_relevance(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_groups import group_is_gone
 from small_slides import small_model, tissue_image, write_slide
 from typer.testing import CliRunner
 
@@ -139,17 +140,6 @@ def members(out: Path) -> list[int]:
         except (OSError, ValueError):
             continue
     return pids
-
-
-def group_is_gone(group: int, within_s: float = 60) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

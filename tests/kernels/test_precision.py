@@ -66,10 +66,10 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         asked[input_precision.name if single else "half"] += 1
         if not single or input_precision != ir.INPUT_PRECISION.TF32x3:
             return plain(self, a, b, d, input_precision, max_num_imprecise_acc)
-        multiply = asked.product  # type: ignore[attr-defined]
+        multiply = asked.product
         return interpreter.TensorHandle(multiply(a.data.copy(), b.data.copy()) + d.data, d.dtype.scalar)
 
-    asked.product = three_products  # type: ignore[attr-defined]
+    asked.product = three_products
     monkeypatch.setattr(builder, "create_dot", create_dot)
     return asked
 
