@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-__all__ = ["kind_of_time", "medians"]
+__all__ = ["kind_of_time", "median_ratio", "medians", "rounds_of"]
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -24,7 +24,23 @@ MOST_REPEATS = 200
 def medians(
     calls: Mapping[str, Call], rounds: int, *, repeat_short: bool = False, clock: Clock | None = None
 ) -> dict[str, float]:
-    """Median seconds of each call over ``rounds``, after one that warms up.
+    """Median seconds of each call over ``rounds``; the arguments are those of :func:`rounds_of`."""
+    timed = rounds_of(calls, rounds, repeat_short=repeat_short, clock=clock)
+    return {name: statistics.median(seconds) for name, seconds in timed.items()}
+
+
+def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Median over the rounds of one call's seconds divided by another's of the same round.
+
+    A round's two times lie close together, so that what slows the machine down for some rounds cancels.
+    """
+    return statistics.median(mine / theirs for mine, theirs in zip(seconds, others, strict=True))
+
+
+def rounds_of(
+    calls: Mapping[str, Call], rounds: int, *, repeat_short: bool = False, clock: Clock | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each call in each of ``rounds``, after one that warms up.
 
     Args:
         calls: what is compared, by name.
@@ -43,7 +59,7 @@ def medians(
             seconds[name].append((clock() - start) / repeats[name])
             if repeat_short:
                 repeats[name] = max(1, min(MOST_REPEATS, int(SHORT_S / max(seconds[name][-1], 1e-6))))
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def kind_of_time() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +73,7 @@ class SlideInfo:
 
 
 class SlideReader:
-    """Reads regions of one slide; a context manager, and safe to pickle into worker processes.
+    """Reads regions of one slide; a context manager, safe to share among threads and to pickle into worker processes.
 
     Args:
         path: the slide file.
@@ -104,6 +105,7 @@ class SlideReader:
         self._spacing_um = spacing_um
         self._spacing_source = spacing_source
         self.damages = DamageLog()
+        self._lock = threading.RLock()  # of the open file: one thread reads or closes at a time
         self._image: SlideImage | None = None
         self._pid = -1
         self._view: np.ndarray | None = None
@@ -114,8 +116,7 @@ class SlideReader:
         self._downsamples = image.level_downsamples
         self._level_tiles = image.level_tiles
         self._decoder, self._vendor, self._series = image.decoder, image.vendor, image.series
-        self._properties = image.properties
-        self._associated_images = image.associated_images
+        self._properties, self._associated_images = image.properties, image.associated_images
 
     @property
     def info(self) -> SlideInfo:
@@ -211,7 +212,8 @@ class SlideReader:
                 f"px of '{self.path}' for {out_px[0]} × {out_px[1]}, and no level between; {CONVERT}"
             )
         patience = _Patience(tolerant)
-        rgb = self._read(level, x_lv0, y_lv0, size_lv0, out_px, patience)
+        with self._lock:
+            rgb = self._read(level, x_lv0, y_lv0, size_lv0, out_px, patience)
         if patience.first_white is not None and not patience.decoded:
             raise SlideError(patience.first_white.message(self.path))
         if whole and source_px > _DEAR_SOURCE_PX and rgb.nbytes <= _MOST_VIEW_BYTES:
@@ -235,9 +237,10 @@ class SlideReader:
 
     def close(self) -> None:
         """Close the file; a later read opens it again."""
-        if self._image is not None and self._pid == os.getpid():
-            self._image.close()
-        self._image = None
+        with self._lock:
+            if self._image is not None and self._pid == os.getpid():
+                self._image.close()
+            self._image = None
 
     def __enter__(self) -> SlideReader:
         return self
@@ -248,7 +251,10 @@ class SlideReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_image": None, "_pid": -1, "_isolation": None, "_view": None}
+        return {**self.__dict__, "_lock": None, "_image": None, "_pid": -1, "_isolation": None, "_view": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def _open(self) -> SlideImage:
         if self._image is not None and self._pid == os.getpid():

@@ -1,8 +1,8 @@
-"""The stream of a slide's kept tiles: decoded by torch's DataLoader, in worker processes if asked, ahead of the model.
+"""The stream of a slide's kept tiles, which are decoded ahead of the model: by torch's DataLoader, in workers if asked.
 
 Tiles come in the grid's order. Batch size and number of workers change neither the tiles nor their order. Memory is
-bounded by (prefetched batches per worker) · workers · (a batch's bytes). Where workers cannot be had, the stream goes
-on without them and says so.
+bounded by (prefetched batches per worker) · workers · (a batch's bytes); without workers, one batch is decoded ahead by
+a thread. If workers cannot be started, the stream goes on without them and says so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from maskattn.errors import ReadingStopped, SlideError
 from maskattn.shapes import Bool, Int, UInt8
 from maskattn.slide.damage import DamageLog
+from maskattn.slide.read_ahead import one_ahead
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.workers import Heartbeat, WorkersUnavailable, count_workers, watched, worker_settings
 
@@ -105,8 +106,8 @@ def stream_tiles(
         reader: the slide; its workers open it again for themselves.
         grid: which tiles.
         batch_size: tiles of a batch; the last may have fewer.
-        workers: decoding processes; 0 decodes in this one, None starts some where there are tiles and cores enough
-            for them to pay off. At most one per core is started.
+        workers: decoding processes; 0 decodes in a thread of this one, None starts some where there are tiles and
+            cores enough for them to pay off. At most one per core is started.
         rows: which of the grid's kept tiles, by index, and in which order; by default all of them.
         pin_memory: whether to hand batches over in page-locked memory; without a GPU this is passed over.
 
@@ -132,7 +133,12 @@ def stream_tiles(
     }
     if workers:
         return _decoded_by_workers(reader, grid, order, workers, settings)
-    return iter(DataLoader(_Tiles(reader, grid, order), num_workers=0, **settings))
+    return _decoded_here(_Tiles(reader, grid, order), settings)
+
+
+def _decoded_here(tiles: _Tiles, settings: dict[str, Any]) -> Iterator[TileBatch]:
+    """Batches from a thread of this process."""
+    return one_ahead(iter(DataLoader(tiles, num_workers=0, **settings)), tiles.stop)
 
 
 def _decoded_by_workers(
@@ -157,7 +163,7 @@ def _decoded_by_workers(
             reader.path,
             refusal,
         )
-    yield from DataLoader(_Tiles(reader, grid, order[done:]), num_workers=0, **settings)
+    yield from _decoded_here(_Tiles(reader, grid, order[done:]), settings)
 
 
 def _started(tiles: _Tiles, workers: int, settings: dict[str, Any]) -> Iterator[Any]:
@@ -178,6 +184,11 @@ class _Tiles(Dataset[TileBatch]):
         self._tile_lv0 = grid.tile_lv0
         self._tile_px = grid.tile_px
         self._heartbeat = heartbeat
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Let a batch that is being decoded in a thread end at its next tile; nobody will take it."""
+        self._stopped = True
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -199,6 +210,8 @@ class _Tiles(Dataset[TileBatch]):
         readable_B = torch.ones(len(items), dtype=torch.bool)
         reason = None
         for index, item in enumerate(items):
+            if self._stopped:
+                break
             x, y = self._coords_lv0[item].tolist()
             try:
                 tiles_BHWC[index] = self._reader.read_region(x, y, (self._tile_lv0, self._tile_lv0), (side, side))
@@ -210,7 +223,8 @@ class _Tiles(Dataset[TileBatch]):
             if self._heartbeat is not None:
                 self._heartbeat.beat()
         by_worker = get_worker_info() is not None
-        tiles_BCHW = torch.from_numpy(tiles_BHWC).permute(0, 3, 1, 2).contiguous()
+        # By NumPy, as torch would start threads for it beside those of the model.
+        tiles_BCHW = torch.from_numpy(np.ascontiguousarray(tiles_BHWC.transpose(0, 3, 1, 2)))
         return TileBatch(tiles_BCHW, torch.from_numpy(self._rows[items]), readable_B, reason, by_worker)
 
 
