@@ -99,10 +99,13 @@ def test_infer_runs_a_checkpoint_with_an_encoder_and_with_features(given: Path) 
             "name the encoder that it was trained with (--encoder), or give",
         ),
         ("infer @disc.tiff --model @s_0_checkpoint.pt --encoder nothing", "the nearest names"),
-        ("infer @disc.tiff --encoder @vit.pt --num-heads 2", "brings its own encoder of tiles, got vit beside it"),
+        (
+            "infer @disc.tiff --encoder @vit.pt --num-heads 2",
+            "includes the tile encoder that it must be run with, got vit",
+        ),
         ("infer @disc.tiff --model @vit.pt", "must be one of CLAM, AttentionDeepMIL, TransMIL, STAMP, TITAN"),
         ("infer --features @nowhere --model @s_0_checkpoint.pt", "features must be in a folder"),
-        ("infer @disc.tiff --token-mask none", "was trained with the token mask 'tissue', got 'none'"),
+        ("infer @disc.tiff --token-mask none", "must be run with its token mask, 'tissue', got 'none'"),
     ],
 )
 def test_wrong_models_and_encoders_exit_with_2_and_one_line(given: Path, arguments: str, words: str) -> None:

@@ -210,7 +210,7 @@ def test_a_classifier_of_transformers_keeps_its_pool():
 @pytest.mark.parametrize(
     ("name", "arguments", "part"),
     [
-        ("vit_small_patch16_rope_mixed_224", {}, "DINOv3's and EVA-02's alone are known"),
+        ("vit_small_patch16_rope_mixed_224", {}, "only DINOv3's and EVA-02's rotary positions are supported"),
         ("vit_small_patch16_dinov3", {"global_pool": "map"}, "global_pool='map'"),
         ("vit_small_patch16_dinov3", {"rope_grid_offset": 1.0}, "another grid"),
         ("vit_small_patch16_dinov3", {"rope_rescale_coords": 2.0}, "moved at random"),
@@ -246,7 +246,7 @@ def test_other_blocks_and_pools_of_trained_heads_are_refused():
         from_timm(timm_vit(Size()), global_pool="avg")
     with pytest.raises(ValueError, match=r"it has no attn_pool\.latent"):
         from_timm(timm_vit(Size(), num_classes=0), global_pool="map")
-    with pytest.raises(TypeError, match="for a name use"):
+    with pytest.raises(TypeError, match="to load one by name use"):
         from_timm("vit_tiny_patch16_224")
 
 
@@ -261,12 +261,12 @@ def test_transformers_parts_that_ours_lacks_are_refused_and_named():
     with pytest.raises(ValueError, match="only the encoder"):
         from_transformers(transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**small)))
     small.pop("intermediate_size")
-    with pytest.raises(ValueError, match="a Backbone gives feature maps"):
+    with pytest.raises(ValueError, match="a Backbone returns feature maps"):
         from_transformers(transformers.Dinov2Backbone(transformers.Dinov2Config(**small)))
     dropout = transformers.ViTConfig(**small, intermediate_size=64, hidden_dropout_prob=0.1)
     with pytest.raises(ValueError, match=r"hidden_dropout_prob=0\.1 in training"):
         from_transformers(transformers.ViTModel(dropout).train())
-    with pytest.raises(TypeError, match="for a name use"):
+    with pytest.raises(TypeError, match="to load one by name use"):
         from_transformers("owkin/phikon")
 
 

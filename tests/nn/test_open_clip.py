@@ -144,7 +144,7 @@ def test_a_tower_of_timms_loads_with_the_linear_projection_above_it():
         "visual.ln_contrast.weight": torch.ones(48),
     }
     with pytest.raises(
-        ValueError, match="attn_pool_contrast between the image tower and the space of texts; ln_contrast"
+        ValueError, match="attn_pool_contrast between the image tower and the shared image-text space; ln_contrast"
     ):
         from_state_dict(contrast, num_heads=4)
     with pytest.raises(ValueError, match=r"head\.mlp between"):
@@ -153,12 +153,12 @@ def test_a_tower_of_timms_loads_with_the_linear_projection_above_it():
 
 def test_parts_that_ours_lacks_are_named():
     state = checkpoint(PlainTower())
-    with pytest.raises(ValueError, match="do not say their activation"):
+    with pytest.raises(ValueError, match="act_layer must be given"):
         from_state_dict(state, name="clip.pt")
-    with pytest.raises(ValueError, match="attention pooling of several queries"):
+    with pytest.raises(ValueError, match="attention pooling with several queries"):
         from_state_dict(state | {"visual.attn_pool.query": torch.randn(256, C)}, act_layer="gelu")
     resnet = {"visual.layer1.0.conv1.weight": torch.randn(8, 8, 1, 1), "visual.conv1.weight": torch.randn(8, 3, 3, 3)}
-    with pytest.raises(ValueError, match="a ResNet for its image tower"):
+    with pytest.raises(ValueError, match="a ResNet as the image tower"):
         from_state_dict(resnet, act_layer="gelu")
     with pytest.raises(ValueError, match="something"):
         from_state_dict(state | {"visual.something": torch.randn(3)}, act_layer="gelu")

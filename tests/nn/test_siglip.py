@@ -89,7 +89,7 @@ def test_parts_that_ours_lacks_are_named():
         from_transformers(random_tower(hidden_act="relu"))
     with pytest.raises(ValueError, match=r"vision_use_head=False.*pass global_pool='avg'"):
         from_transformers(random_tower(vision_use_head=False))
-    with pytest.raises(ValueError, match="read by global_pool='map', got 'avg'"):
+    with pytest.raises(ValueError, match="its pooling is global_pool='map', got 'avg'"):
         from_transformers(random_tower(), global_pool="avg")
     text = transformers.SiglipTextModel(transformers.SiglipTextConfig(**TEXT))
     text.config.model_type = "siglip"

@@ -181,7 +181,7 @@ def test_hipts_rollout_goes_through_its_layers():
 def test_few_queries_at_a_time_give_the_same(monkeypatch):
     head, (z, um, grid) = head_of("TITAN"), slide()
     at_once = head.rollout(z, um, grid)
-    monkeypatch.setattr(attention_rows, "_NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(attention_rows, "_MAX_SCORES", 1)
     torch.testing.assert_close(head.rollout(z, um, grid), at_once)
 
 

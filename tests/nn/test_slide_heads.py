@@ -100,11 +100,11 @@ def test_wrong_embeddings_and_missing_coordinates_are_named():
         head_of("CLAM_SB")(z[:, :20])
     with pytest.raises(ValueError, match=r"got \(0, 24\)"):
         head_of("CLAM_SB")(z[:0])
-    with pytest.raises(ValueError, match="reads the tiles' places on one grid, got none"):
+    with pytest.raises(ValueError, match="reads the tiles' cells on a grid, got none"):
         head_of("TITAN")(z, um)
-    with pytest.raises(ValueError, match="reads distances between tiles in µm, got none"):
+    with pytest.raises(ValueError, match="reads distances between tiles in µm, got no positions"):
         head_of("STAMP vit, ALiBi")(z, None, grid_of(cells))
-    with pytest.raises(ValueError, match="got 22 of 23 embeddings"):
+    with pytest.raises(ValueError, match="got 22 for 23 embeddings"):
         head_of("CLAM_SB")(z, um[1:])
     with pytest.raises(ValueError, match="got 1 that share one"):
         head_of("TITAN")(z, um, grid_of(torch.cat([cells[:1], cells[:1], cells[2:]])))

@@ -102,6 +102,6 @@ def test_attention_weights_are_refused_even_where_the_model_does_not_pass_the_re
     model = getattr(transformers, f"{kind}Model")(config).eval()
     model.set_attn_implementation(register_attention())
     x = torch.randn(1, 3, 32, 32)
-    with pytest.raises(ValueError, match="does not take output_attentions"):
+    with pytest.raises(ValueError, match="does not support output_attentions"):
         model(x, output_attentions=True)
     assert len(model(x, output_hidden_states=True).hidden_states) == 3

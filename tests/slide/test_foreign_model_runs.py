@@ -267,7 +267,7 @@ def test_another_encoder_than_the_models_is_refused_unless_told_to_go_on(tmp_pat
     with pytest.raises(ValueError, match="got 3 names, a, b, c, for 2 logits"):
         load_two_stages(folder, classes=("a", "b", "c"))
     small_model().save(tmp_path / "own.safetensors")
-    with pytest.raises(ValueError, match="brings its own encoder of tiles, got small"):
+    with pytest.raises(ValueError, match="includes the tile encoder that it must be run with, got small"):
         load_two_stages(tmp_path / "own.safetensors", encoder_of())
     with pytest.raises(FileNotFoundError, match="must be a folder, a checkpoint, or"):
         load_two_stages(tmp_path / "none")
@@ -291,7 +291,7 @@ def test_a_model_and_an_encoder_without_a_spacing_are_refused_before_a_slide_is_
 ) -> None:
     encoder = encoder_of()
     encoder.card = replace(encoder.card, spacing_um=None)
-    with pytest.raises(ManifestError, match=r"a spacing, got none, and neither \S+ nor small says one; give --tile-sp"):
+    with pytest.raises(ManifestError, match=r"a spacing, got none from \S+ or small; give --tile-sp"):
         run_slides([SlideJob("disc", slide)], loaded(clam, encoder), settings)
     assert not settings.out_dir.exists()
 

@@ -1,4 +1,4 @@
-"""Models of other libraries, turned into packed ones with the same outputs."""
+"""Conversion of other libraries' models into packed ones with the same outputs."""
 
 from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.adapters.transformers import from_transformers, register_attention

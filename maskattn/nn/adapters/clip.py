@@ -1,6 +1,6 @@
-"""CLIP of transformers: its image tower, with the projection into the space of texts as the head.
+"""Conversion of transformers' CLIP: its image tower, with the projection into the shared image-text space as the head.
 
-Dimension key: C channels of the tower, K of the space of texts.
+Dimension key: C channels of the tower, K dimensions of the shared space.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _OUTSIDE = {
 
 
 def from_clip(model: Any, *, impl: str | None = None, copy: bool = True) -> VisionTransformer:
-    """The image tower of a CLIP of transformers, with the same outputs in eval mode.
+    """Convert the image tower of transformers' CLIP; outputs are the same in eval mode.
 
-    With a projection (``CLIPModel``, ``CLIPVisionModelWithProjection``) the output is the image's embedding in the
-    space of texts, not normalised, and the projection is the head; without one it is the class token after the last
-    norm.
+    For a model with a projection (``CLIPModel``, ``CLIPVisionModelWithProjection``) the projection becomes the head,
+    and the output is the image's embedding in the shared image-text space, (B, K), not normalised. For a model without
+    one the output is the class token after the last norm, (B, C).
 
     Args:
-        model: of transformers.
+        model: the transformers model.
         impl: implementation of the attention; None takes the best.
-        copy: False takes the model's own weights, where it is not needed afterwards.
+        copy: whether the weights are copied; False shares them with ``model``, which must not be used afterwards.
 
     Raises:
-        UnsupportedModelError: a ValueError that names every part that ours has not.
+        UnsupportedModelError: a ValueError that names every component without a counterpart in ours.
     """
     kind = type(model).__name__
     tower = getattr(model, "vision_model", model)
@@ -84,18 +84,18 @@ def from_clip(model: Any, *, impl: str | None = None, copy: bool = True) -> Visi
 
 
 def rename_tower(theirs: Mapping[str, Tensor], outside: Mapping[str, str]) -> dict[str, Tensor]:
-    """The state dict of an image tower of CLIP's kind under our names, q, k and v joined.
+    """Rename the state dict of an image tower with CLIP's structure to our keys; q, k and v are concatenated.
 
     Args:
-        theirs: of transformers.
-        outside: our names for what lies outside the layers; what is in neither keeps its name, and is refused later.
+        theirs: state dict of the transformers tower.
+        outside: their key → ours, for tensors outside the layers. An unknown key is kept and is refused later.
     """
     ours = rename_layers(theirs, _LAYER, _IN_LAYER, outside)
-    for part in ("weight", "bias"):
-        for name in [name for name in ours if name.endswith(f".self_attn.q_proj.{part}")]:
-            layer = name.removesuffix(f"self_attn.q_proj.{part}")
-            joined = [ours.pop(f"{layer}self_attn.{which}_proj.{part}") for which in "qkv"]
-            ours[f"{layer}attn.qkv.{part}"] = torch.cat(joined)
+    for suffix in ("weight", "bias"):
+        for name in [name for name in ours if name.endswith(f".self_attn.q_proj.{suffix}")]:
+            layer = name.removesuffix(f"self_attn.q_proj.{suffix}")
+            joined = [ours.pop(f"{layer}self_attn.{which}_proj.{suffix}") for which in "qkv"]
+            ours[f"{layer}attn.qkv.{suffix}"] = torch.cat(joined)
     ours["pos_embed"] = ours["pos_embed"][None]
     ours.pop("embeddings.position_ids", None)
     return ours

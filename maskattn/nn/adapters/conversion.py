@@ -1,4 +1,4 @@
-"""The last step of every conversion, once the original model has been read: build ours and copy the weights."""
+"""The last step of every conversion: our model is built and receives the weights of the original."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["UnsupportedModelError", "build", "refuse", "rename_layers"]
 
 
 class UnsupportedModelError(ValueError):
-    """The model has a part that the packed vision transformer has not."""
+    """The model has a component that the packed vision transformer does not support."""
 
 
 def refuse(name: str, parts: list[str]) -> None:
-    """Refuse a model by what it has and we have not.
+    """Refuse a model that has unsupported components; do nothing if it has none.
 
     Args:
-        name: what the message calls the model.
-        parts: what it has and ours has not, in words.
+        name: the model's name in the message.
+        parts: descriptions of the components without a counterpart in ours.
 
     Raises:
-        UnsupportedModelError: ``parts`` is not empty; it names them.
+        UnsupportedModelError: ``parts`` is not empty; the message lists them.
     """
     if parts:
         raise UnsupportedModelError(f"{name} cannot be turned into a maskattn VisionTransformer: {'; '.join(parts)}")
@@ -45,22 +45,22 @@ def build(
     impl: str | None = None,
     copy: bool = True,
 ) -> VisionTransformer:
-    """Our model with these arguments and weights, on their device and in the dtype of the first.
+    """Build our model with these arguments and weights, on the device and in the dtype of the first tensor.
 
     Args:
-        name: what a message calls the model converted.
-        arguments: of :class:`VisionTransformer`.
-        state: its state dict; every key of ours and no other.
-        trains: whether a parameter takes a gradient, by name; those not named do.
-        drop_paths: stochastic depth of each block; none where empty.
-        training: whether it is in train mode.
-        impl: implementation of the attention.
-        copy: whether the weights are copied; else they are taken over as they are, and nothing is held twice.
+        name: the original model's name in messages.
+        arguments: arguments of :class:`VisionTransformer`.
+        state: state dict, with exactly the keys of ours.
+        trains: parameter name → whether it requires a gradient; parameters that are not listed do.
+        drop_paths: drop probability of stochastic depth for each block; empty for none.
+        training: whether the result is in train mode.
+        impl: implementation of the attention; None takes the best.
+        copy: whether the weights are copied; False uses the tensors themselves, so that memory holds them once.
 
     Raises:
-        UnsupportedModelError: keys or shapes do not fit; they are named.
+        UnsupportedModelError: keys or shapes do not match; the message lists them.
     """
-    # Nothing is initialised that is overwritten at once.
+    # On the meta device no weight is initialised only to be overwritten.
     with torch.device("meta"):
         model = VisionTransformer(**arguments, impl=impl)
     refuse(name, misfits(state, model.state_dict()))
@@ -82,13 +82,13 @@ def build(
 def rename_layers(
     theirs: Mapping[str, Tensor], layer: re.Pattern[str], in_layer: Mapping[str, str], outside: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """A state dict under our names, as far as names alone differ.
+    """Rename the keys of a state dict to ours, without changing a tensor.
 
     Args:
-        theirs: of the other library.
-        layer: matches the name of a layer's tensor; its groups are the layer's number and the rest of the name.
-        in_layer: our beginnings of that rest, by theirs.
-        outside: our names for tensors outside the layers. A name that is in neither stays, and is refused later.
+        theirs: state dict of the other library.
+        layer: pattern for a key inside a layer; its groups are the layer's index and the rest of the key.
+        in_layer: their prefix of that rest → ours.
+        outside: their key → ours, for tensors outside the layers. An unknown key is kept and is refused later.
     """
     ours: dict[str, Tensor] = {}
     for name, x in theirs.items():
@@ -96,6 +96,6 @@ def rename_layers(
         if found is None:
             ours[outside.get(name, name)] = x
             continue
-        begin = next((begin for begin in in_layer if found[2].startswith(begin)), "")
-        ours[f"blocks.{found[1]}.{in_layer.get(begin, '')}{found[2].removeprefix(begin)}"] = x
+        prefix = next((prefix for prefix in in_layer if found[2].startswith(prefix)), "")
+        ours[f"blocks.{found[1]}.{in_layer.get(prefix, '')}{found[2].removeprefix(prefix)}"] = x
     return ours

@@ -1,13 +1,15 @@
-"""Checkpoints of open_clip and OpenAI's CLIP: the image tower, with its projection into the space of texts as the head.
+"""Conversion of open_clip's and OpenAI's CLIP checkpoints: the image tower, with its projection as the head.
 
-Three kinds of towers have these keys: CLIP's own vision transformer (``visual.class_embedding``,
-``visual.transformer.resblocks``), as CLIP, PLIP and QuiltNet have it; one of timm's (``visual.trunk``) below a linear
-projection (``visual.head.proj``), as BiomedCLIP has it; and others, which are refused by the part that ours has not:
-a ResNet, attention pooling of many queries (CoCa, CONCH).
+The projection maps into the shared image-text space. Checkpoints have one of three kinds of image tower:
 
-Read from open_clip's model.py, transformer.py and timm_model.py of version 2.
+- CLIP's own vision transformer (``visual.class_embedding``, ``visual.transformer.resblocks``): CLIP, PLIP, QuiltNet;
+- a timm model (``visual.trunk``) followed by a linear projection (``visual.head.proj``): BiomedCLIP;
+- towers that are refused, with the unsupported component named: ResNets, and attention pooling with several queries
+  (CoCa, CONCH).
 
-Dimension key: C channels of the tower, O of the space of texts.
+The layouts follow model.py, transformer.py and timm_model.py of open_clip 2.
+
+Dimension key: C channels of the tower, O dimensions of the shared space.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ __all__ = ["CONFIG", "WEIGHTS", "from_open_clip", "has_clip_tower", "said_by_con
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_HEAD_WIDTH = 64  # of open_clip's towers, unless their configuration says another
+_HEAD_WIDTH = 64  # open_clip's default
 _LAYER = re.compile(r"^transformer\.resblocks\.(\d+)\.(.+)$")
 _IN_LAYER = {
     "ln_1.": "norm1.",
@@ -45,19 +47,19 @@ _OUTSIDE = {
     "positional_embedding": "pos_embed",
     "conv1.weight": "patch_embed.proj.weight",
     **{
-        f"{theirs}.{part}": f"{ours}.{part}"
+        f"{theirs}.{suffix}": f"{ours}.{suffix}"
         for theirs, ours in (("ln_pre", "norm_pre"), ("ln_post", "norm"))
-        for part in ("weight", "bias")
+        for suffix in ("weight", "bias")
     },
 }
 _REFUSED = {
-    "attn_pool": "attention pooling of several queries (CoCa)",
-    "layer1.": "a ResNet for its image tower",
+    "attn_pool": "attention pooling with several queries (CoCa)",
+    "layer1.": "a ResNet as the image tower",
 }
 
 
 def has_clip_tower(keys: Mapping[str, Any]) -> bool:
-    """Whether these are the keys of a CLIP whose image tower is its own vision transformer or a ResNet."""
+    """Return whether the keys are those of a CLIP whose image tower is its own vision transformer or a ResNet."""
     return any(key.endswith(("visual.class_embedding", "visual.layer1.0.conv1.weight")) for key in keys)
 
 
@@ -69,35 +71,34 @@ def from_open_clip(
     impl: str | None = None,
     **arguments: Any,
 ) -> VisionTransformer:
-    """The image tower of a CLIP in open_clip's layout; its output is the image's embedding, not normalised.
+    """Convert the image tower of a CLIP checkpoint in open_clip's layout; its output is the embedding, not normalised.
 
     Args:
-        checkpoint: a state dict whose keys have ``visual.`` in them; text towers are left out.
-        num_heads: None takes one for each 64 channels, as open_clip does.
-        name: what a message calls it.
+        checkpoint: state dict with ``visual.`` in the keys of the image tower; the text tower is ignored.
+        num_heads: number of attention heads; None takes one per 64 channels, as open_clip does.
+        name: the checkpoint's name in messages.
         impl: implementation of the attention; None takes the best.
-        arguments: of :class:`VisionTransformer`; ``act_layer`` has to be said: "quick_gelu" for OpenAI's weights and
-            what was trained on from them, "gelu" for others.
+        arguments: further arguments of :class:`VisionTransformer`. ``act_layer`` is required: "quick_gelu" for
+            OpenAI's weights and models fine-tuned from them, "gelu" for others.
 
     Raises:
-        UnsupportedModelError: a ValueError that names every part that ours has not.
+        UnsupportedModelError: a ValueError that names every component without a counterpart in ours.
         ValueError: ``act_layer`` is missing.
     """
     mark = next(key for key in checkpoint if key.endswith(("visual.class_embedding", "visual.layer1.0.conv1.weight")))
     prefix = mark[: mark.index("visual.") + len("visual.")]
     tower = {key.removeprefix(prefix): x for key, x in checkpoint.items() if key.startswith(prefix)}
-    refuse(name, [what for begin, what in _REFUSED.items() if any(key.startswith(begin) for key in tower)])
+    refuse(name, [what for prefix, what in _REFUSED.items() if any(key.startswith(prefix) for key in tower)])
     if "act_layer" not in arguments:
         raise ValueError(
-            f"weights of open_clip do not say their activation, and nothing said that of {name}; pass "
-            "act_layer='quick_gelu' for OpenAI's weights and what was trained on from them, 'gelu' for others"
+            f"act_layer must be given, since open_clip's weights do not record it, got none for {name}; pass "
+            "act_layer='quick_gelu' for OpenAI's weights and models fine-tuned from them, 'gelu' for others"
         )
     state = _rename(tower)
     weight = state["patch_embed.proj.weight"]
     dim, in_chans, patch, _ = weight.shape
-    side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
     inferred = {
-        "img_size": side,
+        "img_size": round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch,
         "patch_size": patch,
         "in_chans": in_chans,
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
@@ -113,10 +114,10 @@ def from_open_clip(
 
 
 def said_by_config(path: Path) -> dict[str, Any]:
-    """The facts about the image tower that only ``open_clip_config.json`` states.
+    """Return the arguments of the image tower that only ``open_clip_config.json`` states.
 
     Raises:
-        UnsupportedModelError: the tower is read otherwise than ours.
+        UnsupportedModelError: the tower pools its tokens in a way that ours does not support.
     """
     model = json.loads(path.read_text(encoding="utf-8")).get("model_cfg", {})
     tower = model.get("vision_cfg", {})
@@ -133,30 +134,30 @@ def said_by_config(path: Path) -> dict[str, Any]:
 
 
 def with_projection(checkpoint: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
-    """The layers between a timm tower (``visual.trunk.``) and the space of texts, as our head; {} for none.
+    """Return the projection after a timm tower (``visual.trunk.``) as the state of our head; {} if there is none.
 
     Args:
-        checkpoint: all keys.
-        prefix: of the trunk's.
-        name: what a message calls it.
+        checkpoint: state dict of the complete model.
+        prefix: prefix of the tower's keys.
+        name: the checkpoint's name in messages.
 
     Raises:
-        UnsupportedModelError: it is more than a linear projection.
+        UnsupportedModelError: the tower is followed by more than a linear projection.
     """
     if not prefix.endswith("visual.trunk."):
         return {}
     visual = prefix.removesuffix("trunk.")
-    beside = {key.removeprefix(visual): x for key, x in checkpoint.items() if key.startswith(visual)}
-    beside = {key: x for key, x in beside.items() if not key.startswith("trunk.")}
+    after_trunk = {key.removeprefix(visual): x for key, x in checkpoint.items() if key.startswith(visual)}
+    after_trunk = {key: x for key, x in after_trunk.items() if not key.startswith("trunk.")}
     known = {"head.proj.weight": "head.weight", "head.proj.bias": "head.bias"}
-    parts = sorted(
+    layers = sorted(
         {
             ".".join(key.split(".")[:2]) if key.startswith("head.") else key.split(".")[0]
-            for key in beside.keys() - known
+            for key in after_trunk.keys() - known
         }
     )
-    refuse(name, [f"{part} between the image tower and the space of texts" for part in parts])
-    head = {known[key]: x for key, x in beside.items()}
+    refuse(name, [f"{layer} between the image tower and the shared image-text space" for layer in layers])
+    head = {known[key]: x for key, x in after_trunk.items()}
     if "head.weight" in head and "head.bias" not in head:
         head["head.bias"] = head["head.weight"].new_zeros(len(head["head.weight"]))
     return head

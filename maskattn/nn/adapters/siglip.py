@@ -1,6 +1,6 @@
-"""SigLIP of transformers: its image tower, whose output, read by attention pooling, lies in the space of texts itself.
+"""Conversion of transformers' SigLIP: its image tower, whose attention pooling gives the image-text embedding.
 
-Dimension key: C channels of the tower, which are those of the space of texts too.
+Dimension key: C channels of the tower and dimensions of the shared image-text space, which are the same.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ _IN_POOL = {
 def from_siglip(
     model: Any, *, global_pool: str | None = None, impl: str | None = None, copy: bool = True
 ) -> VisionTransformer:
-    """The image tower of a SigLIP of transformers, with the same outputs in eval mode.
+    """Convert the image tower of transformers' SigLIP; outputs are the same in eval mode.
 
-    The output of ``SiglipModel`` and ``SiglipVisionModel`` is the image's embedding in the space of texts, not
-    normalised: what the attention pooling reads. That of ``SiglipForImageClassification`` is its logits, of the mean
-    of all tokens.
+    For ``SiglipModel`` and ``SiglipVisionModel`` the output is the result of attention pooling, which is the image's
+    embedding in the shared image-text space, (B, C), not normalised. For ``SiglipForImageClassification`` it is the
+    logits of the classifier over the mean of all tokens.
 
     Args:
-        model: of transformers.
-        global_pool: for a tower without its attention pooling (``vision_use_head=False``): "avg" or "".
+        model: the transformers model.
+        global_pool: pooling for a tower without attention pooling (``vision_use_head=False``): "avg" or "".
         impl: implementation of the attention; None takes the best.
-        copy: False takes the model's own weights, where it is not needed afterwards.
+        copy: whether the weights are copied; False shares them with ``model``, which must not be used afterwards.
 
     Raises:
-        UnsupportedModelError: a ValueError that names every part that ours has not.
+        UnsupportedModelError: a ValueError that names every component without a counterpart in ours.
     """
     kind = type(model).__name__
     tower = getattr(model, "vision_model", model)
@@ -62,11 +62,9 @@ def from_siglip(
     if config.hidden_act not in _ACTIVATIONS:
         unknown.append(f"activation {config.hidden_act!r}")
     if pool is None:
-        unknown.append(
-            "no attention pooling (vision_use_head=False) and so no output of its own; pass global_pool='avg'"
-        )
+        unknown.append("no attention pooling (vision_use_head=False), and so no pooled output; pass global_pool='avg'")
     elif global_pool not in (None, pool):
-        unknown.append(f"it is read by global_pool={pool!r}, got {global_pool!r}")
+        unknown.append(f"its pooling is global_pool={pool!r}, got {global_pool!r}")
     refuse(kind, unknown)
     theirs = tower.state_dict()
     of_pool = {name: x for name, x in theirs.items() if name.startswith("head.")}
@@ -96,7 +94,7 @@ def from_siglip(
 
 
 def _pool(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The pooling's tensors under our names; torch's attention keeps q, k and v in one, ours q apart."""
+    """Rename the pooling's tensors to our keys, and split torch's joint projection of q, k and v into q and kv."""
     ours: dict[str, Tensor] = {}
     for name, x in theirs.items():
         joined = name.removeprefix("head.attention.in_proj_")
@@ -104,6 +102,6 @@ def _pool(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
             q, k, v = x.chunk(3)
             ours |= {f"attn_pool.q.{joined}": q, f"attn_pool.kv.{joined}": torch.cat([k, v])}
             continue
-        begin = next((begin for begin in _IN_POOL if name.startswith(begin)), None)
-        ours[name if begin is None else _IN_POOL[begin] + name.removeprefix(begin)] = x
+        prefix = next((prefix for prefix in _IN_POOL if name.startswith(prefix)), None)
+        ours[name if prefix is None else _IN_POOL[prefix] + name.removeprefix(prefix)] = x
     return ours

@@ -1,7 +1,7 @@
-"""From timm's vision transformers to ours: the same weights, names and outputs, and background that costs nothing.
+"""Conversion of timm's vision transformers: weights, names and outputs stay the same, and background costs nothing.
 
-A model is read part by part. What we do not have is refused, with its name, and never left out: a model that converts
-gives timm's outputs to float rounding.
+Every component of the model is examined. An unsupported one is refused by name and never skipped, so that a converted
+model reproduces timm's outputs up to floating-point rounding.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ __all__ = ["from_timm"]
 def from_timm(
     model: nn.Module, *, global_pool: str | None = None, impl: str | None = None, copy: bool = True
 ) -> VisionTransformer:
-    """Turn a timm ``VisionTransformer`` into ours.
+    """Convert a timm ``VisionTransformer`` into ours.
 
     Weights are copied, unless ``copy=False``; device, dtype, train or eval mode and frozen parameters are kept.
     ``dynamic_img_size`` becomes True: other image sizes resample the position embedding, as timm does with that option.
 
     Args:
-        model: a ``timm.models.VisionTransformer``, or an ``Eva`` (EVA, EVA-02, DINOv3): class token or not, registers,
-            LayerScale, SwiGLU, q/k norms, pre-norm, any of the pools below, with and without a head.
-        global_pool: another pool than the model's: "token", "avg", "map", "token_avg" or ""; for backbones without a
-            head, as Virchow2, whose users join class token and mean ("token_avg").
+        model: a ``timm.models.VisionTransformer``, or an ``Eva`` (EVA, EVA-02, DINOv3). Supported are models with and
+            without class token, registers, LayerScale, SwiGLU, q/k norms, pre-norm and head, and the pools below.
+        global_pool: pooling that replaces the model's: "token", "avg", "map", "token_avg" or ""; only for a model
+            without a head. Virchow2, for instance, is used with class token and mean concatenated ("token_avg").
         impl: implementation of the attention; None takes the best.
-        copy: False takes the model's own weights, where it is not needed afterwards: they are not held twice.
+        copy: whether the weights are copied; False shares them with ``model``, which must not be used afterwards.
 
     Raises:
-        UnsupportedModelError: a ValueError that names every part that ours has not (other rotary or relative positions,
-            distillation tokens, other blocks, norms or pools).
-        TypeError: it is not a model at all.
+        UnsupportedModelError: a ValueError that names every component without a counterpart in ours (other rotary or
+            relative positions, distillation tokens, other blocks, norms or pools).
+        TypeError: ``model`` is no ``nn.Module``.
 
     Example:
         >>> import timm
@@ -47,7 +47,7 @@ def from_timm(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"from_timm takes a timm model, got {type(model).__name__}; for a name use maskattn.nn.load_vit"
+            f"from_timm takes a timm model, got {type(model).__name__}; to load one by name use maskattn.nn.load_vit"
         )
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
@@ -70,7 +70,7 @@ def from_timm(
     if global_pool is not None:
         if not isinstance(model.head, nn.Identity):
             refuse(kind, [f"it has a head, trained on global_pool={model.global_pool!r}, got {global_pool!r}"])
-        # A norm before the pooling stays there, as one after it does.
+        # The model's norm stays where it is, before or after the pooling.
         arguments = {**arguments, "global_pool": global_pool}
     trains = {own_name(name): parameter.requires_grad for name, parameter in model.named_parameters()}
     shares = [getattr(block.drop_path1, "drop_prob", 0.0) for block in cast(Any, model).blocks]
@@ -98,7 +98,7 @@ def _arguments(model: Any) -> dict[str, Any]:
 
 
 def _unknown_parts(model: Any) -> list[str]:
-    """Descriptions of the parts of this model that ours does not have."""
+    """Describe the components of this model that ours does not support."""
     from timm.layers import AttentionPoolLatent, LayerNorm, PatchEmbed
 
     unknown = []
@@ -112,7 +112,7 @@ def _unknown_parts(model: Any) -> list[str]:
     if not isinstance(patch.norm, nn.Identity):
         unknown.append("a norm in the patch embedding (embed_norm_layer)")
     if (patch.proj.bias is None) != (not isinstance(model.norm_pre, nn.Identity)):
-        unknown.append("a patch embedding whose bias does not go with pre_norm")
+        unknown.append("a patch embedding with both a bias and pre_norm, or with neither")
     if not isinstance(model.patch_drop, nn.Identity):
         unknown.append("patch_drop_rate: drop tokens with maskattn.nn.drop_random_tokens instead")
     if model.global_pool not in ("token", "avg", "map", ""):

@@ -1,8 +1,8 @@
-"""timm's ``Eva``: EVA's first models, without rotary positions, EVA-02 with its own, and DINOv3 with its own.
+"""Conversion of timm's ``Eva``: the first EVA models without rotary positions, EVA-02, and DINOv3.
 
-EVA-02 rotates neighbouring channels, ours a channel with the one half a head further on. Scores do not see the order of
-a head's channels, so that those of its queries and keys are reordered. Other Evas mix rotations or normalise elsewhere,
-and are refused with the name of the part.
+EVA-02 rotates adjacent channels together, our model channels that are half a head's width apart. Since scores do not
+depend on the order of a head's channels, those of queries and keys are reordered. Other ``Eva`` models mix rotations or
+place their norms differently, and are refused with the component named.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ __all__ = ["eva_arguments", "eva_state", "own_name", "unknown_in_eva"]
 
 
 def unknown_in_eva(model: Any) -> list[str]:
-    """Descriptions of the parts of this ``Eva`` that our model does not have."""
+    """Describe the components of this ``Eva`` that our model does not support."""
     from timm.layers import PatchEmbed
     from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
     from timm.models.eva import EvaAttention, EvaBlock
 
     rope, patch = model.rope, model.patch_embed
     if rope is not None and type(rope) not in (RotaryEmbeddingCat, RotaryEmbeddingDinoV3):
-        return [f"positions {type(rope).__name__}: of rotary ones, DINOv3's and EVA-02's alone are known"]
+        return [f"positions {type(rope).__name__}: only DINOv3's and EVA-02's rotary positions are supported"]
     unknown = [] if rope is None else _unknown_in_rope(model.rope)
     if type(patch) is not PatchEmbed or patch.patch_size[0] != patch.patch_size[1] or patch.dynamic_img_pad:
-        unknown.append("a patch embedding that pads, or is not square or not plain")
+        unknown.append("a patch embedding that pads, is not square or is no PatchEmbed")
     if model.patch_drop is not None or not isinstance(model.norm_pre, nn.Identity):
         unknown.append("patch_drop_rate or a norm before the blocks")
     if model.attn_pool is not None or model.global_pool not in ("token", "avg", ""):
@@ -40,11 +40,11 @@ def unknown_in_eva(model: Any) -> list[str]:
     if any(b.attn.gate is not None for b in model.blocks):
         unknown.append("gated attention")
     if any(b.attn.proj.in_features != model.embed_dim for b in model.blocks):
-        unknown.append("attention of another width than its tokens")
+        unknown.append("attention whose width is not that of its tokens")
     if any(mlp_layer_of(block.mlp) is None or activation_of(block.mlp) is None for block in model.blocks):
         unknown.append(f"MLP {type(model.blocks[0].mlp).__name__}")
     if {type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()} != {"LayerNorm"}:
-        unknown.append("norms that are no LayerNorm")
+        unknown.append("norms other than LayerNorm")
     if len({m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}) > 1:
         unknown.append("norms with different eps")
     return unknown
@@ -56,16 +56,16 @@ def _unknown_in_rope(rope: Any) -> list[str]:
     unknown = []
     if type(rope) is RotaryEmbeddingDinoV3:
         if (rope.normalize_coords, rope.grid_offset, rope.grid_indexing) != ("separate", 0.0, "ij"):
-            unknown.append("rotary positions with another grid than DINOv3's")
+            unknown.append("rotary positions on another grid than DINOv3's")
     elif rope.grid_type != "index" or rope.in_pixels:
-        unknown.append("rotary positions in pixels or from centres, which EVA-02 has not")
+        unknown.append("rotary positions in pixels or from patch centres, unlike EVA-02's")
     if rope.temperature is None or rope.aug_active:
         unknown.append("rotary positions given by periods, or moved at random in training")
     return unknown
 
 
 def _rotary_grid(rope: Any) -> RotaryGrid | None:
-    """Our name for the grid of EVA-02's positions; None for DINOv3's."""
+    """Return the grid of EVA-02's positions; None for DINOv3's."""
     from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
 
     if type(rope) is not RotaryEmbeddingCat:
@@ -75,7 +75,7 @@ def _rotary_grid(rope: Any) -> RotaryGrid | None:
 
 
 def eva_arguments(model: Any) -> dict[str, Any]:
-    """The arguments of our model."""
+    """Return the arguments of our model."""
     block = model.blocks[0]
     kinds = [kind for kind, x in (("learn", model.pos_embed), ("rotary", model.rope)) if x is not None]
     return {
@@ -92,7 +92,7 @@ def eva_arguments(model: Any) -> dict[str, Any]:
 
 
 def eva_state(model: Any) -> dict[str, Tensor]:
-    """Its state dict under our names; the bias that keys have not is 0, channels of a head lie as ours rotates them."""
+    """Return the state dict under our keys, with zeros as the keys' missing bias and channels in our rotation order."""
     theirs = model.state_dict()
     state = {own_name(key): x for key, x in theirs.items()}
     for number, block in enumerate(model.blocks):
@@ -108,7 +108,7 @@ def eva_state(model: Any) -> dict[str, Tensor]:
 
 
 def _reorder_channels(state: dict[str, Tensor], name: str, heads: int) -> None:
-    """Even channels of each head of q and k, then odd ones, so that what is rotated together lies half a head apart."""
+    """Put each head's even q and k channels before its odd ones, so that rotated pairs lie half a head apart."""
     width = state[f"{name}qkv.weight"].shape[0] // (3 * heads)
     order = torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2)])
     rows = (torch.arange(0, 2 * heads)[:, None] * width + order).flatten()
@@ -122,6 +122,6 @@ def _reorder_channels(state: dict[str, Tensor], name: str, heads: int) -> None:
 
 
 def own_name(key: str) -> str:
-    """Our name of one of its parameters; what it keeps apart for q, k and v is one of ours."""
+    """Return our key for one of its parameters; separate q, k and v parameters share one key."""
     key = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key)
     return re.sub(r"\.attn\.(?:[qkv]_proj\.(weight|bias)|[qv]_(bias))$", r".attn.qkv.\1\2", key)

@@ -1,4 +1,4 @@
-"""Parts of timm's models by our names."""
+"""Components of timm's models in terms of our arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gel
 
 
 def shared_arguments(model: Any) -> dict[str, Any]:
-    """Those arguments of our model that are read in one way from timm's plain transformers and from EVA's."""
+    """Return the arguments of our model that timm's ``VisionTransformer`` and ``Eva`` provide in the same way."""
     block, patch = model.blocks[0], model.patch_embed
     hidden = block.mlp.fc1_g if hasattr(block.mlp, "fc1_g") else block.mlp.fc1
     return {
@@ -24,7 +24,7 @@ def shared_arguments(model: Any) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
+        # The extra half feature makes int(dim · ratio) this width, however the division rounds.
         "mlp_ratio": (hidden.out_features + 0.5) / model.embed_dim,
         "mlp_layer": mlp_layer_of(block.mlp),
         "act_layer": activation_of(block.mlp),
@@ -42,13 +42,13 @@ def shared_arguments(model: Any) -> dict[str, Any]:
 
 
 def activation_of(mlp: Any) -> str | None:
-    """The activation of a timm MLP as ours names it; None if ours has it not."""
+    """Return our name for the activation of a timm MLP; None if ours does not support it."""
     name = _ACTIVATIONS.get(type(mlp.act).__name__)
     return "gelu_tanh" if name == "gelu" and getattr(mlp.act, "approximate", "none") == "tanh" else name
 
 
 def mlp_layer_of(mlp: Any) -> str | None:
-    """The kind of a timm MLP as ours names it; None if ours has it not."""
+    """Return our name for the kind of a timm MLP; None if ours does not support it."""
     from timm.layers import GluMlp, Mlp, SwiGLU
 
     if type(mlp) is Mlp:

@@ -1,7 +1,7 @@
-"""Hugging Face transformers: an attention implementation for its models, and its encoders turned into ours.
+"""An attention implementation for Hugging Face transformers, and the conversion of its vision encoders.
 
 The attention implementation masks keys in any bidirectional encoder and leaves the rest of the model as it is. A
-converted model is packed from the patches on, so that background skips MLPs and norms too.
+converted model is packed after the patch embedding, so that background skips MLPs and norms too.
 
 Dimension key: B sequences, N tokens of each, H heads, D head width, C channels.
 """
@@ -29,7 +29,7 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "g
 }
 
 _LAYER = re.compile(r"^(?:encoder\.layer|model\.layer|layers|layer)\.(\d+)\.(.+)$")
-# Names of transformers 5 and 4, and ours; q, k and v are joined afterwards.
+# Names in transformers 5 and 4, and ours; q, k and v are concatenated afterwards.
 _IN_LAYER = [
     (re.compile(pattern), ours)
     for pattern, ours in (
@@ -57,33 +57,34 @@ _OUTSIDE = {
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
 }
-# Used in pre-training or after the features alone.
+# Parameters that only pre-training reads, or that do not affect the features.
 _LEFT_OUT = re.compile(r"^(?:embeddings\.mask_token|pooler\.|rope_embeddings\.)")
 
 
 def from_transformers(
     model: nn.Module, *, global_pool: str | None = None, impl: str | None = None, copy: bool = True
 ) -> VisionTransformer:
-    """Turn a transformers encoder into ours, with the same outputs in eval mode.
+    """Convert a transformers encoder into ours; outputs are the same in eval mode.
 
-    Without a classifier its output is the class token after the last norm, ``last_hidden_state[:, 0]``, or for I-JEPA,
-    which has none, the mean of all tokens; ``forward_features`` gives ``last_hidden_state``. With one it is the logits.
-    ViT's pooler (a dense layer and tanh after the class token) is left out. Weights are copied, unless
-    ``copy=False``; device, dtype and mode are kept. DINOv3's random shifts of positions in training are not done.
+    With a classifier the output is its logits. Without one it is the class token after the last norm,
+    ``last_hidden_state[:, 0]``, or the mean of all tokens for I-JEPA, which has no class token; ``forward_features``
+    returns ``last_hidden_state``. ViT's pooler (a dense layer and tanh after the class token) is dropped. Weights are
+    copied, unless ``copy=False``; device, dtype and mode are kept. DINOv3's random shifts of positions in training are
+    not applied.
 
     Args:
         model: ViT, DINOv2, DINOv2 with registers, DINOv3-ViT or I-JEPA, with or without its ``ForImageClassification``
-            head; or CLIP, whose image tower is taken, with its projection as the head (``from_clip``); or SigLIP, whose
-            image tower is taken with its attention pooling (``from_siglip``).
-        global_pool: for an encoder without a classifier, another feature than its own: "token", "avg" (mean of the
+            head; CLIP, of which the image tower is taken, with its projection as the head; or SigLIP, of which the
+            image tower is taken, with its attention pooling.
+        global_pool: pooling that replaces the default of an encoder without a classifier: "token", "avg" (mean of the
             patches), "token_avg" or "" (every token).
         impl: implementation of the attention; None takes the best.
-        copy: False takes the model's own weights, where it is not needed afterwards; queries, keys and values alone,
-            which are joined, are held twice meanwhile.
+        copy: whether the weights are copied; False shares them with ``model``, which must not be used afterwards. Only
+            q, k and v, which are concatenated, then take memory twice until ``model`` is released.
 
     Raises:
-        UnsupportedModelError: a ValueError that names every part that ours has not.
-        TypeError: it is not a model at all.
+        UnsupportedModelError: a ValueError that names every component without a counterpart in ours.
+        TypeError: ``model`` is no transformers model.
 
     Example:
         >>> from transformers import Dinov2Config, Dinov2Model
@@ -94,12 +95,13 @@ def from_transformers(
     config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or config is None:
         raise TypeError(
-            f"from_transformers takes a transformers model, got {type(model).__name__}; for a name use load_vit"
+            f"from_transformers takes a transformers model, got {type(model).__name__}; to load one by name use "
+            "maskattn.nn.load_vit"
         )
     kind = type(model).__name__
     if getattr(config, "model_type", None) in CLIP_FAMILIES:
         if global_pool is not None:
-            refuse(kind, [f"CLIP's image tower is read at its class token, got global_pool={global_pool!r}"])
+            refuse(kind, [f"the pooling of CLIP's image tower is its class token, got global_pool={global_pool!r}"])
         return from_clip(model, impl=impl, copy=copy)
     if getattr(config, "model_type", None) in SIGLIP_FAMILIES:
         return from_siglip(model, global_pool=global_pool, impl=impl, copy=copy)
@@ -114,7 +116,7 @@ def from_transformers(
             refuse(kind, [f"it has a classifier, trained on {arguments['global_pool']!r}, got {global_pool!r}"])
         arguments["global_pool"] = global_pool
     if config.model_type == "dinov2_with_registers":
-        # Registers are added after the positions: the class token takes its own along.
+        # Registers are inserted after positions are added, so the class token absorbs its own position.
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
     depth = arguments["depth"]
@@ -138,21 +140,19 @@ def _unknown_parts(model: Any) -> list[str]:
     if not hasattr(model, "embeddings") and not hasattr(model, "classifier"):
         return ["only the encoder and its ForImageClassification are known"]
     if type(model).__name__.endswith("Backbone"):
-        return ["a Backbone gives feature maps; convert the Model instead"]
+        return ["a Backbone returns feature maps; convert the Model instead"]
     unknown = []
     if not isinstance(config.patch_size, int) and len(set(config.patch_size)) > 1:
         unknown.append(f"patch_size={tuple(config.patch_size)}, not square")
     if config.hidden_act not in _ACTIVATIONS:
         unknown.append(f"activation {config.hidden_act!r}")
     if model.training and getattr(config, "hidden_dropout_prob", 0.0) > 0:
-        unknown.append(
-            f"hidden_dropout_prob={config.hidden_dropout_prob} in training: convert it in eval mode, which has none"
-        )
+        unknown.append(f"hidden_dropout_prob={config.hidden_dropout_prob} in training; convert the model in eval mode")
     return unknown
 
 
 def _rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their state dict under our names, q, k and v joined; what is unknown keeps its name, and is refused."""
+    """Rename a state dict to our keys and concatenate q, k and v; an unknown key is kept and is refused later."""
     up = "mlp.fc1_x." if any("mlp.gate_proj." in name for name in theirs) else "mlp.fc1."
     ours: dict[str, Tensor] = {}
     for name, x in theirs.items():
@@ -170,11 +170,11 @@ def _rename(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _join_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """q, k and v in one layer; a bias that one of them lacks is 0 there."""
+    """Concatenate q, k and v into one layer, with zeros for a missing bias."""
     for name in [name for name in state if name.endswith("attn.q.weight")]:
         layer = name.removesuffix("q.weight")
-        weights = [state.pop(f"{layer}{part}.weight") for part in "qkv"]
-        biases = [state.pop(f"{layer}{part}.bias", None) for part in "qkv"]
+        weights = [state.pop(f"{layer}{which}.weight") for which in "qkv"]
+        biases = [state.pop(f"{layer}{which}.bias", None) for which in "qkv"]
         state[f"{layer}qkv.weight"] = torch.cat(weights)
         if any(bias is not None for bias in biases):
             state[f"{layer}qkv.bias"] = torch.cat(
@@ -194,7 +194,7 @@ def _arguments(config: Any, state: dict[str, Tensor], head: nn.Linear | None) ->
     if head is not None and kind.startswith("dinov2"):
         pool = "token_avg"
     class_token = "cls_token" in state
-    # An unlearnt register of transformers is a tensor without rows.
+    # transformers represents the absence of registers by a tensor without rows.
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     if not registers:
         state.pop("reg_token", None)
@@ -209,7 +209,7 @@ def _arguments(config: Any, state: dict[str, Tensor], head: nn.Linear | None) ->
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        # Half a feature more, so that int(dim · ratio) is this count whatever the division rounds to.
+        # The extra half feature makes int(dim · ratio) this width, however the division rounds.
         "mlp_ratio": (len(hidden) + 0.5) / config.hidden_size,
         "mlp_layer": "swiglu_packed" if packed else "mlp" if gate is None else "swiglu",
         "act_layer": gated_act if packed or gate is not None else _ACTIVATIONS[config.hidden_act],
@@ -229,22 +229,22 @@ def _arguments(config: Any, state: dict[str, Tensor], head: nn.Linear | None) ->
 
 
 def position_convention(model_type: str) -> str:
-    """How transformers resamples the learnt positions of a family, by its ``config.model_type``.
+    """Return the convention by which transformers resamples the learnt positions of a ``config.model_type``.
 
-    The registers' DINOv2 alone smooths; DINOv2's own code has a third convention for its models without registers, so
-    that one set of weights gives other features in each library (:mod:`maskattn.nn.positions`).
+    Only DINOv2 with registers is antialiased. DINOv2's original code has a third convention for models without
+    registers, so that the same weights give different features in each library (:mod:`maskattn.nn.positions`).
     """
     return "timm" if model_type == "dinov2_with_registers" else "transformers"
 
 
 def register_attention(name: str = "maskattn") -> str:
-    """Make ``attn_implementation="maskattn"`` known to transformers, for bidirectional encoders.
+    """Register ``attn_implementation="maskattn"`` with transformers, for bidirectional encoders.
 
     A 2-D ``attention_mask`` (B, N) leaves masked keys out instead of adding −inf to their scores; without one every
     token attends to every token, through our kernels. Registering again changes nothing.
 
     Args:
-        name: under which it is registered.
+        name: the name to register.
 
     Returns:
         The name.
@@ -274,22 +274,23 @@ def attend(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers calls it.
+    """Compute attention with the signature that transformers expects of an attention function.
 
     Args:
         module: the attention layer.
         query, key, value: (B, H, N, D).
         attention_mask: (B, N), true or 1 where a key takes part; None for all keys.
-        dropout: share of the weights dropped.
-        scaling: factor of the scores.
-        is_causal: refused if true.
-        options: refused where they change the result (position_bias, softcap, sliding_window, s_aux).
+        dropout: probability of dropping a weight.
+        scaling: factor of the scores; None takes 1/√D.
+        is_causal: refused if true; None takes ``module.is_causal``.
+        options: further options of the layer; those that change the result are refused (position_bias, softcap,
+            sliding_window, s_aux).
 
     Returns:
-        (B, N, H, D), and None for the weights.
+        The attended values (B, N, H, D), and None instead of the weights.
 
     Raises:
-        ValueError: what the layer asks for is not taken; it is named.
+        ValueError: the layer uses an option that is not supported, or a mask that is not (B, N).
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     wanted = [name for name in ("position_bias", "softcap", "sliding_window", "s_aux") if options.get(name) is not None]
@@ -298,8 +299,8 @@ def attend(
     wanted += ["output_attentions"] if options.get("output_attentions") or _weights_are_collected() else []
     if wanted:
         raise ValueError(
-            f"attn_implementation='maskattn' does not take {', '.join(wanted)}, asked for by {type(module).__name__}; "
-            "use 'sdpa' or 'eager' for this model"
+            f"attn_implementation='maskattn' does not support {', '.join(wanted)}, got a call with it from "
+            f"{type(module).__name__}; use 'sdpa' or 'eager' for this model"
         )
     if attention_mask is None:
         B, N = query.shape[0], query.shape[2]
@@ -311,7 +312,7 @@ def attend(
         return cast(Tensor, out).unflatten(0, (B, N)), None
     if attention_mask.ndim != 2:
         raise ValueError(
-            "attn_implementation='maskattn' masks keys alone and takes an attention_mask of shape (B, N), got "
+            "attn_implementation='maskattn' masks only keys and takes an attention_mask of shape (B, N), got "
             f"{tuple(attention_mask.shape)}; use 'sdpa' for masks that differ between queries"
         )
     keep = attention_mask.bool()
@@ -320,19 +321,19 @@ def attend(
 
 
 def _weights_are_collected() -> bool:
-    """Whether the caller asked the model for attention weights; not every model hands that on (SigLIP does not)."""
+    """Return whether attention weights were requested of the model; SigLIP, for one, does not pass that on."""
     collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
     collected = None if collector is None else collector.get()
     return collected is not None and "attentions" in collected
 
 
 def _keep_2d_mask(*_: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """Hand the caller's (B, N) mask to :func:`attend` as it is."""
+    """Pass the caller's (B, N) mask to :func:`attend` unchanged."""
     from transformers.masking_utils import bidirectional_mask_function
 
     if mask_function not in (None, bidirectional_mask_function):
         raise ValueError(
-            "attn_implementation='maskattn' is for bidirectional encoders, and this model masks its scores by "
+            "attn_implementation='maskattn' supports only bidirectional encoders, got a model that masks its scores by "
             f"{getattr(mask_function, '__name__', mask_function)}; use 'sdpa' or 'eager' for it"
         )
     return attention_mask

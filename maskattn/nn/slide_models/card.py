@@ -1,6 +1,6 @@
-"""A slide model's card: what it is, what it was trained on, and with which encoder of tiles; ``config.json`` has it.
+"""A slide model's card, stored as ``config.json``: the model's kind, classes, training data and tile encoder.
 
-Nothing here imports torch, so that a card is printed at once.
+This module does not import torch, so that a card can be printed without delay.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class EncoderFacts:
-    """Which encoder of tiles a slide model was trained with.
+    """The tile encoder that a slide model was trained with.
 
     Attributes:
-        name: as ``maskattn encoders`` or the features' files have it.
-        width: of its features.
-        sha256: of its weights; empty where it is not known.
+        name: the encoder's name in ``maskattn encoders`` or in the feature files.
+        width: number of channels of its features.
+        sha256: SHA-256 of its weights; empty if unknown.
     """
 
     name: str
@@ -37,28 +37,28 @@ class ModelCard:
     """The metadata of a slide model.
 
     Attributes:
-        name: how outputs call it.
-        kind: of its head, or "slide_model" for this package's own with its encoder.
+        name: name shown in outputs.
+        kind: kind of the head, or "slide_model" for this package's own models, which include an encoder.
         classes: names of the K logits.
-        head: what builds the head anew.
-        encoder: of the tiles; None where it is not known.
-        tile_px: side of the image that the encoder sees; None where it is not known.
-        patch_px: side of a tile, in px of ``spacing_um``, before it becomes that image; None as above.
-        spacing_um: µm per px of a tile; None as above.
-        token_mask: "none" where the encoder saw every token of a tile, "tissue" where it saw those with tissue; None
-            where it is not known.
-        pixel_mean, pixel_std: per channel, of pixels scaled to [0, 1]; None as above.
-        trained_on: in words.
-        metrics: name → value, of the data that they say.
-        layout: whose checkpoint it came from.
-        facts: what else that checkpoint said.
-        demonstration: the classes mean nothing outside the package's own synthetic slides.
-        note: a sentence for the outputs.
-        slide_model: the configuration of a :class:`maskattn.nn.SlideModel`, where it is one.
-        task: what was trained: of "regression" and "survival" the logit itself is the value or the log risk, of all
-            else the softmax of the logits are the scores; empty where it is not known.
-        target: what is predicted, as the labels call it.
-        temperature: by which the logits are divided before the softmax; fitted on validation cases.
+        head: arguments that rebuild the head.
+        encoder: the tile encoder; None if unknown.
+        tile_px: side of the encoder's input image in px; None if unknown.
+        patch_px: side of a tile before it is resized to ``tile_px``, in px of ``spacing_um``; None if unknown.
+        spacing_um: µm per px of a tile; None if unknown.
+        token_mask: "none" if the encoder processed every token of a tile, "tissue" if only those with tissue; None if
+            unknown.
+        pixel_mean, pixel_std: normalisation per channel, for pixels scaled to [0, 1]; None if unknown.
+        trained_on: description of the training data.
+        metrics: name → value; the name says on which data.
+        layout: the tool and model whose checkpoint layout was read; empty for this package's own.
+        facts: further facts from that checkpoint, name → value.
+        demonstration: whether the classes mean nothing outside the package's own synthetic slides.
+        note: a sentence that outputs repeat.
+        slide_model: the configuration of a :class:`maskattn.nn.SlideModel`; None for other kinds.
+        task: the training task. For "regression" and "survival" the logit itself is the value or the log risk; for all
+            others the scores are the softmax of the logits. Empty if unknown.
+        target: the label's name for the predicted quantity.
+        temperature: divisor of the logits before the softmax, fitted on validation cases.
     """
 
     name: str
@@ -97,7 +97,7 @@ class ModelCard:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: it is no configuration of a slide model; the keys are named.
+            ValueError: the text is not a slide model's configuration; the message lists the offending keys.
         """
         try:
             values = json.loads(text)
@@ -108,8 +108,8 @@ class ModelCard:
         unknown, missing = sorted(keys - known), sorted({"name", "kind", "classes"} - keys)
         if unknown or missing:
             raise ValueError(
-                f"a slide model's {CONFIG} must have name, kind and classes, got {where} with unknown keys {unknown}, "
-                f"which lacks {missing}; is it another tool's, or a later version's?"
+                f"a slide model's {CONFIG} must have name, kind and classes, got {where} with unknown keys {unknown} "
+                f"and without {missing}; is it another tool's, or a later version's?"
             )
         if values.pop("format", _FORMAT) != _FORMAT:
             raise ValueError(f"a slide model's {CONFIG} must be of format {_FORMAT}, got {where}; update maskattn")
@@ -133,7 +133,7 @@ class ModelCard:
             known = f", SHA-256 of its weights begins {self.encoder.sha256[:16]}" if self.encoder.sha256 else ""
             yield "encoder", f"{self.encoder.name}, {self.encoder.width} channels{known}"
         if self.patch_px is not None and self.spacing_um is not None:
-            seen = f", seen as {self.tile_px} px" if self.tile_px not in (None, self.patch_px) else ""
+            seen = f", resized to {self.tile_px} px" if self.tile_px not in (None, self.patch_px) else ""
             yield "tiles", f"{self.patch_px} px of {self.spacing_um:g} µm{seen}"
         if self.token_mask is not None:
             every = (
@@ -163,11 +163,11 @@ class ModelCard:
 
 
 def read_card(folder: str | Path) -> ModelCard:
-    """Read the card of a model that is a folder.
+    """Read the card of a model folder.
 
     Raises:
         FileNotFoundError: the folder has no configuration.
-        ValueError: it is none of a slide model.
+        ValueError: the configuration is not a slide model's.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -178,10 +178,10 @@ def read_card(folder: str | Path) -> ModelCard:
 
 
 def card_at(path: str | Path) -> ModelCard | None:
-    """Read the card of a slide model of any kind, other tools' checkpoints included; None if it is not a slide model.
+    """Read the card of any slide model, other tools' checkpoints included; None if the path is not a slide model.
 
     Raises:
-        ValueError: there is one that cannot be read.
+        ValueError: the model cannot be read.
     """
     path = Path(path)
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
@@ -189,16 +189,16 @@ def card_at(path: str | Path) -> ModelCard | None:
     if (path / CONFIG).is_file():
         return read_card(path)
     if path.suffix == ".safetensors" and path.with_suffix(".json").is_file():
-        return _card_of_pair(path)
+        return _card_of_two_files(path)
     if path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
-        from maskattn.nn.slide_models.folder import card_of_checkpoint  # which needs torch
+        from maskattn.nn.slide_models.folder import card_of_checkpoint  # imports torch
 
         return card_of_checkpoint(path)
     return None
 
 
-def _card_of_pair(path: Path) -> ModelCard:
-    """Read the card of this package's earlier pair of files, NAME.safetensors and NAME.json."""
+def _card_of_two_files(path: Path) -> ModelCard:
+    """Read the card of a model in this package's earlier format, NAME.safetensors with NAME.json."""
     config = path.with_suffix(".json")
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
@@ -216,26 +216,26 @@ def _card_of_pair(path: Path) -> ModelCard:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"a slide model's configuration must be whole, got {config}: {error!r}; copy it again"
+            f"a slide model's configuration must be complete JSON, got {config}: {error!r}; copy it again"
         ) from error
 
 
 def mismatches(trained: ModelCard, given: ModelCard) -> list[str]:
     """List the differences between a run and the model's training; facts that either lacks are not compared."""
-    pairs: list[tuple[str, Any, Any]] = []
+    compared: list[tuple[str, Any, Any]] = []
     if trained.encoder is not None and given.encoder is not None:
-        pairs.append(("encoder", _plain(trained.encoder.name), _plain(given.encoder.name)))
-        pairs.append(("width of features", trained.encoder.width, given.encoder.width))
+        compared.append(("encoder", _plain(trained.encoder.name), _plain(given.encoder.name)))
+        compared.append(("width of features", trained.encoder.width, given.encoder.width))
         if trained.encoder.sha256 and given.encoder.sha256:
-            pairs.append(("hash of the encoder's weights", trained.encoder.sha256[:16], given.encoder.sha256[:16]))
-    pairs.append(("token mask", trained.token_mask, given.token_mask))
+            compared.append(("hash of the encoder's weights", trained.encoder.sha256[:16], given.encoder.sha256[:16]))
+    compared.append(("token mask", trained.token_mask, given.token_mask))
     if trained.spacing_um and given.spacing_um and abs(given.spacing_um / trained.spacing_um - 1) <= 0.05:
         given = replace(given, spacing_um=trained.spacing_um)
-    pairs.append(("µm per pixel", trained.spacing_um, given.spacing_um))
-    pairs.append(("side of a tile in px", trained.patch_px, given.patch_px))
+    compared.append(("µm per pixel", trained.spacing_um, given.spacing_um))
+    compared.append(("side of a tile in px", trained.patch_px, given.patch_px))
     return [
         f"{what} {found} instead of {expected}"
-        for what, expected, found in pairs
+        for what, expected, found in compared
         if expected is not None and found is not None and expected != found
     ]
 

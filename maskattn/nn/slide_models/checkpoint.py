@@ -1,4 +1,4 @@
-"""The contents of a slide model's checkpoint for the readers of layouts, and the head that they build from it."""
+"""The contents of a slide model's checkpoint as the layout readers receive them, and the head that they build."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MOST_NAMED = 6
 
 @dataclass(frozen=True)
 class HeadFile:
-    """A slide head, and what its checkpoint says of it.
+    """A slide head, and the metadata of its checkpoint.
 
     Attributes:
-        head: in eval mode.
-        layout: whose checkpoint it was.
-        classes: names of the K logits; None where the checkpoint has none.
-        facts: what else it says, for the model's card.
+        head: the head, in eval mode.
+        layout: the tool and model that the checkpoint's layout belongs to.
+        classes: names of the K logits; None if the checkpoint has none.
+        facts: further facts for the model's card, name → value.
     """
 
     head: SlideHead
@@ -36,7 +36,14 @@ class HeadFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as the readers of layouts receive it."""
+    """A checkpoint as the layout readers receive it.
+
+    Attributes:
+        name: the checkpoint's name in messages.
+        state: its tensors by key.
+        hyper: the hyperparameters stored in it.
+        options: options of :func:`maskattn.nn.load_slide_head`.
+    """
 
     name: str
     state: dict[str, Tensor]
@@ -46,7 +53,7 @@ class Checkpoint:
     def width(self, key: str, axis: int = 0) -> int:
         """Return one dimension of a tensor that the layout requires."""
         if key not in self.state:
-            raise UnsupportedModelError(f"{self.name} must have the key {key}, and has none of that name")
+            raise UnsupportedModelError(f"{self.name} must have the key {key}, got a checkpoint without it")
         return int(self.state[key].shape[axis])
 
     def below(self, prefix: str) -> dict[str, Tensor]:
@@ -55,10 +62,10 @@ class Checkpoint:
 
 
 def filled(head: SlideHead, state: Mapping[str, Tensor], layout: str, name: str) -> SlideHead:
-    """The head with these weights, in their dtype.
+    """Return the head with these weights, in their dtype.
 
     Raises:
-        UnsupportedModelError: keys or shapes do not fit; they are named.
+        UnsupportedModelError: keys or shapes do not match; the message lists them.
     """
     if wrong := misfits(state, head.state_dict()):
         raise UnsupportedModelError(

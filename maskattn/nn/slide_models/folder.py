@@ -1,6 +1,7 @@
-"""A slide model on disk: a folder with ``config.json``, ``model.safetensors`` and a card, ``README.md``.
+"""A slide model on disk: a folder with ``config.json``, ``model.safetensors`` and a readable card, ``README.md``.
 
-What else ``--model`` may name is loaded here too: this package's earlier pair of files, and other tools' checkpoints.
+This module also loads everything else that ``--model`` accepts: models in this package's earlier format of two files,
+and other tools' checkpoints.
 """
 
 from __future__ import annotations
@@ -34,17 +35,20 @@ def save_model(
     card: ModelCard | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a slide model as a folder; no file in it is left half-written, and the configuration comes last.
+    """Write a slide model as a folder; each file is replaced atomically, and the configuration is written last.
 
     Args:
-        folder: where to; made if it is not there.
-        model: this package's own, an encoder with a head, or a head alone. Of the two latter the head is written, and
-            the encoder by its name and hash.
-        card: of the model; needed for a head alone.
-        dtype: of the stored weights; None stores them as they are.
+        folder: output folder; created if it does not exist.
+        model: this package's own model, an encoder with a head, or a head alone. An encoder that is not this package's
+            is not stored; the card records its name and hash.
+        card: the model's card; required for a head alone.
+        dtype: dtype of the stored weights; None keeps that of the model.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: a head has no card, or one that does not fit it.
+        ValueError: a head has no card, or the card does not match it.
     """
     from safetensors.torch import save
 
@@ -56,7 +60,7 @@ def save_model(
         card, state = card or card_of(model), model.state_dict()
     else:
         if card is None:
-            raise ValueError("a slide head does not know its classes, got no card; give a ModelCard")
+            raise ValueError("a slide head must have a card that names its classes, got no card; give a ModelCard")
         card, state = replace(card, kind=model.kind, head=model.arguments()), model.state_dict()
         TwoStageModel(model, card)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,7 @@ def load_model_folder(folder: str | Path, impl: str | None = None) -> tuple[Slid
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the weights do not fit the configuration; keys and shapes are named.
+        ValueError: the weights do not match the configuration; the message lists keys and shapes.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -89,7 +93,9 @@ def load_model_folder(folder: str | Path, impl: str | None = None) -> tuple[Slid
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"a model's weights must be a whole .safetensors file, got {path}: {error}") from error
+        raise ValueError(
+            f"a model's weights must be a complete .safetensors file, got {path}: {error}; copy it again"
+        ) from error
     model: SlideModel | SlideHead
     if card.kind == "slide_model":
         model = SlideModel(SlideModelConfig.from_dict(card.slide_model or {}), impl)
@@ -101,8 +107,7 @@ def load_model_folder(folder: str | Path, impl: str | None = None) -> tuple[Slid
     else:
         kinds = ", ".join(["slide_model", *HEADS])
         raise ValueError(
-            f"a slide model must be of a kind that is known, {kinds}, got {card.kind!r} in {folder / CONFIG}; update "
-            "maskattn"
+            f"a slide model's kind must be one of {kinds}, got {card.kind!r} in {folder / CONFIG}; update maskattn"
         )
     _check_state(path, state, model.state_dict())
     dtype = next(x.dtype for x in state.values() if x.is_floating_point())
@@ -125,24 +130,25 @@ def load_two_stages(
     device: str | torch.device = "cpu",
     **options: Any,
 ) -> TwoStageModel:
-    """Load whatever ``--model`` names: a folder, ``NAME.safetensors`` with ``NAME.json``, or a tool's checkpoint.
+    """Load any model that ``--model`` accepts: a folder, ``NAME.safetensors`` with ``NAME.json``, or a checkpoint.
 
     Args:
-        path: of the model.
-        encoder: of the tiles; this package's own models bring theirs.
-        classes: names of the logits, where the model has none.
-        patch_px: side of a tile, where the model's or the encoder's is not meant; of a region for HIPT's and soma's
-            models (4096), whose ``encoder`` is that of patches; without one they read stored features of patches.
-        spacing_um: µm per px of a tile, where the model's or the encoder's is not meant.
-        token_mask: "none" or "tissue", where the model does not say it.
-        other_encoder: go on with an encoder, a spacing or a mask that the model was not trained with.
+        path: the model.
+        encoder: the tile encoder; None for this package's own models, which include one. HIPT's and soma's models take
+            the encoder of their patches, or read stored features of patches without one.
+        classes: names of the logits; None takes the model's.
+        patch_px: side of a tile in px; None takes the model's or the encoder's. For HIPT's and soma's models, the side
+            of a region; None takes 4096.
+        spacing_um: µm per px of a tile; None takes the model's or the encoder's.
+        token_mask: "none" or "tissue"; None takes the model's.
+        other_encoder: whether to accept an encoder, a spacing or a mask that the model was not trained with.
         impl: implementation of the attention; None takes the best.
-        device: where to.
-        options: of :func:`maskattn.nn.load_slide_head`, for a checkpoint.
+        device: device of the model.
+        options: options of :func:`maskattn.nn.load_slide_head` for a checkpoint.
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: it cannot be read, or was trained with something else than is given.
+        ValueError: the model cannot be read, or the arguments differ from its training.
     """
     path, region_level = Path(path), None
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
@@ -162,16 +168,18 @@ def load_two_stages(
             model, card = _of_checkpoint(path, classes, {**options, "impl": impl})
     else:
         raise FileNotFoundError(
-            f"a slide model must be a folder, a checkpoint, or NAME.safetensors with NAME.json beside it, got no {path}"
+            "a slide model must be a folder, a checkpoint, or NAME.safetensors with NAME.json in the same folder, got "
+            f"{path}, which does not exist; check its spelling"
         )
     if isinstance(model, SlideModel):
         if encoder is not None:
             raise ValueError(
-                f"{card.name} brings its own encoder of tiles, got {encoder.name} beside it; leave --encoder out"
+                f"{card.name} includes the tile encoder that it must be run with, got {encoder.name}; leave --encoder "
+                "out"
             )
         if token_mask not in (None, card.token_mask):
             raise ValueError(
-                f"{card.name} was trained with the token mask {card.token_mask!r}, got {token_mask!r}; leave "
+                f"{card.name} must be run with its token mask, {card.token_mask!r}, got {token_mask!r}; leave "
                 "--token-mask out (--no-mask attends to glass too)"
             )
         return two_stages(model.to(device).eval())
@@ -183,23 +191,23 @@ def load_two_stages(
         wrong = list(mismatches(trained, card))
         if wrong and not other_encoder:
             raise ValueError(
-                f"a slide model must be run with what it was trained with, got {'; '.join(wrong)} for {card.name}; "
-                "give what it was trained with, or go on with --other-encoder"
+                f"a slide model must be run as it was trained, got {'; '.join(wrong)} for {card.name}; change the "
+                "arguments to match, or pass --other-encoder to run it anyway"
             )
         if card.token_mask == "tissue" and encoder.vit is None:
             raise ValueError(
                 f"--token-mask tissue needs a packed vision transformer, got {encoder.name}: {encoder.why_not}; leave "
                 "it out"
             )
-    # Stored in whatever precision, a head reads the float32 embeddings of a run.
+    # The embeddings of a run are float32, whatever the precision of the stored weights.
     return TwoStageModel(model.float(), card, encoder, region_level=region_level).to(device).eval()
 
 
 def card_of_checkpoint(path: Path) -> ModelCard:
-    """The card of another tool's checkpoint, as far as it says something.
+    """Return the card of another tool's checkpoint, with the facts that the checkpoint has.
 
     Raises:
-        ValueError: its layout is unknown.
+        ValueError: the checkpoint's layout is unknown.
     """
     return _of_checkpoint(path, None, {})[1]
 
@@ -226,7 +234,7 @@ def _of_regions(
     classes: Sequence[str] | None,
     impl: str | None,
 ) -> tuple[SlideHead, ModelCard, VisionTransformer]:
-    """HIPT's and soma's model: what reads regions is the head, and its region ViT is handed on apart."""
+    """Load HIPT's or soma's model as the head that reads regions, its card, and the transformer that embeds regions."""
     from maskattn.nn.hipt_checkpoints import hipt_from_state_dict
 
     model = hipt_from_state_dict(state, name=str(path), impl=impl).float()
@@ -244,4 +252,4 @@ def _of_regions(
 
 def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     if wrong := misfits(state, expected):
-        raise ValueError(f"weights and configuration must come from the same model, got {path}: {joined(wrong)}")
+        raise ValueError(f"weights and configuration must be of the same model, got {path}: {joined(wrong)}; copy both")

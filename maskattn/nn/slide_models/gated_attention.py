@@ -1,10 +1,10 @@
 """Gated attention pooling: ABMIL (Ilse, Tomczak, Welling, ICML 2018) and CLAM (Lu et al., Nature BME 2021).
 
-h_t = ReLU(W z_t + b) where there is a first layer, else z_t;
-a = softmax_t(w·(tanh(V h_t) ⊙ σ(U h_t))), or without the gate w·tanh(V h_t); M = Σ_t a_t h_t; logits = classifier(M).
-With a branch per class (CLAM's MB) class c has its own row a_c and reads its own M_c.
+h_t = ReLU(W z_t + b) with a first layer, z_t without; a = softmax_t(w·(tanh(V h_t) ⊙ σ(U h_t))) with the gate,
+softmax_t(w·tanh(V h_t)) without; M = Σ_t a_t h_t; logits = classifier(M).
+With a branch per class (CLAM_MB) each class c has its own attention row a_c, pooled vector M_c and classifier.
 
-Parameters are named as CLAM names them. Its clustering of instances is for training; its weights are kept, unread.
+Parameters have CLAM's names. The weights of its instance clustering, which only training uses, are kept but not read.
 
 Dimension key: T tiles, C channels, D channels of h, K classes, A branches (1 or K).
 """
@@ -24,14 +24,14 @@ __all__ = ["GatedAttentionHead", "GatedScores"]
 
 
 class GatedScores(nn.Module):
-    """A score of each tile for each branch.
+    """The attention scores of each tile, one per branch.
 
     Args:
         dim: width of h.
         hidden: width of V h.
         branches: A.
-        gate: whether there is the factor σ(U h).
-        dropout: after tanh and σ, in training.
+        gate: whether scores have the factor σ(U h).
+        dropout: dropout probability after tanh and σ.
     """
 
     def __init__(self, dim: int, hidden: int, branches: int, gate: bool, dropout: float) -> None:
@@ -47,7 +47,7 @@ class GatedScores(nn.Module):
         self.gate = gate
 
     def forward(self, rows_TC: Tensor) -> Tensor:
-        """(T, dim) → (T, A)."""
+        """Compute the scores: (T, dim) → (T, A)."""
         if self.gate:
             scores: Tensor = self.attention_c(self.attention_a(rows_TC) * self.attention_b(rows_TC))
             return scores
@@ -61,12 +61,12 @@ class GatedAttentionHead(SlideHead):
     Args:
         in_dim: C.
         num_classes: K.
-        hidden: width of the first layer; None: there is none, and the embeddings themselves are pooled.
+        hidden: width of the first layer; None pools the embeddings themselves.
         attention_dim: width of the attention's hidden layer.
-        branch_per_class: a row of attention and a classifier for each class (CLAM's MB).
+        branch_per_class: whether each class has its own attention row and classifier (CLAM_MB).
         gate: whether the attention is gated.
-        instances: keep CLAM's instance classifiers, which only its training reads.
-        dropout: in training.
+        instances: whether to keep CLAM's instance classifiers, which only its training uses.
+        dropout: dropout probability.
     """
 
     kind: ClassVar[str] = "gated_attention"
@@ -92,7 +92,7 @@ class GatedAttentionHead(SlideHead):
             "dropout": dropout,
         }
         dim, branches = hidden or in_dim, num_classes if branch_per_class else 1
-        # At the places that CLAM gives them: 0 the layer, 3 the attention.
+        # CLAM's indices are kept: the first layer is 0, the attention 3.
         first: list[nn.Module] = [nn.Linear(in_dim, hidden), nn.ReLU(), nn.Dropout(dropout)] if hidden else []
         first += [] if hidden else [nn.Identity()] * 3
         self.attention_net = nn.Sequential(*first, GatedScores(dim, attention_dim, branches, gate, dropout))
@@ -105,10 +105,10 @@ class GatedAttentionHead(SlideHead):
         if instances:
             self.instance_classifiers = nn.ModuleList(nn.Linear(dim, 2) for _ in range(num_classes))
 
-    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (documented in SlideHead)
         return {"in_dim": self.in_dim, "num_classes": self.num_classes, **self.options}
 
-    def logits(  # noqa: D102 (as of SlideHead)
+    def logits(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
         return self.classify(*self.rows_and_weights(embeddings_TC))
@@ -120,9 +120,9 @@ class GatedAttentionHead(SlideHead):
             logits: Tensor = self.classifiers(pooled[0])
             return logits
         assert isinstance(self.classifiers, nn.ModuleList), "a branch has a classifier of its own"
-        return torch.cat([classifier(read) for classifier, read in zip(self.classifiers, pooled, strict=True)])
+        return torch.cat([classifier(row) for classifier, row in zip(self.classifiers, pooled, strict=True)])
 
-    def attention(  # noqa: D102 (as of SlideHead)
+    def attention(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor | None:
         return self.rows_and_weights(embeddings_TC)[1]

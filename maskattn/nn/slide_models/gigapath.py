@@ -1,10 +1,10 @@
 """Prov-GigaPath's slide encoder (Xu et al., Nature 2024) with the linear head of its fine-tuning.
 
-The class token (or the mean of the tiles) after each of some layers, 0 being the embeddings, is normalised; side by
-side they are what the head reads. Every tile attends to every other: where GigaPath's LongNet attends in dilated
-segments, outputs differ on slides of more tiles than its first segment, 1,024, has.
+The head reads the class token (or the mean of the tiles) after each of the selected layers, where layer 0 is the
+embedding; these vectors are normalised and concatenated. Every tile attends to every other. GigaPath's LongNet attends
+in dilated segments instead, so outputs differ on slides with more tiles than its first segment holds, 1,024.
 
-Its attention is the class token's row of the last layer that is read.
+The head's attention is the class token's row in the last selected layer.
 
 Dimension key: T tiles, C channels, K classes.
 """
@@ -28,13 +28,13 @@ __all__ = ["GigaPathHead"]
 
 
 class GigaPathHead(SlideHead):
-    """GigaPath's slide encoder and a linear head over the outputs of some of its layers.
+    """GigaPath's slide encoder and a linear head over the outputs of selected layers.
 
     Args:
-        vit: what :func:`maskattn.nn.from_gigapath` gives, or the arguments of one.
+        vit: the result of :func:`maskattn.nn.from_gigapath`, or the arguments that rebuild it.
         num_classes: K.
-        layers: whose outputs are read, by number; 0 is what the first block starts with. GigaPath's ``feat_layer``.
-        impl: implementation of the attention, where ``vit`` are arguments; None takes the best.
+        layers: numbers of the selected layers, GigaPath's ``feat_layer``; 0 is the input of the first block.
+        impl: implementation of the attention if ``vit`` is a dict of arguments; None takes the best.
 
     Raises:
         ValueError: there is no such layer.
@@ -62,11 +62,11 @@ class GigaPathHead(SlideHead):
         self.vit = vit
         self.classifier = nn.Sequential(nn.Linear(len(self.layers) * vit.embed_dim, num_classes))
 
-    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (documented in SlideHead)
         vit = {name: value for name, value in self.vit.arguments.items() if name != "impl"}
         return {"vit": vit, "num_classes": self.num_classes, "layers": list(self.layers)}
 
-    def logits(  # noqa: D102 (as of SlideHead)
+    def logits(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
         tokens = tokens_on_grid(self.vit, embeddings_TC, grid)[0]
@@ -77,7 +77,7 @@ class GigaPathHead(SlideHead):
         logits: Tensor = self.classifier(torch.cat([pooled[layer] for layer in self.layers]))
         return logits
 
-    def attention(  # noqa: D102 (as of SlideHead)
+    def attention(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor | None:
         last = max(self.layers)
@@ -89,7 +89,7 @@ class GigaPathHead(SlideHead):
         rows_AT = block.read_weights(tokens)[:, tokens.num_prefix :]
         return torch.empty_like(rows_AT).index_copy_(1, order_T, rows_AT)
 
-    def rollout(  # noqa: D102 (as of SlideHead)
+    def rollout(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor | None:
         if not max(self.layers):

@@ -1,4 +1,4 @@
-"""The contract of a slide head: a slide's tile embeddings in, logits out, differentiable in the embeddings.
+"""The contract of a slide head, which maps a slide's tile embeddings to logits, differentiably.
 
 Dimension key: T tiles, C channels of their embeddings, K classes, A attention rows, H·W cells of the slide's grid.
 """
@@ -24,9 +24,9 @@ class TileGrid:
     """The cell of each tile in the slide's grid of tiles.
 
     Attributes:
-        rows_T: (T,) int64, from the top.
-        columns_T: (T,) int64, from the left.
-        shape_HW: rows and columns of the grid.
+        rows_T: (T,) int64, row indices from the top.
+        columns_T: (T,) int64, column indices from the left.
+        shape_HW: numbers of rows and columns of the grid.
     """
 
     rows_T: Int[Tensor, "T"]
@@ -40,32 +40,35 @@ class TileGrid:
         return cls(rows_T, columns_T, (keep_HW.shape[0], keep_HW.shape[1]))
 
     def packing(self) -> tuple[Packing, Int[Tensor, "T"]]:
-        """The tiles' packing in one sequence of H·W cells, and the order, row-major, in which it takes them.
+        """Pack the tiles as one sequence of H·W cells.
+
+        Returns:
+            The packing, and (T,), the tile index of each packed token, in row-major order of the cells.
 
         Raises:
-            ValueError: two tiles lie in one cell.
+            ValueError: two tiles have the same cell.
         """
-        place_T, order_T = (self.rows_T * self.shape_HW[1] + self.columns_T).sort()
-        if shared := int((place_T.diff() == 0).sum()):
-            raise ValueError(f"every tile must have a cell of its own, got {shared} that share one; leave out doubles")
-        starts = torch.tensor([0, len(place_T)], dtype=torch.int32, device=place_T.device)
+        cell_T, order_T = (self.rows_T * self.shape_HW[1] + self.columns_T).sort()
+        if shared := int((cell_T.diff() == 0).sum()):
+            raise ValueError(f"every tile must have a cell of its own, got {shared} that share one; drop duplicates")
+        starts = torch.tensor([0, len(cell_T)], dtype=torch.int32, device=cell_T.device)
         cells = self.shape_HW[0] * self.shape_HW[1]
-        return Packing(place_T, starts, len(place_T), 1, cells), order_T
+        return Packing(cell_T, starts, len(cell_T), 1, cells), order_T
 
 
 class SlideHead(nn.Module, ABC):
-    """A slide head: it turns the embeddings of a slide's tiles into logits.
+    """A slide head, which turns the embeddings of a slide's tiles into logits.
 
     Args:
         in_dim: C.
         num_classes: K.
 
     Attributes:
-        kind: how folders of models call it.
-        reads_grid: its logits depend on the cells of the tiles.
-        reads_um: they depend on the tiles' places in µm.
-        has_layers: it has layers of attention whose weights sum to 1, which :meth:`rollout` goes through.
-        why_no_rollout: without such layers, the reason, as a clause about the model.
+        kind: the kind's name in model folders.
+        reads_grid: whether the logits depend on the cells of the tiles.
+        reads_um: whether the logits depend on the tiles' positions in µm.
+        has_layers: whether it has attention layers whose weights sum to 1, as :meth:`rollout` needs them.
+        why_no_rollout: the reason if it has no such layers, as a relative clause about the model.
     """
 
     kind: ClassVar[str]
@@ -81,13 +84,13 @@ class SlideHead(nn.Module, ABC):
 
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """The arguments that rebuild the head, as JSON values."""
+        """Return the arguments that rebuild the head, as JSON values."""
 
     @abstractmethod
     def logits(
         self, embeddings_TC: Float[Tensor, "T C"], coords_um_T2: Float[Tensor, "T 2"] | None, grid: TileGrid | None
     ) -> Float[Tensor, "K"]:
-        """Compute the result of :meth:`forward`, for checked arguments."""
+        """Compute the result of :meth:`forward` for arguments that :meth:`check` has accepted."""
 
     def forward(
         self,
@@ -99,12 +102,14 @@ class SlideHead(nn.Module, ABC):
 
         Args:
             embeddings_TC: (T, C), one row per tile, in any order.
-            coords_um_T2: (T, 2), x and y of each tile's top left corner on the slide, in µm; None where they are not
-                known.
-            grid: the tiles' cells; None where they lie on no grid.
+            coords_um_T2: (T, 2), x and y of each tile's top left corner on the slide, in µm; None if unknown.
+            grid: the tiles' cells; None if the tiles are not on a grid.
+
+        Returns:
+            (K,) logits.
 
         Raises:
-            ValueError: the embeddings have another width, there are none, or the head reads places that are not given.
+            ValueError: there are no embeddings, their width is not C, or positions that the head reads are missing.
         """
         self.check(embeddings_TC, coords_um_T2, grid)
         return self.logits(embeddings_TC, coords_um_T2, grid)
@@ -115,7 +120,7 @@ class SlideHead(nn.Module, ABC):
         coords_um_T2: Float[Tensor, "T 2"] | None = None,
         grid: TileGrid | None = None,
     ) -> Float[Tensor, "A T"] | None:
-        """Return the attention over the tiles, a row for each head or class; None if the head has no such row."""
+        """Return the attention over the tiles, one row per attention head or class; None if there is no such row."""
         return None
 
     def rollout(
@@ -133,35 +138,35 @@ class SlideHead(nn.Module, ABC):
         coords_um_T2: Float[Tensor, "T 2"] | None,
         grid: TileGrid | None,
     ) -> Callable[[Tensor], Float[Tensor, "K"]]:
-        """Return the function that a path to these embeddings explains: the logits, with choices held as made there."""
+        """Return the logits as a function along a path to these embeddings, with discrete choices as at its end."""
         return lambda at_TC: self(at_TC, coords_um_T2, grid)
 
     def contributions(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T"] | None:
-        """Return each tile's addend of each logit; None if the logits are not such sums."""
+        """Return each tile's term of each logit; None if the logits are not sums over tiles."""
         return None
 
     def linear_form(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T C"] | None:
-        """γ (K, T, C) with z_t·γ_kt = :meth:`contributions`; None where there is no such form."""
+        """Return γ (K, T, C) with z_t·γ_kt = :meth:`contributions`; None if there is no such form."""
         return None
 
     def check(self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None) -> None:
-        """Refuse input that the head cannot read. Arguments and errors as in :meth:`forward`."""
+        """Refuse input that the head cannot read; arguments and errors are those of :meth:`forward`."""
         if embeddings_TC.ndim != 2 or embeddings_TC.shape[1] != self.in_dim or not len(embeddings_TC):
             raise ValueError(
                 f"a slide model reads (T, {self.in_dim}) embeddings of T ≥ 1 tiles, got {tuple(embeddings_TC.shape)}; "
-                f"take the encoder that it was trained with, whose features are {self.in_dim} wide"
+                f"take the encoder that it was trained with, whose features have {self.in_dim} channels"
             )
         if self.reads_grid and grid is None:
             raise ValueError(
-                f"this slide model ({self.kind}) reads the tiles' places on one grid, got none; give tiles of one grid"
+                f"this slide model ({self.kind}) reads the tiles' cells on a grid, got none; give tiles of one grid"
             )
         if self.reads_um and coords_um_T2 is None:
             raise ValueError(
-                f"this slide model ({self.kind}) reads distances between tiles in µm, got none; give the slides, or "
-                "features that say their spacing"
+                f"this slide model ({self.kind}) reads distances between tiles in µm, got no positions; give the "
+                "slides, or features that record their spacing"
             )
-        for places in (coords_um_T2, None if grid is None else grid.rows_T):
-            if places is not None and len(places) != len(embeddings_TC):
+        for positions in (coords_um_T2, None if grid is None else grid.rows_T):
+            if positions is not None and len(positions) != len(embeddings_TC):
                 raise ValueError(
-                    f"there must be a place for each tile, got {len(places)} of {len(embeddings_TC)} embeddings"
+                    f"there must be a position for each tile, got {len(positions)} for {len(embeddings_TC)} embeddings"
                 )

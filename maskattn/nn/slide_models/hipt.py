@@ -1,11 +1,11 @@
-"""HIPT's own slide level: a transformer over a slide's regions, and gated attention pooling.
+"""HIPT's slide level: a transformer over a slide's regions, and gated attention pooling.
 
-    h_r = ReLU(W z_r + b);  h = two post-norm transformer layers over all regions, without positions;
+    x_r = ReLU(W z_r + b);  h = two post-norm transformer layers over all x_r, without positions;
     a = softmax_r(w·(tanh(V h_r) ⊙ σ(U h_r)));  logits = classifier(ReLU(ρ(Σ_r a_r h_r))).
 
 Parameters have the names of HIPT's checkpoints: ``global_phi.0``, ``global_transformer.layers.i``,
 ``global_attn_pool.attention_{a,b}.0``, ``global_attn_pool.attention_c``, ``global_rho.0``, ``classifier``. Regions
-without tissue are not among those that come in, and so take no part.
+without tissue are excluded from the input.
 
 Source: Chen et al., CVPR 2022 (arXiv 2206.02647); the layout is that of clemsgrs/hipt, commit 648ec04, which soma
 shares.
@@ -27,19 +27,19 @@ from maskattn.nn.slide_models.head import SlideHead, TileGrid
 
 __all__ = ["HIPTHead"]
 
-_HEADS, _LAYERS = 3, 2  # of HIPT's slide transformer, which its weights do not say
+_HEADS, _LAYERS = 3, 2  # of HIPT's slide transformer
 
 
 class HIPTHead(SlideHead):
-    """Embeddings of regions with tissue, in any order → logits of their slide.
+    """HIPT's slide level over the embeddings of regions with tissue, in any order.
 
     Args:
         in_dim: C.
         num_classes: K.
-        embed_dim: D; None = C.
-        num_heads: of the transformer.
-        depth: its layers.
-        dropout: in training.
+        embed_dim: D; None takes C.
+        num_heads: number of the transformer's attention heads.
+        depth: number of the transformer's layers.
+        dropout: dropout probability.
         impl: implementation of the attention; None takes the best.
     """
 
@@ -65,22 +65,22 @@ class HIPTHead(SlideHead):
         self.global_rho = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout))
         self.classifier = nn.Linear(dim, num_classes)
 
-    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (documented in SlideHead)
         return {"in_dim": self.in_dim, "num_classes": self.num_classes, **self.options}
 
-    def logits(  # noqa: D102 (as of SlideHead)
+    def logits(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
         rows_TD, weights_1T = self._rows_and_weights(embeddings_TC)
         logits_K: Tensor = self.classifier(self.global_rho((weights_1T @ rows_TD)[0]))
         return logits_K
 
-    def attention(  # noqa: D102 (as of SlideHead)
+    def attention(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor:
         return self._rows_and_weights(embeddings_TC)[1]
 
-    def rollout(  # noqa: D102 (as of SlideHead)
+    def rollout(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor:
         row_T = self.attention(embeddings_TC)[0]
@@ -108,7 +108,7 @@ class _Layers(nn.Module):
 
 
 class _PostNormLayer(nn.Module):
-    """The layer of ``nn.TransformerEncoderLayer`` as HIPT builds it: ReLU, and an MLP as wide as its input."""
+    """An ``nn.TransformerEncoderLayer`` with HIPT's arguments: ReLU, and an MLP as wide as its input."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float, impl: str | None) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class _PostNormLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def queries_and_keys(self, rows_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, D) → (H, T, D / H) each."""
+        """Return the queries and the keys: (T, D) → (H, T, D / H) each."""
         attention = self.self_attn
         qkv = F.linear(rows_TD, attention.in_proj_weight, attention.in_proj_bias)
         q, k, _ = qkv.unflatten(1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)

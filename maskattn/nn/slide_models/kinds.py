@@ -1,4 +1,4 @@
-"""The kinds of slide heads, and how one is built from what a model folder says of it."""
+"""The kinds of slide heads, and the construction of a head from a model folder's configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADS = {
     "zero_shot": "zero_shot.ZeroShotHead",
     "ordinal": "ordinal.OrdinalHead",
 }
-"""Kind → the head of that kind."""
+"""Kind → module and class of its head."""
 
 _WITH_IMPL = ("vit", "titan", "gigapath", "hipt", "ordinal")
 
@@ -33,11 +33,11 @@ def head_of_kind(kind: str, arguments: Mapping[str, Any], impl: str | None = Non
 
     Args:
         kind: a key of :data:`HEADS`.
-        arguments: what :meth:`SlideHead.arguments` gave.
-        impl: implementation of the attention, of those that have one; None takes the best.
+        arguments: the result of :meth:`SlideHead.arguments`.
+        impl: implementation of the attention, for kinds that take one; None takes the best.
 
     Raises:
-        TypeError: the arguments are not this head's.
+        TypeError: the arguments do not match the head's.
     """
     module, _, name = HEADS[kind].partition(".")
     built = getattr(importlib.import_module(f"maskattn.nn.slide_models.{module}"), name)

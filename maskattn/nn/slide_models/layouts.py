@@ -1,8 +1,8 @@
-"""The layouts of slide models' checkpoints: recognised by their keys and turned into heads.
+"""Recognition of other tools' slide model checkpoints by their keys, and their conversion into heads.
 
-CLAM (``s_k_checkpoint.pt``: CLAM_SB, CLAM_MB, MIL_fc, MIL_fc_mc), AttentionDeepMIL, TransMIL, STAMP 2's Lightning
-checkpoints (vit, trans_mil, mlp, linear), TITAN and Prov-GigaPath with the linear head of their fine-tuning, HIPT's and
-soma's slide level.
+Supported are CLAM (``s_k_checkpoint.pt``: CLAM_SB, CLAM_MB, MIL_fc, MIL_fc_mc), AttentionDeepMIL, TransMIL, STAMP 2's
+Lightning checkpoints (vit, trans_mil, mlp, linear), TITAN and Prov-GigaPath with the linear head of their fine-tuning,
+and the slide level of HIPT and soma.
 
 Dimension key: C width of the embeddings, K classes.
 """
@@ -34,27 +34,28 @@ __all__ = ["HeadFile", "head_from_checkpoint", "load_slide_head"]
 
 
 def load_slide_head(path: str | Path, **options: Any) -> HeadFile:
-    """Load a slide model's head from another tool's checkpoint; no code in it is run.
+    """Load a slide model's head from another tool's checkpoint, without running code in it.
 
     Args:
-        path: of the checkpoint.
-        options: what tensors do not say: ``num_heads`` (STAMP's where its checkpoint does not say it, TITAN 12,
-            GigaPath 16), ``layers`` (GigaPath's ``feat_layer``, 11), ``global_pool`` (GigaPath), ``pool`` (TITAN:
-            "parallel" or "cascade"), ``impl``.
+        path: the checkpoint.
+        options: facts that the tensors do not contain. ``num_heads``: default 12 for TITAN, 16 for GigaPath, 3 for
+            HIPT, and the checkpoint's value or 8 for STAMP; ``layers``: GigaPath's ``feat_layer``, default (11,);
+            ``global_pool``: GigaPath's pooling, default "token"; ``pool``: TITAN's, "parallel" (default) or "cascade";
+            ``impl``: implementation of the attention.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: its layout is unknown, or keys or shapes do not fit it; they are named.
+        ValueError: the layout is unknown, or keys or shapes do not match it; the message lists them.
     """
     return head_from_checkpoint(read_checkpoint(path), name=str(path), **options)
 
 
 def head_from_checkpoint(checkpoint: Mapping[str, Any], *, name: str = "the checkpoint", **options: Any) -> HeadFile:
-    """Return the head in a checkpoint. Arguments and errors as in :func:`load_slide_head`."""
+    """Return the head in a loaded checkpoint; options and errors are those of :func:`load_slide_head`."""
     hyper = checkpoint.get("hyper_parameters")
     state = tensors_of(checkpoint)
     if any(key.startswith("model.") for key in state) and not any("vision_encoder." in key for key in state):
-        # Lightning's modules keep the network as ``model``, and metrics and weights of the loss beside it.
+        # A Lightning module stores the network under ``model``; metrics and loss weights have other keys.
         state = {key.removeprefix("model."): x for key, x in state.items() if key.startswith("model.")}
     given = Checkpoint(name, state, hyper if isinstance(hyper, Mapping) else {}, options)
     for known, read in _LAYOUTS:
@@ -75,7 +76,7 @@ def _transmil(given: Checkpoint) -> HeadFile:
 
 
 def _stamp_vit(given: Checkpoint) -> HeadFile:
-    """Read STAMP's transformer: with ALiBi as STAMP's own head, without as this package's."""
+    """Read STAMP's transformer: with ALiBi into :class:`DistanceViTHead`, without into :class:`ViTHead`."""
     state = given.state
     dim, in_dim, classes = (
         given.width("class_token"),
@@ -149,10 +150,10 @@ def _stamp_mlp(given: Checkpoint) -> HeadFile:
 
 
 def _of_stamp(given: Checkpoint, head: SlideHead, layout: str) -> HeadFile:
-    """Read the arguments of a head from STAMP's hyperparameters.
+    """Add the class names and facts in STAMP's hyperparameters to a head.
 
     Raises:
-        UnsupportedModelError: the model does something else than classify slides by their tiles.
+        UnsupportedModelError: the model does not classify slides by their tiles, or its class names do not match.
     """
     hyper = {key: value for key, value in given.hyper.items() if not isinstance(value, Unread)}
     task, features = hyper.get("task", "classification"), hyper.get("supported_features", "tile")
@@ -165,19 +166,19 @@ def _of_stamp(given: Checkpoint, head: SlideHead, layout: str) -> HeadFile:
     classes = tuple(map(str, categories)) if isinstance(categories, Sequence) and categories else None
     if classes is not None and len(classes) != head.num_classes:
         raise UnsupportedModelError(
-            f"{given.name} names {len(classes)} categories, {', '.join(classes)}, and its head has {head.num_classes} "
-            "outputs; is the file whole?"
+            f"a checkpoint must name a category for each output of its head, got {len(classes)} categories, "
+            f"{', '.join(classes)}, for {head.num_classes} outputs in {given.name}; export the model again"
         )
     facts = {
-        said: str(hyper[key])
-        for key, said in (("ground_truth_label", "label"), ("stamp_version", "STAMP"), ("model_name", "model"))
+        name: str(hyper[key])
+        for key, name in (("ground_truth_label", "label"), ("stamp_version", "STAMP"), ("model_name", "model"))
         if isinstance(hyper.get(key), str)
     }
     return HeadFile(head, layout, classes, facts)
 
 
 def _titan(given: Checkpoint) -> HeadFile:
-    """TITAN's fine-tuned model: the vision encoder, its pooling, and one linear layer."""
+    """Read TITAN's fine-tuned model: the vision encoder, its pooling, and one linear layer."""
     encoder_state = given.below(
         next(key for key in given.state if "vision_encoder." in key).split("vision_encoder.")[0]
     )
@@ -196,7 +197,9 @@ def _titan(given: Checkpoint) -> HeadFile:
     pool = given.options.get("pool") or "parallel"
     queries = int(vision["attn_pool.query"].shape[0]) if "attn_pool.query" in vision else 128
     if "attn_pool_contrastive.query" not in vision:
-        raise UnsupportedModelError(f"TITAN must have its pooling, attn_pool_contrastive, and {given.name} has none")
+        raise UnsupportedModelError(
+            f"TITAN must have its pooling (attn_pool_contrastive), got {given.name} without it; save the complete model"
+        )
     head = TitanHead(vit, classes, pool, queries)
     poolers = ("attn_pool_contrastive.", "attn_pool.") if pool == "cascade" else ("attn_pool_contrastive.",)
     state = {f"vit.{key}": x for key, x in vit.state_dict().items()}
@@ -206,7 +209,7 @@ def _titan(given: Checkpoint) -> HeadFile:
 
 
 def _gigapath(given: Checkpoint) -> HeadFile:
-    """GigaPath's fine-tuned model: ``slide_encoder`` and ``classifier.0``."""
+    """Read GigaPath's fine-tuned model: ``slide_encoder`` and ``classifier.0``."""
     layers = given.options.get("layers") or (11,)
     vit = from_gigapath(
         given.below("slide_encoder."),
@@ -218,7 +221,7 @@ def _gigapath(given: Checkpoint) -> HeadFile:
     if read != len(layers) * vit.embed_dim:
         raise UnsupportedModelError(
             f"GigaPath's head must read {vit.embed_dim} channels of each of its layers (feat_layer), got {read} "
-            f"channels for the layers {list(layers)} in {given.name}; name the layers that it was trained with"
+            f"channels for the layers {list(layers)} in {given.name}; give the layers that it was trained with"
         )
     head = GigaPathHead(vit, given.width("classifier.0.weight"), layers)
     state = {f"vit.{key}": x for key, x in vit.state_dict().items()}
@@ -227,10 +230,10 @@ def _gigapath(given: Checkpoint) -> HeadFile:
 
 
 def _hipt(given: Checkpoint) -> HeadFile:
-    """HIPT's and soma's slide level, over embeddings of regions."""
+    """Read the slide level of HIPT and soma, over embeddings of regions."""
     if given.below("vit_region."):
         raise UnsupportedModelError(
-            f"a slide head reads embeddings of tiles, got a model of regions, HIPT's, in {given.name}; load it with "
+            f"a slide head must not include an encoder, got HIPT's region transformer in {given.name}; load it with "
             "maskattn.nn.load_hipt"
         )
     layers = {key.split(".")[2] for key in given.state if key.startswith("global_transformer.layers.")}
@@ -256,4 +259,4 @@ _LAYOUTS: tuple[tuple[str, Callable[[Checkpoint], HeadFile]], ...] = (
     (r"^mlp\.\d+\.weight$|^fc\.weight$", _stamp_mlp),
     (r"^fc\.(?:module\.)?0\.weight$|^classifier\.(?:module\.)?0\.weight$", read_best_instance),
 )
-"""A key that is unique to each layout → the function that reads the layout."""
+"""Pattern of a key that only one layout has → the function that reads this layout."""

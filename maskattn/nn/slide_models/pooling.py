@@ -1,4 +1,4 @@
-"""Mean and max pooling of tile embeddings, with a classifier of one or several layers after it.
+"""Mean and max pooling of tile embeddings, followed by a classifier of one or several layers.
 
 z = mean_t h_t, or max_t h_t channel by channel; logits = W_L ReLU(… ReLU(W_1 z + b_1) …) + b_L.
 
@@ -19,17 +19,17 @@ __all__ = ["PooledHead"]
 
 
 class PooledHead(SlideHead):
-    """The mean or the maximum of the tiles, and a classifier.
+    """A classifier over the mean or the maximum of the tiles.
 
     Args:
         in_dim: C.
         num_classes: K.
         pool: "mean" or "max".
         hidden: widths of the classifier's hidden layers.
-        dropout: after each of them, in training.
+        dropout: dropout probability after each hidden layer.
 
     Raises:
-        ValueError: there is no such pooling.
+        ValueError: ``pool`` is neither.
     """
 
     kind: ClassVar[str] = "pooled"
@@ -48,7 +48,7 @@ class PooledHead(SlideHead):
             width = next_width
         self.mlp = nn.Sequential(*layers, nn.Linear(width, num_classes))
 
-    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (documented in SlideHead)
         return {
             "in_dim": self.in_dim,
             "num_classes": self.num_classes,
@@ -57,14 +57,14 @@ class PooledHead(SlideHead):
             "dropout": self.dropout,
         }
 
-    def logits(  # noqa: D102 (as of SlideHead)
+    def logits(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
         pooled = embeddings_TC.mean(dim=0) if self.pool == "mean" else embeddings_TC.amax(dim=0)
         logits: Tensor = self.mlp(pooled)
         return logits
 
-    def attention(  # noqa: D102 (as of SlideHead)
+    def attention(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor | None:
         if self.pool == "max":

@@ -1,8 +1,8 @@
-"""Checkpoints read without running code in them.
+"""Reading of checkpoints without running code in them.
 
-A checkpoint of PyTorch is a pickle, and a pickle may call anything. Tensors and plain values are read as they are.
-Whatever else a training program has pickled beside them (its classes, versions, paths) becomes an inert
-:class:`Unread`, which knows the name of what it stands for; nothing of it is imported or called.
+A PyTorch checkpoint is a pickle, and a pickle can call anything. Only tensors and plain values are read here. Every
+other object that a training program has pickled (its classes, versions, paths) becomes an inert :class:`Unread`, which
+records the name of the original class or function; nothing of it is imported or called.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _BUILDERS = {
     ("torch", "device"): torch.device,
 }
 _TENSORS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
-# What a training checkpoint calls the weights.
+# Keys under which training checkpoints store the weights.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 class Unread(dict):  # a dict, so that a pickle can fill it
-    """An object that a checkpoint has pickled and that was not run.
+    """A placeholder for an object in a checkpoint whose code was not run.
 
     Attributes:
         of: the full name of the class or function.
@@ -50,17 +50,17 @@ class Unread(dict):  # a dict, so that a pickle can fill it
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
-        """Forget it."""
+        """Discard the state."""
 
     def append(self, value: Any) -> None:
-        """Forget it."""
+        """Discard the value."""
 
     extend = add = append
 
 
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("__builtin__", "builtins")  # as the protocol of torch.save has it
+        module = module.replace("__builtin__", "builtins")  # the name in torch.save's pickle protocol
         if (module, name) in _BUILDERS:
             return _BUILDERS[module, name]
         if module == "torch._utils" and name in _TENSORS:
@@ -73,7 +73,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _InertPickle:
-    """The subset of the module ``pickle`` that ``torch.load`` uses."""
+    """A replacement for the ``pickle`` module, with the names that ``torch.load`` uses."""
 
     __name__ = "maskattn.nn.slide_models.reading"
     Unpickler = _Unpickler
@@ -88,7 +88,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or a pickled model, whose class would have to be run.
+        ValueError: the file is no checkpoint, or it is a pickled model, whose class would have to be run.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,26 +100,26 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"a .safetensors file must be whole, got {path}: {error}; copy it again") from error
+            raise ValueError(f"a .safetensors file must be complete, got {path}: {error}; copy it again") from error
     try:
         content = torch.load(path, map_location="cpu", pickle_module=_InertPickle, weights_only=False)
     except Exception as error:  # a file that is no pickle can fail in any way
         reason = " ".join(str(error).split())[:200] or "it ends too early"
         raise ValueError(
-            f"a checkpoint must be one that torch.save wrote, got {path}: {type(error).__name__}: {reason}; copy it "
+            f"a checkpoint must be a file that torch.save wrote, got {path}: {type(error).__name__}: {reason}; copy it "
             "again, or save model.state_dict()"
         ) from error
     if isinstance(content, Unread) or not isinstance(content, Mapping):
         what = content.of if isinstance(content, Unread) else type(content).__name__
         raise ValueError(
-            f"a checkpoint must hold tensors by name, got a pickled {what} in {path}, which only its own code could "
-            "build, and no code in a checkpoint is run here; save model.state_dict() where it was trained"
+            f"a checkpoint must hold tensors by name, got a pickled {what} in {path}, which could be loaded only by "
+            "running code in it; save model.state_dict() where it was trained"
         )
     return content
 
 
 def tensors_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint, without wrappers and the prefixes of data-parallel training."""
+    """Return the tensors in a checkpoint, without wrappers and the key prefixes of data-parallel training."""
     for wrapper in _WRAPPERS:
         if isinstance(checkpoint.get(wrapper), Mapping):
             return tensors_of(checkpoint[wrapper])

@@ -1,14 +1,14 @@
 """STAMP's vision transformer with its own kind of ALiBi (El Nahhas et al., Nature Protocols 2024; STAMP 2.5).
 
-A class token goes before the projected tiles, at the place (0, 0). In every head the weights are
+A class token at position (0, 0) precedes the projected tiles. The weights of each head are
 
     w_qk = softmax_k(q·k/√D) − β · |p_q − p_k| / μ,
 
-the penalty after the softmax, p in µm, μ the mean distance of the training's slides and β a learnt number. So rows do
-not sum to 1, and a far tile may count negatively. Distances are computed for some queries at a time: nothing of size
-N × N is held, nor kept for the backward pass.
+where the penalty is subtracted after the softmax, p are positions in µm, μ is the mean distance in the training slides
+and β is learnt. Rows therefore do not sum to 1, and a distant tile can have a negative weight. Distances are computed
+for a chunk of queries at a time, so that nothing of size N × N is held, or kept for the backward pass.
 
-Parameters are named as STAMP's. Its transformer without ALiBi is :class:`maskattn.nn.slide_models.vit.ViTHead`.
+Parameters have STAMP's names. Its transformer without ALiBi is :class:`maskattn.nn.slide_models.vit.ViTHead`.
 
 Dimension key: T tiles, N tokens with the class token, C channels, H heads, D head width, K classes.
 """
@@ -30,7 +30,7 @@ _QUERIES_AT_ONCE = 512
 
 
 class RunningMean(nn.Module):
-    """μ, as training left it."""
+    """The buffer of μ, the running mean of training."""
 
     running_mean: Tensor
     items_so_far: Tensor
@@ -42,7 +42,7 @@ class RunningMean(nn.Module):
 
 
 class DistancePenalty(nn.Module):
-    """β and μ of a head."""
+    """The parameters of a head's penalty, β and μ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,15 +50,16 @@ class DistancePenalty(nn.Module):
         self.bias_scale = nn.Parameter(torch.rand(1))
 
     def factor(self) -> Tensor:
-        """β / μ."""
+        """Return β / μ."""
         return self.bias_scale / self.scale_distance.running_mean
 
 
 class DistanceAttention(nn.Module):
-    """The attention above.
+    """Attention with the penalty of distance after the softmax.
 
     Args:
-        dim, num_heads: C and H.
+        dim: C.
+        num_heads: H.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -71,43 +72,43 @@ class DistanceAttention(nn.Module):
         self.fc = nn.Linear(dim, dim)
 
     def forward(self, x_NC: Tensor, coords_N2: Tensor) -> Tensor:
-        """(N, C), (N, 2) in µm → (N, C)."""
+        """Attend with every token: (N, C), positions (N, 2) in µm → (N, C)."""
         q, k, v = (
             torch.stack([encoder(x_NC) for encoder in encoders])  # [H, N, D]
             for encoders in (self.query_encoders, self.key_encoders, self.value_encoders)
         )
-        factor_H = torch.cat([cast(DistancePenalty, part).factor() for part in self.attentions])
-        parts = []
+        factor_H = torch.cat([cast(DistancePenalty, penalty).factor() for penalty in self.attentions])
+        chunks = []
         for first in range(0, len(x_NC), _QUERIES_AT_ONCE):
-            some = slice(first, first + _QUERIES_AT_ONCE)
-            at = coords_N2[some]
+            queries = slice(first, first + _QUERIES_AT_ONCE)
+            operands = q[:, queries], k, v, coords_N2[queries], coords_N2, factor_H
             if torch.is_grad_enabled() and len(x_NC) > _QUERIES_AT_ONCE:
-                # Distances are made again in the backward pass instead of being kept.
-                parts.append(checkpoint(_penalised, q[:, some], k, v, at, coords_N2, factor_H, use_reentrant=False))
+                # The backward pass recomputes the distances instead of keeping them.
+                chunks.append(checkpoint(_penalised, *operands, use_reentrant=False))
             else:
-                parts.append(_penalised(q[:, some], k, v, at, coords_N2, factor_H))
-        rows: Tensor = self.fc(torch.cat(parts, dim=1).transpose(0, 1).flatten(1))
+                chunks.append(_penalised(*operands))
+        rows: Tensor = self.fc(torch.cat(chunks, dim=1).transpose(0, 1).flatten(1))
         return rows
 
     def row(self, x_NC: Tensor, coords_N2: Tensor) -> Tensor:
-        """(N, C), (N, 2) in µm → (H, N): the weights of the first token's query, penalty and all."""
+        """Return the weights of the first token's query, penalty included: (N, C), (N, 2) in µm → (H, N)."""
         rows = []
         distance_N = (coords_N2 - coords_N2[0]).square().sum(dim=1).sqrt()
-        for query, key, part in zip(self.query_encoders, self.key_encoders, self.attentions, strict=True):
+        for query, key, penalty in zip(self.query_encoders, self.key_encoders, self.attentions, strict=True):
             q_D, k_ND = query(x_NC[0]), key(x_NC)
             weights_N = (k_ND @ q_D * len(q_D) ** -0.5).softmax(dim=0)
-            rows.append(weights_N - cast(DistancePenalty, part).factor() * distance_N)
+            rows.append(weights_N - cast(DistancePenalty, penalty).factor() * distance_N)
         return torch.stack(rows)
 
 
-def _penalised(q: Tensor, k: Tensor, v: Tensor, at_R2: Tensor, coords_N2: Tensor, factor_H: Tensor) -> Tensor:
-    distances_RN = torch.cdist(at_R2, coords_N2, compute_mode="donot_use_mm_for_euclid_dist")
+def _penalised(q: Tensor, k: Tensor, v: Tensor, coords_R2: Tensor, coords_N2: Tensor, factor_H: Tensor) -> Tensor:
+    distances_RN = torch.cdist(coords_R2, coords_N2, compute_mode="donot_use_mm_for_euclid_dist")
     attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
     return attended - factor_H[:, None, None] * (distances_RN @ v)
 
 
 class DistanceBlock(nn.ModuleList):
-    """Attention and MLP, each after a norm, as STAMP's list has them."""
+    """Pre-norm attention and MLP, as a list, for STAMP's parameter names."""
 
     def __init__(self, dim: int, num_heads: int, hidden: int, dropout: float) -> None:
         attention = nn.Module()
@@ -124,26 +125,26 @@ class DistanceBlock(nn.ModuleList):
         super().__init__([attention, mlp])
 
     def forward(self, x_NC: Tensor, coords_N2: Tensor) -> Tensor:
-        """(N, C) → (N, C)."""
+        """Compute the block's output: (N, C), positions (N, 2) in µm → (N, C)."""
         attention: Any = self[0]
         x_NC = x_NC + attention.mhsa(attention.norm(x_NC), coords_N2)
         return x_NC + cast(Tensor, self[1](x_NC))
 
 
 class DistanceViTHead(SlideHead):
-    """STAMP's transformer with distances.
+    """STAMP's transformer with ALiBi.
 
     Args:
         in_dim: C of the embeddings.
         num_classes: K.
-        dim: width of the tokens.
-        depth: blocks.
+        dim: C of the tokens.
+        depth: number of blocks.
         num_heads: H.
         hidden: width of the MLPs' hidden layer.
-        dropout: in training.
+        dropout: dropout probability.
 
     Raises:
-        ValueError: the heads do not divide the width.
+        ValueError: ``num_heads`` does not divide ``dim``.
     """
 
     kind: ClassVar[str] = "stamp_alibi"
@@ -171,13 +172,13 @@ class DistanceViTHead(SlideHead):
         self.transformer.norm = nn.LayerNorm(dim)
         self.mlp_head = nn.Sequential(nn.Linear(dim, num_classes))
 
-    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (documented in SlideHead)
         return {"in_dim": self.in_dim, "num_classes": self.num_classes, **self.options}
 
-    def logits(  # noqa: D102 (as of SlideHead)
+    def logits(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
-        assert coords_um_T2 is not None, "forward has checked that there are places"
+        assert coords_um_T2 is not None, "forward has checked that there are positions"
         coords_N2 = F.pad(coords_um_T2.to(embeddings_TC), (0, 0, 1, 0))
         x_NC = torch.cat([self.class_token[None], self.project_features(embeddings_TC)])
         transformer: Any = self.transformer
@@ -186,11 +187,11 @@ class DistanceViTHead(SlideHead):
         logits: Tensor = self.mlp_head(transformer.norm(x_NC[0]))
         return logits
 
-    def attention(  # noqa: D102 (as of SlideHead)
+    def attention(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor:
         self.check(embeddings_TC, coords_um_T2, grid)
-        assert coords_um_T2 is not None, "it has been checked that there are places"
+        assert coords_um_T2 is not None, "check has refused calls without positions"
         coords_N2 = F.pad(coords_um_T2.to(embeddings_TC), (0, 0, 1, 0))
         x_NC = torch.cat([self.class_token[None], self.project_features(embeddings_TC)])
         layers: Any = self.transformer.layers

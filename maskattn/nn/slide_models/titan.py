@@ -1,11 +1,12 @@
-"""TITAN (Ding et al., arXiv 2411.19666) with its attentional pooling and a linear head, as its fine-tuning has it.
+"""TITAN (Ding et al., arXiv 2411.19666) with its attentional pooling and the linear head of its fine-tuning.
 
-The transformer with 2-D ALiBi gives every token after the last norm; a learnt query reads them all, class token too:
-e = MultiheadAttention(LayerNorm(query), LayerNorm(tokens)), 8 heads; logits = W e + b. ("Parallel" pooling; where it is
-a "cascade", the query reads what 128 other queries have read.) Features are CONCH v1.5's of tiles of 512 px at 20x.
+The encoder is a transformer with 2-D ALiBi. In "parallel" pooling, a learnt query attends to all tokens after the last
+norm, the class token included: e = MultiheadAttention(LayerNorm(query), LayerNorm(tokens)) with 8 heads; logits =
+W e + b. In "cascade" pooling, this query attends to the outputs of 128 learnt queries, which attend to the tokens. The
+embeddings are CONCH v1.5's of tiles of 512 px at 20x.
 
-Its attention is that of the pooling: a row per head of the last query, in a cascade through the 128, whose weights are
-the mean over their heads.
+The head's attention is that of the last query, one row per attention head; in a cascade it is multiplied by the weights
+of the 128 queries, averaged over their heads.
 
 Dimension key: T tiles, N tokens with the class token, C channels, K classes, Q queries.
 """
@@ -28,12 +29,12 @@ __all__ = ["AttentionalPooler", "TitanHead"]
 
 
 class AttentionalPooler(nn.Module):
-    """Learnt queries that read tokens; parameters are named as open_clip's and TITAN's.
+    """Attention of learnt queries to tokens; parameters have the names of open_clip and TITAN.
 
     Args:
         dim: C.
         queries: Q.
-        num_heads: of the attention.
+        num_heads: number of attention heads.
     """
 
     def __init__(self, dim: int, queries: int, num_heads: int) -> None:
@@ -44,13 +45,13 @@ class AttentionalPooler(nn.Module):
         self.ln_k = nn.LayerNorm(dim)
 
     def forward(self, tokens_NC: Tensor) -> Tensor:
-        """(N, C) → (Q, C)."""
+        """Return the queries' outputs: (N, C) → (Q, C)."""
         keys = self.ln_k(tokens_NC)
-        read: Tensor = self.attn(self.ln_q(self.query), keys, keys, need_weights=False)[0]
-        return read
+        outputs: Tensor = self.attn(self.ln_q(self.query), keys, keys, need_weights=False)[0]
+        return outputs
 
     def weights(self, tokens_NC: Tensor) -> Tensor:
-        """(N, C) → (H, Q, N): what each query's read is made of."""
+        """Return the attention weights: (N, C) → (H, Q, N), H the attention heads."""
         keys = self.ln_k(tokens_NC)
         weights: Tensor = self.attn(self.ln_q(self.query), keys, keys, average_attn_weights=False)[1]
         return weights
@@ -60,15 +61,15 @@ class TitanHead(SlideHead):
     """TITAN's slide encoder, its pooling and a linear head.
 
     Args:
-        vit: TITAN's transformer, or the arguments of one: patch_size 1, no head.
+        vit: TITAN's transformer, or the arguments that rebuild it: patch_size 1, no head.
         num_classes: K.
         pool: "parallel" or "cascade".
-        queries: of the first pooler, which only a cascade reads.
-        pool_heads: heads of the pooling's attention.
-        impl: implementation of the attention, where ``vit`` are arguments; None takes the best.
+        queries: Q of the first pooler, which only a cascade has.
+        pool_heads: number of attention heads of the pooling.
+        impl: implementation of the attention if ``vit`` is a dict of arguments; None takes the best.
 
     Raises:
-        ValueError: there is no such pooling.
+        ValueError: ``pool`` is neither.
     """
 
     kind: ClassVar[str] = "titan"
@@ -94,11 +95,11 @@ class TitanHead(SlideHead):
         self.attn_pool_contrastive = AttentionalPooler(dim, 1, pool_heads)
         self.head = nn.Linear(dim, num_classes)
 
-    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (documented in SlideHead)
         vit = {name: value for name, value in self.vit.arguments.items() if name != "impl"}
         return {"vit": vit, "num_classes": self.num_classes, **self.options}
 
-    def logits(  # noqa: D102 (as of SlideHead)
+    def logits(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
         rows = self._normed(tokens_on_grid(self.vit, embeddings_TC, grid)[0])
@@ -107,14 +108,14 @@ class TitanHead(SlideHead):
         logits: Tensor = self.head(self.attn_pool_contrastive(rows)[0])
         return logits
 
-    def attention(  # noqa: D102 (as of SlideHead)
+    def attention(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor:
         tokens, order_T = tokens_on_grid(self.vit, embeddings_TC, grid)
         rows_AT = self._pooling(self._normed(tokens))[:, tokens.num_prefix :]
         return torch.empty_like(rows_AT).index_copy_(1, order_T, rows_AT)
 
-    def rollout(  # noqa: D102 (as of SlideHead)
+    def rollout(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor:
         tokens, order_T = tokens_on_grid(self.vit, embeddings_TC, grid)
@@ -127,7 +128,7 @@ class TitanHead(SlideHead):
         return rows
 
     def _pooling(self, rows_NC: Tensor) -> Tensor:
-        """(N, C) → (A, N): the weights of the last query's heads; in a cascade through those of the queries between."""
+        """Return the last query's weights over the tokens, one row per head: (N, C) → (A, N)."""
         if self.attn_pool is None:
             return self.attn_pool_contrastive.weights(rows_NC)[:, 0]
         last_AQ = self.attn_pool_contrastive.weights(self.attn_pool(rows_NC))[:, 0]

@@ -1,4 +1,4 @@
-"""An encoder of tiles and the slide head that reads its embeddings, as a run takes them.
+"""A tile encoder together with the slide head that reads its embeddings, as slide inference runs them.
 
 Dimension key: B tiles, T kept tiles, (h, w) tokens of a tile, C channels, K classes.
 """
@@ -27,15 +27,15 @@ class TwoStageModel(nn.Module):
     """A tile encoder and a slide head.
 
     Args:
-        head: in eval mode.
-        card: of the model; what it leaves open of the tiles is the encoder's.
-        encoder: of the tiles; None where features are given.
-        whole: the model that both were taken from, where there is one.
-        region_level: what embeds regions for the head from features of their patches, where these may be given; None
-            takes the encoder's, where that is one of regions.
+        head: the slide head, in eval mode.
+        card: the model's card, with the encoder's facts on tiles (:func:`with_encoder`).
+        encoder: the tile encoder; None if runs read stored features.
+        whole: the model of this package that head and encoder belong to; None for a head of another origin.
+        region_level: transformer that embeds regions from stored features of their patches; None takes that of
+            ``encoder`` if it is a :class:`RegionEncoder`.
 
     Raises:
-        ValueError: the encoder's features do not have the head's width, or there is not a name for each logit.
+        ValueError: the encoder's features do not have the head's width, or the number of class names is not K.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class TwoStageModel(nn.Module):
             )
         if encoder is not None and encoder.embed_dim != head.in_dim:
             raise ValueError(
-                f"the encoder's features must be as wide as the slide model reads, got {encoder.embed_dim} channels of "
-                f"{encoder.name} and a model of {head.in_dim}; take the encoder that it was trained with"
+                f"the encoder's features must have the width that the slide model reads, {head.in_dim}, got "
+                f"{encoder.embed_dim} channels of {encoder.name}; take the encoder that the model was trained with"
             )
         self.head = head
         self.encoder = encoder
-        self.whole = [whole]  # in a list, so that it is no module of this one too
+        self.whole = [whole]  # in a list, so that it is not registered as a submodule
         self.card = card
         self._region_level = region_level
 
@@ -72,22 +72,22 @@ class TwoStageModel(nn.Module):
 
     @property
     def why_no_tiles(self) -> str:
-        """Why tiles cannot be encoded, with the remedy; empty if they can."""
+        """The reason why tiles cannot be encoded, with the remedy; empty if they can."""
         if self.encoder is not None and self.card.spacing_um is not None:
             return ""
         if self.encoder is not None:
             return (
-                f"tiles must have a spacing, got none, and neither {self.card.name} nor {self.encoder.name} says one; "
-                "give --tile-spacing-um 0.5, or what the model was trained at"
+                f"tiles must have a spacing, got none from {self.card.name} or {self.encoder.name}; give "
+                "--tile-spacing-um with the spacing that the model was trained at, for instance 0.5"
             )
         if self._region_level is not None:
             return (
-                f"a model of regions must be run with the encoder of their patches, got none for {self.card.name}; "
-                "give --encoder hipt --weights vit256_small_dino.pth, or the one that it was trained with, or a folder "
-                "of stored features of patches (--features)"
+                f"a model of regions must be run with an encoder of patches, got none for {self.card.name}; give "
+                "--encoder hipt --weights vit256_small_dino.pth, or the encoder that the model was trained with, or a "
+                "folder of stored features of patches (--features)"
             )
         return (
-            f"a slide model reads features of tiles, got none for {self.card.name}: name the encoder that it was "
+            f"a slide model reads features of tiles, got none for {self.card.name}; name the encoder that it was "
             "trained with (--encoder), or give a folder of its features (--features)"
         )
 
@@ -98,29 +98,29 @@ class TwoStageModel(nn.Module):
 
     @property
     def config(self) -> SlideModelConfig | ModelCard:
-        """The facts that outputs record: its name, classes, and whether it is a demonstration."""
+        """The configuration that outputs record, with the model's name and classes."""
         return self.card if self.whole[0] is None else self.whole[0].config
 
     @property
     def leaves_out(self) -> bool:
-        """Whether background is left out, by the tile or by the token."""
+        """Whether background is left out, as tiles or as tokens."""
         return self.whole[0] is None or self.whole[0].config.masked
 
     @property
     def masks_tokens(self) -> bool:
-        """Whether the encoder gets a mask of the tokens that take part."""
+        """Whether the encoder receives a mask of the tokens to keep."""
         return self.whole[0] is not None or self.card.token_mask == "tissue"
 
     @property
     def token_px(self) -> int:
-        """Side of a token in px of a tile; the side of the tile if there is no transformer."""
+        """The side of a token in px of a tile; the side of the tile if there is no transformer."""
         return self.encoder.token_px if self.encoder is not None else (self.card.tile_px or 1)
 
     @property
     def why_no_tokens(self) -> str:
-        """Why there are no token maps; empty if there are."""
+        """The reason why there are no token maps; empty if there are."""
         if self.encoder is None:
-            return "no encoder of tiles was given"
+            return "no tile encoder was given"
         if self.encoder.vit is not None:
             return ""
         return f"{self.encoder.name} is no packed vision transformer: {self.encoder.why_not}"
@@ -128,16 +128,16 @@ class TwoStageModel(nn.Module):
     def encode_tiles(
         self, tiles_BIXY: UInt8[Tensor, "B 3 X Y"], keep_BHW: Bool[Tensor, "B h w"] | None
     ) -> Float[Tensor, "B C"]:
-        """Embed tiles."""
+        """Embed tiles: (B, 3, X, Y) uint8 and the tokens to keep (B, h, w), None for all → (B, C)."""
         assert self.encoder is not None, "a run without an encoder has features"
         return self.encoder.encode_tiles(tiles_BIXY, keep_BHW)
 
     def scores(self, logits_K: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
-        """Turn logits into scores: probabilities of the classes, or the values themselves (regression, survival)."""
+        """Turn logits into scores: class probabilities, or the values themselves for regression and survival."""
         return logits_K if self.card.gives_values else (logits_K / self.card.temperature).softmax(dim=0)
 
     def identity(self) -> str:
-        """SHA-256 over configuration and weights: two models of one identity predict alike."""
+        """Return the SHA-256 of configuration and weights; models with the same identity make the same predictions."""
         if self.whole[0] is not None:
             return self.whole[0].identity()
         digest = hashlib.sha256(self.card.to_json().encode())
@@ -152,7 +152,7 @@ class TwoStageModel(nn.Module):
 
 
 def two_stages(model: SlideModel | TwoStageModel) -> TwoStageModel:
-    """The two parts of this package's own slide model; what has two parts already as it is."""
+    """Split this package's own slide model into encoder and head; a :class:`TwoStageModel` is returned unchanged."""
     if isinstance(model, TwoStageModel):
         return model
     config = model.config
@@ -170,7 +170,7 @@ def two_stages(model: SlideModel | TwoStageModel) -> TwoStageModel:
 
 
 def card_of(model: SlideModel) -> ModelCard:
-    """The card of this package's own slide model."""
+    """Return the card of this package's own slide model."""
     config = model.config
     return ModelCard(
         name=config.name,
@@ -190,12 +190,12 @@ def card_of(model: SlideModel) -> ModelCard:
 
 
 def with_encoder(card: ModelCard, encoder: TileEncoder, **tiles: object) -> ModelCard:
-    """The card of a model that is run with an encoder: what it leaves open of the tiles is the encoder's.
+    """Return the card of a model that is run with an encoder; facts that it lacks are taken from the encoder.
 
     Args:
-        card: of the model as it was trained.
-        encoder: what it is run with.
-        tiles: fields of the card that are asked for; None where they are not.
+        card: the card of the model as it was trained.
+        encoder: the encoder of the run.
+        tiles: fields of the card that the run sets; None leaves a field as it is.
     """
     own = {
         "tile_px": encoder.tile_px,
@@ -206,6 +206,6 @@ def with_encoder(card: ModelCard, encoder: TileEncoder, **tiles: object) -> Mode
         "pixel_std": tuple(encoder.card.pixel_std),
     }
     given = {name: value for name, value in tiles.items() if value is not None}
-    open_ones = {name: value for name, value in own.items() if getattr(card, name) is None}
+    missing = {name: value for name, value in own.items() if getattr(card, name) is None}
     facts = EncoderFacts(encoder.name, encoder.embed_dim, encoder.sha256)
-    return replace(card, **{"encoder": facts, **open_ones, **given})  # type: ignore[arg-type]  # fields of the card
+    return replace(card, **{"encoder": facts, **missing, **given})  # type: ignore[arg-type]  # fields of the card

@@ -1,7 +1,7 @@
-"""Our vision transformer as a slide head: masked attention over the tiles, in their cells of the slide's grid.
+"""The vision transformer of this package as a slide head, with masked attention over the tiles in the slide's grid.
 
 It serves every slide model that is a pre-norm transformer over projected tiles with a class token or mean pooling: this
-package's own, STAMP's without ALiBi, TITAN's pretraining stage with a linear head.
+package's own, STAMP's without ALiBi, and TITAN's pretraining stage with a linear head.
 
 Dimension key: T tiles, C channels, K classes, A heads of the last block.
 """
@@ -23,14 +23,14 @@ __all__ = ["ViTHead", "first_row", "tokens_on_grid"]
 
 
 class ViTHead(SlideHead):
-    """A vision transformer over a slide's tiles, whose head gives the logits.
+    """A vision transformer over a slide's tiles, whose outputs are the logits.
 
     Args:
-        vit: patch_size 1, in_chans C, num_classes K; or the arguments of one.
-        impl: implementation of the attention, where ``vit`` are arguments; None takes the best.
+        vit: transformer with patch_size 1, in_chans C and num_classes K, or the arguments that rebuild it.
+        impl: implementation of the attention if ``vit`` is a dict of arguments; None takes the best.
 
     Raises:
-        ValueError: the transformer reads more than one embedding per token, or has no head.
+        ValueError: the transformer's patch_size is not 1, or it has no head.
     """
 
     kind: ClassVar[str] = "vit"
@@ -47,22 +47,22 @@ class ViTHead(SlideHead):
         self.vit = encoder
         self.reads_grid = encoder.position_kind != "none"
 
-    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (documented in SlideHead)
         return {"vit": {name: value for name, value in self.vit.arguments.items() if name != "impl"}}
 
     def tokens(
         self, embeddings_TC: Float[Tensor, "T C"], grid: TileGrid | None
     ) -> tuple[PackedTokens, Int[Tensor, "T"]]:
-        """Return the packed tokens at the transformer's input, and the tile index of each grid token."""
+        """Return the packed tokens at the transformer's input, and (T,), the tile index of each."""
         return tokens_on_grid(self.vit, embeddings_TC, grid)
 
-    def logits(  # noqa: D102 (as of SlideHead)
+    def logits(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
         logits: Tensor = self.vit(self.tokens(embeddings_TC, grid)[0])[0]
         return logits
 
-    def attention(  # noqa: D102 (as of SlideHead)
+    def attention(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor | None:
         if self.vit.cls_token is None:
@@ -71,7 +71,7 @@ class ViTHead(SlideHead):
         rows_AT = self.vit.last_block.read_weights(self.vit.before_last_block(tokens))[:, tokens.num_prefix :]
         return torch.empty_like(rows_AT).index_copy_(1, order_T, rows_AT)
 
-    def rollout(  # noqa: D102 (as of SlideHead)
+    def rollout(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor:
         tokens, order_T = self.tokens(embeddings_TC, grid)
@@ -81,7 +81,7 @@ class ViTHead(SlideHead):
 
 
 def first_row(tokens: PackedTokens, of_class_token: bool) -> Float[Tensor, "N"]:
-    """Return the first row of rollout: the class token, or all tiles evenly."""
+    """Return the row that rollout starts with: 1 at the class token, or uniform over all tiles."""
     row_N = tokens.rows_TC.new_zeros(len(tokens.rows_TC))
     if of_class_token:
         row_N[0] = 1
@@ -93,15 +93,15 @@ def first_row(tokens: PackedTokens, of_class_token: bool) -> Float[Tensor, "N"]:
 def tokens_on_grid(
     vit: VisionTransformer, embeddings_TC: Float[Tensor, "T C"], grid: TileGrid | None
 ) -> tuple[PackedTokens, Int[Tensor, "T"]]:
-    """A slide's tiles as the packed tokens with which a transformer starts.
+    """Embed a slide's tiles as packed tokens, the input of a transformer's first block.
 
     Args:
-        vit: patch_size 1.
+        vit: transformer with patch_size 1.
         embeddings_TC: (T, C), in any order.
-        grid: the tiles' cells; None, where the transformer has no positions, is one row.
+        grid: the tiles' cells; None puts them in one row, for a transformer without positions.
 
     Returns:
-        The tokens, row-major, and (T,), which tile each of them is.
+        The tokens in row-major order, and (T,), the tile index of each.
     """
     device = embeddings_TC.device
     if grid is None:

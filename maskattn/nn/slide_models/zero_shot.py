@@ -1,10 +1,10 @@
-"""Zero-shot scores of a slide: tiles pooled by their cosine with each concept's vector, as MI-Zero pools them.
+"""Zero-shot scores of a slide: the cosines of tiles with each concept's vector, pooled as in MI-Zero.
 
-    s_tk = temperature · cos(z_t, w_k),      f_k = mean over concept k's pool of s_tk,
+    s_tk = temperature · cos(z_t, w_k),      f_k = mean of s_tk over concept k's pool,
 
-the pool being all tiles, or the best few of each concept. With |z_t| held as it is, the score is linear in the tiles:
-f_k = Σ_t z_t·γ_kt with γ_kt = share_kt · temperature · ŵ_k / |z_t|, so that a tile's relevance is what it adds to the
-mean. (A gradient at z would say nothing: a cosine does not change with the length of z, and z·∂cos/∂z is 0.)
+where the pool is all tiles, or the best few of each concept. With |z_t| held constant the score is linear in the tiles,
+f_k = Σ_t z_t·γ_kt with γ_kt = share_kt · temperature · ŵ_k / |z_t|, so that a tile's relevance is its term of the mean.
+(The gradient at z is no substitute: a cosine does not change with the length of z, so that z·∂cos/∂z is 0.)
 
 Source: Lu et al., arXiv 2306.07831 (MI-Zero), for the pooling.
 
@@ -26,19 +26,19 @@ __all__ = ["ZeroShotHead"]
 
 
 class ZeroShotHead(SlideHead):
-    """The mean, over all tiles or each concept's best, of their scores for K concepts.
+    """The mean score for each of K concepts, over all tiles or over the concept's best.
 
     Args:
         in_dim: C.
         num_classes: K.
-        best: how many tiles are pooled for each concept; None pools all.
+        best: number of tiles pooled for each concept; None pools all.
         temperature: factor of the cosine.
 
     Attributes:
-        vectors: (K, C), of any length but 0.
+        vectors: (K, C), one non-zero vector per concept.
 
     Raises:
-        ValueError: no tile would be pooled.
+        ValueError: ``best`` is less than 1.
     """
 
     kind: ClassVar[str] = "zero_shot"
@@ -50,7 +50,7 @@ class ZeroShotHead(SlideHead):
         self.best, self.temperature = best, temperature
         self.vectors = nn.Parameter(torch.ones(num_classes, in_dim), requires_grad=False)
 
-    def arguments(self) -> dict[str, Any]:  # noqa: D102 (as of SlideHead)
+    def arguments(self) -> dict[str, Any]:  # noqa: D102 (documented in SlideHead)
         return {
             "in_dim": self.in_dim,
             "num_classes": self.num_classes,
@@ -59,7 +59,7 @@ class ZeroShotHead(SlideHead):
         }
 
     def tile_scores(self, embeddings_TC: Float[Tensor, "T C"]) -> Float[Tensor, "K T"]:
-        """Return each tile's own score for each concept."""
+        """Return the score of each tile for each concept."""
         directions = F.normalize(self.vectors.to(embeddings_TC), dim=1)
         return self.temperature * directions @ F.normalize(embeddings_TC, dim=1).mT
 
@@ -69,13 +69,13 @@ class ZeroShotHead(SlideHead):
         pooled = scores_KT.detach().topk(count, dim=1).indices
         return torch.zeros_like(scores_KT).scatter_(1, pooled, 1 / count)
 
-    def logits(  # noqa: D102 (as of SlideHead)
+    def logits(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None
     ) -> Tensor:
         scores_KT = self.tile_scores(embeddings_TC)
         return (self.shares(scores_KT) * scores_KT).sum(dim=1)
 
-    def attention(  # noqa: D102 (as of SlideHead)
+    def attention(  # noqa: D102 (documented in SlideHead)
         self, embeddings_TC: Tensor, coords_um_T2: Tensor | None = None, grid: TileGrid | None = None
     ) -> Tensor | None:
         return self.shares(self.tile_scores(embeddings_TC))
