@@ -1,5 +1,5 @@
-// Scaled dot-product attention of many sequences: the problem as plain data, shared by the bindings, the driver that
-// splits it into items of work, and the kernels of each instruction set.
+// Scaled dot-product attention of many sequences as plain data, shared by the bindings, the driver that splits it into
+// items of work, and the kernels of each instruction set.
 //
 //   score_ij = s q_i.k_j + b_j - slope ||x_i - x_j||     p_ij = exp(score_ij - lse_i)     out_i = sum_j p_ij v_j
 //
@@ -17,16 +17,16 @@
 
 namespace maskattn {
 
-// The head widths that the kernels take.
+// The head widths that the kernels support.
 constexpr std::ptrdiff_t least_head_width = 16, most_head_width = 256, head_width_step = 8;
 
 struct Attention : ScoreTerms {
-    bool bfloat16;  // of q, k, v, out and their gradients; all else is float32
+    bool bfloat16;  // dtype of q, k, v, out and their gradients; everything else is float32
     int head_width;
     Strided<const void> q, k, v;
     Strided<void> out;  // forward writes out and lse, backward reads them
     Strided<float> lse;
-    Strided<float> lse_rest;  // what rounding took from lse; without data: not wanted, or zeros
+    Strided<float> lse_rest;  // the rest of lse, lost to rounding; without data: not wanted, or zeros
 };
 
 struct Gradients {
@@ -36,22 +36,22 @@ struct Gradients {
     Strided<float> dbias;  // without data: not wanted
 };
 
-// A sequence's keys are taken in blocks of eight AVX-512 vectors, over which the rows of a query tile pass six at a time.
-// At head width 64 the block's K and V take 32 KiB in bfloat16, which L1 just holds, and 64 KiB in float32. Blocks of 64
-// keys were 8 % slower in bfloat16 and 3 % in float32: what a row does once for each block weighs more than L1 does.
+// A sequence's keys are processed in blocks of eight AVX-512 vectors, each with six rows of a query tile at a time. At
+// head width 64 the block's K and V take 32 KiB in bfloat16, which just fits L1, and 64 KiB in float32. Blocks of 64
+// keys were 8 % slower in bfloat16 and 3 % in float32: the work per row and block costs more than the misses in L1.
 constexpr int block_keys = 128;
 constexpr int tile_rows = 6;
-// Queries of an item of work: their output (24 KiB at head width 64) stays in L2 while all keys pass by, and each block
-// of keys, which comes from L2 or L3, is used 16 times.
+// Queries of an item of work. Their output (24 KiB at head width 64) stays in L2 during the loop over all keys, and
+// each block of keys, which comes from L2 or L3, is used 16 times.
 constexpr int tile_queries = 96;
-// Blocks of keys of an item of the backward pass, at the most. All queries pass by each item, and come from L3: the more
-// keys they meet, the better (at head width 64, of 256, 512 and 1,024 keys the last took 0.86 of the first's time in
-// bfloat16 and 0.9 in float32, although dk and dv of so many do not stay in L2).
+// The largest number of key blocks of an item of the backward pass. Each item loops over all queries, which come from
+// L3, so that more keys per item are better: at head width 64, items of 1,024 keys took 0.86 of the time of items of
+// 256 in bfloat16 and 0.9 in float32, although dk and dv of so many keys do not stay in L2.
 static constexpr int most_chunk_blocks(int head_width) {
     return (head_width <= 64 ? 1024 : head_width <= 128 ? 512 : 256) / block_keys;
 }
 
-// Static, as all functions here: an inline one shared by the units could be kept from the newest processor's.
+// Static like all functions here: of an inline one shared by the units, the linker could keep the newest processor's.
 static inline std::int64_t ceil_divide(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
 // Entry points of one instruction set for one dtype. Sizes are in 32-bit words, multiples of 16; every buffer is
@@ -59,19 +59,19 @@ static inline std::int64_t ceil_divide(std::int64_t count, std::int64_t size) { 
 struct ForwardKernels {
     std::size_t (*block_words)(int head_width);
     std::size_t (*scratch_words)(int head_width);
-    // Packs blocks [first, last) of the head's keys to `blocks`, which holds all of its blocks.
+    // Packs blocks [first, last) of the head's keys into `blocks`, which has space for all of its blocks.
     void (*pack_keys)(const Attention&, const Head&, std::int64_t first, std::int64_t last, std::uint32_t* blocks);
     void (*attend)(const Attention&, const Head&, std::int64_t tile, const std::uint32_t* blocks,
                    std::uint32_t* scratch);
 };
 
-// How many tiles of queries a chunk of keys is done with, and the chunk before it: nullptr for all.
+// The numbers of query tiles that the previous chunk of keys and this one have completed; nullptr: all.
 struct TilesDone {
     const std::int64_t* before;
     std::int64_t* own;
 };
 
-// Neighbouring blocks of a head's keys.
+// Consecutive blocks of a head's keys.
 struct KeyChunk {
     std::int64_t first;
     int blocks;
@@ -81,10 +81,10 @@ struct BackwardKernels {
     int (*tile_queries)(int head_width);
     std::size_t (*tile_words)(int head_width);
     std::size_t (*scratch_words)(int head_width, int chunk_blocks);
-    // Packs what the chunks need of a tile of queries to `tiles`, which holds all of the head's tiles.
+    // Packs a tile of queries for the chunks into `tiles`, which has space for all of the head's tiles.
     void (*pack_queries)(const Attention&, const Gradients&, const Head&, std::int64_t tile, std::uint32_t* tiles);
-    // Writes dk, dv and dbias of the chunk's keys and adds to dq of each tile once the chunk before has; the last chunk
-    // writes dq. dslope: by block of the head. What is written does not depend on how blocks are divided into chunks.
+    // Writes dk, dv and dbias of the chunk's keys and adds to dq of each tile after the previous chunk has; the last
+    // chunk writes dq. dslope: by block of the head. The results do not depend on how blocks are divided into chunks.
     void (*take_chunk)(const Attention&, const Gradients&, const Head&, const KeyChunk&, std::uint32_t* tiles,
                        const TilesDone&, double* dslope, std::uint32_t* scratch);
 };

@@ -1,6 +1,6 @@
-// Backward attention of a chunk of keys, P recomputed from lse: dk and dv of the chunk stay in L2 while all queries of
-// the sequence pass by; dq of each tile of queries is added to by the chunks in their order, so that the sums are the
-// same whoever computes them.
+// Backward attention of a chunk of keys, with P recomputed from lse. dk and dv of the chunk stay in L2 during the loop
+// over all queries of the sequence. The chunks add to dq of each query tile in their order, so that the sums do not
+// depend on the threads.
 //
 // Dimension key: M queries of a register tile, Q of an item, N keys of a block, D head width.
 #pragma once
@@ -12,17 +12,17 @@
 namespace maskattn {
 namespace {
 
-// Queries of a tile. Each tile adds to all of a chunk's dk and dv: with 192 of bfloat16, whose operands take as much room
-// as 96 of float32, that comes half as often (3 to 5 % of the time; at head width 128 nothing was gained).
+// Queries of a tile. Each tile adds to all of a chunk's dk and dv; 192 queries in bfloat16, whose operands are as large
+// as those of 96 in float32, halve the number of these additions, which saves 3 to 5 % (at head width 128, nothing).
 constexpr int most_gradient_queries = 192;
 template <class Arithmetic>
 constexpr int gradient_queries(int head_width) {
     return Arithmetic::depth > 1 && head_width <= 64 ? most_gradient_queries : 96;
 }
 
-// A packed tile of queries, in words. q and dO are left operands of the scores [Q][D / depth] and right operands of dk
-// and dv by steps [Q / depth][D padded], which for single precision is the same; then dq [Q][D padded] and delta, lse
-// (in the scores' units), its rest (in those of ln 2), x and y, Q each.
+// A packed tile of queries, in words. q and dO are stored as left operands of the scores [Q][D / depth] and as right
+// operands of dk and dv by steps [Q / depth][D padded], which are the same in single precision; then follow dq
+// [Q][D padded] and delta, lse (in the scores' units), its rest (in units of ln 2), x and y, Q each.
 template <class Arithmetic>
 struct TileLayout {
     int queries, left_stride, steps_stride, left_words, steps_words;
@@ -90,7 +90,7 @@ void pack_queries(const Attention& a, const Gradients& g, const Head& head, std:
     for (int q = 0; q < rows; ++q) {
         const std::int64_t row = q < count ? row_at(head.queries, first + q) : 0;
         const float lse = q < count ? *row_of(a.lse, head, row) : -infinity;
-        // A row without keys, and what fills the tile: p = 0, and nothing of what came back to it is looked at.
+        // Rows without keys and padding rows have p = 0, and their gradients are not read.
         const bool alive = lse != -infinity;
         q_rows[q] = alive ? row_of<Element>(a.q, head, row) : nullptr;
         grad_rows[q] = alive ? row_of<Element>(g.grad_out, head, row) : nullptr;
@@ -110,9 +110,9 @@ void pack_queries(const Attention& a, const Gradients& g, const Head& head, std:
     pack_rows_both_ways<Arithmetic>(grad_rows, rows, a.head_width, to.grad_left, to.grad_steps);
 }
 
-// Scratch of a chunk, in words: by block K and V by columns [D / depth][N], K by steps [N / depth][D padded], 3 N terms
-// and N of dbias, dk and dv [N][D padded]; then p and dS of a query tile as left operands of dv and dk, and dS as that
-// of dq.
+// Scratch of a chunk, in words. For each block: K and V by columns [D / depth][N], K by steps [N / depth][D padded],
+// 3 N terms, N of dbias, dk and dv [N][D padded]; then p and dS of a query tile as left operands of dv and dk, and dS as
+// the left operand of dq.
 template <class Arithmetic>
 struct ChunkLayout {
     int columns_words, steps_words, sums_words, score_words;
@@ -172,8 +172,8 @@ MASKATTN_INLINE void store_scores(const Probabilities& to, int q, int n, const F
     }
 }
 
-// p and dS of rows [q, q + M) from their products with K (q.k) and V (dO.v). Adds to dbias_N and, where tokens have
-// positions, to dS ||x_i - x_j||.
+// Computes p and dS of rows [q, q + M) from their products with K (q.k) and V (dO.v). Adds to dbias_N and, if tokens
+// have positions, to the sum of dS ||x_i - x_j||.
 template <class Arithmetic, bool biased, bool distanced>
 __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& tile, int q, const float* product_MN,
                                                 const float* grad_p_MN, const KeyTerms& keys, ScoreUnits units,
@@ -206,7 +206,7 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
     if constexpr (distanced) ds_by_distance += weighted;
 }
 
-// C [N][D] += A^T B over the rows of a query tile for keys n to n + `keys`, A being p or dS.
+// C [N][D] += A^T B over the rows of a query tile for keys n to n + `keys`, where A is p or dS.
 template <class Arithmetic, int keys>
 MASKATTN_INLINE void add_transposed(const std::uint32_t* scores, int n, const std::uint32_t* steps, int rows,
                                     float* sums_ND, int stride) {
@@ -225,7 +225,7 @@ void add_transposed(const std::uint32_t* scores, int columns, const std::uint32_
     if (n + 2 == columns) add_transposed<Arithmetic, 2>(scores, n, steps, rows, sums_ND, stride);
 }
 
-// The chunk before this one comes first in every order of the items, so somebody is at work on it.
+// The previous chunk precedes this one in the order of the items, so a thread is working on it.
 inline void wait_until_past(const std::int64_t* tiles_done, std::int64_t tile) {
     for (int spins = 0; __atomic_load_n(tiles_done, __ATOMIC_ACQUIRE) <= tile; ++spins)
         if (spins > 1000) sched_yield();
@@ -263,7 +263,7 @@ class Chunk {
         }
     }
 
-    // Adds a tile of queries to dk, dv and dbias of block b; its p and dS are left for dq.
+    // Adds the terms of a query tile to dk, dv and dbias of block b, and stores its p and dS for dq.
     void take(const QueryTile<Arithmetic>& tile, int rows, int b) {
         const KeyBlock block(layout_, scratch_, b);
         const KeyTerms keys = terms_of_block<Arithmetic>(a_, head_, first_ + b, block.terms_N);
@@ -342,7 +342,7 @@ class Chunk {
     int stride_;
     std::int64_t first_;  // block of the sequence
     int blocks_;
-    double* dslope_;  // by block of the chunk
+    double* dslope_;  // one per block of the chunk
     ScoreUnits units_;
     Probabilities scores_;
 };

@@ -1,5 +1,5 @@
-// Attention of the heads as attention/schedule.hpp orders them: operands are packed, then tiles of queries (forward) or
-// chunks of keys (backward) computed from them.
+// Attention of the heads in the order of attention/schedule.hpp. Operands are packed first, then tiles of queries
+// (forward) or chunks of keys (backward) are computed from them.
 #include "attention/driver.hpp"
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::int64_t packed_blocks = 8;  // blocks of keys of an item of packing
 
-// Calls visit(row) for each of `total` rows that is not among these.
+// Calls visit(row) for each of `total` rows that is not among `rows`.
 template <class Visit>
 void for_each_other_row(const Tokens& rows, std::int64_t total, Visit visit) {
     std::int64_t next = 0;
@@ -122,7 +122,8 @@ class Forward {
     const WordsByWorker scratch_;
 };
 
-// Blocks of keys of a chunk: fewer than the most where there would be too few chunks for the threads.
+// Returns the number of key blocks of a chunk: the largest allowed, or fewer if there would be too few chunks for the
+// threads.
 int chunk_blocks_for(const std::vector<Head>& heads, int head_width, int threads) {
     int blocks = most_chunk_blocks(head_width);
     const auto chunks = [&] {
@@ -153,7 +154,7 @@ class Backward {
             const Head& head = *schedule_.whole[static_cast<std::size_t>(i)];
             std::uint32_t *scratch = scratch_.of(worker), *tiles = scratch + scratch_words_;
             for (std::int64_t tile = 0; tile < tiles_of(head); ++tile) kernels_.pack_queries(a_, g_, head, tile, tiles);
-            std::int64_t tiles_done = 0;  // for nobody: each chunk begins when the one before it is done
+            std::int64_t tiles_done = 0;  // not read: each chunk begins after the previous one is done
             for (std::int64_t chunk = 0; chunk < chunks_of(head); ++chunk)
                 kernels_.take_chunk(a_, g_, head, chunk_at(head, chunk), tiles, {nullptr, &tiles_done}, dslope_of(head),
                                     scratch);
@@ -169,7 +170,7 @@ class Backward {
         }
     }
 
-    // Summed in an order that depends on the sizes alone.
+    // Sums in an order that depends only on the sizes.
     void add_slope_gradients(double* dslopes) const {
         for (std::size_t p = 0; p < heads_.size(); ++p)
             for (std::size_t block = first_block_[p]; block < first_block_[p + 1]; ++block)
@@ -204,7 +205,7 @@ class Backward {
         take_chunks(batch, tiles_at);
     }
 
-    // The chunks of one head wait for each other in their order, those of different heads do not: first chunks come first.
+    // Chunks of one head wait for their predecessors, chunks of different heads do not, so all first chunks come first.
     template <class TilesAt>
     void take_chunks(const Batch& batch, TilesAt tiles_at) {
         std::vector<Item> chunks = batch.items([this](const Head& head) { return chunks_of(head); });
@@ -232,8 +233,8 @@ class Backward {
     const std::vector<Head>& heads_;
     const int chunk_blocks_;
     const std::size_t scratch_words_;
-    std::vector<std::size_t> first_block_{0};  // of the head among all; one more for the end
-    std::vector<double> dslope_;               // by block
+    std::vector<std::size_t> first_block_{0};  // of each head among all blocks, and the end
+    std::vector<double> dslope_;               // one per block
     const Schedule schedule_;
     const WordsByWorker scratch_;
 };

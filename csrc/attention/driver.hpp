@@ -1,4 +1,4 @@
-// Splits attention into items of work for the pool. Plain C++: no Python.
+// The driver, which splits attention into items of work for the pool. Plain C++ without Python.
 #pragma once
 
 #include <memory>
@@ -11,13 +11,13 @@ namespace maskattn {
 // The heads of the sequences of one call.
 struct Sequences {
     std::vector<Head> heads;
-    std::vector<std::int32_t> kept;  // row indices the heads point to
-    bool dense = false;              // rows that are not kept are background, to be filled
-    std::int64_t rows_q = 0;         // of a sequence of dense tensors, background too
+    std::vector<std::int32_t> kept;  // row indices that the heads point to
+    bool dense = false;              // whether rows that are not kept are background and must be filled
+    std::int64_t rows_q = 0;         // rows of a sequence of dense tensors, background included
     std::int64_t rows_k = 0;
 };
 
-// How a call is to run. Both operations throw std::bad_alloc.
+// The kernels and the number of threads of a call. Both operations throw std::bad_alloc.
 struct Execution {
     const AttentionKernels* kernels;
     int threads;
@@ -25,7 +25,8 @@ struct Execution {
 
 void attention_forward(const Attention& a, const Sequences& sequences, const Execution& how);
 
-// dslopes: by head, or nullptr. Where heads share a key bias, g.dbias is by head and the caller sums it.
+// dslopes: one per head, or nullptr. If heads share a key bias, g.dbias still has a row per head, and the caller sums
+// them.
 void attention_backward(const Attention& a, const Gradients& g, const Sequences& sequences, const Execution& how,
                         double* dslopes);
 

@@ -1,4 +1,4 @@
-// Forward attention of a tile of queries, softmax and both products in one pass over the keys.
+// Forward attention of a tile of queries, with the softmax and both products in one pass over the keys.
 //
 // Dimension key: M queries of a register tile (tile_rows), Q of an item (tile_queries), N keys of a block (block_keys),
 // D head width.
@@ -10,8 +10,8 @@
 namespace maskattn {
 namespace {
 
-// A packed block of keys, in words: K by steps [D / depth][N], V by steps [N / depth][D padded], then N each of the key
-// bias, x and y.
+// A packed block of keys, in words: K by steps [D / depth][N], V by steps [N / depth][D padded], then N of each of the
+// key bias, x and y.
 template <class Arithmetic>
 struct BlockLayout {
     int k_words, v_words;
@@ -23,17 +23,17 @@ struct BlockLayout {
     std::size_t words() const { return static_cast<std::size_t>(k_words + v_words + 3 * block_keys); }
 };
 
-// What is added to the scores of a block of keys.
+// The terms of a block's keys.
 struct KeyTerms {
     const float* bias_N;  // -inf past the end of the sequence
     const float* x_N;
     const float* y_N;
     int columns;
-    bool biased;  // bias_N must be added
+    bool biased;  // whether bias_N must be added
 };
 
-// Keys of a block that are computed with: all of a whole block, of the last the vectors (of pairs of keys) that its keys
-// fill.
+// Returns the number of a block's keys that are computed: all of a full block; of the last, its keys rounded up to
+// whole vectors (of pairs of keys).
 template <class Arithmetic>
 MASKATTN_INLINE int columns_of_block(const Head& head, std::int64_t block) {
     constexpr int step = lanes * Arithmetic::depth;
@@ -48,7 +48,7 @@ MASKATTN_INLINE KeyTerms terms_of_block(const Attention& a, const Head& head, st
     return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, !whole || forms_scores(a)};
 }
 
-// Bias and positions of the block's keys; -inf past the end so that those have no probability.
+// Packs the bias and positions of the block's keys, with a bias of -inf past the end, where probabilities must be 0.
 inline void pack_key_terms(const Attention& a, const Head& head, std::int64_t block, float* bias_N) {
     const std::int64_t first = block * block_keys;
     const int count = at_most(block_keys, head.keys.count - first);
@@ -89,7 +89,7 @@ void pack_keys(const Attention& a, const Head& head, std::int64_t first, std::in
     }
 }
 
-// The scores of one query at (x, y) with keys `n` on of a block from its products with them.
+// Computes the scores of a query at (x, y) and the keys of a block from `n` on from their products.
 template <bool biased, bool distanced>
 MASKATTN_INLINE Score block_score(Floats product, const KeyTerms& keys, int n, const ScoreUnits& units, float x,
                                   float y) {
@@ -98,8 +98,8 @@ MASKATTN_INLINE Score block_score(Floats product, const KeyTerms& keys, int n, c
     return score<biased, distanced>(product, bias, distance, units);
 }
 
-// 2^(factor score - base), or 2^(factor (score - base)) of scores that are no bare products, of a row's block as left
-// operand of the product with V; returns their sum by lanes.
+// Stores 2^(factor score - base) for bare products, or 2^(factor (score - base)) for other scores, of a row and block
+// as left operand of the product with V; returns their sums by lane.
 template <class Arithmetic, bool bare>
 MASKATTN_INLINE Floats store_probabilities(const float* score_N, int columns, float factor, float base,
                                            std::uint32_t* p_N) {
@@ -128,15 +128,15 @@ MASKATTN_INLINE Floats store_probabilities(const float* score_N, int columns, fl
 
 // The online softmax: the running state of the rows of a query tile.
 struct SoftmaxState {
-    float* largest_Q;  // of the scores so far
+    float* largest_Q;  // largest score so far
     float* sum_Q;      // [Q][lanes], of 2^(score - largest)
     const float *x_Q, *y_Q;
 };
 
-// Takes in the products of rows [q, q + M) with a block: leaves p, and in factor_M what the sums so far must be scaled
-// by.
-// All largest scores come before the first exponential, so that neither waits for the other. Where nothing is added to
-// products, they need not become scores first: the largest of them is the largest score's.
+// Updates the state by the products of rows [q, q + M) with a block. Stores p, and in factor_M the factors for the sums
+// so far.
+// The maxima of all rows are computed before the first exponential, so that neither waits for the other. If nothing is
+// added to products, they need not be converted to scores first, since the largest product has the largest score.
 template <class Arithmetic, bool biased, bool distanced, bool whole>
 __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, float* product_MN, const KeyTerms& keys,
                                             ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
@@ -186,7 +186,8 @@ MASKATTN_INLINE void softmax_step(const SoftmaxState& state, int q, float* produ
         softmax_step<Arithmetic, false, distanced, true>(state, q, product_MN, keys, units, p_MN, factor_M);
 }
 
-// Scratch of a query tile, in words: q [Q][D / depth], out [Q][D padded], then largest, x and y [Q] and sum [Q][lanes].
+// Returns the scratch of a query tile, in words: q [Q][D / depth], out [Q][D padded], largest, x and y [Q] and sum
+// [Q][lanes].
 template <class Arithmetic>
 std::size_t forward_scratch_words(int head_width) {
     return static_cast<std::size_t>(tile_queries) *

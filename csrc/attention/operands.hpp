@@ -1,4 +1,6 @@
-// Rows of the user's tensors -> the layouts of products.hpp, and back. Dimension key: W words of 32 bits, D head width.
+// Conversion of rows of the user's tensors to the layouts of products.hpp, and back.
+//
+// Dimension key: W words of 32 bits, D head width.
 #pragma once
 
 #include "attention/attention.hpp"
@@ -15,7 +17,7 @@ constexpr std::size_t whole_lines(std::size_t words) { return (words + 15) / 16 
 
 MASKATTN_INLINE int at_most(int most, std::int64_t x) { return x < most ? static_cast<int>(x) : most; }
 
-// `count` elements as floats, zeros after them.
+// Loads `count` elements as floats, with zeros after them.
 MASKATTN_INLINE Floats load_floats(const float* from, int count) {
     return count >= lanes ? load<Floats>(from) : load_first<Floats>(from, count);
 }
@@ -23,7 +25,7 @@ MASKATTN_INLINE Floats load_floats(const Bfloat16* from, int count) {
     return from_bfloat16(count >= lanes ? load<Halves>(from) : load_first<Halves>(from, count));
 }
 
-// Words `first` to `first + lanes` of a row whose neighbours along D share a word.
+// Loads words `first` to `first + lanes` of a row in which `depth` neighbours along D share a word.
 template <class Arithmetic, class Element>
 MASKATTN_INLINE Words load_words(const Element* row, int first, int words) {
     if constexpr (Arithmetic::depth == 1) return Words(load_floats(row + first, words - first));
@@ -31,8 +33,8 @@ MASKATTN_INLINE Words load_words(const Element* row, int first, int words) {
     return words - first >= lanes ? load<Words>(from) : load_first<Words>(from, words - first);
 }
 
-// Asks for the cache lines of rows [first, last) while those before them are packed: a head's rows lie far apart, which
-// processors do not foresee.
+// Prefetches rows [first, last) while earlier rows are packed: a head's rows are far apart, which hardware prefetchers
+// do not handle.
 template <class Element>
 MASKATTN_INLINE void prefetch_rows(const Element* const* rows, int first, int last, int head_width) {
     constexpr int line = 64 / sizeof(Element);
@@ -41,7 +43,7 @@ MASKATTN_INLINE void prefetch_rows(const Element* const* rows, int first, int la
             for (int d = 0; d < head_width; d += line) __builtin_prefetch(rows[r] + d);
 }
 
-// Row r of the result: the words of row r, `stride` words apart; nullptr stands for a row of zeros.
+// Packs the words of each row, with rows `stride` words apart; nullptr stands for a row of zeros.
 template <class Arithmetic, class Element>
 void pack_rows(const Element* const* rows, int count, int head_width, std::uint32_t* to, int stride) {
     const int words = head_width / Arithmetic::depth;
@@ -52,7 +54,7 @@ void pack_rows(const Element* const* rows, int count, int head_width, std::uint3
     }
 }
 
-// Step t of the result: word t of each of `count` rows, a multiple of the lanes; steps are block_keys apart.
+// Packs word t of each of `count` rows, a multiple of the lanes, as step t; steps are block_keys words apart.
 template <class Arithmetic, class Element>
 void pack_columns(const Element* const* rows, int count, int head_width, std::uint32_t* to) {
     const int words = head_width / Arithmetic::depth;
@@ -69,7 +71,7 @@ void pack_columns(const Element* const* rows, int count, int head_width, std::ui
     }
 }
 
-// Step t of the result: the elements of row t, or of rows 2t and 2t + 1 in one word; count is then even.
+// Packs the elements of row t, or of rows 2t and 2t + 1 in shared words, as step t; count is even in the latter case.
 template <class Arithmetic, class Element>
 void pack_steps(const Element* const* rows, int count, int head_width, std::uint32_t* to) {
     const int stride = padded(head_width);
@@ -88,7 +90,7 @@ void pack_steps(const Element* const* rows, int count, int head_width, std::uint
     }
 }
 
-// One row of floats times `factor`, rounded to the element.
+// Writes a row of floats times `factor`, rounded to the element type.
 MASKATTN_INLINE void write_row(const float* from, float factor, int head_width, float* to) {
     int d = 0;
     for (; d + lanes <= head_width; d += lanes) store(to + d, load<Floats>(from + d) * factor);

@@ -1,8 +1,8 @@
-// Which heads of a call's sequences are computed when, and by how many threads. A head is one item of work where that
-// leaves no thread idle for long: its operands are packed and used by one core. The others are taken in batches whose
-// packed operands stay within a budget; within a batch each phase is a list of items, which the threads wait for: first
-// packing, then attention. What is computed depends neither on who computes it nor on which of the two a head is, so
-// neither does the result on the number of threads.
+// The order in which the heads of a call are computed, and their division among threads. A head is one item of work,
+// with its operands packed and used by one core, if that leaves no thread idle for long. The other heads are processed
+// in batches whose packed operands stay within a budget; a batch has two phases, packing and attention, each with a list
+// of items and a wait at its end. The computation is the same in both cases and for every thread, so that results do
+// not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -15,19 +15,19 @@
 namespace maskattn {
 namespace {
 
-constexpr std::size_t batch_words = std::size_t{16} << 18;  // 16 MiB of packed operands, or one head's: they stay in L3
-constexpr std::size_t whole_words = std::size_t{8} << 18;  // 8 MiB of packed operands of a head that is one item,
-constexpr std::size_t thread_words = std::size_t{64} << 18;  // 64 MiB of those of all threads
-constexpr std::int64_t items_a_thread = 3;  // at the least
-constexpr std::int64_t most_idle = 16;  // of the threads' time, at most one in so many
+constexpr std::size_t batch_words = std::size_t{16} << 18;  // 16 MiB of packed operands, or one head's, stay in L3
+constexpr std::size_t whole_words = std::size_t{8} << 18;  // limit for a head that is one item: 8 MiB of operands,
+constexpr std::size_t thread_words = std::size_t{64} << 18;  // and 64 MiB in all threads together
+constexpr std::int64_t items_a_thread = 3;  // lower bound
+constexpr std::int64_t most_idle = 16;  // at most 1 / most_idle of the threads' time is idle
 
 using Heads = std::vector<const Head*>;
 
 inline std::int64_t work_of(const Head& head) { return head.queries.count * head.keys.count; }
 
-// Whether threads that each take the next head end together, or nearly.
+// Returns whether threads that each take the next head finish at nearly the same time.
 inline bool ends_together(const Heads& heads, int threads) {
-    std::vector<std::int64_t> ends(static_cast<std::size_t>(threads), 0);  // a heap: the first thread to end is in front
+    std::vector<std::int64_t> ends(static_cast<std::size_t>(threads), 0);  // a heap, the first thread to end in front
     std::int64_t total = 0, last = 0;
     for (const Head* head : heads) {
         std::pop_heap(ends.begin(), ends.end(), std::greater<>());
@@ -39,10 +39,10 @@ inline bool ends_together(const Heads& heads, int threads) {
     return (last * threads - total) * most_idle <= last * threads;
 }
 
-// The heads that are items as a whole, the longest first so that threads end together, and those that go in batches.
+// The heads that are single items, longest first so that threads finish together, and the heads processed in batches.
 struct Schedule {
     Heads whole, in_batches;
-    std::size_t most_words = 0;  // of the packed operands of a whole head
+    std::size_t most_words = 0;  // largest packed operands of a head that is a single item
 
     template <class HeadWords>
     Schedule(const std::vector<Head>& heads, int threads, HeadWords words_of) {
@@ -68,11 +68,11 @@ struct Item {
     std::int64_t chunk;    // of its keys, or tile of its queries
 };
 
-// Heads from position `first` on whose packed operands fit the budget, at least one.
+// Heads from position `first` on whose packed operands fit the budget, or a single head.
 struct Batch {
     const Heads& heads;
     std::size_t first, last;
-    std::vector<std::size_t> offset{0};  // of a head's operands in the buffer, by position - first; one more for the end
+    std::vector<std::size_t> offset{0};  // of each head's operands in the buffer, by position - first, and the end
 
     template <class HeadWords>
     Batch(const Heads& all, std::size_t from, HeadWords words_of) : heads(all), first(from), last(from) {
@@ -88,7 +88,7 @@ struct Batch {
         return packed + offset[item.position - first];
     }
 
-    // As many items of each head as `count` says.
+    // Returns `count(head)` items for each head.
     template <class Count>
     std::vector<Item> items(Count count) const {
         std::vector<Item> all;

@@ -1,13 +1,13 @@
-// The attention score, written once: forward, backward, readout, its gradient and token relevance make scores,
-// probabilities and their gradients here and nowhere else, so a new term of the score is added here, after terms.hpp.
+// The attention score. Forward, backward, readout, its gradient and token relevance compute scores, probabilities and
+// their gradients only by these functions, so that a new term is added in terms.hpp and here.
 //
 //   score = s q.k + b - slope ||x - y||     p = e^(score - lse)     dscore = p (dp - delta)
 //
-// Attention keeps scores of products alone in units of ln 2, s log2(e) q.k, so that scaling them and subtracting the
-// largest is one instruction, whatever is subtracted. With a bias or positions they are s q.k + b - slope ||x - y||,
-// which is all that float32 knows of them, and the largest is subtracted before the difference is turned into units of
-// ln 2: a bias that many keys share costs no more digits than it must, and the largest and lowest floats do not
-// overflow. Readout's scores, whose scale is in the queries already, always have the unit of e.
+// Attention without bias or positions keeps scores in units of ln 2, s log2(e) q.k, so that scaling them and
+// subtracting the largest take one instruction. With a bias or positions, scores are natural, s q.k + b - slope
+// ||x - y||, and their difference from the largest is converted to units of ln 2: a bias that many keys share then costs
+// no more digits than float32 must, and the largest and lowest floats do not overflow. Readout's scores, whose scale is
+// in the queries already, are always natural.
 #pragma once
 
 #include "attention/attention.hpp"
@@ -18,14 +18,14 @@ namespace {
 
 constexpr float infinity = __builtin_inff();
 
-// Distance of a position from `lanes` others, 0 where either has none (NaN).
+// Returns the distances of a position from `lanes` others, 0 where either is missing (NaN).
 MASKATTN_INLINE Floats distances(float x, float y, const float* others_x, const float* others_y) {
     const Floats across = x - load<Floats>(others_x), down = y - load<Floats>(others_y);
     const Floats squared = across * across + down * down;
     return squared > 0.0f ? square_root(squared) : Floats{};
 }
 
-// What products and distances count in a head's scores, and a score's difference from another in powers of two.
+// The factors of products and distances in a head's scores, and of differences of scores in exponents of two.
 struct ScoreUnits {
     float product;
     float distance;
@@ -34,8 +34,8 @@ struct ScoreUnits {
 
 MASKATTN_INLINE bool only_products(const Attention& a) { return !a.key_bias.data && !a.slopes.data; }
 
-// Whether scores must be formed before the largest is known: the largest product is not the largest score's where a bias
-// is added or the scale is below 0.
+// Returns whether the largest score must be found among scores instead of products: with a bias or a negative scale,
+// the largest product need not have the largest score.
 MASKATTN_INLINE bool forms_scores(const Attention& a) { return a.key_bias.data || a.scale < 0.0f; }
 
 MASKATTN_INLINE ScoreUnits units_of(const Attention& a, const Head& head) {
@@ -43,17 +43,17 @@ MASKATTN_INLINE ScoreUnits units_of(const Attention& a, const Head& head) {
     return {a.scale, a.slopes.data ? *row_of(a.slopes, head, 0) : 0.0f, log2_e};
 }
 
-// Of products with queries that have the scale in them already.
+// The units for products with queries that include the scale already.
 MASKATTN_INLINE ScoreUnits units_of_scaled(const Attention& a, int head) {
     return {1.0f, a.slopes.data ? *row_of(a.slopes, 0, head, 0) : 0.0f, log2_e};
 }
 
-// One query's scores of `lanes` keys, and the distances that entered them.
+// A query's scores of `lanes` keys, and the distances in them.
 struct Score {
     Floats value, distance;
 };
 
-// Scores of one query's products with `lanes` keys. What is not `biased` or not `distanced` has no such term.
+// Computes scores from a query's products with `lanes` keys, with a bias if `biased` and distances if `distanced`.
 template <bool biased, bool distanced>
 MASKATTN_INLINE Score score(Floats product, Floats bias, Floats distance, const ScoreUnits& units) {
     Floats value = product * units.product;
@@ -62,11 +62,11 @@ MASKATTN_INLINE Score score(Floats product, Floats bias, Floats distance, const 
     return {value, distance};
 }
 
-// x times the derivative of scores by their scaled products, which is 1: all other terms are added to these.
+// Multiplies x by the derivative of scores by their scaled products, which is 1, since the other terms are added.
 MASKATTN_INLINE Floats along_product(const Score&, Floats x) { return x; }
 
-// What comes back to scores from what came back to their probabilities (delta is the query's mean of it), and from there
-// to each term: to the scaled products, to the bias, and to the slope with its sign changed.
+// The gradients of the scaled products, of the bias, and of the slope with its sign changed, given those of the
+// probabilities, whose mean over the query's keys is delta.
 struct ScoreGradient {
     Floats product, bias, slope;
 };
@@ -76,21 +76,21 @@ MASKATTN_INLINE ScoreGradient score_gradient(const Score& of, Floats p, Floats g
     return {along_product(of, ds), ds, ds * of.distance};
 }
 
-// lse, +inf for a query without keys so that its probabilities are 0.
+// Returns lse, or +inf for a query without keys, so that its probabilities are 0.
 MASKATTN_INLINE float lse_to_subtract(float lse) { return lse == -infinity ? infinity : lse; }
 
-// Probabilities of scores in units of e.
+// Computes the probabilities of natural scores.
 MASKATTN_INLINE Floats probability(Floats score, float lse, float rest) { return exponential(score - lse - rest); }
 
-// Probabilities of scores in these units; lse is in them too, its rest in units of ln 2. Scores of products alone have
-// no rest.
+// Computes the probabilities of scores in these units, in which lse is too; its rest is in units of ln 2. Scores that
+// are bare products have no rest.
 template <bool bare>
 MASKATTN_INLINE Floats probability(Floats score, float lse, float rest, ScoreUnits units) {
     const Floats beyond = score - lse;
     return power_of_two(bare ? beyond : beyond * units.difference - rest);
 }
 
-// A query's largest score so far, and what scores are taken relative to: 0 where there is no key so far.
+// A query's largest score so far, and the base that is subtracted from scores, which is 0 without a key so far.
 struct Largest {
     float score, base;
 };
@@ -100,8 +100,8 @@ MASKATTN_INLINE Largest larger_of(float before, float found) {
     return {now, now == -infinity ? 0.0f : now};
 }
 
-// The logarithm of `total` e^largest, -inf where there is nothing, and what rounding took from it. Large as the score
-// may be, their sum tells how many keys share it.
+// Writes lse = log(`total` e^largest), -inf without keys, and its rest, which rounding took from it. The sum of both
+// shows how many keys share the largest score, however large it is.
 MASKATTN_INLINE void write_lse(double largest, float total, float* lse, float* rest) {
     const double logarithm = __builtin_log(static_cast<double>(total));
     *lse = total == 0.0f ? -infinity : static_cast<float>(largest + logarithm);

@@ -1,4 +1,4 @@
-// Tensors of rows as the user's memory has them. Everything here has internal linkage, as in simd/vectors.hpp.
+// Tensors of rows in the user's memory. All functions have internal linkage, as in simd/vectors.hpp.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,8 @@
 
 namespace maskattn {
 
-// Row i of a head of a sequence lies at data + sequence * its stride + head * its + i * its, all in elements. Packed
-// tensors have stride 0 over the sequences.
+// A tensor's data and its strides over sequences, heads and rows, in elements. Packed tensors have stride 0 over
+// sequences.
 template <class Value>
 struct Strided {
     Value* data;
@@ -18,7 +18,7 @@ struct Strided {
     std::ptrdiff_t row;
 };
 
-// The tokens that take part: index[0 .. count), or start + 0 .. count without an index.
+// The rows of the tokens that take part: index[0 .. count), or start to start + count without an index.
 struct Tokens {
     std::int64_t start;
     std::int64_t count;

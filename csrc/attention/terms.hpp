@@ -1,6 +1,6 @@
-// What makes scores of products, as a call gives it: the one list of the terms of the score. The bindings fill them from
-// the keywords of these names and refuse every other keyword. A new term is a member here and its line in for_each_term;
-// its formula is in score.hpp.
+// The list of the terms of the score, as arguments of a call. The bindings fill them from the keywords of these names
+// and refuse every other keyword. A new term needs a member here and a line in for_each_term; its formula is in
+// score.hpp.
 #pragma once
 
 #include "attention/strided.hpp"
@@ -8,16 +8,16 @@
 namespace maskattn {
 
 struct ScoreTerms {
-    float scale = __builtin_nanf("");         // of the products
+    float scale = __builtin_nanf("");         // factor of the products
     Strided<const float> key_bias;            // without data: none
-    Strided<const float> coords_q, coords_k;  // two floats a row; without data: none
-    Strided<const float> slopes;              // by head; without data: none
+    Strided<const float> coords_q, coords_k;  // two floats per row; without data: none
+    Strided<const float> slopes;              // one per head; without data: none
 };
 
-// What a term has values of; a number is of the call.
+// The axis over which a term has values; a number belongs to the call.
 enum class TermOf { call, keys, query_positions, key_positions, heads };
 
-// Calls visit(name, member, what it has values of) for each term.
+// Calls visit(name, member, axis of its values) for each term.
 template <class Visit>
 void for_each_term(ScoreTerms& terms, Visit visit) {
     visit("scale", terms.scale, TermOf::call);

@@ -1,4 +1,4 @@
-// Which instruction sets this machine has, and their kernels.
+// The instruction sets of this machine, and their kernels.
 #pragma once
 
 #include <string>
@@ -8,10 +8,10 @@
 
 namespace maskattn {
 
-// Names of those usable here, best first.
+// Returns the names of the instruction sets that this machine supports, best first.
 std::vector<std::string> instruction_sets();
 
-// The kernels of one of them, of the best for "". nullptr: not usable here.
+// Returns the kernels of an instruction set, of the best for "", or nullptr if this machine does not support it.
 const Kernels* kernels_of(const std::string& instruction_set);
 
 }  // namespace maskattn

@@ -1,5 +1,5 @@
-// What one instruction set offers: a member per operation. Each instruction set's unit fills one by including
-// kernels_of_this_unit.hpp under its own compiler flags.
+// The kernels of one instruction set, with a member per operation. The unit of each instruction set fills the table by
+// including kernels_of_this_unit.hpp under its own compiler flags.
 #pragma once
 
 #include "attention/attention.hpp"

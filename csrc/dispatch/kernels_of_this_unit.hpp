@@ -1,4 +1,4 @@
-// The kernels as compiled for the including unit. A new operation adds its header and its line here.
+// The kernels as compiled for the including unit. A new operation needs its header and its line here.
 #pragma once
 
 #include "attention/backward.hpp"

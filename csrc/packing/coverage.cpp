@@ -2,8 +2,8 @@
 //
 //   fraction(r, c) = 1 / (h w) * sum_y overlap(r, y) * sum_x overlap(c, x) * [mask(y, x) != 0]
 //
-// where overlap(i, p) is the length that token i and mask pixel p share on that axis. The sum over y is taken once for
-// a whole row of tokens, so the integral is never stored: the work is O(mask + tokens), the scratch O(mask's width).
+// where overlap(i, p) is the length that token i and mask pixel p share on that axis. The sum over y is computed once
+// for each row of tokens, so that no integral image is stored: work is O(mask + tokens), scratch O(width of the mask).
 // Sums of overlaps, unlike differences of an integral image, give exactly 0 without tissue and exactly 1 within it.
 #include "packing/coverage.hpp"
 
@@ -16,16 +16,16 @@
 namespace maskattn {
 namespace {
 
-// The mask pixels [first, last] that a token meets on one axis, and the lengths it shares with the two at its ends.
+// The mask pixels [first, last] that a token overlaps on one axis, and the lengths that it shares with these two.
 struct Overlap {
     std::ptrdiff_t first;
-    std::ptrdiff_t last;  // < first: the token misses the mask
+    std::ptrdiff_t last;  // < first: no overlap
     double head;
     double tail;
-    double length;  // of the whole token, outside the mask included
+    double length;  // of the token, including what is outside the mask
 };
 
-// A boundary meant to lie on a pixel's edge must not spill into the next pixel by rounding.
+// Snaps a position to a pixel's edge that it misses only by rounding.
 double snapped(double position) {
     const double nearest = std::nearbyint(position);
     return std::abs(position - nearest) < 1e-9 ? nearest : position;
@@ -53,7 +53,7 @@ std::vector<Overlap> overlaps_of(const Axis& axis, std::ptrdiff_t pixels) {
     return overlaps;
 }
 
-// Tissue length of each mask column within a row of tokens, for the columns [begin, end).
+// Computes the length of tissue in each mask column within a row of tokens, for the columns [begin, end).
 void sum_columns(const Mask& mask, const Overlap& row, std::ptrdiff_t begin, std::ptrdiff_t end, std::uint32_t* inner_W,
                  double* column_W) {
     std::fill(inner_W + begin, inner_W + end, 0u);
@@ -86,7 +86,7 @@ int useful_threads(int asked, std::ptrdiff_t rows, double work) {
 void token_coverage(const Mask& mask, const Axis& y, const Axis& x, int threads, float* fraction_RC) {
     const std::vector<Overlap> rows = overlaps_of(y, mask.rows);
     const std::vector<Overlap> cols = overlaps_of(x, mask.cols);
-    std::ptrdiff_t begin = mask.cols, end = 0;  // the mask columns that any token meets
+    std::ptrdiff_t begin = mask.cols, end = 0;  // the mask columns that any token overlaps
     for (const Overlap& col : cols) {
         if (col.last < col.first) continue;
         begin = std::min(begin, col.first);

@@ -1,4 +1,4 @@
-// Tissue mask -> area-weighted tissue fraction of each token. Plain C++: no Python, no pybind11.
+// The area-weighted tissue fraction of each token, given a tissue mask. Plain C++ without Python.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace maskattn {
 
-// A tissue mask: rows x cols bytes, row-major; any byte but 0 is tissue.
+// A tissue mask: rows x cols bytes, row-major; bytes other than 0 are tissue.
 struct Mask {
     const std::uint8_t* bytes;
     std::ptrdiff_t rows;
@@ -20,9 +20,9 @@ struct Axis {
     std::ptrdiff_t count;
 };
 
-// Writes to fraction_RC (y.count x x.count, row-major) the share of each token's area that is tissue.
-// What lies outside the mask is not tissue. `threads` <= 0 asks for one thread per core. The result does not depend
-// on the number of threads. Throws std::bad_alloc.
+// Writes to fraction_RC (y.count x x.count, row-major) the fraction of each token's area that is tissue. The area outside
+// the mask is not tissue. `threads` <= 0 means one thread per core; the result does not depend on the number of threads.
+// Throws std::bad_alloc.
 void token_coverage(const Mask& mask, const Axis& y, const Axis& x, int threads, float* fraction_RC);
 
 }  // namespace maskattn

@@ -14,16 +14,16 @@ namespace maskattn {
 namespace {
 
 constexpr std::ptrdiff_t item_bytes = 128 * 1024;
-// Less than this is not worth waiting for a second thread.
+// Moves of fewer bytes use one thread.
 constexpr std::ptrdiff_t bytes_for_threads = 1024 * 1024;
 constexpr std::ptrdiff_t bytes_for_huge_pages = 4 * 1024 * 1024;
 constexpr std::ptrdiff_t huge_page = 2 * 1024 * 1024;
-// Rows are fetched before they are copied by so many, since no hardware foresees where the next one lies.
+// How far ahead rows are prefetched, in rows and in bytes of a row, since hardware cannot predict the next one.
 constexpr std::ptrdiff_t rows_ahead = 4;
 constexpr std::ptrdiff_t bytes_ahead = 1024;
 constexpr std::ptrdiff_t cache_line = 64;
 
-// Memory fresh from the system is made page by page as it is written to, which costs more than the copy itself.
+// Asks for huge pages: fresh memory is mapped page by page on first write, which costs more than the copy itself.
 void prefer_huge_pages(const RowMove& move) {
 #ifdef MADV_HUGEPAGE
     const std::ptrdiff_t bytes = move.result_rows * move.row_bytes;
@@ -31,7 +31,7 @@ void prefer_huge_pages(const RowMove& move) {
     const auto begin = reinterpret_cast<std::uintptr_t>(move.result);
     const std::uintptr_t first = (begin + huge_page - 1) / huge_page * huge_page;
     const std::uintptr_t last = (begin + static_cast<std::uintptr_t>(bytes)) / huge_page * huge_page;
-    // A wish: a system without such pages refuses it, and nothing is lost.
+    // Only a hint; without huge pages the call fails and has no effect.
     if (last > first) madvise(move.result + (first - begin), last - first, MADV_HUGEPAGE);
 #else
     static_cast<void>(move);
@@ -45,7 +45,7 @@ void fetch_ahead(const RowMove& move, std::int64_t row) {
         __builtin_prefetch(bytes + i);
 }
 
-// Where the run of rows that follow one another in the source as in the result ends, or that of zeros.
+// Returns the end of the run of rows that are consecutive in both source and result, or of the run of zero rows.
 template <class Index>
 std::ptrdiff_t end_of_run(const Index* index, std::int64_t first, std::ptrdiff_t begin, std::ptrdiff_t end,
                           std::ptrdiff_t source_rows) {
@@ -82,7 +82,7 @@ void clear_run(const RowMove& move, std::ptrdiff_t to, std::ptrdiff_t rows) {
         std::memset(result + i * move.result_stride, 0, static_cast<std::size_t>(move.row_bytes));
 }
 
-// Rows [begin, end) of the result; returns the first that has no such row in the source, or end.
+// Moves rows [begin, end) of the result; returns the first of them whose index is out of range, or end.
 template <class Index>
 std::ptrdiff_t move_some(const RowMove& move, const Index* index, std::ptrdiff_t begin, std::ptrdiff_t end) {
     std::ptrdiff_t first_wrong = end;
@@ -146,7 +146,7 @@ std::ptrdiff_t count_kept(const std::uint8_t* keep_BN, std::ptrdiff_t batch, std
 void list_kept(const std::uint8_t* keep, std::ptrdiff_t tokens, std::ptrdiff_t kept, std::int64_t* indices_T,
                std::int32_t* row_of_token) {
     std::ptrdiff_t token = 0;
-    // Without branches on the mask, whose course cannot be foreseen: what is written for background is overwritten.
+    // No branch depends on the mask, since it would be mispredicted often; entries of background are overwritten.
     for (std::ptrdiff_t row = 0; row < kept && token < tokens; ++token) {
         indices_T[row] = token;
         row_of_token[token] = keep[token] != 0 ? static_cast<std::int32_t>(row) : -1;

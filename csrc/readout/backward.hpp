@@ -1,5 +1,5 @@
-// Backward readout of a run of keys, p recomputed from lse: each group of K and V is read once and dk and dv written once;
-// dq is summed over the run.
+// Backward readout of a run of keys, with p recomputed from lse. Each group of K and V is read once, and dk and dv are
+// written once; dq is summed over the run.
 //
 // Dimension key: H heads, R queries of a sequence, N keys of a tile, D head width (padded to whole vectors).
 #pragma once
@@ -9,7 +9,7 @@
 namespace maskattn {
 namespace {
 
-// lse of each head and query as it is subtracted, and its rest.
+// Gathers the lse of each head and query, as it is subtracted, and its rest.
 inline void gather_lse(const Readout& a, std::int32_t sequence, float* lse_HR, float* rest_HR) {
     for (int h = 0; h < a.heads; ++h)
         for (int r = 0; r < a.queries; ++r) {
@@ -18,7 +18,7 @@ inline void gather_lse(const Readout& a, std::int32_t sequence, float* lse_HR, f
         }
 }
 
-// The gradient of the attention row of a head and query from key `first + n` on; nothing past `count` is read.
+// Loads the gradient of the attention row of a head and query from key `first + n` on, without reading past `count`.
 MASKATTN_INLINE Floats row_gradient(const ReadoutGradients& g, int head, int r, std::int64_t first, int n, int count) {
     return load_floats(row_of(g.grad_rows, 0, head, r) + first + n, count - n);
 }
@@ -56,7 +56,7 @@ void sum_row_gradients(const Readout& a, const ReadoutGradients& g, const KeyRun
     }
 }
 
-// delta [H R].
+// Computes delta [H R].
 template <class Element>
 void sum_deltas(const Readout& a, const ReadoutGradients& g, std::int32_t sequence, const float* grads_HRD,
                 const float* row_gradients, std::int64_t count, float* delta_HR) {
@@ -76,7 +76,7 @@ void sum_deltas(const Readout& a, const ReadoutGradients& g, std::int32_t sequen
         }
 }
 
-// Tokens n of the result: sum over r of weights_RN[r][n] times rows_RD[r], for keys from `first` on.
+// Writes sum over r of weights_RN[r][n] times rows_RD[r] for each of `count` keys n.
 template <class Element>
 void write_key_rows(const float* weights_RN, const float* rows_RD, int queries, int width, int head_width, int count,
                     Element* to, std::ptrdiff_t to_row, ComingLines& coming) {
@@ -105,7 +105,7 @@ void write_key_rows(const float* weights_RN, const float* rows_RD, int queries, 
     }
 }
 
-// p and dS of a head's tile; adds dS to dbias_N, returns the sum of dS times distance.
+// Computes p and dS of a head's tile, adds dS to dbias_N, and returns the sum of dS times distance.
 inline float take_scores(const Readout& a, const ReadoutGradients& g, int head, std::int64_t first,
                          const TileTerms& terms, const float* lse_R, const float* rest_R, const float* delta_R,
                          const float* products_RN, const float* grad_p_RN, float* p_RN, float* ds_RN, float* dbias_N) {
@@ -133,7 +133,7 @@ inline void write_bias_gradient(const ReadoutGradients& g, int head, std::int64_
     for (int n = 0; n < count; ++n) *row_of(g.dbias, 0, head, first + n) = dbias_N[n];
 }
 
-// Of a bias that the heads share, dbias has stride 0 over them and is the sum.
+// If the heads share a bias, dbias has stride 0 over them and is the sum.
 template <class Element>
 void differentiate_run(const Readout& a, const ReadoutGradients& g, const KeyRun& run, const float* row_gradients,
                        std::int64_t count, float* partial, std::uint32_t* scratch) {

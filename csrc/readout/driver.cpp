@@ -1,4 +1,4 @@
-// Each sequence's keys are cut into runs whose length depends on the sizes alone, and the partial results of its runs are
+// Each sequence's keys are cut into runs whose length depends only on the sizes, and the partial results of the runs are
 // combined in their order, so that the result does not depend on the number of threads.
 #include "readout/driver.hpp"
 
@@ -10,9 +10,9 @@
 namespace maskattn {
 namespace {
 
-constexpr std::int64_t run_bytes = 512 << 10;  // of K and V: enough to repay the partial result of 16 queries
-constexpr std::int64_t most_runs = 256;        // of a sequence, which bounds the memory of the partial results
-constexpr std::size_t batch_words = std::size_t{64} << 18;  // 64 MiB of packed gradients, or one sequence's
+constexpr std::int64_t run_bytes = 512 << 10;  // bytes of K and V, enough to repay the partial result of 16 queries
+constexpr std::int64_t most_runs = 256;        // runs of a sequence, which bound the memory of the partial results
+constexpr std::size_t batch_words = std::size_t{64} << 18;  // 64 MiB of packed gradients, or those of one sequence
 constexpr std::int64_t relevance_run_keys = 4 * tile_keys;
 
 std::int64_t keys_of_run(const Readout& a, std::int64_t keys) {
@@ -21,10 +21,10 @@ std::int64_t keys_of_run(const Readout& a, std::int64_t keys) {
     return tiles * tile_keys;
 }
 
-// The runs of all sequences, each sequence's one after another.
+// The runs of all sequences, in the order of the sequences.
 struct Runs {
     std::vector<KeyRun> all;
-    std::vector<std::size_t> first;  // by sequence; one more for the end
+    std::vector<std::size_t> first;  // first run of each sequence, and the end
 
     template <class KeysOfRun>
     Runs(const std::vector<std::int32_t>& starts, KeysOfRun keys_of_run) {
@@ -42,7 +42,7 @@ struct Runs {
     bool is_only_one(const KeyRun& run) const { return count(static_cast<std::size_t>(run.sequence)) == 1; }
 };
 
-// Where the partial results of runs are: a sequence of a single run keeps it with the worker.
+// The memory of the runs' partial results; that of a sequence with a single run belongs to the worker.
 class Partials {
   public:
     Partials(const Runs& runs, std::size_t words, int threads)
@@ -70,8 +70,8 @@ class Partials {
     AlignedWords shared_, own_;
 };
 
-// Calls take(run, partial, worker) for every run, and finish(sequence, partials, count) once its runs are done, also for
-// sequences without any.
+// Calls take(run, partial, worker) for every run, and finish(sequence, partials, count) for every sequence once its runs
+// are done, also for sequences without runs.
 template <class Take, class Finish>
 void for_each_run(const Runs& runs, const Partials& partials, int threads, Take take, Finish finish) {
     auto take_run = [&](std::int64_t item, int worker) noexcept {

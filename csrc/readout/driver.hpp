@@ -1,4 +1,4 @@
-// Splits readout and token relevance into items of work for the pool. Plain C++: no Python.
+// The driver, which splits readout and token relevance into items of work for the pool. Plain C++ without Python.
 #pragma once
 
 #include <vector>
@@ -7,10 +7,10 @@
 
 namespace maskattn {
 
-// starts: where each sequence's keys begin, and their end. All throw std::bad_alloc.
+// starts: the first key of each sequence, and the end. All functions throw std::bad_alloc.
 void readout_forward(const Readout& a, const std::vector<std::int32_t>& starts, const Kernels& kernels, int threads);
 
-// dslopes: by head, or nullptr.
+// dslopes: one per head, or nullptr.
 void readout_backward(const Readout& a, const ReadoutGradients& g, const std::vector<std::int32_t>& starts,
                       const Kernels& kernels, int threads, double* dslopes);
 

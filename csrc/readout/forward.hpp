@@ -1,5 +1,5 @@
-// Forward readout: softmax and both products in one pass over a run of keys, tile by tile: the products of all heads,
-// group after group of keys in the order of memory, then the softmax of the tile, then the sums of V in the same order.
+// Forward readout, with the softmax and both products in one pass over a run of keys. Each tile takes three steps: the
+// products of all heads, group after group of keys in the order of memory; the softmax; the sums of V in the same order.
 //
 // Dimension key: H heads, R queries of a sequence, N keys of a tile, D head width (padded to whole vectors).
 #pragma once
@@ -9,8 +9,8 @@
 namespace maskattn {
 namespace {
 
-// What a run of keys contributes: the largest score and the sum of e^(score - largest) [H R], then e^(score - largest)
-// times v [H R][D].
+// The partial result of a run of keys: the largest score and the sum of e^(score - largest) [H R], then the sum of
+// e^(score - largest) times v [H R][D].
 struct ReadoutPartial {
     float *largest, *sum, *out;
 
@@ -35,19 +35,19 @@ inline std::size_t tile_words_of(const Readout& a) {
     return static_cast<std::size_t>(tile_keys * padded(a.head_width));
 }
 
-// [H][R][N] of a tile.
+// Returns the words of a tile's scores, [H][R][N].
 inline std::size_t score_words_of(const Readout& a) {
     return static_cast<std::size_t>(a.heads * a.queries) * tile_keys;
 }
 
-// Queries, two tiles and scores twice, and what backward needs besides: the gradients of the output and three rows by
-// head and query.
+// Returns the words of the scratch: queries, gradients of the output, two tiles, two tiles of scores, and three numbers
+// for each head and query.
 inline std::size_t readout_scratch_words(const Readout& a) {
     return 2 * whole_lines(query_words(a)) + 2 * tile_words_of(a) + 2 * score_words_of(a) +
            whole_lines(3 * static_cast<std::size_t>(a.heads) * static_cast<std::size_t>(a.queries));
 }
 
-// The head's p of a tile and what its sums so far must be scaled by. The scores replace the products.
+// Computes a head's p of a tile and the factors for its sums so far. The scores replace the products.
 inline void take_softmax_step(const Readout& a, int head, const TileTerms& terms, float* products_RN, float* largest_R,
                               float* sum_R, float* p_RN, float* factor_R) {
     for (int r = 0; r < a.queries; ++r) {

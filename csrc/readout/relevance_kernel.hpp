@@ -1,7 +1,8 @@
-// Token relevance of a run of keys for all classes: u of a tile, one head and query at a time, times the gradients.
+// Token relevance of a run of keys for all classes: u of a tile, for one head and query at a time, times the gradients.
 //
 // Dimension key: H heads, R queries of a sequence, N keys of a tile, D head width (padded to whole vectors), C classes
-// (padded in the same way). The gradients of a head and query are panels of register-tile width, each by steps [D][C of panel].
+// (padded in the same way). The gradients of a head and query are packed in panels of the register tile's width, each by
+// steps [D][C of panel].
 #pragma once
 
 #include "readout/tiles.hpp"
@@ -31,8 +32,8 @@ inline std::size_t all_query_words(const Relevance& a) {
                        static_cast<std::size_t>(padded(a.head_width)));
 }
 
-// Queries and outputs, the products of the queries with a shared key origin, four tiles, their products with the queries
-// and the classes' sums.
+// Returns the words of the scratch: queries and outputs, the products of the queries with a shared key origin, four
+// tiles, the products of a tile with the queries, and the sums of the classes.
 inline std::size_t relevance_scratch_words(const Relevance& a) {
     const auto tile = static_cast<std::size_t>(tile_keys), rows = static_cast<std::size_t>(a.heads * a.queries);
     return 2 * all_query_words(a) + whole_lines(rows) + 4 * tile * static_cast<std::size_t>(padded(a.head_width)) +
@@ -61,7 +62,7 @@ void pack_gradients(const Relevance& a, std::int32_t sequence, int head, std::ui
         }
 }
 
-// s k0.q of the tile's keys, or of all keys if they share an origin.
+// s k0.q for the tile's keys, or one number if all keys share an origin.
 struct OriginProducts {
     const float* products_RN;
     std::ptrdiff_t row;
@@ -72,7 +73,7 @@ struct OriginProducts {
     }
 };
 
-// One query's u of a tile; rows past the count, up to a whole register tile, are 0.
+// Computes u of a tile for one query; rows past the count, up to a full register tile, are 0.
 template <class Element>
 __attribute__((noinline)) void weigh_values(const float* p_N, const float* z_N, HeadRows<Element> v,
                                             HeadRows<float> origin, const float* out_D, int count, std::uint32_t* u_ND,
@@ -189,7 +190,7 @@ class RelevanceRun {
         }
     }
 
-    // p and z from the products of the queries with the keys.
+    // Computes p and z from the products of the queries with the keys.
     void take_scores(const TileTerms& terms, int h, std::int64_t first, float* p_RN, float* z_RN) {
         const int R = a_.queries;
         alignas(64) float products_RN[most_queries * tile_keys] = {};
@@ -213,7 +214,7 @@ class RelevanceRun {
         }
     }
 
-    // The buffer is of zeros where there are no origins.
+    // Returns the value origins; the buffer is zero if there are none.
     HeadRows<float> value_origins(int h, std::int64_t first, int count) const {
         if (!a_.value_origin.data) return {v_origin_ND_, 0, width_};
         const bool shared = a_.value_origin.row == 0;

@@ -1,4 +1,4 @@
-// What all passes of a readout share: a tile of keys as rows of floats, its products with the queries, its scores.
+// Functions that all passes of a readout share: a tile of keys as rows of floats, its products with queries, its scores.
 //
 // Dimension key: H heads, R queries of a sequence, N keys of a tile (tile_keys), D head width (padded to whole vectors).
 #pragma once
@@ -15,7 +15,7 @@ MASKATTN_INLINE float rest_of_lse(const Readout& a, std::int64_t sequence, std::
     return a.lse_rest.data ? *row_of(a.lse_rest, sequence, head, row) : 0.0f;
 }
 
-// The next vector of a row, of which `left` elements are to come: a multiple of 8, as head widths are.
+// Loads the next vector of a row with `left` remaining elements, a multiple of 8 as all head widths are.
 template <class Element>
 MASKATTN_INLINE Floats load_next(const Element* row, int left) {
     if constexpr (lanes > 8) {
@@ -34,7 +34,7 @@ MASKATTN_INLINE void convert_row(const Element* row, int head_width, float facto
     for (int d = 0; d < head_width; d += lanes) store(to + d, load_next(row + d, head_width - d) * factor);
 }
 
-// Tokens of one head, `stride` apart.
+// Rows of one head, `stride` elements apart.
 template <class Element>
 struct HeadRows {
     const Element* data;
@@ -50,7 +50,7 @@ MASKATTN_INLINE HeadRows<Element> rows_of_head(const Strided<const void>& x, int
     return {row_of<Element>(x, 0, head, first), x.row, head_width};
 }
 
-// Tokens as floats with zeros up to whole vectors, where they lie or converted to `buffer`.
+// Returns rows as floats with zeros up to whole vectors, either in place or converted to `buffer`.
 template <class Element>
 MASKATTN_INLINE HeadRows<float> float_rows(const HeadRows<Element>& rows, int count, float* buffer) {
     const int width = padded(rows.head_width);
@@ -60,7 +60,7 @@ MASKATTN_INLINE HeadRows<float> float_rows(const HeadRows<Element>& rows, int co
     return {buffer, width, width};
 }
 
-// The sequence's rows [H][R][D] as floats times a factor.
+// Converts the sequence's rows [H][R][D] to floats times a factor.
 template <class Element>
 void convert_queries(const Readout& a, const Strided<const void>& x, std::int32_t sequence, float factor, float* to_HRD) {
     const int width = padded(a.head_width);
@@ -69,7 +69,7 @@ void convert_queries(const Readout& a, const Strided<const void>& x, std::int32_
             convert_row(row_of<Element>(x, sequence, h, r), a.head_width, factor, to_HRD);
 }
 
-// Lane i of the result: the sum of vector i.
+// Returns the sum of vector i in lane i.
 template <int distance = lanes / 2>
 MASKATTN_INLINE Floats sums_of(Floats (&x)[lanes]) {
 #pragma GCC unroll 16
@@ -82,12 +82,12 @@ MASKATTN_INLINE Floats sums_of(Floats (&x)[lanes]) {
     return x[0];
 }
 
-// products_RN [R][tile_keys]: each query with each of up to `lanes` keys. What lies past `count` is of the last key.
+// Computes products_RN [R][tile_keys] of each query with up to `lanes` keys; past `count` the last key is repeated.
 template <class Element>
 MASKATTN_INLINE void multiply_with_lanes(const float* queries_RD, int queries, int width, const HeadRows<Element>& keys,
                                          int count, float* products_RN, ComingLines& coming) {
     constexpr int lines = lanes * lanes * static_cast<int>(sizeof(Element)) / 64;
-    constexpr int spread_over = 4;  // queries, where there are as many, so that requests go out at an even pace
+    constexpr int spread_over = 4;  // queries, if there are as many, so that prefetches are evenly distributed
     const Element* rows[lanes];
     for (int i = 0; i < lanes; ++i) rows[i] = keys.data + (i < count ? i : count - 1) * keys.stride;
     for (int r = 0; r < queries; ++r) {
@@ -108,7 +108,8 @@ MASKATTN_INLINE void multiply_with_lanes(const float* queries_RD, int queries, i
     }
 }
 
-// Of up to tile_keys keys. A few queries read their rows directly, more have them converted first.
+// Computes the products with up to tile_keys keys. A few queries read the keys directly; for more they are converted
+// first.
 template <class Element>
 __attribute__((noinline)) void multiply_with_keys(const float* queries_RD, int queries, int width,
                                                   const HeadRows<Element>& keys, int count, float* buffer_ND,
@@ -124,7 +125,7 @@ __attribute__((noinline)) void multiply_with_keys(const float* queries_RD, int q
     }
 }
 
-// products_HRN [H][R][tile_keys] of a tile's keys with rows of queries.
+// Computes products_HRN [H][R][tile_keys] of a tile's keys with the queries.
 template <class Element>
 void multiply_tile_with_keys(const Readout& a, const Strided<const void>& x, const KeyRun& run, std::int64_t done,
                              const float* queries_HRD, float* buffer_ND, float* products_HRN, ComingLines& coming) {
@@ -140,7 +141,7 @@ void multiply_tile_with_keys(const Readout& a, const Strided<const void>& x, con
     }
 }
 
-// sums_RD (+)= weights_RN times the vectors that begin at column d.
+// sums_RD (+)= weights_RN times `vectors` vectors of the keys from column d on.
 template <Start start, int queries, int vectors, class Element>
 MASKATTN_INLINE void add_columns(const float* weights_RN, const HeadRows<Element>& keys, int d, int count,
                                  float* sums_RD, int width, const float* factor_R, ComingLines& coming) {
@@ -191,7 +192,8 @@ MASKATTN_INLINE void multiply_weights(const float* weights_RN, int queries, cons
     }
 }
 
-// sums_RD [R][D]: each query's weights [R][tile_keys] times the keys, on top of itself times factor_R or of itself.
+// Adds each query's weights [R][tile_keys] times the keys to sums_RD [R][D], which is first scaled by factor_R for
+// Start::scaled.
 template <Start start, class Element>
 void add_weighted_keys(const float* weights_RN, int queries, const HeadRows<Element>& keys, int count, float* sums_RD,
                        int width, float* buffer_ND, ComingLines& coming, const float* factor_R = nullptr) {
@@ -211,7 +213,7 @@ void add_weighted_keys(const float* weights_RN, int queries, const HeadRows<Elem
     multiply_weights<start, 1>(weights_RN, queries, rows, count, sums_RD, width, factor_R, coming, r);
 }
 
-// What is added to the products of a tile of keys with the queries, whose scale is in the queries already.
+// The terms that are added to the products of a tile of keys with the queries, which include the scale already.
 struct TileTerms {
     int count;
     alignas(64) float bias_N[tile_keys];  // -inf past the end

@@ -1,4 +1,4 @@
-// The last large pieces that were let go are kept for the calls to come, since the system clears every fresh page.
+// The pieces of memory released last are kept for later calls if they are large, since the system clears fresh pages.
 #include "runtime/aligned_words.hpp"
 
 #if defined(__linux__)
@@ -15,8 +15,8 @@ namespace maskattn {
 namespace {
 
 constexpr std::size_t cache_line = 64, huge_page = std::size_t{1} << 21;
-// Smaller pieces malloc hands out again by itself; larger ones would be too much to keep from others, and what needs them
-// takes long enough.
+// malloc reuses smaller pieces by itself; larger ones would withhold too much memory, and calls that need them take long
+// anyway.
 constexpr std::size_t least_kept = std::size_t{1} << 18, most_kept = std::size_t{24} << 20;
 constexpr int kept_pieces = 2;  // operands and scratch of one call
 
@@ -25,7 +25,7 @@ struct Piece {
     void* data;
 };
 
-std::mutex mutex;  // only ever tried: in a child of fork() it may be locked by nobody, for ever
+std::mutex mutex;  // only with try_lock: in a child of fork() it may stay locked for ever
 Piece kept[kept_pieces] = {};
 
 std::align_val_t alignment_of(std::size_t bytes) {
@@ -36,7 +36,7 @@ void release(const Piece& piece) {
     if (piece.data != nullptr) ::operator delete(piece.data, alignment_of(piece.bytes));
 }
 
-// Up by an eighth at the most, so that a piece serves calls of about its size.
+// Rounds up by at most an eighth, so that a piece serves later calls of about its size.
 std::size_t rounded(std::size_t bytes) {
     std::size_t step = cache_line;
     while (step * 16 < bytes) step *= 2;
@@ -61,7 +61,7 @@ Piece take(std::size_t bytes) {
 void give_back(Piece piece) {
     if (piece.bytes >= least_kept && piece.bytes <= most_kept) {
         const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-        // The newest first; the oldest is what goes.
+        // The newest piece comes first, and the oldest is released.
         for (Piece& slot : kept)
             if (lock.owns_lock() && piece.data != nullptr) std::swap(slot, piece);
     }

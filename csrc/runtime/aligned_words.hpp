@@ -1,4 +1,4 @@
-// Memory of the kernels' scratch and packed operands.
+// Memory for the kernels' scratch and packed operands.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,8 @@
 
 namespace maskattn {
 
-// `count` words of 32 bits, aligned to a cache line, or, where there are many, to a huge page: faulting small pages in
-// costs attention a few percent. What was in them is not cleared. Throws std::bad_alloc.
+// `count` words of 32 bits, uninitialised and aligned to a cache line, or to a huge page if there are many, since page
+// faults of small pages cost attention a few percent. Throws std::bad_alloc.
 class AlignedWords {
   public:
     explicit AlignedWords(std::size_t count);

@@ -1,6 +1,6 @@
-// A job runs on the team that is shared, if any. Otherwise callers put it on a list and work on it; idle threads join jobs
-// that still have items. An idle thread spins for a moment, long enough to bridge the phases of one operation and too
-// short to take a core from torch's own threads, and then sleeps on a condition variable.
+// A job runs on the shared team, if there is one. Otherwise the caller adds it to a list and works on it, and idle
+// threads join jobs that still have items. An idle thread spins briefly, long enough to bridge the phases of an operation
+// and too short to take a core from torch's own threads, and then sleeps on a condition variable.
 #include "runtime/threads.hpp"
 
 #include <pthread.h>
@@ -25,10 +25,10 @@ struct Job {
     std::int64_t items;
     int seats;                          // threads that may still join
     int next_worker = 1;                // 0 is the caller
-    int helpers = 0;                    // threads at work, the caller not counted
-    std::atomic<std::int64_t> next{0};  // item
-    std::atomic<int> team_worker{0};    // where a team runs the job
-    Job* after = nullptr;               // in the pool's list
+    int helpers = 0;                    // threads at work besides the caller
+    std::atomic<std::int64_t> next{0};  // next item
+    std::atomic<int> team_worker{0};    // next worker of a team
+    Job* after = nullptr;               // next job of the pool's list
 
     void take_items(int worker) {
         for (;;) {
@@ -68,7 +68,7 @@ class Pool {
             try {
                 std::thread(&Pool::serve, this).detach();
             } catch (const std::system_error&) {
-                return;  // no more to be had: those there are do the work
+                return;  // the existing threads do the work
             }
             ++threads_;
         }
@@ -120,11 +120,11 @@ class Pool {
     int threads_ = 0;
 };
 
-// Never destroyed: its threads may outlive static objects. A child of fork() has none of them, and perhaps a locked
-// mutex, so it starts anew.
+// Never destroyed, since its threads may outlive static objects. A child of fork() has none of the threads, and possibly
+// a locked mutex, so it makes a new pool.
 std::atomic<Pool*> current_pool{nullptr};
 
-// A team's threads do not survive fork() either, and their runtime would wait for them for ever.
+// A team's threads do not survive fork() either, and their runtime would wait for them forever.
 std::atomic<ParallelRegion> shared_team{nullptr};
 
 void forget_pool() {
@@ -150,7 +150,7 @@ Pool& pool() {
 }  // namespace
 
 int thread_count(int asked) {
-    // Counting the cores asks the system, which takes microseconds.
+    // Counting the cores is a system call, which takes microseconds.
     const int wanted = asked > 0 ? asked : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
     return std::min(wanted, most_threads);
 }

@@ -1,5 +1,5 @@
-// Functions of the headers that several units include, each under its own compiler flags.
+// The attributes of functions in headers that several units include, each under its own compiler flags.
 #pragma once
 
-// Inside an unnamed namespace: what is inlined always, and linked to from nowhere.
+// For functions in an unnamed namespace, which are always inlined and never linked to.
 #define MASKATTN_INLINE inline __attribute__((always_inline))

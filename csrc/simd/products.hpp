@@ -1,9 +1,9 @@
-// Products of small matrices on a register tile: the one loop that all matrix products of this extension run in.
+// Products of small matrices on a register tile, the one loop that computes all matrix products of this extension.
 //
 //   C[r][c] (+)= sum over steps t of A[r][t] . B[t][c]
 //
-// A and B are made of 32-bit words. A word is one float32, or two neighbours in the summed dimension as bfloat16 (the
-// even one in the low half), whose two products are added by one instruction.
+// A and B consist of 32-bit words. A word is one float32, or two neighbours in the summed dimension in bfloat16 (the even
+// one in the low half), whose two products are added by one instruction.
 #pragma once
 
 #include "simd/vectors.hpp"
@@ -27,12 +27,12 @@ struct Bfloat16Pairs {
         return Floats(_mm512_dpbf16_ps(__m512(sum), (__m512bh)left, (__m512bh)right));
     }
 
-    // Two vectors rounded to bfloat16, one after the other.
+    // Rounds two vectors to bfloat16 and concatenates them.
     static MASKATTN_INLINE Words round(Floats first, Floats second) {
         return (Words)_mm512_cvtne2ps_pbh(__m512(second), __m512(first));
     }
 
-    // Of what `round` gives, the words that pair element i of both vectors.
+    // Reorders the result of `round` to words that pair element i of both vectors.
     static MASKATTN_INLINE Words pair_up(Words rounded) {
         const Words order = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
                               0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
@@ -41,14 +41,14 @@ struct Bfloat16Pairs {
 };
 #endif
 
-// Word of row r and step t at data[r * row + t * step].
+// The left operand, with the word of row r and step t at data[r * row + t * step].
 struct Left {
     const std::uint32_t* data;
     std::ptrdiff_t row;
     std::ptrdiff_t step;
 };
 
-enum class Start { zero, add, scaled };  // what the sums are added to: 0, C, C times factor[row]
+enum class Start { zero, add, scaled };  // sums are added to 0, C, or C times factor[row]
 
 template <class Arithmetic, int rows, int vectors, Start start>
 __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, float* c,
@@ -74,7 +74,7 @@ __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std
         left += a.step;
         b += b_step;
     }
-    // C is read last: the loop hides how long it takes to come from L2.
+    // C is read last, so that the loop hides the latency of L2.
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
@@ -86,7 +86,7 @@ __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std
         }
 }
 
-// The same for any number of column vectors, split evenly over register tiles.
+// Computes the product for any number of column vectors, split evenly over register tiles.
 template <class Arithmetic, int rows, Start start>
 MASKATTN_INLINE void multiply(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, float* c,
                               std::ptrdiff_t c_row, int vectors, const float* factor = nullptr) {

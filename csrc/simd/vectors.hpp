@@ -1,8 +1,8 @@
 // Vectors of the instruction set that the including translation unit is compiled for.
 //
-// One source serves every instruction set: the unit sees it through its own compiler flags. All names have internal
-// linkage and nothing here instantiates a template of std, so that code made for a newer processor can never be what the
-// linker keeps for an older one.
+// One source serves every instruction set, since each unit has its own compiler flags. All names have internal linkage,
+// and nothing here instantiates a template of std, so that the linker never keeps code compiled for a newer processor in
+// place of code for an older one.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@
 namespace maskattn {
 namespace {
 
-// lanes: floats in a vector. tile_vectors: vectors side by side in a register tile of `tile_rows` rows, as many as the
-// registers hold together with the operands: 6 x 4 of 32 registers, 6 x 2 of 16.
+// lanes: floats in a vector. tile_vectors: vectors in a row of a register tile of `tile_rows` rows, as many as fit the
+// registers together with the operands: 6 x 4 of 32 registers, 6 x 2 of 16.
 #if defined(__AVX512F__)
 constexpr int lanes = 16;
 constexpr int tile_vectors = 4;
@@ -35,7 +35,7 @@ typedef std::uint32_t Words __attribute__((vector_size(lanes * 4)));
 typedef std::int32_t Ints __attribute__((vector_size(lanes * 4)));
 typedef std::uint16_t Halves __attribute__((vector_size(lanes * 2)));
 
-// How many padded to whole vectors.
+// Rounds a count up to whole vectors.
 constexpr int padded(int count) { return (count + lanes - 1) / lanes * lanes; }
 
 template <class Vector>
@@ -50,7 +50,7 @@ MASKATTN_INLINE void store(void* to, Vector x) {
     __builtin_memcpy(to, &x, sizeof x);
 }
 
-// The first `count` elements, zeros after them; nothing past them is read.
+// Loads the first `count` elements, with zeros after them, without reading past them.
 template <class Vector>
 MASKATTN_INLINE Vector load_first(const void* from, int count) {
     Vector x{};
@@ -77,7 +77,7 @@ MASKATTN_INLINE Floats swap_lanes(Floats x, Indices<lane...>) {
     return __builtin_shufflevector(x, x, (lane ^ distance)...);
 }
 
-// Where one is NaN, b: a NaN among the scores is found again in their sum.
+// Returns b where either is NaN; a NaN among the scores still shows in their sum.
 MASKATTN_INLINE Floats maximum(Floats a, Floats b) {
 #if defined(__AVX512F__)
     return Floats(_mm512_max_ps(__m512(a), __m512(b)));
@@ -118,15 +118,16 @@ MASKATTN_INLINE Floats square_root(Floats x) {
 constexpr float log2_e = 1.44269504088896340736f;
 constexpr double ln_2 = 0.69314718055994530942;
 
-// 2^x for x < 127, 0 below about -126. With n = floor(x) and f = x - n it is 2^n times a polynomial of degree 5 for 2^f,
-// 1 at f = 0, whose relative error is at most 8.3e-8 over [0, 1], 1.7e-7 with the roundings of float32.
+// Computes 2^x for x < 127, 0 below about -126. With n = floor(x) and f = x - n the result is 2^n times a polynomial of
+// degree 5 for 2^f, 1 at f = 0, whose relative error is at most 8.3e-8 over [0, 1], 1.7e-7 with the roundings of
+// float32.
 MASKATTN_INLINE Floats power_of_two(Floats x) {
 #if defined(__AVX512F__)
     constexpr int fraction_below = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
     const Floats f = Floats(_mm512_reduce_ps(__m512(x), fraction_below));
 #else
-    // Adding 1.5 * 2^23 leaves the rounded integer in the low bits; half less makes that the floor, or, at a tie, one
-    // less with f = 1. From -126.5 on n is -127, for which the exponent's bits are 0.
+    // Adding 1.5 * 2^23 leaves the rounded integer in the low bits; subtracting a half first makes it the floor, or at a
+    // tie one less with f = 1. At -126.5 n is -127, for which the bits of the exponent are 0.
     x = maximum(broadcast(-126.5f), x);
     const Floats shifted = (x - 0.5f) + 12582912.0f;
     const Floats f = x - (shifted - 12582912.0f);
@@ -143,10 +144,10 @@ MASKATTN_INLINE Floats power_of_two(Floats x) {
 #endif
 }
 
-// e^x for x < 88, 0 below about -87; the rounding of x log2 e adds 8e-8 |x| to the relative error of 2^x.
+// Computes e^x for x < 88, 0 below about -87; the rounding of x log2 e adds 8e-8 |x| to the relative error of 2^x.
 MASKATTN_INLINE Floats exponential(Floats x) { return power_of_two(x * log2_e); }
 
-// 1 in bfloat16's lowest place is 2^16 in float32's bits: round to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN. A unit in bfloat16's last place is 2^16 in the bits of float32.
 MASKATTN_INLINE Halves to_bfloat16(Floats x) {
 #if defined(__AVX512BF16__)
     return Halves(_mm512_cvtneps_pbh(__m512(x)));
@@ -160,7 +161,7 @@ MASKATTN_INLINE Halves to_bfloat16(Floats x) {
 
 MASKATTN_INLINE Floats from_bfloat16(Halves x) {
 #if defined(__AVX512F__)
-    return Floats(Words(_mm512_cvtepu16_epi32(__m256i(x))) << 16);  // GCC 12 makes two halves of the conversion below
+    return Floats(Words(_mm512_cvtepu16_epi32(__m256i(x))) << 16);  // GCC 12 splits the conversion below in halves
 #else
     return Floats(__builtin_convertvector(x, Words) << 16);
 #endif
@@ -174,7 +175,7 @@ MASKATTN_INLINE void exchange(Words& a, Words& b, Indices<lane...>) {
     b = high;
 }
 
-// Rows become columns.
+// Transposes a square of lanes x lanes words.
 template <int distance = lanes / 2>
 MASKATTN_INLINE void transpose(Words (&square)[lanes]) {
 #pragma GCC unroll 16

@@ -262,7 +262,7 @@ def test_another_encoder_than_the_models_is_refused_unless_told_to_go_on(tmp_pat
     wide = TileEncoder(
         VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2), encoder_of().card
     )
-    with pytest.raises(ValueError, match="got 16 channels of small and a model of 24"):
+    with pytest.raises(ValueError, match="slide model reads, 24, got 16 channels of small"):
         load_two_stages(folder, wide, other_encoder=True)
     with pytest.raises(ValueError, match="got 3 names, a, b, c, for 2 logits"):
         load_two_stages(folder, classes=("a", "b", "c"))

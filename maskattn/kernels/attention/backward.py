@@ -8,8 +8,8 @@ With dO and dlse the gradients of the outputs, s the scale, m the dropout factor
 
     dslope = −Σ_ij dS_ij ‖x_i − x_j‖
 
-Two passes without atomics, so that the result is the same every time: one program per tile of queries for dq and parts
-of dslope (it also leaves delta and lse in units of the scores), then one per tile of keys for dk, dv and dbias.
+Two passes without atomics make the result deterministic: one program per tile of queries for dq and its terms of dslope
+(it also stores delta, and lse in the units of the scores), then one per tile of keys for dk, dv and dbias.
 
 Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H heads, D head width; M queries and N keys
 of a tile.
@@ -54,7 +54,7 @@ __all__ = ["completed", "differentiate", "packed_backward"]
 def packed_backward(
     grads_out: OutputGradients, qkv: QKV, outputs: Outputs, sequences: Sequences, options: Options
 ) -> Gradients:
-    """Contiguous gradients of :func:`maskattn.kernels.attention.forward.packed_forward`.
+    """Return contiguous gradients of :func:`maskattn.kernels.attention.forward.packed_forward`.
 
     Args:
         grads_out: gradients of out (Tq, H, D), with any strides, and of lse (H, Tq).
@@ -65,7 +65,7 @@ def packed_backward(
     grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in vars(qkv).values()))
     dbias_HT = None
     if options.key_bias is not None:
-        # Contiguous as (Tk, H) where that is the bias's own shape.
+        # Contiguous as (Tk, H) if that is the shape of the bias.
         per_head = options.key_bias.ndim == 2
         shape = k.shape[:2] if per_head else (k.shape[1], k.shape[0])
         dbias = torch.empty(shape, dtype=torch.float32, device=k.device)
@@ -81,7 +81,7 @@ def packed_backward(
 
 
 def completed(grads: Gradients, options: Options, dbias: Tensor | None, dslopes: Tensor | None) -> Gradients:
-    """Add the gradients of the options, which are summed in float32, in the options' dtypes."""
+    """Add the options' gradients, which are summed in float32, converted to the options' dtypes."""
     if dbias is not None and options.key_bias is not None:
         grads = replace(grads, key_bias=dbias.to(options.key_bias.dtype))
     if dslopes is not None and options.slopes is not None:
@@ -99,7 +99,7 @@ def differentiate(
     grads: Gradients,
     dbias: Tensor | None,
 ) -> Tensor | None:
-    """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N); returns dslopes."""
+    """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N); return dslopes."""
     q, k, v, out, grad_out = (readable(x) for x in (*vars(qkv).values(), outputs.out, grads_out.grad_out))
     lse, grad_lse = outputs.lse.contiguous(), grads_out.grad_lse
     left = torch.empty_like(lse), torch.empty_like(lse)
@@ -125,7 +125,7 @@ class _Both(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them."""
+        """All tensors among the arguments."""
         return *self[:7], *tensors_of(self.options), *self.q_rows.tensors, *self.k_rows.tensors
 
     @property
@@ -134,17 +134,17 @@ class _Both(NamedTuple):
         return self.q.shape[-1], self.q.shape[1], self.options.scale, self.options.dropout_p
 
     def inputs(self) -> tuple[Tokens, ...]:
-        """The arguments that come first."""
+        """The first arguments of both kernels."""
         return tuple(tokens_argument(x) for x in (self.q, self.k, self.v))
 
     def common(self) -> tuple[Any, ...]:
-        """The arguments that come last, before the work."""
+        """The last arguments of both kernels, before the work."""
         terms = terms_argument(self.options, packed=self.q.ndim == 3, natural=keeps_rest(self.options))
         return terms, bounds_argument(self.q_rows), bounds_argument(self.k_rows), self.options.scale, self.q.shape[1]
 
 
 def _differentiate_queries(both: _Both, out: Tensor, lse: Tensor, grad_lse: Tensor | None, dq: Tensor) -> Tensor | None:
-    """Fill dq and what is left for the keys; returns dslopes."""
+    """Fill dq, delta and the scaled lse; return dslopes."""
     q, k, v, heads = both.q, both.k, both.v, both.q.shape[1]
     config = choose("query_gradient", q, both.options)
     work = plan_work(both.q_rows, both.k_rows, config.block_m)

@@ -1,6 +1,6 @@
-"""Forward attention: out_i = Σ_j m_ij p_ij v_j, p_ij = exp(score_ij − lse_i), lse_i the log of the row's sum.
+"""Forward attention: out_i = Σ_j m_ij p_ij v_j with p_ij = exp(score_ij − lse_i) and lse_i = log Σ_j exp(score_ij).
 
-One program per tile of queries, head and sequence; the keys pass by in tiles (FlashAttention-2, arXiv 2307.08691,
+One program per tile of queries, head and sequence loops over tiles of keys (FlashAttention-2, arXiv 2307.08691,
 algorithm 1). ``maskattn.attention.reference`` is the specification.
 
 Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H heads, D head width.
@@ -82,7 +82,7 @@ def attend_keys(
     NATURAL: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """Attend to the keys ``k_begin`` to ``k_end`` of a sequence; ``PARTIAL`` when they do not fill their tiles."""
+    """Attend to the keys ``k_begin`` to ``k_end`` of a sequence; ``PARTIAL`` if they do not fill their tiles."""
     INDEXED: tl.constexpr = keys.index_ptr is not None
     for first in tl.range(k_begin, k_end, BLOCK_N):
         inside = first + tl.arange(0, BLOCK_N) < k_end
@@ -126,7 +126,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """Attention of one tile of queries over all keys of its sequence."""
+    """Compute the attention of one tile of queries over all keys of its sequence."""
     NATURAL: tl.constexpr = lse_rest_values.ptr is not None
     INDEX_Q: tl.constexpr = q_bounds.index_ptr is not None
     INDEX_K: tl.constexpr = k_bounds.index_ptr is not None
@@ -168,7 +168,7 @@ def forward_kernel(
         NATURAL, DESCRIBED,
     )  # fmt: skip
 
-    # Of a row without keys the output is 0.
+    # The output of a row without keys is 0.
     divisor = row_divisor(total)
     out_base_ptr = tokens_base(out_tokens, sequence, head, q_start, INDEX_Q)
     store_chunks(out_base_ptr, first, rows, out_tokens.stride_t, inside, out, (1 / divisor)[:, None], WIDTH, INDEX_Q)
@@ -183,13 +183,13 @@ def forward_kernel(
 def packed_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of packed sequences.
+    """Compute the attention of packed sequences.
 
     Args:
         q: (Tq, H, D), any strides.
-        k, v: (Tk, H, D).
-        sequences: where they lie.
-        options: of packed tensors.
+        k, v: (Tk, H, D), any strides.
+        sequences: the boundaries of the sequences.
+        options: the options, in the shapes for packed tensors.
 
     Returns:
         out (Tq, H, D) in q's dtype, lse (H, Tq) float32 and its rest.
@@ -219,10 +219,10 @@ def attend(
     q_rows: Rows,
     k_rows: Rows,
 ) -> None:
-    """Fill ``out``, ``lse`` and its rest where there are rows; shapes as of packed or of dense tensors."""
+    """Fill ``out``, ``lse`` and its rest for the given rows of packed or dense tensors."""
     scale = options.scale
     if scale < 0:
-        # The kernel takes the maximum before it scales.
+        # The kernel takes the maximum before scaling, which needs a scale of at least 0.
         q, scale = -q, -scale
     q, k, v = readable(q), readable(k), readable(v)
     head_width, heads = q.shape[-1], q.shape[1]

@@ -1,9 +1,9 @@
 """Rows by index: packing gathers the kept tokens' rows, unpacking puts them back and zeros between them.
 
-Both are one kernel: row i of the result is row ``index[i]`` of the source, or zeros where the index is −1. Numbers are
-moved as integers of their size, so that every dtype is treated alike and bit for bit.
+Both use one kernel: row i of the result is row ``index[i]`` of the source, or zeros where the index is −1. Elements are
+moved as integers of their size, so that every dtype is copied bit for bit.
 
-Dimension key: T rows, C what follows, flattened.
+Dimension key: T rows, C elements of a row, flattened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maskattn.kernels.launch.arguments import VARYING
 
 __all__ = ["gather_kernel", "gather_rows", "runs_on", "scatter_rows"]
 
-# Of one program: each of its 128 threads has four loads of 16 bytes in flight.
+# Bytes of a program's tile: each of its 128 threads has four loads of 16 bytes in flight.
 TILE_BYTES = 8192
 LARGEST_BLOCK = 1024
 
@@ -37,7 +37,7 @@ def gather_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One tile of the result, (count, columns) contiguous."""
+    """Fill one tile of the result, (count, columns) contiguous."""
     program = tl.program_id(0)
     row = (program // column_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = program % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -50,7 +50,7 @@ def gather_kernel(
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernel can run for tensors of this device."""
+    """Return whether the kernel can run on this device."""
     if triton.knobs.runtime.interpret:
         return True
     return device.type == "cuda" and (
@@ -59,11 +59,11 @@ def runs_on(device: torch.device) -> bool:
 
 
 def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
-    """The rows of ``x`` at ``indices``; other rows are not read.
+    """Return the rows of ``x`` at ``indices``; other rows are not read.
 
     Args:
-        x: (rows, ...), any dtype and strides; copied only if what follows the rows cannot be flattened in place.
-        indices: (T,) int64, each at least 0 and below rows.
+        x: (rows, ...), any dtype and strides; copied only if the axes after the first cannot be flattened in place.
+        indices: (T,) int64, each at least 0 and less than the number of rows.
 
     Returns:
         (T, ...), contiguous.
@@ -72,7 +72,7 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def scatter_rows(rows: Tensor, row_of_token: Tensor) -> Tensor:
-    """Rows put to their positions among the tokens, and zeros elsewhere.
+    """Put rows at the positions of their tokens, with zeros elsewhere.
 
     Args:
         rows: (T, ...), any dtype and strides.
@@ -85,9 +85,9 @@ def scatter_rows(rows: Tensor, row_of_token: Tensor) -> Tensor:
 
 
 def _gather(source: Tensor, index: Tensor) -> Tensor:
-    """Row i of the result is row ``index[i]`` of the source, or zeros."""
+    """Return rows of which row i is row ``index[i]`` of the source, or zeros."""
     if source.is_complex():
-        # Sixteen bytes have no integer.
+        # No integer type has sixteen bytes.
         return torch.view_as_complex(_gather(torch.view_as_real(source.resolve_conj()), index))
     shape = (index.shape[0], *source.shape[1:])
     result = torch.empty(shape, dtype=source.dtype, device=source.device)

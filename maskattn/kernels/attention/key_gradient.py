@@ -1,7 +1,7 @@
 """The gradients of the keys: dk_j = s Σ_i dS_ij q_i, dv_j = Σ_i m_ij p_ij dO_i, dbias_j = Σ_i dS_ij.
 
-One program per tile of keys, head and sequence, after the gradient of the queries has left delta and lse; formulas in
-``backward.py``.
+One program per tile of keys, head and sequence reads delta and lse as the pass over queries stored them. The formulas
+are in ``backward.py``.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def add_queries_to_key_gradient(
     PARTIAL: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """dk + dSᵀ·Q, dv + (m P)ᵀ·dO, dbias + Σ dSᵀ over the queries ``q_begin`` to ``q_end``."""
+    """Return dk + dSᵀ·Q, dv + (m P)ᵀ·dO and dbias + Σ dSᵀ over the queries ``q_begin`` to ``q_end``."""
     INDEXED: tl.constexpr = queries.index_ptr is not None
     for first in tl.range(q_begin, q_end, BLOCK_M):
         inside = first + tl.arange(0, BLOCK_M) < q_end
         rows = tile_rows(queries.index_ptr, queries.start, first, inside, BLOCK_M, INDEXED, PARTIAL)
         # [M, D]
         q = load_chunks(queries.q, first, rows, queries.stride_qt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
-        # [M]; rows past the end have lse +inf, hence p = 0, and need no other mask.
+        # [M]; rows past the end have lse +inf, hence p = 0, so no other mask is needed.
         lse = load_row_values(queries.lse_ptr, first, rows, 1, inside, float("inf"), INDEXED, PARTIAL)
         # [N, M]
         qk = dot_rows(k, q, WIDTH)
@@ -80,7 +80,7 @@ def add_queries_to_key_gradient(
             p = tl.exp2(excess * LOG2_E - (rest * LOG2_E)[None, :])
         else:
             p = tl.exp2(excess)
-        # [M, D]; read this late so that the products do not hold their operands at once.
+        # [M, D]; loaded late, so that the operands of both products are not held at the same time.
         dout = load_chunks(queries.dout, first, rows, queries.stride_gt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
         weights = p
         kept = kept_factors(scoring, first, first_key, BLOCK_M, BLOCK_N, True)
@@ -123,7 +123,7 @@ def key_gradient_kernel(
     BLOCK_N: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """dk, dv and dbias of one tile of keys."""
+    """Compute dk, dv and dbias of one tile of keys."""
     NATURAL: tl.constexpr = lse_rest_values.ptr is not None
     INDEX_Q: tl.constexpr = q_bounds.index_ptr is not None
     INDEX_K: tl.constexpr = k_bounds.index_ptr is not None

@@ -1,10 +1,11 @@
-"""Attention over the kept tokens of dense tensors, by one of two ways that agree.
+"""Attention over the kept tokens of dense tensors, in one of two equivalent ways.
 
-- *in place*: the kernels look up where the kept rows lie and read them there;
-- *moved*: the kept rows are moved to the front of their sequences, attended to as packed rows are, and moved back.
+- *in place*: the kernels look up the positions of the kept rows and read them there;
+- *moved*: the kept rows are moved to the front of their sequences, processed like packed rows, and moved back.
 
-Looking up costs index arithmetic in every tile and rules out the copy engine; moving costs a pass over q, k, v and the
-output. The first grows with the square of the tokens and the second with their number, so long sequences are moved.
+Look-ups cost index arithmetic in every tile and rule out the copy engine; moving costs a pass over q, k, v and the
+output. The first cost grows with the square of the number of tokens and the second linearly, so long sequences are
+moved.
 
 Dimension key: B sequences, N tokens, H heads, D head width.
 """
@@ -35,13 +36,13 @@ from maskattn.results import Gradients, OutputGradients, Outputs
 
 __all__ = ["MOVED_FROM", "masked_backward", "masked_forward"]
 
-# Tokens of a sequence from which on the kept ones are moved. Not measured: published figures put the price of packing
-# at 12 % of the attention of 4,096 kept tokens and 3 % of 16,384, and f = 0.3 is common.
+# Length of a sequence, in tokens, from which on the kept ones are moved. Not measured: published figures put the cost
+# of packing at 12 % of the attention of 4,096 kept tokens and 3 % of 16,384, and f = 0.3 is common.
 MOVED_FROM = 16_384
 
 
 def masked_forward(qkv: QKV, mask: Mask, options: Options, moved_from: int = MOVED_FROM) -> Outputs:
-    """Attention over the kept tokens.
+    """Compute the attention over the kept tokens.
 
     Args:
         qkv: q (B, H, Nq, D) and k, v (B, H, N, D), any strides.
@@ -78,7 +79,7 @@ def masked_backward(
     options: Options,
     moved_from: int = MOVED_FROM,
 ) -> Gradients:
-    """Contiguous gradients of :func:`masked_forward`; those of background tokens are 0.
+    """Return contiguous gradients of :func:`masked_forward`; those of background tokens are 0.
 
     Args:
         grads_out: gradients of out (B, H, Nq, D), with any strides, and of lse (B, H, Nq).
@@ -101,7 +102,7 @@ def masked_backward(
 def _moved_backward(
     grads_out: OutputGradients, qkv: QKV, outputs: Outputs, kept: Rows, every: Rows | None, options: Options
 ) -> tuple[Gradients, Tensor | None, Tensor | None]:
-    """Gradients of q, k and v, of the bias by head (B, H, N), and of the slopes."""
+    """Return the gradients of q, k and v, of the bias per head (B, H, N), and of the slopes."""
     front = front_rows(kept)
     own = options_to_front(options, kept if every is None else None, kept)
     q, lse, rest, grad_lse = qkv.q, outputs.lse, outputs.lse_rest, grads_out.grad_lse
@@ -121,7 +122,7 @@ def _moved_backward(
 
 
 def _rows_of(q: Tensor, mask: Mask) -> tuple[Rows, Rows | None]:
-    """The kept rows and, where every query attends, those of all queries."""
+    """Return the kept rows and, if all queries attend, the rows of all queries."""
     return kept_rows(mask.keep), None if mask.skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
 
 

@@ -1,7 +1,7 @@
-"""The gradient of the queries: dq_i = s Σ_j dS_ij k_j; formulas and words in ``backward.py``.
+"""The gradient of the queries, dq_i = s Σ_j dS_ij k_j; ``backward.py`` defines the symbols.
 
-One program per tile of queries, head and sequence; it also leaves delta and lse in units of the scores for the gradient
-of the keys, and its own share of the gradient of the slopes, −Σ_ij dS_ij ‖x_i − x_j‖.
+One program per tile of queries, head and sequence. It also stores delta, and lse in the units of the scores, for the
+gradient of the keys, and its terms of the gradient of the slopes, −Σ_ij dS_ij ‖x_i − x_j‖.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def add_keys_to_query_gradient(
     PARTIAL: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """dq + dS·K and, for each query, dslope − Σ dS·‖x_i − x_j‖, over the keys ``k_begin`` to ``k_end``."""
+    """Return dq + dS·K and, per query, dslope − Σ dS·‖x_i − x_j‖ over the keys ``k_begin`` to ``k_end``."""
     INDEXED: tl.constexpr = keys.index_ptr is not None
     NATURAL: tl.constexpr = rest_log2 is not None
     for first in tl.range(k_begin, k_end, BLOCK_N):
@@ -74,7 +74,7 @@ def add_keys_to_query_gradient(
         # [N, D]
         k = load_chunks(keys.k, first, rows, keys.stride_kt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
         if k[0].dtype == tl.float32:
-            # Else the compiler reads q, then waits for k, holding more of q in registers than there are; so for v.
+            # Without the barrier the compiler loads q before it waits for k, which takes too many registers; so for v.
             tl.debug_barrier()
         # [M, N]
         qk = dot_rows(q, k, WIDTH)
@@ -85,7 +85,7 @@ def add_keys_to_query_gradient(
         if PARTIAL:
             # 2^(0 − lse) may be inf, and inf · 0 is NaN.
             p = tl.where(inside[None, :], p, 0.0)
-        # [N, D]; read this late so that the two products do not hold their operands at once.
+        # [N, D]; loaded late, so that the operands of both products are not held at the same time.
         v = load_chunks(keys.v, first, rows, keys.stride_vt, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
         if v[0].dtype == tl.float32:
             tl.debug_barrier()
@@ -127,7 +127,7 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """dq, delta, lse in units of the scores and a share of dslopes, of one tile of queries."""
+    """Compute dq, delta, lse in the units of the scores and the terms of dslopes of one tile of queries."""
     NATURAL: tl.constexpr = lse_rest_values.ptr is not None
     INDEX_Q: tl.constexpr = q_bounds.index_ptr is not None
     INDEX_K: tl.constexpr = k_bounds.index_ptr is not None
@@ -162,7 +162,7 @@ def query_gradient_kernel(
     if dlse_values.ptr is not None:
         dlse_base_ptr = row_values_base(dlse_values, sequence, head, q_start, INDEX_Q)
         delta -= load_row_values(dlse_base_ptr, first, rows, 1, inside, 0.0, INDEX_Q, True)
-    # What comes back to such a row has nowhere to go, were it NaN.
+    # The gradient of such a row is ignored, even if it is NaN.
     delta = tl.where(empty, 0.0, delta)
     delta_base_ptr = row_values_base(delta_values, sequence, head, q_start, INDEX_Q)
     store_row_values(delta_base_ptr, first, rows, 1, inside, delta, INDEX_Q)

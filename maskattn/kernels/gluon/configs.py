@@ -1,4 +1,4 @@
-"""Configurations of the Gluon kernel by head width and options: they fit and spill nothing, but were not measured.
+"""Configurations of the Gluon kernel by head width and options; they fit and spill nothing, but were not measured.
 
 Dimension key: D head width.
 """
@@ -50,6 +50,6 @@ WITH_OPTIONS = {
 
 
 def choose(head_width: int, options: Options) -> GluonConfig:
-    """The configuration for queries (Tq, H, D)."""
+    """Return the configuration for a head width and options."""
     has_terms = options.key_bias is not None or options.slopes is not None
     return (WITH_OPTIONS if has_terms else PLAIN)[padded_width(head_width)]

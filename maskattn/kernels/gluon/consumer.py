@@ -1,7 +1,7 @@
-"""What one warp group computes: 64 queries of a tile over all blocks of keys that pass by.
+"""The computation of one warp group: the attention of 64 queries of a tile over all blocks of keys.
 
-While the softmax of a block is worked out, the tensor cores have two products to do: the scores of the next block, and
-the weighted values of the block before. Only the last block can be partial, and only it is masked.
+While the softmax of a block is computed, the tensor cores compute the products q·k of the next block. Only the last
+block can be partial, and only it is masked.
 
 Dimension key: M = 64 queries of a warp group, N keys of a block, D head width padded to a power of two.
 """
@@ -19,20 +19,20 @@ from maskattn.kernels.language.tiles import row_values_base, store_row_values, t
 
 __all__ = ["GROUP_ROWS", "attend_rows"]
 
-# Rows of the smallest product that a warp group does, and the warps of one.
+# Rows of a warp group's smallest matrix product, and its number of warps.
 GROUP_ROWS = gl.constexpr(64)
 GROUP_WARPS = gl.constexpr(4)
 
 
 @gluon.constexpr_function
 def accumulator_layout(columns):
-    """How the threads of a warp group hold the result of a product with this many columns."""
+    """Return the layout in which a warp group's threads hold the result of a product with this many columns."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
 @gluon.constexpr_function
 def row_layout(columns):
-    """How they hold rows [64, columns] that come from memory or go there, 16 bytes a thread."""
+    """Return the layout for loading and storing rows [64, columns], 16 bytes per thread."""
     threads = min(columns // 8, 32)
     return gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
 
@@ -47,13 +47,13 @@ def load_queries(q_rows, base_ptr, first, q_length, stride_t, HEAD: gl.constexpr
     pointers = base_ptr + gl.cast(first, gl.int64) * stride_t + (rows * stride_t)[:, None] + columns[None, :]
     inside = (first + rows < q_length)[:, None] & (columns < HEAD)[None, :]
     q_rows.store(gl.load(pointers, mask=inside, other=0.0))
-    # The tensor cores read shared memory by another way than threads write it.
+    # Tensor cores read shared memory asynchronously and see the threads' writes only after a fence.
     hopper.fence_async_shared()
 
 
 @gluon.jit
 def store_outputs(q_rows, out, base_ptr, first, q_length, stride_t, HEAD: gl.constexpr):
-    """Write the rows that lie inside the sequence, by way of the room of the queries, which are no longer needed."""
+    """Write the rows inside the sequence, by way of the queries' shared memory, which is free by then."""
     PADDED: gl.constexpr = q_rows.shape[1]
     LAYOUT: gl.constexpr = row_layout(PADDED)
     q_rows.store(out.to(q_rows.dtype))
@@ -66,7 +66,7 @@ def store_outputs(q_rows, out, base_ptr, first, q_length, stride_t, HEAD: gl.con
 
 @gluon.jit
 def begin_products(q_rows, k_ring, block, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """Begin q·k of a block, [M, N]; what it returns is there once it is waited for."""
+    """Start q·k of a block, [M, N]; the result is valid after a wait."""
     k = wait_for_block(k_ring, block, STAGES)
     zeros = gl.full([64, BLOCK_N], 0.0, gl.float32, accumulator_layout(BLOCK_N))
     return hopper.warpgroup_mma(q_rows, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -85,7 +85,7 @@ def weigh(
     PARTIAL: gl.constexpr,
     NATURAL: gl.constexpr,
 ):
-    """The softmax of one block: weights [M, N], the factor of what went before, the new maximum and sum."""
+    """Update the softmax by a block; return weights [M, N], the factor of earlier sums, the new maximum and sum."""
     keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, accumulator_layout(BLOCK_N)))
     inside = first + keys < k_length
     of_keys = key_terms(scoring, first, keys, inside, False, PARTIAL)
@@ -114,7 +114,7 @@ def attend_block(
     STAGES: gl.constexpr,
     NATURAL: gl.constexpr,
 ):
-    """Attend to a full block that another follows, whose products are begun before; returns these first."""
+    """Attend to a full block before the last, and return the next block's q·k, which are computed meanwhile, first."""
     OUT: gl.constexpr = accumulator_layout(q_rows.shape[1])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     multiplying = begin_products(q_rows, k_ring, block + 1, BLOCK_N, STAGES)
@@ -124,7 +124,7 @@ def attend_block(
     out = out * gl.convert_layout(shrunk, gl.SliceLayout(1, OUT))[:, None]
     weights = gl.convert_layout(p.to(q_rows.dtype), WEIGHTS)
     adding = hopper.warpgroup_mma(weights, wait_for_block(v_ring, block, STAGES), out, is_async=True)
-    # ptxas lets products overlap with other work only where none is under way when a loop begins anew.
+    # ptxas overlaps products with other work only if none is in flight when the next iteration begins.
     following, out = hopper.warpgroup_mma_wait(0, deps=(multiplying, adding))
     hand_back(k_ring, block + 1, True, STAGES)
     hand_back(v_ring, block, True, STAGES)
@@ -144,7 +144,7 @@ def attend_blocks(
     UNROLL: gl.constexpr,
     NATURAL: gl.constexpr,
 ):
-    """Attend to the keys of a sequence, one at least: the weighted sum [M, D], maximum and sum of each row."""
+    """Attend to at least one key of a sequence; return the weighted sum [M, D], and each row's maximum and sum."""
     OUT: gl.constexpr = accumulator_layout(q_rows.shape[1])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
@@ -154,14 +154,14 @@ def attend_blocks(
     last = (k_length + BLOCK_N - 1) // BLOCK_N - 1
     products = hopper.warpgroup_mma_wait(0, deps=(begin_products(q_rows, k_ring, 0, BLOCK_N, STAGES),))
     hand_back(k_ring, 0, True, STAGES)
-    # Two at a time, the products of one block and of the next keep registers of their own, and none is moved.
+    # With two blocks per iteration, the products of both have registers of their own and need not be moved.
     for first in range(0, last // UNROLL * UNROLL, UNROLL):
         for step in gl.static_range(UNROLL):
             products, out, maximum, total = attend_block(
                 products, out, maximum, total, q_rows, k_ring, v_ring, scoring, of_queries, first + step, k_length,
                 BLOCK_N, STAGES, NATURAL,
             )  # fmt: skip
-    if UNROLL == 2:  # noqa: SIM102 (decided when it is compiled)
+    if UNROLL == 2:  # noqa: SIM102 (decided at compile time)
         if last % 2 == 1:
             products, out, maximum, total = attend_block(
                 products, out, maximum, total, q_rows, k_ring, v_ring, scoring, of_queries, last - 1, k_length, BLOCK_N,
@@ -199,7 +199,7 @@ def attend_rows(
     STAGES: gl.constexpr,
     UNROLL: gl.constexpr,
 ):
-    """A consumer: attention of the 64 queries from ``first`` on."""
+    """Run a consumer, which attends with the 64 queries from ``first`` on."""
     NATURAL: gl.constexpr = lse_rest_values.ptr is not None
     PADDED: gl.constexpr = q_rows.shape[1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator_layout(BLOCK_N))
@@ -219,7 +219,7 @@ def attend_rows(
             q_rows, k_ring, v_ring, scoring, of_queries, k_length, BLOCK_N, STAGES, UNROLL, NATURAL
         )
 
-    # Of a row without keys the output is 0.
+    # The output of a row without keys is 0.
     factor = gl.convert_layout(1 / row_divisor(total), OUT_ROWS)
     out_base_ptr = tokens_base(out_tokens, sequence, head, q_start, False)
     store_outputs(q_rows, out * factor[:, None], out_base_ptr, first, q_length, out_tokens.stride_t, HEAD)

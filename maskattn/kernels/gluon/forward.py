@@ -36,7 +36,7 @@ WARPS = 4
 def packed_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of packed sequences.
+    """Compute the attention of packed sequences.
 
     Args:
         q: (Tq, H, D) in float16 or bfloat16, any strides.
@@ -71,5 +71,5 @@ def packed_forward(
 
 
 def described(x: Tensor, rows: Rows) -> Tensor:
-    """``x`` itself, or a copy if the copy engine cannot read its rows."""
+    """Return ``x`` itself, or a copy if the copy engine cannot read its rows."""
     return x if x.stride(-1) == 1 and describable(x, rows) else x.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""The kernel: two consumers of 64 queries each and a producer, for one tile of queries, head and sequence."""
+"""The Gluon kernel: a producer and two consumers of 64 queries each, for one tile of queries, head and sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskattn.kernels.launch.schedule import find_work
 
 __all__ = ["BLOCK_M", "gluon_forward_kernel"]
 
-# Queries of a tile: two consumers of 64.
+# Queries of a tile, 64 for each of two consumers.
 BLOCK_M = 128
 
 
@@ -40,7 +40,7 @@ def gluon_forward_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """Attention of one tile of queries over all keys of its sequence."""
+    """Compute the attention of one tile of queries over all keys of its sequence."""
     tile, head, sequence, q_start, q_length, _ = find_work(items_ptr, q_bounds, tiles, heads, 128)
     first = tile * 128
     if first >= q_length:

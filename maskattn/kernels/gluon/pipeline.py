@@ -1,8 +1,8 @@
-"""How keys and values come to the consumers: buffers in shared memory, and the barriers that hand them over.
+"""The transfer of keys and values to the consumers: buffers in shared memory, and the barriers that guard them.
 
-Of a block of keys there is one *stage*: room for it, a barrier ``full`` that completes once the copy engine has written
-all its bytes, and a barrier ``empty`` that completes once every consumer has read it. A stage serves the blocks
-``stage``, ``stage + STAGES`` and so on; which of them a barrier speaks of is told by its parity, which turns each time.
+A block of keys occupies one *stage*: a buffer, a barrier ``full`` that completes once the copy engine has written all
+its bytes, and a barrier ``empty`` that completes once every consumer has read it. A stage serves the blocks ``stage``,
+``stage + STAGES`` and so on; the parity of its barriers, which flips from one to the next, distinguishes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Ring", "fetch_blocks", "hand_back", "make_ring", "wait_for_block"]
 
 
 class Ring(NamedTuple):
-    """The stages of the keys, or of the values: rows [STAGES, N, D], and the two barriers of each."""
+    """The stages of the keys or of the values: rows [STAGES, N, D], and the two barriers of each stage."""
 
     rows: Any
     full: Any
@@ -32,7 +32,7 @@ def make_ring(
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):
-    """A ring of empty stages for blocks [N, D]."""
+    """Allocate a ring of empty stages for blocks [N, D]."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, PADDED], DTYPE)
     rows = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, PADDED], LAYOUT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -45,13 +45,13 @@ def make_ring(
 
 @gluon.jit
 def stage_of(block, STAGES: gl.constexpr):
-    """The stage of a block, and the parity that its barriers have while this block is awaited."""
+    """Return the stage of a block, and the parity of its barriers while this block is awaited."""
     return block % STAGES, (block // STAGES) & 1
 
 
 @gluon.jit
 def describe_rows(base_ptr, length, stride_t, ring, HEAD: gl.constexpr):
-    """The descriptor of the rows of one sequence and head; what lies past its end, or past D, is read as 0."""
+    """Make the descriptor of the rows of one sequence and head; elements past its end, or past D, are read as 0."""
     N: gl.constexpr = ring.rows.shape[1]
     PADDED: gl.constexpr = ring.rows.shape[2]
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, PADDED], ring.rows.dtype)
@@ -63,7 +63,7 @@ def describe_rows(base_ptr, length, stride_t, ring, HEAD: gl.constexpr):
 def fetch_block(desc, ring, block, is_there, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Have the copy engine write a block into its stage once that is empty; rows past the descriptor's bound are 0."""
     stage, parity = stage_of(block, STAGES)
-    # The parity before the first turn counts as complete, so that stages begin empty.
+    # The parity before the first use counts as complete, so that stages start empty.
     mbarrier.wait(ring.empty.index(stage), parity ^ 1, pred=is_there)
     mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes, pred=is_there)
     tma.async_copy_global_to_shared(
@@ -84,8 +84,8 @@ def fetch_blocks(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The producer: all blocks in the order in which the consumers need them, keys one block ahead of values."""
-    # Made by the warp that uses them, because only who makes a descriptor visible to the copy engine may rely on it.
+    """Run the producer: fetch all blocks in the order in which they are consumed, keys one block ahead of values."""
+    # Made by the warp that uses them: only the warp that makes a descriptor may rely on the copy engine seeing it.
     k_desc = describe_rows(k_base_ptr, k_length, k_stride_t, k_ring, HEAD)
     v_desc = describe_rows(v_base_ptr, k_length, v_stride_t, v_ring, HEAD)
     blocks = (k_length + BLOCK_N - 1) // BLOCK_N
@@ -97,7 +97,7 @@ def fetch_blocks(
 
 @gluon.jit
 def wait_for_block(ring, block, STAGES: gl.constexpr):
-    """The rows of a block, once they are there: [N, D] in shared memory."""
+    """Wait for a block and return its rows, [N, D] in shared memory."""
     stage, parity = stage_of(block, STAGES)
     mbarrier.wait(ring.full.index(stage), parity)
     return ring.rows.index(stage)
@@ -105,5 +105,5 @@ def wait_for_block(ring, block, STAGES: gl.constexpr):
 
 @gluon.jit
 def hand_back(ring, block, was_read, STAGES: gl.constexpr):
-    """Say that this consumer has read a block."""
+    """Signal that this consumer has read a block."""
     mbarrier.arrive(ring.empty.index(block % STAGES), count=1, pred=was_read)

@@ -19,7 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def supports(q: Tensor, options: Options) -> str | None:
-    """The reason why the kernel cannot run a call, as the end of a sentence; None if it can.
+    """Return the reason why the kernel cannot run a call, as the end of a sentence; None if it can.
 
     Args:
         q: (Tq, H, D), the queries; those of the other operations have four axes.
@@ -34,7 +34,7 @@ def supports(q: Tensor, options: Options) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _missing_on(device: torch.device) -> str | None:
-    """What the installed triton or the device lacks, or None; constants that torch.compile need not trace."""
+    """Return what the installed triton or the device lacks, or None; a constant that torch.compile need not trace."""
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7):
         return f"needs triton 3.7 or later, got triton {triton.__version__}"
     target = lookup.target_of(device)

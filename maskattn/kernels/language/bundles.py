@@ -1,8 +1,6 @@
-"""What travels together: bundles of arguments of the kernels, and of what a program has of one sequence and head.
+"""Named tuples of the kernels' arguments, and of a program's values for one sequence and head.
 
-The terms of the score are in ``scores.py``.
-
-A pointer of None is absent, which is known when a kernel is compiled.
+The terms of the score are in ``scores.py``. A pointer is None if the tensor is absent, which is known at compile time.
 """
 
 from __future__ import annotations
@@ -25,10 +23,10 @@ __all__ = [
 
 
 class Tokens(NamedTuple):
-    """A tensor by sequence, head and token; what lies along the head width is contiguous.
+    """A tensor indexed by sequence, head and token, contiguous along the head width.
 
-    ``multiple`` is a number that all strides are multiples of, known when a kernel is compiled, or None where the
-    launcher finds it out by itself or there is none.
+    ``multiple`` divides all strides and is known at compile time; it is None if Triton's launcher detects a multiple by
+    itself, or there is none.
     """
 
     ptr: Any
@@ -47,7 +45,7 @@ class RowValues(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Two coordinates of each token."""
+    """The two coordinates of each token."""
 
     ptr: Any
     stride_b: Any
@@ -56,7 +54,7 @@ class Positions(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Where the rows of each sequence lie, as :class:`~maskattn.kernels.launch.rows.Rows` has it."""
+    """The positions of each sequence's rows, as in :class:`~maskattn.kernels.launch.rows.Rows`."""
 
     starts_ptr: Any
     ends_ptr: Any
@@ -64,7 +62,7 @@ class Bounds(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """The seed, the words below which a weight is dropped (the bits of an unsigned number), and 1/(1 − dropout_p)."""
+    """The seed, the threshold below which a random word drops its weight (unsigned bits), and 1/(1 − dropout_p)."""
 
     seed_ptr: Any
     threshold: Any
@@ -72,7 +70,7 @@ class Dropout(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """What the random words of one program have in common."""
+    """The values that all random words of a program share."""
 
     low: Any
     high: Any
@@ -83,9 +81,9 @@ class Noise(NamedTuple):
 
 
 class Width(NamedTuple):
-    """Columns of a tile: HEAD count; they lie in a chunk of FIRST and, unless SECOND is 0, one of SECOND columns.
+    """The columns of a tile: HEAD in all, in a chunk of FIRST columns and, unless SECOND is 0, one of SECOND columns.
 
-    PRECISION is how products along or of them are computed where they are float32, in ``tl.dot``'s words.
+    PRECISION is the ``input_precision`` of ``tl.dot`` for float32 tiles.
     """
 
     HEAD: Any
@@ -95,7 +93,7 @@ class Width(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys of one sequence and head, as a pass over them reads them."""
+    """The keys of one sequence and head, as a loop over them reads them."""
 
     k: Any
     v: Any
@@ -106,7 +104,7 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The queries of one sequence and head, as a pass over them reads them."""
+    """The queries of one sequence and head, as a loop over them reads them."""
 
     q: Any
     dout: Any

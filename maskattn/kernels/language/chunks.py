@@ -1,7 +1,7 @@
-"""Tiles of rows in one or two chunks, each a power of two wide, so that a head width of 80 costs 64 + 16 and not 128.
+"""Tiles of rows in one or two chunks, each a power of two wide, so that a head width of 80 costs 64 + 16, not 128.
 
-A tile [BLOCK, D] is a tuple of its chunks. Its source is a pointer to the sequence's first row, or (``DESCRIBED``) one
-descriptor for each chunk, whose bound is the end of the sequence.
+A tile [BLOCK, D] is a tuple of its chunks. Its source is a pointer to the sequence's first row, or, if ``DESCRIBED``,
+one descriptor for each chunk, bounded by the end of the sequence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 
 @triton.jit
 def describe_chunks(base_ptr, length, stride_t, WIDTH, BLOCK: tl.constexpr):
-    """Descriptors of the rows of one sequence and head, for tiles of BLOCK rows."""
+    """Make the descriptors of the rows of one sequence and head, for tiles of BLOCK rows."""
     # A descriptor may not be empty.
     bound = tl.maximum(length, 1)
     first = tl.make_tensor_descriptor(base_ptr, [bound, WIDTH.HEAD], [stride_t, 1], [BLOCK, WIDTH.FIRST])
@@ -34,7 +34,7 @@ def describe_chunks(base_ptr, length, stride_t, WIDTH, BLOCK: tl.constexpr):
 
 @triton.jit
 def describe_second(base_ptr, bound, stride_t, WIDTH, BLOCK: tl.constexpr):
-    """The descriptor of the second chunk."""
+    """Make the descriptor of the second chunk."""
     return tl.make_tensor_descriptor(
         base_ptr + WIDTH.FIRST, [bound, WIDTH.HEAD - WIDTH.FIRST], [stride_t, 1], [BLOCK, WIDTH.SECOND]
     )
@@ -52,7 +52,7 @@ def load_chunks(
     PARTIAL: tl.constexpr,
     DESCRIBED: tl.constexpr = False,
 ):
-    """Rows of a tile; rows past the end and padded columns are 0 and never read."""
+    """Load the rows of a tile; rows past the end and padded columns are 0 and never read."""
     one = load_chunk(source, 0, first, rows, stride_t, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED)
     return (
         (one, load_chunk(source, 1, first, rows, stride_t, inside, WIDTH, INDEXED, PARTIAL, DESCRIBED))
@@ -74,7 +74,7 @@ def load_chunk(
     PARTIAL: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """One chunk of a tile."""
+    """Load one chunk of a tile."""
     if DESCRIBED:
         tile = source[CHUNK].load([first, 0])
     elif CHUNK == 1:
@@ -101,20 +101,20 @@ def store_chunks(base_ptr, first, rows, stride_t, inside, chunks, factor, WIDTH,
 
 @triton.jit
 def zeros_chunks(WIDTH, BLOCK: tl.constexpr):
-    """A tile of zeros, float32."""
+    """Return a tile of zeros, float32."""
     first = tl.zeros([BLOCK, WIDTH.FIRST], tl.float32)
     return (first, tl.zeros([BLOCK, WIDTH.SECOND], tl.float32)) if WIDTH.SECOND else (first,)
 
 
 @triton.jit
 def scale_chunks(chunks, factor, WIDTH):
-    """Each chunk times a factor."""
+    """Multiply each chunk by a factor."""
     return (chunks[0] * factor, chunks[1] * factor) if WIDTH.SECOND else (chunks[0] * factor,)
 
 
 @triton.jit
 def dot_rows(a, b, WIDTH):
-    """Products of the rows of a with those of b, [rows of a, rows of b]."""
+    """Return the products of the rows of a with those of b, [rows of a, rows of b]."""
     product = dot(a[0], tl.trans(b[0]), WIDTH.PRECISION)
     if WIDTH.SECOND:
         product = dot_add(a[1], tl.trans(b[1]), product, WIDTH.PRECISION)
@@ -123,7 +123,7 @@ def dot_rows(a, b, WIDTH):
 
 @triton.jit
 def add_weighted_rows(weights, rows, total, WIDTH):
-    """total + weights @ rows, the weights rounded to the dtype of the rows."""
+    """Return total + weights @ rows, with the weights rounded to the dtype of the rows."""
     rounded = weights.to(rows[0].dtype)
     first = dot_add(rounded, rows[0], total[0], WIDTH.PRECISION)
     return (first, dot_add(rounded, rows[1], total[1], WIDTH.PRECISION)) if WIDTH.SECOND else (first,)
@@ -131,7 +131,7 @@ def add_weighted_rows(weights, rows, total, WIDTH):
 
 @triton.jit
 def sum_of_products(a, b, WIDTH):
-    """Σ_d a·b for each row, in float32."""
+    """Return Σ_d a·b for each row, in float32."""
     total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
     if WIDTH.SECOND:
         total += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)

@@ -1,4 +1,4 @@
-"""Which weights are dropped: random words by counter, so that every pass draws the same.
+"""The choice of dropped weights by counter-based random words, so that every pass drops the same ones.
 
 Dimension key: M queries of a tile, N keys of a tile.
 """
@@ -15,7 +15,7 @@ __all__ = ["dropout_factors", "load_noise", "multiply_words", "random_words"]
 
 @triton.jit
 def load_noise(dropout, head, sequence):
-    """What the random words of a program have in common."""
+    """Load the values that all random words of a program share."""
     seed = tl.load(dropout.seed_ptr).to(tl.uint64, bitcast=True)
     threshold = tl.cast(dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
     low, high = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -24,15 +24,15 @@ def load_noise(dropout, head, sequence):
 
 @triton.jit
 def multiply_words(a, b):
-    """High and low word of the product of two 32-bit words."""
-    # One instruction where the compiler sees one product.
+    """Return the high and the low word of the product of two 32-bit words."""
+    # A single 64-bit product compiles to one instruction.
     product = a.to(tl.uint64) * b
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
 def random_words(low, high, c0, c1, c2, c3):
-    """Philox-4×32-10: four words for each counter; ``maskattn.dropout`` has the source."""
+    """Compute Philox-4×32-10, four words for each counter; ``maskattn.dropout`` gives the source."""
     for _ in tl.static_range(10):
         high0, low0 = multiply_words(c0, 0xD2511F53)
         high1, low1 = multiply_words(c2, 0xCD9E8D57)
@@ -46,7 +46,7 @@ def random_words(low, high, c0, c1, c2, c3):
 def dropout_factors(
     noise, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
-    """0 or 1/(1 − dropout_p) for each weight of a tile, [M, N] or transposed."""
+    """Return 0 or 1/(1 − dropout_p) for each weight of a tile, [M, N] or transposed."""
     queries = first_query + tl.arange(0, BLOCK_M)
     groups = first_key // 4 + tl.arange(0, BLOCK_N // 4)
     if TRANSPOSED:

@@ -1,17 +1,17 @@
-"""The score, once for every kernel: what becomes of q·k before the softmax, and what comes back to its terms.
+"""The score, defined once for every kernel: its formula, and the gradients of its terms.
 
     score_ij = scale · q_i·k_j − slope · ‖x_i − x_j‖ + bias_j
 
-Scores are kept in units of log2, with log2(e) folded into the scale and the slopes, because exp2 is what the hardware
-has. Those with a key bias, and all of a readout, are *natural*: kept as they are and turned into units of log2 once the
-largest is subtracted, so that a large bias is not rounded by a factor, does not overflow and costs no more digits than
-float32 must.
+Scores are computed in units of log2, with log2(e) folded into the scale and the slopes, because the hardware computes
+exp2. Scores with a key bias, and all scores of a readout, are *natural*: they are converted to units of log2 only after
+the maximum is subtracted, so that a large bias is not rounded by a factor, does not overflow and loses no more digits
+than float32 must.
 
 A program calls ``begin_scores`` once for its sequence and head, ``query_terms`` and ``key_terms`` for each tile, and
-``scores`` for each product. Whatever a launcher knows of the terms travels as one argument, ``Terms``, so that a new
-term is added here and in ``launch/arguments.py``, and no kernel changes.
+``scores`` for each product. A launcher passes all terms as one argument, ``Terms``, so that a new term is added here
+and in ``launch/arguments.py``, and no kernel changes.
 
-Dimension key: M queries of a tile, N keys of a tile; R × C is M × N, or N × M where a kernel works on the transpose.
+Dimension key: M queries of a tile, N keys of a tile; R × C is M × N, or N × M in kernels that compute the transpose.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 
 
 class Terms(NamedTuple):
-    """What makes a score of q·k, and which weights are dropped: the options, as the kernels are given them."""
+    """The options that turn q·k into scores and drop weights, as arguments of the kernels."""
 
     scale: Any
     key_bias: Any
@@ -59,7 +59,7 @@ class Terms(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """The terms of one sequence and head: numbers, and pointers to those of its first query and key."""
+    """The terms of one sequence and head: numbers, and pointers to the values of its first query and key."""
 
     scale: Any
     slope: Any
@@ -70,20 +70,20 @@ class Scoring(NamedTuple):
 
 
 class QueryTerms(NamedTuple):
-    """What the queries of a tile bring to their scores: positions (x, y), [M] each, or None."""
+    """The terms of a tile's queries: positions (x, y), [M] each, or None."""
 
     positions: Any
 
 
 class KeyTerms(NamedTuple):
-    """What the keys of a tile bring to their scores: bias [N] and positions (x, y), [N] each, or None."""
+    """The terms of a tile's keys: bias [N] and positions (x, y), [N] each, or None."""
 
     bias: Any
     positions: Any
 
 
 class Scores(NamedTuple):
-    """The scores of a tile; what they must yet be multiplied by, or None; the distances, or None without ALiBi."""
+    """The scores of a tile; the factor still to be applied to them, or None; the distances, or None without ALiBi."""
 
     tile: Any
     factor: Any
@@ -91,7 +91,7 @@ class Scores(NamedTuple):
 
 
 class GradientOfTerms(NamedTuple):
-    """What comes back to scale · q·k of a tile, and to its slope with the sign changed, None without."""
+    """The gradients of a tile's scale · q·k, and of its slope with the sign changed, or None without ALiBi."""
 
     product: Any
     slope: Any
@@ -105,7 +105,7 @@ class Kept(NamedTuple):
 
 @triton.jit
 def in_units(x, NATURAL: tl.constexpr):
-    """A factor of the scores in their units."""
+    """Convert a number in natural units to the units of the scores."""
     return x if NATURAL else x * LOG2_E
 
 
@@ -113,7 +113,7 @@ def in_units(x, NATURAL: tl.constexpr):
 def begin_scores(
     terms, head, sequence, q_start, k_start, INDEX_Q: tl.constexpr, INDEX_K: tl.constexpr, NATURAL: tl.constexpr
 ):
-    """The terms of one sequence and head."""
+    """Load the terms of one sequence and head."""
     bias_ptr, slope, noise = None, 0.0, None
     query_positions, key_positions = terms.coords_q, terms.coords_k
     if terms.key_bias.ptr is not None:
@@ -132,7 +132,7 @@ def begin_scores(
 
 @triton.jit
 def query_terms(scoring, first, rows, inside, INDEXED: tl.constexpr, PARTIAL: tl.constexpr):
-    """What the queries of a tile bring to their scores."""
+    """Load the terms of a tile's queries."""
     positions = None
     if scoring.query_positions.ptr is not None:
         positions = load_positions(scoring.query_positions, first, rows, inside, INDEXED, PARTIAL)
@@ -141,7 +141,7 @@ def query_terms(scoring, first, rows, inside, INDEXED: tl.constexpr, PARTIAL: tl
 
 @triton.jit
 def key_terms(scoring, first, rows, inside, INDEXED: tl.constexpr, PARTIAL: tl.constexpr):
-    """What the keys of a tile bring to their scores."""
+    """Load the terms of a tile's keys."""
     bias, positions = None, None
     if scoring.bias.ptr is not None:
         bias = load_row_values(scoring.bias.ptr, first, rows, scoring.bias.stride_t, inside, 0.0, INDEXED, PARTIAL)
@@ -152,13 +152,13 @@ def key_terms(scoring, first, rows, inside, INDEXED: tl.constexpr, PARTIAL: tl.c
 
 @triton.jit
 def scores(qk, scoring, queries, keys, TRANSPOSED: tl.constexpr, SCALE_LATER: tl.constexpr = False):
-    """The scores of a tile.
+    """Compute the scores of a tile.
 
     Args:
         qk: the products, [M, N] or transposed.
-        scoring, queries, keys: what ``begin_scores``, ``query_terms`` and ``key_terms`` returned.
+        scoring, queries, keys: the results of ``begin_scores``, ``query_terms`` and ``key_terms``.
         TRANSPOSED: whether the keys are the rows.
-        SCALE_LATER: leave scores that are nothing but scaled products as they are; otherwise the factor is None.
+        SCALE_LATER: whether to return unscaled products with the scale as their factor if there are no other terms.
     """
     factor, distance = None, None
     if SCALE_LATER and keys.bias is None and keys.positions is None:
@@ -179,22 +179,22 @@ def scores(qk, scoring, queries, keys, TRANSPOSED: tl.constexpr, SCALE_LATER: tl
 
 @triton.jit
 def along_product(score, x):
-    """x times the derivative of scores by their scaled products, which is 1: all other terms are added to these.
+    """Multiply x by the derivative of scores by their scaled products, which is 1, since the other terms are added.
 
     Args:
-        score: what ``scores`` returned.
-        x: of the tile's shape.
+        score: the result of ``scores``.
+        x: tensor of the tile's shape.
     """
     return x
 
 
 @triton.jit
 def gradient_of_terms(score, ds):
-    """What comes back to the terms of a tile's scores.
+    """Return the gradients of the terms of a tile's scores.
 
     Args:
-        score: what ``scores`` returned.
-        ds: what came back to the scores, and so to the bias.
+        score: the result of ``scores``.
+        ds: the gradient of the scores, and so of the bias.
     """
     slope = None
     if score.distances is not None:
@@ -206,7 +206,7 @@ def gradient_of_terms(score, ds):
 def kept_factors(
     scoring, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
-    """The dropout factor of each weight of a tile, [M, N] or transposed."""
+    """Return the dropout factor of each weight of a tile, [M, N] or transposed."""
     factors = None
     if scoring.noise is not None:
         factors = dropout_factors(scoring.noise, first_query, first_key, BLOCK_M, BLOCK_N, TRANSPOSED)
@@ -215,7 +215,7 @@ def kept_factors(
 
 @triton.jit
 def load_positions(positions, first, rows, inside, INDEXED: tl.constexpr, PARTIAL: tl.constexpr):
-    """The two coordinates of each row of a tile: [BLOCK], [BLOCK]."""
+    """Load the two coordinates of each row of a tile: [BLOCK], [BLOCK]."""
     shift, offsets = tile_offsets(first, rows, positions.stride_t, INDEXED)
     pointers = positions.ptr + shift + offsets
     if PARTIAL:
@@ -229,11 +229,11 @@ def load_positions(positions, first, rows, inside, INDEXED: tl.constexpr, PARTIA
 
 @triton.jit
 def distances(rows, columns):
-    """Distances of the positions (x, y) of rows from those of columns, [R, C]; 0 from what has none."""
+    """Return the distances of the positions (x, y) of rows and columns, [R, C]; 0 for tokens without a position."""
     # [R, C]
     dx = rows[0][:, None] - columns[0][None, :]
     dy = rows[1][:, None] - columns[1][None, :]
     squared = dx * dx + dy * dy
-    # On hardware the maximum of NaN and 0 is 0, at half the price of a choice; the interpreter's is NaN.
+    # On hardware the maximum of NaN and 0 is 0, at half the cost of a select; in the interpreter it is NaN.
     squared = tl.where(squared == squared, squared, 0.0) if INTERPRETING else tl.maximum(squared, 0.0)
     return tl.sqrt(squared)

@@ -1,10 +1,10 @@
-"""The softmax in steps, and its end: every row sums its weights relative to the largest score so far.
+"""The online softmax, in which each row sums its weights relative to its largest score so far.
 
-For a query row with running maximum m, sum l and accumulator a, a tile of scores s updates
+For a query row with running maximum m, sum l and accumulator a, a tile of scores s gives the updates
 
     m' = max(m, max s)      p = exp(s − m')      l' = l·exp(m − m') + Σ p      a' = a·exp(m − m') + p·V
 
-and in the end out = a / l and lse = m + log l. Scores are natural or in units of log2; see ``scores.py``.
+and after the last tile out = a / l and lse = m + log l. Scores are natural or in units of log2; see ``scores.py``.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ __all__ = ["exponential", "finite_or_zero", "power", "row_divisor", "row_lse", "
 
 @triton.jit
 def exponential(difference):
-    """e to the power of a difference of natural scores; tl.exp would spend instructions on denormal numbers."""
+    """Return e to the power of a difference of natural scores; tl.exp would spend instructions on denormal numbers."""
     return tl.exp2(difference * LOG2_E)
 
 
 @triton.jit
 def power(difference, NATURAL: tl.constexpr):
-    """e to the power of a difference of scores, whatever their units."""
+    """Return e to the power of a difference of scores in either unit."""
     return exponential(difference) if NATURAL else tl.exp2(difference)
 
 
 @triton.jit
 def finite_or_zero(maximum):
-    """A maximum to be subtracted from scores: with no score so far, −inf − (−inf) would be NaN."""
+    """Replace a maximum of −inf, of a row without scores so far, by 0, since −inf − (−inf) would be NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
@@ -39,15 +39,15 @@ def finite_or_zero(maximum):
 def softmax_update(
     scores, factor, maximum, total, AXIS: tl.constexpr, MAY_BE_EMPTY: tl.constexpr, NATURAL: tl.constexpr
 ):
-    """One step: weights p like the scores, the factor of what went before, the new maximum and sum.
+    """Update by a tile of scores; return weights p of its shape, the factor of earlier sums, the new maximum and sum.
 
     Args:
-        scores: a tile, whose rows' keys lie along ``AXIS``.
-        factor: what they must yet be multiplied by, positive; None for 1. It commutes with the maximum, and in p it
+        scores: a tile, with keys along ``AXIS``.
+        factor: positive factor still to be applied to the scores; None for 1. It commutes with the maximum, and in p it
             shares an instruction with the subtraction.
-        maximum, total: of each row so far.
+        maximum, total: maximum and sum of each row so far.
         MAY_BE_EMPTY: whether a row may have no score above −inf yet.
-        NATURAL: the unit of the scores.
+        NATURAL: whether the scores are natural or in units of log2.
     """
     largest = tl.max(scores, AXIS)
     if factor is not None:
@@ -63,15 +63,15 @@ def softmax_update(
 
 @triton.jit
 def row_divisor(total):
-    """What a is divided by in the end; 1 for a row without keys, whose total is 0."""
+    """Return the divisor of a; 1 for a row without keys, whose total is 0."""
     return tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
 def row_lse(maximum, total, NATURAL: tl.constexpr):
-    """lse of rows whose keys have all passed, −inf without keys, and what rounding took from it.
+    """Return lse after the last tile, −inf for rows without keys, and its rest, the part that rounding took from it.
 
-    Without what is lost, lse would not tell how many keys share a large score.
+    Without the rest, lse would not show how many keys share a large score.
     """
     logarithm = tl.log(row_divisor(total))
     largest = maximum if NATURAL else maximum * LN_2

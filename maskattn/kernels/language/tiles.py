@@ -1,8 +1,8 @@
-"""Pieces that the attention kernels share: where a program is at work, tiles of rows, and the dot product.
+"""Device functions that the attention kernels share: a program's position, tiles of rows, and the dot product.
 
-Sequence b of the queries, or of the keys, has the positions start to end. Without an index a position is
-the row itself (packed and dense tensors); with one (``INDEXED``) it is looked up, so that the kept tokens of a dense
-tensor are read where they lie.
+Sequence b of the queries, or of the keys, has the positions start to end. Without an index a position is the row itself
+(packed and dense tensors); with one (``INDEXED``) the row is looked up, so that the kept tokens of a dense tensor are
+read in place.
 
 Dimension key: M queries of a tile, N keys of a tile, D head width (padded to a power of two).
 """
@@ -42,7 +42,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr = "ieee"):
-    """a @ b in float32; float32 operands stay float32, or with "tf32x3" are three products of TF32."""
+    """Return a @ b in float32; float32 operands stay float32, or become three products of TF32 with "tf32x3"."""
     if INTERPRETING and a.dtype == tl.bfloat16:
         # The interpreter multiplies bfloat16 operands as raw integers; their products are exact in float32.
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -51,7 +51,7 @@ def dot(a, b, PRECISION: tl.constexpr = "ieee"):
 
 @triton.jit
 def dot_add(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b, in the accumulator of the tensor core."""
+    """Return total + a @ b, summed in the accumulator of the tensor core."""
     if INTERPRETING and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
@@ -59,21 +59,21 @@ def dot_add(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def program_position(tiles, heads):
-    """Tile, head and sequence of this program; neighbours share a head, so that its keys stay in the cache."""
+    """Return this program's tile, head and sequence; neighbours share a head, so that its keys stay in the cache."""
     program = tl.program_id(0)
     return program % tiles, program // tiles % heads, program // tiles // heads
 
 
 @triton.jit
 def sequence_bounds(starts_ptr, ends_ptr, sequence):
-    """First position and length of a sequence."""
+    """Return the first position and the length of a sequence."""
     start = tl.load(starts_ptr + sequence)
     return start, tl.load(ends_ptr + sequence) - start
 
 
 @triton.jit
 def sequence_base(ptr, sequence, head, start, stride_b, stride_h, stride_t, INDEXED: tl.constexpr):
-    """Pointer to the row that offset 0 of a sequence and head means."""
+    """Return the pointer from which the rows of a sequence and head are counted."""
     # 64-bit products: T·H·D passes 2^31 on large slides.
     base = ptr + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     if not INDEXED:
@@ -83,9 +83,9 @@ def sequence_base(ptr, sequence, head, start, stride_b, stride_h, stride_t, INDE
 
 @triton.jit
 def aligned(tokens):
-    """The same tensor, with strides of which the compiler knows that they are multiples of ``tokens.multiple``.
+    """Return the tensor with strides that the compiler knows to be multiples of ``tokens.multiple``.
 
-    Else it takes a row of a head of width 72, say, for one that may begin anywhere, and reads it element by element.
+    Without this knowledge it reads rows of a head width such as 72, which could begin anywhere, element by element.
     """
     if tokens.multiple is not None:
         tokens = Tokens(
@@ -100,25 +100,25 @@ def aligned(tokens):
 
 @triton.jit
 def tokens_base(tokens, sequence, head, start, INDEXED: tl.constexpr):
-    """Pointer to the first row of a sequence and head of :class:`~maskattn.kernels.language.bundles.Tokens`."""
+    """Return the pointer to the first row of a sequence and head of ``Tokens``."""
     return sequence_base(tokens.ptr, sequence, head, start, tokens.stride_b, tokens.stride_h, tokens.stride_t, INDEXED)
 
 
 @triton.jit
 def row_values_base(values, sequence, head, start, INDEXED: tl.constexpr):
-    """Pointer to the first number of a sequence and head of :class:`~maskattn.kernels.language.bundles.RowValues`."""
+    """Return the pointer to the first number of a sequence and head of ``RowValues``."""
     return sequence_base(values.ptr, sequence, head, start, values.stride_b, values.stride_h, 1, INDEXED)
 
 
 @triton.jit
 def positions_base(positions, sequence, start, INDEXED: tl.constexpr):
-    """Pointer to the first position of a sequence of :class:`~maskattn.kernels.language.bundles.Positions`."""
+    """Return the pointer to the first position of a sequence of ``Positions``."""
     return sequence_base(positions.ptr, sequence, sequence, start, positions.stride_b, 0, positions.stride_t, INDEXED)
 
 
 @triton.jit
 def tile_rows(index_ptr, start, first, inside, BLOCK: tl.constexpr, INDEXED: tl.constexpr, PARTIAL: tl.constexpr):
-    """Rows of a tile: looked up, or offsets from ``first``."""
+    """Return the rows of a tile, [BLOCK]: looked up, or offsets from ``first``."""
     # [BLOCK]
     rows = tl.arange(0, BLOCK)
     if INDEXED and PARTIAL:
@@ -130,7 +130,7 @@ def tile_rows(index_ptr, start, first, inside, BLOCK: tl.constexpr, INDEXED: tl.
 
 @triton.jit
 def tile_offsets(first, rows, stride_t, INDEXED: tl.constexpr):
-    """Element offsets of the rows of a tile: (64-bit scalar, [BLOCK]), to be added."""
+    """Return the element offsets of a tile's rows as a 64-bit scalar and [BLOCK], which are to be added."""
     if INDEXED:
         shift = tl.full([], 0, tl.int64)
         offsets = rows.to(tl.int64) * stride_t
@@ -143,7 +143,7 @@ def tile_offsets(first, rows, stride_t, INDEXED: tl.constexpr):
 
 @triton.jit
 def load_row_values(base_ptr, first, rows, stride_t, inside, other, INDEXED: tl.constexpr, PARTIAL: tl.constexpr):
-    """One number for each row of a tile, as float32: [BLOCK]."""
+    """Load one number for each row of a tile, as float32: [BLOCK]."""
     shift, offsets = tile_offsets(first, rows, stride_t, INDEXED)
     if PARTIAL:
         values = tl.load(base_ptr + shift + offsets, mask=inside, other=other)
@@ -161,7 +161,7 @@ def store_row_values(base_ptr, first, rows, stride_t, inside, values, INDEXED: t
 
 @triton.jit
 def tile_pointers(base_ptr, first, rows, stride_t, BLOCK_D: tl.constexpr, INDEXED: tl.constexpr):
-    """Pointers to the elements of a tile: [BLOCK, BLOCK_D]."""
+    """Return the pointers to the elements of a tile, [BLOCK, BLOCK_D]."""
     shift, offsets = tile_offsets(first, rows, stride_t, INDEXED)
     return base_ptr + shift + (offsets[:, None] + tl.arange(0, BLOCK_D)[None, :])
 
@@ -178,7 +178,7 @@ def load_rows(
     INDEXED: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    """Rows of a tile, [BLOCK, BLOCK_D]; rows past the end and padded columns are 0 and never read."""
+    """Load the rows of a tile, [BLOCK, BLOCK_D]; rows past the end and padded columns are 0 and never read."""
     pointers = tile_pointers(base_ptr, first, rows, stride_t, BLOCK_D, INDEXED)
     # [1, BLOCK_D]
     in_width = tl.arange(0, BLOCK_D)[None, :] < HEAD_WIDTH

@@ -1,4 +1,4 @@
-"""The arguments of the kernels: tensors with their strides, bundled so that each is one argument.
+"""The arguments of the kernels: tensors with their strides, each as a single argument.
 
 Dimension key: B sequences, N tokens, Tq and Tk packed query and key tokens, H heads, D head width.
 """
@@ -70,7 +70,7 @@ VARYING = (
 _KNOWN_ZERO = tl.constexpr(0)
 _EIGHT = tl.constexpr(8)
 
-# The options that terms_argument has.
+# The options that terms_argument passes to the kernels.
 OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed", "precision"})
 
 # With these, lse has a rest, and the scores of attention are natural.
@@ -78,53 +78,53 @@ WITH_REST = frozenset({"key_bias"})
 
 
 def tensors_of(options: Options) -> tuple[Tensor | None, ...]:
-    """The options that are tensors, None for those that are not given."""
+    """Return the options that are tensors, None for those that are not given."""
     return options.key_bias, options.slopes, options.coords_q, options.coords_k, options.dropout_seed
 
 
 def keeps_rest(options: Options) -> bool:
-    """Whether forward returns the rest of lse for backward."""
+    """Return whether forward computes the rest of lse for backward."""
     return any(getattr(options, name) is not None for name in WITH_REST)
 
 
 def empty_rest(lse: Tensor, options: Options) -> Tensor:
-    """An uninitialised tensor for the rest of lse, of lse's shape; one axis without elements if it is not kept."""
+    """Return an uninitialised tensor for the rest of lse, of lse's shape, or of shape (0,) if it is not kept."""
     return lse.new_empty(lse.shape if keeps_rest(options) else 0)
 
 
 def known_strides(*strides: int) -> tuple[Any, ...]:
-    """The strides, with those of 0 (a missing or shared dimension) as compile-time constants."""
+    """Return the strides, with those of 0 (a missing or shared dimension) as compile-time constants."""
     return tuple([stride or _KNOWN_ZERO for stride in strides])
 
 
 def known_multiple(*strides: int) -> Any:
-    """The multiple that strides are of where Triton's launcher, which looks for 16, does not see it; else None.
+    """Return 8 if the strides are multiples of 8 but not all of 16, which Triton's launcher detects itself; else None.
 
-    Heads of a width like 72 lie so; eight elements are what a thread reads at once.
+    This is so for head widths such as 72; a thread reads eight elements at a time.
     """
     eights = all(stride % 8 == 0 for stride in strides)
     return _EIGHT if eights and any(stride % 16 for stride in strides) else None
 
 
 def tokens_argument(x: Tensor) -> Tokens:
-    """The argument for a packed (T, H, D) or a dense (B, H, N, D) tensor."""
+    """Return the argument for a packed (T, H, D) or a dense (B, H, N, D) tensor."""
     strides = strides_bht(x)
     stride_b, stride_h, stride_t = known_strides(*strides)
     return Tokens(x, stride_b, stride_h, stride_t, known_multiple(*strides))
 
 
 def row_values_argument(x: Tensor | None) -> RowValues:
-    """The argument for a contiguous (H, Tq) or (B, H, Nq) tensor."""
+    """Return the argument for a contiguous (H, Tq) or (B, H, Nq) tensor."""
     return RowValues(None, 0, 0) if x is None else RowValues(x, *known_strides(*lse_strides_bh(x)))
 
 
 def rest_argument(x: Tensor) -> RowValues:
-    """The argument for the rest of lse, of lse's shape; absent if it is not kept."""
+    """Return the argument for the rest of lse, of lse's shape; absent if it is not kept."""
     return row_values_argument(x if x.ndim > 1 else None)
 
 
 def terms_argument(options: Options, packed: bool, natural: bool, scale: float | None = None) -> Terms:
-    """The argument for the terms of the scores besides q·k.
+    """Return the argument for the terms of the scores besides q·k.
 
     Args:
         options: the options of the call.
@@ -144,12 +144,12 @@ def terms_argument(options: Options, packed: bool, natural: bool, scale: float |
 
 
 def bias_argument(key_bias: Tensor | None, packed: bool) -> Tokens:
-    """The argument for a key bias: (Tk,) or (Tk, H) of packed tensors, (B, N) or (B, H, N) of dense ones."""
+    """Return the argument for a key bias: (Tk,) or (Tk, H) of packed tensors, (B, N) or (B, H, N) of dense ones."""
     return Tokens(key_bias, *known_strides(*bias_strides_bht(key_bias, packed)))
 
 
 def positions_argument(coords: Tensor | None) -> Positions:
-    """The argument for (T, 2) or (B, N, 2) coordinates."""
+    """Return the argument for (T, 2) or (B, N, 2) coordinates."""
     if coords is None:
         return NO_POSITIONS
     if coords.stride(-2) * MAX_BLOCK >= 2**31:
@@ -162,21 +162,21 @@ def positions_argument(coords: Tensor | None) -> Positions:
 
 
 def bounds_argument(rows: Rows) -> Bounds:
-    """The argument for the rows of the queries or of the keys."""
+    """Return the argument for the rows of the queries or of the keys."""
     return Bounds(rows.starts, rows.ends, rows.index)
 
 
 def dropout_argument(options: Options) -> Dropout:
-    """The argument for dropout; its seed is None without dropout."""
+    """Return the argument for dropout; its seed is None without dropout."""
     threshold = dropout_threshold(options.dropout_p)
-    # A signed 32-bit number with the same bits for every share, so that the kernel is not compiled for each.
+    # A signed number of the same bits fits 32 bits for every dropout_p, so that all of them share a compiled kernel.
     signed = threshold - 2**32 if threshold >= 2**31 else threshold
     return Dropout(options.dropout_seed, signed, 1 / (1 - options.dropout_p))
 
 
 @functools.cache
 def constant_arguments(head_width: int, config: Config, described: bool) -> Mapping[str, Any]:
-    """A kernel's constants by name, and its launch parameters."""
+    """Return a kernel's constants by name, and its launch parameters."""
     return {
         # Each head width is compiled separately.
         "WIDTH": Width(*(tl.constexpr(x) for x in (head_width, *split_width(head_width, config), config.precision))),

@@ -1,7 +1,7 @@
-"""The kept rows of dense tensors moved to the front of their sequences, and back.
+"""Moves of the kept rows of dense tensors to the front of their sequences, and back.
 
-What lies at the front is read as packed rows are: in whole, aligned tiles, by the copy engine where there is one, and
-with no index. No wait for the device: buffers have the size of the dense tensors, and what follows the kept rows is
+Rows at the front are read like packed rows: in full, aligned tiles, by the copy engine if there is one, and without an
+index. Nothing waits for the device: buffers have the size of the dense tensors, and the space after the kept rows is
 neither written nor read.
 
 Dimension key: B sequences, N tokens, H heads, D head width.
@@ -57,7 +57,7 @@ def move_kernel(
     inside = first + tl.arange(0, BLOCK) < length
     position = tile_rows(bounds.index_ptr, start, first, inside, BLOCK, True, True)
     in_order = tl.arange(0, BLOCK)
-    # Position 0 of the front is row 0 of the sequence's own rows of the buffer.
+    # Position 0 at the front is the sequence's row 0 in the buffer.
     nothing = start * 0
     if TO_FRONT:
         source_ptr = tokens_base(source_tokens, sequence, head, start, True)
@@ -72,40 +72,40 @@ def move_kernel(
 
 
 def front_rows(kept: Rows) -> Rows:
-    """The rows' description once the kept ones have been moved to the front."""
+    """Return the kept rows as they are after the move to the front."""
     return Rows(torch.zeros_like(kept.starts), kept.ends - kept.starts, None, kept.longest)
 
 
 def to_front(x: Tensor, kept: Rows) -> Tensor:
-    """(B, H, N, D) with the kept rows first; the others are left unwritten."""
+    """Return (B, H, N, D) with the kept rows first; the other rows are uninitialised."""
     x = readable(x)
     B, H, N, D = x.shape
-    # [B, N, H, D] in memory: rows of all heads together, as packed tensors have them.
+    # [B, N, H, D] in memory, with the rows of all heads together as in packed tensors.
     result = torch.empty((B, N, H, D), dtype=x.dtype, device=x.device).transpose(1, 2)
     _move(x, result, kept, True)
     return result
 
 
 def from_front(x: Tensor, kept: Rows) -> Tensor:
-    """The inverse of :func:`to_front`, contiguous, 0 where no row was kept."""
+    """Invert :func:`to_front`; the result is contiguous, and 0 where no row was kept."""
     result = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     _move(x, result, kept, False)
     return result
 
 
 def values_to_front(x: Tensor, kept: Rows, token_axis: int) -> Tensor:
-    """Numbers of the tokens, (B, ..., N, ...), the kept ones first; any number after them."""
+    """Return numbers of tokens, (B, ..., N, ...), with those of the kept tokens first and arbitrary ones after them."""
     return x.gather(token_axis, _index_like(x, kept, token_axis))
 
 
 def values_from_front(x: Tensor, kept: Rows, fill: float) -> Tensor:
-    """The inverse of :func:`values_to_front` for (B, H, N), ``fill`` where no token was kept."""
+    """Invert :func:`values_to_front` for (B, H, N), with ``fill`` where no token was kept."""
     at_front = torch.arange(x.shape[-1], device=x.device) < (kept.ends - kept.starts)[:, None, None]
     return torch.empty_like(x).scatter_(-1, _index_like(x, kept, 2), x.where(at_front, fill))
 
 
 def options_to_front(options: Options, queries: Rows | None, keys: Rows) -> Options:
-    """The options of dense tensors whose kept rows are at the front; ``queries`` None where these stay in place."""
+    """Move the options of dense tensors to the front like their rows; ``queries`` is None if queries stay in place."""
     bias, coords_q, coords_k = options.key_bias, options.coords_q, options.coords_k
     return replace(
         options,
@@ -116,7 +116,7 @@ def options_to_front(options: Options, queries: Rows | None, keys: Rows) -> Opti
 
 
 def _index_like(x: Tensor, kept: Rows, token_axis: int) -> Tensor:
-    """The kept tokens, then the others, of each sequence, shaped as ``x``."""
+    """Return the kept tokens of each sequence, then the others, in the shape of ``x``."""
     assert kept.index is not None
     shape = [1] * x.ndim
     shape[0], shape[token_axis] = x.shape[0], x.shape[token_axis]

@@ -18,7 +18,7 @@ ALIGNMENT = 16
 
 
 def describable(x: Tensor, rows: Rows) -> bool:
-    """Whether a descriptor can cover the rows of each sequence: consecutive and aligned.
+    """Return whether a descriptor can cover the rows of each sequence, which must be consecutive and aligned.
 
     Args:
         x: (T, H, D) or (B, H, N, D) with contiguous D.
@@ -32,7 +32,7 @@ def describable(x: Tensor, rows: Rows) -> bool:
 
 
 def launch(kernel: Any, programs: int, described: bool, q: Tensor, *arguments: Any, **constants: Any) -> Any:
-    """Launch ``programs`` programs of a kernel on q's device, unless there are none. Returns what Triton returns.
+    """Launch ``programs`` programs of a kernel on q's device, if there are any, and return what Triton returns.
 
     Args:
         kernel: the kernel.

@@ -53,7 +53,7 @@ class _Template:
         del self._positions
 
     def _shape_of(self, argument: Any, constants: list[Any]) -> Any:
-        """The position of an argument in the pool, or a list of those of a tuple's items."""
+        """Return the position of an argument in the pool, or a list of those of a tuple's items."""
         if isinstance(argument, Tensor):
             return self._positions[id(argument)]
         if isinstance(argument, tuple) and _has_tensor(argument):
@@ -68,7 +68,7 @@ class _Template:
         return size + len(self._getters) - 1
 
     def arguments(self, addresses: list[int | None]) -> tuple[Any, ...]:
-        """The arguments of the kernel with these addresses in place of the tensors."""
+        """Return the arguments of the kernel with these addresses in place of the tensors."""
         pool = [*addresses, *self._constants]
         for getter in self._getters:
             pool.append(getter(pool))
@@ -110,7 +110,7 @@ def launch_prepared(
 
 
 def _can_be_kept(compiled: Any, arguments: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a kernel was compiled (the interpreter compiles none), and every tensor in the arguments was given."""
+    """Return whether a kernel was compiled (the interpreter compiles none) and every tensor argument was listed."""
     from triton.compiler import CompiledKernel
 
     if not isinstance(compiled, CompiledKernel) or torch.version.hip is not None:

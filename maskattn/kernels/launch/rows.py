@@ -35,7 +35,7 @@ class Rows:
     """The rows of the queries or of the keys: sequence b has the positions starts[b] to ends[b].
 
     Attributes:
-        starts: (B,) int32, or the (B + 1,) of packed sequences.
+        starts: (B,) int32, or (B + 1,) for packed sequences, whose last entry is not read.
         ends: (B,) int32.
         index: (B·N,) int32, the row of each position within its sequence, or None if the position is the row.
         longest: an upper bound of the sequences' lengths, known without synchronising with the device.
@@ -62,18 +62,18 @@ class Rows:
 
     @property
     def all_equal(self) -> bool:
-        """Whether the host knows all sequences to be as long as the longest."""
+        """Whether the host knows that all sequences are as long as the longest."""
         return self.total == self.longest * self.batch
 
 
 def packed_rows(cu_seqlens: Int[Tensor, "B_plus_1"], max_seqlen: int, total: int | None = None) -> Rows:
-    """Rows of packed sequences, end to end."""
+    """Return the rows of packed sequences."""
     longest = max_seqlen if total is None else min(max_seqlen, total)
     return Rows(cu_seqlens, cu_seqlens[1:], None, longest, total, cu_seqlens)
 
 
 def packed_rows_of(sequences: Sequences, q: Tensor, k: Tensor) -> tuple[Rows, Rows]:
-    """Rows of the packed queries (Tq, H, D) and keys (Tk, H, D)."""
+    """Return the rows of the packed queries (Tq, H, D) and keys (Tk, H, D)."""
     of_queries = sequences.cu_seqlens_q, sequences.max_seqlen_q, q.shape[0]
     of_keys = sequences.cu_seqlens_k, sequences.max_seqlen_k, k.shape[0]
     rows = packed_rows(*of_queries)
@@ -82,10 +82,10 @@ def packed_rows_of(sequences: Sequences, q: Tensor, k: Tensor) -> tuple[Rows, Ro
 
 
 def kept_rows(keep_BN: Bool[Tensor, "B N"]) -> Rows:
-    """Rows of the kept tokens of a dense batch, found without synchronising with the device."""
+    """Return the rows of the kept tokens of a dense batch, without synchronising with the device."""
     batch, tokens = keep_BN.shape
     starts = torch.arange(batch, dtype=torch.int32, device=keep_BN.device) * tokens
-    # The kept tokens come first, then the others, each in their order.
+    # The kept tokens come first, then the others, both in their original order.
     earlier_BN, lengths = keep_BN.cumsum(dim=1), keep_BN.sum(dim=1, dtype=torch.int32)
     token = torch.arange(tokens, device=keep_BN.device)
     position_BN = torch.where(keep_BN, earlier_BN - 1, lengths[:, None] + token - earlier_BN)
@@ -95,20 +95,23 @@ def kept_rows(keep_BN: Bool[Tensor, "B N"]) -> Rows:
 
 
 def whole_rows(batch: int, tokens: int, device: torch.device) -> Rows:
-    """Every row of a dense batch."""
+    """Return all rows of a dense batch."""
     starts = torch.zeros(batch, dtype=torch.int32, device=device)
     return Rows(starts, starts + tokens, None, tokens, batch * tokens)
 
 
 def strides_bht(x: Tensor) -> tuple[int, int, int]:
-    """Strides of sequence, head and token: of a packed (T, H, D) tensor, or of a dense (B, H, N, D) one."""
+    """Return the strides of sequence, head and token of a packed (T, H, D) or a dense (B, H, N, D) tensor."""
     if x.ndim == 3:
         return 0, x.stride(1), x.stride(0)
     return x.stride(0), x.stride(1), x.stride(2)
 
 
 def bias_strides_bht(key_bias: Tensor | None, packed: bool) -> tuple[int, int, int]:
-    """Strides of sequence, head and token of a key bias, (Tk,), (Tk, H), (B, N) or (B, H, N); 0 for a shared axis."""
+    """Return the strides of sequence, head and token of a key bias, 0 for a shared axis.
+
+    The bias is (Tk,) or (Tk, H) for packed tensors, (B, N) or (B, H, N) for dense ones.
+    """
     if key_bias is None:
         return 0, 0, 0
     if packed:
@@ -119,11 +122,11 @@ def bias_strides_bht(key_bias: Tensor | None, packed: bool) -> tuple[int, int, i
 
 
 def lse_strides_bh(lse: Tensor) -> tuple[int, int]:
-    """Strides of sequence and head of a contiguous (H, Tq) or (B, H, Nq) tensor."""
+    """Return the strides of sequence and head of a contiguous (H, Tq) or (B, H, Nq) tensor."""
     return (0, lse.stride(0)) if lse.ndim == 2 else (lse.stride(0), lse.stride(1))
 
 
 def readable(x: Tensor) -> Tensor:
-    """``x`` itself, or a copy if its rows are not contiguous, or so far apart that a tile's offsets exceed 32 bits."""
+    """Return ``x``, or a copy if its rows are not contiguous or so far apart that a tile's offsets exceed 32 bits."""
     near = strides_bht(x)[2] * MAX_BLOCK < 2**31
     return x if x.stride(-1) == 1 and near else x.contiguous()

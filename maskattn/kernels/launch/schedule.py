@@ -1,8 +1,8 @@
-"""Which tile a program works on: the sequences that take longest first, and few programs without work.
+"""The assignment of tiles to programs: the sequences that take longest come first, and few programs are idle.
 
-An *item* is one tile of one sequence, for all heads. Sequences of unequal length are sorted on the device, by the
-length of the queries or keys that pass by, and the programs of one sequence and head stay neighbours, so that its keys
-stay in the cache. The host only knows how many items there can be at most.
+An *item* is one tile of one sequence, for all heads. Sequences of unequal length are sorted on the device by the number
+of queries or keys that a tile loops over, and the programs of one sequence and head are neighbours, so that its keys
+stay in the cache. The host only knows an upper bound of the number of items.
 
 Dimension key: B sequences.
 """
@@ -32,10 +32,10 @@ class Work(NamedTuple):
     """The items of one launch.
 
     Attributes:
-        items_ptr: (items, 2) int32, the sequence of each item (−1 for none) and that sequence's first item; None where
+        items_ptr: (items, 2) int32, the sequence of each item (−1 for none) and that sequence's first item; None if
             every sequence has ``tiles`` items, in order.
-        tiles: items of the longest sequence.
-        items: in all, at most.
+        tiles: number of items of the longest sequence.
+        items: upper bound of the number of items.
     """
 
     items_ptr: Tensor | None
@@ -44,7 +44,7 @@ class Work(NamedTuple):
 
 
 def plan_work(own: Rows, other: Rows, block: int, chunk: int = CHUNK) -> Work:
-    """The order of tiles of ``block`` rows of ``own``; each takes as long as its sequence is on ``other``."""
+    """Order the tiles of ``block`` rows of ``own``, each of which loops over its sequence's rows of ``other``."""
     batch, tiles = own.batch, triton.cdiv(own.longest, block)
     if batch * tiles == 0:
         return Work(None, tiles, 0)
@@ -55,7 +55,7 @@ def plan_work(own: Rows, other: Rows, block: int, chunk: int = CHUNK) -> Work:
 
 
 def _kept_table(own: Rows, other: Rows, block: int, chunk: int, tiles: int, items: int) -> Tensor:
-    """The items in order, as another layer found them for the same lengths, on the same stream."""
+    """Return the items in order, cached for all layers with the same lengths on the same stream."""
     if own.cu_seqlens is None or other.cu_seqlens is None:
         return _make_table(own, other, block, chunk, tiles, items)
     kept, of_other = derived(own.cu_seqlens), derived(other.cu_seqlens)
@@ -64,7 +64,7 @@ def _kept_table(own: Rows, other: Rows, block: int, chunk: int, tiles: int, item
     stream = torch.cuda.current_stream(own.starts.device).cuda_stream if own.starts.is_cuda else 0
     key = "schedule", id(of_other), block, chunk, tiles, items, stream
     found = kept.get(key)
-    # Held beside the table, so that its number stays its own; its lengths are those of before while it is the same.
+    # The other cache is kept with the table, so that its id stays unique and stands for the same lengths.
     if found is None:
         found = kept[key] = (
             _make_table(own, other, block, chunk, tiles, items),
@@ -87,11 +87,11 @@ def _make_table(own: Rows, other: Rows, block: int, chunk: int, tiles: int, item
 
 @triton.jit(do_not_specialize=VARYING)
 def schedule_kernel(items_ptr, own, other, batch, most_tiles, items, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Write the items of one sequence; the first program also those that are left over."""
+    """Write the items of one sequence; the first program also marks the items that are left over as empty."""
     sequence = tl.program_id(0)
     _, own_length = sequence_bounds(own.starts_ptr, own.ends_ptr, sequence)
     _, other_length = sequence_bounds(other.starts_ptr, other.ends_ptr, sequence)
-    # A sequence may be longer than the host was told: it has no more tiles than it was given room for.
+    # A sequence may be longer than the host assumed; its tiles are limited to the space reserved for them.
     own_tiles = tl.minimum(tl.cdiv(own_length, BLOCK), most_tiles)
     first_item, taken = 0, 0
     for chunk in tl.range(0, batch, CHUNK):
@@ -122,7 +122,7 @@ def schedule_kernel(items_ptr, own, other, batch, most_tiles, items, BLOCK: tl.c
 
 @triton.jit
 def find_work(items_ptr, bounds, tiles, heads, BLOCK: tl.constexpr):
-    """Tile, head, sequence, the sequence's start and length (0 where there is nothing to do), and item of a program."""
+    """Return a program's tile, head, sequence, the sequence's start and length (0 if the program is idle), and item."""
     if items_ptr is not None:
         program = tl.program_id(0)
         sequence = tl.load(items_ptr + 2 * (program // heads))

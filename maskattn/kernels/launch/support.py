@@ -14,14 +14,14 @@ from maskattn.options import Options
 __all__ = ["DTYPES", "HEAD_WIDTHS", "supports"]
 
 HEAD_WIDTHS = range(16, 257, 8)
-# Their warps have 64 lanes of 512 registers. On gfx1100, with 32 lanes of 256, even tiles of 16 × 16 spill at the
-# head width 128.
+# Chips whose warps have 64 lanes with 512 registers each. On gfx1100, with 32 lanes and 256 registers, even tiles of
+# 16 × 16 spill at a head width of 128.
 AMD_CHIPS = ("gfx90a", "gfx942", "gfx950")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def supports(q: Tensor, options: Options) -> str | None:
-    """The reason why the kernels cannot run a call, as the end of a sentence; None if they can.
+    """Return the reason why the kernels cannot run a call, as the end of a sentence; None if they can.
 
     Args:
         q: (..., D), the queries.
@@ -39,7 +39,7 @@ def supports(q: Tensor, options: Options) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _missing_on(device: torch.device) -> str | None:
-    """What the device lacks, or None; a constant that torch.compile need not trace."""
+    """Return what the device lacks, or None; a constant that torch.compile need not trace."""
     if triton.knobs.runtime.interpret:
         return None
     if device.type != "cuda":

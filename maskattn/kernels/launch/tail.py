@@ -1,11 +1,11 @@
-"""Rows that no program of an attention kernel comes to, or not surely: one more launch writes them.
+"""An additional launch for the rows that the programs of an attention kernel may leave unwritten.
 
-A packed buffer may be longer than what it holds, as one of a fixed size is: rows beyond the last sequence become what a
-row without keys has. And a sequence may be longer than ``max_seqlen`` says, which the host cannot know without waiting
-for the device: its rows become NaN. Where nothing is to be written the launch reads the lengths and
-returns; where the host has read them before, there is no launch.
+A packed buffer may be longer than its contents, for instance if its size is fixed; rows beyond the last sequence get
+the values of a row without keys. A sequence may be longer than ``max_seqlen``, which the host cannot know without
+synchronising with the device; its rows become NaN. If nothing is to be written, the launch only reads the lengths; if
+the host has read them before, there is no launch.
 
-Dimension key: B sequences, T rows of the buffer, C numbers of each.
+Dimension key: B sequences, T rows of the buffer, C numbers of a row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK = 256
 
 
 class Cleared(NamedTuple):
-    """A (T, C) view of a tensor and what its rows beyond the end become."""
+    """A (T, C) view of a tensor, and the value of its rows beyond the end."""
 
     ptr: Any
     stride_t: Any
@@ -49,7 +49,7 @@ def fill_row(x, row, value, BLOCK: tl.constexpr):
 
 @triton.jit
 def fill_rows(row, end, step, first, second, third, IS_NAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Fill every ``step``-th row of each tensor up to ``end``, with its own number or NaN."""
+    """Fill every ``step``-th row of each tensor up to ``end`` with the tensor's value or NaN."""
     while row < end:
         fill_row(first, row, float("nan") if IS_NAN else first.fill, BLOCK)
         if second.ptr is not None:
@@ -63,7 +63,7 @@ def fill_rows(row, end, step, first, second, third, IS_NAN: tl.constexpr, BLOCK:
 def clear_tail_kernel(
     starts_ptr, batch, longest, rows, first_cleared, second_cleared, third_cleared, BLOCK: tl.constexpr
 ):
-    """Fill the rows beyond the last sequence and those of sequences beyond ``longest``."""
+    """Fill the rows beyond the last sequence, and the rows of sequences longer than ``longest``."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     tail = tl.load(starts_ptr + batch).to(tl.int64) + program
@@ -78,13 +78,13 @@ def clear_tail_kernel(
 
 
 def clear_tail(cu_seqlens: Tensor, max_seqlen: int, *filled: tuple[Tensor, float]) -> None:
-    """Fill the rows beyond the last sequence, and with NaN the rows of sequences that are longer than announced.
+    """Fill the rows beyond the last sequence, and with NaN the rows of sequences that are longer than ``max_seqlen``.
 
     Args:
-        cu_seqlens: (B + 1,) int32 on the device, whose last entry is where the tail begins.
-        max_seqlen: the length that the launches before this one went by.
-        filled: tensors of as many rows, at the most three, and what these become. What follows the first axis has one
-            stride, so that it is a view that is filled.
+        cu_seqlens: (B + 1,) int32 on the device; the rows from its last entry on are filled.
+        max_seqlen: the greatest length that the preceding launches assumed.
+        filled: up to three tensors with the same number of rows, each with the value of its filled rows. The axes after
+            the first must have a common stride, so that they can be flattened in place.
     """
     rows = filled[0][0].shape[0]
     lengths = known_lengths(cu_seqlens)

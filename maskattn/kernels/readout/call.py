@@ -25,7 +25,7 @@ from maskattn.options import Options
 
 __all__ = ["ReadoutCall", "class_tile", "number_of_splits", "prepare", "readout_argument", "slots"]
 
-# One row is multiplied element by element; more are padded to the size of a tensor core's operand.
+# A single row is multiplied element by element; more rows are padded to the size of a tensor core's operand.
 PADDED_ROWS = 16
 
 
@@ -34,10 +34,10 @@ class ReadoutCall(NamedTuple):
 
     Attributes:
         arguments: q, k, v, the terms of the scores, the bounds of the sequences, B, H, R and T, in this order.
-        widths: compile-time constants.
-        grid: one program per head, split and sequence.
-        splits: programs that share the keys of one sequence and head.
-        launch_options: warps and stages.
+        widths: compile-time constants, by name.
+        grid: number of programs, one per head, split and sequence.
+        splits: number of programs that share the keys of one sequence and head.
+        launch_options: numbers of warps and stages, by name.
     """
 
     arguments: tuple[Any, ...]
@@ -50,7 +50,7 @@ class ReadoutCall(NamedTuple):
 def prepare(
     pass_: ReadoutPass, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: Options
 ) -> ReadoutCall:
-    """The common arguments of a pass; copies only tensors that the kernels cannot read in place."""
+    """Return the common arguments of a pass, with copies only of tensors that the kernels cannot read in place."""
     B, R, H, D = q.shape
     config = choose(pass_, q, options)
     splits = number_of_splits(config, max_seqlen, B * H, q.device)
@@ -81,16 +81,16 @@ def prepare(
 
 
 def readout_argument(x: Tensor) -> Tokens:
-    """The argument for a (B, R, H, D) tensor, copied if the elements of a row are not adjacent."""
+    """Return the argument for a (B, R, H, D) tensor, copied if the elements of a row are not adjacent."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     strides = x.stride(0), x.stride(2), x.stride(1)
     return Tokens(x, *strides, known_multiple(*strides))
 
 
 def number_of_splits(config: ReadoutConfig, max_seqlen: int, sequences_and_heads: int, device: torch.device) -> int:
-    """Number of programs that share the keys of one sequence and head, known without synchronising with the device.
+    """Return the number of programs that share the keys of one sequence and head, without waiting for the device.
 
-    It is as large as fits on the chip at a time, with at least one tile for each program.
+    It is the largest number with which all programs run at the same time and each has at least one tile.
 
     Args:
         config: the configuration of the pass.
@@ -103,23 +103,26 @@ def number_of_splits(config: ReadoutConfig, max_seqlen: int, sequences_and_heads
 
 
 def processors_of(device: torch.device) -> int:
-    """Multiprocessors of the chip; 1 in the interpreter."""
+    """Return the number of multiprocessors of the chip; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def class_tile(classes: int, head_width: int, dtype: torch.dtype) -> int:
-    """Number of classes in one program of token relevance: one is multiplied element by element, more fill a tile."""
+    """Return the number of classes of one program of token relevance.
+
+    A single class is multiplied element by element; more fill a tile.
+    """
     if classes == 1:
         return 1
     wide = padded_width(head_width) * dtype.itemsize > 256
     if dtype == torch.float32:
-        # float32 products are unrolled into registers: wider tiles would spill, so wide heads take a class at a time.
+        # float32 products are unrolled into registers, so that wider tiles would spill and wide heads take one class.
         return 1 if wide else 16
     return min(32 if wide else 64, max(16, triton.next_power_of_2(classes)))
 
 
 def slots(config: ReadoutConfig, head_width: int, dtype: torch.dtype) -> int:
-    """Number of a tile's rows that a program's threads hold at once, 16 bytes per thread; see ``tiles.py``."""
+    """Return how many rows of a tile a program's threads hold at once, 16 bytes per thread; see ``tiles.py``."""
     lanes = 64 if torch.version.hip is not None else 32
     threads_of_row = min(lanes, padded_width(head_width) * dtype.itemsize // 16)
     return min(config.block_n, config.num_warps * lanes // threads_of_row)

@@ -1,15 +1,16 @@
 """Attention of R ≤ 16 queries of each sequence over its keys, and the attention rows.
 
-Bound by memory, so K and V are read once. One program per head, sequence and *split*, a share of the sequence's keys,
-so that few sequences fill the chip too. Of its share it leaves the maximum m_s of the scores, the sum l_s of their
-weights exp(score − m_s) and the weighted sum a_s of the values; a second kernel adds the splits up in a fixed order:
+The kernel is bound by memory, so it reads K and V once. One program per head, sequence and *split*, a range of the
+sequence's keys, lets even few sequences fill the chip. For its split a program stores the maximum m_s of the scores,
+the sum l_s of their weights exp(score − m_s) and the weighted sum a_s of the values; a second kernel combines the
+splits in a fixed order:
 
     m = max_s m_s      l = Σ_s l_s exp(m_s − m)      out = Σ_s a_s exp(m_s − m) / l      lse = log l + m
 
-The attention rows need m and l. The first kernel writes the raw scores to where the rows shall be and the second items
-them into weights in place: 12 bytes for each of R rows (less what the cache still holds), where computing the scores
-again would read K again, 2·D bytes in half precision. With one split and no rows the first kernel's results are final
-and the second is not launched.
+The attention rows need m and l. The first kernel stores raw scores in the memory of the rows, and the second converts
+them to weights in place. This moves 12 bytes per key for each of R rows (less what the cache still holds), whereas
+computing the scores again would read K again, 2·D bytes per key in half precision. With one split and without rows, the
+results of the first kernel are final and the second is not launched.
 
 Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width, S splits; N keys of a tile.
 """
@@ -38,14 +39,14 @@ from maskattn.options import Options
 
 __all__ = ["combine_kernel", "readout_forward", "readout_kernel"]
 
-# Tokens of an attention row that one program of the second kernel normalises, and splits that it sums at a time.
+# Tokens of an attention row that a program of the second kernel normalises, and splits that it sums at a time.
 BLOCK_TOKENS = 1024
 BLOCK_SPLITS = 16
 
 
 @triton.jit
 def store_lse(lse_ptr, lse_rest_ptr, offsets, maximum, total, mask):
-    """Write lse, −inf for rows without keys, and what rounding took from it."""
+    """Write lse, −inf for rows without keys, and its rest."""
     lse, rest = row_lse(maximum, total, True)
     tl.store(lse_ptr + offsets, lse, mask=mask)
     if lse_rest_ptr is not None:
@@ -76,9 +77,9 @@ def readout_kernel(
     BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Weighted sum (S, B, R, H, D), maximum and sum (S, B, R, H) of one split, and its raw scores (R, H, T).
+    """Compute the weighted sum (S, B, R, H, D), maximum and sum (S, B, R, H) and raw scores (R, H, T) of one split.
 
-    With ``lse_ptr`` it is the only split: out (B, R, H, D) and lse (B, R, H) are final.
+    With ``lse_ptr`` there is only one split, so that out (B, R, H, D) and lse (B, R, H) are final.
     """
     head, split, sequence = readout_position(heads, splits)
     start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
@@ -96,7 +97,7 @@ def readout_kernel(
     total = tl.zeros([SLOTS, BLOCK_R], tl.float32)
     for first in tl.range(begin, end, BLOCK_N):
         inside = first + rows_N < end
-        # Both before the first use of either: what is in flight hides the latency.
+        # Both are loaded before either is used, so that loads in flight hide the latency.
         k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         # [N, R]
@@ -107,7 +108,7 @@ def readout_kernel(
             row_ptr = scores_ptr + (rows_R * heads + head).to(tl.int64) * tokens
             pointers = row_ptr[None, :] + (start.to(tl.int64) + first + rows_N)[:, None]
             tl.store(pointers, values, mask=inside[:, None] & (rows_R < queries)[None, :])
-        # A slot may be without a key so far.
+        # A slot may have no key so far.
         values = tl.reshape(values, [BLOCK_N // SLOTS, SLOTS, BLOCK_R])
         p, factor, maximum, total = softmax_update(values, None, maximum, total, 0, True, True)
         p = tl.reshape(p, [BLOCK_N, BLOCK_R])
@@ -126,7 +127,7 @@ def readout_kernel(
         out = tl.sum(out * factor, 0, keep_dims=True)
     offsets = ((split.to(tl.int64) * batch + sequence) * queries + rows_R) * heads + head
     if lse_ptr is not None:
-        # Of a row without keys the output is 0.
+        # The output of a row without keys is 0.
         out = out / row_divisor(total)[:, None]
         store_lse(lse_ptr, lse_rest_ptr, offsets, maximum, total, rows_R < queries)
     else:
@@ -159,7 +160,7 @@ def combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """out and lse of one row of one head and sequence from its splits, and its attention weights from raw scores."""
+    """Compute out and lse of one row of one head and sequence from its splits, and its weights from raw scores."""
     program = tl.program_id(0)
     tile, offset = program % tiles, (program // tiles).to(tl.int64)
     count = tl.cast(batch * queries, tl.int64) * heads
@@ -200,15 +201,15 @@ def combine_kernel(
 def readout_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: Options, need_rows: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention of a few queries of each sequence over its packed keys.
+    """Compute the attention of a few queries of each sequence over its packed keys.
 
     Args:
         q: (B, R, H, D), R ≤ 16, any strides.
         k, v: (T, H, D), any strides.
-        cu_seqlens: (B + 1,) int32, 0 first and T last.
-        max_seqlen: no sequence is longer.
-        options: of packed tensors; coords_q is (B, R, 2).
-        need_rows: also compute the attention rows.
+        cu_seqlens: (B + 1,) int32, from 0 to T.
+        max_seqlen: upper bound of the sequences' lengths.
+        options: the options, in the shapes for packed tensors; coords_q is (B, R, 2).
+        need_rows: whether to compute the attention rows.
 
     Returns:
         out (B, R, H, D) in q's dtype, lse (B, R, H) float32, its rest, and rows (R, H, T) float32, the softmax weights

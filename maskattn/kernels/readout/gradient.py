@@ -7,9 +7,9 @@ With dO, dlse and dw the gradients of out, lse and the attention rows, m the dro
     dq_r = s Σ_j dS_rj k_j    dk_j = s Σ_r dS_rj q_r    dv_j = Σ_r m_rj p_rj dO_r    dbias_j = Σ_r dS_rj
     dslope = −Σ_rj dS_rj ‖x_r − x_j‖
 
-A key sees all R rows in one program, so that dk, dv and dbias are written once; dq and dslope are sums over a
-sequence's splits, which leave their parts to be added in a fixed order. K and V are read once. Where the rows have a
-gradient, Σ_j p_rj dw_rj must be known first and costs a pass over K; correcting dk for it afterwards would cost more.
+One program computes a key's terms of all R rows, so that dk, dv and dbias are written once; dq and dslope are sums over
+a sequence's splits, whose terms are added in a fixed order. K and V are read once. If the rows have a gradient,
+Σ_j p_rj dw_rj must be known first and costs a pass over K; correcting dk for it afterwards would cost more.
 
 Dimension key: B sequences, T packed keys, R readout queries, H heads, D head width, S splits; N keys of a tile.
 """
@@ -81,7 +81,7 @@ def row_gradient_kernel(
     BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Σ_j p_rj dw_rj of one split, (S, B, R, H)."""
+    """Compute Σ_j p_rj dw_rj of one split, (S, B, R, H)."""
     head, split, sequence = readout_position(heads, splits)
     start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
     begin, end = split_bounds(length, split, splits, BLOCK_N)
@@ -137,9 +137,9 @@ def readout_gradient_kernel(
     BLOCK_N: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """dk, dv and dbias of one split's keys, and its part of dq (S, B, R, H, D) and dslope (S, B, H).
+    """Compute dk, dv and dbias of one split's keys, and its terms of dq (S, B, R, H, D) and dslope (S, B, H).
 
-    ``shift_ptr`` (B, R, H) is Σ_j p_rj dw_rj − dlse_r, what delta has besides dO·out; None for 0.
+    ``shift_ptr`` (B, R, H) is Σ_j p_rj dw_rj − dlse_r, which delta adds to dO·out; None for 0.
     """
     head, split, sequence = readout_position(heads, splits)
     start, length = sequence_bounds(bounds.starts_ptr, bounds.ends_ptr, sequence)
@@ -158,7 +158,7 @@ def readout_gradient_kernel(
     dout_tile = load_readout(dout, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     out_tile = load_readout(out, sequence, head, queries, HEAD_WIDTH, BLOCK_D, BLOCK_R)
     lse = load_lse(lse_ptr, offset, heads, queries, BLOCK_R)
-    # What comes back to a row without keys may be NaN, and counts for nothing.
+    # The gradient of a row without keys is ignored, even if it is NaN.
     dout_tile = tl.where(lse[:, None] == float("inf"), 0.0, dout_tile).to(k.ptr.dtype.element_ty)
     delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if shift_ptr is not None:
@@ -186,7 +186,7 @@ def readout_gradient_kernel(
         store_rows(dv_base_ptr, first, rows_N, dv.stride_t, inside, dv_tile, HEAD_WIDTH, BLOCK_D, False)
         if drows.ptr is not None:
             dp += load_row_gradient(drows, head, start, first, inside, queries, BLOCK_R, BLOCK_N)
-        # Where p is 0 the rest may be NaN.
+        # Where p is 0, the other factor may be NaN.
         ds = tl.where(p > 0, p * (dp - delta[None, :]), 0.0)
         if dbias.ptr is not None:
             store_row_values(dbias_base_ptr, first, rows_N, dbias.stride_t, inside, tl.sum(ds, 1), False)
@@ -212,19 +212,19 @@ def readout_gradient_kernel(
 def readout_backward(
     grads: ReadoutGradients, qkv: QKV, outputs: Outputs, sequences: KeySequences, options: Options
 ) -> Gradients:
-    """Contiguous gradients of :func:`maskattn.kernels.readout.forward.readout_forward`.
+    """Return contiguous gradients of :func:`maskattn.kernels.readout.forward.readout_forward`.
 
     Args:
-        grads: of out (B, R, H, D), with any strides, of lse (B, R, H) and of the rows (R, H, T).
-        qkv, sequences, options: what forward was given.
-        outputs: what forward returned; the rows are not needed.
+        grads: gradients of out (B, R, H, D), with any strides, of lse (B, R, H) and of the rows (R, H, T).
+        qkv, sequences, options: the arguments of forward.
+        outputs: the results of forward; the rows are not needed.
     """
     q, k, v = vars(qkv).values()
     cu_seqlens, max_seqlen = sequences.cu_seqlens, sequences.max_seqlen
     B, R, H, D = q.shape
     bias, slopes = options.key_bias, options.slopes
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    # Heads that share a bias leave their parts as (H, T).
+    # Heads that share a bias store their terms as (H, T).
     dbias = None
     if bias is not None:
         shape = (H, k.shape[0]) if bias.ndim == 1 else tuple(bias.shape)
@@ -262,7 +262,7 @@ def readout_backward(
 
 
 def _shift_of_delta(call: ReadoutCall, grads: ReadoutGradients, lse: Tensor, rest: Tensor | None) -> Tensor | None:
-    """Σ_j p_rj dw_rj − dlse_r, (B, R, H) float32 contiguous, or None for 0."""
+    """Return Σ_j p_rj dw_rj − dlse_r, (B, R, H) float32 contiguous, or None for 0."""
     shift = None if grads.grad_lse is None else grads.grad_lse.to(torch.float32).neg().contiguous()
     if grads.grad_rows is None:
         return shift
@@ -283,17 +283,17 @@ def _shift_of_delta(call: ReadoutCall, grads: ReadoutGradients, lse: Tensor, res
 
 
 def _rows_argument(grad_rows: Tensor | None) -> Tokens:
-    """The argument for the (R, H, T) gradient of the attention rows: R replaces the sequences."""
+    """Return the argument for the (R, H, T) gradient of the attention rows, with R in place of the sequences."""
     return ABSENT if grad_rows is None else Tokens(grad_rows, *grad_rows.stride())
 
 
 def _by_token(x: Tensor) -> Tokens:
-    """The argument for a (T, H, D) tensor."""
+    """Return the argument for a (T, H, D) tensor."""
     return Tokens(x, 0, x.stride(1), x.stride(0), known_multiple(*x.stride()[:2]))
 
 
 def _dbias_argument(dbias: Tensor | None, bias: Tensor | None) -> Tokens:
-    """The argument for the terms of a bias gradient: (H, T) where the heads share it, else (T, H)."""
+    """Return the argument for the terms of a bias gradient: (H, T) if the heads share the bias, else (T, H)."""
     if dbias is None or bias is None:
         return ABSENT
     return Tokens(dbias, 0, *(dbias.stride() if bias.ndim == 1 else dbias.stride()[::-1]))

@@ -1,13 +1,13 @@
-"""The derivative of every class's score along every token, where the score reads a readout alone.
+"""The derivative of every class's score along every token, for scores that depend only on a readout.
 
-With key and value of token t moving as k − k0 and v − v0, o the readout, g_c = ∂f_c/∂o and s the scale:
+With k − k0 and v − v0 as the direction of token t's key and value, o the readout, g_c = ∂f_c/∂o and s the scale:
 
     S_ct = Σ_h Σ_r p_rht · [ (v − v0)·g_crh + ((v − o_rh)·g_crh) · s (k − k0)·q_rh ]
 
-One program per tile of tokens and tile of classes. It loops over the heads, so that their sum is kept in registers and
-written once: 4·K bytes a token, where parts by head would write and read 8·H·K. K and V come from memory once: tiles of
-classes are neighbours in the grid and find them in the cache, and so are the g, few as they are. From some 400 classes
-on (width 64, half precision) the products take longer than the memory.
+One program per tile of tokens and tile of classes loops over the heads, so that their sum stays in registers and is
+written once: 4·K bytes per token, whereas terms per head would write and read 8·H·K. Tiles of classes are neighbours in
+the grid, so that K and V come from memory once and then from the cache, as do the few g. From about 400 classes on
+(width 64, half precision) the products take longer than the memory accesses.
 
 Source: the closed form of Brocki, Binda, Chung, arXiv 2312.02364, equation for S.
 
@@ -41,8 +41,8 @@ __all__ = ["relevance_kernel", "token_relevance"]
 
 @triton.jit
 def row_pointer(x, sequence, head, row):
-    """Pointer to a row of a sequence and head."""
-    # 64-bit products: some K·B·R·H·D pass 2^31.
+    """Return the pointer to a row of a sequence and head."""
+    # 64-bit products: K·B·R·H·D can exceed 2^31.
     return (
         x.ptr
         + sequence.to(tl.int64) * x.stride_b
@@ -53,7 +53,7 @@ def row_pointer(x, sequence, head, row):
 
 @triton.jit
 def load_row(x, sequence, head, row, HEAD_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A row of a sequence and head, [1, D]; padded columns are 0."""
+    """Load a row of a sequence and head, [1, D]; padded columns are 0."""
     columns = tl.arange(0, BLOCK_D)
     return tl.load(row_pointer(x, sequence, head, row) + columns, mask=columns < HEAD_WIDTH, other=0.0)[None, :]
 
@@ -87,7 +87,7 @@ def relevance_kernel(
     KEY_ORIGIN_BY_TOKEN: tl.constexpr,
     VALUE_ORIGIN_BY_TOKEN: tl.constexpr,
 ):
-    """S of one tile of tokens and one of classes, (K, T)."""
+    """Compute S (K, T) of one tile of tokens and one of classes."""
     program = tl.program_id(0)
     first_class = program % class_tiles * BLOCK_C
     tile, sequence = program // class_tiles % tiles, program // class_tiles // tiles
@@ -108,7 +108,7 @@ def relevance_kernel(
         k_tile = load_rows(k_base_ptr, first, rows_N, k.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
         v_base_ptr = sequence_base(v.ptr, sequence, head, start, 0, v.stride_h, v.stride_t, False)
         v_tile = load_rows(v_base_ptr, first, rows_N, v.stride_t, inside, HEAD_WIDTH, BLOCK_D, False, True)
-        # [N, D] of each token, or [1, D] of the head.
+        # [N, D], one row per token, or [1, D] for the head.
         if KEY_ORIGIN_BY_TOKEN:
             k0_ptr = sequence_base(
                 key_origin.ptr, sequence, head, start, 0, key_origin.stride_h, key_origin.stride_t, False
@@ -169,17 +169,17 @@ def token_relevance(
     max_seqlen: int,
     options: Options,
 ) -> Tensor:
-    """The derivative of K scores of a readout along every token.
+    """Compute the derivative of K scores of a readout along every token.
 
     Args:
         q: (B, R, H, D), any strides.
         k, v: (T, H, D), any strides.
         out, lse: (B, R, H, D) and (B, R, H), the readout.
-        grad_out: (K, B, R, H, D), each score's gradient of ``out``.
+        grad_out: (K, B, R, H, D), the gradient of each score with respect to ``out``.
         key_origin, value_origin: (H, D) or (T, H, D), or None for 0.
-        cu_seqlens: (B + 1,) int32, 0 first and T last.
-        max_seqlen: no sequence is longer.
-        options: of packed tensors, without dropout; coords_q is (B, R, 2).
+        cu_seqlens: (B + 1,) int32, from 0 to T.
+        max_seqlen: upper bound of the sequences' lengths.
+        options: the options, in the shapes for packed tensors, without dropout; coords_q is (B, R, 2).
 
     Returns:
         S (K, T) float32.
@@ -209,7 +209,7 @@ def token_relevance(
 
 
 def _origin_argument(origin: Tensor | None, dtype: torch.dtype) -> Tokens:
-    """The argument for an (H, D) or (T, H, D) origin, in the dtype of the keys or values that it belongs to."""
+    """Return the argument for an (H, D) or (T, H, D) origin, in the dtype of the keys or values that it belongs to."""
     if origin is None:
         return Tokens(None, 0, 0, 0)
     if origin.ndim == 3:

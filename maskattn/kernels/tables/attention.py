@@ -1,9 +1,9 @@
 """Tile sizes of every kernel, by target, pass and padded head width.
 
-Nothing here is measured yet. The rows started from what is published for the fastest kernels on an H100 and were then
-chosen with triton 3.7.1 by compiling for each target: the first of a list of candidates that, with and without a key
-bias and a gather, spills no register and fits in the chip's shared and tensor memory. Two chunks and descriptors are
-used where the bounds of ``bench/aot`` then allow more. ``python -m bench.aot.report`` writes what each of them costs.
+No row has been measured on a GPU. Candidates were ordered by what is published for the fastest kernels on an H100 and
+compiled for each target with triton 3.7.1; each row is the first candidate that, with and without a key bias and a
+gather, spills no register and fits in the chip's shared and tensor memory. Two chunks and descriptors are used where
+they raise the bounds of ``bench/aot``. ``python -m bench.aot.report`` writes the cost of each row.
 """
 
 from __future__ import annotations

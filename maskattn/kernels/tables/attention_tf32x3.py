@@ -1,9 +1,9 @@
 """Tiles of the attention kernels for float32 as three products of TensorFloat-32 on tensor cores.
 
-Each operand takes the registers of two. So there are rows only where a tile of 16 by 32 scores or more spills nothing
-at any head width that it serves, with and without a key bias and a gather, and none for ALiBi and dropout; elsewhere
-float32 is multiplied as it is.
-Nothing here is measured on a GPU; chosen with triton 3.7.1 as those of ``attention.py`` were.
+Each operand takes twice the registers. There are rows only where a tile of at least 16 by 32 scores spills nothing at
+any head width that it serves, with and without a key bias and a gather, and none for ALiBi and dropout; elsewhere
+float32 products have IEEE precision. No row has been measured on a GPU; they were chosen with triton 3.7.1 as in
+``attention.py``.
 """
 
 from __future__ import annotations
@@ -36,5 +36,5 @@ TF32X3: dict[tuple[Target, Pass, int], Config] = {
 
 
 def tf32x3_config(pass_: Pass, target: Target, padded_width: int) -> Config | None:
-    """The configuration of a pass, None where float32 is multiplied as it is."""
+    """Return the configuration of a pass; None where float32 products have IEEE precision."""
     return TF32X3.get((target, pass_, padded_width))

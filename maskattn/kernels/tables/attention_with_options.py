@@ -1,7 +1,7 @@
 """Tile sizes of kernels with two-dimensional ALiBi or dropout, by target, pass and padded head width.
 
-Random words and distances take registers that the tiles of ``attention.py`` need. Chosen as those were: the first of
-a list of candidates that spills nothing with all options and a gather.
+Random words and distances take registers that the tiles of ``attention.py`` need. Each row is, as there, the first of a
+list of candidates that spills nothing, here with all options and a gather.
 """
 
 from __future__ import annotations

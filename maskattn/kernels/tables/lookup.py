@@ -30,12 +30,12 @@ __all__ = [
 
 
 def padded_width(head_width: int) -> int:
-    """D rounded up to a power of two, as tiles must be."""
+    """Return D rounded up to a power of two, as tiles need it."""
     return triton.next_power_of_2(head_width)
 
 
 def split_width(head_width: int, config: Config) -> tuple[int, int]:
-    """Columns of the two chunks of a tile, powers of two; the second is 0 unless two chunks are narrower than one."""
+    """Return the widths of a tile's two chunks, powers of two; the second is 0 unless two are narrower than one."""
     padded = padded_width(head_width)
     first = padded // 2
     second = max(16, padded_width(head_width - first)) if head_width > 32 else first
@@ -64,13 +64,18 @@ def look_up(
     alibi_or_dropout: bool = False,
     precision: str = "ieee",
 ) -> Config | ReadoutConfig:
-    """The configuration of a pass on a target.
+    """Return the configuration of a pass on a target.
 
     Args:
+        pass_: the pass.
+        target: the target.
+        head_width: D.
+        dtype: dtype of q, k and v.
+        alibi_or_dropout: whether the options include slopes or dropout.
         precision: the precision of the options, used if there are tiles for it.
 
     Raises:
-        KeyError: there is none; ``supports`` of ``launch/support.py`` refuses such calls beforehand.
+        KeyError: there is no configuration; ``supports`` of ``launch/support.py`` refuses such calls beforehand.
     """
     on_tensor_cores = precision == "tf32x3" and dtype == torch.float32 and pass_ in get_args(Pass)
     if on_tensor_cores and target == "interpreter":
@@ -92,13 +97,13 @@ def choose(pass_: Pass, q: Tensor, options: Options) -> Config: ...
 @overload
 def choose(pass_: ReadoutPass, q: Tensor, options: Options) -> ReadoutConfig: ...
 def choose(pass_: Any, q: Tensor, options: Options) -> Config | ReadoutConfig:
-    """The configuration of a pass for queries (..., D)."""
+    """Return the configuration of a pass for queries (..., D)."""
     alibi_or_dropout = options.slopes is not None or options.dropout_seed is not None
     return look_up(pass_, target_of(q.device), q.shape[-1], q.dtype, alibi_or_dropout, options.precision)
 
 
 def target_of(device: torch.device) -> Target:
-    """The row of the table for a device."""
+    """Return the target of the table for a device."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if torch.version.hip is not None:
@@ -108,6 +113,6 @@ def target_of(device: torch.device) -> Target:
 
 @functools.cache
 def _target_of_capability(major: int, minor: int) -> Target:
-    """The row of the table for a CUDA GPU; the one with the least shared memory if it has no row of its own."""
+    """Return the target for a CUDA GPU; the one with the least shared memory if the table does not have it."""
     targets: dict[tuple[int, int], Target] = {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
     return targets.get((major, minor), "sm86")

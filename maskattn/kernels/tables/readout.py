@@ -1,8 +1,8 @@
 """Tiles of the readout's kernels, by target, padded head width, dtype and pass.
 
-Nothing here is measured on a GPU. The passes are bound by memory, so that a tile need only be large enough for the
-loads in flight to cover the memory's latency: 8 KiB of K and of V, less where a tile would spill registers with every
-option and several queries (triton 3.7.1, compiled ahead of time; ``bench/aot/readout_cases.py`` has the cases).
+No row has been measured on a GPU. The passes are bound by memory, so that a tile only needs to be large enough for the
+loads in flight to cover the memory's latency: 8 KiB of K and of V, less where a tile would spill registers with all
+options and several queries (triton 3.7.1, compiled ahead of time; ``bench/aot/readout_cases.py`` has the cases).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WIDTHS = (16, 32, 64, 128, 256)
 
 
 def _by_width(*configs: tuple[int, int, int, int]) -> dict[int, ReadoutConfig]:
-    """For each padded head width: keys of a tile, warps, stages, programs on a multiprocessor."""
+    """Return the configurations by padded head width: keys of a tile, warps, stages, programs on a multiprocessor."""
     return {width: ReadoutConfig(*config) for width, config in zip(_WIDTHS, configs, strict=True)}
 
 
@@ -39,7 +39,7 @@ AMD_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
     pass_: _by_width((64, 4, 1, 4), (64, 4, 1, 4), (32, 4, 1, 4), (16, 4, 1, 4), (16, 4, 1, 4))
     for pass_ in ("readout", "readout_gradient", "relevance")
 }
-# Many classes of several queries spilled in the tiles above.
+# Many classes with several queries spill in the tiles above.
 SM86_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     **NVIDIA_HALF,
     "relevance": {**NVIDIA_HALF["relevance"], 64: ReadoutConfig(32, 8, 2, 2)},
