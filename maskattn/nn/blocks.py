@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskattn.attention.api import readout
-from maskattn.nn.mlps import ACTIVATIONS, MLPS, Mlp
+from maskattn.nn.mlps import ACTIVATIONS, MLPS
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.plain_modules import forwards_of, has_plain_parameters, is_plain
 from maskattn.nn.self_attention import Attention, AttentionOptions
@@ -26,7 +26,6 @@ from maskattn.shapes import Float
 __all__ = [
     "Attention",
     "AttentionOptions",
-    "AttentionPool",
     "Block",
     "BlockOptions",
     "ClassTokenAttention",
@@ -244,34 +243,6 @@ def is_as_built(block: nn.Module) -> bool:
     A hook, a parametrisation, an adapter, and a replaced, quantised or sharded layer must be called, with every row.
     """
     return is_plain(block, _BLOCK_PARTS) and has_plain_parameters(cast(Block, block).attn.qkv)
-
-
-class AttentionPool(nn.Module):
-    """Attention pooling by one learnt query over the grid tokens, then an MLP: timm's ``AttentionPoolLatent``.
-
-    Args:
-        dim, num_heads: C and H.
-        options: the blocks' options; the pool shares their MLP ratio, activation and ε.
-    """
-
-    def __init__(self, dim: int, num_heads: int, options: BlockOptions) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.impl = options.attention.impl
-        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=options.attention.norm_eps)
-        self.mlp = Mlp(dim, int(dim * options.mlp_ratio), options.act_layer)
-
-    def forward(self, rows_TC: Float[Tensor, "T C"], packing: Packing) -> Float[Tensor, "B C"]:
-        """Pool packed grid tokens, (T, C) → (B, C)."""
-        q = self.q(self.latent).unflatten(-1, (self.num_heads, -1)).expand(packing.batch_size, -1, -1, -1)
-        k, v = self.kv(rows_TC).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        out = cast(Tensor, readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=self.impl))
-        x = self.proj(out.flatten(-2))
-        return (x + self.mlp(self.norm(x)))[:, 0]
 
 
 _CONVOLUTION = forwards_of([nn.Conv2d])

@@ -27,6 +27,7 @@ class TimmInterface(nn.Module):
     """
 
     embed_dim: int
+    pool_dim: int
     num_prefix_tokens: int
     global_pool: str
     num_classes: int
@@ -51,8 +52,11 @@ class TimmInterface(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """The number of channels that the head reads: C, or 2·C for global_pool="token_avg"."""
-        return self.embed_dim * (2 if self.global_pool == "token_avg" else 1)
+        """The number of channels that the head reads: C, 2·C for global_pool="token_avg", pool_dim for "coca"."""
+        return self._width_pooled_by(self.global_pool)
+
+    def _width_pooled_by(self, pool: str) -> int:
+        return {"token_avg": 2 * self.embed_dim, "coca": self.pool_dim}.get(pool, self.embed_dim)
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""
@@ -69,19 +73,23 @@ class TimmInterface(nn.Module):
             ValueError: the model lacks what the pool needs, or the norm after the pool has another width.
         """
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in ("token", "avg", "map", "token_avg", ""):
-            raise ValueError(f"global_pool must be 'token', 'avg', 'map', 'token_avg' or '', got global_pool={pool!r}")
+        if pool not in ("token", "avg", "map", "coca", "token_avg", ""):
+            raise ValueError(
+                f"global_pool must be 'token', 'avg', 'map', 'coca', 'token_avg' or '', got global_pool={pool!r}"
+            )
         if pool in ("token", "token_avg") and getattr(self, "cls_token", None) is None:
             raise ValueError(f"global_pool={pool!r} reads the class token, and this model has none; use 'avg'")
-        if pool == "map" and self.attn_pool is None:
-            raise ValueError("global_pool='map' needs an attention pool, and this model has none; build it with one")
+        if pool in ("map", "coca") and (pool != self.global_pool or self.attn_pool is None):
+            raise ValueError(
+                f"global_pool={pool!r} needs an attention pool of its kind, and this model has none; build it with one"
+            )
         fc_norm = getattr(self, "fc_norm", None)
-        if isinstance(fc_norm, nn.LayerNorm) and (pool == "token_avg") != (self.global_pool == "token_avg"):
+        if isinstance(fc_norm, nn.LayerNorm) and fc_norm.normalized_shape[0] != self._width_pooled_by(pool):
             raise ValueError(
                 f"the norm after the pool has {fc_norm.normalized_shape[0]} channels, and global_pool={pool!r} gives "
                 "another number; build the model with that pool"
             )
-        if pool != "map":
+        if pool not in ("map", "coca"):
             self.attn_pool = None
         self.global_pool, self.num_classes = pool, num_classes
         like = next(self.blocks.parameters())

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskattn.leaves import leaf_module
-from maskattn.nn.blocks import AttentionOptions, AttentionPool, Block, BlockOptions, PatchEmbedding, is_as_built
+from maskattn.nn.blocks import AttentionOptions, Block, BlockOptions, PatchEmbedding, is_as_built
 from maskattn.nn.kept_tokens import packing_of
 from maskattn.nn.mlps import ACTIVATIONS, MLPS
 from maskattn.nn.packed_tokens import PackedTokens, insert_prefix, rows_and_columns
+from maskattn.nn.pools import mean_of_grid, pool_of
 from maskattn.nn.positions import (
     CONVENTIONS,
     RotaryGrid,
@@ -35,7 +36,7 @@ from maskattn.shapes import Bool, Float
 
 __all__ = ["VisionTransformer"]
 
-POOLS = ("token", "avg", "map", "token_avg", "")
+POOLS = ("token", "avg", "map", "coca", "token_avg", "")
 POSITIONS = ("learn", "none", "sine", "rotary", "learn_rotary", "alibi")
 
 
@@ -50,7 +51,8 @@ class VisionTransformer(TimmInterface):
         in_chans: the number of image channels.
         num_classes: the number of the head's outputs; 0: no head, and pooled features are returned.
         global_pool: "token" (class token), "avg" (mean of the kept grid tokens), "map" (attention pooling of the kept
-            grid tokens), "token_avg" (class token and mean, side by side) or "" (every token, (B, P + N, ...)).
+            grid tokens), "coca" (attention pooling of prefix and kept grid tokens by a query of its own width, as in
+            CoCa and CONCH), "token_avg" (class token and mean, side by side) or "" (every token, (B, P + N, ...)).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, qk_norm, proj_bias: as in timm's
             ``VisionTransformer``.
         scale_attn_norm, scale_mlp_norm: whether there is a norm before the attention's projection, and before the MLP's
@@ -73,7 +75,8 @@ class VisionTransformer(TimmInterface):
         drop_path_rate: the rate of stochastic depth in the last block, growing linearly from 0 in the first.
         act_layer: "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu".
         mlp_layer: "mlp", "swiglu_packed" (timm's SwiGLUPacked; mlp_ratio counts both halves) or "swiglu".
-        norm_eps: ε of every norm.
+        norm_eps: ε of every norm but those of a "coca" pool.
+        pool_dim, pool_heads: the width of a "coca" pool's output (None: embed_dim), and its heads.
         embed_act: the activation after the patch embedding, as in encoders of embeddings; None: none.
         impl: the implementation of attention; None takes the best.
 
@@ -121,6 +124,8 @@ class VisionTransformer(TimmInterface):
         mlp_layer: str = "mlp",
         norm_eps: float = 1e-6,
         embed_act: str | None = None,
+        pool_dim: int | None = None,
+        pool_heads: int = 8,
         impl: str | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -140,6 +145,7 @@ class VisionTransformer(TimmInterface):
         self.global_pool = global_pool
         self.num_classes = num_classes
         self.embed_dim = embed_dim
+        self.pool_dim = pool_dim or embed_dim
         self.num_heads = num_heads
         self.no_embed_class = no_embed_class
         self.position_kind = pos_embed
@@ -174,8 +180,8 @@ class VisionTransformer(TimmInterface):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, options, share) for share in drop_paths)
         after_pool = global_pool == "avg" if fc_norm is None else fc_norm
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if final_norm and not after_pool else nn.Identity()
-        self.attn_pool = AttentionPool(embed_dim, num_heads, options) if global_pool == "map" else None
-        pooled = embed_dim * (2 if global_pool == "token_avg" else 1)
+        self.attn_pool = pool_of(global_pool, embed_dim, num_heads, self.pool_dim, pool_heads, options)
+        pooled = self.head_hidden_size
         self.fc_norm = nn.LayerNorm(pooled, eps=norm_eps) if final_norm and after_pool else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(pooled, num_classes) if num_classes else nn.Identity()
@@ -286,9 +292,9 @@ class VisionTransformer(TimmInterface):
         if self.global_pool == "":
             return unpack(self.classify(tokens.rows_TC, pre_logits), tokens.packing)
         if self.attn_pool is not None:
-            return self.classify(self.attn_pool(*tokens.grid_rows()), pre_logits)
+            return self.classify(self.attn_pool(tokens), pre_logits)
         pooled = [] if self.global_pool == "avg" else [tokens.first()[:, 0]]
-        pooled += [] if self.global_pool == "token" else [_mean_of_grid(tokens)]
+        pooled += [] if self.global_pool == "token" else [mean_of_grid(tokens)]
         return self.classify(torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0], pre_logits)
 
     def predict_from_class_token(self, token_B1C: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B K"]:
@@ -359,12 +365,6 @@ class VisionTransformer(TimmInterface):
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
-
-
-def _mean_of_grid(tokens: PackedTokens) -> Float[Tensor, "B C"]:
-    sums = unpack(tokens.rows_TC, tokens.packing)[:, tokens.num_prefix :].sum(dim=1)
-    counts = (tokens.packing.cu_seqlens.diff() - tokens.num_prefix).clamp(min=1)  # an empty image pools to 0
-    return sums / counts[:, None]
 
 
 def _check_width(embed_dim: int, num_heads: int, pos_embed: str) -> None:

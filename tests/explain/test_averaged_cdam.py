@@ -23,6 +23,7 @@ from maskattn.packing import pack, unpack
 
 MODELS = [{}, {"reg_tokens": 2, "init_values": 0.3}, {"pos_embed": "rotary"}, {"qk_norm": True}, {"pos_embed": "alibi"}]
 POOLED = [{"global_pool": "avg"}, {"global_pool": "token_avg"}, {"global_pool": "map"}]
+POOLED += [{"global_pool": "coca", "pool_dim": 16, "pool_heads": 2}]
 
 
 def by_definition(model: VisionTransformer, x: Tensor, keep: Tensor, target: int, variants) -> Tensor:

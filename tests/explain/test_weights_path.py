@@ -18,6 +18,7 @@ POOLED = [
     {"global_pool": "avg"},
     {"global_pool": "token_avg"},
     {"global_pool": "map"},
+    {"global_pool": "coca", "pool_dim": 16, "pool_heads": 2},
     {"global_pool": "avg", "qk_norm": True},
 ]
 POOLED += [{"global_pool": "avg", "pos_embed": "alibi"}, {"global_pool": "avg", "pos_embed": "rotary"}]

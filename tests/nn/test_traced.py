@@ -22,6 +22,7 @@ VARIANTS = [
     {},
     {"global_pool": "avg", "reg_tokens": 2},
     {"global_pool": "map", "class_token": False},
+    {"global_pool": "coca", "pool_dim": 64},
     {"global_pool": ""},
     {"pos_embed": "rotary", "qk_norm": True},
     {"pos_embed": "alibi"},

@@ -18,6 +18,7 @@ VARIANTS = [
     {},
     {"global_pool": "avg", "reg_tokens": 2},
     {"global_pool": "map", "class_token": False},
+    {"global_pool": "coca", "pool_dim": 32},
     {"pos_embed": "rotary", "qk_norm": True, "mlp_layer": "swiglu", "act_layer": "silu"},
     {"pos_embed": "alibi", "init_values": 0.1},
 ]

@@ -260,6 +260,7 @@ MORE_VARIANTS = [
     {"mlp_layer": "swiglu", "act_layer": "silu", "reg_tokens": 2},
     {"mlp_layer": "swiglu_packed", "act_layer": "silu"},
     {"global_pool": "map", "class_token": False},
+    {"global_pool": "coca", "pool_dim": 64, "reg_tokens": 2},
     {"global_pool": "token_avg"},
     {"pos_embed": "sine"},
     {"pos_embed": "rotary", "reg_tokens": 2},
