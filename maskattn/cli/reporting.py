@@ -30,11 +30,6 @@ _EXTRAS = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf", "js_li
 _EXTRAS |= dict.fromkeys(
     ("pytorch_lightning", "torchmetrics", "pydantic", "yaml", "sklearn", "sksurv", "scipy"), "train"
 )
-# Packages that are in none of this package's extras.
-_ELSEWHERE = {
-    "conch": "pip install git+https://github.com/Mahmoodlab/CONCH.git",
-    "open_clip": "pip install open_clip_torch",
-}
 _GO_ON = "{} are kept; run the same command again to resume"
 
 
@@ -109,11 +104,9 @@ def in_one_line(error: Exception) -> tuple[str, int]:
     """Return the message for the user and the exit code."""
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        how = _ELSEWHERE.get(error.name.split(".")[0])
         extra = _EXTRAS.get(error.name, "slide")
         return (
-            f"this command needs the package {error.name}, which is not installed; "
-            + (how or f"pip install 'maskattn[{extra}]'"),
+            f"this command needs the package {error.name}, which is not installed; pip install 'maskattn[{extra}]'",
             2,
         )
     if isinstance(error, RuntimeError) and "operator torchvision::" in text:  # timm and transformers import it

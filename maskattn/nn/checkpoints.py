@@ -2,7 +2,7 @@
 
 A file determines everything about its model except the number of heads. Its layout is recognised by its keys: timm's
 (UNI, UNI2, H-optimus, Virchow), DINO's and HIPT's (``teacher``, ``backbone.``, ``phi``), DINOv2's own, and open_clip's
-image towers (CLIP, PLIP, QuiltNet, BiomedCLIP) with their projection.
+and CONCH's image towers (CLIP, PLIP, QuiltNet, BiomedCLIP) with their projection.
 """
 
 from __future__ import annotations
@@ -17,25 +17,22 @@ from typing import Any
 from torch import Tensor
 
 from maskattn.nn.adapters.clip import CLIP_FAMILIES
+from maskattn.nn.adapters.conch import HEAD_WIDTH, has_conch_pool
 from maskattn.nn.adapters.conversion import build, refuse
-from maskattn.nn.adapters.open_clip import (
-    CONFIG,
-    WEIGHTS,
-    from_open_clip,
-    has_clip_tower,
-    said_by_config,
-    with_projection,
-)
+from maskattn.nn.adapters.open_clip import from_open_clip, has_clip_tower, with_projection
+from maskattn.nn.adapters.open_clip_files import CONFIG, OpenClipFiles
 from maskattn.nn.adapters.siglip import SIGLIP_FAMILIES
 from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.adapters.transformers import from_transformers
+from maskattn.nn.hub_files import first_of_hub
 from maskattn.nn.vit import VisionTransformer
 from maskattn.nn.weight_files import read_weights
 
-__all__ = ["explained", "from_state_dict", "hub_id_of", "load_vit"]
+__all__ = ["explained", "from_state_dict", "hub_id_of", "load_open_clip", "load_vit", "unwrapped"]
 
 # The keys under which training checkpoints hold the weights, preferred ones first.
 _WRAPPERS = ("teacher", "state_dict", "model_state_dict", "model", "student")
+_WEIGHTS_ALONE = "pytorch_model.bin"  # in a repository without a configuration, as CONCH's
 # The prefix of these keys is the encoder's; other prefixes belong to projection heads and text towers.
 _EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.0.weight", "phi.0.weight")
 # Keys that only DINO and its descendants have: mask tokens, projection heads, blocks in chunks, phi.
@@ -51,8 +48,9 @@ def load_vit(
     """Load a vision transformer as a packed :class:`VisionTransformer`.
 
     Args:
-        source: ``"timm:NAME"``, a timm model; ``"hf-hub:ORG/NAME"``, a model of timm or transformers on Hugging Face's
-            hub; a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file; or a folder with ``config.json``.
+        source: ``"timm:NAME"``, a timm model; ``"hf-hub:ORG/NAME"``, a model of timm, transformers or open_clip on
+            Hugging Face's hub; a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file; or a folder with
+            ``config.json`` or ``open_clip_config.json``.
         num_heads: the number of heads, needed for a file, which does not record it; refused for other sources.
         impl: the implementation of attention; None takes the best.
         arguments: for timm, those of ``timm.create_model`` (``pretrained=False`` for random weights); for
@@ -106,22 +104,27 @@ def from_state_dict(
             ``act_layer``, ``norm_eps``, ``img_size`` of a grid that is not square), or that are to differ from the
             layout's own library (``pos_embed_resample``: "dino" for training checkpoints of DINO, HIPT's and DINOv2's
             layouts, else "timm"; a file of DINO's backbone alone cannot be told from timm's and needs "dino").
+            ``num_classes=0`` leaves out the head.
 
     Raises:
         UnsupportedModelError: a ValueError that names every unexpected or missing key.
         ValueError: num_heads is missing.
     """
-    inner = _unwrapped(checkpoint)
+    inner = unwrapped(checkpoint)
     if has_clip_tower(inner):
         return from_open_clip(inner, num_heads=num_heads, name=name, impl=impl, **arguments)
     own = _own_keys(inner, name)
     state = _own_layout(own)
+    if arguments.get("num_classes") == 0:
+        state = {key: x for key, x in state.items() if not key.startswith("head.")}
     inferred = _arguments(state, name, arguments.get("img_size"))
     inferred["pos_embed_resample"] = _convention(checkpoint)
     # HIPT's phi and TITAN's patch_embed are a linear layer and a GELU.
     inferred["embed_act"] = None if "patch_embed.proj.weight" in own else "gelu"
     if num_heads is None and "blocks.0.attn.q_norm.weight" in state:
         num_heads = inferred["embed_dim"] // len(state["blocks.0.attn.q_norm.weight"])
+    if num_heads is None and has_conch_pool(inner):
+        num_heads = inferred["embed_dim"] // HEAD_WIDTH
     if num_heads is None:
         raise ValueError(
             f"num_heads must be given for a file of weights, which does not record it, got None for {name} with "
@@ -151,10 +154,13 @@ def hub_id_of(name: str) -> str:
 
 
 def _load_from_hub(name: str, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
-    from huggingface_hub import hf_hub_download
-
     try:
-        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        path = first_of_hub(name, ("config.json", CONFIG, _WEIGHTS_ALONE))
+        if path.name == CONFIG:
+            return load_open_clip(OpenClipFiles.of_hub(name), impl, arguments)
+        if path.name == _WEIGHTS_ALONE:
+            return from_state_dict(read_weights(path), name=name, impl=impl, copy=False, **arguments)
+        config = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" not in config:
             return _load_timm(f"hf-hub:{name}", impl, arguments)
         return _load_transformers(name, config, impl, arguments)
@@ -165,21 +171,22 @@ def _load_from_hub(name: str, impl: str | None, arguments: dict[str, Any]) -> Vi
 def _load_folder(folder: Path, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
     path = folder / "config.json"
     if not path.is_file() and (folder / CONFIG).is_file():
-        return _load_open_clip(folder, impl, arguments)
+        return load_open_clip(OpenClipFiles.of_folder(folder), impl, arguments)
     if not path.is_file():
-        raise FileNotFoundError(f"a model's folder has a config.json, and {folder} has none; pass the file of weights")
+        raise FileNotFoundError(
+            f"a model's folder must have a config.json or {CONFIG}, got neither in {folder}; pass the file of weights"
+        )
     config = json.loads(path.read_text(encoding="utf-8"))
     if "model_type" in config:
         return _load_transformers(str(folder), config, impl, arguments)
     return _load_timm(f"local-dir:{folder}", impl, arguments)
 
 
-def _load_open_clip(folder: Path, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise FileNotFoundError(f"a folder of open_clip holds {' or '.join(WEIGHTS)}, and {folder} has neither")
-    arguments = {**said_by_config(folder / CONFIG), **arguments}
-    return from_state_dict(read_weights(weights), name=str(folder), impl=impl, **arguments)
+def load_open_clip(files: OpenClipFiles, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
+    """Load the image tower of a model that open_clip saved. Arguments and errors as in :func:`load_vit`."""
+    arguments = {**files.arguments(), **arguments}
+    name = str(files.weights.parent)
+    return from_state_dict(read_weights(files.weights), name=name, impl=impl, copy=False, **arguments)
 
 
 def _load_transformers(
@@ -241,10 +248,11 @@ def _convention(checkpoint: Mapping[str, Any], trained_by_dino: bool = False) ->
     return "dino" if trained_by_dino or any(map(_OF_DINO.search, keys)) else "timm"
 
 
-def _unwrapped(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+def unwrapped(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state dict that a training checkpoint holds, or the checkpoint itself if it is one."""
     for wrapper in _WRAPPERS:
         if isinstance(checkpoint.get(wrapper), Mapping):
-            return _unwrapped(checkpoint[wrapper])
+            return unwrapped(checkpoint[wrapper])
     return checkpoint
 
 
@@ -301,7 +309,8 @@ def _arguments(state: dict[str, Tensor], name: str, img_size: int | tuple[int, i
     gated = "blocks.0.mlp.fc1_g.weight" in state
     hidden = state["blocks.0.mlp.fc1_g.weight" if gated else "blocks.0.mlp.fc1.weight"]
     packed = not gated and len(hidden) == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]
-    pool = "map" if "attn_pool.latent" in state else "token" if class_token else "avg"
+    pools = {"attn_pool.latent": "map", "attn_pool.query": "coca"}
+    pool = next((pool for key, pool in pools.items() if key in state), "token" if class_token else "avg")
     return {
         "img_size": (height, width),
         "patch_size": patch_size,
@@ -327,6 +336,7 @@ def _arguments(state: dict[str, Tensor], name: str, img_size: int | tuple[int, i
         "pre_norm": "norm_pre.weight" in state,
         "final_norm": "norm.weight" in state or "fc_norm.weight" in state,
         "fc_norm": "fc_norm.weight" in state,
+        "pool_dim": state["attn_pool.query"].shape[-1] if pool == "coca" else None,
     }
 
 

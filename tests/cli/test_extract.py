@@ -74,10 +74,7 @@ def test_errors_take_one_line_before_any_slide_is_opened(slide: Path, weights: P
         (("--encoder", "timm:vit_tiny_patch16_224", "--weights", weights), "give --mag 20 or --spacing-um 0.5"),
         (("--encoder", weights), "or give --num-heads"),
         (("--encoder", "hibou-b"), "allow it with --trust-code"),
-        (
-            ("--encoder", "conch"),
-            "needs the package conch, which is not installed; pip install git+https://github.com/",
-        ),
+        (("--encoder", "conch", "--weights", weights), "must be those of conch, whose tower has attn_pool_contrast"),
         (("--encoder", "uni", "--mag", 20, "--spacing-um", 1), "give one of the two"),
     ):
         result = maskattn("extract", slide, "--out", tmp_path / "out", *arguments)

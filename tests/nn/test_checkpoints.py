@@ -38,6 +38,7 @@ VARIANTS = [
     {"mlp_layer": "swiglu", "act_layer": "silu", "mlp_ratio": 8 / 3},
     {"global_pool": "avg", "class_token": False},
     {"global_pool": "map", "class_token": False},
+    {"global_pool": "coca", "pool_dim": 32},
     {"qk_norm": True, "qkv_bias": False, "proj_bias": False},
     {"pre_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
     {"pos_embed": "none", "final_norm": False},
@@ -175,7 +176,7 @@ def test_files_that_are_not_there_or_of_another_kind_are_named(tmp_path):
     (tmp_path / "weights.npz").write_bytes(b"")
     with pytest.raises(ValueError, match=r"weights must end in \.safetensors"):
         load_vit(tmp_path / "weights.npz")
-    with pytest.raises(FileNotFoundError, match=r"has a config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"a config\.json or open_clip_config\.json, got neither"):
         load_vit(tmp_path)
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -223,28 +222,6 @@ def test_plip_is_its_image_tower_with_the_projection(monkeypatch: pytest.MonkeyP
     ours = load_entry(entry := replace(ENCODERS["plip"], embed_dim=40))
     assert ours.vit is not None
     assert_same_features(ours.encode_tiles(pixels := tiles(224)), theirs(images(entry, pixels)).image_embeds)
-
-
-class _Named(nn.Module):
-    """Stands for a package's model: (B, 5) features that know how they were asked for."""
-
-    def encode_image(self, x: Tensor, **how: Any) -> Tensor:
-        self.how = how
-        return x.mean(dim=(2, 3)) @ torch.ones(3, 512)
-
-
-@pytest.mark.parametrize(("name", "package"), [("conch", "conch.open_clip_custom"), ("quiltnet-b16", "open_clip")])
-def test_encoders_of_other_packages_run_as_those_build_them(name: str, package: str, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ModuleNotFoundError, match=package.split(".")[0]):
-        load_encoder(name)
-    module = ModuleType(package)
-    module.create_model_from_pretrained = lambda *_: (_Named(), None)
-    monkeypatch.setitem(sys.modules, package.split(".")[0], ModuleType(package.split(".")[0]))
-    monkeypatch.setitem(sys.modules, package, module)
-    encoder = load_encoder(name)
-    assert encoder.encode_tiles(tiles(encoder.tile_px)).shape == (2, 512)
-    with pytest.raises(ValueError, match=r"masked attention needs a packed .*--token-mask none"):
-        encoder.encode_tiles(tiles(encoder.tile_px), torch.ones(2, 14, 14, dtype=torch.bool))
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_ones():

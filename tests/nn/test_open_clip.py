@@ -139,14 +139,6 @@ def test_a_tower_of_timms_loads_with_the_linear_projection_above_it():
     with torch.no_grad():
         ours = from_state_dict(state, num_heads=4)
         torch.testing.assert_close(ours(x), F.linear(trunk(x), projection), rtol=1e-4, atol=1e-4)
-    contrast = state | {
-        "visual.attn_pool_contrast.query": torch.randn(1, 48),
-        "visual.ln_contrast.weight": torch.ones(48),
-    }
-    with pytest.raises(
-        ValueError, match="attn_pool_contrast between the image tower and the shared image-text space; ln_contrast"
-    ):
-        from_state_dict(contrast, num_heads=4)
     with pytest.raises(ValueError, match=r"head\.mlp between"):
         from_state_dict(state | {"visual.head.mlp.fc1.weight": torch.randn(8, 48)}, num_heads=4)
 

@@ -3,9 +3,10 @@
 The projection maps into the shared image-text space. Checkpoints have one of three kinds of image tower:
 
 - CLIP's own vision transformer (``visual.class_embedding``, ``visual.transformer.resblocks``): CLIP, PLIP, QuiltNet;
-- a timm model (``visual.trunk``) followed by a linear projection (``visual.head.proj``): BiomedCLIP;
+- a timm model (``visual.trunk``) followed by a linear projection (``visual.head.proj``): BiomedCLIP; or by attention
+  pooling (``visual.attn_pool_contrast``): CONCH;
 - towers that are refused, with the unsupported component named: ResNets, and attention pooling with several queries
-  (CoCa, CONCH).
+  (CoCa).
 
 The layouts follow model.py, transformer.py and timm_model.py of open_clip 2.
 
@@ -14,22 +15,19 @@ Dimension key: C channels of the tower, O dimensions of the shared space.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskattn.nn.adapters.conch import has_conch_pool, pool_of_conch, without_caption_pool
 from maskattn.nn.adapters.conversion import build, refuse, rename_layers
 from maskattn.nn.vit import VisionTransformer
 
-__all__ = ["CONFIG", "WEIGHTS", "from_open_clip", "has_clip_tower", "said_by_config", "with_projection"]
+__all__ = ["from_open_clip", "has_clip_tower", "with_projection"]
 
-CONFIG = "open_clip_config.json"
-WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _HEAD_WIDTH = 64  # open_clip's default
 _LAYER = re.compile(r"^transformer\.resblocks\.(\d+)\.(.+)$")
 _IN_LAYER = {
@@ -95,6 +93,8 @@ def from_open_clip(
             "act_layer='quick_gelu' for OpenAI's weights and models fine-tuned from them, 'gelu' for others"
         )
     state = _rename(tower)
+    if arguments.get("num_classes") == 0:
+        state = {key: x for key, x in state.items() if not key.startswith("head.")}
     weight = state["patch_embed.proj.weight"]
     dim, in_chans, patch, _ = weight.shape
     inferred = {
@@ -113,28 +113,8 @@ def from_open_clip(
     return build(name, {**inferred, **arguments}, state, impl=impl).eval()
 
 
-def said_by_config(path: Path) -> dict[str, Any]:
-    """Return the arguments of the image tower that only ``open_clip_config.json`` states.
-
-    Raises:
-        UnsupportedModelError: the tower pools its tokens in a way that ours does not support.
-    """
-    model = json.loads(path.read_text(encoding="utf-8")).get("model_cfg", {})
-    tower = model.get("vision_cfg", {})
-    if tower.get("timm_model_name"):
-        return {}
-    unknown = [f"{key}={tower[key]!r}" for key in ("attentional_pool", "final_ln_after_pool") if tower.get(key)]
-    if tower.get("pool_type", "tok") != "tok":
-        unknown.append(f"pool_type={tower['pool_type']!r}")
-    refuse(str(path.parent), unknown)
-    said: dict[str, Any] = {"act_layer": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    if "head_width" in tower:
-        said["num_heads"] = tower["width"] // tower["head_width"]
-    return said
-
-
 def with_projection(checkpoint: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
-    """Return the projection after a timm tower (``visual.trunk.``) as the state of our head; {} if there is none.
+    """Return the layers after a timm tower (``visual.trunk.``) as the state of our pool and head; {} if there are none.
 
     Args:
         checkpoint: state dict of the complete model.
@@ -142,13 +122,17 @@ def with_projection(checkpoint: Mapping[str, Any], prefix: str, name: str) -> di
         name: the checkpoint's name in messages.
 
     Raises:
-        UnsupportedModelError: the tower is followed by more than a linear projection.
+        UnsupportedModelError: the tower is followed by layers other than a linear projection or CONCH's.
     """
-    if not prefix.endswith("visual.trunk."):
+    if not prefix.endswith("trunk."):
         return {}
     visual = prefix.removesuffix("trunk.")
     after_trunk = {key.removeprefix(visual): x for key, x in checkpoint.items() if key.startswith(visual)}
-    after_trunk = {key: x for key, x in after_trunk.items() if not key.startswith("trunk.")}
+    after_trunk = without_caption_pool({key: x for key, x in after_trunk.items() if not key.startswith("trunk.")})
+    if has_conch_pool(after_trunk):
+        return pool_of_conch(after_trunk, visual, name)
+    if not visual.endswith("visual."):
+        return {}
     known = {"head.proj.weight": "head.weight", "head.proj.bias": "head.bias"}
     layers = sorted(
         {

@@ -1,4 +1,4 @@
-"""Networks of transformers, open_clip and CONCH; unpacked ones map normalised images (B, 3, X, Y) to (B, C)."""
+"""Networks of transformers; unpacked ones map normalised images (B, 3, X, Y) to (B, C)."""
 
 from __future__ import annotations
 
@@ -11,28 +11,23 @@ from torch import Tensor, nn
 from maskattn.nn.encoders.entry import IMAGENET, triple_of
 from maskattn.nn.encoders.tile_encoder import EncoderCard
 
-__all__ = ["build_conch", "build_open_clip", "build_transformers", "card_of_transformers"]
+__all__ = ["build_transformers", "card_of_transformers"]
 
 
 class _Pooled(nn.Module):
-    """A network wrapped so that its forward returns the features that one of its methods computes.
+    """A network wrapped so that its forward returns pooled features.
 
     Args:
         network: the library's network.
-        method: the name of the method; None calls the network itself.
-        arguments: the keyword arguments of the call.
     """
 
-    def __init__(self, network: nn.Module, method: str | None = None, **arguments: Any) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._method = method
-        self._arguments = arguments
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the features of images, (B, 3, X, Y) → (B, C)."""
-        call = self.network if self._method is None else getattr(self.network, self._method)
-        output = call(images, **self._arguments)
+        output = self.network(images)
         if isinstance(output, Tensor):
             return output
         pooled: Tensor | None = getattr(output, "pooler_output", None)
@@ -59,22 +54,6 @@ def build_transformers(source: str, trust_code: bool, arguments: dict[str, Any])
         return _Pooled(network)
     built: nn.Module = network
     return built
-
-
-def build_open_clip(hub_id: str) -> nn.Module:
-    """Build an open_clip model as a module that returns image features, not normalised."""
-    import open_clip
-
-    network = open_clip.create_model_from_pretrained(f"hf-hub:{hub_id}")[0]
-    return _Pooled(network.eval(), "encode_image")
-
-
-def build_conch(hub_id: str) -> nn.Module:
-    """Build CONCH as a module of image features before the projection, as its authors advise for images alone."""
-    from conch.open_clip_custom import create_model_from_pretrained
-
-    network = create_model_from_pretrained("conch_ViT-B-16", f"hf_hub:{hub_id}")[0]
-    return _Pooled(network.eval(), "encode_image", proj_contrast=False, normalize=False)
 
 
 def card_of_transformers(network: Any, source: str, name: str) -> EncoderCard:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from maskattn.nn.adapters.conch import has_conch_pool
 from maskattn.nn.adapters.conversion import UnsupportedModelError
+from maskattn.nn.adapters.open_clip_files import CONFIG, OpenClipFiles
 from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.adapters.transformers import from_transformers
-from maskattn.nn.checkpoints import explained, load_vit
+from maskattn.nn.checkpoints import explained, from_state_dict, load_open_clip, load_vit, unwrapped
 from maskattn.nn.encoders.entry import IMAGENET, EncoderEntry
-from maskattn.nn.encoders.foreign import build_conch, build_open_clip, build_transformers
+from maskattn.nn.encoders.foreign import build_transformers
 from maskattn.nn.encoders.hipt import HIPT_PATCHES, load_hipt_patches
+from maskattn.nn.encoders.open_clip import encoder_of_open_clip
 from maskattn.nn.encoders.table import entry_named, entry_of_hub, nearest_names
 from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
 from maskattn.nn.encoders.timm_network import build_timm, card_of_timm
+from maskattn.nn.hub_files import first_of_hub
+from maskattn.nn.vit import VisionTransformer
+from maskattn.nn.weight_files import read_weights
 
 __all__ = ["load_encoder", "load_entry"]
 
@@ -39,11 +44,11 @@ def load_encoder(
 
     Args:
         name: a name of the table (``maskattn encoders``), ``timm:NAME``, ``hf-hub:ORG/NAME``, ``hipt`` with its
-            ``weights``, a file of weights, or a folder with ``config.json``.
+            ``weights``, a file of weights, or a folder with ``config.json`` or ``open_clip_config.json``.
         device: the device of the weights.
         impl: the implementation of attention; None takes the best.
-        weights: a file of weights for the network that ``name`` identifies; None downloads them from its hub. A folder
-            is given as ``name``.
+        weights: a file of weights for the network that ``name`` identifies, or for CONCH and open_clip's models the
+            folder that has it; None downloads them from its hub. Any other folder is given as ``name``.
         num_heads: the number of heads, for a file of weights as ``name``, which does not record it.
         trust_code: whether code in a hub's repository may be run, for encoders that are such code.
         arguments: arguments of ``timm.create_model`` (``pretrained=False`` for random weights), or of :func:`load_vit`
@@ -108,7 +113,7 @@ def load_entry(
         licence=entry.licence,
         why_not=entry.why_not,
     )
-    network = _network_of(entry, weights, trust_code, arguments)
+    network = _network_of(entry, weights, trust_code, impl, arguments)
     if entry.why_not:
         return TileEncoder(network, card, entry.embed_dim)
     encoder = _packed_where_it_can_be(network, card, impl, entry.embed_dim)
@@ -121,32 +126,57 @@ def load_entry(
 
 
 def _network_of(
-    entry: EncoderEntry, weights: str | Path | None, trust_code: bool, arguments: dict[str, Any]
+    entry: EncoderEntry, weights: str | Path | None, trust_code: bool, impl: str | None, arguments: dict[str, Any]
 ) -> nn.Module:
-    """Build an entry's network with the library's own code, and load its weights."""
+    """Build an entry's network with the library's own code, or as ours, and load its weights."""
     if entry.library == "timm":
         return build_timm(entry, weights, arguments)
-    if weights is not None:
+    ours = {"open_clip": _open_clip_of, "conch": _conch_of}.get(entry.library)
+    if weights is not None and ours is None:
         raise ValueError(
             f"{entry.name} is loaded by {entry.library}, which takes a folder, got the file {weights}; run `hf "
             f"download {entry.hub_id}` on a machine with a network, copy the folder here, and give it as the encoder"
         )
-    build: Callable[[], nn.Module] = {
-        "transformers": lambda: build_transformers(entry.hub_id, trust_code, arguments),
-        "clip": lambda: build_transformers(entry.hub_id, trust_code, arguments),
-        "open_clip": lambda: build_open_clip(entry.hub_id),
-        "conch": lambda: build_conch(entry.hub_id),
-    }[entry.library]
     try:
-        return build()
+        if ours is not None:
+            return ours(entry, None if weights is None else Path(weights), impl, arguments)
+        return build_transformers(entry.hub_id, trust_code, arguments)
     except Exception as error:
         raise explained(error, entry.hub_id) from error
+
+
+def _open_clip_of(
+    entry: EncoderEntry, weights: Path | None, impl: str | None, arguments: dict[str, Any]
+) -> VisionTransformer:
+    """Load the image tower with its projection from the hub, a folder, or a file with its configuration beside it."""
+    if weights is None:
+        files = OpenClipFiles.of_hub(entry.hub_id)
+    else:
+        files = OpenClipFiles.of_folder(weights) if weights.is_dir() else OpenClipFiles.of_weights(weights)
+    return load_open_clip(files, impl, arguments)
+
+
+def _conch_of(
+    entry: EncoderEntry, weights: Path | None, impl: str | None, arguments: dict[str, Any]
+) -> VisionTransformer:
+    """Load CONCH without its projection, as its authors advise for features of images alone."""
+    path = first_of_hub(entry.hub_id, (entry.file,)) if weights is None else weights
+    path = path / entry.file if path.is_dir() else path
+    state = unwrapped(read_weights(path))
+    if not has_conch_pool(state):
+        raise ValueError(
+            f"weights must be those of {entry.name}, whose tower has attn_pool_contrast, got {path} without; give the "
+            f"{entry.file} of {entry.hub_id}"
+        )
+    return from_state_dict(state, name=str(path), impl=impl, copy=False, **{"num_classes": 0, **arguments})
 
 
 def _packed_where_it_can_be(
     network: nn.Module, card: EncoderCard, impl: str | None, embed_dim: int | None = None
 ) -> TileEncoder:
     """Convert a library's network to a packed transformer; if it cannot be, use the network itself and record why."""
+    if isinstance(network, VisionTransformer):
+        return TileEncoder(network, card)
     convert = from_timm if hasattr(network, "forward_head") else from_transformers
     try:
         if convert is from_transformers and not hasattr(network, "config"):
@@ -171,20 +201,16 @@ def _load_named(
     """Load a model of timm or the hub that is not in the table, with the input that its own configuration states."""
     if hub_id is not None:
         try:
-            config = _hub_config(hub_id)
+            path = first_of_hub(hub_id, ("config.json", CONFIG))
+            if path.name == CONFIG:
+                return encoder_of_open_clip(OpenClipFiles.of_hub(hub_id), text, impl, arguments)
         except Exception as error:
             raise explained(error, hub_id) from error
+        config = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" in config:
             return _load_transformers(hub_id, text, impl, trust_code, arguments)
     name = f"hf-hub:{hub_id}" if hub_id is not None else text.removeprefix("timm:")
     return _load_timm(name, text, impl, weights, arguments)
-
-
-def _hub_config(hub_id: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-
-    config: dict[str, Any] = json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text(encoding="utf-8"))
-    return config
 
 
 def _load_timm(
@@ -211,11 +237,14 @@ def _load_transformers(
 def _load_path(
     path: Path, impl: str | None, num_heads: int | None, trust_code: bool, arguments: dict[str, Any]
 ) -> TileEncoder:
-    """Load a folder in timm's or transformers' layout, or a file of weights with ImageNet's pixel statistics."""
+    """Load a folder as timm, transformers or open_clip wrote it, or a file of weights with ImageNet's statistics."""
     if path.is_dir():
+        if not (path / "config.json").is_file() and (path / CONFIG).is_file():
+            return encoder_of_open_clip(OpenClipFiles.of_folder(path), path.name, impl, arguments)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
-                f"an encoder's folder must have a config.json, got none in {path}; give the file of weights"
+                f"an encoder's folder must have a config.json or {CONFIG}, got neither in {path}; give the file of "
+                "weights"
             )
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "model_type" in config:

@@ -12,14 +12,10 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from maskattn.nn.encoders.entry import IMAGENET, EncoderEntry, Triple
+from maskattn.nn.encoders.entry import CLIP, IMAGENET, EncoderEntry, Triple
 
 __all__ = ["ENCODERS", "entry_named", "entry_of_hub", "nearest_names"]
 
-_OPENAI: tuple[Triple, Triple] = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)
 _HALVES: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _BIOPTIMUS: tuple[Triple, Triple] = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 _HIBOU: tuple[Triple, Triple] = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
@@ -30,7 +26,7 @@ _KAIKO = "Kaiko Non-Commercial Public License"
 _OWKIN = "Owkin non-commercial"
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
 _MERGES_TOKENS = "it is a Swin transformer, whose tokens attend within windows and are merged from stage to stage"
-_POOLS_ITSELF = "it pools its tokens with an attention pooler of its own, which the packed transformer does not have"
+_OTHER_CONCH = "its network is code of TITAN's repository, with positions and a pooler of another layout than CONCH's"
 
 
 def _row(
@@ -108,12 +104,12 @@ _ROWS = (
     _row("h0-mini", "H0-mini", "timm", "bioptimus/H0-mini", 1536, _BIOPTIMUS, 0.5, _NC_ND,
          "slide2vec, eva (the depth and width are in its hub's config.json alone)", pooling="token_avg", gated=True,
          arguments=dict(_SWIGLU)),
-    _row("conch", "CONCH", "conch", "MahmoodLab/CONCH", 512, _OPENAI, 0.5, _NC_ND,
-         "mahmoodlab/CONCH (conch_ViT-B-16.json, factory.py, vision_tower.py); TRIDENT", pooling="own", tile_px=448,
-         patch_px=512, gated=True, why_not=_POOLS_ITSELF),
+    _row("conch", "CONCH", "conch", "MahmoodLab/CONCH", 512, CLIP, 0.5, _NC_ND,
+         "mahmoodlab/CONCH (conch_ViT-B-16.json, factory.py, vision_tower.py); TRIDENT", pooling="coca", tile_px=448,
+         patch_px=512, gated=True, file="pytorch_model.bin"),
     _row("conch-v1.5", "CONCH v1.5", "transformers", "MahmoodLab/TITAN", 768, IMAGENET, 0.5, _NC_ND,
          "TRIDENT (conchv1_5.py), STAMP", pooling="own", tile_px=448, patch_px=512, gated=True, remote_code=True,
-         why_not=_POOLS_ITSELF),
+         why_not=_OTHER_CONCH),
     _row("phikon", "Phikon", "transformers", "owkin/phikon", 768, IMAGENET, 0.5, _OWKIN, "TRIDENT, slide2vec"),
     _row("phikon-v2", "Phikon-v2", "transformers", "owkin/phikon-v2", 1024, IMAGENET, 0.5, _OWKIN,
          "TRIDENT, slide2vec"),
@@ -143,20 +139,18 @@ _ROWS = (
          weights_at="https://github.com/Xiyue-Wang/TransPath (ctranspath.pth)", why_not=_MERGES_TOKENS),
     _timm("gpfm", "GPFM", "majiabo/GPFM", "vit_large_patch14_dinov2", 1024, IMAGENET, 0.5, _NC_ND,
           "TRIDENT, slide2vec, LazySlide", file="GPFM.pth", arguments={"init_values": 1e-5}),
-    _row("plip", "PLIP", "clip", "vinid/plip", 512, _OPENAI, None, "non-commercial",
+    _row("plip", "PLIP", "clip", "vinid/plip", 512, CLIP, None, "non-commercial",
          "STAMP, PathologyFoundation/plip README"),
-    _row("quiltnet-b16", "QuiltNet-B-16", "open_clip", "wisdomik/QuiltNet-B-16", 512, _OPENAI, None, "MIT",
-         "wisdomikezogwo/quilt1m README; LazySlide", pooling="own",
-         why_not="open_clip builds its network, whose layout is not known here"),
-    _row("quiltnet-b32", "QuiltNet-B-32", "open_clip", "wisdomik/QuiltNet-B-32", 512, _OPENAI, None, "MIT",
-         "wisdomikezogwo/quilt1m README; LazySlide", pooling="own",
-         why_not="open_clip builds its network, whose layout is not known here"),
+    _row("quiltnet-b16", "QuiltNet-B-16", "open_clip", "wisdomik/QuiltNet-B-16", 512, CLIP, None, "MIT",
+         "wisdomikezogwo/quilt1m README; LazySlide"),
+    _row("quiltnet-b32", "QuiltNet-B-32", "open_clip", "wisdomik/QuiltNet-B-32", 512, CLIP, None, "MIT",
+         "wisdomikezogwo/quilt1m README; LazySlide"),
     _general("dinov2-s", "DINOv2 ViT-S/14", "vit_small_patch14_dinov2.lvd142m", 384, IMAGENET),
     _general("dinov2-b", "DINOv2 ViT-B/14", "vit_base_patch14_dinov2.lvd142m", 768, IMAGENET),
     _general("dinov2-l", "DINOv2 ViT-L/14", "vit_large_patch14_dinov2.lvd142m", 1024, IMAGENET),
     _general("dinov2-g", "DINOv2 ViT-g/14", "vit_giant_patch14_dinov2.lvd142m", 1536, IMAGENET),
-    _general("clip-b16", "CLIP ViT-B/16", "vit_base_patch16_clip_quickgelu_224.openai", 768, _OPENAI),
-    _general("clip-l14", "CLIP ViT-L/14", "vit_large_patch14_clip_quickgelu_224.openai", 1024, _OPENAI),
+    _general("clip-b16", "CLIP ViT-B/16", "vit_base_patch16_clip_quickgelu_224.openai", 768, CLIP),
+    _general("clip-l14", "CLIP ViT-L/14", "vit_large_patch14_clip_quickgelu_224.openai", 1024, CLIP),
 )  # fmt: skip
 
 ENCODERS: dict[str, EncoderEntry] = {entry.name: entry for entry in _ROWS}

@@ -32,7 +32,8 @@ class EncoderCard:
 
     Attributes:
         name: the encoder's name in outputs.
-        pooling: the pooling of its tokens: "token", "avg", "token_avg", "map", or "own" if the library's module pools.
+        pooling: the pooling of its tokens: "token", "avg", "token_avg", "map", "coca", or "own" if the library's module
+            pools.
         pixel_mean, pixel_std: the statistics per channel, of pixels scaled to [0, 1].
         tile_px: the side of the encoder's input image, in px.
         patch_px: the side of the square that is cut from the slide, in px at ``spacing_um``, then resized to
