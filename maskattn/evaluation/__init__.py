@@ -1,6 +1,6 @@
-"""Evaluation: predictions of patients, how patients are split, and metrics with their intervals.
+"""Evaluation: predictions of patients, splits of the patients, and metrics with their intervals.
 
-Numpy, scipy and scikit-learn alone: nothing here loads torch.
+It uses numpy, scipy, scikit-learn, scikit-survival and matplotlib; nothing here loads torch.
 """
 
 from __future__ import annotations

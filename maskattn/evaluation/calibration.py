@@ -1,8 +1,9 @@
-"""Calibration: the temperature that a validation set asks for, and how often a confidence is right.
+"""Calibration: temperature scaling on a validation set, and reliability diagrams.
 
     q = softmax(log p / T),  T = argmin of the mean −log q[true class] over validation
 
-Guo et al., On Calibration of Modern Neural Networks, ICML 2017. It changes no order within a patient, so no accuracy.
+Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017. The order of a patient's classes does not
+change, and hence neither does the accuracy.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from maskattn.evaluation.weighted import Values
 __all__ = ["Reliability", "fit_temperature", "reliability_of", "with_temperature"]
 
 _RANGE = (0.05, 20.0)
-_LEAST = 1e-12  # of a probability, whose logarithm must be finite
+_LEAST = 1e-12  # probabilities are clipped to it, so that their logarithms are finite
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often patients of a like confidence are right, for each bin that has patients.
+    """The points of a reliability diagram, one for each bin of confidence that has patients.
 
     Attributes:
-        confidence: the mean confidence.
-        right: the share that is right.
-        low, high: Wilson's 95 % interval of that share, as if all rows of a patient were one.
-        patients: how many there are.
+        confidence: the mean confidence of each bin.
+        right: the share of rows that are right.
+        low, high: Wilson's 95 % interval of that share, with all rows of a patient counted as one.
+        patients: number of patients in each bin.
     """
 
     confidence: Values
@@ -41,7 +42,7 @@ class Reliability:
 
 
 def fit_temperature(validation: Predictions) -> float:
-    """The temperature for which the validation set's true classes are likeliest.
+    """Fit the temperature that maximises the likelihood of the validation set's true classes.
 
     Raises:
         ValueError: the task has no classes.
@@ -49,7 +50,7 @@ def fit_temperature(validation: Predictions) -> float:
     from scipy.optimize import minimize_scalar
 
     if not validation.is_classification:
-        raise ValueError(f"a temperature is for probabilities of classes, got a {validation.task} task")
+        raise ValueError(f"a temperature needs probabilities of classes, got a {validation.task} task")
     log_PK = _logarithms(validation.scores_PK)
 
     def loss(log_temperature: float) -> float:
@@ -63,7 +64,7 @@ def fit_temperature(validation: Predictions) -> float:
 
 
 def with_temperature(predictions: Predictions, temperature: float) -> Predictions:
-    """The same predictions with probabilities of this temperature; the chosen class stays.
+    """Return the predictions with their probabilities scaled by a temperature; the chosen class stays.
 
     Raises:
         ValueError: the temperature is not above 0.
@@ -76,15 +77,15 @@ def with_temperature(predictions: Predictions, temperature: float) -> Prediction
 
 
 def reliability_of(predictions: Predictions) -> Reliability:
-    """How often patients of a like confidence are right: of two classes whether they are of the second."""
+    """Compute the reliability diagram: of the second of two classes, or of the likeliest of several."""
     confidence_P, right_P = confidence_of(predictions)
     bin_P = np.searchsorted(np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1], confidence_P, side="right")
-    there = np.unique(bin_P)
+    filled = np.unique(bin_P)
     owners = np.array(predictions.owners)
-    patients = np.array([len(np.unique(owners[bin_P == one])) for one in there])
-    share = np.array([right_P[bin_P == one].mean() for one in there])
+    patients = np.array([len(np.unique(owners[bin_P == one])) for one in filled])
+    share = np.array([right_P[bin_P == one].mean() for one in filled])
     low, high = _wilson(share, patients)
-    return Reliability(np.array([confidence_P[bin_P == one].mean() for one in there]), share, low, high, patients)
+    return Reliability(np.array([confidence_P[bin_P == one].mean() for one in filled]), share, low, high, patients)
 
 
 def _wilson(share: Values, patients: NDArray[np.int64], z: float = 1.959964) -> tuple[Values, Values]:

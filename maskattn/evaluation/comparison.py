@@ -1,7 +1,7 @@
-"""Two models over the patients they share: a paired bootstrap of the difference.
+"""Comparison of two models over the patients they share, by a paired bootstrap of the difference.
 
-Each resample has the same patients for both, so that what makes a patient hard for both cancels out. A patient's
-slides, where each has a row, are drawn together.
+Each resample has the same patients for both models, so that what makes a patient hard for both cancels out. If each
+slide has a row, a patient's slides are drawn together.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Difference:
     """A metric of two models.
 
     Attributes:
-        metric: its name.
-        title: as the report has it.
-        first: the first model's value over the shared patients.
-        second: the second's.
-        difference: second less first, with its interval.
-        p: of the hypothesis that there is none, two-sided; None where there is no interval.
+        metric: name of the metric.
+        title: its title in the report.
+        first: the first model's value over the shared patients; None if undefined.
+        second: the second model's value; None if undefined.
+        difference: second minus first, with its interval.
+        p: two-sided p value of the hypothesis that the difference is 0; None if there is no interval.
     """
 
     metric: str
@@ -39,12 +39,12 @@ class Difference:
 
 
 def shared_patients(first: Predictions, second: Predictions) -> tuple[Predictions, Predictions]:
-    """The predictions of the patients that both have, in one order.
+    """Return both models' predictions of the rows that both have, in the same order.
 
     Raises:
-        ValueError: the tasks, targets or classes differ, no patient is in both, or a patient's labels differ.
+        ValueError: the tasks, targets or classes differ, fewer than two rows are in both, or a patient's labels differ.
     """
-    for name, what in (("task", "task"), ("target", "target"), ("classes", "classes, in one order")):
+    for name, what in (("task", "task"), ("target", "target"), ("classes", "list of classes")):
         one, other = getattr(first, name), getattr(second, name)
         if one != other:
             raise ValueError(
@@ -65,7 +65,7 @@ def shared_patients(first: Predictions, second: Predictions) -> tuple[Prediction
         if one is not None and (one != other).any():
             unlike = [patient for patient, same in zip(left.patient_ids, one == other, strict=True) if not same]
             raise ValueError(
-                f"a patient must have one label in all tables, got two of {some_of(unlike)}; mend the labels"
+                f"a patient must have one label in all tables, got two for {some_of(unlike)}; correct the labels"
             )
     if left.patient_of is None or right.patient_of is None:
         known = left.patient_of or right.patient_of
@@ -74,7 +74,7 @@ def shared_patients(first: Predictions, second: Predictions) -> tuple[Prediction
         pairs = zip(left.patient_ids, left.patient_of, right.patient_of, strict=True)
         unlike = [name for name, one, other in pairs if one != other]
         raise ValueError(
-            f"a row must be of one patient in all tables, got two of {some_of(unlike)}; mend the column PATIENT"
+            f"a row must have one patient in all tables, got two for {some_of(unlike)}; correct the column PATIENT"
         )
     return left, right
 
@@ -82,17 +82,17 @@ def shared_patients(first: Predictions, second: Predictions) -> tuple[Prediction
 def compare(
     first: Predictions, second: Predictions, *, resamples: int = 1000, seed: int = 0, stratified: bool = False
 ) -> list[Difference]:
-    """Every metric's difference over the shared patients, with its interval and p value.
+    """Compute the difference of every metric over the shared patients, with its interval and p value.
 
     Args:
-        first: what is compared with.
-        second: what is compared.
-        resamples: how many.
-        seed: of the draw.
-        stratified: draw within each class, or event.
+        first: predictions of the first model.
+        second: predictions of the second model.
+        resamples: number of resamples.
+        seed: seed of the bootstrap.
+        stratified: resample within each class, or within those with and without an event.
 
     Raises:
-        ValueError: as :func:`shared_patients` and :func:`~maskattn.evaluation.metrics.check_evaluable` say.
+        ValueError: see :func:`shared_patients` and :func:`~maskattn.evaluation.metrics.check_evaluable`.
     """
     left, right = shared_patients(first, second)
     check_evaluable(left)
@@ -103,15 +103,15 @@ def compare(
     for metric in metrics_of(left.task):
         one = distribution_of(metric.prepared(left), weights_BP, cluster_P)
         other = distribution_of(metric.prepared(right), weights_BP, cluster_P)
-        apart = other - one
-        told = estimate_of(apart)
-        p = None if told.low is None else apart.p_value()
-        found.append(Difference(metric.name, metric.title, _value(one.value), _value(other.value), told, p))
+        difference = other - one
+        estimate = estimate_of(difference)
+        p = None if estimate.low is None else difference.p_value()
+        found.append(Difference(metric.name, metric.title, _value(one.value), _value(other.value), estimate, p))
     return found
 
 
 def strata_for(predictions: Predictions) -> np.ndarray | None:
-    """What a stratified bootstrap draws within: the class, or whether the event was seen; of values nothing."""
+    """Return the strata of a bootstrap: the class, or whether there was an event; None for regression."""
     if predictions.is_classification:
         return predictions.truth
     return predictions.events.astype(np.int64) if predictions.task == "survival" else None

@@ -1,6 +1,6 @@
-"""Cross-validation: a model for each fold, chosen on the fold's own training patients, and judged on its test patients.
+"""Cross-validation: a model for each fold, chosen on the fold's validation part and evaluated on its test part.
 
-Whoever trains stands above this room, and is given: :class:`Trainer`. A run that was killed goes on fold by fold.
+The caller passes a :class:`Trainer`, because training is in a higher layer. An interrupted run is resumed fold by fold.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SPLITS, CHOICE = "splits.csv", "choice.json"
 
 
 class Trainer(Protocol):
-    """The functions that train and predict; both continue where they were killed."""
+    """The functions that train and predict; both resume interrupted work."""
 
     def train(self, candidate: str, split: Split, folder: Path) -> Predictions:
-        """Train a candidate on a split, without its test part; what the model says of the validation part."""
+        """Train a candidate on a split without its test part, and return its predictions of the validation part."""
 
     def predict(self, folder: Path, patients: Sequence[str]) -> Predictions:
-        """The predictions of a folder's model for patients."""
+        """Return the predictions of a folder's model for some patients."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class FoldOutcome:
     """The outcome of a fold.
 
     Attributes:
-        fold: its number.
-        chosen: the candidate that validation chose.
+        fold: index of the fold.
+        chosen: the candidate that was chosen on the validation part.
         model: the folder of its model.
-        validation: candidate → the task's first metric on the validation part; None where it is not defined.
-        predictions: of the test part, by the chosen model.
+        validation: candidate → the task's first metric on the validation part; None if undefined.
+        predictions: the chosen model's predictions of the test part.
     """
 
     fold: int
@@ -65,16 +65,16 @@ def cross_validate(
     """Train, choose and predict, fold by fold.
 
     Args:
-        trainer: see :class:`Trainer`.
-        candidates: names of configurations; with several, each fold's validation part chooses one for the fold.
-        splits: of the folds; each must have a test part.
+        trainer: trains and predicts.
+        candidates: names of configurations; if there are several, each fold chooses one on its validation part.
+        splits: the split of each fold; each must have a test part.
         out: folder of ``splits.csv`` and of a folder ``split-K`` for each fold, with its model or models, the test
             part's ``patient-preds.csv`` and ``choice.json``.
         on_fold: called after each fold.
 
     Raises:
         ValueError: a fold has no test part, or the folder has a run with other splits.
-        OutputError: something cannot be written.
+        OutputError: a file cannot be written.
     """
     for fold, split in enumerate(splits):
         if not split.test:
@@ -90,13 +90,13 @@ def cross_validate(
 
 
 def pooled(outcomes: Sequence[FoldOutcome]) -> tuple[Predictions, tuple[str, ...]]:
-    """The test predictions of all folds as one table, and notes on it.
+    """Return the test predictions of all folds as one table, and notes on it.
 
-    Where splits are drawn again and again (CLAM's are), a patient is in several test parts: then the patient's
-    probabilities or values are averaged over the models that did not learn from the patient.
+    If folds are drawn independently (as CLAM's are), a patient may be in several test parts. The patient's
+    probabilities or values are then averaged over the models that were not trained on the patient.
 
     Raises:
-        ValueError: patients of a survival task are in several test parts, whose models' risks have scales of their own.
+        ValueError: patients of a survival task are in several test parts, whose risks have different scales.
     """
     parts = [outcome.predictions.in_fold(outcome.fold) for outcome in outcomes]
     first = parts[0]
@@ -105,7 +105,7 @@ def pooled(outcomes: Sequence[FoldOutcome]) -> tuple[Predictions, tuple[str, ...
         return Predictions.joined(parts), ()
     if first.task == "survival":
         raise ValueError(
-            "test parts of a survival task must not share patients, as each model's risks have a scale of their own, "
+            "test parts of a survival task must not share patients, because each model's risks have their own scale, "
             f"got {len(names) - len(set(names))} that are tested again; give splits that test each patient once"
         )
     rows: dict[str, list[tuple[Predictions, int]]] = {}
@@ -117,7 +117,7 @@ def pooled(outcomes: Sequence[FoldOutcome]) -> tuple[Predictions, tuple[str, ...
     again = sum(len(found) > 1 for found in rows.values())
     note = (
         f"{again} of {len(rows)} patients are in several folds' test parts; their scores are averaged over those "
-        "models, and a single model may be less good: see the table by fold."
+        "models, so a single model may be worse: see the table by fold."
     )
     owners = tuple(found[0][0].owners[found[0][1]] for found in rows.values())
     one = replace(
@@ -137,7 +137,7 @@ def _keep_splits(splits: Sequence[Split], out: Path) -> None:
     if path.is_file():
         if _sets_of(read_splits(path, _Same())) != _sets_of(splits):
             raise ValueError(
-                f"a cross-validation goes on with the splits that it began with, got others than those in {path}; give "
+                f"a cross-validation is resumed with its own splits, got splits that differ from those in {path}; give "
                 "the same labels, --folds, --seed and --split, or name another --out"
             )
         return
@@ -146,7 +146,7 @@ def _keep_splits(splits: Sequence[Split], out: Path) -> None:
 
 
 class _Same(dict[str, str]):
-    """Every name stands for itself, also one that is no patient any more."""
+    """A mapping of every name to itself, including names that are no longer patients."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -161,20 +161,19 @@ def _sets_of(splits: Sequence[Split]) -> list[tuple[set[str], ...]]:
 
 def _run_fold(trainer: Trainer, candidates: Sequence[str], fold: int, split: Split, folder: Path) -> FoldOutcome:
     folders = {name: folder / ("model" if len(candidates) == 1 else f"model-{name}") for name in candidates}
-    # A training that has ended is read, so that a run that goes on finds out here whether its settings changed.
-    said = {name: trainer.train(name, split, folders[name]) for name in candidates}
-    validation = {name: _first_metric(found) for name, found in said.items()}
-    chosen = _best(validation, said[candidates[0]])
+    # A finished training is only read, which also checks that the settings of a resumed run have not changed.
+    predicted = {name: trainer.train(name, split, folders[name]) for name in candidates}
+    validation = {name: _first_metric(found) for name, found in predicted.items()}
+    chosen = _best(validation, predicted[candidates[0]])
     path = folder / PREDICTIONS_CSV
-    before = _choice_of(folder)
-    if path.is_file() and before == chosen:
-        one = said[chosen]
+    if path.is_file() and _choice_of(folder) == chosen:
+        one = predicted[chosen]
         predictions = Predictions.read_csv(path, one.task, None if one.task == "survival" else one.target)
         predictions = replace(predictions, target=one.target)
     else:
         predictions = trainer.predict(folders[chosen], split.test)
         predictions.write_csv(path)
-        _write_choice(folder, chosen, validation, said[chosen])
+        _write_choice(folder, chosen, validation, predicted[chosen])
     return FoldOutcome(fold, chosen, folders[chosen], validation, predictions)
 
 
@@ -184,9 +183,9 @@ def _first_metric(predictions: Predictions) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _best(validation: Mapping[str, float | None], said: Predictions) -> str:
-    """The candidate with the best value; of equal ones the first, and one without a value last."""
-    sign = 1 if metrics_of(said.task)[0].better == "higher" else -1
+def _best(validation: Mapping[str, float | None], predictions: Predictions) -> str:
+    """Return the candidate with the best value, the first of equals; one without a value is chosen last."""
+    sign = 1 if metrics_of(predictions.task)[0].better == "higher" else -1
     known = {name: -np.inf if value is None else sign * value for name, value in validation.items()}
     return max(known, key=known.__getitem__)
 
@@ -199,11 +198,11 @@ def _choice_of(folder: Path) -> str | None:
     return found
 
 
-def _write_choice(folder: Path, chosen: str, validation: Mapping[str, float | None], said: Predictions) -> None:
-    metric = metrics_of(said.task)[0].name
+def _write_choice(folder: Path, chosen: str, validation: Mapping[str, float | None], predictions: Predictions) -> None:
+    metric = metrics_of(predictions.task)[0].name
     text = json.dumps({"chosen": chosen, "metric": metric, "validation": dict(validation)}, indent=2)
     try:
         with replacing(folder / CHOICE) as temporary:
             temporary.write_text(f"{text}\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{CHOICE} must be written whole, got {folder}: {error.strerror or error}") from error
+        raise OutputError(f"{CHOICE} must be written completely, got {folder}: {error.strerror or error}") from error

@@ -1,7 +1,7 @@
 """The report's figures: ROC, precision-recall, confusion, reliability, Kaplan-Meier, predicted against true values.
 
-Colours are Okabe and Ito's, which people with any kind of colour vision tell apart, and every curve has a line style of
-its own. No pyplot, hence no global state.
+The colours are Okabe and Ito's palette, which people with any kind of colour vision can distinguish, and curves also
+differ in line style. pyplot is not used, because it has global state.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["INK", "Drawn", "draw_figures", "p_text"]
 
-INK = "#1c1f23"  # the report's; in the page it follows light and dark
-_QUIET = "#8b929b"  # seen on white and on black
+INK = "#1c1f23"  # the report's text colour; in the page it is replaced by that of the light or dark theme
+_QUIET = "#8b929b"  # visible on white and on black
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _LINES = ("-", "--", "-.", ":")
 _SIZE_INCH = (4.8, 4.5)
 _MOST_CURVES = 12
-_MOST_NUMBERED = 12  # classes, beyond which a confusion matrix has no numbers in its cells
+_MOST_NUMBERED = 12  # largest number of classes for which a confusion matrix has numbers in its cells
 _LONGEST = 18
 
 
@@ -41,10 +41,10 @@ class Drawn:
     """A figure.
 
     Attributes:
-        name: of its file.
-        title: what it shows.
-        alt: the same for those who do not see it.
-        figure: matplotlib's.
+        name: name of its file, without suffix.
+        title: its caption.
+        alt: its alternative text.
+        figure: the figure of matplotlib.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Drawn:
 
 
 def draw_figures(evaluations: Sequence[Evaluation]) -> list[Drawn]:
-    """The figures of the models, which predict one task: of two classes several models share the curves' axes."""
+    """Draw the figures of models with one task; for two classes, the curves of all models share their axes."""
     task = evaluations[0].predictions.task
     if task == "survival":
         return [drawn for one in evaluations for drawn in _kaplan_meier(one)]
@@ -66,12 +66,12 @@ def draw_figures(evaluations: Sequence[Evaluation]) -> list[Drawn]:
 
 
 def _file_name(model: str, kind: str) -> str:
-    """The file name of a figure: the letters and digits of the model's name, and the kind."""
+    """Return the file name of a figure: the letters and digits of the model's name, and the kind."""
     return "-".join(filter(None, (re.sub(r"[^\w.]+", "-", model).strip("-."), kind)))
 
 
 def p_text(p: float) -> str:
-    """A p value as it is printed."""
+    """Return the text of a p value."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -99,7 +99,7 @@ def _square(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    """A legend below the axes, whose names have their fonts, and whose signs have no meaning for matplotlib."""
+    """Add a legend below the axes, with fonts that have the names' characters, and without math markup."""
     columns = 1 if len(names) < 2 else 2 if len(names) < 5 or max(map(len, names)) > 8 else 3
     handles, labels = axes.get_legend_handles_labels()
     legend = figure.legend(
@@ -120,13 +120,13 @@ Curves = list[tuple[str, Predictions, int, str]]
 
 
 def _curves(group: Sequence[Evaluation], metric: str) -> Curves:
-    """What each curve is of: its label, predictions, and class."""
+    """Return each curve's label, predictions, class, and value of the metric."""
     if group[0].predictions.task == "binary":
         return [
             (_short(one.name), one.predictions, 1, _value(one.metrics[metric].value)) for one in group[:_MOST_CURVES]
         ]
     one = group[0]
-    there = present_classes(one.predictions)[:_MOST_CURVES]
+    present = present_classes(one.predictions)[:_MOST_CURVES]
     return [
         (
             _short(one.predictions.classes[index]),
@@ -134,7 +134,7 @@ def _curves(group: Sequence[Evaluation], metric: str) -> Curves:
             index,
             _value(one.by_class[index].metrics[metric].value),
         )
-        for index in there
+        for index in present
     ]
 
 
@@ -143,7 +143,7 @@ def _value(value: float | None) -> str:
 
 
 def _named(group: Sequence[Evaluation], kind: str) -> tuple[str, str]:
-    """A figure's file name and title."""
+    """Return a figure's file name, and a phrase that says what it is of."""
     predictions = group[0].predictions
     if predictions.task == "binary":
         of = f"{predictions.target} is {predictions.classes[1]}"
@@ -220,7 +220,7 @@ def _confusion(one: Evaluation) -> Drawn:
     axes.tick_params(length=0)
     for row, column in np.ndindex(counts.shape) if classes <= _MOST_NUMBERED else ():
         text = f"{counts[row, column]:,}\n{share[row, column]:.0%}" if counts[row, column] else "0"
-        ink = "#ffffff" if share[row, column] > 0.7 else "#1b1b1b"  # on a colour of its own, light page or dark
+        ink = "#ffffff" if share[row, column] > 0.7 else "#1b1b1b"  # the cells have their own colours in both themes
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
     counted = "Patients" if one.predictions.patient_of is None else "Slides or patches"
     title = f"Confusion: {one.name}. {counted}, and their share of the true class."
@@ -272,7 +272,7 @@ def _kaplan_meier(one: Evaluation) -> list[Drawn]:
 
 
 def _number_at_risk(axes: Axes, groups: Sequence[Any]) -> None:
-    """Below each tick, how many patients are still followed: a line for each group."""
+    """Write the numbers of patients at risk below each tick, a line for each group."""
     last = axes.get_xlim()[1]
     ticks = [float(tick) for tick in axes.get_xticks() if 0 <= tick <= last]
     axes.set_xticks(

@@ -1,4 +1,4 @@
-"""What ``maskattn evaluate`` is given: files of predictions, folders of folds, and what to call each."""
+"""The inputs of ``maskattn evaluate``: files of predictions or folders of folds, and names for the models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FOLD = re.compile(r"(?:split|fold)[-_](\d+)")
 
 
 def read_model(path: Path, task: Task | None = None, target: str | None = None) -> Predictions:
-    """The predictions of a file, or of the folds in a folder.
+    """Read the predictions of a file, or of the folds in a folder.
 
     Args:
         path: a table of predictions, or a folder with ``patient-preds.csv`` or, as STAMP's and our cross-validation
-            leave it, with ``split-0/patient-preds.csv``, ``split-1/patient-preds.csv`` and so on.
-        task, target: what the columns leave open.
+            write it, with ``split-0/patient-preds.csv``, ``split-1/patient-preds.csv`` and so on.
+        task, target: the task and the column of labels, if the columns do not determine them.
 
     Raises:
         ValueError: there are no predictions, or a patient is in the test part of two folds.
@@ -48,17 +48,17 @@ def read_model(path: Path, task: Task | None = None, target: str | None = None) 
 
 
 def model_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each: as much of the end of its path as tells it from the others, less what all files are called."""
-    told = [_parts(path) for path in paths]
-    longest = max(map(len, told))
+    """Return a name for each model: the shortest end of its path that distinguishes it, without the usual file name."""
+    all_parts = [_parts(path) for path in paths]
+    longest = max(map(len, all_parts))
     for length in range(1, longest + 1):
-        names = ["/".join(parts[-length:]) for parts in told]
+        names = ["/".join(parts[-length:]) for parts in all_parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{'/'.join(parts)} ({number})" for number, parts in enumerate(told, 1)]
+    return [f"{'/'.join(parts)} ({number})" for number, parts in enumerate(all_parts, 1)]
 
 
 def _parts(path: Path) -> tuple[str, ...]:
-    whole = path.resolve().with_suffix("") if path.suffix == ".csv" else path.resolve()
-    parts = whole.parts[1:]
+    resolved = path.resolve().with_suffix("") if path.suffix == ".csv" else path.resolve()
+    parts = resolved.parts[1:]
     return parts[:-1] if len(parts) > 1 and path.name == PREDICTIONS_CSV else parts

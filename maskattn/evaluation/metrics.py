@@ -1,7 +1,7 @@
-"""The metrics of each task, and those of each class: what they are called, and how a resample of patients gives them.
+"""The metrics of each task and of each class, as functions of resamples of the patients.
 
-Every value equals scikit-learn's, scipy's or scikit-survival's of the same patients. Means over classes are macro, over
-the classes that the patients have, one against the rest.
+Every value equals that of scikit-learn, scipy or scikit-survival for the same patients. Means over classes are macro
+averages over the classes that the patients have, each against the rest.
 
 Dimension key: B resamples, P patients, K classes.
 """
@@ -36,11 +36,11 @@ class Metric:
     """A metric.
 
     Attributes:
-        name: in ``metrics.json``.
-        title: in the report.
-        prepared: predictions → the metric of their resamples.
-        better: whether more or less of it is better.
-        meaning: a sentence for the report.
+        name: the name in ``metrics.json``.
+        title: the title in the report.
+        prepared: predictions → the metric as a function of their resamples.
+        better: "higher" or "lower".
+        meaning: an explanation for the report.
     """
 
     name: str
@@ -51,43 +51,43 @@ class Metric:
 
 
 def check_evaluable(predictions: Predictions) -> None:
-    """Whether there is something to measure.
+    """Check that metrics are defined for these predictions.
 
     Raises:
-        ValueError: all patients have one class or one value, or no two can be compared.
+        ValueError: all patients have the same class or value, or no two can be compared.
     """
     if predictions.is_classification:
-        there = present_classes(predictions)
-        if len(there) < 2:
+        present = present_classes(predictions)
+        if len(present) < 2:
             raise ValueError(
-                f"an evaluation must have patients of two classes or more, got only {predictions.classes[there[0]]} "
+                f"an evaluation must have patients of two classes or more, got only {predictions.classes[present[0]]} "
                 f"({predictions.patients} patients); add patients of the others"
             )
     elif predictions.task == "regression":
         if np.ptp(predictions.truth) == 0:
             raise ValueError(
-                f"an evaluation must have patients of different {predictions.target}, got {predictions.truth[0]:g} of "
+                f"an evaluation must have patients of different {predictions.target}, got {predictions.truth[0]:g} for "
                 f"all {predictions.patients}; add others"
             )
     elif np.isnan(_concordance(predictions)(np.ones((1, predictions.rows)))[0]):
         raise ValueError(
-            "an evaluation of survival must have two patients who can be compared, the one with the shorter time with "
+            "an evaluation of survival must have two comparable patients, of whom the one with the shorter time had "
             f"the event, got {predictions.events.sum()} events in {predictions.patients} patients; add patients"
         )
 
 
 def present_classes(predictions: Predictions) -> list[int]:
-    """The classes that patients have."""
+    """Return the indices of the classes that patients have."""
     return [int(index) for index in np.unique(predictions.truth)]
 
 
 def metrics_of(task: Task) -> tuple[Metric, ...]:
-    """The metrics of a task, the one that matters most first."""
+    """Return the metrics of a task, the main one first."""
     return _METRICS[task]
 
 
 def metrics_of_class(index: int) -> tuple[Metric, ...]:
-    """The metrics of a class against the rest."""
+    """Return the metrics of a class against the rest."""
     return (
         Metric("auc", "AUC", lambda p: _one_auc(p, index), "higher", ""),
         Metric("average_precision", "Average precision", lambda p: _one_precision(p, index), "higher", ""),
@@ -103,7 +103,7 @@ def _share(above: Values, below: Values) -> Values:
 
 
 def _cells(counts_BKK: Values, index: int) -> tuple[Values, Values, Values, Values]:
-    """True positives, false negatives, false positives and true negatives of a class."""
+    """Return the true positives, false negatives, false positives and true negatives of a class."""
     hit = counts_BKK[:, index, index]
     missed = counts_BKK[:, index].sum(1) - hit
     wrong = counts_BKK[:, :, index].sum(1) - hit
@@ -154,7 +154,7 @@ def _one_precision(predictions: Predictions, index: int) -> Weighted:
 
 
 def _positive_or_mean(one: Callable[[Predictions, int], Weighted]) -> Callable[[Predictions], Weighted]:
-    """For two classes that of the second; for more the mean over the classes that patients have."""
+    """Return a metric that is the second class's for two classes, and otherwise the mean over the present classes."""
 
     def prepared(predictions: Predictions) -> Weighted:
         if len(predictions.classes) == 2:
@@ -181,12 +181,12 @@ def _f1_score(predictions: Predictions) -> Weighted:
 
 
 def _kappa(power: int) -> Callable[[Predictions], Weighted]:
-    """Cohen's kappa; errors count by the distance of the classes to this power, 0 = all alike."""
+    """Return Cohen's kappa, with errors weighted by this power of the classes' distance; 0 weights all equally."""
 
     def prepared(predictions: Predictions) -> Weighted:
         counted = _counts(predictions)
-        apart = np.abs(np.subtract.outer(range(len(predictions.classes)), range(len(predictions.classes))))
-        cost_KK = (apart > 0).astype(np.float64) if power == 0 else apart.astype(np.float64) ** power
+        distance_KK = np.abs(np.subtract.outer(range(len(predictions.classes)), range(len(predictions.classes))))
+        cost_KK = (distance_KK > 0).astype(np.float64) if power == 0 else distance_KK.astype(np.float64) ** power
 
         def kappa(weights_BP: Values) -> Values:
             counts_BKK = counted(weights_BP)
@@ -207,12 +207,12 @@ def _steps_off(predictions: Predictions) -> Weighted:
 def _brier(predictions: Predictions) -> Weighted:
     hot_PK = np.eye(len(predictions.classes))[predictions.truth]
     squares_P = ((predictions.scores_PK - hot_PK) ** 2).sum(1)
-    # Of two classes the score has one number, and scikit-learn's is the square of its error.
+    # For two classes, scikit-learn's score is the squared error of one probability.
     return weighted.mean_of(squares_P / 2 if len(predictions.classes) == 2 else squares_P)
 
 
 def confidence_of(predictions: Predictions) -> tuple[Values, NDArray[np.bool_]]:
-    """What calibration compares: of two classes the second's probability, of more that of the likeliest class."""
+    """Return (P,) confidences and whether they are right: of the second of two classes, or of the likeliest class."""
     if len(predictions.classes) == 2:
         return predictions.scores_PK[:, 1], predictions.truth == 1
     return predictions.scores_PK.max(1), predictions.scores_PK.argmax(1) == predictions.truth
@@ -244,8 +244,8 @@ _AUC = Metric(
     "AUC",
     _positive_or_mean(_one_auc),
     "higher",
-    "The area under the ROC curve: how often a patient of the class has a higher score than one without it; 0.5 is "
-    "chance. Of more than two classes the mean of each against the rest.",
+    "The area under the ROC curve: how often a patient of the class has a higher score than another patient; 0.5 is "
+    "chance. For more than two classes, the mean over the classes, each against the rest.",
 )
 _AP = Metric(
     "average_precision",
@@ -254,20 +254,20 @@ _AP = Metric(
     "higher",
     "The mean precision over all recalls; chance is the share of the class.",
 )
-_ACCURACY = Metric("accuracy", "Accuracy", _accuracy, "higher", "The share of patients whose class is right.")
+_ACCURACY = Metric("accuracy", "Accuracy", _accuracy, "higher", "The share of patients with the right class.")
 _BALANCED = Metric(
     "balanced_accuracy",
     "Balanced accuracy",
     _balanced_accuracy,
     "higher",
-    "The mean over the classes of the share that is right; 1 divided by the number of classes is chance.",
+    "The mean over the classes of the share that is right; chance is 1 divided by the number of classes.",
 )
 _F1 = Metric(
     "f1",
     "F1",
     _f1_score,
     "higher",
-    "The harmonic mean of precision and recall: of two classes the second's, of more the mean over them.",
+    "The harmonic mean of precision and recall: of the second of two classes, or the mean over more classes.",
 )
 _COHEN = Metric("kappa", "Cohen's kappa", _kappa(0), "higher", "Agreement beyond chance; 0 is chance.")
 _QUADRATIC = Metric(
@@ -275,24 +275,23 @@ _QUADRATIC = Metric(
     "Quadratic-weighted kappa",
     _kappa(2),
     "higher",
-    "Agreement beyond chance, where an error counts by the square of how many classes it is off; 0 is chance.",
+    "Agreement beyond chance, with errors weighted by the square of their distance in classes; 0 is chance.",
 )
-_STEPS = Metric(
-    "mae", "Mean error in classes", _steps_off, "lower", "How many classes a prediction is off, on average."
-)
+_STEPS = Metric("mae", "Mean error in classes", _steps_off, "lower", "The mean distance of predictions in classes.")
 _BRIER = Metric(
     "brier",
     "Brier score",
     _brier,
     "lower",
-    "The mean squared error of the probabilities; of more than two classes summed.",
+    "The mean squared error of the probabilities, summed over more than two classes.",
 )
 _ECE = Metric(
     "ece",
     "Calibration error (ECE)",
     _calibration_error,
     "lower",
-    f"How far confidence is from the share that is right, over {CALIBRATION_BINS} bins; too high of few patients.",
+    f"The distance of confidence from the share that is right, over {CALIBRATION_BINS} bins; biased upwards for few "
+    "patients.",
 )
 _NOMINAL = (_AUC, _AP, _ACCURACY, _BALANCED, _F1)
 
@@ -306,7 +305,7 @@ _METRICS: dict[Task, tuple[Metric, ...]] = {
             "R²",
             lambda p: weighted.determination(*_values(p)),
             "higher",
-            "The share of the variance that is explained; 0 is what the mean explains, and it may be less.",
+            "The share of the variance that is explained; 0 for the mean as prediction, and it may be negative.",
         ),
         Metric("mae", "Mean absolute error", _error(1), "lower", "In the unit of the target."),
         Metric("rmse", "Root mean squared error", _error(2), "lower", "In the unit of the target."),
@@ -319,9 +318,9 @@ _METRICS: dict[Task, tuple[Metric, ...]] = {
             "C-index",
             _concordance,
             "higher",
-            "Harrell's: how often, of two patients who can be compared, the one with the higher risk had the event "
-            "first; 0.5 is chance. With folds only patients of one fold are compared, since each model's risks have a "
-            "scale of their own.",
+            "Harrell's: how often, of two comparable patients, the one with the higher risk had the event first; 0.5 "
+            "is chance. With folds, only patients of the same fold are compared, because each model's risks have "
+            "their own scale.",
         ),
     ),
 }

@@ -1,4 +1,4 @@
-"""Predictions as a table: the columns of STAMP's ``patient-preds.csv``, and ``fold`` where there are folds.
+"""Tables of predictions, with the columns of STAMP's ``patient-preds.csv``, and ``fold`` if there are folds.
 
 ============== ====================================================================================
 task           columns
@@ -8,9 +8,10 @@ regression     ``PATIENT``, the target, ``pred``, ``loss``
 survival       ``PATIENT``, ``pred_score`` (earlier ``pred_risk``), ``time``, ``event``
 ============== ====================================================================================
 
-Where rows are a patient's slides or patches, ``PATIENT`` may come again and again, and ``sample_id`` names the row.
-``loss`` is the cross entropy of the row, or its absolute error. Read from STAMP 2.4's ``modeling/deploy.py``, whose
-rows are sorted by it; ours keep their order.
+If rows are slides or patches, ``PATIENT`` may occur several times, and ``sample_id`` names the row. ``loss`` is the
+cross entropy of the row, or its absolute error.
+
+Source: STAMP 2.4's ``modeling/deploy.py``, which sorts rows by the loss; ours keep their order.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _FALSE = {"0": False, "0.0": False, "false": False, "censored": False, "alive": 
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
-    """Write predictions as such a table.
+    """Write predictions as a table.
 
     Raises:
         OutputError: the file cannot be written.
@@ -50,19 +51,20 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(_lines(predictions))
     except OSError as error:
-        raise OutputError(f"predictions must be written whole, got {path}: {error.strerror or error}") from error
+        raise OutputError(f"predictions must be written completely, got {path}: {error.strerror or error}") from error
 
 
 def read_predictions(path: Path, task: Task | None = None, target: str | None = None) -> Predictions:
-    """Read such a table.
+    """Read a table of predictions.
 
     Args:
         path: a CSV file.
-        task: what the columns leave open. Several classes are ordinal where their names are rising numbers.
-        target: the name of the column of labels, where the columns leave it open.
+        task: the task; None determines it from the columns: several classes are ordinal if their names are increasing
+            numbers.
+        target: the column of labels; None determines it from the columns.
 
     Raises:
-        ValueError: columns are missing, a label is no class, or what is read makes no :class:`Predictions`.
+        ValueError: columns are missing, a label is not a class, or :class:`Predictions` refuses the contents.
     """
     header, rows = read_rows(path)
     try:
@@ -76,7 +78,7 @@ def read_predictions(path: Path, task: Task | None = None, target: str | None = 
             if task is not None:
                 raise ValueError(
                     f"predictions of classes must have a column <target>_<class> for each class, got "
-                    f"{_there(header)}; name the target's column with --target"
+                    f"{_shown(header)}; name the target's column with --target"
                 )
         return _regression(header, rows, patient, target)
     except ValueError as error:
@@ -84,7 +86,7 @@ def read_predictions(path: Path, task: Task | None = None, target: str | None = 
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The header and the rows of a CSV file, as text; fields without a value are empty.
+    """Read the header and the rows of a CSV file as text; missing fields are empty.
 
     Raises:
         ValueError: the file cannot be read, or has no rows.
@@ -101,9 +103,9 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     header, *rows = [record for record in records if any(record)] or [[]]
     if not rows:
         raise ValueError(f"a table must have a header and rows, got none in {path}")
-    twice = [name for name, count in Counter(header).items() if count > 1 and name]
-    if twice:
-        raise ValueError(f"a table must have each column once, got several of {some_of(twice)} in {path}; drop one")
+    repeated = [name for name, count in Counter(header).items() if count > 1 and name]
+    if repeated:
+        raise ValueError(f"a table must have each column once, got several of {some_of(repeated)} in {path}; drop one")
     return header, [dict(itertools.zip_longest(header, row[: len(header)], fillvalue="")) for row in rows]
 
 
@@ -131,7 +133,7 @@ def _lines(predictions: Predictions) -> Iterator[Sequence[Any]]:
             yield [patient, predictions.classes[truth], predictions.classes[chosen], *scores, loss, *last]
 
 
-def _there(header: Sequence[str]) -> str:
+def _shown(header: Sequence[str]) -> str:
     return f"the columns {some_of(list(header), 12)}"
 
 
@@ -140,11 +142,11 @@ def _patient_column(header: Sequence[str]) -> str:
     for name in _PATIENT:
         if name.casefold() in by_name:
             return by_name[name.casefold()]
-    raise ValueError(f"a table of patients must have a column PATIENT, got {_there(header)}")
+    raise ValueError(f"a table of patients must have a column PATIENT, got {_shown(header)}")
 
 
 def _class_columns(header: Sequence[str], target: str | None) -> tuple[str, list[str]] | None:
-    """The target and its columns of scores; None where no target has any."""
+    """Return the target and its columns of scores; None if no column has any."""
     found = {}
     for name in header if target is None else [target]:
         columns = [other for other in header if other.startswith(f"{name}_") and name]
@@ -193,8 +195,8 @@ def _regression(
     others = [name for name in header if name and name not in (patient, "pred", "loss", _FOLD, *_SAMPLE)]
     if "pred" not in header or (target is None and len(others) != 1) or (target is not None and target not in header):
         raise ValueError(
-            "predictions must have the columns PATIENT, <target>, pred and, of classes, <target>_<class> for each; of "
-            f"survival PATIENT, pred_score, time, event; got {_there(header)}"
+            "predictions must have the columns PATIENT, <target>, pred and, for classes, <target>_<class> for each; "
+            f"for survival PATIENT, pred_score, time, event; got {_shown(header)}"
             + ("; name the target's column with --target" if target is None and len(others) > 1 else "")
         )
     target = others[0] if target is None else target
@@ -214,13 +216,13 @@ def _survival(
     risk = next((name for name in _RISK if name in header), None)
     if risk is None or "time" not in header or "event" not in header:
         raise ValueError(
-            f"predictions of survival must have the columns PATIENT, pred_score, time, event, got {_there(header)}"
+            f"predictions of survival must have the columns PATIENT, pred_score, time, event, got {_shown(header)}"
         )
     events = []
     for row in rows:
         value = row["event"].casefold()
         if value not in _TRUE and value not in _FALSE:
-            raise ValueError(f"an event must be 1 (seen) or 0 (not seen), got {row['event']!r} of {row[patient]}")
+            raise ValueError(f"an event must be 1 (observed) or 0 (censored), got {row['event']!r} for {row[patient]}")
         events.append(value in _TRUE)
     return Predictions(
         task="survival",
@@ -234,7 +236,7 @@ def _survival(
 
 
 def _names(header: Sequence[str], rows: Sequence[Mapping[str, str]], patient: str) -> dict[str, Any]:
-    """What each row is called and, where rows are slides or patches, whose they are."""
+    """Return the ids of the rows and, if rows are slides or patches, their patients, as arguments."""
     patients = tuple(row[patient] for row in rows)
     sample = next((name for name in _SAMPLE if name in header), None)
     if sample is None:
@@ -244,7 +246,7 @@ def _names(header: Sequence[str], rows: Sequence[Mapping[str, str]], patient: st
 
 def _number(text: str) -> float:
     if not text:
-        return math.nan  # told of with the patient's name
+        return math.nan  # refused later, with the patient's name
     try:
         return float(text)
     except ValueError:
@@ -254,13 +256,13 @@ def _number(text: str) -> float:
 def _class_of(name: str, index: Mapping[str, int], patient: str, column: str) -> int:
     if name in index:
         return index[name]
-    # A spreadsheet or pandas writes the class 2 as 2.0 where another row has none.
+    # A spreadsheet or pandas writes the class 2 as 2.0 if another row has no label.
     if name.endswith(".0") and name[:-2] in index:
         return index[name[:-2]]
-    came = "no label" if name.casefold() in ("", "nan", "none", "na") else repr(name)
+    got = "no label" if name.casefold() in ("", "nan", "none", "na") else repr(name)
     raise ValueError(
-        f"{column} must be one of the classes {some_of(list(index), 12)}, got {came} of {patient}; drop the rows "
-        "without a label, and name classes as the columns of scores do"
+        f"{column} must be one of the classes {some_of(list(index), 12)}, got {got} for {patient}; drop the rows "
+        "without a label, and name classes as in the columns of scores"
     )
 
 

@@ -1,6 +1,6 @@
 """A model's predictions with the true labels: a row for each patient, or for each of a patient's slides or patches.
 
-Dimension key: P rows, K scores of each (classes, or one value or risk).
+Dimension key: P rows, K scores per row (classes, or one value or risk).
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ __all__ = ["TASKS", "Predictions", "Task", "some_of"]
 
 Task = Literal["binary", "multiclass", "ordinal", "regression", "survival"]
 TASKS: tuple[Task, ...] = ("binary", "multiclass", "ordinal", "regression", "survival")
-"""Ordinal classes stand in their order."""
+"""The tasks; for "ordinal" the classes are in order."""
 
-_SUM_TOLERANCE = 1e-3  # what four printed decimals leave
+_SUM_TOLERANCE = 1e-3  # for probabilities that were printed with four decimals
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Predictions of patients and what is true of them.
+    """Predictions of patients, with their true labels.
 
     Attributes:
         task: one of :data:`TASKS`.
-        target: the name of what is predicted, the column of the labels.
-        patient_ids: P ids, each once; of patients or, beside ``patient_of``, of their slides or patches.
+        target: the name of the target, a column of the labels.
+        patient_ids: P distinct ids, of patients or, with ``patient_of``, of their slides or patches.
         scores_PK: (P, K) float64; probabilities of the classes, or one value (regression) or log risk (survival).
-        truth_P: (P,) index of the true class (int64), or the true value (float64); of survival, None.
-        classes: K names, in the order of the scores; of regression and survival, none.
-        predicted_P: (P,) index of the class that the model chose; where it is None, that of the highest score.
-        time_P: (P,) float64, of survival: until the event, or until the patient was last seen.
-        event_P: (P,) bool, of survival: whether the event was seen.
-        fold_P: (P,) int64, which fold's test part each patient was in; None where there are no folds.
-        patient_of: P ids, the patient of each slide or patch; None where each row is a patient. Rows of one patient
-            are alike, so that the bootstrap draws them together.
+        truth_P: (P,) index of the true class (int64), or the true value (float64); None for survival.
+        classes: K names, in the order of the scores; empty for regression and survival.
+        predicted_P: (P,) index of the class that the model chose; None is replaced by that of the highest score.
+        time_P: (P,) float64, for survival: the time to the event or to censoring.
+        event_P: (P,) bool, for survival: whether the event was observed.
+        fold_P: (P,) int64, the fold whose test part has the row; None if there are no folds.
+        patient_of: P ids, the patient of each slide or patch; None if each row is a patient. Rows of one patient are
+            correlated, so the bootstrap draws them together.
 
     Raises:
-        ValueError: shapes differ, a patient comes twice, a number is not finite, or scores are no probabilities.
+        ValueError: shapes differ, an id occurs twice, a number is not finite, or scores are not probabilities.
     """
 
     task: Task
@@ -79,7 +79,7 @@ class Predictions:
                 object.__setattr__(self, "predicted_P", self.scores_PK.argmax(1))
         elif self.task == "survival" and self.times.min() < 0:
             early = some_of([one for one, time in zip(self.patient_ids, self.times, strict=True) if time < 0])
-            raise ValueError(f"a time to an event must be 0 or more, got less of {early}; count it from one start")
+            raise ValueError(f"a time to an event must be 0 or more, got less for {early}; measure it from one origin")
 
     @property
     def rows(self) -> int:
@@ -98,7 +98,7 @@ class Predictions:
 
     @property
     def clusters(self) -> NDArray[np.int64] | None:
-        """(P,) which rows are one patient's, counted as patients first come; None where each row is a patient."""
+        """(P,) the index of each row's patient, in order of first occurrence; None if each row is a patient."""
         if self.patient_of is None:
             return None
         number = {patient: index for index, patient in enumerate(dict.fromkeys(self.patient_of))}
@@ -106,35 +106,35 @@ class Predictions:
 
     @property
     def is_classification(self) -> bool:
-        """Whether there are classes."""
+        """Whether the task has classes."""
         return bool(self.classes)
 
     @property
     def truth(self) -> NDArray[Any]:
-        """The true labels of a task with one label."""
+        """(P,) the true classes or values; not for survival."""
         assert self.truth_P is not None
         return self.truth_P
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """The index of the class that the model chose, of a task of classes."""
+        """(P,) the index of the class that the model chose, for a task with classes."""
         assert self.predicted_P is not None
         return self.predicted_P
 
     @property
     def times(self) -> NDArray[np.float64]:
-        """Times of a survival task."""
+        """(P,) the times of a survival task."""
         assert self.time_P is not None
         return self.time_P
 
     @property
     def events(self) -> NDArray[np.bool_]:
-        """Whether the event was seen, of a survival task."""
+        """(P,) whether the event of a survival task was observed."""
         assert self.event_P is not None
         return self.event_P
 
     def of(self, rows: NDArray[Any] | Sequence[int]) -> Predictions:
-        """Those of some rows, in their order; rows are indices or a bool for each patient."""
+        """Return the predictions of some rows, given as indices, in their order, or as a (P,) bool."""
         indices = np.arange(self.rows)[np.asarray(rows)]
         columns = ("scores_PK", "truth_P", "predicted_P", "time_P", "event_P", "fold_P")
         given = {name: getattr(self, name) for name in columns}
@@ -144,15 +144,15 @@ class Predictions:
         return replace(self, patient_ids=names, patient_of=owners, **kept)
 
     def in_fold(self, fold: int) -> Predictions:
-        """The same predictions with the fold they belong to."""
+        """Return the predictions with the index of their fold."""
         return replace(self, fold_P=np.full(self.rows, fold))
 
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
-        """Predictions of several folds as one.
+        """Join the predictions of several folds.
 
         Raises:
-            ValueError: their tasks, targets or classes differ, or a patient is in two of them.
+            ValueError: tasks, targets or classes differ, or an id is in two of them.
         """
         first = parts[0]
         for part in parts[1:]:
@@ -169,18 +169,18 @@ class Predictions:
         }
         names = tuple(one for part in parts for one in part.patient_ids)
         owners = tuple(one for part in parts for one in part.owners)
-        apart = any(part.patient_of is not None for part in parts)
-        return replace(first, patient_ids=names, patient_of=owners if apart else None, **joined)
+        by_slide = any(part.patient_of is not None for part in parts)
+        return replace(first, patient_ids=names, patient_of=owners if by_slide else None, **joined)
 
     def write_csv(self, path: Path) -> None:
-        """Write the table that STAMP's ``patient-preds.csv`` is; see :mod:`maskattn.evaluation.prediction_file`."""
+        """Write a table like STAMP's ``patient-preds.csv``; see :mod:`maskattn.evaluation.prediction_file`."""
         from maskattn.evaluation.prediction_file import write_predictions
 
         write_predictions(self, path)
 
     @classmethod
     def read_csv(cls, path: Path, task: Task | None = None, target: str | None = None) -> Predictions:
-        """Read such a table; see :func:`maskattn.evaluation.prediction_file.read_predictions`."""
+        """Read a table; see :func:`maskattn.evaluation.prediction_file.read_predictions`."""
         from maskattn.evaluation.prediction_file import read_predictions
 
         return read_predictions(path, task, target)
@@ -206,28 +206,28 @@ class Predictions:
             raise ValueError("predictions must be of at least one patient, got none")
 
     def _check_patients(self) -> None:
-        twice = [one for one, count in Counter(self.patient_ids).items() if count > 1]
-        if twice:
+        repeated = [one for one, count in Counter(self.patient_ids).items() if count > 1]
+        if repeated:
             raise ValueError(
-                f"a patient must have one row, got several of {some_of(twice)}; "
+                f"a patient must have one row, got several of {some_of(repeated)}; "
                 "join a patient's slides into one prediction, name each in a column sample_id, or give each fold's "
-                "file by itself"
+                "file separately"
             )
         numbers = [self.scores_PK.sum(1), self.truth_P, self.time_P]
-        strange = ~np.array([np.isfinite(one) for one in numbers if one is not None]).all(0)
-        if strange.any():
-            named = some_of([self.patient_ids[row] for row in np.flatnonzero(strange)])
+        not_finite = ~np.array([np.isfinite(one) for one in numbers if one is not None]).all(0)
+        if not_finite.any():
+            named = some_of([self.patient_ids[row] for row in np.flatnonzero(not_finite)])
             raise ValueError(
-                f"labels and predictions must be finite numbers, got NaN, infinity or nothing of {named}; "
-                "drop these rows, or mend what wrote them"
+                f"labels and predictions must be finite numbers, got NaN, infinity or nothing for {named}; "
+                "drop these rows, or correct the program that wrote them"
             )
 
     def _check_classes(self) -> None:
         classes = len(self.classes)
         if len(set(self.classes)) < max(classes, 2) or (self.task == "binary" and classes != 2):
             rule = "two" if self.task == "binary" else "two or more"
-            came = ", ".join(self.classes) or "none"
-            raise ValueError(f"a {self.task} task must have {rule} classes of different names, got {came}")
+            got = ", ".join(self.classes) or "none"
+            raise ValueError(f"a {self.task} task must have {rule} classes of different names, got {got}")
         for name in ("truth_P", "predicted_P"):
             value = getattr(self, name)
             if value is not None and not ((value >= 0) & (value < classes)).all():
@@ -236,21 +236,21 @@ class Predictions:
         if outside.any():
             row = int(np.flatnonzero(outside)[0])
             raise ValueError(
-                f"scores of classes must be probabilities from 0 to 1, got {_row(self.scores_PK[row])} of "
+                f"scores of classes must be probabilities from 0 to 1, got {_row(self.scores_PK[row])} for "
                 f"{self.patient_ids[row]} ({outside.sum()} of {self.rows} patients); give them after the softmax"
             )
-        apart = abs(self.scores_PK.sum(1) - 1) > _SUM_TOLERANCE
-        if apart.any():
-            row = int(np.flatnonzero(apart)[0])
+        wrong_sum = abs(self.scores_PK.sum(1) - 1) > _SUM_TOLERANCE
+        if wrong_sum.any():
+            row = int(np.flatnonzero(wrong_sum)[0])
             raise ValueError(
-                f"a patient's probabilities must sum to 1, got {self.scores_PK[row].sum():.4g} of "
-                f"{self.patient_ids[row]} ({apart.sum()} of {self.rows} patients); a column of a class may be "
-                "missing, or the scores may be no softmax"
+                f"a patient's probabilities must sum to 1, got {self.scores_PK[row].sum():.4g} for "
+                f"{self.patient_ids[row]} ({wrong_sum.sum()} of {self.rows} patients); a column of a class may be "
+                "missing, or the scores may not be a softmax"
             )
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:
-    """Names for a message: the first few, and how many more there are."""
+    """Return names for a message: the first few, and the number of the others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 

@@ -1,6 +1,6 @@
-"""The evaluation as files: ``metrics.json``, figures, and ``report.html``, which needs no other file.
+"""The files of an evaluation: ``metrics.json``, figures, and ``report.html``, which needs no other file.
 
-The page has the report's style of :mod:`maskattn.slide.report`: light and dark, narrow and wide, on screen and paper.
+The page has the style of :mod:`maskattn.slide.report`, for light and dark themes, narrow and wide windows, and print.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def write_evaluation(
     """Write ``metrics.json``, ``figures/`` and ``report.html``.
 
     Args:
-        out: the folder; made if it is not there.
-        evaluations: of models that predict one task.
-        comparisons: (first model, second model, differences).
-        title: of the page.
+        out: the folder; created if it does not exist.
+        evaluations: the evaluations of models with one task.
+        comparisons: (first model, second model, differences) of each comparison.
+        title: title of the page.
 
     Returns:
-        Where the report is.
+        The path of the report.
 
     Raises:
         OutputError: a file cannot be written.
@@ -58,14 +58,14 @@ def write_evaluation(
         _write(out / "report.html", page)
     except OSError as error:
         raise OutputError(
-            f"an evaluation must be written whole, got {as_text(out)}: {error.strerror or error}; free space or choose "
-            "another --out"
+            f"an evaluation must be written completely, got {as_text(out)}: {error.strerror or error}; free space or "
+            "choose another --out"
         ) from error
     return out / "report.html"
 
 
 def value_text(found: Estimate) -> str:
-    """A value and its interval as they are printed."""
+    """Return the text of a value and its interval."""
     if found.value is None:
         return "–"
     interval = "" if found.low is None or found.high is None else f" ({_number(found.low)} to {_number(found.high)})"
@@ -73,13 +73,13 @@ def value_text(found: Estimate) -> str:
 
 
 def counted(predictions: Predictions) -> str:
-    """How many patients there are and, where each has several, how many rows."""
+    """Return the text of the number of patients, and of rows if a patient may have several."""
     patients = f"{predictions.patients:,} patients"
     return patients if predictions.patient_of is None else f"{predictions.rows:,} slides or patches of {patients}"
 
 
 def _number(value: float, signed: bool = False) -> str:
-    """Three decimals; of values beyond 100 fewer, of a table's width."""
+    """Return a number with three decimals, or one for values from 100 on."""
     decimals = 3 if abs(value) < 100 else 1
     return f"{value:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
 
@@ -90,13 +90,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def _saved(drawn: Drawn, folder: Path) -> tuple[Drawn, Markup]:
-    """Save a figure as PNG and SVG; its drawing for the page."""
+    """Save a figure as PNG and SVG, and return it with its drawing for the page."""
     import matplotlib
 
     with replacing(folder / f"{drawn.name}.png") as temporary:
         drawn.figure.savefig(temporary, format="png", dpi=_DPI)
     path = folder / f"{drawn.name}.svg"
-    # Letters stay letters; names of parts are of this figure alone, and the same in every run.
+    # Text is kept as text; ids of elements are unique to this figure, and the same in every run.
     style = {"svg.fonttype": "none", "svg.hashsalt": drawn.name}
     with matplotlib.rc_context(style), replacing(path) as temporary:
         drawn.figure.savefig(temporary, format="svg", transparent=True, metadata={"Date": None})
@@ -104,7 +104,7 @@ def _saved(drawn: Drawn, folder: Path) -> tuple[Drawn, Markup]:
 
 
 def _inline(svg: str, alt: str) -> Markup:
-    """A drawing of matplotlib's inside a page: its ink follows the page's, its letters have the page's font."""
+    """Return a matplotlib drawing for embedding in the page, with the page's text colour and font."""
     drawing = svg[svg.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
     view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing)
@@ -144,7 +144,7 @@ def _body(
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """A table whose first column is names and whose others are figures."""
+    """Return a table whose first column has names and whose others have numbers."""
     cells = (element("th", name, scope="col", class_="figure" if index else "text") for index, name in enumerate(heads))
     body = (
         element("tr", element("th", row[0], scope="row"), *(element("td", text, class_="figure") for text in row[1:]))
@@ -155,7 +155,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
 
 
 def _cell(found: Estimate, signed: bool = False) -> str:
-    """A value with its interval below it."""
+    """Return a value with its interval below it."""
     if found.value is None or found.low is None or found.high is None:
         return "–" if found.value is None else _number(found.value, signed)
     interval = f"{_number(found.low, signed)} to {_number(found.high, signed)}"
@@ -187,14 +187,14 @@ def _comparison(first: str, second: str, differences: list[Difference], resample
     for one in differences:
         values = ["–" if value is None else _number(value) for value in (one.first, one.second)]
         rows.append([one.title, *values, _cell(one.difference, signed=True), "–" if one.p is None else p_text(one.p)])
-    told = (
-        "Over the patients that both predict, by a paired bootstrap; p is not corrected for how many metrics there are."
+    explanation = (
+        "Over the patients that both predict, by a paired bootstrap; p is not corrected for the number of metrics."
     )
     return element(
         "section",
         element("h2", f"{second} less {first}"),
         _table(["metric", first, second, "difference, 95 % interval", "p"], rows),
-        element("p", told, class_="check"),
+        element("p", explanation, class_="check"),
     )
 
 
@@ -210,12 +210,12 @@ def _model(one: Evaluation) -> Markup:
     if one.by_fold:
         parts += [element("h3", "By fold"), _fold_table(one)]
     if one.temperature is not None:
-        told = "; ".join(
+        changes = "; ".join(
             f"{metric.title} {value_text(one.metrics[metric.name])} becomes {value_text(one.calibrated[metric.name])}"
             for metric in metrics_of(one.predictions.task)
             if metric.name in one.calibrated
         )
-        line = f"Validation asks for the temperature {one.temperature:.3f}. With it {told}."
+        line = f"The temperature fitted on the validation patients is {one.temperature:.3f}. With it, {changes}."
         parts += [element("h3", "Temperature"), element("p", line)]
     return element("section", element("h2", one.name), *parts) if parts else Markup("")
 
@@ -233,17 +233,17 @@ def _fold_table(one: Evaluation) -> Markup:
     for metric in metrics:
         known = [value for result in one.by_fold if (value := result.metrics[metric.name]) is not None]
         enough = len(known) > 1
-        beside = element("span", f"± {_number(statistics.stdev(known))}", class_="interval") if enough else ""
-        spread.append(joined([_number(statistics.mean(known)), beside]) if enough else "–")
+        deviation = element("span", f"± {_number(statistics.stdev(known))}", class_="interval") if enough else ""
+        spread.append(joined([_number(statistics.mean(known)), deviation]) if enough else "–")
     rows.append(["mean ± sd", "", *spread])
     return _table(["fold", "patients", *(metric.title for metric in metrics)], rows)
 
 
 def _reading(one: Evaluation) -> Markup:
-    within = ", as many of each class or event in each resample" if one.stratified else ", without strata"
+    within = ", with equal numbers of each class or event in each resample" if one.stratified else ", without strata"
     lines: list[Any] = [
-        f"Intervals are of 95 %, by {one.resamples:,} resamples of the patients (BCa; seed {one.seed}{within}). "
-        "They say how far the value may move with other patients, and nothing of how it moves with another training."
+        f"Intervals have a level of 95 %, from {one.resamples:,} resamples of the patients (BCa; seed "
+        f"{one.seed}{within}). They describe how the value may vary with other patients, not with another training."
     ]
     lines += [
         joined([element("strong", metric.title), f": {metric.meaning}"]) for metric in metrics_of(one.predictions.task)

@@ -1,4 +1,4 @@
-"""The evaluation of one model: every metric with its interval, by class and by fold, and what to know of them."""
+"""The evaluation of one model: every metric with its interval, by class and by fold, and notes on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from maskattn.evaluation.weighted import Values
 
 __all__ = ["ClassResult", "Evaluation", "FoldResult", "as_json", "evaluate_predictions", "with_positive"]
 
-# Below this BCa intervals of kappa and the C-index covered 92 to 94 % in simulations.
+# With fewer patients, BCa intervals of kappa and the C-index covered the truth in 92 to 94 % of simulations.
 FEW_PATIENTS = 100
 _RARE = 10
 _OF_CALIBRATION = ("brier", "ece")
@@ -25,7 +25,7 @@ _OF_CALIBRATION = ("brier", "ece")
 
 @dataclass(frozen=True)
 class ClassResult:
-    """A class against the rest: its name, how many patients have it, and its metrics."""
+    """A class against the rest: its name, its number of patients, and its metrics."""
 
     name: str
     patients: int
@@ -34,7 +34,7 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class FoldResult:
-    """The test part of a fold: its number, its patients, and each metric's value; None where it is not defined."""
+    """The test part of a fold: its index, its number of patients, and each metric's value; None if undefined."""
 
     fold: int
     patients: int
@@ -46,17 +46,17 @@ class Evaluation:
     """The measurements of a model.
 
     Attributes:
-        name: of the model.
-        predictions: what was measured.
-        metrics: by name.
-        by_class: of tasks with classes.
-        by_fold: where there are folds.
-        temperature: that validation asks for; None where no validation was given.
-        calibrated: Brier score and calibration error at that temperature.
-        resamples: of the bootstrap.
-        seed: of the draw.
-        stratified: whether it was drawn within each class, or event.
-        notes: what to know of these numbers.
+        name: name of the model.
+        predictions: the predictions.
+        metrics: the metrics by name.
+        by_class: results by class; empty for tasks without classes.
+        by_fold: results by fold; empty without folds.
+        temperature: the temperature fitted on validation patients; None if none were given.
+        calibrated: Brier score and calibration error with that temperature.
+        resamples: number of resamples of the bootstrap.
+        seed: seed of the bootstrap.
+        stratified: whether it was drawn within each class, or within those with and without an event.
+        notes: notes on the results, one sentence each.
     """
 
     name: str
@@ -86,17 +86,17 @@ def evaluate_predictions(
     """Measure the predictions of a model.
 
     Args:
-        predictions: of the test patients.
-        name: of the model.
-        validation: predictions of other patients, which a temperature is fitted on.
-        resamples: of the bootstrap over patients.
-        seed: of its draw.
-        stratified: draw within each class, or event, so that each resample has as many of each.
-        folds: the predictions of each fold by themselves; None = those of ``fold_P``, where there are any.
-        notes: what else is to be known.
+        predictions: predictions of the test patients.
+        name: name of the model.
+        validation: predictions of other patients, on which a temperature is fitted.
+        resamples: number of resamples of the bootstrap over patients.
+        seed: seed of the bootstrap.
+        stratified: draw within each class, or within those with and without an event.
+        folds: the predictions of each fold; None takes those of ``fold_P``, if there are any.
+        notes: further notes on the results.
 
     Raises:
-        ValueError: there is nothing to measure, or validation is of other classes or shares patients with the test.
+        ValueError: no metric is defined, or validation has other classes or shares patients with the test.
     """
     check_evaluable(predictions)
     if resamples < 100:
@@ -121,7 +121,7 @@ def evaluate_predictions(
 
 
 def with_positive(predictions: Predictions, positive: str) -> Predictions:
-    """The same predictions of two classes, the named one second: the one that is looked for.
+    """Return predictions of two classes with the named one second, which makes it the positive one.
 
     Raises:
         ValueError: there are not two classes, or none has this name.
@@ -145,7 +145,7 @@ def with_positive(predictions: Predictions, positive: str) -> Predictions:
 def as_json(
     evaluations: Sequence[Evaluation], comparisons: Sequence[tuple[str, str, list[Difference]]]
 ) -> dict[str, Any]:
-    """The contents of ``metrics.json``."""
+    """Return the contents of ``metrics.json``."""
     return {
         "interval": LEVEL,
         "method": "BCa bootstrap over patients",
@@ -181,7 +181,7 @@ def _estimate(metric: Metric, predictions: Predictions, weights_BP: Values) -> E
 
 
 def _patients_of(predictions: Predictions, index: int) -> int:
-    """How many patients have a class, on a slide or on several."""
+    """Return the number of patients with a class."""
     return len({predictions.owners[row] for row in np.flatnonzero(predictions.truth == index)})
 
 
@@ -202,16 +202,16 @@ def _by_fold(predictions: Predictions, folds: Sequence[Predictions] | None) -> t
         folds = [] if fold_P is None else [predictions.of(fold_P == fold) for fold in numbers]
     results = []
     for fold, part in zip(numbers, folds, strict=True):
-        found = {one.name: _of_all(one, part, predictions) for one in metrics_of(predictions.task)}
+        found = {one.name: _of_fold(one, part, predictions) for one in metrics_of(predictions.task)}
         results.append(FoldResult(fold, part.patients, found))
     return tuple(results)
 
 
-def _of_all(metric: Metric, part: Predictions, whole: Predictions) -> float | None:
-    """The metric of a fold, of the classes that all folds have together."""
-    if part.is_classification and present_classes(part) != present_classes(whole) and metric.name in _NEEDS_CLASSES:
+def _of_fold(metric: Metric, fold: Predictions, all_folds: Predictions) -> float | None:
+    """Return the metric of a fold; None if it is undefined because the fold lacks a class of the others."""
+    if metric.name in _NEEDS_CLASSES and fold.is_classification and present_classes(fold) != present_classes(all_folds):
         return None
-    value = metric.prepared(part)(np.ones((1, part.rows)))[0]
+    value = metric.prepared(fold)(np.ones((1, fold.rows)))[0]
     return float(value) if np.isfinite(value) else None
 
 
@@ -229,8 +229,8 @@ def _temperature(predictions: Predictions, validation: Predictions | None) -> fl
     both = sorted(set(validation.owners) & set(predictions.owners))
     if both:
         raise ValueError(
-            f"validation must be of other patients than the test, got {some_of(both)} in both; a temperature that is "
-            "fitted on the test says nothing of it"
+            f"validation must have other patients than the test, got {some_of(both)} in both; a temperature that is "
+            "fitted on the test patients does not show their calibration"
         )
     return fit_temperature(validation)
 
@@ -245,30 +245,30 @@ def _notes(predictions: Predictions, metrics: dict[str, Estimate]) -> list[str]:
     notes = []
     if predictions.patient_of is not None:
         notes.append(
-            f"Each of {predictions.rows:,} slides or patches counts by itself; intervals are over the "
+            f"Each of {predictions.rows:,} slides or patches counts once; intervals are over the "
             f"{predictions.patients:,} patients, whose rows are drawn together."
         )
     if predictions.is_classification:
         counts = [_patients_of(predictions, index) for index in range(len(predictions.classes))]
         absent = [name for name, count in zip(predictions.classes, counts, strict=True) if not count]
         if absent:
-            notes.append(f"No patient is of {some_of(absent)}; means over classes leave it out.")
+            notes.append(f"No patient is of {some_of(absent)}, which means over classes leave out.")
         rare = [
             f"{name} ({count})" for name, count in zip(predictions.classes, counts, strict=True) if 0 < count < _RARE
         ]
         if rare:
-            notes.append(f"Fewer than {_RARE} patients are of {some_of(rare)}: what is said of it is uncertain.")
+            notes.append(f"Fewer than {_RARE} patients are of {some_of(rare)}, so its metrics are uncertain.")
         if predictions.fold_P is not None:
             notes.append(
-                "Metrics are of all folds' test patients together, although each fold has a model of its own; "
-                "the table by fold has each model's."
+                "Metrics are of all folds' test patients together, although each fold has its own model; the table by "
+                "fold has each model's metrics."
             )
     if predictions.patients < FEW_PATIENTS:
         notes.append(
-            f"{predictions.patients} patients are few: below {FEW_PATIENTS} an interval of 95 % may cover 92 %."
+            f"{predictions.patients} patients are few: below {FEW_PATIENTS}, a 95 % interval may cover only 92 %."
         )
     dropped = {name: found.dropped for name, found in metrics.items() if found.dropped}
     if dropped:
-        told = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
-        notes.append(f"Resamples that lack a class, in which a metric is not defined, were left out: {told}.")
+        counts_text = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
+        notes.append(f"Resamples that lack a class, in which a metric is undefined, were left out: {counts_text}.")
     return notes

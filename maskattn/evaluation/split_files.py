@@ -1,17 +1,18 @@
-"""Splits as other tools keep them, and as ``crossval`` writes its own.
+"""Files of splits: the layouts of other tools, and that of ``crossval``.
 
 ========== ==================================================================== =====================================
-whose      files                                                                columns
+tool       files                                                                columns
 ========== ==================================================================== =====================================
 CLAM       ``splits_0.csv``, ``splits_1.csv``, ... in a folder, or one of them  ``train``, ``val``, ``test``: ids below
-CLAM       ``splits_0_bool.csv``, ... where the former are not there            the id, then True in one of the three
+CLAM       ``splits_0_bool.csv``, ... if the former do not exist                the id, then True in one of the three
 soma       one table                                                            ``fold``, ``sample_id``, ``split``
 HIPT       ``fold_0/train.csv``, ``tune.csv``, ``test.csv``, ...                the id in the first column
 ours       ``splits.csv``                                                       ``fold``, ``patient_id``, ``split``
 ========== ==================================================================== =====================================
 
-Ids are of slides or of patients. The part that chooses the epoch is called val, valid, validation, tune or dev. Read
-from CLAM's ``dataset_modules/dataset_generic.py``, soma's ``docs/dataset.rst`` and hipt's training scripts.
+Ids are those of slides or of patients. The part that chooses the epoch is called val, valid, validation, tune or dev.
+
+Source: CLAM's ``dataset_modules/dataset_generic.py``, soma's ``docs/dataset.rst`` and hipt's training scripts.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ Parts = dict[str, list[str]]
 
 
 def read_splits(path: Path, patient_of: Mapping[str, str]) -> list[Split]:
-    """The folds of a table or a folder, in any of these layouts.
+    """Read the folds of a table or a folder, in any of these layouts.
 
     Args:
         path: a file or a folder.
-        patient_of: slide or patient → patient, of everything that has a label.
+        patient_of: slide or patient → patient, for every slide and patient with a label.
 
     Returns:
         A split of patients for each fold.
 
     Raises:
-        LeakError: a patient is in two parts of a fold, also by two slides.
+        LeakError: a patient is in two parts of a fold, possibly by two slides.
         ValueError: the layout is none of these, an id has no label, or a part is empty.
     """
     folds = _read_folder(path) if path.is_dir() else _read_file(path)
@@ -57,7 +58,7 @@ def read_splits(path: Path, patient_of: Mapping[str, str]) -> list[Split]:
         if unknown:
             raise ValueError(
                 f"every id of a split must be a slide or a patient of the labels, got {some_of(unknown)} "
-                f"({len(unknown)} in fold {fold} of {path}); add their labels, or take them out of the split"
+                f"({len(unknown)} in fold {fold} of {path}); add their labels, or remove them from the split"
             )
         of = {name: tuple(dict.fromkeys(patient_of[one] for one in part)) for name, part in parts.items()}
         try:
@@ -68,7 +69,7 @@ def read_splits(path: Path, patient_of: Mapping[str, str]) -> list[Split]:
 
 
 def write_splits(splits: Sequence[Split], path: Path) -> None:
-    """Write the folds as one table: ``fold``, ``patient_id``, ``split``, the parts by soma's names.
+    """Write the folds as one table with the columns ``fold``, ``patient_id``, ``split`` and soma's names of the parts.
 
     Raises:
         OutputError: the file cannot be written.
@@ -81,7 +82,7 @@ def write_splits(splits: Sequence[Split], path: Path) -> None:
                 for name, part in (("train", split.train), ("tune", split.validation), ("test", split.test)):
                     table.writerows([fold, patient, name] for patient in part)
     except OSError as error:
-        raise OutputError(f"the splits must be written whole, got {path}: {error.strerror or error}") from error
+        raise OutputError(f"the splits must be written completely, got {path}: {error.strerror or error}") from error
 
 
 def _read_folder(path: Path) -> list[Parts]:
@@ -134,7 +135,7 @@ def _part_of(name: str, path: Path) -> str:
         return _PARTS[plain]
     if plain.startswith("test"):
         return plain
-    raise ValueError(f"a split must be train, tune (or val) or test, got {name!r} in {path}; name each part so")
+    raise ValueError(f"a split must be train, tune (or val) or test, got {name!r} in {path}; rename it")
 
 
 def _clam(path: Path) -> Parts:

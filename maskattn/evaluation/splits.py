@@ -1,4 +1,4 @@
-"""Splits of the patients for training, validation and test; no patient is in two of them."""
+"""Splits of the patients into training, validation and test parts; no patient is in two parts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Split:
     """The patients of one fold.
 
     Attributes:
-        train: ids of the patients whose slides a model learns from.
-        validation: of those that choose the epoch, the model and the temperature.
-        test: of those that the result is measured on; may be empty.
+        train: ids of the patients on whose slides a model is trained.
+        validation: ids of the patients that choose the epoch, the model and the temperature.
+        test: ids of the patients on which the result is measured; may be empty.
 
     Raises:
         LeakError: a patient is in two parts.
@@ -40,11 +40,11 @@ class Split:
     def __post_init__(self) -> None:
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         counts = Counter(patient for part in parts.values() for patient in set(part))
-        twice = sorted(patient for patient, count in counts.items() if count > 1)
-        if twice:
-            where = " and ".join(name for name, part in parts.items() if twice[0] in part)
+        repeated = sorted(patient for patient, count in counts.items() if count > 1)
+        if repeated:
+            where = " and ".join(name for name, part in parts.items() if repeated[0] in part)
             raise LeakError(
-                f"a patient must be in one part of a split, got {some_of(twice)} in two ({twice[0]} in {where}); "
+                f"a patient must be in one part of a split, got {some_of(repeated)} in two ({repeated[0]} in {where}); "
                 "put all slides of a patient into one part"
             )
         for name in ("train", "validation"):
@@ -53,15 +53,15 @@ class Split:
 
 
 def strata_of(task: Task, labels: Sequence[Any] | NDArray[Any], folds: int) -> NDArray[Any]:
-    """What to stratify by: the class, whether the event was seen, or the quantile of a value.
+    """Return the strata of a split: the class, whether there was an event, or the quantile of a value.
 
     Args:
         task: one of :data:`~maskattn.evaluation.TASKS`.
         labels: a class, a value or an event (bool) for each slide or patient.
-        folds: how many parts each stratum must fill.
+        folds: number of parts that each stratum must fill.
 
     Returns:
-        A stratum for each label, as int64.
+        The stratum of each label, int64.
     """
     given = np.asarray(labels)
     if task == "regression":
@@ -78,20 +78,20 @@ def grouped_folds(
     seed: int = 0,
     validation_share: float = 0.2,
 ) -> list[Split]:
-    """Folds of patients, stratified: each patient is in the test part of one fold.
+    """Draw stratified folds of patients; each patient is in the test part of one fold.
 
     Args:
         patients: the patient of each slide (or each patient once).
-        strata: what each slide is stratified by, as :func:`strata_of` gives it.
-        folds: how many, 2 or more.
-        seed: of the shuffle.
-        validation_share: of the patients outside the test part, for validation.
+        strata: the stratum of each slide, of :func:`strata_of`.
+        folds: number of folds, 2 or more.
+        seed: seed of the shuffle.
+        validation_share: share of the patients outside the test part for validation.
 
     Returns:
         A split for each fold.
 
     Raises:
-        ValueError: there are too few patients for the folds, in all or in one stratum.
+        ValueError: there are too few patients for the folds, in total or in a stratum.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -108,17 +108,26 @@ def grouped_folds(
 def inner_split(
     patients: Sequence[str] | NDArray[Any], strata: Sequence[Any] | NDArray[Any], share: float = 0.2, seed: int = 0
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """A training and a validation part of patients, stratified.
+    """Draw stratified training and validation parts of patients.
+
+    Args:
+        patients: the patient of each slide (or each patient once).
+        strata: the stratum of each slide, of :func:`strata_of`.
+        share: share of the patients for validation.
+        seed: seed of the shuffle.
+
+    Returns:
+        The ids of the training and of the validation patients.
 
     Raises:
-        ValueError: the share leaves one of them empty.
+        ValueError: the share leaves a part empty, or there are too few patients.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
     if not 0 < share < 1:
         raise ValueError(f"the share for validation must be between 0 and 1, got {share}")
     names, kinds = np.asarray(patients, dtype=object), np.asarray(strata)
-    # The parts of a cut into n are 1/n; a share above one half is what remains.
+    # A part of n has the share 1/n; for a share above one half, validation takes the remainder.
     parts = max(2, round(1 / min(share, 1 - share)))
     _check_enough(names, kinds, 2)
     parts = min(parts, _rarest(names, kinds)[1])
@@ -130,14 +139,14 @@ def inner_split(
 
 
 def check_classes(splits: Sequence[Split], label_of: Mapping[str, Any]) -> list[str]:
-    """Whether every part has every class, or event.
+    """Check that every part has every class, or patients with and without an event.
 
     Args:
-        splits: of the folds.
-        label_of: patient → class, or whether the event was seen.
+        splits: the split of each fold.
+        label_of: patient → class, or whether there was an event.
 
     Returns:
-        A sentence for each class that a test part lacks: what is measured by fold leaves the fold out.
+        A sentence for each test part that lacks a class; metrics by fold may be undefined for it.
 
     Raises:
         ValueError: a training or validation part lacks a class that another part has.
@@ -147,8 +156,8 @@ def check_classes(splits: Sequence[Split], label_of: Mapping[str, Any]) -> list[
     for fold, split in enumerate(splits):
         for name in ("train", "validation", "test"):
             part = getattr(split, name)
-            there = {label_of[patient] for patient in part}
-            missing = [str(label) for label in everything if label not in there]
+            present = {label_of[patient] for patient in part}
+            missing = [str(label) for label in everything if label not in present]
             if part and missing and name != "test":
                 raise ValueError(
                     f"every class must be in the {name} part of every fold, got none of {some_of(missing)} in fold "
@@ -164,7 +173,7 @@ def _ordered(patients: NDArray[Any]) -> tuple[str, ...]:
 
 
 def _rarest(names: NDArray[Any], kinds: NDArray[Any]) -> tuple[Any, int]:
-    """The stratum that the fewest patients have, and how many do."""
+    """Return the stratum with the fewest patients, and their number."""
     patients_of = {kind: len(set(names[kinds == kind])) for kind in np.unique(kinds)}
     rarest = min(patients_of, key=patients_of.__getitem__)
     return rarest, patients_of[rarest]

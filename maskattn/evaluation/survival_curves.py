@@ -1,6 +1,6 @@
 """Kaplan-Meier curves of patients at low and at high risk, and the log-rank test between them.
 
-A patient whose slides have a row each is one patient here, of the slides' mean risk.
+If each slide has a row, a patient counts once, with the mean risk of the slides.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ __all__ = ["RiskGroup", "log_rank", "risk_groups"]
 
 @dataclass(frozen=True)
 class RiskGroup:
-    """Patients of like risk.
+    """The Kaplan-Meier curve of patients at low or at high risk.
 
     Attributes:
         name: "low risk" or "high risk".
-        times: (T,) each time at which something happened, from 0.
-        surviving: (T,) the share without the event after that time.
-        low, high: (T,) its 95 % interval, log-log.
+        times: (T,) the times of events and censorings, starting with 0.
+        surviving: (T,) the share without the event after each time.
+        low, high: (T,) its log-log 95 % interval.
         observed: (P,) each patient's time.
-        patients: how many there are.
-        events: how many had the event.
+        patients: number of patients.
+        events: number of events.
     """
 
     name: str
@@ -40,12 +40,12 @@ class RiskGroup:
     events: int
 
     def at_risk(self, time: float) -> int:
-        """The number of patients still followed at a time."""
+        """Return the number of patients at risk at a time."""
         return int((self.observed >= time).sum())
 
 
 def _of_patients(predictions: Predictions) -> Predictions:
-    """A row for each patient: the time and the event of the first slide, the mean of the slides' risks."""
+    """Return one row per patient, with the time and the event of the first slide and the mean of the slides' risks."""
     cluster_P = predictions.clusters
     if cluster_P is None:
         return predictions
@@ -55,7 +55,7 @@ def _of_patients(predictions: Predictions) -> Predictions:
 
 
 def high_risk(predictions: Predictions) -> NDArray[np.bool_]:
-    """(P,) whether a risk is above the median, of the patient's fold where there are folds."""
+    """Return (P,) bool: whether a risk is above the median, or above that of its fold if there are folds."""
     risk_P = predictions.scores_PK[:, 0]
     folds = np.zeros(len(risk_P), dtype=np.int64) if predictions.fold_P is None else predictions.fold_P
     high_P = np.zeros(len(risk_P), dtype=bool)
@@ -66,7 +66,7 @@ def high_risk(predictions: Predictions) -> NDArray[np.bool_]:
 
 
 def risk_groups(predictions: Predictions) -> list[RiskGroup]:
-    """The patients at low and at high risk; none where all risks are equal."""
+    """Return the curves of the patients at low and at high risk; an empty list if all risks are equal."""
     from sksurv.nonparametric import kaplan_meier_estimator
 
     predictions = _of_patients(predictions)
@@ -77,7 +77,7 @@ def risk_groups(predictions: Predictions) -> list[RiskGroup]:
     for name, members in (("low risk", ~high_P), ("high risk", high_P)):
         event, time = predictions.events[members], predictions.times[members]
         at, share, (low, high) = kaplan_meier_estimator(event, time, conf_type="log-log")
-        # log-log has no interval where nobody had the event yet, and gives NaN there.
+        # The log-log interval is NaN before the first event.
         low, high = np.where(np.isfinite(low), low, share), np.where(np.isfinite(high), high, share)
         one = np.ones(1)
         groups.append(
@@ -96,7 +96,7 @@ def risk_groups(predictions: Predictions) -> list[RiskGroup]:
 
 
 def log_rank(predictions: Predictions) -> float | None:
-    """The p value of the log-rank test between them; None where there are no two groups or no event."""
+    """Return the p value of the log-rank test between the groups; None without two groups or without events."""
     from sksurv.compare import compare_survival
 
     predictions = _of_patients(predictions)

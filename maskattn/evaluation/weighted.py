@@ -1,8 +1,8 @@
-"""Metrics of weighted patients: of many resamples at once, since a resample is how often each patient was drawn.
+"""Metrics of weighted patients, for many bootstrap resamples at once: a resample is a weight for each patient.
 
-Every function takes ``weights_BP``, (B, P) counts of P patients in B resamples, and gives B values: the metric of each
-resample as scikit-learn, scipy or scikit-survival would compute it of the patients repeated as often. NaN where the
-metric is not defined there. With weights of 1 it is the metric of the patients themselves.
+The functions here return a metric that takes ``weights_BP``, (B, P) counts of P patients in B resamples, and returns
+(B,) values: what scikit-learn, scipy or scikit-survival would compute for the patients repeated as often, NaN if
+undefined. With weights of 1 it is the metric of the patients themselves.
 
 Dimension key: B resamples, P patients, K classes, G groups of equal scores.
 """
@@ -30,24 +30,24 @@ __all__ = [
 
 Values = NDArray[np.float64]
 Weighted = Callable[[Values], Values]
-_TIED_RISK = 1e-8  # as scikit-survival has it
-_MOST_PAIRS = 4_000_000  # of a block of the pairs of patients: 32 MB
+_TIED_RISK = 1e-8  # scikit-survival's tolerance
+_MOST_PAIRS = 4_000_000  # pairs of patients in a block: 32 MB
 
 
 def mean_of(values_P: Values) -> Weighted:
-    """The mean of a value of each patient."""
+    """Return the mean of the patients' values."""
     return lambda weights_BP: weights_BP @ values_P / weights_BP.sum(1)
 
 
 def confusion(truth_P: NDArray[np.int64], predicted_P: NDArray[np.int64], classes: int) -> Weighted:
-    """(B, K, K) counts: rows are the true classes, columns the predicted ones."""
+    """Return the confusion matrix, (B, K, K) counts: rows are the true classes, columns the predicted ones."""
     cells = np.zeros((len(truth_P), classes * classes))
     cells[np.arange(len(truth_P)), truth_P * classes + predicted_P] = 1
     return lambda weights_BP: (weights_BP @ cells).reshape(-1, classes, classes)
 
 
 def area_under_roc(positive_P: NDArray[np.bool_], score_P: Values) -> Weighted:
-    """Area under the ROC curve: the share of pairs that are in order, those with equal scores counted half."""
+    """Return the area under the ROC curve: the share of pairs in order, with equal scores counted half."""
     order, starts = _groups(score_P)
 
     def weighted(weights_BP: Values) -> Values:
@@ -60,7 +60,7 @@ def area_under_roc(positive_P: NDArray[np.bool_], score_P: Values) -> Weighted:
 
 
 def average_precision(positive_P: NDArray[np.bool_], score_P: Values) -> Weighted:
-    """Average precision: precision at each score, weighted by what recall gains there."""
+    """Return the average precision: precision at each score, weighted by the increase of recall."""
     order, starts = _groups(-score_P)
 
     def weighted(weights_BP: Values) -> Values:
@@ -76,11 +76,11 @@ def average_precision(positive_P: NDArray[np.bool_], score_P: Values) -> Weighte
 def concordance(
     time_P: Values, event_P: NDArray[np.bool_], risk_P: Values, fold_P: NDArray[np.int64] | None = None
 ) -> Weighted:
-    """Harrell's concordance index: the share of comparable pairs whose risks are in order, equal risks counted half.
+    """Return Harrell's concordance index: the share of comparable pairs in order, with equal risks counted half.
 
-    Two patients are comparable where the one with the shorter time had the event; of equal times, where one had it and
-    the other was seen without it. With folds, only patients of one fold are compared: each fold's model has a scale of
-    its own.
+    Two patients are comparable if the one with the shorter time had the event or, for equal times, if one had it and
+    the other was censored. With folds, only patients of the same fold are compared, because each fold's model has its
+    own scale.
     """
 
     def block(rows: slice) -> tuple[Values, Values]:
@@ -107,10 +107,10 @@ def concordance(
 
 
 def determination(truth_P: Values, value_P: Values) -> Weighted:
-    """Coefficient of determination: 1 less the squared errors as a share of the squared distances from the mean."""
+    """Return the coefficient of determination: 1 minus the squared errors over the squared deviations from the mean."""
 
     def weighted(weights_BP: Values) -> Values:
-        centred_P = truth_P - truth_P.mean()  # else a large mean would cost digits
+        centred_P = truth_P - truth_P.mean()  # avoids the cancellation of a large mean
         mean_B = weights_BP @ centred_P / weights_BP.sum(1)
         spread_B = weights_BP @ centred_P**2 - weights_BP.sum(1) * mean_B**2
         return 1 - _ratio(weights_BP @ (truth_P - value_P) ** 2, np.where(spread_B > _little(truth_P), spread_B, 0))
@@ -119,12 +119,12 @@ def determination(truth_P: Values, value_P: Values) -> Weighted:
 
 
 def pearson(one_P: Values, other_P: Values) -> Weighted:
-    """Pearson's correlation."""
+    """Return Pearson's correlation."""
     return lambda weights_BP: _correlation(weights_BP, one_P[None], other_P[None])
 
 
 def spearman(one_P: Values, other_P: Values) -> Weighted:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing the mean of theirs."""
+    """Return Spearman's correlation: Pearson's of the ranks, where equal values have the mean of their ranks."""
     groups = _groups(one_P), _groups(other_P)
 
     def weighted(weights_BP: Values) -> Values:
@@ -135,7 +135,7 @@ def spearman(one_P: Values, other_P: Values) -> Weighted:
 
 
 def calibration_error(confidence_P: Values, correct_P: NDArray[np.bool_], bins: int) -> Weighted:
-    """Expected calibration error: how far the share that is correct is from the confidence, over equal bins of it."""
+    """Return the expected calibration error: the distance of the share that is correct from the confidence, by bins."""
     bin_P = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence_P, side="right")
     members = np.zeros((len(bin_P), bins))
     members[np.arange(len(bin_P)), bin_P] = correct_P - confidence_P
@@ -147,7 +147,7 @@ def calibration_error(confidence_P: Values, correct_P: NDArray[np.bool_], bins: 
 
 
 def _groups(score_P: Values) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The order of rising scores, and where in it each group of equal scores starts."""
+    """Return the ascending order of scores, and the start in it of each group of equal scores."""
     order = np.argsort(score_P, kind="stable")
     ordered = score_P[order]
     return order, np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
@@ -156,7 +156,7 @@ def _groups(score_P: Values) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _both(
     weights_BP: Values, positive_P: NDArray[np.bool_], order: NDArray[np.int64], starts: NDArray[np.int64]
 ) -> tuple[Values, Values]:
-    """The weights of positive and of negative patients in each group."""
+    """Return the (B, G) weights of positive and of negative patients in each group."""
     ordered_BP = weights_BP[:, order]
     all_BG = np.add.reduceat(ordered_BP, starts, axis=1)
     positive_BG = np.add.reduceat(ordered_BP * positive_P[order], starts, axis=1)
@@ -164,7 +164,7 @@ def _both(
 
 
 def _ranks(weights_BP: Values, order: NDArray[np.int64], starts: NDArray[np.int64]) -> Values:
-    """(B, P) the rank of each patient's value in each resample, from 1."""
+    """Return the (B, P) rank, from 1, of each patient's value in each resample."""
     weight_BG = np.add.reduceat(weights_BP[:, order], starts, axis=1)
     middle_BG = weight_BG.cumsum(1) - (weight_BG - 1) / 2
     group_of = np.empty(len(order), dtype=np.int64)
@@ -173,7 +173,7 @@ def _ranks(weights_BP: Values, order: NDArray[np.int64], starts: NDArray[np.int6
 
 
 def _correlation(weights_BP: Values, one: Values, other: Values) -> Values:
-    """Pearson's correlation of values that are (1, P), or (B, P) where they differ by resample."""
+    """Return the (B,) Pearson's correlation of values (1, P), or (B, P) if they differ between resamples."""
     total_B = weights_BP.sum(1)
     little = _little(one), _little(other)
     one = one - ((weights_BP * one).sum(1) / total_B)[:, None]
@@ -185,7 +185,7 @@ def _correlation(weights_BP: Values, one: Values, other: Values) -> Values:
 
 
 def _little(values: Values) -> float:
-    """A sum of squares that is rounding alone."""
+    """Return a bound below which a sum of squares is rounding error."""
     return float(abs(values).max() ** 2 * values.shape[-1] * np.finfo(float).eps ** 2 * 64)
 
 

@@ -1,4 +1,4 @@
-"""Bags: the tiles of a case as a slide model takes them, read from disk when they are needed and not held.
+"""Bags: the tiles of a case as the input of a slide model, read from disk on demand.
 
 Dimension key: T tiles, C channels.
 """
@@ -27,12 +27,12 @@ __all__ = ["Bag", "CaseBags", "CaseDataset", "Draw", "Sampling", "joined_bags"]
 
 @dataclass(frozen=True, eq=False)
 class Bag:
-    """Tiles that are read together.
+    """Tiles that a slide model reads together.
 
     Attributes:
         embeddings_TC: (T, C) float32.
-        coords_um_T2: x and y of each in µm; None where they are not known.
-        grid: their cells; None where they lie on no lattice.
+        coords_um_T2: (T, 2), x and y of each tile in µm; None if unknown.
+        grid: the tiles' cells; None if they lie on no lattice.
     """
 
     embeddings_TC: Float[Tensor, "T C"]
@@ -40,18 +40,18 @@ class Bag:
     grid: TileGrid | None
 
     def to(self, device: torch.device) -> Bag:
-        """The same on a device; places stay on the host, where heads ask for them."""
+        """Return the bag on a device; coordinates and cells stay on the host, where heads read them."""
         return Bag(self.embeddings_TC.to(device, non_blocking=True), self.coords_um_T2, self.grid)
 
 
 @dataclass(frozen=True, eq=False)
 class CaseBags:
-    """A case as the model reads it: one bag, or one for each slide.
+    """A case as the input of a model: one bag, or one for each slide.
 
     Attributes:
-        index: of the case in its dataset.
-        bags: its tiles.
-        truth: as of :class:`maskattn.training.cohort.Case`.
+        index: the case's index in its dataset.
+        bags: the case's tiles.
+        truth: see :class:`maskattn.training.cohort.Case`.
     """
 
     index: int
@@ -64,13 +64,13 @@ class CaseBags:
         return sum(len(bag.embeddings_TC) for bag in self.bags)
 
     def to(self, device: torch.device) -> CaseBags:
-        """The same on a device."""
+        """Return the case on a device."""
         return CaseBags(self.index, tuple(bag.to(device) for bag in self.bags), self.truth)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Which case is read, and in which epoch, on which what is random depends."""
+    """A request for a case in an epoch, on which random numbers depend."""
 
     index: int
     epoch: int
@@ -78,12 +78,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tiles are chosen for training.
+    """The random choice of a slide's tiles for training.
 
     Attributes:
-        seed: with the epoch and the slide's id, all that the choice depends on: not on the order or on workers.
-        tiles_per_slide: at most; None takes all.
-        drop: share of them that is left out.
+        seed: the choice depends on it, the epoch and the slide's id, and not on the order of reading or on workers.
+        tiles_per_slide: the largest number of tiles; None takes all.
+        drop: share of these tiles that is dropped.
     """
 
     seed: int = 0
@@ -91,7 +91,7 @@ class Sampling:
     drop: float = 0.0
 
     def chosen(self, slide_id: str, epoch: int, tiles: int) -> np.ndarray | None:
-        """Indices of the tiles, rising; None where all are taken."""
+        """Return the indices of the tiles in ascending order; None if all are taken."""
         if not self.drop and (self.tiles_per_slide is None or tiles <= self.tiles_per_slide):
             return None
         words = [self.seed, epoch, zlib.crc32(slide_id.encode())]
@@ -110,11 +110,11 @@ class CaseDataset(Dataset[CaseBags]):
     """Cases, read one at a time.
 
     Args:
-        cases: what is read.
+        cases: the cases.
         fusion: "early" joins the tiles of a case's slides; otherwise each slide is a bag.
         reads_grid: whether the model needs tiles on a lattice.
-        encoder: whose features, where files hold those of several.
-        sampling: for training; None takes all tiles.
+        encoder: the encoder whose features are read if a file has those of several.
+        sampling: the choice of tiles for training; None takes all.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class CaseDataset(Dataset[CaseBags]):
         return len(self.cases)
 
     def __getitem__(self, draw: Draw) -> CaseBags:
-        """The bags of a case.
+        """Read the bags of a case.
 
         Raises:
             SlideError: a file of features can no longer be used.
@@ -159,19 +159,19 @@ class CaseDataset(Dataset[CaseBags]):
 
 
 def joined_bags(bags: Sequence[Bag]) -> Bag:
-    """The tiles of several slides as those of one, whose grid has the slides below one another."""
+    """Join the tiles of several slides into one bag, in which the slides lie below one another."""
     embeddings_TC = torch.cat([bag.embeddings_TC for bag in bags])
     grids = [bag.grid for bag in bags]
     coords = [bag.coords_um_T2 for bag in bags]
     grid = _stacked([one for one in grids if one is not None]) if all(one is not None for one in grids) else None
     coords_um_T2: Tensor | None = None
     if all(one is not None for one in coords):
-        below, parts = 0.0, []
+        below, shifted = 0.0, []
         for one in coords:
-            assert one is not None, "all of them are there"
-            parts.append(one + torch.tensor([0.0, below]))
-            below = float(parts[-1][:, 1].max()) + 1e4  # further than any attention's reach that a slide teaches
-        coords_um_T2 = torch.cat(parts)
+            assert one is not None, "all bags have coordinates"
+            shifted.append(one + torch.tensor([0.0, below]))
+            below = float(shifted[-1][:, 1].max()) + 1e4  # farther than attention reaches within a slide
+        coords_um_T2 = torch.cat(shifted)
     return Bag(embeddings_TC, coords_um_T2, grid)
 
 

@@ -1,6 +1,6 @@
-"""Which cases are read together and in which order: a function of the seed and the epoch alone.
+"""Batches of cases, whose contents and order depend only on the seed and the epoch.
 
-So a training that goes on after it was killed reads what it would have read, and nothing of a sampler is to be stored.
+A resumed training therefore reads what it would have read without the interruption, and no sampler state is stored.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ __all__ = ["CaseBatches", "InOrder"]
 
 
 class CaseBatches(Sampler[list[Draw]]):
-    """Batches of cases, in an order of each epoch's own.
+    """Batches of cases, in a new order in each epoch.
 
     Args:
-        cases: how many there are.
-        batch_size: in a batch, of all processes together.
-        seed: of the order.
-        spread: for each case whether it is rare and must be in every batch (the events of a survival task): batches
-            are then of ``batch_size`` cases or more, and these are spread over them.
-        rank: which process this is.
-        processes: how many there are; each takes its share of every batch.
+        cases: number of cases.
+        batch_size: cases of a batch, over all processes.
+        seed: seed of the order.
+        spread: for each case, whether it is rare and must be spread evenly over the batches (the events of a survival
+            task); batches then have ``batch_size`` cases or more.
+        rank: index of this process.
+        processes: number of processes; each takes its share of every batch.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class CaseBatches(Sampler[list[Draw]]):
         self._cases, self._batch_size, self._seed, self._spread = cases, batch_size, seed, spread
         self._rank, self._processes = rank, processes
         self._epoch = 0
-        self.sampler = self  # Lightning tells the sampler of a batch sampler which epoch it is
+        self.sampler = self  # Lightning calls set_epoch of a batch sampler's sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the order of this epoch from now on."""
+        """Use the order of this epoch from now on."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -55,12 +55,12 @@ class CaseBatches(Sampler[list[Draw]]):
         rng = np.random.default_rng([self._seed, self._epoch])
         order = rng.permutation(self._cases)
         if self._spread is None:
-            parts = [order[at : at + self._batch_size] for at in range(0, self._cases, self._batch_size)]
+            batches = [order[at : at + self._batch_size] for at in range(0, self._cases, self._batch_size)]
         else:
-            parts = np.array_split(_spread(order, np.asarray(self._spread), rng), len(self))
-        for part in parts:
-            # Every process has something to do in every step.
-            padded = np.resize(part, -(-len(part) // self._processes) * self._processes)
+            batches = np.array_split(_spread(order, np.asarray(self._spread), rng), len(self))
+        for batch in batches:
+            # Padded, so that every process has as many cases in every step.
+            padded = np.resize(batch, -(-len(batch) // self._processes) * self._processes)
             yield [Draw(int(index), self._epoch) for index in padded[self._rank :: self._processes]]
 
 
@@ -68,9 +68,9 @@ class InOrder(Sampler[Draw]):
     """All cases, or one process's share of them, in order.
 
     Args:
-        cases: how many there are.
-        rank: which process this is.
-        processes: how many there are.
+        cases: number of cases.
+        rank: index of this process.
+        processes: number of processes.
     """
 
     def __init__(self, cases: int, rank: int = 0, processes: int = 1) -> None:
@@ -84,10 +84,10 @@ class InOrder(Sampler[Draw]):
 
 
 def _spread(order: np.ndarray, rare: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The order with the rare ones at even distances."""
+    """Return the order with the rare cases at even distances."""
     keys = np.empty(len(order), np.float64)
     for kind in (True, False):
-        ours = rare[order] == kind
-        count = int(ours.sum())
-        keys[ours] = (np.arange(count) + rng.random(count)) / max(1, count)
+        of_kind = rare[order] == kind
+        count = int(of_kind.sum())
+        keys[of_kind] = (np.arange(count) + rng.random(count)) / max(1, count)
     return order[np.argsort(keys, kind="stable")]

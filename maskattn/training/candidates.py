@@ -1,4 +1,4 @@
-"""Candidates: configurations of which each fold of a cross-validation chooses one on its own training patients."""
+"""Candidates: the configurations from which each fold of a cross-validation chooses one on its validation part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskattn.training.settings import TrainSettings
 
 __all__ = ["read_candidates"]
 
-# What says which patients there are and what is predicted of them: one for all candidates.
+# The settings that determine the patients and their targets, which all candidates share.
 _SHARED = (
     *("features", "labels", "out", "task", "target", "classes", "time", "event", "slide_table", "split"),
     *("validation_share", "skip_missing", "fusion"),
@@ -19,18 +19,18 @@ _SHARED = (
 
 
 def read_candidates(settings: TrainSettings, paths: Sequence[Path]) -> dict[str, TrainSettings]:
-    """The settings of each candidate by its file's name: those of the run, and over them what the file says.
+    """Read the settings of each candidate, by its file's name: those of the run, overridden by the file.
 
     Args:
-        settings: of the run.
-        paths: YAML files; without any the run itself is the one candidate, ``model``.
+        settings: the settings of the run.
+        paths: YAML files; if there are none, the run itself is the only candidate, ``model``.
 
     Raises:
-        ValueError: a file does not fit, changes what all candidates share, or two have one name.
+        ValueError: a file does not fit, changes a setting that all candidates share, or two files have one name.
     """
-    alone = replace(settings, out=None, split=None)
+    shared_settings = replace(settings, out=None, split=None)
     if not paths:
-        return {"model": alone}
+        return {"model": shared_settings}
     found = {}
     for path in paths:
         changes = read_config(path, TrainSettings)
@@ -41,5 +41,5 @@ def read_candidates(settings: TrainSettings, paths: Sequence[Path]) -> dict[str,
             )
         if path.stem in found:
             raise ValueError(f"candidates must have files of different names, got two {path.stem!r}; rename one")
-        found[path.stem] = settings_from(TrainSettings, {**asdict(alone), **changes})
+        found[path.stem] = settings_from(TrainSettings, {**asdict(shared_settings), **changes})
     return found

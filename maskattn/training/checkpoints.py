@@ -1,4 +1,4 @@
-"""The state of a training on disk: after every epoch, whole or not at all, so that it can be killed anywhere."""
+"""The state of a training on disk, written atomically after every epoch, so that it can be killed at any time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["AtomicCheckpoints", "read_state", "write_state"]
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a state; what is there under its name is always whole.
+    """Write a state atomically: a file with its name is always complete.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written; the earlier state is kept.
@@ -32,18 +32,18 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        kept = "the state of the epoch before is kept" if path.exists() else "nothing was there before"
+        kept = "the state of the previous epoch is kept" if path.exists() else "there is no earlier state"
         raise OutputError(
-            f"the state of a training must be written whole, got {path} of {held.getbuffer().nbytes / 1e6:.1f} MB: "
-            f"{error.strerror or error}; {kept}: make room, and run the same command again to go on"
+            f"the state of a training must be written completely, got {path} of {held.getbuffer().nbytes / 1e6:.1f} "
+            f"MB: {error.strerror or error}; {kept}: free space, and run the same command again to resume"
         ) from error
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """What :func:`write_state` wrote, on the CPU, without running code that is in it; None where nothing is there.
+    """Read what :func:`write_state` wrote, to the CPU, without running code in it; None if there is no file.
 
     Raises:
-        ValueError: it is no such state.
+        ValueError: the file is not a complete state.
     """
     if not path.is_file():
         return None
@@ -51,14 +51,14 @@ def read_state(path: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(
-            f"the state of a training must be whole, got {path}: {' '.join(str(error).split())[:200]}; take it away to "
-            "begin anew"
+            f"the state of a training must be complete, got {path}: {' '.join(str(error).split())[:200]}; remove it to "
+            "start over"
         ) from error
     return state
 
 
 class AtomicCheckpoints(pl.plugins.io.CheckpointIO):
-    """How Lightning writes and reads states: as :func:`write_state` and :func:`read_state` do."""
+    """Lightning's writing and reading of states, by :func:`write_state` and :func:`read_state`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a state."""
@@ -72,5 +72,5 @@ class AtomicCheckpoints(pl.plugins.io.CheckpointIO):
         return state
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Take a state away."""
+        """Remove a state."""
         Path(path).unlink(missing_ok=True)

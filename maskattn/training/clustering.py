@@ -1,7 +1,7 @@
 """CLAM's clustering of instances (Lu et al., Nature BME 2021): tiles of high attention must look like their class.
 
-Of a slide of class y the n tiles of highest attention are called positive and the n of lowest negative, and a
-classifier of instances of class y is trained on them, by cross entropy, beside the slide's own loss.
+In a slide of class y, the n tiles of highest attention are labelled positive and the n of lowest attention negative.
+The instance classifier of class y is trained on them by cross entropy, in addition to the slide's own loss.
 
 Dimension key: T tiles, D channels of CLAM's first layer.
 """
@@ -21,13 +21,16 @@ __all__ = ["clustering_loss"]
 def clustering_loss(
     head: GatedAttentionHead, rows_TD: Float[Tensor, "T D"], weights_AT: Float[Tensor, "A T"], label: int, count: int
 ) -> Float[Tensor, ""]:
-    """The loss of the instances of a slide.
+    """Compute the loss of a slide's instances.
 
     Args:
-        head: with instance classifiers.
-        rows_TD, weights_AT: of :meth:`GatedAttentionHead.rows_and_weights`.
-        label: the slide's class.
-        count: n; at most half of the tiles.
+        head: a head with instance classifiers.
+        rows_TD, weights_AT: the results of :meth:`GatedAttentionHead.rows_and_weights`.
+        label: the index of the slide's class.
+        count: n, limited to half of the tiles.
+
+    Returns:
+        The mean cross entropy; 0 for fewer than two tiles.
     """
     count = min(count, len(rows_TD) // 2)
     if not count:

@@ -1,6 +1,6 @@
-"""The cohort of a training: labels and features brought together, case by case, and what is wrong with either.
+"""The cohort of a training: labels and features matched case by case, with checks of both.
 
-A case is what gets one prediction: a patient with all slides, or, with ``fusion="none"``, one slide.
+A case is the unit that gets one prediction: a patient with all slides, or, with ``fusion="none"``, one slide.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Case", "Cohort", "IncompleteCohortError", "cohort_from", "cohort_of"
 
 
 class IncompleteCohortError(ValueError):
-    """Slides lack features or a label; ``left_out`` is slide → why."""
+    """Slides lack features or a label; ``left_out`` maps each of them to the reason."""
 
     def __init__(self, message: str, left_out: Mapping[str, str]) -> None:
         super().__init__(message)
@@ -30,13 +30,13 @@ class IncompleteCohortError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """A case: the unit that gets one prediction.
+    """The unit that gets one prediction.
 
     Attributes:
         case_id: the patient's id, or the slide's with ``fusion="none"``.
-        patient_id: the patient's.
-        slides: slide id → file of features, or of the slide itself.
-        truth: (class index,), (value,), or (time, event) of survival.
+        patient_id: the patient's id.
+        slides: slide id → file of features, or the slide itself.
+        truth: (class index,), (value,), or for survival (time, event).
     """
 
     case_id: str
@@ -50,11 +50,11 @@ class Cohort:
     """The cases of a training.
 
     Attributes:
-        cases: in the order of the labels.
+        cases: the cases, in the order of the labels.
         task: one of :data:`maskattn.evaluation.TASKS`.
-        target: what is predicted.
-        classes: their names in order; of regression and survival none.
-        left_out: slide → why it takes no part.
+        target: the name of the target.
+        classes: the names of the classes, in order; empty for regression and survival.
+        left_out: slide → the reason why it takes no part.
     """
 
     cases: tuple[Case, ...]
@@ -65,7 +65,7 @@ class Cohort:
 
     @property
     def slides(self) -> dict[str, Path]:
-        """Every slide → its file of features."""
+        """The file of features of every slide, by slide id."""
         return {slide: path for case in self.cases for slide, path in case.slides.items()}
 
     @property
@@ -75,14 +75,14 @@ class Cohort:
 
     @property
     def strata(self) -> list[float]:
-        """What splits are stratified by, for each case: the class, the value, or whether the event was seen."""
+        """The value by which splits are stratified, per case: the class, the value, or whether there was an event."""
         return [case.truth[-1] for case in self.cases]
 
     def of(self, patients: Sequence[str]) -> list[Case]:
-        """The cases of some patients.
+        """Return the cases of some patients.
 
         Raises:
-            ValueError: a patient has none.
+            ValueError: a patient has no case.
         """
         wanted = set(patients)
         if lacking := sorted(wanted - set(self.patients)):
@@ -94,15 +94,15 @@ class Cohort:
 
 
 def cohort_of(settings: TrainSettings, on_note: Callable[[str], None] | None = None) -> Cohort:
-    """Read the labels, list the features, and bring them together.
+    """Read the labels, list the features, and match them.
 
     Args:
-        settings: which they are.
-        on_note: called with a sentence for each thing that ``skip_missing`` skips.
+        settings: the settings of the training.
+        on_note: called with a sentence about the slides that ``skip_missing`` leaves out.
 
     Raises:
-        ValueError: something that is needed is not given, a column is not there, or there is one class only.
-        IncompleteCohortError: slides lack features or a label, and ``skip_missing`` is not asked for.
+        ValueError: a required setting or a column is missing, or there is only one class.
+        IncompleteCohortError: slides lack features or a label, without ``skip_missing``.
     """
     features, source, task = _needed(settings)
     columns = [settings.time, settings.event] if task == "survival" else [settings.target]
@@ -118,21 +118,21 @@ def cohort_from(
     on_note: Callable[[str], None] | None = None,
     what: str = "features",
 ) -> Cohort:
-    """Bring labels and files together.
+    """Match labels and files.
 
     Args:
-        settings: of the training.
-        task: what is predicted.
-        labels: of the slides.
+        settings: the settings of the training.
+        task: the task.
+        labels: the labels of the slides.
         files: slide → its file.
-        on_note: told, a sentence each, of what is passed over with ``skip_missing``.
-        what: a file is called, for messages.
+        on_note: called with a sentence about the slides that ``skip_missing`` leaves out.
+        what: the noun for a file in messages.
 
     Raises:
-        ValueError: there is one class only, or a patient's labels contradict each other.
-        IncompleteCohortError: slides lack a file or a label, and ``skip_missing`` is not asked for.
+        ValueError: there is only one class, or a patient's labels contradict each other.
+        IncompleteCohortError: slides lack a file or a label, without ``skip_missing``.
     """
-    kept, left_out = _brought_together(labels, files, settings, on_note, what)
+    kept, left_out = _matched(labels, files, settings, on_note, what)
     classes: tuple[str, ...] = ()
     if task in ("binary", "multiclass", "ordinal"):
         classes = classes_of(task, [row.values[labels.columns[0]] or "" for row in kept], settings, labels.source)
@@ -142,7 +142,7 @@ def cohort_from(
 
 
 def _needed(settings: TrainSettings) -> tuple[Path, Path, Task]:
-    """The settings that every training requires."""
+    """Return the settings that every training of a slide model requires: features, labels and task."""
     needed = ["features", "labels", "task"]
     needed += ["time", "event"] if settings.task == "survival" else ["target"]
     if lacking := [f"--{name}" for name in needed if getattr(settings, name) is None]:
@@ -152,21 +152,21 @@ def _needed(settings: TrainSettings) -> tuple[Path, Path, Task]:
     assert settings.features is not None
     assert settings.labels is not None
     assert settings.task is not None
-    useless = {"survival": ("classes",), "regression": ("classes", "time", "event")}
-    given = [name for name in useless.get(settings.task, ("time", "event")) if getattr(settings, name) is not None]
+    unused = {"survival": ("classes",), "regression": ("classes", "time", "event")}
+    given = [name for name in unused.get(settings.task, ("time", "event")) if getattr(settings, name) is not None]
     if given:
         raise ValueError(f"a {settings.task} task has no use for {', '.join(given)}, got them; leave them out")
     return settings.features, settings.labels, settings.task
 
 
-def _brought_together(
+def _matched(
     labels: SlideLabels,
     files: Mapping[str, Path],
     settings: TrainSettings,
     on_note: Callable[[str], None] | None,
     what: str,
 ) -> tuple[list[SlideLabel], dict[str, str]]:
-    """The rows that have a label and a file; slide → why, of the others."""
+    """Return the rows that have a label and a file, and for every other slide the reason."""
     named = {row.slide_id for row in labels.rows}
     lacking = {
         f"have a label and no {what}": [row.slide_id for row in labels.rows if row.slide_id not in files],
@@ -175,23 +175,23 @@ def _brought_together(
     }
     left_out = {slide: why for why, slides in lacking.items() for slide in slides}
     kept = [row for row in labels.rows if row.slide_id not in left_out]
-    told = "; ".join(f"{len(slides)} {why} ({some_of(slides, 3)})" for why, slides in lacking.items() if slides)
+    counted = "; ".join(f"{len(slides)} {why} ({some_of(slides, 3)})" for why, slides in lacking.items() if slides)
     if not kept:
         one, other = labels.rows[0].slide_id, next(iter(files))
         near = difflib.get_close_matches(one, files, 1)
         raise IncompleteCohortError(
-            f"slides must have a label and {what}, got none that has both: {told}; the labels have ids such as "
-            f"{one!r}, the {what} such as {(near or [other])[0]!r}: give them the same",
+            f"slides must have a label and {what}, got none that has both: {counted}; the labels have ids such as "
+            f"{one!r}, the {what} such as {(near or [other])[0]!r}: use the same ids",
             left_out,
         )
     if left_out and not settings.skip_missing:
         raise IncompleteCohortError(
-            f"every slide must have a label and {what}, got {told}, of {len(named | set(files))} slides; complete "
-            "them, or go on without these slides with --skip-missing",
+            f"every slide must have a label and {what}, got {counted}, of {len(named | set(files))} slides; complete "
+            "them, or leave these slides out with --skip-missing",
             left_out,
         )
     if left_out and on_note is not None:
-        on_note(f"{len(left_out)} slides are left out: {told}")
+        on_note(f"{len(left_out)} slides are left out: {counted}")
     return kept, left_out
 
 
@@ -211,8 +211,8 @@ def _cases(
         if other is not None and other.truth != truth:
             raise ValueError(
                 f"a patient must have one label, got different ones on the slides of {name!r} (the first that differs "
-                f"is {row.slide_id!r}) in {as_text(labels.source)}; correct them, or predict each slide by itself with "
-                "--fusion none"
+                f"is {row.slide_id!r}) in {as_text(labels.source)}; correct them, or predict each slide separately "
+                "with --fusion none"
             )
         slides = {} if other is None else other.slides
         found[name] = Case(name, row.patient_id, {**slides, row.slide_id: files[row.slide_id]}, truth)

@@ -1,4 +1,4 @@
-"""The encoder that a fine-tuning begins with: a packed vision transformer."""
+"""The encoder from which fine-tuning starts: a packed vision transformer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["encoder_to_tune", "packed_of"]
 
 
 def encoder_to_tune(settings: TrainSettings) -> TileEncoder:
-    """The encoder with the weights to begin with.
+    """Load the encoder with its initial weights.
 
     Raises:
-        ValueError: none is asked for, or it cannot be fine-tuned.
+        ValueError: the settings name no encoder, or it cannot be fine-tuned.
     """
     if settings.encoder is None:
         raise ValueError(
@@ -26,10 +26,10 @@ def encoder_to_tune(settings: TrainSettings) -> TileEncoder:
 
 
 def packed_of(encoder: TileEncoder) -> VisionTransformer:
-    """The transformer of an encoder.
+    """Return the transformer of an encoder.
 
     Raises:
-        ValueError: it is no packed transformer.
+        ValueError: it is not a packed transformer.
     """
     if encoder.vit is None:
         raise ValueError(

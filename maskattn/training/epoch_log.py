@@ -1,4 +1,4 @@
-"""The log of a training: ``log.csv``, a row for each epoch, and TensorBoard's events where it is installed."""
+"""The log of a training: ``log.csv``, with a row per epoch, and TensorBoard's events if it is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["TensorBoard", "write_log"]
 
 
 def write_log(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write the rows, whole or not at all; pandas reads them as they are."""
+    """Write the rows as a CSV file, atomically."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -26,11 +26,11 @@ def _shown(value: float) -> float | int | str:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; nothing where it is not installed.
+    """Scalars for TensorBoard; without effect if it is not installed.
 
     Args:
-        folder: of the events.
-        first_epoch: what an earlier run wrote from this epoch on is taken back.
+        folder: the folder of the events.
+        first_epoch: events of an earlier run from this epoch on are discarded.
     """
 
     def __init__(self, folder: Path, first_epoch: int) -> None:

@@ -1,6 +1,6 @@
-"""The metadata of a cohort's features, read once before anything is trained.
+"""The metadata of a cohort's features, read once before training starts.
 
-Every file is read whole, so that one with NaN, or of another encoder, is found now and not in the third hour.
+Every file is read completely, so that NaN or another encoder is found now and not after hours of training.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class FeatureFacts:
     """The metadata of a file of features.
 
     Attributes:
-        tiles: how many there are.
-        width: C of the features.
-        encoder: its name; None where the file does not say it.
-        spacing_um: µm per px of a tile; None as above.
-        patch_px: side of a tile; None as above.
-        token_mask: what the encoder saw; None as above.
+        tiles: number of tiles.
+        width: C, the width of the features.
+        encoder: the encoder's name; None if the file does not record it.
+        spacing_um: µm per pixel of a tile; None if not recorded.
+        patch_px: side of a tile in pixels; None if not recorded.
+        token_mask: "tissue" if background tokens were left out, "none" if not; None if not recorded.
     """
 
     tiles: int
@@ -41,7 +41,7 @@ class FeatureFacts:
     token_mask: Literal["none", "tissue"] | None
 
     def card(self) -> ModelCard:
-        """The facts as a card, which can be compared."""
+        """Return the metadata as a model card, for comparison."""
         return ModelCard(
             name="features",
             kind="features",
@@ -56,15 +56,15 @@ class FeatureFacts:
 def look_through(
     files: Mapping[str, Path], encoder: str | None = None, on_slide: Callable[[str, int, int], None] | None = None
 ) -> dict[str, FeatureFacts]:
-    """The metadata of each slide's features.
+    """Read the metadata of each slide's features.
 
     Args:
         files: slide → file.
-        encoder: whose features, where a file holds those of several.
-        on_slide: called with (slide, how many are done, how many there are).
+        encoder: the encoder whose features are read if a file has those of several.
+        on_slide: called as on_slide(slide, number done, number of slides).
 
     Raises:
-        SlideError: a file cannot be used, or has no tiles; it is named.
+        SlideError: a file cannot be used, or has no tiles; the error names it.
     """
     found = {}
     for done, (slide_id, path) in enumerate(files.items(), 1):
@@ -75,13 +75,13 @@ def look_through(
     return found
 
 
-# The folds of a cross-validation have the same files.
+# Cached, because the folds of a cross-validation share their files.
 @lru_cache(maxsize=100_000)
 def _facts_of(path: Path, encoder: str | None, slide_id: str, _size: int, _changed: int) -> FeatureFacts:
     tiles = read_features(path, encoder=encoder, named=(slide_id, path.stem))
     if not len(tiles.features_TC):
         raise SlideError(
-            f"a slide must have tiles, got none for {slide_id!r} in {as_text(path)}; take its row out of the labels"
+            f"a slide must have tiles, got none for {slide_id!r} in {as_text(path)}; remove its row from the labels"
         )
     return FeatureFacts(
         tiles=len(tiles.features_TC),
@@ -96,17 +96,17 @@ def _facts_of(path: Path, encoder: str | None, slide_id: str, _size: int, _chang
 def facts_of_cohort(
     facts: Mapping[str, FeatureFacts], encoder: str | None = None, token_mask: Literal["none", "tissue"] | None = None
 ) -> FeatureFacts:
-    """What all files say together; ``tiles`` is their sum.
+    """Return the metadata that all files share; ``tiles`` is their sum.
 
     Args:
-        facts: slide → what its file says.
-        encoder: the encoder's name, where the files do not say it.
-        token_mask: what it saw, where they do not.
+        facts: slide → metadata of its file.
+        encoder: the encoder's name, if the files do not record it.
+        token_mask: the token mask, if the files do not record it.
 
     Raises:
-        SlideError: they are of different encoders, spacings, tiles or masks, or not of those that are given.
+        SlideError: the files have different encoders, spacings, tiles or masks, or not those that are given.
     """
-    together = FeatureFacts(
+    shared = FeatureFacts(
         tiles=sum(one.tiles for one in facts.values()),
         width=next(iter(facts.values())).width,
         encoder=encoder or _first([one.encoder for one in facts.values()]),
@@ -116,20 +116,20 @@ def facts_of_cohort(
     )
     unlike: dict[str, list[str]] = {}
     for slide_id, one in facts.items():
-        wrong = mismatches(together.card(), one.card())
-        if one.width != together.width and not any("width" in each for each in wrong):
-            wrong.append(f"width of features {one.width} instead of {together.width}")
+        wrong = mismatches(shared.card(), one.card())
+        if one.width != shared.width and not any("width" in each for each in wrong):
+            wrong.append(f"width of features {one.width} instead of {shared.width}")
         if wrong:
             unlike.setdefault("; ".join(wrong), []).append(slide_id)
     if unlike:
-        told = "; ".join(f"{why} on {len(slides)} slides ({some_of(slides, 3)})" for why, slides in unlike.items())
-        same = "as is asked for" if encoder or token_mask else "as of the others"
+        counted = "; ".join(f"{why} on {len(slides)} slides ({some_of(slides, 3)})" for why, slides in unlike.items())
+        same = "those asked for" if encoder or token_mask else "the same for all slides"
         raise SlideError(
-            f"the features of a training must be of one encoder, spacing and token mask, {same}, got {told}, of "
-            f"{len(facts)} slides; name a folder that holds those of one"
+            f"the features of a training must have one encoder, spacing and token mask, {same}, got {counted}, of "
+            f"{len(facts)} slides; name a folder with those of one"
         )
-    return together
+    return shared
 
 
-def _first(said: Sequence[Any]) -> Any:
-    return next((one for one in said if one is not None), None)
+def _first(values: Sequence[Any]) -> Any:
+    return next((value for value in values if value is not None), None)

@@ -1,4 +1,4 @@
-"""A training whose validation cases have one output each, by which its epochs are compared.
+"""A training whose validation cases have one output each, from which its epochs are compared.
 
 Dimension key: P cases, K outputs.
 """
@@ -24,14 +24,14 @@ class JudgedModule(TrainedModule):
     """A module that is trained, with its validation cases.
 
     Args:
-        settings: of the loop and the optimiser.
-        task: of the cases.
-        cohort: whose task and classes they are.
-        validation: the cases of the validation, in their dataset's order.
+        settings: the settings of the loop and the optimiser.
+        task: the task.
+        cohort: the cohort, for the task's name and classes.
+        validation: the validation cases, in their dataset's order.
 
     Attributes:
-        task, cohort, validation: as given.
-        validation_outputs: index of a validation case → its output, as ``validation_step`` finds them.
+        task, cohort, validation: the arguments.
+        validation_outputs: index of a validation case → its output, filled by ``validation_step``.
     """
 
     def __init__(self, settings: FitSettings, task: TrainedTask, cohort: Cohort, validation: Sequence[Case]) -> None:
@@ -40,42 +40,42 @@ class JudgedModule(TrainedModule):
         self.validation_outputs: dict[int, Tensor] = {}
 
     def on_validation_epoch_start(self) -> None:
-        """Begin the outputs of this validation."""
+        """Clear the outputs."""
         self.validation_outputs = {}
 
     def judge(self) -> dict[str, float]:
-        """The loss of all validation cases in one, and the task's metrics."""
+        """Return the loss over all validation cases, and the task's metrics."""
         outputs_PK = self.all_outputs()
         loss = self.task.loss(outputs_PK, [case.truth for case in self.validation])
         return {"loss": float(loss), **case_metrics(self.cohort.task, outputs_PK, self.validation, self.task)}
 
     def all_outputs(self) -> Tensor:
-        """(P, K) outputs of the last validation, of all processes."""
+        """Return the (P, K) outputs of the last validation, from all processes."""
         outputs = _of_all_processes(self.validation_outputs)
         return torch.stack([outputs[index] for index in range(len(self.validation))])
 
     @property
     def metric(self) -> str:
-        """Which of the task's metrics must rise, where the metric says which epoch is best."""
+        """The name of the metric that is highest in the best epoch, with ``monitor="metric"``."""
         return METRIC_OF[self.cohort.task]
 
 
-def added(ours: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Sums by index, those of all processes added."""
+def added(own: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the sums of all processes' tensors, by index."""
     total: dict[int, Tensor] = {}
-    for part in _every_process(ours):
-        for index, one in part.items():
+    for tensors in _every_process(own):
+        for index, one in tensors.items():
             total[index] = total[index] + one if index in total else one
     return total
 
 
-def _of_all_processes(ours: dict[int, Tensor]) -> dict[int, Tensor]:
-    return {index: output for part in _every_process(ours) for index, output in part.items()}
+def _of_all_processes(own: dict[int, Tensor]) -> dict[int, Tensor]:
+    return {index: output for outputs in _every_process(own) for index, output in outputs.items()}
 
 
-def _every_process(ours: dict[int, Tensor]) -> list[dict[int, Tensor]]:
+def _every_process(own: dict[int, Tensor]) -> list[dict[int, Tensor]]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [ours]
+        return [own]
     every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, ours)
+    torch.distributed.all_gather_object(every, own)
     return every

@@ -1,8 +1,8 @@
-"""Labels of slides: what a table says of each slide and its patient.
+"""Labels of slides, read from a table.
 
-A row is a slide, or a patient where a second table says which slides a patient has. Columns have the names of the
-manifests that :mod:`maskattn.slide.manifest` reads, or CLAM's (``case_id``), STAMP's (``PATIENT``, ``FILENAME``) and
-TRIDENT's (``wsi``). The column that is predicted is named by the user.
+A row is a slide, or a patient if a second table lists each patient's slides. Columns have the names of the manifests
+that :mod:`maskattn.slide.manifest` reads, or those of CLAM (``case_id``), STAMP (``PATIENT``, ``FILENAME``) and TRIDENT
+(``wsi``). The user names the column of the target.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class SlideLabel:
     """A row of the labels.
 
     Attributes:
-        slide_id: the slide's id, as its features' file has it.
-        patient_id: the patient's; the slide's own where the table has none.
-        values: the asked columns → what the row says, as text; None where it says nothing.
+        slide_id: the slide's id, as in the name of its feature file.
+        patient_id: the patient's id; the slide's if the table has no patients.
+        values: requested column → text of its cell; None if it is empty or means "missing".
     """
 
     slide_id: str
@@ -45,9 +45,9 @@ class SlideLabels:
 
     Attributes:
         rows: a row for each slide, in the table's order.
-        columns: the asked columns.
-        source: the table.
-        by_patient: whether the table has patients of its own.
+        columns: the requested columns.
+        source: the path of the table.
+        by_patient: whether the table has a column of patients.
     """
 
     rows: tuple[SlideLabel, ...]
@@ -56,7 +56,7 @@ class SlideLabels:
     by_patient: bool
 
     def without_label(self) -> list[str]:
-        """Ids of the slides of which an asked column says nothing."""
+        """Return the ids of the slides that lack a value in a requested column."""
         return [row.slide_id for row in self.rows if None in row.values.values()]
 
 
@@ -64,20 +64,20 @@ def read_labels(path: Path, columns: Sequence[str], slide_table: Path | None = N
     """Read a table of labels.
 
     Args:
-        path: a CSV text, as a spreadsheet program saves it.
-        columns: the columns that are asked for, by their names in the table.
-        slide_table: which slides a patient has: a table with columns of slides and of patients.
+        path: a CSV file, as spreadsheet programs save it.
+        columns: the requested columns, by their names in the table.
+        slide_table: a table with a column of slides and one of patients, if the labels have only patients.
 
     Raises:
-        ValueError: a column is not there (what there is, is said), a slide comes twice, or there are no rows.
+        ValueError: a column is missing (the error lists those that exist), a slide occurs twice, or there are no rows.
     """
     header, records = _table(path, columns)
-    slide, patient = _place(header, _SLIDE), _place(header, _PATIENT)
-    places = {name: _column(header, name, path) for name in columns}
+    slide, patient = _known_column(header, _SLIDE), _known_column(header, _PATIENT)
+    positions = {name: _column(header, name, path) for name in columns}
     if slide is None and slide_table is None:
         raise ValueError(
-            f"labels must have a column slide_id, got {_there(header)} in {as_text(path)}; name it so, or give the "
-            "slides of each patient in a table of their own (--slide-table)"
+            f"labels must have a column slide_id, got {_shown(header)} in {as_text(path)}; rename it, or give the "
+            "slides of each patient in a second table (--slide-table)"
         )
     if slide_table is None:
         assert slide is not None, "a table without slides needs a second one"
@@ -85,14 +85,14 @@ def read_labels(path: Path, columns: Sequence[str], slide_table: Path | None = N
     else:
         if patient is None:
             raise ValueError(
-                f"labels beside a --slide-table must have a column patient_id, got {_there(header)} in {as_text(path)}"
+                f"labels with a --slide-table must have a column patient_id, got {_shown(header)} in {as_text(path)}"
             )
         found = _joined(path, records, patient, slide_table)
     rows = [
         SlideLabel(
             slide_id,
             patient_id or slide_id,
-            {name: _value(_cell(one, place)) for name, place in places.items()},
+            {name: _value(_cell(one, position)) for name, position in positions.items()},
         )
         for slide_id, patient_id, one in found
     ]
@@ -105,19 +105,19 @@ def _table(path: Path, wanted: Sequence[str]) -> tuple[tuple[str, ...], list[Rec
     records = read_records(path, lambda name: _plain(name) in known, "a table of labels")
     broken = [f"line {one.line}: {one.problem}" for one in records if one.problem]
     if broken:
-        raise ValueError(f"a table of labels must be whole, got {'; '.join(broken[:3])} in {as_text(path)}")
+        raise ValueError(f"a table of labels must be well-formed, got {'; '.join(broken[:3])} in {as_text(path)}")
     if len(records) < 2:
         raise ValueError(f"a table of labels must have a header and rows, got none in {as_text(path)}")
     return records[0].fields, records[1:]
 
 
 def _joined(path: Path, records: list[Record], patient: int, slide_table: Path) -> list[tuple[str, str, Record]]:
-    """The slides of each patient of the labels."""
+    """Return (slide id, patient id, row of labels) for each slide of the labels' patients."""
     header, slides = _table(slide_table, ())
-    slide, owner = _place(header, _SLIDE), _place(header, _PATIENT)
+    slide, owner = _known_column(header, _SLIDE), _known_column(header, _PATIENT)
     if slide is None or owner is None:
         raise ValueError(
-            f"a --slide-table must have the columns patient_id and slide_id (or FILENAME), got {_there(header)} in "
+            f"a --slide-table must have the columns patient_id and slide_id (or FILENAME), got {_shown(header)} in "
             f"{as_text(slide_table)}"
         )
     of_patient: dict[str, Record] = {}
@@ -138,7 +138,7 @@ def _joined(path: Path, records: list[Record], patient: int, slide_table: Path) 
 
 def _check_rows(rows: list[SlideLabel], path: Path) -> None:
     if not rows:
-        raise ValueError(f"labels must be of at least one slide, got none in {as_text(path)}; are the ids the same?")
+        raise ValueError(f"labels must have at least one slide, got none in {as_text(path)}; are the ids the same?")
     seen: set[str] = set()
     for row in rows:
         if not row.slide_id:
@@ -149,31 +149,31 @@ def _check_rows(rows: list[SlideLabel], path: Path) -> None:
 
 
 def _column(header: Sequence[str], name: str, path: Path) -> int:
-    """The index of a column that the user named.
+    """Return the index of a column that the user named.
 
     Raises:
         ValueError: there is none, or there are several.
     """
-    exact = [place for place, other in enumerate(header) if other == name]
-    alike = exact or [place for place, other in enumerate(header) if _plain(other) == _plain(name)]
+    exact = [position for position, other in enumerate(header) if other == name]
+    alike = exact or [position for position, other in enumerate(header) if _plain(other) == _plain(name)]
     if len(alike) != 1:
         near = difflib.get_close_matches(name, header, 1)
         hint = f"; do you mean {near[0]!r}?" if near and not alike else ""
         raise ValueError(
             f"labels must have the column {name!r} {'once' if alike else ''}".rstrip()
-            + f", got {_there(header)} in {as_text(path)}{hint}"
+            + f", got {_shown(header)} in {as_text(path)}{hint}"
         )
     return alike[0]
 
 
-def _place(header: Sequence[str], names: Sequence[str]) -> int | None:
-    """The column of the first of some names that the header has."""
+def _known_column(header: Sequence[str], names: Sequence[str]) -> int | None:
+    """Return the index of the first of some names that the header has; None if it has none of them."""
     plain = [_plain(name) for name in header]
     return next((plain.index(name) for name in names if name in plain), None)
 
 
-def _cell(record: Record, place: int | None) -> str:
-    return record.fields[place] if place is not None and place < len(record.fields) else ""
+def _cell(record: Record, position: int | None) -> str:
+    return record.fields[position] if position is not None and position < len(record.fields) else ""
 
 
 def _value(text: str) -> str | None:
@@ -181,13 +181,13 @@ def _value(text: str) -> str | None:
 
 
 def _id(name: str) -> str:
-    """The slide that a cell names: by its id, or by the file of its features or its own."""
+    """Return the id of the slide that a cell names, by its id or by the path of its feature or slide file."""
     last = PurePosixPath(name.replace("\\", "/")).name
     ending = next((ending for ending in _ENDINGS if last.lower().endswith(ending)), "")
     return last[: len(last) - len(ending)]
 
 
-def _there(header: Sequence[str]) -> str:
+def _shown(header: Sequence[str]) -> str:
     return f"the columns {', '.join(name or '(no name)' for name in header)}"
 
 

@@ -1,4 +1,4 @@
-"""The slides that take no part in a training, and why: ``left_out.csv``."""
+"""The slides that take no part in a training, with the reasons: ``left_out.csv``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ __all__ = ["write_left_out"]
 
 
 def write_left_out(out: Path, left_out: Mapping[str, str]) -> Path:
-    """Write the table, and say where it is.
+    """Write the table and return its path.
+
+    Args:
+        out: the folder of the run.
+        left_out: slide → reason.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the table cannot be written.
     """
     path = out / "left_out.csv"
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:

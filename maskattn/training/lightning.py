@@ -1,7 +1,7 @@
-"""Lightning, quiet, and importable beside a torchvision that was built for another torch.
+"""Lightning without its messages, importable even if the installed torchvision was built for another torch.
 
-torchmetrics, which Lightning imports, imports torchvision where it is installed; and a torchvision whose compiled
-operators do not fit the torch that is there fails to import (:mod:`maskattn.torchvision_names`).
+Lightning imports torchmetrics, which imports torchvision if it is installed. That import fails if torchvision's
+compiled operators do not fit the installed torch (:mod:`maskattn.torchvision_names`).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def _names_for_torchvision() -> torch.library.Library | None:
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of libraries, for their developers
-    _kept = _names_for_torchvision()  # the names go with the library that defined them
+    warnings.simplefilter("ignore")  # warnings of libraries are for developers
+    _kept = _names_for_torchvision()  # the names disappear with the library object that defined them
     pl: Any = importlib.import_module("pytorch_lightning")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within, Lightning neither advises nor announces: what users must know is said by this package."""
+    """A context in which Lightning logs no advice or announcements; this package reports what users must know."""
     levels = {name: logging.getLogger(name).level for name in ("pytorch_lightning", "lightning_fabric")}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,8 +1,9 @@
-"""The loop of every training here: Lightning's, with states after each epoch from which it goes on bit by bit.
+"""The training loop: Lightning's, with a state after each epoch from which a training is resumed bit for bit.
 
-What is random in a step depends on the seed, the epoch and the step alone, and the order of the cases on the seed and
-the epoch. So the state of the end of an epoch is weights, optimiser, schedule and early stopping; a training that was
-killed anywhere goes on from the last such state and ends with the weights of one that was not.
+Random numbers in a step depend only on the seed, the epoch and the step, and the order of the cases on the seed and the
+epoch. The state at the end of an epoch therefore consists of the weights, the optimiser, the schedule and early
+stopping. A training that was killed at any time resumes from the last such state and ends with the weights of an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class Progress(Protocol):
     """The interface of a training's progress report."""
 
     def looked_through(self, slide_id: str, done: int, slides: int) -> None:
-        """A file of features was looked through."""
+        """Report that a feature file or a slide was scanned."""
 
     def batch_done(self, epoch: int, done: int, batches: int) -> None:
-        """A batch was trained."""
+        """Report that a batch was trained."""
 
     def epoch_done(self, row: dict[str, float], best: bool) -> None:
-        """An epoch ended, with what it found, and whether it is the best so far."""
+        """Report the end of an epoch, with its row of the log, and whether it is the best so far."""
 
 
 @dataclass
@@ -44,9 +45,9 @@ class FitResult:
     """The outcome of a training.
 
     Attributes:
-        rows: of the log, an epoch each.
-        best_epoch: which of them was best on the validation cases; the last where there are none.
-        went_on: whether it began from the state of an earlier run.
+        rows: the rows of the log, one per epoch.
+        best_epoch: index of the best epoch on the validation cases; the last one without validation.
+        went_on: whether the training was resumed from an earlier run.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -63,19 +64,19 @@ def fit(
     metric: str | None = None,
     progress: Progress | None = None,
 ) -> FitResult:
-    """Train a module, whose settings say how; at the end it has the weights of its best epoch.
+    """Train a module by its settings; at the end it has the weights of its best epoch.
 
     Args:
-        module: what is trained.
-        training: its batches.
-        validation: of cases that it does not learn from; None: there are none, and the last epoch is the best.
-        folder: of states and log; None keeps neither.
-        metric: which of what validation finds must rise, with ``monitor="metric"``.
-        progress: gets the progress of the training.
+        module: the module.
+        training: the training batches.
+        validation: the validation batches; None: there are none, and the last epoch counts as the best.
+        folder: the folder of states and log; None keeps neither.
+        metric: the validation metric that is highest in the best epoch, with ``monitor="metric"``.
+        progress: receives the progress of the training.
 
     Raises:
-        OutputError: a state cannot be written; that of the epoch before is kept.
-        TrainingDivergedError: the loss is no number any more.
+        OutputError: a state cannot be written; that of the previous epoch is kept.
+        TrainingDivergedError: the loss is not finite.
         ValueError: there is no such device or precision.
     """
     record = _Record(module.settings, folder, metric if module.settings.monitor == "metric" else None, progress)
@@ -108,7 +109,7 @@ def _run(
         stopping = pl.callbacks.EarlyStopping(
             record.monitored, patience=settings.patience, mode=record.mode, check_on_train_epoch_end=False
         )
-        callbacks.insert(0, stopping)  # so that what it decided is in the state
+        callbacks.insert(0, stopping)  # first, so that its decision is in the state
     where = _accelerator(settings, module.some_unused)
     with quiet(), torch.random.fork_rng(devices=[]):
         trainer = pl.Trainer(
@@ -132,7 +133,7 @@ def _run(
         try:
             trainer.fit(module, training, validation, ckpt_path=state)
         except SystemExit:
-            # Lightning ends the process on Ctrl-C; a caller decides here.
+            # Lightning ends the process on Ctrl-C; here the caller decides.
             if record.interrupt is not None:
                 raise record.interrupt from None
             raise
@@ -155,7 +156,7 @@ class _Record(pl.Callback):
         self._since, self._rate = time.perf_counter(), 0.0
 
     def take(self, state: dict[str, Any]) -> None:
-        """Go on from a state of an earlier run."""
+        """Resume from the state of an earlier run."""
         own = state["maskattn"]
         self.rows, self.best_epoch, self.finished = list(own["rows"]), own["best_epoch"], own["finished"]
 
@@ -178,11 +179,11 @@ class _Record(pl.Callback):
         self._since = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Note the rate of this step."""
+        """Record the learning rate of this step."""
         self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Tell how far the epoch is."""
+        """Report the progress of the epoch."""
         if self.progress is not None and trainer.is_global_zero:
             self.progress.batch_done(trainer.current_epoch, batch_idx + 1, int(trainer.num_training_batches))
 
@@ -198,7 +199,7 @@ class _Record(pl.Callback):
             if best and self.monitored in row and trainer.is_global_zero:
                 self.best_weights = {name: x.detach().cpu().clone() for name, x in module.state_dict().items()}
         else:
-            # The best before the last: what is killed between the two does this epoch again, and writes it again.
+            # The best state first: a run that is killed between the two repeats this epoch, and writes both again.
             if best and trainer.is_global_zero:
                 write_state(self.folder / "state" / _BEST, {"state_dict": module.state_dict()})
             trainer.save_checkpoint(self.folder / "state" / _LAST)
@@ -228,7 +229,7 @@ class _Record(pl.Callback):
 
 
 def _mean_of_all_processes(losses: list[torch.Tensor]) -> float:
-    """The mean of the batches' losses."""
+    """Return the mean of the batches' losses over all processes."""
     mean = torch.stack(losses).double().mean() if losses else torch.tensor(float("nan"))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         mean = mean.float()
@@ -238,7 +239,7 @@ def _mean_of_all_processes(losses: list[torch.Tensor]) -> float:
 
 
 def loader_of(dataset: Any, settings: FitSettings, **how: Any) -> DataLoader[Any]:
-    """A loader whose own random numbers are its own: nothing that it does moves torch's generator."""
+    """Return a loader with its own random generator, so that it does not advance torch's."""
     workers = settings.workers
     return DataLoader(
         dataset,
@@ -253,7 +254,7 @@ def loader_of(dataset: Any, settings: FitSettings, **how: Any) -> DataLoader[Any
 
 
 def _accelerator(settings: FitSettings, some_unused: bool) -> dict[str, Any]:
-    """Which devices Lightning takes, and how processes share the work.
+    """Return Lightning's arguments for the devices and the strategy of sharing work among processes.
 
     Raises:
         ValueError: there is no such device.
@@ -263,8 +264,8 @@ def _accelerator(settings: FitSettings, some_unused: bool) -> dict[str, Any]:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        there = "cpu, cuda" if torch.cuda.is_available() else "cpu: torch finds no GPU"
-        raise ValueError(f"--device must be auto or one that torch can use ({there}), got {settings.device!r}")
+        usable = "cpu, cuda" if torch.cuda.is_available() else "cpu: torch finds no GPU"
+        raise ValueError(f"--device must be auto or one that torch can use ({usable}), got {settings.device!r}")
     devices: Any = [int(index)] if index else settings.devices
     strategy = "ddp_find_unused_parameters_true" if some_unused else "ddp"
     strategy = strategy if settings.devices > 1 else "auto"

@@ -1,4 +1,4 @@
-"""The slide models that can be trained, by the names that users give them."""
+"""The slide models that can be trained, by their names in the settings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _CHANNELS_PER_HEAD = 64
 
 
 def build_head(settings: TrainSettings, in_dim: int, num_classes: int) -> SlideHead:
-    """A slide model with random weights, drawn from torch's own generator.
+    """Build a slide model with random weights from torch's default generator.
 
     Args:
-        settings: which model, of which size.
-        in_dim: C of the features.
-        num_classes: K; 1 of regression and survival.
+        settings: the model's name and size.
+        in_dim: C, the width of the features.
+        num_classes: K; 1 for regression and survival.
 
     Raises:
         ValueError: the sizes do not fit each other.
@@ -69,13 +69,13 @@ def _plain_head(settings: TrainSettings, in_dim: int, outputs: int) -> SlideHead
 
 
 def _heads(dim: int) -> int:
-    """One for 64 channels, of a number that divides them."""
+    """Return the default number of heads: one per 64 channels, reduced to a divisor of the width."""
     return next(heads for heads in range(max(1, dim // _CHANNELS_PER_HEAD), 0, -1) if dim % heads == 0)
 
 
 @torch.no_grad()
 def in_units_of(head: SlideHead, task: ValueTask) -> None:
-    """Let a head that was trained on standardised values give the values themselves, by its last layer."""
+    """Scale the last layer of a head that was trained on standardised values, so that it predicts the values."""
     for layer in _last_layers(head):
         layer.weight.mul_(task.std)
         layer.bias.mul_(task.std).add_(task.mean)

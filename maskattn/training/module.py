@@ -1,4 +1,4 @@
-"""What Lightning trains: a loss for each batch, what validation finds, and an optimiser that all trainings share."""
+"""The Lightning module of all trainings: a loss for each batch, validation metrics, and the optimiser."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ __all__ = ["TrainedModule", "TrainingDivergedError", "rate_at"]
 
 
 class TrainingDivergedError(ValueError):
-    """The loss is no number any more."""
+    """The loss is not finite."""
 
 
 class TrainedModule(pl.LightningModule):
     """The module that is trained.
 
     Args:
-        settings: of the loop and the optimiser.
+        settings: the settings of the loop and the optimiser.
 
     Attributes:
-        found: what the last validation found: "loss", and the task's own metrics.
-        losses: of the batches of this epoch, as they came.
-        some_unused: whether a step may leave some parameters without a gradient, which processes that train together
-            must know.
+        found: the results of the last validation: "loss", and the metrics of the task.
+        losses: the losses of this epoch's batches, in order.
+        some_unused: whether a step may leave some parameters without a gradient, which DDP must know.
     """
 
     some_unused: bool = False
@@ -43,14 +42,14 @@ class TrainedModule(pl.LightningModule):
 
     @abstractmethod
     def batch_loss(self, batch: Any) -> Tensor:
-        """The loss of a batch, with a graph."""
+        """Compute the loss of a batch, with a graph."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for the optimiser; by default all parameters that take a gradient, at one rate."""
+        """Return the optimiser's parameter groups; by default all trainable parameters, with one learning rate."""
         return [{"params": [one for one in self.parameters() if one.requires_grad]}]
 
     def configure_optimizers(self) -> Any:
-        """AdamW, with the rate of :func:`rate_at` at every step."""
+        """Return AdamW, with the learning rate of :func:`rate_at` at every step."""
         settings = self.settings
         optimiser = torch.optim.AdamW(self.parameter_groups(), lr=settings.lr, weight_decay=settings.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -58,19 +57,19 @@ class TrainedModule(pl.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
-        """Begin the epoch's losses."""
+        """Clear the losses."""
         self.losses = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let what is random in this step depend on the seed, the epoch and the step alone."""
+        """Seed torch's generator from the seed, the epoch, the step and the process."""
         words = (self.settings.seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(_mixed(words))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of a batch.
+        """Return the loss of a batch.
 
         Raises:
-            TrainingDivergedError: it is no finite number.
+            TrainingDivergedError: the loss is not finite.
         """
         loss = self.batch_loss(batch)
         if not bool(loss.isfinite()):
@@ -82,22 +81,22 @@ class TrainedModule(pl.LightningModule):
         return loss
 
     def on_validation_epoch_end(self) -> None:
-        """Hand what validation found to Lightning, whose early stopping reads it."""
+        """Log the results of the validation, which Lightning's early stopping reads."""
         self.found = self.judge()
         for name, value in self.found.items():
             self.log(f"validation_{name}", value, batch_size=1, rank_zero_only=False)
 
     def judge(self) -> dict[str, float]:
-        """What the validation of this epoch found, of all processes' cases: "loss" and metrics."""
+        """Return the results of this epoch's validation over all processes' cases: "loss" and metrics."""
         return {}
 
     def network(self) -> nn.Module:
-        """What the training is for; its weights are kept."""
+        """Return the network whose weights are the result of the training."""
         raise NotImplementedError
 
 
 def rate_at(settings: FitSettings, steps: int) -> Callable[[int], float]:
-    """Step → factor of the learning rate: a linear rise, then half a cosine down to 0, or a constant."""
+    """Return a function step → factor of the learning rate: a linear rise, then half a cosine to 0, or a constant."""
     rising = max(1, int(steps * settings.warmup + 1e-9))
 
     def factor(step: int) -> float:
@@ -108,7 +107,7 @@ def rate_at(settings: FitSettings, steps: int) -> Callable[[int], float]:
 
 
 def _mixed(words: tuple[int, ...]) -> int:
-    """One seed from several numbers, of which neighbours give seeds that are far apart (splitmix64)."""
+    """Mix several numbers into one seed (splitmix64); neighbouring numbers give unrelated seeds."""
     state = 0
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) % 2**64

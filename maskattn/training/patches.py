@@ -1,4 +1,4 @@
-"""Labelled patches in folders: a folder for each class, and tissue masks beside the patches.
+"""Labelled patches in folders, one per class, with tissue masks next to the patches.
 
 Dimension key: h·w tokens of a patch.
 """
@@ -31,10 +31,10 @@ _MASK = "_mask"
 
 
 def find_patches(settings: TrainSettings) -> Cohort:
-    """The patches of a folder, as cases.
+    """Return the patches of a folder as a cohort, each of them a case.
 
     Raises:
-        ValueError: there is no folder, no class or one only, or the pattern does not fit a name.
+        ValueError: there is no folder, there are fewer than two classes, or the patient pattern does not match a name.
     """
     folder = settings.patches
     if folder is None or not folder.is_dir():
@@ -48,9 +48,10 @@ def find_patches(settings: TrainSettings) -> Cohort:
     of_class = {name: [path for path in sorted((folder / name).iterdir()) if _is_patch(path)] for name in classes}
     empty = [name for name, paths in of_class.items() if not paths]
     if len(classes) < 2 or empty:
-        told = ", ".join(f"{name} ({len(paths)} patches)" for name, paths in of_class.items()) or "none"
+        counted = ", ".join(f"{name} ({len(paths)} patches)" for name, paths in of_class.items()) or "none"
         raise ValueError(
-            f"patches must be of two classes or more, each with images ({', '.join(_IMAGES)}), got {told} in {folder}"
+            f"patches must be of two classes or more, each with images ({', '.join(_IMAGES)}), got {counted} in "
+            f"{folder}"
         )
     cases = [
         Case(f"{name}/{path.stem}", _patient_of(path, name, settings), {path.stem: path}, (float(index),))
@@ -78,20 +79,20 @@ def _patient_of(path: Path, name: str, settings: TrainSettings) -> str:
         ) from error
     if found is None or not found.groups():
         raise ValueError(
-            f"--patient-pattern must have a group and fit every name, got {settings.patient_pattern!r} for "
-            f"{path.stem!r}; '(.+?)_' takes what stands before the first _"
+            f"--patient-pattern must have a group and match every name, got {settings.patient_pattern!r} for "
+            f"{path.stem!r}; '(.+?)_' matches the text before the first _"
         )
     return str(found[1])
 
 
 @dataclass(frozen=True, eq=False)
 class PatchItem:
-    """A patch, or a tile of a slide, as the encoder takes it.
+    """A patch, or a tile of a slide, as the input of the encoder.
 
     Attributes:
-        index: of what it is judged with: the patch itself, or the bag of a slide's or a patient's tiles.
-        pixels_3XY: uint8, RGB.
-        keep_HW: the tokens that take part; None = all.
+        index: index of the patch, or of the bag of a slide's or patient's tiles that are averaged in validation.
+        pixels_3XY: (3, X, Y) uint8, RGB.
+        keep_HW: (h, w) bool, the tokens that take part; None keeps all.
         truth: (class index,).
     """
 
@@ -102,15 +103,15 @@ class PatchItem:
 
 
 class PatchDataset(Dataset[PatchItem]):
-    """Patches, read one at a time; in training turned and mirrored, and some of their tokens left out.
+    """Patches, read one at a time; in training they are augmented (:func:`~maskattn.training.augmentation.varied`).
 
     Args:
-        cases: of :func:`find_patches`.
-        tile_px: side of the image that the encoder takes.
-        token_px: side of its tokens.
-        masked: whether tokens without tissue are left out, by the masks beside the patches.
-        seed: of what is random; None: nothing is.
-        drop: share of the kept tokens that is left out.
+        cases: cases of :func:`find_patches`.
+        tile_px: side of the encoder's input, in pixels.
+        token_px: side of its tokens, in pixels.
+        masked: whether tokens without tissue are left out, by the masks next to the patches.
+        seed: seed of the augmentation; None: no augmentation.
+        drop: share of the kept tokens that is dropped.
     """
 
     def __init__(
@@ -148,8 +149,8 @@ class PatchDataset(Dataset[PatchItem]):
         mask = next((other for other in _masks_of(path) if other.is_file()), None)
         if mask is None:
             raise SlideError(
-                f"--token-mask tissue needs a mask beside every patch, got no {as_text(_masks_of(path)[0])}; draw it, "
-                "or take --token-mask none"
+                f"--token-mask tissue needs a mask next to every patch, got no {as_text(_masks_of(path)[0])}; add it, "
+                "or use --token-mask none"
             )
         tissue = _read(mask, "L", self._tile_px) > 0
         side = self._tile_px // self._token_px
@@ -164,7 +165,7 @@ def _masks_of(path: Path) -> list[Path]:
 
 
 def _read(path: Path, mode: str, side_px: int) -> np.ndarray:
-    """An image (Y, X[, 3]) uint8 of a side; a mask is not smoothed."""
+    """Read an image as (Y, X[, 3]) uint8, resized to a square; masks are resized without interpolation."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -1,4 +1,4 @@
-"""``run.yaml``: settings from a file and from flags, validated by pydantic, and written back as they took effect."""
+"""``run.yaml``: settings from a file and from flags, validated by pydantic, and the effective settings written back."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ SettingsT = TypeVar("SettingsT")
 
 
 def read_config(path: Path, kind: type[Any]) -> dict[str, Any]:
-    """The settings that a file has, by field.
+    """Read the settings of a file, by field.
 
     Args:
-        path: a YAML file, of ``field: value``.
+        path: a YAML file of ``field: value``.
         kind: the dataclass of the settings.
 
     Raises:
-        ValueError: it cannot be read, is no mapping, or has a key that is no field; the nearest one is named.
+        ValueError: the file cannot be read, is not a mapping, or has an unknown key; the error suggests the nearest
+        one.
     """
     import yaml
 
@@ -52,10 +53,10 @@ def read_config(path: Path, kind: type[Any]) -> dict[str, Any]:
 
 
 def settings_from(kind: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
-    """Settings of these values, each of its field's type and within its bounds; what is not given is the default.
+    """Return settings with these values and defaults for the others, after checking types and bounds.
 
     Raises:
-        ValueError: a value does not fit; every one is named, with what it must be.
+        ValueError: values do not fit; the error names every one, with its rule.
     """
     from pydantic import ValidationError
 
@@ -71,7 +72,7 @@ def settings_from(kind: type[SettingsT], values: Mapping[str, Any]) -> SettingsT
 
 
 def plain_values(settings: Any) -> dict[str, Any]:
-    """The settings as YAML and JSON have them, by field."""
+    """Return the settings by field, as plain values for YAML and JSON."""
     values = {one.name: getattr(settings, one.name) for one in fields(settings)}
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
@@ -80,7 +81,7 @@ def plain_values(settings: Any) -> dict[str, Any]:
 
 
 def as_yaml(settings: Any) -> str:
-    """The settings as ``run.yaml`` has them; paths are absolute."""
+    """Return the text of ``run.yaml`` for these settings, with absolute paths."""
     import yaml
 
     values = plain_values(settings)
@@ -92,7 +93,7 @@ def as_yaml(settings: Any) -> str:
 
 
 def write_config(path: Path, settings: Any) -> None:
-    """Write the settings as they took effect.
+    """Write the effective settings.
 
     Raises:
         OSError: the file cannot be written.
@@ -103,13 +104,13 @@ def write_config(path: Path, settings: Any) -> None:
 
 @lru_cache
 def _model_of(kind: type[Any]) -> Any:
-    """The pydantic model of a dataclass of settings: its types, defaults and bounds."""
+    """Return the pydantic model of a settings dataclass, with its types, defaults and bounds."""
     from pydantic import ConfigDict, Field, create_model
 
     hints, described = get_type_hints(kind), {}
     for one in fields(kind):
-        told = asked_of(one)
-        described[one.name] = (hints[one.name], Field(one.default, ge=told.minimum, le=told.maximum))
+        asked = asked_of(one)
+        described[one.name] = (hints[one.name], Field(one.default, ge=asked.minimum, le=asked.maximum))
     config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False, coerce_numbers_to_str=True)
     return create_model(kind.__name__, __config__=config, **described)  # type: ignore[call-overload]  # of fields
 
@@ -120,7 +121,7 @@ def _suggested(key: str, known: list[str]) -> str:
 
 
 def _as_meant(value: Any, hint: str, folder: Path) -> Any:
-    """A path from the file's own folder; a number where a word is meant (``precision: 32``) as the word."""
+    """Resolve a path relative to the file's folder, and turn a number into text for a field of words (precision)."""
     if "Path" in hint and isinstance(value, str):
         return str(folder / value)
     return str(value) if "Literal" in hint and isinstance(value, int) else value

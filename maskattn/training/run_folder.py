@@ -1,4 +1,4 @@
-"""The folder of a run: which configuration and which data it is of, and what becomes of it on a full disk."""
+"""The folder of a run: checks of its configuration and data, and the message for a full disk."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_run(out: Path, settings: Any) -> None:
-    """Make sure that a folder has no run of another configuration.
+    """Check that a folder has no run of another configuration.
 
     Raises:
-        ValueError: it has one, or a model that is no run's; what differs is named.
+        ValueError: it has one (the error names the differences), or a model that does not belong to a run.
     """
     if not (out / RUN_CONFIG).is_file():
         if (out / "config.json").is_file():
             raise ValueError(
-                f"--out must be a folder of a run of its own, got {out}, which has a model and no {RUN_CONFIG}; name "
-                "another"
+                f"--out must be empty or the folder of this run, got {out}, which has a model and no {RUN_CONFIG}; "
+                "name another"
             )
         return
     kind = type(settings)
     earlier = plain_values(settings_from(kind, read_config(out / RUN_CONFIG, kind)))
     now = plain_values(settings)
-    # Where files lie may change: what they hold is compared by itself.
+    # Paths may change, because the contents of the files are compared separately.
     compared = [one.name for one in fields(kind) if asked_of(one).serves is not None and "Path" not in str(one.type)]
     unlike = [f"{name} {earlier[name]} instead of {now[name]}" for name in compared if earlier[name] != now[name]]
     if unlike:
         raise ValueError(
-            f"a run goes on with the configuration that it began with, got {'; '.join(unlike)} in {out}; ask for the "
-            f"same again (--config {quoted(out / RUN_CONFIG)}), or name another --out"
+            f"a run is resumed with its own configuration, got {'; '.join(unlike)} in {out}; use the same one "
+            f"(--config {quoted(out / RUN_CONFIG)}), or name another --out"
         )
 
 
 def note_data(out: Path, settings: Any, sha256: str) -> None:
-    """Write the configuration and the digest of the data beside the run, or compare them with what is there.
+    """Write the configuration, and write the digest of the data or compare it with the stored one.
 
     Raises:
-        ValueError: the run began with other data.
-        OSError: they cannot be written.
+        ValueError: the run was started with other data.
+        OSError: a file cannot be written.
     """
     path = out / "state" / _DATA
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ def note_data(out: Path, settings: Any, sha256: str) -> None:
     if path.is_file():
         if json.loads(path.read_text(encoding="utf-8"))["sha256"] != sha256:
             raise ValueError(
-                f"a run goes on with the data that it began with, got other slides, labels or parts than {out} was "
-                "begun with; give the same, or name another --out"
+                f"a run is resumed with its own data, got slides, labels or parts that differ from those of {out}; "
+                "give the same, or name another --out"
             )
     else:
         with replacing(path) as temporary:
@@ -75,7 +75,7 @@ def note_data(out: Path, settings: Any, sha256: str) -> None:
 
 @contextlib.contextmanager
 def full_disk_in_words(out: Path) -> Iterator[None]:
-    """Within, an error of a full disk becomes a sentence that says what to do."""
+    """A context that turns the error of a full disk into a sentence with the remedy."""
     try:
         yield
     except OutputError:
@@ -84,12 +84,12 @@ def full_disk_in_words(out: Path) -> Iterator[None]:
         if error.errno not in _NO_ROOM:
             raise
         raise OutputError(
-            f"a run must have room for its files, got {error.strerror} in {out}; what was written whole is kept: make "
-            "room, and run the same command again to go on"
+            f"a run needs space for its files, got {error.strerror} in {out}; complete files are kept: free space, and "
+            "run the same command again to resume"
         ) from error
 
 
 def place_of_process(settings: FitSettings) -> tuple[int, int]:
-    """Which of the processes that train together this is, and how many there are."""
-    # Lightning starts the others, and tells each its number.
+    """Return the index of this process among those that train together, and their number."""
+    # Lightning starts the other processes, and sets their LOCAL_RANK.
     return int(os.environ.get("LOCAL_RANK", "0")) if settings.devices > 1 else 0, settings.devices

@@ -1,4 +1,4 @@
-"""What ``maskattn train`` is asked for; every field is a flag and a key of run.yaml."""
+"""The settings of ``maskattn train``; every field is a flag and a key of run.yaml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskattn.training.tile_settings import TileSettings
 __all__ = ["TrainSettings"]
 
 
-# Fields come in the order of the flags: those of the last base first.
+# The fields, and hence the flags, are in the order of the bases from last to first.
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(FitSettings, TileSettings, SlideSettings):
-    """The training of a model: data, task and model, then the loop and the optimiser."""
+    """The settings of a training: data, task and model, then the loop and the optimiser."""

@@ -1,4 +1,4 @@
-"""The training of a slide head on bags of tiles, a batch of cases at a time.
+"""The Lightning module that trains a slide head on bags of tiles, with a batch of cases per step.
 
 Dimension key: B cases, S bags of a case, K outputs.
 """
@@ -24,20 +24,19 @@ from maskattn.training.tasks import TrainedTask, ValueTask
 
 __all__ = ["SlideTraining", "outputs_of_case", "predictions_of"]
 
-# A batch of more tiles than this is run bag by bag again in the backward pass, so that memory is that of one bag.
+# A batch of more tiles than this is recomputed case by case in the backward pass, so that memory is that of one case.
 _RECOMPUTE_ABOVE = 20_000
 
 
 class SlideTraining(JudgedModule):
-    """A slide head, its task, and the cases that judge it.
+    """A slide head, its task, and its validation cases.
 
     Args:
-        head: what is trained.
-        task: of the cases.
-        settings: of the training.
-        cohort: whose task and classes they are.
-        validation: the cases of the validation, in their dataset's order.
-
+        head: the head that is trained.
+        task: the task.
+        settings: the settings of the training.
+        cohort: the cohort, for the task's name and classes.
+        validation: the validation cases, in their dataset's order.
     """
 
     def __init__(
@@ -55,15 +54,15 @@ class SlideTraining(JudgedModule):
         self.some_unused = self._clusters  # each step reads the instance classifiers of its own classes
 
     def transfer_batch_to_device(self, batch: list[CaseBags], device: torch.device, dataloader_idx: int) -> Any:
-        """The cases on the model's device."""
+        """Return the cases on the model's device."""
         return [case.to(device) for case in batch]
 
     def batch_loss(self, batch: list[CaseBags]) -> Tensor:
-        """The loss of some cases, all in one: of survival their risk sets, too."""
-        again = len(batch) > 1 and sum(case.tiles for case in batch) > _RECOMPUTE_ABOVE
+        """Return the loss over all cases of a batch; for survival, the risk sets are over the batch."""
+        recompute = len(batch) > 1 and sum(case.tiles for case in batch) > _RECOMPUTE_ABOVE
         outputs, instances = [], []
         for case in batch:
-            if again:
+            if recompute:
                 output, instance = checkpoint(self._case, case, use_reentrant=False)
             else:
                 output, instance = self._case(case)
@@ -76,16 +75,16 @@ class SlideTraining(JudgedModule):
         return (1 - share) * loss + share * torch.stack(instances).mean()
 
     def validation_step(self, batch: list[CaseBags], batch_idx: int) -> None:
-        """The outputs of some cases."""
+        """Store the outputs of some cases."""
         for case in batch:
             self.validation_outputs[case.index] = outputs_of_case(self.head, self.task, case).float().cpu()
 
     def network(self) -> SlideHead:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def _case(self, case: CaseBags) -> tuple[Tensor, Tensor]:
-        """A case's output and the loss of its instances."""
+        """Return a case's output and the loss of its instances."""
         if not self._clusters:
             return outputs_of_case(self.head, self.task, case), torch.zeros((), device=self.device)
         head = cast(GatedAttentionHead, self.head)
@@ -100,7 +99,7 @@ class SlideTraining(JudgedModule):
 
 
 def outputs_of_case(head: SlideHead, task: TrainedTask, case: CaseBags) -> Tensor:
-    """The one output (K,) of a case."""
+    """Return the output (K,) of a case, fused over its bags."""
 
     def outputs_of(bag: Bag) -> Tensor:
         return cast(Tensor, head(bag.embeddings_TC, bag.coords_um_T2, bag.grid))
@@ -111,31 +110,31 @@ def outputs_of_case(head: SlideHead, task: TrainedTask, case: CaseBags) -> Tenso
 def predictions_of(
     outputs_PK: Tensor, cases: Sequence[Case], cohort: Cohort, task: TrainedTask, temperature: float = 1.0
 ) -> Predictions:
-    """The predictions for cases.
+    """Turn outputs into predictions.
 
     Args:
-        outputs_PK: a row for each case.
-        cases: with what is true of them.
-        cohort: whose task and classes they are.
-        task: as it was trained.
-        temperature: by which the logits of classes are divided.
+        outputs_PK: (P, K), a row for each case.
+        cases: the P cases, with their truth.
+        cohort: the cohort, for the task's name, target and classes.
+        task: the task as trained.
+        temperature: divisor of the logits of classes.
     """
     names = tuple(case.case_id for case in cases)
-    apart = any(case.case_id != case.patient_id for case in cohort.cases)
-    owners = tuple(case.patient_id for case in cases) if apart else None
+    by_slide = any(case.case_id != case.patient_id for case in cohort.cases)
+    patients = tuple(case.patient_id for case in cases) if by_slide else None
     outputs_PK = outputs_PK.double()
     if isinstance(task, ValueTask):
         outputs_PK = outputs_PK * task.std + task.mean
     if cohort.classes:
         scores_PK = (outputs_PK / temperature).softmax(dim=1).numpy()
         truth_P: Any = [int(case.truth[0]) for case in cases]
-        return Predictions(cohort.task, cohort.target, names, scores_PK, truth_P, cohort.classes, patient_of=owners)
+        return Predictions(cohort.task, cohort.target, names, scores_PK, truth_P, cohort.classes, patient_of=patients)
     scores_PK = outputs_PK.numpy()
     if cohort.task == "survival":
         time_P: Any = [case.truth[0] for case in cases]
         event_P: Any = [case.truth[1] > 0 for case in cases]
         return Predictions(
-            cohort.task, cohort.target, names, scores_PK, time_P=time_P, event_P=event_P, patient_of=owners
+            cohort.task, cohort.target, names, scores_PK, time_P=time_P, event_P=event_P, patient_of=patients
         )
     truth_P = [case.truth[0] for case in cases]
-    return Predictions(cohort.task, cohort.target, names, scores_PK, truth_P, patient_of=owners)
+    return Predictions(cohort.task, cohort.target, names, scores_PK, truth_P, patient_of=patients)

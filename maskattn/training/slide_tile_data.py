@@ -1,6 +1,6 @@
-"""Tiles of labelled slides as data: some of each slide drawn anew in each epoch, or all of them in order.
+"""The dataset of labelled slides' tiles: a sample of each slide in each epoch, or all of them in order.
 
-What is drawn of a slide, and how its tiles are turned, depends on the seed, the epoch and the slide alone.
+The sample of a slide and the augmentation of its tiles depend only on the seed, the epoch and the slide.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _MOST_TRIED = 8
 
 
 def bags_of(cases: Sequence[Case], fusion: Literal["early", "late", "none"]) -> list[tuple[int, tuple[str, ...]]]:
-    """The tiles that are averaged together: (index of the case, slides), a bag for each slide with late fusion."""
+    """Return the bags of tiles that are averaged, as (index of the case, slides); one per slide with late fusion."""
     if fusion == "late":
         return [(index, (slide,)) for index, case in enumerate(cases) for slide in case.slides]
     return [(index, tuple(case.slides)) for index, case in enumerate(cases)]
 
 
 class SlideTileDataset(Dataset[PatchItem]):
-    """Tiles of slides, read one at a time; in training drawn, turned and mirrored, and some of their tokens left out.
+    """Tiles of slides, read one at a time; in training they are sampled and augmented.
 
     Args:
-        cases: whose slides they are.
+        cases: the cases that have the slides.
         tiles: slide → its tiles.
-        fusion: how the slides of a case are joined, which says with which index a tile comes.
-        most: tiles of a slide, drawn in training and else evenly spread; None = all.
-        seed: of what is random; None: nothing is.
-        drop: share of the kept tokens that is left out.
+        fusion: how the slides of a case are joined, which determines the index of a tile's bag.
+        most: number of tiles per slide, sampled in training and otherwise evenly spaced; None takes all.
+        seed: seed of the sampling and the augmentation; None: neither.
+        drop: share of the kept tokens that is dropped.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class SlideTileDataset(Dataset[PatchItem]):
         """Read a tile.
 
         Raises:
-            SlideError: neither it nor the slide's next tiles can be decoded.
+            SlideError: neither the tile nor the slide's next ones can be decoded.
         """
-        place = int(np.searchsorted(self._ends, draw.index, side="right"))
-        bag, truth, slide = self._slides[place]
-        number = draw.index - int(self._ends[place]) + self._count(slide)
+        position = int(np.searchsorted(self._ends, draw.index, side="right"))
+        bag, truth, slide = self._slides[position]
+        number = draw.index - int(self._ends[position]) + self._count(slide)
         row = int(self.rows(slide, draw.epoch)[number])
         tiles = self._tiles[slide]
         row, pixels = self._decoded(slide, row)
@@ -91,7 +91,7 @@ class SlideTileDataset(Dataset[PatchItem]):
         return PatchItem(bag, *varied(pixels, keep, tiles.side, self._drop, rng), truth)
 
     def rows(self, slide: str, epoch: int) -> np.ndarray:
-        """Which tiles of a slide are read in an epoch, rising."""
+        """Return the indices of a slide's tiles that are read in an epoch, in ascending order."""
         total, count = len(self._tiles[slide]), self._count(slide)
         if self._seed is None:
             return np.linspace(0, total - 1, count).astype(np.int64)
@@ -103,7 +103,7 @@ class SlideTileDataset(Dataset[PatchItem]):
         return total if self._most is None else min(self._most, total)
 
     def _decoded(self, slide: str, row: int) -> tuple[int, Tensor]:
-        """A tile, or the slide's next one that can be decoded."""
+        """Return the row and the pixels of a tile, or of the slide's next one that can be decoded."""
         tiles, reason = self._tiles[slide], ""
         for step in range(min(_MOST_TRIED, len(tiles))):
             at = (row + step) % len(tiles)
@@ -113,13 +113,13 @@ class SlideTileDataset(Dataset[PatchItem]):
                 reason = reason or str(error)
                 continue
             if step:
-                _logger.warning("a tile of %s cannot be decoded, and the next one stands for it: %s", slide, reason)
+                _logger.warning("a tile of %s cannot be decoded, and the next one replaces it: %s", slide, reason)
             return at, pixels
         raise SlideError(f"tiles of a slide must be readable, got {as_text(tiles.path)}: {reason}; leave the slide out")
 
 
 class _OpenSlides:
-    """The slides that were read last, open; the others are closed."""
+    """A cache of open readers: those of the slides that were read last; the others are closed."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, SlideReader] = OrderedDict()
@@ -133,4 +133,4 @@ class _OpenSlides:
         return self._open[path]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open": OrderedDict()}  # a worker opens its own
+        return {"_open": OrderedDict()}  # a worker process opens its own readers

@@ -1,7 +1,7 @@
-"""The tiles of labelled slides that an encoder learns from: laid over the tissue once, read when they are needed.
+"""The tiles of labelled slides on which an encoder is trained: laid over the tissue once, and read on demand.
 
-Tiles lie where ``maskattn extract`` would lay them. Of each slide their corners and the kept tokens, a bit each, are
-held, and of all slides a few are open at a time.
+Tiles are laid as by ``maskattn extract``. For each slide their corners and the kept tokens, one bit each, are in
+memory; only a few slides are open at a time.
 
 Dimension key: T tiles of a slide; h, w tokens of a tile.
 """
@@ -40,12 +40,12 @@ class SlideTiles:
     """The tiles of a slide over its tissue.
 
     Attributes:
-        path: the slide.
-        coords_lv0: (T, 2) x and y of each tile's left upper corner.
+        path: the slide file.
+        coords_lv0: (T, 2) x and y of each tile's top left corner in level-0 pixels.
         tile_lv0: side of a tile in level-0 pixels.
-        tile_px: side of the image that a tile is read as.
-        side: tokens along a tile.
-        kept_bits: (T, bytes) the kept tokens of each tile, eight to a byte; None where all take part.
+        tile_px: side of a tile's image in pixels.
+        side: number of tokens along a side of a tile.
+        kept_bits: (T, bytes) the kept tokens of each tile, eight to a byte; None if all take part.
     """
 
     path: Path
@@ -59,24 +59,24 @@ class SlideTiles:
         return len(self.coords_lv0)
 
     def keep(self, row: int) -> Bool[Tensor, "h w"] | None:
-        """The kept tokens of a tile; None where all take part."""
+        """Return the kept tokens (h, w) of a tile; None if all take part."""
         if self.kept_bits is None:
             return None
         bits = np.unpackbits(self.kept_bits[row], count=self.side**2)
         return torch.from_numpy(bits.reshape(self.side, self.side).astype(bool))
 
     def read(self, reader: SlideReader, row: int) -> Tensor:
-        """A tile's pixels, (3, X, Y) uint8.
+        """Read a tile's pixels, (3, X, Y) uint8.
 
         Raises:
-            SlideError: it cannot be decoded.
+            SlideError: the tile cannot be decoded.
         """
         x, y = self.coords_lv0[row].tolist()
         rgb = reader.read_region(x, y, (self.tile_lv0, self.tile_lv0), (self.tile_px, self.tile_px))
         return torch.from_numpy(rgb).permute(2, 0, 1)
 
     def digest(self) -> str:
-        """SHA-256 over where the tiles lie and which tokens are kept."""
+        """Return the SHA-256 of the tiles' positions and kept tokens."""
         found = hashlib.sha256(np.ascontiguousarray(self.coords_lv0, np.int64).tobytes())
         found.update(f"{self.tile_lv0} {self.tile_px}".encode())
         found.update(b"" if self.kept_bits is None else self.kept_bits.tobytes())
@@ -88,9 +88,9 @@ class LaidSlides:
     """The tiles of all slides.
 
     Attributes:
-        encoder: that they were laid for.
+        encoder: the encoder for which they were laid.
         tiles: slide → its tiles.
-        unusable: slide → why it has none.
+        unusable: slide → the reason why it has none.
         patch_px: side of a tile in pixels at ``spacing_um``.
         spacing_um: µm per pixel of the tiles.
     """
@@ -105,17 +105,17 @@ class LaidSlides:
 def lay_slides(
     jobs: Mapping[str, SlideJob], settings: TrainSettings, on_slide: Callable[[str, int, int], None] | None = None
 ) -> LaidSlides:
-    """Find the tissue of slides and lay tiles over it; a slide that cannot be used leaves the others unharmed.
+    """Find the tissue of slides and lay tiles over it; a slide that cannot be used does not affect the others.
 
-    A slide is decoded in a process of its own here, and its first, middle and last tile are read.
+    Each slide is decoded in a separate process, and its first, middle and last tile are read as a test.
 
     Args:
         jobs: slide → its file, mask and spacing.
-        settings: of the training.
-        on_slide: called with (slide, how many are done, how many there are).
+        settings: the settings of the training.
+        on_slide: called as on_slide(slide, number done, number of slides).
 
     Raises:
-        ValueError: there is no encoder, it cannot be fine-tuned, or it has no spacing and none is asked for.
+        ValueError: there is no encoder, it cannot be fine-tuned, or neither it nor the settings have a spacing.
     """
     encoder = encoder_to_tune(settings)
     asked = ExtractSettings(

@@ -1,4 +1,4 @@
-"""Training by steps whose batches are drawn and not read: the same loop, for what makes its own data."""
+"""Training for a number of steps on generated batches, in the same loop as every training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["fit_steps"]
 
 
 class _Steps(TrainedModule):
-    """A network whose loss is drawn anew at each step."""
+    """A network with a function that generates a batch and returns its loss."""
 
     def __init__(
         self,
@@ -30,14 +30,14 @@ class _Steps(TrainedModule):
         self._loss_of_step, self._on_loss = loss_of_step, on_loss
 
     def batch_loss(self, batch: Any) -> Tensor:
-        """The loss of a step; which step it is, the data do not ask."""
+        """Return the loss of a step; the batch, its index, is not used."""
         loss = self._loss_of_step()
         if self._on_loss is not None:
             self._on_loss(loss.item())
         return loss
 
     def network(self) -> nn.Module:
-        """The network that is trained."""
+        """Return the network."""
         return self.trained
 
 
@@ -51,14 +51,14 @@ def fit_steps(
     """Train a network, in place, for a number of steps.
 
     Args:
-        network: its parameters that take a gradient are trained.
-        loss_of_step: draws a batch and gives its loss, with a graph.
-        steps: how many; warm-up and fall of the learning rate are laid over them.
-        settings: of the loop and the optimiser; of one epoch.
+        network: the network; its parameters that require a gradient are trained.
+        loss_of_step: generates a batch and returns its loss, with a graph.
+        steps: number of steps, over which the learning rate rises and decays.
+        settings: the settings of the loop and the optimiser, with one epoch.
         on_loss: called with the loss of each step.
 
     Raises:
-        TrainingDivergedError: the loss is no number any more.
+        TrainingDivergedError: the loss is not finite.
     """
     fit(
         _Steps(settings, network, loss_of_step, on_loss),

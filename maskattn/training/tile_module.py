@@ -1,4 +1,6 @@
-"""The fine-tuning of a tile encoder: a linear layer on its features, and rates that fall towards its lowest layer.
+"""The Lightning module that fine-tunes a tile encoder with a linear layer on its features.
+
+The learning rate decreases from the top to the lowest layer.
 
 Dimension key: B patches or tiles, P cases, K classes.
 """
@@ -26,15 +28,15 @@ __all__ = ["TileTraining", "prepared"]
 
 
 class TileTraining(JudgedModule):
-    """An encoder with a linear layer, its task, and the patches that judge it.
+    """An encoder with a linear layer, its task, and its validation cases.
 
     Args:
-        encoder: a packed transformer, as :func:`prepared` leaves it.
-        task: of the patches.
-        settings: of the training.
-        cohort: whose task and classes they are.
-        validation: the cases of the validation.
-        case_of_bag: index of the case of each bag, whose tiles are averaged; None: a bag is a case.
+        encoder: a packed transformer that :func:`prepared` returned.
+        task: the task.
+        settings: the settings of the training.
+        cohort: the cohort, for the task's name and classes.
+        validation: the validation cases.
+        case_of_bag: index of the case of each bag of averaged tiles; None: each bag is a case.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class TileTraining(JudgedModule):
         self.head = nn.Linear(encoder.embed_dim, task.num_classes - (cohort.task == "ordinal"))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The encoder's layers, each at its rate, and the linear layer at the full one."""
+        """Return the encoder's layers, each with its learning rate, and the linear layer with the full one."""
         settings, vit = self._settings, self.encoder.vit
         assert vit is not None, "a packed transformer"
         lr, decay = settings.lr, settings.weight_decay
@@ -62,7 +64,7 @@ class TileTraining(JudgedModule):
         return [*groups, {"params": list(self.head.parameters()), "lr": lr, "weight_decay": decay}]
 
     def transfer_batch_to_device(self, batch: list[PatchItem], device: torch.device, dataloader_idx: int) -> Any:
-        """The patches on the model's device."""
+        """Return the patches on the model's device."""
         return [
             PatchItem(
                 one.index,
@@ -74,24 +76,24 @@ class TileTraining(JudgedModule):
         ]
 
     def logits(self, batch: list[PatchItem]) -> Tensor:
-        """What the linear layer says of some patches."""
+        """Compute the linear layer's outputs for some patches."""
         pixels = torch.stack([one.pixels_3XY for one in batch])
         masks = [one.keep_HW for one in batch if one.keep_HW is not None]
         features_BC = self.encoder.encode_tiles(pixels, torch.stack(masks) if masks else None)
         return cast(Tensor, self.head(self.dropout(features_BC)))
 
     def batch_loss(self, batch: list[PatchItem]) -> Tensor:
-        """The mean loss of some patches."""
+        """Return the mean loss of some patches."""
         return self.task.loss(self._of_classes(self.logits(batch)), [one.truth for one in batch])
 
     def validation_step(self, batch: list[PatchItem], batch_idx: int) -> None:
-        """Add what is said of some patches to the sums of their bags, whose last number is how many there are."""
-        for one, said in zip(batch, self.logits(batch).double().cpu(), strict=True):
-            counted = torch.cat([said, said.new_ones(1)])
+        """Add the logits of some patches to the sums of their bags, whose last element counts the patches."""
+        for one, logits in zip(batch, self.logits(batch).double().cpu(), strict=True):
+            counted = torch.cat([logits, logits.new_ones(1)])
             self.validation_outputs[one.index] = self.validation_outputs.get(one.index, 0) + counted
 
     def all_outputs(self) -> Tensor:
-        """(P, K) outputs of the cases: a bag's are those of its tiles' mean, as a slide model has them."""
+        """Return the (P, K) outputs of the cases; a bag's are those of the mean of its tiles, as in the slide model."""
         sums = torch.stack([one for _, one in sorted(added(self.validation_outputs).items())])
         bags = self._of_classes((sums[:, :-1] / sums[:, -1:]).float())
         case_of_bag = torch.tensor(self._case_of_bag)
@@ -99,7 +101,7 @@ class TileTraining(JudgedModule):
 
     @torch.no_grad()
     def outputs_of(self, batches: Iterable[list[PatchItem]], device: torch.device) -> Tensor:
-        """(P, K) outputs of the validation cases, without Lightning."""
+        """Compute the (P, K) outputs of the validation cases without Lightning."""
         self.to(device).eval()
         self.on_validation_epoch_start()
         for index, batch in enumerate(batches):
@@ -110,20 +112,20 @@ class TileTraining(JudgedModule):
         return ordinal_logits(logits) if self.cohort.task == "ordinal" else logits
 
     def network(self) -> nn.Module:
-        """The encoder."""
+        """Return the encoder."""
         return self.encoder
 
 
 def prepared(encoder: TileEncoder, settings: TrainSettings) -> TileEncoder:
-    """An encoder that is ready to learn: stochastic depth, frozen blocks, recomputation.
+    """Prepare an encoder for fine-tuning, in place: stochastic depth, frozen blocks, recomputation.
 
     Raises:
-        ValueError: it is no packed transformer, or has fewer blocks than are to be frozen.
+        ValueError: it is not a packed transformer, or has fewer blocks than are to be frozen.
     """
     vit = packed_of(encoder)
     blocks = [cast(Block, block) for block in vit.blocks]
     if settings.freeze > len(blocks):
-        raise ValueError(f"--freeze may be up to the encoder's {len(blocks)} blocks, got {settings.freeze}")
+        raise ValueError(f"--freeze may be at most the encoder's {len(blocks)} blocks, got {settings.freeze}")
     for index, block in enumerate(blocks):
         share = settings.drop_path * index / max(1, len(blocks) - 1)
         block.drop_path1, block.drop_path2 = DropPath(share), DropPath(share)

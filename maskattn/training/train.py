@@ -1,4 +1,4 @@
-"""Train a slide model on a cohort; predict patients with one."""
+"""Train a slide model on a cohort, and predict patients with a trained model."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class TrainedRun:
 
     Attributes:
         folder: the model folder, which ``maskattn infer --model`` takes.
-        best_epoch: the epoch whose weights it has, from 0.
-        rows: of the log, an epoch each.
-        validation: what it says of the validation cases, temperature included.
-        temperature: that was fitted on them.
-        went_on: whether it began from the state of an earlier run.
+        best_epoch: index of the epoch whose weights it has.
+        rows: the rows of the log, one per epoch.
+        validation: its predictions of the validation cases, with the temperature applied.
+        temperature: the temperature that was fitted on them.
+        went_on: whether the training was resumed from an earlier run.
     """
 
     folder: Path
@@ -59,7 +59,12 @@ class TrainedRun:
 
 
 def validation_split(cohort: Cohort, share: float, seed: int) -> Split:
-    """The cohort's patients in a training and a validation part, stratified by what is predicted.
+    """Split the cohort's patients into a training and a validation part, stratified by the target.
+
+    Args:
+        cohort: the cohort.
+        share: share of the patients for validation.
+        seed: seed of the split.
 
     Raises:
         ValueError: there are too few patients.
@@ -76,19 +81,19 @@ def train_model(
     *,
     progress: Progress | None = None,
 ) -> TrainedRun:
-    """Train a slide model: a run that was killed goes on, one that has ended is read.
+    """Train a slide model; an interrupted run is resumed, and a finished one is only read.
 
     Args:
-        settings: of the training.
-        cohort: its cases, as :func:`maskattn.training.cohort.cohort_of` reads them.
-        split: which patients teach and which judge; the test part is not touched.
+        settings: the settings of the training.
+        cohort: the cases, as :func:`maskattn.training.cohort.cohort_of` reads them.
+        split: the patients for training and for validation; its test part is not used.
         out: folder of the run and the model.
-        progress: gets the progress of the training.
+        progress: receives the progress of the training.
 
     Raises:
         SlideError: features cannot be used, or are of several encoders.
         ValueError: a part lacks a class, there are too few cases, or ``out`` has a run of another configuration.
-        OutputError: the run cannot be written; what was there is kept.
+        OutputError: the run cannot be written; earlier files are kept.
     """
     rank, processes = place_of_process(settings)
     if cohort.task == "survival" and processes > 1:
@@ -112,7 +117,7 @@ def train_model(
             return ended
         module, result = _fitted(settings, data, out, progress, rank, processes)
         if rank:
-            raise SystemExit(0)  # the first process alone writes what was learnt
+            raise SystemExit(0)  # only the first process writes the results
         return _finished(settings, data, out, module, result)
 
 
@@ -139,7 +144,7 @@ def _fitted(
     how = (settings.fusion, head.reads_grid, settings.encoder)
     batch_size, events = settings.batch_size or _BATCH_SIZE, None
     if cohort.task == "survival":
-        # The risk sets of a step are over all its cases, so that its batches are one.
+        # The risk sets of a step are over all its cases, so its batches are joined.
         batch_size = (settings.batch_size or _SURVIVAL_BATCH_SIZE) * settings.accumulate
         settings, events = replace(settings, accumulate=1), [case.truth[1] > 0 for case in training]
     batches = CaseBatches(len(training), batch_size * processes, settings.seed, events, rank, processes)
@@ -156,27 +161,27 @@ def _fitted(
 
 
 def _ended(out: Path, cohort: Cohort) -> TrainedRun | None:
-    """The run that has ended in a folder; None where there is none."""
+    """Read the finished run of a folder; None if there is none."""
     state = read_state(out / "state" / "last.ckpt") if (out / CONFIG).is_file() else None
     if state is None or not state["maskattn"]["finished"] or not (out / PREDICTIONS).is_file():
         return None
-    said = Predictions.read_csv(out / PREDICTIONS, cohort.task, cohort.target)
+    predictions = Predictions.read_csv(out / PREDICTIONS, cohort.task, cohort.target)
     own = state["maskattn"]
-    return TrainedRun(out, own["best_epoch"], own["rows"], said, read_card(out).temperature, True)
+    return TrainedRun(out, own["best_epoch"], own["rows"], predictions, read_card(out).temperature, True)
 
 
 def _finished(settings: TrainSettings, data: Data, out: Path, module: SlideTraining, result: FitResult) -> TrainedRun:
-    """Fit the temperature, and write the model and what it says of the validation cases."""
+    """Fit the temperature, and write the model and its predictions of the validation cases."""
     cohort, task, head = data.cohort, module.task, module.network().cpu().eval()
     outputs_PK = _outputs(head, task, CaseDataset(data.validation, settings.fusion, head.reads_grid, settings.encoder))
-    said, temperature = predictions_of(outputs_PK, data.validation, cohort, task), 1.0
+    predictions, temperature = predictions_of(outputs_PK, data.validation, cohort, task), 1.0
     if cohort.classes:
-        temperature = fit_temperature(said)
-        said = with_temperature(said, temperature)
+        temperature = fit_temperature(predictions)
+        predictions = with_temperature(predictions, temperature)
     if isinstance(task, ValueTask):
         in_units_of(head, task)
     best = result.rows[result.best_epoch]
-    told = ("name", "epoch", "step", "lr", "seconds")
+    not_metrics = ("name", "epoch", "step", "lr", "seconds")
     card = ModelCard(
         name=out.resolve().name,
         kind=head.kind,
@@ -187,27 +192,27 @@ def _finished(settings: TrainSettings, data: Data, out: Path, module: SlideTrain
         token_mask=data.facts.token_mask,
         trained_on=f"{len(data.training)} cases for training and {len(data.validation)} for validation, "
         f"{data.facts.tiles:,} tiles in all, with the labels of {cohort.target}",
-        metrics={name: value for name, value in best.items() if name not in told},
+        metrics={name: value for name, value in best.items() if name not in not_metrics},
         facts={"model": settings.model, "epoch": str(result.best_epoch), "slides of a patient": settings.fusion},
         task=cohort.task,
         target=cohort.target,
         temperature=temperature,
     )
-    said.write_csv(out / PREDICTIONS)
+    predictions.write_csv(out / PREDICTIONS)
     save_model(out, head, card)
-    return TrainedRun(out, result.best_epoch, result.rows, said, temperature, result.went_on)
+    return TrainedRun(out, result.best_epoch, result.rows, predictions, temperature, result.went_on)
 
 
 def predict(folder: Path, cohort: Cohort, patients: Sequence[str] | None = None) -> Predictions:
-    """A trained model's predictions for patients.
+    """Predict patients with a trained model.
 
     Args:
-        folder: of the model, as :func:`train_model` wrote it.
-        cohort: with their features and labels; its classes are the model's.
-        patients: whom; None = all of the cohort.
+        folder: the model folder that :func:`train_model` wrote.
+        cohort: the cohort with the patients' features and labels; its classes must be the model's.
+        patients: ids of the patients; None predicts all of the cohort.
 
     Raises:
-        SlideError: features are not those that the model was trained with; what differs is named.
+        SlideError: features do not match those of the training; the error names the differences.
         ValueError: the cohort has another task or other classes.
     """
     settings = settings_from(TrainSettings, read_config(folder / RUN_CONFIG, TrainSettings))
@@ -215,7 +220,7 @@ def predict(folder: Path, cohort: Cohort, patients: Sequence[str] | None = None)
     assert isinstance(head, SlideHead), "a training makes heads"
     if (card.task, card.classes if cohort.classes else ()) != (cohort.task, cohort.classes):
         raise ValueError(
-            f"a model must be asked what it was trained for, {card.task} of {', '.join(card.classes)}, got "
+            f"a model predicts only what it was trained for, {card.task} of {', '.join(card.classes)}, got "
             f"{cohort.task} of {', '.join(cohort.classes) or cohort.target}; name the classes in the model's order"
         )
     cases = list(cohort.cases) if patients is None else cohort.of(patients)
@@ -224,8 +229,8 @@ def predict(folder: Path, cohort: Cohort, patients: Sequence[str] | None = None)
     task: TrainedTask = ClassTask(len(cohort.classes)) if cohort.classes else SurvivalTask()
     task = ValueTask(0.0, 1.0) if cohort.task == "regression" else task
     outputs_PK = _outputs(head, task, CaseDataset(cases, settings.fusion, head.reads_grid, settings.encoder))
-    said = predictions_of(outputs_PK, cases, cohort, task)
-    return with_temperature(said, card.temperature) if cohort.classes else said
+    predictions = predictions_of(outputs_PK, cases, cohort, task)
+    return with_temperature(predictions, card.temperature) if cohort.classes else predictions
 
 
 @torch.no_grad()
@@ -246,8 +251,8 @@ def _check_features(card: ModelCard, width: int, found: Mapping[str, FeatureFact
 
 
 def _digest(training: Sequence[Case], validation: Sequence[Case], found: Mapping[str, FeatureFacts]) -> str:
-    """SHA-256 over what a run reads: who is in which part, what is true of them, how many tiles they have."""
-    told = [
+    """Return the SHA-256 of a run's data: the cases of both parts, their truth, and their numbers of tiles."""
+    contents = [
         [
             (
                 case.case_id,
@@ -259,4 +264,4 @@ def _digest(training: Sequence[Case], validation: Sequence[Case], found: Mapping
         ]
         for part in (training, validation)
     ]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()

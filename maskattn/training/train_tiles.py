@@ -49,24 +49,24 @@ def train_tiles(
     laid: LaidSlides | None = None,
     progress: Progress | None = None,
 ) -> TrainedRun:
-    """Fine-tune an encoder: a run that was killed goes on.
+    """Fine-tune an encoder; an interrupted run is resumed.
 
-    The folder has the encoder's weights, ``encoder.safetensors``, which its name loads (``--encoder NAME --weights``),
-    and a slide model that applies the linear layer to the mean of a slide's tiles.
+    The folder then has the encoder's weights, ``encoder.safetensors`` (for ``--encoder NAME --weights``), and a slide
+    model that applies the linear layer to the mean of a slide's tiles.
 
     Args:
-        settings: of the training.
+        settings: the settings of the training.
         cohort: the patches, as :func:`maskattn.training.patches.find_patches` finds them, or the slides.
-        split: which patients' patches teach and which judge.
+        split: the patients for training and for validation.
         out: folder of the run.
-        laid: the slides' tiles, as :func:`maskattn.training.weak_labels.with_tiles` lays them; None: there are patches.
-        progress: gets the progress of the training.
+        laid: the slides' tiles, as :func:`maskattn.training.weak_labels.with_tiles` lays them; None for patches.
+        progress: receives the progress of the training.
 
     Raises:
         SlideError: a patch or its mask cannot be read.
-        ValueError: the encoder is no packed transformer, a part lacks a class, or ``out`` has a run of another
+        ValueError: the encoder is not a packed transformer, a part lacks a class, or ``out`` has a run of another
             configuration.
-        OutputError: the run cannot be written; what was there is kept.
+        OutputError: the run cannot be written; earlier files are kept.
     """
     check_run(out, settings)
     training, validation = cohort.of(split.train), cohort.of(split.validation)
@@ -79,13 +79,13 @@ def train_tiles(
             note_data(out, settings, _digest(data))
         module, result = _fitted(data, out, progress)
         if rank:
-            raise SystemExit(0)  # the first process alone writes what was learnt
+            raise SystemExit(0)  # only the first process writes the results
         return _finished(data, out, module, result)
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What is read, as patches or as tiles of slides."""
+    """The data of a fine-tuning, as patches or as tiles of slides."""
 
     settings: TrainSettings
     cohort: Cohort
@@ -95,7 +95,7 @@ class _Data:
     laid: LaidSlides | None
 
     def learnt(self) -> PatchDataset | SlideTileDataset:
-        """What teaches."""
+        """Return the training dataset."""
         settings, laid = self.settings, self.laid
         if laid is None:
             return PatchDataset(self.training, *self._shape, settings.seed, settings.drop_tokens)
@@ -103,7 +103,7 @@ class _Data:
         return SlideTileDataset(self.training, laid.tiles, settings.fusion, most, settings.seed, settings.drop_tokens)
 
     def judged(self) -> PatchDataset | SlideTileDataset:
-        """What judges."""
+        """Return the validation dataset."""
         if self.laid is None:
             return PatchDataset(self.validation, *self._shape)
         settings = self.settings
@@ -111,13 +111,13 @@ class _Data:
 
     @property
     def count(self) -> str:
-        """How many patches or slides there are."""
+        """The number of patches or slides, as a phrase for the model's card."""
         count = sum(len(case.slides) for case in self.cohort.cases)
         return f"{count} {'labelled patches' if self.laid is None else 'slides, each tile with the label of its slide'}"
 
     @property
     def case_of_bag(self) -> list[int] | None:
-        """Which validation case each bag is of; None: each case is one patch."""
+        """The index of each bag's validation case; None if each case is one patch."""
         if self.laid is None:
             return None
         return [case for case, _ in bags_of(self.validation, self.settings.fusion)]
@@ -150,7 +150,7 @@ def _fitted(data: _Data, out: Path, progress: Progress | None) -> tuple[TileTrai
 
 
 def _finished(data: _Data, out: Path, module: TileTraining, result: FitResult) -> TrainedRun:
-    """Write the encoder, the linear layer as a slide model, and what they say of the validation cases."""
+    """Write the encoder, the linear layer as a slide model, and their predictions of the validation cases."""
     from safetensors.torch import save
 
     settings, cohort = data.settings, data.cohort
@@ -163,10 +163,10 @@ def _finished(data: _Data, out: Path, module: TileTraining, result: FitResult) -
     module.cpu()
     encoder = module.encoder
     assert encoder.vit is not None, "a packed transformer was trained"
-    encoder.__dict__.pop("sha256", None)  # it was that of the weights to begin with
-    said = predictions_of(outputs_PK, data.validation, cohort, module.task)
-    temperature = fit_temperature(said)
-    said = with_temperature(said, temperature)
+    encoder.__dict__.pop("sha256", None)  # the cached digest is that of the initial weights
+    predictions = predictions_of(outputs_PK, data.validation, cohort, module.task)
+    temperature = fit_temperature(predictions)
+    predictions = with_temperature(predictions, temperature)
     best = result.rows[result.best_epoch]
     card = ModelCard(
         name=out.resolve().name,
@@ -186,23 +186,23 @@ def _finished(data: _Data, out: Path, module: TileTraining, result: FitResult) -
     )
     with replacing(out / ENCODER) as temporary:
         temporary.write_bytes(save({name: x.contiguous() for name, x in encoder.vit.state_dict().items()}))
-    said.write_csv(out / PREDICTIONS)
+    predictions.write_csv(out / PREDICTIONS)
     save_model(out, _head_of(module, cohort), card)
-    return TrainedRun(out, result.best_epoch, result.rows, said, temperature, result.went_on)
+    return TrainedRun(out, result.best_epoch, result.rows, predictions, temperature, result.went_on)
 
 
 def _head_of(module: TileTraining, cohort: Cohort) -> SlideHead:
-    """The linear layer as a model of the mean of a slide's tiles."""
+    """Return the linear layer as a slide model on the mean of a slide's tiles."""
     pooled = PooledHead(module.encoder.embed_dim, module.head.out_features)
     pooled.mlp.load_state_dict({f"0.{name}": x for name, x in module.head.state_dict().items()})
     return OrdinalHead(pooled) if cohort.task == "ordinal" else pooled
 
 
 def _digest(data: _Data) -> str:
-    """SHA-256 over which patches or tiles are in which part, what is true of them, and the weights to begin with."""
-    told = [[(case.case_id, case.truth) for case in part] for part in (data.training, data.validation)]
-    read = [told, data.encoder.sha256]
+    """Return the SHA-256 of a run's data: the cases of both parts, their truth and tiles, and the initial weights."""
+    cases = [[(case.case_id, case.truth) for case in part] for part in (data.training, data.validation)]
+    contents = [cases, data.encoder.sha256]
     if data.laid is not None:
-        cases = [*data.training, *data.validation]
-        read.append([(slide, data.laid.tiles[slide].digest()) for case in cases for slide in case.slides])
-    return hashlib.sha256(json.dumps(read).encode()).hexdigest()
+        both = [*data.training, *data.validation]
+        contents.append([(slide, data.laid.tiles[slide].digest()) for case in both for slide in case.slides])
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

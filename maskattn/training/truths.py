@@ -1,4 +1,4 @@
-"""What a cell of the labels means for a task: a class, a value, or a time and whether the event was seen."""
+"""The meaning of a label's cells for a task: a class, a value, or a time and an event."""
 
 from __future__ import annotations
 
@@ -19,11 +19,17 @@ _MOST_CLASSES = 50
 
 
 def classes_of(task: Task, cells: Sequence[str], settings: TrainSettings, source: Path) -> tuple[str, ...]:
-    """The classes of a task, in their order: as they are given, or by number, or by name.
+    """Return the classes of a task in order: as given in the settings, or by number, or by name.
+
+    Args:
+        task: binary, multiclass or ordinal.
+        cells: the label of each slide.
+        settings: the settings, with the classes if they are given.
+        source: the table, for messages.
 
     Raises:
-        ValueError: there is one class only, more than two of a binary task, no order of ordinal classes, or a label
-            that is none of the classes that are given.
+        ValueError: there is only one class, a binary task has more than two, ordinal classes have no order, or a label
+            is not one of the given classes.
     """
     counts = Counter(cells)
     where = f"in the column {settings.target!r} of {as_text(source)}"
@@ -31,9 +37,9 @@ def classes_of(task: Task, cells: Sequence[str], settings: TrainSettings, source
         classes = settings.classes
         if len(set(classes)) != len(classes):
             raise ValueError(f"classes must have different names, got {', '.join(classes)}")
-        if strange := [name for name in counts if name not in classes]:
+        if unknown := [name for name in counts if name not in classes]:
             raise ValueError(
-                f"labels must be of the classes {', '.join(classes)}, got {some_of(strange)} {where}; name every class "
+                f"labels must be of the classes {', '.join(classes)}, got {some_of(unknown)} {where}; name every class "
                 "with --class, or correct the labels"
             )
         if empty := [name for name in classes if name not in counts]:
@@ -42,13 +48,13 @@ def classes_of(task: Task, cells: Sequence[str], settings: TrainSettings, source
         classes = _sorted(task, list(counts), where)
     if len(classes) < 2 or (task == "binary" and len(classes) != 2):
         rule = "exactly two classes" if task == "binary" else "two classes or more"
-        told = ", ".join(f"{name} ({counts[name]} slides)" for name in classes[:6])
+        counted = ", ".join(f"{name} ({counts[name]} slides)" for name in classes[:6])
         remedy = "take --task multiclass or ordinal" if len(classes) > 2 else "add slides of another class"
-        raise ValueError(f"a {task} task must have {rule}, got {told} {where}; {remedy}")
+        raise ValueError(f"a {task} task must have {rule}, got {counted} {where}; {remedy}")
     if len(classes) > _MOST_CLASSES:
         raise ValueError(
             f"a {task} task may have up to {_MOST_CLASSES} classes, got {len(classes)} {where}; take --task regression "
-            "where they are numbers"
+            "if they are numbers"
         )
     return classes
 
@@ -59,17 +65,17 @@ def _sorted(task: Task, names: list[str], where: str) -> tuple[str, ...]:
         return tuple(sorted(names, key=numbers.__getitem__))
     if task == "ordinal":
         raise ValueError(
-            f"ordinal classes that are no numbers must be given in their order, got {some_of(sorted(names))} {where}; "
-            "name them from the lowest on, --class LOWEST --class NEXT ..."
+            f"ordinal classes that are not numbers must be given in order, got {some_of(sorted(names))} {where}; name "
+            "them from the lowest to the highest, --class LOWEST --class NEXT ..."
         )
     return tuple(sorted(names))
 
 
 def read_truth(task: Task, cells: Sequence[str], classes: Sequence[str], slide_id: str) -> tuple[float, ...]:
-    """What the cells of a slide's row mean: (class index,), (value,), or (time, event).
+    """Return the meaning of a slide's cells: (class index,), (value,), or (time, event).
 
     Raises:
-        ValueError: a cell is no number, a time is negative, or an event is neither 1 nor 0.
+        ValueError: a cell is not a number, a time is negative, or an event is neither 1 nor 0.
     """
     if task in ("binary", "multiclass", "ordinal"):
         return (float(classes.index(cells[0])),)
@@ -80,10 +86,10 @@ def read_truth(task: Task, cells: Sequence[str], classes: Sequence[str], slide_i
         return (number,)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"a time to an event must be a number of 0 or more, got {cells[0]!r} for {slide_id!r}")
-    said = cells[1].casefold()
-    if said not in (*_YES, *_NO):
-        raise ValueError(f"an event must be 1 (seen) or 0 (censored), got {cells[1]!r} for {slide_id!r}")
-    return (number, float(said in _YES))
+    event = cells[1].casefold()
+    if event not in (*_YES, *_NO):
+        raise ValueError(f"an event must be 1 (observed) or 0 (censored), got {cells[1]!r} for {slide_id!r}")
+    return (number, float(event in _YES))
 
 
 def _number(text: str) -> float:

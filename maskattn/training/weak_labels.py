@@ -1,4 +1,4 @@
-"""Slides with weak labels: each tile of a slide is taught with the label of its slide."""
+"""Slides with weak labels: each tile has the label of its slide."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _FEWEST = 2
 def labelled_slides(
     settings: TrainSettings, on_note: Callable[[str], None] | None = None
 ) -> tuple[Cohort, dict[str, SlideJob]]:
-    """The slides that have a label, as cases, and where they are.
+    """Return the cohort of the slides that have a label, and the job of each slide.
 
     Args:
-        settings: of the training; without a task it is binary or multiclass, by the labels.
-        on_note: told, a sentence each, of what is passed over.
+        settings: the settings of the training; without a task, the number of classes makes it binary or multiclass.
+        on_note: called with a sentence about what is left out.
 
     Raises:
-        ValueError: something that is needed is not given, no slide is found, or the labels cannot be used.
-        IncompleteCohortError: slides lack a file or a label, and ``skip_missing`` is not asked for.
+        ValueError: a required setting is missing, no slide is found, or the labels cannot be used.
+        IncompleteCohortError: slides lack a file or a label, without ``skip_missing``.
     """
     if settings.labels is None or settings.target is None:
         lacking = " and ".join(f"--{name}" for name in ("labels", "target") if getattr(settings, name) is None)
@@ -39,7 +39,7 @@ def labelled_slides(
         raise ValueError(
             f"an encoder learns classes from slides, got --task {task}; take binary, multiclass or ordinal"
         )
-    assert settings.slides is not None, "slides are asked for"
+    assert settings.slides is not None, "the caller has slides"
     labels = read_labels(settings.labels, [settings.target], settings.slide_table)
     jobs = {job.slide_id: job for job in collect_jobs([settings.slides], on_note)}
     files = {slide: job.path for slide, job in jobs.items()}
@@ -55,13 +55,13 @@ def with_tiles(
     settings: TrainSettings,
     on_slide: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Cohort, LaidSlides]:
-    """The cases with the slides that can be read and show tissue, and their tiles; the others are left out.
+    """Return the cohort of the slides that can be read and show tissue, and their tiles; other slides are left out.
 
     Args:
-        cohort: of :func:`labelled_slides`.
-        jobs: where its slides are.
-        settings: of the training.
-        on_slide: called with (slide, how many are done, how many there are).
+        cohort: a cohort of :func:`labelled_slides`.
+        jobs: slide → its job.
+        settings: the settings of the training.
+        on_slide: called as on_slide(slide, number done, number of slides).
 
     Raises:
         ValueError: a class has fewer than two patients left, or the encoder cannot be used.

@@ -127,7 +127,7 @@ def test_rows_of_two_patients_in_two_tables_are_told():
     moved = Predictions(
         one.task, one.target, one.patient_ids, one.scores_PK, one.truth, one.classes, patient_of=one.owners[::-1]
     )
-    with pytest.raises(ValueError, match="one patient in all tables, got two of s0, s1, s2"):
+    with pytest.raises(ValueError, match="one patient in all tables, got two for s0, s1, s2"):
         compare(one, moved)
 
 
@@ -154,10 +154,10 @@ def test_what_cannot_be_compared_is_told():
     one = well_calibrated(40)
     with pytest.raises(ValueError, match="one task, got 'multiclass' and 'binary'"):
         compare(one, well_calibrated(40, classes=2))
-    with pytest.raises(ValueError, match=r"classes, in one order, got .*c0.*c3"):
+    with pytest.raises(ValueError, match=r"one list of classes, got .*c0.*c3"):
         compare(one, well_calibrated(40, classes=4))
     with pytest.raises(ValueError, match="share patients, got 0 of 40 and 40"):
         compare(one, well_calibrated(40, first=100))
     moved = Predictions("multiclass", "grade", one.patient_ids, one.scores_PK, (one.truth + 1) % 3, one.classes)
-    with pytest.raises(ValueError, match="one label in all tables, got two of p0, p1, p2, p3, p4 and 35 more"):
+    with pytest.raises(ValueError, match="one label in all tables, got two for p0, p1, p2, p3, p4 and 35 more"):
         compare(one, moved)

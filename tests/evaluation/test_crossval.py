@@ -96,7 +96,7 @@ def test_a_run_goes_on_with_the_folds_that_it_lacks(tmp_path):
 
 def test_other_splits_than_those_it_began_with_are_refused(tmp_path):
     cross_validate(Drawing({"model": 0.8}), ["model"], splits(), tmp_path)
-    with pytest.raises(ValueError, match="goes on with the splits that it began with"):
+    with pytest.raises(ValueError, match="is resumed with its own splits, got splits that differ"):
         cross_validate(Drawing({"model": 0.8}), ["model"], splits(5), tmp_path)
 
 

@@ -198,7 +198,7 @@ def test_a_perfect_model_has_values_and_says_why_it_has_no_intervals(tmp_path):
     [
         ("PATIENT,g,pred,g_x,g_y\na,x,x,0.9,0.1\nb,x,x,0.8,0.2\n", "patients of two classes or more, got only x"),
         ("id,g,pred\na,x,x\n", "must have a column PATIENT, got the columns id, g, pred"),
-        ("PATIENT,g,pred,g_x,g_y\na,x,x,0.9,0.3\nb,y,y,0.8,0.2\n", "must sum to 1, got 1.2 of a"),
+        ("PATIENT,g,pred,g_x,g_y\na,x,x,0.9,0.3\nb,y,y,0.8,0.2\n", "must sum to 1, got 1.2 for a"),
         ("PATIENT,pred_score,time,event\na,1,3,0\nb,2,4,0\n", "got 0 events in 2 patients"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     done = run(tmp_path / "one.csv", "--out", tmp_path / "file" / "out", "--resamples", 100)
     assert done.exit_code == 2
-    assert "an evaluation must be written whole, got" in " ".join(done.output.split())
+    assert "an evaluation must be written completely, got" in " ".join(done.output.split())
 
 
 def test_nothing_of_evaluation_loads_torch():

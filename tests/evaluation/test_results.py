@@ -70,7 +70,7 @@ def test_slides_of_a_patient_are_counted_and_drawn_together():
     for name, value in plain.metrics.items():
         assert (found.metrics[name].low, found.metrics[name].high) == pytest.approx((value.low, value.high)), name
     assert [result.patients for result in found.by_class] == [140, 120]
-    assert "Each of 780 slides or patches counts by itself; intervals are over the 260 patients" in found.notes[0]
+    assert "Each of 780 slides or patches counts once; intervals are over the 260 patients" in found.notes[0]
     told = as_json([found], [])["models"]["model"]
     assert (told["patients"], told["rows"]) == (260, 780)
     others_slides = replace(slides, patient_ids=tuple(f"v{name}" for name in slides.patient_ids))

@@ -158,7 +158,7 @@ def test_what_cannot_be_learnt_is_refused(name: str, truths: list[tuple[float, .
 
 
 def test_class_weights_of_values_are_refused() -> None:
-    with pytest.raises(ValueError, match="class weights are of classes"):
+    with pytest.raises(ValueError, match="class weights need classes"):
         task_of("regression", 1, cases_of([(1.0,), (2.0,)]), "balanced")
 
 

@@ -112,7 +112,7 @@ def test_masks_beside_the_patches_say_which_tokens_take_part(files: tuple[Path, 
 def test_patches_of_one_patient_stay_together(files: tuple[Path, Path]) -> None:
     cohort = find_patches(settings_of(files, patient_pattern="^(p[0-9]+)_"))
     assert set(cohort.patients) == {"p0", "p1", "p2"}
-    with pytest.raises(ValueError, match="must have a group and fit every name"):
+    with pytest.raises(ValueError, match="must have a group and match every name"):
         find_patches(settings_of(files, patient_pattern="^(x)"))
 
 
@@ -128,7 +128,7 @@ def test_patches_that_cannot_be_used_are_named(files: tuple[Path, Path], tmp_pat
     cohort = find_patches(settings_of((tmp_path / "one", files[1])))
     with pytest.raises(SlideError, match=r"must be a readable image, got .*x\.png"):
         PatchDataset(cohort.cases, 224, 16, masked=False)[Draw(0, 0)]
-    with pytest.raises(SlideError, match="needs a mask beside every patch"):
+    with pytest.raises(SlideError, match="needs a mask next to every patch"):
         PatchDataset(find_patches(settings_of(files)).cases[:1], 224, 16, masked=True)._keep_of(tmp_path / "z.png")
 
 

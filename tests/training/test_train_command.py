@@ -157,7 +157,7 @@ def test_a_value_that_is_no_number(files: tuple[Path, Path], tmp_path: Path) -> 
 
 def test_an_event_that_is_neither_one_nor_nought(files: tuple[Path, Path], tmp_path: Path) -> None:
     given = ("--features", files[0], "--labels", files[1], "--task", "survival", "--out", tmp_path / "run")
-    refused(maskattn(*given, "--time", "months", "--event", "months"), "1 (seen) or 0 (censored)")
+    refused(maskattn(*given, "--time", "months", "--event", "months"), "1 (observed) or 0 (censored)")
 
 
 def test_too_few_patients(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_run_that_has_ended_is_read_and_another_configuration_is_refused(
         ValueError, match=r"got epochs 6 instead of 7; lr 0\.01 instead of 0\.1 in .*name another --out"
     ):
         train(settings_of(cohort_files, epochs=7, lr=0.1), ordinal_run.folder)
-    with pytest.raises(ValueError, match="with the data that it began with"):
+    with pytest.raises(ValueError, match="is resumed with its own data"):
         train(settings_of(cohort_files, epochs=6), ordinal_run.folder, share=0.5)
 
 
@@ -198,7 +198,7 @@ def test_a_full_disk_keeps_the_epoch_before_and_the_same_command_goes_on(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(OutputError, match=r"the state of the epoch before is kept: make room, and run the same"):
+        with pytest.raises(OutputError, match=r"the state of the previous epoch is kept: free space, and run the same"):
             train(settings, tmp_path / "run", progress=Filling())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
