@@ -54,8 +54,9 @@ def devices_named(text: str) -> list[str]:
             devices.append(f"cuda:{int(number)}")
         elif text.strip() != "all":
             raise ValueError(
-                f"--devices takes all, or names with commas such as 0,1 for two GPUs and cpu:4 for four processes on "
-                f"the CPU, got {text!r}; name the devices of this machine, one process is started for each"
+                "--devices takes all, or names separated by commas, such as 0,1 for two GPUs and cpu:4 for four "
+                f"processes on the CPU, got {text!r}; name the devices of this machine, and one process is started for "
+                "each"
             )
     asked = {device for device in devices if device.startswith("cuda")}
     if devices and not asked:
@@ -138,7 +139,7 @@ class _Reports(Generic[OutcomeT]):
     bars: ProgressBars[OutcomeT]
     own: dict[str, OutcomeT] = field(default_factory=dict)
     elsewhere: dict[str, OutcomeT] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
+    printed: set[str] = field(default_factory=set)
 
     def take(self, member: _Member[OutcomeT], kind: str, *what: Any) -> None:
         """Process a report of a member."""
@@ -163,8 +164,8 @@ class _Reports(Generic[OutcomeT]):
 
     def tell(self, text: str) -> None:
         """Print a line that several members may report, but only once."""
-        if text not in self.told:
-            self.told.add(text)
+        if text not in self.printed:
+            self.printed.add(text)
             tell(text)
 
     def end(self) -> None:
@@ -208,10 +209,10 @@ def run_on_devices(
             raise errors[0][1]
         raise SlideError(
             f"slides must not end the processes that run them, got {sum(member.starts for member in members)} that "
-            "were killed, most often for want of memory; name fewer --devices, or give a smaller --batch-size"
+            "were killed, most often for lack of memory; name fewer --devices, or give a smaller --batch-size"
         )
     for device, error in errors:
-        reports.tell(f"{device} was of no use, the other devices ran its slides: {in_one_line(error)[0]}")
+        reports.tell(f"{device} failed, and the other devices ran its slides: {in_one_line(error)[0]}")
     found = reports.elsewhere | reports.own
     return [found[slide_id] for slide_id in slides if slide_id in found]
 
@@ -236,7 +237,7 @@ def _listen(members: Sequence[_Member[OutcomeT]], reports: _Reports[OutcomeT]) -
             # A member is done only when all slides have ended.
             again = member.starts < _MOST_STARTS and not any(other.done for other in members)
             how = _how_it_ended(member.process.exitcode or 0)
-            tell(f"the process of {member.device} {how}" + ("; it is started again" if again else ""))
+            tell(f"the process of {member.device} {how}" + ("; it is being restarted" if again else ""))
             if again:
                 running[member.start()] = member
 

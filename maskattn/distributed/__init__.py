@@ -1,8 +1,8 @@
-"""One slide over several processes (context parallel): the attention operations over a process group.
+"""Context parallelism: the attention operations over a process group, for one slide on several processes.
 
-Every process holds some rows of each sequence. :class:`Shards` says which; with it in the place of a ``Packing`` the
-operations are called as those of ``maskattn``, by all processes at once. Any backend of ``torch.distributed`` serves
-that sends the device's tensors from one process to another: gloo for the CPU, NCCL for GPUs.
+Every process holds some rows of each sequence, as described by :class:`Shards`. The operations take it instead of a
+``Packing``, and are otherwise called like those of ``maskattn``, by all processes together. Any backend of
+``torch.distributed`` that sends the device's tensors between processes is suitable: gloo for the CPU, NCCL for GPUs.
 """
 
 from maskattn.distributed.gradients import average_gradients

@@ -1,7 +1,4 @@
-"""What the operations over a process group have in common before they run: checks here, then agreement of all.
-
-Dimension key: Tq and Tk rows of this process.
-"""
+"""Checks that the operations over a process group share: of this process's arguments, then of agreement of all."""
 
 from __future__ import annotations
 
@@ -25,16 +22,19 @@ Prepared = TypeVar("Prepared")
 def together(
     name: str, shards: Shards, prepare: Callable[[], Prepared], description: Callable[[Prepared], dict[str, object]]
 ) -> Prepared:
-    """Check a call here, and whether all processes of the group make it.
+    """Check a call in this process, and that all processes of the group make the same call.
 
     Args:
-        name: of the operation.
-        shards: whose group it is.
-        prepare: checks the arguments.
-        description: of what it returned, what must be the same in all processes.
+        name: the operation's name.
+        shards: the shards whose group is called; without ``checked`` the processes are not compared.
+        prepare: checks the arguments of this process.
+        description: maps the result of ``prepare`` to the values that must be the same in all processes.
+
+    Returns:
+        The result of ``prepare``.
 
     Raises:
-        GroupError: calls differ, or another process refused its own.
+        GroupError: the calls differ, or another process refused its arguments.
         TypeError, ValueError: this process's arguments do not fit.
     """
     if not shards.checked:
@@ -46,12 +46,17 @@ def together(
     except (TypeError, ValueError) as error:
         problem = error
     agree(name, described, problem, shards.group, shards.device)
-    assert prepared is not None  # agree raises where there is a problem
+    assert prepared is not None  # agree has raised any problem
     return prepared
 
 
 def check_shards(queries: object, keys: object) -> None:
-    """Shards of one group, and of as many sequences."""
+    """Check that queries and keys have Shards of the same group, with the same number of sequences.
+
+    Raises:
+        TypeError: one of them is not Shards.
+        ValueError: their groups or numbers of sequences differ.
+    """
     for each in (queries, keys):
         if not isinstance(each, Shards):
             raise TypeError(
@@ -69,7 +74,11 @@ def check_shards(queries: object, keys: object) -> None:
 
 
 def check_rows(name: str, x: Tensor, shards: Shards) -> None:
-    """As many rows as the shards say lie here, where they lie."""
+    """Check that a tensor has as many rows as its shards state for this process, on their device.
+
+    Raises:
+        ValueError: the number of rows or the device differs.
+    """
     if x.ndim < 1 or x.shape[0] != shards.rows or x.device != shards.device:
         raise ValueError(
             f"{name} must have the rows of its Shards, {shards.rows} on {shards.device} in process {shards.rank}, got "
@@ -78,22 +87,36 @@ def check_rows(name: str, x: Tensor, shards: Shards) -> None:
 
 
 def refuse_dropout(dropout_p: float, impl: str) -> None:
-    """Weights are dropped by their places in whole sequences, which only the specification knows."""
+    """Refuse dropout, except with the specification: only that knows the weights' positions in whole sequences.
+
+    Raises:
+        ValueError: dropout is requested with another implementation.
+    """
     if dropout_p != 0 and impl != "reference":
         raise ValueError(
-            f"impl={impl!r} drops weights by their places among the rows of one process, so that an operation over a "
-            f"process group has no dropout, got dropout_p={dropout_p}; pass dropout_p=0, or impl='reference', which is "
+            f"impl={impl!r} drops weights by their positions among the rows of one process, and does not support "
+            f"dropout over a process group, got dropout_p={dropout_p}; pass dropout_p=0, or impl='reference', which is "
             "slow"
         )
 
 
 def describe(q: Tensor, differentiated: dict[str, Tensor | None], options: Options, impl: str) -> dict[str, object]:
-    """What all processes must have alike: everything but rows and their numbers."""
+    """Return the values that must be the same in all processes: everything but rows and their numbers.
+
+    Args:
+        q: the queries.
+        differentiated: the tensors by name that may need gradients; None for those not given.
+        options: the options of the call.
+        impl: the implementation.
+
+    Raises:
+        ValueError: a tensor belongs to a torch.func transform or forward-mode derivative.
+    """
     given = [x for x in (q, *differentiated.values()) if x is not None]
     if is_transformed(tuple(given)):
         raise ValueError(
-            "operations over a process group have neither forward-mode derivatives nor torch.func transforms, got one; "
-            "use backward(), or the functions of maskattn"
+            "operations over a process group support neither forward-mode derivatives nor torch.func transforms, got "
+            "one; use backward(), or the functions of maskattn"
         )
     described: dict[str, object] = {
         "heads": q.shape[-2],
@@ -101,14 +124,14 @@ def describe(q: Tensor, differentiated: dict[str, Tensor | None], options: Optio
         "dtype": str(q.dtype),
         "impl": impl,
     }
-    for x in fields(Options):
-        value = getattr(options, x.name)
-        if x.name == "dropout_seed":
+    for option in fields(Options):
+        value = getattr(options, option.name)
+        if option.name == "dropout_seed":
             continue
         kind = None if value is None else (str(value.dtype), *value.shape[1:]) if isinstance(value, Tensor) else value
-        described[x.name] = kind
-    differs = torch.is_grad_enabled()
+        described[option.name] = kind
+    with_gradients = torch.is_grad_enabled()
     described["inputs that need gradients"] = [
-        name for name, x in differentiated.items() if differs and x is not None and x.requires_grad
+        name for name, x in differentiated.items() if with_gradients and x is not None and x.requires_grad
     ]
     return described

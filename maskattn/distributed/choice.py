@@ -1,9 +1,9 @@
-"""Ring or gathered: what each moves and holds, and the rule that chooses.
+"""The costs of the ring and the gathered exchange in bytes, and the rule that chooses between them.
 
-Both bring a process the keys that it lacks, so that for one sequence over all processes they move as many bytes. The
-gathered exchange attends once, to whole sequences, moves nothing of sequences that a process has no query of, and in
-the backward sends gradients home in one step. The ring never holds more than three parts of the keys. So the gathered
-exchange is taken as long as what it holds is little, or no more than the ring would hold; and the ring otherwise.
+Both bring a process the keys that it lacks, and for one sequence on all processes they move the same number of bytes.
+The gathered exchange attends once, to whole sequences, moves no keys of sequences of which a process has no queries,
+and returns gradients to their owners in one step of the backward pass. The ring never holds more than three processes'
+keys. The gathered exchange is therefore chosen if the keys that it holds are few, or no more than in the ring.
 
 Dimension key: W processes.
 """
@@ -23,12 +23,12 @@ GATHER_AT_MOST = 1 << 28  # bytes
 
 @dataclass(frozen=True)
 class Cost:
-    """What an exchange asks of the process that it asks most of, in bytes.
+    """The cost of an exchange in bytes, the maximum over the processes.
 
     Attributes:
-        forward: received in a forward.
-        backward: received in a backward.
-        held: keys, and what belongs to them, held at a time.
+        forward: bytes received in a forward pass.
+        backward: bytes received in a backward pass.
+        held: bytes of the keys, values, biases and coordinates held at a time.
     """
 
     forward: int
@@ -37,20 +37,20 @@ class Cost:
 
 
 def cost_of(exchange: str, queries: Shards, keys: Shards, row_bytes: int, gradient_bytes: int) -> Cost:
-    """The bytes of an exchange.
+    """Return the cost of an exchange.
 
     Args:
         exchange: "ring" or "gather".
-        queries, keys: how they are divided.
-        row_bytes: of a key, its value and what else belongs to it.
-        gradient_bytes: of the gradients of these, as the exchange sends them: float32 in a ring, the dtype of keys
-            where they are gathered.
+        queries, keys: the shards of queries and keys.
+        row_bytes: bytes of a key with its value, bias and coordinates.
+        gradient_bytes: bytes of their gradients as the exchange sends them: in float32 in a ring, in the dtype of the
+            keys if they are gathered.
     """
     processes = range(keys.size)
     rows = [sum(each) for each in keys.lengths]
     if exchange == "ring":
         received = max(sum(rows) - rows[process] for process in processes)
-        # Gradients make one step more, which brings them home; a group of one sends nothing.
+        # Gradients take one step more, back to their owners; a group of one sends nothing.
         home = 0 if keys.size == 1 else sum(rows)
         return Cost(
             received * row_bytes,
@@ -64,18 +64,18 @@ def cost_of(exchange: str, queries: Shards, keys: Shards, row_bytes: int, gradie
 
 
 def choose_exchange(queries: Shards, keys: Shards, row_bytes: int) -> str:
-    """The name of the exchange for a call; the same in every process.
+    """Return the name of the exchange for a call, the same in every process.
 
     Args:
-        queries, keys: how they are divided.
-        row_bytes: of a key, its value and what else belongs to it.
+        queries, keys: the shards of queries and keys.
+        row_bytes: bytes of a key with its value, bias and coordinates.
     """
     held = cost_of("gather", queries, keys, row_bytes, 0).held
     return "gather" if held <= max(GATHER_AT_MOST, cost_of("ring", queries, keys, row_bytes, 0).held) else "ring"
 
 
 def _rows_home(queries: Shards, keys: Shards, process: int) -> int:
-    """Rows of gradients that a process gets from the others."""
+    """Return the number of rows of gradients that a process receives from the others."""
     asked_by = [
         sum(1 for other, each in enumerate(queries.lengths) if each[b] and other != process)
         for b in range(keys.batch_size)

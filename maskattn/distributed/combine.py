@@ -1,8 +1,8 @@
-"""A readout's parts as one, and what else all processes hold alike; differentiable.
+"""Combine the processes' shares of a readout into one result that all processes hold; differentiable.
 
-A result that all processes have is counted in the loss of each. So its gradient is the sum over all processes, as
-everywhere in ``torch.distributed``: where all compute one loss, gradients are W times that of the loss, and their mean
-over the processes, which data-parallel training takes, is that of one process.
+A result that all processes hold enters the loss of each. Its gradient is therefore the sum over all processes, as
+elsewhere in ``torch.distributed``: if all compute the same loss, the sum is W times its gradient, and the mean over the
+processes, which data-parallel training takes, is the gradient of one process.
 
 Dimension key: W processes, B sequences, R readout queries, H heads, D head width.
 """
@@ -22,16 +22,16 @@ __all__ = ["combine", "of_each", "sum_of_all"]
 
 
 def combine(out_BRHD: Tensor, exact_BRH: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs over parts of the keys as one over all, the same in every process.
+    """Combine outputs over each process's keys into the output over all keys, the same in every process.
 
     Args:
-        out_BRHD: over the keys of this process.
-        exact_BRH: their log-sum-exp, float64.
-        group: of the processes.
+        out_BRHD: (B, R, H, D) the output over the keys of this process.
+        exact_BRH: (B, R, H) the log-sum-exp of their scores, float64.
+        group: the process group.
 
     Returns:
-        out (B, R, H, D) in float32 at least, lse (B, R, H) in float64, and the factors (B, R, H) of this process's
-        weights.
+        out (B, R, H, D) in float32 or float64, lse (B, R, H) in float64, and the factors (B, R, H) by which the
+        attention weights of this process's keys are multiplied.
     """
     lse_WBRH = of_each(exact_BRH, group)
     out_WBRHD = of_each(out_BRHD.to(wide(out_BRHD)), group)
@@ -48,13 +48,13 @@ def combine(out_BRHD: Tensor, exact_BRH: Tensor, group: dist.ProcessGroup) -> tu
 
 
 def of_each(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(W, ...), the tensors of all processes, which are alike."""
+    """Return (W, ...), the tensors of all processes, which have the same shape and dtype."""
     found: Tensor = _OfEach.apply(x, group)
     return found
 
 
 def sum_of_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of all processes' tensors, which are alike."""
+    """Return the sum of all processes' tensors, which have the same shape and dtype."""
     found: Tensor = _SumOfAll.apply(x, group)
     return found
 

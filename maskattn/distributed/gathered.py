@@ -1,8 +1,8 @@
-"""The gathered exchange: each process gets all keys of the sequences that it has queries of, then attends once.
+"""The gathered exchange: each process receives all keys of the sequences of which it has queries, then attends once.
 
-It sends no key that the other has no query for: sequences that lie whole in one process cost nothing. In the backward
-the keys are gathered again, and their gradients are sent home, where they are added up in float32, in the order of the
-processes.
+A key is sent only to processes that have queries of its sequence, so that a sequence on one process alone costs
+nothing. In the backward pass the keys are gathered again, and their gradients are sent to the keys' owners, which add
+them up in float32 in the order of the processes.
 
 Dimension key: Tq queries and Tk keys of this process, H heads, D head width.
 """
@@ -29,7 +29,7 @@ __all__ = ["backward", "forward", "gathered_rows"]
 def forward(
     q: Tensor, own: Keys, queries: Shards, keys: Shards, options: Options, need_lse: bool, impl: str
 ) -> Outputs:
-    """Attention of this process's queries over the keys of all."""
+    """Attend from this process's queries to the keys of all processes."""
     plan = _plan(queries, keys)
     need_lse = need_lse or implementation(impl).READS_OUTPUTS
     return attend(q, own.with_tensors(plan.gather(own.tensors)), plan.where, options, impl, need_lse)
@@ -45,7 +45,7 @@ def backward(
     options: Options,
     impl: str,
 ) -> Gradients:
-    """Gradients of :func:`forward`; that of slopes is the part of this process's queries."""
+    """Return the gradients of :func:`forward`; that of slopes is the contribution of this process's queries."""
     plan = _plan(queries, keys)
     gathered = own.with_tensors(plan.gather(own.tensors))
     found = differentiate(grads, q, gathered, outputs, plan.where, options, impl, of_all_keys=True)
@@ -55,28 +55,28 @@ def backward(
 
 
 def gathered_rows(queries: Shards, keys: Shards, process: int) -> tuple[int, int]:
-    """How many keys a process holds after the exchange, and how many of them come from others."""
+    """Return the number of keys that a process holds after the exchange, and how many it receives from others."""
     needed = _needed(queries, process)
     held = sum(keys.total[b] for b in needed)
     return held, held - sum(keys.lengths[process][b] for b in needed)
 
 
 def _needed(queries: Shards, process: int) -> list[int]:
-    """The sequences of which a process has queries."""
+    """Return the indices of the sequences of which a process has queries."""
     return [b for b, count in enumerate(queries.lengths[process]) if count]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Who sends what to whom.
+    """The rows of keys that this process sends and receives.
 
     Attributes:
-        keys: how the keys are divided.
-        sent: for each process, which rows of this process's keys it gets; a slice where it is all of them.
-        received: for each process, how many of its rows come here.
-        order: which of the received rows, process after process, each row of the sequences is; None where the orders
-            are one.
-        where: this process's queries, and the sequences of gathered keys.
+        keys: the shards of the keys.
+        sent: for each process, the indices of this process's rows that it receives; a slice for all of them.
+        received: for each process, the number of its rows that this process receives.
+        order: the index of each row of the gathered sequences among the received rows, which are ordered by process;
+            None if the orders are the same.
+        where: the lengths of this process's queries and of the gathered keys.
     """
 
     keys: Shards
@@ -86,7 +86,7 @@ class _Plan:
     where: Sequences
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """All rows of the sequences that this process has queries of, sequence after sequence."""
+        """Return all rows of the sequences of which this process has queries, ordered by sequence."""
         own, others = self.keys.rank, self._others()
         found = [x.new_empty((sum(self.received), *x.shape[1:])) for x in tensors]
         pieces = [x.split(self.received) for x in found]
@@ -99,7 +99,7 @@ class _Plan:
         return found if self.order is None else [x[self.order] for x in found]
 
     def send_home(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all processes of the gradients of this process's rows; the reverse of :meth:`gather`."""
+        """Return the gradients of this process's rows, summed over all processes; the reverse of :meth:`gather`."""
         own, others = self.keys.rank, self._others()
         if self.order is not None:
             grads = [torch.empty_like(x).index_copy_(0, self.order, x) for x in grads]
@@ -112,8 +112,8 @@ class _Plan:
         coming[own] = [each[own] for each in pieces]
         sums = [x.new_zeros((self.keys.rows, *x.shape[1:]), dtype=wide(x)) for x in grads]
         for process in range(self.keys.size):
-            for total, part in zip(sums, coming[process], strict=True):
-                total[self.sent[process]] += part
+            for total, rows in zip(sums, coming[process], strict=True):
+                total[self.sent[process]] += rows
         return [total.to(x.dtype) for total, x in zip(sums, grads, strict=True)]
 
     def _others(self) -> list[int]:
@@ -125,7 +125,7 @@ class _Plan:
 
 
 def _plan(queries: Shards, keys: Shards) -> _Plan:
-    """Made once, for the layers of a model ask for it again and again."""
+    """Return the plan for these shards; it is cached, since every layer of a model needs it."""
     known: dict[Shards, _Plan] = queries.plans
     if keys not in known:
         known[keys] = _made(queries, keys)
@@ -138,8 +138,8 @@ def _made(queries: Shards, keys: Shards) -> _Plan:
     sent: list[Tensor | slice] = []
     for process in range(keys.size):
         needed = _needed(queries, process)
-        parts = [torch.arange(own_starts[b], own_starts[b + 1]) for b in needed]
-        rows = torch.cat([*parts, torch.empty(0, dtype=torch.int64)])
+        ranges = [torch.arange(own_starts[b], own_starts[b + 1]) for b in needed]
+        rows = torch.cat([*ranges, torch.empty(0, dtype=torch.int64)])
         sent.append(slice(None) if len(rows) == keys.rows else rows.to(keys.device))
     needed = _needed(queries, queries.rank)
     received = [sum(each[b] for b in needed) for each in lengths]
@@ -156,9 +156,9 @@ def _order(lengths: tuple[tuple[int, ...], ...], needed: list[int], device: torc
         for b in needed:
             begin[process, b] = at
             at += each[b]
-    parts = [
+    ranges = [
         torch.arange(begin[process, b], begin[process, b] + each[b])
         for b in needed
         for process, each in enumerate(lengths)
     ]
-    return torch.cat(parts).to(device)
+    return torch.cat(ranges).to(device)

@@ -1,4 +1,4 @@
-"""``packed_attention`` over a process group: queries stay where they are, keys and values come to them.
+"""``packed_attention`` over a process group: queries stay in their process, and keys and values are sent to them.
 
 Dimension key: Tq and Tk rows of this process, H heads, D head width.
 """
@@ -43,25 +43,26 @@ def packed_attention(
     impl: str | None = None,
     exchange: str | None = None,
 ) -> Float[Tensor, "Tq H D"] | tuple[Float[Tensor, "Tq H D"], Float[Tensor, "H Tq"]]:
-    """:func:`maskattn.packed_attention` of sequences whose rows lie in several processes. All of them call it.
+    """:func:`maskattn.packed_attention` of sequences whose rows are on several processes, all of which call it.
 
-    Each process passes its own rows and gets the output of its own queries, over the keys of all processes. Results are
-    those of one process to rounding, and gradients those of the sum of all processes' losses: every process must go
-    backward through its output.
+    Each process passes its own rows, and receives the output of its own queries over the keys of all processes. Results
+    equal those of one process to rounding. Gradients are those of the sum of all processes' losses: every process must
+    backpropagate through its output.
 
     Args:
         q: (Tq, H, D) float, this process's queries.
         k, v: (Tk, H, D), this process's keys and values.
-        shards: how the rows are divided; a pair of queries' and keys' where these differ.
+        shards: how the rows are divided; a pair for queries and keys if these differ.
         scale, impl: as for ``maskattn.packed_attention``; the same in all processes.
-        key_bias, coords: as there, of this process's rows.
-        slopes: (H,), the same in all processes; its gradient is the part of this process's queries, to be summed over
-            the processes as those of other weights.
-        dropout_p: as there, with impl="reference" alone; places are those in whole sequences, and the seed process 0's.
+        key_bias, coords: as for ``maskattn.packed_attention``, for this process's rows.
+        slopes: (H,), the same in all processes; its gradient is the contribution of this process's queries, to be
+            summed over the processes like those of other weights.
+        dropout_p: as for ``maskattn.packed_attention``, only with impl="reference"; weights are dropped by their
+            positions in whole sequences, with the seed of process 0.
         return_lse: also return the log-sum-exp of the scores, (H, Tq), differentiable.
-        exchange: "ring": keys and values go round, and a process holds three processes' at most. "gather": a process
-            gets all that its queries need, and attends once. None: "gather" while it holds little
-            (:mod:`maskattn.distributed.choice`).
+        exchange: "ring" passes keys and values around, and a process holds those of at most three processes. "gather"
+            sends a process all keys that its queries need, and attends once. None chooses "gather" if it holds few
+            keys (:mod:`maskattn.distributed.choice`).
 
     Returns:
         out (Tq, H, D), or (out, lse).
@@ -99,10 +100,10 @@ class _Call:
 
     Attributes:
         qkv: q, k and v.
-        options: of packed tensors.
-        impl: which implementation attends.
-        queries, keys: how they are divided.
-        exchange: a name, or None where the sizes choose.
+        options: the options of the call, for packed tensors.
+        impl: the name of the implementation.
+        queries, keys: the shards of queries and keys.
+        exchange: the name of the exchange; None chooses by size.
     """
 
     qkv: tuple[Tensor, ...]
@@ -132,7 +133,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What of a call is no tensor."""
+    """The arguments of a call that are not tensors."""
 
     queries: Shards
     keys: Shards
@@ -147,7 +148,7 @@ class _Layout:
 
     @property
     def where(self) -> tuple[Shards, Shards]:
-        """How queries and keys are divided."""
+        """The shards of queries and keys."""
         return self.queries, self.keys
 
 
@@ -178,15 +179,17 @@ class _Attention(torch.autograd.Function):
         q, k, v, key_bias, slopes, coords_q, coords_k, *outputs = ctx.saved_tensors
         layout: _Layout = ctx.layout
         options = Options(key_bias=key_bias, slopes=slopes, coords_q=coords_q, coords_k=coords_k, **ctx.numbers)
-        whole = Outputs(*outputs)
-        grad_out = torch.zeros_like(whole.out) if grads[0] is None else grads[0]
+        final = Outputs(*outputs)
+        grad_out = torch.zeros_like(final.out) if grads[0] is None else grads[0]
         own = Keys.of(k, v, options)
         with without_autocast(q):
-            found = layout.module.backward((grad_out, grads[1]), q, own, whole, *layout.where, options, layout.impl)
+            found = layout.module.backward((grad_out, grads[1]), q, own, final, *layout.where, options, layout.impl)
         return found.q, found.k, found.v, found.key_bias, found.slopes, None, None
 
 
 def _exchange(name: str | None) -> str | None:
     if name is not None and name not in EXCHANGES:
-        raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)} or None, got exchange={name!r}")
+        raise ValueError(
+            f"exchange must be one of {', '.join(EXCHANGES)} or None, got exchange={name!r}; None chooses by size"
+        )
     return name

@@ -1,16 +1,18 @@
-"""Attention of this process's queries over some of the keys, by the registered ops, and how such parts become one.
+"""Attention of this process's queries over a block of the keys, by the registered ops, and the merging of such blocks.
 
-With l_i and o_i the log-sum-exp and the output over part i of the keys:
+With l_i and o_i the log-sum-exp and the output over block i of the keys:
 
     lse = log Σ_i exp(l_i)        out = Σ_i exp(l_i − lse) o_i
 
-The derivatives of a part follow in either of two ways. An implementation that makes the weights of the lse it is given
-takes those of all keys, and gives the part's share. One that starts again from q, k and v is given the part's own lse
-and output, and with w = exp(l_i − lse) the gradients  w dO  of o_i and  w (dO·(o_i − out) + dlse)  of l_i.
+The derivatives of a block follow in one of two ways. An implementation that recomputes the attention weights from the
+given lse receives lse and output over all keys, and returns the block's contribution. One that starts again from q, k
+and v receives the block's own lse and output, and with w = exp(l_i − lse) the gradients  w dO  of o_i and
+w (dO·(o_i − out) + dlse)  of l_i.
 
-lse is added up in float64 with the rest that its rounding left: a shift common to all parts would show otherwise.
+lse is accumulated in float64, with the remainders of its rounding: a shift common to all blocks would become visible
+otherwise.
 
-Dimension key: Tq queries, Tk keys of a part, H heads, D head width.
+Dimension key: Tq queries, Tk keys of a block, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ __all__ = ["Keys", "Whole", "attend", "differentiate", "share_of", "wide"]
 
 @dataclass(frozen=True)
 class Keys:
-    """Some keys, with all that belongs to a key.
+    """A block of keys with their values, biases and coordinates.
 
     Attributes:
-        k, v: (Tk, H, D).
-        key_bias, coords_k: see :class:`~maskattn.options.Options`; None where not given.
+        k, v: (Tk, H, D) keys and values.
+        key_bias, coords_k: see :class:`~maskattn.options.Options`; None if not given.
     """
 
     k: Tensor
@@ -47,38 +49,38 @@ class Keys:
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, options: Options) -> Keys:
-        """The keys of a call."""
+        """Return the keys of a call."""
         return cls(k, v, options.key_bias, options.coords_k)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is given, in order."""
+        """The tensors that are not None, in order."""
         return [x for x in vars(self).values() if x is not None]
 
     def with_tensors(self, tensors: list[Tensor]) -> Keys:
-        """Other tensors in the place of :attr:`tensors`."""
+        """Return a block with other tensors instead of :attr:`tensors`."""
         given = [name for name, x in vars(self).items() if x is not None]
         return replace(self, **dict(zip(given, tensors, strict=True)))
 
     def options(self, of_call: Options) -> Options:
-        """The options of a call, for these keys."""
+        """Return the options of a call, for these keys."""
         return replace(of_call, key_bias=self.key_bias, coords_k=self.coords_k)
 
     @property
     def nbytes_of_row(self) -> int:
-        """What a key and all that belongs to it takes."""
+        """Bytes of a key with its value, bias and coordinates."""
         return sum(x.element_size() * x[:1].numel() if len(x) else x.element_size() * _row(x) for x in self.tensors)
 
 
 def _row(x: Tensor) -> int:
     count = 1
-    for side in x.shape[1:]:
-        count *= side
+    for size in x.shape[1:]:
+        count *= size
     return count
 
 
 def attend(q: Tensor, keys: Keys, where: Sequences, options: Options, impl: str, need_lse: bool = True) -> Outputs:
-    """out (Tq, H, D), lse (H, Tq) and its rest, over these keys alone."""
+    """Return out (Tq, H, D), lse (H, Tq) and the remainder of its rounding, over these keys only."""
     own = flat_options(keys.options(options))
     return Outputs(*operations.packed_attention(q, keys.k, keys.v, *vars(where).values(), *own, need_lse, impl))
 
@@ -93,17 +95,17 @@ def differentiate(
     impl: str,
     of_all_keys: bool = False,
 ) -> Gradients:
-    """What these keys add to the gradients of q and of slopes, and the gradients of themselves.
+    """Return the contributions of these keys to the gradients of q and slopes, and their own gradients.
 
     Args:
-        grads: of out and of lse over all keys; None for zeros.
-        q, keys, where, options, impl: as :func:`attend` took them.
+        grads: the gradients of out and lse over all keys; None for zeros.
+        q, keys, where, options, impl: the arguments of :func:`attend`.
         whole: out and lse over all keys.
-        of_all_keys: these are all.
+        of_all_keys: whether these are all keys.
     """
     if not of_all_keys and not implementation(impl).READS_OUTPUTS:
-        part = attend(q, keys, where, options, impl)
-        grads, whole = share_of(grads, part, whole), part
+        block = attend(q, keys, where, options, impl)
+        grads, whole = share_of(grads, block, whole), block
     given = q, keys.k, keys.v, *vars(whole).values(), *vars(where).values(), *flat_options(keys.options(options))
     found = torch.ops.maskattn.packed_attention_backward(*grads, *given, impl)
     names = [x.name for x in fields(Gradients)]
@@ -115,7 +117,7 @@ def differentiate(
 
 
 def share_of(grads: tuple[Tensor, Tensor | None], part: Outputs, whole: Outputs) -> tuple[Tensor, Tensor]:
-    """The gradients of a part's own out and lse."""
+    """Return the gradients of a block's own out and lse, given those of out and lse over all keys."""
     grad_out, grad_lse = grads
     kind = wide(grad_out)
     weight_HQ = (_exact(part) - _exact(whole).masked_fill(whole.lse.isinf(), 0)).exp().to(kind)
@@ -128,10 +130,10 @@ def share_of(grads: tuple[Tensor, Tensor | None], part: Outputs, whole: Outputs)
 
 
 class Whole:
-    """Parts added up as they come.
+    """An accumulator that merges the outputs over blocks of keys into the output over all keys.
 
     Args:
-        q: the queries, whose dtype the result has.
+        q: (Tq, H, D) the queries; the result has their dtype.
     """
 
     def __init__(self, q: Tensor) -> None:
@@ -140,7 +142,7 @@ class Whole:
         self._lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float64, device=q.device)
 
     def add(self, part: Outputs) -> None:
-        """One more part."""
+        """Merge the outputs over another block."""
         own = _exact(part)
         lse = torch.logaddexp(self._lse, own)
         at = lse.masked_fill(lse == -torch.inf, 0)
@@ -149,7 +151,7 @@ class Whole:
         self._lse = lse
 
     def outputs(self, impl: str, options: Options) -> Outputs:
-        """out, lse and its rest, as ``impl`` would have left them for its backward."""
+        """Return out, lse and the remainder of its rounding, as ``impl`` expects them in its backward."""
         lse = self._lse.to(wide(self._q) if impl != "reference" else self._q.dtype)
         rest = lse.new_empty(0)
         if keeps_rest(impl, options):
@@ -158,7 +160,7 @@ class Whole:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
+    """Return the dtype for accumulation: float64 for float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

@@ -1,6 +1,7 @@
-"""``readout`` and ``token_relevance`` over a process group: every process has the queries, and a part of the keys.
+"""``readout`` and ``token_relevance`` over a process group: every process has all queries and some of the keys.
 
-Each reads its own keys, and the parts are combined by their lse: a few rows go round, whatever the number of keys.
+Each process reads out its own keys, and the results are combined by their lse: only a few rows are exchanged, however
+many keys there are.
 
 Dimension key: B sequences, T rows of this process, R readout queries, H heads, D head width, K classes.
 """
@@ -44,25 +45,25 @@ def readout(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "B R H D"] | tuple[Float[Tensor, "..."], ...]:
-    """:func:`maskattn.readout` of keys that lie in several processes. All of them call it, with the same queries.
+    """:func:`maskattn.readout` of keys that are on several processes, all of which call it with the same queries.
 
-    Each gets the same output, bit for bit, and the attention rows of its own keys. The gradient of q is the part of
-    this process's keys, to be summed over the processes as those of weights. An output that all processes have counts
-    in the loss of each (:mod:`maskattn.distributed.combine`).
+    All processes receive the same output, bit for bit, and each the attention rows of its own keys. The gradient of q
+    is the contribution of this process's keys, to be summed over the processes like those of weights. The output
+    enters the loss of every process (:mod:`maskattn.distributed.combine`).
 
     Args:
         q: (B, R, H, D) float, 1 ≤ R ≤ 16, the same in all processes.
         k, v: (T, H, D), this process's keys and values.
         shards: how the keys are divided.
         scale, slopes, impl: as for ``maskattn.readout``; the same in all processes.
-        key_bias: as there, of this process's keys.
-        coords: as there, a pair: of the queries, and of this process's keys.
-        dropout_p: as there, with impl="reference" alone.
+        key_bias: as for ``maskattn.readout``, for this process's keys.
+        coords: as for ``maskattn.readout``, a pair for the queries and this process's keys.
+        dropout_p: as for ``maskattn.readout``, only with impl="reference".
         return_rows: also return the attention rows (R, H, T) of this process's keys.
         return_lse: also return the log-sum-exp of the scores over all keys, (B, R, H), differentiable.
 
     Returns:
-        out (B, R, H, D); followed by rows and lse, in this order, where asked.
+        out (B, R, H, D), followed by rows and lse, in this order, if requested.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``impl`` lacks a feature of the call.
@@ -105,15 +106,15 @@ def token_relevance(
     slopes: Float[Tensor, "H"] | None = None,
     impl: str | None = None,
 ) -> Float[Tensor, "K T"]:
-    """:func:`maskattn.token_relevance` of this process's tokens, where :func:`readout` read the keys of all.
+    """:func:`maskattn.token_relevance` of this process's tokens in a :func:`readout` of all processes' keys.
 
     Args:
-        q, k, v, shards, scale, key_bias, coords, slopes: what the readout was given.
-        out, lse: what it returned.
+        q, k, v, shards, scale, key_bias, coords, slopes: the arguments of the readout.
+        out, lse: the results of the readout.
         grad_out: (K, B, R, H, D), each class's gradient with respect to ``out``, the same in all processes.
         key_origin, value_origin: (H, D), the same in all processes, or (T, H, D) of this process's tokens; as for
             ``maskattn.token_relevance``.
-        impl: as there.
+        impl: as for ``maskattn.token_relevance``.
 
     Returns:
         S (K, T) of this process's tokens, float32 (float64 for float64).
@@ -137,7 +138,7 @@ def token_relevance(
             of_classes = grad_out.to(q.dtype), key_origin, value_origin
             return reference.token_relevance(q, k, v, *of_classes, shards, options)
         if operations.is_large(lse):
-            # An lse in float32 is not enough then: weights are made of this process's own, whose rounding is known.
+            # A float32 lse is too coarse; weights are computed from this process's own lse, whose rounding is known.
             own = _parts(q, k, v, shards, options, False, chosen)
             share_BRH = combine(own[0], own[1], shards.group)[2]
             grad_out, lse = grad_out * share_BRH.to(grad_out.dtype)[..., None], own[2]
@@ -185,7 +186,7 @@ def _read(
 def _parts(
     q: Tensor, k: Tensor, v: Tensor, shards: Shards, options: Options, return_rows: bool, impl: str
 ) -> tuple[Any, ...]:
-    """Over this process's keys: out, lse exactly in float64, lse as it came, and rows."""
+    """Return out, lse in float64 with its rounding remainder, lse as computed, and rows, over this process's keys."""
     lengths = shards.cu_seqlens, shards.max_seqlen
     out, lse, rest, rows = operations.readout(q, k, v, *lengths, *flat_options(options), True, return_rows, impl)
     exact = lse.double() + rest.detach().double() if rest.numel() else lse.double()

@@ -1,8 +1,8 @@
-"""The specification of the operations over a process group: each process gets all rows, and takes its own results.
+"""The specification of the operations over a process group: each process gathers all rows, and keeps its own results.
 
-Eager, any dtype, differentiable by autograd; it holds all that the group holds. Rows are laid end to end sequence after
-sequence, whatever process has them, and go through ``maskattn.attention.reference``: so results are those of one
-process, dropout included. The ring and the gathered exchange are tested against it.
+It is eager, supports any dtype, is differentiable by autograd, and holds the rows of the entire group. Rows are
+concatenated sequence by sequence, whichever process holds them, and passed to ``maskattn.attention.reference``, so that
+results equal those of one process, including dropout. The ring and the gathered exchange are tested against it.
 
 Dimension key: Tq, Tk and T rows of this process, B sequences, R readout queries, H heads, D head width, K classes.
 """
@@ -26,20 +26,20 @@ __all__ = ["packed_attention", "readout", "token_relevance"]
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, queries: Shards, keys: Shards, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """out (Tq, H, D) and lse (H, Tq) of this process's queries over the keys of all."""
-    whole = _of_all_keys(options, keys)
+    """Return out (Tq, H, D) and lse (H, Tq) of this process's queries over the keys of all processes."""
+    of_all = _of_all_keys(options, keys)
     if options.coords_q is not None:
-        whole = replace(whole, coords_q=_of_all(options.coords_q, queries))
+        of_all = replace(of_all, coords_q=_of_all(options.coords_q, queries))
     starts = starts_of(queries.total, q.device), starts_of(keys.total, k.device)
-    out, lse = reference.packed_attention(_of_all(q, queries), _of_all(k, keys), _of_all(v, keys), *starts, whole)
+    out, lse = reference.packed_attention(_of_all(q, queries), _of_all(k, keys), _of_all(v, keys), *starts, of_all)
     return out[queries.positions], lse[:, queries.positions]
 
 
 def readout(q: Tensor, k: Tensor, v: Tensor, keys: Shards, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, R, H, D) and lse (B, R, H) over the keys of all, and the attention rows (R, H, T) of this process's."""
-    whole = _of_all_keys(options, keys)
+    """Return out (B, R, H, D), lse (B, R, H) over all keys, and the attention rows (R, H, T) of this process's keys."""
+    of_all = _of_all_keys(options, keys)
     starts = starts_of(keys.total, k.device)
-    out, lse, rows = reference.readout(q, _of_all(k, keys), _of_all(v, keys), starts, whole)
+    out, lse, rows = reference.readout(q, _of_all(k, keys), _of_all(v, keys), starts, of_all)
     return out, lse, rows[..., keys.positions]
 
 
@@ -53,7 +53,7 @@ def token_relevance(
     keys: Shards,
     options: Options,
 ) -> Tensor:
-    """S (K, T) of this process's tokens."""
+    """Return S (K, T) of this process's tokens."""
     origins = (x if x is None or x.ndim == 2 else _of_all(x, keys) for x in (key_origin, value_origin))
     key_origin, value_origin = origins
     starts = starts_of(keys.total, k.device)
@@ -71,19 +71,19 @@ def _of_all_keys(options: Options, keys: Shards) -> Options:
 
 
 def _of_all(rows: Tensor, shards: Shards) -> Tensor:
-    whole: Tensor = _AllRows.apply(rows, shards)
-    return whole
+    gathered: Tensor = _AllRows.apply(rows, shards)
+    return gathered
 
 
 class _AllRows(torch.autograd.Function):
-    """The rows of all processes, sequence after sequence; a row's gradient is the sum of what all processes find."""
+    """Gather the rows of all processes, sequence by sequence; a row's gradient is summed over all processes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shards: Shards) -> Tensor:
         ctx.shards = shards
-        whole = rows.new_zeros((sum(shards.total), *rows.shape[1:]))
-        whole[shards.positions] = rows
-        return add_up(whole, shards.group)
+        gathered = rows.new_zeros((sum(shards.total), *rows.shape[1:]))
+        gathered[shards.positions] = rows
+        return add_up(gathered, shards.group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -1,7 +1,8 @@
-"""The ring: keys and values go round, one step after another, and each process holds two processes' keys at a time.
+"""The ring: keys and values are passed around step by step, and a process holds those of two others besides its own.
 
-In step i process r attends to the keys of process r − i, while those of process r − i − 1 are on their way to it. In
-the backward the keys go round again, and their gradients with them, added up in float32, until they are home.
+In step i process r attends to the keys of process r − i, while those of process r − i − 1 are being sent to it. In the
+backward pass the keys are passed around again, with their gradients, which are accumulated in float32 and end at the
+keys' owners.
 
 Dimension key: W processes, Tq queries of this process, Tk keys of a process, H heads, D head width.
 """
@@ -27,12 +28,12 @@ __all__ = ["backward", "forward"]
 def forward(
     q: Tensor, own: Keys, queries: Shards, keys: Shards, options: Options, need_lse: bool, impl: str
 ) -> Outputs:
-    """Attention of this process's queries over the keys of all."""
-    whole = Whole(q)
+    """Attend from this process's queries to the keys of all processes."""
+    merged = Whole(q)
     for source, block in _round(own, keys):
         if _meet(queries, keys, source):
-            whole.add(attend(q, block, _where(queries, keys, source), options, impl))
-    return whole.outputs(impl, options)
+            merged.add(attend(q, block, _where(queries, keys, source), options, impl))
+    return merged.outputs(impl, options)
 
 
 def backward(
@@ -45,11 +46,11 @@ def backward(
     options: Options,
     impl: str,
 ) -> Gradients:
-    """Gradients of :func:`forward`; that of slopes is the part of this process's queries."""
+    """Return the gradients of :func:`forward`; that of slopes is the contribution of this process's queries."""
     dq = torch.zeros(q.shape, dtype=wide(q), device=q.device)
     slopes = options.slopes
     dslopes = None if slopes is None else torch.zeros(slopes.shape, dtype=wide(q), device=q.device)
-    # Of the keys that lie here in this step.
+    # The gradients of the keys that this process holds in the current step.
     sums = [torch.zeros(x.shape, dtype=wide(x), device=x.device) for x in _differentiable(own)]
     for source, block in _round(own, keys):
         if _meet(queries, keys, source):
@@ -58,8 +59,8 @@ def backward(
             if dslopes is not None and found.slopes is not None:
                 dslopes += found.slopes
             of_keys = (x for x in (found.k, found.v, found.key_bias) if x is not None)
-            for total, part in zip(sums, of_keys, strict=True):
-                total += part
+            for total, gradient in zip(sums, of_keys, strict=True):
+                total += gradient
         sums = _passed_on(sums, keys, source)
     dk, dv, *dbias = (x.to(like.dtype) for x, like in zip(sums, _differentiable(own), strict=True))
     gradients = Gradients(dq.to(q.dtype), dk, dv, *dbias)
@@ -71,7 +72,7 @@ def _differentiable(keys: Keys) -> list[Tensor]:
 
 
 def _round(own: Keys, keys: Shards) -> Iterator[tuple[int, Keys]]:
-    """The keys of each process, this one's first; the next are on their way while a caller works on these."""
+    """Yield the keys of each process, this one's first; the next are received while the caller uses these."""
     block, sources = own, list(ordered(keys.rank, keys.size))
     for source, following in zip(sources, [*sources[1:], None], strict=True):
         coming = None if following is None else _empty_rows(block.tensors, sum(keys.lengths[following]))
@@ -83,7 +84,7 @@ def _round(own: Keys, keys: Shards) -> Iterator[tuple[int, Keys]]:
 
 
 def _passed_on(sums: list[Tensor], keys: Shards, source: int) -> list[Tensor]:
-    """To the next process, for those of the process before."""
+    """Send sums to the next process, and return those received from the previous one."""
     coming = _empty_rows(sums, sum(keys.lengths[(source - 1) % keys.size]))
     _pass(sums, coming, keys).wait()
     return coming
@@ -99,7 +100,7 @@ def _empty_rows(like: list[Tensor], rows: int) -> list[Tensor]:
 
 
 def _meet(queries: Shards, keys: Shards, source: int) -> bool:
-    """Whether any query of this process and any key of another are of one sequence."""
+    """Return whether any query of this process and any key of another belong to the same sequence."""
     return any(m and n for m, n in zip(queries.lengths[queries.rank], keys.lengths[source], strict=True))
 
 

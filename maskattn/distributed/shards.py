@@ -1,8 +1,8 @@
-"""How the rows of a batch of sequences are divided among the processes of a group.
+"""The division of the rows of a batch of sequences among the processes of a group.
 
-Every process holds a part of each sequence, end to end as packed tokens are, of any length and also of none. A sequence
-is the parts of all processes one after another, those of process 0 first. The parts of one long sequence may be chosen
-freely: attention asks where a token is of its position alone, not of its row.
+Every process holds a chunk of each sequence, of any length including 0, concatenated like packed tokens. A sequence
+consists of the chunks of all processes in the order of their ranks. A long sequence may be divided in any way:
+attention depends on the coordinates of tokens, not on their order.
 
 Dimension key: W processes, B sequences, T rows of this process.
 """
@@ -29,16 +29,16 @@ __all__ = ["Shards", "even_slice", "starts_of"]
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """The parts of B sequences that each process of a group holds; made by :meth:`of`, in all of them at once.
+    """The chunks of B sequences that each process of a group holds; made by :meth:`of` in all processes together.
 
     Attributes:
-        group: the processes.
-        rank: which of them this is, counted within the group.
-        lengths: W tuples of B numbers, rows of each sequence in each process.
-        device: where the rows lie.
-        checked: compare every call among the processes before it runs, so that shapes that differ are an error in all
-            of them; on a GPU this waits for the device. False trusts the program.
-        plans: what operations have worked out for these parts and others.
+        group: the process group.
+        rank: this process's rank within the group.
+        lengths: W tuples of B numbers, the rows of each sequence in each process.
+        device: the device of the rows.
+        checked: compare every call among the processes before it runs, so that differing shapes raise an error in all
+            of them; on a GPU this synchronises with the device. False skips the comparison.
+        plans: a cache of the operations' plans for these shards and others.
     """
 
     group: dist.ProcessGroup
@@ -52,12 +52,12 @@ class Shards:
     def of(
         cls, rows: Packing | Int[Tensor, "B_plus_1"], group: dist.ProcessGroup | None = None, *, checked: bool = True
     ) -> Shards:
-        """Tell the other processes which rows lie here. All processes of the group call it.
+        """Exchange the numbers of rows with the other processes, all of which call it.
 
         Args:
-            rows: the packing of this process's rows, or their cu_seqlens, (B + 1,) int32: a sequence of which nothing
-                lies here has length 0.
-            group: of ``torch.distributed``; None is the default group.
+            rows: the packing of this process's rows, or their cu_seqlens, (B + 1,) int32; a sequence without rows in
+                this process has length 0.
+            group: a process group of ``torch.distributed``; None is the default group.
             checked: see :class:`Shards`.
 
         Raises:
@@ -83,31 +83,31 @@ class Shards:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """B, the number of sequences."""
         return len(self.lengths[0])
 
     @property
     def rows(self) -> int:
-        """T, the rows of this process."""
+        """T, the number of rows of this process."""
         return sum(self.lengths[self.rank])
 
     @cached_property
     def total(self) -> tuple[int, ...]:
-        """Rows of each sequence in all processes together."""
+        """The number of rows of each sequence in all processes together."""
         return tuple(map(sum, zip(*self.lengths, strict=True)))
 
     @property
     def cu_seqlens(self) -> Int[Tensor, "B_plus_1"]:
-        """(B + 1,) int32, where the parts of this process begin among its rows, and where they end."""
+        """(B + 1,) int32, the boundaries of this process's chunks among its rows."""
         return self.cu_seqlens_of(self.rank)
 
     @property
     def max_seqlen(self) -> int:
-        """The longest part of this process."""
+        """The length of the longest chunk of this process."""
         return max(self.lengths[self.rank], default=0)
 
     def cu_seqlens_of(self, process: int) -> Int[Tensor, "B_plus_1"]:
-        """(B + 1,) int32 of another process's rows."""
+        """Return (B + 1,) int32, the boundaries of a process's chunks among its rows."""
         return self._cu_seqlens[process]
 
     @cached_property
@@ -116,18 +116,21 @@ class Shards:
 
     @cached_property
     def positions(self) -> Int[Tensor, "T"]:
-        """(T,) int64, the row of each of this process's rows where whole sequences are laid end to end."""
+        """(T,) int64, the indices of this process's rows in the concatenation of the whole sequences."""
         starts = starts_of(self.total, torch.device("cpu")).tolist()
         before = [sum(each[b] for each in self.lengths[: self.rank]) for b in range(self.batch_size)]
-        parts = [
+        ranges = [
             torch.arange(starts[b] + before[b], starts[b] + before[b] + self.lengths[self.rank][b])
             for b in range(self.batch_size)
         ]
-        return torch.cat([*parts, torch.empty(0, dtype=torch.int64)]).to(self.device)
+        return torch.cat([*ranges, torch.empty(0, dtype=torch.int64)]).to(self.device)
 
 
 def even_slice(total: int, group: dist.ProcessGroup | None = None) -> slice:
-    """The rows of ``total`` that this process takes where all take as many as each other, give or take one.
+    """Return this process's slice of ``total`` rows, if they are divided as evenly as possible among the processes.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` has no default group.
 
     Example:
         >>> even_slice(10)  # doctest: +SKIP
@@ -139,15 +142,15 @@ def even_slice(total: int, group: dist.ProcessGroup | None = None) -> slice:
 
 
 def starts_of(lengths: tuple[int, ...] | list[int], device: torch.device) -> Tensor:
-    """cu_seqlens (B + 1,) int32 of lengths."""
+    """Return cu_seqlens (B + 1,) int32 of B lengths."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _default_group() -> dist.ProcessGroup:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
-            "a call over a process group needs one, and torch.distributed has no default group; call "
-            "torch.distributed.init_process_group first, or start the program with torchrun and call it there"
+            "a call over a process group needs a group, got None and no default group of torch.distributed; call "
+            "torch.distributed.init_process_group first, for example in a program started with torchrun"
         )
     group = dist.group.WORLD
     assert group is not None
@@ -155,7 +158,7 @@ def _default_group() -> dist.ProcessGroup:
 
 
 def _starts(cu_seqlens: Tensor) -> tuple[list[int], Exception | None]:
-    """The numbers of cu_seqlens, and what is wrong with them."""
+    """Return cu_seqlens as a list, and the error if they are invalid."""
     try:
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not len(cu_seqlens):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Messages between the processes of a group: rows from one to another, sums, and small tables that all get.
+"""Messages between the processes of a group: rows between two processes, sums, and small tables for all.
 
-Processes are counted within the group. What torch raises where one of them is gone, or late beyond the group's timeout,
-is a :class:`~maskattn.errors.GroupError`.
+Processes are identified by their rank within the group. If one has ended, or exceeds the group's timeout, torch's error
+is raised as a :class:`~maskattn.errors.GroupError`.
 
 Dimension key: W processes.
 """
@@ -22,21 +22,24 @@ __all__ = ["Transfer", "add_up", "broadcast_first", "gather_alike", "gather_numb
 
 
 class Transfer:
-    """Messages on their way.
+    """Pending messages, started on construction.
+
+    Messages between two processes arrive in the order in which they were started. A tensor without elements is not
+    sent.
 
     Args:
-        sends: pairs (process, tensor) to send.
-        receives: pairs (process, tensor) to fill.
-        group: of the processes.
+        sends: pairs (process, tensor to send).
+        receives: pairs (process, tensor to fill).
+        group: the process group.
 
-    Two processes' messages to each other arrive in the order in which they were started. A tensor without elements is
-    not sent.
+    Raises:
+        GroupError: a process has ended, or does not answer.
     """
 
     def __init__(
         self, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]], group: dist.ProcessGroup
     ) -> None:
-        # What is sent stays referenced until it has arrived.
+        # Sent tensors stay referenced until they have arrived.
         self._sent = [(peer, x.contiguous()) for peer, x in sends if x.numel()]
         with _answered():
             messages = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in self._sent]
@@ -44,7 +47,7 @@ class Transfer:
             self._pending = dist.batch_isend_irecv(messages) if messages else []
 
     def wait(self) -> None:
-        """Until all have arrived; on a GPU, until its stream has them."""
+        """Wait until all messages have arrived; on a GPU, let the current stream wait for them."""
         with _answered():
             for each in self._pending:
                 each.wait()
@@ -52,21 +55,21 @@ class Transfer:
 
 
 def add_up(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of all processes' tensors, which are alike; ``x`` itself is overwritten."""
+    """Return the sum of all processes' tensors, which have the same shape and dtype; ``x`` is overwritten with it."""
     with _answered():
         dist.all_reduce(x, group=group)
     return x
 
 
 def broadcast_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Process 0's tensor; ``x`` itself is overwritten elsewhere."""
+    """Return process 0's tensor; ``x`` is overwritten with it in the other processes."""
     with _answered():
         dist.broadcast(x, group=group, group_src=0)
     return x
 
 
 def gather_alike(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """All processes' tensors, which are alike."""
+    """Return the tensors of all processes, which have the same shape and dtype."""
     x = x.contiguous()
     found = [torch.empty_like(x) for _ in range(group.size())]
     with _answered():
@@ -75,13 +78,13 @@ def gather_alike(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def gather_numbers(numbers: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
-    """As many int64 of each process; waits for the device."""
+    """Return the int64 numbers of all processes, the same count of each; synchronises with the device."""
     gathered = gather_alike(torch.tensor(numbers, dtype=torch.int64, device=device), group)
     return [x.tolist() for x in gathered]
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """A small object of each process."""
+    """Return a small object of each process."""
     found = [None] * group.size()
     with _answered():
         dist.all_gather_object(found, value, group=group)
@@ -89,7 +92,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def ordered(own: int, count: int) -> Iterator[int]:
-    """The processes of a ring, from ``own`` backwards: whose rows lie here after 0, 1, … steps."""
+    """Iterate over the processes whose rows this process holds after 0, 1, … steps of a ring, ``own`` first."""
     return ((own - step) % count for step in range(count))
 
 
@@ -102,8 +105,8 @@ def _answered() -> Iterator[None]:
             raise
         raise GroupError(
             "every process of a group must take part in a call over it, and one did not answer: it has ended, raised "
-            f"an error before it, or is late beyond the group's timeout (got {_first_line(error)}); look for the "
-            "first error among the processes, and start them anew"
+            f"an error before the call, or exceeded the group's timeout (got {_first_line(error)}); look for the "
+            "first error among the processes, and restart them"
         ) from error
 
 

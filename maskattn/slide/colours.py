@@ -1,7 +1,7 @@
-"""Values to colours, for every picture of a map: a square-root scale that keeps zero in the middle of signed maps.
+"""The colours of all pictures of maps, on a square-root scale that keeps zero in the middle of signed maps.
 
-A few tokens hold most of the relevance, and a linear scale would leave all others pale. The viewer's page has the same
-scale in ``viewer/assets/colours.js``.
+A few tokens hold most of the relevance, and a linear scale would leave all others pale. The viewer's page implements
+the same scale in ``viewer/assets/colours.js``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _QUANTILE = 0.001
 
 Kind = Literal["diverging", "sequential"]
 
-# The first of each kind is the heat maps' own; all can be told apart by colour-blind readers.
+# Heat maps use the first of each kind; all are safe for colour-blind readers.
 COLOUR_MAPS: dict[Kind, tuple[str, ...]] = {
     "diverging": ("RdBu_r", "PuOr_r", "BrBG_r"),
     "sequential": ("viridis", "cividis", "magma"),
@@ -39,9 +39,9 @@ COLOUR_MAPS: dict[Kind, tuple[str, ...]] = {
 
 
 def colour_limit(values_YX: Float[np.ndarray, "Y X"], kind: Kind) -> tuple[float, float]:
-    """The values at the ends of the colour map: the 0.1 and 99.9 % quantiles, made symmetric for a diverging map.
+    """Return the values at the ends of the colour map: the 0.1 and 99.9 % quantiles, symmetric for a diverging map.
 
-    The clipping is for the picture only; the tables keep the raw scores.
+    A sequential map starts at 0. The limits clip the picture only; the tables keep the raw scores.
     """
     known = values_YX[np.isfinite(values_YX)]
     if not known.size:
@@ -53,15 +53,16 @@ def colour_limit(values_YX: Float[np.ndarray, "Y X"], kind: Kind) -> tuple[float
 
 
 def kind_of_attention(values: Float[np.ndarray, "*shape"]) -> Kind:
-    """How a map of attention is coloured: on both sides of zero where a model's weights are not all above it.
+    """Return the kind of a map of attention: diverging if some weights are negative, else sequential.
 
-    TransMIL's pseudo-inverse gives such weights, and so does STAMP's ALiBi, where a far tile may count negatively.
+    TransMIL's pseudo-inverse gives negative weights, and so does STAMP's ALiBi, in which a distant tile may count
+    negatively.
     """
     return "diverging" if np.nanmin(values, initial=0.0) < 0 else "sequential"
 
 
 def widest(limits: Iterable[tuple[float, float]], kind: Kind) -> tuple[float, float]:
-    """The limits that serve several maps of a kind at once; see :func:`colour_limit`."""
+    """Return the widest of several maps' limits, which suits all of them; see :func:`colour_limit`."""
     return _up_to(max(high for _, high in limits), kind)
 
 
@@ -71,7 +72,7 @@ def _up_to(high: float, kind: Kind) -> tuple[float, float]:
 
 @functools.cache
 def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
-    """(256, 3) RGB of a colour map, from its low end to its high end."""
+    """Return a colour map as (256, 3) RGB, from its low end to its high end."""
     import matplotlib
 
     table: np.ndarray = matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3]
@@ -79,30 +80,30 @@ def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
 
 
 def positions_of(values: np.ndarray, limits: tuple[float, float]) -> Float[np.ndarray, " *shape"]:
-    """Where values lie on a scale from 0 to 1, by signed square root; what is beyond the limits is at the ends."""
+    """Return the positions of values on the scale, 0 to 1, by signed square root and clipped at the limits."""
     low, high = _signed_root(np.asarray(limits))
     return np.clip((_signed_root(values) - low) / max(high - low, 1e-30), 0, 1)
 
 
 def strengths_of(values: np.ndarray, limits: tuple[float, float]) -> Float[np.ndarray, " *shape"]:
-    """How far values are from zero on the scale of the colours, from 0 to 1 at its further end."""
+    """Return how far values are from zero on the colours' scale, 0 to 1, which is the limit further from zero."""
     return np.clip(np.sqrt(np.abs(values) / max(max(abs(limit) for limit in limits), 1e-30)), 0, 1)
 
 
 def coloured(values: np.ndarray, limits: tuple[float, float], name: str) -> UInt8[np.ndarray, "*shape 3"]:
-    """The colours of values; those of NaN mean nothing.
+    """Return the colours of values; those of NaN are meaningless.
 
     Args:
-        values: numbers; those beyond the limits have the colours of the ends.
-        limits: the values at the ends of the colour map, of :func:`colour_limit`.
-        name: of the colour map, one of :data:`COLOUR_MAPS`.
+        values: numbers; those beyond the limits get the colours of the ends.
+        limits: the values at the ends of the colour map, from :func:`colour_limit`.
+        name: the colour map, one of :data:`COLOUR_MAPS`.
     """
     positions = np.nan_to_num(positions_of(values, limits), nan=0.5)
     return colour_table(name)[np.rint(255 * positions).astype(np.intp)]
 
 
 def colour_scale(limits: tuple[float, float]) -> Any:
-    """The scale as matplotlib takes it for a colour bar."""
+    """Return the scale as a matplotlib norm, for a colour bar."""
     from matplotlib.colors import FuncNorm
 
     return FuncNorm((_signed_root, lambda x: np.sign(x) * np.square(x)), *limits)

@@ -1,4 +1,4 @@
-"""Damage: which regions of which levels cannot be decoded, why, and what to do about it."""
+"""Damage: the regions of a slide that cannot be decoded, the reasons, and the remedies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Damage", "DamageLog", "Rectangle"]
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Pixels left to right and top to bottom, the last excluded."""
+    """A rectangle of pixels; ``right`` and ``bottom`` are exclusive."""
 
     left: int
     top: int
@@ -21,21 +21,21 @@ class Rectangle:
 
     @property
     def width(self) -> int:
-        """Pixels along x."""
+        """The number of pixels along x."""
         return self.right - self.left
 
     @property
     def height(self) -> int:
-        """Pixels along y."""
+        """The number of pixels along y."""
         return self.bottom - self.top
 
     def within(self, outer: Rectangle) -> tuple[slice, slice]:
-        """The index of this rectangle's pixels in an array of the outer one's."""
+        """Return the index of this rectangle's pixels in an array of the outer rectangle's pixels."""
         rows = slice(self.top - outer.top, self.bottom - outer.top)
         return rows, slice(self.left - outer.left, self.right - outer.left)
 
     def scaled(self, ratio_x: float, ratio_y: float) -> Rectangle:
-        """The rectangle in pixels that are smaller by these ratios, to the nearest pixel."""
+        """Return the rectangle in pixels that are smaller by these ratios, rounded, and at least one pixel wide."""
         return Rectangle(
             round(self.left * ratio_x),
             round(self.top * ratio_y),
@@ -44,7 +44,7 @@ class Rectangle:
         )
 
     def halves(self, tile: tuple[int, int]) -> tuple[Rectangle, Rectangle] | None:
-        """Cut it in two between tiles of that size, across the axis of more tiles; None within a single tile."""
+        """Cut it in two at an edge of tiles of that size, along the axis with more tiles; None within a single tile."""
         cut_x, columns = _middle(self.left, self.right, tile[0])
         cut_y, rows = _middle(self.top, self.bottom, tile[1])
         if columns <= 1 and rows <= 1:
@@ -61,7 +61,7 @@ class Rectangle:
 
 
 def _middle(first: int, end: int, tile: int) -> tuple[int, int]:
-    """A tile's edge about midway between two positions, and over how many tiles these reach."""
+    """Return the tile edge about midway between two positions, and the number of tiles that they span."""
     start, tiles = first // tile, -(-end // tile) - first // tile
     return (start + tiles // 2) * tile, tiles
 
@@ -71,9 +71,9 @@ class Damage:
     """A region of a level that cannot be decoded.
 
     Attributes:
-        level: the level.
-        region_lv0: where, in level-0 pixels.
-        reason: the decoder's own words.
+        level: the index of the level.
+        region_lv0: the region in level-0 pixels.
+        reason: the decoder's error message.
     """
 
     level: int
@@ -81,47 +81,47 @@ class Damage:
     reason: str
 
     def message(self, path: Path) -> str:
-        """The error of a region that must be whole."""
+        """Return the error message for a caller that needs the whole region."""
         return (
             f"a region must decode, got {self.where()} of '{path}', which fails with '{self.reason}'; "
             f"{remedy_for(self.reason)}"
         )
 
     def where(self) -> str:
-        """The region in words: its corner, in level-0 pixels."""
+        """Return the region's level and its corner in level-0 pixels, in words."""
         return f"x={self.region_lv0.left}, y={self.region_lv0.top} at level {self.level}"
 
 
 @dataclass
 class DamageLog:
-    """A log of what a reader could not decode, with one entry per level and outcome."""
+    """A log of the regions that a reader could not decode, by level and outcome."""
 
     _regions: dict[tuple[int, bool], dict[Rectangle, Damage]] = field(default_factory=dict)
 
     def add(self, damage: Damage, white: bool) -> None:
-        """Note a region, and whether it was left white or read from a finer level."""
+        """Record a region, and whether it was left white or read from a finer level."""
         self._regions.setdefault((damage.level, white), {}).setdefault(damage.region_lv0, damage)
 
     def merge(self, other: DamageLog) -> None:
-        """Note what another reader of the same slide met."""
+        """Record the regions in the log of another reader of the same slide."""
         for (_, white), regions in other._regions.items():
             for damage in regions.values():
                 self.add(damage, white)
 
     def take(self) -> DamageLog | None:
-        """The notes since the last call, or None; the log is empty afterwards."""
+        """Return the regions recorded since the last call, or None, and empty this log."""
         if not self._regions:
             return None
         taken, self._regions = DamageLog(self._regions), {}
         return taken
 
     def notes(self) -> tuple[str, ...]:
-        """A sentence for each level and outcome."""
+        """Return a sentence for each level and outcome."""
         return tuple(_note(list(regions.values()), white) for (_, white), regions in self._regions.items())
 
 
 def _note(damages: list[Damage], white: bool) -> str:
     first, more = damages[0], len(damages) - 1
     further = f", nor can {more} more {'region' if more == 1 else 'regions'} of it" if more else ""
-    outcome = "they are taken for glass" if white else "a finer level was read there"
+    outcome = "such regions count as glass" if white else "a finer level was read instead"
     return f"{first.where()} cannot be decoded ('{first.reason}'){further}; {outcome}"

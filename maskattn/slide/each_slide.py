@@ -1,8 +1,8 @@
-"""Each of many slides, one after another: one that fails leaves the others unharmed, and ``summary.csv`` names it.
+"""Run many slides one after another; a slide that fails does not stop the others, and ``summary.csv`` names it.
 
 Processes that were started with the same command share the slides (``fleet/``), and each slide is run by one of them.
-The summary has a slide's row as soon as the slide ends. Rows of other slides stay as they are, so that different runs
-may fill one output folder, also at once.
+A slide's row is written to the summary as soon as the slide ends. Rows of other slides are kept, so that different runs
+may fill one output folder, even at the same time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ __all__ = ["OnTiles", "OutcomeT", "RunProgress", "run_each"]
 
 _logger = logging.getLogger(__name__)
 
+# A slide that so many processes did not survive is not tried again.
 _MOST_ENDED = 5
-OnTiles = Callable[[int, int], None]
 
+OnTiles = Callable[[int, int], None]
+"""Takes the number of tiles done and the number of all tiles of the current slide."""
 
 _OK: tuple[Status, str] = ("ok", "")
 _SKIPPED: tuple[Status, str] = ("skipped", "finished by an earlier run")
@@ -50,10 +52,10 @@ class RunProgress(Protocol, Generic[_OutcomeIn]):
         """A slide is about to be run."""
 
     def tiles_done(self, done: int, total: int) -> None:
-        """So many of the current slide's tiles are through."""
+        """``done`` of the current slide's ``total`` tiles are processed."""
 
     def slide_ended(self, outcome: _OutcomeIn) -> None:
-        """A slide is finished, skipped or failed, and the summary says so."""
+        """A slide is finished, skipped or failed, and its row in the summary is written."""
 
 
 def run_each(
@@ -72,23 +74,24 @@ def run_each(
     """Run slides together with the other processes of the same command, and keep ``out_dir/summary.csv``.
 
     Args:
-        jobs: the slides; their ids differ.
-        out_dir: where outputs go to; made if it is not there.
-        outcome_of: makes an outcome of the fields of :class:`Outcome` and what this process has left of the slide.
-        finished: (slide, its claim) → what an earlier run left of it, and it is skipped; None where there is nothing.
-        run: (slide, its claim, progress of its tiles) → its outcome. An error of these two is the reason of failure.
+        jobs: the slides, with distinct ids.
+        out_dir: the output folder, created if it does not exist.
+        outcome_of: makes an outcome from the fields of :class:`Outcome` and the result of ``finished`` or ``run``.
+        finished: (slide, its claim) → the result of an earlier run, whose slide is skipped; None if there is none.
+        run: (slide, its claim, progress of its tiles) → its result. An exception of ``finished`` or ``run`` fails the
+            slide, with its message as the reason.
         progress: called at every step.
-        sharing: how the slides are shared.
-        request: what was asked for, in words; the same for all processes of a command.
-        sweep: removes what killed processes left half written; called where no other process is at work.
-        at_end: what the last process does with the outcomes when all slides have ended.
+        sharing: how the slides are shared among processes.
+        request: a description of the request, the same in all processes of a command.
+        sweep: removes incomplete outputs of killed processes; called only when no other process is at work.
+        at_end: called with the outcomes by the last process, when all slides have ended.
 
     Returns:
-        The outcome of each job, in order; with a limit, of those that were come to. A failed slide is an outcome, not
-        an exception, and so is one that another process ran, of which it says only that.
+        The outcomes in the order of the jobs; with a limit, only those of the slides that were run. A failed slide is
+        an outcome, not an exception. The outcome of a slide that another process ran says only that.
 
     Raises:
-        ManifestError: there is no such share of the slides.
+        ManifestError: the requested share of the slides does not exist.
         OutputError: the output folder, or its summary, cannot be written.
     """
     prepare_output(out_dir)
@@ -112,8 +115,8 @@ def run_each(
             else:
                 failed = turn.status == "failed"
                 why = f"{turn.reason} ({turn.by})" if failed else f"run by {turn.by}"
-                there = outcome_of(job.slide_id, "failed" if failed else "skipped", why, 0.0, None)
-                outcomes[index] = replace(there, elsewhere=True)
+                remote = outcome_of(job.slide_id, "failed" if failed else "skipped", why, 0.0, None)
+                outcomes[index] = replace(remote, elsewhere=True)
             if progress is not None:
                 progress.slide_ended(outcomes[index])
     in_order = [outcomes[index] for index in sorted(outcomes)]
@@ -131,7 +134,7 @@ def _run(
     on_tiles: OnTiles | None,
     out_dir: Path,
 ) -> OutcomeT:
-    """A slide's outcome; whatever befalls it, the others go on."""
+    """Run one slide and return its outcome; any exception but a lost claim becomes the outcome "failed"."""
     start, left = time.perf_counter(), None
     try:
         problem = job.problem or problem_of_id(job.slide_id) or _problem_of(claim)
@@ -150,18 +153,17 @@ def _run(
 
 
 def _problem_of(claim: Claim) -> str | None:
-    """Why a slide is not tried once more, or None."""
+    """Return why a slide is not tried again, or None."""
     if claim.number <= _MOST_ENDED:
         return None
     return (
-        f"a slide must not end the processes that run it, got {claim.number - 1} that ended while they were at work "
-        "on it: they were killed, most often for want of memory; run it alone, with a smaller --batch-size and "
-        "--workers 0"
+        f"a slide must not end the processes that run it, got {claim.number - 1} that were killed while running it, "
+        "most often for lack of memory; run it alone, with a smaller --batch-size and --workers 0"
     )
 
 
 def _distinct_here(jobs: Sequence[SlideJob], out_dir: Path) -> Iterator[SlideJob]:
-    """The jobs; those whose id the file system takes for that of an earlier one fail."""
+    """Yield the jobs; one whose id is the same file name as an earlier id on this file system gets a problem."""
     first: dict[str, str] = {}
     for job in jobs:
         other = first.setdefault(unicodedata.normalize("NFC", job.slide_id).casefold(), job.slide_id)
@@ -176,12 +178,12 @@ def _distinct_here(jobs: Sequence[SlideJob], out_dir: Path) -> Iterator[SlideJob
 
 
 def _reason(error: Exception, out_dir: Path) -> str:
-    """An error in one line."""
+    """Return an error's message in one line."""
     text = as_text(" ".join(str(error).split()))
     if isinstance(error, SlideError):
         return text
-    # HDF5 reports a full disk in the words of its message alone, as an OSError or a RuntimeError.
+    # HDF5 reports a full disk as an OSError or RuntimeError that only its message identifies.
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if full or (isinstance(error, OSError | RuntimeError) and os.strerror(errno.ENOSPC) in text):
-        return f"outputs need room on their disk, got none left in {as_text(out_dir)}; free space and run it again"
+        return f"outputs need free space on their disk, got none left in {as_text(out_dir)}; free space and run again"
     return f"{type(error).__name__}: {text}"[:500]

@@ -1,4 +1,4 @@
-"""The record of a slide's extracted features, in JSON beside their file: a slide is finished where both are there."""
+"""The record of a slide's extracted features, JSON next to the feature file; a slide is finished if both exist."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _ENDING = ".extraction.json"
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """Which encoder it was.
+    """The identity of the encoder.
 
     Attributes:
-        name: the encoder's.
-        sha256: the first 16 hex digits of the SHA-256 over its weights.
-        width: C, of the features.
-        pooling: of its tokens.
-        packed: whether it ran as a packed transformer; else as its library built it.
-        licence: of its weights; empty where it is not known.
+        name: the encoder's name.
+        sha256: the first 16 hex digits of the SHA-256 of its weights.
+        width: C, the number of channels of the features.
+        pooling: how its tokens are pooled.
+        packed: whether it ran as a packed transformer; otherwise as its library built it.
+        licence: the licence of its weights; empty if it is not known.
     """
 
     name: str
@@ -39,21 +39,21 @@ class EncoderIdentity:
 
 @dataclass(frozen=True)
 class ExtractionRecord:
-    """How the features of one slide came about.
+    """How the features of one slide were extracted.
 
     Attributes:
         slide_id: the slide's id.
-        features: their file, from the output folder.
-        encoder: which encoder.
+        features: the path of the feature file, relative to the output folder.
+        encoder: the identity of the encoder.
         slide: the slide as it was read.
-        settings: as asked for, with what was left open filled in.
-        tiles: T, the tiles that have features.
-        cells: tiles of the lattice, kept or not.
-        unreadable_tiles: kept tiles that could not be read; they have no features.
-        kept_tokens: tokens that took part, of all tiles together.
-        tokens: tokens of these tiles.
-        tissue: method, fraction and notes of the tissue mask; None where none was sought.
-        notes: what the user should know of how the slide was read.
+        settings: the request with defaults filled in.
+        tiles: T, the number of tiles that have features.
+        cells: the number of tiles of the lattice, kept or not.
+        unreadable_tiles: the number of kept tiles that could not be read; they have no features.
+        kept_tokens: the number of tokens that took part, over all tiles that have features.
+        tokens: the number of all tokens of these tiles.
+        tissue: method, fraction and notes of the tissue mask; None if tissue was not segmented.
+        notes: what the user should know about how the slide was read.
         timings_s: stage → seconds.
         versions: package → version.
     """
@@ -84,12 +84,12 @@ class ExtractionRecord:
 
 
 def record_path(features: Path) -> Path:
-    """Where the record of a file of features lies."""
+    """Return the path of the record of a feature file."""
     return features.with_name(features.stem + _ENDING)
 
 
 def read_record(path: Path) -> ExtractionRecord | None:
-    """Read a record back; None where there is none, or none that is complete."""
+    """Read a record; None if there is none, or it is incomplete."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         encoder, slide = EncoderIdentity(**fields.pop("encoder")), SlideFile(**fields.pop("slide"))
@@ -101,16 +101,16 @@ def read_record(path: Path) -> ExtractionRecord | None:
 
 @dataclass(frozen=True)
 class ExtractionOutcome(Outcome):
-    """An outcome with what the run recorded of the slide.
+    """An outcome with the record of the slide's features.
 
     Attributes:
-        record: None when it failed.
+        record: the record; None if the slide failed, or another process ran it.
     """
 
     record: ExtractionRecord | None = None
 
     def row(self) -> dict[str, str]:
-        """The outcome as a row of ``summary.csv``."""
+        """Return the outcome as a row of ``summary.csv``."""
         row = super().row()
         if self.record is not None:
             row |= {

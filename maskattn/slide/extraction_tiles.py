@@ -1,4 +1,4 @@
-"""Which tiles of a slide are encoded: those over its tissue, or those that another tool's file of coordinates names."""
+"""The tiles of a slide that are encoded, laid over its tissue or read from another tool's file of coordinates."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["FoundTiles", "coords_file", "find_tiles"]
 
 @dataclass(frozen=True, eq=False)
 class FoundTiles:
-    """The tiles of a slide, and what their file says of them all.
+    """The tiles of a slide and the metadata that they share.
 
     Attributes:
-        places: where they lie, and which of their tokens hold tissue.
-        header: of the file of features.
-        tissue: where the tissue is; None where it was not sought.
+        places: the tiles' positions, and which of their tokens show tissue.
+        header: the metadata for the feature file.
+        tissue: the tissue mask; None if tissue was not segmented.
     """
 
     places: TilePlaces
@@ -37,7 +37,7 @@ class FoundTiles:
     tissue: TissueMask | None
 
     def describe_tissue(self) -> dict[str, Any] | None:
-        """The tissue as records have it."""
+        """Return method, fraction and notes of the tissue mask, as records state them."""
         if self.tissue is None:
             return None
         fraction, notes = float(self.tissue.tissue_fraction), list(self.tissue.notes)
@@ -47,14 +47,14 @@ class FoundTiles:
 def find_tiles(
     job: SlideJob, reader: SlideReader, encoder: TileEncoder, settings: ExtractSettings, stages: Stages
 ) -> FoundTiles:
-    """The tiles to encode.
+    """Find the tiles to encode.
 
     Args:
         job: the slide.
-        reader: of the slide.
-        encoder: what will see the tiles.
-        settings: how they are asked for.
-        stages: the clock.
+        reader: the open slide.
+        encoder: the encoder of the tiles.
+        settings: the request.
+        stages: the clock, which times the stages "tissue" and "tiles".
 
     Raises:
         SlideError: there is no tissue, the coordinates cannot be used, or the slide cannot be read.
@@ -68,21 +68,21 @@ def find_tiles(
             require_bright_field(reader)
     with stages("tiles"):
         if settings.coords_dir is None:
-            assert tissue is not None, "without coordinates tissue is sought"
+            assert tissue is not None, "without coordinates tissue is segmented"
             places, header = _laid(job, reader, encoder, settings, tissue)
         else:
             places, header = _given(job, reader, encoder, settings)
         if settings.token_mask == "tissue":
-            assert tissue is not None, "for masked tokens tissue is sought"
+            assert tissue is not None, "for masked tokens tissue is segmented"
             places = with_tokens(places, tissue, encoder.token_px)
     return FoundTiles(places, header, tissue)
 
 
 def coords_file(job: SlideJob, folder: Path) -> Path:
-    """The file of a slide's coordinates below a folder.
+    """Find the file of a slide's coordinates below a folder.
 
     Raises:
-        SlideError: there is none, or there are several.
+        SlideError: there is no such file, or there are several.
     """
     source = find_coords(folder, job.slide_id)
     if source is None:
@@ -105,7 +105,7 @@ def _tissue_of(job: SlideJob, reader: SlideReader, settings: ExtractSettings) ->
 def _laid(
     job: SlideJob, reader: SlideReader, encoder: TileEncoder, settings: ExtractSettings, tissue: TissueMask
 ) -> tuple[TilePlaces, TileHeader]:
-    """Tiles on a lattice, over the tissue."""
+    """Lay tiles on a lattice over the tissue."""
     info = reader.info
     patch_px, overlap_px, spacing_um = tile_geometry(settings, encoder)
     if settings.region_px is not None:
@@ -134,7 +134,7 @@ def _laid(
         what = f"too little for a tile of {patch_px} px" if tissue.mask_HW.any() else "none"
         raise SlideError(
             f"a slide must show tissue, got {what} by {tissue.method} in {job.path}{notes}; look at it with `maskattn "
-            "tissue`, and lower --min-tissue or name the tissue in a mask of your own (--mask)"
+            "tissue`, and lower --min-tissue or give a mask of the tissue (--mask)"
         )
     header = _header(job, reader, encoder, settings, patch_px, places.tile_lv0, spacing_um, overlap_px)
     return places, header
@@ -143,15 +143,15 @@ def _laid(
 def _given(
     job: SlideJob, reader: SlideReader, encoder: TileEncoder, settings: ExtractSettings
 ) -> tuple[TilePlaces, TileHeader]:
-    """Tiles where a file of coordinates has them."""
-    assert settings.coords_dir is not None, "asked for where coordinates are given"
+    """Read the tiles from a file of coordinates."""
+    assert settings.coords_dir is not None, "called only with coordinates"
     info = reader.info
     source = coords_file(job, settings.coords_dir)
     tiles = read_coords(source, slide=info, named=(job.slide_id, job.path.stem))
     if tiles.patch_size_lv0 is None or tiles.patch_size_px is None or tiles.spacing_um is None:
         raise SlideError(
-            f"coordinates must say how large tiles are, got no side of them in {as_text(source)}; write them with a "
-            "tool that says it, or leave --coords out"
+            f"coordinates must state the size and the spacing of tiles, got none in {as_text(source)}; write them with "
+            "a tool that states both, or leave --coords out"
         )
     if not len(tiles.coords_T2):
         raise SlideError(f"a slide must have tiles, got no coordinates in {as_text(source)}; leave the slide out")

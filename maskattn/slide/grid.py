@@ -1,8 +1,10 @@
-"""The grid of a slide: tiles on a lattice from the level-0 corner, tokens within them, and which of both take part.
+"""The grid of a slide: tiles on a lattice from the level-0 corner, their tokens, and which of both are kept.
 
 A tile of ``tile_px`` at ``spacing_um`` covers ``tile_lv0 = round(tile_px · spacing_um / slide spacing)`` level-0
-pixels; a token covers ``tile_lv0 · token_px / tile_px`` of them, which need not be whole. A token is kept by the area
-of tissue in it. Dimension key: H, W cells of the grid; T kept tiles, row-major; h, w tokens of a tile.
+pixels; a token covers ``tile_lv0 · token_px / tile_px`` of them, which need not be an integer. Whether a token is kept
+depends on the area of tissue in it.
+
+Dimension key: H, W cells of the grid; T kept tiles, row-major; h, w tokens of a tile.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from maskattn.slide.tissue import TissueMask
 __all__ = ["TokenGrid", "make_grid"]
 
 _MAX_CELLS = 20_000_000
-# Tokens whose fractions are held at once: the lattice is walked in bands of tile rows.
+# The lattice is processed in bands of tile rows, of so many tokens at once, to bound memory.
 _BAND_TOKENS = 4 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class TokenGrid:
-    """Which tiles of a slide, and which tokens of these, take part.
+    """The tiles of a slide that are kept, and their kept tokens.
 
     Attributes:
         keep_HW: (H, W) bool over the cells of the grid, True = the tile has a kept token.
-        coords_lv0: (T, 2) int64, x and y of the left upper corner of each kept tile, row-major (y, then x).
+        coords_lv0: (T, 2) int64, x and y of the top left corner of each kept tile, row-major (y, then x).
         token_keep_THW: (T, h, w) bool, the kept tokens of each kept tile.
         tile_px: side of a tile in pixels, as the model sees it.
         token_px: side of a token in those pixels.
@@ -57,27 +59,27 @@ class TokenGrid:
 
     @property
     def cells(self) -> int:
-        """Tiles of the grid, kept or not."""
+        """The number of tiles of the grid, kept or not."""
         return self.keep_HW.size
 
     @property
     def kept_tiles(self) -> int:
-        """T, the tiles that have a kept token."""
+        """T, the number of tiles that have a kept token."""
         return self.coords_lv0.shape[0]
 
     @property
     def tokens(self) -> int:
-        """Tokens that lie in the slide, kept or not."""
+        """The number of tokens inside the slide, kept or not."""
         return _tokens_within(self.width_px, self.token_lv0) * _tokens_within(self.height_px, self.token_lv0)
 
     @property
     def kept_tokens(self) -> int:
-        """Tokens that take part."""
+        """The number of kept tokens."""
         return int(np.count_nonzero(self.token_keep_THW))
 
     @property
     def skipped_tokens(self) -> int:
-        """Tokens that lie in the slide and do not take part."""
+        """The number of tokens inside the slide that are not kept."""
         return self.tokens - self.kept_tokens
 
 
@@ -92,24 +94,25 @@ def make_grid(
     masked: bool = True,
     before: tuple[int, int] = (0, 0),
 ) -> TokenGrid:
-    """Lay the grid over a slide and settle which tokens take part.
+    """Lay the grid over a slide and determine which tokens are kept.
 
-    A token is in the slide if its centre is; the first of each axis always is, so that a slide smaller than a token
-    still has one. A token is kept if the tissue covers some of its area and at least ``min_token_fraction`` of it; the
-    part of a token beyond the slide's edge counts as glass. A tile is kept if any of its tokens is.
+    A token is inside the slide if its centre is; the first of each axis always is, so that a slide smaller than a token
+    still has one. A token is kept if tissue covers some of its area and at least ``min_token_fraction`` of it; any area
+    beyond the slide's edge counts as glass. A tile is kept if any of its tokens is.
 
     Args:
-        info: the slide.
-        tissue: its tissue; may be None where ``masked`` is False.
+        info: the slide's size and spacing.
+        tissue: the tissue mask; may be None if ``masked`` is False.
         tile_px: side of a tile in pixels at ``spacing_um``.
-        token_px: side of a token; must divide ``tile_px``.
-        spacing_um: µm per pixel that the model was made for.
-        min_token_fraction: least tissue fraction of a kept token, 0 to 1.
-        masked: False keeps every cell, and every token in the slide.
-        before: (x, y), how many tokens, fewer than a tile has, the grid begins before the slide's corner.
+        token_px: side of a token in pixels; must divide ``tile_px``.
+        spacing_um: µm per pixel of the model's input.
+        min_token_fraction: smallest tissue fraction of a kept token, 0 to 1.
+        masked: False keeps every token inside the slide.
+        before: (x, y), the number of tokens, fewer than along a tile, by which the grid starts before the slide's
+            corner.
 
     Raises:
-        ValueError: an argument is out of range, or the mask is not this slide's.
+        ValueError: an argument is out of range, or the mask belongs to another slide.
         SlideError: the grid would have more than 20 million tiles, or tiles of less than one level-0 pixel.
         ImportError: the C++ extension was not built.
     """
@@ -160,7 +163,7 @@ def make_grid(
 
 
 def _tokens_within(length_px: int, token_lv0: float) -> int:
-    """The number of tokens in a row whose centre is in the slide; at least one."""
+    """Return the number of tokens along an axis whose centre is inside the slide, at least one."""
     return max(1, math.floor(length_px / token_lv0 + 0.5))
 
 
@@ -191,7 +194,7 @@ def _check_arguments(
     if tissue is None:
         if masked:
             raise ValueError(
-                "make_grid needs the tissue of a masked grid, got tissue=None; find_tissue or load_mask gives it"
+                "make_grid needs the tissue mask of a masked grid, got tissue=None; find_tissue or load_mask makes one"
             )
         return
     height, width = tissue.mask_HW.shape

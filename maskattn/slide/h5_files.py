@@ -1,8 +1,8 @@
-"""HDF5 files that are written whole or not at all, also where the disk fills up on the way.
+"""HDF5 files that are written completely or not at all, even if the disk fills up in between.
 
-HDF5 does not survive that its last writes fail: the file can be neither closed nor forgotten, and the process ends with
-a segmentation fault when Python frees it. So the library writes through a file of ours. The first write that the disk
-refuses is an error where it happens; whatever HDF5 still has to write in order to close goes to memory, and away.
+HDF5 does not survive a failure of its last writes: the file can be neither closed nor released, and the process ends
+with a segmentation fault when Python frees it. HDF5 therefore writes through a Python file object. The first write that
+the disk refuses raises an error; what HDF5 still has to write in order to close the file goes to memory and is dropped.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["writing_h5"]
 
 @contextlib.contextmanager
 def writing_h5(path: Path) -> Iterator[Any]:
-    """An HDF5 file to write; it has its name when the context ends, or is removed on any error.
+    """Open an HDF5 file for writing; it gets its name when the context ends, or is removed on any error.
 
     Args:
-        path: where to.
+        path: the final path of the file.
 
     Raises:
         OSError: the file cannot be written.
@@ -47,20 +47,20 @@ def writing_h5(path: Path) -> Iterator[Any]:
 
 
 class _LastingFile(io.RawIOBase):
-    """A file for HDF5 whose writes, once the disk has refused one and the file is closing, go to memory.
+    """A file for HDF5 that keeps writes in memory if the disk refuses them while the file is being closed.
 
     Args:
         disk: the file on the disk.
 
     Attributes:
-        closing: whether nothing but the closing is left to write.
-        error: the first refusal of the disk.
+        closing: whether HDF5 is closing the file, so that failed writes must not raise an error.
+        error: the first error of the disk, or None.
     """
 
     def __init__(self, disk: io.RawIOBase) -> None:
         super().__init__()
         self._disk = disk
-        self._beside: list[tuple[int, bytes]] = []
+        self._in_memory: list[tuple[int, bytes]] = []
         self._at = 0
         self.closing = False
         self.error: OSError | None = None
@@ -80,7 +80,7 @@ class _LastingFile(io.RawIOBase):
         while read < len(view) and (more := self._disk.readinto(view[read:])):
             read += more
         view[read:] = bytes(len(view) - read)
-        for offset, data in self._beside:
+        for offset, data in self._in_memory:
             first, end = max(offset, self._at), min(offset + len(data), self._at + len(view))
             if first < end:
                 view[first - self._at : end - self._at] = data[first - offset : end - offset]
@@ -91,7 +91,7 @@ class _LastingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
-            if self._beside:
+            if self._in_memory:
                 raise self.error or OSError
             self._disk.seek(self._at)
             left = view
@@ -101,7 +101,7 @@ class _LastingFile(io.RawIOBase):
             self.error = self.error or error
             if not self.closing:
                 raise
-            self._beside.append((self._at, bytes(view)))
+            self._in_memory.append((self._at, bytes(view)))
         self._at += len(view)
         return len(view)
 
@@ -130,4 +130,4 @@ class _LastingFile(io.RawIOBase):
 
     def _end(self) -> int:
         end = self._disk.seek(0, io.SEEK_END)
-        return max([end, *(offset + len(data) for offset, data in self._beside)])
+        return max([end, *(offset + len(data) for offset, data in self._in_memory)])

@@ -1,7 +1,7 @@
-"""Names of files as people and programs meet them: as text, and as a slide's id.
+"""File names as printable text, and as slides' ids.
 
-A file name on Linux is bytes, and Python stands a lone surrogate for each byte that is no UTF-8. No table, terminal or
-JSON reader takes those, so they are written as in a URL: ``%E4`` for the byte E4.
+A file name on Linux is a sequence of bytes, and Python represents each byte that is not valid UTF-8 by a lone
+surrogate. Tables, terminals and JSON readers reject surrogates, so they are written as in a URL: ``%E4`` for byte E4.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ _TIFF_SUFFIXES = (".tif", ".tiff", ".btf", ".tf2", ".tf8")
 
 
 def as_text(name: str | os.PathLike[str]) -> str:
-    """The name in one line that every encoding of Unicode takes; control characters and strange bytes as ``%XX``."""
+    """Return the name as one line of valid Unicode, with control characters and undecodable bytes as ``%XX``."""
     text = os.fspath(name)
     return text if text.isprintable() else "".join(map(_shown, text))
 
 
 def shortened(name: str | os.PathLike[str]) -> str:
-    """The name as text for a message, without its middle where it is very long."""
+    """Return the name as text for a message; the middle of a very long name is left out."""
     text = as_text(name)
     half = _MOST_SHOWN // 2
     return text if len(text) <= _MOST_SHOWN else f"{text[:half]}…{text[-half:]}"
 
 
 def id_of_file(path: str | os.PathLike[str]) -> str:
-    """The id of a slide that has none of its own: its file's name without the ending; ``.ome.tif`` is one ending."""
+    """Return the id of a slide that is given none: its file name without the suffix; ``.ome.tif`` is one suffix."""
     stem, suffix = os.path.splitext(os.path.basename(os.fspath(path)))
     if suffix.lower() in _TIFF_SUFFIXES and stem.lower().endswith(".ome") and len(stem) > len(".ome"):
         stem = stem[: -len(".ome")]
-    # A control character stays: an id must not have it, and the message shows it.
-    return "".join(sign if unicodedata.category(sign) == "Cc" else _shown(sign) for sign in stem)
+    # Control characters are kept, so that problem_of_id refuses the id and its message shows them.
+    return "".join(char if unicodedata.category(char) == "Cc" else _shown(char) for char in stem)
 
 
 def problem_of_id(slide_id: str) -> str | None:
-    """Why an id cannot name a folder beside the summary, or None. A leading dot marks what is not finished."""
+    """Return why an id cannot name a folder next to the summary, or None; a leading dot marks unfinished folders."""
     if (
         slide_id.startswith(".")
-        or any(sign in "/\\" or unicodedata.category(sign) in ("Cc", "Cs") for sign in slide_id)
+        or any(char in "/\\" or unicodedata.category(char) in ("Cc", "Cs") for char in slide_id)
         or len(slide_id.encode("utf-8", "surrogatepass")) > _MOST_ID_BYTES
     ):
         return (
@@ -52,14 +52,15 @@ def problem_of_id(slide_id: str) -> str | None:
         )
     if slide_id.casefold() == _SUMMARY:
         return (
-            f"a slide_id must leave {_SUMMARY} to the run's own table, got {slide_id!r}; give it another in a manifest"
+            f"a slide_id must not be {_SUMMARY}, the name of the run's table, got {slide_id!r}; give it another in a "
+            "manifest"
         )
     return None
 
 
-def _shown(sign: str) -> str:
-    if "\udc80" <= sign <= "\udcff":
-        return f"%{ord(sign) - 0xDC00:02X}"
-    if unicodedata.category(sign) in ("Cc", "Zl", "Zp"):
-        return "".join(f"%{byte:02X}" for byte in sign.encode())
-    return "\ufffd" if unicodedata.category(sign) == "Cs" else sign
+def _shown(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":
+        return f"%{ord(char) - 0xDC00:02X}"
+    if unicodedata.category(char) in ("Cc", "Zl", "Zp"):
+        return "".join(f"%{byte:02X}" for byte in char.encode())
+    return "\ufffd" if unicodedata.category(char) == "Cs" else char

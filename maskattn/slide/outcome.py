@@ -12,14 +12,14 @@ Status = Literal["ok", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a slide; each kind of run adds what it records of a slide that did not fail.
+    """The outcome of a slide; each kind of run extends it with its record of the slide.
 
     Attributes:
         slide_id: the job's id.
         status: "ok", "skipped" (finished by an earlier run, whose record is read) or "failed".
-        reason: why it failed or was skipped; empty when ok.
-        seconds: wall time of this run.
-        elsewhere: whether another process ran it, so that nothing more is known of it here.
+        reason: why the slide failed or was skipped; empty if ok.
+        seconds: wall time of this run in seconds.
+        elsewhere: whether another process ran the slide, so that this process has no record of it.
     """
 
     slide_id: str
@@ -29,6 +29,6 @@ class Outcome:
     elsewhere: bool = field(default=False, kw_only=True)
 
     def row(self) -> dict[str, str]:
-        """The outcome as a row of ``summary.csv``."""
+        """Return the outcome as a row of ``summary.csv``."""
         seconds = f"{self.seconds:.2f}"
         return {"slide_id": self.slide_id, "status": self.status, "reason": self.reason, "seconds": seconds}

@@ -1,8 +1,8 @@
-"""The folder of outputs: a slide's own folder appears whole, under its final name, or not at all.
+"""The output folder, in which a slide's folder appears complete, under its final name, or not at all.
 
-Work goes on in ``OUT/.<slide_id>.<token>.partial``, which is renamed at the end; the token is that of the process. With
-``--overwrite`` the finished folder steps aside as ``OUT/.<slide_id>.<token>.old`` for the moment of the renaming. A
-killed process may leave either; whoever takes the slide over, or the next run, clears up.
+Outputs are written to ``OUT/.<slide_id>.<token>.partial``, which is renamed at the end; each process has a token of its
+own. With ``--overwrite`` the finished folder is moved to ``OUT/.<slide_id>.<token>.old`` while the new one is renamed.
+A killed process may leave either; the process that takes the slide over, or the next run, removes them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from maskattn.slide.sinks import SINKS
 
 __all__ = ["are_one_name", "clear_leftovers", "find_finished", "prepare_output", "slide_folder", "sweep"]
 
-# What any version wrote or writes.
+# Files that this or an earlier version writes.
 _OURS = ("prediction.json", *(name for sink in SINKS for name in sink.files), "heatmap_*", "relevance.geojson")
-# What systems leave in any folder: macOS' Finder, Windows' Explorer, NFS of a file that was removed while it was open.
+# Files that macOS' Finder, Windows' Explorer, and NFS (on removal of an open file) leave in any folder.
 _LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".nfs*")
 _WORKING_NAME = re.compile(r"\.(?P<slide_id>.+)\.(?P<token>[0-9a-f]{12})\.(partial|old)", re.DOTALL)
 _PROBE_BYTES = 64 * 1024
 
 
 def prepare_output(out_dir: Path) -> None:
-    """Create the output folder and try it with a small file, before any slide is read.
+    """Create the output folder and write a small file to it as a test, before any slide is read.
 
     Raises:
-        OutputError: the folder cannot be made or written, or its disk is full.
+        OutputError: the folder cannot be created or written to, or its disk is full.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -47,18 +47,18 @@ def prepare_output(out_dir: Path) -> None:
             probe.flush()
     except OSError as error:
         raise OutputError(
-            f"the output folder must be writable with room to spare, got {as_text(out_dir)}: "
+            f"the output folder must be writable and have free space, got {as_text(out_dir)}: "
             f"{error.strerror or error}; choose another --out or free space"
         ) from error
 
 
 def clear_leftovers(out_dir: Path, slide_id: str, tokens: Iterable[str] = ()) -> None:
-    """Remove what killed processes left of a slide; a finished folder that had stepped aside comes back.
+    """Remove a slide's leftovers of killed processes; a finished folder that was moved aside is moved back.
 
     Args:
-        out_dir: the folder of outputs.
-        slide_id: the slide, which no process is at work on.
-        tokens: of the processes; earlier versions had none.
+        out_dir: the output folder.
+        slide_id: the slide, which no process is running.
+        tokens: the tokens of the processes; leftovers of earlier versions, without a token, are removed too.
     """
     final = out_dir / slide_id
     for token in ("", *tokens):
@@ -72,18 +72,18 @@ def clear_leftovers(out_dir: Path, slide_id: str, tokens: Iterable[str] = ()) ->
 
 
 def sweep(out_dir: Path) -> None:
-    """Remove what killed processes left of any slide, where none is at work."""
+    """Remove the leftovers of killed processes for all slides; no process may be running any of them."""
     for name in os.listdir(out_dir):
         if found := _WORKING_NAME.fullmatch(name):
-            with contextlib.suppress(OSError):  # then the slide says so, if it is to be run
+            with contextlib.suppress(OSError):  # if the slide is run, its outcome reports the error
                 clear_leftovers(out_dir, found["slide_id"], [found["token"]])
 
 
 def find_finished(out_dir: Path, slide_id: str) -> SlidePrediction | None:
-    """The prediction of an earlier run, or None where there is none that is complete.
+    """Return the prediction of an earlier run; None if there is none, or it is incomplete.
 
     Raises:
-        SlideError: something that this package did not write stands in the slide's place.
+        SlideError: the slide's path is not a folder, is unreadable, or contains files that this package did not write.
     """
     final = out_dir / slide_id
     if not os.path.lexists(final):
@@ -94,8 +94,8 @@ def find_finished(out_dir: Path, slide_id: str) -> SlidePrediction | None:
             "--out"
         )
     try:
-        strange = sorted(name for name in os.listdir(final) if not _is_ours(name))
-        if not strange:
+        foreign = sorted(name for name in os.listdir(final) if not _is_ours(name))
+        if not foreign:
             return read_prediction(final / "prediction.json")
     except (FileNotFoundError, ValueError):
         return None
@@ -105,29 +105,29 @@ def find_finished(out_dir: Path, slide_id: str) -> SlidePrediction | None:
             "move it away or choose another --out"
         ) from error
     raise SlideError(
-        f"a slide's output folder must hold maskattn's files only, got {as_text(strange[0])!r} in {as_text(final)}; "
+        f"a slide's output folder must contain only maskattn's files, got {as_text(foreign[0])!r} in {as_text(final)}; "
         "move it away or choose another --out"
     )
 
 
 def are_one_name(out_dir: Path, one: str, other: str) -> bool:
-    """Whether the file system of the output folder takes two ids for one, as those of macOS and Windows do by case."""
+    """Return whether two ids are the same file name in the output folder, for example if its names ignore case."""
     try:
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=".probe") as folder:
             (Path(folder) / one).mkdir()
             return is_there(Path(folder) / other)
     except OSError:
-        return False  # then neither can be written, and each says so
+        return False  # the folder is not writable: running the slides reports it
 
 
 @contextlib.contextmanager
 def slide_folder(out_dir: Path, slide_id: str, claim: Claim | None = None) -> Iterator[Path]:
-    """A folder to write a slide's outputs to; it takes its final name at the end, or is removed on any error.
+    """Create a folder for a slide's outputs; it gets its final name when the context ends, or is removed on any error.
 
     Args:
-        out_dir: the folder of outputs.
-        slide_id: the slide.
-        claim: this process's claim of it, where several share the folder.
+        out_dir: the output folder.
+        slide_id: the slide's id.
+        claim: this process's claim on the slide, if several processes share the folder.
 
     Raises:
         ClaimLostError: another process took the slide over in the meantime.
@@ -169,7 +169,7 @@ def _kind(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder and all in it, or a file; of a link, the link alone."""
+    """Remove a file, or a folder with its contents; a link is removed, and its target kept."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

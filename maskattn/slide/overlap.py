@@ -1,8 +1,8 @@
-"""How tiles overlap: tilings of the slide, each of tiles side by side, that begin at different tokens of a tile.
+"""Overlapping tiles as several tilings of the slide, each without overlap, shifted by whole tokens.
 
-Tiles that overlap by 1 − 1/n of their side are n² tilings. Each is a whole run of the model: its tiles lie side by
-side, as those that the slide model was trained on, and its map sums to its own score. So their mean sums to the mean of
-their scores, and the model sees n² times the tiles.
+Tiles that overlap by 1 − 1/n of their side form n² tilings. The model runs on each of them: its tiles do not overlap,
+like those that the slide model was trained on, and its map sums to its own score. The mean of the maps therefore sums
+to the mean of the scores, and the model processes n² times as many tiles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def check_overlap(settings: RunSettings) -> None:
     """Refuse an overlap that would have no effect.
 
     Raises:
-        ManifestError: there are no maps of tokens that it could average, or no tiles to lay.
+        ManifestError: no token maps are requested, which the overlap would average, or features are given, so that no
+            tiles are laid.
     """
     if not settings.overlap:
         return
@@ -32,20 +33,20 @@ def check_overlap(settings: RunSettings) -> None:
         )
     if settings.features_dir is not None:
         raise ManifestError(
-            f"tiles that overlap must be encoded, got --overlap {settings.overlap:g} beside --features "
+            f"overlapping tiles must be encoded, got --overlap {settings.overlap:g} with --features "
             f"{settings.features_dir}; leave one of them out"
         )
 
 
 def tilings_of(overlap: float, side: int) -> list[tuple[int, int]]:
-    """(x, y), how many tokens each tiling begins before the slide's corner; the first begins there.
+    """Return (x, y), the number of tokens by which each tiling starts before the slide's corner; the first is (0, 0).
 
     Args:
-        overlap: the share of a tile's side.
-        side: tokens along a tile.
+        overlap: the fraction of a tile's side by which tiles overlap.
+        side: the number of tokens along a tile.
 
     Raises:
-        ManifestError: tiles cannot overlap by that and lie on tokens.
+        ManifestError: the overlap does not shift tiles by whole tokens.
 
     Example:
         >>> tilings_of(0.5, 8)
@@ -56,8 +57,8 @@ def tilings_of(overlap: float, side: int) -> list[tuple[int, int]]:
     if abs(1 - 1 / nearest - overlap) > 0.005:
         shares = ", ".join(f"{1 - 1 / n:.3g}" for n in along)
         raise ManifestError(
-            f"tiles of {side} tokens along must overlap by a share that leaves them on tokens, got --overlap "
-            f"{overlap:g}; take one of {shares}"
+            f"tiles with {side} tokens along a side must be shifted by whole tokens, got --overlap {overlap:g}; use "
+            f"one of {shares}"
         )
     starts = range(0, side, side // nearest)
     return [(x, y) for y in starts for x in starts]

@@ -1,7 +1,8 @@
 """Overlay: maps of tokens or tiles over the slide's thumbnail, as PNG.
 
 A map is painted tile by tile at the thumbnail's resolution, so that memory does not grow with the slide. A thumbnail
-pixel belongs to the token that holds its centre; where no token is kept the thumbnail stays as it is, bit for bit.
+pixel belongs to the token that contains its centre; pixels without a kept token are those of the thumbnail, bit for
+bit.
 
 Dimension key: M maps, (Y, X) thumbnail pixels, B tiles of a batch, (h, w) tokens of a tile.
 """
@@ -30,24 +31,24 @@ __all__ = [
     "write_mask_overlay",
 ]
 
-_OPACITY = (0.2, 0.8)  # of a map where it is 0, and at the ends of its scale
+_OPACITY = (0.2, 0.8)  # of a map's zeros, and of its values at the ends of the scale
 _LUMINANCE = (0.299, 0.587, 0.114)
 _DPI = 100
 _BAR_PX = 110
-_SCALE_BAR_PX = (86, 52)  # the bar's greatest length, and what it takes of the column's height
+_SCALE_BAR_PX = (86, 52)  # the bar's maximum length, and the height that it takes with its label
 _LINE_PX = 17
 _MARGIN_PX = 6
 _TITLE_PT, _LABEL_PT = 9, 8
 _MIN_BODY_PX = (420, 240)
-_TICKS = (0.05, 0.25, 0.5, 1.0)  # of the colour bar, as shares of its end
+_TICKS = (0.05, 0.25, 0.5, 1.0)  # of the colour bar, as fractions of its end
 _TISSUE_COLOUR = (0, 150, 60)
 
 
 class MapCanvas:
-    """Maps at the thumbnail's resolution, painted tile by tile; NaN where no kept token lies.
+    """Maps at the thumbnail's resolution, painted tile by tile; NaN in pixels without a kept token.
 
     Args:
-        maps: M, how many maps are painted together.
+        maps: M, the number of maps, which are painted together.
         thumbnail_px: (height, width) of the thumbnail.
         slide_px: (height, width) of the slide at level 0.
         tile_lv0: side of a tile in level-0 pixels.
@@ -68,8 +69,8 @@ class MapCanvas:
 
         Args:
             coords_B2: (B, 2) level-0 x, y of the tiles' top left corners.
-            values_MBhw: (M, B, h, w) a value per token, or (M, B, 1, 1) one per tile.
-            keep_Bhw: (B, h, w) bool, which tokens are kept.
+            values_MBhw: (M, B, h, w) one value per token, or (M, B, 1, 1) one per tile.
+            keep_Bhw: (B, h, w) bool, True for kept tokens.
         """
         values_MBhw = np.broadcast_to(values_MBhw, (len(values_MBhw), *keep_Bhw.shape))
         for tile, (x_lv0, y_lv0) in enumerate(coords_B2):
@@ -82,7 +83,7 @@ class MapCanvas:
                 np.copyto(target, source[token], where=painted)
 
     def _pixels(self, axis: int, start_lv0: int, tokens: int) -> tuple[slice, np.ndarray]:
-        """The thumbnail pixels whose centres lie in a tile along one axis, and the token each centre lies in."""
+        """Return the thumbnail pixels whose centres are in a tile along one axis, and the token of each centre."""
         step = self._lv0_per_px[axis]
         limit = self.values_MYX.shape[1 + axis]
         first, last = (
@@ -99,22 +100,22 @@ def blend(
     kind: Kind,
     limits: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "Y X 3"]:
-    """The thumbnail with a map laid over it; pixels where the map is NaN are the thumbnail's own.
+    """Return the thumbnail with a map laid over it; pixels whose value is NaN are those of the thumbnail.
 
     Args:
         thumbnail_YX3: (Y, X, 3) RGB.
         values_YX: (Y, X) the map.
-        kind: of the map.
-        limits: the values at the ends of the colour map; None = the map's own, of
+        kind: the kind of the map.
+        limits: the values at the ends of the colour map; None = from the map, by
             :func:`maskattn.slide.colours.colour_limit`.
     """
     known = np.isfinite(values_YX)
     limits = limits or colour_limit(values_YX, kind)
     shades = coloured(values_YX[known], limits, COLOUR_MAPS[kind][0])
-    # Tissue that says little shows through.
+    # Tissue of little relevance shows through.
     least, most = _OPACITY
     opacity = (least + (most - least) * strengths_of(values_YX[known], limits))[:, None]
-    # Grey below the map, so that every hue is the map's and none the stain's.
+    # The thumbnail is grey below the map, so that every hue is the map's and not the stain's.
     grey = thumbnail_YX3[known] @ np.array(_LUMINANCE)
     image = thumbnail_YX3.copy()
     image[known] = np.rint((1 - opacity) * grey[:, None] + opacity * shades).astype(np.uint8)
@@ -122,7 +123,7 @@ def blend(
 
 
 def smoothed(values_YX: Float[np.ndarray, "Y X"], sigma_px: float) -> Float[np.ndarray, "Y X"]:
-    """A map drawn without steps: each pixel is a weighted mean of those about it that are known; NaN stays NaN.
+    """Smooth the steps of a map: each pixel becomes a weighted mean of the finite pixels around it; NaN stays NaN.
 
     Args:
         values_YX: (Y, X) the map.
@@ -152,17 +153,17 @@ def write_heatmap(
 ) -> None:
     """Write a map over the thumbnail, with a title above it, and a colour bar and a scale bar at its right.
 
-    The thumbnail's pixels are not resampled: they lie below the title, from the left edge on.
+    The thumbnail is not resampled: it starts below the title at the left edge.
 
     Args:
         path: the PNG.
         thumbnail_YX3: (Y, X, 3) RGB.
         values_YX: (Y, X) the map; NaN = background, left untouched.
-        title: the picture's title; signs that no font of this machine has are question marks.
-        label: what the colour bar measures.
+        title: the picture's title; characters that no font of this machine has become question marks.
+        label: the quantity that the colour bar measures.
         kind: "diverging" fixes zero in the middle (CDAM), "sequential" starts at zero (attention).
-        um_per_px: µm per thumbnail pixel, for the scale bar; None draws none.
-        limits: the values at the ends of the colour map; None = the map's own.
+        um_per_px: µm per thumbnail pixel, for the scale bar; None draws no scale bar.
+        limits: the values at the ends of the colour map; None = from the map.
 
     Raises:
         OSError: the file cannot be written.
@@ -180,13 +181,13 @@ def write_heatmap(
 def write_mask_overlay(
     path: Path, thumbnail_YX3: UInt8[np.ndarray, "Y X 3"], tissue: TissueMask, width_lv0: int
 ) -> None:
-    """Write the tissue's outline and tint over the thumbnail; glass stays as it is.
+    """Write the thumbnail with the tissue outlined and tinted; glass stays as it is.
 
     Args:
         path: the PNG.
         thumbnail_YX3: (Y, X, 3) RGB.
         tissue: the mask.
-        width_lv0: the slide's width at level 0 in pixels, of which the thumbnail shows all.
+        width_lv0: the slide's width in level-0 pixels; the thumbnail shows the whole slide.
 
     Raises:
         OSError: the file cannot be written.
@@ -217,7 +218,7 @@ def _frame(
     colour_map: str,
     um_per_px: float | None,
 ) -> np.ndarray:
-    """Title and colour bar around an empty body, at exact pixel sizes; no pyplot, hence no global state."""
+    """Draw the title and the colour bar around an empty body, at exact pixel sizes and without pyplot's globals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -246,7 +247,7 @@ def _frame(
 
 
 def _add_scale_bar(figure: Any, corner: tuple[int, int], um_per_px: float) -> None:
-    """A bar of a round length, with the length below it, in a box whose upper left corner is given in pixels."""
+    """Draw a bar of a round length, with the length below it, in a box whose top left corner is given in pixels."""
     from matplotlib.patches import Rectangle
 
     width, height = (round(side * _DPI - 0.5) for side in figure.get_size_inches())
@@ -261,7 +262,7 @@ def _add_scale_bar(figure: Any, corner: tuple[int, int], um_per_px: float) -> No
 
 
 def round_length(most: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten that is not above a length.
+    """Return the largest of 1, 2 or 5 times a power of ten that does not exceed a length.
 
     Example:
         >>> round_length(900.0), round_length(70.0)

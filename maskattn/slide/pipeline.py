@@ -1,8 +1,8 @@
-"""Pipeline: a slide in; a prediction, features, relevance and heat maps out.
+"""The pipeline from a slide to its prediction, features, relevance and heat maps.
 
-reader → tissue → tiles → stream of tiles → tile encoder, or features that are given → slide head: scores, relevance of
-tiles → (where asked) a second stream for the relevance of tokens → outputs. Memory is bounded by the batch size and the
-thumbnail, apart from the O(tiles) embeddings and masks; token maps go to the file batch by batch.
+reader → tissue → tiles → stream of tiles → tile encoder (or given features) → slide head: scores, relevance of tiles →
+(if requested) a second stream for the relevance of tokens → outputs. Memory is bounded by the batch size and the
+thumbnail, apart from the O(tiles) embeddings and masks; token maps are written batch by batch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from maskattn.slide.tilings import TilingMeans, averaged_tilings
 from maskattn.slide.tissue import TissueMask
 from maskattn.slide.versions import installed_versions
 
-# How files of features end, which no slide's does.
+# Suffixes of feature files; no slide has them.
 _FEATURES = (".h5", ".pt")
 
 __all__ = ["RunSettings", "SlideJob", "SlidePrediction", "identify_model", "predict_slide"]
@@ -53,21 +53,21 @@ def predict_slide(
     identity: ModelIdentity | None = None,
     claim: Claim | None = None,
 ) -> SlidePrediction:
-    """Predict one slide and write its outputs to ``settings.out_dir/<slide_id>/``, whole or not at all.
+    """Predict one slide and write its outputs to ``settings.out_dir/<slide_id>/``, completely or not at all.
 
     Args:
-        job: the slide; where features are given, its file may be that of its features: then no slide is read.
+        job: the slide; if features are given, its path may be the feature file, and no slide is read.
         model: the slide model, or an encoder and a slide head, on the device to use.
-        settings: how to run it.
+        settings: how to run the slide.
         on_tiles: called with (tiles done, tiles to do) after every batch.
-        identity: ``identify_model(model)``, where the caller has it: it reads every weight.
-        claim: this process's claim of the slide, where several share the output folder.
+        identity: ``identify_model(model)`` if the caller has it already; computing it reads all weights.
+        claim: this process's claim on the slide, if several processes share the output folder.
 
     Returns:
-        The prediction, as ``prediction.json`` has it.
+        The prediction, as written to ``prediction.json``.
 
     Raises:
-        SlideError: the slide, or its mask, cannot be used; the message says the rule, what came and the remedy.
+        SlideError: the slide, its mask or its features cannot be used.
         ClaimLostError: another process took the slide over in the meantime.
         OSError: the outputs cannot be written.
     """
@@ -92,13 +92,13 @@ def predict_slide(
 
 
 def identify_model(model: SlideModel | TwoStageModel) -> ModelIdentity:
-    """Which model it is, as outputs name it."""
+    """Return the identity of the model that outputs state."""
     config = model.config
     return ModelIdentity(config.name, model.identity()[:16], config.classes, config.demonstration, config.note)
 
 
 def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePrediction:
-    """Every stage of a slide, in order."""
+    """Run every stage of a slide in order."""
     model, stages = run.model, run.stages
     tiles = find_run_tiles(run)
     encoded = _encoded(run, tiles)
@@ -130,7 +130,7 @@ def _predict(run: SlideRun, identity: ModelIdentity, folder: Path) -> SlidePredi
 
 
 def _encoded(run: SlideRun, tiles: RunTiles) -> EncodedTiles:
-    """The tiles' embeddings: encoded, or as they were given."""
+    """Return the tiles' embeddings, encoded or from the given features."""
     if tiles.features is None:
         return encode_tiles(run, tiles.grid)
     embeddings_TC = torch.from_numpy(tiles.features.features_TC).to(run.device, torch.float32)
@@ -141,7 +141,7 @@ def _encoded(run: SlideRun, tiles: RunTiles) -> EncodedTiles:
 def _check_maps(
     head: SlideHead, z_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None, relevance_KT: Tensor
 ) -> list[MapCheck]:
-    """The test of each class's map of tiles, by the head's own predictions without some of them."""
+    """Test each class's map of tiles by the head's predictions without some of the tiles."""
     if isinstance(head, ViTHead) and grid is not None:
         tokens, _ = head.tokens(z_TC, grid)
         maps_KN = relevance_KT.new_zeros(len(relevance_KT), grid.shape_HW[0] * grid.shape_HW[1]).float()
@@ -158,18 +158,18 @@ def _check_maps(
 def _logits_without(
     head: SlideHead, z_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None, keep_T: Tensor
 ) -> Tensor:
-    """The logits of some of the tiles."""
+    """Return the logits for the kept tiles alone."""
     on_host = keep_T.cpu()
-    some = None if coords_um_T2 is None else coords_um_T2[on_host]
+    coords_um = None if coords_um_T2 is None else coords_um_T2[on_host]
     cells = None if grid is None else TileGrid(grid.rows_T[on_host], grid.columns_T[on_host], grid.shape_HW)
-    logits: Tensor = head(z_TC[keep_T], some, cells)
+    logits: Tensor = head(z_TC[keep_T], coords_um, cells)
     return logits
 
 
 def _describe_maps(
     run: SlideRun, relevance: RelevanceMap, checks: dict[str, MapCheck], means: TilingMeans | None
 ) -> dict[str, dict[str, Any]]:
-    """Class → what is known of its map: by which method, what it sums to, whether it passed its test."""
+    """Return class → a description of its map: the method, the sums, and the result of its test."""
     sums = relevance.sums
     described: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(run.model.config.classes):
@@ -235,7 +235,7 @@ def _prediction(
 
 
 def _slide_file(run: SlideRun, tiles: RunTiles) -> SlideFile:
-    """The slide as it was read; of a slide whose features are all there is, what these say."""
+    """Return the slide as it was read, or as its features describe it if there are only features."""
     path = run.job.path
     if run.alone:
         header = tiles.header
@@ -254,7 +254,7 @@ def _slide_file(run: SlideRun, tiles: RunTiles) -> SlideFile:
 
 
 def _tile_settings(run: SlideRun, tiles: RunTiles) -> dict[str, Any]:
-    """The settings with which the tiles were cut."""
+    """Return the settings with which the tiles were cut."""
     grid, config = tiles.grid, run.model.config
     if isinstance(config, SlideModelConfig) and tiles.features is None:
         return {
@@ -274,24 +274,24 @@ def _tile_settings(run: SlideRun, tiles: RunTiles) -> dict[str, Any]:
 
 
 def _notes(run: SlideRun, tiles: RunTiles, encoded: EncodedTiles) -> tuple[str, ...]:
-    """Notes for the user on how the slide was read, beyond those on its tissue."""
-    told = () if tiles.tissue is None else tiles.tissue.notes
-    notes = [] if run.alone else [note for note in run.reader.notes if note not in told]
+    """Return notes for the user on how the slide was read, other than those on its tissue."""
+    on_tissue = () if tiles.tissue is None else tiles.tissue.notes
+    notes = [] if run.alone else [note for note in run.reader.notes if note not in on_tissue]
     if encoded.reason is not None:
-        notes.append(f"tiles were left out that cannot be read; the first because {encoded.reason}")
+        notes.append(f"unreadable tiles were left out; the first because {encoded.reason}")
     if run.alone:
-        notes.append("the slide itself was not given: there are scores and relevance.h5, and no pictures or outlines")
+        notes.append("only features were given: the outputs are scores and relevance.h5, without pictures or outlines")
     if run.has_patches:
         notes.append(
-            "maps are of regions and their patches, whose features were given; maps of tokens need the pixels: give "
-            "the slides and the encoder of patches (--encoder, --weights) too"
+            "maps show regions and their patches, from stored features; token maps need the pixels: also give the "
+            "slides and the encoder of patches (--encoder, --weights)"
         )
     elif run.settings.tokens and not run.with_tokens:
         why = "the slide itself was not given" if run.alone else run.model.why_no_tokens
-        besides = ", and do not overlap" if run.settings.overlap else ""
-        notes.append(f"maps are of tiles, not of tokens{besides}: {why}")
+        no_overlap = ", and tiles do not overlap" if run.settings.overlap else ""
+        notes.append(f"maps show tiles, not tokens{no_overlap}: {why}")
     if not tiles.on_lattice:
-        notes.append("the tiles lie on no one grid, and the slide model needs none")
+        notes.append("the tiles are not on one grid, which the slide model does not need")
     return tuple(notes)
 
 

@@ -1,4 +1,4 @@
-"""What a slide's run hands on: the prediction with where it came from, and the outcome that the summary records."""
+"""The prediction of a slide with its provenance, and the outcome of a run with a prediction."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ __all__ = ["ModelIdentity", "SlideCounts", "SlideFile", "SlideOutcome", "SlidePr
 
 @dataclass(frozen=True)
 class SlideFile:
-    """The slide as it was read: level-0 size, and where the spacing came from (override, manifest or metadata).
+    """The slide as it was read: its file, level-0 size, spacing, and the source of the spacing.
 
-    ``reader`` names the library that decoded it; predictions of earlier versions do not tell.
+    Attributes:
+        path: the file.
+        bytes: the size of the file.
+        vendor: the scanner's vendor, if the metadata state it.
+        width_px: width at level 0.
+        height_px: height at level 0.
+        spacing_um: µm per level-0 pixel.
+        spacing_source: "override", "manifest", "metadata", or "features" if only features were given.
+        objective_power: magnification of the objective, if the metadata state it.
+        reader: the library that decoded the slide; empty in predictions of earlier versions.
     """
 
     path: str
@@ -35,21 +44,21 @@ class SlideFile:
 
     @classmethod
     def of(cls, path: Path, info: SlideInfo) -> SlideFile:
-        """An open slide."""
+        """Return the description of an open slide."""
         names = ("vendor", "width_px", "height_px", "spacing_um", "spacing_source", "objective_power", "reader")
         return cls(path=str(path), bytes=path.stat().st_size, **{name: getattr(info, name) for name in names})
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model spoke.
+    """The identity of the model.
 
     Attributes:
-        name: the model's.
-        sha256: the first 16 hex digits of the SHA-256 over its configuration and weights.
-        classes: names of its scores.
-        demonstration: its classes mean nothing outside the package's own synthetic slides.
-        note: a sentence of its maker's.
+        name: the model's name.
+        sha256: the first 16 hex digits of the SHA-256 of its configuration and weights.
+        classes: the names of its scores.
+        demonstration: whether its classes are meaningless outside the package's synthetic slides.
+        note: a sentence from the model's configuration.
     """
 
     name: str
@@ -61,7 +70,15 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class SlideCounts:
-    """How much of the slide was looked at. ``skipped_tokens`` are the background tokens of the whole grid."""
+    """How much of the slide was processed.
+
+    Attributes:
+        cells: tiles of the grid, kept or not.
+        kept_tiles: tiles that have a kept token.
+        kept_tokens: tokens that took part.
+        skipped_tokens: background tokens of the whole grid.
+        unreadable_tiles: kept tiles that could not be read.
+    """
 
     cells: int
     kept_tiles: int
@@ -72,22 +89,22 @@ class SlideCounts:
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """The prediction of one slide, as ``prediction.json`` keeps it.
+    """The prediction of one slide, as ``prediction.json`` stores it.
 
     Attributes:
         slide_id: the slide's id.
         prediction: the class with the highest score.
-        scores: class → softmax score; they sum to 1. Of regression and survival the value, or the log risk.
+        scores: class → softmax score, which sum to 1; for regression the value, for survival the log risk.
         logits: class → raw score.
-        model: which model.
+        model: the identity of the model.
         slide: the slide as it was read.
         tissue: method, fraction and notes of the tissue mask.
-        settings: how the slide was run; ``workers`` are the processes that decoded tiles, 0 = the run's own.
+        settings: how the slide was run; ``workers`` counts the processes that decoded tiles, 0 = only the run's own.
         counts: cells, tiles and tokens.
         timings_s: stage → seconds.
         versions: package → version.
-        notes: what the user should know of how the slide was read, e.g. that tiles were left out.
-        maps: class → its map: method, what it sums to, and its test (:mod:`maskattn.explain.map_check`).
+        notes: what the user should know about how the slide was read, for example that tiles were left out.
+        maps: class → a description of its map: method, sums, and test (:mod:`maskattn.explain.map_check`).
     """
 
     slide_id: str
@@ -115,11 +132,11 @@ class SlidePrediction:
 
 
 def read_prediction(path: Path) -> SlidePrediction:
-    """Read a ``prediction.json`` back.
+    """Read a ``prediction.json``.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a complete prediction of this package.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a complete prediction of this package.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -136,16 +153,16 @@ def read_prediction(path: Path) -> SlidePrediction:
 
 @dataclass(frozen=True)
 class SlideOutcome(Outcome):
-    """An outcome with what the run recorded of the slide.
+    """An outcome with the slide's prediction.
 
     Attributes:
-        prediction: None when it failed.
+        prediction: the prediction; None if the slide failed, or another process ran it.
     """
 
     prediction: SlidePrediction | None = None
 
     def row(self) -> dict[str, str]:
-        """The outcome as a row of ``summary.csv``."""
+        """Return the outcome as a row of ``summary.csv``."""
         row = super().row()
         if self.prediction is not None:
             row |= {"prediction": self.prediction.prediction, "model": self.prediction.model.name}

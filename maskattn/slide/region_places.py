@@ -1,8 +1,8 @@
-"""Where the patches of regions lie that are encoded one by one and stored region by region.
+"""The positions of regions' patches, which are encoded one by one and stored region by region.
 
-A region of ``side`` patches along covers ``region_lv0 = round(side · patch_px · spacing_um / slide spacing)`` level-0
-pixels; regions are laid from the slide's corner and kept where they show tissue. Where background tokens are left out,
-so are patches without tissue; else every patch of a kept region takes part.
+A region with ``side`` patches along a side covers ``region_lv0 = round(side · patch_px · spacing_um / slide spacing)``
+level-0 pixels; regions are laid from the slide's corner and kept if they show tissue. If background tokens are left
+out, so are patches without tissue; otherwise every patch of a kept region takes part.
 
 Dimension key: T patches.
 """
@@ -35,20 +35,20 @@ def lay_region_patches(
     min_tissue: float = 0.0,
     token_mask: TokenMask = "none",
 ) -> TilePlaces:
-    """Lay regions over a slide from its level-0 corner, row by row, and take the patches of those with tissue.
+    """Lay regions over a slide from its level-0 corner, row by row, and return the patches of those with tissue.
 
     Args:
-        info: the slide.
-        tissue: where its tissue is.
+        info: the slide's size and spacing.
+        tissue: the tissue mask.
         patch_px: side of a patch in pixels at ``spacing_um``.
-        side: patches along a region.
+        side: the number of patches along a side of a region.
         spacing_um: µm per pixel of a patch.
         tile_px: side of the image that a patch is read as.
-        min_tissue: least share of a kept region's area that is tissue, 0 to 1; 0 keeps any tissue.
-        token_mask: "tissue" leaves patches without tissue out of their region.
+        min_tissue: smallest tissue fraction of a kept region, 0 to 1; 0 keeps any tissue.
+        token_mask: "tissue" leaves out patches without tissue.
 
     Returns:
-        The patches, region by region, row-major in each.
+        The patches, region by region, row-major in each region.
 
     Raises:
         SlideError: a patch would cover less than a level-0 pixel, or there would be more than 20 million.

@@ -1,11 +1,11 @@
-"""A slide's regions through HIPT: encoded one by one, and explained one by one, at the resolution of tokens.
+"""HIPT on a slide's regions, which are encoded and explained one by one at the resolution of tokens.
 
-One region is held at a time: its pixels, its kept patches and their tokens; of the others their embeddings alone.
-With ``token_mask="tissue"`` background takes no part at any of the three levels; with "none" regions are chosen by
-tissue, and every patch and token of a region takes part, as where HIPT was trained without masks.
+Memory holds the pixels, kept patches and tokens of one region at a time, and only the embeddings of the others. With
+``token_mask="tissue"`` background takes no part at any of the three levels; with "none" regions are chosen by tissue,
+and every patch and token of a region takes part, as in HIPT models that were trained without masks.
 
-Dimension key: T regions with tissue that could be read, N patches of a region, C channels, K classes, (h, w) tokens
-of a region, H·W regions of the slide.
+Dimension key: T regions with tissue that could be read, N patches of a region, P kept patches, C channels, K classes,
+(h, w) tokens of a region, H·W regions of the slide.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 TakePatches = Callable[[np.ndarray, int], None]
-"""Takes the features (N, C) of a region's patches, zeros where left out, and the region's index in the grid."""
+"""Takes the features (N, C) of a region's patches, zeros for those left out, and the region's index in the grid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,8 @@ class EncodedRegions:
     Attributes:
         embeddings_TC: (T, C), in the grid's order.
         rows_T: (T,) their indices among the grid's kept regions.
-        keep_HW: (H, W) bool, which of the slide's regions they are.
-        reason: why the first unreadable region could not be read; None where all could.
+        keep_HW: (H, W) bool, True for the slide's regions that are encoded.
+        reason: why the first unreadable region could not be read; None if all could.
     """
 
     embeddings_TC: Float[Tensor, "T C"]
@@ -70,10 +70,10 @@ class EncodedPatches:
     """The patches of one region.
 
     Attributes:
-        row: its index among the grid's kept regions.
-        features_PC: (P, C), of its kept patches.
-        patches: which these are; none of a region that cannot be read.
-        reason: why it cannot be read; None where it can.
+        row: the region's index among the grid's kept regions.
+        features_PC: (P, C) features of its kept patches.
+        patches: the kept patches; empty for an unreadable region.
+        reason: why the region cannot be read; None if it can.
     """
 
     row: int
@@ -82,7 +82,7 @@ class EncodedPatches:
     reason: str | None
 
     def features_NC(self) -> Float[np.ndarray, "N C"]:  # noqa: N802 (the dimension key)
-        """Features of all N patches, zeros where they were left out."""
+        """Return features (N, C) of all patches, zeros for those left out."""
         dense: np.ndarray = unpack(self.features_PC, self.patches.packing)[0].float().cpu().numpy()
         return dense
 
@@ -92,8 +92,8 @@ class ExplainedRegion:
     """The maps of one region.
 
     Attributes:
-        index: which of the T regions it is.
-        keep_hw: (h, w) bool, the tokens that take part.
+        index: the region's index among the T encoded regions.
+        keep_hw: (h, w) bool, True for tokens that take part.
         relevance: signed scores of its patches and tokens, with a batch dimension of 1.
         attention: the factorised attention map, with a batch dimension of 1.
     """
@@ -116,15 +116,15 @@ def lay_regions(
     """Lay regions over a slide from its level-0 corner, and keep those with tissue.
 
     Args:
-        info: the slide.
-        tissue: where its tissue is.
-        token_px: side of a token.
-        region_px: side of a region, 4096 or 2048 in what was published.
+        info: the slide's size and spacing.
+        tissue: the tissue mask.
+        token_px: side of a token in pixels.
+        region_px: side of a region in pixels, 4096 or 2048 in published models.
         spacing_um: µm per pixel of a region.
         token_mask: "tissue" keeps the tokens with tissue, "none" every token of a kept region.
 
     Returns:
-        The grid: its tiles are the regions.
+        The grid, whose tiles are the regions.
 
     Raises:
         SlideError: no region has tissue, or the slide's spacing makes no regions.
@@ -153,13 +153,13 @@ def encode_regions(
     """Encode the kept regions of a slide, one at a time.
 
     Args:
-        reader: of the slide.
-        grid: of its regions, from :func:`lay_regions`.
-        model: on its device, in eval mode.
+        reader: the open slide.
+        grid: its regions, from :func:`lay_regions`.
+        model: the model on its device, in eval mode.
         batch_size: patches in the patch encoder at a time.
-        workers: processes that decode regions ahead.
+        workers: the number of processes that decode regions in advance; 0 decodes in this process.
         on_region: called with (regions done, regions to do).
-        take_patches: given the features of each region's patches, to be stored.
+        take_patches: called with the features of each region's patches, for example to store them.
 
     Raises:
         SlideError: no region can be read.
@@ -192,7 +192,7 @@ def encode_regions(
 def encode_patches(
     reader: SlideReader, grid: TokenGrid, level: PatchLevel, *, batch_size: int = 64, workers: int = 0
 ) -> Iterator[EncodedPatches]:
-    """Features of the patches of a slide's regions, one region at a time. Arguments as in :func:`encode_regions`."""
+    """Yield features of the patches of a slide's regions, one region at a time; arguments as in encode_regions."""
     for row, pixels, keep, why in _read(reader, grid, level, workers=workers):
         with torch.inference_mode():
             patches = level.cut(pixels, keep if why is None else torch.zeros_like(keep))
@@ -200,19 +200,19 @@ def encode_patches(
 
 
 def encode_stored_regions(stored: RegionFeatures, model: RegionModel, *, batch_size: int = 8) -> EncodedRegions:
-    """Embeddings of regions from the features of their patches, as ``hierarchical_embeddings`` has them.
+    """Embed regions from stored features of their patches (``hierarchical_embeddings``).
 
     Args:
-        stored: from :func:`maskattn.slide.layouts.hierarchical.read_regions`.
-        model: on its device, in eval mode.
+        stored: the features, from :func:`maskattn.slide.layouts.hierarchical.read_regions`.
+        model: the model on its device, in eval mode.
         batch_size: regions in the region encoder at a time.
 
     Returns:
         The embeddings of the regions that have a patch, row-major on the slide; ``rows_T`` are their rows in the file.
 
     Raises:
-        SlideError: no region has a patch with features, or the regions lie on no grid.
-        ValueError: the features have another width than the model reads.
+        SlideError: no region has a patch with features, or the regions are not on one grid.
+        ValueError: the width of the features is not the model's input width.
     """
     rows, columns, keep_HW = grid_cells(stored)
     order = np.lexsort((columns, rows))
@@ -244,21 +244,21 @@ def explain_regions(
     batch_size: int = 64,
     workers: int = 0,
 ) -> Iterator[ExplainedRegion]:
-    """The maps of a slide's regions at the resolution of tokens, one region at a time.
+    """Yield the maps of a slide's regions at the resolution of tokens, one region at a time.
 
     Args:
         reader, grid, model, batch_size, workers: as for :func:`encode_regions`.
-        encoded: what that gave.
-        relevance: of the regions, ``cdam.slide(encoded.embeddings_TC, encoded.keep_HW)``.
-        cdam: the method, on this model.
-        attention: the factorised map, on this model.
+        encoded: the result of :func:`encode_regions`.
+        relevance: the relevance of the regions, ``cdam.slide(encoded.embeddings_TC, encoded.keep_HW)``.
+        cdam: the method of explanation, for this model.
+        attention: the factorised attention map, for this model.
     """
-    assert relevance.gradient_KTC is not None, "maps of tokens take the gradient"
+    assert relevance.gradient_KTC is not None, "token maps need the gradient"
     slide_T = attention.slide(encoded.embeddings_TC, encoded.keep_HW)
     for row, pixels, keep, why in _read(reader, grid, model, encoded.rows_T, workers):
         index = int(np.searchsorted(encoded.rows_T, row))
         keep_hw = np.ascontiguousarray(grid.token_keep_THW[row])
-        if why is not None:  # it could be read once and not again: its tokens stay unknown
+        if why is not None:  # unreadable the second time: the region has no token map
             keep = torch.zeros(1, *keep_hw.shape, dtype=torch.bool, device=pixels.device)
             keep_hw = np.zeros_like(keep_hw)
         gradient_K1C = relevance.gradient_KTC[:, index : index + 1]
@@ -273,7 +273,7 @@ def explain_regions(
 def _read(
     reader: SlideReader, grid: TokenGrid, model: PatchLevel, rows: np.ndarray | None = None, workers: int = 0
 ) -> Iterator[tuple[int, Tensor, Tensor, str | None]]:
-    """Regions one at a time: index, pixels (1, 3, X, Y), keep (1, h, w), and why it cannot be read, or None."""
+    """Yield for each region its index, pixels (1, 3, Y, X), keep (1, h, w), and why it cannot be read, or None."""
     device = model.pixel_mean.device
     for batch in stream_tiles(reader, grid, batch_size=1, workers=workers, rows=rows):
         if batch.damages is not None:

@@ -1,4 +1,4 @@
-"""Run: predict many slides, and skip those that an earlier run finished (``each_slide.py`` has the loop)."""
+"""Predict many slides, and skip those that an earlier run finished (``each_slide.py`` contains the loop)."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ def run_slides(
     settings: RunSettings,
     progress: RunProgress[SlideOutcome] | None = None,
 ) -> list[SlideOutcome]:
-    """Predict slides, skip those an earlier run finished, and keep ``settings.out_dir/summary.csv``.
+    """Predict slides, skip those that an earlier run finished, and keep ``settings.out_dir/summary.csv``.
 
-    Processes that were given the same output folder and settings share the slides.
+    Processes with the same output folder and settings share the slides.
 
     Args:
-        jobs: the slides; their ids differ.
+        jobs: the slides, with distinct ids.
         model: the slide model, or an encoder and a slide head, on the device to use.
-        settings: how to run them.
+        settings: how to run the slides.
         progress: called at every step.
 
     Returns:
-        The outcome of each job, in order. A failed slide is an outcome, not an exception.
+        The outcomes in the order of the jobs; with a limit, only those of the slides that were run. A failed slide is
+        an outcome, not an exception.
 
     Raises:
-        ManifestError: some of what was asked for would have no effect.
+        ManifestError: settings contradict each other or the model, or one would have no effect.
         OutputError: the output folder, or its summary, cannot be written.
     """
     model = two_stages(model)
@@ -89,7 +90,7 @@ def run_slides(
 def _check_same_request(
     finished: SlidePrediction, job: SlideJob, model: TwoStageModel, identity: ModelIdentity, settings: RunSettings
 ) -> None:
-    """Refuse to pass off the outputs of another request as this one's."""
+    """Refuse to skip a slide whose outputs are those of another request."""
     spacing_um = settings.spacing_um or job.spacing_um or finished.slide.spacing_um
     found_and_asked = [
         ("model", f"{finished.model.name} {finished.model.sha256}", f"{identity.name} {identity.sha256}"),

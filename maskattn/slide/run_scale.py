@@ -1,7 +1,8 @@
-"""One scale for the pictures of a run: each slide keeps its maps as its pictures show them, and all are drawn last.
+"""One colour scale for the pictures of all slides of a run, which are redrawn after the last slide.
 
-Which values a class has on all slides is known when the last one is done. A map is kept at the thumbnail's resolution,
-with the thumbnail, in ``heatmaps.npz``, so that no slide is read again, nor run again where slides are added later.
+The range of a class's values on all slides is known only after the last slide. Maps are stored at the thumbnail's
+resolution, with the thumbnail, in ``heatmaps.npz``, so that no slide need be read or run again, even if a later run
+adds slides.
 
 Dimension key: M maps, (Y, X) thumbnail pixels.
 """
@@ -32,10 +33,10 @@ class Picture:
     """The description of a map's picture.
 
     Attributes:
-        file_name: of the PNG.
-        title: above the map.
-        label: of the colour bar.
-        kind: of the map.
+        file_name: the name of the PNG file.
+        title: the title above the map.
+        label: the label of the colour bar.
+        kind: the kind of the map.
     """
 
     file_name: str
@@ -51,31 +52,31 @@ def keep_maps(
     pictures: Sequence[Picture],
     um_per_px: float,
 ) -> None:
-    """Keep what a slide's pictures are drawn from.
+    """Store the maps of a slide's pictures, with the thumbnail, in ``heatmaps.npz``.
 
     Args:
-        folder: the slide's.
+        folder: the slide's output folder.
         thumbnail_YX3: (Y, X, 3) RGB.
         values_MYX: (M, Y, X) the maps, NaN for background.
-        pictures: M, in the maps' order.
+        pictures: the descriptions of the M pictures, in the maps' order.
         um_per_px: µm per thumbnail pixel.
 
     Raises:
         OSError: the file cannot be written.
     """
     limits_M2 = np.array([colour_limit(values, one.kind) for values, one in zip(values_MYX, pictures, strict=True)])
-    told = json.dumps([asdict(picture) for picture in pictures])
+    described = json.dumps([asdict(picture) for picture in pictures])
     with replacing(folder / KEPT_MAPS) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
-            file, thumbnail=thumbnail_YX3, values=values_MYX, limits=limits_M2, pictures=told, um_per_px=um_per_px
+            file, thumbnail=thumbnail_YX3, values=values_MYX, limits=limits_M2, pictures=described, um_per_px=um_per_px
         )
 
 
 def draw_on_one_scale(folders: Iterable[Path]) -> None:
-    """Draw the pictures of slides anew, each map on the widest scale that its class has on any of them.
+    """Redraw the pictures of slides, each map on the widest scale that its class has on any slide.
 
     Args:
-        folders: the slides'; those without kept maps stay as they are.
+        folders: the slides' output folders; those without stored maps are left as they are.
 
     Raises:
         OutputError: a file cannot be read or written.
@@ -104,4 +105,4 @@ def draw_on_one_scale(folders: Iterable[Path]) -> None:
 
 
 def _pictures_of(maps: np.lib.npyio.NpzFile) -> list[Picture]:
-    return [Picture(**told) for told in json.loads(str(maps["pictures"]))]
+    return [Picture(**fields) for fields in json.loads(str(maps["pictures"]))]

@@ -1,4 +1,4 @@
-"""Which tiles of a slide a run takes: those of the model's own grid, those over the tissue, or those of given features.
+"""The tiles of a slide in a run: those of the model's grid, those laid over the tissue, or those of given features.
 
 Dimension key: T tiles, C channels, H·W cells of the grid.
 """
@@ -33,16 +33,16 @@ __all__ = ["RunTiles", "find_run_tiles", "shifted_tiles"]
 
 @dataclass(frozen=True, eq=False)
 class RunTiles:
-    """The tiles of a slide that a run takes.
+    """The tiles of a slide in a run.
 
     Attributes:
-        grid: where they lie, and their tokens; row-major.
-        header: what holds for all of them, for the files of outputs.
-        tissue: where the tissue is; None where it was not sought.
-        on_lattice: whether the grid's cells are the tiles' places: not where others' tiles lie on no lattice.
-        um_per_px: of the coordinates; None where it is not known.
-        features: as they were given; None where the tiles are encoded.
-        stored: the patches of regions whose features were given; None where tiles are encoded, or have features.
+        grid: the positions of the tiles, row-major, and their tokens.
+        header: the metadata that all tiles share, for output files.
+        tissue: the tissue mask; None if tissue was not segmented.
+        on_lattice: whether the grid's cells are the tiles' positions; False if given tiles are not on a lattice.
+        um_per_px: µm per pixel of the coordinates; None if it is not known.
+        features: the given features; None if the tiles are encoded.
+        stored: regions with given features of their patches; None if tiles are encoded, or have features themselves.
     """
 
     grid: TokenGrid
@@ -54,7 +54,7 @@ class RunTiles:
     stored: StoredRegions | None = None
 
     def places(self, rows_T: Int[np.ndarray, " T"]) -> tuple[Float[Tensor, "T 2"] | None, TileGrid | None]:
-        """The places of some of the tiles as slide heads take them: in µm, and their cells."""
+        """Return the positions of some tiles for a slide head: (T, 2) x, y in µm, and cells; None if not known."""
         coords_um = None
         if self.um_per_px is not None:
             coords_um = torch.from_numpy(self.grid.coords_lv0[rows_T] * self.um_per_px).float()
@@ -66,10 +66,10 @@ class RunTiles:
 
 
 def find_run_tiles(run: SlideRun) -> RunTiles:
-    """The tiles of a slide.
+    """Find the tiles of a slide.
 
     Raises:
-        SlideError: there is no tissue, or the features that are given cannot be used.
+        SlideError: there is no tissue, or the given features cannot be used.
     """
     if run.settings.features_dir is not None:
         return _given(run)
@@ -86,12 +86,13 @@ def find_run_tiles(run: SlideRun) -> RunTiles:
 
 
 def shifted_tiles(run: SlideRun, tiles: RunTiles, before: tuple[int, int]) -> RunTiles | None:
-    """The tiles of another tiling of the same tissue; None where none has enough of it.
+    """Return the tiles of another tiling of the same tissue; None if none of them has enough tissue.
 
     Args:
         run: the slide's run.
-        tiles: those that begin at the slide's corner.
-        before: (x, y), how many tokens, fewer than a tile has, the other tiling begins before it.
+        tiles: the tiling that starts at the slide's corner.
+        before: (x, y), the number of tokens, fewer than along a tile, by which the other tiling starts before the
+            slide's corner.
     """
     config = run.model.config
     with run.stages("grid"):
@@ -100,13 +101,13 @@ def shifted_tiles(run: SlideRun, tiles: RunTiles, before: tuple[int, int]) -> Ru
             return replace(tiles, grid=grid)
         try:
             grid, header = _laid(run, config, tiles.tissue, before)
-        except SlideError:  # not for want of a spacing: the first tiling has one
+        except SlideError:  # too little tissue in every tile; other causes would have failed the first tiling
             return None
     return replace(tiles, grid=grid, header=header)
 
 
 def _find_or_load_tissue(run: SlideRun) -> TissueMask | None:
-    """The tissue, or None where the run attends to all of the slide."""
+    """Return the tissue mask, or None if the run attends to the whole slide."""
     settings, model_masked = run.settings, run.model.leaves_out
     if finds_tissue(run.job, settings, model_masked):
         return find_tissue(run.reader, ink=settings.ink, force=settings.force)
@@ -119,7 +120,7 @@ def _find_or_load_tissue(run: SlideRun) -> TissueMask | None:
 
 
 def _limited(run: SlideRun, tissue: TissueMask | None) -> TissueMask | None:
-    """The tissue within the region of interest, and without what is excluded."""
+    """Restrict the tissue to the region of interest, without excluded areas."""
     if tissue is None:
         return None
     settings = run.settings
@@ -130,7 +131,7 @@ def _limited(run: SlideRun, tissue: TissueMask | None) -> TissueMask | None:
 def _own_grid(
     run: SlideRun, config: SlideModelConfig, tissue: TissueMask | None, before: tuple[int, int] = (0, 0)
 ) -> TokenGrid:
-    """The grid of a model that reads tissue tokens: a tile with one of them takes part."""
+    """Lay the grid of a model that reads tissue tokens; a tile with at least one of them is kept."""
     grid = make_grid(
         run.info,
         tissue,
@@ -149,10 +150,10 @@ def _own_grid(
 def _laid(
     run: SlideRun, card: ModelCard, tissue: TissueMask | None, before: tuple[int, int] = (0, 0)
 ) -> tuple[TokenGrid, TileHeader]:
-    """Tiles over the tissue, as ``maskattn extract`` lays them."""
-    assert card.tile_px is not None, "a model with an encoder knows its tiles"
-    assert card.patch_px is not None, "a model with an encoder knows its tiles"
-    assert card.spacing_um is not None, "a run without one is refused before it begins"
+    """Lay tiles over the tissue as ``maskattn extract`` does."""
+    assert card.tile_px is not None, "the card of a model with an encoder states its tiles"
+    assert card.patch_px is not None, "the card of a model with an encoder states its tiles"
+    assert card.spacing_um is not None, "a run without a spacing is refused before it begins"
     info, token_px = run.info, run.model.token_px
     spacing_um = card.spacing_um * card.patch_px / card.tile_px  # of the image that the encoder sees
     if tissue is None:
@@ -207,9 +208,9 @@ def _as_grid(run: SlideRun, places: TilePlaces, keep_HW: np.ndarray, spacing_um:
 
 
 def _given(run: SlideRun) -> RunTiles:
-    """The tiles whose features are given."""
+    """Read the tiles and their features."""
     job, folder, card = run.job, run.settings.features_dir, run.model.card
-    assert folder is not None, "asked for where features are given"
+    assert folder is not None, "called only with features"
     with run.stages("features"):
         named = (job.slide_id, job.path.stem)
         regions = regions_file(run.model, folder, job.slide_id, job.path if run.alone else None)
@@ -226,8 +227,8 @@ def _given(run: SlideRun) -> RunTiles:
     _check_features(run, tiles)
     if tiles.patch_size_lv0 is None:
         raise SlideError(
-            f"features must say how large their tiles are, got no side of them in {as_text(source)}; write them with a "
-            "tool that says it, or extract them again"
+            f"features must state the size of their tiles, got none in {as_text(source)}; write them with a tool that "
+            "states it, or extract them again"
         )
     sorted_tiles, cells_HW = in_reading_order(tiles, run.model.head.reads_grid)
     on_lattice = cells_HW is not None
@@ -249,12 +250,12 @@ def _given(run: SlideRun) -> RunTiles:
 
 
 def _of_stored(run: SlideRun, stored: StoredRegions) -> RunTiles:
-    """Regions as tiles: their tokens are patches, or with pixels at hand what the encoder of patches reads."""
+    """Return regions as tiles; their tokens are patches, or if pixels are read the patch encoder's tokens."""
     regions, card = stored.regions, run.model.card
     _check_features(run, regions)
     region_px, tissue, um = regions.patch_size_px, None, regions.spacing_lv0_um
-    assert region_px is not None, "hs2p says the side of its tiles"
-    assert regions.patch_size_lv0 is not None, "hs2p says the side of its tiles"
+    assert region_px is not None, "hs2p states the side of its tiles"
+    assert regions.patch_size_lv0 is not None, "hs2p states the side of its tiles"
     if not run.alone:
         um = run.info.spacing_um
     if not run.with_tokens:
@@ -272,7 +273,7 @@ def _of_stored(run: SlideRun, stored: StoredRegions) -> RunTiles:
         return RunTiles(grid, regions, None, True, um, regions, stored)
     if card.tile_px != region_px:
         raise SlideError(
-            f"regions must have the side that their features were made with, got {card.tile_px} px asked for and "
+            f"regions must have the side with which their features were extracted, got {card.tile_px} px requested and "
             f"{region_px} px in {as_text(regions.source)}; give --patch-size {region_px}"
         )
     places = TilePlaces(regions.coords_T2, regions.patch_size_lv0, region_px, stored.keep_HW.size)
@@ -286,18 +287,18 @@ def _of_stored(run: SlideRun, stored: StoredRegions) -> RunTiles:
 
 
 def _check_features(run: SlideRun, tiles: TileFeatures) -> None:
-    """Refuse features that the model was not trained with.
+    """Refuse features that differ from those that the model was trained with.
 
     Raises:
-        SlideError: what differs is named.
+        SlideError: the features differ from the model's card; the message lists how.
     """
     head, card, where = run.model.head, run.model.card, as_text(tiles.source)
     if not len(tiles.features_TC):
         raise SlideError(f"a slide must have tiles, got no features in {where}; leave the slide out")
     if tiles.features_TC.shape[1] != head.in_dim:
         raise SlideError(
-            f"features must be as wide as the slide model reads, got {tiles.features_TC.shape[1]} channels in {where} "
-            f"and {head.in_dim} for {card.name}; take the encoder that it was trained with"
+            f"features must have the slide model's input width, got {tiles.features_TC.shape[1]} channels in {where} "
+            f"and {head.in_dim} for {card.name}; use the encoder that it was trained with"
         )
     found = ModelCard(
         name=card.name,
@@ -311,18 +312,18 @@ def _check_features(run: SlideRun, tiles: TileFeatures) -> None:
     wrong = mismatches(card, found)
     if wrong and not run.settings.other_encoder:
         raise SlideError(
-            f"a slide model must be run with what it was trained with, got {'; '.join(wrong)} in {where} for "
-            f"{card.name}; give such features, or go on with --other-encoder"
+            f"a slide model must be run as it was trained, got {'; '.join(wrong)} in {where} for {card.name}; give "
+            "features like those of its training, or go on with --other-encoder"
         )
 
 
 def _without_tissue(run: SlideRun, tissue: TissueMask, filled: str) -> str:
-    """Why no tile is left, and what to do about it: another thing where the user gave a mask."""
+    """Return the error message for a slide without kept tiles; the remedy depends on whether a mask was given."""
     mask_path = run.job.mask_path
     notes = f" ({'; '.join(tissue.notes)})" if tissue.notes else ""
     if mask_path is None:
         by, given = tissue.method, ""
-        remedy = "where there is tissue, name it in a mask of your own (--mask, or mask_path in a manifest)"
+        remedy = "if there is tissue, give a mask of it (--mask, or mask_path in a manifest)"
     else:
         by, given = f"the mask {mask_path}", f" --mask {quoted(mask_path)}"
         remedy = "correct the mask, or name the labels or classes that mean tissue (--mask-value, --mask-class)"

@@ -1,4 +1,4 @@
-"""One slide's run: what its stages share, and the batches of tiles that they pull through the model."""
+"""The run of one slide: the state and the clock that its stages share, and its batches of tiles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EncodedTiles:
     Attributes:
         embeddings_TC: (T, C), in the grid's order.
         rows_T: (T,) their indices among the grid's kept tiles.
-        reason: why the first unreadable tile could not be read; None where all could.
+        reason: why the first unreadable tile could not be read; None if all could.
     """
 
     embeddings_TC: Float[Tensor, "T C"]
@@ -40,9 +40,14 @@ class EncodedTiles:
 
 @dataclass(frozen=True, eq=False)
 class ReadTiles:
-    """A batch of tiles and their masks on the model's device, with the tiles' indices in the grid on the host.
+    """A batch of tiles and their masks on the model's device.
 
-    ``reason`` is why the first unreadable tile cannot be read; None where all can.
+    Attributes:
+        tiles_BCHW: (B, 3, Y, X) uint8 RGB, on the device.
+        keep_BHW: (B, h, w) bool, True for kept tokens, on the device.
+        rows_B: (B,) the tiles' indices among the grid's kept tiles, on the host.
+        readable_B: (B,) bool, False for tiles that cannot be read, on the host.
+        reason: why the first unreadable tile cannot be read; None if all can.
     """
 
     tiles_BCHW: UInt8[Tensor, "B 3 Y X"]
@@ -53,13 +58,14 @@ class ReadTiles:
 
 
 class Stages:
-    """Seconds per stage; on a GPU each stage waits for its own work to end. A stage within another stops its clock.
+    """A clock of seconds per stage; a nested stage stops the clock of the outer one.
 
-    A stage of a loop over batches that may run ahead waits for its previous batch alone, so that a GPU has work while
-    the next batch is read; what is left of the last batch counts as the stage that waits for it.
+    On a GPU each stage waits for its own work to end. A stage with ``runs_ahead``, in a loop over batches, waits only
+    for its previous batch, so that the GPU has work while the next batch is read; the remaining time of the last batch
+    counts towards the stage that waits for it.
 
     Args:
-        device: the model's.
+        device: the model's device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,11 +77,11 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str, *, runs_ahead: bool = False) -> Iterator[None]:
-        """Time what is done within, and add it to the stage's seconds.
+        """Time the context, and add it to the stage's seconds.
 
         Args:
-            name: of the stage.
-            runs_ahead: leave the GPU at work on this batch, after its work on the previous one has ended.
+            name: the name of the stage.
+            runs_ahead: do not wait for the GPU's work on this batch, only for that on the previous batch.
         """
         self._charge()
         self._running.append(name)
@@ -90,7 +96,7 @@ class Stages:
             self._running.pop()
 
     def _wait_for_previous(self, name: str) -> None:
-        """Wait for what was asked of the GPU when this stage last ended: memory of at most two batches is in use."""
+        """Wait for the GPU work queued when this stage last ended, so that at most two batches are in memory."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         if name in self._previous:
@@ -111,8 +117,8 @@ class SlideRun:
     Args:
         job: the slide.
         model: the tile encoder and the slide head, on their device.
-        settings: how to run it.
-        reader: of the slide; None where its features are all there is.
+        settings: how to run the slide.
+        reader: the open slide; None if only its features are given.
         stages: the clock.
         on_tiles: called with (tiles done, tiles to do) after every batch.
 
@@ -136,31 +142,31 @@ class SlideRun:
         self.tilings = 1
         """The number of tilings of the slide, for the progress report."""
         self.workers = 0
-        """Processes that decoded tiles so far; 0 = this one alone."""
+        """The number of processes that have decoded tiles so far; 0 = only this one."""
         self.has_patches = False
-        """Whether maps are made of regions' patches, from their stored features."""
+        """Whether maps show regions' patches, from stored features."""
 
     @property
     def alone(self) -> bool:
-        """Whether the slide's features are all there is."""
+        """Whether only the slide's features are given, and not the slide."""
         return self._reader is None
 
     @property
     def with_tokens(self) -> bool:
-        """Whether maps of tokens are asked for and can be made; of stored regions the tokens are their patches."""
+        """Whether token maps are requested and can be made; the tokens of stored regions are their patches."""
         if self.has_patches:
             return True
         return self.settings.tokens and not self.alone and not self.model.why_no_tokens
 
     @property
     def reader(self) -> SlideReader:
-        """Of the slide."""
-        assert self._reader is not None, "without a slide nothing is read from it"
+        """The reader of the slide, which must be given."""
+        assert self._reader is not None, "a run on features alone reads no slide"
         return self._reader
 
     @property
     def info(self) -> SlideInfo:
-        """The slide's own metadata."""
+        """The slide's metadata."""
         return self.reader.info
 
     @property
@@ -169,7 +175,7 @@ class SlideRun:
         return self.model.device
 
     def read(self, grid: TokenGrid, rows_T: Int[np.ndarray, " T"] | None = None) -> Iterator[ReadTiles]:
-        """The grid's kept tiles, or those of some indices, batch by batch; waiting for them counts as "read"."""
+        """Yield the grid's kept tiles, or those with the given indices, in batches; waiting counts as "read"."""
         settings, encoder = self.settings, self.model.encoder
         batch_size = (None if encoder is None else encoder.tiles_at_once) or settings.batch_size
         tiles = grid.kept_tiles if rows_T is None else len(rows_T)
@@ -207,7 +213,7 @@ class SlideRun:
 
 @contextmanager
 def cores_left_to(workers: int, device: torch.device) -> Iterator[None]:
-    """Leave a core to each decoding worker while a model runs on the CPU: threads that wait for one spin for long."""
+    """Reduce torch's threads by one per decoding worker while a model runs on the CPU, as waiting threads spin."""
     threads = torch.get_num_threads()
     if device.type == "cpu" and workers:
         torch.set_num_threads(max(1, threads - workers))

@@ -1,8 +1,8 @@
-"""The spacing of a slide: µm per level-0 pixel, from whoever knows it best.
+"""The spacing of a slide, µm per level-0 pixel, from the most reliable source.
 
-Order: the caller's override or the manifest's column, then the file's own words (OME-XML's, OpenSlide's, the tags of
-TIFF), then an error that says how to give it. Metadata is often missing and sometimes absurd (264.6 µm from a 96 dpi
-tag), so what is implausible is refused.
+The caller's override or the manifest's column comes first, then the file's metadata (OME-XML, OpenSlide, TIFF tags),
+then an error that says how to give the spacing. Metadata are often missing and sometimes absurd (264.6 µm from a 96 dpi
+tag), so implausible values are refused.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _UM_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
 _HOW = "or the manifest's spacing_um column (µm per level-0 pixel)"
 _REMEDY = f"give the spacing with `--spacing-um 0.5` {_HOW}"
 _IF_WRONG = f"if that is wrong, give the slide's own spacing with `--spacing-um` {_HOW}"
-# Resolutions of screens and printers, which writers of TIFF put where they know none.
+# Resolutions of screens and printers, which TIFF writers store if they know no other.
 _DOTS_PER_INCH = (1, 72, 75, 90, 96, 100, 120, 144, 150, 200, 240, 300, 360, 400, 600, 720, 1200)
 
 
 @dataclass(frozen=True)
 class SlideSpacing:
-    """µm per level-0 pixel and where it came from: "override", "manifest" or "metadata"."""
+    """µm per level-0 pixel and its source: "override", "manifest" or "metadata"."""
 
     spacing_um: float
     source: str
@@ -42,17 +42,17 @@ def resolve_spacing(
     given_by: str = "override",
     size_px: tuple[int, int] | None = None,
 ) -> SlideSpacing:
-    """Settle a slide's spacing.
+    """Determine a slide's spacing.
 
     Args:
         path: the slide, for messages.
         properties: the reader's properties of the slide.
-        given_um: the caller's own value; authoritative.
-        given_by: who gave it: "override" or "manifest".
+        given_um: the spacing that the caller gives, which overrides the metadata; None if not given.
+        given_by: the source of ``given_um``: "override" or "manifest".
         size_px: (width, height) of level 0, for messages.
 
     Raises:
-        SlideError: no value is given or found, it lies outside 0.05-20 µm, or x and y differ by more than 5 %.
+        SlideError: no spacing is given or found, it is outside 0.05-20 µm, or x and y differ by more than 5 %.
     """
     if given_um is not None:
         if not _plausible(given_um):
@@ -80,19 +80,19 @@ def resolve_spacing(
             return SlideSpacing((x_um + y_um) / 2, "metadata")
     if not refused:
         raise SlideError(f"{_rule()}, got none in the metadata of '{path}'; {_REMEDY}")
-    said = " and ".join(f"{name} = {x_um:g}, {y_um:g}" for name, (x_um, y_um) in refused.items())
+    stated = " and ".join(f"{name} = {x_um:g}, {y_um:g}" for name, (x_um, y_um) in refused.items())
     x_um, y_um = next(iter(refused.values()))
-    raise SlideError(f"{_rule()}, got only {said} (µm) in the metadata of '{path}'; {_remedy(x_um, y_um, size_px)}")
+    raise SlideError(f"{_rule()}, got only {stated} (µm) in the metadata of '{path}'; {_remedy(x_um, y_um, size_px)}")
 
 
 def _remedy(x_um: float, y_um: float, size_px: tuple[int, int] | None) -> str:
-    """The remedy for a spacing out of range, depending on the value."""
+    """Return the remedy for a spacing out of range, depending on the value."""
     dots = 25_400 / x_um if x_um > 0 and math.isfinite(x_um) else 0.0
     if any(abs(dots - common) < 0.002 * common for common in _DOTS_PER_INCH):
-        return f"{dots:.0f} dots per inch are a screen's or a printer's resolution, not the slide's: {_REMEDY}"
+        return f"{dots:.0f} dots per inch is a screen's or a printer's resolution, not the slide's: {_REMEDY}"
     if min(x_um, y_um) > MAX_SPACING_UM:
         size = "" if size_px is None else f" of {size_px[0]} × {size_px[1]} px"
-        return f"this is an overview{size}: name the file of the full-resolution level, or {_IF_WRONG}"
+        return f"this is an overview{size}: give the file of the full-resolution level, or {_IF_WRONG}"
     return _IF_WRONG
 
 
@@ -105,7 +105,7 @@ def _plausible(spacing_um: float) -> bool:
 
 
 def _pair(properties: Mapping[str, str], name_x: str, name_y: str) -> tuple[float | None, float | None]:
-    """Two numbers of the properties; one stands for both where the other is missing."""
+    """Return two numbers of the properties; if one is missing, the other is used for both."""
     x_um, y_um = parse_number(properties.get(name_x)), parse_number(properties.get(name_y))
     return (y_um if x_um is None else x_um), (x_um if y_um is None else y_um)
 
@@ -119,7 +119,7 @@ def _from_tiff(properties: Mapping[str, str]) -> tuple[float | None, float | Non
 
 
 def parse_number(text: str | None) -> float | None:
-    """The number that a property's text holds, or None."""
+    """Return a property's text as a number, or None if it is not one."""
     try:
         return None if text is None else float(text)
     except ValueError:

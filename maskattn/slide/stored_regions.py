@@ -1,6 +1,6 @@
-"""Regions of a slide from the stored features of their patches: their embeddings, and which patches took part.
+"""Regions of a slide from stored features of their patches: the regions' embeddings and their kept patches.
 
-Pixels are not needed for the scores, nor for maps of regions and of their patches; maps of tokens need them.
+Scores, and maps of regions and their patches, need no pixels; token maps do.
 
 Dimension key: T regions, N = n·n patches of a region, C channels, B regions of a batch, K classes.
 """
@@ -36,10 +36,10 @@ class StoredRegions:
     """The regions of a slide that have a patch with features, row-major on the slide.
 
     Attributes:
-        regions: their header, coordinates and embeddings (T, C).
-        keep_HW: (H, W) bool, which of the slide's regions they are.
-        features_TNC: of their patches.
-        keep_TN: (T, N) bool, the patches that have features.
+        regions: header, coordinates and embeddings (T, C) of the regions.
+        keep_HW: (H, W) bool, True for the slide's regions that are stored.
+        features_TNC: (T, N, C) features of the patches.
+        keep_TN: (T, N) bool, True for patches that have features.
     """
 
     regions: TileFeatures
@@ -49,32 +49,32 @@ class StoredRegions:
 
     @property
     def side(self) -> int:
-        """Patches along a region."""
+        """The number of patches along a side of a region."""
         return math.isqrt(self.keep_TN.shape[1])
 
     def keep_Tnn(self) -> Bool[np.ndarray, "T n n"]:  # noqa: N802 (the dimension key)
-        """The patches that have features, in their places."""
+        """Return ``keep_TN`` as (T, n, n), with the patches in their positions."""
         return self.keep_TN.reshape(len(self.keep_TN), self.side, self.side)
 
     def batches(self, size: int, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-        """Indices (B,), features (B, N, C) and kept patches (B, N), some regions at a time."""
+        """Yield batches of regions: indices (B,), features (B, N, C) and kept patches (B, N)."""
         for first in range(0, len(self.keep_TN), size):
-            some = np.arange(first, min(first + size, len(self.keep_TN)))
-            features = torch.from_numpy(np.ascontiguousarray(self.features_TNC[some])).to(device, torch.float32)
-            yield some, features, torch.from_numpy(self.keep_TN[some]).to(device)
+            rows_B = np.arange(first, min(first + size, len(self.keep_TN)))
+            features = torch.from_numpy(np.ascontiguousarray(self.features_TNC[rows_B])).to(device, torch.float32)
+            yield rows_B, features, torch.from_numpy(self.keep_TN[rows_B]).to(device)
 
 
 def regions_file(model: TwoStageModel, folder: Path, slide_id: str, given: Path | None) -> Path | None:
-    """The file of a slide's stored regions, where there is one that the model is to read.
+    """Return the file of a slide's stored regions; None if there is none, or the model reads features of tiles.
 
     Args:
-        model: what reads them.
-        folder: of features, as the user named it.
-        slide_id: the slide's.
-        given: the slide's file of features, where that is all there is of it.
+        model: the model that reads the features.
+        folder: the folder of features.
+        slide_id: the slide's id.
+        given: the slide's feature file, if only that is given and not the slide.
 
     Raises:
-        SlideError: there is one, no features of tiles beside it, and the model has no region level.
+        SlideError: the slide has stored regions that the model without a region level cannot read.
     """
     source = find_regions(folder, slide_id)
     if source is None or model.region_level is not None:
@@ -94,22 +94,22 @@ def read_stored_regions(
 
     Args:
         source: ``hierarchical_embeddings/<id>.pt``.
-        model: with a region level and HIPT's slide level.
-        slide: which they are held against; None where it is not given.
-        named: the names that the slide goes by.
+        model: a model with a region level and HIPT's slide level.
+        slide: the slide, with which the regions must agree; None if it is not given.
+        named: accepted names of the slide.
 
     Raises:
-        SlideError: the file cannot be used, or the patches have another width than the model reads.
+        SlideError: the file cannot be used, or the width of its features is not the model's input width.
     """
     stored = read_regions(source, slide=slide, named=named)
     level, head = model.region_level, model.head
-    assert level is not None, "the file is sought for a model with a region level"
+    assert level is not None, "only a model with a region level reads such a file"
     assert isinstance(head, HIPTHead), "a region level comes with HIPT's slide level"
     width = level.patch_embed.in_chans
     if stored.features_TNC.shape[2] != width:
         raise SlideError(
-            f"features of patches must be as wide as the region level reads, got {stored.features_TNC.shape[2]} "
-            f"channels in {as_text(source)} and {width} for {model.card.name}; take the encoder of patches that it was "
+            f"features of patches must have the region level's input width, got {stored.features_TNC.shape[2]} "
+            f"channels in {as_text(source)} and {width} for {model.card.name}; use the encoder of patches that it was "
             "trained with"
         )
     encoded = encode_stored_regions(stored, RegionModel(level, head).eval())

@@ -1,9 +1,9 @@
-"""``summary.csv``: the outcome of every slide in a row of its own, readable at any moment of a run.
+"""``summary.csv``: one row with the outcome of each slide, readable at any time during a run.
 
-A slide's row is appended when it ends, so that a row costs the same however long the table is. The table is written
-anew, whole, only where a row brings a column that it lacks and where a run ends: until then the row that a later one of
-the same slide replaces is still there, and the last one counts. One process writes at a time (``fleet/rows.py`` sees to
-that), and opens the file for each row, so that several may fill one table.
+A slide's row is appended when the slide ends, at a cost that does not depend on the length of the table. The table is
+rewritten only if a row has a new column, and at the end of a run; until then a slide may have several rows, of which
+the last counts. Several processes may write to the table: each opens the file for one row, and ``fleet/rows.py``
+ensures that only one does so at a time.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _OTHER_COLUMNS = ("map_check",)
 
 
 def read_summary(path: Path) -> dict[str, dict[str, str]]:
-    """The rows of a ``summary.csv`` by ``slide_id``, in order, the last of each; none where there is no file.
+    """Read the last row of each slide from a ``summary.csv``, by ``slide_id`` and in order; empty without a file.
 
     Raises:
-        ValueError: the file is no summary.
-        OSError: it cannot be read.
+        ValueError: the file is not a summary.
+        OSError: the file cannot be read.
     """
     return {row["slide_id"]: row for row in _read_rows(path)}
 
 
 def write_summary(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write ``summary.csv`` whole, with a ``score_<class>`` column for every class that occurs.
+    """Write the entire ``summary.csv``, with a ``score_<class>`` column for every class that occurs.
 
     Raises:
         OSError: the file cannot be written.
@@ -49,7 +49,7 @@ def write_summary(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
     columns = [*_FIRST_COLUMNS, *scores, *_LAST_COLUMNS]
     columns += [name for name in names if name not in columns]
     if "encoder" in names and not any(row.get("prediction") for row in rows):
-        columns = [name for name in columns if name not in ("prediction", "model")]  # features predict nothing
+        columns = [name for name in columns if name not in ("prediction", "model")]  # an extraction predicts nothing
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -57,9 +57,9 @@ def write_summary(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
 
 
 def carried_into(row: Mapping[str, str], carried: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """A slide's row with the columns of the manifest that are not ours, each under its own name.
+    """Return a slide's row with the manifest's additional columns, each under its own name.
 
-    One that has the name of a column of the summary is carried as ``manifest_<name>``.
+    A column with the name of a column of the summary becomes ``manifest_<name>``.
     """
     ours = {*_FIRST_COLUMNS, *_LAST_COLUMNS, *_OTHER_COLUMNS, *row}
     named = {
@@ -69,11 +69,11 @@ def carried_into(row: Mapping[str, str], carried: Iterable[tuple[str, str]]) -> 
 
 
 def append_row(path: Path, row: Mapping[str, str]) -> None:
-    """Put a slide's row into the summary, in place of the one it has.
+    """Add a slide's row to the summary; it replaces the slide's earlier rows.
 
     Raises:
-        ValueError: the file is no summary.
-        OSError: it cannot be read or written.
+        ValueError: the file is not a summary.
+        OSError: the file cannot be read or written.
     """
     row = _in_one_line(row)
     try:
@@ -86,11 +86,11 @@ def append_row(path: Path, row: Mapping[str, str]) -> None:
 
 
 def tidy_summary(path: Path) -> None:
-    """Leave one row of each slide.
+    """Remove all but the last row of each slide.
 
     Raises:
-        ValueError: the file is no summary.
-        OSError: it cannot be read or written.
+        ValueError: the file is not a summary.
+        OSError: the file cannot be read or written.
     """
     rows = _read_rows(path)
     latest = {row["slide_id"]: row for row in rows}
@@ -100,7 +100,7 @@ def tidy_summary(path: Path) -> None:
 
 @contextlib.contextmanager
 def summary_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the summary within the block into an :class:`OutputError` with its remedy."""
+    """Raise errors of the summary within the context as an :class:`OutputError` with a remedy."""
     try:
         yield
     except OutputError:
@@ -109,13 +109,13 @@ def summary_errors(path: Path) -> Iterator[None]:
         raise OutputError(str(error)) from error
     except OSError as error:
         raise OutputError(
-            f"the summary must be a file that can be read and written, got {as_text(path)}: "
-            f"{error.strerror or error}; free space or move it away and run again, finished slides are skipped"
+            f"the summary must be a readable and writable file, got {as_text(path)}: {error.strerror or error}; free "
+            "space or move it away and run again, finished slides are skipped"
         ) from error
 
 
 def _append(file: FileIO, row: Mapping[str, str]) -> bool:
-    """Write the row after the others; False where the table must be written anew."""
+    """Append a row, and return whether that was possible; otherwise the table must be rewritten."""
     columns = next(csv.reader([file.readline().decode("utf-8-sig", "replace")]), [])
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
@@ -128,27 +128,27 @@ def _append(file: FileIO, row: Mapping[str, str]) -> bool:
         while left:
             left = left[file.write(left) :]
     except OSError:
-        # Half a row, where a disk is full, would garble what comes after it.
+        # If the disk is full, half a row would garble the rows after it.
         os.ftruncate(file.fileno(), size)
         raise
     return True
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """Every row, replaced ones too; what a killed run left of a last one is dropped."""
+    """Read all rows, including replaced ones; an incomplete last row of a killed run is dropped."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
     try:
-        whole, end, tail = data.rpartition(b"\n")
-        text = ((whole + end).decode() + tail.decode("utf-8", "replace")).removeprefix("\ufeff")
+        lines, end, tail = data.rpartition(b"\n")
+        text = ((lines + end).decode() + tail.decode("utf-8", "replace")).removeprefix("\ufeff")
         header, *table = csv.reader(io.StringIO(text, newline=""))
     except (ValueError, csv.Error):
         header, table = [], []
     if header[:3] != list(_FIRST_COLUMNS[:3]):
         raise ValueError(
-            f"a summary must be a CSV text with the columns slide_id, status, reason, ..., got {header or 'none'} in "
+            f"a summary must be a CSV file with the columns slide_id, status, reason, ..., got {header or 'none'} in "
             f"{as_text(path)}; move that file away or choose another output folder"
         )
     if tail and table and len(table[-1]) < len(header):
@@ -158,5 +158,5 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _in_one_line(row: Mapping[str, str]) -> dict[str, str]:
-    """The row without what would break a line or has no encoding: a torn row is then known by its missing end."""
+    """Return the row without line breaks and undecodable text, so that an incomplete row is one without a line end."""
     return {as_text(name): as_text(value) for name, value in row.items()}

@@ -1,6 +1,6 @@
-"""``relevance.h5``: raw signed relevance of tiles and tokens, whole or not there at all.
+"""``relevance.h5``: raw signed relevance of tiles and tokens, in a file that is written completely or not at all.
 
-Its ``coords`` are those of ``features.h5``, whose layout is TRIDENT's (:mod:`maskattn.slide.layouts`).
+Its ``coords`` are those of ``features.h5``, which has TRIDENT's layout (:mod:`maskattn.slide.layouts`).
 
 Dimension key: T tiles, K classes, (h, w) tokens of a tile.
 """
@@ -24,6 +24,7 @@ __all__ = ["WriteTokens", "relevance_table"]
 _TILES_PER_CHUNK = 64
 
 WriteTokens = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+"""Takes indices (B,), relevance (K, B, h, w), attention (B, h, w) and keep (B, h, w) bool of a batch of tiles."""
 
 
 @contextmanager
@@ -39,19 +40,18 @@ def relevance_table(
 ) -> Iterator[WriteTokens]:
     """Write raw signed relevance: ``tiles/relevance`` (K, T), ``tiles/attention`` (T,), ``coords``, ``classes``.
 
-    The context gives the function that writes the token maps of some tiles, by (their indices (B,), relevance
-    (K, B, h, w), attention (B, h, w), keep (B, h, w)), to ``tokens/relevance`` (K, T, h, w), ``tokens/attention``
-    (T, h, w) and ``tokens/keep`` (T, h, w). The file has its name when the context ends.
+    The context yields a function that writes the token maps of a batch of tiles to ``tokens/relevance`` (K, T, h, w),
+    ``tokens/attention`` (T, h, w) and ``tokens/keep`` (T, h, w). The file gets its name when the context ends.
 
     Args:
-        path: where to.
-        classes: K names.
+        path: the final path of the file.
+        classes: the names of the K classes.
         relevance_KT: (K, T) signed score of each tile for each class.
-        attention_T: (T,) attention of the slide's class token to each tile.
+        attention_T: (T,) attention of the slide model to each tile.
         coords_T2: (T, 2) level-0 x, y of each tile's top left corner.
-        header: what holds for all of the slide's tiles.
+        header: the metadata that all of the slide's tiles share.
         method: the title of the method of explanation.
-        tokens_hw: rows and columns of a tile's tokens; None where there are no maps of tokens.
+        tokens_hw: rows and columns of a tile's tokens; None without token maps.
 
     Raises:
         OSError: the file cannot be written.
@@ -73,11 +73,11 @@ def relevance_table(
 
 def _token_datasets(file: Any, K: int, T: int, h: int, w: int) -> WriteTokens:
     chunk = max(1, min(T, _TILES_PER_CHUNK))
-    # Background is zeros in long runs: the lightest compression already folds it away.
-    folded = {"compression": "gzip", "compression_opts": 1}
-    relevance = file.create_dataset("tokens/relevance", (K, T, h, w), np.float32, chunks=(1, chunk, h, w), **folded)
-    attention = file.create_dataset("tokens/attention", (T, h, w), np.float32, chunks=(chunk, h, w), **folded)
-    keep = file.create_dataset("tokens/keep", (T, h, w), bool, chunks=(chunk, h, w), **folded)
+    # Background is long runs of zeros, which the lightest compression already removes.
+    compressed = {"compression": "gzip", "compression_opts": 1}
+    relevance = file.create_dataset("tokens/relevance", (K, T, h, w), np.float32, chunks=(1, chunk, h, w), **compressed)
+    attention = file.create_dataset("tokens/attention", (T, h, w), np.float32, chunks=(chunk, h, w), **compressed)
+    keep = file.create_dataset("tokens/keep", (T, h, w), bool, chunks=(chunk, h, w), **compressed)
 
     def write(tiles_B: np.ndarray, relevance_KBhw: np.ndarray, attention_Bhw: np.ndarray, keep_Bhw: np.ndarray) -> None:
         relevance[:, tiles_B], attention[tiles_B], keep[tiles_B] = relevance_KBhw, attention_Bhw, keep_Bhw
@@ -86,4 +86,4 @@ def _token_datasets(file: Any, K: int, T: int, h: int, w: int) -> WriteTokens:
 
 
 def _no_tokens(*maps: np.ndarray) -> None:
-    raise AssertionError("a table made without tokens takes no maps of them")
+    raise AssertionError("a table without tokens takes no token maps")

@@ -1,7 +1,7 @@
-"""The loop over a slide's tiles: once to encode them, and once explained, batch by batch, to the sinks.
+"""The two loops over a slide's tiles: the first encodes them, the second explains them and feeds the sinks.
 
-Maps of tokens are made in the second loop and go to the sinks as they come: they are the one thing that grows with the
-tokens of a slide, and are never held together.
+Token maps are made in the second loop and passed to the sinks batch by batch: only their size grows with the number of
+a slide's tokens, and they are never all in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _REGIONS_AT_ONCE = 8
 
 
 def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
-    """The embeddings of a slide's tiles, in the grid's order, without those that cannot be read.
+    """Encode a slide's tiles in the grid's order; unreadable tiles are left out.
 
     Raises:
         SlideError: no tile can be read.
@@ -76,17 +76,17 @@ def feed_sinks(
     checks: dict[str, MapCheck],
     means: TilingMeans | None = None,
 ) -> None:
-    """Write every output that is asked for to a slide's folder, in one loop over its tiles.
+    """Write all requested outputs to a slide's folder, in one loop over its tiles.
 
     Args:
-        folder: where to.
-        run: the slide's run; with ``settings.tokens`` its tiles are read once more.
-        tiles: of the slide.
-        encoded: the embeddings.
-        relevance: of the tiles; with its gradient, where tokens are asked for.
+        folder: the slide's folder.
+        run: the slide's run; with ``settings.tokens`` its tiles are read a second time.
+        tiles: the tiles of the slide.
+        encoded: the tiles' embeddings.
+        relevance: the relevance of the tiles, with its gradient if token maps are requested.
         scores: class → score.
-        checks: class → the test of its map; none where maps are not tested.
-        means: of several tilings, whose maps of tiles ``relevance`` has; None where tiles do not overlap.
+        checks: class → the test of its map; empty if maps are not tested.
+        means: the means over several tilings, from which ``relevance`` comes; None if tiles do not overlap.
 
     Raises:
         OSError: a file cannot be written.
@@ -136,7 +136,7 @@ def feed_sinks(
 
 
 def _attention_of(run: SlideRun) -> str:
-    """A description of what the map of attention shows."""
+    """Return a description of what the attention map shows."""
     if run.has_patches:
         return "region and slide level"
     if isinstance(run.model.encoder, RegionEncoder) and run.with_tokens:
@@ -147,7 +147,7 @@ def _attention_of(run: SlideRun) -> str:
 
 
 def _tiles_alone(run: SlideRun, grid: TokenGrid, encoded: EncodedTiles) -> Iterator[ExplainedTiles]:
-    """The tiles batch by batch, without their pixels."""
+    """Yield batches of tiles without token maps, which need no pixels."""
     T, size = len(encoded.rows_T), run.settings.batch_size
     for first in range(0, T, size):
         tiles_B = np.arange(first, min(first + size, T))
@@ -157,16 +157,16 @@ def _tiles_alone(run: SlideRun, grid: TokenGrid, encoded: EncodedTiles) -> Itera
 def explained_tokens(
     run: SlideRun, grid: TokenGrid, encoded: EncodedTiles, relevance: RelevanceMap
 ) -> Iterator[ExplainedTiles]:
-    """The tiles batch by batch, read once more for the maps of their tokens.
+    """Read the tiles a second time, and yield batches of them with token maps.
 
     Args:
         run: the slide's run.
-        grid: of the tiles.
-        encoded: their embeddings.
-        relevance: of the tiles, with its gradient.
+        grid: the grid of the tiles.
+        encoded: the tiles' embeddings.
+        relevance: the relevance of the tiles, with its gradient.
     """
     explain = SlideHeadCDAM(run.model.head, run.model.encoder, run.settings.method)
-    assert relevance.gradient_KTC is not None, "the pipeline takes the gradient wherever tokens are asked for"
+    assert relevance.gradient_KTC is not None, "the pipeline computes the gradient if token maps are requested"
     ranks_T = attention_ranks(relevance.attention_T)
     for batch in run.read(grid, encoded.rows_T):
         with run.stages("tokens"):
@@ -175,7 +175,7 @@ def explained_tokens(
             gradient_KBC = relevance.gradient_KTC[:, some]
             keep_BHW = batch.keep_BHW if run.model.masks_tokens else None
             maps = explain.tokens(batch.tiles_BCHW, keep_BHW, gradient_KBC, ranks_T[some])
-            # A tile that could be read once and not again has no map: its tokens stay unknown.
+            # A tile that is unreadable the second time has no token map.
             keep_Bhw = batch.keep_BHW.cpu().numpy() & batch.readable_B[:, None, None]
             relevance_KBhw = _numpy(maps.relevance_KBHW) * keep_Bhw
             attention_Bhw = _numpy(maps.attention_BHW) * keep_Bhw
@@ -185,11 +185,11 @@ def explained_tokens(
 def _with_patches(
     run: SlideRun, grid: TokenGrid, stored: StoredRegions, relevance: RelevanceMap
 ) -> Iterator[ExplainedTiles]:
-    """Regions batch by batch, with the maps of their patches, from the features of these."""
+    """Yield batches of regions with maps of their patches, from stored features."""
     level = run.model.region_level
-    assert level is not None, "a run over stored regions has their level"
+    assert level is not None, "a run on stored regions has a region level"
     explain = SlideHeadCDAM(run.model.head, None, run.settings.method, region_level=level)
-    assert relevance.gradient_KTC is not None, "the pipeline takes the gradient wherever tokens are asked for"
+    assert relevance.gradient_KTC is not None, "the pipeline computes the gradient if token maps are requested"
     for tiles_B, features_BNC, keep_BN in stored.batches(_REGIONS_AT_ONCE, run.device):
         with run.stages("tokens"):
             gradient_KBC = relevance.gradient_KTC[:, torch.from_numpy(tiles_B).to(run.device)]

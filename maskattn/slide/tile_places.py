@@ -1,9 +1,9 @@
-"""Where tiles lie that are encoded one by one: on a lattice that may overlap itself, or where another tool put them.
+"""The positions of tiles that are encoded one by one, on a lattice that may overlap itself, or as they were given.
 
 A tile of ``patch_px`` at ``spacing_um`` covers ``tile_lv0 = round(patch_px · spacing_um / slide spacing)`` level-0
-pixels, and is read as an image of ``tile_px``; neighbours are ``tile_lv0`` less the overlap apart. A tile is kept by
-the share of its area that is tissue. The area is exact: the sum of a mask over all pixels above and left of a point is
-bilinear between the mask's pixels.
+pixels, and is read as an image of ``tile_px``; the step between neighbours is ``tile_lv0`` minus the overlap. Whether a
+tile is kept depends on the fraction of its area that is tissue. The area is exact: the sum of a mask over all pixels
+above and left of a point is bilinear between the mask's pixels.
 
 Dimension key: T tiles; h, w tokens of a tile.
 """
@@ -23,7 +23,7 @@ from maskattn.slide.tissue import TissueMask
 __all__ = ["TilePlaces", "lay_tiles", "tissue_share", "with_tokens"]
 
 _MAX_CELLS = 20_000_000
-# Corners of tokens whose sums are looked up at once.
+# The number of token corners whose sums are looked up at once, to bound memory.
 _BAND_CORNERS = 1 << 20
 
 
@@ -32,12 +32,12 @@ class TilePlaces:
     """The tiles of a slide that are encoded.
 
     Attributes:
-        coords_lv0: (T, 2) int64, x and y of each tile's left upper corner.
+        coords_lv0: (T, 2) int64, x and y of each tile's top left corner.
         tile_lv0: side of a tile in level-0 pixels.
         tile_px: side of the image that a tile is read as.
-        cells: tiles of the lattice, kept or not; T where the places were given.
-        tissue_T: (T,) the share of each tile that is tissue; None where no tissue was sought.
-        token_keep_THW: (T, h, w) bool, the kept tokens of each tile; None where tokens are not distinguished.
+        cells: the number of tiles of the lattice, kept or not; T if the positions were given.
+        tissue_T: (T,) the tissue fraction of each tile, 0 to 1; None if tissue was not segmented.
+        token_keep_THW: (T, h, w) bool, True for kept tokens; None if all tokens take part.
     """
 
     coords_lv0: Int[np.ndarray, "T 2"]
@@ -49,7 +49,7 @@ class TilePlaces:
 
     @property
     def kept_tiles(self) -> int:
-        """T."""
+        """T, the number of tiles."""
         return len(self.coords_lv0)
 
 
@@ -66,17 +66,17 @@ def lay_tiles(
 ) -> TilePlaces:
     """Lay tiles over a slide from its level-0 corner, row by row, and keep those with enough tissue.
 
-    A tile that hangs over the slide's edge counts what lies beyond as glass.
+    The area of a tile beyond the slide's edge counts as glass.
 
     Args:
-        info: the slide.
-        tissue: where its tissue is.
+        info: the slide's size and spacing.
+        tissue: the tissue mask.
         patch_px: side of a tile in pixels at ``spacing_um``.
-        overlap_px: of neighbouring tiles, in those pixels.
+        overlap_px: overlap of neighbouring tiles in those pixels.
         spacing_um: µm per pixel of a tile.
         tile_px: side of the image that a tile is read as.
-        min_tissue: least share of a kept tile's area that is tissue, 0 to 1; 0 keeps any tissue.
-        before_lv0: (x, y), how far before that corner the tiles begin.
+        min_tissue: smallest tissue fraction of a kept tile, 0 to 1; 0 keeps any tissue.
+        before_lv0: (x, y), the distance in level-0 pixels by which the tiles start before that corner.
 
     Raises:
         SlideError: a tile would cover less than a level-0 pixel, or there would be more than 20 million.
@@ -105,12 +105,12 @@ def lay_tiles(
 
 
 def with_tokens(places: TilePlaces, tissue: TissueMask, token_px: int) -> TilePlaces:
-    """The places with which tokens of each tile hold tissue, and how much of the tile is.
+    """Return the tiles with their tissue fractions, and with only those tokens kept that contain tissue.
 
     Args:
-        places: of the tiles.
-        tissue: where the tissue is.
-        token_px: side of a token, in pixels of the image that a tile is read as.
+        places: the tiles.
+        tissue: the tissue mask.
+        token_px: side of a token in pixels of the image that a tile is read as.
     """
     side = places.tile_px // token_px
     share_Thw = tissue_share(tissue, places.coords_lv0, places.tile_lv0, side)
@@ -121,13 +121,13 @@ def with_tokens(places: TilePlaces, tissue: TissueMask, token_px: int) -> TilePl
 def tissue_share(
     tissue: TissueMask, coords_T2: Int[np.ndarray, "T 2"], tile_lv0: int, side: int = 1
 ) -> Float[np.ndarray, "T h w"]:
-    """The share of tissue in the squares that tiles fall into, ``side`` to a row; beyond the slide there is none.
+    """Return the tissue fraction (T, side, side) of the squares that divide each tile, 0 to 1 and 0 beyond the slide.
 
     Args:
-        tissue: where the tissue is.
-        coords_T2: (T, 2) level-0 x, y of each tile's corner.
+        tissue: the tissue mask.
+        coords_T2: (T, 2) level-0 x, y of each tile's top left corner.
         tile_lv0: side of a tile in level-0 pixels.
-        side: squares along a tile.
+        side: the number of squares along a tile.
     """
     sums = np.zeros(np.add(tissue.mask_HW.shape, 1))
     np.cumsum(np.cumsum(tissue.mask_HW, axis=0, dtype=np.float64), axis=1, out=sums[1:, 1:])
@@ -140,13 +140,13 @@ def tissue_share(
         x_Tw, y_Th = ((xy_T2[:, axis, None] + edges) / tissue.px_lv0[axis] for axis in (0, 1))
         above = _sums_at(sums, y_Th[:, :, None], x_Tw[:, None, :])
         inside = above[:, 1:, 1:] - above[:, :-1, 1:] - above[:, 1:, :-1] + above[:, :-1, :-1]
-        # What rounding leaves of an empty square is no tissue.
+        # The rounding error of an empty square is not tissue.
         shares[first : first + band] = np.where(inside > 1e-6, inside / area_px, 0)
     return shares.clip(0, 1)
 
 
 def _sums_at(sums: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The sums of the mask above and left of points, by bilinear interpolation, which is exact."""
+    """Return the sums of the mask above and left of points, by bilinear interpolation, which is exact."""
     rows, cols = sums.shape[0] - 1, sums.shape[1] - 1
     y, x = y.clip(0, rows), x.clip(0, cols)
     top, left = np.minimum(y.astype(np.int64), rows - 1), np.minimum(x.astype(np.int64), cols - 1)

@@ -1,16 +1,18 @@
-"""Maps averaged over the tilings of a slide whose tiles overlap (``overlap.py``).
+"""Maps averaged over the tilings of a slide with overlapping tiles (``overlap.py``).
 
-The relevance and the attention of a token are the mean over all tilings of what each tiling gives it, with one weight,
-1 in n²: a tiling in which it takes no part, because its tile there holds too little tissue or cannot be read, gives 0.
-A tile's relevance and attention are spread evenly over those of its tokens that take part; those of a tile of the first
-tiling, which the outputs have, are the sum over its tokens of the mean. What falls on tokens of no such tile is told.
+The relevance and the attention of a token are the mean of its values in all n² tilings, with equal weights. Its value
+is 0 in a tiling in which it does not take part, because its tile there has too little tissue or cannot be read. For the
+maps of tiles, a tile's relevance and attention are spread evenly over its kept tokens; those of the first tiling's
+tiles, which are output, are the sum of the means of their tokens. The mean relevance on tokens of no such tile is
+reported as ``on_no_tile``.
 
-So what the map of a class sums to, with what is on class tokens and on no tile and with the gaps, is the mean over the
-tilings of the class's score less that of the baseline.
+The map of a class, together with the relevance on class tokens and on no tile and with the gaps, therefore sums to the
+mean over the tilings of the class's score minus that of the baseline.
 
-The sums of tokens lie in a file without a name: memory does not grow with the slide's tokens.
+The sums of tokens are in an unnamed temporary file, so that memory does not grow with the slide's tokens.
 
-Dimension key: T readable tiles of the first tiling, B tiles of a batch, (h, w) tokens of a tile, K classes, M = K + 1.
+Dimension key: T readable tiles of the first tiling, N tokens of these tiles, B tiles of a batch, (h, w) tokens of a
+tile, K classes, M = K + 1 maps, S tilings.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ _TILES_AT_A_TIME = 1024
 
 @dataclass(frozen=True, eq=False)
 class _Tiling:
-    """Where the tiles of a tiling lie among the tokens of the slide.
+    """The positions of a tiling's tiles among the tokens of the slide.
 
     Attributes:
-        grid: of its tiles.
+        grid: the grid of its tiles.
         cells_T2: (T, 2) row and column of each of its kept tiles.
-        before: (x, y), how many tokens it begins before the slide's corner.
+        before: (x, y), the number of tokens by which it starts before the slide's corner.
     """
 
     grid: TokenGrid
@@ -64,11 +66,11 @@ class TilingMeans:
     """The sums of the maps of several tilings, and their means on the tiles of the first.
 
     Args:
-        grid: of the first tiling.
-        rows_T: which of its kept tiles can be read.
-        classes: K.
-        tilings: how many there are.
-        folder: where the file without a name may lie.
+        grid: the grid of the first tiling.
+        rows_T: (T,) the indices of its readable tiles among its kept tiles.
+        classes: K, the number of classes.
+        tilings: the number of tilings.
+        folder: the folder of the temporary file.
     """
 
     def __init__(
@@ -76,9 +78,9 @@ class TilingMeans:
     ) -> None:
         self.tilings = tilings
         self.logits_SK: list[Tensor] = []
-        """The logits of each tiling that has tiles."""
+        """The logits (K,) of each tiling that has tiles."""
         self.outside_K = np.zeros(classes)
-        """The mean of what falls on tokens of none of the first tiling's tiles."""
+        """(K,) the mean relevance on tokens that belong to none of the first tiling's tiles."""
         self._first = _Tiling.of(grid)
         self._rows_T = rows_T
         self._side = grid.token_keep_THW.shape[1]
@@ -87,51 +89,51 @@ class TilingMeans:
         self._tiles_MT = np.zeros((classes + 1, len(rows_T)))
         self._sums: list[SumOfMap] = []
         self.first: RelevanceMap | None = None
-        """The map of the first tiling by itself."""
+        """The relevance of the first tiling alone; None until it is added."""
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- lives as long as the sums
         shape = classes + 1, len(rows_T) * self._side**2
-        # Not written, hence no room taken, where nothing is added. The system keeps in memory what there is room for.
+        # The file is sparse: pages without a sum take no space. The system caches as many pages as memory allows.
         self._tokens_MN: Float[np.ndarray, "M N"] = np.memmap(self._file, np.float32, "w+", shape=shape)
 
     def close(self) -> None:
-        """Give the file back."""
+        """Delete the temporary file."""
         del self._tokens_MN
         self._file.close()
 
     def add_tiles(self, tiling: _Tiling, rows: Int[np.ndarray, " B"], relevance: RelevanceMap) -> None:
-        """Take in the relevance and attention of a tiling's tiles, those of its kept tiles that can be read."""
+        """Add the relevance and attention of a tiling's readable tiles, by their indices among its kept tiles."""
         self.logits_SK.append(relevance.logits_K.float().cpu())
         if relevance.sums is not None:
             self._sums.append(relevance.sums)
         values_MT = torch.cat([relevance.relevance_KT, relevance.attention_T[None]]).double().cpu().numpy()
         T = self._tiles_MT.shape[1]
         for first in range(0, len(rows), _TILES_AT_A_TIME):
-            some = slice(first, first + _TILES_AT_A_TIME)
-            tokens_Bhw = self._tokens_of(tiling, rows[some])
+            batch = slice(first, first + _TILES_AT_A_TIME)
+            tokens_Bhw = self._tokens_of(tiling, rows[batch])
             known = tokens_Bhw >= 0
             tile, under = np.nonzero(known)[0], tokens_Bhw[known] // self._side**2
             pairs, counts = np.unique(tile * T + under, return_counts=True)
             of_tile, of_first = np.divmod(pairs, max(T, 1))
             shares = counts / np.bincount(tile, minlength=len(tokens_Bhw))[of_tile]
-            values_MB = values_MT[:, some]
+            values_MB = values_MT[:, batch]
             for target, source in zip(self._tiles_MT, values_MB, strict=True):
                 np.add.at(target, of_first, source[of_tile] * shares)
-            nowhere_B = ~known.any(axis=(1, 2))
-            self.outside_K += values_MB[:-1, nowhere_B].sum(axis=1) / self.tilings
+            outside_B = ~known.any(axis=(1, 2))
+            self.outside_K += values_MB[:-1, outside_B].sum(axis=1) / self.tilings
 
     def add_tokens(
         self, tiling: _Tiling, rows: Int[np.ndarray, " T"], attention_T: np.ndarray, tiles: ExplainedTiles
     ) -> None:
-        """Take in the maps of the tokens of some tiles.
+        """Add the token maps of a batch of tiles.
 
         Args:
-            tiling: which.
-            rows: those of its kept tiles that can be read.
-            attention_T: (T,) their attention.
-            tiles: some of these, with maps of tokens.
+            tiling: the tiling of the tiles.
+            rows: (T,) the indices of its readable tiles among its kept tiles.
+            attention_T: (T,) the attention of its readable tiles.
+            tiles: a batch of its readable tiles, with token maps.
         """
-        assert tiles.relevance_KBhw is not None, "batches carry maps of tokens"
-        assert tiles.attention_Bhw is not None, "maps of tokens come together"
+        assert tiles.relevance_KBhw is not None, "batches have token maps"
+        assert tiles.attention_Bhw is not None, "relevance and attention come together"
         tokens_Bhw = self._tokens_of(tiling, rows[tiles.tiles_B])
         known = (tokens_Bhw >= 0) & tiles.keep_Bhw
         at = tokens_Bhw[known]
@@ -140,10 +142,10 @@ class TilingMeans:
         self._tokens_MN[-1][at] += (tiles.attention_Bhw * attention_T[tiles.tiles_B, None, None])[known]
 
     def add_first(self, relevance: RelevanceMap) -> RelevanceMap:
-        """Take in the tiles of the first tiling, the last to come.
+        """Add the tiles of the first tiling, after those of all others.
 
         Returns:
-            Its logits and gradient, with the means of all tilings in place of its own relevance, attention and sums.
+            Its logits and gradient, with the means over all tilings instead of its own relevance, attention and sums.
         """
         self.add_tiles(self._first, self._rows_T, relevance)
         self.first = relevance
@@ -152,14 +154,14 @@ class TilingMeans:
         return replace(relevance, relevance_KT=means_MT[:-1], attention_T=means_MT[-1], sums=sums)
 
     def batches(self, own: Iterable[ExplainedTiles]) -> Iterator[ExplainedTiles]:
-        """The batches of the first tiling, with the means of all tilings in place of its own maps of tokens."""
+        """Yield the batches of the first tiling with the means over all tilings instead of its own token maps."""
         side = self._side
-        assert self.first is not None, "the first tiling is the last to come"
+        assert self.first is not None, "the first tiling must be added before"
         own_T = self.first.attention_T.float().cpu().numpy()
         attention_T = (self._tiles_MT[-1] / self.tilings).astype(np.float32)
         for tiles in own:
-            assert tiles.relevance_KBhw is not None, "batches carry maps of tokens"
-            assert tiles.attention_Bhw is not None, "maps of tokens come together"
+            assert tiles.relevance_KBhw is not None, "batches have token maps"
+            assert tiles.attention_Bhw is not None, "relevance and attention come together"
             index_Bn = tiles.tiles_B[:, None] * side**2 + np.arange(side**2)
             sums_MBhw = self._tokens_MN[:, index_Bn].reshape(-1, len(tiles.tiles_B), side, side)
             own_Bhw = tiles.attention_Bhw * own_T[tiles.tiles_B, None, None]
@@ -171,7 +173,7 @@ class TilingMeans:
             yield ExplainedTiles(tiles.tiles_B, tiles.keep_Bhw, means_MBhw[:-1], within_Bhw)
 
     def _tokens_of(self, tiling: _Tiling, rows_B: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B h w"]:
-        """Which tokens of the first tiling those of some tiles are; −1 where that is none, or takes no part."""
+        """Return the indices of some tiles' tokens among the first tiling's; −1 for tokens not kept in either."""
         side, (rows, columns) = self._side, self._first.grid.keep_HW.shape[:2]
         rows_Bh, columns_Bw = (
             tiling.cells_T2[rows_B, axis, None] * side + np.arange(side) - tiling.before[1 - axis] for axis in (0, 1)
@@ -190,17 +192,17 @@ class TilingMeans:
 def averaged_tilings(
     run: SlideRun, tiles: RunTiles, encoded: EncodedTiles, explain: SlideHeadCDAM, folder: Path
 ) -> Iterator[TilingMeans | None]:
-    """Run all tilings but the first, one after another; None where the run asks for no overlap.
+    """Run all tilings but the first, one after another, and yield their sums; None if tiles do not overlap.
 
     Args:
         run: the slide's run.
-        tiles: of the first tiling.
+        tiles: the tiles of the first tiling.
         encoded: their embeddings.
-        explain: of the model.
-        folder: where a file without a name may lie.
+        explain: the explanation of the model.
+        folder: the folder of a temporary file.
 
     Raises:
-        ManifestError: tiles cannot overlap by what was asked for.
+        ManifestError: the requested overlap does not shift tiles by whole tokens.
     """
     if not (run.settings.overlap and run.with_tokens):
         yield None
@@ -224,7 +226,7 @@ def _add_tiling(
         return
     try:
         encoded = encode_tiles(run, tiles.grid)
-    except SlideError:  # none of its tiles can be read, as others can
+    except SlideError:  # none of its tiles can be read, though others can
         return
     tiling = _Tiling.of(tiles.grid, before)
     with run.stages("slide"):

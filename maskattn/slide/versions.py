@@ -1,4 +1,4 @@
-"""The versions of what a slide was run with, for the records of runs."""
+"""The versions of the packages that a slide was run with, for the records of runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _VERSIONED = (
 
 
 def installed_versions(*more: str) -> dict[str, str]:
-    """Package → version, of those that are installed; ``more`` are named beside those that every run uses."""
+    """Return package → version of the installed packages that every run uses, and of ``more``."""
     versions = {"python": platform.python_version(), "maskattn": maskattn.__version__}
     for name in (*_VERSIONED, *more):
         try:

@@ -47,7 +47,9 @@ def test_all_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("text", ["", "cpu:0", "gpu", "cpu:x", "0,,1", "-1", "cuda:", "all,0", "tpu:1"])
 def test_names_of_no_device_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"--devices takes all, or names with commas.*got .*; name the devices"):
+    with pytest.raises(
+        ValueError, match=r"--devices takes all, or names separated by commas.*got .*; name the devices"
+    ):
         devices_named(text)
 
 
@@ -168,6 +170,6 @@ def test_process_that_is_killed_is_started_again_and_loses_no_slide(tmp_path: Pa
     os.kill(members(out)[0], signal.SIGKILL)
     told, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
-    assert "the process of cpu was killed by SIGKILL; it is started again" in errors
+    assert "the process of cpu was killed by SIGKILL; it is being restarted" in errors
     assert told.startswith("20 of 21 slides have outputs")
     assert {path.name for path in out.iterdir()} == {"summary.csv", *(f"s{number:03d}" for number in range(20))}

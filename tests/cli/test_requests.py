@@ -107,7 +107,7 @@ def test_a_model_that_attends_to_all_takes_no_mask(folder: Path) -> None:
     line = "infer @disc.tiff --out @o --model @plain.safetensors"
     result = maskattn(f"{line} --mask @mask.png", folder)
     assert result.exit_code == 2
-    assert "this model attends to all of a slide" in result.stderr
+    assert "this model attends to the whole slide" in result.stderr
     assert maskattn(line, folder).exit_code == 0
     settings = json.loads((folder / "o" / "disc" / "prediction.json").read_text())["settings"]
     assert (settings["masked"], settings["mask"], settings["mask_values"]) == (False, None, None)

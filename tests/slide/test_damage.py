@@ -50,7 +50,7 @@ def test_a_bad_tile_of_a_coarse_level_is_read_from_the_finer_one(slide: Path, ti
     row, column = divmod(tile, 3)
     (note,) = reader.notes
     assert note.startswith(f"x={column * 1024}, y={row * 1024} at level 2 cannot be decoded ('")
-    assert note.endswith("a finer level was read there")
+    assert note.endswith("a finer level was read instead")
 
 
 def test_a_slide_whose_coarse_levels_are_all_bad_is_read_from_level_zero(slide: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_view_is_white_where_no_level_can_be_read_and_says_so(slide: Path) -> 
     np.testing.assert_array_equal(seen, whole)
     (note,) = reader.notes
     assert note.startswith("x=1024, y=1024 at level 0 cannot be decoded ('")
-    assert note.endswith("; they are taken for glass")
+    assert note.endswith("; such regions count as glass")
 
 
 def test_a_view_of_which_nothing_decodes_is_an_error(slide: Path) -> None:
@@ -147,6 +147,6 @@ def test_a_prediction_says_what_was_read_from_a_finer_level(slide: Path, tmp_pat
     assert outcome.prediction is not None, outcome.reason
     (note,) = outcome.prediction.notes
     assert "at level 1 cannot be decoded ('" in note
-    assert note.endswith("more regions of it; a finer level was read there")
+    assert note.endswith("more regions of it; a finer level was read instead")
     assert outcome.prediction.counts.unreadable_tiles == 0
     assert read_prediction(tmp_path / "out" / "slide" / "prediction.json").notes == (note,)

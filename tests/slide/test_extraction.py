@@ -247,15 +247,15 @@ def test_requests_that_contradict_themselves_are_refused_before_any_slide(
         (encoder, {"magnification": 20, "target_spacing_um": 0.5}, "one spacing, got --mag 20 and --spacing-um 0.5"),
         (encoder, {"target_spacing_um": 500}, "0.02 to 40 µm per pixel, got 500"),
         (encoder, {"overlap_px": 64}, "overlap by less than their side, got --overlap 64 of 64 px"),
-        (general, {}, "tiles must have a spacing, got none, and small was trained at none"),
+        (general, {}, "tiles must have a spacing, got none, and the spacing at which small was trained is unknown"),
         (
             swin,
             {"token_mask": "tissue"},
             "packed vision transformer, got small: it is a Swin transformer; leave it out",
         ),
-        (encoder, {"coords_dir": tmp_path, "patch_px": 32}, "got --patch-size 32 beside --coords"),
+        (encoder, {"coords_dir": tmp_path, "patch_px": 32}, "got --patch-size 32 with --coords"),
         (encoder, {"coords_dir": tmp_path / "gone"}, "--coords must be a folder"),
-        (encoder, {"coords_dir": tmp_path, "ink": "off"}, "got --ink off where none is sought"),
+        (encoder, {"coords_dir": tmp_path, "ink": "off"}, "got --ink off where no slide's tissue is"),
         (encoder, {"mask_values": (1,)}, "names labels of a mask, got 1 and no mask"),
     ):
         with pytest.raises(ManifestError) as refusal:

@@ -126,7 +126,7 @@ def test_a_slide_without_its_region_fails_alone(slide: Path, encoder: TileEncode
     ("asked", "words"),
     [
         *AREAS_WITHOUT_EFFECT,
-        ({"exclude": Path(), "coords_dir": Path()}, "got . beside --coords, which say where tiles lie"),
+        ({"exclude": Path(), "coords_dir": Path()}, "got . with --coords, which give the tiles"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(

@@ -41,14 +41,14 @@ STRANGE: dict[str, Callable[[Path], Path]] = {
     "does not exist; check": lambda folder: folder / "nowhere.svs",
     "is a link to /not/mounted/gone.tif, which does not exist; mount": broken_link,
     "is a link that leads back to itself": loop_of_links,
-    "has a file where a folder should be": file_in_the_way,
-    "is too long for a path here": lambda folder: folder / ("x" * 300 + ".tif"),
-    "is too long for a path here (5": lambda folder: folder / "/".join(["y" * 100] * 50),
-    "holds a null byte": lambda folder: folder / "a\0.tif",
+    "passes through a file as if it were a folder": file_in_the_way,
+    "is too long for this file system": lambda folder: folder / ("x" * 300 + ".tif"),
+    "is too long for this file system (5": lambda folder: folder / "/".join(["y" * 100] * 50),
+    "contains a null byte": lambda folder: folder / "a\0.tif",
     "is a folder": lambda folder: folder,
     "is a device, a pipe or a socket": pipe,
-    "write a path of Windows as this machine has it": lambda folder: folder / "D:\\slides\\a.svs",
-    "a path of Windows": lambda folder: folder / "\\\\server\\slides\\a.svs",
+    "write the Windows path as this machine mounts it": lambda folder: folder / "D:\\slides\\a.svs",
+    "the Windows path": lambda folder: folder / "\\\\server\\slides\\a.svs",
 }
 
 
@@ -116,5 +116,5 @@ def test_file_that_another_user_may_not_read_is_reported(open_folder: Path) -> N
     paths = [str(open_folder / "closed" / "a.svs"), str(open_folder / "b.svs")]
     run = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, timeout=300)
     closed, unreadable = run.stdout.splitlines()
-    assert "lies in a folder that this user may not search" in closed
+    assert "is in a folder that this user may not search" in closed
     assert "this user may not read" in unreadable

@@ -157,7 +157,7 @@ def test_shards_are_all_slides_once() -> None:
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "1/0", "a/b", "-1/3", "1/3/5"])
 def test_invalid_share_is_refused(shard: str) -> None:
-    with pytest.raises(ManifestError, match=r"--shard takes I/N.*got .*give 1/4"):
+    with pytest.raises(ManifestError, match=r"--shard takes I/N.*got .*1/4, 2/4"):
         chosen_jobs(jobs(3), Sharing(shard=shard))
 
 
@@ -205,7 +205,7 @@ def test_slide_that_kills_its_processes_fails_in_the_end_and_the_others_are_done
         assert claimed(claims, "s001").number == number
     failed = [outcome for outcome in run_quickly(tmp_path, jobs(3), Sharing()) if outcome.status != "ok"]
     assert [outcome.slide_id for outcome in failed] == ["s001"]
-    assert "got 5 that ended while they were at work on it" in failed[0].reason
+    assert "got 5 that were killed while running it" in failed[0].reason
     assert not (tmp_path / ".fleet").exists()
 
 

@@ -75,7 +75,7 @@ def test_command_reports_it_in_lines_and_as_json(tmp_path: Path) -> None:
 
 
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"in which no run has begun; name the --out"):
+    with pytest.raises(OutputError, match=r"which contains no run; give the --out"):
         run_status(tmp_path)
     told = CliRunner().invoke(app, ["status", str(tmp_path / "none")])
     assert told.exit_code == 2

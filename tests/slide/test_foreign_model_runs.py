@@ -137,7 +137,7 @@ def test_an_encoder_that_is_not_a_transformer_gives_tile_maps_and_says_why(
 ) -> None:
     model = loaded(clam, encoder_of("flat", why_not="it is one linear layer"))
     prediction = run_one(slide, model, replace(settings, tokens=True))
-    assert "maps are of tiles, not of tokens: flat is no packed vision transformer: it is one linear layer" in (
+    assert "maps show tiles, not tokens: flat is no packed vision transformer: it is one linear layer" in (
         prediction.notes
     )
     with h5py.File(settings.out_dir / "disc" / "relevance.h5") as file:
@@ -324,7 +324,9 @@ def test_options_that_select_tiles_are_refused_with_stored_features(
     slide: Path, clam: Path, features: Path, settings: RunSettings
 ) -> None:
     given = replace(settings, features_dir=features)
-    with pytest.raises(ValueError, match=r"features say which tiles take part, got --mask .*leave one of them out"):
+    with pytest.raises(
+        ValueError, match=r"features determine which tiles take part, got --mask .*leave one of them out"
+    ):
         run_slides([SlideJob("disc", slide, mask_path=slide)], loaded(clam), given)
     with pytest.raises(ValueError, match="--no-mask"):
         run_slides([SlideJob("disc", slide)], loaded(clam), replace(given, masked=False))

@@ -141,16 +141,16 @@ def test_an_overview_given_as_the_slide_is_named_with_its_spacing_and_size(tmp_p
     write_dicom(tmp_path / "a.dcm", 0.029)
     message = refusal_of_info(tmp_path / "a.dcm")
     assert "29, 29 (µm)" in message
-    assert "this is an overview of 128 × 64 px: name the file of the full-resolution level" in message
+    assert "this is an overview of 128 × 64 px: give the file of the full-resolution level" in message
     assert "--spacing-um 0.5" not in message
 
 
 @pytest.mark.parametrize(
     ("spacing_um", "said", "unsaid"),
     [
-        (25_400 / 96, "96 dots per inch are a screen's or a printer's resolution", "overview"),
+        (25_400 / 96, "96 dots per inch is a screen's or a printer's resolution", "overview"),
         (25_400 / 72, "72 dots per inch", "overview"),
-        (28.7, "this is an overview of 64 × 48 px: name the file of the full-resolution level", "0.5"),
+        (28.7, "this is an overview of 64 × 48 px: give the file of the full-resolution level", "0.5"),
         (120.0, "this is an overview", "0.5"),
         (0.004, "if that is wrong, give the slide's own spacing", "0.5`"),
     ],

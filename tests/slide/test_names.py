@@ -68,8 +68,8 @@ def test_id_that_can_name_a_folder_is_accepted(slide_id: str) -> None:
         ("ä" * 101, "200 bytes"),
         ("x" * 5000, "…"),
         ("\udce4", "%E4"),
-        ("summary.csv", "run's own table"),
-        ("Summary.CSV", "run's own table"),
+        ("summary.csv", "name of the run's table"),
+        ("Summary.CSV", "name of the run's table"),
     ],
 )
 def test_id_that_cannot_name_a_folder_is_refused_in_one_short_line(slide_id: str, words: str) -> None:

@@ -294,7 +294,7 @@ def test_a_run_looks_only_into_its_region_and_says_so(
         *AREAS_WITHOUT_EFFECT,
         (
             {"exclude": Path(), "masked": False},
-            "--exclude says what of the tissue takes part, got . where all of a slide is attended to",
+            "--exclude says what of the tissue takes part, got . when the model attends to the whole slide",
         ),
     ],
 )

@@ -72,7 +72,7 @@ def test_tilings_begin_on_tokens_and_cover_each_alike() -> None:
     assert tilings_of(0.5, 8) == [(0, 0), (4, 0), (0, 4), (4, 4)]
     assert len(tilings_of(0.75, 8)) == 16
     assert tilings_of(0.667, 3)[:3] == [(0, 0), (1, 0), (2, 0)]
-    with pytest.raises(ManifestError, match=r"got --overlap 0\.3; take one of 0, 0\.5, 0\.75, 0\.875"):
+    with pytest.raises(ManifestError, match=r"got --overlap 0\.3; use one of 0, 0\.5, 0\.75, 0\.875"):
         tilings_of(0.3, 8)
 
 
@@ -219,8 +219,8 @@ def test_a_finished_slide_serves_where_its_tiles_overlap_alike(
     ("asked", "words"),
     [
         ({"overlap": 0.5}, "--overlap averages maps of tokens, got --overlap 0.5 without --tokens"),
-        ({"overlap": 0.5, "tokens": True, "features_dir": Path()}, "got --overlap 0.5 beside --features ."),
-        ({"overlap": 0.4, "tokens": True}, "tiles of 4 tokens along must overlap"),
+        ({"overlap": 0.5, "tokens": True, "features_dir": Path()}, "got --overlap 0.5 with --features ."),
+        ({"overlap": 0.4, "tokens": True}, "tiles with 4 tokens along a side must be shifted"),
     ],
 )
 def test_impossible_overlaps_are_refused(

@@ -108,10 +108,10 @@ def test_finished_regions_are_skipped_and_other_requests_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout": "trident"}, r"slide2vec's hierarchical_embeddings, got --layout trident .*give --layout slide2vec"),
-        ({"overlap_px": 8}, "side by side from the slide's corner, got --overlap 8"),
-        ({"region_px": 100}, "two or more whole patches along, got --region-size 100 of patches of 32 px; take 96"),
-        ({"region_px": 32}, "got --region-size 32 of patches of 32 px; take 64"),
+        ({"layout": "trident"}, r"slide2vec's layout, got --layout trident .*give --layout slide2vec"),
+        ({"overlap_px": 8}, "start at the slide's corner, got --overlap 8"),
+        ({"region_px": 100}, "two or more whole patches, got --region-size 100 with patches of 32 px; use 96"),
+        ({"region_px": 32}, "got --region-size 32 with patches of 32 px; use 64"),
     ],
 )
 def test_impossible_regions_are_refused(

@@ -177,7 +177,7 @@ def test_stored_features_of_patches_give_the_scores_and_the_maps_of_their_patche
     # Regions' scores are the sums over their patches plus what lies on none.
     total = maps.relevance_KBHW.sum((2, 3)) + maps.unmapped_KB
     torch.testing.assert_close(total, of_regions.relevance_KT, rtol=1e-2, atol=1e-3)
-    assert any("maps of tokens need the pixels" in note for note in outcome.prediction.notes)
+    assert any("token maps need the pixels" in note for note in outcome.prediction.notes)
     # With the slide there are pictures, and the scores are the same.
     settings = RunSettings(tmp_path / "both", features_dir=stored, tokens=True)
     (shown,) = run_slides([SlideJob("disc", folder / "disc.tiff")], model, settings)
@@ -210,7 +210,7 @@ def test_stored_features_that_do_not_fit_the_model_are_refused(stored: Path, fol
     narrow = TwoStageModel(of_regions.head, of_regions.card, region_level=VisionTransformer(**wide)).eval()
     of_tiles = TwoStageModel(PooledHead(24, 3), replace(of_regions.card, kind="pooled")).eval()
     for model, message in (
-        (narrow, "as wide as the region level reads, got 48 channels in .* and 40 for best"),
+        (narrow, "the region level's input width, got 48 channels in .* and 40 for best"),
         (of_tiles, r"need a model with a region level \(vit_region\), got best \(pooled\)"),
     ):
         (outcome,) = run_slides([SlideJob("disc", file)], model, RunSettings(tmp_path, features_dir=stored))

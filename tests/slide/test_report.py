@@ -160,7 +160,7 @@ def test_a_run_without_tokens_shows_its_tiles(tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "disc.tiff")
     run_slides([SlideJob("plain", slide)], small_model(), RunSettings(tmp_path / "out", batch_size=8))
     html = show(tmp_path / "out", "plain").html
-    assert "the line is around the tiles that took part" in html
+    assert "the line surrounds the tiles that took part" in html
     assert "Token map" not in html
 
 
@@ -190,10 +190,10 @@ def test_ids_of_a_summary_never_lead_out_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_the_report_is_complete_or_absent(out: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="whose name ends in"):
+    with pytest.raises(ValueError, match="name must end in"):
         write_report(out, out / "summary.csv")
     assert write_report(out, tmp_path).name == "report.html"
-    with pytest.raises(OutputError, match="the report must be written whole"):
+    with pytest.raises(OutputError, match="the report must be written completely"):
         write_report(out, tmp_path / "absent" / "report.html")
 
 

@@ -172,7 +172,7 @@ def failing(*names: str) -> list[SlideJob]:
 
 def test_folder_of_the_summarys_name_is_an_error_before_the_first_slide(path: Path) -> None:
     path.mkdir()
-    with pytest.raises(OutputError, match=r"summary must be a file .* Is a directory"):
+    with pytest.raises(OutputError, match=r"summary must be a readable and writable file, .* Is a directory"):
         run_slides(failing("a"), small_model(), RunSettings(path.parent))
 
 

@@ -229,7 +229,7 @@ def test_too_few_readable_slides_of_a_class_are_told(lab: Path, tmp_path: Path) 
         (("--patches", "."), "got patches in addition; leave them out"),
         (("--task", "regression"), "an encoder learns classes from slides, got --task regression"),
         (("--target", "stage"), "must have the column 'stage'"),
-        ((), "was trained at none that is known"),
+        ((), "was trained is unknown"),
         (("--stage", "slide"), "a slide model reads --features"),
         (("--slides", "nowhere"), "nowhere"),
     ],

@@ -1,11 +1,11 @@
-"""Claims: a file that one process alone can create says that a slide is its own.
+"""Claims: a process claims a slide with a file that only one process can create.
 
-The first claim of a slide is ``<slide_id>.1``. It is made by ``O_EXCL``, which every file system does in one step, also
-those on the network, many of which have no locks. When its owner has ended, others may take the slide over: by
-``<slide_id>.2``, which again only one can create, and so on. The highest number is the owner's; nobody ever removes or
-changes another's file before the slide has ended, so that none can be removed that has just been made.
+The first claim on a slide is ``<slide_id>.1``. It is created with ``O_EXCL``, which is atomic on every file system,
+even on network file systems without locks. When its owner has ended, another process may take the slide over with
+``<slide_id>.2``, which again only one can create, and so on. The highest number belongs to the owner; no process
+removes or changes another's file before the slide has ended, so that a file just created is never removed.
 
-An owner that was only asleep finds the higher number when it is about to publish, and gives its work up.
+An owner that was merely suspended finds the higher number before it publishes, and discards its work.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ __all__ = ["Claim", "ClaimLostError", "Claims", "owner_of", "slide_of"]
 
 
 class ClaimLostError(SlideError):
-    """Another process took the slide over while this one, which it took for ended, was at work on it."""
+    """Another process considered this one ended, and took over the slide that it was running."""
 
 
 def slide_of(name: str) -> str:
-    """The slide that a claim's file is of."""
+    """Return the slide of a claim's file."""
     return name.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A slide that this process alone may work on.
+    """A slide that only this process may run.
 
     Attributes:
+        folder: the folder of the claims' files.
         name: the slide's id.
-        token: the owner's.
-        number: 1 for a first claim; one more for each owner that ended while it held the slide.
-        ended: the tokens of those owners, whose leftovers are to be cleared away.
+        token: the owner's token.
+        number: 1 for the first claim, plus one for each owner that ended while it held the slide.
+        ended: the tokens of those owners, whose leftovers must be removed.
     """
 
     folder: Path
@@ -51,20 +52,20 @@ class Claim:
     ended: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Make sure that the slide is still this process's own.
+        """Check that this process still holds the slide.
 
         Raises:
-            ClaimLostError: it is not.
+            ClaimLostError: another process took it over.
         """
         if self._path(self.number + 1).exists() or owner_of(self._path(self.number)) != self.token:
             raise ClaimLostError(
-                f"a slide is published by the process that holds its claim, got {self.name!r}, which another process "
-                "took over since this one did not answer in time; nothing is lost, and a longer --claim-timeout "
-                "avoids it"
+                f"a slide must be published by the process that holds its claim, got {self.name!r}, which another "
+                "process took over because this one gave no sign of life in time; nothing is lost, and a longer "
+                "--claim-timeout avoids it"
             )
 
     def release(self) -> None:
-        """Give the slide free; what this process does not hold any more stays."""
+        """Release the slide; claims that this process does not hold are kept."""
         for number in range(1, self.number + 1):
             path = self._path(number)
             with contextlib.suppress(OSError):
@@ -79,9 +80,9 @@ class Claims:
     """The claims of one process.
 
     Args:
-        folder: of the claims' files.
-        token: the process's.
-        watch: tells which owners have ended.
+        folder: the folder of the claims' files.
+        token: the token of the process.
+        watch: knows which owners have ended.
     """
 
     def __init__(self, folder: Path, token: str, watch: Watch) -> None:
@@ -90,7 +91,7 @@ class Claims:
         self._watch = watch
 
     def try_claim(self, name: str) -> Claim | None:
-        """Claim a slide that is free, or whose owner has ended; None where another process has it.
+        """Claim a slide that is free, or whose owner has ended; None if another process holds it.
 
         Raises:
             OSError: the folder cannot be written.
@@ -106,13 +107,13 @@ class Claims:
             number += 1
         claim = Claim(self._folder, name, self._token, number, tuple(filter(None, ended)))
         if (self._folder / f"{name}.{number + 1}").exists():
-            # Its owner is about to release it, from the lowest number up.
+            # The owner of a later claim is releasing the slide, from the lowest number upwards.
             claim._path(number).unlink(missing_ok=True)
             return None
         return claim
 
     def claimed(self) -> set[str]:
-        """The slides that are claimed by anyone."""
+        """Return the slides that any process has claimed."""
         try:
             return {slide_of(name) for name in os.listdir(self._folder)}
         except FileNotFoundError:
@@ -121,7 +122,7 @@ class Claims:
     def _has_ended(self, path: Path, owner: str) -> bool:
         if owner:
             return self._watch.has_ended(owner)
-        # Its owner has not written its name yet; or ended before it could.
+        # The owner has not written its token yet, or ended before it could.
         return path.exists() and self._watch.is_silent(path)
 
     def _create(self, name: str, number: int) -> bool:
@@ -140,7 +141,7 @@ class Claims:
 
 
 def owner_of(path: Path) -> str:
-    """The token of a claim's owner; "" where the file has none yet, or is not there."""
+    """Return the token of a claim's owner; "" if the file does not contain it yet, or does not exist."""
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["token"])
     except (OSError, ValueError, KeyError, TypeError):

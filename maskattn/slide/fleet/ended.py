@@ -1,6 +1,6 @@
-"""Which slides have ended while the fleet is at work, and how: a file each, whose name is enough for most.
+"""Marks of ended slides: one file per slide, whose name states the slide and its status.
 
-A mark counts for one request alone: members that were asked for something else look for themselves.
+A mark is valid only for members with the same request; others check the slide themselves.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class EndedSlide:
     """The outcome of a slide that a member ran.
 
     Attributes:
-        slide_id: its id.
+        slide_id: the slide's id.
         status: "ok", "skipped" or "failed".
         reason: why it was skipped or failed.
-        by: who ran it.
-        token: of that member.
+        by: the process that ran it, in words.
+        token: the token of that member.
     """
 
     slide_id: str
@@ -44,21 +44,21 @@ class EndedSlides:
 
     Args:
         root: the fleet's folder.
-        request: what was asked for, in words of any kind.
+        request: a text that identifies the request.
     """
 
     def __init__(self, root: Path, request: str) -> None:
         self.folder = root / (ENDED_FOLDERS + hashlib.sha256(request.encode()).hexdigest()[:12])
 
     def names(self) -> set[str]:
-        """The slides that have ended."""
+        """Return the slides that have ended."""
         try:
             return {name.rpartition(".")[0] for name in os.listdir(self.folder) if not name.startswith(".")}
         except FileNotFoundError:
             return set()
 
     def find(self, slide_id: str) -> EndedSlide | None:
-        """How a slide ended; None where it has not."""
+        """Return how a slide ended; None if it has not."""
         for status in ("ok", "skipped", _FAILED):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 found = json.loads((self.folder / f"{slide_id}.{status}").read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ class EndedSlides:
         return None
 
     def mark(self, slide: EndedSlide) -> None:
-        """Tell the others that a slide has ended.
+        """Mark a slide as ended for the other members.
 
         Raises:
             OSError: the folder cannot be written.
@@ -75,7 +75,7 @@ class EndedSlides:
         write_text(self.folder / f"{slide.slide_id}.{slide.status}", record)
 
     def forget_failed(self, kept: set[str]) -> None:
-        """Let slides be tried again that failed, but for those that members with these tokens tried."""
+        """Remove the marks of failed slides, except those of members with these tokens, so that they are retried."""
         for slide_id in self.names():
             slide = self.find(slide_id)
             if slide is not None and slide.status == _FAILED and slide.token not in kept:

@@ -1,4 +1,4 @@
-"""The fleet as one process sees it: which slide it runs next, and what it leaves when it ends."""
+"""The fleet as seen by one process: it yields the next slide to run, and cleans up when the process leaves."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _LOOK_AGAIN_AFTER_S = 0.5
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 
 Turn = tuple[int, SlideJob, "Claim | EndedSlide"]
+"""A job's index, the job, and the claim under which to run it, or how it ended in another process."""
 
 
 @contextlib.contextmanager
@@ -39,17 +40,17 @@ def joined(
     request: str,
     sweep: Callable[[], None],
 ) -> Iterator[Fleet]:
-    """Take part in running the slides of an output folder.
+    """Join the processes that run the slides of an output folder.
 
     Args:
-        out_dir: the folder, which is there.
+        out_dir: the output folder, which must exist.
         jobs: the slides of this process.
-        sharing: how they are shared.
-        request: what was asked for, in words: a slide has ended for those alone that asked for the same.
-        sweep: removes what killed processes left; called where no other process is at work.
+        sharing: how the slides are shared.
+        request: a text that identifies the request; a slide that ended counts only for processes with the same text.
+        sweep: removes leftovers of killed processes; called only when no other process is at work.
 
     Yields:
-        The fleet; its ``turns`` are the slides to run.
+        The fleet, whose ``turns`` are the slides to run.
 
     Raises:
         OutputError: the summary, or a claim, cannot be written.
@@ -78,7 +79,14 @@ def joined(
 
 
 class Fleet:
-    """A process's view of all that share an output folder.
+    """A process's view of all processes that share an output folder.
+
+    Args:
+        root: the fleet's folder.
+        table: the path of ``summary.csv``.
+        member: this process.
+        sharing: how the slides are shared.
+        request: a text that identifies the request.
 
     Attributes:
         ended: the slides that have ended.
@@ -100,18 +108,15 @@ class Fleet:
         self.ended = EndedSlides(root, request)
 
     def others(self) -> list[str]:
-        """The other members that are at work and not about to leave, as far as this process knows."""
+        """Return the other members that are at work and not about to leave, as far as this process knows."""
         living = (token for token in self._watch.living() if token != self._member.token)
         return [token for token in living if not (read_member(self._root / "members", token) or {}).get("leaving")]
 
     def turns(self, jobs: Sequence[SlideJob]) -> Iterator[Turn]:
-        """The slides, each when it is this process's turn, or when another has ended it.
+        """Yield each slide when this process has claimed it, or when another process has ended it.
 
-        Waits for slides that others run, and takes over those whose owner ends; after ``Sharing.limit`` slides of its
-        own it waits for no one.
-
-        Yields:
-            (index of the job, the job, the claim to run it under or how it ended elsewhere).
+        The iterator waits for slides that other processes run, and takes over those whose owner ended. It stops after
+        ``Sharing.limit`` slides of its own, without waiting for others.
 
         Raises:
             OutputError: a claim cannot be written.
@@ -129,7 +134,7 @@ class Fleet:
             if self._sharing.limit is not None and self._ran >= self._sharing.limit:
                 return
             free = [index for index, job in left.items() if _name(job) not in claimed]
-            # Where many meet at one slide, each goes on to one of its own.
+            # If several processes compete for a slide, each continues with a random one.
             tried = [free[random.randrange(min(len(free), 2**misses))]] if free else list(left)
             turn = next(filter(None, (self._turn(index, left[index]) for index in tried)), None)
             if turn is not None:
@@ -144,7 +149,7 @@ class Fleet:
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S, self._sharing.claim_timeout_s / 4)
 
     def end(self, claim: Claim, row: Mapping[str, str]) -> None:
-        """A slide has ended: put its row into the summary, mark it, and give its claim up.
+        """Add an ended slide's row to the summary, mark the slide as ended, and release its claim.
 
         Raises:
             OutputError: the summary cannot be written.
@@ -152,7 +157,7 @@ class Fleet:
         with summary_errors(self._table):
             self._rows.add(row)
         by = str(self._member.process)
-        with contextlib.suppress(OSError):  # then the others look at the slide for themselves
+        with contextlib.suppress(OSError):  # without a mark the other members check the slide themselves
             self.ended.mark(EndedSlide(claim.name, row["status"], row["reason"], by, self._member.token))
         claim.release()
         self._done += 1
@@ -160,11 +165,11 @@ class Fleet:
         self._member.tell(done=self._done, seconds=round(time.monotonic() - self._began, 3))
 
     def lose(self, index: int, job: SlideJob) -> None:
-        """Another process took the slide over: it comes again, as a rule when it has ended there."""
+        """Return a slide that another process took over to ``turns``, which yields it again, usually once it ended."""
         self._lost[index] = job
 
     def leave(self) -> None:
-        """Finish the summary; the last one takes in what killed members left, and puts the fleet's folder away.
+        """Complete the summary; the last process also adds the rows of killed members, and removes the fleet's files.
 
         Raises:
             OutputError: the summary cannot be written.
@@ -200,7 +205,7 @@ class Fleet:
 
 
 def _name(job: SlideJob) -> str:
-    """The name of a slide's files in the fleet's folder; an id that can name none has one all the same."""
+    """Return the name of a slide's files in the fleet's folder; an id that cannot name a file is hashed."""
     if job.problem is None and problem_of_id(job.slide_id) is None:
         return job.slide_id
     return "no-name-" + hashlib.sha256(as_text(job.slide_id).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Folders that another process may put away at any moment, since nothing is in them."""
+"""Work in folders that another process may remove at any time, because they are empty."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Made = TypeVar("Made")
 
 
 def in_folder(path: Path, make: Callable[[], Made]) -> Made:
-    """What ``make`` returns when the folder of ``path`` is there for it; made again as often as it goes away.
+    """Call ``make``, creating the folder of ``path`` as often as it is missing, and return its result.
 
     Raises:
-        OSError: ``make`` or the folder fails for another reason.
+        OSError: ``make`` or creating the folder fails for another reason.
     """
     for _ in range(_TRIES):
         try:
             return make()
         except FileNotFoundError:
-            with contextlib.suppress(FileExistsError):  # and gone again, before it could be looked at
+            with contextlib.suppress(FileExistsError):  # mkdir lost a race against another creation and removal
                 path.parent.mkdir(parents=True, exist_ok=True)
     return make()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all.
+    """Write a small file completely or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
 
     def write() -> None:
@@ -45,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_if_empty(*folders: Path) -> None:
-    """Remove folders, in order, as far as nothing is in them."""
+    """Remove those of the folders that are empty, in order."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""Which slides a fleet is to run: a list for each command, which its processes share."""
+"""Lists of a fleet's slides, one file for each command, which the command's processes share."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["list_slides", "listed_slides"]
 
 
 def list_slides(root: Path, jobs: Sequence[SlideJob]) -> str:
-    """Write the ids of a command's slides where its other processes have not; returns the list's name."""
+    """Write the ids of a command's slides unless another process has, and return the name of the list."""
     text = "".join(f"{as_text(job.slide_id)}\n" for job in jobs)
     name = f"slides-{hashlib.sha256(text.encode()).hexdigest()[:12]}.txt"
-    with contextlib.suppress(OSError):  # it serves `maskattn status` alone
+    with contextlib.suppress(OSError):  # only `maskattn status` reads it
         if not (root / name).exists():
             write_text(root / name, text)
     return name
 
 
 def listed_slides(root: Path, name: str) -> list[str]:
-    """The ids in a list; none where it is not there."""
+    """Return the ids in a list; empty if the list does not exist."""
     try:
         return (root / Path(name).name).read_text(encoding="utf-8").splitlines()
     except OSError:

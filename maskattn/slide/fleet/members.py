@@ -1,8 +1,7 @@
-"""Who takes part: a file for each process, which it touches as long as it lives.
+"""The members of a fleet: each process has a file, which it touches as long as it lives.
 
-No clock of one machine is compared with another's, nor with the drive's: whoever looks remembers when it saw the file
-change last, and counts by its own clock, which no one can set. A process of the same machine is known to have ended
-at once.
+Clocks of different machines or drives are never compared: each observer remembers when it last saw a file change, by
+its own monotonic clock. If a process on the same machine ends, that is known at once.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _BEATS_IN_TIMEOUT = 10
 
 
 def members_of(folder: Path) -> Iterator[str]:
-    """The tokens of the members in a folder, living or not."""
+    """Yield the tokens of the members in a folder, living or not."""
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(folder):
             if name.endswith(".json") and not name.startswith("."):
@@ -34,7 +33,7 @@ def members_of(folder: Path) -> Iterator[str]:
 
 
 def read_member(folder: Path, token: str) -> dict[str, Any] | None:
-    """What a member's file says; None where there is none that can be read."""
+    """Return the contents of a member's file; None if it does not exist or cannot be read."""
     try:
         found = json.loads((folder / f"{token}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -43,16 +42,16 @@ def read_member(folder: Path, token: str) -> dict[str, Any] | None:
 
 
 class Member:
-    """This process among those that share an output folder; a context manager.
+    """A context manager that makes this process a member of a fleet.
 
     Args:
-        folder: of the members' files.
-        claim_timeout_s: after so many seconds without a touch the others take it for ended.
+        folder: the folder of the members' files.
+        claim_timeout_s: seconds without a touch after which other members consider this one ended.
         about: the description that other members read.
 
     Attributes:
-        token: names it, and all that it leaves.
-        process: which process it is.
+        token: a random text that identifies the member and its files.
+        process: the identity of this process.
     """
 
     def __init__(self, folder: Path, claim_timeout_s: float, about: dict[str, Any]) -> None:
@@ -76,7 +75,7 @@ class Member:
             self._path.unlink(missing_ok=True)
 
     def tell(self, **about: Any) -> None:
-        """Tell the others more; nobody waits for it, so that a drive that refuses to take it does no harm."""
+        """Extend the description that other members read; errors of the drive are ignored, as no one waits for it."""
         self._about |= about
         with contextlib.suppress(OSError):
             write_text(self._path, json.dumps({**self._about, "process": self.process.record()}))
@@ -86,17 +85,17 @@ class Member:
             try:
                 os.utime(self._path)
             except FileNotFoundError:
-                self.tell()  # another one took this process for ended, and put its file away
+                self.tell()  # another member considered this one ended, and removed its file
             except OSError:
                 pass  # the drive may come back
 
 
 class Watch:
-    """Which members have ended, as one process sees it.
+    """One process's observation of which members have ended.
 
     Args:
-        folder: of the members' files.
-        claim_timeout_s: so long may a living member's file stay untouched.
+        folder: the folder of the members' files.
+        claim_timeout_s: seconds for which a living member's file may stay untouched.
     """
 
     def __init__(self, folder: Path, claim_timeout_s: float) -> None:
@@ -106,7 +105,7 @@ class Watch:
         self._processes: dict[str, Process] = {}
 
     def has_ended(self, token: str) -> bool:
-        """Whether a member has left, is known to have ended, or was silent for too long."""
+        """Return whether a member has left, is known to have ended, or was silent for longer than the timeout."""
         path = self._folder / f"{token}.json"
         process = self._process(token)
         if process is not None and process.has_ended():
@@ -114,7 +113,7 @@ class Watch:
         return self.is_silent(path)
 
     def is_silent(self, path: Path) -> bool:
-        """Whether a file is not there, or was left untouched for the whole timeout while this process looked."""
+        """Return whether a file is missing, or was untouched for the timeout since this process first looked at it."""
         try:
             touched = path.stat().st_mtime_ns
         except FileNotFoundError:
@@ -127,7 +126,7 @@ class Watch:
         return now - since > self._timeout_s
 
     def living(self) -> list[str]:
-        """The members that have not ended, as far as this process knows."""
+        """Return the members that have not ended, as far as this process knows."""
         return [token for token in members_of(self._folder) if not self.has_ended(token)]
 
     def _process(self, token: str) -> Process | None:

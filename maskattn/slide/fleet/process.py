@@ -1,4 +1,4 @@
-"""Which process it is, so that another one of the same machine can tell at once that it has ended."""
+"""The identity of a process, by which other processes on the same machine know at once that it has ended."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 __all__ = ["Process"]
 
-_ENDED = "ZX"  # killed, and not yet asked for by its parent
+_ENDED = "ZX"  # zombie (not yet reaped by its parent), or dead
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of some machine.
+    """A process on any machine.
 
     Attributes:
         host: the machine's name.
-        boot: the kernel's id of this start; "" where a system has none. Machines may have one name, starts have not.
-        namespace: in which process ids are counted, as containers have their own; "" where a system has none.
-        pid: process id.
-        started: when it started, in the kernel's ticks; a pid is given again, to a process that started later.
+        boot: the kernel's boot id, which is unique, unlike a machine's name; "" if the system has none.
+        namespace: the namespace of the process id, since containers have their own; "" if the system has none.
+        pid: the process id.
+        started: the start time in clock ticks, which distinguishes processes that reuse a pid.
     """
 
     host: str
@@ -33,26 +33,26 @@ class Process:
 
     @classmethod
     def current(cls) -> Process:
-        """This process."""
+        """Return the identity of this process."""
         pid = os.getpid()
         return cls(socket.gethostname(), _boot(), _namespace(), pid, _state(pid)[1])
 
     @classmethod
     def of(cls, record: Mapping[str, object]) -> Process:
-        """The process of :meth:`record`.
+        """Return the process of a :meth:`record`.
 
         Raises:
-            KeyError, ValueError, TypeError: it is no such record.
+            KeyError, ValueError, TypeError: the record is not complete.
         """
         host, boot, namespace, started = (str(record[name]) for name in ("host", "boot", "namespace", "started"))
         return cls(host, boot, namespace, int(str(record["pid"])), started)
 
     def record(self) -> dict[str, object]:
-        """The process as JSON."""
+        """Return the attributes as a dictionary, for JSON."""
         return asdict(self)
 
     def has_ended(self) -> bool:
-        """Whether it is known to have ended; False where it runs, and where this machine cannot know."""
+        """Return whether it is known to have ended; False if it runs, or this machine cannot know."""
         if not self.boot or (self.boot, self.namespace) != (_boot(), _namespace()):
             return False
         state, started = _state(self.pid)
@@ -77,9 +77,9 @@ def _namespace() -> str:
 
 
 def _state(pid: int) -> tuple[str, str]:
-    """A process's state and start as Linux tells them; ("X", "") where there is none."""
+    """Return a process's state and start time from Linux; ("X", "") if it does not exist."""
     try:
-        # The name, in parentheses, may hold anything.
+        # The name, in parentheses, may contain any character.
         after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return "X", ""

@@ -1,4 +1,4 @@
-"""The last process removes the fleet's folder, except for what a new process has just put there."""
+"""Removal of the fleet's files by the last process, except those of a process that has just joined."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["put_away"]
 
 
 def put_away(root: Path, token: str, watch: Watch) -> None:
-    """Remove what the members that have ended left, and the marks of the slides.
+    """Remove the files of members that have ended, the marks of ended slides, and the lists of slides.
 
     Args:
         root: the fleet's folder.
-        token: of this process, which is about to leave.
-        watch: tells who has ended.
+        token: the token of this process, which is about to leave.
+        watch: knows which members have ended.
     """
     for claim in _files(root / "claims"):
         owner = owner_of(claim)

@@ -1,8 +1,8 @@
-"""A member's rows of ``summary.csv``: one process writes the table at a time, and the others keep theirs beside it.
+"""A member's rows of ``summary.csv``: one process at a time writes to the table, and the others buffer their rows.
 
-Nobody waits for the table while there are slides to run. A row that cannot be written at once goes to the member's own
-file, and from there into the table when it is free, when the member leaves, or, where it was killed, when another one
-puts the fleet's folder away.
+No member waits for the table while there are slides to run. A row that cannot be written at once goes to a file of the
+member, and from there into the table: when the table is free, when the member leaves, or, if the member was killed,
+when the last member leaves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOOK_EVERY_S = 0.02
 
 
 def rows_beside(folder: Path) -> Iterator[tuple[str, dict[str, dict[str, str]]]]:
-    """The rows that members keep in a folder beside the table, by the member's token."""
+    """Yield each member's token and its buffered rows by slide."""
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(folder)):
             if name.endswith(".csv") and not name.startswith("."):
@@ -38,9 +38,9 @@ class MemberRows:
 
     Args:
         table: the run's ``summary.csv``.
-        folder: of the rows that are kept beside it.
-        token: the member's.
-        claims: the member's claims in a folder where the table is claimed too.
+        folder: the folder of buffered rows.
+        token: the member's token.
+        claims: the member's claims in the folder in which the table is claimed.
     """
 
     def __init__(self, table: Path, folder: Path, token: str, claims: Claims) -> None:
@@ -51,10 +51,10 @@ class MemberRows:
         self._pending = False
 
     def add(self, row: Mapping[str, str]) -> None:
-        """Put a slide's row into the table, or beside it where another process writes to the table.
+        """Add a slide's row to the table, or buffer it if another process is writing to the table.
 
         Raises:
-            ValueError: the table is none.
+            ValueError: the table is not a summary.
             OSError: the table cannot be written.
         """
         claim = self._claims.try_claim(_TABLE)
@@ -71,10 +71,10 @@ class MemberRows:
         self._pending = False
 
     def finish(self) -> None:
-        """Put what is kept beside the table into it, and leave one row of each slide there.
+        """Add the buffered rows to the table, and remove all but the last row of each slide.
 
         Raises:
-            ValueError, OSError: as :meth:`add`.
+            ValueError, OSError: as for :meth:`add`.
         """
         with self.alone():
             if self._pending:
@@ -83,16 +83,16 @@ class MemberRows:
         self._pending = False
 
     def take_in_all(self, watch: Watch) -> None:
-        """Put this member's rows and those of members that have ended into the table; within :meth:`alone`."""
-        for beside in sorted(self._folder.glob("*.csv")):
-            if beside == self._own or watch.has_ended(beside.stem):
-                self._take_in(beside)
+        """Add the buffered rows of this member and of ended members to the table; call within :meth:`alone`."""
+        for buffered in sorted(self._folder.glob("*.csv")):
+            if buffered == self._own or watch.has_ended(buffered.stem):
+                self._take_in(buffered)
         self._pending = False
         tidy_summary(self._table)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Within, no other process writes to the table; waits for it."""
+        """Wait until no other process writes to the table, and keep it so within the context."""
         while (claim := self._claims.try_claim(_TABLE)) is None:
             time.sleep(_LOOK_EVERY_S)
         try:
@@ -100,7 +100,7 @@ class MemberRows:
         finally:
             claim.release()
 
-    def _take_in(self, beside: Path) -> None:
-        for row in read_summary(beside).values():
+    def _take_in(self, buffered: Path) -> None:
+        for row in read_summary(buffered).values():
             append_row(self._table, row)
-        beside.unlink(missing_ok=True)
+        buffered.unlink(missing_ok=True)

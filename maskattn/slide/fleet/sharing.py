@@ -1,4 +1,4 @@
-"""How the slides of one command are shared among the processes that were started with it."""
+"""Settings of how a command's slides are shared among the processes that were started with it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Sharing", "chosen_jobs", "parse_shard"]
 
 @dataclass(frozen=True)
 class Sharing:
-    """How slides are shared.
+    """How slides are shared among processes.
 
     Attributes:
-        claim_timeout_s: a process that gave no sign for so long has ended, and others take its slides over.
-        retry_failed: try slides again that failed in another process before this one began.
-        shard: "I/N" = of every N slides the I-th alone; None = all, claimed one by one.
-        limit: run at most so many slides, and leave the rest to others; None = all.
-        order: "given", or "large-first" by the size of the files, so that no large one is left for the end.
+        claim_timeout_s: seconds without a sign of life after which other processes take over a process's slides.
+        retry_failed: retry slides that failed in another process before this one started.
+        shard: "I/N" = only the I-th of every N slides; None = all, claimed one by one.
+        limit: run at most so many slides, and leave the rest to other processes; None = all.
+        order: "given", or "large-first" by the size of the files, so that no large slide remains for the end.
     """
 
     claim_timeout_s: float = 300.0
@@ -34,10 +34,10 @@ class Sharing:
 
 
 def chosen_jobs(jobs: Sequence[SlideJob], sharing: Sharing) -> list[SlideJob]:
-    """The slides of this process's shard, in the order in which they are to be run.
+    """Return the slides of this process's shard, in the order in which they are run.
 
     Raises:
-        ManifestError: the shard is none.
+        ManifestError: the shard is not of the form I/N with I from 1 to N.
     """
     jobs = list(jobs)
     if sharing.shard is not None:
@@ -49,24 +49,24 @@ def chosen_jobs(jobs: Sequence[SlideJob], sharing: Sharing) -> list[SlideJob]:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """I and N of "I/N".
+    """Return I and N of "I/N".
 
     Raises:
-        ManifestError: it is not of that form, or I is not one of 1 to N.
+        ManifestError: the text is not of that form, or I is not from 1 to N.
     """
     shard, _, shards = text.partition("/")
     if not (shard.isdecimal() and shards.isdecimal() and 1 <= int(shard) <= int(shards)):
         raise ManifestError(
-            f"--shard takes I/N, the I-th of N shares with I from 1 to N, got {text!r}; give 1/4, 2/4, 3/4 and 4/4 to "
-            "four processes"
+            f"--shard takes I/N, the I-th of N shares with I from 1 to N, got {text!r}; for example, give four "
+            "processes 1/4, 2/4, 3/4 and 4/4"
         )
     return int(shard), int(shards)
 
 
 def _bytes(path: Path) -> int:
-    """A slide's size: of a file, with the folder of its name, where MIRAX keeps the pixels, or of a folder's files."""
-    beside = path.with_suffix("") if path.suffix else path
-    found = [path] if path.is_file() else []
-    if beside.is_dir():
-        found += [Path(entry.path) for entry in os.scandir(beside) if entry.is_file()]
-    return sum(one.stat().st_size for one in found)
+    """Return the size of a slide's file and of the files in the folder of its name, in which MIRAX stores pixels."""
+    folder = path.with_suffix("") if path.suffix else path
+    files = [path] if path.is_file() else []
+    if folder.is_dir():
+        files += [Path(entry.path) for entry in os.scandir(folder) if entry.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -1,4 +1,4 @@
-"""The progress of a run, read from its output folder alone, even after all its processes were killed."""
+"""The progress of a run, read only from its output folder, even after all its processes were killed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class ProcessStatus:
 
     Attributes:
         name: its pid and its machine's name.
-        began: when it began, by its machine's clock.
-        ended: whether it is known to have ended without leaving; one of another machine may have.
+        began: its start time by its machine's clock.
+        ended: whether it is known to have ended without leaving; unknown, hence False, for other machines.
         slide_id: the slide that it has claimed; None between two slides.
-        claimed_at: since when, by its machine's clock; "" where that cannot be read.
-        slides_done: slides that it has ended.
-        slides_per_hour: of these; None before the first.
+        claimed_at: the time of the claim by its machine's clock; "" if it cannot be read.
+        slides_done: the number of slides that it has ended.
+        slides_per_hour: the rate of these slides; None before the first.
     """
 
     name: str
@@ -46,15 +46,15 @@ class ProcessStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run.
+    """The progress of a run.
 
     Attributes:
-        total: slides that its processes were given; those of the summary alone where no process is at work.
-        ok: slides that have outputs of this run.
-        skipped: slides that an earlier run had finished.
-        failed: (slide, why) of those that failed.
-        processes: those that take part, in the order of their names.
-        seconds_left: until all slides are done, at the pace so far; None where that is not known.
+        total: the number of slides that its processes were given, or of those in the summary if no process is at work.
+        ok: the number of slides that have outputs of this run.
+        skipped: the number of slides that an earlier run had finished.
+        failed: (slide, reason) of each failed slide.
+        processes: its processes, sorted by name.
+        seconds_left: seconds until all slides are done, at the rate so far; None if it is not known.
     """
 
     total: int
@@ -66,41 +66,41 @@ class RunStatus:
 
     @property
     def done(self) -> int:
-        """Slides that have ended, one way or another."""
+        """The number of slides that are ok, skipped or failed."""
         return self.ok + self.skipped + len(self.failed)
 
     @property
     def left(self) -> int:
-        """Slides that have not ended."""
+        """The number of slides that have not ended."""
         return self.total - self.done
 
     @property
     def slides_per_hour(self) -> float:
-        """The rate of all running processes together."""
+        """The total rate of all running processes."""
         return sum(one.slides_per_hour or 0.0 for one in self.processes if not one.ended)
 
 
 def run_status(out_dir: Path) -> RunStatus:
-    """Report the progress of the run in an output folder.
+    """Return the progress of the run in an output folder.
 
     Args:
-        out_dir: the folder, the ``--out`` of infer or extract.
+        out_dir: the output folder, the ``--out`` of infer or extract.
 
     Raises:
-        OutputError: there is no run in it, or its summary cannot be read.
+        OutputError: the folder contains no run, or its summary cannot be read.
     """
     root = out_dir / FOLDER
     try:
         rows = read_summary(out_dir / "summary.csv")
     except (OSError, ValueError) as error:
         raise OutputError(f"a run's summary must be readable, got {as_text(out_dir)}: {error}") from error
-    for _, beside in rows_beside(root / "rows"):
-        rows |= beside
+    for _, buffered in rows_beside(root / "rows"):
+        rows |= buffered
     members = {token: read_member(root / "members", token) or {} for token in members_of(root / "members")}
     if not rows and not members:
         raise OutputError(
-            f"the status of a run is read from its output folder, got {as_text(out_dir)}, in which no run has begun; "
-            "name the --out of infer or extract"
+            f"the status of a run is read from its output folder, got {as_text(out_dir)}, which contains no run; give "
+            "the --out of infer or extract"
         )
     given = {slide for about in members.values() for slide in listed_slides(root, str(about.get("slides", "")))}
     if given:
@@ -125,7 +125,7 @@ def run_status(out_dir: Path) -> RunStatus:
 
 
 def _claims(folder: Path) -> dict[str, tuple[str, str]]:
-    """(slide, since when) that each member's token holds; the last claim of a slide is its owner's."""
+    """Return the slide and the time of each member's last claim, by the member's token."""
     found: dict[str, tuple[str, str]] = {}
     for path in sorted(folder.glob("*"), key=lambda path: path.stat().st_mtime_ns if path.exists() else 0):
         at = ""
@@ -140,7 +140,7 @@ def _process(about: dict[str, Any], claim: tuple[str, str] | None) -> ProcessSta
         process = Process.of(about["process"])
         name, ended = str(process), process.has_ended()
     except (KeyError, ValueError, TypeError):
-        name, ended = "a process that has not told its name", False
+        name, ended = "an unknown process", False
     done, seconds = int(about.get("done", 0)), float(about.get("seconds", 0.0))
     return ProcessStatus(
         name=name,

@@ -1,7 +1,7 @@
-"""Writing maps as OME-Zarr 0.5 (Zarr 3): a pixel for a cell of the lattice, and transforms to µm.
+"""Write maps as OME-Zarr 0.5 (Zarr 3), with one pixel for each cell of the lattice and transforms to µm.
 
-The format has scales of its own, so that nothing is blown up to level 0. A pixel's place is that of its centre, as
-napari has it, and the centre of the slide's first pixel is 0.
+The format has scale transforms, so that maps need not be enlarged to level 0. The position of a pixel is that of its
+centre, as in napari, and the centre of the slide's first pixel is 0.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def write_ome_zarr(path: Path, lattice: MapLattice, names: Sequence[str], name: 
     """Write maps as channels of one image.
 
     Args:
-        path: the folder to make.
+        path: the folder to create.
         lattice: the maps.
-        names: of the channels: of all maps, or of the first ones.
-        name: of the image.
+        names: the names of the channels, which are the first maps of the lattice or all of them.
+        name: the name of the image.
         spacing_um: µm per level-0 pixel.
 
     Raises:
@@ -89,16 +89,16 @@ def _metadata(lattice: MapLattice, names: Sequence[str], name: str, spacing_um: 
 
 
 def _channel(label: str, index: int, values_RC: np.ndarray) -> dict[str, Any]:
-    """How a viewer shows a map at first: what speaks for each class in its colour on black, as one picture of all.
+    """Return a viewer's initial settings of a map: relevance for a class in the class's colour, on black.
 
-    Viewers add the channels up: ranges that began below zero would add up to white.
+    Viewers add the channels up, so that ranges starting below zero would add up to white.
     """
     known = np.isfinite(values_RC)
     low, high = (float(pick(values_RC, where=known, initial=0.0)) for pick in (np.min, np.max))
     of_class = label != ATTENTION
-    colours = [colour for colour in PALETTE if any(colour)]  # black is none on black
-    colour = "".join(f"{part:02X}" for part in colours[index % len(colours)]) if of_class else "FFFFFF"
-    # Attention is not shown at first, so that it may begin below zero, where a model gives such weights.
+    colours = [colour for colour in PALETTE if any(colour)]  # black would be invisible
+    colour = "".join(f"{value:02X}" for value in colours[index % len(colours)]) if of_class else "FFFFFF"
+    # Attention is hidden at first, so its range may start below zero, if a model gives negative weights.
     start, end = colour_limit(values_RC, "sequential" if of_class else kind_of_attention(values_RC))
     window = {"min": low, "max": high, "start": start, "end": end}
     return {"label": as_text(label), "color": colour, "active": of_class, "window": window}

@@ -12,10 +12,10 @@ from maskattn.slide.report.markup import Markup, element, joined
 __all__ = ["facts_of", "map_sentence", "model_cards", "notes_of", "pairs", "run_table", "score_table"]
 
 _VERDICTS = {
-    "passed": "passed: without the tiles that it calls most relevant the score falls by more than at random",
-    "weak": "weak: the map is not told from noise",
-    "contradicts": "contradicts: without the tiles that it calls most relevant the score falls by less than at random; "
-    "do not take this map for evidence",
+    "passed": "passed: without the tiles that it ranks as most relevant, the score falls by more than at random",
+    "weak": "weak: the map cannot be distinguished from noise",
+    "contradicts": "contradicts: without the tiles that it ranks as most relevant, the score falls by less than at "
+    "random; do not take this map as evidence",
     "skipped": "skipped: there are too few tiles to test it",
     "not asked for": "not asked for",
 }
@@ -90,15 +90,15 @@ def notes_of(slide: FinishedSlide) -> Markup:
     counts = prediction.counts
     tokens = counts.kept_tokens + counts.skipped_tokens
     lines = [
-        f"{counts.kept_tiles:,} of {counts.cells:,} tiles hold tissue, and {counts.kept_tokens:,} of {tokens:,} "
-        f"tokens; the other {counts.skipped_tokens:,} tokens are glass by "
-        f"'{prediction.tissue.get('method', 'a method that is not recorded')}' and took no part.",
+        f"{counts.kept_tiles:,} of {counts.cells:,} tiles contain tissue, and {counts.kept_tokens:,} of {tokens:,} "
+        f"tokens; the other {counts.skipped_tokens:,} tokens are glass according to "
+        f"'{prediction.tissue.get('method', 'a method that is not recorded')}' and were left out.",
     ]
     if counts.unreadable_tiles:
         lines.append(f"{counts.unreadable_tiles:,} tiles could not be read and were left out.")
     lines += [f"{note}." for note in (*prediction.tissue.get("notes", ()), *prediction.notes)]
     if slide.status == "failed":
-        lines.append(f"The last run failed, and this is what an earlier one found: {slide.reason}.")
+        lines.append(f"The last run failed ({slide.reason}); these are the results of an earlier one.")
     return joined([element("h3", "What was skipped"), element("ul", *(element("li", line) for line in lines))])
 
 
@@ -112,9 +112,9 @@ def facts_of(prediction: SlidePrediction) -> Markup:
         "Seconds by stage": prediction.timings_s,
         "Versions": versions,
     }
-    parts = [element("div", element("h4", title), pairs(facts), class_="facts") for title, facts in groups.items()]
+    boxes = [element("div", element("h4", title), pairs(facts), class_="facts") for title, facts in groups.items()]
     return element(
-        "details", element("summary", "File, settings, timings, versions"), element("div", *parts, class_="groups")
+        "details", element("summary", "File, settings, timings, versions"), element("div", *boxes, class_="groups")
     )
 
 
@@ -134,7 +134,7 @@ def model_cards(run: FinishedRun) -> Markup:
             "tokens": f"{settings.get('token_px', '?')} px",
             "background": "left out" if settings.get("masked", True) else "attended to",
             "slides here": len(predictions),
-            "demonstration": "yes: its classes mean nothing on real tissue" if model.demonstration else "no",
+            "demonstration": "yes: its classes are meaningless on real tissue" if model.demonstration else "no",
         }
         note = [element("p", model.note)] if model.note else []
         cards.append(element("div", element("h3", model.name), *note, pairs(facts), class_="card"))

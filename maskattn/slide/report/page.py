@@ -20,11 +20,11 @@ from maskattn.slide.report.slide_part import slide_part
 __all__ = ["page_head", "style_sheet", "write_report"]
 
 _READING = (
-    "A map shows which tokens, or tiles, speak for a class (red) and against it (blue): the signed share of each in "
-    "the class's score. Colours follow the square root of the value, and what is near zero is nearly transparent.",
-    "Squares on a map mark the tiles that are shown beside it. Positions are pixels of the slide's level 0.",
-    "The map check compares the score by the tiles that a map calls most relevant, alone, with the score by those that "
-    "it calls least relevant. A map that does not pass must not be taken for evidence.",
+    "A map shows which tokens or tiles are evidence for a class (red) or against it (blue): the signed contribution of "
+    "each to the class's score. Colours follow the square root of the value; values near zero are nearly transparent.",
+    "Squares on a map mark the tiles shown next to it. Positions are level-0 pixels of the slide.",
+    "The map check compares the score from only the tiles that a map ranks as most relevant with the score from those "
+    "that it ranks as least relevant. A map that does not pass must not be taken as evidence.",
 )
 
 
@@ -49,7 +49,7 @@ def write_report(
         The path of the report.
 
     Raises:
-        ValueError: the folder does not exist, it holds no outputs, or the path is that of another kind of file.
+        ValueError: the folder does not exist or contains no outputs, or the path does not end in .html.
         OutputError: the report cannot be written.
     """
     run = read_run(out_dir)
@@ -67,8 +67,8 @@ def write_report(
             file.write(_end(run))
     except OSError as error:
         raise OutputError(
-            f"the report must be written whole, got {as_text(path)}: {error.strerror or error}; free space or choose "
-            "another --out"
+            f"the report must be written completely, got {as_text(path)}: {error.strerror or error}; free space or "
+            "choose another --out"
         ) from error
     return path
 
@@ -78,7 +78,7 @@ def _page_path(out_dir: Path, path: Path | None) -> Path:
     if is_folder(path):
         path = path / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"a report is a page, whose name ends in .html, got {as_text(path)}; choose another --out")
+        raise ValueError(f"a report's file name must end in .html, got {as_text(path)}; choose another --out")
     return path
 
 

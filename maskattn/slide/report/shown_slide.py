@@ -44,5 +44,5 @@ def show(
         >>> maskattn.slide.show("out", "case_7")  # doctest: +SKIP
     """
     slide = read_run(Path(out_dir)).slide(slide_id)
-    part = slide_part(slide, top, None if slides_dir is None else Path(slides_dir))
-    return ShownSlide(slide_id, element("div", style_sheet(), element("h2", slide_id), part, class_="maskattn cell"))
+    section = slide_part(slide, top, None if slides_dir is None else Path(slides_dir))
+    return ShownSlide(slide_id, element("div", style_sheet(), element("h2", slide_id), section, class_="maskattn cell"))

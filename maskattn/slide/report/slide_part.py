@@ -66,17 +66,17 @@ def slide_part(slide: FinishedSlide, top: int, slides_dir: Path | None) -> Marku
     """
     if slide.prediction is None:
         return element("p", f"There are no outputs: {slide.reason or 'no reason is recorded'}.", class_="failed")
-    parts = [_verdict_line(slide.prediction), score_table(slide.prediction)]
+    elements = [_verdict_line(slide.prediction), score_table(slide.prediction)]
     try:
-        parts.append(_pictures(slide, top, slides_dir))
+        elements.append(_pictures(slide, top, slides_dir))
     except (SlideError, OSError) as error:
-        parts.append(element("p", f"There are no pictures: {error}.", class_="failed"))
-    return joined([*parts, notes_of(slide), facts_of(slide.prediction)])
+        elements.append(element("p", f"There are no pictures: {error}.", class_="failed"))
+    return joined([*elements, notes_of(slide), facts_of(slide.prediction)])
 
 
 def _verdict_line(prediction: SlidePrediction) -> Markup:
     score = prediction.scores[prediction.prediction]
-    demonstration = " by a demonstration model, whose classes mean nothing on real tissue"
+    demonstration = " by a demonstration model, whose classes are meaningless on real tissue"
     return element(
         "p",
         "Predicted ",
@@ -93,11 +93,11 @@ def _pictures(slide: FinishedSlide, top: int, slides_dir: Path | None) -> Markup
         shown = _Shown(reader, table, reader.thumbnail(OVERVIEW_PX), top)
         attention = build_mosaic(table, len(table.classes))
         values = shown.sampled(attention)
-        what = "tokens" if table.tokens_hw else "tiles"
+        units = "tokens" if table.tokens_hw else "tiles"
         overview = element(
             "figure",
             picture(outlined(shown.thumbnail, np.isfinite(values)), f"Thumbnail of {slide.slide_id}"),
-            element("figcaption", f"The slide; the line is around the {what} that took part."),
+            element("figcaption", f"The slide; the line surrounds the {units} that took part."),
         )
         kind = kind_of_attention(values)
         limits, colours = colour_limit(values, kind), COLOUR_MAPS[kind][0]
@@ -108,14 +108,14 @@ def _pictures(slide: FinishedSlide, top: int, slides_dir: Path | None) -> Markup
         )
         ranked = sorted(prediction.scores, key=prediction.scores.__getitem__, reverse=True)
         classes = [name for name in ranked if name in table.classes]
-        parts = [_class_part(shown, prediction, name) for name in classes[:MOST_CLASSES]]
-    left_out = len(classes) - len(parts)
-    more = [element("p", f"{left_out} classes of lower scores are left out here; relevance.h5 has them.")]
-    return joined([element("div", overview, attended, class_="pictures"), *parts, *(more if left_out else [])])
+        sections = [_class_part(shown, prediction, name) for name in classes[:MOST_CLASSES]]
+    left_out = len(classes) - len(sections)
+    more = [element("p", f"{left_out} classes of lower scores are left out here; relevance.h5 contains them.")]
+    return joined([element("div", overview, attended, class_="pictures"), *sections, *(more if left_out else [])])
 
 
 def _class_part(shown: _Shown, prediction: SlidePrediction, name: str) -> Markup:
-    """Return the map of a class over the slide, and the tiles with most relevance for and against it."""
+    """Return the map of a class over the slide, and the tiles with the most relevance for and against it."""
     table, index = shown.table, shown.table.classes.index(name)
     mosaic = build_mosaic(table, index)
     limits, colours = colour_limit(mosaic.levels[0], "diverging"), COLOUR_MAPS["diverging"][0]
