@@ -94,7 +94,7 @@ def refuse_dropout(dropout_p: float, impl: str) -> None:
     """
     if dropout_p != 0 and impl != "reference":
         raise ValueError(
-            f"impl={impl!r} drops weights by their positions among the rows of one process, and does not support "
+            f"impl={impl!r} drops weights by their positions among the rows of one process, so it has no "
             f"dropout over a process group, got dropout_p={dropout_p}; pass dropout_p=0, or impl='reference', which is "
             "slow"
         )
