@@ -1,4 +1,4 @@
-"""What every test process needs before it imports anything else."""
+"""The setup of every test process, before it imports anything else, and the fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _missing(*modules: str) -> bool:
     return any(importlib.util.find_spec(module) is None for module in modules)
 
 
-# On a machine with a GPU and little else (no slide libraries, no hypothesis) the rest of the suite still runs.
+# On a machine with a GPU but without the slide libraries or hypothesis, the rest of the suite still runs.
 collect_ignore_glob = []
 _SLIDE = "openslide cv2 tifffile imagecodecs h5py shapely PIL matplotlib typer rich safetensors"
 if _missing(*_SLIDE.split()):
@@ -28,8 +28,8 @@ if _missing("pydicom"):
 if _missing("hypothesis"):
     collect_ignore_glob += ["native/*", "slide/*", "test_packing.py"]
 
-# torchvision's wheel is built for CUDA torch; on a CPU torch neither it nor timm can be imported. The
-# names go with what holds them.
+# torchvision's wheel is built for CUDA torch, so that with a CPU torch neither it nor timm can be imported without
+# these names, which exist as long as the object that is kept here.
 _names = None if _missing("torchvision") or torch.cuda.is_available() else name_operators()
 
 
@@ -40,7 +40,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Small work is quickest on one thread, all the more on a busy machine."""
+    """Run on one thread, on which small work is fastest, especially on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def small_bundle(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small model in place of the bundled one, which is another test's concern."""
+    """Replace the bundled model, which other tests cover, by a small one."""
     from small_slides import small_model
 
     from maskattn.cli import slide_runs
@@ -61,8 +61,8 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 @pytest.fixture(scope="session")
 def shared_slides() -> Path:
-    """The folder of real and broken slides that may lie beside the project."""
+    """Return the folder of real and broken slides that may be next to the checkout."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "slides"
     if not folder.is_dir():
-        pytest.skip("the real and broken slides do not lie beside this checkout")
+        pytest.skip("the real and broken slides are not next to this checkout")
     return folder

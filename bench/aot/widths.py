@@ -1,13 +1,13 @@
-"""Every head width in every pass, dtype and target, plain and with options: what it takes, and that nothing spills.
+"""Compilation of every head width in every pass, dtype and target, plain and with options: resources and spills.
 
-    python -m bench.aot.widths                   all of it, into bench/results/aot_widths_<triton version>.csv
-    SHARD=3/16 python -m bench.aot.widths        every 16th case from the third; shards may run side by side
+    python -m bench.aot.widths                   all cases, into bench/results/aot_widths_<triton version>.csv
+    SHARD=3/16 python -m bench.aot.widths        every 16th case from index 3 on; shards may run at the same time
     python -m bench.aot.widths --only sm90,72    cases with these words in their keys
 
-``python -m bench.aot.report --all-widths`` does the same. The signatures are those of real calls (``launches.py``):
-where strides are no multiples of 16, as at the widths 72 and 88, the compiler knows less than elsewhere. A row stands
-as long as the intermediate code of its kernel does; only what has changed is compiled again, and each row is kept when
-it is known, so that a run that is stopped goes on where it was.
+``python -m bench.aot.report --all-widths`` does the same. The signatures are those of real calls (``launches.py``): if
+strides are not multiples of 16, as at the widths 72 and 88, the compiler knows less about them. A row is valid as long
+as the intermediate code of its kernel is unchanged; only changed kernels are compiled again, and each row is saved as
+soon as it is known, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ __all__ = [
 HEADS, SPLITS, LENGTHS = 6, 8, (50, 21)
 QUERIES, CLASSES = 3, 40
 
-# Between powers of two, with a second chunk and without: what the committed table has at least.
+# Head widths between powers of two, with and without a second chunk, which the committed table must have.
 REPRESENTATIVE = (72, 104, 200)
 
-# The passes of each operation, by its sets of options; "bias" has the tiles of "plain", and more to keep.
+# The kernels of each operation and set of options; "bias" has the tiles of "plain" but needs more registers.
 KERNELS = {
     ("attention", "plain"): ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"),
     ("attention", "bias"): ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"),
@@ -71,14 +71,14 @@ KERNELS = {
     ("relevance", "every"): ("relevance_kernel",),
 }
 
-# Each chip, and the row of the tables with whose tiles it is launched.
+# Each chip, and the target of the tables whose tiles it is launched with.
 TARGETS: dict[str, GPUTarget] = {**GPU_TARGETS, **{name: target for name, (_, target) in SIBLINGS.items()}}
 ROWS: dict[str, Target] = {name: name for name in GPU_TARGETS} | {name: row for name, (row, _) in SIBLINGS.items()}
 
 
 @dataclass(frozen=True)
 class WidthCase:
-    """One kernel of one operation; float16 compiles to what bfloat16 does, with other conversions."""
+    """One kernel of one operation; float16 compiles to the same code as bfloat16, except for conversions."""
 
     kernel: str
     target: str
@@ -94,7 +94,7 @@ class WidthCase:
 
 @dataclass(frozen=True)
 class WidthRow:
-    """What a case compiles to."""
+    """The resources of a compiled case."""
 
     case: WidthCase
     tile: str
@@ -106,13 +106,13 @@ class WidthRow:
     tensor_instruction: str
 
     def columns(self) -> dict[str, str]:
-        """The row as the table has it."""
+        """Return the row by the table's columns."""
         own = {field.name: str(getattr(self, field.name)) for field in fields(self)[1:]}
         return {name: str(value) for name, value in asdict(self.case).items()} | own
 
 
 def width_cases() -> Iterator[WidthCase]:
-    """Every case, the most used first: half precision before single, 9.0 before others."""
+    """Yield every case, the most common first: half precision before single, compute capability 9.0 before others."""
     for dtype in ("bf16", "tf32x3", "fp32"):
         for operation in ("attention", "readout", "relevance"):
             for target in ("sm90", "sm80", "sm100", "sm86", "sm120", "gfx942", "gfx90a", "gfx950"):
@@ -125,7 +125,7 @@ def width_cases() -> Iterator[WidthCase]:
 
 
 def _takes_three_products(case: WidthCase) -> bool:
-    """Whether float32 goes to the tensor cores where it may; else the case is that of float32."""
+    """Return whether the tables have a tile with three TF32 products; otherwise the case equals that of float32."""
     pass_: Any = case.kernel.removesuffix("_kernel")
     if case.operation != "attention":
         return False
@@ -135,7 +135,7 @@ def _takes_three_products(case: WidthCase) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _launches(operation: str, target: str, head_width: int, dtype: str, options: str) -> tuple[Launch, ...]:
-    """The launches of one call of an operation and its backward."""
+    """Return the launches of one call of an operation and its backward."""
     with (
         recorded_launches(ROWS[target]) as launches,
         mock.patch.object(call, "number_of_splits", return_value=SPLITS),
@@ -145,7 +145,7 @@ def _launches(operation: str, target: str, head_width: int, dtype: str, options:
 
 
 def _given(options: str, *shape: int) -> dict[str, Any]:
-    """The options of a call, by name: a key bias of this shape and, with all of them, ALiBi and dropout."""
+    """Return the options of a call by name: a key bias of this shape and, for "every", ALiBi and dropout too."""
     bias = {"key_bias": torch.zeros(shape, requires_grad=True)}
     slopes = torch.zeros(HEADS, requires_grad=True)
     return {"plain": {}, "bias": bias, "every": {**bias, "slopes": slopes, "dropout_p": 0.1}}[options]
@@ -160,7 +160,7 @@ def _starts() -> torch.Tensor:
 
 
 def _attend(width: int, dtype: str, options: str) -> None:
-    """Packed without options, as descriptors take it; with them the kept tokens of dense tensors, by index."""
+    """Attend to packed tensors without options, for descriptors; with options, to kept tokens of dense tensors."""
     batch, longest = len(LENGTHS), max(LENGTHS)
     given = {**_given(options, batch, HEADS, longest), "precision": precision_of(dtype)}
     if options == "plain":
@@ -208,26 +208,26 @@ def _launch_of(case: WidthCase) -> Launch:
 
 
 def _tile_of(launch: Launch) -> str:
-    """Its tile, warps and stages, as the tables of configurations have them."""
+    """Return the launch's tile, warps and stages in the notation of the tables of configurations."""
     names = launch.constants_by_name
     sizes = "x".join(str(names[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C") if name in names)
     return f"{sizes}/{launch.num_warps}/{launch.num_stages}{'+d' * bool(names.get('DESCRIBED'))}"
 
 
 def current_code(case: WidthCase) -> str:
-    """The fingerprint of the kernel's intermediate code, as it is now."""
+    """Return the fingerprint of the kernel's current intermediate code."""
     launch = _launch_of(case)
     return fingerprint(launch.source, TARGETS[case.target], launch.options)
 
 
 def compile_width(case: WidthCase) -> Any:
-    """The compiled kernel of a case."""
+    """Compile the kernel of a case."""
     launch = _launch_of(case)
     return triton.compile(launch.source, target=TARGETS[case.target], options=launch.options)
 
 
 def measure_width(case: WidthCase) -> WidthRow:
-    """Compile one case and read what it takes."""
+    """Compile one case and return its resources."""
     launch, compiled = _launch_of(case), compile_width(case)
     metadata = compiled.metadata
     return WidthRow(
@@ -237,7 +237,7 @@ def measure_width(case: WidthCase) -> WidthRow:
 
 
 def faults(row: WidthRow) -> list[str]:
-    """What keeps a kernel from running, or from running well."""
+    """Describe what prevents a kernel from running, or from running well."""
     limit = SHARED_LIMITS[ROWS[row.case.target]]
     found = [f"spills {row.spilled_bytes} bytes"] if row.spilled_bytes else []
     found += [f"takes {row.shared_bytes} bytes of shared memory of {limit}"] if row.shared_bytes > limit else []
@@ -246,12 +246,12 @@ def faults(row: WidthRow) -> list[str]:
 
 
 def table_path() -> Path:
-    """The committed table of the installed triton."""
+    """Return the path of the committed table for the installed triton."""
     return Path(__file__).parents[1] / "results" / f"aot_widths_{triton.__version__}.csv"
 
 
 def read_widths(path: Path) -> dict[WidthCase, WidthRow]:
-    """Rows of the table by their cases."""
+    """Return the rows of the table by their cases."""
     if not path.exists():
         return {}
     rows = {}
@@ -266,7 +266,7 @@ def read_widths(path: Path) -> dict[WidthCase, WidthRow]:
 
 
 def _keep(rows: Iterable[WidthRow], path: Path) -> None:
-    """Put rows into the table, in its order, beside those that other shards have put there."""
+    """Add rows to the table in its order, and keep those that other shards have added."""
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         table = read_widths(path) | {row.case: row for row in rows}
@@ -280,11 +280,11 @@ def _keep(rows: Iterable[WidthRow], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile what has changed; the exit status is 1 if anything spills or does not fit, 3 if cases are left."""
+    """Compile the changed cases; the exit status is 1 if anything spills or does not fit, 3 if cases are left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="words that a case must have in its key, with commas between them")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
-    parser.add_argument("--table", type=Path, default=table_path(), help="the table to go on with")
+    parser.add_argument("--only", default="", help="words that a case must have in its key, separated by commas")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
+    parser.add_argument("--table", type=Path, default=table_path(), help="the table to continue")
     given = parser.parse_args(arguments)
     words = {word for word in given.only.split(",") if word}
     first, step = (int(x) for x in os.environ.get("SHARD", "0/1").split("/"))

@@ -1,7 +1,7 @@
 """The contenders of bench/cpu/explanation_speed.py: CDAM, and graphs through which autograd computes the same maps.
 
-A graph is built by one forward and then explains classes one by one, a backward for each: S from the gradient at the
-last block's first norm. What K classes cost is thus one forward and K backwards.
+One forward builds a graph, which then explains classes one by one with a backward each: S from the gradient at the last
+block's first norm. K classes thus take one forward and K backwards.
 
 Dimension key: T packed tokens of one image, C channels, M maps.
 """
@@ -38,7 +38,7 @@ PATCH_PX = 2
 
 
 class ExplainClass(Protocol):
-    """One backward: the map (T,) of a class; the graph is freed unless it is to be kept."""
+    """A function that computes the map (T,) of a class by one backward; ``keep_graph`` keeps the graph for another."""
 
     def __call__(self, c: int, *, keep_graph: bool) -> Tensor:
         """Explain class ``c``."""
@@ -49,8 +49,8 @@ class Repeated:
     """The work that a contender repeats.
 
     Attributes:
-        graph: its name in :func:`graphs`.
-        forwards, backwards: how many of each it takes.
+        graph: name of the graph in :func:`graphs`.
+        forwards, backwards: numbers of forwards and backwards.
     """
 
     graph: str
@@ -63,9 +63,9 @@ class Contender:
     """A way to explain some classes.
 
     Attributes:
-        name: as in the table.
-        classes: the number of classes that it explains.
-        call: all of its work.
+        name: name in the table.
+        classes: number of classes that it explains.
+        call: function that does all of its work.
         repeated: the unit that this work repeats; None if it repeats nothing.
     """
 
@@ -76,7 +76,7 @@ class Contender:
 
 
 def new_model(classes: int, width: int, depth: int, side: int, device: str) -> VisionTransformer:
-    """A class-token ViT with heads of 64 channels."""
+    """Build a class-token ViT with heads of 64 channels."""
     torch.manual_seed(0)
     model = VisionTransformer(
         img_size=side * PATCH_PX,
@@ -91,7 +91,7 @@ def new_model(classes: int, width: int, depth: int, side: int, device: str) -> V
 
 
 def whole_graph(model: VisionTransformer, x: Tensor) -> ExplainClass:
-    """The authors' way: a graph through the whole model, and the gradient that a hook sees at the norm."""
+    """Build a graph through the whole model, with a hook for the gradient at the norm, as the authors' code does."""
     seen: list[Tensor] = []
 
     def keep_gradient(module: object, inputs: object, output: Tensor) -> None:
@@ -116,13 +116,13 @@ def whole_graph(model: VisionTransformer, x: Tensor) -> ExplainClass:
 
 
 def block_graph(model: VisionTransformer, tokens: PackedTokens) -> ExplainClass:
-    """A graph through all of the last block."""
+    """Build a graph through the complete last block."""
     normed = model.last_block.norm1(tokens.rows_TC).detach().requires_grad_()
     return _explain_at(normed, model.pool(model.last_block.mix(tokens, normed)))
 
 
 def row_graph(model: VisionTransformer, tokens: PackedTokens) -> ExplainClass:
-    """CDAM's tail without the closed form: a graph through keys, values and the class token's attention row."""
+    """Build the graph of CDAM's tail, through keys, values and the class token's attention row."""
     block = model.last_block
     normed = block.norm1(tokens.rows_TC).detach().requires_grad_()
     read = block.read_attention(tokens, normed)
@@ -138,9 +138,9 @@ def _explain_at(normed_TC: Tensor, logits_1K: Tensor) -> ExplainClass:
 
 
 def explain_each(explain: ExplainClass, classes: Sequence[int]) -> Tensor:
-    """Maps (M, T) of some classes, a backward for each."""
+    """Compute the maps (M, T) of some classes, with a backward for each."""
     first = explain(classes[0], keep_graph=len(classes) > 1)
-    # Written in place: a small tensor left between large ones would make the heap grow with every class.
+    # Maps are written in place, since small tensors between large ones would make the heap grow with every class.
     maps_MT = first.new_empty(len(classes), len(first))
     maps_MT[0] = first
     for row, c in enumerate(classes[1:], start=1):
@@ -149,7 +149,7 @@ def explain_each(explain: ExplainClass, classes: Sequence[int]) -> Tensor:
 
 
 def graphs(model: VisionTransformer, x: Tensor) -> dict[str, Callable[[], ExplainClass]]:
-    """Forwards that build a graph, by name."""
+    """Return the forwards that build a graph, by name."""
     tokens = _tokens(model, x)
     return {
         "whole model": lambda: whole_graph(model, x),
@@ -159,7 +159,7 @@ def graphs(model: VisionTransformer, x: Tensor) -> dict[str, Callable[[], Explai
 
 
 def contenders(model: VisionTransformer, x: Tensor, class_counts: Sequence[int], m: int) -> list[Contender]:
-    """For every number of classes those that explain several, then those that explain one."""
+    """Return the contenders that explain several classes, for every number of classes, then those that explain one."""
     tokens, build = _tokens(model, x), graphs(model, x)
     found = []
 
@@ -191,5 +191,5 @@ def contenders(model: VisionTransformer, x: Tensor, class_counts: Sequence[int],
 
 @torch.no_grad()
 def _tokens(model: VisionTransformer, x: Tensor) -> PackedTokens:
-    """The tokens that tails start from; their values do not change the time."""
+    """Return the tokens that tails start from; their values do not affect the time."""
     return model.embed(x)

@@ -2,10 +2,10 @@
 
     OMP_WAIT_POLICY=passive python -m bench.cpu.explanation_price --page docs/methods.md
 
-A ViT-S/16 of 12 blocks with random weights, float32, all tokens kept. A block and each method's tail (from the last
-block's input to the maps) are timed apart, in turn, and the least of the rounds counts. A prediction is 11 blocks and
-the last block's read; a prediction with its maps is 11 blocks, that read and the method's tail. Only ratios are worth
-quoting; a length that takes longer than the limit is measured once.
+The model is a ViT-S/16 of 12 blocks with random weights in float32, with all tokens kept. A block and each method's
+tail (from the last block's input to the maps) are timed separately in interleaved rounds, and the minimum over rounds
+counts. A prediction is 11 blocks and the last block's read; a prediction with maps adds the method's tail. Only ratios
+are worth quoting; a length whose block takes longer than the limit is measured once.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ BLOCKS = 12
 
 
 def price(tokens: int, classes: int, rounds: int, limit: float, width: int = 384) -> dict[str, float]:
-    """Seconds of "block", of "read" and of each method's tail, by name.
+    """Measure the seconds of "block", "read" and each method's tail, by name.
 
     Args:
-        tokens: grid tokens, a square number.
+        tokens: number of grid tokens, a square number.
         classes: K.
-        rounds: measurements of each.
-        limit: seconds of a block from which on one measurement has to do.
-        width: channels.
+        rounds: number of measurements.
+        limit: seconds of a block above which one measurement must suffice.
+        width: number of channels.
     """
     side = round(tokens**0.5)
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def _tail(explainer: TokenExplainer, model: VisionTransformer, rows: PackedToken
 
 
 def table(found: dict[int, dict[str, float]], classes: int) -> str:
-    """A row for each method: the cost of a prediction with its maps, in predictions."""
+    """Format a row for each method with the cost of a prediction with its maps, in predictions."""
     lengths = list(found)
     lines = [
         "| prediction with maps, in predictions | " + " | ".join(f"{n:,} tokens" for n in lengths) + " |",

@@ -3,22 +3,22 @@
     OMP_WAIT_POLICY=passive python -m bench.cpu.explanation_speed --page docs/evidence.md     # CPU, two threads
     python -m bench.cpu.explanation_speed --device cuda --depth 12
 
-Contenders of one length run in turn, round after round, in one process; a time is the least of its rounds, and only the
-ratios are worth quoting. What takes longer than a quarter of the limit is run once. Every contender runs on the same
-packed attention, so that the ratios are those of the method, not of the kernels.
+Contenders of one length run in interleaved rounds in one process; a time is the minimum over rounds, and only ratios
+are worth quoting. A contender that takes longer than a quarter of the limit is run once. All contenders run on the same
+packed attention, so that the ratios are those of the methods, not of the kernels.
 
 - closed form: CDAM's tail, last block to maps, for all K classes at once
 - autograd, one row: the same tail, a backward through the class token's attention row for each class
 - autograd, block: a backward through the whole last block for each class
 - CDAM: backbone and tail
-- backward a class: the authors' way, a graph through the whole model and a full backward for each class
+- backward a class: the authors' method, a graph through the whole model and a full backward for each class
 - Smooth, Integrated: backbone and 50 tails, one class
 - 50 full passes: 50 times a forward and a backward through the whole model
 
-The autograd contenders repeat one thing: a forward, or a backward through its graph. Both are timed at every length.
-Where the whole would take longer than the limit, its time is counted from them, which the table marks with ≈, and its
-memory is that of one graph; where the whole is measured too, the text says how far the two are apart. What the length
-before says would take too long, or more memory than there is, is left out and named.
+The autograd contenders repeat a forward, or a backward through its graph. Both are timed at every length. If all
+repetitions would take longer than the limit, their time is extrapolated from these, which the table marks with ≈, and
+the memory is that of one graph; if they are measured too, the text states the difference. A contender that would take
+too long, or more memory than there is, judged by the previous length, is left out and named.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Guard:
 
     Args:
         longest: seconds that a single call may take.
-        free: gives the MiB that can be had.
+        free: returns the available memory in MiB.
     """
 
     def __init__(self, longest: float, free: Callable[[], float]) -> None:
@@ -89,7 +89,7 @@ class Guard:
         self.last: dict[Key, tuple[int, float, float]] = {}
 
     def objection(self, key: Key, tokens: int) -> str | None:
-        """Why a call is left out; None: it may run."""
+        """Return the reason for leaving a call out; None if it may run."""
         if key not in self.last:
             return None
         before, seconds, mebibytes = self.last[key]
@@ -102,20 +102,20 @@ class Guard:
 
 
 def measure(call: Callable[[], object], device: str) -> tuple[float, float]:
-    """Seconds and extra MiB of one call."""
+    """Measure the seconds and extra MiB of one call."""
     (seconds,), mebibytes = measure_steps(_in_one_step(call), device)
     return seconds, mebibytes
 
 
 def measure_steps(steps: Iterator[None], device: str) -> tuple[list[float], float]:
-    """Seconds of each step, up to where it yields, and the extra MiB of all."""
+    """Measure the seconds of each step, up to its yield, and the extra MiB of all steps."""
     _give_back_memory(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
         before = _kibibytes("self/status", "VmRSS") * 1024
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
     seconds = []
     start = time.perf_counter()
     for _ in steps:
@@ -138,14 +138,14 @@ def _forward_and_backwards(build: Callable[[], ExplainClass], short: float) -> I
     start = time.perf_counter()
     explain(0, keep_graph=True)
     yield
-    # Of many backwards only the first fetches its memory from the system: a short one is timed at the second.
+    # Only the first of many backwards gets its memory from the system, so a short backward is timed at its second run.
     if time.perf_counter() - start < short:
         explain(0, keep_graph=False)
         yield
 
 
 def free_mebibytes(device: str) -> float:
-    """The memory that can be allocated once measured calls have freed theirs."""
+    """Return the memory that can be allocated after measured calls have freed theirs."""
     return torch.cuda.mem_get_info()[0] / 2**20 if device == "cuda" else _kibibytes("meminfo", "MemAvailable") / 1024
 
 
@@ -155,7 +155,7 @@ def _give_back_memory(device: str) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # else what an earlier call freed would be used again and not be counted
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed by an earlier call is reused and not counted
 
 
 def _kibibytes(file: str, field: str) -> int:
@@ -168,8 +168,9 @@ class Turns:
 
     Args:
         builds: functions that build a graph, by name.
-        contestants: whose graphs are among these.
-        limit: seconds up to which what can be counted is measured whole; a quarter is too long to be repeated.
+        contestants: contenders with graphs among these.
+        limit: seconds up to which a time that can be extrapolated is measured instead; a call of more than a quarter of
+            them is not repeated.
     """
 
     def __init__(
@@ -186,7 +187,7 @@ class Turns:
         self.left_out: dict[Key, str] = {}
 
     def turn(self, tokens: int, guard: Guard, device: str) -> None:
-        """Run once what is short enough to be repeated or measured completely, and what the guard permits."""
+        """Run each contender once that is short enough to be repeated or measured completely, if the guard permits."""
         for key, steps in self.steps.items():
             if key in self.runs:
                 if sum(self.runs[key][-1]) > self.limit / 4:
@@ -203,12 +204,12 @@ class Turns:
             self.mebibytes[key] = max(self.mebibytes.get(key, 0.0), mebibytes)
 
     def best(self, key: Key) -> tuple[float, ...]:
-        """Least seconds of each step; the first run is a trial, which counts where it is the only one."""
+        """Return the least seconds of each step; the first run is a warm-up, which counts only if there is no other."""
         runs = self.runs[key]
         return tuple(map(min, *runs[1:])) if len(runs) > 2 else runs[-1]
 
     def counted(self, key: Key) -> float | None:
-        """The extrapolated seconds of a contender: those of its unit times its repetitions."""
+        """Return the extrapolated seconds of a contender, those of its unit times its repetitions; None if unknown."""
         way = self.repeated[key]
         if way is None or (way.graph, 0) not in self.runs:
             return None
@@ -216,7 +217,7 @@ class Turns:
         return way.forwards * forward + way.backwards * backward
 
     def measured(self) -> Measured:
-        """The measured figure if the contender was run, else the extrapolated one, else none."""
+        """Return each contender's measured figure if it was run, else the extrapolated one, else why there is none."""
         found = Measured()
         for key, way in self.repeated.items():
             counted = self.counted(key)
@@ -233,11 +234,11 @@ class Turns:
 
 
 def run(arguments: argparse.Namespace) -> dict[int, Measured]:
-    """Every length, shortest first."""
+    """Measure every length, shortest first."""
     guard = Guard(arguments.longest, lambda: free_mebibytes(arguments.device))
     results = {}
     sides = sorted({round((length - 1) ** 0.5) for length in arguments.tokens})
-    # A first length that is long has no predecessor to judge by, so a shorter one is run first and not shown.
+    # A long first length has no predecessor to judge by, so a shorter one is run first and not shown.
     for side in [min(32, sides[0]), *sides]:
         tokens = side * side + 1
         if tokens in results:
@@ -253,7 +254,7 @@ def run(arguments: argparse.Namespace) -> dict[int, Measured]:
 
 
 def table(results: dict[int, Measured], m: int) -> str:
-    """Markdown: a row for each pair, number of classes and length, and how often theirs is ours in time and memory."""
+    """Format a row for each pair, number of classes and length, with ratios of theirs to ours in time and memory."""
     lines = ["| ours | theirs | classes | tokens | ours | theirs | time | memory |", "|---" * 8 + "|"]
     for ours, theirs in PAIRS:
         theirs = theirs.replace("50", str(m))
@@ -284,7 +285,7 @@ def _ratios(one: Figure | None, other: Figure | None) -> tuple[str, str]:
 
 
 def report(results: dict[int, Measured], arguments: argparse.Namespace) -> str:
-    """The table, and in words what it rests on."""
+    """Format the table and a description of the measurements."""
     threads = f", {arguments.threads} thread{'s' * (arguments.threads != 1)}" if arguments.device == "cpu" else ""
     parts = [
         f"A ViT of width {arguments.width}, depth {arguments.depth} and {max(arguments.classes)} outputs, one image, "

@@ -2,11 +2,10 @@
 
     python -m bench.cpu.extract [--threads 1] [--rounds 3] [--quick]
 
-A slide is drawn whose mask holds 30 % of every tile, so that as many of the tokens of kept tiles take part. The plain
-loop reads the same tiles by the same reader, runs timm's network, and writes the features; extraction runs in full,
-from opening the slide to closing the file: with every token (``none``) and with masked attention (``tissue``), in
-float32 and in bfloat16. Weights are random. Peak memory is that of a process of each contender's own. Writes
-bench/results/extract.md.
+The bench draws a slide whose mask keeps 30 % of the tokens of every tile. The plain loop reads the same tiles with the
+same reader, runs timm's network and writes the features. Extraction runs completely, from opening the slide to closing
+the file, with every token (``none``) and with masked attention (``tissue``), in float32 and in bfloat16. Weights are
+random. Peak memory is measured in a separate process for each contender. Writes bench/results/extract.md.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from maskattn.slide.reader import SlideReader
 RESULTS = Path(__file__).parents[1] / "results" / "extract.md"
 TILE_PX, TOKENS, BATCH = 224, 14, 16
 KEPT = 59  # of 196 tokens
-# So many that opening and closing the files, which costs the same whatever is encoded, weighs as little as in a slide.
+# Enough tiles that the fixed cost of opening and closing the files is as small as for a real slide.
 NETWORKS = {
     "ViT-S/16": ("vit_small_patch16_224", 64),
     "ViT-B/16": ("vit_base_patch16_224", 32),
@@ -54,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a few tiles and a small network: a trial of the bench")
+    parser.add_argument("--quick", action="store_true", help="try the bench with a few tiles and a small network")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS, metavar=("NETWORK", "CONTENDER", "FOLDER"))
     arguments = parser.parse_args()
@@ -75,7 +74,7 @@ def main() -> None:
             timed = rounds_of(calls, 1 if arguments.quick else arguments.rounds)
         seconds[title] = {name: [taken / tiles for taken in of_rounds] for name, of_rounds in timed.items()}
         _write(arguments, seconds, memory)
-    # Last, as it takes long: by then the timings are recorded.
+    # Memory comes last because it takes long, so that the timings are recorded before.
     for title, (network, _tiles) in networks.items():
         with tempfile.TemporaryDirectory() as folder:
             _draw(Path(folder), BATCH)
@@ -84,10 +83,10 @@ def main() -> None:
 
 
 def _draw(folder: Path, tiles: int) -> None:
-    """A slide of so many tiles with texture, and the mask that holds a blob of 59 of the 196 tokens of each.
+    """Draw a slide of textured tiles, and a mask that keeps a blob of 59 of the 196 tokens of each.
 
-    It has coarse levels as scanners write them: a view of the whole slide, which the mask is checked against, would
-    decode every tile once more without them, and the loop makes no such view.
+    The slide has coarse levels, as scanners write them: without them the view of the whole slide, which the mask is
+    checked against, would decode every tile once more, and the plain loop makes no such view.
     """
     random = np.random.default_rng(0)
     pixels = random.integers(90, 230, (TILE_PX, TILE_PX * tiles, 3), dtype=np.uint8)
@@ -112,8 +111,8 @@ def _draw(folder: Path, tiles: int) -> None:
 
 
 def _calls(network: str, folder: Path, contenders: Sequence[str] = CONTENDERS) -> dict[str, Callable[[], object]]:
-    """The functions to time, by name; only the networks that the contenders need are kept."""
-    import timm  # here, after torchvision was seen to
+    """Return the functions to time, by name; only the networks that the contenders need are kept."""
+    import timm  # after bench.without_torchvision
 
     torch.manual_seed(0)
     theirs = timm.create_model(network, num_classes=0).eval()
@@ -121,7 +120,7 @@ def _calls(network: str, folder: Path, contenders: Sequence[str] = CONTENDERS) -
     calls: dict[str, Callable[[], object]] = {}
     masks = [name for name in contenders if name != "timm"]
     if masks:
-        ours = TileEncoder(from_timm(theirs, copy="timm" in contenders), card)  # else taken over, as load_encoder does
+        ours = TileEncoder(from_timm(theirs, copy="timm" in contenders), card)  # else not copied, as in load_encoder
         job, identity = SlideJob("slide", folder / "slide.tiff", mask_path=folder / "mask.png"), identify_encoder(ours)
     if "timm" not in contenders:
         del theirs
@@ -142,7 +141,7 @@ def _calls(network: str, folder: Path, contenders: Sequence[str] = CONTENDERS) -
 
 
 def _plain_loop(theirs: torch.nn.Module, folder: Path, dtype: str) -> Callable[[], object]:
-    """Tiles of the whole slide in batches through timm's network, and the features into a file."""
+    """Return a function that runs the slide's tiles in batches through timm's network and writes the features."""
     half = torch.full((3,), 0.5)
 
     @torch.inference_mode()
@@ -177,13 +176,13 @@ def _check_same(folder: Path, calls: dict[str, Callable[[], object]]) -> None:
 
 
 def _own_peak_gib() -> float:
-    """Peak of this process since it began; rusage would count what its parent had when it forked."""
+    """Return the peak of this process since it began; rusage would include its parent's memory at the fork."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024**2
 
 
 def _memory_gib(network: str, contender: str, folder: str, arguments: argparse.Namespace) -> float:
-    """Peak resident memory of a process that loads the network and runs once."""
+    """Measure the peak resident memory of a process that loads the network and runs once."""
     alone = ["--alone", network, contender, folder, "--threads", str(arguments.threads)]
     command = [sys.executable, "-m", "bench.cpu.extract", *alone, *(["--quick"] if arguments.quick else [])]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

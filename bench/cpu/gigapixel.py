@@ -1,8 +1,8 @@
-"""Gigapixel: `maskattn infer` on a composed slide, masked and with --no-mask: time per stage, memory, tokens.
+"""Time per stage, memory and tokens of `maskattn infer` on a composed gigapixel slide, masked and with --no-mask.
 
-The slide repeats a real region, CMU-1-Small-Region.svs of OpenSlide's test data (CC0), to about 40,000 × 40,000 px with
-its own share of tissue, about a third. Its name says that it is composed. It is written tile by tile, level by level,
-so that composing needs no more memory than the region itself.
+The slide repeats a real region, CMU-1-Small-Region.svs of OpenSlide's test data (CC0), to about 40,000 × 40,000 px;
+about a third of it is tissue, as of the region. Its file name marks it as composed. It is written tile by tile and
+level by level, so that composing needs no more memory than the region itself.
 
     python -m bench.cpu.gigapixel path/to/CMU-1-Small-Region.svs [--side 40000] [--keep DIR] [--tokens]
 
@@ -39,11 +39,11 @@ STAGES = ("open", "tissue", "grid", "read", "encode", "slide", "tokens", "write"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("region", type=Path, help="CMU-1-Small-Region.svs")
-    parser.add_argument("--side", type=int, default=40_000, help="about how many pixels wide and high")
+    parser.add_argument("--side", type=int, default=40_000, help="approximate width and height in pixels")
     parser.add_argument("--keep", type=Path, help="folder for the slide and the outputs; by default they are removed")
     parser.add_argument("--tokens", action="store_true", help="with token maps")
-    parser.add_argument("--workers", type=int, help="by default maskattn's own choice")
-    parser.add_argument("--model", type=Path, help="by default the bundled demonstration")
+    parser.add_argument("--workers", type=int, help="maskattn's default if not given")
+    parser.add_argument("--model", type=Path, help="the bundled demonstration if not given")
     parser.add_argument("--name", default="gigapixel", help="stem of the results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def composed(region: Path, folder: Path, side_px: int) -> Path:
-    """The slide that :func:`compose` writes, reused if the folder has it already."""
+    """Return the slide that :func:`compose` writes, reused if the folder has it already."""
     folder.mkdir(parents=True, exist_ok=True)
     slide = folder / f"composed_{side_px}.tiff"
     if not slide.exists():
@@ -71,7 +71,7 @@ def composed(region: Path, folder: Path, side_px: int) -> Path:
 
 
 def compose(region: Path, path: Path, side_px: int) -> None:
-    """Repeat the region to about ``side_px`` × ``side_px``: a tiled pyramidal JPEG TIFF, written tile by tile."""
+    """Repeat the region to about ``side_px`` × ``side_px`` as a tiled pyramidal JPEG TIFF, written tile by tile."""
     with openslide.OpenSlide(region) as source:
         spacing_um = float(source.properties[openslide.PROPERTY_NAME_MPP_X])
         whole = np.asarray(source.read_region((0, 0), 0, source.dimensions))[..., :3]
@@ -100,7 +100,7 @@ def compose(region: Path, path: Path, side_px: int) -> None:
 
 
 def tiles_of(level: np.ndarray, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
-    """The tiles of a level that repeats ``level`` up to ``shape``, row by row."""
+    """Yield the tiles of a level that repeats ``level`` up to ``shape``, row by row."""
     height, width = level.shape[:2]
     for top in range(0, shape[0], TILE_PX):
         for left in range(0, shape[1], TILE_PX):
@@ -110,7 +110,7 @@ def tiles_of(level: np.ndarray, shape: tuple[int, int, int]) -> Iterator[np.ndar
 
 
 def infer(slide: Path, out: Path, options: list[str]) -> dict[str, Any]:
-    """Run the command line in a process of its own; its prediction, wall time and peak memory of all its processes."""
+    """Run the command line in a separate process; return its prediction, wall time and peak memory of all processes."""
     command = [sys.executable, "-m", "maskattn.cli", "infer", str(slide), "--out", str(out), "--overwrite", *options]
     start = time.perf_counter()
     process = subprocess.Popen(command)
@@ -127,7 +127,7 @@ def infer(slide: Path, out: Path, options: list[str]) -> dict[str, Any]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and its children; pages they share count for each."""
+    """Return the resident memory of a process and its children; shared pages count for each process."""
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
         return sum(member.memory_info().rss for member in family)

@@ -1,7 +1,7 @@
-"""Gigapixel: every output of `maskattn infer --tokens` on a composed slide: processor time, size on disk, peak memory.
+"""Processor time, size on disk and peak memory of every output of `maskattn infer --tokens` on a composed slide.
 
-The slide is that of `bench.cpu.gigapixel`. One run makes all outputs; the processor time of each is what passes in its
-sink, and memory is that of the run's processes together, sampled. The report is made afterwards, by itself.
+The slide is that of `bench.cpu.gigapixel`. One run makes all outputs; the processor time of an output is the time spent
+in its sink, and memory is sampled over all processes of the run. The report is made separately afterwards.
 
     python -m bench.cpu.gigapixel_outputs path/to/CMU-1-Small-Region.svs [--side 40000] [--keep DIR]
 
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 class TimedSink:
-    """A sink, and the processor time that passes in it."""
+    """A sink that measures the processor time spent in it."""
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
@@ -74,7 +74,7 @@ class TimedSink:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("region", type=Path, help="CMU-1-Small-Region.svs")
-    parser.add_argument("--side", type=int, default=40_000, help="about how many pixels wide and high")
+    parser.add_argument("--side", type=int, default=40_000, help="approximate width and height in pixels")
     parser.add_argument("--keep", type=Path, help="folder for the slide and the outputs; by default they are removed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -117,7 +117,7 @@ def page(slide: Path, out: Path) -> Iterator[str]:
 def table(
     prediction: SlidePrediction, seconds: float, timed: tuple[TimedSink, ...], folder: Path, peak_mib: float
 ) -> Iterator[str]:
-    """The costs of each output."""
+    """Yield the table with the costs of each output."""
     counts, slide = prediction.counts, prediction.slide
     yield "# Every output of a composed slide"
     yield ""
@@ -141,7 +141,7 @@ def table(
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """The greatest resident memory of this process and its children, in MiB, in a list that is filled at the end."""
+    """Measure the peak resident memory of this process and its children; the list gets the MiB at the end."""
     peak, done, found = [0], threading.Event(), [0.0]
 
     def watch() -> None:

@@ -1,10 +1,10 @@
 """The C++ attention compared with torch's, on the CPU.
 
-    python -m bench.cpu.native_attention --out bench/results/native_attention.md       some minutes on two cores
+    python -m bench.cpu.native_attention --out bench/results/native_attention.md       a few minutes on two cores
 
-What is compared runs in turn, round after round, in one process; medians are printed and ratios of them (above 1: ours
-is faster). With ``--threads 1`` it is processor time, which others on the machine disturb less. The machine's peak is a
-loop of fused multiply-adds and one of bfloat16 dot products (``peak.cpp``), measured first.
+Contenders run in interleaved rounds in one process; medians are printed, and ratios of them (above 1 if ours is
+faster). With ``--threads 1`` times are processor time, which other work on the machine disturbs less. The machine's
+peak is measured first, by a loop of fused multiply-adds and one of bfloat16 dot products (``peak.cpp``).
 
 Dimension key: B sequences, N tokens, H heads, D head width, f share of the tokens that is kept.
 """
@@ -36,7 +36,7 @@ Lines = Iterator[str]
 
 
 def machine_peak() -> dict[str, float]:
-    """GFLOP/s of one thread by dtype; empty where there is no compiler or no AVX2."""
+    """Measure the GFLOP/s of one thread by dtype; the result is empty without a compiler or AVX2."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peak"
         command = ["g++", "-O3", "-march=native", "-std=c++17", str(HERE / "peak.cpp"), "-o", str(program)]
@@ -50,7 +50,7 @@ def machine_peak() -> dict[str, float]:
 
 
 def backward_of(forward: Callable[..., Tensor], leaves: list[Tensor]) -> Callable[[], object]:
-    """A call of the backward alone; the graph is built once."""
+    """Return a function that runs only the backward; the graph is built once."""
     out = forward(*leaves)
     grad = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
@@ -67,7 +67,7 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> 
 
 
 def dense_table(rounds: int, peak: dict[str, float], sizes: list[tuple[int, int, int, int]]) -> Lines:
-    """The same packed tokens through both."""
+    """Compare both on the same packed tokens."""
     yield "## The same packed tokens: ours against torch's scaled_dot_product_attention"
     yield ""
     yield "| sequences × tokens | H × D | dtype | forward GFLOP/s (share of peak) | ratio | backward GFLOP/s | ratio |"
@@ -93,7 +93,7 @@ def dense_table(rounds: int, peak: dict[str, float], sizes: list[tuple[int, int,
 
 
 def masked_table(rounds: int, tokens: int) -> Lines:
-    """A random mask of dense tensors."""
+    """Compare them on dense tensors with a random mask."""
     yield f"## A random mask on {tokens:,} tokens (6 heads of width 64): against torch with the bool mask"
     yield ""
     yield "| dtype | f | masked_attention | packed_attention | torch, bool mask | ratio masked | ratio packed | 1/f² |"
@@ -121,7 +121,7 @@ def masked_table(rounds: int, tokens: int) -> Lines:
 
 
 def model_table(rounds: int) -> Lines:
-    """Whole models with our attention and with torch's."""
+    """Compare complete models with our attention and with torch's."""
     yield '## Inside models: impl "cpu" against impl "torch"'
     yield ""
     yield "| model | what | ours | torch's attention | ratio |"
@@ -172,7 +172,7 @@ def _model_row(model: str, what: str, took: dict[str, float]) -> str:
     return f"| {model} | {what} | {took['cpu']:.3f} s | {took['torch']:.3f} s | {took['torch'] / took['cpu']:.2f} |"
 
 
-# The peak is reset before the run: it would hold that of importing torch, and of the process that started this one.
+# The peak is reset before the run, since it would include importing torch and the memory of the parent process.
 _GROWTH = """
 import time, torch
 from maskattn import packed_attention
@@ -196,7 +196,7 @@ print(min(first, run({tokens}), run({tokens})), after - before)
 
 
 def growth_table(rounds: int) -> Lines:
-    """Time and memory of forward and backward as kept tokens grow."""
+    """Measure time and memory of forward and backward for growing numbers of kept tokens."""
     yield "## Growth with kept tokens: forward and backward, 6 heads of width 64, float32"
     yield ""
     yield "| kept tokens | time | peak memory beyond the start |"
@@ -213,12 +213,12 @@ def growth_table(rounds: int) -> Lines:
 
 
 def main() -> None:
-    """Print the tables, and write them where asked."""
+    """Print the tables, and write them to a file if one is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that the bench runs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rounds = 1 if arguments.smoke else arguments.rounds

@@ -1,9 +1,9 @@
-"""Packing on the CPU with the C++ extension and without: ``python -m bench.cpu.native_packing``, Markdown on stdout.
+"""Packing on the CPU with and without the C++ extension: ``python -m bench.cpu.native_packing``, Markdown on stdout.
 
-Without it, the same operations run torch's index_select and index_copy. The two run in turn, round after round, the one
-first that was last before, in one process; medians are taken. With one thread it is CPU time, which others on the
-machine disturb less. A copy, the limit, goes to memory that is there already; what pack and unpack return is allocated
-by each call, as in use.
+Without the extension, the same operations use torch's index_select and index_copy. Both run in interleaved rounds of
+alternating order in one process, and medians are printed. With one thread, times are processor time, which other work
+on the machine disturbs less. The copy, which is the limit, writes to existing memory; each call of pack and unpack
+allocates its result, as in use.
 
 Dimension key: B sequences, N tokens, T packed tokens, C channels.
 """
@@ -26,7 +26,7 @@ MASKS = ((1, 197), (64, 197), (1, 16384), (512, 256), (1, 65536))
 
 
 def mask(B: int, N: int, share: float, piece: bool) -> Tensor:
-    """Kept tokens at random, or as one square of each sequence's grid, a band where N is no square."""
+    """Keep tokens at random, or as one square in each sequence's grid (a band if N is not a square number)."""
     if not piece:
         return torch.rand(B, N) < share if share < 1 else torch.ones(B, N, dtype=torch.bool)
     rows = int(N**0.5) if int(N**0.5) ** 2 == N else 1
@@ -38,7 +38,7 @@ def mask(B: int, N: int, share: float, piece: bool) -> Tensor:
 
 
 def without_extension(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The same on torch's own functions."""
+    """Return the call with torch's own functions in place of the extension."""
     has_extension = packing.has_extension
 
     def run() -> Any:
@@ -52,13 +52,13 @@ def without_extension(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def pair(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Microseconds without the extension and with it."""
+    """Measure the microseconds without the extension and with it."""
     took = medians({"without": without_extension(call), "with": call}, rounds, repeat_short=True)
     return 1e6 * took["without"], 1e6 * took["with"]
 
 
 def moves(B: int, N: int, C: int, dtype: torch.dtype, share: float, piece: bool, rounds: int) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     places = Packing.from_keep(mask(B, N, share, piece))
     x = torch.randn(B, N, C).to(dtype)
     rows = pack(x, places)
@@ -77,7 +77,7 @@ def moves(B: int, N: int, C: int, dtype: torch.dtype, share: float, piece: bool,
 
 
 def reading(B: int, N: int, rounds: int) -> str:
-    """A row of the masks' table."""
+    """Format a row of the table of masks."""
     keep = mask(B, N, 0.3, False)
     torchs, ours = pair(lambda: Packing.from_keep(keep), rounds)
     return f"| {B} × {N:,} | {torchs:,.1f} | {ours:,.1f} | {torchs / ours:.1f} |"
@@ -102,7 +102,7 @@ def main() -> None:
                     print(moves(B, N, C, dtype, share, False, given.rounds), flush=True)
                 print(moves(B, N, C, dtype, 0.3, True, given.rounds), flush=True)
     if given.threads > 1:
-        return  # a mask is read with one
+        return  # a mask is read with one thread
     print("\n| mask, f = 0.3 | from_keep without | with | ratio |\n|---|---:|---:|---:|")
     for B, N in MASKS:
         print(reading(B, N, given.rounds), flush=True)

@@ -2,9 +2,9 @@
 
     python -m bench.cpu.native_readout --out bench/results/native_readout.md      about two minutes
 
-All that is compared runs in turn, round after round, in one process, and medians are printed, each as GB/s of the
-traffic that the operation needs (K and V once; K, V, dk and dv once backward) and as a ratio to the first row's. With
-one thread it is CPU time, which others on the machine disturb less.
+Contenders run in interleaved rounds in one process. Medians are printed, with the GB/s of the traffic that the
+operation needs (K and V once; K, V, dk and dv once for backward) and its ratio to the first row's. With one thread,
+times are processor time, which other work on the machine disturbs less.
 
 Dimension key: B sequences, T tokens, R readout queries, H heads, D head width, K classes.
 """
@@ -29,19 +29,19 @@ Calls = dict[str, tuple[Callable[[], object], float]]
 
 
 def array(x: Tensor) -> np.ndarray:
-    """An array on the same memory; bfloat16 as its bits."""
+    """Return an array with the same memory; bfloat16 is returned as uint16."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def composite(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Readout of one sequence as torch's products and softmax; out (R, H, D) and rows (H, R, T)."""
+    """Compute the readout of one sequence by torch's products and softmax: out (R, H, D) and rows (H, R, T)."""
     scores = q[0].transpose(0, 1) @ k.permute(1, 2, 0) * options.scale
     rows = scores.softmax(-1)
     return (rows @ v.transpose(0, 1)).transpose(0, 1), rows
 
 
 def readout_calls(T: int, R: int, H: int, D: int, dtype: torch.dtype) -> Calls:
-    """Outputs are allocated once, so that the system's making of fresh pages is in no row but torch's."""
+    """Return the calls to time; outputs are allocated once, so that only torch's rows include page faults."""
     q, k, v = (torch.randn(shape).to(dtype) for shape in ((1, R, H, D), (T, H, D), (T, H, D)))
     out, lse, rows, into = torch.empty_like(q), torch.empty(1, R, H), torch.empty(R, H, T), torch.empty_like(k)
     grad, *grads = (torch.randn_like(x) for x in (q, q, k, v))
@@ -74,7 +74,7 @@ def readout_calls(T: int, R: int, H: int, D: int, dtype: torch.dtype) -> Calls:
 
 
 def relevance_calls(T: int, R: int, H: int, D: int, K: int, dtype: torch.dtype) -> Calls:
-    """For many classes the rows count operations instead, beside torch's matrix product in float32."""
+    """Return the calls to time; for many classes they count operations, beside torch's float32 matrix product."""
     q, k, v = (torch.randn(shape).to(dtype) for shape in ((1, R, H, D), (T, H, D), (T, H, D)))
     g, into, result = torch.randn(K, 1, R, H, D).to(dtype), torch.empty_like(k), torch.empty(K, T)
     out, lse = torch.empty_like(q), torch.empty(1, R, H)
@@ -101,7 +101,7 @@ def relevance_calls(T: int, R: int, H: int, D: int, K: int, dtype: torch.dtype) 
 
 
 def table(title: str, calls: Calls, rounds: int) -> Iterator[str]:
-    """A row for each call."""
+    """Format a table with a row for each call."""
     seconds = medians({name: call for name, (call, _) in calls.items()}, rounds)
     speeds = {name: calls[name][1] / seconds[name] / 1e9 for name in calls}
     unit, first = ("GB/s" if "copy" in calls else "GFLOP/s"), next(iter(speeds))
@@ -113,7 +113,7 @@ def table(title: str, calls: Calls, rounds: int) -> Iterator[str]:
 
 
 def tables(tokens: int, threads: int, rounds: int) -> Iterator[str]:
-    """Both dtypes, readouts of several queries, relevance of several classes."""
+    """Yield the tables of both dtypes, for several numbers of queries and of classes."""
     H, D = 12, 64
     yield "# The C++ readout and token relevance beside what the machine copies, and beside torch"
     yield ""

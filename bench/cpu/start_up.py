@@ -1,10 +1,11 @@
-"""How long a command takes before it does anything: ``python -m bench.cpu.start_up``, about a minute.
+"""The start-up time of commands: ``python -m bench.cpu.start_up``, about a minute.
 
-    python -m bench.cpu.start_up --before ../another/checkout     with a second column, of that checkout's sources
+    python -m bench.cpu.start_up --before ../another/checkout     with a second column for that checkout's sources
     python -m bench.cpu.start_up --write                          also writes bench/results/start_up.md
 
-Processor time, user and system together, of whole processes: the median of five after one that fills the caches.
-Beside it stands which packages took longest to import, by Python's own ``-X importtime``, modules of their own alone.
+Times are processor time, user and system, of complete processes: the median of five after one that fills the caches.
+The table also names the packages that took longest to import, by ``-X importtime``, without the modules that they
+import.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ COMMANDS = {
     "python -c pass": ["-c", "pass"],
     **{f"maskattn {words}": ["-m", "maskattn", *words.split()] for words in (*HELP, "--show-completion bash")},
     "import torch": ["-c", "import torch"],
-    # All that `maskattn infer` imports for its model, and thus what a script waits for.
+    # The import that `maskattn infer` needs for its model, and so a script too.
     "import maskattn.nn.slide_model": ["-c", "import maskattn.nn.slide_model"],
 }
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)")
 
 
 def processor_s(arguments: list[str], sources: Path) -> float:
-    """User and system seconds of one process, with its children's."""
+    """Measure the user and system seconds of one process and its children."""
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, **settings(sources)) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -50,17 +51,17 @@ def processor_s(arguments: list[str], sources: Path) -> float:
 
 
 def settings(sources: Path) -> dict[str, object]:
-    """Arguments for a process outside any checkout, whose package would be imported before the intended sources."""
+    """Return arguments for a process outside any checkout, which would be imported in place of the intended sources."""
     return {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONPATH": str(sources), "PYTHONSAFEPATH": "1"}}
 
 
 def median_s(arguments: list[str], sources: Path) -> float:
-    """The median of several processes, after one that is not counted."""
+    """Measure the median of several processes, after one that is not counted."""
     return statistics.median([processor_s(arguments, sources) for _ in range(ROUNDS + 1)][1:])
 
 
 def dearest_packages(arguments: list[str], sources: Path) -> str:
-    """The packages whose modules took longest to import, with their milliseconds."""
+    """Return the packages whose modules took longest to import, with their milliseconds."""
     command = [sys.executable, "-X", "importtime", *arguments]
     text = subprocess.run(command, capture_output=True, text=True, check=True, **settings(sources)).stderr
     spent = Counter[str]()
@@ -70,7 +71,7 @@ def dearest_packages(arguments: list[str], sources: Path) -> str:
 
 
 def table(before: Path | None) -> str:
-    """The table in Markdown, with a row for each command."""
+    """Return the table in Markdown, with a row for each command."""
     columns = ["command", *(["before, s"] if before else []), "processor time, s", "dearest to import, ms"]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 2) + "---|"]
     for name, arguments in COMMANDS.items():

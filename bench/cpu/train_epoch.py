@@ -1,10 +1,10 @@
-"""What one epoch costs on 500 slides × 5,000 tiles × 1,536 channels that stay on disk: processor time and peak memory.
+"""Processor time and peak memory of one epoch on 500 slides × 5,000 tiles × 1,536 channels that stay on disk.
 
     python -m bench.cpu.train_epoch [--threads 2] [--slides 500] [--model abmil] [--tiles-per-slide N] [--quick]
 
-Features in float16, 7.2 GiB in TRIDENT's layout, are written to a folder of their own below --scratch and deleted at
-the end. The training runs in a process of its own; its parts are told apart by processor time, user and system, since
-the machine may be shared. Writes bench/results/train_epoch.md.
+Features in float16, 7.2 GiB in TRIDENT's layout, are written to a temporary folder below --scratch and deleted at the
+end. Training runs in a separate process; its phases are measured in processor time, user and system, since the machine
+may be shared. Writes bench/results/train_epoch.md.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--slides", type=int, default=500)
-    parser.add_argument("--model", default="abmil", help="as maskattn train has it")
-    parser.add_argument("--tiles-per-slide", type=int, help="that training draws; by default all")
+    parser.add_argument("--model", default="abmil", help="a model of maskattn train")
+    parser.add_argument("--tiles-per-slide", type=int, help="tiles that training draws per slide; all by default")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--quick", action="store_true", help="a few small slides: a trial of the bench")
+    parser.add_argument("--quick", action="store_true", help="try the bench with a few small slides")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS, metavar="FOLDER")
     arguments = parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _draw(folder: Path, slides: int, tiles: int) -> float:
-    """Write the cohort, and say how large it is."""
+    """Write the cohort and return its size in GiB."""
     rng = np.random.default_rng(0)
     noise_TC = rng.standard_normal((tiles, CHANNELS), np.float32).astype(np.float16)
     side = int(np.ceil(np.sqrt(tiles)))

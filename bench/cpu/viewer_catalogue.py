@@ -1,8 +1,8 @@
-"""The viewer with a hundred slides: how long its table takes to come, to be sorted and searched, and the next slide.
+"""Latency of the viewer with a hundred slides: loading, sorting and searching its table, and opening the next slide.
 
-Every slide of the run is the composed one of `bench.cpu.gigapixel`, under an id of its own, with random maps of tiles.
-The page is opened in headless Chromium; a step's time is the page's own, from the event to the end of the layout after
-it, and the next slide's from its key to the last square of its first view.
+Every slide of the run is the composed one of `bench.cpu.gigapixel` under its own id, with random maps of tiles. The
+page is opened in headless Chromium. The time of a step is measured in the page, from the event to the end of the layout
+that follows; that of the next slide is from the key press to the last square of its first view.
 
     python -m bench.cpu.viewer_catalogue path/to/CMU-1-Small-Region.svs [--side 40000] [--slides 100] [--keep DIR]
 
@@ -52,7 +52,7 @@ _TIMED = """([selector, type, value]) => {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("region", type=Path, help="CMU-1-Small-Region.svs")
-    parser.add_argument("--side", type=int, default=40_000, help="about how many pixels wide and high")
+    parser.add_argument("--side", type=int, default=40_000, help="approximate width and height in pixels")
     parser.add_argument("--slides", type=int, default=100)
     parser.add_argument("--keep", type=Path, help="folder for the slide and the outputs; by default they are removed")
     arguments = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def write_run(out: Path, slide: Path, slides: int) -> None:
-    """Outputs of one slide under many ids, with scores of their own."""
+    """Write outputs of one slide under many ids, each with random scores."""
     shutil.rmtree(out, ignore_errors=True)
     rng = np.random.default_rng(0)
     rows = []
@@ -83,8 +83,8 @@ def write_run(out: Path, slide: Path, slides: int) -> None:
         prediction = max(scores, key=scores.__getitem__)
         one = replace(first, slide_id=folder.name, scores=scores, prediction=prediction)
         one.write(folder / "prediction.json")
-        told = {"slide_id": folder.name, "status": "ok", "reason": "", "seconds": f"{100 * rng.random():.2f}"}
-        rows.append(told | {"prediction": prediction, **{f"score_{name}": f"{scores[name]:.6f}" for name in scores}})
+        row = {"slide_id": folder.name, "status": "ok", "reason": "", "seconds": f"{100 * rng.random():.2f}"}
+        rows.append(row | {"prediction": prediction, **{f"score_{name}": f"{scores[name]:.6f}" for name in scores}})
     with (out / "summary.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -92,7 +92,7 @@ def write_run(out: Path, slide: Path, slides: int) -> None:
 
 
 def page(out: Path) -> Iterator[str]:
-    """Open the page, sort, search, go on, and say how long it took."""
+    """Open the page, sort, search and go to the next slides; yield the table of times."""
     start, before = time.perf_counter(), time.process_time()
     catalogue = read_catalogue(out)
     read_s, read_cpu_s = time.perf_counter() - start, time.process_time() - before
@@ -139,7 +139,7 @@ def page(out: Path) -> Iterator[str]:
 
 
 def next_slides(tab: Any) -> tuple[list[float], float]:
-    """Seconds from the key to the drawn slide, of some steps, and the server's processor time for one."""
+    """Measure the seconds from key press to drawn slide of several steps, and the server's processor time per step."""
     took = []
     tab.locator("#map").focus()
     tab.wait_for_timeout(4000)

@@ -1,9 +1,9 @@
-"""The viewer: how long a square of a gigapixel slide, and a part of its map, take while one pans.
+"""Latency of the viewer while panning: the squares of a gigapixel slide and of its map.
 
-The slide is the composed one of `bench.cpu.gigapixel`; its maps are random, a value for every token of every tile, so
-that no square of a map is empty. A view is what a window of 1,280 × 800 px asks for, over six connections as a browser
-has them; squares are never asked for twice. A square's time is from its own request to its last byte, with the wait
-for the squares before it.
+The slide is the composed one of `bench.cpu.gigapixel`; its maps are random, with a value for every token of every tile,
+so that no square of a map is empty. A view consists of the requests of a window of 1,280 × 800 px over six connections,
+as in a browser; no square is requested twice. A square's time is from its request to its last byte, including the wait
+for earlier squares.
 
     python -m bench.cpu.viewer_latency path/to/CMU-1-Small-Region.svs [--side 40000] [--views 12] [--keep DIR]
 
@@ -48,8 +48,8 @@ LOOK_S = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("region", type=Path, help="CMU-1-Small-Region.svs")
-    parser.add_argument("--side", type=int, default=40_000, help="about how many pixels wide and high")
-    parser.add_argument("--views", type=int, default=12, help="at each magnification")
+    parser.add_argument("--side", type=int, default=40_000, help="approximate width and height in pixels")
+    parser.add_argument("--views", type=int, default=12, help="number of views at each magnification")
     parser.add_argument("--keep", type=Path, help="folder for the slide and the outputs; by default they are removed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def write_outputs(folder: Path, info: SlideInfo, tokens: bool = True) -> None:
-    """Outputs with random maps over all of the slide, of its tokens or of its tiles alone."""
+    """Write outputs with random maps over the complete slide, of its tokens or only of its tiles."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     rows, columns = math.ceil(info.height_px / TILE_LV0), math.ceil(info.width_px / TILE_LV0)
@@ -104,7 +104,7 @@ def write_outputs(folder: Path, info: SlideInfo, tokens: bool = True) -> None:
 
 
 def table(out: Path, views: int) -> Iterator[str]:
-    """Serve the outputs, pan, and say how long it took."""
+    """Serve the outputs, pan, and yield the table of times."""
     with serving(out) as (_, port):
         cold = whole_view(port, "slide, whole, asked for as it opens")
     with serving(out) as (answers, port):
@@ -142,7 +142,7 @@ def table(out: Path, views: int) -> Iterator[str]:
 
 @contextmanager
 def serving(out: Path) -> Iterator[tuple[Answers, int]]:
-    """A viewer of the outputs, and its port."""
+    """Serve a viewer of the outputs; yield its answers and its port."""
     answers = Answers(read_catalogue(out))
     with ViewerServer(answers) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -151,7 +151,7 @@ def serving(out: Path) -> Iterator[tuple[Answers, int]]:
 
 
 def whole_view(port: int, name: str) -> str:
-    """Open the slide, and ask for the squares of all of it at the magnification that fits into the window."""
+    """Open the slide, and request all squares of the magnification at which it fits into the window."""
     about = json.loads(fetch(port, "/api/slides/0")[1])
     sides = about["width"], about["height"]
     shrink = max(math.ceil(math.log2(size / window)) for size, window in zip(sides, WINDOW, strict=True))
@@ -162,7 +162,7 @@ def whole_view(port: int, name: str) -> str:
 
 
 def squares_of_view(about: dict[str, int], level: int, shrink: int, rng: np.random.Generator) -> list[str]:
-    """The requests of a window at a random position."""
+    """Return the requests of a window at a random position."""
     ranges = [
         range(first, min(first + math.ceil(window / SQUARE_PX) + 1, math.ceil(size / 2**shrink / SQUARE_PX)))
         for size, window in zip((about["width"], about["height"]), WINDOW, strict=True)
@@ -174,7 +174,7 @@ def squares_of_view(about: dict[str, int], level: int, shrink: int, rng: np.rand
 
 
 def row(port: int, name: str, views: list[list[str]]) -> str:
-    """Ask for view after view, each over as many connections as a browser has."""
+    """Request view after view over a browser's number of connections; return the row of the table."""
     seen: set[str] = set()
     took: list[float] = []
     before = processor_s()
@@ -189,7 +189,7 @@ def row(port: int, name: str, views: list[list[str]]) -> str:
 
 
 def processor_s(without: str = "-") -> float:
-    """Processor time of this process and of those that decode for it, without those of a name."""
+    """Return the processor time of this process and its children, except children whose name contains ``without``."""
     children = psutil.Process().children(recursive=True)
     family = [psutil.Process(), *(child for child in children if without not in child.name())]
     return sum(sum(member.cpu_times()[:2]) for member in family)
@@ -199,7 +199,7 @@ _local = threading.local()
 
 
 def fetch(port: int, path: str) -> tuple[float, bytes]:
-    """Seconds and body of one request, over the thread's own connection."""
+    """Send one request over the thread's own connection; return its seconds and body."""
     if getattr(_local, "port", None) != port:
         _local.connection, _local.port = HTTPConnection("127.0.0.1", port), port
     start = time.perf_counter()

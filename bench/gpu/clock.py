@@ -12,16 +12,17 @@ __all__ = ["DeviceClock"]
 # More than the L2 of any GPU (H200: 50 MiB; B200: 126 MiB).
 CACHE_BYTES = 256 * 2**20
 
-# No GPU's clock is faster, so that one that spins for so many cycles is held for a second at the least.
+# No GPU's clock is faster, so that spinning for this many cycles takes at least a second.
 CYCLES_PER_SECOND = 3e9
 SHORTEST_HOLD_SECONDS = 2e-4
 
 
 class DeviceClock:
-    """A pytest-benchmark timer, called before and after: 0, then the seconds between two events on the GPU.
+    """A pytest-benchmark timer, called before and after a round: 0, then the seconds between two events on the GPU.
 
-    The device is held back until the call has been queued whole, so that the time is the device's alone, however long
-    the Python takes that launched it; that is kept apart. Overwriting the L2 cache first makes every round start cold.
+    The device is held back until the call has been queued completely, so that the time is that of the device, however
+    long the launching Python code takes, which is recorded separately. The L2 cache is overwritten first, so that every
+    round starts cold.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class DeviceClock:
         self._host: list[float] = []
 
     def __call__(self) -> float:
-        """Seconds since the call before, or 0 if that ended a round."""
+        """Return the seconds since the previous call, or 0 if that ended a round."""
         event = torch.cuda.Event(enable_timing=True)
         if self._start is None:
             torch.cuda.synchronize()
@@ -48,12 +49,12 @@ class DeviceClock:
         seconds = self._start.elapsed_time(event) / 1e3
         self._start = None
         self._host.append(host)
-        # A call that waits for the device takes as long as that is held, which must not grow with it.
+        # A call that waits for the device takes as long as the hold, which must not grow in turn.
         self._hold = max(SHORTEST_HOLD_SECONDS, min(2 * host, 0.01))
         return seconds
 
     def host_seconds(self) -> float:
-        """The median of how long the calls since the last reset took to return; one that compiled is not felt."""
+        """Return the median time until a call since the last reset returned; one that compiled hardly affects it."""
         return statistics.median(self._host) if self._host else float("nan")
 
     def reset(self) -> None:

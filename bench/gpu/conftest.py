@@ -1,6 +1,6 @@
-"""How the benches are run: the device, the grid of sizes, the time limit, and the file for the rows.
+"""Options and fixtures of the benches: the device, the grid of sizes, the time limit, and the file for the rows.
 
-pytest bench                                                       on this CPU, some minutes
+pytest bench                                                       on this CPU, a few minutes
 pytest bench --bench-device cuda --bench-grid full --bench-csv rows.csv --bench-seconds 540
 """
 
@@ -24,14 +24,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attention benches")
     group.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu")
     group.addoption("--bench-grid", choices=("smoke", "quick", "full"), default="quick")
-    group.addoption("--bench-impls", default="", help="of ours, comma-separated; default: all of the device's")
-    group.addoption("--bench-csv", type=Path, default=None, help="where to write the rows, as they are measured")
-    group.addoption("--bench-commit", default="", help="what is measured, where the checkout has no git history")
-    group.addoption("--bench-seconds", type=float, default=float("inf"), help="start no row after so long")
+    group.addoption(
+        "--bench-impls", default="", help="our implementations, separated by commas; by default all of the device"
+    )
+    group.addoption("--bench-csv", type=Path, default=None, help="file to which rows are appended as they are measured")
+    group.addoption(
+        "--bench-commit", default="", help="name of the measured sources, for a checkout without git history"
+    )
+    group.addoption("--bench-seconds", type=float, default=float("inf"), help="start no row after this many seconds")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Peers warn of prototypes; the project's rule that warnings are errors is for its own tests.
+    # Peers warn of prototypes, and the project treats warnings as errors only in its own tests.
     config.addinivalue_line("filterwarnings", "ignore")
     device = config.getoption("--bench-device")
     if device == "cuda" and not torch.cuda.is_available():
@@ -43,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Most important first; contenders of a case stay side by side, so that they share its tensors and its weather."""
+    """Sort the most important cases first; contenders of a case stay together, to share tensors and conditions."""
 
     def rank(item: pytest.Item) -> float:
         case = getattr(item, "callspec", None) and item.callspec.params.get("case")
@@ -65,7 +69,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def clock(device: str) -> Callable[[], float]:
-    """Wall time on a CPU, where a call returns when it is done; events on a GPU, where it does not."""
+    """Return the timer: wall time on a CPU, where calls return when they are done, and events on a GPU."""
     return DeviceClock() if device == "cuda" else time.perf_counter
 
 
@@ -79,9 +83,9 @@ Measure = Callable[..., None]
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, case: Case, contender: str, device: str, clock) -> Iterator[Measure]:
-    """measure(prepare, flop=, bytes_moved=): time what ``prepare()`` returns, and record the row.
+    """Provide measure(prepare, flop=, bytes_moved=), which times the result of ``prepare()`` and records the row.
 
-    A peer that cannot do the case is skipped with its reason; one of ours that fails, fails.
+    A peer that does not support the case is skipped with the reason; a failure of ours fails the test.
     """
     config = request.config
     if config.recorder.has(case, contender):
@@ -122,7 +126,7 @@ def measure(request: pytest.FixtureRequest, case: Case, contender: str, device: 
 
 
 def _give_up(config: pytest.Config, case: Case, contender: str, error: Exception) -> None:
-    """Skip a peer with its reason; ours fails; an error that sticks to the GPU ends the run."""
+    """Skip a peer with the reason, and fail for ours; an error that makes the GPU unusable ends the run."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
@@ -137,7 +141,7 @@ def _give_up(config: pytest.Config, case: Case, contender: str, error: Exception
 
 
 def _context_is_lost() -> bool:
-    """Whether the GPU is unusable: after an illegal access every further call fails."""
+    """Return whether the GPU is unusable, since after an illegal access every further call fails."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -152,7 +156,7 @@ def _once(call: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def _peak_mib(call: Callable[[], object]) -> float:
-    """The peak memory of a call, beyond what was allocated before it."""
+    """Return the peak memory of a call, beyond the memory allocated before it."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     result = call()
@@ -162,6 +166,6 @@ def _peak_mib(call: Callable[[], object]) -> float:
 
 
 def _rounds(seconds: float, device: str) -> int:
-    """As many rounds as fit into a third of a second on a GPU or one second on a CPU, with a minimum for slow calls."""
+    """Return as many rounds as fit into 0.3 s on a GPU or one second on a CPU, with a minimum for slow calls."""
     budget, most = (0.3, 100) if device == "cuda" else (1.0, 30)
     return int(min(max(budget / max(seconds, 1e-6), 5 if seconds < 1 else 3), most))

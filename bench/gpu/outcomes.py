@@ -17,7 +17,7 @@ class Outcome:
     """The outcome of one test or command.
 
     Attributes:
-        name: its node id, or the command's name.
+        name: the test's node id, or the command's name.
         outcome: "begun", "passed", "failed", "skipped", "crashed" (its process died) or "timed out".
         seconds: how long it took.
         reason: why it did not pass.
@@ -30,7 +30,7 @@ class Outcome:
 
 
 class OutcomeLog:
-    """A file of outcomes, a line of JSON each; those of other sources are passed over.
+    """A file of outcomes, one line of JSON each; outcomes of other sources are ignored.
 
     Args:
         path: path of the file, which need not exist.
@@ -41,7 +41,7 @@ class OutcomeLog:
         self.path, self.of = path, of
 
     def add(self, outcome: Outcome) -> None:
-        """Append a line in one write, which other processes cannot come between."""
+        """Append a line in a single write, so that lines of other processes do not interleave."""
         line = json.dumps({"of": self.of, **asdict(outcome)}) + "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -50,7 +50,7 @@ class OutcomeLog:
             os.close(descriptor)
 
     def latest(self) -> dict[str, Outcome]:
-        """Name → its latest outcome; "begun" where it never ended."""
+        """Return the latest outcome by name, "begun" if the test or command never ended."""
         if not self.path.exists():
             return {}
         found: dict[str, Outcome] = {}
@@ -58,7 +58,7 @@ class OutcomeLog:
             try:
                 values = json.loads(line)
             except json.JSONDecodeError:
-                # The last line before a machine was shut down.
+                # An incomplete line from before the machine was shut down.
                 continue
             if values.pop("of") == self.of:
                 outcome = Outcome(**values)
@@ -66,12 +66,12 @@ class OutcomeLog:
         return found
 
     def ended(self) -> dict[str, Outcome]:
-        """The outcomes of :meth:`latest` that ended."""
+        """Return the outcomes of :meth:`latest` that ended."""
         return {name: outcome for name, outcome in self.latest().items() if outcome.outcome != "begun"}
 
 
 def fingerprint(root: Path, folders: Iterable[str] = ("maskattn", "csrc", "tests", "bench/gpu")) -> str:
-    """12 hex digits of a hash over the sources: what is measured, also where the checkout has no git history."""
+    """Return 12 hex digits of a hash of the sources, which identifies them even in a checkout without git history."""
     digest = hashlib.sha256()
     kinds = {".py", ".cpp", ".hpp", ".mk"}
     for folder in folders:

@@ -1,7 +1,7 @@
-"""The alternatives that users have, and our own; each raises :class:`UnsupportedError` for what it cannot do.
+"""Users' alternatives and our own attention; each raises :class:`UnsupportedError` for cases that it does not support.
 
-A contender turns a problem into a function of some tensors and those tensors, with all the work that a model does once
-(packing, block masks, compilation) already done unless its name says otherwise.
+A contender turns a problem into a function and the tensors that it takes. Work that a model does once (packing, block
+masks, compilation) is done beforehand, unless the contender's name says otherwise.
 
 Dimension key: B sequences, N tokens, T kept tokens, H heads, D head width.
 """
@@ -27,22 +27,22 @@ Attention = tuple[Callable[..., Tensor], list[Tensor]]
 # Our implementations on each device.
 IMPLS = {"cpu": ("cpu", "torch"), "cuda": ("triton",)}
 
-# N×N scores of all heads that may be held at once.
+# Largest memory for the N×N scores of all heads.
 DENSE_BYTES = {"cpu": 2 * 2**30, "cuda": 32 * 2**30}
 
 
 class UnsupportedError(Exception):
-    """A contender cannot do a case; the message says why."""
+    """A contender does not support a case; the message gives the reason."""
 
 
 def _ours_packed(problem: Problem, impl: str) -> Attention:
-    """Our attention as a model calls it that packed its tokens before the first block."""
+    """Return our attention on packed tokens, as in a model that packs them before the first block."""
     bounds = problem.bounds
     return lambda q, k, v: packed_attention(q, k, v, *bounds, impl=impl), problem.rows
 
 
 def _ours_masked(problem: Problem, impl: str) -> Attention:
-    """Our attention on dense tensors and a mask, as a single layer calls it."""
+    """Return our attention on dense tensors and a mask, as in a single layer."""
     keep = problem.keep
     return lambda q, k, v: masked_attention(q, k, v, keep, impl=impl), problem.dense
 
@@ -59,12 +59,12 @@ def _sdpa_bool_mask(problem: Problem, backend: SDPBackend) -> Attention:
 
 
 def _sdpa_unmasked(problem: Problem) -> Attention:
-    """Attention over all tokens, background included: the cost of ignoring the mask."""
+    """Return attention over all tokens, background included, which shows the cost of ignoring the mask."""
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v), problem.dense
 
 
 def _sdpa_per_sequence(problem: Problem, backend: SDPBackend) -> Attention:
-    """On packed tokens: one batched call if all sequences have the same length, else one call each."""
+    """Return attention on packed tokens: one batched call if all sequences have the same length, else one call each."""
     _backend_exists(problem, backend)
     lengths, batch = problem.lengths, problem.point.batch
     if backend == SDPBackend.CUDNN_ATTENTION and len(set(lengths)) > 16:
@@ -100,14 +100,14 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     import torch._functorch.config
     from torch.nn.attention.flex_attention import flex_attention
 
-    # The backward alone is timed again and again on one graph, whose buffers must then stay.
+    # The backward is timed repeatedly on one graph, whose buffers must be kept.
     torch._functorch.config.donated_buffer = False
     torch._dynamo.config.recompile_limit = 1000
     return torch.compile(flex_attention, dynamic=False)
 
 
 def flex_mask(problem: Problem) -> Callable[[], object]:
-    """Makes FlexAttention's block mask of kept keys and kept queries."""
+    """Return a function that makes FlexAttention's block mask of kept keys and kept queries."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     keep, tokens, batch, device = problem.keep, problem.point.tokens, problem.point.batch, problem.device
@@ -115,7 +115,7 @@ def flex_mask(problem: Problem) -> Callable[[], object]:
     def both_kept(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return keep[b, query] & keep[b, key]
 
-    # Compiled, it does not hold an N×N mask on the way.
+    # The compiled function does not hold an N×N mask.
     return lambda: create_block_mask(both_kept, batch, None, tokens, tokens, device=device, _compile=device == "cuda")
 
 
@@ -128,7 +128,7 @@ def _flex(problem: Problem, mask_in_call: bool) -> Attention:
 
 
 def _nested(problem: Problem) -> Attention:
-    """torch's jagged layout; wrapping the rows is a view, and part of the call."""
+    """Return attention in torch's jagged layout; the view that wraps the rows is part of the call."""
     packing, shortest = problem.packing, min(problem.lengths)
     offsets = packing.cu_seqlens.long()
 
@@ -182,20 +182,20 @@ PEERS: dict[str, Callable[[Problem], Attention]] = {
 
 
 def ours(kind: str, impls: tuple[str, ...]) -> list[str]:
-    """Our contenders' names, one for each impl: "maskattn packed, triton"."""
+    """Return our contenders' names, one for each impl, such as "maskattn packed, triton"."""
     return [f"maskattn {kind}, {impl}" for impl in impls]
 
 
 def contenders(impls: tuple[str, ...]) -> list[str]:
-    """Our contenders and every peer."""
+    """Return the names of our contenders and every peer."""
     return [*ours("packed", impls), *ours("masked", impls), *PEERS]
 
 
 def attention_of(contender: str, problem: Problem) -> Attention:
-    """A function of q, k, v and those tensors, (T, H, D) for packed contenders and else (B, H, N, D).
+    """Return a function of q, k and v, and these tensors: (T, H, D) for packed contenders, (B, H, N, D) for others.
 
     Raises:
-        UnsupportedError: the contender cannot do it here.
+        UnsupportedError: the contender does not support the problem on this machine.
     """
     if contender.startswith("maskattn"):
         kind, impl = contender.removeprefix("maskattn ").split(", ")
@@ -204,12 +204,12 @@ def attention_of(contender: str, problem: Problem) -> Attention:
 
 
 def is_packed(inputs: list[Tensor]) -> bool:
-    """Whether a contender takes packed tensors."""
+    """Return whether a contender takes packed tensors."""
     return inputs[0].ndim == 3
 
 
 def needs_scores(problem: Problem, copies: int = 2) -> None:
-    """Refuse what holds N×N scores of all heads, if they are too many."""
+    """Refuse a contender that holds the N×N scores of all heads, if they take too much memory."""
     p = problem.point
     size = copies * p.batch * p.heads * p.tokens**2 * problem.dtype.itemsize
     if size > DENSE_BYTES[problem.device]:

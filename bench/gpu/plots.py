@@ -1,4 +1,4 @@
-"""Plots of a run: speed against length, time against the kept share, and what options cost.
+"""Plots of a run: speed against length, time against the kept share, and the cost of options.
 
 python -m bench.gpu.plots rows.csv out_folder
 """
@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.gpu.record import Row, is_ours, read_rows
 
-# Okabe and Ito's colours, which the colour-blind tell apart; with markers, so that nothing hangs on colour alone.
+# Okabe and Ito's colours, which colour-blind people can distinguish, with markers, so that colour is never needed.
 STYLES = {
     "maskattn packed, triton": ("#D55E00", "o"),
     "maskattn masked, triton": ("#E69F00", "s"),
@@ -40,14 +40,14 @@ DIRECTIONS = {"forward": "forward", "backward": "backward alone", "both": "forwa
 
 
 def series_of(contender: str) -> str:
-    """Backends and versions of one peer are one line: the best of them at each point."""
+    """Return the line of a contender; all backends and versions of a peer share one, with the best at each point."""
     if is_ours(contender):
         return contender
     return next((name for name in STYLES if contender.startswith(name)), contender)
 
 
 def best_by_series(rows: Iterable[Row], along: str) -> dict[str, dict[float, Row]]:
-    """Series → value along the axis → its fastest row."""
+    """Return the fastest row by series and value along the axis."""
     series: dict[str, dict[float, Row]] = defaultdict(dict)
     for row in rows:
         points = series[series_of(row.contender)]
@@ -59,13 +59,13 @@ def best_by_series(rows: Iterable[Row], along: str) -> dict[str, dict[float, Row
 
 
 def speed_against_length(rows: list[Row], folder: Path) -> list[Path]:
-    """One figure for each head width, kept share and dtype that has several lengths; a panel for each direction."""
+    """Plot a figure for each head width, kept share and dtype with several lengths, with a panel for each direction."""
     groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.width, row.kept, row.dtype].append(row)
     paths = []
     for (width, kept, dtype), group in groups.items():
-        # Of several batches of one length, the largest.
+        # The largest batch of each length.
         batches = {row.tokens: max(other.batch for other in group if other.tokens == row.tokens) for row in group}
         group = [row for row in group if row.batch == batches[row.tokens]]
         if len(batches) < 3:
@@ -88,7 +88,7 @@ def speed_against_length(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def time_against_share(rows: list[Row], folder: Path) -> list[Path]:
-    """How much faster than the best bool mask, against the kept share; 1/f² of the scores is what there is to save."""
+    """Plot the speed-up over the best bool mask against the kept share, with 1/f², the ratio of the scores' numbers."""
     groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.batch, row.tokens, row.width, row.dtype].append(row)
@@ -120,7 +120,7 @@ def time_against_share(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def cost_of_options(rows: list[Row], folder: Path) -> list[Path]:
-    """Time of our attention with each option over its time without."""
+    """Plot the time of our attention with each option over its time without."""
     groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if is_ours(row.contender):
@@ -142,7 +142,7 @@ def cost_of_options(rows: list[Row], folder: Path) -> list[Path]:
             axes.set_yticklabels(variants)
             axes.set_xscale("log" if max(here.values()) > 10 * min(here.values()) else "linear")
             axes.margins(x=0.2)
-        # The panels share it.
+        # The panels share the axis.
         panels[0][0].invert_yaxis()
         title = f"What options cost: {batch} × {tokens:,} tokens, {kept:.0%} kept, head width {width}, {dtype}"
         paths.append(_save(figure, title, group[0], folder / f"options_{batch}x{tokens}_d{width}_{dtype}.png"))
@@ -187,7 +187,7 @@ def _ticks(axes: Axes, labels: dict[float, str]) -> None:
 
 
 def _save(figure: plt.Figure, title: str, row: Row, path: Path) -> Path:
-    """Write the figure with one legend for all panels, and the machine and versions below."""
+    """Save the figure with one legend for all panels, and the machine and versions at the bottom."""
     labels: dict[str, object] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -211,7 +211,7 @@ def _save(figure: plt.Figure, title: str, row: Row, path: Path) -> Path:
 
 
 def plot(rows: list[Row], folder: Path) -> list[Path]:
-    """Every plot that the rows suffice for."""
+    """Make every plot for which there are enough rows."""
     folder.mkdir(parents=True, exist_ok=True)
     measured = [row for row in rows if row.status == "ok"]
     attention = [row for row in measured if row.family == "attention"]

@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Point:
-    """One size: B sequences of N tokens of which about the share ``kept`` takes part."""
+    """A size: B sequences of N tokens, of which about the share ``kept`` takes part."""
 
     batch: int
     tokens: int
@@ -35,7 +35,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Case:
-    """What one row measures, for any contender; rows of lower rank are measured first."""
+    """The measurement of a row, for any contender; rows of lower rank are measured first."""
 
     family: str
     direction: str
@@ -47,14 +47,14 @@ class Case:
         return "; ".join(filter(None, (self.family, self.direction, self.variant, str(self.point))))
 
 
-# Slide encoders' sequences are long and few, tile encoders' short and many; heads as such models have them.
+# Slide encoders have few long sequences, tile encoders many short ones; numbers of heads are those of such models.
 SLIDES = [(1, 16384, 12), (1, 65536, 12), (1, 4096, 12), (1, 131072, 12), (1, 32768, 12), (4, 8192, 12), (8, 1024, 12)]
 TILES = [(512, 256, 6), (128, 1024, 6)]
 OTHER_WIDTHS = [(128, 8), (48, 16), (32, 6), (80, 16)]
 
 
 def grid_of(grid: str, device: str) -> list[Point]:
-    """The points of "smoke", "quick" or "full" on "cpu" or "cuda", most important first."""
+    """Return the points of "smoke", "quick" or "full" on "cpu" or "cuda", most important first."""
     if grid == "smoke":
         return [Point(3, 80, 0.5, 2, 32, "fp32")]
     return _cpu_points(grid) if device == "cpu" else _gpu_points(grid)
@@ -75,7 +75,7 @@ def _gpu_points(grid: str) -> list[Point]:
         then = [(*SLIDES[2], 1.0), (*SLIDES[0], 0.06), (*TILES[0], 1.0), (*SLIDES[0], 0.5), (*SLIDES[6], 0.3)]
         points = [Point(batch, tokens, kept, heads, 64, "bf16") for batch, tokens, heads, kept in first + then]
         wide = [Point(1, 16384, kept, heads, width, "bf16") for width, heads in OTHER_WIDTHS for kept in (0.3, 1.0)]
-        # Width 128 is where the published figures of the fastest kernels are.
+        # The published figures of the fastest kernels are for width 128.
         return [*points[:3], *wide[:2], *points[3:], *wide[2:], Point(1, 131072, 0.3, 12, 64, "bf16")]
     points = [
         Point(batch, tokens, kept, heads, 64, "bf16")
@@ -93,7 +93,7 @@ def _gpu_points(grid: str) -> list[Point]:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Seeded tensors of a point, dense and packed, all work that a model does once already done."""
+    """Seeded tensors of a point, dense and packed, with all work done that a model does once."""
 
     point: Point
     device: str
@@ -118,18 +118,18 @@ class Problem:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Kept tokens of each sequence."""
+        """The number of kept tokens of each sequence."""
         return self.keep.sum(1).tolist()
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        """cu_seqlens and max_seqlen of queries and keys, as the packed operations take them."""
+        """cu_seqlens and max_seqlen of queries and keys, in the order of the packed operations' arguments."""
         packing = self.packing
         return packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
 
     @cached_property
     def dense(self) -> list[Tensor]:
-        """q, k, v (B, H, N, D), as views of (B, N, H, D): what a projection leaves."""
+        """q, k, v (B, H, N, D), as views of (B, N, H, D), the layout of a projection's output."""
         p = self.point
         shape = (p.batch, p.tokens, p.heads, p.width)
         return [self.normal(shape, seed).to(self.dtype).transpose(1, 2) for seed in (2, 3, 4)]
@@ -150,11 +150,11 @@ class Problem:
         return 4.0 * self.pairs * self.point.heads * self.point.width
 
     def kept_rows(self, dense: Tensor) -> Tensor:
-        """(B, H, N, D) → (T, H, D), copied."""
+        """Return a copy of the kept rows: (B, H, N, D) → (T, H, D)."""
         return dense.transpose(1, 2).flatten(0, 1)[self.packing.indices]
 
     def normal(self, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Seeded normal float32, made on the device."""
+        """Return seeded normal float32 numbers, made on the device."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device)
 
@@ -164,5 +164,5 @@ class Problem:
 
 @lru_cache(maxsize=1)
 def problem_of(point: Point, device: str) -> Problem:
-    """The tensors of a point; those of the previous point are freed."""
+    """Return the tensors of a point; those of the previous point are freed."""
     return Problem(point, device)

@@ -23,9 +23,9 @@ __all__ = ["Recorder", "Row", "is_ours", "read_rows", "table"]
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one case: times of one call on the device, TFLOP/s over kept tokens, memory beyond the inputs.
+    """A contender on a case: times of one call on the device, TFLOP/s over kept tokens, memory beyond the inputs.
 
-    ``host_us`` is how long the call takes until it returns: on a GPU, before the device has begun.
+    ``host_us`` is the time until the call returns, which on a GPU is before the device has begun.
     """
 
     family: str
@@ -55,12 +55,12 @@ class Row:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The group of rows that it is compared with."""
+        """The key of the rows that it is compared with."""
         return tuple(getattr(self, field.name) for field in fields(Row)[:9])
 
 
 def is_ours(contender: str) -> bool:
-    """Whether a contender is this package."""
+    """Return whether a contender is this package."""
     return contender.startswith("maskattn")
 
 
@@ -87,7 +87,7 @@ class Recorder:
                 writer.writerows([_cell(value) for value in asdict(row).values()] for row in self.rows)
 
     def has(self, case: Case, contender: str) -> bool:
-        """Whether an earlier call recorded it, of the same sources on the same device."""
+        """Return whether an earlier call recorded the row, of the same sources on the same device."""
         wanted = (case.family, case.direction, case.variant, *asdict(case.point).values())
         return any(
             row.key == wanted
@@ -114,7 +114,7 @@ def _cell(value: object) -> object:
 
 @lru_cache
 def versions(device: str) -> dict[str, str]:
-    """The machine's name and the versions that a figure is meaningless without."""
+    """Return the machine's name and the versions without which a figure is meaningless."""
     try:
         from triton import __version__ as triton_version
     except ImportError:
@@ -139,7 +139,7 @@ def _commit() -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a CSV that a :class:`Recorder` wrote."""
+    """Return the rows of a CSV that a :class:`Recorder` wrote."""
     kinds = {field.name: str(field.type) for field in fields(Row)}
 
     def value(name: str, text: str) -> object:
@@ -153,7 +153,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """In Markdown: each point's best of ours and best peer, the peer's time over ours, and what was not measured."""
+    """Format each point's best of ours and best peer, the peer's time over ours, and what was not measured."""
     rows = list(rows)
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
@@ -182,7 +182,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _is_peer(row: Row) -> bool:
-    """Whether it is a peer: attention that ignores the mask computes something else."""
+    """Return whether it is a peer; attention that ignores the mask is none, since it computes something else."""
     return not is_ours(row.contender) and (row.contender != "sdpa unmasked" or row.kept == 1.0)
 
 

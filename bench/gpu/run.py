@@ -1,15 +1,15 @@
-"""Everything that needs a GPU, without a network, in steps that can be taken in several calls:
+"""All tests and benches that need a GPU, without a network, in steps that can be run in several calls:
 
     bench/gpu.sh [tests] [sanitize] [bench] [models] [--out FOLDER] [--seconds N]
 
-tests     the kernels' tests and whatever else is marked for a GPU, a process a core; one test of every file comes first
+tests     the kernels' tests and others marked for a GPU, one process per core; the first test of every file comes first
 sanitize  compute-sanitizer over every operation with every option, after the kernels were compiled without it
-bench     attention, options, readout and packing beside their peers, the most important rows first
+bench     attention, options, readout and packing compared with their peers, the most important rows first
 models    a layer and a ViT
 
-Without a step all are taken, in this order, as far as --seconds (540) reach; what was left out is said, and the same
-command goes on there: FOLDER keeps outcomes.jsonl and rows.csv, and sources that changed are tested anew. The exit
-status is 1 if a test, the sanitizer or one of our rows failed, 3 if all went well as far as time allowed.
+Without a step all are run in this order for at most --seconds (540). The report names what was left out, and the same
+command continues there: FOLDER keeps outcomes.jsonl and rows.csv, and changed sources are tested again. The exit status
+is 1 if a test, the sanitizer or one of our rows failed, 3 if nothing failed but time ran out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SUITES = {
 SANITIZERS = ("memcheck", "racecheck")
 WIDTHS, DTYPES = (64, 80), ("bf16", "fp32")
 
-# A peer that hangs in its compiler or on the device is not waited for beyond the call's time by more than this.
+# A peer that hangs in its compiler or on the device is killed this long after the call's time is up.
 GRACE_SECONDS = 60.0
 
 
@@ -52,12 +52,12 @@ class Call:
 
     Attributes:
         out: the folder that is kept between calls.
-        until: begin nothing after this time.
-        shards: processes at a time, where nothing is timed.
+        until: time after which nothing is begun.
+        shards: number of processes at a time, where nothing is timed.
         device: "cuda", or "cpu" for a dry run on small sizes.
-        grid: of the benches.
+        grid: grid of the benches.
         commit: name of the measured sources, for the rows.
-        log: the outcome of each test and command.
+        log: the outcomes of tests and commands.
     """
 
     out: Path
@@ -70,7 +70,7 @@ class Call:
 
     @property
     def dry(self) -> bool:
-        """Whether there is no GPU, so that only the plumbing is tried."""
+        """Whether this is a dry run without a GPU."""
         return self.device == "cpu"
 
     @property
@@ -89,7 +89,7 @@ class Report:
 
 
 def tests(call: Call) -> Report:
-    """Every kernel on the device, in the dtypes and widths of their tests."""
+    """Test every kernel on the device, in the dtypes and widths of its tests."""
     groups = [["tests/kernels/test_kernel_configs.py"]] if call.dry else [["tests/kernels"], ["tests", "-m", "gpu"]]
     environment = {"TRITON_INTERPRET": "1"} if call.dry else {}
     report, seen = Report(), set()
@@ -102,7 +102,7 @@ def tests(call: Call) -> Report:
 
 
 def sanitize(call: Call) -> Report:
-    """Small cases under memcheck and racecheck; compiled before, as the compiler would be slow under either."""
+    """Run small cases under memcheck and racecheck; they are compiled before, since compilers are slow under either."""
     small = [sys.executable, "-m", "bench.gpu.small_cases", "--device", call.device]
     cases = {
         f"{dtype}, width {width}": ["--widths", str(width), "--dtypes", dtype] for width in WIDTHS for dtype in DTYPES
@@ -122,7 +122,7 @@ def sanitize(call: Call) -> Report:
         for kind in SANITIZERS
         for name, command in plain.items()
     }
-    # Without torch's caching every tensor is an allocation of its own, whose bounds memcheck then knows.
+    # Without torch's caching every tensor is a separate allocation, whose bounds memcheck knows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     left = run_commands(watched, call.log, min(call.shards, 4), call.until, ROOT, environment)
     _tell(report, "small cases under compute-sanitizer", watched, left, call)
@@ -130,12 +130,12 @@ def sanitize(call: Call) -> Report:
 
 
 def bench(call: Call) -> Report:
-    """The operations beside their peers."""
+    """Compare the operations with their peers."""
     return _suites(call, "bench")
 
 
 def models(call: Call) -> Report:
-    """A layer and a ViT beside their peers."""
+    """Compare a layer and a ViT with their peers."""
     return _suites(call, "models")
 
 
@@ -143,14 +143,14 @@ STEPS: dict[str, Callable[[Call], Report]] = {"tests": tests, "sanitize": saniti
 
 
 def _suites(call: Call, step: str) -> Report:
-    """Compile on all cores the kernels that are timed afterwards in one process, which has the device to itself."""
+    """Compile the kernels on all cores, and then time them in one process that has the device to itself."""
     paths = [f"bench/gpu/{name}" for name in SUITES[step]]
     options = ["--bench-device", call.device, "--bench-grid", "smoke" if call.dry else call.grid]
     options += ["--bench-impls", "torch"] if call.dry else []
     report = Report()
     compiled = OutcomeLog(call.log.path, f"{call.log.of}, compiled")
     ours = [name for name in collect([*paths, *options], ROOT) if "maskattn" in name]
-    # Failures are ignored here: they will occur again when the kernels are timed.
+    # Failures are ignored here, since they occur again when the kernels are timed.
     left = run_tests(ours, [*paths, *options, "--benchmark-disable"], compiled, call.shards, call.until, ROOT)
     if left:
         report.lines.append(f"compiling: {len(left)} of {len(ours)} cases are left")
@@ -195,7 +195,7 @@ def _sanitizer() -> str | None:
 
 
 def versions(commit: str) -> str:
-    """The facts without which a figure is meaningless."""
+    """Return the versions and the device without which a figure is meaningless."""
     import torch
 
     lines = [f"python {sys.version.split()[0]} on {platform.platform()}", f"commit {commit}"]
@@ -211,7 +211,7 @@ def versions(commit: str) -> str:
 
 
 def _build() -> None:
-    """Build the extension, unless it is newer than its sources: the device's figures need none of it."""
+    """Build the extension, unless it is newer than its sources; figures of the device do not need it."""
     built = [path.stat().st_mtime for path in (ROOT / "maskattn").glob("_native*.so")]
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
     if not built or max(built) < newest:
@@ -221,15 +221,15 @@ def _build() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Take the steps; returns the exit status."""
+    """Run the steps and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"{', '.join(STEPS)}; all by default")
     parser.add_argument("--out", type=Path, default=Path("gpu_out"), help="kept between calls (gpu_out)")
-    parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing after so long (540)")
-    parser.add_argument("--shards", type=int, default=os.cpu_count() or 1, help="processes at a time (one a core)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the plumbing alone")
-    parser.add_argument("--grid", choices=("quick", "full"), default="quick", help="of the benches")
-    parser.add_argument("--commit", default="", help="what is measured, where there is no git history")
+    parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing after this many seconds (540)")
+    parser.add_argument("--shards", type=int, default=os.cpu_count() or 1, help="processes at a time (one per core)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu for a dry run")
+    parser.add_argument("--grid", choices=("quick", "full"), default="quick", help="grid of the benches")
+    parser.add_argument("--commit", default="", help="name of the measured sources, for a checkout without git history")
     given = parser.parse_args(arguments)
     if unknown := [step for step in given.steps if step not in STEPS]:
         parser.error(f"a step must be one of {', '.join(STEPS)}, got {', '.join(unknown)}")

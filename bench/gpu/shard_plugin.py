@@ -1,10 +1,10 @@
-"""A plugin of pytest: run the listed tests in the order of the list until time is up, and log the outcome of each.
+"""A pytest plugin that runs listed tests in the order of the list until time is up, and logs the outcome of each.
 
 pytest -p bench.gpu.shard_plugin --shard-ids ids.txt --shard-log outcomes.jsonl --shard-until 1790000000 tests/kernels
 pytest -p bench.gpu.shard_plugin --collect-only --shard-write ids.txt tests/kernels
 
-The log gets a line when a test begins and one when it has ended, each written at once, so that a test that takes the
-process with it is known, and so that several processes may share a log.
+The log gets a line when a test begins and one when it has ended, each in a single write, so that a test that kills the
+process is known, and several processes can share a log.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import pytest
 
 from bench.gpu.outcomes import Outcome, OutcomeLog
 
-# Characters kept of pytest's report of a failure; a line of the log must be written at once.
+# Characters kept of pytest's report of a failure, so that a line of the log fits a single write.
 LONGEST_REASON = 1500
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sharding")
-    group.addoption("--shard-ids", type=Path, default=None, help="the tests to run, a node id a line")
-    group.addoption("--shard-log", type=Path, default=None, help="where what became of each test is appended")
-    group.addoption("--shard-of", default="", help="what the outcomes are of: the fingerprint of the sources")
+    group.addoption("--shard-ids", type=Path, default=None, help="file with the tests to run, one node id per line")
+    group.addoption("--shard-log", type=Path, default=None, help="file to which outcomes are appended")
+    group.addoption("--shard-of", default="", help="fingerprint of the tested sources")
     group.addoption("--shard-until", type=float, default=float("inf"), help="start no test after this time")
-    group.addoption("--shard-write", type=Path, default=None, help="where to write the ids of the collected tests")
+    group.addoption("--shard-write", type=Path, default=None, help="file for the ids of the collected tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,7 +58,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 class _Logger:
-    """Appends to the log what pytest reports."""
+    """Appends pytest's reports to the log."""
 
     def __init__(self, log: OutcomeLog) -> None:
         self._log = log
@@ -73,8 +73,8 @@ class _Logger:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._seconds[report.nodeid] += report.duration
         if report.outcome != "passed" and self._found[report.nodeid][0] != "failed":
-            told = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
-            self._found[report.nodeid] = (report.outcome, told[-LONGEST_REASON:])
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
+            self._found[report.nodeid] = (report.outcome, reason[-LONGEST_REASON:])
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         outcome, reason = self._found[nodeid]

@@ -1,4 +1,4 @@
-"""Tests and commands on all cores until time is up. A later call does not repeat those that have ended."""
+"""Runs of tests and commands on all cores until time is up; a later call does not repeat those that have ended."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from bench.gpu.outcomes import Outcome, OutcomeLog
 
 __all__ = ["collect", "interleaved", "run_commands", "run_tests"]
 
-# A test that was begun in time may end after it; one that hangs is killed.
+# A test that begins in time may end this much later; then it is killed.
 GRACE_SECONDS = 45.0
 
 PLUGIN = ("-p", "bench.gpu.shard_plugin", "-p", "no:cacheprovider")
 
 
 def collect(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None) -> list[str]:
-    """The node ids that pytest finds, with something added to the environment.
+    """Return the node ids that pytest finds, with additions to the environment.
 
     Raises:
-        RuntimeError: pytest could not collect; with what it said.
+        RuntimeError: pytest could not collect; the message has its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder) / "ids.txt"
         command = [sys.executable, "-m", "pytest", *PLUGIN, "--collect-only", "-q", "--shard-write", str(ids)]
         whole = {**os.environ, **(environment or {})}
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=cwd, env=whole)
-        # 5: nothing was found.
+        # Status 5 means that nothing was found.
         if done.returncode not in (0, 5):
             raise RuntimeError(
                 f"pytest {' '.join(arguments)} could not collect:\n{(done.stdout + done.stderr)[-3000:]}"
@@ -45,7 +45,7 @@ def collect(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str] 
 
 
 def interleaved(ids: Sequence[str]) -> list[str]:
-    """The first test of every file, then the second, and so on: a file that fails entirely is noticed at once."""
+    """Order the first test of every file, then the second, and so on, so that a file that fails shows early."""
     by_file: dict[str, list[str]] = {}
     for name in ids:
         by_file.setdefault(name.split("::")[0], []).append(name)
@@ -63,8 +63,8 @@ def run_tests(
 ) -> list[str]:
     """Run tests in ``shards`` processes at a time.
 
-    A test whose process dies is recorded as crashed, one that outlasts the time by far as timed out; in either case the
-    tests after it go on in a new process.
+    A test whose process dies is recorded as crashed, one that is killed after the time was up as timed out; in either
+    case a new process continues with the next test.
 
     Args:
         ids: of the tests, in order; those that the log has the end of are not run.
@@ -126,7 +126,7 @@ def _run_shard(
 def _begin(
     command: Sequence[str], output: IO[bytes], cwd: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a process, with a group of its own."""
+    """Start a process in its own process group."""
     whole = {**os.environ, **(environment or {})}
     return subprocess.Popen(
         command, stdout=output, stderr=subprocess.STDOUT, cwd=cwd, env=whole, start_new_session=True
@@ -134,11 +134,11 @@ def _begin(
 
 
 def _end(process: subprocess.Popen[bytes], until: float) -> tuple[str, str]:
-    """How a process ended that had begun a test and not finished it; it is not waited for for ever."""
+    """Return how a process ended that had begun a test without finishing it; a process that hangs is killed."""
     try:
         process.wait(max(1.0, until + GRACE_SECONDS - time.time()))
     except subprocess.TimeoutExpired:
-        # Its children too: a process that stays would keep the GPU.
+        # Its children are killed too, since a remaining process would occupy the GPU.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return "timed out", f"killed {GRACE_SECONDS:.0f} s after the time was up"
@@ -193,7 +193,7 @@ def _run_command(
     with tempfile.TemporaryFile() as output:
         process = _begin(command, output, cwd, environment)
         if _end(process, until)[0] == "timed out":
-            # Not held against the command: a call with more time may end it.
+            # Not recorded as a failure, since a call with more time may finish the command.
             return
         output.seek(0)
         said = output.read().decode(errors="replace")[-1500:]

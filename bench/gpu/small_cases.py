@@ -21,12 +21,12 @@ from maskattn import readout
 
 
 def tensors_of(result: object) -> list[Tensor]:
-    """A result's tensors, however many there are."""
+    """Return a result's tensors as a list."""
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def attention(problem: Problem, impl: str, variant: str) -> list[Tensor]:
-    """Outputs and gradients of the packed and the masked operation."""
+    """Compute outputs and gradients of the packed and the masked operation."""
     results = []
     for attend in (packed, masked):
         function, inputs = attend(variant, problem, impl)
@@ -39,7 +39,7 @@ def attention(problem: Problem, impl: str, variant: str) -> list[Tensor]:
 
 
 def few_queries(problem: Problem, impl: str) -> list[Tensor]:
-    """Readout with rows and gradients, and the relevance of three classes."""
+    """Compute readout with rows and gradients, and the relevance of three classes."""
     packing = problem.packing
     leaves = [x.detach().requires_grad_() for x in (queries_of(problem, 2), *problem.rows[1:])]
     outputs = readout(*leaves, packing.cu_seqlens, packing.max_seqlen, return_rows=True, return_lse=True, impl=impl)
@@ -51,7 +51,7 @@ def few_queries(problem: Problem, impl: str) -> list[Tensor]:
 
 
 def main() -> None:
-    """Run all cases and report results that are not finite and errors."""
+    """Run all cases, and report errors and results that are not finite."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--impl", default="triton")

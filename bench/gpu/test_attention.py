@@ -1,4 +1,4 @@
-"""Attention, forward, backward and both, against what a user would pick instead.
+"""Attention, forward, backward and both, compared with users' alternatives.
 
 pytest bench/gpu/test_attention.py
 """
@@ -13,20 +13,20 @@ import torch
 from bench.gpu.peers import IMPLS, attention_of, contenders
 from bench.gpu.points import Case, Problem, grid_of
 
-# Counted in forwards; the backward does five products where the forward does two.
+# In multiples of a forward, which computes two products; the backward computes five.
 WORK = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 
 FLEX_POINTS = 3
 
 
 def impls_of(config: pytest.Config) -> tuple[str, ...]:
-    """Our contenders that are measured."""
+    """Return our implementations that are measured."""
     given = config.getoption("--bench-impls")
     return tuple(given.split(",")) if given else IMPLS[config.getoption("--bench-device")]
 
 
 def cases(grid: str, device: str) -> list[Case]:
-    """Forward and backward of a point before the next point; both together last or, for want of time, not."""
+    """Return forward and backward of one point after the other, and both together at the end, if time is left."""
     points = grid_of(grid, device)
     alone = [
         Case("attention", direction, point, rank + part)
@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def is_worth_its_time(contender: str, rank: float, grid: str) -> bool:
-    """FlexAttention compiles anew for each size: in the quick grid the first points get it, in the smallest none."""
+    """Limit FlexAttention, which compiles for each size, to the first points of the quick grid, and none of smoke."""
     return not contender.startswith("flex") or grid == "full" or (grid == "quick" and rank < FLEX_POINTS)
 
 
@@ -60,7 +60,7 @@ def test_attention(measure, case: Case, contender: str, problem: Problem):
 
 
 def step_of(direction: str, attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], object]:
-    """The function to time: the call, the gradients of all its inputs from a graph that is kept, or both."""
+    """Return the function to time: the call, the gradients of all its inputs from a kept graph, or both."""
     if direction == "forward":
 
         def forward() -> object:

@@ -1,6 +1,6 @@
-"""The complete layer against torch's own: projections, attention, output. ``pytest bench/gpu/test_multihead.py``.
+"""The complete layer, with projections and output, compared with torch's: ``pytest bench/gpu/test_multihead.py``.
 
-Both get the same ``key_padding_mask`` and weights; torch's layer in evaluation takes its fast path.
+Both have the same ``key_padding_mask`` and weights; torch's layer takes its fast path in eval mode.
 """
 
 from __future__ import annotations

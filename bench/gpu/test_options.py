@@ -1,4 +1,4 @@
-"""The cost of each option of our attention, compared with what a user would write for it.
+"""The cost of each option of our attention, compared with users' alternatives.
 
 pytest bench/gpu/test_options.py
 """
@@ -21,7 +21,7 @@ from maskattn import masked_attention, packed_attention
 
 VARIANTS = ("plain", "key_bias shared", "key_bias per head", "coords", "dropout", "lse", "all")
 DROPOUT = 0.1
-# Per token of distance; any slopes cost the same.
+# Slope per token of distance; the cost does not depend on it.
 SLOPE = 0.01
 
 PEERS = {
@@ -33,7 +33,7 @@ PEERS = {
 
 
 def points_of(grid: str, device: str) -> list[Point]:
-    """One slide and, on a GPU or in full, a batch of tiles."""
+    """Return a slide and, on a GPU or in the full grid, a batch of tiles."""
     if grid == "smoke":
         return [Point(2, 64, 0.5, 2, 32, "fp32")]
     if device == "cpu":
@@ -68,7 +68,7 @@ def test_option(measure, case: Case, contender: str, problem: Problem):
 
 
 def bias_of(variant: str, problem: Problem) -> Tensor | None:
-    """(B, N) or (B, H, N) float32, or None."""
+    """Return a bias (B, N) or (B, H, N) in float32, or None."""
     p = problem.point
     if variant == "key_bias shared":
         return problem.normal((p.batch, p.tokens), 5)
@@ -76,7 +76,7 @@ def bias_of(variant: str, problem: Problem) -> Tensor | None:
 
 
 def coords_of(variant: str, problem: Problem) -> Tensor | None:
-    """(B, N, 2) float32, tokens of a square grid; or None."""
+    """Return coordinates (B, N, 2) of a square grid in float32, or None."""
     if variant not in ("coords", "all"):
         return None
     p = problem.point
@@ -86,7 +86,7 @@ def coords_of(variant: str, problem: Problem) -> Tensor | None:
 
 
 def slopes_of(problem: Problem) -> Tensor:
-    """(H,) float32."""
+    """Return slopes (H,) in float32."""
     return torch.full((problem.point.heads,), SLOPE, device=problem.device)
 
 
@@ -95,7 +95,7 @@ def _flags(variant: str) -> dict[str, object]:
 
 
 def packed(variant: str, problem: Problem, impl: str) -> Attention:
-    """``packed_attention`` with the options of a variant; a bias is differentiated too."""
+    """Return ``packed_attention`` with the options of a variant; a bias gets a gradient too."""
     bias, coords = bias_of(variant, problem), coords_of(variant, problem)
     indices, bounds = problem.packing.indices, problem.bounds
     located = {}
@@ -112,7 +112,7 @@ def packed(variant: str, problem: Problem, impl: str) -> Attention:
 
 
 def masked(variant: str, problem: Problem, impl: str) -> Attention:
-    """``masked_attention`` with the options of a variant."""
+    """Return ``masked_attention`` with the options of a variant."""
     bias, coords, keep = bias_of(variant, problem), coords_of(variant, problem), problem.keep
     located = {} if coords is None else {"coords": coords, "slopes": slopes_of(problem)}
 
@@ -123,7 +123,7 @@ def masked(variant: str, problem: Problem, impl: str) -> Attention:
 
 
 def peer(contender: str, variant: str, problem: Problem) -> Attention:
-    """The same with torch's ``scaled_dot_product_attention``, whose mask is given no gradient."""
+    """Return the same with torch's ``scaled_dot_product_attention``, whose mask gets no gradient."""
     if contender.startswith("sdpa per sequence"):
         return _dropout_per_sequence(contender.rsplit(" ", 1)[1], problem)
     keep_B11N = problem.keep[:, None, None, :]

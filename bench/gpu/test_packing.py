@@ -1,4 +1,4 @@
-"""From a mask to packed rows and back, and what FlexAttention prepares instead.
+"""Packing, from a mask to packed rows and back, compared with FlexAttention's preparation.
 
 pytest bench/gpu/test_packing.py
 """
@@ -23,7 +23,7 @@ STEPS = {
 
 
 def points_of(grid: str, device: str) -> list[Point]:
-    """Tokens of C = H·D channels: a slide's and a batch of tiles'."""
+    """Return the tokens of a slide and of a batch of tiles, with C = H·D channels."""
     if grid == "smoke":
         return [Point(2, 64, 0.5, 2, 32, "fp32")]
     if device == "cpu":
@@ -47,13 +47,13 @@ def test_packing(measure, case: Case, contender: str, problem: Problem):
     p = problem.point
     row_bytes = p.heads * p.width * problem.dtype.itemsize
     kept, everything = sum(problem.lengths), p.batch * p.tokens
-    # Read and written; unpacking writes zeros everywhere too.
+    # Bytes read and written; unpacking also writes zeros everywhere.
     moved = {"prepare": everything, "pack": 2 * kept * row_bytes, "unpack": (2 * kept + everything) * row_bytes}
     measure(lambda: step(contender, problem), bytes_moved=moved[case.variant])
 
 
 def step(contender: str, problem: Problem) -> Callable[[], object]:
-    """One step of packing, as a call."""
+    """Return one step of packing as a call."""
     p, keep = problem.point, problem.keep
     if contender == "maskattn, Packing.from_keep":
         return lambda: Packing.from_keep(keep)

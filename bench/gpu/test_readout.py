@@ -26,7 +26,7 @@ CLASSES = ("K=1", "K=10")
 
 
 def points_of(grid: str, device: str) -> list[Point]:
-    """Slides and, on a GPU or in full, a batch of tiles."""
+    """Return slides and, on a GPU or in the full grid, a batch of tiles."""
     if grid == "smoke":
         return [Point(2, 64, 0.5, 2, 32, "fp32")]
     if device == "cpu":
@@ -60,12 +60,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def bytes_of(problem: Problem) -> float:
-    """Bytes of K and V, read once."""
+    """Return the bytes of K and V, read once."""
     return 2.0 * sum(problem.lengths) * problem.point.heads * problem.point.width * problem.dtype.itemsize
 
 
 def queries_of(problem: Problem, count: int) -> Tensor:
-    """(B, R, H, D)."""
+    """Return queries (B, R, H, D)."""
     p = problem.point
     return problem.normal((p.batch, count, p.heads, p.width), 6).to(problem.dtype)
 
@@ -90,7 +90,7 @@ def test_readout(measure, case: Case, contender: str, problem: Problem):
 
 
 def readout_peer(contender: str, problem: Problem, q: Tensor, rows: bool) -> tuple[Callable[..., object], list[Tensor]]:
-    """torch's alternatives for a few queries; only the eager one can return attention rows."""
+    """Return torch's alternatives for a few queries, of which only the eager one gives attention rows."""
     if rows and contender != "eager":
         raise UnsupportedError("gives no attention rows")
     if contender == "varlen_attn":
@@ -129,7 +129,7 @@ def test_token_relevance(measure, case: Case, contender: str, problem: Problem):
 
 
 def fused(impl: str, problem: Problem, q: Tensor, grad_out: Tensor, origins: list[Tensor]) -> Callable[[], object]:
-    """``token_relevance``, after the readout whose output and log-sum-exp it starts from."""
+    """Return ``token_relevance``, given the output and log-sum-exp of a readout that ran before."""
     spans = problem.packing.cu_seqlens, problem.packing.max_seqlen
     k, v = problem.rows[1:]
     out, lse = readout(q, k, v, *spans, return_lse=True, impl=impl)
@@ -145,7 +145,7 @@ def fused(impl: str, problem: Problem, q: Tensor, grad_out: Tensor, origins: lis
 
 
 def backwards(problem: Problem, q: Tensor, grad_out: Tensor, origins: list[Tensor]) -> Callable[[], object]:
-    """The derivative along k and v from autograd through the readout, class after class."""
+    """Return the derivative along k and v by autograd through the readout, class by class."""
     mask = problem.keep[:, None, None, :]
     k, v = (x.detach().requires_grad_() for x in problem.dense[1:])
     key_origin, value_origin = (origin[None, :, None, :] for origin in origins)

@@ -1,4 +1,4 @@
-"""A ViT-S/16 with and without its background, and the price of a map.
+"""A ViT-S/16 with and without background, and the cost of a map.
 
 pytest bench/gpu/test_vit.py
 """

@@ -20,9 +20,9 @@ struct Axis {
     std::ptrdiff_t count;
 };
 
-// Writes to fraction_RC (y.count x x.count, row-major) the fraction of each token's area that is tissue. The area outside
-// the mask is not tissue. `threads` <= 0 means one thread per core; the result does not depend on the number of threads.
-// Throws std::bad_alloc.
+// Writes to fraction_RC (y.count x x.count, row-major) the fraction of each token's area that is tissue. The area
+// outside the mask is not tissue. `threads` <= 0 means one thread per core; the result does not depend on the number of
+// threads. Throws std::bad_alloc.
 void token_coverage(const Mask& mask, const Axis& y, const Axis& x, int threads, float* fraction_RC);
 
 }  // namespace maskattn

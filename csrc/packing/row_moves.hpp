@@ -24,8 +24,8 @@ struct RowMove {
 std::ptrdiff_t move_rows(const RowMove& move, const std::int32_t* index, int threads);
 std::ptrdiff_t move_rows(const RowMove& move, const std::int64_t* index, int threads);
 
-// Writes the number of kept tokens of each sequence to lengths_B, and returns their sum. keep_BN has batch x tokens bytes
-// without gaps; bytes other than 0 are kept.
+// Writes the number of kept tokens of each sequence to lengths_B, and returns their sum. keep_BN has batch x tokens
+// bytes without gaps; bytes other than 0 are kept.
 std::ptrdiff_t count_kept(const std::uint8_t* keep_BN, std::ptrdiff_t batch, std::ptrdiff_t tokens, std::int64_t* lengths_B);
 
 // Writes the positions of the `kept` kept tokens of a mask in ascending order to indices_T, and the inverse to

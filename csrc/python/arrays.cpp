@@ -37,7 +37,7 @@ std::string names_of(const std::vector<Dtype>& dtypes) {
     return names;
 }
 
-// Sufficient for no two elements to share memory: each axis steps over all that those of smaller strides reach.
+// Returns whether each stride exceeds the extent of the axes with smaller strides, so that no two elements share memory.
 bool elements_are_apart(const Array& array) {
     std::vector<std::pair<std::ptrdiff_t, std::ptrdiff_t>> axes;  // stride, size
     for (std::size_t i = 0; i < array.shape.size(); ++i) {

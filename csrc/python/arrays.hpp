@@ -1,4 +1,4 @@
-// Checks of numpy arguments, with errors that say the rule, what came and the remedy.
+// Checks of numpy arguments, with errors that state the rule, what was passed and the remedy.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -12,9 +12,9 @@ namespace maskattn {
 
 namespace py = pybind11;
 
-enum class Dtype { float32, bfloat16, int64, int32, boolean, bytes };  // bfloat16 comes as uint16
+enum class Dtype { float32, bfloat16, int64, int32, boolean, bytes };  // bfloat16 is passed as uint16
 
-// An argument that has passed its checks: its strides are in elements.
+// An argument that has passed its checks, with strides in elements.
 struct Array {
     Dtype dtype;
     std::vector<std::ptrdiff_t> shape;
@@ -29,20 +29,20 @@ class Arguments {
   public:
     explicit Arguments(const char* operation) : operation_(operation) {}
 
-    // An aligned array in native byte order of one of these dtypes and this number of axes, the last `contiguous` of
-    // them without gaps.
+    // Checks for an aligned array in native byte order of one of these dtypes and this number of axes, of which the last
+    // `contiguous` have no gaps.
     Array array(const char* name, const py::object& value, const std::vector<Dtype>& dtypes, std::size_t axes,
                 std::size_t contiguous = 0) const;
 
-    // The same of a given shape, called e.g. "(Tk, H, D)".
+    // Checks for a given shape as well; messages call it `shape_name`, e.g. "(Tk, H, D)".
     Array array(const char* name, const py::object& value, Dtype dtype, const Shape& shape, const char* shape_name,
                 std::size_t contiguous = 0) const;
 
-    // The same, writable, and no two of its elements one.
+    // Checks as well that the array is writable and no two of its elements share memory.
     Array output(const char* name, const py::object& value, Dtype dtype, const Shape& shape, const char* shape_name,
                  std::size_t contiguous = 0) const;
 
-    // "<operation> needs <rule>, got <what came>; <remedy>"
+    // Throws with "<operation> needs <rule>, got <got>; <remedy>".
     [[noreturn]] void refuse(const std::string& rule, const std::string& got, const std::string& remedy) const;
     [[noreturn]] void refuse_type(const std::string& rule, const std::string& got, const std::string& remedy) const;
 
@@ -52,7 +52,7 @@ class Arguments {
 
 std::string text_of(const Shape& shape);
 
-// How many threads a call asks for, 0 for one per core.
+// Checks the number of threads that a call asks for; 0 means one per core.
 int checked_threads(const Arguments& arguments, int threads);
 
 }  // namespace maskattn

@@ -1,4 +1,4 @@
-// Attention as Python calls it: the arguments are checked, the GIL is released, the driver called.
+// The bindings of attention, which check the arguments, release the GIL and call the driver.
 #include <pybind11/stl.h>
 
 #include "attention/driver.hpp"
@@ -9,7 +9,7 @@
 namespace maskattn {
 namespace {
 
-// What backward takes in addition to q, k and v: what forward wrote, the gradient that comes back, the gradients to be written.
+// Further arguments of backward: the results of forward, the gradient of out, and the gradients to be written.
 struct Backward {
     Object grad_out, out, lse, dq, dk, dv;
 };
@@ -55,7 +55,7 @@ Sequences kept_sequences(const Call& call, Object keep) {
             if (row[i * mask.strides[1]]) sequences.kept.push_back(static_cast<std::int32_t>(i));
         starts.push_back(sequences.kept.size());
     }
-    // Not null even where nothing is kept: no index would mean all tokens in their order.
+    // Not null even if nothing is kept, since a null index means all tokens.
     sequences.kept.push_back(0);
     sequences.dense = true;
     sequences.rows_q = queries;
@@ -76,7 +76,7 @@ void forward(const Call& call, Attention& problem, const Sequences& sequences, O
     attention_forward(problem, sequences, {&call.kernels.attention, call.threads});
 }
 
-// The heads' shares of a bias that they have in common, summed in their order.
+// Sums the heads' gradients of a bias that they share, in the order of the heads.
 void sum_over_heads(const Call& call, const std::vector<float>& by_head, const Strided<float>& dbias) {
     const std::ptrdiff_t heads = call.heads(), keys = call.keys();
     for (std::ptrdiff_t b = 0; b < call.batch(); ++b)

@@ -1,4 +1,4 @@
-// Each operation's bindings add themselves to the module.
+// Functions that add the bindings of each operation to the module.
 #pragma once
 
 #include <pybind11/pybind11.h>

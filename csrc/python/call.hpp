@@ -1,5 +1,5 @@
-// The arguments of attention, readout and token relevance, as far as these take the same: checked, and filled into the
-// problem that a driver takes. All of it throws TypeError and ValueError.
+// The arguments that attention, readout and token relevance have in common, checked and filled into the problem that a
+// driver takes. All functions throw TypeError and ValueError.
 #pragma once
 
 #include "dispatch/kernels.hpp"
@@ -10,27 +10,28 @@ namespace maskattn {
 
 using Object = const py::object&;
 
-constexpr std::ptrdiff_t most_rows = 2147483647;  // of a tensor: indices have 32 bits
+constexpr std::ptrdiff_t most_rows = 2147483647;  // of a tensor, since indices have 32 bits
 
 class Call {
   public:
-    // Queries and keys say how large everything else is.
+    // Takes the sizes of all axes from the queries and the keys.
     Call(const char* operation, const Layout& layout, Object q, Object k, const py::kwargs& keywords,
          std::initializer_list<const char*> own_options);
     Call(const Call&) = delete;
     Call& operator=(const Call&) = delete;
 
-    // What makes scores and outputs of queries, keys and values.
+    // Fills in q, k, v and the terms of the score.
     void fill_inputs(Attention& problem, Object q, Object k, Object v);
-    // out, lse and its rest as forward writes them, and as what comes after it reads them.
+    // Fills in out, lse and its rest: fill_outputs for forward, which writes them, fill_saved for operations that read
+    // them.
     void fill_outputs(Attention& problem, Object out, Object lse) const;
     void fill_saved(Attention& problem, Object out, Object lse) const;
-    // What comes back to out, and where the gradients are to be written; those of the slopes are written by
-    // write_slope_gradients, from sums by head.
+    // Fills in the gradients of the outputs and the gradients to be written. Those of the slopes are written by
+    // write_slope_gradients, from the sum of each head.
     void fill_gradients(Gradients& gradients, Object grad_out, Object dq, Object dk, Object dv);
     void write_slope_gradients(const std::vector<double>& dslope_H) const;
 
-    // cu_seqlens as it must be: from 0, never decreasing, to the `rows` of the argument called `of`.
+    // Checks cu_seqlens, which must rise from 0, without decreasing, to the `rows` of the argument called `of`.
     std::vector<std::int32_t> starts(const char* name, Object value, std::ptrdiff_t rows, const char* of) const;
 
     std::ptrdiff_t batch() const { return tensors.size("B"); }

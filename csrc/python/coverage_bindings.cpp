@@ -1,4 +1,4 @@
-// Token coverage as Python calls it: the arguments are checked, the GIL is released, the plain C++ called.
+// The bindings of token coverage, which check the arguments, release the GIL and call the plain C++.
 #include <cmath>
 #include <limits>
 #include <sstream>
@@ -11,7 +11,7 @@
 namespace maskattn {
 namespace {
 
-// Shares of a mask pixel below this drown in the rounding of token positions.
+// Fractions of a mask pixel below this are lost in the rounding of token positions.
 constexpr double smallest_token_in_mask_px = 1e-3;
 
 template <typename Value>

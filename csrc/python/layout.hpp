@@ -1,6 +1,6 @@
-// How the tensors of an operation lie, and checks that they do. A tensor's axes are written by name, the one without
-// gaps in brackets: "B H Nq [D]". B are sequences, H heads and K classes; of the other axes, one without brackets is
-// that of the rows.
+// The axes of an operation's tensors, and checks of them. A tensor's axes are written by name, with the contiguous one
+// in brackets: "B H Nq [D]". B are sequences, H heads and K classes; the other axis without brackets is that of the
+// rows.
 #pragma once
 
 #include <string>
@@ -22,15 +22,15 @@ constexpr Layout packed_layout{"Tq H [D]", "Tk H [D]", "H Tq", "Tk H", "Tk", "Tq
 constexpr Layout dense_layout{"B H Nq [D]", "B H N [D]", "B H Nq", "B H N", "B N", "B Nq [2]", "B N [2]"};
 constexpr Layout readout_layout{"B R H [D]", "T H [D]", "B R H", "T H", "T", "B R [2]", "T [2]"};
 
-// Axes as they are written above, one after another.
+// Axes, parsed from a text as above.
 class Axes {
   public:
     explicit Axes(const char* text);
 
     std::size_t count() const { return count_; }
     std::string_view operator[](std::size_t axis) const { return names_[axis]; }
-    std::size_t contiguous() const { return contiguous_; }  // how many at the end are to have no gaps
-    std::size_t row() const { return row_; }                // which is that of the rows; count() for none
+    std::size_t contiguous() const { return contiguous_; }  // number of axes at the end that must have no gaps
+    std::size_t row() const { return row_; }                // index of the axis of the rows; count() for none
     std::string text() const;                               // "(B, H, Nq, D)"
 
   private:
@@ -39,14 +39,14 @@ class Axes {
     std::size_t count_ = 0, contiguous_ = 0, row_ = most_axes;
 };
 
-// The tensors of one call: the sizes of their axes must agree.
+// The tensors of one call, whose axes of the same name must have the same size.
 class Tensors {
   public:
     explicit Tensors(const Arguments& arguments) : arguments_(arguments) {}
 
-    // The first tensor says how large its axes are, and which dtype all tensors of rows have.
+    // Takes the sizes of the first tensor's axes, and the dtype of all tensors of rows.
     void measure(const char* name, const py::object& value, const char* axes);
-    // Another one adds the axis of its rows.
+    // Takes the size of another tensor's axis of rows.
     void measure_rows(const char* name, const py::object& value, const char* axes);
     void set_size(std::string_view axis, std::ptrdiff_t size) { sizes_.emplace_back(axis, size); }
 
@@ -54,7 +54,7 @@ class Tensors {
     std::ptrdiff_t size(std::string_view axis) const;  // 1 for an axis that no tensor has
     std::ptrdiff_t rows(const char* axes) const;
 
-    // Values of type void have the dtype of the rows, others are float32.
+    // Checks a tensor. Values of type void have the dtype of the rows, others are float32.
     template <class Value>
     Strided<Value> input(const char* name, const py::object& value, const char* axes) const {
         return strided<Value>(array(name, value, dtype_of<Value>(), axes), Axes(axes));
@@ -63,7 +63,7 @@ class Tensors {
     Strided<Value> output(const char* name, const py::object& value, const char* axes) const {
         return strided<Value>(output_array(name, value, dtype_of<Value>(), axes), Axes(axes));
     }
-    // Without data for None.
+    // Checks a tensor if it is given; the result has no data for None.
     template <class Value>
     Strided<Value> input_if_given(const char* name, const py::object& value, const char* axes) const {
         return value.is_none() ? Strided<Value>{} : input<Value>(name, value, axes);

@@ -8,7 +8,7 @@
 
 namespace {
 
-// Whether the OpenMP runtime in this file, if the process has loaded it, lends its team.
+// Shares the team of the OpenMP runtime in this file, if the process has loaded it; returns whether it has.
 bool share_team_of(const std::string& library) {
     void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
     if (handle == nullptr) return false;
@@ -17,7 +17,7 @@ bool share_team_of(const std::string& library) {
         dlclose(handle);
         return false;
     }
-    maskattn::share_team(reinterpret_cast<maskattn::ParallelRegion>(parallel));  // which keeps the library loaded
+    maskattn::share_team(reinterpret_cast<maskattn::ParallelRegion>(parallel));  // the open handle keeps the library loaded
     return true;
 }
 

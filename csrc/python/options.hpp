@@ -1,4 +1,4 @@
-// The keywords of a call: what an operation takes in addition to its tensors.
+// The keywords of a call, which an operation takes in addition to its tensors.
 #pragma once
 
 #include <initializer_list>
@@ -13,14 +13,15 @@ namespace maskattn {
 
 class Options {
   public:
-    // Every operation takes the terms of the score (attention/terms.hpp), threads and instruction_set; `own` names what
-    // else this one takes. Throws TypeError for any other keyword. The keywords must outlive this.
+    // Every operation takes the terms of the score (attention/terms.hpp), threads and instruction_set; `own` names the
+    // further keywords of this one. Throws TypeError for any other keyword. The keywords must outlive the object.
     Options(const Arguments& arguments, const py::kwargs& keywords, std::initializer_list<const char*> own);
 
-    // What was given by this name; None for nothing.
+    // Returns the keyword of this name, or None if it was not given.
     py::object operator[](std::string_view name) const;
 
-    // A value that is no array, called e.g. "a bool"; throws TypeError for one of another type.
+    // Returns a value that is not an array, or `otherwise` if it was not given. Throws TypeError for a value of another
+    // type, which the message calls `type`, e.g. "a bool".
     template <class Value>
     Value value(std::string_view name, Value otherwise, const char* type) const {
         const py::handle given = find(name);
@@ -34,7 +35,7 @@ class Options {
     }
 
   private:
-    py::handle find(std::string_view name) const;  // nothing where it was not given
+    py::handle find(std::string_view name) const;  // null if it was not given
 
     const Arguments& arguments_;
     std::vector<std::pair<std::string_view, py::handle>> given_;

@@ -1,4 +1,4 @@
-// The Python face of packing: checks the arguments, releases the GIL, calls the plain C++.
+// The bindings of packing, which check the arguments, release the GIL and call the plain C++.
 #include <algorithm>
 #include <limits>
 

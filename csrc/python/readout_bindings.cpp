@@ -1,4 +1,4 @@
-// Readout and token relevance as Python calls them: the arguments are checked, the GIL is released, the driver called.
+// The bindings of readout and token relevance, which check the arguments, release the GIL and call the driver.
 #include "python/bindings.hpp"
 #include "python/call.hpp"
 #include "readout/driver.hpp"
@@ -59,7 +59,7 @@ void backward(Object grad_out, Object q, Object k, Object v, Object out, Object 
     call.write_slope_gradients(dslope_H);
 }
 
-// One for all tokens, (H, D), with stride 0 over them, or one for each, (T, H, D).
+// Checks an origin: (H, D) for all tokens, with stride 0 over them, or (T, H, D).
 Strided<const void> checked_origin(const Call& call, const char* name, Object value) {
     const bool each = py::isinstance<py::array>(value) && py::reinterpret_borrow<py::array>(value).ndim() == 3;
     return call.tensors.input_if_given<const void>(name, value, each ? "T H [D]" : "H [D]");

@@ -31,9 +31,9 @@ struct KeyRun {
 constexpr int tile_keys = 48;
 constexpr int most_queries = 16;
 
-// Entry points of one instruction set for one dtype. The result of a run of keys is stored in `partial`; the partials of a
-// sequence are adjacent and combined in their order. Sizes are in 32-bit words, multiples of 16; every buffer is aligned
-// to 64 bytes.
+// Entry points of one instruction set for one dtype. The result of a run of keys is stored in `partial`; the partials of
+// a sequence are adjacent and combined in their order. Sizes are in 32-bit words, multiples of 16; every buffer is
+// aligned to 64 bytes.
 struct ReadoutKernels {
     std::size_t (*partial_words)(const Readout&);
     std::size_t (*scratch_words)(const Readout&);

@@ -1,6 +1,6 @@
 // A job runs on the shared team, if there is one. Otherwise the caller adds it to a list and works on it, and idle
-// threads join jobs that still have items. An idle thread spins briefly, long enough to bridge the phases of an operation
-// and too short to take a core from torch's own threads, and then sleeps on a condition variable.
+// threads join jobs that still have items. An idle thread spins briefly, long enough to bridge the phases of an
+// operation and too short to take a core from torch's own threads, and then sleeps on a condition variable.
 #include "runtime/threads.hpp"
 
 #include <pthread.h>

@@ -2,8 +2,8 @@
 //
 //   C[r][c] (+)= sum over steps t of A[r][t] . B[t][c]
 //
-// A and B consist of 32-bit words. A word is one float32, or two neighbours in the summed dimension in bfloat16 (the even
-// one in the low half), whose two products are added by one instruction.
+// A and B consist of 32-bit words. A word is one float32, or two neighbours in the summed dimension in bfloat16 (the
+// even one in the low half), whose two products are added by one instruction.
 #pragma once
 
 #include "simd/vectors.hpp"

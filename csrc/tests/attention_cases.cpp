@@ -1,4 +1,4 @@
-// Attention of packed sequences, and of rows picked by an index as masks pick them, against the plain loop.
+// Attention of packed sequences, and of rows selected by an index as masks select them, against the plain loop.
 #include <cmath>
 #include <limits>
 
@@ -12,7 +12,7 @@ namespace {
 using maskattn::Tokens;
 
 constexpr int heads = 2;
-constexpr double tolerances[] = {1e-5, 3e-2};  // of float32, bfloat16: accuracy is judged in tests/native
+constexpr double tolerances[] = {1e-5, 3e-2};  // of float32 and bfloat16; tests/native checks the accuracy
 
 struct Problem {
     bool half;

@@ -10,7 +10,7 @@
 
 namespace maskattn_tests {
 
-// Numbers as the kernels are given them (float32 or bfloat16) and as doubles of the same values.
+// Numbers in the form that the kernels take (float32 or bfloat16), and as doubles of the same values.
 struct Tensor {
     std::vector<double> exact;
     std::vector<float> float32;
@@ -34,7 +34,7 @@ class Random {
 Tensor unwritten(std::size_t count);
 float to_float(std::uint16_t bfloat16);
 
-// One sequence and head: what a plain loop makes of it. Rows of D.
+// The results of the plain loop for one sequence and head, as rows of D.
 struct PlainHead {
     std::vector<std::vector<double>> q, k, v, grad_out;
     std::vector<double> key_bias, grad_lse;
@@ -50,12 +50,12 @@ struct HeadResults {
 
 HeadResults attend(const PlainHead& head);
 
-// Counts what is off by more than `tolerance` of the largest value.
+// Counts the values that are off by more than `tolerance` times the largest.
 class Comparison {
   public:
     Comparison(std::string name, double tolerance) : name_(std::move(name)), tolerance_(tolerance) {}
     void add(double got, double exact);
-    bool passes() const;  // says what failed
+    bool passes() const;  // prints what failed
 
   private:
     std::string name_;

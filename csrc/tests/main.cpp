@@ -1,5 +1,5 @@
-// Every kernel of every instruction set of this machine on small odd sizes and many threads, for the sanitizers:
-// `make sanitize`.
+// Runs every kernel of every instruction set of this machine on small odd sizes and many threads, for the sanitizers
+// (`make sanitize`).
 #include <cmath>
 #include <cstdio>
 

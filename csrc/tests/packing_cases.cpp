@@ -18,7 +18,7 @@ struct Case {
 
 const std::vector<Case> cases{{0, 9, 5, 0, 0},     {7, 0, 5, 0, 0},        {7, 9, 0, 0, 0},         {1, 50, 1, 0, 0},
                               {40, 90, 3, 2, 1},   {300, 700, 4097, 0, 0}, {300, 700, 4096, 64, 7}, {2, 7, 700000, 0, 0},
-                              {99, 999, 3000, -1, 0}};  // -1: all its rows are one
+                              {99, 999, 3000, -1, 0}};  // -1: all rows are the same
 
 std::ptrdiff_t below(Random& random, std::ptrdiff_t count) {
     return static_cast<std::ptrdiff_t>((random.uniform() + 1.0) / 2.0 * static_cast<double>(count));
@@ -46,7 +46,7 @@ bool moves(const Case& c, int threads, bool result_is_zero) {
     const std::ptrdiff_t result_stride = c.row_bytes + c.result_gap;
     Bytes source(static_cast<std::size_t>(c.source_rows * source_stride + c.row_bytes));
     for (unsigned char& byte : source) byte = static_cast<unsigned char>(below(random, 256));
-    // Nothing after the last row, so that a step too far is one out of bounds.
+    // The buffer ends with the last row, so that a read past it is out of bounds.
     Bytes result(static_cast<std::size_t>(c.rows ? (c.rows - 1) * result_stride + c.row_bytes : 0),
                  result_is_zero ? 0 : untouched);
     const Bytes before = result;
@@ -62,7 +62,7 @@ bool moves(const Case& c, int threads, bool result_is_zero) {
                                  c.rows,        result_stride, c.row_bytes,   result_is_zero};
     bool right = maskattn::move_rows(move, index.data(), threads) == c.rows && result == expected;
     if (c.rows < 3) return right;
-    // The first of several that are wrong is told, and what it points to is not read.
+    // The first of several wrong indices is reported, and the row that it points to is not read.
     index[static_cast<std::size_t>(c.rows - 1)] = -2;
     index[static_cast<std::size_t>(c.rows / 2)] = static_cast<Index>(c.source_rows);
     result = before;

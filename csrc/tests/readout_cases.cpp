@@ -10,7 +10,7 @@ namespace maskattn_tests {
 namespace {
 
 constexpr int heads = 4, classes = 21;
-constexpr double tolerances[] = {1e-5, 3e-2};  // of float32, bfloat16: accuracy is judged in tests/native
+constexpr double tolerances[] = {1e-5, 3e-2};  // of float32 and bfloat16; tests/native checks the accuracy
 
 // The longest is cut into several runs at the larger head widths.
 const std::vector<std::int32_t> starts{0, 5, 5, 6, 136, 736};
@@ -78,7 +78,7 @@ struct Problem {
         return g;
     }
 
-    // Origins of each token, the value's those of the key.
+    // One origin per token, the same for values as for keys.
     maskattn::Relevance all_of_relevance() {
         maskattn::Relevance a{};
         static_cast<maskattn::Readout&>(a) = readout();

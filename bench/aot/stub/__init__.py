@@ -1,7 +1,7 @@
-"""Triton's own compiler and launcher on a driver that runs nothing: all that a call does up to the GPU itself.
+"""A stub of the CUDA driver for Triton's own compiler and launcher, which runs everything of a call but the kernels.
 
-Interpretation and the tables of compiled kernels see the kernels one by one; here every public call goes through the
-code that a user's call goes through, with tensors on the CPU whose addresses pass for the device's.
+The interpreter and the tables of compiled kernels test kernels one by one. With the stub every public call takes the
+same path as a user's, with tensors on the CPU whose addresses stand for the device's.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ __all__ = ["CAPABILITIES", "StubDevice"]
 
 CAPABILITIES = {"sm80": (8, 0), "sm86": (8, 6), "sm90": (9, 0), "sm100": (10, 0), "sm120": (12, 0)}
 
-# That of an H100 or H200.
+# Number of multiprocessors of an H100 or H200.
 PROCESSORS = 132
 
 
 class StubDevice:
-    """Makes this process believe that it has a GPU; once a process, before Triton launches anything.
+    """A simulated GPU of this process; make one per process, before Triton launches anything.
 
     Args:
-        target: of :data:`CAPABILITIES`.
-        folder: where the driver is built.
+        target: a key of :data:`CAPABILITIES`.
+        folder: folder in which the driver is built.
 
     Raises:
         ValueError: there is no such target.
@@ -46,17 +46,17 @@ class StubDevice:
 
     @property
     def refused(self) -> int:
-        """Launches beyond a limit so far."""
+        """The number of launches so far that exceeded a limit."""
         return int(self._library.stub_refused())
 
     @property
     def compiled(self) -> Counter[str]:
-        """Kernel → how many variants of it were loaded so far."""
+        """Kernel → number of its variants loaded so far."""
         return Counter(self._name(index) for index in range(self._library.stub_functions()))
 
     @property
     def launches(self) -> Counter[str]:
-        """Kernel → how often it was launched so far."""
+        """Kernel → number of its launches so far."""
         counts: Counter[str] = Counter()
         for index in range(self._library.stub_functions()):
             counts[self._name(index)] += int(self._library.stub_launches(index))
@@ -67,12 +67,12 @@ class StubDevice:
 
 
 def build(folder: Path) -> Path:
-    """Compile the driver, unless it is there and newer than its source."""
+    """Compile the driver, unless it exists and is newer than its source."""
     source, library = Path(__file__).with_name("driver.c"), folder / "libcuda.so.1"
     folder.mkdir(parents=True, exist_ok=True)
     if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
         partial = folder / f"libcuda.{os.getpid()}.partial"
-        # A process that has loaded it finds it again by its name.
+        # Triton's later loads of this name find the library that is loaded already.
         options = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libcuda.so.1"]
         subprocess.run([os.environ.get("CC", "cc"), *options, "-o", str(partial), str(source)], check=True)
         os.replace(partial, library)
@@ -86,7 +86,7 @@ def _drive(capability: tuple[int, int]) -> None:
 
     class Driver(CudaDriver):
         def __init__(self) -> None:
-            # Not CudaDriver's own, which asks torch for a GPU.
+            # CudaDriver's own constructor is not called, since it asks torch for a GPU.
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
             self.get_current_device = lambda: 0
             self.get_current_stream = lambda device: 0
@@ -97,7 +97,7 @@ def _drive(capability: tuple[int, int]) -> None:
 
 
 def _believe(capability: tuple[int, int]) -> None:
-    """Answer the package's questions about a tensor's device, which is the CPU here, as for the GPU."""
+    """Make the package treat a tensor's device, which is the CPU here, as the GPU."""
     from maskattn.kernels.launch import support
     from maskattn.kernels.readout import call
     from maskattn.kernels.tables import lookup

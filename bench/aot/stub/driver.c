@@ -1,7 +1,7 @@
-// Stands where libcuda.so.1 stands: what Triton's launcher calls, with a GPU's limits and no GPU.
+// A replacement for libcuda.so.1 with the functions that Triton's launcher calls and a GPU's limits, but without a GPU.
 //
-// Kernels do nothing. A launch beyond a limit fails as the real driver would have it fail, and every launch is counted
-// with its kernel's name, so that a test can ask what became of a call. STUB_CAPABILITY is 80, 86, 90, 100 or 120.
+// Kernels do nothing. A launch that exceeds a limit fails as with the real driver, and launches are counted by the
+// kernel's name, so that a test can check the launches of a call. STUB_CAPABILITY is 80, 86, 90, 100 or 120.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,7 +21,7 @@ typedef struct {
 } Function;
 
 enum { INVALID_VALUE = 1, OUT_OF_RESOURCES = 701, MOST_FUNCTIONS = 65536, PLAIN_SHARED_BYTES = 48 * 1024 };
-// Attributes of a device and of a function, as cuda.h numbers them.
+// Attributes of a device and of a function, with the numbers of cuda.h.
 enum { WARP_SIZE = 10, REGISTERS = 12, PROCESSORS = 16, SHARED_OF_PROCESSOR = 81, SHARED_OPT_IN = 97 };
 enum { MAX_THREADS = 0, MAX_DYNAMIC_SHARED = 8 };
 
@@ -34,7 +34,7 @@ static int capability(void) {
     return given ? atoi(given) : 90;
 }
 
-// Shared memory that one block may ask for, in bytes; CUDA's programming guide, table of technical specifications.
+// Returns the shared memory that a block may request, in bytes (CUDA's programming guide, technical specifications).
 static int most_shared_bytes(void) {
     switch (capability()) {
     case 80: return 163 * 1024;
@@ -105,7 +105,7 @@ Result cuOccupancyMaxActiveClusters(int *count, void *function, const void *conf
 }
 Result cuTensorMapEncodeTiled(void *map) { (void)map; return 0; }
 Result cuTensorMapEncodeIm2col(void *map) { (void)map; return 0; }
-// Addresses of this machine's memory pass for the device's.
+// Addresses of host memory stand for those of the device.
 Result cuPointerGetAttribute(void *data, int attribute, uint64_t address) {
     (void)attribute;
     memcpy(data, &address, sizeof address);
@@ -126,7 +126,7 @@ Result cuLaunchKernelEx(const Launch *launch, void *function, void **arguments, 
     return 0;
 }
 
-// For the tests: how many launches were refused, and of each loaded kernel its name and its launches.
+// For the tests: the number of refused launches, and the name and number of launches of each loaded kernel.
 int stub_refused(void) { return refused; }
 int stub_functions(void) { return count_of_functions; }
 const char *stub_name(int index) { return functions[index].name; }
