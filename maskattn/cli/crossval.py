@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from maskattn.cli.options import ConfigFile, Debug, takes_settings
-from maskattn.cli.reporting import errors_in_one_line, say, tell
+from maskattn.cli.reporting import errors_in_one_line, say
 from maskattn.cli.train import cohort_in, given_settings, patients_by_id
 from maskattn.training.settings import TrainSettings
 
@@ -63,7 +64,7 @@ def crossval(
         from maskattn.evaluation.results import evaluate_predictions
 
         trainer = _Training(candidates, cohort)
-        outcomes = cross_validate(trainer, list(candidates), splits, settings.out, _report_fold)
+        outcomes = cross_validate(trainer, list(candidates), splits, settings.out, partial(_report_fold, settings))
         predictions, notes = pooled(outcomes)
         predictions.write_csv(settings.out / PREDICTIONS_CSV)
         found = evaluate_predictions(
@@ -89,12 +90,12 @@ class _Training:
         self._candidates, self._cohort = candidates, cohort
 
     def train(self, candidate: str, split: Split, folder: Path) -> Predictions:
-        from maskattn.cli.training_progress import TrainingProgress
+        from maskattn.cli.training_progress import TrainingProgress, tell_once
         from maskattn.training.train import train_model
 
         settings = self._candidates[candidate]
-        tell(f"training {folder}")
-        with TrainingProgress(settings.epochs) as progress:
+        tell_once(settings, f"training {folder}")
+        with TrainingProgress(settings) as progress:
             return train_model(settings, self._cohort, split, folder, progress=progress).validation
 
     def predict(self, folder: Path, patients: Sequence[str]) -> Predictions:
@@ -105,6 +106,7 @@ class _Training:
 
 def _splits_of(settings: TrainSettings, cohort: Cohort, folds: int) -> list[Split]:
     """Return the folds, read from a table or drawn; every part must have every class."""
+    from maskattn.cli.training_progress import tell_once
     from maskattn.evaluation.split_files import read_splits
     from maskattn.evaluation.splits import check_classes, grouped_folds, strata_of
 
@@ -117,11 +119,12 @@ def _splits_of(settings: TrainSettings, cohort: Cohort, folds: int) -> list[Spli
         label_of = {case.patient_id: case.truth[-1] for case in cohort.cases}
         names = cohort.classes or ("no event", "the event")
         for note in check_classes(splits, {patient: names[int(label)] for patient, label in label_of.items()}):
-            tell(f"{note}; metrics of that fold which need it are left out")
+            tell_once(settings, f"{note}; metrics of that fold which need it are left out")
     return splits
 
 
-def _report_fold(outcome: FoldOutcome) -> None:
+def _report_fold(settings: TrainSettings, outcome: FoldOutcome) -> None:
+    from maskattn.cli.training_progress import tell_once
     from maskattn.evaluation.metrics import metrics_of
 
     title = metrics_of(outcome.predictions.task)[0].title
@@ -131,7 +134,9 @@ def _report_fold(outcome: FoldOutcome) -> None:
         if value is not None
     ]
     chosen = "" if len(outcome.validation) == 1 else f"; {outcome.chosen} is chosen"
-    tell(f"fold {outcome.fold}: {title} on its validation part: {', '.join(values) or 'not defined'}{chosen}")
+    tell_once(
+        settings, f"fold {outcome.fold}: {title} on its validation part: {', '.join(values) or 'not defined'}{chosen}"
+    )
 
 
 def _chosen(outcomes: list[FoldOutcome]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import typer
 
 from maskattn.cli.signals import Ended, told_to_end
 from maskattn.cli.streams import printable
-from maskattn.errors import SlideError
+from maskattn.errors import GroupError, SlideError
 
 if TYPE_CHECKING:
     from maskattn.slide.prediction import SlideOutcome
@@ -115,7 +115,7 @@ def in_one_line(error: Exception) -> tuple[str, int]:
             "install both from one index, as https://pytorch.org/get-started shows",
             2,
         )
-    if isinstance(error, SlideError):
+    if isinstance(error, SlideError | GroupError):
         return text, 1
     if isinstance(error, OSError | ValueError):
         return text, 2

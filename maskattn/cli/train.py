@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from maskattn.cli.options import ConfigFile, Debug, takes_settings
-from maskattn.cli.reporting import errors_in_one_line, say, tell
+from maskattn.cli.reporting import errors_in_one_line, say
 from maskattn.errors import quoted
 from maskattn.training.settings import TrainSettings
 
@@ -52,7 +53,7 @@ def train(
         else:
             cohort, laid = _slides_in(settings, settings.out)
         split = _split_of(settings, cohort)
-        with TrainingProgress(settings.epochs) as progress:
+        with TrainingProgress(settings) as progress:
             if settings.stage == "slide":
                 from maskattn.training.train import train_model
 
@@ -96,6 +97,7 @@ def cohort_in(settings: TrainSettings) -> Cohort:
     Raises:
         ValueError: see :func:`maskattn.training.cohort.cohort_of`; slides that lack something are listed in a file.
     """
+    from maskattn.cli.training_progress import tell_once
     from maskattn.slide.output_folder import prepare_output
     from maskattn.training.cohort import IncompleteCohortError, cohort_of
     from maskattn.training.left_out import write_left_out
@@ -108,7 +110,7 @@ def cohort_in(settings: TrainSettings) -> Cohort:
         )
     _refuse(settings, ("slides", *_OF_SLIDES_ALONE), "a slide model reads --features")
     try:
-        cohort = cohort_of(settings, tell)
+        cohort = cohort_of(settings, partial(tell_once, settings))
     except IncompleteCohortError as error:
         prepare_output(settings.out)
         listed = write_left_out(settings.out, error.left_out)
@@ -141,7 +143,7 @@ def _slides_in(settings: TrainSettings, out: Path) -> tuple[Cohort, LaidSlides]:
     Raises:
         ValueError: see :mod:`maskattn.training.weak_labels`; slides that lack something are listed in a file.
     """
-    from maskattn.cli.training_progress import TrainingProgress
+    from maskattn.cli.training_progress import TrainingProgress, tell_once
     from maskattn.evaluation.predictions import some_of
     from maskattn.slide.output_folder import prepare_output
     from maskattn.training.cohort import IncompleteCohortError
@@ -153,20 +155,21 @@ def _slides_in(settings: TrainSettings, out: Path) -> tuple[Cohort, LaidSlides]:
     _refuse(settings, foreign, "--stage tile reads --slides and their --labels")
     check_run(out, settings)
     try:
-        cohort, jobs = labelled_slides(settings, tell)
+        cohort, jobs = labelled_slides(settings, partial(tell_once, settings))
     except IncompleteCohortError as error:
         prepare_output(out)
         listed = write_left_out(out, error.left_out)
         raise ValueError(f"{error}; all of them are listed in {listed}") from error
-    with TrainingProgress(settings.epochs) as progress:
+    with TrainingProgress(settings) as progress:
         cohort, laid = with_tiles(cohort, jobs, settings, progress.looked_through)
     prepare_output(out)
     if cohort.left_out:
         listed = write_left_out(out, cohort.left_out)
         if laid.unusable:
-            tell(
+            tell_once(
+                settings,
                 f"{len(laid.unusable)} slides cannot be used and are left out ({some_of(list(laid.unusable))}); "
-                f"{listed} gives the reasons"
+                f"{listed} gives the reasons",
             )
     return cohort, laid
 

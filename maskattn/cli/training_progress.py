@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import os
-
 from maskattn.cli.bars import Bars
+from maskattn.cli.reporting import tell
 from maskattn.cli.streams import printable
+from maskattn.training.run_folder import place_of_process
+from maskattn.training.settings import TrainSettings
 
-__all__ = ["TrainingProgress"]
+__all__ = ["TrainingProgress", "tell_once"]
+
+
+def tell_once(settings: TrainSettings, text: str) -> None:
+    """Print a line on stderr, in the first of the processes that train together."""
+    if place_of_process(settings)[0] == 0:
+        tell(text)
 
 
 class TrainingProgress(Bars):
     """Progress of :func:`maskattn.training.loop.fit`; a context manager. Without a terminal there are no bars.
 
     Args:
-        epochs: largest number of epochs.
+        settings: of the training; processes other than the first show nothing.
     """
 
-    def __init__(self, epochs: int) -> None:
-        super().__init__(hidden=os.environ.get("LOCAL_RANK", "0") != "0")
-        self._epochs = epochs
+    def __init__(self, settings: TrainSettings) -> None:
+        super().__init__(hidden=place_of_process(settings)[0] != 0)
+        self._epochs = settings.epochs
         self._bar = self._progress.add_task("features", total=None)
 
     def looked_through(self, slide_id: str, done: int, slides: int) -> None:

@@ -37,9 +37,14 @@ class CaseBatches(Sampler[list[Draw]]):
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        self._cases, self._batch_size, self._seed, self._spread = cases, batch_size, seed, spread
+        self._cases, self._seed, self._spread = cases, seed, spread
         self._rank, self._processes = rank, processes
         self._epoch = 0
+        if spread is None:
+            sizes = [min(batch_size, cases - start) for start in range(0, cases, batch_size)]
+        else:
+            sizes = [len(part) for part in np.array_split(np.arange(cases), max(1, cases // batch_size))]
+        self._sizes = sizes
         self.sampler = self  # Lightning calls set_epoch of a batch sampler's sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -47,21 +52,26 @@ class CaseBatches(Sampler[list[Draw]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        if self._spread is not None:
-            return max(1, self._cases // self._batch_size)
-        return -(-self._cases // self._batch_size)
+        return len(self._sizes)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         rng = np.random.default_rng([self._seed, self._epoch])
         order = rng.permutation(self._cases)
-        if self._spread is None:
-            batches = [order[at : at + self._batch_size] for at in range(0, self._cases, self._batch_size)]
-        else:
-            batches = np.array_split(_spread(order, np.asarray(self._spread), rng), len(self))
-        for batch in batches:
-            # Padded, so that every process has as many cases in every step.
-            padded = np.resize(batch, -(-len(batch) // self._processes) * self._processes)
-            yield [Draw(int(index), self._epoch) for index in padded[self._rank :: self._processes]]
+        if self._spread is not None:
+            order = _spread(order, np.asarray(self._spread), rng)
+        for batch in np.split(order, np.cumsum(self._sizes)[:-1]):
+            # A process without a case of its own takes part in the step with one that has no weight.
+            ours = batch[self._rank :: self._processes] if self._rank < len(batch) else batch[:1]
+            yield [Draw(int(index), self._epoch) for index in ours]
+
+    def weight(self, batch: int) -> float:
+        """Return the factor of this process's mean loss in a batch.
+
+        The mean of the weighted losses over the processes is the mean over the cases of the batch, so that each case
+        counts once in a last batch that does not divide by the processes.
+        """
+        size = self._sizes[batch]
+        return len(range(self._rank, size, self._processes)) * self._processes / size
 
 
 class InOrder(Sampler[Draw]):

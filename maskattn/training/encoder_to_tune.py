@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import maskattn.training.lightning  # noqa: F401 (timm can then be imported beside a torchvision of another torch)
 from maskattn.nn.encoders.loading import load_encoder
 from maskattn.nn.encoders.tile_encoder import TileEncoder
 from maskattn.nn.vit import VisionTransformer

@@ -19,7 +19,7 @@ import torch
 
 from maskattn.torchvision_names import name_operators
 
-__all__ = ["pl", "quiet"]
+__all__ = ["LightningEnvironment", "pl", "quiet"]
 
 
 def _names_for_torchvision() -> torch.library.Library | None:
@@ -38,6 +38,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # warnings of libraries are for developers
     _kept = _names_for_torchvision()  # the names disappear with the library object that defined them
     pl: Any = importlib.import_module("pytorch_lightning")
+    LightningEnvironment: Any = importlib.import_module("pytorch_lightning.plugins.environments").LightningEnvironment
 
 
 @contextlib.contextmanager

@@ -16,11 +16,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from maskattn.training.batches import CaseBatches
 from maskattn.training.checkpoints import AtomicCheckpoints, read_state, write_state
 from maskattn.training.epoch_log import TensorBoard, write_log
 from maskattn.training.fit_settings import FitSettings
 from maskattn.training.lightning import pl, quiet
 from maskattn.training.module import TrainedModule
+from maskattn.training.processes import together
+from maskattn.training.run_folder import place_of_process
 
 __all__ = ["FitResult", "Progress", "fit", "loader_of"]
 
@@ -78,11 +81,16 @@ def fit(
         OutputError: a state cannot be written; that of the previous epoch is kept.
         TrainingDivergedError: the loss is not finite.
         ValueError: there is no such device or precision.
+        GroupError: one of the processes that train together has ended.
     """
     record = _Record(module.settings, folder, metric if module.settings.monitor == "metric" else None, progress)
     earlier = None if folder is None else read_state(folder / "state" / _LAST)
     if earlier is not None:
         record.take(earlier)
+        if place_of_process(module.settings)[0] == 0:
+            record.log_again()
+    if isinstance(training.batch_sampler, CaseBatches):
+        module.weight_of_batch = training.batch_sampler.weight
     if earlier is None or not record.finished:
         _run(module, training, validation, record, None if earlier is None else folder)
     if folder is not None and validation is not None:
@@ -111,7 +119,7 @@ def _run(
         )
         callbacks.insert(0, stopping)  # first, so that its decision is in the state
     where = _accelerator(settings, module.some_unused)
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]), together(settings) as plugins:
         trainer = pl.Trainer(
             **where,
             max_epochs=settings.epochs,
@@ -119,7 +127,7 @@ def _run(
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.clip or None,
             callbacks=callbacks,
-            plugins=[AtomicCheckpoints()],
+            plugins=[AtomicCheckpoints(), *plugins],
             limit_val_batches=0 if validation is None else None,
             num_sanity_val_steps=0,
             logger=False,
@@ -159,6 +167,14 @@ class _Record(pl.Callback):
         """Resume from the state of an earlier run."""
         own = state["maskattn"]
         self.rows, self.best_epoch, self.finished = list(own["rows"]), own["best_epoch"], own["finished"]
+
+    def log_again(self) -> None:
+        """Write what the log must have: the earlier run may have been killed between a state and its row."""
+        assert self.folder is not None, "a state of an earlier run was read from it"
+        write_log(self.folder / _LOG, self.rows)
+        board = TensorBoard(self.folder / "tensorboard", len(self.rows) - 1)
+        board.add(self.rows[-1])
+        board.close()
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the log to a state."""
@@ -266,6 +282,16 @@ def _accelerator(settings: FitSettings, some_unused: bool) -> dict[str, Any]:
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         usable = "cpu, cuda" if torch.cuda.is_available() else "cpu: torch finds no GPU"
         raise ValueError(f"--device must be auto or one that torch can use ({usable}), got {settings.device!r}")
+    if index and settings.devices > 1:
+        raise ValueError(
+            f"--devices N takes the first N GPUs, got --devices {settings.devices} with --device {name}; give one of "
+            "them, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if kind == "cuda" and max(int(index or 0) + 1, settings.devices) > torch.cuda.device_count():
+        raise ValueError(
+            f"each process trains on a GPU of its own, got --device {name} --devices {settings.devices} where torch "
+            f"finds {torch.cuda.device_count()}; ask for fewer"
+        )
     devices: Any = [int(index)] if index else settings.devices
     strategy = "ddp_find_unused_parameters_true" if some_unused else "ddp"
     strategy = strategy if settings.devices > 1 else "auto"

@@ -29,6 +29,8 @@ class TrainedModule(pl.LightningModule):
     Attributes:
         found: the results of the last validation: "loss", and the metrics of the task.
         losses: the losses of this epoch's batches, in order.
+        weight_of_batch: function of a batch's index, the factor of its loss
+            (:meth:`maskattn.training.batches.CaseBatches.weight`); 1 in one process.
         some_unused: whether a step may leave some parameters without a gradient, which DDP must know.
     """
 
@@ -39,6 +41,7 @@ class TrainedModule(pl.LightningModule):
         self.settings = settings
         self.found: dict[str, float] = {}
         self.losses: list[Tensor] = []
+        self.weight_of_batch: Callable[[int], float] = lambda batch: 1.0
 
     @abstractmethod
     def batch_loss(self, batch: Any) -> Tensor:
@@ -77,6 +80,7 @@ class TrainedModule(pl.LightningModule):
                 f"the loss of a training must be finite, got {loss.item()} in epoch {self.current_epoch}, batch "
                 f"{batch_idx}; take a lower --lr, or --precision 32"
             )
+        loss = loss * self.weight_of_batch(batch_idx)
         self.losses.append(loss.detach())
         return loss
 

@@ -25,6 +25,7 @@ from maskattn.training.cohort import Case, Cohort
 from maskattn.training.feature_facts import FeatureFacts, facts_of_cohort, look_through
 from maskattn.training.loop import FitResult, Progress, fit, loader_of
 from maskattn.training.models import build_head, in_units_of
+from maskattn.training.processes import check_counts
 from maskattn.training.run_config import RUN_CONFIG, read_config, settings_from
 from maskattn.training.run_folder import check_run, full_disk_in_words, note_data, place_of_process
 from maskattn.training.settings import TrainSettings
@@ -94,6 +95,7 @@ def train_model(
         SlideError: features cannot be used, or are of several encoders.
         ValueError: a part lacks a class, there are too few cases, or ``out`` has a run of another configuration.
         OutputError: the run cannot be written; earlier files are kept.
+        GroupError: one of the processes that train together has ended.
     """
     rank, processes = place_of_process(settings)
     if cohort.task == "survival" and processes > 1:
@@ -103,6 +105,7 @@ def train_model(
         )
     check_run(out, settings)
     training, validation = cohort.of(split.train), cohort.of(split.validation)
+    check_counts(settings, len(validation))
     if cohort.classes or cohort.task == "survival":
         check_classes([replace(split, test=())], {case.patient_id: case.truth[-1] for case in training + validation})
     files = {slide: path for case in training + validation for slide, path in case.slides.items()}

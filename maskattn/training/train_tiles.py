@@ -24,6 +24,7 @@ from maskattn.training.cohort import Case, Cohort
 from maskattn.training.encoder_to_tune import encoder_to_tune
 from maskattn.training.loop import FitResult, Progress, fit, loader_of
 from maskattn.training.patches import PatchDataset
+from maskattn.training.processes import check_counts
 from maskattn.training.run_folder import check_run, full_disk_in_words, note_data, place_of_process
 from maskattn.training.settings import TrainSettings
 from maskattn.training.slide_module import predictions_of
@@ -67,6 +68,7 @@ def train_tiles(
         ValueError: the encoder is not a packed transformer, a part lacks a class, or ``out`` has a run of another
             configuration.
         OutputError: the run cannot be written; earlier files are kept.
+        GroupError: one of the processes that train together has ended.
     """
     check_run(out, settings)
     training, validation = cohort.of(split.train), cohort.of(split.validation)
@@ -74,6 +76,7 @@ def train_tiles(
     rank, _ = place_of_process(settings)
     encoder = encoder_to_tune(settings) if laid is None else laid.encoder
     data = _Data(settings, cohort, training, validation, encoder, laid)
+    check_counts(settings, len(data.judged()))
     with full_disk_in_words(out):
         if rank == 0:
             note_data(out, settings, _digest(data))

@@ -1,7 +1,8 @@
 """Runs a training that kills itself at several places, one after the other, until one is left to end.
 
-``python killed_runs.py FEATURES LABELS OUT@PLACE...`` where a place is ``batch:N`` (the N-th batch of this process),
-``sync:N`` (in the middle of the N-th state that is written) or ``end``.
+``python killed_runs.py SOURCE FOLDER OUT@PLACE...`` where a source is ``features``, or ``patches`` or ``slides`` of the
+stage "tile", and a place is ``batch:N`` (the N-th batch of this process), ``sync:N`` (in the middle of the N-th state
+that is written), ``rename:NAME:N`` (before a file gets this name for the N-th time) or ``end``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_tiles import tile_settings
 
+from maskattn.evaluation.splits import Split
 from maskattn.training.cohort import cohort_of
+from maskattn.training.patches import find_patches
 from maskattn.training.settings import TrainSettings
 from maskattn.training.train import train_model, validation_split
+from maskattn.training.train_tiles import train_tiles
+from maskattn.training.weak_labels import labelled_slides, with_tiles
 
 
 class KilledAt:
@@ -37,10 +43,10 @@ class KilledAt:
         pass
 
 
-def settings_of(features: Path, labels: Path) -> TrainSettings:
+def settings_of(folder: Path) -> TrainSettings:
     return TrainSettings(
-        features=features,
-        labels=labels,
+        features=folder / "features",
+        labels=folder / "labels.csv",
         target="grade",
         task="multiclass",
         model="vit",
@@ -57,7 +63,7 @@ def settings_of(features: Path, labels: Path) -> TrainSettings:
     )
 
 
-def run(features: Path, labels: Path, out: Path, place: str) -> None:
+def run(source: str, folder: Path, out: Path, place: str) -> None:
     kind, _, number = place.partition(":")
     progress = KilledAt(int(number)) if kind == "batch" else None
     if kind == "sync":
@@ -69,18 +75,41 @@ def run(features: Path, labels: Path, out: Path, place: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         os.fsync = killing_sync
-    settings = settings_of(features, labels)
-    cohort = cohort_of(settings)
-    train_model(settings, cohort, validation_split(cohort, 0.3, 0), out, progress=progress)
+    if kind == "rename":
+        kill_before_renaming(*number.rsplit(":", 1))
+    if source == "features":
+        settings = settings_of(folder)
+        cohort = cohort_of(settings)
+        train_model(settings, cohort, validation_split(cohort, 0.3, 0), out, progress=progress)
+        return
+    settings = tile_settings(source, folder, dropout=0.3, drop_path=0.3, drop_tokens=0.2)
+    if source == "patches":
+        cohort = find_patches(settings)
+        train_tiles(settings, cohort, validation_split(cohort, 0.3, 0), out, progress=progress)
+    else:
+        cohort, laid = with_tiles(*labelled_slides(settings), settings)
+        train_tiles(settings, cohort, Split(("p0", "p1"), ("p2", "p3")), out, laid=laid, progress=progress)
+
+
+def kill_before_renaming(name: str, number: str) -> None:
+    left, rename = [int(number)], os.replace
+
+    def killing_replace(source: Any, target: Any) -> None:
+        left[0] -= Path(target).name == name
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    os.replace = killing_replace
 
 
 def main() -> None:
     torch.set_num_threads(1)  # a process with threads cannot be forked
-    features, labels, *runs = sys.argv[1:]
+    source, folder, *runs = sys.argv[1:]
     for out, _, place in (one.partition("@") for one in runs):
         child = os.fork()
         if not child:
-            run(Path(features), Path(labels), Path(out), place)
+            run(source, Path(folder), Path(out), place)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         expected = 0 if place == "end" else signal.SIGKILL
