@@ -1,7 +1,7 @@
-"""Extraction: slides in, the features of their tiles out, in the layout of the tool that will read them.
+"""Extract the features of slides' tiles, in the layout of the tool that will read them.
 
-reader → tissue → tiles (or another tool's coordinates) → stream → encoder → file. Features go to the file batch by
-batch: memory is bounded by the batch size and the slide's thumbnail, apart from the places of the tiles.
+reader → tissue → tiles (or another tool's coordinates) → stream → encoder → file. Features are written batch by batch:
+memory is bounded by the batch size and the slide's thumbnail, apart from the positions of the tiles.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from maskattn.slide.workers import count_workers
 
 __all__ = ["extract_slide", "extract_slides", "identify_encoder"]
 
-# What a layout writes ends in one of these: a killed run may leave any half written, under a name of its own.
+# The files that layouts write end in one of these; a killed run may leave an incomplete one under a temporary name.
 _ENDINGS = (".h5", ".pt", ".meta.json", ".coordinates.npz", ".coordinates.meta.json", "_patches.h5", ".extraction.json")
 
 
 def identify_encoder(encoder: TileEncoder) -> EncoderIdentity:
-    """Which encoder it is, as records name it."""
+    """Return the identity of the encoder that records state."""
     return EncoderIdentity(
         encoder.name,
         encoder.sha256[:16],
@@ -65,19 +65,20 @@ def extract_slides(
     settings: ExtractSettings,
     progress: RunProgress[ExtractionOutcome] | None = None,
 ) -> list[ExtractionOutcome]:
-    """Extract the features of slides, skip those an earlier run finished, and keep ``settings.out_dir/summary.csv``.
+    """Extract features of slides, skip those that an earlier run finished, and keep ``settings.out_dir/summary.csv``.
 
     Args:
-        jobs: the slides; their ids differ.
-        encoder: on the device to use.
-        settings: how to run them.
+        jobs: the slides, with distinct ids.
+        encoder: the encoder on the device to use.
+        settings: the request.
         progress: called at every step.
 
     Returns:
-        The outcome of each job, in order. A failed slide is an outcome, not an exception.
+        The outcomes in the order of the jobs; with a limit, only those of the slides that were run. A failed slide is
+        an outcome, not an exception.
 
     Raises:
-        ManifestError: what was asked for contradicts itself or would have no effect.
+        ManifestError: settings contradict each other, or one would have no effect.
         OutputError: the output folder, or its summary, cannot be written.
     """
     check_extraction(jobs, settings, encoder)
@@ -109,18 +110,18 @@ def extract_slide(
     identity: EncoderIdentity | None = None,
     claim: Claim | None = None,
 ) -> ExtractionRecord:
-    """Extract the features of one slide, and write them below ``settings.out_dir``, whole or not at all.
+    """Extract the features of one slide, and write them below ``settings.out_dir``, completely or not at all.
 
     Args:
         job: the slide.
-        encoder: on the device to use.
-        settings: how to run it.
+        encoder: the encoder on the device to use.
+        settings: the request.
         on_tiles: called with (tiles done, tiles to do) after every batch.
-        identity: ``identify_encoder(encoder)``, where the caller has it: it reads every weight.
-        claim: this process's claim of the slide, where several share the output folder.
+        identity: ``identify_encoder(encoder)`` if the caller has it already; computing it reads all weights.
+        claim: this process's claim on the slide, if several processes share the output folder.
 
     Returns:
-        The record, as the file beside the features has it.
+        The record, as written next to the features.
 
     Raises:
         SlideError: the slide, its mask or its coordinates cannot be used, or a feature is not finite.
@@ -167,20 +168,20 @@ def extract_slide(
             )
             if claim is not None:
                 claim.check()
-            # Before the features have their names: where they are there without a record, they are not ours.
+            # The record comes before the features get their names: features without a record are another tool's.
             features.unlink(missing_ok=True)
             record.write(record_path(features))
     return record
 
 
 class _Encoded:
-    """A slide's tiles on their way through the encoder.
+    """The encoding of a slide's tiles, with counts of what is done.
 
     Attributes:
-        tiles: those encoded so far.
-        kept_tokens: of these.
-        reason: why the first unreadable tile could not be read; None where all could.
-        workers: processes that decoded tiles; 0 = this one alone.
+        tiles: the number of tiles encoded so far.
+        kept_tokens: the number of their kept tokens.
+        reason: why the first unreadable tile could not be read; None if all could.
+        workers: the number of processes that decoded tiles; 0 = only this one.
     """
 
     def __init__(
@@ -200,7 +201,7 @@ class _Encoded:
         self._stages, self._places, self._on_tiles = stages, places, on_tiles
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Features (B, C) float32 of the tiles that can be read, batch by batch, and the tiles' indices (B,).
+        """Yield features (B, C) float32 of batches of readable tiles, and the tiles' indices (B,).
 
         Raises:
             SlideError: no tile can be read, or a feature is not finite.
@@ -264,7 +265,7 @@ class _Encoded:
 
 @contextlib.contextmanager
 def _slides_own_spacing() -> Iterator[None]:
-    """Messages name the option of a slide's spacing as this command has it; others call it ``--spacing-um``."""
+    """Replace ``--spacing-um`` in error messages by this command's option for a slide's spacing."""
     try:
         yield
     except SlideError as error:
@@ -283,10 +284,10 @@ def _computing_in(dtype: str, device: torch.device) -> Iterator[None]:
 def _finished(
     job: SlideJob, encoder: TileEncoder, identity: EncoderIdentity, settings: ExtractSettings
 ) -> ExtractionRecord | None:
-    """The record of an earlier run that did what is asked for; None where the slide is to be run.
+    """Return the record of an earlier run with the same request; None if the slide must be run.
 
     Raises:
-        SlideError: the features that are there came about otherwise, or were not written here.
+        SlideError: existing features were extracted by another request, or written by another tool.
     """
     if settings.overwrite:
         return None
@@ -295,8 +296,8 @@ def _finished(
     if finished is None:
         if path.exists():
             raise SlideError(
-                f"features must be those that an extraction recorded, got {as_text(path)} without "
-                f"{record_path(path).name} beside it: another tool wrote it; choose another --out, or replace it with "
+                f"existing features must have a record of their extraction, got {as_text(path)} without "
+                f"{record_path(path).name}, which another tool wrote; choose another --out, or replace it with "
                 "--overwrite"
             )
         return None
@@ -323,7 +324,7 @@ def _unlike(
 
 
 def _layout(settings: ExtractSettings, encoder: TileEncoder) -> FeatureLayout | RegionLayout:
-    """Who writes the features."""
+    """Return the layout that writes the features."""
     if settings.region_px is None:
         return FEATURE_LAYOUTS[settings.layout]
     return RegionLayout(settings.region_px // tile_geometry(settings, encoder)[0])
@@ -332,7 +333,7 @@ def _layout(settings: ExtractSettings, encoder: TileEncoder) -> FeatureLayout | 
 def _features_path(
     layout: FeatureLayout | RegionLayout, job: SlideJob, encoder: TileEncoder, settings: ExtractSettings
 ) -> Path:
-    """Where a slide's features are, as far as that is known before the slide is opened."""
+    """Return the path of a slide's features, from what is known before the slide is opened."""
     if settings.coords_dir is not None:
         tiles = read_coords(coords_file(job, settings.coords_dir))
         header = TileHeader(
@@ -355,7 +356,7 @@ def _features_path(
 
 
 def _clear_leftovers(out_dir: Path, slide_id: str | None = None) -> None:
-    """Remove what killed runs left half written of a slide that no process is at work on; None is of all slides."""
+    """Remove the incomplete files of killed runs for a slide, or all slides; no process may be running them."""
     for path in out_dir.rglob(".*.partial"):
         name = path.name.removesuffix(".partial").rpartition(".")[0]
         if name in {f".{slide_id}{ending}" for ending in _ENDINGS} if slide_id else name.endswith(_ENDINGS):
@@ -365,5 +366,5 @@ def _clear_leftovers(out_dir: Path, slide_id: str | None = None) -> None:
 def _notes(reader: SlideReader, reason: str | None) -> tuple[str, ...]:
     notes = list(reader.notes)
     if reason is not None:
-        notes.append(f"tiles were left out that cannot be read; the first because {reason}")
+        notes.append(f"unreadable tiles were left out; the first because {reason}")
     return tuple(notes)

@@ -1,7 +1,7 @@
-"""Reading slides: regions in level-0 coordinates at any size, from the level that needs the least shrinking.
+"""Read regions of slides in level-0 coordinates at any size, from the level that needs the least shrinking.
 
-After a decoding error OpenSlide's handle is dead, so the reader reopens the file for the next read; it also reopens in
-another process, where a shared file position would garble what is read.
+After a decoding error OpenSlide's handle is unusable, so the reader reopens the file for the next read. It also reopens
+the file in another process, where a shared file position would garble what is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import cv2
@@ -31,19 +30,19 @@ __all__ = ["SlideInfo", "SlideReader"]
 
 # Pixels of a level decoded at once; larger regions are read in blocks, so that memory does not grow with the slide.
 _BLOCK_PX = 16 << 20
-# Decoding this much takes minutes, and in a slide without coarse levels every view of the whole would.
+# Decoding more than this takes minutes, as would every view of a whole slide without coarse levels.
 _MOST_SOURCE_PX = 4 << 30
-# A view that took this much decoding is kept: smaller ones are made from it.
+# A view of the whole slide that took this much decoding is cached, and smaller views are made from it.
 _DEAR_SOURCE_PX, _MOST_VIEW_BYTES = 32 << 20, 128 << 20
-# What a finer level may have to decode in the stead of one piece of a level: seconds of work.
+# The most that a finer level decodes in place of a damaged area of a level: seconds of work.
 _MOST_STAND_IN_PX = 16 * _BLOCK_PX
-# A level that falls short of the asked resolution by this little is taken rather than one several times as fine.
+# A level that falls this little short of the requested resolution is preferred to one several times as fine.
 _LEVEL_TOLERANCE = 1.01
 
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """The facts about a slide once its spacing is settled.
+    """The geometry, spacing and metadata of a slide.
 
     Attributes:
         path: the file.
@@ -52,10 +51,10 @@ class SlideInfo:
         level_dimensions: (width, height) of each level in its own pixels.
         level_downsamples: level-0 pixels per pixel of each level, along x and along y.
         spacing_um: µm per level-0 pixel.
-        spacing_source: where the spacing came from: "override", "manifest" or "metadata".
-        vendor: the format, e.g. "aperio" or "ome-tiff".
-        objective_power: magnification of the objective, where the file gives it.
-        properties: everything the file says of itself.
+        spacing_source: the source of the spacing: "override", "manifest" or "metadata".
+        vendor: the format, e.g. "aperio" or "ome-tiff"; None if it is not known.
+        objective_power: magnification of the objective; None if the file does not state it.
+        properties: the file's metadata by name.
         reader: name and version of the library that decodes it, e.g. "openslide 4.0.1".
     """
 
@@ -73,18 +72,18 @@ class SlideInfo:
 
 
 class SlideReader:
-    """Reads regions of one slide; a context manager, safe to share among threads and to pickle into worker processes.
+    """A reader of regions of one slide: a context manager that threads can share and that can be pickled for workers.
 
     Args:
         path: the slide file.
-        spacing_um: µm per level-0 pixel, in place of what the file says.
-        spacing_source: who gave ``spacing_um``: "override" or "manifest".
-        series: which series of a TIFF that holds several; None takes the largest.
-        isolated: decode in a process of its own, so that a file that crashes or hangs its decoder harms nothing but
-            itself. A copy that is pickled decodes where it is: worker processes are isolated already.
+        spacing_um: µm per level-0 pixel; overrides the file's metadata.
+        spacing_source: the source of ``spacing_um``: "override" or "manifest".
+        series: the index of the series in a TIFF file with several; None takes the largest.
+        isolated: decode in a separate process, so that a file that crashes or hangs its decoder does no other harm. A
+            pickled copy decodes in its own process, since worker processes are isolated already.
 
     Raises:
-        SlideError: the file is missing, is not a slide, or of a kind that is not read.
+        SlideError: the file is missing, is not a slide, or is of an unsupported kind.
 
     Example:
         >>> with SlideReader("slide.svs") as reader:  # doctest: +SKIP
@@ -142,11 +141,11 @@ class SlideReader:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on what could not be decoded so far, and on what was used instead."""
+        """Notes on the areas that could not be decoded so far, and on their replacement."""
         return self.damages.notes()
 
     def describe(self) -> dict[str, Any]:
-        """The file's metadata, in the order to show it; works without a spacing."""
+        """Return the file's metadata in display order; a slide without a spacing is described too."""
         width, height = self._dimensions
         try:
             spacing = self._spacing()
@@ -175,61 +174,61 @@ class SlideReader:
     def read_region(
         self, x_lv0: int, y_lv0: int, size_lv0: tuple[int, int], out_px: tuple[int, int], *, tolerant: bool = False
     ) -> UInt8[np.ndarray, "H W 3"]:
-        """Read a rectangle of the slide, resampled by area to the asked size.
+        """Read a rectangle of the slide, resampled by area to the requested size.
 
-        What lies outside the slide, or has no scanned pixels, is white. Where a level cannot be decoded, the next
-        finer one is read in its stead. Memory is bounded whatever the size asked.
+        Areas outside the slide, or without scanned pixels, are white. If an area of a level cannot be decoded, the
+        next finer level is read instead. Memory is bounded whatever the requested size.
 
         Args:
             x_lv0: left edge in level-0 pixels; may be negative.
             y_lv0: top edge in level-0 pixels; may be negative.
             size_lv0: (width, height) in level-0 pixels.
             out_px: (width, height) of the result.
-            tolerant: whether what no level can give is white, and told in :attr:`notes`, rather than an error; a
-                region of which nothing can be decoded is an error all the same.
+            tolerant: whether areas that no level can give are white, and listed in :attr:`notes`, instead of raising
+                an error; a region of which nothing can be decoded is always an error.
 
         Returns:
             (H, W, 3) uint8 RGB.
 
         Raises:
             ValueError: a size is not above 0.
-            SlideError: the region cannot be decoded, or would take minutes for want of coarse levels; the message
-                names the region and the decoder's reason, and the next read reopens the file.
+            SlideError: the region cannot be decoded, or would take minutes because the slide lacks coarse levels.
         """
         if min(*size_lv0, *out_px) < 1:
             raise ValueError(
                 f"read_region needs sizes above 0, got size_lv0={size_lv0}, out_px={out_px}; "
                 "give both as (width, height)"
             )
-        whole = tolerant and (x_lv0, y_lv0, size_lv0) == (0, 0, self._dimensions)
-        if whole and self._view is not None and out_px[0] <= self._view.shape[1] and out_px[1] <= self._view.shape[0]:
+        full = tolerant and (x_lv0, y_lv0, size_lv0) == (0, 0, self._dimensions)
+        if full and self._view is not None and out_px[0] <= self._view.shape[1] and out_px[1] <= self._view.shape[0]:
             return cv2.resize(self._view, out_px, interpolation=cv2.INTER_AREA)
         level = self._level_for(size_lv0[0] / out_px[0], size_lv0[1] / out_px[1])
         source_px = math.prod(size_lv0) / math.prod(self._downsamples[level])
         if source_px > _MOST_SOURCE_PX:
             raise SlideError(
-                f"a slide must have coarse levels where much of it is seen at once, got {size_lv0[0]} × {size_lv0[1]} "
-                f"px of '{self.path}' for {out_px[0]} × {out_px[1]}, and no level between; {CONVERT}"
+                f"a slide must have coarse levels for large views, got {size_lv0[0]} × {size_lv0[1]} px of "
+                f"'{self.path}' for {out_px[0]} × {out_px[1]} px, and no level between; {CONVERT}"
             )
         patience = _Patience(tolerant)
         with self._lock:
             rgb = self._read(level, x_lv0, y_lv0, size_lv0, out_px, patience)
         if patience.first_white is not None and not patience.decoded:
             raise SlideError(patience.first_white.message(self.path))
-        if whole and source_px > _DEAR_SOURCE_PX and rgb.nbytes <= _MOST_VIEW_BYTES:
+        if full and source_px > _DEAR_SOURCE_PX and rgb.nbytes <= _MOST_VIEW_BYTES:
             self._view = rgb.copy()
         return rgb
 
     def thumbnail(self, max_px: int) -> UInt8[np.ndarray, "H W 3"]:
-        """The whole slide, (H, W, 3) uint8 RGB, its longer side ``max_px`` or, if that is less, as long as level 0.
+        """Return the whole slide as (H, W, 3) uint8 RGB, whose longer side is ``max_px``, at most that of level 0.
 
-        What cannot be decoded is white, and told in :attr:`notes`.
+        Areas that cannot be decoded are white, and listed in :attr:`notes`.
 
         Raises:
+            ValueError: ``max_px`` is not above 0.
             SlideError: nothing can be decoded.
         """
         if max_px < 1:
-            raise ValueError(f"a thumbnail needs at least one pixel, got max_px={max_px}; 1024 serves well")
+            raise ValueError(f"a thumbnail needs at least one pixel, got max_px={max_px}; 1024 is a good choice")
         width, height = self._dimensions
         shrink = max(width, height) / min(max_px, max(width, height))
         size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
@@ -245,9 +244,7 @@ class SlideReader:
     def __enter__(self) -> SlideReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -271,7 +268,7 @@ class SlideReader:
         return resolve_spacing(self.path, self._properties, self._spacing_um, self._spacing_source, self._dimensions)
 
     def _level_for(self, scale_x: float, scale_y: float) -> int:
-        """The coarsest level that is at least as fine as asked along both axes."""
+        """Return the coarsest level that is at least as fine as requested along both axes."""
         fit = [
             level
             for level, (x, y) in enumerate(self._downsamples)
@@ -316,7 +313,7 @@ class SlideReader:
         out_px: tuple[int, int],
         patience: _Patience,
     ) -> np.ndarray:
-        """Decode the whole level pixels around the block, then resample exactly the block out of them."""
+        """Decode the level's pixels that the block touches, and resample exactly the block from them."""
         downsample = self._downsamples[level]
         corner = x_lv0 / downsample[0], y_lv0 / downsample[1]
         extent = size_lv0[0] / downsample[0], size_lv0[1] / downsample[1]
@@ -326,7 +323,7 @@ class SlideReader:
         return resample(rgb, (corner[0] - left, corner[1] - top), extent, out_px)
 
     def _read_level(self, level: int, asked: Rectangle, patience: _Patience) -> np.ndarray:
-        """A rectangle of a level in its own pixels, white beyond the level's edges."""
+        """Return a rectangle of a level in its own pixels, white beyond the level's edges."""
         width, height = self._level_dimensions[level]
         inside = Rectangle(max(asked.left, 0), max(asked.top, 0), min(asked.right, width), min(asked.bottom, height))
         if inside == asked:
@@ -337,7 +334,7 @@ class SlideReader:
         return rgb
 
     def _decode(self, level: int, region: Rectangle, patience: _Patience) -> np.ndarray:
-        """Decode a rectangle of a level; what fails is narrowed down to single tiles, and these are replaced."""
+        """Decode a rectangle of a level; failures are narrowed down to single tiles, which are replaced."""
         try:
             rgb = on_white(self._open().read(level, region.left, region.top, region.width, region.height))
             patience.decoded = True
@@ -355,7 +352,7 @@ class SlideReader:
         return rgb
 
     def _stand_in(self, level: int, region: Rectangle, reason: str, patience: _Patience) -> np.ndarray:
-        """What a finer level shows of a rectangle that cannot be decoded; white where that fails too, if tolerated."""
+        """Replace a rectangle that cannot be decoded by that of a finer level, or by white if that is tolerated."""
         region_lv0 = region.scaled(*self._downsamples[level])
         damage = Damage(level, region_lv0, reason)
         if level > 0:
@@ -378,14 +375,14 @@ class SlideReader:
 
 @dataclass
 class _Patience:
-    """The effort that one read spends on what cannot be decoded, and the outcome.
+    """The remaining effort that one read spends on damaged areas, and its outcome.
 
     Attributes:
-        tolerant: what no level can give is left white.
-        splits: how often a rectangle that fails may still be cut in two, to find the tile that does.
-        decoded: whether anything was.
-        whites: how many regions were left white.
-        first_white: the first of them.
+        tolerant: whether areas that no level can give are left white.
+        splits: how often a failing rectangle may still be cut in two, to find the tile that fails.
+        decoded: whether anything was decoded.
+        whites: the number of regions left white.
+        first_white: the first of them; None if there are none.
     """
 
     tolerant: bool

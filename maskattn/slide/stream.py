@@ -1,8 +1,8 @@
-"""The stream of a slide's kept tiles, which are decoded ahead of the model: by torch's DataLoader, in workers if asked.
+"""The stream of a slide's kept tiles, decoded ahead of the model by torch's DataLoader, on request in worker processes.
 
-Tiles come in the grid's order. Batch size and number of workers change neither the tiles nor their order. Memory is
-bounded by (prefetched batches per worker) · workers · (a batch's bytes); without workers, one batch is decoded ahead by
-a thread. If workers cannot be started, the stream goes on without them and says so.
+Tiles come in the grid's order; batch size and number of workers affect neither the tiles nor their order. Memory is
+bounded by (prefetched batches per worker) · workers · (bytes of a batch); without workers, a thread decodes one batch
+ahead. If workers cannot be started, the stream continues without them and logs a warning.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _logger = logging.getLogger(__name__)
 
 
 class Tiles(Protocol):
-    """The tiles of a slide: the kept ones of a :class:`~maskattn.slide.grid.TokenGrid`, or others' places."""
+    """The tiles of a slide, for example those of a :class:`~maskattn.slide.grid.TokenGrid` or ``TilePlaces``."""
 
     @property
     def coords_lv0(self) -> Int[np.ndarray, "T 2"]:
-        """(T, 2) x and y of the left upper corner of each."""
+        """(T, 2) x and y of each tile's top left corner."""
 
     @property
     def kept_tiles(self) -> int:
-        """T."""
+        """T, the number of tiles."""
 
     @property
     def tile_lv0(self) -> int:
-        """Side in level-0 pixels."""
+        """Side of a tile in level-0 pixels."""
 
     @property
     def tile_px(self) -> int:
@@ -51,15 +51,15 @@ class Tiles(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TileBatch:
-    """Tiles on their way to the model.
+    """A batch of decoded tiles.
 
     Attributes:
-        tiles_BCHW: (B, 3, tile_px, tile_px) uint8 RGB; white where unreadable.
+        tiles_BCHW: (B, 3, tile_px, tile_px) uint8 RGB; unreadable tiles are white.
         rows_B: (B,) int64, the tiles' indices among the grid's kept tiles.
-        readable_B: (B,) bool, False where the tile could not be decoded.
-        reason: why the first of those could not; None where all could.
-        by_worker: a worker process decoded them.
-        damages: what the worker's reader met on the way; None where it met nothing, or no worker read.
+        readable_B: (B,) bool, False for tiles that could not be decoded.
+        reason: why the first unreadable tile could not be decoded; None if all could.
+        by_worker: whether a worker process decoded them.
+        damages: the damage that the worker's reader recorded; None if there was none, or no worker decoded them.
     """
 
     tiles_BCHW: UInt8[Tensor, "B 3 tile_px tile_px"]
@@ -70,7 +70,7 @@ class TileBatch:
     damages: DamageLog | None = None
 
     def pin_memory(self) -> TileBatch:
-        """The same batch in page-locked memory, from which a GPU copies without waiting; DataLoader calls this."""
+        """Return the batch in page-locked memory, from which a GPU copies asynchronously; DataLoader calls this."""
         return replace(
             self,
             tiles_BCHW=self.tiles_BCHW.pin_memory(),
@@ -79,10 +79,10 @@ class TileBatch:
         )
 
     def share_memory(self) -> None:
-        """Put the tensors into shared memory, in place.
+        """Move the tensors to shared memory, in place.
 
         Raises:
-            RuntimeError, OSError: there is no room for them.
+            RuntimeError, OSError: shared memory is full.
         """
         for tensor in (self.tiles_BCHW, self.rows_B, self.readable_B):
             tensor.share_memory_()
@@ -97,23 +97,23 @@ def stream_tiles(
     rows: Sequence[int] | np.ndarray | None = None,
     pin_memory: bool = False,
 ) -> Iterator[TileBatch]:
-    """Decode the kept tiles of a slide, batch by batch, in the grid's order.
+    """Yield the kept tiles of a slide in batches, in the grid's order.
 
-    A tile that cannot be decoded comes white, with ``readable_B`` False, and the stream goes on. As with every use of
-    Python's worker processes, a script that asks for them guards its entry with ``if __name__ == "__main__"``.
+    A tile that cannot be decoded is white, with ``readable_B`` False, and the stream continues. As always with Python's
+    worker processes, a script that requests them must guard its entry point with ``if __name__ == "__main__"``.
 
     Args:
-        reader: the slide; its workers open it again for themselves.
-        grid: which tiles.
-        batch_size: tiles of a batch; the last may have fewer.
-        workers: decoding processes; 0 decodes in a thread of this one, None starts some where there are tiles and
-            cores enough for them to pay off. At most one per core is started.
-        rows: which of the grid's kept tiles, by index, and in which order; by default all of them.
-        pin_memory: whether to hand batches over in page-locked memory; without a GPU this is passed over.
+        reader: the open slide; workers open it again.
+        grid: the tiles.
+        batch_size: the number of tiles in a batch; the last may have fewer.
+        workers: the number of decoding processes, at most one per core; 0 decodes in a thread of this process, None
+            starts some if there are enough tiles and cores for them to pay off.
+        rows: the indices of the kept tiles to decode, in order; None = all.
+        pin_memory: whether batches are in page-locked memory; ignored without a GPU.
 
     Raises:
         ValueError: ``batch_size``, ``workers`` or ``rows`` is out of range.
-        SlideError: while the stream is read: a worker or the decoder ended or hangs.
+        SlideError: while iterating, a worker or the decoder ended or hangs.
     """
     if batch_size < 1 or (workers is not None and workers < 0):
         raise ValueError(
@@ -123,7 +123,7 @@ def stream_tiles(
     if order.size and (order.min() < 0 or order.max() >= grid.kept_tiles):
         raise ValueError(
             f"stream_tiles needs rows of the grid's {grid.kept_tiles} kept tiles, got {order.min()} to {order.max()}; "
-            "count them as grid.coords_lv0 does"
+            "pass indices into grid.coords_lv0"
         )
     workers = count_workers(workers, order.size, batch_size)
     settings: dict[str, Any] = {
@@ -137,14 +137,14 @@ def stream_tiles(
 
 
 def _decoded_here(tiles: _Tiles, settings: dict[str, Any]) -> Iterator[TileBatch]:
-    """Batches from a thread of this process."""
+    """Yield batches that a thread of this process decodes."""
     return one_ahead(iter(DataLoader(tiles, num_workers=0, **settings)), tiles.stop)
 
 
 def _decoded_by_workers(
     reader: SlideReader, grid: Tiles, order: np.ndarray, workers: int, settings: dict[str, Any]
 ) -> Iterator[TileBatch]:
-    """Batches from worker processes; from where these cannot be had on, from this process."""
+    """Yield batches that worker processes decode; if these become unavailable, this process decodes the rest."""
     done = 0
     try:
         heartbeat = Heartbeat()
@@ -158,8 +158,8 @@ def _decoded_by_workers(
         return
     except WorkersUnavailable as refusal:
         _logger.warning(
-            "decoding of %s goes on without worker processes, which is slower: %s; a smaller --batch-size needs less "
-            "shared memory, and in a container `--shm-size` gives more (--workers 0 asks for none)",
+            "decoding of %s continues without worker processes, which is slower: %s; a smaller --batch-size needs less "
+            "shared memory, and in a container `--shm-size` provides more (--workers 0 needs none)",
             reader.path,
             refusal,
         )
@@ -175,7 +175,7 @@ def _started(tiles: _Tiles, workers: int, settings: dict[str, Any]) -> Iterator[
 
 
 class _Tiles(Dataset[TileBatch]):
-    """The kept tiles of a grid, fetched a batch at a time into one tensor; ``heartbeat`` is called for every tile."""
+    """The kept tiles of a grid as a dataset that decodes a batch into one tensor, with a heartbeat for every tile."""
 
     def __init__(self, reader: SlideReader, grid: Tiles, rows: np.ndarray, heartbeat: Heartbeat | None = None):
         self._reader = reader
@@ -187,7 +187,7 @@ class _Tiles(Dataset[TileBatch]):
         self._stopped = False
 
     def stop(self) -> None:
-        """Let a batch that is being decoded in a thread end at its next tile; nobody will take it."""
+        """Abandon the batch that a thread is decoding at its next tile; no one will use it."""
         self._stopped = True
 
     def __len__(self) -> int:
@@ -198,7 +198,7 @@ class _Tiles(Dataset[TileBatch]):
         if get_worker_info() is not None:
             batch = replace(batch, damages=self._reader.damages.take())
             try:
-                # Here and not on the way out, where a failure would reach nobody.
+                # Shared here, because a failure in the DataLoader's own transfer would not be reported.
                 batch.share_memory()
             except (RuntimeError, OSError) as error:
                 return WorkersUnavailable(" ".join(str(error).split()))
@@ -223,7 +223,7 @@ class _Tiles(Dataset[TileBatch]):
             if self._heartbeat is not None:
                 self._heartbeat.beat()
         by_worker = get_worker_info() is not None
-        # By NumPy, as torch would start threads for it beside those of the model.
+        # NumPy, because torch would start threads for this that compete with the model's.
         tiles_BCHW = torch.from_numpy(np.ascontiguousarray(tiles_BHWC.transpose(0, 3, 1, 2)))
         return TileBatch(tiles_BCHW, torch.from_numpy(self._rows[items]), readable_B, reason, by_worker)
 

@@ -1,8 +1,8 @@
-"""Decoding processes: how many, how they start and end, and a watch that never lets a run wait for them for ever.
+"""Decoding processes: their number, their start and end, and a watchdog, so that a run never waits for them forever.
 
-A worker that cannot start or hand its tiles over (no room in ``/dev/shm``, no more processes or open files) is not
-needed: :class:`WorkersUnavailable` says so, and the stream decodes the rest itself. A worker that ends or hangs is a
-matter of the slide, which fails: decoding its tiles in the run's own process could end or hang that as well.
+Workers that cannot start or transfer their tiles (``/dev/shm`` is full, no more processes or open files) are
+dispensable: they raise :class:`WorkersUnavailable`, and the stream decodes the rest itself. If a worker ends or hangs,
+the slide fails, because decoding its tiles in the run's own process could end or hang that too.
 """
 
 from __future__ import annotations
@@ -30,52 +30,52 @@ _STALLED_AFTER_S = 120.0
 Batch = TypeVar("Batch")
 
 
-class WorkersUnavailable(Exception):  # noqa: N818 -- no error: the stream goes on without them
-    """Workers cannot start, or cannot hand over what they decode; the text is the system's own reason."""
+class WorkersUnavailable(Exception):  # noqa: N818 -- not an error: the stream continues without them
+    """Workers cannot start, or cannot transfer what they decode; the message is the system's reason."""
 
 
 def count_workers(workers: int | None, tiles: int, batch_size: int) -> int:
-    """The number of decoding processes for so many tiles; None lets the machine's cores decide."""
+    """Return the number of decoding processes for so many tiles; None chooses by the numbers of tiles and cores."""
     if workers is None:
         workers = min(_MOST_WORKERS, _cores() // 2) if tiles >= _TILES_WORTH_A_WORKER else 0
     return min(workers, _cores(), -(-tiles // batch_size))
 
 
 class Heartbeat:
-    """When any worker last decoded a tile; travels to the workers with the dataset.
+    """The time at which any worker last decoded a tile, shared with the workers through the dataset.
 
     Raises:
-        WorkersUnavailable: the machine has no more semaphores, open files or room for what processes share.
+        WorkersUnavailable: the machine has no more semaphores, open files or shared memory.
     """
 
     def __init__(self) -> None:
         try:
-            _context().Queue().close()  # a DataLoader whose own queues cannot be made leaves a half-made iterator
+            _context().Queue().close()  # tried first: a DataLoader that cannot create its queues fails uncleanly
             # The monotonic clock is the same in every process of a machine.
             self._at: Any = _context().RawValue("d", time.monotonic())
         except OSError as error:
             raise WorkersUnavailable(str(error)) from error
 
     def beat(self) -> None:
-        """A tile was decoded just now."""
+        """Record that a tile was decoded just now."""
         self._at.value = time.monotonic()
 
     def silent_s(self) -> float:
-        """Seconds since the last tile."""
+        """Return the seconds since the last tile."""
         return time.monotonic() - float(self._at.value)
 
 
 def watched(batches: Iterator[Batch], heartbeat: Heartbeat, path: Path) -> Iterator[Batch]:
-    """The batches of a DataLoader made with :func:`worker_settings`, while its workers live and decode.
+    """Yield the batches of a DataLoader made with :func:`worker_settings`, and watch that its workers decode.
 
     Args:
         batches: the loader's iterator.
-        heartbeat: of its workers.
+        heartbeat: the heartbeat of its workers.
         path: the slide, for messages.
 
     Raises:
         SlideError: a worker ended, or none has decoded a tile for two minutes.
-        WorkersUnavailable: a batch cannot reach this process.
+        WorkersUnavailable: a batch cannot be transferred to this process.
     """
     while True:
         try:
@@ -84,7 +84,7 @@ def watched(batches: Iterator[Batch], heartbeat: Heartbeat, path: Path) -> Itera
             return
         except (RuntimeError, OSError, EOFError) as error:
             text = " ".join(str(error).split())
-            if "in DataLoader worker process" in text:  # raised by what the worker ran, not on the way here
+            if "in DataLoader worker process" in text:  # raised by the dataset in the worker, not by the transfer
                 raise
             if text.startswith("DataLoader timed out"):
                 if heartbeat.silent_s() < _STALLED_AFTER_S:
@@ -99,7 +99,7 @@ def watched(batches: Iterator[Batch], heartbeat: Heartbeat, path: Path) -> Itera
 def _stalled(path: Path) -> str:
     return (
         f"a tile must decode within {_STALLED_AFTER_S:g} s, got none in that time from '{path}': its drive does not "
-        "answer, or the file makes a decoder run for ever; check the drive, copy the file again, or convert it to a "
+        "respond, or the file makes a decoder run forever; check the drive, copy the file again, or convert it to a "
         "tiled pyramidal TIFF"
     )
 
@@ -107,13 +107,13 @@ def _stalled(path: Path) -> str:
 def _ended(path: Path) -> str:
     return (
         f"a decoding worker must live as long as its slide, got one that ended on '{path}': it was killed, most often "
-        "for want of memory, or crashed on this file; give the run more memory, or run the slide again with "
+        "for lack of memory, or crashed on this file; give the run more memory, or run the slide again with "
         "`--workers 0` or a smaller `--batch-size`"
     )
 
 
 def worker_settings() -> dict[str, Any]:
-    """The arguments of a DataLoader with workers."""
+    """Return the arguments of a DataLoader with workers."""
     return {
         "multiprocessing_context": _context(),
         "prefetch_factor": _PREFETCHED_BATCHES,
@@ -123,15 +123,15 @@ def worker_settings() -> dict[str, Any]:
 
 
 def _context() -> Any:
-    # A server that has loaded the stream and nothing else: a fork of this process would inherit its threads' locks
-    # and its GPU, and a spawned worker would load torch anew each time.
+    # A fork server that has loaded only the stream: a fork of this process would inherit its threads' locks and its
+    # GPU, and each spawned worker would have to import torch.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["maskattn.slide.stream"])
     return context
 
 
 def _cores() -> int:
-    """Cores that this process may use; DataLoader warns of more workers than that."""
+    """Return the number of cores that this process may use; DataLoader warns of more workers than that."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -141,7 +141,7 @@ def _start_worker(_worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker of a killed run must not wait for ever: torch watches the fork server, which the worker keeps alive."""
+    """End the worker with a killed run: torch watches only the fork server, which the worker itself keeps alive."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -190,7 +190,7 @@ def test_features_that_another_tool_wrote_are_not_replaced(slide: Path, encoder:
     path = features_file(tmp_path, extract(slide, encoder, tmp_path))
     path.with_name("disc.extraction.json").unlink()
     data = path.read_bytes()
-    assert "another tool wrote it" in extract(slide, encoder, tmp_path).reason
+    assert "which another tool wrote" in extract(slide, encoder, tmp_path).reason
     assert path.read_bytes() == data
     assert extract(slide, encoder, tmp_path, overwrite=True).status == "ok"
 

@@ -140,7 +140,7 @@ def test_without_processes_the_stream_decodes_by_itself(
     with caplog.at_level(logging.WARNING, "maskattn"):
         batches = list(stream_tiles(SlideReader(path), whole_grid(path), batch_size=4, workers=2))
     assert torch.cat([batch.rows_B for batch in batches]).tolist() == list(range(16))
-    assert "goes on without worker processes" in caplog.text
+    assert "continues without worker processes" in caplog.text
     assert "Resource temporarily unavailable" in caplog.text
 
 
@@ -165,7 +165,7 @@ def test_without_room_in_shared_memory_the_stream_goes_on_from_the_same_tile(pat
     assert without == with_workers
     assert "[12, 13, 14, 15]" in without
     (warning,) = done.stderr.splitlines()
-    assert "goes on without worker processes" in warning
+    assert "continues without worker processes" in warning
     assert "--shm-size" in warning
 
 
