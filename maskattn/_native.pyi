@@ -8,16 +8,16 @@ Rows = NDArray[np.float32] | NDArray[np.uint16]
 Floats = NDArray[np.float32]
 
 class Terms(TypedDict, total=False):
-    """The terms of the score, and how a call is run: keywords of every attention operation.
+    """The keywords of every attention operation: the terms of the score, threads and instruction set.
 
     Attributes:
         scale: any finite number.
-        key_bias: (Tk,) or (Tk, H) of packed keys, (B, N) or (B, H, N) of dense ones; None for none.
-        coords_q, coords_k: where tokens are, in any unit, NaN for nowhere: (Tq, 2) and (Tk, 2), or (B, Nq, 2) and
-            (B, N, 2), or (B, R, 2) and (T, 2) of a readout.
-        slopes: (H,), what a unit of distance takes from the score; with coords, or not at all.
-        threads: how many threads; 0, as without it, for one per core.
-        instruction_set: one of instruction_sets(); "", as without it, for the best.
+        key_bias: (Tk,) or (Tk, H) for packed keys, (B, N) or (B, H, N) for dense ones; None for none.
+        coords_q, coords_k: positions of the tokens in any unit, NaN for tokens without one: (Tq, 2) and (Tk, 2), or
+            (B, Nq, 2) and (B, N, 2), or (B, R, 2) and (T, 2) for a readout.
+        slopes: (H,), subtracted from the score per unit of distance; given together with both coords.
+        threads: number of threads; 0, the default, for one per core.
+        instruction_set: one of instruction_sets(); "", the default, for the best.
     """
 
     scale: Required[float]
@@ -40,19 +40,19 @@ def token_coverage(
     cols: int,
     threads: int = 0,
 ) -> NDArray[np.float32]:
-    """Area-weighted tissue fraction of each token of a lattice, (rows, cols) float32 in [0, 1].
+    """Return the area-weighted tissue fraction of each token of a lattice, (rows, cols) float32 in [0, 1].
 
     Args:
-        mask: (Hm, Wm) bool or uint8, C-contiguous; anything but 0 is tissue. Its corner lies at level-0 (0, 0).
+        mask: (Hm, Wm) bool or uint8, C-contiguous; values other than 0 are tissue. Its corner is at level-0 (0, 0).
         px_lv0_x: width of a mask pixel in level-0 pixels.
         px_lv0_y: height of a mask pixel in level-0 pixels.
         origin_x_lv0: left edge of the lattice in level-0 pixels.
         origin_y_lv0: top edge of the lattice in level-0 pixels.
         token_w_lv0: width of a token in level-0 pixels, fractions allowed.
         token_h_lv0: height of a token in level-0 pixels, fractions allowed.
-        rows: tokens from top to bottom.
-        cols: tokens from left to right.
-        threads: how many threads; 0 for one per core.
+        rows: number of tokens from top to bottom.
+        cols: number of tokens from left to right.
+        threads: number of threads; 0 for one per core.
 
     Raises:
         TypeError: the mask is not a bool or uint8 numpy array, or a number is of the wrong type.
@@ -60,7 +60,7 @@ def token_coverage(
     """
 
 def instruction_sets() -> list[str]:
-    """Names of the instruction sets usable here, best first: any of avx512_bf16, avx512, avx2, and portable."""
+    """Return the instruction sets that this machine supports, best first, of avx512_bf16, avx512, avx2 and portable."""
 
 def attention_forward(
     q: Rows,
@@ -74,21 +74,21 @@ def attention_forward(
     lse_rest: Floats | None = None,
     **terms: Unpack[Terms],
 ) -> None:
-    """Attention of packed sequences; the specification is ``maskattn.attention.reference``.
+    """Compute the attention of packed sequences; the specification is ``maskattn.attention.reference``.
 
-    score_ij = scale · q_i·k_j + key_bias_j − slope ‖x_i − x_j‖, the distance 0 where either position is NaN. A query
-    without keys, or whose keys are all biased by −inf, gives out 0 and lse −inf. Sums are taken in float32. The result
-    does not depend on the number of threads; the GIL is released.
+    score_ij = scale · q_i·k_j + key_bias_j − slope ‖x_i − x_j‖, with distance 0 where either position is NaN. A query
+    without keys, or whose keys all have a bias of −inf, gets out 0 and lse −inf. Sums are computed in float32. The
+    result does not depend on the number of threads; the GIL is released.
 
     Args:
-        q: (Tq, H, D) float32, or bfloat16 as uint16; D is 16 to 256 in steps of 8. Any strides but along D, where it is
-            contiguous; so also k, v and out.
+        q: (Tq, H, D) float32, or bfloat16 as uint16; D is 16 to 256 in steps of 8. It must be contiguous along D and
+            may have any other strides, as may k, v and out.
         k, v: (Tk, H, D) of q's dtype.
         cu_seqlens_q, cu_seqlens_k: (B + 1,), from 0 to Tq and Tk; sequence b has rows cu_seqlens[b] to [b + 1].
-        out: (Tq, H, D) of q's dtype, written. Must not share memory with an input, nor with lse.
+        out: (Tq, H, D) of q's dtype, written. It must not share memory with an input or with lse.
         lse: (H, Tq), written.
-        lse_rest: (H, Tq), written: what rounding took from lse where there are a bias or positions, which the backward
-            needs to tell how many keys share a large score. None where there will be no backward.
+        lse_rest: (H, Tq), written: the part that rounding took from lse if there is a bias or positions. The backward
+            needs it to know how many keys share a large score; None without a backward.
 
     Raises:
         TypeError: an argument is not an array, or of the wrong dtype.
@@ -108,18 +108,18 @@ def masked_attention_forward(
     lse_rest: Floats | None = None,
     **terms: Unpack[Terms],
 ) -> None:
-    """Attention of dense tensors over their kept keys; background rows of k, v and their bias are never read.
+    """Compute the attention of dense tensors over their kept keys; background rows of k, v and bias are never read.
 
     Args:
-        q: (B, H, Nq, D); with ``skip_queries`` background rows are not read, and give out 0 and lse −inf.
+        q: (B, H, Nq, D); with ``skip_queries`` background rows are not read, and get out 0 and lse −inf.
         k, v: (B, H, N, D).
         keep: (B, N), True = the token takes part.
         out: (B, H, Nq, D), written.
         lse, lse_rest: (B, H, Nq), written; see attention_forward.
-        skip_queries: only kept tokens ask, which needs Nq = N.
+        skip_queries: whether only kept tokens are queries, which needs Nq = N.
 
     Raises:
-        TypeError, ValueError, MemoryError: as of attention_forward; so all operations below.
+        TypeError, ValueError, MemoryError: as in attention_forward, like all operations below.
     """
 
 def attention_backward(
@@ -141,16 +141,16 @@ def attention_backward(
     dslopes: Floats | None = None,
     **terms: Unpack[Terms],
 ) -> None:
-    """Gradients of attention_forward, 0 for a query without keys whatever its grad_out.
+    """Compute the gradients of attention_forward; those of a query without keys are 0, whatever its grad_out.
 
     Args:
         grad_out: (Tq, H, D) of q's dtype.
         grad_lse: (H, Tq); None for zeros.
-        q, k, v, cu_seqlens_q, cu_seqlens_k, terms: what forward was given.
-        out, lse, lse_rest: what forward wrote; lse_rest None for zeros.
-        dq, dk, dv: like q, k and v, written.
-        dbias: like key_bias, written; None where it is not wanted.
-        dslopes: (H,), written; None where it is not wanted.
+        q, k, v, cu_seqlens_q, cu_seqlens_k, terms: the arguments of forward.
+        out, lse, lse_rest: the results of forward; lse_rest may be None for zeros.
+        dq, dk, dv: written, with the shapes and dtype of q, k and v.
+        dbias: written, with the shape of key_bias; None if it is not wanted.
+        dslopes: (H,), written; None if it is not wanted.
     """
 
 def masked_attention_backward(
@@ -172,7 +172,7 @@ def masked_attention_backward(
     dslopes: Floats | None = None,
     **terms: Unpack[Terms],
 ) -> None:
-    """Gradients of masked_attention_forward, 0 for background rows; arguments as there and in attention_backward."""
+    """Compute the gradients of masked_attention_forward, 0 for background rows; arguments as in attention_backward."""
 
 def readout_forward(
     q: Rows,
@@ -186,15 +186,15 @@ def readout_forward(
     lse_rest: Floats | None = None,
     **terms: Unpack[Terms],
 ) -> None:
-    """Attention of R queries of each sequence over its packed keys; K and V are read once.
+    """Compute the attention of R queries of each sequence over its packed keys; K and V are read once.
 
     Args:
         q: (B, R, H, D), R from 1 to 16.
         k, v: (T, H, D).
-        cu_seqlens: (B + 1,), from 0 to T, the key sequences.
-        out: (B, R, H, D), written; 0 where there is no key.
-        lse: (B, R, H), written; −inf where there is no key.
-        lse_rest: (B, R, H), written: what rounding took from lse. Rows are divided by it, and backward needs it.
+        cu_seqlens: (B + 1,), from 0 to T, the boundaries of the key sequences.
+        out: (B, R, H, D), written; 0 for sequences without keys.
+        lse: (B, R, H), written; −inf for sequences without keys.
+        lse_rest: (B, R, H), written: the part that rounding took from lse, which the rows and the backward need.
         rows: (R, H, T), contiguous along T, written: the softmax weight of each token in the rows of its sequence.
     """
 
@@ -217,17 +217,17 @@ def readout_backward(
     dslopes: Floats | None = None,
     **terms: Unpack[Terms],
 ) -> None:
-    """Gradients of readout_forward.
+    """Compute the gradients of readout_forward.
 
     Args:
         grad_out: (B, R, H, D) of q's dtype.
         grad_lse: (B, R, H); None for zeros.
         grad_rows: (R, H, T), contiguous along T; None for zeros. With it K is read twice.
-        q, k, v, cu_seqlens, terms: what forward was given.
-        out, lse, lse_rest: what forward wrote; lse_rest None for zeros.
-        dq, dk, dv: like q, k and v, written.
-        dbias: like key_bias, written; None where it is not wanted.
-        dslopes: (H,), written; None where it is not wanted.
+        q, k, v, cu_seqlens, terms: the arguments of forward.
+        out, lse, lse_rest: the results of forward; lse_rest may be None for zeros.
+        dq, dk, dv: written, with the shapes and dtype of q, k and v.
+        dbias: written, with the shape of key_bias; None if it is not wanted.
+        dslopes: (H,), written; None if it is not wanted.
     """
 
 def token_relevance(
@@ -244,12 +244,12 @@ def token_relevance(
     value_origin: Rows | None = None,
     **terms: Unpack[Terms],
 ) -> None:
-    """Relevance of every token to every class; the specification is ``maskattn.attention.reference.token_relevance``.
+    """Compute the relevance of every token to every class, as specified by ``reference.token_relevance``.
 
     Args:
-        q, k, v, cu_seqlens, terms: what readout_forward was given.
-        out, lse: what it wrote.
-        grad_out: (K, B, R, H, D) of q's dtype, the gradient of each class's score.
+        q, k, v, cu_seqlens, terms: the arguments of readout_forward.
+        out, lse: the results of readout_forward.
+        grad_out: (K, B, R, H, D) of q's dtype, the gradient of each class's score with respect to out.
         relevance: (K, T), contiguous along T, written.
         key_origin, value_origin: (H, D) or (T, H, D) of q's dtype; None for 0.
     """
@@ -266,10 +266,10 @@ def move_rows(
 
     Args:
         source: (rows, bytes of a row), each row without gaps.
-        index: (count,), each −1 or one of the source's rows, which may come up any number of times.
-        result: (count, bytes of a row), written, each row without gaps; left half written where an index is wrong.
-        result_is_zero: the result holds zeros already, and none are written.
-        threads: how many threads; 0 for one per core. The result does not depend on it.
+        index: (count,), each −1 or a row of the source; rows may repeat.
+        result: (count, bytes of a row), written, each row without gaps; incomplete if an index is wrong.
+        result_is_zero: whether the result is zero already, so that zeros are not written.
+        threads: number of threads; 0 for one per core. The result does not depend on it.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -277,22 +277,22 @@ def move_rows(
     """
 
 def kept_tokens(keep: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int32], int, NDArray[np.int32]]:
-    """Where the kept tokens of a mask lie, as ``maskattn.packing.Packing`` has it.
+    """Return the positions of a mask's kept tokens, as in ``maskattn.packing.Packing``.
 
     Args:
-        keep: (B, N), without gaps.
+        keep: (B, N), C-contiguous.
 
     Returns:
         indices (T,), cu_seqlens (B + 1,), the longest sequence and row_of_token (B·N,).
 
     Raises:
         TypeError: the mask is not a bool numpy array.
-        ValueError: it has not two axes or has gaps, or more than 2147483647 tokens are kept.
+        ValueError: the mask does not have two axes or has gaps, or more than 2147483647 tokens are kept.
     """
 
 def share_team(library: str) -> bool:
-    """Run on the threads of an OpenMP runtime that this process has loaded; True if it was found.
+    """Run on the threads of an OpenMP runtime that this process has loaded; return whether it was found.
 
     Args:
-        library: the runtime's file, GNU's or one that speaks its calls.
+        library: file of the runtime, GNU's or a compatible one.
     """

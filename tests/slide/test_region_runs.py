@@ -222,7 +222,7 @@ def test_stored_features_that_do_not_fit_the_model_are_refused(stored: Path, fol
 def test_a_model_of_regions_needs_the_encoder_of_their_patches_or_their_features(
     folder: Path, patches: TileEncoder, tmp_path: Path
 ) -> None:
-    with pytest.raises(ManifestError, match=r"with the encoder of their patches, got none .*--encoder hipt --weights"):
+    with pytest.raises(ManifestError, match=r"with an encoder of patches, got none .*--encoder hipt --weights"):
         run_slides([SlideJob("disc", folder / "disc.tiff")], load_two_stages(folder / "best.pt"), RunSettings(tmp_path))
     with pytest.raises(
         ValueError, match="a multiple of the patch's, at least two, got 100 px of patches of 32 px; take 96"

@@ -1,6 +1,6 @@
-"""The files of a model that open_clip saved, and what its configuration says of the image tower.
+"""The files of a model that open_clip saved, and the arguments of the image tower in its configuration.
 
-Read from open_clip's factory.py, push_to_hf_hub.py, model.py and timm_model.py of version 3.
+The formats follow factory.py, push_to_hf_hub.py, model.py and timm_model.py of open_clip 3.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["CONFIG", "WEIGHTS", "OpenClipFiles"]
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# Options of open_clip's tower that are read otherwise than ours.
+# Options with which open_clip's own tower pools its tokens in a way that ours does not support.
 _REFUSED = ("attentional_pool", "final_ln_after_pool", "global_average_pool")
 
 
@@ -29,8 +29,8 @@ class OpenClipFiles:
     """A model's configuration and weights.
 
     Attributes:
-        config: the path of ``open_clip_config.json``.
-        weights: the path of the weights.
+        config: path of ``open_clip_config.json``.
+        weights: path of the weights.
     """
 
     config: Path
@@ -50,10 +50,10 @@ class OpenClipFiles:
 
     @classmethod
     def of_weights(cls, weights: Path) -> OpenClipFiles:
-        """Return a file of weights and the configuration beside it.
+        """Return a file of weights and the configuration in its folder.
 
         Raises:
-            FileNotFoundError: there is none beside it.
+            FileNotFoundError: the folder has no configuration.
         """
         config = weights.parent / CONFIG
         if not config.is_file():
@@ -109,7 +109,7 @@ def _of_own_tower(tower: dict[str, Any], quick_gelu: bool, name: str) -> dict[st
 
 
 def _of_timm(tower: dict[str, Any], embed_dim: int, name: str) -> dict[str, Any]:
-    """Return the arguments of a tower that timm builds: its network's own, built here without memory for weights."""
+    """Return the arguments of a tower that timm builds, read from its network, which gets no memory for weights."""
     import timm
 
     architecture, pool = tower["timm_model_name"], tower.get("timm_pool", "avg")
