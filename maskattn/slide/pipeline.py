@@ -141,7 +141,7 @@ def _encoded(run: SlideRun, tiles: RunTiles) -> EncodedTiles:
 def _check_maps(
     head: SlideHead, z_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None, relevance_KT: Tensor
 ) -> list[MapCheck]:
-    """Test each class's map of tiles by the head's predictions without some of the tiles."""
+    """Test each class's map of tiles by the head's predictions from subsets of the tiles."""
     if isinstance(head, ViTHead) and grid is not None:
         tokens, _ = head.tokens(z_TC, grid)
         maps_KN = relevance_KT.new_zeros(len(relevance_KT), grid.shape_HW[0] * grid.shape_HW[1]).float()
@@ -149,13 +149,13 @@ def _check_maps(
         return check_tokens(head.vit, tokens, "all", maps_KN)
 
     def scores_of(keep_ST: Tensor) -> Tensor:
-        return torch.stack([_logits_without(head, z_TC, coords_um_T2, grid, keep_T) for keep_T in keep_ST])
+        return torch.stack([_logits_from(head, z_TC, coords_um_T2, grid, keep_T) for keep_T in keep_ST])
 
     every = torch.ones(len(z_TC), dtype=torch.bool, device=z_TC.device)
     return check_maps(relevance_KT.float(), every, scores_of)
 
 
-def _logits_without(
+def _logits_from(
     head: SlideHead, z_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None, keep_T: Tensor
 ) -> Tensor:
     """Return the logits for the kept tiles alone."""

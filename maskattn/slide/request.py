@@ -79,7 +79,7 @@ class RunSettings(SharedSettings):
         # A run with the test has all outputs of a run without.
         metadata=asked(
             "--no-check",
-            "Do not test the maps by the model's scores without the most relevant tiles.",
+            "Do not test the maps by the model's scores for their most and least relevant tiles.",
             before=False,
             serves=operator.ge,
         ),

@@ -12,10 +12,11 @@ from maskattn.slide.report.markup import Markup, element, joined
 __all__ = ["facts_of", "map_sentence", "model_cards", "notes_of", "pairs", "run_table", "score_table"]
 
 _VERDICTS = {
-    "passed": "passed: without the tiles that it ranks as most relevant, the score falls by more than at random",
+    "passed": "passed: the score from only the tiles that it ranks as most relevant is higher than from those that it "
+    "ranks as least relevant, by more than at random",
     "weak": "weak: the map cannot be distinguished from noise",
-    "contradicts": "contradicts: without the tiles that it ranks as most relevant, the score falls by less than at "
-    "random; do not take this map as evidence",
+    "contradicts": "contradicts: the score from only the tiles that it ranks as most relevant is lower than from those "
+    "that it ranks as least relevant, by more than at random; do not take this map as evidence",
     "skipped": "skipped: there are too few tiles to test it",
     "not asked for": "not asked for",
 }
