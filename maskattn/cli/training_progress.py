@@ -21,7 +21,7 @@ class TrainingProgress(Bars):
     """Progress of :func:`maskattn.training.loop.fit`; a context manager. Without a terminal there are no bars.
 
     Args:
-        settings: of the training; processes other than the first show nothing.
+        settings: the settings of the training; processes other than the first show nothing.
     """
 
     def __init__(self, settings: TrainSettings) -> None:

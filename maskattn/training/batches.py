@@ -60,9 +60,9 @@ class CaseBatches(Sampler[list[Draw]]):
         if self._spread is not None:
             order = _spread(order, np.asarray(self._spread), rng)
         for batch in np.split(order, np.cumsum(self._sizes)[:-1]):
-            # A process without a case of its own takes part in the step with one that has no weight.
-            ours = batch[self._rank :: self._processes] if self._rank < len(batch) else batch[:1]
-            yield [Draw(int(index), self._epoch) for index in ours]
+            # A process without a case of its own takes part in the step with a case of weight 0.
+            own = batch[self._rank :: self._processes] if self._rank < len(batch) else batch[:1]
+            yield [Draw(int(index), self._epoch) for index in own]
 
     def weight(self, batch: int) -> float:
         """Return the factor of this process's mean loss in a batch.

@@ -169,8 +169,8 @@ class _Record(pl.Callback):
         self.rows, self.best_epoch, self.finished = list(own["rows"]), own["best_epoch"], own["finished"]
 
     def log_again(self) -> None:
-        """Write what the log must have: the earlier run may have been killed between a state and its row."""
-        assert self.folder is not None, "a state of an earlier run was read from it"
+        """Write the log again, because the earlier run may have been killed between a state and its row."""
+        assert self.folder is not None, "the state of the earlier run was read from it"
         write_log(self.folder / _LOG, self.rows)
         board = TensorBoard(self.folder / "tensorboard", len(self.rows) - 1)
         board.add(self.rows[-1])
@@ -289,8 +289,8 @@ def _accelerator(settings: FitSettings, some_unused: bool) -> dict[str, Any]:
         )
     if kind == "cuda" and max(int(index or 0) + 1, settings.devices) > torch.cuda.device_count():
         raise ValueError(
-            f"each process trains on a GPU of its own, got --device {name} --devices {settings.devices} where torch "
-            f"finds {torch.cuda.device_count()}; ask for fewer"
+            f"each process trains on its own GPU, got --device {name} --devices {settings.devices} where torch finds "
+            f"{torch.cuda.device_count()}; ask for fewer"
         )
     devices: Any = [int(index)] if index else settings.devices
     strategy = "ddp_find_unused_parameters_true" if some_unused else "ddp"

@@ -29,7 +29,7 @@ class TrainedModule(pl.LightningModule):
     Attributes:
         found: the results of the last validation: "loss", and the metrics of the task.
         losses: the losses of this epoch's batches, in order.
-        weight_of_batch: function of a batch's index, the factor of its loss
+        weight_of_batch: returns the factor of a batch's loss from the batch's index
             (:meth:`maskattn.training.batches.CaseBatches.weight`); 1 in one process.
         some_unused: whether a step may leave some parameters without a gradient, which DDP must know.
     """

@@ -1,7 +1,7 @@
 """The processes of a training with ``--devices``: the first starts the others, waits for them and ends them.
 
-Each runs the whole command again and is told its rank by ``LOCAL_RANK``; Lightning's DDP then shares the work. Where
-LOCAL_RANK is set to begin with, as torchrun sets it, whoever set it has started all processes.
+Each process runs the complete command, with its rank in ``LOCAL_RANK``; Lightning's DDP then shares the work. If
+LOCAL_RANK is already set, as by torchrun, the program that set it has started all processes.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ _ENDS_WITHIN_S = 30.0
 
 
 def check_counts(settings: FitSettings, judged: int) -> None:
-    """Make sure that each process has something to judge.
+    """Check that each process has a validation case.
 
     Args:
-        settings: of the training.
-        judged: how many cases, patches or tiles validation reads.
+        settings: the settings of the training.
+        judged: number of cases, patches or tiles that validation reads.
 
     Raises:
-        ValueError: there are more processes.
+        ValueError: there are more processes than cases.
     """
     if settings.devices > judged:
         raise ValueError(
-            f"each process of a training needs a validation case of its own, got --devices {settings.devices} and "
-            f"{judged} of them; take fewer processes, or a larger --validation-share"
+            f"each process of a training needs its own validation case, got --devices {settings.devices} and "
+            f"{judged} cases; use fewer processes, or a larger --validation-share"
         )
 
 
 @contextlib.contextmanager
 def together(settings: FitSettings) -> Iterator[list[Any]]:
-    """Within, all processes of a training run; Lightning's plugins that make them one group are yielded.
+    """A context in which all processes of a training run; it yields Lightning's plugins that group them.
 
     Raises:
         GroupError: one of the other processes has ended.
@@ -72,10 +72,10 @@ def together(settings: FitSettings) -> Iterator[list[Any]]:
 
 
 class _First:
-    """What the first process knows of the others.
+    """The first process, which starts, watches and ends the others.
 
     Args:
-        processes: how many there are, with the first.
+        processes: number of processes, including the first.
     """
 
     def __init__(self, processes: int) -> None:
@@ -84,11 +84,11 @@ class _First:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._port)}
         for rank in range(1, processes):
             read_end, write_end = os.pipe()
-            told = {"LOCAL_RANK": str(rank), _READY: str(write_end), **address}
-            # In a session of its own it gets no Ctrl-C: the first process ends it, and tells of the end once.
+            variables = {"LOCAL_RANK": str(rank), _READY: str(write_end), **address}
+            # In a separate session it gets no Ctrl-C: the first process ends it, and reports the end once.
             process = subprocess.Popen(
                 [sys.executable, *sys.orig_argv[1:]],
-                env={**os.environ, **told},
+                env={**os.environ, **variables},
                 pass_fds=[write_end],
                 start_new_session=True,
             )
@@ -96,7 +96,7 @@ class _First:
             self._started.append((process, read_end))
 
     def wait(self) -> None:
-        """Wait until all others are here: what the command reads before its training may take each of them long."""
+        """Wait until all others are ready, which may take long, because each reads the command's inputs first."""
         waiting = dict(self._started)
         while waiting:
             for process, read_end in list(waiting.items()):
@@ -108,12 +108,12 @@ class _First:
                 del waiting[process]
 
     def environment(self) -> Any:
-        """Lightning's plugin for a group whose processes have been started."""
+        """Return Lightning's plugin for a group whose processes have been started."""
         return _Started(self._port)
 
     def lost(self) -> str | None:
-        """The sentence on a process that has ended by itself; None where all run."""
-        deadline = time.monotonic() + 2.0  # what broke the connection is on its way out
+        """Return the sentence on a process that has ended by itself; None if all are running."""
+        deadline = time.monotonic() + 2.0  # a process that broke the connection may not have ended yet
         while time.monotonic() < deadline:
             for rank, (process, _) in enumerate(self._started, 1):
                 code = process.poll()
@@ -123,7 +123,7 @@ class _First:
         return None
 
     def end(self, failed: bool) -> None:
-        """Let no process outlive this training: after a success they end by themselves."""
+        """Make sure that no process outlives this training; after a success they end by themselves."""
         for process, read_end in self._started:
             with contextlib.suppress(OSError):
                 os.close(read_end)
@@ -133,13 +133,13 @@ class _First:
 
 
 class _Other:
-    """What a process that was started knows of the first."""
+    """A process that the first has started."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
 
     def wait(self) -> None:
-        """Say that this process is here."""
+        """Report that this process is ready."""
         ready = os.environ.pop(_READY, None)
         if ready is None:
             return
@@ -151,24 +151,24 @@ class _Other:
             os.close(int(ready))
 
     def environment(self) -> Any:
-        """Lightning's plugin, which reads what the starter has set."""
+        """Return Lightning's plugin, which reads the variables that the first process has set."""
         return LightningEnvironment()
 
     def lost(self) -> str | None:
-        """The sentence on the first process if it has ended; None where it runs."""
+        """Return the sentence on the first process if it has ended; None if it is running."""
         if os.getppid() == self._parent:
             return None
         return "the first process of the training has ended, and this one ends too; run the same command again"
 
     def end(self, failed: bool) -> None:
-        """Nothing is to be ended from here."""
+        """Do nothing, because only the first process ends others."""
 
 
 class _Started(LightningEnvironment):
     """The group of the first process, which has started the others.
 
     Args:
-        port: on this machine, at which they meet.
+        port: the port on this machine at which they connect.
     """
 
     def __init__(self, port: int) -> None:
@@ -177,35 +177,35 @@ class _Started(LightningEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Whether Lightning must start none."""
+        """True: Lightning must not start processes."""
         return True
 
     @property
     def main_address(self) -> str:
-        """The address at which the processes meet."""
+        """The address at which the processes connect."""
         return "127.0.0.1"
 
     @property
     def main_port(self) -> int:
-        """The port at which they meet."""
+        """The port at which the processes connect."""
         return self._port
 
 
 def _sentence(rank: int, processes: int, code: int) -> str:
     if code == -signal.SIGKILL:
-        how = "was killed, most often for want of memory: take a smaller --batch-size or fewer --devices"
+        how = "was killed, usually for lack of memory: use a smaller --batch-size or fewer --devices"
     elif code < 0:
         how = f"was ended by {signal.Signals(-code).name}"
     else:
-        how = f"ended with exit code {code}, and has said why"
+        how = f"ended with exit code {code}, after it printed the reason"
     return (
         f"all processes of a training must run to its end, and process {rank + 1} of {processes} {how}; finished "
-        "epochs are kept, and the same command goes on from them"
+        "epochs are kept, and the same command resumes from them"
     )
 
 
 def _wait_for(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has ended within the time that it is given."""
+    """Wait for a process for a limited time, and return whether it has ended."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_ENDS_WITHIN_S)
         return True
@@ -213,7 +213,7 @@ def _wait_for(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _leave_group() -> None:
-    """What this process computes next, it computes alone."""
+    """Leave the process group, so that this process computes alone from here on."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -156,8 +156,8 @@ def test_a_process_that_is_killed_ends_them_all_and_the_run_goes_on(tmp_path: Pa
             assert "the first process of the training has ended" in told
         else:
             assert running.returncode == 1
-            assert "process 2 of 2 was killed, most often for want of memory" in told
-            assert "same command goes on" in told
+            assert "process 2 of 2 was killed, usually for lack of memory" in told
+            assert "same command resumes" in told
         assert_gone(other)
     for out in (whole, killed):
         run_together(*asked, out)
@@ -200,7 +200,7 @@ def test_each_case_counts_once_however_many_processes_share_the_batches() -> Non
 
 
 def test_more_processes_than_validation_cases_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"got --devices 4 and 3 of them; take fewer"):
+    with pytest.raises(ValueError, match=r"got --devices 4 and 3 cases; use fewer"):
         check_counts(TrainSettings(devices=4), 3)
     check_counts(TrainSettings(devices=3), 3)
     files = write_cohort(tmp_path, patients=8, classes=2, tiles=8)
@@ -208,7 +208,7 @@ def test_more_processes_than_validation_cases_are_refused(tmp_path: Path) -> Non
         app, [str(one) for one in ("train", *of_slides(files), "--devices", 5, "--out", tmp_path / "run")]
     )
     assert result.exit_code == 2
-    assert "got --devices 5 and 2 of them" in result.stderr
+    assert "got --devices 5 and 2 cases" in result.stderr
 
 
 @pytest.mark.parametrize(
