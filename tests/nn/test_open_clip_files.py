@@ -111,6 +111,21 @@ def test_a_repository_that_cannot_be_read_says_what_to_do(load, tmp_path, monkey
 
 
 @torch.inference_mode()
+def test_a_file_beside_a_repository_is_not_left_unread(tmp_path, monkeypatch):
+    hubs, mine = PlainTower().eval(), PlainTower().eval()
+    write(tmp_path, checkpoint(hubs), VISION)
+    nn.init.normal_(mine.proj)
+    torch.save(checkpoint(mine), path := tmp_path / "mine.pt")
+    hub(tmp_path, monkeypatch)
+    pixels = pixels_of()
+    features = load_encoder("hf-hub:lab/clip", weights=path).encode_tiles(pixels)
+    torch.testing.assert_close(features, mine(as_fed(pixels, CLIP_MEAN, CLIP_STD)), rtol=1e-4, atol=1e-4)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ValueError, match=r"hf-hub:lab/clip is loaded by transformers, which takes a folder, got the"):
+        load_encoder("hf-hub:lab/clip", weights=path)
+
+
+@torch.inference_mode()
 def test_a_folder_is_an_encoder_with_the_pixels_that_it_states(tmp_path):
     tower, mean, std = PlainTower().eval(), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     pixels = pixels_of()

@@ -132,17 +132,23 @@ def _network_of(
     if entry.library == "timm":
         return build_timm(entry, weights, arguments)
     ours = {"open_clip": _open_clip_of, "conch": _conch_of}.get(entry.library)
-    if weights is not None and ours is None:
-        raise ValueError(
-            f"{entry.name} is loaded by {entry.library}, which takes a folder, got the file {weights}; run `hf "
-            f"download {entry.hub_id}` on a machine with a network, copy the folder here, and give it as the encoder"
-        )
+    if ours is None:
+        _refuse_file(entry.name, entry.library, entry.hub_id, weights)
     try:
         if ours is not None:
             return ours(entry, None if weights is None else Path(weights), impl, arguments)
         return build_transformers(entry.hub_id, trust_code, arguments)
     except Exception as error:
         raise explained(error, entry.hub_id) from error
+
+
+def _refuse_file(name: str, library: str, hub_id: str, weights: str | Path | None) -> None:
+    """Raise an error if a file of weights is given for a network that its library loads from a folder."""
+    if weights is not None:
+        raise ValueError(
+            f"{name} is loaded by {library}, which takes a folder, got the file {weights}; run `hf download {hub_id}` "
+            "on a machine with a network, copy the folder here, and give it as the encoder"
+        )
 
 
 def _open_clip_of(
@@ -203,11 +209,13 @@ def _load_named(
         try:
             path = first_of_hub(hub_id, ("config.json", CONFIG))
             if path.name == CONFIG:
-                return encoder_of_open_clip(OpenClipFiles.of_hub(hub_id), text, impl, arguments)
+                files = OpenClipFiles.of_hub(hub_id) if weights is None else OpenClipFiles(path, Path(weights))
+                return encoder_of_open_clip(files, text, impl, arguments)
         except Exception as error:
             raise explained(error, hub_id) from error
         config = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" in config:
+            _refuse_file(text, "transformers", hub_id, weights)
             return _load_transformers(hub_id, text, impl, trust_code, arguments)
     name = f"hf-hub:{hub_id}" if hub_id is not None else text.removeprefix("timm:")
     return _load_timm(name, text, impl, weights, arguments)
