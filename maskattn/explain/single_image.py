@@ -24,7 +24,10 @@ from maskattn.explain.map_check import MapCheck, check_tokens
 from maskattn.explain.methods import DEFAULT_METHOD, method_named
 from maskattn.explain.packed_model import check_explainable, without_head
 from maskattn.explain.text_concepts import TextConcepts
+from maskattn.nn.adapters.open_clip_files import CONFIG as OPEN_CLIP_CONFIG
 from maskattn.nn.encoders.entry import IMAGENET, Triple, triple_of
+from maskattn.nn.encoders.open_clip import pixel_statistics
+from maskattn.nn.encoders.table import entry_of_hub
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
 
@@ -141,7 +144,8 @@ def _bounds(tokens: int, size_px: int) -> list[tuple[int, int]]:
 def normalisation_of(source: str) -> tuple[Triple, Triple]:
     """Return the mean and standard deviation of the pixels that a model was trained with.
 
-    They are read from timm or from the model's folder or repository; without an entry there, they are ImageNet's.
+    They are read from timm, the table of encoders, or the model's folder or repository; without an entry there, they
+    are ImageNet's.
 
     Args:
         source: the model's source as :func:`maskattn.nn.checkpoints.load_vit` takes it.
@@ -151,12 +155,16 @@ def normalisation_of(source: str) -> tuple[Triple, Triple]:
 
         own = timm.get_pretrained_cfg(source.removeprefix("timm:"))
         return IMAGENET if own is None else (triple_of(own.mean), triple_of(own.std))
+    entry = entry_of_hub(source.removeprefix("hf-hub:")) if source.startswith("hf-hub:") else None
+    if entry is not None:
+        return entry.pixel_mean, entry.pixel_std
     for file, mean, std in (("preprocessor_config.json", "image_mean", "image_std"), ("config.json", "mean", "std")):
         config = _file_of_model(source, file)
         config = config.get("pretrained_cfg") or config  # timm nests its own
         if config.get(mean) and config.get(std):
             return triple_of(config[mean]), triple_of(config[std])
-    return IMAGENET
+    of_open_clip = _file_of_model(source, OPEN_CLIP_CONFIG)
+    return pixel_statistics(of_open_clip) if of_open_clip else IMAGENET
 
 
 def _file_of_model(source: str, file: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.pictures import draw_explanation
 from maskattn.explain.single_image import explain_image, normalisation_of, normalised, read_image, read_keep, size_for
 from maskattn.nn import VisionTransformer
+from maskattn.nn.encoders.entry import CLIP
+from maskattn.nn.encoders.table import ENCODERS
 
 
 @pytest.fixture
@@ -94,6 +96,8 @@ def test_a_saved_classifier_of_transformers_is_explained_as_it_comes(photo, tmp_
     [
         ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, ((0.5,) * 3, (0.25,) * 3)),
         ("config.json", {"pretrained_cfg": {"mean": [0.1] * 3, "std": [0.2] * 3}}, ((0.1,) * 3, (0.2,) * 3)),
+        ("open_clip_config.json", {"preprocess_cfg": {"mean": [0.3] * 3, "std": [0.4] * 3}}, ((0.3,) * 3, (0.4,) * 3)),
+        ("open_clip_config.json", {"model_cfg": {"embed_dim": 512}}, CLIP),
         ("config.json", {"model_type": "vit"}, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
     ],
 )
@@ -112,6 +116,12 @@ def test_pixels_are_normalised_as_the_models_folder_or_repository_says(file, con
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     assert normalisation_of("hf-hub:org/model") == expected
+
+
+@pytest.mark.parametrize("name", ["conch", "quiltnet-b16", "uni"])
+def test_pixels_of_a_repository_in_the_table_are_normalised_as_the_table_says(name):
+    entry = ENCODERS[name]
+    assert normalisation_of(f"hf-hub:{entry.hub_id}") == (entry.pixel_mean, entry.pixel_std)
 
 
 def test_the_command_takes_masks_concepts_and_the_other_methods(weights, photo, tmp_path, monkeypatch):

@@ -6,10 +6,10 @@ from typing import Any
 
 from maskattn.nn.adapters.open_clip_files import OpenClipFiles
 from maskattn.nn.checkpoints import load_open_clip
-from maskattn.nn.encoders.entry import CLIP, triple_of
+from maskattn.nn.encoders.entry import CLIP, Triple, triple_of
 from maskattn.nn.encoders.tile_encoder import EncoderCard, TileEncoder
 
-__all__ = ["encoder_of_open_clip"]
+__all__ = ["encoder_of_open_clip", "pixel_statistics"]
 
 
 def encoder_of_open_clip(files: OpenClipFiles, name: str, impl: str | None, arguments: dict[str, Any]) -> TileEncoder:
@@ -25,7 +25,7 @@ def encoder_of_open_clip(files: OpenClipFiles, name: str, impl: str | None, argu
     """
     said = files.said()
     pixels = said.get("preprocess_cfg") or {}
-    mean, std = (triple_of(pixels.get(key) or own) for key, own in zip(("mean", "std"), CLIP, strict=True))
+    mean, std = pixel_statistics(said)
     # open_clip takes the side that the network was built for, whatever the images' configuration says.
     side = said.get("model_cfg", {}).get("vision_cfg", {}).get("image_size") or pixels.get("size") or 224
     height, width = (side, side) if isinstance(side, int) else side
@@ -33,3 +33,9 @@ def encoder_of_open_clip(files: OpenClipFiles, name: str, impl: str | None, argu
         raise ValueError(f"tiles are square, and the images of an encoder must be too, got {side} for {name}")
     vit = load_open_clip(files, impl, arguments)
     return TileEncoder(vit, EncoderCard(name, vit.global_pool, mean, std, height, height))
+
+
+def pixel_statistics(said: dict[str, Any]) -> tuple[Triple, Triple]:
+    """Return the pixels' mean and standard deviation in ``open_clip_config.json``, or CLIP's if it has none."""
+    pixels = said.get("preprocess_cfg") or {}
+    return triple_of(pixels.get("mean") or CLIP[0]), triple_of(pixels.get("std") or CLIP[1])
