@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from maskattn.cli.options import Debug, Series, Spacing
+from maskattn.cli.options import CacheDir, CacheGb, Debug, Series, Spacing
 from maskattn.cli.reporting import errors_in_one_line, say, say_json
 from maskattn.errors import SlideError
+from maskattn.slide.remote.cache import DEFAULT_GB
 
 if TYPE_CHECKING:
     from maskattn.nn.slide_models.card import ModelCard
+    from maskattn.slide.remote import CacheSettings
 
 __all__ = ["info"]
 
 
 def info(
     slide: Annotated[
-        Path, typer.Argument(help="A slide file, or a slide model.", metavar="SLIDE|MODEL", show_default=False)
+        str,
+        typer.Argument(help="A slide file, its URL, or a slide model.", metavar="SLIDE|MODEL", show_default=False),
     ],
     spacing_um: Spacing = None,
     series: Series = None,
+    cache_dir: CacheDir = None,
+    cache_gb: CacheGb = DEFAULT_GB,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print the metadata of a slide file or a slide model."""
     with errors_in_one_line(debug):
         from maskattn.nn.slide_models.card import CONFIG, card_at
+        from maskattn.slide.remote import CacheSettings, locate
 
-        if (card := card_at(slide)) is not None:
-            _print_card(card, as_json)
-            return
-
-        from maskattn.slide.reader import SlideReader
-
-        _check_exists(slide)
+        path, origin = locate(slide)
+        if origin is None:
+            if (card := card_at(path)) is not None:
+                _print_card(card, as_json)
+                return
+            _check_exists(path)
         try:
-            with SlideReader(slide, spacing_um, series=series, isolated=True) as reader:
-                facts = reader.describe()
+            facts = _facts_of(slide, spacing_um, series, CacheSettings(cache_dir, cache_gb))
         except SlideError as error:
-            if slide.is_dir():
+            if path.is_dir():
                 raise SlideError(f"{error} (a slide model's folder holds {CONFIG}, which this one lacks)") from error
             raise
     if as_json:
@@ -56,6 +60,22 @@ def info(
             say(f"{name}: {'; '.join(map(str, value)) or 'none'}")
         else:
             say(f"{name}: {value}")
+
+
+def _facts_of(slide: str, spacing_um: float | None, series: int | None, cache: CacheSettings) -> dict[str, Any]:
+    from maskattn.slide.manifest import SlideJob
+    from maskattn.slide.names import id_of_file
+    from maskattn.slide.reader import SlideReader
+    from maskattn.slide.remote import Copies, locate
+
+    path, origin = locate(slide)
+    job = SlideJob(id_of_file(path), path, origin=origin)
+    with (
+        Copies(cache) as copies,
+        copies.local(job) as here,
+        SlideReader(here.path, spacing_um, series=series, isolated=True) as reader,
+    ):
+        return {**reader.describe(), "path": job.where}
 
 
 def _check_exists(path: Path) -> None:

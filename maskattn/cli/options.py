@@ -19,6 +19,8 @@ from maskattn.slide.asked import asked_of, fields_of
 from maskattn.slide.request import RunSettings
 
 __all__ = [
+    "CacheDir",
+    "CacheGb",
     "ConfigFile",
     "Debug",
     "Device",
@@ -84,10 +86,12 @@ ConfigFile = Annotated[
     typer.Option("--config", help="All of these as YAML, field: value; options on the command line take precedence."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Slide = Annotated[Path, typer.Argument(help="A slide file.", metavar="SLIDE", show_default=False)]
+Slide = Annotated[str, typer.Argument(help="A slide file, or its URL.", metavar="SLIDE", show_default=False)]
 Slides = Annotated[
     list[str] | None,
-    typer.Argument(help="Slide files, folders, globs, or manifests (.csv).", metavar="SLIDE...", show_default=False),
+    typer.Argument(
+        help="Slide files, folders, globs, URLs, or manifests (.csv).", metavar="SLIDE...", show_default=False
+    ),
 ]
 Manifest = Annotated[
     Path | None, typer.Option("--manifest", help="A table: slide_id,slide_path[,mask_path][,spacing_um].")
@@ -112,8 +116,10 @@ Outputs = Annotated[
 SlidesFolder = Annotated[
     Path | None, typer.Option("--slides", help="Folder in which to look for slides that have been moved.")
 ]
-Mask = Annotated[Path | None, typer.Option("--mask", help="Your own tissue mask of this slide, at any spacing.")]
+Mask = Annotated[str | None, typer.Option("--mask", help="Your own tissue mask of this slide, at any spacing.")]
 Spacing = Annotated[float | None, _option(_field(RunSettings, "spacing_um"))]
+CacheDir = Annotated[Path | None, _option(_field(RunSettings, "cache_dir"))]
+CacheGb = Annotated[float, _option(_field(RunSettings, "cache_gb"))]
 Series = Annotated[int | None, _option(_field(RunSettings, "series"))]
 Ink = Annotated[Literal["auto", "off"], _option(_field(RunSettings, "ink"))]
 Force = Annotated[bool, _option(_field(RunSettings, "force"))]

@@ -121,12 +121,12 @@ def device_named(device: str, impl: str | None) -> str:
 
 
 def jobs_asked_for(
-    slides: list[str] | None, manifest: Path | None, mask: Path | None, features: Path | None = None
+    slides: list[str] | None, manifest: Path | None, mask: str | None, features: Path | None = None
 ) -> tuple[list[SlideJob], list[str]]:
     """Return the jobs of a command's slides, and the notes on finding them, which are also printed.
 
     Args:
-        slides: files, folders, globs or manifests.
+        slides: files, folders, globs, URLs or manifests.
         manifest: an additional manifest.
         mask: a mask, if there is exactly one slide.
         features: a folder of features, whose slides are run if no others are named.
@@ -136,6 +136,7 @@ def jobs_asked_for(
     """
     from maskattn.errors import ManifestError
     from maskattn.slide.manifest import collect_jobs
+    from maskattn.slide.remote import locate
 
     notes: list[str] = []
     if features is not None and not slides and manifest is None:
@@ -148,7 +149,8 @@ def jobs_asked_for(
         return jobs, notes
     if len(jobs) != 1:
         raise ManifestError(f"--mask is for one slide, got {len(jobs)}; name masks in a manifest (mask_path)")
-    return [replace(jobs[0], mask_path=mask)], notes
+    mask_path, mask_origin = locate(mask)
+    return [replace(jobs[0], mask_path=mask_path, mask_origin=mask_origin)], notes
 
 
 def end(outcomes: Sequence[Outcome], out_dir: Path, what: str, notes: Iterable[str]) -> None:

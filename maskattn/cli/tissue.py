@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from maskattn.cli.options import (
+    CacheDir,
+    CacheGb,
     Debug,
     Exclude,
     ExcludeClasses,
@@ -24,6 +26,7 @@ from maskattn.cli.options import (
 )
 from maskattn.cli.pictures import picture_path, picture_written
 from maskattn.cli.reporting import errors_in_one_line, say_json
+from maskattn.slide.remote.cache import DEFAULT_GB
 
 __all__ = ["tissue"]
 
@@ -46,6 +49,8 @@ def tissue(
     force: Force = False,
     spacing_um: Spacing = None,
     series: Series = None,
+    cache_dir: CacheDir = None,
+    cache_gb: CacheGb = DEFAULT_GB,
     debug: Debug = False,
 ) -> None:
     """Show where the tissue of a slide is.
@@ -53,10 +58,12 @@ def tissue(
     An overlay is written as PNG; its statistics go to stdout as JSON.
     """
     with errors_in_one_line(debug):
+        from maskattn.slide.manifest import SlideJob
         from maskattn.slide.names import id_of_file
         from maskattn.slide.outlines.rules import check_classes_of
         from maskattn.slide.overlay import write_mask_overlay
         from maskattn.slide.reader import SlideReader
+        from maskattn.slide.remote import CacheSettings, Copies, locate
         from maskattn.slide.tissue import find_tissue, limit_tissue, load_mask
         from maskattn.slide.tissue.bright_field import require_bright_field
 
@@ -75,19 +82,26 @@ def tissue(
             ("--exclude-class", exclude_class, exclude),
         ):
             check_classes_of(flag, classes, with_file=of is not None)
-        given = [file for file in (mask, roi, exclude) if file is not None]
-        path = picture_path(out, f"{id_of_file(slide)}_tissue.png", [slide, *given])
-        with SlideReader(slide, spacing_um, series=series, isolated=True) as reader:
+        slide_path, origin = locate(slide)
+        mask_path, mask_origin = (None, None) if mask is None else locate(mask)
+        of_slide = id_of_file(slide_path)
+        given = [file for file in (mask_path, roi, exclude) if file is not None]
+        path = picture_path(out, f"{of_slide}_tissue.png", [slide_path, *given])
+        job = SlideJob(of_slide, slide_path, mask_path, origin=origin, mask_origin=mask_origin)
+        with (
+            Copies(CacheSettings(cache_dir, cache_gb)) as copies,
+            copies.local(job) as here,
+            SlideReader(here.path, spacing_um, series=series, isolated=True) as reader,
+        ):
             info = reader.info
             labels = tuple(mask_value) if mask_value else None
             names = tuple(mask_class) if mask_class else None
-            if mask is not None and not force:
+            if here.mask_path is not None and not force:
                 require_bright_field(reader)
-            if mask is None:
+            if here.mask_path is None:
                 found = find_tissue(reader, ink=ink, force=force)
             else:
-                found = load_mask(mask, info, labels, tissue_classes=names, reader=reader)
-            of_slide = id_of_file(slide)
+                found = load_mask(here.mask_path, info, labels, tissue_classes=names, reader=reader)
             found = limit_tissue(found, info, of_slide, (roi, roi_class or None), (exclude, exclude_class or None))
             thumbnail = reader.thumbnail(_THUMBNAIL_PX)
             with picture_written(path):
@@ -95,7 +109,7 @@ def tissue(
         height, width = found.mask_HW.shape
         area_mm2 = info.width_px * info.height_px * info.spacing_um**2 / 1e6
         statistics = {
-            "slide": str(slide),
+            "slide": job.where,
             "method": found.method,
             "tissue_fraction": found.tissue_fraction,
             "tissue_mm2": found.tissue_fraction * area_mm2,

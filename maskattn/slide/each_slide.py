@@ -25,6 +25,7 @@ from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text, problem_of_id
 from maskattn.slide.outcome import Outcome, Status
 from maskattn.slide.output_folder import are_one_name, prepare_output
+from maskattn.slide.remote import CacheSettings, Copies
 from maskattn.slide.summary import carried_into
 
 __all__ = ["OnTiles", "OutcomeT", "RunProgress", "run_each"]
@@ -62,11 +63,12 @@ def run_each(
     jobs: Sequence[SlideJob],
     out_dir: Path,
     outcome_of: Callable[[str, Status, str, float, _Left | None], OutcomeT],
-    finished: Callable[[SlideJob, Claim], _Left | None],
+    finished: Callable[[SlideJob, Claim | None], _Left | None],
     run: Callable[[SlideJob, Claim, OnTiles | None], _Left],
     progress: RunProgress[OutcomeT] | None = None,
     *,
     sharing: Sharing,
+    cache: CacheSettings | None = None,
     request: str,
     sweep: Callable[[], None],
     at_end: Callable[[list[OutcomeT]], None] = lambda outcomes: None,
@@ -78,10 +80,12 @@ def run_each(
         out_dir: the output folder, created if it does not exist.
         outcome_of: makes an outcome from the fields of :class:`Outcome` and the result of ``finished`` or ``run``.
         finished: (slide, its claim) → the result of an earlier run, whose slide is skipped; None if there is none.
+            Called without a claim, it changes nothing.
         run: (slide, its claim, progress of its tiles) → its result. An exception of ``finished`` or ``run`` fails the
             slide, with its message as the reason.
         progress: called at every step.
         sharing: how the slides are shared among processes.
+        cache: where remote slides are copied to, each while its predecessor runs; None takes the default.
         request: a description of the request, the same in all processes of a command.
         sweep: removes incomplete outputs of killed processes; called only when no other process is at work.
         at_end: called with the outcomes by the last process, when all slides have ended.
@@ -98,13 +102,21 @@ def run_each(
     jobs = list(_distinct_here(chosen_jobs(jobs, sharing), out_dir))
     outcomes: dict[int, OutcomeT] = {}
     on_tiles = None if progress is None else progress.tiles_done
-    with joined(out_dir, jobs, sharing, request, sweep) as fleet:
-        for index, job, turn in fleet.turns(jobs):
+    any_remote = any(job.origin or job.mask_origin for job in jobs)
+    with joined(out_dir, jobs, sharing, request, sweep) as fleet, Copies(cache or CacheSettings()) as copies:
+
+        def run_copied(job: SlideJob, claim: Claim, on_tiles: OnTiles | None) -> _Left:
+            with copies.local(job) as here:
+                if any_remote:
+                    copies.fetch_ahead(fleet.next_slides(), lambda other: _seems_finished(finished, other))
+                return run(here, claim, on_tiles)
+
+        for index, job, turn in fleet.turns(jobs, lambda: copies.ahead):
             if progress is not None:
                 progress.slide_started(job)
             if isinstance(turn, Claim):
                 try:
-                    outcomes[index] = _run(job, turn, outcome_of, finished, run, on_tiles, out_dir)
+                    outcomes[index] = _run(job, turn, outcome_of, finished, run_copied, on_tiles, out_dir, copies)
                 except ClaimLostError:
                     fleet.lose(index, job)
                     continue
@@ -129,10 +141,11 @@ def _run(
     job: SlideJob,
     claim: Claim,
     outcome_of: Callable[[str, Status, str, float, _Left | None], OutcomeT],
-    finished: Callable[[SlideJob, Claim], _Left | None],
+    finished: Callable[[SlideJob, Claim | None], _Left | None],
     run: Callable[[SlideJob, Claim, OnTiles | None], _Left],
     on_tiles: OnTiles | None,
     out_dir: Path,
+    copies: Copies,
 ) -> OutcomeT:
     """Run one slide and return its outcome; any exception but a lost claim becomes the outcome "failed"."""
     start, left = time.perf_counter(), None
@@ -140,6 +153,7 @@ def _run(
         problem = job.problem or problem_of_id(job.slide_id) or _problem_of(claim)
         if problem is not None:
             raise SlideError(problem)
+        job = copies.identified(job)
         left = finished(job, claim)
         status, reason = _OK if left is None else _SKIPPED
         if left is None:
@@ -150,6 +164,14 @@ def _run(
         _logger.debug("slide %s failed", job.slide_id, exc_info=True)
         status, reason = "failed", _reason(error, out_dir)
     return outcome_of(job.slide_id, status, reason, time.perf_counter() - start, left)
+
+
+def _seems_finished(finished: Callable[[SlideJob, Claim | None], _Left | None], job: SlideJob) -> bool:
+    """Whether a slide will probably not be run when its turn comes; its store is not asked."""
+    try:
+        return finished(job, None) is not None
+    except Exception:
+        return True
 
 
 def _problem_of(claim: Claim) -> str | None:

@@ -84,8 +84,8 @@ def extract_slides(
     check_extraction(jobs, settings, encoder)
     identity = identify_encoder(encoder)
 
-    def finished(job: SlideJob, claim: Claim) -> ExtractionRecord | None:
-        if claim.ended:
+    def finished(job: SlideJob, claim: Claim | None) -> ExtractionRecord | None:
+        if claim is not None and claim.ended:
             _clear_leftovers(settings.out_dir, job.slide_id)
         return _finished(job, encoder, identity, settings)
 
@@ -97,6 +97,7 @@ def extract_slides(
         lambda job, claim, on_tiles: extract_slide(job, encoder, settings, on_tiles, identity, claim),
         progress,
         sharing=settings.sharing,
+        cache=settings.cache,
         request=f"{identity} {recorded_fields(settings)}",
         sweep=lambda: _clear_leftovers(settings.out_dir),
     )
@@ -153,7 +154,7 @@ def extract_slide(
                 slide_id=job.slide_id,
                 features=os.path.relpath(features, settings.out_dir),
                 encoder=identity,
-                slide=SlideFile.of(job.path, reader.info),
+                slide=SlideFile.of(job, reader.info),
                 settings=recorded_extraction(job, settings, encoder)
                 | {"workers": encoded.workers, "device": str(encoder.device)},
                 tiles=encoded.tiles,
@@ -304,8 +305,7 @@ def _finished(
     spacing_um = settings.slide_spacing_um or job.spacing_um or finished.slide.spacing_um
     found_and_asked: list[tuple[str, Any, Any]] = [
         ("encoder", f"{finished.encoder.name} {finished.encoder.sha256}", f"{identity.name} {identity.sha256}"),
-        ("slide file", Path(finished.slide.path).name, job.path.name),
-        ("slide size in bytes", finished.slide.bytes, job.path.stat().st_size),
+        *finished.slide.identity(job),
         ("slide_spacing_um", finished.slide.spacing_um, spacing_um),
     ]
     other = [(name, found, asked) for name, found, asked in found_and_asked if found != asked]

@@ -192,5 +192,5 @@ def _header(
         magnification=info.objective_power,
         encoder=encoder.name,
         token_mask=settings.token_mask,
-        slide_path=info.path,
+        slide_path=job.location,
     )

@@ -250,7 +250,7 @@ def _slide_file(run: SlideRun, tiles: RunTiles) -> SlideFile:
             objective_power=header.magnification,
             reader="none: features alone",
         )
-    return SlideFile.of(path, run.info)
+    return SlideFile.of(run.job, run.info)
 
 
 def _tile_settings(run: SlideRun, tiles: RunTiles) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from maskattn.files import replacing
 from maskattn.slide.outcome import Outcome
 
 if TYPE_CHECKING:
+    from maskattn.slide.manifest import SlideJob
     from maskattn.slide.reader import SlideInfo
 
 __all__ = ["ModelIdentity", "SlideCounts", "SlideFile", "SlideOutcome", "SlidePrediction", "read_prediction"]
@@ -21,7 +22,7 @@ class SlideFile:
     """The slide as it was read: its file, level-0 size, spacing, and the source of the spacing.
 
     Attributes:
-        path: the file.
+        path: the file, or the URL of a remote slide without credentials.
         bytes: the size of the file.
         vendor: the scanner's vendor, if the metadata state it.
         width_px: width at level 0.
@@ -30,6 +31,7 @@ class SlideFile:
         spacing_source: "override", "manifest", "metadata", or "features" if only features were given.
         objective_power: magnification of the objective, if the metadata state it.
         reader: the library that decoded the slide; empty in predictions of earlier versions.
+        etag: the version of a remote slide; empty if the slide was on a disk.
     """
 
     path: str
@@ -41,12 +43,24 @@ class SlideFile:
     spacing_source: str
     objective_power: float | None
     reader: str = ""
+    etag: str = ""
 
     @classmethod
-    def of(cls, path: Path, info: SlideInfo) -> SlideFile:
+    def of(cls, job: SlideJob, info: SlideInfo) -> SlideFile:
         """Return the description of an open slide."""
         names = ("vendor", "width_px", "height_px", "spacing_um", "spacing_source", "objective_power", "reader")
-        return cls(path=str(path), bytes=path.stat().st_size, **{name: getattr(info, name) for name in names})
+        facts = {name: getattr(info, name) for name in names}
+        return cls(path=job.where, bytes=job.path.stat().st_size, etag=job.etag, **facts)
+
+    def identity(self, job: SlideJob) -> list[tuple[str, object, object]]:
+        """Return what identifies the slide: (name, its value here, its value in the job)."""
+        # A store that does not tell a slide's size need not have told it when the slide was run.
+        size = self.bytes if job.bytes is None else job.bytes
+        return [
+            ("slide file", Path(self.path).name, job.path.name),
+            ("slide size in bytes", self.bytes, size),
+            ("slide ETag", self.etag, job.etag),
+        ]
 
 
 @dataclass(frozen=True)

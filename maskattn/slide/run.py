@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from maskattn.errors import ManifestError, SlideError
 from maskattn.nn.slide_model import SlideModel
@@ -61,8 +60,9 @@ def run_slides(
         )
     identity = identify_model(model)
 
-    def finished(job: SlideJob, claim: Claim) -> SlidePrediction | None:
-        clear_leftovers(settings.out_dir, job.slide_id, claim.ended)
+    def finished(job: SlideJob, claim: Claim | None) -> SlidePrediction | None:
+        if claim is not None:
+            clear_leftovers(settings.out_dir, job.slide_id, claim.ended)
         found = find_finished(settings.out_dir, job.slide_id)
         if found is None or settings.overwrite:
             return None
@@ -81,6 +81,7 @@ def run_slides(
         lambda job, claim, on_tiles: predict_slide(job, model, settings, on_tiles, identity, claim),
         progress,
         sharing=settings.sharing,
+        cache=settings.cache,
         request=f"{identity} {recorded_fields(settings)}",
         sweep=lambda: sweep(settings.out_dir),
         at_end=draw_together,
@@ -94,8 +95,7 @@ def _check_same_request(
     spacing_um = settings.spacing_um or job.spacing_um or finished.slide.spacing_um
     found_and_asked = [
         ("model", f"{finished.model.name} {finished.model.sha256}", f"{identity.name} {identity.sha256}"),
-        ("slide file", Path(finished.slide.path).name, job.path.name),
-        ("slide size in bytes", finished.slide.bytes, job.path.stat().st_size),
+        *finished.slide.identity(job),
         ("spacing_um", finished.slide.spacing_um, spacing_um),
     ]
     other = [(name, found, asked) for name, found, asked in found_and_asked if found != asked]

@@ -192,7 +192,7 @@ def _laid(
         height_px=info.height_px,
         spacing_lv0_um=info.spacing_um,
         magnification=info.objective_power,
-        slide_path=info.path,
+        slide_path=run.job.location,
     )
     return grid, header
 

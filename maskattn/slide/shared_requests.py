@@ -9,6 +9,7 @@ from typing import Literal
 
 from maskattn.slide.asked import asked
 from maskattn.slide.fleet.sharing import Sharing
+from maskattn.slide.remote.cache import DEFAULT_GB, CacheSettings
 
 __all__ = ["SharedSettings", "slide_spacing"]
 
@@ -34,6 +35,8 @@ class SharedSettings:
         shard: "I/N" = run only the I-th of N shares of the slides.
         limit: run at most so many slides; None = all.
         order: the order of the slides, "given" or "large-first"; None = as given.
+        cache_dir: the folder for copies of remote slides while they run; None = one in the system's temporary folder.
+        cache_gb: the most that all copies in it take together, in GB of 10⁹ bytes.
     """
 
     mask_values: tuple[int, ...] | None = field(
@@ -126,6 +129,27 @@ class SharedSettings:
             serves=None,
         ),
     )
+
+    cache_dir: Path | None = field(
+        default=None,
+        metadata=asked(
+            "--cache-dir",
+            "Folder for copies of remote slides while they run; by default one for temporary files.",
+            recorded=False,
+            serves=None,
+        ),
+    )
+    cache_gb: float = field(
+        default=DEFAULT_GB,
+        metadata=asked(
+            "--cache-gb", "The most that all copies in it take, in GB.", minimum=0, recorded=False, serves=None
+        ),
+    )
+
+    @property
+    def cache(self) -> CacheSettings:
+        """Where remote slides are copied to."""
+        return CacheSettings(self.cache_dir, self.cache_gb)
 
     @property
     def sharing(self) -> Sharing:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from maskattn.evaluation.predictions import some_of
 from maskattn.slide.manifest import SlideJob, collect_jobs
+from maskattn.slide.manifest.remote_slides import refuse_remote
 from maskattn.slide.names import as_text
 from maskattn.training.cohort import Cohort, cohort_from
 from maskattn.training.labels import read_labels
@@ -41,7 +42,9 @@ def labelled_slides(
         )
     assert settings.slides is not None, "the caller has slides"
     labels = read_labels(settings.labels, [settings.target], settings.slide_table)
-    jobs = {job.slide_id: job for job in collect_jobs([settings.slides], on_note)}
+    collected = collect_jobs([settings.slides], on_note)
+    refuse_remote(collected, "train")
+    jobs = {job.slide_id: job for job in collected}
     files = {slide: job.path for slide, job in jobs.items()}
     cohort = cohort_from(settings, task, labels, files, on_note, "a slide file")
     if settings.task is None and len(cohort.classes) == 2:

@@ -10,6 +10,7 @@ from maskattn.errors import SlideError
 from maskattn.slide.file_checks import is_folder
 from maskattn.slide.finished import FinishedSlide, open_slide, read_run
 from maskattn.slide.manifest import SlideJob, collect_jobs
+from maskattn.slide.manifest.remote_slides import refuse_remote
 from maskattn.slide.names import as_text
 from maskattn.slide.reader import SlideReader
 
@@ -101,6 +102,7 @@ def read_catalogue(path: Path, slides_dir: Path | None = None) -> Catalogue:
         except FileNotFoundError:
             pass
     jobs = collect_jobs([path])
+    refuse_remote(jobs, "view")
     problems = [job.problem for job in jobs if job.problem is not None]
     if len(problems) == len(jobs):
         raise ValueError(problems[0])

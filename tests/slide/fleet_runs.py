@@ -17,6 +17,7 @@ from maskattn.slide.manifest import SlideJob
 from maskattn.slide.outcome import Status
 from maskattn.slide.output_folder import clear_leftovers, slide_folder, sweep
 from maskattn.slide.prediction import SlideOutcome
+from maskattn.slide.remote import CacheSettings
 
 
 def run_quickly(
@@ -24,11 +25,13 @@ def run_quickly(
     jobs: Sequence[SlideJob],
     sharing: Sharing,
     run: Callable[[SlideJob], None] = lambda job: None,
+    cache: CacheSettings | None = None,
 ) -> list[SlideOutcome]:
     """Run slides whose output is their name."""
 
-    def finished(job: SlideJob, claim: Claim) -> Path | None:
-        clear_leftovers(out, job.slide_id, claim.ended)
+    def finished(job: SlideJob, claim: Claim | None) -> Path | None:
+        if claim is not None:
+            clear_leftovers(out, job.slide_id, claim.ended)
         return out / job.slide_id if (out / job.slide_id).exists() else None
 
     def write(job: SlideJob, claim: Claim, _: OnTiles | None) -> Path:
@@ -42,7 +45,12 @@ def run_quickly(
     def outcome_of(slide_id: str, status: Status, reason: str, seconds: float, folder: Path | None) -> SlideOutcome:
         return SlideOutcome(slide_id, status, reason, seconds)
 
-    return run_each(jobs, out, outcome_of, finished, write, sharing=sharing, request="quick", sweep=lambda: sweep(out))
+    def sweep_out() -> None:
+        sweep(out)
+
+    return run_each(
+        jobs, out, outcome_of, finished, write, sharing=sharing, cache=cache, request="quick", sweep=sweep_out
+    )
 
 
 def main(out: Path, count: int, hold: Path) -> None:

@@ -10,6 +10,7 @@ from maskattn.slide.file_checks import is_folder, problem_of_file
 from maskattn.slide.names import as_text, problem_of_id, shortened
 from maskattn.slide.prediction import SlidePrediction, read_prediction
 from maskattn.slide.reader import SlideReader
+from maskattn.slide.remote import is_url, path_of_url
 from maskattn.slide.summary import read_summary
 
 __all__ = ["FinishedRun", "FinishedSlide", "open_slide", "read_run"]
@@ -127,10 +128,14 @@ def open_slide(slide: FinishedSlide, slides_dir: Path | None = None, *, isolated
             f"a slide must have outputs to be shown with them, got none for {slide.slide_id!r}: {slide.reason}"
         )
     path = Path(prediction.slide.path)
+    if is_url(prediction.slide.path):
+        path = path_of_url(prediction.slide.path)
     if slides_dir is not None and (slides_dir / path.name).is_file():
         path = slides_dir / path.name
     problem = problem_of_file(path, "slide")
     if problem is not None:
+        if is_url(prediction.slide.path):
+            problem = f"a slide must be on a disk to be shown, got {prediction.slide.path}; copy it"
         raise SlideError(f"{problem}, or say with --slides where it is now")
     reader = SlideReader(path, prediction.slide.spacing_um, series=prediction.settings.get("series"), isolated=isolated)
     found, recorded = (

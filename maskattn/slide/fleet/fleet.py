@@ -103,6 +103,7 @@ class Fleet:
         self._began = time.monotonic()
         self._ran = self._done = 0
         self._lost: dict[int, SlideJob] = {}
+        self._free: list[SlideJob] = []
         self._table = table
         self.was_last = False
         self.ended = EndedSlides(root, request)
@@ -112,11 +113,15 @@ class Fleet:
         living = (token for token in self._watch.living() if token != self._member.token)
         return [token for token in living if not (read_member(self._root / "members", token) or {}).get("leaving")]
 
-    def turns(self, jobs: Sequence[SlideJob]) -> Iterator[Turn]:
+    def turns(self, jobs: Sequence[SlideJob], prefer: Callable[[], str | None] = lambda: None) -> Iterator[Turn]:
         """Yield each slide when this process has claimed it, or when another process has ended it.
 
         The iterator waits for slides that other processes run, and takes over those whose owner ended. It stops after
         ``Sharing.limit`` slides of its own, without waiting for others.
+
+        Args:
+            jobs: the slides.
+            prefer: returns the id of the slide to claim next if it is free; None for no preference.
 
         Raises:
             OutputError: a claim cannot be written.
@@ -136,9 +141,12 @@ class Fleet:
             free = [index for index, job in left.items() if _name(job) not in claimed]
             # If several processes compete for a slide, each continues with a random one.
             tried = [free[random.randrange(min(len(free), 2**misses))]] if free else list(left)
+            preferred = prefer()
+            tried = [index for index in free if left[index].slide_id == preferred] or tried
             turn = next(filter(None, (self._turn(index, left[index]) for index in tried)), None)
             if turn is not None:
                 del left[turn[0]]
+                self._free = [left[index] for index in free if index in left]
                 misses, wait_s = 0, _SHORTEST_WAIT_S
                 yield turn
             elif free:
@@ -147,6 +155,16 @@ class Fleet:
                 misses = 1
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S, self._sharing.claim_timeout_s / 4)
+
+    def next_slides(self) -> list[SlideJob]:
+        """Slides that nobody had claimed when this process's present turn came, beginning with its likely next one.
+
+        Of several processes each begins at another, so that they do not all prepare for the same.
+        """
+        if self._sharing.limit is not None and self._ran + 1 >= self._sharing.limit:
+            return []
+        before = sum(token < self._member.token for token in self.others()) if self._free else 0
+        return self._free[before:]
 
     def end(self, claim: Claim, row: Mapping[str, str]) -> None:
         """Add an ended slide's row to the summary, mark the slide as ended, and release its claim.

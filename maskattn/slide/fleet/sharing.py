@@ -44,7 +44,8 @@ def chosen_jobs(jobs: Sequence[SlideJob], sharing: Sharing) -> list[SlideJob]:
         shard, shards = parse_shard(sharing.shard)
         jobs = jobs[shard - 1 :: shards]
     if sharing.order == "large-first":
-        jobs.sort(key=lambda job: -_bytes(job.path))
+        # Where a manifest names remote slides, their sizes are not known, and they come last.
+        jobs.sort(key=lambda job: -(_bytes(job.path) if job.origin is None else job.origin.total_bytes or 0))
     return jobs
 
 

@@ -42,7 +42,7 @@ class TileHeader:
         encoder: the name of the encoder.
         token_mask: "none" if every token of a tile took part, "tissue" if background tokens were left out; None if the
             file does not say, as with all other tools.
-        slide_path: the slide's file.
+        slide_path: the slide's file, or its URL.
     """
 
     slide_id: str
@@ -56,7 +56,7 @@ class TileHeader:
     magnification: float | None = None
     encoder: str | None = None
     token_mask: TokenMask | None = None
-    slide_path: Path | None = None
+    slide_path: Path | str | None = None
 
     @classmethod
     def of_grid(

@@ -1,4 +1,4 @@
-"""Turn the paths, globs, folders and tables that a user names into one job per slide.
+"""Turn the paths, globs, folders, URLs and tables that a user names into one job per slide.
 
 A table has a header ``slide_id,slide_path[,mask_path][,spacing_um]``; relative paths start at the table's own folder.
 Tables of other tools are read too, also those that give only ids or file names (CLAM, STAMP, TRIDENT): their slides are
@@ -22,9 +22,11 @@ from maskattn.slide.manifest.columns import is_known_column, last_named, locate_
 from maskattn.slide.manifest.dicom_series import one_per_series
 from maskattn.slide.manifest.folder_search import SLIDE_SUFFIXES, match_glob, search_folder
 from maskattn.slide.manifest.job import SlideJob
+from maskattn.slide.manifest.remote_slides import jobs_at
 from maskattn.slide.manifest.rows import TableRows
 from maskattn.slide.manifest.spreadsheet import read_records
 from maskattn.slide.names import as_text, problem_of_id, shortened
+from maskattn.slide.remote.urls import is_url, path_of_url, shown_url
 
 __all__ = ["SLIDE_SUFFIXES", "SlideJob", "collect_jobs", "read_manifest"]
 
@@ -35,7 +37,7 @@ _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".xlsm", ".xls", ".ods", ".n
 def collect_jobs(
     sources: Sequence[str | Path], on_note: Callable[[str], None] | None = None, manifest: Path | None = None
 ) -> list[SlideJob]:
-    """Collect jobs from slide paths, globs, folders (without their subfolders) and manifests, in order.
+    """Collect jobs from slide paths, globs, folders (without their subfolders), URLs and manifests, in order.
 
     A slide that two sources name is one job. A source without slides, among others with slides, is a job that fails.
 
@@ -49,8 +51,8 @@ def collect_jobs(
             ``manifest`` is not a manifest.
     """
     on_note = on_note or _keep_quiet
-    matches = [match for source in sources for match in _matches_of(Path(source))]
-    folders = [path for path in matches if is_folder(path)]
+    matches = [match for source in sources for match in _matches_of(source)]
+    folders = [path for path in matches if isinstance(path, Path) and is_folder(path)]
     rows, looked_in = ([], set[Path]()) if manifest is None else _read_table(manifest, on_note, folders)
     if not sources and not rows:
         raise ManifestError(
@@ -62,14 +64,16 @@ def collect_jobs(
     for index in sorted(range(len(matches)), key=lambda index: not _is_table(matches[index])):
         path = matches[index]
         try:
-            if _is_table(path):
+            if isinstance(path, str):
+                named[index] = _jobs_at(path, on_note)
+            elif _is_table(path):
                 named[index], table_folders = _read_table(path, on_note, folders)
                 looked_in |= table_folders
             elif path not in looked_in:
                 named[index] = _slides_of(path, on_note)
         except ManifestError as error:
             errors.append(error)
-            named[index] = [SlideJob(shortened(path), path, problem=str(error))]
+            named[index] = [_failing_job(path, str(error))]
     slides = [slide for index in sorted(named) for slide in named[index]] + rows
     if len(errors) == len(slides):
         raise errors[0]
@@ -134,9 +138,12 @@ def _keep_quiet(note: str) -> None:
     """Ignore a note."""
 
 
-def _matches_of(source: Path) -> list[Path]:
-    """Return the matches of a source that is a glob, else the source itself."""
-    return (match_glob(source) if _is_glob(source) else []) or [source]
+def _matches_of(source: str | Path) -> Sequence[str | Path]:
+    """Return the matches of a source that is a glob, else the source itself; a URL stays a text."""
+    if isinstance(source, str) and is_url(source):
+        return [source]
+    path = Path(source)
+    return (match_glob(path) if _is_glob(path) else []) or [path]
 
 
 def _is_glob(path: Path) -> bool:
@@ -154,9 +161,25 @@ def _slides_of(path: Path, on_note: Callable[[str], None]) -> Sequence[Path]:
     return [path]
 
 
-def _is_table(path: Path) -> bool:
+def _jobs_at(url: str, on_note: Callable[[str], None]) -> list[SlideJob]:
+    if path_of_url(url).suffix.lower() in _TABLE_SUFFIXES:
+        raise ManifestError(
+            f"a manifest must be on a disk, got {shown_url(url)}; copy it, and write the slides' URLs in it whole"
+        )
+    return jobs_at(url, on_note)
+
+
+def _failing_job(source: str | Path, problem: str) -> SlideJob:
+    """Return the job of a source without slides."""
+    name, path = (shown_url(source), path_of_url(source)) if isinstance(source, str) else (source, source)
+    return SlideJob(shortened(name), path, problem=problem)
+
+
+def _is_table(path: str | Path) -> bool:
     """Return whether a source is read as a manifest."""
-    return path.suffix.lower() in _TABLE_SUFFIXES and not is_folder(path) and not _is_glob(path)
+    return (
+        isinstance(path, Path) and path.suffix.lower() in _TABLE_SUFFIXES and not is_folder(path) and not _is_glob(path)
+    )
 
 
 def _slides_of_folder(folder: Path, on_note: Callable[[str], None]) -> list[Path]:
@@ -189,8 +212,8 @@ def _unique(jobs: Iterable[SlideJob]) -> list[SlideJob]:
             continue
         if not same_file(other.path, job.path):
             raise ManifestError(
-                f"slide_id must be unique, got {job.slide_id!r} for both {as_text(other.path)} and "
-                f"{as_text(job.path)}; give each an id of its own in a manifest (slide_id,slide_path)"
+                f"slide_id must be unique, got {job.slide_id!r} for both {as_text(other.where)} and "
+                f"{as_text(job.where)}; give each an id of its own in a manifest (slide_id,slide_path)"
             )
         by_id[job.slide_id] = _merged(other, job)
     return list(by_id.values())
@@ -212,6 +235,7 @@ def _merged(one: SlideJob, other: SlideJob) -> SlideJob:
     return replace(
         one,
         mask_path=one.mask_path or other.mask_path,
+        mask_origin=one.mask_origin or other.mask_origin,
         spacing_um=one.spacing_um or other.spacing_um,
         problem=one.problem or other.problem,
         carried=tuple((dict(other.carried) | dict(one.carried)).items()),

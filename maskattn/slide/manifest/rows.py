@@ -15,6 +15,8 @@ from maskattn.slide.manifest.job import SlideJob
 from maskattn.slide.manifest.named_slides import NamedSlides, id_of_features
 from maskattn.slide.manifest.spreadsheet import Record
 from maskattn.slide.names import as_text, id_of_file, problem_of_id, shortened
+from maskattn.slide.remote.files import RemoteFile, problem_of_url
+from maskattn.slide.remote.urls import is_url, path_of_url
 
 __all__ = ["TableRows"]
 
@@ -51,12 +53,15 @@ class TableRows:
         slide_id, path, lack = self._slide(cells, where)
         mask_path = _path_of(self._manifest.parent, cells["mask_path"]) if cells.get("mask_path") else None
         spacing_um, wrong_spacing = _read_spacing(cells.get("spacing_um", ""), where)
-        problem = problem or lack or wrong_spacing or problem_of_file(path, "slide", where)
-        if mask_path is not None:
+        origin, mask_origin = _remote(cells.get("slide_path", "")), _remote(cells.get("mask_path", ""))
+        problem = problem or lack or wrong_spacing
+        problem = problem or (problem_of_file(path, "slide", where) if origin is None else problem_of_url(origin.url))
+        if mask_path is not None and mask_origin is None:
             problem = problem or problem_of_file(mask_path, "mask", where)
         slide_id = slide_id or f"line-{record.line}"
         carried = tuple((name, _field(record, index)) for name, index in self._columns.carried.items())
-        return SlideJob(shortened(slide_id), path, mask_path, spacing_um, problem or problem_of_id(slide_id), carried)
+        problem = problem or problem_of_id(slide_id)
+        return SlideJob(shortened(slide_id), path, mask_path, spacing_um, problem, carried, origin, mask_origin)
 
     def _slide(self, cells: Mapping[str, str], where: str) -> tuple[str, Path, str | None]:
         """Return the id and the file of a row's slide, and what the row lacks or None."""
@@ -82,7 +87,7 @@ class TableRows:
     def _placed(self, cell: str) -> Path:
         """A path from the table's own folder, or from the first named beside it that has the file."""
         path = _path_of(self._manifest.parent, cell)
-        if cell and not is_there(path):
+        if cell and not is_url(cell) and not is_there(path):
             for folder in self._folders:
                 other = _path_of(folder, cell)
                 if is_there(other):
@@ -97,6 +102,8 @@ def _field(record: Record, index: int) -> str:
 
 def _path_of(folder: Path, cell: str) -> Path:
     """The path as the disk spells it: as written, or with other slashes, accents or code page where that is there."""
+    if is_url(cell):
+        return path_of_url(cell)
     spellings = [cell]
     if not cell.isascii():
         spellings += [unicodedata.normalize(form, cell) for form in ("NFC", "NFD")]
@@ -107,6 +114,10 @@ def _path_of(folder: Path, cell: str) -> Path:
         if not is_there(folder / cell) and is_there(folder / spelling):
             return folder / spelling
     return folder / cell
+
+
+def _remote(cell: str) -> RemoteFile | None:
+    return RemoteFile(cell) if is_url(cell) else None
 
 
 def _read_spacing(text: str, where: str) -> tuple[float | None, str | None]:

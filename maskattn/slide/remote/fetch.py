@@ -1,0 +1,122 @@
+"""Fetching a slide, and its mask, into the cache: in a thread, so that the slide before it can run meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maskattn.slide.remote.cache import SlideCache
+from maskattn.slide.remote.files import PAUSE_S, TRIES, RemoteFile, look_up, look_up_slide
+from maskattn.slide.remote.stores import SILENT_S, StoreError
+from maskattn.slide.remote.transfer import TransferStopped, copy_file
+from maskattn.slide.remote.urls import name_of_url, shown_url
+
+if TYPE_CHECKING:
+    from maskattn.slide.manifest import SlideJob
+
+__all__ = ["Fetch"]
+
+# What lets a thread that waits for a store be silent: its own limit, and the pauses between attempts.
+_PATIENCE_S = 2 * SILENT_S + PAUSE_S * 2**TRIES
+
+
+class Fetch:
+    """A slide on its way into the cache.
+
+    Args:
+        job: the slide; its URL, or its mask's, is looked up here.
+        cache: where it goes.
+    """
+
+    def __init__(self, job: SlideJob, cache: SlideCache) -> None:
+        self.slide_id = job.slide_id
+        self._job, self._cache = job, cache
+        self._stop, self._done = threading.Event(), threading.Event()
+        self._heard = time.monotonic()
+        self._waits = False
+        self._place: Path | None = None
+        self._local: SlideJob | None = None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, daemon=True, name="fetch").start()
+
+    def wait(self) -> SlideJob:
+        """Return the job with paths of the copies, when they are there.
+
+        Raises:
+            StoreError: a file cannot be fetched, or the store is silent.
+            SlideError: the cache cannot take it.
+        """
+        while not self._done.wait(0.2):
+            if not self._waits and time.monotonic() - self._heard > _PATIENCE_S:
+                raise StoreError(
+                    f"a store must go on answering, got nothing for {_PATIENCE_S:.0f} s of the slide "
+                    f"{self.slide_id!r}; check the network, and run it again"
+                )
+        if self._error is not None:
+            raise self._error
+        assert self._local is not None
+        return self._local
+
+    def is_of(self, job: SlideJob) -> bool:
+        """Return whether the copies are, or may become, those of this job: the same version of the same slide."""
+        if self.slide_id != job.slide_id or self._error is not None:
+            return False
+        if self._local is None or self._local.origin is None or job.origin is None:
+            return True
+        return job.origin.is_unchanged(self._local.origin)
+
+    def end(self) -> None:
+        """Remove the copies; one that is still on its way is given up."""
+        self._stop.set()
+        self._done.wait(1.0)
+        if self._place is not None:
+            self._cache.release(self._place)
+
+    def _run(self) -> None:
+        try:
+            self._local = self._fetched()
+        except BaseException as error:
+            self._error = error
+        finally:
+            if self._place is not None and (self._stop.is_set() or self._error is not None):
+                self._cache.release(self._place)
+            self._done.set()
+
+    def _fetched(self) -> SlideJob:
+        job = self._job
+        slide = None if job.origin is None else look_up_slide(job.origin.url)
+        mask = None if job.mask_origin is None else look_up(job.mask_origin.url)
+        sizes = [file.total_bytes for file in (slide, mask) if file is not None]
+        total = None if None in sizes else sum(size for size in sizes if size is not None)
+        self._waits = True
+        self._place = self._cache.make_room(total, job.where, self._stop)
+        self._waits = False
+        if slide is not None:
+            copied = self._copy(slide, self._place)
+            if slide.others:
+                pixels = self._place / Path(name_of_url(slide.url)).stem
+                pixels.mkdir()
+                for other in slide.others:
+                    self._copy(other, pixels)
+                if not look_up_slide(slide.url).is_unchanged(slide):
+                    raise StoreError(f"a slide must stay as it is while it is copied, got {shown_url(slide.url)}")
+                copied = slide
+            job = replace(job, path=self._place / name_of_url(slide.url), origin=copied)
+        if mask is not None:
+            folder = self._place / "mask"
+            folder.mkdir()
+            self._copy(mask, folder)
+            job = replace(job, mask_path=folder / name_of_url(mask.url), mask_origin=mask)
+        return job
+
+    def _copy(self, remote: RemoteFile, folder: Path) -> RemoteFile:
+        def heard(copied_bytes: int) -> None:
+            self._heard = time.monotonic()
+            self._cache.check_size(copied_bytes, shown_url(remote.url))
+
+        if self._stop.is_set():
+            raise TransferStopped
+        return copy_file(replace(remote, others=()), folder / name_of_url(remote.url), self._stop, heard)

@@ -1,0 +1,114 @@
+"""Slides in S3, as moto's server plays it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slide_server import be_quick, left_in
+
+from maskattn.slide.manifest import collect_jobs
+from maskattn.slide.remote import CacheSettings, Copies
+from maskattn.slide.remote import transfer as transfers
+from maskattn.slide.remote.stores import StoreError
+
+s3fs = pytest.importorskip("s3fs")
+pytest.importorskip("moto")
+pytest.importorskip("flask")
+
+DATA = os.urandom(100_000)
+SERVER = """
+from werkzeug.serving import make_server
+from moto.server import DomainDispatcherApplication, create_backend_app
+server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        server.kill()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A bucket with a slide, and the way to it in the environment, as users give it."""
+    be_quick(monkeypatch)
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "word"), ("ENDPOINT_URL", endpoint)):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    store = s3fs.S3FileSystem(use_listings_cache=False)
+    if not store.exists("slides"):
+        store.mkdir("slides")
+    store.pipe_file("slides/dir/a.svs", DATA)
+    return store
+
+
+def copied(cache: Path) -> bytes:
+    (job,) = collect_jobs(["s3://slides/dir/"])
+    with Copies(CacheSettings(cache)) as copies, copies.local(job) as here:
+        return here.path.read_bytes()
+
+
+def test_slides_of_a_bucket_are_listed_with_sizes_and_copied(bucket, tmp_path):
+    bucket.pipe_file("slides/dir/below/b.svs", b"b")
+    notes: list[str] = []
+    (job,) = collect_jobs(["s3://slides/dir/"], notes.append)
+    assert notes == ["in s3://slides/dir/, passed over 1 folder"]
+    assert (job.slide_id, job.where, job.bytes) == ("a", "s3://slides/dir/a.svs", len(DATA))
+    assert job.etag == hashlib.md5(DATA).hexdigest()
+    assert copied(tmp_path) == DATA
+    assert left_in(tmp_path) == []
+
+
+def test_a_transfer_whose_checksum_is_wrong_once_is_made_again(bucket, tmp_path, monkeypatch):
+    opened: list[int] = []
+    open_at = transfers.open_at
+
+    def open_damaged(url: str, size: int | None, offset: int, block_bytes: int) -> tuple[Any, int]:
+        opened.append(offset)
+        file, start = open_at(url, size, offset, block_bytes)
+        if len(opened) == 1:
+            read = file.read
+            file.read = lambda count: bytes(255 - byte for byte in read(count))
+        return file, start
+
+    monkeypatch.setattr(transfers, "open_at", open_damaged)
+    assert copied(tmp_path) == DATA
+    assert opened == [0, 0]
+
+
+def test_an_etag_that_is_no_checksum_is_taken_for_none_when_two_copies_agree(bucket, tmp_path, monkeypatch):
+    look_up = transfers.look_up
+    from maskattn.slide.remote import fetch
+
+    def with_other_etag(url: str) -> Any:
+        found = look_up(url)
+        return type(found)(url, found.bytes, "0" * 32, "0" * 32, md5_likely=True)
+
+    monkeypatch.setattr(transfers, "look_up", with_other_etag)
+    monkeypatch.setattr(fetch, "look_up_slide", with_other_etag)
+    assert copied(tmp_path) == DATA
+
+
+def test_what_a_bucket_does_not_have_or_does_not_show_is_said(bucket, endpoint, tmp_path, monkeypatch):
+    with Copies(CacheSettings(tmp_path)) as copies:
+        (job,) = collect_jobs(["s3://slides/dir/none.svs"])
+        with pytest.raises(StoreError, match=r"s3://slides/dir/none\.svs, which does not exist"):
+            copies.identified(job)
+        (job,) = collect_jobs(["s3://slides/dir"])
+        with pytest.raises(StoreError, match="end its URL with / to list it"):
+            copies.identified(job)
