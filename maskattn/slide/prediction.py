@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskattn.files import replacing
 from maskattn.slide.outcome import Outcome
+from maskattn.slide.remote import locate
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
@@ -57,7 +58,7 @@ class SlideFile:
         # A store that does not tell a slide's size need not have told it when the slide was run.
         size = self.bytes if job.bytes is None else job.bytes
         return [
-            ("slide file", Path(self.path).name, job.path.name),
+            ("slide file", locate(self.path)[0].name, job.path.name),
             ("slide size in bytes", self.bytes, size),
             ("slide ETag", self.etag, job.etag),
         ]

@@ -60,12 +60,13 @@ def run_quickly_at(
 
 
 def test_remote_slides_are_run_as_local_ones_and_not_fetched_again_unless_they_are_replaced(server, tmp_path):
-    del server.files["/s/c.tif"]
+    server.files["/s/c%20d.tif"] = server.files.pop("/s/c.tif")
+    del server.files["/s/a.tif"]
     server.files["/s/readme.txt"] = b"text"
     notes: list[str] = []
-    assert [job.slide_id for job in collect_jobs([f"{server.url}/s/"], notes.append)] == ["a", "b"]
+    assert [job.slide_id for job in collect_jobs([f"{server.url}/s/"], notes.append)] == ["b", "c d"]
     assert notes == [f"in {server.url}/s/, passed over 1 .txt"]
-    assert statuses(run_at(server, tmp_path)) == {"a": "ok", "b": "ok"}
+    assert statuses(run_at(server, tmp_path)) == {"b": "ok", "c d": "ok"}
     local = tmp_path / "b.tif"
     local.write_bytes(server.files["/s/b.tif"])
     (there,) = run_slides(collect_jobs([local]), small_model(), RunSettings(tmp_path / "local", check=False))
@@ -75,14 +76,14 @@ def test_remote_slides_are_run_as_local_ones_and_not_fetched_again_unless_they_a
     assert (remote.slide.path, remote.slide.bytes) == (f"{server.url}/s/b.tif", local.stat().st_size)
     assert remote.slide.etag
     assert there.prediction.slide.etag == ""
-    assert [server.got(f"/s/{name}.tif") for name in "ab"] == [1, 1]
+    assert [server.got(f"/s/{name}.tif") for name in ("b", "c%20d")] == [1, 1]
     changed = bytearray(server.files["/s/b.tif"])
     changed[-1] ^= 1  # the same size: its ETag alone tells
     server.files["/s/b.tif"] = bytes(changed)
     outcomes = run_at(server, tmp_path)
-    assert [server.got(f"/s/{name}.tif") for name in "ab"] == [1, 1]
-    assert statuses(outcomes) == {"a": "skipped", "b": "failed"}
-    assert "must have been run as asked, got slide ETag" in outcomes[1].reason
+    assert [server.got(f"/s/{name}.tif") for name in ("b", "c%20d")] == [1, 1]
+    assert statuses(outcomes) == {"b": "failed", "c d": "skipped"}
+    assert "must have been run as asked, got slide ETag" in outcomes[0].reason
 
 
 def test_the_next_slide_is_fetched_while_the_present_one_runs_and_each_is_removed_after_use(server, tmp_path):
