@@ -67,7 +67,10 @@ def verdicts_of(
     **how: object,
 ) -> list[Verdict]:
     """Check every map of one image, all with the same random draws."""
-    maps = maps_of(model, image_1IXY, target, JUDGED) if keep_1HW is None else _masked_maps(model, image_1IXY, keep_1HW)
+    if keep_1HW is None:
+        maps = maps_of(model, model, image_1IXY, target, JUDGED)  # none of these runs in bfloat16
+    else:
+        maps = _masked_maps(model, image_1IXY, keep_1HW)
     named = {"noise" if name == "random" else name: x for name, x in maps.items()}
     stack_MN = torch.stack([x.flatten() for x in named.values()])
 
