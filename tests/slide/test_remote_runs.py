@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import torch
 from fleet_runs import run_quickly
 from runs import statuses
 from slide_server import SlideServer, be_quick, left_in, serving
@@ -19,6 +22,10 @@ from typer.testing import CliRunner
 
 from maskattn.cli.app import app
 from maskattn.errors import ManifestError
+from maskattn.nn import TileEncoder, VisionTransformer
+from maskattn.nn.encoders import EncoderCard
+from maskattn.slide.extract_request import ExtractSettings
+from maskattn.slide.extraction import extract_slides
 from maskattn.slide.fleet.sharing import Sharing
 from maskattn.slide.manifest import SlideJob, collect_jobs, read_manifest
 from maskattn.slide.manifest.remote_slides import refuse_remote
@@ -84,6 +91,29 @@ def test_remote_slides_are_run_as_local_ones_and_not_fetched_again_unless_they_a
     assert [server.got(f"/s/{name}.tif") for name in ("b", "c%20d")] == [1, 1]
     assert statuses(outcomes) == {"b": "failed", "c d": "skipped"}
     assert "must have been run as asked, got slide ETag" in outcomes[0].reason
+
+
+def test_features_of_remote_slides_and_masks_are_extracted_once(server, tmp_path):
+    mask = np.zeros((42, 56), np.uint8)
+    mask[10:30, 10:40] = 1
+    cv2.imwrite(str(tmp_path / "a.png"), mask)
+    server.files["/m/a.png"] = (tmp_path / "a.png").read_bytes()
+    manifest = tmp_path / "slides.csv"
+    manifest.write_text(f"slide_id,slide_path,mask_path\na,{server.url}/s/a.tif,{server.url}/m/a.png\n")
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=64, embed_dim=24, depth=2, num_heads=2).eval()
+    encoder = TileEncoder(vit, EncoderCard("small", "token", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 64, 64, 1.0))
+    for status in ("ok", "skipped"):
+        settings = ExtractSettings(tmp_path / "out", cache_dir=tmp_path / "cache")
+        (outcome,) = extract_slides(collect_jobs([manifest]), encoder, settings)
+        assert (outcome.status, outcome.reason) in {("ok", ""), ("skipped", "finished by an earlier run")}
+        assert outcome.status == status
+        assert outcome.record is not None
+        assert outcome.record.slide.path == f"{server.url}/s/a.tif"
+        assert outcome.record.slide.etag
+        assert outcome.record.settings["mask"] == "a.png"
+    assert (server.got("/s/a.tif"), server.got("/m/a.png")) == (1, 1)
+    assert left_in(tmp_path / "cache") == []
 
 
 def test_the_next_slide_is_fetched_while_the_present_one_runs_and_each_is_removed_after_use(server, tmp_path):
