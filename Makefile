@@ -1,5 +1,6 @@
 # make demo    a fresh synthetic slide through the bundled model: prediction and heat maps
 # make test    the whole suite; the Triton kernels in the interpreter, in a process of their own
+# make test-ray  the tests of --engine ray, which `make test` skips: Ray is large, and starting it takes long
 # make check   format, lint, types
 # make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers
 # make gpu-dry   every public call compiled and launched for five GPUs, none of which is there; takes hours, goes on where it was stopped
@@ -12,7 +13,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-.PHONY: demo test check bench sanitize gpu-dry clean
+.PHONY: demo test test-ray check bench sanitize gpu-dry clean
 
 demo: .venv/slide.installed
 	$(BIN)/maskattn demo --out demo_out
@@ -23,6 +24,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(CORES) --di
 test: .venv/dev.installed
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
+
+test-ray: .venv/dev.installed
+	$(INSTALL) --editable '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cli/test_ray.py
 
 check: .venv/dev.installed
 	$(BIN)/ruff format --check .

@@ -40,7 +40,7 @@ def demo(
             write_slide(slide, temporary)
         settings = RunSettings(out, tokens=True, overwrite=True)
         work = slide_runs.Inference([SlideJob(path.stem, path)], slide_runs.Chosen(), settings)
-        outcome = slide_runs.run(work, "auto", None, lines_of_prediction)[0]
+        outcome = slide_runs.run(work, slide_runs.Where(), lines_of_prediction)[0]
     if outcome.prediction is None:
         raise typer.Exit(1)
     say(f"slide       {path}")

@@ -16,6 +16,8 @@ from maskattn.cli.signals import Ended, told_to_end
 from maskattn.slide.each_slide import OutcomeT, RunProgress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from maskattn.slide.manifest import SlideJob
     from maskattn.slide.outcome import Outcome
     from maskattn.slide.shared_requests import SharedSettings
@@ -35,6 +37,10 @@ class Work(Protocol[OutcomeT]):
     @property
     def settings(self) -> SharedSettings:
         """The request."""
+
+    @property
+    def out_dir(self) -> Path:
+        """The output folder, with the files of the fleet."""
 
     def under(self, settings: Any) -> Work[OutcomeT]:
         """Return the same work with other settings."""

@@ -10,27 +10,29 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any
 
 from maskattn.cli.device_member import Work, run_member
+from maskattn.cli.member_reports import (
+    MOST_STARTS,
+    UNWOUND_AFTER_S,
+    MemberState,
+    Reports,
+    how_it_ended,
+    outcomes_of,
+    settings_of_member,
+)
 from maskattn.cli.progress import ProgressBars
-from maskattn.cli.reporting import in_one_line, tell
-from maskattn.errors import SlideError
+from maskattn.cli.reporting import tell
 from maskattn.slide.each_slide import OutcomeT
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
-    from maskattn.slide.shared_requests import SharedSettings
-
-__all__ = ["devices_named", "run_on_devices", "settings_of_member", "shares_of_cores"]
-
-_MOST_STARTS = 5
-_UNWOUND_AFTER_S = 35.0  # a member ends itself after half a minute
+__all__ = ["devices_named", "run_on_devices", "shares_of_cores"]
 
 
 def devices_named(text: str) -> list[str]:
@@ -86,41 +88,17 @@ def shares_of_cores(members: int) -> list[tuple[int, ...]]:
     return [tuple(cores[first:last]) for first, last in itertools.pairwise(edges)]
 
 
-def settings_of_member(settings: SharedSettings, member: int, members: int) -> SharedSettings:
-    """Return the settings of one of several processes: its share of the limit, and by default largest slides first."""
-    limit = settings.limit
-    return replace(
-        settings,
-        order=settings.order or "large-first",
-        limit=None if limit is None else limit // members + (member < limit % members),
-        # Two processes that start at the same time would each retry the other's failures.
-        retry_failed=settings.retry_failed and member == 0,
-    )
-
-
 @dataclass
-class _Member(Generic[OutcomeT]):
+class _Member(MemberState[OutcomeT]):
     """The process of one device, and its state."""
 
-    number: int
-    device: str
-    cores: tuple[int, ...]
-    work: Work[OutcomeT]
+    cores: tuple[int, ...] = ()
     process: SpawnProcess | None = None
-    starts: int = 0
-    ran: int = 0
-    done: bool = False
-    error: Exception | None = None
 
     def start(self) -> Connection:
         """Start the process and return the connection for its reports."""
         ours, theirs = multiprocessing.Pipe()
-        limit = self.work.settings.limit
-        work = self.work
-        if self.starts:
-            left = None if limit is None else max(1, limit - self.ran)
-            work = work.under(replace(work.settings, limit=left, retry_failed=False))
-        self.starts += 1
+        work = self.work_of_next_start()
         # A fork would inherit the locks of this process's threads, and its GPU.
         self.process = multiprocessing.get_context("spawn").Process(
             target=run_member, args=(theirs, self.device, self.cores), name=self.device
@@ -130,49 +108,6 @@ class _Member(Generic[OutcomeT]):
         with contextlib.suppress(OSError):  # it ended immediately, which its exit code reports
             ours.send(work)
         return ours
-
-
-@dataclass
-class _Reports(Generic[OutcomeT]):
-    """The reports of the members on the slides."""
-
-    bars: ProgressBars[OutcomeT]
-    own: dict[str, OutcomeT] = field(default_factory=dict)
-    elsewhere: dict[str, OutcomeT] = field(default_factory=dict)
-    printed: set[str] = field(default_factory=set)
-
-    def take(self, member: _Member[OutcomeT], kind: str, *what: Any) -> None:
-        """Process a report of a member."""
-        if kind == "started":
-            self.bars.slide_started(what[0], member.number)
-        elif kind == "tiles":
-            self.bars.tiles_done(what[0], what[1], member.number)
-        elif kind == "ended":
-            (outcome,) = what
-            if outcome.elsewhere:
-                self.elsewhere[outcome.slide_id] = outcome
-                return
-            member.ran += outcome.status != "skipped"
-            self.own[outcome.slide_id] = outcome
-            self.bars.slide_ended(outcome)
-        elif kind == "note":
-            self.tell(*what)
-        elif kind == "error":
-            (member.error,) = what
-        else:
-            member.done = True
-
-    def tell(self, text: str) -> None:
-        """Print a line that several members may report, but only once."""
-        if text not in self.printed:
-            self.printed.add(text)
-            tell(text)
-
-    def end(self) -> None:
-        """Report the slides that processes of other commands ran."""
-        for slide_id, outcome in self.elsewhere.items():
-            if slide_id not in self.own:
-                self.bars.slide_ended(outcome)
 
 
 def run_on_devices(
@@ -194,30 +129,17 @@ def run_on_devices(
         SlideError: all processes were killed repeatedly.
     """
     count = len(devices) if work.settings.limit is None else min(len(devices), work.settings.limit)
-    cores = shares_of_cores(count)
     members: list[_Member[OutcomeT]] = [
-        _Member(number, devices[number], cores[number], work.under(settings_of_member(work.settings, number, count)))
-        for number in range(count)
+        _Member(number, devices[number], work.under(settings_of_member(work.settings, number, count)), cores=share)
+        for number, share in enumerate(shares_of_cores(count))
     ]
-    reports = _Reports(bars)
+    reports = Reports(bars)
     with _ended_together(members):
         _listen(members, reports)
-    reports.end()
-    errors = [(member.device, member.error) for member in members if member.error is not None]
-    if not any(member.done for member in members):
-        if errors:
-            raise errors[0][1]
-        raise SlideError(
-            f"slides must not end the processes that run them, got {sum(member.starts for member in members)} that "
-            "were killed, most often for lack of memory; name fewer --devices, or give a smaller --batch-size"
-        )
-    for device, error in errors:
-        reports.tell(f"{device} failed, and the other devices ran its slides: {in_one_line(error)[0]}")
-    found = reports.elsewhere | reports.own
-    return [found[slide_id] for slide_id in slides if slide_id in found]
+    return outcomes_of(members, reports, slides, "name fewer --devices, or give a smaller --batch-size")
 
 
-def _listen(members: Sequence[_Member[OutcomeT]], reports: _Reports[OutcomeT]) -> None:
+def _listen(members: Sequence[_Member[OutcomeT]], reports: Reports[OutcomeT]) -> None:
     """Process the members' reports until all have ended; restart a member that is killed."""
     running = {member.start(): member for member in members}
     while running:
@@ -235,15 +157,11 @@ def _listen(members: Sequence[_Member[OutcomeT]], reports: _Reports[OutcomeT]) -
             if member.done or member.error is not None:
                 continue
             # A member is done only when all slides have ended.
-            again = member.starts < _MOST_STARTS and not any(other.done for other in members)
-            how = _how_it_ended(member.process.exitcode or 0)
+            again = member.starts < MOST_STARTS and not any(other.done for other in members)
+            how = how_it_ended(member.process.exitcode or 0)
             tell(f"the process of {member.device} {how}" + ("; it is being restarted" if again else ""))
             if again:
                 running[member.start()] = member
-
-
-def _how_it_ended(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 @contextlib.contextmanager
@@ -256,6 +174,6 @@ def _ended_together(members: Sequence[_Member[Any]]) -> Iterator[None]:
         for process in running:
             process.terminate()
         for process in running:
-            process.join(_UNWOUND_AFTER_S)
+            process.join(UNWOUND_AFTER_S)
             process.kill()
             process.join()

@@ -39,6 +39,9 @@ def extract(
     settings: ExtractSettings,
     device: options.Device = "auto",
     devices: options.Devices = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
+    gpu_memory_gib: options.GpuMemory = None,
     impl: options.Impl = None,
     debug: options.Debug = False,
 ) -> None:
@@ -55,7 +58,8 @@ def extract(
         prepare_output(settings.out_dir)
 
         work = _Extraction(jobs, encoder, weights, num_heads, trust_code, impl, settings)
-        outcomes = slide_runs.run(work, device, devices, _lines_of)
+        where = slide_runs.Where(device, devices, engine, ray_address, gpu_memory_gib)
+        outcomes = slide_runs.run(work, where, _lines_of)
     slide_runs.end(outcomes, settings.out_dir, "features", notes)
 
 
@@ -70,6 +74,11 @@ class _Extraction:
     trust_code: bool
     impl: str | None
     settings: ExtractSettings
+
+    @property
+    def out_dir(self) -> Path:
+        """The output folder."""
+        return self.settings.out_dir
 
     def under(self, settings: ExtractSettings) -> _Extraction:
         """The same work under other settings."""

@@ -72,6 +72,9 @@ def infer(
     settings: RunSettings,
     device: options.Device = "auto",
     devices: options.Devices = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
+    gpu_memory_gib: options.GpuMemory = None,
     impl: options.Impl = None,
     report: Annotated[bool, typer.Option("--report", help="Write OUT/report.html at the end.")] = False,
     debug: options.Debug = False,
@@ -109,7 +112,8 @@ def infer(
         else:
             words = None
         work = slide_runs.Inference(jobs, chosen, settings, words, best_tiles, impl)
-        outcomes = slide_runs.run(work, device, devices, lines_of_prediction)
+        where = slide_runs.Where(device, devices, engine, ray_address, gpu_memory_gib)
+        outcomes = slide_runs.run(work, where, lines_of_prediction)
         if report:
             from maskattn.slide.report import write_report
 

@@ -25,9 +25,11 @@ __all__ = [
     "Debug",
     "Device",
     "Devices",
+    "Engine",
     "Exclude",
     "ExcludeClasses",
     "Force",
+    "GpuMemory",
     "Impl",
     "Ink",
     "Manifest",
@@ -36,6 +38,7 @@ __all__ = [
     "MaskValues",
     "NumHeads",
     "Outputs",
+    "RayAddress",
     "Roi",
     "RoiClasses",
     "Series",
@@ -107,6 +110,25 @@ Devices = Annotated[
     typer.Option(
         "--devices",
         help="Instead of --device: a process for each of these, which share the slides: all, 0,1 (GPUs) or cpu:4.",
+    ),
+]
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--engine", help="ray runs a process on each GPU of a Ray cluster, or on each CPU where it has none."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        help="Cluster of --engine ray: HOST:PORT, or auto; by default RAY_ADDRESS, or one started here for the run.",
+    ),
+]
+GpuMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory-gib",
+        min=0.1,
+        help="With --engine ray: GPU memory that a process needs; GPUs are shared by as many as fit.",
     ),
 ]
 Impl = Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")]

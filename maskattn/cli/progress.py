@@ -33,12 +33,15 @@ class ProgressBars(Bars, Generic[OutcomeT]):
         self._tiles = [self._progress.add_task("tiles", total=None) for _ in range(bars_of_tiles)]
 
     def slide_started(self, job: SlideJob, bar: int = 0) -> None:
-        """Start a bar of tiles for a slide."""
+        """Start a bar of tiles for a slide; a number beyond the last bar is shown nowhere."""
+        if bar >= len(self._tiles):
+            return
         self._progress.reset(self._tiles[bar], total=None, description=printable(f"tiles of {job.slide_id}"))
 
     def tiles_done(self, done: int, total: int, bar: int = 0) -> None:
         """Advance a bar of tiles."""
-        self._progress.update(self._tiles[bar], completed=done, total=total)
+        if bar < len(self._tiles):
+            self._progress.update(self._tiles[bar], completed=done, total=total)
 
     def slide_ended(self, outcome: OutcomeT) -> None:
         """Print the slide's lines and advance the bar of slides."""

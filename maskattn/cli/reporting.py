@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["errors_in_one_line", "in_one_line", "map_warnings", "say", "say_json", "tell"]
 
-_EXTRAS = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf", "js_lib_leaflet": "view"}
+_EXTRAS = {"timm": "timm", "transformers": "hf", "huggingface_hub": "hf", "js_lib_leaflet": "view", "ray": "ray"}
 _EXTRAS |= dict.fromkeys(
     ("pytorch_lightning", "torchmetrics", "pydantic", "yaml", "sklearn", "sksurv", "scipy"), "train"
 )

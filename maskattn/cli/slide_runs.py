@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from maskattn.slide.prediction import SlideOutcome
     from maskattn.slide.request import RunSettings
 
-__all__ = ["BUNDLED", "Chosen", "Inference", "device_named", "end", "jobs_asked_for", "load_model", "run"]
+__all__ = ["BUNDLED", "Chosen", "Inference", "Where", "device_named", "end", "jobs_asked_for", "load_model", "run"]
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "model"
 
@@ -203,6 +203,11 @@ class Inference:
     best_tiles: int | None = None
     impl: str | None = None
 
+    @property
+    def out_dir(self) -> Path:
+        """The output folder."""
+        return self.settings.out_dir
+
     def under(self, settings: RunSettings) -> Inference:
         """Return the same work with other settings."""
         return replace(self, settings=settings)
@@ -220,33 +225,70 @@ class Inference:
         return note, lambda progress: run_slides(self.jobs, model, self.settings, progress)
 
 
-def run(
-    work: Work[OutcomeT], device: str, devices: str | None, lines_of: Callable[[OutcomeT], list[str]]
-) -> list[OutcomeT]:
+@dataclass(frozen=True)
+class Where:
+    """The devices on which a command runs.
+
+    Attributes:
+        device: value of --device.
+        devices: value of --devices, or None.
+        engine: value of --engine.
+        ray_address: value of --ray-address, or None.
+        gpu_memory_gib: value of --gpu-memory-gib, or None.
+    """
+
+    device: str = "auto"
+    devices: str | None = None
+    engine: str = "local"
+    ray_address: str | None = None
+    gpu_memory_gib: float | None = None
+
+    def check(self) -> None:
+        """Check that the options go together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.devices is not None and self.device != "auto":
+            raise ValueError(
+                f"--devices replaces --device, got --device {self.device} and --devices {self.devices}; give one of "
+                "them"
+            )
+        if self.engine == "ray" and self.device != "auto":
+            raise ValueError(
+                f"--engine ray runs on the devices of all nodes, got --device {self.device}; leave it out, or give "
+                "--devices cpu:N"
+            )
+        if self.engine != "ray" and (self.ray_address is not None or self.gpu_memory_gib is not None):
+            given = "--gpu-memory-gib" if self.ray_address is None else "--ray-address"
+            raise ValueError(f"{given} is an option of --engine ray, got it without; add --engine ray")
+
+
+def run(work: Work[OutcomeT], where: Where, lines_of: Callable[[OutcomeT], list[str]]) -> list[OutcomeT]:
     """Run the slides of a command under progress bars: on one device, or in a process for each of several.
 
     Args:
         work: the work to run.
-        device: value of --device.
-        devices: value of --devices, or None.
+        where: the devices.
         lines_of: returns the lines that report a slide's outcome.
 
     Raises:
-        ValueError: there is no such device, or both options are given.
+        ValueError: there is no such device, or options contradict each other.
     """
     from maskattn.cli.progress import ProgressBars
 
-    if devices is not None:
+    where.check()
+    if where.engine == "ray":
+        from maskattn.cli.ray_engine.run import RayOptions, run_on_ray
+
+        return run_on_ray(RayOptions(where.ray_address, where.devices, where.gpu_memory_gib), work, lines_of)
+    if where.devices is not None:
         from maskattn.cli.devices import devices_named, run_on_devices
 
-        if device != "auto":
-            raise ValueError(
-                f"--devices replaces --device, got --device {device} and --devices {devices}; give one of them"
-            )
-        named = devices_named(devices)
+        named = devices_named(where.devices)
         with ProgressBars(len(work.jobs), lines_of, len(named)) as bars:
             return run_on_devices(named, work, [job.slide_id for job in work.jobs], bars)
-    note, run_all = work.on(device)
+    note, run_all = work.on(where.device)
     if note:
         tell(note)
     with ProgressBars(len(work.jobs), lines_of) as bars:

@@ -17,7 +17,8 @@ from small_slides import small_model, tissue_image, write_slide
 from typer.testing import CliRunner
 
 from maskattn.cli.app import app
-from maskattn.cli.devices import devices_named, settings_of_member, shares_of_cores
+from maskattn.cli.devices import devices_named, shares_of_cores
+from maskattn.cli.member_reports import settings_of_member
 from maskattn.slide.request import RunSettings
 from maskattn.slide.summary import read_summary
 

@@ -19,7 +19,7 @@ from typing import Any
 from maskattn.slide.fleet.folders import write_text
 from maskattn.slide.fleet.process import Process
 
-__all__ = ["Member", "Watch", "members_of", "read_member"]
+__all__ = ["Member", "Watch", "forget_process", "members_of", "read_member"]
 
 _BEATS_IN_TIMEOUT = 10
 
@@ -39,6 +39,21 @@ def read_member(folder: Path, token: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def forget_process(folder: Path, host: str, pid: int) -> None:
+    """Let the others take a process for ended that is known to be; where it lives after all, it tells so again.
+
+    Args:
+        folder: of the members' files.
+        host: the name of its machine.
+        pid: its process id there.
+    """
+    for token in list(members_of(folder)):
+        process = (read_member(folder, token) or {}).get("process")
+        if isinstance(process, dict) and (process.get("host"), process.get("pid")) == (host, pid):
+            with contextlib.suppress(OSError):
+                (folder / f"{token}.json").unlink(missing_ok=True)
 
 
 class Member:
