@@ -49,22 +49,21 @@ def connected(address: str | None) -> Iterator[None]:
     )
     # Ray replaces the handlers that end a command.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        # Ray's own messages would come between the results; whatever concerns the run is reported by this package.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            try:
-                ray.init(address=address, log_to_driver=False, configure_logging=False, **own)
-            except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
-                raise ValueError(
-                    f"--ray-address must be that of a running cluster which this machine has joined, got {address!r}: "
-                    f"{' '.join(str(error).split())[:300]}; {_REMEDY}"
-                ) from error
-            finally:
-                _restore(handlers)
+    # Ray prints its own messages between the results, the last at its end; what concerns the run is reported here.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False, **own)
+            _restore(handlers)
+        except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"--ray-address must be that of a running cluster which this machine has joined, got {address!r}: "
+                f"{' '.join(str(error).split())[:300]}; {_REMEDY}"
+            ) from error
+        else:
             yield
-    finally:
-        ray.shutdown()
-        _restore(handlers)
+        finally:
+            ray.shutdown()
+            _restore(handlers)
 
 
 def _restore(handlers: dict[signal.Signals, Any]) -> None:
