@@ -224,7 +224,8 @@ class Crew(Generic[OutcomeT]):
     def _paths(self) -> list[str]:
         """Return what this machine has of the slides' folders and the command's files, which each node must see."""
         folders = list(dict.fromkeys(job.path.parent for job in self._work.jobs))[:_MOST_FOLDERS]
-        files = [value for value in vars(self._work.settings).values() if isinstance(value, Path)]
+        asked = vars(self._work.settings).items()
+        files = [value for name, value in asked if isinstance(value, Path) and name != "cache_dir"]  # of each machine
         return [os.path.abspath(path) for path in (*folders, *files) if path.exists()]
 
 
