@@ -237,7 +237,15 @@ def cluster_of(workers: int) -> Iterator[tuple[Cluster, list[object]]]:
     """A head that gives no cores away, and nodes of one core each."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    # By default it takes Ray a quarter of a minute to notice that a node has ended, longer than these slides take.
+    soon = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 2000,
+        "health_check_failure_threshold": 3,
+    }
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield cluster, [cluster.add_node(num_cpus=1) for _ in range(workers)]
     finally:
@@ -246,7 +254,7 @@ def cluster_of(workers: int) -> Iterator[tuple[Cluster, list[object]]]:
 
 @needs_ray
 def test_node_that_is_killed_costs_no_slide_and_none_comes_twice(tmp_path: Path) -> None:
-    slides = 12
+    slides = 60  # enough that the node is missed before they end
     arguments = asked(tmp_path, slides)
     alone = CliRunner().invoke(app, [*arguments, str(tmp_path / "alone")])
     assert alone.exit_code == 1
