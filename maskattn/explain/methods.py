@@ -198,7 +198,7 @@ _LIST = (
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _LIST}
-DEFAULT_METHOD = "integrated-norm"
+DEFAULT_METHOD = "integrated-weights"
 
 
 def method_named(name: str, levels: bool = False) -> Method:
