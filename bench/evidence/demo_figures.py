@@ -2,7 +2,7 @@
 
 The slides were used neither for training nor for choosing its recipe. For the bundled model and its unmasked twin (same
 script and seed, ``--unmasked``), the page gives accuracy; the average precision (AP) with which the class map, by the
-default method, by the path of weights and by plain CDAM, and attention alone, find the lesion's tokens; and the share
+paths "norm" and "weights" and by plain CDAM, and attention alone, find the lesion's tokens; and the share
 of attention on background. If the file of ``--twin`` does not exist, the twin is first trained and written there, which
 takes about ten minutes.
 
@@ -34,13 +34,12 @@ from maskattn.demo.samples import SlideSample, sample_slide
 from maskattn.demo.synthetic import CLASSES
 from maskattn.demo.train import BUNDLED_WEIGHTS, FIRST_TRAINING_SEED, TrainingPlan, train
 from maskattn.explain.hierarchical import HierarchicalCDAM
-from maskattn.explain.methods import DEFAULT_METHOD
 from maskattn.explain.methods import METHODS as ALL_METHODS
 from maskattn.nn.slide_model import SlideModel
 
 RESULTS = Path(__file__).parents[1] / "results"
-OTHER = "integrated-weights"
-METHODS = (DEFAULT_METHOD, OTHER, "cdam")
+NORM, WEIGHTS = "integrated-norm", "integrated-weights"
+METHODS = (NORM, WEIGHTS, "cdam")
 LESION_SHARE = 0.5
 # the recipe of training was chosen on slides below this seed
 FIRST_SEED = 1000
@@ -52,10 +51,10 @@ class SlideFigures:
     """One model's results on one slide; AP is None without a lesion."""
 
     correct: bool
-    map_ap_tissue: float | None
-    map_ap_slide: float | None
-    other_ap_tissue: float | None
-    other_ap_slide: float | None
+    norm_ap_tissue: float | None
+    norm_ap_slide: float | None
+    weights_ap_tissue: float | None
+    weights_ap_slide: float | None
     cdam_ap_tissue: float | None
     cdam_ap_slide: float | None
     attention_ap_tissue: float | None
@@ -110,10 +109,10 @@ def judge(scores: TokenScores, label: int, tissue: np.ndarray, lesion: np.ndarra
     everywhere = np.ones_like(tissue)
     return SlideFigures(
         correct=int(scores.logits_K.argmax()) == label,
-        map_ap_tissue=precision(scores.relevance[DEFAULT_METHOD], tissue),
-        map_ap_slide=precision(scores.relevance[DEFAULT_METHOD], everywhere),
-        other_ap_tissue=precision(scores.relevance[OTHER], tissue),
-        other_ap_slide=precision(scores.relevance[OTHER], everywhere),
+        norm_ap_tissue=precision(scores.relevance[NORM], tissue),
+        norm_ap_slide=precision(scores.relevance[NORM], everywhere),
+        weights_ap_tissue=precision(scores.relevance[WEIGHTS], tissue),
+        weights_ap_slide=precision(scores.relevance[WEIGHTS], everywhere),
         cdam_ap_tissue=precision(scores.relevance["cdam"], tissue),
         cdam_ap_slide=precision(scores.relevance["cdam"], everywhere),
         attention_ap_tissue=precision(scores.attention, tissue),
@@ -159,12 +158,12 @@ def measure(models: dict[str, SlideModel], slides: int, say: Callable[[str], Non
 
 FIELDS = {
     "correct": "accuracy",
-    "map_ap_tissue": f"{ALL_METHODS[DEFAULT_METHOD].title} (default) finds the lesion, AP over tissue tokens",
-    "other_ap_tissue": f"{ALL_METHODS[OTHER].title}, AP over tissue tokens",
+    "norm_ap_tissue": f"{ALL_METHODS[NORM].title} finds the lesion, AP over tissue tokens",
+    "weights_ap_tissue": f"{ALL_METHODS[WEIGHTS].title}, AP over tissue tokens",
     "cdam_ap_tissue": "plain CDAM, AP over tissue tokens",
     "attention_ap_tissue": "attention alone, AP over tissue tokens",
-    "map_ap_slide": f"{ALL_METHODS[DEFAULT_METHOD].title} (default) finds the lesion, AP over all tokens",
-    "other_ap_slide": f"{ALL_METHODS[OTHER].title}, AP over all tokens",
+    "norm_ap_slide": f"{ALL_METHODS[NORM].title} finds the lesion, AP over all tokens",
+    "weights_ap_slide": f"{ALL_METHODS[WEIGHTS].title}, AP over all tokens",
     "cdam_ap_slide": "plain CDAM, AP over all tokens",
     "attention_ap_slide": "attention alone, AP over all tokens",
     "attention_on_background": "share of attention on background",
@@ -172,15 +171,15 @@ FIELDS = {
 
 
 _SHORT = {
-    "map_ap_tissue": ALL_METHODS[DEFAULT_METHOD].title,
-    "other_ap_tissue": ALL_METHODS[OTHER].title,
+    "norm_ap_tissue": ALL_METHODS[NORM].title,
+    "weights_ap_tissue": ALL_METHODS[WEIGHTS].title,
     "cdam_ap_tissue": "plain CDAM",
     "attention_ap_tissue": "attention",
 }
 PAIRS = (
-    "map_ap_tissue − cdam_ap_tissue",
-    "map_ap_tissue − attention_ap_tissue",
-    "other_ap_tissue − map_ap_tissue",
+    "norm_ap_tissue − cdam_ap_tissue",
+    "norm_ap_tissue − attention_ap_tissue",
+    "weights_ap_tissue − norm_ap_tissue",
 )
 
 

@@ -59,7 +59,7 @@ def test_scores_are_the_temperature_times_the_cosine_and_maps_are_those_of_their
     expected = 50 * F.cosine_similarity(z[None], concepts.vectors_KC.double(), dim=1)
     assert found.names == NAMES
     torch.testing.assert_close(found.scores_M, expected)
-    maps, gap = IntegratedCDAM(model, 40, "norm").attribute(x, concepts, keep, return_convergence_gap=True)
+    maps, gap = IntegratedCDAM(model, 40, "weights").attribute(x, concepts, keep, return_convergence_gap=True)
     assert maps.shape == (1, 3, 4, 4)
     assert gap.abs().max() < 1e-3
     torch.testing.assert_close(found.maps_MHW, maps[0], rtol=0.05, atol=0.05 * float(maps.abs().max()))

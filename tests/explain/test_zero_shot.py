@@ -35,7 +35,7 @@ def test_tokens_of_a_tile_are_those_of_its_score_times_its_share():
         share = slide.tiles(model(x, keep)).share_KT
     maps = slide.tokens(x, share, keep)
     assert maps.shape == (2, 3, 4, 4)
-    of_tiles = IntegratedCDAM(model, 20, "norm").attribute(x, words, keep)
+    of_tiles = IntegratedCDAM(model, 20, "weights").attribute(x, words, keep)
     torch.testing.assert_close(maps, share[..., None, None] * of_tiles.transpose(0, 1))
     assert (maps[share == 0] == 0).all()
     assert (maps[:, ~keep] == 0).all()

@@ -203,10 +203,10 @@ def by_definition(tower: PlainTower, x: Tensor, words: TextConcepts, m: int) -> 
         return total[:, 1:].unflatten(1, (4, 4)), scores(T) - scores(torch.zeros_like(T))
 
 
-def test_concepts_are_explained_by_the_default_method_which_is_complete():
+def test_concepts_are_explained_by_the_path_norm_which_is_complete():
     tower, x, words = plain(), images(1), concepts()
     ours = from_state_dict(checkpoint(tower))
-    explained = explain_image(ours, x, words)
+    explained = explain_image(ours, x, words, method="integrated-norm")
     expected, _ = by_definition(tower, x, words, 8)
     torch.testing.assert_close(explained.maps_MHW, expected)
     with torch.no_grad():
