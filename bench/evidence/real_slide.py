@@ -139,6 +139,7 @@ def slide_model(encoder: VisionTransformer, how: Encoder, masked: bool) -> Slide
         pixel_std=how.std,
         note="for the evidence only; of no use elsewhere",
     )
+    torch.manual_seed(0)  # for the slide encoder's first weights
     model = SlideModel(config)
     model.tile_encoder.load_state_dict(encoder.state_dict())
     model.tile_encoder.requires_grad_(False)

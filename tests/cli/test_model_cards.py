@@ -88,7 +88,7 @@ def test_infer_runs_a_checkpoint_with_an_encoder_and_with_features(given: Path) 
     found = [json.loads((given / out / "disc" / "prediction.json").read_text()) for out in ("out", "alone")]
     assert found[0]["logits"] == pytest.approx(found[1]["logits"], abs=1e-5)
     assert list(found[0]["logits"]) == ["low", "high"]
-    assert any("the slide itself was not given" in note for note in found[1]["notes"])
+    assert any("only features were given" in note for note in found[1]["notes"])
 
 
 @pytest.mark.parametrize(

@@ -112,5 +112,5 @@ def test_weights_fill_the_network_that_timm_names_with_its_projection(slide: Pat
 
 
 def test_concepts_of_another_embedding_space_are_refused(clip: Path) -> None:
-    with pytest.raises(ValueError, match="12 channels of clip and a model of 5"):
+    with pytest.raises(ValueError, match="the slide model reads, 5, got 12 channels of clip"):
         zero_shot_model(str(clip), TextConcepts(("gland",), torch.ones(1, 5)))
