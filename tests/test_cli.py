@@ -178,7 +178,7 @@ def test_broken_files_fail_with_one_line_and_leave_nothing(
         (("gone.csv",), "readable CSV"),
         ((), "at least one slide"),
         (("{slide}", "{copy}", "--mask", "m.png"), "--mask is for one slide, got 2"),
-        (("{slide}", "--model", "gone.safetensors"), "no gone.safetensors"),
+        (("{slide}", "--model", "gone.safetensors"), "got gone.safetensors, which does not exist"),
         (("{slide}", "--impl", "magic"), "impl='magic'"),
         (("{slide}", "--device", "abacus"), "'abacus'"),
     ],
@@ -270,8 +270,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
 
 
-def test_missing_extra_is_one_line_that_says_what_to_install() -> None:
-    hide = "import sys; sys.modules['{0}'] = None; sys.argv = ['maskattn', 'info', 'x.svs']; "
+def test_missing_extra_is_one_line_that_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "x.svs").write_bytes(b"a slide")
+    hide = f"import sys; sys.modules['{{0}}'] = None; sys.argv = ['maskattn', 'info', {str(tmp_path / 'x.svs')!r}]; "
     run = "from maskattn.cli import main; main()"
     for module in ("typer", "openslide"):
         done = python(hide.format(module) + run)
@@ -327,7 +328,7 @@ def test_ink_off_where_no_tissue_is_sought_is_refused(slide: Path, tmp_path: Pat
     ):
         result = maskattn(*command, "--ink", "off")
         assert result.exit_code == 2
-        assert "--ink says how tissue is found, got --ink off" in one_line(result)
+        assert "--ink controls how tissue is segmented, got --ink off" in one_line(result)
         assert why in one_line(result)
         assert not (tmp_path / "out").exists()
 

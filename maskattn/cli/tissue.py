@@ -74,7 +74,7 @@ def tissue(
             )
         if ink == "off" and mask is not None:
             raise ValueError(
-                f"--ink says how tissue is found, got --ink off with the mask {mask}; leave out one of the two"
+                f"--ink controls how tissue is segmented, got --ink off with the mask {mask}; leave out one of the two"
             )
         for flag, classes, of in (
             ("--mask-class", mask_class, mask),
