@@ -1,4 +1,7 @@
-"""The process of one device: it loads the model there, runs slides, and reports to the command that started it."""
+"""The process of one device: it runs slides, and reports to the command that started it.
+
+It loads the model there; a process on the CPU that the command forked has the command's, in the same memory.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,9 +27,12 @@ if TYPE_CHECKING:
     from maskattn.slide.outcome import Outcome
     from maskattn.slide.shared_requests import SharedSettings
 
-__all__ = ["Run", "Work", "run_member"]
+__all__ = ["ENDING_SIGNALS", "Run", "Work", "run_forked", "run_member"]
 
-Run = Callable[[RunProgress[OutcomeT]], list[OutcomeT]]
+Run = Callable[[RunProgress[OutcomeT], Any], list[OutcomeT]]
+"""Runs the slides with a loaded model; takes the progress to report, and the settings."""
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Work(Protocol[OutcomeT]):
@@ -57,19 +65,60 @@ def run_member(reports: Connection, device: str, cores: tuple[int, ...]) -> None
         device: the device on which the model is loaded.
         cores: the cores that this process and its decoding workers may use; () leaves the choice to the system.
     """
+    with _reported(reports, cores):
+        _keep_threads_within(len(cores))
+        work: Work[Outcome] = reports.recv()  # unpickling imports modules that count the cores
+        note, run = work.on(device)
+        if note:
+            reports.send(("note", note))
+        run(_Reporter(reports), work.settings)
+
+
+def run_forked(
+    reports: Connection, commands: Connection, cores: tuple[int, ...], threads: int, run: Run[Any], settings: Any
+) -> None:
+    """Run slides in this process, a fork of the command, which has loaded the model and runs no torch threads.
+
+    Args:
+        reports: the connection that sends the reports.
+        commands: the command's end of that connection, of which the fork made a copy.
+        cores: as for :func:`run_member`.
+        threads: the number of torch's threads without ``cores``.
+        run: what ``Work.on`` returned to the command.
+        settings: the settings of this process.
+    """
+    commands.close()
+    _forget_the_command()
+    with _reported(reports, cores):
+        _use_threads(threads if not cores else min(threads, len(cores)))
+        run(_Reporter(reports), settings)
+
+
+def _forget_the_command() -> None:
+    """Let go of what the fork shares with the command: its streams, log lines, and ways to end by a signal."""
+    woken = signal.set_wakeup_fd(-1)  # a signal to this process must not look like one to the command
+    if woken >= 0:
+        os.close(woken)
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+    # The progress bars' streams have a lock, which a thread of the command may hold.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    logging.getLogger("maskattn").handlers.clear()
+
+
+@contextmanager
+def _reported(reports: Connection, cores: tuple[int, ...]) -> Iterator[None]:
+    """Report how the context ends, and end with the command or by a signal to it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the command, which passes it on
     if cores:
         os.sched_setaffinity(0, cores)
     try:
         with told_to_end():
-            _keep_threads_within(len(cores))
-            work: Work[Outcome] = reports.recv()  # unpickling imports modules that count the cores
             logging.getLogger("maskattn").addHandler(_AsNotes(reports))
-            note, run = work.on(device)
-            if note:
-                reports.send(("note", note))
-            run(_Reporter(reports))
+            yield
             reports.send(("done",))
     except Ended as end:
         raise SystemExit(128 + end.signal) from None
@@ -83,6 +132,17 @@ def _keep_threads_within(cores: int) -> None:
 
     if cores:
         torch.set_num_threads(min(torch.get_num_threads(), cores))
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    from maskattn.extension import extension, has_extension
+
+    torch.set_num_threads(threads)
+    if has_extension():
+        extension.cache_clear()  # a fork forgets that its kernels run on torch's threads
+        extension()
 
 
 class _Reporter:

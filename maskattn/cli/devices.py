@@ -2,20 +2,26 @@
 
 The command itself then computes nothing: it starts the members, assigns each a share of the cores, shows their reports,
 and forwards the signal that ends it. Claims decide which member runs which slide, as between machines.
+
+If all members are on the CPU, the command loads the model and forks them, so that torch is imported and the weights are
+in memory once. A member with a GPU is a new process, because a fork cannot use a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
-from maskattn.cli.device_member import Work, run_member
+from maskattn.cli.device_member import ENDING_SIGNALS, Run, Work, run_forked, run_member
 from maskattn.cli.member_reports import (
     MOST_STARTS,
     UNWOUND_AFTER_S,
@@ -30,9 +36,9 @@ from maskattn.cli.reporting import tell
 from maskattn.slide.each_slide import OutcomeT
 
 if TYPE_CHECKING:
-    from multiprocessing.context import SpawnProcess
+    from multiprocessing.context import ForkProcess, SpawnProcess
 
-__all__ = ["devices_named", "run_on_devices", "shares_of_cores"]
+__all__ = ["devices_named", "loaded_once", "run_on_devices", "shares_of_cores"]
 
 
 def devices_named(text: str) -> list[str]:
@@ -88,17 +94,30 @@ def shares_of_cores(members: int) -> list[tuple[int, ...]]:
     return [tuple(cores[first:last]) for first, last in itertools.pairwise(edges)]
 
 
+@dataclass(frozen=True)
+class _Loaded(Generic[OutcomeT]):
+    """What the command has loaded for the members that it forks: a model's run, and the number of torch's threads."""
+
+    run: Run[OutcomeT]
+    threads: int
+
+
 @dataclass
 class _Member(MemberState[OutcomeT]):
     """The process of one device, and its state."""
 
     cores: tuple[int, ...] = ()
-    process: SpawnProcess | None = None
+    loaded: _Loaded[OutcomeT] | None = None
+    process: ForkProcess | SpawnProcess | None = None
 
     def start(self) -> Connection:
         """Start the process and return the connection for its reports."""
         ours, theirs = multiprocessing.Pipe()
         work = self.work_of_next_start()
+        if self.loaded is not None:
+            self._fork(ours, theirs, work.settings, self.loaded)
+            theirs.close()
+            return ours
         # A fork would inherit the locks of this process's threads, and its GPU.
         self.process = multiprocessing.get_context("spawn").Process(
             target=run_member, args=(theirs, self.device, self.cores), name=self.device
@@ -108,6 +127,40 @@ class _Member(MemberState[OutcomeT]):
         with contextlib.suppress(OSError):  # it ended immediately, which its exit code reports
             ours.send(work)
         return ours
+
+    def _fork(self, ours: Connection, theirs: Connection, settings: Any, loaded: _Loaded[OutcomeT]) -> None:
+        arguments = (theirs, ours, self.cores, loaded.threads, loaded.run, settings)
+        self.process = multiprocessing.get_context("fork").Process(target=run_forked, args=arguments, name=self.device)
+        # A signal must not reach the fork before it has let go of the command's way to end.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def loaded_once(devices: Sequence[str], work: Work[OutcomeT]) -> _Loaded[OutcomeT] | None:
+    """Load the model for members to fork; None if they must load it themselves.
+
+    Raises:
+        Exception: it cannot be loaded.
+    """
+    remote = any(job.origin is not None or job.mask_origin is not None for job in work.jobs)  # fsspec runs a thread
+    # A fork cannot use threads that torch, once imported, may have started.
+    if sys.platform != "linux" or len(devices) < 2 or set(devices) != {"cpu"} or remote or "torch" in sys.modules:
+        return None
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that loading starts none
+    try:
+        note, run = work.on("cpu")
+    finally:
+        torch.set_num_threads(threads)
+    if note:
+        tell(note)
+    gc.freeze()  # a collection in a fork would write to, and so copy, all memory that it shares with this process
+    return _Loaded(run, threads)
 
 
 def run_on_devices(
@@ -129,8 +182,15 @@ def run_on_devices(
         SlideError: all processes were killed repeatedly.
     """
     count = len(devices) if work.settings.limit is None else min(len(devices), work.settings.limit)
+    loaded = loaded_once(devices[:count], work)
     members: list[_Member[OutcomeT]] = [
-        _Member(number, devices[number], work.under(settings_of_member(work.settings, number, count)), cores=share)
+        _Member(
+            number,
+            devices[number],
+            work.under(settings_of_member(work.settings, number, count)),
+            cores=share,
+            loaded=loaded,
+        )
         for number, share in enumerate(shares_of_cores(count))
     ]
     reports = Reports(bars)

@@ -100,7 +100,7 @@ class _Extraction:
         )
         check_extraction(self.jobs, self.settings, chosen)
         note = _of_the_encoder(chosen.name, chosen.card.licence, chosen.why_not)
-        return note, lambda progress: extract_slides(self.jobs, chosen, self.settings, progress)
+        return note, lambda progress, settings: extract_slides(self.jobs, chosen, settings, progress)
 
 
 def _of_the_encoder(name: str, licence: str, why_not: str) -> str:

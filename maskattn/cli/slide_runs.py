@@ -222,7 +222,7 @@ class Inference:
             model = load_model(self.chosen, self.impl, device)
         config = model.config
         note = f"{config.name}: {config.note}" if config.demonstration else ""
-        return note, lambda progress: run_slides(self.jobs, model, self.settings, progress)
+        return note, lambda progress, settings: run_slides(self.jobs, model, settings, progress)
 
 
 @dataclass(frozen=True)
@@ -292,4 +292,4 @@ def run(work: Work[OutcomeT], where: Where, lines_of: Callable[[OutcomeT], list[
     if note:
         tell(note)
     with ProgressBars(len(work.jobs), lines_of) as bars:
-        return run_all(bars)
+        return run_all(bars, work.settings)

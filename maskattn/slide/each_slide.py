@@ -147,7 +147,11 @@ def _run(
     out_dir: Path,
     copies: Copies,
 ) -> OutcomeT:
-    """Run one slide and return its outcome; any exception but a lost claim becomes the outcome "failed"."""
+    """Run one slide and return its outcome; any exception but a lost claim becomes the outcome "failed".
+
+    Raises:
+        ClaimLostError: another process took the slide over, whatever else then went wrong.
+    """
     start, left = time.perf_counter(), None
     try:
         problem = job.problem or problem_of_id(job.slide_id) or _problem_of(claim)
@@ -161,6 +165,7 @@ def _run(
     except ClaimLostError:
         raise
     except Exception as error:
+        claim.check()  # a process that takes the slide over removes this one's files
         _logger.debug("slide %s failed", job.slide_id, exc_info=True)
         status, reason = "failed", _reason(error, out_dir)
     return outcome_of(job.slide_id, status, reason, time.perf_counter() - start, left)

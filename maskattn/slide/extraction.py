@@ -38,6 +38,7 @@ from maskattn.slide.reader import SlideReader
 from maskattn.slide.slide_run import Stages, cores_left_to
 from maskattn.slide.stream import TileBatch, stream_tiles
 from maskattn.slide.tile_places import TilePlaces
+from maskattn.slide.unchanged import FileState
 from maskattn.slide.versions import installed_versions
 from maskattn.slide.workers import count_workers
 
@@ -125,7 +126,8 @@ def extract_slide(
         The record, as written next to the features.
 
     Raises:
-        SlideError: the slide, its mask or its coordinates cannot be used, or a feature is not finite.
+        SlideError: the slide, its mask or its coordinates cannot be used, a feature is not finite, or the slide changed
+            while it ran.
         ClaimLostError: another process took the slide over in the meantime.
         OSError: the features cannot be written.
     """
@@ -134,6 +136,7 @@ def extract_slide(
     identity = identity or identify_encoder(encoder)
     stages = Stages(encoder.device)
     layout = _layout(settings, encoder)
+    state = FileState.of(job.path)
     with stages("open"), _slides_own_spacing():
         given = (job.spacing_um, "manifest")
         if settings.slide_spacing_um is not None:
@@ -143,7 +146,7 @@ def extract_slide(
         found = find_tiles(job, reader, encoder, settings, stages)
         features = layout.path_of(settings.out_dir, found.header)
         dtype = np.float16 if settings.dtype == "float16" else np.float32
-        with layout.writing(settings.out_dir, found.header, encoder.embed_dim, dtype) as take:
+        with layout.writing(settings.out_dir, found.header, encoder.embed_dim, dtype) as take, state.kept():
             encoded = _Encoded(reader, encoder, settings, stages, found.places, on_tiles)
             for features_BC, rows_B in encoded.batches():
                 tissue_T = found.places.tissue_T
@@ -167,6 +170,7 @@ def extract_slide(
                 timings_s={name: round(seconds, 4) for name, seconds in stages.seconds.items()},
                 versions=installed_versions("timm", "transformers"),
             )
+            state.check()
             if claim is not None:
                 claim.check()
             # The record comes before the features get their names: features without a record are another tool's.

@@ -37,6 +37,7 @@ from maskattn.slide.slide_run import EncodedTiles, SlideRun, Stages
 from maskattn.slide.tile_loop import encode_tiles, feed_sinks
 from maskattn.slide.tilings import TilingMeans, averaged_tilings
 from maskattn.slide.tissue import TissueMask
+from maskattn.slide.unchanged import FileState
 from maskattn.slide.versions import installed_versions
 
 # Suffixes of feature files; no slide has them.
@@ -67,7 +68,7 @@ def predict_slide(
         The prediction, as written to ``prediction.json``.
 
     Raises:
-        SlideError: the slide, its mask or its features cannot be used.
+        SlideError: the slide, its mask or its features cannot be used, or the slide changed while it ran.
         ClaimLostError: another process took the slide over in the meantime.
         OSError: the outputs cannot be written.
     """
@@ -75,6 +76,7 @@ def predict_slide(
         raise SlideError(job.problem)
     identity, model = identity or identify_model(model), two_stages(model)
     stages = Stages(model.device)
+    state = FileState.of(job.path)
     with ExitStack() as opened:
         reader = None
         if settings.features_dir is None or job.path.suffix not in _FEATURES:
@@ -85,6 +87,7 @@ def predict_slide(
                 reader = SlideReader(job.path, *given, series=settings.series, isolated=True)
             opened.enter_context(reader)
         folder = opened.enter_context(slide_folder(settings.out_dir, job.slide_id, claim))
+        opened.enter_context(state.kept())
         run = SlideRun(job, model, settings, reader, stages, on_tiles)
         prediction = _predict(run, identity, folder)
         prediction.write(folder / "prediction.json")

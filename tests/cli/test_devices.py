@@ -17,8 +17,10 @@ from small_slides import small_model, tissue_image, write_slide
 from typer.testing import CliRunner
 
 from maskattn.cli.app import app
-from maskattn.cli.devices import devices_named, shares_of_cores
+from maskattn.cli.devices import devices_named, loaded_once, shares_of_cores
 from maskattn.cli.member_reports import settings_of_member
+from maskattn.cli.slide_runs import Chosen, Inference
+from maskattn.slide.manifest import SlideJob
 from maskattn.slide.request import RunSettings
 from maskattn.slide.summary import read_summary
 
@@ -174,3 +176,32 @@ def test_process_that_is_killed_is_started_again_and_loses_no_slide(tmp_path: Pa
     assert "the process of cpu was killed by SIGKILL; it is being restarted" in errors
     assert told.startswith("20 of 21 slides have outputs")
     assert {path.name for path in out.iterdir()} == {"summary.csv", *(f"s{number:03d}" for number in range(20))}
+
+
+def test_processes_on_the_cpu_share_the_model_that_the_command_loaded(tmp_path: Path) -> None:
+    arguments = [*asked(tmp_path, 6), str(tmp_path / "out"), "--devices", "cpu:2"]
+    script = """
+import os, sys
+import maskattn.cli.slide_runs as slide_runs
+from maskattn.cli.app import app
+load = slide_runs.load_model
+def loaded(*given):
+    print("loaded by", os.getpid())
+    return load(*given)
+slide_runs.load_model = loaded
+print("the command is", os.getpid(), flush=True)
+assert "torch" not in sys.modules
+app(sys.argv[1:])
+"""
+    run = subprocess.run([sys.executable, "-c", script, *arguments], check=False, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr  # of the broken slide
+    command, loaded, outcome = run.stdout.splitlines()
+    assert loaded.split()[-1] == command.split()[-1]
+    assert outcome.startswith("6 of 7 slides have outputs")
+    assert run.stderr.count("Random weights.") == 1
+
+
+def test_processes_load_the_model_themselves_where_a_fork_would_inherit_threads(tmp_path: Path) -> None:
+    work = Inference([SlideJob("a", Path("a.svs"))], Chosen(), RunSettings(tmp_path))
+    assert "torch" in sys.modules
+    assert loaded_once(["cpu", "cpu"], work) is None

@@ -291,3 +291,23 @@ def test_process_is_started_again_and_ends_with_the_command(tmp_path: Path) -> N
     assert group_is_gone(process.pid)
     finished = {path.parent.name for path in out.glob("s*/prediction.json")}
     assert {path.name for path in out.iterdir()} - {"summary.csv"} == finished
+
+
+@needs_ray
+def test_no_process_outlives_a_command_that_is_killed_and_the_next_run_completes_its_slides(tmp_path: Path) -> None:
+    out, slides = tmp_path / "out", 40
+    arguments = [*asked(tmp_path, slides), str(out)]
+    process = command([*arguments, "--devices", "cpu:2"])
+    wait_for(process, "both at work", lambda: len(members(out)) == 2 and any(out.glob("s*/prediction.json")))
+    at_work = members(out)
+    process.kill()
+    process.wait(timeout=120)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in at_work):
+        assert time.monotonic() < deadline, "the processes of the devices end with the command"
+        time.sleep(0.1)
+    process.communicate(timeout=240)
+    assert group_is_gone(process.pid, within_s=180)  # Ray's own agents end a minute later
+    again = CliRunner().invoke(app, arguments)
+    assert again.stdout.startswith(f"{slides} of {slides + 1} slides have outputs"), again.output
+    assert {path.name for path in out.iterdir()} == {"summary.csv", *(f"s{number:03d}" for number in range(slides))}

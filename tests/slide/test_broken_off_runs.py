@@ -14,12 +14,13 @@ import h5py
 import pytest
 from runs import OUTPUTS, Watch, names, statuses
 
-from maskattn.errors import OutputError
+from maskattn.errors import OutputError, SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
 from maskattn.slide.summary import read_summary
+from maskattn.slide.unchanged import FileState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,3 +135,45 @@ def test_output_below_a_file_is_found_before_any_slide_is_read(model: SlideModel
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="choose another --out"):
         run_slides([SlideJob("a", Path("never-read"))], model, RunSettings(tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "removed"])
+def test_slide_that_changes_while_it_runs_fails_and_keeps_nothing(
+    model: SlideModel, slide: Path, settings: RunSettings, tmp_path: Path, how: str
+) -> None:
+    changing = tmp_path / "a.tiff"
+    changing.write_bytes(slide.read_bytes())
+
+    def change() -> None:
+        if how == "replaced":
+            (tmp_path / "b").write_bytes(slide.read_bytes())
+            (tmp_path / "b").replace(changing)
+        elif how == "written to":
+            with changing.open("ab") as file:
+                file.write(b"more")
+        else:
+            changing.unlink(missing_ok=True)
+
+    jobs = [SlideJob("a", changing), SlideJob("b", slide)]
+    outcomes = run_slides(jobs, model, settings, Watch(settings.out_dir, "a", change))
+    assert statuses(outcomes) == {"a": "failed", "b": "ok"}
+    assert "must stay as it is while it runs" in outcomes[0].reason
+    assert "was replaced, removed or written to" in outcomes[0].reason
+    assert names(settings.out_dir) == {"b", "summary.csv"}
+    changing.write_bytes(slide.read_bytes())
+    assert statuses(run_slides(jobs, model, settings)) == {"a": "ok", "b": "skipped"}
+
+
+def test_state_of_a_mirax_slide_is_that_of_its_folder_and_of_no_other_kind(tmp_path: Path) -> None:
+    for suffix in (".mrxs", ".svs"):
+        slide, folder = tmp_path / f"a{suffix}", tmp_path / "a"
+        slide.touch()
+        folder.mkdir(exist_ok=True)
+        state = FileState.of(slide)
+        state.check()
+        (folder / f"Data{suffix}").touch()
+        if suffix == ".mrxs":
+            with pytest.raises(SlideError, match=r"a.mrxs, which was .* \(Data.mrxs in its folder\); .*run it again"):
+                state.check()
+        else:
+            state.check()  # such a folder may hold the outputs

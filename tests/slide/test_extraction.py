@@ -307,6 +307,28 @@ def test_an_aborted_run_leaves_nothing_half_written_and_can_be_continued(
     assert extract(slide, encoder, tmp_path).status == "ok"
 
 
+def test_slide_that_is_written_to_while_it_runs_has_no_features(slide: Path, encoder: TileEncoder, tmp_path: Path):
+    growing = tmp_path / "growing.tiff"
+    growing.write_bytes(slide.read_bytes())
+
+    class Grow:
+        def slide_started(self, job: SlideJob) -> None: ...
+
+        def slide_ended(self, outcome: ExtractionOutcome) -> None: ...
+
+        def tiles_done(self, done: int, total: int) -> None:
+            with growing.open("ab") as file:
+                file.write(b"more")
+
+    settings = ExtractSettings(tmp_path / "out", batch_size=4)
+    (outcome,) = extract_slides([SlideJob("growing", growing)], encoder, settings, Grow())
+    assert outcome.status == "failed"
+    assert "must stay as it is while it runs" in outcome.reason
+    files = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert files == ["summary.csv"]
+    assert extract(growing, encoder, tmp_path / "out").status == "ok"
+
+
 def test_workers_and_batches_change_no_feature(slide: Path, encoder: TileEncoder, tmp_path: Path):
     one = extract(slide, encoder, tmp_path / "a", batch_size=3, token_mask="tissue")
     other = extract(slide, encoder, tmp_path / "b", batch_size=32, workers=1, token_mask="tissue")

@@ -172,8 +172,12 @@ class Fleet:
         Raises:
             OutputError: the summary cannot be written.
         """
-        with summary_errors(self._table):
-            self._rows.add(row)
+        try:
+            with summary_errors(self._table):
+                self._rows.add(row)
+        except OutputError:
+            claim.release()  # the slide did not end its process
+            raise
         by = str(self._member.process)
         with contextlib.suppress(OSError):  # without a mark the other members check the slide themselves
             self.ended.mark(EndedSlide(claim.name, row["status"], row["reason"], by, self._member.token))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Literal
 
 from maskattn.errors import ManifestError
 from maskattn.slide.manifest import SlideJob
+from maskattn.slide.unchanged import files_of
 
 __all__ = ["Sharing", "chosen_jobs", "parse_shard"]
 
@@ -65,9 +65,4 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def _bytes(path: Path) -> int:
-    """Return the size of a slide's file and of the files in the folder of its name, in which MIRAX stores pixels."""
-    folder = path.with_suffix("") if path.suffix else path
-    files = [path] if path.is_file() else []
-    if folder.is_dir():
-        files += [Path(entry.path) for entry in os.scandir(folder) if entry.is_file()]
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in files_of(path))
