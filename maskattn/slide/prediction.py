@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob
     from maskattn.slide.reader import SlideInfo
 
-__all__ = ["ModelIdentity", "SlideCounts", "SlideFile", "SlideOutcome", "SlidePrediction", "read_prediction"]
+__all__ = [
+    "EqualParts",
+    "ModelIdentity",
+    "SlideCounts",
+    "SlideFile",
+    "SlideOutcome",
+    "SlidePrediction",
+    "read_prediction",
+]
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,20 @@ def read_prediction(path: Path) -> SlidePrediction:
         raise ValueError(
             f"a prediction.json must be complete, got {path}: {error}; run the slide again with --overwrite"
         ) from error
+
+
+class EqualParts:
+    """Shares what is equal in the predictions of a run, so that memory does not grow with it for every slide."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Any] = {}
+
+    def shared(self, prediction: SlidePrediction) -> SlidePrediction:
+        """Return an equal prediction whose equal parts are those of earlier ones."""
+        parts = {name: getattr(prediction, name) for name in ("model", "settings", "versions", "notes")}
+        return replace(
+            prediction, **{name: self._seen.setdefault(f"{name} {value!r}", value) for name, value in parts.items()}
+        )
 
 
 @dataclass(frozen=True)

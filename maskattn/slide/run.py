@@ -8,14 +8,14 @@ from maskattn.errors import ManifestError, SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.nn.slide_models.two_stage import TwoStageModel, two_stages
 from maskattn.slide.asked import recorded_fields
-from maskattn.slide.each_slide import RunProgress, run_each
+from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
 from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.outlines.rules import check_region_classes
 from maskattn.slide.output_folder import clear_leftovers, find_finished, sweep
 from maskattn.slide.overlap import tilings_of
 from maskattn.slide.pipeline import identify_model, predict_slide
-from maskattn.slide.prediction import ModelIdentity, SlideOutcome, SlidePrediction
+from maskattn.slide.prediction import EqualParts, ModelIdentity, SlideOutcome, SlidePrediction
 from maskattn.slide.request import RunSettings, check_request, differences
 from maskattn.slide.run_scale import draw_on_one_scale
 
@@ -58,7 +58,7 @@ def run_slides(
             f"--attention rollout needs layers of attention whose weights sum to 1, got {model.card.name} "
             f"({model.head.kind}), {model.head.why_no_rollout}; use --attention last"
         )
-    identity = identify_model(model)
+    identity, parts = identify_model(model), EqualParts()
 
     def finished(job: SlideJob, claim: Claim | None) -> SlidePrediction | None:
         if claim is not None:
@@ -67,7 +67,10 @@ def run_slides(
         if found is None or settings.overwrite:
             return None
         _check_same_request(found, job, model, identity, settings)
-        return found
+        return parts.shared(found)
+
+    def predict(job: SlideJob, claim: Claim, on_tiles: OnTiles | None) -> SlidePrediction:
+        return parts.shared(predict_slide(job, model, settings, on_tiles, identity, claim))
 
     def draw_together(outcomes: list[SlideOutcome]) -> None:
         if settings.scale == "run":
@@ -78,7 +81,7 @@ def run_slides(
         settings.out_dir,
         SlideOutcome,
         finished,
-        lambda job, claim, on_tiles: predict_slide(job, model, settings, on_tiles, identity, claim),
+        predict,
         progress,
         sharing=settings.sharing,
         cache=settings.cache,

@@ -173,3 +173,14 @@ def test_outputs_from_before_there_were_rules_for_ink_are_finished(
     assert outcome.status == "skipped"
     (outcome,) = run_slides([SlideJob("a", slide)], model, replace(settings, force=True))
     assert outcome.status == "skipped", "a slide that passed without force passes with it"
+
+
+def test_outcomes_of_a_run_share_what_is_equal_in_them(model: SlideModel, slide: Path, settings: RunSettings) -> None:
+    jobs = [SlideJob(name, slide) for name in "ab"]
+    for outcomes in (run_slides(jobs, model, settings), run_slides(jobs, model, settings)):
+        first, second = (one.prediction for one in outcomes)
+        assert first is not None
+        assert second is not None
+        for name in ("model", "settings", "versions", "notes"):
+            assert getattr(first, name) is getattr(second, name)
+        assert first.slide_id != second.slide_id

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +53,7 @@ class EndedSlides:
 
     def names(self) -> set[str]:
         """Return the slides that have ended."""
-        try:
-            return {name.rpartition(".")[0] for name in os.listdir(self.folder) if not name.startswith(".")}
-        except FileNotFoundError:
-            return set()
+        return {name.rpartition(".")[0] for name in self._files()}
 
     def find(self, slide_id: str) -> EndedSlide | None:
         """Return how a slide ended; None if it has not."""
@@ -74,9 +72,20 @@ class EndedSlides:
         record = json.dumps({"reason": slide.reason, "by": slide.by, "token": slide.token})
         write_text(self.folder / f"{slide.slide_id}.{slide.status}", record)
 
-    def forget_failed(self, kept: set[str]) -> None:
-        """Remove the marks of failed slides, except those of members with these tokens, so that they are retried."""
-        for slide_id in self.names():
-            slide = self.find(slide_id)
-            if slide is not None and slide.status == _FAILED and slide.token not in kept:
-                (self.folder / f"{slide_id}.{_FAILED}").unlink(missing_ok=True)
+    def forget_failed(self, is_kept: Callable[[str], bool]) -> None:
+        """Remove the marks of failed slides, so that they are retried.
+
+        Args:
+            is_kept: whether the marks of a member are kept, by its token.
+        """
+        for name in self._files():
+            slide_id, _, status = name.rpartition(".")
+            slide = self.find(slide_id) if status == _FAILED else None
+            if slide is not None and slide.status == _FAILED and not is_kept(slide.token):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _files(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.folder) if not name.startswith(".")]
+        except FileNotFoundError:
+            return []

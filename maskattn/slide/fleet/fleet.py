@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import random
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from maskattn.slide.fleet.claims import Claim, Claims
 from maskattn.slide.fleet.ended import EndedSlide, EndedSlides
 from maskattn.slide.fleet.folders import remove_if_empty
 from maskattn.slide.fleet.lists import list_slides
-from maskattn.slide.fleet.members import Member, Watch, read_member
+from maskattn.slide.fleet.members import Member, Watch, members_of, read_member
 from maskattn.slide.fleet.put_away import put_away
 from maskattn.slide.fleet.rows import MemberRows
 from maskattn.slide.fleet.sharing import Sharing
@@ -27,6 +29,9 @@ __all__ = ["FOLDER", "Fleet", "Turn", "joined"]
 FOLDER = ".fleet"
 _LOOK_AGAIN_AFTER_S = 0.5
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
+# What a waiting process asks of the drive must not grow with the number of processes that run or wait.
+_MOST_HELD_WATCHED = 32
+_WAITING_LOOKS_PER_S, _LONGEST_SHARED_WAIT_S = 8.0, 60.0
 
 Turn = tuple[int, SlideJob, "Claim | EndedSlide"]
 """A job's index, the job, and the claim under which to run it, or how it ended in another process."""
@@ -63,10 +68,9 @@ def joined(
     try:
         with Member(root / "members", sharing.claim_timeout_s, about) as member:
             fleet = Fleet(root, table, member, sharing, request)
-            others = fleet.others()
-            if not others:
+            if not fleet.any_other():
                 sweep()
-            fleet.ended.forget_failed(set() if sharing.retry_failed else set(others))
+            fleet.ended.forget_failed(lambda token: not sharing.retry_failed and fleet.is_at_work(token))
             try:
                 yield fleet
             except BaseException:
@@ -108,10 +112,17 @@ class Fleet:
         self.was_last = False
         self.ended = EndedSlides(root, request)
 
-    def others(self) -> list[str]:
-        """Return the other members that are at work and not about to leave, as far as this process knows."""
-        living = (token for token in self._watch.living() if token != self._member.token)
-        return [token for token in living if not (read_member(self._root / "members", token) or {}).get("leaving")]
+    def any_other(self) -> bool:
+        """Return whether any other member is at work, as far as this process knows; it asks until it finds one."""
+        tokens = [token for token in members_of(self._root / "members") if token != self._member.token]
+        random.shuffle(tokens)
+        return any(self.is_at_work(token) for token in tokens)
+
+    def is_at_work(self, token: str) -> bool:
+        """Return whether a member other than this process lives and is not about to leave."""
+        if token == self._member.token or self._watch.has_ended(token):
+            return False
+        return not (read_member(self._root / "members", token) or {}).get("leaving")
 
     def turns(self, jobs: Sequence[SlideJob], prefer: Callable[[], str | None] = lambda: None) -> Iterator[Turn]:
         """Yield each slide when this process has claimed it, or when another process has ended it.
@@ -140,7 +151,7 @@ class Fleet:
                 return
             free = [index for index, job in left.items() if _name(job) not in claimed]
             # If several processes compete for a slide, each continues with a random one.
-            tried = [free[random.randrange(min(len(free), 2**misses))]] if free else list(left)
+            tried = [free[random.randrange(min(len(free), 2**misses))]] if free else self._watched(left)
             preferred = prefer()
             tried = [index for index in free if left[index].slide_id == preferred] or tried
             turn = next(filter(None, (self._turn(index, left[index]) for index in tried)), None)
@@ -154,7 +165,7 @@ class Fleet:
             elif left:
                 misses = 1
                 time.sleep(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S, self._sharing.claim_timeout_s / 4)
+                wait_s = min(2 * wait_s, self._longest_wait_s(len(claimed)), self._sharing.claim_timeout_s / 4)
 
     def next_slides(self) -> list[SlideJob]:
         """Slides that nobody had claimed when this process's present turn came, beginning with its likely next one.
@@ -163,7 +174,7 @@ class Fleet:
         """
         if self._sharing.limit is not None and self._ran + 1 >= self._sharing.limit:
             return []
-        before = sum(token < self._member.token for token in self.others()) if self._free else 0
+        before = sum(token < self._member.token for token in members_of(self._root / "members")) if self._free else 0
         return self._free[before:]
 
     def end(self, claim: Claim, row: Mapping[str, str]) -> None:
@@ -198,14 +209,30 @@ class Fleet:
         """
         self._member.tell(leaving=True)
         with summary_errors(self._table):
-            if self.others():
+            if self.any_other():
                 self._rows.finish()
                 return
             with self._rows.alone():
                 self._rows.take_in_all(self._watch)
-                self.was_last = not self.others()
+                self.was_last = not self.any_other()
                 if self.was_last:
                     put_away(self._root, self._member.token, self._watch)
+
+    def _watched(self, left: Mapping[int, SlideJob]) -> list[int]:
+        """Return which of the slides that others hold this process watches, to take them over when their owners end.
+
+        Of many it watches the same few, which are others for each process, so that together they watch all.
+        """
+
+        def place(index: int) -> int:
+            return zlib.crc32(f"{self._member.token} {index}".encode())
+
+        return heapq.nsmallest(_MOST_HELD_WATCHED, left, key=place)
+
+    def _longest_wait_s(self, held: int) -> float:
+        """Return the longest wait between two looks, which is longer if many processes wait, as each may act on one."""
+        waiting = sum(1 for _ in members_of(self._root / "members")) - held
+        return min(max(_LONGEST_WAIT_S, waiting / _WAITING_LOOKS_PER_S), _LONGEST_SHARED_WAIT_S)
 
     def _turn(self, index: int, job: SlideJob) -> Turn | None:
         with summary_errors(self._table):

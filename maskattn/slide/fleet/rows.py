@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from maskattn.slide.summary import append_row, read_summary, tidy_summary
 __all__ = ["MemberRows", "rows_beside"]
 
 _TABLE = "summary"
-_LOOK_EVERY_S = 0.02
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.02, 2.0
 
 
 def rows_beside(folder: Path) -> Iterator[tuple[str, dict[str, dict[str, str]]]]:
@@ -71,16 +72,15 @@ class MemberRows:
         self._pending = False
 
     def finish(self) -> None:
-        """Add the buffered rows to the table, and remove all but the last row of each slide.
+        """Add the buffered rows to the table; the last member removes all but the last row of each slide.
 
         Raises:
             ValueError, OSError: as for :meth:`add`.
         """
-        with self.alone():
-            if self._pending:
+        if self._pending:
+            with self.alone():
                 self._take_in(self._own)
-            tidy_summary(self._table)
-        self._pending = False
+            self._pending = False
 
     def take_in_all(self, watch: Watch) -> None:
         """Add the buffered rows of this member and of ended members to the table; call within :meth:`alone`."""
@@ -93,8 +93,10 @@ class MemberRows:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other process writes to the table, and keep it so within the context."""
+        wait_s = _SHORTEST_WAIT_S
         while (claim := self._claims.try_claim(_TABLE)) is None:
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(random.uniform(0, wait_s))
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
         try:
             yield
         finally:
