@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Generic
 
 from maskattn.cli.device_member import ENDING_SIGNALS, Run, Work, run_forked, run_member
+from maskattn.cli.free_memory import PROCESS_GIB, devices_that_fit, free_gib
 from maskattn.cli.member_reports import (
     MOST_STARTS,
     UNWOUND_AFTER_S,
@@ -38,7 +39,7 @@ from maskattn.slide.each_slide import OutcomeT
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess, SpawnProcess
 
-__all__ = ["devices_named", "loaded_once", "run_on_devices", "shares_of_cores"]
+__all__ = ["devices_named", "loaded_once", "run_on_devices", "shares_of_cores", "within_memory"]
 
 
 def devices_named(text: str) -> list[str]:
@@ -78,6 +79,24 @@ def devices_named(text: str) -> list[str]:
             "or give all"
         )
     return devices or found or ["cpu"]
+
+
+def within_memory(devices: Sequence[str], process_gib: float | None) -> list[str]:
+    """Return the devices whose processes fit into the machine's free memory, and tell if some do not.
+
+    Args:
+        devices: from :func:`devices_named`.
+        process_gib: memory that a process needs in GiB; None takes what it needs at least.
+    """
+    need_gib, free = process_gib or PROCESS_GIB, free_gib()
+    fitting = devices_that_fit(devices, need_gib, free)
+    if free is not None and len(fitting) < len(devices):
+        started = "one is started" if len(fitting) == 1 else f"{len(fitting)} are started"
+        tell(
+            f"{len(devices)} processes of {need_gib:g} GiB need {len(devices) * need_gib:g} GiB of memory, got "
+            f"{free:.1f} GiB free: {started}; --memory-gib says what a process needs"
+        )
+    return fitting
 
 
 def shares_of_cores(members: int) -> list[tuple[int, ...]]:

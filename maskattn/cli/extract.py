@@ -42,6 +42,7 @@ def extract(
     engine: options.Engine = "local",
     ray_address: options.RayAddress = None,
     gpu_memory_gib: options.GpuMemory = None,
+    memory_gib: options.Memory = None,
     impl: options.Impl = None,
     debug: options.Debug = False,
 ) -> None:
@@ -58,7 +59,7 @@ def extract(
         prepare_output(settings.out_dir)
 
         work = _Extraction(jobs, encoder, weights, num_heads, trust_code, impl, settings)
-        where = slide_runs.Where(device, devices, engine, ray_address, gpu_memory_gib)
+        where = slide_runs.Where(device, devices, engine, ray_address, gpu_memory_gib, memory_gib)
         outcomes = slide_runs.run(work, where, _lines_of)
     slide_runs.end(outcomes, settings.out_dir, "features", notes)
 

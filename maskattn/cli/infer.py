@@ -75,6 +75,7 @@ def infer(
     engine: options.Engine = "local",
     ray_address: options.RayAddress = None,
     gpu_memory_gib: options.GpuMemory = None,
+    memory_gib: options.Memory = None,
     impl: options.Impl = None,
     report: Annotated[bool, typer.Option("--report", help="Write OUT/report.html at the end.")] = False,
     debug: options.Debug = False,
@@ -112,7 +113,7 @@ def infer(
         else:
             words = None
         work = slide_runs.Inference(jobs, chosen, settings, words, best_tiles, impl)
-        where = slide_runs.Where(device, devices, engine, ray_address, gpu_memory_gib)
+        where = slide_runs.Where(device, devices, engine, ray_address, gpu_memory_gib, memory_gib)
         outcomes = slide_runs.run(work, where, lines_of_prediction)
         if report:
             from maskattn.slide.report import write_report

@@ -36,6 +36,7 @@ __all__ = [
     "Mask",
     "MaskClasses",
     "MaskValues",
+    "Memory",
     "NumHeads",
     "Outputs",
     "RayAddress",
@@ -129,6 +130,14 @@ GpuMemory = Annotated[
         "--gpu-memory-gib",
         min=0.1,
         help="With --engine ray: GPU memory that a process needs; GPUs are shared by as many as fit.",
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-gib",
+        min=0.1,
+        help="With --devices: memory that a process needs, by default 0.75; as many are started as fit.",
     ),
 ]
 Impl = Annotated[str | None, typer.Option("--impl", help="Attention implementation; by default the best.")]

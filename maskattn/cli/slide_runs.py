@@ -235,6 +235,7 @@ class Where:
         engine: value of --engine.
         ray_address: value of --ray-address, or None.
         gpu_memory_gib: value of --gpu-memory-gib, or None.
+        memory_gib: value of --memory-gib, or None.
     """
 
     device: str = "auto"
@@ -242,6 +243,7 @@ class Where:
     engine: str = "local"
     ray_address: str | None = None
     gpu_memory_gib: float | None = None
+    memory_gib: float | None = None
 
     def check(self) -> None:
         """Check that the options go together.
@@ -262,6 +264,11 @@ class Where:
         if self.engine != "ray" and (self.ray_address is not None or self.gpu_memory_gib is not None):
             given = "--gpu-memory-gib" if self.ray_address is None else "--ray-address"
             raise ValueError(f"{given} is an option of --engine ray, got it without; add --engine ray")
+        if self.memory_gib is not None and (self.devices is None or self.engine == "ray"):
+            raise ValueError(
+                "--memory-gib is an option of --devices on one machine, got it "
+                + ("with --engine ray; leave it out" if self.engine == "ray" else "without; add --devices")
+            )
 
 
 def run(work: Work[OutcomeT], where: Where, lines_of: Callable[[OutcomeT], list[str]]) -> list[OutcomeT]:
@@ -283,9 +290,9 @@ def run(work: Work[OutcomeT], where: Where, lines_of: Callable[[OutcomeT], list[
 
         return run_on_ray(RayOptions(where.ray_address, where.devices, where.gpu_memory_gib), work, lines_of)
     if where.devices is not None:
-        from maskattn.cli.devices import devices_named, run_on_devices
+        from maskattn.cli.devices import devices_named, run_on_devices, within_memory
 
-        named = devices_named(where.devices)
+        named = within_memory(devices_named(where.devices), where.memory_gib)
         with ProgressBars(len(work.jobs), lines_of, len(named)) as bars:
             return run_on_devices(named, work, [job.slide_id for job in work.jobs], bars)
     note, run_all = work.on(where.device)

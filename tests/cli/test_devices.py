@@ -17,7 +17,8 @@ from small_slides import small_model, tissue_image, write_slide
 from typer.testing import CliRunner
 
 from maskattn.cli.app import app
-from maskattn.cli.devices import devices_named, loaded_once, shares_of_cores
+from maskattn.cli.devices import devices_named, loaded_once, shares_of_cores, within_memory
+from maskattn.cli.free_memory import devices_that_fit, free_gib
 from maskattn.cli.member_reports import settings_of_member
 from maskattn.cli.slide_runs import Chosen, Inference
 from maskattn.slide.manifest import SlideJob
@@ -205,3 +206,52 @@ def test_processes_load_the_model_themselves_where_a_fork_would_inherit_threads(
     work = Inference([SlideJob("a", Path("a.svs"))], Chosen(), RunSettings(tmp_path))
     assert "torch" in sys.modules
     assert loaded_once(["cpu", "cpu"], work) is None
+
+
+def system_files(root: Path, available_kib: int, cgroup: str, files: dict[str, str]) -> Path:
+    """The files by which Linux tells its memory."""
+    told = {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {available_kib} kB\n", "proc/self/cgroup": cgroup, **files}
+    for name, text in told.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_free_memory_is_the_least_of_the_machine_and_its_cgroups(tmp_path: Path) -> None:
+    gib = 2**30
+    outer = {"sys/fs/cgroup/a/memory.max": f"{3 * gib}", "sys/fs/cgroup/a/memory.current": f"{2 * gib}"}
+    outer["sys/fs/cgroup/a/memory.stat"] = f"anon 5\ninactive_file {gib // 2}\n"
+    inner = {"sys/fs/cgroup/a/b/memory.max": "max", "sys/fs/cgroup/a/b/memory.current": "5"}
+    assert free_gib(system_files(tmp_path / "v2", 8 * 2**20, "0::/a/b\n", outer | inner)) == 1.5
+    first = {
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2 * gib}",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{gib}",
+        "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0\n",
+    }
+    # A container sees its own cgroup as the root, under the path that it has on the host.
+    assert free_gib(system_files(tmp_path / "v1", 8 * 2**20, "5:cpu:/x\n3:memory:/docker/1\n", first)) == 1.0
+    assert free_gib(system_files(tmp_path / "none", 8 * 2**20, "0::/\n", {})) == 8.0
+    assert free_gib(tmp_path / "another system") is None
+    here = free_gib()
+    assert here is None or here > 0
+
+
+def test_processes_that_do_not_fit_into_memory_are_left_out_evenly() -> None:
+    assert devices_that_fit(["cpu"] * 4, 0.75, 2.5) == ["cpu"] * 3
+    assert devices_that_fit(["cuda:0", "cuda:0", "cuda:1", "cuda:1"], 8, 25) == ["cuda:0", "cuda:0", "cuda:1"]
+    assert devices_that_fit(["cuda:0", "cuda:0", "cuda:1"], 8, 16) == ["cuda:0", "cuda:1"]
+    assert devices_that_fit(["cpu"] * 2, 64, 1) == ["cpu"]
+    assert devices_that_fit(["cpu"] * 2, 64, None) == ["cpu"] * 2
+
+
+def test_command_tells_why_it_starts_fewer_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*asked(tmp_path, 1), str(tmp_path / "out"), "--memory-gib", "100000"]
+    alone = CliRunner().invoke(app, arguments)
+    assert (alone.exit_code, alone.stderr.count("\n")) == (2, 1)
+    assert "--memory-gib is an option of --devices on one machine, got it without; add --devices" in alone.stderr
+    assert within_memory(["cpu"] * 2, 0.001) == ["cpu"] * 2
+    assert capsys.readouterr().err == ""
+    assert within_memory(["cpu"] * 2, 100000) == ["cpu"]
+    told = capsys.readouterr().err
+    assert "2 processes of 100000 GiB need 200000 GiB of memory, got " in told
+    assert "GiB free: one is started; --memory-gib says what a process needs" in told
