@@ -9,7 +9,8 @@ Dimension key: W processes, B sequences, T rows of this process.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -113,6 +114,15 @@ class Shards:
     @cached_property
     def _cu_seqlens(self) -> list[Tensor]:
         return [starts_of(each, self.device) for each in self.lengths]
+
+    def taking(self, sequences: Sequence[int]) -> Shards:
+        """Return the shards of some of these sequences, in this order, which may repeat; without a message."""
+        return replace(self, lengths=tuple(tuple(each[b] for b in sequences) for each in self.lengths), plans={})
+
+    def without_first(self, count: int) -> Shards:
+        """Return the shards without the first ``count`` rows of each sequence, which process 0 holds."""
+        first, *others = self.lengths
+        return replace(self, lengths=(tuple(n - count for n in first), *others), plans={})
 
     @cached_property
     def positions(self) -> Int[Tensor, "T"]:

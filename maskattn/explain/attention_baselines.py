@@ -103,7 +103,7 @@ def _with_weights(
         normed = tokens.with_rows(block.norm1(tokens.rows_TC))
         out_THD, weights_BHLL = _attend(block, normed)
         attended = tokens.rows_TC + block.ls1(block.attn.project(out_THD))
-        tokens = tokens.with_rows(block.feed_forward(attended, tokens.packing))
+        tokens = tokens.with_rows(block.feed_forward(attended, tokens))
         weights.append(weights_BHLL)
     return tokens, weights
 

@@ -56,6 +56,11 @@ class AttentionRow:
         Raises:
             ValueError: the prediction depends on more than this row.
         """
+        if tokens.shards is not None:
+            raise ValueError(
+                "row ablation needs all tokens, got tokens divided among processes; give every process all tiles, or "
+                "use IntegratedCDAM"
+            )
         if not reads_class_token_alone(model):
             raise ValueError(
                 "this method reads the class token's last attention row, so the prediction must read nothing else, got "

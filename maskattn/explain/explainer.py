@@ -247,7 +247,7 @@ def sum_of_grid(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[
     """Return the sum over each image's grid tokens."""
     of_grid = values_MT.masked_fill(tokens.packing.indices % tokens.packing.num_tokens < tokens.num_prefix, 0)
     sums = values_MT.new_zeros(tokens.packing.batch_size, len(values_MT))
-    return sums.index_add_(0, tokens.packing.sequence_of_token, of_grid.T)
+    return tokens.of_all(sums.index_add_(0, tokens.packing.sequence_of_token, of_grid.T))
 
 
 def _squeezed(of_maps: Float[Tensor, "B M ..."], target: Target) -> Float[Tensor, "..."]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from maskattn.nn.hipt import HIPT
 from maskattn.nn.slide_model import SlideModel
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "HierarchicalCDAM",
@@ -151,7 +154,12 @@ class LevelMethod:
         return account.relevance_MT, account
 
     def path(
-        self, scores_of: Callable[[Tensor], Float[Tensor, "K"]], z_TC: Float[Tensor, "T C"], *, keep: bool = True
+        self,
+        scores_of: Callable[[Tensor], Float[Tensor, "K"]],
+        z_TC: Float[Tensor, "T C"],
+        *,
+        keep: bool = True,
+        group: ProcessGroup | None = None,
     ) -> PathGradient:
         """Compute γ: the gradient of each score at z, or, for a complete method, its mean along the path from 0 to z.
 
@@ -159,10 +167,11 @@ class LevelMethod:
             scores_of: embeddings → scores (K,).
             z_TC: (T, C), the embeddings.
             keep: whether γ itself is kept, or only z·γ of each row.
+            group: the process group over which the embeddings are divided; None if this process has them all.
         """
         if not self.method.complete:
-            return gradient_alone(scores_of, z_TC, keep=keep)
-        return mean_gradient(scores_of, z_TC, nodes=self.steps, keep=keep)
+            return gradient_alone(scores_of, z_TC, keep=keep, group=group)
+        return mean_gradient(scores_of, z_TC, nodes=self.steps, keep=keep, group=group)
 
 
 class HierarchicalCDAM:
@@ -182,7 +191,12 @@ class HierarchicalCDAM:
         self.level = LevelMethod.named(method, model.tile_encoder, **options)
 
     def tiles(
-        self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"], *, gradient: bool = True
+        self,
+        embeddings_TC: Float[Tensor, "T C"],
+        keep_HW: Bool[Tensor, "H W"],
+        *,
+        gradient: bool = True,
+        group: ProcessGroup | None = None,
     ) -> RelevanceMap:
         """Pass 1: compute the slide's logits and the relevance of each tile.
 
@@ -191,11 +205,14 @@ class HierarchicalCDAM:
             keep_HW: (H, W) bool over the slide's cells.
             gradient: also compute the gradient that pass 2 needs: a backward pass through the slide encoder for each
                 class, at each step of the path.
+            group: as in :meth:`SlideModel.slide_tokens`; the map is then of this process's tiles, and the logits and
+                sums are the same in all processes.
 
         Raises:
             ValueError: dropout is active (train mode), or embeddings and kept cells do not match.
+            GroupError: the processes of the group disagree, or one of them has ended.
         """
-        return explain_slide(self.model, self.level, embeddings_TC, keep_HW, gradient)
+        return explain_slide(self.model, self.level, embeddings_TC, keep_HW, gradient, group)
 
     @torch.inference_mode(False)
     def tokens(
@@ -248,8 +265,9 @@ def explain_slide(
     embeddings_TC: Float[Tensor, "T C"],
     keep_HW: Bool[Tensor, "H W"],
     gradient: bool,
+    group: ProcessGroup | None = None,
 ) -> RelevanceMap:
-    """Run pass 1 over tiles or regions. Arguments as in :meth:`HierarchicalCDAM.tiles`.
+    """Run pass 1 over tiles or regions. Arguments as in :meth:`HierarchicalCDAM.tiles`; a group is for tiles alone.
 
     Raises:
         ValueError: dropout is active (train mode), or embeddings and kept cells do not match.
@@ -257,15 +275,16 @@ def explain_slide(
     check_explainable(model)
     encoder, z = model.slide_encoder, embeddings_TC.detach().clone()
     assert isinstance(encoder, VisionTransformer), "levels that pool are explained by their gradient"
+    place = (keep_HW,) if group is None else (keep_HW, group)
     with torch.no_grad():
-        tokens = encoder.before_last_block(model.slide_tokens(z, keep_HW))
+        tokens = encoder.before_last_block(model.slide_tokens(z, *place))
         logits_K = encoder.predict(tokens)[0]
     gradient_KTC = path = None
     if gradient:
-        found = level.path(lambda at: encoder(model.slide_tokens(at, keep_HW))[0], z)
+        found = level.path(lambda at: encoder(model.slide_tokens(at, *place))[0], z, group=group)
         gradient_KTC, path = found.gradient_KTC, path_sum(found)
     relevance_KT, account = level.explain(encoder, tokens, "all")
-    P = tokens.num_prefix
+    P = tokens.own_prefix
     sums = None if account is None else SumOfMap(account.difference_BM[0], account.prefix_BM[0], account.gap_BM[0])
     return RelevanceMap(logits_K, relevance_KT[:, P:], mean_attention(encoder, tokens)[P:], gradient_KTC, sums, path)
 

@@ -191,4 +191,4 @@ def score_difference(model: VisionTransformer, tokens: PackedTokens, target: Tar
 def sum_of_all(values_MT: Float[Tensor, "M T"], tokens: PackedTokens) -> Float[Tensor, "B M"]:
     """Return the sum over each image's packed tokens, prefix tokens included."""
     sums = values_MT.new_zeros(tokens.packing.batch_size, len(values_MT))
-    return sums.index_add_(0, tokens.packing.sequence_of_token, values_MT.T)
+    return tokens.of_all(sums.index_add_(0, tokens.packing.sequence_of_token, values_MT.T))

@@ -26,7 +26,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from maskattn.attention.api import readout, token_relevance
 from maskattn.explain.targets import Target, select_scores
 from maskattn.explain.token_scores import gradients_of_scores
 from maskattn.explain.token_subsets import batches, target_of_copies
@@ -67,7 +66,6 @@ def score_tokens_on_norm_path(
         k, v = attn.keys_and_values(normed)
         origins = attn.key_and_value_origins(normed)
     value_origin = origins[1]
-    lengths = packing.cu_seqlens, packing.max_seqlen
     relevance: Tensor | None = None
     queries: Tensor | float = 0.0
     for chunk in batches(len(alphas_m), min(copies, MOST_QUERIES)):
@@ -75,7 +73,7 @@ def score_tokens_on_norm_path(
         first_BRC = (alphas[:, None] * normed.first()).requires_grad_(with_queries)
         with torch.set_grad_enabled(with_queries):
             q_BRHD = alphas[:, None, None] * attn.class_token_queries(first_BRC)
-            out, lse = readout(q_BRHD, k, v, *lengths, return_lse=True, impl=attn.impl)
+            out, lse = tokens.read(q_BRHD, k, v, return_lse=True, impl=attn.impl)
             step = alphas[:, None, None]
             read = step * out if value_origin is None else value_origin + step * (out - value_origin)
         read = read if with_queries else read.requires_grad_()
@@ -87,14 +85,13 @@ def score_tokens_on_norm_path(
         origins_of_keys = _origins_of_weights(model, normed, alphas, q_BRHD, k) if in_weights else [origins[0]]
         size = 1 if in_weights else len(alphas)
         for steps, key_origin in zip(batches(len(alphas), size), origins_of_keys, strict=True):
-            of_steps = token_relevance(
+            of_steps = tokens.relevance(
                 q_BRHD[:, steps],
                 k,
                 v,
                 out[:, steps],
                 lse[:, steps],
                 grad_out[:, :, steps],
-                *lengths,
                 key_origin=key_origin,
                 value_origin=value_origin,
                 impl=attn.impl,
@@ -102,7 +99,8 @@ def score_tokens_on_norm_path(
             relevance = of_steps if relevance is None else relevance + of_steps
         if with_queries:
             along = (weights[:, None] * normed.first()).detach()
-            queries = queries + torch.stack([(along * of_first).sum(dim=(1, 2)) for _, of_first in gradients], dim=1)
+            of_queries = torch.stack([(along * of_first).sum(dim=(1, 2)) for _, of_first in gradients], dim=1)
+            queries = queries + tokens.mean_of_all(of_queries)
     assert relevance is not None, "there is at least one node"
     return relevance, queries + relevance.new_zeros(packing.batch_size, len(relevance))
 
@@ -111,16 +109,15 @@ def _origins_of_weights(
     model: VisionTransformer, normed: PackedTokens, alphas_m: Tensor, q_BRHD: Tensor, k_THD: Tensor
 ) -> Iterator[Tensor]:
     """Yield the keys' origins for each step of the path of weights."""
-    attn, packing = model.last_block.attn, normed.packing
+    attn = model.last_block.attn
     first_BRC = (alphas_m[:, None] * normed.first()).detach().requires_grad_()
     with torch.enable_grad():
         grown_BRHD = alphas_m[:, None, None] * along(attn.class_token_queries(first_BRC), first_BRC)
     q_BRHD = q_BRHD.detach()
-    lengths = packing.cu_seqlens, packing.max_seqlen
     for r in range(len(alphas_m)):
         q_B1HD = q_BRHD[:, r : r + 1]
-        _, rows_1HT = readout(q_B1HD, k_THD, k_THD, *lengths, return_rows=True, impl=attn.impl)
-        yield origin_of_weights(q_BRHD[:, r], grown_BRHD[:, r], k_THD, k_THD, rows_1HT[0], packing)
+        _, rows_1HT = normed.read(q_B1HD, k_THD, k_THD, return_rows=True, impl=attn.impl)
+        yield origin_of_weights(q_BRHD[:, r], grown_BRHD[:, r], k_THD, k_THD, rows_1HT[0], normed)
 
 
 def scores_of_reads(

@@ -94,7 +94,8 @@ class SlideHeadCDAM:
         """Pass 1: compute the slide's logits and the relevance of each tile, in the order of the embeddings.
 
         Args:
-            embeddings_TC, coords_um_T2, grid: as in the head's forward.
+            embeddings_TC, coords_um_T2, grid: as in the head's forward. If the tiles are divided among processes, the
+                map is of this process's tiles; logits and sums are the same in all processes.
             gradient: also return γ, which pass 2 needs: (K, T, C) numbers.
             rollout: return attention rolled out through all layers of the head instead of the last layer's.
 
@@ -128,10 +129,12 @@ class SlideHeadCDAM:
             of_tiles_KT = head.contributions(z)
         if of_tiles_KT is not None:
             return self._of_sums(logits_K, of_tiles_KT, z, gradient)
-        with _recomputed(head, len(z) > _RECOMPUTE_ABOVE):
+        group = None if grid is None else grid.group
+        # All processes of a group must decide alike, whatever their numbers of tiles.
+        with _recomputed(head, group is not None or len(z) > _RECOMPUTE_ABOVE):
             found = None
             if gradient or not isinstance(head, ViTHead):
-                found = self.level.path(head.along_path(z, coords_um_T2, grid), z, keep=gradient)
+                found = self.level.path(head.along_path(z, coords_um_T2, grid), z, keep=gradient, group=group)
             if isinstance(head, ViTHead):
                 relevance_KT, attention_T, sums = self._at_last_block(head, z, grid)
                 path = None if found is None else path_sum(found)
@@ -226,7 +229,7 @@ class SlideHeadCDAM:
             first, order_T = head.tokens(z_TC, grid)
             tokens = head.vit.before_last_block(first)
         relevance_KT, account = self.level.explain(head.vit, tokens, "all")
-        P = tokens.num_prefix
+        P = tokens.own_prefix
         both = torch.cat([relevance_KT[:, P:], mean_attention(head.vit, tokens)[None, P:]])
         both = torch.empty_like(both).index_copy_(1, order_T, both)
         sums = None if account is None else SumOfMap(account.difference_BM[0], account.prefix_BM[0], account.gap_BM[0])

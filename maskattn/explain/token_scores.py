@@ -24,7 +24,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from maskattn.attention.api import readout, token_relevance
 from maskattn.explain.last_block import input_of_attention, output_from, reads_class_token_alone
 from maskattn.explain.targets import Target, select_scores
 from maskattn.explain.weights_path import along, origin_of_weights, relevance_of_parts
@@ -90,15 +89,13 @@ def score_tokens_in_closed_form(
     with torch.enable_grad():
         scores_BM = select_scores(model.predict_from_class_token(block.finish(fixed, out)), target)
     gradients = gradients_of_reads(scores_BM, out, target)
-    relevance = token_relevance(
+    relevance = tokens.relevance(
         read.q_B1HD,
         read.k_THD,
         read.v_THD,
         out,
         read.lse_B1H,
         gradients,
-        tokens.packing.cu_seqlens,
-        tokens.packing.max_seqlen,
         key_origin=key_origin,
         value_origin=read.value_origin,
         impl=block.attn.impl,
@@ -109,15 +106,14 @@ def score_tokens_in_closed_form(
 def _origin_of_weights(
     model: VisionTransformer, tokens: PackedTokens, read: ClassTokenAttention, normed_TC: Tensor | None
 ) -> Tensor:
-    block, packing = model.last_block, tokens.packing
+    block = model.last_block
     normed = tokens.with_rows(block.norm1(tokens.rows_TC) if normed_TC is None else normed_TC)
     first = normed.first().detach().requires_grad_()
     with torch.enable_grad():
         grown = along(block.attn.class_token_queries(first), first)
-    lengths = packing.cu_seqlens, packing.max_seqlen
-    _, rows_1HT = readout(read.q_B1HD, read.k_THD, read.v_THD, *lengths, return_rows=True, impl=block.attn.impl)
+    _, rows_1HT = tokens.read(read.q_B1HD, read.k_THD, read.v_THD, return_rows=True, impl=block.attn.impl)
     k_along = read.k_THD if read.key_origin is None else read.k_THD - read.key_origin
-    return origin_of_weights(read.q_B1HD[:, 0], grown[:, 0], read.k_THD, k_along, rows_1HT[0], packing)
+    return origin_of_weights(read.q_B1HD[:, 0], grown[:, 0], read.k_THD, k_along, rows_1HT[0], tokens)
 
 
 def score_tokens_by_autograd(
@@ -128,7 +124,7 @@ def score_tokens_by_autograd(
     with torch.enable_grad():
         normed = input_of_attention(model, tokens) if normed_TC is None else normed_TC
         normed = normed.detach().requires_grad_()
-        scores_BM = select_scores(output_from(model, tokens, normed), target)
+        scores_BM = tokens.counted_once(select_scores(output_from(model, tokens, normed), target))
     relevance = normed.new_empty(scores_BM.shape[1], len(normed))
     for row, (gradient,) in zip(relevance, gradients_of_scores(scores_BM, (normed,)), strict=True):
         row.copy_((normed.detach() * gradient).sum(dim=1))
@@ -142,17 +138,18 @@ def score_class_token_queries(
 
     Arguments as in :func:`score_tokens`.
     """
-    block, packing = model.last_block, tokens.packing
+    block = model.last_block
     normed = tokens.with_rows(normed_TC.detach())
     fixed = tokens.with_rows(tokens.rows_TC.detach())
     first = normed.first().requires_grad_()
     with torch.enable_grad():
         k, v = (x.detach() for x in block.attn.keys_and_values(normed))
         q = block.attn.class_token_queries(first)
-        out = cast(Tensor, readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=block.attn.impl))
+        out = cast(Tensor, tokens.read(q, k, v, impl=block.attn.impl))
         scores_BM = select_scores(model.predict_from_class_token(block.finish(fixed, out)), target)
+        scores_BM = tokens.counted_once(scores_BM)
     parts = [(first.detach() * g).sum(dim=(1, 2)) for (g,) in gradients_of_scores(scores_BM, (first,))]
-    return torch.stack(parts, dim=1)
+    return tokens.of_all(torch.stack(parts, dim=1))
 
 
 def gradients_of_scores(scores_BM: Float[Tensor, "B M"], leaves: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:

@@ -31,7 +31,14 @@ def take_subsets(
         tokens: the tokens of B images.
         source_S: (S,) int64, the image of each sequence.
         keep_SN: (S, N) bool over grid tokens; tokens that the image itself lacks stay out. None takes all its tokens.
+
+    Raises:
+        ValueError: ``keep_SN`` is given for tokens that are divided among processes.
     """
+    if tokens.shards is not None and keep_SN is not None:
+        raise ValueError(
+            "subsets of tokens need them all, got tokens divided among processes; give every process all tiles"
+        )
     width = tokens.packing.num_tokens
     row_S = tokens.packing.row_of_token.view(-1, width)[source_S]  # type: ignore[union-attr]  # made by Packing itself
     present = row_S >= 0
@@ -51,6 +58,7 @@ def take_subsets(
         tokens.num_prefix,
         pick(tokens.coords_T2),
         None if rotation is None else (rotation[0].index_select(0, rows), rotation[1].index_select(0, rows)),
+        None if tokens.shards is None else tokens.shards.taking(source_S.tolist()),
     )
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskattn.attention.api import token_relevance
 from maskattn.explain.last_block import output_with_values, reads_class_token_alone, values_and_origin
 from maskattn.explain.norm_path import scores_of_reads
 from maskattn.explain.targets import Target, select_scores
@@ -86,15 +85,13 @@ def _in_closed_form(
         gradients = gradients_of_reads(scores, leaf, target)
         mean_MBHD = mean_MBHD + torch.einsum("mbrhd,r->mbhd", gradients, weights_m[chunk])
     assert isinstance(mean_MBHD, Tensor), "there is at least one node"
-    return token_relevance(
+    return tokens.relevance(
         read.q_B1HD,
         read.k_THD,
         read.v_THD,
         read.out_B1HD,
         read.lse_B1H,
         mean_MBHD[:, :, None],
-        tokens.packing.cu_seqlens,
-        tokens.packing.max_seqlen,
         key_origin=read.k_THD,  # keys do not move along the path
         value_origin=origin,
         impl=model.last_block.attn.impl,
@@ -114,7 +111,7 @@ def _by_autograd(
         many = repeat_tokens(tokens, len(weights))
         with torch.enable_grad():
             output = output_with_values(model, many, leaf)
-            scores = select_scores(output, target_of_copies(target, tokens.packing.batch_size))
+            scores = tokens.counted_once(select_scores(output, target_of_copies(target, tokens.packing.batch_size)))
         if relevance is None:
             relevance = values_TC.new_zeros(scores.shape[1], len(values_TC))
         for row, (gradient,) in zip(relevance, gradients_of_scores(scores, (leaf,)), strict=True):

@@ -35,13 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskattn.attention.api import packed_attention
 from maskattn.explain.last_block import output_from
 from maskattn.explain.targets import Target, select_scores
 from maskattn.nn.blocks import Attention, PackedTokens
 from maskattn.nn.positions import alibi_slopes, rotate
 from maskattn.nn.vit import VisionTransformer
-from maskattn.packing import Packing
 from maskattn.shapes import Float
 
 __all__ = ["along", "origin_of_weights", "relevance_of_parts"]
@@ -68,7 +66,7 @@ def origin_of_weights(
     k_THD: Float[Tensor, "T H D"],
     k_along_THD: Float[Tensor, "T H D"],
     weights_HT: Float[Tensor, "H T"],
-    packing: Packing,
+    tokens: PackedTokens,
 ) -> Float[Tensor, "T H D"]:
     """Compute the key origins (T, H, D) with which ``token_relevance`` returns S of one step, for class-token queries.
 
@@ -76,12 +74,13 @@ def origin_of_weights(
         q_BHD, q_along_BHD: the class tokens' queries and their derivative along the path.
         k_THD, k_along_THD: keys and their derivative; either may include a vector common to all tokens of an image.
         weights_HT: (H, T), the softmax weights.
-        packing: the packing of the tokens.
+        tokens: the tokens, whose features are not read.
     """
-    sequence = packing.sequence_of_token
-    q, q_along = (x.index_select(0, sequence) if packing.batch_size > 1 else x for x in (q_BHD, q_along_BHD))
+    sequence = tokens.packing.sequence_of_token
+    q, q_along = (x.index_select(0, sequence) if tokens.packing.batch_size > 1 else x for x in (q_BHD, q_along_BHD))
     moved_TH = (k_along_THD * q + k_THD * q_along).sum(dim=-1)
-    mean_BH = moved_TH.new_zeros(q_BHD.shape[:2]).index_add_(0, sequence, weights_HT.T.to(moved_TH) * moved_TH)
+    sums_BH = moved_TH.new_zeros(q_BHD.shape[:2]).index_add_(0, sequence, weights_HT.T.to(moved_TH) * moved_TH)
+    mean_BH = tokens.of_all(sums_BH)
     moved_TH = moved_TH - mean_BH.index_select(0, sequence)
     length = q.square().sum(dim=-1, keepdim=True)
     # If a query and its derivative are zero, no weight moves.
@@ -108,7 +107,7 @@ def relevance_of_parts(
     tokens = tokens.with_rows(tokens.rows_TC.detach())
     normed = normed_TC.detach().requires_grad_()
     with torch.enable_grad(), _AttentionOfLastBlock(model, tokens) as seen:
-        scores_BM = select_scores(output_from(model, tokens, normed), target)
+        scores_BM = tokens.counted_once(select_scores(output_from(model, tokens, normed), target))
     gradients = _gradients_at(scores_BM, seen.out_TC)
     relevance_of = seen.relevance(normed)
     return torch.stack([relevance_of(gradient) for gradient in gradients]), scores_BM.detach()
@@ -161,7 +160,7 @@ class _AttentionOfLastBlock:
 
     def relevance(self, normed_TC: Tensor) -> Callable[[Tensor], Float[Tensor, "T"]]:
         """Return a function from the gradient at :attr:`out_TC` to the summand of one step; the path scales T."""
-        attn, packing = self.attn, self.tokens.packing
+        attn = self.attn
         (q, dq), (k, dk), (v, dv) = ((x.detach(), along(x, normed_TC)) for x in self._operands())
         D = q.shape[-1]
         options: dict[str, Any] = {
@@ -170,10 +169,9 @@ class _AttentionOfLastBlock:
             "scale": D**-0.5,
             "impl": attn.impl,
         }
-        starts, longest = packing.cu_seqlens, packing.max_seqlen
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return cast(Tensor, packed_attention(q, k, v, starts, starts, longest, longest, **options))
+            return self.tokens.attend(q, k, v, **options)
 
         mean_TH1 = (q * attend(q, k, dk) + dq * attend(q, k, k)).sum(-1, keepdim=True)
         width = 2 * D + _MEAN

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskattn.attention.api import readout
+from maskattn.distributed.shared import of_first_process
 from maskattn.nn.mlps import ACTIVATIONS, MLPS
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.plain_modules import forwards_of, has_plain_parameters, is_plain
@@ -103,14 +103,16 @@ class DropPath(nn.Module):
         super().__init__()
         self.share = share
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, tokens: PackedTokens) -> Tensor:
         """Drop the branches of some images; ``x`` has packed rows (T, C) or R rows per image (B, R, C)."""
         if not self.training or self.share == 0:
             return x
         stays = 1 - self.share
-        factor_B = x.new_empty(packing.batch_size).bernoulli_(stays).div_(stays)
+        factor_B = x.new_empty(tokens.packing.batch_size).bernoulli_(stays).div_(stays)
+        if tokens.shards is not None:
+            factor_B = of_first_process(factor_B, tokens.shards)
         if x.ndim == 2:
-            return x * factor_B.index_select(0, packing.sequence_of_token)[:, None]
+            return x * factor_B.index_select(0, tokens.packing.sequence_of_token)[:, None]
         return x * factor_B[:, None, None]
 
 
@@ -153,7 +155,7 @@ class Block(nn.Module):
 
     def _mixed(self, rows_TC: Tensor, normed_TC: Tensor, tokens: PackedTokens) -> Tensor:
         update = self.ls1(self.attn(normed_TC, tokens))
-        return self.feed_forward(rows_TC + self.drop_path1(update, tokens.packing), tokens.packing)
+        return self.feed_forward(rows_TC + self.drop_path1(update, tokens), tokens)
 
     def read(self, tokens: PackedTokens) -> Float[Tensor, "B 1 C"]:
         """Compute the block's output at the class token alone: one attention row, and no MLP for any other token.
@@ -161,7 +163,7 @@ class Block(nn.Module):
         It reads the layers' weights instead of calling them, so it equals a call only if :func:`is_as_built`.
         """
         operands = self._class_token_operands(self._normed(tokens))
-        out = self._read(*operands, tokens.packing, dropout_p=self.attn.dropout_p)
+        out = self._read(*operands, tokens, dropout_p=self.attn.dropout_p)
         return self.finish(tokens, cast(Tensor, out))
 
     def read_attention(
@@ -173,7 +175,7 @@ class Block(nn.Module):
         """
         normed = self._normed(tokens) if normed_TC is None else tokens.with_rows(normed_TC)
         q, k, v = self._class_token_operands(normed)
-        out, lse = self._read(q, k, v, tokens.packing, return_lse=True)
+        out, lse = self._read(q, k, v, tokens, return_lse=True)
         origins = self.attn.key_and_value_origins(normed)
         return ClassTokenAttention(q, k, v, out, lse, *origins)
 
@@ -188,7 +190,7 @@ class Block(nn.Module):
         else:
             q, k, v = self.attn.queries_keys_and_values(self._input_of_attention(tokens), tokens)
             operands = tokens.with_rows(q).first(), k, v
-        _, rows_1HT = self._read(*operands, tokens.packing, return_rows=True)
+        _, rows_1HT = self._read(*operands, tokens, return_rows=True)
         return rows_1HT[0]
 
     def _input_of_attention(self, tokens: PackedTokens) -> Float[Tensor, "T C"]:
@@ -221,15 +223,15 @@ class Block(nn.Module):
             out_B1HD: the attention output at the class tokens.
         """
         update = self.ls1(self.attn.project(out_B1HD))
-        return self.feed_forward(tokens.first() + self.drop_path1(update, tokens.packing), tokens.packing)
+        return self.feed_forward(tokens.first() + self.drop_path1(update, tokens), tokens)
 
-    def feed_forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """Run the block's second half, token by token: norm, MLP and residual."""
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), packing)
+    def feed_forward(self, x: Tensor, tokens: PackedTokens) -> Tensor:
+        """Run the block's second half, row by row: norm, MLP and residual; ``tokens`` gives the layout of the rows."""
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))), tokens)
 
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, **options: Any) -> Any:
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, **options: Any) -> Any:
         # A class token has no position, so ALiBi adds nothing to its row.
-        return readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=self.attn.impl, **options)
+        return tokens.read(q, k, v, impl=self.attn.impl, **options)
 
 
 _BLOCK_PARTS = forwards_of(

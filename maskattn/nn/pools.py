@@ -11,11 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from maskattn.attention.api import readout
 from maskattn.nn.blocks import BlockOptions
 from maskattn.nn.mlps import Mlp
 from maskattn.nn.packed_tokens import PackedTokens
-from maskattn.packing import Packing, unpack
+from maskattn.packing import unpack
 from maskattn.shapes import Float
 
 __all__ = ["AttentionPool", "CoCaPool", "mean_of_grid", "pool_of"]
@@ -42,8 +41,8 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: PackedTokens) -> Float[Tensor, "B C"]:
         """Pool the grid tokens of each image."""
-        rows_TC, packing = tokens.grid_rows()
-        x = self.proj(_read(self.q(self.latent), self.kv(rows_TC), packing, self.num_heads, self.impl))
+        grid = tokens.grid()
+        x = self.proj(_read(self.q(self.latent), self.kv(grid.rows_TC), grid, self.num_heads, self.impl))
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
@@ -80,7 +79,7 @@ class CoCaPool(nn.Module):
     def forward(self, tokens: PackedTokens) -> Float[Tensor, "B D"]:
         """Pool the tokens of each image."""
         q, kv = self.q(self.norm_q(self.query)), self.kv(self.norm_k(tokens.rows_TC))
-        pooled: Tensor = self.norm(self.proj(_read(q, kv, tokens.packing, self.num_heads, self.impl)))
+        pooled: Tensor = self.norm(self.proj(_read(q, kv, tokens, self.num_heads, self.impl)))
         return pooled[:, 0]
 
 
@@ -96,12 +95,14 @@ def pool_of(
 def mean_of_grid(tokens: PackedTokens) -> Float[Tensor, "B C"]:
     """Return the mean of each image's grid tokens; 0 for an image without any."""
     sums = unpack(tokens.rows_TC, tokens.packing)[:, tokens.num_prefix :].sum(dim=1)
-    counts = (tokens.packing.cu_seqlens.diff() - tokens.num_prefix).clamp(min=1)
-    return sums / counts[:, None]
+    counts = tokens.packing.cu_seqlens.diff() - tokens.own_prefix
+    if tokens.shards is not None:
+        sums, counts = tokens.of_all(sums), counts.new_tensor(tokens.shards.total) - tokens.num_prefix
+    return sums / counts.clamp(min=1)[:, None]
 
 
-def _read(q_11D: Tensor, kv_TE: Tensor, packing: Packing, num_heads: int, impl: str | None) -> Tensor:
+def _read(q_11D: Tensor, kv_TE: Tensor, tokens: PackedTokens, num_heads: int, impl: str | None) -> Tensor:
     """Return the attention output (B, 1, D) of one query; E = 2·D, keys before values."""
-    q = q_11D.unflatten(-1, (num_heads, -1)).expand(packing.batch_size, -1, -1, -1)
+    q = q_11D.unflatten(-1, (num_heads, -1)).expand(tokens.packing.batch_size, -1, -1, -1)
     k, v = kv_TE.unflatten(-1, (2, num_heads, -1)).unbind(1)
-    return cast(Tensor, readout(q, k, v, packing.cu_seqlens, packing.max_seqlen, impl=impl)).flatten(-2)
+    return cast(Tensor, tokens.read(q, k, v, impl=impl)).flatten(-2)

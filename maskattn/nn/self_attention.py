@@ -9,12 +9,10 @@ Dimension key: B images, T packed tokens, R tokens that are read, C channels, H 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskattn.attention.api import packed_attention
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.positions import alibi_slopes, rotate
 from maskattn.shapes import Float
@@ -69,18 +67,16 @@ class Attention(nn.Module):
     def forward(self, normed_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"]:
         """Attend within each sequence, normalised rows (T, C) → (T, C); ``tokens`` gives the layout of the rows."""
         q, k, v = self.queries_keys_and_values(normed_TC, tokens)
-        packing = tokens.packing
-        out = packed_attention(
+        out = tokens.attend(
             q,
             k,
             v,
-            *(packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen),
             coords=tokens.coords_T2,
             slopes=None if tokens.coords_T2 is None else alibi_slopes(self.num_heads, tokens.coords_T2),
             dropout_p=self.dropout_p,
             impl=self.impl,
         )
-        return self.project(cast(Tensor, out))
+        return self.project(out)
 
     def queries_keys_and_values(
         self, normed_TC: Float[Tensor, "T C"], tokens: PackedTokens

@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from maskattn.distributed.agreement import agree
+from maskattn.distributed.transport import gather_numbers
 from maskattn.nn.adapters.conversion import refuse
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.checkpoints import from_state_dict
 from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing
 from maskattn.shapes import Float
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["encode_placed_tiles", "from_gigapath", "from_titan", "place_tiles"]
 
@@ -118,7 +123,7 @@ def from_titan(checkpoint: Mapping[str, Any], *, num_heads: int = 12, impl: str 
 
 
 def place_tiles(
-    embeddings_TC: Float[Tensor, "T C"], coords_T2: Tensor, tile_size: float
+    embeddings_TC: Float[Tensor, "T C"], coords_T2: Tensor, tile_size: float, group: ProcessGroup | None = None
 ) -> tuple[Float[Tensor, "T C"], Packing, tuple[int, int]]:
     """Place tiles on the slide's grid, row by row.
 
@@ -126,34 +131,61 @@ def place_tiles(
         embeddings_TC: (T, C), in any order.
         coords_T2: (T, 2), x and y ≥ 0 of each tile's upper left corner, in px of any level.
         tile_size: the side of a tile, in px of the same level.
+        group: as in :func:`encode_placed_tiles`.
 
     Returns:
-        The embeddings in the grid's order, their packing in (1, H·W), and (H, W).
+        The embeddings in the grid's order, their packing in (1, H·W), and (H, W), the same in all processes of a group.
 
     Raises:
         ValueError: shapes do not fit, a coordinate is negative, or two tiles are in one cell.
+        GroupError: another process of the group refuses its arguments, or has ended.
     """
-    if coords_T2.shape != (len(embeddings_TC), 2) or len(embeddings_TC) == 0 or (coords_T2 < 0).any():
-        raise ValueError(
-            f"coords must be (T, 2) x and y ≥ 0 of T ≥ 1 tiles, got coords.shape={tuple(coords_T2.shape)} for "
-            f"{len(embeddings_TC)} embeddings"
-        )
-    cell = torch.div(coords_T2.to(embeddings_TC.device), tile_size, rounding_mode="floor").long()
-    column, row = cell.unbind(1)
-    grid_HW = int(row.max()) + 1, int(column.max()) + 1
+    problem = _problem_of_places(embeddings_TC, coords_T2, tile_size, empty=group is not None)
+    if group is not None:
+        agree("encode_placed_tiles", {"tile_size": tile_size}, problem, group, embeddings_TC.device)
+    elif problem is not None:
+        raise problem
+    row, column = _cells(embeddings_TC, coords_T2, tile_size)
+    grid_HW = (int(row.max()) + 1, int(column.max()) + 1) if len(row) else (0, 0)
+    if group is not None:
+        all_HW = gather_numbers(list(grid_HW), group, embeddings_TC.device)
+        grid_HW = max(H for H, _ in all_HW), max(W for _, W in all_HW)
     index, order = (row * grid_HW[1] + column).sort()
-    if (index.diff() == 0).any():
-        raise ValueError(
-            f"every tile must have a cell of its own, got {int((index.diff() == 0).sum())} that share one with "
-            f"tile_size={tile_size}; pass the tiles' side in px of the coordinates' level"
-        )
     total = len(index)
     starts = torch.tensor([0, total], dtype=torch.int32, device=index.device)
     return embeddings_TC[order], Packing(index, starts, total, 1, grid_HW[0] * grid_HW[1]), grid_HW
 
 
+def _cells(embeddings_TC: Tensor, coords_T2: Tensor, tile_size: float) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of each tile, (T,) int64 each."""
+    column, row = torch.div(coords_T2.to(embeddings_TC.device), tile_size, rounding_mode="floor").long().unbind(1)
+    return row, column
+
+
+def _problem_of_places(embeddings_TC: Tensor, coords_T2: Tensor, tile_size: float, *, empty: bool) -> ValueError | None:
+    """Return the error if tiles cannot be placed on a grid; ``empty``: there may be none."""
+    fits = coords_T2.shape == (len(embeddings_TC), 2) and (empty or len(embeddings_TC) > 0)
+    if not fits or (coords_T2 < 0).any():
+        return ValueError(
+            f"coords must be (T, 2) x and y ≥ 0 of T ≥ 1 tiles, got coords.shape={tuple(coords_T2.shape)} for "
+            f"{len(embeddings_TC)} embeddings"
+        )
+    row, column = _cells(embeddings_TC, coords_T2, tile_size)
+    shared = len(row) - len(torch.stack([row, column]).unique(dim=1)[0]) if len(row) else 0
+    if shared:
+        return ValueError(
+            f"every tile must have a cell of its own, got {shared} that share one with tile_size={tile_size}; pass the "
+            "tiles' side in px of the coordinates' level"
+        )
+    return None
+
+
 def encode_placed_tiles(
-    encoder: VisionTransformer, embeddings_TC: Float[Tensor, "T C"], coords_T2: Tensor, tile_size: float
+    encoder: VisionTransformer,
+    embeddings_TC: Float[Tensor, "T C"],
+    coords_T2: Tensor,
+    tile_size: float,
+    group: ProcessGroup | None = None,
 ) -> Float[Tensor, "K"]:
     """Compute a slide's embedding (or its logits, if the encoder has a head) from tile embeddings and coordinates.
 
@@ -162,12 +194,15 @@ def encode_placed_tiles(
         embeddings_TC: (T, C), in any order.
         coords_T2: (T, 2), x and y ≥ 0 of each tile's upper left corner, in px of any level.
         tile_size: the side of a tile, in px of the same level.
+        group: the process group over which the slide's tiles are divided, T of them being this process's; None if this
+            process has all tiles.
 
     Returns:
-        (K,), the encoder's output.
+        (K,), the encoder's output; the same in all processes of a group.
 
     Raises:
         ValueError: shapes do not fit, a coordinate is negative, or two tiles are in one cell.
+        GroupError: another process of the group refuses its arguments, or has ended.
 
     Example:
         >>> encoder = VisionTransformer(img_size=1, patch_size=1, in_chans=32, embed_dim=24, depth=2, num_heads=3,
@@ -175,12 +210,16 @@ def encode_placed_tiles(
         >>> encode_placed_tiles(encoder, torch.randn(3, 32), torch.tensor([[0, 0], [256, 0], [0, 512]]), 256).shape
         torch.Size([24])
     """
-    return encoder(placed_tokens(encoder, embeddings_TC, coords_T2, tile_size))[0]
+    return encoder(placed_tokens(encoder, embeddings_TC, coords_T2, tile_size, group))[0]
 
 
 def placed_tokens(
-    encoder: VisionTransformer, embeddings_TC: Float[Tensor, "T C"], coords_T2: Tensor, tile_size: float
+    encoder: VisionTransformer,
+    embeddings_TC: Float[Tensor, "T C"],
+    coords_T2: Tensor,
+    tile_size: float,
+    group: ProcessGroup | None = None,
 ) -> PackedTokens:
     """Embed tiles as packed tokens for the encoder's blocks. Arguments as in :func:`encode_placed_tiles`."""
-    rows_TC, packing, grid_HW = place_tiles(embeddings_TC, coords_T2, tile_size)
-    return encoder.embed_patches(rows_TC, packing, grid_HW)
+    rows_TC, packing, grid_HW = place_tiles(embeddings_TC, coords_T2, tile_size, group)
+    return encoder.embed_patches(rows_TC, packing, grid_HW, group)

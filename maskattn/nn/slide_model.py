@@ -14,7 +14,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from maskattn.nn.fitting import joined, misfits
 from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing
 from maskattn.shapes import Bool, Float, UInt8
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["SlideModel", "SlideModelConfig"]
 
@@ -167,15 +170,23 @@ class SlideModel(nn.Module):
         """Embed tiles. Arguments as in :meth:`tile_tokens`."""
         return self.tile_encoder(self.tile_tokens(tiles_BIXY, keep_BHW))
 
-    def slide_tokens(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> PackedTokens:
+    def slide_tokens(
+        self,
+        embeddings_TC: Float[Tensor, "T C"],
+        keep_HW: Bool[Tensor, "H W"],
+        group: ProcessGroup | None = None,
+    ) -> PackedTokens:
         """Embed the kept tiles as packed tokens for the slide encoder's blocks.
 
         Args:
             embeddings_TC: (T, C), a row for each kept cell, row-major.
             keep_HW: (H, W) bool over the slide's grid cells.
+            group: the process group over which the slide's tiles are divided; ``keep_HW``, still of the whole grid,
+                is then True for this process's tiles alone. None if this process has all tiles.
 
         Raises:
             ValueError: the numbers of embeddings and of kept cells differ.
+            GroupError: the processes of the group disagree, or one of them has ended.
         """
         packing = Packing.from_keep(keep_HW.to(embeddings_TC.device).flatten()[None])
         if packing.total != embeddings_TC.shape[0]:
@@ -183,11 +194,16 @@ class SlideModel(nn.Module):
                 f"there must be one embedding for each kept cell, got {embeddings_TC.shape[0]} embeddings and "
                 f"{packing.total} kept cells"
             )
-        return self.slide_encoder.embed_patches(embeddings_TC, packing, (keep_HW.shape[0], keep_HW.shape[1]))
+        return self.slide_encoder.embed_patches(embeddings_TC, packing, (keep_HW.shape[0], keep_HW.shape[1]), group)
 
-    def forward(self, embeddings_TC: Float[Tensor, "T C"], keep_HW: Bool[Tensor, "H W"]) -> Float[Tensor, "K"]:
+    def forward(
+        self,
+        embeddings_TC: Float[Tensor, "T C"],
+        keep_HW: Bool[Tensor, "H W"],
+        group: ProcessGroup | None = None,
+    ) -> Float[Tensor, "K"]:
         """Compute the slide's logits (K,). Arguments as in :meth:`slide_tokens`."""
-        return self.slide_encoder(self.slide_tokens(embeddings_TC, keep_HW))[0]
+        return self.slide_encoder(self.slide_tokens(embeddings_TC, keep_HW, group))[0]
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``NAME.safetensors`` and ``NAME.json`` in the same folder; neither is left half-written.

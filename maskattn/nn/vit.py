@@ -11,7 +11,7 @@ Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class to
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from maskattn.leaves import leaf_module
 from maskattn.nn.blocks import AttentionOptions, Block, BlockOptions, PatchEmbedding, is_as_built
 from maskattn.nn.kept_tokens import packing_of
 from maskattn.nn.mlps import ACTIVATIONS, MLPS
-from maskattn.nn.packed_tokens import PackedTokens, insert_prefix, rows_and_columns
+from maskattn.nn.packed_tokens import PackedTokens, rows_and_columns
 from maskattn.nn.pools import mean_of_grid, pool_of
 from maskattn.nn.positions import (
     CONVENTIONS,
@@ -33,6 +33,9 @@ from maskattn.nn.positions import (
 from maskattn.nn.timm_interface import TimmInterface
 from maskattn.packing import Packing, pack, unpack
 from maskattn.shapes import Bool, Float
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["VisionTransformer"]
 
@@ -227,7 +230,11 @@ class VisionTransformer(TimmInterface):
         return self.embed_patches(self.patch_embed.cut(x, packing), packing, grid_HW)
 
     def embed_patches(
-        self, patches_TK: Float[Tensor, "T K"], packing: Packing, grid_HW: tuple[int, int]
+        self,
+        patches_TK: Float[Tensor, "T K"],
+        packing: Packing,
+        grid_HW: tuple[int, int],
+        group: ProcessGroup | None = None,
     ) -> PackedTokens:
         """Embed kept patches as packed tokens with positions.
 
@@ -235,6 +242,13 @@ class VisionTransformer(TimmInterface):
             patches_TK: (T, in_chans·p·p), the kept patches, image by image, row-major.
             packing: the patches' packing in (B, H·W).
             grid_HW: the rows and columns of the token grid.
+            group: the process group whose processes hold some of the patches each, and all call the model; None if
+                this process has all patches. Prefix tokens are rows of its process 0. Without pooling, the output has
+                this process's tokens, and 0 at those of others.
+
+        Raises:
+            GroupError: the processes of the group disagree, or one of them has ended.
+            ValueError: an image has no patch in any of them.
         """
         rows_TC = self.patch_embed(patches_TK)
         prefix_1PC, positions_1NC = self._positions(grid_HW)
@@ -245,20 +259,11 @@ class VisionTransformer(TimmInterface):
             sines_TC = sine_positions(*rows_and_columns(packing, grid_HW), grid_HW, self.embed_dim)
             rows_TC = rows_TC + sines_TC.to(rows_TC.dtype)
         coords_T2, rotation = self._places(packing, grid_HW, rows_TC.dtype)
-        P = self.num_prefix_tokens
+        tokens = PackedTokens(rows_TC, packing, grid_HW, 0, coords_T2, rotation)
         if prefix_1PC is not None:
-            prefix = prefix_1PC.to(rows_TC.dtype).expand(packing.batch_size, P, -1).flatten(0, 1)
-            packing, rows_of_prefix, rows_of_grid = insert_prefix(packing, P)
-            rows = rows_TC.new_empty((packing.total, rows_TC.shape[1]))
-            rows_TC = rows.index_copy(0, rows_of_grid, rows_TC).index_copy(0, rows_of_prefix, prefix)
-            if coords_T2 is not None:
-                coords_T2 = coords_T2.new_full((packing.total, 2), torch.nan).index_copy(0, rows_of_grid, coords_T2)
-            if rotation is not None:
-                shape = (packing.total, rotation[0].shape[1])
-                cos, sin = rotation[0].new_ones(shape), rotation[1].new_zeros(shape)
-                rotation = cos.index_copy(0, rows_of_grid, rotation[0]), sin.index_copy(0, rows_of_grid, rotation[1])
-        rows_TC = self.norm_pre(self.pos_drop(rows_TC))
-        return PackedTokens(rows_TC, packing, grid_HW, P, coords_T2, rotation)
+            tokens = tokens.after_prefix(prefix_1PC, group)
+        tokens = tokens.with_rows(self.norm_pre(self.pos_drop(tokens.rows_TC)))
+        return tokens if group is None else tokens.divided(group)
 
     def before_last_block(self, tokens: PackedTokens) -> PackedTokens:
         """Run all blocks but the last, which explanations need only once."""

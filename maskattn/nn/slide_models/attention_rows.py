@@ -71,7 +71,15 @@ def rolled_out(
         tokens: input of the first block, a single sequence.
         row_N: row over the outputs of the last block that counts.
         depth: number of blocks that count, from the first; None for all.
+
+    Raises:
+        ValueError: the tokens are divided among processes.
     """
+    if tokens.shards is not None:
+        raise ValueError(
+            "rollout multiplies the attention of all tiles, got tiles divided among processes; give every process all "
+            "tiles, or take the last layer's attention"
+        )
     inputs = []
     for number in range(len(vit.blocks) if depth is None else depth):
         inputs.append(tokens)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from maskattn.nn.blocks import Block
 from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.pools import mean_of_grid
 from maskattn.nn.slide_models.attention_rows import rolled_out
 from maskattn.nn.slide_models.head import SlideHead, TileGrid
 from maskattn.nn.slide_models.vit import first_row, tokens_on_grid
@@ -43,6 +44,7 @@ class GigaPathHead(SlideHead):
     kind: ClassVar[str] = "gigapath"
     has_layers = True
     reads_grid = True
+    reads_divided_tiles = True
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class GigaPathHead(SlideHead):
         tokens, order_T = tokens_on_grid(self.vit, embeddings_TC, grid)
         tokens, block = self.vit.run_blocks(tokens, slice(last - 1)), self.vit.blocks[last - 1]
         assert isinstance(block, Block), "a transformer is made of blocks"
-        rows_AT = block.read_weights(tokens)[:, tokens.num_prefix :]
+        rows_AT = block.read_weights(tokens)[:, tokens.own_prefix :]
         return torch.empty_like(rows_AT).index_copy_(1, order_T, rows_AT)
 
     def rollout(  # noqa: D102 (documented in SlideHead)
@@ -100,7 +102,6 @@ class GigaPathHead(SlideHead):
         return torch.empty_like(row_T).index_copy_(0, order_T, row_T)
 
     def _pooled(self, tokens: PackedTokens) -> Tensor:
-        rows = tokens.rows_TC
         mean = self.vit.global_pool == "avg"
-        of_layer: Tensor = self.vit.fc_norm(rows[tokens.num_prefix :].mean(dim=0) if mean else rows[0])
+        of_layer: Tensor = self.vit.fc_norm(mean_of_grid(tokens)[0] if mean else tokens.first()[0, 0])
         return of_layer

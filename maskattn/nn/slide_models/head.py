@@ -8,13 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from maskattn.distributed.agreement import agree
 from maskattn.packing import Packing
 from maskattn.shapes import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["SlideHead", "TileGrid"]
 
@@ -27,11 +31,14 @@ class TileGrid:
         rows_T: (T,) int64, row indices from the top.
         columns_T: (T,) int64, column indices from the left.
         shape_HW: numbers of rows and columns of the grid.
+        group: the process group over which the slide's tiles are divided: these T tiles are this process's, and the
+            slide model is called by all its processes. None if this process has all tiles.
     """
 
     rows_T: Int[Tensor, "T"]
     columns_T: Int[Tensor, "T"]
     shape_HW: tuple[int, int]
+    group: ProcessGroup | None = None
 
     @classmethod
     def from_keep(cls, keep_HW: Bool[Tensor, "H W"]) -> TileGrid:
@@ -69,6 +76,7 @@ class SlideHead(nn.Module, ABC):
         reads_um: whether the logits depend on the tiles' positions in µm.
         has_layers: whether it has attention layers whose weights sum to 1, as :meth:`rollout` needs them.
         why_no_rollout: the reason if it has no such layers, as a relative clause about the model.
+        reads_divided_tiles: whether a slide's tiles may be divided among processes, see :class:`TileGrid`.
     """
 
     kind: ClassVar[str]
@@ -76,6 +84,7 @@ class SlideHead(nn.Module, ABC):
     reads_um: bool = False
     has_layers: bool = False
     why_no_rollout: str = "which has no layers of attention"
+    reads_divided_tiles: bool = False
 
     def __init__(self, in_dim: int, num_classes: int) -> None:
         super().__init__()
@@ -106,12 +115,17 @@ class SlideHead(nn.Module, ABC):
             grid: the tiles' cells; None if the tiles are not on a grid.
 
         Returns:
-            (K,) logits.
+            (K,) logits; the same in all processes if the tiles are divided.
 
         Raises:
-            ValueError: there are no embeddings, their width is not C, or positions that the head reads are missing.
+            ValueError: there are no embeddings, their width is not C, positions that the head reads are missing, or the
+                tiles are divided and the head needs them all.
+            GroupError: the tiles are divided, and another process refuses its input or has ended.
         """
-        self.check(embeddings_TC, coords_um_T2, grid)
+        if grid is None or grid.group is None:
+            self.check(embeddings_TC, coords_um_T2, grid)
+        else:
+            self._check_in_all(grid.group, embeddings_TC, coords_um_T2, grid)
         return self.logits(embeddings_TC, coords_um_T2, grid)
 
     def attention(
@@ -151,7 +165,14 @@ class SlideHead(nn.Module, ABC):
 
     def check(self, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid | None) -> None:
         """Refuse input that the head cannot read; arguments and errors are those of :meth:`forward`."""
-        if embeddings_TC.ndim != 2 or embeddings_TC.shape[1] != self.in_dim or not len(embeddings_TC):
+        divided = grid is not None and grid.group is not None
+        if divided and not self.reads_divided_tiles:
+            raise ValueError(
+                f"a slide's tiles can be divided among processes for transformers over tiles, got a TileGrid with a "
+                f"group for a head of kind {self.kind!r}; give every process all tiles, in a grid without a group"
+            )
+        empty = not len(embeddings_TC) and not divided
+        if embeddings_TC.ndim != 2 or embeddings_TC.shape[1] != self.in_dim or empty:
             raise ValueError(
                 f"a slide model reads (T, {self.in_dim}) embeddings of T ≥ 1 tiles, got {tuple(embeddings_TC.shape)}; "
                 f"take the encoder that it was trained with, whose features have {self.in_dim} channels"
@@ -170,3 +191,16 @@ class SlideHead(nn.Module, ABC):
                 raise ValueError(
                     f"there must be a position for each tile, got {len(positions)} for {len(embeddings_TC)} embeddings"
                 )
+
+    def _check_in_all(
+        self, group: ProcessGroup, embeddings_TC: Tensor, coords_um_T2: Tensor | None, grid: TileGrid
+    ) -> None:
+        """Check the input in all processes of a group, so that an error in one of them is an error in all."""
+        problem: Exception | None = None
+        try:
+            self.check(embeddings_TC, coords_um_T2, grid)
+            grid.packing()
+        except ValueError as error:
+            problem = error
+        described = {"kind of head": self.kind, "dtype": str(embeddings_TC.dtype), "training mode": self.training}
+        agree("a slide model", described, problem, group, embeddings_TC.device)

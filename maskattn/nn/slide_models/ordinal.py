@@ -44,6 +44,7 @@ class OrdinalHead(SlideHead):
         self.below = built
         self.reads_grid, self.reads_um = built.reads_grid, built.reads_um
         self.has_layers, self.why_no_rollout = built.has_layers, built.why_no_rollout
+        self.reads_divided_tiles = built.reads_divided_tiles
 
     def arguments(self) -> dict[str, Any]:  # noqa: D102 (documented in SlideHead)
         return {"below_kind": self.below.kind, "below": self.below.arguments()}

@@ -35,6 +35,7 @@ class ViTHead(SlideHead):
 
     kind: ClassVar[str] = "vit"
     has_layers = True
+    reads_divided_tiles = True
 
     def __init__(self, vit: VisionTransformer | dict[str, Any], impl: str | None = None) -> None:
         encoder = VisionTransformer(**{**vit, "impl": impl}) if isinstance(vit, dict) else vit
@@ -68,7 +69,7 @@ class ViTHead(SlideHead):
         if self.vit.cls_token is None:
             return None
         tokens, order_T = self.tokens(embeddings_TC, grid)
-        rows_AT = self.vit.last_block.read_weights(self.vit.before_last_block(tokens))[:, tokens.num_prefix :]
+        rows_AT = self.vit.last_block.read_weights(self.vit.before_last_block(tokens))[:, tokens.own_prefix :]
         return torch.empty_like(rows_AT).index_copy_(1, order_T, rows_AT)
 
     def rollout(  # noqa: D102 (documented in SlideHead)
@@ -98,14 +99,15 @@ def tokens_on_grid(
     Args:
         vit: transformer with patch_size 1.
         embeddings_TC: (T, C), in any order.
-        grid: the tiles' cells; None puts them in one row, for a transformer without positions.
+        grid: the tiles' cells; None puts them in one row, for a transformer without positions. With a group, T counts
+            this process's tiles.
 
     Returns:
-        The tokens in row-major order, and (T,), the tile index of each.
+        The tokens in row-major order, and (T,), the tile index of each grid token.
     """
     device = embeddings_TC.device
     if grid is None:
         line = torch.arange(len(embeddings_TC), device=device)
         grid = TileGrid(torch.zeros_like(line), line, (1, len(line)))
     packing, order_T = TileGrid(grid.rows_T.to(device), grid.columns_T.to(device), grid.shape_HW).packing()
-    return vit.embed_patches(embeddings_TC[order_T], packing, grid.shape_HW), order_T
+    return vit.embed_patches(embeddings_TC[order_T], packing, grid.shape_HW, grid.group), order_T
