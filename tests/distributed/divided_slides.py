@@ -73,7 +73,7 @@ def trained_step(head: SlideHead, embeddings: Tensor, grid: TileGrid) -> dict[st
     leaf = embeddings.clone().requires_grad_()
     head.zero_grad()
     logits = head(leaf, grid=grid)
-    torch.nn.functional.cross_entropy(logits[None].to(torch.float64), torch.tensor([1])).backward()
+    (logits * (torch.arange(len(logits)) - 1.3)).sum().backward()
     found = {"logits": logits.detach()}
     processes = 1
     if grid.group is not None:

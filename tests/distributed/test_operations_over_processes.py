@@ -224,3 +224,30 @@ def left_alone(rank: int) -> str:
 
 def test_a_process_that_has_ended_is_an_error_and_no_hang():
     assert "look for the first error" in run_in_processes(left_alone, 2, timeout_s=5)[0]
+
+
+def in_bfloat16(rank: int, layout: Any) -> list[Any]:
+    shards = Shards.of(oracles.cu_seqlens(layout[rank]))
+    found = []
+    for case in ("plain", "bias", "all"):
+        inputs = whole_inputs(layout, case).to(torch.bfloat16)
+        for exchange in ("ring", "gather"):
+            result = attend_together(shards, inputs, exchange, "cpu")
+            found.append((layout, case, f"{exchange} cpu", shards.positions, result))
+    return found
+
+
+def test_bfloat16_stays_within_the_error_budget():
+    layout = LAYOUTS[2]
+    processes = run_in_processes(in_bfloat16, 2, layout)
+    compared = 0
+    for steps in zip(*processes, strict=True):
+        case, way = steps[0][1:3]
+        inputs = whole_inputs(layout, case).to(torch.bfloat16)
+        exact = attend_alone(layout, inputs.to(torch.float64), "reference")
+        same = attend_alone(layout, inputs, "reference")
+        for name, expected in exact.items():
+            found = put_together(way, name, steps, expected)
+            oracles.assert_within_budget(found, expected, same[name], f"{case} {way} {name}")
+            compared += 1
+    assert compared > 30
