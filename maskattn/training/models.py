@@ -65,7 +65,19 @@ def _plain_head(settings: TrainSettings, in_dim: int, outputs: int) -> SlideHead
         norm_eps=1e-5,
         impl=settings.impl,
     )
+    _start_class_token(vit)
     return ViTHead(vit)
+
+
+@torch.no_grad()
+def _start_class_token(vit: VisionTransformer) -> None:
+    """Draw the class token from a standard normal distribution, as TransMIL and STAMP do.
+
+    timm's first value of about 1e-6 is below the ε of LayerNorm: without positions, the token then has no query of its
+    own in the first block, and a later norm magnifies the small random sums that it has by then.
+    """
+    assert vit.cls_token is not None, "a slide model is read at its class token"
+    nn.init.normal_(vit.cls_token)
 
 
 def _heads(dim: int) -> int:
