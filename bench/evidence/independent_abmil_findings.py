@@ -15,8 +15,8 @@ standard error over them), with ABMIL and with copies of both ViTs that train ma
   from a standard normal distribution, as TransMIL and STAMP do. The lowest validation loss falls by 0.025 ± 0.006, the
   difference from ABMIL within folds becomes 0.001 ± 0.003, and the pooled one −0.010 ± 0.003. The AUCs before and after
   cannot be told apart (0.005 ± 0.004 within folds, 0.008 ± 0.006 pooled). Standard deviations of 0.02 and 0.2 were
-  tried as well, and did not change the AUC within folds beyond chance either. `python -m bench.evidence.first_class_token`
-  repeats the comparison in the independent loop.
+  tried as well, and did not change the AUC within folds beyond chance either.
+  `python -m bench.evidence.first_class_token` repeats the comparison in the independent loop.
 - No gain in AUC beyond chance came from a cosine schedule, a rate of 0.0003, weight decay of 0.1 or 1, dropout of 0.3,
   dropping 0.3 or 0.5 of the tokens, or mean pooling (four units each).
 
