@@ -3,7 +3,8 @@
 Both bring a process the keys that it lacks, and for one sequence on all processes they move the same number of bytes.
 The gathered exchange attends once, to whole sequences, moves no keys of sequences of which a process has no queries,
 and returns gradients to their owners in one step of the backward pass. The ring never holds more than three processes'
-keys. The gathered exchange is therefore chosen if the keys that it holds are few, or no more than in the ring.
+keys. The gathered exchange is therefore chosen if the keys that it holds are few, or no more than in the ring. Between
+two processes on one CPU their times were equal (``bench/results/context_parallel.md``), so the limit bounds memory.
 
 Dimension key: W processes.
 """
