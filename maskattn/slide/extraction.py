@@ -18,6 +18,7 @@ import torch
 from maskattn.errors import SlideError
 from maskattn.nn.encoders.tile_encoder import TileEncoder
 from maskattn.slide.asked import recorded_fields, unlike
+from maskattn.slide.device_copies import HostCopies, to_device
 from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
 from maskattn.slide.extract_request import ExtractSettings, check_extraction, recorded_extraction, tile_geometry
 from maskattn.slide.extraction_record import (
@@ -150,7 +151,7 @@ def extract_slide(
             encoded = _Encoded(reader, encoder, settings, stages, found.places, on_tiles)
             for features_BC, rows_B in encoded.batches():
                 tissue_T = found.places.tissue_T
-                with stages("write"):
+                with stages("write", on_host=True):
                     tissue_B = None if tissue_T is None else tissue_T[rows_B]
                     take(features_BC.astype(dtype), found.places.coords_lv0[rows_B], tissue_B)
             record = ExtractionRecord(
@@ -177,6 +178,10 @@ def extract_slide(
             features.unlink(missing_ok=True)
             record.write(record_path(features))
     return record
+
+
+_EncodedBatch = tuple[HostCopies, np.ndarray]
+"""Features of a batch's readable tiles, and the tiles' indices."""
 
 
 class _Encoded:
@@ -221,9 +226,10 @@ class _Encoded:
             pin_memory=device.type == "cuda",
         )
         done = 0
+        encoded: _EncodedBatch | None = None
         with cores_left_to(workers, device):
             while True:
-                with self._stages("read"):
+                with self._stages("read", on_host=True):
                     batch = next(batches, None)
                 if batch is None:
                     break
@@ -233,29 +239,45 @@ class _Encoded:
                     self._reader.damages.merge(batch.damages)
                 self.reason = self.reason or batch.reason
                 if bool(batch.readable_B.any()):
-                    yield self._encode(batch)
+                    queued = self._encode(batch)
+                    if encoded is not None:  # a GPU computes the next batch while this one is written
+                        yield self._on_host(*encoded)
+                    encoded = queued
                 done += len(batch.rows_B)
                 if self._on_tiles is not None:
                     self._on_tiles(done, places.kept_tiles)
+            if encoded is not None:
+                yield self._on_host(*encoded)
         if not self.tiles:
             raise SlideError(
                 f"a slide must have tiles that can be read, got {places.kept_tiles} of {places.kept_tiles} unreadable "
                 f"in {self._reader.path}; the first because {self.reason}"
             )
 
-    def _encode(self, batch: TileBatch) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, batch: TileBatch) -> _EncodedBatch:
+        """Queue a batch's work on the device."""
         device, readable_B = self._encoder.device, batch.readable_B
         rows_B = batch.rows_B[readable_B].numpy()
         keep_BHW = None
         if self._places.token_keep_THW is not None:
             kept = np.ascontiguousarray(self._places.token_keep_THW[rows_B])
             self.kept_tokens += int(np.count_nonzero(kept))
-            keep_BHW = torch.from_numpy(kept).to(device)
+            keep_BHW = to_device(kept, device)
         else:
             self.kept_tokens += len(rows_B) * (self._encoder.tile_px // self._encoder.token_px) ** 2
         tiles = batch.tiles_BCHW if bool(readable_B.all()) else batch.tiles_BCHW[readable_B]
-        with self._stages("encode"), torch.inference_mode(), _computing_in(self._settings.dtype, device):
-            features = self._encoder.encode_tiles(tiles.to(device, non_blocking=True), keep_BHW).float().cpu().numpy()
+        with (
+            self._stages("encode", runs_ahead=True),
+            torch.inference_mode(),
+            _computing_in(self._settings.dtype, device),
+        ):
+            features = self._encoder.encode_tiles(tiles.to(device, non_blocking=True), keep_BHW)
+            return HostCopies(features), rows_B
+
+    def _on_host(self, copies: HostCopies, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the features of a batch and its tiles' indices, when the device has computed them."""
+        with self._stages("encode", on_host=True):
+            (features,) = copies.arrays()
         if not np.isfinite(features).all():
             row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
             x, y = self._places.coords_lv0[rows_B[row]]

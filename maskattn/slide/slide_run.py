@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maskattn.nn.slide_models.two_stage import TwoStageModel
 from maskattn.shapes import Bool, Float, Int, UInt8
+from maskattn.slide.device_copies import to_device
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.reader import SlideInfo, SlideReader
@@ -76,21 +77,22 @@ class Stages:
         self._previous: dict[str, torch.cuda.Event] = {}
 
     @contextmanager
-    def __call__(self, name: str, *, runs_ahead: bool = False) -> Iterator[None]:
+    def __call__(self, name: str, *, runs_ahead: bool = False, on_host: bool = False) -> Iterator[None]:
         """Time the context, and add it to the stage's seconds.
 
         Args:
             name: the name of the stage.
             runs_ahead: do not wait for the GPU's work on this batch, only for that on the previous batch.
+            on_host: do not wait for a GPU at all, which has no work of this stage.
         """
         self._charge()
         self._running.append(name)
         try:
             yield
         finally:
-            if self._device.type == "cuda" and runs_ahead:
+            if self._device.type == "cuda" and not on_host and runs_ahead:
                 self._wait_for_previous(name)
-            elif self._device.type == "cuda":
+            elif self._device.type == "cuda" and not on_host:
                 torch.cuda.synchronize(self._device)
             self._charge()
             self._running.pop()
@@ -203,9 +205,9 @@ class SlideRun:
             if batch.damages is not None:
                 self.reader.damages.merge(batch.damages)
             rows_B = batch.rows_B.numpy()
-            keep_BHW = torch.from_numpy(np.ascontiguousarray(grid.token_keep_THW[rows_B]))
+            keep_BHW = to_device(grid.token_keep_THW[rows_B], self.device)
             tiles_BCHW = batch.tiles_BCHW.to(self.device, non_blocking=True)
-            yield ReadTiles(tiles_BCHW, keep_BHW.to(self.device), rows_B, batch.readable_B.numpy(), batch.reason)
+            yield ReadTiles(tiles_BCHW, keep_BHW, rows_B, batch.readable_B.numpy(), batch.reason)
             self._tiles_done += len(rows_B)
             if self._on_tiles is not None:
                 self._on_tiles(self._tiles_done, max(self._tiles_done, passes * grid.kept_tiles))

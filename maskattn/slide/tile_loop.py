@@ -23,6 +23,7 @@ from maskattn.explain.region_tokens import attention_ranks
 from maskattn.explain.slide_heads import SlideHeadCDAM
 from maskattn.nn.encoders.regions import RegionEncoder
 from maskattn.nn.slide_models.vit import ViTHead
+from maskattn.slide.device_copies import HostCopies, to_device
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.run_tiles import RunTiles
 from maskattn.slide.sinks import SINKS, ExplainedSlide, ExplainedTiles
@@ -54,7 +55,7 @@ def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
             if embeddings_TC is None:
                 # Made outside inference mode: the relevance pass takes gradients with respect to it.
                 embeddings_TC = torch.zeros(grid.kept_tiles, encoded_BC.shape[1], device=run.device)
-            embeddings_TC[torch.from_numpy(batch.rows_B).to(run.device)] = encoded_BC
+            embeddings_TC[to_device(batch.rows_B, run.device)] = encoded_BC
         readable_T[batch.rows_B] = batch.readable_B
         reason = reason or batch.reason
     rows_T = np.flatnonzero(readable_T)
@@ -128,7 +129,7 @@ def feed_sinks(
                 if sink.is_asked_for(run.settings) and (not run.alone or getattr(sink, "needs_no_slide", False))
             ]
         for batch in batches:
-            with run.stages("write"):
+            with run.stages("write", on_host=True):
                 for take in takes:
                     take(batch)
         with run.stages("write"):
@@ -168,18 +169,27 @@ def explained_tokens(
     explain = SlideHeadCDAM(run.model.head, run.model.encoder, run.settings.method)
     assert relevance.gradient_KTC is not None, "the pipeline computes the gradient if token maps are requested"
     ranks_T = attention_ranks(relevance.attention_T)
+    computed: Iterator[ExplainedTiles] = iter(())
     for batch in run.read(grid, encoded.rows_T):
-        with run.stages("tokens"):
+        with run.stages("tokens", runs_ahead=True):
             tiles_B = np.searchsorted(encoded.rows_T, batch.rows_B)
-            some = torch.from_numpy(tiles_B).to(run.device)
+            some = to_device(tiles_B, run.device)
             gradient_KBC = relevance.gradient_KTC[:, some]
             keep_BHW = batch.keep_BHW if run.model.masks_tokens else None
             maps = explain.tokens(batch.tiles_BCHW, keep_BHW, gradient_KBC, ranks_T[some])
-            # A tile that is unreadable the second time has no token map.
-            keep_Bhw = batch.keep_BHW.cpu().numpy() & batch.readable_B[:, None, None]
-            relevance_KBhw = _numpy(maps.relevance_KBHW) * keep_Bhw
-            attention_Bhw = _numpy(maps.attention_BHW) * keep_Bhw
-        yield ExplainedTiles(tiles_B, keep_Bhw, relevance_KBhw, attention_Bhw)
+            copies = HostCopies(maps.relevance_KBHW, maps.attention_BHW)
+        yield from computed  # a GPU computes this batch while the sinks take the one before it
+        # A tile that is unreadable the second time has no token map.
+        keep_Bhw = grid.token_keep_THW[batch.rows_B] & batch.readable_B[:, None, None]
+        computed = _on_host(run, tiles_B, keep_Bhw, copies)
+    yield from computed
+
+
+def _on_host(run: SlideRun, tiles_B: np.ndarray, keep_Bhw: np.ndarray, copies: HostCopies) -> Iterator[ExplainedTiles]:
+    """Yield one batch, when a GPU has computed it."""
+    with run.stages("tokens", on_host=True):
+        relevance_KBhw, attention_Bhw = copies.arrays()
+    yield ExplainedTiles(tiles_B, keep_Bhw, relevance_KBhw * keep_Bhw, attention_Bhw * keep_Bhw)
 
 
 def _with_patches(
