@@ -1,6 +1,7 @@
 """The C++ attention compared with torch's, on the CPU.
 
     python -m bench.cpu.native_attention --out bench/results/native_attention.md       a few minutes on two cores
+    python -m bench.cpu.native_attention --threads 1 --instruction-sets avx2 avx512    only these, side by side
 
 Contenders run in interleaved rounds in one process; medians are printed, and ratios of them (above 1 if ours is
 faster). With ``--threads 1`` times are processor time, which other work on the machine disturbs less. The machine's
@@ -12,14 +13,19 @@ Dimension key: B sequences, N tokens, H heads, D head width, f share of the toke
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +33,56 @@ from torch import Tensor
 
 import maskattn
 from bench.pages import publish
-from bench.timing import kind_of_time, medians
+from bench.timing import kind_of_time, median_ratio, medians, rounds_of
 from maskattn import Packing, masked_attention, packed_attention
+from maskattn.attention.impl import cpu
+from maskattn.extension import extension
 from maskattn.nn import VisionTransformer
 
 HERE = Path(__file__).parent
 Lines = Iterator[str]
 
 
-def machine_peak() -> dict[str, float]:
+# What keeps torch from more than an instruction set has, and the compiler's flags for the peak.
+TORCH_WITH = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "avx512_bf16": {},
+}
+PEAK_WITH = {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx2 -mfma", "avx512_bf16": "-march=native"}
+
+Size = tuple[int, int, int, int]
+SIZES = [(1, n, 6, 64) for n in (256, 1024, 4096, 16_384)] + [(64, 197, 6, 64), (1, 4096, 3, 128), (1, 4096, 8, 48)]
+SIZES_OF_SETS = [
+    *((1, 256, 6, 64), (1, 1024, 6, 64), (1, 4096, 1, 64), (1, 16_384, 1, 64)),
+    *((1, 1024, 6, 32), (1, 4096, 2, 32), (1, 1024, 6, 80), (1, 4096, 1, 80), (1, 1024, 6, 128), (1, 4096, 1, 128)),
+    *((16, 197, 6, 64), (16, 197, 12, 80)),
+]
+SMOKE_SIZES = [(2, 70, 2, 16)]
+
+
+def processor() -> str:
+    """Return the processor's name, with its family and model, which tell a server's generation."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if os.path.exists("/proc/cpuinfo") else []
+    facts = dict(reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]))
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family', '?')}, model {facts.get('model', '?')})"
+
+
+def use_only(instruction_set: str) -> None:
+    """Have every later call of the extension use this instruction set."""
+    native = extension()
+    names = [name for name in dir(native) if "attention" in name]
+    forced = SimpleNamespace(**{n: partial(getattr(native, n), instruction_set=instruction_set) for n in names})
+    cpu.extension = lambda: forced
+
+
+def machine_peak(flags: str = "-march=native") -> dict[str, float]:
     """Measure the GFLOP/s of one thread by dtype; the result is empty without a compiler or AVX2."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peak"
-        command = ["g++", "-O3", "-march=native", "-std=c++17", str(HERE / "peak.cpp"), "-o", str(program)]
+        command = ["g++", "-O3", *flags.split(), "-std=c++17", str(HERE / "peak.cpp"), "-o", str(program)]
         try:
             subprocess.run(command, check=True, capture_output=True)
             text = subprocess.run([program], check=True, capture_output=True, text=True).stdout
@@ -66,30 +109,64 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
 
 
-def dense_table(rounds: int, peak: dict[str, float], sizes: list[tuple[int, int, int, int]]) -> Lines:
-    """Compare both on the same packed tokens."""
+def dense_cells(rounds: int, peak: dict[str, float], size: Size, dtype: torch.dtype) -> list[str]:
+    """Compare both on the same packed tokens: forward GFLOP/s and ratio, backward GFLOP/s and ratio."""
+    B, N, H, D = size
+    rows = [torch.randn(B * N, H, D).to(dtype).requires_grad_() for _ in range(3)]
+    dense = [x.detach().view(B, N, H, D).transpose(1, 2).contiguous().requires_grad_() for x in rows]
+    starts = torch.arange(0, B * N + 1, N, dtype=torch.int32)
+
+    attend = partial(_attend_packed, starts=starts, tokens=N)
+    with torch.no_grad():
+        forward = rounds_of(
+            {"ours": partial(attend, *rows), "torch": partial(_torch, *dense)}, rounds, repeat_short=True
+        )
+    calls = {"ours": backward_of(attend, rows), "torch": backward_of(_torch, dense)}
+    backward = rounds_of(calls, rounds, repeat_short=True)
+    flops, name = 4 * B * N * N * H * D, _name_of(dtype)
+    rate = flops / statistics.median(forward["ours"]) / 1e9
+    share = f" ({rate / (peak[name] * torch.get_num_threads()):.0%})" if name in peak else ""
+    return [
+        f"{rate:.0f}{share}",
+        f"{median_ratio(forward['torch'], forward['ours']):.2f}",
+        f"{2.5 * flops / statistics.median(backward['ours']) / 1e9:.0f}",
+        f"{median_ratio(backward['torch'], backward['ours']):.2f}",
+    ]
+
+
+def dense_rows(rounds: int, peak: dict[str, float], sizes: list[Size]) -> list[list[str]]:
+    """Return the cells of each dtype and size."""
+    dtypes = torch.float32, torch.bfloat16
+    return [dense_cells(rounds, peak, size, dtype) for dtype in dtypes for size in sizes]
+
+
+def dense_table(sizes: list[Size], rows_of_sets: dict[str, list[list[str]]]) -> Lines:
+    """Show the cells of each instruction set side by side; the name "" stands for the best."""
     yield "## The same packed tokens: ours against torch's scaled_dot_product_attention"
     yield ""
-    yield "| sequences × tokens | H × D | dtype | forward GFLOP/s (share of peak) | ratio | backward GFLOP/s | ratio |"
-    yield "|---|---|---|---:|---:|---:|---:|"
-    for dtype in (torch.float32, torch.bfloat16):
-        for B, N, H, D in sizes:
-            rows = [torch.randn(B * N, H, D).to(dtype).requires_grad_() for _ in range(3)]
-            dense = [x.detach().view(B, N, H, D).transpose(1, 2).contiguous().requires_grad_() for x in rows]
-            starts = torch.arange(0, B * N + 1, N, dtype=torch.int32)
-
-            attend = partial(_attend_packed, starts=starts, tokens=N)
-            with torch.no_grad():
-                forward = medians({"ours": partial(attend, *rows), "torch": partial(_torch, *dense)}, rounds)
-            backward = medians({"ours": backward_of(attend, rows), "torch": backward_of(_torch, dense)}, rounds)
-            flops = 4 * B * N * N * H * D
-            rate, name = flops / forward["ours"] / 1e9, str(dtype).removeprefix("torch.")
-            share = f" ({rate / (peak[name] * torch.get_num_threads()):.0%})" if name in peak else ""
-            yield (
-                f"| {B} × {N:,} | {H} × {D} | {name} | {rate:.0f}{share} | {forward['torch'] / forward['ours']:.2f} "
-                f"| {2.5 * flops / backward['ours'] / 1e9:.0f} | {backward['torch'] / backward['ours']:.2f} |"
-            )
+    columns = ("forward GFLOP/s (share of peak)", "ratio", "backward GFLOP/s", "ratio")
+    names = [f"{name} {column}".strip() for name in rows_of_sets for column in columns]
+    yield "| sequences × tokens | H × D | dtype | " + " | ".join(names) + " |"
+    yield "|---|---|---|" + "---:|" * len(names)
+    kinds = [(dtype, size) for dtype in (torch.float32, torch.bfloat16) for size in sizes]
+    for (dtype, (B, N, H, D)), *cells in zip(kinds, *rows_of_sets.values(), strict=True):
+        yield f"| {B} × {N:,} | {H} × {D} | {_name_of(dtype)} | " + " | ".join(chain(*cells)) + " |"
     yield ""
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def rows_in_own_process(instruction_set: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the peak and the cells of an instruction set, from a process in which torch has no more either."""
+    command = [sys.executable, "-m", "bench.cpu.native_attention", "--only", instruction_set]
+    command += ["--threads", str(arguments.threads), "--rounds", str(arguments.rounds)]
+    command += ["--smoke"] if arguments.smoke else []
+    environment = os.environ | TORCH_WITH[instruction_set]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
 
 
 def masked_table(rounds: int, tokens: int) -> Lines:
@@ -212,6 +289,40 @@ def growth_table(rounds: int) -> Lines:
     yield ""
 
 
+def page(arguments: argparse.Namespace, rounds: int) -> Lines:
+    """Print all tables, or the one that shows instruction sets side by side."""
+    yield "# The C++ attention beside torch's"
+    yield ""
+    threads = f"{arguments.threads} thread" + "s" * (arguments.threads > 1)
+    yield (
+        f"torch {torch.__version__}, maskattn {maskattn.__version__}, {threads}, medians of {rounds} interleaved "
+        f"rounds, {kind_of_time()}, {date.today()}."
+    )
+    yield f"Processor: {processor()}; instruction sets: {', '.join(extension().instruction_sets())}."
+    if arguments.instruction_sets:
+        found = {name: rows_in_own_process(name, arguments) for name in arguments.instruction_sets}
+        for name, of_set in found.items():
+            yield f"{name}: {_peak_line(of_set['peak'])}; torch's capability {of_set['torch']}."
+        yield ""
+        sizes = SMOKE_SIZES if arguments.smoke else SIZES_OF_SETS
+        yield from dense_table(sizes, {name: of_set["rows"] for name, of_set in found.items()})
+        return
+    peak = {} if arguments.smoke else machine_peak()
+    sizes = SMOKE_SIZES if arguments.smoke else SIZES
+    yield f"{_peak_line(peak)}."
+    yield ""
+    yield from dense_table(sizes, {"": dense_rows(rounds, peak, sizes)})
+    yield from masked_table(rounds, 128 if arguments.smoke else 4096)
+    if not arguments.smoke:
+        yield from model_table(rounds)
+        yield from growth_table(rounds)
+
+
+def _peak_line(peak: dict[str, float]) -> str:
+    rates = ", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in peak.items())
+    return "peak of one thread " + (rates or "not measured")
+
+
 def main() -> None:
     """Print the tables, and write them to a file if one is given."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -219,25 +330,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that the bench runs")
+    parser.add_argument("--instruction-sets", nargs="+", choices=TORCH_WITH, help="compare only these, side by side")
+    parser.add_argument("--only", choices=TORCH_WITH, help=argparse.SUPPRESS)  # a process of --instruction-sets
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rounds = 1 if arguments.smoke else arguments.rounds
-    sizes = [(1, n, 6, 64) for n in (256, 1024, 4096, 16_384)] + [(64, 197, 6, 64), (1, 4096, 3, 128), (1, 4096, 8, 48)]
-    peak = {} if arguments.smoke else machine_peak()
-    lines = [
-        "# The C++ attention beside torch's",
-        "",
-        f"torch {torch.__version__}, maskattn {maskattn.__version__}, {arguments.threads} threads, medians of {rounds} "
-        f"interleaved rounds, {kind_of_time()}.",
-        "Peak of one thread: " + (", ".join(f"{n} {v:.0f} GFLOP/s" for n, v in peak.items()) or "not measured") + ".",
-        "",
-    ]
-    tables = (
-        dense_table(rounds, peak, [(2, 70, 2, 16)] if arguments.smoke else sizes),
-        masked_table(rounds, 128 if arguments.smoke else 4096),
-        *(() if arguments.smoke else (model_table(rounds), growth_table(rounds))),
-    )
-    publish(chain(lines, *tables), arguments.out)
+    if arguments.only:
+        use_only(arguments.only)
+        peak = {} if arguments.smoke else machine_peak(PEAK_WITH[arguments.only])
+        rows = dense_rows(rounds, peak, SMOKE_SIZES if arguments.smoke else SIZES_OF_SETS)
+        print(json.dumps({"peak": peak, "torch": torch.backends.cpu.get_cpu_capability(), "rows": rows}))
+    else:
+        publish(page(arguments, rounds), arguments.out)
 
 
 if __name__ == "__main__":
