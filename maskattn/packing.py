@@ -23,6 +23,7 @@ from maskattn import native_packing
 from maskattn.derived import known_lengths, note_lengths
 from maskattn.extension import has_extension
 from maskattn.leaves import leaf_function
+from maskattn.registration import define
 from maskattn.shapes import Bool, Int, Shaped
 from maskattn.transforms import is_mapped, take_one_by_one, transformable
 
@@ -133,7 +134,6 @@ def unpack(rows: Shaped[Tensor, "T *rest"], packing: Packing) -> Shaped[Tensor, 
     return dense.unflatten(0, (packing.batch_size, packing.num_tokens))
 
 
-@torch.library.custom_op("maskattn::gather_rows", mutates_args=())
 def _gather(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     if _has_kernels(x.device):
         from maskattn.kernels.attention import gather
@@ -144,7 +144,6 @@ def _gather(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     return x.index_select(0, indices)
 
 
-@torch.library.custom_op("maskattn::scatter_rows", mutates_args=())
 def _scatter(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     if _has_kernels(rows.device):
         from maskattn.kernels.attention import gather
@@ -155,13 +154,11 @@ def _scatter(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     return rows.new_zeros((row_of_token.shape[0], *rows.shape[1:])).index_copy_(0, indices, rows)
 
 
-@_gather.register_fake
-def _(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
+def _gathered(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     return x.new_empty((indices.shape[0], *x.shape[1:]))
 
 
-@_scatter.register_fake
-def _(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
+def _scattered(rows: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:
     return rows.new_empty((row_of_token.shape[0], *rows.shape[1:]))
 
 
@@ -192,10 +189,14 @@ def _map_rows(call: Any, info: Any, in_dims: tuple[int | None, ...], x: Tensor, 
     return take_one_by_one(call, info, in_dims, x, *shared)
 
 
-_gather.register_autograd(_gather_back, setup_context=_save_positions)
-_scatter.register_autograd(_scatter_back, setup_context=_save_positions)
-_gather_transformable = transformable(_gather, _save_positions, _gather_back, _gather_tangent, _map_rows)
-_scatter_transformable = transformable(_scatter, _save_positions, _scatter_back, _scatter_tangent, _map_rows)
+_gather_op = define("gather_rows", "(Tensor x, Tensor indices, Tensor row_of_token) -> Tensor", _gather, _gathered)
+_scatter_op = define(
+    "scatter_rows", "(Tensor rows, Tensor indices, Tensor row_of_token) -> Tensor", _scatter, _scattered
+)
+_gather_op.register_autograd(_gather_back, setup_context=_save_positions)
+_scatter_op.register_autograd(_scatter_back, setup_context=_save_positions)
+_gather_transformable = transformable(_gather_op, _save_positions, _gather_back, _gather_tangent, _map_rows)
+_scatter_transformable = transformable(_scatter_op, _save_positions, _scatter_back, _scatter_tangent, _map_rows)
 
 
 def gather_rows(x: Tensor, indices: Tensor, row_of_token: Tensor) -> Tensor:

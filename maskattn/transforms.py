@@ -17,7 +17,8 @@ from torch._library.autograd import make_autograd_impl
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
-from torch.library import Library
+
+from maskattn.registration import library
 
 __all__ = ["is_mapped", "is_transformed", "refuse", "take_one_by_one", "transformable"]
 
@@ -25,7 +26,6 @@ Call = Callable[..., Any]
 
 # The keys at which a tangent is still visible. The alias "Autograd" keeps torch's own kernel.
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradXPU", "AutogradMPS", "AutogradPrivateUse1")
-_library = Library("maskattn", "FRAGMENT")
 
 
 def transformable(
@@ -100,7 +100,7 @@ def _any_tangent(args: tuple[Any, ...]) -> bool:
 def _refuse_tangents(operation: CustomOpDef) -> None:
     """Make direct calls of the operation raise for a tensor with a tangent, which torch would silently drop."""
     for key in _AUTOGRAD_KEYS:
-        _library.impl(operation._qualname.partition("::")[2], _guarded(operation), key, with_keyset=True)
+        library.impl(operation._qualname.partition("::")[2], _guarded(operation), key, with_keyset=True)
 
 
 def _guarded(operation: CustomOpDef) -> Call:

@@ -36,6 +36,8 @@ COMMANDS = {
     "import torch": ["-c", "import torch"],
     # The import that `maskattn infer` needs for its model, and so a script too.
     "import maskattn.nn.slide_model": ["-c", "import maskattn.nn.slide_model"],
+    # A whole small slide, which is drawn first: start-up is most of it.
+    "maskattn demo": ["-m", "maskattn", "demo", "--out", os.path.join(tempfile.gettempdir(), "start_up_demo")],
 }
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)")
 

@@ -24,6 +24,7 @@ from maskattn.attention.implementation import Implementation, implementation, ke
 from maskattn.attention.schema import Arguments, flat
 from maskattn.operands import QKV
 from maskattn.options import Options, differentiable, is_given
+from maskattn.registration import define
 from maskattn.results import Gradients, OutputGradients, Outputs, Tangents
 from maskattn.transforms import refuse, transformable
 
@@ -99,8 +100,7 @@ def register(operation: Operation) -> Call:
         return *results, lse.new_empty((*qkv.q.shape[1:3], tokens))
 
     schema = f"{arguments.schema} -> ({', '.join(['Tensor'] * len(outputs))})"
-    op = torch.library.custom_op(f"maskattn::{operation.name}", mutates_args=(), schema=schema)(run)
-    op.register_fake(fake)
+    op = define(operation.name, schema, run, fake)
     save, differentiate = _backward(operation, arguments)
     op.register_autograd(differentiate, setup_context=save)
     return transformable(op, save, differentiate, _tangent(operation, arguments))
@@ -133,8 +133,7 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
         return tuple(qkv.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in each)
 
     schema = f"{own.schema} -> ({', '.join(['Tensor'] * len(learnt))})"
-    op = torch.library.custom_op(f"maskattn::{operation.name}_backward", mutates_args=(), schema=schema)(run)
-    op.register_fake(fake)
+    op = define(f"{operation.name}_backward", schema, run, fake)
     reason = no_second_derivative(operation.name)
     op.register_autograd(reason, setup_context=_save_nothing)
     backward = refuse(op, reason)
@@ -212,8 +211,7 @@ def register_without_derivative(
     def refuse_it(*_: Any) -> Any:
         raise NotImplementedError(reason)
 
-    op = torch.library.custom_op(f"maskattn::{name}", mutates_args=(), schema=f"{arguments.schema} -> Tensor")(body)
-    op.register_fake(fake)
+    op = define(name, f"{arguments.schema} -> Tensor", body, fake)
     return refuse(op, refuse_it)
 
 

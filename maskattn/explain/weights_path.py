@@ -52,9 +52,10 @@ def along(x: Tensor, leaf: Tensor, retain_graph: bool = True) -> Tensor:
 
     uᵀ(∂x/∂leaf)·leaf is linear in u, and its derivative with respect to u is (∂x/∂leaf)·leaf.
     """
+    # u multiplies x and is not passed as its gradient, for which torch imports its compiler's symbolic shapes.
     with torch.enable_grad():
         u = torch.zeros_like(x).requires_grad_()
-        (back,) = torch.autograd.grad(x, leaf, u, create_graph=True, retain_graph=retain_graph)
+        (back,) = torch.autograd.grad((x * u).sum(), leaf, create_graph=True, retain_graph=retain_graph)
         (derivative,) = torch.autograd.grad((back * leaf.detach()).sum(), u)
     return derivative
 

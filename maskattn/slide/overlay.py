@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _OPACITY = (0.2, 0.8)  # of a map's zeros, and of its values at the ends of the scale
-_LUMINANCE = (0.299, 0.587, 0.114)
+_LUMINANCE = np.array((0.299, 0.587, 0.114), np.float32)
 _DPI = 100
 _BAR_PX = 110
 _SCALE_BAR_PX = (86, 52)  # the bar's maximum length, and the height that it takes with its label
@@ -109,16 +109,17 @@ def blend(
         limits: the values at the ends of the colour map; None = from the map, by
             :func:`maskattn.slide.colours.colour_limit`.
     """
-    known = np.isfinite(values_YX)
+    known = np.flatnonzero(np.isfinite(values_YX))
     limits = limits or colour_limit(values_YX, kind)
-    shades = coloured(values_YX[known], limits, COLOUR_MAPS[kind][0])
+    values = values_YX.reshape(-1)[known]
+    shades = coloured(values, limits, COLOUR_MAPS[kind][0])
     # Tissue of little relevance shows through.
     least, most = _OPACITY
-    opacity = (least + (most - least) * strengths_of(values_YX[known], limits))[:, None]
+    opacity = (least + (most - least) * strengths_of(values, limits))[:, None]
     # The thumbnail is grey below the map, so that every hue is the map's and not the stain's.
-    grey = thumbnail_YX3[known] @ np.array(_LUMINANCE)
+    grey = thumbnail_YX3.reshape(-1, 3)[known] @ _LUMINANCE
     image = thumbnail_YX3.copy()
-    image[known] = np.rint((1 - opacity) * grey[:, None] + opacity * shades).astype(np.uint8)
+    image.reshape(-1, 3)[known] = np.rint((1 - opacity) * grey[:, None] + opacity * shades).astype(np.uint8)
     return image
 
 
@@ -276,4 +277,4 @@ def _write_png(path: Path, image: UInt8[np.ndarray, "Y X 3"]) -> None:
     from PIL import Image
 
     with replacing(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", compress_level=3)
+        Image.fromarray(image).save(temporary, format="PNG", compress_level=1)

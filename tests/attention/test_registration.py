@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from maskattn import Packing, masked_attention, pack, packed_attention, readout, token_relevance, unpack
 from maskattn.attention.ops import flat_options
 from maskattn.options import Options
+from maskattn.registration import untraced
 
 IMPLS = ["torch", "reference", *(["cpu"] if importlib.util.find_spec("maskattn._native") else [])]
 
@@ -176,6 +177,39 @@ def test_second_derivatives_are_refused_by_name(operation):
     (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match=f"{operation} has no second derivative"):
         torch.autograd.grad(first.sum(), q)
+
+
+_ONE_TRAINING_STEP = """
+import sys, torch
+from maskattn import Packing, pack, packed_attention, unpack
+packing = Packing.from_keep(torch.tensor([[True, False, True]]))
+x = pack(torch.randn(1, 3, 2, 16, requires_grad=True), packing)
+out = packed_attention(x, x, x, packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
+unpack(out, packing).sum().backward()
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_a_training_step_does_not_import_the_compiler():
+    subprocess.run([sys.executable, "-c", _ONE_TRAINING_STEP], check=True, timeout=120)
+
+
+def test_a_kernel_is_not_traced_by_a_compiled_caller():
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return x.sin().cos()
+
+    torch._dynamo.reset()
+    traced: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        traced.append(graph)
+        return graph
+
+    kernel, x = untraced(body), torch.randn(4)
+    found = torch.compile(lambda x: kernel(x + 1) * 2, backend=record)(x)
+    assert torch.equal(found, body(x + 1) * 2)
+    assert traced
+    assert not any(node.target in ("sin", "cos") for graph in traced for node in graph.graph.nodes)
 
 
 _PEAK_OF_FORWARD_AND_BACKWARD = """
