@@ -62,7 +62,7 @@ def main() -> None:
     if arguments.alone:
         network, contender, folder = arguments.alone
         _calls(network, Path(folder), [contender])[f"{contender}, float32"]()
-        print(_own_peak_gib())
+        print(own_peak_gib())
         return
     seconds: dict[str, dict[str, list[float]]] = {}
     memory: dict[str, dict[str, float]] = {}
@@ -175,7 +175,7 @@ def _check_same(folder: Path, calls: dict[str, Callable[[], object]]) -> None:
     assert cosine.min() > 0.999999, f"features differ: cosine {cosine.min()}"
 
 
-def _own_peak_gib() -> float:
+def own_peak_gib() -> float:
     """Return the peak of this process since it began; rusage would include its parent's memory at the fork."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024**2

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskattn.distributed.shared import of_first_process
+from maskattn.nn.inference_linear import product
 from maskattn.nn.mlps import ACTIVATIONS, MLPS
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.plain_modules import forwards_of, has_plain_parameters, is_plain
@@ -271,7 +271,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, patches_TK: Float[Tensor, "T K"]) -> Float[Tensor, "T C"]:
         """Embed flattened patches, (T, in_chans·p·p) → (T, C)."""
         if is_plain(self.proj, _CONVOLUTION) and has_plain_parameters(self.proj):
-            rows = F.linear(patches_TK, self.proj.weight.flatten(1), self.proj.bias)
+            rows = product(self.proj, patches_TK)
         else:
             rows = self.proj(patches_TK.unflatten(1, (-1, self.patch_size, self.patch_size))).flatten(1)
         return rows if self.act is None else ACTIVATIONS[self.act](rows)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from maskattn.nn.checkpoints import load_vit
 from maskattn.nn.encoders.pixels import tokens_of_tiles
+from maskattn.nn.inference_linear import rounded_up
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.region_model import RegionModel, check_widths, pooled_regions
 from maskattn.nn.slide_models.hipt import HIPTHead
@@ -152,7 +153,7 @@ class PatchLevel(nn.Module):
         embeddings = [self.pixel_mean.new_empty(0, self.patch_encoder.embed_dim)]
         for pixels, keep in zip(patches.pixels_TIpp.split(batch_size), patches.keep_Thw.split(batch_size), strict=True):
             if len(pixels):
-                embeddings.append(self.patch_encoder(self.patch_tokens(pixels, keep)))
+                embeddings.append(self.patch_encoder(rounded_up(self.patch_tokens(pixels, keep)))[: len(pixels)])
         return torch.cat(embeddings)
 
 

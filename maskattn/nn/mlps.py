@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskattn.nn.inference_linear import linear, linear_and_activation
+
 __all__ = ["ACTIVATIONS", "MLPS", "Mlp", "SwiGLU", "SwiGLUPacked"]
 
 
@@ -61,8 +63,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers, (..., C) → (..., C)."""
-        hidden = self.drop(ACTIVATIONS[self.act](self.fc1(x)))
-        return self.drop(self.fc2(self.norm(hidden)))
+        hidden = self.drop(linear_and_activation(self.fc1, x, self.act, ACTIVATIONS[self.act]))
+        return self.drop(linear(self.fc2, self.norm(hidden)))
 
 
 class SwiGLUPacked(nn.Module):
@@ -90,9 +92,9 @@ class SwiGLUPacked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers, (..., C) → (..., C)."""
-        gate, value = self.fc1(x).chunk(2, dim=-1)
+        gate, value = linear(self.fc1, x).chunk(2, dim=-1)
         hidden = self.drop(ACTIVATIONS[self.act](gate) * value)
-        return self.drop(self.fc2(self.norm(hidden)))
+        return self.drop(linear(self.fc2, self.norm(hidden)))
 
 
 class SwiGLU(nn.Module):
@@ -117,8 +119,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers, (..., C) → (..., C)."""
-        hidden = self.drop(ACTIVATIONS[self.act](self.fc1_g(x)) * self.fc1_x(x))
-        return self.drop(self.fc2(self.norm(hidden)))
+        hidden = self.drop(ACTIVATIONS[self.act](linear(self.fc1_g, x)) * linear(self.fc1_x, x))
+        return self.drop(linear(self.fc2, self.norm(hidden)))
 
 
 MLPS: dict[str, type[Mlp] | type[SwiGLUPacked] | type[SwiGLU]] = {

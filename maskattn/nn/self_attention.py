@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskattn.nn.inference_linear import linear, product
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.positions import alibi_slopes, rotate
 from maskattn.shapes import Float
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         self, normed_TC: Float[Tensor, "T C"], tokens: PackedTokens
     ) -> tuple[Float[Tensor, "T H D"], Float[Tensor, "T H D"], Float[Tensor, "T H D"]]:
         """Compute q, unscaled, k and v of all tokens, (T, H, D) each, by calling the modules on normalised rows."""
-        q, k, v = self.qkv(normed_TC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D]
+        q, k, v = linear(self.qkv, normed_TC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [T, H, D]
         q, k = self.q_norm(q), self.k_norm(k)
         if tokens.rotation is not None:
             q, k = rotate(q, tokens.rotation), rotate(k, tokens.rotation)
@@ -90,7 +90,7 @@ class Attention(nn.Module):
 
     def project(self, out: Tensor) -> Tensor:
         """Project the attention's output per head, (..., H, D) → (..., C)."""
-        return self.proj_drop(self.proj(self.norm(out.flatten(-2))))
+        return self.proj_drop(linear(self.proj, self.norm(out.flatten(-2))))
 
     def class_token_queries(self, normed_BRC: Tensor) -> Tensor:
         """Compute q (B, R, H, D), unscaled, of tokens (B, R, C) without a position (no rotation), from the weights."""
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         return k, v
 
     def _project(self, x: Tensor, outputs: slice) -> Tensor:
-        return F.linear(x, self.qkv.weight[outputs], None if self.qkv.bias is None else self.qkv.bias[outputs])
+        return product(self.qkv, x, outputs)
 
 
 def _along_layer_norm(norm: nn.LayerNorm, x: Tensor, direction: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from maskattn.errors import SlideError
 from maskattn.nn.encoders.tile_encoder import TileEncoder
+from maskattn.nn.inference_linear import packed_weights
 from maskattn.slide.asked import recorded_fields, unlike
 from maskattn.slide.device_copies import HostCopies, to_device
 from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
@@ -91,18 +92,19 @@ def extract_slides(
             _clear_leftovers(settings.out_dir, job.slide_id)
         return _finished(job, encoder, identity, settings)
 
-    return run_each(
-        jobs,
-        settings.out_dir,
-        ExtractionOutcome,
-        finished,
-        lambda job, claim, on_tiles: extract_slide(job, encoder, settings, on_tiles, identity, claim),
-        progress,
-        sharing=settings.sharing,
-        cache=settings.cache,
-        request=f"{identity} {recorded_fields(settings)}",
-        sweep=lambda: _clear_leftovers(settings.out_dir),
-    )
+    with packed_weights(encoder):
+        return run_each(
+            jobs,
+            settings.out_dir,
+            ExtractionOutcome,
+            finished,
+            lambda job, claim, on_tiles: extract_slide(job, encoder, settings, on_tiles, identity, claim),
+            progress,
+            sharing=settings.sharing,
+            cache=settings.cache,
+            request=f"{identity} {recorded_fields(settings)}",
+            sweep=lambda: _clear_leftovers(settings.out_dir),
+        )
 
 
 def extract_slide(
@@ -227,7 +229,7 @@ class _Encoded:
         )
         done = 0
         encoded: _EncodedBatch | None = None
-        with cores_left_to(workers, device):
+        with packed_weights(self._encoder), cores_left_to(workers, device):
             while True:
                 with self._stages("read", on_host=True):
                     batch = next(batches, None)

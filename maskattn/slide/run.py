@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from maskattn.errors import ManifestError, SlideError
+from maskattn.nn.inference_linear import packed_weights
 from maskattn.nn.slide_model import SlideModel
 from maskattn.nn.slide_models.two_stage import TwoStageModel, two_stages
 from maskattn.slide.asked import recorded_fields
@@ -76,19 +77,20 @@ def run_slides(
         if settings.scale == "run":
             draw_on_one_scale(settings.out_dir / one.slide_id for one in outcomes if one.status != "failed")
 
-    return run_each(
-        jobs,
-        settings.out_dir,
-        SlideOutcome,
-        finished,
-        predict,
-        progress,
-        sharing=settings.sharing,
-        cache=settings.cache,
-        request=f"{identity} {recorded_fields(settings)}",
-        sweep=lambda: sweep(settings.out_dir),
-        at_end=draw_together,
-    )
+    with packed_weights(model):
+        return run_each(
+            jobs,
+            settings.out_dir,
+            SlideOutcome,
+            finished,
+            predict,
+            progress,
+            sharing=settings.sharing,
+            cache=settings.cache,
+            request=f"{identity} {recorded_fields(settings)}",
+            sweep=lambda: sweep(settings.out_dir),
+            at_end=draw_together,
+        )
 
 
 def _check_same_request(

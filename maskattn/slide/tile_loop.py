@@ -22,6 +22,7 @@ from maskattn.explain.methods import METHODS
 from maskattn.explain.region_tokens import attention_ranks
 from maskattn.explain.slide_heads import SlideHeadCDAM
 from maskattn.nn.encoders.regions import RegionEncoder
+from maskattn.nn.inference_linear import packed_weights
 from maskattn.nn.slide_models.vit import ViTHead
 from maskattn.slide.device_copies import HostCopies, to_device
 from maskattn.slide.grid import TokenGrid
@@ -47,17 +48,18 @@ def encode_tiles(run: SlideRun, grid: TokenGrid) -> EncodedTiles:
     embeddings_TC: Tensor | None = None
     readable_T = np.zeros(grid.kept_tiles, dtype=bool)
     reason: str | None = None
-    for batch in run.read(grid):
-        with run.stages("encode", runs_ahead=True):
-            with torch.inference_mode():
-                keep_BHW = batch.keep_BHW if run.model.masks_tokens else None
-                encoded_BC = run.model.encode_tiles(batch.tiles_BCHW, keep_BHW).float()
-            if embeddings_TC is None:
-                # Made outside inference mode: the relevance pass takes gradients with respect to it.
-                embeddings_TC = torch.zeros(grid.kept_tiles, encoded_BC.shape[1], device=run.device)
-            embeddings_TC[to_device(batch.rows_B, run.device)] = encoded_BC
-        readable_T[batch.rows_B] = batch.readable_B
-        reason = reason or batch.reason
+    with packed_weights(run.model):
+        for batch in run.read(grid):
+            with run.stages("encode", runs_ahead=True):
+                with torch.inference_mode():
+                    keep_BHW = batch.keep_BHW if run.model.masks_tokens else None
+                    encoded_BC = run.model.encode_tiles(batch.tiles_BCHW, keep_BHW).float()
+                if embeddings_TC is None:
+                    # Made outside inference mode: the relevance pass takes gradients with respect to it.
+                    embeddings_TC = torch.zeros(grid.kept_tiles, encoded_BC.shape[1], device=run.device)
+                embeddings_TC[to_device(batch.rows_B, run.device)] = encoded_BC
+            readable_T[batch.rows_B] = batch.readable_B
+            reason = reason or batch.reason
     rows_T = np.flatnonzero(readable_T)
     if embeddings_TC is None or not len(rows_T):
         raise SlideError(

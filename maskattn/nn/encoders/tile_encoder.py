@@ -10,6 +10,7 @@ Dimension key: B tiles, (h, w) tokens of a tile, C features.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from maskattn.nn.encoders.entry import Triple
 from maskattn.nn.encoders.pixels import centre_of, normalised, tokens_of_tiles
+from maskattn.nn.inference_linear import rounded_up, rows_at_once
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
@@ -174,8 +176,7 @@ class TileEncoder(nn.Module):
     ) -> Float[Tensor, "B C"]:
         """Compute features of tiles; any network can do so without a mask. Arguments as in :meth:`tile_tokens`."""
         if self.vit is not None:
-            features: Tensor = self.vit(self.tile_tokens(tiles_BIXY, keep_BHW))
-            return features
+            return torch.cat([self._encode(*part) for part in self._parts(tiles_BIXY, keep_BHW)])
         if keep_BHW is not None:
             raise ValueError(
                 f"masked attention needs a packed vision transformer, and {self.name} is none: {self.why_not}; encode "
@@ -192,6 +193,22 @@ class TileEncoder(nn.Module):
         return pooled
 
     forward = encode_tiles
+
+    def _encode(self, tiles_BIXY: Tensor, keep_BHW: Tensor | None) -> Tensor:
+        assert self.vit is not None, "called only with a packed transformer"
+        features: Tensor = self.vit(rounded_up(self.tile_tokens(tiles_BIXY, keep_BHW)))
+        return features[: len(tiles_BIXY)]
+
+    def _parts(self, tiles_BIXY: Tensor, keep_BHW: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """Divide a batch so that on a CPU the tokens of a part, and what a block makes of them, stay in its cache."""
+        most, B = rows_at_once(self.pixel_mean), len(tiles_BIXY)
+        if most is None or B < 2:
+            return [(tiles_BIXY, keep_BHW)]
+        side = (self.card.crop_px or self.card.tile_px) // self.token_px
+        tokens = B * side**2 if keep_BHW is None else int(keep_BHW.count_nonzero())
+        size = math.ceil(B / math.ceil(max(1, tokens) / most))
+        keeps = [None] * math.ceil(B / size) if keep_BHW is None else keep_BHW.split(size)
+        return list(zip(tiles_BIXY.split(size), keeps, strict=True))
 
 
 def _check_sides(card: EncoderCard, token_px: int) -> None:

@@ -1,0 +1,199 @@
+"""Linear layers in inference on x86 processors, by oneDNN: bias and activation within the product, weights packed once.
+
+torch's own ``linear`` computes float32 products by MKL and copies the bias into the output first; an activation is one
+more pass over the output, and under autocast the weights are cast again in every batch. oneDNN's product has bias and
+activation as its last step. It takes weights as they are or, in runs over many batches, packed into its own order by
+:func:`packed_weights`.
+
+Gradients, compilation, export, GPUs, other dtypes, and layers to which something is attached (hooks, adapters,
+quantised weights) take torch's way.
+
+Dimension key: C input and D output features of a layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.plain_modules import forwards_of, has_plain_parameters, is_plain
+from maskattn.packing import Packing, is_jit_traced
+from maskattn.shapes import Float
+from maskattn.transforms import is_transformed
+
+__all__ = ["linear", "linear_and_activation", "packed_weights", "product", "rounded_up", "rows_at_once", "runs_here"]
+
+_LINEAR = forwards_of([nn.Linear])
+_GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
+# A copy of larger weights costs more memory than packing them anew in each batch costs time.
+_MOST_PACKED_BYTES = 10 << 20
+_ROWS_PACKED_FOR = 2048
+_STEPS = 32
+# Of one feature of all rows: 3,200 rows in float32. More leave the last cache between two layers.
+_BYTES_PER_FEATURE_AT_ONCE = 12_800
+_EVERY = slice(None)
+
+# (dtype, first and last output) → weight and bias as the product takes them, for the layers of models in a run.
+_Packed = dict[tuple[torch.dtype, int | None, int | None], tuple[Tensor, Tensor | None]]
+_packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+
+
+def linear(layer: nn.Module, x: Float[Tensor, "... C"]) -> Float[Tensor, "... D"]:
+    """Compute ``layer(x)``, (..., C) → (..., D), for any layer."""
+    if runs_here(x) and is_plain(layer, _LINEAR) and has_plain_parameters(layer):
+        return product(layer, x)
+    out: Tensor = layer(x)
+    return out
+
+
+def linear_and_activation(
+    layer: nn.Module, x: Float[Tensor, "... C"], act: str, activation: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "... D"]:
+    """Compute ``activation(layer(x))``, (..., C) → (..., D), for any layer.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        act: the activation's name; a GELU is computed within the product.
+        activation: the activation.
+    """
+    if act in _GELUS and runs_here(x) and is_plain(layer, _LINEAR) and has_plain_parameters(layer):
+        return product(layer, x, gelu=_GELUS[act])
+    return activation(linear(layer, x))
+
+
+def product(
+    layer: nn.Module, x: Float[Tensor, "... C"], outputs: slice = _EVERY, gelu: str | None = None
+) -> Float[Tensor, "... D"]:
+    """Compute some outputs of a linear layer from its weights, as its call would if nothing is attached to it.
+
+    Args:
+        layer: a linear layer, or a convolution whose kernel is its stride, for flattened patches.
+        x: (..., C), its input.
+        outputs: the outputs to compute.
+        gelu: GELU's ``approximate`` ("none" or "tanh") if the outputs go through it; None for no activation.
+    """
+    dtype = runs_here(x)
+    if dtype is None:
+        weight, bias = _weight_and_bias(layer, outputs)
+        out = F.linear(x, weight, bias)
+        return out if gelu is None else F.gelu(out, approximate=gelu)
+    weight, bias = _operands(layer, outputs, dtype)
+    attribute, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
+    fused: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, attribute, [], algorithm)
+    return fused
+
+
+@contextlib.contextmanager
+def packed_weights(model: nn.Module) -> Iterator[None]:
+    """Within the context, keep packed copies of the weights that a model multiplies by, up to 10 MiB each.
+
+    The weights must not change within the context. It may be entered again within itself.
+    """
+    mine = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d) and layer not in _packed]
+    for layer in mine:
+        _packed[layer] = {}
+    try:
+        yield
+    finally:
+        for layer in mine:
+            _packed.pop(layer, None)
+
+
+def rounded_up(tokens: PackedTokens) -> PackedTokens:
+    """Return tokens with rows of 0 after the last, as one more image, so that few numbers of rows occur in a run.
+
+    oneDNN compiles a product for each number of rows and keeps it, half a megabyte each. The numbers are multiples of a
+    power of two, at most a 32nd of the rows. Where other products are computed, the tokens are returned as they are.
+    """
+    packing, T, P = tokens.packing, tokens.packing.total, tokens.num_prefix
+    most = min(T // _STEPS, packing.num_tokens - P)
+    step = 1 << most.bit_length() - 1 if most > 0 else 1
+    more = -T % step
+    if 0 < more < P:  # an image has all of its prefix tokens
+        more += -(-(P - more) // step) * step
+    if packing.batch_size * packing.num_tokens == T:  # the numbers of rows are as few as those of images
+        return tokens
+    if not more or tokens.shards is not None or runs_here(tokens.rows_TC) is None:
+        return tokens
+    start = packing.batch_size * packing.num_tokens
+    longer = Packing(
+        torch.cat([packing.indices, torch.arange(start, start + more)]),
+        torch.cat([packing.cu_seqlens, packing.cu_seqlens[-1:] + more]),
+        max(packing.max_seqlen, more),
+        packing.batch_size + 1,
+        packing.num_tokens,
+    )
+    rows_TC = F.pad(tokens.rows_TC, (0, 0, 0, more))
+    coords = None if tokens.coords_T2 is None else F.pad(tokens.coords_T2, (0, 0, 0, more), value=torch.nan)
+    rotation = tokens.rotation
+    if rotation is not None:
+        cos, sin = rotation
+        rotation = F.pad(cos, (0, 0, 0, more), value=1.0), F.pad(sin, (0, 0, 0, more))
+    return replace(tokens, rows_TC=rows_TC, packing=longer, coords_T2=coords, rotation=rotation)
+
+
+def rows_at_once(x: Tensor) -> int | None:
+    """Return the number of rows up to which a product of rows like ``x`` is fastest; None if torch's way is taken."""
+    dtype = runs_here(x)
+    return None if dtype is None else _BYTES_PER_FEATURE_AT_ONCE // dtype.itemsize
+
+
+def runs_here(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which oneDNN computes products of ``x``; None if torch's own way is taken."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # in this order, for torch.compile
+        return None
+    if type(x) is not Tensor or x.device.type != "cpu" or not x.numel() or is_jit_traced():
+        return None
+    if is_transformed((x,)):
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype if torch.backends.mkldnn.enabled and _has_product(dtype) else None
+
+
+def _operands(layer: nn.Module, outputs: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    kept = _packed.get(layer)
+    key = (dtype, outputs.start, outputs.stop)
+    if kept is not None and key in kept:
+        return kept[key]
+    weight, bias = _weight_and_bias(layer, outputs)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if kept is not None and weight.nbytes <= _MOST_PACKED_BYTES:
+        kept[key] = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_PACKED_FOR), bias
+        return kept[key]
+    return weight, bias
+
+
+def _weight_and_bias(layer: nn.Module, outputs: slice) -> tuple[Tensor, Tensor | None]:
+    weight, bias = cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
+    weight = weight if weight.ndim == 2 else weight.flatten(1)
+    return (weight, bias) if outputs == _EVERY else (weight[outputs], None if bias is None else bias[outputs])
+
+
+@cache
+def _has_product(dtype: torch.dtype) -> bool:
+    """Return whether this torch has oneDNN's product for a dtype on this processor, by trying a small one."""
+    if dtype not in (torch.float32, torch.bfloat16) or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        x, weight, bias = (torch.linspace(-1, 1, n, dtype=dtype) for n in (96, 192, 6))
+        x, weight = x.view(3, 32), weight.view(6, 32)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
+        with torch.autocast("cpu", enabled=False):
+            expected = F.gelu(F.linear(x.float(), weight.float(), bias.float()))
+        given = [torch.ops.mkldnn._linear_pointwise(x, w, bias, "gelu", [], "none") for w in (weight, packed)]
+        return all(torch.allclose(out.float(), expected, rtol=0.02, atol=0.02) for out in given)
+    except (AttributeError, RuntimeError, NotImplementedError):  # the operations are torch's own, and may change
+        return False
