@@ -167,6 +167,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     kind = signature.parameters["settings"].annotation
     asked_for = {field.name: field for field in fields_of(kind)}
+    types = get_type_hints(kind)
 
     @functools.wraps(command)
     def filled(**given: Any) -> None:
@@ -176,7 +177,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         if parameter.name == "settings":
-            options = [_parameter(kind, field) for field in asked_for.values()]
+            options = [_parameter(field, types[field.name]) for field in asked_for.values()]
         else:
             options = [parameter]
         parameters += (option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options)
@@ -185,9 +186,8 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     return filled
 
 
-def _parameter(settings: Any, field: Field[Any]) -> inspect.Parameter:
+def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
     """Return a field of a request as the parameter of a command; that of a bool is whether the option was given."""
-    kind: Any = get_type_hints(settings)[field.name]
     default = field.default if asked_of(field).default is ... else asked_of(field).default
     if kind is bool:
         default = False
