@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.cpu.encoder_contenders import MASKED
+
 __all__ = ["page"]
 
 _TITLES = {
@@ -52,9 +54,10 @@ def _encoders(found: dict[str, Any]) -> list[str]:
                 lines.append(f"| {network} | {dtype} | {row['what']} | {row['why_not']} | | | | | |")
                 continue
             mark = " (best)" if row["what"] == row["best"] else ""
+            error = "" if row["what"] == MASKED else f"{row['error']:.1e}"  # other tokens give other features
             lines.append(
                 f"| {network} | {dtype} | {row['what']}{mark} | {row['ms']:.2f} | {row['of_timm']:.2f} | "
-                f"{row['of_best']:.2f} | {row['error']:.1e} | {row['build_s']:.1f} | {row['peak_gib']:.2f} |"
+                f"{row['of_best']:.2f} | {error} | {row['build_s']:.1f} | {row['peak_gib']:.2f} |"
             )
     return lines
 
