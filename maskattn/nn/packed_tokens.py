@@ -69,8 +69,9 @@ class PackedTokens:
         B, P = self.packing.batch_size, prefix_1PC.shape[1]
         present = group is None or group.rank() == 0
         packing, rows_of_prefix, rows_of_grid = insert_prefix(self.packing, P, present=present)
-        # Without rows of its own, the prefix still takes part in the graph, with a gradient of 0.
-        prefix = prefix_1PC.to(self.rows_TC.dtype).expand(B, P, -1).flatten(0, 1)[: len(rows_of_prefix)]
+        prefix = prefix_1PC.to(self.rows_TC.dtype).expand(B, P, -1).flatten(0, 1)
+        if not present:
+            prefix = prefix[:0]  # still part of the graph, with a gradient of 0
         rows = self.rows_TC.new_empty((packing.total, self.rows_TC.shape[1]))
         rows_TC = rows.index_copy(0, rows_of_grid, self.rows_TC).index_copy(0, rows_of_prefix, prefix)
         coords_T2, rotation = self.coords_T2, self.rotation
