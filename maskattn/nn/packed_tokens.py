@@ -96,9 +96,9 @@ class PackedTokens:
         """Attend within each sequence: ``packed_attention`` of queries, keys and values of these tokens."""
         packing = self.packing
         if self.shards is not None:
-            return distributed.packed_attention(q, k, v, self.shards, **options)  # type: ignore[return-value]
+            return distributed.packed_attention(q, k, v, self.shards, **options)  # type: ignore[return-value]  # no lse
         lengths = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
-        return api.packed_attention(q, k, v, *lengths, **options)  # type: ignore[return-value]  # without lse
+        return api.packed_attention(q, k, v, *lengths, **options)  # type: ignore[return-value]  # no lse
 
     def read(self, q_BRHD: Float[Tensor, "B R H D"], k: Tensor, v: Tensor, **options: Any) -> Any:
         """Attend from a few queries of each sequence to keys and values of these tokens: ``readout``."""

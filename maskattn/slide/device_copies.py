@@ -24,7 +24,7 @@ class HostCopies:
 
     def __init__(self, *tensors: Tensor) -> None:
         # The copy of a GPU's tensor is page-locked memory, and complete only after the event.
-        self._copies = [tensor.detach().float().to("cpu", non_blocking=True) for tensor in tensors]
+        self._copies = [tensor.detach().float().to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
         self._made: torch.cuda.Event | None = None
         if tensors and tensors[0].is_cuda:
             self._made = torch.cuda.Event()
