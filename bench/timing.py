@@ -17,7 +17,7 @@ __all__ = ["kind_of_time", "median_ratio", "medians", "rounds_of"]
 Call = Callable[[], object]
 Clock = Callable[[], float]
 
-SHORT_S = 1e-3  # a shorter call is repeated for about as long
+SHORT_S = 1e-2  # a shorter call is repeated for about as long
 MOST_REPEATS = 200
 
 

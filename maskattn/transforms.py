@@ -18,7 +18,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from maskattn.registration import library
+from maskattn.registration import library, short_cut
 
 __all__ = ["is_mapped", "is_transformed", "refuse", "take_one_by_one", "transformable"]
 
@@ -123,6 +123,7 @@ def _routed(
 ) -> Call:
     if isinstance(operation, CustomOpDef):
         _refuse_tangents(operation)
+        plain = plain and short_cut(operation)
 
     def forward(*args: Any) -> Any:
         return operation(*args)
