@@ -50,7 +50,7 @@ def tokens_of_tiles(
     grid_HW = vit.patch_embed.grid_of(tiles_BIXY)
     packing = packing_of(keep_BHW, tiles_BIXY.shape[0], grid_HW, tiles_BIXY.device)
     patches = vit.patch_embed.cut(tiles_BIXY, packing).to(pixel_mean.dtype).unflatten(1, (3, -1))  # [T, 3, p·p]
-    patches = (patches / 255 - pixel_mean[:, None]) / pixel_std[:, None]
+    _normalise(patches, pixel_mean[:, None], pixel_std[:, None])
     return vit.embed_patches(patches.flatten(1), packing, grid_HW)
 
 
@@ -59,7 +59,14 @@ def normalised(
 ) -> Float[Tensor, "B 3 X Y"]:
     """Normalise tiles for the libraries' own networks. Arguments and errors as in :func:`tokens_of_tiles`."""
     check_pixels(tiles_BIXY)
-    return (tiles_BIXY.to(pixel_mean.dtype) / 255 - pixel_mean[:, None, None]) / pixel_std[:, None, None]
+    images = tiles_BIXY.to(pixel_mean.dtype)
+    _normalise(images, pixel_mean[:, None, None], pixel_std[:, None, None])
+    return images
+
+
+def _normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> None:
+    """Scale pixels of 0 to 255 and normalise them, in place: memory written for the first time costs more than that."""
+    pixels.div_(255).sub_(mean).div_(std)
 
 
 def centre_of(images: Tensor, side: int) -> Tensor:
