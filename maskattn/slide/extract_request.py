@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maskattn.errors import ManifestError
 from maskattn.slide.asked import asked, recorded_fields
+from maskattn.slide.batch_sizes import check_batches, check_tokens_of
 from maskattn.slide.outlines.rules import check_areas
 from maskattn.slide.shared_requests import SharedSettings, slide_spacing
 
@@ -135,11 +136,13 @@ def check_extraction(jobs: Sequence[SlideJob], settings: ExtractSettings, encode
         raise ManifestError(
             f"tiles have 0.02 to 40 µm per pixel, got {spacing_um or 0:g}; --mag 20 or --spacing-um 0.5 is usual"
         )
+    check_batches(settings)
     _check_coords(settings)
     _check_masks(jobs, settings)
     _check_regions(settings)
     if encoder is None:
         return
+    check_tokens_of(settings, encoder)
     if settings.coords_dir is None:
         tile_geometry(settings, encoder)
     if settings.token_mask == "tissue" and encoder.vit is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from maskattn.errors import ManifestError
 from maskattn.explain.methods import DEFAULT_METHOD, METHODS, method_named
 from maskattn.slide.asked import asked, recorded_fields, unlike
+from maskattn.slide.batch_sizes import check_batches
 from maskattn.slide.outlines.rules import check_areas, check_outlines
 from maskattn.slide.overlap import check_overlap
 from maskattn.slide.pyramids.rules import check_pyramids
@@ -169,6 +170,7 @@ def check_request(jobs: Sequence[SlideJob], settings: RunSettings, model_masked:
         ValueError: the method of explanation is unknown, or does not work for slide models.
     """
     method_named(settings.method, levels=True)
+    check_batches(settings)
     check_outlines(settings)
     check_pyramids(settings)
     check_overlap(settings)

@@ -9,6 +9,7 @@ from maskattn.nn.inference_linear import packed_weights
 from maskattn.nn.slide_model import SlideModel
 from maskattn.nn.slide_models.two_stage import TwoStageModel, two_stages
 from maskattn.slide.asked import recorded_fields
+from maskattn.slide.batch_sizes import check_tokens_of
 from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
 from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.manifest import SlideJob
@@ -49,6 +50,7 @@ def run_slides(
     """
     model = two_stages(model)
     check_request(jobs, settings, model.leaves_out)
+    check_tokens_of(settings, model.encoder)
     check_region_classes(settings.regions, model.config.classes)
     if settings.overlap and model.encoder is not None:
         tilings_of(settings.overlap, model.encoder.tile_px // model.token_px)

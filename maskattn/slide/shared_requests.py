@@ -29,6 +29,8 @@ class SharedSettings:
         force: also run slides that were not scanned in bright field.
         series: the index of the series in files with several; None = the largest.
         batch_size: the number of tiles encoded at a time; bounds the memory.
+        tokens_per_batch: encode as many tiles at a time as have so many kept tokens together, at least one; None =
+            ``batch_size`` tiles.
         workers: the number of processes that decode tiles; 0 = decode in this process; None = some for large slides.
         claim_timeout_s: seconds without a sign of life after which other processes take over a process's slides.
         retry_failed: retry slides that failed in another process of the run before this one started.
@@ -78,6 +80,16 @@ class SharedSettings:
         default=32,
         metadata=asked(
             "--batch-size", "Tiles encoded at a time; bounds the memory.", minimum=1, maximum=65536, serves=None
+        ),
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata=asked(
+            "--tokens-per-batch",
+            "Tokens encoded at a time, in place of --batch-size: full tiles are fewer at a time than sparse ones.",
+            minimum=1,
+            maximum=16_777_216,
+            serves=None,
         ),
     )
     workers: int | None = field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from maskattn.nn.slide_models.two_stage import TwoStageModel
 from maskattn.shapes import Bool, Float, Int, UInt8
+from maskattn.slide.batch_sizes import equal_batches, sizes_of_batches
 from maskattn.slide.device_copies import to_device
 from maskattn.slide.grid import TokenGrid
 from maskattn.slide.manifest import SlideJob
@@ -179,13 +181,18 @@ class SlideRun:
     def read(self, grid: TokenGrid, rows_T: Int[np.ndarray, " T"] | None = None) -> Iterator[ReadTiles]:
         """Yield the grid's kept tiles, or those with the given indices, in batches; waiting counts as "read"."""
         settings, encoder = self.settings, self.model.encoder
-        batch_size = (None if encoder is None else encoder.tiles_at_once) or settings.batch_size
-        tiles = grid.kept_tiles if rows_T is None else len(rows_T)
-        workers = count_workers(settings.workers, tiles, batch_size)
+        keep_THW = grid.token_keep_THW if rows_T is None else grid.token_keep_THW[rows_T]
+        tiles, at_once = len(keep_THW), None if encoder is None else encoder.tiles_at_once
+        if at_once is not None:
+            sizes = equal_batches(tiles, at_once)
+        else:
+            masks = keep_THW if self.model.masks_tokens else None
+            sizes = sizes_of_batches(settings, tiles, masks, math.prod(keep_THW.shape[1:]))
+        workers = count_workers(settings.workers, tiles, len(sizes))
         batches = stream_tiles(
             self.reader,
             grid,
-            batch_size=batch_size,
+            batch_size=sizes,
             workers=workers,
             rows=rows_T,
             pin_memory=self.device.type == "cuda",

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from maskattn.errors import ReadingStopped, SlideError
 from maskattn.shapes import Bool, Int, UInt8
+from maskattn.slide.batch_sizes import equal_batches
 from maskattn.slide.damage import DamageLog
 from maskattn.slide.read_ahead import one_ahead
 from maskattn.slide.reader import SlideReader
@@ -92,7 +93,7 @@ def stream_tiles(
     reader: SlideReader,
     grid: Tiles,
     *,
-    batch_size: int,
+    batch_size: int | Sequence[int],
     workers: int | None = 0,
     rows: Sequence[int] | np.ndarray | None = None,
     pin_memory: bool = False,
@@ -105,7 +106,7 @@ def stream_tiles(
     Args:
         reader: the open slide; workers open it again.
         grid: the tiles.
-        batch_size: the number of tiles in a batch; the last may have fewer.
+        batch_size: the number of tiles in a batch; the last may have fewer. Or the number in each batch, in order.
         workers: the number of decoding processes, at most one per core; 0 decodes in a thread of this process, None
             starts some if there are enough tiles and cores for them to pay off.
         rows: the indices of the kept tiles to decode, in order; None = all.
@@ -115,9 +116,10 @@ def stream_tiles(
         ValueError: ``batch_size``, ``workers`` or ``rows`` is out of range.
         SlideError: while iterating, a worker or the decoder ended or hangs.
     """
-    if batch_size < 1 or (workers is not None and workers < 0):
+    least = batch_size if isinstance(batch_size, int) else min(batch_size, default=1)
+    if least < 1 or (workers is not None and workers < 0):
         raise ValueError(
-            f"stream_tiles needs batch_size >= 1 and workers >= 0, got batch_size={batch_size}, workers={workers}"
+            f"stream_tiles needs batch_size >= 1 and workers >= 0, got batch_size={least}, workers={workers}"
         )
     order = np.arange(grid.kept_tiles) if rows is None else np.asarray(rows, dtype=np.int64).reshape(-1)
     if order.size and (order.min() < 0 or order.max() >= grid.kept_tiles):
@@ -125,35 +127,37 @@ def stream_tiles(
             f"stream_tiles needs rows of the grid's {grid.kept_tiles} kept tiles, got {order.min()} to {order.max()}; "
             "pass indices into grid.coords_lv0"
         )
-    workers = count_workers(workers, order.size, batch_size)
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "collate_fn": _as_is,
-        "pin_memory": pin_memory and torch.cuda.is_available(),
-    }
+    sizes = equal_batches(order.size, batch_size) if isinstance(batch_size, int) else batch_size
+    if sum(sizes) != order.size:
+        raise ValueError(
+            f"stream_tiles needs as many tiles in batches as there are, got batches of {sum(sizes)} together and "
+            f"{order.size} tiles; pass the number of tiles in each batch"
+        )
+    batches = [order[end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+    workers = count_workers(workers, order.size, len(batches))
+    pin_memory = pin_memory and torch.cuda.is_available()
     if workers:
-        return _decoded_by_workers(reader, grid, order, workers, settings)
-    return _decoded_here(_Tiles(reader, grid, order), settings)
+        return _decoded_by_workers(reader, grid, batches, workers, pin_memory)
+    return _decoded_here(_Tiles(reader, grid), batches, pin_memory)
 
 
-def _decoded_here(tiles: _Tiles, settings: dict[str, Any]) -> Iterator[TileBatch]:
+def _decoded_here(tiles: _Tiles, batches: list[np.ndarray], pin_memory: bool) -> Iterator[TileBatch]:
     """Yield batches that a thread of this process decodes."""
-    return one_ahead(iter(DataLoader(tiles, num_workers=0, **settings)), tiles.stop)
+    return one_ahead(iter(_loader(tiles, batches, pin_memory)), tiles.stop)
 
 
 def _decoded_by_workers(
-    reader: SlideReader, grid: Tiles, order: np.ndarray, workers: int, settings: dict[str, Any]
+    reader: SlideReader, grid: Tiles, batches: list[np.ndarray], workers: int, pin_memory: bool
 ) -> Iterator[TileBatch]:
     """Yield batches that worker processes decode; if these become unavailable, this process decodes the rest."""
     done = 0
     try:
         heartbeat = Heartbeat()
-        for batch in watched(
-            _started(_Tiles(reader, grid, order, heartbeat), workers, settings), heartbeat, reader.path
-        ):
+        tiles = _Tiles(reader, grid, heartbeat)
+        for batch in watched(_started(tiles, batches, workers, pin_memory), heartbeat, reader.path):
             if isinstance(batch, WorkersUnavailable):
                 raise batch
-            done += len(batch.rows_B)
+            done += 1
             yield batch
         return
     except WorkersUnavailable as refusal:
@@ -163,11 +167,18 @@ def _decoded_by_workers(
             reader.path,
             refusal,
         )
-    yield from _decoded_here(_Tiles(reader, grid, order[done:]), settings)
+    yield from _decoded_here(_Tiles(reader, grid), batches[done:], pin_memory)
 
 
-def _started(tiles: _Tiles, workers: int, settings: dict[str, Any]) -> Iterator[Any]:
-    loader: DataLoader[Any] = DataLoader(tiles, num_workers=workers, **settings, **worker_settings())
+def _loader(tiles: _Tiles, batches: list[np.ndarray], pin_memory: bool, **of_workers: Any) -> DataLoader[Any]:
+    """Return a loader of the batches, each given by the tiles' indices among the grid's kept tiles."""
+    # The annotation asks for lists; the loader passes on whatever indices the sampler yields.
+    sampler: Any = batches
+    return DataLoader(tiles, batch_sampler=sampler, collate_fn=_as_is, pin_memory=pin_memory, **of_workers)
+
+
+def _started(tiles: _Tiles, batches: list[np.ndarray], workers: int, pin_memory: bool) -> Iterator[Any]:
+    loader = _loader(tiles, batches, pin_memory, num_workers=workers, **worker_settings())
     try:
         return iter(loader)
     except (OSError, EOFError) as error:  # no more processes
@@ -177,10 +188,9 @@ def _started(tiles: _Tiles, workers: int, settings: dict[str, Any]) -> Iterator[
 class _Tiles(Dataset[TileBatch]):
     """The kept tiles of a grid as a dataset that decodes a batch into one tensor, with a heartbeat for every tile."""
 
-    def __init__(self, reader: SlideReader, grid: Tiles, rows: np.ndarray, heartbeat: Heartbeat | None = None):
+    def __init__(self, reader: SlideReader, grid: Tiles, heartbeat: Heartbeat | None = None):
         self._reader = reader
-        self._coords_lv0 = grid.coords_lv0[rows]
-        self._rows = rows
+        self._coords_lv0 = grid.coords_lv0
         self._tile_lv0 = grid.tile_lv0
         self._tile_px = grid.tile_px
         self._heartbeat = heartbeat
@@ -191,10 +201,10 @@ class _Tiles(Dataset[TileBatch]):
         self._stopped = True
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._coords_lv0)
 
-    def __getitems__(self, items: list[int]) -> TileBatch | WorkersUnavailable:
-        batch = self._decode(items)
+    def __getitems__(self, rows_B: np.ndarray) -> TileBatch | WorkersUnavailable:
+        batch = self._decode(rows_B)
         if get_worker_info() is not None:
             batch = replace(batch, damages=self._reader.damages.take())
             try:
@@ -204,15 +214,15 @@ class _Tiles(Dataset[TileBatch]):
                 return WorkersUnavailable(" ".join(str(error).split()))
         return batch
 
-    def _decode(self, items: list[int]) -> TileBatch:
+    def _decode(self, rows_B: np.ndarray) -> TileBatch:
         side = self._tile_px
-        tiles_BHWC = np.full((len(items), side, side, 3), 255, np.uint8)
-        readable_B = torch.ones(len(items), dtype=torch.bool)
+        tiles_BHWC = np.full((len(rows_B), side, side, 3), 255, np.uint8)
+        readable_B = torch.ones(len(rows_B), dtype=torch.bool)
         reason = None
-        for index, item in enumerate(items):
+        for index, row in enumerate(rows_B):
             if self._stopped:
                 break
-            x, y = self._coords_lv0[item].tolist()
+            x, y = self._coords_lv0[row].tolist()
             try:
                 tiles_BHWC[index] = self._reader.read_region(x, y, (self._tile_lv0, self._tile_lv0), (side, side))
             except ReadingStopped:
@@ -225,7 +235,7 @@ class _Tiles(Dataset[TileBatch]):
         by_worker = get_worker_info() is not None
         # NumPy, because torch would start threads for this that compete with the model's.
         tiles_BCHW = torch.from_numpy(np.ascontiguousarray(tiles_BHWC.transpose(0, 3, 1, 2)))
-        return TileBatch(tiles_BCHW, torch.from_numpy(self._rows[items]), readable_B, reason, by_worker)
+        return TileBatch(tiles_BCHW, torch.from_numpy(rows_B.copy()), readable_B, reason, by_worker)
 
 
 def _as_is(batch: Any) -> Any:

@@ -34,11 +34,11 @@ class WorkersUnavailable(Exception):  # noqa: N818 -- not an error: the stream c
     """Workers cannot start, or cannot transfer what they decode; the message is the system's reason."""
 
 
-def count_workers(workers: int | None, tiles: int, batch_size: int) -> int:
-    """Return the number of decoding processes for so many tiles; None chooses by the numbers of tiles and cores."""
+def count_workers(workers: int | None, tiles: int, batches: int) -> int:
+    """Return the number of decoding processes for so many tiles in so many batches; None chooses by tiles and cores."""
     if workers is None:
         workers = min(_MOST_WORKERS, _cores() // 2) if tiles >= _TILES_WORTH_A_WORKER else 0
-    return min(workers, _cores(), -(-tiles // batch_size))
+    return min(workers, _cores(), batches)
 
 
 class Heartbeat:

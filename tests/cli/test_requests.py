@@ -88,7 +88,7 @@ def test_an_option_without_effect_or_sense_is_refused_before_any_work(folder: Pa
     "option",
     [
         *("--spacing-um 0", "--spacing-um -1", "--spacing-um nan", "--spacing-um 264.6"),
-        *("--batch-size 0", "--batch-size 10000000", "--workers -1", "--workers 100000"),
+        *("--batch-size 0", "--batch-size 10000000", "--tokens-per-batch 0", "--workers -1", "--workers 100000"),
     ],
 )
 def test_a_number_out_of_range_is_refused(folder: Path, option: str) -> None:

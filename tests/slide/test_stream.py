@@ -73,6 +73,19 @@ def test_batch_size_and_workers_change_nothing(
         assert torch.equal(part, whole)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_may_differ_in_size(reader: SlideReader, grid: TokenGrid, workers: int) -> None:
+    expected = joined(list(stream_tiles(reader, grid, batch_size=32)))
+    sizes = [1, 40, 7, 40]
+    batches = list(stream_tiles(reader, grid, batch_size=sizes, workers=workers))
+    assert [len(batch.rows_B) for batch in batches] == sizes
+    for part, whole in zip(joined(batches), expected, strict=True):
+        assert torch.equal(part, whole)
+    for wrong in ([40, 40], [88, 0], [89]):
+        with pytest.raises(ValueError, match="stream_tiles needs"):
+            stream_tiles(reader, grid, batch_size=wrong)
+
+
 def test_workers_decode_in_other_processes(
     reader: SlideReader, grid: TokenGrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +158,7 @@ def test_no_more_workers_than_cores_or_batches(
 
     def recording(*args: object, num_workers: int, **kwargs: object) -> object:
         asked.append(num_workers)
-        kwargs = {key: kwargs[key] for key in ("batch_size", "collate_fn")}
+        kwargs = {key: kwargs[key] for key in ("batch_sampler", "collate_fn")}
         return loader(*args, num_workers=0, **kwargs)
 
     monkeypatch.setattr(stream_module, "DataLoader", recording)
@@ -189,4 +202,4 @@ def test_real_slides_that_are_tiny_or_do_not_decode(shared_slides: Path) -> None
 
 def test_workers_are_started_automatically_only_for_large_slides(monkeypatch):
     monkeypatch.setattr(workers_module, "_cores", lambda: 8)
-    assert [count_workers(None, tiles, 32) for tiles in (10, 1999, 2000, 50_000)] == [0, 0, 4, 4]
+    assert [count_workers(None, tiles, tiles) for tiles in (10, 1999, 2000, 50_000)] == [0, 0, 4, 4]
