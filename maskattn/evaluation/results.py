@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = ["ClassResult", "Evaluation", "FoldResult", "as_json", "evaluate_predi
 # With fewer patients, BCa intervals of kappa and the C-index covered the truth in 92 to 94 % of simulations.
 FEW_PATIENTS = 100
 _RARE = 10
+_FOLDS_APART = 0.005  # the loss of AUC by pooling from which it is noted
 _OF_CALIBRATION = ("brier", "ece")
 
 
@@ -104,19 +105,20 @@ def evaluate_predictions(
     strata = strata_for(predictions) if stratified else None
     weights_BP = draw_resamples(predictions.rows, resamples, seed, strata, predictions.clusters)
     metrics = {one.name: _estimate(one, predictions, weights_BP) for one in metrics_of(predictions.task)}
+    by_fold = _by_fold(predictions, folds)
     temperature = _temperature(predictions, validation)
     return Evaluation(
         name=name,
         predictions=predictions,
         metrics=metrics,
         by_class=_by_class(predictions, weights_BP),
-        by_fold=_by_fold(predictions, folds),
+        by_fold=by_fold,
         temperature=temperature,
         calibrated={} if temperature is None else _calibrated(predictions, temperature, weights_BP),
         resamples=resamples,
         seed=seed,
         stratified=stratified,
-        notes=(*_notes(predictions, metrics), *notes),
+        notes=(*_notes(predictions, metrics, by_fold), *notes),
     )
 
 
@@ -241,7 +243,7 @@ def _calibrated(predictions: Predictions, temperature: float, weights_BP: Values
     return {one.name: _estimate(one, scaled, weights_BP) for one in asked}
 
 
-def _notes(predictions: Predictions, metrics: dict[str, Estimate]) -> list[str]:
+def _notes(predictions: Predictions, metrics: Mapping[str, Estimate], by_fold: Sequence[FoldResult]) -> list[str]:
     notes = []
     if predictions.patient_of is not None:
         notes.append(
@@ -263,6 +265,7 @@ def _notes(predictions: Predictions, metrics: dict[str, Estimate]) -> list[str]:
                 "Metrics are of all folds' test patients together, although each fold has its own model; the table by "
                 "fold has each model's metrics."
             )
+            notes += _note_on_scales(metrics["auc"].value, by_fold)
     if predictions.patients < FEW_PATIENTS:
         notes.append(
             f"{predictions.patients} patients are few: below {FEW_PATIENTS}, a 95 % interval may cover only 92 %."
@@ -272,3 +275,14 @@ def _notes(predictions: Predictions, metrics: dict[str, Estimate]) -> list[str]:
         counts_text = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
         notes.append(f"Resamples that lack a class, in which a metric is undefined, were left out: {counts_text}.")
     return notes
+
+
+def _note_on_scales(pooled: float | None, by_fold: Sequence[FoldResult]) -> list[str]:
+    """Return a note if the AUC of all folds together is below the folds' own, because their scores differ in scale."""
+    aucs = [auc for result in by_fold if (auc := result.metrics["auc"]) is not None]
+    if pooled is None or len(aucs) < 2 or np.mean(aucs) - pooled < _FOLDS_APART:
+        return []
+    return [
+        f"The AUC of all folds together is {pooled:.3f}, the mean of the folds' AUCs {np.mean(aucs):.3f}. Scores of "
+        "the folds' models differ in scale or offset; the mean tells how well a model ranks patients."
+    ]

@@ -127,3 +127,18 @@ def test_the_positive_class_is_the_second_and_may_be_named():
 def test_too_few_resamples_are_refused():
     with pytest.raises(ValueError, match="100 resamples or more, got 10"):
         evaluate_predictions(graded(), resamples=10)
+
+
+@pytest.mark.parametrize("sharper", [1.0, 30.0])
+def test_folds_whose_scores_differ_in_scale_are_noted(sharper):
+    plain = graded((100, 100), fold_P=np.arange(200) % 2)
+    odd_P = plain.fold_P == 1
+    # The second fold's scores lie lower: no patient of the fold changes places with another of it.
+    second_P = np.where(odd_P, plain.scores_PK[:, 1] ** sharper, plain.scores_PK[:, 1])
+    apart = replace(plain, scores_PK=np.stack([1 - second_P, second_P], axis=1))
+    one = evaluate_predictions(apart, resamples=100)
+    mean = np.mean([result.metrics["auc"] for result in one.by_fold])
+    assert mean == pytest.approx(np.mean([result.metrics["auc"] for result in evaluate_predictions(plain).by_fold]))
+    found = [note for note in one.notes if "differ in scale" in note]
+    assert len(found) == (sharper > 1)
+    assert all(f"{one.metrics['auc'].value:.3f}" in note and f"{mean:.3f}" in note for note in found)
