@@ -21,6 +21,7 @@ __all__ = ["DIFFERENTIABLE", "RULES", "Options", "Rule", "differentiable", "is_g
 
 ATTENTION = ("packed_attention", "masked_attention", "readout")
 EVERYWHERE = (*ATTENTION, "token_relevance")
+OF_CHUNKS = ("packed_attention", "readout")
 
 
 class Rule(NamedTuple):
@@ -72,6 +73,8 @@ class Options:
         precision: how float32 is multiplied: "ieee", or "tf32x3", which also allows three products of TensorFloat-32 in
             place of each. An implementation that multiplies float32 as it is in any case has the option too: what is
             allowed need not be done.
+        query_offsets, key_offsets: (B,) int32, for sequences that are chunks of longer ones: the positions of each
+            chunk's first query and first key in the whole sequence. Only dropout depends on them. None stands for 0.
     """
 
     scale: float
@@ -82,6 +85,8 @@ class Options:
     dropout_p: float = field(default=0.0, metadata=option(named="dropout", operations=ATTENTION, rule=_SHARE))
     dropout_seed: Int[Tensor, "1"] | None = field(default=None, metadata=option(named="dropout", operations=ATTENTION))
     precision: str = field(default="ieee", metadata=option(operations=ATTENTION[:2], rule=_PRECISION))
+    query_offsets: Int[Tensor, "B"] | None = field(default=None, metadata=option(operations=OF_CHUNKS))
+    key_offsets: Int[Tensor, "B"] | None = field(default=None, metadata=option(operations=OF_CHUNKS))
 
 
 RULES: dict[str, Rule] = {x.name: x.metadata["rule"] for x in fields(Options) if x.metadata.get("rule")}

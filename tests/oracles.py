@@ -122,6 +122,8 @@ class Inputs:
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
     precision: str = "ieee"
+    query_offsets: Tensor | None = None
+    key_offsets: Tensor | None = None
 
     def to(self, target: torch.dtype | str) -> Inputs:
         """The same values on another device or in another dtype; positions are float32 at least, seeds are ints."""
@@ -178,6 +180,14 @@ def with_alibi(inputs: Inputs, seed: int = 0, unplaced: float = 0.1) -> Inputs:
 def with_dropout(inputs: Inputs, dropout_p: float = 0.3, seed: int = 1234567890123456789) -> Inputs:
     """The same inputs with some of the weights dropped."""
     return replace(inputs, dropout_p=dropout_p, dropout_seed=torch.tensor([seed]))
+
+
+def as_chunks(inputs: Inputs, sequences: int, seed: int = 0) -> Inputs:
+    """The same inputs as chunks of longer sequences, from any position; the keys of the first four from 4n + 0 to 3."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys = torch.randint(2**20, (2, sequences), generator=generator, dtype=torch.int32)
+    keys = keys // 4 * 4 + torch.arange(sequences, dtype=torch.int32) % 4
+    return replace(inputs, query_offsets=queries, key_offsets=keys)
 
 
 def make_inputs(

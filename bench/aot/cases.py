@@ -59,6 +59,8 @@ class Case:
     gather: bool = False
     alibi: bool = False
     dropout: bool = False
+    # Dropout of chunks of longer sequences, whose positions in these are given.
+    chunks: bool = False
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -153,7 +155,8 @@ def _arguments(case: Case, config: Config) -> dict[str, Any]:
     bias = Tokens(single, stride_b, 0, 1) if case.bias else ABSENT
     dbias = Tokens(single, stride_b, STRIDE, 1) if case.bias else ABSENT
     positions = Positions(single, stride_b, 2, 1) if case.alibi else NO_POSITIONS
-    dropout = Dropout(Varying("*i64") if case.dropout else None, COUNT, SCALE)
+    offsets = Varying("*i32") if case.chunks else None
+    dropout = Dropout(Varying("*i64") if case.dropout else None, COUNT, SCALE, offsets, offsets)
     # cu_seqlens[1:] is not aligned.
     bounds = Bounds(Varying("*i32"), Varying("*i32", aligned=False), index)
     row_values = RowValues(single, stride_b, Varying("i32", aligned=False))

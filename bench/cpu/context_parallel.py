@@ -1,11 +1,11 @@
 """One slide on one and on several processes of this machine: time, memory, and the ring beside the gathered exchange.
 
-    python -m bench.cpu.context_parallel [TOKENS ...] [--processes W] [--repeats N]
+    python -m bench.cpu.context_parallel [TOKENS ...] [--processes W] [--repeats N] [--exchanges NAME ...]
 
 Each row is one attention layer (6 heads of 64 channels, float32) over a single sequence, forward and backward, and the
 median of the repeats; the slowest process counts. Every process has one thread, so that two processes have twice the
 arithmetic of one. They form a gloo group over the loopback interface. "torch" is
-`torch.distributed.tensor.experimental.context_parallel`, whose backward does not run on a CPU.
+`torch.distributed.tensor.experimental.context_parallel`, whose backward does not run on a CPU; "none" is one process.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from maskattn import packed_attention
 from maskattn.distributed.choice import cost_of
 
 HEADS, WIDTH = 6, 64
+EXCHANGES = ("none", "ring", "gather", "torch")
 
 
 def main() -> None:
@@ -36,13 +37,14 @@ def main() -> None:
     parser.add_argument("tokens", nargs="*", type=int, default=[8192, 32768])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--exchanges", nargs="+", choices=EXCHANGES, default=EXCHANGES)
     arguments = parser.parse_args()
     count = arguments.processes
     print("| tokens | processes | exchange | s forward | s backward | MiB more at the peak | MiB received |")
     print("|---|---|---|---|---|---|---|")
     for tokens in arguments.tokens:
-        for processes, exchange in ((1, "none"), (count, "ring"), (count, "gather"), (count, "torch")):
-            print(row(tokens, processes, exchange, arguments.repeats), flush=True)
+        for exchange in arguments.exchanges:
+            print(row(tokens, 1 if exchange == "none" else count, exchange, arguments.repeats), flush=True)
 
 
 def row(tokens: int, count: int, exchange: str, repeats: int) -> str:

@@ -30,7 +30,20 @@ from maskattn.options import Options
 
 __all__ = ["OPTIONS", "packed_attention", "masked_attention", "readout", "token_relevance", "distances"]
 
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed", "precision"})
+OPTIONS = frozenset(
+    {
+        "scale",
+        "key_bias",
+        "slopes",
+        "coords_q",
+        "coords_k",
+        "dropout_p",
+        "dropout_seed",
+        "precision",
+        "query_offsets",
+        "key_offsets",
+    }
+)
 
 
 def packed_attention(
@@ -229,6 +242,11 @@ def _attend_one_sequence(
     weights = probabilities
     if options.dropout_seed is not None:
         heads, queries, keys = (torch.arange(n, device=q.device) for n in scores.shape)
+        # The queries and keys of a chunk have the positions that they have in the whole sequence.
+        if options.query_offsets is not None:
+            queries = queries + options.query_offsets[sequence]
+        if options.key_offsets is not None:
+            keys = keys + options.key_offsets[sequence]
         factors = dropout_factors(
             options.dropout_seed,
             options.dropout_p,

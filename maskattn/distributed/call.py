@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TypeVar
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from maskattn.distributed.agreement import agree
 from maskattn.distributed.shards import Shards
+from maskattn.distributed.transport import broadcast_first
 from maskattn.options import Options
 from maskattn.transforms import is_transformed
 
-__all__ = ["check_rows", "check_shards", "describe", "refuse_dropout", "together"]
+__all__ = ["check_rows", "check_shards", "describe", "together", "with_seed_of_first"]
 
 Prepared = TypeVar("Prepared")
 
@@ -86,18 +87,10 @@ def check_rows(name: str, x: Tensor, shards: Shards) -> None:
         )
 
 
-def refuse_dropout(dropout_p: float, impl: str) -> None:
-    """Refuse dropout, except with the specification: only that knows the weights' positions in whole sequences.
-
-    Raises:
-        ValueError: dropout is requested with another implementation.
-    """
-    if dropout_p != 0 and impl != "reference":
-        raise ValueError(
-            f"impl={impl!r} drops weights by their positions among the rows of one process, so it has no "
-            f"dropout over a process group, got dropout_p={dropout_p}; pass dropout_p=0, or impl='reference', which is "
-            "slow"
-        )
+def with_seed_of_first(options: Options, shards: Shards) -> Options:
+    """Return the options with the dropout seed of process 0, so that all processes drop the same weights."""
+    seed = options.dropout_seed
+    return options if seed is None else replace(options, dropout_seed=broadcast_first(seed, shards.group))
 
 
 def describe(q: Tensor, differentiated: dict[str, Tensor | None], options: Options, impl: str) -> dict[str, object]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskattn.attention.implementation import implementation
-from maskattn.distributed.partial import Keys, attend, differentiate, wide
+from maskattn.distributed.partial import Keys, attend, differentiate, placed, wide
 from maskattn.distributed.shards import Shards, starts_of
 from maskattn.distributed.transport import Transfer
 from maskattn.operands import Sequences
@@ -32,7 +32,8 @@ def forward(
     """Attend from this process's queries to the keys of all processes."""
     plan = _plan(queries, keys)
     need_lse = need_lse or implementation(impl).READS_OUTPUTS
-    return attend(q, own.with_tensors(plan.gather(own.tensors)), plan.where, options, impl, need_lse)
+    gathered = own.with_tensors(plan.gather(own.tensors))
+    return attend(q, gathered, plan.where, placed(options, queries, None), impl, need_lse)
 
 
 def backward(
@@ -48,7 +49,8 @@ def backward(
     """Return the gradients of :func:`forward`; that of slopes is the contribution of this process's queries."""
     plan = _plan(queries, keys)
     gathered = own.with_tensors(plan.gather(own.tensors))
-    found = differentiate(grads, q, gathered, outputs, plan.where, options, impl, of_all_keys=True)
+    here = placed(options, queries, None)
+    found = differentiate(grads, q, gathered, outputs, plan.where, here, impl, of_all_keys=True)
     of_keys = [x for x in (found.k, found.v, found.key_bias) if x is not None]
     dk, dv, *dbias = plan.send_home(of_keys)
     return replace(found, k=dk, v=dv, key_bias=dbias[0] if dbias else None)

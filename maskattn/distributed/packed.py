@@ -5,7 +5,7 @@ Dimension key: Tq and Tk rows of this process, H heads, D head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +15,11 @@ from maskattn.attention.calls import as_autocast, options_of_call
 from maskattn.attention.checks import check_bias, check_coords, check_packed
 from maskattn.attention.implementation import choose
 from maskattn.attention.ops import without_autocast
-from maskattn.distributed import gathered, reference, ring
-from maskattn.distributed.call import check_rows, check_shards, describe, refuse_dropout, together
+from maskattn.distributed import gathered, ring
+from maskattn.distributed.call import check_rows, check_shards, describe, together, with_seed_of_first
 from maskattn.distributed.choice import EXCHANGES, choose_exchange
 from maskattn.distributed.partial import Keys
 from maskattn.distributed.shards import Shards
-from maskattn.distributed.transport import broadcast_first
 from maskattn.options import Options
 from maskattn.results import Outputs
 from maskattn.shapes import Float
@@ -57,8 +56,8 @@ def packed_attention(
         key_bias, coords: as for ``maskattn.packed_attention``, for this process's rows.
         slopes: (H,), the same in all processes; its gradient is the contribution of this process's queries, to be
             summed over the processes like those of other weights.
-        dropout_p: as for ``maskattn.packed_attention``, only with impl="reference"; weights are dropped by their
-            positions in whole sequences, with the seed of process 0.
+        dropout_p: as for ``maskattn.packed_attention``; weights are dropped by their positions in whole sequences, with
+            the seed of process 0.
         return_lse: also return the log-sum-exp of the scores, (H, Tq), differentiable.
         exchange: "ring" passes keys and values around, and a process holds those of at most three processes. "gather"
             sends a process all keys that its queries need, and attends once. None chooses "gather" if it holds few
@@ -83,11 +82,7 @@ def packed_attention(
         check_bias(key_bias, q, ((Tk,), (Tk, H)), "(Tk,) or (Tk, H)")
         positions = check_coords(coords, slopes, q, H, (Tq,), (Tk,))
         options = options_of_call(given[0], scale, key_bias, slopes, positions, dropout_p)
-        chosen = choose(
-            impl, given[0], options if dropout_p == 0 else replace(options, dropout_p=0.0, dropout_seed=None)
-        )
-        refuse_dropout(dropout_p, chosen)
-        return _Call(given, options, chosen, queries, keys, _exchange(exchange))
+        return _Call(given, options, choose(impl, given[0], options), queries, keys, _exchange(exchange))
 
     call = together("packed_attention", queries, prepare, _Call.description)
     out, lse = call.run(return_lse)
@@ -120,10 +115,7 @@ class _Call:
 
     def run(self, need_lse: bool) -> tuple[Tensor, Tensor]:
         q, k, v = self.qkv
-        options = self.options
-        if options.dropout_seed is not None:
-            seed = broadcast_first(options.dropout_seed, self.keys.group)
-            return reference.packed_attention(q, k, v, self.queries, self.keys, replace(options, dropout_seed=seed))
+        options = with_seed_of_first(self.options, self.keys)
         exchange = self.exchange or choose_exchange(self.queries, self.keys, Keys.of(k, v, options).nbytes_of_row)
         layout = _Layout(self.queries, self.keys, self.impl, exchange, need_lse)
         with without_autocast(q):
@@ -152,6 +144,10 @@ class _Layout:
         return self.queries, self.keys
 
 
+# The tensors among the options of a call.
+_TENSORS = ("key_bias", "slopes", "coords_q", "coords_k", "dropout_seed")
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -168,18 +164,18 @@ class _Attention(torch.autograd.Function):
         found: Outputs = layout.module.forward(q, own, *layout.where, options, layout.need_lse, layout.impl)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            q, k, v, key_bias, slopes, options.coords_q, options.coords_k, found.out, found.lse, found.lse_rest
+            q, k, v, *(getattr(options, name) for name in _TENSORS), found.out, found.lse, found.lse_rest
         )
         ctx.layout = layout
-        ctx.numbers = {"scale": options.scale, "precision": options.precision}
+        ctx.numbers = {name: getattr(options, name) for name in ("scale", "dropout_p", "precision")}
         return found.out, found.lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, key_bias, slopes, coords_q, coords_k, *outputs = ctx.saved_tensors
+        q, k, v, *of_options, out, lse, lse_rest = ctx.saved_tensors
         layout: _Layout = ctx.layout
-        options = Options(key_bias=key_bias, slopes=slopes, coords_q=coords_q, coords_k=coords_k, **ctx.numbers)
-        final = Outputs(*outputs)
+        options = Options(**dict(zip(_TENSORS, of_options, strict=True)), **ctx.numbers)
+        final = Outputs(out, lse, lse_rest)
         grad_out = torch.zeros_like(final.out) if grads[0] is None else grads[0]
         own = Keys.of(k, v, options)
         with without_autocast(q):

@@ -9,6 +9,9 @@ given lse receives lse and output over all keys, and returns the block's contrib
 and v receives the block's own lse and output, and with w = exp(l_i − lse) the gradients  w dO  of o_i and
 w (dO·(o_i − out) + dlse)  of l_i.
 
+Dropout changes nothing in this: l_i is the log-sum-exp before it, as lse is, and o_i and out are the outputs after it.
+A block's weights are dropped by the positions that its queries and keys have in the whole sequences (:func:`placed`).
+
 lse is accumulated in float64, with the remainders of its rounding: a shift common to all blocks would become visible
 otherwise.
 
@@ -26,11 +29,12 @@ from torch import Tensor
 from maskattn.attention import operations
 from maskattn.attention.implementation import implementation, keeps_rest
 from maskattn.attention.ops import flat_options
+from maskattn.distributed.shards import Shards
 from maskattn.operands import Sequences
 from maskattn.options import DIFFERENTIABLE, Options
 from maskattn.results import Gradients, Outputs
 
-__all__ = ["Keys", "Whole", "attend", "differentiate", "share_of", "wide"]
+__all__ = ["Keys", "Whole", "attend", "differentiate", "placed", "share_of", "wide"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,24 @@ def _row(x: Tensor) -> int:
     for size in x.shape[1:]:
         count *= size
     return count
+
+
+def placed(options: Options, queries: Shards | None, keys: Shards | None, source: int = 0) -> Options:
+    """Return the options for chunks of sequences, with the positions by which dropout needs to know them.
+
+    Args:
+        options: the options of the call.
+        queries: the shards of this process's queries; None for those of whole sequences.
+        keys: the shards of the keys; None for those of whole sequences.
+        source: the process whose keys they are.
+    """
+    if options.dropout_seed is None:
+        return options
+    return replace(
+        options,
+        query_offsets=None if queries is None else queries.offsets_of(queries.rank),
+        key_offsets=None if keys is None else keys.offsets_of(source),
+    )
 
 
 def attend(q: Tensor, keys: Keys, where: Sequences, options: Options, impl: str, need_lse: bool = True) -> Outputs:

@@ -8,7 +8,6 @@ Dimension key: B sequences, T rows of this process, R readout queries, H heads, 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from maskattn.attention.checks import check_bias, check_coords, check_readout, c
 from maskattn.attention.implementation import choose
 from maskattn.attention.ops import flat_options
 from maskattn.distributed import reference
-from maskattn.distributed.call import check_rows, describe, refuse_dropout, together
+from maskattn.distributed.call import check_rows, describe, together, with_seed_of_first
 from maskattn.distributed.combine import combine
+from maskattn.distributed.partial import placed
 from maskattn.distributed.shards import Shards
-from maskattn.distributed.transport import broadcast_first
 from maskattn.options import Options
 from maskattn.shapes import Float
 
@@ -58,7 +57,8 @@ def readout(
         scale, slopes, impl: as for ``maskattn.readout``; the same in all processes.
         key_bias: as for ``maskattn.readout``, for this process's keys.
         coords: as for ``maskattn.readout``, a pair for the queries and this process's keys.
-        dropout_p: as for ``maskattn.readout``, only with impl="reference".
+        dropout_p: as for ``maskattn.readout``; weights are dropped by their positions in whole sequences, with the seed
+            of process 0.
         return_rows: also return the attention rows (R, H, T) of this process's keys.
         return_lse: also return the log-sum-exp of the scores over all keys, (B, R, H), differentiable.
 
@@ -73,10 +73,7 @@ def readout(
     def prepare() -> tuple[tuple[Tensor, ...], Options, str]:
         given = as_autocast(q, k, v)
         options = _checked(given, shards, key_bias, coords, slopes, scale, dropout_p)
-        without = options if dropout_p == 0 else replace(options, dropout_p=0.0, dropout_seed=None)
-        chosen = choose(impl, given[0], without)
-        refuse_dropout(dropout_p, chosen)
-        return given, options, chosen
+        return given, options, choose(impl, given[0], options)
 
     def description(call: tuple[tuple[Tensor, ...], Options, str]) -> dict[str, object]:
         (q_, k_, v_), options, chosen = call
@@ -171,9 +168,8 @@ def _read(
     given: tuple[Tensor, ...], shards: Shards, options: Options, return_rows: bool, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = given
+    options = with_seed_of_first(options, shards)
     if impl == "reference":
-        if options.dropout_seed is not None:
-            options = replace(options, dropout_seed=broadcast_first(options.dropout_seed, shards.group))
         return reference.readout(q, k, v, shards, options)
     own_out, exact, own_lse, rows = _parts(q, k, v, shards, options, return_rows, impl)
     out, lse, share_BRH = combine(own_out, exact, shards.group)
@@ -188,6 +184,7 @@ def _parts(
 ) -> tuple[Any, ...]:
     """Return out, lse in float64 with its rounding remainder, lse as computed, and rows, over this process's keys."""
     lengths = shards.cu_seqlens, shards.max_seqlen
-    out, lse, rest, rows = operations.readout(q, k, v, *lengths, *flat_options(options), True, return_rows, impl)
+    own = flat_options(placed(options, None, shards, shards.rank))
+    out, lse, rest, rows = operations.readout(q, k, v, *lengths, *own, True, return_rows, impl)
     exact = lse.double() + rest.detach().double() if rest.numel() else lse.double()
     return out, exact, lse, rows

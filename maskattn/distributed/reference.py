@@ -1,10 +1,11 @@
-"""The specification of the operations over a process group: each process gathers all rows, and keeps its own results.
+"""The specification of a readout over a process group: each process gathers all rows, and keeps its own results.
 
 It is eager, supports any dtype, is differentiable by autograd, and holds the rows of the entire group. Rows are
 concatenated sequence by sequence, whichever process holds them, and passed to ``maskattn.attention.reference``, so that
-results equal those of one process, including dropout. The ring and the gathered exchange are tested against it.
+results equal those of one process, including dropout. ``packed_attention`` needs none of its own: the exchanges pass
+``maskattn.attention.reference`` the keys of one process after the other.
 
-Dimension key: Tq, Tk and T rows of this process, B sequences, R readout queries, H heads, D head width, K classes.
+Dimension key: T rows of this process, B sequences, R readout queries, H heads, D head width, K classes.
 """
 
 from __future__ import annotations
@@ -20,19 +21,7 @@ from maskattn.distributed.shards import Shards, starts_of
 from maskattn.distributed.transport import add_up
 from maskattn.options import Options
 
-__all__ = ["packed_attention", "readout", "token_relevance"]
-
-
-def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, queries: Shards, keys: Shards, options: Options
-) -> tuple[Tensor, Tensor]:
-    """Return out (Tq, H, D) and lse (H, Tq) of this process's queries over the keys of all processes."""
-    of_all = _of_all_keys(options, keys)
-    if options.coords_q is not None:
-        of_all = replace(of_all, coords_q=_of_all(options.coords_q, queries))
-    starts = starts_of(queries.total, q.device), starts_of(keys.total, k.device)
-    out, lse = reference.packed_attention(_of_all(q, queries), _of_all(k, keys), _of_all(v, keys), *starts, of_all)
-    return out[queries.positions], lse[:, queries.positions]
+__all__ = ["readout", "token_relevance"]
 
 
 def readout(q: Tensor, k: Tensor, v: Tensor, keys: Shards, options: Options) -> tuple[Tensor, Tensor, Tensor]:

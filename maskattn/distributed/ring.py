@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from maskattn.distributed.partial import Keys, Whole, attend, differentiate, wide
+from maskattn.distributed.partial import Keys, Whole, attend, differentiate, placed, wide
 from maskattn.distributed.shards import Shards
 from maskattn.distributed.transport import Transfer, ordered
 from maskattn.operands import Sequences
@@ -32,7 +32,8 @@ def forward(
     merged = Whole(q)
     for source, block in _round(own, keys):
         if _meet(queries, keys, source):
-            merged.add(attend(q, block, _where(queries, keys, source), options, impl))
+            where, here = _where(queries, keys, source), placed(options, queries, keys, source)
+            merged.add(attend(q, block, where, here, impl))
     return merged.outputs(impl, options)
 
 
@@ -54,7 +55,8 @@ def backward(
     sums = [torch.zeros(x.shape, dtype=wide(x), device=x.device) for x in _differentiable(own)]
     for source, block in _round(own, keys):
         if _meet(queries, keys, source):
-            found = differentiate(grads, q, block, outputs, _where(queries, keys, source), options, impl)
+            where, here = _where(queries, keys, source), placed(options, queries, keys, source)
+            found = differentiate(grads, q, block, outputs, where, here, impl)
             dq += found.q
             if dslopes is not None and found.slopes is not None:
                 dslopes += found.slopes

@@ -111,6 +111,17 @@ class Shards:
         """Return (B + 1,) int32, the boundaries of a process's chunks among its rows."""
         return self._cu_seqlens[process]
 
+    def offsets_of(self, process: int) -> Int[Tensor, "B"]:
+        """Return (B,) int32, the positions of a process's chunks within the whole sequences."""
+        return self._offsets[process]
+
+    @cached_property
+    def _offsets(self) -> list[Tensor]:
+        lengths = torch.tensor(self.lengths, dtype=torch.int32).view(self.size, self.batch_size)
+        before = (lengths.cumsum(0, dtype=torch.int32) - lengths).to(self.device)
+        # Separate tensors, so that all are aligned, for which kernels are compiled once.
+        return [each.clone() for each in before]
+
     @cached_property
     def _cu_seqlens(self) -> list[Tensor]:
         return [starts_of(each, self.device) for each in self.lengths]

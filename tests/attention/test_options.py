@@ -18,18 +18,22 @@ COMBINATIONS = [(bias, alibi, dropout) for bias in (None, "per_head") for alibi 
 IMPLS = ["torch", *(["cpu"] if importlib.util.find_spec("maskattn._native") else [])]
 # The C++ kernels have no dropout and refuse it.
 RUNS = [(impl, *options) for impl in IMPLS for options in COMBINATIONS if impl == "torch" or not options[2]]
+# Of chunks of longer sequences, whose dropout is by the position in these.
+CHUNKS = 2
+RUNS_OF_CHUNKS = [*RUNS, ("torch", None, 0, CHUNKS), ("torch", "per_head", 1, CHUNKS)]
 
 
-def combined(inputs: oracles.Inputs, alibi: int, dropout: int) -> oracles.Inputs:
+def combined(inputs: oracles.Inputs, alibi: int, dropout: int, sequences: int = 0) -> oracles.Inputs:
     inputs = oracles.with_alibi(inputs) if alibi else inputs
-    return oracles.with_dropout(inputs) if dropout else inputs
+    inputs = oracles.with_dropout(inputs) if dropout else inputs
+    return oracles.as_chunks(inputs, sequences) if dropout == CHUNKS else inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS)
+@pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS_OF_CHUNKS)
 def test_packed_attention_with_every_combination_of_options(impl, bias, alibi, dropout, dtype):
     lengths_q, lengths_k = [5, 0, 70, 3], [9, 4, 33, 0]
-    inputs = combined(oracles.packed_inputs(lengths_q, lengths_k, bias=bias, dtype=dtype), alibi, dropout)
+    inputs = combined(oracles.packed_inputs(lengths_q, lengths_k, bias=bias, dtype=dtype), alibi, dropout, 4)
     starts = oracles.cu_seqlens(lengths_q), oracles.cu_seqlens(lengths_k)
 
     def attend(q, k, v, options):
@@ -54,10 +58,7 @@ def test_masked_attention_with_every_combination_of_options(impl, bias, alibi, d
 
 def test_many_blocks_of_queries_are_as_one():
     lengths = [1500, 7]  # two heads of 1500 × 1500 scores are more than "torch" forms at once
-    inputs, starts = (
-        oracles.with_dropout(oracles.with_alibi(oracles.packed_inputs(lengths, bias="shared"))),
-        oracles.cu_seqlens(lengths),
-    )
+    inputs, starts = combined(oracles.packed_inputs(lengths, bias="shared"), 1, CHUNKS, 2), oracles.cu_seqlens(lengths)
 
     def attend(q, k, v, options):
         return torch.ops.maskattn.packed_attention(
@@ -80,11 +81,11 @@ def test_dropout_is_drawn_anew_and_by_torchs_seed():
 
 
 @pytest.mark.parametrize("queries", [1, 5])
-@pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS)
+@pytest.mark.parametrize(("impl", "bias", "alibi", "dropout"), RUNS_OF_CHUNKS)
 def test_readout_with_every_combination_of_options(impl, bias, alibi, dropout, queries):
     starts, x = oracles.cu_seqlens([4, 0, 70]), oracles.packed_inputs([4, 0, 70], bias=bias, head_width=16)
     q = torch.randn(3, queries, 2, 16)
-    x = combined(x, alibi, dropout)
+    x = combined(x, alibi, dropout, 3)
     positions_q = torch.rand(3, queries, 2) * 30 if alibi else None
     grads = torch.randn(3, queries, 2, 16), torch.randn(3, queries, 2), torch.randn(queries, 2, 74)
 

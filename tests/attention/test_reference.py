@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,29 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert abs((factors == 0).double().mean() - 0.3) < 5 * (0.3 * 0.7 / factors.numel()) ** 0.5
     other = dropout_factors(torch.tensor([43]), 0.3, *place)
     assert abs(((factors == 0) == (other == 0)).double().mean() - 0.58) < 0.01
+
+
+def test_chunks_of_sequences_drop_the_weights_that_whole_sequences_drop():
+    q, k, v = (double(16, 2, 8) for _ in range(3))
+    starts, chunks = (0, 7), ((0, 2, 2, 7), (0, 5, 8, 9))
+    whole = Options(0.3, dropout_p=0.5, dropout_seed=torch.tensor([11]))
+    cu_seqlens = torch.tensor([0, 7, 16])
+    out, lse = reference.packed_attention(q, k, v, cu_seqlens, cu_seqlens, whole)
+
+    def chunk(number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows of a chunk of both sequences, its cu_seqlens, and its positions in the whole sequences."""
+        ends = [(start + cuts[number], start + cuts[number + 1]) for start, cuts in zip(starts, chunks, strict=True)]
+        lengths = torch.tensor([end - begin for begin, end in ends])
+        offsets = torch.tensor([cuts[number] for cuts in chunks], dtype=torch.int32)
+        return torch.cat([torch.arange(*each) for each in ends]), F.pad(lengths.cumsum(0), (1, 0)), offsets
+
+    for rows, starts_q, offsets_q in map(chunk, range(3)):
+        total = torch.zeros_like(out[rows])
+        for keys, starts_k, offsets_k in map(chunk, range(3)):
+            options = replace(whole, query_offsets=offsets_q, key_offsets=offsets_k)
+            part, of_part = reference.packed_attention(q[rows], k[keys], v[keys], starts_q, starts_k, options)
+            total = total + (of_part - lse[:, rows]).exp().T[..., None] * part
+        torch.testing.assert_close(total, out[rows])
 
 
 def options_of(

@@ -36,12 +36,13 @@ def options(
 
 NO_ALIBI = {"slopes": None, "coords_q": None, "coords_k": None}
 NO_DROPOUT = {"dropout_p": 0.0, "dropout_seed": None}
+OF_CHUNKS = {name: torch.tensor([5, 30], dtype=torch.int32) for name in ("query_offsets", "key_offsets")}
 LEFT_OUT = [{}, {**NO_ALIBI, **NO_DROPOUT, "key_bias": None}, NO_ALIBI, NO_DROPOUT]
 # The C++ kernels have no dropout and refuse it.
 RUNS = [(impl, left) for impl in IMPLS for left in LEFT_OUT if impl != "cpu" or "dropout_p" in left]
 
 
-@pytest.mark.parametrize(("impl", "left_out"), RUNS)
+@pytest.mark.parametrize(("impl", "left_out"), [*RUNS, ("torch", OF_CHUNKS)])
 @pytest.mark.parametrize("need_lse", [True, False])
 def test_packed_op_passes_opcheck(impl, need_lse, left_out):
     starts = torch.tensor([0, 4, 9], dtype=torch.int32)

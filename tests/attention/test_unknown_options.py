@@ -54,16 +54,18 @@ def test_an_implementation_declares_nothing_that_is_no_option(impl):
 def test_the_arguments_of_an_op_are_the_fields_of_what_an_implementation_is_given():
     arguments = Arguments((QKV, Sequences, WithCap), ("bool need_lse", "str impl"))
     assert arguments.schema.endswith(
-        "Tensor? dropout_seed, str precision, float softcap, Tensor? sinks, bool need_lse, str impl)"
+        "str precision, Tensor? query_offsets, Tensor? key_offsets, float softcap, Tensor? sinks, bool need_lse, "
+        "str impl)"
     )
-    given = (*torch.zeros(3, 1), *torch.zeros(2, 1), 4, 5, 0.5, *[None] * 4, 0.0, None, "ieee", 30.0, None, True, "cpu")
-    qkv, where, options, *further = arguments.grouped(given)
-    assert (qkv, where, options, further) == (
+    options = 0.5, *[None] * 4, 0.0, None, "ieee", None, None, 30.0, None
+    given = (*torch.zeros(3, 1), *torch.zeros(2, 1), 4, 5, *options, True, "cpu")
+    assert arguments.grouped(given) == [
         QKV(*given[:3]),
         Sequences(*given[3:7]),
-        WithCap(*given[7:17]),
-        [True, "cpu"],
-    )
+        WithCap(*options),
+        True,
+        "cpu",
+    ]
 
 
 def test_gradients_and_tangents_are_those_of_qkv_and_of_the_differentiable_options():
@@ -86,7 +88,7 @@ class WithCap(Options):
 register(replace(PACKED, name="capped_attention", options=WithCap))
 x, starts = torch.randn(5, 2, 16, requires_grad=True), torch.tensor([0, 2, 5], dtype=torch.int32)
 for softcap in (0.0, 30.0):
-    given = 0.25, None, None, None, None, 0.0, None, "ieee", softcap
+    given = 0.25, None, None, None, None, 0.0, None, "ieee", None, None, softcap
     for impl in ("torch", "reference"):
         try:
             out, *_ = torch.ops.maskattn.capped_attention(x, x, x, starts, starts, 3, 3, *given, True, impl)

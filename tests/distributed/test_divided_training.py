@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.divided_slides import head_named, part_of, rows_of, slide, trained_step
+from distributed.divided_slides import GRID_HW, head_named, part_of, rows_of, slide, trained_step
 from distributed.processes import run_in_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -54,6 +54,38 @@ def test_stochastic_depth_drops_a_branch_in_all_processes_or_in_none():
     assert torch.equal(first, second)
 
 
+def step_with_dropout(embeddings: Any, grid: TileGrid, name: str, seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    return trained_step(head_named(name, attn_drop_rate=0.4).train(), embeddings, grid)
+
+
+def slide_in_order() -> tuple[Any, TileGrid]:
+    """The slide with its tiles row by row, as the tokens of one process are ordered."""
+    embeddings, grid = slide()
+    order = (grid.rows_T * GRID_HW[1] + grid.columns_T).argsort()
+    return embeddings[order], TileGrid(grid.rows_T[order], grid.columns_T[order], GRID_HW)
+
+
+def divided_steps_with_dropout(rank: int, shares: Any) -> list[dict[str, Any]]:
+    embeddings, grid = slide_in_order()
+    rows = rows_of(shares, rank, len(embeddings))
+    own = part_of(grid, rows, torch.distributed.group.WORLD)
+    return [step_with_dropout(embeddings[rows], own, name, 11 + rank) for name in ("token", "alibi", "map")]
+
+
+def test_dropped_attention_weights_are_those_of_one_process():
+    shares = (0.3, 0.0, 0.7)
+    found = run_in_processes(divided_steps_with_dropout, 3, shares)
+    for number, name in enumerate(("token", "alibi", "map")):
+        alone = step_with_dropout(*slide_in_order(), name, 11)
+        without = trained_step(head_named(name), *slide_in_order())
+        assert (alone["logits"] - without["logits"]).abs().max() > 1e-3
+        parts = [process[number] for process in found]
+        for key, expected in alone.items():
+            got = torch.cat([part[key] for part in parts]) if key == "embeddings" else parts[0][key]
+            assert (got - expected).abs().max() <= 1e-9 * (1 + expected.abs().max()), (name, key)
+
+
 def refused(rank: int) -> list[str]:
     embeddings, grid = slide()
     group = torch.distributed.group.WORLD
@@ -87,7 +119,7 @@ def test_what_one_process_refuses_is_an_error_in_all_and_no_hang():
         assert "got 37 cells in several" in errors[1]
         assert "at least one tile in all processes together, got 0" in errors[2]
         assert "needs the same grid" in errors[3]
-        assert "no dropout over a process group" in errors[4]
+        assert "impl='cpu' has no dropout, got dropout_p=0.5" in errors[4]
 
 
 def without_partner(rank: int, ends: bool) -> tuple[str, float]:

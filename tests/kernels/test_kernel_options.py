@@ -46,6 +46,15 @@ def test_every_set_of_options_on_packed_sequences(bias, alibi, dropout, device):
     check_packed(inputs, lengths_q, lengths_k, device)
 
 
+@pytest.mark.parametrize(("bias", "alibi"), [(None, False), ("per_head", True)])
+@pytest.mark.parametrize("left_out", ["none", "query_offsets", "key_offsets"])
+def test_chunks_of_longer_sequences_drop_by_their_positions_in_these(left_out, bias, alibi, device):
+    lengths_q, lengths_k = [37, 0, 3, 20, 9], [5, 7, 70, 33, 0]
+    inputs = with_options(oracles.packed_inputs(lengths_q, lengths_k, head_width=16, bias=bias), alibi, True)
+    inputs = replace(oracles.as_chunks(inputs, 5), **({} if left_out == "none" else {left_out: None}))
+    check_packed(inputs, lengths_q, lengths_k, device)
+
+
 @pytest.mark.parametrize(("bias", "alibi", "dropout"), SETS_OF_OPTIONS)
 @pytest.mark.parametrize("skip_queries", [True, False])
 def test_every_set_of_options_on_dense_tensors(skip_queries, bias, alibi, dropout, device):
@@ -168,14 +177,28 @@ def test_the_dropped_weights_are_those_of_the_specification(seed, dropout_p, tra
     scalars = [torch.tensor(x, dtype=torch.int32, device=device) for x in (first_query, first_key, head, sequence)]
     dropout = dropout_argument(Options(1.0, dropout_p=dropout_p, dropout_seed=seeds))
     factors_kernel[(1,)](factors, dropout, *scalars, M=32, N=64, TRANSPOSED=transposed)
-    expected = specified_factors(
-        seeds,
-        dropout_p,
-        first_query + torch.arange(32, device=device)[:, None],
-        first_key + torch.arange(64, device=device)[None, :],
-        torch.tensor(head, device=device),
-        torch.tensor(sequence, device=device),
-    )
+    expected = specified_factors(seeds, dropout_p, *positions(first_query, first_key, head, sequence, device))
+    assert torch.equal(factors, expected.float())
+
+
+def positions(first_query: int, first_key: int, head: int, sequence: int, device: str) -> tuple[Tensor, ...]:
+    """The positions of the weights of a tile of 32 queries and 64 keys."""
+    queries, keys = first_query + torch.arange(32)[:, None], first_key + torch.arange(64)[None, :]
+    return tuple(x.to(device) for x in (queries, keys, torch.tensor(head), torch.tensor(sequence)))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("query_offset", "key_offset"), [(7, None), (None, 4), (3, 1), (2**20, 2), (0, 2**30 + 3)])
+def test_a_chunks_dropped_weights_are_those_of_the_whole_sequence(query_offset, key_offset, transposed, device):
+    first_query, first_key, head, sequence = 32, 64, 1, 2
+    offsets = (None if x is None else torch.tensor([0, 0, x], dtype=torch.int32) for x in (query_offset, key_offset))
+    query_offsets, key_offsets = (None if x is None else x.to(device) for x in offsets)
+    seed, factors = torch.tensor([99], device=device), torch.empty(32, 64, device=device)
+    scalars = [torch.tensor(x, dtype=torch.int32, device=device) for x in (first_query, first_key, head, sequence)]
+    options = Options(1.0, dropout_p=0.5, dropout_seed=seed, query_offsets=query_offsets, key_offsets=key_offsets)
+    factors_kernel[(1,)](factors, dropout_argument(options), *scalars, M=32, N=64, TRANSPOSED=transposed)
+    first_query, first_key = first_query + (query_offset or 0), first_key + (key_offset or 0)
+    expected = specified_factors(seed, 0.5, *positions(first_query, first_key, head, sequence, device))
     assert torch.equal(factors, expected.float())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 from launch import WIDTHS_AND_DTYPES
-from oracles import LENGTHS, cu_seqlens
+from oracles import LENGTHS, as_chunks, cu_seqlens
 from readout_cases import Readout, assert_meets_specification, check, make_readout, pairs_of, run
 
 from maskattn.kernels.launch.support import DTYPES, HEAD_WIDTHS
@@ -77,6 +77,14 @@ def test_options_go_together(pair, queries, device):
 def test_every_option_at_once(dtype, queries, device):
     options = {"bias": "per_head", "alibi": True, "dropout": True, "grad_rows": True, "scale": -0.3}
     check(make_readout([70, 0, 66, 41] * 2, queries, dtype=dtype, **options), device)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_chunks_of_longer_sequences_drop_by_their_positions_in_these(queries, device, monkeypatch):
+    force_splits(2, monkeypatch)
+    every = {"bias": "per_head", "alibi": True, "dropout": True, "grad_rows": True}
+    readout = make_readout([70, 0, 66, 41] * 2, queries, head_width=16, **every)
+    check(replace(readout, inputs=as_chunks(readout.inputs, 8)), device)
 
 
 @pytest.mark.parametrize("queries", [1, 2])

@@ -35,6 +35,16 @@ def test_descriptors_are_copied_by_the_copy_engine(pass_):
     assert "cp.async.bulk" not in ptx_of(Case(pass_, "sm90", 64, "bf16", gather=True))
 
 
+@pytest.mark.parametrize("pass_", ["forward", "query_gradient", "key_gradient"])
+def test_the_positions_of_chunks_cost_dropout_a_second_draw_and_no_spills(pass_):
+    case = Case(pass_, "sm90", 64, "bf16", dropout=True)
+    of_chunks = replace(case, chunks=True)
+    # Ten rounds of two products of 32-bit words, for as many counters again; a few products are not of the draw.
+    products = [len(re.findall(r"mul\.(wide|hi|lo)\.[us](32|64)", ptx_of(each))) for each in (case, of_chunks)]
+    assert 1.5 < products[1] / products[0] < 2.1
+    assert registers_and_spills(compile_case(of_chunks, shipped_config(of_chunks)))[1] == 0
+
+
 TF32_PRODUCTS = {"sm80": r"mma\.sync\.aligned\.m16n8k8\S*\.tf32\.tf32", "sm90": r"wgmma\.mma_async\S*\.tf32\.tf32"}
 
 

@@ -62,11 +62,16 @@ class Bounds(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """The seed, the threshold below which a random word drops its weight (unsigned bits), and 1/(1 − dropout_p)."""
+    """The seed, the threshold below which a random word drops its weight (unsigned bits), and 1/(1 − dropout_p).
+
+    The offsets (B,) of queries and keys are those of ``Options``; None stands for 0.
+    """
 
     seed_ptr: Any
     threshold: Any
     factor: Any
+    query_offsets_ptr: Any = None
+    key_offsets_ptr: Any = None
 
 
 class Noise(NamedTuple):
@@ -78,6 +83,8 @@ class Noise(NamedTuple):
     factor: Any
     head: Any
     sequence: Any
+    query_offset: Any
+    key_offset: Any
 
 
 class Width(NamedTuple):

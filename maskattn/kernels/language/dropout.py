@@ -10,7 +10,7 @@ import triton.language as tl
 
 from maskattn.kernels.language.bundles import Noise
 
-__all__ = ["dropout_factors", "load_noise", "multiply_words", "random_words"]
+__all__ = ["dropout_factors", "load_noise", "moved_words", "multiply_words", "random_words"]
 
 
 @triton.jit
@@ -19,7 +19,14 @@ def load_noise(dropout, head, sequence):
     seed = tl.load(dropout.seed_ptr).to(tl.uint64, bitcast=True)
     threshold = tl.cast(dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
     low, high = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
-    return Noise(low, high, threshold, dropout.factor, head.to(tl.uint32), sequence.to(tl.uint32))
+    query_offset, key_offset = None, None
+    if dropout.query_offsets_ptr is not None:
+        query_offset = tl.load(dropout.query_offsets_ptr + sequence)
+    if dropout.key_offsets_ptr is not None:
+        key_offset = tl.load(dropout.key_offsets_ptr + sequence)
+    return Noise(
+        low, high, threshold, dropout.factor, head.to(tl.uint32), sequence.to(tl.uint32), query_offset, key_offset
+    )
 
 
 @triton.jit
@@ -43,12 +50,36 @@ def random_words(low, high, c0, c1, c2, c3):
 
 
 @triton.jit
+def moved_words(by, w0, w1, w2, w3, following):
+    """Return four consecutive words of these four and the four that follow, from word ``by``, 0 to 3, on."""
+    # By one word, then by two.
+    odd, far = by % 2 == 1, by >= 2
+    w0, w1, w2, w3, w4, w5 = (
+        tl.where(odd, w1, w0),
+        tl.where(odd, w2, w1),
+        tl.where(odd, w3, w2),
+        tl.where(odd, following[0], w3),
+        tl.where(odd, following[1], following[0]),
+        tl.where(odd, following[2], following[1]),
+    )
+    return tl.where(far, w2, w0), tl.where(far, w3, w1), tl.where(far, w4, w2), tl.where(far, w5, w3)
+
+
+@triton.jit
 def dropout_factors(
     noise, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
-    """Return 0 or 1/(1 − dropout_p) for each weight of a tile, [M, N] or transposed."""
+    """Return 0 or 1/(1 − dropout_p) for each weight of a tile, [M, N] or transposed.
+
+    ``first_key``, as without offsets a multiple of 4, is that within the chunk. A chunk that starts at any other key
+    cuts the groups of four, so that each group of its keys needs the words of two.
+    """
     queries = first_query + tl.arange(0, BLOCK_M)
     groups = first_key // 4 + tl.arange(0, BLOCK_N // 4)
+    if noise.query_offset is not None:
+        queries += noise.query_offset
+    if noise.key_offset is not None:
+        groups += noise.key_offset // 4
     if TRANSPOSED:
         # [N / 4, M]
         zero = tl.zeros([BLOCK_N // 4, BLOCK_M], tl.uint32)
@@ -60,6 +91,11 @@ def dropout_factors(
     w0, w1, w2, w3 = random_words(
         noise.low, noise.high, zero + query, zero + group, zero + noise.head, zero + noise.sequence
     )
+    if noise.key_offset is not None:
+        following = random_words(
+            noise.low, noise.high, zero + query, zero + group + 1, zero + noise.head, zero + noise.sequence
+        )
+        w0, w1, w2, w3 = moved_words(noise.key_offset % 4, w0, w1, w2, w3, following)
     # [..., 2, 2], the word of key 4g + 2x + y at [g, x, y].
     kept = tl.join(
         tl.join(w0 >= noise.threshold, w2 >= noise.threshold), tl.join(w1 >= noise.threshold, w3 >= noise.threshold)

@@ -71,7 +71,20 @@ _KNOWN_ZERO = tl.constexpr(0)
 _EIGHT = tl.constexpr(8)
 
 # The options that terms_argument passes to the kernels.
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed", "precision"})
+OPTIONS = frozenset(
+    {
+        "scale",
+        "key_bias",
+        "slopes",
+        "coords_q",
+        "coords_k",
+        "dropout_p",
+        "dropout_seed",
+        "precision",
+        "query_offsets",
+        "key_offsets",
+    }
+)
 
 # With these, lse has a rest, and the scores of attention are natural.
 WITH_REST = frozenset({"key_bias"})
@@ -79,7 +92,8 @@ WITH_REST = frozenset({"key_bias"})
 
 def tensors_of(options: Options) -> tuple[Tensor | None, ...]:
     """Return the options that are tensors, None for those that are not given."""
-    return options.key_bias, options.slopes, options.coords_q, options.coords_k, options.dropout_seed
+    of_scores = options.key_bias, options.slopes, options.coords_q, options.coords_k
+    return *of_scores, options.dropout_seed, options.query_offsets, options.key_offsets
 
 
 def keeps_rest(options: Options) -> bool:
@@ -171,7 +185,8 @@ def dropout_argument(options: Options) -> Dropout:
     threshold = dropout_threshold(options.dropout_p)
     # A signed number of the same bits fits 32 bits for every dropout_p, so that all of them share a compiled kernel.
     signed = threshold - 2**32 if threshold >= 2**31 else threshold
-    return Dropout(options.dropout_seed, signed, 1 / (1 - options.dropout_p))
+    offsets = (x if x is None else x.contiguous() for x in (options.query_offsets, options.key_offsets))
+    return Dropout(options.dropout_seed, signed, 1 / (1 - options.dropout_p), *offsets)
 
 
 @functools.cache

@@ -18,7 +18,20 @@ from maskattn.options import Options
 __all__ = ["OPTIONS", "ScoreDerivatives", "as_packed", "drop_factors", "options_of", "scores", "wide_dtype"]
 
 
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "dropout_p", "dropout_seed", "precision"})
+OPTIONS = frozenset(
+    {
+        "scale",
+        "key_bias",
+        "slopes",
+        "coords_q",
+        "coords_k",
+        "dropout_p",
+        "dropout_seed",
+        "precision",
+        "query_offsets",
+        "key_offsets",
+    }
+)
 
 
 class ScoreDerivatives(NamedTuple):
@@ -60,7 +73,12 @@ def drop_factors(options: Options, like_HQK: Tensor, first_query: int, sequence:
     if options.dropout_seed is None:
         return None
     heads, queries, keys = (torch.arange(n, device=like_HQK.device) for n in like_HQK.shape)
-    position = (queries + first_query)[None, :, None], keys[None, None, :], heads[:, None, None]
+    queries += first_query
+    if options.query_offsets is not None:
+        queries += options.query_offsets[sequence]
+    if options.key_offsets is not None:
+        keys += options.key_offsets[sequence]
+    position = queries[None, :, None], keys[None, None, :], heads[:, None, None]
     batch = torch.tensor(sequence, device=like_HQK.device)
     return dropout_factors(options.dropout_seed, options.dropout_p, *position, batch).to(like_HQK.dtype)
 
