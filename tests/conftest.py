@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from maskattn.torchvision_names import name_operators
 def _missing(*modules: str) -> bool:
     return any(importlib.util.find_spec(module) is None for module in modules)
 
+
+# Annotations have shapes only if this package comes before them (maskattn/shapes.py).
+if not _missing("jaxtyping"):
+    importlib.import_module("jaxtyping")
 
 # On a machine with a GPU but without the slide libraries or hypothesis, the rest of the suite still runs.
 collect_ignore_glob = []

@@ -5,9 +5,11 @@ This module needs only the standard library, so that it can name what to install
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 
+from maskattn.cli.imports import imports
 from maskattn.cli.streams import lasting_streams
 
 __all__ = ["main"]
@@ -17,13 +19,17 @@ def main() -> None:
     """Run the command line; exits with 0 = ok, 1 = some slide failed, 2 = wrong usage or unwritable output."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # warnings of libraries are for developers; -W shows them
-    with lasting_streams():
-        _run()
+    try:
+        with lasting_streams():
+            _run()
+    finally:
+        gc.freeze()  # or else the interpreter searches everything for garbage before it ends
 
 
 def _run() -> None:
     try:
-        from maskattn.cli.app import app
+        with imports():
+            from maskattn.cli.app import app
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in {"typer", "rich", "click"}:
             raise

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from maskattn.cli import slide_runs
+from maskattn.cli.imports import imports
 from maskattn.cli.options import Debug
 from maskattn.cli.reporting import errors_in_one_line, say
 
@@ -26,12 +27,13 @@ def demo(
     The slide is drawn, the bundled model predicts it, and every output is written.
     """
     with errors_in_one_line(debug):
-        from maskattn.cli.progress import lines_of_prediction, scores_of
-        from maskattn.demo.synthetic import CLASSES, make_slide, write_slide
-        from maskattn.files import replacing
-        from maskattn.slide.manifest import SlideJob
-        from maskattn.slide.output_folder import prepare_output
-        from maskattn.slide.request import RunSettings
+        with imports():
+            from maskattn.cli.progress import lines_of_prediction, scores_of
+            from maskattn.demo.synthetic import CLASSES, make_slide, write_slide
+            from maskattn.files import replacing
+            from maskattn.slide.manifest import SlideJob
+            from maskattn.slide.output_folder import prepare_output
+            from maskattn.slide.request import RunSettings
 
         prepare_output(out)
         slide = make_slide(seed)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from maskattn.cli.concepts import load_concept_model
+from maskattn.cli.imports import imports
 from maskattn.cli.reporting import say, tell
 
 if TYPE_CHECKING:
@@ -214,12 +215,13 @@ class Inference:
 
     def on(self, device: str) -> tuple[str, Run[SlideOutcome]]:
         """Load the model on a device; return the note of a demonstration model, and what runs the slides."""
-        from maskattn.slide.run import run_slides
+        with imports():
+            from maskattn.slide.run import run_slides
 
-        if self.words is not None:
-            model = load_concept_model(self.words, self.best_tiles, self.chosen, self.impl, device)
-        else:
-            model = load_model(self.chosen, self.impl, device)
+            if self.words is not None:
+                model = load_concept_model(self.words, self.best_tiles, self.chosen, self.impl, device)
+            else:
+                model = load_model(self.chosen, self.impl, device)
         config = model.config
         note = f"{config.name}: {config.note}" if config.demonstration else ""
         return note, lambda progress, settings: run_slides(self.jobs, model, settings, progress)
@@ -282,7 +284,8 @@ def run(work: Work[OutcomeT], where: Where, lines_of: Callable[[OutcomeT], list[
     Raises:
         ValueError: there is no such device, or options contradict each other.
     """
-    from maskattn.cli.progress import ProgressBars
+    with imports():
+        from maskattn.cli.progress import ProgressBars
 
     where.check()
     if where.engine == "ray":

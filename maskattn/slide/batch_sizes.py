@@ -9,13 +9,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from maskattn.errors import ManifestError
-from maskattn.shapes import Bool, Int
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from maskattn.nn.encoders.tile_encoder import TileEncoder
+    from maskattn.shapes import Bool, Int
     from maskattn.slide.shared_requests import SharedSettings
 
 __all__ = ["check_batches", "check_tokens_of", "equal_batches", "sizes_of_batches"]
@@ -65,6 +65,8 @@ def sizes_of_batches(
         keep_THW: (T, h, w) bool, True for kept tokens; None if all tokens take part.
         tokens_per_tile: the number of a tile's tokens, kept or not.
     """
+    import numpy as np  # not above: help and completion read the request's checks
+
     most = settings.tokens_per_batch
     if most is None:
         return equal_batches(tiles, settings.batch_size)
@@ -80,11 +82,11 @@ def equal_batches(tiles: int, batch_size: int) -> list[int]:
 
 def _as_many_as_fit(kept_T: Int[np.ndarray, " T"], most_tokens: int, most_tiles: int) -> list[int]:
     """Fill each batch with the next tiles until another would exceed either number; a batch has at least one tile."""
-    ends_T = np.cumsum(kept_T)
+    ends_T = kept_T.cumsum()
     sizes: list[int] = []
     first = taken = 0
     while first < len(kept_T):
-        end = int(np.searchsorted(ends_T, taken + most_tokens, side="right"))
+        end = int(ends_T.searchsorted(taken + most_tokens, side="right"))
         end = min(max(end, first + 1), first + most_tiles)
         sizes.append(end - first)
         first, taken = end, int(ends_T[end - 1])

@@ -85,3 +85,30 @@ def test_the_package_is_a_command_too() -> None:
 def test_a_model_is_there_without_torchs_compiler() -> None:
     code = "import sys, maskattn.nn.slide_model; print([n for n in ('torch._dynamo', 'sympy') if n in sys.modules])"
     assert run(code) == "[]\n"
+
+
+def test_imports_are_kept_from_the_collector_which_runs_again_afterwards() -> None:
+    code = """
+import gc
+from maskattn.cli.imports import imports
+frozen = gc.get_freeze_count()
+with imports():
+    assert not gc.isenabled()
+    import email.mime.text
+print(gc.isenabled(), gc.get_freeze_count() > frozen)
+frozen = gc.get_freeze_count()
+with imports():
+    import email.mime.text
+print(gc.isenabled(), gc.get_freeze_count() == frozen)
+try:
+    with imports():
+        import there_is_no_such_module
+except ModuleNotFoundError:
+    print(gc.isenabled())
+"""
+    assert run(code).splitlines() == ["True True", "True True", "True"]
+
+
+def test_annotations_cost_no_import_outside_the_tests() -> None:
+    code = "import sys, maskattn.slide.reader, maskattn.nn.slide_model; print('jaxtyping' in sys.modules)"
+    assert run(code) == "False\n"
