@@ -61,6 +61,7 @@ LOW_GLAND = Gland(
     darkness=(105, 165),
     cytoplasm=(38, 100),
 )
+STROKE_MARGIN = 16  # px
 PENS = ((30, 60, 170), (25, 120, 70), (35, 35, 40))
 
 
@@ -160,8 +161,8 @@ def paint_stroma(rng: np.random.Generator, tissue: ByteArray) -> Canvas:
     canvas = Canvas.blank(height, width)
     strands, direction = fibres(rng, height, width)
     patchy = smooth_noise(rng, height, width, 160)
-    np.copyto(canvas.eosin, np.clip(92 + 17 * strands + 10 * patchy, 20, 220).astype(np.uint8))
-    np.copyto(canvas.haematoxylin, np.clip(10 + 4 * strands + 3 * patchy, 0, 60).astype(np.uint8))
+    paint_fibres(canvas.eosin, (92, 17 * strands, 10 * patchy), (20, 220))
+    paint_fibres(canvas.haematoxylin, (10, 4 * strands, 3 * patchy), (0, 60))
     clefts = (strands > 2.1) & (patchy > 0.4)
     canvas.eosin[clefts] = 12
     spindle = hexagonal_points(rng, height, width, 30, 0.5)
@@ -177,6 +178,14 @@ def paint_stroma(rng: np.random.Generator, tissue: ByteArray) -> Canvas:
     axes = np.repeat(rng.uniform(2.3, 3.1, (len(cells), 1)), 2, axis=1).astype(np.float32)
     paint_nuclei(canvas.nuclei, cells, axes, np.zeros(len(cells)), rng.uniform(170, 225, len(cells)))
     return canvas
+
+
+def paint_fibres(layer: ByteArray, summands: tuple[int, FloatArray, FloatArray], limits: tuple[int, int]) -> None:
+    """Paint a layer with the sum of a level and of two fields, within limits; the first field is used up."""
+    level, field, other = summands
+    field += level
+    field += other
+    np.copyto(layer, np.clip(field, *limits, out=field), casting="unsafe")
 
 
 def paint_benign(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray, lesion: ByteArray) -> None:
@@ -235,7 +244,9 @@ def develop(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray) -> Byte
     strength = (rng.uniform(1.15, 1.65), rng.uniform(0.65, 1.05))
     image = stain(haematoxylin, eosin, rng.normal(0, 0.05, (2, 3)), strength)
     lamp = np.clip(246 + 2.0 * smooth_noise(rng, height, width, width / 2), 238, 252) * rng.uniform(0.95, 1.0)
-    light = cv2.merge([np.clip(lamp * tone, 0, 255).astype(np.uint8) for tone in rng.uniform(0.985, 1.0, 3)])
+    tinted = np.empty(lamp.shape)
+    tones = rng.uniform(0.985, 1.0, 3)
+    light = cv2.merge([np.multiply(lamp, tone, out=tinted).astype(np.uint8) for tone in tones])
     noise = cv2.merge([rng.integers(0, 6, (height, width), dtype=np.uint8)] * 3)
     return cv2.subtract(cv2.multiply(image, light, scale=1 / 255), noise)
 
@@ -256,19 +267,24 @@ def mark_glass(rng: np.random.Generator, image: ByteArray, tissue: ByteArray) ->
         cv2.line(shade, line[0], line[1], int(rng.integers(150, 205)), int(rng.integers(3, 8)), cv2.LINE_AA)
         cv2.line(shade, line[0], line[1], 235, 1, cv2.LINE_AA)
     shade = cv2.GaussianBlur(shade, (0, 0), 0.9)
-    np.copyto(image, cv2.multiply(image, cv2.merge([shade] * 3), scale=1 / 255), where=glass[..., None])
+    shade[~glass] = 255
+    cv2.multiply(image, cv2.merge([shade] * 3), image, scale=1 / 255)
     for _ in range(rng.integers(0, 4)):
-        stroke = draw_stroke(rng, glass)
+        stroke, box = draw_stroke(rng, glass)
         ink = np.array(PENS[rng.integers(len(PENS))]) + rng.integers(-15, 16, 3)
-        cover = cv2.GaussianBlur(stroke, (0, 0), 2.0)
+        cover = cv2.GaussianBlur(stroke[box], (0, 0), 2.0)
         tones = [
             cv2.subtract(255, cv2.multiply(cover, int(255 - tone), scale=1 / 255)) for tone in np.clip(ink, 0, 255)
         ]
-        np.copyto(image, cv2.multiply(image, cv2.merge(tones), scale=1 / 255), where=(cover > 0)[..., None])
+        image[box] = cv2.multiply(np.ascontiguousarray(image[box]), cv2.merge(tones), scale=1 / 255)
 
 
-def draw_stroke(rng: np.random.Generator, glass: Bool[np.ndarray, "H W"]) -> ByteArray:
-    """Draw (H, W) uint8, the ink of one curved pen stroke that stays on glass; all 0 if there is no room for one."""
+def draw_stroke(rng: np.random.Generator, glass: Bool[np.ndarray, "H W"]) -> tuple[ByteArray, tuple[slice, slice]]:
+    """Draw (H, W) uint8, the ink of one curved pen stroke that stays on glass; all 0 if there is no room for one.
+
+    Returns:
+        The ink, and the rows and columns of its surroundings, which its blurred edge does not leave.
+    """
     height, width = glass.shape
     for _ in range(12):
         angle = np.linspace(0, rng.uniform(0.4, 4.5), 60)[:, None]
@@ -279,9 +295,14 @@ def draw_stroke(rng: np.random.Generator, glass: Bool[np.ndarray, "H W"]) -> Byt
         cv2.polylines(
             stroke, [np.rint(line).astype(np.int32)], False, int(rng.integers(170, 250)), int(rng.integers(10, 28))
         )
-        if not (cv2.dilate(stroke, np.ones((15, 15), np.uint8))[~glass]).any():
-            return stroke
-    return np.zeros((height, width), np.uint8)
+        left, top, across, down = cv2.boundingRect(stroke)
+        box = (
+            slice(max(0, top - STROKE_MARGIN), top + down + STROKE_MARGIN),
+            slice(max(0, left - STROKE_MARGIN), left + across + STROKE_MARGIN),
+        )
+        if not (cv2.dilate(stroke[box], np.ones((15, 15), np.uint8))[~glass[box]]).any():
+            return stroke, box
+    return np.zeros((height, width), np.uint8), (slice(1), slice(1))
 
 
 def at(layer: np.ndarray, points: FloatArray) -> np.ndarray:
@@ -306,6 +327,7 @@ def write_slide(slide: SyntheticSlide, path: Path | str, levels: int = 3) -> Pat
                 photometric="rgb",
                 tile=(256, 256),
                 compression="zlib",
+                compressionargs={"level": 1},  # noise hardly shrinks further with more effort
                 resolution=(per_cm, per_cm),
                 resolutionunit="CENTIMETER",
                 subfiletype=1 if level else 0,

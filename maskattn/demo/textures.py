@@ -36,6 +36,7 @@ Points = NDArray[np.floating]
 HAEMATOXYLIN_OD = np.array([0.65, 0.70, 0.29])
 EOSIN_OD = np.array([0.07, 0.99, 0.11])
 SUBPIXEL_BITS = 4
+ROWS_AT_ONCE = 64  # of arithmetic whose intermediate results then stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -127,16 +128,25 @@ def fibres(rng: np.random.Generator, height: int, width: int) -> tuple[FloatArra
     cell = max(height, width) / 5
     bend_y = smooth_noise(rng, height, width, cell) * np.float32(0.45 * cell)
     bend_x = smooth_noise(rng, height, width, cell) * np.float32(0.45 * cell)
-    y, x = np.ogrid[:height, :width]
-    wavy = cv2.remap(
-        strands, np.mod(x + bend_x, side - 1).astype(np.float32), np.mod(y + bend_y, side - 1).astype(np.float32), 1
-    )
     # strands lie along level sets of y + bend_y
     small = cv2.resize(bend_y, (width // 16, height // 16), interpolation=cv2.INTER_AREA)
+    y, x = np.ogrid[:height, :width]
+    for rows in (slice(first, first + ROWS_AT_ONCE) for first in range(0, height, ROWS_AT_ONCE)):
+        bend_x[rows] = modulo(x + bend_x[rows], side - 1)
+        bend_y[rows] = modulo(y[rows] + bend_y[rows], side - 1)
+    wavy = cv2.remap(strands, bend_x, bend_y, 1)
     slope_x = cv2.Sobel(small, cv2.CV_32F, 1, 0, scale=1 / 128)
     slope_y = cv2.Sobel(small, cv2.CV_32F, 0, 1, scale=1 / 128)
     direction = np.arctan2(-slope_x, 1 + slope_y)
     return wavy, cv2.resize(direction, (width, height))
+
+
+def modulo(values: NDArray[np.float64], period: int) -> NDArray[np.float64]:
+    """Return ``np.mod(values, period)`` in a third of its time; the values are overwritten."""
+    turns = np.divide(values, period)
+    values -= np.multiply(np.floor(turns, out=turns), period, out=turns)
+    # A quotient just below a whole number may have been rounded up to it.
+    return np.add(values, period, out=values, where=values < 0)
 
 
 def hexagonal_points(rng: np.random.Generator, height: int, width: int, spacing: float, jitter: float) -> FloatArray:
