@@ -1,6 +1,7 @@
 """Text in pictures: drawn if a font of this machine has its characters, otherwise omitted, never drawn as boxes.
 
-Matplotlib's own font, DejaVu Sans, covers the scripts of Europe. Other scripts are searched for among the machine's
+Matplotlib's own font, DejaVu Sans, covers the scripts of Europe, and Pillow draws them from its file. Only other
+scripts need matplotlib itself, whose import takes longer than most pictures: they are searched for among the machine's
 fonts, once for each script and only when a name needs it. Scripts whose letters join, stack or run from right to left
 need a matplotlib that shapes text (3.11 and later, with libraqm); without it such a name is omitted.
 """
@@ -8,14 +9,26 @@ need a matplotlib that shapes text (3.11 and later, with libraqm); without it su
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["drawable", "families_of", "legible", "wrapped"]
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.ImageFont import FreeTypeFont
+
+    from maskattn.shapes import UInt8
+
+__all__ = ["drawable", "drawn_line", "families_of", "legible", "wrapped"]
 
 _OWN = "DejaVu Sans"
+# Characters of this font that need no shaping: ASCII, Latin, Greek, Cyrillic, punctuation and mathematical signs.
+_PLAIN_RANGES = ((0x20, 0x7E), (0xA0, 0xAC), (0xAE, 0x17F), (0x391, 0x3A1), (0x3A3, 0x3CE), (0x400, 0x45F))
+_PLAIN = frozenset(chr(code) for first, last in _PLAIN_RANGES for code in range(first, last + 1)) | {*"–—‘’“”„…−≤≥→"}
+_EM_UNITS = 2048  # at this size in px an advance width is one in the font's own units, without hinting
 # Fonts that cover many scripts are searched first, then all others except those that draw boxes.
 _LIKELY = (
     "noto sans",
@@ -36,6 +49,8 @@ _MOST_LINES = 4
 def drawable(name: str) -> str:
     """Return a name on one line, without control characters; empty if one of its characters cannot be drawn here."""
     text = _cleaned(name)
+    if _PLAIN.issuperset(text):
+        return text
     if not _is_shaped() and any(map(_needs_shaping, text)):
         return ""
     return text if all(_fonts().family_of(text).values()) else ""
@@ -44,6 +59,8 @@ def drawable(name: str) -> str:
 def legible(text: str) -> str:
     """Return a text with each character that cannot be drawn here replaced by a question mark."""
     text = _cleaned(text)
+    if _PLAIN.issuperset(text):
+        return text
     families = _fonts().family_of(text)
     shaped = _is_shaped()
     return "".join(sign if families[sign] and (shaped or not _needs_shaping(sign)) else "?" for sign in text)
@@ -51,6 +68,8 @@ def legible(text: str) -> str:
 
 def families_of(text: str) -> list[str]:
     """Return the font families that cover a text, for matplotlib's ``fontfamily``, starting with its own font."""
+    if _PLAIN.issuperset(text):
+        return [_OWN]
     found = _fonts().family_of(text).values()
     return list(dict.fromkeys([_OWN, *(family for family in found if family)]))
 
@@ -83,6 +102,61 @@ def wrapped(text: str, width_px: float, size_pt: float, dpi: float = 100.0) -> l
         kept = _signs_that_fit(last, width_px - _width_px("…", size_pt, dpi), size_pt, dpi)
         lines = [*lines[: _MOST_LINES - 1], f"{last[:kept].rstrip()}…"]
     return [_FROM_LEFT + line if any(map(_is_from_right, line)) else line for line in lines]
+
+
+def drawn_line(text: str, size_pt: float, dpi: float = 100.0) -> tuple[UInt8[np.ndarray, "H W"], int]:
+    """Draw one line of legible text: its ink (H, W), 0 for none to 255, and the row of the baseline.
+
+    Args:
+        text: the text, a line of :func:`wrapped`.
+        size_pt: font size in points.
+        dpi: pixels per inch.
+    """
+    if not _PLAIN.issuperset(text):
+        return _drawn_by_matplotlib(text, size_pt, dpi)
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    font = _own_font(size_pt * dpi / 72)
+    ascent, descent = font.getmetrics()
+    image = Image.new("L", (math.ceil(_width_px(text, size_pt, dpi)) + 2, ascent + descent))
+    ImageDraw.Draw(image).text((0, ascent), text, fill=255, font=font, anchor="ls")
+    return np.asarray(image), ascent
+
+
+def _drawn_by_matplotlib(text: str, size_pt: float, dpi: float) -> tuple[np.ndarray, int]:
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size_px = size_pt * dpi / 72
+    # Letters of other scripts are up to twice as high as Latin ones, and shaping may widen them.
+    width, ascent, height = (
+        math.ceil(1.2 * _width_px(text, size_pt, dpi) + 8),
+        math.ceil(2 * size_px),
+        math.ceil(3 * size_px),
+    )
+    figure = Figure(figsize=((width + 0.5) / dpi, (height + 0.5) / dpi), dpi=dpi, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    letters: dict[str, Any] = {"fontsize": size_pt, "fontfamily": families_of(text), "parse_math": False}
+    figure.text(0, 1 - ascent / height, text, va="baseline", ha="left", **letters)
+    canvas.draw()
+    return 255 - np.asarray(canvas.buffer_rgba())[:height, :width, 0], ascent
+
+
+@functools.lru_cache(maxsize=8)
+def _own_font(size_px: float) -> FreeTypeFont:
+    """Open DejaVu Sans, if possible without importing matplotlib, which brings it."""
+    from PIL import ImageFont
+
+    spec = importlib.util.find_spec("matplotlib")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")
+        if path.is_file():
+            return ImageFont.truetype(path, size_px, layout_engine=ImageFont.Layout.BASIC)
+    from matplotlib import font_manager  # a distribution keeps its fonts elsewhere
+
+    return ImageFont.truetype(font_manager.findfont(_OWN), size_px, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _cleaned(text: str) -> str:
@@ -220,6 +294,8 @@ def _fonts() -> _Fonts:
 
 @functools.lru_cache(maxsize=4096)
 def _advance_px(sign: str, size_pt: float, dpi: float) -> float:
+    if sign in _PLAIN:  # hinting rounds to integer pixels, up at most
+        return math.ceil(_own_font(_EM_UNITS).getlength(sign) / _EM_UNITS * size_pt * dpi / 72)
     return _fonts().advance_px(sign, size_pt, dpi)
 
 

@@ -19,6 +19,7 @@ FLOORS = [
         "files",
         "first_use",
         "lettering",
+        "png_files",
         "mask_images",
         "packing",
         "native_packing",

@@ -87,6 +87,25 @@ def test_what_the_own_font_has_is_drawn_without_looking_for_others(
         assert families_of(name) == ["DejaVu Sans"]
 
 
+def test_plain_characters_are_in_matplotlibs_own_font_and_need_no_shaping() -> None:
+    own = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    assert [sign for sign in sorted(lettering._PLAIN) if not own.get_char_index(ord(sign))] == []
+    assert [sign for sign in sorted(lettering._PLAIN) if lettering._needs_shaping(sign)] == []
+
+
+@pytest.mark.parametrize("text", ["H", "relevance for class 'high', 0.946", "срез 12 µm"])
+def test_a_plain_line_looks_as_matplotlib_draws_it(text: str) -> None:
+    ink, baseline = lettering.drawn_line(text, 9)
+    theirs, their_baseline = lettering._drawn_by_matplotlib(text, 9, 100)
+    extents = []
+    for drawn, base in ((ink, baseline), (theirs, their_baseline)):
+        rows, columns = (np.flatnonzero((drawn > 100).any(axis=axis)) for axis in (1, 0))
+        extents.append([rows[0] - base, rows[-1] - base, columns[0], columns[-1], drawn.sum() / 255])
+    ours, other = np.array(extents)
+    np.testing.assert_allclose(ours[:3], other[:3], atol=1)
+    np.testing.assert_allclose(ours[3:], other[3:], rtol=0.1, atol=1.5)
+
+
 def test_a_script_that_no_font_has_is_left_out_and_sought_once(
     own_fonts_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

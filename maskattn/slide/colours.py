@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +18,6 @@ __all__ = [
     "COLOUR_MAPS",
     "Kind",
     "colour_limit",
-    "colour_scale",
     "colour_table",
     "coloured",
     "kind_of_attention",
@@ -35,6 +34,13 @@ Kind = Literal["diverging", "sequential"]
 COLOUR_MAPS: dict[Kind, tuple[str, ...]] = {
     "diverging": ("RdBu_r", "PuOr_r", "BrBG_r"),
     "sequential": ("viridis", "cividis", "magma"),
+}
+# The diverging maps of 11 colours by Cynthia Brewer (colorbrewer2.org), from their high end to their low end. They and
+# OpenCV's tables, which give the sequential maps, are those of matplotlib, whose import takes longer than a picture.
+_BREWER = {
+    "RdBu_r": "67001f b2182b d6604d f4a582 fddbc7 f7f7f7 d1e5f0 92c5de 4393c3 2166ac 053061",
+    "PuOr_r": "7f3b08 b35806 e08214 fdb863 fee0b6 f7f7f7 d8daeb b2abd2 8073ac 542788 2d004b",
+    "BrBG_r": "543005 8c510a bf812d dfc27d f6e8c3 f5f5f5 c7eae5 80cdc1 35978f 01665e 003c30",
 }
 
 
@@ -73,15 +79,20 @@ def _up_to(high: float, kind: Kind) -> tuple[float, float]:
 @functools.cache
 def colour_table(name: str) -> UInt8[np.ndarray, "256 3"]:
     """Return a colour map as (256, 3) RGB, from its low end to its high end."""
-    import matplotlib
+    if name in _BREWER:
+        low_to_high = np.array([tuple(bytes.fromhex(colour)) for colour in _BREWER[name].split()][::-1]).T
+        steps = np.linspace(0, 1, 256), np.linspace(0, 1, low_to_high.shape[1])
+        return np.stack([np.interp(*steps, channel) for channel in low_to_high], axis=1).astype(np.uint8)
+    import cv2
 
-    table: np.ndarray = matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3]
+    ramp = np.arange(256, dtype=np.uint8)[None]
+    table: np.ndarray = cv2.applyColorMap(ramp, getattr(cv2, f"COLORMAP_{name.upper()}"))[0, :, ::-1]
     return table
 
 
 def positions_of(values: np.ndarray, limits: tuple[float, float]) -> Float[np.ndarray, " *shape"]:
     """Return the positions of values on the scale, 0 to 1, by signed square root and clipped at the limits."""
-    low, high = _signed_root(np.asarray(limits))
+    low, high = _signed_root(np.asarray(limits)).tolist()  # Python's numbers leave float32 as it is
     return np.clip((_signed_root(values) - low) / max(high - low, 1e-30), 0, 1)
 
 
@@ -99,16 +110,9 @@ def coloured(values: np.ndarray, limits: tuple[float, float], name: str) -> UInt
         name: the colour map, one of :data:`COLOUR_MAPS`.
     """
     positions = np.nan_to_num(positions_of(values, limits), nan=0.5)
-    return colour_table(name)[np.rint(255 * positions).astype(np.intp)]
-
-
-def colour_scale(limits: tuple[float, float]) -> Any:
-    """Return the scale as a matplotlib norm, for a colour bar."""
-    from matplotlib.colors import FuncNorm
-
-    return FuncNorm((_signed_root, lambda x: np.sign(x) * np.square(x)), *limits)
+    return np.take(colour_table(name), np.rint(255 * positions).astype(np.uint8), axis=0)
 
 
 def _signed_root(values: np.ndarray) -> np.ndarray:
-    roots: np.ndarray = np.sign(values) * np.sqrt(np.abs(values))
+    roots: np.ndarray = np.copysign(np.sqrt(np.abs(values)), values)
     return roots

@@ -10,14 +10,15 @@ Dimension key: M maps, (Y, X) thumbnail pixels, B tiles of a batch, (h, w) token
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from maskattn.files import replacing
-from maskattn.lettering import families_of, wrapped
+from maskattn.lettering import wrapped
+from maskattn.png_files import write_png
 from maskattn.shapes import Bool, Float, Int, UInt8
-from maskattn.slide.colours import COLOUR_MAPS, Kind, colour_limit, colour_scale, coloured, strengths_of
+from maskattn.slide.colours import COLOUR_MAPS, Kind, colour_limit, coloured, strengths_of
+from maskattn.slide.legends import draw_colour_bar, draw_scale_bar, draw_text
 
 if TYPE_CHECKING:
     from maskattn.slide.tissue import TissueMask
@@ -25,22 +26,19 @@ if TYPE_CHECKING:
 __all__ = [
     "MapCanvas",
     "blend",
-    "round_length",
     "smoothed",
     "write_heatmap",
     "write_mask_overlay",
 ]
 
 _OPACITY = (0.2, 0.8)  # of a map's zeros, and of its values at the ends of the scale
-_LUMINANCE = np.array((0.299, 0.587, 0.114), np.float32)
-_DPI = 100
 _BAR_PX = 110
-_SCALE_BAR_PX = (86, 52)  # the bar's maximum length, and the height that it takes with its label
-_LINE_PX = 17
+_MOST_BAR_PX = 400
+_SCALE_BAR_PX = 52  # the height that it takes with its label
+_LINE_PX, _BASELINE_PX = 17, 11
 _MARGIN_PX = 6
-_TITLE_PT, _LABEL_PT = 9, 8
+_TITLE_PT = 9
 _MIN_BODY_PX = (420, 240)
-_TICKS = (0.05, 0.25, 0.5, 1.0)  # of the colour bar, as fractions of its end
 _TISSUE_COLOUR = (0, 150, 60)
 
 
@@ -109,17 +107,19 @@ def blend(
         limits: the values at the ends of the colour map; None = from the map, by
             :func:`maskattn.slide.colours.colour_limit`.
     """
+    import cv2
+
     known = np.flatnonzero(np.isfinite(values_YX))
     limits = limits or colour_limit(values_YX, kind)
-    values = values_YX.reshape(-1)[known]
-    shades = coloured(values, limits, COLOUR_MAPS[kind][0])
+    values = values_YX.reshape(-1)[known].astype(np.float32, copy=False)
     # Tissue of little relevance shows through.
     least, most = _OPACITY
     opacity = (least + (most - least) * strengths_of(values, limits))[:, None]
     # The thumbnail is grey below the map, so that every hue is the map's and not the stain's.
-    grey = thumbnail_YX3.reshape(-1, 3)[known] @ _LUMINANCE
+    blended = coloured(values, limits, COLOUR_MAPS[kind][0]) * opacity
+    blended += (1 - opacity) * cv2.cvtColor(thumbnail_YX3, cv2.COLOR_RGB2GRAY).reshape(-1)[known, None]
     image = thumbnail_YX3.copy()
-    image.reshape(-1, 3)[known] = np.rint((1 - opacity) * grey[:, None] + opacity * shades).astype(np.uint8)
+    image.reshape(-1, 3)[known] = np.rint(blended, out=blended).astype(np.uint8)
     return image
 
 
@@ -171,12 +171,18 @@ def write_heatmap(
     """
     height, width = thumbnail_YX3.shape[:2]
     body = max(width, _MIN_BODY_PX[0]), max(height, _MIN_BODY_PX[1])
-    lines = wrapped(title, body[0] + _BAR_PX - 2 * _MARGIN_PX, _TITLE_PT, _DPI)
+    lines = wrapped(title, body[0] + _BAR_PX - 2 * _MARGIN_PX, _TITLE_PT)
     head = 2 * _MARGIN_PX + _LINE_PX * len(lines)
     limits = limits or colour_limit(values_YX, kind)
-    image = _frame("\n".join(lines), head, body, limits, label, COLOUR_MAPS[kind][0], um_per_px)
+    image = np.full((head + body[1], body[0] + _BAR_PX, 3), 255, np.uint8)
+    for index, line in enumerate(lines):
+        draw_text(image, line, _MARGIN_PX, _MARGIN_PX + _BASELINE_PX + _LINE_PX * index, _TITLE_PT)
+    strip, bar_px = image[:, body[0] :], min(body[1] - 20 - _SCALE_BAR_PX, _MOST_BAR_PX)
+    draw_colour_bar(strip, head + 10, bar_px, limits, COLOUR_MAPS[kind][0], f"{label}; square-root scale")
+    if um_per_px is not None:
+        draw_scale_bar(strip, head + 10 + bar_px + 20, um_per_px)
     image[head : head + height, :width] = blend(thumbnail_YX3, values_YX, kind, limits)
-    _write_png(path, image)
+    write_png(path, image)
 
 
 def write_mask_overlay(
@@ -207,74 +213,4 @@ def write_mask_overlay(
     image[mask] = np.rint(0.75 * thumbnail_YX3[mask] + 0.25 * np.array(_TISSUE_COLOUR)).astype(np.uint8)
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(image, contours, -1, _TISSUE_COLOUR, 1)
-    _write_png(path, image)
-
-
-def _frame(
-    title: str,
-    head: int,
-    body: tuple[int, int],
-    limits: tuple[float, float],
-    label: str,
-    colour_map: str,
-    um_per_px: float | None,
-) -> np.ndarray:
-    """Draw the title and the colour bar around an empty body, at exact pixel sizes and without pyplot's globals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.figure import Figure
-
-    width, height = body[0] + _BAR_PX, head + body[1]
-    figure = Figure(figsize=((width + 0.5) / _DPI, (height + 0.5) / _DPI), dpi=_DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    corner = _MARGIN_PX / width, 1 - _MARGIN_PX / height
-    letters: dict[str, Any] = {"fontsize": _TITLE_PT, "fontfamily": families_of(title), "parse_math": False}
-    figure.text(*corner, title, va="top", ha="left", **letters)
-    bar_height = min(body[1] - 20 - _SCALE_BAR_PX[1], 400)
-    axes = figure.add_axes(
-        (((body[0] + 12) / width), 1 - (head + 10 + bar_height) / height, 16 / width, bar_height / height)
-    )
-    shares = [*_TICKS, 0.0, *(-share for share in _TICKS if limits[0] < 0)]
-    ticks = sorted(share * limits[1] for share in shares)
-    bar: Any = figure.colorbar(ScalarMappable(colour_scale(limits), colour_map), cax=axes, ticks=ticks)
-    bar.set_label("\n".join(wrapped(f"{label}; square-root scale", bar_height, _LABEL_PT, _DPI)), fontsize=_LABEL_PT)
-    bar.ax.tick_params(labelsize=7)
-    bar.formatter.set_powerlimits((-2, 3))
-    bar.ax.yaxis.get_offset_text().set_fontsize(7)
-    if um_per_px is not None:
-        _add_scale_bar(figure, (body[0], head + 10 + bar_height + 20), um_per_px)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:height, :width, :3].copy()
-
-
-def _add_scale_bar(figure: Any, corner: tuple[int, int], um_per_px: float) -> None:
-    """Draw a bar of a round length, with the length below it, in a box whose top left corner is given in pixels."""
-    from matplotlib.patches import Rectangle
-
-    width, height = (round(side * _DPI - 0.5) for side in figure.get_size_inches())
-    length_um = round_length(_SCALE_BAR_PX[0] * um_per_px)
-    length = length_um / um_per_px
-    left, top = corner[0] + (_BAR_PX - length) / 2, corner[1]
-    figure.add_artist(
-        Rectangle((left / width, 1 - (top + 5) / height), length / width, 5 / height, color="black", linewidth=0)
-    )
-    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
-    figure.text((left + length / 2) / width, 1 - (top + 9) / height, text, va="top", ha="center", fontsize=_LABEL_PT)
-
-
-def round_length(most: float) -> float:
-    """Return the largest of 1, 2 or 5 times a power of ten that does not exceed a length.
-
-    Example:
-        >>> round_length(900.0), round_length(70.0)
-        (500.0, 50.0)
-    """
-    power: float = 10.0 ** np.floor(np.log10(most))
-    return max(step * power for step in (1.0, 2.0, 5.0) if step * power <= most * (1 + 1e-9))
-
-
-def _write_png(path: Path, image: UInt8[np.ndarray, "Y X 3"]) -> None:
-    from PIL import Image
-
-    with replacing(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", compress_level=1)
+    write_png(path, image)

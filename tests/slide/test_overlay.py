@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from maskattn.slide.colours import COLOUR_MAPS, colour_limit, coloured
+from maskattn.slide.legends import round_length
 from maskattn.slide.outlines.writing import PALETTE
 from maskattn.slide.overlay import (
     MapCanvas,
     blend,
-    round_length,
     smoothed,
     write_heatmap,
     write_mask_overlay,
@@ -181,11 +181,6 @@ def test_the_scale_bar_has_a_round_length_and_is_drawn_to_scale(
     longest = black.sum(axis=1).max()
     assert longest == pytest.approx(length_px, abs=1.5)
     assert round_length(86 * um_per_px) == length_um
-
-
-@pytest.mark.parametrize(("most", "expected"), [(0.7, 0.5), (1.0, 1.0), (4.99, 2.0), (5.0, 5.0), (99999.0, 50000.0)])
-def test_a_round_length_is_one_two_or_five(most: float, expected: float) -> None:
-    assert round_length(most) == expected
 
 
 def test_limits_that_are_given_are_those_of_the_colours(thumbnail: np.ndarray, values: np.ndarray) -> None:
