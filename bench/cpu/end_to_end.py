@@ -6,7 +6,8 @@
 take part if installed: ``pip install openvino onnxruntime onnxscript``), and this package's encoder with all tokens and
 with 0.3 of them. Each is a process of its own; they take turns, one batch each in a round. The other parts time whole
 commands, with start-up: `maskattn infer` with the bundled model or `maskattn extract` with random weights, beside the
-loop of ``plain_loop.py``, on the region, a slide composed of it (``gigapixel.py``), and sections of it as many slides.
+loop of ``plain_loop.py`` (in bfloat16 also beside the loop in float32, which is what a tool does that has no other
+dtype on a CPU), on the region, a slide composed of it (``gigapixel.py``), and sections of it as many slides.
 Each call adds to bench/results/end_to_end.json and writes the page from it, so that parts can be measured one by one.
 """
 
@@ -16,7 +17,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -43,9 +43,10 @@ from bench.cpu.encoder_contenders import (
     network_of,
     why_not,
 )
-from bench.cpu.end_to_end_page import page
+from bench.cpu.end_to_end_page import FLOAT32_LOOP, LOOP, page
 from bench.cpu.gigapixel import composed, cpu_name, resident_bytes
 from bench.timing import median_ratio
+from maskattn.slide.versions import installed_versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("encoders", "real", "composed", "small")
@@ -180,8 +181,10 @@ def commands(part: str, title: str, dtype: str, arguments: argparse.Namespace, f
         _run(ours[name][0])
         number = _write_tiles(ours[name][1], slides, tiles)
     loop = [sys.executable, "-m", "bench.cpu.plain_loop", str(tiles), str(folder / "loop"), "--network", title]
-    loop += ["--dtype", dtype, "--threads", str(arguments.threads)]
-    called = {"plain loop": loop, "plain loop, compiled": [*loop, "--compiled"]}
+    loop += ["--threads", str(arguments.threads), "--dtype"]
+    called = {LOOP: [*loop, dtype], f"{LOOP}, compiled": [*loop, dtype, "--compiled"]}
+    if dtype != "float32":
+        called[FLOAT32_LOOP] = [*loop, "float32"]
     called |= {name: command for name, (command, _) in ours.items()}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in called}
     for turn in range(arguments.rounds):
@@ -190,6 +193,7 @@ def commands(part: str, title: str, dtype: str, arguments: argparse.Namespace, f
             stages = json.loads(runs[name][-1].pop("printed")) if name not in ours else _stages(ours[name][1])
             runs[name][-1]["stages"] = stages
     walls = {name: [run["wall_s"] for run in of_name] for name, of_name in runs.items()}
+    worked = {name: [sum(run["stages"].values()) for run in of_name] for name, of_name in runs.items()}
     return [
         {
             "what": name,
@@ -198,7 +202,9 @@ def commands(part: str, title: str, dtype: str, arguments: argparse.Namespace, f
             "kept": _share_kept(ours[name][1]) if name in ours else 1.0,
             "wall_s": statistics.median(walls[name]),
             "processor_s": statistics.median(run["processor_s"] for run in of_name),
-            "of_loop": median_ratio(walls["plain loop"], walls[name]),
+            "of_loop": median_ratio(walls[LOOP], walls[name]),
+            "of_loop_started": median_ratio(worked[LOOP], worked[name]),
+            "of_float32_started": median_ratio(worked[FLOAT32_LOOP if FLOAT32_LOOP in runs else LOOP], worked[name]),
             "peak_gib": max(run["peak_gib"] for run in of_name),
             "stages": {
                 stage: statistics.median(run["stages"].get(stage, 0.0) for run in of_name)
@@ -336,11 +342,22 @@ def _conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "threads": arguments.threads,
         "batch": arguments.batch,
-        "cpu": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {len(os.sched_getaffinity(0))} cores",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "cpu": f"{cpu_name()}, {_instructions()}, {len(os.sched_getaffinity(0))} cores",
+        "commit": _commit(),
+        "versions": installed_versions("timm", "openvino", "onnxruntime"),
         "date": f"{datetime.datetime.now(datetime.UTC):%d %B %Y}",
     }
+
+
+def _instructions() -> str:
+    dots = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return f"{torch.backends.cpu.get_cpu_capability()} with{'' if dots else 'out'} bfloat16 products"
+
+
+def _commit() -> str:
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from typing import Any
 
 from bench.cpu.encoder_contenders import MASKED
 
-__all__ = ["page"]
+__all__ = ["FLOAT32_LOOP", "LOOP", "page"]
+
+LOOP, FLOAT32_LOOP = "plain loop", "plain loop, float32"
 
 _TITLES = {
     "encoders": "The encoder alone",
@@ -14,32 +16,62 @@ _TITLES = {
     "small": "Many small slides",
     "composed": "A composed gigapixel slide",
 }
+_NETWORKS = ("ViT-S/16", "ViT-B/16", "bundled")
+_DTYPES = ("float32", "bfloat16")
+_PACKAGES = ("torch", "timm", "openslide-bin", "openvino", "onnxruntime")
+
+_INTRODUCTION = """\
+The plain loop is `bench/cpu/plain_loop.py`: timm, OpenSlide and a DataLoader with one worker, as TRIDENT has it, which
+encodes all tokens of the same tiles and is given their positions. OpenVINO and ONNX Runtime take part in the encoder
+alone. f is the share of the tiles' tokens that take part: 1 with `--token-mask none`, what the tissue fills with
+`--token-mask tissue`."""
+
+_WHOLE = """\
+Start-up is what no stage accounts for: imports, the model, the end of the process. It is paid once in a run, so the
+columns "started" compare the sums of the stages, which is what a long run comes to."""
 
 
 def page(measured: dict[str, Any]) -> str:
     """Return the page of everything that was measured so far, by "part, network, dtype"."""
-    lines = ["# What a user waits for", "", "`python -m bench.cpu.end_to_end CMU-1-Small-Region.svs`", ""]
+    lines = [
+        "# What a user waits for",
+        "",
+        "`python -m bench.cpu.end_to_end CMU-1-Small-Region.svs`",
+        "",
+        _INTRODUCTION,
+    ]
     for part, title in _TITLES.items():
-        found = {key: value for key, value in measured.items() if key.startswith(f"{part}, ")}
+        found = _in_order(part, measured)
         if not found:
             continue
-        lines += [f"## {title}", "", _conditions(part, found), ""]
-        lines += _encoders(found) if part == "encoders" else _commands(found)
-        lines.append("")
+        lines += ["", f"## {title}", "", _conditions(part, found), ""]
+        lines += _encoders(found) if part == "encoders" else [*_commands(found), "", *_stages(found)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _conditions(part: str, found: dict[str, Any]) -> str:
-    last = list(found.values())[-1]
-    rounds = sorted({value["rounds"] for value in found.values()})
+def _in_order(part: str, measured: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    keys = [(network, dtype) for network in _NETWORKS for dtype in _DTYPES]
+    return {key: measured[name] for key in keys if (name := ", ".join((part, *key))) in measured}
+
+
+def _conditions(part: str, found: dict[tuple[str, str], dict[str, Any]]) -> str:
+    each = list(found.values())
     told = "processes that take turns, one batch each in a round" if part == "encoders" else "whole processes in turns"
+    versions = each[-1]["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES if name in versions)
     return (
-        f"{last['cpu']}, {last['threads']} threads, torch {last['torch']}, Python {last['python']}, {last['date']}: "
-        f"wall time, medians of {', '.join(map(str, rounds))} rounds of {told}, and ratios' medians in rounds."
+        f"{each[-1]['cpu']}, {each[-1]['threads']} threads; Python {versions['python']}, {packages}; "
+        f"{_listed(each, 'date')}, commit {_listed(each, 'commit')}. Wall time, medians of {_listed(each, 'rounds')} "
+        f"rounds of {told}, and ratios' medians in rounds."
     )
 
 
-def _encoders(found: dict[str, Any]) -> list[str]:
+def _listed(each: list[dict[str, Any]], name: str) -> str:
+    """Return the distinct values of a condition, in the order in which they occur."""
+    return ", ".join(dict.fromkeys(str(value[name]) for value in each))
+
+
+def _encoders(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     lines = [
         "Times as fast as the best of the others, which see all tokens. Error: of the features, as "
         "a share of their norm, against timm's in the same dtype.",
@@ -47,8 +79,7 @@ def _encoders(found: dict[str, Any]) -> list[str]:
         "| network | dtype | what | ms a tile | times as fast as timm | as the best | error | to build, s | peak GiB |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for key, value in found.items():
-        _, network, dtype = key.split(", ")
+    for (network, dtype), value in found.items():
         for row in value["rows"]:
             if row["why_not"]:
                 lines.append(f"| {network} | {dtype} | {row['what']} | {row['why_not']} | | | | | |")
@@ -62,27 +93,43 @@ def _encoders(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _commands(found: dict[str, Any]) -> list[str]:
+def _commands(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    lines = [
+        _WHOLE,
+        "",
+        "| network | dtype | what | slides, tiles | f | wall, s | processor, s | times as fast as the loop | "
+        "started | started, as the loop in float32 | peak GiB |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (network, dtype), value in found.items():
+        for row in value["rows"]:
+            lines.append(
+                f"| {network} | {dtype} | {row['what']} | {row['slides']}, {row['tiles']:,} | {row['kept']:.2f} | "
+                f"{row['wall_s']:.2f} | {row['processor_s']:.2f} | {row['of_loop']:.2f} | "
+                f"{row['of_loop_started']:.2f} | {row['of_float32_started']:.2f} | {row['peak_gib']:.2f} |"
+            )
+    return lines
+
+
+def _stages(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    """Return the table of where the time goes."""
     stages: list[str] = []
     for value in found.values():
         for row in value["rows"]:
             stages += [stage for stage in row["stages"] if stage not in stages]
     lines = [
-        "f: share of the tiles' tokens that take part. Stages in seconds over all slides; start-up is what no stage "
-        "accounts for: imports, the model, the end of the process. The loop is given the positions of the tiles.",
+        "Where the time goes, in seconds over all slides, and of one slide after start-up. Reading is the time for "
+        "which the network waits.",
         "",
-        "| network | dtype | what | slides, tiles | f | wall, s | processor, s | times as fast as the loop | "
-        f"peak GiB | start-up | {' | '.join(stages)} |",
-        f"|---|---|---|---|{'---:|' * (6 + len(stages))}",
+        f"| network | dtype | what | start-up | {' | '.join(stages)} | one slide |",
+        f"|---|---|---|{'---:|' * (2 + len(stages))}",
     ]
-    for key, value in found.items():
-        _, network, dtype = key.split(", ")
+    for (network, dtype), value in found.items():
         for row in value["rows"]:
-            start_up = row["wall_s"] - sum(row["stages"].values())
+            worked = sum(row["stages"].values())
             cells = [f"{row['stages'][stage]:.2f}" if stage in row["stages"] else "" for stage in stages]
             lines.append(
-                f"| {network} | {dtype} | {row['what']} | {row['slides']}, {row['tiles']:,} | {row['kept']:.2f} | "
-                f"{row['wall_s']:.2f} | {row['processor_s']:.2f} | {row['of_loop']:.2f} | {row['peak_gib']:.2f} | "
-                f"{start_up:.2f} | {' | '.join(cells)} |"
+                f"| {network} | {dtype} | {row['what']} | {row['wall_s'] - worked:.2f} | {' | '.join(cells)} | "
+                f"{worked / row['slides']:.2f} |"
             )
     return lines
