@@ -172,6 +172,8 @@ class _Contender:
 def commands(part: str, title: str, dtype: str, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Time whole commands on a set of slides in rounds; return a row for each."""
     slides = _slides(part, arguments, folder)
+    folder = folder / part  # outputs of other parts, in a folder that is kept, would count too
+    folder.mkdir(exist_ok=True)
     weights = folder / f"{NETWORKS[title] or 'bundled'}.pth"
     if NETWORKS[title]:
         torch.save(network_of(title)[0].state_dict(), weights)
