@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskattn.nn.kept_memory import keeping_memory
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.plain_modules import forwards_of, has_plain_parameters, is_plain
 from maskattn.packing import Packing, is_jit_traced
@@ -98,13 +99,16 @@ def product(
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Within the context, keep packed copies of the weights that a model multiplies by, up to 10 MiB each.
 
-    The weights must not change within the context. It may be entered again within itself.
+    The weights must not change within the context. It may be entered again within itself. On a CPU, the memory of
+    results is kept too (:mod:`maskattn.nn.kept_memory`).
     """
+    on_cpu = any(parameter.device.type == "cpu" for parameter in model.parameters())
     mine = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d) and layer not in _packed]
     for layer in mine:
         _packed[layer] = {}
     try:
-        yield
+        with keeping_memory() if on_cpu else contextlib.nullcontext():
+            yield
     finally:
         for layer in mine:
             _packed.pop(layer, None)
