@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,54 +17,64 @@ needs_glibc = pytest.mark.skipif(
     kept_memory._glibc() is None or threading.current_thread() is not threading.main_thread(),
     reason="only glibc keeps memory, and in the heap only that of the main thread",
 )
-LARGE = 40 << 20
+KEPT_BYTES = 40 << 20
+# More than any free piece of the heap, which would be used whatever the thresholds are.
+NOT_FREE_BYTES = 400 << 20
 
 
-@pytest.fixture
-def usual() -> Iterator[None]:
-    """glibc's thresholds as they are after a run, whatever other tests have allocated."""
-    with keeping_memory():
-        pass
-    yield
-    assert kept_memory._entered == 0
+class RecordedLibrary:
+    """A C library that records its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def mallopt(self, parameter: int, value: int) -> int:
+        self.calls.append((parameter, value >> 20))
+        return 1
+
+    def malloc_trim(self, pad: int) -> int:
+        self.calls.append((pad,))
+        return 1
 
 
-def in_heap(x: Tensor) -> bool:
-    """Return whether a tensor's memory is part of the heap, which is kept, and not a mapping of its own."""
+def in_heap(size: int) -> bool:
+    """Return whether a tensor of so many bytes is part of the heap, which is kept, and not a mapping of its own."""
+    x: Tensor = torch.empty(size, dtype=torch.uint8)
     heaps = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]")]
     bounds = [[int(end, 16) for end in heap.split("-")] for heap in heaps]
     return any(first <= x.data_ptr() < last for first, last in bounds)
 
 
 @needs_glibc
-def test_large_results_come_from_the_heap_within_the_context_alone(usual: None) -> None:
-    assert not in_heap(torch.empty(LARGE, dtype=torch.uint8))
+def test_large_results_come_from_the_heap_within_the_context_alone() -> None:
     with keeping_memory():
-        first = torch.ones(LARGE, dtype=torch.uint8)
-        assert in_heap(first)
-        position = first.data_ptr()
-        del first
-        assert torch.empty(LARGE, dtype=torch.uint8).data_ptr() == position
-    assert not in_heap(torch.empty(LARGE, dtype=torch.uint8))
+        assert in_heap(KEPT_BYTES)
+        assert not in_heap(NOT_FREE_BYTES)
+    assert not in_heap(NOT_FREE_BYTES)
 
 
-@needs_glibc
-def test_contexts_may_overlap_and_end_with_an_error(usual: None) -> None:
+def test_thresholds_are_set_once_and_reset_after_the_last_of_contexts_that_overlap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = RecordedLibrary()
+    monkeypatch.setattr(kept_memory, "_glibc", lambda: library)
+    entered = [(-3, 128), (-1, 256)]
     outer = keeping_memory()
     outer.__enter__()
     with pytest.raises(RuntimeError, match="failed"), keeping_memory():
         raise RuntimeError("failed")
-    assert in_heap(torch.empty(LARGE, dtype=torch.uint8))
+    assert library.calls == entered
     outer.__exit__(None, None, None)
-    assert not in_heap(torch.empty(LARGE, dtype=torch.uint8))
+    assert library.calls == [*entered, (-3, 32), (-1, 64), (0,)]
 
 
-@needs_glibc
-def test_a_run_over_batches_keeps_memory_where_its_model_is_on_a_cpu(usual: None) -> None:
-    with packed_weights(nn.Linear(4, 4)):
-        assert in_heap(torch.empty(LARGE, dtype=torch.uint8))
+def test_a_run_over_batches_keeps_memory_where_its_model_is_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = RecordedLibrary()
+    monkeypatch.setattr(kept_memory, "_glibc", lambda: library)
     with packed_weights(nn.Linear(4, 4, device="meta")):
-        assert not in_heap(torch.empty(LARGE, dtype=torch.uint8))
+        assert not library.calls
+    with packed_weights(nn.Linear(4, 4)):
+        assert library.calls == [(-3, 128), (-1, 256)]
 
 
 def test_without_glibc_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
