@@ -70,7 +70,7 @@ class ExtractionLoop:
         settings, places, device = self._settings, self._places, self._encoder.device
         tokens_per_tile = (self._encoder.tile_px // self._encoder.token_px) ** 2
         sizes = sizes_of_batches(settings, places.kept_tiles, places.token_keep_THW, tokens_per_tile)
-        workers = count_workers(settings.workers, places.kept_tiles, len(sizes))
+        workers = count_workers(settings.workers, places.kept_tiles, len(sizes), shares_cores=device.type == "cpu")
         batches = stream_tiles(
             self._reader,
             places,

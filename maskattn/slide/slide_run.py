@@ -188,7 +188,7 @@ class SlideRun:
         else:
             masks = keep_THW if self.model.masks_tokens else None
             sizes = sizes_of_batches(settings, tiles, masks, math.prod(keep_THW.shape[1:]))
-        workers = count_workers(settings.workers, tiles, len(sizes))
+        workers = count_workers(settings.workers, tiles, len(sizes), shares_cores=self.device.type == "cpu")
         batches = stream_tiles(
             self.reader,
             grid,

@@ -34,10 +34,19 @@ class WorkersUnavailable(Exception):  # noqa: N818 -- not an error: the stream c
     """Workers cannot start, or cannot transfer what they decode; the message is the system's reason."""
 
 
-def count_workers(workers: int | None, tiles: int, batches: int) -> int:
-    """Return the number of decoding processes for so many tiles in so many batches; None chooses by tiles and cores."""
+def count_workers(workers: int | None, tiles: int, batches: int, *, shares_cores: bool = True) -> int:
+    """Return the number of decoding processes.
+
+    Args:
+        workers: the requested number; None chooses by the numbers of tiles and cores.
+        tiles: the number of tiles to decode.
+        batches: the number of batches that these are.
+        shares_cores: whether the model computes on the same cores. A worker takes one from it, and decodes in a few
+            milliseconds a tile that takes a vision transformer fifty on two cores.
+    """
     if workers is None:
-        workers = min(_MOST_WORKERS, _cores() // 2) if tiles >= _TILES_WORTH_A_WORKER else 0
+        most = _cores() // 4 if shares_cores else _cores() // 2
+        workers = min(_MOST_WORKERS, most) if tiles >= _TILES_WORTH_A_WORKER else 0
     return min(workers, _cores(), batches)
 
 

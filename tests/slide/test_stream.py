@@ -202,4 +202,15 @@ def test_real_slides_that_are_tiny_or_do_not_decode(shared_slides: Path) -> None
 
 def test_workers_are_started_automatically_only_for_large_slides(monkeypatch):
     monkeypatch.setattr(workers_module, "_cores", lambda: 8)
-    assert [count_workers(None, tiles, tiles) for tiles in (10, 1999, 2000, 50_000)] == [0, 0, 4, 4]
+    numbers = (10, 1999, 2000, 50_000)
+    assert [count_workers(None, tiles, tiles, shares_cores=False) for tiles in numbers] == [0, 0, 4, 4]
+    assert [count_workers(None, tiles, tiles) for tiles in numbers] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize(("cores", "beside_a_gpu", "on_the_models_cores"), [(2, 1, 0), (4, 2, 1), (64, 4, 4)])
+def test_workers_take_fewer_cores_from_a_model_that_computes_there(
+    monkeypatch: pytest.MonkeyPatch, cores: int, beside_a_gpu: int, on_the_models_cores: int
+) -> None:
+    monkeypatch.setattr(workers_module, "_cores", lambda: cores)
+    assert count_workers(None, 5000, 100, shares_cores=False) == beside_a_gpu
+    assert count_workers(None, 5000, 100) == on_the_models_cores
