@@ -176,4 +176,5 @@ def _arguments(case: Case, config: Config) -> dict[str, Any]:
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "DESCRIBED": config.descriptors and not case.gather,
+        "TAIL_STAGES": 1 if config.plain_tail else None,
     }

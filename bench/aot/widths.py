@@ -211,7 +211,8 @@ def _tile_of(launch: Launch) -> str:
     """Return the launch's tile, warps and stages in the notation of the tables of configurations."""
     names = launch.constants_by_name
     sizes = "x".join(str(names[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C") if name in names)
-    return f"{sizes}/{launch.num_warps}/{launch.num_stages}{'+d' * bool(names.get('DESCRIBED'))}"
+    flags = "+d" * bool(names.get("DESCRIBED")) + "+t" * bool(names.get("TAIL_STAGES"))
+    return f"{sizes}/{launch.num_warps}/{launch.num_stages}{flags}"
 
 
 def current_code(case: WidthCase) -> str:

@@ -45,6 +45,18 @@ def test_the_positions_of_chunks_cost_dropout_a_second_draw_and_no_spills(pass_)
     assert registers_and_spills(compile_case(of_chunks, shipped_config(of_chunks)))[1] == 0
 
 
+def test_a_plain_tail_asks_for_no_tile_before_its_own():
+    case = Case("query_gradient", "sm90", 64, "bf16")
+    config = shipped_config(case)
+    assert config.plain_tail
+    plain, pipelined = (
+        compile_case(case, each).asm["ptx"].count("cp.async.bulk.tensor.2d")
+        for each in (config, replace(config, plain_tail=False))
+    )
+    # Keys and values of the tail, once; in a pipeline, for each stage before its loop and once in it.
+    assert pipelined - plain == 2 * (config.num_stages - 1)
+
+
 TF32_PRODUCTS = {"sm80": r"mma\.sync\.aligned\.m16n8k8\S*\.tf32\.tf32", "sm90": r"wgmma\.mma_async\S*\.tf32\.tf32"}
 
 

@@ -81,10 +81,11 @@ def attend_keys(
     PARTIAL: tl.constexpr,
     NATURAL: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
 ):
     """Attend to the keys ``k_begin`` to ``k_end`` of a sequence; ``PARTIAL`` if they do not fill their tiles."""
     INDEXED: tl.constexpr = keys.index_ptr is not None
-    for first in tl.range(k_begin, k_end, BLOCK_N):
+    for first in tl.range(k_begin, k_end, BLOCK_N, num_stages=TAIL_STAGES if PARTIAL else None):
         inside = first + tl.arange(0, BLOCK_N) < k_end
         rows = tile_rows(keys.index_ptr, keys.start, first, inside, BLOCK_N, INDEXED, PARTIAL)
         # [N, D]
@@ -125,6 +126,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
 ):
     """Compute the attention of one tile of queries over all keys of its sequence."""
     NATURAL: tl.constexpr = lse_rest_values.ptr is not None
@@ -161,11 +163,11 @@ def forward_kernel(
     k_full = k_length // BLOCK_N * BLOCK_N
     out, maximum, total = attend_keys(
         out, maximum, total, q, first, scoring, of_queries, keys, 0, k_full, WIDTH, BLOCK_M, BLOCK_N, False, NATURAL,
-        DESCRIBED,
+        DESCRIBED, TAIL_STAGES,
     )  # fmt: skip
     out, maximum, total = attend_keys(
         out, maximum, total, q, first, scoring, of_queries, keys, k_full, k_length, WIDTH, BLOCK_M, BLOCK_N, True,
-        NATURAL, DESCRIBED,
+        NATURAL, DESCRIBED, TAIL_STAGES,
     )  # fmt: skip
 
     # The output of a row without keys is 0.

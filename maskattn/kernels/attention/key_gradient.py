@@ -60,10 +60,11 @@ def add_queries_to_key_gradient(
     BLOCK_N: tl.constexpr,
     PARTIAL: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
 ):
     """Return dk + dSᵀ·Q, dv + (m P)ᵀ·dO and dbias + Σ dSᵀ over the queries ``q_begin`` to ``q_end``."""
     INDEXED: tl.constexpr = queries.index_ptr is not None
-    for first in tl.range(q_begin, q_end, BLOCK_M):
+    for first in tl.range(q_begin, q_end, BLOCK_M, num_stages=TAIL_STAGES if PARTIAL else None):
         inside = first + tl.arange(0, BLOCK_M) < q_end
         rows = tile_rows(queries.index_ptr, queries.start, first, inside, BLOCK_M, INDEXED, PARTIAL)
         # [M, D]
@@ -122,6 +123,7 @@ def key_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
 ):
     """Compute dk, dv and dbias of one tile of keys."""
     NATURAL: tl.constexpr = lse_rest_values.ptr is not None
@@ -166,10 +168,11 @@ def key_gradient_kernel(
     q_full = q_length // BLOCK_M * BLOCK_M
     dk, dv, dbias = add_queries_to_key_gradient(
         dk, dv, dbias, k, v, first, scoring, of_keys, queries, 0, q_full, WIDTH, BLOCK_M, BLOCK_N, False, DESCRIBED,
+        TAIL_STAGES,
     )  # fmt: skip
     dk, dv, dbias = add_queries_to_key_gradient(
         dk, dv, dbias, k, v, first, scoring, of_keys, queries, q_full, q_length, WIDTH, BLOCK_M, BLOCK_N, True,
-        DESCRIBED,
+        DESCRIBED, TAIL_STAGES,
     )  # fmt: skip
     dk_base_ptr = tokens_base(dk_tokens, sequence, head, k_start, INDEX_K)
     store_chunks(dk_base_ptr, first, rows, dk_tokens.stride_t, inside, dk, scale, WIDTH, INDEX_K)

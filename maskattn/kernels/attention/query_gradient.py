@@ -64,11 +64,12 @@ def add_keys_to_query_gradient(
     BLOCK_N: tl.constexpr,
     PARTIAL: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
 ):
     """Return dq + dS·K and, per query, dslope − Σ dS·‖x_i − x_j‖ over the keys ``k_begin`` to ``k_end``."""
     INDEXED: tl.constexpr = keys.index_ptr is not None
     NATURAL: tl.constexpr = rest_log2 is not None
-    for first in tl.range(k_begin, k_end, BLOCK_N):
+    for first in tl.range(k_begin, k_end, BLOCK_N, num_stages=TAIL_STAGES if PARTIAL else None):
         inside = first + tl.arange(0, BLOCK_N) < k_end
         rows = tile_rows(keys.index_ptr, keys.start, first, inside, BLOCK_N, INDEXED, PARTIAL)
         # [N, D]
@@ -126,6 +127,7 @@ def query_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
 ):
     """Compute dq, delta, lse in the units of the scores and the terms of dslopes of one tile of queries."""
     NATURAL: tl.constexpr = lse_rest_values.ptr is not None
@@ -185,11 +187,11 @@ def query_gradient_kernel(
     k_full = k_length // BLOCK_N * BLOCK_N
     dq, dslope = add_keys_to_query_gradient(
         dq, dslope, q, dout, lse, rest_log2, delta, first, scoring, of_queries, keys, 0, k_full, WIDTH, BLOCK_M,
-        BLOCK_N, False, DESCRIBED,
+        BLOCK_N, False, DESCRIBED, TAIL_STAGES,
     )  # fmt: skip
     dq, dslope = add_keys_to_query_gradient(
         dq, dslope, q, dout, lse, rest_log2, delta, first, scoring, of_queries, keys, k_full, k_length, WIDTH, BLOCK_M,
-        BLOCK_N, True, DESCRIBED,
+        BLOCK_N, True, DESCRIBED, TAIL_STAGES,
     )  # fmt: skip
     dq_base_ptr = tokens_base(dq_tokens, sequence, head, q_start, INDEX_Q)
     store_chunks(dq_base_ptr, first, rows, dq_tokens.stride_t, inside, dq, scale, WIDTH, INDEX_Q)

@@ -198,6 +198,7 @@ def constant_arguments(head_width: int, config: Config, described: bool) -> Mapp
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "DESCRIBED": described,
+        "TAIL_STAGES": 1 if config.plain_tail else None,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

@@ -13,37 +13,37 @@ from maskattn.kernels.tables.config import Config, Family, Pass, read_table
 __all__ = ["ATTENTION", "INTERPRETER", "TABLE"]
 
 TABLE = read_table("""
-target  precision  pass            16          32            64              128             256
-sm80    half       forward         128x64/4/3  128x64/4/3    128x64/8/3+s    128x32/8/3+s    64x64/8/2
-sm80    half       query_gradient  64x64/4/3   64x64/4/3     128x32/8/2+s    128x32/8/2+s    64x32/8/2+s
-sm80    half       key_gradient    64x128/8/2  64x128/8/2    32x64/4/2+s     64x64/8/2       32x32/8/1
-sm80    single     forward         32x32/4/1   64x32/4/1     32x32/4/1+s     32x16/4/1+s     64x16/8/1
-sm80    single     query_gradient  64x32/8/1   32x32/4/1     32x32/4/1+s     16x32/4/1+s     32x32/16/1
-sm80    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s     16x32/8/1+s     32x32/16/1+s
-sm86    half       forward         128x64/4/3  128x64/4/3    128x64/8/3+s    128x32/8/3+s    64x32/8/2
-sm86    half       query_gradient  64x64/4/3   64x64/4/3     128x64/8/2+s    128x32/8/2+s    64x32/8/1
-sm86    half       key_gradient    64x128/8/2  64x128/8/2    32x64/4/2+s     64x64/8/2       32x32/8/1
-sm86    single     forward         32x32/4/1   64x32/4/1     64x32/8/1+s     32x16/8/1+s     32x16/8/1+s
-sm86    single     query_gradient  64x32/8/1   32x32/4/1     32x32/4/1+s     16x32/8/1+s     32x16/8/1
-sm86    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s     16x16/4/1+s     16x32/8/1+s
-sm90    half       forward         128x64/4/3  128x64/4/3+d  128x64/4/3+s+d  128x64/8/3+s+d  64x64/8/2+s+d
-sm90    half       query_gradient  128x64/8/3  128x64/8/3+d  128x64/8/3+s+d  128x64/8/3+s+d  128x32/8/2+s
-sm90    half       key_gradient    64x128/8/3  64x128/8/3+d  64x128/8/3+s+d  64x128/8/2+s+d  32x32/8/2+d
-sm90    single     forward         64x32/4/1   64x32/4/1     64x32/8/1+s     32x16/8/1+s     32x16/8/1
-sm90    single     query_gradient  64x32/8/1   32x32/4/1     64x32/8/1+s     32x32/8/1+s     32x32/16/1
-sm90    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s     16x32/8/1+s     16x16/8/1
-sm100   half       forward         128x64/8/3  128x64/8/3    128x32/4/3+d    128x64/8/3+d    128x32/8/2+s
-sm100   half       query_gradient  128x64/4/2  128x64/8/2+d  128x64/4/2+s+d  128x64/8/2+s    128x32/8/1+s
-sm100   half       key_gradient    64x128/8/2  64x128/8/2+d  64x128/8/2+d    64x128/8/2+s+d  32x64/8/1+s
-sm100   single     forward         64x32/4/1   64x32/4/1     64x32/8/1+s     32x16/8/1+s     32x16/8/1+s
-sm100   single     query_gradient  64x32/8/1   64x32/8/1     64x32/8/1+s     32x32/8/1+s     32x32/16/1+s
-sm100   single     key_gradient    32x64/8/1   32x64/8/1     16x32/4/1+s     16x32/4/1+s     16x16/8/1+s
-gfx942  half       forward         128x64/4/1  128x64/4/1    128x64/4/1      128x64/4/1      64x32/4/1+s
-gfx942  half       query_gradient  128x64/4/1  128x64/4/1    128x64/4/1      64x64/4/1+s     64x32/4/1+s
-gfx942  half       key_gradient    64x128/4/1  64x128/4/1    32x128/4/1      32x64/4/1+s     16x64/8/1
-gfx942  single     forward         64x32/4/1   64x32/4/1     64x32/4/1+s     64x32/4/1+s     64x16/4/1+s
-gfx942  single     query_gradient  64x32/4/1   64x32/4/1     64x32/4/1+s     32x32/4/1+s     16x16/4/1+s
-gfx942  single     key_gradient    32x64/4/1   32x64/4/1     32x64/4/1+s     16x32/4/1+s     16x16/4/1+s
+target  precision  pass            16          32            64                128               256
+sm80    half       forward         128x64/4/3  128x64/4/3    128x64/8/3+s      128x32/8/3+s      64x64/8/2
+sm80    half       query_gradient  64x64/4/3   64x64/4/3     128x32/8/2+s      128x32/8/2+s      64x32/8/2+s
+sm80    half       key_gradient    64x128/8/2  64x128/8/2    32x64/4/2+s       64x64/8/2         32x32/8/1
+sm80    single     forward         32x32/4/1   64x32/4/1     32x32/4/1+s       32x16/4/1+s       64x16/8/1
+sm80    single     query_gradient  64x32/8/1   32x32/4/1     32x32/4/1+s       16x32/4/1+s       32x32/16/1
+sm80    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s       16x32/8/1+s       32x32/16/1+s
+sm86    half       forward         128x64/4/3  128x64/4/3    128x64/8/3+s      128x32/8/3+s      64x32/8/2
+sm86    half       query_gradient  64x64/4/3   64x64/4/3     128x64/8/2+s      128x32/8/2+s      64x32/8/1
+sm86    half       key_gradient    64x128/8/2  64x128/8/2    32x64/4/2+s       64x64/8/2         32x32/8/1
+sm86    single     forward         32x32/4/1   64x32/4/1     64x32/8/1+s       32x16/8/1+s       32x16/8/1+s
+sm86    single     query_gradient  64x32/8/1   32x32/4/1     32x32/4/1+s       16x32/8/1+s       32x16/8/1
+sm86    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s       16x16/4/1+s       16x32/8/1+s
+sm90    half       forward         128x64/4/3  128x64/4/3+d  128x64/4/3+s+d    128x64/8/3+s+d    64x64/8/2+s+d
+sm90    half       query_gradient  128x64/8/3  128x64/8/3+d  128x64/8/3+s+d+t  128x64/8/3+s+d+t  128x32/8/2+s
+sm90    half       key_gradient    64x128/8/3  64x128/8/3+d  64x128/8/3+s+d    64x128/8/2+s+d    32x32/8/2+d
+sm90    single     forward         64x32/4/1   64x32/4/1     64x32/8/1+s       32x16/8/1+s       32x16/8/1
+sm90    single     query_gradient  64x32/8/1   32x32/4/1     64x32/8/1+s       32x32/8/1+s       32x32/16/1
+sm90    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s       16x32/8/1+s       16x16/8/1
+sm100   half       forward         128x64/8/3  128x64/8/3    128x32/4/3+d      128x64/8/3+d      128x32/8/2+s
+sm100   half       query_gradient  128x64/4/2  128x64/8/2+d  128x64/4/2+s+d    128x64/8/2+s      128x32/8/1+s
+sm100   half       key_gradient    64x128/8/2  64x128/8/2+d  64x128/8/2+d      64x128/8/2+s+d    32x64/8/1+s
+sm100   single     forward         64x32/4/1   64x32/4/1     64x32/8/1+s       32x16/8/1+s       32x16/8/1+s
+sm100   single     query_gradient  64x32/8/1   64x32/8/1     64x32/8/1+s       32x32/8/1+s       32x32/16/1+s
+sm100   single     key_gradient    32x64/8/1   32x64/8/1     16x32/4/1+s       16x32/4/1+s       16x16/8/1+s
+gfx942  half       forward         128x64/4/1  128x64/4/1    128x64/4/1        128x64/4/1        64x32/4/1+s
+gfx942  half       query_gradient  128x64/4/1  128x64/4/1    128x64/4/1        64x64/4/1+s       64x32/4/1+s
+gfx942  half       key_gradient    64x128/4/1  64x128/4/1    32x128/4/1        32x64/4/1+s       16x64/8/1
+gfx942  single     forward         64x32/4/1   64x32/4/1     64x32/4/1+s       64x32/4/1+s       64x16/4/1+s
+gfx942  single     query_gradient  64x32/4/1   64x32/4/1     64x32/4/1+s       32x32/4/1+s       16x16/4/1+s
+gfx942  single     key_gradient    32x64/4/1   32x64/4/1     32x64/4/1+s       16x32/4/1+s       16x16/4/1+s
 """)
 
 # Few and large tiles: the interpreter pays for every operation, not for its size.

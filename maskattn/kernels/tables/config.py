@@ -35,6 +35,8 @@ class Config:
         num_stages: stages of the software pipeline.
         split: whether a head width between two powers of two is split into two chunks instead of padded.
         descriptors: whether the copy engine reads the streamed tiles, if the tensors allow it.
+        plain_tail: whether the last tile of a sequence, if it is not full, has no pipeline. It is a loop of its own, in
+            which a pipeline costs instructions before the first product and has nothing to overlap.
         precision: how float32 tiles are multiplied, the ``input_precision`` of ``tl.dot``.
     """
 
@@ -44,6 +46,7 @@ class Config:
     num_stages: int
     split: bool = False
     descriptors: bool = False
+    plain_tail: bool = False
     precision: str = "ieee"
 
 
@@ -84,8 +87,8 @@ def read_table(text: str) -> Table[Pass, Config]:
     """Parse the table of attention kernels.
 
     Its header names the padded head widths. Every other line has a target, a precision, a pass and, for each width,
-    queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` if heads are split and ``+d`` for descriptors; or
-    ``none``.
+    queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` if heads are split, ``+d`` for descriptors and
+    ``+t`` for a plain tail; or ``none``.
     """
     (_, _, _, *widths), *lines = (line.split() for line in text.strip().splitlines())
     table: dict[Any, Any] = {}
@@ -99,4 +102,4 @@ def read_table(text: str) -> Table[Pass, Config]:
 def _config(cell: str) -> Config:
     sizes, *flags = cell.split("+")
     block_m, block_n, warps, stages = map(int, re.split("[x/]", sizes))
-    return Config(block_m, block_n, warps, stages, split="s" in flags, descriptors="d" in flags)
+    return Config(block_m, block_n, warps, stages, "s" in flags, "d" in flags, "t" in flags)
