@@ -344,6 +344,7 @@ def _conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "threads": arguments.threads,
         "batch": arguments.batch,
+        "side": arguments.side,
         "cpu": f"{cpu_name()}, {_instructions()}, {len(os.sched_getaffinity(0))} cores",
         "commit": _commit(),
         "versions": installed_versions("timm", "openvino", "onnxruntime"),

@@ -14,7 +14,12 @@ _TITLES = {
     "encoders": "The encoder alone",
     "real": "One real slide",
     "small": "Many small slides",
-    "composed": "A composed gigapixel slide",
+    "composed": "A composed slide",
+}
+_SLIDES = {
+    "real": "CMU-1-Small-Region.svs, 2,220 × 2,967 px, tiles at 20x.",
+    "small": "Overlapping squares of 1,024 px of that slide, each a file of its own, tiles at 20x.",
+    "composed": "{side:,} × {side:,} px, made by repeating that slide, tiles at 5x.",
 }
 _NETWORKS = ("ViT-S/16", "ViT-B/16", "bundled")
 _DTYPES = ("float32", "bfloat16")
@@ -45,6 +50,8 @@ def page(measured: dict[str, Any]) -> str:
         if not found:
             continue
         lines += ["", f"## {title}", "", _conditions(part, found), ""]
+        if part in _SLIDES:
+            lines += [_SLIDES[part].format(side=next(iter(found.values()))["side"]), ""]
         lines += _encoders(found) if part == "encoders" else [*_commands(found), "", *_stages(found)]
     return "\n".join(lines).rstrip() + "\n"
 
