@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from maskattn.evaluation import Predictions
 
-__all__ = ["auc_within_folds", "difference_within_folds"]
+__all__ = ["auc_within_folds", "cells_within_folds", "difference_within_folds", "interval_within_folds"]
 
 _SAMPLES = 2000
 
@@ -23,6 +23,21 @@ _SAMPLES = 2000
 def auc_within_folds(predictions: Predictions) -> float:
     """Return the mean of the folds' AUCs, of the second of two classes."""
     return float(_of_samples(predictions, np.ones((1, predictions.rows)), predictions.patient_ids)[0])
+
+
+def interval_within_folds(predictions: Predictions) -> tuple[float, float]:
+    """Return a 95 % bootstrap interval over patients of the mean of the folds' AUCs."""
+    aucs_B = _of_samples(predictions, _counts(predictions.patient_ids), predictions.patient_ids)[1:]
+    low, high = np.quantile(aucs_B, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def cells_within_folds(loop: Predictions, predictions: Predictions) -> tuple[str, str]:
+    """Return the cells of a table: the mean AUC with its interval, and whether it is in the loop's interval."""
+    auc, (low, high) = auc_within_folds(predictions), interval_within_folds(predictions)
+    loop_low, loop_high = interval_within_folds(loop)
+    inside = "yes" if loop_low <= auc <= loop_high else "no"
+    return f"{auc:.3f} ({low:.3f} to {high:.3f})", "" if predictions is loop else inside
 
 
 def difference_within_folds(first: Sequence[Predictions], second: Sequence[Predictions]) -> tuple[float, float, float]:
@@ -33,9 +48,7 @@ def difference_within_folds(first: Sequence[Predictions], second: Sequence[Predi
         second: those by the other, for the same seeds. A patient is drawn for all of them together.
     """
     patients = first[0].patient_ids
-    rng = np.random.default_rng(0)
-    count_BP = rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), _SAMPLES).astype(float)
-    count_BP = np.concatenate([np.ones((1, len(patients))), count_BP])  # the first is the cohort itself
+    count_BP = _counts(patients)
     differences_B = np.mean(
         [
             _of_samples(two, count_BP, patients) - _of_samples(one, count_BP, patients)
@@ -45,6 +58,13 @@ def difference_within_folds(first: Sequence[Predictions], second: Sequence[Predi
     )
     low, high = np.quantile(differences_B[1:], (0.025, 0.975))
     return float(differences_B[0]), float(low), float(high)
+
+
+def _counts(patients: Sequence[str]) -> NDArray[np.float64]:
+    """Return how often each patient is in each sample; the first is the cohort itself."""
+    rng = np.random.default_rng(0)
+    count_BP = rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), _SAMPLES).astype(float)
+    return np.concatenate([np.ones((1, len(patients))), count_BP])
 
 
 def _of_samples(

@@ -9,7 +9,7 @@ uses only torch: gated attention (Ilse et al.), AdamW, the same number of epochs
 validation loss. Folds, patients and features are the same for all.
 
 Each model's learning rate is the one with the highest AUC in a cohort of its own, which is drawn with another seed and
-has other directions; the cohort of the result is then used once. Everything is seeded.
+has other directions; the cohort of the result is used for no choice. Everything is seeded.
 
 Dimension key: T tiles, C channels.
 """
@@ -26,11 +26,22 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.evidence.folds_auc import auc_within_folds, difference_within_folds
+from bench.evidence.folds_auc import auc_within_folds, cells_within_folds, difference_within_folds
 from bench.evidence.independent_abmil_findings import FINDINGS
+from bench.evidence.independent_loop import (
+    BATCH,
+    CHANNELS,
+    DROPOUT,
+    EPOCHS,
+    PATIENCE,
+    WIDTH,
+    PlainABMIL,
+    PlainViT,
+    plain_loop,
+)
+from bench.evidence.rate_choice import RATES, aucs_of_rates, best_rate, table_of_rates
 from maskattn.evaluation import Predictions, grouped_folds
 from maskattn.evaluation.comparison import compare
 from maskattn.evaluation.crossval import cross_validate, pooled
@@ -43,10 +54,10 @@ from maskattn.training.settings import TrainSettings
 from maskattn.training.train import predict, train_model
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "independent_abmil.md"
-PATIENTS, TILES, CHANNELS, WIDTH = 400, (48, 80), 32, 32
+PATIENTS, TILES = 400, (48, 80)
 SHARE, SHIFT, WEAKER_SHIFT, OWN_SHIFT, WRONG = (0.05, 0.2), 4.0, 2.5, 0.3, 0.05
-FOLDS, EPOCHS, PATIENCE, BATCH, DROPOUT, SEEDS = 4, 16, 4, 8, 0.1, (0, 1, 2, 3)
-RATES, FOLDS_OF_CHOICE = (3e-4, 1e-3, 3e-3), 2
+FOLDS, SEEDS = 4, (0, 1, 2, 3)
+FOLDS_OF_CHOICE = 2
 COHORT_OF_CHOICE, COHORT_OF_RESULT = 1, 2
 LOOP, PLAIN_VIT = "independent ABMIL", "independent ViT"
 
@@ -87,95 +98,6 @@ def draw_cohort(folder: Path, seed: int, shift: float) -> tuple[Path, Path]:
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["slide_id", "patient_id", "tumour"], *rows])
     return folder / "features", folder / "labels.csv"
-
-
-class PlainABMIL(nn.Module):
-    """Gated attention pooling, after the paper's formula."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(CHANNELS, WIDTH)
-        self.v, self.u, self.w = nn.Linear(WIDTH, WIDTH // 2), nn.Linear(WIDTH, WIDTH // 2), nn.Linear(WIDTH // 2, 1)
-        self.classes = nn.Linear(WIDTH, 2)
-
-    def forward(self, tiles_TC: Tensor) -> Tensor:
-        """Map the tiles of a slide (T, C) to logits (2,)."""
-        hidden = F.dropout(torch.relu(self.first(tiles_TC)), DROPOUT, self.training)
-        attention = torch.softmax(self.w(torch.tanh(self.v(hidden)) * torch.sigmoid(self.u(hidden))), dim=0)
-        return self.classes((attention * hidden).sum(0))
-
-
-class PlainViT(nn.Module):
-    """torch's own pre-norm transformer encoder with a class token, of the size that `train` gives a ViT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(CHANNELS, WIDTH)
-        self.class_token = nn.Parameter(torch.randn(1, WIDTH))
-        layer = nn.TransformerEncoderLayer(
-            WIDTH, 1, 4 * WIDTH, dropout=DROPOUT, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False)
-        self.classes = nn.Linear(WIDTH, 2)
-
-    def forward(self, tiles_TC: Tensor) -> Tensor:
-        """(T, C) tiles of a slide → (2,) logits."""
-        tokens = torch.cat([self.class_token, self.first(tiles_TC)])
-        return self.classes(self.blocks(tokens[None])[0, 0])
-
-
-def plain_loop(
-    make: Callable[[], nn.Module], bags: dict[str, Tensor], labels: dict[str, int], split: Split, rate: float, seed: int
-) -> Predictions:
-    """Train a model, and predict the test part with the epoch whose validation loss is lowest."""
-    model, _ = trained_plainly(make, bags, labels, split, rate, seed)
-    scores = torch.softmax(logits_of(model, bags, split.test).double(), dim=1).numpy()
-    return Predictions("binary", "tumour", split.test, scores, [labels[name] for name in split.test], ("0", "1"))
-
-
-def trained_plainly(
-    make: Callable[[], nn.Module],
-    bags: dict[str, Tensor],
-    labels: dict[str, int],
-    split: Split,
-    rate: float,
-    seed: int,
-    clip: float = float("inf"),
-) -> tuple[nn.Module, float]:
-    """Return a model with the weights of the epoch whose validation loss is lowest, and that loss."""
-    torch.manual_seed(seed)
-    model = make()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    best_epoch, best_loss, best_state = 0, float("inf"), model.state_dict()
-    for epoch in range(EPOCHS):
-        model.train()
-        order = torch.randperm(len(split.train)).tolist()
-        for start in range(0, len(order), BATCH):
-            batch = [split.train[index] for index in order[start : start + BATCH]]
-            loss = F.cross_entropy(
-                torch.stack([model(bags[name]) for name in batch]), torch.tensor([labels[name] for name in batch])
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            if clip < float("inf"):
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-        logits = logits_of(model, bags, split.validation)
-        loss = float(F.cross_entropy(logits, torch.tensor([labels[name] for name in split.validation])))
-        if loss < best_loss:
-            best_epoch, best_loss = epoch, loss
-            best_state = {name: value.clone() for name, value in model.state_dict().items()}
-        if epoch - best_epoch >= PATIENCE:
-            break
-    model.load_state_dict(best_state)
-    return model, best_loss
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, bags: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
-    """Compute the logits of patients."""
-    model.eval()
-    return torch.stack([model(bags[name]) for name in names])
 
 
 class Ours:
@@ -227,7 +149,10 @@ def settings_of(folder: Path, model: str, rate: float, seed: int) -> TrainSettin
     )  # fmt: skip
 
 
-def of_plain(make: Callable[[], nn.Module]) -> Callable[[Drawn, float, int, int], Predictions]:
+Trained = Callable[[Drawn, float, int, int], Predictions]
+
+
+def of_plain(make: Callable[[], nn.Module]) -> Trained:
     """Return the independent training of a model, which predicts the test patients of the first folds."""
 
     def predicted(drawn: Drawn, rate: float, seed: int, folds: int) -> Predictions:
@@ -242,7 +167,7 @@ def of_plain(make: Callable[[], nn.Module]) -> Callable[[Drawn, float, int, int]
     return predicted
 
 
-def of_ours(model: str) -> Callable[[Drawn, float, int, int], Predictions]:
+def of_ours(model: str) -> Trained:
     """Return this package's training of a model, which predicts the test patients of the first folds."""
 
     def predicted(drawn: Drawn, rate: float, seed: int, folds: int) -> Predictions:
@@ -265,18 +190,16 @@ def chosen_rates(folder: Path, tell: Callable[[str], None]) -> tuple[dict[str, f
     """Return each model's rate with the highest AUC, and a table of all, with that rate's AUC at a weaker signal."""
     drawn = Drawn.with_seed(folder / "choice", COHORT_OF_CHOICE)
     weaker = Drawn.with_seed(folder / "weaker", COHORT_OF_CHOICE, WEAKER_SHIFT)
-    rates = {}
-    lines = [
-        f"| model | {' | '.join(f'rate {rate:g}' for rate in RATES)} | weaker signal |",
-        f"|---|{'---|' * len(RATES)}---|",
-    ]
+    aucs, at_weaker = {}, {}
     for name, predicted in MODELS.items():
-        aucs = {rate: auc_of(predicted(drawn, rate, SEEDS[0], FOLDS_OF_CHOICE)) for rate in RATES}
-        rates[name] = max(aucs, key=aucs.__getitem__)
-        last = auc_of(predicted(weaker, rates[name], SEEDS[0], FOLDS_OF_CHOICE))
-        lines.append(f"| {name} | {' | '.join(f'{auc:.3f}' for auc in (*aucs.values(), last))} |")
-        tell(lines[-1])
-    return rates, "\n".join(lines)
+
+        def auc_at(rate: float, of: Drawn = drawn, predicted: Trained = predicted) -> float:
+            return auc_of(predicted(of, rate, SEEDS[0], FOLDS_OF_CHOICE))
+
+        aucs[name] = aucs_of_rates(auc_at)
+        at_weaker[name] = auc_at(best_rate(aucs[name]), weaker)
+        tell(f"{name}: {aucs[name]}, weaker signal {at_weaker[name]:.3f}")
+    return {name: best_rate(of_model) for name, of_model in aucs.items()}, table_of_rates(aucs, at_weaker)
 
 
 def auc_of(predictions: Predictions) -> float:
@@ -291,15 +214,16 @@ def compared(folder: Path, rates: dict[str, float], tell: Callable[[str], None])
     drawn = Drawn.with_seed(folder / "result", COHORT_OF_RESULT)
     lines = [
         "| seed | model | rate | AUC | Brier score | within the loop's interval | AUC less the loop's | p "
-        "| mean AUC of the folds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| mean AUC of the folds | within the loop's interval |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     found: dict[str, list[Predictions]] = {name: [] for name in MODELS}
     for seed in SEEDS:
         for name, predicted in MODELS.items():
             found[name].append(predicted(drawn, rates[name], seed, FOLDS))
-            cells = " | ".join(cells_of(found[LOOP][-1], found[name][-1]))
-            lines.append(f"| {seed} | {name} | {rates[name]:g} | {cells} | {auc_within_folds(found[name][-1]):.3f} |")
+            both = found[LOOP][-1], found[name][-1]
+            cells = " | ".join((*cells_of(*both), *cells_within_folds(*both)))
+            lines.append(f"| {seed} | {name} | {rates[name]:g} | {cells} |")
             tell(lines[-1])
     return "\n".join(lines), over_seeds(found)
 
@@ -375,14 +299,16 @@ def page(by_seed: str, of_all: str, choice: str) -> str:
         "learning rate. Test patients of all folds together, 95 % bootstrap intervals over patients. A seed makes the "
         "folds, the first weights and the order; the patients are the same.\n\n"
         f"{by_seed}\n\n{of_all}\n\n"
-        "The independent ViT is torch's own `nn.TransformerEncoder` with a class token, of the size of ours. The mean "
-        "AUC of the folds compares patients of the same fold's model only; its differences are paired over patients, "
-        "who are drawn together for all seeds.\n\n"
+        "The independent ViT is torch's own `nn.TransformerEncoder` with a class token, of the size of ours. The AUC "
+        "is pooled over folds, and also compares patients whose scores are of different models. The mean AUC of the "
+        "folds compares patients of the same model only; its differences are paired over patients, who are drawn "
+        "together for all seeds. Each has its own column on whether a model is within the loop's interval.\n\n"
         f"{FINDINGS}"
         "## How the settings were chosen\n\n"
         "In another cohort, drawn in the same way with another seed and other directions; the cohort of the result was "
-        "then used once. Each model has the learning rate that gave it the highest AUC there, in the "
-        f"{PATIENTS * FOLDS_OF_CHOICE // FOLDS} test patients of {FOLDS_OF_CHOICE} folds. The strength of the signal "
+        "not used for any choice. Each model has the learning rate that gave it the highest AUC there, in the "
+        f"{PATIENTS * FOLDS_OF_CHOICE // FOLDS} test patients of {FOLDS_OF_CHOICE} folds; the grid was extended as "
+        "long as the best rate was at its edge. The strength of the signal "
         f"was set in that cohort too, so that a transformer can learn it from so few patients: the last column has the "
         f"AUC, at the chosen rate, where tiles are moved by {WEAKER_SHIFT} in place of {SHIFT}.\n\n"
         f"{choice}\n"
