@@ -34,6 +34,7 @@ from maskattn.kernels.readout.tiles import (
     load_lse,
     products,
 )
+from maskattn.kernels.tables.lookup import choose
 from maskattn.options import Options
 
 __all__ = ["relevance_kernel", "token_relevance"]
@@ -195,6 +196,11 @@ def token_relevance(
     block_c = class_tile(classes, D, q.dtype)
     class_tiles, tiles = triton.cdiv(classes, block_c), triton.cdiv(max_seqlen, call.widths["BLOCK_N"])
     widths = {name: call.widths[name] for name in ("HEAD_WIDTH", "BLOCK_D", "BLOCK_N")}
+    launch_options = call.launch_options
+    if R == 1 and block_c > 1 and call.widths["BLOCK_D"] <= 64:
+        # Products with several classes take their tiles from shared memory, where the next head's can arrive early.
+        # Wider heads would spill.
+        launch_options = {**launch_options, "num_stages": choose("relevance", q, options).num_stages}
     with torch.cuda.device_of(q):
         relevance_kernel[(class_tiles * tiles * B,)](
             *call.arguments, readout_argument(out), lse.contiguous(), of_first._replace(ptr=grad, multiple=multiple),
@@ -202,7 +208,7 @@ def token_relevance(
             _origin_argument(key_origin, q.dtype), _origin_argument(value_origin, q.dtype), relevance,
             classes, class_tiles, tiles, **widths, BLOCK_C=block_c, QUERIES=R,
             KEY_ORIGIN_BY_TOKEN=key_origin is not None and key_origin.ndim == 3,
-            VALUE_ORIGIN_BY_TOKEN=value_origin is not None and value_origin.ndim == 3, **call.launch_options,
+            VALUE_ORIGIN_BY_TOKEN=value_origin is not None and value_origin.ndim == 3, **launch_options,
         )  # fmt: skip
     clear_tail(cu_seqlens, max_seqlen, (relevance.T, 0.0))
     return relevance
