@@ -132,9 +132,11 @@ def draw_tissue(rng: np.random.Generator, size: int) -> ByteArray:
         roomy = cv2.distanceTransform(coarse, cv2.DIST_L2, 3).max() * 8 > 150
         if roomy and (margin > 0).mean() < 0.05 and TISSUE_SHARE[0] < (coarse > 0).mean() < TISSUE_SHARE[1]:
             break
-    edge = smooth_noise(rng, size, size, 24) + smooth_noise(rng, size, size, 90)
-    soft = cv2.resize(cv2.GaussianBlur(coarse, (0, 0), 2), (size, size))
-    tissue = np.where(soft + 22 * edge > 128, 255, 0).astype(np.uint8)
+    edge = smooth_noise(rng, size, size, 24)
+    edge += smooth_noise(rng, size, size, 90)
+    edge *= 22
+    edge += cv2.resize(cv2.GaussianBlur(coarse, (0, 0), 2), (size, size))
+    tissue = (edge > 128).view(np.uint8) * np.uint8(255)
     return cv2.morphologyEx(tissue, cv2.MORPH_OPEN, np.ones((25, 25), np.uint8))
 
 
@@ -237,18 +239,28 @@ def develop(rng: np.random.Generator, canvas: Canvas, tissue: ByteArray) -> Byte
     nuclei = cv2.GaussianBlur(cv2.multiply(canvas.nuclei, grain, scale=1 / 235), (0, 0), 0.8)
     haematoxylin = cv2.add(cv2.GaussianBlur(canvas.haematoxylin, (0, 0), 1.2), nuclei)
     eosin = cv2.multiply(cv2.GaussianBlur(canvas.eosin, (0, 0), 1.0), grain, scale=1 / 225)
-    thickness = np.clip(128 + 14 * smooth_noise(rng, height, width, 220), 80, 180).astype(np.uint8)
+    thickness = uneven(smooth_noise(rng, height, width, 220), 128, 14, (80, 180)).astype(np.uint8)
     thickness = cv2.multiply(thickness, cv2.GaussianBlur(tissue, (0, 0), 1.5), scale=1 / 255)
     haematoxylin = cv2.multiply(haematoxylin, thickness, scale=1 / 128)
     eosin = cv2.multiply(eosin, thickness, scale=1 / 128)
     strength = (rng.uniform(1.15, 1.65), rng.uniform(0.65, 1.05))
     image = stain(haematoxylin, eosin, rng.normal(0, 0.05, (2, 3)), strength)
-    lamp = np.clip(246 + 2.0 * smooth_noise(rng, height, width, width / 2), 238, 252) * rng.uniform(0.95, 1.0)
-    tinted = np.empty(lamp.shape)
-    tones = rng.uniform(0.985, 1.0, 3)
-    light = cv2.merge([np.multiply(lamp, tone, out=tinted).astype(np.uint8) for tone in tones])
+    lamp = uneven(smooth_noise(rng, height, width, width / 2), 246, 2, (238, 252))
+    lamp *= rng.uniform(0.95, 1.0)
+    channels = np.empty((3, height, width), np.uint8)
+    for channel, tone in zip(channels, rng.uniform(0.985, 1.0, 3), strict=True):
+        np.multiply(lamp, tone, out=channel, dtype=np.float64, casting="unsafe")
+    light = cv2.merge(list(channels))
     noise = cv2.merge([rng.integers(0, 6, (height, width), dtype=np.uint8)] * 3)
-    return cv2.subtract(cv2.multiply(image, light, scale=1 / 255), noise)
+    cv2.multiply(image, light, image, scale=1 / 255)
+    return cv2.subtract(image, noise, image)
+
+
+def uneven(noise: FloatArray, mean: int, amplitude: int, limits: tuple[int, int]) -> FloatArray:
+    """Scale noise to a mean and an amplitude, within limits; its memory is reused."""
+    noise *= amplitude
+    noise += mean
+    return np.clip(noise, *limits, out=noise)
 
 
 def mark_glass(rng: np.random.Generator, image: ByteArray, tissue: ByteArray) -> None:

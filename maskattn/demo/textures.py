@@ -95,7 +95,8 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cell_px: flo
     rows, cols = (int(np.ceil(side / step)) + 3 for side in inner)
     coarse = rng.standard_normal((rows, cols), dtype=np.float32)
     grown = cv2.resize(coarse, (int(cols * step), int(rows * step)), interpolation=cv2.INTER_CUBIC)
-    field = grown[: inner[0], : inner[1]] * np.float32(1.3)
+    field = grown[: inner[0], : inner[1]]
+    field *= np.float32(1.3)
     return field if shrink == 1 else cv2.resize(field, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
@@ -126,8 +127,9 @@ def fibres(rng: np.random.Generator, height: int, width: int) -> tuple[FloatArra
     strands = cv2.GaussianBlur(rng.standard_normal((side, side), dtype=np.float32), (0, 0), sigmaX=14, sigmaY=1.2)
     strands /= strands.std()
     cell = max(height, width) / 5
-    bend_y = smooth_noise(rng, height, width, cell) * np.float32(0.45 * cell)
-    bend_x = smooth_noise(rng, height, width, cell) * np.float32(0.45 * cell)
+    bend_y, bend_x = (smooth_noise(rng, height, width, cell) for _ in range(2))
+    for bend in (bend_y, bend_x):
+        bend *= np.float32(0.45 * cell)
     # strands lie along level sets of y + bend_y
     small = cv2.resize(bend_y, (width // 16, height // 16), interpolation=cv2.INTER_AREA)
     y, x = np.ogrid[:height, :width]
@@ -235,7 +237,7 @@ def stain(
     image = cv2.merge([haematoxylin] * 3)
     rgb = cv2.LUT(image, transmission(level * strength[0] * (HAEMATOXYLIN_OD + tint[0])))
     pink = cv2.LUT(cv2.merge([eosin] * 3), transmission(level * strength[1] * (EOSIN_OD + tint[1])))
-    return cv2.multiply(rgb, pink, scale=1 / 255)
+    return cv2.multiply(rgb, pink, rgb, scale=1 / 255)
 
 
 def transmission(density: NDArray[np.floating]) -> ByteArray:
