@@ -1,4 +1,4 @@
-"""The C++ extension ``maskattn._native``, loaded once and run on torch's own threads."""
+"""The C++ extension ``maskattn._native``, loaded once and run on torch's own threads, and tensors as its arguments."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["extension", "has_extension"]
+__all__ = ["array_of", "extension", "has_extension"]
+
+_DTYPES = {
+    dtype: np.dtype(kind).str
+    for dtype, kind in (
+        (torch.float32, "float32"),
+        (torch.bfloat16, "uint16"),
+        (torch.int64, "int64"),
+        (torch.int32, "int32"),
+        (torch.bool, "bool"),
+        (torch.uint8, "uint8"),
+    )
+}
 
 
 @functools.cache
@@ -36,3 +50,33 @@ def has_extension() -> bool:
     except ImportError:
         return False
     return True
+
+
+def array_of(x: Tensor) -> np.ndarray:
+    """Return a tensor's memory as an array, bfloat16 as uint16, for as long as the array lives.
+
+    ``Tensor.numpy`` would forbid that the tensor is ever resized again.
+
+    Raises:
+        RuntimeError: the tensor has no memory, as one of ``torch.func`` or of a trace.
+    """
+    if x.numel() == 0:
+        return np.empty(x.shape, _DTYPES[x.dtype])
+    return np.asarray(_Memory(x.resolve_neg()))
+
+
+class _Memory:
+    """The memory of a tensor, by numpy's protocol; it keeps the tensor."""
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, x: Tensor) -> None:
+        item = x.element_size()
+        self._tensor = x
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": _DTYPES[x.dtype],
+            "shape": tuple(x.shape),
+            "strides": None if x.is_contiguous() else tuple([item * stride for stride in x.stride()]),
+            "data": (x.data_ptr(), False),
+        }

@@ -10,23 +10,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from maskattn.extension import extension
+from maskattn.extension import array_of, extension
 
 __all__ = ["gather_rows", "gathers", "kept_tokens", "scatter_rows", "scatters"]
 
-# From this size on, malloc maps fresh pages, which the system has zeroed.
-FRESH_BYTES = 1 << 25
 # Below these limits torch's own functions are at least as fast: their calls cost less, and narrow rows cost them no
 # branch each.
-GATHER_BYTES = FRESH_BYTES
+GATHER_BYTES = 1 << 25
 SCATTER_ROWS = 64
 ROW_BYTES = 256
-ALIGNMENT = 64
 
 
 def gathers(x: Tensor, count: int) -> bool:
@@ -59,29 +55,18 @@ def scatter_rows(rows: Tensor, row_of_token: Tensor) -> Tensor:
     Raises:
         ValueError: an entry is neither −1 nor the index of a row.
     """
-    shape = (row_of_token.shape[0], *rows.shape[1:])
-    fresh = shape[0] * _row_bytes(rows) >= FRESH_BYTES
-    result = _fresh_zeros(shape, rows.dtype) if fresh else rows.new_empty(shape)
-    _move(rows, row_of_token, result, result_is_zero=fresh)
+    result = rows.new_empty((row_of_token.shape[0], *rows.shape[1:]))
+    _move(rows, row_of_token, result)
     return result
 
 
-def _move(source: Tensor, index: Tensor, result: Tensor, result_is_zero: bool = False) -> None:
+def _move(source: Tensor, index: Tensor, result: Tensor) -> None:
     extension().move_rows(
         _bytes(source.resolve_conj().resolve_neg()),
-        index.contiguous().numpy(),
+        array_of(index.contiguous()),
         _bytes(result),
-        result_is_zero=result_is_zero,
         threads=torch.get_num_threads(),
     )
-
-
-def _fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return zeros whose pages have not been touched: numpy uses calloc, whereas torch fills its memory."""
-    count = math.prod(shape) * dtype.itemsize
-    bytes_ = np.zeros(count + ALIGNMENT, np.uint8)
-    first = -bytes_.ctypes.data % ALIGNMENT
-    return torch.from_numpy(bytes_[first : first + count]).view(dtype).view(shape)
 
 
 def _row_bytes(x: Tensor) -> int:
@@ -107,7 +92,7 @@ def _bytes(x: Tensor) -> Any:
     rows = x.detach()
     if not (x.is_contiguous() and x.stride(-1) == 1):
         rows = rows.as_strided((x.shape[0], math.prod(x.shape[1:])), (x.stride(0), 1))
-    return rows.view(torch.uint8).numpy().reshape(x.shape[0], _row_bytes(x))
+    return array_of(rows.view(torch.uint8)).reshape(x.shape[0], _row_bytes(x))
 
 
 def kept_tokens(keep_BN: Tensor) -> tuple[Tensor, Tensor, int, Tensor] | None:
@@ -118,7 +103,7 @@ def kept_tokens(keep_BN: Tensor) -> tuple[Tensor, Tensor, int, Tensor] | None:
     if keep_BN.device.type != "cpu" or type(keep_BN) is not Tensor or is_in_torch_dispatch_mode():
         return None
     try:
-        keep = keep_BN.contiguous().numpy()
+        keep = array_of(keep_BN.contiguous())
     except RuntimeError:  # functorch's tensors have no memory
         return None
     indices, cu_seqlens, max_seqlen, row_of_token = extension().kept_tokens(keep)

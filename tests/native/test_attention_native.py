@@ -14,7 +14,7 @@ import torch
 from native_attention import as_numpy, run_masked, run_packed
 from torch import Tensor
 
-from maskattn import _native
+from maskattn import _native, masked_attention, packed_attention, readout
 
 BIASES = [None, "shared", "per_head"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -330,3 +330,18 @@ def test_a_forked_child_starts_threads_of_its_own():
     assert_same_bits(parent, {name: torch.from_numpy(x) for name, x in ours.recv().items()})
     child.join(60)
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_and_results_can_be_resized_afterwards(dtype: torch.dtype) -> None:
+    q, k, v, x = (torch.randn(9, 2, 16).to(dtype).requires_grad_() for _ in range(4))
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    keep = torch.tensor([[True, False, True]])
+    dense = torch.randn(1, 2, 3, 16).to(dtype)
+    packed = packed_attention(q, k, v, starts, starts, 5, 5, return_lse=True, impl="cpu")
+    gradients = torch.autograd.grad(packed[0].sum(), (q, k, v))
+    rows = readout(x[:2, None].detach().clone(), k.detach(), v.detach(), starts, 5, return_rows=True, impl="cpu")
+    with torch.no_grad():
+        masked = masked_attention(dense, dense, dense, keep, impl="cpu")
+        for tensor in (*packed, *gradients, *rows, masked, q, dense, starts, keep):
+            tensor.detach().resize_(2 * tensor.numel())

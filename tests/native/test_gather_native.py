@@ -141,14 +141,21 @@ def test_the_ops_pass_opcheck():
     torch.library.opcheck(torch.ops.maskattn.scatter_rows.default, (rows, places.indices, places.row_of_token))
 
 
-def test_large_results_begin_as_fresh_pages(monkeypatch):
+def test_background_is_zero_in_memory_that_held_other_values():
     places, x = some_packing((1, 4096)), torch.randn(1, 4096, 384)
-    small = unpack(pack(x, places), places)
-    monkeypatch.setattr(native_packing, "FRESH_BYTES", 1)
-    large = unpack(pack(x, places), places)
-    assert torch.equal(large, small)
-    assert large.data_ptr() % native_packing.ALIGNMENT == 0
-    large.mul_(2)  # and hold the same values
+    rows = pack(x, places)
+    expected = rows.new_zeros(4096, 384).index_copy_(0, places.indices, rows)[None]
+    for _ in range(3):
+        torch.full((1, 4096, 384), torch.nan)  # freed at once
+        assert torch.equal(unpack(rows, places), expected)
+
+
+@pytest.mark.parametrize("tokens", [40, 60_000])
+def test_rows_and_results_can_be_resized_afterwards(tokens):
+    places, x = some_packing((1, tokens)), torch.randn(1, tokens, 160)
+    rows = pack(x, places)
+    for tensor in (unpack(rows, places), rows, x):
+        tensor.resize_(2 * tensor.numel())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskattn.extension import extension
+from maskattn.extension import array_of, extension
 from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, Sequences
 from maskattn.options import DIFFERENTIABLE, Options
 from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
@@ -45,8 +45,8 @@ def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool)
     extension().attention_forward(
         *_strided(q, qkv.k, qkv.v),
         *_starts(where),
-        _array(results.out),
-        _array(results.lse),
+        array_of(results.out),
+        array_of(results.lse),
         **_rest(results),
         **_score_arguments(options),
     )
@@ -76,9 +76,9 @@ def masked_forward(qkv: QKV, where: Mask, options: Options, need_lse: bool) -> O
     results = _empty_outputs(q, tuple(q.shape[:3]), options)
     extension().masked_attention_forward(
         *_strided(q, qkv.k, qkv.v),
-        where.keep.contiguous().numpy(),
-        _array(results.out),
-        _array(results.lse),
+        array_of(where.keep.contiguous()),
+        array_of(results.out),
+        array_of(results.lse),
         skip_queries=where.skip_queries,
         **_rest(results),
         **_score_arguments(options),
@@ -91,7 +91,7 @@ def masked_backward(grads: OutputGradients, qkv: QKV, outputs: Outputs, where: M
     found, of_options = _empty_gradients(qkv, options)
     extension().masked_attention_backward(
         *_given(grads, qkv, outputs),
-        where.keep.contiguous().numpy(),
+        array_of(where.keep.contiguous()),
         *_strided(found.q, found.k, found.v),
         skip_queries=where.skip_queries,
         **of_options,
@@ -109,10 +109,10 @@ def readout_forward(qkv: QKV, where: KeySequences, options: Options, need_lse: b
     rows = torch.empty((R, H, qkv.k.shape[0] if need_rows else 0))
     extension().readout_forward(
         *_strided(qkv.q, qkv.k, qkv.v),
-        where.cu_seqlens.contiguous().numpy(),
-        _array(left.out),
-        _array(left.lse),
-        rows=_array(rows) if need_rows else None,
+        array_of(where.cu_seqlens.contiguous()),
+        array_of(left.out),
+        array_of(left.lse),
+        rows=array_of(rows) if need_rows else None,
         **_rest(left),
         **_score_arguments(options),
     )
@@ -126,7 +126,7 @@ def readout_backward(
     found, of_options = _empty_gradients(qkv, options)
     extension().readout_backward(
         *_given(grads, qkv, outputs),
-        where.cu_seqlens.contiguous().numpy(),
+        array_of(where.cu_seqlens.contiguous()),
         *_strided(found.q, found.k, found.v),
         **of_options,
         **_rest(outputs),
@@ -145,10 +145,10 @@ def token_relevance(
     own = {name: None if x is None else _strided(x.to(qkv.q.dtype))[0] for name, x in vars(origins).items()}
     extension().token_relevance(
         *_strided(qkv.q, qkv.k, qkv.v, classes.out),
-        _array(classes.lse),
+        array_of(classes.lse),
         _strided(classes.grad_out)[0],
-        where.cu_seqlens.contiguous().numpy(),
-        _array(relevance),
+        array_of(where.cu_seqlens.contiguous()),
+        array_of(relevance),
         **own,
         **_score_arguments(options),
     )
@@ -157,29 +157,24 @@ def token_relevance(
 
 def _strided(*tensors: Tensor) -> tuple[Any, ...]:
     """Arrays of tensors whose last axis is contiguous."""
-    return tuple(_array(x if x.stride(-1) == 1 else x.contiguous()) for x in tensors)
-
-
-def _array(x: Tensor) -> Any:
-    x = x.detach() if x.requires_grad else x
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    return tuple(array_of(x if x.stride(-1) == 1 else x.contiguous()) for x in tensors)
 
 
 def _floats(x: Tensor | None) -> Any:
-    return None if x is None else x.detach().to(torch.float32).contiguous().numpy()
+    return None if x is None else array_of(x.detach().to(torch.float32).contiguous())
 
 
 def _starts(where: Sequences) -> tuple[Any, Any]:
-    return where.cu_seqlens_q.contiguous().numpy(), where.cu_seqlens_k.contiguous().numpy()
+    return array_of(where.cu_seqlens_q.contiguous()), array_of(where.cu_seqlens_k.contiguous())
 
 
 def _given(grads: OutputGradients, qkv: QKV, outputs: Outputs) -> tuple[Any, ...]:
     """The first arguments of every backward."""
-    return *_strided(grads.grad_out, qkv.q, qkv.k, qkv.v, outputs.out), _array(outputs.lse)
+    return *_strided(grads.grad_out, qkv.q, qkv.k, qkv.v, outputs.out), array_of(outputs.lse)
 
 
 def _rest(outputs: Outputs) -> dict[str, Any]:
-    return {} if outputs.lse_rest.numel() == 0 else {"lse_rest": _array(outputs.lse_rest)}
+    return {} if outputs.lse_rest.numel() == 0 else {"lse_rest": array_of(outputs.lse_rest)}
 
 
 def _score_arguments(options: Options) -> dict[str, Any]:
@@ -201,7 +196,7 @@ def _empty_gradients(qkv: QKV, options: Options) -> tuple[Gradients, dict[str, A
     """Uninitialised gradients, those of options in float32 as the kernels sum them, and the latter as arguments."""
     given = ((name, getattr(options, name)) for name in DIFFERENTIABLE)
     sums = {name: torch.empty(x.shape) for name, x in given if x is not None}
-    arrays = {_GRADIENT_OF[name]: _array(x) for name, x in sums.items()}
+    arrays = {_GRADIENT_OF[name]: array_of(x) for name, x in sums.items()}
     return Gradients(_empty(qkv.q), _empty(qkv.k), _empty(qkv.v), **sums), arrays
 
 
