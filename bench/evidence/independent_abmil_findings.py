@@ -50,7 +50,7 @@ that `train` fits; ABMIL is the independent loop:
 
 `python -m bench.evidence.first_weights` repeats what concerns our ViT's first weights, in the independent loop with
 other random numbers (eight units). PyTorch's weights again lower the mean AUC of the folds (by 0.015 ± 0.005) and cost
-less by pooling (0.011 ± 0.003 less); timm's class token lowers that mean by 0.025 ± 0.009. What our ViT loses by pooling
+less by pooling (0.011 ± 0.003 less); timm's class token lowers it by 0.025 ± 0.009. What our ViT loses by pooling
 is smaller there, 0.007 ± 0.004, and alignment gains 0.005 ± 0.004: the table's 0.013 is not a constant.
 
 """
