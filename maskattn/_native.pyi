@@ -259,7 +259,6 @@ def move_rows(
     index: NDArray[np.int64] | NDArray[np.int32],
     result: NDArray[np.uint8],
     *,
-    result_is_zero: bool = False,
     threads: int = 0,
 ) -> None:
     """Write rows of the source by index: row i of the result is row ``index[i]``, or zeros where that is −1.
@@ -268,7 +267,6 @@ def move_rows(
         source: (rows, bytes of a row), each row without gaps.
         index: (count,), each −1 or a row of the source; rows may repeat.
         result: (count, bytes of a row), written, each row without gaps; incomplete if an index is wrong.
-        result_is_zero: whether the result is zero already, so that zeros are not written.
         threads: number of threads; 0 for one per core. The result does not depend on it.
 
     Raises:

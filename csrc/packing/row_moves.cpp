@@ -73,7 +73,6 @@ void copy_run(const RowMove& move, std::ptrdiff_t to, std::int64_t from, std::pt
 
 void clear_run(const RowMove& move, std::ptrdiff_t to, std::ptrdiff_t rows) {
     unsigned char* result = move.result + to * move.result_stride;
-    if (move.result_is_zero) return;
     if (move.result_stride == move.row_bytes) {
         std::memset(result, 0, static_cast<std::size_t>(rows * move.row_bytes));
         return;

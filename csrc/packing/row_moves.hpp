@@ -16,7 +16,6 @@ struct RowMove {
     std::ptrdiff_t result_rows;
     std::ptrdiff_t result_stride;
     std::ptrdiff_t row_bytes;
-    bool result_is_zero;  // whether the result is zero already, so that zeros need not be written
 };
 
 // Moves the rows with at most `threads` threads, whose number does not affect the result. Returns the first row of the

@@ -10,8 +10,7 @@
 namespace maskattn {
 namespace {
 
-void move(const py::object& source, const py::object& index, const py::object& result, bool result_is_zero,
-          int threads) {
+void move(const py::object& source, const py::object& index, const py::object& result, int threads) {
     const Arguments arguments("move_rows");
     const Array from = arguments.array("source", source, {Dtype::bytes}, 2, 1);
     const Array rows = arguments.array("index", index, {Dtype::int64, Dtype::int32}, 1, 1);
@@ -23,8 +22,7 @@ void move(const py::object& source, const py::object& index, const py::object& r
                        static_cast<unsigned char*>(to.data),
                        to.shape[0],
                        to.strides[0],
-                       to.shape[1],
-                       result_is_zero};
+                       to.shape[1]};
     const int used_threads = thread_count(checked_threads(arguments, threads));
     std::ptrdiff_t wrong;
     {
@@ -76,7 +74,7 @@ py::tuple kept_tokens(const py::object& keep) {
 
 void bind_packing(py::module_& module) {
     module.def("move_rows", &move, py::arg("source"), py::arg("index"), py::arg("result"), py::kw_only(),
-               py::arg("result_is_zero") = false, py::arg("threads") = 0,
+               py::arg("threads") = 0,
                "Rows of the source by index, zeros where it is -1, written to result; see _native.pyi.");
     module.def("kept_tokens", &kept_tokens, py::arg("keep"),
                "Where the kept tokens of a mask lie, as Packing has it; see _native.pyi.");

@@ -127,9 +127,9 @@ def row_move(rng: Random) -> Call:
     values = np.random.default_rng(rng.getrandbits(32))
     rows, row_bytes, count = rng.choice((0, 1, 5, 300)), rng.choice((0, 1, 7, 4096)), rng.choice((0, 1, 99, 700))
     index = values.integers(-1, rows, count).astype(rng.choice((np.int32, np.int64)))
-    options = {"result_is_zero": rng.random() < 0.5, "threads": rng.choice([0, 1, 3])}
+    threads = rng.choice([0, 1, 3])
     source, result = values.integers(0, 256, (rows, row_bytes), np.uint8), np.zeros((count, row_bytes), np.uint8)
-    return {"source": source, "index": index, "result": result, **options}
+    return {"source": source, "index": index, "result": result, "threads": threads}
 
 
 def mask(rng: Random) -> Call:
