@@ -16,6 +16,7 @@ from PIL import Image
 from small_slides import small_model, write_slide
 from typer.testing import CliRunner, Result
 
+from maskattn import png_files
 from maskattn.cli.app import app
 from maskattn.errors import ManifestError
 from maskattn.explain.single_image import read_keep
@@ -166,7 +167,8 @@ def test_a_disk_that_fills_while_a_picture_is_written_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Image.Image, "save", full)  # explain's writer
+    monkeypatch.setattr(png_files, "_deflated", full)  # tissue's, after its first bytes
     result = maskattn(f"{command} --out @views/x.png", folder)
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
