@@ -113,7 +113,7 @@ def tiles_of(level: np.ndarray, shape: tuple[int, int, int]) -> Iterator[np.ndar
 
 def infer(slide: Path, out: Path, options: list[str]) -> dict[str, Any]:
     """Run the command line in a separate process; return its prediction, wall time and peak memory of all processes."""
-    command = [sys.executable, "-m", "maskattn.cli", "infer", str(slide), "--out", str(out), "--overwrite", *options]
+    command = [sys.executable, "-m", "maskattn", "infer", str(slide), "--out", str(out), "--overwrite", *options]
     start = time.perf_counter()
     process = subprocess.Popen(command)
     peaks = (0, 0)

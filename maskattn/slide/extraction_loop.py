@@ -19,7 +19,7 @@ from maskattn.slide.reader import SlideReader
 from maskattn.slide.slide_run import Stages, cores_left_to
 from maskattn.slide.stream import TileBatch, stream_tiles
 from maskattn.slide.tile_places import TilePlaces
-from maskattn.slide.workers import count_workers
+from maskattn.slide.workers import count_workers, outlasts_decoding
 
 __all__ = ["ExtractionLoop"]
 
@@ -70,7 +70,8 @@ class ExtractionLoop:
         settings, places, device = self._settings, self._places, self._encoder.device
         tokens_per_tile = (self._encoder.tile_px // self._encoder.token_px) ** 2
         sizes = sizes_of_batches(settings, places.kept_tiles, places.token_keep_THW, tokens_per_tile)
-        workers = count_workers(settings.workers, places.kept_tiles, len(sizes), shares_cores=device.type == "cpu")
+        long = device.type == "cpu" and outlasts_decoding(self._encoder, self._encoder.token_px)
+        workers = count_workers(settings.workers, places.kept_tiles, len(sizes), needs_the_cores=long)
         batches = stream_tiles(
             self._reader,
             places,

@@ -21,7 +21,7 @@ from maskattn.slide.manifest import SlideJob
 from maskattn.slide.reader import SlideInfo, SlideReader
 from maskattn.slide.request import RunSettings
 from maskattn.slide.stream import TileBatch, stream_tiles
-from maskattn.slide.workers import count_workers
+from maskattn.slide.workers import count_workers, outlasts_decoding
 
 __all__ = ["EncodedTiles", "ReadTiles", "SlideRun", "Stages", "cores_left_to"]
 
@@ -188,7 +188,8 @@ class SlideRun:
         else:
             masks = keep_THW if self.model.masks_tokens else None
             sizes = sizes_of_batches(settings, tiles, masks, math.prod(keep_THW.shape[1:]))
-        workers = count_workers(settings.workers, tiles, len(sizes), shares_cores=self.device.type == "cpu")
+        long = encoder is not None and self.device.type == "cpu" and outlasts_decoding(encoder, self.model.token_px)
+        workers = count_workers(settings.workers, tiles, len(sizes), needs_the_cores=long)
         batches = stream_tiles(
             self.reader,
             grid,

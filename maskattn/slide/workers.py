@@ -13,17 +13,22 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import cv2
 
 from maskattn.errors import SlideError
 
-__all__ = ["Heartbeat", "WorkersUnavailable", "count_workers", "watched", "worker_settings"]
+if TYPE_CHECKING:  # decoding processes do not import torch
+    from torch import nn
+
+__all__ = ["Heartbeat", "WorkersUnavailable", "count_workers", "outlasts_decoding", "watched", "worker_settings"]
 
 _PREFETCHED_BATCHES = 2
 _TILES_WORTH_A_WORKER = 2000  # a worker takes seconds to start, about as long as decoding these
 _MOST_WORKERS = 4
+# Between the demonstration's encoder, which two cores run as fast as they decode, and ViT-Ti/16.
+_WEIGHTS_A_PIXEL_OF_A_LONG_MODEL = 12_000
 _LOOK_EVERY_S = 5.0
 _STALLED_AFTER_S = 120.0
 
@@ -34,18 +39,27 @@ class WorkersUnavailable(Exception):  # noqa: N818 -- not an error: the stream c
     """Workers cannot start, or cannot transfer what they decode; the message is the system's reason."""
 
 
-def count_workers(workers: int | None, tiles: int, batches: int, *, shares_cores: bool = True) -> int:
+def outlasts_decoding(encoder: nn.Module, token_px: int) -> bool:
+    """Return whether a CPU takes far longer to encode a tile than to decode it, judged by the weights for each pixel.
+
+    Every weight of a transformer is multiplied once for each token, of ``token_px``² pixels.
+    """
+    weights = sum(weight.numel() for weight in encoder.parameters())
+    return weights > _WEIGHTS_A_PIXEL_OF_A_LONG_MODEL * token_px**2
+
+
+def count_workers(workers: int | None, tiles: int, batches: int, *, needs_the_cores: bool = False) -> int:
     """Return the number of decoding processes.
 
     Args:
         workers: the requested number; None chooses by the numbers of tiles and cores.
         tiles: the number of tiles to decode.
         batches: the number of batches that these are.
-        shares_cores: whether the model computes on the same cores. A worker takes one from it, and decodes in a few
-            milliseconds a tile that takes a vision transformer fifty on two cores.
+        needs_the_cores: whether a model that outlasts decoding computes on the same cores. A worker takes one from it,
+            and decodes in a few milliseconds a tile that takes a vision transformer fifty on two cores.
     """
     if workers is None:
-        most = _cores() // 4 if shares_cores else _cores() // 2
+        most = _cores() // 4 if needs_the_cores else _cores() // 2
         workers = min(_MOST_WORKERS, most) if tiles >= _TILES_WORTH_A_WORKER else 0
     return min(workers, _cores(), batches)
 

@@ -10,10 +10,14 @@ from slides import DrawnSlide, damage_tile, make_slide
 
 import maskattn.slide.stream as stream_module
 import maskattn.slide.workers as workers_module
+from maskattn.demo.train import BUNDLED_WEIGHTS
+from maskattn.nn import VisionTransformer
+from maskattn.nn.slide_model import SlideModel
+from maskattn.nn.slide_models.two_stage import two_stages
 from maskattn.slide.grid import TokenGrid, make_grid
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.stream import TileBatch, stream_tiles
-from maskattn.slide.workers import count_workers
+from maskattn.slide.workers import count_workers, outlasts_decoding
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +207,21 @@ def test_real_slides_that_are_tiny_or_do_not_decode(shared_slides: Path) -> None
 def test_workers_are_started_automatically_only_for_large_slides(monkeypatch):
     monkeypatch.setattr(workers_module, "_cores", lambda: 8)
     numbers = (10, 1999, 2000, 50_000)
-    assert [count_workers(None, tiles, tiles, shares_cores=False) for tiles in numbers] == [0, 0, 4, 4]
-    assert [count_workers(None, tiles, tiles) for tiles in numbers] == [0, 0, 2, 2]
+    assert [count_workers(None, tiles, tiles) for tiles in numbers] == [0, 0, 4, 4]
+    assert [count_workers(None, tiles, tiles, needs_the_cores=True) for tiles in numbers] == [0, 0, 2, 2]
 
 
-@pytest.mark.parametrize(("cores", "beside_a_gpu", "on_the_models_cores"), [(2, 1, 0), (4, 2, 1), (64, 4, 4)])
-def test_workers_take_fewer_cores_from_a_model_that_computes_there(
-    monkeypatch: pytest.MonkeyPatch, cores: int, beside_a_gpu: int, on_the_models_cores: int
+@pytest.mark.parametrize(("cores", "otherwise", "beside_a_long_model"), [(2, 1, 0), (4, 2, 1), (64, 4, 4)])
+def test_workers_take_fewer_cores_from_a_model_that_outlasts_decoding(
+    monkeypatch: pytest.MonkeyPatch, cores: int, otherwise: int, beside_a_long_model: int
 ) -> None:
     monkeypatch.setattr(workers_module, "_cores", lambda: cores)
-    assert count_workers(None, 5000, 100, shares_cores=False) == beside_a_gpu
-    assert count_workers(None, 5000, 100) == on_the_models_cores
+    assert count_workers(None, 5000, 100) == otherwise
+    assert count_workers(None, 5000, 100, needs_the_cores=True) == beside_a_long_model
+
+
+def test_the_demonstrations_encoder_does_not_outlast_decoding_and_timms_smallest_does() -> None:
+    bundled = two_stages(SlideModel.load(BUNDLED_WEIGHTS)).encoder
+    assert bundled is not None
+    assert not outlasts_decoding(bundled, bundled.token_px)
+    assert outlasts_decoding(VisionTransformer(embed_dim=192, depth=12, num_heads=3), 16)
