@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ def report(arguments: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> No
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "date": date.today().isoformat(),
         "python": platform.python_version(),
     }
     RESULTS.mkdir(exist_ok=True)
@@ -174,7 +177,7 @@ def table(machine: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
         f"CMU-1-Small-Region.svs; model {masked['model']['name']} ({masked['model']['sha256']}), tiles of "
         f"{masked['settings']['tile_px']} px at {masked['settings']['spacing_um']:g} µm, device "
         f"{masked['settings']['device']}; {machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['threads']} torch threads, torch {machine['torch']}. "
+        f"{machine['capability']}, {machine['threads']} torch threads, torch {machine['torch']}, {machine['date']}. "
         "`python -m bench.cpu.gigapixel CMU-1-Small-Region.svs`",
         "",
         f"Kept {counts['kept_tokens']:,} of {tokens:,} tokens (f = {counts['kept_tokens'] / tokens:.3f}) in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["BUNDLED", "Chosen", "Inference", "Where", "device_named", "end", "jobs_asked_for", "load_model", "run"]
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "model"
+
+# oneDNN keeps each product that it has compiled for a number of rows, half a megabyte, and 1,024 unless told. Masked
+# batches have many numbers of rows; with so few, they are as fast. It reads the variable at its first product.
+_PRODUCTS_KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +289,7 @@ def run(work: Work[OutcomeT], where: Where, lines_of: Callable[[OutcomeT], list[
     Raises:
         ValueError: there is no such device, or options contradict each other.
     """
+    os.environ.setdefault(*_PRODUCTS_KEPT)
     with imports():
         from maskattn.cli.progress import ProgressBars
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from small_slides import small_model, write_slide
 from typer.testing import CliRunner, Result
 
 from maskattn import png_files
+from maskattn.cli import slide_runs
 from maskattn.cli.app import app
 from maskattn.errors import ManifestError
 from maskattn.explain.single_image import read_keep
@@ -247,3 +249,20 @@ def test_classes_have_files_of_their_own_whatever_they_are_called() -> None:
     names = heatmaps.file_names_of(("x" * 400, "x" * 401, "肝" * 100, "tab\t\n"))
     assert len(set(names)) == 4
     assert all(len(name.encode()) <= 160 and name.isprintable() for name in names)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "128"), ("1024", "1024")])
+def test_a_run_bounds_what_onednn_keeps_unless_the_user_does(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+
+    class Work:
+        def on(self, device: str) -> None:
+            raise RuntimeError(f"{device} with {os.environ[name]}")
+
+    with pytest.raises(RuntimeError, match=f"with {kept}$"):
+        slide_runs.run(Work(), slide_runs.Where(), lambda outcome: [])
