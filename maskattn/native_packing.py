@@ -21,7 +21,7 @@ __all__ = ["gather_rows", "gathers", "kept_tokens", "scatter_rows", "scatters"]
 # Below these limits torch's own functions are at least as fast: their calls cost less, and narrow rows cost them no
 # branch each.
 GATHER_BYTES = 1 << 25
-SCATTER_ROWS = 64
+SCATTER_ROWS = 128
 ROW_BYTES = 256
 
 
