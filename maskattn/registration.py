@@ -77,7 +77,8 @@ def short_cut(operation: CustomOpDef) -> Call:
 def _is_unobserved(args: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in _USUAL:
         return False
-    if torch._C._len_torch_function_stack() or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+    profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # torch's stubs leave it out
+    if profiled or torch._C._len_torch_function_stack():
         return False
     grad = torch.is_grad_enabled()
     for x in args:
