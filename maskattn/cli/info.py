@@ -43,7 +43,7 @@ def info(
                 return
             _check_exists(path)
         try:
-            facts = _facts_of(slide, spacing_um, series, CacheSettings(cache_dir, cache_gb))
+            facts = _facts_of(slide, spacing_um, series, CacheSettings(cache_dir, cache_gb, series=series))
         except SlideError as error:
             if path.is_dir():
                 raise SlideError(f"{error} (a slide model's folder holds {CONFIG}, which this one lacks)") from error

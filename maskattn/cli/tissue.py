@@ -89,7 +89,7 @@ def tissue(
         path = picture_path(out, f"{of_slide}_tissue.png", [slide_path, *given])
         job = SlideJob(of_slide, slide_path, mask_path, origin=origin, mask_origin=mask_origin)
         with (
-            Copies(CacheSettings(cache_dir, cache_gb)) as copies,
+            Copies(CacheSettings(cache_dir, cache_gb, series=series)) as copies,
             copies.local(job) as here,
             SlideReader(here.path, spacing_um, series=series, isolated=True) as reader,
         ):

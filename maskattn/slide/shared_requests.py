@@ -39,6 +39,7 @@ class SharedSettings:
         order: the order of the slides, "given" or "large-first"; None = as given.
         cache_dir: the folder for copies of remote slides while they run; None = one in the system's temporary folder.
         cache_gb: the most that all copies in it take together, in GB of 10⁹ bytes.
+        copy_whole: copy remote slides whole, also those whose parts can be read where they lie.
     """
 
     mask_values: tuple[int, ...] | None = field(
@@ -158,10 +159,20 @@ class SharedSettings:
         ),
     )
 
+    copy_whole: bool = field(
+        default=False,
+        metadata=asked(
+            "--copy-whole",
+            "Copy remote slides whole, also those that can be read in parts.",
+            recorded=False,
+            serves=None,
+        ),
+    )
+
     @property
     def cache(self) -> CacheSettings:
-        """Where remote slides are copied to."""
-        return CacheSettings(self.cache_dir, self.cache_gb)
+        """How remote slides are read, and where they are copied to."""
+        return CacheSettings(self.cache_dir, self.cache_gb, self.copy_whole, self.series)
 
     @property
     def sharing(self) -> Sharing:

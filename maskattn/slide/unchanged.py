@@ -10,6 +10,7 @@ from pathlib import Path
 
 from maskattn.errors import SlideError
 from maskattn.slide.names import as_text
+from maskattn.slide.placeholders import is_placeholder, placeholders_beside
 
 __all__ = ["FileState", "files_of"]
 
@@ -20,11 +21,11 @@ class FileState:
 
     Attributes:
         path: the slide.
-        files: (file, size in bytes, time of the last change in ns) of each.
+        files: (file, size in bytes, time of the last change in ns, or a remote file's version) of each.
     """
 
     path: Path
-    files: tuple[tuple[str, int, int], ...]
+    files: tuple[tuple[str, int, int | str], ...]
 
     @classmethod
     def of(cls, path: Path) -> FileState:
@@ -32,7 +33,12 @@ class FileState:
 
         Raises:
             OSError: a file cannot be reached.
+            StoreError: a remote file that is read in parts cannot be looked up.
         """
+        if is_placeholder(path):
+            from maskattn.slide.remote.ranges import present_state
+
+            return cls(path, tuple((file.name, *present_state(file)) for file in placeholders_beside(path)))
         # The folder of another slide's name may be anything, such as its outputs.
         files = files_of(path) if path.suffix.lower() == ".mrxs" else [path]
         found = [(file, file.stat()) for file in files if file.is_file()]

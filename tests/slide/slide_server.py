@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import threading
 import time
@@ -31,10 +32,20 @@ class SlideServer:
         self.asked: list[tuple[str, str]] = []
         """(method, path) of each request."""
         self.sent = 0
+        self.parts: dict[str, int] = {}
+        """How many parts of each file were asked for."""
+        self.on_part: Callable[[str, int], str] = lambda path, number: ""
+        """What goes wrong with a file's part of that number: "dies", "whole" or "short"; "" for nothing."""
+        self.latency_s = 0.0
         self.before_end: Callable[[str], None] = lambda path: None
 
     def got(self, path: str) -> int:
         return self.asked.count(("GET", path))
+
+
+@functools.lru_cache(maxsize=8)
+def _etag_of(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -46,10 +57,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.state.asked.append(("HEAD", self.path))
+        time.sleep(self.state.latency_s)
         self._head()
 
     def do_GET(self) -> None:
         self.state.asked.append(("GET", self.path))
+        time.sleep(self.state.latency_s)
         data = self._head()
         if data is None:
             return
@@ -62,7 +75,11 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(end, state.broken_after.pop(0))
         elif state.stalled_after:
             end, stalled = state.stalled_after.pop(0), True
-        self.wfile.write(data[:end])
+        try:
+            self.wfile.write(data[:end])
+        except ConnectionError:  # it is not wanted any more
+            self.close_connection = True
+            return
         state.sent += end
         if stalled:
             time.sleep(1.5)
@@ -82,16 +99,23 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in state.files:
             self._answer(404, {"Content-Length": "0"})
             return None
+        asked, status, fault = self.headers.get("Range"), 200, ""
+        if asked:
+            state.parts[path] = state.parts.get(path, 0) + 1
+            fault = state.on_part(path, state.parts[path])
+            if fault == "dies":
+                self.close_connection = True
+                self.connection.shutdown(2)
+                return None
         data = state.files[path]
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Content-Type": "image/tiff"}
+        headers = {"ETag": f'"{_etag_of(data)}"', "Content-Type": "image/tiff"}
         if path in state.md5:
             headers["Content-MD5"] = base64.b64encode(bytes.fromhex(state.md5[path])).decode()
-        asked, status = self.headers.get("Range"), 200
-        if asked and state.ranges:
+        if asked and state.ranges and fault != "whole":
             start, _, end = asked.removeprefix("bytes=").partition("-")
             last = int(end or len(data) - 1)
             headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
-            data, status = data[int(start) : last + 1], 206
+            data, status = data[int(start) : last + 1 - (fault == "short")], 206
         self._answer(status, {**headers, "Content-Length": str(len(data))})
         return data
 

@@ -10,12 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from slide_server import be_quick, left_in
+from tiffs import draw, write_ome
 
 from maskattn.slide.manifest import collect_jobs
+from maskattn.slide.placeholders import is_placeholder
+from maskattn.slide.reader import SlideReader
 from maskattn.slide.remote import CacheSettings, Copies
 from maskattn.slide.remote import transfer as transfers
+from maskattn.slide.remote.files import look_up
+from maskattn.slide.remote.range_requests import StoreStopped
+from maskattn.slide.remote.ranges import RangeFile, place_remote
 from maskattn.slide.remote.stores import StoreError
 
 s3fs = pytest.importorskip("s3fs")
@@ -112,3 +119,34 @@ def test_what_a_bucket_does_not_have_or_does_not_show_is_said(bucket, endpoint, 
         (job,) = collect_jobs(["s3://slides/dir"])
         with pytest.raises(StoreError, match="end its URL with / to list it"):
             copies.identified(job)
+
+
+def test_parts_of_a_slide_in_a_bucket_are_read_conditionally(bucket, tmp_path):
+    data = os.urandom(5 << 20)
+    bucket.pipe_file("slides/parts/a.bin", data)
+    remote = look_up("s3://slides/parts/a.bin")
+    place_remote(tmp_path / "a.bin", remote)
+    with RangeFile(tmp_path / "a.bin") as file:
+        file.seek(100_000)
+        assert file.read(2 << 20) == data[100_000:][: 2 << 20]
+        bucket.pipe_file("slides/parts/a.bin", data[:-1] + b"x")
+        file.seek(4 << 20)
+        with pytest.raises(StoreStopped, match=r"must stay as it is while it runs, got s3://slides/parts/a\.bin"):
+            file.read(1)
+    with RangeFile(tmp_path / "a.bin") as file, pytest.raises(StoreStopped, match="must stay as it is"):
+        file.read(1)  # whoever opens it only now
+    bucket.rm("slides/parts/a.bin")
+    with RangeFile(tmp_path / "a.bin") as file, pytest.raises(StoreStopped, match="which does not exist"):
+        file.read(1)
+
+
+def test_a_slide_in_a_bucket_is_read_in_parts(bucket, tmp_path):
+    path = tmp_path / "a.ome.tif"
+    write_ome(path, draw(3000, 2400), compression=None)
+    bucket.put_file(str(path), "slides/parts/a.ome.tif")
+    (job,) = collect_jobs(["s3://slides/parts/"])
+    with Copies(CacheSettings(tmp_path / "cache")) as copies, copies.local(job) as here:
+        assert is_placeholder(here.path)
+        with SlideReader(here.path, isolated=True) as reader, SlideReader(path) as local:
+            assert np.array_equal(reader.thumbnail(600), local.thumbnail(600))
+    assert left_in(tmp_path / "cache") == []

@@ -54,6 +54,7 @@ class DecodingProcess:
 
     def __init__(self, answers_within_s: float) -> None:
         self.owner = os.getpid()
+        self._environment = dict(os.environ)
         self._answers_within_s = answers_within_s
         self._written = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the process
         ours, theirs = socket.socketpair()
@@ -77,6 +78,11 @@ class DecodingProcess:
     def alive(self) -> bool:
         """Return whether the process is still running."""
         return self._process.poll() is None
+
+    def is_reusable(self) -> bool:
+        """Return whether it serves this process, and has its environment, in which stores' credentials may be."""
+        # A fork inherits the object, but must not use the process.
+        return self.owner == os.getpid() and self._environment == dict(os.environ) and self.alive()
 
     def ask(self, request: str, *arguments: Any) -> Any:
         """Send a request and return its answer; an exception that comes as the answer is raised here.

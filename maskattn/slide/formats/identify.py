@@ -12,7 +12,7 @@ from maskattn.slide.formats.image import NotRead
 from maskattn.slide.formats.remedies import CONVERT
 from maskattn.slide.formats.signatures import SIGNATURES
 
-__all__ = ["identify_file", "identify_folder", "is_tiff"]
+__all__ = ["begins_tiff", "identify_file", "identify_folder", "is_tiff"]
 
 _HEAD_BYTES = 4096
 _TIFF_HEADS = {b"II*\x00": "<", b"MM\x00*": ">", b"II+\x00": "<", b"MM\x00+": ">"}
@@ -20,7 +20,12 @@ _TIFF_HEADS = {b"II*\x00": "<", b"MM\x00*": ">", b"II+\x00": "<", b"MM\x00+": ">
 
 def is_tiff(path: Path) -> bool:
     """Return whether the file begins with a TIFF header."""
-    return _head(path)[:4] in _TIFF_HEADS
+    return begins_tiff(_head(path))
+
+
+def begins_tiff(head: bytes) -> bool:
+    """Return whether the first bytes of a file are a TIFF header."""
+    return head[:4] in _TIFF_HEADS
 
 
 def identify_file(path: Path, known: bool = False) -> NotRead | None:

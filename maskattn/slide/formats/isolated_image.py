@@ -160,8 +160,11 @@ class IsolatedImage:
 
 
 def _process() -> DecodingProcess:
-    while _idle:
-        process = _idle.pop()
-        if process.owner == os.getpid() and process.alive():  # a fork inherits the list, but must not use its processes
+    while True:
+        try:
+            process = _idle.pop()
+        except IndexError:  # it is empty, or another thread was quicker
+            break
+        if process.is_reusable():
             return process
     return DecodingProcess(_ANSWERS_WITHIN_S)

@@ -1,7 +1,8 @@
 """Choose the decoder that opens a slide file, and explain why where none does.
 
 OpenSlide comes first. tifffile takes the TIFFs that OpenSlide does not open, and those with content that OpenSlide
-would miss: levels in SubIFDs, a page per colour, several series.
+would miss: levels in SubIFDs, a page per colour, several series. A placeholder's remote file is opened by those readers
+that take a file object (:mod:`maskattn.slide.formats.ranged_image`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from maskattn.slide.formats.identify import identify_file, identify_folder, is_t
 from maskattn.slide.formats.image import NotRead, SlideImage
 from maskattn.slide.formats.openslide_image import OpenSlideImage
 from maskattn.slide.formats.remedies import remedy_for, said_by
+from maskattn.slide.placeholders import is_placeholder
 
 __all__ = ["open_image"]
 
@@ -30,6 +32,7 @@ def open_image(path: Path, series: int | None = None) -> SlideImage:
 
     Raises:
         SlideError: the file is missing, is not a slide, or no decoder reads it; the message says what it is.
+        CopyNeeded: a remote file cannot be read in parts; a copy of it can be opened.
         ModuleNotFoundError: the file needs tifffile or imagecodecs, which are not installed.
     """
     try:
@@ -37,6 +40,10 @@ def open_image(path: Path, series: int | None = None) -> SlideImage:
             raise identify_folder(path)
         if not path.is_file():
             raise NotRead("no file", "check the path")
+        if is_placeholder(path):
+            from maskattn.slide.formats.ranged_image import open_in_parts
+
+            return open_in_parts(path, series)
         return _open(path, series)
     except NotRead as refusal:
         raise SlideError(f"{_RULE}, got path='{path}', which is {said_by(refusal.what)}; {refusal.remedy}") from refusal

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class TiffImage:
     """A slide open in tifffile; see :class:`maskattn.slide.formats.image.SlideImage`.
 
     Args:
-        path: the slide file.
+        source: the slide file: its path, or the file object.
         series: index of the series; None takes the largest.
 
     Raises:
@@ -42,8 +43,8 @@ class TiffImage:
         tifffile.TiffFileError, OSError: the file is not a TIFF, or cannot be read.
     """
 
-    def __init__(self, path: Path, series: int | None = None) -> None:
-        self._file = tifffile.TiffFile(path)
+    def __init__(self, source: Path | RawIOBase, series: int | None = None) -> None:
+        self._file = tifffile.TiffFile(source)
         try:
             self._read_structure(series)
         except BaseException:

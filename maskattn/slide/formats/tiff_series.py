@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,16 @@ class TiffLevel:
         return -(-self.size[0] // self.segment[0])
 
 
-def is_better_in_tifffile(path: Path) -> bool:
+def is_better_in_tifffile(source: Path | RawIOBase) -> bool:
     """Return whether a TIFF has content that OpenSlide would miss: SubIFDs, several series, or a page per colour.
+
+    Args:
+        source: the file: its path, or the file object.
 
     Raises:
         NotRead: its samples are of a kind that neither library reads.
     """
-    with tifffile.TiffFile(path) as file:
+    with tifffile.TiffFile(source) as file:
         page = file.pages.first
         check_sample_format(page)
         if page.subifds:

@@ -22,6 +22,7 @@ from maskattn.errors import SlideError
 from maskattn.slide.fleet.folders import in_folder, remove_if_empty, write_text
 from maskattn.slide.fleet.members import Member, Watch
 from maskattn.slide.names import as_text
+from maskattn.slide.remote.ranges import MOST_HELD_BYTES
 from maskattn.slide.remote.transfer import TransferStopped
 
 __all__ = ["DEFAULT_GB", "CacheSettings", "SlideCache"]
@@ -35,15 +36,19 @@ _WAIT_S = 0.2
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where copies of remote slides go.
+    """How remote slides are read, and where copies of them go.
 
     Attributes:
         folder: made if it is not there; None takes one in the system's folder for temporary files.
         gb: the most that all copies in it take together, in GB of 10⁹ bytes.
+        copy_whole: copy every slide, also one that could be read in parts where it lies.
+        series: the index of the series that is read in files with several, which decides on the reader.
     """
 
     folder: Path | None = None
     gb: float = DEFAULT_GB
+    copy_whole: bool = False
+    series: int | None = None
 
 
 class SlideCache:
@@ -59,7 +64,8 @@ class SlideCache:
     def __init__(self, settings: CacheSettings) -> None:
         self._limit = int(settings.gb * _GB)
         self._gb = settings.gb
-        self.folder = settings.folder or Path(tempfile.gettempdir()) / f"maskattn-slides-{os.getuid()}"
+        self.settings = settings
+        self.folder = (settings.folder or Path(tempfile.gettempdir()) / f"maskattn-slides-{os.getuid()}").absolute()
         self._is_default = settings.folder is None
         self._member = Member(self.folder / "members", _SILENT_S, {})
         self._watch = Watch(self.folder / "members", _SILENT_S)
@@ -130,6 +136,10 @@ class SlideCache:
             stop.wait(_WAIT_S * (1 + random.random()))
             self.clear_ended()
         raise TransferStopped
+
+    def room_for_parts(self) -> int:
+        """Return the most that a slide takes here that is read in parts, in bytes: what its reader read at first."""
+        return min(MOST_HELD_BYTES, self._limit)
 
     def release(self, place: Path) -> None:
         """Remove a copy."""

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from maskattn.errors import SlideError
 from maskattn.slide.remote.cache import CacheSettings, SlideCache
-from maskattn.slide.remote.fetch import Fetch
+from maskattn.slide.remote.fetch import Fetch, urls_in_messages
 from maskattn.slide.remote.files import look_up_slide
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class Copies:
             there = fetch.wait()
             # The copy's own spacing, id and columns are the job's: what was fetched ahead is the same job.
             here = replace(job, path=there.path, mask_path=there.mask_path, origin=there.origin)
-            with _urls_in_messages(job, here):
+            with urls_in_messages(job, here):
                 yield here
         finally:
             fetch.end()
@@ -100,16 +99,3 @@ class Copies:
         if self._ahead is not None:
             self._ahead.end()
             self._ahead = None
-
-
-@contextlib.contextmanager
-def _urls_in_messages(job: SlideJob, here: SlideJob) -> Iterator[None]:
-    try:
-        yield
-    except SlideError as error:
-        told = str(error).replace(str(here.path), job.where)
-        if job.mask_origin is not None:
-            told = told.replace(str(here.mask_path), job.mask_where)
-        if told == str(error):
-            raise
-        raise type(error)(told) from error

@@ -19,7 +19,18 @@ from typing import Any, TypeVar
 from maskattn.slide.remote.stores import StoreError, store_errors, store_of
 from maskattn.slide.remote.urls import is_url, is_web, name_of_url, path_of_url, scheme_of, shown_url
 
-__all__ = ["PAUSE_S", "TRIES", "RemoteFile", "list_files", "locate", "look_up", "look_up_slide", "problem_of_url"]
+__all__ = [
+    "PAUSE_S",
+    "TRIES",
+    "RemoteFile",
+    "from_facts",
+    "list_files",
+    "locate",
+    "look_up",
+    "look_up_slide",
+    "patiently",
+    "problem_of_url",
+]
 
 TRIES, PAUSE_S = 4, 1.0
 """A store that does not answer is asked so often, after this pause and then after twice as long each time."""
@@ -128,9 +139,9 @@ def look_up(url: str) -> RemoteFile:
             facts = store.info(path)
         if facts.get("type") == "directory":
             raise StoreError(f"a slide must be a file, got {shown_url(url)}, a folder; end its URL with / to list it")
-        return _from_facts(url, facts)
+        return from_facts(url, facts)
 
-    return _patiently(ask)
+    return patiently(ask)
 
 
 def list_files(folder: str) -> tuple[list[RemoteFile], int]:
@@ -150,13 +161,21 @@ def list_files(folder: str) -> tuple[list[RemoteFile], int]:
                 if facts.get("type") == "directory" or url.endswith("/"):
                     folders += 1
                 elif not (is_web(folder) and "?" in url):  # links that sort an index
-                    files.append(_from_facts(url, facts))
+                    files.append(from_facts(url, facts))
         return sorted(files, key=lambda file: name_of_url(file.url)), folders
 
-    return _patiently(ask)
+    return patiently(ask)
 
 
-def _patiently(ask: Callable[[], _Answer]) -> _Answer:
+def patiently(ask: Callable[[], _Answer]) -> _Answer:
+    """Ask a store, and again while it fails in a way that may pass.
+
+    Args:
+        ask: called up to four times, with pauses in between.
+
+    Raises:
+        StoreError: of the last attempt, or of one that shows that asking again does not help.
+    """
     for attempt in range(TRIES - 1):
         try:
             return ask()
@@ -167,7 +186,8 @@ def _patiently(ask: Callable[[], _Answer]) -> _Answer:
     return ask()
 
 
-def _from_facts(url: str, facts: dict[str, Any]) -> RemoteFile:
+def from_facts(url: str, facts: dict[str, Any]) -> RemoteFile:
+    """Return a file as fsspec describes it."""
     etag = next((str(facts[name]).strip('"') for name in _ETAGS if facts.get(name)), "")
     size = facts.get("size")
     md5, likely = "", False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,13 +56,16 @@ def store_of(url: str) -> tuple[Any, str]:
     if scheme not in fsspec.available_protocols():
         raise StoreError(f"a URL must begin with a scheme that fsspec knows, got {shown_url(url)}; use s3, gs or https")
     with store_errors(url):
-        store = _store(scheme, host_of(url))
+        store = _store(scheme, host_of(url), os.getpid())
         return store, store._strip_protocol(url)
 
 
 @functools.lru_cache(maxsize=32)
-def _store(scheme: str, host: str) -> Any:
-    """One file system for each host, whichever thread asks: fsspec's own cache has one, and connections, per thread."""
+def _store(scheme: str, host: str, process: int) -> Any:
+    """One file system for each host, whichever thread asks: fsspec's own cache has one, and connections, per thread.
+
+    A fork cannot use its parent's.
+    """
     import fsspec
 
     options: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from maskattn.slide.remote.files import PAUSE_S, TRIES, RemoteFile, look_up
 from maskattn.slide.remote.stores import StoreError, open_at, store_errors
 from maskattn.slide.remote.urls import shown_url
 
-__all__ = ["TransferStopped", "copy_file"]
+__all__ = ["TransferStopped", "copy_file", "disk_errors"]
 
 _BLOCK_BYTES = 8 << 20
 
@@ -130,11 +130,11 @@ class _Copy:
     def _begin(self) -> None:
         self._bytes = 0
         self._md5 = hashlib.md5(usedforsecurity=False)
-        with _disk_errors(self._part):
+        with disk_errors(self._part.parent):
             self._part.write_bytes(b"")
 
     def _append(self, block: bytes, sink: FileIO) -> None:
-        with _disk_errors(self._part):
+        with disk_errors(self._part.parent):
             left = memoryview(block)
             while left:
                 left = left[sink.write(left) :]
@@ -144,12 +144,12 @@ class _Copy:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the disk into sentences; asking the store again does not help against them."""
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the cache's disk into sentences; asking the store again does not help against them."""
     try:
         yield
     except OSError as error:
         raise SlideError(
-            f"the cache must be a folder that takes slides, got {as_text(path.parent)}: {error.strerror}; free space, "
+            f"the cache must be a folder that takes slides, got {as_text(folder)}: {error.strerror}; free space, "
             "or name another with --cache-dir"
         ) from error
