@@ -10,6 +10,7 @@ Every contender starts from the same uint8 tiles and the same random weights and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -41,6 +42,7 @@ CONTENDERS = ("timm", "timm, compiled", "OpenVINO", "ONNX Runtime", ALL_TOKENS, 
 KEPT = 0.3
 _TIMED_S = 0.3
 _HALF = torch.full((3,), 0.5)
+_until_the_end = contextlib.ExitStack()  # a context manager that nobody holds is left at once
 
 
 def why_not(contender: str, dtype: str) -> str:
@@ -102,7 +104,7 @@ def _ours(network: nn.Module, tiles: Tensor, dtype: str, *, masked: bool) -> Enc
     side = tiles.shape[-1]
     card = EncoderCard("bench", "token", (0.5,) * 3, (0.5,) * 3, side, side, 0.5)
     encoder = TileEncoder(from_timm(network, copy=False), card).eval()
-    packed_weights(encoder).__enter__()  # as in a run over slides; the process ends with it
+    _until_the_end.enter_context(packed_weights(encoder))  # as in a run over slides
     keep = kept_tokens(side // encoder.token_px).expand(len(tiles), -1, -1).contiguous() if masked else None
 
     def encode() -> Tensor:

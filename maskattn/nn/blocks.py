@@ -8,6 +8,7 @@ Dimension key: B images, N = H·W grid tokens of each, P prefix tokens (class to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,8 +21,9 @@ from maskattn.nn.mlps import ACTIVATIONS, MLPS
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.plain_modules import forwards_of, has_plain_parameters, is_plain
 from maskattn.nn.self_attention import Attention, AttentionOptions
-from maskattn.packing import Packing
+from maskattn.packing import Packing, is_jit_traced
 from maskattn.shapes import Float
+from maskattn.transforms import is_transformed
 
 __all__ = [
     "Attention",
@@ -282,9 +284,10 @@ class PatchEmbedding(nn.Module):
         B, channels = images_BIHW.shape[:2]
         p = self.patch_size
         images = self.whole_patches(images_BIHW)
-        patches = images.reshape(B, channels, height, p, width, p).permute(0, 2, 4, 1, 3, 5)  # [B, H, W, I, p, p]
+        patches = _in_words(images.reshape(B, channels, height, p, width, p)).permute(0, 2, 4, 1, 3, 5)
         token = packing.indices % packing.num_tokens
-        return patches[packing.sequence_of_token, token // width, token % width].flatten(1)
+        kept = patches[packing.sequence_of_token, token // width, token % width].flatten(1)
+        return kept if kept.dtype == images.dtype else kept.view(images.dtype)
 
     def grid_of(self, images_BIHW: Tensor) -> tuple[int, int]:
         """Return the rows and columns of tokens in these images; pixels past the last complete patch do not count.
@@ -304,3 +307,21 @@ class PatchEmbedding(nn.Module):
         """Return the images without the rows and columns past the last complete patch."""
         height, width = self.grid_of(images_BIXY)
         return images_BIXY[:, :, : height * self.patch_size, : width * self.patch_size]
+
+
+# Bytes that torch moves as one element, each with a dtype of that size.
+_WORDS = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def _in_words(pixels: Tensor) -> Tensor:
+    """View uint8 pixels as elements of several neighbours in the last dimension, which are indexed much faster.
+
+    Pixels that cannot be viewed so, and those of traced or transformed programs, are returned as they are.
+    """
+    if pixels.dtype != torch.uint8 or pixels.stride(-1) != 1 or torch.compiler.is_compiling() or is_jit_traced():
+        return pixels
+    if type(pixels) is not Tensor or is_transformed((pixels,)):
+        return pixels
+    multiples = (pixels.shape[-1], pixels.storage_offset(), *pixels.stride()[:-1])
+    width = math.gcd(*multiples, max(_WORDS))
+    return pixels.view(_WORDS[width]) if width in _WORDS else pixels

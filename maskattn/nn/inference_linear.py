@@ -51,8 +51,9 @@ _packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
 
 def linear(layer: nn.Module, x: Float[Tensor, "... C"]) -> Float[Tensor, "... D"]:
     """Compute ``layer(x)``, (..., C) → (..., D), for any layer."""
-    if runs_here(x) and is_plain(layer, _LINEAR) and has_plain_parameters(layer):
-        return product(layer, x)
+    dtype = runs_here(x)
+    if dtype is not None and is_plain(layer, _LINEAR) and has_plain_parameters(layer):
+        return _fused(layer, x, dtype)
     out: Tensor = layer(x)
     return out
 
@@ -68,8 +69,9 @@ def linear_and_activation(
         act: the activation's name; a GELU is computed within the product.
         activation: the activation.
     """
-    if act in _GELUS and runs_here(x) and is_plain(layer, _LINEAR) and has_plain_parameters(layer):
-        return product(layer, x, gelu=_GELUS[act])
+    dtype = runs_here(x) if act in _GELUS else None
+    if dtype is not None and is_plain(layer, _LINEAR) and has_plain_parameters(layer):
+        return _fused(layer, x, dtype, gelu=_GELUS[act])
     return activation(linear(layer, x))
 
 
@@ -89,10 +91,7 @@ def product(
         weight, bias = _weight_and_bias(layer, outputs)
         out = F.linear(x, weight, bias)
         return out if gelu is None else F.gelu(out, approximate=gelu)
-    weight, bias = _operands(layer, outputs, dtype)
-    attribute, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
-    fused: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, attribute, [], algorithm)
-    return fused
+    return _fused(layer, x, dtype, outputs, gelu)
 
 
 @contextlib.contextmanager
@@ -150,7 +149,7 @@ def rounded_up(tokens: PackedTokens) -> PackedTokens:
 def rows_at_once(x: Tensor) -> int | None:
     """Return the number of rows up to which a product of rows like ``x`` is fastest; None if torch's way is taken."""
     dtype = runs_here(x)
-    return None if dtype is None else _BYTES_PER_FEATURE_AT_ONCE // dtype.itemsize
+    return None if dtype is None else _BYTES_PER_FEATURE_AT_ONCE // _computed_in(dtype).itemsize
 
 
 def runs_here(x: Tensor) -> torch.dtype | None:
@@ -162,7 +161,17 @@ def runs_here(x: Tensor) -> torch.dtype | None:
     if is_transformed((x,)):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return dtype if torch.backends.mkldnn.enabled and _has_product(dtype) else None
+    return dtype if torch.backends.mkldnn.enabled and _has_product(_computed_in(dtype)) else None
+
+
+def _fused(
+    layer: nn.Module, x: Tensor, dtype: torch.dtype, outputs: slice = _EVERY, gelu: str | None = None
+) -> Float[Tensor, "... D"]:
+    """Compute :func:`product` by oneDNN; the result has a dtype that :func:`runs_here` returned."""
+    weight, bias = _operands(layer, outputs, dtype)
+    attribute, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, attribute, [], algorithm)
+    return out.to(dtype)
 
 
 def _operands(layer: nn.Module, outputs: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -171,7 +180,8 @@ def _operands(layer: nn.Module, outputs: slice, dtype: torch.dtype) -> tuple[Ten
     if kept is not None and key in kept:
         return kept[key]
     weight, bias = _weight_and_bias(layer, outputs)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    computed = _computed_in(dtype)
+    weight, bias = weight.to(dtype).to(computed), None if bias is None else bias.to(dtype).to(computed)
     if kept is not None and weight.nbytes <= _MOST_PACKED_BYTES:
         kept[key] = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_PACKED_FOR), bias
         return kept[key]
@@ -185,13 +195,24 @@ def _weight_and_bias(layer: nn.Module, outputs: slice) -> tuple[Tensor, Tensor |
 
 
 @cache
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a product's operands; bfloat16 is computed in float32 where the processor cannot multiply it.
+
+    torch and oneDNN emulate it there, which takes several times as long.
+    """
+    try:
+        emulated = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return dtype
+    return torch.float32 if emulated else dtype
+
+
+@cache
 def _has_product(dtype: torch.dtype) -> bool:
-    """Return whether this torch has oneDNN's product for a dtype on this processor, by trying a small one."""
+    """Return whether this torch has oneDNN's product for operands of a dtype here, by trying a small one."""
     if dtype not in (torch.float32, torch.bfloat16) or platform.machine() not in ("x86_64", "AMD64"):
         return False
     try:
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return False
         x, weight, bias = (torch.linspace(-1, 1, n, dtype=dtype) for n in (96, 192, 6))
         x, weight = x.view(3, 32), weight.view(6, 32)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)

@@ -98,16 +98,22 @@ def test_a_vit_in_inference_equals_the_same_with_gradients(
         torch.testing.assert_close(vit(longer)[: len(x)], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_under_autocast_bfloat16_products_are_as_close_as_torchs_own() -> None:
-    if not inference_linear._has_product(torch.bfloat16):
-        pytest.skip("this processor has no bfloat16 products")
+@pytest.mark.parametrize("emulated", [False, True])
+def test_under_autocast_bfloat16_products_are_as_close_as_torchs_own(
+    emulated: bool, calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if emulated:  # as on a processor without bfloat16 products
+        monkeypatch.setattr(inference_linear, "_computed_in", lambda dtype: torch.float32)
     vit, (x, keep) = small_vit(), images_and_mask()
     with torch.no_grad():
         expected = vit(x, keep)
         with torch.autocast("cpu", torch.bfloat16):
             theirs = vit(x, keep).float()
     with torch.inference_mode(), packed_weights(vit), torch.autocast("cpu", torch.bfloat16):
+        assert linear(vit.blocks[0].attn.qkv, x.new_ones(2, 64)).dtype == torch.bfloat16
+        calls.clear()
         ours = vit(x, keep).float()
+    assert set(calls) == {torch.bfloat16}
     assert (ours - expected).norm() <= 1.2 * (theirs - expected).norm()
 
 
