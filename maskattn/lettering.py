@@ -104,8 +104,9 @@ def wrapped(text: str, width_px: float, size_pt: float, dpi: float = 100.0) -> l
     return [_FROM_LEFT + line if any(map(_is_from_right, line)) else line for line in lines]
 
 
+@functools.lru_cache(maxsize=256)  # the pictures of a run share most of their ticks and labels
 def drawn_line(text: str, size_pt: float, dpi: float = 100.0) -> tuple[UInt8[np.ndarray, "H W"], int]:
-    """Draw one line of legible text: its ink (H, W), 0 for none to 255, and the row of the baseline.
+    """Draw one line of legible text: its ink (H, W), 0 for none to 255, read-only, and the row of the baseline.
 
     Args:
         text: the text, a line of :func:`wrapped`.
@@ -141,7 +142,9 @@ def _drawn_by_matplotlib(text: str, size_pt: float, dpi: float) -> tuple[np.ndar
     letters: dict[str, Any] = {"fontsize": size_pt, "fontfamily": families_of(text), "parse_math": False}
     figure.text(0, 1 - ascent / height, text, va="baseline", ha="left", **letters)
     canvas.draw()
-    return 255 - np.asarray(canvas.buffer_rgba())[:height, :width, 0], ascent
+    ink: np.ndarray = 255 - np.asarray(canvas.buffer_rgba())[:height, :width, 0]
+    ink.flags.writeable = False
+    return ink, ascent
 
 
 @functools.lru_cache(maxsize=8)

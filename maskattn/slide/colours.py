@@ -23,6 +23,7 @@ __all__ = [
     "kind_of_attention",
     "positions_of",
     "strengths_of",
+    "strengths_of_colours",
     "widest",
 ]
 
@@ -99,6 +100,13 @@ def positions_of(values: np.ndarray, limits: tuple[float, float]) -> Float[np.nd
 def strengths_of(values: np.ndarray, limits: tuple[float, float]) -> Float[np.ndarray, " *shape"]:
     """Return how far values are from zero on the colours' scale, 0 to 1, which is the limit further from zero."""
     return np.clip(np.sqrt(np.abs(values) / max(max(abs(limit) for limit in limits), 1e-30)), 0, 1)
+
+
+def strengths_of_colours(limits: tuple[float, float]) -> Float[np.ndarray, " 256"]:
+    """Return :func:`strengths_of` the values to which the 256 colours of a map belong."""
+    low, high = _signed_root(np.asarray(limits)).tolist()
+    roots = np.linspace(low, high, 256)
+    return strengths_of(np.copysign(roots**2, roots), limits)
 
 
 def coloured(values: np.ndarray, limits: tuple[float, float], name: str) -> UInt8[np.ndarray, "*shape 3"]:

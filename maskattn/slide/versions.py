@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from importlib import metadata
 
@@ -24,9 +25,14 @@ _VERSIONED = (
 def installed_versions(*more: str) -> dict[str, str]:
     """Return package → version of the installed packages that every run uses, and of ``more``."""
     versions = {"python": platform.python_version(), "maskattn": maskattn.__version__}
-    for name in (*_VERSIONED, *more):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = ((name, _version_of(name)) for name in (*_VERSIONED, *more))
+    return versions | {name: version for name, version in found if version is not None}
+
+
+@functools.cache
+def _version_of(package: str) -> str | None:
+    """Return the version of a package, or None; a run asks for each slide, and a package's metadata take 2 ms."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -210,8 +210,8 @@ def test_a_slide_with_a_name_that_no_font_has_runs_without_a_warning(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     titles = []
-    write = heatmaps.write_heatmap
-    monkeypatch.setattr(heatmaps, "write_heatmap", lambda *given: titles.append(given[3]) or write(*given))
+    begin = heatmaps.begin_heatmap
+    monkeypatch.setattr(heatmaps, "begin_heatmap", lambda *given: titles.append(given[3]) or begin(*given))
     monkeypatch.setattr(heatmaps, "drawable", lambda name: "" if "\u4e00" <= name[0] <= "\u9fff" else name)
     (folder / "肝脏_01.tiff").write_bytes((folder / "disc.tiff").read_bytes())
     for name in ("肝脏_01", "disc"):

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 from runs import OUTPUTS, Watch, names, statuses
 
 from maskattn.errors import OutputError, SlideError
 from maskattn.nn.slide_model import SlideModel
+from maskattn.slide import overlay
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.request import RunSettings
 from maskattn.slide.run import run_slides
@@ -97,6 +99,23 @@ def test_full_disk_fails_the_slide_and_leaves_space_for_the_rest(
         return opened(path, *mode)
 
     monkeypatch.setattr(h5py, "File", full)
+    outcomes = run_slides([SlideJob("a", slide), SlideJob("b", slide)], model, settings, progress)
+    assert statuses(outcomes) == {"a": "failed", "b": "ok"}
+    assert "free space" in outcomes[0].reason
+    assert names(settings.out_dir) == {"b", "summary.csv"}
+
+
+def test_picture_that_cannot_be_written_fails_its_slide(
+    model: SlideModel, slide: Path, settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, write = Watch(settings.out_dir), overlay.write_png
+
+    def full(path: Path, image: np.ndarray) -> None:
+        if progress.current == "a" and path.name == "attention.png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, image)
+
+    monkeypatch.setattr(overlay, "write_png", full)
     outcomes = run_slides([SlideJob("a", slide), SlideJob("b", slide)], model, settings, progress)
     assert statuses(outcomes) == {"a": "failed", "b": "ok"}
     assert "free space" in outcomes[0].reason

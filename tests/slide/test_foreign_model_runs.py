@@ -205,8 +205,10 @@ def test_attention_below_zero_is_drawn_on_both_sides_of_zero(
 ) -> None:
     drawn = {}
     monkeypatch.setattr(
-        "maskattn.slide.sinks.heatmaps.write_heatmap",
-        lambda path, thumbnail, values, title, label, kind, *rest: drawn.update({path.name: (label, kind, values)}),
+        "maskattn.slide.sinks.heatmaps.begin_heatmap",
+        lambda path, thumbnail, values, title, label, kind, *rest: (
+            lambda: drawn.update({path.name: (label, kind, values)})
+        ),
     )
     rows = GatedAttentionHead.attention
     monkeypatch.setattr(GatedAttentionHead, "attention", lambda *args: sign * rows(*args))

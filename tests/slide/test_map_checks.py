@@ -58,7 +58,7 @@ def test_titles_summary_and_the_last_lines_say_which_maps_did_not_pass(
 ) -> None:
     titles = []
     monkeypatch.setattr(pipeline, "check_tokens", lambda *given: [MapCheck(verdict)] * 2)
-    monkeypatch.setattr(heatmaps, "write_heatmap", lambda *given: titles.append(given[3]))
+    monkeypatch.setattr(heatmaps, "begin_heatmap", lambda *given: lambda: titles.append(given[3]))
     outcomes = run_slides([SlideJob("disc", slide)], model, settings)
     assert read_summary(settings.out_dir / "summary.csv")["disc"]["map_check"] == verdict
     said = [f"map check: {verdict}" in title for title in titles]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskattn.slide.colours import COLOUR_MAPS, colour_limit, coloured
+from maskattn.slide.colours import COLOUR_MAPS, colour_limit, coloured, strengths_of
 from maskattn.slide.legends import round_length
 from maskattn.slide.outlines.writing import PALETTE
 from maskattn.slide.overlay import (
     MapCanvas,
+    begin_heatmap,
     blend,
     smoothed,
     write_heatmap,
@@ -76,6 +78,34 @@ def test_background_is_untouched_bit_for_bit(thumbnail: np.ndarray, values: np.n
     changed = (image != thumbnail).any(axis=2)
     assert not changed[np.isnan(values)].any()
     assert changed[np.isfinite(values)].mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", ["diverging", "sequential"])
+def test_pixels_are_the_mixture_of_colour_and_grey_within_one_level(
+    thumbnail: np.ndarray, values: np.ndarray, kind: str
+) -> None:
+    limits = colour_limit(values, kind)
+    opacity = 0.2 + 0.6 * strengths_of(values.clip(*limits), limits)[..., None]
+    grey = cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY)[..., None]
+    expected = opacity * coloured(values, limits, COLOUR_MAPS[kind][0]) + (1 - opacity) * grey
+    expected = np.where(np.isnan(values)[..., None], thumbnail, expected)
+    assert np.abs(blend(thumbnail, values, kind) - expected).max() <= 1
+
+
+def test_a_picture_that_has_begun_is_finished_in_any_thread_and_is_the_same(
+    tmp_path: Path, thumbnail: np.ndarray, values: np.ndarray
+) -> None:
+    begun = [
+        begin_heatmap(tmp_path / f"{name}.png", thumbnail, values, name * 3, "relevance", "diverging", 8.0)
+        for name in "abcd"
+    ]
+    assert list(tmp_path.iterdir()) == []
+    with ThreadPoolExecutor(2) as threads:
+        for finished in [threads.submit(finish) for finish in begun]:
+            finished.result()
+    for name in "abcd":
+        write_heatmap(tmp_path / "same.png", thumbnail, values, name * 3, "relevance", "diverging", 8.0)
+        assert (tmp_path / f"{name}.png").read_bytes() == (tmp_path / "same.png").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["diverging", "sequential"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from maskattn.errors import SlideError
 from maskattn.lettering import drawable
 from maskattn.shapes import Float, UInt8
 from maskattn.slide.colours import kind_of_attention
-from maskattn.slide.overlay import MapCanvas, smoothed, write_heatmap
+from maskattn.slide.overlay import MapCanvas, begin_heatmap, smoothed
 from maskattn.slide.run_scale import KEPT_MAPS, Picture, keep_maps
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
 
@@ -28,6 +29,7 @@ __all__ = ["THUMBNAIL_PX", "Heatmaps", "file_names_of", "values_of"]
 
 THUMBNAIL_PX = 1536
 _MOST_NAME_BYTES = 150
+_DRAWN_AT_ONCE = 2  # pictures; the arrays of each take some 40 MB, for a thumbnail of the greatest size
 
 _logger = logging.getLogger(__name__)
 
@@ -77,9 +79,15 @@ def _write_heatmaps(
         sigma_px = step_lv0 / 2 * thumbnail.shape[1] / info.width_px
         values_MYX = np.stack([smoothed(values, sigma_px) for values in values_MYX])
         pictures = [replace(picture, title=f"{picture.title}; smoothed in the drawing") for picture in pictures]
-    for picture, values in zip(pictures, values_MYX, strict=True):
-        path = folder / picture.file_name
-        write_heatmap(path, thumbnail, values, picture.title, picture.label, picture.kind, um_per_px)
+    with ThreadPoolExecutor(_DRAWN_AT_ONCE) as threads:
+        drawn = [
+            threads.submit(
+                begin_heatmap(folder / one.file_name, thumbnail, values, one.title, one.label, one.kind, um_per_px)
+            )
+            for one, values in zip(pictures, values_MYX, strict=True)
+        ]
+    for picture in drawn:
+        picture.result()
     if slide.settings.scale == "run":
         keep_maps(folder, thumbnail, values_MYX, pictures, um_per_px)
 
