@@ -3,7 +3,8 @@
     python -m bench.cpu.start_up --before ../another/checkout     with a second column for that checkout's sources
     python -m bench.cpu.start_up --write                          also writes bench/results/start_up.md
 
-Times are processor time, user and system, of complete processes: the median of five after one that fills the caches.
+Times are processor time, user and system, of complete processes: the median of five after one that fills the caches,
+also that of the sources' bytecode, which an installation has.
 The table also names the packages that took longest to import, by ``-X importtime``, without the modules that they
 import.
 """
@@ -56,7 +57,10 @@ def settings(sources: Path) -> dict[str, object]:
     """Return arguments for a process outside any checkout, which would be imported in place of the intended sources."""
     # The shell is named to typer, since what runs the bench may be none.
     own = {"PYTHONPATH": str(sources), "PYTHONSAFEPATH": "1", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    return {"cwd": tempfile.gettempdir(), "env": {**os.environ, **own}}
+    # An installed package has its bytecode, which the first, uncounted process writes for a checkout.
+    own["PYTHONPYCACHEPREFIX"] = os.path.join(tempfile.gettempdir(), "start_up_bytecode")
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {"cwd": tempfile.gettempdir(), "env": {**inherited, **own}}
 
 
 def median_s(arguments: list[str], sources: Path) -> float:
@@ -105,7 +109,8 @@ def main() -> None:
     paragraphs = [
         "# Start-up",
         f"`python -m bench.cpu.start_up`, {datetime.date.today()}, {machine}.",
-        f"Processor time, user and system, of whole processes: the median of {ROUNDS}. "
+        f"Processor time, user and system, of whole processes: the median of {ROUNDS}, with the sources compiled to "
+        "bytecode, as after an installation. "
         f"A help page is to answer within {LIMIT_S} s.",
         rows,
     ]

@@ -29,7 +29,9 @@ def main() -> None:
 def _run() -> None:
     try:
         with imports():
-            from maskattn.cli.app import app
+            from maskattn.cli.commands import application, called
+
+            app = application(called(sys.argv[1:]))
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in {"typer", "rich", "click"}:
             raise

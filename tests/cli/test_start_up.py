@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from maskattn.cli.commands import COMMANDS as COMMANDS_IN_ORDER
+from maskattn.cli.commands import called
+
 HEAVY = ("torch", "triton", "numpy", "cv2", "matplotlib", "h5py", "PIL", "tifffile", "openslide", "rich")
 COMMANDS = [
     "infer",
@@ -55,6 +58,14 @@ def test_help_is_there_without_torch(arguments: tuple[str, ...]) -> None:
     lines = run(maskattn(*arguments)).splitlines()
     assert lines[-1] == "loaded"
     assert any(line.startswith("Usage: maskattn") for line in lines)
+
+
+def test_a_command_that_is_called_loads_no_other() -> None:
+    loaded = [f"maskattn.cli.{name}" for name in COMMANDS]
+    code = maskattn("info", "--help").replace(repr(HEAVY), repr(tuple(loaded)))
+    assert run(code).splitlines()[-1] == "loaded maskattn.cli.info"
+    assert called(["info", "--help"]) == ["info"]
+    assert [*called([])] == [*called(["--help", "info"])] == [*called(["nothing"])] == [*COMMANDS_IN_ORDER] == COMMANDS
 
 
 def test_the_first_help_names_each_command_in_a_whole_sentence() -> None:
