@@ -2,23 +2,26 @@
 
 ``torch.library.custom_op`` wraps every kernel so that ``torch.compile`` does not trace it, and imports the compiler for
 that at the first call: about a second. The kernels registered here do the same only once the compiler has been
-imported. A call that nothing observes, neither autograd nor a trace nor a mode, goes straight to its kernel.
+imported. A call that nothing observes, neither a trace nor a mode, goes straight to its kernel, with a gradient by an
+autograd function.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd.function import Function
 from torch.library import Library
 
-__all__ = ["define", "library", "short_cut", "untraced"]
+__all__ = ["constant_in_traces", "define", "library", "short_cut", "untraced"]
 
 Call = Callable[..., Any]
+CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 # Kernels of a device take precedence over torch's wrapper, which stays for all other devices.
 _DEVICES = ("CPU", "CUDA")
@@ -50,7 +53,7 @@ def untraced(body: Call) -> Call:
     if_compiled: list[Call] = []
 
     def kernel(*args: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
+        if not _may_be_traced():
             return body(*args)
         if not if_compiled:
             if_compiled.append(torch.compiler.disable(body))
@@ -59,19 +62,58 @@ def untraced(body: Call) -> Call:
     return kernel
 
 
-def short_cut(operation: CustomOpDef) -> Call:
+def _may_be_traced() -> bool:
+    """Return whether the compiler would trace a function that is called now."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    # The callback says nothing to the compiler that is tracing this.
+    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def constant_in_traces(function: CallT) -> CallT:
+    """Mark a function whose result ``torch.compile`` takes for a constant instead of tracing it.
+
+    ``torch.compiler.assume_constant_result`` does the same, but imports the entire compiler, which takes as long as
+    importing torch.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010 (a name that mypy does not know)
+    return function
+
+
+def short_cut(operation: CustomOpDef, save: Call | None = None, backward: Call | None = None) -> Call:
     """Return the operation, which then calls its kernel directly where torch's dispatcher would only pass the call on.
 
-    That saves tens of microseconds. Torch sees every other call: with a gradient to record, under ``torch.compile``,
+    That saves tens of microseconds, and with a gradient hundreds. Torch sees every other call: under ``torch.compile``,
     ``torch.export``, ``torch.func``, a mode, the profiler or ``torch.jit.trace``, and with other than plain tensors of
-    a device that has a kernel.
+    a device that has a kernel; with a gradient also those of an operation without ``save`` and ``backward``.
+
+    Args:
+        operation: the operation.
+        save, backward: as for ``torch.library.register_autograd``: save(ctx, inputs, output) and backward(ctx, *grads).
     """
     kernel = untraced(operation._init_fn)
+    recorded = save and backward and _recorded(operation._name, kernel, save, backward)
 
     def call(*args: Any) -> Any:
-        return kernel(*args) if _is_unobserved(args) else operation(*args)
+        if not _is_unobserved(args):
+            return operation(*args)
+        if not (torch.is_grad_enabled() and _any_learnt(args)):
+            return kernel(*args)
+        return operation(*args) if recorded is None else recorded(*args)
 
     return call
+
+
+def _recorded(name: str, kernel: Call, save: Call, backward: Call) -> Call:
+    """Return the kernel as an autograd function."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        save(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return cast(Call, type(name, (Function,), members).apply)  # type: ignore[attr-defined]  # of a class made here
 
 
 def _is_unobserved(args: tuple[Any, ...]) -> bool:
@@ -80,13 +122,13 @@ def _is_unobserved(args: tuple[Any, ...]) -> bool:
     profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # torch's stubs leave it out
     if profiled or torch._C._len_torch_function_stack():
         return False
-    grad = torch.is_grad_enabled()
     for x in args:
         if isinstance(x, Tensor) and (
-            (type(x) is not Tensor and type(x) is not nn.Parameter)
-            or (grad and x.requires_grad)
-            or x.is_neg()
-            or not (x.is_cpu or x.is_cuda)
+            (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_neg() or not (x.is_cpu or x.is_cuda)
         ):
             return False
     return True
+
+
+def _any_learnt(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in args)

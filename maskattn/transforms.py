@@ -51,7 +51,8 @@ def transformable(
         save(ctx, inputs, output)
         ctx.save_for_forward(*ctx.to_save)
 
-    return _routed(operation, setup_context, backward, tangent, vmap, operation)
+    plain = short_cut(operation, save, backward) if isinstance(operation, CustomOpDef) else operation
+    return _routed(operation, setup_context, backward, tangent, vmap, plain)
 
 
 def refuse(operation: Call, reason: Call, always: bool = False) -> Call:
@@ -66,7 +67,8 @@ def refuse(operation: Call, reason: Call, always: bool = False) -> Call:
     def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Save nothing, because the derivative is refused."""
 
-    return _routed(operation, save_nothing, reason, reason, None, None if always else operation)
+    plain = short_cut(operation) if isinstance(operation, CustomOpDef) else operation
+    return _routed(operation, save_nothing, reason, reason, None, None if always else plain)
 
 
 def is_transformed(args: tuple[Any, ...]) -> bool:
@@ -123,7 +125,6 @@ def _routed(
 ) -> Call:
     if isinstance(operation, CustomOpDef):
         _refuse_tangents(operation)
-        plain = plain and short_cut(operation)
 
     def forward(*args: Any) -> Any:
         return operation(*args)

@@ -136,6 +136,8 @@ def print_host_time() -> None:
     """
     import maskattn
     from bench.aot.dispatch_floor import empty_attention
+    from maskattn.attention.ops import flat_options
+    from maskattn.options import Options
 
     for lengths in ((64,), (64,) * 4, (50, 64, 14)):
         tokens, starts = sum(lengths), torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
@@ -155,7 +157,7 @@ def print_host_time() -> None:
 
         def nothing(q=q, k=k, v=v, packing=packing) -> torch.Tensor:
             where = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
-            return empty_attention(q, k, v, *where, 0.125, None, None, None, None, 0.0, None, False, "triton")[0]
+            return empty_attention(q, k, v, *where, *flat_options(Options(0.125)), False, "triton")[0]
 
         def nothing_twice(nothing=nothing, leaves=(q, k, v), ones=ones) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(nothing(), leaves, ones)

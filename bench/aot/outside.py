@@ -2,6 +2,7 @@
 
     TRITON_INTERPRET=1 python -m bench.aot.outside --quick
     TRITON_INTERPRET=1 python -m bench.aot.outside --shapes 8
+    TRITON_INTERPRET=1 python -m bench.aot.outside --shapes 8 --shard 1/4
 
 A program may access the elements of its kernel's tensors, and no other byte: neither memory before, after or in the
 gaps of a view, nor another buffer (all buffers are far apart). This holds for inputs, outputs and scratch memory alike,
@@ -28,6 +29,7 @@ from triton.runtime import interpreter
 
 from bench.aot.dry_run import DTYPES, shapes_like
 from bench.aot.every_call import OPERATIONS, Shape, run
+from bench.aot.quick_interpreter import replace_once
 from maskattn.attention.impl import triton as triton_impl
 from maskattn.kernels.attention import masked
 
@@ -158,14 +160,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one shape of each operation with every option")
     parser.add_argument("--shapes", type=int, default=4, help="random shapes of each operation, width and dtype")
     parser.add_argument("--cases", default="", help="run only operations whose names contain this")
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th call from the I-th")
     given = parser.parse_args(arguments)
     if not triton.knobs.runtime.interpret:
         parser.error("set TRITON_INTERPRET=1 before Python starts")
+    replace_once()
     failed = done = 0
     began = time.process_time()
-    for operation, shape, moved in cases(given.quick, given.shapes):
-        if given.cases not in operation:
-            continue
+    first, step = (int(x) for x in given.shard.split("/"))
+    chosen = [case for case in cases(given.quick, given.shapes) if given.cases in case[0]]
+    for operation, shape, moved in chosen[first::step]:
         with checked_memory() as memory, rows_moved() if moved else nullcontext():
             try:
                 run(operation, shape)

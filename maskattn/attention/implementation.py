@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, Sequences
 from maskattn.options import Options, is_given
+from maskattn.registration import constant_in_traces
 from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
 __all__ = ["IMPLS", "Implementation", "choose", "implementation", "keeps_rest", "refuse_missing"]
@@ -204,6 +205,7 @@ def _remedy(options: Options) -> str:
     return "no implementation supports it, so leave it out"
 
 
+@constant_in_traces
 def _undeclared(impl: str, kind: type[Options]) -> tuple[tuple[str, str, Any], ...]:
     """The options that an implementation does not support: name of the field, name in messages, default."""
     return _compared(impl, kind)  # type: ignore[arg-type]  # mypy does not take a class for a hashable
@@ -219,6 +221,7 @@ def _compared(impl: str, kind: type[Options]) -> tuple[tuple[str, str, Any], ...
     )
 
 
+@constant_in_traces
 def _not_installed(impl: str) -> str | None:
     """The reason why an implementation is not installed, or None; a constant that torch.compile need not trace."""
     return _looked_for(impl)
@@ -232,8 +235,3 @@ def _looked_for(impl: str) -> str | None:
     if impl == "cpu" and importlib.util.find_spec("maskattn._native") is None:
         return "needs the C++ extension, which was not built (see `maskattn doctor`)"
     return None
-
-
-# As torch.compiler.assume_constant_result does, which however imports the entire compiler and takes as long as torch.
-for _constant in (_not_installed, _undeclared):
-    setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010 (a name that mypy does not know)

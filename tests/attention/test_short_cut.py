@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from maskattn import packed_attention
 from maskattn.registration import short_cut
@@ -24,26 +27,46 @@ def qkv() -> torch.Tensor:
     return torch.randn(3, 5, 2, 16)
 
 
+class Probe:
+    """x → x², by an operation that notes how it was called: the dispatcher makes lists of tuples."""
+
+    def __init__(self, name: str) -> None:
+        self.calls: list[type] = []
+        schema = "(Tensor x, int[] names) -> Tensor"
+        self.operation = torch.library.custom_op(f"maskattn_tests::{name}", mutates_args=(), schema=schema)(self.body)
+        self.operation.register_autograd(self.differentiate, setup_context=self.save)
+
+    def body(self, x: torch.Tensor, names: list[int]) -> torch.Tensor:
+        self.calls.append(type(names))
+        return x * x
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return 2 * grad * ctx.saved_tensors[0], None
+
+    def is_shortened(self, call, x: torch.Tensor) -> bool:
+        self.calls.clear()
+        torch.testing.assert_close(call(x, (1,)), x * x)
+        return self.calls == [tuple]
+
+
 @pytest.fixture(scope="module")
 def probe():
-    """An operation that says whether it was called by the dispatcher, which hides Python's own arguments."""
-    calls: list[type] = []
+    """Whether a call takes the short cut of an operation that does not say how it is differentiated."""
+    made = Probe("probe")
+    return partial(made.is_shortened, short_cut(made.operation))
 
-    def body(x: torch.Tensor, names: list[int]) -> torch.Tensor:
-        calls.append(type(names))
-        return x + 1
 
-    schema = "(Tensor x, int[] names) -> Tensor"
-    operation = torch.library.custom_op("maskattn_tests::probe", mutates_args=(), schema=schema)(body)
-    operation.register_autograd(lambda ctx, grad: (grad, None))
-    call = short_cut(operation)
-
-    def takes_the_short_cut(x: torch.Tensor) -> bool:
-        calls.clear()
-        torch.testing.assert_close(call(x, (1,)), x + 1)  # the dispatcher makes a list of a tuple
-        return calls == [tuple]
-
-    return takes_the_short_cut
+@pytest.fixture(scope="module")
+def learnt_probe():
+    """The same of one that does, and its call."""
+    made = Probe("learnt_probe")
+    call = short_cut(made.operation, made.save, made.differentiate)
+    return partial(made.is_shortened, call), call
 
 
 def test_calls_without_a_gradient_take_it(probe):
@@ -65,6 +88,51 @@ def test_calls_that_torch_must_see_do_not(probe):
         assert not probe(x)
     with torch.device("cpu"):  # a mode that sees functions
         assert not probe(x)
+
+
+def test_with_a_gradient_the_kernel_is_called_by_an_autograd_function(learnt_probe):
+    shortened, call = learnt_probe
+    x = torch.tensor([3.0, -1.0], requires_grad=True)
+    assert shortened(x)
+    assert shortened(x.detach())
+    call(x, (1,)).sum().backward()
+    assert x.grad.tolist() == [6.0, -2.0]
+    with torch.profiler.profile():
+        assert not shortened(x)
+
+
+def test_whatever_looks_at_saved_tensors_sees_them(learnt_probe):
+    _, call = learnt_probe
+    x, seen = torch.tensor([3.0], requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: seen.append(saved) or saved, lambda saved: saved):
+        call(x, (1,))
+    assert len(seen) == 1
+    checkpoint(call, x, (1,), use_reentrant=False).sum().backward()
+    assert x.grad.tolist() == [6.0]
+    y = x * 1
+    out = call(y, (1,))
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_gradients_are_the_bits_of_those_by_the_dispatcher(qkv):
+    def gradients() -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        return torch.autograd.grad(attend(*leaves).square().sum(), leaves)
+
+    straight = gradients()
+    with torch.profiler.profile() as profile:
+        watched = gradients()
+    assert any(event.key == "maskattn::packed_attention_backward" for event in profile.key_averages())
+    assert all(torch.equal(one, other) for one, other in zip(straight, watched, strict=True))
+
+
+def test_a_second_derivative_is_refused(qkv):
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    (grad,) = torch.autograd.grad(attend(*leaves).square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.sum().backward()
 
 
 def test_a_dispatch_mode_sees_every_call(qkv):

@@ -14,6 +14,10 @@ from poisoned_memory import poison_uninitialised_memory
 triton = pytest.importorskip("triton")
 
 INTERPRETING = bool(triton.knobs.runtime.interpret)
+if INTERPRETING:
+    from bench.aot.quick_interpreter import replace_once
+
+    replace_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

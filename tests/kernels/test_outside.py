@@ -55,6 +55,19 @@ def test_a_read_of_another_buffer_or_of_a_gap_is_detected(memory):
         copy_kernel[(1,)](x, y, 2, 2, apart, BLOCK=16)
 
 
+def test_the_language_is_replaced_once_for_each_module_and_is_itself_after_a_launch(monkeypatch):
+    from triton.runtime import interpreter
+
+    counted = []
+    plain = interpreter._patch_lang_core
+    monkeypatch.setattr(interpreter, "_patch_lang_core", lambda *given: (counted.append(given), plain(*given)))
+    before = tl.load, tl.range, tl.tensor.__add__
+    run("packed_attention", Shape((50, 3), head_width=16, dtype=torch.float32))
+    # Three kernels, each with its own module, the language's and at most ten others.
+    assert 3 <= len(counted) <= 40
+    assert (tl.load, tl.range, tl.tensor.__add__) == before
+
+
 def test_a_descriptor_outside_its_tensor_is_detected(memory):
     x, y = torch.zeros(4, 16), torch.zeros(4)
     describe_kernel[(1,)](x, y, 4, BLOCK=8)

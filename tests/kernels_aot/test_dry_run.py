@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,35 @@ def test_calls_compile_and_launch_within_the_limits_of_the_chip(target, cases):
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "ok " in done.stdout
+
+
+def test_the_time_that_a_call_keeps_the_host_is_printed_beside_that_of_torch_alone():
+    done = in_a_process("-m", "bench.aot.dry_run", "--host-time")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        whole, floor, both, floor_of_both, _ = (int(x) for x in re.findall(r"(\d+) µs", line))
+        assert 0 < floor < floor_of_both
+        assert 0 < whole < both
+
+
+TRAINING_STEP = """
+import sys, torch
+from pathlib import Path
+from bench.aot.every_call import OPERATIONS, Shape, run
+from bench.aot.stub import StubDevice
+device = StubDevice("sm90", Path("{folder}"))
+for operation in OPERATIONS:
+    run(operation, Shape((5, 12)))
+assert device.launches["key_gradient_kernel"]
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_no_call_imports_the_compiler(tmp_path):
+    done = in_a_process("-c", TRAINING_STEP.format(folder=tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 BROKEN = """

@@ -12,6 +12,7 @@ from torch import Tensor
 from maskattn.kernels.launch import support
 from maskattn.kernels.tables import lookup
 from maskattn.options import Options
+from maskattn.registration import constant_in_traces
 
 __all__ = ["DTYPES", "supports"]
 
@@ -32,7 +33,7 @@ def supports(q: Tensor, options: Options) -> str | None:
     return support.supports(q, options) or _missing_on(q.device)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _missing_on(device: torch.device) -> str | None:
     """Return what the installed triton or the device lacks, or None; a constant that torch.compile need not trace."""
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7):

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from maskattn.options import Options
+from maskattn.registration import constant_in_traces
 
 __all__ = ["DTYPES", "HEAD_WIDTHS", "supports"]
 
@@ -37,7 +38,7 @@ def supports(q: Tensor, options: Options) -> str | None:
     return _missing_on(q.device)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _missing_on(device: torch.device) -> str | None:
     """Return what the device lacks, or None; a constant that torch.compile need not trace."""
     if triton.knobs.runtime.interpret:
