@@ -33,7 +33,7 @@ class FileState:
 
         Raises:
             OSError: a file cannot be reached.
-            StoreError: a remote file that is read in parts cannot be looked up.
+            StoreError: a remote file that is read in parts cannot be looked up, or has changed since it was.
         """
         if is_placeholder(path):
             from maskattn.slide.remote.ranges import present_state

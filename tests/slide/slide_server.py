@@ -25,6 +25,8 @@ class SlideServer:
         self.url = f"http://127.0.0.1:{port}"
         self.files: dict[str, bytes] = {}
         self.ranges = True
+        self.hidden = False
+        """Whether folders are not listed."""
         self.broken_after: list[int] = []
         """For each of the next GETs of a file, after how many bytes it is broken off."""
         self.stalled_after: list[int] = []
@@ -75,12 +77,12 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(end, state.broken_after.pop(0))
         elif state.stalled_after:
             end, stalled = state.stalled_after.pop(0), True
+        state.sent += end
         try:
             self.wfile.write(data[:end])
         except ConnectionError:  # it is not wanted any more
             self.close_connection = True
             return
-        state.sent += end
         if stalled:
             time.sleep(1.5)
         state.before_end(self.path)
@@ -91,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self) -> bytes | None:
         state, path = self.state, self.path.partition("?")[0]
-        if path.endswith("/"):
+        if path.endswith("/") and not state.hidden:
             names = [name[len(path) :] for name in state.files if name.startswith(path)]
             data = "".join(f'<a href="{name}">{name}</a>' for name in names if "/" not in name).encode()
             self._answer(200, {"Content-Type": "text/html", "Content-Length": str(len(data))})

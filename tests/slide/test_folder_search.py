@@ -11,8 +11,8 @@ import openslide
 import pytest
 
 from maskattn.errors import ManifestError
+from maskattn.slide.formats.dicom_series import SeriesFile, read_series_file
 from maskattn.slide.manifest import SlideJob, collect_jobs, folder_search
-from maskattn.slide.manifest.dicom_series import SeriesFile, read_series_file
 from maskattn.slide.manifest.folder_search import SLIDE_SUFFIXES
 
 

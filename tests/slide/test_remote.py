@@ -100,7 +100,7 @@ def test_a_copy_with_another_checksum_is_refused(server, tmp_path):
         ("{}/s/none.svs", "which does not exist"),
         ("http://127.0.0.1:9/a.svs", "a URL must answer"),
         ("nosuch://b/a.svs", "a scheme that fsspec knows"),
-        ("{}/s/a.dcm", "one of several files"),
+        ("{}/s/a.vms", "one of several files"),
         ("simplecache::http://h/a.svs", "a chain of several"),
     ],
 )

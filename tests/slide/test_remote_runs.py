@@ -175,7 +175,7 @@ def test_a_manifest_names_slides_and_masks_by_url(server, tmp_path):
     manifest.write_text(
         "slide_id,slide_path,mask_path\n"
         f"one,{server.url}/s/a.tif,{server.url}/m/a.png\n"
-        f"two,{server.url}/s/b.dcm,\n"
+        f"two,{server.url}/s/b.vms,\n"
         "three,s3://bucket/dir/c.svs,\n"
     )
     one, two, three = read_manifest(manifest)

@@ -1,7 +1,7 @@
 """Slides in object stores and on web servers whose parts are read where they lie, by readers that take a file object.
 
-Those are tifffile's: the ones that OpenSlide would open go on being copied, because another reader would report other
-metadata of the same slide.
+Those are tifffile's TIFFs, and DICOM slides. The others that OpenSlide opens go on being copied, because another reader
+would report other metadata of the same slide.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from maskattn.slide.formats.identify import begins_tiff
 from maskattn.slide.formats.image import DecodeError, NotRead, SlideImage
 from maskattn.slide.placeholders import placeholders_beside
 from maskattn.slide.remote.range_requests import CopyNeeded
-from maskattn.slide.remote.ranges import RangeFile
+from maskattn.slide.remote.ranges import HeldBlocks, RangeFile
 
 __all__ = ["RangedImage", "open_in_parts"]
 
@@ -33,9 +33,10 @@ def open_in_parts(path: Path, series: int | None) -> RangedImage:
         CopyNeeded: it cannot be read in parts.
         StoreStopped: the store does not give them.
     """
-    files = [RangeFile(file) for file in placeholders_beside(path)]
+    held = HeldBlocks()
+    files = [RangeFile(file, held) for file in placeholders_beside(path)]
     try:
-        image = _open_tiff(files[0], path, series)
+        image = _open_dicom(files, path) if _is_dicom(files[0]) else _open_tiff(files[0], path, series)
         for file in files:
             file.check()
             file.keep_held()
@@ -98,7 +99,22 @@ class RangedImage:
             file.check()
 
 
+def _is_dicom(file: RangeFile) -> bool:
+    file.seek(128)
+    return file.read(4) == b"DICM"
+
+
+def _open_dicom(files: Sequence[RangeFile], path: Path) -> SlideImage:
+    try:
+        from maskattn.slide.formats.dicom_image import DicomImage
+
+        return DicomImage(files)
+    except Exception as error:  # wsidicom is not installed, or raises errors of many kinds; OpenSlide opens a copy
+        raise CopyNeeded(f"a slide must open in wsidicom to be read in parts, got '{path}' ({error})") from error
+
+
 def _open_tiff(file: RangeFile, path: Path, series: int | None) -> SlideImage:
+    file.seek(0)
     if not begins_tiff(file.read(4)):
         raise CopyNeeded(f"a slide must be a TIFF to be read in parts, got '{path}'")
     from maskattn.slide.formats.tiff_image import TiffImage

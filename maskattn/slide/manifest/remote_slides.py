@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from maskattn.errors import ManifestError
+from maskattn.slide.manifest.dicom_series import one_per_series
 from maskattn.slide.manifest.folder_search import SLIDE_SUFFIXES
 from maskattn.slide.manifest.job import SlideJob
 from maskattn.slide.names import as_text, id_of_file, problem_of_id, shortened
+from maskattn.slide.remote.dicom_files import series_at
 from maskattn.slide.remote.files import RemoteFile, list_files, problem_of_url
 from maskattn.slide.remote.stores import StoreError
 from maskattn.slide.remote.urls import is_web, name_of_url, path_of_url, shown_url
@@ -49,13 +51,18 @@ def jobs_at(url: str, on_note: Callable[[str], None]) -> list[SlideJob]:
             f"a folder must hold slides ({', '.join(SLIDE_SUFFIXES)}), got none in {shown_url(url)} that its store "
             "lists; name the files"
         )
-    return [remote_job(file) for file in slides]
+    by_path = {path_of_url(file.url): file for file in slides}
+    try:
+        ids = one_per_series(list(by_path), lambda path: series_at(by_path[path]))
+    except StoreError as error:
+        raise ManifestError(str(error)) from error
+    return [remote_job(by_path[path], slide_id) for path, slide_id in ids.items()]
 
 
-def remote_job(file: RemoteFile) -> SlideJob:
-    """Return the job of a remote slide that no manifest names."""
+def remote_job(file: RemoteFile, slide_id: str | None = None) -> SlideJob:
+    """Return the job of a remote slide that no manifest names; its id is the file's name if none is given."""
     path = path_of_url(file.url)
-    slide_id = id_of_file(path)
+    slide_id = slide_id or id_of_file(path)
     problem = problem_of_url(file.url) or problem_of_id(slide_id)
     return SlideJob(shortened(slide_id), path, problem=problem, origin=file)
 

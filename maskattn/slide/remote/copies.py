@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from maskattn.slide.remote.cache import CacheSettings, SlideCache
 from maskattn.slide.remote.fetch import Fetch, urls_in_messages
-from maskattn.slide.remote.files import look_up_slide
+from maskattn.slide.remote.slides import look_up_slide
 
 if TYPE_CHECKING:
     from maskattn.slide.manifest import SlideJob

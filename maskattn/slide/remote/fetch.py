@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 from maskattn.errors import SlideError
 from maskattn.slide.remote.cache import SlideCache
-from maskattn.slide.remote.files import PAUSE_S, TRIES, RemoteFile, look_up, look_up_slide
+from maskattn.slide.remote.dicom_files import is_dicom
+from maskattn.slide.remote.files import PAUSE_S, TRIES, RemoteFile, look_up
 from maskattn.slide.remote.range_requests import CopyNeeded, StoreStopped
 from maskattn.slide.remote.ranges import place_remote
+from maskattn.slide.remote.slides import folder_of_others, look_up_main, look_up_slide
 from maskattn.slide.remote.stores import SILENT_S, StoreError
 from maskattn.slide.remote.transfer import TransferStopped, copy_file, disk_errors
 from maskattn.slide.remote.urls import name_of_url, shown_url
@@ -123,7 +125,7 @@ class Fetch:
 
     def _may_be_read_in_parts(self, slide: RemoteFile) -> bool:
         """Whether to try: a small slide is quicker copied, and then its checksum is compared."""
-        total = None if slide.others else slide.bytes
+        total = slide.total_bytes if not slide.others or is_dicom(slide.url) else None
         return total is not None and total > _SMALL_BYTES and not self._cache.settings.copy_whole
 
     def _stands_in(self, slide: RemoteFile, mask: RemoteFile | None) -> bool:
@@ -134,7 +136,8 @@ class Fetch:
         place = self._place = self._room(None if mask_bytes is None else self._cache.room_for_parts() + mask_bytes)
         there = replace(self._job, path=place / name_of_url(slide.url))
         with disk_errors(place):
-            place_remote(there.path, slide)
+            for file in (look_up_main(slide), *slide.others):
+                place_remote(place / name_of_url(file.url), file)
         self._waits = True  # for the decoding process, which has a time limit of its own
         try:
             with urls_in_messages(self._job, there):
@@ -157,13 +160,13 @@ class Fetch:
 
     def _copied(self, slide: RemoteFile, place: Path) -> RemoteFile:
         """Copy a slide with all of its files, and return the version that was copied."""
-        copied = self._copy(slide, place)
+        copied = self._copy(look_up_main(slide), place)
         if not slide.others:
             return copied
-        pixels = place / Path(name_of_url(slide.url)).stem
-        pixels.mkdir()
+        folder = folder_of_others(place / name_of_url(slide.url))
+        folder.mkdir(exist_ok=True)
         for other in slide.others:
-            self._copy(other, pixels)
+            self._copy(other, folder)
         if not look_up_slide(slide.url).is_unchanged(slide):
             raise StoreError(f"a slide must stay as it is while it is copied, got {shown_url(slide.url)}")
         return slide

@@ -1,14 +1,9 @@
-"""Remote files: size, ETag and checksum as their store gives them, and the files of a remote folder.
-
-A MIRAX slide has its pixels in a folder of its own name, which is copied along. Slides of other formats that consist of
-several files are refused.
-"""
+"""Remote files: size, ETag and checksum as their store gives them, and the files of a remote folder."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 import time
 from collections.abc import Callable
@@ -27,7 +22,6 @@ __all__ = [
     "list_files",
     "locate",
     "look_up",
-    "look_up_slide",
     "patiently",
     "problem_of_url",
 ]
@@ -35,8 +29,7 @@ __all__ = [
 TRIES, PAUSE_S = 4, 1.0
 """A store that does not answer is asked so often, after this pause and then after twice as long each time."""
 
-_MIRAX = ".mrxs"
-_SEVERAL_FILES = (".dcm", ".vms", ".vmu")
+_SEVERAL_FILES = (".vms", ".vmu")
 _MD5 = re.compile("[0-9a-f]{32}")
 _ETAGS = (
     "ETag",
@@ -94,42 +87,17 @@ def problem_of_url(url: str) -> str | None:
         return f"a URL must lead to a file directly, got {shown_url(url)}, a chain of several; name the file alone"
     if path_of_url(url).suffix.lower() in _SEVERAL_FILES:
         return (
-            "a slide in an object store must be one file, or MIRAX with its folder, got "
+            "a slide in an object store must be one file, MIRAX with its folder, or a DICOM series, got "
             f"{shown_url(url)}, one of several files; copy all of them to a disk, or convert the slide to TIFF"
         )
     return None
-
-
-def look_up_slide(url: str) -> RemoteFile:
-    """Look up a slide and, if it has several files, the others.
-
-    Raises:
-        StoreError: it does not exist, may not be read, or the store does not answer.
-    """
-    problem = problem_of_url(url)
-    if problem is not None:
-        raise StoreError(problem)
-    main = look_up(url)
-    if path_of_url(url).suffix.lower() != _MIRAX:
-        return main
-    folder = url[: -len(_MIRAX)] if url.lower().endswith(_MIRAX) else ""
-    found, _ = list_files(f"{folder}/") if folder else ([], 0)
-    others = tuple(look_up(other.url) if other.bytes is None else other for other in found)
-    if not others:
-        raise StoreError(
-            f"a MIRAX slide must have its pixels in a folder of its name, got none beside {shown_url(url)} that this "
-            "store lists; copy the slide to a disk"
-        )
-    versions = "\n".join(f"{name_of_url(file.url)} {file.bytes} {file.etag}" for file in (main, *others))
-    etag = hashlib.sha256(versions.encode()).hexdigest()[:32]
-    return RemoteFile(url, main.bytes, etag, main.md5, main.md5_likely, others)
 
 
 def look_up(url: str) -> RemoteFile:
     """Look up one file.
 
     Raises:
-        StoreError: as :func:`look_up_slide`.
+        StoreError: it does not exist, may not be read, or the store does not answer.
     """
 
     def ask() -> RemoteFile:
@@ -148,7 +116,7 @@ def list_files(folder: str) -> tuple[list[RemoteFile], int]:
     """Return the files of a remote folder, sorted by name, and the number of folders in it.
 
     Raises:
-        StoreError: as :func:`look_up_slide`.
+        StoreError: as for :func:`look_up`.
     """
 
     def ask() -> tuple[list[RemoteFile], int]:

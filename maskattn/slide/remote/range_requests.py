@@ -11,7 +11,7 @@ from maskattn.slide.remote.files import TRIES, RemoteFile, from_facts, patiently
 from maskattn.slide.remote.stores import StoreError, store_errors, store_of
 from maskattn.slide.remote.urls import is_web, shown_url
 
-__all__ = ["CopyNeeded", "RangeRequests", "StoreStopped"]
+__all__ = ["CopyNeeded", "RangeRequests", "StoreStopped", "changed"]
 
 # Less than the time that a decoding process may take for an answer (formats/isolated_image.py), so that its slide fails
 # with the store's reason.
@@ -77,7 +77,7 @@ class RangeRequests:
                 file = store.open(path, "rb", block_size=0, size=self._size, headers=headers)
             except Exception as error:
                 if _says_changed(error):
-                    raise self._changed() from error
+                    raise changed(self._remote) from error
                 raise
             with file:
                 self._check_answer(file.r, start, end)
@@ -94,7 +94,7 @@ class RangeRequests:
             except Exception as error:
                 self._file = None  # the next attempt opens it anew
                 if _says_changed(error):
-                    raise self._changed() from error
+                    raise changed(self._remote) from error
                 raise
         return self._whole(data, start, end)
 
@@ -104,7 +104,7 @@ class RangeRequests:
         file = store.open(path, "rb", cache_type="none")
         facts = getattr(file, "details", None)
         if isinstance(facts, dict) and not from_facts(self._remote.url, facts).is_unchanged(self._remote):
-            raise self._changed()
+            raise changed(self._remote)
         return file
 
     def _check_answer(self, answer: Any, start: int, end: int) -> None:
@@ -119,7 +119,7 @@ class RangeRequests:
         version = headers.get(kind, "").strip('"')
         part, _, size = headers["Content-Range"].removeprefix("bytes ").partition("/")
         if (version and version != self._remote.etag) or size not in ("*", str(self._size)):
-            raise self._changed()
+            raise changed(self._remote)
         if part != f"{start}-{end - 1}":
             raise StoreError(
                 f"a server must send the part that it was asked for, got bytes {part[:60]} for {start}-{end - 1} of "
@@ -136,11 +136,13 @@ class RangeRequests:
             )
         return data
 
-    def _changed(self) -> StoreStopped:
-        return StoreStopped(
-            f"a slide must stay as it is while it runs, got {shown_url(self._remote.url)}, which was replaced, removed "
-            "or written to; nothing of this run is kept, so run it again when the file is complete"
-        )
+
+def changed(remote: RemoteFile) -> StoreStopped:
+    """Return the error of a file that is not of the version any more that was looked up."""
+    return StoreStopped(
+        f"a slide must stay as it is while it runs, got {shown_url(remote.url)}, which was replaced, removed or "
+        "written to; nothing of this run is kept, so run it again when the file is complete"
+    )
 
 
 def _says_changed(error: Exception) -> bool:
