@@ -40,6 +40,16 @@ def test_a_head_width_is_split_where_that_saves_columns():
     assert lookup.split_width(80, padded) == (128, 0)
 
 
+def test_a_head_width_with_which_the_tiles_of_its_padded_width_spill_has_its_own():
+    def tile(head_width: int, alibi_or_dropout: bool = False) -> tuple[int, int]:
+        pass_ = "query_gradient" if alibi_or_dropout else "key_gradient"
+        config = lookup.look_up(pass_, "sm90", head_width, torch.bfloat16, alibi_or_dropout)
+        return config.block_m, config.block_n
+
+    assert [tile(width) for width in (104, 112, 120)] == [(64, 128), (64, 64), (64, 128)]
+    assert [tile(width, True) for width in (40, 48, 56, 64)] == [(128, 32), (128, 64), (128, 32), (128, 64)]
+
+
 def test_alibi_and_dropout_have_configurations_of_their_own(device, monkeypatch):
     monkeypatch.setattr(lookup, "target_of", lambda device: "sm80")
     q = torch.zeros(3, 2, 64, dtype=torch.float16, device=device)

@@ -29,8 +29,8 @@ sm86    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s       1
 sm90    half       forward         128x64/4/3  128x64/4/3+d  128x64/4/3+s+d    128x64/8/3+s+d    64x64/8/2+s+d
 sm90    half       query_gradient  128x64/8/3  128x64/8/3+d  128x64/8/3+s+d+t  128x64/8/3+s+d+t  128x32/8/2+s
 sm90    half       key_gradient    64x128/8/3  64x128/8/3+d  64x128/8/3+s+d    64x128/8/2+s+d    32x32/8/2+d
-sm90    single     forward         64x32/4/1   64x32/4/1     64x32/8/1+s       32x16/8/1+s       32x16/8/1
-sm90    single     query_gradient  64x32/8/1   32x32/4/1     64x32/8/1+s       32x32/8/1+s       32x32/16/1
+sm90    single     forward         32x32/4/1   64x32/4/1     64x32/8/1+s       32x16/8/1+s       32x16/8/1
+sm90    single     query_gradient  64x32/8/1   32x32/4/1     64x32/8/1+s       32x32/8/1+s       16x32/8/1
 sm90    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s       16x32/8/1+s       16x16/8/1
 sm100   half       forward         128x64/8/3  128x64/8/3    128x32/4/3+d      128x64/8/3+d      128x32/8/2+s
 sm100   half       query_gradient  128x64/4/2  128x64/8/2+d  128x64/4/2+s+d    128x64/8/2+s      128x32/8/1+s
@@ -46,6 +46,15 @@ gfx942  single     query_gradient  64x32/4/1   64x32/4/1     64x32/4/1+s       3
 gfx942  single     key_gradient    32x64/4/1   32x64/4/1     32x64/4/1+s       16x32/4/1+s       16x16/4/1+s
 """)
 
+# By head width, where the configuration of its padded width spills.
+EXCEPTIONS = read_table("""
+target  precision  pass          72           88         112            136
+sm80    single     forward       16x16/4/1+s  none       none           none
+sm86    single     forward       none         none       none           16x16/4/1+s
+sm90    half       key_gradient  none         none       64x64/8/2+s+d  none
+sm90    single     forward       none         32x16/8/1  none           none
+""")
+
 # Few and large tiles: the interpreter pays for every operation, not for its size.
 INTERPRETER: dict[Pass, Config] = {
     "forward": Config(64, 32, 4, 1),
@@ -53,4 +62,4 @@ INTERPRETER: dict[Pass, Config] = {
     "key_gradient": Config(32, 64, 4, 1),
 }
 
-ATTENTION = Family(TABLE, INTERPRETER)
+ATTENTION = Family(TABLE, INTERPRETER, exceptions=EXCEPTIONS)

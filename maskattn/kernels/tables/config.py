@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 __all__ = [
@@ -76,17 +76,34 @@ Table = dict[tuple[Target, Precision], Rows[PassT, ConfigT]]
 
 @dataclass(frozen=True)
 class Family(Generic[PassT, ConfigT]):
-    """A family of kernels: its table, the interpreter's configurations, and the narrowest head width in the table."""
+    """A family of kernels.
+
+    Attributes:
+        table: the configurations by padded head width.
+        interpreter: the interpreter's configurations.
+        narrowest: the narrowest padded head width in the table.
+        exceptions: configurations of single head widths, with whose strides the table's configuration spills registers.
+    """
 
     table: Table[PassT, ConfigT]
     interpreter: dict[PassT, ConfigT]
     narrowest: int = 16
+    exceptions: Table[PassT, ConfigT] = field(default_factory=dict)
+
+    def config(self, target: Target, precision: Precision, pass_: PassT, head_width: int, padded: int) -> ConfigT:
+        """Return the configuration of a head width, whose next power of two is ``padded``.
+
+        Raises:
+            KeyError: the table has none.
+        """
+        exceptions = self.exceptions.get((target, precision), {}).get(pass_, {})
+        return exceptions.get(head_width) or self.table[target, precision][pass_][max(self.narrowest, padded)]
 
 
 def read_table(text: str) -> Table[Pass, Config]:
     """Parse the table of attention kernels.
 
-    Its header names the padded head widths. Every other line has a target, a precision, a pass and, for each width,
+    Its header names the (padded) head widths. Every other line has a target, a precision, a pass and, for each width,
     queries ``x`` keys ``/`` warps ``/`` stages, followed by ``+s`` if heads are split, ``+d`` for descriptors and
     ``+t`` for a plain tail; or ``none``.
     """

@@ -89,7 +89,7 @@ def look_up(
     if target == "interpreter":
         return family.interpreter[pass_]
     size: Precision = "single" if dtype == torch.float32 else "half"
-    return family.table[target, size][pass_][max(family.narrowest, width)]
+    return family.config(target, size, pass_, head_width, width)
 
 
 @overload
