@@ -18,7 +18,7 @@ from tiffs import draw, write_ome
 from maskattn.slide.manifest import collect_jobs
 from maskattn.slide.placeholders import is_placeholder
 from maskattn.slide.reader import SlideReader
-from maskattn.slide.remote import CacheSettings, Copies
+from maskattn.slide.remote import CacheSettings, Copies, fetch
 from maskattn.slide.remote import transfer as transfers
 from maskattn.slide.remote.files import look_up
 from maskattn.slide.remote.range_requests import StoreStopped
@@ -100,7 +100,6 @@ def test_a_transfer_whose_checksum_is_wrong_once_is_made_again(bucket, tmp_path,
 
 def test_an_etag_that_is_no_checksum_is_taken_for_none_when_two_copies_agree(bucket, tmp_path, monkeypatch):
     look_up = transfers.look_up
-    from maskattn.slide.remote import fetch
 
     def with_other_etag(url: str) -> Any:
         found = look_up(url)
@@ -149,4 +148,21 @@ def test_a_slide_in_a_bucket_is_read_in_parts(bucket, tmp_path):
         assert is_placeholder(here.path)
         with SlideReader(here.path, isolated=True) as reader, SlideReader(path) as local:
             assert np.array_equal(reader.thumbnail(600), local.thumbnail(600))
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_a_dicom_series_in_a_bucket_is_one_slide_and_is_read_in_parts(bucket, tmp_path, monkeypatch):
+    pytest.importorskip("wsidicom")
+    sources = pytest.importorskip("fuzz_sources")
+    monkeypatch.setattr(fetch, "_SMALL_BYTES", 0)
+    paths = sources.DRAWINGS["DICOM uncompressed"](tmp_path, draw(*sources.SIZE))
+    for path in paths:
+        bucket.put_file(str(path), f"slides/CMU-1/{path.name}")
+    (job,) = collect_jobs(["s3://slides/CMU-1/"])
+    assert job.slide_id == "CMU-1"
+    with Copies(CacheSettings(tmp_path / "cache")) as copies, copies.local(copies.identified(job)) as here:
+        assert is_placeholder(here.path)
+        with SlideReader(here.path, isolated=True) as reader, SlideReader(paths[0]) as local:
+            assert np.array_equal(reader.thumbnail(400), local.thumbnail(400))
+            assert reader.info.spacing_um == local.info.spacing_um
     assert left_in(tmp_path / "cache") == []
