@@ -111,7 +111,7 @@ def _forget_the_command() -> None:
 @contextmanager
 def _reported(reports: Connection, cores: tuple[int, ...]) -> Iterator[None]:
     """Report how the context ends, and end with the command or by a signal to it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True, name="maskattn parent").start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the command, which passes it on
     if cores:
         os.sched_setaffinity(0, cores)

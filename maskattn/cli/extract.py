@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from maskattn.cli import options, slide_runs
+from maskattn.cli.imports import imports
 from maskattn.cli.reporting import errors_in_one_line
 from maskattn.slide.extract_request import ExtractSettings
 
@@ -87,18 +88,19 @@ class _Extraction:
 
     def on(self, device: str) -> tuple[str, Run[ExtractionOutcome]]:
         """Load the encoder."""
-        from maskattn.nn.encoders import load_encoder
-        from maskattn.slide.extract_request import check_extraction
-        from maskattn.slide.extraction import extract_slides
+        with imports():
+            from maskattn.nn.encoders import load_encoder
+            from maskattn.slide.extract_request import check_extraction
+            from maskattn.slide.extraction import extract_slides
 
-        chosen = load_encoder(
-            self.encoder,
-            device=slide_runs.device_named(device, self.impl),
-            impl=self.impl,
-            weights=self.weights,
-            num_heads=self.num_heads,
-            trust_code=self.trust_code,
-        )
+            chosen = load_encoder(
+                self.encoder,
+                device=slide_runs.device_named(device, self.impl),
+                impl=self.impl,
+                weights=self.weights,
+                num_heads=self.num_heads,
+                trust_code=self.trust_code,
+            )
         check_extraction(self.jobs, self.settings, chosen)
         note = _of_the_encoder(chosen.name, chosen.card.licence, chosen.why_not)
         return note, lambda progress, settings: extract_slides(self.jobs, chosen, settings, progress)

@@ -40,7 +40,7 @@ def told_to_end() -> Iterator[None]:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     earlier = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    watch = threading.Thread(target=_end_for_certain, args=(read_end,), daemon=True)
+    watch = threading.Thread(target=_end_for_certain, args=(read_end,), daemon=True, name="maskattn signals")
     watch.start()
     for number in ours:
         signal.signal(number, _raise)

@@ -28,6 +28,7 @@ from maskattn.nn.adapters.open_clip_files import CONFIG as OPEN_CLIP_CONFIG
 from maskattn.nn.encoders.entry import IMAGENET, Triple, triple_of
 from maskattn.nn.encoders.open_clip import pixel_statistics
 from maskattn.nn.encoders.table import entry_of_hub
+from maskattn.nn.timm_import import import_timm
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Bool, Float, UInt8
 
@@ -151,7 +152,7 @@ def normalisation_of(source: str) -> tuple[Triple, Triple]:
         source: the model's source as :func:`maskattn.nn.checkpoints.load_vit` takes it.
     """
     if source.startswith("timm:"):
-        import timm
+        timm = import_timm()
 
         own = timm.get_pretrained_cfg(source.removeprefix("timm:"))
         return IMAGENET if own is None else (triple_of(own.mean), triple_of(own.std))

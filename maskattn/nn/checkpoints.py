@@ -25,6 +25,7 @@ from maskattn.nn.adapters.siglip import SIGLIP_FAMILIES
 from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.adapters.transformers import from_transformers
 from maskattn.nn.hub_files import first_of_hub
+from maskattn.nn.timm_import import import_timm
 from maskattn.nn.vit import VisionTransformer
 from maskattn.nn.weight_files import read_weights
 
@@ -135,7 +136,7 @@ def from_state_dict(
 
 
 def _load_timm(name: str, impl: str | None, arguments: dict[str, Any]) -> VisionTransformer:
-    import timm
+    timm = import_timm()
 
     try:
         model = timm.create_model(name, **{"pretrained": True, **arguments})
@@ -146,7 +147,7 @@ def _load_timm(name: str, impl: str | None, arguments: dict[str, Any]) -> Vision
 
 def hub_id_of(name: str) -> str:
     """Return the hub's repository with the weights of a timm model; the name itself if timm records none."""
-    import timm
+    timm = import_timm()
 
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     hub_id: str = getattr(config, "hf_hub_id", None) or name

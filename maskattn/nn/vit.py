@@ -188,7 +188,8 @@ class VisionTransformer(TimmInterface):
         self.fc_norm = nn.LayerNorm(pooled, eps=norm_eps) if final_norm and after_pool else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(pooled, num_classes) if num_classes else nn.Identity()
-        self._initialise()
+        if not self.patch_embed.proj.weight.is_meta:  # torch would import its compiler for a normal distribution there
+            self._initialise()
 
     def forward(
         self, x: Float[Tensor, "B I X Y"] | PackedTokens, keep: Bool[Tensor, "..."] | None = None
@@ -367,9 +368,8 @@ class VisionTransformer(TimmInterface):
                     nn.init.zeros_(module.bias)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for token in (self.cls_token, self.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=1e-6)
+        for token in (token for token in (self.cls_token, self.reg_token) if token is not None):
+            nn.init.normal_(token, std=1e-6)
 
 
 def _check_width(embed_dim: int, num_heads: int, pos_embed: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from maskattn.nn.adapters.conversion import refuse
 from maskattn.nn.adapters.timm import from_timm
 from maskattn.nn.hub_files import first_of_hub
+from maskattn.nn.timm_import import import_timm
 
 __all__ = ["CONFIG", "WEIGHTS", "OpenClipFiles"]
 
@@ -110,7 +111,7 @@ def _of_own_tower(tower: dict[str, Any], quick_gelu: bool, name: str) -> dict[st
 
 def _of_timm(tower: dict[str, Any], embed_dim: int, name: str) -> dict[str, Any]:
     """Return the arguments of a tower that timm builds, read from its network, which gets no memory for weights."""
-    import timm
+    timm = import_timm()
 
     architecture, pool = tower["timm_model_name"], tower.get("timm_pool", "avg")
     if not timm.is_model(architecture):

@@ -13,6 +13,7 @@ from maskattn.nn.encoders.convolutional_stem import ConvolutionalStem
 from maskattn.nn.encoders.entry import EncoderEntry, triple_of
 from maskattn.nn.encoders.tile_encoder import EncoderCard
 from maskattn.nn.fitting import joined, misfits
+from maskattn.nn.timm_import import import_timm
 from maskattn.nn.weight_files import read_weights
 
 __all__ = ["build_timm", "card_of_timm"]
@@ -34,7 +35,7 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
         ValueError: the weights do not fit the network (the message names the keys), or its architecture is unknown.
         PermissionError, ConnectionError, FileNotFoundError: the weights are not available; the message has the remedy.
     """
-    import timm
+    timm = import_timm()
 
     if weights is None and entry.weights_at and more.get("pretrained", True):
         raise FileNotFoundError(
@@ -84,12 +85,11 @@ def card_of_timm(network: Any, name: str) -> EncoderCard:
 
 def _layers(arguments: dict[str, Any]) -> dict[str, Any]:
     """Replace the names of layers in the table's arguments by classes of timm, torch or this package."""
-    import timm.layers
-
+    layers = import_timm().layers
     for key in ("mlp_layer", "act_layer"):
         if key in arguments:
             name = arguments[key]
-            arguments[key] = getattr(timm.layers, name, None) or getattr(nn, name)
+            arguments[key] = getattr(layers, name, None) or getattr(nn, name)
     if arguments.get("embed_layer") == ConvolutionalStem.__name__:
         arguments["embed_layer"] = ConvolutionalStem
     return arguments
@@ -116,7 +116,7 @@ def _fill(network: nn.Module, path: Path, name: str) -> None:
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     state = _of_this_timm(network, state)
-    expected = {key: torch.empty_like(x, device="meta") for key, x in network.state_dict().items()}
+    expected = {key: torch.empty(x.shape, dtype=x.dtype, device="meta") for key, x in network.state_dict().items()}
     state = {key: x for key, x in state.items() if key in expected or not key.startswith(("head.", "fc."))}
     if wrong := misfits(state, expected):
         raise ValueError(f"weights must be those of {name}, got {path}: {joined(wrong)}")
@@ -141,7 +141,7 @@ def _let_go(network: nn.Module) -> None:
     """Replace a network's parameters by ones on the meta device, which take no memory."""
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty_like(parameter, device="meta")
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
             module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
 
 
@@ -151,7 +151,7 @@ def _of_timm(error: Exception, architecture: str) -> Exception:
         return error
     import difflib
 
-    import timm
+    timm = import_timm()
 
     close = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
     return ValueError(

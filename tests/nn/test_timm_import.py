@@ -1,0 +1,71 @@
+"""timm is imported without torch's compiler, which works afterwards as if nothing had happened."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("timm", reason="the import of timm is what is tested")
+
+# The library that goes with the operators' names must last as long as torchvision.
+START = """
+import sys, threading
+from maskattn.torchvision_names import name_operators
+names = name_operators()
+import torch
+from maskattn.nn.timm_import import import_timm
+"""
+
+
+def run(code: str) -> list[str]:
+    """The lines that a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_an_encoder_of_timm_is_loaded_without_the_compiler() -> None:
+    code = """
+from maskattn.nn.encoders import load_encoder
+encoder = load_encoder("timm:vit_tiny_patch16_224", pretrained=False)
+print(encoder.why_not or "packed", *({"torch._dynamo", "torch._dynamo.utils", "sympy"} & sys.modules.keys()))
+"""
+    assert run(code) == ["packed"]
+
+
+def test_the_compiler_and_what_is_kept_from_it_work_afterwards() -> None:
+    code = """
+disable = torch.compiler.disable
+timm = import_timm()
+assert torch.compiler.disable is disable and "torch._dynamo" not in sys.modules
+from torchvision.ops.roi_align import is_compile_supported
+assert is_compile_supported("cpu") is True and "torch._dynamo" in sys.modules
+assert torch._dynamo.utils.is_compile_supported("cpu") is True
+from timm.layers import disable_compiler
+seen = []
+
+@disable_compiler
+def kept_from_it(x):
+    seen.append(torch.compiler.is_compiling())
+    return x + 1
+
+@disable_compiler(recursive=False)
+def also(x):
+    seen.append(torch.compiler.is_compiling())
+    return x + 1
+
+compiled = torch.compile(lambda x: also(kept_from_it(x * 2)) * 3, backend="eager")
+assert compiled(torch.ones(2)).tolist() == [12.0, 12.0] and seen == [False, False], seen
+assert kept_from_it.__name__ == "kept_from_it"
+"""
+    assert run(code) == []
+
+
+def test_beside_another_thread_or_with_the_compiler_nothing_is_replaced() -> None:
+    for before in (
+        "import torch._dynamo",
+        "waits = threading.Event(); threading.Thread(target=waits.wait, daemon=True).start()",
+    ):
+        assert run(f"{before}\nimport_timm()\nprint('torch._dynamo' in sys.modules)") == ["True"]
