@@ -128,6 +128,17 @@ def test_gradients_are_the_bits_of_those_by_the_dispatcher(qkv):
     assert all(torch.equal(one, other) for one, other in zip(straight, watched, strict=True))
 
 
+def test_results_have_the_same_dtypes_whatever_torchs_default_is(qkv):
+    leaf = qkv.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(attend(*leaf).sum(), leaf)
+    torch.set_default_dtype(torch.float64)
+    try:
+        (found,) = torch.autograd.grad(attend(*leaf).sum(), leaf)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def test_a_second_derivative_is_refused(qkv):
     leaves = [x.clone().requires_grad_() for x in qkv]
     (grad,) = torch.autograd.grad(attend(*leaves).square().sum(), leaves[:1], create_graph=True)

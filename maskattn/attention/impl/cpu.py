@@ -25,6 +25,7 @@ from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradien
 OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "precision"})
 WITH_REST = frozenset({"key_bias", "slopes"})
 READS_OUTPUTS = True
+_TENSORS = sorted(OPTIONS - {"scale", "precision"})  # the options that are tensors
 
 HEAD_WIDTHS = range(16, 257, 8)
 
@@ -108,7 +109,7 @@ def readout_forward(qkv: QKV, where: KeySequences, options: Options, need_lse: b
     """Attention of a few queries of each sequence over its packed keys."""
     B, R, H, _ = qkv.q.shape
     left = _empty_outputs(qkv.q, (B, R, H), options)
-    rows = torch.empty((R, H, qkv.k.shape[0] if need_rows else 0))
+    rows = left.lse.new_empty((R, H, qkv.k.shape[0] if need_rows else 0))
     extension().readout_forward(
         *_strided(qkv.q, qkv.k, qkv.v),
         array_of(where.cu_seqlens.contiguous()),
@@ -143,7 +144,7 @@ def token_relevance(
     qkv: QKV, classes: ClassGradients, origins: Origins, where: KeySequences, options: Options
 ) -> Tensor:
     """The relevance (K, T) of every token for every class."""
-    relevance = torch.empty((classes.grad_out.shape[0], qkv.k.shape[0]))
+    relevance = torch.empty((classes.grad_out.shape[0], qkv.k.shape[0]), dtype=torch.float32)
     own = {name: None if x is None else _strided(x.to(qkv.q.dtype))[0] for name, x in vars(origins).items()}
     extension().token_relevance(
         *_strided(qkv.q, qkv.k, qkv.v, classes.out),
@@ -159,7 +160,7 @@ def token_relevance(
 
 def _strided(*tensors: Tensor) -> tuple[Any, ...]:
     """Arrays of tensors whose last axis is contiguous."""
-    return tuple(array_of(x if x.stride(-1) == 1 else x.contiguous()) for x in tensors)
+    return tuple([array_of(x if x.stride(-1) == 1 else x.contiguous()) for x in tensors])
 
 
 def _floats(x: Tensor | None) -> Any:
@@ -167,7 +168,10 @@ def _floats(x: Tensor | None) -> Any:
 
 
 def _starts(where: Sequences) -> tuple[Any, Any]:
-    return array_of(where.cu_seqlens_q.contiguous()), array_of(where.cu_seqlens_k.contiguous())
+    of_queries = array_of(where.cu_seqlens_q.contiguous())
+    if where.cu_seqlens_k is where.cu_seqlens_q:
+        return of_queries, of_queries
+    return of_queries, array_of(where.cu_seqlens_k.contiguous())
 
 
 def _given(grads: OutputGradients, qkv: QKV, outputs: Outputs) -> tuple[Any, ...]:
@@ -181,23 +185,24 @@ def _rest(outputs: Outputs) -> dict[str, Any]:
 
 def _score_arguments(options: Options) -> dict[str, Any]:
     """The options and the number of threads, as keyword arguments of the extension."""
-    given: dict[str, Any] = {"threads": torch.get_num_threads()}
-    for name in OPTIONS - {"precision"}:
+    given: dict[str, Any] = {"threads": torch.get_num_threads(), "scale": options.scale}
+    for name in _TENSORS:
         x = getattr(options, name)
-        given[name] = _floats(x) if isinstance(x, Tensor) else x
+        if x is not None:
+            given[name] = _floats(x)
     return given
 
 
 def _empty_outputs(q: Tensor, lse_shape: tuple[int, ...], options: Options) -> Outputs:
-    lse = torch.empty(lse_shape)
+    lse = q.new_empty(lse_shape, dtype=torch.float32)
     keeps_rest = any(getattr(options, name) is not None for name in WITH_REST)
-    return Outputs(_empty(q), lse, torch.empty(lse_shape if keeps_rest else 0))
+    return Outputs(_empty(q), lse, torch.empty_like(lse) if keeps_rest else lse.new_empty(0))
 
 
 def _empty_gradients(qkv: QKV, options: Options) -> tuple[Gradients, dict[str, Any]]:
     """Uninitialised gradients, those of options in float32 as the kernels sum them, and the latter as arguments."""
     given = ((name, getattr(options, name)) for name in DIFFERENTIABLE)
-    sums = {name: torch.empty(x.shape) for name, x in given if x is not None}
+    sums = {name: torch.empty(x.shape, dtype=torch.float32) for name, x in given if x is not None}
     arrays = {_GRADIENT_OF[name]: array_of(x) for name, x in sums.items()}
     return Gradients(_empty(qkv.q), _empty(qkv.k), _empty(qkv.v), **sums), arrays
 
@@ -216,4 +221,4 @@ def _in_dtypes(found: Gradients, options: Options) -> Gradients:
 
 
 def _empty(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
