@@ -61,7 +61,8 @@ def run_member(reports: Connection, device: str, cores: tuple[int, ...]) -> None
     """Run slides in this process, which was started for this purpose.
 
     Args:
-        reports: the connection that receives the :class:`Work` and sends a tuple (kind, ...) for each event.
+        reports: the connection that receives the :class:`Work`, sends a tuple (kind, ...) for each event, and receives
+            the word to leave.
         device: the device on which the model is loaded.
         cores: the cores that this process and its decoding workers may use; () leaves the choice to the system.
     """
@@ -80,7 +81,7 @@ def run_forked(
     """Run slides in this process, a fork of the command, which has loaded the model and runs no torch threads.
 
     Args:
-        reports: the connection that sends the reports.
+        reports: the connection that sends the reports and receives the word to leave.
         commands: the command's end of that connection, of which the fork made a copy.
         cores: as for :func:`run_member`.
         threads: the number of torch's threads without ``cores``.
@@ -159,6 +160,11 @@ class _Reporter:
 
     def slide_ended(self, outcome: Outcome) -> None:
         self._reports.send(("ended", outcome))
+
+    def no_slide_left(self) -> None:
+        """Wait until none of the command's processes has a slide left, or has yet to join."""
+        self._reports.send(("waiting",))
+        self._reports.recv()
 
 
 class _AsNotes(logging.Handler):

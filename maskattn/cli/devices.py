@@ -123,15 +123,17 @@ class _Loaded(Generic[OutcomeT]):
 
 @dataclass
 class _Member(MemberState[OutcomeT]):
-    """The process of one device, and its state."""
+    """The process of one device, and its state; ``waits`` until all members may leave."""
 
     cores: tuple[int, ...] = ()
     loaded: _Loaded[OutcomeT] | None = None
+    waits: bool = False
     process: ForkProcess | SpawnProcess | None = None
 
     def start(self) -> Connection:
         """Start the process and return the connection for its reports."""
         ours, theirs = multiprocessing.Pipe()
+        self.waits = False
         work = self.work_of_next_start()
         if self.loaded is not None:
             self._fork(ours, theirs, work.settings, self.loaded)
@@ -219,14 +221,26 @@ def run_on_devices(
 
 
 def _listen(members: Sequence[_Member[OutcomeT]], reports: Reports[OutcomeT]) -> None:
-    """Process the members' reports until all have ended; restart a member that is killed."""
+    """Process the members' reports until all have ended; restart a member that is killed.
+
+    Members leave together: one that joined after the others had left would see a run that has ended.
+    """
     running = {member.start(): member for member in members}
     while running:
+        if all(member.waits for member in running.values()):
+            for to_member, member in running.items():
+                member.waits = False
+                with contextlib.suppress(OSError):  # it has ended meanwhile, which is noticed below
+                    to_member.send("leave")
         for connection in wait(list(running)):
             assert isinstance(connection, Connection)
             member = running[connection]
             try:
-                reports.take(member, *connection.recv())
+                kind, *what = connection.recv()
+                if kind == "waiting":
+                    member.waits = True
+                else:
+                    reports.take(member, kind, *what)
                 continue
             except (EOFError, OSError):
                 connection.close()

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from maskattn.errors import SlideError
 from maskattn.slide.fleet.claims import Claim, ClaimLostError
@@ -28,7 +28,7 @@ from maskattn.slide.output_folder import are_one_name, prepare_output
 from maskattn.slide.remote import CacheSettings, Copies
 from maskattn.slide.summary import carried_into
 
-__all__ = ["OnTiles", "OutcomeT", "RunProgress", "run_each"]
+__all__ = ["LeavesTogether", "OnTiles", "OutcomeT", "RunProgress", "run_each"]
 
 _logger = logging.getLogger(__name__)
 
@@ -57,6 +57,17 @@ class RunProgress(Protocol, Generic[_OutcomeIn]):
 
     def slide_ended(self, outcome: _OutcomeIn) -> None:
         """A slide is finished, skipped or failed, and its row in the summary is written."""
+
+
+@runtime_checkable
+class LeavesTogether(Protocol):
+    """A progress that also says when this process may leave the others that share the slides.
+
+    A process that joins after all others have left would take their slides for those of an earlier run.
+    """
+
+    def no_slide_left(self) -> None:
+        """There is no slide left for this process, which leaves when this returns."""
 
 
 def run_each(
@@ -131,6 +142,8 @@ def run_each(
                 outcomes[index] = replace(remote, elsewhere=True)
             if progress is not None:
                 progress.slide_ended(outcomes[index])
+        if isinstance(progress, LeavesTogether):
+            progress.no_slide_left()
     in_order = [outcomes[index] for index in sorted(outcomes)]
     if fleet.was_last:
         at_end(in_order)

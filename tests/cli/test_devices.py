@@ -202,6 +202,34 @@ app(sys.argv[1:])
     assert run.stderr.count("Random weights.") == 1
 
 
+def test_process_that_starts_late_does_not_take_the_run_for_an_earlier_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = """
+import os, sys, time
+from pathlib import Path
+from maskattn.cli import device_member
+from maskattn.cli.app import app
+out = Path(sys.argv.pop(1))
+use_threads = device_member._use_threads
+def be_late(threads):
+    try:
+        os.close(os.open(out.with_name("first"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        while len(list(out.glob("s*/prediction.json"))) < 4:
+            time.sleep(0.02)
+        time.sleep(1)
+    use_threads(threads)
+device_member._use_threads = be_late
+app(sys.argv[1:])
+"""
+    arguments = [str(out), *asked(tmp_path, 4), str(out), "--devices", "cpu:2"]
+    run = subprocess.run([sys.executable, "-c", script, *arguments], check=False, capture_output=True, text=True)
+    assert (run.returncode, (tmp_path / "first").exists()) == (1, True), run.stderr
+    statuses = {name: row["status"] for name, row in read_summary(out / "summary.csv").items()}
+    assert statuses == {"broken": "failed"} | {f"s{number:03d}": "ok" for number in range(4)}
+    assert not (out / ".fleet").exists()
+
+
 def test_processes_load_the_model_themselves_where_a_fork_would_inherit_threads(tmp_path: Path) -> None:
     work = Inference([SlideJob("a", Path("a.svs"))], Chosen(), RunSettings(tmp_path))
     assert "torch" in sys.modules

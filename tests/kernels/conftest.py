@@ -15,9 +15,12 @@ triton = pytest.importorskip("triton")
 
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 if INTERPRETING:
+    from interpreted_products import sum_in_float64
+
     from bench.aot.quick_interpreter import replace_once
 
     replace_once()
+    sum_in_float64()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
