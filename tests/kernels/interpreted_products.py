@@ -1,7 +1,8 @@
 """Products of float32 in Triton's interpreter, rounded alike whichever operand comes first, as on a GPU.
 
-A backward pass recomputes scores as k·qᵀ that forward computed as q·kᵀ. A GPU adds up both along the head, in one order.
-NumPy's matrix product adds in orders that depend on the processor, so that large scores differ by several roundings.
+A backward pass recomputes as k·qᵀ the scores that forward computed as q·kᵀ. A GPU adds up both along the head, in one
+order; NumPy's matrix product adds in orders that depend on the processor, so that large scores differ by several
+roundings.
 """
 
 from __future__ import annotations
