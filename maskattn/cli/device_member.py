@@ -57,14 +57,15 @@ class Work(Protocol[OutcomeT]):
         """Load the model on a device; return a note on it ("" for none), and the function that runs the slides."""
 
 
-def run_member(reports: Connection, device: str, cores: tuple[int, ...]) -> None:
+def run_member(reports: Connection, device: str, cores: tuple[int, ...], together: bool = False) -> None:
     """Run slides in this process, which was started for this purpose.
 
     Args:
-        reports: the connection that receives the :class:`Work`, sends a tuple (kind, ...) for each event, and receives
-            the word to leave.
+        reports: the connection that receives the :class:`Work` and sends a tuple (kind, ...) for each event.
         device: the device on which the model is loaded.
         cores: the cores that this process and its decoding workers may use; () leaves the choice to the system.
+        together: whether to wait, when no slide is left, for a word through ``reports``, which the command sends when
+            its other processes wait too.
     """
     with _reported(reports, cores):
         _keep_threads_within(len(cores))
@@ -72,7 +73,7 @@ def run_member(reports: Connection, device: str, cores: tuple[int, ...]) -> None
         note, run = work.on(device)
         if note:
             reports.send(("note", note))
-        run(_Reporter(reports), work.settings)
+        run((_ReporterThatWaits if together else _Reporter)(reports), work.settings)
 
 
 def run_forked(
@@ -92,7 +93,7 @@ def run_forked(
     _forget_the_command()
     with _reported(reports, cores):
         _use_threads(threads if not cores else min(threads, len(cores)))
-        run(_Reporter(reports), settings)
+        run(_ReporterThatWaits(reports), settings)
 
 
 def _forget_the_command() -> None:
@@ -160,6 +161,10 @@ class _Reporter:
 
     def slide_ended(self, outcome: Outcome) -> None:
         self._reports.send(("ended", outcome))
+
+
+class _ReporterThatWaits(_Reporter):
+    """Leaves the run together with the command's other processes."""
 
     def no_slide_left(self) -> None:
         """Wait until none of the command's processes has a slide left, or has yet to join."""

@@ -141,7 +141,7 @@ class _Member(MemberState[OutcomeT]):
             return ours
         # A fork would inherit the locks of this process's threads, and its GPU.
         self.process = multiprocessing.get_context("spawn").Process(
-            target=run_member, args=(theirs, self.device, self.cores), name=self.device
+            target=run_member, args=(theirs, self.device, self.cores, True), name=self.device
         )
         self.process.start()
         theirs.close()
