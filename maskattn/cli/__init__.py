@@ -6,6 +6,7 @@ This module needs only the standard library, so that it can name what to install
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import warnings
 
@@ -14,11 +15,16 @@ from maskattn.cli.streams import lasting_streams
 
 __all__ = ["main"]
 
+# Threads of numpy's OpenBLAS spin after they start and after each product, a tenth of a second unless told, as 2 to the
+# 26th cycles; the least is 2 to the 4th. OpenBLAS reads the variable when numpy is imported.
+_OPENBLAS_SPINS = ("OPENBLAS_THREAD_TIMEOUT", "4")
+
 
 def main() -> None:
     """Run the command line; exits with 0 = ok, 1 = some slide failed, 2 = wrong usage or unwritable output."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # warnings of libraries are for developers; -W shows them
+    os.environ.setdefault(*_OPENBLAS_SPINS)
     try:
         with lasting_streams():
             _run()

@@ -88,6 +88,7 @@ class _Extraction:
 
     def on(self, device: str) -> tuple[str, Run[ExtractionOutcome]]:
         """Load the encoder."""
+        slide_runs.start_decoder(self.settings)
         with imports():
             from maskattn.nn.encoders import load_encoder
             from maskattn.slide.extract_request import check_extraction

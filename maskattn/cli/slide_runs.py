@@ -19,18 +19,33 @@ if TYPE_CHECKING:
     from maskattn.explain.text_concepts import TextConcepts
     from maskattn.nn.slide_models.two_stage import TwoStageModel
     from maskattn.slide.each_slide import OutcomeT
+    from maskattn.slide.extract_request import ExtractSettings
     from maskattn.slide.manifest import SlideJob
     from maskattn.slide.outcome import Outcome
     from maskattn.slide.prediction import SlideOutcome
     from maskattn.slide.request import RunSettings
 
-__all__ = ["BUNDLED", "Chosen", "Inference", "Where", "device_named", "end", "jobs_asked_for", "load_model", "run"]
+__all__ = [
+    "BUNDLED",
+    "Chosen",
+    "Inference",
+    "Where",
+    "device_named",
+    "end",
+    "jobs_asked_for",
+    "load_model",
+    "run",
+    "start_decoder",
+]
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "model"
 
 # oneDNN keeps each product that it has compiled for a number of rows, half a megabyte, and 1,024 unless told. Masked
 # batches have many numbers of rows; with so few, they are as fast. It reads the variable at its first product.
 _PRODUCTS_KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# Torch's threads spin for a while after each operation. The bundled model's operations are so short that its threads
+# would spin for most of the time, on cores that decode tiles and draw pictures; large encoders are slower without.
+_THREADS_SLEEP = ("OMP_WAIT_POLICY", "passive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +204,18 @@ def _jobs_of_features(folder: Path) -> list[SlideJob]:
     return [SlideJob(slide_id, path) for slide_id, path in found.items()]
 
 
+def start_decoder(settings: RunSettings | ExtractSettings) -> None:
+    """Start the process that decodes slides, while torch is imported and the model is loaded.
+
+    Where an earlier run wrote a summary, all slides may be finished; the process then starts when it is needed.
+    """
+    if not settings.overwrite and (settings.out_dir / "summary.csv").exists():
+        return
+    from maskattn.slide.formats.isolated_image import start_ahead
+
+    start_ahead()
+
+
 @dataclass(frozen=True)
 class Inference:
     """The prediction of slides by a model, on any device.
@@ -220,6 +247,10 @@ class Inference:
 
     def on(self, device: str) -> tuple[str, Run[SlideOutcome]]:
         """Load the model on a device; return the note of a demonstration model, and what runs the slides."""
+        if self.chosen.model == BUNDLED and self.words is None:
+            os.environ.setdefault(*_THREADS_SLEEP)
+        if self.settings.features_dir is None:
+            start_decoder(self.settings)
         with imports():
             from maskattn.slide.run import run_slides
 

@@ -120,6 +120,35 @@ except ModuleNotFoundError:
     assert run(code).splitlines() == ["True True", "True True", "True"]
 
 
+def test_a_frames_module_is_found_without_a_search_of_all_modules() -> None:
+    code = """
+import inspect, sys, tokenize
+from maskattn.cli.imports import imports
+search = inspect.getmodule
+def here(): return sys._getframe()
+lines = tokenize.generate_tokens(iter([]).__next__).gi_frame
+renamed = eval("__import__('sys')._getframe()", {"__name__": "tokenize"})
+nameless = eval("__import__('sys')._getframe()", {})
+asked = [lines, here(), here, inspect, renamed, nameless]
+expected = [search(x) for x in asked]
+assert expected[0] is tokenize
+with imports():
+    assert inspect.getmodule is not search
+    assert [inspect.getmodule(x) for x in asked] == expected
+    inspect.getabsfile = None  # what a search calls
+    print(inspect.getmodule(lines).__name__)
+print(inspect.getmodule is search)
+"""
+    assert run(code).splitlines() == ["tokenize", "True"]
+
+
+def test_threads_that_wait_do_not_spin_and_what_is_set_already_stays() -> None:
+    code = maskattn("--help") + "import os; print(os.environ['OPENBLAS_THREAD_TIMEOUT'])"
+    assert run(code, OPENBLAS_THREAD_TIMEOUT="20").splitlines()[-1] == "20"
+    unset = "import os; os.environ.pop('OPENBLAS_THREAD_TIMEOUT', None)\n" + code
+    assert run(unset).splitlines()[-1] == "4"
+
+
 def test_annotations_cost_no_import_outside_the_tests() -> None:
     code = "import sys, maskattn.slide.reader, maskattn.nn.slide_model; print('jaxtyping' in sys.modules)"
     assert run(code) == "False\n"

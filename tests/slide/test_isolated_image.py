@@ -52,6 +52,17 @@ def pid_of(process: DecodingProcess) -> int:
     return process._process.pid
 
 
+def test_a_process_that_was_started_ahead_is_the_one_that_decodes(
+    slide: DrawnSlide, process: list[DecodingProcess]
+) -> None:
+    isolated_image.start_ahead()
+    isolated_image.start_ahead()  # one is enough
+    assert len(process) == 1
+    with SlideReader(slide.path, isolated=True) as reader:
+        reader.read_region(0, 0, (10, 10), (10, 10))
+    assert len(process) == 1
+
+
 def test_an_isolated_reader_sees_what_a_plain_one_sees(slide: DrawnSlide) -> None:
     with SlideReader(slide.path) as plain, SlideReader(slide.path, isolated=True) as isolated:
         assert isolated.info == plain.info

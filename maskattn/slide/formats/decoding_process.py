@@ -7,6 +7,7 @@ decoders and nothing else, and takes over its owner's ``sys.path``, so a script 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -35,6 +36,8 @@ _SERVE = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve(
 _SHARED_BYTES = 64 << 20
 _ENDS_WITHIN_S = 5.0
 _LAST_WORDS_BYTES = 2000
+# Numpy's OpenBLAS starts threads when it is imported, which spin for a tenth of a second before they sleep unless told.
+_ENVIRONMENT = {"OPENBLAS_THREAD_TIMEOUT": "4"}
 
 
 class DecoderCrashed(Exception):  # noqa: N818 -- named for what happened
@@ -69,6 +72,7 @@ class DecodingProcess:
                 stdout=self._written,
                 stderr=self._written,
                 pass_fds=handles,
+                env=_ENVIRONMENT | self._environment,
             )
         if shared is not None:
             os.close(shared)
@@ -170,6 +174,8 @@ def serve(handle: int, shared: int | None) -> None:
     connection = Connection(handle)
     memory = None if shared is None else np.frombuffer(mmap.mmap(shared, _SHARED_BYTES), np.uint8)
     image: SlideImage | None = None
+    with contextlib.suppress(ImportError):  # it is the answer to the first request
+        import maskattn.slide.formats.opening  # noqa: F401 -- while the owner is busy with something else
     while True:
         answer: Any = None
         try:

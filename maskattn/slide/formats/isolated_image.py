@@ -13,7 +13,7 @@ from maskattn.shapes import UInt8
 from maskattn.slide.formats.decoding_process import DecoderCrashed, DecoderStalled, DecodingProcess
 from maskattn.slide.formats.image import DecodeError
 
-__all__ = ["IsolatedDecoding", "IsolatedImage"]
+__all__ = ["IsolatedDecoding", "IsolatedImage", "start_ahead"]
 
 _ANSWERS_WITHIN_S = 120.0
 _MOST_CRASHES = 16
@@ -157,6 +157,12 @@ class IsolatedImage:
             process.end()
         else:
             _idle.append(process)
+
+
+def start_ahead() -> None:
+    """Start the process for the next slide, so that it imports the decoders while this one does something else."""
+    if not _idle:
+        _idle.append(DecodingProcess(_ANSWERS_WITHIN_S))
 
 
 def _process() -> DecodingProcess:
