@@ -7,17 +7,19 @@ the same scale in ``viewer/assets/colours.js``.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
 
-from maskattn.shapes import Float, UInt8
+from maskattn.shapes import Float, Int, UInt8
 
 __all__ = [
     "COLOUR_MAPS",
     "Kind",
     "colour_limit",
+    "colour_limit_of_counted",
     "colour_table",
     "coloured",
     "kind_of_attention",
@@ -30,6 +32,7 @@ __all__ = [
 _QUANTILE = 0.001
 
 Kind = Literal["diverging", "sequential"]
+_NOTHING_KNOWN: dict[Kind, tuple[float, float]] = {"diverging": (-1.0, 1.0), "sequential": (0.0, 1.0)}
 
 # Heat maps use the first of each kind; all are safe for colour-blind readers.
 COLOUR_MAPS: dict[Kind, tuple[str, ...]] = {
@@ -52,8 +55,41 @@ def colour_limit(values_YX: Float[np.ndarray, "Y X"], kind: Kind) -> tuple[float
     """
     known = values_YX[np.isfinite(values_YX)]
     if not known.size:
-        return (-1.0, 1.0) if kind == "diverging" else (0.0, 1.0)
+        return _NOTHING_KNOWN[kind]
     low, high = (float(value) for value in np.quantile(known, (_QUANTILE, 1 - _QUANTILE)))
+    return _limit_of_quantiles(low, high, kind)
+
+
+def colour_limit_of_counted(
+    values_V: Float[np.ndarray, " V"], pixels_V: Int[np.ndarray, " V"], kind: Kind
+) -> tuple[float, float]:
+    """Return :func:`colour_limit` of a map in which each value occurs a given number of times.
+
+    Args:
+        values_V: (V,) values.
+        pixels_V: (V,) how often each occurs.
+        kind: the kind of the map.
+    """
+    known = np.isfinite(values_V) & (pixels_V > 0)
+    if not known.any():
+        return _NOTHING_KNOWN[kind]
+    values, pixels = values_V[known], pixels_V[known]
+    order = np.argsort(values)
+    values, ends = values[order], np.cumsum(pixels[order])
+
+    def quantile(share: float) -> float:
+        """Interpolate between the two pixels next to the quantile, in the order of numpy's arithmetic."""
+        position = (ends[-1] - 1) * share
+        below = math.floor(position)
+        beyond = position - below
+        low, high = values[np.searchsorted(ends, (below, min(below + 1, ends[-1] - 1)), side="right")]
+        step = np.float64(high - low)
+        return float(low + step * beyond if beyond < 0.5 else high - step * (1 - beyond))
+
+    return _limit_of_quantiles(quantile(_QUANTILE), quantile(1 - _QUANTILE), kind)
+
+
+def _limit_of_quantiles(low: float, high: float, kind: Kind) -> tuple[float, float]:
     if kind == "diverging":
         return _up_to(max(abs(low), abs(high)) or 1.0, kind)
     return _up_to(high if high > 0 else 1.0, kind)

@@ -1,10 +1,8 @@
 """Overlay: maps of tokens or tiles over the slide's thumbnail, as PNG.
 
-A map is painted tile by tile at the thumbnail's resolution, so that memory does not grow with the slide. A thumbnail
-pixel belongs to the token that contains its centre; pixels without a kept token are those of the thumbnail, bit for
-bit.
+Pixels without a kept token are those of the thumbnail, bit for bit.
 
-Dimension key: M maps, (Y, X) thumbnail pixels, B tiles of a batch, (h, w) tokens of a tile.
+Dimension key: (Y, X) thumbnail pixels.
 """
 
 from __future__ import annotations
@@ -17,15 +15,23 @@ import numpy as np
 
 from maskattn.lettering import wrapped
 from maskattn.png_files import write_png
-from maskattn.shapes import Bool, Float, Int, UInt8
-from maskattn.slide.colours import COLOUR_MAPS, Kind, colour_limit, colour_table, positions_of, strengths_of_colours
+from maskattn.shapes import Float, UInt8
+from maskattn.slide.canvas import PaintedMap
+from maskattn.slide.colours import (
+    COLOUR_MAPS,
+    Kind,
+    colour_limit,
+    colour_limit_of_counted,
+    colour_table,
+    positions_of,
+    strengths_of_colours,
+)
 from maskattn.slide.legends import draw_colour_bar, draw_scale_bar, draw_text
 
 if TYPE_CHECKING:
     from maskattn.slide.tissue import TissueMask
 
 __all__ = [
-    "MapCanvas",
     "begin_heatmap",
     "blend",
     "smoothed",
@@ -44,58 +50,9 @@ _MIN_BODY_PX = (420, 240)
 _TISSUE_COLOUR = (0, 150, 60)
 
 
-class MapCanvas:
-    """Maps at the thumbnail's resolution, painted tile by tile; NaN in pixels without a kept token.
-
-    Args:
-        maps: M, the number of maps, which are painted together.
-        thumbnail_px: (height, width) of the thumbnail.
-        slide_px: (height, width) of the slide at level 0.
-        tile_lv0: side of a tile in level-0 pixels.
-    """
-
-    def __init__(self, maps: int, thumbnail_px: tuple[int, int], slide_px: tuple[int, int], tile_lv0: int) -> None:
-        self.values_MYX: Float[np.ndarray, "M Y X"] = np.full((maps, *thumbnail_px), np.nan, dtype=np.float32)
-        self._lv0_per_px = (slide_px[0] / thumbnail_px[0], slide_px[1] / thumbnail_px[1])
-        self._tile_lv0 = tile_lv0
-
-    def paint(
-        self,
-        coords_B2: Int[np.ndarray, "B 2"],
-        values_MBhw: Float[np.ndarray, "M B h w"],
-        keep_Bhw: Bool[np.ndarray, "B h w"],
-    ) -> None:
-        """Paint the kept tokens of some tiles.
-
-        Args:
-            coords_B2: (B, 2) level-0 x, y of the tiles' top left corners.
-            values_MBhw: (M, B, h, w) one value per token, or (M, B, 1, 1) one per tile.
-            keep_Bhw: (B, h, w) bool, True for kept tokens.
-        """
-        values_MBhw = np.broadcast_to(values_MBhw, (len(values_MBhw), *keep_Bhw.shape))
-        for tile, (x_lv0, y_lv0) in enumerate(coords_B2):
-            rows, row_of_pixel = self._pixels(0, int(y_lv0), keep_Bhw.shape[1])
-            columns, column_of_pixel = self._pixels(1, int(x_lv0), keep_Bhw.shape[2])
-            painted = keep_Bhw[tile].take(row_of_pixel, axis=0).take(column_of_pixel, axis=1)
-            view = self.values_MYX[:, rows, columns]
-            for target, source in zip(view, values_MBhw[:, tile], strict=True):
-                np.copyto(target, source.take(row_of_pixel, axis=0).take(column_of_pixel, axis=1), where=painted)
-
-    def _pixels(self, axis: int, start_lv0: int, tokens: int) -> tuple[slice, np.ndarray]:
-        """Return the thumbnail pixels whose centres are in a tile along one axis, and the token of each centre."""
-        step = self._lv0_per_px[axis]
-        limit = self.values_MYX.shape[1 + axis]
-        first, last = (
-            min(max(int(np.ceil(edge / step - 0.5)), 0), limit) for edge in (start_lv0, start_lv0 + self._tile_lv0)
-        )
-        centres_lv0 = (np.arange(first, last) + 0.5) * step - start_lv0
-        token = np.floor(centres_lv0 * tokens / self._tile_lv0).astype(np.intp)
-        return slice(first, last), token.clip(0, tokens - 1)
-
-
 def blend(
     thumbnail_YX3: UInt8[np.ndarray, "Y X 3"],
-    values_YX: Float[np.ndarray, "Y X"],
+    values_YX: Float[np.ndarray, "Y X"] | PaintedMap,
     kind: Kind,
     limits: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "Y X 3"]:
@@ -103,24 +60,39 @@ def blend(
 
     Args:
         thumbnail_YX3: (Y, X, 3) RGB.
-        values_YX: (Y, X) the map.
+        values_YX: (Y, X) the map, or the same from a canvas.
         kind: the kind of the map.
         limits: the values at the ends of the colour map; None = from the map, by
             :func:`maskattn.slide.colours.colour_limit`.
     """
     import cv2
 
-    limits = limits or colour_limit(values_YX, kind)
-    known = np.isfinite(values_YX)
+    limits = limits or _limits_of(values_YX, kind)
     # The thumbnail is grey below the map, so that every hue is the map's and not the stain's.
     grey_YX = cv2.cvtColor(thumbnail_YX3, cv2.COLOR_RGB2GRAY)
-    positions = np.rint(255 * positions_of(np.where(known, values_YX, np.float32(0)), limits))
-    mixtures = _mixtures(kind, limits).reshape(-1)
+    if isinstance(values_YX, PaintedMap):
+        unknown, colours = map(values_YX.of_pixels, _colours_of(values_YX.values_V, limits))
+    else:
+        unknown, colours = _colours_of(values_YX, limits)
+    np.bitwise_or(colours, grey_YX, out=colours)
     # Four bytes a pixel are taken several times as fast as three.
-    mixed = mixtures.take((positions.astype(np.intp) << 8) | grey_YX).view(np.uint8).reshape(*grey_YX.shape, 4)
+    mixed = _mixtures(kind, limits).reshape(-1).take(colours).view(np.uint8).reshape(*grey_YX.shape, 4)
     image: np.ndarray = cv2.cvtColor(mixed, cv2.COLOR_RGBA2RGB)
-    cv2.copyTo(thumbnail_YX3, (~known).view(np.uint8), image)
+    cv2.copyTo(thumbnail_YX3, unknown.view(np.uint8), image)
     return image
+
+
+def _limits_of(values_YX: Float[np.ndarray, "Y X"] | PaintedMap, kind: Kind) -> tuple[float, float]:
+    if isinstance(values_YX, PaintedMap):
+        return colour_limit_of_counted(values_YX.values_V, values_YX.pixels_V, kind)
+    return colour_limit(values_YX, kind)
+
+
+def _colours_of(values: Float[np.ndarray, " *shape"], limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return where values are not finite, and the row of each value's colour in :func:`_mixtures`, times 256."""
+    known = np.isfinite(values)
+    positions = np.rint(255 * positions_of(np.where(known, values, np.float32(0)), limits))
+    return ~known, positions.astype(np.intp) << 8
 
 
 def _mixtures(kind: Kind, limits: tuple[float, float]) -> np.ndarray:
@@ -159,7 +131,7 @@ def smoothed(values_YX: Float[np.ndarray, "Y X"], sigma_px: float) -> Float[np.n
 def begin_heatmap(
     path: Path,
     thumbnail_YX3: UInt8[np.ndarray, "Y X 3"],
-    values_YX: Float[np.ndarray, "Y X"],
+    values_YX: Float[np.ndarray, "Y X"] | PaintedMap,
     title: str,
     label: str,
     kind: Kind,
@@ -175,7 +147,7 @@ def begin_heatmap(
     Args:
         path: the PNG.
         thumbnail_YX3: (Y, X, 3) RGB.
-        values_YX: (Y, X) the map; NaN = background, left untouched.
+        values_YX: (Y, X) the map, or the same from a canvas; NaN = background, left untouched.
         title: the picture's title; characters that no font of this machine has become question marks.
         label: the quantity that the colour bar measures.
         kind: "diverging" fixes zero in the middle (CDAM), "sequential" starts at zero (attention).
@@ -186,7 +158,7 @@ def begin_heatmap(
     body = max(width, _MIN_BODY_PX[0]), max(height, _MIN_BODY_PX[1])
     lines = wrapped(title, body[0] + _BAR_PX - 2 * _MARGIN_PX, _TITLE_PT)
     head = 2 * _MARGIN_PX + _LINE_PX * len(lines)
-    limits = limits or colour_limit(values_YX, kind)
+    limits = limits or _limits_of(values_YX, kind)
     image = np.full((head + body[1], body[0] + _BAR_PX, 3), 255, np.uint8)
     for index, line in enumerate(lines):
         draw_text(image, line, _MARGIN_PX, _MARGIN_PX + _BASELINE_PX + _LINE_PX * index, _TITLE_PT)

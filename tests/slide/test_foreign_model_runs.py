@@ -207,7 +207,7 @@ def test_attention_below_zero_is_drawn_on_both_sides_of_zero(
     monkeypatch.setattr(
         "maskattn.slide.sinks.heatmaps.begin_heatmap",
         lambda path, thumbnail, values, title, label, kind, *rest: (
-            lambda: drawn.update({path.name: (label, kind, values)})
+            lambda: drawn.update({path.name: (label, kind, values.of_pixels(values.values_V))})
         ),
     )
     rows = GatedAttentionHead.attention

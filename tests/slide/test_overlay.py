@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskattn.slide.colours import COLOUR_MAPS, colour_limit, coloured, strengths_of
+from maskattn.slide.canvas import MapCanvas
+from maskattn.slide.colours import COLOUR_MAPS, colour_limit, colour_limit_of_counted, coloured, strengths_of
 from maskattn.slide.legends import round_length
 from maskattn.slide.outlines.writing import PALETTE
 from maskattn.slide.overlay import (
-    MapCanvas,
     begin_heatmap,
     blend,
     smoothed,
@@ -54,7 +54,50 @@ def test_canvas_gives_each_pixel_the_token_at_its_centre() -> None:
         token = int(y % tile_lv0 * tokens / tile_lv0), int(x % tile_lv0 * tokens / tile_lv0)
         place = (tile, *token)
         expected = values[(slice(None), *place)] if keep[place] else [np.nan, np.nan]
-        np.testing.assert_array_equal(canvas.values_MYX[:, row, column], expected)
+        np.testing.assert_array_equal(canvas.values_of_pixels()[:, row, column], expected)
+
+
+@pytest.mark.parametrize("kind", ["diverging", "sequential"])
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+def test_a_map_from_the_canvas_is_drawn_as_its_pixels_are(tmp_path: Path, kind: str, tokens: int) -> None:
+    rng = np.random.default_rng(tokens)
+    slide_px, thumbnail_px, tile_lv0 = (1000, 900), (333, 300), 120
+    coords = np.array([(x, y) for y in range(-60, 1000, 90) for x in range(-60, 900, 90)])  # they overlap
+    values = rng.normal(size=(2, len(coords), tokens, tokens)).astype(np.float32)
+    keep = rng.random((len(coords), max(tokens, 2), max(tokens, 2))) < 0.8
+    canvas = MapCanvas(2, thumbnail_px, slide_px, tile_lv0)
+    canvas.paint(coords[:70], values[:, :70], keep[:70])
+    canvas.paint(coords[70:], values[:, 70:], keep[70:])
+    thumbnail = rng.integers(0, 256, (*thumbnail_px, 3), dtype=np.uint8)
+    for painted, pixels in zip(canvas.maps(), canvas.values_of_pixels(), strict=True):
+        assert 0.05 < np.isnan(pixels).mean() < 0.5
+        np.testing.assert_array_equal(painted.of_pixels(painted.values_V), pixels)
+        limits = colour_limit_of_counted(painted.values_V, painted.pixels_V, kind)
+        assert limits == colour_limit(pixels, kind)
+        write_heatmap(tmp_path / "pixels.png", thumbnail, pixels, "t", "l", kind)
+        begin_heatmap(tmp_path / "painted.png", thumbnail, painted, "t", "l", kind)()
+        assert (tmp_path / "painted.png").read_bytes() == (tmp_path / "pixels.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["diverging", "sequential"])
+def test_limits_of_counted_values_are_those_of_the_values_repeated(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    for number in (1, 2, 3, 10, 700):
+        for most in (1, 2, 900):
+            values = rng.normal(size=number).astype(np.float32).round(1)
+            values[rng.random(number) < 0.1] = np.nan
+            counts = rng.integers(0, most + 1, number)
+            expected = colour_limit(values.repeat(counts), kind)
+            assert colour_limit_of_counted(values, counts, kind) == expected, (number, most)
+
+
+def test_no_more_tokens_are_kept_than_there_are_pixels() -> None:
+    canvas = MapCanvas(1, (50, 50), (50_000, 50_000), 10_000)
+    coords = np.array([(x, y) for y in range(0, 50_000, 10_000) for x in range(0, 50_000, 10_000)])
+    canvas.paint(coords, np.ones((1, 25, 200, 200), np.float32), np.ones((25, 200, 200), bool))
+    (painted,) = canvas.maps()
+    assert len(painted.values_V) == 1 + 50 * 50
+    assert painted.pixels_V.sum() == 50 * 50
 
 
 def test_tile_values_are_painted_on_kept_tokens_only() -> None:
@@ -62,14 +105,14 @@ def test_tile_values_are_painted_on_kept_tokens_only() -> None:
     keep = np.zeros((1, 2, 2), dtype=bool)
     keep[0, 0, 1] = True
     canvas.paint(np.array([[0, 0]]), np.full((1, 1, 1, 1), 3.0), keep)
-    assert np.isfinite(canvas.values_MYX).sum() == 32 * 32
-    assert (canvas.values_MYX[0, :32, 32:] == 3.0).all()
+    assert np.isfinite(canvas.values_of_pixels()).sum() == 32 * 32
+    assert (canvas.values_of_pixels()[0, :32, 32:] == 3.0).all()
 
 
 def test_tile_beyond_the_edge_is_cut() -> None:
     canvas = MapCanvas(1, (50, 70), (50, 70), 64)
     canvas.paint(np.array([[64, 0]]), np.ones((1, 1, 1, 1)), np.ones((1, 4, 4), dtype=bool))
-    assert np.isfinite(canvas.values_MYX[0]).nonzero()[1].min() == 64
+    assert np.isfinite(canvas.values_of_pixels()[0]).nonzero()[1].min() == 64
 
 
 @pytest.mark.parametrize("kind", ["diverging", "sequential"])

@@ -65,7 +65,7 @@ class MapLattice:
         values_MBhw: Float[np.ndarray, "M B h w"],
         keep_Bhw: Bool[np.ndarray, "B h w"],
     ) -> None:
-        """Paint the kept tokens of tiles; arguments as for :meth:`maskattn.slide.overlay.MapCanvas.paint`."""
+        """Paint the kept tokens of tiles; arguments as for :meth:`maskattn.slide.canvas.MapCanvas.paint`."""
         values_MBhw = np.broadcast_to(values_MBhw, (len(values_MBhw), *keep_Bhw.shape))
         _, rows, columns = self.values_MRC.shape
         cell = np.arange(self._cells_of_tile) + 0.5

@@ -16,8 +16,9 @@ import numpy as np
 from maskattn.errors import SlideError
 from maskattn.lettering import drawable
 from maskattn.shapes import Float, UInt8
+from maskattn.slide.canvas import MapCanvas, PaintedMap
 from maskattn.slide.colours import kind_of_attention
-from maskattn.slide.overlay import MapCanvas, begin_heatmap, smoothed
+from maskattn.slide.overlay import begin_heatmap, smoothed
 from maskattn.slide.run_scale import KEPT_MAPS, Picture, keep_maps
 from maskattn.slide.sinks.sink import ExplainedSlide, ExplainedTiles, Take
 
@@ -72,23 +73,24 @@ def _write_heatmaps(
     info = slide.slide_reader.info
     um_per_px = info.width_px * info.spacing_um / thumbnail.shape[1]
     pictures = _pictures_of(slide)
-    values_MYX = canvas.values_MYX[: len(pictures)]
+    maps: Sequence[PaintedMap | np.ndarray] = canvas.maps()[: len(pictures)]
     if slide.settings.smooth:
         grid = slide.grid
         step_lv0 = grid.token_lv0 if slide.with_tokens else grid.tile_lv0
         sigma_px = step_lv0 / 2 * thumbnail.shape[1] / info.width_px
-        values_MYX = np.stack([smoothed(values, sigma_px) for values in values_MYX])
+        maps = [smoothed(values, sigma_px) for values in canvas.values_of_pixels()[: len(pictures)]]
         pictures = [replace(picture, title=f"{picture.title}; smoothed in the drawing") for picture in pictures]
     with ThreadPoolExecutor(_DRAWN_AT_ONCE) as threads:
         drawn = [
             threads.submit(
                 begin_heatmap(folder / one.file_name, thumbnail, values, one.title, one.label, one.kind, um_per_px)
             )
-            for one, values in zip(pictures, values_MYX, strict=True)
+            for one, values in zip(pictures, maps, strict=True)
         ]
     for picture in drawn:
         picture.result()
     if slide.settings.scale == "run":
+        values_MYX = np.stack([one.of_pixels(one.values_V) if isinstance(one, PaintedMap) else one for one in maps])
         keep_maps(folder, thumbnail, values_MYX, pictures, um_per_px)
 
 
