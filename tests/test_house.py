@@ -30,6 +30,7 @@ FLOORS = [
         "dropout",
         "kernels",
         "extension",
+        "large_results",
         "_native",
     },
     {"attention"},

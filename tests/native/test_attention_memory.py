@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,35 @@ def test_memory_beyond_the_results_is_bounded(sequences, tokens, heads):
     assert forward < most
     assert backward < most
     assert kept < KEPT_MIB
+
+
+_HUGE_PAGES = """
+import sys, torch
+from pathlib import Path
+from maskattn import packed_attention
+def asks_for_huge_pages(x):
+    asked, inside = False, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            first, last = (int(end, 16) for end in head.split("-"))
+            inside = first <= x.data_ptr() + x.nbytes // 2 < last
+        elif inside and head == "VmFlags:":
+            asked = "hg" in line.split()
+    return asked
+def call(tokens):
+    starts = torch.arange(0, tokens + 1, 64, dtype=torch.int32)
+    q, k, v = (torch.randn(tokens, 2, 64, requires_grad=True) for _ in range(3))
+    out = packed_attention(q, k, v, starts, starts, 64, 64, impl="cpu")
+    out.backward(torch.ones_like(out))
+    return [asks_for_huge_pages(x) for x in (out, q.grad, k.grad, v.grad)]
+print(call(64), call(128 * 1024))
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this system has no huge pages"
+)
+def test_large_results_ask_for_huge_pages_and_small_ones_do_not() -> None:
+    done = subprocess.run([sys.executable, "-c", _HUGE_PAGES], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == f"{[False] * 4} {[True] * 4}", done.stderr

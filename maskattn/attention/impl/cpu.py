@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from maskattn.extension import array_of, extension
+from maskattn.large_results import empty_like
 from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, Sequences
 from maskattn.options import DIFFERENTIABLE, Options
 from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
@@ -196,7 +197,7 @@ def _score_arguments(options: Options) -> dict[str, Any]:
 def _empty_outputs(q: Tensor, lse_shape: tuple[int, ...], options: Options) -> Outputs:
     lse = q.new_empty(lse_shape, dtype=torch.float32)
     keeps_rest = any(getattr(options, name) is not None for name in WITH_REST)
-    return Outputs(_empty(q), lse, torch.empty_like(lse) if keeps_rest else lse.new_empty(0))
+    return Outputs(empty_like(q), lse, torch.empty_like(lse) if keeps_rest else lse.new_empty(0))
 
 
 def _empty_gradients(qkv: QKV, options: Options) -> tuple[Gradients, dict[str, Any]]:
@@ -204,7 +205,7 @@ def _empty_gradients(qkv: QKV, options: Options) -> tuple[Gradients, dict[str, A
     given = ((name, getattr(options, name)) for name in DIFFERENTIABLE)
     sums = {name: torch.empty(x.shape, dtype=torch.float32) for name, x in given if x is not None}
     arrays = {_GRADIENT_OF[name]: array_of(x) for name, x in sums.items()}
-    return Gradients(_empty(qkv.q), _empty(qkv.k), _empty(qkv.v), **sums), arrays
+    return Gradients(empty_like(qkv.q), empty_like(qkv.k), empty_like(qkv.v), **sums), arrays
 
 
 # The extension's names of the options' gradients.
@@ -218,7 +219,3 @@ def _in_dtypes(found: Gradients, options: Options) -> Gradients:
         if sums is not None:
             found = replace(found, **{name: sums.to(given.dtype)})
     return found
-
-
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
