@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from maskattn.kernels.tables.lookup import padded_width
 from maskattn.options import Options
 
-__all__ = ["GluonConfig", "choose"]
+__all__ = ["GluonConfig", "GradientConfig", "choose", "choose_gradient"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,36 @@ def choose(head_width: int, options: Options) -> GluonConfig:
     """Return the configuration for a head width and options."""
     has_terms = options.key_bias is not None or options.slopes is not None
     return (WITH_OPTIONS if has_terms else PLAIN)[padded_width(head_width)]
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """The configuration of a launch of backward in one pass.
+
+    Attributes:
+        blocks: blocks of 64 queries of a step, 1 or 2. With 2 each consumer computes dQ of one of them, with 1 it
+            computes half of the columns, which must be at least 64.
+        stages: blocks of queries, and of the gradients of their outputs, that shared memory holds.
+        in_registers: whether a consumer holds its keys and values in registers, which spares shared memory.
+        consumer_registers, producer_registers: as in :class:`GluonConfig`.
+    """
+
+    blocks: int
+    stages: int
+    in_registers: bool = False
+    consumer_registers: int = 240
+    producer_registers: int = 24
+
+
+# Configurations of backward by padded head width; wider heads have no room for the sums of dK and dV.
+GRADIENT = {
+    16: GradientConfig(2, 4, True),
+    32: GradientConfig(2, 4, True),
+    64: GradientConfig(2, 4, True),
+    128: GradientConfig(1, 2),
+}
+
+
+def choose_gradient(head_width: int) -> GradientConfig | None:
+    """Return the configuration of backward in one pass for a head width; None if it does not fit."""
+    return GRADIENT.get(padded_width(head_width))

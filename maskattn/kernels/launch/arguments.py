@@ -59,6 +59,7 @@ VARYING = (
     "longest",
     "most_tiles",
     "queries",
+    "row_steps",
     "rows",
     "splits",
     "tiles",
