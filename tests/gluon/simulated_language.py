@@ -6,17 +6,18 @@ partition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from simulated_machine import Barrier, Copy, Machine, Product, Shared
+from simulated_machine import Addition, Barrier, Copy, Machine, Product, Shared
 from simulated_values import Pointer, ProgramError, Value, in_dtype, tensor_of
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-__all__ = ["HOPPER", "LANGUAGE", "MBARRIER", "TMA", "program"]
+__all__ = ["HOPPER", "LANGUAGE", "MBARRIER", "TMA", "add_to_global", "program"]
 
 
 class program:  # noqa: N801 (reads as a statement)
@@ -128,6 +129,11 @@ class View:
     def permute(self, order: tuple[int, ...]) -> View:
         return View(self.shared.part(lambda x: x.permute(order)), self.key)
 
+    def slice(self, start: int, length: int, dim: int = 0) -> View:
+        if not 0 <= start <= start + length <= self.shape[dim]:
+            raise ProgramError(f"elements {start} to {start + length} of shared memory with {self.shape[dim]}")
+        return View(self.shared.part(lambda x: x.narrow(dim, start, length)), self.key)
+
     def store(self, value: Value) -> None:
         machine().pause()
         self.shared.about_to_be_written()
@@ -198,7 +204,8 @@ class Descriptor:
         self.strides = [int(x) for x in strides]
         self.block_shape = list(block_shape)
         size = base.memory.element_size()
-        if base.address % 16 or self.strides[0] * size % 16 or self.strides[1] != 1 or min(self.shape) < 1:
+        apart = any(stride * size % 16 for stride in self.strides[:-1])
+        if base.address % 16 or apart or self.strides[-1] != 1 or min(self.shape) < 1:
             raise ProgramError(
                 f"no descriptor can have shape {self.shape}, strides {self.strides}, address {base.address}"
             )
@@ -210,18 +217,29 @@ class Descriptor:
 
     @property
     def block_type(self) -> Any:
-        rows, columns = self.block_shape
-        return SimpleNamespace(nbytes=rows * columns * self.base.memory.element_size())
+        return SimpleNamespace(nbytes=math.prod(self.block_shape) * self.base.memory.element_size())
 
     def load(self, place: Any) -> Value:
         return Value(self.read(place))
 
     def read(self, place: Any) -> Tensor:
         """A block; what lies outside the descriptor's shape is 0."""
-        rows, columns = (int(x) + torch.arange(n) for x, n in zip(place, self.block_shape, strict=True))
-        inside = (rows < self.shape[0])[:, None] & (columns < self.shape[1])[None, :]
-        offsets = rows[:, None] * self.strides[0] + columns[None, :]
-        return (self.base + Value(offsets)).load(Value(inside), 0.0).data
+        pointers, inside = self._block(place)
+        return pointers.load(inside, 0.0).data
+
+    def add(self, place: Any, block: Tensor) -> None:
+        """Add a block to what lies inside the descriptor's shape."""
+        pointers, inside = self._block(place)
+        pointers.store(Value(pointers.load(inside, 0.0).data + block), inside)
+
+    def _block(self, place: Any) -> tuple[Pointer, Value]:
+        """The places of a block, and which of them are inside the descriptor's shape."""
+        offsets, inside = torch.tensor(0), torch.tensor(True)
+        for x, count, length, stride in zip(place, self.block_shape, self.shape, self.strides, strict=True):
+            along = int(x) + torch.arange(count)
+            offsets = offsets[..., None] + along * stride
+            inside = inside[..., None] & (along >= 0) & (along < length)
+        return self.base + Value(offsets), Value(inside)
 
 
 def async_copy_global_to_shared(desc: Descriptor, place: Any, barrier: View, target: View, pred: Any = True) -> None:
@@ -234,6 +252,27 @@ def async_copy_global_to_shared(desc: Descriptor, place: Any, barrier: View, tar
     assert target.shape == desc.block_shape
     target.shared.data.fill_(float("nan"))
     machine().copies.append(Copy(desc.read(place), target.shared, barrier.barrier))
+
+
+def add_to_global(desc: Descriptor, place: Any, source: View) -> None:
+    machine().pause()
+    if source.shared.unfenced.any():
+        raise ProgramError("the copy engine reads what threads wrote without a fence since")
+    assert (source.shape, source.dtype) == (desc.block_shape, desc.dtype)
+    source.shared.readers.add_(1)
+    place = [int(x) for x in place]
+    addition = Addition(source.shared, lambda block: desc.add(place, block))
+    machine().copies.append(addition)
+    machine().current.additions.append(addition)
+
+
+def store_wait(pending: int) -> None:
+    additions = machine().current.additions
+
+    def under_way() -> int:
+        return sum(not x.is_done for x in additions)
+
+    machine().pause(lambda: under_way() <= pending, f"{under_way()} additions, of which {pending} may be under way")
 
 
 # Products of a warp group.
@@ -310,7 +349,11 @@ LANGUAGE = SimpleNamespace(
     make_tensor_descriptor=Descriptor,
 )
 MBARRIER = SimpleNamespace(init=init, expect=expect, arrive=arrive, wait=wait, MBarrierLayout=lambda: None)
-TMA = SimpleNamespace(make_tensor_descriptor=Descriptor, async_copy_global_to_shared=async_copy_global_to_shared)
+TMA = SimpleNamespace(
+    make_tensor_descriptor=Descriptor,
+    async_copy_global_to_shared=async_copy_global_to_shared,
+    store_wait=store_wait,
+)
 HOPPER = SimpleNamespace(
     mbarrier=MBARRIER,
     tma=TMA,

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
-from simulated_language import HOPPER, LANGUAGE, MBARRIER, TMA, loop, program
+from simulated_language import HOPPER, LANGUAGE, MBARRIER, TMA, add_to_global, loop, program
 from simulated_machine import Machine
 from simulated_values import Pointer, Value
 from torch import Tensor
@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.runtime.jit import JITFunction
 
+from maskattn.kernels.gluon import reduction
 from maskattn.kernels.launch import support
 from maskattn.kernels.tables import lookup
 
@@ -35,6 +36,7 @@ __all__ = ["Plant", "simulating"]
 Plant = tuple[str, str, str]
 
 _STAND_INS = {gl: LANGUAGE, tl: LANGUAGE, hopper: HOPPER, mbarrier: MBARRIER, tma: TMA}
+_FUNCTIONS = {reduction.add_to_global: add_to_global}
 
 
 class _Source:
@@ -75,6 +77,8 @@ class _Source:
             return lambda *args, **kwargs: self.function(x)(*args, **kwargs)
         if isinstance(x, tl.constexpr):
             return x.value
+        if isinstance(x, types.FunctionType):
+            return _FUNCTIONS.get(x, x)
         return _STAND_INS[x] if isinstance(x, types.ModuleType) and x in _STAND_INS else x
 
 

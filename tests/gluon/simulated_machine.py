@@ -17,7 +17,7 @@ import torch
 from simulated_values import ProgramError, Value
 from torch import Tensor
 
-__all__ = ["Barrier", "Copy", "Machine", "Product", "Shared"]
+__all__ = ["Addition", "Barrier", "Copy", "Machine", "Product", "Shared"]
 
 
 class _StoppedError(Exception):
@@ -80,7 +80,7 @@ class Shared:
 
     def about_to_be_written(self) -> None:
         if self.readers.any():
-            raise ProgramError("shared memory is written while a product that was not waited for reads it")
+            raise ProgramError("shared memory is written while what was not waited for reads it: a product or a copy")
 
 
 @dataclass(eq=False)
@@ -94,6 +94,20 @@ class Copy:
     def arrive(self) -> None:
         self.target.data.copy_(self.source)
         self.barrier.complete(self.source.numel() * self.source.element_size())
+
+
+@dataclass(eq=False)
+class Addition:
+    """A block in shared memory on its way to be added to memory, as ``add`` does it; it is read when it arrives."""
+
+    source: Shared
+    add: Callable[[Tensor], None]
+    is_done: bool = False
+
+    def arrive(self) -> None:
+        self.add(self.source.data)
+        self.source.readers.sub_(1)
+        self.is_done = True
 
 
 @dataclass(eq=False)
@@ -130,6 +144,7 @@ class _Partition:
         self.why = ""
         self.products: list[Product] = []
         self.stores: list[Shared] = []
+        self.additions: list[Addition] = []
         self.is_done = False
         self.error: BaseException | None = None
 
@@ -141,7 +156,7 @@ class Machine:
         self.chance = random.Random(seed)
         self.eagerness = self.chance.choice([0.0, 0.1, 0.9])
         self.barriers: dict[int, Barrier] = {}
-        self.copies: list[Copy] = []
+        self.copies: list[Copy | Addition] = []
         self.alone = self.current = _Partition(lambda: None)
         self.partitions: list[_Partition] = []
         self._back = threading.Event()
@@ -164,6 +179,8 @@ class Machine:
 
     def end(self) -> None:
         """Whether a program may end as things are."""
+        if any(isinstance(x, Addition) for x in self.copies):
+            raise ProgramError("a program ends while a block that it adds to memory is read")
         if self.copies or any(barrier.unseen for barrier in self.barriers.values()):
             raise ProgramError("a program ends while a block that nobody waited for is under way")
         if any(partition.products for partition in [self.alone, *self.partitions]):

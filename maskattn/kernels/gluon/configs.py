@@ -64,12 +64,14 @@ class GradientConfig:
             computes half of the columns, which must be at least 64.
         stages: blocks of queries, and of the gradients of their outputs, that shared memory holds.
         in_registers: whether a consumer holds its keys and values in registers, which spares shared memory.
+        masks_all: whether all blocks are masked, which takes fewer registers than a loop of its own for partial ones.
         consumer_registers, producer_registers: as in :class:`GluonConfig`.
     """
 
     blocks: int
     stages: int
     in_registers: bool = False
+    masks_all: bool = False
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -79,7 +81,7 @@ GRADIENT = {
     16: GradientConfig(2, 4, True),
     32: GradientConfig(2, 4, True),
     64: GradientConfig(2, 4, True),
-    128: GradientConfig(1, 2),
+    128: GradientConfig(1, 2, masks_all=True),
 }
 
 

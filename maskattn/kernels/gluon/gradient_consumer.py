@@ -220,6 +220,7 @@ def differentiate_keys(
     STAGES: gl.constexpr,
     TERMS: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
+    MASKS_ALL: gl.constexpr,
 ):
     """Run a consumer, which computes the gradients of the 64 keys from ``first + 64 · CONSUMER`` on."""
     PADDED: gl.constexpr = rooms.k.rows.shape[2]
@@ -244,8 +245,11 @@ def differentiate_keys(
         OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=accumulator_layout(64), k_width=2)
         k, v = k.load(OPERAND), v.load(OPERAND)
     steps = (q_length + 64 * BLOCKS - 1) // (64 * BLOCKS)
-    # Steps of full blocks, with keys that are all inside, are not masked.
-    full = q_length // (64 * BLOCKS) if first + 128 <= k_length else 0
+    # Steps of full blocks, with keys that are all inside, need no mask.
+    full = 0
+    if not MASKS_ALL:  # noqa: SIM102 (decided at compile time)
+        if first + 128 <= k_length:
+            full = q_length // (64 * BLOCKS)
     for step in range(0, full):
         for each in gl.static_range(BLOCKS):
             dk, dv, dbias, dslope = differentiate_block(
@@ -268,5 +272,4 @@ def differentiate_keys(
         dbias_base_ptr = tokens_base(dbias_tokens, sequence, head, k_start, False)
         store_row_values(dbias_base_ptr, own, keys, dbias_tokens.stride_t, inside_keys, dbias, False)
     if dslopes_ptr is not None:
-        # Keys past the end have no slopes to sum.
         gl.store(dslopes_ptr + CONSUMER, gl.sum(dslope, 0))

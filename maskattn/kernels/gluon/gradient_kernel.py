@@ -117,6 +117,7 @@ def gluon_gradient_kernel(
     STAGES: gl.constexpr,
     TERMS: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
+    MASKS_ALL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -160,7 +161,7 @@ def gluon_gradient_kernel(
                 (
                     rooms, dq_base_ptr, dk_base_ptr, dv_base_ptr, dbias_tokens, dslopes_ptr, heads * HEAD, terms, scale,
                     head, sequence, first, q_start, q_length, k_start, k_length, HEAD, 0, BLOCKS, STAGES, TERMS,
-                    IN_REGISTERS,
+                    IN_REGISTERS, MASKS_ALL,
                 ),
             ),
             (
@@ -168,7 +169,7 @@ def gluon_gradient_kernel(
                 (
                     rooms, dq_base_ptr, dk_base_ptr, dv_base_ptr, dbias_tokens, dslopes_ptr, heads * HEAD, terms, scale,
                     head, sequence, first, q_start, q_length, k_start, k_length, HEAD, 1, BLOCKS, STAGES, TERMS,
-                    IN_REGISTERS,
+                    IN_REGISTERS, MASKS_ALL,
                 ),
             ),
             (
