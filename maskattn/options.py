@@ -73,6 +73,8 @@ class Options:
         precision: how float32 is multiplied: "ieee", or "tf32x3", which also allows three products of TensorFloat-32 in
             place of each. An implementation that multiplies float32 as it is in any case has the option too: what is
             allowed need not be done.
+        deterministic: whether the same inputs must give the same bits. False also allows gradients that are summed in
+            any order; like a precision, this is an allowance, which an implementation need not take.
         query_offsets, key_offsets: (B,) int32, for sequences that are chunks of longer ones: the positions of each
             chunk's first query and first key in the whole sequence. Only dropout depends on them. None stands for 0.
     """
@@ -85,6 +87,7 @@ class Options:
     dropout_p: float = field(default=0.0, metadata=option(named="dropout", operations=ATTENTION, rule=_SHARE))
     dropout_seed: Int[Tensor, "1"] | None = field(default=None, metadata=option(named="dropout", operations=ATTENTION))
     precision: str = field(default="ieee", metadata=option(operations=ATTENTION[:2], rule=_PRECISION))
+    deterministic: bool = field(default=True, metadata=option(operations=ATTENTION[:2]))
     query_offsets: Int[Tensor, "B"] | None = field(default=None, metadata=option(operations=OF_CHUNKS))
     key_offsets: Int[Tensor, "B"] | None = field(default=None, metadata=option(operations=OF_CHUNKS))
 

@@ -122,6 +122,7 @@ class Inputs:
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
     precision: str = "ieee"
+    deterministic: bool = True
     query_offsets: Tensor | None = None
     key_offsets: Tensor | None = None
 

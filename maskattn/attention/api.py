@@ -45,6 +45,7 @@ def packed_attention(
     slopes: Float[Tensor, "H"] | None = None,
     dropout_p: float = 0.0,
     precision: str = "ieee",
+    deterministic: bool = True,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Float[Tensor, "Tq H D"] | tuple[Float[Tensor, "Tq H D"], Float[Tensor, "H Tq"]]:
@@ -71,6 +72,10 @@ def packed_attention(
             also allows three products of TensorFloat-32 on tensor cores instead of each, within the error budget of
             float32; impl "triton" uses them on compute capability 8.x, 9.0 and 12.0 for head widths of at most 64,
             without ALiBi and dropout. All else is no less exact and treats it as "ieee".
+        deterministic: whether the same inputs must give the same bits. False also allows gradients that are summed in
+            any order: impl "gluon" then computes backward in one pass, for head widths of at most 128 without ALiBi,
+            which no GPU has run yet. All else is deterministic in any case, and so is that under
+            ``torch.use_deterministic_algorithms``.
         return_lse: also return the log-sum-exp of the scores, (H, Tq), differentiable.
         impl: "triton", "cpu", "torch" or "reference"; None takes the best one that supports the call.
 
@@ -93,7 +98,7 @@ def packed_attention(
     Tk, H, _ = k.shape
     check_bias(key_bias, q, ((Tk,), (Tk, H)), "(Tk,) or (Tk, H)")
     positions = check_coords(coords, slopes, q, H, (q.shape[0],), (Tk,))
-    options = options_of_call(q, scale, key_bias, slopes, positions, dropout_p, precision)
+    options = options_of_call(q, scale, key_bias, slopes, positions, dropout_p, precision, deterministic)
     impl = choose(impl, q, options)
     out, lse, _ = operations.packed_attention(q, k, v, *sequences, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out
@@ -112,6 +117,7 @@ def masked_attention(
     slopes: Float[Tensor, "H"] | None = None,
     dropout_p: float = 0.0,
     precision: str = "ieee",
+    deterministic: bool = True,
     skip_queries: bool = True,
     return_lse: bool = False,
     impl: str | None = None,
@@ -132,6 +138,7 @@ def masked_attention(
         slopes: (H,), per unit of ``coords``; required with them; differentiable.
         dropout_p: share of the attention weights dropped, in [0, 1).
         precision: "ieee" or "tf32x3"; see :func:`packed_attention`.
+        deterministic: see :func:`packed_attention`; no implementation sums these gradients in any order yet.
         skip_queries: whether background queries are skipped (output 0, lse −inf) or attend to the kept keys like all
             others, as in ``nn.MultiheadAttention`` with ``key_padding_mask``.
         return_lse: also return the log-sum-exp of the scores, (B, H, Nq), differentiable.
@@ -149,7 +156,7 @@ def masked_attention(
     B, H, N = k.shape[:3]
     check_bias(key_bias, q, ((B, N), (B, H, N)), "(B, N) or (B, H, N)")
     positions = check_coords(coords, slopes, q, H, (B, q.shape[2]), (B, N))
-    options = options_of_call(q, scale, key_bias, slopes, positions, dropout_p, precision)
+    options = options_of_call(q, scale, key_bias, slopes, positions, dropout_p, precision, deterministic)
     impl = choose(impl, q, options)
     out, lse, _ = operations.masked_attention(q, k, v, keep, skip_queries, *ops.flat_options(options), return_lse, impl)
     return (out, lse) if return_lse else out

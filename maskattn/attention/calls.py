@@ -24,6 +24,7 @@ def options_of_call(
     positions: tuple[Tensor | None, Tensor | None],
     dropout_p: float,
     precision: str = "ieee",
+    deterministic: bool = True,
 ) -> Options:
     """The options of a call: the default scale is filled in, and a seed drawn where weights are dropped."""
     if dropout_p != 0:
@@ -32,7 +33,7 @@ def options_of_call(
         check_values(precision=precision)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = new_seed(q.device) if dropout_p > 0 else None
-    return Options(scale, key_bias, slopes, *positions, dropout_p, seed, precision)
+    return Options(scale, key_bias, slopes, *positions, dropout_p, seed, precision, deterministic)
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -33,7 +33,7 @@ class Implementation(Protocol):
 
     - A query without keys gives out 0, lse −inf and gradients of 0.
     - Tokens that take no part are never read, so NaN in them does not propagate.
-    - The same inputs give the same bits.
+    - The same inputs give the same bits, unless the option ``deterministic`` is False.
 
     Attributes:
         OPTIONS: names of the fields of :class:`~maskattn.options.Options` that it supports. Calls with others are

@@ -40,6 +40,7 @@ OPTIONS = frozenset(
         "dropout_p",
         "dropout_seed",
         "precision",
+        "deterministic",
         "query_offsets",
         "key_offsets",
     }

@@ -167,7 +167,7 @@ class _Attention(torch.autograd.Function):
             q, k, v, *(getattr(options, name) for name in _TENSORS), found.out, found.lse, found.lse_rest
         )
         ctx.layout = layout
-        ctx.numbers = {name: getattr(options, name) for name in ("scale", "dropout_p", "precision")}
+        ctx.numbers = {name: getattr(options, name) for name in ("scale", "dropout_p", "precision", "deterministic")}
         return found.out, found.lse
 
     @staticmethod

@@ -169,6 +169,30 @@ def test_what_multiplies_float32_as_it_is_takes_an_allowance_not_to(impl):
         assert torch.equal(masked, masked_attention(dense, dense, dense, keep, impl=impl))
 
 
+@pytest.mark.parametrize("impl", ["cpu", "torch", "reference"])
+def test_what_is_deterministic_in_any_case_takes_an_allowance_not_to_be(impl):
+    if impl == "cpu":
+        pytest.importorskip("maskattn._native")
+    q, keep = torch.randn(5, 2, 16, requires_grad=True), torch.tensor([[True, True, False, True, True]])
+    packing = Packing.from_keep(torch.ones(1, 5, dtype=torch.bool))
+    dense = q.transpose(0, 1)[None]
+
+    def results(**given):
+        packed = packed_attention(q, q, q, packing, impl=impl, **given)
+        masked = masked_attention(dense, dense, dense, keep, impl=impl, **given)
+        return packed, masked, torch.autograd.grad(packed.sum() + masked.square().sum(), q)[0]
+
+    pairs = zip(results(), results(deterministic=False), strict=True)
+    assert all(torch.equal(usual, allowed) for usual, allowed in pairs)
+
+
+def test_a_readout_is_deterministic_and_is_not_asked():
+    given = flat_options(Options(0.25, deterministic=False))
+    q, starts = torch.randn(1, 2, 2, 16), torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"readout has no deterministic, got deterministic=False; leave it out"):
+        torch.ops.maskattn.readout(q, *torch.randn(2, 5, 2, 16), starts, 5, *given, True, False, "reference")
+
+
 def test_a_precision_that_is_none_is_named():
     q, packing = torch.randn(3, 2, 16), Packing.from_keep(torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"precision must be 'ieee' or 'tf32x3', got precision='tf32'"):

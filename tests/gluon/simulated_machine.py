@@ -80,7 +80,7 @@ class Shared:
 
     def about_to_be_written(self) -> None:
         if self.readers.any():
-            raise ProgramError("shared memory is written while what was not waited for reads it: a product or a copy")
+            raise ProgramError("shared memory is written while a copy or a product that was not waited for reads it")
 
 
 @dataclass(eq=False)
@@ -155,6 +155,8 @@ class Machine:
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
         self.eagerness = self.chance.choice([0.0, 0.1, 0.9])
+        # How likely whoever works goes on working, so that others fall far behind.
+        self.patience = self.chance.choice([0.0, 0.5, 0.97])
         self.barriers: dict[int, Barrier] = {}
         self.copies: list[Copy | Addition] = []
         self.alone = self.current = _Partition(lambda: None)
@@ -225,7 +227,8 @@ class Machine:
                 continue
             if not able:
                 return ProgramError(f"deadlock: {'; '.join(x.why for x in waiting)}")
-            self.current = self.chance.choice(able)
+            if self.current not in able or self.chance.random() >= self.patience:
+                self.current = self.chance.choice(able)
             self._back.clear()
             self.current.go.set()
             self._back.wait()

@@ -22,11 +22,11 @@ from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, 
 from maskattn.options import DIFFERENTIABLE, Options
 from maskattn.results import Gradients, OutputGradients, Outputs, ReadoutGradients, ReadoutOutputs
 
-# The kernels take no precision: they always multiply float32 as it is.
-OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "precision"})
+# The kernels take no allowance: they always multiply float32 as it is, and sum in one order.
+OPTIONS = frozenset({"scale", "key_bias", "slopes", "coords_q", "coords_k", "precision", "deterministic"})
 WITH_REST = frozenset({"key_bias", "slopes"})
 READS_OUTPUTS = True
-_TENSORS = sorted(OPTIONS - {"scale", "precision"})  # the options that are tensors
+_TENSORS = sorted(OPTIONS - {"scale", "precision", "deterministic"})  # the options that are tensors
 
 HEAD_WIDTHS = range(16, 257, 8)
 

@@ -78,13 +78,13 @@ class GradientConfig:
 
 # Configurations of backward by padded head width; wider heads have no room for the sums of dK and dV.
 GRADIENT = {
-    16: GradientConfig(2, 4, True),
-    32: GradientConfig(2, 4, True),
-    64: GradientConfig(2, 4, True),
+    16: GradientConfig(2, 4, in_registers=True),
+    32: GradientConfig(2, 4, in_registers=True),
+    64: GradientConfig(2, 4, in_registers=True),
     128: GradientConfig(1, 2, masks_all=True),
 }
 
 
-def choose_gradient(head_width: int) -> GradientConfig | None:
-    """Return the configuration of backward in one pass for a head width; None if it does not fit."""
-    return GRADIENT.get(padded_width(head_width))
+def choose_gradient(head_width: int, options: Options) -> GradientConfig | None:
+    """Return the configuration of backward in one pass; None for heads above 128 or with ALiBi, which would spill."""
+    return None if options.slopes is not None else GRADIENT.get(padded_width(head_width))

@@ -22,7 +22,8 @@ from maskattn.kernels.gluon.pipeline import hand_back, wait_for_block
 from maskattn.kernels.gluon.reduction import add_to_global
 from maskattn.kernels.language.scores import begin_scores, gradient_of_terms, key_terms, query_terms, scores
 from maskattn.kernels.gluon.row_terms import DELTA, LSE, REST
-from maskattn.kernels.language.tiles import LOG2_E, store_row_values, tokens_base
+from maskattn.kernels.launch.schedule import find_work
+from maskattn.kernels.language.tiles import LN_2, LOG2_E, store_row_values, tokens_base
 
 __all__ = ["GradientRooms", "differentiate_keys"]
 
@@ -47,6 +48,12 @@ class GradientRooms(NamedTuple):
     ds: Any
     ready: Any
     dq: Any
+
+
+@gluon.jit
+def gradient_base(ptr, start, head, heads, HEAD: gl.constexpr):
+    """Return the pointer to the first row of a sequence and head of a contiguous gradient (T, H, D)."""
+    return ptr + (gl.cast(start, gl.int64) * heads + head) * HEAD
 
 
 @gluon.jit
@@ -199,21 +206,23 @@ def differentiate_block(
 @gluon.jit
 def differentiate_keys(
     rooms,
-    dq_base_ptr,
-    dk_base_ptr,
-    dv_base_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
     dbias_tokens,
     dslopes_ptr,
-    stride_t,
     terms,
-    scale,
+    k_bounds,
+    heads,
+    items_ptr,
+    tiles,
     head,
     sequence,
     first,
     q_start,
     q_length,
     k_start,
-    k_length,
+    keys_left,
     HEAD: gl.constexpr,
     CONSUMER: gl.constexpr,
     BLOCKS: gl.constexpr,
@@ -225,13 +234,13 @@ def differentiate_keys(
     """Run a consumer, which computes the gradients of the 64 keys from ``first + 64 · CONSUMER`` on."""
     PADDED: gl.constexpr = rooms.k.rows.shape[2]
     KEYS: gl.constexpr = gl.SliceLayout(1, accumulator_layout(64))
-    own = first + 64 * CONSUMER
     # [N]
     keys = gl.arange(0, 64, KEYS)
-    inside_keys = own + keys < k_length
+    inside_keys = 64 * CONSUMER + keys < keys_left
     scoring = begin_scores(terms, head, sequence, q_start, k_start, False, False, TERMS == 3)
-    of_keys = key_terms(scoring, own, keys, inside_keys, False, True)
-    dq_desc = describe_query_gradient(dq_base_ptr, q_length, stride_t, rooms, HEAD)
+    of_keys = key_terms(scoring, first + 64 * CONSUMER, keys, inside_keys, False, True)
+    dq_base_ptr = gradient_base(dq_ptr, q_start, head, heads, HEAD)
+    dq_desc = describe_query_gradient(dq_base_ptr, q_length, heads * HEAD, rooms, HEAD)
 
     dk = gl.full([64, PADDED], 0.0, gl.float32, accumulator_layout(PADDED))
     dv = gl.full([64, PADDED], 0.0, gl.float32, accumulator_layout(PADDED))
@@ -248,7 +257,7 @@ def differentiate_keys(
     # Steps of full blocks, with keys that are all inside, need no mask.
     full = 0
     if not MASKS_ALL:  # noqa: SIM102 (decided at compile time)
-        if first + 128 <= k_length:
+        if keys_left >= 128:
             full = q_length // (64 * BLOCKS)
     for step in range(0, full):
         for each in gl.static_range(BLOCKS):
@@ -264,12 +273,20 @@ def differentiate_keys(
             )  # fmt: skip
     tma.store_wait(0)
 
+    # Looked up again, because the loops need the registers that would hold it meanwhile.
+    tile, head, sequence, k_start, k_length, _ = find_work(items_ptr, k_bounds, tiles, heads, 128)
+    first = tile * 128
+    keys_left = k_length - first
+    inside_keys = 64 * CONSUMER + keys < keys_left
     # The values of this consumer have been read, and no other reads them.
     v_rows = rooms.v.rows.index(CONSUMER)
-    store_outputs(v_rows, dv, dv_base_ptr, own, k_length, stride_t, HEAD)
-    store_outputs(v_rows, dk * scale, dk_base_ptr, own, k_length, stride_t, HEAD)
+    dv_base_ptr = gradient_base(dv_ptr, k_start + first, head, heads, HEAD)
+    store_outputs(v_rows, dv, dv_base_ptr, 64 * CONSUMER, keys_left, heads * HEAD, HEAD)
+    scale = terms.scale if TERMS == 3 else terms.scale * LN_2
+    dk_base_ptr = gradient_base(dk_ptr, k_start + first, head, heads, HEAD)
+    store_outputs(v_rows, dk * scale, dk_base_ptr, 64 * CONSUMER, keys_left, heads * HEAD, HEAD)
     if dbias_tokens.ptr is not None:
-        dbias_base_ptr = tokens_base(dbias_tokens, sequence, head, k_start, False)
-        store_row_values(dbias_base_ptr, own, keys, dbias_tokens.stride_t, inside_keys, dbias, False)
+        dbias_base_ptr = tokens_base(dbias_tokens, sequence, head, k_start + first, False)
+        store_row_values(dbias_base_ptr, 64 * CONSUMER, keys, dbias_tokens.stride_t, inside_keys, dbias, False)
     if dslopes_ptr is not None:
         gl.store(dslopes_ptr + CONSUMER, gl.sum(dslope, 0))

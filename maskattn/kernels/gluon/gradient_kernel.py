@@ -106,7 +106,6 @@ def gluon_gradient_kernel(
     terms,
     q_bounds,
     k_bounds,
-    scale,
     heads,
     items_ptr,
     tiles,
@@ -131,10 +130,6 @@ def gluon_gradient_kernel(
     v_base_ptr = tokens_base(v_tokens, sequence, head, k_start + first, False)
     q_base_ptr = tokens_base(q_tokens, sequence, head, q_start, False)
     dout_base_ptr = tokens_base(dout_tokens, sequence, head, q_start, False)
-    # Gradients are contiguous.
-    dq_base_ptr = dq_ptr + (gl.cast(q_start, gl.int64) * heads + head) * HEAD
-    dk_base_ptr = dk_ptr + (gl.cast(k_start, gl.int64) * heads + head) * HEAD
-    dv_base_ptr = dv_ptr + (gl.cast(k_start, gl.int64) * heads + head) * HEAD
     if dslopes_ptr is not None:
         dslopes_ptr += (head * items + item) * 2
     DTYPE: gl.constexpr = q_tokens.ptr.dtype.element_ty
@@ -159,16 +154,16 @@ def gluon_gradient_kernel(
             (
                 differentiate_keys,
                 (
-                    rooms, dq_base_ptr, dk_base_ptr, dv_base_ptr, dbias_tokens, dslopes_ptr, heads * HEAD, terms, scale,
-                    head, sequence, first, q_start, q_length, k_start, k_length, HEAD, 0, BLOCKS, STAGES, TERMS,
+                    rooms, dq_ptr, dk_ptr, dv_ptr, dbias_tokens, dslopes_ptr, terms, k_bounds, heads, items_ptr, tiles,
+                    head, sequence, first, q_start, q_length, k_start, k_length - first, HEAD, 0, BLOCKS, STAGES, TERMS,
                     IN_REGISTERS, MASKS_ALL,
                 ),
             ),
             (
                 differentiate_keys,
                 (
-                    rooms, dq_base_ptr, dk_base_ptr, dv_base_ptr, dbias_tokens, dslopes_ptr, heads * HEAD, terms, scale,
-                    head, sequence, first, q_start, q_length, k_start, k_length, HEAD, 1, BLOCKS, STAGES, TERMS,
+                    rooms, dq_ptr, dk_ptr, dv_ptr, dbias_tokens, dslopes_ptr, terms, k_bounds, heads, items_ptr, tiles,
+                    head, sequence, first, q_start, q_length, k_start, k_length - first, HEAD, 1, BLOCKS, STAGES, TERMS,
                     IN_REGISTERS, MASKS_ALL,
                 ),
             ),

@@ -82,6 +82,7 @@ OPTIONS = frozenset(
         "dropout_p",
         "dropout_seed",
         "precision",
+        "deterministic",
         "query_offsets",
         "key_offsets",
     }

@@ -28,8 +28,9 @@ __all__ = ["packed_backward", "packed_forward"]
 LARGEST_RIDING_BIAS = 64.0
 
 # Options that torch's function lacks, with their defaults: all but the scale and the bias in the dot product, and the
-# precision, which asks nothing of it.
-_IN_BLOCKS = [(x.name, x.default) for x in fields(Options) if x.name not in ("scale", "key_bias", "precision")]
+# allowances, which ask nothing of it.
+_NOT_IN_BLOCKS = ("scale", "key_bias", "precision", "deterministic")
+_IN_BLOCKS = [(x.name, x.default) for x in fields(Options) if x.name not in _NOT_IN_BLOCKS]
 
 
 def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool) -> Outputs:
