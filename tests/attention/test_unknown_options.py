@@ -54,8 +54,8 @@ def test_an_implementation_declares_nothing_that_is_no_option(impl):
 def test_the_arguments_of_an_op_are_the_fields_of_what_an_implementation_is_given():
     arguments = Arguments((QKV, Sequences, WithCap), ("bool need_lse", "str impl"))
     assert arguments.schema.endswith(
-        "str precision, bool deterministic, Tensor? query_offsets, Tensor? key_offsets, float softcap, Tensor? sinks, bool need_lse, "
-        "str impl)"
+        "str precision, bool deterministic, Tensor? query_offsets, Tensor? key_offsets, float softcap, "
+        "Tensor? sinks, bool need_lse, str impl)"
     )
     options = 0.5, *[None] * 4, 0.0, None, "ieee", True, None, None, 30.0, None
     given = (*torch.zeros(3, 1), *torch.zeros(2, 1), 4, 5, *options, True, "cpu")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 from oracles import Inputs, assert_meets_specification, cu_seqlens, specify_packed
 from simulated_launch import Plant, simulating
 from torch import Tensor

@@ -15,6 +15,8 @@ ARRIVE, WAIT = "mbarrier.arrive(rooms.ready, count=1)", "mbarrier.wait(rooms.rea
 STEP_WAIT = "dq, dv = hopper.warpgroup_mma_wait(1, deps=(dq, dv))"
 LAST_WAIT = "dk = hopper.warpgroup_mma_wait(0, deps=(dk,))"
 HAND_BACK = "hand_back(rooms.q, block, True, STAGES)"
+READY = "mbarrier.init(ready, count=2)"
+BYTES = "q_desc.block_type.nbytes + TERMS * terms_desc.block_type.nbytes"
 ADD = "add_to_global(dq_desc, [step * 128 + 64 * CONSUMER, 0], dq_rows)"
 FENCE = "hopper.fence_async_shared()"
 
@@ -26,14 +28,12 @@ PLANTS: dict[str, tuple[Plant, ...]] = {
         ("differentiate_block", ARRIVE, "pass"),
         ("differentiate_block", "narrow = back.product", f"if ENDS_STEP: {ARRIVE}\n    narrow = back.product"),
     ),
-    "one consumer is enough for dS": (("gluon_gradient_kernel", "mbarrier.init(ready, count=2)", "mbarrier.init(ready, count=1)"),),
-    "the barrier of dS is not made": (("gluon_gradient_kernel", "mbarrier.init(ready, count=2)", "pass"),),
+    "one consumer is enough for dS": (("gluon_gradient_kernel", READY, READY.replace("2", "1")),),
+    "the barrier of dS is not made": (("gluon_gradient_kernel", READY, "pass"),),
     "the producer does not wait for an empty stage": (
         ("fetch_query_block", "mbarrier.wait(rooms.q.empty.index(stage), parity ^ 1)", "pass"),
     ),
-    "the terms of the queries are not expected": (
-        ("fetch_query_block", "q_desc.block_type.nbytes + TERMS * terms_desc.block_type.nbytes", "q_desc.block_type.nbytes"),
-    ),
+    "the terms of the queries are not expected": (("fetch_query_block", BYTES, "q_desc.block_type.nbytes"),),
     "the queries are handed back before they are read": (
         ("differentiate_block", HAND_BACK, "pass"),
         ("differentiate_block", "narrow = back.product", f"{HAND_BACK}; narrow = back.product"),
@@ -56,8 +56,8 @@ PLANTS: dict[str, tuple[Plant, ...]] = {
     "a consumer multiplies the other's rows": (("multiply_keys", "step * 2 + CONSUMER", "step * 2 + 1 - CONSUMER"),),
     "dQ has the keys of one consumer twice": (("multiply_keys", "rooms.k.rows.index(half)", "rooms.k.rows.index(0)"),),
     # Bounds.
-    "keys past the end are not masked": (("differentiate_scores", "inside_keys[:, None], p, 0.0", "inside_keys[:, None], p, p"),),
-    "the mask has a key too many": (("differentiate_keys", "CONSUMER + keys < keys_left", "CONSUMER + keys <= keys_left"),),
+    "keys past the end are not masked": (("differentiate_scores", "[:, None], p, 0.0", "[:, None], p, p"),),
+    "the mask has a key too many": (("differentiate_keys", "keys < keys_left", "keys <= keys_left"),),
     "a descriptor of dQ is a row too long": (("describe_query_gradient", "gl.maximum(length, 1)", "length + 1"),),
     "two sequences share the terms of a step": (("first_row_step", "+ sequence", ""),),
     "both consumers have the same keys": (("gluon_gradient_kernel", "HEAD, 1, BLOCKS", "HEAD, 0, BLOCKS"),),

@@ -1,8 +1,8 @@
 """impl "gluon": ``packed_attention`` by the Hopper kernels of ``maskattn/kernels/gluon``, used only on request.
 
-No GPU has run them: they are simulated and compiled ahead of time. Gradients are those of the Triton kernels, which read
-what the Gluon forward leaves, unless ``deterministic=False`` allows the Gluon backward, whose sums depend on the order
-in which programs come. Every other operation is refused.
+No GPU has run them: they are simulated and compiled ahead of time. Gradients are those of the Triton kernels, which
+read what the Gluon forward leaves, unless ``deterministic=False`` allows the Gluon backward, whose sums depend on the
+order in which programs come. Every other operation is refused.
 """
 
 from __future__ import annotations

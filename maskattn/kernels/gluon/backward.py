@@ -78,11 +78,12 @@ def packed_backward(
     k, v = described(qkv.k, k_rows), described(qkv.v, k_rows)
     launch(
         gluon_gradient_kernel, work.items * heads, True, q, tokens_argument(q), tokens_argument(k), tokens_argument(v),
-        tokens_argument(grad_out), row_terms, row_terms.shape[1], sum_of_dq, grads.k, grads.v, _dbias_argument(dbias_HT), parts_of_dslopes,
-        terms_argument(options, True, keeps_rest(options)), bounds_argument(q_rows), bounds_argument(k_rows),
-        heads, *work, HEAD=width, PADDED=padded_width(width), BLOCKS=config.blocks,
-        STAGES=config.stages, TERMS=terms, IN_REGISTERS=config.in_registers, MASKS_ALL=config.masks_all,
-        CONSUMER_REGISTERS=config.consumer_registers, PRODUCER_REGISTERS=config.producer_registers, num_warps=WARPS,
+        tokens_argument(grad_out), row_terms, row_terms.shape[1], sum_of_dq, grads.k, grads.v,
+        _dbias_argument(dbias_HT), parts_of_dslopes, terms_argument(options, True, keeps_rest(options)),
+        bounds_argument(q_rows), bounds_argument(k_rows), heads, *work, HEAD=width, PADDED=padded_width(width),
+        BLOCKS=config.blocks, STAGES=config.stages, TERMS=terms, IN_REGISTERS=config.in_registers,
+        MASKS_ALL=config.masks_all, CONSUMER_REGISTERS=config.consumer_registers,
+        PRODUCER_REGISTERS=config.producer_registers, num_warps=WARPS,
     )  # fmt: skip
     torch.mul(sum_of_dq, options.scale, out=grads.q)
     of_keys = [(x, 0.0) for x in (grads.k, grads.v, None if dbias_HT is None else dbias_HT.T) if x is not None]

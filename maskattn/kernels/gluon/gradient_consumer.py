@@ -20,10 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from maskattn.kernels.gluon.consumer import accumulator_layout, store_outputs
 from maskattn.kernels.gluon.pipeline import hand_back, wait_for_block
 from maskattn.kernels.gluon.reduction import add_to_global
-from maskattn.kernels.language.scores import begin_scores, gradient_of_terms, key_terms, query_terms, scores
 from maskattn.kernels.gluon.row_terms import DELTA, LSE, REST
-from maskattn.kernels.launch.schedule import find_work
+from maskattn.kernels.language.scores import begin_scores, gradient_of_terms, key_terms, query_terms, scores
 from maskattn.kernels.language.tiles import LN_2, LOG2_E, store_row_values, tokens_base
+from maskattn.kernels.launch.schedule import find_work
 
 __all__ = ["GradientRooms", "differentiate_keys"]
 
@@ -259,7 +259,7 @@ def differentiate_keys(
     if not MASKS_ALL:  # noqa: SIM102 (decided at compile time)
         if keys_left >= 128:
             full = q_length // (64 * BLOCKS)
-    for step in range(0, full):
+    for step in range(full):
         for each in gl.static_range(BLOCKS):
             dk, dv, dbias, dslope = differentiate_block(
                 dk, dv, dbias, dslope, k, v, rooms, scoring, of_keys, inside_keys, dq_desc, step * BLOCKS + each,
