@@ -388,8 +388,7 @@ def assert_meets_specification(results: Results, inputs: Inputs, specify: Attend
         results: as :func:`run_reference` names them.
         inputs: what the implementation was given; lse is float32 whatever their dtype, and judged so.
         specify: the reference, as :func:`run_reference` calls it.
-        carries: whether gradients may carry the rounding of the lse that forward left for backward. Where lse is as
-            large as floats are it would be boundless, and may not.
+        carries: whether gradients may carry the rounding of forward's lse, which is boundless for the largest lse.
     """
     __tracebackhide__ = True
     exact, same = run_reference(specify, inputs, torch.float64), run_reference(specify, inputs, inputs.q.dtype)

@@ -88,7 +88,7 @@ class WithCap(Options):
 register(replace(PACKED, name="capped_attention", options=WithCap))
 x, starts = torch.randn(5, 2, 16, requires_grad=True), torch.tensor([0, 2, 5], dtype=torch.int32)
 for softcap in (0.0, 30.0):
-    given = 0.25, None, None, None, None, 0.0, None, "ieee", None, None, softcap
+    given = 0.25, None, None, None, None, 0.0, None, "ieee", True, None, None, softcap
     for impl in ("torch", "reference"):
         try:
             out, *_ = torch.ops.maskattn.capped_attention(x, x, x, starts, starts, 3, 3, *given, True, impl)

@@ -17,7 +17,7 @@ from maskattn.kernels.language.scores import begin_scores, key_terms, query_term
 from maskattn.kernels.language.softmax import row_divisor, row_lse, softmax_update
 from maskattn.kernels.language.tiles import row_values_base, store_row_values, tokens_base
 
-__all__ = ["GROUP_ROWS", "attend_rows"]
+__all__ = ["GROUP_ROWS", "accumulator_layout", "attend_rows", "store_outputs"]
 
 # Rows of a warp group's smallest matrix product, and its number of warps.
 GROUP_ROWS = gl.constexpr(64)

@@ -27,7 +27,7 @@ from maskattn.kernels.tables.lookup import padded_width
 from maskattn.operands import Sequences
 from maskattn.options import Options
 
-__all__ = ["packed_forward"]
+__all__ = ["WARPS", "described", "packed_forward"]
 
 # Warps of each consumer, a warp group; the producer has one more warp.
 WARPS = 4

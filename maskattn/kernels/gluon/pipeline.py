@@ -13,7 +13,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-__all__ = ["Ring", "fetch_blocks", "hand_back", "make_ring", "wait_for_block"]
+__all__ = [
+    "Ring",
+    "describe_rows",
+    "fetch_block",
+    "fetch_blocks",
+    "hand_back",
+    "make_ring",
+    "stage_of",
+    "wait_for_block",
+]
 
 
 class Ring(NamedTuple):
