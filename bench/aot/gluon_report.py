@@ -1,4 +1,4 @@
-"""Compile the Hopper kernel in Gluon without a GPU, and compare the cost of its machine code with the Triton kernel's.
+"""Compile the Hopper kernels in Gluon without a GPU, and compare their machine code's cost with the Triton kernels'.
 
     python -m bench.aot.gluon_report           writes bench/results/aot_gluon_<triton version>.csv and .md (minutes)
 
@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,26 @@ from bench.aot.cases import Case
 from bench.aot.launches import recorded_launches
 from bench.aot.machine_code import CLASSES, MachineCode, nvidia_tool, read
 from bench.aot.report import measure
-from maskattn.kernels.gluon.configs import GluonConfig, choose
+from maskattn.kernels.gluon.configs import GluonConfig, GradientConfig, choose, choose_gradient
+from maskattn.kernels.gluon.gradient_kernel import BLOCK_N
 from maskattn.kernels.gluon.kernel import BLOCK_M
 from maskattn.options import Options
 
-__all__ = ["GluonCase", "GluonRow", "all_gluon_cases", "gluon_table_path", "measure_gluon", "read_gluon_table"]
+__all__ = [
+    "GluonCase",
+    "GluonRow",
+    "all_gluon_cases",
+    "config_columns",
+    "gluon_table_path",
+    "measure_gluon",
+    "read_gluon_table",
+]
 
 CONSUMERS, WARPS_OF_A_CONSUMER, ALL_WARPS = 2, 4, 12
 HEADS, TOKENS = 2, 50
+# Products of backward in one pass, and in the two passes of the Triton kernels.
+ONE_PASS = 5
+TWO_PASSES = ("query_gradient", "key_gradient")
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,34 @@ class GluonCase:
     dtype: str = "bf16"
     bias: bool = False
     alibi: bool = False
+    pass_: str = "forward"
+
+    @property
+    def options(self) -> Options:
+        """Options of the case's kind, to choose a configuration by."""
+        return Options(1.0, torch.zeros(1) if self.bias else None, torch.zeros(1) if self.alibi else None)
+
+    @property
+    def config(self) -> GluonConfig | GradientConfig:
+        """The configuration of the case."""
+        if self.pass_ == "forward":
+            return choose(self.head_width, self.options)
+        config = choose_gradient(self.head_width, self.options)
+        assert config is not None
+        return config
+
+    @property
+    def products(self) -> int:
+        """The number of matrix products of a tile."""
+        return PRODUCTS["forward"] if self.pass_ == "forward" else ONE_PASS
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """The queries and keys of an iteration of the main loop."""
+        config = self.config
+        if isinstance(config, GluonConfig):
+            return BLOCK_M, config.block_n * config.unroll
+        return 64 * config.blocks, BLOCK_N
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -51,19 +91,25 @@ class GluonCase:
         return tuple(str(value) for value in asdict(self).values())
 
     @property
-    def as_triton(self) -> Case:
-        """The case of the Triton kernel with the same features."""
-        return Case("forward", "sm90", self.head_width, self.dtype, bias=self.bias, alibi=self.alibi)
+    def as_triton(self) -> tuple[Case, ...]:
+        """The cases of the Triton kernels that do the same."""
+        passes = TWO_PASSES if self.pass_ == "backward" else ("forward",)
+        return tuple(Case(x, "sm90", self.head_width, self.dtype, bias=self.bias, alibi=self.alibi) for x in passes)
 
 
 def all_gluon_cases() -> Iterator[GluonCase]:
-    """Yield every tile width, plain and with each option, and float16 for two widths."""
+    """Yield every tile width and pass, plain and with each option that it takes, and float16 for two widths."""
     for width in (32, 64, 80, 128, 256):
         for bias in (False, True):
             for alibi in (False, True):
                 yield GluonCase(width, "bf16", bias, alibi)
     yield GluonCase(64, "fp16")
     yield GluonCase(128, "fp16")
+    for width in (16, 32, 64, 80, 128):
+        for bias in (False, True):
+            yield GluonCase(width, "bf16", bias, pass_="backward")
+    yield GluonCase(64, "fp16", pass_="backward")
+    yield GluonCase(128, "fp16", pass_="backward")
 
 
 @dataclass(frozen=True)
@@ -76,20 +122,23 @@ class GluonRow:
     """
 
     case: GluonCase
-    config: GluonConfig
+    config: GluonConfig | GradientConfig
     code: MachineCode
     loop_registers: tuple[int, int]
     tma_copies: int
+    tma_additions: int
     remarks: str
 
     @property
     def bound(self) -> Bound:
-        """The bound by the chip's pipes, for both consumers on one block of keys."""
+        """The bound by the chip's pipes, for both consumers on one block of keys or step of queries."""
         chip, width = CHIPS["sm90"], self.case.head_width
         consumers = CONSUMERS * WARPS_OF_A_CONSUMER
         of_loop = pipe_cycles(self.code.loop, consumers, chip)
-        cycles = Cycles(*(value / self.config.unroll for value in asdict(of_loop).values()))
-        flop = 2.0 * PRODUCTS["forward"] * BLOCK_M * self.config.block_n * width
+        unroll = getattr(self.config, "unroll", 1)
+        cycles = Cycles(*(value / unroll for value in asdict(of_loop).values()))
+        queries, keys = self.case.tile
+        flop = 2.0 * self.case.products * queries * keys / unroll * width
         return Bound(
             cycles=cycles,
             slowest=max(cycles.of_pipes, key=lambda pipe: cycles.of_pipes[pipe]),
@@ -100,11 +149,11 @@ class GluonRow:
 
     def columns(self) -> dict[str, object]:
         """Return the table's columns."""
-        scores = BLOCK_M * self.config.block_n * self.config.unroll
-        code = self.code
+        queries, keys = self.case.tile
+        scores, code = queries * keys, self.code
         return {
             **asdict(self.case),
-            **asdict(self.config),
+            **config_columns(self.config),
             "registers": code.registers,
             "consumer_setmaxnreg": self.loop_registers[0],
             "producer_setmaxnreg": self.loop_registers[1],
@@ -113,33 +162,42 @@ class GluonRow:
             "tensor_memory": code.tensor_memory,
             "tensor_instruction": code.tensor_instruction,
             "tma_copies": self.tma_copies,
+            "tma_additions": self.tma_additions,
             "ptxas_remarks": self.remarks,
             **code.instructions_per_score(scores, CONSUMERS * WARPS_OF_A_CONSUMER),
             **self.bound.columns(),
         }
 
 
+def config_columns(config: GluonConfig | GradientConfig) -> dict[str, object]:
+    """Return the table's columns of a configuration; those that only the other pass has are empty."""
+    names = [x.name for kind in (GluonConfig, GradientConfig) for x in fields(kind)]
+    return {name: getattr(config, name, "") for name in dict.fromkeys(names)}
+
+
 def compile_gluon(case: GluonCase) -> Any:
-    """Compile the kernel that a call of ``packed_attention`` launches."""
+    """Compile the kernel that a call of ``packed_attention``, or its backward, launches."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
-    q = torch.zeros(TOKENS, HEADS, case.head_width, dtype=dtype)
+    q = torch.zeros(TOKENS, HEADS, case.head_width, dtype=dtype, requires_grad=case.pass_ == "backward")
     ends = torch.tensor([0, 20, TOKENS], dtype=torch.int32)
     options: dict[str, Any] = {"key_bias": torch.zeros(TOKENS)} if case.bias else {}
     if case.alibi:
         options |= {"coords": torch.zeros(TOKENS, 2), "slopes": torch.ones(HEADS)}
     with recorded_launches("sm90") as launches:
-        maskattn.packed_attention(q, q, q, ends, ends, 30, 30, impl="gluon", **options)
-    (launch,) = (each for each in launches if each.kernel.is_gluon())
+        out = maskattn.packed_attention(q, q, q, ends, ends, 30, 30, impl="gluon", deterministic=False, **options)
+        if case.pass_ == "backward":
+            out.backward(torch.zeros_like(out))
+    name = {"forward": "gluon_forward_kernel", "backward": "gluon_gradient_kernel"}[case.pass_]
+    (launch,) = (each for each in launches if each.name == name)
     return launch.compile()
 
 
 def measure_gluon(case: GluonCase) -> GluonRow:
     """Compile one case and read its machine code."""
     compiled = compile_gluon(case)
-    options = Options(1.0, torch.zeros(1) if case.bias else None, torch.zeros(1) if case.alibi else None)
     ptx = compiled.asm["ptx"]
     registers = [int(x) for x in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)]
-    config = choose(case.head_width, options)
+    config = case.config
     asked = (config.consumer_registers, config.producer_registers)
     return GluonRow(
         case,
@@ -147,6 +205,7 @@ def measure_gluon(case: GluonCase) -> GluonRow:
         read(compiled, 32),
         tuple(x if x in registers else 0 for x in asked),
         ptx.count("cp.async.bulk.tensor"),
+        ptx.count("cp.reduce.async.bulk.tensor"),
         _remarks(ptx),
     )
 
@@ -187,36 +246,52 @@ def write_gluon_table() -> None:
 def _summary(rows: list[GluonRow]) -> list[str]:
     chip = CHIPS["sm90"]
     lines = [
-        f"# The Hopper kernel in Gluon beside the Triton kernel: triton {triton.__version__}, no GPU involved",
+        f"# The Hopper kernels in Gluon beside the Triton kernels: triton {triton.__version__}, no GPU involved",
         "",
-        "Forward, compute capability 9.0, bfloat16. Instructions of the main loop per score and lane, by class; clocks "
-        "of one SM for a tile of 128 queries and as many keys as the column says; the TFLOP/s that the pipes allow if "
-        "all overlap, and if the products and the slowest of the rest take turns. Ceilings from counted instructions, "
-        f"not measurements: no GPU has run the Gluon kernel. Assumed: {chip.name}, {chip.sms} SMs at {chip.clock_ghz} "
+        "Compute capability 9.0, bfloat16. Instructions of the main loop per score and lane, by class; clocks of one "
+        "SM for a tile of as many queries and keys as the column says; the TFLOP/s that the pipes allow if all "
+        "overlap, and if the products and the slowest of the rest take turns. Ceilings from counted instructions, "
+        f"not measurements: no GPU has run the Gluon kernels. Assumed: {chip.name}, {chip.sms} SMs at {chip.clock_ghz} "
         "GHz; rates per clock as in `bench/aot/bounds.py`. Of the Gluon kernel, registers are those of a consumer's "
         "thread after setmaxnreg.",
         "",
-        "| D | options | kernel | tile M×N | stages | registers | spilled | shared KiB | per score "
+        "Backward in Gluon is one pass of 5 products for each pair of tiles, 10·D FLOP for each score; the Triton "
+        "kernels' two passes have 3 and 4 products, and their own rows. TFLOP/s of backward count 10·D for both, and "
+        "those of the two passes together, the time of one after the other, are in the last of their rows. The "
+        "additions of dQ to memory, 4·D bytes for each query and 128 keys, are not in the model.",
+        "",
+        "| pass | D | options | kernel | tile M×N | stages | registers | spilled | shared KiB | per score "
         "| " + " | ".join(CLASSES) + " | tensor clocks | MUFU clocks | issue clocks | slowest | overlapped | in turn |",
-        "|---:|---|---|---|" + "---:|" * (5 + len(CLASSES) + 3) + "---|" + "---:|" * 2,
+        "|---|---:|---|---|---|" + "---:|" * (5 + len(CLASSES) + 3) + "---|" + "---:|" * 2,
     ]
     for row in rows:
         if row.case.dtype == "bf16":
-            lines += [_line(row.case, "Gluon", *_of_gluon(row)), _line(row.case, "Triton", *_of_triton(row.case))]
+            lines += [_line(row.case, "Gluon", *_of_gluon(row)), *_of_triton(row.case)]
     return lines
 
 
 def _of_gluon(row: GluonRow) -> tuple[str, dict[str, object], Bound]:
-    shape = f"{BLOCK_M}×{row.config.block_n} | {row.config.stages} | {row.config.consumer_registers}"
+    queries, keys = row.case.tile
+    keys //= getattr(row.config, "unroll", 1)
+    shape = f"{queries}×{keys} | {row.config.stages} | {row.config.consumer_registers}"
     return shape, row.columns(), row.bound
 
 
-def _of_triton(case: GluonCase) -> tuple[str, dict[str, object], Bound]:
-    row = measure(case.as_triton)
-    config, bound = row.config, row.bound
-    assert bound is not None
-    shape = f"{config.block_m}×{config.block_n} | {config.num_stages} | {row.code.registers}"
-    return shape, row.columns(), bound
+def _of_triton(case: GluonCase) -> Iterator[str]:
+    """Yield the line of each Triton kernel; the bound of the last of two passes is that of both."""
+    seconds_overlapped = seconds_series = 0.0
+    for each in case.as_triton:
+        row = measure(each)
+        config, bound = row.config, row.bound
+        assert bound is not None
+        # Per FLOP of backward's five products: a pass with more or fewer takes that much longer or shorter.
+        share = PRODUCTS[each.pass_] / case.products
+        seconds_overlapped += share / bound.overlapped_tflops
+        seconds_series += share / bound.series_tflops
+        last = replace(bound, overlapped_tflops=1 / seconds_overlapped, series_tflops=1 / seconds_series)
+        kernel = "Triton" if case.pass_ == "forward" else f"Triton, {each.pass_.replace('_', ' ')}"
+        shape = f"{config.block_m}×{config.block_n} | {config.num_stages} | {row.code.registers}"
+        yield _line(case, kernel, shape, row.columns(), last if each == case.as_triton[-1] else bound)
 
 
 def _line(case: GluonCase, kernel: str, shape: str, columns: dict[str, Any], bound: Bound) -> str:
@@ -224,7 +299,7 @@ def _line(case: GluonCase, kernel: str, shape: str, columns: dict[str, Any], bou
     counts = " | ".join(f"{columns[name]:.2f}" for name in ("per_score", *CLASSES))
     cycles = bound.cycles
     return (
-        f"| {case.head_width} | {options} | {kernel} | {shape} | {columns['spilled_bytes']} "
+        f"| {case.pass_} | {case.head_width} | {options} | {kernel} | {shape} | {columns['spilled_bytes']} "
         f"| {columns['shared_bytes'] / 1024:.0f} | {counts} | {cycles.tensor:.0f} | {cycles.mufu:.0f} "
         f"| {cycles.issue:.0f} | {bound.slowest} | {bound.overlapped_tflops:.0f} | {bound.series_tflops:.0f} |"
     )
