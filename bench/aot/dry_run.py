@@ -23,7 +23,13 @@ from pathlib import Path
 import torch
 
 from bench.aot.every_call import HEADS, ON_HOPPER, OPERATIONS, Shape, run
-from bench.aot.repeated_calls import few_launches, nothing_is_left, same_as_the_launcher
+from bench.aot.repeated_calls import (
+    every_ingredient,
+    few_launches,
+    hooks_see_launches,
+    nothing_is_left,
+    same_as_the_launcher,
+)
 from bench.aot.stub import CAPABILITIES, StubDevice
 from bench.gpu.outcomes import Outcome, OutcomeLog, fingerprint
 
@@ -206,6 +212,8 @@ def _run(device: StubDevice, log: OutcomeLog, given: argparse.Namespace) -> int:
         "nothing is copied": allocates_little,
         "made again: few launches": lambda: few_launches(device),
         "made again: as the launcher would": same_as_the_launcher,
+        "made again: a plan of its own": every_ingredient,
+        "made again: hooks see launches": hooks_see_launches,
         "made again: nothing is left": nothing_is_left,
     }
     checks = {name: check for name, check in checks.items() if given.cases in name}

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,17 +23,22 @@ from bench.aot.every_call import HEADS, Shape, run
 from bench.aot.stub import StubDevice
 from maskattn import derived
 from maskattn.kernels.attention import backward, forward
-from maskattn.kernels.launch import prepared, schedule, tail
+from maskattn.kernels.attention.key_gradient import key_gradient_kernel
+from maskattn.kernels.attention.query_gradient import query_gradient_kernel
+from maskattn.kernels.launch import prepared, recording, replay, schedule, tail
 
-__all__ = ["few_launches", "nothing_is_left", "same_as_the_launcher"]
+__all__ = ["every_ingredient", "few_launches", "hooks_see_launches", "nothing_is_left", "same_as_the_launcher"]
 
 WIDTH = 64
+KERNELS = (
+    forward.forward_kernel, query_gradient_kernel, key_gradient_kernel, schedule.schedule_kernel, tail.clear_tail_kernel
+)  # fmt: skip
 
 
 def same_as_the_launcher() -> str:
-    """Check that every repeated launch has the kernel and the arguments that Triton's launcher would use."""
+    """Check that every repeated launch and pass reaches the driver as Triton's launcher would make it."""
     seen = Counter[str]()
-    with _judged(seen):
+    with judged(seen):
         for operation, shape in _shapes():
             run(operation, shape)
             run(operation, shape)
@@ -54,33 +60,143 @@ def _shapes() -> Iterator[tuple[str, Shape]]:
         yield operation, Shape((5, 0, 12), head_width=WIDTH)
 
 
+def every_ingredient() -> str:
+    """Check calls that differ in one respect from one that is replayed: they take no plan but their own."""
+    lengths, seen = torch.tensor([50, 0, 14]), Counter[str]()
+    packing = maskattn.Packing.from_keep(torch.arange(64) < lengths[:, None])
+    starts, other = packing.cu_seqlens, torch.tensor([0, 20, 40, 64], dtype=torch.int32)
+    qkv = torch.zeros(4, 64, 3, HEADS, 2 * WIDTH, dtype=torch.bfloat16)
+    base = {"qkv": qkv[0, ..., :WIDTH].unbind(1), "starts": (starts, starts, 64, 64), "options": {}}
+    bias, per_head = torch.zeros(64), torch.zeros(64, HEADS)
+    alibi = {"coords": torch.zeros(64, 2), "slopes": torch.zeros(HEADS)}
+    contiguous, shifted = torch.zeros(64, HEADS, WIDTH, dtype=qkv.dtype), qkv[0, ..., 1 : WIDTH + 1].unbind(1)
+    plain = base["qkv"]
+    changes: dict[str, dict[str, Any]] = {
+        **{f"strides of {name}": {"qkv": _with(plain, i, contiguous)} for i, name in enumerate("qkv")},
+        **{f"address of {name}": {"qkv": _with(plain, i, shifted[i])} for i, name in enumerate("qkv")},
+        "dtype": {"qkv": [x.half() for x in plain]},
+        "head width": {"qkv": [x[..., :32] for x in plain]},
+        "heads": {"qkv": [x[:, :1] for x in plain]},
+        "queries alone": {"qkv": (torch.zeros(70, HEADS, WIDTH, dtype=qkv.dtype), *plain[1:]), "starts": (
+            torch.tensor([0, 30, 50, 70], dtype=torch.int32), starts, 64, 64)},
+        "lengths of the keys": {"starts": (starts, other, 64, 64)},
+        "lengths of the queries": {"starts": (other, starts, 64, 64)},
+        "longest query": {"starts": (starts, starts, 50, 64)},
+        "longest key": {"starts": (starts, starts, 64, 50)},
+        "scale": {"options": {"scale": 0.5}},
+        "a negative scale": {"options": {"scale": -0.5}},
+        "a bias": {"options": {"key_bias": bias}},
+        "a bias of each head": {"options": {"key_bias": per_head}},
+        "strides of a bias": {"options": {"key_bias": torch.zeros(HEADS, 64).T}},
+        "dtype of a bias": {"options": {"key_bias": bias.half()}},
+        "address of a bias": {"options": {"key_bias": torch.zeros(65)[1:]}},
+        "slopes": {"options": alibi},
+        "dropout": {"options": {"dropout_p": 0.1}},
+        "share of dropout": {"options": {"dropout_p": 0.7}},
+    }  # fmt: skip
+    active = triton.runtime.driver.active
+    with judged(seen):
+        for name, change in {"base": {}, **changes}.items():
+            taken = [_taken(seen, **{**base, **change}) for _ in range(2)]
+            if taken[0]:
+                return f"a call of another {name} takes a plan that was made before"
+            if not taken[1] and name != "a negative scale":
+                return f"a call of another {name} has no plan of its own"
+        with mock.patch.object(active, "get_current_stream", return_value=1):
+            if _taken(seen, **base):
+                return "a call on another stream takes a plan that was made before"
+        starts += 0
+        thrice = {**base, "qkv": [plain[0]] * 3}
+        if _taken(seen, **thrice):
+            return "a call with lengths that were written to takes a plan that was made before"
+        if _taken(seen, **base) != 2 or _taken(seen, **thrice) != 2:
+            return "a call with tensors of the same layouts takes no plan"
+    return ""
+
+
+def _with(tensors: Sequence[Tensor], position: int, x: Tensor) -> list[Tensor]:
+    return [x if at == position else each for at, each in enumerate(tensors)]
+
+
+def _taken(seen: Counter[str], qkv: Sequence[Tensor], starts: tuple[Any, ...], options: dict[str, Any]) -> int:
+    """Return how many passes of a call, forward and backward, were replayed."""
+    before = seen["passes"]
+    of_each = {id(x): x.detach().requires_grad_() for x in qkv}
+    leaves = [of_each[id(x)] for x in qkv]
+    out = maskattn.packed_attention(*leaves, *starts, **options, impl="triton")
+    torch.autograd.grad(out, leaves, torch.zeros_like(out))
+    return seen["passes"] - before
+
+
 @contextmanager
-def _judged(seen: Counter[str]) -> Iterator[None]:
-    """Fail if a launch from a template differs from the launcher's own for the same arguments."""
-    plain, launch = prepared.launch_prepared, prepared.launch
+def judged(seen: Counter[str]) -> Iterator[None]:
+    """Fail if a launch from a template or a replayed pass differs from what Triton's launcher makes of the same call.
 
-    def judge(known: Any, tensors: Any, make: Callable[[], prepared.Launch], q: Tensor) -> None:
-        given: list[tuple[Any, ...]] = []
+    ``seen`` counts repeated launches by kernel, and replayed passes as "passes".
+    """
+    utils = triton.runtime.driver.active.utils
+    at_the_driver, reached = utils.launch, []
 
-        def record(kernel: Any, programs: int, described: bool, q: Tensor, *arguments: Any, **constants: Any) -> Any:
-            given.append((kernel, programs, described, arguments))
-            return launch(kernel, programs, described, q, *arguments, **constants)
+    def launch(*given: Any) -> None:
+        *first, scratch, _, _, signature, arguments = given
+        # Without hooks and their metadata; of memory for descriptors, whether there is any.
+        reached.append((*first[:8], scratch is None, bytes(signature), _with_addresses(arguments)))
+        at_the_driver(*given)
 
-        with mock.patch.object(prepared, "launch", record):
-            plain(known, tensors, make, q)
-        (kernel, programs, described, arguments), made = given[0], make()
-        if not isinstance(kernel, triton.compiler.CompiledKernel) or programs == 0:
+    def done_by(work: Callable[[], Any]) -> tuple[Any, list[tuple[Any, ...]]]:
+        begun = len(reached)
+        return work(), reached[begun:]
+
+    def judge(
+        known: Any, tensors: Any, make: Callable[[], prepared.Launch], q: Tensor, of_lengths: bool = False
+    ) -> None:
+        count = len(prepared._TEMPLATES)
+        _, ours = done_by(lambda: plain_launch(known, tensors, make, q, of_lengths))
+        if len(prepared._TEMPLATES) > count or not ours:
             return
+        made = make()
         seen[made.kernel.__name__] += 1
-        named = dict(zip(made.kernel.arg_names, made.arguments, strict=False)) | dict(made.constants)
-        expected = _with_addresses(tuple(named[name] for name in made.kernel.arg_names))
-        assert (programs, described) == (made.programs, made.described), made.kernel.__name__
-        assert _with_addresses(arguments) == expected, made.kernel.__name__
-        assert launch(made.kernel, programs, described, q, *made.arguments, **made.constants) is kernel
+        given = made.kernel, made.programs, made.described, q, *made.arguments
+        _, theirs = done_by(lambda: prepared.launch(*given, **made.constants))
+        assert ours == theirs, made.kernel.__name__
 
+    def judge_pass(compute: Any, *given: Any) -> Any:
+        made: list[Tensor] = []
+        allocate = replay.Plan.allocate
+        noting = mock.patch.object(replay.Plan, "allocate", lambda plan: made.extend(new := allocate(plan)) or new)
+        with noting:
+            results, ours = done_by(lambda: plain_replay(compute, *given))
+        if not made:
+            return results
+        seen["passes"] += 1
+        left = iter(made)
+
+        def empty(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+            x = next(left)
+            assert (x.shape, x.dtype, x.device, x.is_contiguous()) == (torch.Size(shape), dtype, device, True)
+            return x
+
+        prepared._TEMPLATES.clear()
+        with mock.patch.object(recording, "torch", SimpleNamespace(empty=empty)):
+            expected, theirs = done_by(lambda: compute(*given))
+        assert ours == theirs, f"{compute.__name__}: {ours} in place of {theirs}"
+        assert [None if x is None else x.data_ptr() for x in results] == [
+            None if x is None else x.data_ptr() for x in expected
+        ]
+        return results
+
+    plain_launch, plain_replay = prepared.launch_prepared, replay.replayed
     with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(utils, "launch", launch))
+        # Compiled kernels keep the function that launches them, so that they are loaded anew.
+        for kernel in KERNELS:
+            patches.enter_context(mock.patch.object(kernel, "device_caches", defaultdict(kernel.create_binder)))
+        patches.enter_context(mock.patch.dict(prepared._TEMPLATES, clear=True))
+        patches.enter_context(mock.patch.dict(derived._KEPT, clear=True))
         for module in (forward, backward, schedule, tail):
             patches.enter_context(mock.patch.object(module, "launch_prepared", judge))
+        for module in (forward, backward):
+            patches.enter_context(mock.patch.object(module, "replayed", judge_pass))
         yield
 
 
@@ -136,6 +252,26 @@ def few_launches(device: StubDevice) -> str:
         if looked_up:
             return f"{call.__name__} looks {looked_up} up again"
     return ""
+
+
+def hooks_see_launches() -> str:
+    """Check that a profiler's hook is called for every launch of a replayed pass, too."""
+    packing = maskattn.Packing.from_keep(torch.ones(2, 32, dtype=torch.bool))
+    q = torch.zeros(64, HEADS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    hook, names = triton.knobs.runtime.launch_enter_hook, []
+
+    def note(metadata: Any) -> None:
+        names.append(metadata.get()["name"])
+
+    counts = []
+    for hooks in ((), (), (note,), ()):
+        for each in hooks:
+            hook.add(each)
+        maskattn.packed_attention(q, q, q, packing, impl="triton").sum().backward()
+        for each in hooks:
+            hook.remove(each)
+        counts.append(len(names))
+    return "" if counts == [0, 0, 3, 3] else f"the hook saw {names}, after each call {counts}"
 
 
 def nothing_is_left() -> str:

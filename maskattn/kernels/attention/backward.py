@@ -40,6 +40,8 @@ from maskattn.kernels.launch.arguments import (
 )
 from maskattn.kernels.launch.descriptors import describable
 from maskattn.kernels.launch.prepared import Launch, launch_prepared
+from maskattn.kernels.launch.recording import allocate
+from maskattn.kernels.launch.replay import replayed
 from maskattn.kernels.launch.rows import Rows, packed_rows_of, readable
 from maskattn.kernels.launch.schedule import plan_work
 from maskattn.kernels.launch.tail import clear_tail
@@ -61,14 +63,20 @@ def packed_backward(
         qkv, sequences, options: the arguments of forward.
         outputs: the results of forward.
     """
+    tensors = (*vars(qkv).values(), *vars(outputs).values(), *vars(grads_out).values())
+    return Gradients(*replayed(_packed_backward, tensors, sequences, options))
+
+
+def _packed_backward(tensors: tuple[Any, ...], sequences: Sequences, options: Options) -> tuple[Tensor | None, ...]:
+    qkv, outputs, grads_out = QKV(*tensors[:3]), Outputs(*tensors[3:6]), OutputGradients(*tensors[6:])
     k = qkv.k
-    grads = Gradients(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in vars(qkv).values()))
+    grads = Gradients(*(allocate(x.shape, x.dtype, x.device) for x in tensors[:3]))
     dbias_HT = None
     if options.key_bias is not None:
         # Contiguous as (Tk, H) if that is the shape of the bias.
         per_head = options.key_bias.ndim == 2
         shape = k.shape[:2] if per_head else (k.shape[1], k.shape[0])
-        dbias = torch.empty(shape, dtype=torch.float32, device=k.device)
+        dbias = allocate(shape, torch.float32, k.device)
         dbias_HT = dbias.T if per_head else dbias
     rows = packed_rows_of(sequences, qkv.q, k)
     dslopes = differentiate(grads_out, qkv, outputs, *rows, options, grads, dbias_HT)
@@ -76,8 +84,8 @@ def packed_backward(
     clear_tail(sequences.cu_seqlens_q, sequences.max_seqlen_q, (grads.q, 0.0))
     clear_tail(sequences.cu_seqlens_k, sequences.max_seqlen_k, *of_keys)
     if dbias_HT is not None:
-        dbias_HT = dbias_HT.T if per_head else dbias_HT.sum(0)
-    return completed(grads, options, dbias_HT, dslopes)
+        dbias_HT = dbias if per_head else dbias_HT.sum(0)
+    return tuple(vars(completed(grads, options, dbias_HT, dslopes)).values())
 
 
 def completed(grads: Gradients, options: Options, dbias: Tensor | None, dslopes: Tensor | None) -> Gradients:
@@ -102,8 +110,8 @@ def differentiate(
     """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N); return dslopes."""
     q, k, v, out, grad_out = (readable(x) for x in (*vars(qkv).values(), outputs.out, grads_out.grad_out))
     lse, grad_lse = outputs.lse.contiguous(), grads_out.grad_lse
-    left = torch.empty_like(lse), torch.empty_like(lse)
-    both = _Both(q, k, v, outputs.lse_rest.contiguous(), grad_out, *left, q_rows, k_rows, options)
+    delta, scaled_lse = (allocate(lse.shape, lse.dtype, lse.device) for _ in range(2))
+    both = _Both(q, k, v, outputs.lse_rest.contiguous(), grad_out, delta, scaled_lse, q_rows, k_rows, options)
     dslopes = _differentiate_queries(both, out, lse, None if grad_lse is None else grad_lse.contiguous(), grads.q)
     _differentiate_keys(both, grads.k, grads.v, dbias)
     return dslopes

@@ -53,6 +53,8 @@ from maskattn.kernels.launch.arguments import (
 )
 from maskattn.kernels.launch.descriptors import describable
 from maskattn.kernels.launch.prepared import Launch, launch_prepared
+from maskattn.kernels.launch.recording import allocate
+from maskattn.kernels.launch.replay import replayed
 from maskattn.kernels.launch.rows import Rows, packed_rows_of, readable
 from maskattn.kernels.launch.schedule import find_work, plan_work
 from maskattn.kernels.launch.tail import clear_tail
@@ -196,8 +198,16 @@ def packed_forward(
     Returns:
         out (Tq, H, D) in q's dtype, lse (H, Tq) float32 and its rest.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    out, lse, rest = replayed(_packed_forward, (q, k, v), sequences, options)
+    return out, lse, rest
+
+
+def _packed_forward(
+    qkv: tuple[Tensor, Tensor, Tensor], sequences: Sequences, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv
+    out = allocate(q.shape, q.dtype, q.device)
+    lse = allocate((q.shape[1], q.shape[0]), torch.float32, q.device)
     rest = empty_rest(lse, options)
     attend(q, k, v, options, out, lse, rest, *packed_rows_of(sequences, q, k))
     clear_tail(

@@ -24,6 +24,7 @@ from maskattn.kernels.language.bundles import (
     Width,
 )
 from maskattn.kernels.language.scores import Terms
+from maskattn.kernels.launch.recording import allocate
 from maskattn.kernels.launch.rows import MAX_BLOCK, Rows, bias_strides_bht, lse_strides_bh, strides_bht
 from maskattn.kernels.tables.config import Config
 from maskattn.kernels.tables.lookup import split_width
@@ -105,7 +106,7 @@ def keeps_rest(options: Options) -> bool:
 
 def empty_rest(lse: Tensor, options: Options) -> Tensor:
     """Return an uninitialised tensor for the rest of lse, of lse's shape, or of shape (0,) if it is not kept."""
-    return lse.new_empty(lse.shape if keeps_rest(options) else 0)
+    return allocate(lse.shape if keeps_rest(options) else (0,), lse.dtype, lse.device)
 
 
 def known_strides(*strides: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ This is done only on NVIDIA GPUs, because for AMD the launcher also inspects the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from maskattn.kernels.launch.descriptors import launch
+from maskattn.kernels.launch.direct import Place, hooked, launcher_of, place_of
+from maskattn.kernels.launch.recording import note_launch
 
-__all__ = ["Launch", "launch_prepared"]
+__all__ = ["Launch", "Template", "launch_prepared"]
 
 # Largest number of templates; beyond it all are discarded, so that lengths that never recur take no memory.
 MOST = 4096
@@ -36,11 +38,12 @@ class Launch(NamedTuple):
     constants: Mapping[str, Any]
 
 
-class _Template:
+class Template:
     """A compiled kernel and the arguments of its launch, in which addresses are replaced."""
 
     def __init__(self, made: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]) -> None:
         self.programs, self.described, self.compiled = made.programs, made.described, compiled
+        self._launcher = launcher_of(compiled, made.programs)
         self._constants: list[Any] = []
         self._getters: list[Callable[[list[Any]], Any]] = []
         self._positions = {id(x): position for position, x in enumerate(tensors) if x is not None}
@@ -67,7 +70,15 @@ class _Template:
         self._getters.append(itemgetter(*positions))
         return size + len(self._getters) - 1
 
-    def arguments(self, addresses: list[int | None]) -> tuple[Any, ...]:
+    def launch(self, place: Place, q: Tensor, addresses: Sequence[int | None]) -> None:
+        """Launch the kernel on q's device, at this place, with these addresses in place of the tensors."""
+        arguments = self.arguments(addresses)
+        if self._launcher is None or hooked():
+            launch(self.compiled, self.programs, self.described, q, *arguments)
+        else:
+            self._launcher(place, q, arguments)
+
+    def arguments(self, addresses: Sequence[int | None]) -> tuple[Any, ...]:
         """Return the arguments of the kernel with these addresses in place of the tensors."""
         pool = [*addresses, *self._constants]
         for getter in self._getters:
@@ -75,11 +86,15 @@ class _Template:
         return pool[-1]
 
 
-_TEMPLATES: dict[Hashable, _Template] = {}
+_TEMPLATES: dict[Hashable, Template] = {}
 
 
 def launch_prepared(
-    known: tuple[Hashable, ...], tensors: tuple[Tensor | None, ...], make: Callable[[], Launch], q: Tensor
+    known: tuple[Hashable, ...],
+    tensors: tuple[Tensor | None, ...],
+    make: Callable[[], Launch],
+    q: Tensor,
+    of_lengths: bool = False,
 ) -> None:
     """Launch a kernel with the arguments of ``make``, or from the template of an equal earlier launch.
 
@@ -88,7 +103,18 @@ def launch_prepared(
         tensors: all tensors in the arguments, None for absent ones.
         make: returns the launch; called if there is no template for it.
         q: a tensor on the device.
+        of_lengths: whether it computes values that are cached with the lengths of the sequences, so that no pass with
+            the same lengths has to repeat it.
     """
+    template = _launch(known, tensors, make, q)
+    if not of_lengths:
+        note_launch(template, tensors)
+
+
+def _launch(
+    known: tuple[Hashable, ...], tensors: tuple[Tensor | None, ...], make: Callable[[], Launch], q: Tensor
+) -> Template | None:
+    """Launch a kernel and return the template, None if there can be none."""
     addresses = [None if x is None else x.data_ptr() for x in tensors]
     layouts = [
         None if x is None or address is None else (x.dtype, x.stride(), address & 15)
@@ -99,14 +125,16 @@ def launch_prepared(
     key = (*known, q.device, *layouts, *map(identities.index, identities))
     template = _TEMPLATES.get(key)
     if template is not None:
-        launch(template.compiled, template.programs, template.described, q, *template.arguments(addresses))
-        return
+        template.launch(place_of(q), q, addresses)
+        return template
     made = make()
     compiled = launch(made.kernel, made.programs, made.described, q, *made.arguments, **made.constants)
-    if _can_be_kept(compiled, made.arguments, tensors):
-        if len(_TEMPLATES) >= MOST:
-            _TEMPLATES.clear()
-        _TEMPLATES[key] = _Template(made, compiled, tensors)
+    if not _can_be_kept(compiled, made.arguments, tensors):
+        return None
+    if len(_TEMPLATES) >= MOST:
+        _TEMPLATES.clear()
+    template = _TEMPLATES[key] = Template(made, compiled, tensors)
+    return template
 
 
 def _can_be_kept(compiled: Any, arguments: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> bool:

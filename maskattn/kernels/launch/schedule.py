@@ -20,6 +20,7 @@ from maskattn.derived import derived
 from maskattn.kernels.language.tiles import program_position, sequence_bounds
 from maskattn.kernels.launch.arguments import VARYING, bounds_argument
 from maskattn.kernels.launch.prepared import Launch, launch_prepared
+from maskattn.kernels.launch.recording import note_constant
 from maskattn.kernels.launch.rows import Rows
 
 __all__ = ["CHUNK", "Work", "find_work", "plan_work"]
@@ -51,7 +52,9 @@ def plan_work(own: Rows, other: Rows, block: int, chunk: int = CHUNK) -> Work:
     if batch == 1 or (own.all_equal and other.all_equal):
         return Work(None, tiles, batch * tiles)
     items = batch * tiles if own.total is None else min(batch * tiles, own.total // block + batch)
-    return Work(_kept_table(own, other, block, chunk, tiles, items), tiles, items)
+    table = _kept_table(own, other, block, chunk, tiles, items)
+    note_constant(table)
+    return Work(table, tiles, items)
 
 
 def _kept_table(own: Rows, other: Rows, block: int, chunk: int, tiles: int, items: int) -> Tensor:
@@ -81,7 +84,7 @@ def _make_table(own: Rows, other: Rows, block: int, chunk: int, tiles: int, item
         arguments = table, bounds_argument(own), bounds_argument(other), own.batch, tiles, items
         return Launch(schedule_kernel, own.batch, False, arguments, {"BLOCK": block, "CHUNK": chunk})
 
-    launch_prepared((schedule_kernel, own.batch, tiles, items, block, chunk), tensors, make, table)
+    launch_prepared((schedule_kernel, own.batch, tiles, items, block, chunk), tensors, make, table, True)
     return table
 
 

@@ -1,0 +1,169 @@
+"""Passes over the same sequences, layer after layer: the first is recorded, and the others repeat its launches.
+
+Two passes over sequences of the same lengths, with tensors of the same layouts and with the same numbers, allocate the
+same memory and launch the same kernels; only the addresses differ. The first one is recorded, as a plan that is kept
+with the lengths (``maskattn.derived``). The others allocate, put the addresses into the arguments and launch, and look
+nothing up in between.
+
+A plan knows a tensor of a launch as an input of the pass, as memory that the pass allocates by ``allocate``, or as one
+that is kept with the lengths. A pass that launches a kernel with any other tensor, such as a copy of an input whose
+rows are not contiguous, has no plan and takes the ordinary way every time. A pass that is replayed must therefore do
+all its work in launches: what torch's own functions write in place would not be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from operator import itemgetter
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from maskattn.derived import derived
+from maskattn.kernels.launch.direct import Place, place_of
+from maskattn.kernels.launch.recording import Recording, recorded
+from maskattn.operands import Sequences
+from maskattn.options import Options
+
+__all__ = ["Plan", "replayed"]
+
+Tensors = tuple[Tensor | None, ...]
+# The results are tuples of other types, too, if some results are never None.
+Pass = Callable[[tuple[Any, ...], Sequences, Options], tuple[Any, ...]]
+
+_TENSORS = tuple(x.name for x in fields(Options) if "Tensor" in str(x.type))
+_NUMBERS = tuple(x.name for x in fields(Options) if x.name not in _TENSORS)
+_tensors_of = itemgetter(*_TENSORS)
+_numbers_of = itemgetter(*_NUMBERS)
+_NO_TENSORS = (None,) * len(_TENSORS)
+_NOT_MADE = object()
+
+# Kernels are interpreted or compiled from their definition on. For AMD Triton's launcher inspects the tensors' sizes.
+_IS_POSSIBLE = torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+def replayed(compute: Pass, tensors: tuple[Any, ...], sequences: Sequences, options: Options) -> tuple[Any, ...]:
+    """Return ``compute(tensors, sequences, options)``, which is recorded or, if possible, replayed.
+
+    Args:
+        compute: a pass; its results are tensors that it allocates by ``allocate``, or None.
+        tensors: its tensors, those of the queries first, None for absent ones.
+        sequences: the boundaries of the sequences.
+        options: the options.
+    """
+    if not _IS_POSSIBLE:
+        return compute(tensors, sequences, options)
+    kept = derived(sequences.cu_seqlens_q)
+    of_keys = kept if sequences.cu_seqlens_k is sequences.cu_seqlens_q else derived(sequences.cu_seqlens_k)
+    if kept is None or of_keys is None:
+        return compute(tensors, sequences, options)
+    given = vars(options)
+    of_options = _tensors_of(given)
+    inputs = tensors if of_options.count(None) == len(of_options) else (*tensors, *of_options)
+    addresses = [None if x is None else x.data_ptr() for x in inputs]
+    place = place_of(tensors[0])
+    key = (
+        compute, place, sequences.max_seqlen_q, sequences.max_seqlen_k, id(of_keys), *_numbers_of(given),
+        *[None if x is None else (x.dtype, x.shape, x.stride()) for x in inputs],
+        *[None if address is None else address & 15 for address in addresses],
+    )  # fmt: skip
+    found = kept.get(key)
+    if found is None:
+        results, plan = _record(compute, inputs, len(tensors), sequences, options)
+        # The cache of the keys' lengths is kept, too, so that its id stays unique and stands for the same lengths.
+        kept[key] = plan, of_keys if of_keys is not kept else None
+        return results
+    plan, _ = found
+    return compute(tensors, sequences, options) if plan is None else plan.run(tensors[0], addresses, place)
+
+
+def _record(
+    compute: Pass, inputs: Tensors, count: int, sequences: Sequences, options: Options
+) -> tuple[tuple[Any, ...], Plan | None]:
+    """Return the results of a pass, and its plan if it can be replayed."""
+    # Tensors of their own, since a plan must not depend on which inputs are the same tensor.
+    inputs = tuple(None if x is None else x.detach() for x in inputs)
+    if len(inputs) > count:
+        of_options: dict[str, Any] = dict(zip(_TENSORS, inputs[count:], strict=True))
+        options = replace(options, **of_options)
+    with recorded() as recording:
+        results = compute(inputs[:count], sequences, options)
+    try:
+        return results, Plan(recording, results, inputs, sequences)
+    except _UnknownError:
+        return results, None
+
+
+class _UnknownError(Exception):
+    """A launch or a tensor that a plan cannot repeat."""
+
+
+class Plan:
+    """The allocations and launches of a pass.
+
+    A launch finds the addresses of its tensors in a list: those of the inputs, the constants, and what the pass
+    allocates.
+    """
+
+    def __init__(self, recording: Recording, results: Tensors, inputs: Tensors, sequences: Sequences) -> None:
+        self._made = [_without_memory(x) for x in recording.made]
+        self._constants: list[int | None] = [None]
+        # Not the lengths themselves, with which the plan is kept and which must not stay alive for it.
+        self._alive = recording.constants
+        fixed = [sequences.cu_seqlens_q, sequences.cu_seqlens_k, *recording.constants]
+        memory = {_memory_of(x) for x in fixed}
+        of_inputs = {id(x): position for position, x in enumerate(inputs) if x is not None}
+        of_made = {_memory_of(x): (x.data_ptr(), position) for position, x in enumerate(recording.made)}
+        sources: list[list[int]] = []
+        for template, tensors in recording.launches:
+            if template is None:
+                raise _UnknownError
+            sources.append([])
+            for x in tensors:
+                if id(x) in of_inputs:
+                    sources[-1].append(of_inputs[id(x)])
+                elif x is None or x.numel() == 0:
+                    sources[-1].append(len(inputs))
+                elif _memory_of(x) in memory:
+                    self._constants.append(x.data_ptr())
+                    sources[-1].append(len(inputs) + len(self._constants) - 1)
+                else:
+                    address, position = of_made.get(_memory_of(x), (None, 0))
+                    if x.data_ptr() != address:
+                        raise _UnknownError
+                    sources[-1].append(-len(self._made) + position)
+        self._launches = [
+            (template.launch, itemgetter(*positions))
+            for (template, _), positions in zip(recording.launches, sources, strict=True)
+            if template is not None
+        ]
+        positions = {id(x): position for position, x in enumerate(recording.made)}
+        if any(x is not None and id(x) not in positions for x in results):
+            raise _UnknownError
+        self._results = [None if x is None else positions[id(x)] for x in results]
+
+    def allocate(self) -> list[Tensor]:
+        """Return what the pass allocates."""
+        return [torch.empty_like(x) for x in self._made]
+
+    def run(self, q: Tensor, addresses: list[int | None], place: Place) -> Tensors:
+        """Run the pass for inputs at these addresses; q is one of them."""
+        made = self.allocate()
+        pool = [*addresses, *self._constants, *[x.data_ptr() for x in made]]
+        for launch, addresses_in in self._launches:
+            launch(place, q, addresses_in(pool))
+        return tuple([None if position is None else made[position] for position in self._results])
+
+
+def _memory_of(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _without_memory(x: Tensor) -> Tensor:
+    """Return a contiguous tensor of the same layout that takes no memory; ``empty_like`` only reads the layout."""
+    made = torch.empty_like(x)
+    made.untyped_storage().resize_(0)
+    return made
