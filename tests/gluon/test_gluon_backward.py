@@ -30,8 +30,9 @@ from maskattn.options import Options
 from maskattn.results import OutputGradients, Outputs
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 255, 256, 257])
-@pytest.mark.parametrize("head_width", [64, 128])
+@pytest.mark.parametrize(
+    ("head_width", "length"), [*((64, x) for x in (1, 63, 64, 65, 127, 128, 129, 257)), (128, 64), (128, 129)]
+)
 def test_one_sequence_of_lengths_around_whole_blocks(head_width, length):
     inputs = packed_inputs([length], heads=1, head_width=head_width, dtype=torch.bfloat16)
     check(inputs, [length], [length], GRADIENT[head_width])
@@ -59,16 +60,16 @@ def test_head_widths_and_dtypes(head_width, dtype):
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("head_width", [64, 128])
 def test_every_set_of_options(head_width, alibi, bias):
-    lengths_q, lengths_k = [37, 0, 130], [5, 7, 200]
+    lengths_q, lengths_k = [37, 0, 70], [5, 7, 130]
     inputs = packed_inputs(lengths_q, lengths_k, head_width=head_width, dtype=torch.bfloat16, bias=bias)
     check(with_alibi(inputs) if alibi else inputs, lengths_q, lengths_k, GRADIENT[head_width])
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_lengths_options_stages_and_turns(seed):
     draw = random.Random(seed)
     batch = draw.randint(1, 4)
-    lengths_q, lengths_k = ([draw.choice([0, 1, draw.randint(1, 300)]) for _ in range(batch)] for _ in range(2))
+    lengths_q, lengths_k = ([draw.choice([0, 1, draw.randint(1, 200)]) for _ in range(batch)] for _ in range(2))
     head_width = draw.choice([32, 64, 80, 128])
     inputs = packed_inputs(
         lengths_q,
@@ -97,7 +98,7 @@ def test_biases_up_to_the_largest_numbers_and_minus_infinity():
 
 
 def test_only_dq_depends_on_who_comes_first():
-    lengths = [200, 270]
+    lengths = [100, 200]
     inputs = packed_inputs(lengths, head_width=64, dtype=torch.bfloat16, bias="shared")
     first, *others = (differentiate(inputs, lengths, lengths, GRADIENT[64], seed) for seed in range(3))
     for other in others:
