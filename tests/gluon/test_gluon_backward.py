@@ -65,11 +65,11 @@ def test_every_set_of_options(head_width, alibi, bias):
     check(with_alibi(inputs) if alibi else inputs, lengths_q, lengths_k, GRADIENT[head_width])
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_lengths_options_stages_and_turns(seed):
     draw = random.Random(seed)
     batch = draw.randint(1, 4)
-    lengths_q, lengths_k = ([draw.choice([0, 1, draw.randint(1, 200)]) for _ in range(batch)] for _ in range(2))
+    lengths_q, lengths_k = ([draw.choice([0, 1, draw.randint(1, 300)]) for _ in range(batch)] for _ in range(2))
     head_width = draw.choice([32, 64, 80, 128])
     inputs = packed_inputs(
         lengths_q,
