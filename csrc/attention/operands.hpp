@@ -54,9 +54,9 @@ void pack_rows(const Element* const* rows, int count, int head_width, std::uint3
     }
 }
 
-// Packs word t of each of `count` rows, a multiple of the lanes, as step t; steps are block_keys words apart.
+// Packs word t of each of `count` rows, a multiple of the lanes, as step t; steps are `stride` words apart.
 template <class Arithmetic, class Element>
-void pack_columns(const Element* const* rows, int count, int head_width, std::uint32_t* to) {
+void pack_columns(const Element* const* rows, int count, int head_width, std::uint32_t* to, int stride = block_keys) {
     const int words = head_width / Arithmetic::depth;
     for (int r = 0; r < count; r += lanes) {
         prefetch_rows(rows, r + lanes, r + 2 * lanes <= count ? r + 2 * lanes : count, head_width);
@@ -66,7 +66,7 @@ void pack_columns(const Element* const* rows, int count, int head_width, std::ui
                 square[i] = rows[r + i] ? load_words<Arithmetic>(rows[r + i], w, words) : Words{};
             transpose(square);
             const int filled = at_most(lanes, words - w);
-            for (int i = 0; i < filled; ++i) store(to + (w + i) * block_keys + r, square[i]);
+            for (int i = 0; i < filled; ++i) store(to + (w + i) * stride + r, square[i]);
         }
     }
 }

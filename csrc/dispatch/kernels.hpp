@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/attention.hpp"
+#include "encoder/encoder.hpp"
 #include "readout/readout.hpp"
 #include "readout/relevance.hpp"
 
@@ -12,6 +13,7 @@ struct Kernels {
     AttentionKernels attention;
     ReadoutKernelsByDtype readout;
     RelevanceKernelsByDtype relevance;
+    EncoderKernels encoder;
 };
 
 extern const Kernels kernels_portable;

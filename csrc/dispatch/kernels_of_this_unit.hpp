@@ -3,6 +3,7 @@
 
 #include "attention/backward.hpp"
 #include "dispatch/kernels.hpp"
+#include "encoder/block_kernel.hpp"
 #include "readout/backward.hpp"
 #include "readout/relevance_kernel.hpp"
 
@@ -24,6 +25,7 @@ constexpr Kernels kernels_of_this_unit = {
     },
     {readout_kernels<float>, readout_kernels<Bfloat16>},
     {relevance_kernels<float>, relevance_kernels<Bfloat16>},
+    encoder_kernels,
 };
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace maskattn {
 
 void bind_attention(pybind11::module_& module);
 void bind_coverage(pybind11::module_& module);
+void bind_encoder(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
 void bind_readout(pybind11::module_& module);
 

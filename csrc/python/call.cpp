@@ -8,6 +8,16 @@
 namespace maskattn {
 namespace {
 
+std::size_t axes_of_array(Object array) { return static_cast<std::size_t>(py::reinterpret_borrow<py::array>(array).ndim()); }
+
+}  // namespace
+
+void check_head_width(const Arguments& arguments, std::ptrdiff_t head_width) {
+    if (head_width >= least_head_width && head_width <= most_head_width && head_width % head_width_step == 0) return;
+    arguments.refuse("a head width D of 16 to 256 in steps of 8", "D=" + std::to_string(head_width),
+                     "pad q, k and v with zeros");
+}
+
 const Kernels& checked_kernels(const Arguments& arguments, const std::string& instruction_set) {
     const Kernels* kernels = kernels_of(instruction_set);
     if (kernels != nullptr) return *kernels;
@@ -17,15 +27,30 @@ const Kernels& checked_kernels(const Arguments& arguments, const std::string& in
                      "choose among " + usable + ", or '' for the best");
 }
 
-void check_head_width(const Arguments& arguments, std::ptrdiff_t head_width) {
-    if (head_width >= least_head_width && head_width <= most_head_width && head_width % head_width_step == 0) return;
-    arguments.refuse("a head width D of 16 to 256 in steps of 8", "D=" + std::to_string(head_width),
-                     "pad q, k and v with zeros");
+std::vector<std::int32_t> checked_starts(const Arguments& arguments, const char* name, Object value, std::ptrdiff_t rows,
+                                         const char* of) {
+    const Array array = arguments.array(name, value, std::vector<Dtype>{Dtype::int32}, 1);
+    const std::string called = name;
+    if (array.shape[0] == 0) arguments.refuse(called + " of shape (B + 1,)", "no element", "start it with a 0");
+    if (array.shape[0] > most_rows)
+        arguments.refuse("at most 2147483646 sequences", called + ".shape=" + text_of(array.shape), "split the call");
+    std::vector<std::int32_t> starts;
+    starts.reserve(static_cast<std::size_t>(array.shape[0]));
+    for (std::ptrdiff_t i = 0; i < array.shape[0]; ++i)
+        starts.push_back(static_cast<const std::int32_t*>(array.data)[i * array.strides[0]]);
+    const auto element = [&](std::size_t i) {
+        return called + "[" + std::to_string(i) + "]=" + std::to_string(starts[i]);
+    };
+    if (starts[0] != 0) arguments.refuse(called + " that starts at 0", element(0), "put a 0 in front");
+    for (std::size_t i = 1; i < starts.size(); ++i)
+        if (starts[i] < starts[i - 1])
+            arguments.refuse(called + " that never decreases", element(i) + " after " + std::to_string(starts[i - 1]),
+                             "sum the lengths of the sequences");
+    if (starts.back() != rows)
+        arguments.refuse(called + " that ends at the " + std::to_string(rows) + " rows of " + of,
+                         element(starts.size() - 1), "sum the lengths of all sequences");
+    return starts;
 }
-
-std::size_t axes_of_array(Object array) { return static_cast<std::size_t>(py::reinterpret_borrow<py::array>(array).ndim()); }
-
-}  // namespace
 
 Call::Call(const char* operation, const Layout& layout, Object q, Object k, const py::kwargs& keywords,
            std::initializer_list<const char*> own_options)
@@ -108,27 +133,7 @@ void Call::write_slope_gradients(const std::vector<double>& dslope_H) const {
 }
 
 std::vector<std::int32_t> Call::starts(const char* name, Object value, std::ptrdiff_t rows, const char* of) const {
-    const Array array = arguments.array(name, value, std::vector<Dtype>{Dtype::int32}, 1);
-    const std::string called = name;
-    if (array.shape[0] == 0) arguments.refuse(called + " of shape (B + 1,)", "no element", "start it with a 0");
-    if (array.shape[0] > most_rows)
-        arguments.refuse("at most 2147483646 sequences", called + ".shape=" + text_of(array.shape), "split the call");
-    std::vector<std::int32_t> starts;
-    starts.reserve(static_cast<std::size_t>(array.shape[0]));
-    for (std::ptrdiff_t i = 0; i < array.shape[0]; ++i)
-        starts.push_back(static_cast<const std::int32_t*>(array.data)[i * array.strides[0]]);
-    const auto element = [&](std::size_t i) {
-        return called + "[" + std::to_string(i) + "]=" + std::to_string(starts[i]);
-    };
-    if (starts[0] != 0) arguments.refuse(called + " that starts at 0", element(0), "put a 0 in front");
-    for (std::size_t i = 1; i < starts.size(); ++i)
-        if (starts[i] < starts[i - 1])
-            arguments.refuse(called + " that never decreases", element(i) + " after " + std::to_string(starts[i - 1]),
-                             "sum the lengths of the sequences");
-    if (starts.back() != rows)
-        arguments.refuse(called + " that ends at the " + std::to_string(rows) + " rows of " + of,
-                         element(starts.size() - 1), "sum the lengths of all sequences");
-    return starts;
+    return checked_starts(arguments, name, value, rows, of);
 }
 
 }  // namespace maskattn

@@ -12,6 +12,15 @@ using Object = const py::object&;
 
 constexpr std::ptrdiff_t most_rows = 2147483647;  // of a tensor, since indices have 32 bits
 
+// Returns the kernels of an instruction set of this machine, of the best for "".
+const Kernels& checked_kernels(const Arguments& arguments, const std::string& instruction_set);
+
+void check_head_width(const Arguments& arguments, std::ptrdiff_t head_width);
+
+// Returns the boundaries of sequences, which must rise from 0, without decreasing, to the `rows` of the argument `of`.
+std::vector<std::int32_t> checked_starts(const Arguments& arguments, const char* name, Object value, std::ptrdiff_t rows,
+                                         const char* of);
+
 class Call {
   public:
     // Takes the sizes of all axes from the queries and the keys.
@@ -31,7 +40,6 @@ class Call {
     void fill_gradients(Gradients& gradients, Object grad_out, Object dq, Object dk, Object dv);
     void write_slope_gradients(const std::vector<double>& dslope_H) const;
 
-    // Checks cu_seqlens, which must rise from 0, without decreasing, to the `rows` of the argument called `of`.
     std::vector<std::int32_t> starts(const char* name, Object value, std::ptrdiff_t rows, const char* of) const;
 
     std::ptrdiff_t batch() const { return tensors.size("B"); }

@@ -27,6 +27,7 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "The C++ kernels of maskattn.";
     maskattn::bind_attention(module);
     maskattn::bind_coverage(module);
+    maskattn::bind_encoder(module);
     maskattn::bind_packing(module);
     maskattn::bind_readout(module);
     module.def("share_team", &share_team_of, pybind11::arg("library"),

@@ -50,9 +50,9 @@ struct Left {
 
 enum class Start { zero, add, scaled };  // sums are added to 0, C, or C times factor[row]
 
-template <class Arithmetic, int rows, int vectors, Start start>
-__attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, float* c,
-                                             std::ptrdiff_t c_row, const float* factor) {
+// Computes a register tile and calls take(row, vector, sums) for each of its vectors.
+template <class Arithmetic, int rows, int vectors, class Take>
+MASKATTN_INLINE void sum_tile(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, Take take) {
     Floats total[rows][vectors];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
@@ -74,16 +74,22 @@ __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std
         left += a.step;
         b += b_step;
     }
-    // C is read last, so that the loop hides the latency of L2.
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-            float* to = c + r * c_row + v * lanes;
-            if (start == Start::add) total[r][v] += load<Floats>(to);
-            if (start == Start::scaled) total[r][v] += load<Floats>(to) * factor[r];
-            store(to, total[r][v]);
-        }
+        for (int v = 0; v < vectors; ++v) take(r, v, total[r][v]);
+}
+
+template <class Arithmetic, int rows, int vectors, Start start>
+__attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, float* c,
+                                             std::ptrdiff_t c_row, const float* factor) {
+    // C is read last, so that the loop hides the latency of L2.
+    sum_tile<Arithmetic, rows, vectors>(a, b, b_step, steps, [&](int r, int v, Floats sums) __attribute__((always_inline)) {
+        float* to = c + r * c_row + v * lanes;
+        if (start == Start::add) sums += load<Floats>(to);
+        if (start == Start::scaled) sums += load<Floats>(to) * factor[r];
+        store(to, sums);
+    });
 }
 
 // Computes the product for any number of column vectors, split evenly over register tiles.

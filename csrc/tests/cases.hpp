@@ -68,5 +68,6 @@ bool readout_is_right();
 bool relevance_is_right();
 bool coverage_is_right();
 bool packing_is_right();
+bool encoder_is_right();
 
 }  // namespace maskattn_tests

@@ -1,9 +1,10 @@
-"""Linear layers in inference on x86 processors, by oneDNN: bias and activation within the product, weights packed once.
+"""Linear layers in inference on x86 processors, with bias and activation within the product and weights packed once.
 
 torch's own ``linear`` computes float32 products by MKL and copies the bias into the output first; an activation is one
 more pass over the output, and under autocast the weights are cast again in every batch. oneDNN's product has bias and
-activation as its last step. It takes weights as they are or, in runs over many batches, packed into its own order by
-:func:`packed_weights`.
+activation as its last step, and so has that of the C++ kernels (:mod:`maskattn.nn.native_layers`), which is chosen where
+it is known to be faster. Both take weights that were packed into an order of their own, in runs over many batches once
+(:func:`packed_weights`); oneDNN's also takes them as they are.
 
 Gradients, compilation, export, GPUs, other dtypes, and layers to which something is attached (hooks, adapters,
 quantised weights) take torch's way.
@@ -15,16 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskattn.nn import native_layers
 from maskattn.nn.kept_memory import keeping_memory
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.plain_modules import forwards_of, has_plain_parameters, is_plain
@@ -32,21 +34,33 @@ from maskattn.packing import Packing, is_jit_traced
 from maskattn.shapes import Float
 from maskattn.transforms import is_transformed
 
-__all__ = ["linear", "linear_and_activation", "packed_weights", "product", "rounded_up", "rows_at_once", "runs_here"]
+__all__ = [
+    "GELUS",
+    "kept_or_packed",
+    "linear",
+    "linear_and_activation",
+    "multiplies_natively",
+    "packed_weights",
+    "product",
+    "rounded_up",
+    "rows_at_once",
+    "runs_here",
+]
 
 _LINEAR = forwards_of([nn.Linear])
-_GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
+GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 # A copy of larger weights costs more memory than packing them anew in each batch costs time.
 _MOST_PACKED_BYTES = 10 << 20
 _ROWS_PACKED_FOR = 2048
+# The C++ kernels take packed weights alone, and packing them takes as long as multiplying some 80 rows by them.
+_FEWEST_ROWS_TO_PACK_FOR = 1024
 _STEPS = 32
 # Of one feature of all rows: 3,200 rows in float32. More leave the last cache between two layers.
 _BYTES_PER_FEATURE_AT_ONCE = 12_800
 _EVERY = slice(None)
 
-# (dtype, first and last output) → weight and bias as the product takes them, for the layers of models in a run.
-_Packed = dict[tuple[torch.dtype, int | None, int | None], tuple[Tensor, Tensor | None]]
-_packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+# A module of a model in a run → what was packed of it, by its dtype and part.
+_packed: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
 def linear(layer: nn.Module, x: Float[Tensor, "... C"]) -> Float[Tensor, "... D"]:
@@ -69,9 +83,9 @@ def linear_and_activation(
         act: the activation's name; a GELU is computed within the product.
         activation: the activation.
     """
-    dtype = runs_here(x) if act in _GELUS else None
+    dtype = runs_here(x) if act in GELUS else None
     if dtype is not None and is_plain(layer, _LINEAR) and has_plain_parameters(layer):
-        return _fused(layer, x, dtype, gelu=_GELUS[act])
+        return _fused(layer, x, dtype, gelu=GELUS[act])
     return activation(linear(layer, x))
 
 
@@ -102,15 +116,42 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     results is kept too (:mod:`maskattn.nn.kept_memory`).
     """
     on_cpu = any(parameter.device.type == "cpu" for parameter in model.parameters())
-    mine = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d) and layer not in _packed]
-    for layer in mine:
-        _packed[layer] = {}
+    mine = [module for module in model.modules() if module not in _packed]
+    for module in mine:
+        _packed[module] = {}
     try:
         with keeping_memory() if on_cpu else contextlib.nullcontext():
             yield
     finally:
-        for layer in mine:
-            _packed.pop(layer, None)
+        for module in mine:
+            _packed.pop(module, None)
+
+
+def kept_or_packed(
+    module: nn.Module, key: Hashable, weights: Sequence[Tensor], rows: int, pack: Callable[[], Any]
+) -> Any | None:
+    """Return what ``pack`` makes of a module's weights, kept for the run; None if packing does not pay for these rows.
+
+    Args:
+        module: the module.
+        key: what distinguishes several packed forms of it.
+        weights: the weights that are packed.
+        rows: the number of rows to multiply.
+        pack: packs them.
+    """
+    kept = _packed.get(module)
+    if kept is None or max(weight.numel() * 4 for weight in weights) > _MOST_PACKED_BYTES:
+        return pack() if rows >= _FEWEST_ROWS_TO_PACK_FOR else None
+    if key not in kept:
+        kept[key] = pack()
+    return kept[key]
+
+
+def multiplies_natively(x: Tensor) -> torch.dtype | None:
+    """Return the dtype of weights and results if the C++ kernels multiply rows like ``x``, in float32; else None."""
+    dtype = runs_here(x)
+    natively = dtype is not None and _computed_in(dtype) == torch.float32 and native_layers.are_faster_here()
+    return dtype if natively else None
 
 
 def rounded_up(tokens: PackedTokens) -> PackedTokens:
@@ -128,6 +169,8 @@ def rounded_up(tokens: PackedTokens) -> PackedTokens:
     if packing.batch_size * packing.num_tokens == T:  # the numbers of rows are as few as those of images
         return tokens
     if not more or tokens.shards is not None or runs_here(tokens.rows_TC) is None:
+        return tokens
+    if multiplies_natively(tokens.rows_TC) is not None:
         return tokens
     start = packing.batch_size * packing.num_tokens
     longer = Packing(
@@ -167,19 +210,31 @@ def runs_here(x: Tensor) -> torch.dtype | None:
 def _fused(
     layer: nn.Module, x: Tensor, dtype: torch.dtype, outputs: slice = _EVERY, gelu: str | None = None
 ) -> Float[Tensor, "... D"]:
-    """Compute :func:`product` by oneDNN; the result has a dtype that :func:`runs_here` returned."""
-    weight, bias = _operands(layer, outputs, dtype)
+    """Compute :func:`product` with bias and activation in it; the result has a dtype that :func:`runs_here` returned."""
+    weight, bias = _weight_and_bias(layer, outputs)
+    if multiplies_natively(x) is not None:
+
+        def pack() -> Any:
+            return native_layers.pack_layer(weight.to(dtype), None if bias is None else bias.to(dtype))
+
+        key = ("native", dtype, outputs.start, outputs.stop)
+        packed = kept_or_packed(layer, key, [weight], x.numel() // x.shape[-1], pack)
+        if packed is not None:
+            return native_layers.apply_layer(packed, x, len(weight), gelu).to(dtype)
+    weight, bias = _operands(layer, weight, bias, outputs, dtype)
     attribute, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, attribute, [], algorithm)
     return out.to(dtype)
 
 
-def _operands(layer: nn.Module, outputs: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    kept = _packed.get(layer)
-    key = (dtype, outputs.start, outputs.stop)
+def _operands(
+    layer: nn.Module, weight: Tensor, bias: Tensor | None, outputs: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias as oneDNN's product takes them, packed in a run."""
+    kept, key = _packed.get(layer), ("oneDNN", dtype, outputs.start, outputs.stop)
     if kept is not None and key in kept:
-        return kept[key]
-    weight, bias = _weight_and_bias(layer, outputs)
+        operands: tuple[Tensor, Tensor | None] = kept[key]
+        return operands
     computed = _computed_in(dtype)
     weight, bias = weight.to(dtype).to(computed), None if bias is None else bias.to(dtype).to(computed)
     if kept is not None and weight.nbytes <= _MOST_PACKED_BYTES:

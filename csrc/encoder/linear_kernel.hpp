@@ -1,0 +1,113 @@
+// A linear layer on a few rows: panels of outputs, in each of which every row tile is multiplied at full depth, so that
+// a panel stays in L1 or L2 and nothing is added up in memory. The order of the sums is the same for every row.
+#pragma once
+
+#include "attention/operands.hpp"
+#include "encoder/activation.hpp"
+
+namespace maskattn {
+namespace {
+
+constexpr int panel_columns = tile_vectors * lanes;
+static_assert(item_rows % tile_rows == 0, "items consist of whole register tiles");
+
+// Rows in scratch are a cache line longer than their values, since rows at multiples of 4 KiB would share lines of L1.
+constexpr std::ptrdiff_t scratch_stride(int values) { return static_cast<std::ptrdiff_t>(whole_lines(static_cast<std::size_t>(values))) + 16; }
+constexpr std::size_t scratch_words(int values) { return item_rows * static_cast<std::size_t>(scratch_stride(values)); }
+
+inline std::size_t panel_words(int inputs, int outputs) {
+    return whole_lines(static_cast<std::size_t>(inputs) * static_cast<std::size_t>(padded(outputs)));
+}
+
+inline void pack_weight(const float* weight, std::ptrdiff_t stride, int inputs, int outputs, std::uint32_t* panels) {
+    const float* rows[panel_columns];
+    for (int first = 0; first < outputs; first += panel_columns) {
+        const int columns = at_most(panel_columns, outputs - first), step = padded(columns);
+        for (int c = 0; c < step; ++c) rows[c] = c < columns ? weight + (first + c) * stride : nullptr;
+        pack_columns<SinglePrecision>(rows, step, inputs, panels + static_cast<std::ptrdiff_t>(first) * inputs, step);
+    }
+}
+
+template <int count>
+struct Vectors {
+    static constexpr int value = count;
+};
+
+// Calls compute with the number of vectors, 1 to `most`, as a type.
+template <int most, class Compute>
+MASKATTN_INLINE void with_vectors(int vectors, Compute compute) {
+    if (vectors == most) return compute(Vectors<most>{});
+    if constexpr (most > 1) with_vectors<most - 1>(vectors, compute);
+}
+
+MASKATTN_INLINE void store_first(float* to, Floats x, int count) {
+    if (count >= lanes)
+        store(to, x);
+    else
+        __builtin_memcpy(to, &x, static_cast<std::size_t>(count) * sizeof x[0]);
+}
+
+// Copies rows to scratch, with zeros after the last up to a whole register tile.
+inline void copy_rows(ConstRows x, int count, int values, std::uint32_t* to) {
+    const float* rows[item_rows];
+    const int whole = (count + tile_rows - 1) / tile_rows * tile_rows;
+    for (int r = 0; r < whole; ++r) rows[r] = r < count ? x.data + r * x.stride : nullptr;
+    pack_rows<SinglePrecision>(rows, whole, values, to, static_cast<int>(scratch_stride(values)));
+}
+
+// Multiplies a register tile and calls finish(sums plus bias, row, column) for its vectors. The memory that results go
+// to is requested first, so that the product hides the latency of writing.
+template <int vectors, class Finish>
+__attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* panel, int steps, const float* bias, Rows to,
+                                                   const Finish& finish) {
+#pragma GCC unroll 8
+    for (int r = 0; r < tile_rows; ++r) __builtin_prefetch(to.data + r * to.stride, 1);
+    sum_tile<SinglePrecision, tile_rows, vectors>(
+        x, panel, vectors * lanes, steps, [&](int r, int v, Floats sums) __attribute__((always_inline)) {
+            finish(sums + load<Floats>(bias + v * lanes), r, v * lanes);
+        });
+}
+
+// Computes the product of rows in scratch, and calls finish(sums plus bias, row, column, number of columns) for each
+// vector. `to` is where its results go.
+template <class Finish>
+MASKATTN_INLINE void multiply_rows(const std::uint32_t* x, int count, const LinearLayer& layer, Rows to, Finish finish) {
+    const std::ptrdiff_t stride = scratch_stride(layer.inputs);
+    for (int first = 0; first < layer.outputs; first += panel_columns) {
+        const int columns = at_most(panel_columns, layer.outputs - first);
+        const std::uint32_t* panel = layer.panels + static_cast<std::ptrdiff_t>(first) * layer.inputs;
+        for (int row = 0; row < count; row += tile_rows) {
+            const Left left{x + row * stride, stride, 1};
+            const Rows to_tile{to.data + row * to.stride + first, to.stride};
+            if (columns == panel_columns && count - row >= tile_rows) {
+                const auto whole = [&](Floats sums, int r, int c) __attribute__((always_inline)) {
+                    finish(sums, row + r, first + c, lanes);
+                };
+                multiply_panel_tile<tile_vectors>(left, panel, layer.inputs, layer.bias + first, to_tile, whole);
+                continue;
+            }
+            const int rows = at_most(tile_rows, count - row);
+            const auto part = [&](Floats sums, int r, int c) __attribute__((always_inline)) {
+                if (r < rows && c < columns) finish(sums, row + r, first + c, at_most(lanes, columns - c));
+            };
+            with_vectors<tile_vectors>(padded(columns) / lanes, [&](auto vectors) __attribute__((always_inline)) {
+                multiply_panel_tile<decltype(vectors)::value>(left, panel, layer.inputs, layer.bias + first, to_tile, part);
+            });
+        }
+    }
+}
+
+inline std::size_t linear_scratch_words(int inputs) { return scratch_words(inputs); }
+
+inline void apply_linear(const LinearLayer& layer, Activation activation, ConstRows x, int count, Rows out,
+                         std::uint32_t* scratch) {
+    copy_rows(x, count, layer.inputs, scratch);
+    with_activation(activation, [&](auto which) __attribute__((always_inline)) {
+        multiply_rows(scratch, count, layer, out, [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
+            store_first(out.data + row * out.stride + column, activated<decltype(which)::value>(sums), columns);
+        });
+    });
+}
+
+}  // namespace
+}  // namespace maskattn

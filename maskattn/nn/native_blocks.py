@@ -1,0 +1,100 @@
+"""Whole transformer blocks in inference by the C++ kernels: norms, projections, attention, MLP and residuals.
+
+The kernels take :math:`x + ls1(attn(norm1(x)))`, then :math:`x + ls2(mlp(norm2(x)))`, in three passes over the rows, in
+which the hidden features of the MLP never leave a core's cache. A sequence's result does not depend on those beside it.
+
+Dimension key: T packed tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from maskattn.attention.impl import cpu
+from maskattn.extension import array_of, extension
+from maskattn.nn.inference_linear import GELUS, kept_or_packed, multiplies_natively
+from maskattn.nn.mlps import Mlp
+from maskattn.nn.native_layers import array_or_none, float32_rows, pack_layer
+from maskattn.nn.packed_tokens import PackedTokens
+from maskattn.nn.plain_modules import has_plain_parameters
+from maskattn.shapes import Float
+
+if TYPE_CHECKING:
+    from maskattn.nn.blocks import Block
+
+__all__ = ["apply_whole"]
+
+
+def apply_whole(block: Block, rows_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"] | None:
+    """Compute a block that is as it was built, (T, C) → (T, C), in float32; None if the kernels do not compute it."""
+    dtype = multiplies_natively(rows_TC)
+    if dtype is None or not _takes(block, tokens):
+        return None
+    weights = [layer.weight for layer in _layers(block)]
+    packed = kept_or_packed(block, dtype, weights, len(rows_TC), lambda: _pack(block, dtype))
+    if packed is None:
+        return None
+    x = float32_rows(rows_TC)
+    out = torch.empty_like(x)
+    starts = tokens.packing.cu_seqlens.contiguous()
+    packed.apply(array_of(x), array_of(starts), array_of(out), threads=torch.get_num_threads())
+    return out.to(rows_TC.dtype)
+
+
+def _layers(block: Block) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    mlp = cast(Mlp, block.mlp)
+    return block.attn.qkv, block.attn.proj, mlp.fc1, mlp.fc2
+
+
+def _takes(block: Block, tokens: PackedTokens) -> bool:
+    """Return whether the kernels compute a block that is as it was built on rows of these tokens."""
+    attn, mlp = block.attn, block.mlp
+    if tokens.shards is not None or tokens.coords_T2 is not None or tokens.rotation is not None:
+        return False
+    if type(mlp) is not Mlp or mlp.act not in GELUS or attn.impl not in (None, "cpu"):
+        return False
+    if attn.qkv.in_features // attn.num_heads not in cpu.HEAD_WIDTHS or _drops(block):
+        return False
+    if any(type(norm) is not nn.Identity for norm in (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)):
+        return False
+    return all(has_plain_parameters(layer) for layer in (*_layers(block), block.norm1, block.norm2))
+
+
+def _pack(block: Block, dtype: torch.dtype) -> Any:
+    """Pack the weights of a block, rounded to ``dtype``."""
+
+    def packed(layer: nn.Linear) -> Any:
+        return pack_layer(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+
+    qkv, proj, fc1, fc2 = map(packed, _layers(block))
+    norms: dict[str, Any] = {}
+    for name in ("norm1", "norm2"):
+        norm = cast(nn.LayerNorm, getattr(block, name))
+        norms |= {
+            f"{name}_weight": array_or_none(norm.weight),
+            f"{name}_bias": array_or_none(norm.bias),
+            f"{name}_eps": norm.eps,
+        }
+    return extension().EncoderBlock(
+        **norms,
+        qkv=qkv,
+        proj=proj,
+        scale1=array_or_none(getattr(block.ls1, "gamma", None)),
+        fc1=fc1,
+        fc2=fc2,
+        scale2=array_or_none(getattr(block.ls2, "gamma", None)),
+        heads=block.attn.num_heads,
+        activation=cast(Mlp, block.mlp).act,
+    )
+
+
+def _drops(block: Block) -> bool:
+    """Return whether something is dropped at random; parts of a block may be in training mode by themselves."""
+    if block.attn.dropout_p > 0 or any(
+        path.training and path.share > 0 for path in (block.drop_path1, block.drop_path2)
+    ):
+        return True
+    return any(drop.training and drop.p > 0 for drop in (block.attn.proj_drop, cast(Mlp, block.mlp).drop))

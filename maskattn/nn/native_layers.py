@@ -1,0 +1,59 @@
+"""Linear layers in inference by the C++ kernels, which apply bias and GELU while a product is still in registers.
+
+They multiply float32 by weights that were packed before. A row's result does not depend on the rows beside it.
+
+Dimension key: T rows, C input and D output features of a layer.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskattn.extension import array_of, extension, has_extension
+from maskattn.shapes import Float
+
+__all__ = ["apply_layer", "are_faster_here", "array_or_none", "float32_rows", "pack_layer"]
+
+
+@cache
+def are_faster_here() -> bool:
+    """Return whether these kernels are known to be faster on this processor than the libraries that torch comes with.
+
+    They were measured where AVX2 is the best instruction set (bench/results/LOG.md).
+    """
+    return has_extension() and extension().instruction_sets()[0] == "avx2"
+
+
+def pack_layer(weight: Float[Tensor, "D C"], bias: Float[Tensor, "D"] | None) -> Any:
+    """Pack a linear layer's weights."""
+    return extension().LinearLayer(array_or_none(weight), array_or_none(bias))
+
+
+def apply_layer(layer: Any, x: Float[Tensor, "... C"], features: int, gelu: str | None) -> Float[Tensor, "... D"]:
+    """Compute a packed layer, (..., C) → (..., D), in float32.
+
+    Args:
+        layer: what :func:`pack_layer` returned.
+        x: its input, of any floating dtype.
+        features: D.
+        gelu: GELU's ``approximate`` ("none" or "tanh") if the outputs go through it; None for no activation.
+    """
+    rows_TC = float32_rows(x.reshape(-1, x.shape[-1]))
+    out_TD = rows_TC.new_empty((len(rows_TC), features))
+    activation = {None: "none", "none": "gelu", "tanh": "gelu_tanh"}[gelu]
+    layer.apply(array_of(rows_TC), array_of(out_TD), activation=activation, threads=torch.get_num_threads())
+    return out_TD.view(*x.shape[:-1], features)
+
+
+def float32_rows(x: Tensor) -> Tensor:
+    """Return a tensor as the kernels read it."""
+    return x.to(torch.float32).contiguous()
+
+
+def array_or_none(x: Tensor | None) -> Any:
+    """Return a parameter's values as an array."""
+    return None if x is None else array_of(float32_rows(x.detach()))
