@@ -254,6 +254,70 @@ def token_relevance(
         key_origin, value_origin: (H, D) or (T, H, D) of q's dtype; None for 0.
     """
 
+class LinearLayer:
+    """A linear layer with weights packed for an instruction set. Its products are the same for any number of threads.
+
+    Args:
+        weight: (O, I), contiguous along I; it is copied.
+        bias: (O,); None for none.
+        instruction_set: one of instruction_sets(); "", the default, for the best.
+
+    Raises:
+        TypeError, ValueError, MemoryError: as in attention_forward, like both methods below.
+    """
+
+    def __init__(self, weight: Floats, bias: Floats | None = None, *, instruction_set: str = "") -> None: ...
+    def apply(self, x: Floats, out: Floats, *, activation: str = "none", threads: int = 0) -> None:
+        """Write activation(x Wᵀ + b) to out; a row of the result does not depend on the other rows.
+
+        Args:
+            x: (T, I), contiguous along I.
+            out: (T, O), contiguous along O, written. It must not share memory with x.
+            activation: "none", "gelu", or "gelu_tanh" for GELU by tanh.
+            threads: number of threads; 0 for one per core.
+        """
+
+class EncoderBlock:
+    """A pre-norm transformer block with packed weights.
+
+    Args:
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,); None for ones and zeros.
+        norm1_eps, norm2_eps: ε of the norms.
+        qkv, proj, fc1, fc2: layers C → 3C, C → C, C → F and F → C, packed for one instruction set. The output features
+            of qkv are (3, H, D).
+        scale1, scale2: (C,), the factors of the two updates; None for ones.
+        heads: H; D = C / H is 16 to 256 in steps of 8.
+        activation: of fc1, as in LinearLayer.apply.
+    """
+
+    def __init__(
+        self,
+        *,
+        norm1_weight: Floats | None,
+        norm1_bias: Floats | None,
+        norm1_eps: float,
+        qkv: LinearLayer,
+        proj: LinearLayer,
+        scale1: Floats | None,
+        norm2_weight: Floats | None,
+        norm2_bias: Floats | None,
+        norm2_eps: float,
+        fc1: LinearLayer,
+        fc2: LinearLayer,
+        scale2: Floats | None,
+        heads: int,
+        activation: str,
+    ) -> None: ...
+    def apply(self, x: Floats, cu_seqlens: NDArray[np.int32], out: Floats, *, threads: int = 0) -> None:
+        """Write the block's output on packed sequences to out.
+
+        Args:
+            x: (T, C), contiguous along C.
+            cu_seqlens: (B + 1,), from 0 to T.
+            out: (T, C), contiguous along C, written; it may be x.
+            threads: number of threads; 0 for one per core.
+        """
+
 def move_rows(
     source: NDArray[np.uint8],
     index: NDArray[np.int64] | NDArray[np.int32],

@@ -1,5 +1,5 @@
 // A linear layer on a few rows: panels of outputs, in each of which every row tile is multiplied at full depth, so that
-// a panel stays in L1 or L2 and nothing is added up in memory. The order of the sums is the same for every row.
+// a panel stays in L1 or L2. The order of the sums is the same for every row.
 #pragma once
 
 #include "attention/operands.hpp"
@@ -55,6 +55,9 @@ inline void copy_rows(ConstRows x, int count, int values, std::uint32_t* to) {
     pack_rows<SinglePrecision>(rows, whole, values, to, static_cast<int>(scratch_stride(values)));
 }
 
+// Longer sums are added up in parts, since the error of one long sum grows with its length.
+constexpr int most_steps = 256;
+
 // Multiplies a register tile and calls finish(sums plus bias, row, column) for its vectors. The memory that results go
 // to is requested first, so that the product hides the latency of writing.
 template <int vectors, class Finish>
@@ -62,10 +65,20 @@ __attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* 
                                                    const Finish& finish) {
 #pragma GCC unroll 8
     for (int r = 0; r < tile_rows; ++r) __builtin_prefetch(to.data + r * to.stride, 1);
-    sum_tile<SinglePrecision, tile_rows, vectors>(
-        x, panel, vectors * lanes, steps, [&](int r, int v, Floats sums) __attribute__((always_inline)) {
-            finish(sums + load<Floats>(bias + v * lanes), r, v * lanes);
-        });
+    alignas(64) Floats earlier[tile_rows][vectors];
+    for (int r = 0; r < tile_rows; ++r)
+        for (int v = 0; v < vectors; ++v) earlier[r][v] = load<Floats>(bias + v * lanes);
+    constexpr std::ptrdiff_t step = vectors * lanes;
+    for (; steps > most_steps; steps -= most_steps) {
+        const auto add = [&](int r, int v, Floats sums) __attribute__((always_inline)) { earlier[r][v] += sums; };
+        sum_tile<SinglePrecision, tile_rows, vectors>(x, panel, step, most_steps, add);
+        x.data += most_steps * x.step;
+        panel += most_steps * step;
+    }
+    const auto take = [&](int r, int v, Floats sums) __attribute__((always_inline)) {
+        finish(sums + earlier[r][v], r, v * lanes);
+    };
+    sum_tile<SinglePrecision, tile_rows, vectors>(x, panel, step, steps, take);
 }
 
 // Computes the product of rows in scratch, and calls finish(sums plus bias, row, column, number of columns) for each

@@ -144,9 +144,9 @@ void bind_encoder(py::module_& module) {
     py::class_<Block>(module, "EncoderBlock", "A transformer block with packed weights; see _native.pyi.")
         .def(py::init<Object, Object, double, LinearPointer, LinearPointer, Object, Object, Object, double, LinearPointer,
                       LinearPointer, Object, int, const std::string&>(),
-             py::kw_only(), py::arg("norm1_weight"), py::arg("norm1_bias"), py::arg("norm1_eps"), py::arg("qkv"),
-             py::arg("proj"), py::arg("scale1"), py::arg("norm2_weight"), py::arg("norm2_bias"), py::arg("norm2_eps"),
-             py::arg("fc1"), py::arg("fc2"), py::arg("scale2"), py::arg("heads"), py::arg("activation"))
+             py::kw_only(), py::arg("norm1_weight"), py::arg("norm1_bias"), py::arg("norm1_eps"), py::arg("qkv").none(false),
+             py::arg("proj").none(false), py::arg("scale1"), py::arg("norm2_weight"), py::arg("norm2_bias"), py::arg("norm2_eps"),
+             py::arg("fc1").none(false), py::arg("fc2").none(false), py::arg("scale2"), py::arg("heads"), py::arg("activation"))
         .def("apply", &Block::apply, py::arg("x"), py::arg("cu_seqlens"), py::arg("out"), py::kw_only(),
              py::arg("threads") = 0, "Write the block's output on packed sequences to out; see _native.pyi.");
 }

@@ -2,9 +2,9 @@
 
 torch's own ``linear`` computes float32 products by MKL and copies the bias into the output first; an activation is one
 more pass over the output, and under autocast the weights are cast again in every batch. oneDNN's product has bias and
-activation as its last step, and so has that of the C++ kernels (:mod:`maskattn.nn.native_layers`), which is chosen where
-it is known to be faster. Both take weights that were packed into an order of their own, in runs over many batches once
-(:func:`packed_weights`); oneDNN's also takes them as they are.
+activation as its last step, and so has that of the C++ kernels (:mod:`maskattn.nn.native_layers`), which is taken where
+it is known to be faster. Both take weights in an order of their own, into which they are packed once in runs over many
+batches (:func:`packed_weights`); oneDNN's also takes them as they are.
 
 Gradients, compilation, export, GPUs, other dtypes, and layers to which something is attached (hooks, adapters,
 quantised weights) take torch's way.
@@ -196,7 +196,7 @@ def rows_at_once(x: Tensor) -> int | None:
 
 
 def runs_here(x: Tensor) -> torch.dtype | None:
-    """Return the dtype in which oneDNN computes products of ``x``; None if torch's own way is taken."""
+    """Return the dtype in which products of ``x`` are computed here; None if torch's own way is taken."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # in this order, for torch.compile
         return None
     if type(x) is not Tensor or x.device.type != "cpu" or not x.numel() or is_jit_traced():
@@ -210,7 +210,7 @@ def runs_here(x: Tensor) -> torch.dtype | None:
 def _fused(
     layer: nn.Module, x: Tensor, dtype: torch.dtype, outputs: slice = _EVERY, gelu: str | None = None
 ) -> Float[Tensor, "... D"]:
-    """Compute :func:`product` with bias and activation in it; the result has a dtype that :func:`runs_here` returned."""
+    """Compute :func:`product` with bias and activation in it; the result has the dtype that :func:`runs_here` gives."""
     weight, bias = _weight_and_bias(layer, outputs)
     if multiplies_natively(x) is not None:
 

@@ -1,7 +1,8 @@
 """Whole transformer blocks in inference by the C++ kernels: norms, projections, attention, MLP and residuals.
 
-The kernels take :math:`x + ls1(attn(norm1(x)))`, then :math:`x + ls2(mlp(norm2(x)))`, in three passes over the rows, in
-which the hidden features of the MLP never leave a core's cache. A sequence's result does not depend on those beside it.
+A block is computed in three passes: norm and q, k, v of a few rows at a time; attention; the rest for a few rows at a
+time, so that the hidden features of the MLP never leave a core's cache. A sequence's result does not depend on those
+beside it.
 
 Dimension key: T packed tokens, C channels.
 """
@@ -29,7 +30,16 @@ __all__ = ["apply_whole"]
 
 
 def apply_whole(block: Block, rows_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"] | None:
-    """Compute a block that is as it was built, (T, C) → (T, C), in float32; None if the kernels do not compute it."""
+    """Compute a block that is as it was built, (T, C) → (T, C), in float32.
+
+    Args:
+        block: the block.
+        rows_TC: its input.
+        tokens: the layout of the rows; its own rows are not read.
+
+    Returns:
+        Its output in the dtype of the rows; None if the kernels do not compute it, or not here.
+    """
     dtype = multiplies_natively(rows_TC)
     if dtype is None or not _takes(block, tokens):
         return None
@@ -70,19 +80,17 @@ def _pack(block: Block, dtype: torch.dtype) -> Any:
         return pack_layer(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
 
     qkv, proj, fc1, fc2 = map(packed, _layers(block))
-    norms: dict[str, Any] = {}
-    for name in ("norm1", "norm2"):
-        norm = cast(nn.LayerNorm, getattr(block, name))
-        norms |= {
-            f"{name}_weight": array_or_none(norm.weight),
-            f"{name}_bias": array_or_none(norm.bias),
-            f"{name}_eps": norm.eps,
-        }
+    norm1, norm2 = block.norm1, block.norm2
     return extension().EncoderBlock(
-        **norms,
+        norm1_weight=array_or_none(norm1.weight),
+        norm1_bias=array_or_none(norm1.bias),
+        norm1_eps=norm1.eps,
         qkv=qkv,
         proj=proj,
         scale1=array_or_none(getattr(block.ls1, "gamma", None)),
+        norm2_weight=array_or_none(norm2.weight),
+        norm2_bias=array_or_none(norm2.bias),
+        norm2_eps=norm2.eps,
         fc1=fc1,
         fc2=fc2,
         scale2=array_or_none(getattr(block.ls2, "gamma", None)),
@@ -93,8 +101,6 @@ def _pack(block: Block, dtype: torch.dtype) -> Any:
 
 def _drops(block: Block) -> bool:
     """Return whether something is dropped at random; parts of a block may be in training mode by themselves."""
-    if block.attn.dropout_p > 0 or any(
-        path.training and path.share > 0 for path in (block.drop_path1, block.drop_path2)
-    ):
-        return True
-    return any(drop.training and drop.p > 0 for drop in (block.attn.proj_drop, cast(Mlp, block.mlp).drop))
+    paths = [path.share for path in (block.drop_path1, block.drop_path2) if path.training]
+    features = [drop.p for drop in (block.attn.proj_drop, cast(Mlp, block.mlp).drop) if drop.training]
+    return max((block.attn.dropout_p, *paths, *features)) > 0

@@ -10,6 +10,7 @@ K classes.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import importlib.util
 import os
 import resource
@@ -137,6 +138,49 @@ def mask(rng: Random) -> Call:
     return {"keep": np.random.default_rng(rng.getrandbits(32)).random(shape) < 0.5}
 
 
+def layer(rng: Random) -> Call:
+    outputs, inputs = rng.choice((1, 8, 48, 65)), rng.choice((1, 5, 16, 700))
+    bias = rng.choice([None, floats(rng, outputs)])
+    return {"weight": floats(rng, outputs, inputs), "bias": bias, "instruction_set": ""}
+
+
+def layer_call(rng: Random) -> Call:
+    call, T = layer(rng), rng.choice((0, 1, 5, 99))
+    outputs, inputs = call["weight"].shape
+    chosen = {"activation": rng.choice(["none", "gelu", "gelu_tanh"]), "threads": rng.choice([0, 1, 3])}
+    return call | {"x": floats(rng, T, inputs), "out": np.empty((T, outputs), np.float32)} | chosen
+
+
+def block_call(rng: Random) -> Call:
+    H, D, F, B, T = rng.choice((1, 2, 3)), rng.choice(HEAD_WIDTHS), rng.choice((1, 40)), rng.choice(SIZES[1:]), 70
+    C = H * D
+    shapes = {"qkv": (3 * C, C), "proj": (C, C), "fc1": (F, C), "fc2": (C, F)}
+    call: Call = {name: floats(rng, *shape) for name, shape in shapes.items()}
+    vectors = ("norm1_weight", "norm1_bias", "scale1", "norm2_weight", "norm2_bias", "scale2")
+    call |= {name: rng.choice([None, floats(rng, C)]) for name in vectors}
+    call |= {"norm1_eps": 1e-6, "norm2_eps": 0.0, "heads": H, "activation": rng.choice(["none", "gelu"])}
+    x = floats(rng, T, C)
+    return call | {"x": x, "cu_seqlens": starts_of(rng, B, T), "out": np.empty_like(x), "threads": rng.choice([0, 3])}
+
+
+def apply_layer(native: Any, **call: Any) -> None:
+    """Make a layer and call it."""
+    names = call.keys() & {"weight", "bias", "instruction_set"}
+    made = native.LinearLayer(**{name: call.pop(name) for name in names})
+    made.apply(**call)
+
+
+def apply_block(native: Any, **call: Any) -> None:
+    """Make the four layers, as far as they can be made, and the block, and call it."""
+    layers = {name: call.pop(name) for name in ("qkv", "proj", "fc1", "fc2") if name in call}
+    of_call = {name: call.pop(name) for name in ("x", "cu_seqlens", "out", "threads") if name in call}
+    made = {name: native.LinearLayer(x) if isinstance(x, np.ndarray) else x for name, x in layers.items()}
+    native.EncoderBlock(**made, **call).apply(**of_call)
+
+
+# Functions of this file that call the methods of a class of the extension.
+OF_CLASSES: dict[str, Callable[..., None]] = {"LinearLayer.apply": apply_layer, "EncoderBlock": apply_block}
+
 MAKERS: dict[str, Callable[[Random], Call]] = {
     "attention_forward": lambda rng: packed(rng, False),
     "attention_backward": lambda rng: packed(rng, True),
@@ -148,6 +192,9 @@ MAKERS: dict[str, Callable[[Random], Call]] = {
     "token_coverage": coverage,
     "move_rows": row_move,
     "kept_tokens": mask,
+    "LinearLayer": layer,
+    "LinearLayer.apply": layer_call,
+    "EncoderBlock": block_call,
     "share_team": lambda rng: {"library": rng.choice(["", "no such file", "/", "libgomp.so.0"])},
 }
 
@@ -270,8 +317,9 @@ def huge_and_empty(native: Any) -> None:
 
 def attempt(native: Any, name: str, call: Call, positional: bool = False) -> bool:
     os.write(1, f"\n{name}({described({str(key): value for key, value in call.items()})})".encode())
+    called = functools.partial(OF_CLASSES[name], native) if name in OF_CLASSES else getattr(native, name)
     try:
-        getattr(native, name)(*call.values(), scale=1.0) if positional else getattr(native, name)(**call)
+        called(*call.values(), scale=1.0) if positional else called(**call)
     except (TypeError, ValueError, MemoryError):
         return False
     return True
@@ -287,7 +335,8 @@ def main() -> None:
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
     bindings = {name for name in dir(native) if not name.startswith("_")} - {"instruction_sets"}
-    assert bindings == set(MAKERS), f"not covered or gone: {bindings ^ set(MAKERS)}"
+    made = {name.partition(".")[0] for name in MAKERS}
+    assert bindings == made, f"not covered or gone: {bindings ^ made}"
     rng = Random(seed)
     huge_and_empty(native)
     refused = 0

@@ -1,0 +1,174 @@
+// Linear layers and blocks against plain loops.
+#include <array>
+#include <cmath>
+
+#include "dispatch/instruction_sets.hpp"
+#include "encoder/driver.hpp"
+#include "tests/cases.hpp"
+
+namespace maskattn_tests {
+namespace {
+
+using Matrix = std::vector<std::vector<double>>;
+using Vector = std::vector<float>;
+
+constexpr double tolerance = 1e-5;
+
+struct Layer {
+    int inputs, outputs;
+    Vector weight, bias;
+
+    Layer(Random& random, int from, int to)
+        : inputs(from), outputs(to),
+          weight(random.floats(static_cast<std::size_t>(from * to), 1.0f / std::sqrt(static_cast<float>(from)))),
+          bias(random.floats(static_cast<std::size_t>(to), 0.5f)) {}
+
+    maskattn::PackedLinear packed(const maskattn::EncoderKernels& kernels) const {
+        return {kernels, weight.data(), inputs, bias.data(), inputs, outputs};
+    }
+
+    Matrix apply(const Matrix& x) const {
+        Matrix y;
+        for (const auto& row : x) {
+            y.emplace_back();
+            for (int o = 0; o < outputs; ++o) {
+                double total = static_cast<double>(bias[static_cast<std::size_t>(o)]);
+                for (int i = 0; i < inputs; ++i)
+                    total += row[static_cast<std::size_t>(i)] * static_cast<double>(weight[static_cast<std::size_t>(o * inputs + i)]);
+                y.back().push_back(total);
+            }
+        }
+        return y;
+    }
+};
+
+Matrix matrix_of(const Vector& x, std::size_t columns) {
+    Matrix rows;
+    for (std::size_t i = 0; i < x.size(); i += columns)
+        rows.emplace_back(x.begin() + static_cast<std::ptrdiff_t>(i), x.begin() + static_cast<std::ptrdiff_t>(i + columns));
+    return rows;
+}
+
+Matrix activated(Matrix x, maskattn::Activation activation) {
+    for (auto& row : x)
+        for (double& y : row) {
+            if (activation == maskattn::Activation::gelu) y *= 0.5 * (1.0 + std::erf(y / std::sqrt(2.0)));
+            if (activation == maskattn::Activation::gelu_tanh)
+                y *= 0.5 * (1.0 + std::tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)));
+        }
+    return x;
+}
+
+bool layers_are_right(const maskattn::Kernels& kernels, int threads) {
+    bool all = true;
+    for (const auto& [inputs, outputs, rows] : {std::array{1, 1, 1}, {5, 37, 99}, {600, 17, 50}, {64, 128, 0}}) {
+        Random random(static_cast<std::uint64_t>(inputs));
+        const Layer layer(random, inputs, outputs);
+        const maskattn::PackedLinear packed = layer.packed(kernels.encoder);
+        const Vector x = random.floats(static_cast<std::size_t>(inputs * rows), 3.0f);
+        for (const auto activation :
+             {maskattn::Activation::none, maskattn::Activation::gelu, maskattn::Activation::gelu_tanh}) {
+            Vector out(static_cast<std::size_t>(outputs * rows), std::nanf(""));
+            maskattn::apply_linear_layer(packed.layer(), activation, {x.data(), inputs}, rows, {out.data(), outputs},
+                                         {&kernels, threads});
+            Comparison comparison("layer", tolerance);
+            const Matrix exact = activated(layer.apply(matrix_of(x, static_cast<std::size_t>(inputs))), activation);
+            for (std::size_t i = 0; i < out.size(); ++i)
+                comparison.add(static_cast<double>(out[i]),
+                               exact[i / static_cast<std::size_t>(outputs)][i % static_cast<std::size_t>(outputs)]);
+            all = comparison.passes() && all;
+        }
+    }
+    return all;
+}
+
+Matrix normalised(Matrix x, const Vector& weight, const Vector& bias, double epsilon) {
+    for (auto& row : x) {
+        double mean = 0.0, variance = 0.0;
+        for (const double y : row) mean += y / static_cast<double>(row.size());
+        for (const double y : row) variance += (y - mean) * (y - mean) / static_cast<double>(row.size());
+        for (std::size_t c = 0; c < row.size(); ++c)
+            row[c] = (row[c] - mean) / std::sqrt(variance + epsilon) * static_cast<double>(weight[c]) +
+                     static_cast<double>(bias[c]);
+    }
+    return x;
+}
+
+void add_scaled(Matrix& x, const Matrix& update, const Vector& scale) {
+    for (std::size_t r = 0; r < x.size(); ++r)
+        for (std::size_t c = 0; c < x[r].size(); ++c) x[r][c] += static_cast<double>(scale[c]) * update[r][c];
+}
+
+bool blocks_are_right(const maskattn::Kernels& kernels, int threads) {
+    constexpr int width = 72, heads = 3, hidden = 50;
+    constexpr float epsilon = 1e-6f;
+    const std::vector<std::int32_t> starts{0, 61, 61, 62, 140};
+    Random random(7);
+    const Layer qkv(random, width, 3 * width), proj(random, width, width), fc1(random, width, hidden),
+        fc2(random, hidden, width);
+    const auto vector = [&] { return random.floats(width, 1.0f); };
+    const Vector weight1 = vector(), bias1 = vector(), weight2 = vector(), bias2 = vector(), scale1 = vector(),
+                 scale2 = vector(), x = random.floats(140 * width, 2.0f);
+    Matrix expected = matrix_of(x, width);
+    const Matrix projected = qkv.apply(normalised(expected, weight1, bias1, epsilon));
+    Matrix attended(expected.size(), std::vector<double>(width));
+    for (std::size_t s = 0; s + 1 < starts.size(); ++s)
+        for (int h = 0; h < heads; ++h) {
+            constexpr int D = width / heads;
+            PlainHead head{};
+            head.scale = 1.0 / std::sqrt(static_cast<double>(D));
+            const auto begin = static_cast<std::size_t>(starts[s]), end = static_cast<std::size_t>(starts[s + 1]);
+            for (std::size_t r = begin; r < end; ++r) {
+                const auto part = [&](int which) {
+                    const auto from = projected[r].begin() + which * width + h * D;
+                    return std::vector<double>(from, from + D);
+                };
+                head.q.push_back(part(0)), head.k.push_back(part(1)), head.v.push_back(part(2));
+                head.grad_out.emplace_back(D, 0.0), head.grad_lse.push_back(0.0), head.key_bias.push_back(0.0);
+                head.distance.emplace_back(end - begin, 0.0), head.grad_rows.emplace_back(end - begin, 0.0);
+            }
+            const HeadResults results = attend(head);
+            for (std::size_t r = begin; r < end; ++r)
+                for (int d = 0; d < D; ++d)
+                    attended[r][static_cast<std::size_t>(h * D + d)] = results.out[r - begin][static_cast<std::size_t>(d)];
+        }
+    add_scaled(expected, proj.apply(attended), scale1);
+    const Matrix features = activated(fc1.apply(normalised(expected, weight2, bias2, epsilon)), maskattn::Activation::gelu);
+    add_scaled(expected, fc2.apply(features), scale2);
+
+    const maskattn::EncoderKernels& k = kernels.encoder;
+    const maskattn::PackedLinear packed[] = {qkv.packed(k), proj.packed(k), fc1.packed(k), fc2.packed(k)};
+    const auto padded = [](const Vector& values) { return maskattn::padded_values(values.data(), width, 0.0f); };
+    const Vector s1 = padded(scale1), s2 = padded(scale2);
+    const maskattn::EncoderBlock block{width,
+                                       heads,
+                                       {weight1.data(), bias1.data(), epsilon},
+                                       {weight2.data(), bias2.data(), epsilon},
+                                       packed[0].layer(),
+                                       packed[1].layer(),
+                                       packed[2].layer(),
+                                       packed[3].layer(),
+                                       s1.data(),
+                                       s2.data(),
+                                       maskattn::Activation::gelu};
+    Vector out(x.size(), std::nanf(""));
+    maskattn::apply_encoder_block(block, {x.data(), width}, starts, {out.data(), width}, {&kernels, threads});
+    Comparison comparison("block", tolerance);
+    for (std::size_t i = 0; i < out.size(); ++i) comparison.add(static_cast<double>(out[i]), expected[i / width][i % width]);
+    return comparison.passes();
+}
+
+}  // namespace
+
+bool encoder_is_right() {
+    bool all = true;
+    for (const std::string& set : maskattn::instruction_sets())
+        for (const int threads : {1, 5}) {
+            const maskattn::Kernels& kernels = *maskattn::kernels_of(set);
+            all = layers_are_right(kernels, threads) && all;
+            all = blocks_are_right(kernels, threads) && all;
+        }
+    return all;
+}
+
+}  // namespace maskattn_tests
