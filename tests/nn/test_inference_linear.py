@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskattn.nn import TileEncoder, VisionTransformer, inference_linear
+from maskattn.nn import TileEncoder, VisionTransformer, blocks, inference_linear, native_layers
 from maskattn.nn.encoders import EncoderCard
 from maskattn.nn.inference_linear import (
     linear,
@@ -17,6 +19,7 @@ from maskattn.nn.inference_linear import (
     rounded_up,
     runs_here,
 )
+from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.packing import Packing
 
 pytestmark = pytest.mark.skipif(
@@ -24,17 +27,33 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=[False, True], ids=["oneDNN", "C++"])
+def natively(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the C++ kernels multiply, for any number of rows, or oneDNN does."""
+    chosen: bool = request.param
+    monkeypatch.setattr(native_layers, "are_faster_here", lambda: chosen)
+    monkeypatch.setattr(inference_linear, "_FEWEST_ROWS_TO_PACK_FOR", 1)
+    return chosen
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The dtypes of the products that oneDNN computed."""
+    """The dtypes of the products that did not take torch's way, of single layers and of blocks as wholes."""
     seen: list[torch.dtype] = []
-    operands = inference_linear._operands
+    fused, apply_whole = inference_linear._fused, blocks.apply_whole
 
-    def record(layer: nn.Module, outputs: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def record(layer: nn.Module, x: Tensor, dtype: torch.dtype, *arguments: Any, **options: Any) -> Tensor:
         seen.append(dtype)
-        return operands(layer, outputs, dtype)
+        return fused(layer, x, dtype, *arguments, **options)
 
-    monkeypatch.setattr(inference_linear, "_operands", record)
+    def record_whole(block: blocks.Block, x: Tensor, tokens: PackedTokens) -> Tensor | None:
+        out = apply_whole(block, x, tokens)
+        if out is not None:
+            seen.append(inference_linear.multiplies_natively(x))
+        return out
+
+    monkeypatch.setattr(inference_linear, "_fused", record)
+    monkeypatch.setattr(blocks, "apply_whole", record_whole)
     return seen
 
 
@@ -57,7 +76,9 @@ def small_vit(**options: object) -> VisionTransformer:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu"])
-def test_layers_and_activations_equal_torchs(packed: bool, bias: bool, act: str, calls: list[torch.dtype]) -> None:
+def test_layers_and_activations_equal_torchs(
+    packed: bool, bias: bool, act: str, natively: bool, calls: list[torch.dtype]
+) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(48, 80, bias=bias), torch.randn(3, 7, 48)
     activation = {"gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "relu": F.relu}[act]
@@ -84,7 +105,7 @@ def test_layers_and_activations_equal_torchs(packed: bool, bias: bool, act: str,
     ],
 )
 def test_a_vit_in_inference_equals_the_same_with_gradients(
-    options: dict[str, object], calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, object], natively: bool, calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference_linear, "_STEPS", 4)
     vit, (x, keep) = small_vit(**options), images_and_mask()
@@ -92,7 +113,7 @@ def test_a_vit_in_inference_equals_the_same_with_gradients(
     with torch.inference_mode(), packed_weights(vit):
         tokens = vit.embed(x, keep)
         longer = rounded_up(tokens)
-        assert longer.packing.total > tokens.packing.total
+        assert (longer.packing.total > tokens.packing.total) == (not natively)  # the C++ kernels compile nothing
         assert calls
         torch.testing.assert_close(vit(tokens), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(vit(longer)[: len(x)], expected, rtol=1e-4, atol=1e-5)
@@ -100,7 +121,7 @@ def test_a_vit_in_inference_equals_the_same_with_gradients(
 
 @pytest.mark.parametrize("emulated", [False, True])
 def test_under_autocast_bfloat16_products_are_as_close_as_torchs_own(
-    emulated: bool, calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+    emulated: bool, natively: bool, calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if emulated:  # as on a processor without bfloat16 products
         monkeypatch.setattr(inference_linear, "_computed_in", lambda dtype: torch.float32)
@@ -117,7 +138,7 @@ def test_under_autocast_bfloat16_products_are_as_close_as_torchs_own(
     assert (ours - expected).norm() <= 1.2 * (theirs - expected).norm()
 
 
-def test_weights_that_change_between_runs_are_seen_and_within_a_run_outside_of_it() -> None:
+def test_weights_that_change_between_runs_are_seen_and_within_a_run_outside_of_it(natively: bool) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(32, 32), torch.randn(4, 32)
     with torch.inference_mode(), packed_weights(layer):
@@ -131,7 +152,7 @@ def test_weights_that_change_between_runs_are_seen_and_within_a_run_outside_of_i
     assert layer not in inference_linear._packed
 
 
-def test_large_weights_are_multiplied_by_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_large_weights_no_copy_is_kept(natively: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference_linear, "_MOST_PACKED_BYTES", 1000)
     layer, x = nn.Linear(32, 32), torch.randn(4, 32)
     with torch.inference_mode(), packed_weights(layer):
@@ -139,7 +160,7 @@ def test_large_weights_are_multiplied_by_without_a_copy(monkeypatch: pytest.Monk
         assert not inference_linear._packed[layer]
 
 
-def test_layers_with_something_attached_are_called(calls: list[torch.dtype]) -> None:
+def test_layers_with_something_attached_are_called(natively: bool, calls: list[torch.dtype]) -> None:
     x = torch.randn(4, 32)
     hooked, doubled = nn.Linear(32, 32), nn.Linear(32, 32)
     hooked.register_forward_hook(lambda module, inputs, output: output + 1)
@@ -167,7 +188,8 @@ def test_gradients_other_dtypes_transforms_and_empty_rows_take_torchs_way(monkey
         assert runs_here(x) is None
 
 
-def test_few_numbers_of_rows_occur() -> None:
+def test_few_numbers_of_rows_occur(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_layers, "are_faster_here", lambda: False)
     vit, generator = small_vit(depth=1), torch.Generator().manual_seed(0)
     before, after = set(), set()
     with torch.inference_mode():
@@ -188,7 +210,7 @@ def test_few_numbers_of_rows_occur() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_large_batch_is_encoded_in_parts_with_the_same_features(
-    masked: bool, monkeypatch: pytest.MonkeyPatch
+    masked: bool, natively: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = TileEncoder(small_vit(), EncoderCard("small", "token", (0.5,) * 3, (0.25,) * 3, 64, 64)).eval()
     tiles = torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8)
