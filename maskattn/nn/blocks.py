@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from maskattn.distributed.shared import of_first_process
-from maskattn.nn.inference_linear import product
+from maskattn.nn.inference_linear import multiplies_natively, product
 from maskattn.nn.mlps import ACTIVATIONS, MLPS
 from maskattn.nn.native_blocks import apply_whole
 from maskattn.nn.packed_tokens import PackedTokens
@@ -150,7 +150,8 @@ class Block(nn.Module):
 
     def forward(self, rows_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"]:
         """Run the block, (T, C) → (T, C); ``tokens`` gives the layout of the rows, and its own rows are not read."""
-        whole = apply_whole(self, rows_TC, tokens) if is_as_built(self) else None
+        natively = multiplies_natively(rows_TC) is not None and is_as_built(self)
+        whole = apply_whole(self, rows_TC, tokens) if natively else None
         return self._mixed(rows_TC, self.norm1(rows_TC), tokens) if whole is None else whole
 
     def mix(self, tokens: PackedTokens, normed_TC: Float[Tensor, "T C"]) -> PackedTokens:
