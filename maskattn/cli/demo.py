@@ -31,15 +31,17 @@ def demo(
             from maskattn.cli.progress import lines_of_prediction, scores_of
             from maskattn.demo.synthetic import CLASSES, make_slide, write_slide
             from maskattn.files import replacing
+            from maskattn.nn.kept_memory import keeping_memory
             from maskattn.slide.manifest import SlideJob
             from maskattn.slide.output_folder import prepare_output
             from maskattn.slide.request import RunSettings
 
         prepare_output(out)
-        slide = make_slide(seed)
         path = out / f"synthetic_{seed}.tiff"
-        with replacing(path) as temporary:
-            write_slide(slide, temporary)
+        with keeping_memory():
+            slide = make_slide(seed)
+            with replacing(path) as temporary:
+                write_slide(slide, temporary)
         settings = RunSettings(out, tokens=True, overwrite=True)
         work = slide_runs.Inference([SlideJob(path.stem, path)], slide_runs.Chosen(), settings)
         outcome = slide_runs.run(work, slide_runs.Where(), lines_of_prediction)[0]
