@@ -1,4 +1,8 @@
-"""Types of the C++ extension built from csrc/."""
+"""Types of the C++ extension built from csrc/.
+
+Every array but the mask of ``token_coverage`` may also be a DLPack capsule of a tensor on the CPU
+(``torch.utils.dlpack.to_dlpack``), bfloat16 as it is; it is read, not consumed.
+"""
 
 import numpy as np
 from numpy.typing import NDArray

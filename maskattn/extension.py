@@ -6,23 +6,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # it is documented there
 
-__all__ = ["array_of", "extension", "has_extension"]
-
-_DTYPES = {
-    dtype: np.dtype(kind).str
-    for dtype, kind in (
-        (torch.float32, "float32"),
-        (torch.bfloat16, "uint16"),
-        (torch.int64, "int64"),
-        (torch.int32, "int32"),
-        (torch.bool, "bool"),
-        (torch.uint8, "uint8"),
-    )
-}
+__all__ = ["argument_of", "extension", "has_extension"]
 
 
 @functools.cache
@@ -52,31 +40,14 @@ def has_extension() -> bool:
     return True
 
 
-def array_of(x: Tensor) -> np.ndarray:
-    """Return a tensor's memory as an array, bfloat16 as uint16, for as long as the array lives.
+def argument_of(x: Tensor) -> Any:
+    """Return a tensor as an argument of the extension, which reads and writes its memory without a copy.
 
-    ``Tensor.numpy`` would forbid that the tensor is ever resized again.
+    It is a DLPack capsule, which keeps the tensor as long as it lives. ``Tensor.numpy`` takes several times as long and
+    would forbid that the tensor is ever resized again.
 
     Raises:
         RuntimeError: the tensor has no memory, as one of ``torch.func`` or of a trace.
+        BufferError: its device has none that could be handed over.
     """
-    if x.numel() == 0:
-        return np.empty(x.shape, _DTYPES[x.dtype])
-    return np.asarray(_Memory(x.resolve_neg()))
-
-
-class _Memory:
-    """The memory of a tensor, by numpy's protocol; it keeps the tensor."""
-
-    __slots__ = ("__array_interface__", "_tensor")
-
-    def __init__(self, x: Tensor) -> None:
-        item = x.element_size()
-        self._tensor = x
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": _DTYPES[x.dtype],
-            "shape": tuple(x.shape),
-            "strides": None if x.is_contiguous() else tuple([item * stride for stride in x.stride()]),
-            "data": (x.data_ptr(), False),
-        }
+    return to_dlpack(x.resolve_neg())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from maskattn.extension import array_of, extension
+from maskattn.extension import argument_of, extension
 
 __all__ = ["gather_rows", "gathers", "kept_tokens", "scatter_rows", "scatters"]
 
@@ -63,7 +63,7 @@ def scatter_rows(rows: Tensor, row_of_token: Tensor) -> Tensor:
 def _move(source: Tensor, index: Tensor, result: Tensor) -> None:
     extension().move_rows(
         _bytes(source.resolve_conj().resolve_neg()),
-        array_of(index.contiguous()),
+        argument_of(index.contiguous()),
         _bytes(result),
         threads=torch.get_num_threads(),
     )
@@ -88,11 +88,11 @@ def _has_whole_rows(x: Tensor) -> bool:
 
 
 def _bytes(x: Tensor) -> Any:
-    """Return a view of the same memory as an array (rows, bytes of a row) of uint8."""
+    """Return the same memory as an argument (rows, bytes of a row) of uint8."""
     rows = x.detach()
     if not (x.is_contiguous() and x.stride(-1) == 1):
         rows = rows.as_strided((x.shape[0], math.prod(x.shape[1:])), (x.stride(0), 1))
-    return array_of(rows.view(torch.uint8)).reshape(x.shape[0], _row_bytes(x))
+    return argument_of(rows.view(torch.uint8).view(x.shape[0], _row_bytes(x)))
 
 
 def kept_tokens(keep_BN: Tensor) -> tuple[Tensor, Tensor, int, Tensor] | None:
@@ -103,7 +103,7 @@ def kept_tokens(keep_BN: Tensor) -> tuple[Tensor, Tensor, int, Tensor] | None:
     if keep_BN.device.type != "cpu" or type(keep_BN) is not Tensor or is_in_torch_dispatch_mode():
         return None
     try:
-        keep = array_of(keep_BN.contiguous())
+        keep = argument_of(keep_BN.contiguous())
     except RuntimeError:  # functorch's tensors have no memory
         return None
     indices, cu_seqlens, max_seqlen, row_of_token = extension().kept_tokens(keep)

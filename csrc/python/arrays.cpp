@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "python/dlpack.hpp"
+
 namespace maskattn {
 namespace {
 
@@ -18,17 +20,73 @@ const char* name_of(Dtype dtype) {
     return "";
 }
 
-bool is(const py::dtype& dtype, Dtype wanted) {
-    const char kind = dtype.kind();
-    switch (wanted) {
-        case Dtype::float32: return kind == 'f' && dtype.itemsize() == 4;
-        case Dtype::bfloat16: return kind == 'u' && dtype.itemsize() == 2;
-        case Dtype::int64: return kind == 'i' && dtype.itemsize() == 8;
-        case Dtype::int32: return kind == 'i' && dtype.itemsize() == 4;
-        case Dtype::boolean: return kind == 'b';
-        case Dtype::bytes: return kind == 'u' && dtype.itemsize() == 1;
+std::optional<Dtype> dtype_of(char kind, std::ptrdiff_t item) {
+    if (kind == 'f' && item == 4) return Dtype::float32;
+    if (kind == 'u' && item == 2) return Dtype::bfloat16;
+    if (kind == 'i' && item == 8) return Dtype::int64;
+    if (kind == 'i' && item == 4) return Dtype::int32;
+    if (kind == 'b') return Dtype::boolean;
+    if (kind == 'u' && item == 1) return Dtype::bytes;
+    return std::nullopt;
+}
+
+// What an array says of itself, before any check. Strides are in elements; `whole` is false if one is not, or if the
+// memory is not aligned to the elements.
+struct View {
+    std::optional<Dtype> dtype;
+    Shape shape, strides;
+    void* data;
+    bool whole, writable;
+
+    bool empty() const { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
+};
+
+bool is_aligned(const void* data, std::ptrdiff_t item) {
+    return reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(item) == 0;
+}
+
+View view_of_numpy(const py::array& array) {
+    const py::dtype dtype = array.dtype();
+    View view{dtype_of(dtype.kind(), dtype.itemsize()), {}, {}, const_cast<void*>(array.data()), true, array.writeable()};
+    if (dtype.byteorder() == '>') view.dtype.reset();  // numpy says '=' for the processor's own order
+    const std::ptrdiff_t item = array.itemsize();
+    view.shape.assign(array.shape(), array.shape() + array.ndim());
+    view.whole = item > 0 && is_aligned(view.data, item);
+    for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
+        view.whole = view.whole && array.strides(axis) % item == 0;
+        view.strides.push_back(view.whole ? array.strides(axis) / item : 0);
     }
-    return false;
+    return view;
+}
+
+View view_of_tensor(const dlpack::Tensor& tensor) {
+    char* data = static_cast<char*>(tensor.data);
+    if (data != nullptr) data += tensor.byte_offset;
+    const std::ptrdiff_t item = tensor.dtype.bits / 8;
+    View view{std::nullopt, {}, {}, data, item > 0 && is_aligned(data, item), true};
+    if (tensor.device.type == dlpack::cpu && tensor.dtype.lanes == 1 && tensor.dtype.bits % 8 == 0)
+        view.dtype = dtype_of(dlpack::kind_of(tensor.dtype), item);
+    view.shape.assign(tensor.shape, tensor.shape + tensor.axes);
+    if (tensor.strides != nullptr) {
+        view.strides.assign(tensor.strides, tensor.strides + tensor.axes);
+    } else {
+        view.strides.resize(view.shape.size());
+        std::ptrdiff_t step = 1;
+        for (std::size_t axis = view.shape.size(); axis-- > 0; step *= view.shape[axis]) view.strides[axis] = step;
+    }
+    return view;
+}
+
+// Returns nothing for an object that is no array.
+std::optional<View> view_of(const py::object& value) {
+    if (const dlpack::Tensor* tensor = dlpack::tensor_of(value.ptr())) return view_of_tensor(*tensor);
+    if (py::isinstance<py::array>(value)) return view_of_numpy(py::reinterpret_borrow<py::array>(value));
+    return std::nullopt;
+}
+
+std::string dtype_text(const py::object& value) {
+    if (const dlpack::Tensor* tensor = dlpack::tensor_of(value.ptr())) return dlpack::text_of(*tensor);
+    return py::str(py::reinterpret_borrow<py::array>(value).dtype()).cast<std::string>();
 }
 
 std::string names_of(const std::vector<Dtype>& dtypes) {
@@ -74,61 +132,63 @@ void Arguments::refuse_type(const std::string& rule, const std::string& got, con
     throw py::type_error(std::string(operation_) + " needs " + rule + ", got " + got + "; " + remedy);
 }
 
-Array Arguments::array(const char* name, const py::object& value, const std::vector<Dtype>& dtypes, std::size_t axes,
-                       std::size_t contiguous) const {
-    const std::string called = name;
-    if (!py::isinstance<py::array>(value))
-        refuse_type(called + " as a numpy array", py::str(py::type::of(value)).cast<std::string>(),
-                    "pass tensor.numpy(), a bfloat16 tensor as tensor.view(torch.uint16).numpy()");
-    const auto view = py::reinterpret_borrow<py::array>(value);
-    const py::dtype dtype = view.dtype();
-    const auto found = std::find_if(dtypes.begin(), dtypes.end(), [&](Dtype d) { return is(dtype, d); });
-    if (found == dtypes.end() || !dtype.attr("isnative").cast<bool>())
-        refuse_type(called + " of dtype " + names_of(dtypes), called + ".dtype=" + py::str(dtype).cast<std::string>(),
-                    "convert it first");
-    Array array{*found, {}, {}, const_cast<void*>(view.data())};
-    for (py::ssize_t axis = 0; axis < view.ndim(); ++axis) array.shape.push_back(view.shape(axis));
-    if (array.shape.size() != axes)
-        refuse(called + " with " + std::to_string(axes) + " axes", called + ".shape=" + text_of(array.shape),
-               "reshape it");
-    const std::ptrdiff_t item = view.itemsize();
-    bool whole = reinterpret_cast<std::uintptr_t>(array.data) % static_cast<std::uintptr_t>(item) == 0;
-    for (py::ssize_t axis = 0; axis < view.ndim(); ++axis) {
-        whole = whole && view.strides(axis) % item == 0;
-        array.strides.push_back(view.strides(axis) / item);
-    }
-    if (!whole && view.size() > 0)
-        refuse(called + " aligned to its elements", "one between them", "call numpy.ascontiguousarray on it first");
+std::optional<std::size_t> axes_of_array(const py::object& value) {
+    const auto view = view_of(value);
+    return view ? std::optional(view->shape.size()) : std::nullopt;
+}
+
+namespace {
+
+// Checks what an array said of itself; null stands for an object that is none.
+Array checked(const Arguments& arguments, const std::string& called, const py::object& value, std::optional<View>&& view,
+              const std::vector<Dtype>& dtypes, std::size_t axes, std::size_t contiguous) {
+    if (!view)
+        arguments.refuse_type(called + " as a numpy array or a DLPack capsule of a tensor",
+                              py::str(py::type::of(value)).cast<std::string>(),
+                              "pass tensor.numpy(), a bfloat16 tensor as tensor.view(torch.uint16).numpy(), or "
+                              "torch.utils.dlpack.to_dlpack(tensor)");
+    if (!view->dtype || std::find(dtypes.begin(), dtypes.end(), *view->dtype) == dtypes.end())
+        arguments.refuse_type(called + " of dtype " + names_of(dtypes), called + ".dtype=" + dtype_text(value),
+                              "convert it first");
+    if (view->shape.size() != axes)
+        arguments.refuse(called + " with " + std::to_string(axes) + " axes", called + ".shape=" + text_of(view->shape),
+                         "reshape it");
+    const bool empty = view->empty();
+    if (!view->whole && !empty)
+        arguments.refuse(called + " aligned to its elements", "one between them", "call numpy.ascontiguousarray on it first");
     std::ptrdiff_t step = 1;
     for (std::size_t i = 0; i < contiguous; ++i) {
         const std::size_t axis = axes - 1 - i;
-        if (array.shape[axis] > 1 && array.strides[axis] != step && view.size() > 0)
-            refuse(called + " contiguous along its last axis",
-                   called + " with strides of " + text_of(array.strides) + " elements",
-                   "call .contiguous() on it first");
-        step *= array.shape[axis];
+        if (view->shape[axis] > 1 && view->strides[axis] != step && !empty)
+            arguments.refuse(called + " contiguous along its last axis",
+                             called + " with strides of " + text_of(view->strides) + " elements",
+                             "call .contiguous() on it first");
+        step *= view->shape[axis];
     }
-    return array;
+    return {*view->dtype, std::move(view->shape), std::move(view->strides), view->data, view->writable};
+}
+
+}  // namespace
+
+Array Arguments::array(const char* name, const py::object& value, const std::vector<Dtype>& dtypes, std::size_t axes,
+                       std::size_t contiguous) const {
+    return checked(*this, name, value, view_of(value), dtypes, axes, contiguous);
 }
 
 Array Arguments::array(const char* name, const py::object& value, Dtype dtype, const Shape& shape,
                        const char* shape_name, std::size_t contiguous) const {
-    Shape found;
-    if (py::isinstance<py::array>(value)) {
-        const auto view = py::reinterpret_borrow<py::array>(value);
-        found.assign(view.shape(), view.shape() + view.ndim());
-        if (found != shape)
-            refuse(std::string(name) + " of shape " + shape_name + " = " + text_of(shape),
-                   std::string(name) + ".shape=" + text_of(found), "make it agree with the other arguments");
-    }
-    return array(name, value, std::vector<Dtype>{dtype}, shape.size(), contiguous);
+    auto view = view_of(value);
+    if (view && view->shape != shape)
+        refuse(std::string(name) + " of shape " + shape_name + " = " + text_of(shape),
+               std::string(name) + ".shape=" + text_of(view->shape), "make it agree with the other arguments");
+    return checked(*this, name, value, std::move(view), {dtype}, shape.size(), contiguous);
 }
 
 Array Arguments::output(const char* name, const py::object& value, Dtype dtype, const Shape& shape,
                         const char* shape_name, std::size_t contiguous) const {
-    const Array result = array(name, value, dtype, shape, shape_name, contiguous);
+    Array result = array(name, value, dtype, shape, shape_name, contiguous);
     const std::string called = name;
-    if (!py::reinterpret_borrow<py::array>(value).writeable())
+    if (!result.writable)
         refuse(called + " that can be written to", "a read-only array", "pass an array of your own");
     if (!elements_are_apart(result))
         refuse(called + " whose elements each have a place of their own",

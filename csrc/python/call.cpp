@@ -6,11 +6,6 @@
 #include "runtime/threads.hpp"
 
 namespace maskattn {
-namespace {
-
-std::size_t axes_of_array(Object array) { return static_cast<std::size_t>(py::reinterpret_borrow<py::array>(array).ndim()); }
-
-}  // namespace
 
 void check_head_width(const Arguments& arguments, std::ptrdiff_t head_width) {
     if (head_width >= least_head_width && head_width <= most_head_width && head_width % head_width_step == 0) return;
@@ -97,7 +92,7 @@ const char* Call::axes_of(TermOf of) const {
 
 bool Call::heads_share_bias() const {
     const py::object bias = options["key_bias"];
-    return !py::isinstance<py::array>(bias) || axes_of_array(bias) <= Axes(layout_.shared_key_bias).count();
+    return axes_of_array(bias).value_or(0) <= Axes(layout_.shared_key_bias).count();
 }
 
 void Call::fill_outputs(Attention& problem, Object out, Object lse) const {

@@ -61,7 +61,7 @@ void backward(Object grad_out, Object q, Object k, Object v, Object out, Object 
 
 // Checks an origin: (H, D) for all tokens, with stride 0 over them, or (T, H, D).
 Strided<const void> checked_origin(const Call& call, const char* name, Object value) {
-    const bool each = py::isinstance<py::array>(value) && py::reinterpret_borrow<py::array>(value).ndim() == 3;
+    const bool each = axes_of_array(value) == 3;
     return call.tensors.input_if_given<const void>(name, value, each ? "T H [D]" : "H [D]");
 }
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from maskattn.attention.impl import cpu
-from maskattn.extension import array_of, extension
+from maskattn.extension import argument_of, extension
 from maskattn.nn.inference_linear import GELUS, kept_or_packed, multiplies_natively
 from maskattn.nn.mlps import Mlp
-from maskattn.nn.native_layers import array_or_none, float32_rows, pack_layer
+from maskattn.nn.native_layers import argument_or_none, float32_rows, pack_layer
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.plain_modules import has_plain_parameters
 from maskattn.shapes import Float
@@ -50,7 +50,7 @@ def apply_whole(block: Block, rows_TC: Float[Tensor, "T C"], tokens: PackedToken
     x = float32_rows(rows_TC)
     out = torch.empty_like(x)
     starts = tokens.packing.cu_seqlens.contiguous()
-    packed.apply(array_of(x), array_of(starts), array_of(out), threads=torch.get_num_threads())
+    packed.apply(argument_of(x), argument_of(starts), argument_of(out), threads=torch.get_num_threads())
     return out.to(rows_TC.dtype)
 
 
@@ -82,18 +82,18 @@ def _pack(block: Block, dtype: torch.dtype) -> Any:
     qkv, proj, fc1, fc2 = map(packed, _layers(block))
     norm1, norm2 = block.norm1, block.norm2
     return extension().EncoderBlock(
-        norm1_weight=array_or_none(norm1.weight),
-        norm1_bias=array_or_none(norm1.bias),
+        norm1_weight=argument_or_none(norm1.weight),
+        norm1_bias=argument_or_none(norm1.bias),
         norm1_eps=norm1.eps,
         qkv=qkv,
         proj=proj,
-        scale1=array_or_none(getattr(block.ls1, "gamma", None)),
-        norm2_weight=array_or_none(norm2.weight),
-        norm2_bias=array_or_none(norm2.bias),
+        scale1=argument_or_none(getattr(block.ls1, "gamma", None)),
+        norm2_weight=argument_or_none(norm2.weight),
+        norm2_bias=argument_or_none(norm2.bias),
         norm2_eps=norm2.eps,
         fc1=fc1,
         fc2=fc2,
-        scale2=array_or_none(getattr(block.ls2, "gamma", None)),
+        scale2=argument_or_none(getattr(block.ls2, "gamma", None)),
         heads=block.attn.num_heads,
         activation=cast(Mlp, block.mlp).act,
     )

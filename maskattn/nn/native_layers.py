@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskattn.extension import array_of, extension, has_extension
+from maskattn.extension import argument_of, extension, has_extension
 from maskattn.shapes import Float
 
-__all__ = ["apply_layer", "are_faster_here", "array_or_none", "float32_rows", "pack_layer"]
+__all__ = ["apply_layer", "are_faster_here", "argument_or_none", "float32_rows", "pack_layer"]
 
 
 @cache
@@ -30,7 +30,7 @@ def are_faster_here() -> bool:
 
 def pack_layer(weight: Float[Tensor, "D C"], bias: Float[Tensor, "D"] | None) -> Any:
     """Pack a linear layer's weights."""
-    return extension().LinearLayer(array_or_none(weight), array_or_none(bias))
+    return extension().LinearLayer(argument_or_none(weight), argument_or_none(bias))
 
 
 def apply_layer(layer: Any, x: Float[Tensor, "... C"], features: int, gelu: str | None) -> Float[Tensor, "... D"]:
@@ -45,7 +45,7 @@ def apply_layer(layer: Any, x: Float[Tensor, "... C"], features: int, gelu: str 
     rows_TC = float32_rows(x.reshape(-1, x.shape[-1]))
     out_TD = rows_TC.new_empty((len(rows_TC), features))
     activation = {None: "none", "none": "gelu", "tanh": "gelu_tanh"}[gelu]
-    layer.apply(array_of(rows_TC), array_of(out_TD), activation=activation, threads=torch.get_num_threads())
+    layer.apply(argument_of(rows_TC), argument_of(out_TD), activation=activation, threads=torch.get_num_threads())
     return out_TD.view(*x.shape[:-1], features)
 
 
@@ -54,6 +54,6 @@ def float32_rows(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
-def array_or_none(x: Tensor | None) -> Any:
+def argument_or_none(x: Tensor | None) -> Any:
     """Return a parameter's values as an array."""
-    return None if x is None else array_of(float32_rows(x.detach()))
+    return None if x is None else argument_of(float32_rows(x.detach()))

@@ -163,6 +163,10 @@ def block_call(rng: Random) -> Call:
     return call | {"x": x, "cu_seqlens": starts_of(rng, B, T), "out": np.empty_like(x), "threads": rng.choice([0, 3])}
 
 
+def is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray) or type(x).__name__ == "PyCapsule"
+
+
 def apply_layer(native: Any, **call: Any) -> None:
     """Make a layer and call it."""
     names = call.keys() & {"weight", "bias", "instruction_set"}
@@ -174,9 +178,11 @@ def apply_block(native: Any, **call: Any) -> None:
     """Make the four layers, as far as they can be made, and the block, and call it."""
     layers = {name: call.pop(name) for name in ("qkv", "proj", "fc1", "fc2") if name in call}
     of_call = {name: call.pop(name) for name in ("x", "cu_seqlens", "out", "threads") if name in call}
-    made = {name: native.LinearLayer(x) if isinstance(x, np.ndarray) else x for name, x in layers.items()}
+    made = {name: native.LinearLayer(x) if is_array(x) else x for name, x in layers.items()}
     native.EncoderBlock(**made, **call).apply(**of_call)
 
+
+OF_NUMPY_ALONE = {"token_coverage"}
 
 # Functions of this file that call the methods of a class of the extension.
 OF_CLASSES: dict[str, Callable[..., None]] = {"LinearLayer.apply": apply_layer, "EncoderBlock": apply_block}
@@ -290,6 +296,36 @@ def spoil(rng: Random, call: Call) -> Call:
     return call
 
 
+def handed_over(rng: Random, call: Call, used_up: bool = False) -> Call:
+    """Pass half of the arrays as DLPack capsules, as tensors are, where numpy makes one; or some of them used up."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, np.ndarray) or rng.random() < 0.5:
+            return x
+        try:
+            capsule = x.__dlpack__()
+        except (BufferError, TypeError, ValueError, AttributeError):  # read-only, foreign, or beyond DLPack
+            return x
+        if used_up and rng.random() < 0.05:
+            np.from_dlpack(UsedUp(capsule))
+        return capsule
+
+    return {name: one(value) for name, value in call.items()}
+
+
+class UsedUp:
+    """An owner of a capsule, which becomes an array and thereby loses its content."""
+
+    def __init__(self, capsule: Any) -> None:
+        self._capsule = capsule
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self._capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
 def described(call: Call) -> str:
     def one(x: Any) -> str:
         return f"{x.dtype}{x.shape}/{x.strides}" if isinstance(x, np.ndarray) else repr(x)[:40]
@@ -343,8 +379,9 @@ def main() -> None:
     for number in range(calls):
         name = sorted(MAKERS)[number % len(MAKERS)]
         call = MAKERS[name](rng)
-        assert attempt(native, name, call), "a right call was refused"
-        refused += not attempt(native, name, spoil(rng, call))
+        right = call if name in OF_NUMPY_ALONE else handed_over(rng, call)
+        assert attempt(native, name, right), "a right call was refused"
+        refused += not attempt(native, name, handed_over(rng, spoil(rng, call), used_up=True))
     assert refused > calls // 3, f"{refused} of {calls} wrong calls were refused: the fuzzer is too tame"
     os.write(1, b"\nsurvived\n")
 

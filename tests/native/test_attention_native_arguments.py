@@ -34,7 +34,7 @@ def misaligned(*shape: int) -> np.ndarray:
 
 
 BAD_TYPES = [
-    ({"q": [[1.0]]}, "q as a numpy array, got <class 'list'>"),
+    ({"q": [[1.0]]}, "q as a numpy array or a DLPack capsule of a tensor, got <class 'list'>"),
     ({"q": rows(5, 2, 16, dtype=np.float64)}, "q of dtype float32 or uint16 .bfloat16., got q.dtype=float64"),
     ({"k": rows(5, 2, 16, dtype=np.uint16)}, "k of dtype float32, got k.dtype=uint16"),
     ({"v": rows(5, 2, 16, dtype=">f4")}, "v of dtype float32, got v.dtype=>f4"),

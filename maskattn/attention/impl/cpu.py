@@ -1,6 +1,6 @@
-"""impl "cpu": the C++ kernels of csrc/, which take torch's memory as numpy arrays without a copy.
+"""impl "cpu": the C++ kernels of csrc/, which take torch's memory without a copy.
 
-bfloat16 is passed as uint16. The extension checks every shape, stride and dtype, and uses as many threads as torch.
+The extension checks every shape, stride and dtype, and uses as many threads as torch.
 Beyond its results a call takes 16 MiB, or the packed operands of one head if they are more, and 9 MiB a thread at
 most; up to 48 MiB stay for later calls.
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskattn.extension import array_of, extension
+from maskattn.extension import argument_of, extension
 from maskattn.large_results import empty_like
 from maskattn.operands import QKV, ClassGradients, KeySequences, Mask, Origins, Sequences
 from maskattn.options import DIFFERENTIABLE, Options
@@ -49,8 +49,8 @@ def packed_forward(qkv: QKV, where: Sequences, options: Options, need_lse: bool)
     extension().attention_forward(
         *_strided(q, qkv.k, qkv.v),
         *_starts(where),
-        array_of(results.out),
-        array_of(results.lse),
+        argument_of(results.out),
+        argument_of(results.lse),
         **_rest(results),
         **_score_arguments(options),
     )
@@ -80,9 +80,9 @@ def masked_forward(qkv: QKV, where: Mask, options: Options, need_lse: bool) -> O
     results = _empty_outputs(q, tuple(q.shape[:3]), options)
     extension().masked_attention_forward(
         *_strided(q, qkv.k, qkv.v),
-        array_of(where.keep.contiguous()),
-        array_of(results.out),
-        array_of(results.lse),
+        argument_of(where.keep.contiguous()),
+        argument_of(results.out),
+        argument_of(results.lse),
         skip_queries=where.skip_queries,
         **_rest(results),
         **_score_arguments(options),
@@ -95,7 +95,7 @@ def masked_backward(grads: OutputGradients, qkv: QKV, outputs: Outputs, where: M
     found, of_options = _empty_gradients(qkv, options)
     extension().masked_attention_backward(
         *_given(grads, qkv, outputs),
-        array_of(where.keep.contiguous()),
+        argument_of(where.keep.contiguous()),
         *_strided(found.q, found.k, found.v),
         skip_queries=where.skip_queries,
         **of_options,
@@ -113,10 +113,10 @@ def readout_forward(qkv: QKV, where: KeySequences, options: Options, need_lse: b
     rows = left.lse.new_empty((R, H, qkv.k.shape[0] if need_rows else 0))
     extension().readout_forward(
         *_strided(qkv.q, qkv.k, qkv.v),
-        array_of(where.cu_seqlens.contiguous()),
-        array_of(left.out),
-        array_of(left.lse),
-        rows=array_of(rows) if need_rows else None,
+        argument_of(where.cu_seqlens.contiguous()),
+        argument_of(left.out),
+        argument_of(left.lse),
+        rows=argument_of(rows) if need_rows else None,
         **_rest(left),
         **_score_arguments(options),
     )
@@ -130,7 +130,7 @@ def readout_backward(
     found, of_options = _empty_gradients(qkv, options)
     extension().readout_backward(
         *_given(grads, qkv, outputs),
-        array_of(where.cu_seqlens.contiguous()),
+        argument_of(where.cu_seqlens.contiguous()),
         *_strided(found.q, found.k, found.v),
         **of_options,
         **_rest(outputs),
@@ -149,10 +149,10 @@ def token_relevance(
     own = {name: None if x is None else _strided(x.to(qkv.q.dtype))[0] for name, x in vars(origins).items()}
     extension().token_relevance(
         *_strided(qkv.q, qkv.k, qkv.v, classes.out),
-        array_of(classes.lse),
+        argument_of(classes.lse),
         _strided(classes.grad_out)[0],
-        array_of(where.cu_seqlens.contiguous()),
-        array_of(relevance),
+        argument_of(where.cu_seqlens.contiguous()),
+        argument_of(relevance),
         **own,
         **_score_arguments(options),
     )
@@ -161,27 +161,27 @@ def token_relevance(
 
 def _strided(*tensors: Tensor) -> tuple[Any, ...]:
     """Arrays of tensors whose last axis is contiguous."""
-    return tuple([array_of(x if x.stride(-1) == 1 else x.contiguous()) for x in tensors])
+    return tuple([argument_of(x if x.stride(-1) == 1 else x.contiguous()) for x in tensors])
 
 
 def _floats(x: Tensor | None) -> Any:
-    return None if x is None else array_of(x.detach().to(torch.float32).contiguous())
+    return None if x is None else argument_of(x.detach().to(torch.float32).contiguous())
 
 
 def _starts(where: Sequences) -> tuple[Any, Any]:
-    of_queries = array_of(where.cu_seqlens_q.contiguous())
+    of_queries = argument_of(where.cu_seqlens_q.contiguous())
     if where.cu_seqlens_k is where.cu_seqlens_q:
         return of_queries, of_queries
-    return of_queries, array_of(where.cu_seqlens_k.contiguous())
+    return of_queries, argument_of(where.cu_seqlens_k.contiguous())
 
 
 def _given(grads: OutputGradients, qkv: QKV, outputs: Outputs) -> tuple[Any, ...]:
     """The first arguments of every backward."""
-    return *_strided(grads.grad_out, qkv.q, qkv.k, qkv.v, outputs.out), array_of(outputs.lse)
+    return *_strided(grads.grad_out, qkv.q, qkv.k, qkv.v, outputs.out), argument_of(outputs.lse)
 
 
 def _rest(outputs: Outputs) -> dict[str, Any]:
-    return {} if outputs.lse_rest.numel() == 0 else {"lse_rest": array_of(outputs.lse_rest)}
+    return {} if outputs.lse_rest.numel() == 0 else {"lse_rest": argument_of(outputs.lse_rest)}
 
 
 def _score_arguments(options: Options) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _empty_gradients(qkv: QKV, options: Options) -> tuple[Gradients, dict[str, A
     """Uninitialised gradients, those of options in float32 as the kernels sum them, and the latter as arguments."""
     given = ((name, getattr(options, name)) for name in DIFFERENTIABLE)
     sums = {name: torch.empty(x.shape, dtype=torch.float32) for name, x in given if x is not None}
-    arrays = {_GRADIENT_OF[name]: array_of(x) for name, x in sums.items()}
+    arrays = {_GRADIENT_OF[name]: argument_of(x) for name, x in sums.items()}
     return Gradients(empty_like(qkv.q), empty_like(qkv.k), empty_like(qkv.v), **sums), arrays
 
 
