@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from maskattn.nn.encoders.entry import EncoderEntry, triple_of
 from maskattn.nn.encoders.tile_encoder import EncoderCard
 from maskattn.nn.fitting import joined, misfits
 from maskattn.nn.timm_import import import_timm
+from maskattn.nn.unfilled import has_unfilled, unfilled
 from maskattn.nn.weight_files import read_weights
 
 __all__ = ["build_timm", "card_of_timm"]
@@ -50,7 +53,7 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
             arguments = {"dynamic_img_size": True, **arguments}
         source = f"hf-hub:{entry.hub_id}" if entry.hub_id else entry.architecture
         try:
-            return timm.create_model(source, **{**arguments, "pretrained": True}).eval()
+            return _pretrained(timm.create_model, source, arguments).eval()
         except Exception as error:
             raise _of_timm(
                 explained(error, entry.hub_id or hub_id_of(entry.architecture)), entry.architecture
@@ -64,12 +67,21 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
     if entry.hub_id:
         arguments = {"dynamic_img_size": True, **arguments}
     try:
-        network: nn.Module = timm.create_model(entry.architecture, **arguments)
+        with unfilled(mark=False) if weights is not None else contextlib.nullcontext():
+            network: nn.Module = timm.create_model(entry.architecture, **arguments)
     except Exception as error:
         raise _of_timm(error, entry.architecture) from error
     if weights is not None:
         _fill(network, Path(weights), entry.name)
     return network.eval()
+
+
+def _pretrained(create: Callable[..., nn.Module], source: str, arguments: dict[str, Any]) -> nn.Module:
+    """Create timm's network with the hub's weights, whose initial weights are drawn only if some are not loaded."""
+    arguments = {**arguments, "pretrained": True}
+    with unfilled(mark=True):
+        network = create(source, **arguments)
+    return create(source, **arguments) if has_unfilled(network) else network
 
 
 def card_of_timm(network: Any, name: str) -> EncoderCard:
