@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["has_unfilled", "unfilled"]
 
-_INIT = (
+_OF_INIT = (
     "uniform_",
     "normal_",
     "trunc_normal_",
@@ -25,9 +25,10 @@ _INIT = (
     "orthogonal_",
     "sparse_",
 )
-# erfinv_ is the costly step of timm's truncated normal distribution.
-_OF_TENSORS = ("uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "random_", "erfinv_")
-_RANDOM = frozenset({getattr(nn.init, name) for name in _INIT} | {getattr(Tensor, name) for name in _OF_TENSORS})
+_OF_TENSORS = ("uniform_", "normal_", "log_normal_", "cauchy_", "exponential_", "geometric_", "random_")
+_RANDOM = frozenset({getattr(nn.init, name) for name in _OF_INIT} | {getattr(Tensor, name) for name in _OF_TENSORS})
+# What libraries make of random numbers in place, such as a truncated normal distribution.
+_FURTHER = frozenset(getattr(Tensor, name) for name in ("erfinv_", "mul_", "div_", "add_", "sub_", "clamp_"))
 
 
 class unfilled(TorchFunctionMode):  # noqa: N801 (a context manager, named as one)
@@ -41,22 +42,26 @@ class unfilled(TorchFunctionMode):  # noqa: N801 (a context manager, named as on
     def __init__(self, mark: bool) -> None:
         super().__init__()
         self._mark = mark
+        self._left: dict[int, nn.Parameter] = {}
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Leave a parameter that is to be filled as it is; call any other function."""
         kwargs = kwargs or {}
-        if function in _RANDOM:
+        if function in _RANDOM or function in _FURTHER:
             tensor = args[0] if args else kwargs.get("tensor")
-            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
-                return _with_nan(tensor) if self._mark else tensor
+            if id(tensor) in self._left:
+                return tensor
+            if function in _RANDOM and isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                self._left[id(tensor)] = tensor
+                return self._marked(tensor)
         return function(*args, **kwargs)
 
-
-def _with_nan(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        return tensor.fill_(torch.nan)
+    def _marked(self, parameter: nn.Parameter) -> nn.Parameter:
+        if self._mark:
+            parameter.detach().fill_(torch.nan)
+        return parameter
 
 
 def has_unfilled(network: nn.Module) -> bool:
