@@ -1,8 +1,9 @@
 """Choose the decoder that opens a slide file, and explain why where none does.
 
-OpenSlide comes first. tifffile takes the TIFFs that OpenSlide does not open, and those with content that OpenSlide
-would miss: levels in SubIFDs, a page per colour, several series. A placeholder's remote file is opened by those readers
-that take a file object (:mod:`maskattn.slide.formats.ranged_image`).
+OpenSlide comes first; imagecodecs decodes the tiles of its slides where that gives the same pixels
+(:mod:`maskattn.slide.formats.plain_tiles`). tifffile takes the TIFFs that OpenSlide does not open, and those with
+content that OpenSlide would miss: levels in SubIFDs, a page per colour, several series. A placeholder's remote file is
+opened by those readers that take a file object (:mod:`maskattn.slide.formats.ranged_image`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _open(path: Path, series: int | None) -> SlideImage:
     elif series:
         raise NotRead(f"no TIFF, but asked for series {series}", "leave --series out: only TIFFs hold several")
     try:
-        return OpenSlideImage(path)
+        return _with_plain_tiles(OpenSlideImage(path), path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         reason, cause = "", error
     except openslide.OpenSlideError as error:
@@ -84,6 +85,14 @@ def _open(path: Path, series: int | None) -> SlideImage:
     raise NotRead(
         "of a format that neither knows", "check that the file is complete, or convert it to a tiled pyramidal TIFF"
     ) from cause
+
+
+def _with_plain_tiles(image: OpenSlideImage, path: Path) -> SlideImage:
+    try:
+        from maskattn.slide.formats.plain_tiles import with_plain_tiles
+    except ModuleNotFoundError:  # without tifffile or imagecodecs OpenSlide reads alone
+        return image
+    return with_plain_tiles(image, path)
 
 
 def _open_in_tifffile_first(path: Path, series: int | None) -> SlideImage | None:

@@ -55,6 +55,11 @@ class OpenSlideImage:
         self.level_tiles = tuple(self._tile_of(level) for level in range(len(self.level_dimensions)))
         self.associated_images: tuple[str, ...] = tuple(sorted(self._slide.associated_images))
 
+    @property
+    def unshifted_levels(self) -> tuple[int, ...]:
+        """The levels whose pixels OpenSlide shows as they lie in the file, and not moved by a part of a pixel."""
+        return tuple(i for i, single in enumerate(self._single_downsamples) if single == round(single))
+
     def read(self, level: int, x: int, y: int, width: int, height: int) -> UInt8[np.ndarray, "H W 4"]:
         """Decode a rectangle of a level, in its own pixels, to within half a level-0 pixel."""
         tile_px = self.level_tiles[level]

@@ -19,7 +19,7 @@ from maskattn.shapes import UInt8
 from maskattn.slide.formats.image import DecodeError, NotRead, axis_downsamples
 from maskattn.slide.formats.ome import OmeImage, ome_properties, read_ome
 from maskattn.slide.formats.remedies import said_by
-from maskattn.slide.formats.tiff_segments import SegmentCache, decode, raw_rows
+from maskattn.slide.formats.tiff_segments import SegmentCache, copy_segments, decode, raw_rows
 from maskattn.slide.formats.tiff_series import Plane, TiffLevel, describe_series, levels_of
 
 __all__ = ["TiffImage"]
@@ -87,22 +87,12 @@ class TiffImage:
 
     def _read_plane(self, level: TiffLevel, plane: Plane, x: int, y: int, width: int, height: int) -> np.ndarray:
         """Read the samples of one plane, (height, width, samples of the plane)."""
-        step_x, step_y = level.segment
         keyframe = plane.page.keyframe
         samples = keyframe.samplesperpixel if int(keyframe.planarconfig) == 1 else 1
         out = np.full((height, width, samples), self._white, keyframe.dtype)
-        for row in range(y // step_y, -(-(y + height) // step_y)):
-            for column in range(x // step_x, -(-(x + width) // step_x)):
-                segment = self._segment(level, plane, row, column)
-                if segment is None:  # never written: white
-                    continue
-                left, top = column * step_x, row * step_y
-                first_x, first_y = max(x, left), max(y, top)
-                last_x = min(x + width, left + segment.shape[1])
-                last_y = min(y + height, top + segment.shape[0])
-                out[first_y - y : last_y - y, first_x - x : last_x - x] = segment[
-                    first_y - top : last_y - top, first_x - left : last_x - left
-                ]
+        copy_segments(
+            out, level, x, y, lambda row, column: self._segment(level, plane, row, column)
+        )  # unwritten: white
         return out
 
     def _segment(self, level: TiffLevel, plane: Plane, row: int, column: int) -> np.ndarray | None:
