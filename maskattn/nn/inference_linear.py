@@ -149,9 +149,10 @@ def kept_or_packed(
 
 def multiplies_natively(x: Tensor) -> torch.dtype | None:
     """Return the dtype of weights and results if the C++ kernels multiply rows like ``x``, in float32; else None."""
-    dtype = runs_here(x)
-    natively = dtype is not None and _computed_in(dtype) == torch.float32 and native_layers.are_faster_here()
-    return dtype if natively else None
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # in this order, for torch.compile
+        return None
+    dtype = runs_here(x) if native_layers.are_faster_here() else None
+    return dtype if dtype is not None and _computed_in(dtype) == torch.float32 else None
 
 
 def rounded_up(tokens: PackedTokens) -> PackedTokens:
@@ -212,7 +213,7 @@ def _fused(
 ) -> Float[Tensor, "... D"]:
     """Compute :func:`product` with bias and activation in it; the result has the dtype that :func:`runs_here` gives."""
     weight, bias = _weight_and_bias(layer, outputs)
-    if multiplies_natively(x) is not None:
+    if _computed_in(dtype) == torch.float32 and native_layers.are_faster_here():
 
         def pack() -> Any:
             return native_layers.pack_layer(weight.to(dtype), None if bias is None else bias.to(dtype))
