@@ -3,7 +3,7 @@
 # make test-ray  the tests of --engine ray, which `make test` skips: Ray is large, and starting it takes long
 # make check   format, lint, types
 # make sanitize  the C++ kernels under the address, undefined-behaviour and thread sanitizers
-# make gpu-dry   every public call compiled and launched for five GPUs, none of which is there; takes hours, goes on where it was stopped
+# make gpu-dry   every public call compiled and launched for five GPUs, none of which is there; takes an hour of processor time, goes on where it was stopped
 # make bench   pytest-benchmark suites; bench/README.md names the command of every other figure
 # Everything is installed into .venv from constraints.txt.
 

@@ -2,27 +2,33 @@
 
     make gpu-dry                                         every target, all cores, until all is done
     python -m bench.aot.dry_run --target sm90 --quick
+    python -m bench.aot.dry_run --target sm90 --full     all combinations, for hours
     python -m bench.aot.dry_run --target sm90 --host-time
 
-It fails if a kernel does not compile, a launch exceeds a limit of the chip, a call copies its inputs, or sequences of
-other lengths cause more variants of a kernel than :data:`MOST_VARIANTS`. Results are stored in --log and reused while
-the sources are unchanged.
+A run takes the calls of ``covering.py``, each with a random shape of its own. It fails if a kernel does not
+compile, a launch exceeds a limit of the chip, a call copies its inputs, or sequences of other lengths cause more
+variants of a kernel than :data:`MOST_VARIANTS`. Results are stored in --log and reused while the sources that a call
+can reach are unchanged; Triton's cache keeps what was compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import triton
 
-from bench.aot.every_call import HEADS, ON_HOPPER, OPERATIONS, Shape, run
+from bench.aot.covering import CORNERS, DTYPES, WIDTHS, covering, in_gluon, in_tf32x3, random_shapes
+from bench.aot.every_call import HEADS, OF_CHUNKS, ON_HOPPER, OPERATIONS, Shape, run
 from bench.aot.repeated_calls import (
     every_ingredient,
     few_launches,
@@ -33,23 +39,38 @@ from bench.aot.repeated_calls import (
 from bench.aot.stub import CAPABILITIES, StubDevice
 from bench.gpu.outcomes import Outcome, OutcomeLog, fingerprint
 
-__all__ = ["cases", "main"]
+__all__ = ["cases", "covering_cases", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WIDTHS = range(16, 257, 8)
+# The sources that decide what a call compiles and launches.
+SOURCES = ("maskattn/attention", "maskattn/kernels", "bench/aot")
 
 # Largest number of variants of one kernel in one operation with one head width, dtype and set of options;
 # tests/kernels_aot/test_launches.py explains why some have more than one.
 MOST_VARIANTS = 7
-RANDOM_SHAPES = 8
+RANDOM_SHAPES = 1
+
+FAR_APART = Shape((70, 70), queries=2, head_width=64, far_apart=True)
 
 # Bytes that a call may allocate in addition to its results: schedules, descriptors, sums of splits.
 WORKSPACE = 2**21
 
 
-def cases(quick: bool, target: str) -> Iterator[tuple[str, str, Shape]]:
-    """Yield (name, operation, shape): every operation by dtype, head width and options, the most common first."""
+def covering_cases(target: str) -> Iterator[tuple[str, str, list[Shape]]]:
+    """Yield (name, operation, its corner case) of a run that covers everything in pairs."""
+    each = (
+        *covering(list(OPERATIONS)),
+        *covering(list(OF_CHUNKS), every=4),
+        *in_gluon(list(ON_HOPPER)),
+        *in_tf32x3(["packed_attention", "masked_attention"]),
+    )
+    for case in each:
+        if case.target == target:
+            yield case.name, case.operation, [case.shape]
+
+
+def cases(quick: bool, target: str) -> Iterator[tuple[str, str, list[Shape]]]:
+    """Yield (name, operation, corner cases): all by dtype, head width and options, or a few of these."""
     widths = [64, 72] if quick else sorted(WIDTHS, key=lambda width: (width % 64 != 0, width % 16 != 0, width))
     for width in widths:
         for dtype in ["bf16"] if quick else DTYPES:
@@ -59,26 +80,15 @@ def cases(quick: bool, target: str) -> Iterator[tuple[str, str, Shape]]:
                     if quick and (operation.endswith(("of_every_query", "of_one_class")) or (options and width != 64)):
                         continue
                     name = f"{operation}, {dtype}, width {width}{', every option' if options else ''}"
-                    yield name, operation, Shape((50,), head_width=width, dtype=DTYPES[dtype], options=options)
+                    first = Shape((50,), head_width=width, dtype=DTYPES[dtype], options=options)
+                    yield name, operation, [replace(first, **corner) for corner in CORNERS.values()]
 
 
-def shapes_like(shape: Shape, count: int) -> Iterator[Shape]:
-    """Yield corner cases of the launcher, which specialises on 1 and on multiples of 16; then random lengths."""
-    yield replace(shape, lengths=(1,))
-    yield replace(shape, lengths=(48,), queries=16)
-    yield replace(shape, lengths=(16,) * 16, queries=3)
-    generator = torch.Generator().manual_seed(shape.head_width)
-    for _ in range(count):
-        batch, queries = (int(torch.randint(1, 17, (), generator=generator)) for _ in range(2))
-        lengths = torch.randint(0, 70, (batch,), generator=generator).tolist()
-        yield replace(shape, lengths=(*lengths, 1), queries=queries)
-
-
-def try_case(device: StubDevice, operation: str, shape: Shape, random_shapes: int) -> str:
-    """Run a case and return its faults in words; empty if there are none."""
+def try_case(device: StubDevice, operation: str, corners: list[Shape], count: int, seed: int) -> str:
+    """Run a case, also with random lengths, and return its faults in words; empty if there are none."""
     before = device.compiled
-    for one in (shape, *shapes_like(shape, random_shapes)):
-        run(operation, one)
+    for shape in (*corners, *random_shapes(corners[0], count, seed)):
+        run(operation, shape)
     if device.refused:
         return "a launch exceeded a limit"
     variants = {name: count for name, count in (device.compiled - before).items() if count > MOST_VARIANTS}
@@ -86,15 +96,9 @@ def try_case(device: StubDevice, operation: str, shape: Shape, random_shapes: in
 
 
 def far_apart(device: StubDevice) -> str:
-    """Check tokens that are more than 2^31 elements apart, in memory that is allocated and never touched."""
-    import maskattn
-
-    tokens, width = 20, 64
-    base = torch.empty(tokens, HEADS, 2**26, dtype=torch.bfloat16)
-    q = base[..., :width]
-    starts = torch.tensor([0, tokens], dtype=torch.int32)
-    out = maskattn.packed_attention(q, q, q, starts, starts, tokens, tokens, impl="triton")
-    maskattn.readout(out[None, :1], q, q, starts, tokens, impl="triton")
+    """Check tokens that are spread over more than 2^31 elements, in memory that is allocated and never touched."""
+    for operation in OPERATIONS | OF_CHUNKS:
+        run(operation, FAR_APART)
     return "a launch exceeded a limit" if device.refused else ""
 
 
@@ -185,6 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=CAPABILITIES, default="sm90")
     parser.add_argument("--quick", action="store_true", help="two head widths in bfloat16")
+    parser.add_argument("--full", action="store_true", help="every dtype with every head width and every option")
     parser.add_argument("--cases", default="", help="run only cases whose names contain this")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th case from the I-th")
     parser.add_argument("--random-shapes", type=int, default=RANDOM_SHAPES, help="random shapes of each case")
@@ -197,15 +202,22 @@ def main(arguments: list[str] | None = None) -> int:
         if given.host_time:
             print_host_time()
             return 0
-        log = OutcomeLog(given.log or Path(folder) / "log.jsonl", f"{fingerprint(ROOT)}, {given.target}")
+        log = OutcomeLog(given.log or Path(folder) / "log.jsonl", f"{_sources()}, {given.target}")
         return _run(device, log, given)
+
+
+def _sources() -> str:
+    modules = (str(path.relative_to(ROOT)) for path in sorted((ROOT / "maskattn").glob("*.py")))
+    return f"{fingerprint(ROOT, (*SOURCES, *modules))}, triton {triton.__version__}"
 
 
 def _run(device: StubDevice, log: OutcomeLog, given: argparse.Namespace) -> int:
     first, step = (int(x) for x in given.shard.split("/"))
+    product = given.quick or given.full
+    listed = cases(given.quick, device.target) if product else covering_cases(device.target)
     checks: dict[str, Callable[[], str]] = {
-        name: lambda operation=operation, shape=shape: try_case(device, operation, shape, given.random_shapes)
-        for name, operation, shape in cases(given.quick, device.target)
+        name: functools.partial(try_case, device, operation, corners, given.random_shapes, zlib.crc32(name.encode()))
+        for name, operation, corners in listed
     }
     checks |= {
         "tokens far apart": lambda: far_apart(device),

@@ -1,12 +1,13 @@
 """Every operation in Triton's interpreter, with each read and write checked against the tensors of its launch.
 
     TRITON_INTERPRET=1 python -m bench.aot.outside --quick
-    TRITON_INTERPRET=1 python -m bench.aot.outside --shapes 8
+    TRITON_INTERPRET=1 python -m bench.aot.outside
     TRITON_INTERPRET=1 python -m bench.aot.outside --shapes 8 --shard 1/4
 
 A program may access the elements of its kernel's tensors, and no other byte: neither memory before, after or in the
 gaps of a view, nor another buffer (all buffers are far apart). This holds for inputs, outputs and scratch memory alike,
-and covers the operations with their gradients, schedules and moved rows. The shapes are those of the dry run.
+and covers the operations with their gradients, schedules and moved rows. The calls are those of ``covering.py``, each
+with random shapes of its own, and calls whose tensors spread over more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -27,13 +29,16 @@ import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
-from bench.aot.dry_run import DTYPES, shapes_like
-from bench.aot.every_call import OPERATIONS, Shape, run
+from bench.aot.covering import covering, in_tf32x3, random_shapes
+from bench.aot.every_call import OF_CHUNKS, OPERATIONS, Shape, run
 from bench.aot.quick_interpreter import replace_once
 from maskattn.attention.impl import triton as triton_impl
 from maskattn.kernels.attention import masked
 
-__all__ = ["OutsideError", "checked_memory", "main", "rows_moved"]
+__all__ = ["Elements", "OutsideError", "checked_memory", "main", "rows_moved"]
+
+# Of a random shape, one less; a launch takes time in proportion to its programs.
+MOST_SEQUENCES = 8
 
 # Unused elements on each side of a buffer, more than the largest tile of the interpreter's configurations.
 ZONE = 1 << 14
@@ -48,7 +53,7 @@ class _CheckedMemory:
 
     def __init__(self, plain: Any) -> None:
         self._plain = plain
-        self.kernel, self.allowed = "", np.empty(0, np.uint64)
+        self.kernel, self.allowed = "", Elements(())
         self.touched, self.kernels = 0, set[str]()
 
     def __getattr__(self, name: str) -> Any:
@@ -67,14 +72,13 @@ class _CheckedMemory:
         return self._plain.atomic_rmw(operation, addresses, values, mask, order)
 
     def _check(self, addresses: Any, mask: Any, what: str) -> None:
-        found = np.asarray(addresses).ravel()[np.asarray(mask).ravel().astype(bool)].astype(np.uint64)
+        found = np.asarray(addresses).ravel()[np.asarray(mask).ravel().astype(bool)].astype(np.int64)
         if found.size == 0:
             return
         self.touched += found.size
-        at = np.minimum(np.searchsorted(self.allowed, found), max(self.allowed.size - 1, 0))
-        if self.allowed.size == 0 or (self.allowed[at] != found).any():
-            wrong = found if self.allowed.size == 0 else found[self.allowed[at] != found]
-            raise OutsideError(f"{self.kernel} {what} {wrong.size} elements outside its tensors")
+        wrong = self.allowed.outside(found)
+        if wrong:
+            raise OutsideError(f"{self.kernel} {what} {wrong} elements outside its tensors")
 
 
 def _tensors_in(argument: Any) -> Iterator[Tensor]:
@@ -85,12 +89,47 @@ def _tensors_in(argument: Any) -> Iterator[Tensor]:
             yield from _tensors_in(x)
 
 
-def _elements(x: Tensor) -> Any:
-    """Return the address of each element."""
+class Elements:
+    """The addresses of the elements of some tensors, as runs of adjacent elements of one size."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        runs = defaultdict(list)
+        for x in tensors:
+            runs[x.element_size()].append(_runs(x))
+        self._runs = [(size, *_merged(np.concatenate(of_size))) for size, of_size in runs.items()]
+
+    def outside(self, addresses: Any) -> int:
+        """Return how many of the addresses are not those of an element."""
+        left = addresses
+        for size, starts, ends in self._runs:
+            if left.size == 0 or starts.size == 0:
+                continue
+            at = np.searchsorted(starts, left, side="right") - 1
+            inside = (at >= 0) & (left < ends[at]) & ((left - starts[at]) % size == 0)
+            left = left[~inside]
+        return int(left.size)
+
+
+def _runs(x: Tensor) -> Any:
+    """Return the first address of each run of adjacent elements and the address after it, (runs, 2)."""
+    if x.numel() == 0:
+        return np.empty((0, 2), np.int64)
+    adjacent, axes = 1, [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    while axes and axes[-1][1] == adjacent:
+        adjacent *= axes.pop()[0]
     offsets = np.zeros(1, np.int64)
-    for size, stride in zip(x.shape, x.stride(), strict=True):
+    for size, stride in axes:
         offsets = (offsets[:, None] + np.arange(size) * stride).ravel()
-    return (x.data_ptr() + offsets * x.element_size()).astype(np.uint64)
+    starts = x.data_ptr() + offsets * x.element_size()
+    return np.stack([starts, starts + adjacent * x.element_size()], 1)
+
+
+def _merged(runs: Any) -> tuple[Any, Any]:
+    """Return the starts and ends of runs in order, of which overlapping and adjacent ones are one."""
+    runs = runs[np.argsort(runs[:, 0], kind="stable")]
+    reached = np.maximum.accumulate(runs[:, 1])
+    first = np.append(True, runs[1:, 0] > reached[:-1])[: len(runs)]
+    return runs[first, 0], reached[np.append(first[1:], True)[: len(runs)]]
 
 
 def _apart(allocate: Callable[..., Tensor], empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -119,7 +158,7 @@ def checked_memory() -> Iterator[_CheckedMemory]:
         memory.kernels.add(self.fn.__name__)
         tensors = [*_tensors_in(args), *_tensors_in(tuple(kwargs.values()))]
         memory.kernel = self.fn.__name__
-        memory.allowed = np.unique(np.concatenate([np.empty(0, np.uint64), *(_elements(x) for x in tensors)]))
+        memory.allowed = Elements(tensors)
         return launch(self, *args, **kwargs)
 
     with ExitStack() as patches:
@@ -141,24 +180,35 @@ def rows_moved() -> Iterator[None]:
 
 
 def cases(quick: bool, count: int) -> Iterator[tuple[str, Shape, bool]]:
-    """Yield (operation, shape, whether kept rows are moved to the front), the small widths first."""
-    for width in (24,) if quick else (16, 24, 48, 72, 80):
-        for dtype in (torch.float32,) if quick else DTYPES.values():
-            for options in (True,) if quick else (False, True):
-                for operation in OPERATIONS:
-                    first = Shape((50,), head_width=width, dtype=dtype, options=options)
-                    shapes = [replace(first, lengths=(3, 0, 21), queries=2)] if quick else [first]
-                    for shape in [*shapes, *(() if quick else shapes_like(first, count))]:
-                        yield operation, shape, False
-                        if operation.startswith("masked"):
-                            yield operation, shape, True
+    """Yield (operation, shape, whether kept rows are moved to the front)."""
+    if quick:
+        first = Shape((3, 0, 21), queries=2, head_width=24, dtype=torch.float32, options=True)
+        yield from ((operation, first, moved) for operation in OPERATIONS for moved in _moves(operation))
+        return
+    each = (
+        *covering(list(OPERATIONS)),
+        *covering(list(OF_CHUNKS), every=4),
+        *in_tf32x3(["packed_attention", "masked_attention"]),
+    )
+    for case in each:
+        for moved in _moves(case.operation):
+            seed = zlib.crc32(f"{case.name}{moved}".encode())
+            for shape in (case.shape, *random_shapes(case.shape, count, seed, MOST_SEQUENCES)):
+                yield case.operation, shape, moved
+    for operation in OPERATIONS | OF_CHUNKS:
+        for options in (False, True):
+            yield operation, Shape((70, 70), 2, head_width=16, options=options, far_apart=True), False
+
+
+def _moves(operation: str) -> tuple[bool, ...]:
+    return (False, True) if operation.startswith("masked") else (False,)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape of each operation with every option")
-    parser.add_argument("--shapes", type=int, default=4, help="random shapes of each operation, width and dtype")
+    parser.add_argument("--shapes", type=int, default=1, help="random shapes of each operation and head width")
     parser.add_argument("--cases", default="", help="run only operations whose names contain this")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th call from the I-th")
     given = parser.parse_args(arguments)

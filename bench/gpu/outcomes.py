@@ -70,12 +70,18 @@ class OutcomeLog:
         return {name: outcome for name, outcome in self.latest().items() if outcome.outcome != "begun"}
 
 
-def fingerprint(root: Path, folders: Iterable[str] = ("maskattn", "csrc", "tests", "bench/gpu")) -> str:
-    """Return 12 hex digits of a hash of the sources, which identifies them even in a checkout without git history."""
+def fingerprint(root: Path, of: Iterable[str] = ("maskattn", "csrc", "tests", "bench/gpu")) -> str:
+    """Return 12 hex digits of a hash of the sources, which identifies them even in a checkout without git history.
+
+    Args:
+        root: the root of the checkout.
+        of: files, and folders whose sources count.
+    """
     digest = hashlib.sha256()
-    kinds = {".py", ".cpp", ".hpp", ".mk"}
-    for folder in folders:
-        for path in sorted(path for path in (root / folder).rglob("*") if path.suffix in kinds):
+    kinds = {".py", ".c", ".cpp", ".hpp", ".mk"}
+    for each in of:
+        inside = [root / each] if (root / each).is_file() else (root / each).rglob("*")
+        for path in sorted(path for path in inside if path.suffix in kinds):
             digest.update(str(path.relative_to(root)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
