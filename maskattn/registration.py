@@ -9,8 +9,9 @@ autograd function.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd.function import Function
 from torch.library import Library
 
-__all__ = ["constant_in_traces", "define", "library", "short_cut", "untraced"]
+__all__ = ["constant_in_traces", "define", "learnt_positions", "library", "short_cut", "untraced"]
 
 Call = Callable[..., Any]
 CallT = TypeVar("CallT", bound=Callable[..., Any])
@@ -92,43 +93,69 @@ def short_cut(operation: CustomOpDef, save: Call | None = None, backward: Call |
         save, backward: as for ``torch.library.register_autograd``: save(ctx, inputs, output) and backward(ctx, *grads).
     """
     kernel = untraced(operation._init_fn)
+    types = [str(x.type) for x in operation._opoverload._schema.arguments]
+    positions = tuple(i for i, kind in enumerate(types) if kind.endswith("Tensor") or kind == "Optional[Tensor]")
+    tensors_of = _chosen(positions)
     recorded = save and backward and _recorded(operation._name, kernel, save, backward)
 
     def call(*args: Any) -> Any:
-        if not _is_unobserved(args):
+        tensors = tensors_of(args)
+        if not _is_unobserved(tensors):
             return operation(*args)
-        if not (torch.is_grad_enabled() and _any_learnt(args)):
+        if not torch.is_grad_enabled():
             return kernel(*args)
-        return operation(*args) if recorded is None else recorded(*args)
+        learnt = [i for i, x in zip(positions, tensors, strict=True) if x is not None and x.requires_grad]
+        if not learnt:
+            return kernel(*args)
+        return operation(*args) if recorded is None else recorded(args, learnt)
 
     return call
 
 
-def _recorded(name: str, kernel: Call, save: Call, backward: Call) -> Call:
-    """Return the kernel as an autograd function."""
+def _chosen(positions: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return a function that selects the arguments at these positions."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda args: tuple([args[i] for i in positions])
 
-    def forward(ctx: Any, *args: Any) -> Any:
+
+def _recorded(name: str, kernel: Call, save: Call, backward: Call) -> Call:
+    """Return a function of the arguments and the positions of those that learn: the kernel as an autograd function.
+
+    Torch takes an autograd function's arguments apart one by one, so that it gets the tensors that learn alone.
+    """
+
+    def forward(ctx: Any, args: tuple[Any, ...], learnt: list[int], *_: Tensor) -> Any:
         output = kernel(*args)
+        ctx.learnt = learnt
         save(ctx, args, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return cast(Call, type(name, (Function,), members).apply)  # type: ignore[attr-defined]  # of a class made here
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = backward(ctx, *grads)
+        return (None, None, *[found[i] for i in ctx.learnt])
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    apply = type(name, (Function,), members).apply  # type: ignore[attr-defined]  # of a class made here
+    return lambda args, learnt: apply(args, learnt, *[args[i] for i in learnt])
 
 
-def _is_unobserved(args: tuple[Any, ...]) -> bool:
+def learnt_positions(ctx: Any) -> Sequence[int]:
+    """Return the positions of the arguments whose gradients a backward is asked for, also of one called by a short
+    cut."""
+    found: Sequence[int] | None = getattr(ctx, "learnt", None)
+    return [i for i, needed in enumerate(ctx.needs_input_grad) if needed] if found is None else found
+
+
+def _is_unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in _USUAL:
         return False
     profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # torch's stubs leave it out
     if profiled or torch._C._len_torch_function_stack():
         return False
-    for x in args:
-        if isinstance(x, Tensor) and (
+    for x in tensors:
+        if x is not None and (
             (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_neg() or not (x.is_cpu or x.is_cuda)
         ):
             return False
     return True
-
-
-def _any_learnt(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in args)

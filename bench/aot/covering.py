@@ -1,11 +1,11 @@
 """A choice of calls that covers everything by itself and in pairs, for runs that cannot afford the full product.
 
-A call has an operation, a target, a dtype, a head width, a set of options and a kind of lengths; all combinations of
+A call has an operation, a target, a dtype, a head width, a set of options and a kind of shapes; all combinations of
 these are almost 100,000. Here every operation comes once with every head width, and the remaining properties go
 round at rates of their own, so that
 
 - any two properties of any kind meet: every head width has every operation, target, dtype, set of options and kind of
-  lengths,
+  shapes,
 - every operation has all pairs of the properties besides the head width.
 
 ``tests/kernels_aot/test_covering.py`` counts that.
@@ -13,7 +13,8 @@ round at rates of their own, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +22,8 @@ import torch
 from bench.aot.every_call import Shape
 
 __all__ = [
-    "CORNERS",
     "DTYPES",
+    "KINDS",
     "OPTION_SETS",
     "TARGETS",
     "WIDTHS",
@@ -47,12 +48,17 @@ OPTION_SETS: dict[str, dict[str, object]] = {
     "dropout": {"options": True, "without": ("key_bias", "coords", "slopes")},
 }
 
-# The launcher compiles anew where a number is 1 or a multiple of 16: B, T, R and what follows from them.
-CORNERS: dict[str, dict[str, object]] = {
-    "one sequence": {"lengths": (50,)},
-    "one of everything": {"lengths": (1,)},
-    "multiples of sixteen": {"lengths": (48,), "queries": 16},
-    "equal sequences": {"lengths": (16,) * 16, "queries": 3},
+Draw = Callable[[int, int], int]
+
+# Lengths and queries by the kind of a shape, from a function of two bounds that draws a number between them, and from
+# the largest number of sequences. The launcher compiles anew where a number is 1 or a multiple of 16, and there is a
+# schedule where sequences differ, so that shapes of one kind share their compiled kernels.
+KINDS: dict[str, Callable[[Draw, int], tuple[Sequence[int], int]]] = {
+    "one sequence": lambda draw, most: ([draw(2, 70)], draw(1, 16)),
+    "one of everything": lambda draw, most: ([1], 1),
+    "multiples of sixteen": lambda draw, most: ([16 * draw(1, 5)], 16),
+    "equal sequences": lambda draw, most: ([draw(1, 40)] * draw(2, most), draw(2, 16)),
+    "several sequences": lambda draw, most: ([*(draw(0, 70) for _ in range(draw(1, most))), 1], draw(1, 16)),
 }
 
 
@@ -63,13 +69,15 @@ class Case:
     Attributes:
         operation: a name in ``every_call``.
         target: one of :data:`TARGETS`.
-        shape: the shape of the call, with one of :data:`CORNERS`.
+        kind: the kind of its shapes, one of :data:`KINDS`.
+        like: a shape of the call, whose lengths and queries are replaced.
         name: its properties in words, without the target.
     """
 
     operation: str
     target: str
-    shape: Shape
+    kind: str
+    like: Shape
     name: str
 
 
@@ -79,9 +87,9 @@ def covering(operations: Sequence[str], every: int = 1) -> Iterator[Case]:
         for at, width in enumerate(WIDTHS[::every]):
             turn = own + at
             options = list(OPTION_SETS)[turn % 6]
-            corner = list(CORNERS)[turn // 2 % 4]
+            kind = list(KINDS)[(turn // 6 + 2 * own) % 5]
             dtype = list(DTYPES)[(2 * turn + turn // 6) % 3]
-            yield _case(operation, TARGETS[turn % 5], dtype, width, options, corner, {})
+            yield _case(operation, TARGETS[turn % 5], dtype, width, options, kind, {})
 
 
 def in_gluon(operations: Sequence[str]) -> Iterator[Case]:
@@ -93,9 +101,9 @@ def in_gluon(operations: Sequence[str]) -> Iterator[Case]:
         for at, width in enumerate(WIDTHS):
             turn = own + at
             options = list(OPTION_SETS)[turn % 6]
-            corner = list(CORNERS)[turn // 2 % 4]
+            kind = list(KINDS)[turn // 2 % 5]
             dtype = list(DTYPES)[(turn + turn // 6) % 2]
-            yield _case(operation, "sm90", dtype, width, options, corner, {"deterministic": False})
+            yield _case(operation, "sm90", dtype, width, options, kind, {"deterministic": False})
 
 
 def in_tf32x3(operations: Sequence[str]) -> Iterator[Case]:
@@ -104,22 +112,25 @@ def in_tf32x3(operations: Sequence[str]) -> Iterator[Case]:
         for at, width in enumerate(range(16, 65, 8)):
             turn = 2 * own + at
             options, target = ("", "key bias")[(turn + turn // 4) % 2], ("sm90", "sm80", "sm86", "sm120")[turn % 4]
-            corner = list(CORNERS)[turn // 2 % 4]
-            yield _case(operation, target, "fp32", width, options, corner, {"precision": "tf32x3"})
+            kind = list(KINDS)[turn // 2 % 5]
+            yield _case(operation, target, "fp32", width, options, kind, {"precision": "tf32x3"})
 
 
 def _case(
-    operation: str, target: str, dtype: str, width: int, options: str, corner: str, allowed: dict[str, object]
+    operation: str, target: str, dtype: str, width: int, options: str, kind: str, allowed: dict[str, object]
 ) -> Case:
-    fields = {**CORNERS[corner], **OPTION_SETS[options], "head_width": width, "dtype": DTYPES[dtype], **allowed}
-    words = (operation, dtype, f"width {width}", options, corner, str(allowed.get("precision", "")))
-    return Case(operation, target, Shape(**fields), ", ".join(word for word in words if word))
+    fields = {**OPTION_SETS[options], "head_width": width, "dtype": DTYPES[dtype], **allowed}
+    words = (operation, dtype, f"width {width}", options, kind, str(allowed.get("precision", "")))
+    return Case(operation, target, kind, Shape((50,), **fields), ", ".join(word for word in words if word))
 
 
-def random_shapes(shape: Shape, count: int, seed: int, most: int = 16) -> Iterator[Shape]:
-    """Yield shapes like this one with up to ``most`` + 1 sequences of other lengths, some empty, and other queries."""
-    generator = torch.Generator().manual_seed(seed)
+def random_shapes(kind: str, like: Shape, count: int, seed: str, most: int = 16) -> Iterator[Shape]:
+    """Yield shapes of a kind, each with at most ``most`` + 1 sequences, else like the given one."""
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+
+    def draw(least: int, greatest: int) -> int:
+        return int(torch.randint(least, greatest + 1, (), generator=generator))
+
     for _ in range(count):
-        batch, queries = (int(torch.randint(1, up_to + 1, (), generator=generator)) for up_to in (most, 16))
-        lengths = torch.randint(0, 70, (batch,), generator=generator).tolist()
-        yield replace(shape, lengths=(*lengths, 1), queries=queries)
+        lengths, queries = KINDS[kind](draw, most)
+        yield replace(like, lengths=tuple(lengths), queries=queries)

@@ -5,7 +5,7 @@
     python -m bench.aot.dry_run --target sm90 --full     all combinations, for hours
     python -m bench.aot.dry_run --target sm90 --host-time
 
-A run takes the calls of ``covering.py``, each with a random shape of its own. It fails if a kernel does not
+A run takes the calls of ``covering.py``, each with random shapes of its own. It fails if a kernel does not
 compile, a launch exceeds a limit of the chip, a call copies its inputs, or sequences of other lengths cause more
 variants of a kernel than :data:`MOST_VARIANTS`. Results are stored in --log and reused while the sources that a call
 can reach are unchanged; Triton's cache keeps what was compiled.
@@ -19,15 +19,13 @@ import statistics
 import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 import triton
 
-from bench.aot.covering import CORNERS, DTYPES, WIDTHS, covering, in_gluon, in_tf32x3, random_shapes
+from bench.aot.covering import DTYPES, KINDS, WIDTHS, Case, covering, in_gluon, in_tf32x3, random_shapes
 from bench.aot.every_call import HEADS, OF_CHUNKS, ON_HOPPER, OPERATIONS, Shape, run
 from bench.aot.repeated_calls import (
     every_ingredient,
@@ -48,7 +46,7 @@ SOURCES = ("maskattn/attention", "maskattn/kernels", "bench/aot")
 # Largest number of variants of one kernel in one operation with one head width, dtype and set of options;
 # tests/kernels_aot/test_launches.py explains why some have more than one.
 MOST_VARIANTS = 7
-RANDOM_SHAPES = 1
+RANDOM_SHAPES = 4
 
 FAR_APART = Shape((70, 70), queries=2, head_width=64, far_apart=True)
 
@@ -56,21 +54,19 @@ FAR_APART = Shape((70, 70), queries=2, head_width=64, far_apart=True)
 WORKSPACE = 2**21
 
 
-def covering_cases(target: str) -> Iterator[tuple[str, str, list[Shape]]]:
-    """Yield (name, operation, its corner case) of a run that covers everything in pairs."""
+def covering_cases(target: str) -> list[Case]:
+    """Return the cases of a run that covers everything in pairs."""
     each = (
         *covering(list(OPERATIONS)),
         *covering(list(OF_CHUNKS), every=4),
         *in_gluon(list(ON_HOPPER)),
         *in_tf32x3(["packed_attention", "masked_attention"]),
     )
-    for case in each:
-        if case.target == target:
-            yield case.name, case.operation, [case.shape]
+    return [case for case in each if case.target == target]
 
 
-def cases(quick: bool, target: str) -> Iterator[tuple[str, str, list[Shape]]]:
-    """Yield (name, operation, corner cases): all by dtype, head width and options, or a few of these."""
+def cases(quick: bool, target: str) -> Iterator[tuple[str, str, Shape]]:
+    """Yield (name, operation, a shape): every operation by dtype, head width and options, or a few of these."""
     widths = [64, 72] if quick else sorted(WIDTHS, key=lambda width: (width % 64 != 0, width % 16 != 0, width))
     for width in widths:
         for dtype in ["bf16"] if quick else DTYPES:
@@ -80,14 +76,13 @@ def cases(quick: bool, target: str) -> Iterator[tuple[str, str, list[Shape]]]:
                     if quick and (operation.endswith(("of_every_query", "of_one_class")) or (options and width != 64)):
                         continue
                     name = f"{operation}, {dtype}, width {width}{', every option' if options else ''}"
-                    first = Shape((50,), head_width=width, dtype=DTYPES[dtype], options=options)
-                    yield name, operation, [replace(first, **corner) for corner in CORNERS.values()]
+                    yield name, operation, Shape((50,), head_width=width, dtype=DTYPES[dtype], options=options)
 
 
-def try_case(device: StubDevice, operation: str, corners: list[Shape], count: int, seed: int) -> str:
-    """Run a case, also with random lengths, and return its faults in words; empty if there are none."""
+def try_case(device: StubDevice, operation: str, shapes: Iterable[Shape]) -> str:
+    """Run a case and return its faults in words; empty if there are none."""
     before = device.compiled
-    for shape in (*corners, *random_shapes(corners[0], count, seed)):
+    for shape in shapes:
         run(operation, shape)
     if device.refused:
         return "a launch exceeded a limit"
@@ -192,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="every dtype with every head width and every option")
     parser.add_argument("--cases", default="", help="run only cases whose names contain this")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th case from the I-th")
-    parser.add_argument("--random-shapes", type=int, default=RANDOM_SHAPES, help="random shapes of each case")
+    parser.add_argument("--random-shapes", type=int, default=RANDOM_SHAPES, help="random shapes of each kind")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this time")
     parser.add_argument("--log", type=Path, default=None, help="file that stores results between runs")
     parser.add_argument("--host-time", action="store_true", help="print the time of calls until they return")
@@ -213,11 +208,18 @@ def _sources() -> str:
 
 def _run(device: StubDevice, log: OutcomeLog, given: argparse.Namespace) -> int:
     first, step = (int(x) for x in given.shard.split("/"))
-    product = given.quick or given.full
-    listed = cases(given.quick, device.target) if product else covering_cases(device.target)
+    count = given.random_shapes
+    shapes: dict[str, tuple[str, list[Shape]]] = {}
+    if given.quick or given.full:
+        for name, operation, like in cases(given.quick, device.target):
+            each = (random_shapes(kind, like, count, name + kind) for kind in KINDS)
+            shapes[name] = operation, [like, *(shape for of_kind in each for shape in of_kind)]
+    else:
+        for case in covering_cases(device.target):
+            of_kind = random_shapes(case.kind, case.like, count, case.name)
+            shapes[case.name] = case.operation, list(of_kind)
     checks: dict[str, Callable[[], str]] = {
-        name: functools.partial(try_case, device, operation, corners, given.random_shapes, zlib.crc32(name.encode()))
-        for name, operation, corners in listed
+        name: functools.partial(try_case, device, *given_to) for name, given_to in shapes.items()
     }
     checks |= {
         "tokens far apart": lambda: far_apart(device),

@@ -16,7 +16,6 @@ import argparse
 import functools
 import sys
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -192,9 +191,8 @@ def cases(quick: bool, count: int) -> Iterator[tuple[str, Shape, bool]]:
     )
     for case in each:
         for moved in _moves(case.operation):
-            seed = zlib.crc32(f"{case.name}{moved}".encode())
-            for shape in (case.shape, *random_shapes(case.shape, count, seed, MOST_SEQUENCES)):
-                yield case.operation, shape, moved
+            shapes = random_shapes(case.kind, case.like, count, f"{case.name}{moved}", MOST_SEQUENCES)
+            yield from ((case.operation, shape, moved) for shape in shapes)
     for operation in OPERATIONS | OF_CHUNKS:
         for options in (False, True):
             yield operation, Shape((70, 70), 2, head_width=16, options=options, far_apart=True), False
@@ -208,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the cases; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape of each operation with every option")
-    parser.add_argument("--shapes", type=int, default=1, help="random shapes of each operation and head width")
+    parser.add_argument("--shapes", type=int, default=2, help="random shapes of each operation and head width")
     parser.add_argument("--cases", default="", help="run only operations whose names contain this")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th call from the I-th")
     given = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ from maskattn.attention.implementation import Implementation, implementation, ke
 from maskattn.attention.schema import Arguments, flat
 from maskattn.operands import QKV
 from maskattn.options import Options, differentiable, is_given
-from maskattn.registration import define
+from maskattn.registration import define, learnt_positions
 from maskattn.results import Gradients, OutputGradients, Outputs, Tangents
 from maskattn.transforms import refuse, transformable
 
@@ -144,7 +144,7 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         given, results = arguments.saved(ctx)
-        _refuse_derivative(constant, ctx.needs_input_grad)
+        _refuse_derivative(constant, learnt_positions(ctx))
         grad_out = torch.zeros_like(results[0]) if grads[0] is None else grads[0]
         needed = given[inputs:-1]
         of_asked = [grads[at] if need else None for at, need in zip(asked_at, needed, strict=True)]
@@ -171,7 +171,7 @@ def _tangent(operation: Operation, arguments: Arguments) -> Call:
 
     def push(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, ...]:
         given, (_, lse, lse_rest) = arguments.saved(ctx)
-        _refuse_derivative(constant, [x is not None for x in moved])
+        _refuse_derivative(constant, [i for i, x in enumerate(moved) if x is not None])
         inputs, (*needed, _) = given[: -len(operation.asked) - 1], given[-len(operation.asked) - 1 :]
         out_moved, lse_moved, *rows_moved = tangent(*inputs, *(moved[i] for i in positions))
         # The tangent needs lse's dtype and shape; lse has no elements if it was not requested.
@@ -252,9 +252,9 @@ def _without_derivative(kind: type[Options], arguments: Arguments) -> list[tuple
     return [(tensors[x.name], x.metadata.get("named") or x.name) for x in constant]
 
 
-def _refuse_derivative(of: list[tuple[int, str]], asked: Sequence[bool]) -> None:
+def _refuse_derivative(of: list[tuple[int, str]], asked: Sequence[int]) -> None:
     for position, name in of:
-        if asked[position]:
+        if position in asked:
             raise NotImplementedError(
                 f"{name} {'have' if name.endswith('s') else 'has'} no derivative, got one requested by torch.func or "
                 "forward-mode AD; detach the tensor, or use the functions of maskattn.attention.reference"
