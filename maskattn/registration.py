@@ -19,7 +19,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd.function import Function
 from torch.library import Library
 
-__all__ = ["constant_in_traces", "define", "learnt_positions", "library", "short_cut", "untraced"]
+__all__ = ["constant_in_traces", "define", "is_unobserved", "learnt_positions", "library", "short_cut", "untraced"]
 
 Call = Callable[..., Any]
 CallT = TypeVar("CallT", bound=Callable[..., Any])
@@ -100,11 +100,11 @@ def short_cut(operation: CustomOpDef, save: Call | None = None, backward: Call |
 
     def call(*args: Any) -> Any:
         tensors = tensors_of(args)
-        if not _is_unobserved(tensors):
+        if not is_unobserved(tensors):
             return operation(*args)
         if not torch.is_grad_enabled():
             return kernel(*args)
-        learnt = [i for i, x in zip(positions, tensors, strict=True) if x is not None and x.requires_grad]
+        learnt = [i for i, x in zip(positions, tensors) if x is not None and x.requires_grad]  # noqa: B905 (slower)
         if not learnt:
             return kernel(*args)
         return operation(*args) if recorded is None else recorded(args, learnt)
@@ -147,7 +147,8 @@ def learnt_positions(ctx: Any) -> Sequence[int]:
     return [i for i, needed in enumerate(ctx.needs_input_grad) if needed] if found is None else found
 
 
-def _is_unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
+def is_unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether no trace, mode or profiler sees a call with these tensors, and all are plain ones."""
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in _USUAL:
         return False
     profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # torch's stubs leave it out

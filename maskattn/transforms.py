@@ -18,9 +18,9 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from maskattn.registration import library, short_cut
+from maskattn.registration import is_unobserved, library, short_cut
 
-__all__ = ["is_mapped", "is_transformed", "refuse", "take_one_by_one", "transformable"]
+__all__ = ["is_mapped", "is_transformed", "passes_by", "refuse", "take_one_by_one", "transformable"]
 
 Call = Callable[..., Any]
 
@@ -78,6 +78,11 @@ def is_transformed(args: tuple[Any, ...]) -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     return _any_tangent(args)
+
+
+def passes_by(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether torch, called with these tensors, would only pass the call on to an operation's kernel."""
+    return not torch.is_grad_enabled() and not is_transformed(tensors) and is_unobserved(tensors)
 
 
 def is_mapped(x: Tensor) -> bool:

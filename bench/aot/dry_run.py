@@ -137,12 +137,10 @@ def host_microseconds(call: Callable[[], object]) -> float:
 def print_host_time() -> None:
     """Print host times of the operations, forward and with gradients, in bfloat16 with head width 64.
 
-    torch's own share is measured by operations of the same schemas that only allocate.
+    torch's share: a call that only allocates its results, and an autograd function of q, k and v that does no more.
     """
     import maskattn
-    from bench.aot.dispatch_floor import empty_attention
-    from maskattn.attention.ops import flat_options
-    from maskattn.options import Options
+    from bench.aot.autograd_floor import allocate, allocate_with_gradients
 
     for lengths in ((64,), (64,) * 4, (50, 64, 14)):
         tokens, starts = sum(lengths), torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
@@ -160,15 +158,11 @@ def print_host_time() -> None:
             first = q[: len(lengths), None]
             return maskattn.readout(first, k, v, starts, max(lengths), impl="triton")
 
-        def nothing(q=q, k=k, v=v, packing=packing) -> torch.Tensor:
-            where = packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen
-            return empty_attention(q, k, v, *where, *flat_options(Options(0.125)), False, "triton")[0]
-
-        def nothing_twice(nothing=nothing, leaves=(q, k, v), ones=ones) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(nothing(), leaves, ones)
+        def nothing_twice(leaves=(q, k, v), ones=ones) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(allocate_with_gradients(*leaves), leaves, ones)
 
         with torch.no_grad():
-            alone, few, floor = (host_microseconds(call) for call in (forward, read, nothing))
+            alone, few, floor = (host_microseconds(call) for call in (forward, read, functools.partial(allocate, q)))
         taken = {
             "packed_attention": alone,
             "torch's share": floor,

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton.backends.nvidia import driver
 
 import maskattn
 from bench.aot.every_call import HEADS, Shape, run
@@ -26,12 +27,17 @@ from maskattn.kernels.attention import backward, forward
 from maskattn.kernels.attention.key_gradient import key_gradient_kernel
 from maskattn.kernels.attention.query_gradient import query_gradient_kernel
 from maskattn.kernels.launch import prepared, recording, replay, schedule, tail
+from maskattn.kernels.readout import call as readout_call
+from maskattn.kernels.readout import forward as readout
+from maskattn.kernels.readout import gradient
 
 __all__ = ["every_ingredient", "few_launches", "hooks_see_launches", "nothing_is_left", "same_as_the_launcher"]
 
 WIDTH = 64
 KERNELS = (
-    forward.forward_kernel, query_gradient_kernel, key_gradient_kernel, schedule.schedule_kernel, tail.clear_tail_kernel
+    forward.forward_kernel, query_gradient_kernel, key_gradient_kernel, schedule.schedule_kernel,
+    tail.clear_tail_kernel, readout.readout_kernel, readout.combine_kernel, gradient.row_gradient_kernel,
+    gradient.readout_gradient_kernel,
 )  # fmt: skip
 
 
@@ -49,15 +55,35 @@ def same_as_the_launcher() -> str:
             maskattn.packed_attention(q, keys, values, ours, starts, 40, 40, impl="triton")
         shifted = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
         maskattn.packed_attention(shifted, k, v, ours, theirs, 40, 40, impl="triton")
-    lacking = {"forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "clear_tail_kernel"} - set(seen)
-    return f"no launch of {sorted(lacking)} was repeated" if lacking else ""
+        plans = _readouts(seen)
+    lacking = sorted(name for name in {kernel.__name__ for kernel in KERNELS} | {"direct"} if not seen[name])
+    return f"no launch was repeated of {lacking}" if lacking else plans
+
+
+def _readouts(seen: Counter[str]) -> str:
+    """Check readouts of the same sequences, with one part of the keys and several, rows and options."""
+    for lengths, queries, options in (((20, 0, 30), 1, {}), ((300, 700), 3, {}), ((300, 5), 1, {"return_rows": True})):
+        tokens, starts = sum(lengths), torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+        for scale in (None, 0.5):
+            taken = []
+            for _ in range(2):
+                q = torch.zeros(len(lengths), queries, HEADS, WIDTH, dtype=torch.bfloat16)
+                k, v = torch.zeros(2, tokens, HEADS, WIDTH, dtype=torch.bfloat16)
+                before = seen["passes"]
+                maskattn.readout(q, k, v, starts, max(lengths), scale=scale, **options, impl="triton")
+                taken.append(seen["passes"] - before)
+            if taken != [0, 1]:
+                return f"readouts of {lengths} with scale {scale} take {taken} plans"
+    return ""
 
 
 def _shapes() -> Iterator[tuple[str, Shape]]:
     for lengths, options in (((1,), False), ((48,), False), ((5, 0, 12), False), ((5, 0, 12), True)):
         yield "packed_attention", Shape(lengths, head_width=WIDTH, options=options)
-    for operation in ("masked_attention", "readout_with_rows"):
-        yield operation, Shape((5, 0, 12), head_width=WIDTH)
+    for operation in ("masked_attention", "readout", "readout_with_rows"):
+        for options in (False, True):
+            yield operation, Shape((5, 0, 12), queries=2, head_width=WIDTH, options=options)
+    yield "readout", Shape((300, 700), head_width=WIDTH)
 
 
 def every_ingredient() -> str:
@@ -132,15 +158,27 @@ def _taken(seen: Counter[str], qkv: Sequence[Tensor], starts: tuple[Any, ...], o
 def judged(seen: Counter[str]) -> Iterator[None]:
     """Fail if a launch from a template or a replayed pass differs from what Triton's launcher makes of the same call.
 
-    ``seen`` counts repeated launches by kernel, and replayed passes as "passes".
+    ``seen`` counts repeated launches by kernel, replayed passes as "passes", and launches without Triton's Python code
+    as "direct".
     """
     utils = triton.runtime.driver.active.utils
     at_the_driver, reached = utils.launch, []
+    nested: dict[int, tuple[Any, Any]] = {}
+
+    def annotate(types: Any) -> Any:
+        annotations = plain_annotate(types)
+        nested[id(annotations)] = annotations, types
+        return annotations
 
     def launch(*given: Any) -> None:
-        *first, scratch, _, _, signature, arguments = given
+        *first, scratch, _, annotations, signature, arguments = given
         # Without hooks and their metadata; of memory for descriptors, whether there is any.
-        reached.append((*first[:8], scratch is None, bytes(signature), _with_addresses(arguments)))
+        # Triton's own launcher gets nested arguments, of which the types say what is passed; ours get these alone.
+        _, types = nested.get(id(annotations), (None, None))
+        seen["direct"] += types is None
+        passed = arguments if types is None else tuple(_passed(arguments, types))
+        addresses = (x.data_ptr() if isinstance(x, Tensor) else x for x in passed)
+        reached.append((*first[:8], scratch is None, bytes(signature), *addresses))
         at_the_driver(*given)
 
     def done_by(work: Callable[[], Any]) -> tuple[Any, list[tuple[Any, ...]]]:
@@ -163,8 +201,13 @@ def judged(seen: Counter[str]) -> Iterator[None]:
     def judge_pass(compute: Any, *given: Any) -> Any:
         made: list[Tensor] = []
         allocate = replay.Plan.allocate
-        noting = mock.patch.object(replay.Plan, "allocate", lambda plan: made.extend(new := allocate(plan)) or new)
-        with noting:
+
+        def note(plan: replay.Plan, device: torch.device) -> Any:
+            found = allocate(plan, device)
+            made.extend(plan.allocated(*found))
+            return found
+
+        with mock.patch.object(replay.Plan, "allocate", note):
             results, ours = done_by(lambda: plain_replay(compute, *given))
         if not made:
             return results
@@ -185,25 +228,29 @@ def judged(seen: Counter[str]) -> Iterator[None]:
         ]
         return results
 
-    plain_launch, plain_replay = prepared.launch_prepared, replay.replayed
+    plain_launch, plain_replay, plain_annotate = prepared.launch_prepared, replay.replayed, driver.annotate_arguments
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(utils, "launch", launch))
+        patches.enter_context(mock.patch.object(driver, "annotate_arguments", annotate))
         # Compiled kernels keep the function that launches them, so that they are loaded anew.
         for kernel in KERNELS:
             patches.enter_context(mock.patch.object(kernel, "device_caches", defaultdict(kernel.create_binder)))
         patches.enter_context(mock.patch.dict(prepared._TEMPLATES, clear=True))
         patches.enter_context(mock.patch.dict(derived._KEPT, clear=True))
-        for module in (forward, backward, schedule, tail):
+        for module in (forward, backward, schedule, tail, readout, readout_call):
             patches.enter_context(mock.patch.object(module, "launch_prepared", judge))
-        for module in (forward, backward):
+        for module in (forward, backward, readout):
             patches.enter_context(mock.patch.object(module, "replayed", judge_pass))
         yield
 
 
-def _with_addresses(argument: Any) -> Any:
-    if isinstance(argument, tuple):
-        return tuple(_with_addresses(x) for x in argument)
-    return argument.data_ptr() if isinstance(argument, Tensor) else argument
+def _passed(arguments: Any, types: Any) -> Iterator[Any]:
+    """Yield the nested arguments that are not compiled into the kernel."""
+    for argument, kind in zip(arguments, types, strict=True):
+        if isinstance(kind, tuple):
+            yield from _passed(argument, kind)
+        elif kind != "constexpr":
+            yield argument
 
 
 def few_launches(device: StubDevice) -> str:

@@ -24,9 +24,9 @@ from maskattn.attention.implementation import Implementation, implementation, ke
 from maskattn.attention.schema import Arguments, flat
 from maskattn.operands import QKV
 from maskattn.options import Options, differentiable, is_given
-from maskattn.registration import define, learnt_positions
+from maskattn.registration import define, learnt_positions, untraced
 from maskattn.results import Gradients, OutputGradients, Outputs, Tangents
-from maskattn.transforms import refuse, transformable
+from maskattn.transforms import passes_by, refuse, transformable
 
 __all__ = ["Operation", "flat_options", "is_autocast", "register", "register_without_derivative", "without_autocast"]
 
@@ -117,14 +117,17 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
     inputs = len(arguments.declared) - len(asked_at) - 1
     constant = _without_derivative(operation.options, arguments)
 
-    def run(*given: Any) -> tuple[Tensor, ...]:
-        grads, qkv, results, where, options, impl = own.grouped(given)
+    def compute(
+        grads: OutputGradients, qkv: QKV, results: Outputs, where: Any, options: Options, impl: str
+    ) -> list[Tensor | None]:
         refuse_missing(impl, options)
         with without_autocast(qkv.q):
-            found = operation.backward(implementation(impl))(grads, qkv, results, where, options)
+            found = vars(operation.backward(implementation(impl))(grads, qkv, results, where, options))
+        return [None if (x := found[name]) is None else x.contiguous() for name in learnt]
+
+    def run(*given: Any) -> tuple[Tensor, ...]:
         # An op can only return tensors, so an absent gradient is a tensor without elements.
-        each = [getattr(found, name) for name in learnt]
-        return tuple([qkv.q.new_empty(0) if x is None else x.contiguous() for x in each])
+        return tuple([given[0].new_empty(0) if x is None else x for x in compute(*own.grouped(given))])
 
     def fake(*given: Any) -> tuple[Tensor, ...]:
         _, qkv, _, _, options, _ = own.grouped(given)
@@ -136,19 +139,24 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
     op = define(f"{operation.name}_backward", schema, run, fake)
     reason = no_second_derivative(operation.name)
     op.register_autograd(reason, setup_context=_save_nothing)
-    backward = refuse(op, reason)
+    backward, direct = refuse(op, reason), untraced(compute)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         arguments.save(ctx, inputs, *output[:left])
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given, results = arguments.saved(ctx)
+        tensors = ctx.saved_tensors
+        given, results = arguments.restored(tensors, ctx.constants)
         _refuse_derivative(constant, learnt_positions(ctx))
         grad_out = torch.zeros_like(results[0]) if grads[0] is None else grads[0]
         needed = given[inputs:-1]
         of_asked = [grads[at] if need else None for at, need in zip(asked_at, needed, strict=True)]
-        found = backward(grad_out, *of_asked, *given[:3], *results, *given[3:inputs], given[-1])
+        if passes_by((grad_out, *of_asked, *tensors)):
+            qkv, where, options, *_, impl = arguments.grouped(given)
+            found = direct(operation.gradients(grad_out, *of_asked), qkv, Outputs(*results), where, options, impl)
+        else:
+            found = backward(grad_out, *of_asked, *given[:3], *results, *given[3:inputs], given[-1])
         returned: list[Tensor | None] = [None] * len(given)
         for position, grad in zip(positions, found, strict=True):
             returned[position] = None if given[position] is None else grad

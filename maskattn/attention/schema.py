@@ -104,5 +104,11 @@ class Arguments:
 
     def saved(self, ctx: Any) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
         """The arguments and the further tensors that :meth:`save` has saved."""
-        tensors, count = ctx.saved_tensors, len(self.tensors)
-        return self._joined((*tensors[:count], *ctx.constants)), tensors[count:]
+        return self.restored(ctx.saved_tensors, ctx.constants)
+
+    def restored(
+        self, tensors: tuple[Any, ...], constants: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], tuple[torch.Tensor, ...]]:
+        """The same from the saved tensors and the other arguments."""
+        count = len(self.tensors)
+        return self._joined((*tensors[:count], *constants)), tensors[count:]

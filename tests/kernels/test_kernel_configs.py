@@ -93,8 +93,29 @@ def test_a_cpu_tensor_needs_the_interpreter(monkeypatch):
     assert "GPU" in support.supports(torch.zeros(3, 2, 64), Options(1.0))
 
 
+@pytest.fixture
+def unknown_gpus():
+    """No GPU's capability is known yet, and none afterwards."""
+    lookup._capability.cache_clear()
+    yield
+    lookup._capability.cache_clear()
+
+
+def test_a_gpus_capability_is_asked_for_once(unknown_gpus, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (8 + index, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    first, current = torch.device("cuda", 0), torch.device("cuda")
+    for _ in range(2):
+        assert support._missing_on(first) is None
+        assert (lookup.target_of(first), lookup.target_of(current)) == ("sm80", "sm90")
+    assert asked == [0, 1]
+
+
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((9, 0), None)])
-def test_old_gpus_are_refused(capability, reason, monkeypatch):
+def test_old_gpus_are_refused(capability, reason, unknown_gpus, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

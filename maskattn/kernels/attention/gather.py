@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from maskattn.kernels.launch.arguments import VARYING
+from maskattn.kernels.tables.lookup import capability_of
 
 __all__ = ["gather_kernel", "gather_rows", "runs_on", "scatter_rows"]
 
@@ -53,9 +54,7 @@ def runs_on(device: torch.device) -> bool:
     """Return whether the kernel can run on this device."""
     if triton.knobs.runtime.interpret:
         return True
-    return device.type == "cuda" and (
-        torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    return device.type == "cuda" and (torch.version.hip is not None or capability_of(device) >= (8, 0))
 
 
 def gather_rows(x: Tensor, indices: Tensor) -> Tensor:

@@ -1,20 +1,24 @@
 """Launches of a compiled kernel by the C function of Triton's launcher, without the Python code around it.
 
-For every launch Triton's launcher asks for device and stream, prepares what hooks may read, and allocates memory for
-descriptors by a function that the caller sets. Here the caller gives device and stream, and memory is allocated where
-it is needed.
+For every launch Triton's launcher asks for device and stream, prepares what hooks may read, allocates memory for
+descriptors by a function that the caller sets, and takes nested arguments apart, most of which were compiled into the
+kernel. Here the caller gives device and stream and the arguments that are left, and memory is allocated where it is
+needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Place", "hooked", "launcher_of", "place_of"]
+__all__ = ["DirectLaunch", "Place", "direct_launch", "hooked", "on_device_of", "place_of"]
+
+_AS_IT_IS = nullcontext()
 
 # Index of the device, −1 for the CPU, and the raw stream.
 Place = tuple[int, int]
@@ -34,38 +38,68 @@ def hooked() -> bool:
     )
 
 
-def launcher_of(compiled: Any, programs: int) -> Callable[[Place, Tensor, tuple[Any, ...]], None] | None:
-    """Return a function of the place, a tensor on the device and the kernel's arguments that launches the kernel.
+def on_device_of(x: Tensor, place: Place) -> AbstractContextManager[Any]:
+    """Make the device of a tensor, whose place is given, the current one if it is not."""
+    elsewhere = place[0] >= 0 and place[0] != triton.runtime.driver.active.get_current_device()
+    return torch.cuda.device_of(x) if elsewhere else _AS_IT_IS
 
-    The place must be that of the tensor. None if the launcher of the installed Triton has another form; that of 3.7 is
-    known.
+
+class DirectLaunch:
+    """A launch of a compiled kernel with a number of programs.
+
+    Attributes:
+        scratch_bytes: size of the memory for descriptors.
+
+    Raises:
+        AttributeError: the launcher of the installed Triton has another form; that of 3.7 is known.
     """
-    run = compiled.run
-    try:
-        launch, annotations, signature = run.launch, run.arg_annotations, run.kernel_signature
+
+    def __init__(self, compiled: Any, programs: int) -> None:
+        run = compiled.run
+        self._launch, self.scratch_bytes = run.launch, programs * run.num_ctas * run.global_scratch_size
+        self._types = tuple(compiled.src.signature.values())
+        if run.profile_scratch_size or len(_run_time(self._types, self._types)) != len(run.kernel_signature):
+            raise AttributeError("a launcher that is not known")
+        annotation = type(run.arg_annotations[0])
+        annotations = [annotation(nested_tuple=None, type=_ARGUMENT) for _ in run.kernel_signature]
         flags = run.launch_cooperative_grid, run.launch_pdl
-        scratch_bytes = programs * run.num_ctas * run.global_scratch_size
-        of_profiler = run.profile_scratch_size
+        self._grid, self._function = (programs, 1, 1), compiled.function
+        self._before = *flags, compiled.packed_metadata, None, None, None
+        self._after = None, annotations, run.kernel_signature
+
+    def run_time(self, arguments: Sequence[Any]) -> list[Any]:
+        """Return those of the nested arguments that are passed at run time, in one list."""
+        return _run_time(self._types, arguments)
+
+    def __call__(self, stream: int, q: Tensor, arguments: tuple[Any, ...]) -> None:
+        """Launch the kernel on the current device, which is q's, with arguments as :meth:`run_time` lists them."""
+        scratch = None
+        if self.scratch_bytes:
+            scratch = torch.empty(self.scratch_bytes, dtype=torch.int8, device=q.device)
+        self.launch(stream, arguments, None if scratch is None else scratch.data_ptr())
+
+    def launch(self, stream: int, arguments: tuple[Any, ...], scratch: int | None) -> None:
+        """Launch the kernel with memory for its descriptors at the address ``scratch``, None if it needs none."""
+        self._launch(*self._grid, stream, self._function, *self._before, scratch, *self._after, arguments)
+
+
+# Of Triton's kinds of arguments, that of one which is passed to the kernel.
+_ARGUMENT = 1
+
+
+def _run_time(types: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    found: list[Any] = []
+    for kind, argument in zip(types, arguments, strict=True):
+        if isinstance(kind, tuple):
+            found += _run_time(kind, argument)
+        elif kind != "constexpr":
+            found.append(argument)
+    return found
+
+
+def direct_launch(compiled: Any, programs: int) -> DirectLaunch | None:
+    """Return the launch of a compiled kernel; None if Triton's launcher has another form."""
+    try:
+        return DirectLaunch(compiled, programs)
     except AttributeError:
         return None
-    if of_profiler:
-        return None
-    function, metadata, grid = compiled.function, compiled.packed_metadata, (programs, 1, 1)
-
-    def on_device(stream: int, q: Tensor, arguments: tuple[Any, ...]) -> None:
-        memory = torch.empty(scratch_bytes, dtype=torch.int8, device=q.device) if scratch_bytes else None
-        scratch = None if memory is None else memory.data_ptr()
-        launch(
-            *grid, stream, function, *flags, metadata, None, None, None, scratch, None, annotations, signature,
-            arguments,
-        )  # fmt: skip
-
-    def call(place: Place, q: Tensor, arguments: tuple[Any, ...]) -> None:
-        index, stream = place
-        if index < 0 or index == triton.runtime.driver.active.get_current_device():
-            on_device(stream, q, arguments)
-        else:
-            with torch.cuda.device_of(q):
-                on_device(stream, q, arguments)
-
-    return call

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from maskattn.kernels.launch.descriptors import launch
-from maskattn.kernels.launch.direct import Place, hooked, launcher_of, place_of
+from maskattn.kernels.launch.direct import Place, direct_launch, hooked, on_device_of, place_of
 from maskattn.kernels.launch.recording import note_launch
 
 __all__ = ["Launch", "Template", "launch_prepared"]
@@ -39,30 +39,39 @@ class Launch(NamedTuple):
 
 
 class Template:
-    """A compiled kernel and the arguments of its launch, in which addresses are replaced."""
+    """A compiled kernel and the arguments of its launch, in which addresses are replaced.
+
+    Attributes:
+        direct: the launch without Triton's Python code; None if that is not possible.
+        numbers: the arguments of the direct launch that are no tensors.
+        run_time: the position of each argument of the direct launch among the tensors, followed by the numbers.
+    """
 
     def __init__(self, made: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]) -> None:
-        self.programs, self.described, self.compiled = made.programs, made.described, compiled
-        self._launcher = launcher_of(compiled, made.programs)
+        self._made_of = made.programs, made.described, compiled
+        self._count, positions = len(tensors), {id(x): position for position, x in enumerate(tensors) if x is not None}
+        given = dict(zip(made.kernel.arg_names, made.arguments, strict=False)) | dict(made.constants)
+        arguments = tuple(given[name] for name in made.kernel.arg_names)
+        self.direct, self.numbers = direct_launch(compiled, made.programs), list[Any]()
+        leaves = [] if self.direct is None else self.direct.run_time(arguments)
+        self.run_time = [self._position(x, positions, self.numbers) for x in leaves]
+        self._run_time_of = itemgetter(*self.run_time) if len(leaves) > 1 else tuple
         self._constants: list[Any] = []
         self._getters: list[Callable[[list[Any]], Any]] = []
-        self._positions = {id(x): position for position, x in enumerate(tensors) if x is not None}
-        self._count = len(tensors)
-        given = dict(zip(made.kernel.arg_names, made.arguments, strict=False)) | dict(made.constants)
-        constants: list[Any] = []
-        shape = self._shape_of(tuple(given[name] for name in made.kernel.arg_names), constants)
-        self._constants = constants
-        self._compose(shape, self._count + len(constants))
-        del self._positions
+        self._compose(self._shape_of(arguments, positions), self._count + len(self._constants))
 
-    def _shape_of(self, argument: Any, constants: list[Any]) -> Any:
+    def _shape_of(self, argument: Any, positions: Mapping[int, int]) -> Any:
         """Return the position of an argument in the pool, or a list of those of a tuple's items."""
-        if isinstance(argument, Tensor):
-            return self._positions[id(argument)]
         if isinstance(argument, tuple) and _has_tensor(argument):
-            return [self._shape_of(x, constants) for x in argument]
-        constants.append(argument)
-        return self._count + len(constants) - 1
+            return [self._shape_of(x, positions) for x in argument]
+        return self._position(argument, positions, self._constants)
+
+    def _position(self, x: Any, positions: Mapping[int, int], others: list[Any]) -> int:
+        """Return the position of a tensor, or of another argument, which is added to the others, after the tensors."""
+        if isinstance(x, Tensor):
+            return positions[id(x)]
+        others.append(x)
+        return self._count + len(others) - 1
 
     def _compose(self, shape: list[Any], size: int) -> int:
         """Add the getter that builds a tuple from the pool; return the tuple's position, the new end of the pool."""
@@ -72,11 +81,12 @@ class Template:
 
     def launch(self, place: Place, q: Tensor, addresses: Sequence[int | None]) -> None:
         """Launch the kernel on q's device, at this place, with these addresses in place of the tensors."""
-        arguments = self.arguments(addresses)
-        if self._launcher is None or hooked():
-            launch(self.compiled, self.programs, self.described, q, *arguments)
+        if self.direct is None or hooked():
+            programs, described, compiled = self._made_of
+            launch(compiled, programs, described, q, *self.arguments(addresses))
         else:
-            self._launcher(place, q, arguments)
+            with on_device_of(q, place):
+                self.direct(place[1], q, self._run_time_of([*addresses, *self.numbers]))
 
     def arguments(self, addresses: Sequence[int | None]) -> tuple[Any, ...]:
         """Return the arguments of the kernel with these addresses in place of the tensors."""

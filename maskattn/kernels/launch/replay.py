@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import accumulate
 from operator import itemgetter
 from typing import Any
 
@@ -23,7 +24,8 @@ import triton
 from torch import Tensor
 
 from maskattn.derived import derived
-from maskattn.kernels.launch.direct import Place, place_of
+from maskattn.kernels.launch.direct import DirectLaunch, Place, hooked, on_device_of, place_of
+from maskattn.kernels.launch.prepared import Template
 from maskattn.kernels.launch.recording import Recording, recorded
 from maskattn.operands import Sequences
 from maskattn.options import Options
@@ -39,7 +41,8 @@ _NUMBERS = tuple(x.name for x in fields(Options) if x.name not in _TENSORS)
 _tensors_of = itemgetter(*_TENSORS)
 _numbers_of = itemgetter(*_NUMBERS)
 _NO_TENSORS = (None,) * len(_TENSORS)
-_NOT_MADE = object()
+# Of memory that torch allocates on a GPU.
+_ALIGNMENT = 512
 
 # Kernels are interpreted or compiled from their definition on. For AMD Triton's launcher inspects the tensors' sizes.
 _IS_POSSIBLE = torch.version.hip is None and not triton.knobs.runtime.interpret
@@ -104,58 +107,106 @@ class _UnknownError(Exception):
 class Plan:
     """The allocations and launches of a pass.
 
-    A launch finds the addresses of its tensors in a list: those of the inputs, the constants, and what the pass
-    allocates.
+    A launch finds its arguments in a list, the *pool*: the addresses of the inputs, constants, the addresses of the
+    results, and those of the other memory, which is one allocation.
     """
 
     def __init__(self, recording: Recording, results: Tensors, inputs: Tensors, sequences: Sequences) -> None:
-        self._made = [_without_memory(x) for x in recording.made]
-        self._constants: list[int | None] = [None]
         # Not the lengths themselves, with which the plan is kept and which must not stay alive for it.
         self._alive = recording.constants
+        self._constants: list[Any] = [None]
+        self._inputs, self._made = len(inputs), recording.made
+        self._lay_out(recording, results)
         fixed = [sequences.cu_seqlens_q, sequences.cu_seqlens_k, *recording.constants]
         memory = {_memory_of(x) for x in fixed}
         of_inputs = {id(x): position for position, x in enumerate(inputs) if x is not None}
-        of_made = {_memory_of(x): (x.data_ptr(), position) for position, x in enumerate(recording.made)}
-        sources: list[list[int]] = []
+        of_made = {_memory_of(x): (x.data_ptr(), at) for x, at in zip(self._made, self._made_at, strict=True)}
+        scratch_at = iter(self._scratch_at)
+        self._launches = []
+        self._direct: list[tuple[DirectLaunch, Callable[[list[Any]], tuple[Any, ...]], int]] | None = []
         for template, tensors in recording.launches:
-            if template is None:
-                raise _UnknownError
-            sources.append([])
+            assert template is not None
+            sources = []
             for x in tensors:
                 if id(x) in of_inputs:
-                    sources[-1].append(of_inputs[id(x)])
+                    sources.append(of_inputs[id(x)])
                 elif x is None or x.numel() == 0:
-                    sources[-1].append(len(inputs))
+                    sources.append(self._inputs)
                 elif _memory_of(x) in memory:
+                    sources.append(self._inputs + len(self._constants))
                     self._constants.append(x.data_ptr())
-                    sources[-1].append(len(inputs) + len(self._constants) - 1)
                 else:
                     address, position = of_made.get(_memory_of(x), (None, 0))
                     if x.data_ptr() != address:
                         raise _UnknownError
-                    sources[-1].append(-len(self._made) + position)
-        self._launches = [
-            (template.launch, itemgetter(*positions))
-            for (template, _), positions in zip(recording.launches, sources, strict=True)
-            if template is not None
-        ]
-        positions = {id(x): position for position, x in enumerate(recording.made)}
-        if any(x is not None and id(x) not in positions for x in results):
-            raise _UnknownError
-        self._results = [None if x is None else positions[id(x)] for x in results]
+                    sources.append(position)
+            self._launches.append((template, itemgetter(*sources)))
+            self._add_direct(template, sources, next(scratch_at))
+        self._made = [_without_memory(x) for x in recording.made]
 
-    def allocate(self) -> list[Tensor]:
-        """Return what the pass allocates."""
-        return [torch.empty_like(x) for x in self._made]
+    def _lay_out(self, recording: Recording, results: Tensors) -> None:
+        """Assign positions, counted from the end of the pool, to what the pass allocates."""
+        if any(template is None for template, _ in recording.launches):
+            raise _UnknownError
+        made = {id(x): i for i, x in enumerate(recording.made)}
+        if any(x is not None and id(x) not in made for x in results):
+            raise _UnknownError
+        returned = sorted({made[id(x)] for x in results if x is not None})
+        self._returned = returned
+        self._results = [None if x is None else returned.index(made[id(x)]) for x in results]
+        sizes: list[int] = [x.nbytes for i, x in enumerate(recording.made) if i not in returned]
+        scratch = [0 if x is None or x.direct is None else x.direct.scratch_bytes for x, _ in recording.launches]
+        sizes += [size for size in scratch if size]
+        starts = [0, *accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+        self._offsets, self._bytes = starts[:-1], starts[-1]
+        first = -len(sizes) - len(returned)
+        order = [*returned, *(i for i in range(len(made)) if i not in returned)]
+        self._made_at = [first + order.index(i) for i in range(len(made))]
+        # The constant None for a launch without descriptors.
+        left = iter(range(first + len(made), 0))
+        self._scratch_at = [next(left) if size else self._inputs for size in scratch]
+
+    def _add_direct(self, template: Template, sources: list[int], scratch_at: int) -> None:
+        """Add the direct launch of a template, whose arguments are in the pool like its addresses."""
+        if self._direct is None or template.direct is None:
+            self._direct = None
+            return
+        first = self._inputs + len(self._constants) - len(sources)
+        self._constants += template.numbers
+        positions = [sources[i] if i < len(sources) else first + i for i in template.run_time]
+        self._direct.append((template.direct, itemgetter(*positions), scratch_at))
+
+    def allocate(self, device: torch.device) -> tuple[list[Tensor], Tensor | None]:
+        """Return the results, and the memory for everything else, None if the pass needs none."""
+        results = [torch.empty_like(self._made[i]) for i in self._returned]
+        return results, torch.empty(self._bytes, dtype=torch.int8, device=device) if self._bytes else None
+
+    def allocated(self, results: list[Tensor], memory: Tensor | None) -> list[Tensor]:
+        """Return what the pass allocates in its own order, given what :meth:`allocate` has returned."""
+        left, offsets, found = iter(results), iter(self._offsets), []
+        for i, x in enumerate(self._made):
+            if i in self._returned:
+                found.append(next(left))
+            else:
+                assert memory is not None
+                start = next(offsets)
+                found.append(memory[start : start + x.numel() * x.element_size()].view(x.dtype).view(x.shape))
+        return found
 
     def run(self, q: Tensor, addresses: list[int | None], place: Place) -> Tensors:
         """Run the pass for inputs at these addresses; q is one of them."""
-        made = self.allocate()
-        pool = [*addresses, *self._constants, *[x.data_ptr() for x in made]]
-        for launch, addresses_in in self._launches:
-            launch(place, q, addresses_in(pool))
-        return tuple([None if position is None else made[position] for position in self._results])
+        results, memory = self.allocate(q.device)
+        start = 0 if memory is None else memory.data_ptr()
+        own = [x.data_ptr() for x in results]
+        pool = [*addresses, *self._constants, *own, *[start + offset for offset in self._offsets]]
+        if self._direct is None or hooked():
+            for template, addresses_in in self._launches:
+                template.launch(place, q, addresses_in(pool))
+        else:
+            with on_device_of(q, place):
+                for launch, arguments_in, scratch_at in self._direct:
+                    launch.launch(place[1], arguments_in(pool), pool[scratch_at])
+        return tuple([None if position is None else results[position] for position in self._results])
 
 
 def _memory_of(x: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from maskattn.kernels.tables import lookup
 from maskattn.options import Options
 from maskattn.registration import constant_in_traces
 
@@ -48,7 +49,7 @@ def _missing_on(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
         return None if name in AMD_CHIPS else f"needs one of AMD's {', '.join(AMD_CHIPS)}, got {name}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    major, minor = lookup.capability_of(device)
+    if major < 8:
         return f"needs a GPU of compute capability 8.0 or later, got {major}.{minor}"
     return None

@@ -5,10 +5,12 @@ Dimension key: B sequences, T packed keys, R readout queries, H heads, D head wi
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from maskattn.kernels.language.bundles import Tokens
@@ -18,12 +20,13 @@ from maskattn.kernels.launch.arguments import (
     terms_argument,
     tokens_argument,
 )
+from maskattn.kernels.launch.prepared import Launch, launch_prepared
 from maskattn.kernels.launch.rows import packed_rows, readable
 from maskattn.kernels.tables.config import ReadoutConfig, ReadoutPass
 from maskattn.kernels.tables.lookup import choose, padded_width
 from maskattn.options import Options
 
-__all__ = ["ReadoutCall", "class_tile", "number_of_splits", "prepare", "readout_argument", "slots"]
+__all__ = ["ReadoutCall", "class_tile", "launch", "number_of_splits", "prepare", "readout_argument", "slots"]
 
 # A single row is multiplied element by element; more rows are padded to the size of a tensor core's operand.
 PADDED_ROWS = 16
@@ -35,14 +38,14 @@ class ReadoutCall(NamedTuple):
     Attributes:
         arguments: q, k, v, the terms of the scores, the bounds of the sequences, B, H, R and T, in this order.
         widths: compile-time constants, by name.
-        grid: number of programs, one per head, split and sequence.
+        programs: number of programs, one per head, split and sequence.
         splits: number of programs that share the keys of one sequence and head.
         launch_options: numbers of warps and stages, by name.
     """
 
     arguments: tuple[Any, ...]
     widths: dict[str, int]
-    grid: tuple[int]
+    programs: int
     splits: int
     launch_options: dict[str, int]
 
@@ -73,11 +76,36 @@ def prepare(
             "BLOCK_N": config.block_n,
             "SLOTS": slots(config, D, q.dtype) if R == 1 else 1,
         },
-        grid=(H * splits * B,),
+        programs=H * splits * B,
         splits=splits,
         # One row reads its tiles directly into registers, so there is nothing to pipeline.
         launch_options={"num_warps": config.num_warps, "num_stages": 1 if R == 1 else config.num_stages},
     )
+
+
+def launch(
+    kernel: Any, programs: int, call: ReadoutCall, arguments: tuple[Any, ...], constants: Mapping[str, Any], q: Tensor
+) -> None:
+    """Launch a kernel with the common arguments and these; a repeated launch looks up nothing, see ``prepared.py``."""
+    given = (*call.arguments, *arguments)
+    leaves = list(_leaves(given))
+    constants = {**constants, **call.launch_options}
+    known = kernel, programs, *(_as_key(x) for x in leaves if not isinstance(x, Tensor)), *constants.items()
+    tensors = tuple(x for x in leaves if isinstance(x, Tensor))
+    launch_prepared(known, tensors, lambda: Launch(kernel, programs, False, given, constants), q)
+
+
+def _leaves(argument: tuple[Any, ...]) -> Iterator[Any]:
+    for x in argument:
+        if isinstance(x, tuple):
+            yield from _leaves(x)
+        else:
+            yield x
+
+
+def _as_key(x: Any) -> Hashable:
+    """Return a key for an argument, which differs for a number and for the same number known at compile time."""
+    return (tl.constexpr, x.value) if isinstance(x, tl.constexpr) else x
 
 
 def readout_argument(x: Tensor) -> Tokens:

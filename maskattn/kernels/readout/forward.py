@@ -26,8 +26,11 @@ from maskattn.kernels.language.scores import begin_scores, kept_factors, key_ter
 from maskattn.kernels.language.softmax import exponential, finite_or_zero, row_divisor, row_lse, softmax_update
 from maskattn.kernels.language.tiles import aligned, load_rows, sequence_base, sequence_bounds
 from maskattn.kernels.launch.arguments import VARYING, empty_rest
+from maskattn.kernels.launch.prepared import Launch, launch_prepared
+from maskattn.kernels.launch.recording import allocate
+from maskattn.kernels.launch.replay import replayed
 from maskattn.kernels.launch.tail import clear_tail
-from maskattn.kernels.readout.call import prepare
+from maskattn.kernels.readout.call import launch, prepare
 from maskattn.kernels.readout.tiles import (
     load_readout,
     products,
@@ -35,6 +38,7 @@ from maskattn.kernels.readout.tiles import (
     split_bounds,
     weighted_sum,
 )
+from maskattn.operands import Sequences
 from maskattn.options import Options
 
 __all__ = ["combine_kernel", "readout_forward", "readout_kernel"]
@@ -215,35 +219,52 @@ def readout_forward(
         out (B, R, H, D) in q's dtype, lse (B, R, H) float32, its rest, and rows (R, H, T) float32, the softmax weights
         before dropout, or (R, H, 0).
     """
+    if q.shape[0] * q.shape[2] == 0:
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+        rows = lse.new_zeros((q.shape[1], q.shape[2], k.shape[0] if need_rows else 0))
+        return torch.empty_like(q), lse, empty_rest(lse, options), rows
+    sequences = Sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out, lse, rest, rows = replayed(_with_rows if need_rows else _without_rows, (q, k, v), sequences, options)
+    return out, lse, rest, rows
+
+
+def _with_rows(
+    qkv: tuple[Tensor, Tensor, Tensor], sequences: Sequences, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _readout_forward(*qkv, sequences.cu_seqlens_k, sequences.max_seqlen_k, options, True)
+
+
+def _without_rows(
+    qkv: tuple[Tensor, Tensor, Tensor], sequences: Sequences, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _readout_forward(*qkv, sequences.cu_seqlens_k, sequences.max_seqlen_k, options, False)
+
+
+def _readout_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: Options, need_rows: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, R, H, D = q.shape
-    out = torch.empty((B, R, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, R, H), dtype=torch.float32, device=q.device)
+    out = allocate((B, R, H, D), q.dtype, q.device)
+    lse = allocate((B, R, H), torch.float32, q.device)
     rest = empty_rest(lse, options)
-    rows = torch.empty((R, H, k.shape[0] if need_rows else 0), dtype=torch.float32, device=q.device)
-    if B * H == 0:
-        return out, lse, rest, rows.zero_()
+    rows = allocate((R, H, k.shape[0] if need_rows else 0), torch.float32, q.device)
     rest_or_none = rest if rest.ndim > 1 else None
     call = prepare("readout", q, k, v, cu_seqlens, max_seqlen, options)
     if call.splits == 1 and not need_rows:
-        with torch.cuda.device_of(q):
-            readout_kernel[call.grid](
-                *call.arguments, out, lse, rest_or_none, None, None, None, 1, **call.widths, **call.launch_options
-            )
+        own = out, lse, rest_or_none, None, None, None, 1
+        launch(readout_kernel, call.programs, call, own, call.widths, q)
         return out, lse, rest, rows
     weights = rows if need_rows else None
-    split_out = torch.empty((call.splits, B, R, H, D), dtype=torch.float32, device=q.device)
-    maxima, totals = torch.empty((2, call.splits, B, R, H), dtype=torch.float32, device=q.device)
+    split_out = allocate((call.splits, B, R, H, D), torch.float32, q.device)
+    maxima, totals = (allocate((call.splits, B, R, H), torch.float32, q.device) for _ in range(2))
     tiles = max(1, triton.cdiv(max_seqlen, BLOCK_TOKENS)) if need_rows else 1
-    with torch.cuda.device_of(q):
-        readout_kernel[call.grid](
-            *call.arguments, split_out, None, None, maxima, totals, weights, call.splits, **call.widths,
-            **call.launch_options,
-        )  # fmt: skip
-        combine_kernel[(tiles * B * R * H,)](
-            split_out, maxima, totals, out, lse, rest_or_none, weights, cu_seqlens, B, H, R, call.splits, k.shape[0],
-            tiles, HEAD_WIDTH=D, BLOCK_D=call.widths["BLOCK_D"], BLOCK_S=BLOCK_SPLITS, BLOCK_T=BLOCK_TOKENS,
-            num_warps=4,
-        )  # fmt: skip
+    own = split_out, None, None, maxima, totals, weights, call.splits
+    launch(readout_kernel, call.programs, call, own, call.widths, q)
+    of_splits = split_out, maxima, totals, out, lse, rest_or_none, weights, cu_seqlens
+    numbers = B, H, R, call.splits, k.shape[0], tiles
+    widths = {"HEAD_WIDTH": D, "BLOCK_D": call.widths["BLOCK_D"], "BLOCK_S": BLOCK_SPLITS, "BLOCK_T": BLOCK_TOKENS}
+    combine = Launch(combine_kernel, tiles * B * R * H, False, (*of_splits, *numbers), {**widths, "num_warps": 4})
+    launch_prepared((combine_kernel, *numbers, *widths.values()), of_splits, lambda: combine, q)
     if weights is not None:
         clear_tail(cu_seqlens, max_seqlen, (rows.flatten(0, 1).T, 0.0))
     return out, lse, rest, rows

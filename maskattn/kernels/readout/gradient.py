@@ -40,7 +40,7 @@ from maskattn.kernels.language.tiles import (
 )
 from maskattn.kernels.launch.arguments import VARYING, known_multiple
 from maskattn.kernels.launch.tail import clear_tail
-from maskattn.kernels.readout.call import ReadoutCall, prepare, readout_argument
+from maskattn.kernels.readout.call import ReadoutCall, launch, prepare, readout_argument
 from maskattn.kernels.readout.tiles import (
     load_lse,
     load_readout,
@@ -244,12 +244,12 @@ def readout_backward(
     lse = outputs.lse.contiguous()
     rest = outputs.lse_rest.contiguous() if outputs.lse_rest.ndim > 1 else None
     shift = _shift_of_delta(call, grads, lse, rest)
-    with torch.cuda.device_of(q):
-        readout_gradient_kernel[call.grid](
-            *call.arguments, readout_argument(outputs.out), readout_argument(grads.grad_out), lse, rest, shift,
-            _rows_argument(grads.grad_rows), dq_parts, _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias),
-            dslopes_parts, call.splits, **call.widths, **call.launch_options,
-        )  # fmt: skip
+    own = (
+        readout_argument(outputs.out), readout_argument(grads.grad_out), lse, rest, shift,
+        _rows_argument(grads.grad_rows), dq_parts, _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias),
+        dslopes_parts, call.splits,
+    )  # fmt: skip
+    launch(readout_gradient_kernel, call.programs, call, own, call.widths, q)
     of_bias = None if dbias is None or bias is None else (dbias.T if bias.ndim == 1 else dbias, 0.0)
     clear_tail(cu_seqlens, max_seqlen, (dk, 0.0), (dv, 0.0), *(() if of_bias is None else (of_bias,)))
     return Gradients(
@@ -267,17 +267,8 @@ def _shift_of_delta(call: ReadoutCall, grads: ReadoutGradients, lse: Tensor, res
     if grads.grad_rows is None:
         return shift
     sums = torch.empty((call.splits, *lse.shape), dtype=torch.float32, device=lse.device)
-    with torch.cuda.device_of(lse):
-        row_gradient_kernel[call.grid](
-            *call.arguments,
-            lse,
-            rest,
-            _rows_argument(grads.grad_rows),
-            sums,
-            call.splits,
-            **call.widths,
-            **call.launch_options,
-        )
+    own = lse, rest, _rows_argument(grads.grad_rows), sums, call.splits
+    launch(row_gradient_kernel, call.programs, call, own, call.widths, lse)
     total = sums[0] if call.splits == 1 else sums.sum(0)
     return total if shift is None else total + shift
 

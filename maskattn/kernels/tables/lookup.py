@@ -19,8 +19,10 @@ from maskattn.kernels.tables.attention_with_options import ATTENTION_WITH_OPTION
 from maskattn.kernels.tables.config import Config, Family, Pass, Precision, ReadoutConfig, ReadoutPass, Target
 from maskattn.kernels.tables.readout import READOUT
 from maskattn.options import Options
+from maskattn.registration import constant_in_traces
 
 __all__ = [
+    "capability_of",
     "choose",
     "look_up",
     "padded_width",
@@ -108,7 +110,18 @@ def target_of(device: torch.device) -> Target:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
-    return _target_of_capability(*torch.cuda.get_device_capability(device))
+    return _target_of_capability(*capability_of(device))
+
+
+@constant_in_traces
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA GPU, which torch looks up anew every time, in as long as a launch."""
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @functools.cache
