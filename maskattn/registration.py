@@ -99,8 +99,8 @@ def short_cut(operation: CustomOpDef, save: Call | None = None, backward: Call |
     recorded = save and backward and _recorded(operation._name, kernel, save, backward)
 
     def call(*args: Any) -> Any:
-        tensors = tensors_of(args)
-        if not is_unobserved(tensors):
+        # The compiler cannot trace the choice of the tensors.
+        if torch.compiler.is_compiling() or not is_unobserved(tensors := tensors_of(args)):
             return operation(*args)
         if not torch.is_grad_enabled():
             return kernel(*args)

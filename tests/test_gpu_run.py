@@ -150,6 +150,20 @@ def test_sources_that_changed_have_another_fingerprint(tmp_path):
     assert fingerprint(tmp_path) != before
 
 
+def test_a_fingerprint_may_be_that_of_some_files_and_folders(tmp_path):
+    for name in ("one/a.py", "one/b.c", "two/a.py", "two/b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    of = "one", "two/a.py"
+    before = fingerprint(tmp_path, of)
+    (tmp_path / "two" / "b.py").write_text("x = 2\n")
+    assert fingerprint(tmp_path, of) == before
+    for name in ("one/b.c", "two/a.py"):
+        (tmp_path / name).write_text("x = 3\n")
+        assert fingerprint(tmp_path, of) != before
+        before = fingerprint(tmp_path, of)
+
+
 def test_rows_that_were_measured_are_not_measured_again(tmp_path):
     case = Case("attention", "forward", Point(1, 64, 0.5, 2, 32, "fp32"), 0)
     first = Recorder(tmp_path / "rows.csv", "cpu", "these sources")

@@ -107,7 +107,7 @@ def in_gluon(operations: Sequence[str]) -> Iterator[Case]:
 
 
 def in_tf32x3(operations: Sequence[str]) -> Iterator[Case]:
-    """Yield calls that allow three products of TensorFloat-32, on the targets and head widths that take them."""
+    """Yield calls that allow three products of TensorFloat-32, on the targets that have tiles for them."""
     for own, operation in enumerate(operations):
         for at, width in enumerate(range(16, 65, 8)):
             turn = 2 * own + at

@@ -128,6 +128,155 @@ def test_gradients_are_the_bits_of_those_by_the_dispatcher(qkv):
     assert all(torch.equal(one, other) for one, other in zip(straight, watched, strict=True))
 
 
+LEARNING = {
+    "values alone": (False, False, True, False),
+    "keys and biases": (False, True, False, True),
+    "everything": (True,) * 4,
+}
+
+
+@pytest.mark.parametrize("learning", LEARNING.values(), ids=LEARNING)
+def test_whatever_learns_has_the_gradients_of_the_dispatcher(learning, qkv):
+    bias, coords = torch.randn(5, 2), torch.randn(5, 2)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        given = [x.clone().requires_grad_(learns) for x, learns in zip((*qkv, bias), learning, strict=True)]
+        slopes = torch.tensor([0.5, 0.25], requires_grad=True)
+        q, k, v, key_bias = given
+        options = {"key_bias": key_bias, "coords": coords, "slopes": slopes}
+        out, lse = packed_attention(q, k, v, STARTS, STARTS, 3, 3, **options, return_lse=True)
+        leaves = [x for x in (*given, slopes) if x.requires_grad]
+        return torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)
+
+    straight = gradients()
+    with torch.profiler.profile():
+        watched = gradients()
+    assert len(straight) == 1 + sum(learning)
+    assert all(torch.equal(one, other) for one, other in zip(straight, watched, strict=True))
+
+
+def test_one_tensor_may_be_several_arguments(qkv):
+    x = qkv[0].clone().requires_grad_()
+    (found,) = torch.autograd.grad(attend(x, x, x).square().sum(), x)
+    apart = [x.detach().clone().requires_grad_() for _ in range(3)]
+    torch.testing.assert_close(found, sum(torch.autograd.grad(attend(*apart).square().sum(), apart)))
+
+
+@pytest.mark.parametrize("changed", ["q", "starts", "key_bias"])
+def test_whatever_backward_reads_must_not_have_been_written_to(changed, qkv):
+    # q is learnt; lengths and bias are not, and are saved all the same.
+    q, starts, bias = qkv[0].clone().requires_grad_(), STARTS.clone(), torch.randn(5, 2)
+    written = q * 1
+    out = packed_attention(written, qkv[1], qkv[2], starts, starts, 3, 3, key_bias=bias)
+    with torch.no_grad():
+        {"q": written, "starts": starts, "key_bias": bias}[changed].add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_backward_twice_needs_a_graph_that_was_kept(qkv):
+    leaf = qkv.clone().requires_grad_()
+    out = attend(*leaf).square().sum()
+    first, again = (torch.autograd.grad(out, leaf, retain_graph=keep)[0] for keep in (True, False))
+    assert torch.equal(first, again)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, leaf)
+
+
+def test_hooks_see_the_gradients_of_tensors_and_of_the_node(qkv):
+    seen: list[object] = []
+    leaf = qkv.clone().requires_grad_()
+    q, k, v = leaf.unbind()
+    q.register_hook(lambda grad: seen.append("tensor") or 2 * grad)
+    out = attend(q, k, v)
+    out.grad_fn.register_prehook(lambda grads: seen.append("node"))
+    (doubled,) = torch.autograd.grad(out.sum(), leaf)
+    (plain,) = torch.autograd.grad(attend(*leaf).sum(), leaf)
+    assert seen == ["node", "tensor"]
+    assert torch.equal(doubled[0], 2 * plain[0])
+    assert torch.equal(doubled[1:], plain[1:])
+
+
+BACKWARD = torch.ops.maskattn.packed_attention_backward.default
+
+
+def test_a_mode_sees_the_backward_of_a_call_that_nothing_saw(qkv):
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    leaf = qkv.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(attend(*leaf).square().sum(), leaf)
+    out = attend(*leaf).square().sum()
+    assert OP not in seen
+    with Mode():
+        (found,) = torch.autograd.grad(out, leaf)
+    assert BACKWARD in seen
+    assert torch.equal(found, expected)
+
+
+def test_the_profiler_sees_the_backward_of_a_call_that_nothing_saw(qkv):
+    out = attend(*qkv.clone().requires_grad_()).sum()
+    with torch.profiler.profile() as profile:
+        out.backward()
+    assert any(event.key == "maskattn::packed_attention_backward" for event in profile.key_averages())
+
+
+def test_a_subclass_that_comes_as_a_gradient_sees_the_backward(qkv):
+    seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    leaf = qkv.clone().requires_grad_()
+    out = attend(*leaf)
+    torch.autograd.grad(out, leaf, torch.ones_like(out).as_subclass(Watched))
+    assert any("packed_attention_backward" in name for name in seen)
+
+
+def test_gradients_are_mapped_over(qkv):
+    leaf, generator = qkv.clone().requires_grad_(), torch.Generator().manual_seed(0)
+    directions = torch.randn(3, *qkv[0].shape, generator=generator)
+    out = attend(*leaf)
+    one_by_one = [torch.autograd.grad(out, leaf, each, retain_graph=True)[0] for each in directions]
+    (together,) = torch.autograd.grad(out, leaf, directions, is_grads_batched=True)
+    torch.testing.assert_close(together, torch.stack(one_by_one))
+
+
+def test_tensors_that_hooks_unpack_are_those_that_backward_reads(qkv):
+    leaf = qkv.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(attend(*leaf).square().sum(), leaf)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.tolist() if x.dtype == torch.int32 else x, torch.as_tensor
+    ):
+        out = attend(*leaf).square().sum()
+    with pytest.raises(TypeError, match="cu_seqlens_q of dtype int32"):  # as_tensor makes int64 of the lengths
+        out.backward()
+    with torch.autograd.graph.save_on_cpu():
+        out = attend(*leaf).square().sum()
+    (found,) = torch.autograd.grad(out, leaf)
+    assert torch.equal(found, expected)
+
+
+def test_autocast_may_begin_or_end_between_a_call_and_its_backward(qkv):
+    leaf = qkv.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(attend(*leaf).sum(), leaf)
+    out = attend(*leaf).sum()
+    with torch.autocast("cpu"):
+        (found,) = torch.autograd.grad(out, leaf)
+        narrow = attend(*leaf)
+    assert torch.equal(found, expected)
+    assert narrow.dtype == torch.bfloat16
+    (of_narrow,) = torch.autograd.grad(narrow.float().sum(), leaf)
+    assert of_narrow.dtype == torch.float32
+
+
 def test_results_have_the_same_dtypes_whatever_torchs_default_is(qkv):
     leaf = qkv.clone().requires_grad_()
     (expected,) = torch.autograd.grad(attend(*leaf).sum(), leaf)

@@ -66,6 +66,14 @@ def test_lengths_and_sequences_may_vary_without_new_compilations(operation, opti
     assert {name: count for name, count in counts.items() if count > AT_MOST.get(name, 2)} == {}
 
 
+@pytest.mark.parametrize("operation", ["readout", "readout_with_rows", "relevance", "relevance_of_one_class"])
+def test_one_query_and_several_are_compiled_apart_and_no_other_number_of_them(operation):
+    one, several = (
+        compilations_of(operation, [Shape((50, 7), queries) for queries in numbers]) for numbers in ((1,), range(1, 17))
+    )
+    assert {name: count for name, count in several.items() if count > 2 * one[name]} == {}
+
+
 def test_neither_do_lengths_of_rows_that_are_moved(monkeypatch):
     # The public operation moves the rows of long sequences alone, and two hundred of these would take hours.
     for home, name in ((masked, "masked_forward"), (in_triton, "masked_backward")):

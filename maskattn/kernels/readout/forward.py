@@ -251,15 +251,15 @@ def _readout_forward(
     rest_or_none = rest if rest.ndim > 1 else None
     call = prepare("readout", q, k, v, cu_seqlens, max_seqlen, options)
     if call.splits == 1 and not need_rows:
-        own = out, lse, rest_or_none, None, None, None, 1
-        launch(readout_kernel, call.programs, call, own, call.widths, q)
+        whole = out, lse, rest_or_none, None, None, None, 1
+        launch(readout_kernel, call.programs, call, whole, call.widths, q)
         return out, lse, rest, rows
     weights = rows if need_rows else None
     split_out = allocate((call.splits, B, R, H, D), torch.float32, q.device)
     maxima, totals = (allocate((call.splits, B, R, H), torch.float32, q.device) for _ in range(2))
     tiles = max(1, triton.cdiv(max_seqlen, BLOCK_TOKENS)) if need_rows else 1
-    own = split_out, None, None, maxima, totals, weights, call.splits
-    launch(readout_kernel, call.programs, call, own, call.widths, q)
+    parts = split_out, None, None, maxima, totals, weights, call.splits
+    launch(readout_kernel, call.programs, call, parts, call.widths, q)
     of_splits = split_out, maxima, totals, out, lse, rest_or_none, weights, cu_seqlens
     numbers = B, H, R, call.splits, k.shape[0], tiles
     widths = {"HEAD_WIDTH": D, "BLOCK_D": call.widths["BLOCK_D"], "BLOCK_S": BLOCK_SPLITS, "BLOCK_T": BLOCK_TOKENS}
