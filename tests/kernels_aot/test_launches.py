@@ -67,11 +67,13 @@ def test_lengths_and_sequences_may_vary_without_new_compilations(operation, opti
 
 
 @pytest.mark.parametrize("operation", ["readout", "readout_with_rows", "relevance", "relevance_of_one_class"])
-def test_one_query_and_several_are_compiled_apart_and_no_other_number_of_them(operation):
+def test_one_query_and_several_are_compiled_apart(operation):
     one, several = (
         compilations_of(operation, [Shape((50, 7), queries) for queries in numbers]) for numbers in ((1,), range(1, 17))
     )
-    assert {name: count for name, count in several.items() if count > 2 * one[name]} == {}
+    # The loop over the queries of relevance has a known end, since one that is not known spills registers.
+    most = {name: 16 if name == "relevance_kernel" else 2 * count for name, count in one.items()}
+    assert {name: count for name, count in several.items() if count > most[name]} == {}
 
 
 def test_neither_do_lengths_of_rows_that_are_moved(monkeypatch):

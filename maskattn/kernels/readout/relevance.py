@@ -84,7 +84,7 @@ def relevance_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ONE_QUERY: tl.constexpr,
+    QUERIES: tl.constexpr,
     KEY_ORIGIN_BY_TOKEN: tl.constexpr,
     VALUE_ORIGIN_BY_TOKEN: tl.constexpr,
 ):
@@ -126,12 +126,11 @@ def relevance_kernel(
             v0_tile = load_row(value_origin, sequence, head, 0, HEAD_WIDTH, BLOCK_D)
         scoring = begin_scores(terms, head, sequence, 0, start, True, False, True)
         of_keys = key_terms(scoring, first, rows_N, inside, False, True)
-        # Without a loop within it the loop over heads can have stages.
-        for r in tl.range(1 if ONE_QUERY else queries):
+        for r in tl.range(QUERIES):
             q_row = load_row(q, sequence, head, r, HEAD_WIDTH, BLOCK_D)
             # [N, 1]
             qk = products(k_tile, q_row, 1)
-            of_query = query_terms(scoring, r, tl.arange(0, 1), r + tl.arange(0, 1) < queries, False, True)
+            of_query = query_terms(scoring, r, tl.arange(0, 1), r + tl.arange(0, 1) < QUERIES, False, True)
             score = scores(qk, scoring, of_query, of_keys, True)
             lse = load_lse(lse_ptr, (sequence * queries + r) * heads + head, heads, queries, 1)
             p = exponential(score.tile - lse[None, :])
@@ -207,7 +206,7 @@ def token_relevance(
             *call.arguments, readout_argument(out), lse.contiguous(), of_first._replace(ptr=grad, multiple=multiple),
             grad.stride(0),
             _origin_argument(key_origin, q.dtype), _origin_argument(value_origin, q.dtype), relevance,
-            classes, class_tiles, tiles, **widths, BLOCK_C=block_c, ONE_QUERY=R == 1,
+            classes, class_tiles, tiles, **widths, BLOCK_C=block_c, QUERIES=R,
             KEY_ORIGIN_BY_TOKEN=key_origin is not None and key_origin.ndim == 3,
             VALUE_ORIGIN_BY_TOKEN=value_origin is not None and value_origin.ndim == 3, **launch_options,
         )  # fmt: skip

@@ -44,10 +44,6 @@ SM86_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     **NVIDIA_HALF,
     "relevance": {**NVIDIA_HALF["relevance"], 64: ReadoutConfig(32, 8, 2, 2)},
 }
-SM86_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
-    **NVIDIA_SINGLE,
-    "relevance": {**NVIDIA_SINGLE["relevance"], 64: ReadoutConfig(32, 4, 1, 2)},
-}
 SM100_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     **NVIDIA_HALF,
     "relevance": {**NVIDIA_HALF["relevance"], 256: ReadoutConfig(16, 4, 1, 2)},
@@ -59,7 +55,7 @@ READOUT_TABLE: Table[ReadoutPass, ReadoutConfig] = {
     ("sm100", "half"): SM100_HALF,
     ("gfx942", "half"): AMD_HALF,
     ("sm80", "single"): NVIDIA_SINGLE,
-    ("sm86", "single"): SM86_SINGLE,
+    ("sm86", "single"): NVIDIA_SINGLE,
     ("sm90", "single"): NVIDIA_SINGLE,
     ("sm100", "single"): NVIDIA_SINGLE,
     ("gfx942", "single"): AMD_SINGLE,
