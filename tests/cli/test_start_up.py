@@ -152,3 +152,10 @@ def test_threads_that_wait_do_not_spin_and_what_is_set_already_stays() -> None:
 def test_annotations_cost_no_import_outside_the_tests() -> None:
     code = "import sys, maskattn.slide.reader, maskattn.nn.slide_model; print('jaxtyping' in sys.modules)"
     assert run(code) == "False\n"
+
+
+@pytest.mark.parametrize(("triton", "frozen"), [(False, True), (True, False)])
+def test_all_is_frozen_at_the_end_but_where_triton_would_report_leaks(triton: bool, frozen: bool) -> None:
+    loaded = "import sys, types\nsys.modules['triton'] = types.ModuleType('triton')\n" if triton else ""
+    end = "\nimport gc\nprint('frozen', gc.get_freeze_count() > 0)"
+    assert run(loaded + maskattn("--help") + end).splitlines()[-1] == f"frozen {frozen}"
