@@ -22,7 +22,10 @@ SHARED_LIMITS: dict[Target, int] = {
     "sm86": 99 * 1024,
     "sm90": 227 * 1024,
     "sm100": 227 * 1024,
+    "sm120": 99 * 1024,
+    "gfx90a": 64 * 1024,
     "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
 }
 
 # Columns of Blackwell's tensor memory, per SM.

@@ -106,7 +106,8 @@ def fingerprint_of(case: Case, config: Config) -> str:
 
 def options_of(config: Config) -> dict[str, int]:
     """Return the compiler's options."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return options if config.max_registers is None else {**options, "maxnreg": config.max_registers}
 
 
 def source_of(case: Case, config: Config) -> ASTSource:

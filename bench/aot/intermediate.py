@@ -14,7 +14,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-__all__ = ["fingerprint", "intermediate_code"]
+__all__ = ["fingerprint", "fingerprint_of_code", "intermediate_code", "without_names"]
 
 # Definitions of values: at the start of an operation, a loop or a region.
 DEFINITIONS = re.compile(r"(?:^\s*|scf\.for |\(|, )(%\w+)(?::\d+)?(?= =|: \w+[,)])")
@@ -35,11 +35,16 @@ def intermediate_code(source: ASTSource, target: GPUTarget, options: dict[str, i
 
 def fingerprint(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> str:
     """Return a hash of a kernel's code and its compiler options, independent of names, as twelve hexadecimal digits."""
-    code = _without_names(intermediate_code(source, target, options))
+    return fingerprint_of_code(intermediate_code(source, target, options), options)
+
+
+def fingerprint_of_code(intermediate: str, options: dict[str, int]) -> str:
+    """Return the fingerprint of intermediate code that a compilation has kept (``asm["ttir"]``)."""
+    code = without_names(intermediate)
     return hashlib.sha256(f"{code}{sorted(options.items())}".encode()).hexdigest()[:12]
 
 
-def _without_names(code: str) -> str:
+def without_names(code: str) -> str:
     """Return the operations with constants inlined and values named in the order of their use."""
     code = re.sub(r"(?m)^#loc.*\n?", "", re.sub(r" ?loc\((?:[^()\"]|\"[^\"]*\"|\([^()]*\))*\)", "", code))
     head, body = code.split(" attributes {noinline = false} {\n", 1)

@@ -8,6 +8,7 @@ the CPU.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from bench.aot.intermediate import fingerprint, intermediate_code
-from bench.aot.targets import GPU_TARGETS
+from bench.aot.targets import ALL_TARGETS
 from maskattn.kernels.launch import support
 from maskattn.kernels.tables import lookup
 from maskattn.kernels.tables.config import Target
@@ -38,6 +39,7 @@ class Launch:
     attributes: dict[tuple[int, ...], list[list[object]]]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -58,19 +60,20 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """The compiler's options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
     def compile(self) -> Any:
         """Compile the kernel to machine code."""
-        return triton.compile(self.source, target=GPU_TARGETS[self.target], options=self.options)
+        return triton.compile(self.source, target=ALL_TARGETS[self.target], options=self.options)
 
     def intermediate_code(self) -> str:
         """Return Triton's intermediate code, in a fraction of a compilation's time."""
-        return intermediate_code(self.source, GPU_TARGETS[self.target], self.options)
+        return intermediate_code(self.source, ALL_TARGETS[self.target], self.options)
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the intermediate code."""
-        return fingerprint(self.source, GPU_TARGETS[self.target], self.options)
+        return fingerprint(self.source, ALL_TARGETS[self.target], self.options)
 
 
 class _NoDevice:
@@ -80,7 +83,7 @@ class _NoDevice:
         self.target = target
 
     def get_current_target(self) -> Any:
-        return GPU_TARGETS[self.target]
+        return ALL_TARGETS[self.target]
 
     def get_current_device(self) -> str:
         return self.target
@@ -105,6 +108,7 @@ def recorded_launches(target: Target) -> Iterator[list[Launch]]:
                 compile["configs"][0],
                 compile["num_warps"],
                 compile["num_stages"],
+                json.loads(compile["specialization_data"])["options"].get("maxnreg"),
             )
         )
         # So that nothing is compiled, or kept, and the next launch comes here too.

@@ -99,6 +99,11 @@ def tensor_instruction_of(compiled: Any) -> str:
     return next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in compiled.asm["ptx"]), "none")
 
 
+def nvidia_assembly(compiled: Any) -> str:
+    """Return what ``nvdisasm`` prints of a compiled kernel."""
+    return _run_on_cubin(compiled, "nvdisasm")
+
+
 def _run_on_cubin(compiled: Any, *command: str) -> str:
     """What a program of the CUDA toolkit prints of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +116,7 @@ def _run_on_cubin(compiled: Any, *command: str) -> str:
 def _read_nvidia(compiled: Any) -> tuple[int, int, list[str], str]:
     """Read registers, spilled bytes, instructions of the main loop and the tensor-core instruction of a cubin."""
     registers, spilled = registers_and_spills(compiled)
-    code = _run_on_cubin(compiled, "nvdisasm")
+    code = nvidia_assembly(compiled)
     instructions = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
     # In warp-specialised kernels, warps wait for a partition in a loop around all partitions.
     loop = _main_loop(

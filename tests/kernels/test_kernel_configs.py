@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,26 +13,44 @@ import triton.language as tl
 
 from maskattn.kernels.language.tiles import sequence_base, tile_offsets
 from maskattn.kernels.launch import support
+from maskattn.kernels.launch.arguments import constant_arguments
 from maskattn.kernels.launch.rows import MAX_BLOCK, kept_rows, readable
 from maskattn.kernels.tables import lookup
 from maskattn.kernels.tables.attention import TABLE
+from maskattn.kernels.tables.attention_short import SHORT, SHORT_BELOW
 from maskattn.kernels.tables.attention_with_options import TABLE_WITH_OPTIONS
-from maskattn.kernels.tables.config import Config
+from maskattn.kernels.tables.config import Config, Family, Target, read_exceptions, read_table
 from maskattn.options import Options
 
 
 @pytest.mark.parametrize("dtype", support.DTYPES)
 @pytest.mark.parametrize("pass_", ["forward", "query_gradient", "key_gradient"])
-@pytest.mark.parametrize("target", ["sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"])
-@pytest.mark.parametrize("alibi_or_dropout", [False, True])
-def test_every_supported_head_width_has_a_configuration(alibi_or_dropout, target, pass_, dtype):
+@pytest.mark.parametrize("target", get_args(Target))
+@pytest.mark.parametrize(("alibi_or_dropout", "short"), [(False, False), (True, False), (False, True)])
+def test_every_supported_head_width_has_a_configuration(alibi_or_dropout, short, target, pass_, dtype):
     for head_width in support.HEAD_WIDTHS:
-        config = lookup.look_up(pass_, target, head_width, dtype, alibi_or_dropout)
+        config = lookup.look_up(pass_, target, head_width, dtype, alibi_or_dropout, short=short)
         assert max(config.block_m, config.block_n) <= MAX_BLOCK
         first, second = lookup.split_width(head_width, config)
         assert head_width <= first + second <= lookup.padded_width(head_width)
         assert second == 0 or (second >= 16 and first < head_width)
         assert config.split or second == 0
+
+
+def test_a_configuration_may_have_all_registers_of_a_multiprocessor():
+    assert Config(64, 64, 8, 1).max_registers is None
+    assert [Config(64, 64, warps, 1, all_registers=True).max_registers for warps in (4, 8, 16)] == [255, 255, 128]
+    row = read_table("target precision pass 64 128\nsm80 half forward 64x32/16/2+s+r 64x32/8/2")["sm80", "half"]
+    assert [row["forward"][width].all_registers for width in (64, 128)] == [True, False]
+    assert constant_arguments(64, row["forward"][64], False)["maxnreg"] == 128
+    assert "maxnreg" not in constant_arguments(64, row["forward"][128], False)
+
+
+def test_exceptions_name_head_widths_one_by_one_or_from_to():
+    table = read_exceptions("target precision pass widths tile\nsm80 half forward 72,168-192 16x32/4/1+s")
+    assert table["sm80", "half"] == {
+        "forward": dict.fromkeys((72, 168, 176, 184, 192), Config(16, 32, 4, 1, split=True))
+    }
 
 
 def test_a_head_width_is_split_where_that_saves_columns():
@@ -50,21 +70,82 @@ def test_a_head_width_with_which_the_tiles_of_its_padded_width_spill_has_its_own
     assert [tile(width, True) for width in (40, 48, 56, 64)] == [(128, 32), (128, 64), (128, 32), (128, 64)]
 
 
+def test_short_sequences_are_read_otherwise_with_the_same_tiles(device, monkeypatch):
+    monkeypatch.setattr(lookup, "target_of", lambda device: "sm90")
+    q = torch.zeros(3, 2, 64, dtype=torch.bfloat16, device=device)
+    short, long = (lookup.choose("forward", q, Options(1.0), longest) for longest in (SHORT_BELOW - 1, SHORT_BELOW))
+    assert (short.descriptors, short.plain_tail) == (False, True)
+    assert (long.descriptors, long.plain_tail) == (True, False)
+    assert long == TABLE["sm90", "half"]["forward"][64]
+    for (target, precision), passes in SHORT.items():
+        dtype = torch.bfloat16 if precision == "half" else torch.float32
+        for pass_, of_width in passes.items():
+            for width, config in of_width.items():
+                usual = lookup.look_up(pass_, target, width, dtype)
+                same = replace(config, descriptors=usual.descriptors, plain_tail=usual.plain_tail)
+                assert same == usual, (target, pass_, width)
+
+
+def test_a_head_width_has_a_short_row_of_its_own_before_that_of_its_padded_width():
+    def reads(head_width: int, short: bool) -> tuple[bool, bool]:
+        config = lookup.look_up("query_gradient", "sm90", head_width, torch.bfloat16, short=short)
+        return config.descriptors, config.plain_tail
+
+    assert [reads(width, True) for width in (72, 80, 128)] == [(False, True), (True, True), (False, True)]
+    assert {reads(width, False) for width in (72, 80, 128)} == {(True, True)}
+
+
 def test_alibi_and_dropout_have_configurations_of_their_own(device, monkeypatch):
     monkeypatch.setattr(lookup, "target_of", lambda device: "sm80")
     q = torch.zeros(3, 2, 64, dtype=torch.float16, device=device)
     table, with_options = (x["sm80", "half"]["forward"][64] for x in (TABLE, TABLE_WITH_OPTIONS))
-    assert lookup.choose("forward", q, Options(1.0, key_bias=q[:, 0, 0])) == table
-    assert lookup.choose("forward", q, Options(1.0, slopes=q[0, :, 0])) == with_options
-    assert lookup.choose("forward", q, Options(1.0, dropout_p=0.1, dropout_seed=q[0, 0, :1])) == with_options
+    for longest in (1, SHORT_BELOW):
+        assert lookup.choose("forward", q, Options(1.0, key_bias=q[:, 0, 0]), longest) == table
+        assert lookup.choose("forward", q, Options(1.0, slopes=q[0, :, 0]), longest) == with_options
+        with_dropout = Options(1.0, dropout_p=0.1, dropout_seed=q[0, 0, :1])
+        assert lookup.choose("forward", q, with_dropout, longest) == with_options
 
 
 @pytest.mark.parametrize(
     ("capability", "target"),
-    [((8, 0), "sm80"), ((8, 6), "sm86"), ((8, 9), "sm86"), ((9, 0), "sm90"), ((10, 0), "sm100"), ((12, 0), "sm86")],
+    [
+        ((8, 0), "sm80"),
+        ((8, 6), "sm86"),
+        ((8, 9), "sm86"),
+        ((9, 0), "sm90"),
+        ((10, 0), "sm100"),
+        ((11, 0), "sm86"),
+        ((12, 0), "sm120"),
+        ((12, 1), "sm120"),
+    ],
 )
 def test_a_gpu_without_a_row_of_its_own_gets_the_smallest_tiles(capability, target):
     assert lookup._target_of_capability(*capability) == target
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("gfx90a:sramecc+:xnack-", "gfx90a"), ("gfx942", "gfx942"), ("gfx950:xnack-", "gfx950")]
+)
+def test_chips_of_amd_are_told_apart(name, target, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    assert lookup.target_of(torch.device("cuda", 0)) == target
+
+
+def test_a_target_like_another_has_its_tiles_but_for_rows_of_its_own():
+    own, other = Config(16, 16, 4, 1), Config(32, 32, 4, 1)
+    family = Family(
+        {("sm86", "half"): {"forward": {64: other, 128: other}}},
+        {},
+        exceptions={("sm120", "half"): {"forward": {72: own}}, ("sm86", "half"): {"forward": {80: own}}},
+    )
+    assert family.config("sm120", "half", "forward", 72, 128) == own
+    assert family.config("sm120", "half", "forward", 80, 128) == own
+    assert family.config("sm120", "half", "forward", 64, 64) == other
+    assert family.config("sm86", "half", "forward", 72, 128) == other
+    with pytest.raises(KeyError):
+        family.config("sm120", "half", "forward", 256, 256)
 
 
 def test_supported_calls(device):

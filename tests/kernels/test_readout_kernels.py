@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from readout_cases import Readout, assert_meets_specification, check, make_reado
 from maskattn.kernels.launch.support import DTYPES, HEAD_WIDTHS
 from maskattn.kernels.readout import call, forward
 from maskattn.kernels.readout.forward import readout_forward
-from maskattn.kernels.tables.config import ReadoutConfig
+from maskattn.kernels.tables.config import ReadoutConfig, Target
 from maskattn.kernels.tables.lookup import look_up
 from maskattn.options import Options
 
@@ -251,7 +252,7 @@ def test_max_seqlen_may_be_larger_than_any_sequence(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("target", ["sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"])
+@pytest.mark.parametrize("target", get_args(Target))
 def test_every_supported_head_width_has_a_configuration(target, dtype):
     for head_width in HEAD_WIDTHS:
         for pass_ in ("readout", "readout_gradient", "relevance"):

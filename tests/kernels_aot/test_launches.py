@@ -16,6 +16,7 @@ if triton.knobs.runtime.interpret:
 from bench.aot.every_call import ON_HOPPER, OPERATIONS, Shape, launches_of  # noqa: E402 (an interpreter skips before)
 from maskattn.attention.impl import triton as in_triton  # noqa: E402 (an interpreter skips before)
 from maskattn.kernels.attention import masked  # noqa: E402 (an interpreter skips before)
+from maskattn.kernels.tables import lookup  # noqa: E402 (an interpreter skips before)
 
 # Where a number is 1 or a multiple of 16 the launcher compiles anew, with the number or the factor known.
 SHAPES = {
@@ -74,6 +75,24 @@ def test_one_query_and_several_are_compiled_apart(operation):
     # The loop over the queries of relevance has a known end, since one that is not known spills registers.
     most = {name: 16 if name == "relevance_kernel" else 2 * count for name, count in one.items()}
     assert {name: count for name, count in several.items() if count > most[name]} == {}
+
+
+@pytest.mark.parametrize("target", ["sm90", "sm100"])
+@pytest.mark.parametrize("operation", ["packed_attention", "masked_attention"])
+def test_short_and_long_sequences_are_two_kinds_however_many_lengths_there_are(operation, target, monkeypatch):
+    # A bound in the middle of the lengths, which are quicker to make than those on both sides of the real one.
+    monkeypatch.setattr(lookup, "SHORT_BELOW", 40)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [Shape(random_lengths(generator, longest), head_width=64) for longest in (40, 70) for _ in range(100)]
+    kinds, keys = collections.defaultdict(set), collections.defaultdict(set)
+    for launch in launches_of(operation, shapes, target):
+        names = launch.constants_by_name
+        kinds[launch.name].add((names.get("DESCRIBED"), names.get("TAIL_STAGES")))
+        keys[launch.name].add(launch.key)
+    for kernel in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
+        # Rows by index have no descriptors, so that theirs may differ in nothing.
+        assert len(kinds[kernel]) == 2 or (operation == "masked_attention" and len(kinds[kernel]) == 1)
+        assert len(keys[kernel]) <= 7
 
 
 def test_neither_do_lengths_of_rows_that_are_moved(monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import re
+from dataclasses import astuple, replace
 
 import pytest
 
@@ -10,16 +12,19 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from bench.aot.width_cases import (  # noqa: E402 (an interpreter skips before)
+    WidthCase,
+    class_of,
+    width_cases,
+)
 from bench.aot.widths import (  # noqa: E402 (an interpreter skips before)
     REPRESENTATIVE,
-    WidthCase,
     compile_width,
     current_code,
     faults,
     measure_width,
     read_widths,
     table_path,
-    width_cases,
 )
 
 TABLE = read_widths(table_path())
@@ -60,6 +65,20 @@ def test_no_row_of_the_committed_table_spills_or_is_too_large():
 @pytest.mark.parametrize("case", [case for case in CASES if case in TABLE], ids=str)
 def test_the_committed_table_is_of_the_kernels_as_they_are(case):
     assert TABLE[case].code == current_code(case), "python -m bench.aot.report --all-widths writes it anew"
+
+
+def test_what_is_concluded_is_what_a_head_width_of_the_same_class_takes():
+    resources = collections.defaultdict(set)
+    for case, row in TABLE.items():
+        compiled = TABLE[replace(case, head_width=row.compiled)]
+        assert compiled.compiled == row.compiled
+        assert row == replace(compiled, case=case)
+        if row.compiled == case.head_width:
+            resources[row.launch].add(astuple(row)[5:])
+    # Where several of a class were compiled, they took the same.
+    assert {launch for launch, found in resources.items() if len(found) > 1} == set()
+    sample = sorted(TABLE.values(), key=lambda row: row.launch)[::80]
+    assert {row.case for row in sample if class_of(row.case) != row.launch} == set()
 
 
 @pytest.mark.parametrize("width", [72, 80])

@@ -154,7 +154,7 @@ class _Both(NamedTuple):
 def _differentiate_queries(both: _Both, out: Tensor, lse: Tensor, grad_lse: Tensor | None, dq: Tensor) -> Tensor | None:
     """Fill dq, delta and the scaled lse; return dslopes."""
     q, k, v, heads = both.q, both.k, both.v, both.q.shape[1]
-    config = choose("query_gradient", q, both.options)
+    config = choose("query_gradient", q, both.options, both.k_rows.longest)
     work = plan_work(both.q_rows, both.k_rows, config.block_m)
     parts_of_dslopes = None
     if both.options.slopes is not None:
@@ -179,7 +179,7 @@ def _differentiate_queries(both: _Both, out: Tensor, lse: Tensor, grad_lse: Tens
 def _differentiate_keys(both: _Both, dk: Tensor, dv: Tensor, dbias: Tensor | None) -> None:
     """Fill dk, dv and dbias."""
     q, grad_out, heads = both.q, both.grad_out, both.q.shape[1]
-    config = choose("key_gradient", q, both.options)
+    config = choose("key_gradient", q, both.options, both.q_rows.longest)
     work = plan_work(both.k_rows, both.q_rows, config.block_n)
 
     def make() -> Launch:

@@ -238,7 +238,7 @@ def attend(
         q, scale = -q, -scale
     q, k, v = readable(q), readable(k), readable(v)
     head_width, heads = q.shape[-1], q.shape[1]
-    config = choose("forward", q, options)
+    config = choose("forward", q, options, k_rows.longest)
     work = plan_work(q_rows, k_rows, config.block_m)
 
     def make() -> Launch:

@@ -204,4 +204,6 @@ def constant_arguments(head_width: int, config: Config, described: bool) -> Mapp
         "TAIL_STAGES": 1 if config.plain_tail else None,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        # An option of NVIDIA's assembler alone.
+        **({"maxnreg": config.max_registers} if config.all_registers else {}),
     }

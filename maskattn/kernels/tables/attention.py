@@ -8,7 +8,8 @@ they raise the bounds of ``bench/aot``. ``python -m bench.aot.report`` writes th
 
 from __future__ import annotations
 
-from maskattn.kernels.tables.config import Config, Family, Pass, read_table
+from maskattn.kernels.tables.attention_short import SHORT
+from maskattn.kernels.tables.config import Config, Family, Pass, read_exceptions, read_table
 
 __all__ = ["ATTENTION", "INTERPRETER", "TABLE"]
 
@@ -34,7 +35,7 @@ sm90    single     query_gradient  64x32/8/1   32x32/4/1     64x32/8/1+s       3
 sm90    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s       16x32/8/1+s       16x16/8/1
 sm100   half       forward         128x64/8/3  128x64/8/3    128x32/4/3+d      128x64/8/3+d      128x32/8/2+s
 sm100   half       query_gradient  128x64/4/2  128x64/8/2+d  128x64/4/2+s+d    128x64/8/2+s      128x32/8/1+s
-sm100   half       key_gradient    64x128/8/2  64x128/8/2+d  64x128/8/2+d      64x128/8/2+s+d    32x64/8/1+s
+sm100   half       key_gradient    64x128/8/2  64x128/8/2+d  64x128/8/2+d      64x128/8/2+s+d    32x64/8/2+s+r
 sm100   single     forward         64x32/4/1   64x32/4/1     64x32/8/1+s       32x16/8/1+s       32x16/8/1+s
 sm100   single     query_gradient  64x32/8/1   64x32/8/1     64x32/8/1+s       32x32/8/1+s       32x32/16/1+s
 sm100   single     key_gradient    32x64/8/1   32x64/8/1     16x32/4/1+s       16x32/4/1+s       16x16/8/1+s
@@ -47,12 +48,19 @@ gfx942  single     key_gradient    32x64/4/1   32x64/4/1     32x64/4/1+s       1
 """)
 
 # By head width, where the configuration of its padded width spills.
-EXCEPTIONS = read_table("""
-target  precision  pass          72           88         112            136
-sm80    single     forward       16x16/4/1+s  none       none           none
-sm86    single     forward       none         none       none           16x16/4/1+s
-sm90    half       key_gradient  none         none       64x64/8/2+s+d  none
-sm90    single     forward       none         32x16/8/1  none           none
+EXCEPTIONS = read_exceptions("""
+target  precision  pass            head_widths  tile
+sm80    half       query_gradient  152,168-192  64x16/8/2+s
+sm80    single     forward         72           16x16/4/1+s
+sm80    single     forward         240          64x16/16/1
+sm80    single     query_gradient  80           16x32/4/1+s+r
+sm80    single     key_gradient    16           32x64/8/1+r
+sm80    single     key_gradient    152-192      16x32/8/1+s+r
+sm86    single     forward         136          16x16/4/1+s
+sm90    half       key_gradient    112          64x64/8/2+s+d
+sm90    single     forward         24           64x32/4/1+r
+sm90    single     forward         40           64x32/8/1+s+r
+sm90    single     forward         88           32x16/8/1
 """)
 
 # Few and large tiles: the interpreter pays for every operation, not for its size.
@@ -62,4 +70,4 @@ INTERPRETER: dict[Pass, Config] = {
     "key_gradient": Config(32, 64, 4, 1),
 }
 
-ATTENTION = Family(TABLE, INTERPRETER, exceptions=EXCEPTIONS)
+ATTENTION = Family(TABLE, INTERPRETER, exceptions=EXCEPTIONS, short=SHORT)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from maskattn.kernels.tables.config import Config, Pass, Target, read_table
+from maskattn.kernels.tables.config import LIKE, Config, Pass, Target, read_table
 
 __all__ = ["TF32X3", "tf32x3_config"]
 
@@ -37,4 +37,4 @@ TF32X3: dict[tuple[Target, Pass, int], Config] = {
 
 def tf32x3_config(pass_: Pass, target: Target, padded_width: int) -> Config | None:
     """Return the configuration of a pass; None where float32 products have IEEE precision."""
-    return TF32X3.get((target, pass_, padded_width))
+    return TF32X3.get((LIKE.get(target, target), pass_, padded_width))

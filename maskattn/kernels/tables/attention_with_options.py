@@ -7,7 +7,7 @@ list of candidates that spills nothing, here with all options and a gather.
 from __future__ import annotations
 
 from maskattn.kernels.tables.attention import INTERPRETER
-from maskattn.kernels.tables.config import Family, read_table
+from maskattn.kernels.tables.config import Family, read_exceptions, read_table
 
 __all__ = ["ATTENTION_WITH_OPTIONS", "TABLE_WITH_OPTIONS"]
 
@@ -28,7 +28,7 @@ sm86    single     key_gradient    16x32/8/1+s     16x32/8/1+s     16x32/16/1+s
 sm90    half       forward         128x64/8/3+s+d  128x32/8/3+s+d  64x32/8/2+s+d
 sm90    half       query_gradient  128x64/8/3+s+d  128x32/8/3+s+d  128x16/8/2+s+d
 sm90    half       key_gradient    32x128/8/3+s+d  16x128/8/2+s+d  32x32/8/2+d
-sm90    single     forward         64x16/8/1+s     32x16/8/1+s     32x16/8/1
+sm90    single     forward         64x16/8/1+s     32x16/8/1+s     32x16/16/1
 sm90    single     query_gradient  64x32/8/1+s     32x16/16/1+s    32x16/16/1
 sm90    single     key_gradient    16x32/8/1+s     16x16/8/1+s     16x16/8/1
 sm100   half       forward         128x32/8/3+d    128x32/8/3+d    128x16/8/2+s+d
@@ -46,9 +46,18 @@ gfx942  single     key_gradient    16x64/8/1+s     16x32/8/1+s     16x16/4/1+s
 """)
 
 # By head width, where the configuration of its padded width spills.
-EXCEPTIONS = read_table("""
-target  precision  pass            40              56
-sm90    half       query_gradient  128x32/8/3+s+d  128x32/8/3+s+d
+EXCEPTIONS = read_exceptions("""
+target  precision  pass            head_widths  tile
+sm80    half       key_gradient    88,96        16x64/8/1
+sm80    single     forward         136-248      16x16/4/1+r
+sm80    single     query_gradient  48           32x32/8/1+s+r
+sm120   half       key_gradient    144          16x16/8/2
+sm90    half       query_gradient  40,56        128x32/8/3+s+d
+sm90    single     forward         24-48        32x16/8/1+s
+sm90    single     query_gradient  24,32        64x32/8/1+s+r
+sm90    single     query_gradient  96           16x16/8/1+s
+sm90    single     key_gradient    48           16x32/8/1+s+r
+sm90    single     key_gradient    104,120      16x16/8/1+s+r
 """)
 
 ATTENTION_WITH_OPTIONS = Family(TABLE_WITH_OPTIONS, INTERPRETER, narrowest=64, exceptions=EXCEPTIONS)

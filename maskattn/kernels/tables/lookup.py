@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from maskattn.kernels.tables.attention import ATTENTION
+from maskattn.kernels.tables.attention_short import SHORT_BELOW
 from maskattn.kernels.tables.attention_tf32x3 import tf32x3_config
 from maskattn.kernels.tables.attention_with_options import ATTENTION_WITH_OPTIONS
 from maskattn.kernels.tables.config import Config, Family, Pass, Precision, ReadoutConfig, ReadoutPass, Target
@@ -29,6 +30,8 @@ __all__ = [
     "split_width",
     "target_of",
 ]
+
+AMD_TARGETS: tuple[Target, ...] = ("gfx90a", "gfx942", "gfx950")
 
 
 def padded_width(head_width: int) -> int:
@@ -46,7 +49,13 @@ def split_width(head_width: int, config: Config) -> tuple[int, int]:
 
 @overload
 def look_up(
-    pass_: Pass, target: Target, head_width: int, dtype: torch.dtype, alibi_or_dropout: bool = ..., precision: str = ...
+    pass_: Pass,
+    target: Target,
+    head_width: int,
+    dtype: torch.dtype,
+    alibi_or_dropout: bool = ...,
+    precision: str = ...,
+    short: bool = ...,
 ) -> Config: ...
 @overload
 def look_up(
@@ -65,6 +74,7 @@ def look_up(
     dtype: torch.dtype,
     alibi_or_dropout: bool = False,
     precision: str = "ieee",
+    short: bool = False,
 ) -> Config | ReadoutConfig:
     """Return the configuration of a pass on a target.
 
@@ -75,6 +85,7 @@ def look_up(
         dtype: dtype of q, k and v.
         alibi_or_dropout: whether the options include slopes or dropout.
         precision: the precision of the options, used if there are tiles for it.
+        short: whether the sequences that a tile loops over are short.
 
     Raises:
         KeyError: there is no configuration; ``supports`` of ``launch/support.py`` refuses such calls beforehand.
@@ -91,17 +102,26 @@ def look_up(
     if target == "interpreter":
         return family.interpreter[pass_]
     size: Precision = "single" if dtype == torch.float32 else "half"
-    return family.config(target, size, pass_, head_width, width)
+    return family.config(target, size, pass_, head_width, width, short)
 
 
 @overload
-def choose(pass_: Pass, q: Tensor, options: Options) -> Config: ...
+def choose(pass_: Pass, q: Tensor, options: Options, longest: int) -> Config: ...
 @overload
 def choose(pass_: ReadoutPass, q: Tensor, options: Options) -> ReadoutConfig: ...
-def choose(pass_: Any, q: Tensor, options: Options) -> Config | ReadoutConfig:
-    """Return the configuration of a pass for queries (..., D)."""
+def choose(pass_: Any, q: Tensor, options: Options, longest: int = SHORT_BELOW) -> Config | ReadoutConfig:
+    """Return the configuration of a pass for queries (..., D).
+
+    Args:
+        pass_: the pass.
+        q: the queries.
+        options: the options of the call.
+        longest: an upper bound of the number of tokens that a tile loops over.
+    """
     alibi_or_dropout = options.slopes is not None or options.dropout_seed is not None
-    return look_up(pass_, target_of(q.device), q.shape[-1], q.dtype, alibi_or_dropout, options.precision)
+    return look_up(
+        pass_, target_of(q.device), q.shape[-1], q.dtype, alibi_or_dropout, options.precision, longest < SHORT_BELOW
+    )
 
 
 def target_of(device: torch.device) -> Target:
@@ -109,7 +129,7 @@ def target_of(device: torch.device) -> Target:
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if torch.version.hip is not None:
-        return "gfx942"
+        return _target_of_amd(torch.cuda.get_device_properties(device).gcnArchName)
     return _target_of_capability(*capability_of(device))
 
 
@@ -125,7 +145,21 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 @functools.cache
+def _target_of_amd(architecture: str) -> Target:
+    """Return the target for a chip of AMD's, whose name may be followed by features: ``gfx90a:sramecc+``."""
+    name = architecture.partition(":")[0]
+    return next((target for target in AMD_TARGETS if target == name), "gfx942")
+
+
+@functools.cache
 def _target_of_capability(major: int, minor: int) -> Target:
     """Return the target for a CUDA GPU; the one with the least shared memory if the table does not have it."""
-    targets: dict[tuple[int, int], Target] = {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
+    targets: dict[tuple[int, int], Target] = {
+        (8, 0): "sm80",
+        (9, 0): "sm90",
+        (10, 0): "sm100",
+        (10, 3): "sm100",
+        (12, 0): "sm120",
+        (12, 1): "sm120",
+    }
     return targets.get((major, minor), "sm86")

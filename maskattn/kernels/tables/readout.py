@@ -28,7 +28,7 @@ NVIDIA_HALF: Rows[ReadoutPass, ReadoutConfig] = {
 }
 NVIDIA_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
     "readout": _by_width((64, 8, 2, 2), (64, 8, 2, 2), (32, 8, 2, 2), (16, 8, 2, 2), (16, 8, 2, 2)),
-    "readout_gradient": _by_width((32, 8, 2, 2), (32, 8, 2, 2), (32, 8, 2, 2), (16, 8, 2, 2), (16, 8, 2, 1)),
+    "readout_gradient": _by_width((32, 8, 2, 2), (32, 8, 1, 2), (32, 8, 2, 2), (16, 8, 1, 2), (16, 8, 2, 1)),
     "relevance": _by_width((16, 8, 1, 2), (16, 8, 1, 2), (32, 8, 1, 2), (16, 8, 1, 2), (16, 8, 1, 1)),
 }
 AMD_HALF: Rows[ReadoutPass, ReadoutConfig] = {
