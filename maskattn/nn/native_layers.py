@@ -21,9 +21,9 @@ __all__ = ["apply_layer", "are_faster_here", "argument_or_none", "float32_rows",
 
 @cache
 def are_faster_here() -> bool:
-    """Return whether these kernels are known to be faster on this processor than the libraries that torch comes with.
+    """Return whether these kernels are faster on this processor than the libraries that torch comes with.
 
-    They were measured where AVX2 is the best instruction set (bench/results/LOG.md).
+    They are where AVX2 is the best instruction set; with AVX-512 oneDNN's layers are as fast (bench/results/LOG.md).
     """
     return has_extension() and extension().instruction_sets()[0] == "avx2"
 
