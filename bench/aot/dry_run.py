@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,8 +37,9 @@ from bench.aot.repeated_calls import (
 )
 from bench.aot.stub import CAPABILITIES, StubDevice
 from bench.gpu.outcomes import Outcome, OutcomeLog, fingerprint
+from maskattn.kernels.tables.attention_short import SHORT_BELOW
 
-__all__ = ["cases", "covering_cases", "main"]
+__all__ = ["cases", "covering_cases", "long_one", "main"]
 
 ROOT = Path(__file__).resolve().parents[2]
 # The sources that decide what a call compiles and launches.
@@ -79,6 +81,11 @@ def cases(quick: bool, target: str) -> Iterator[tuple[str, str, Shape]]:
                         continue
                     name = f"{operation}, {dtype}, width {width}{', every option' if options else ''}"
                     yield name, operation, Shape((50,), head_width=width, dtype=DTYPES[dtype], options=options)
+
+
+def long_one(operation: str, like: Shape) -> list[Shape]:
+    """Return a shape of one long sequence where long ones are read in another way than short ones; else none."""
+    return [replace(like, lengths=(SHORT_BELOW + 8,))] if "attention" in operation else []
 
 
 def try_case(device: StubDevice, operation: str, shapes: Iterable[Shape]) -> str:
@@ -213,11 +220,12 @@ def _run(device: StubDevice, log: OutcomeLog, given: argparse.Namespace) -> int:
     if given.quick or given.full:
         for name, operation, like in cases(given.quick, device.target):
             each = (random_shapes(kind, like, count, name + kind) for kind in KINDS)
-            shapes[name] = operation, [like, *(shape for of_kind in each for shape in of_kind)]
+            of_kinds = (shape for of_kind in each for shape in of_kind)
+            shapes[name] = operation, [like, *of_kinds, *long_one(operation, like)]
     else:
         for case in covering_cases(device.target):
             of_kind = random_shapes(case.kind, case.like, count, case.name)
-            shapes[case.name] = case.operation, list(of_kind)
+            shapes[case.name] = case.operation, [*of_kind, *long_one(case.operation, case.like)]
     checks: dict[str, Callable[[], str]] = {
         name: functools.partial(try_case, device, *given_to) for name, given_to in shapes.items()
     }

@@ -21,7 +21,9 @@ from bench.aot.covering import (
     in_tf32x3,
     random_shapes,
 )
+from bench.aot.dry_run import long_one
 from bench.aot.every_call import OF_CHUNKS, ON_HOPPER, OPERATIONS, Shape
+from maskattn.kernels.tables.attention_short import SHORT_BELOW
 from maskattn.kernels.tables.lookup import look_up
 
 PROPERTIES = {
@@ -110,3 +112,9 @@ def test_shapes_of_a_kind_are_what_it_says_and_are_drawn_again(kind):
     assert all(holds[kind](x) for x in lengths)
     if kind != "one of everything":
         assert len(set(lengths)) > 3
+
+
+def test_attention_is_called_with_a_long_sequence_too():
+    like = Shape((50,), head_width=72)
+    assert [shape.lengths for shape in long_one("packed_attention_in_gluon", like)] == [(SHORT_BELOW + 8,)]
+    assert long_one("readout", like) == []
