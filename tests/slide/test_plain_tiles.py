@@ -120,6 +120,13 @@ def test_alpha_is_left_to_openslide(tmp_path):
     assert isinstance(open_image(path), OpenSlideImage)
 
 
+def test_a_turned_picture_is_left_to_openslide(tmp_path):
+    path = tmp_path / "a.tiff"
+    with tifffile.TiffWriter(path) as file:
+        file.write(picture(96, 128), **TILED, metadata=None, extratags=[(274, 3, 1, 3, True)])
+    assert isinstance(open_image(path), OpenSlideImage)
+
+
 def test_without_imagecodecs_openslide_reads_alone(tmp_path, monkeypatch):
     path = write(tmp_path / "a.tiff", **JPEGS[2])
     monkeypatch.delitem(sys.modules, "maskattn.slide.formats.plain_tiles")

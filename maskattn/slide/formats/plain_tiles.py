@@ -8,6 +8,7 @@ not as its level promises, so that damage is found and named as before.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -29,6 +30,7 @@ _VENDORS = ("aperio", "generic-tiff")
 # None, LZW, JPEG, deflate (both codes), and Aperio's two JPEG 2000.
 _COMPRESSIONS = (1, 5, 7, 8, 32946, 33003, 33005)
 _JPEG, _RGB, _YCBCR = 7, 2, 6
+_MOST_TILE_PX = 16 << 20  # larger ones are left to OpenSlide, and its bounds of memory
 
 
 class PlainTilesImage:
@@ -86,18 +88,14 @@ def with_plain_tiles(image: OpenSlideImage, path: Path) -> OpenSlideImage | Plai
     """Return the slide with its plain levels decoded by imagecodecs; the slide itself if it has none."""
     if image.vendor not in _VENDORS:
         return image
-    try:
-        file = tifffile.TiffFile(path)
-    except Exception:  # tifffile raises errors of many kinds; OpenSlide has opened the file
-        return image
-    try:
+    with contextlib.ExitStack() as opened, contextlib.suppress(Exception):
+        # tifffile raises errors of many kinds; OpenSlide has opened the file.
+        file = opened.enter_context(tifffile.TiffFile(path))
         levels = _plain_levels(image, file)
-    except Exception:
-        levels = {}
-    if not levels:
-        file.close()
-        return image
-    return PlainTilesImage(image, file, levels)
+        if levels:
+            opened.pop_all()
+            return PlainTilesImage(image, file, levels)
+    return image
 
 
 def _plain_levels(image: OpenSlideImage, file: tifffile.TiffFile) -> dict[int, TiffLevel]:
@@ -117,6 +115,8 @@ def _is_plain(page: Any) -> bool:
     """Return whether a page consists of whole tiles of 8-bit RGB, none of which is missing."""
     compression, photometric = int(page.compression), int(page.photometric)
     if compression not in _COMPRESSIONS or photometric not in ((_RGB, _YCBCR) if compression == _JPEG else (_RGB,)):
+        return False
+    if page.tags.valueof("Orientation", 1) != 1 or page.tilewidth * page.tilelength > _MOST_TILE_PX:
         return False
     if page.dtype != np.uint8 or page.bitspersample != 8 or page.samplesperpixel != 3 or int(page.planarconfig) != 1:
         return False
