@@ -1,8 +1,8 @@
 """impl "cpu": the C++ kernels of csrc/, which take torch's memory without a copy.
 
-The extension checks every shape, stride and dtype, and uses as many threads as torch.
-Beyond its results a call takes 16 MiB, or the packed operands of one head if they are more, and 9 MiB a thread at
-most; up to 48 MiB stay for later calls.
+The extension checks every shape, stride and dtype, and uses as many threads as torch. Beyond its results a call takes
+16 MiB, or the packed operands of one head if they are more, and 9 MiB a thread at most; up to 48 MiB stay for later
+calls.
 
 Dimension key: B sequences, N grid tokens, Tq and Tk packed query and key tokens, R readout queries, H heads, D head
 width, K classes.

@@ -60,13 +60,10 @@ class PlainTilesImage:
         plain = self._levels.get(level)
         if plain is not None:
             pixels = np.empty((height, width, 3), np.uint8)
-            try:
+            # Codecs raise errors of many kinds; OpenSlide says what is wrong, or reads the rectangle all the same.
+            with contextlib.suppress(Exception):
                 copy_segments(pixels, plain, x, y, lambda row, column: self._tile(level, plain, row, column))
-            except (
-                Exception
-            ):  # codecs raise errors of many kinds; OpenSlide says what is wrong, or reads it all the same
-                return self._image.read(level, x, y, width, height)
-            return pixels
+                return pixels
         return self._image.read(level, x, y, width, height)
 
     def close(self) -> None:

@@ -89,10 +89,9 @@ class TiffImage:
         """Read the samples of one plane, (height, width, samples of the plane)."""
         keyframe = plane.page.keyframe
         samples = keyframe.samplesperpixel if int(keyframe.planarconfig) == 1 else 1
+        # segments that were never written are white
         out = np.full((height, width, samples), self._white, keyframe.dtype)
-        copy_segments(
-            out, level, x, y, lambda row, column: self._segment(level, plane, row, column)
-        )  # unwritten: white
+        copy_segments(out, level, x, y, lambda row, column: self._segment(level, plane, row, column))
         return out
 
     def _segment(self, level: TiffLevel, plane: Plane, row: int, column: int) -> np.ndarray | None:
