@@ -46,12 +46,15 @@ def derived(x: Tensor) -> dict[Any, Any] | None:
     replayed with other contents, under ``torch.compile`` and under ``torch.func``. Writes by the replay of a graph or
     by a custom kernel are not detected: outside the graph, pass a new tensor.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_inference() or is_transformed((x,)):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     kept = _KEPT.get(id(x))
     if kept is None or kept.of() is not x:
+        # A tensor that has a cache is none of these.
+        if type(x) is not Tensor or x.is_inference() or is_transformed((x,)):
+            return None
         kept = _KEPT[id(x)] = _Kept(x)
         weakref.finalize(x, _forget, id(x), kept).atexit = False
     elif kept.version != x._version or kept.address != x.data_ptr():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskattn.shapes import Float, Int
 
-__all__ = ["DIFFERENTIABLE", "RULES", "Options", "Rule", "differentiable", "is_given", "option"]
+__all__ = ["DIFFERENTIABLE", "RULES", "Options", "Rule", "differentiable", "is_given", "maker", "option"]
 
 ATTENTION = ("packed_attention", "masked_attention", "readout")
 EVERYWHERE = (*ATTENTION, "token_relevance")
@@ -101,6 +101,30 @@ def differentiable(kind: type[Options] = Options) -> tuple[str, ...]:
 
 
 DIFFERENTIABLE = differentiable()
+
+# Largest number of options that a function of :func:`maker` keeps.
+MOST_KEPT = 256
+
+
+def maker(kind: type[Options]) -> Callable[..., Options]:
+    """Return a function of the fields that makes options of a kind, once for equal fields without tensors.
+
+    A model's calls have the same options layer after layer, and making them takes longer than finding them.
+    """
+    made: dict[tuple[Any, ...], Options] = {}
+
+    def make(*values: Any) -> Options:
+        try:
+            found = made.get(values)
+        except TypeError:  # a symbolic number, which has no hash
+            return kind(*values)
+        if found is None:
+            found = kind(*values)
+            if len(made) < MOST_KEPT and not any(isinstance(x, Tensor) for x in values):
+                made[values] = found
+        return found
+
+    return make
 
 
 def is_given(value: Any, default: Any) -> bool:

@@ -19,7 +19,16 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd.function import Function
 from torch.library import Library
 
-__all__ = ["constant_in_traces", "define", "is_unobserved", "learnt_positions", "library", "short_cut", "untraced"]
+__all__ = [
+    "constant_in_traces",
+    "define",
+    "is_shortened",
+    "is_unobserved",
+    "learnt_positions",
+    "library",
+    "short_cut",
+    "untraced",
+]
 
 Call = Callable[..., Any]
 CallT = TypeVar("CallT", bound=Callable[..., Any])
@@ -31,6 +40,8 @@ library = Library("maskattn", "FRAGMENT")
 # What every thread adds to the keys by which torch dispatches. Modes, traces and transforms add keys of their own.
 _USUAL_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView)
 _USUAL = (_USUAL_KEYS.raw_repr(), _USUAL_KEYS.remove(torch._C.DispatchKey.ADInplaceOrView).raw_repr())
+
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 def define(name: str, schema: str, body: Call, fake: Call) -> CustomOpDef:
@@ -81,7 +92,9 @@ def constant_in_traces(function: CallT) -> CallT:
     return function
 
 
-def short_cut(operation: CustomOpDef, save: Call | None = None, backward: Call | None = None) -> Call:
+def short_cut(
+    operation: CustomOpDef, save: Call | None = None, backward: Call | None = None, is_alone: Call | None = None
+) -> Call:
     """Return the operation, which then calls its kernel directly where torch's dispatcher would only pass the call on.
 
     That saves tens of microseconds, and with a gradient hundreds. Torch sees every other call: under ``torch.compile``,
@@ -91,12 +104,14 @@ def short_cut(operation: CustomOpDef, save: Call | None = None, backward: Call |
     Args:
         operation: the operation.
         save, backward: as for ``torch.library.register_autograd``: save(ctx, inputs, output) and backward(ctx, *grads).
+        is_alone: called with the arguments; returns whether the first result alone has a gradient. The others then are
+            no part of the graph, and backward gets one gradient. None: all results have one.
     """
     kernel = untraced(operation._init_fn)
     types = [str(x.type) for x in operation._opoverload._schema.arguments]
     positions = tuple(i for i, kind in enumerate(types) if kind.endswith("Tensor") or kind == "Optional[Tensor]")
     tensors_of = _chosen(positions)
-    recorded = save and backward and _recorded(operation._name, kernel, save, backward)
+    recorded = save and backward and _recorded(operation._name, kernel, save, backward, is_alone)
 
     def call(*args: Any) -> Any:
         # The compiler cannot trace the choice of the tensors.
@@ -119,25 +134,40 @@ def _chosen(positions: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any
     return lambda args: tuple([args[i] for i in positions])
 
 
-def _recorded(name: str, kernel: Call, save: Call, backward: Call) -> Call:
+def _recorded(name: str, kernel: Call, save: Call, backward: Call, is_alone: Call | None) -> Call:
     """Return a function of the arguments and the positions of those that learn: the kernel as an autograd function.
 
-    Torch takes an autograd function's arguments apart one by one, so that it gets the tensors that learn alone.
+    Torch takes an autograd function's arguments and results apart one by one, so that it gets only those that learn.
     """
 
-    def forward(ctx: Any, args: tuple[Any, ...], learnt: list[int], *_: Tensor) -> Any:
+    def forward(ctx: Any, args: tuple[Any, ...], learnt: list[int], unseen: list[Any], *_: Tensor) -> Any:
         output = kernel(*args)
         ctx.learnt = learnt
         save(ctx, args, output)
-        return output
+        if is_alone is None or not is_alone(args):
+            return output
+        first, *unseen[:] = output
+        return first
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = backward(ctx, *grads)
-        return (None, None, *[found[i] for i in ctx.learnt])
+        return (None, None, None, *[found[i] for i in ctx.learnt])
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-    apply = type(name, (Function,), members).apply  # type: ignore[attr-defined]  # of a class made here
-    return lambda args, learnt: apply(args, learnt, *[args[i] for i in learnt])
+    # The C++ part of torch's ``apply``: no transform is active here, for which the rest looks through the arguments.
+    apply = super(Function, type(name, (Function,), members)).apply  # type: ignore[misc]  # of a class made here
+
+    def call(args: tuple[Any, ...], learnt: list[int]) -> Any:
+        unseen: list[Any] = []
+        seen = apply(args, learnt, unseen, *[args[i] for i in learnt])
+        return (seen, *unseen) if unseen else seen
+
+    return call
+
+
+def is_shortened(ctx: Any) -> bool:
+    """Return whether a backward belongs to a call by a short cut."""
+    return hasattr(ctx, "learnt")
 
 
 def learnt_positions(ctx: Any) -> Sequence[int]:
@@ -147,16 +177,21 @@ def learnt_positions(ctx: Any) -> Sequence[int]:
     return [i for i, needed in enumerate(ctx.needs_input_grad) if needed] if found is None else found
 
 
-def is_unobserved(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether no trace, mode or profiler sees a call with these tensors, and all are plain ones."""
+def is_unobserved(tensors: tuple[Tensor | None, ...], known: tuple[Tensor | None, ...] = ()) -> bool:
+    """Return whether no trace, mode or profiler sees a call with these tensors, and all are plain ones.
+
+    Args:
+        tensors: tensors of the call.
+        known: more of them, which were plain ones in an earlier call and may have been replaced by a hook since.
+    """
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in _USUAL:
         return False
     profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # torch's stubs leave it out
     if profiled or torch._C._len_torch_function_stack():
         return False
-    for x in tensors:
-        if x is not None and (
-            (type(x) is not Tensor and type(x) is not nn.Parameter) or x.is_neg() or not (x.is_cpu or x.is_cuda)
-        ):
+    if not (_PLAIN.issuperset(map(type, tensors)) and _PLAIN.issuperset(map(type, known))):
+        return False
+    for x in tensors:  # noqa: SIM110 (a generator takes longer)
+        if x is not None and (x.is_neg() or not (x.is_cpu or x.is_cuda)):
             return False
     return True

@@ -34,6 +34,7 @@ def transformable(
     backward: Call,
     tangent: Call,
     vmap: Call | None = None,
+    is_alone: Call | None = None,
 ) -> Call:
     """Return the operation with support for ``torch.func`` and forward-mode AD.
 
@@ -45,13 +46,14 @@ def transformable(
             of the outputs.
         vmap: called as vmap(call, info, in_dims, *inputs), see ``torch.library.register_vmap``; None processes the
             samples one by one.
+        is_alone: as for :func:`~maskattn.registration.short_cut`.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         save(ctx, inputs, output)
         ctx.save_for_forward(*ctx.to_save)
 
-    plain = short_cut(operation, save, backward) if isinstance(operation, CustomOpDef) else operation
+    plain = short_cut(operation, save, backward, is_alone) if isinstance(operation, CustomOpDef) else operation
     return _routed(operation, setup_context, backward, tangent, vmap, plain)
 
 
@@ -80,9 +82,13 @@ def is_transformed(args: tuple[Any, ...]) -> bool:
     return _any_tangent(args)
 
 
-def passes_by(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether torch, called with these tensors, would only pass the call on to an operation's kernel."""
-    return not torch.is_grad_enabled() and not is_transformed(tensors) and is_unobserved(tensors)
+def passes_by(tensors: tuple[Tensor | None, ...], known: tuple[Tensor | None, ...] = ()) -> bool:
+    """Return whether torch, called with these tensors, would only pass the call on to an operation's kernel.
+
+    Args:
+        tensors, known: as for :func:`~maskattn.registration.is_unobserved`.
+    """
+    return not torch.is_grad_enabled() and not is_transformed(tensors) and is_unobserved(tensors, known)
 
 
 def is_mapped(x: Tensor) -> bool:

@@ -202,8 +202,8 @@ def judged(seen: Counter[str]) -> Iterator[None]:
         made: list[Tensor] = []
         allocate = replay.Plan.allocate
 
-        def note(plan: replay.Plan, device: torch.device) -> Any:
-            found = allocate(plan, device)
+        def note(plan: replay.Plan) -> Any:
+            found = allocate(plan)
             made.extend(plan.allocated(*found))
             return found
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from maskattn.attention.checks import check_values
 from maskattn.attention.ops import is_autocast
 from maskattn.dropout import new_seed
-from maskattn.options import Options
+from maskattn.options import Options, maker
 
 __all__ = ["as_asked", "as_autocast", "options_of_call"]
+
+_made_once = maker(Options)
 
 
 def options_of_call(
@@ -33,7 +35,8 @@ def options_of_call(
         check_values(precision=precision)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = new_seed(q.device) if dropout_p > 0 else None
-    return Options(scale, key_bias, slopes, *positions, dropout_p, seed, precision, deterministic)
+    make = Options if torch.compiler.is_compiling() else _made_once
+    return make(scale, key_bias, slopes, *positions, dropout_p, seed, precision, deterministic)
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -31,7 +31,8 @@ MAX_READOUT_QUERIES = 16
 
 def check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check packed tensors: q (Tq, H, D), k and v (Tk, H, D)."""
-    if q.ndim != 3 or k.shape != v.shape or k.shape[1:] != q.shape[1:]:
+    of_queries, of_keys = q.shape, k.shape
+    if len(of_queries) != 3 or of_keys != v.shape or of_keys[1:] != of_queries[1:]:
         raise ValueError(
             "packed attention needs q (Tq, H, D) and k, v (Tk, H, D), "
             f"got q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}"
@@ -157,9 +158,10 @@ def check_lengths(name: str, cu_seqlens: Tensor, rows: int, max_seqlen: int) -> 
     if cu_seqlens.device.type != "cpu":
         return
     starts = cu_seqlens.tolist()
-    if len(starts) == 2 and starts[0] == 0 <= starts[1] == rows <= max_seqlen:  # one sequence, the smallest call
-        return
     lengths = [end - start for start, end in pairwise(starts)]
+    # The rules of all errors below at once, for small calls.
+    if lengths and starts[0] == 0 <= min(lengths) and starts[-1] == rows and max(lengths) <= max_seqlen:
+        return
     if starts[0] != 0:
         raise ValueError(f"{name} must start at 0, got {name}[0]={starts[0]}; put a 0 in front")
     if min(lengths, default=0) < 0:

@@ -24,7 +24,7 @@ from maskattn.attention.implementation import Implementation, implementation, ke
 from maskattn.attention.schema import Arguments, flat
 from maskattn.operands import QKV
 from maskattn.options import Options, differentiable, is_given
-from maskattn.registration import define, learnt_positions, untraced
+from maskattn.registration import define, is_shortened, learnt_positions, untraced
 from maskattn.results import Gradients, OutputGradients, Outputs, Tangents
 from maskattn.transforms import passes_by, refuse, transformable
 
@@ -103,7 +103,14 @@ def register(operation: Operation) -> Call:
     op = define(operation.name, schema, run, fake)
     save, differentiate = _backward(operation, arguments)
     op.register_autograd(differentiate, setup_context=save)
-    return transformable(op, save, differentiate, _tangent(operation, arguments))
+    asked = slice(-1 - len(operation.asked), -1)
+    is_alone = functools.partial(_is_unasked, asked)
+    return transformable(op, save, differentiate, _tangent(operation, arguments), is_alone=is_alone)
+
+
+def _is_unasked(asked: slice, given: tuple[Any, ...]) -> bool:
+    """Whether none of the optional outputs is asked for, so that ``out`` alone has a gradient."""
+    return not any(given[asked])
 
 
 def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
@@ -152,11 +159,13 @@ def _backward(operation: Operation, arguments: Arguments) -> tuple[Call, Call]:
         grad_out = torch.zeros_like(results[0]) if grads[0] is None else grads[0]
         needed = given[inputs:-1]
         of_asked = [grads[at] if need else None for at, need in zip(asked_at, needed, strict=True)]
-        if passes_by((grad_out, *of_asked, *tensors)):
+        new: tuple[Any, ...] = grad_out, *of_asked
+        # Tensors that a short cut saved were plain ones.
+        if passes_by(new, tensors) if is_shortened(ctx) else passes_by((*new, *tensors)):
             qkv, where, options, *_, impl = arguments.grouped(given)
-            found = direct(operation.gradients(grad_out, *of_asked), qkv, Outputs(*results), where, options, impl)
+            found = direct(operation.gradients(*new), qkv, Outputs(*results), where, options, impl)
         else:
-            found = backward(grad_out, *of_asked, *given[:3], *results, *given[3:inputs], given[-1])
+            found = backward(*new, *given[:3], *results, *given[3:inputs], given[-1])
         returned: list[Tensor | None] = [None] * len(given)
         for position, grad in zip(positions, found, strict=True):
             returned[position] = None if given[position] is None else grad
@@ -253,16 +262,17 @@ def no_second_derivative(name: str) -> Call:
     return raise_it
 
 
-def _without_derivative(kind: type[Options], arguments: Arguments) -> list[tuple[int, str]]:
+def _without_derivative(kind: type[Options], arguments: Arguments) -> dict[int, str]:
     """Position and name of the options that are tensors without a derivative, such as coordinates."""
     tensors = {arguments.names[i]: i for i in arguments.tensors}
     constant = [x for x in fields(kind) if x.name in tensors and not x.metadata.get("differentiable")]
-    return [(tensors[x.name], x.metadata.get("named") or x.name) for x in constant]
+    return {tensors[x.name]: x.metadata.get("named") or x.name for x in constant}
 
 
-def _refuse_derivative(of: list[tuple[int, str]], asked: Sequence[int]) -> None:
-    for position, name in of:
-        if position in asked:
+def _refuse_derivative(of: dict[int, str], asked: Sequence[int]) -> None:
+    for position in asked:
+        if position in of:
+            name = of[position]
             raise NotImplementedError(
                 f"{name} {'have' if name.endswith('s') else 'has'} no derivative, got one requested by torch.func or "
                 "forward-mode AD; detach the tensor, or use the functions of maskattn.attention.reference"

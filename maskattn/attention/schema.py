@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from maskattn.options import Options, maker
+
 __all__ = ["Arguments", "flat"]
 
 _NUMBERS = {"int": "SymInt", "float": "float", "bool": "bool", "str": "str"}
@@ -72,18 +74,19 @@ class Arguments:
         return [i for i in range(len(self.declared)) if i not in self.tensors]
 
     @cached_property
-    def _slices(self) -> list[tuple[type, slice]]:
+    def _slices(self) -> list[tuple[Callable[..., Any], slice]]:
+        """For each group a function that makes it, and where its fields are."""
         found, begin = [], 0
         for group in self.groups:
             end = begin + len(fields(group))
-            found.append((group, slice(begin, end)))
+            found.append((maker(group) if issubclass(group, Options) else group, slice(begin, end)))
             begin = end
         return found
 
     def grouped(self, given: tuple[Any, ...]) -> list[Any]:
         """The dataclasses and the further arguments, from the flat arguments."""
         slices = self._slices
-        return [*[group(*given[own]) for group, own in slices], *given[slices[-1][1].stop :]]
+        return [*[make(*given[own]) for make, own in slices], *given[slices[-1][1].stop :]]
 
     @cached_property
     def _split(self) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., tuple[Any, ...]]]:

@@ -12,7 +12,7 @@ import torch
 from maskattn import packed_attention, readout, token_relevance
 from maskattn.attention import reference
 from maskattn.attention.ops import flat_options
-from maskattn.options import Options
+from maskattn.options import Options, maker
 
 COMBINATIONS = [(bias, alibi, dropout) for bias in (None, "per_head") for alibi in (0, 1) for dropout in (0, 1)]
 IMPLS = ["torch", *(["cpu"] if importlib.util.find_spec("maskattn._native") else [])]
@@ -153,3 +153,15 @@ def test_dropout_named_on_the_cpu_kernels_is_refused_and_otherwise_goes_to_torch
     chosen = packed_attention(*call, dropout_p=0.5)
     torch.manual_seed(0)
     assert torch.equal(chosen, packed_attention(*call, dropout_p=0.5, impl="torch"))
+
+
+def test_equal_options_without_tensors_are_made_once():
+    make = maker(Options)
+    bias = torch.zeros(3)
+    first = make(0.5, None, None, None, None, 0.0, None, "tf32x3")
+    assert first == Options(0.5, precision="tf32x3")
+    assert make(0.5, None, None, None, None, 0.0, None, "tf32x3") is first
+    assert make(0.25) != first
+    with_bias = make(0.5, bias)
+    assert with_bias.key_bias is bias
+    assert make(0.5, bias) is not with_bias

@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from maskattn import packed_attention
+from maskattn.attention import operations
+from maskattn.attention.ops import flat_options
+from maskattn.options import Options
 from maskattn.registration import short_cut
 
 STARTS = torch.tensor([0, 3, 5], dtype=torch.int32)
@@ -155,6 +158,24 @@ def test_whatever_learns_has_the_gradients_of_the_dispatcher(learning, qkv):
     assert all(torch.equal(one, other) for one, other in zip(straight, watched, strict=True))
 
 
+def test_results_that_are_not_asked_for_are_no_part_of_the_graph(qkv):
+    leaf = qkv.clone().requires_grad_()
+
+    def attend_asking(*asked: bool) -> tuple[torch.Tensor, ...]:
+        options = Options(0.25)
+        return operations.packed_attention(*leaf, STARTS, STARTS, 3, 3, *flat_options(options), *asked, "cpu")
+
+    out, lse, rest = attend_asking(False)
+    assert [x.requires_grad for x in (out, lse, rest)] == [True, False, False]
+    assert lse.shape == (2, 5)
+    asked_out, asked_lse, _ = attend_asking(True)
+    assert asked_lse.requires_grad
+    assert torch.equal(lse, asked_lse)
+    assert torch.equal(out, asked_out)
+    alone, together = (torch.autograd.grad(x.square().sum(), leaf)[0] for x in (out, asked_out))
+    assert torch.equal(alone, together)
+
+
 def test_one_tensor_may_be_several_arguments(qkv):
     x = qkv[0].clone().requires_grad_()
     (found,) = torch.autograd.grad(attend(x, x, x).square().sum(), x)
@@ -247,6 +268,22 @@ def test_gradients_are_mapped_over(qkv):
     one_by_one = [torch.autograd.grad(out, leaf, each, retain_graph=True)[0] for each in directions]
     (together,) = torch.autograd.grad(out, leaf, directions, is_grads_batched=True)
     torch.testing.assert_close(together, torch.stack(one_by_one))
+
+
+def test_a_subclass_that_a_hook_unpacks_sees_the_backward(qkv):
+    seen = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs)
+
+    leaf = qkv.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.as_subclass(Watched)):
+        out = attend(*leaf)
+    torch.autograd.grad(out.square().sum(), leaf)
+    assert any("packed_attention_backward" in name for name in seen)
 
 
 def test_tensors_that_hooks_unpack_are_those_that_backward_reads(qkv):

@@ -143,6 +143,8 @@ class Plan:
             self._launches.append((template, itemgetter(*sources)))
             self._add_direct(template, sources, next(scratch_at))
         self._made = [_without_memory(x) for x in recording.made]
+        scratch = torch.empty(self._bytes, dtype=torch.int8, device=sequences.cu_seqlens_q.device)
+        self._scratch = _without_memory(scratch) if self._bytes else None
 
     def _lay_out(self, recording: Recording, results: Tensors) -> None:
         """Assign positions, counted from the end of the pool, to what the pass allocates."""
@@ -176,10 +178,10 @@ class Plan:
         positions = [sources[i] if i < len(sources) else first + i for i in template.run_time]
         self._direct.append((template.direct, itemgetter(*positions), scratch_at))
 
-    def allocate(self, device: torch.device) -> tuple[list[Tensor], Tensor | None]:
+    def allocate(self) -> tuple[list[Tensor], Tensor | None]:
         """Return the results, and the memory for everything else, None if the pass needs none."""
         results = [torch.empty_like(self._made[i]) for i in self._returned]
-        return results, torch.empty(self._bytes, dtype=torch.int8, device=device) if self._bytes else None
+        return results, None if self._scratch is None else torch.empty_like(self._scratch)
 
     def allocated(self, results: list[Tensor], memory: Tensor | None) -> list[Tensor]:
         """Return what the pass allocates in its own order, given what :meth:`allocate` has returned."""
@@ -195,7 +197,7 @@ class Plan:
 
     def run(self, q: Tensor, addresses: list[int | None], place: Place) -> Tensors:
         """Run the pass for inputs at these addresses; q is one of them."""
-        results, memory = self.allocate(q.device)
+        results, memory = self.allocate()
         start = 0 if memory is None else memory.data_ptr()
         own = [x.data_ptr() for x in results]
         pool = [*addresses, *self._constants, *own, *[start + offset for offset in self._offsets]]
