@@ -52,15 +52,18 @@ EXCEPTIONS = read_exceptions("""
 target  precision  pass            head_widths  tile
 sm80    half       query_gradient  152,168-192  64x16/8/2+s
 sm80    single     forward         72           16x16/4/1+s
-sm80    single     forward         240          64x16/16/1
+sm80    single     forward         136-248      32x32/8/1
 sm80    single     query_gradient  80           16x32/4/1+s+r
 sm80    single     key_gradient    16           32x64/8/1+r
 sm80    single     key_gradient    152-192      16x32/8/1+s+r
+sm86    half       key_gradient    56           16x64/4/2+s
 sm86    single     forward         136          16x16/4/1+s
+sm120   half       key_gradient    40,64        16x64/4/2+s
 sm90    half       key_gradient    112          64x64/8/2+s+d
 sm90    single     forward         24           64x32/4/1+r
 sm90    single     forward         40           64x32/8/1+s+r
 sm90    single     forward         88           32x16/8/1
+sm100   half       query_gradient  136          128x32/8/1+s+r
 """)
 
 # Few and large tiles: the interpreter pays for every operation, not for its size.

@@ -49,11 +49,16 @@ gfx942  single     key_gradient    16x64/8/1+s     16x32/8/1+s     16x16/4/1+s
 EXCEPTIONS = read_exceptions("""
 target  precision  pass            head_widths  tile
 sm80    half       key_gradient    88,96        16x64/8/1
-sm80    single     forward         136-248      16x16/4/1+r
+sm80    single     forward         136-256      16x16/4/1+r
 sm80    single     query_gradient  48           32x32/8/1+s+r
-sm120   half       key_gradient    144          16x16/8/2
+sm86    half       query_gradient  40-56        128x16/8/2+s
+sm120   half       forward         40           128x32/8/3
+sm120   half       query_gradient  112,256      32x32/4/2
+sm120   half       key_gradient    40           16x64/4/1+s
+sm120   half       key_gradient    136-248      16x16/4/2
 sm90    half       query_gradient  40,56        128x32/8/3+s+d
 sm90    single     forward         24-48        32x16/8/1+s
+sm90    single     forward         104-120      32x16/16/1+s
 sm90    single     query_gradient  24,32        64x32/8/1+s+r
 sm90    single     query_gradient  96           16x16/8/1+s
 sm90    single     key_gradient    48           16x32/8/1+s+r
