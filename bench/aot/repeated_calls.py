@@ -23,7 +23,7 @@ import maskattn
 from bench.aot.every_call import HEADS, Shape, run
 from bench.aot.stub import StubDevice
 from maskattn import derived
-from maskattn.kernels.attention import backward, forward
+from maskattn.kernels.attention import backward, forward, masked
 from maskattn.kernels.attention.key_gradient import key_gradient_kernel
 from maskattn.kernels.attention.query_gradient import query_gradient_kernel
 from maskattn.kernels.launch import prepared, recording, replay, schedule, tail
@@ -55,7 +55,7 @@ def same_as_the_launcher() -> str:
             maskattn.packed_attention(q, keys, values, ours, starts, 40, 40, impl="triton")
         shifted = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
         maskattn.packed_attention(shifted, k, v, ours, theirs, 40, 40, impl="triton")
-        plans = _readouts(seen)
+        plans = _readouts(seen) or _masked(seen)
     lacking = sorted(name for name in {kernel.__name__ for kernel in KERNELS} | {"direct"} if not seen[name])
     return f"no launch was repeated of {lacking}" if lacking else plans
 
@@ -74,6 +74,24 @@ def _readouts(seen: Counter[str]) -> str:
                 taken.append(seen["passes"] - before)
             if taken != [0, 1]:
                 return f"readouts of {lengths} with scale {scale} take {taken} plans"
+    return ""
+
+
+def _masked(seen: Counter[str]) -> str:
+    """Check dense tensors with the same mask: queries of background, biases, and a mask that is written to."""
+    keep, qkv = torch.rand(3, 40) < 0.5, torch.zeros(3, 3, HEADS, 40, WIDTH, dtype=torch.bfloat16)
+    bias = torch.zeros(3, HEADS, 40)
+    for skips, options in ((True, {}), (False, {}), (True, {"key_bias": bias}), (False, {"scale": 0.5})):
+        taken = []
+        for changed in (False, False, True):
+            if changed:
+                keep[0, 0] ^= True
+            leaves, before = [x.clone().requires_grad_() for x in qkv], seen["passes"]
+            out = maskattn.masked_attention(*leaves, keep, skip_queries=skips, **options, impl="triton")
+            torch.autograd.grad(out, leaves, torch.zeros_like(out))
+            taken.append(seen["passes"] - before)
+        if taken != [0, 2, 0]:
+            return f"masked calls with skip_queries={skips} and {list(options)} take {taken} plans"
     return ""
 
 
@@ -239,7 +257,7 @@ def judged(seen: Counter[str]) -> Iterator[None]:
         patches.enter_context(mock.patch.dict(derived._KEPT, clear=True))
         for module in (forward, backward, schedule, tail, readout, readout_call):
             patches.enter_context(mock.patch.object(module, "launch_prepared", judge))
-        for module in (forward, backward, readout):
+        for module in (forward, backward, masked, readout):
             patches.enter_context(mock.patch.object(module, "replayed", judge_pass))
         yield
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ from maskattn.kernels.launch.compaction import (
     values_from_front,
     values_to_front,
 )
-from maskattn.kernels.launch.rows import Rows, kept_rows, whole_rows
+from maskattn.kernels.launch.recording import allocate
+from maskattn.kernels.launch.replay import replayed
+from maskattn.kernels.launch.rows import Rows, every_row, kept_rows
 from maskattn.operands import QKV, Mask
 from maskattn.options import Options
 from maskattn.results import Gradients, OutputGradients, Outputs
@@ -50,14 +53,10 @@ def masked_forward(qkv: QKV, mask: Mask, options: Options, moved_from: int = MOV
         options: the options, in the shapes for dense tensors.
         moved_from: length of a sequence, in tokens, from which on the kept ones are moved.
     """
+    if mask.keep.shape[1] < moved_from:
+        return Outputs(*replayed(_forward_in_place, tuple(vars(qkv).values()), mask, options))
     q, k, v = vars(qkv).values()
     kept, every, skip_queries = *_rows_of(q, mask), mask.skip_queries
-    if kept.longest < moved_from:
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
-        rest = empty_rest(lse, options).zero_()
-        attend(q, k, v, options, out, lse, rest, every or kept, kept)
-        return Outputs(out, lse, rest)
     front = front_rows(kept)
     own = options_to_front(options, kept if skip_queries else None, kept)
     q = to_front(q, kept) if skip_queries else q
@@ -69,6 +68,17 @@ def masked_forward(qkv: QKV, mask: Mask, options: Options, moved_from: int = MOV
         rest = values_from_front(rest, kept, 0.0) if rest.ndim > 1 else rest
         return Outputs(from_front(out, kept), values_from_front(lse, kept, -math.inf), rest)
     return Outputs(out, lse, rest)
+
+
+def _forward_in_place(qkv: tuple[Tensor, Tensor, Tensor], mask: Mask, options: Options) -> tuple[Tensor, ...]:
+    """Return out, lse and its rest."""
+    q, k, v = qkv
+    kept, every = _rows_of(q, mask)
+    out = allocate(q.shape, q.dtype, q.device, fill=0)
+    lse = allocate(q.shape[:3], torch.float32, q.device, fill=-math.inf)
+    rest = empty_rest(lse, options, fill=0)
+    attend(q, k, v, options, out, lse, rest, every or kept, kept)
+    return out, lse, rest
 
 
 def masked_backward(
@@ -87,13 +97,24 @@ def masked_backward(
         outputs: the results of forward.
         moved_from: as in forward.
     """
+    if mask.keep.shape[1] < moved_from:
+        tensors = (*vars(qkv).values(), *vars(outputs).values(), *vars(grads_out).values())
+        return Gradients(*replayed(_backward_in_place, tensors, mask, options))
+    return _with_bias(*_moved_backward(grads_out, qkv, outputs, *_rows_of(qkv.q, mask), options), options)
+
+
+def _backward_in_place(tensors: tuple[Any, ...], mask: Mask, options: Options) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k, v and the options."""
+    qkv, outputs, grads_out = QKV(*tensors[:3]), Outputs(*tensors[3:6]), OutputGradients(*tensors[6:])
     kept, every = _rows_of(qkv.q, mask)
-    if kept.longest < moved_from:
-        grads = Gradients(*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in vars(qkv).values()))
-        dbias_BHN = _new_bias_gradient(qkv.k, options)
-        dslopes = differentiate(grads_out, qkv, outputs, every or kept, kept, options, grads, dbias_BHN)
-    else:
-        grads, dbias_BHN, dslopes = _moved_backward(grads_out, qkv, outputs, kept, every, options)
+    grads = Gradients(*(allocate(x.shape, x.dtype, x.device, fill=0) for x in tensors[:3]))
+    dbias_BHN = _new_bias_gradient(qkv.k, options)
+    dslopes = differentiate(grads_out, qkv, outputs, every or kept, kept, options, grads, dbias_BHN)
+    return tuple(vars(_with_bias(grads, dbias_BHN, dslopes, options)).values())
+
+
+def _with_bias(grads: Gradients, dbias_BHN: Tensor | None, dslopes: Tensor | None, options: Options) -> Gradients:
+    """Add the options' gradients; that of a bias which all heads share is summed over them."""
     if dbias_BHN is not None and options.key_bias is not None and options.key_bias.ndim == 2:
         dbias_BHN = dbias_BHN.sum(1)
     return completed(grads, options, dbias_BHN, dslopes)
@@ -123,8 +144,8 @@ def _moved_backward(
 
 def _rows_of(q: Tensor, mask: Mask) -> tuple[Rows, Rows | None]:
     """Return the kept rows and, if all queries attend, the rows of all queries."""
-    return kept_rows(mask.keep), None if mask.skip_queries else whole_rows(q.shape[0], q.shape[2], q.device)
+    return kept_rows(mask.keep), None if mask.skip_queries else every_row(mask.keep, q.shape[2])
 
 
 def _new_bias_gradient(k: Tensor, options: Options) -> Tensor | None:
-    return None if options.key_bias is None else torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
+    return None if options.key_bias is None else allocate(k.shape[:3], torch.float32, k.device, fill=0)

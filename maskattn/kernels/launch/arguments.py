@@ -104,9 +104,9 @@ def keeps_rest(options: Options) -> bool:
     return any(getattr(options, name) is not None for name in WITH_REST)
 
 
-def empty_rest(lse: Tensor, options: Options) -> Tensor:
-    """Return an uninitialised tensor for the rest of lse, of lse's shape, or of shape (0,) if it is not kept."""
-    return allocate(lse.shape if keeps_rest(options) else (0,), lse.dtype, lse.device)
+def empty_rest(lse: Tensor, options: Options, fill: float | None = None) -> Tensor:
+    """Return a tensor for the rest of lse, of lse's shape, or of shape (0,) if it is not kept; see :func:`allocate`."""
+    return allocate(lse.shape if keeps_rest(options) else (0,), lse.dtype, lse.device, fill)
 
 
 def known_strides(*strides: int) -> tuple[Any, ...]:

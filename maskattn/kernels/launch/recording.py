@@ -21,12 +21,14 @@ class Recording:
 
     Attributes:
         made: the tensors that the pass has allocated by :func:`allocate`.
+        fills: what each of them was filled with before the launches, None for nothing.
         constants: tensors that every pass over the same sequences reads at the same address.
         launches: for each launch its template and tensors; the template is None if the launch cannot be repeated.
     """
 
     def __init__(self) -> None:
         self.made: list[Tensor] = []
+        self.fills: list[float | None] = []
         self.constants: list[Tensor] = []
         self.launches: list[tuple[Template | None, tuple[Tensor | None, ...]]] = []
 
@@ -51,11 +53,14 @@ def recorded() -> Iterator[Recording]:
         _THREAD.recording = before
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised tensor."""
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, fill: float | None = None) -> Tensor:
+    """Return a tensor that is filled with ``fill``, or uninitialised."""
     made = torch.empty(shape, dtype=dtype, device=device)
+    if fill is not None:
+        made.fill_(fill)
     if _THREAD.recording is not None:
         _THREAD.recording.made.append(made)
+        _THREAD.recording.fills.append(fill)
     return made
 
 

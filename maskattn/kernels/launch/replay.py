@@ -1,14 +1,15 @@
 """Passes over the same sequences, layer after layer: the first is recorded, and the others repeat its launches.
 
-Two passes over sequences of the same lengths, with tensors of the same layouts and with the same numbers, allocate the
-same memory and launch the same kernels; only the addresses differ. The first one is recorded, as a plan that is kept
-with the lengths (``maskattn.derived``). The others allocate, put the addresses into the arguments and launch, and look
-nothing up in between.
+Two passes over sequences of the same lengths, or over the tokens of the same mask, with tensors of the same layouts and
+with the same numbers, allocate the same memory and launch the same kernels; only the addresses differ. The first one is
+recorded, as a plan that is kept with the lengths or the mask (``maskattn.derived``). The others allocate, put the
+addresses into the arguments and launch, and look nothing up in between.
 
 A plan knows a tensor of a launch as an input of the pass, as memory that the pass allocates by ``allocate``, or as one
-that is kept with the lengths. A pass that launches a kernel with any other tensor, such as a copy of an input whose
-rows are not contiguous, has no plan and takes the ordinary way every time. A pass that is replayed must therefore do
-all its work in launches: what torch's own functions write in place would not be repeated.
+that is kept with the lengths or the mask. A pass that launches a kernel with any other tensor, such as a copy of an
+input whose rows are not contiguous, has no plan and takes the ordinary way every time. A pass that is replayed must
+therefore do all its work in launches: what torch's own functions write in place would not be repeated, except for the
+values with which ``allocate`` fills results.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from maskattn.derived import derived
 from maskattn.kernels.launch.direct import DirectLaunch, Place, hooked, on_device_of, place_of
 from maskattn.kernels.launch.prepared import Template
 from maskattn.kernels.launch.recording import Recording, recorded
-from maskattn.operands import Sequences
+from maskattn.operands import Mask, Sequences
 from maskattn.options import Options
 
 __all__ = ["Plan", "replayed"]
 
 Tensors = tuple[Tensor | None, ...]
 # The results are tuples of other types, too, if some results are never None.
-Pass = Callable[[tuple[Any, ...], Sequences, Options], tuple[Any, ...]]
+Where = Sequences | Mask
+Pass = Callable[[tuple[Any, ...], Any, Options], tuple[Any, ...]]
 
 _TENSORS = tuple(x.name for x in fields(Options) if "Tensor" in str(x.type))
 _NUMBERS = tuple(x.name for x in fields(Options) if x.name not in _TENSORS)
@@ -48,43 +50,49 @@ _ALIGNMENT = 512
 _IS_POSSIBLE = torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
-def replayed(compute: Pass, tensors: tuple[Any, ...], sequences: Sequences, options: Options) -> tuple[Any, ...]:
-    """Return ``compute(tensors, sequences, options)``, which is recorded or, if possible, replayed.
+def replayed(compute: Pass, tensors: tuple[Any, ...], where: Where, options: Options) -> tuple[Any, ...]:
+    """Return ``compute(tensors, where, options)``, which is recorded or, if possible, replayed.
 
     Args:
         compute: a pass; its results are tensors that it allocates by ``allocate``, or None.
         tensors: its tensors, those of the queries first, None for absent ones.
-        sequences: the boundaries of the sequences.
+        where: the boundaries of the sequences, or the mask.
         options: the options.
     """
     if not _IS_POSSIBLE:
-        return compute(tensors, sequences, options)
-    kept = derived(sequences.cu_seqlens_q)
-    of_keys = kept if sequences.cu_seqlens_k is sequences.cu_seqlens_q else derived(sequences.cu_seqlens_k)
+        return compute(tensors, where, options)
+    of_keys: dict[Any, Any] | None
+    if isinstance(where, Sequences):
+        kept = derived(where.cu_seqlens_q)
+        of_keys = kept if where.cu_seqlens_k is where.cu_seqlens_q else derived(where.cu_seqlens_k)
+        numbers: tuple[Any, ...] = where.max_seqlen_q, where.max_seqlen_k, id(of_keys)
+    else:
+        kept = of_keys = derived(where.keep)
+        numbers = (where.skip_queries,)
     if kept is None or of_keys is None:
-        return compute(tensors, sequences, options)
+        return compute(tensors, where, options)
     given = vars(options)
     of_options = _tensors_of(given)
     inputs = tensors if of_options.count(None) == len(of_options) else (*tensors, *of_options)
     addresses = [None if x is None else x.data_ptr() for x in inputs]
     place = place_of(tensors[0])
     key = (
-        compute, place, sequences.max_seqlen_q, sequences.max_seqlen_k, id(of_keys), *_numbers_of(given),
+        compute, place, *numbers, *_numbers_of(given),
         *[None if x is None else (x.dtype, x.shape, x.stride()) for x in inputs],
         *[None if address is None else address & 15 for address in addresses],
     )  # fmt: skip
     found = kept.get(key)
     if found is None:
-        results, plan = _record(compute, inputs, len(tensors), sequences, options)
+        results, plan = _record(compute, inputs, len(tensors), where, options)
         # The cache of the keys' lengths is kept, too, so that its id stays unique and stands for the same lengths.
         kept[key] = plan, of_keys if of_keys is not kept else None
         return results
     plan, _ = found
-    return compute(tensors, sequences, options) if plan is None else plan.run(tensors[0], addresses, place)
+    return compute(tensors, where, options) if plan is None else plan.run(tensors[0], addresses, place)
 
 
 def _record(
-    compute: Pass, inputs: Tensors, count: int, sequences: Sequences, options: Options
+    compute: Pass, inputs: Tensors, count: int, where: Where, options: Options
 ) -> tuple[tuple[Any, ...], Plan | None]:
     """Return the results of a pass, and its plan if it can be replayed."""
     # Tensors of their own, since a plan must not depend on which inputs are the same tensor.
@@ -93,9 +101,11 @@ def _record(
         of_options: dict[str, Any] = dict(zip(_TENSORS, inputs[count:], strict=True))
         options = replace(options, **of_options)
     with recorded() as recording:
-        results = compute(inputs[:count], sequences, options)
+        results = compute(inputs[:count], where, options)
+    # Not among the constants, which stay alive with a plan: the plan is kept with these.
+    fixed = [where.cu_seqlens_q, where.cu_seqlens_k] if isinstance(where, Sequences) else []
     try:
-        return results, Plan(recording, results, inputs, sequences)
+        return results, Plan(recording, results, inputs, fixed)
     except _UnknownError:
         return results, None
 
@@ -111,14 +121,12 @@ class Plan:
     results, and those of the other memory, which is one allocation.
     """
 
-    def __init__(self, recording: Recording, results: Tensors, inputs: Tensors, sequences: Sequences) -> None:
-        # Not the lengths themselves, with which the plan is kept and which must not stay alive for it.
+    def __init__(self, recording: Recording, results: Tensors, inputs: Tensors, fixed: list[Tensor]) -> None:
         self._alive = recording.constants
         self._constants: list[Any] = [None]
         self._inputs, self._made = len(inputs), recording.made
         self._lay_out(recording, results)
-        fixed = [sequences.cu_seqlens_q, sequences.cu_seqlens_k, *recording.constants]
-        memory = {_memory_of(x) for x in fixed}
+        memory = {_memory_of(x) for x in (*fixed, *recording.constants)}
         of_inputs = {id(x): position for position, x in enumerate(inputs) if x is not None}
         of_made = {_memory_of(x): (x.data_ptr(), at) for x, at in zip(self._made, self._made_at, strict=True)}
         scratch_at = iter(self._scratch_at)
@@ -143,7 +151,7 @@ class Plan:
             self._launches.append((template, itemgetter(*sources)))
             self._add_direct(template, sources, next(scratch_at))
         self._made = [_without_memory(x) for x in recording.made]
-        scratch = torch.empty(self._bytes, dtype=torch.int8, device=sequences.cu_seqlens_q.device)
+        scratch = torch.empty(self._bytes, dtype=torch.int8, device=recording.made[0].device)
         self._scratch = _without_memory(scratch) if self._bytes else None
 
     def _lay_out(self, recording: Recording, results: Tensors) -> None:
@@ -154,6 +162,9 @@ class Plan:
         if any(x is not None and id(x) not in made for x in results):
             raise _UnknownError
         returned = sorted({made[id(x)] for x in results if x is not None})
+        if any(fill is not None and i not in returned for i, fill in enumerate(recording.fills)):
+            raise _UnknownError
+        self._fills = [recording.fills[i] for i in returned]
         self._returned = returned
         self._results = [None if x is None else returned.index(made[id(x)]) for x in results]
         sizes: list[int] = [x.nbytes for i, x in enumerate(recording.made) if i not in returned]
@@ -180,7 +191,11 @@ class Plan:
 
     def allocate(self) -> tuple[list[Tensor], Tensor | None]:
         """Return the results, and the memory for everything else, None if the pass needs none."""
-        results = [torch.empty_like(self._made[i]) for i in self._returned]
+        made = self._made
+        results = [
+            torch.empty_like(made[i]) if fill is None else torch.full_like(made[i], fill)
+            for i, fill in zip(self._returned, self._fills, strict=True)
+        ]
         return results, None if self._scratch is None else torch.empty_like(self._scratch)
 
     def allocated(self, results: list[Tensor], memory: Tensor | None) -> list[Tensor]:

@@ -5,11 +5,15 @@ Dimension key: B sequences, N tokens, T packed tokens, H heads, D head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from maskattn.derived import derived
+from maskattn.kernels.launch.recording import note_constant
 from maskattn.operands import Sequences
 from maskattn.shapes import Bool, Int
 
@@ -17,6 +21,7 @@ __all__ = [
     "MAX_BLOCK",
     "Rows",
     "bias_strides_bht",
+    "every_row",
     "kept_rows",
     "lse_strides_bh",
     "packed_rows",
@@ -41,6 +46,7 @@ class Rows:
         longest: an upper bound of the sequences' lengths, known without synchronising with the device.
         total: number of positions of all sequences, or None if the host does not know it.
         cu_seqlens: for packed sequences, the caller's tensor.
+        mask: for the tokens of a mask, a reference to the caller's tensor, with which the rows themselves are cached.
     """
 
     starts: Int[Tensor, "B"]
@@ -49,6 +55,12 @@ class Rows:
     longest: int
     total: int | None = None
     cu_seqlens: Int[Tensor, "B_plus_1"] | None = None
+    mask: weakref.ref[Tensor] | None = None
+
+    @property
+    def source(self) -> Tensor | None:
+        """The caller's tensor that determines the rows, with which values derived from them can be cached."""
+        return self.cu_seqlens if self.mask is None else self.mask()
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -82,7 +94,34 @@ def packed_rows_of(sequences: Sequences, q: Tensor, k: Tensor) -> tuple[Rows, Ro
 
 
 def kept_rows(keep_BN: Bool[Tensor, "B N"]) -> Rows:
-    """Return the rows of the kept tokens of a dense batch, without synchronising with the device."""
+    """Return the rows of the kept tokens of a dense batch, without synchronising with the device.
+
+    They are cached with the mask, for all layers and for backward.
+    """
+    return _cached(keep_BN, "kept rows", lambda: _kept_rows(keep_BN))
+
+
+def every_row(keep_BN: Bool[Tensor, "B N"], tokens: int) -> Rows:
+    """Return all rows of a dense batch of ``tokens`` queries for each sequence of the mask, also cached with it."""
+    return _cached(keep_BN, ("every row", tokens), lambda: whole_rows(keep_BN.shape[0], tokens, keep_BN.device))
+
+
+def _cached(keep_BN: Tensor, name: Hashable, make: Callable[[], Rows]) -> Rows:
+    kept = derived(keep_BN)
+    if kept is None:
+        return make()
+    # Another stream would not wait for the kernels that compute them.
+    key = name, torch.cuda.current_stream(keep_BN.device).cuda_stream if keep_BN.is_cuda else 0
+    if key not in kept:
+        kept[key] = replace(make(), mask=weakref.ref(keep_BN))
+    rows: Rows = kept[key]
+    for x in rows.tensors:
+        if x is not None:
+            note_constant(x)
+    return rows
+
+
+def _kept_rows(keep_BN: Tensor) -> Rows:
     batch, tokens = keep_BN.shape
     starts = torch.arange(batch, dtype=torch.int32, device=keep_BN.device) * tokens
     # The kept tokens come first, then the others, both in their original order.

@@ -58,14 +58,15 @@ def plan_work(own: Rows, other: Rows, block: int, chunk: int = CHUNK) -> Work:
 
 
 def _kept_table(own: Rows, other: Rows, block: int, chunk: int, tiles: int, items: int) -> Tensor:
-    """Return the items in order, cached for all layers with the same lengths on the same stream."""
-    if own.cu_seqlens is None or other.cu_seqlens is None:
+    """Return the items in order, cached for all layers with the same lengths or mask on the same stream."""
+    ours, theirs = own.source, other.source
+    if ours is None or theirs is None:
         return _make_table(own, other, block, chunk, tiles, items)
-    kept, of_other = derived(own.cu_seqlens), derived(other.cu_seqlens)
+    kept, of_other = derived(ours), derived(theirs)
     if kept is None or of_other is None:
         return _make_table(own, other, block, chunk, tiles, items)
     stream = torch.cuda.current_stream(own.starts.device).cuda_stream if own.starts.is_cuda else 0
-    key = "schedule", id(of_other), block, chunk, tiles, items, stream
+    key = "schedule", own.index is None, id(of_other), other.index is None, block, chunk, tiles, items, stream
     found = kept.get(key)
     # The other cache is kept with the table, so that its id stays unique and stands for the same lengths.
     if found is None:
