@@ -62,18 +62,27 @@ def same_as_the_launcher() -> str:
 
 def _readouts(seen: Counter[str]) -> str:
     """Check readouts of the same sequences, with one part of the keys and several, rows and options."""
-    for lengths, queries, options in (((20, 0, 30), 1, {}), ((300, 700), 3, {}), ((300, 5), 1, {"return_rows": True})):
+    alibi = {"coords": (torch.zeros(2, 1, 2), torch.zeros(50, 2)), "slopes": torch.zeros(HEADS)}
+    calls: tuple[tuple[tuple[int, ...], int, dict[str, Any], int], ...] = (
+        ((20, 0, 30), 1, {}, 2), ((300, 700), 3, {}, 2), ((20, 30), 1, alibi, 2),
+        ((300, 5), 2, {"key_bias": torch.zeros(305)}, 2),
+        # torch negates the gradient of lse, and sums what the rows' gradient adds, so that backward is not replayed.
+        ((300, 5), 1, {"return_lse": True}, 1), ((300, 5), 1, {"return_rows": True}, 1),
+    )  # fmt: skip
+    for lengths, queries, options, replays in calls:
         tokens, starts = sum(lengths), torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
         for scale in (None, 0.5):
             taken = []
             for _ in range(2):
-                q = torch.zeros(len(lengths), queries, HEADS, WIDTH, dtype=torch.bfloat16)
-                k, v = torch.zeros(2, tokens, HEADS, WIDTH, dtype=torch.bfloat16)
+                q = torch.zeros(len(lengths), queries, HEADS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+                k, v = torch.zeros(2, tokens, HEADS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
                 before = seen["passes"]
-                maskattn.readout(q, k, v, starts, max(lengths), scale=scale, **options, impl="triton")
+                found = maskattn.readout(q, k, v, starts, max(lengths), scale=scale, **options, impl="triton")
+                found = found if isinstance(found, tuple) else (found,)
+                torch.autograd.grad(found, (q, k, v), [torch.zeros_like(x) for x in found])
                 taken.append(seen["passes"] - before)
-            if taken != [0, 1]:
-                return f"readouts of {lengths} with scale {scale} take {taken} plans"
+            if taken != [0, replays]:
+                return f"readouts of {lengths} with {list(options)} and scale {scale} take {taken} plans"
     return ""
 
 
@@ -257,7 +266,7 @@ def judged(seen: Counter[str]) -> Iterator[None]:
         patches.enter_context(mock.patch.dict(derived._KEPT, clear=True))
         for module in (forward, backward, schedule, tail, readout, readout_call):
             patches.enter_context(mock.patch.object(module, "launch_prepared", judge))
-        for module in (forward, backward, masked, readout):
+        for module in (forward, backward, masked, readout, gradient):
             patches.enter_context(mock.patch.object(module, "replayed", judge_pass))
         yield
 

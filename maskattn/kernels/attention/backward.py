@@ -64,14 +64,18 @@ def packed_backward(
         outputs: the results of forward.
     """
     tensors = (*vars(qkv).values(), *vars(outputs).values(), *vars(grads_out).values())
-    return Gradients(*replayed(_packed_backward, tensors, sequences, options))
+    dq, dk, dv, dbias, dslopes = replayed(_packed_backward, tensors, sequences, options)
+    if dbias is not None and options.key_bias is not None and options.key_bias.ndim == 1:
+        dbias = dbias.sum(0)
+    return completed(Gradients(dq, dk, dv), options, dbias, dslopes)
 
 
 def _packed_backward(tensors: tuple[Any, ...], sequences: Sequences, options: Options) -> tuple[Tensor | None, ...]:
+    """Return dq, dk, dv, dbias as (Tk, H), or (H, Tk) if the heads share the bias, and the terms of dslopes."""
     qkv, outputs, grads_out = QKV(*tensors[:3]), Outputs(*tensors[3:6]), OutputGradients(*tensors[6:])
     k = qkv.k
     grads = Gradients(*(allocate(x.shape, x.dtype, x.device) for x in tensors[:3]))
-    dbias_HT = None
+    dbias = dbias_HT = None
     if options.key_bias is not None:
         # Contiguous as (Tk, H) if that is the shape of the bias.
         per_head = options.key_bias.ndim == 2
@@ -83,17 +87,22 @@ def _packed_backward(tensors: tuple[Any, ...], sequences: Sequences, options: Op
     of_keys = [(x, 0.0) for x in (grads.k, grads.v, dbias_HT if dbias_HT is None else dbias_HT.T) if x is not None]
     clear_tail(sequences.cu_seqlens_q, sequences.max_seqlen_q, (grads.q, 0.0))
     clear_tail(sequences.cu_seqlens_k, sequences.max_seqlen_k, *of_keys)
-    if dbias_HT is not None:
-        dbias_HT = dbias if per_head else dbias_HT.sum(0)
-    return tuple(vars(completed(grads, options, dbias_HT, dslopes)).values())
+    return grads.q, grads.k, grads.v, dbias, dslopes
 
 
 def completed(grads: Gradients, options: Options, dbias: Tensor | None, dslopes: Tensor | None) -> Gradients:
-    """Add the options' gradients, which are summed in float32, converted to the options' dtypes."""
+    """Add the options' gradients, which are summed in float32, converted to the options' dtypes.
+
+    Args:
+        grads: the gradients of q, k and v.
+        options: the options.
+        dbias: the gradient of the bias, of its shape.
+        dslopes: the terms of the slopes' gradient, as :func:`differentiate` returns them.
+    """
     if dbias is not None and options.key_bias is not None:
         grads = replace(grads, key_bias=dbias.to(options.key_bias.dtype))
     if dslopes is not None and options.slopes is not None:
-        grads = replace(grads, slopes=dslopes.to(options.slopes.dtype))
+        grads = replace(grads, slopes=dslopes.sum(1).to(options.slopes.dtype))
     return grads
 
 
@@ -107,7 +116,7 @@ def differentiate(
     grads: Gradients,
     dbias: Tensor | None,
 ) -> Tensor | None:
-    """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N); return dslopes."""
+    """Fill dq, dk, dv and dbias, which is a view of (H, Tk) or (B, H, N); return (H, items), the terms of dslopes."""
     q, k, v, out, grad_out = (readable(x) for x in (*vars(qkv).values(), outputs.out, grads_out.grad_out))
     lse, grad_lse = outputs.lse.contiguous(), grads_out.grad_lse
     delta, scaled_lse = (allocate(lse.shape, lse.dtype, lse.device) for _ in range(2))
@@ -152,13 +161,13 @@ class _Both(NamedTuple):
 
 
 def _differentiate_queries(both: _Both, out: Tensor, lse: Tensor, grad_lse: Tensor | None, dq: Tensor) -> Tensor | None:
-    """Fill dq, delta and the scaled lse; return dslopes."""
+    """Fill dq, delta and the scaled lse; return the terms of dslopes."""
     q, k, v, heads = both.q, both.k, both.v, both.q.shape[1]
     config = choose("query_gradient", q, both.options, both.k_rows.longest)
     work = plan_work(both.q_rows, both.k_rows, config.block_m)
     parts_of_dslopes = None
     if both.options.slopes is not None:
-        parts_of_dslopes = torch.zeros(heads, work.items, dtype=torch.float32, device=q.device)
+        parts_of_dslopes = allocate((heads, work.items), torch.float32, q.device, fill=0)
 
     def make() -> Launch:
         described = config.descriptors and describable(k, both.k_rows) and describable(v, both.k_rows)
@@ -173,7 +182,7 @@ def _differentiate_queries(both: _Both, out: Tensor, lse: Tensor, grad_lse: Tens
     known = query_gradient_kernel, config, *both.numbers, work.tiles, work.items
     tensors = *both.tensors, out, lse, grad_lse, dq, parts_of_dslopes, work.items_ptr
     launch_prepared(known, tensors, make, q)
-    return None if parts_of_dslopes is None else parts_of_dslopes.sum(1)
+    return parts_of_dslopes
 
 
 def _differentiate_keys(both: _Both, dk: Tensor, dv: Tensor, dbias: Tensor | None) -> None:

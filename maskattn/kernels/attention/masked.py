@@ -99,31 +99,29 @@ def masked_backward(
     """
     if mask.keep.shape[1] < moved_from:
         tensors = (*vars(qkv).values(), *vars(outputs).values(), *vars(grads_out).values())
-        return Gradients(*replayed(_backward_in_place, tensors, mask, options))
-    return _with_bias(*_moved_backward(grads_out, qkv, outputs, *_rows_of(qkv.q, mask), options), options)
-
-
-def _backward_in_place(tensors: tuple[Any, ...], mask: Mask, options: Options) -> tuple[Tensor | None, ...]:
-    """Return the gradients of q, k, v and the options."""
-    qkv, outputs, grads_out = QKV(*tensors[:3]), Outputs(*tensors[3:6]), OutputGradients(*tensors[6:])
-    kept, every = _rows_of(qkv.q, mask)
-    grads = Gradients(*(allocate(x.shape, x.dtype, x.device, fill=0) for x in tensors[:3]))
-    dbias_BHN = _new_bias_gradient(qkv.k, options)
-    dslopes = differentiate(grads_out, qkv, outputs, every or kept, kept, options, grads, dbias_BHN)
-    return tuple(vars(_with_bias(grads, dbias_BHN, dslopes, options)).values())
-
-
-def _with_bias(grads: Gradients, dbias_BHN: Tensor | None, dslopes: Tensor | None, options: Options) -> Gradients:
-    """Add the options' gradients; that of a bias which all heads share is summed over them."""
+        dq, dk, dv, dbias_BHN, dslopes = replayed(_backward_in_place, tensors, mask, options)
+        grads = Gradients(dq, dk, dv)
+    else:
+        grads, dbias_BHN, dslopes = _moved_backward(grads_out, qkv, outputs, *_rows_of(qkv.q, mask), options)
     if dbias_BHN is not None and options.key_bias is not None and options.key_bias.ndim == 2:
         dbias_BHN = dbias_BHN.sum(1)
     return completed(grads, options, dbias_BHN, dslopes)
 
 
+def _backward_in_place(tensors: tuple[Any, ...], mask: Mask, options: Options) -> tuple[Tensor | None, ...]:
+    """Return dq, dk, dv, dbias per head, (B, H, N), and the terms of dslopes."""
+    qkv, outputs, grads_out = QKV(*tensors[:3]), Outputs(*tensors[3:6]), OutputGradients(*tensors[6:])
+    kept, every = _rows_of(qkv.q, mask)
+    grads = Gradients(*(allocate(x.shape, x.dtype, x.device, fill=0) for x in tensors[:3]))
+    dbias_BHN = _new_bias_gradient(qkv.k, options)
+    dslopes = differentiate(grads_out, qkv, outputs, every or kept, kept, options, grads, dbias_BHN)
+    return grads.q, grads.k, grads.v, dbias_BHN, dslopes
+
+
 def _moved_backward(
     grads_out: OutputGradients, qkv: QKV, outputs: Outputs, kept: Rows, every: Rows | None, options: Options
 ) -> tuple[Gradients, Tensor | None, Tensor | None]:
-    """Return the gradients of q, k and v, of the bias per head (B, H, N), and of the slopes."""
+    """Return the gradients of q, k and v, that of the bias per head (B, H, N), and the terms of dslopes."""
     front = front_rows(kept)
     own = options_to_front(options, kept if every is None else None, kept)
     q, lse, rest, grad_lse = qkv.q, outputs.lse, outputs.lse_rest, grads_out.grad_lse

@@ -91,8 +91,7 @@ def packed_backward(
     clear_tail(sequences.cu_seqlens_k, sequences.max_seqlen_k, *of_keys)
     if dbias_HT is not None:
         dbias_HT = dbias_HT.T if per_head else dbias_HT.sum(0)
-    dslopes = None if parts_of_dslopes is None else parts_of_dslopes.sum((1, 2))
-    return completed(grads, options, dbias_HT, dslopes)
+    return completed(grads, options, dbias_HT, None if parts_of_dslopes is None else parts_of_dslopes.flatten(1))
 
 
 def _row_terms(grads_out: OutputGradients, outputs: Outputs, rows: Rows, work: Work, terms: int, step: int) -> Tensor:

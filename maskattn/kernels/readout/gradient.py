@@ -16,6 +16,8 @@ Dimension key: B sequences, T packed keys, R readout queries, H heads, D head wi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,8 @@ from maskattn.kernels.language.tiles import (
     store_rows,
 )
 from maskattn.kernels.launch.arguments import VARYING, known_multiple
+from maskattn.kernels.launch.recording import allocate
+from maskattn.kernels.launch.replay import replayed
 from maskattn.kernels.launch.tail import clear_tail
 from maskattn.kernels.readout.call import ReadoutCall, launch, prepare, readout_argument
 from maskattn.kernels.readout.tiles import (
@@ -52,7 +56,7 @@ from maskattn.kernels.readout.tiles import (
     weighted_sum,
     weights_of,
 )
-from maskattn.operands import QKV, KeySequences
+from maskattn.operands import QKV, KeySequences, Sequences
 from maskattn.options import Options
 from maskattn.results import Gradients, Outputs, ReadoutGradients
 
@@ -220,45 +224,50 @@ def readout_backward(
         outputs: the results of forward; the rows are not needed.
     """
     q, k, v = vars(qkv).values()
-    cu_seqlens, max_seqlen = sequences.cu_seqlens, sequences.max_seqlen
-    B, R, H, D = q.shape
     bias, slopes = options.key_bias, options.slopes
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    # Heads that share a bias store their terms as (H, T).
-    dbias = None
-    if bias is not None:
-        shape = (H, k.shape[0]) if bias.ndim == 1 else tuple(bias.shape)
-        dbias = torch.empty(shape, dtype=torch.float32, device=q.device)
-    if B * H == 0:
-        return Gradients(
-            torch.empty_like(q),
-            dk.zero_(),
-            dv.zero_(),
-            None if bias is None else torch.zeros_like(bias),
-            _zeros_like(slopes),
-        )
-    call = prepare("readout_gradient", q, k, v, cu_seqlens, max_seqlen, options)
-    dtype = q.dtype if call.splits == 1 else torch.float32
-    dq_parts = torch.empty((call.splits, B, R, H, D), dtype=dtype, device=q.device)
-    dslopes_parts = None if slopes is None else torch.empty((call.splits, B, H), device=q.device)
-    lse = outputs.lse.contiguous()
-    rest = outputs.lse_rest.contiguous() if outputs.lse_rest.ndim > 1 else None
-    shift = _shift_of_delta(call, grads, lse, rest)
-    own = (
-        readout_argument(outputs.out), readout_argument(grads.grad_out), lse, rest, shift,
-        _rows_argument(grads.grad_rows), dq_parts, _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias),
-        dslopes_parts, call.splits,
-    )  # fmt: skip
-    launch(readout_gradient_kernel, call.programs, call, own, call.widths, q)
-    of_bias = None if dbias is None or bias is None else (dbias.T if bias.ndim == 1 else dbias, 0.0)
-    clear_tail(cu_seqlens, max_seqlen, (dk, 0.0), (dv, 0.0), *(() if of_bias is None else (of_bias,)))
+    if q.shape[0] * q.shape[2] == 0:
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        return Gradients(torch.empty_like(q), dk, dv, _zeros_of(bias), _zeros_of(slopes))
+    where = Sequences(sequences.cu_seqlens, sequences.cu_seqlens, sequences.max_seqlen, sequences.max_seqlen)
+    tensors = q, k, v, outputs.out, outputs.lse, outputs.lse_rest, *vars(grads).values()
+    dq, dk, dv, dbias, dslopes = replayed(_parts, tensors, where, options)
     return Gradients(
-        q=dq_parts[0] if call.splits == 1 else dq_parts.sum(0).to(q.dtype),
+        q=dq if dq.ndim == q.ndim else dq.sum(0).to(q.dtype),
         k=dk,
         v=dv,
-        key_bias=None if bias is None or dbias is None else (dbias.sum(0) if bias.ndim == 1 else dbias).to(bias.dtype),
-        slopes=None if slopes is None or dslopes_parts is None else dslopes_parts.sum((0, 1)).to(slopes.dtype),
+        key_bias=None if bias is None else (dbias.sum(0) if bias.ndim == 1 else dbias).to(bias.dtype),
+        slopes=None if slopes is None else dslopes.sum((0, 1)).to(slopes.dtype),
     )
+
+
+def _parts(tensors: tuple[Any, ...], sequences: Sequences, options: Options) -> tuple[Tensor | None, ...]:
+    """Return dq, or its terms of each split (S, B, R, H, D) if there are several; dk and dv; the gradient of a bias of
+    each head (T, H), or (H, T) if the heads share it; and the terms of dslopes, (S, B, H)."""
+    q, k, v, out, lse, rest = tensors[:6]
+    grads = ReadoutGradients(*tensors[6:])
+    cu_seqlens, max_seqlen = sequences.cu_seqlens_k, sequences.max_seqlen_k
+    B, R, H, D = q.shape
+    bias = options.key_bias
+    dk, dv = (allocate(x.shape, x.dtype, x.device) for x in (k, v))
+    dbias = dslopes = None
+    if bias is not None:
+        dbias = allocate((H, k.shape[0]) if bias.ndim == 1 else tuple(bias.shape), torch.float32, q.device)
+    call = prepare("readout_gradient", q, k, v, cu_seqlens, max_seqlen, options)
+    several = call.splits > 1
+    dq = allocate((call.splits, B, R, H, D) if several else q.shape, torch.float32 if several else q.dtype, q.device)
+    if options.slopes is not None:
+        dslopes = allocate((call.splits, B, H), torch.float32, q.device)
+    lse = lse.contiguous()
+    rest = rest.contiguous() if rest.ndim > 1 else None
+    shift = _shift_of_delta(call, grads, lse, rest)
+    own = (
+        readout_argument(out), readout_argument(grads.grad_out), lse, rest, shift, _rows_argument(grads.grad_rows), dq,
+        _by_token(dk), _by_token(dv), _dbias_argument(dbias, bias), dslopes, call.splits,
+    )  # fmt: skip
+    launch(readout_gradient_kernel, call.programs, call, own, call.widths, q)
+    of_bias = () if dbias is None or bias is None else ((dbias.T if bias.ndim == 1 else dbias, 0.0),)
+    clear_tail(cu_seqlens, max_seqlen, (dk, 0.0), (dv, 0.0), *of_bias)
+    return dq, dk, dv, dbias, dslopes
 
 
 def _shift_of_delta(call: ReadoutCall, grads: ReadoutGradients, lse: Tensor, rest: Tensor | None) -> Tensor | None:
@@ -266,7 +275,7 @@ def _shift_of_delta(call: ReadoutCall, grads: ReadoutGradients, lse: Tensor, res
     shift = None if grads.grad_lse is None else grads.grad_lse.to(torch.float32).neg().contiguous()
     if grads.grad_rows is None:
         return shift
-    sums = torch.empty((call.splits, *lse.shape), dtype=torch.float32, device=lse.device)
+    sums = allocate((call.splits, *lse.shape), torch.float32, lse.device)
     own = lse, rest, _rows_argument(grads.grad_rows), sums, call.splits
     launch(row_gradient_kernel, call.programs, call, own, call.widths, lse)
     total = sums[0] if call.splits == 1 else sums.sum(0)
@@ -290,5 +299,5 @@ def _dbias_argument(dbias: Tensor | None, bias: Tensor | None) -> Tokens:
     return Tokens(dbias, 0, *(dbias.stride() if bias.ndim == 1 else dbias.stride()[::-1]))
 
 
-def _zeros_like(x: Tensor | None) -> Tensor | None:
+def _zeros_of(x: Tensor | None) -> Tensor | None:
     return None if x is None else torch.zeros_like(x)
