@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ import triton
 
 from bench.aot.covering import DTYPES, KINDS, WIDTHS, Case, covering, in_gluon, in_tf32x3, random_shapes
 from bench.aot.every_call import HEADS, OF_CHUNKS, ON_HOPPER, OPERATIONS, Shape, run
+from bench.aot.host_time import print_host_time
 from bench.aot.repeated_calls import (
     every_ingredient,
     few_launches,
@@ -133,57 +133,6 @@ def allocates_little() -> str:
         if taken > results + WORKSPACE:
             return f"{call.__name__} allocates {taken} bytes, its results have {results}"
     return ""
-
-
-def host_microseconds(call: Callable[[], object]) -> float:
-    """Measure the median processor time of a call until it returns, in µs; nothing runs on the device."""
-    call()
-    rounds = []
-    for _ in range(15):
-        began = time.thread_time()
-        for _ in range(50):
-            call()
-        rounds.append((time.thread_time() - began) / 50 * 1e6)
-    return statistics.median(rounds)
-
-
-def print_host_time() -> None:
-    """Print host times of the operations, forward and with gradients, in bfloat16 with head width 64.
-
-    torch's share: a call that only allocates its results, and an autograd function of q, k and v that does no more.
-    """
-    import maskattn
-    from bench.aot.autograd_floor import allocate, allocate_with_gradients
-
-    for lengths in ((64,), (64,) * 4, (50, 64, 14)):
-        tokens, starts = sum(lengths), torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-        q, k, v = (torch.zeros(tokens, 6, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        ones = torch.ones_like(q)
-        packing = maskattn.Packing.from_keep(torch.arange(64) < torch.tensor(lengths)[:, None])
-
-        def forward(q=q, k=k, v=v, packing=packing) -> torch.Tensor:
-            return maskattn.packed_attention(q, k, v, packing, impl="triton")
-
-        def both(forward=forward, leaves=(q, k, v), ones=ones) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(forward(), leaves, ones)
-
-        def read(q=q, k=k, v=v, starts=starts, lengths=lengths) -> torch.Tensor:
-            first = q[: len(lengths), None]
-            return maskattn.readout(first, k, v, starts, max(lengths), impl="triton")
-
-        def nothing_twice(leaves=(q, k, v), ones=ones) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(allocate_with_gradients(*leaves), leaves, ones)
-
-        with torch.no_grad():
-            alone, few, floor = (host_microseconds(call) for call in (forward, read, functools.partial(allocate, q)))
-        taken = {
-            "packed_attention": alone,
-            "torch's share": floor,
-            "with gradients": host_microseconds(both),
-            "torch's share of both": host_microseconds(nothing_twice),
-            "readout": few,
-        }
-        print(f"{len(lengths)} sequences: {', '.join(f'{name} {us:.0f} µs' for name, us in taken.items())}")
 
 
 def main(arguments: list[str] | None = None) -> int:
