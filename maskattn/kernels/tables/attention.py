@@ -24,9 +24,9 @@ sm80    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s       1
 sm86    half       forward         128x64/4/3  128x64/4/3    128x64/8/3+s      128x32/8/3+s      64x32/8/2
 sm86    half       query_gradient  64x64/4/3   64x64/4/3     128x64/8/2+s      128x32/8/2+s      64x32/8/1
 sm86    half       key_gradient    64x128/8/2  64x128/8/2    32x64/4/2+s       64x64/8/2         32x32/8/1
-sm86    single     forward         32x32/4/1   64x32/4/1     64x32/8/1+s       32x16/8/1+s       32x16/8/1+s
-sm86    single     query_gradient  64x32/8/1   32x32/4/1     32x32/4/1+s       16x32/8/1+s       32x16/8/1
-sm86    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s       16x16/4/1+s       16x32/8/1+s
+sm86    single     forward         32x32/4/1   64x32/4/1     64x32/8/1+s       32x16/8/1+s       16x16/4/1+s
+sm86    single     query_gradient  64x32/8/1   32x32/4/1     32x32/4/1+s       16x32/4/1+s+r     32x16/8/1
+sm86    single     key_gradient    32x64/8/1   32x64/8/1     32x32/8/1+s       16x16/4/1+s+r     16x16/8/1+s+r
 sm90    half       forward         128x64/4/3  128x64/4/3+d  128x64/4/3+s+d    128x64/8/3+s+d    64x64/8/2+s+d
 sm90    half       query_gradient  128x64/8/3  128x64/8/3+d  128x64/8/3+s+d+t  128x64/8/3+s+d+t  128x32/8/2+s
 sm90    half       key_gradient    64x128/8/3  64x128/8/3+d  64x128/8/3+s+d    64x128/8/2+s+d    32x32/8/2+d
@@ -57,13 +57,17 @@ sm80    single     query_gradient  80           16x32/4/1+s+r
 sm80    single     key_gradient    16           32x64/8/1+r
 sm80    single     key_gradient    152-192      16x32/8/1+s+r
 sm86    half       key_gradient    56           16x64/4/2+s
-sm86    single     forward         136          16x16/4/1+s
+sm86    single     forward         40           64x32/8/1+s+r
+sm86    single     forward         96           32x16/8/1+s+r
+sm86    single     query_gradient  56,64        32x32/4/1+s+r
 sm120   half       key_gradient    40,64        16x64/4/2+s
 sm90    half       key_gradient    112          64x64/8/2+s+d
 sm90    single     forward         24           64x32/4/1+r
 sm90    single     forward         40           64x32/8/1+s+r
 sm90    single     forward         88           32x16/8/1
 sm100   half       query_gradient  136          128x32/8/1+s+r
+sm100   single     key_gradient    88,96        16x32/8/1+s
+sm100   single     key_gradient    160,192      16x16/8/1+s+r
 """)
 
 # Few and large tiles: the interpreter pays for every operation, not for its size.

@@ -23,8 +23,8 @@ sm86    half       forward         128x32/8/3+s    128x16/8/3+s    64x16/8/2
 sm86    half       query_gradient  128x32/8/2+s    128x16/8/1+s    64x16/8/1
 sm86    half       key_gradient    16x64/8/2+s     16x64/8/2       16x16/8/1
 sm86    single     forward         32x16/8/1+s     16x16/8/1+s     16x16/4/1
-sm86    single     query_gradient  32x16/8/1+s     16x16/8/1+s     32x16/16/1
-sm86    single     key_gradient    16x32/8/1+s     16x32/8/1+s     16x32/16/1+s
+sm86    single     query_gradient  32x16/8/1+s     16x16/4/1+s     32x16/16/1
+sm86    single     key_gradient    16x32/8/1+s     16x16/4/1+s     16x32/16/1+s
 sm90    half       forward         128x64/8/3+s+d  128x32/8/3+s+d  64x32/8/2+s+d
 sm90    half       query_gradient  128x64/8/3+s+d  128x32/8/3+s+d  128x16/8/2+s+d
 sm90    half       key_gradient    32x128/8/3+s+d  16x128/8/2+s+d  32x32/8/2+d
@@ -52,10 +52,14 @@ sm80    half       key_gradient    88,96        16x64/8/1
 sm80    single     forward         136-256      16x16/4/1+r
 sm80    single     query_gradient  48           32x32/8/1+s+r
 sm86    half       query_gradient  40-56        128x16/8/2+s
+sm86    single     forward         16           32x16/8/1+s+r
+sm86    single     forward         112          16x16/8/1+s+r
 sm120   half       forward         40           128x32/8/3
 sm120   half       query_gradient  112,256      32x32/4/2
 sm120   half       key_gradient    40           16x64/4/1+s
 sm120   half       key_gradient    136-248      16x16/4/2
+sm120   single     forward         72-128       16x16/4/1+s
+sm120   single     key_gradient    136-192      16x16/8/1+s+r
 sm90    half       query_gradient  40,56        128x32/8/3+s+d
 sm90    single     forward         24-48        32x16/8/1+s
 sm90    single     forward         104-120      32x16/16/1+s
@@ -63,6 +67,9 @@ sm90    single     query_gradient  24,32        64x32/8/1+s+r
 sm90    single     query_gradient  96           16x16/8/1+s
 sm90    single     key_gradient    48           16x32/8/1+s+r
 sm90    single     key_gradient    104,120      16x16/8/1+s+r
+sm100   single     forward         168,184      16x16/4/1+s
+sm100   single     key_gradient    104,120      16x16/4/1+s
+sm100   single     key_gradient    168,184      16x16/8/1+s+r
 """)
 
 ATTENTION_WITH_OPTIONS = Family(TABLE_WITH_OPTIONS, INTERPRETER, narrowest=64, exceptions=EXCEPTIONS)
