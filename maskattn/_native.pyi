@@ -63,6 +63,45 @@ def token_coverage(
         ValueError: the mask is not a C-contiguous plane, or a size, position or count is out of range.
     """
 
+def compressed_rows(image: NDArray[np.uint8]) -> bytes:
+    """Return the zlib stream of the rows of a PNG, each pixel as its difference from the one above it (filter Up).
+
+    The GIL is released meanwhile.
+
+    Args:
+        image: (Y, X, 3), C-contiguous, neither Y nor X 0.
+
+    Raises:
+        TypeError: the image is not a uint8 array.
+        ValueError: its shape or strides break the rule above.
+        MemoryError: no memory for the rows.
+    """
+
+def lay_over(
+    picture: NDArray[np.uint8],
+    grey: NDArray[np.uint8],
+    token: NDArray[np.int32],
+    colour: NDArray[np.int32],
+    mixtures: NDArray[np.uint8],
+    result: NDArray[np.uint8],
+) -> None:
+    """Lay a map over a picture: each pixel becomes ``mixtures[colour[token], grey]``, or stays where that colour is −1.
+
+    The GIL is released meanwhile.
+
+    Args:
+        picture: (Y, X, 3), like all of the following C-contiguous.
+        grey: (Y, X), the picture without its colours.
+        token: (Y, X), an index into ``colour`` for each pixel.
+        colour: (V,), an index into ``mixtures`` for each token, or a negative number.
+        mixtures: (C, 256, 3), each colour mixed with each grey.
+        result: (Y, X, 3), written; its rows may be further apart.
+
+    Raises:
+        TypeError: an argument is not an array, or of the wrong dtype.
+        ValueError: a shape or stride breaks the rules above, or an index is out of range.
+    """
+
 def instruction_sets() -> list[str]:
     """Return the instruction sets that this machine supports, best first, of avx512_bf16, avx512, avx2 and portable."""
 

@@ -44,6 +44,7 @@ _BOXES = ("last resort", "adobe blank", "tofu")
 _INDIC = ("DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL", "TELUGU", "KANNADA", "MALAYALAM")
 _SHAPED = frozenset((*_INDIC, "SINHALA", "THAI", "LAO", "TIBETAN", "MYANMAR", "KHMER", "MONGOLIAN"))
 _MOST_LINES = 4
+_WORD_MARGIN_PX = 4
 
 
 def drawable(name: str) -> str:
@@ -116,13 +117,32 @@ def drawn_line(text: str, size_pt: float, dpi: float = 100.0) -> tuple[UInt8[np.
     if not _PLAIN.issuperset(text):
         return _drawn_by_matplotlib(text, size_pt, dpi)
     import numpy as np
-    from PIL import Image, ImageDraw
 
     font = _own_font(size_pt * dpi / 72)
     ascent, descent = font.getmetrics()
-    image = Image.new("L", (math.ceil(_width_px(text, size_pt, dpi)) + 2, ascent + descent))
-    ImageDraw.Draw(image).text((0, ascent), text, fill=255, font=font, anchor="ls")
-    return np.asarray(image), ascent
+    ink = np.zeros((ascent + descent, math.ceil(_width_px(text, size_pt, dpi)) + 2), np.uint8)
+    left = 0.0
+    for word in text.split(" "):
+        # A space is a whole number of pixels wide in this font, and the same beside every letter.
+        drawn = _drawn_word(word, font)[:, max(0, _WORD_MARGIN_PX - round(left)) :]
+        start = max(0, round(left) - _WORD_MARGIN_PX)
+        into = ink[:, start : start + drawn.shape[1]]
+        np.maximum(into, drawn[:, : into.shape[1]], out=into)
+        left += font.getlength(f"{word} ")
+    ink.flags.writeable = False
+    return ink, ascent
+
+
+@functools.lru_cache(maxsize=1024)  # the titles of a run share most of their words
+def _drawn_word(word: str, font: FreeTypeFont) -> UInt8[np.ndarray, "H W"]:
+    """Draw a word of the own font, with a margin at either end for what reaches beyond its letters' widths."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    ascent, descent = font.getmetrics()
+    image = Image.new("L", (math.ceil(font.getlength(word)) + 2 * _WORD_MARGIN_PX, ascent + descent))
+    ImageDraw.Draw(image).text((_WORD_MARGIN_PX, ascent), word, fill=255, font=font, anchor="ls")
+    return np.asarray(image)
 
 
 def _drawn_by_matplotlib(text: str, size_pt: float, dpi: float) -> tuple[np.ndarray, int]:

@@ -16,7 +16,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen  # noqa: E402
 from matplotlib import font_manager  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
 
 from maskattn import lettering  # noqa: E402
 from maskattn.explain.pictures import draw_explanation  # noqa: E402
@@ -104,6 +104,18 @@ def test_a_plain_line_looks_as_matplotlib_draws_it(text: str) -> None:
     ours, other = np.array(extents)
     np.testing.assert_allclose(ours[:3], other[:3], atol=1)
     np.testing.assert_allclose(ours[3:], other[3:], rtol=0.1, atol=1.5)
+
+
+@pytest.mark.parametrize("size_pt", [7, 8, 9, 11.3])
+def test_a_plain_line_is_drawn_word_by_word_as_pillow_draws_it_at_once(size_pt: float) -> None:
+    rng = np.random.default_rng(0)
+    signs = [*sorted(lettering._PLAIN), *[" "] * 30]
+    for text in ("", " ", "  j ", "Ty AV fj", *("".join(rng.choice(signs, rng.integers(1, 60))) for _ in range(200))):
+        ink, baseline = lettering.drawn_line(text, size_pt)
+        expected = Image.new("L", ink.shape[::-1])
+        font = lettering._own_font(size_pt * 100 / 72)
+        ImageDraw.Draw(expected).text((0, baseline), text, fill=255, font=font, anchor="ls")
+        np.testing.assert_array_equal(ink, np.asarray(expected), text)
 
 
 def test_a_script_that_no_font_has_is_left_out_and_sought_once(

@@ -9,6 +9,7 @@ void bind_attention(pybind11::module_& module);
 void bind_coverage(pybind11::module_& module);
 void bind_encoder(pybind11::module_& module);
 void bind_packing(pybind11::module_& module);
+void bind_pictures(pybind11::module_& module);
 void bind_readout(pybind11::module_& module);
 
 }  // namespace maskattn

@@ -29,6 +29,7 @@ PYBIND11_MODULE(_native, module) {
     maskattn::bind_coverage(module);
     maskattn::bind_encoder(module);
     maskattn::bind_packing(module);
+    maskattn::bind_pictures(module);
     maskattn::bind_readout(module);
     module.def("share_team", &share_team_of, pybind11::arg("library"),
                R"(Run on the threads of an OpenMP runtime that this process has loaded; True if it was found.

@@ -69,5 +69,6 @@ bool relevance_is_right();
 bool coverage_is_right();
 bool packing_is_right();
 bool encoder_is_right();
+bool pictures_are_right();
 
 }  // namespace maskattn_tests

@@ -30,7 +30,8 @@ int main() {
                                          {"relevance", &relevance_is_right},
                                          {"coverage", &coverage_is_right},
                                          {"packing", &packing_is_right},
-                                         {"encoder", &encoder_is_right}}) {
+                                         {"encoder", &encoder_is_right},
+                                         {"pictures", &pictures_are_right}}) {
         const bool right = is_right();
         std::printf("%s: %s\n", name, right ? "right" : "WRONG");
         all = all && right;

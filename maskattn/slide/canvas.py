@@ -48,7 +48,7 @@ class MapCanvas:
     """
 
     def __init__(self, maps: int, thumbnail_px: tuple[int, int], slide_px: tuple[int, int], tile_lv0: int) -> None:
-        self._token_YX: Int[np.ndarray, "Y X"] = np.zeros(thumbnail_px, np.intp)
+        self._token_YX: Int[np.ndarray, "Y X"] = np.zeros(thumbnail_px, np.int32)
         self._values: list[Float[np.ndarray, "M v"]] = [np.full((maps, 1), np.nan, np.float32)]
         self._tokens = 1
         self._lv0_per_px = (slide_px[0] / thumbnail_px[0], slide_px[1] / thumbnail_px[1])

@@ -15,7 +15,7 @@ import numpy as np
 
 from maskattn.lettering import wrapped
 from maskattn.png_files import write_png
-from maskattn.shapes import Float, UInt8
+from maskattn.shapes import Float, Int, UInt8
 from maskattn.slide.canvas import PaintedMap
 from maskattn.slide.colours import (
     COLOUR_MAPS,
@@ -65,21 +65,46 @@ def blend(
         limits: the values at the ends of the colour map; None = from the map, by
             :func:`maskattn.slide.colours.colour_limit`.
     """
+    image = np.empty_like(thumbnail_YX3, order="C")
+    _blend_into(image, thumbnail_YX3, values_YX, kind, limits or _limits_of(values_YX, kind))
+    return image
+
+
+def _blend_into(
+    image_YX3: UInt8[np.ndarray, "Y X 3"],
+    thumbnail_YX3: UInt8[np.ndarray, "Y X 3"],
+    values_YX: Float[np.ndarray, "Y X"] | PaintedMap,
+    kind: Kind,
+    limits: tuple[float, float],
+) -> None:
+    """Write :func:`blend` to an image, whose rows may be apart."""
     import cv2
 
-    limits = limits or _limits_of(values_YX, kind)
     # The thumbnail is grey below the map, so that every hue is the map's and not the stain's.
     grey_YX = cv2.cvtColor(thumbnail_YX3, cv2.COLOR_RGB2GRAY)
     if isinstance(values_YX, PaintedMap):
-        unknown, colours = map(values_YX.of_pixels, _colours_of(values_YX.values_V, limits))
+        token_YX, colour_V = values_YX.token_YX, _colours_of(values_YX.values_V, limits)
     else:
-        unknown, colours = _colours_of(values_YX, limits)
-    np.bitwise_or(colours, grey_YX, out=colours)
-    # Four bytes a pixel are taken several times as fast as three.
-    mixed = _mixtures(kind, limits).reshape(-1).take(colours).view(np.uint8).reshape(*grey_YX.shape, 4)
-    image: np.ndarray = cv2.cvtColor(mixed, cv2.COLOR_RGBA2RGB)
-    cv2.copyTo(thumbnail_YX3, unknown.view(np.uint8), image)
-    return image
+        token_YX, colour_V = _colours_of(values_YX, limits), np.arange(-1, 256, dtype=np.int32)
+        token_YX += 1
+    used_C = np.unique(colour_V[colour_V >= 0])
+    row_V = np.where(colour_V < 0, -1, np.searchsorted(used_C, colour_V)).astype(np.int32)
+    mixtures = _mixtures(kind, limits, used_C)
+    _lay_over(np.ascontiguousarray(thumbnail_YX3), grey_YX, token_YX, row_V, mixtures, image_YX3)
+
+
+def _lay_over(
+    picture: np.ndarray, grey: np.ndarray, token: np.ndarray, colour: np.ndarray, mixtures: np.ndarray, out: np.ndarray
+) -> None:
+    """Compute ``maskattn._native.lay_over``, by numpy if the extension was not built."""
+    try:
+        from maskattn._native import lay_over
+    except ImportError:
+        row = colour[token]
+        out[:] = picture
+        out[row >= 0] = mixtures[row[row >= 0], grey[row >= 0]]
+    else:
+        lay_over(picture, grey, token, colour, mixtures, out)
 
 
 def _limits_of(values_YX: Float[np.ndarray, "Y X"] | PaintedMap, kind: Kind) -> tuple[float, float]:
@@ -88,25 +113,20 @@ def _limits_of(values_YX: Float[np.ndarray, "Y X"] | PaintedMap, kind: Kind) -> 
     return colour_limit(values_YX, kind)
 
 
-def _colours_of(values: Float[np.ndarray, " *shape"], limits: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return where values are not finite, and the row of each value's colour in :func:`_mixtures`, times 256."""
+def _colours_of(values: Float[np.ndarray, " *shape"], limits: tuple[float, float]) -> Int[np.ndarray, " *shape"]:
+    """Return the index of each value's colour among the 256 of a map, int32; −1 where values are not finite."""
     known = np.isfinite(values)
     positions = np.rint(255 * positions_of(np.where(known, values, np.float32(0)), limits))
-    return ~known, positions.astype(np.intp) << 8
+    return np.where(known, positions, -1).astype(np.int32)
 
 
-def _mixtures(kind: Kind, limits: tuple[float, float]) -> np.ndarray:
-    """Return the mixture of each of a map's 256 colours with each of the thumbnail's 256 greys.
-
-    They are (256, 256) uint32, whose bytes in memory are red, green, blue and nothing.
-    """
+def _mixtures(kind: Kind, limits: tuple[float, float], colours_C: np.ndarray) -> UInt8[np.ndarray, "C 256 3"]:
+    """Return the mixture of some of a map's 256 colours with each of the thumbnail's 256 greys."""
     # Tissue of little relevance shows through.
     least, most = _OPACITY
-    opacity = (least + (most - least) * strengths_of_colours(limits))[:, None, None]
-    mixed = opacity * colour_table(COLOUR_MAPS[kind][0])[:, None] + (1 - opacity) * np.arange(256)[:, None]
-    bytes_of = np.zeros((256, 256, 4), np.uint8)
-    np.rint(mixed, out=bytes_of[..., :3], casting="unsafe")
-    return bytes_of.view(np.uint32)
+    opacity = (least + (most - least) * strengths_of_colours(limits))[colours_C, None, None]
+    mixed = opacity * colour_table(COLOUR_MAPS[kind][0])[colours_C, None] + (1 - opacity) * np.arange(256)[:, None]
+    return np.rint(mixed).astype(np.uint8)
 
 
 def smoothed(values_YX: Float[np.ndarray, "Y X"], sigma_px: float) -> Float[np.ndarray, "Y X"]:
@@ -168,7 +188,7 @@ def begin_heatmap(
         draw_scale_bar(strip, head + 10 + bar_px + 20, um_per_px)
 
     def finish() -> None:
-        image[head : head + height, :width] = blend(thumbnail_YX3, values_YX, kind, limits)
+        _blend_into(image[head : head + height, :width], thumbnail_YX3, values_YX, kind, limits)
         write_png(path, image)
 
     return finish
