@@ -44,7 +44,8 @@ _BOXES = ("last resort", "adobe blank", "tofu")
 _INDIC = ("DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL", "TELUGU", "KANNADA", "MALAYALAM")
 _SHAPED = frozenset((*_INDIC, "SINHALA", "THAI", "LAO", "TIBETAN", "MYANMAR", "KHMER", "MONGOLIAN"))
 _MOST_LINES = 4
-_WORD_MARGIN_PX = 4
+_MARGIN_PX = 4
+_FIGURES = frozenset("0123456789.−+")
 
 
 def drawable(name: str) -> str:
@@ -121,28 +122,30 @@ def drawn_line(text: str, size_pt: float, dpi: float = 100.0) -> tuple[UInt8[np.
     font = _own_font(size_pt * dpi / 72)
     ascent, descent = font.getmetrics()
     ink = np.zeros((ascent + descent, math.ceil(_width_px(text, size_pt, dpi)) + 2), np.uint8)
-    left = 0.0
+    left = 0
     for word in text.split(" "):
-        # A space is a whole number of pixels wide in this font, and the same beside every letter.
-        drawn = _drawn_word(word, font)[:, max(0, _WORD_MARGIN_PX - round(left)) :]
-        start = max(0, round(left) - _WORD_MARGIN_PX)
-        into = ink[:, start : start + drawn.shape[1]]
-        np.maximum(into, drawn[:, : into.shape[1]], out=into)
-        left += font.getlength(f"{word} ")
+        # A space is a whole number of pixels wide in this font, and as far from every letter, as is a digit from others.
+        for piece in word if _FIGURES.issuperset(word) else [word]:
+            drawn, width = _drawn_piece(piece, font)
+            drawn, start = drawn[:, max(0, _MARGIN_PX - left) :], max(0, left - _MARGIN_PX)
+            into = ink[:, start : start + drawn.shape[1]]
+            np.maximum(into, drawn[:, : into.shape[1]], out=into)
+            left += width
+        left += _drawn_piece(" ", font)[1]
     ink.flags.writeable = False
     return ink, ascent
 
 
-@functools.lru_cache(maxsize=1024)  # the titles of a run share most of their words
-def _drawn_word(word: str, font: FreeTypeFont) -> UInt8[np.ndarray, "H W"]:
-    """Draw a word of the own font, with a margin at either end for what reaches beyond its letters' widths."""
+@functools.lru_cache(maxsize=1024)  # the titles of a run share most of their words, and its ticks their digits
+def _drawn_piece(piece: str, font: FreeTypeFont) -> tuple[UInt8[np.ndarray, "H W"], int]:
+    """Draw a word of the own font, with a margin at either end for what reaches beyond its width; and its width in px."""
     import numpy as np
     from PIL import Image, ImageDraw
 
-    ascent, descent = font.getmetrics()
-    image = Image.new("L", (math.ceil(font.getlength(word)) + 2 * _WORD_MARGIN_PX, ascent + descent))
-    ImageDraw.Draw(image).text((_WORD_MARGIN_PX, ascent), word, fill=255, font=font, anchor="ls")
-    return np.asarray(image)
+    (ascent, descent), width = font.getmetrics(), round(font.getlength(piece))
+    image = Image.new("L", (width + 2 * _MARGIN_PX, ascent + descent))
+    ImageDraw.Draw(image).text((_MARGIN_PX, ascent), piece, fill=255, font=font, anchor="ls")
+    return np.asarray(image), width
 
 
 def _drawn_by_matplotlib(text: str, size_pt: float, dpi: float) -> tuple[np.ndarray, int]:

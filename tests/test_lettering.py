@@ -110,7 +110,15 @@ def test_a_plain_line_looks_as_matplotlib_draws_it(text: str) -> None:
 def test_a_plain_line_is_drawn_word_by_word_as_pillow_draws_it_at_once(size_pt: float) -> None:
     rng = np.random.default_rng(0)
     signs = [*sorted(lettering._PLAIN), *[" "] * 30]
-    for text in ("", " ", "  j ", "Ty AV fj", *("".join(rng.choice(signs, rng.integers(1, 60))) for _ in range(200))):
+    numbers = ("".join(rng.choice([*"0123456789.−+ "], 12)) for _ in range(100))
+    for text in (
+        "",
+        " ",
+        "  j ",
+        "Ty AV fj",
+        *numbers,
+        *("".join(rng.choice(signs, rng.integers(1, 60))) for _ in range(200)),
+    ):
         ink, baseline = lettering.drawn_line(text, size_pt)
         expected = Image.new("L", ink.shape[::-1])
         font = lettering._own_font(size_pt * 100 / 72)

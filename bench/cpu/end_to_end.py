@@ -52,7 +52,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("encoders", "real", "composed", "small")
 SECTION_PX = 1024
 _MAGNIFICATION = {"real": "20", "small": "20", "composed": "5"}
-_COMMAND = "import bench.without_torchvision, runpy; runpy.run_module('maskattn', run_name='__main__')"
+_COMMAND = "import bench.torchvision_on_demand, runpy; runpy.run_module('maskattn', run_name='__main__')"
 
 
 def main() -> None:

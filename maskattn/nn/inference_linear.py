@@ -151,7 +151,7 @@ def multiplies_natively(x: Tensor) -> torch.dtype | None:
     """Return the dtype of weights and results if the C++ kernels multiply rows like ``x``, in float32; else None."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # in this order, for torch.compile
         return None
-    dtype = runs_here(x) if native_layers.are_faster_here() else None
+    dtype = runs_here(x) if native_layers.are_faster_here(x.shape[-1], x.shape[-1]) else None
     return dtype if dtype is not None and _computed_in(dtype) == torch.float32 else None
 
 
@@ -213,7 +213,7 @@ def _fused(
 ) -> Float[Tensor, "... D"]:
     """Compute :func:`product` with bias and activation in it; the result has the dtype that :func:`runs_here` gives."""
     weight, bias = _weight_and_bias(layer, outputs)
-    if _computed_in(dtype) == torch.float32 and native_layers.are_faster_here():
+    if _computed_in(dtype) == torch.float32 and native_layers.are_faster_here(*weight.shape):
 
         def pack() -> Any:
             return native_layers.pack_layer(weight.to(dtype), None if bias is None else bias.to(dtype))

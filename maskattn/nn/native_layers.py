@@ -18,14 +18,26 @@ from maskattn.shapes import Float
 
 __all__ = ["apply_layer", "are_faster_here", "argument_or_none", "float32_rows", "pack_layer"]
 
+_NARROW = 128  # features
 
-@cache
-def are_faster_here() -> bool:
+
+def are_faster_here(inputs: int, outputs: int) -> bool:
     """Return whether these kernels are faster on this processor than the libraries that torch comes with.
 
-    They are where AVX2 is the best instruction set; with AVX-512 oneDNN's layers are as fast (bench/results/LOG.md).
+    They are where AVX2 is the best instruction set. With AVX-512 oneDNN's layers are as fast (bench/results/LOG.md), but
+    compiled anew for each number of rows, which takes as long as a narrow layer's product of a thousand rows.
+
+    Args:
+        inputs: the number of a layer's input features.
+        outputs: the number of its output features.
     """
-    return has_extension() and extension().instruction_sets()[0] == "avx2"
+    best = _instruction_set()
+    return best == "avx2" or (best.startswith("avx512") and min(inputs, outputs) <= _NARROW)
+
+
+@cache
+def _instruction_set() -> str:
+    return str(extension().instruction_sets()[0]) if has_extension() else ""
 
 
 def pack_layer(weight: Float[Tensor, "D C"], bias: Float[Tensor, "D"] | None) -> Any:

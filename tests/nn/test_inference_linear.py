@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 def natively(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the C++ kernels multiply, for any number of rows, or oneDNN does."""
     chosen: bool = request.param
-    monkeypatch.setattr(native_layers, "are_faster_here", lambda: chosen)
+    monkeypatch.setattr(native_layers, "are_faster_here", lambda *_: chosen)
     monkeypatch.setattr(inference_linear, "_FEWEST_ROWS_TO_PACK_FOR", 1)
     return chosen
 
@@ -189,7 +189,7 @@ def test_gradients_other_dtypes_transforms_and_empty_rows_take_torchs_way(monkey
 
 
 def test_few_numbers_of_rows_occur(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_layers, "are_faster_here", lambda: False)
+    monkeypatch.setattr(native_layers, "are_faster_here", lambda *_: False)
     vit, generator = small_vit(depth=1), torch.Generator().manual_seed(0)
     before, after = set(), set()
     with torch.inference_mode():

@@ -30,7 +30,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Block]:
         return out
 
     monkeypatch.setattr(blocks, "apply_whole", record)
-    monkeypatch.setattr(native_layers, "are_faster_here", lambda: True)
+    monkeypatch.setattr(native_layers, "are_faster_here", lambda *_: True)
     return seen
 
 
