@@ -124,7 +124,7 @@ def drawn_line(text: str, size_pt: float, dpi: float = 100.0) -> tuple[UInt8[np.
     ink = np.zeros((ascent + descent, math.ceil(_width_px(text, size_pt, dpi)) + 2), np.uint8)
     left = 0
     for word in text.split(" "):
-        # A space is a whole number of pixels wide in this font, and as far from every letter, as is a digit from others.
+        # Spaces and digits are whole pixels wide in this font, whatever stands beside them.
         for piece in word if _FIGURES.issuperset(word) else [word]:
             drawn, width = _drawn_piece(piece, font)
             drawn, start = drawn[:, max(0, _MARGIN_PX - left) :], max(0, left - _MARGIN_PX)
@@ -138,7 +138,7 @@ def drawn_line(text: str, size_pt: float, dpi: float = 100.0) -> tuple[UInt8[np.
 
 @functools.lru_cache(maxsize=1024)  # the titles of a run share most of their words, and its ticks their digits
 def _drawn_piece(piece: str, font: FreeTypeFont) -> tuple[UInt8[np.ndarray, "H W"], int]:
-    """Draw a word of the own font, with a margin at either end for what reaches beyond its width; and its width in px."""
+    """Draw a word of the own font, (H, W) with a margin at both ends for overhanging strokes, and return its width."""
     import numpy as np
     from PIL import Image, ImageDraw
 

@@ -24,8 +24,8 @@ _NARROW = 128  # features
 def are_faster_here(inputs: int, outputs: int) -> bool:
     """Return whether these kernels are faster on this processor than the libraries that torch comes with.
 
-    They are where AVX2 is the best instruction set. With AVX-512 oneDNN's layers are as fast (bench/results/LOG.md), but
-    compiled anew for each number of rows, which takes as long as a narrow layer's product of a thousand rows.
+    They are where AVX2 is the best instruction set. With AVX-512 oneDNN's layers are as fast (bench/results/LOG.md). It
+    compiles them for each number of rows, which takes as long as multiplying a thousand rows by a narrow layer.
 
     Args:
         inputs: the number of a layer's input features.
