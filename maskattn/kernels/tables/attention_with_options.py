@@ -59,6 +59,7 @@ sm120   half       query_gradient  112,256      32x32/4/2
 sm120   half       key_gradient    40           16x64/4/1+s
 sm120   half       key_gradient    136-248      16x16/4/2
 sm120   single     forward         72-128       16x16/4/1+s
+sm120   single     query_gradient  40           32x16/8/1+s+r
 sm120   single     key_gradient    136-192      16x16/8/1+s+r
 sm120   single     key_gradient    200-256      32x16/8/1+r
 sm90    half       query_gradient  40,56        128x32/8/3+s+d
