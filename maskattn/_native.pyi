@@ -63,20 +63,6 @@ def token_coverage(
         ValueError: the mask is not a C-contiguous plane, or a size, position or count is out of range.
     """
 
-def compressed_rows(image: NDArray[np.uint8]) -> bytes:
-    """Return the zlib stream of the rows of a PNG, each pixel as its difference from the one above it (filter Up).
-
-    The GIL is released meanwhile.
-
-    Args:
-        image: (Y, X, 3), C-contiguous, neither Y nor X 0.
-
-    Raises:
-        TypeError: the image is not a uint8 array.
-        ValueError: its shape or strides break the rule above.
-        MemoryError: no memory for the rows.
-    """
-
 def lay_over(
     picture: NDArray[np.uint8],
     grey: NDArray[np.uint8],

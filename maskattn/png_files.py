@@ -1,7 +1,7 @@
 """PNG files of photographs with drawings over them, written fast.
 
-A photograph's noise hardly shrinks with effort. The C++ extension compresses the difference of each pixel from the one
-above it in half of the time that libdeflate takes at its first level, to no more bytes.
+A photograph's noise hardly shrinks with effort. Compressed by libdeflate at its first level, the difference of each
+pixel from the one above it takes two thirds of the time of OpenCV's writer at its first level, and 3 to 8 % more bytes.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ def write_png(path: Path, image_YX3: UInt8[np.ndarray, "Y X 3"]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    height, width, _ = image_YX3.shape
+    height, width, channels = image_YX3.shape
+    pixels = image_YX3.reshape(height, -1)
+    rows = np.empty((height, 1 + channels * width), np.uint8)
+    rows[:, 0] = _ABOVE
+    rows[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
     header = struct.pack(">IIBBBBB", width, height, _BITS, _RGB, 0, 0, 0)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(_SIGNATURE)
-        for kind, content in ((b"IHDR", header), (b"IDAT", _deflated(image_YX3)), (b"IEND", b"")):
+        for kind, content in ((b"IHDR", header), (b"IDAT", _deflated(rows)), (b"IEND", b"")):
             checksum = zlib.crc32(content, zlib.crc32(kind))
             file.writelines((struct.pack(">I", len(content)), kind, content, struct.pack(">I", checksum)))
 
 
-def _deflated(image_YX3: np.ndarray) -> bytes:
+def _deflated(rows: np.ndarray) -> bytes | bytearray:
     try:
-        from maskattn._native import compressed_rows
-    except ImportError:  # it was not built
-        pixels = image_YX3.reshape(len(image_YX3), -1)
-        rows = np.empty((len(pixels), 1 + pixels.shape[1]), np.uint8)
-        rows[:, 0] = _ABOVE
-        rows[0, 1:] = pixels[0]
-        np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
+        import imagecodecs
+    except ModuleNotFoundError:
         return zlib.compress(rows.data, 1)
-    return compressed_rows(np.ascontiguousarray(image_YX3))
+    return imagecodecs.deflate_encode(rows.tobytes(), level=1)

@@ -1,25 +1,10 @@
 // The bindings of pictures, which check the arguments, release the GIL and call the plain C++.
-#include "pictures/deflate.hpp"
 #include "pictures/overlay.hpp"
 #include "python/arrays.hpp"
 #include "python/bindings.hpp"
 
 namespace maskattn {
 namespace {
-
-py::bytes compress(const py::object& image) {
-    const Arguments arguments("compressed_rows");
-    const Array pixels = arguments.array("image", image, {Dtype::bytes}, 3, 3);
-    if (pixels.shape[0] == 0 || pixels.shape[1] == 0 || pixels.shape[2] != 3)
-        arguments.refuse("pixels of (Y, X, 3), neither Y nor X 0", "image.shape=" + text_of(pixels.shape),
-                         "pass an RGB image");
-    Stream stream;
-    {
-        const py::gil_scoped_release release;
-        stream = compressed_rows({static_cast<const std::uint8_t*>(pixels.data), pixels.shape[0], pixels.shape[1]});
-    }
-    return py::bytes(reinterpret_cast<const char*>(stream.bytes.get()), stream.size);
-}
 
 void overlay(const py::object& picture, const py::object& grey, const py::object& token, const py::object& colour,
              const py::object& mixtures, const py::object& result) {
@@ -60,8 +45,6 @@ void overlay(const py::object& picture, const py::object& grey, const py::object
 }  // namespace
 
 void bind_pictures(py::module_& module) {
-    module.def("compressed_rows", &compress, py::arg("image"),
-               "The zlib stream of a PNG's rows, whose filter is Up; see _native.pyi.");
     module.def("lay_over", &overlay, py::arg("picture"), py::arg("grey"), py::arg("token"), py::arg("colour"),
                py::arg("mixtures"), py::arg("result"),
                "A map of tokens laid over a picture, written to result; see _native.pyi.");

@@ -20,7 +20,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from fuzz_pictures import overlay, picture
+from fuzz_pictures import overlay
 from numpy.lib.stride_tricks import as_strided
 
 Call = dict[str, Any]
@@ -199,7 +199,6 @@ MAKERS: dict[str, Callable[[Random], Call]] = {
     "token_coverage": coverage,
     "move_rows": row_move,
     "kept_tokens": mask,
-    "compressed_rows": picture,
     "lay_over": overlay,
     "LinearLayer": layer,
     "LinearLayer.apply": layer_call,

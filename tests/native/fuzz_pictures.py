@@ -1,4 +1,4 @@
-"""Right arguments of the extension's functions for pictures, which ``fuzz_arguments.py`` spoils."""
+"""Right arguments of the extension's function for pictures, which ``fuzz_arguments.py`` spoils."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ SIZES = (0, 1, 2, 3, 7)
 
 def numbers_below(rng: Random, most: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(rng.getrandbits(32)).integers(0, most, shape)
-
-
-def picture(rng: Random) -> dict[str, Any]:
-    return {
-        "image": numbers_below(rng, rng.choice((1, 3, 256)), rng.choice((1, 40)), rng.choice((1, 70)), 3).astype(
-            np.uint8
-        )
-    }
 
 
 def overlay(rng: Random) -> dict[str, Any]:
