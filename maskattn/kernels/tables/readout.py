@@ -39,13 +39,18 @@ AMD_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
     pass_: _by_width((64, 4, 1, 4), (64, 4, 1, 4), (32, 4, 1, 4), (16, 4, 1, 4), (16, 4, 1, 4))
     for pass_ in ("readout", "readout_gradient", "relevance")
 }
-# Many classes with several queries spill in the tiles above.
+# Several queries with every option, or many classes, spill in the tiles above.
 SM86_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     **NVIDIA_HALF,
     "relevance": {**NVIDIA_HALF["relevance"], 64: ReadoutConfig(32, 8, 2, 2)},
 }
+SM120_HALF: Rows[ReadoutPass, ReadoutConfig] = {
+    **SM86_HALF,
+    "readout_gradient": {**NVIDIA_HALF["readout_gradient"], 64: ReadoutConfig(32, 8, 2, 2)},
+}
 SM100_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     **NVIDIA_HALF,
+    "readout": {**NVIDIA_HALF["readout"], 16: ReadoutConfig(64, 4, 2, 4)},
     "relevance": {**NVIDIA_HALF["relevance"], 256: ReadoutConfig(16, 4, 1, 2)},
 }
 READOUT_TABLE: Table[ReadoutPass, ReadoutConfig] = {
@@ -53,6 +58,7 @@ READOUT_TABLE: Table[ReadoutPass, ReadoutConfig] = {
     ("sm86", "half"): SM86_HALF,
     ("sm90", "half"): NVIDIA_HALF,
     ("sm100", "half"): SM100_HALF,
+    ("sm120", "half"): SM120_HALF,
     ("gfx942", "half"): AMD_HALF,
     ("sm80", "single"): NVIDIA_SINGLE,
     ("sm86", "single"): NVIDIA_SINGLE,
