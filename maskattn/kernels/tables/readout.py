@@ -47,6 +47,7 @@ SM86_HALF: Rows[ReadoutPass, ReadoutConfig] = {
 SM120_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     **SM86_HALF,
     "readout_gradient": {**NVIDIA_HALF["readout_gradient"], 64: ReadoutConfig(32, 8, 2, 2)},
+    "relevance": {**NVIDIA_HALF["relevance"], 64: ReadoutConfig(32, 4, 2, 2)},
 }
 SM100_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     **NVIDIA_HALF,
