@@ -12,16 +12,16 @@ import torch
 
 matplotlib = pytest.importorskip("matplotlib")
 from fontTools.fontBuilder import FontBuilder  # noqa: E402 -- matplotlib brings it
-from fontTools.pens.ttGlyphPen import TTGlyphPen  # noqa: E402
-from matplotlib import font_manager  # noqa: E402
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
+from fontTools.pens.ttGlyphPen import TTGlyphPen  # noqa: E402 -- the tests are skipped without matplotlib
+from matplotlib import font_manager  # noqa: E402 -- the tests are skipped without matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402 -- the tests are skipped without matplotlib
+from matplotlib.figure import Figure  # noqa: E402 -- the tests are skipped without matplotlib
+from PIL import Image, ImageDraw  # noqa: E402 -- the tests are skipped without matplotlib
 
-from maskattn import lettering  # noqa: E402
-from maskattn.explain.pictures import draw_explanation  # noqa: E402
-from maskattn.lettering import drawable, families_of, legible, wrapped  # noqa: E402
-from maskattn.slide.overlay import write_heatmap  # noqa: E402
+from maskattn import lettering  # noqa: E402 -- the tests are skipped without matplotlib
+from maskattn.explain.pictures import draw_explanation  # noqa: E402 -- the tests are skipped without matplotlib
+from maskattn.lettering import drawable, families_of, legible, wrapped  # noqa: E402 -- the tests are skipped without matplotlib
+from maskattn.slide.overlay import write_heatmap  # noqa: E402 -- the tests are skipped without matplotlib
 
 RAQM = hasattr(matplotlib.ft2font, "__libraqm_version__")
 NAMES = {

@@ -246,19 +246,23 @@ def test_the_profiler_sees_the_backward_of_a_call_that_nothing_saw(qkv):
     assert any(event.key == "maskattn::packed_attention_backward" for event in profile.key_averages())
 
 
+# The functions that torch called with a tensor of the subclass.
+WATCHED: list[str] = []
+
+
+class Watched(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        WATCHED.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
 def test_a_subclass_that_comes_as_a_gradient_sees_the_backward(qkv):
-    seen = []
-
-    class Watched(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return super().__torch_function__(function, types, args, kwargs)
-
+    WATCHED.clear()
     leaf = qkv.clone().requires_grad_()
     out = attend(*leaf)
     torch.autograd.grad(out, leaf, torch.ones_like(out).as_subclass(Watched))
-    assert any("packed_attention_backward" in name for name in seen)
+    assert any("packed_attention_backward" in name for name in WATCHED)
 
 
 def test_gradients_are_mapped_over(qkv):
@@ -271,19 +275,12 @@ def test_gradients_are_mapped_over(qkv):
 
 
 def test_a_subclass_that_a_hook_unpacks_sees_the_backward(qkv):
-    seen = []
-
-    class Watched(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return super().__torch_function__(function, types, args, kwargs)
-
+    WATCHED.clear()
     leaf = qkv.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.as_subclass(Watched)):
         out = attend(*leaf)
     torch.autograd.grad(out.square().sum(), leaf)
-    assert any("packed_attention_backward" in name for name in seen)
+    assert any("packed_attention_backward" in name for name in WATCHED)
 
 
 def test_tensors_that_hooks_unpack_are_those_that_backward_reads(qkv):
