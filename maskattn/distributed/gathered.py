@@ -9,10 +9,11 @@ Dimension key: Tq queries and Tk keys of this process, H heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from maskattn.attention.implementation import implementation
@@ -72,8 +73,12 @@ def _needed(queries: Shards, process: int) -> list[int]:
 class _Plan:
     """The rows of keys that this process sends and receives.
 
+    Nothing in it refers to shards, which keep it: a reference cycle would keep the group alive after its destruction.
+
     Attributes:
-        keys: the shards of the keys.
+        group: the process group.
+        rank: this process's rank within the group.
+        rows: the number of this process's rows of keys.
         sent: for each process, the indices of this process's rows that it receives; a slice for all of them.
         received: for each process, the number of its rows that this process receives.
         order: the index of each row of the gathered sequences among the received rows, which are ordered by process;
@@ -81,7 +86,9 @@ class _Plan:
         where: the lengths of this process's queries and of the gathered keys.
     """
 
-    keys: Shards
+    group: dist.ProcessGroup
+    rank: int
+    rows: int
     sent: list[Tensor | slice]
     received: list[int]
     order: Tensor | None
@@ -89,12 +96,12 @@ class _Plan:
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return all rows of the sequences of which this process has queries, ordered by sequence."""
-        own, others = self.keys.rank, self._others()
+        own, others = self.rank, self._others()
         found = [x.new_empty((sum(self.received), *x.shape[1:])) for x in tensors]
         pieces = [x.split(self.received) for x in found]
         sends = ((process, x[self.sent[process]]) for process in others for x in tensors)
         receives = ((process, each[process]) for process in others for each in pieces)
-        transfer = Transfer(sends, receives, self.keys.group)
+        transfer = Transfer(sends, receives, self.group)
         for x, each in zip(tensors, pieces, strict=True):
             each[own].copy_(x[self.sent[own]])
         transfer.wait()
@@ -102,33 +109,33 @@ class _Plan:
 
     def send_home(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of this process's rows, summed over all processes; the reverse of :meth:`gather`."""
-        own, others = self.keys.rank, self._others()
+        own, others = self.rank, self._others()
         if self.order is not None:
             grads = [torch.empty_like(x).index_copy_(0, self.order, x) for x in grads]
         pieces = [x.split(self.received) for x in grads]
-        counts = [self._rows_sent(process) for process in range(self.keys.size)]
+        counts = [self._rows_sent(process) for process in range(len(self.sent))]
         coming = {p: [x.new_empty((counts[p], *x.shape[1:])) for x in grads] for p in others}
         sends = ((process, each[process]) for process in others for each in pieces)
         receives = ((process, x) for process in others for x in coming[process])
-        Transfer(sends, receives, self.keys.group).wait()
+        Transfer(sends, receives, self.group).wait()
         coming[own] = [each[own] for each in pieces]
-        sums = [x.new_zeros((self.keys.rows, *x.shape[1:]), dtype=wide(x)) for x in grads]
-        for process in range(self.keys.size):
+        sums = [x.new_zeros((self.rows, *x.shape[1:]), dtype=wide(x)) for x in grads]
+        for process in range(len(self.sent)):
             for total, rows in zip(sums, coming[process], strict=True):
                 total[self.sent[process]] += rows
         return [total.to(x.dtype) for total, x in zip(sums, grads, strict=True)]
 
     def _others(self) -> list[int]:
-        return [process for process in range(self.keys.size) if process != self.keys.rank]
+        return [process for process in range(len(self.sent)) if process != self.rank]
 
     def _rows_sent(self, process: int) -> int:
         rows = self.sent[process]
-        return self.keys.rows if isinstance(rows, slice) else len(rows)
+        return self.rows if isinstance(rows, slice) else len(rows)
 
 
 def _plan(queries: Shards, keys: Shards) -> _Plan:
     """Return the plan for these shards; it is cached, since every layer of a model needs it."""
-    known: dict[Shards, _Plan] = queries.plans
+    known: MutableMapping[Shards, _Plan] = queries.plans
     if keys not in known:
         known[keys] = _made(queries, keys)
     return known[keys]
@@ -147,7 +154,8 @@ def _made(queries: Shards, keys: Shards) -> _Plan:
     received = [sum(each[b] for b in needed) for each in lengths]
     total = [keys.total[b] if b in needed else 0 for b in range(keys.batch_size)]
     where = Sequences(queries.cu_seqlens, starts_of(total, keys.device), queries.max_seqlen, max(total, default=0))
-    return _Plan(keys, sent, received, _order(lengths, needed, keys.device), where)
+    order = _order(lengths, needed, keys.device)
+    return _Plan(keys.group, keys.rank, keys.rows, sent, received, order, where)
 
 
 def _order(lengths: tuple[tuple[int, ...], ...], needed: list[int], device: torch.device) -> Tensor | None:

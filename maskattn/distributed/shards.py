@@ -9,11 +9,12 @@ Dimension key: W processes, B sequences, T rows of this process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ class Shards:
         device: the device of the rows.
         checked: compare every call among the processes before it runs, so that differing shapes raise an error in all
             of them; on a GPU this synchronises with the device. False skips the comparison.
-        plans: a cache of the operations' plans for these shards and others.
+        plans: a cache of the operations' plans for these shards and others; it keeps no shards alive.
     """
 
     group: dist.ProcessGroup
@@ -47,7 +48,7 @@ class Shards:
     lengths: tuple[tuple[int, ...], ...]
     device: torch.device
     checked: bool = True
-    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+    plans: MutableMapping[Shards, Any] = field(default_factory=WeakKeyDictionary, repr=False)
 
     @classmethod
     def of(
@@ -128,12 +129,12 @@ class Shards:
 
     def taking(self, sequences: Sequence[int]) -> Shards:
         """Return the shards of some of these sequences, in this order, which may repeat; without a message."""
-        return replace(self, lengths=tuple(tuple(each[b] for b in sequences) for each in self.lengths), plans={})
+        return replace(self, lengths=tuple(tuple(each[b] for b in sequences) for each in self.lengths), plans=WeakKeyDictionary())
 
     def without_first(self, count: int) -> Shards:
         """Return the shards without the first ``count`` rows of each sequence, which process 0 holds."""
         first, *others = self.lengths
-        return replace(self, lengths=(tuple(n - count for n in first), *others), plans={})
+        return replace(self, lengths=(tuple(n - count for n in first), *others), plans=WeakKeyDictionary())
 
     @cached_property
     def positions(self) -> Int[Tensor, "T"]:
