@@ -28,8 +28,8 @@ NVIDIA_HALF: Rows[ReadoutPass, ReadoutConfig] = {
 }
 NVIDIA_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
     "readout": _by_width((64, 8, 2, 2), (64, 8, 2, 2), (32, 8, 2, 2), (16, 8, 2, 2), (16, 8, 2, 2)),
-    "readout_gradient": _by_width((32, 8, 2, 2), (32, 8, 1, 2), (32, 8, 2, 2), (16, 8, 1, 2), (16, 8, 2, 1)),
-    "relevance": _by_width((16, 8, 1, 2), (16, 8, 1, 2), (32, 8, 1, 2), (16, 8, 1, 2), (16, 8, 1, 1)),
+    "readout_gradient": _by_width((32, 8, 2, 2), (32, 8, 1, 2), (32, 8, 2, 2), (16, 8, 2, 2), (16, 8, 1, 1)),
+    "relevance": _by_width((16, 8, 1, 2), (16, 8, 1, 2), (32, 8, 1, 2), (16, 8, 1, 2), (8, 8, 1, 1)),
 }
 AMD_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     pass_: _by_width((128, 4, 1, 4), (128, 4, 1, 4), (64, 4, 1, 4), (32, 4, 1, 4), (16, 4, 1, 4))
@@ -54,6 +54,20 @@ SM100_HALF: Rows[ReadoutPass, ReadoutConfig] = {
     "readout": {**NVIDIA_HALF["readout"], 16: ReadoutConfig(64, 4, 2, 4)},
     "relevance": {**NVIDIA_HALF["relevance"], 256: ReadoutConfig(16, 4, 1, 2)},
 }
+SM86_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
+    **NVIDIA_SINGLE,
+    "readout_gradient": {
+        **NVIDIA_SINGLE["readout_gradient"],
+        64: ReadoutConfig(32, 8, 1, 2),
+        128: ReadoutConfig(16, 8, 1, 2),
+        256: ReadoutConfig(16, 8, 2, 1),
+    },
+    "relevance": {**NVIDIA_SINGLE["relevance"], 64: ReadoutConfig(16, 8, 1, 2)},
+}
+SM90_SINGLE: Rows[ReadoutPass, ReadoutConfig] = {
+    **NVIDIA_SINGLE,
+    "readout_gradient": {**NVIDIA_SINGLE["readout_gradient"], 128: ReadoutConfig(16, 8, 1, 2)},
+}
 READOUT_TABLE: Table[ReadoutPass, ReadoutConfig] = {
     ("sm80", "half"): NVIDIA_HALF,
     ("sm86", "half"): SM86_HALF,
@@ -62,9 +76,10 @@ READOUT_TABLE: Table[ReadoutPass, ReadoutConfig] = {
     ("sm120", "half"): SM120_HALF,
     ("gfx942", "half"): AMD_HALF,
     ("sm80", "single"): NVIDIA_SINGLE,
-    ("sm86", "single"): NVIDIA_SINGLE,
-    ("sm90", "single"): NVIDIA_SINGLE,
+    ("sm86", "single"): SM86_SINGLE,
+    ("sm90", "single"): SM90_SINGLE,
     ("sm100", "single"): NVIDIA_SINGLE,
+    ("sm120", "single"): NVIDIA_SINGLE,
     ("gfx942", "single"): AMD_SINGLE,
 }
 
