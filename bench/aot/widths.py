@@ -37,7 +37,6 @@ from bench.aot.targets import ALL_TARGETS
 from bench.aot.width_cases import WidthCase, class_of, launch_of, width_cases
 
 __all__ = [
-    "REPRESENTATIVE",
     "WidthRow",
     "compile_width",
     "current_code",
@@ -46,9 +45,6 @@ __all__ = [
     "read_widths",
     "table_path",
 ]
-
-# Head widths between powers of two, with and without a second chunk, which the committed table must have.
-REPRESENTATIVE = (72, 104, 200)
 
 # Rows are saved when so many are new.
 AT_ONCE = 16
