@@ -1,4 +1,4 @@
-"""PNG files: read back bit for bit by Pillow and OpenCV, with and without imagecodecs."""
+"""PNG files: read back bit for bit by Pillow and OpenCV, with and without ISA-L."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from PIL import Image
 from maskattn.png_files import write_png
 
 
-@pytest.mark.parametrize("with_libdeflate", [True, False])
+@pytest.mark.parametrize("with_isal", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (67, 131)])
 def test_an_image_reads_back_bit_for_bit(
-    tmp_path: Path, shape: tuple[int, int], with_libdeflate: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shape: tuple[int, int], with_isal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not with_libdeflate:
-        monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    if not with_isal:
+        monkeypatch.setitem(sys.modules, "isal", None)
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     write_png(tmp_path / "image.png", image)
     with Image.open(tmp_path / "image.png") as read:
