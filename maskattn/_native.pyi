@@ -286,8 +286,10 @@ def token_relevance(
 class LinearLayer:
     """A linear layer with weights packed for an instruction set. Its products are the same for any number of threads.
 
+    Sums and bias are float32. Where a processor cannot multiply bfloat16, it is multiplied as float32.
+
     Args:
-        weight: (O, I), contiguous along I; it is copied.
+        weight: (O, I), contiguous along I; it is copied. In bfloat16 I is even.
         bias: (O,); None for none.
         instruction_set: one of instruction_sets(); "", the default, for the best.
 
@@ -300,20 +302,20 @@ class LinearLayer:
         """Write activation(x Wᵀ + b) to out; a row of the result does not depend on the other rows.
 
         Args:
-            x: (T, I), contiguous along I.
-            out: (T, O), contiguous along O, written. It must not share memory with x.
+            x: (T, I), contiguous along I, in the dtype of the weights.
+            out: (T, O), contiguous along O, in the same dtype, written. It must not share memory with x.
             activation: "none", "gelu", or "gelu_tanh" for GELU by tanh.
             threads: number of threads; 0 for one per core.
         """
 
 class EncoderBlock:
-    """A pre-norm transformer block with packed weights.
+    """A pre-norm transformer block with packed weights, whose norms, sums and residuals are float32.
 
     Args:
         norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,); None for ones and zeros.
         norm1_eps, norm2_eps: ε of the norms.
-        qkv, proj, fc1, fc2: layers C → 3C, C → C, C → F and F → C, packed for one instruction set. The output features
-            of qkv are (3, H, D).
+        qkv, proj, fc1, fc2: layers C → 3C, C → C, C → F and F → C, packed for one instruction set, of one dtype, which
+            is attention's too. The output features of qkv are (3, H, D).
         scale1, scale2: (C,), the factors of the two updates; None for ones.
         heads: H; D = C / H is 16 to 256 in steps of 8.
         activation: of fc1, as in LinearLayer.apply.
@@ -341,9 +343,9 @@ class EncoderBlock:
         """Write the block's output on packed sequences to out.
 
         Args:
-            x: (T, C), contiguous along C.
+            x: (T, C) float32, contiguous along C.
             cu_seqlens: (B + 1,), from 0 to T.
-            out: (T, C), contiguous along C, written; it may be x.
+            out: (T, C) float32, contiguous along C, written; it may be x.
             threads: number of threads; 0 for one per core.
         """
 

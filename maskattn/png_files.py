@@ -1,7 +1,7 @@
 """PNG files of photographs with drawings over them, written fast.
 
-A photograph's noise hardly shrinks with effort. Compressed by ISA-L at its first level, the difference of each pixel from
-the one above it takes a third of libdeflate's time for about the same bytes.
+A photograph's noise hardly shrinks with effort. Compressed by ISA-L at its first level, the difference of each pixel
+from the one above it takes a third of libdeflate's time for about the same bytes.
 """
 
 from __future__ import annotations

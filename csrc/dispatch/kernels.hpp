@@ -13,7 +13,7 @@ struct Kernels {
     AttentionKernels attention;
     ReadoutKernelsByDtype readout;
     RelevanceKernelsByDtype relevance;
-    EncoderKernels encoder;
+    EncoderKernelsByDtype encoder;
 };
 
 extern const Kernels kernels_portable;

@@ -25,7 +25,7 @@ constexpr Kernels kernels_of_this_unit = {
     },
     {readout_kernels<float>, readout_kernels<Bfloat16>},
     {relevance_kernels<float>, relevance_kernels<Bfloat16>},
-    encoder_kernels,
+    {encoder_kernels<SinglePrecision, float>, encoder_kernels<Bfloat16Products, Bfloat16>},
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-// A block's work on a few rows, before and after attention. Between the layers the rows stay in the scratch of a thread.
+// A block's work on a few rows, before and after attention. Between the layers the rows stay in the scratch of a thread,
+// as values that the products read.
 #pragma once
 
 #include "encoder/linear_kernel.hpp"
@@ -7,7 +8,8 @@ namespace maskattn {
 namespace {
 
 // Normalises a row, with zeros after it up to a whole vector.
-inline void normalise(const float* x, int width, const LayerNorm& norm, float* to) {
+template <class Value>
+void normalise(const float* x, int width, const LayerNorm& norm, Value* to) {
     Floats total{}, squares{};
     for (int c = 0; c < width; c += lanes) total += load_floats(x + c, width - c);
     const float mean = sum(total) / static_cast<float>(width);
@@ -21,59 +23,84 @@ inline void normalise(const float* x, int width, const LayerNorm& norm, float* t
     for (int c = 0; c < width; c += lanes) {
         const int count = width - c;
         const Floats normal = (load_floats(x + c, count) - mean) * factor;
-        store(to + c, normal * load_floats(norm.weight + c, count) + load_floats(norm.bias + c, count));
+        store_first(to + c, normal * load_floats(norm.weight + c, count) + load_floats(norm.bias + c, count), lanes);
     }
 }
 
-inline void normalise_rows(ConstRows x, int count, int width, const LayerNorm& norm, std::uint32_t* to) {
-    const std::ptrdiff_t stride = scratch_stride(width);
-    float* rows = reinterpret_cast<float*>(to);
-    for (int r = 0; r < count; ++r) normalise(x.data + r * x.stride, width, norm, rows + r * stride);
-    for (int r = count; r % tile_rows != 0; ++r)
-        __builtin_memset(rows + r * stride, 0, static_cast<std::size_t>(width) * sizeof *rows);
+// Rows of a layer's input in scratch.
+template <class Arithmetic>
+struct ScratchRows {
+    typename Arithmetic::Value* data;
+    std::ptrdiff_t stride;
+
+    ScratchRows(std::uint32_t* words, int values)
+        : data(reinterpret_cast<typename Arithmetic::Value*>(words)),
+          stride(scratch_stride(steps_of<Arithmetic>(values)) * Arithmetic::depth) {}
+
+    // Fills the rows after the first `count` with zeros, up to a whole register tile.
+    void fill_after(int count, int values) const {
+        for (int r = count; r % tile_rows != 0; ++r)
+            __builtin_memset(data + r * stride, 0, static_cast<std::size_t>(values) * sizeof *data);
+    }
+};
+
+template <class Arithmetic>
+void normalise_rows(ConstRows x, int count, int width, const LayerNorm& norm, std::uint32_t* to) {
+    const ScratchRows<Arithmetic> rows(to, width);
+    for (int r = 0; r < count; ++r) normalise(x.data + r * x.stride, width, norm, rows.data + r * rows.stride);
+    rows.fill_after(count, width);
 }
 
-inline std::size_t block_scratch_words(const EncoderBlock& block) {
-    return scratch_words(block.width) + scratch_words(block.fc1.outputs);
+template <class Arithmetic>
+std::size_t block_scratch_words(const EncoderBlock& block) {
+    return linear_scratch_words<Arithmetic>(block.width) + linear_scratch_words<Arithmetic>(block.fc1.outputs);
 }
 
-inline void before_attention(const EncoderBlock& block, ConstRows x, int count, Rows qkv, std::uint32_t* scratch) {
-    normalise_rows(x, count, block.width, block.norm1, scratch);
-    multiply_rows(scratch, count, block.qkv, qkv, [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
-        store_first(qkv.data + row * qkv.stride + column, sums, columns);
-    });
+template <class Arithmetic, class Element>
+void before_attention(const EncoderBlock& block, ConstRows x, int count, Values qkv, std::uint32_t* scratch) {
+    normalise_rows<Arithmetic>(x, count, block.width, block.norm1, scratch);
+    Element* to = static_cast<Element*>(qkv.data);
+    const auto write = [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
+        store_first(to + row * qkv.stride + column, sums, columns);
+    };
+    multiply_rows<Arithmetic>(scratch, count, block.qkv, to, qkv.stride, write);
 }
 
 // Stores x plus scale times the output of a layer.
+template <class Arithmetic>
 MASKATTN_INLINE void add_update(const std::uint32_t* input, int count, const LinearLayer& layer, const float* scale,
                                 ConstRows x, Rows out) {
-    multiply_rows(input, count, layer, out, [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
+    const auto add = [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
         const Floats before = load_floats(x.data + row * x.stride + column, columns);
         store_first(out.data + row * out.stride + column, sums * load<Floats>(scale + column) + before, columns);
-    });
+    };
+    multiply_rows<Arithmetic>(input, count, layer, out.data, out.stride, add);
 }
 
-inline void after_attention(const EncoderBlock& block, ConstRows attended, ConstRows x, int count, Rows out,
-                            std::uint32_t* scratch) {
+template <class Arithmetic, class Element>
+void after_attention(const EncoderBlock& block, ConstValues attended, ConstRows x, int count, Rows out,
+                     std::uint32_t* scratch) {
     const ConstRows written{out.data, out.stride};
-    copy_rows(attended, count, block.width, scratch);
-    add_update(scratch, count, block.proj, block.scale1, x, out);
-    normalise_rows(written, count, block.width, block.norm2, scratch);
-    std::uint32_t* hidden = scratch + scratch_words(block.width);
-    const std::ptrdiff_t hidden_stride = scratch_stride(block.fc1.outputs);
-    const Rows hidden_rows{reinterpret_cast<float*>(hidden), hidden_stride};
+    copy_rows<Arithmetic, Element>(attended, count, block.width, scratch);
+    add_update<Arithmetic>(scratch, count, block.proj, block.scale1, x, out);
+    normalise_rows<Arithmetic>(written, count, block.width, block.norm2, scratch);
+    std::uint32_t* hidden = scratch + linear_scratch_words<Arithmetic>(block.width);
+    const ScratchRows<Arithmetic> rows(hidden, block.fc1.outputs);
     with_activation(block.activation, [&](auto which) __attribute__((always_inline)) {
-        multiply_rows(scratch, count, block.fc1, hidden_rows, [&](Floats sums, int row, int column, int) __attribute__((always_inline)) {
-            store(hidden + row * hidden_stride + column, activated<decltype(which)::value>(sums));
-        });
+        const auto write = [&](Floats sums, int row, int column, int) __attribute__((always_inline)) {
+            store_first(rows.data + row * rows.stride + column, activated<decltype(which)::value>(sums), lanes);
+        };
+        multiply_rows<Arithmetic>(scratch, count, block.fc1, rows.data, rows.stride, write);
     });
-    for (int r = count; r % tile_rows != 0; ++r)
-        __builtin_memset(hidden + r * hidden_stride, 0, static_cast<std::size_t>(hidden_stride) * sizeof *hidden);
-    add_update(hidden, count, block.fc2, block.scale2, written, out);
+    rows.fill_after(count, block.fc1.outputs);
+    add_update<Arithmetic>(hidden, count, block.fc2, block.scale2, written, out);
 }
 
+template <class Arithmetic, class Element>
 constexpr EncoderKernels encoder_kernels = {
-    &panel_words, &pack_weight, &linear_scratch_words, &apply_linear, &block_scratch_words, &before_attention, &after_attention,
+    &panel_words<Arithmetic>,         &pack_weight<Arithmetic, Element>,      &linear_scratch_words<Arithmetic>,
+    &apply_linear<Arithmetic, Element>, &block_scratch_words<Arithmetic>,       &before_attention<Arithmetic, Element>,
+    &after_attention<Arithmetic, Element>,
 };
 
 }  // namespace

@@ -14,8 +14,20 @@ namespace {
 constexpr std::size_t most_padding = 64;                      // floats, a panel of any instruction set
 constexpr std::int64_t group_words = std::int64_t{4} << 20;  // 16 MiB, or what one sequence needs
 
+const EncoderKernels& kernels_for(const Kernels& kernels, bool bfloat16) {
+    return bfloat16 ? kernels.encoder.bfloat16 : kernels.encoder.float32;
+}
+
+std::int64_t bytes_of_value(bool bfloat16) { return bfloat16 ? 2 : 4; }
+
 ConstRows from(ConstRows x, std::int64_t row) { return {x.data + row * x.stride, x.stride}; }
 Rows from(Rows x, std::int64_t row) { return {x.data + row * x.stride, x.stride}; }
+ConstValues from(ConstValues x, std::int64_t row, std::int64_t bytes) {
+    return {static_cast<const char*>(x.data) + row * x.stride * bytes, x.stride};
+}
+Values from(Values x, std::int64_t row, std::int64_t bytes) {
+    return {static_cast<char*>(x.data) + row * x.stride * bytes, x.stride};
+}
 
 // Calls work(first row, number of rows, worker) for each item.
 template <class Work>
@@ -30,38 +42,42 @@ void for_each_rows(std::int64_t count, int threads, Work work) {
 class Block {
   public:
     Block(const EncoderBlock& block, ConstRows x, Rows out, const EncoderExecution& how)
-        : block_(block), x_(x), out_(out), how_(how), kernels_(how.kernels->encoder),
+        : block_(block), x_(x), out_(out), how_(how), kernels_(kernels_for(*how.kernels, block.qkv.bfloat16)),
           scratch_(kernels_.block_scratch_words(block), how.threads) {}
 
     // Processes the sequences [first, last).
     void take(const std::vector<std::int32_t>& starts, std::size_t first, std::size_t last) const {
         const std::int64_t begin = starts[first], count = starts[last] - begin, C = block_.width;
         if (count == 0) return;
-        const AlignedWords memory(static_cast<std::size_t>(count * (4 * C + block_.heads)));
-        float* qkv = reinterpret_cast<float*>(memory.data());
-        float *attended = qkv + count * 3 * C, *lse = attended + count * C;
+        const std::int64_t bytes = bytes_of_value(block_.qkv.bfloat16);
+        const std::int64_t words = count * C * bytes / 4;  // a head's width is a multiple of 8
+        const AlignedWords memory(static_cast<std::size_t>(4 * words + count * block_.heads));
+        const Values qkv{memory.data(), 3 * C}, attended{memory.data() + 3 * words, C};
         for_each_rows(count, how_.threads, [&](std::int64_t row, int rows, int worker) {
-            kernels_.before_attention(block_, from(x_, begin + row), rows, {qkv + row * 3 * C, 3 * C}, scratch_.of(worker));
+            kernels_.before_attention(block_, from(x_, begin + row), rows, from(qkv, row, bytes), scratch_.of(worker));
         });
-        attend(starts, first, last, qkv, attended, lse);
+        attend(starts, first, last, qkv, attended, reinterpret_cast<float*>(memory.data() + 4 * words));
         for_each_rows(count, how_.threads, [&](std::int64_t row, int rows, int worker) {
-            kernels_.after_attention(block_, {attended + row * C, C}, from(x_, begin + row), rows,
+            kernels_.after_attention(block_, from(ConstValues{attended.data, C}, row, bytes), from(x_, begin + row), rows,
                                      from(out_, begin + row), scratch_.of(worker));
         });
     }
 
   private:
-    void attend(const std::vector<std::int32_t>& starts, std::size_t first, std::size_t last, float* qkv, float* attended,
+    void attend(const std::vector<std::int32_t>& starts, std::size_t first, std::size_t last, Values qkv, Values attended,
                 float* lse) const {
         const std::int64_t C = block_.width, count = starts[last] - starts[first];
         const int width = block_.width / block_.heads;
+        const std::int64_t bytes = bytes_of_value(block_.qkv.bfloat16);
+        const auto part = [&](std::int64_t which) { return static_cast<const char*>(qkv.data) + which * C * bytes; };
         Attention problem{};
+        problem.bfloat16 = block_.qkv.bfloat16;
         problem.head_width = width;
         problem.scale = 1.0f / std::sqrt(static_cast<float>(width));
-        problem.q = {qkv, 0, width, 3 * C};
-        problem.k = {qkv + C, 0, width, 3 * C};
-        problem.v = {qkv + 2 * C, 0, width, 3 * C};
-        problem.out = {attended, 0, width, C};
+        problem.q = {part(0), 0, width, qkv.stride};
+        problem.k = {part(1), 0, width, qkv.stride};
+        problem.v = {part(2), 0, width, qkv.stride};
+        problem.out = {attended.data, 0, width, attended.stride};
         problem.lse = {lse, 0, count, 1};
         Sequences sequences;
         for (std::size_t s = first; s < last; ++s) {
@@ -91,19 +107,20 @@ std::vector<float> padded_values(const float* values, int count, float fill) {
     return padded;
 }
 
-PackedLinear::PackedLinear(const EncoderKernels& kernels, const float* weight, std::ptrdiff_t stride, const float* bias,
-                           int inputs, int outputs)
-    : panels_(kernels.panel_words(inputs, outputs)), bias_(padded_values(bias, outputs, 0.0f)),
-      layer_{inputs, outputs, panels_.data(), bias_.data()} {
-    kernels.pack(weight, stride, inputs, outputs, panels_.data());
+PackedLinear::PackedLinear(const Kernels& kernels, bool bfloat16, ConstValues weight, const float* bias, int inputs,
+                           int outputs)
+    : panels_(kernels_for(kernels, bfloat16).panel_words(inputs, outputs)), bias_(padded_values(bias, outputs, 0.0f)),
+      layer_{bfloat16, inputs, outputs, panels_.data(), bias_.data()} {
+    kernels_for(kernels, bfloat16).pack(weight, inputs, outputs, panels_.data());
 }
 
-void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstRows x, std::int64_t count, Rows out,
+void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstValues x, std::int64_t count, Values out,
                         const EncoderExecution& how) {
-    const EncoderKernels& kernels = how.kernels->encoder;
+    const EncoderKernels& kernels = kernels_for(*how.kernels, layer.bfloat16);
+    const std::int64_t bytes = bytes_of_value(layer.bfloat16);
     const WordsByWorker scratch(kernels.linear_scratch_words(layer.inputs), how.threads);
     for_each_rows(count, how.threads, [&](std::int64_t row, int rows, int worker) {
-        kernels.apply(layer, activation, from(x, row), rows, from(out, row), scratch.of(worker));
+        kernels.apply(layer, activation, from(x, row, bytes), rows, from(out, row, bytes), scratch.of(worker));
     });
 }
 

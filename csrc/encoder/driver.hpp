@@ -12,9 +12,8 @@ namespace maskattn {
 // A packed linear layer and the memory that it points to.
 class PackedLinear {
   public:
-    // Packs a weight (O, I) of float32, whose rows are `stride` floats apart, and a bias (O,), or nullptr for none.
-    PackedLinear(const EncoderKernels& kernels, const float* weight, std::ptrdiff_t stride, const float* bias, int inputs,
-                 int outputs);
+    // Packs a weight (O, I) of bfloat16 or float32, and a bias (O,), or nullptr for none.
+    PackedLinear(const Kernels& kernels, bool bfloat16, ConstValues weight, const float* bias, int inputs, int outputs);
     const LinearLayer& layer() const { return layer_; }
 
   private:
@@ -32,8 +31,8 @@ struct EncoderExecution {
     int threads;
 };
 
-// Computes act(x W + b) of `count` rows. `out` must not overlap x.
-void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstRows x, std::int64_t count, Rows out,
+// Computes act(x W + b) of `count` rows, in the dtype of the weights. `out` must not overlap x.
+void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstValues x, std::int64_t count, Values out,
                         const EncoderExecution& how);
 
 // Computes a block on rows of width C; sequence b consists of rows starts[b] to starts[b + 1]. `out` may be x.

@@ -1,5 +1,6 @@
 // The layers of a vision transformer's block in inference as plain data, shared by the bindings, the driver and the
-// kernels of each instruction set. All numbers are float32.
+// kernels of each instruction set. Rows of a block, biases and norms are float32; what its products read is float32 or
+// bfloat16, as the weights are.
 //
 //   x += scale1 * (attention(norm1(x) Wqkv + bqkv) Wproj + bproj)
 //   x += scale2 * (act(norm2(x) Wfc1 + bfc1) Wfc2 + bfc2)
@@ -19,7 +20,8 @@ enum class Activation { none, gelu, gelu_tanh };
 constexpr int item_rows = 48;
 
 struct LinearLayer {
-    int inputs, outputs;
+    bool bfloat16;  // dtype of the weights, and of the values that the layer reads
+    int inputs, outputs;  // of bfloat16 an even number of inputs
     const std::uint32_t* panels;  // the weights, as `pack` stores them
     const float* bias;            // zeros for none, up to whole vectors
 };
@@ -48,19 +50,34 @@ struct Rows {
     std::ptrdiff_t stride;
 };
 
-// Entry points of one instruction set. At most item_rows rows at a time; sizes are in 32-bit words, multiples of 16.
+// Rows of values of the weights' dtype, `stride` values apart.
+struct ConstValues {
+    const void* data;
+    std::ptrdiff_t stride;
+};
+struct Values {
+    void* data;
+    std::ptrdiff_t stride;
+};
+
+// Entry points of one instruction set for one dtype of the weights. At most item_rows rows at a time; sizes are in
+// 32-bit words, multiples of 16.
 struct EncoderKernels {
     std::size_t (*panel_words)(int inputs, int outputs);
-    // Packs a weight (O, I), whose rows are `stride` floats apart, into panels of neighbouring outputs.
-    void (*pack)(const float* weight, std::ptrdiff_t stride, int inputs, int outputs, std::uint32_t* panels);
+    // Packs a weight (O, I) into panels of neighbouring outputs.
+    void (*pack)(ConstValues weight, int inputs, int outputs, std::uint32_t* panels);
     std::size_t (*linear_scratch_words)(int inputs);
-    void (*apply)(const LinearLayer&, Activation, ConstRows x, int count, Rows out, std::uint32_t* scratch);
+    void (*apply)(const LinearLayer&, Activation, ConstValues x, int count, Values out, std::uint32_t* scratch);
     std::size_t (*block_scratch_words)(const EncoderBlock&);
     // Computes norm1 and qkv.
-    void (*before_attention)(const EncoderBlock&, ConstRows x, int count, Rows qkv, std::uint32_t* scratch);
+    void (*before_attention)(const EncoderBlock&, ConstRows x, int count, Values qkv, std::uint32_t* scratch);
     // Computes everything from proj on; `out` may be x.
-    void (*after_attention)(const EncoderBlock&, ConstRows attended, ConstRows x, int count, Rows out,
+    void (*after_attention)(const EncoderBlock&, ConstValues attended, ConstRows x, int count, Rows out,
                             std::uint32_t* scratch);
+};
+
+struct EncoderKernelsByDtype {
+    EncoderKernels float32, bfloat16;
 };
 
 }  // namespace maskattn

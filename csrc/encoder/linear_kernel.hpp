@@ -1,5 +1,6 @@
 // A linear layer on a few rows: panels of outputs, in each of which every row tile is multiplied at full depth, so that
-// a panel stays in L1 or L2. The order of the sums is the same for every row.
+// a panel stays in L1 or L2. The order of the sums is the same for every row. Element is the dtype of weights and values
+// outside, Arithmetic that of the product.
 #pragma once
 
 #include "attention/operands.hpp"
@@ -15,16 +16,26 @@ static_assert(item_rows % tile_rows == 0, "items consist of whole register tiles
 constexpr std::ptrdiff_t scratch_stride(int values) { return static_cast<std::ptrdiff_t>(whole_lines(static_cast<std::size_t>(values))) + 16; }
 constexpr std::size_t scratch_words(int values) { return item_rows * static_cast<std::size_t>(scratch_stride(values)); }
 
-inline std::size_t panel_words(int inputs, int outputs) {
-    return whole_lines(static_cast<std::size_t>(inputs) * static_cast<std::size_t>(padded(outputs)));
+// Returns the number of words, the steps of a product, that hold a row's values.
+template <class Arithmetic>
+constexpr int steps_of(int values) {
+    return values / Arithmetic::depth;
 }
 
-inline void pack_weight(const float* weight, std::ptrdiff_t stride, int inputs, int outputs, std::uint32_t* panels) {
-    const float* rows[panel_columns];
+template <class Arithmetic>
+std::size_t panel_words(int inputs, int outputs) {
+    return whole_lines(static_cast<std::size_t>(steps_of<Arithmetic>(inputs)) * static_cast<std::size_t>(padded(outputs)));
+}
+
+template <class Arithmetic, class Element>
+void pack_weight(ConstValues weight, int inputs, int outputs, std::uint32_t* panels) {
+    const Element* rows[panel_columns];
+    const Element* from = static_cast<const Element*>(weight.data);
     for (int first = 0; first < outputs; first += panel_columns) {
         const int columns = at_most(panel_columns, outputs - first), step = padded(columns);
-        for (int c = 0; c < step; ++c) rows[c] = c < columns ? weight + (first + c) * stride : nullptr;
-        pack_columns<SinglePrecision>(rows, step, inputs, panels + static_cast<std::ptrdiff_t>(first) * inputs, step);
+        for (int c = 0; c < step; ++c) rows[c] = c < columns ? from + (first + c) * weight.stride : nullptr;
+        std::uint32_t* panel = panels + static_cast<std::ptrdiff_t>(first) * steps_of<Arithmetic>(inputs);
+        pack_columns<Arithmetic>(rows, step, inputs, panel, step);
     }
 }
 
@@ -46,13 +57,22 @@ MASKATTN_INLINE void store_first(float* to, Floats x, int count) {
     else
         __builtin_memcpy(to, &x, static_cast<std::size_t>(count) * sizeof x[0]);
 }
+MASKATTN_INLINE void store_first(Bfloat16* to, Floats x, int count) {
+    const Halves rounded = to_bfloat16(x);
+    if (count >= lanes)
+        store(to, rounded);
+    else
+        __builtin_memcpy(to, &rounded, static_cast<std::size_t>(count) * sizeof rounded[0]);
+}
 
 // Copies rows to scratch, with zeros after the last up to a whole register tile.
-inline void copy_rows(ConstRows x, int count, int values, std::uint32_t* to) {
-    const float* rows[item_rows];
+template <class Arithmetic, class Element>
+void copy_rows(ConstValues x, int count, int values, std::uint32_t* to) {
+    const Element* rows[item_rows];
+    const Element* from = static_cast<const Element*>(x.data);
     const int whole = (count + tile_rows - 1) / tile_rows * tile_rows;
-    for (int r = 0; r < whole; ++r) rows[r] = r < count ? x.data + r * x.stride : nullptr;
-    pack_rows<SinglePrecision>(rows, whole, values, to, static_cast<int>(scratch_stride(values)));
+    for (int r = 0; r < whole; ++r) rows[r] = r < count ? from + r * x.stride : nullptr;
+    pack_rows<Arithmetic>(rows, whole, values, to, static_cast<int>(scratch_stride(steps_of<Arithmetic>(values))));
 }
 
 // Longer sums are added up in parts, since the error of one long sum grows with its length.
@@ -60,43 +80,46 @@ constexpr int most_steps = 256;
 
 // Multiplies a register tile and calls finish(sums plus bias, row, column) for its vectors. The memory that results go
 // to is requested first, so that the product hides the latency of writing.
-template <int vectors, class Finish>
-__attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* panel, int steps, const float* bias, Rows to,
-                                                   const Finish& finish) {
+template <class Arithmetic, int vectors, class Value, class Finish>
+__attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* panel, int steps, const float* bias,
+                                                   Value* to, std::ptrdiff_t to_stride, const Finish& finish) {
 #pragma GCC unroll 8
-    for (int r = 0; r < tile_rows; ++r) __builtin_prefetch(to.data + r * to.stride, 1);
+    for (int r = 0; r < tile_rows; ++r) __builtin_prefetch(to + r * to_stride, 1);
     alignas(64) Floats earlier[tile_rows][vectors];
     for (int r = 0; r < tile_rows; ++r)
         for (int v = 0; v < vectors; ++v) earlier[r][v] = load<Floats>(bias + v * lanes);
     constexpr std::ptrdiff_t step = vectors * lanes;
     for (; steps > most_steps; steps -= most_steps) {
         const auto add = [&](int r, int v, Floats sums) __attribute__((always_inline)) { earlier[r][v] += sums; };
-        sum_tile<SinglePrecision, tile_rows, vectors>(x, panel, step, most_steps, add);
+        sum_tile<Arithmetic, tile_rows, vectors>(x, panel, step, most_steps, add);
         x.data += most_steps * x.step;
         panel += most_steps * step;
     }
     const auto take = [&](int r, int v, Floats sums) __attribute__((always_inline)) {
         finish(sums + earlier[r][v], r, v * lanes);
     };
-    sum_tile<SinglePrecision, tile_rows, vectors>(x, panel, step, steps, take);
+    sum_tile<Arithmetic, tile_rows, vectors>(x, panel, step, steps, take);
 }
 
 // Computes the product of rows in scratch, and calls finish(sums plus bias, row, column, number of columns) for each
-// vector. `to` is where its results go.
-template <class Finish>
-MASKATTN_INLINE void multiply_rows(const std::uint32_t* x, int count, const LinearLayer& layer, Rows to, Finish finish) {
-    const std::ptrdiff_t stride = scratch_stride(layer.inputs);
+// vector. `to` is where its results go, in rows `to_stride` apart.
+template <class Arithmetic, class Value, class Finish>
+MASKATTN_INLINE void multiply_rows(const std::uint32_t* x, int count, const LinearLayer& layer, Value* to,
+                                   std::ptrdiff_t to_stride, Finish finish) {
+    const int steps = steps_of<Arithmetic>(layer.inputs);
+    const std::ptrdiff_t stride = scratch_stride(steps);
     for (int first = 0; first < layer.outputs; first += panel_columns) {
         const int columns = at_most(panel_columns, layer.outputs - first);
-        const std::uint32_t* panel = layer.panels + static_cast<std::ptrdiff_t>(first) * layer.inputs;
+        const std::uint32_t* panel = layer.panels + static_cast<std::ptrdiff_t>(first) * steps;
+        const float* bias = layer.bias + first;
         for (int row = 0; row < count; row += tile_rows) {
             const Left left{x + row * stride, stride, 1};
-            const Rows to_tile{to.data + row * to.stride + first, to.stride};
+            Value* to_tile = to + row * to_stride + first;
             if (columns == panel_columns && count - row >= tile_rows) {
                 const auto whole = [&](Floats sums, int r, int c) __attribute__((always_inline)) {
                     finish(sums, row + r, first + c, lanes);
                 };
-                multiply_panel_tile<tile_vectors>(left, panel, layer.inputs, layer.bias + first, to_tile, whole);
+                multiply_panel_tile<Arithmetic, tile_vectors>(left, panel, steps, bias, to_tile, to_stride, whole);
                 continue;
             }
             const int rows = at_most(tile_rows, count - row);
@@ -104,21 +127,27 @@ MASKATTN_INLINE void multiply_rows(const std::uint32_t* x, int count, const Line
                 if (r < rows && c < columns) finish(sums, row + r, first + c, at_most(lanes, columns - c));
             };
             with_vectors<tile_vectors>(padded(columns) / lanes, [&](auto vectors) __attribute__((always_inline)) {
-                multiply_panel_tile<decltype(vectors)::value>(left, panel, layer.inputs, layer.bias + first, to_tile, part);
+                multiply_panel_tile<Arithmetic, decltype(vectors)::value>(left, panel, steps, bias, to_tile, to_stride, part);
             });
         }
     }
 }
 
-inline std::size_t linear_scratch_words(int inputs) { return scratch_words(inputs); }
+template <class Arithmetic>
+std::size_t linear_scratch_words(int inputs) {
+    return scratch_words(steps_of<Arithmetic>(inputs));
+}
 
-inline void apply_linear(const LinearLayer& layer, Activation activation, ConstRows x, int count, Rows out,
-                         std::uint32_t* scratch) {
-    copy_rows(x, count, layer.inputs, scratch);
+template <class Arithmetic, class Element>
+void apply_linear(const LinearLayer& layer, Activation activation, ConstValues x, int count, Values out,
+                  std::uint32_t* scratch) {
+    copy_rows<Arithmetic, Element>(x, count, layer.inputs, scratch);
+    Element* to = static_cast<Element*>(out.data);
     with_activation(activation, [&](auto which) __attribute__((always_inline)) {
-        multiply_rows(scratch, count, layer, out, [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
-            store_first(out.data + row * out.stride + column, activated<decltype(which)::value>(sums), columns);
-        });
+        const auto write = [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
+            store_first(to + row * out.stride + column, activated<decltype(which)::value>(sums), columns);
+        };
+        multiply_rows<Arithmetic>(scratch, count, layer, to, out.stride, write);
     });
 }
 

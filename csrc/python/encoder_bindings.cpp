@@ -17,6 +17,8 @@ Activation checked_activation(const Arguments& arguments, const std::string& nam
     arguments.refuse("an activation", "activation='" + name + "'", "choose among none, gelu and gelu_tanh");
 }
 
+const std::vector<Dtype> value_dtypes{Dtype::float32, Dtype::bfloat16};
+
 ConstRows rows_of(const Array& x) { return {static_cast<const float*>(x.data), x.strides[0]}; }
 Rows output_rows_of(const Array& x) { return {static_cast<float*>(x.data), x.strides[0]}; }
 
@@ -30,27 +32,32 @@ class Linear {
   public:
     Linear(Object weight, Object bias, const std::string& instruction_set)
         : kernels_(checked_kernels(arguments_, instruction_set)) {
-        const Array given = arguments_.array("weight", weight, std::vector<Dtype>{Dtype::float32}, 2, 1);
+        const Array given = arguments_.array("weight", weight, value_dtypes, 2, 1);
         const std::ptrdiff_t outputs = given.shape[0], inputs = given.shape[1];
+        const bool bfloat16 = given.dtype == Dtype::bfloat16;
         if (inputs < 1 || outputs < 1 || inputs > most_features || outputs > most_features)
             arguments_.refuse("1 to " + std::to_string(most_features) + " input and output features",
                               "weight.shape=" + text_of(given.shape), "use torch.nn.functional.linear");
-        packed_ = std::make_unique<PackedLinear>(kernels_.encoder, static_cast<const float*>(given.data), given.strides[0],
+        if (bfloat16 && inputs % 2 != 0)
+            arguments_.refuse("an even number of input features in bfloat16", "weight.shape=" + text_of(given.shape),
+                              "pass float32, or use torch.nn.functional.linear");
+        packed_ = std::make_unique<PackedLinear>(kernels_, bfloat16, ConstValues{given.data, given.strides[0]},
                                                  vector_of(arguments_, "bias", bias, outputs), static_cast<int>(inputs),
                                                  static_cast<int>(outputs));
     }
 
     void apply(Object x, Object out, const std::string& activation, int threads) const {
-        const Array rows = arguments_.array("x", x, std::vector<Dtype>{Dtype::float32}, 2, 1);
+        const Dtype dtype = layer().bfloat16 ? Dtype::bfloat16 : Dtype::float32;
+        const Array rows = arguments_.array("x", x, std::vector<Dtype>{dtype}, 2, 1);
         const Shape shape{rows.shape[0], layer().outputs};
         if (rows.shape[1] != layer().inputs)
             arguments_.refuse("x of shape (T, " + std::to_string(layer().inputs) + ")", "x.shape=" + text_of(rows.shape),
                               "pass rows of the layer's input features");
-        const Array result = arguments_.output("out", out, Dtype::float32, shape, "(T, O)", 1);
+        const Array result = arguments_.output("out", out, dtype, shape, "(T, O)", 1);
         const Activation act = checked_activation(arguments_, activation);
         const EncoderExecution how{&kernels_, thread_count(checked_threads(arguments_, threads))};
         const py::gil_scoped_release release;
-        apply_linear_layer(layer(), act, rows_of(rows), rows.shape[0], output_rows_of(result), how);
+        apply_linear_layer(layer(), act, {rows.data, rows.strides[0]}, rows.shape[0], {result.data, result.strides[0]}, how);
     }
 
     const LinearLayer& layer() const { return packed_->layer(); }
@@ -120,6 +127,8 @@ class Block {
                               text_of({layer.outputs, layer.inputs}), "pass the layers of one block");
         if (&linear.kernels() != &other.kernels())
             arguments_.refuse("layers packed for one instruction set", "several", "pack them for the same");
+        if (layer.bfloat16 != other.layer().bfloat16)
+            arguments_.refuse("layers of one dtype", "float32 and bfloat16", "pass weights of the same");
     }
 
     const float* kept(const char* name, Object value, int count, float fill) {

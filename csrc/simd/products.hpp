@@ -12,6 +12,7 @@ namespace maskattn {
 namespace {
 
 struct SinglePrecision {
+    using Value = float;             // an element of a word
     static constexpr int depth = 1;  // elements of the summed dimension in a word
 
     static MASKATTN_INLINE Floats multiply_add(Words left, Words right, Floats sum) {
@@ -21,6 +22,7 @@ struct SinglePrecision {
 
 #if defined(__AVX512BF16__)
 struct Bfloat16Pairs {
+    using Value = std::uint16_t;
     static constexpr int depth = 2;
 
     static MASKATTN_INLINE Floats multiply_add(Words left, Words right, Floats sum) {

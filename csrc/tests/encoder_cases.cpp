@@ -23,8 +23,8 @@ struct Layer {
           weight(random.floats(static_cast<std::size_t>(from * to), 1.0f / std::sqrt(static_cast<float>(from)))),
           bias(random.floats(static_cast<std::size_t>(to), 0.5f)) {}
 
-    maskattn::PackedLinear packed(const maskattn::EncoderKernels& kernels) const {
-        return {kernels, weight.data(), inputs, bias.data(), inputs, outputs};
+    maskattn::PackedLinear packed(const maskattn::Kernels& kernels) const {
+        return {kernels, false, {weight.data(), inputs}, bias.data(), inputs, outputs};
     }
 
     Matrix apply(const Matrix& x) const {
@@ -64,7 +64,7 @@ bool layers_are_right(const maskattn::Kernels& kernels, int threads) {
     for (const auto& [inputs, outputs, rows] : {std::array{1, 1, 1}, {5, 37, 99}, {600, 17, 50}, {64, 128, 0}}) {
         Random random(static_cast<std::uint64_t>(inputs));
         const Layer layer(random, inputs, outputs);
-        const maskattn::PackedLinear packed = layer.packed(kernels.encoder);
+        const maskattn::PackedLinear packed = layer.packed(kernels);
         const Vector x = random.floats(static_cast<std::size_t>(inputs * rows), 3.0f);
         for (const auto activation :
              {maskattn::Activation::none, maskattn::Activation::gelu, maskattn::Activation::gelu_tanh}) {
@@ -136,8 +136,8 @@ bool blocks_are_right(const maskattn::Kernels& kernels, int threads) {
     const Matrix features = activated(fc1.apply(normalised(expected, weight2, bias2, epsilon)), maskattn::Activation::gelu);
     add_scaled(expected, fc2.apply(features), scale2);
 
-    const maskattn::EncoderKernels& k = kernels.encoder;
-    const maskattn::PackedLinear packed[] = {qkv.packed(k), proj.packed(k), fc1.packed(k), fc2.packed(k)};
+    const maskattn::PackedLinear packed[] = {qkv.packed(kernels), proj.packed(kernels), fc1.packed(kernels),
+                                             fc2.packed(kernels)};
     const auto padded = [](const Vector& values) { return maskattn::padded_values(values.data(), width, 0.0f); };
     const Vector s1 = padded(scale1), s2 = padded(scale2);
     const maskattn::EncoderBlock block{width,

@@ -129,12 +129,15 @@ class Shards:
 
     def taking(self, sequences: Sequence[int]) -> Shards:
         """Return the shards of some of these sequences, in this order, which may repeat; without a message."""
-        return replace(self, lengths=tuple(tuple(each[b] for b in sequences) for each in self.lengths), plans=WeakKeyDictionary())
+        return self._with(tuple(tuple(each[b] for b in sequences) for each in self.lengths))
 
     def without_first(self, count: int) -> Shards:
         """Return the shards without the first ``count`` rows of each sequence, which process 0 holds."""
         first, *others = self.lengths
-        return replace(self, lengths=(tuple(n - count for n in first), *others), plans=WeakKeyDictionary())
+        return self._with((tuple(n - count for n in first), *others))
+
+    def _with(self, lengths: tuple[tuple[int, ...], ...]) -> Shards:
+        return replace(self, lengths=lengths, plans=WeakKeyDictionary())
 
     @cached_property
     def positions(self) -> Int[Tensor, "T"]:

@@ -36,6 +36,7 @@ from maskattn.transforms import is_transformed
 
 __all__ = [
     "GELUS",
+    "computed_in",
     "kept_or_packed",
     "linear",
     "linear_and_activation",
@@ -148,11 +149,11 @@ def kept_or_packed(
 
 
 def multiplies_natively(x: Tensor) -> torch.dtype | None:
-    """Return the dtype of weights and results if the C++ kernels multiply rows like ``x``, in float32; else None."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # in this order, for torch.compile
+    """Return the dtype of weights and results if the C++ kernels multiply rows like ``x``; else None."""
+    dtype = runs_here(x)
+    if dtype is None or not native_layers.are_faster_here(x.shape[-1], x.shape[-1], computed_in(dtype)):
         return None
-    dtype = runs_here(x) if native_layers.are_faster_here(x.shape[-1], x.shape[-1]) else None
-    return dtype if dtype is not None and _computed_in(dtype) == torch.float32 else None
+    return dtype
 
 
 def rounded_up(tokens: PackedTokens) -> PackedTokens:
@@ -193,7 +194,7 @@ def rounded_up(tokens: PackedTokens) -> PackedTokens:
 def rows_at_once(x: Tensor) -> int | None:
     """Return the number of rows up to which a product of rows like ``x`` is fastest; None if torch's way is taken."""
     dtype = runs_here(x)
-    return None if dtype is None else _BYTES_PER_FEATURE_AT_ONCE // _computed_in(dtype).itemsize
+    return None if dtype is None else _BYTES_PER_FEATURE_AT_ONCE // computed_in(dtype).itemsize
 
 
 def runs_here(x: Tensor) -> torch.dtype | None:
@@ -205,7 +206,7 @@ def runs_here(x: Tensor) -> torch.dtype | None:
     if is_transformed((x,)):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return dtype if torch.backends.mkldnn.enabled and _has_product(_computed_in(dtype)) else None
+    return dtype if torch.backends.mkldnn.enabled and _has_product(computed_in(dtype)) else None
 
 
 def _fused(
@@ -213,15 +214,17 @@ def _fused(
 ) -> Float[Tensor, "... D"]:
     """Compute :func:`product` with bias and activation in it; the result has the dtype that :func:`runs_here` gives."""
     weight, bias = _weight_and_bias(layer, outputs)
-    if _computed_in(dtype) == torch.float32 and native_layers.are_faster_here(*weight.shape):
+    computed = computed_in(dtype)
+    outs, ins = weight.shape
+    if native_layers.are_faster_here(ins, outs, computed) and native_layers.can_pack(ins, computed):
 
         def pack() -> Any:
-            return native_layers.pack_layer(weight.to(dtype), None if bias is None else bias.to(dtype))
+            return native_layers.pack_layer(weight.to(dtype), None if bias is None else bias.to(dtype), computed)
 
         key = ("native", dtype, outputs.start, outputs.stop)
         packed = kept_or_packed(layer, key, [weight], x.numel() // x.shape[-1], pack)
         if packed is not None:
-            return native_layers.apply_layer(packed, x, len(weight), gelu).to(dtype)
+            return native_layers.apply_layer(packed, x, len(weight), gelu, computed).to(dtype)
     weight, bias = _operands(layer, weight, bias, outputs, dtype)
     attribute, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, attribute, [], algorithm)
@@ -236,7 +239,7 @@ def _operands(
     if kept is not None and key in kept:
         operands: tuple[Tensor, Tensor | None] = kept[key]
         return operands
-    computed = _computed_in(dtype)
+    computed = computed_in(dtype)
     weight, bias = weight.to(dtype).to(computed), None if bias is None else bias.to(dtype).to(computed)
     if kept is not None and weight.nbytes <= _MOST_PACKED_BYTES:
         kept[key] = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_PACKED_FOR), bias
@@ -251,7 +254,7 @@ def _weight_and_bias(layer: nn.Module, outputs: slice) -> tuple[Tensor, Tensor |
 
 
 @cache
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
+def computed_in(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a product's operands; bfloat16 is computed in float32 where the processor cannot multiply it.
 
     torch and oneDNN emulate it there, which takes several times as long.

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from maskattn.attention.impl import cpu
 from maskattn.extension import argument_of, extension
-from maskattn.nn.inference_linear import GELUS, kept_or_packed, multiplies_natively
+from maskattn.nn.inference_linear import GELUS, computed_in, kept_or_packed, multiplies_natively
 from maskattn.nn.mlps import Mlp
-from maskattn.nn.native_layers import argument_or_none, float32_rows, pack_layer
+from maskattn.nn.native_layers import argument_or_none, can_pack, pack_layer, rows_in
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.plain_modules import has_plain_parameters
 from maskattn.shapes import Float
@@ -30,7 +30,7 @@ __all__ = ["apply_whole"]
 
 
 def apply_whole(block: Block, rows_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"] | None:
-    """Compute a block that is as it was built, (T, C) → (T, C), in float32.
+    """Compute a block that is as it was built, (T, C) → (T, C); norms, sums and residuals are float32.
 
     Args:
         block: the block.
@@ -38,20 +38,31 @@ def apply_whole(block: Block, rows_TC: Float[Tensor, "T C"], tokens: PackedToken
         tokens: the layout of the rows; its own rows are not read.
 
     Returns:
-        Its output in the dtype of the rows; None if the kernels do not compute it, or not here.
+        Its output in the dtype that its layers would give it; None if the kernels do not compute it, or not here.
     """
     dtype = multiplies_natively(rows_TC)
     if dtype is None or not _takes(block, tokens):
         return None
-    weights = [layer.weight for layer in _layers(block)]
+    layers = _layers(block)
+    if not all(can_pack(layer.in_features, computed_in(dtype)) for layer in layers):
+        return None
+    weights = [layer.weight for layer in layers]
     packed = kept_or_packed(block, dtype, weights, len(rows_TC), lambda: _pack(block, dtype))
     if packed is None:
         return None
-    x = float32_rows(rows_TC)
+    x = rows_in(torch.float32, rows_TC)
     out = torch.empty_like(x)
     starts = tokens.packing.cu_seqlens.contiguous()
     packed.apply(argument_of(x), argument_of(starts), argument_of(out), threads=torch.get_num_threads())
-    return out.to(rows_TC.dtype)
+    return out.to(_dtype_of_sum(block, rows_TC.dtype))
+
+
+def _dtype_of_sum(block: Block, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of rows to which the block's updates are added, as LayerScale may have another than the rows."""
+    for scale in (block.ls1, block.ls2):
+        for gamma in scale.parameters():
+            dtype = torch.promote_types(dtype, gamma.dtype)
+    return dtype
 
 
 def _layers(block: Block) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
@@ -77,7 +88,8 @@ def _pack(block: Block, dtype: torch.dtype) -> Any:
     """Pack the weights of a block, rounded to ``dtype``."""
 
     def packed(layer: nn.Linear) -> Any:
-        return pack_layer(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return pack_layer(layer.weight.to(dtype), bias, computed_in(dtype))
 
     qkv, proj, fc1, fc2 = map(packed, _layers(block))
     norm1, norm2 = block.norm1, block.norm2

@@ -1,6 +1,7 @@
 """Linear layers in inference by the C++ kernels, which apply bias and GELU while a product is still in registers.
 
-They multiply float32 by weights that were packed before. A row's result does not depend on the rows beside it.
+They multiply by weights that were packed before, float32 or bfloat16, and add up in float32. A row's result does not
+depend on the rows beside it.
 
 Dimension key: T rows, C input and D output features of a layer.
 """
@@ -16,23 +17,28 @@ from torch import Tensor
 from maskattn.extension import argument_of, extension, has_extension
 from maskattn.shapes import Float
 
-__all__ = ["apply_layer", "are_faster_here", "argument_or_none", "float32_rows", "pack_layer"]
+__all__ = ["apply_layer", "are_faster_here", "argument_or_none", "can_pack", "pack_layer", "rows_in"]
 
-_NARROW = 128  # features
+# The smaller of a layer's numbers of features, up to which it is faster here although the processor has AVX-512.
+_NARROW = {torch.float32: 128, torch.bfloat16: 512}
 
 
-def are_faster_here(inputs: int, outputs: int) -> bool:
+def are_faster_here(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> bool:
     """Return whether these kernels are faster on this processor than the libraries that torch comes with.
 
-    They are where AVX2 is the best instruction set. With AVX-512 oneDNN's layers are as fast (bench/results/LOG.md). It
-    compiles them for each number of rows, which takes as long as multiplying a thousand rows by a narrow layer.
+    They are where AVX2 is the best instruction set. With AVX-512 oneDNN's are as fast if they are wide, but compiled for
+    each number of rows, which takes as long as multiplying a thousand rows by a narrow layer (bench/results/LOG.md).
 
     Args:
         inputs: the number of a layer's input features.
         outputs: the number of its output features.
+        dtype: the dtype of the operands of its product.
     """
     best = _instruction_set()
-    return best == "avx2" or (best.startswith("avx512") and min(inputs, outputs) <= _NARROW)
+    narrow = min(inputs, outputs) <= _NARROW[dtype]
+    if dtype == torch.bfloat16:
+        return best == "avx512_bf16" and narrow
+    return best == "avx2" or (best.startswith("avx512") and narrow)
 
 
 @cache
@@ -40,32 +46,40 @@ def _instruction_set() -> str:
     return str(extension().instruction_sets()[0]) if has_extension() else ""
 
 
-def pack_layer(weight: Float[Tensor, "D C"], bias: Float[Tensor, "D"] | None) -> Any:
-    """Pack a linear layer's weights."""
-    return extension().LinearLayer(argument_or_none(weight), argument_or_none(bias))
+def can_pack(inputs: int, dtype: torch.dtype) -> bool:
+    """Return whether weights of this number of input features can be packed for products of a dtype."""
+    return dtype != torch.bfloat16 or inputs % 2 == 0
 
 
-def apply_layer(layer: Any, x: Float[Tensor, "... C"], features: int, gelu: str | None) -> Float[Tensor, "... D"]:
-    """Compute a packed layer, (..., C) → (..., D), in float32.
+def pack_layer(weight: Float[Tensor, "D C"], bias: Float[Tensor, "D"] | None, dtype: torch.dtype) -> Any:
+    """Pack a linear layer's weights for products of float32 or bfloat16."""
+    return extension().LinearLayer(argument_of(rows_in(dtype, weight.detach())), argument_or_none(bias))
+
+
+def apply_layer(
+    layer: Any, x: Float[Tensor, "... C"], features: int, gelu: str | None, dtype: torch.dtype
+) -> Float[Tensor, "... D"]:
+    """Compute a packed layer, (..., C) → (..., D); the result has the dtype of its product's operands.
 
     Args:
         layer: what :func:`pack_layer` returned.
         x: its input, of any floating dtype.
         features: D.
         gelu: GELU's ``approximate`` ("none" or "tanh") if the outputs go through it; None for no activation.
+        dtype: the dtype that it was packed for.
     """
-    rows_TC = float32_rows(x.reshape(-1, x.shape[-1]))
+    rows_TC = rows_in(dtype, x.reshape(-1, x.shape[-1]))
     out_TD = rows_TC.new_empty((len(rows_TC), features))
     activation = {None: "none", "none": "gelu", "tanh": "gelu_tanh"}[gelu]
     layer.apply(argument_of(rows_TC), argument_of(out_TD), activation=activation, threads=torch.get_num_threads())
     return out_TD.view(*x.shape[:-1], features)
 
 
-def float32_rows(x: Tensor) -> Tensor:
+def rows_in(dtype: torch.dtype, x: Tensor) -> Tensor:
     """Return a tensor as the kernels read it."""
-    return x.to(torch.float32).contiguous()
+    return x.to(dtype).contiguous()
 
 
 def argument_or_none(x: Tensor | None) -> Any:
-    """Return a parameter's values as an array."""
-    return None if x is None else argument_of(float32_rows(x.detach()))
+    """Return a parameter's values as an array of float32."""
+    return None if x is None else argument_of(rows_in(torch.float32, x.detach()))

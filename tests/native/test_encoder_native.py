@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskattn import _native
+from maskattn.extension import argument_of
 from maskattn.nn.blocks import Block, BlockOptions
 from maskattn.nn.packed_tokens import PackedTokens
 from maskattn.nn.self_attention import AttentionOptions
@@ -22,9 +23,10 @@ SETS = _native.instruction_sets()
 ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
-def packed(layer: nn.Linear, instruction_set: str = "") -> _native.LinearLayer:
+def packed(layer: nn.Linear, instruction_set: str = "", dtype: torch.dtype = torch.float32) -> _native.LinearLayer:
     bias = None if layer.bias is None else layer.bias.detach().numpy()
-    return _native.LinearLayer(layer.weight.detach().numpy(), bias, instruction_set=instruction_set)
+    weight: Any = argument_of(layer.weight.detach().to(dtype))
+    return _native.LinearLayer(weight, bias, instruction_set=instruction_set)
 
 
 def applied(
@@ -49,6 +51,33 @@ def test_a_layer_meets_the_error_budget(instruction_set: str, activation: str, i
     assert_within_budget(got, exact, same)
     for rows in (1, 6, 47, 48):
         assert torch.equal(applied(layer, x[:rows], activation, instruction_set), got[:rows])
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 1), (6, 5), (96, 288), (100, 72), (514, 16), (1600, 65)])
+def test_a_layer_in_bfloat16_meets_the_error_budget(
+    instruction_set: str, activation: str, inputs: int, outputs: int
+) -> None:
+    torch.manual_seed(inputs)
+    layer, x = nn.Linear(inputs, outputs, bias=outputs != 72), (2 * torch.randn(101, inputs)).bfloat16()
+    act = ACTIVATIONS[activation]
+    with torch.no_grad():
+        bias = None if layer.bias is None else layer.bias.double()
+        exact = act(F.linear(x.double(), layer.weight.bfloat16().double(), bias))
+        same = act(F.linear(x, layer.weight.bfloat16(), None if bias is None else bias.bfloat16()))
+
+    def applied_to(rows: Tensor, threads: int = 1) -> Tensor:
+        out = rows.new_full((len(rows), outputs), torch.nan)
+        given: Any = argument_of(rows), argument_of(out)
+        packed(layer, instruction_set, torch.bfloat16).apply(*given, activation=activation, threads=threads)
+        return out
+
+    got = applied_to(x)
+    assert_within_budget(got, exact, same)
+    for rows in (1, 6, 47, 48):
+        assert torch.equal(applied_to(x[:rows]), got[:rows])
+    assert torch.equal(applied_to(x, threads=5), got)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -92,9 +121,9 @@ def small_block(width: int, heads: int, act: str = "gelu", bias: bool = True, in
     return block
 
 
-def packed_block(block: Block, instruction_set: str = "") -> _native.EncoderBlock:
+def packed_block(block: Block, instruction_set: str = "", dtype: torch.dtype = torch.float32) -> _native.EncoderBlock:
     def layer(linear: Any) -> _native.LinearLayer:
-        return packed(linear, instruction_set)
+        return packed(linear, instruction_set, dtype)
 
     def values(x: Any) -> Any:
         return None if x is None else x.detach().numpy()
@@ -145,9 +174,32 @@ def test_a_block_meets_the_error_budget(instruction_set: str, width: int, heads:
     assert np.array_equal(in_place, out)
 
 
-def test_a_sequence_does_not_depend_on_those_beside_it() -> None:
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize(
+    ("width", "heads", "options"),
+    [(96, 3, {}), (72, 3, {"act": "gelu_tanh", "init": 0.1}), (128, 2, {"bias": False}), (16, 1, {"init": 1.0})],
+)
+def test_a_block_in_bfloat16_is_as_close_as_torchs_own(
+    instruction_set: str, width: int, heads: int, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(width)
+    block, starts = small_block(width, heads, **options), cu_seqlens([65, 1, 0, 130, 7])
+    with torch.no_grad():
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            layer.weight.copy_(layer.weight.bfloat16())
+    x = torch.randn(int(starts[-1]), width)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = in_torch(block, x, starts)
+    exact = in_torch(block.double(), x.double(), starts)
+    out = np.full(x.shape, np.nan, np.float32)
+    packed_block(block.float(), instruction_set, torch.bfloat16).apply(x.numpy(), starts.numpy(), out, threads=2)
+    assert (torch.from_numpy(out) - exact).norm() <= (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_does_not_depend_on_those_beside_it(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    block, lengths = packed_block(small_block(64, 2)), [300, 5, 77]
+    block, lengths = packed_block(small_block(64, 2), dtype=dtype), [300, 5, 77]
     x, starts = torch.randn(sum(lengths), 64).numpy(), cu_seqlens(lengths).numpy()
     together = np.empty_like(x)
     block.apply(x, starts, together)
@@ -191,8 +243,10 @@ def test_wrong_arguments_of_a_layer_are_refused(changed: dict[str, Any], message
 def test_wrong_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weight with 2 axes, got weight.shape=\(4,\)"):
         _native.LinearLayer(np.zeros(4, np.float32))
-    with pytest.raises(TypeError, match=r"weight of dtype float32, got weight.dtype=float64"):
+    with pytest.raises(TypeError, match=r"weight of dtype float32 or uint16 \(bfloat16\), got weight.dtype=float64"):
         _native.LinearLayer(np.zeros((4, 4)))
+    with pytest.raises(ValueError, match=r"an even number of input features in bfloat16, got weight.shape=\(4, 3\)"):
+        _native.LinearLayer(np.zeros((4, 3), np.uint16))
     with pytest.raises(ValueError, match=r"1 to 65536 input and output features, got weight.shape=\(0, 4\)"):
         _native.LinearLayer(np.zeros((0, 4), np.float32))
     with pytest.raises(ValueError, match="an instruction set of this machine, got instruction_set='avx9'"):
@@ -227,6 +281,17 @@ def test_wrong_blocks_are_refused(changed: dict[str, Any], message: str) -> None
 def test_layers_packed_for_several_instruction_sets_make_no_block() -> None:
     with pytest.raises(ValueError, match="layers packed for one instruction set, got several; pack them for the same"):
         block_of(qkv=a_layer(96, 32, SETS[1]))
+
+
+def test_layers_of_several_dtypes_make_no_block() -> None:
+    with pytest.raises(ValueError, match="layers of one dtype, got float32 and bfloat16; pass weights of the same"):
+        block_of(fc1=_native.LinearLayer(np.zeros((40, 32), np.uint16)))
+
+
+def test_rows_of_another_dtype_than_the_weights_are_refused() -> None:
+    layer = _native.LinearLayer(np.zeros((4, 8), np.uint16))
+    with pytest.raises(TypeError, match=r"x of dtype uint16 \(bfloat16\), got x.dtype=float32"):
+        layer.apply(np.zeros((3, 8), np.float32), np.zeros((3, 4), np.uint16))
 
 
 def test_wrong_calls_of_a_block_are_refused() -> None:

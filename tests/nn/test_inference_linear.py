@@ -124,7 +124,7 @@ def test_under_autocast_bfloat16_products_are_as_close_as_torchs_own(
     emulated: bool, natively: bool, calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if emulated:  # as on a processor without bfloat16 products
-        monkeypatch.setattr(inference_linear, "_computed_in", lambda dtype: torch.float32)
+        monkeypatch.setattr(inference_linear, "computed_in", lambda dtype: torch.float32)
     vit, (x, keep) = small_vit(), images_and_mask()
     with torch.no_grad():
         expected = vit(x, keep)

@@ -163,8 +163,43 @@ def test_large_weights_are_packed_for_each_call(taken: list[Block], monkeypatch:
         assert not inference_linear._packed[vit.blocks[0]]
 
 
+@pytest.mark.skipif(
+    inference_linear.computed_in(torch.bfloat16) != torch.bfloat16, reason="this processor does not multiply bfloat16"
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reg_tokens": 3, "init_values": 0.1, "act_layer": "gelu_tanh"}, {"class_token": False, "qkv_bias": False}],
+)
+def test_under_autocast_a_vit_of_whole_blocks_is_as_close_as_torchs_own(
+    options: dict[str, object], taken: list[Block]
+) -> None:
+    vit, (x, keep) = small_vit(**options), images_and_mask()
+    keep[0, 0, 0] = True
+    with torch.no_grad():
+        exact = vit.double()(x.double(), keep)
+        vit.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = vit(x, keep)
+    assert not taken
+    with torch.inference_mode(), packed_weights(vit), torch.autocast("cpu", torch.bfloat16):
+        got = vit(x, keep)
+    assert len(taken) == DEPTH
+    assert got.dtype == theirs.dtype
+    assert (got - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
+def test_an_odd_number_of_hidden_features_is_computed_layer_by_layer_in_bfloat16(taken: list[Block]) -> None:
+    vit, (x, keep) = small_vit(mlp_ratio=63 / 64), images_and_mask()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = vit(x, keep)
+    odd = inference_linear.computed_in(torch.bfloat16) == torch.bfloat16
+    with torch.inference_mode(), packed_weights(vit), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(vit(x, keep), expected, rtol=0.05, atol=0.05)
+    assert len(taken) == (0 if odd else DEPTH)
+
+
 def test_rows_in_bfloat16_stay_bfloat16(taken: list[Block], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_linear, "_computed_in", lambda dtype: torch.float32)
+    monkeypatch.setattr(inference_linear, "computed_in", lambda dtype: torch.float32)
     vit, (x, keep) = small_vit().bfloat16(), images_and_mask()
     with torch.inference_mode(), packed_weights(vit):
         tokens = vit.run_blocks(vit.embed(x.bfloat16(), keep))
