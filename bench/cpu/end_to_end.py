@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,18 @@ RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("encoders", "real", "composed", "small")
 SECTION_PX = 1024
 _MAGNIFICATION = {"real": "20", "small": "20", "composed": "5"}
+_PICTURES = 4  # that `maskattn infer` draws: the bundled model's classes and attention
+_PROCESSES = 2
 _COMMAND = "import bench.torchvision_on_demand, runpy; runpy.run_module('maskattn', run_name='__main__')"
+
+
+@dataclass(frozen=True)
+class _Command:
+    """One of this package's commands: its words, its output folder, and how many processes share its slides."""
+
+    called: list[str]
+    out: Path
+    processes: int = 1
 
 
 def main() -> None:
@@ -180,28 +192,34 @@ def commands(part: str, title: str, dtype: str, arguments: argparse.Namespace, f
     ours = _own_commands(part, title, dtype, slides, weights, folder)
     tiles = folder / "tiles.npz"
     for name in ours:  # untimed: fills the caches, and gives the positions of the tiles
-        _run(ours[name][0])
-        number = _write_tiles(ours[name][1], slides, tiles)
+        _run(ours[name].called)
+        number = _write_tiles(ours[name].out, slides, tiles)
     loop = [sys.executable, "-m", "bench.cpu.plain_loop", str(tiles), str(folder / "loop"), "--network", title]
     loop += ["--threads", str(arguments.threads), "--dtype"]
     called = {LOOP: [*loop, dtype], f"{LOOP}, compiled": [*loop, dtype, "--compiled"]}
+    if title == "bundled":
+        called[f"{LOOP}, {_PICTURES} maps"] = [*loop, dtype, "--pictures", str(_PICTURES)]
     if dtype != "float32":
         called[FLOAT32_LOOP] = [*loop, "float32"]
-    called |= {name: command for name, (command, _) in ours.items()}
+    called |= {name: command.called for name, command in ours.items()}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in called}
     for turn in range(arguments.rounds):
         for name in list(called)[:: -1 if turn % 2 else 1]:
             runs[name].append(_run(called[name]))
-            stages = json.loads(runs[name][-1].pop("printed")) if name not in ours else _stages(ours[name][1])
+            stages = json.loads(runs[name][-1].pop("printed")) if name not in ours else _stages(ours[name].out)
             runs[name][-1]["stages"] = stages
     walls = {name: [run["wall_s"] for run in of_name] for name, of_name in runs.items()}
-    worked = {name: [sum(run["stages"].values()) for run in of_name] for name, of_name in runs.items()}
+    side_by_side = {name: ours[name].processes if name in ours else 1 for name in runs}
+    worked = {
+        name: [sum(run["stages"].values()) / side_by_side[name] for run in of_name] for name, of_name in runs.items()
+    }
     return [
         {
             "what": name,
             "slides": len(slides),
             "tiles": number,
-            "kept": _share_kept(ours[name][1]) if name in ours else 1.0,
+            "kept": _share_kept(ours[name].out) if name in ours else 1.0,
+            "processes": side_by_side[name],
             "wall_s": statistics.median(walls[name]),
             "processor_s": statistics.median(run["processor_s"] for run in of_name),
             "of_loop": median_ratio(walls[LOOP], walls[name]),
@@ -219,18 +237,25 @@ def commands(part: str, title: str, dtype: str, arguments: argparse.Namespace, f
 
 def _own_commands(
     part: str, title: str, dtype: str, slides: Sequence[Path], weights: Path, folder: Path
-) -> dict[str, tuple[list[str], Path]]:
-    """Return this package's commands by name, each with its output folder."""
+) -> dict[str, _Command]:
+    """Return this package's commands by name; of many slides, also in as many processes as there are threads."""
     start = [sys.executable, "-c", _COMMAND]
-    if title == "bundled":
-        out = folder / "infer"
-        return {"maskattn infer": ([*start, "infer", *map(str, slides), "--out", str(out), "--overwrite"], out)}
     called = {}
+
+    def add(name: str, words: Sequence[str]) -> None:
+        out = folder / name.replace(", ", "_")
+        command = [*start, *words[:1], *map(str, slides), *words[1:], "--out", str(out), "--overwrite"]
+        called[f"maskattn {name}"] = _Command(command, out)
+        if part == "small":
+            devices = ["--devices", f"cpu:{_PROCESSES}"]
+            called[f"maskattn {name}, {' '.join(devices)}"] = _Command([*command, *devices], out, _PROCESSES)
+
+    if title == "bundled":
+        add("infer", ["infer"])
+        return called
     for mask in ("none", "tissue"):
-        out = folder / f"extract_{mask}"
         options = ["--encoder", f"timm:{NETWORKS[title]}", "--weights", str(weights), "--mag", _MAGNIFICATION[part]]
-        options += ["--out", str(out), "--overwrite", "--token-mask", mask, "--dtype", dtype]
-        called[f"maskattn extract, {mask}"] = ([*start, "extract", *map(str, slides), *options], out)
+        add(f"extract, {mask}", ["extract", *options, "--token-mask", mask, "--dtype", dtype])
     return called
 
 

@@ -29,7 +29,9 @@ _INTRODUCTION = """\
 The plain loop is `bench/cpu/plain_loop.py`: timm, OpenSlide and a DataLoader with one worker, as TRIDENT has it, which
 encodes all tokens of the same tiles and is given their positions. OpenVINO and ONNX Runtime take part in the encoder
 alone. f is the share of the tiles' tokens that take part: 1 with `--token-mask none`, what the tissue fills with
-`--token-mask tissue`."""
+`--token-mask tissue`. `maskattn infer` also finds tissue, runs the slide model, explains it and draws four maps of each
+slide; "4 maps" is the loop that draws as many, as TRIDENT draws them. Of several processes (`--devices`) the stages add
+up to more than the wall time."""
 
 _WHOLE = """\
 Start-up is what no stage accounts for: imports, the model, the end of the process. It is paid once in a run, so the
@@ -134,9 +136,10 @@ def _stages(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     for (network, dtype), value in found.items():
         for row in value["rows"]:
             worked = sum(row["stages"].values())
+            began = row["wall_s"] - worked / row.get("processes", 1)
             cells = [f"{row['stages'][stage]:.2f}" if stage in row["stages"] else "" for stage in stages]
             lines.append(
-                f"| {network} | {dtype} | {row['what']} | {row['wall_s'] - worked:.2f} | {' | '.join(cells)} | "
+                f"| {network} | {dtype} | {row['what']} | {began:.2f} | {' | '.join(cells)} | "
                 f"{worked / row['slides']:.2f} |"
             )
     return lines
