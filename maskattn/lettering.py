@@ -85,11 +85,11 @@ def wrapped(text: str, width_px: float, size_pt: float, dpi: float = 100.0) -> l
         size_pt: font size in points.
         dpi: pixels per inch.
     """
-    lines, line = [], ""
+    lines, line, line_px = [], "", 0.0
     for word in legible(text).split(" "):
-        longer = f"{line} {word}" if line else word
-        if _width_px(longer, size_pt, dpi) <= width_px:
-            line = longer
+        longer_px = line_px + (_width_px(" ", size_pt, dpi) if line else 0.0) + _width_px(word, size_pt, dpi)
+        if longer_px <= width_px:
+            line, line_px = f"{line} {word}" if line else word, longer_px
             continue
         if line:
             lines.append(line)
@@ -97,13 +97,14 @@ def wrapped(text: str, width_px: float, size_pt: float, dpi: float = 100.0) -> l
             fits = _signs_that_fit(word, width_px, size_pt, dpi)
             lines.append(word[:fits])
             word = word[fits:]
-        line = word
+        line, line_px = word, _width_px(word, size_pt, dpi)
     lines.append(line)
     if len(lines) > _MOST_LINES:
         last = lines[_MOST_LINES - 1]
         kept = _signs_that_fit(last, width_px - _width_px("…", size_pt, dpi), size_pt, dpi)
         lines = [*lines[: _MOST_LINES - 1], f"{last[:kept].rstrip()}…"]
-    return [_FROM_LEFT + line if any(map(_is_from_right, line)) else line for line in lines]
+    plain = _PLAIN.issuperset(text)
+    return [line if plain or not any(map(_is_from_right, line)) else _FROM_LEFT + line for line in lines]
 
 
 @functools.lru_cache(maxsize=256)  # the pictures of a run share most of their ticks and labels
@@ -187,6 +188,8 @@ def _own_font(size_px: float) -> FreeTypeFont:
 
 def _cleaned(text: str) -> str:
     """Compose a text and remove control, direction, surrogate, private-use and unassigned characters."""
+    if _PLAIN.issuperset(text):
+        return text.strip()
     spaced = "".join(" " if sign.isspace() else sign for sign in unicodedata.normalize("NFC", text))
     kept = (sign for sign in spaced if sign in "\u200c\u200d" or unicodedata.category(sign) not in _FORMLESS)
     return " ".join("".join(sign for sign in kept if not "\ufe00" <= sign <= "\ufe0f").split(" ")).strip()
@@ -325,6 +328,7 @@ def _advance_px(sign: str, size_pt: float, dpi: float) -> float:
     return _fonts().advance_px(sign, size_pt, dpi)
 
 
+@functools.lru_cache(maxsize=1024)  # the pictures of a run share most of their words
 def _width_px(text: str, size_pt: float, dpi: float) -> float:
     return sum(_advance_px(sign, size_pt, dpi) for sign in text)
 
