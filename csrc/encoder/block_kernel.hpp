@@ -98,8 +98,12 @@ void after_attention(const EncoderBlock& block, ConstValues attended, ConstRows 
 
 template <class Arithmetic, class Element>
 constexpr EncoderKernels encoder_kernels = {
-    &panel_words<Arithmetic>,         &pack_weight<Arithmetic, Element>,      &linear_scratch_words<Arithmetic>,
-    &apply_linear<Arithmetic, Element>, &block_scratch_words<Arithmetic>,       &before_attention<Arithmetic, Element>,
+    &panel_words<Arithmetic>,
+    &pack_weight<Arithmetic, Element>,
+    &linear_scratch_words<Arithmetic>,
+    &apply_linear<Arithmetic, Element>,
+    &block_scratch_words<Arithmetic>,
+    &before_attention<Arithmetic, Element>,
     &after_attention<Arithmetic, Element>,
 };
 

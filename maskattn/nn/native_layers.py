@@ -38,8 +38,17 @@ def are_faster_here(inputs: int, outputs: int, dtype: torch.dtype = torch.float3
     best = _instruction_set()
     narrow = min(inputs, outputs) <= _NARROW[dtype]
     if dtype == torch.bfloat16:
-        return best == "avx512_bf16" and narrow
+        return best == "avx512_bf16" and narrow and not _has_matrix_units()
     return best == "avx2" or (best.startswith("avx512") and narrow)
+
+
+@cache
+def _has_matrix_units() -> bool:
+    """Return whether the processor multiplies bfloat16 in tiles (AMX), which oneDNN uses and these kernels do not."""
+    try:
+        return bool(torch.cpu._is_amx_tile_supported())
+    except (AttributeError, RuntimeError):  # it is torch's own function, and may change
+        return False
 
 
 @cache

@@ -188,6 +188,15 @@ def test_under_autocast_a_vit_of_whole_blocks_is_as_close_as_torchs_own(
     assert (got - exact).norm() <= 1.2 * (theirs - exact).norm()
 
 
+def test_a_processor_with_matrix_units_leaves_bfloat16_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_layers, "_instruction_set", lambda: "avx512_bf16")
+    for has_units in (False, True):
+        monkeypatch.setattr(native_layers, "_has_matrix_units", lambda has_units=has_units: has_units)
+        assert native_layers.are_faster_here(96, 96, torch.bfloat16) == (not has_units)
+        assert native_layers.are_faster_here(96, 96)
+        assert not native_layers.are_faster_here(768, 768, torch.bfloat16)
+
+
 def test_an_odd_number_of_hidden_features_is_computed_layer_by_layer_in_bfloat16(taken: list[Block]) -> None:
     vit, (x, keep) = small_vit(mlp_ratio=63 / 64), images_and_mask()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
