@@ -130,10 +130,10 @@ def test_head_widths_and_dtypes(head_width, dtype, classes, device):
     check(make_readout([65, 3], 2, heads=1, head_width=head_width, dtype=dtype), device, classes)
 
 
-@pytest.mark.parametrize("block_n", [16, 128])
-def test_any_tile_size(block_n, device, monkeypatch):
+@pytest.mark.parametrize(("block_n", "block_c"), [(8, 1), (16, 32), (128, 32)])
+def test_any_tile_size(block_n, block_c, device, monkeypatch):
     monkeypatch.setattr(call, "choose", lambda *_: ReadoutConfig(block_n, 4, 1, 4))
-    monkeypatch.setattr(relevance, "class_tile", lambda *_: 32)
+    monkeypatch.setattr(relevance, "class_tile", lambda *_: block_c)
     check(make_readout([70, 3], heads=1, head_width=16, bias="shared"), device, 40)
 
 

@@ -39,7 +39,7 @@ sm100   half       key_gradient    64x128/8/2  64x128/8/2+d  64x128/8/2+d      6
 sm100   single     forward         64x32/4/1   64x32/4/1     64x32/8/1+s       32x16/8/1+s       32x16/8/1+s
 sm100   single     query_gradient  64x32/8/1   64x32/8/1     64x32/8/1+s       32x32/8/1+s       32x32/16/1+s
 sm100   single     key_gradient    32x64/8/1   32x64/8/1     16x32/4/1+s       16x32/4/1+s       16x16/8/1+s
-gfx942  half       forward         128x64/4/1  128x64/4/1    128x64/4/1        128x64/4/1        64x32/4/1+s
+gfx942  half       forward         128x64/4/1  128x64/4/1    128x64/4/2        128x64/4/1        64x32/4/1+s
 gfx942  half       query_gradient  128x64/4/1  128x64/4/1    128x64/4/1        64x64/4/1+s       64x32/4/1+s
 gfx942  half       key_gradient    64x128/4/1  64x128/4/1    32x128/4/1        32x64/4/1+s       16x64/8/1
 gfx942  single     forward         64x32/4/1   64x32/4/1     64x32/4/1+s       64x32/4/1+s       64x16/4/1+s
@@ -47,7 +47,7 @@ gfx942  single     query_gradient  64x32/4/1   64x32/4/1     64x32/4/1+s       3
 gfx942  single     key_gradient    32x64/4/1   32x64/4/1     32x64/4/1+s       16x32/4/1+s       16x16/4/1+s
 """)
 
-# By head width, where the configuration of its padded width spills.
+# By head width, where the configuration of its padded width spills, or leaves room for fewer programs on a chip of AMD's.
 EXCEPTIONS = read_exceptions("""
 target  precision  pass            head_widths  tile
 sm80    half       query_gradient  152,168-192  64x16/8/2+s
@@ -68,6 +68,7 @@ sm90    single     forward         88           32x16/8/1
 sm100   half       query_gradient  136          128x32/8/1+s+r
 sm100   single     key_gradient    88,96        16x32/8/1+s
 sm100   single     key_gradient    160,192      16x16/8/1+s+r
+gfx90a  half       forward         40-64        128x64/4/1
 """)
 
 # Few and large tiles: the interpreter pays for every operation, not for its size.

@@ -37,9 +37,9 @@ sm100   half       key_gradient    32x128/8/2+d    32x128/8/2+s+d  16x64/8/1+s+d
 sm100   single     forward         64x16/8/1+s     32x16/8/1+s     32x16/8/1+s
 sm100   single     query_gradient  64x32/8/1+s     32x16/8/1+s     32x16/16/1+s
 sm100   single     key_gradient    16x32/8/1+s     16x32/8/1+s     16x16/8/1+s
-gfx942  half       forward         128x32/8/1      128x16/8/1      64x16/8/1+s
-gfx942  half       query_gradient  128x16/8/1      64x16/8/1+s     64x16/8/1+s
-gfx942  half       key_gradient    16x128/8/1      16x64/8/1+s     16x32/8/1
+gfx942  half       forward         128x32/8/2      128x16/8/1      64x16/8/2+s
+gfx942  half       query_gradient  128x16/8/1      64x16/8/2+s     64x16/8/1+s
+gfx942  half       key_gradient    16x128/8/1      16x64/8/2+s     16x32/8/2
 gfx942  single     forward         64x32/8/1+s     64x16/8/1+s     32x16/8/1+s
 gfx942  single     query_gradient  64x16/8/1+s     32x16/8/1+s     16x16/4/1+s
 gfx942  single     key_gradient    16x64/8/1+s     16x32/8/1+s     16x16/4/1+s
