@@ -47,7 +47,7 @@ gfx942  single     query_gradient  64x32/4/1   64x32/4/1     64x32/4/1+s       3
 gfx942  single     key_gradient    32x64/4/1   32x64/4/1     32x64/4/1+s       16x32/4/1+s       16x16/4/1+s
 """)
 
-# By head width, where the configuration of its padded width spills, or leaves room for fewer programs on a chip of AMD's.
+# By head width, where the configuration of its padded width spills, or on a chip of AMD's costs a resident program.
 EXCEPTIONS = read_exceptions("""
 target  precision  pass            head_widths  tile
 sm80    half       query_gradient  152,168-192  64x16/8/2+s
