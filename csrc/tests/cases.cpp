@@ -9,12 +9,6 @@
 namespace maskattn_tests {
 namespace {
 
-std::uint16_t to_bfloat16(float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
 double dot(const std::vector<double>& a, const std::vector<double>& b) {
     double total = 0.0;
     for (std::size_t d = 0; d < a.size(); ++d) total += a[d] * b[d];
@@ -26,6 +20,12 @@ void add_times(std::vector<double>& to, double factor, const std::vector<double>
 }
 
 }  // namespace
+
+std::uint16_t to_bfloat16(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
 
 float to_float(std::uint16_t bfloat16) {
     const std::uint32_t bits = static_cast<std::uint32_t>(bfloat16) << 16;

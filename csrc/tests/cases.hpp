@@ -32,6 +32,7 @@ class Random {
 };
 
 Tensor unwritten(std::size_t count);
+std::uint16_t to_bfloat16(float x);
 float to_float(std::uint16_t bfloat16);
 
 // The results of the plain loop for one sequence and head, as rows of D.

@@ -1,6 +1,7 @@
-// Linear layers and blocks against plain loops.
+// Linear layers and blocks against plain loops, in float32 and bfloat16.
 #include <array>
 #include <cmath>
+#include <utility>
 
 #include "dispatch/instruction_sets.hpp"
 #include "encoder/driver.hpp"
@@ -12,19 +13,35 @@ namespace {
 using Matrix = std::vector<std::vector<double>>;
 using Vector = std::vector<float>;
 
-constexpr double tolerance = 1e-5;
+double tolerance(bool half) { return half ? 2e-2 : 1e-5; }
+
+// Values in the dtype of a layer; `floats` are the same, rounded to it.
+struct Values {
+    bool half;
+    Vector floats;
+    std::vector<std::uint16_t> bfloat16;
+
+    Values(bool is_half, Vector values) : half(is_half), floats(std::move(values)) {
+        for (float& value : floats) {
+            bfloat16.push_back(to_bfloat16(value));
+            if (half) value = to_float(bfloat16.back());
+        }
+    }
+    const void* data() const { return half ? static_cast<const void*>(bfloat16.data()) : floats.data(); }
+};
 
 struct Layer {
     int inputs, outputs;
-    Vector weight, bias;
+    Values weight;
+    Vector bias;
 
-    Layer(Random& random, int from, int to)
+    Layer(Random& random, bool half, int from, int to)
         : inputs(from), outputs(to),
-          weight(random.floats(static_cast<std::size_t>(from * to), 1.0f / std::sqrt(static_cast<float>(from)))),
+          weight(half, random.floats(static_cast<std::size_t>(from * to), 1.0f / std::sqrt(static_cast<float>(from)))),
           bias(random.floats(static_cast<std::size_t>(to), 0.5f)) {}
 
     maskattn::PackedLinear packed(const maskattn::Kernels& kernels) const {
-        return {kernels, false, {weight.data(), inputs}, bias.data(), inputs, outputs};
+        return {kernels, weight.half, {weight.data(), inputs}, bias.data(), inputs, outputs};
     }
 
     Matrix apply(const Matrix& x) const {
@@ -34,7 +51,8 @@ struct Layer {
             for (int o = 0; o < outputs; ++o) {
                 double total = static_cast<double>(bias[static_cast<std::size_t>(o)]);
                 for (int i = 0; i < inputs; ++i)
-                    total += row[static_cast<std::size_t>(i)] * static_cast<double>(weight[static_cast<std::size_t>(o * inputs + i)]);
+                    total += row[static_cast<std::size_t>(i)] *
+                             static_cast<double>(weight.floats[static_cast<std::size_t>(o * inputs + i)]);
                 y.back().push_back(total);
             }
         }
@@ -59,22 +77,24 @@ Matrix activated(Matrix x, maskattn::Activation activation) {
     return x;
 }
 
-bool layers_are_right(const maskattn::Kernels& kernels, int threads) {
+bool layers_are_right(const maskattn::Kernels& kernels, bool half, int threads) {
     bool all = true;
-    for (const auto& [inputs, outputs, rows] : {std::array{1, 1, 1}, {5, 37, 99}, {600, 17, 50}, {64, 128, 0}}) {
+    for (const auto& [inputs, outputs, rows] :
+         {std::array{1, 1, 1}, {2, 1, 1}, {5, 37, 99}, {6, 37, 99}, {600, 17, 50}, {64, 128, 0}}) {
+        if (half && inputs % 2 != 0) continue;
         Random random(static_cast<std::uint64_t>(inputs));
-        const Layer layer(random, inputs, outputs);
+        const Layer layer(random, half, inputs, outputs);
         const maskattn::PackedLinear packed = layer.packed(kernels);
-        const Vector x = random.floats(static_cast<std::size_t>(inputs * rows), 3.0f);
+        const Values x(half, random.floats(static_cast<std::size_t>(inputs * rows), 3.0f));
         for (const auto activation :
              {maskattn::Activation::none, maskattn::Activation::gelu, maskattn::Activation::gelu_tanh}) {
-            Vector out(static_cast<std::size_t>(outputs * rows), std::nanf(""));
-            maskattn::apply_linear_layer(packed.layer(), activation, {x.data(), inputs}, rows, {out.data(), outputs},
+            Tensor out = unwritten(static_cast<std::size_t>(outputs * rows));
+            maskattn::apply_linear_layer(packed.layer(), activation, {x.data(), inputs}, rows, {out.data(half), outputs},
                                          {&kernels, threads});
-            Comparison comparison("layer", tolerance);
-            const Matrix exact = activated(layer.apply(matrix_of(x, static_cast<std::size_t>(inputs))), activation);
-            for (std::size_t i = 0; i < out.size(); ++i)
-                comparison.add(static_cast<double>(out[i]),
+            Comparison comparison("layer", tolerance(half));
+            const Matrix exact = activated(layer.apply(matrix_of(x.floats, static_cast<std::size_t>(inputs))), activation);
+            for (std::size_t i = 0; i < static_cast<std::size_t>(outputs * rows); ++i)
+                comparison.add(out.value(half, i),
                                exact[i / static_cast<std::size_t>(outputs)][i % static_cast<std::size_t>(outputs)]);
             all = comparison.passes() && all;
         }
@@ -99,13 +119,13 @@ void add_scaled(Matrix& x, const Matrix& update, const Vector& scale) {
         for (std::size_t c = 0; c < x[r].size(); ++c) x[r][c] += static_cast<double>(scale[c]) * update[r][c];
 }
 
-bool blocks_are_right(const maskattn::Kernels& kernels, int threads) {
+bool blocks_are_right(const maskattn::Kernels& kernels, bool half, int threads) {
     constexpr int width = 72, heads = 3, hidden = 50;
     constexpr float epsilon = 1e-6f;
     const std::vector<std::int32_t> starts{0, 61, 61, 62, 140};
     Random random(7);
-    const Layer qkv(random, width, 3 * width), proj(random, width, width), fc1(random, width, hidden),
-        fc2(random, hidden, width);
+    const Layer qkv(random, half, width, 3 * width), proj(random, half, width, width), fc1(random, half, width, hidden),
+        fc2(random, half, hidden, width);
     const auto vector = [&] { return random.floats(width, 1.0f); };
     const Vector weight1 = vector(), bias1 = vector(), weight2 = vector(), bias2 = vector(), scale1 = vector(),
                  scale2 = vector(), x = random.floats(140 * width, 2.0f);
@@ -153,7 +173,7 @@ bool blocks_are_right(const maskattn::Kernels& kernels, int threads) {
                                        maskattn::Activation::gelu};
     Vector out(x.size(), std::nanf(""));
     maskattn::apply_encoder_block(block, {x.data(), width}, starts, {out.data(), width}, {&kernels, threads});
-    Comparison comparison("block", tolerance);
+    Comparison comparison("block", tolerance(half));
     for (std::size_t i = 0; i < out.size(); ++i) comparison.add(static_cast<double>(out[i]), expected[i / width][i % width]);
     return comparison.passes();
 }
@@ -163,11 +183,12 @@ bool blocks_are_right(const maskattn::Kernels& kernels, int threads) {
 bool encoder_is_right() {
     bool all = true;
     for (const std::string& set : maskattn::instruction_sets())
-        for (const int threads : {1, 5}) {
-            const maskattn::Kernels& kernels = *maskattn::kernels_of(set);
-            all = layers_are_right(kernels, threads) && all;
-            all = blocks_are_right(kernels, threads) && all;
-        }
+        for (const int threads : {1, 5})
+            for (const bool half : {false, true}) {
+                const maskattn::Kernels& kernels = *maskattn::kernels_of(set);
+                all = layers_are_right(kernels, half, threads) && all;
+                all = blocks_are_right(kernels, half, threads) && all;
+            }
     return all;
 }
 
