@@ -20,6 +20,7 @@ from maskattn.slide.fleet.members import Member, Watch, members_of, read_member
 from maskattn.slide.fleet.put_away import put_away
 from maskattn.slide.fleet.rows import MemberRows
 from maskattn.slide.fleet.sharing import Sharing
+from maskattn.slide.fleet.uninterrupted import uninterrupted
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text, problem_of_id
 from maskattn.slide.summary import read_summary, summary_errors
@@ -64,22 +65,17 @@ def joined(
     with summary_errors(table):
         read_summary(table)
     root = out_dir / FOLDER
-    about = {"slides": list_slides(root, jobs), "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "done": 0}
+    member = Member(root / "members", sharing.claim_timeout_s, {})
+    fleet = Fleet(root, table, member, sharing, request)
     try:
-        with Member(root / "members", sharing.claim_timeout_s, about) as member:
-            fleet = Fleet(root, table, member, sharing, request)
-            if not fleet.any_other():
-                sweep()
-            fleet.ended.forget_failed(lambda token: not sharing.retry_failed and fleet.is_at_work(token))
-            try:
-                yield fleet
-            except BaseException:
-                with contextlib.suppress(OutputError):
-                    fleet.leave()
-                raise
+        with uninterrupted():
+            fleet.join(jobs, sweep)
+        yield fleet
+        fleet.leave()
+    except BaseException:
+        with contextlib.suppress(OutputError):
             fleet.leave()
-    finally:
-        remove_if_empty(root / "claims", root / "members", root / "rows", root)
+        raise
 
 
 class Fleet:
@@ -109,8 +105,17 @@ class Fleet:
         self._lost: dict[int, SlideJob] = {}
         self._free: list[SlideJob] = []
         self._table = table
+        self._has_left = False
         self.was_last = False
         self.ended = EndedSlides(root, request)
+
+    def join(self, jobs: Sequence[SlideJob], sweep: Callable[[], None]) -> None:
+        """Join the other processes; ``sweep`` is called if none is at work."""
+        slides = list_slides(self._root, jobs)
+        self._member.join(slides=slides, began=time.strftime("%Y-%m-%dT%H:%M:%S%z"), done=0)
+        if not self.any_other():
+            sweep()
+        self.ended.forget_failed(lambda token: not self._sharing.retry_failed and self.is_at_work(token))
 
     def any_other(self) -> bool:
         """Return whether any other member is at work, as far as this process knows; it asks until it finds one."""
@@ -183,6 +188,34 @@ class Fleet:
         Raises:
             OutputError: the summary cannot be written.
         """
+        with uninterrupted():
+            self._end(claim, row)
+
+    def lose(self, index: int, job: SlideJob) -> None:
+        """Return a slide that another process took over to ``turns``, which yields it again, usually once it ended."""
+        self._lost[index] = job
+
+    def leave(self) -> None:
+        """Complete the summary; the last process also adds the rows of killed members, and removes the fleet's files.
+
+        Called again, it does nothing.
+
+        Raises:
+            OutputError: the summary cannot be written.
+        """
+        with uninterrupted():
+            if self._has_left:
+                return
+            self._has_left = True
+            try:
+                self._member.tell(leaving=True)
+                with summary_errors(self._table):
+                    self._complete_summary()
+            finally:
+                self._member.leave()
+                remove_if_empty(*(self._root / name for name in ("claims", "members", "rows")), self._root)
+
+    def _end(self, claim: Claim, row: Mapping[str, str]) -> None:
         try:
             with summary_errors(self._table):
                 self._rows.add(row)
@@ -197,26 +230,15 @@ class Fleet:
         self._ran += row["status"] != "skipped"
         self._member.tell(done=self._done, seconds=round(time.monotonic() - self._began, 3))
 
-    def lose(self, index: int, job: SlideJob) -> None:
-        """Return a slide that another process took over to ``turns``, which yields it again, usually once it ended."""
-        self._lost[index] = job
-
-    def leave(self) -> None:
-        """Complete the summary; the last process also adds the rows of killed members, and removes the fleet's files.
-
-        Raises:
-            OutputError: the summary cannot be written.
-        """
-        self._member.tell(leaving=True)
-        with summary_errors(self._table):
-            if self.any_other():
-                self._rows.finish()
-                return
-            with self._rows.alone():
-                self._rows.take_in_all(self._watch)
-                self.was_last = not self.any_other()
-                if self.was_last:
-                    put_away(self._root, self._member.token, self._watch)
+    def _complete_summary(self) -> None:
+        if self.any_other():
+            self._rows.finish()
+            return
+        with self._rows.alone():
+            self._rows.take_in_all(self._watch)
+            self.was_last = not self.any_other()
+            if self.was_last:
+                put_away(self._root, self._member.token, self._watch)
 
     def _watched(self, left: Mapping[int, SlideJob]) -> list[int]:
         """Return which of the slides that others hold this process watches, to take them over when their owners end.
@@ -235,15 +257,16 @@ class Fleet:
         return min(max(_LONGEST_WAIT_S, waiting / _WAITING_LOOKS_PER_S), _LONGEST_SHARED_WAIT_S)
 
     def _turn(self, index: int, job: SlideJob) -> Turn | None:
-        with summary_errors(self._table):
-            claim = self._claims.try_claim(_name(job))
-        if claim is None:
-            return None
-        slide = self.ended.find(_name(job))  # it may have ended just before it was claimed
-        if slide is None:
-            return index, job, claim
-        claim.release()
-        return index, job, slide
+        with uninterrupted():
+            with summary_errors(self._table):
+                claim = self._claims.try_claim(_name(job))
+            if claim is None:
+                return None
+            slide = self.ended.find(_name(job))  # it may have ended just before it was claimed
+            if slide is None:
+                return index, job, claim
+            claim.release()
+            return index, job, slide
 
     def _ended_elsewhere(self, left: dict[int, SlideJob]) -> Iterator[Turn]:
         names = self.ended.names()

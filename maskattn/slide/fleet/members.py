@@ -57,7 +57,7 @@ def forget_process(folder: Path, host: str, pid: int) -> None:
 
 
 class Member:
-    """A context manager that makes this process a member of a fleet.
+    """This process as a member of a fleet; also a context manager.
 
     Args:
         folder: the folder of the members' files.
@@ -79,13 +79,22 @@ class Member:
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
     def __enter__(self) -> Member:
-        self.tell()
-        self._thread.start()
+        self.join()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def join(self, **about: Any) -> None:
+        """Write this member's file, with ``about`` added to its description, and touch it from now on."""
+        self.tell(**about)
+        self._thread.start()
+
+    def leave(self) -> None:
+        """Remove this member's file."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
 

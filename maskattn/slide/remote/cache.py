@@ -78,7 +78,7 @@ class SlideCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             foreign = self._is_default and not self._is_private()
             if not foreign:
-                self._member.__enter__()
+                self._member.join()
                 in_folder(self._own, lambda: self._own.mkdir(mode=0o700))
         except OSError as error:
             raise SlideError(
@@ -95,7 +95,7 @@ class SlideCache:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._own, ignore_errors=True)
-        self._member.__exit__()
+        self._member.leave()
         remove_if_empty(self.folder / "members", *([self.folder] if self._is_default else []))
 
     def make_room(self, total_bytes: int | None, name: str, stop: threading.Event) -> Path:
