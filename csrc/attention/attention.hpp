@@ -40,7 +40,6 @@ struct Gradients {
 // head width 64 the block's K and V take 32 KiB in bfloat16, which just fits L1, and 64 KiB in float32. Blocks of 64
 // keys were 8 % slower in bfloat16 and 3 % in float32: the work per row and block costs more than the misses in L1.
 constexpr int block_keys = 128;
-constexpr int tile_rows = 6;
 // Queries of an item of work. Their output (24 KiB at head width 64) stays in L2 during the loop over all keys, and
 // each block of keys, which comes from L2 or L3, is used 16 times.
 constexpr int tile_queries = 96;

@@ -2,12 +2,13 @@
 // over all queries of the sequence. The chunks add to dq of each query tile in their order, so that the sums do not
 // depend on the threads.
 //
-// Dimension key: M queries of a register tile, Q of an item, N keys of a block, D head width.
+// Dimension key: M queries multiplied at once, Q of an item, N keys of a block, D head width.
 #pragma once
 
 #include <sched.h>
 
 #include "attention/forward.hpp"
+#include "attention/key_sums.hpp"
 
 namespace maskattn {
 namespace {
@@ -20,9 +21,10 @@ constexpr int gradient_queries(int head_width) {
     return Arithmetic::depth > 1 && head_width <= 64 ? most_gradient_queries : 96;
 }
 
-// A packed tile of queries, in words. q and dO are stored as left operands of the scores [Q][D / depth] and as right
-// operands of dk and dv by steps [Q / depth][D padded], which are the same in single precision; then follow dq
-// [Q][D padded] and delta, lse (in the scores' units), its rest (in units of ln 2), x and y, Q each.
+// A packed tile of queries, in words. q and dO are stored as left operands of the scores [Q][D / depth] and as operands
+// of dk and dv: right ones by steps [Q / depth][D padded], which are the same as the left in single precision, and left
+// ones in tiles [D padded][Q / depth]. Then follow dq [Q][D padded] and delta, lse (in the scores' units), its rest (in
+// units of ln 2), x and y, Q each.
 template <class Arithmetic>
 struct TileLayout {
     int queries, left_stride, steps_stride, left_words, steps_words;
@@ -36,6 +38,12 @@ struct TileLayout {
 
     std::size_t words() const {
         return static_cast<std::size_t>(2 * (left_words + steps_words) + queries * (steps_stride + 5));
+    }
+
+    // Rounds a count of queries up to those that are computed.
+    static int computed(int count) {
+        constexpr int whole = Arithmetic::in_tiles ? Arithmetic::whole_steps * Arithmetic::depth : Arithmetic::rows;
+        return static_cast<int>(ceil_divide(count, whole)) * whole;
     }
 };
 
@@ -71,7 +79,11 @@ void pack_rows_both_ways(const Element* const* rows, int count, int head_width, 
                          const std::uint32_t* steps) {
     pack_rows<Arithmetic>(rows, count, head_width, const_cast<std::uint32_t*>(left),
                           padded(head_width / Arithmetic::depth));
-    if (Arithmetic::depth > 1) pack_steps<Arithmetic>(rows, count, head_width, const_cast<std::uint32_t*>(steps));
+    std::uint32_t* to = const_cast<std::uint32_t*>(steps);
+    if constexpr (Arithmetic::in_tiles)
+        pack_channels<Arithmetic>(rows, count, head_width, to, gradient_queries<Arithmetic>(head_width) / 2);
+    else if constexpr (Arithmetic::depth > 1)
+        pack_steps<Arithmetic>(rows, count, head_width, to);
 }
 
 template <class Element>
@@ -85,7 +97,7 @@ void pack_queries(const Attention& a, const Gradients& g, const Head& head, std:
     const QueryTile<Arithmetic> to(layout, tiles + static_cast<std::size_t>(tile) * layout.words());
     const std::int64_t first = tile * layout.queries;
     const int count = at_most(layout.queries, head.queries.count - first);
-    const int rows = static_cast<int>(ceil_divide(count, tile_rows)) * tile_rows;
+    const int rows = layout.computed(count);
     const Element *q_rows[most_gradient_queries], *grad_rows[most_gradient_queries];
     for (int q = 0; q < rows; ++q) {
         const std::int64_t row = q < count ? row_at(head.queries, first + q) : 0;
@@ -111,14 +123,14 @@ void pack_queries(const Attention& a, const Gradients& g, const Head& head, std:
 }
 
 // Scratch of a chunk, in words. For each block: K and V by columns [D / depth][N], K by steps [N / depth][D padded],
-// 3 N terms, N of dbias, dk and dv [N][D padded]; then p and dS of a query tile as left operands of dv and dk, and dS as
+// 3 N terms, N of dbias, dk and dv (key_sums.hpp); then p and dS of a query tile as left operands of dv and dk, and dS as
 // the left operand of dq.
 template <class Arithmetic>
 struct ChunkLayout {
     int columns_words, steps_words, sums_words, score_words;
 
     explicit ChunkLayout(int head_width)
-        : columns_words(head_width / Arithmetic::depth * block_keys),
+        : columns_words(steps_of<Arithmetic>(head_width) * block_keys),
           steps_words(block_keys / Arithmetic::depth * padded(head_width)),
           sums_words(block_keys * padded(head_width)),
           score_words(gradient_queries<Arithmetic>(head_width) / Arithmetic::depth * block_keys) {}
@@ -178,13 +190,13 @@ template <class Arithmetic, bool biased, bool distanced>
 __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& tile, int q, const float* product_MN,
                                                 const float* grad_p_MN, const KeyTerms& keys, ScoreUnits units,
                                                 const Probabilities& to, float* dbias_N, Floats& ds_by_distance) {
-    static_assert(tile_rows % 2 == 0, "two rows are taken at once");
+    static_assert(Arithmetic::rows % 2 == 0, "two rows are taken at once");
     constexpr bool bare = !biased && !distanced;
     Floats weighted{};
     for (int n = 0; n < keys.columns; n += lanes) {
         Floats dbias = load<Floats>(dbias_N + n);
 #pragma GCC unroll 8
-        for (int m = 0; m < tile_rows; m += 2) {
+        for (int m = 0; m < Arithmetic::rows; m += 2) {
             Floats p[2], ds[2];
 #pragma GCC unroll 2
             for (int i = 0; i < 2; ++i) {
@@ -204,25 +216,6 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
         store(dbias_N + n, dbias);
     }
     if constexpr (distanced) ds_by_distance += weighted;
-}
-
-// C [N][D] += A^T B over the rows of a query tile for keys n to n + `keys`, where A is p or dS.
-template <class Arithmetic, int keys>
-MASKATTN_INLINE void add_transposed(const std::uint32_t* scores, int n, const std::uint32_t* steps, int rows,
-                                    float* sums_ND, int stride) {
-    multiply<Arithmetic, keys, Start::add>({scores + n, 1, block_keys}, steps, stride, rows / Arithmetic::depth,
-                                           sums_ND + n * stride, stride, stride / lanes);
-}
-
-template <class Arithmetic>
-void add_transposed(const std::uint32_t* scores, int columns, const std::uint32_t* steps, int rows, float* sums_ND,
-                    int stride) {
-    static_assert(tile_rows == 6 && lanes % 4 == 0, "4 keys or 2 are left over, if any");
-    int n = 0;
-    for (; n + tile_rows <= columns; n += tile_rows)
-        add_transposed<Arithmetic, tile_rows>(scores, n, steps, rows, sums_ND, stride);
-    if (n + 4 == columns) add_transposed<Arithmetic, 4>(scores, n, steps, rows, sums_ND, stride);
-    if (n + 2 == columns) add_transposed<Arithmetic, 2>(scores, n, steps, rows, sums_ND, stride);
 }
 
 // The previous chunk precedes this one in the order of the items, so a thread is working on it.
@@ -256,10 +249,9 @@ class Chunk {
             rows_of_block(a_.v, head_, first_ + b, rows);
             pack_columns<Arithmetic>(rows, columns, a_.head_width, to.v_columns);
             pack_key_terms(a_, head_, first_ + b, to.terms_N);
-            const auto sums_bytes = static_cast<std::size_t>(columns * stride_) * sizeof(float);
             for (int n = 0; n < block_keys; n += lanes) store(to.dbias_N + n, Floats{});
-            __builtin_memset(to.dk_ND, 0, sums_bytes);
-            __builtin_memset(to.dv_ND, 0, sums_bytes);
+            clear_sums<Arithmetic>(to.dk_ND, columns, stride_);
+            clear_sums<Arithmetic>(to.dv_ND, columns, stride_);
         }
     }
 
@@ -267,20 +259,20 @@ class Chunk {
     void take(const QueryTile<Arithmetic>& tile, int rows, int b) {
         const KeyBlock block(layout_, scratch_, b);
         const KeyTerms keys = terms_of_block<Arithmetic>(a_, head_, first_ + b, block.terms_N);
-        const int steps = a_.head_width / Arithmetic::depth;
+        const int steps = steps_of<Arithmetic>(a_.head_width);
         const auto probabilities = a_.slopes.data ? keys.biased ? &probabilities_of<Arithmetic, true, true>
                                                                 : &probabilities_of<Arithmetic, false, true>
                                    : keys.biased  ? &probabilities_of<Arithmetic, true, false>
                                                   : &probabilities_of<Arithmetic, false, false>;
-        alignas(64) float product_MN[tile_rows * block_keys], grad_p_MN[tile_rows * block_keys];
+        alignas(64) float product_MN[Arithmetic::rows * block_keys], grad_p_MN[Arithmetic::rows * block_keys];
         alignas(64) float dbias_N[block_keys] = {};
         Floats by_distance{};
-        for (int q = 0; q < rows; q += tile_rows) {
+        for (int q = 0; q < rows; q += Arithmetic::rows) {
             const int at = q * tile_layout_.left_stride;
-            multiply<Arithmetic, tile_rows, Start::zero>({tile.q_left + at, tile_layout_.left_stride, 1},
+            multiply<Arithmetic, Arithmetic::rows, Start::zero>({tile.q_left + at, tile_layout_.left_stride, 1},
                                                          block.k_columns, block_keys, steps, product_MN, block_keys,
                                                          keys.columns / lanes);
-            multiply<Arithmetic, tile_rows, Start::zero>({tile.grad_left + at, tile_layout_.left_stride, 1},
+            multiply<Arithmetic, Arithmetic::rows, Start::zero>({tile.grad_left + at, tile_layout_.left_stride, 1},
                                                          block.v_columns, block_keys, steps, grad_p_MN, block_keys,
                                                          keys.columns / lanes);
             probabilities(tile, q, product_MN, grad_p_MN, keys, units_, scores_, dbias_N, by_distance);
@@ -288,22 +280,23 @@ class Chunk {
         for (int n = 0; n < keys.columns; n += lanes)
             store(block.dbias_N + n, load<Floats>(block.dbias_N + n) + load<Floats>(dbias_N + n));
         dslope_[b] -= static_cast<double>(sum(by_distance));
-        add_transposed<Arithmetic>(scores_.p, keys.columns, tile.grad_steps, rows, block.dv_ND, stride_);
-        add_transposed<Arithmetic>(scores_.ds, keys.columns, tile.q_steps, rows, block.dk_ND, stride_);
+        const KeySums<Arithmetic> sums{keys.columns, rows, stride_, tile_layout_.queries};
+        sums.add(scores_.p, tile.grad_steps, block.dv_ND);
+        sums.add(scores_.ds, tile.q_steps, block.dk_ND);
     }
 
     void add_to_dq(const QueryTile<Arithmetic>& tile, int rows, int b) {
         const KeyBlock block(layout_, scratch_, b);
         constexpr int ds_stride = block_keys / Arithmetic::depth;
         const int steps = columns_of_block<Arithmetic>(head_, first_ + b) / Arithmetic::depth;
-        for (int q = 0; q < rows; q += tile_rows) {
+        for (int q = 0; q < rows; q += Arithmetic::rows) {
             const Left ds{scores_.ds_left + q * ds_stride, ds_stride, 1};
             float* dq = tile.dq_QD + q * stride_;
             if (first_ + b == 0)
-                multiply<Arithmetic, tile_rows, Start::zero>(ds, block.k_steps, stride_, steps, dq, stride_,
+                multiply<Arithmetic, Arithmetic::rows, Start::zero>(ds, block.k_steps, stride_, steps, dq, stride_,
                                                              stride_ / lanes);
             else
-                multiply<Arithmetic, tile_rows, Start::add>(ds, block.k_steps, stride_, steps, dq, stride_,
+                multiply<Arithmetic, Arithmetic::rows, Start::add>(ds, block.k_steps, stride_, steps, dq, stride_,
                                                             stride_ / lanes);
         }
     }
@@ -321,11 +314,16 @@ class Chunk {
             const KeyBlock block(layout_, scratch_, b);
             const std::int64_t first = (first_ + b) * block_keys;
             const int count = at_most(block_keys, head_.keys.count - first);
-            for (int n = 0; n < count; ++n) {
-                const std::int64_t row = row_at(head_.keys, first + n);
-                write_row(block.dk_ND + n * stride_, a_.scale, a_.head_width, row_of<Element>(g_.dk, head_, row));
-                write_row(block.dv_ND + n * stride_, 1.0f, a_.head_width, row_of<Element>(g_.dv, head_, row));
-                if (g_.dbias.data) *row_of(g_.dbias, head_, row) = block.dbias_N[n];
+            for (int n = 0; n < count; n += lanes) {
+                alignas(64) float buffers[2][lanes * most_head_width];
+                const float* dk = rows_of_sums<Arithmetic>(block.dk_ND, n, stride_, buffers[0]);
+                const float* dv = rows_of_sums<Arithmetic>(block.dv_ND, n, stride_, buffers[1]);
+                for (int i = 0; i < lanes && n + i < count; ++i) {
+                    const std::int64_t row = row_at(head_.keys, first + n + i);
+                    write_row(dk + i * stride_, a_.scale, a_.head_width, row_of<Element>(g_.dk, head_, row));
+                    write_row(dv + i * stride_, 1.0f, a_.head_width, row_of<Element>(g_.dv, head_, row));
+                    if (g_.dbias.data) *row_of(g_.dbias, head_, row) = block.dbias_N[n + i];
+                }
             }
         }
     }
@@ -350,6 +348,7 @@ class Chunk {
 template <class Arithmetic, class Element>
 void take_chunk(const Attention& a, const Gradients& g, const Head& head, const KeyChunk& keys, std::uint32_t* tiles,
                 const TilesDone& done, double* dslope, std::uint32_t* scratch) {
+    [[maybe_unused]] const typename Arithmetic::Session session;
     Chunk<Arithmetic, Element> chunk(a, g, head, keys, dslope, scratch);
     chunk.pack();
     const TileLayout<Arithmetic> layout(a.head_width);
@@ -358,7 +357,7 @@ void take_chunk(const Attention& a, const Gradients& g, const Head& head, const 
         const QueryTile<Arithmetic> tile(layout, tiles + static_cast<std::size_t>(t) * layout.words());
         const std::int64_t first = t * layout.queries;
         const int count = at_most(layout.queries, head.queries.count - first);
-        const int rows = static_cast<int>(ceil_divide(count, tile_rows)) * tile_rows;
+        const int rows = layout.computed(count);
         for (int b = 0; b < chunk.blocks(); ++b) {
             chunk.take(tile, rows, b);
             if (b == 0 && done.before != nullptr) wait_until_past(done.before, t);

@@ -1,6 +1,6 @@
 // Forward attention of a tile of queries, with the softmax and both products in one pass over the keys.
 //
-// Dimension key: M queries of a register tile (tile_rows), Q of an item (tile_queries), N keys of a block (block_keys),
+// Dimension key: M queries multiplied at once (Arithmetic::rows), Q of an item (tile_queries), N keys of a block (block_keys),
 // D head width.
 #pragma once
 
@@ -17,7 +17,7 @@ struct BlockLayout {
     int k_words, v_words;
 
     explicit BlockLayout(int head_width)
-        : k_words(head_width / Arithmetic::depth * block_keys),
+        : k_words(steps_of<Arithmetic>(head_width) * block_keys),
           v_words(block_keys / Arithmetic::depth * padded(head_width)) {}
 
     std::size_t words() const { return static_cast<std::size_t>(k_words + v_words + 3 * block_keys); }
@@ -142,10 +142,10 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
                                             ScoreUnits units, std::uint32_t* p_MN, float* factor_M) {
     const int columns = whole ? block_keys : keys.columns;
     constexpr bool bare = !biased && !distanced;
-    constexpr int factors = padded(tile_rows);
+    constexpr int factors = padded(Arithmetic::rows);
     alignas(64) float before_M[factors] = {}, base_M[factors] = {};
 #pragma GCC unroll 8
-    for (int m = 0; m < tile_rows; ++m) {
+    for (int m = 0; m < Arithmetic::rows; ++m) {
         const float x = distanced ? state.x_Q[q + m] : 0.0f, y = distanced ? state.y_Q[q + m] : 0.0f;
         float* row = product_MN + m * block_keys;
         Floats most = broadcast(-infinity);
@@ -166,7 +166,7 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
     }
     for (int m = 0; m < factors; m += lanes)
         store(factor_M + m, power_of_two((load<Floats>(before_M + m) - load<Floats>(base_M + m)) * units.difference));
-    for (int m = 0; m < tile_rows; ++m) {
+    for (int m = 0; m < Arithmetic::rows; ++m) {
         float* sums = state.sum_Q + (q + m) * lanes;
         const Floats total = store_probabilities<Arithmetic, bare>(product_MN + m * block_keys, columns,
                                                                    bare ? units.product : units.difference, base_M[m],
@@ -206,11 +206,12 @@ void write_output(const Attention& a, const Head& head, std::int64_t row, float 
 template <class Arithmetic, class Element>
 void attend(const Attention& a, const Head& head, std::int64_t tile, const std::uint32_t* blocks,
             std::uint32_t* scratch) {
+    [[maybe_unused]] const typename Arithmetic::Session session;
     const BlockLayout<Arithmetic> layout(a.head_width);
-    const int steps = a.head_width / Arithmetic::depth, q_stride = padded(steps), out_stride = padded(a.head_width);
+    const int steps = steps_of<Arithmetic>(a.head_width), q_stride = padded(steps), out_stride = padded(a.head_width);
     const std::int64_t first = tile * tile_queries;
     const int count = at_most(tile_queries, head.queries.count - first);
-    const int rows = static_cast<int>(ceil_divide(count, tile_rows)) * tile_rows;
+    const int rows = static_cast<int>(ceil_divide(count, Arithmetic::rows)) * Arithmetic::rows;
 
     std::uint32_t* q_QD = scratch;
     float* out_QD = reinterpret_cast<float*>(q_QD + tile_queries * q_stride);
@@ -234,23 +235,23 @@ void attend(const Attention& a, const Head& head, std::int64_t tile, const std::
     const SoftmaxState state{largest_Q, sum_Q, x_Q, y_Q};
     const ScoreUnits units = units_of(a, head);
     constexpr int p_stride = block_keys / Arithmetic::depth;
-    alignas(64) float product_MN[tile_rows * block_keys];
-    alignas(64) std::uint32_t p_MN[tile_rows * p_stride];
-    alignas(64) float factor_M[padded(tile_rows)];
+    alignas(64) float product_MN[Arithmetic::rows * block_keys];
+    alignas(64) std::uint32_t p_MN[Arithmetic::rows * p_stride];
+    alignas(64) float factor_M[padded(Arithmetic::rows)];
     const std::int64_t block_count = ceil_divide(head.keys.count, block_keys);
     for (std::int64_t block = 0; block < block_count; ++block) {
         const std::uint32_t* k = blocks + static_cast<std::size_t>(block) * layout.words();
         const std::uint32_t* v = k + layout.k_words;
         const KeyTerms keys =
             terms_of_block<Arithmetic>(a, head, block, reinterpret_cast<const float*>(v + layout.v_words));
-        for (int q = 0; q < rows; q += tile_rows) {
-            multiply<Arithmetic, tile_rows, Start::zero>({q_QD + q * q_stride, q_stride, 1}, k, block_keys, steps,
+        for (int q = 0; q < rows; q += Arithmetic::rows) {
+            multiply<Arithmetic, Arithmetic::rows, Start::zero>({q_QD + q * q_stride, q_stride, 1}, k, block_keys, steps,
                                                          product_MN, block_keys, keys.columns / lanes);
             if (a.slopes.data)
                 softmax_step<Arithmetic, true>(state, q, product_MN, keys, units, p_MN, factor_M);
             else
                 softmax_step<Arithmetic, false>(state, q, product_MN, keys, units, p_MN, factor_M);
-            multiply<Arithmetic, tile_rows, Start::scaled>({p_MN, p_stride, 1}, v, out_stride,
+            multiply<Arithmetic, Arithmetic::rows, Start::scaled>({p_MN, p_stride, 1}, v, out_stride,
                                                            keys.columns / Arithmetic::depth, out_QD + q * out_stride,
                                                            out_stride, out_stride / lanes, factor_M);
         }

@@ -54,21 +54,35 @@ void pack_rows(const Element* const* rows, int count, int head_width, std::uint3
     }
 }
 
+// Returns the number of words, the steps of a product, that hold a row's values.
+template <class Arithmetic>
+constexpr int steps_of(int values) {
+    return (values / Arithmetic::depth + Arithmetic::whole_steps - 1) / Arithmetic::whole_steps * Arithmetic::whole_steps;
+}
+
 // Packs word t of each of `count` rows, a multiple of the lanes, as step t; steps are `stride` words apart.
 template <class Arithmetic, class Element>
 void pack_columns(const Element* const* rows, int count, int head_width, std::uint32_t* to, int stride = block_keys) {
-    const int words = head_width / Arithmetic::depth;
+    const int words = head_width / Arithmetic::depth, steps = steps_of<Arithmetic>(head_width);
     for (int r = 0; r < count; r += lanes) {
         prefetch_rows(rows, r + lanes, r + 2 * lanes <= count ? r + 2 * lanes : count, head_width);
-        for (int w = 0; w < words; w += lanes) {
+        for (int w = 0; w < steps; w += lanes) {
             Words square[lanes];
             for (int i = 0; i < lanes; ++i)
                 square[i] = rows[r + i] ? load_words<Arithmetic>(rows[r + i], w, words) : Words{};
             transpose(square);
-            const int filled = at_most(lanes, words - w);
+            const int filled = at_most(lanes, steps - w);
             for (int i = 0; i < filled; ++i) store(to + (w + i) * stride + r, square[i]);
         }
     }
+}
+
+// Returns channels d to d + lanes of two rows in shared words, with zeros after the first `count`.
+template <class Element>
+MASKATTN_INLINE Words word_of_pair(const Element* const* rows, int d, int count) {
+    const Words low = rows[0] ? Words(load_floats(rows[0] + d, count)) : Words{};
+    const Words high = rows[1] ? Words(load_floats(rows[1] + d, count)) : Words{};
+    return (low >> 16) | high;
 }
 
 // Packs the elements of row t, or of rows 2t and 2t + 1 in shared words, as step t; count is even in the latter case.
@@ -81,11 +95,24 @@ void pack_steps(const Element* const* rows, int count, int head_width, std::uint
         for (int r = 0; r < count; r += 2) {
             const int ahead = r + prefetched_rows;
             if (ahead < count) prefetch_rows(rows, ahead, ahead + 2, head_width);
-            for (int d = 0; d < head_width; d += lanes) {
-                const Words low = rows[r] ? Words(load_floats(rows[r] + d, head_width - d)) : Words{};
-                const Words high = rows[r + 1] ? Words(load_floats(rows[r + 1] + d, head_width - d)) : Words{};
-                store(to + r / 2 * stride + d, (low >> 16) | high);
-            }
+            for (int d = 0; d < head_width; d += lanes)
+                store(to + r / 2 * stride + d, word_of_pair(rows + r, d, head_width - d));
+        }
+    }
+}
+
+// Packs the words of rows 2t and 2t + 1 as word t of each channel, with channels `stride` words apart; count is even.
+template <class Arithmetic, class Element>
+void pack_channels(const Element* const* rows, int count, int head_width, std::uint32_t* to, int stride) {
+    static_assert(Arithmetic::depth == 2, "a word has two rows");
+    for (int r = 0; r < count; r += 2 * lanes) {
+        prefetch_rows(rows, r + 2 * lanes, r + 4 * lanes <= count ? r + 4 * lanes : count, head_width);
+        for (int d = 0; d < head_width; d += lanes) {
+            Words square[lanes];
+            for (int i = 0; i < lanes; ++i)
+                square[i] = r + 2 * i < count ? word_of_pair(rows + r + 2 * i, d, head_width - d) : Words{};
+            transpose(square);
+            for (int i = 0; i < lanes; ++i) store(to + (d + i) * stride + r / 2, square[i]);
         }
     }
 }

@@ -10,3 +10,4 @@ FLAGS_avx2 := -mavx2 -mfma
 # GCC 12 warns of the undefined operands inside its own AVX-512 intrinsics.
 FLAGS_avx512 := -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -Wno-uninitialized -Wno-maybe-uninitialized
 FLAGS_avx512_bf16 := -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -Wno-uninitialized -Wno-maybe-uninitialized
+FLAGS_amx_bf16 := -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -Wno-uninitialized -Wno-maybe-uninitialized

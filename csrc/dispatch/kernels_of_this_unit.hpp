@@ -11,9 +11,14 @@ namespace maskattn {
 namespace {
 
 #if defined(__AVX512BF16__)
-using Bfloat16Products = Bfloat16Pairs;
+using Bfloat16Vectors = Bfloat16Pairs;
 #else
-using Bfloat16Products = SinglePrecision;
+using Bfloat16Vectors = SinglePrecision;
+#endif
+#if defined(MASKATTN_BFLOAT16_PRODUCTS)
+using Bfloat16Products = MASKATTN_BFLOAT16_PRODUCTS;  // of attention
+#else
+using Bfloat16Products = Bfloat16Vectors;
 #endif
 
 constexpr Kernels kernels_of_this_unit = {
@@ -25,7 +30,7 @@ constexpr Kernels kernels_of_this_unit = {
     },
     {readout_kernels<float>, readout_kernels<Bfloat16>},
     {relevance_kernels<float>, relevance_kernels<Bfloat16>},
-    {encoder_kernels<SinglePrecision, float>, encoder_kernels<Bfloat16Products, Bfloat16>},
+    {encoder_kernels<SinglePrecision, float>, encoder_kernels<Bfloat16Vectors, Bfloat16>},
 };
 
 }  // namespace

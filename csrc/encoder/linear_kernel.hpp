@@ -16,12 +16,6 @@ static_assert(item_rows % tile_rows == 0, "items consist of whole register tiles
 constexpr std::ptrdiff_t scratch_stride(int values) { return static_cast<std::ptrdiff_t>(whole_lines(static_cast<std::size_t>(values))) + 16; }
 constexpr std::size_t scratch_words(int values) { return item_rows * static_cast<std::size_t>(scratch_stride(values)); }
 
-// Returns the number of words, the steps of a product, that hold a row's values.
-template <class Arithmetic>
-constexpr int steps_of(int values) {
-    return values / Arithmetic::depth;
-}
-
 template <class Arithmetic>
 std::size_t panel_words(int inputs, int outputs) {
     return whole_lines(static_cast<std::size_t>(steps_of<Arithmetic>(inputs)) * static_cast<std::size_t>(padded(outputs)));

@@ -11,7 +11,15 @@
 namespace maskattn {
 namespace {
 
-struct SinglePrecision {
+// Arithmetic whose products are computed in vector registers.
+struct InVectors {
+    static constexpr bool in_tiles = false;
+    static constexpr int rows = tile_rows;  // of the left operand, multiplied at once
+    static constexpr int whole_steps = 1;   // the steps of a product are a multiple of them, with zeros after the last
+    struct Session {};                      // lives as long as products are computed
+};
+
+struct SinglePrecision : InVectors {
     using Value = float;             // an element of a word
     static constexpr int depth = 1;  // elements of the summed dimension in a word
 
@@ -21,7 +29,7 @@ struct SinglePrecision {
 };
 
 #if defined(__AVX512BF16__)
-struct Bfloat16Pairs {
+struct Bfloat16Pairs : InVectors {
     using Value = std::uint16_t;
     static constexpr int depth = 2;
 
@@ -98,6 +106,8 @@ __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std
 template <class Arithmetic, int rows, Start start>
 MASKATTN_INLINE void multiply(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, float* c,
                               std::ptrdiff_t c_row, int vectors, const float* factor = nullptr) {
+    if constexpr (Arithmetic::in_tiles)
+        return Arithmetic::template multiply<rows, start>(a, b, b_step, steps, c, c_row, vectors, factor);
     while (vectors > 0) {
         const int half = (vectors + 1) / 2;
         const int now = vectors <= tile_vectors ? vectors : half < tile_vectors ? half : tile_vectors;

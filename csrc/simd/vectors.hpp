@@ -29,6 +29,7 @@ constexpr int tile_vectors = 2;
 constexpr int lanes = 4;
 constexpr int tile_vectors = 2;
 #endif
+constexpr int tile_rows = 6;
 
 typedef float Floats __attribute__((vector_size(lanes * 4)));
 typedef std::uint32_t Words __attribute__((vector_size(lanes * 4)));
