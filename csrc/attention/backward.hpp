@@ -214,6 +214,7 @@ __attribute__((noinline)) void probabilities_of(const QueryTile<Arithmetic>& til
             store_scores<Arithmetic>(to, q + m, n, p, ds);
         }
         store(dbias_N + n, dbias);
+        Arithmetic::stay_awake();
     }
     if constexpr (distanced) ds_by_distance += weighted;
 }
@@ -264,18 +265,19 @@ class Chunk {
                                                                 : &probabilities_of<Arithmetic, false, true>
                                    : keys.biased  ? &probabilities_of<Arithmetic, true, false>
                                                   : &probabilities_of<Arithmetic, false, false>;
-        alignas(64) float product_MN[Arithmetic::rows * block_keys], grad_p_MN[Arithmetic::rows * block_keys];
+        constexpr int at_once = Arithmetic::rows_at_once;
+        alignas(64) float product_MN[at_once * block_keys], grad_p_MN[at_once * block_keys];
         alignas(64) float dbias_N[block_keys] = {};
         Floats by_distance{};
-        for (int q = 0; q < rows; q += Arithmetic::rows) {
-            const int at = q * tile_layout_.left_stride;
-            multiply<Arithmetic, Arithmetic::rows, Start::zero>({tile.q_left + at, tile_layout_.left_stride, 1},
-                                                         block.k_columns, block_keys, steps, product_MN, block_keys,
-                                                         keys.columns / lanes);
-            multiply<Arithmetic, Arithmetic::rows, Start::zero>({tile.grad_left + at, tile_layout_.left_stride, 1},
-                                                         block.v_columns, block_keys, steps, grad_p_MN, block_keys,
-                                                         keys.columns / lanes);
-            probabilities(tile, q, product_MN, grad_p_MN, keys, units_, scores_, dbias_N, by_distance);
+        for (int q = 0; q < rows; q += at_once) {
+            const int now = at_most(at_once, rows - q), stride = tile_layout_.left_stride, at = q * stride;
+            multiply_rows<Arithmetic, Start::zero>(now, {tile.q_left + at, stride, 1}, block.k_columns, block_keys,
+                                                   steps, product_MN, block_keys, keys.columns / lanes);
+            multiply_rows<Arithmetic, Start::zero>(now, {tile.grad_left + at, stride, 1}, block.v_columns, block_keys,
+                                                   steps, grad_p_MN, block_keys, keys.columns / lanes);
+            for (int m = 0; m < now; m += Arithmetic::rows)
+                probabilities(tile, q + m, product_MN + m * block_keys, grad_p_MN + m * block_keys, keys, units_,
+                              scores_, dbias_N, by_distance);
         }
         for (int n = 0; n < keys.columns; n += lanes)
             store(block.dbias_N + n, load<Floats>(block.dbias_N + n) + load<Floats>(dbias_N + n));
@@ -289,15 +291,16 @@ class Chunk {
         const KeyBlock block(layout_, scratch_, b);
         constexpr int ds_stride = block_keys / Arithmetic::depth;
         const int steps = columns_of_block<Arithmetic>(head_, first_ + b) / Arithmetic::depth;
-        for (int q = 0; q < rows; q += Arithmetic::rows) {
+        for (int q = 0; q < rows; q += Arithmetic::rows_at_once) {
+            const int now = at_most(Arithmetic::rows_at_once, rows - q);
             const Left ds{scores_.ds_left + q * ds_stride, ds_stride, 1};
             float* dq = tile.dq_QD + q * stride_;
             if (first_ + b == 0)
-                multiply<Arithmetic, Arithmetic::rows, Start::zero>(ds, block.k_steps, stride_, steps, dq, stride_,
-                                                             stride_ / lanes);
+                multiply_rows<Arithmetic, Start::zero>(now, ds, block.k_steps, stride_, steps, dq, stride_,
+                                                       stride_ / lanes);
             else
-                multiply<Arithmetic, Arithmetic::rows, Start::add>(ds, block.k_steps, stride_, steps, dq, stride_,
-                                                            stride_ / lanes);
+                multiply_rows<Arithmetic, Start::add>(now, ds, block.k_steps, stride_, steps, dq, stride_,
+                                                      stride_ / lanes);
         }
     }
 

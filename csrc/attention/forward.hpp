@@ -1,6 +1,6 @@
 // Forward attention of a tile of queries, with the softmax and both products in one pass over the keys.
 //
-// Dimension key: M queries multiplied at once (Arithmetic::rows), Q of an item (tile_queries), N keys of a block (block_keys),
+// Dimension key: M queries multiplied at once (Arithmetic::rows_at_once), Q of an item (tile_queries), N keys of a block (block_keys),
 // D head width.
 #pragma once
 
@@ -166,7 +166,9 @@ __attribute__((noinline)) void softmax_step(const SoftmaxState& state, int q, fl
     }
     for (int m = 0; m < factors; m += lanes)
         store(factor_M + m, power_of_two((load<Floats>(before_M + m) - load<Floats>(base_M + m)) * units.difference));
+    Arithmetic::stay_awake();
     for (int m = 0; m < Arithmetic::rows; ++m) {
+        if (m == tile_rows) Arithmetic::stay_awake();
         float* sums = state.sum_Q + (q + m) * lanes;
         const Floats total = store_probabilities<Arithmetic, bare>(product_MN + m * block_keys, columns,
                                                                    bare ? units.product : units.difference, base_M[m],
@@ -234,26 +236,30 @@ void attend(const Attention& a, const Head& head, std::int64_t tile, const std::
 
     const SoftmaxState state{largest_Q, sum_Q, x_Q, y_Q};
     const ScoreUnits units = units_of(a, head);
-    constexpr int p_stride = block_keys / Arithmetic::depth;
-    alignas(64) float product_MN[Arithmetic::rows * block_keys];
-    alignas(64) std::uint32_t p_MN[Arithmetic::rows * p_stride];
-    alignas(64) float factor_M[padded(Arithmetic::rows)];
+    constexpr int p_stride = block_keys / Arithmetic::depth, at_once = Arithmetic::rows_at_once;
+    alignas(64) float product_MN[at_once * block_keys];
+    alignas(64) std::uint32_t p_MN[at_once * p_stride];
+    alignas(64) float factor_M[padded(at_once)];
     const std::int64_t block_count = ceil_divide(head.keys.count, block_keys);
     for (std::int64_t block = 0; block < block_count; ++block) {
         const std::uint32_t* k = blocks + static_cast<std::size_t>(block) * layout.words();
         const std::uint32_t* v = k + layout.k_words;
         const KeyTerms keys =
             terms_of_block<Arithmetic>(a, head, block, reinterpret_cast<const float*>(v + layout.v_words));
-        for (int q = 0; q < rows; q += Arithmetic::rows) {
-            multiply<Arithmetic, Arithmetic::rows, Start::zero>({q_QD + q * q_stride, q_stride, 1}, k, block_keys, steps,
-                                                         product_MN, block_keys, keys.columns / lanes);
-            if (a.slopes.data)
-                softmax_step<Arithmetic, true>(state, q, product_MN, keys, units, p_MN, factor_M);
-            else
-                softmax_step<Arithmetic, false>(state, q, product_MN, keys, units, p_MN, factor_M);
-            multiply<Arithmetic, Arithmetic::rows, Start::scaled>({p_MN, p_stride, 1}, v, out_stride,
-                                                           keys.columns / Arithmetic::depth, out_QD + q * out_stride,
-                                                           out_stride, out_stride / lanes, factor_M);
+        for (int q = 0; q < rows; q += at_once) {
+            const int now = at_most(at_once, rows - q);
+            multiply_rows<Arithmetic, Start::zero>(now, {q_QD + q * q_stride, q_stride, 1}, k, block_keys, steps,
+                                                   product_MN, block_keys, keys.columns / lanes);
+            for (int m = 0; m < now; m += Arithmetic::rows)
+                if (a.slopes.data)
+                    softmax_step<Arithmetic, true>(state, q + m, product_MN + m * block_keys, keys, units,
+                                                   p_MN + m * p_stride, factor_M + m);
+                else
+                    softmax_step<Arithmetic, false>(state, q + m, product_MN + m * block_keys, keys, units,
+                                                    p_MN + m * p_stride, factor_M + m);
+            multiply_rows<Arithmetic, Start::scaled>(now, {p_MN, p_stride, 1}, v, out_stride,
+                                                     keys.columns / Arithmetic::depth, out_QD + q * out_stride,
+                                                     out_stride, out_stride / lanes, factor_M);
         }
     }
     for (int q = 0; q < count; ++q)

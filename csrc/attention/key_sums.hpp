@@ -28,10 +28,8 @@ struct KeySums {
     void add(const std::uint32_t* scores, const std::uint32_t* operand, float* sums) const {
         if constexpr (Arithmetic::in_tiles) {
             const int steps = queries / Arithmetic::depth;
-            for (int d = 0; d < stride; d += Arithmetic::rows)
-                multiply<Arithmetic, Arithmetic::rows, Start::add>({operand + d * steps, steps, 1}, scores, block_keys,
-                                                                   rows / Arithmetic::depth, sums + d * block_keys,
-                                                                   block_keys, columns / lanes);
+            multiply_rows<Arithmetic, Start::add>(stride, {operand, steps, 1}, scores, block_keys,
+                                                  rows / Arithmetic::depth, sums, block_keys, columns / lanes);
         } else {
             static_assert(tile_rows == 6 && lanes % 4 == 0, "4 keys or 2 are left over, if any");
             int n = 0;

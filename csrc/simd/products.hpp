@@ -14,9 +14,11 @@ namespace {
 // Arithmetic whose products are computed in vector registers.
 struct InVectors {
     static constexpr bool in_tiles = false;
-    static constexpr int rows = tile_rows;  // of the left operand, multiplied at once
-    static constexpr int whole_steps = 1;   // the steps of a product are a multiple of them, with zeros after the last
-    struct Session {};                      // lives as long as products are computed
+    static constexpr int rows = tile_rows;          // the rows of a product are a multiple of them,
+    static constexpr int rows_at_once = tile_rows;  // and it has at most these
+    static constexpr int whole_steps = 1;           // its steps are a multiple of them, with zeros after the last
+    struct Session {};                              // lives as long as products are computed
+    static MASKATTN_INLINE void stay_awake() {}     // called at least every 0.2 µs meanwhile
 };
 
 struct SinglePrecision : InVectors {
@@ -106,8 +108,6 @@ __attribute__((noinline)) void multiply_tile(Left a, const std::uint32_t* b, std
 template <class Arithmetic, int rows, Start start>
 MASKATTN_INLINE void multiply(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, float* c,
                               std::ptrdiff_t c_row, int vectors, const float* factor = nullptr) {
-    if constexpr (Arithmetic::in_tiles)
-        return Arithmetic::template multiply<rows, start>(a, b, b_step, steps, c, c_row, vectors, factor);
     while (vectors > 0) {
         const int half = (vectors + 1) / 2;
         const int now = vectors <= tile_vectors ? vectors : half < tile_vectors ? half : tile_vectors;
@@ -126,6 +126,16 @@ MASKATTN_INLINE void multiply(Left a, const std::uint32_t* b, std::ptrdiff_t b_s
         c += now * lanes;
         vectors -= now;
     }
+}
+
+// Computes the product of a multiple of Arithmetic::rows rows, at most rows_at_once.
+template <class Arithmetic, Start start>
+MASKATTN_INLINE void multiply_rows(int rows, Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, float* c,
+                                   std::ptrdiff_t c_row, int vectors, const float* factor = nullptr) {
+    if constexpr (Arithmetic::in_tiles)
+        Arithmetic::template multiply<start>(rows, a, b, b_step, steps, c, c_row, vectors, factor);
+    else
+        multiply<Arithmetic, tile_rows, start>(a, b, b_step, steps, c, c_row, vectors, factor);
 }
 
 }  // namespace

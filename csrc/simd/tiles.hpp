@@ -59,70 +59,79 @@ MASKATTN_INLINE void multiply_add_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(left), "i"(right) : "memory");
 }
 
-template <int number>
-struct Tile {
-    static constexpr int value = number;
-};
-
-// Calls visit with each of the first `count` tiles, at most four.
-template <int count, class Visit>
-MASKATTN_INLINE void for_each_tile(Visit visit) {
-    visit(Tile<0>{});
-    if constexpr (count > 1) visit(Tile<1>{});
-    if constexpr (count > 2) visit(Tile<2>{});
-    if constexpr (count > 3) visit(Tile<3>{});
-}
-
-// Computes 16 rows of up to four tiles of C. The right operand's tiles take turns in two registers.
-template <Start start, int columns>
-__attribute__((noinline)) void multiply_tiles(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps,
-                                              float* c, std::ptrdiff_t c_row) {
-    constexpr int left = 4, right = 5;
-    for_each_tile<columns>([&](auto tile) __attribute__((always_inline)) {
-        constexpr int sums = decltype(tile)::value;
-        if constexpr (start == Start::zero)
-            clear_tile<sums>();
-        else
-            load_tile<sums>(c + sums * tile_side, c_row);
-    });
-    for (int t = 0; t < steps; t += tile_side) {
-        load_tile<left>(a.data + t, a.row);
-        for_each_tile<columns>([&](auto tile) __attribute__((always_inline)) {
-            constexpr int sums = decltype(tile)::value;
-            load_tile<right + sums % 2>(b + t * b_step + sums * tile_side, b_step);
-            multiply_add_tiles<sums, left, right + sums % 2>();
-        });
+// Computes a square of C, `down` by `across` tiles, 1 or 2, so that a tile that is read is multiplied twice.
+template <Start start, int down, int across>
+__attribute__((noinline)) void multiply_square(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps,
+                                               float* c, std::ptrdiff_t c_row) {
+    float* c_below = c + tile_side * c_row;
+    if constexpr (start == Start::zero) {
+        clear_tile<0>();
+        if constexpr (across > 1) clear_tile<1>();
+        if constexpr (down > 1) clear_tile<2>();
+        if constexpr (down > 1 && across > 1) clear_tile<3>();
+    } else {
+        load_tile<0>(c, c_row);
+        if constexpr (across > 1) load_tile<1>(c + tile_side, c_row);
+        if constexpr (down > 1) load_tile<2>(c_below, c_row);
+        if constexpr (down > 1 && across > 1) load_tile<3>(c_below + tile_side, c_row);
     }
-    for_each_tile<columns>([&](auto tile) __attribute__((always_inline)) {
-        constexpr int sums = decltype(tile)::value;
-        store_tile<sums>(c + sums * tile_side, c_row);
-    });
+    for (int t = 0; t < steps; t += tile_side, b += tile_side * b_step) {
+        load_tile<4>(a.data + t, a.row);
+        load_tile<6>(b, b_step);
+        multiply_add_tiles<0, 4, 6>();
+        if constexpr (across > 1) {
+            load_tile<7>(b + tile_side, b_step);
+            multiply_add_tiles<1, 4, 7>();
+        }
+        if constexpr (down > 1) {
+            load_tile<5>(a.data + tile_side * a.row + t, a.row);
+            multiply_add_tiles<2, 5, 6>();
+        }
+        if constexpr (down > 1 && across > 1) multiply_add_tiles<3, 5, 7>();
+    }
+    store_tile<0>(c, c_row);
+    if constexpr (across > 1) store_tile<1>(c + tile_side, c_row);
+    if constexpr (down > 1) store_tile<2>(c_below, c_row);
+    if constexpr (down > 1 && across > 1) store_tile<3>(c_below + tile_side, c_row);
 }
 
-// The words of operands in bfloat16, multiplied in tiles: 16 rows at a time, of steps that neighbour each other and are
-// a multiple of 16, with zeros after the last of a product.
+// Computes columns of C, 1 or 2 tiles across.
+template <Start start, int across>
+MASKATTN_INLINE void multiply_columns(int rows, Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps,
+                                      float* c, std::ptrdiff_t c_row) {
+    int r = 0;
+    for (; r + 2 * tile_side <= rows; r += 2 * tile_side)
+        multiply_square<start, 2, across>({a.data + r * a.row, a.row, 1}, b, b_step, steps, c + r * c_row, c_row);
+    if (r < rows)
+        multiply_square<start, 1, across>({a.data + r * a.row, a.row, 1}, b, b_step, steps, c + r * c_row, c_row);
+}
+
+// Words of operands in bfloat16, multiplied in tiles. The rows of a product are a multiple of 16, and so are its steps,
+// with zeros after the last. The steps of the left operand are neighbours.
 struct Bfloat16Tiles : Bfloat16Pairs {
     static constexpr bool in_tiles = true;
     static constexpr int rows = tile_side;
+    static constexpr int rows_at_once = 2 * tile_side;
     static constexpr int whole_steps = tile_side;
     using Session = FullTiles;
 
-    template <int rows_at_once, Start start>
-    static MASKATTN_INLINE void multiply(Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps, float* c,
-                                         std::ptrdiff_t c_row, int vectors, const float* factor) {
-        static_assert(rows_at_once == tile_side && lanes == tile_side, "a product is a row of tiles");
-        if constexpr (start == Start::scaled) {
-            for (int r = 0; r < tile_side; ++r)
+    // The unit of tiles takes 0.3 µs to wake up after a rest of as long, so that longer work in vectors calls this.
+    static MASKATTN_INLINE void stay_awake() { multiply_add_tiles<0, 4, 6>(); }
+
+    template <Start start>
+    static MASKATTN_INLINE void multiply(int rows, Left a, const std::uint32_t* b, std::ptrdiff_t b_step, int steps,
+                                         float* c, std::ptrdiff_t c_row, int vectors, const float* factor) {
+        static_assert(lanes == tile_side, "a column of tiles is a vector");
+        if constexpr (start == Start::scaled)
+            for (int r = 0; r < rows; ++r)
                 if (factor[r] != 1.0f)
                     for (int v = 0; v < vectors; ++v)
                         store(c + r * c_row + v * lanes, load<Floats>(c + r * c_row + v * lanes) * factor[r]);
-        }
         constexpr Start begin = start == Start::zero ? Start::zero : Start::add;
-        for (; vectors >= 4; vectors -= 4, b += 4 * tile_side, c += 4 * tile_side)
-            multiply_tiles<begin, 4>(a, b, b_step, steps, c, c_row);
-        if (vectors == 3) multiply_tiles<begin, 3>(a, b, b_step, steps, c, c_row);
-        if (vectors == 2) multiply_tiles<begin, 2>(a, b, b_step, steps, c, c_row);
-        if (vectors == 1) multiply_tiles<begin, 1>(a, b, b_step, steps, c, c_row);
+        int v = 0;
+        for (; v + 2 <= vectors; v += 2)
+            multiply_columns<begin, 2>(rows, a, b + v * lanes, b_step, steps, c + v * lanes, c_row);
+        if (v < vectors) multiply_columns<begin, 1>(rows, a, b + v * lanes, b_step, steps, c + v * lanes, c_row);
     }
 };
 
