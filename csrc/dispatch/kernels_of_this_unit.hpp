@@ -10,15 +10,12 @@
 namespace maskattn {
 namespace {
 
-#if defined(__AVX512BF16__)
-using Bfloat16Vectors = Bfloat16Pairs;
-#else
-using Bfloat16Vectors = SinglePrecision;
-#endif
 #if defined(MASKATTN_BFLOAT16_PRODUCTS)
-using Bfloat16Products = MASKATTN_BFLOAT16_PRODUCTS;  // of attention
+using Bfloat16Products = MASKATTN_BFLOAT16_PRODUCTS;
+#elif defined(__AVX512BF16__)
+using Bfloat16Products = Bfloat16Pairs;
 #else
-using Bfloat16Products = Bfloat16Vectors;
+using Bfloat16Products = SinglePrecision;
 #endif
 
 constexpr Kernels kernels_of_this_unit = {
@@ -30,7 +27,7 @@ constexpr Kernels kernels_of_this_unit = {
     },
     {readout_kernels<float>, readout_kernels<Bfloat16>},
     {relevance_kernels<float>, relevance_kernels<Bfloat16>},
-    {encoder_kernels<SinglePrecision, float>, encoder_kernels<Bfloat16Vectors, Bfloat16>},
+    {encoder_kernels<SinglePrecision, float>, encoder_kernels<Bfloat16Products, Bfloat16>},
 };
 
 }  // namespace

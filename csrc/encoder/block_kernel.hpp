@@ -37,10 +37,16 @@ struct ScratchRows {
         : data(reinterpret_cast<typename Arithmetic::Value*>(words)),
           stride(scratch_stride(steps_of<Arithmetic>(values)) * Arithmetic::depth) {}
 
-    // Fills the rows after the first `count` with zeros, up to a whole register tile.
+    // Fills with zeros what follows the first `count` rows and the vectors of their values, up to a whole product.
     void fill_after(int count, int values) const {
-        for (int r = count; r % tile_rows != 0; ++r)
-            __builtin_memset(data + r * stride, 0, static_cast<std::size_t>(values) * sizeof *data);
+        const int whole = steps_of<Arithmetic>(values) * Arithmetic::depth;
+        for (int r = 0; r < count && padded(values) < whole; ++r) fill(r, padded(values), whole);
+        for (int r = count; r % Arithmetic::rows != 0; ++r) fill(r, 0, whole);
+    }
+
+  private:
+    void fill(int row, int first, int last) const {
+        __builtin_memset(data + row * stride + first, 0, static_cast<std::size_t>(last - first) * sizeof *data);
     }
 };
 
@@ -58,6 +64,7 @@ std::size_t block_scratch_words(const EncoderBlock& block) {
 
 template <class Arithmetic, class Element>
 void before_attention(const EncoderBlock& block, ConstRows x, int count, Values qkv, std::uint32_t* scratch) {
+    [[maybe_unused]] const typename Arithmetic::Session session;
     normalise_rows<Arithmetic>(x, count, block.width, block.norm1, scratch);
     Element* to = static_cast<Element*>(qkv.data);
     const auto write = [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
@@ -80,6 +87,7 @@ MASKATTN_INLINE void add_update(const std::uint32_t* input, int count, const Lin
 template <class Arithmetic, class Element>
 void after_attention(const EncoderBlock& block, ConstValues attended, ConstRows x, int count, Rows out,
                      std::uint32_t* scratch) {
+    [[maybe_unused]] const typename Arithmetic::Session session;
     const ConstRows written{out.data, out.stride};
     copy_rows<Arithmetic, Element>(attended, count, block.width, scratch);
     add_update<Arithmetic>(scratch, count, block.proj, block.scale1, x, out);
@@ -98,6 +106,7 @@ void after_attention(const EncoderBlock& block, ConstValues attended, ConstRows 
 
 template <class Arithmetic, class Element>
 constexpr EncoderKernels encoder_kernels = {
+    item_rows<Arithmetic>,
     &panel_words<Arithmetic>,
     &pack_weight<Arithmetic, Element>,
     &linear_scratch_words<Arithmetic>,

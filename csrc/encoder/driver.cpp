@@ -1,4 +1,4 @@
-// Rows are divided into items of item_rows. A block has three phases, each with a wait at its end: rows before
+// Rows are divided into items. A block has three phases, each with a wait at its end: rows before
 // attention, attention, rows after it. Sequences are processed in groups whose queries, keys and values stay in L3.
 #include "encoder/driver.hpp"
 
@@ -29,9 +29,9 @@ Values from(Values x, std::int64_t row, std::int64_t bytes) {
     return {static_cast<char*>(x.data) + row * x.stride * bytes, x.stride};
 }
 
-// Calls work(first row, number of rows, worker) for each item.
+// Calls work(first row, number of rows, worker) for each item of `item_rows` rows.
 template <class Work>
-void for_each_rows(std::int64_t count, int threads, Work work) {
+void for_each_rows(std::int64_t count, int item_rows, int threads, Work work) {
     auto take = [&](std::int64_t item, int worker) noexcept {
         const std::int64_t first = item * item_rows;
         work(first, static_cast<int>(std::min<std::int64_t>(item_rows, count - first)), worker);
@@ -53,11 +53,11 @@ class Block {
         const std::int64_t words = count * C * bytes / 4;  // a head's width is a multiple of 8
         const AlignedWords memory(static_cast<std::size_t>(4 * words + count * block_.heads));
         const Values qkv{memory.data(), 3 * C}, attended{memory.data() + 3 * words, C};
-        for_each_rows(count, how_.threads, [&](std::int64_t row, int rows, int worker) {
+        for_each_rows(count, kernels_.item_rows, how_.threads, [&](std::int64_t row, int rows, int worker) {
             kernels_.before_attention(block_, from(x_, begin + row), rows, from(qkv, row, bytes), scratch_.of(worker));
         });
         attend(starts, first, last, qkv, attended, reinterpret_cast<float*>(memory.data() + 4 * words));
-        for_each_rows(count, how_.threads, [&](std::int64_t row, int rows, int worker) {
+        for_each_rows(count, kernels_.item_rows, how_.threads, [&](std::int64_t row, int rows, int worker) {
             kernels_.after_attention(block_, from(ConstValues{attended.data, C}, row, bytes), from(x_, begin + row), rows,
                                      from(out_, begin + row), scratch_.of(worker));
         });
@@ -119,7 +119,7 @@ void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstVa
     const EncoderKernels& kernels = kernels_for(*how.kernels, layer.bfloat16);
     const std::int64_t bytes = bytes_of_value(layer.bfloat16);
     const WordsByWorker scratch(kernels.linear_scratch_words(layer.inputs), how.threads);
-    for_each_rows(count, how.threads, [&](std::int64_t row, int rows, int worker) {
+    for_each_rows(count, kernels.item_rows, how.threads, [&](std::int64_t row, int rows, int worker) {
         kernels.apply(layer, activation, from(x, row, bytes), rows, from(out, row, bytes), scratch.of(worker));
     });
 }

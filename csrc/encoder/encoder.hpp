@@ -15,10 +15,6 @@ namespace maskattn {
 
 enum class Activation { none, gelu, gelu_tanh };
 
-// Rows of an item of work, a multiple of the rows of a register tile. Their values, and the hidden features of an MLP up
-// to about 2,000, stay in L2 while the weights come from L3.
-constexpr int item_rows = 48;
-
 struct LinearLayer {
     bool bfloat16;  // dtype of the weights, and of the values that the layer reads
     int inputs, outputs;  // of bfloat16 an even number of inputs
@@ -63,6 +59,7 @@ struct Values {
 // Entry points of one instruction set for one dtype of the weights. At most item_rows rows at a time; sizes are in
 // 32-bit words, multiples of 16.
 struct EncoderKernels {
+    int item_rows;
     std::size_t (*panel_words)(int inputs, int outputs);
     // Packs a weight (O, I) into panels of neighbouring outputs.
     void (*pack)(ConstValues weight, int inputs, int outputs, std::uint32_t* panels);

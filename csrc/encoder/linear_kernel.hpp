@@ -10,11 +10,20 @@ namespace maskattn {
 namespace {
 
 constexpr int panel_columns = tile_vectors * lanes;
-static_assert(item_rows % tile_rows == 0, "items consist of whole register tiles");
+
+// Rows of an item of work. Their values, and the hidden features of an MLP up to about 2,000, stay in L2 while the
+// weights come from L3. Tiles multiply so fast that L3 could not keep up if weights served only as many rows.
+constexpr int most_item_rows = 192;
+template <class Arithmetic>
+constexpr int item_rows = Arithmetic::in_tiles ? most_item_rows : 48;
 
 // Rows in scratch are a cache line longer than their values, since rows at multiples of 4 KiB would share lines of L1.
 constexpr std::ptrdiff_t scratch_stride(int values) { return static_cast<std::ptrdiff_t>(whole_lines(static_cast<std::size_t>(values))) + 16; }
-constexpr std::size_t scratch_words(int values) { return item_rows * static_cast<std::size_t>(scratch_stride(values)); }
+template <class Arithmetic>
+constexpr std::size_t scratch_words(int values) {
+    static_assert(item_rows<Arithmetic> % Arithmetic::rows == 0, "items consist of whole products");
+    return item_rows<Arithmetic> * static_cast<std::size_t>(scratch_stride(values));
+}
 
 template <class Arithmetic>
 std::size_t panel_words(int inputs, int outputs) {
@@ -59,12 +68,12 @@ MASKATTN_INLINE void store_first(Bfloat16* to, Floats x, int count) {
         __builtin_memcpy(to, &rounded, static_cast<std::size_t>(count) * sizeof rounded[0]);
 }
 
-// Copies rows to scratch, with zeros after the last up to a whole register tile.
+// Copies rows to scratch, with zeros after the last up to a whole product.
 template <class Arithmetic, class Element>
 void copy_rows(ConstValues x, int count, int values, std::uint32_t* to) {
-    const Element* rows[item_rows];
+    const Element* rows[most_item_rows];
     const Element* from = static_cast<const Element*>(x.data);
-    const int whole = (count + tile_rows - 1) / tile_rows * tile_rows;
+    const int whole = (count + Arithmetic::rows - 1) / Arithmetic::rows * Arithmetic::rows;
     for (int r = 0; r < whole; ++r) rows[r] = r < count ? from + r * x.stride : nullptr;
     pack_rows<Arithmetic>(rows, whole, values, to, static_cast<int>(scratch_stride(steps_of<Arithmetic>(values))));
 }
@@ -95,11 +104,58 @@ __attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* 
     sum_tile<Arithmetic, tile_rows, vectors>(x, panel, step, steps, take);
 }
 
+// Multiplies two rows of tiles and a panel, `width` columns wide, and calls finish(sums plus bias, row, column) for their
+// vectors.
+template <class Arithmetic, class Finish>
+MASKATTN_INLINE void multiply_panel_in_tiles(int rows, Left x, const std::uint32_t* panel, int width, int steps,
+                                             const float* bias, const Finish& finish) {
+    alignas(64) float part[Arithmetic::rows_at_once * panel_columns], earlier[Arithmetic::rows_at_once * panel_columns];
+    const bool in_parts = steps > most_steps;
+    const auto for_each_vector = [&](auto take) __attribute__((always_inline)) {
+        for (int r = 0; r < rows; ++r)
+            for (int c = 0; c < width; c += lanes)
+                take(load<Floats>(part + r * panel_columns + c), r, c, earlier + r * panel_columns + c);
+    };
+    if (in_parts)
+        for_each_vector([&](Floats, int, int c, float* sums) { store(sums, load<Floats>(bias + c)); });
+    for (; steps > 0; steps -= most_steps, x.data += most_steps, panel += most_steps * width) {
+        Arithmetic::template multiply<Start::zero>(rows, x, panel, width, at_most(most_steps, steps), part, panel_columns,
+                                                   width / lanes, nullptr);
+        if (steps > most_steps)
+            for_each_vector([&](Floats x, int, int, float* sums) { store(sums, load<Floats>(sums) + x); });
+    }
+    for_each_vector([&](Floats x, int r, int c, const float* sums) __attribute__((always_inline)) {
+        finish(x + load<Floats>(in_parts ? sums : bias + c), r, c);
+    });
+}
+
+template <class Arithmetic, class Value, class Finish>
+MASKATTN_INLINE void multiply_rows_in_tiles(const std::uint32_t* x, int count, const LinearLayer& layer, Value* to,
+                                            std::ptrdiff_t to_stride, Finish finish) {
+    const int steps = steps_of<Arithmetic>(layer.inputs);
+    const std::ptrdiff_t stride = scratch_stride(steps);
+    for (int first = 0; first < layer.outputs; first += panel_columns) {
+        const int columns = at_most(panel_columns, layer.outputs - first);
+        const std::uint32_t* panel = layer.panels + static_cast<std::ptrdiff_t>(first) * steps;
+        for (int row = 0; row < count; row += Arithmetic::rows_at_once) {
+            const int left = at_most(Arithmetic::rows_at_once, count - row);
+            const int rows = (left + Arithmetic::rows - 1) / Arithmetic::rows * Arithmetic::rows;
+            for (int r = 0; r < left; ++r) __builtin_prefetch(to + (row + r) * to_stride + first, 1);
+            multiply_panel_in_tiles<Arithmetic>(
+                rows, {x + row * stride, stride, 1}, panel, padded(columns), steps, layer.bias + first,
+                [&](Floats sums, int r, int c) __attribute__((always_inline)) {
+                    if (r < left) finish(sums, row + r, first + c, at_most(lanes, columns - c));
+                });
+        }
+    }
+}
+
 // Computes the product of rows in scratch, and calls finish(sums plus bias, row, column, number of columns) for each
 // vector. `to` is where its results go, in rows `to_stride` apart.
 template <class Arithmetic, class Value, class Finish>
 MASKATTN_INLINE void multiply_rows(const std::uint32_t* x, int count, const LinearLayer& layer, Value* to,
                                    std::ptrdiff_t to_stride, Finish finish) {
+    if constexpr (Arithmetic::in_tiles) return multiply_rows_in_tiles<Arithmetic>(x, count, layer, to, to_stride, finish);
     const int steps = steps_of<Arithmetic>(layer.inputs);
     const std::ptrdiff_t stride = scratch_stride(steps);
     for (int first = 0; first < layer.outputs; first += panel_columns) {
@@ -129,12 +185,13 @@ MASKATTN_INLINE void multiply_rows(const std::uint32_t* x, int count, const Line
 
 template <class Arithmetic>
 std::size_t linear_scratch_words(int inputs) {
-    return scratch_words(steps_of<Arithmetic>(inputs));
+    return scratch_words<Arithmetic>(steps_of<Arithmetic>(inputs));
 }
 
 template <class Arithmetic, class Element>
 void apply_linear(const LinearLayer& layer, Activation activation, ConstValues x, int count, Values out,
                   std::uint32_t* scratch) {
+    [[maybe_unused]] const typename Arithmetic::Session session;
     copy_rows<Arithmetic, Element>(x, count, layer.inputs, scratch);
     Element* to = static_cast<Element*>(out.data);
     with_activation(activation, [&](auto which) __attribute__((always_inline)) {

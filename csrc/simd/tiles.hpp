@@ -11,6 +11,41 @@ namespace {
 
 constexpr int tile_side = 16;  // rows of a tile, and words in a row
 
+#if defined(MASKATTN_TILES_IN_SOFTWARE)
+
+// The same in plain loops, for the tests on processors without AMX.
+thread_local std::uint32_t tiles_in_software[8][tile_side][tile_side];
+
+struct FullTiles {
+    FullTiles() {}  // not trivial, as that of AMX
+};
+
+template <int tile>
+void load_tile(const void* from, std::ptrdiff_t stride) {
+    for (int r = 0; r < tile_side; ++r)
+        __builtin_memcpy(tiles_in_software[tile][r], static_cast<const std::uint32_t*>(from) + r * stride, 4 * tile_side);
+}
+template <int tile>
+void store_tile(void* to, std::ptrdiff_t stride) {
+    for (int r = 0; r < tile_side; ++r)
+        __builtin_memcpy(static_cast<std::uint32_t*>(to) + r * stride, tiles_in_software[tile][r], 4 * tile_side);
+}
+template <int tile>
+void clear_tile() {
+    __builtin_memset(tiles_in_software[tile], 0, sizeof tiles_in_software[tile]);
+}
+template <int sums, int left, int right>
+void multiply_add_tiles() {
+    for (int r = 0; r < tile_side; ++r)
+        for (int t = 0; t < tile_side; ++t) {
+            const Words factor = broadcast(tiles_in_software[left][r][t]);
+            std::uint32_t* to = tiles_in_software[sums][r];
+            store(to, Bfloat16Pairs::multiply_add(factor, load<Words>(tiles_in_software[right][t]), load<Floats>(to)));
+        }
+}
+
+#else
+
 struct alignas(64) TileShapes {
     std::uint8_t palette, first_row, reserved[14];
     std::uint16_t row_bytes[16];
@@ -58,6 +93,8 @@ template <int sums, int left, int right>
 MASKATTN_INLINE void multiply_add_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(left), "i"(right) : "memory");
 }
+
+#endif
 
 // Computes a square of C, `down` by `across` tiles, 1 or 2, so that a tile that is read is multiplied twice.
 template <Start start, int down, int across>

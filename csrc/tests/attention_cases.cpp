@@ -3,7 +3,6 @@
 #include <limits>
 
 #include "attention/driver.hpp"
-#include "dispatch/instruction_sets.hpp"
 #include "tests/cases.hpp"
 
 namespace maskattn_tests {
@@ -171,11 +170,10 @@ bool run(Problem& p, const maskattn::Sequences& sequences, const maskattn::Kerne
 
 bool attention_is_right() {
     bool all = true;
-    for (const std::string& set : maskattn::instruction_sets())
+    for (const auto& [set, kernels] : all_kernels())
         for (const bool half : {false, true})
             for (const std::size_t width : {16, 24, 80, 256}) {
                 const std::string name = "attention, " + set + (half ? ", bfloat16, " : ", float32, ") + std::to_string(width);
-                const maskattn::Kernels& kernels = *maskattn::kernels_of(set);
                 Random random(width);
                 const auto sequences = packed({3, 0, 1, 101, 5}, {7, 4, 1, 267, 0});
                 Problem problem(random, half, 110, 279, width);

@@ -6,7 +6,14 @@
 #include <cstring>
 #include <limits>
 
+#include "dispatch/instruction_sets.hpp"
+
 namespace maskattn_tests {
+
+#if defined(__x86_64__)
+extern const maskattn::Kernels kernels_in_software;
+#endif
+
 namespace {
 
 double dot(const std::vector<double>& a, const std::vector<double>& b) {
@@ -20,6 +27,15 @@ void add_times(std::vector<double>& to, double factor, const std::vector<double>
 }
 
 }  // namespace
+
+std::vector<NamedKernels> all_kernels() {
+    std::vector<NamedKernels> all;
+    for (const std::string& set : maskattn::instruction_sets()) all.push_back({set, *maskattn::kernels_of(set)});
+#if defined(__x86_64__)
+    if (maskattn::kernels_of("avx512_bf16") != nullptr) all.push_back({"tiles in software", kernels_in_software});
+#endif
+    return all;
+}
 
 std::uint16_t to_bfloat16(float x) {
     std::uint32_t bits;

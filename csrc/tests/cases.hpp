@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "dispatch/kernels.hpp"
+
 namespace maskattn_tests {
 
 // Numbers in the form that the kernels take (float32 or bfloat16), and as doubles of the same values.
@@ -63,6 +65,14 @@ class Comparison {
     double tolerance_, largest_ = 0.0, error_ = 0.0;
     bool finite_ = true;
 };
+
+struct NamedKernels {
+    std::string name;
+    const maskattn::Kernels& kernels;
+};
+
+// Returns the kernels of every instruction set of this machine, and of tiles in software.
+std::vector<NamedKernels> all_kernels();
 
 bool attention_is_right();
 bool readout_is_right();

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <utility>
 
-#include "dispatch/instruction_sets.hpp"
 #include "encoder/driver.hpp"
 #include "tests/cases.hpp"
 
@@ -182,10 +181,9 @@ bool blocks_are_right(const maskattn::Kernels& kernels, bool half, int threads) 
 
 bool encoder_is_right() {
     bool all = true;
-    for (const std::string& set : maskattn::instruction_sets())
+    for (const auto& [set, kernels] : all_kernels())
         for (const int threads : {1, 5})
             for (const bool half : {false, true}) {
-                const maskattn::Kernels& kernels = *maskattn::kernels_of(set);
                 all = layers_are_right(kernels, half, threads) && all;
                 all = blocks_are_right(kernels, half, threads) && all;
             }

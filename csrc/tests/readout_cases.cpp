@@ -2,7 +2,6 @@
 #include <cmath>
 #include <limits>
 
-#include "dispatch/instruction_sets.hpp"
 #include "readout/driver.hpp"
 #include "tests/cases.hpp"
 
@@ -194,7 +193,7 @@ bool relevance_agrees(const Problem& p, const std::string& name) {
 template <class Check>
 bool in_all_ways(const char* operation, Check check) {
     bool all = true;
-    for (const std::string& set : maskattn::instruction_sets())
+    for (const auto& [set, kernels] : all_kernels())
         for (const bool half : {false, true})
             for (const auto& [queries, width] : {std::pair{1, 16}, {3, 24}, {16, 80}, {2, 256}})
                 for (const int threads : {7}) {
@@ -202,7 +201,7 @@ bool in_all_ways(const char* operation, Check check) {
                                              std::to_string(queries) + ", D=" + std::to_string(width) + ", " +
                                              std::to_string(threads) + " threads";
                     Problem problem(half, static_cast<std::size_t>(queries), static_cast<std::size_t>(width));
-                    all = check(problem, *maskattn::kernels_of(set), threads, name) && all;
+                    all = check(problem, kernels, threads, name) && all;
                 }
     return all;
 }

@@ -19,8 +19,12 @@ from maskattn.shapes import Float
 
 __all__ = ["apply_layer", "are_faster_here", "argument_or_none", "can_pack", "pack_layer", "rows_in"]
 
-# The smaller of a layer's numbers of features, up to which it is faster here although the processor has AVX-512.
-_NARROW = {torch.float32: 128, torch.bfloat16: 512}
+# The smaller of a layer's numbers of features, up to which it is faster here although the processor has AVX-512, by
+# dtype and best instruction set. AMX multiplies bfloat16 in tiles, in oneDNN too.
+_NARROW = {
+    torch.float32: {"avx512": 128, "avx512_bf16": 128, "amx_bf16": 192},
+    torch.bfloat16: {"avx512_bf16": 512, "amx_bf16": 192},
+}
 
 
 def are_faster_here(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> bool:
@@ -36,19 +40,9 @@ def are_faster_here(inputs: int, outputs: int, dtype: torch.dtype = torch.float3
         dtype: the dtype of the operands of its product.
     """
     best = _instruction_set()
-    narrow = min(inputs, outputs) <= _NARROW[dtype]
-    if dtype == torch.bfloat16:
-        return best == "avx512_bf16" and narrow and not _has_matrix_units()
-    return best == "avx2" or (best.startswith("avx512") and narrow)
-
-
-@cache
-def _has_matrix_units() -> bool:
-    """Return whether the processor multiplies bfloat16 in tiles (AMX), which oneDNN uses and these kernels do not."""
-    try:
-        return bool(torch.cpu._is_amx_tile_supported())
-    except (AttributeError, RuntimeError):  # it is torch's own function, and may change
-        return False
+    if best == "avx2":
+        return dtype == torch.float32
+    return min(inputs, outputs) <= _NARROW.get(dtype, {}).get(best, 0)
 
 
 @cache

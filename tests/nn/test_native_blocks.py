@@ -188,13 +188,17 @@ def test_under_autocast_a_vit_of_whole_blocks_is_as_close_as_torchs_own(
     assert (got - exact).norm() <= 1.2 * (theirs - exact).norm()
 
 
-def test_a_processor_with_matrix_units_leaves_bfloat16_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_layers, "_instruction_set", lambda: "avx512_bf16")
-    for has_units in (False, True):
-        monkeypatch.setattr(native_layers, "_has_matrix_units", lambda has_units=has_units: has_units)
-        assert native_layers.are_faster_here(96, 96, torch.bfloat16) == (not has_units)
-        assert native_layers.are_faster_here(96, 96)
-        assert not native_layers.are_faster_here(768, 768, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("instruction_set", "widest_float32", "widest_bfloat16"),
+    [("portable", 0, 0), ("avx2", 4096, 0), ("avx512", 128, 0), ("avx512_bf16", 128, 512), ("amx_bf16", 192, 192)],
+)
+def test_layers_are_left_to_onednn_where_it_is_as_fast(
+    instruction_set: str, widest_float32: int, widest_bfloat16: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_layers, "_instruction_set", lambda: instruction_set)
+    for dtype, widest in ((torch.float32, widest_float32), (torch.bfloat16, widest_bfloat16)):
+        widths = (96, 128, 192, 512, 768, 4096)
+        assert max((x for x in widths if native_layers.are_faster_here(x, x, dtype)), default=0) == widest
 
 
 def test_an_odd_number_of_hidden_features_is_computed_layer_by_layer_in_bfloat16(taken: list[Block]) -> None:
