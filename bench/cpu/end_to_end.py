@@ -378,8 +378,9 @@ def _conditions(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _instructions() -> str:
-    dots = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return f"{torch.backends.cpu.get_cpu_capability()} with{'' if dots else 'out'} bfloat16 products"
+    dots, tiles = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.cpu._is_amx_tile_supported()
+    products = "AMX tiles of bfloat16" if tiles else "bfloat16 products"
+    return f"{torch.backends.cpu.get_cpu_capability()} with{'' if dots else 'out'} {products}"
 
 
 def _commit() -> str:

@@ -5,7 +5,7 @@
 
 Contenders run in interleaved rounds in one process; medians are printed, and ratios of them (above 1 if ours is
 faster). With ``--threads 1`` times are processor time, which other work on the machine disturbs less. The machine's
-peak is measured first, by a loop of fused multiply-adds and one of bfloat16 dot products (``peak.cpp``).
+peak is measured first, by a loop of fused multiply-adds and one of bfloat16 products (``peak.cpp``).
 
 Dimension key: B sequences, N tokens, H heads, D head width, f share of the tokens that is kept.
 """
@@ -47,9 +47,15 @@ Lines = Iterator[str]
 TORCH_WITH = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
-    "avx512_bf16": {},
+    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "amx_bf16": {},
 }
-PEAK_WITH = {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx2 -mfma", "avx512_bf16": "-march=native"}
+PEAK_WITH = {
+    "avx2": "-mavx2 -mfma",
+    "avx512": "-mavx512f -mavx2 -mfma",
+    "avx512_bf16": "-mavx512f -mavx512vl -mavx512bf16 -mavx2 -mfma",
+    "amx_bf16": "-march=native",
+}
 
 Size = tuple[int, int, int, int]
 SIZES = [(1, n, 6, 64) for n in (256, 1024, 4096, 16_384)] + [(64, 197, 6, 64), (1, 4096, 3, 128), (1, 4096, 8, 48)]
