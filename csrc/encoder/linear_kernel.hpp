@@ -104,22 +104,23 @@ __attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* 
     sum_tile<Arithmetic, tile_rows, vectors>(x, panel, step, steps, take);
 }
 
-// Multiplies two rows of tiles and a panel, `width` columns wide, and calls finish(sums plus bias, row, column) for their
-// vectors.
+// Multiplies 16 or 32 rows and as many columns of a panel, whose steps are `step` words apart, and calls finish(sums plus
+// bias, row, column) for their vectors.
 template <class Arithmetic, class Finish>
-MASKATTN_INLINE void multiply_panel_in_tiles(int rows, Left x, const std::uint32_t* panel, int width, int steps,
-                                             const float* bias, const Finish& finish) {
-    alignas(64) float part[Arithmetic::rows_at_once * panel_columns], earlier[Arithmetic::rows_at_once * panel_columns];
+MASKATTN_INLINE void multiply_panel_square(int rows, Left x, const std::uint32_t* panel, int width, int step, int steps,
+                                     const float* bias, const Finish& finish) {
+    constexpr int side = Arithmetic::rows_at_once;
+    alignas(64) float part[side * side], earlier[side * side];
     const bool in_parts = steps > most_steps;
     const auto for_each_vector = [&](auto take) __attribute__((always_inline)) {
         for (int r = 0; r < rows; ++r)
             for (int c = 0; c < width; c += lanes)
-                take(load<Floats>(part + r * panel_columns + c), r, c, earlier + r * panel_columns + c);
+                take(load<Floats>(part + r * side + c), r, c, earlier + r * side + c);
     };
     if (in_parts)
         for_each_vector([&](Floats, int, int c, float* sums) { store(sums, load<Floats>(bias + c)); });
-    for (; steps > 0; steps -= most_steps, x.data += most_steps, panel += most_steps * width) {
-        Arithmetic::template multiply<Start::zero>(rows, x, panel, width, at_most(most_steps, steps), part, panel_columns,
+    for (; steps > 0; steps -= most_steps, x.data += most_steps, panel += most_steps * step) {
+        Arithmetic::template multiply<Start::zero>(rows, x, panel, step, at_most(most_steps, steps), part, side,
                                                    width / lanes, nullptr);
         if (steps > most_steps)
             for_each_vector([&](Floats x, int, int, float* sums) { store(sums, load<Floats>(sums) + x); });
@@ -134,15 +135,18 @@ MASKATTN_INLINE void multiply_rows_in_tiles(const std::uint32_t* x, int count, c
                                             std::ptrdiff_t to_stride, Finish finish) {
     const int steps = steps_of<Arithmetic>(layer.inputs);
     const std::ptrdiff_t stride = scratch_stride(steps);
-    for (int first = 0; first < layer.outputs; first += panel_columns) {
-        const int columns = at_most(panel_columns, layer.outputs - first);
-        const std::uint32_t* panel = layer.panels + static_cast<std::ptrdiff_t>(first) * steps;
-        for (int row = 0; row < count; row += Arithmetic::rows_at_once) {
-            const int left = at_most(Arithmetic::rows_at_once, count - row);
+    constexpr int side = Arithmetic::rows_at_once;
+    // The columns of a square stay in L1 while the rows come from L2.
+    for (int first = 0; first < layer.outputs; first += side) {
+        const int columns = at_most(side, layer.outputs - first), of_panel = first % panel_columns;
+        const int step = padded(at_most(panel_columns, layer.outputs - first + of_panel));
+        const std::uint32_t* panel = layer.panels + static_cast<std::ptrdiff_t>(first - of_panel) * steps + of_panel;
+        for (int row = 0; row < count; row += side) {
+            const int left = at_most(side, count - row);
             const int rows = (left + Arithmetic::rows - 1) / Arithmetic::rows * Arithmetic::rows;
             for (int r = 0; r < left; ++r) __builtin_prefetch(to + (row + r) * to_stride + first, 1);
-            multiply_panel_in_tiles<Arithmetic>(
-                rows, {x + row * stride, stride, 1}, panel, padded(columns), steps, layer.bias + first,
+            multiply_panel_square<Arithmetic>(
+                rows, {x + row * stride, stride, 1}, panel, padded(columns), step, steps, layer.bias + first,
                 [&](Floats sums, int r, int c) __attribute__((always_inline)) {
                     if (r < left) finish(sums, row + r, first + c, at_most(lanes, columns - c));
                 });
@@ -196,7 +200,7 @@ void apply_linear(const LinearLayer& layer, Activation activation, ConstValues x
     Element* to = static_cast<Element*>(out.data);
     with_activation(activation, [&](auto which) __attribute__((always_inline)) {
         const auto write = [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
-            store_first(to + row * out.stride + column, activated<decltype(which)::value>(sums), columns);
+            store_first(to + row * out.stride + column, activated<decltype(which)::value, Element>(sums), columns);
         };
         multiply_rows<Arithmetic>(scratch, count, layer, to, out.stride, write);
     });

@@ -150,7 +150,7 @@ class Block(nn.Module):
 
     def forward(self, rows_TC: Float[Tensor, "T C"], tokens: PackedTokens) -> Float[Tensor, "T C"]:
         """Run the block, (T, C) → (T, C); ``tokens`` gives the layout of the rows, and its own rows are not read."""
-        natively = multiplies_natively(rows_TC) is not None and is_as_built(self)
+        natively = multiplies_natively(rows_TC, tokens) is not None and is_as_built(self)
         whole = apply_whole(self, rows_TC, tokens) if natively else None
         return self._mixed(rows_TC, self.norm1(rows_TC), tokens) if whole is None else whole
 

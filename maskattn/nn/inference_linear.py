@@ -148,12 +148,18 @@ def kept_or_packed(
     return kept[key]
 
 
-def multiplies_natively(x: Tensor) -> torch.dtype | None:
-    """Return the dtype of weights and results if the C++ kernels multiply rows like ``x``; else None."""
-    dtype = runs_here(x)
-    if dtype is None or not native_layers.are_faster_here(x.shape[-1], x.shape[-1], computed_in(dtype)):
+def multiplies_natively(x: Float[Tensor, "T C"], tokens: PackedTokens | None = None) -> torch.dtype | None:
+    """Return the dtype of weights and results if the C++ kernels multiply rows like ``x``, of ``tokens``; else None."""
+    dtype, rows_vary = runs_here(x), tokens is not None and not is_whole(tokens)
+    if dtype is None or not native_layers.are_faster_here(x.shape[-1], x.shape[-1], computed_in(dtype), rows_vary):
         return None
     return dtype
+
+
+def is_whole(tokens: PackedTokens) -> bool:
+    """Return whether no token is masked: the numbers of rows are then as few as those of images."""
+    packing = tokens.packing
+    return packing.batch_size * packing.num_tokens == packing.total
 
 
 def rounded_up(tokens: PackedTokens) -> PackedTokens:
@@ -168,11 +174,11 @@ def rounded_up(tokens: PackedTokens) -> PackedTokens:
     more = -T % step
     if 0 < more < P:  # an image has all of its prefix tokens
         more += -(-(P - more) // step) * step
-    if packing.batch_size * packing.num_tokens == T:  # the numbers of rows are as few as those of images
+    if is_whole(tokens):
         return tokens
     if not more or tokens.shards is not None or runs_here(tokens.rows_TC) is None:
         return tokens
-    if multiplies_natively(tokens.rows_TC) is not None:
+    if multiplies_natively(tokens.rows_TC, tokens) is not None:
         return tokens
     start = packing.batch_size * packing.num_tokens
     longer = Packing(

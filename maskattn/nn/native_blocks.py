@@ -40,7 +40,7 @@ def apply_whole(block: Block, rows_TC: Float[Tensor, "T C"], tokens: PackedToken
     Returns:
         Its output in the dtype that its layers would give it; None if the kernels do not compute it, or not here.
     """
-    dtype = multiplies_natively(rows_TC)
+    dtype = multiplies_natively(rows_TC, tokens)
     if dtype is None or not _takes(block, tokens):
         return None
     layers = _layers(block)

@@ -20,14 +20,15 @@ from maskattn.shapes import Float
 __all__ = ["apply_layer", "are_faster_here", "argument_or_none", "can_pack", "pack_layer", "rows_in"]
 
 # The smaller of a layer's numbers of features, up to which it is faster here although the processor has AVX-512, by
-# dtype and best instruction set. AMX multiplies bfloat16 in tiles, in oneDNN too.
+# dtype and best instruction set: of layers whose numbers of rows are few, and of those whose numbers vary. AMX
+# multiplies bfloat16 in tiles, in oneDNN too.
 _NARROW = {
-    torch.float32: {"avx512": 128, "avx512_bf16": 128, "amx_bf16": 192},
-    torch.bfloat16: {"avx512_bf16": 512, "amx_bf16": 192},
+    torch.float32: {"avx512": (128, 128), "avx512_bf16": (128, 128), "amx_bf16": (192, 384)},
+    torch.bfloat16: {"avx512_bf16": (512, 512), "amx_bf16": (192, 384)},
 }
 
 
-def are_faster_here(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> bool:
+def are_faster_here(inputs: int, outputs: int, dtype: torch.dtype = torch.float32, rows_vary: bool = False) -> bool:
     """Return whether these kernels are faster on this processor than the libraries that torch comes with.
 
     They are where AVX2 is the best instruction set. With AVX-512 oneDNN's wide layers are as fast (see
@@ -38,11 +39,12 @@ def are_faster_here(inputs: int, outputs: int, dtype: torch.dtype = torch.float3
         inputs: the number of a layer's input features.
         outputs: the number of its output features.
         dtype: the dtype of the operands of its product.
+        rows_vary: whether the number of rows differs from call to call, as under masks.
     """
     best = _instruction_set()
     if best == "avx2":
         return dtype == torch.float32
-    return min(inputs, outputs) <= _NARROW.get(dtype, {}).get(best, 0)
+    return min(inputs, outputs) <= _NARROW.get(dtype, {}).get(best, (0, 0))[rows_vary]
 
 
 @cache

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from maskattn.nn import VisionTransformer, blocks, inference_linear, native_layers
 from maskattn.nn.blocks import Block
 from maskattn.nn.inference_linear import packed_weights
+from maskattn.nn.native_layers import are_faster_here
 from maskattn.nn.packed_tokens import PackedTokens
 from tests.oracles import assert_within_budget
 
@@ -190,15 +191,25 @@ def test_under_autocast_a_vit_of_whole_blocks_is_as_close_as_torchs_own(
 
 @pytest.mark.parametrize(
     ("instruction_set", "widest_float32", "widest_bfloat16"),
-    [("portable", 0, 0), ("avx2", 4096, 0), ("avx512", 128, 0), ("avx512_bf16", 128, 512), ("amx_bf16", 192, 192)],
+    [
+        ("portable", (0, 0), (0, 0)),
+        ("avx2", (4096, 4096), (0, 0)),
+        ("avx512", (128, 128), (0, 0)),
+        ("avx512_bf16", (128, 128), (512, 512)),
+        ("amx_bf16", (192, 384), (192, 384)),
+    ],
 )
 def test_layers_are_left_to_onednn_where_it_is_as_fast(
-    instruction_set: str, widest_float32: int, widest_bfloat16: int, monkeypatch: pytest.MonkeyPatch
+    instruction_set: str,
+    widest_float32: tuple[int, int],
+    widest_bfloat16: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native_layers, "_instruction_set", lambda: instruction_set)
     for dtype, widest in ((torch.float32, widest_float32), (torch.bfloat16, widest_bfloat16)):
-        widths = (96, 128, 192, 512, 768, 4096)
-        assert max((x for x in widths if native_layers.are_faster_here(x, x, dtype)), default=0) == widest
+        for rows_vary in (False, True):
+            taken = [x for x in (96, 128, 192, 384, 512, 768, 4096) if are_faster_here(x, x, dtype, rows_vary)]
+            assert max(taken, default=0) == widest[rows_vary]
 
 
 def test_an_odd_number_of_hidden_features_is_computed_layer_by_layer_in_bfloat16(taken: list[Block]) -> None:
