@@ -150,10 +150,11 @@ def kept_or_packed(
 
 def multiplies_natively(x: Float[Tensor, "T C"], tokens: PackedTokens | None = None) -> torch.dtype | None:
     """Return the dtype of weights and results if the C++ kernels multiply rows like ``x``, of ``tokens``; else None."""
-    dtype, rows_vary = runs_here(x), tokens is not None and not is_whole(tokens)
-    if dtype is None or not native_layers.are_faster_here(x.shape[-1], x.shape[-1], computed_in(dtype), rows_vary):
+    dtype, width = runs_here(x), x.shape[-1]
+    if dtype is None:  # in a trace, the number of rows has no value
         return None
-    return dtype
+    rows_vary = tokens is not None and not is_whole(tokens)
+    return dtype if native_layers.are_faster_here(width, width, computed_in(dtype), rows_vary) else None
 
 
 def is_whole(tokens: PackedTokens) -> bool:
