@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import bench.without_torchvision  # noqa: F401 (before timm)
 from bench.cpu.extract import own_peak_gib
+from bench.held_to import held_to
 from maskattn.demo.train import BUNDLED_MODEL
 from maskattn.nn import TileEncoder, from_timm
 from maskattn.nn.encoders import EncoderCard
@@ -51,6 +52,8 @@ def why_not(contender: str, dtype: str) -> str:
         "OpenVINO": [name for name in ("openvino",) if find_spec(name) is None],
         "ONNX Runtime": [name for name in ("onnxruntime", "onnx", "onnxscript") if find_spec(name) is None],
     }.get(contender)
+    if contender in ("OpenVINO", "ONNX Runtime") and held_to():
+        return f"{contender} cannot be held to {held_to()}"
     if missing:
         return f"{contender} is not installed: pip install {' '.join(missing)}"
     if contender == "ONNX Runtime" and dtype == "bfloat16":

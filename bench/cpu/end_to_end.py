@@ -8,6 +8,8 @@ with 0.3 of them. Each is a process of its own; they take turns, one batch each 
 commands, with start-up: `maskattn infer` with the bundled model or `maskattn extract` with random weights, beside the
 loop of ``plain_loop.py`` (in bfloat16 also beside the loop in float32, which is what a tool does that has no other
 dtype on a CPU), on the region, a slide composed of it (``gigapixel.py``), and sections of it as many slides.
+``--held-to avx2`` holds all to an instruction set below the best; OpenVINO and ONNX Runtime, which cannot be held, then
+do not take part.
 Each call adds to bench/results/end_to_end.json and writes the page from it, so that parts can be measured one by one.
 """
 
@@ -46,6 +48,7 @@ from bench.cpu.encoder_contenders import (
 )
 from bench.cpu.end_to_end_page import FLOAT32_LOOP, LOOP, page
 from bench.cpu.gigapixel import composed, cpu_name, resident_bytes
+from bench.held_to import TORCH_WITH, held_environment
 from bench.timing import median_ratio
 from maskattn.slide.versions import installed_versions
 
@@ -55,7 +58,7 @@ SECTION_PX = 1024
 _MAGNIFICATION = {"real": "20", "small": "20", "composed": "5"}
 _PICTURES = 4  # that `maskattn infer` draws: the bundled model's classes and attention
 _PROCESSES = 2
-_COMMAND = "import bench.torchvision_on_demand, runpy; runpy.run_module('maskattn', run_name='__main__')"
+_COMMAND = "import bench.torchvision_on_demand, bench.held_to, runpy; runpy.run_module('maskattn', run_name='__main__')"
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="tiles in the encoders' batch")
     parser.add_argument("--slides", type=int, default=200, help="number of small slides")
     parser.add_argument("--side", type=int, default=40_000, help="side of the composed slide")
+    parser.add_argument("--held-to", choices=TORCH_WITH, help="the instruction set to hold torch and our kernels to")
     parser.add_argument("--keep", type=Path, help="folder of the slides that are made; by default they are removed")
     parser.add_argument("--out", type=Path, default=RESULTS / "end_to_end.md")
     arguments = parser.parse_args()
+    if arguments.held_to:
+        os.environ |= held_environment(arguments.held_to)  # of the processes that it starts
     record = arguments.out.with_suffix(".json")
     measured: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -370,14 +376,16 @@ def _conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": arguments.threads,
         "batch": arguments.batch,
         "side": arguments.side,
-        "cpu": f"{cpu_name()}, {_instructions()}, {len(os.sched_getaffinity(0))} cores",
+        "cpu": f"{cpu_name()}, {_instructions(arguments.held_to)}, {len(os.sched_getaffinity(0))} cores",
         "commit": _commit(),
         "versions": installed_versions("timm", "openvino", "onnxruntime"),
         "date": f"{datetime.datetime.now(datetime.UTC):%d %B %Y}",
     }
 
 
-def _instructions() -> str:
+def _instructions(held_to: str | None) -> str:
+    if held_to:
+        return f"torch and our kernels held to {held_to}"
     dots, tiles = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.cpu._is_amx_tile_supported()
     products = "AMX tiles of bfloat16" if tiles else "bfloat16 products"
     return f"{torch.backends.cpu.get_cpu_capability()} with{'' if dots else 'out'} {products}"

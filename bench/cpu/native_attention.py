@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import maskattn
+from bench.held_to import TORCH_WITH
 from bench.pages import publish
 from bench.timing import kind_of_time, median_ratio, medians, rounds_of
 from maskattn import Packing, masked_attention, packed_attention
@@ -43,13 +44,7 @@ HERE = Path(__file__).parent
 Lines = Iterator[str]
 
 
-# What keeps torch from more than an instruction set has, and the compiler's flags for the peak.
-TORCH_WITH = {
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
-    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
-    "amx_bf16": {},
-}
+# The compiler's flags for the peak of an instruction set.
 PEAK_WITH = {
     "avx2": "-mavx2 -mfma",
     "avx512": "-mavx512f -mavx2 -mfma",
