@@ -8,9 +8,8 @@ with 0.3 of them. Each is a process of its own; they take turns, one batch each 
 commands, with start-up: `maskattn infer` with the bundled model or `maskattn extract` with random weights, beside the
 loop of ``plain_loop.py`` (in bfloat16 also beside the loop in float32, which is what a tool does that has no other
 dtype on a CPU), on the region, a slide composed of it (``gigapixel.py``), and sections of it as many slides.
-``--held-to avx2`` holds all to an instruction set below the best; OpenVINO and ONNX Runtime, which cannot be held, then
-do not take part.
-Each call adds to bench/results/end_to_end.json and writes the page from it, so that parts can be measured one by one.
+``--held-to avx2`` holds all to an instruction set below the best, which OpenVINO and ONNX Runtime cannot be. Each call
+adds to bench/results/end_to_end.json and writes the page from it, so that parts can be measured one by one.
 """
 
 from __future__ import annotations

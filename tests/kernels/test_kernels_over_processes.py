@@ -75,7 +75,9 @@ def test_dropped_weights_outputs_and_gradients_are_those_of_one_process():
         for name, expected in exact.items():
             parts = [process[number][name] for process in processes]
             if name == "dslopes" or (way == "readout" and name == "dq"):
-                oracles.assert_within_budget(parts[0] + parts[1], expected, same[name], f"{way} {name}")
+                # Each process rounds its part of the sum.
+                total = parts[0] + parts[1]
+                oracles.assert_within_budget(total, expected, same[name], f"{way} {name}", carried=parts[0])
             elif way == "readout" and name in ("out", "lse"):
                 oracles.assert_within_budget(parts[1], expected, same[name], f"{way} {name}")
             else:
