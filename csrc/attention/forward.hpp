@@ -1,7 +1,7 @@
 // Forward attention of a tile of queries, with the softmax and both products in one pass over the keys.
 //
-// Dimension key: M queries multiplied at once (Arithmetic::rows_at_once), Q of an item (tile_queries), N keys of a block (block_keys),
-// D head width.
+// Dimension key: M queries multiplied at once (Arithmetic::rows_at_once), Q of an item (tile_queries), N keys of a block
+// (block_keys), D head width.
 #pragma once
 
 #include "attention/operands.hpp"

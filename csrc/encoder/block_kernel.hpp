@@ -96,7 +96,8 @@ void after_attention(const EncoderBlock& block, ConstValues attended, ConstRows 
     const ScratchRows<Arithmetic> rows(hidden, block.fc1.outputs);
     with_activation(block.activation, [&](auto which) __attribute__((always_inline)) {
         const auto write = [&](Floats sums, int row, int column, int) __attribute__((always_inline)) {
-            store_first(rows.data + row * rows.stride + column, activated<decltype(which)::value, typename Arithmetic::Value>(sums), lanes);
+            const Floats active = activated<decltype(which)::value, typename Arithmetic::Value>(sums);
+            store_first(rows.data + row * rows.stride + column, active, lanes);
         };
         multiply_rows<Arithmetic>(scratch, count, block.fc1, rows.data, rows.stride, write);
     });

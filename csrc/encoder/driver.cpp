@@ -1,5 +1,5 @@
-// Rows are divided into items. A block has three phases, each with a wait at its end: rows before
-// attention, attention, rows after it. Sequences are processed in groups whose queries, keys and values stay in L3.
+// Rows are divided into items. A block has three phases, each with a wait at its end: rows before attention, attention,
+// rows after it. Sequences are processed in groups whose queries, keys and values stay in L3.
 #include "encoder/driver.hpp"
 
 #include <algorithm>

@@ -108,7 +108,7 @@ __attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* 
 // bias, row, column) for their vectors.
 template <class Arithmetic, class Finish>
 MASKATTN_INLINE void multiply_panel_square(int rows, Left x, const std::uint32_t* panel, int width, int step, int steps,
-                                     const float* bias, const Finish& finish) {
+                                           const float* bias, const Finish& finish) {
     constexpr int side = Arithmetic::rows_at_once;
     alignas(64) float part[side * side], earlier[side * side];
     const bool in_parts = steps > most_steps;

@@ -302,3 +302,17 @@ def test_wrong_calls_of_a_block_are_refused() -> None:
         block.apply(x, np.array([0, 2], np.int32), x)
     with pytest.raises(ValueError, match="out that can be written to, got a read-only array"):
         block.apply(x, starts, np.broadcast_to(x, x.shape))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_small_values_of_gelu_are_exact_in_bfloat16_too(instruction_set: str, activation: str) -> None:
+    x = torch.linspace(-3, -1, 500).bfloat16()[:, None].expand(-1, 2).contiguous()
+    layer = nn.Linear(2, 16, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.0, 0.0]).expand(16, 2))
+    out = x.new_empty(500, 16)
+    given: Any = argument_of(x), argument_of(out)
+    packed(layer, instruction_set, torch.bfloat16).apply(*given, activation=activation)
+    exact = ACTIVATIONS[activation](x[:, :1].double())
+    assert ((out.double() - exact) / exact).abs().max() < 2**-8
