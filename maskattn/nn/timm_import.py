@@ -1,14 +1,17 @@
-"""The import of timm without torch's compiler, which takes four times as long to import as timm itself.
+"""The import of timm without torch's compiler and without the client of the Hugging Face hub.
 
-Two imports bring the compiler, ``torch.distributed`` and sympy, and only for later: torchvision's ``ops/roi_align.py``
-takes one function from ``torch._dynamo.utils``, and ``timm/models/naflexvit.py`` excludes one of its methods from
-compilation. While they are imported here, two functions take the place of torch's, and call torch's when they are used.
+The compiler takes four times as long to import as timm itself. Two imports bring it, with ``torch.distributed`` and
+sympy, and only for later: torchvision's ``ops/roi_align.py`` takes one function from ``torch._dynamo.utils``, and
+``timm/models/naflexvit.py`` excludes one of its methods from compilation. The hub's client takes half of timm's import,
+and ``timm/models/_hub.py`` calls it only for networks on the hub. While timm is imported here, functions take the place
+of these, and call them when they are used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,17 +23,18 @@ import torch
 __all__ = ["import_timm"]
 
 _COMPILER, _UTILS = "torch._dynamo", "torch._dynamo.utils"
+_HUB, _CLIENT, _OF_THE_CLIENT = "huggingface_hub", "huggingface_hub.hf_api", ("HfApi", "hf_hub_download", "model_info")
 
 
 def import_timm() -> Any:
-    """Return timm, imported without the compiler if nothing has imported it before.
+    """Return timm, imported without the compiler and the hub's client if nothing has imported them before.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
     """
     if not {_COMPILER, "timm"} & sys.modules.keys() and _is_alone():
-        # If the import needs more of the compiler than these functions, it is repeated with the compiler.
-        with contextlib.suppress(ImportError, AttributeError), _compiler_later():
+        # If the import needs more than these functions, it is repeated with what they stand for.
+        with contextlib.suppress(ImportError, AttributeError), _compiler_later(), _client_later():
             import timm
     import timm
 
@@ -38,9 +42,9 @@ def import_timm() -> Any:
 
 
 def _is_alone() -> bool:
-    """Return whether no other thread might import the compiler meanwhile, which would get this module's functions."""
+    """Return whether no other thread might import the same meanwhile, which would get this module's functions."""
     main = threading.main_thread()
-    # The command line's own threads wait for signals and import nothing.
+    # The command line's own threads wait for signals or read a slide, and import none of it.
     return all(thread is main or thread.name.startswith("maskattn ") for thread in threading.enumerate())
 
 
@@ -57,6 +61,25 @@ def _compiler_later() -> Iterator[None]:
         vars(torch.compiler)["disable"] = disable
         if sys.modules.get(_UTILS) is utils:
             del sys.modules[_UTILS]
+
+
+@contextlib.contextmanager
+def _client_later() -> Iterator[None]:
+    names: dict[str, Any] = {}
+    if _CLIENT not in sys.modules:
+        with contextlib.suppress(ImportError):  # the hub's package is not installed, which timm allows
+            names = vars(importlib.import_module(_HUB))  # it imports its parts when they are asked for
+    later = {name: functools.partial(_of_the_client, name) for name in _OF_THE_CLIENT if name not in names}
+    names.update(later)
+    try:
+        yield
+    finally:
+        for name in later:
+            del names[name]
+
+
+def _of_the_client(name: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(importlib.import_module(_HUB), name)(*args, **kwargs)
 
 
 def _is_compile_supported(device_type: Any) -> Any:

@@ -1,4 +1,4 @@
-"""timm is imported without torch's compiler, which works afterwards as if nothing had happened."""
+"""timm is imported without torch's compiler and the hub's client, which work afterwards as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -30,9 +30,32 @@ def test_an_encoder_of_timm_is_loaded_without_the_compiler() -> None:
     code = """
 from maskattn.nn.encoders import load_encoder
 encoder = load_encoder("timm:vit_tiny_patch16_224", pretrained=False)
-print(encoder.why_not or "packed", *({"torch._dynamo", "torch._dynamo.utils", "sympy"} & sys.modules.keys()))
+unwanted = {"torch._dynamo", "torch._dynamo.utils", "sympy", "huggingface_hub.hf_api"}
+print(encoder.why_not or "packed", *(unwanted & sys.modules.keys()))
 """
     assert run(code) == ["packed"]
+
+
+def test_the_hubs_client_is_imported_when_timm_calls_it() -> None:
+    pytest.importorskip("huggingface_hub", reason="its client is what timm calls")
+    code = """
+timm = import_timm()
+import huggingface_hub
+assert timm.models._hub.has_hf_hub() and "huggingface_hub.hf_api" not in sys.modules
+assert not {"HfApi", "hf_hub_download", "model_info"} & vars(huggingface_hub).keys()
+assert huggingface_hub.HfApi is sys.modules["huggingface_hub.hf_api"].HfApi
+api = timm.models._hub.HfApi(token="none", library_name="timm")
+assert type(api) is huggingface_hub.HfApi and api.token == "none" and api.library_name == "timm"
+try:
+    timm.models._hub.hf_hub_download(repo_id="no/such/name", filename="config.json")
+except huggingface_hub.errors.HFValidationError as error:
+    print("no/such/name" in str(error))
+called = []
+huggingface_hub.hf_hub_download = lambda *args, **kwargs: called.append((args, kwargs)) or "file"
+assert timm.models._hub.hf_hub_download("a/b", filename="f") == "file"
+assert called == [(("a/b",), {"library_name": "timm", "library_version": timm.__version__, "filename": "f"})], called
+"""
+    assert run(code) == ["True"]
 
 
 def test_the_compiler_and_what_is_kept_from_it_work_afterwards() -> None:
