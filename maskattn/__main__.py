@@ -1,5 +1,5 @@
 """The command line as ``python -m maskattn``."""
 
-from maskattn.cli import main
+from maskattn.cli import entry_point
 
-main()
+entry_point()

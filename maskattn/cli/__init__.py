@@ -10,14 +10,21 @@ import os
 import sys
 import warnings
 
+from maskattn.cli.ending import short_end
 from maskattn.cli.imports import imports
 from maskattn.cli.streams import lasting_streams
 
-__all__ = ["main"]
+__all__ = ["entry_point", "main"]
 
 # Threads of numpy's OpenBLAS spin after they start and after each product, a tenth of a second unless told, as 2 to the
 # 26th cycles; the least is 2 to the 4th. OpenBLAS reads the variable when numpy is imported.
 _OPENBLAS_SPINS = ("OPENBLAS_THREAD_TIMEOUT", "4")
+
+
+def entry_point() -> None:
+    """Run the command line as a process of its own, which ends with it."""
+    with short_end():
+        main()
 
 
 def main() -> None:

@@ -53,8 +53,13 @@ class Work(Protocol[OutcomeT]):
     def under(self, settings: Any) -> Work[OutcomeT]:
         """Return the same work with other settings."""
 
-    def on(self, device: str) -> tuple[str, Run[OutcomeT]]:
-        """Load the model on a device; return a note on it ("" for none), and the function that runs the slides."""
+    def on(self, device: str, *, alone: bool = False) -> tuple[str, Run[OutcomeT]]:
+        """Load the model on a device; return a note on it ("" for none), and the function that runs the slides.
+
+        Args:
+            device: the device.
+            alone: whether no other process of this command runs slides, so that the first can be opened meanwhile.
+        """
 
 
 def run_member(reports: Connection, device: str, cores: tuple[int, ...], together: bool = False) -> None:

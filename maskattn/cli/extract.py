@@ -86,9 +86,12 @@ class _Extraction:
         """The same work under other settings."""
         return replace(self, settings=settings)
 
-    def on(self, device: str) -> tuple[str, Run[ExtractionOutcome]]:
+    def on(self, device: str, *, alone: bool = False) -> tuple[str, Run[ExtractionOutcome]]:
         """Load the encoder."""
-        slide_runs.start_decoder(self.settings)
+        settings = self.settings
+        slide_runs.start_reading(
+            self.jobs, settings, settings.slide_spacing_um, alone=alone, finds_tissue=settings.finds_tissue
+        )
         with imports():
             from maskattn.nn.encoders import load_encoder
             from maskattn.slide.extract_request import check_extraction

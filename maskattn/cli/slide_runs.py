@@ -35,7 +35,7 @@ __all__ = [
     "jobs_asked_for",
     "load_model",
     "run",
-    "start_decoder",
+    "start_reading",
 ]
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "model"
@@ -204,16 +204,36 @@ def _jobs_of_features(folder: Path) -> list[SlideJob]:
     return [SlideJob(slide_id, path) for slide_id, path in found.items()]
 
 
-def start_decoder(settings: RunSettings | ExtractSettings) -> None:
-    """Start the process that decodes slides, while torch is imported and the model is loaded.
+def start_reading(
+    jobs: Sequence[SlideJob],
+    settings: RunSettings | ExtractSettings,
+    spacing_um: float | None,
+    *,
+    alone: bool,
+    finds_tissue: bool,
+) -> None:
+    """Start to read slides, while torch is imported and the model is loaded.
 
-    Where an earlier run wrote a summary, all slides may be finished; the process then starts when it is needed.
+    Where an earlier run wrote a summary, all slides may be finished; reading then starts when it is needed.
+
+    Args:
+        jobs: the slides.
+        settings: the request.
+        spacing_um: µm per level-0 pixel of every slide, or None.
+        alone: whether this process will run the first slide; otherwise only the process that decodes is started.
+        finds_tissue: whether tissue is sought on slides without a mask.
     """
     if not settings.overwrite and (settings.out_dir / "summary.csv").exists():
         return
+    from maskattn.slide.fleet.sharing import chosen_jobs
     from maskattn.slide.formats.isolated_image import start_ahead
+    from maskattn.slide.opened_ahead import open_ahead
 
-    start_ahead()
+    first = next(iter(chosen_jobs(jobs, settings.sharing)), None) if alone else None
+    if first is None:
+        start_ahead()
+    else:
+        open_ahead(first, spacing_um, settings.series, view=finds_tissue and first.mask_path is None)
 
 
 @dataclass(frozen=True)
@@ -245,12 +265,13 @@ class Inference:
         """Return the same work with other settings."""
         return replace(self, settings=settings)
 
-    def on(self, device: str) -> tuple[str, Run[SlideOutcome]]:
+    def on(self, device: str, *, alone: bool = False) -> tuple[str, Run[SlideOutcome]]:
         """Load the model on a device; return the note of a demonstration model, and what runs the slides."""
         if self.chosen.model == BUNDLED and self.words is None:
             os.environ.setdefault(*_THREADS_SLEEP)
         if self.settings.features_dir is None:
-            start_decoder(self.settings)
+            settings = self.settings
+            start_reading(self.jobs, settings, settings.spacing_um, alone=alone, finds_tissue=settings.masked)
         with imports():
             from maskattn.slide.run import run_slides
 
@@ -335,7 +356,7 @@ def run(work: Work[OutcomeT], where: Where, lines_of: Callable[[OutcomeT], list[
         named = within_memory(devices_named(where.devices), where.memory_gib)
         with ProgressBars(len(work.jobs), lines_of, len(named)) as bars:
             return run_on_devices(named, work, [job.slide_id for job in work.jobs], bars)
-    note, run_all = work.on(where.device)
+    note, run_all = work.on(where.device, alone=True)
     if note:
         tell(note)
     with ProgressBars(len(work.jobs), lines_of) as bars:

@@ -34,10 +34,10 @@ from maskattn.slide.layouts import FEATURE_LAYOUTS, FeatureLayout, TileHeader, r
 from maskattn.slide.layouts.hierarchical import RegionLayout
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text
+from maskattn.slide.opened_ahead import open_slide
 from maskattn.slide.prediction import SlideFile
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.slide_run import Stages
-from maskattn.slide.unchanged import FileState
 from maskattn.slide.versions import installed_versions
 
 __all__ = ["extract_slide", "extract_slides", "identify_encoder"]
@@ -135,12 +135,8 @@ def extract_slide(
     identity = identity or identify_encoder(encoder)
     stages = Stages(encoder.device)
     layout = _layout(settings, encoder)
-    state = FileState.of(job.path)
     with stages("open"), _slides_own_spacing():
-        given = (job.spacing_um, "manifest")
-        if settings.slide_spacing_um is not None:
-            given = (settings.slide_spacing_um, "override")
-        reader = SlideReader(job.path, *given, series=settings.series, isolated=True)
+        state, reader = open_slide(job, settings.slide_spacing_um, settings.series)
     with reader, _slides_own_spacing():
         found = find_tiles(job, reader, encoder, settings, stages)
         features = layout.path_of(settings.out_dir, found.header)

@@ -28,9 +28,9 @@ from maskattn.nn.slide_models.two_stage import TwoStageModel, two_stages
 from maskattn.nn.slide_models.vit import ViTHead
 from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.manifest import SlideJob
+from maskattn.slide.opened_ahead import open_slide
 from maskattn.slide.output_folder import slide_folder
 from maskattn.slide.prediction import ModelIdentity, SlideCounts, SlideFile, SlidePrediction
-from maskattn.slide.reader import SlideReader
 from maskattn.slide.request import RunSettings, recorded
 from maskattn.slide.run_tiles import RunTiles, find_run_tiles
 from maskattn.slide.slide_run import EncodedTiles, SlideRun, Stages
@@ -76,16 +76,14 @@ def predict_slide(
         raise SlideError(job.problem)
     identity, model = identity or identify_model(model), two_stages(model)
     stages = Stages(model.device)
-    state = FileState.of(job.path)
     with ExitStack() as opened:
         reader = None
         if settings.features_dir is None or job.path.suffix not in _FEATURES:
             with stages("open"):
-                given = (job.spacing_um, "manifest")
-                if settings.spacing_um is not None:
-                    given = (settings.spacing_um, "override")
-                reader = SlideReader(job.path, *given, series=settings.series, isolated=True)
+                state, reader = open_slide(job, settings.spacing_um, settings.series)
             opened.enter_context(reader)
+        else:
+            state = FileState.of(job.path)
         folder = opened.enter_context(slide_folder(settings.out_dir, job.slide_id, claim))
         opened.enter_context(state.kept())
         run = SlideRun(job, model, settings, reader, stages, on_tiles)

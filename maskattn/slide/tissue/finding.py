@@ -22,9 +22,12 @@ from maskattn.slide.tissue.mask import TissueMask, mask_of_slide
 from maskattn.slide.tissue.stain import find_stain
 from maskattn.slide.tissue.view import read_view
 
-__all__ = ["InkRule", "TissueMask", "find_tissue"]
+__all__ = ["VIEW_UM", "InkRule", "TissueMask", "find_tissue"]
 
 InkRule = Literal["auto", "off"]
+
+VIEW_UM = 8.0
+"""µm per pixel of the view on which tissue is sought unless another spacing is given."""
 
 _CLOSING_UM = 40.0
 # Texture within this distance of tissue is its blurred or frayed edge.
@@ -35,7 +38,7 @@ _NOTED_SHARE, _NOTED_PER_TISSUE = 0.002, 0.05
 
 def find_tissue(
     reader: SlideReader,
-    spacing_um: float = 8.0,
+    spacing_um: float = VIEW_UM,
     *,
     min_tissue_um2: float = 8_000.0,
     max_hole_um2: float = 8_000.0,
