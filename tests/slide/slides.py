@@ -88,10 +88,10 @@ def make_blank_slide(path: Path, width: int = 1024, height: int = 768, spacing_u
     return write_pyramid(path, rgb, spacing_um, downsamples=(4,))
 
 
-def damage_tile(path: Path, tile: int) -> None:
-    """Overwrite one compressed tile of level 0, so that the slide opens but that tile does not decode."""
+def damage_tile(path: Path, tile: int, level: int = 0) -> None:
+    """Overwrite one compressed tile of a level, so that the slide opens but that tile does not decode."""
     with tifffile.TiffFile(path) as file:
-        page = file.pages.first
+        page = file.pages[level]
         offset, size = page.dataoffsets[tile], page.databytecounts[tile]
     with path.open("r+b") as file:
         file.seek(offset)

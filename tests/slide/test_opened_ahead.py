@@ -1,0 +1,219 @@
+"""A slide that is opened and viewed ahead gives the same outputs as one that is opened when its turn comes."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from slides import damage_tile, make_blank_slide
+from small_slides import write_slide
+
+from maskattn.cli import slide_runs
+from maskattn.errors import SlideError
+from maskattn.nn.slide_model import SlideModel
+from maskattn.slide import opened_ahead
+from maskattn.slide.formats import isolated_image
+from maskattn.slide.formats.isolated_image import IsolatedImage
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.opened_ahead import open_ahead, open_slide
+from maskattn.slide.reader import SlideReader
+from maskattn.slide.request import RunSettings
+from maskattn.slide.run import run_slides
+from maskattn.slide.tissue import find_tissue
+from maskattn.slide.unchanged import FileState
+
+
+@pytest.fixture(autouse=True)
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """What is decoded, as (level, left, top, width, height); nothing is left open for the next test."""
+    asked: list[tuple[int, ...]] = []
+    read = IsolatedImage.read
+
+    def noted(image: IsolatedImage, *place: int) -> np.ndarray:
+        asked.append(place)
+        return read(image, *place)
+
+    monkeypatch.setattr(IsolatedImage, "read", noted)
+    yield asked
+    for opening in opened_ahead._ahead:
+        found = opening.found()
+        if found is not None:
+            found[1].close()
+    opened_ahead._ahead.clear()
+
+
+def wait() -> None:
+    """Until what is opened ahead is open and viewed."""
+    for opening in opened_ahead._ahead:
+        opening.found()
+
+
+def test_tissue_is_found_on_the_view_that_was_read_ahead(slide: Path, reads: list[tuple[int, ...]]) -> None:
+    job = SlideJob("disc", slide)
+    with SlideReader(slide, isolated=True) as plain:
+        expected = find_tissue(plain)
+        thumbnail = plain.thumbnail(100)
+    reads.clear()
+    open_ahead(job, None, None, view=True)
+    wait()
+    ahead = list(reads)
+    assert ahead
+    state, reader = open_slide(job, None, None)
+    with reader:
+        assert state == FileState.of(slide)
+        found = find_tissue(reader)
+        assert reads == ahead, "the view was decoded twice"
+        np.testing.assert_array_equal(found.mask_HW, expected.mask_HW)
+        assert (found.method, found.notes, found.tissue_fraction) == (
+            expected.method,
+            expected.notes,
+            expected.tissue_fraction,
+        )
+        np.testing.assert_array_equal(find_tissue(reader).mask_HW, expected.mask_HW)  # decoded anew
+        assert len(reads) == 2 * len(ahead)
+        np.testing.assert_array_equal(reader.thumbnail(100), thumbnail)
+
+
+def test_another_read_comes_first_and_a_copy_has_nothing_of_the_view(slide: Path, reads: list[tuple[int, ...]]) -> None:
+    open_ahead(SlideJob("disc", slide), None, None, view=True)
+    _, reader = open_slide(SlideJob("disc", slide), None, None)
+    with reader, SlideReader(slide) as plain:
+        copy = pickle.loads(pickle.dumps(reader))
+        assert copy._coming is None
+        assert reader._coming is not None
+        np.testing.assert_array_equal(copy.thumbnail(50), plain.thumbnail(50))
+        np.testing.assert_array_equal(reader.thumbnail(50), plain.thumbnail(50))
+        before = len(reads)
+        np.testing.assert_array_equal(find_tissue(reader).mask_HW, find_tissue(plain).mask_HW)
+        assert len(reads) > before
+
+
+def test_without_a_view_or_for_a_slide_that_is_elsewhere_nothing_is_read(
+    slide: Path, reads: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_ahead(SlideJob("disc", slide), None, None, view=False)
+    wait()
+    assert reads == []
+    opened_ahead._ahead.clear()
+    open_ahead(SlideJob("bad", slide, problem="it is named twice"), None, None, view=True)
+    assert opened_ahead._ahead == []
+
+
+@pytest.mark.parametrize("other", ["slide", "series", "spacing", "its own spacing"])
+def test_a_slide_of_another_request_is_opened_anew(slide: Path, tmp_path: Path, other: str) -> None:
+    job, spacing_um, series = SlideJob("disc", slide), None, None
+    open_ahead(job, spacing_um, series, view=True)
+    if other == "slide":
+        job = SlideJob("other", Path(shutil.copy(slide, tmp_path / "other.tiff")))
+    elif other == "series":
+        series = 0
+    elif other == "spacing":
+        spacing_um = 2.0
+    else:
+        job = replace(job, spacing_um=3.0)
+    opening = opened_ahead._ahead[0]
+    _, reader = open_slide(job, spacing_um, series)
+    with reader:
+        assert type(reader) is SlideReader
+        assert reader.path == job.path
+        assert opened_ahead._ahead == []
+        sources = {"spacing": (2.0, "override"), "its own spacing": (3.0, "manifest")}
+        assert (reader.info.spacing_um, reader.info.spacing_source) == sources.get(other, (1.0, "metadata"))
+        found = opening.found()
+        assert found is not None
+        assert found[1]._image is None, "it was not closed"
+
+
+def test_what_fails_ahead_fails_in_its_turn_with_the_same_message(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.svs"
+    broken.write_bytes(b"II*\0 no slide")
+    for job in (SlideJob("gone", tmp_path / "gone.svs"), SlideJob("broken", broken)):
+        with pytest.raises(SlideError) as expected:
+            open_slide(job, None, None)
+        open_ahead(job, None, None, view=True)
+        with pytest.raises(SlideError) as met:
+            open_slide(job, None, None)
+        assert str(met.value) == str(expected.value)
+
+
+def test_a_slide_without_a_spacing_can_be_opened_ahead(tmp_path: Path) -> None:
+    job = SlideJob("bare", write_slide(tmp_path / "bare.tiff", spacing_um=None))
+    open_ahead(job, None, None, view=True)
+    _, reader = open_slide(job, None, None)
+    with reader, pytest.raises(SlideError, match="spacing"):
+        find_tissue(reader)
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_damage_counts_when_the_view_is_asked_for(tmp_path: Path, asked_for: bool) -> None:
+    path = make_blank_slide(tmp_path / "damaged.tif")
+    damage_tile(path, 0, level=1)
+    with SlideReader(path, isolated=True) as plain:
+        expected = find_tissue(plain).notes, plain.notes
+    assert any("cannot be decoded" in note for note in expected[0])
+    open_ahead(SlideJob("damaged", path), None, None, view=True)
+    _, reader = open_slide(SlideJob("damaged", path), None, None)
+    with reader:
+        assert reader.notes == ()
+        if asked_for:
+            assert (find_tissue(reader).notes, reader.notes) == expected
+        else:
+            reader.read_region(0, 0, (64, 64), (64, 64))
+            assert reader.notes == ()
+
+
+def test_a_slide_that_changes_after_it_was_opened_ahead_fails(
+    slide: Path, model: SlideModel, settings: RunSettings, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(slide, tmp_path / "disc.tiff"))
+    open_ahead(SlideJob("disc", path), None, None, view=True)
+    wait()
+    path.write_bytes(path.read_bytes() + b"more")
+    (outcome,) = run_slides([SlideJob("disc", path)], model, settings)
+    assert outcome.status == "failed"
+    assert "chang" in outcome.reason
+    assert not (settings.out_dir / "disc").exists()
+
+
+def test_a_run_gives_the_same_outputs(slide: Path, model: SlideModel, tmp_path: Path) -> None:
+    made = {}
+    for name in ("plain", "ahead"):
+        settings = RunSettings(tmp_path / name, batch_size=8)
+        if name == "ahead":
+            open_ahead(SlideJob("disc", slide), None, None, view=True)
+        (outcome,) = run_slides([SlideJob("disc", slide)], model, settings)
+        assert outcome.status == "ok", outcome.reason
+        made[name] = {
+            path.name: path.read_bytes() for path in (tmp_path / name / "disc").iterdir() if path.suffix != ".json"
+        }
+        assert outcome.prediction is not None
+        made[name]["scores"] = repr((outcome.prediction.scores, outcome.prediction.counts)).encode()
+    assert made["plain"] == made["ahead"]
+
+
+def test_a_command_opens_the_first_slide_of_its_share_if_it_is_alone(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolated_image, "_idle", [])
+    jobs = [SlideJob(name, Path(shutil.copy(slide, tmp_path / f"{name}.tiff"))) for name in "abc"]
+
+    def opened(settings: RunSettings, *, alone: bool) -> list[str]:
+        opened_ahead._ahead.clear()
+        slide_runs.start_reading(jobs, settings, None, alone=alone, finds_tissue=True)
+        wait()
+        return [opening.named[0].stem for opening in opened_ahead._ahead]
+
+    settings = RunSettings(tmp_path / "out")
+    assert opened(settings, alone=False) == []
+    assert len(isolated_image._idle) == 1
+    assert opened(settings, alone=True) == ["a"]
+    assert opened(replace(settings, shard="2/3"), alone=True) == ["b"]
+    settings.out_dir.mkdir()
+    (settings.out_dir / "summary.csv").touch()
+    assert opened(settings, alone=True) == []
+    assert opened(replace(settings, overwrite=True), alone=True) == ["a"]
