@@ -50,6 +50,10 @@ class Work(Protocol[OutcomeT]):
     def out_dir(self) -> Path:
         """The output folder, with the files of the fleet."""
 
+    @property
+    def is_light(self) -> bool:
+        """Whether the model takes so little of a slide's time that slides are better run side by side."""
+
     def under(self, settings: Any) -> Work[OutcomeT]:
         """Return the same work with other settings."""
 

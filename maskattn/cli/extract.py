@@ -82,6 +82,11 @@ class _Extraction:
         """The output folder."""
         return self.settings.out_dir
 
+    @property
+    def is_light(self) -> bool:
+        """False: encoders keep all cores busy, and several would be in memory."""
+        return False
+
     def under(self, settings: ExtractSettings) -> _Extraction:
         """The same work under other settings."""
         return replace(self, settings=settings)

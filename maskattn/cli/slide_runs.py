@@ -13,6 +13,8 @@ import typer
 from maskattn.cli.concepts import load_concept_model
 from maskattn.cli.imports import imports
 from maskattn.cli.reporting import say, tell
+from maskattn.cli.side_by_side import is_small_model, processes_for
+from maskattn.slide.fleet.sharing import chosen_jobs
 
 if TYPE_CHECKING:
     from maskattn.cli.device_member import Run, Work
@@ -225,7 +227,6 @@ def start_reading(
     """
     if not settings.overwrite and (settings.out_dir / "summary.csv").exists():
         return
-    from maskattn.slide.fleet.sharing import chosen_jobs
     from maskattn.slide.formats.isolated_image import start_ahead
     from maskattn.slide.opened_ahead import open_ahead
 
@@ -260,6 +261,13 @@ class Inference:
     def out_dir(self) -> Path:
         """The output folder."""
         return self.settings.out_dir
+
+    @property
+    def is_light(self) -> bool:
+        """Whether the model takes so little of a slide's time that slides are better run side by side."""
+        chosen = self.chosen
+        own = self.words is None and chosen.encoder is None and chosen.weights is None and not chosen.with_features
+        return own and is_small_model(chosen.model)
 
     def under(self, settings: RunSettings) -> Inference:
         """Return the same work with other settings."""
@@ -350,10 +358,9 @@ def run(work: Work[OutcomeT], where: Where, lines_of: Callable[[OutcomeT], list[
         from maskattn.cli.ray_engine.run import RayOptions, run_on_ray
 
         return run_on_ray(RayOptions(where.ray_address, where.devices, where.gpu_memory_gib), work, lines_of)
-    if where.devices is not None:
-        from maskattn.cli.devices import devices_named, run_on_devices, within_memory
+    if named := _processes(work, where):
+        from maskattn.cli.devices import run_on_devices
 
-        named = within_memory(devices_named(where.devices), where.memory_gib)
         with ProgressBars(len(work.jobs), lines_of, len(named)) as bars:
             return run_on_devices(named, work, [job.slide_id for job in work.jobs], bars)
     note, run_all = work.on(where.device, alone=True)
@@ -361,3 +368,15 @@ def run(work: Work[OutcomeT], where: Where, lines_of: Callable[[OutcomeT], list[
         tell(note)
     with ProgressBars(len(work.jobs), lines_of) as bars:
         return run_all(bars, work.settings)
+
+
+def _processes(work: Work[OutcomeT], where: Where) -> list[str]:
+    """Return the devices of the processes that share the slides; none if this process runs them on one device."""
+    if where.devices is not None:
+        from maskattn.cli.devices import devices_named, within_memory
+
+        return within_memory(devices_named(where.devices), where.memory_gib)
+    if where.device != "auto" or not work.is_light:
+        return []
+    slides = len(chosen_jobs(work.jobs, work.settings.sharing))
+    return processes_for(slides if work.settings.limit is None else min(slides, work.settings.limit))

@@ -89,6 +89,8 @@ def outputs(out: Path) -> dict[str, bytes]:
     return found
 
 
+# Each process has one core; where torch attends, as for this model's heads, its sums depend on the number of threads.
+@pytest.mark.usefixtures("one_thread")
 def test_processes_publish_what_one_does_and_report_each_slide_once(tmp_path: Path) -> None:
     arguments = asked(tmp_path, 5)
     alone = CliRunner().invoke(app, [*arguments, str(tmp_path / "alone")])
