@@ -89,9 +89,12 @@ def outputs(out: Path) -> dict[str, bytes]:
     return found
 
 
-# Each process has one core; where torch attends, as for this model's heads, its sums depend on the number of threads.
 @pytest.mark.usefixtures("one_thread")
-def test_processes_publish_what_one_does_and_report_each_slide_once(tmp_path: Path) -> None:
+def test_processes_publish_what_one_does_and_report_each_slide_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where torch attends, as with this model's narrow heads, its sums depend on the number of threads.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = asked(tmp_path, 5)
     alone = CliRunner().invoke(app, [*arguments, str(tmp_path / "alone")])
     begun = CliRunner().invoke(app, [*arguments, str(tmp_path / "together"), "--devices", "cpu:3", "--limit", "1"])
