@@ -166,7 +166,7 @@ def loaded_once(devices: Sequence[str], work: Work[OutcomeT]) -> _Loaded[Outcome
     Raises:
         Exception: it cannot be loaded.
     """
-    remote = any(job.origin is not None or job.mask_origin is not None for job in work.jobs)  # fsspec runs a thread
+    remote = any(job.is_remote for job in work.jobs)  # fsspec runs a thread
     # A fork cannot use threads that torch, once imported, may have started.
     if sys.platform != "linux" or len(devices) < 2 or set(devices) != {"cpu"} or remote or "torch" in sys.modules:
         return None

@@ -15,11 +15,11 @@ from maskattn.cli.free_memory import PROCESS_GIB, devices_that_fit, free_gib
 
 __all__ = ["is_small_model", "processes_for"]
 
-_SLIDES_OF_A_PROCESS = 4  # a fork and its decoding process are ready after the time of about two small slides
+_SLIDES_OF_A_PROCESS = 8  # with fewer, what a fork and its decoding process take is not gained
 _MOST_PROCESSES = 8
 _SMALL_BYTES = 12 << 20  # three million weights, each multiplied once for every token of a tile
-# Devices of CUDA, of CUDA in Windows' subsystem for Linux, and of ROCm. Torch is not asked: a fork cannot use the threads
-# that it may start once it is imported.
+# Devices of CUDA, of CUDA in Windows' subsystem for Linux, and of ROCm. Torch is not asked: once it is imported it may
+# start threads, which a fork cannot use.
 _GPUS = ("dev/nvidiactl", "dev/dxg", "dev/kfd")
 
 
@@ -37,13 +37,16 @@ def processes_for(slides: int, root: Path = Path("/")) -> list[str]:
     return fitting if len(fitting) > 1 else []
 
 
-def is_small_model(folder: Path) -> bool:
+def is_small_model(path: Path) -> bool:
     """Return whether a path is a slide model with an encoder of its own that is smaller than ViT-Ti/16."""
-    from maskattn.nn.slide_models.card import CONFIG, WEIGHTS, read_card
+    from maskattn.nn.slide_models.card import CONFIG, WEIGHTS, card_at
 
-    if not (folder / CONFIG).is_file():
-        return False
+    weights = path / WEIGHTS if path.is_dir() else path
+    in_folder = weights.name == WEIGHTS and (weights.parent / CONFIG).is_file()
+    if not in_folder and not (weights.suffix == ".safetensors" and weights.with_suffix(".json").is_file()):
+        return False  # another tool's, whose card would have to be read by torch
     try:
-        return read_card(folder).kind == "slide_model" and (folder / WEIGHTS).stat().st_size <= _SMALL_BYTES
+        card = card_at(path)
+        return card is not None and card.kind == "slide_model" and weights.stat().st_size <= _SMALL_BYTES
     except (OSError, ValueError):  # which loading it reports
         return False

@@ -378,5 +378,7 @@ def _processes(work: Work[OutcomeT], where: Where) -> list[str]:
         return within_memory(devices_named(where.devices), where.memory_gib)
     if where.device != "auto" or not work.is_light:
         return []
-    slides = len(chosen_jobs(work.jobs, work.settings.sharing))
-    return processes_for(slides if work.settings.limit is None else min(slides, work.settings.limit))
+    jobs, limit = chosen_jobs(work.jobs, work.settings.sharing), work.settings.limit
+    if any(job.is_remote for job in jobs):  # each process would load the model itself
+        return []
+    return processes_for(len(jobs) if limit is None else min(len(jobs), limit))

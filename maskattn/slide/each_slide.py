@@ -113,7 +113,7 @@ def run_each(
     jobs = list(_distinct_here(chosen_jobs(jobs, sharing), out_dir))
     outcomes: dict[int, OutcomeT] = {}
     on_tiles = None if progress is None else progress.tiles_done
-    any_remote = any(job.origin or job.mask_origin for job in jobs)
+    any_remote = any(job.is_remote for job in jobs)
     with joined(out_dir, jobs, sharing, request, sweep) as fleet, Copies(cache or CacheSettings()) as copies:
 
         def run_copied(job: SlideJob, claim: Claim, on_tiles: OnTiles | None) -> _Left:

@@ -101,7 +101,7 @@ def open_ahead(job: SlideJob, spacing_um: float | None, series: int | None, *, v
         view: whether tissue will be sought on it.
     """
     start_ahead()
-    if not _ahead and job.problem is None and job.origin is None:
+    if not _ahead and job.problem is None and not job.is_remote:
         _ahead.append(_Opening(_named(job, spacing_um, series), view))
 
 

@@ -36,6 +36,11 @@ class SlideJob:
     mask_origin: RemoteFile | None = None
 
     @property
+    def is_remote(self) -> bool:
+        """Whether the slide or its mask is in an object store or on a web server."""
+        return self.origin is not None or self.mask_origin is not None
+
+    @property
     def location(self) -> Path | str:
         """The slide's path, or its URL without what may be a credential."""
         return self.path if self.origin is None else shown_url(self.origin.url)

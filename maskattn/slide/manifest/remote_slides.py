@@ -74,7 +74,7 @@ def refuse_remote(jobs: Iterable[SlideJob], command: str) -> None:
         ManifestError: one of the slides is remote.
     """
     for job in jobs:
-        if job.origin is not None or job.mask_origin is not None:
+        if job.is_remote:
             raise ManifestError(
                 f"maskattn {command} needs slides and masks on a disk, got a URL for {job.slide_id!r}; copy them first"
             )

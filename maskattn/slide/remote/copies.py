@@ -79,7 +79,7 @@ class Copies:
         """
         if self._ahead is not None:
             return
-        remote = (job for job in next_jobs if job.problem is None and (job.origin or job.mask_origin))
+        remote = (job for job in next_jobs if job.problem is None and job.is_remote)
         for _, job in zip(range(_MOST_LOOKED_AT), remote, strict=False):
             if not is_finished(job):
                 self._ahead = self._fetch(job)

@@ -1,0 +1,166 @@
+"""A small model's slides are shared by several processes where a machine has cores, memory and no GPU for it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_slides import small_model, write_slide
+
+from maskattn.cli import devices, side_by_side, slide_runs
+from maskattn.cli.side_by_side import is_small_model, processes_for
+from maskattn.cli.slide_runs import BUNDLED, Chosen, Inference, Where
+from maskattn.slide.manifest import SlideJob
+from maskattn.slide.remote.files import RemoteFile
+from maskattn.slide.request import RunSettings
+
+GIB = 2**20  # in the kernel's KiB
+# The command line, which says in how many processes it runs slides if these are several.
+NOTED = """
+import sys
+from maskattn.cli import devices, main
+run = devices.run_on_devices
+def noted(named, *rest):
+    print("processes:", len(named), file=sys.stderr)
+    return run(named, *rest)
+devices.run_on_devices = noted
+main()
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of a machine with four cores and 8 GiB of free memory, in a process without torch."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    root = tmp_path / "root"
+    (root / "proc").mkdir(parents=True)
+    (root / "dev").mkdir()
+    free(root, 8)
+    return root
+
+
+def free(root: Path, gib: float) -> None:
+    (root / "proc/meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {int(gib * GIB)} kB\n")
+
+
+@pytest.mark.parametrize(("slides", "count"), [(1, 0), (15, 0), (16, 2), (31, 3), (32, 4), (1000, 4)])
+def test_each_process_has_slides_enough_and_a_core(machine: Path, slides: int, count: int) -> None:
+    assert processes_for(slides, machine) == ["cpu"] * count
+
+
+def test_many_cores_have_no_more_processes_than_that_pays(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert len(processes_for(1000, machine)) == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
+    assert processes_for(1000, machine) == []
+
+
+@pytest.mark.parametrize(("gib", "count"), [(0.5, 0), (1.4, 0), (1.6, 2), (2.4, 3)])
+def test_processes_fit_into_the_free_memory(machine: Path, gib: float, count: int) -> None:
+    free(machine, gib)
+    assert processes_for(1000, machine) == ["cpu"] * count
+
+
+@pytest.mark.parametrize("name", ["nvidiactl", "dxg", "kfd"])
+def test_where_there_is_a_gpu_it_runs_the_slides(machine: Path, name: str) -> None:
+    (machine / "dev" / name).touch()
+    assert processes_for(1000, machine) == []
+
+
+def test_no_process_is_forked_of_one_with_torch_or_on_another_system(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert processes_for(1000, machine) == []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setitem(sys.modules, "torch", os)
+    assert processes_for(1000, machine) == []
+
+
+def test_a_small_model_has_an_encoder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_small_model(BUNDLED)
+    assert not is_small_model(tmp_path)
+    assert not is_small_model(tmp_path / "none.pt")
+    config = json.loads((BUNDLED / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not is_small_model(tmp_path)  # without weights, which loading it reports
+    (tmp_path / "model.safetensors").touch()
+    assert is_small_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "abmil"}))
+    assert not is_small_model(tmp_path)
+    (tmp_path / "config.json").write_text("no card")
+    assert not is_small_model(tmp_path)
+    (tmp_path / "own").mkdir()
+    small_model().save(tmp_path / "own/small.safetensors")
+    assert is_small_model(tmp_path / "own/small.safetensors")
+    (tmp_path / "own/small.json").unlink()
+    assert not is_small_model(tmp_path / "own/small.safetensors")
+    monkeypatch.setattr(side_by_side, "_SMALL_BYTES", 1_000_000)
+    assert not is_small_model(BUNDLED)
+
+
+def inference(tmp_path: Path, slides: int = 20, chosen: Chosen | None = None, **settings: Any) -> Inference:
+    jobs = [SlideJob(f"s{number}", tmp_path / "none.svs") for number in range(slides)]
+    return Inference(jobs, chosen or Chosen(), RunSettings(tmp_path / "out", **settings))
+
+
+def test_only_a_command_that_names_no_device_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slide_runs, "processes_for", lambda slides: ["cpu"] * slides)
+    monkeypatch.setattr(devices, "within_memory", lambda named, _: named)
+
+    def of(work: Inference, where: Where | None = None) -> int:
+        return len(slide_runs._processes(work, where or Where()))
+
+    assert of(inference(tmp_path)) == 20
+    assert of(inference(tmp_path, limit=3)) == 3
+    assert of(inference(tmp_path, shard="1/4")) == 5
+    remote = inference(tmp_path)
+    remote.jobs[3] = replace(remote.jobs[3], origin=RemoteFile("s3://bucket/a.svs"))
+    assert of(remote) == 0  # their store's client runs a thread
+    assert of(inference(tmp_path), Where(device="cpu")) == 0
+    assert of(inference(tmp_path), Where(devices="cpu")) == 1
+    assert of(inference(tmp_path), Where(devices="cpu:3")) == 3
+    assert of(inference(tmp_path, chosen=Chosen(encoder="timm:vit_tiny_patch16_224"))) == 0
+    assert of(inference(tmp_path, chosen=Chosen(with_features=True))) == 0
+    assert of(inference(tmp_path, chosen=Chosen(model=tmp_path))) == 0
+
+
+def infer(folder: Path, slides: int, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    small_model().save(folder / "small.safetensors")
+    slide = write_slide(folder / "disc.tiff")
+    rows = [f"s{number:02d},{slide}" for number in range(slides)]
+    (folder / "slides.csv").write_text("\n".join(["slide_id,slide_path", *rows, ""]))
+    command = [sys.executable, "-c", NOTED, "infer", folder / "slides.csv", "--model", folder / "small.safetensors"]
+    return subprocess.run([*command, "--out", out, *options], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has one process")
+@pytest.mark.skipif(processes_for.__globals__["free_gib"]() < 2, reason="two processes do not fit into the memory")
+def test_a_command_of_many_slides_publishes_what_one_process_does(tmp_path: Path) -> None:
+    both = infer(tmp_path, 16, tmp_path / "both")
+    one = infer(tmp_path, 16, tmp_path / "one", "--device", "cpu")
+    assert (both.returncode, one.returncode) == (0, 0), both.stderr + one.stderr
+    assert both.stdout.replace("both", "one") == one.stdout
+    assert (both.stderr.count("processes: 2"), one.stderr.count("processes: ")) == (1, 0)
+    scores = {}
+    for out in ("both", "one"):
+        with (tmp_path / out / "summary.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert sorted(row["slide_id"] for row in rows) == [f"s{number:02d}" for number in range(16)]
+        assert {row["status"] for row in rows} == {"ok"}
+        scores[out] = [json.loads((tmp_path / out / f"s{n:02d}" / "prediction.json").read_text()) for n in range(16)]
+        assert sorted(path.name for path in (tmp_path / out).iterdir() if path.is_file()) == ["summary.csv"]
+    for ours, theirs in zip(scores["both"], scores["one"], strict=True):
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-6)
+    lines = [re.sub(r"[\d.]+ s$", "", line) for line in both.stderr.splitlines() if line.startswith("ok ")]
+    assert len(lines) == 16
