@@ -243,24 +243,27 @@ def commands(part: str, title: str, dtype: str, arguments: argparse.Namespace, f
 def _own_commands(
     part: str, title: str, dtype: str, slides: Sequence[Path], weights: Path, folder: Path
 ) -> dict[str, _Command]:
-    """Return this package's commands by name; of many slides, also in as many processes as there are threads."""
+    """Return this package's commands by name; of many slides, in one process and in as many as there are threads."""
     start = [sys.executable, "-c", _COMMAND]
     called = {}
 
-    def add(name: str, words: Sequence[str]) -> None:
-        out = folder / name.replace(", ", "_")
+    def add(name: str, words: Sequence[str], processes: int = 1) -> None:
+        out = folder / name.replace(", ", "_").replace(":", "")
         command = [*start, *words[:1], *map(str, slides), *words[1:], "--out", str(out), "--overwrite"]
-        called[f"maskattn {name}"] = _Command(command, out)
-        if part == "small":
-            devices = ["--devices", f"cpu:{_PROCESSES}"]
-            called[f"maskattn {name}, {' '.join(devices)}"] = _Command([*command, *devices], out, _PROCESSES)
+        called[f"maskattn {name}"] = _Command(command, out, processes)
 
     if title == "bundled":
-        add("infer", ["infer"])
+        if part == "small":  # which it shares by itself
+            add("infer", ["infer"], _PROCESSES)
+        add("infer, --device cpu", ["infer", "--device", "cpu"])
         return called
     for mask in ("none", "tissue"):
         options = ["--encoder", f"timm:{NETWORKS[title]}", "--weights", str(weights), "--mag", _MAGNIFICATION[part]]
-        add(f"extract, {mask}", ["extract", *options, "--token-mask", mask, "--dtype", dtype])
+        words = ["extract", *options, "--token-mask", mask, "--dtype", dtype]
+        add(f"extract, {mask}", words)
+        if part == "small":
+            devices = ["--devices", f"cpu:{_PROCESSES}"]
+            add(f"extract, {mask}, {' '.join(devices)}", [*words, *devices], _PROCESSES)
     return called
 
 
