@@ -19,8 +19,7 @@ from maskattn.slide.damage import DamageLog
 from maskattn.slide.formats.isolated_image import start_ahead
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.reader import SlideReader
-from maskattn.slide.tissue.finding import VIEW_UM
-from maskattn.slide.tissue.view import read_view
+from maskattn.slide.tissue.view import VIEW_UM, read_view
 from maskattn.slide.unchanged import FileState
 
 __all__ = ["open_ahead", "open_slide"]

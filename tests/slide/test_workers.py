@@ -173,7 +173,7 @@ def test_a_slide_whose_worker_dies_leaves_the_others_unharmed(path: Path, tmp_pa
     model, out = small_model(), tmp_path / "out"
     settings = RunSettings(out, batch_size=4, workers=1, masked=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maskattn.slide.pipeline.SlideReader", Deadly)
+        patch.setattr("maskattn.slide.opened_ahead.SlideReader", Deadly)
         (failed,) = run_slides([SlideJob("deadly", path)], model, settings)
     (ok,) = run_slides([SlideJob("fine", path)], model, settings)
     assert (failed.status, ok.status) == ("failed", "ok"), ok.reason

@@ -20,14 +20,11 @@ from maskattn.slide.tissue.glass import measure_stain
 from maskattn.slide.tissue.ink import find_ink
 from maskattn.slide.tissue.mask import TissueMask, mask_of_slide
 from maskattn.slide.tissue.stain import find_stain
-from maskattn.slide.tissue.view import read_view
+from maskattn.slide.tissue.view import VIEW_UM, read_view
 
-__all__ = ["VIEW_UM", "InkRule", "TissueMask", "find_tissue"]
+__all__ = ["InkRule", "TissueMask", "find_tissue"]
 
 InkRule = Literal["auto", "off"]
-
-VIEW_UM = 8.0
-"""µm per pixel of the view on which tissue is sought unless another spacing is given."""
 
 _CLOSING_UM = 40.0
 # Texture within this distance of tissue is its blurred or frayed edge.

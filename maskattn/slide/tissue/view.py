@@ -10,7 +10,10 @@ import numpy as np
 from maskattn.shapes import UInt8
 from maskattn.slide.reader import SlideReader
 
-__all__ = ["CoarseView", "read_view"]
+__all__ = ["VIEW_UM", "CoarseView", "read_view"]
+
+VIEW_UM = 8.0
+"""µm per pixel of the view on which tissue is sought unless another spacing is given."""
 
 _MAX_VIEW_PX = 32 << 20
 
