@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,3 +17,10 @@ def publish(lines: Iterable[str], out: Path | None) -> None:
         kept.append(line)
     if out:
         out.write_text("\n".join(kept).rstrip() + "\n", encoding="utf-8")
+
+
+def commit_id() -> str:
+    """The short id of the commit that is measured."""
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"

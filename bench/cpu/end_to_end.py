@@ -48,6 +48,7 @@ from bench.cpu.encoder_contenders import (
 from bench.cpu.end_to_end_page import FLOAT32_LOOP, LOOP, page
 from bench.cpu.gigapixel import composed, cpu_name, resident_bytes
 from bench.held_to import TORCH_WITH, held_environment
+from bench.pages import commit_id
 from bench.timing import median_ratio
 from maskattn.slide.versions import installed_versions
 
@@ -262,8 +263,7 @@ def _own_commands(
         words = ["extract", *options, "--token-mask", mask, "--dtype", dtype]
         add(f"extract, {mask}", words)
         if part == "small":
-            devices = ["--devices", f"cpu:{_PROCESSES}"]
-            add(f"extract, {mask}, {' '.join(devices)}", [*words, *devices], _PROCESSES)
+            add(f"extract, {mask}, --devices cpu:{_PROCESSES}", [*words, "--devices", f"cpu:{_PROCESSES}"], _PROCESSES)
     return called
 
 
@@ -379,7 +379,7 @@ def _conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "batch": arguments.batch,
         "side": arguments.side,
         "cpu": f"{cpu_name()}, {_instructions(arguments.held_to)}, {len(os.sched_getaffinity(0))} cores",
-        "commit": _commit(),
+        "commit": commit_id(),
         "versions": installed_versions("timm", "openvino", "onnxruntime"),
         "date": f"{datetime.datetime.now(datetime.UTC):%d %B %Y}",
     }
@@ -391,12 +391,6 @@ def _instructions(held_to: str | None) -> str:
     dots, tiles = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.cpu._is_amx_tile_supported()
     products = "AMX tiles of bfloat16" if tiles else "bfloat16 products"
     return f"{torch.backends.cpu.get_cpu_capability()} with{'' if dots else 'out'} {products}"
-
-
-def _commit() -> str:
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
