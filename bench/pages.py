@@ -1,4 +1,4 @@
-"""Tables as they are made: each line is printed at once, and all are written where asked."""
+"""Tables as they are made: each line is printed at once, and all are written where asked; and what made them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["publish"]
+__all__ = ["commit_id", "publish"]
 
 
 def publish(lines: Iterable[str], out: Path | None) -> None:
