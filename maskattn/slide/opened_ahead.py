@@ -2,7 +2,7 @@
 
 Tissue is sought on a view of the whole slide. Decoding it takes a tenth of a second or more of another process, for
 which a run of one slide would wait once its model is loaded. Nothing else differs: what is read ahead is what the run
-would read, and what fails ahead fails again when its turn comes.
+would read, and what fails ahead fails again when its turn comes. Only a decoder that hangs is not waited for twice.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from maskattn.errors import ReadingStopped
 from maskattn.shapes import UInt8
 from maskattn.slide.damage import DamageLog
 from maskattn.slide.formats.isolated_image import start_ahead
@@ -66,16 +67,23 @@ class _Opening:
     def __init__(self, named: tuple[Any, ...], view: bool) -> None:
         self.named, self._view = named, view
         self._found: tuple[FileState, _ViewedAhead] | None = None
+        self._stopped: ReadingStopped | None = None
         # Daemonic: an interrupted command does not wait for a drive that does not answer.
         self._thread = threading.Thread(target=self._open, name="maskattn opens a slide", daemon=True)
         self._thread.start()
 
     def _open(self) -> None:
         with contextlib.suppress(Exception):  # the run meets it again, and reports it
-            state, reader = _opened(_ViewedAhead, *self.named)
+            try:
+                state, reader = _opened(_ViewedAhead, *self.named)
+            except ReadingStopped as stopped:
+                self._stopped = stopped
+                raise
             try:
                 if self._view:
                     reader.view_ahead(VIEW_UM)
+            except ReadingStopped:
+                pass  # every later read of this reader raises the same at once
             except Exception:
                 reader.close()
                 raise
@@ -85,6 +93,15 @@ class _Opening:
         """Wait for the thread; return the slide's state before it was opened and its reader, or None if it failed."""
         self._thread.join()
         return self._found
+
+    def raise_if_stopped(self) -> None:
+        """Raise what stopped the opening for good.
+
+        Raises:
+            ReadingStopped: the decoder hung, or crashed.
+        """
+        if self._stopped is not None:
+            raise self._stopped
 
 
 _ahead: list[_Opening] = []
@@ -123,9 +140,11 @@ def open_slide(job: SlideJob, spacing_um: float | None, series: int | None) -> t
     while _ahead:
         opening = _ahead.pop()
         found = opening.found()
-        if found is not None and opening.named == named:
-            return found
-        if found is not None:
+        if opening.named == named:
+            opening.raise_if_stopped()
+            if found is not None:
+                return found
+        elif found is not None:
             found[1].close()
     return _opened(SlideReader, *named)
 

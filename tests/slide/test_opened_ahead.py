@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from maskattn.errors import SlideError
 from maskattn.nn.slide_model import SlideModel
 from maskattn.slide import opened_ahead
 from maskattn.slide.formats import isolated_image
+from maskattn.slide.formats.decoding_process import DecodingProcess
 from maskattn.slide.formats.isolated_image import IsolatedImage
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.opened_ahead import open_ahead, open_slide
@@ -139,6 +141,28 @@ def test_what_fails_ahead_fails_in_its_turn_with_the_same_message(tmp_path: Path
         with pytest.raises(SlideError) as met:
             open_slide(job, None, None)
         assert str(met.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("request_that_hangs", ["open", "read"])
+def test_a_decoder_that_hangs_is_not_waited_for_twice(
+    slide: Path, model: SlideModel, settings: RunSettings, monkeypatch: pytest.MonkeyPatch, request_that_hangs: str
+) -> None:
+    monkeypatch.setattr(isolated_image, "_ANSWERS_WITHIN_S", 3.0)
+    monkeypatch.setattr(isolated_image, "_idle", [])
+    ask, hung = DecodingProcess.ask, []
+
+    def hanging(self: DecodingProcess, request: str, *arguments: object) -> object:
+        if request == request_that_hangs:
+            hung.append(self)
+            self._process.send_signal(signal.SIGSTOP)
+        return ask(self, request, *arguments)
+
+    monkeypatch.setattr(DecodingProcess, "ask", hanging)
+    open_ahead(SlideJob("hangs", slide), None, None, view=True)
+    (failed,) = run_slides([SlideJob("hangs", slide)], model, settings)
+    assert failed.status == "failed"
+    assert "must answer within 3 s" in failed.reason
+    assert len(hung) == 1
 
 
 def test_a_slide_without_a_spacing_can_be_opened_ahead(tmp_path: Path) -> None:
