@@ -1,4 +1,4 @@
-"""Tables as they are made: each line is printed at once, and all are written where asked; and what made them."""
+"""Tables as they are made: each line is printed at once, and all are written where asked; and the measured commit."""
 
 from __future__ import annotations
 
