@@ -23,7 +23,7 @@ from maskattn.explain.norm_path import keys_are_proportional, score_tokens_on_no
 from maskattn.explain.smooth import check_counts
 from maskattn.explain.targets import Target, select_scores
 from maskattn.explain.token_scores import score_class_token_queries, score_tokens
-from maskattn.explain.token_subsets import batches, repeat_tokens, target_of_copies
+from maskattn.explain.token_subsets import batches, copies_at_once, repeat_tokens, target_of_copies
 from maskattn.explain.value_path import score_tokens_on_value_path, value_path_difference
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
@@ -50,7 +50,8 @@ class IntegratedCDAM(TokenExplainer):
         m: number of steps along the path.
         path: "input", "norm", "weights" or "value".
         internal_batch_size: copies of images that go through the last block at a time, at least one copy of the whole
-            batch. It bounds the memory and does not change the result beyond rounding.
+            batch; None takes as many as have 8,192 tokens together, or 64 if only their class tokens go through. It
+            bounds the memory and does not change the result beyond rounding.
 
     Raises:
         TypeError, ValueError: the model cannot be explained, a number is out of range, or there is no such path.
@@ -62,7 +63,7 @@ class IntegratedCDAM(TokenExplainer):
         m: int = 50,
         path: Literal["input", "norm", "weights", "value"] = "input",
         *,
-        internal_batch_size: int = 64,
+        internal_batch_size: int | None = None,
     ) -> None:
         check_counts(m, internal_batch_size)
         if path not in ("input", "norm", "weights", "value"):
@@ -99,18 +100,15 @@ class IntegratedCDAM(TokenExplainer):
         self, model: VisionTransformer, tokens: PackedTokens, target: Target, with_queries: bool
     ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
         """Return the scores of all tokens, and the class tokens' share through their queries if requested, else 0."""
-        B, total = tokens.packing.batch_size, None
-        size = max(1, self.internal_batch_size // max(B, 1))
+        B, size, total = tokens.packing.batch_size, self.internal_batch_size, None
         if self.path == "value":
-            relevance = score_tokens_on_value_path(
-                model, tokens, target, *gauss_legendre(self.m, tokens.rows_TC), copies=size
-            )
+            relevance = score_tokens_on_value_path(model, tokens, target, *gauss_legendre(self.m, tokens.rows_TC), size)
             return relevance, relevance.new_zeros(B, len(relevance))
         if self.path == "norm":
-            return score_tokens_integrated(model, tokens, target, self.m, copies=size, with_queries=with_queries)
+            return score_tokens_integrated(model, tokens, target, self.m, size, with_queries=with_queries)
         if self.path == "weights":  # the weights include the effect of the queries
-            return score_tokens_integrated(model, tokens, target, self.m, copies=size, in_weights=True)
-        for chunk in batches(self.m, size):
+            return score_tokens_integrated(model, tokens, target, self.m, size, in_weights=True)
+        for chunk in batches(self.m, copies_at_once(tokens, size)):
             scales = torch.arange(chunk.start + 1, chunk.stop + 1, device=tokens.rows_TC.device) / self.m
             many = repeat_tokens(tokens, len(scales))
             many = many.with_rows(torch.cat([scale * tokens.rows_TC for scale in scales.to(tokens.rows_TC)]))
@@ -126,8 +124,8 @@ def score_tokens_integrated(
     tokens: PackedTokens,
     target: Target,
     m: int,
+    internal_batch_size: int | None = None,
     *,
-    copies: int = 64,
     with_queries: bool = False,
     in_weights: bool = False,
 ) -> tuple[Float[Tensor, "M T"], Float[Tensor, "B M"]]:
@@ -138,7 +136,7 @@ def score_tokens_integrated(
         tokens: the output of ``model.before_last_block``.
         target: see :func:`maskattn.explain.targets.select_scores`.
         m: number of nodes.
-        copies: number of nodes computed at a time.
+        internal_batch_size: see :class:`IntegratedCDAM`.
         with_queries: also return the share of the class tokens' scores that goes through their queries.
         in_weights: attribute changes of attention weights, see :mod:`maskattn.explain.weights_path`.
 
@@ -147,13 +145,14 @@ def score_tokens_integrated(
     """
     alphas, weights = gauss_legendre(m, tokens.rows_TC)
     if reads_class_token_alone(model) and keys_are_proportional(model, tokens):
+        copies = copies_at_once(tokens, internal_batch_size, class_tokens=True)
         return score_tokens_on_norm_path(model, tokens, target, alphas, weights, copies, with_queries, in_weights)
     B = tokens.packing.batch_size
     with torch.no_grad():
         normed = input_of_attention(model, tokens)
     total: Tensor | None = None
     queries: Tensor | float = 0.0
-    for chunk in batches(m, copies):
+    for chunk in batches(m, copies_at_once(tokens, internal_batch_size)):
         of_copies, scale = target_of_copies(target, B), (weights[chunk] / alphas[chunk]).to(normed)
         many = repeat_tokens(tokens, len(scale))
         scaled = torch.cat([alpha * normed for alpha in alphas[chunk]])

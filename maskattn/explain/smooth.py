@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskattn.explain.explainer import TokenExplainer
 from maskattn.explain.targets import Target
 from maskattn.explain.token_scores import score_tokens
-from maskattn.explain.token_subsets import batches, repeat_tokens, target_of_copies
+from maskattn.explain.token_subsets import batches, copies_at_once, repeat_tokens, target_of_copies
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float
@@ -34,13 +34,16 @@ class SmoothCDAM(TokenExplainer):
         m: number of noisy copies.
         noise: standard deviation, as a fraction of the range.
         internal_batch_size: copies of images that go through the last block at a time, at least one copy of the whole
-            batch. It bounds the memory and does not change the result beyond rounding.
+            batch; None takes as many as have 8,192 tokens together. It bounds the memory and does not change the
+            result beyond rounding.
 
     Raises:
         TypeError, ValueError: the model cannot be explained, or a number is out of range.
     """
 
-    def __init__(self, model: nn.Module, m: int = 50, noise: float = 0.05, *, internal_batch_size: int = 64) -> None:
+    def __init__(
+        self, model: nn.Module, m: int = 50, noise: float = 0.05, *, internal_batch_size: int | None = None
+    ) -> None:
         check_counts(m, internal_batch_size)
         if noise < 0:
             raise ValueError(f"noise must be a fraction of the range, at least 0, got noise={noise}")
@@ -56,7 +59,7 @@ class SmoothCDAM(TokenExplainer):
         std_T1 = (self.noise * _range_of_images(tokens)).index_select(0, tokens.packing.sequence_of_token)[:, None]
         device = x.device if generator is None else generator.device
         total: Tensor | None = None
-        for chunk in batches(self.m, max(1, self.internal_batch_size // max(B, 1))):
+        for chunk in batches(self.m, copies_at_once(tokens, self.internal_batch_size)):
             copies = chunk.stop - chunk.start
             # One draw for each copy, so that the noise does not depend on the size of the batches.
             draws = [torch.randn(x.shape, generator=generator, device=device).to(x) for _ in range(copies)]
@@ -69,13 +72,13 @@ class SmoothCDAM(TokenExplainer):
         return total / self.m
 
 
-def check_counts(m: int, internal_batch_size: int) -> None:
+def check_counts(m: int, internal_batch_size: int | None) -> None:
     """Refuse numbers of copies below 1.
 
     Raises:
         ValueError: one of them is below 1.
     """
-    if m < 1 or internal_batch_size < 1:
+    if m < 1 or (internal_batch_size is not None and internal_batch_size < 1):
         raise ValueError(
             f"m and internal_batch_size must be at least 1, got m={m}, internal_batch_size={internal_batch_size}"
         )

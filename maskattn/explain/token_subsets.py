@@ -19,7 +19,18 @@ from maskattn.nn.vit import VisionTransformer
 from maskattn.packing import Packing
 from maskattn.shapes import Bool, Float, Int
 
-__all__ = ["batches", "predict_subsets", "repeat_tokens", "take_subsets", "target_of", "target_of_copies"]
+__all__ = [
+    "batches",
+    "copies_at_once",
+    "predict_subsets",
+    "repeat_tokens",
+    "take_subsets",
+    "target_of",
+    "target_of_copies",
+]
+
+_TOKENS_AT_ONCE = 8_192
+_CLASS_TOKENS_AT_ONCE = 64  # one for each copy, and so many gradients for each class
 
 
 def take_subsets(
@@ -60,6 +71,24 @@ def take_subsets(
         None if rotation is None else (rotation[0].index_select(0, rows), rotation[1].index_select(0, rows)),
         None if tokens.shards is None else tokens.shards.taking(source_S.tolist()),
     )
+
+
+def copies_at_once(tokens: PackedTokens, internal_batch_size: int | None, *, class_tokens: bool = False) -> int:
+    """Return how many copies of a batch go through the tail at a time, at least one.
+
+    Args:
+        tokens: the batch's tokens.
+        internal_batch_size: the number of copies of images; None takes as many as have 8,192 tokens together.
+        class_tokens: whether only the class tokens go through, of which None takes 64.
+    """
+    packing = tokens.packing
+    if internal_batch_size is not None:
+        return max(1, internal_batch_size // max(packing.batch_size, 1))
+    if class_tokens:
+        return max(1, _CLASS_TOKENS_AT_ONCE // max(packing.batch_size, 1))
+    # Processes among which tokens are divided have different numbers of them, and must divide the copies alike.
+    of_a_copy = packing.total if tokens.shards is None else packing.batch_size * packing.num_tokens
+    return max(1, _TOKENS_AT_ONCE // max(of_a_copy, 1))
 
 
 def repeat_tokens(tokens: PackedTokens, copies: int) -> PackedTokens:

@@ -26,7 +26,7 @@ from maskattn.explain.last_block import output_with_values, reads_class_token_al
 from maskattn.explain.norm_path import scores_of_reads
 from maskattn.explain.targets import Target, select_scores
 from maskattn.explain.token_scores import gradients_of_reads, gradients_of_scores
-from maskattn.explain.token_subsets import batches, repeat_tokens, target_of_copies
+from maskattn.explain.token_subsets import batches, copies_at_once, repeat_tokens, target_of_copies
 from maskattn.nn.blocks import PackedTokens
 from maskattn.nn.vit import VisionTransformer
 from maskattn.shapes import Float
@@ -40,7 +40,7 @@ def score_tokens_on_value_path(
     target: Target,
     betas_m: Float[Tensor, "m"],
     weights_m: Float[Tensor, "m"],
-    copies: int,
+    internal_batch_size: int | None = None,
 ) -> Float[Tensor, "M T"]:
     """Compute S (M, T) of all packed tokens, prefix tokens included.
 
@@ -49,10 +49,11 @@ def score_tokens_on_value_path(
         tokens: the output of ``model.before_last_block``.
         target: see :func:`maskattn.explain.targets.select_scores`.
         betas_m, weights_m: (m,) each, nodes and weights of the quadrature.
-        copies: number of nodes computed at a time.
+        internal_batch_size: see :class:`~maskattn.explain.integrated.IntegratedCDAM`.
     """
-    way = _in_closed_form if reads_class_token_alone(model) else _by_autograd
-    return way(model, tokens, target, betas_m, weights_m, copies)
+    closed = reads_class_token_alone(model)
+    copies = copies_at_once(tokens, internal_batch_size, class_tokens=closed)
+    return (_in_closed_form if closed else _by_autograd)(model, tokens, target, betas_m, weights_m, copies)
 
 
 @torch.no_grad()

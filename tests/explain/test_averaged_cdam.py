@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,13 +11,14 @@ from oracles import assert_within_budget
 from small_vits import random_vit, sample
 from torch import Tensor
 
-from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM
+from maskattn.explain import CDAM, IntegratedCDAM, SmoothCDAM, token_subsets
 from maskattn.explain.explainer import as_maps
 from maskattn.explain.token_scores import (
     score_class_token_queries,
     score_tokens_by_autograd,
     score_tokens_in_closed_form,
 )
+from maskattn.explain.token_subsets import copies_at_once
 from maskattn.nn import VisionTransformer
 from maskattn.nn.positions import alibi_slopes
 from maskattn.packing import pack, unpack
@@ -215,6 +217,51 @@ def test_no_more_than_internal_batch_size_copies_are_in_the_head_at_a_time(expla
     model.head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     explain(model, size).attribute(x, 0, keep)
     assert seen == batches  # the whole batch of two at least
+
+
+@pytest.mark.parametrize(
+    ("explain", "whole"),
+    [
+        (lambda model: SmoothCDAM(model, m=5), True),
+        (lambda model: IntegratedCDAM(model, m=5), True),
+        (lambda model: IntegratedCDAM(model, m=5, path="norm"), False),
+        (lambda model: IntegratedCDAM(model, m=5, path="weights"), False),
+        (lambda model: IntegratedCDAM(model, m=5, path="value"), False),
+    ],
+    ids=["smooth", "input", "norm", "weights", "value"],
+)
+def test_batches_are_by_tokens_where_whole_images_go_through_the_last_block(explain, whole, monkeypatch):
+    x, keep = sample()
+    for variant in ({}, {"global_pool": "avg"}):
+        model, seen = random_vit(**variant), []
+        model.head.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(len(inputs[0])))
+        tokens = int(model.embed(x, keep).packing.total)
+        for tokens_at_once, batches in (
+            (8_192, [10]),
+            (2 * tokens, [4, 4, 2]),
+            (2 * tokens - 1, [2] * 5),
+            (1, [2] * 5),  # the whole batch at least
+        ):
+            monkeypatch.setattr(token_subsets, "_TOKENS_AT_ONCE", tokens_at_once)
+            seen.clear()
+            explain(model).attribute(x, 0, keep)
+            assert seen == (batches if whole or variant else [10])  # else the class tokens alone
+        monkeypatch.setattr(token_subsets, "_CLASS_TOKENS_AT_ONCE", 4)
+        seen.clear()
+        explain(model).attribute(x, 0, keep)
+        assert seen == ([2] * 5 if whole or variant else [4, 4, 2])
+        monkeypatch.undo()
+
+
+def test_processes_with_parts_of_the_tokens_divide_copies_alike():
+    model, (x, keep) = random_vit(), sample()
+    tokens = model.embed(x, keep)
+    all_of_them = tokens.packing.batch_size * tokens.packing.num_tokens
+    assert copies_at_once(tokens, None) == 8_192 // tokens.packing.total
+    for part in (1, 5, tokens.packing.total):
+        packing = replace(tokens.packing, indices=tokens.packing.indices[:part])
+        divided = replace(tokens, packing=packing, shards=object())
+        assert copies_at_once(divided, None) == 8_192 // all_of_them
 
 
 def test_without_noise_smooth_is_plain():
