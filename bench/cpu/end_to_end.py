@@ -261,9 +261,11 @@ def _own_commands(
     for mask in ("none", "tissue"):
         options = ["--encoder", f"timm:{NETWORKS[title]}", "--weights", str(weights), "--mag", _MAGNIFICATION[part]]
         words = ["extract", *options, "--token-mask", mask, "--dtype", dtype]
-        add(f"extract, {mask}", words)
-        if part == "small":
-            add(f"extract, {mask}, --devices cpu:{_PROCESSES}", [*words, "--devices", f"cpu:{_PROCESSES}"], _PROCESSES)
+        if part == "small":  # which it shares by itself, from 16 on
+            add(f"extract, {mask}", words, _PROCESSES)
+            add(f"extract, {mask}, --device cpu", [*words, "--device", "cpu"])
+        else:
+            add(f"extract, {mask}", words)
     return called
 
 

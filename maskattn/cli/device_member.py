@@ -51,8 +51,8 @@ class Work(Protocol[OutcomeT]):
         """The output folder, with the files of the fleet."""
 
     @property
-    def is_light(self) -> bool:
-        """Whether the model takes so little of a slide's time that slides are better run side by side."""
+    def process_gib(self) -> float | None:
+        """Memory of each process in GiB if many slides are better shared by several; None if one should run them."""
 
     def under(self, settings: Any) -> Work[OutcomeT]:
         """Return the same work with other settings."""

@@ -10,6 +10,7 @@ import typer
 from maskattn.cli import options, slide_runs
 from maskattn.cli.imports import imports
 from maskattn.cli.reporting import errors_in_one_line
+from maskattn.cli.side_by_side import gib_with_encoder
 from maskattn.slide.extract_request import ExtractSettings
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ class _Extraction:
         return self.settings.out_dir
 
     @property
-    def is_light(self) -> bool:
-        """False: encoders keep all cores busy, and several would be in memory."""
-        return False
+    def process_gib(self) -> float | None:
+        """Memory of each of several processes, unless the encoder is large or still to be fetched."""
+        return gib_with_encoder(self.encoder, self.weights)
 
     def under(self, settings: ExtractSettings) -> _Extraction:
         """The same work under other settings."""

@@ -111,7 +111,7 @@ Devices = Annotated[
     typer.Option(
         "--devices",
         help="Instead of --device: a process for each of these, which share the slides: all, 0,1 (GPUs) or cpu:4. By "
-        "default one; for a small model and many slides on a CPU, one for each core.",
+        "default one; for many slides on a CPU, unless the model is large, one for each core.",
     ),
 ]
 Engine = Annotated[

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from maskattn.cli.concepts import load_concept_model
+from maskattn.cli.free_memory import PROCESS_GIB
 from maskattn.cli.imports import imports
 from maskattn.cli.reporting import say, tell
 from maskattn.cli.side_by_side import is_small_model, processes_for
-from maskattn.slide.fleet.sharing import chosen_jobs
+from maskattn.slide.fleet.sharing import bytes_of, chosen_jobs
 
 if TYPE_CHECKING:
     from maskattn.cli.device_member import Run, Work
@@ -263,11 +264,11 @@ class Inference:
         return self.settings.out_dir
 
     @property
-    def is_light(self) -> bool:
-        """Whether the model takes so little of a slide's time that slides are better run side by side."""
+    def process_gib(self) -> float | None:
+        """Memory of each of several processes, if the model has a small encoder of its own."""
         chosen = self.chosen
         own = self.words is None and chosen.encoder is None and chosen.weights is None and not chosen.with_features
-        return own and is_small_model(chosen.model)
+        return PROCESS_GIB if own and is_small_model(chosen.model) else None
 
     def under(self, settings: RunSettings) -> Inference:
         """Return the same work with other settings."""
@@ -376,9 +377,10 @@ def _processes(work: Work[OutcomeT], where: Where) -> list[str]:
         from maskattn.cli.devices import devices_named, within_memory
 
         return within_memory(devices_named(where.devices), where.memory_gib)
-    if where.device != "auto" or not work.is_light:
+    process_gib = work.process_gib
+    if where.device != "auto" or process_gib is None:
         return []
     jobs, limit = chosen_jobs(work.jobs, work.settings.sharing), work.settings.limit
     if any(job.is_remote for job in jobs):  # each process would load the model itself
         return []
-    return processes_for(len(jobs) if limit is None else min(len(jobs), limit))
+    return processes_for([bytes_of(job.path) for job in jobs[:limit]], process_gib)

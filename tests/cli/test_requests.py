@@ -261,7 +261,7 @@ def test_a_run_bounds_what_onednn_keeps_unless_the_user_does(
         monkeypatch.delenv(name)
 
     class Work:
-        is_light = False
+        process_gib = None
 
         def on(self, device: str, *, alone: bool) -> None:
             raise RuntimeError(f"{device} with {os.environ[name]}")

@@ -11,7 +11,7 @@ from maskattn.errors import ManifestError
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.unchanged import files_of
 
-__all__ = ["Sharing", "chosen_jobs", "parse_shard"]
+__all__ = ["Sharing", "bytes_of", "chosen_jobs", "parse_shard"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def chosen_jobs(jobs: Sequence[SlideJob], sharing: Sharing) -> list[SlideJob]:
         jobs = jobs[shard - 1 :: shards]
     if sharing.order == "large-first":
         # Where a manifest names remote slides, their sizes are not known, and they come last.
-        jobs.sort(key=lambda job: -(_bytes(job.path) if job.origin is None else job.origin.total_bytes or 0))
+        jobs.sort(key=lambda job: -(bytes_of(job.path) if job.origin is None else job.origin.total_bytes or 0))
     return jobs
 
 
@@ -64,5 +64,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(shard), int(shards)
 
 
-def _bytes(path: Path) -> int:
+def bytes_of(path: Path) -> int:
+    """Return the size of a slide's files together."""
     return sum(file.stat().st_size for file in files_of(path))
