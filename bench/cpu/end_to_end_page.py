@@ -30,9 +30,9 @@ The plain loop is `bench/cpu/plain_loop.py`: timm, OpenSlide and a DataLoader wi
 encodes all tokens of the same tiles and is given their positions. OpenVINO and ONNX Runtime take part in the encoder
 alone. f is the share of the tiles' tokens that take part: 1 with `--token-mask none`, what the tissue fills with
 `--token-mask tissue`. `maskattn infer` also finds tissue, runs the slide model, explains it and draws four maps of each
-slide; "4 maps" is the loop that draws as many, as TRIDENT draws them. Many small slides are shared by two processes here,
-and `--device cpu` runs one; `extract` did so only with `--devices cpu:2` where a row names that. Of several processes the
-stages add up to more than the wall time."""
+slide; "4 maps" is the loop that draws as many, as TRIDENT draws them. Many small slides are shared by two processes
+here, and `--device cpu` runs one; where a row names `--devices cpu:2`, `extract` did not yet share them by itself. Of
+several processes the stages add up to more than the wall time."""
 
 _WHOLE = """\
 Start-up is what no stage accounts for: imports, the model, the end of the process. It is paid once in a run, so the
