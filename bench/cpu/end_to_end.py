@@ -261,8 +261,8 @@ def _own_commands(
     for mask in ("none", "tissue"):
         options = ["--encoder", f"timm:{NETWORKS[title]}", "--weights", str(weights), "--mag", _MAGNIFICATION[part]]
         words = ["extract", *options, "--token-mask", mask, "--dtype", dtype]
-        if part == "small":  # which it shares by itself, from 16 on
-            add(f"extract, {mask}", words, _PROCESSES)
+        if part == "small":  # by default one of the two, by the size of the weights
+            add(f"extract, {mask}, --devices cpu:{_PROCESSES}", [*words, "--devices", f"cpu:{_PROCESSES}"], _PROCESSES)
             add(f"extract, {mask}, --device cpu", [*words, "--device", "cpu"])
         else:
             add(f"extract, {mask}", words)

@@ -21,7 +21,7 @@ __all__ = ["gib_with_encoder", "is_small_model", "processes_for"]
 _SLIDES_OF_A_PROCESS = 8
 _MOST_PROCESSES = 8
 _SMALL_BYTES = 12 << 20  # three million weights, each multiplied once for every token of a tile
-_MOST_ENCODER_BYTES = 512 << 20  # ViT-B/16 in float32 has 344 MB
+_MOST_ENCODER_BYTES = 160 << 20  # ViT-S/16 in float32 has 88 MB; with ViT-B/16's 344 next to nothing is gained
 _TIMES_IN_MEMORY = 4  # weights, packed ones, and room for a large slide
 # Devices of CUDA, of CUDA in Windows' subsystem for Linux, and of ROCm. Torch is not asked: once it is imported it may
 # start threads, which a fork cannot use.

@@ -96,17 +96,17 @@ def test_no_process_waits_long_for_the_largest_slide(machine: Path, sizes: list[
 def test_processes_with_an_encoder_take_more_memory(machine: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     with weights.open("wb") as file:
-        file.truncate(256 << 20)  # a sparse file
-    assert gib_with_encoder("timm:vit_base_patch16_224", weights) == gib_with_encoder(str(weights), None) == 1.75
+        file.truncate(128 << 20)  # a sparse file
+    assert gib_with_encoder("timm:vit_small_patch16_224", weights) == gib_with_encoder(str(weights), None) == 1.25
     (tmp_path / "folder").mkdir()
     assert gib_with_encoder(str(tmp_path / "folder"), None) is None
     weights.rename(tmp_path / "folder/weights.pth")
-    assert gib_with_encoder(str(tmp_path / "folder"), None) == 1.75
-    assert processes_for(equal(1000), 1.75, machine) == ["cpu"] * 4
-    free(machine, 5.3)
-    assert processes_for(equal(1000), 1.75, machine) == ["cpu"] * 3
+    assert gib_with_encoder(str(tmp_path / "folder"), None) == 1.25
+    assert processes_for(equal(1000), 1.25, machine) == ["cpu"] * 4
+    free(machine, 4.9)
+    assert processes_for(equal(1000), 1.25, machine) == ["cpu"] * 3
     with (tmp_path / "folder/weights.pth").open("wb") as file:
-        file.truncate((512 << 20) + 1)
+        file.truncate((160 << 20) + 1)
     assert gib_with_encoder(str(tmp_path / "folder"), None) is None
     assert gib_with_encoder("timm:vit_small_patch16_224", None) is None  # still to be fetched
 
