@@ -30,9 +30,9 @@ The plain loop is `bench/cpu/plain_loop.py`: timm, OpenSlide and a DataLoader wi
 encodes all tokens of the same tiles and is given their positions. OpenVINO and ONNX Runtime take part in the encoder
 alone. f is the share of the tiles' tokens that take part: 1 with `--token-mask none`, what the tissue fills with
 `--token-mask tissue`. `maskattn infer` also finds tissue, runs the slide model, explains it and draws four maps of each
-slide; "4 maps" is the loop that draws as many, as TRIDENT draws them. Processes are those that
-share the slides; how many do where no device is named has changed with the commits. Of several processes the stages add
-up to more than the wall time."""
+slide; "4 maps" is the loop that draws as many, as TRIDENT draws them. Processes are those that share the slides; how
+many do where no device is named has changed with the commits. Of several processes the stages add up to more than the
+wall time."""
 
 _WHOLE = """\
 Start-up is what no stage accounts for: imports, the model, the end of the process. It is paid once in a run, so the
@@ -107,15 +107,16 @@ def _commands(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     lines = [
         _WHOLE,
         "",
-        "| network | dtype | what | processes | slides, tiles | f | wall, s | processor, s | times as fast as the loop | "
-        "started | started, as the loop in float32 | peak GiB |",
+        "| network | dtype | what | processes | slides, tiles | f | wall, s | processor, s | "
+        "times as fast as the loop | started | started, as the loop in float32 | peak GiB |",
         "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (network, dtype), value in found.items():
         for row in value["rows"]:
             lines.append(
-                f"| {network} | {dtype} | {row['what']} | {row.get('processes', 1)} | {row['slides']}, {row['tiles']:,} | "
-                f"{row['kept']:.2f} | {row['wall_s']:.2f} | {row['processor_s']:.2f} | {row['of_loop']:.2f} | "
+                f"| {network} | {dtype} | {row['what']} | {row.get('processes', 1)} | "
+                f"{row['slides']}, {row['tiles']:,} | {row['kept']:.2f} | "
+                f"{row['wall_s']:.2f} | {row['processor_s']:.2f} | {row['of_loop']:.2f} | "
                 f"{row['of_loop_started']:.2f} | {row['of_float32_started']:.2f} | {row['peak_gib']:.2f} |"
             )
     return lines
