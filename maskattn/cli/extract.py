@@ -85,7 +85,7 @@ class _Extraction:
 
     @property
     def process_gib(self) -> float | None:
-        """Memory of each of several processes, unless the encoder is large or still to be fetched."""
+        """Memory of each of several processes, if the encoder is a file of weights that is not large."""
         return gib_with_encoder(self.encoder, self.weights)
 
     def under(self, settings: ExtractSettings) -> _Extraction:

@@ -46,7 +46,9 @@ def processes_for(sizes: Sequence[int], process_gib: float = PROCESS_GIB, root: 
 
 
 def gib_with_encoder(encoder: str, weights: Path | None) -> float | None:
-    """Return what a process with an encoder takes, in GiB; None if it is too large for several, or still to be fetched.
+    """Return what a process with an encoder takes, in GiB; None if one process should run all slides.
+
+    That is so if the encoder is large, still to be fetched, or a folder: the library that loads it may start threads.
 
     Args:
         encoder: the name, file or folder of the encoder.
@@ -54,8 +56,7 @@ def gib_with_encoder(encoder: str, weights: Path | None) -> float | None:
     """
     path = Path(encoder) if weights is None else weights
     try:
-        files = [path] if path.is_file() else list(path.glob("*")) if path.is_dir() else []
-        size = sum(file.stat().st_size for file in files)
+        size = path.stat().st_size if path.is_file() else 0
     except OSError:
         return None
     return PROCESS_GIB + _TIMES_IN_MEMORY * size / 2**30 if 0 < size <= _MOST_ENCODER_BYTES else None
