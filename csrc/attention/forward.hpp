@@ -28,7 +28,8 @@ struct KeyTerms {
     const float* bias_N;  // -inf past the end of the sequence
     const float* x_N;
     const float* y_N;
-    int columns;
+    int columns;  // keys that are computed, from columns_of_block
+    int steps;    // of the product with V: the keys of the sequence alone
     bool biased;  // whether bias_N must be added
 };
 
@@ -43,9 +44,11 @@ MASKATTN_INLINE int columns_of_block(const Head& head, std::int64_t block) {
 
 template <class Arithmetic>
 MASKATTN_INLINE KeyTerms terms_of_block(const Attention& a, const Head& head, std::int64_t block, const float* bias_N) {
-    const bool whole = (block + 1) * block_keys <= head.keys.count;
+    const int count = at_most(block_keys, head.keys.count - block * block_keys);
     const int columns = columns_of_block<Arithmetic>(head, block);
-    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, !whole || forms_scores(a)};
+    const int steps = steps_of<Arithmetic>(count + Arithmetic::depth - 1);
+    const bool biased = count < block_keys || forms_scores(a);
+    return {bias_N, bias_N + block_keys, bias_N + 2 * block_keys, columns, steps, biased};
 }
 
 // Packs the bias and positions of the block's keys, with a bias of -inf past the end, where probabilities must be 0.
@@ -258,8 +261,8 @@ void attend(const Attention& a, const Head& head, std::int64_t tile, const std::
                     softmax_step<Arithmetic, false>(state, q + m, product_MN + m * block_keys, keys, units,
                                                     p_MN + m * p_stride, factor_M + m);
             multiply_rows<Arithmetic, Start::scaled>(now, {p_MN, p_stride, 1}, v, out_stride,
-                                                     keys.columns / Arithmetic::depth, out_QD + q * out_stride,
-                                                     out_stride, out_stride / lanes, factor_M);
+                                                     keys.steps, out_QD + q * out_stride, out_stride,
+                                                     out_stride / lanes, factor_M);
         }
     }
     for (int q = 0; q < count; ++q)

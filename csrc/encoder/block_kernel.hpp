@@ -67,7 +67,7 @@ void before_attention(const EncoderBlock& block, ConstRows x, int count, Values 
     [[maybe_unused]] const typename Arithmetic::Session session;
     normalise_rows<Arithmetic>(x, count, block.width, block.norm1, scratch);
     Element* to = static_cast<Element*>(qkv.data);
-    const auto write = [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
+    const auto write = [to, qkv](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
         store_first(to + row * qkv.stride + column, sums, columns);
     };
     multiply_rows<Arithmetic>(scratch, count, block.qkv, to, qkv.stride, write);
@@ -77,7 +77,7 @@ void before_attention(const EncoderBlock& block, ConstRows x, int count, Values 
 template <class Arithmetic>
 MASKATTN_INLINE void add_update(const std::uint32_t* input, int count, const LinearLayer& layer, const float* scale,
                                 ConstRows x, Rows out) {
-    const auto add = [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
+    const auto add = [x, out, scale](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
         const Floats before = load_floats(x.data + row * x.stride + column, columns);
         store_first(out.data + row * out.stride + column, sums * load<Floats>(scale + column) + before, columns);
     };
@@ -95,7 +95,7 @@ void after_attention(const EncoderBlock& block, ConstValues attended, ConstRows 
     std::uint32_t* hidden = scratch + linear_scratch_words<Arithmetic>(block.width);
     const ScratchRows<Arithmetic> rows(hidden, block.fc1.outputs);
     with_activation(block.activation, [&](auto which) __attribute__((always_inline)) {
-        const auto write = [&](Floats sums, int row, int column, int) __attribute__((always_inline)) {
+        const auto write = [rows](Floats sums, int row, int column, int) __attribute__((always_inline)) {
             const Floats active = activated<decltype(which)::value, typename Arithmetic::Value>(sums);
             store_first(rows.data + row * rows.stride + column, active, lanes);
         };

@@ -1,5 +1,5 @@
 // Rows are divided into items. A block has three phases, each with a wait at its end: rows before attention, attention,
-// rows after it. Sequences are processed in groups whose queries, keys and values stay in L3.
+// rows after it. Sequences are processed in groups of about as many rows, whose queries, keys and values stay in L3.
 #include "encoder/driver.hpp"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace maskattn {
 namespace {
 
 constexpr std::size_t most_padding = 64;                      // floats, a panel of any instruction set
-constexpr std::int64_t group_words = std::int64_t{4} << 20;  // 16 MiB, or what one sequence needs
+constexpr std::int64_t group_bytes = std::int64_t{16} << 20;  // about
 
 const EncoderKernels& kernels_for(const Kernels& kernels, bool bfloat16) {
     return bfloat16 ? kernels.encoder.bfloat16 : kernels.encoder.float32;
@@ -127,10 +127,14 @@ void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstVa
 void apply_encoder_block(const EncoderBlock& block, ConstRows x, const std::vector<std::int32_t>& starts, Rows out,
                          const EncoderExecution& how) {
     const Block taken(block, x, out, how);
-    const std::int64_t most_rows = std::max<std::int64_t>(group_words / (4 * block.width), 1);
-    for (std::size_t first = 0, last = 0; first + 1 < starts.size(); first = last) {
-        while (last + 1 < starts.size() && (last == first || starts[last + 1] - starts[first] <= most_rows)) ++last;
+    const std::int64_t bytes_of_row = 4 * block.width * bytes_of_value(block.qkv.bfloat16);
+    const std::int64_t rows = starts.back(), groups = std::max<std::int64_t>(ceil_divide(rows * bytes_of_row, group_bytes), 1);
+    std::size_t first = 0;
+    for (std::int64_t group = 1; group <= groups; ++group) {
+        std::size_t last = first;
+        while (last + 1 < starts.size() && starts[last] < ceil_divide(rows * group, groups)) ++last;
         taken.take(starts, first, last);
+        first = last;
     }
 }
 

@@ -78,20 +78,34 @@ void copy_rows(ConstValues x, int count, int values, std::uint32_t* to) {
     pack_rows<Arithmetic>(rows, whole, values, to, static_cast<int>(scratch_stride(steps_of<Arithmetic>(values))));
 }
 
-// Longer sums are added up in parts, since the error of one long sum grows with its length.
-constexpr int most_steps = 256;
+// Longer sums are added up in parts, since the error of one long sum grows with its length. Beside what rounding the
+// operands to bfloat16 costs, the error of such a sum is nothing.
+constexpr int most_steps = 384;
+template <class Arithmetic>
+MASKATTN_INLINE bool sums_in_parts(int steps) {
+    return Arithmetic::depth == 1 && steps > most_steps;
+}
 
 // Multiplies a register tile and calls finish(sums plus bias, row, column) for its vectors. The memory that results go
-// to is requested first, so that the product hides the latency of writing.
+// to is requested first, so that the product hides the latency of writing. finish is a copy, so that what it holds stays
+// in registers while results are written.
 template <class Arithmetic, int vectors, class Value, class Finish>
 __attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* panel, int steps, const float* bias,
-                                                   Value* to, std::ptrdiff_t to_stride, const Finish& finish) {
+                                                   Value* to, std::ptrdiff_t to_stride, Finish finish) {
+    constexpr std::ptrdiff_t step = vectors * lanes, line = 64 / sizeof(Value);
 #pragma GCC unroll 8
-    for (int r = 0; r < tile_rows; ++r) __builtin_prefetch(to + r * to_stride, 1);
+    for (int r = 0; r < tile_rows; ++r)
+#pragma GCC unroll 4
+        for (std::ptrdiff_t c = 0; c < step; c += line) __builtin_prefetch(to + r * to_stride + c, 1);
+    if (!sums_in_parts<Arithmetic>(steps)) {
+        const auto take = [&](int r, int v, Floats sums) __attribute__((always_inline)) {
+            finish(sums + load<Floats>(bias + v * lanes), r, v * lanes);
+        };
+        return sum_tile<Arithmetic, tile_rows, vectors>(x, panel, step, steps, take);
+    }
     alignas(64) Floats earlier[tile_rows][vectors];
     for (int r = 0; r < tile_rows; ++r)
         for (int v = 0; v < vectors; ++v) earlier[r][v] = load<Floats>(bias + v * lanes);
-    constexpr std::ptrdiff_t step = vectors * lanes;
     for (; steps > most_steps; steps -= most_steps) {
         const auto add = [&](int r, int v, Floats sums) __attribute__((always_inline)) { earlier[r][v] += sums; };
         sum_tile<Arithmetic, tile_rows, vectors>(x, panel, step, most_steps, add);
@@ -110,24 +124,10 @@ template <class Arithmetic, class Finish>
 MASKATTN_INLINE void multiply_panel_square(int rows, Left x, const std::uint32_t* panel, int width, int step, int steps,
                                            const float* bias, const Finish& finish) {
     constexpr int side = Arithmetic::rows_at_once;
-    alignas(64) float part[side * side], earlier[side * side];
-    const bool in_parts = steps > most_steps;
-    const auto for_each_vector = [&](auto take) __attribute__((always_inline)) {
-        for (int r = 0; r < rows; ++r)
-            for (int c = 0; c < width; c += lanes)
-                take(load<Floats>(part + r * side + c), r, c, earlier + r * side + c);
-    };
-    if (in_parts)
-        for_each_vector([&](Floats, int, int c, float* sums) { store(sums, load<Floats>(bias + c)); });
-    for (; steps > 0; steps -= most_steps, x.data += most_steps, panel += most_steps * step) {
-        Arithmetic::template multiply<Start::zero>(rows, x, panel, step, at_most(most_steps, steps), part, side,
-                                                   width / lanes, nullptr);
-        if (steps > most_steps)
-            for_each_vector([&](Floats x, int, int, float* sums) { store(sums, load<Floats>(sums) + x); });
-    }
-    for_each_vector([&](Floats x, int r, int c, const float* sums) __attribute__((always_inline)) {
-        finish(x + load<Floats>(in_parts ? sums : bias + c), r, c);
-    });
+    alignas(64) float sums[side * side];
+    Arithmetic::template multiply<Start::zero>(rows, x, panel, step, steps, sums, side, width / lanes, nullptr);
+    for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < width; c += lanes) finish(load<Floats>(sums + r * side + c) + load<Floats>(bias + c), r, c);
 }
 
 template <class Arithmetic, class Value, class Finish>
@@ -170,14 +170,14 @@ MASKATTN_INLINE void multiply_rows(const std::uint32_t* x, int count, const Line
             const Left left{x + row * stride, stride, 1};
             Value* to_tile = to + row * to_stride + first;
             if (columns == panel_columns && count - row >= tile_rows) {
-                const auto whole = [&](Floats sums, int r, int c) __attribute__((always_inline)) {
+                const auto whole = [=](Floats sums, int r, int c) __attribute__((always_inline)) {
                     finish(sums, row + r, first + c, lanes);
                 };
                 multiply_panel_tile<Arithmetic, tile_vectors>(left, panel, steps, bias, to_tile, to_stride, whole);
                 continue;
             }
             const int rows = at_most(tile_rows, count - row);
-            const auto part = [&](Floats sums, int r, int c) __attribute__((always_inline)) {
+            const auto part = [=](Floats sums, int r, int c) __attribute__((always_inline)) {
                 if (r < rows && c < columns) finish(sums, row + r, first + c, at_most(lanes, columns - c));
             };
             with_vectors<tile_vectors>(padded(columns) / lanes, [&](auto vectors) __attribute__((always_inline)) {
@@ -199,7 +199,7 @@ void apply_linear(const LinearLayer& layer, Activation activation, ConstValues x
     copy_rows<Arithmetic, Element>(x, count, layer.inputs, scratch);
     Element* to = static_cast<Element*>(out.data);
     with_activation(activation, [&](auto which) __attribute__((always_inline)) {
-        const auto write = [&](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
+        const auto write = [to, out](Floats sums, int row, int column, int columns) __attribute__((always_inline)) {
             store_first(to + row * out.stride + column, activated<decltype(which)::value, Element>(sums), columns);
         };
         multiply_rows<Arithmetic>(scratch, count, layer, to, out.stride, write);

@@ -87,6 +87,18 @@ def test_it_trains_under_autocast(variant):
         assert cross_entropy(model(x, keep), target) < first
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_under_autocast_the_sums_of_blocks_stay_in_float32_as_in_timm(variant):
+    model, (x, keep, _) = random_vit(torch.float32, **variant), batch(dtype=torch.float32)
+    tokens = model.embed(x, keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = model.embed(x, keep).rows_TC
+        assert rows.dtype == model.before_last_block(tokens).rows_TC.dtype == torch.float32
+    half = model.bfloat16().embed(x.bfloat16(), keep).rows_TC
+    assert half.dtype == torch.bfloat16
+    assert (rows - tokens.rows_TC).norm() < (half - tokens.rows_TC).norm()
+
+
 # Where a graph breaks (counting the kept tokens), dynamo itself asks activations for their .grad.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("variant", VARIANTS)
