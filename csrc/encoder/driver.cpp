@@ -1,5 +1,5 @@
-// Rows are divided into items. A block has three phases, each with a wait at its end: rows before attention, attention,
-// rows after it. Sequences are processed in groups of about as many rows, whose queries, keys and values stay in L3.
+// A block has three phases, each with a wait at its end: rows before attention, attention, rows after it. Sequences are
+// processed in groups of about as many rows, whose queries, keys and values stay in L3.
 #include "encoder/driver.hpp"
 
 #include <algorithm>
@@ -29,15 +29,34 @@ Values from(Values x, std::int64_t row, std::int64_t bytes) {
     return {static_cast<char*>(x.data) + row * x.stride * bytes, x.stride};
 }
 
-// Calls work(first row, number of rows, worker) for each item of `item_rows` rows.
-template <class Work>
-void for_each_rows(std::int64_t count, int item_rows, int threads, Work work) {
-    auto take = [&](std::int64_t item, int worker) noexcept {
-        const std::int64_t first = item * item_rows;
-        work(first, static_cast<int>(std::min<std::int64_t>(item_rows, count - first)), worker);
-    };
-    for_each_item(threads, ceil_divide(count, item_rows), take);
-}
+// The division of rows into items of work: long ones first, since a weight that is read then serves many rows, and short
+// ones last, so that threads finish together.
+class RowItems {
+  public:
+    RowItems(std::int64_t count, int most_rows, int threads) {
+        for (std::int64_t row = 0; row < count;) {
+            starts_.push_back(row);
+            const std::int64_t left = count - row, share = threads > 1 ? left / (2 * threads) : left;
+            row += std::clamp<std::int64_t>(share / fewest_rows * fewest_rows, fewest_rows, most_rows);
+        }
+        starts_.push_back(count);
+    }
+
+    // Calls work(first row, number of rows, worker) for each item.
+    template <class Work>
+    void for_each(int threads, Work work) const {
+        auto take = [&](std::int64_t item, int worker) noexcept {
+            const std::int64_t first = starts_[static_cast<std::size_t>(item)];
+            work(first, static_cast<int>(starts_[static_cast<std::size_t>(item) + 1] - first), worker);
+        };
+        for_each_item(threads, static_cast<std::int64_t>(starts_.size()) - 1, take);
+    }
+
+  private:
+    static constexpr std::int64_t fewest_rows = 48;  // a multiple of the rows of every product
+
+    std::vector<std::int64_t> starts_;
+};
 
 class Block {
   public:
@@ -53,11 +72,12 @@ class Block {
         const std::int64_t words = count * C * bytes / 4;  // a head's width is a multiple of 8
         const AlignedWords memory(static_cast<std::size_t>(4 * words + count * block_.heads));
         const Values qkv{memory.data(), 3 * C}, attended{memory.data() + 3 * words, C};
-        for_each_rows(count, kernels_.item_rows, how_.threads, [&](std::int64_t row, int rows, int worker) {
+        const RowItems items(count, kernels_.item_rows, how_.threads);
+        items.for_each(how_.threads, [&](std::int64_t row, int rows, int worker) {
             kernels_.before_attention(block_, from(x_, begin + row), rows, from(qkv, row, bytes), scratch_.of(worker));
         });
         attend(starts, first, last, qkv, attended, reinterpret_cast<float*>(memory.data() + 4 * words));
-        for_each_rows(count, kernels_.item_rows, how_.threads, [&](std::int64_t row, int rows, int worker) {
+        items.for_each(how_.threads, [&](std::int64_t row, int rows, int worker) {
             kernels_.after_attention(block_, from(ConstValues{attended.data, C}, row, bytes), from(x_, begin + row), rows,
                                      from(out_, begin + row), scratch_.of(worker));
         });
@@ -119,7 +139,7 @@ void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstVa
     const EncoderKernels& kernels = kernels_for(*how.kernels, layer.bfloat16);
     const std::int64_t bytes = bytes_of_value(layer.bfloat16);
     const WordsByWorker scratch(kernels.linear_scratch_words(layer.inputs), how.threads);
-    for_each_rows(count, kernels.item_rows, how.threads, [&](std::int64_t row, int rows, int worker) {
+    RowItems(count, kernels.item_rows, how.threads).for_each(how.threads, [&](std::int64_t row, int rows, int worker) {
         kernels.apply(layer, activation, from(x, row, bytes), rows, from(out, row, bytes), scratch.of(worker));
     });
 }

@@ -11,18 +11,16 @@ namespace {
 
 constexpr int panel_columns = tile_vectors * lanes;
 
-// Rows of an item of work. Their values, and the hidden features of an MLP up to about 2,000, stay in L2 while the
-// weights come from L3. Tiles multiply so fast that L3 could not keep up if weights served only as many rows.
-constexpr int most_item_rows = 192;
-template <class Arithmetic>
-constexpr int item_rows = Arithmetic::in_tiles ? most_item_rows : 48;
+// Most rows of an item of work. Their values, and the hidden features of an MLP up to about 2,000 in bfloat16, stay in L2
+// while the weights come from L3, which could not keep up if weights served fewer rows.
+constexpr int item_rows = 192;
 
 // Rows in scratch are a cache line longer than their values, since rows at multiples of 4 KiB would share lines of L1.
 constexpr std::ptrdiff_t scratch_stride(int values) { return static_cast<std::ptrdiff_t>(whole_lines(static_cast<std::size_t>(values))) + 16; }
 template <class Arithmetic>
 constexpr std::size_t scratch_words(int values) {
-    static_assert(item_rows<Arithmetic> % Arithmetic::rows == 0, "items consist of whole products");
-    return item_rows<Arithmetic> * static_cast<std::size_t>(scratch_stride(values));
+    static_assert(item_rows % Arithmetic::rows == 0, "items consist of whole products");
+    return item_rows * static_cast<std::size_t>(scratch_stride(values));
 }
 
 template <class Arithmetic>
@@ -71,7 +69,7 @@ MASKATTN_INLINE void store_first(Bfloat16* to, Floats x, int count) {
 // Copies rows to scratch, with zeros after the last up to a whole product.
 template <class Arithmetic, class Element>
 void copy_rows(ConstValues x, int count, int values, std::uint32_t* to) {
-    const Element* rows[most_item_rows];
+    const Element* rows[item_rows];
     const Element* from = static_cast<const Element*>(x.data);
     const int whole = (count + Arithmetic::rows - 1) / Arithmetic::rows * Arithmetic::rows;
     for (int r = 0; r < whole; ++r) rows[r] = r < count ? from + r * x.stride : nullptr;
@@ -86,23 +84,41 @@ MASKATTN_INLINE bool sums_in_parts(int steps) {
     return Arithmetic::depth == 1 && steps > most_steps;
 }
 
-// Multiplies a register tile and calls finish(sums plus bias, row, column) for its vectors. The memory that results go
-// to is requested first, so that the product hides the latency of writing. finish is a copy, so that what it holds stays
-// in registers while results are written.
-template <class Arithmetic, int vectors, class Value, class Finish>
-__attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* panel, int steps, const float* bias,
-                                                   Value* to, std::ptrdiff_t to_stride, Finish finish) {
+// The part of a layer's output that a register tile computes.
+struct Place {
+    int row, column;
+    int rows, columns;  // those that are written
+};
+
+// Multiplies a register tile and calls finish(sums plus bias, row, column, number of columns) for its vectors. The memory
+// that results go to, at `to`, is requested first, so that the product hides the latency of writing. The operands are
+// passed by reference: compilers copy structures by wide loads, which wait until everything written before has left the
+// core.
+template <class Arithmetic, int vectors, bool whole, class Value, class Finish>
+__attribute__((noinline)) void multiply_panel_tile(const Left& rows, const std::uint32_t* panel, int steps,
+                                                   const float* bias, Value* to, std::ptrdiff_t to_stride,
+                                                   const Place& place, const Finish& outside) {
     constexpr std::ptrdiff_t step = vectors * lanes, line = 64 / sizeof(Value);
 #pragma GCC unroll 8
     for (int r = 0; r < tile_rows; ++r)
 #pragma GCC unroll 4
         for (std::ptrdiff_t c = 0; c < step; c += line) __builtin_prefetch(to + r * to_stride + c, 1);
-    if (!sums_in_parts<Arithmetic>(steps)) {
-        const auto take = [&](int r, int v, Floats sums) __attribute__((always_inline)) {
-            finish(sums + load<Floats>(bias + v * lanes), r, v * lanes);
-        };
-        return sum_tile<Arithmetic, tile_rows, vectors>(x, panel, step, steps, take);
-    }
+    // Copies stay in registers, since results that are written cannot change them.
+    const Finish finish = outside;
+    const Place at{place.row, place.column, place.rows, place.columns};
+    Left x{rows.data, rows.row, 1};
+    const auto take = [&](Floats sums, int r, int v) __attribute__((always_inline)) {
+        const int c = v * lanes;
+        if constexpr (whole)
+            finish(sums, at.row + r, at.column + c, lanes);
+        else if (r < at.rows && c < at.columns)
+            finish(sums, at.row + r, at.column + c, at_most(lanes, at.columns - c));
+    };
+    if (!sums_in_parts<Arithmetic>(steps))
+        return sum_tile<Arithmetic, tile_rows, vectors>(
+            x, panel, step, steps, [&](int r, int v, Floats sums) __attribute__((always_inline)) {
+                take(sums + load<Floats>(bias + v * lanes), r, v);
+            });
     alignas(64) Floats earlier[tile_rows][vectors];
     for (int r = 0; r < tile_rows; ++r)
         for (int v = 0; v < vectors; ++v) earlier[r][v] = load<Floats>(bias + v * lanes);
@@ -112,10 +128,9 @@ __attribute__((noinline)) void multiply_panel_tile(Left x, const std::uint32_t* 
         x.data += most_steps * x.step;
         panel += most_steps * step;
     }
-    const auto take = [&](int r, int v, Floats sums) __attribute__((always_inline)) {
-        finish(sums + earlier[r][v], r, v * lanes);
-    };
-    sum_tile<Arithmetic, tile_rows, vectors>(x, panel, step, steps, take);
+    sum_tile<Arithmetic, tile_rows, vectors>(
+        x, panel, step, steps,
+        [&](int r, int v, Floats sums) __attribute__((always_inline)) { take(sums + earlier[r][v], r, v); });
 }
 
 // Multiplies 16 or 32 rows and as many columns of a panel, whose steps are `step` words apart, and calls finish(sums plus
@@ -169,20 +184,14 @@ MASKATTN_INLINE void multiply_rows(const std::uint32_t* x, int count, const Line
         for (int row = 0; row < count; row += tile_rows) {
             const Left left{x + row * stride, stride, 1};
             Value* to_tile = to + row * to_stride + first;
-            if (columns == panel_columns && count - row >= tile_rows) {
-                const auto whole = [=](Floats sums, int r, int c) __attribute__((always_inline)) {
-                    finish(sums, row + r, first + c, lanes);
-                };
-                multiply_panel_tile<Arithmetic, tile_vectors>(left, panel, steps, bias, to_tile, to_stride, whole);
-                continue;
-            }
-            const int rows = at_most(tile_rows, count - row);
-            const auto part = [=](Floats sums, int r, int c) __attribute__((always_inline)) {
-                if (r < rows && c < columns) finish(sums, row + r, first + c, at_most(lanes, columns - c));
-            };
-            with_vectors<tile_vectors>(padded(columns) / lanes, [&](auto vectors) __attribute__((always_inline)) {
-                multiply_panel_tile<Arithmetic, decltype(vectors)::value>(left, panel, steps, bias, to_tile, to_stride, part);
-            });
+            const Place place{row, first, at_most(tile_rows, count - row), columns};
+            if (columns == panel_columns && place.rows == tile_rows)
+                multiply_panel_tile<Arithmetic, tile_vectors, true>(left, panel, steps, bias, to_tile, to_stride, place, finish);
+            else
+                with_vectors<tile_vectors>(padded(columns) / lanes, [&](auto vectors) __attribute__((always_inline)) {
+                    multiply_panel_tile<Arithmetic, decltype(vectors)::value, false>(left, panel, steps, bias, to_tile,
+                                                                                     to_stride, place, finish);
+                });
         }
     }
 }

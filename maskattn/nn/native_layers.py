@@ -23,16 +23,16 @@ __all__ = ["apply_layer", "are_faster_here", "argument_or_none", "can_pack", "pa
 # dtype and best instruction set: of layers whose numbers of rows are few, and of those whose numbers vary. AMX
 # multiplies bfloat16 in tiles, in oneDNN too.
 _NARROW = {
-    torch.float32: {"avx512": (128, 128), "avx512_bf16": (128, 128), "amx_bf16": (192, 384)},
-    torch.bfloat16: {"avx512_bf16": (512, 512), "amx_bf16": (192, 384)},
+    torch.float32: {"avx512": (128, 128), "avx512_bf16": (512, 512), "amx_bf16": (192, 384)},
+    torch.bfloat16: {"avx512_bf16": (768, 768), "amx_bf16": (192, 384)},
 }
 
 
 def are_faster_here(inputs: int, outputs: int, dtype: torch.dtype = torch.float32, rows_vary: bool = False) -> bool:
     """Return whether these kernels are faster on this processor than the libraries that torch comes with.
 
-    They are where AVX2 is the best instruction set. With AVX-512 oneDNN's wide layers are as fast (see
-    bench/results/LOG.md). It compiles a layer for each number of rows, which takes as long as multiplying a thousand
+    They are where AVX2 is the best instruction set. With AVX-512 oneDNN's wide layers are as fast or were not compared
+    (see bench/results/LOG.md). It compiles a layer for each number of rows, which takes as long as multiplying a thousand
     rows by a narrow one.
 
     Args:
