@@ -274,12 +274,17 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, bias=bias)
 
     def forward(self, patches_TK: Float[Tensor, "T K"]) -> Float[Tensor, "T C"]:
-        """Embed flattened patches, (T, in_chans·p·p) → (T, C)."""
+        """Embed flattened patches, (T, in_chans·p·p) → (T, C), with the patches' precision at least.
+
+        Under autocast a layer's output has half the precision of its input; the sums of all blocks, which start here,
+        must not.
+        """
         if is_plain(self.proj, _CONVOLUTION) and has_plain_parameters(self.proj):
             rows = product(self.proj, patches_TK)
         else:
             rows = self.proj(patches_TK.unflatten(1, (-1, self.patch_size, self.patch_size))).flatten(1)
-        return rows if self.act is None else ACTIVATIONS[self.act](rows)
+        rows = rows if self.act is None else ACTIVATIONS[self.act](rows)
+        return rows.to(torch.promote_types(rows.dtype, patches_TK.dtype))
 
     def cut(self, images_BIHW: Tensor, packing: Packing) -> Float[Tensor, "T K"]:
         """Cut (B, in_chans, X, Y) images into their kept patches (T, in_chans·p·p); background pixels are not read."""

@@ -31,9 +31,9 @@ _NARROW = {
 def are_faster_here(inputs: int, outputs: int, dtype: torch.dtype = torch.float32, rows_vary: bool = False) -> bool:
     """Return whether these kernels are faster on this processor than the libraries that torch comes with.
 
-    They are where AVX2 is the best instruction set. With AVX-512 oneDNN's wide layers are as fast or were not compared
-    (see bench/results/LOG.md). It compiles a layer for each number of rows, which takes as long as multiplying a thousand
-    rows by a narrow one.
+    They are where AVX2 is the best instruction set. With AVX-512 oneDNN's wide layers are as fast, or were not compared
+    (see bench/results/LOG.md). It compiles a layer for each number of rows, which takes as long as multiplying a
+    thousand rows by a narrow one.
 
     Args:
         inputs: the number of a layer's input features.

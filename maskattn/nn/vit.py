@@ -252,8 +252,6 @@ class VisionTransformer(TimmInterface):
             ValueError: an image has no patch in any of them.
         """
         rows_TC = self.patch_embed(patches_TK)
-        # Under autocast a layer's output is half as precise as its input; the sums of all blocks must not be.
-        rows_TC = rows_TC.to(torch.promote_types(rows_TC.dtype, patches_TK.dtype))
         prefix_1PC, positions_1NC = self._positions(grid_HW)
         if positions_1NC is not None:
             # Expanded and packed, because the backward of indexing adds with atomics.
