@@ -107,7 +107,6 @@ void after_attention(const EncoderBlock& block, ConstValues attended, ConstRows 
 
 template <class Arithmetic, class Element>
 constexpr EncoderKernels encoder_kernels = {
-    item_rows,
     &panel_words<Arithmetic>,
     &pack_weight<Arithmetic, Element>,
     &linear_scratch_words<Arithmetic>,

@@ -33,11 +33,11 @@ Values from(Values x, std::int64_t row, std::int64_t bytes) {
 // ones last, so that threads finish together.
 class RowItems {
   public:
-    RowItems(std::int64_t count, int most_rows, int threads) {
+    RowItems(std::int64_t count, int threads) {
         for (std::int64_t row = 0; row < count;) {
             starts_.push_back(row);
             const std::int64_t left = count - row, share = threads > 1 ? left / (2 * threads) : left;
-            row += std::clamp<std::int64_t>(share / fewest_rows * fewest_rows, fewest_rows, most_rows);
+            row += std::clamp<std::int64_t>(share / fewest_item_rows * fewest_item_rows, fewest_item_rows, most_item_rows);
         }
         starts_.push_back(count);
     }
@@ -53,8 +53,6 @@ class RowItems {
     }
 
   private:
-    static constexpr std::int64_t fewest_rows = 48;  // a multiple of the rows of every product
-
     std::vector<std::int64_t> starts_;
 };
 
@@ -72,7 +70,7 @@ class Block {
         const std::int64_t words = count * C * bytes / 4;  // a head's width is a multiple of 8
         const AlignedWords memory(static_cast<std::size_t>(4 * words + count * block_.heads));
         const Values qkv{memory.data(), 3 * C}, attended{memory.data() + 3 * words, C};
-        const RowItems items(count, kernels_.item_rows, how_.threads);
+        const RowItems items(count, how_.threads);
         items.for_each(how_.threads, [&](std::int64_t row, int rows, int worker) {
             kernels_.before_attention(block_, from(x_, begin + row), rows, from(qkv, row, bytes), scratch_.of(worker));
         });
@@ -139,7 +137,7 @@ void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstVa
     const EncoderKernels& kernels = kernels_for(*how.kernels, layer.bfloat16);
     const std::int64_t bytes = bytes_of_value(layer.bfloat16);
     const WordsByWorker scratch(kernels.linear_scratch_words(layer.inputs), how.threads);
-    RowItems(count, kernels.item_rows, how.threads).for_each(how.threads, [&](std::int64_t row, int rows, int worker) {
+    RowItems(count, how.threads).for_each(how.threads, [&](std::int64_t row, int rows, int worker) {
         kernels.apply(layer, activation, from(x, row, bytes), rows, from(out, row, bytes), scratch.of(worker));
     });
 }

@@ -11,16 +11,12 @@ namespace {
 
 constexpr int panel_columns = tile_vectors * lanes;
 
-// Most rows of an item of work. Their values, and the hidden features of an MLP up to about 2,000 in bfloat16, stay in L2
-// while the weights come from L3, which could not keep up if weights served fewer rows.
-constexpr int item_rows = 192;
-
 // Rows in scratch are a cache line longer than their values, since rows at multiples of 4 KiB would share lines of L1.
 constexpr std::ptrdiff_t scratch_stride(int values) { return static_cast<std::ptrdiff_t>(whole_lines(static_cast<std::size_t>(values))) + 16; }
 template <class Arithmetic>
 constexpr std::size_t scratch_words(int values) {
-    static_assert(item_rows % Arithmetic::rows == 0, "items consist of whole products");
-    return item_rows * static_cast<std::size_t>(scratch_stride(values));
+    static_assert(fewest_item_rows % Arithmetic::rows == 0, "items consist of whole products");
+    return most_item_rows * static_cast<std::size_t>(scratch_stride(values));
 }
 
 template <class Arithmetic>
@@ -69,7 +65,7 @@ MASKATTN_INLINE void store_first(Bfloat16* to, Floats x, int count) {
 // Copies rows to scratch, with zeros after the last up to a whole product.
 template <class Arithmetic, class Element>
 void copy_rows(ConstValues x, int count, int values, std::uint32_t* to) {
-    const Element* rows[item_rows];
+    const Element* rows[most_item_rows];
     const Element* from = static_cast<const Element*>(x.data);
     const int whole = (count + Arithmetic::rows - 1) / Arithmetic::rows * Arithmetic::rows;
     for (int r = 0; r < whole; ++r) rows[r] = r < count ? from + r * x.stride : nullptr;
