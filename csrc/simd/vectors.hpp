@@ -152,8 +152,7 @@ MASKATTN_INLINE Floats power_of_two(Floats x) {
 }
 
 // Computes e^x for x < 88, 0 below about -87; the rounding of x log2 e adds 8e-8 |x| to the relative error of 2^x.
-template <bool rounded = false>
-MASKATTN_INLINE Floats exponential(Floats x) { return power_of_two<rounded>(x * log2_e); }
+MASKATTN_INLINE Floats exponential(Floats x) { return power_of_two(x * log2_e); }
 
 // Rounds to nearest, ties to even; NaN stays NaN. A unit in bfloat16's last place is 2^16 in the bits of float32.
 MASKATTN_INLINE Halves to_bfloat16(Floats x) {
