@@ -60,8 +60,6 @@ void fill_background(const Attention& a, const Gradients& g, const Sequences& al
     if (all.dense) for_each_item(threads, static_cast<std::int64_t>(all.heads.size()), fill);
 }
 
-std::int64_t blocks_of(const Head& head) { return ceil_divide(head.keys.count, block_keys); }
-
 class Forward {
   public:
     Forward(const Attention& a, const Sequences& sequences, const Execution& how)
@@ -72,10 +70,8 @@ class Forward {
 
     void take_whole_heads() const {
         auto take = [&](std::int64_t i, int worker) noexcept {
-            const Head& head = *schedule_.whole[static_cast<std::size_t>(i)];
-            std::uint32_t *scratch = scratch_.of(worker), *blocks = scratch + scratch_words_;
-            if (head.queries.count > 0) kernels_.pack_keys(a_, head, 0, blocks_of(head), blocks);
-            for (std::int64_t tile = 0; tile < tiles_of(head); ++tile) kernels_.attend(a_, head, tile, blocks, scratch);
+            std::uint32_t* scratch = scratch_.of(worker);
+            attend_head(kernels_, a_, *schedule_.whole[static_cast<std::size_t>(i)], scratch + scratch_words_, scratch);
         };
         for_each_item(threads_, static_cast<std::int64_t>(schedule_.whole.size()), take);
     }
@@ -89,7 +85,6 @@ class Forward {
     }
 
   private:
-    static std::int64_t tiles_of(const Head& head) { return ceil_divide(head.queries.count, tile_queries); }
     std::size_t words_of(const Head& head) const {
         return kernels_.block_words(a_.head_width) * static_cast<std::size_t>(blocks_of(head));
     }
@@ -97,13 +92,10 @@ class Forward {
     void take(const Batch& batch) const {
         const AlignedWords packed(batch.offset.back());
         const auto blocks_at = [&](const Item& item) { return batch.operands(packed.data(), item); };
-        const std::vector<Item> packing = batch.items(
-            [](const Head& head) { return head.queries.count > 0 ? ceil_divide(blocks_of(head), packed_blocks) : 0; });
+        const std::vector<Item> packing = batch.items(packings_of);
         auto pack = [&](std::int64_t i, int) noexcept {
             const Item& item = packing[static_cast<std::size_t>(i)];
-            const Head& head = *batch.heads[item.position];
-            const std::int64_t from = item.chunk * packed_blocks;
-            kernels_.pack_keys(a_, head, from, std::min(from + packed_blocks, blocks_of(head)), blocks_at(item));
+            pack_keys(kernels_, a_, *batch.heads[item.position], item.chunk, blocks_at(item));
         };
         for_each_item(threads_, static_cast<std::int64_t>(packing.size()), pack);
         const std::vector<Item> tiles = batch.items(tiles_of);
@@ -240,6 +232,22 @@ class Backward {
 };
 
 }  // namespace
+
+std::int64_t packings_of(const Head& head) {
+    return head.queries.count > 0 ? ceil_divide(blocks_of(head), packed_blocks) : 0;
+}
+
+void pack_keys(const ForwardKernels& kernels, const Attention& a, const Head& head, std::int64_t packing,
+               std::uint32_t* blocks) {
+    const std::int64_t from = packing * packed_blocks;
+    kernels.pack_keys(a, head, from, std::min(from + packed_blocks, blocks_of(head)), blocks);
+}
+
+void attend_head(const ForwardKernels& kernels, const Attention& a, const Head& head, std::uint32_t* blocks,
+                 std::uint32_t* scratch) {
+    if (head.queries.count > 0) kernels.pack_keys(a, head, 0, blocks_of(head), blocks);
+    for (std::int64_t tile = 0; tile < tiles_of(head); ++tile) kernels.attend(a, head, tile, blocks, scratch);
+}
 
 void attention_forward(const Attention& a, const Sequences& sequences, const Execution& how) {
     fill_background(a, sequences, how.threads);

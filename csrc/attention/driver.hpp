@@ -23,6 +23,16 @@ struct Execution {
     int threads;
 };
 
+// The pieces of the forward pass of one head, for a job that has other work too. `blocks` is memory for all of the
+// head's blocks of keys, whose packings and tiles of queries can be taken one by one, or all at once.
+inline std::int64_t blocks_of(const Head& head) { return ceil_divide(head.keys.count, block_keys); }
+inline std::int64_t tiles_of(const Head& head) { return ceil_divide(head.queries.count, tile_queries); }
+std::int64_t packings_of(const Head& head);
+void pack_keys(const ForwardKernels& kernels, const Attention& a, const Head& head, std::int64_t packing,
+               std::uint32_t* blocks);
+void attend_head(const ForwardKernels& kernels, const Attention& a, const Head& head, std::uint32_t* blocks,
+                 std::uint32_t* scratch);
+
 void attention_forward(const Attention& a, const Sequences& sequences, const Execution& how);
 
 // dslopes: one per head, or nullptr. If heads share a key bias, g.dbias still has a row per head, and the caller sums

@@ -1,18 +1,24 @@
-// A block has three phases, each with a wait at its end: rows before attention, attention, rows after it. Sequences are
-// processed in groups of about as many rows, whose queries, keys and values stay in L3.
+// A block takes rows before attention, attention, and rows after it. Each worker takes its own share of the sequences, in
+// groups whose queries, keys and values stay in its part of L3: the same in every block of a network, so that it finds
+// there what the block before wrote. Workers that share no L3 exchange rows at the speed of main memory.
 #include "encoder/driver.hpp"
 
 #include <algorithm>
 #include <cmath>
 
 #include "attention/driver.hpp"
+#include "encoder/division.hpp"
+#include "runtime/chains.hpp"
 #include "runtime/threads.hpp"
 
 namespace maskattn {
 namespace {
 
-constexpr std::size_t most_padding = 64;                      // floats, a panel of any instruction set
-constexpr std::int64_t group_bytes = std::int64_t{16} << 20;  // about
+constexpr std::size_t most_padding = 64;  // floats, a panel of any instruction set
+// Of a group's queries, keys, values and attended values, about.
+constexpr std::int64_t group_bytes = std::int64_t{2} << 20;
+// Groups that take more, each a long sequence, are processed one after the other by all workers.
+constexpr std::size_t most_bytes_together = std::size_t{16} << 20;
 
 const EncoderKernels& kernels_for(const Kernels& kernels, bool bfloat16) {
     return bfloat16 ? kernels.encoder.bfloat16 : kernels.encoder.float32;
@@ -29,89 +35,176 @@ Values from(Values x, std::int64_t row, std::int64_t bytes) {
     return {static_cast<char*>(x.data) + row * x.stride * bytes, x.stride};
 }
 
-// The division of rows into items of work: long ones first, since a weight that is read then serves many rows, and short
-// ones last, so that threads finish together.
-class RowItems {
-  public:
-    RowItems(std::int64_t count, int threads) {
-        for (std::int64_t row = 0; row < count;) {
-            starts_.push_back(row);
-            const std::int64_t left = count - row, share = threads > 1 ? left / (2 * threads) : left;
-            row += std::clamp<std::int64_t>(share / fewest_item_rows * fewest_item_rows, fewest_item_rows, most_item_rows);
-        }
-        starts_.push_back(count);
-    }
-
-    // Calls work(first row, number of rows, worker) for each item.
-    template <class Work>
-    void for_each(int threads, Work work) const {
-        auto take = [&](std::int64_t item, int worker) noexcept {
-            const std::int64_t first = starts_[static_cast<std::size_t>(item)];
-            work(first, static_cast<int>(starts_[static_cast<std::size_t>(item) + 1] - first), worker);
-        };
-        for_each_item(threads, static_cast<std::int64_t>(starts_.size()) - 1, take);
-    }
-
-  private:
-    std::vector<std::int64_t> starts_;
-};
-
 class Block {
   public:
-    Block(const EncoderBlock& block, ConstRows x, Rows out, const EncoderExecution& how)
-        : block_(block), x_(x), out_(out), how_(how), kernels_(kernels_for(*how.kernels, block.qkv.bfloat16)),
-          scratch_(kernels_.block_scratch_words(block), how.threads) {}
+    Block(const EncoderBlock& block, ConstRows x, const std::vector<std::int32_t>& starts, Rows out,
+          const EncoderExecution& how)
+        : block_(block), x_(x), starts_(starts), out_(out), how_(how),
+          kernels_(kernels_for(*how.kernels, block.qkv.bfloat16)),
+          attention_(block.qkv.bfloat16 ? how.kernels->attention.forward_bfloat16
+                                        : how.kernels->attention.forward_float32),
+          bytes_(bytes_of_value(block.qkv.bfloat16)), head_width_(block.width / block.heads),
+          attention_words_(attention_.scratch_words(head_width_)),
+          groups_(groups_of(starts, group_bytes / (4 * block.width * bytes_), how.threads)) {}
 
-    // Processes the sequences [first, last).
-    void take(const std::vector<std::int32_t>& starts, std::size_t first, std::size_t last) const {
-        const std::int64_t begin = starts[first], count = starts[last] - begin, C = block_.width;
-        if (count == 0) return;
-        const std::int64_t bytes = bytes_of_value(block_.qkv.bfloat16);
-        const std::int64_t words = count * C * bytes / 4;  // a head's width is a multiple of 8
-        const AlignedWords memory(static_cast<std::size_t>(4 * words + count * block_.heads));
-        const Values qkv{memory.data(), 3 * C}, attended{memory.data() + 3 * words, C};
-        const RowItems items(count, how_.threads);
-        items.for_each(how_.threads, [&](std::int64_t row, int rows, int worker) {
-            kernels_.before_attention(block_, from(x_, begin + row), rows, from(qkv, row, bytes), scratch_.of(worker));
-        });
-        attend(starts, first, last, qkv, attended, reinterpret_cast<float*>(memory.data() + 4 * words));
-        items.for_each(how_.threads, [&](std::int64_t row, int rows, int worker) {
-            kernels_.after_attention(block_, from(ConstValues{attended.data, C}, row, bytes), from(x_, begin + row), rows,
-                                     from(out_, begin + row), scratch_.of(worker));
-        });
+    void run() const {
+        std::size_t most_words = 0, most_blocks = 0;
+        for (const Group& group : groups_) {
+            most_words = std::max(most_words, Layout(*this, group).words);
+            if (!group.is_one()) most_blocks = std::max(most_blocks, most_blocks_words(group));
+        }
+        const WordsByWorker scratch(std::max(kernels_.block_scratch_words(block_), attention_words_ + most_blocks),
+                                    how_.threads);
+        const bool together = most_words * 4 <= most_bytes_together;
+        const WordsByWorker memory(most_words, together ? Chains::places(groups_.size(), how_.threads) : 1);
+        if (together) {
+            Chains chains;
+            for (const Group& group : groups_) add(chains, group, memory, scratch);
+            chains.run(how_.threads);
+            return;
+        }
+        for (const Group& group : groups_) {
+            const Group shared{group.first, group.last, 0, how_.threads};
+            Chains chains;
+            add(chains, shared, memory, scratch);
+            chains.run(how_.threads);
+        }
     }
 
   private:
-    void attend(const std::vector<std::int32_t>& starts, std::size_t first, std::size_t last, Values qkv, Values attended,
-                float* lse) const {
-        const std::int64_t C = block_.width, count = starts[last] - starts[first];
-        const int width = block_.width / block_.heads;
-        const std::int64_t bytes = bytes_of_value(block_.qkv.bfloat16);
-        const auto part = [&](std::int64_t which) { return static_cast<const char*>(qkv.data) + which * C * bytes; };
+    // Where a group's values are between its steps, in words from the start of its memory.
+    struct Layout {
+        std::int64_t attended, lse, blocks;  // after queries, keys and values; blocks of keys of a group of one sequence
+        std::size_t words;
+
+        Layout(const Block& of, const Group& group) {
+            const std::int64_t rows = of.starts_[group.last] - of.starts_[group.first];
+            const std::int64_t words_of_values = rows * of.block_.width * of.bytes_ / 4;  // a head has a multiple of 8
+            attended = 3 * words_of_values;
+            lse = 4 * words_of_values;
+            blocks = ceil_divide(lse + rows * of.block_.heads, 16) * 16;
+            words = static_cast<std::size_t>(blocks);
+            if (group.is_one()) words += static_cast<std::size_t>(of.block_.heads) * of.blocks_words(rows);
+        }
+    };
+    struct Place {
+        Values qkv, attended;
+        float* lse;
+        std::uint32_t* blocks;
+
+        Place(const Block& of, const Group& group, std::uint32_t* memory) {
+            const Layout layout(of, group);
+            qkv = {memory, 3 * std::ptrdiff_t{of.block_.width}};
+            attended = {memory + layout.attended, of.block_.width};
+            lse = reinterpret_cast<float*>(memory + layout.lse);
+            blocks = memory + layout.blocks;
+        }
+    };
+
+    std::size_t blocks_words(std::int64_t keys) const {
+        return attention_.block_words(head_width_) * static_cast<std::size_t>(ceil_divide(keys, block_keys));
+    }
+    std::size_t most_blocks_words(const Group& group) const {
+        std::int32_t most = 0;
+        for (std::size_t s = group.first; s < group.last; ++s) most = std::max(most, starts_[s + 1] - starts_[s]);
+        return blocks_words(most);
+    }
+    Head head_of(const Group& group, std::int64_t number) const {
+        const std::size_t s = group.first + static_cast<std::size_t>(number / block_.heads);
+        const Tokens tokens{starts_[s] - starts_[group.first], starts_[s + 1] - starts_[s], nullptr};
+        return {0, static_cast<std::int32_t>(number % block_.heads), tokens, tokens};
+    }
+    Attention attention_at(const Place& place) const {
+        const auto part = [&](std::int64_t which) {
+            return static_cast<const char*>(place.qkv.data) + which * block_.width * bytes_;
+        };
         Attention problem{};
         problem.bfloat16 = block_.qkv.bfloat16;
-        problem.head_width = width;
-        problem.scale = 1.0f / std::sqrt(static_cast<float>(width));
-        problem.q = {part(0), 0, width, qkv.stride};
-        problem.k = {part(1), 0, width, qkv.stride};
-        problem.v = {part(2), 0, width, qkv.stride};
-        problem.out = {attended.data, 0, width, attended.stride};
-        problem.lse = {lse, 0, count, 1};
-        Sequences sequences;
-        for (std::size_t s = first; s < last; ++s) {
-            const Tokens tokens{starts[s] - starts[first], starts[s + 1] - starts[s], nullptr};
-            for (std::int32_t h = 0; h < block_.heads; ++h)
-                sequences.heads.push_back({static_cast<std::int32_t>(s - first), h, tokens, tokens});
-        }
-        attention_forward(problem, sequences, {&how_.kernels->attention, how_.threads});
+        problem.head_width = head_width_;
+        problem.scale = 1.0f / std::sqrt(static_cast<float>(head_width_));
+        problem.q = {part(0), 0, head_width_, place.qkv.stride};
+        problem.k = {part(1), 0, head_width_, place.qkv.stride};
+        problem.v = {part(2), 0, head_width_, place.qkv.stride};
+        problem.out = {place.attended.data, 0, head_width_, place.attended.stride};
+        problem.lse = {place.lse, 0, 1, block_.heads};
+        return problem;
+    }
+
+    void add(Chains& chains, const Group& group, const WordsByWorker& memory, const WordsByWorker& scratch) const {
+        const RowItems items(starts_[group.last] - starts_[group.first], group.workers);
+        chains.begin(group.owner);
+        add_before_attention(chains, group, items, memory, scratch);
+        if (group.is_one())
+            add_attention_in_pieces(chains, group, memory, scratch);
+        else
+            add_attention(chains, group, memory, scratch);
+        add_after_attention(chains, group, items, memory, scratch);
+    }
+
+    void add_before_attention(Chains& chains, const Group& group, const RowItems& items, const WordsByWorker& memory,
+                              const WordsByWorker& scratch) const {
+        chains.add(items.count(), [this, &group, items, &memory, &scratch](std::int64_t item, At at) noexcept {
+            const Place place(*this, group, memory.of(at.place));
+            const std::int64_t row = items.first(item);
+            kernels_.before_attention(block_, from(x_, starts_[group.first] + row), items.rows(item),
+                                      from(place.qkv, row, bytes_), scratch.of(at.worker));
+        });
+    }
+
+    // An item is a head.
+    void add_attention(Chains& chains, const Group& group, const WordsByWorker& memory,
+                       const WordsByWorker& scratch) const {
+        const auto heads = static_cast<std::int64_t>(group.last - group.first) * block_.heads;
+        chains.add(heads, [this, &group, &memory, &scratch](std::int64_t number, At at) noexcept {
+            const Place place(*this, group, memory.of(at.place));
+            std::uint32_t* own = scratch.of(at.worker);
+            attend_head(attention_, attention_at(place), head_of(group, number), own + attention_words_, own);
+        });
+    }
+
+    // An item is a part of a head of the one sequence, which may be long.
+    void add_attention_in_pieces(Chains& chains, const Group& group, const WordsByWorker& memory,
+                                 const WordsByWorker& scratch) const {
+        const Head any = head_of(group, 0);
+        const std::int64_t packings = packings_of(any), tiles = tiles_of(any);
+        const auto blocks_at = [words = blocks_words(any.keys.count)](const Place& place, std::int64_t head) {
+            return place.blocks + static_cast<std::size_t>(head) * words;
+        };
+        chains.add(block_.heads * packings, [this, packings, blocks_at, &group, &memory](std::int64_t item, At at) noexcept {
+            const Place place(*this, group, memory.of(at.place));
+            const Head head = head_of(group, item / packings);
+            pack_keys(attention_, attention_at(place), head, item % packings, blocks_at(place, head.index));
+        });
+        chains.add(block_.heads * tiles, [this, tiles, blocks_at, &group, &memory, &scratch](std::int64_t item, At at) noexcept {
+            const Place place(*this, group, memory.of(at.place));
+            const Head head = head_of(group, item / tiles);
+            attention_.attend(attention_at(place), head, item % tiles, blocks_at(place, head.index),
+                                     scratch.of(at.worker));
+        });
+    }
+
+    void add_after_attention(Chains& chains, const Group& group, const RowItems& items, const WordsByWorker& memory,
+                             const WordsByWorker& scratch) const {
+        chains.add(items.count(), [this, &group, items, &memory, &scratch](std::int64_t item, At at) noexcept {
+            const Place place(*this, group, memory.of(at.place));
+            const std::int64_t row = items.first(item), of_all = starts_[group.first] + row;
+            const ConstValues attended{place.attended.data, place.attended.stride};
+            kernels_.after_attention(block_, from(attended, row, bytes_), from(x_, of_all), items.rows(item),
+                                     from(out_, of_all), scratch.of(at.worker));
+        });
     }
 
     const EncoderBlock& block_;
     const ConstRows x_;
+    const std::vector<std::int32_t>& starts_;
     const Rows out_;
     const EncoderExecution& how_;
     const EncoderKernels& kernels_;
-    const WordsByWorker scratch_;
+    const ForwardKernels& attention_;
+    const std::int64_t bytes_;  // of a value
+    const int head_width_;
+    const std::size_t attention_words_;  // of scratch
+    const std::vector<Group> groups_;
 };
 
 }  // namespace
@@ -137,23 +230,17 @@ void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstVa
     const EncoderKernels& kernels = kernels_for(*how.kernels, layer.bfloat16);
     const std::int64_t bytes = bytes_of_value(layer.bfloat16);
     const WordsByWorker scratch(kernels.linear_scratch_words(layer.inputs), how.threads);
-    RowItems(count, how.threads).for_each(how.threads, [&](std::int64_t row, int rows, int worker) {
-        kernels.apply(layer, activation, from(x, row, bytes), rows, from(out, row, bytes), scratch.of(worker));
-    });
+    const RowItems items(count, how.threads);
+    auto take = [&](std::int64_t item, int worker) noexcept {
+        const std::int64_t row = items.first(item);
+        kernels.apply(layer, activation, from(x, row, bytes), items.rows(item), from(out, row, bytes), scratch.of(worker));
+    };
+    for_each_item(how.threads, items.count(), take);
 }
 
 void apply_encoder_block(const EncoderBlock& block, ConstRows x, const std::vector<std::int32_t>& starts, Rows out,
                          const EncoderExecution& how) {
-    const Block taken(block, x, out, how);
-    const std::int64_t bytes_of_row = 4 * block.width * bytes_of_value(block.qkv.bfloat16);
-    const std::int64_t rows = starts.back(), groups = std::max<std::int64_t>(ceil_divide(rows * bytes_of_row, group_bytes), 1);
-    std::size_t first = 0;
-    for (std::int64_t group = 1; group <= groups; ++group) {
-        std::size_t last = first;
-        while (last + 1 < starts.size() && starts[last] < ceil_divide(rows * group, groups)) ++last;
-        taken.take(starts, first, last);
-        first = last;
-    }
+    Block(block, x, starts, out, how).run();
 }
 
 }  // namespace maskattn

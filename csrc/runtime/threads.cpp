@@ -19,15 +19,43 @@ namespace {
 constexpr int most_threads = 256;
 constexpr auto spin_time = std::chrono::microseconds(20);
 
+// The number that a thread had last among a job's workers. It takes it again if it can, since its cache may hold what
+// this worker computed.
+thread_local int usual_number = 1;
+
+// The numbers of a job's workers but the caller's, 0, that no thread has taken yet.
+class Numbers {
+  public:
+    explicit Numbers(int count) : last_(count) {}
+
+    // Returns a number; at most as many threads may ask as there are.
+    int take() {
+        if (usual_number <= last_ && take(usual_number)) return usual_number;
+        int number = 1;
+        while (!take(number)) ++number;
+        if (usual_number <= last_) usual_number = number;
+        return number;
+    }
+
+  private:
+    bool take(int number) {
+        const std::uint64_t bit = std::uint64_t{1} << (number % 64);
+        return (taken_[number / 64].fetch_or(bit, std::memory_order_relaxed) & bit) == 0;
+    }
+
+    const int last_;
+    std::atomic<std::uint64_t> taken_[most_threads / 64]{};
+};
+
 struct Job {
     void (*work)(void*, std::int64_t, int);
     void* context;
     std::int64_t items;
     int seats;                          // threads that may still join
-    int next_worker = 1;                // 0 is the caller
+    Numbers numbers{seats};
     int helpers = 0;                    // threads at work besides the caller
     std::atomic<std::int64_t> next{0};  // next item
-    std::atomic<int> team_worker{0};    // next worker of a team
+    const int* caller = &usual_number;  // each thread has its own
     Job* after = nullptr;               // next job of the pool's list
 
     void take_items(int worker) {
@@ -37,7 +65,7 @@ struct Job {
             work(context, item, worker);
         }
     }
-    void take_seat() { take_items(team_worker.fetch_add(1, std::memory_order_relaxed)); }
+    void take_seat() { take_items(&usual_number == caller ? 0 : numbers.take()); }
     bool has_room() const { return seats > 0 && next.load(std::memory_order_relaxed) < items; }
 };
 
@@ -105,9 +133,8 @@ class Pool {
             }
             --job->seats;
             ++job->helpers;
-            const int worker = job->next_worker++;
             lock.unlock();
-            job->take_items(worker);
+            job->take_seat();
             lock.lock();
             if (--job->helpers == 0) done_.notify_all();
         }
@@ -161,8 +188,7 @@ void share_team(ParallelRegion parallel) {
 }
 
 void run_items(int threads, std::int64_t items, void (*work)(void*, std::int64_t, int), void* context) {
-    Job job{work, context, items, 0};
-    job.seats = static_cast<int>(std::min<std::int64_t>(threads, items)) - 1;
+    Job job{work, context, items, static_cast<int>(std::min<std::int64_t>(threads, items)) - 1};
     const ParallelRegion parallel = shared_team.load(std::memory_order_acquire);
     if (job.seats > 0 && parallel != nullptr)
         parallel([](void* data) { static_cast<Job*>(data)->take_seat(); }, &job, static_cast<unsigned>(job.seats + 1), 0);

@@ -81,5 +81,6 @@ bool coverage_is_right();
 bool packing_is_right();
 bool encoder_is_right();
 bool pictures_are_right();
+bool chains_are_right();
 
 }  // namespace maskattn_tests

@@ -31,7 +31,8 @@ int main() {
                                          {"coverage", &coverage_is_right},
                                          {"packing", &packing_is_right},
                                          {"encoder", &encoder_is_right},
-                                         {"pictures", &pictures_are_right}}) {
+                                         {"pictures", &pictures_are_right},
+                                         {"chains", &chains_are_right}}) {
         const bool right = is_right();
         std::printf("%s: %s\n", name, right ? "right" : "WRONG");
         all = all && right;

@@ -226,15 +226,29 @@ def test_a_sequence_does_not_depend_on_those_beside_it(dtype: torch.dtype) -> No
         assert np.array_equal(alone, together[first:last])
 
 
-def test_many_sequences_are_processed_in_groups() -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [90, 0, 200] * 20,  # at this width groups of about 512 rows
+        [1500, 2500, 90],  # of one sequence each, in pieces
+        [90, 3500, 1, 2],  # beyond what groups may take together
+        [7],
+        [0, 0],
+    ],
+)
+def test_sequences_are_processed_in_groups_that_workers_share(lengths: list[int], threads: int) -> None:
     torch.manual_seed(0)
-    block, lengths = packed_block(small_block(256, 4)), [1500, 2500, 3000, 90]  # more than 4,096 rows at this width
+    block = packed_block(small_block(256, 4))
     x, starts = torch.randn(sum(lengths), 256).numpy(), cu_seqlens(lengths).numpy()
-    together = np.empty_like(x)
-    block.apply(x, starts, together)
-    last = np.empty((90, 256), np.float32)
-    block.apply(x[-90:], np.array([0, 90], np.int32), last)
-    assert np.array_equal(last, together[-90:])
+    together = np.full_like(x, np.nan)
+    for _ in range(3):
+        block.apply(x, starts, together, threads=threads)
+    for first, last in {last - first: (first, last) for first, last in pairwise(starts)}.values():
+        alone = np.empty((last - first, 256), np.float32)
+        block.apply(x[first:last], np.array([0, last - first], np.int32), alone, threads=1)
+        assert np.array_equal(alone, together[first:last])
+    assert np.isfinite(together).all()
 
 
 def a_layer(outputs: int, inputs: int, instruction_set: str = "") -> _native.LinearLayer:
