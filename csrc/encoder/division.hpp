@@ -19,9 +19,9 @@ class RowItems {
         for (std::int64_t row = 0; row < count;) {
             starts_.push_back(row);
             const std::int64_t left = count - row, items = (left + most_item_rows - 1) / most_item_rows;
-            const std::int64_t equal = (left + items - 1) / items + fewest_item_rows - 1;  // rounded up below
-            const std::int64_t rows = workers > 1 ? left / (2 * workers) : equal;
-            row += std::clamp<std::int64_t>(rows / fewest_item_rows * fewest_item_rows, fewest_item_rows, most_item_rows);
+            const std::int64_t equal = (left + items - 1) / items, up = fewest_item_rows - 1;
+            const std::int64_t units = (workers > 1 ? left / (2 * workers) : equal + up) / fewest_item_rows;
+            row += std::clamp<std::int64_t>(units * fewest_item_rows, fewest_item_rows, most_item_rows);
         }
         starts_.push_back(count);
     }

@@ -1,6 +1,6 @@
 // A block takes rows before attention, attention, and rows after it. Each worker takes its own share of the sequences, in
-// groups whose queries, keys and values stay in its part of L3: the same in every block of a network, so that it finds
-// there what the block before wrote. Workers that share no L3 exchange rows at the speed of main memory.
+// groups whose queries, keys and values stay in its cache: the same in every block of a network, so that it finds there
+// what the block before wrote. Cores that share no cache exchange rows at the speed of main memory.
 #include "encoder/driver.hpp"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ constexpr std::size_t most_padding = 64;  // floats, a panel of any instruction 
 // Of a group's queries, keys, values and attended values, about.
 constexpr std::int64_t group_bytes = std::int64_t{2} << 20;
 // Groups that take more, each a long sequence, are processed one after the other by all workers.
-constexpr std::size_t most_bytes_together = std::size_t{16} << 20;
+constexpr std::size_t most_bytes_together = std::size_t{32} << 20;
 
 const EncoderKernels& kernels_for(const Kernels& kernels, bool bfloat16) {
     return bfloat16 ? kernels.encoder.bfloat16 : kernels.encoder.float32;
@@ -170,17 +170,19 @@ class Block {
         const auto blocks_at = [words = blocks_words(any.keys.count)](const Place& place, std::int64_t head) {
             return place.blocks + static_cast<std::size_t>(head) * words;
         };
-        chains.add(block_.heads * packings, [this, packings, blocks_at, &group, &memory](std::int64_t item, At at) noexcept {
+        const auto pack = [this, packings, blocks_at, &group, &memory](std::int64_t item, At at) noexcept {
             const Place place(*this, group, memory.of(at.place));
             const Head head = head_of(group, item / packings);
             pack_keys(attention_, attention_at(place), head, item % packings, blocks_at(place, head.index));
-        });
-        chains.add(block_.heads * tiles, [this, tiles, blocks_at, &group, &memory, &scratch](std::int64_t item, At at) noexcept {
+        };
+        const auto attend = [this, tiles, blocks_at, &group, &memory, &scratch](std::int64_t item, At at) noexcept {
             const Place place(*this, group, memory.of(at.place));
             const Head head = head_of(group, item / tiles);
             attention_.attend(attention_at(place), head, item % tiles, blocks_at(place, head.index),
-                                     scratch.of(at.worker));
-        });
+                              scratch.of(at.worker));
+        };
+        chains.add(block_.heads * packings, pack);
+        chains.add(block_.heads * tiles, attend);
     }
 
     void add_after_attention(Chains& chains, const Group& group, const RowItems& items, const WordsByWorker& memory,

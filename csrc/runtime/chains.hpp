@@ -12,15 +12,15 @@
 
 namespace maskattn {
 
-// Where an item is processed: the number of the worker, and that of the item's chain among the chains that are at work at
-// the same time.
+// Where an item is processed: the number of the worker, and that of the item's chain among those that are at work at the
+// same time.
 struct At {
     int worker, place;
 };
 
 // A list of chains that run as one job. A chain is a list of steps, each a number of items; a step begins when the one
-// before it has ended. Every chain has an owner, the worker that is to take it; a worker without chains of its own helps
-// another, with its last chain first.
+// before it has ended. Every chain has an owner, the worker that is to take it; a worker that has ended its own helps the
+// others, beginning with their last.
 class Chains {
   public:
     // Adds a chain without steps. Owners come in ascending order.

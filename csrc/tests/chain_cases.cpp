@@ -32,7 +32,8 @@ bool chains_keep_their_places(int threads, const std::vector<int>& owners) {
             at_item(items - 1 - item, at) += static_cast<int>(items - 1 - item);
         });
         chains.add(items, [=, &right, &done](std::int64_t item, At at) noexcept {
-            if (at.worker < 0 || at.worker >= threads || at_item(item, at) != number + static_cast<int>(item)) right = false;
+            if (at.worker < 0 || at.worker >= threads) right = false;
+            if (at_item(item, at) != number + static_cast<int>(item)) right = false;
             done[c].fetch_add(1);
         });
     }

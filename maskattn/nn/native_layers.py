@@ -23,7 +23,7 @@ __all__ = ["apply_layer", "are_faster_here", "argument_or_none", "can_pack", "pa
 # dtype and best instruction set: of layers whose numbers of rows are few, and of those whose numbers vary. AMX
 # multiplies bfloat16 in tiles, in oneDNN too.
 _NARROW = {
-    torch.float32: {"avx512": (128, 128), "avx512_bf16": (512, 512), "amx_bf16": (192, 384)},
+    torch.float32: {"avx512": (128, 128), "avx512_bf16": (768, 768), "amx_bf16": (192, 384)},
     torch.bfloat16: {"avx512_bf16": (768, 768), "amx_bf16": (192, 384)},
 }
 
