@@ -1,6 +1,6 @@
 // A block takes rows before attention, attention, and rows after it. Each worker takes its own share of the sequences, in
 // groups whose queries, keys and values stay in its cache: the same in every block of a network, so that it finds there
-// what the block before wrote. Cores that share no cache exchange rows at the speed of main memory.
+// what the block before wrote. Rows that another core wrote come slowly, above all where cores share no cache.
 #include "encoder/driver.hpp"
 
 #include <algorithm>

@@ -11,8 +11,8 @@ namespace {
 
 using maskattn::At;
 
-// Chains of three steps: the first writes its chain's number into its place, the second adds each item's number to it,
-// and the third must find the sums, in a place that no other chain used meanwhile.
+// Chains of four steps: the first writes its chain's number into its place, the second has no items, the third adds each
+// item's number, and the last must find the sums, in a place that no other chain used meanwhile.
 bool chains_keep_their_places(int threads, const std::vector<int>& owners) {
     constexpr std::int64_t items = 40;
     const int places = maskattn::Chains::places(owners.size(), threads);
