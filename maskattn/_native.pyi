@@ -292,12 +292,15 @@ class LinearLayer:
         weight: (O, I), contiguous along I; it is copied. In bfloat16 I is even.
         bias: (O,); None for none.
         instruction_set: one of instruction_sets(); "", the default, for the best.
+        threads: number of threads that pack; 0 for one per core.
 
     Raises:
         TypeError, ValueError, MemoryError: as in attention_forward, like both methods below.
     """
 
-    def __init__(self, weight: Floats, bias: Floats | None = None, *, instruction_set: str = "") -> None: ...
+    def __init__(
+        self, weight: Floats, bias: Floats | None = None, *, instruction_set: str = "", threads: int = 0
+    ) -> None: ...
     def apply(self, x: Floats, out: Floats, *, activation: str = "none", threads: int = 0) -> None:
         """Write activation(x Wᵀ + b) to out; a row of the result does not depend on the other rows.
 

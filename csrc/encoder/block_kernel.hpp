@@ -107,8 +107,9 @@ void after_attention(const EncoderBlock& block, ConstValues attended, ConstRows 
 
 template <class Arithmetic, class Element>
 constexpr EncoderKernels encoder_kernels = {
+    panel_columns,
     &panel_words<Arithmetic>,
-    &pack_weight<Arithmetic, Element>,
+    &pack_panel<Arithmetic, Element>,
     &linear_scratch_words<Arithmetic>,
     &apply_linear<Arithmetic, Element>,
     &block_scratch_words<Arithmetic>,

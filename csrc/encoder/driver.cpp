@@ -221,10 +221,15 @@ std::vector<float> padded_values(const float* values, int count, float fill) {
 }
 
 PackedLinear::PackedLinear(const Kernels& kernels, bool bfloat16, ConstValues weight, const float* bias, int inputs,
-                           int outputs)
+                           int outputs, int threads)
     : panels_(kernels_for(kernels, bfloat16).panel_words(inputs, outputs)), bias_(padded_values(bias, outputs, 0.0f)),
       layer_{bfloat16, inputs, outputs, panels_.data(), bias_.data()} {
-    kernels_for(kernels, bfloat16).pack(weight, inputs, outputs, panels_.data());
+    const EncoderKernels& used = kernels_for(kernels, bfloat16);
+    // Most of the time the system clears fresh pages, which threads can wait for side by side.
+    auto pack = [&](std::int64_t panel, int) noexcept {
+        used.pack(weight, inputs, outputs, static_cast<int>(panel), panels_.data());
+    };
+    for_each_item(threads, (outputs + used.panel_outputs - 1) / used.panel_outputs, pack);
 }
 
 void apply_linear_layer(const LinearLayer& layer, Activation activation, ConstValues x, std::int64_t count, Values out,

@@ -12,8 +12,9 @@ namespace maskattn {
 // A packed linear layer and the memory that it points to.
 class PackedLinear {
   public:
-    // Packs a weight (O, I) of bfloat16 or float32, and a bias (O,), or nullptr for none.
-    PackedLinear(const Kernels& kernels, bool bfloat16, ConstValues weight, const float* bias, int inputs, int outputs);
+    // Packs a weight (O, I) of bfloat16 or float32, and a bias (O,), or nullptr for none. Throws std::bad_alloc.
+    PackedLinear(const Kernels& kernels, bool bfloat16, ConstValues weight, const float* bias, int inputs, int outputs,
+                 int threads);
     const LinearLayer& layer() const { return layer_; }
 
   private:

@@ -64,9 +64,10 @@ constexpr int fewest_item_rows = 48, most_item_rows = 192;
 // Entry points of one instruction set for one dtype of the weights. At most `most_item_rows` rows at a time; sizes are in
 // 32-bit words, multiples of 16.
 struct EncoderKernels {
+    int panel_outputs;  // neighbouring outputs of a panel
     std::size_t (*panel_words)(int inputs, int outputs);
-    // Packs a weight (O, I) into panels of neighbouring outputs.
-    void (*pack)(ConstValues weight, int inputs, int outputs, std::uint32_t* panels);
+    // Packs a panel of a weight (O, I).
+    void (*pack)(ConstValues weight, int inputs, int outputs, int panel, std::uint32_t* panels);
     std::size_t (*linear_scratch_words)(int inputs);
     void (*apply)(const LinearLayer&, Activation, ConstValues x, int count, Values out, std::uint32_t* scratch);
     std::size_t (*block_scratch_words)(const EncoderBlock&);

@@ -25,15 +25,13 @@ std::size_t panel_words(int inputs, int outputs) {
 }
 
 template <class Arithmetic, class Element>
-void pack_weight(ConstValues weight, int inputs, int outputs, std::uint32_t* panels) {
+void pack_panel(ConstValues weight, int inputs, int outputs, int panel, std::uint32_t* panels) {
     const Element* rows[panel_columns];
     const Element* from = static_cast<const Element*>(weight.data);
-    for (int first = 0; first < outputs; first += panel_columns) {
-        const int columns = at_most(panel_columns, outputs - first), step = padded(columns);
-        for (int c = 0; c < step; ++c) rows[c] = c < columns ? from + (first + c) * weight.stride : nullptr;
-        std::uint32_t* panel = panels + static_cast<std::ptrdiff_t>(first) * steps_of<Arithmetic>(inputs);
-        pack_columns<Arithmetic>(rows, step, inputs, panel, step);
-    }
+    const int first = panel * panel_columns, columns = at_most(panel_columns, outputs - first), step = padded(columns);
+    for (int c = 0; c < step; ++c) rows[c] = c < columns ? from + (first + c) * weight.stride : nullptr;
+    std::uint32_t* to = panels + static_cast<std::ptrdiff_t>(first) * steps_of<Arithmetic>(inputs);
+    pack_columns<Arithmetic>(rows, step, inputs, to, step);
 }
 
 template <int count>

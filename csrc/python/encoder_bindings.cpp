@@ -30,7 +30,7 @@ const float* vector_of(const Arguments& arguments, const char* name, Object valu
 
 class Linear {
   public:
-    Linear(Object weight, Object bias, const std::string& instruction_set)
+    Linear(Object weight, Object bias, const std::string& instruction_set, int threads)
         : kernels_(checked_kernels(arguments_, instruction_set)) {
         const Array given = arguments_.array("weight", weight, value_dtypes, 2, 1);
         const std::ptrdiff_t outputs = given.shape[0], inputs = given.shape[1];
@@ -41,9 +41,11 @@ class Linear {
         if (bfloat16 && inputs % 2 != 0)
             arguments_.refuse("an even number of input features in bfloat16", "weight.shape=" + text_of(given.shape),
                               "pass float32, or use torch.nn.functional.linear");
-        packed_ = std::make_unique<PackedLinear>(kernels_, bfloat16, ConstValues{given.data, given.strides[0]},
-                                                 vector_of(arguments_, "bias", bias, outputs), static_cast<int>(inputs),
-                                                 static_cast<int>(outputs));
+        const float* values = vector_of(arguments_, "bias", bias, outputs);
+        const int workers = thread_count(checked_threads(arguments_, threads));
+        const py::gil_scoped_release release;
+        packed_ = std::make_unique<PackedLinear>(kernels_, bfloat16, ConstValues{given.data, given.strides[0]}, values,
+                                                 static_cast<int>(inputs), static_cast<int>(outputs), workers);
     }
 
     void apply(Object x, Object out, const std::string& activation, int threads) const {
@@ -146,8 +148,8 @@ class Block {
 
 void bind_encoder(py::module_& module) {
     py::class_<Linear, LinearPointer>(module, "LinearLayer", "A linear layer with packed weights; see _native.pyi.")
-        .def(py::init<Object, Object, const std::string&>(), py::arg("weight"), py::arg("bias") = py::none(), py::kw_only(),
-             py::arg("instruction_set") = "")
+        .def(py::init<Object, Object, const std::string&, int>(), py::arg("weight"), py::arg("bias") = py::none(),
+             py::kw_only(), py::arg("instruction_set") = "", py::arg("threads") = 0)
         .def("apply", &Linear::apply, py::arg("x"), py::arg("out"), py::kw_only(), py::arg("activation") = "none",
              py::arg("threads") = 0, "Write activation(x W + b) to out; see _native.pyi.");
     py::class_<Block>(module, "EncoderBlock", "A transformer block with packed weights; see _native.pyi.")

@@ -39,8 +39,8 @@ struct Layer {
           weight(half, random.floats(static_cast<std::size_t>(from * to), 1.0f / std::sqrt(static_cast<float>(from)))),
           bias(random.floats(static_cast<std::size_t>(to), 0.5f)) {}
 
-    maskattn::PackedLinear packed(const maskattn::Kernels& kernels) const {
-        return {kernels, weight.half, {weight.data(), inputs}, bias.data(), inputs, outputs};
+    maskattn::PackedLinear packed(const maskattn::Kernels& kernels, int threads) const {
+        return {kernels, weight.half, {weight.data(), inputs}, bias.data(), inputs, outputs, threads};
     }
 
     Matrix apply(const Matrix& x) const {
@@ -83,7 +83,7 @@ bool layers_are_right(const maskattn::Kernels& kernels, bool half, int threads) 
         if (half && inputs % 2 != 0) continue;
         Random random(static_cast<std::uint64_t>(inputs));
         const Layer layer(random, half, inputs, outputs);
-        const maskattn::PackedLinear packed = layer.packed(kernels);
+        const maskattn::PackedLinear packed = layer.packed(kernels, threads);
         const Values x(half, random.floats(static_cast<std::size_t>(inputs * rows), 3.0f));
         for (const auto activation :
              {maskattn::Activation::none, maskattn::Activation::gelu, maskattn::Activation::gelu_tanh}) {
@@ -155,8 +155,8 @@ bool blocks_are_right(const maskattn::Kernels& kernels, bool half, int threads) 
     const Matrix features = activated(fc1.apply(normalised(expected, weight2, bias2, epsilon)), maskattn::Activation::gelu);
     add_scaled(expected, fc2.apply(features), scale2);
 
-    const maskattn::PackedLinear packed[] = {qkv.packed(kernels), proj.packed(kernels), fc1.packed(kernels),
-                                             fc2.packed(kernels)};
+    const maskattn::PackedLinear packed[] = {qkv.packed(kernels, threads), proj.packed(kernels, threads),
+                                             fc1.packed(kernels, threads), fc2.packed(kernels, threads)};
     const auto padded = [](const Vector& values) { return maskattn::padded_values(values.data(), width, 0.0f); };
     const Vector s1 = padded(scale1), s2 = padded(scale2);
     const maskattn::EncoderBlock block{width,

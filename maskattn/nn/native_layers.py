@@ -59,7 +59,8 @@ def can_pack(inputs: int, dtype: torch.dtype) -> bool:
 
 def pack_layer(weight: Float[Tensor, "D C"], bias: Float[Tensor, "D"] | None, dtype: torch.dtype) -> Any:
     """Pack a linear layer's weights for products of float32 or bfloat16."""
-    return extension().LinearLayer(argument_of(rows_in(dtype, weight.detach())), argument_or_none(bias))
+    operands = argument_of(rows_in(dtype, weight.detach())), argument_or_none(bias)
+    return extension().LinearLayer(*operands, threads=torch.get_num_threads())
 
 
 def apply_layer(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["read_weights"]
+__all__ = ["read_weights", "start_reading"]
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -42,6 +45,25 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             f"weights must be tensors by name, got a {type(content).__name__} in {path}; save model.state_dict()"
         )
     return content
+
+
+def start_reading(path: str | Path) -> Callable[[], dict[str, Any]]:
+    """Start to read a file of tensors in a thread; what is returned waits, and returns or raises as `read_weights`."""
+    found: list[dict[str, Any]] = []
+
+    def read() -> None:
+        with contextlib.suppress(Exception):  # whoever waits meets it again
+            found.append(read_weights(path))
+
+    # Daemonic: an interrupted command does not wait for a drive that does not answer.
+    thread = threading.Thread(target=read, name="maskattn reads weights", daemon=True)
+    thread.start()
+
+    def wait() -> dict[str, Any]:
+        thread.join()
+        return found.pop() if found else read_weights(path)
+
+    return wait
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:

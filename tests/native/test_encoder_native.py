@@ -23,17 +23,20 @@ SETS = _native.instruction_sets()
 ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
-def packed(layer: nn.Linear, instruction_set: str = "", dtype: torch.dtype = torch.float32) -> _native.LinearLayer:
+def packed(
+    layer: nn.Linear, instruction_set: str = "", dtype: torch.dtype = torch.float32, threads: int = 0
+) -> _native.LinearLayer:
     bias = None if layer.bias is None else layer.bias.detach().numpy()
     weight: Any = argument_of(layer.weight.detach().to(dtype))
-    return _native.LinearLayer(weight, bias, instruction_set=instruction_set)
+    return _native.LinearLayer(weight, bias, instruction_set=instruction_set, threads=threads)
 
 
 def applied(
     layer: nn.Linear, x: Tensor, activation: str = "none", instruction_set: str = "", threads: int = 1
 ) -> Tensor:
     out = np.full((len(x), layer.out_features), np.nan, np.float32)
-    packed(layer, instruction_set).apply(x.numpy(), out, activation=activation, threads=threads)
+    made = packed(layer, instruction_set, threads=threads)
+    made.apply(x.numpy(), out, activation=activation, threads=threads)
     return torch.from_numpy(out)
 
 

@@ -25,6 +25,7 @@ from maskattn.nn.encoders import EncoderCard, load_entry
 from maskattn.nn.encoders.entry import EncoderEntry
 from maskattn.nn.encoders.table import ENCODERS, entry_named, entry_of_hub, nearest_names
 from maskattn.nn.encoders.timm_network import build_timm
+from maskattn.nn.weight_files import start_reading
 
 OF_TIMM = [entry for entry in ENCODERS.values() if entry.library == "timm" and entry.architecture and not entry.why_not]
 by_name = pytest.mark.parametrize("entry", OF_TIMM, ids=lambda entry: entry.name)
@@ -283,6 +284,17 @@ def test_sides_that_are_not_a_multiple_of_the_token_are_refused():
         TileEncoder(VisionTransformer(img_size=64, embed_dim=24, depth=1, num_heads=2), card)
     with pytest.raises(TypeError, match="uint8 RGB pixels"):
         load_encoder("timm:vit_tiny_patch16_224", pretrained=False).encode_tiles(torch.rand(1, 3, 224, 224))
+
+
+def test_weights_read_in_a_thread_are_those_of_the_file_and_so_are_its_errors(tmp_path: Path):
+    torch.save({"a": torch.arange(3)}, tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:100])
+    assert torch.equal(start_reading(tmp_path / "a.pth")()["a"], torch.arange(3))
+    waits = [start_reading(tmp_path / f"{name}.pth") for name in "bc"]
+    with pytest.raises(ValueError, match=r"must be a complete file.*b\.pth"):
+        waits[0]()
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*c\.pth"):
+        waits[1]()
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])

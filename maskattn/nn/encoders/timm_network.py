@@ -17,7 +17,7 @@ from maskattn.nn.encoders.tile_encoder import EncoderCard
 from maskattn.nn.fitting import joined, misfits
 from maskattn.nn.timm_import import import_timm
 from maskattn.nn.unfilled import has_unfilled, unfilled
-from maskattn.nn.weight_files import read_weights
+from maskattn.nn.weight_files import start_reading
 
 __all__ = ["build_timm", "card_of_timm"]
 
@@ -38,6 +38,8 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
         ValueError: the weights do not fit the network (the message names the keys), or its architecture is unknown.
         PermissionError, ConnectionError, FileNotFoundError: the weights are not available; the message has the remedy.
     """
+    # A file is read while timm is imported, which takes about as long for a network of 300 MB.
+    read = None if weights is None else start_reading(weights)
     timm = import_timm()
 
     if weights is None and entry.weights_at and more.get("pretrained", True):
@@ -48,6 +50,7 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
     arguments = {"num_classes": 0, **_layers(dict(entry.arguments)), **more}
     if weights is None and entry.file and arguments.get("pretrained", True):
         weights = _file_of_hub(entry)
+        read = start_reading(weights)
     if weights is None and arguments.get("pretrained", True):
         if entry.hub_id and _takes_other_sides(entry.architecture):
             arguments = {"dynamic_img_size": True, **arguments}
@@ -67,12 +70,12 @@ def build_timm(entry: EncoderEntry, weights: str | Path | None, more: dict[str, 
     if entry.hub_id:
         arguments = {"dynamic_img_size": True, **arguments}
     try:
-        with unfilled(mark=False) if weights is not None else contextlib.nullcontext():
+        with unfilled(mark=False) if read is not None else contextlib.nullcontext():
             network: nn.Module = timm.create_model(entry.architecture, **arguments)
     except Exception as error:
         raise _of_timm(error, entry.architecture) from error
-    if weights is not None:
-        _fill(network, Path(weights), entry.name)
+    if read is not None:
+        _fill(network, read(), f"{entry.name}, got {weights}")
     return network.eval()
 
 
@@ -120,10 +123,8 @@ def _file_of_hub(entry: EncoderEntry) -> str:
         raise explained(error, entry.hub_id) from error
 
 
-def _fill(network: nn.Module, path: Path, name: str) -> None:
+def _fill(network: nn.Module, state: dict[str, Any], names: str) -> None:
     """Load weights, which must fit the network; a classifier's weights are left out."""
-    _let_go(network)  # so that initial and loaded weights are never in memory together
-    state: dict[str, Any] = read_weights(path)
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -131,7 +132,7 @@ def _fill(network: nn.Module, path: Path, name: str) -> None:
     expected = {key: torch.empty(x.shape, dtype=x.dtype, device="meta") for key, x in network.state_dict().items()}
     state = {key: x for key, x in state.items() if key in expected or not key.startswith(("head.", "fc."))}
     if wrong := misfits(state, expected):
-        raise ValueError(f"weights must be those of {name}, got {path}: {joined(wrong)}")
+        raise ValueError(f"weights must be those of {names}: {joined(wrong)}")
     dtype = next(x.dtype for x in expected.values() if x.is_floating_point())
     state = {key: x.to(dtype) if x.is_floating_point() else x for key, x in state.items()}
     network.load_state_dict(state, assign=True)
@@ -147,14 +148,6 @@ def _of_this_timm(network: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(network, SwinTransformer) or "layers.0.downsample.reduction.weight" not in state:
         return state
     return dict(checkpoint_filter_fn(state, network))
-
-
-def _let_go(network: nn.Module) -> None:
-    """Replace a network's parameters by ones on the meta device, which take no memory."""
-    for module in network.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
 
 
 def _of_timm(error: Exception, architecture: str) -> Exception:
