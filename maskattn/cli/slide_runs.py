@@ -226,7 +226,9 @@ def start_reading(
         alone: whether this process will run the first slide; otherwise only the process that decodes is started.
         finds_tissue: whether tissue is sought on slides without a mask.
     """
-    if not settings.overwrite and (settings.out_dir / "summary.csv").exists():
+    from maskattn.slide.output_folder import may_be_finished
+
+    if may_be_finished(settings.out_dir, settings.overwrite):
         return
     from maskattn.slide.formats.isolated_image import start_ahead
     from maskattn.slide.opened_ahead import open_ahead

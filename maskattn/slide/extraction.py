@@ -20,7 +20,7 @@ from maskattn.nn.inference_linear import packed_weights
 from maskattn.slide.asked import recorded_fields, unlike
 from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
 from maskattn.slide.extract_request import ExtractSettings, check_extraction, recorded_extraction, tile_geometry
-from maskattn.slide.extraction_loop import ExtractionLoop
+from maskattn.slide.extraction_loop import ExtractionLoop, computing_in
 from maskattn.slide.extraction_record import (
     EncoderIdentity,
     ExtractionOutcome,
@@ -35,6 +35,8 @@ from maskattn.slide.layouts.hierarchical import RegionLayout
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text
 from maskattn.slide.opened_ahead import open_slide
+from maskattn.slide.output_folder import may_be_finished
+from maskattn.slide.packed_meanwhile import packed_meanwhile
 from maskattn.slide.prediction import SlideFile
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.slide_run import Stages
@@ -81,26 +83,42 @@ def extract_slides(
         OutputError: the output folder, or its summary, cannot be written.
     """
     check_extraction(jobs, settings, encoder)
-    identity = identify_encoder(encoder)
+    with packed_weights(encoder):
+        return _extract(jobs, encoder, settings, _identified(encoder, settings), progress)
 
+
+def _identified(encoder: TileEncoder, settings: ExtractSettings) -> EncoderIdentity:
+    """Return the encoder's identity, and pack its weights meanwhile unless all slides may be finished."""
+    if may_be_finished(settings.out_dir, settings.overwrite):
+        return identify_encoder(encoder)
+    with computing_in(settings.dtype, encoder.device):
+        return packed_meanwhile(lambda: identify_encoder(encoder), encoder, masked=settings.token_mask == "tissue")
+
+
+def _extract(
+    jobs: Sequence[SlideJob],
+    encoder: TileEncoder,
+    settings: ExtractSettings,
+    identity: EncoderIdentity,
+    progress: RunProgress[ExtractionOutcome] | None,
+) -> list[ExtractionOutcome]:
     def finished(job: SlideJob, claim: Claim | None) -> ExtractionRecord | None:
         if claim is not None and claim.ended:
             _clear_leftovers(settings.out_dir, job.slide_id)
         return _finished(job, encoder, identity, settings)
 
-    with packed_weights(encoder):
-        return run_each(
-            jobs,
-            settings.out_dir,
-            ExtractionOutcome,
-            finished,
-            lambda job, claim, on_tiles: extract_slide(job, encoder, settings, on_tiles, identity, claim),
-            progress,
-            sharing=settings.sharing,
-            cache=settings.cache,
-            request=f"{identity} {recorded_fields(settings)}",
-            sweep=lambda: _clear_leftovers(settings.out_dir),
-        )
+    return run_each(
+        jobs,
+        settings.out_dir,
+        ExtractionOutcome,
+        finished,
+        lambda job, claim, on_tiles: extract_slide(job, encoder, settings, on_tiles, identity, claim),
+        progress,
+        sharing=settings.sharing,
+        cache=settings.cache,
+        request=f"{identity} {recorded_fields(settings)}",
+        sweep=lambda: _clear_leftovers(settings.out_dir),
+    )
 
 
 def extract_slide(

@@ -21,7 +21,7 @@ from maskattn.slide.stream import TileBatch, stream_tiles
 from maskattn.slide.tile_places import TilePlaces
 from maskattn.slide.workers import count_workers, outlasts_decoding
 
-__all__ = ["ExtractionLoop"]
+__all__ = ["ExtractionLoop", "computing_in"]
 
 _EncodedBatch = tuple[HostCopies, np.ndarray]
 """Features of a batch's readable tiles, and the tiles' indices."""
@@ -123,7 +123,7 @@ class ExtractionLoop:
         with (
             self._stages("encode", runs_ahead=True),
             torch.inference_mode(),
-            _computing_in(self._settings.dtype, device),
+            computing_in(self._settings.dtype, device),
         ):
             features = self._encoder.encode_tiles(tiles.to(device, non_blocking=True), keep_BHW)
             return HostCopies(features), rows_B
@@ -145,7 +145,8 @@ class ExtractionLoop:
 
 
 @contextlib.contextmanager
-def _computing_in(dtype: str, device: torch.device) -> Iterator[None]:
+def computing_in(dtype: str, device: torch.device) -> Iterator[None]:
+    """Compute in a dtype of :class:`ExtractSettings`; other dtypes than float32 use autocast."""
     if dtype == "float32":
         yield
         return

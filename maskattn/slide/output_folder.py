@@ -24,7 +24,15 @@ from maskattn.slide.names import as_text
 from maskattn.slide.prediction import SlidePrediction, read_prediction
 from maskattn.slide.sinks import SINKS
 
-__all__ = ["are_one_name", "clear_leftovers", "find_finished", "prepare_output", "slide_folder", "sweep"]
+__all__ = [
+    "are_one_name",
+    "clear_leftovers",
+    "find_finished",
+    "may_be_finished",
+    "prepare_output",
+    "slide_folder",
+    "sweep",
+]
 
 # Files that this or an earlier version writes.
 _OURS = ("prediction.json", *(name for sink in SINKS for name in sink.files), "heatmap_*", "relevance.geojson")
@@ -50,6 +58,11 @@ def prepare_output(out_dir: Path) -> None:
             f"the output folder must be writable and have free space, got {as_text(out_dir)}: "
             f"{error.strerror or error}; choose another --out or free space"
         ) from error
+
+
+def may_be_finished(out_dir: Path, overwrite: bool) -> bool:
+    """Return whether all slides may be finished, so that nothing need be made ready for them: a run wrote a summary."""
+    return not overwrite and (out_dir / "summary.csv").exists()
 
 
 def clear_leftovers(out_dir: Path, slide_id: str, tokens: Iterable[str] = ()) -> None:

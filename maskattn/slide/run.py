@@ -14,8 +14,9 @@ from maskattn.slide.each_slide import OnTiles, RunProgress, run_each
 from maskattn.slide.fleet.claims import Claim
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.outlines.rules import check_region_classes
-from maskattn.slide.output_folder import clear_leftovers, find_finished, sweep
+from maskattn.slide.output_folder import clear_leftovers, find_finished, may_be_finished, sweep
 from maskattn.slide.overlap import tilings_of
+from maskattn.slide.packed_meanwhile import packed_meanwhile
 from maskattn.slide.pipeline import identify_model, predict_slide
 from maskattn.slide.prediction import EqualParts, ModelIdentity, SlideOutcome, SlidePrediction
 from maskattn.slide.request import RunSettings, check_request, differences
@@ -61,7 +62,25 @@ def run_slides(
             f"--attention rollout needs layers of attention whose weights sum to 1, got {model.card.name} "
             f"({model.head.kind}), {model.head.why_no_rollout}; use --attention last"
         )
-    identity, parts = identify_model(model), EqualParts()
+    with packed_weights(model):
+        return _predict(jobs, model, settings, _identified(model, settings), progress)
+
+
+def _identified(model: TwoStageModel, settings: RunSettings) -> ModelIdentity:
+    """Return the model's identity, and pack its encoder's weights meanwhile unless no slide may be encoded."""
+    if settings.features_dir is not None or may_be_finished(settings.out_dir, settings.overwrite):
+        return identify_model(model)
+    return packed_meanwhile(lambda: identify_model(model), model.encoder, masked=model.masks_tokens)
+
+
+def _predict(
+    jobs: Sequence[SlideJob],
+    model: TwoStageModel,
+    settings: RunSettings,
+    identity: ModelIdentity,
+    progress: RunProgress[SlideOutcome] | None,
+) -> list[SlideOutcome]:
+    parts = EqualParts()
 
     def finished(job: SlideJob, claim: Claim | None) -> SlidePrediction | None:
         if claim is not None:
@@ -79,20 +98,19 @@ def run_slides(
         if settings.scale == "run":
             draw_on_one_scale(settings.out_dir / one.slide_id for one in outcomes if one.status != "failed")
 
-    with packed_weights(model):
-        return run_each(
-            jobs,
-            settings.out_dir,
-            SlideOutcome,
-            finished,
-            predict,
-            progress,
-            sharing=settings.sharing,
-            cache=settings.cache,
-            request=f"{identity} {recorded_fields(settings)}",
-            sweep=lambda: sweep(settings.out_dir),
-            at_end=draw_together,
-        )
+    return run_each(
+        jobs,
+        settings.out_dir,
+        SlideOutcome,
+        finished,
+        predict,
+        progress,
+        sharing=settings.sharing,
+        cache=settings.cache,
+        request=f"{identity} {recorded_fields(settings)}",
+        sweep=lambda: sweep(settings.out_dir),
+        at_end=draw_together,
+    )
 
 
 def _check_same_request(
