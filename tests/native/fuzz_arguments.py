@@ -142,7 +142,8 @@ def mask(rng: Random) -> Call:
 def layer(rng: Random) -> Call:
     outputs, inputs = rng.choice((1, 8, 48, 65)), rng.choice((1, 5, 16, 700))
     bias = rng.choice([None, floats(rng, outputs)])
-    return {"weight": floats(rng, outputs, inputs), "bias": bias, "instruction_set": ""}
+    threads = rng.choice([0, 1, 3])
+    return {"weight": floats(rng, outputs, inputs), "bias": bias, "instruction_set": "", "threads": threads}
 
 
 def layer_call(rng: Random) -> Call:
