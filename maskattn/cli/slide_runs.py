@@ -237,7 +237,9 @@ def start_reading(
     if first is None:
         start_ahead()
     else:
-        open_ahead(first, spacing_um, settings.series, view=finds_tissue and first.mask_path is None)
+        sought = finds_tissue and first.mask_path is None
+        tissue = (settings.ink, settings.force) if sought else None
+        open_ahead(first, spacing_um, settings.series, tissue=tissue)
 
 
 @dataclass(frozen=True)

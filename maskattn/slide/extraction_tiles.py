@@ -12,11 +12,12 @@ from maskattn.slide.extract_request import MIN_TISSUE, ExtractSettings, tile_geo
 from maskattn.slide.layouts import TileHeader, find_coords, read_coords
 from maskattn.slide.manifest import SlideJob
 from maskattn.slide.names import as_text
+from maskattn.slide.opened_ahead import tissue_of
 from maskattn.slide.reader import SlideReader
 from maskattn.slide.region_places import lay_region_patches
 from maskattn.slide.slide_run import Stages
 from maskattn.slide.tile_places import TilePlaces, lay_tiles, with_tokens
-from maskattn.slide.tissue import TissueMask, find_tissue, limit_tissue, load_mask
+from maskattn.slide.tissue import TissueMask, limit_tissue, load_mask
 from maskattn.slide.tissue.bright_field import require_bright_field
 
 __all__ = ["FoundTiles", "coords_file", "find_tiles"]
@@ -95,7 +96,7 @@ def coords_file(job: SlideJob, folder: Path) -> Path:
 
 def _tissue_of(job: SlideJob, reader: SlideReader, settings: ExtractSettings) -> TissueMask:
     if job.mask_path is None:
-        return find_tissue(reader, ink=settings.ink, force=settings.force)
+        return tissue_of(reader, settings.ink, settings.force)
     if not settings.force:
         require_bright_field(reader)
     classes = settings.mask_classes

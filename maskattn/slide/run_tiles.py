@@ -21,11 +21,12 @@ from maskattn.slide.extract_request import MIN_TISSUE
 from maskattn.slide.grid import TokenGrid, make_grid
 from maskattn.slide.layouts import TileFeatures, TileHeader, find_features, in_reading_order, read_features
 from maskattn.slide.names import as_text
+from maskattn.slide.opened_ahead import tissue_of
 from maskattn.slide.request import finds_tissue
 from maskattn.slide.slide_run import SlideRun
 from maskattn.slide.stored_regions import StoredRegions, read_stored_regions, regions_file
 from maskattn.slide.tile_places import TilePlaces, lay_tiles, with_tokens
-from maskattn.slide.tissue import TissueMask, find_tissue, limit_tissue, load_mask
+from maskattn.slide.tissue import TissueMask, limit_tissue, load_mask
 from maskattn.slide.tissue.bright_field import require_bright_field
 
 __all__ = ["RunTiles", "find_run_tiles", "shifted_tiles"]
@@ -110,7 +111,7 @@ def _find_or_load_tissue(run: SlideRun) -> TissueMask | None:
     """Return the tissue mask, or None if the run attends to the whole slide."""
     settings, model_masked = run.settings, run.model.leaves_out
     if finds_tissue(run.job, settings, model_masked):
-        return find_tissue(run.reader, ink=settings.ink, force=settings.force)
+        return tissue_of(run.reader, settings.ink, settings.force)
     if not settings.force:
         require_bright_field(run.reader)
     if run.job.mask_path is None or not (settings.masked and model_masked):
