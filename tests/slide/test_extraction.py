@@ -121,7 +121,7 @@ def test_coordinates_of_another_run_replace_the_search(
     slide: Path, encoder: TileEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     first = extract(slide, encoder, tmp_path / "a", patch_px=32)
-    monkeypatch.setattr("maskattn.slide.extraction_tiles.find_tissue", lambda *_, **__: pytest.fail("was sought"))
+    monkeypatch.setattr("maskattn.slide.extraction_tiles.tissue_of", lambda *_, **__: pytest.fail("was sought"))
     second = extract(slide, encoder, tmp_path / "b", coords_dir=tmp_path / "a")
     one, other = (
         read_features(features_file(tmp_path / name, outcome))
